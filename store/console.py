@@ -1,0 +1,95 @@
+"""What every command shares at the terminal: exit codes, one-line errors, signals, and human units.
+
+Progress and words go to stderr, results to stdout, so that `--json` can be piped.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from store.errors import Interrupted, ResidscopeError
+
+
+def run_command(name: str, command: Callable[[], int | None]) -> int:
+    """Run `command`; a user's error becomes one line on stderr and its exit code, never a traceback.
+
+    Also catches an interrupt, and what the operating system says of the disk (no space, no permission, read-only).
+    """
+    try:
+        return command() or 0
+    except ResidscopeError as error:
+        return _fail(name, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted; the same command continues the run", Interrupted.exit_code)
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`); point stdout elsewhere so that the interpreter exits silently too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "Free some space, then run the same command again: it continues where it stopped",
+    errno.EDQUOT: "Free some of the quota, then run the same command again: it continues where it stopped",
+    errno.EROFS: "The file system is read-only: choose another place to write to",
+    errno.EACCES: "Check the permissions, or choose another place to write to",
+    errno.EPERM: "Check the permissions, or choose another place to write to",
+    errno.EIO: "The disk reports a fault: check it before you trust what is on it",
+}
+
+
+def _fail(name: str, message: str, exit_code: int) -> int:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return exit_code
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGINT or SIGTERM has come, so that a loop can stop between two whole steps.
+
+    A second signal of the same kind acts at once, as without this. Outside the main thread, where Python allows no
+    handlers, it never tells of any.
+    """
+    received: list[int] = []
+    previous: dict[int, object] = {}
+
+    def note(signum: int, frame: object) -> None:
+        received.append(signum)
+        signal.signal(signum, previous[signum])  # type: ignore[arg-type]
+
+    try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.signal(signum, note)
+    except ValueError:
+        pass
+    try:
+        yield lambda: bool(received)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+
+
+def human_bytes(n: float) -> str:
+    """`n` bytes in decimal units, as disks are sold: 34.6 kB, 655 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} PB"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration for people: 0.5 s, 42 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

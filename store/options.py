@@ -1,0 +1,200 @@
+"""A command line from a configuration dataclass.
+
+A configuration is a frozen, keyword-only dataclass; the docstring under a field is the help of its flag, the field's
+default is the flag's default, and its annotation says how a word on the command line is read:
+
+    str, int, float, Path      one word
+    bool                       --flag / --no-flag
+    Literal["a", "b"]          one of the words
+    X | None                   as X; the default may be None
+    tuple[X, ...]              one or more words
+
+A field without a default is a required flag. `--config FILE.toml` gives values under the same names; flags win over
+it. Only the standard library is used and nothing heavy is imported, so that `--help` answers at once.
+"""
+
+import argparse
+import ast
+import dataclasses
+import itertools
+import json
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from store.errors import UsageError
+
+T = TypeVar("T")
+
+
+def field_docstrings(config_class: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, read from the source of its module; bases included."""
+    found: dict[str, str] = {}
+    for cls in reversed(config_class.__mro__):
+        source_file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        if cls is object or source_file is None:
+            continue
+        tree = ast.parse(Path(source_file).read_text(encoding="utf-8"))
+        body = next((n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__), [])
+        for field, text in itertools.pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                found[field.target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def parse_options(
+    config_class: type[T], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str | None = None
+) -> T:
+    """Read `argv` (default `sys.argv[1:]`) into a `config_class`.
+
+    Bad words end the process with exit code 2, as argparse does; values that the configuration itself refuses raise
+    `UsageError`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags by name; flags win")
+    fields = _add_fields(parser, config_class)
+    given = vars(parser.parse_args(argv))
+    config_file = given.pop("config")
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not _UNSET}
+    if config_file is not None:
+        values = {**_read_toml(Path(config_file), fields), **values}
+    missing = [f for f in fields.values() if f.required and f.name not in values]
+    if missing:
+        parser.error("missing " + ", ".join(f.flag for f in missing))
+    return config_class(**values)
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """`values` as flat TOML: strings, numbers, booleans and lists of them; None is left out (TOML has no null)."""
+    lines = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, Path):
+            value = str(value)
+        # A JSON scalar or list of scalars is also a TOML one, once non-ASCII is kept as it is.
+        lines.append(f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+_UNSET: Any = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """What the command line needs to know of one field."""
+
+    name: str
+    annotation: Any
+    required: bool
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def _add_fields(parser: argparse.ArgumentParser, config_class: type) -> dict[str, _Field]:
+    hints = typing.get_type_hints(config_class)
+    texts = field_docstrings(config_class)
+    fields = {}
+    for spec in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        field = _Field(spec.name, _without_none(hints[spec.name]), required)
+        help_text = texts.get(spec.name, "").replace("%", "%%")
+        if required:
+            help_text += " (required)"
+        elif spec.default not in (None, (), dataclasses.MISSING):
+            help_text += f" (default: {_shown(spec.default)})"
+        parser.add_argument(field.flag, default=_UNSET, help=help_text, dest=spec.name, **_reader(field.annotation))
+        fields[spec.name] = field
+    return fields
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _without_none(annotation: Any) -> Any:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        kept = [a for a in typing.get_args(annotation) if a is not type(None)]
+        if len(kept) == 1:
+            return kept[0]
+    return annotation
+
+
+def _reader(annotation: Any) -> dict[str, Any]:
+    """The keywords of `add_argument` that read a word of this type."""
+    origin = typing.get_origin(annotation)
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is typing.Literal:
+        return {"choices": typing.get_args(annotation)}
+    if origin is tuple:
+        (item, *_) = typing.get_args(annotation)
+        return {"nargs": "+", "type": item, "metavar": item.__name__.upper()}
+    return {
+        "type": annotation,
+        "metavar": {"str": "TEXT", "Path": "PATH"}.get(annotation.__name__, annotation.__name__.upper()),
+    }
+
+
+def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            found = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path}: not valid TOML: {error}") from None
+    values = {}
+    for key, value in found.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            raise UsageError(f"--config {path}: {key!r} is no option here; the options are {_listed(fields)}")
+        values[name] = _from_toml(value, fields[name], path)
+    return values
+
+
+def _from_toml(value: Any, field: _Field, path: Path) -> Any:
+    annotation, origin = field.annotation, typing.get_origin(field.annotation)
+    fits = False
+    if origin is tuple:
+        value = tuple(value) if isinstance(value, list) else (value,)
+        fits = True
+    elif origin is typing.Literal:
+        fits = value in typing.get_args(annotation)
+    elif annotation is Path:
+        fits = isinstance(value, str)
+        value = Path(value) if fits else value
+    elif annotation is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif isinstance(annotation, type):
+        fits = type(value) is annotation
+    if not fits:
+        choices = " | ".join(map(repr, typing.get_args(annotation)))
+        shown = choices if origin is typing.Literal else annotation.__name__
+        raise UsageError(f"--config {path}: {field.name} should be {shown}, found {value!r}")
+    return value
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,70 @@
+"""What a user sees when something goes wrong: one line, the right exit code, no traceback."""
+
+import errno
+import os
+import signal
+
+import pytest
+
+from store.console import human_bytes, human_seconds, run_command, stop_on_signals
+from store.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ResidscopeError("it failed"), 1),
+        (UsageError("it failed"), 2),
+        (IncompatibleError("it failed"), 3),
+        (Interrupted("it failed"), 130),
+    ],
+)
+def test_a_users_error_is_one_line_and_an_exit_code(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise error
+
+    assert run_command("tool", command) == code
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "tool: error: it failed\n")
+
+
+def test_a_full_disk_is_one_line_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "acts.zarr/x")
+
+    assert run_command("tool", command) == 1
+    err = capsys.readouterr().err
+    assert "No space left" in err
+    assert "acts.zarr/x" in err
+    assert "continues" in err
+    assert err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def command() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command("tool", command)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(signum: signal.Signals) -> None:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with stop_on_signals() as stopped:
+            assert not stopped()
+            os.kill(os.getpid(), signum)
+            assert stopped()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signum)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_units() -> None:
+    assert [human_bytes(n) for n in (0, 999, 34_560, 655e9)] == ["0 B", "999 B", "34.6 kB", "655 GB"]
+    assert [human_seconds(s) for s in (0.5, 42, 200, 7500)] == ["0.5 s", "42 s", "3 min 20 s", "2 h 05 min"]
