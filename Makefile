@@ -2,19 +2,30 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+INTEROP_VENV ?= .venv-interop
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.residscope-installed
 
 # Two pools of spinning threads starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint types check setup clean
+.PHONY: demo test test-interop lint types check setup clean
 
 demo: setup
 	$(BIN)/residscope demo --out demo
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Against the real SAELens and sparsify, in an environment of their own: they bring other versions of shared dependencies.
+test-interop: $(INTEROP_VENV)/.installed
+	OMP_NUM_THREADS=1 $(INTEROP_VENV)/bin/python -m pytest -p no:cacheprovider tests/interop
+
+$(INTEROP_VENV)/.installed: tests/interop/requirements.txt
+	$(PYTHON) -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --requirement tests/interop/requirements.txt
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -36,4 +47,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(INTEROP_VENV) demo

@@ -16,7 +16,15 @@ ALLOWED = {
     "store": set(),
     "harvest": {"store"},
     "train": {"store"},
-    "analysis": {"store", "train.sae", "train.kernels", "harvest.models", "harvest.residual", "harvest.lens"},
+    "analysis": {
+        "store",
+        "train.sae",
+        "train.kernels",
+        "train.formats",
+        "harvest.models",
+        "harvest.residual",
+        "harvest.lens",
+    },
 }
 HEAVY = ("torch", "dask", "distributed", "transformers", "datasets", "zarr", "numpy", "pandas", "numba", "matplotlib")
 

@@ -1,0 +1,135 @@
+"""The compiled passes over sparse codes and over vectors; `analysis.moments` and `analysis.quality` hold the sums that
+they fill.
+
+Codes: for each token, every positive activation updates the weighted mean layer and the summed squared deviation of its
+latent at that token (West 1979, the weighted form of Welford's update). So the within-token sum is a sum of
+non-negative terms, exactly 0 for a latent that is active at one layer, and nothing is got by subtracting large sums.
+Scratch arrays of n_latents entries hold the token's latents, and a stamp tells which entries are this token's: nothing
+is cleared, and memory does not depend on the number of tokens.
+
+Vectors: one pass reads each vector and its reconstruction once and accumulates in float64.
+
+Shapes: T tokens, L layers, D d_model, k active latents a vector, M n_latents, G document groups present, S subsets of
+tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+# Rows of `LayerMoments.sums`, in order; a is an activation, l its centred layer, and a (token, latent) pair's mean
+# layer and variance are mu = sum_l l a / sum_l a and v = sum_l (l - mu)^2 a / sum_l a.
+MASS, MASS_L, MASS_V, MASS_LL, PAIRS, PAIRS_L, PAIRS_V, PAIRS_LL = range(8)
+
+
+def _compiled(fastmath: bool | set[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile at the first call, without the interpreter's lock, and keep the machine code where a folder allows it."""
+
+    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
+        except RuntimeError:  # numba found no folder that it may write to
+            return numba.njit(nogil=True, fastmath=fastmath)(function)
+
+    return compile_
+
+
+@_compiled(fastmath=False)
+def add_codes(values, indices, layers, group_of_token, sums, counts, totals):
+    """Add the codes of T whole tokens; returns the flat position of the first value that is not a finite number >= 0,
+    else -1.
+
+    values float32 or float64 [T, L, k] >= 0; indices int64 [T, L, k], distinct within a vector; layers float64 [L],
+    centred; group_of_token int64 [T], row of `sums`. Added to in place: sums float64 [G, 8, M], counts int64 [M, L],
+    totals float64 [M, L]; nothing is added if a value is bad.
+    """
+    n_tokens, n_layers, k = values.shape
+    n_latents = sums.shape[2]
+    for position, value in enumerate(values.flat):
+        if not (value >= 0.0 and value < np.inf):
+            return position
+    stamp = np.full(n_latents, -1, np.int64)
+    mass = np.empty(n_latents, np.float64)
+    mean = np.empty(n_latents, np.float64)
+    spread = np.empty(n_latents, np.float64)
+    touched = np.empty(min(n_latents, n_layers * k), np.int64)
+    for t in range(n_tokens):
+        n_touched = 0
+        for i in range(n_layers):
+            layer = layers[i]
+            for s in range(k):
+                a = np.float64(values[t, i, s])
+                if a == 0.0:
+                    continue
+                j = indices[t, i, s]
+                counts[j, i] += 1
+                totals[j, i] += a
+                if stamp[j] != t:
+                    stamp[j] = t
+                    touched[n_touched] = j
+                    n_touched += 1
+                    mass[j] = a
+                    mean[j] = layer
+                    spread[j] = 0.0
+                else:
+                    mass[j] += a
+                    step = layer - mean[j]
+                    mean[j] += step * (a / mass[j])
+                    spread[j] += a * step * (layer - mean[j])
+        group = sums[group_of_token[t]]
+        for n in range(n_touched):
+            j = touched[n]
+            mu, variance = mean[j], spread[j] / mass[j]
+            group[MASS, j] += mass[j]
+            group[MASS_L, j] += mass[j] * mu
+            group[MASS_V, j] += spread[j]
+            group[MASS_LL, j] += mass[j] * mu * mu
+            group[PAIRS, j] += 1.0
+            group[PAIRS_L, j] += mu
+            group[PAIRS_V, j] += variance
+            group[PAIRS_LL, j] += mu * mu
+    return -1
+
+
+# Reassociation lets the sums over d_model run in vector registers; no other liberty is taken with the arithmetic.
+@_compiled(fastmath={"reassoc", "contract"})
+def measure_vectors(x, x_hat, shift, member, squared_error, squared_deviation, norm, cosine, deviation_sum):
+    """What `analysis.quality` needs of T tokens, from one reading.
+
+    x, x_hat [T, L, D] and shift [L, D] of one float type; member bool [S, T]. Written, all float64 [T, L]:
+    squared_error |x - x_hat|^2, squared_deviation |x - shift|^2, norm |x|, cosine between a layer's and the next
+    layer's x - shift (NaN at the last layer and where one of them is 0). Added to in place: deviation_sum float64 [S,
+    L, D], the sum of x - shift over each subset's tokens.
+    """
+    n_tokens, n_layers, d_model = x.shape
+    deviation = np.empty((n_layers, d_model), x.dtype)
+    for t in range(n_tokens):
+        for i in range(n_layers):
+            error_sum, deviation_square, square = 0.0, 0.0, 0.0
+            for d in range(d_model):
+                value = x[t, i, d]
+                error = np.float64(value - x_hat[t, i, d])
+                moved = value - shift[i, d]
+                deviation[i, d] = moved
+                error_sum += error * error
+                deviation_square += np.float64(moved) * np.float64(moved)
+                square += np.float64(value) * np.float64(value)
+            squared_error[t, i] = error_sum
+            squared_deviation[t, i] = deviation_square
+            norm[t, i] = np.sqrt(square)
+        for i in range(n_layers):
+            scale = np.sqrt(squared_deviation[t, i] * squared_deviation[t, i + 1]) if i + 1 < n_layers else 0.0
+            if scale > 0.0:
+                dot = 0.0
+                for d in range(d_model):
+                    dot += np.float64(deviation[i, d]) * np.float64(deviation[i + 1, d])
+                cosine[t, i] = dot / scale
+            else:
+                cosine[t, i] = np.nan
+        for s in range(member.shape[0]):
+            if member[s, t]:
+                for i in range(n_layers):
+                    for d in range(d_model):
+                        deviation_sum[s, i, d] += np.float64(deviation[i, d])

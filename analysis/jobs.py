@@ -1,0 +1,247 @@
+"""Run a sum over shards: one Dask task per group of whole shards, and a tree that merges what they return.
+
+Groups and tree depend on the number of shards alone, not on workers, so the sums have one order and the result is the
+same however many work. Tasks carry paths and integers. A task that fails is tried again; one that fails each time stops
+the run and names its shards. A worker that dies loses the tasks that it held: Dask runs them again.
+
+Threads of this process are the default: encoding, reading and summing all release the interpreter's lock, so threads
+are as fast as processes, share one copy of the weights and start at once. Processes (a LocalCluster) cost seconds to
+start. With several workers each has one torch thread, or its share of the cores. Not here: what a task does
+(`analysis.measure`).
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from dask.base import compute
+from dask.callbacks import Callback
+from dask.delayed import Delayed, delayed
+from tqdm import tqdm
+
+from analysis.measure import keep_going, stop_tasks
+from store.errors import Interrupted, ResidscopeError
+
+MAX_TASKS = 256
+"""Groups of shards that a store is cut into at most: enough for many workers, few enough that merging costs nothing."""
+
+MERGE_WIDTH = 8
+"""Sums that one node of the tree merges."""
+
+ATTEMPTS = 3
+"""How often a task is tried."""
+
+CONNECT_SECONDS = 10
+"""How long a scheduler may take to answer."""
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSum(Generic[R]):
+    """A sum over shards, described."""
+
+    name: str
+    """What the progress bar says."""
+
+    task: Callable[..., R]
+    """task(*arguments, shards) -> R, importable by workers."""
+
+    arguments: tuple[Any, ...]
+    """Small, and able to travel."""
+
+    merge: Callable[[Sequence[R]], R]
+    """Adds results, in order."""
+
+    shards: tuple[int, ...]
+    """Shards to sum over, ascending."""
+
+    tokens: tuple[int, ...]
+    """Tokens of each of `shards` that count, for progress."""
+
+
+class Pool(Protocol):
+    """Where tasks run."""
+
+    def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
+        """The value of `root`; advances the bar by `tokens[key]` when the task of that key is done."""
+        ...
+
+
+def run(total: ShardSum[R], pool: Pool) -> R:
+    """The sum over all shards."""
+    groups = shard_groups(len(total.shards))
+    leaves, tokens = [], {}
+    for number, group in enumerate(groups):
+        key = f"{total.name}-{number:05d}"
+        tokens[key] = sum(total.tokens[group])
+        leaves.append(
+            delayed(attempt)(total.task, total.arguments, total.shards[group], tokens[key], dask_key_name=key)
+        )
+    with tqdm(total=sum(tokens.values()), desc=total.name, unit=" tokens", unit_scale=True, disable=None) as bar:
+        try:
+            return pool.compute(_tree(leaves, total), tokens, bar)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; nothing was written, and the same command starts the analysis anew"
+            ) from None
+
+
+def shard_groups(n_shards: int) -> list[slice]:
+    """Runs of consecutive shards, all of one length but the last, at most `MAX_TASKS` of them."""
+    size = max(1, -(-n_shards // MAX_TASKS))
+    return [slice(start, min(start + size, n_shards)) for start in range(0, n_shards, size)]
+
+
+def _tree(nodes: list[Delayed], total: ShardSum[Any]) -> Delayed:
+    level = 0
+    while len(nodes) > 1:
+        level += 1
+        nodes = [
+            delayed(total.merge)(nodes[i : i + MERGE_WIDTH], dask_key_name=f"{total.name}-merge-{level}-{i:05d}")
+            for i in range(0, len(nodes), MERGE_WIDTH)
+        ]
+    return nodes[0]
+
+
+def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[int, ...], tokens: int) -> R:
+    """task(*arguments, shards), tried up to `ATTEMPTS` times; an error that the user must act on is not tried again."""
+    worker = _worker()
+    if worker is not None:
+        torch.set_num_threads(1)
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            result = task(*arguments, shards)
+        except ResidscopeError:
+            raise
+        except Exception as error:
+            if left == 0:
+                raise ResidscopeError(
+                    f"{_named(shards)} failed {ATTEMPTS} times, last with {type(error).__name__}: {error}"
+                ) from error
+        else:
+            if worker is not None:
+                worker.log_event(_TOPIC, tokens)
+            return result
+    raise AssertionError("unreachable")
+
+
+def _named(shards: Sequence[int]) -> str:
+    return f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
+
+
+@contextmanager
+def open_pool(scheduler: str, n_workers: int | None, n_tasks: int) -> Iterator[Pool]:
+    """The pool that `--scheduler` names: threads, processes, or the address of a Dask scheduler."""
+    if scheduler == "threads":
+        yield Threads(n_workers or min(n_cores(), n_tasks))
+    else:
+        with _cluster(scheduler, n_workers or n_cores()) as pool:
+            yield pool
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads of this process."""
+
+    n_workers: int
+
+    def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, before // self.n_workers))
+        keep_going()
+        try:
+            with _BarCallback(tokens, bar):
+                return compute(root, scheduler="threads", num_workers=self.n_workers, optimize_graph=False)[0]
+        except BaseException:
+            stop_tasks()
+            raise
+        finally:
+            torch.set_num_threads(before)
+
+
+class _BarCallback(Callback):
+    def __init__(self, tokens: dict[str, int], bar: "tqdm[Any]") -> None:
+        self._tokens, self._bar = tokens, bar
+        super().__init__(posttask=self._advance)
+
+    def _advance(self, key: Any, result: Any, dsk: Any, state: Any, worker: Any) -> None:
+        self._bar.update(self._tokens.get(key, 0))
+
+
+_TOPIC = "residscope-analysis"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The workers of a Dask scheduler."""
+
+    client: Any
+    """distributed.Client"""
+
+    def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
+        from distributed import KilledWorker
+
+        self.client.subscribe_topic(_TOPIC, lambda event: bar.update(event[1]))
+        try:
+            return self.client.compute(root, optimize_graph=False).result()
+        except KilledWorker as error:
+            raise ResidscopeError(
+                f"a task died with its worker again and again ({error.task}): the workers may lack memory; "
+                "use fewer with --n-workers"
+            ) from None
+        finally:
+            self.client.unsubscribe_topic(_TOPIC)
+
+
+@contextmanager
+def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
+    """A client of the scheduler at an address, or of a LocalCluster of `n_workers` one-thread processes."""
+    from distributed import Client, LocalCluster
+
+    if scheduler == "processes":
+        with (
+            LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0") as local,
+            Client(local) as client,
+        ):
+            _say_dashboard(client)
+            yield Cluster(client)
+        return
+    try:
+        client = Client(scheduler, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise ResidscopeError(
+            f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s "
+            f"({_first_line(error)}): start one with `dask scheduler`, or leave --scheduler out"
+        ) from None
+    with client:
+        _say_dashboard(client)
+        yield Cluster(client)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _say_dashboard(client: Any) -> None:
+    tqdm.write(f"Dask dashboard: {client.dashboard_link}")
+
+
+def _worker() -> Any:
+    """The Dask worker that runs this task, or None in a thread of the user's own process."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return None
+    try:
+        return distributed.get_worker()
+    except ValueError:
+        return None

@@ -1,0 +1,110 @@
+"""Encode tiles of a store's tokens with the autoencoder: the one place where analysis meets the weights.
+
+Weights are loaded once per process from the checkpoint's path and shared by its threads; a task carries the path only.
+Codes come from `train.sae.MLSAE`: k largest pre-activations, then ReLU, so values are never negative. A store that was
+harvested through a tuned lens holds vectors that went through it already, as the autoencoder's training data did:
+nothing is left to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling
+(`analysis.jobs`).
+
+Shapes: T tokens, L layers, D d_model, k active latents a vector, M n_latents; the T * L vectors of a tile are rows of
+one matrix.
+"""
+
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from store.activations import ActivationStore
+from store.errors import IncompatibleError
+from train.sae import MLSAE, Checkpoint, Standardized, load_checkpoint
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+"""Type of weights and codes; with bfloat16 the encoder's product alone is made in that type."""
+
+
+class Codes(NamedTuple):
+    """Sparse codes of whole tokens."""
+
+    values: Tensor
+    """[T, L, k] >= 0."""
+
+    indices: Tensor
+    """int64 [T, L, k]."""
+
+    x_hat: Tensor
+    """[T, L, D] reconstruction in raw space."""
+
+
+class Encoder:
+    """An autoencoder ready to encode, in a type."""
+
+    def __init__(self, sae: MLSAE, dtype: str) -> None:
+        self.config = sae.config
+        self.dtype = DTYPES[dtype]
+        self.numpy_dtype = np.dtype(np.float64 if dtype == "float64" else np.float32)
+        self._product_dtype = torch.bfloat16 if dtype == "bfloat16" else None
+        self._sae = sae.to(self.dtype).eval()
+
+    def standardize(self, x: Tensor) -> Standardized:
+        """Raw vectors [N, D] of any float type to the dictionary's space."""
+        return self._sae.standardize(x.to(self.dtype))
+
+    def encode(self, standardized: Standardized, n_layers: int) -> Codes:
+        """Codes and reconstructions of the vectors of whole tokens, token by token, n_layers rows each."""
+        codes = self._sae.encode_standardized(standardized.x, product_dtype=self._product_dtype)
+        x_hat = self._sae.decode(codes, standardized.mean, standardized.std)
+        shape = (-1, n_layers, codes.values.shape[-1])
+        return Codes(codes.values.view(shape), codes.indices.view(shape), x_hat.view(-1, n_layers, x_hat.shape[-1]))
+
+
+def load_encoder(path: Path, dtype: str) -> Encoder:
+    """The encoder of a checkpoint; a second call in this process gives the same one, unless the file changed."""
+    stat = Path(path).stat()
+    with _loading:
+        return _load_encoder(str(path), dtype, stat.st_mtime_ns, stat.st_size)
+
+
+_loading = threading.Lock()
+
+
+@lru_cache(maxsize=2)
+def _load_encoder(path: str, dtype: str, mtime_ns: int, size: int) -> Encoder:
+    return Encoder(load_checkpoint(Path(path)).sae, dtype)
+
+
+def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Path) -> tuple[int, ...]:
+    """The stored layers (indices into the store's layers) that the autoencoder speaks of, or `IncompatibleError`.
+
+    Model, lens and d_model must be those that the autoencoder was trained on; text and tokens may be others. The store
+    may hold more layers than it was trained on: those are left out. What the checkpoint does not record is not checked.
+    """
+    meta, trained = store.meta, checkpoint.store
+    checks: list[tuple[str, Any, Any]] = [("d_model", checkpoint.config.d_model, meta.d_model)]
+    if trained.get("model") is not None:
+        checks.append(("model", trained["model"], meta.provenance.get("model")))
+    if "lens" in trained:
+        checks.append(("lens", trained["lens"], meta.lens))
+    for name, expected, found in checks:
+        if expected != found:
+            raise IncompatibleError(
+                f"{sae_path} does not fit {store.path}: {name} should be {_shown(expected)}, "
+                f"as the autoencoder was trained on, found {_shown(found)}: "
+                "harvest a store of the same model and lens, or train on this one"
+            )
+    layers = tuple(trained.get("layers") or meta.layers)
+    missing = sorted(set(layers) - set(meta.layers))
+    if missing:
+        raise IncompatibleError(
+            f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, "
+            f"the store lacks {missing}: harvest them too"
+        )
+    return tuple(meta.layers.index(layer) for layer in layers)
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,224 @@
+"""What one task does: read some shards of a store, encode their tokens, and return a small sum.
+
+A task is a pure function of paths and integers, so any process that sees the paths can run it, again if need be. Memory
+is bounded by a tile of tokens and by sums that do not grow with the number of tokens. Sums of consecutive tasks add up
+to those of all tokens, in any grouping to rounding. Not here: in which process a task runs (`analysis.jobs`) and what
+the sums mean (`analysis.moments`, `analysis.quality`, `analysis.pca`).
+
+Shapes: T tokens of a tile, L analysed layers, D d_model.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis import pca
+from analysis.latents import load_encoder
+from analysis.moments import LayerMoments
+from analysis.quality import LayerQuality, sum_in_order
+from analysis.selection import Selection, Split, held_out_documents, select
+from store.activations import ActivationStore
+from store.errors import IncompatibleError, Interrupted, ResidscopeError
+
+ANALYSED, VALIDATION = 0, 1
+"""Subsets of `Sums.quality`."""
+
+TILE_BYTES = 32 * 2**20
+"""Vectors read at once, as float32; at least one chunk of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What all tasks of an analysis share: a few words and numbers, from which a worker makes all else once."""
+
+    store: str
+    """Path of the store."""
+
+    content_hash: str
+    """What the store at that path must hold."""
+
+    sae: str
+    """Path of the checkpoint."""
+
+    layers: tuple[int, ...]
+    """Stored layers to analyse, as indices into the store's."""
+
+    dtype: str
+    """float32, float64 or bfloat16 (of the encoder's product alone)."""
+
+    split: Split
+    """Which documents."""
+
+    max_tokens: int | None
+    """At most so many tokens of the split."""
+
+    validation: tuple[float, int, int] | None
+    """Fraction, seed and number of documents of the checkpoint's validation split."""
+
+    same_store: bool
+    """Whether this is the store that the autoencoder was trained on."""
+
+    baseline: bool
+    """Whether to sum what the PCA baseline needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What tasks return and a tree merges."""
+
+    moments: LayerMoments
+    quality: LayerQuality
+    gram: pca.GramSums | None
+
+    @staticmethod
+    def merged(parts: "Sequence[Sums]") -> "Sums":
+        """The sum of `parts`, added in their order."""
+        grams = [part.gram for part in parts if part.gram is not None]
+        return Sums(
+            moments=LayerMoments.merged([part.moments for part in parts]),
+            quality=LayerQuality.merged([part.quality for part in parts]),
+            gram=pca.GramSums.merged(grams) if grams else None,
+        )
+
+
+class Data(NamedTuple):
+    """What a process keeps of a store between its tasks."""
+
+    store: ActivationStore
+    selection: Selection
+    shift: NDArray[np.float64]
+    """[L, D] mean of each analysed layer over the store's kept tokens."""
+
+
+def open_data(work: Work, n_latents: int) -> Data:
+    """The open store and the selection; a second call in this process gives the same ones."""
+    with _opening:
+        return _open_data(work, n_latents)
+
+
+_opening = threading.Lock()
+
+
+@lru_cache(maxsize=2)
+def _open_data(work: Work, n_latents: int) -> Data:
+    store = ActivationStore.open(work.store)
+    if store.content_hash != work.content_hash:
+        raise IncompatibleError(
+            f"{work.store} holds other data here than where the analysis was started: "
+            f"content hash {store.content_hash}, expected {work.content_hash}; every worker must see the same store"
+        )
+    split: dict[str, Any] | None = None
+    if work.validation:
+        split = dict(zip(("fraction", "seed", "n_documents"), work.validation, strict=True))
+    held_out = held_out_documents(store.tokens, split, same_store=work.same_store)
+    selection = select(store.tokens, held_out, work.split, max_tokens=work.max_tokens, n_latents=n_latents)
+    return Data(store, selection, store.statistics().mean[list(work.layers)])
+
+
+def measure(work: Work, shards: Sequence[int]) -> Sums:
+    """The sums over these shards' tokens."""
+    encoder = load_encoder(Path(work.sae), work.dtype)
+    store, selection, mean = open_data(work, encoder.config.n_latents)
+    n_layers, d_model = mean.shape
+    shift = mean.astype(encoder.numpy_dtype)
+    groups = np.unique(np.concatenate([selection.group[slice(*store.meta.shard_bounds(s))] for s in shards]))
+    sums = Sums(
+        moments=LayerMoments.zeros(
+            [store.meta.layers[i] for i in work.layers], encoder.config.n_latents, groups[groups >= 0].tolist()
+        ),
+        quality=LayerQuality.zeros(2, n_layers, d_model),
+        gram=pca.GramSums.zeros(d_model) if work.baseline else None,
+    )
+    needed = selection.needed if work.baseline else selection.analysed | selection.validation
+    for token, x in tiles(store, work.layers, shards, needed):
+        vectors = encoder.standardize(torch.from_numpy(x).view(-1, d_model))
+        if sums.gram is not None:
+            _add_gram(sums.gram, vectors.x.view(-1, n_layers, d_model), selection.fit[token])
+        member = np.stack([selection.analysed[token], selection.validation[token]])  # [2, T]
+        rows = member.any(axis=0)
+        if not rows.any():
+            continue
+        if not rows.all():
+            chosen = torch.from_numpy(np.repeat(rows, n_layers))
+            vectors = type(vectors)(*(part[chosen] for part in vectors))
+            x, member, token = x[rows], member[:, rows], token[rows]
+        codes = encoder.encode(vectors, n_layers)
+        values, indices = codes.values.numpy(), codes.indices.numpy()
+        sums.quality.add(x.astype(shift.dtype, copy=False), codes.x_hat.numpy(), values, shift, member)
+        analysed = member[ANALYSED]
+        try:
+            sums.moments.add(values[analysed], indices[analysed], selection.group[token[analysed]])
+        except ValueError as error:
+            raise ResidscopeError(f"{work.sae} on {work.store}, tokens {token[0]} to {token[-1]}: {error}") from None
+    return sums
+
+
+def pca_error(work: Work, components: pca.Components, shards: Sequence[int]) -> NDArray[np.float64]:
+    """[L] summed squared error, in raw space, of the baseline's reconstructions of the validation tokens in these
+    shards."""
+    encoder = load_encoder(Path(work.sae), work.dtype)
+    store, selection, means = open_data(work, encoder.config.n_latents)
+    n_layers, d_model = means.shape
+    mean = torch.from_numpy(components.mean).to(encoder.dtype)
+    directions = torch.from_numpy(components.directions).to(encoder.dtype)  # [k, D]
+    errors = np.zeros(n_layers)
+    for _, x in tiles(store, work.layers, shards, selection.validation):
+        standardized, own_mean, scale = encoder.standardize(torch.from_numpy(x).view(-1, d_model))
+        x_hat = ((standardized - mean) @ directions.T @ directions + mean) * scale + own_mean
+        error = (torch.from_numpy(x).view(-1, d_model) - x_hat).double().square().sum(dim=-1)
+        errors += error.view(-1, n_layers).sum(dim=0).numpy()
+    return errors
+
+
+def add_errors(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The sum of `pca_error`'s results, in order."""
+    return sum_in_order(parts)
+
+
+_stopping = threading.Event()
+
+
+def stop_tasks() -> None:
+    """Make the tasks that run in threads of this process end at their next tile, so that an interrupted run does not
+    linger."""
+    _stopping.set()
+
+
+def keep_going() -> None:
+    """Undo `stop_tasks`."""
+    _stopping.clear()
+
+
+def tiles(
+    store: ActivationStore, layers: tuple[int, ...], shards: Sequence[int], needed: NDArray[np.bool_]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """The needed tokens of some shards, a tile at a time: their positions in the store [T] and their vectors float32
+    [T, L, D]."""
+    size = store.meta.chunk_tokens
+    size *= max(1, TILE_BYTES // (size * len(layers) * store.meta.d_model * 4))
+    for shard in shards:
+        first, last = store.meta.shard_bounds(shard)
+        for start in range(first, last, size):
+            if _stopping.is_set():
+                raise Interrupted("the analysis was stopped")
+            stop = min(start + size, last)
+            token = start + np.flatnonzero(needed[start:stop])
+            if len(token):
+                x = store.read(slice(start, stop), layers)
+                yield token, x if len(token) == stop - start else x[token - start]
+
+
+def _add_gram(gram: pca.GramSums, vectors: torch.Tensor, chosen: NDArray[np.bool_]) -> None:
+    """Add the tokens `chosen` [T] of standardised vectors [T, L, D]; the product in their type, the sum in float64."""
+    if not chosen.any():
+        return
+    part = vectors if chosen.all() else vectors[torch.from_numpy(chosen)]
+    rows = part.reshape(-1, part.shape[-1])
+    gram.add(len(rows), rows.sum(dim=0, dtype=torch.float64).numpy(), (rows.T @ rows).double().numpy())

@@ -1,0 +1,141 @@
+"""How well the autoencoder reconstructs each layer, and what the layers' vectors look like: sums that add over tokens,
+and the numbers that they give.
+
+    FVU_l    = sum |x - x_hat|^2 / sum |x - mean_l|^2      raw space, mean_l per dimension, over the same vectors; lower
+    is better MSE_l    = sum |x - x_hat|^2 / (n d_model)             raw space, so it grows with the square of a layer's
+    norm; lower is better L0_l     = mean number of latents with a value > 0 norm_l   = mean L2 norm of x cosine_l =
+    mean cosine between x_l - m_l and x_{l+1} - m_{l+1} of the same token, m the means of the store's kept tokens
+
+Deviations are taken from m, given in advance, and summed in float64: sum |x - mean_l|^2 = sum |x - m|^2 - |sum (x -
+m)|^2 / n, in which nothing cancels, because m is (nearly) the mean. So one reading is enough, with massive activations
+too. Several subsets of the tokens (analysed, validation) are summed at once.
+
+Shapes: T tokens, L layers, D d_model, k active latents a vector, S subsets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerQuality:
+    """Additive sums of reconstruction errors and vector statistics, per subset of tokens."""
+
+    n_tokens: NDArray[np.int64]
+    """[S]"""
+
+    squared_error: NDArray[np.float64]
+    """[S, L] sum |x - x_hat|^2."""
+
+    squared_deviation: NDArray[np.float64]
+    """[S, L] sum |x - m|^2."""
+
+    deviation: NDArray[np.float64]
+    """[S, L, D] sum of x - m."""
+
+    norm: NDArray[np.float64]
+    """[S, L] sum |x|."""
+
+    active: NDArray[np.int64]
+    """[S, L] latents with a value > 0."""
+
+    cosine: NDArray[np.float64]
+    """[S, L] sum of cosines to the next layer."""
+
+    n_cosines: NDArray[np.int64]
+    """[S, L] tokens whose cosine is defined (neither vector is the mean itself)."""
+
+    @classmethod
+    def zeros(cls, n_subsets: int, n_layers: int, d_model: int) -> "LayerQuality":
+        """No tokens yet."""
+        per_layer = (n_subsets, n_layers)
+        return cls(
+            n_tokens=np.zeros(n_subsets, np.int64),
+            squared_error=np.zeros(per_layer),
+            squared_deviation=np.zeros(per_layer),
+            deviation=np.zeros((*per_layer, d_model)),
+            norm=np.zeros(per_layer),
+            active=np.zeros(per_layer, np.int64),
+            cosine=np.zeros(per_layer),
+            n_cosines=np.zeros(per_layer, np.int64),
+        )
+
+    def add(
+        self,
+        x: NDArray[np.floating],
+        x_hat: NDArray[np.floating],
+        values: NDArray[np.floating],
+        shift: NDArray[np.floating],
+        member: NDArray[np.bool_],
+    ) -> None:
+        """Add tokens in place: x, x_hat [T, L, D], values [T, L, k] of their codes, shift [L, D] = m in x's float type,
+        member [S, T]."""
+        from analysis import compiled
+
+        error, deviation, norm, cosine = (np.empty(x.shape[:2]) for _ in range(4))  # each [T, L]
+        x, x_hat = np.ascontiguousarray(x), np.ascontiguousarray(x_hat)
+        compiled.measure_vectors(x, x_hat, shift, member, error, deviation, norm, cosine, self.deviation)
+        defined = ~np.isnan(cosine)
+        active = (values > 0).sum(axis=-1)  # [T, L]
+        for subset, rows in enumerate(member):
+            self.n_tokens[subset] += rows.sum()
+            self.squared_error[subset] += error[rows].sum(axis=0)
+            self.squared_deviation[subset] += deviation[rows].sum(axis=0)
+            self.norm[subset] += norm[rows].sum(axis=0)
+            self.active[subset] += active[rows].sum(axis=0)
+            self.cosine[subset] += np.where(defined, cosine, 0.0)[rows].sum(axis=0)
+            self.n_cosines[subset] += defined[rows].sum(axis=0)
+
+    @staticmethod
+    def merged(parts: Sequence["LayerQuality"]) -> "LayerQuality":
+        """The sum of `parts`, added in their order."""
+        return LayerQuality(
+            **{f.name: sum_in_order([getattr(part, f.name) for part in parts]) for f in fields(LayerQuality)}
+        )
+
+    def result(self, subset: int) -> "QualityResult":
+        """The numbers of one subset."""
+        n, d_model = int(self.n_tokens[subset]), self.deviation.shape[-1]
+        spread = self.spread(subset)
+        return QualityResult(
+            n_tokens=n,
+            fvu=ratio(self.squared_error[subset], spread),
+            mse=ratio(self.squared_error[subset], n * d_model),
+            l0=ratio(self.active[subset], n),
+            mean_norm=ratio(self.norm[subset], n),
+            cosine_to_next=ratio(self.cosine[subset], self.n_cosines[subset]),
+        )
+
+    def spread(self, subset: int) -> NDArray[np.float64]:
+        """[L] sum |x - mean_l|^2 with mean_l the mean of the same vectors: the denominator of FVU."""
+        n = max(int(self.n_tokens[subset]), 1)
+        return np.maximum(self.squared_deviation[subset] - (self.deviation[subset] ** 2).sum(axis=-1) / n, 0.0)
+
+
+class QualityResult(NamedTuple):
+    """Per-layer numbers of a set of tokens, each [L]; NaN where a number is not defined (no vector, or no spread)."""
+
+    n_tokens: int
+    fvu: NDArray[np.float64]
+    mse: NDArray[np.float64]
+    l0: NDArray[np.float64]
+    mean_norm: NDArray[np.float64]
+    cosine_to_next: NDArray[np.float64]
+
+
+def ratio(numerator: NDArray, denominator: NDArray | float) -> NDArray[np.float64]:
+    """numerator / denominator, NaN where the denominator is 0."""
+    denominator = np.broadcast_to(np.asarray(denominator, np.float64), numerator.shape)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
+
+
+def sum_in_order(arrays: Sequence[NDArray]) -> NDArray:
+    """The sum of arrays, first to last, in a new array."""
+    total = arrays[0].copy()
+    for array in arrays[1:]:
+        total += array
+    return total

@@ -1,0 +1,229 @@
+"use strict";
+// The table of latents: unpack the numbers, filter, sort, show a page of rows, open a row. No library, no request.
+
+const DASH = "\u2013";
+const PAGE = 50;
+
+/** The arrays of one data block: base64 of a zlib stream of little-endian arrays, described by data-index. */
+async function unpack(block) {
+  const packed = atob(block.textContent.trim());
+  const bytes = new Uint8Array(packed.length);
+  for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const buffer = await new Response(stream).arrayBuffer();
+  const types = { u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array, f2: Uint16Array };
+  const arrays = {};
+  for (const [name, type, start, end] of JSON.parse(block.dataset.index)) {
+    const values = new types[type](buffer.slice(start, end));
+    arrays[name] = type === "f2" ? fromHalf(values) : values;
+  }
+  return arrays;
+}
+
+/** 16-bit floats from 0 to 1 as 32-bit floats. */
+function fromHalf(bits) {
+  const table = new Float32Array(0x3c01);
+  for (let b = 0; b < table.length; b++) {
+    table[b] = b < 1024 ? b * 2 ** -24 : (1 + (b & 1023) / 1024) * 2 ** ((b >> 10) - 15);
+  }
+  return Float32Array.from(bits, (b) => table[b]);
+}
+
+function integer(x) {
+  return Math.round(x).toLocaleString("en");
+}
+
+/** Three significant digits; an en dash where the number is not defined. */
+function show(x) {
+  if (!Number.isFinite(x)) return DASH;
+  if (x === 0) return "0";
+  const exponent = Math.floor(Math.log10(Math.abs(x)));
+  if (exponent < -4 || exponent > 6) return x.toExponential(2).replace("e", "\u00d710^").replaceAll("-", "\u2212");
+  const digits = Math.max(0, 2 - exponent);
+  return x.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+}
+
+function percent(p) {
+  if (p === 0) return "0 %";
+  return p < 1e-4 ? "< 0.01 %" : `${(100 * p).toPrecision(p < 0.1 ? 2 : 3)} %`;
+}
+
+const COLUMNS = [
+  { key: "latent", name: "Latent", format: String },
+  { key: null, name: "P(layer | latent)", hint: "first layer at the left; each row scaled to its own highest layer" },
+  { key: "count", name: "Firings", hint: "(token, layer) pairs at which it fired", format: integer },
+  { key: "n_tokens", name: "Tokens", hint: "tokens at which it fired at one layer at least", format: integer, wide: true },
+  { key: "mean", name: "Mean activation", hint: "units of the standardised residual stream", format: show, wide: true },
+  { key: "layer_mean", name: "Mean layer", hint: "mean of P(layer | latent)", format: show },
+  { key: "layer_std", name: "Spread", hint: "standard deviation of P(layer | latent), in layers", format: show },
+  { key: "ratio", name: "Aggregate / token", hint: "variance over all tokens / variance within a token", format: show, wide: true },
+  { key: "entropy", name: "Entropy, bits", hint: "of P(layer | latent)", format: show, wide: true },
+  { key: "n_layers_active", name: "Layers active", hint: "layers at which it fired at least once", format: integer, wide: true },
+];
+
+/** Bars over layers as SVG shapes, 1000 x 1000; with `tips`, each layer says its value when pointed at. */
+function bars(values, tips) {
+  const width = 1000 / values.length;
+  const top = Math.max(...values) || 1;
+  let path = "", hover = "";
+  values.forEach((value, i) => {
+    const height = (1000 * value) / top;
+    if (height) path += `M${(i * width).toFixed(1)} 1000v${-height.toFixed(1)}h${(width * 0.86).toFixed(1)}V1000z`;
+    if (tips) hover += `<rect class="hover" x="${i * width}" y="0" width="${width}" height="1000"><title>${tips[i]}</title></rect>`;
+  });
+  return `<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"><path class="share" d="${path}"/>${hover}</svg>`;
+}
+
+/** One small chart of a latent: bars over the layers, the highest value and a few layers named. */
+function layerPanel(title, values, format, layers) {
+  const tips = values.map((value, i) => `layer ${layers[i]}: ${format(value)}`);
+  const last = layers.length - 1;
+  const named = [...new Set([0, Math.round(last / 3), Math.round((2 * last) / 3), last])];
+  const ticks = named.map((i) => `<span class="xt" style="left:${(100 * (i + 0.43)) / layers.length}%;bottom:0">${layers[i]}</span>`);
+  return `<div><h4>${title}</h4><div class="plot">${bars(values, tips)}${ticks.join("")}
+    <span class="yt" style="left:0;bottom:100%">${format(Math.max(...values))}</span><span class="yt" style="left:0;bottom:0">0</span>
+    <span class="xl" style="left:50%;bottom:0">layer (after block)</span></div></div>`;
+}
+
+/** What an opened row shows, in order: functions of (row, data, layers) that return HTML. New views are added here. */
+const LATENT_PANELS = [
+  (row, data, layers) => layerPanel("P(layer | latent), share of activation mass", profile(data.probs, row, layers), percent, layers),
+  (row, data, layers) => layerPanel("Firings (tokens at the layer)", profile(data.counts, row, layers), integer, layers),
+  (row, data, layers) => {
+    const counts = profile(data.counts, row, layers);
+    const total = data.mean[row] * data.count[row];
+    const means = profile(data.probs, row, layers).map((p, i) => (counts[i] ? (p * total) / counts[i] : 0));
+    return layerPanel("Mean activation where it fired", means, show, layers);
+  },
+  (row, data) => {
+    const facts = COLUMNS.slice(2).map((c) => [c.name, c.format(data[c.key][row]), c.hint]);
+    facts.push(["Within a token", `${show(data.within_token[row])} layers\u00b2`, "part of the variance of its layer"]);
+    facts.push(["Between tokens", `${show(data.between_tokens[row])} layers\u00b2`, "part of the variance of its layer"]);
+    if (data.within_token[row] === 0) facts.push(["Aggregate / token: not defined", "one layer a token"]);
+    const items = facts.map(([name, value, hint]) => `<div title="${hint ?? ""}"><dt>${name}</dt><dd>${value}</dd></div>`);
+    return `<dl>${items.join("")}</dl><a href="#latent-${data.latent[row]}">Link to latent ${data.latent[row]}</a>`;
+  },
+];
+
+function profile(matrix, row, layers) {
+  return Array.from(matrix.subarray(row * layers.length, (row + 1) * layers.length));
+}
+
+/** The test of a search such as "17, 40-60"; null where nothing is asked for. */
+function numberTest(text) {
+  const ranges = [...text.matchAll(/(\d+)(?:\s*[-\u2013]\s*(\d+))?/g)].map((m) => [Number(m[1]), Number(m[2] ?? m[1])]);
+  return ranges.length ? (n) => ranges.some(([low, high]) => low <= n && n <= high) : null;
+}
+
+async function latentTable(block) {
+  const find = (id) => document.getElementById(id);
+  const [table, status, pages, filters, search] = ["table", "status", "pages", "filters", "search"].map((id) => find(`latent-${id}`));
+  if (typeof DecompressionStream === "undefined") {
+    status.textContent = "This browser cannot unpack the table (it has no DecompressionStream); the numbers are in latents.parquet.";
+    return;
+  }
+  const data = await unpack(block);
+  const layers = JSON.parse(block.dataset.layers);
+  const n = data.latent.length;
+  data.ratio = Float32Array.from(data.within_token, (within, i) => (within + data.between_tokens[i]) / within);
+  const state = { key: "count", down: true, page: 0, rows: [], open: new Set() };
+  const [head, body] = [table.tHead, table.tBodies[0]];
+  const limits = [...filters.querySelectorAll("[data-column]")];
+
+  function select() {
+    const asked = numberTest(search.value);
+    const bounds = limits.filter((input) => input.value !== "").map((input) => [data[input.dataset.column], input.dataset.end === "low" ? 1 : -1, Number(input.value)]);
+    const rows = [];
+    for (let i = 0; i < n; i++) {
+      if ((!asked || asked(data.latent[i])) && bounds.every(([values, sign, bound]) => sign * (values[i] - bound) >= 0)) rows.push(i);
+    }
+    const values = data[state.key], sign = state.down ? -1 : 1;
+    const place = (i) => (Number.isFinite(values[i]) ? sign * values[i] : Infinity); // what is not defined comes last
+    state.rows = rows.sort((a, b) => { const [x, y] = [place(a), place(b)]; return x < y ? -1 : x > y ? 1 : a - b; });
+    state.page = 0;
+    draw();
+  }
+
+  function rowHtml(i) {
+    const open = state.open.has(i);
+    const cells = COLUMNS.map((c) => {
+      if (!c.key) return `<td class="profile">${bars(profile(data.probs, i, layers))}</td>`;
+      const value = c.format(data[c.key][i]);
+      return c.key === "latent" ? `<td><button class="open" aria-expanded="${open}">${value}</button></td>` : `<td${c.wide ? ' class="wide"' : ""}>${value}</td>`;
+    });
+    const detail = open ? `<tr class="detail"><td colspan="${COLUMNS.length}"><div class="panels">${LATENT_PANELS.map((panel) => panel(i, data, layers)).join("")}</div></td></tr>` : "";
+    return `<tr data-row="${i}">${cells.join("")}</tr>${detail}`;
+  }
+
+  function draw() {
+    const from = state.page * PAGE, shown = state.rows.slice(from, from + PAGE);
+    head.innerHTML = `<tr>${COLUMNS.map((c) => {
+      const sort = c.key === state.key ? ` aria-sort="${state.down ? "descending" : "ascending"}"` : "";
+      const arrow = sort ? (state.down ? " \u2193" : " \u2191") : "";
+      const name = c.key ? `<button type="button" data-key="${c.key}">${c.name}${arrow}</button>` : c.name;
+      return `<th${c.wide ? ' class="wide"' : ""}${sort} title="${c.hint ?? ""}">${name}</th>`;
+    }).join("")}</tr>`;
+    body.innerHTML = shown.map(rowHtml).join("");
+    status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
+    if (n && !state.rows.length) status.textContent = "No live latent meets these conditions: it is dead in these tokens, or filtered out.";
+    const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
+    pages.querySelector("span").textContent = shown.length ? `${integer(from + 1)} to ${integer(from + shown.length)} of ${integer(state.rows.length)}` : "";
+    for (const button of pages.querySelectorAll("button")) {
+      const page = state.page + Number(button.dataset.step);
+      button.disabled = page < 0 || page > last;
+    }
+  }
+
+  function follow() {
+    const asked = /^#latent-(\d+)$/.exec(location.hash);
+    if (!asked) return;
+    reset();
+    search.value = asked[1];
+    const row = data.latent.indexOf(Number(asked[1]));
+    if (row >= 0) state.open.add(row);
+    select();
+    find("latents").scrollIntoView();
+  }
+
+  function reset() {
+    for (const input of [search, ...limits]) input.value = "";
+  }
+
+  head.addEventListener("click", (event) => {
+    const key = event.target.closest("button")?.dataset.key;
+    if (!key) return;
+    state.down = key === state.key ? !state.down : key !== "latent";
+    state.key = key;
+    select();
+    head.querySelector(`[data-key="${key}"]`).focus();
+  });
+  body.addEventListener("click", (event) => {
+    const row = event.target.closest("tr[data-row]");
+    if (!row) return;
+    const i = Number(row.dataset.row);
+    if (!state.open.delete(i)) state.open.add(i);
+    draw();
+    body.querySelector(`[data-row="${i}"] .open`).focus({ preventScroll: true });
+  });
+  filters.addEventListener("input", select);
+  find("latent-reset").addEventListener("click", () => { reset(); select(); });
+  pages.addEventListener("click", (event) => {
+    const step = Number(event.target.dataset?.step ?? 0);
+    if (!step) return;
+    state.page += step;
+    draw();
+    table.scrollIntoView();
+  });
+  addEventListener("hashchange", follow);
+  select();
+  follow();
+  for (const part of [table, pages, filters]) part.hidden = false;
+}
+
+const latentBlock = document.getElementById("latent-data");
+if (latentBlock) {
+  latentTable(latentBlock).catch((error) => {
+    document.getElementById("latent-status").textContent = `The table could not be made: ${error.message}`;
+    console.error(error);
+  });
+}

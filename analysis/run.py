@@ -1,0 +1,175 @@
+"""One analysis, from options to files: check, sum over shards, fit and evaluate the baseline, write.
+
+Results are made in a folder of their own inside the output folder and moved into place when all are there, summary.json
+last: a folder without summary.json holds no whole analysis. Not here: what the numbers mean (`analysis.moments`,
+`analysis.quality`), how they are said (`analysis.words`), how they are drawn (`analysis.report`).
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis import jobs, pca, tables
+from analysis.config import AnalyzeConfig
+from analysis.latents import layers_of_store
+from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, pca_error
+from analysis.moments import latent_table
+from analysis.quality import ratio
+from analysis.selection import held_out_documents, select
+from analysis.summary import Baseline, Findings, build
+from analysis.uncertainty import bootstrap
+from analysis.words import words
+from store.activations import ActivationStore
+from store.errors import UsageError
+from train.sae import load_checkpoint
+
+SUMMARY, LATENTS, LAYERS = "summary.json", "latents.parquet", "layers.parquet"
+
+_DRAWN = (
+    "report.html",
+    *(f"{name}.{kind}" for name in ("layer_profile", "variance", "reconstruction") for kind in ("png", "svg")),
+)
+"""What `analysis.report` may write beside them."""
+
+
+def analyze(config: AnalyzeConfig) -> dict[str, Any]:
+    """Run an analysis, write its files to `config.out_dir`, print its words, and return summary.json's content.
+
+    Raises `ResidscopeError` or a subclass for what a user can act on: no such or broken store or checkpoint, one that
+    does not fit the other, nothing to analyse, a scheduler that does not answer, a folder that cannot be written.
+    """
+    started = time.monotonic()
+    store = ActivationStore.open(config.store)
+    checkpoint = load_checkpoint(config.sae)
+    layers = layers_of_store(checkpoint, store, config.sae)
+    same_store = checkpoint.store.get("content_hash") == store.content_hash
+    split = checkpoint.store.get("validation")
+    held_out = held_out_documents(store.tokens, split, same_store=same_store)
+    selection = select(
+        store.tokens, held_out, config.split, max_tokens=config.max_tokens, n_latents=checkpoint.config.n_latents
+    )
+    partial_dir = _make_partial_dir(config.out_dir)
+
+    work = Work(
+        store=str(config.store.resolve()),
+        content_hash=store.content_hash,
+        sae=str(config.sae.resolve()),
+        layers=layers,
+        dtype=config.dtype,
+        split=config.split,
+        max_tokens=config.max_tokens,
+        validation=(split["fraction"], split["seed"], len(held_out)) if split else None,
+        same_store=same_store,
+        baseline=config.pca and bool(selection.fit.any()),
+    )
+    needed = selection.needed if work.baseline else selection.analysed | selection.validation
+    shards = _shards_with(store, needed)
+    with jobs.open_pool(config.scheduler, config.n_workers, len(shards)) as pool:
+        sums = jobs.run(_shard_sum("encode", measure, (work,), Sums.merged, store, needed), pool)
+        baseline = None
+        if sums.gram is not None:
+            components = pca.fit(sums.gram, checkpoint.config.k)
+            total = _shard_sum("pca", pca_error, (work, components), add_errors, store, selection.validation)
+            spread = sums.quality.spread(VALIDATION)
+            baseline = Baseline(
+                k=len(components.directions),
+                n_train_vectors=int(sums.gram.n),
+                n_validation_vectors=int(sums.quality.n_tokens[VALIDATION]) * len(layers),
+                fvu=ratio(jobs.run(total, pool), spread),
+            )
+
+    found = Findings(
+        config=config,
+        store=store,
+        checkpoint=checkpoint,
+        selection=selection,
+        held_out=held_out,
+        same_store=same_store,
+        moments=sums.moments,
+        analysed=sums.quality.result(ANALYSED),
+        validation=sums.quality.result(VALIDATION) if selection.validation.any() else None,
+        baseline=baseline,
+        intervals=bootstrap(sums.moments, config.bootstrap, config.seed),
+        seconds=time.monotonic() - started,
+    )
+    summary = build(found)
+    tables.write_latents(partial_dir / LATENTS, sums.moments, latent_table(sums.moments))
+    tables.write_layers(partial_dir / LAYERS, summary["layers"])
+    (partial_dir / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False), encoding="utf-8")
+    say = partial(print, file=sys.stderr) if config.json else print
+    missing = _write_report(partial_dir) if config.report else None
+    _move_into_place(partial_dir, config.out_dir)
+    say(words(summary))
+    if missing:
+        say(missing)
+    written = sorted(path.name for path in config.out_dir.iterdir() if path.name in _OURS)
+    say(f"Written to {config.out_dir}: {', '.join(written)}.")
+    if config.json:
+        print(json.dumps(summary, allow_nan=False))
+    return summary
+
+
+_OURS = (*_DRAWN, LATENTS, LAYERS, SUMMARY)
+
+
+def _shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Shards that hold a needed token."""
+    bounds = (store.meta.shard_bounds(shard) for shard in range(store.meta.n_shards))
+    return tuple(shard for shard, (start, stop) in enumerate(bounds) if needed[start:stop].any())
+
+
+def _shard_sum(
+    name: str, task: Any, arguments: Any, merge: Any, store: ActivationStore, needed: NDArray[np.bool_]
+) -> Any:
+    shards = _shards_with(store, needed)
+    tokens = tuple(int(needed[slice(*store.meta.shard_bounds(shard))].sum()) for shard in shards)
+    return jobs.ShardSum(name=name, task=task, arguments=arguments, merge=merge, shards=shards, tokens=tokens)
+
+
+def _make_partial_dir(out: Path) -> Path:
+    """An empty folder inside `out` to make results in; made before the work, so that a folder that cannot be written
+    stops the run at once."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
+    folder = out / ".partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"--out {out}: a part of this path is a file, not a folder: choose another") from None
+    for path in folder.iterdir():
+        path.unlink()
+    return folder
+
+
+def _write_report(folder: Path) -> str | None:
+    """Figures and report.html; the reason if there are none."""
+    try:
+        from analysis.report import write_report
+
+        write_report(folder)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        return "No figures, no report.html: they need matplotlib; get the plots extra: pip install 'residscope[plots]'."
+    return None
+
+
+def _move_into_place(partial_dir: Path, out: Path) -> None:
+    """Replace what an earlier analysis left by what this one made, summary.json first away and last back."""
+    (out / SUMMARY).unlink(missing_ok=True)
+    for name in reversed(_OURS):
+        if name != SUMMARY and not (partial_dir / name).exists():
+            (out / name).unlink(missing_ok=True)
+    for path in sorted(partial_dir.iterdir(), key=lambda path: path.name == SUMMARY):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.replace(out / path.name)
+    shutil.rmtree(partial_dir)

@@ -1,0 +1,143 @@
+"""Which tokens of a store an analysis speaks of, and the document groups that intervals are drawn over.
+
+Pure functions of the store's token table, the checkpoint's validation split and the options, so that every worker makes
+the same arrays by itself and no task carries them. Not here: reading activations.
+
+Shapes: T tokens of the store.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.arrays import TokenTable
+from store.errors import IncompatibleError, ResidscopeError
+from store.plan import validation_documents
+
+Split = Literal["all", "train", "validation"]
+
+MAX_GROUPS = 100
+"""Document groups that sums are kept for: enough for 95 % intervals, few enough that the sums stay small."""
+
+GROUP_BYTES = 512 * 2**20
+"""Memory that the sums of all document groups may take; many latents get fewer groups, at least `MIN_GROUPS`."""
+
+MIN_GROUPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Masks over the tokens of a store; tokens that the store's `keep` leaves out are in none."""
+
+    analysed: NDArray[np.bool_]
+    """[T] tokens that the distribution over layers and the reconstruction are about."""
+
+    validation: NDArray[np.bool_]
+    """[T] tokens of held-out documents that validation FVU and the PCA baseline are evaluated on; none if nothing is
+    held out."""
+
+    fit: NDArray[np.bool_]
+    """[T] tokens that the PCA baseline is fitted on: those of documents that are not held out; none if nothing is held
+    out."""
+
+    group: NDArray[np.int64]
+    """[T] document group of an analysed token, 0 .. n_groups - 1, not descending; -1 elsewhere."""
+
+    n_documents: int
+    """Documents with an analysed token."""
+
+    n_groups: int
+    """Document groups: runs of whole documents with about as many analysed tokens each."""
+
+    @property
+    def n_analysed(self) -> int:
+        return int(self.analysed.sum())
+
+    @property
+    def needed(self) -> NDArray[np.bool_]:
+        """[T] tokens that must be read."""
+        return self.analysed | self.validation | self.fit
+
+
+def select(
+    tokens: TokenTable,
+    held_out: NDArray[np.bool_],
+    split: Split,
+    *,
+    max_tokens: int | None = None,
+    n_latents: int,
+    need_validation: bool = True,
+) -> Selection:
+    """Masks for `split`; each mask keeps its first `max_tokens` tokens in store order.
+
+    held_out: bool [n_documents] from `held_out_documents`. need_validation False leaves `validation` and `fit` empty.
+    Raises `ResidscopeError` if the split is empty.
+    """
+    is_held_out = held_out[tokens.document]
+    of_split = {"all": tokens.keep, "train": tokens.keep & ~is_held_out, "validation": tokens.keep & is_held_out}
+    analysed = _first(of_split[split], max_tokens)
+    if not analysed.any():
+        raise ResidscopeError(f"no token to analyse: the {split} split of this store is empty. {_WAY_OUT[split]}")
+    some_held_out = need_validation and bool(of_split["validation"].any())
+    none = np.zeros_like(analysed)
+    group, n_documents, n_groups = _document_groups(tokens.document, analysed, n_latents)
+    return Selection(
+        analysed=analysed,
+        validation=_first(of_split["validation"], max_tokens) if some_held_out else none,
+        fit=_first(of_split["train"], max_tokens) if some_held_out else none,
+        group=group,
+        n_documents=n_documents,
+        n_groups=n_groups,
+    )
+
+
+_WAY_OUT = {
+    "all": "The store keeps none of its tokens: harvest more text",
+    "train": "Every document is held out: use --split validation or all",
+    "validation": "No document is held out: use --split all, or train with --validation-fraction above 0",
+}
+
+
+def held_out_documents(
+    tokens: TokenTable, validation: Mapping[str, Any] | None, *, same_store: bool
+) -> NDArray[np.bool_]:
+    """bool [n_documents] by the checkpoint's own {fraction, seed}; all False without one. Document ids are 0 ..
+    n_documents - 1.
+
+    Raises `IncompatibleError` if this is the store that the checkpoint was trained on, but not with as many documents.
+    """
+    n_documents = int(tokens.document.max()) + 1
+    if not validation:
+        return np.zeros(n_documents, bool)
+    expected = validation.get("n_documents", n_documents)
+    if same_store and expected != n_documents:
+        raise IncompatibleError(
+            f"the checkpoint's validation split was drawn from {expected} documents, the store has {n_documents}: "
+            "the split cannot be told again"
+        )
+    return validation_documents(n_documents, float(validation["fraction"]), int(validation["seed"]))
+
+
+def _first(mask: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]:
+    """`mask` with only its first `limit` True entries."""
+    return mask if limit is None else mask & (np.cumsum(mask) <= limit)
+
+
+def _document_groups(
+    document: NDArray[np.integer], analysed: NDArray[np.bool_], n_latents: int
+) -> tuple[NDArray[np.int64], int, int]:
+    """Group of each token (-1 where not analysed), documents with an analysed token, and groups.
+
+    A document goes to the group in which the middle of its tokens falls, when the analysed tokens are cut into equal
+    parts.
+    """
+    present, first, size = np.unique(document[analysed], return_index=True, return_counts=True)
+    limit = int(np.clip(GROUP_BYTES // (8 * 8 * n_latents), MIN_GROUPS, MAX_GROUPS))
+    wanted = ((first + size / 2) * min(limit, len(present)) / size.sum()).astype(np.int64)
+    _, of_document = np.unique(wanted, return_inverse=True)
+    group = np.full(len(document), -1, np.int64)
+    group[analysed] = np.repeat(of_document, size)
+    return group, len(present), int(of_document[-1]) + 1

@@ -1,0 +1,72 @@
+"""latents.parquet and layers.parquet: the tables that figures and users read.
+
+Columns and types are fixed here and described in docs/method.md; a number that is not defined is null, never NaN. Not
+here: what the numbers mean (`analysis.moments`, `analysis.quality`).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from analysis.moments import LatentTable, LayerMoments
+
+LAYER_COLUMNS = pa.schema(
+    [
+        ("layer", pa.int64()),
+        ("fvu", pa.float64()),
+        ("mse", pa.float64()),
+        ("l0", pa.float64()),
+        ("mean_norm", pa.float64()),
+        ("cosine_to_next", pa.float64()),
+        ("n_vectors", pa.int64()),
+        ("active_latents", pa.int64()),
+        ("mass_share", pa.float64()),
+        ("validation_fvu", pa.float64()),
+        ("pca_fvu", pa.float64()),
+    ]
+)
+
+
+def write_latents(path: Path, moments: LayerMoments, table: LatentTable) -> None:
+    """One row for each latent, dead ones too; lists have one entry per layer."""
+    columns = {
+        "latent": pa.array(np.arange(moments.n_latents)),
+        "count": pa.array(table.n_fired),
+        "n_tokens": pa.array(table.n_tokens),
+        "total": pa.array(table.total),
+        "mean": _nullable(table.mean),
+        "layer_mean": _nullable(table.layer_mean),
+        "layer_var": _nullable(table.layer_var),
+        "layer_std": _nullable(np.sqrt(table.layer_var)),
+        "within_token": _nullable(table.within_token),
+        "between_tokens": _nullable(table.between_tokens),
+        "entropy": _nullable(table.entropy),
+        "n_layers_active": pa.array(table.n_layers_active),
+        "counts": _lists(moments.counts),
+        "totals": _lists(moments.totals),
+        "means": _lists(table.means),
+        "probs": _lists(table.probs),
+    }
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def write_layers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row for each layer, as in summary.json."""
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=LAYER_COLUMNS), path, compression="zstd")
+
+
+def _nullable(values: NDArray[np.float64]) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))
+
+
+def _lists(values: NDArray[Any]) -> pa.Array:
+    """[M, L] as M lists of L."""
+    offsets = np.arange(0, values.size + 1, values.shape[1])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1))).cast(
+        pa.list_(pa.from_numpy_dtype(values.dtype))
+    )

@@ -1,0 +1,116 @@
+"""What `analyze` says on the terminal: the summary in plain sentences and small tables, with units and directions.
+
+Made from summary.json alone. Not here: any number that is not in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.moments import VARIANCE_NAMES
+
+_ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}
+
+
+def words(summary: Mapping[str, Any]) -> str:
+    """The findings in plain words, a few dozen lines."""
+    variance, compat = summary["variance"], summary["variance"]["mlsae_compat"]
+    latents, sae = summary["latents"], summary["provenance"]["sae"]
+    lines = [
+        f"{sae['name']} on {summary['provenance']['store']['name']}: {summary['n_layers']} layers, "
+        f"{summary['n_latents']:,} latents, k {sae['k']}; "
+        f"{latents['active']:,} fired, {latents['dead']:,} never did.",
+        summary["split"]["text"],
+        *(f"Note: {warning}" for warning in summary["warnings"]),
+        "",
+        "How latents spread over layers: variance of the layer, in layers squared"
+        + (", with 95 % intervals over documents" if summary["uncertainty"] else ""),
+        *_table(
+            ("weighting", "within token", "between tokens", "between latents", "total", "aggregate / token-level"),
+            [
+                (
+                    label,
+                    *(_shown(variance[w][name]) for name in VARIANCE_NAMES[:4]),
+                    _with_interval(variance[w], "aggregate_over_token"),
+                )
+                for w, label in _ROW_NAMES.items()
+            ],
+        ),
+        "",
+        *_headline(variance["mass"]["aggregate_over_token"], compat["rel_var_t"]),
+        "",
+        "Reconstruction by layer (FVU and MSE: lower is better; FVU 1 is no better than the layer's mean)",
+        *_table(
+            ("layer", "FVU", "validation FVU", "PCA FVU", "MSE", "L0", "mean norm", "cosine to next"),
+            [_layer_words(row) for row in _some(summary["layers"])],
+        ),
+        *_fvu_words(summary),
+    ]
+    return "\n".join(lines)
+
+
+def _headline(ratio: float | None, reference: float | None) -> list[str]:
+    if ratio is None:
+        return [
+            "The token-level variance is 0: no latent is active at two layers of one token, so there is no ratio to it."
+        ]
+    line = (
+        f"The aggregate variance (within + between tokens) is {ratio:.3g} times "
+        "the token-level variance (within token), by mass."
+    )
+    if not reference:
+        return [line]
+    return [
+        line,
+        f"The reference's formula on the same codes says {1 / reference:.3g} times. It differs: a token at which",
+        "a latent is silent stays in its means, as no mass at any layer: what it compares are not variances of one",
+        "distribution, and its ratio moves with how layers are numbered (docs/method.md).",
+    ]
+
+
+def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
+    reconstruction, validation, pca = summary["reconstruction"], summary["validation"], summary["baseline"]["pca"]
+    lines = [
+        f"Mean over layers, analysed tokens: FVU {_shown(reconstruction['fvu'])}, L0 {_shown(reconstruction['l0'])}."
+    ]
+    if validation:
+        line = f"Mean over layers, {validation['n_tokens']:,} validation tokens: FVU {_shown(validation['fvu'])}"
+        if pca:
+            line += f"; PCA with {pca['k']} components on the same vectors {_shown(pca['fvu'])}"
+        lines.append(line + ".")
+    return lines
+
+
+def _layer_words(row: Mapping[str, Any]) -> tuple[str, ...]:
+    names = ("fvu", "validation_fvu", "pca_fvu", "mse", "l0", "mean_norm", "cosine_to_next")
+    return (str(row["layer"]), *(_shown(row[name]) for name in names))
+
+
+def _some(rows: Sequence[Any], limit: int = 12) -> list[Any]:
+    """At most `limit` rows, evenly spread, first and last among them."""
+    if len(rows) <= limit:
+        return list(rows)
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))]
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _with_interval(variance: Mapping[str, Any], name: str) -> str:
+    interval = variance["ci95"].get(name)
+    value = _shown(variance[name])
+    return f"{value} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else value
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column flush left, numbers flush right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (head, *rows)
+    ]

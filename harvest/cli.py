@@ -1,0 +1,61 @@
+"""The command `harvest`: reads its options, runs, and says what came of it. Imports nothing heavy before the options
+are read."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from harvest.config import HarvestConfig
+from store.console import run_command
+from store.options import parse_options
+
+DESCRIPTION = """\
+Run text through a causal language model and store the residual stream after every block
+(before the final norm), for `train` and `analyze`. Running the same command again continues
+a run that was stopped."""
+
+EPILOG = """\
+examples:
+  harvest --model smollm2-135m --dataset pydoc --max-tokens 50000 --out acts.zarr
+  harvest --model pythia-1b --max-tokens 1000000 --layers 0-7 --out acts.zarr --dry-run
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `harvest` with `argv` (default the process's own); gives the exit code: 0 done, 1 failed, 2 usage, 3
+    incompatible store, 130 interrupted."""
+
+    def command() -> int:
+        config = parse_options(HarvestConfig, argv, prog="harvest", description=DESCRIPTION, epilog=EPILOG)
+        if config.dry_run:
+            from harvest.estimate import estimate as run
+        else:
+            from harvest.run import harvest as run
+        from harvest.report import print_result
+
+        print_result(run(config), as_json=config.json)
+        return 0
+
+    def guarded() -> int:
+        with _terminate_as_interrupt():
+            return command()
+
+    return run_command("harvest", guarded)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, also while it loads or plans."""
+    try:
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # Not the main thread, which alone may set handlers.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+"""What a harvest would cost, without writing anything: bytes, tokens, and time from a short measured run.
+
+How: tokenises a sample of the text, and times forward passes (the recording included, the writing not: it overlaps)
+at the run's own batch size. What it does not do: read the whole text, so that the number of tokens available is an
+estimate, or unknown.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from harvest.config import HarvestConfig
+from harvest.fill import BatchRunner
+from harvest.models import load_model
+from harvest.resolve import TORCH_DTYPES, Settings, resolve
+from harvest.texts import TextSource, open_source
+from harvest.tokens import encode_documents, pack
+from store.errors import ResidscopeError
+
+_SAMPLE_CHARACTERS = 200_000
+_MEASURE_SECONDS = 2.0
+_WARM_UP_TOKENS = 64
+
+
+class Estimate(NamedTuple):
+    """What a harvest would cost."""
+
+    model: str
+    """The model."""
+    architecture: str
+    """Class of the model."""
+    layers: list[int]
+    """Layers that would be stored."""
+    d_model: int
+    """Size of a vector."""
+    device: str
+    """Where it would compute."""
+    dtype: str
+    """Compute dtype."""
+    store_dtype: str
+    """Stored dtype."""
+    context_length: int
+    """Tokens in a sequence."""
+    batch_size: int
+    """Sequences in a forward pass."""
+    tokens: int
+    """Tokens that would be stored: --max-tokens, or what the text is thought to have."""
+    tokens_available: int | None
+    """Tokens that the text is thought to have; None where that is not known."""
+    bytes_per_token: int
+    """Bytes of one token at all layers."""
+    bytes: int
+    """Bytes of the store's vectors, before compression."""
+    free_bytes: int
+    """Free bytes on the disk of --out."""
+    fits: bool
+    """Whether they fit."""
+    tokens_per_second: float
+    """Measured speed of forward passes."""
+    seconds: float
+    """Time that the store would take at that speed, loading not included."""
+
+
+def estimate(config: HarvestConfig) -> Estimate:
+    """Measure; raises as `harvest` does for a model, text or option that cannot work. Writes nothing at or beside
+    --out."""
+    settings = resolve(config)
+    source = open_source(config)
+    for note in settings.notes:
+        print(note, file=sys.stderr)
+    sample, available = _sample(settings, source)
+    model = load_model(
+        settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
+    )
+    speed = _measure(BatchRunner(model, settings.layers, settings.store_dtype, settings.lens), settings, sample)
+    tokens = config.max_tokens if available is None else min(config.max_tokens, available)
+    parent = next(folder for folder in (config.out.absolute(), *config.out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    return Estimate(
+        model=settings.spec.name,
+        architecture=model.architecture,
+        layers=list(settings.layers),
+        d_model=settings.d_model,
+        device=str(settings.device),
+        dtype=settings.dtype,
+        store_dtype=settings.store_dtype,
+        context_length=settings.packing.context_length,
+        batch_size=settings.batch_size,
+        tokens=tokens,
+        tokens_available=available,
+        bytes_per_token=settings.bytes_per_token,
+        bytes=tokens * settings.bytes_per_token,
+        free_bytes=free,
+        fits=tokens * settings.bytes_per_token < free,
+        tokens_per_second=speed,
+        seconds=tokens / speed,
+    )
+
+
+def _sample(settings: Settings, source: TextSource) -> tuple[np.ndarray, int | None]:
+    """Token ids (int32) of the first 200,000 characters, packed, and about how many tokens the whole text packs
+    into."""
+    read = 0
+    ended = False
+
+    def beginning() -> Iterator[str]:
+        nonlocal read, ended
+        for text in source.documents():
+            piece = text[: _SAMPLE_CHARACTERS - read]
+            read += len(piece)
+            yield piece
+            if read >= _SAMPLE_CHARACTERS:
+                return
+        ended = True
+
+    limit = _SAMPLE_CHARACTERS * 8  # More tokens than the sample can have: all of it counts.
+    table = pack(encode_documents(beginning(), settings.tokenizer, limit), settings.packing, limit)
+    n_tokens = len(table.token_id)
+    if ended:
+        return table.token_id, n_tokens
+    characters = source.characters()
+    if characters is None:
+        return table.token_id, None
+    return table.token_id, max(round(n_tokens * characters / read), n_tokens)
+
+
+def _measure(runner: BatchRunner, settings: Settings, sample: np.ndarray) -> float:
+    """Tokens per second of forward passes with their recording, at the run's batch size; the sample is repeated where
+    it is too short."""
+    batch, length = settings.batch_size, settings.packing.context_length
+    ids = torch.from_numpy(np.resize(sample, (batch, length)).astype(np.int64))
+    buffer = runner.buffer(batch * length)
+    runner.run(ids[:1, :_WARM_UP_TOKENS], buffer)
+    buffer.wait()
+    begin, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - begin < _MEASURE_SECONDS:
+        runner.run(ids, buffer)
+        buffer.wait()
+        done += batch * length
+    if not bool(buffer.finite.all()):
+        raise ResidscopeError(str(runner.explain_not_finite(ids, 0, settings.store_dtype)))
+    return done / (time.perf_counter() - begin)

@@ -1,0 +1,339 @@
+"""A causal language model by name: its configuration, tokenizer, weights and transformer blocks.
+
+How: `resolve_model` turns a name (short name, hub id, local folder, GGUF file) into a `ModelSpec`, which pins the
+exact weights by commit or by content hash and is cheap; `load_config`, `load_tokenizer` and `load_model` then load
+what is needed. The blocks are found by a rule, not by a list of architectures: the unique shallowest ModuleList that
+is as long as the configuration says there are layers. What it does not do: run code that comes with a model
+(`trust_remote_code`), encoder-decoder models, or quantised weights.
+
+Shapes: B sequences, N positions, D = d_model, V = vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import transformers
+import xxhash
+from torch import Tensor, nn
+
+from harvest import gguf
+from harvest.aliases import hub_id, suggestions
+from harvest.hub import first_line, pin, quiet
+from store.errors import ResidscopeError, UsageError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+_FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "norm_f", "final_norm")
+_BLOCK = 1 << 22
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Which model, exactly. No weights are loaded yet."""
+
+    name: str
+    """What to call it; a hub id and a short name can be given to `resolve_model` again, a folder's or file's name
+    only where it lies."""
+    source: Literal["hub", "folder", "gguf"]
+    """Where it comes from."""
+    location: str
+    """What transformers loads: the hub id, or the path of a folder."""
+    revision: str | None = None
+    """Commit on the hub."""
+    fingerprint: str | None = None
+    """Hash of the content: of a GGUF file (SHA-256), or of a folder's configuration, tokenizer and weights
+    (xxh3-128)."""
+    cached_only: bool = False
+    """There is no network: load from the hub's local cache."""
+    random_init: bool = False
+    """Random weights instead of the model's own."""
+    seed: int = 0
+    """Seed of the random weights."""
+
+    @property
+    def load_arguments(self) -> dict[str, Any]:
+        """Keywords of every `from_pretrained` call."""
+        if self.source != "hub":
+            return {"local_files_only": True}
+        return {"revision": self.revision, "local_files_only": self.cached_only}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, with what interpretability needs to find in it."""
+
+    spec: ModelSpec
+    """Which model it is."""
+    causal_lm: nn.Module
+    """The whole model, with the LM head: `causal_lm(input_ids).logits` is [B, N, V]."""
+    base: nn.Module
+    """The model without its LM head; run this where logits are not needed."""
+    tokenizer: Any
+    """Its tokenizer."""
+    blocks: nn.ModuleList
+    """The transformer blocks, in order; block i's output is the residual stream after layer i."""
+    d_model: int
+    """Size of a residual stream vector."""
+    architecture: str
+    """Class of the whole model, such as GPTNeoXForCausalLM."""
+    device: torch.device
+    """Where it is."""
+    dtype: torch.dtype
+    """Format of its weights and of its forward pass."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the unembedding; `ResidscopeError` where it has no name that is
+        known."""
+        blocks_name = next(name for name, module in self.base.named_modules() if module is self.blocks)
+        parent = self.base.get_submodule(blocks_name.rpartition(".")[0])
+        for name in _FINAL_NORM_NAMES:
+            found = getattr(parent, name, None)
+            if isinstance(found, nn.Module):
+                return found
+        raise ResidscopeError(
+            f"{self.spec.name} ({self.architecture}): no final norm beside the blocks; its children are"
+            f" {[name for name, _ in parent.named_children()]}, the names that are known {list(_FINAL_NORM_NAMES)}"
+        )
+
+    @property
+    def unembedding(self) -> nn.Module:
+        """The linear map from the normed residual stream to logits; its weight is [V, D]."""
+        found = self.causal_lm.get_output_embeddings()  # type: ignore[operator]  (every causal LM of transformers has it)
+        if not isinstance(found, nn.Module):
+            raise ResidscopeError(f"{self.spec.name} ({self.architecture}): no unembedding is to be found")
+        return found
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """Logits [..., V] of residual stream vectors [..., D] as if they were the last block's output (the logit
+        lens), scaled and soft-capped as the model does."""
+        config = _text_config(self.causal_lm.config)
+        logits = self.unembedding(self.final_norm(residual.to(self.dtype)))
+        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def resolve_model(name: str, *, revision: str | None = None, random_init: bool = False, seed: int = 0) -> ModelSpec:
+    """The model that `name` stands for: a local folder, a GGUF file, a short name, or a hub id, in this order.
+
+    Hashes local files, or asks the hub for the commit. Raises `UsageError` where there is no such model,
+    `ResidscopeError` where it cannot be reached or read.
+    """
+    quiet()
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        if revision is not None:
+            raise UsageError(f"--revision {revision}: {name} is a local path, which has no revisions")
+        return _folder_spec(path, random_init, seed) if path.is_dir() else _file_spec(path, random_init, seed)
+    packaged = gguf.packaged_gguf(name)
+    if packaged and revision is None:
+        return _gguf_spec(packaged, name.lower(), random_init, seed)
+    if name.startswith((".", "/", "~")) or name.lower().endswith(".gguf"):
+        raise UsageError(f"model {name}: there is no such file or folder")
+    repo_id = hub_id(name) or name
+    if "/" not in repo_id:
+        close = suggestions(name)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UsageError(
+            f"unknown model {name!r}: neither a short name, a hub id (owner/name), a folder nor a GGUF file{hint}"
+        )
+    repo = pin(repo_id, "model", revision)
+    return ModelSpec(
+        name=repo_id,
+        source="hub",
+        location=repo_id,
+        revision=repo.commit,
+        cached_only=repo.cached_only,
+        random_init=random_init,
+        seed=seed,
+    )
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """The model's transformers configuration."""
+    return _loading(
+        spec, "configuration", lambda: transformers.AutoConfig.from_pretrained(spec.location, **spec.load_arguments)
+    )
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The model's tokenizer."""
+    return _loading(
+        spec, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(spec.location, **spec.load_arguments)
+    )
+
+
+def load_model(
+    spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tokenizer: Any = None
+) -> LoadedModel:
+    """The model's weights in `dtype` on `device`, in evaluation mode, and its tokenizer unless one is given.
+
+    Random weights are drawn in float32 and then rounded, so that they do not depend on `dtype`. Raises
+    `ResidscopeError` where anything cannot be loaded or the blocks are not found.
+    """
+    device = torch.device(device)
+    config = load_config(spec)
+    model: Any = _loading(spec, "model", lambda: _weights(spec, config, dtype))
+    model = _loading(spec, "model", lambda: model.to(device)).eval().requires_grad_(False)
+    base = getattr(model, model.base_model_prefix, None)
+    if not isinstance(base, nn.Module):
+        raise ResidscopeError(f"{spec.name} ({type(model).__name__}): the model without its LM head is not to be found")
+    return LoadedModel(
+        spec=spec,
+        causal_lm=model,
+        base=base,
+        tokenizer=tokenizer if tokenizer is not None else load_tokenizer(spec),
+        blocks=find_blocks(base, n_layers_of(config)),
+        d_model=d_model_of(config),
+        architecture=type(model).__name__,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """The transformer blocks of a model: its unique shallowest ModuleList of length `n_layers`. `ResidscopeError`
+    where there is none, or more than one."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(name.count("."), name, module) for name, module in lists if len(module) == n_layers]
+    shallowest = [found for found in fitting if found[0] == min(depth for depth, _, _ in fitting)]
+    if len(shallowest) == 1:
+        return shallowest[0][2]
+    if shallowest:
+        raise ResidscopeError(
+            f"{type(model).__name__}: the transformer blocks are ambiguous:"
+            f" {', '.join(name for _, name, _ in shallowest)} all have {n_layers} modules at the same depth"
+        )
+    seen = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
+    raise ResidscopeError(
+        f"{type(model).__name__}: no list of {n_layers} transformer blocks, as many as its configuration says; lists"
+        f" found: {seen}"
+    )
+
+
+def n_layers_of(config: Any) -> int:
+    """Number of transformer blocks by the (text) configuration."""
+    return int(_text_config(config).num_hidden_layers)
+
+
+def d_model_of(config: Any) -> int:
+    """Size of the residual stream by the (text) configuration."""
+    return int(_text_config(config).hidden_size)
+
+
+def longest_context(config: Any) -> int | None:
+    """Most positions that the model takes, or None where it sets no limit."""
+    found = getattr(_text_config(config), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+def attention_of(config: Any) -> str | None:
+    """Attention implementation to ask for: eager where scores are soft-capped (fused kernels may leave that out),
+    else transformers' choice (None)."""
+    return "eager" if getattr(_text_config(config), "attn_logit_softcapping", None) else None
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config()
+
+
+def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> nn.Module:
+    attention = attention_of(config)
+    arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    auto = transformers.AutoModelForCausalLM
+    if not spec.random_init:
+        return auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments, **spec.load_arguments)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return auto.from_config(config, dtype=torch.float32, **arguments).to(dtype)
+
+
+def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
+    """`load()`, with whatever the libraries raise turned into one line. They raise nearly everything, so that nothing
+    narrower than Exception will do."""
+    try:
+        return load()
+    except ResidscopeError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ResidscopeError(
+            f"{spec.name}: the model does not fit the device's memory; try --dtype bfloat16 or --device cpu"
+        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise
+        raise ResidscopeError(
+            f"{spec.name}: its {what} cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _folder_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
+    folder = path.resolve()
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"model {path}: the folder has no config.json; give a folder that transformers' save_pretrained wrote"
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UsageError(
+            f"model {path}: the folder has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}); save the model's tokenizer"
+            " there too"
+        )
+    files = [folder / name for name in ("config.json", *_TOKENIZER_FILES) if (folder / name).is_file()]
+    if not random_init:
+        weights = next((found for pattern in _WEIGHT_PATTERNS if (found := sorted(folder.glob(pattern)))), None)
+        if weights is None:
+            raise UsageError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHT_PATTERNS)})")
+        files += weights
+    return ModelSpec(
+        name=folder.name,
+        source="folder",
+        location=str(folder),
+        fingerprint=_fingerprint(files),
+        random_init=random_init,
+        seed=seed,
+    )
+
+
+def _file_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
+    if path.suffix.lower() != ".gguf":
+        raise UsageError(
+            f"model {path}: a file should be a .gguf file; give the folder that holds config.json for other formats"
+        )
+    return _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name, random_init, seed)
+
+
+def _gguf_spec(file: gguf.GgufFile, name: str, random_init: bool, seed: int) -> ModelSpec:
+    digest = gguf.sha256(file)
+    folder = gguf.unpacked_folder(file, digest)
+    return ModelSpec(
+        name=name, source="gguf", location=str(folder), fingerprint=digest, random_init=random_init, seed=seed
+    )
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """xxh3-128 over the names, sizes and contents of files of one folder."""
+    digest = xxhash.xxh3_128()
+    for path in files:
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()

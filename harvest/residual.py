@@ -1,0 +1,95 @@
+"""The residual stream after chosen transformer blocks, by forward hooks.
+
+How: the model runs without its LM head and without a cache; a hook on each chosen block sees its output and returns
+None, so that the run itself is untouched. Block outputs are taken before the final norm, which `output_hidden_states`
+does not give for the last block. The forward pass ends after the last chosen block. What it does not do: change the
+residual stream, or pad.
+
+Shapes: B sequences, N positions, D = d_model, L chosen layers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harvest.models import LoadedModel
+from store.errors import ResidscopeError, UsageError
+
+
+class ResidualRecorder:
+    """Runs a model and hands out the residual stream after each chosen block."""
+
+    def __init__(self, model: LoadedModel, layers: Sequence[int] | None = None) -> None:
+        """layers: block indices, ascending; default all."""
+        self.layers = tuple(range(model.n_layers)) if layers is None else tuple(layers)
+        if (
+            not self.layers
+            or list(self.layers) != sorted(set(self.layers))
+            or not 0 <= self.layers[0] <= self.layers[-1] < model.n_layers
+        ):
+            raise UsageError(
+                f"layers should ascend within 0..{model.n_layers - 1} without repeats, found {list(self.layers)}"
+            )
+        self._model = model
+
+    def record(self, input_ids: Tensor) -> list[Tensor]:
+        """The residual streams, L tensors [B, N, D] in the compute dtype on the model's device, for token ids int64
+        [B, N]."""
+        found: list[Tensor] = []
+        self.stream(input_ids, lambda index, residual: found.append(residual.clone()))
+        return found
+
+    @torch.inference_mode()
+    def stream(self, input_ids: Tensor, consume: Callable[[int, Tensor], object]) -> None:
+        """Run token ids int64 [B, N]; call `consume(i, residual [B, N, D])` for the i-th chosen layer as soon as its
+        block is done.
+
+        `residual` is the model's own tensor: copy it, do not change it. `ResidscopeError` where a block did not run
+        exactly once, or the device's memory is too small.
+        """
+        seen: list[int] = []
+        handles = [
+            self._model.blocks[layer].register_forward_hook(self._hook(i, input_ids, consume, seen))
+            for i, layer in enumerate(self.layers)
+        ]
+        try:
+            self._model.base(input_ids=input_ids.to(self._model.device), use_cache=False)
+        except _LastLayerDone:
+            pass
+        except torch.OutOfMemoryError as error:
+            raise ResidscopeError(
+                f"the forward pass of {input_ids.shape[0]} sequences of {input_ids.shape[1]} tokens does not fit the"
+                " device's memory; try a smaller --batch-size"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if seen != list(range(len(self.layers))):
+            raise ResidscopeError(
+                f"{self._model.spec.name} ({self._model.architecture}): blocks {list(self.layers)} should run once"
+                f" each, in order; they ran as {[self.layers[i] for i in seen]}"
+            )
+
+    def _hook(self, index: int, input_ids: Tensor, consume: Callable[[int, Tensor], object], seen: list[int]) -> Any:
+        last = index == len(self.layers) - 1
+
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            residual = output[0] if isinstance(output, tuple) else output
+            expected = (*input_ids.shape, self._model.d_model)
+            if not isinstance(residual, Tensor) or tuple(residual.shape) != expected:
+                shape = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
+                raise ResidscopeError(
+                    f"layer {self.layers[index]}: the block's output should be {expected}, found {shape}"
+                )
+            seen.append(index)
+            consume(index, residual)
+            if last:
+                raise _LastLayerDone
+
+        return hook
+
+
+class _LastLayerDone(BaseException):
+    """Ends a forward pass whose rest nobody needs; no Exception, so that no model code swallows it."""

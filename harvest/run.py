@@ -1,0 +1,283 @@
+"""A harvest from end to end: resolve, plan, fill; or continue a store that was begun.
+
+How: nothing is written before the model has loaded, the text is tokenised and the disk is known to have room. Then
+the store is made with its token table, and its shards are filled. Running the same configuration again fills what is
+missing: the stored token table is used, not the text. What it does not do: talk to the user, except for notes on
+stderr (`harvest.report` prints results).
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from harvest.config import HarvestConfig
+from harvest.fill import BatchRunner, Filled, fill, host_bytes
+from harvest.models import LoadedModel, load_model
+from harvest.resolve import TORCH_DTYPES, Settings, make_provenance, make_record, refuse_differences, resolve, versions
+from harvest.texts import TextSource, open_source
+from harvest.tokens import encode_documents, pack
+from store.activations import ActivationStore
+from store.arrays import TokenTable
+from store.console import human_bytes
+from store.errors import IncompatibleError, ResidscopeError
+from store.files import atomic_write, require_space
+from store.manifest import FILE as MANIFEST
+from store.manifest import WriterLock
+from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
+from store.options import to_toml
+
+# Token columns, statistics and folders beside the vectors, with room to spare.
+_SPARE_BYTES = 16 << 20
+_TOKEN_BYTES = 13
+
+
+class HarvestResult(NamedTuple):
+    """What a harvest made."""
+
+    out: str
+    """The store."""
+    model: str
+    """Its model."""
+    architecture: str
+    """Class of the model."""
+    tokens: int
+    """Tokens in the store."""
+    kept: int
+    """Those that are trained on and analysed."""
+    documents: int
+    """Documents that they come from."""
+    layers: list[int]
+    """Stored layers."""
+    d_model: int
+    """Size of a vector."""
+    bytes: int
+    """Bytes of the vectors, before compression."""
+    shards: int
+    """Shards of the store."""
+    shards_written: int
+    """Those written by this run; the others were there."""
+    seconds: float
+    """Time of this run."""
+    tokens_per_second: float | None
+    """Speed of this run's fill, None where nothing was missing."""
+    content_hash: str
+    """Identifies the data."""
+
+
+def harvest(config: HarvestConfig) -> HarvestResult:
+    """Make or complete the store that `config` asks for.
+
+    Raises `UsageError` for options that cannot work, `IncompatibleError` where --out is something else, `Interrupted`
+    after a signal, `ResidscopeError` for anything else that the user can act on.
+    """
+    begin = time.perf_counter()
+    existing = _existing(config)
+    settings = resolve(config)
+    source = open_source(config, contents=not existing)
+    record = make_record(config, settings, source)
+    for note in settings.notes:
+        print(note, file=sys.stderr)
+    model = None
+    if existing:
+        store = _reopen(config, settings, record)
+    else:
+        model = _load(settings)
+        store = _plan(config, settings, source, record, model)
+    with store:
+        filled = Filled(0, 0, 0.0)
+        if store.missing_shards():
+            model = model or _load(settings)
+            runner = BatchRunner(model, settings.layers, settings.store_dtype, settings.lens)
+            print(
+                f"host memory for activations: at most {human_bytes(host_bytes(store.meta, settings.batch_size))}",
+                file=sys.stderr,
+            )
+            filled = fill(store, model, runner, settings.batch_size)
+        store.finalize()
+        return _result(config, store, filled, time.perf_counter() - begin)
+
+
+def _existing(config: HarvestConfig) -> bool:
+    """Whether --out holds a store to continue; refuses what is neither that nor free."""
+    out = config.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ResidscopeError(f"--out {out}: {parent} cannot be written to; choose another place")
+        return False
+    if not _is_store(out):
+        raise IncompatibleError(
+            f"--out {out} exists and is not an activation store; it is left alone. Choose another --out, or remove it"
+            " yourself"
+        )
+    return not config.overwrite
+
+
+def _is_store(path: Path) -> bool:
+    return (path / "zarr.json").is_file() and (path / MANIFEST).is_file()
+
+
+def _reopen(config: HarvestConfig, settings: Settings, record: dict[str, Any]) -> ActivationStore:
+    """Open the store at --out to continue it, after its record is found to be this run's."""
+    reader = ActivationStore.open(config.out, partial=True)
+    provenance = reader.meta.provenance
+    refuse_differences(config.out, provenance.get("config"), record)
+    missing = len(reader.missing_shards())
+    if missing:
+        print(
+            f"continuing {config.out}: {reader.meta.n_shards - missing} of {reader.meta.n_shards} shards are there",
+            file=sys.stderr,
+        )
+        _warn_of_changes(provenance, settings)
+    return ActivationStore.open(config.out, writable=True)
+
+
+def _warn_of_changes(provenance: dict[str, Any], settings: Settings) -> None:
+    now = {"device": settings.device.type, **versions()}
+    then = {"device": provenance.get("device"), **provenance.get("versions", {})}
+    changed = [
+        f"{name} {then.get(name)} -> {now[name]}"
+        for name in ("device", "torch", "transformers")
+        if then.get(name) != now[name]
+    ]
+    if changed:
+        print(
+            f"warning: the store was begun with another {', '.join(changed)}; the new shards may differ in the last"
+            " bits",
+            file=sys.stderr,
+        )
+
+
+def _load(settings: Settings) -> LoadedModel:
+    return load_model(
+        settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
+    )
+
+
+def _plan(
+    config: HarvestConfig, settings: Settings, source: TextSource, record: dict[str, Any], model: LoadedModel
+) -> ActivationStore:
+    """Tokenise, check the disk, and make the store without shards."""
+    tokens = tokenise(settings, source, config.max_tokens)
+    n_tokens = len(tokens.token_id)
+    if n_tokens < config.max_tokens and config.max_tokens - n_tokens >= settings.packing.context_length:
+        print(f"the text ran out: {n_tokens} tokens instead of {config.max_tokens}", file=sys.stderr)
+    chunk, shard = chunk_and_shard_tokens(
+        n_tokens,
+        len(settings.layers),
+        settings.d_model,
+        settings.bytes_per_token // len(settings.layers) // settings.d_model,
+    )
+    meta = StoreMeta(
+        n_tokens=n_tokens,
+        layers=settings.layers,
+        n_model_layers=settings.n_model_layers,
+        d_model=settings.d_model,
+        stored_dtype=settings.store_dtype,
+        codec=config.codec,
+        chunk_tokens=chunk,
+        shard_tokens=shard,
+        context_length=settings.packing.context_length,
+        lens=settings.lens.describe() if settings.lens else None,
+        provenance=make_provenance(settings, source, record, model.architecture),
+        config_hash=config_hash({**record, "tokens": _table_hash(tokens)}),
+    )
+    _require_space(config.out, settings, n_tokens)
+    if config.out.exists() and _is_store(config.out):
+        _remove_store(config.out)
+    store = ActivationStore.create(config.out, meta, tokens)
+    _save_options(config)
+    return store
+
+
+def _save_options(config: HarvestConfig) -> None:
+    """Write the options beside the store (acts.zarr -> acts.harvest.toml), for `harvest --config`."""
+    values = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("overwrite", "dry_run", "json")
+    }
+    atomic_write(config.out.with_suffix(".harvest.toml"), [to_toml(values).encode()])
+
+
+def tokenise(settings: Settings, source: TextSource, max_tokens: int) -> TokenTable:
+    """The token table of at most `max_tokens` tokens of a text. `ResidscopeError` where there is no text, or the
+    tokenizer is not the model's."""
+    limit = settings.packing.stream_length(max_tokens)
+    every = 0.5 if sys.stderr.isatty() else 30.0
+    with tqdm(total=max_tokens, desc="tokenise", unit="tok", unit_scale=True, mininterval=every, leave=False) as bar:
+        tokens = pack(
+            encode_documents(source.documents(), settings.tokenizer, limit, bar.update), settings.packing, max_tokens
+        )
+    if int(tokens.token_id.max()) >= settings.vocabulary:
+        raise ResidscopeError(
+            f"{settings.spec.name}: the tokenizer gives token {int(tokens.token_id.max())}, the model's embedding has"
+            f" {settings.vocabulary} rows; the tokenizer is another model's"
+        )
+    return tokens
+
+
+def _require_space(out: Path, settings: Settings, n_tokens: int) -> None:
+    """Refuse where the disk has no room, saying how much would fit."""
+    freed = sum(path.stat().st_size for path in _files(out)) if out.exists() else 0
+    needed = n_tokens * (settings.bytes_per_token + _TOKEN_BYTES) + _SPARE_BYTES
+    try:
+        require_space(out, needed - freed)
+    except ResidscopeError as error:
+        parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+        room = shutil.disk_usage(parent).free + freed - _SPARE_BYTES
+        fitting = max(room // (settings.bytes_per_token + _TOKEN_BYTES), 0)
+        raise ResidscopeError(f"{error}. {fitting} tokens would fit; nothing was written") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _remove_store(out: Path) -> None:
+    """Remove a store so that a crash on the way leaves none there: renamed first, to where `create` clears up."""
+    lock = WriterLock(out, out)
+    try:
+        removed = out.with_name(out.name + ".planning")
+        if removed.exists():
+            shutil.rmtree(removed)
+        out.rename(removed)
+        shutil.rmtree(removed)
+    finally:
+        lock.release()
+
+
+def _table_hash(tokens: TokenTable) -> str:
+    digest = xxhash.xxh3_128()
+    for column in tokens:
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
+
+
+def _result(config: HarvestConfig, store: ActivationStore, filled: Filled, seconds: float) -> HarvestResult:
+    meta, tokens = store.meta, store.tokens
+    return HarvestResult(
+        out=str(config.out),
+        model=meta.provenance["model"],
+        architecture=meta.provenance["architecture"],
+        tokens=meta.n_tokens,
+        kept=int(tokens.keep.sum()),
+        documents=int(tokens.document.max()) + 1,
+        layers=list(meta.layers),
+        d_model=meta.d_model,
+        bytes=meta.n_tokens * meta.bytes_per_token,
+        shards=meta.n_shards,
+        shards_written=filled.shards,
+        seconds=seconds,
+        tokens_per_second=filled.tokens / filled.seconds if filled.seconds else None,
+        content_hash=store.content_hash,
+    )

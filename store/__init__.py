@@ -1,0 +1,33 @@
+"""Activation stores: the residual stream of every token at every layer, as a Zarr v3 group on a local disk.
+
+`ActivationStore.open(path)` is where a reader begins; `docs/store-format.md` is the norm of what is on the disk. The
+names below are loaded when first used, so that importing `store` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from store.activations import ActivationStore, Shard
+    from store.arrays import TokenTable
+    from store.loader import Batch, WindowLoader
+    from store.meta import StoreMeta
+    from store.moments import LayerStatistics
+
+__all__ = ["ActivationStore", "Batch", "LayerStatistics", "Shard", "StoreMeta", "TokenTable", "WindowLoader"]
+
+_MODULES = {
+    "ActivationStore": "store.activations",
+    "Batch": "store.loader",
+    "LayerStatistics": "store.moments",
+    "Shard": "store.activations",
+    "StoreMeta": "store.meta",
+    "TokenTable": "store.arrays",
+    "WindowLoader": "store.loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'store' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

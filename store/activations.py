@@ -1,0 +1,403 @@
+"""ActivationStore: make, open, read, write and summarise a store of residual stream vectors on a local disk.
+
+How: the arrays are Zarr v3 (docs/store-format.md is the norm); shards go to and from the disk directly (shards.py),
+and count once the manifest has their line (manifest.py). A reader checks every byte that it gives out: inner chunks by
+their crc32c, metadata and token arrays by the manifest's header. What it does not do: open remote stores, or hand out
+a shard that is missing as zeros.
+
+Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens and l layers asked for.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from store import arrays
+from store.arrays import TokenTable
+from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
+from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.files import atomic_write, remove_leftovers, sync, sync_tree
+from store.manifest import (
+    FILE,
+    FOLDER,
+    LOCK,
+    Manifest,
+    ManifestWriter,
+    ShardRecord,
+    WriterLock,
+    read_manifest,
+    write_header,
+)
+from store.meta import StoreMeta
+from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
+from store.shards import ShardReader, shard_name
+
+if TYPE_CHECKING:
+    from store.pack import ShardPacker
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard's vectors."""
+
+    index: int
+    """Index of the shard."""
+    start: int
+    """Its first token."""
+    stop: int
+    """One past its last valid token."""
+    data: np.ndarray
+    """float32 [stop - start, l, D]."""
+
+
+class ActivationStore:
+    """A store that is open: made by `create` or `open`. Pickles as its path, and is unpickled open for reading."""
+
+    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock | None) -> None:
+        """For `create` and `open`; with `lock` the store is open for writing."""
+        self.path = path
+        self.meta = meta
+        self._manifest = manifest
+        self._records: dict[int, ShardRecord] = {}
+        self._indexes: dict[int, list[int]] = {}
+        self._lock = lock
+        self._writer = ManifestWriter(path, manifest.sound_bytes) if lock else None
+        self._packer: ShardPacker | None = None
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], meta: StoreMeta, tokens: TokenTable) -> "ActivationStore":
+        """Make a store without shards, and open it for writing.
+
+        It is built in the folder `PATH.planning` and renamed as a whole: after a crash there is no store at `path`,
+        and the next `create` clears what was left. Raises `UsageError` when `tokens` do not fit `meta`,
+        `IncompatibleError` when there is something at `path`, `ResidscopeError` when another process is making it.
+        """
+        path = Path(path)
+        tokens = arrays.checked_tokens(tokens, meta.n_tokens)
+        building = path.with_name(path.name + ".planning")
+        lock = WriterLock(building, path)
+        try:
+            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+                raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another path")
+            for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
+                if entry not in (building / FOLDER, building / LOCK):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            arrays.make_arrays(building, meta, tokens)
+            write_header(building, meta.config_hash, arrays.file_checksums(building))
+            sync_tree(building)
+            building.replace(path)
+            sync(path.parent)
+            return cls(path, meta, read_manifest(path), lock)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            lock.release()
+            raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, partial: bool = False, writable: bool = False) -> "ActivationStore":
+        """Open a store for reading, or with `writable` for filling what is missing.
+
+        partial: also open a store that lacks shards (reading one of those raises). writable: take the writer's lock,
+        cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. Raises
+        `IncompatibleError` when there is no store, or one of another version, or not all of it; `ResidscopeError` when
+        its metadata or manifest is damaged, or another process is writing it.
+        """
+        path = Path(path)
+        require_store(path)
+        lock = WriterLock(path, path) if writable else None
+        try:
+            manifest = read_manifest(path)
+            store = cls(path, read_meta(path, manifest), manifest, lock)
+            missing = store.missing_shards()
+            if missing and not (partial or writable):
+                raise IncompatibleError(
+                    f"{path}: {len(missing)} of {store.meta.n_shards} shards are missing; "
+                    "run the same `harvest` command again to fill them"
+                )
+            if writable:
+                remove_leftovers(path)
+            return store
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+
+    def close(self) -> None:
+        """Give up the writer's lock; a store that is open for reading has nothing to close."""
+        if self._writer and self._lock:
+            self._writer.close()
+            self._lock.release()
+        self._writer = self._lock = self._packer = None
+
+    def __enter__(self) -> "ActivationStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.path),)
+
+    # What is there
+
+    @cached_property
+    def tokens(self) -> TokenTable:
+        """Token ids, documents, positions and the keep mask, each [T]; read once, read-only."""
+        return arrays.read_tokens(self.path, self.meta, self._manifest.checksums)
+
+    def missing_shards(self) -> list[int]:
+        """Shards that the manifest lacks, ascending."""
+        return [shard for shard in range(self.meta.n_shards) if shard not in self._manifest.lines]
+
+    def record(self, shard: int) -> ShardRecord:
+        """What the manifest says of a shard; `IncompatibleError` when it is missing."""
+        if shard not in self._records:
+            start, stop = self.meta.shard_bounds(shard)
+            if shard not in self._manifest.lines:
+                raise IncompatibleError(
+                    f"{self.path}: shard {shard} (tokens {start} to {stop - 1}) is missing; "
+                    "run the same `harvest` command again to fill it"
+                )
+            self._records[shard] = self._manifest.record(shard)
+        return self._records[shard]
+
+    @property
+    def content_hash(self) -> str:
+        """Identifies the data: a hash over the config hash and the hashes of the shards that are there."""
+        digest = xxhash.xxh3_128(self.meta.config_hash.encode())
+        for shard in sorted(self._manifest.lines):
+            digest.update(f"{shard}:{self.record(shard).xxh3_128};".encode())
+        return digest.hexdigest()
+
+    # Reading
+
+    def read(
+        self, tokens: slice | None = None, layers: slice | Sequence[int] | None = None, *, raw: bool = False
+    ) -> np.ndarray:
+        """Vectors [t, l, D] of a range of tokens at some stored layers, as float32 or, with `raw`, as they are stored.
+
+        tokens: a slice of step 1. layers: stored layers, 0..L-1. Raises where a shard is missing or damaged, and
+        `IndexError` for a layer that is not there.
+        """
+        meta, size = self.meta, self.meta.chunk_tokens
+        start, stop, step = (tokens or slice(None)).indices(meta.n_tokens)
+        if step != 1:
+            raise UsageError(f"read: tokens should be a slice of step 1, found {tokens}")
+        chosen = self._layer_indices(layers)
+        stored = STORAGE_DTYPE[meta.stored_dtype]
+        out = np.empty((max(stop - start, 0), len(chosen), meta.d_model), stored if raw else np.float32)
+        block = np.empty((size, meta.d_model), stored)
+        block_bytes = block.reshape(-1).view(np.uint8)
+        chunks = np.arange(start // size, -(-stop // size)) if start < stop else np.arange(0)
+        for shard, group in self._by_shard(chunks):
+            with self._reader(shard) as reader:
+                for chunk in chunks[group].tolist():
+                    first, end = max(chunk * size, start), min((chunk + 1) * size, stop)
+                    rows = block[first - chunk * size : end - chunk * size]
+                    for i, layer in enumerate(chosen):
+                        reader.read_chunk(chunk % meta.chunks_per_shard, layer, block_bytes)
+                        target = out[first - start : end - start, i]
+                        if raw:
+                            target[...] = rows
+                        else:
+                            to_float32(rows, meta.stored_dtype, target)
+        return out
+
+    def iter_shards(self, layers: slice | Sequence[int] | None = None) -> Iterator[Shard]:
+        """Every shard in order, as float32."""
+        for index in range(self.meta.n_shards):
+            start, stop = self.meta.shard_bounds(index)
+            yield Shard(index, start, stop, self.read(slice(start, stop), layers))
+
+    def read_blocks(self, chunk: np.ndarray, layer: np.ndarray, out: np.ndarray, threads: int = 4) -> None:
+        """Fill out [n, C, D] (stored format, contiguous) with inner chunks, in any order, by several threads.
+
+        chunk: int64 [n], token chunks of the store; layer: int64 [n], stored layers. Rows beyond the store's last token
+        are zero. Raises where a shard is missing or damaged.
+        """
+        order = np.lexsort((layer, chunk))
+        target = out.reshape(len(out), -1).view(np.uint8)
+        per_shard = self.meta.chunks_per_shard
+
+        def fill(shard: int, group: slice) -> None:
+            blocks = order[group]
+            with self._reader(shard) as reader:
+                for block in blocks.tolist():
+                    reader.read_chunk(int(chunk[block]) % per_shard, int(layer[block]), target[block])
+
+        groups = self._by_shard(chunk[order])
+        if threads == 1:
+            for group in groups:
+                fill(*group)
+            return
+        # A group is at most a thread's share, so that a window out of one shard is read by all threads too.
+        share = max(-(-len(order) // threads), 1)
+        parts = [(s, slice(i, min(i + share, g.stop))) for s, g in groups for i in range(g.start, g.stop, share)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda part: fill(*part), parts))
+
+    def _by_shard(self, chunks: np.ndarray) -> list[tuple[int, slice]]:
+        """Ascending token chunks as runs of the same shard: the shard, and where its run is."""
+        shards = chunks // self.meta.chunks_per_shard
+        bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
+        return [(int(shards[a]), slice(a, b)) for a, b in itertools.pairwise(bounds) if a < b]
+
+    def _reader(self, shard: int) -> ShardReader:
+        path = self.path / shard_name(shard)
+        reader = ShardReader(path, self.meta, self.record(shard).bytes, self._indexes.get(shard))
+        self._indexes[shard] = reader.index
+        return reader
+
+    def _layer_indices(self, layers: slice | Sequence[int] | None) -> list[int]:
+        n_layers = self.meta.n_layers
+        if layers is None or isinstance(layers, slice):
+            return list(range(n_layers))[layers or slice(None)]
+        for layer in layers:
+            if not 0 <= layer < n_layers:
+                raise IndexError(f"stored layer {layer} is outside 0..{n_layers - 1}")
+        return [int(layer) for layer in layers]
+
+    # Writing
+
+    def write_shard(self, shard: int, data: np.ndarray, keep: np.ndarray | None = None, *, threads: int = 1) -> None:
+        """Write one shard durably: its file, its moments, and its manifest line, before which it does not count.
+
+        data: [t, L, D], t the shard's valid tokens, float32 or the stored format; fastest when each layer's [t, D] is
+        contiguous, as in a transposed [L, t, D] array. keep: bool [t], the store's own mask, which is checked when
+        given. `ResidscopeError` names the layer and token of a value that is not finite or too large for the stored
+        format; nothing is written then.
+        """
+        packer = self._packer_for(shard)
+        start, stop = self.meta.shard_bounds(shard)
+        expected = (stop - start, self.meta.n_layers, self.meta.d_model)
+        if data.shape != expected:
+            raise UsageError(f"shard {shard} should have shape {expected} (token, layer, d_model), found {data.shape}")
+        if data.dtype not in (np.float32, STORAGE_DTYPE[self.meta.stored_dtype]):
+            raise UsageError(f"shard {shard} should be float32 or {self.meta.stored_dtype}, found {data.dtype}")
+        stored_keep = self.tokens.keep[start:stop]
+        if keep is not None and not np.array_equal(keep, stored_keep):
+            raise UsageError(f"shard {shard}: keep differs from the store's own mask")
+        try:
+            packed = packer.pack(data, stored_keep, threads)
+        except ValueError:
+            raise self._unstorable(shard, data) from None
+        atomic_write(self.path / shard_name(shard), packed.parts)
+        self._commit(shard, packed.moments, packed.n_bytes, packed.xxh3_128)
+
+    def adopt_shard(self, shard: int) -> None:
+        """Take in a shard's file that another Zarr writer has put in its place, as if `write_shard` had written it."""
+        packer = self._packer_for(shard)
+        start, stop = self.meta.shard_bounds(shard)
+        path = self.path / shard_name(shard)
+        data = path.read_bytes()
+        with ShardReader(path, self.meta, len(data)) as reader:
+            raw = reader.read_shard(stop - start)
+        if first_unstorable(raw, self.meta.stored_dtype) is not None:
+            raise self._unstorable(shard, raw)
+        sync(path)
+        sync(path.parent)
+        moments = packer.pack(raw, self.tokens.keep[start:stop]).moments
+        self._commit(shard, moments, len(data), xxhash.xxh3_128_hexdigest(data))
+
+    def _packer_for(self, shard: int) -> "ShardPacker":
+        """The packer, for a shard that may be written."""
+        if self._writer is None:
+            raise UsageError(f"{self.path}: the store is open for reading only; open it with writable=True")
+        if shard in self._manifest.lines:
+            raise UsageError(f"{self.path}: shard {shard} is written already")
+        if self._packer is None:
+            from store.pack import ShardPacker  # Brings the compiler of the kernels, which readers do without.
+
+            self._packer = ShardPacker(self.meta)
+        return self._packer
+
+    def _commit(self, shard: int, moments: ShardMoments, n_bytes: int, xxh3_128: str) -> None:
+        """Make a shard whose file is in place count: its moments, then its line."""
+        assert self._writer is not None
+        start, stop = self.meta.shard_bounds(shard)
+        numbers = arrays.encode_numbers(np.stack([moments.mean, moments.m2]))
+        atomic_write(self.path / arrays.moments_name(shard), [numbers])
+        record = ShardRecord(
+            shard=shard,
+            tokens=stop - start,
+            kept=moments.count,
+            bytes=n_bytes,
+            xxh3_128=xxh3_128,
+            moments_xxh3_128=xxhash.xxh3_128_hexdigest(numbers),
+            norm_sums=moments.norm_sums.tolist(),
+            config_hash=self.meta.config_hash,
+        )
+        self._manifest.lines[shard] = self._writer.append(record)
+
+    def _unstorable(self, shard: int, data: np.ndarray) -> ResidscopeError:
+        """The error for a value that the stored format cannot hold."""
+        where = first_unstorable(data, self.meta.stored_dtype)
+        assert where is not None
+        token, layer, dimension = where
+        value = data[where] if data.dtype == np.float32 else to_float32(data[where][None], self.meta.stored_dtype)[0]
+        return ResidscopeError(
+            f"layer {self.meta.layers[layer]}, token {self.meta.shard_bounds(shard)[0] + token}, dimension "
+            f"{dimension}: the value {value} is no finite number of {self.meta.stored_dtype}. Nothing of shard {shard} "
+            "was written. Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
+        )
+
+    # Statistics
+
+    def statistics(self) -> LayerStatistics:
+        """Mean, variance and norm by stored layer, over the kept tokens of the shards that are there."""
+        files = arrays.statistics_files(self.meta)
+        if self.missing_shards() or not all((self.path / name).exists() for name in files):
+            return self.merged_statistics()
+        mean, var, norm = (arrays.read_numbers(self.path / name, shape) for name, shape in files.items())
+        return LayerStatistics(sum(self.record(shard).kept for shard in self._manifest.lines), mean, var, norm)
+
+    def finalize(self) -> None:
+        """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time. Every shard must be there."""
+        if self._writer is None:
+            raise UsageError(f"{self.path}: the store is open for reading only; open it with writable=True")
+        missing = self.missing_shards()
+        if missing:
+            raise IncompatibleError(f"{self.path}: {len(missing)} of {self.meta.n_shards} shards are missing")
+        found = self.merged_statistics()
+        for name, values in zip(arrays.statistics_files(self.meta), (found.mean, found.var, found.norm), strict=True):
+            atomic_write(self.path / name, [arrays.encode_numbers(values)])
+
+    def merged_statistics(self) -> LayerStatistics:
+        """As `statistics`, but always merged from the shards' moments, in shard order."""
+        shape = (2, self.meta.n_layers, self.meta.d_model)
+        total = no_moments(*shape[1:])
+        for shard in sorted(self._manifest.lines):
+            record = self.record(shard)
+            mean, m2 = arrays.read_numbers(self.path / arrays.moments_name(shard), shape)
+            total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
+        return statistics(total)
+
+
+def require_store(path: Path) -> None:
+    """Raise `IncompatibleError` when there is no store at `path`."""
+    if not (path / "zarr.json").is_file() or not (path / FILE).is_file():
+        raise IncompatibleError(f"{path}: no activation store is there; make one with `harvest`")
+
+
+def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
+    """The store's attributes; raises when the manifest, any array's metadata or the attributes are damaged."""
+    if manifest.problems:
+        raise ResidscopeError(f"{path}: {manifest.problems[0]}. `residscope verify {path}` says what else is damaged")
+    for name in manifest.checksums:
+        if name.endswith("zarr.json"):
+            arrays.read_checked(path, name, manifest.checksums)
+    return StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
+
+
+def _reopen(path: str) -> ActivationStore:
+    return ActivationStore.open(path, partial=True)

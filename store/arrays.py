@@ -1,0 +1,168 @@
+"""The arrays beside `resid_post`, and the making of all of them, so that any reader of Zarr v3 opens the store.
+
+How: `make_arrays`, the only caller of zarr, writes every array's metadata and the values of the token arrays. All small
+arrays have chunks of plain little-endian numbers that end in their crc32c; they are read, and the statistics written,
+directly, so that a reader needs no zarr. What it does not do: shards of `resid_post` (shards.py).
+
+Shapes: T tokens, L stored layers, D = d_model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from store.errors import UsageError
+from store.manifest import FOLDER
+from store.meta import StoreMeta
+from store.shards import CRC_BYTES, ZSTD_LEVEL, DamagedError, checksum
+
+_TOKEN_CHUNK = 1 << 22
+
+
+class TokenTable(NamedTuple):
+    """What is known of each token, in store order."""
+
+    token_id: np.ndarray
+    """int32 [T]: the tokenizer's id."""
+    document: np.ndarray
+    """int32 [T]: the document that the token comes from, counted from 0."""
+    position: np.ndarray
+    """int32 [T]: position within the packed sequence."""
+    keep: np.ndarray
+    """bool [T]: False for tokens that are neither trained on nor analysed."""
+
+
+_TOKEN_DTYPES = {name: np.dtype(bool) if name == "keep" else np.dtype("<i4") for name in TokenTable._fields}
+
+
+def checked_tokens(tokens: TokenTable, n_tokens: int) -> TokenTable:
+    """`tokens` in the stored number formats; `UsageError` when a column has another length or does not fit."""
+    columns = {}
+    for name, dtype in _TOKEN_DTYPES.items():
+        column = np.asarray(getattr(tokens, name))
+        if column.shape != (n_tokens,):
+            raise UsageError(f"store: {name} should have shape ({n_tokens},), found {column.shape}")
+        columns[name] = np.ascontiguousarray(column, dtype)
+        if not np.array_equal(columns[name], column):
+            raise UsageError(f"store: {name} has values that {dtype} cannot hold")
+    return TokenTable(**columns)
+
+
+def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
+    """Write every array's metadata and the token arrays' values into a folder that has neither."""
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    group = zarr.create_group(str(folder), zarr_format=3, attributes=meta.to_attributes())
+    group.create_group(FOLDER)  # An empty one, so that zarr does not warn of a folder that it does not know.
+    n_tokens, n_layers, d_model = meta.n_tokens, meta.n_layers, meta.d_model
+    # One folder for all chunks of an array ("c.0.0"), so that one fsync makes a new chunk's name durable.
+    common: Any = {"filters": None, "chunk_key_encoding": {"name": "default", "separator": "."}}
+    group.create_array(
+        "resid_post",
+        shape=(n_tokens, n_layers, d_model),
+        dtype="uint16" if meta.stored_dtype == "bfloat16" else meta.stored_dtype,
+        chunks=(meta.chunk_tokens, 1, d_model),
+        shards=(meta.shard_tokens, n_layers, d_model),
+        compressors=[*([ZstdCodec(level=ZSTD_LEVEL)] if meta.codec == "zstd" else []), Crc32cCodec()],
+        fill_value=0,
+        dimension_names=("token", "layer", "d_model"),
+        attributes={"stored_dtype": meta.stored_dtype},
+        **common,
+    )
+    statistics: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+        "shard_moments": ((meta.n_shards, 2, n_layers, d_model), ("shard", "moment", "layer", "d_model")),
+        "layer_mean": ((n_layers, d_model), ("layer", "d_model")),
+        "layer_var": ((n_layers, d_model), ("layer", "d_model")),
+        "layer_norm": ((n_layers,), ("layer",)),
+    }
+    for name, (shape, dimensions) in statistics.items():
+        group.create_array(
+            name,
+            shape=shape,
+            dtype="float64",
+            chunks=(1, *shape[1:]) if name == "shard_moments" else shape,
+            compressors=[Crc32cCodec()],
+            fill_value=float("nan"),
+            dimension_names=dimensions,
+            **common,
+        )
+    for name, dtype in _TOKEN_DTYPES.items():
+        array = group.create_array(
+            name,
+            shape=(n_tokens,),
+            dtype=dtype,
+            chunks=(min(n_tokens, _TOKEN_CHUNK),),
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+            dimension_names=("token",),
+            config={"write_empty_chunks": True},
+            **common,
+        )
+        array[:] = getattr(tokens, name)
+
+
+def file_checksums(folder: Path) -> dict[str, str]:
+    """xxh3-128 of every file below a folder, by its path there; names that begin with a dot are left out."""
+    return {
+        path.relative_to(folder).as_posix(): xxhash.xxh3_128_hexdigest(path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def read_checked(folder: Path, name: str, checksums: Mapping[str, str]) -> bytes:
+    """A file that was made with the store; raises when it is missing or not what was written."""
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(path, "the file is missing") from None
+    if xxhash.xxh3_128_hexdigest(data) != checksums.get(name):
+        raise DamagedError(path, "the file is not what was written")
+    return data
+
+
+def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> TokenTable:
+    """The token arrays, checked against the manifest's header; read-only."""
+    chunk = min(meta.n_tokens, _TOKEN_CHUNK)
+    columns = {}
+    for name, dtype in _TOKEN_DTYPES.items():
+        parts = [
+            np.frombuffer(read_checked(folder, f"{name}/c.{i}", checksums), dtype, chunk)
+            for i in range(-(-meta.n_tokens // chunk))
+        ]
+        columns[name] = np.concatenate(parts)[: meta.n_tokens]
+        columns[name].flags.writeable = False
+    return TokenTable(**columns)
+
+
+def moments_name(shard: int) -> str:
+    """File of a shard's chunk of `shard_moments`, below the store."""
+    return f"shard_moments/c.{shard}.0.0.0"
+
+
+def statistics_files(meta: StoreMeta) -> dict[str, tuple[int, ...]]:
+    """The files of the layer statistics (mean, variance, norm), below the store, and the shapes of what is in them."""
+    shape = (meta.n_layers, meta.d_model)
+    return {"layer_mean/c.0.0": shape, "layer_var/c.0.0": shape, "layer_norm/c.0": shape[:1]}
+
+
+def encode_numbers(values: np.ndarray) -> bytes:
+    """float64 numbers as a chunk: little-endian, then their crc32c."""
+    data = np.ascontiguousarray(values, "<f8").tobytes()
+    return data + checksum(data)
+
+
+def read_numbers(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The float64 numbers [shape] of a chunk's file; raises when it is missing or damaged."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(path, "the file is missing") from None
+    if len(data) != int(np.prod(shape)) * 8 + CRC_BYTES or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+        raise DamagedError(path, "its checksum does not match")
+    return np.frombuffer(data, "<f8", len(data) // 8).reshape(shape)

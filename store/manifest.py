@@ -1,0 +1,198 @@
+"""Which shards are whole: the manifest's lines, and the lock that keeps a second writer out.
+
+How: `manifest/0.jsonl` begins with a header line (the hash of every file that is made with the store); then comes one
+line for each whole shard. Every line ends in a checksum of itself. A shard counts only once its line is there, and the
+line is written last. A last line that is not sound was cut by a crash: readers ignore it (so its shard is missing), the
+next writer cuts it off. Any other bad line is damage, and is reported, never skipped in silence. What it does not do:
+look at the shards.
+"""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from store.errors import ResidscopeError
+from store.files import write_all
+
+FOLDER = "manifest"
+FILE = f"{FOLDER}/0.jsonl"
+LOCK = f"{FOLDER}/.lock"
+
+_CHECK_LENGTH = len(',"check":"0123456789abcdef"}')
+_SHARD_PREFIX = b'{"shard":'
+
+
+class ShardRecord(NamedTuple):
+    """What the manifest says of one whole shard; the fields of its line, in order."""
+
+    shard: int
+    """Index of the shard."""
+    tokens: int
+    """Valid tokens."""
+    kept: int
+    """Those of them that are kept."""
+    bytes: int
+    """Size of the shard's file."""
+    xxh3_128: str
+    """Hash of the shard's file."""
+    moments_xxh3_128: str
+    """Hash of the shard's chunk of `shard_moments`."""
+    norm_sums: list[float]
+    """Sum over the kept tokens of the vectors' L2 norms, for each stored layer."""
+    config_hash: str
+    """The store's config hash."""
+
+
+@dataclass
+class Manifest:
+    """What the manifest's files say."""
+
+    checksums: dict[str, str] = field(default_factory=dict)
+    """xxh3-128 of each file that was made with the store, by its path there; empty when the header is damaged."""
+    lines: dict[int, bytes] = field(default_factory=dict)
+    """The line of each whole shard; `record` reads one."""
+    problems: list[str] = field(default_factory=list)
+    """Damaged and repeated lines, in words; empty in a sound store."""
+    sound_bytes: int = 0
+    """Length of the sound part of `0.jsonl`; what comes after it is a torn last line."""
+    torn: bool = False
+    """Whether a last line is torn."""
+
+    def record(self, shard: int) -> ShardRecord:
+        """The line of a whole shard."""
+        fields = json.loads(self.lines[shard])
+        return ShardRecord(**{name: fields[name] for name in ShardRecord._fields})
+
+
+def sealed(fields: Mapping[str, Any]) -> bytes:
+    """`fields` as one manifest line, which ends in its own checksum and a newline."""
+    body = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    return body + b',"check":"%s"}\n' % xxhash.xxh3_64_hexdigest(body).encode()
+
+
+def is_sound(line: bytes) -> bool:
+    """Whether a line, without its newline, is what `sealed` made."""
+    body, check = line[:-_CHECK_LENGTH], line[-_CHECK_LENGTH:]
+    return check == b',"check":"%s"}' % xxhash.xxh3_64_hexdigest(body).encode()
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Read and check every line of every writer's file; damage is told in `problems`, not raised."""
+    manifest = Manifest()
+    for path in sorted((store / FOLDER).glob("*.jsonl")):
+        name = f"{FOLDER}/{path.name}"
+        data = path.read_bytes()
+        *lines, rest = data.split(b"\n")
+        sound_bytes = len(data) - len(rest)
+        if lines and not is_sound(lines[-1]):
+            sound_bytes -= len(lines.pop()) + 1
+        manifest.torn |= sound_bytes < len(data)
+        if name == FILE:
+            manifest.sound_bytes = sound_bytes
+            _read_header(manifest, lines)
+        for number, line in enumerate(lines, start=1):
+            _read_line(manifest, line, f"{name} line {number}")
+    return manifest
+
+
+def _read_header(manifest: Manifest, lines: list[bytes]) -> None:
+    if lines and is_sound(lines[0]):
+        manifest.checksums = json.loads(lines.pop(0)).get("checksums", {})
+        lines.insert(0, b"")  # Keeps the numbers of the lines as an editor shows them.
+    if not manifest.checksums:
+        manifest.problems.append(f"{FILE} line 1: the header is damaged")
+
+
+def _read_line(manifest: Manifest, line: bytes, where: str) -> None:
+    if not line:
+        return
+    if not is_sound(line):
+        manifest.problems.append(f"{where}: its checksum does not match")
+        return
+    if not line.startswith(_SHARD_PREFIX):
+        manifest.problems.append(f"{where}: it is no shard's line")
+        return
+    # Opening a store of many shards should be quick, so that a line is parsed only when its other fields are needed.
+    shard = int(line[len(_SHARD_PREFIX) : line.index(b",")])
+    if shard in manifest.lines:
+        manifest.problems.append(f"{where}: shard {shard} is there twice")
+    manifest.lines[shard] = line
+
+
+def write_header(store: Path, config_hash: str, checksums: Mapping[str, str]) -> None:
+    """Start the manifest of a new store, in its folder."""
+    (store / FILE).write_bytes(sealed({"config_hash": config_hash, "checksums": dict(checksums)}))
+
+
+class ManifestWriter:
+    """Appends lines to `manifest/0.jsonl`, each durable when `append` returns."""
+
+    def __init__(self, store: Path, sound_bytes: int) -> None:
+        """Open the file; what is beyond `sound_bytes` is cut off."""
+        self._path = store / FILE
+        self._end = sound_bytes
+        self._descriptor = os.open(self._path, os.O_WRONLY)
+        try:
+            self._cut()
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, record: ShardRecord) -> bytes:
+        """Append the record's line, after whatever a failed append left is cut off; gives the line, no newline."""
+        line = sealed(record._asdict())
+        self._cut()
+        os.lseek(self._descriptor, self._end, os.SEEK_SET)
+        write_all(self._descriptor, memoryview(line), self._path)
+        os.fsync(self._descriptor)
+        self._end += len(line)
+        return line[:-1]
+
+    def _cut(self) -> None:
+        if os.fstat(self._descriptor).st_size != self._end:
+            os.ftruncate(self._descriptor, self._end)
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+class WriterLock:
+    """The exclusive right to write into a folder; it ends with the process, whatever its end."""
+
+    def __init__(self, folder: Path, name: Path) -> None:
+        """Take the lock of `folder`; `ResidscopeError`, which calls the store `name`, when another process has it."""
+        path = folder / LOCK
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The folder may have been renamed between the two lines above; then the lock is that of another place.
+            if not os.path.samestat(os.fstat(self._descriptor), path.stat()):
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError):
+            self.release()
+            raise ResidscopeError(
+                f"{name}: another process is writing this store; wait until it ends, or stop it, "
+                "then run the same command again"
+            ) from None
+        except OSError as error:
+            self.release()
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            raise ResidscopeError(
+                f"{name}: its file system has no file locks ({error.strerror}), so that nothing would stop a second "
+                "writer; write to a local disk and copy the store from there"
+            ) from None
+
+    def release(self) -> None:
+        """Give the lock up."""
+        os.close(self._descriptor)

@@ -1,0 +1,176 @@
+"""What a store is: sizes, layers, number formats, where it came from. To and from the attributes of the root group.
+
+How: one frozen dataclass, checked when made; `from_attributes` takes exactly the attributes that `to_attributes` gives
+and refuses any other. What it does not do: touch a disk.
+
+Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk, S tokens in a shard.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from store.errors import IncompatibleError, UsageError
+
+FORMAT = "residscope-activations"
+FORMAT_VERSION = 1
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+CODECS = ("none", "zstd")
+
+_CHUNK_BYTES = 512 * 1024
+_SHARD_BYTES = 64 * 1024 * 1024
+_SHARD_BYTES_LIMIT = 2 * _SHARD_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreMeta:
+    """The sizes, formats and origin of a store; never changes once the store is made."""
+
+    n_tokens: int
+    """Tokens in the store, kept or not; at least 1."""
+    layers: tuple[int, ...]
+    """Model's indices of the blocks whose outputs are stored, ascending; a "stored layer" is an index into this."""
+    n_model_layers: int
+    """Blocks of the model."""
+    d_model: int
+    """Size of a residual stream vector."""
+    stored_dtype: str = "bfloat16"
+    """bfloat16 (on the disk as uint16), float16 or float32."""
+    codec: str = "none"
+    """none, or zstd (level 1) for each inner chunk."""
+    chunk_tokens: int
+    """Tokens in an inner chunk (C), which holds one layer."""
+    shard_tokens: int
+    """Tokens in a shard (S), which holds every stored layer; a multiple of `chunk_tokens`."""
+    context_length: int
+    """Longest packed sequence, in tokens."""
+    lens: dict[str, Any] | None = None
+    """Tuned lens that the stored vectors went through (id, hash, indexing), or None."""
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Plain JSON: model, revision, architecture, tokenizer, data set, separator, seed, compute dtype, versions."""
+    config_hash: str = ""
+    """Hash of everything that the stored bytes depend on (`config_hash`); each manifest line repeats it."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_tokens", "n_model_layers", "d_model", "chunk_tokens", "shard_tokens", "context_length"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UsageError(f"store: {name} should be a whole number of at least 1, found {value!r}")
+        if not self.layers or any(type(layer) is not int for layer in self.layers):
+            raise UsageError(f"store: layers should name at least one block, found {self.layers!r}")
+        ascending = list(self.layers) == sorted(set(self.layers))
+        if not ascending or self.layers[0] < 0 or self.layers[-1] >= self.n_model_layers:
+            raise UsageError(
+                f"store: layers should ascend within 0..{self.n_model_layers - 1} without repeats, "
+                f"found {list(self.layers)}"
+            )
+        if self.stored_dtype not in ITEMSIZE:
+            raise UsageError(f"store: stored_dtype should be one of {', '.join(ITEMSIZE)}, found {self.stored_dtype!r}")
+        if self.codec not in CODECS:
+            raise UsageError(f"store: codec should be one of {', '.join(CODECS)}, found {self.codec!r}")
+        if self.shard_tokens % self.chunk_tokens:
+            raise UsageError(
+                f"store: shard_tokens ({self.shard_tokens}) should be a multiple of chunk_tokens ({self.chunk_tokens})"
+            )
+
+    @property
+    def n_layers(self) -> int:
+        """Stored layers (L)."""
+        return len(self.layers)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one stored number."""
+        return ITEMSIZE[self.stored_dtype]
+
+    @property
+    def n_shards(self) -> int:
+        """Shards; the last may be part full."""
+        return -(-self.n_tokens // self.shard_tokens)
+
+    @property
+    def n_chunks(self) -> int:
+        """Token chunks that hold at least one token; the last may be part full."""
+        return -(-self.n_tokens // self.chunk_tokens)
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Token chunks in a full shard (S / C)."""
+        return self.shard_tokens // self.chunk_tokens
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token at all stored layers, before compression."""
+        return self.n_layers * self.d_model * self.itemsize
+
+    def shard_bounds(self, shard: int) -> tuple[int, int]:
+        """First token of a shard and one past its last valid token."""
+        if not 0 <= shard < self.n_shards:
+            raise IndexError(f"shard {shard} is outside 0..{self.n_shards - 1}")
+        start = shard * self.shard_tokens
+        return start, min(start + self.shard_tokens, self.n_tokens)
+
+    def to_attributes(self) -> dict[str, Any]:
+        """Plain JSON for the attributes of the root group."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **dataclasses.asdict(self),
+            "layers": list(self.layers),
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> "StoreMeta":
+        """The inverse of `to_attributes`; `IncompatibleError` for any other attributes, naming what differs."""
+        if attributes.get("format") != FORMAT:
+            raise IncompatibleError(
+                f"not an activation store: attribute format should be {FORMAT!r}, found {attributes.get('format')!r}; "
+                "make one with `harvest`"
+            )
+        if attributes.get("format_version") != FORMAT_VERSION:
+            raise IncompatibleError(
+                f"the store has format version {attributes.get('format_version')!r}, this program reads version "
+                f"{FORMAT_VERSION}; use the program's version that wrote it"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        found = set(attributes) - {"format", "format_version"}
+        if found != names:
+            raise IncompatibleError(
+                f"the store's attributes are damaged: missing {sorted(names - found)}, unknown {sorted(found - names)}"
+            )
+        values = {name: attributes[name] for name in names}
+        if not isinstance(values["layers"], list):
+            raise IncompatibleError(f"the store's attributes are damaged: layers is {values['layers']!r}, no list")
+        try:
+            return cls(**{**values, "layers": tuple(values["layers"])})
+        except UsageError as error:
+            raise IncompatibleError(f"the store's attributes are damaged: {error}") from None
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Hash (xxh3-128, hex) of a plain JSON mapping; the order of its keys does not matter."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def chunk_and_shard_tokens(n_tokens: int, n_layers: int, d_model: int, itemsize: int) -> tuple[int, int]:
+    """Tokens in a chunk (C) and in a shard (S) for a store of these sizes.
+
+    C is the largest power of two whose chunk of one layer is at most 512 KiB, within 64..512, and no more than a small
+    store needs. S is the largest multiple of C whose shard is at most 64 MiB. Where one chunk of every layer is above
+    128 MiB, C shrinks until it is not.
+    """
+    chunk = 64
+    while chunk < 512 and 2 * chunk * d_model * itemsize <= _CHUNK_BYTES:
+        chunk *= 2
+    while chunk // 2 >= max(n_tokens, 1):
+        chunk //= 2
+    token_bytes = n_layers * d_model * itemsize
+    while chunk > 1 and chunk * token_bytes > _SHARD_BYTES_LIMIT:
+        chunk //= 2
+    shard = max(_SHARD_BYTES // (chunk * token_bytes), 1) * chunk
+    return chunk, min(shard, -(-n_tokens // chunk) * chunk)

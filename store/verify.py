@@ -1,0 +1,130 @@
+"""Check everything in a store against its checksums, and name what is wrong.
+
+How: the manifest's lines; then every file that was made with the store, against the manifest's header; then each
+shard's file and moments, against its line; then the layer statistics, against the moments. Shards are read whole,
+several at once. What it does not do: repair.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from store import arrays
+from store.activations import ActivationStore, require_store
+from store.manifest import Manifest, read_manifest
+from store.meta import StoreMeta
+from store.shards import DamagedError, ShardReader, shard_name
+
+_READ_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class BadShard:
+    """Something of a store that is missing or damaged."""
+
+    index: int | None
+    """The shard, or None where what is bad belongs to the whole store."""
+    reason: str
+    """The file, and what is wrong with it."""
+
+
+def verify(
+    path: str | os.PathLike[str], *, threads: int = 4, progress: Callable[[int, int], None] | None = None
+) -> list[BadShard]:
+    """Everything that is missing or damaged in the store at `path`; empty when the store is whole.
+
+    progress: called with the number of shards that are checked and of all. Raises `IncompatibleError` when there is no
+    store, or one of another version.
+    """
+    path = Path(path)
+    require_store(path)
+    manifest = read_manifest(path)
+    bad = [BadShard(None, problem) for problem in manifest.problems]
+    made = _check_made_files(path, manifest)
+    bad += made
+    if made or not manifest.checksums:
+        return bad  # Without sound metadata nothing says what the shards should be.
+    meta = StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
+    torn = "; its last line is torn" if manifest.torn else ""
+    with ThreadPoolExecutor(threads) as pool:
+        checks = pool.map(lambda shard: _check_shard(path, meta, manifest, shard), range(meta.n_shards))
+        for shard, reason in enumerate(checks):
+            if reason:
+                bad.append(BadShard(shard, reason + (torn if shard not in manifest.lines else "")))
+            if progress:
+                progress(shard + 1, meta.n_shards)
+    bad += [BadShard(shard, "the store has no such shard") for shard in manifest.lines if shard >= meta.n_shards]
+    if not bad:
+        bad = _check_statistics(path)
+    return bad
+
+
+def _check_made_files(path: Path, manifest: Manifest) -> list[BadShard]:
+    """Files that were made with the store and are not as the manifest's header has them."""
+    bad = []
+    for name in manifest.checksums:
+        try:
+            arrays.read_checked(path, name, manifest.checksums)
+        except DamagedError as error:
+            bad.append(BadShard(None, f"{name}: {error.what}"))
+    return bad
+
+
+def _check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> str | None:
+    """What is wrong with a shard."""
+    if shard not in manifest.lines:
+        return "missing: the manifest has no line for it"
+    record = manifest.record(shard)
+    start, stop = meta.shard_bounds(shard)
+    if record.tokens != stop - start or record.config_hash != meta.config_hash:
+        return "its manifest line is of another configuration"
+    for name, expected in (
+        (shard_name(shard), record.xxh3_128),
+        (arrays.moments_name(shard), record.moments_xxh3_128),
+    ):
+        found = _file_hash(path / name)
+        if found is None:
+            return f"{name}: the file is missing"
+        if found != expected:
+            where = _damaged_chunk(path / name, meta, record.bytes) if name == shard_name(shard) else None
+            return f"{name}: {where or 'the hash of the file does not match'}"
+    return None
+
+
+def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:
+    """What a reader of a shard's file would stumble over first."""
+    try:
+        with ShardReader(file, meta, n_bytes) as reader:
+            reader.read_shard(meta.shard_tokens)
+    except DamagedError as error:
+        return error.what
+    return None
+
+
+def _check_statistics(path: Path) -> list[BadShard]:
+    """Layer statistics that are there and are not what the shards' moments amount to."""
+    store = ActivationStore.open(path)
+    expected = store.merged_statistics()
+    bad = []
+    for name, values in zip(
+        arrays.statistics_files(store.meta), (expected.mean, expected.var, expected.norm), strict=True
+    ):
+        if (path / name).exists() and (path / name).read_bytes() != arrays.encode_numbers(values):
+            bad.append(BadShard(None, f"{name}: it is not what the shards amount to"))
+    return bad
+
+
+def _file_hash(file: Path) -> str | None:
+    digest = xxhash.xxh3_128()
+    try:
+        with file.open("rb") as opened:
+            while block := opened.read(_READ_BYTES):
+                digest.update(block)
+    except FileNotFoundError:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+"""`analyze` from the command line: light help, and one clear line with the right exit code for what can go wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from analysis.cli import main
+from store.activations import ActivationStore
+from tests.analysis.small import Small, make_small
+from train.sae import CHECKPOINT_FORMAT
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Small:
+    return make_small(tmp_path_factory.mktemp("small"))
+
+
+def options(small: Small, out, **changes):
+    given = {"store": small.store, "sae": small.sae, "out": out, "bootstrap": 0} | changes
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def fails(capsys, argv, code, *words):
+    """The command ends with `code` and says one line with all of `words`."""
+    assert main(argv) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if line]
+    assert line.startswith("analyze: error: ")
+    for word in words:
+        assert word in line, line
+
+
+def test_help_is_light():
+    code = (
+        "import sys\nfrom analysis.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'dask', 'zarr', 'numpy', 'numba', 'pandas', 'matplotlib') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    for flag in ("--store", "--sae", "--out", "--split", "--scheduler", "--n-workers", "--max-tokens", "--json"):
+        assert flag in out
+
+
+def test_a_run_writes_its_files_and_exits_0(small, tmp_path, capsys):
+    assert main([*options(small, tmp_path / "out"), "--json", "--no-report", "--no-pca"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["schema_version"] == 1
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"summary.json", "latents.parquet", "layers.parquet"}
+
+
+def test_a_missing_store_and_a_folder_that_is_none(small, tmp_path, capsys):
+    for store in (tmp_path / "absent.zarr", tmp_path):
+        fails(capsys, options(small, tmp_path / "out", store=store), 3, str(store), "activation store", "harvest")
+
+
+def test_a_store_that_lacks_shards(tmp_path, capsys):
+    small = make_small(tmp_path)
+    manifest = small.store / "manifest" / "0.jsonl"
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:-2]))
+    fails(capsys, options(small, tmp_path / "out"), 3, "2 of 7 shards are missing", "harvest")
+
+
+def test_a_store_with_a_flipped_byte_is_refused_and_not_tried_again(tmp_path, capsys):
+    small = make_small(tmp_path)
+    (shard, *_) = sorted((small.store / "resid_post").glob("c*"))
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    fails(capsys, options(small, tmp_path / "out"), 1, str(small.store), "checksum of token chunk 0")
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_missing_checkpoint(small, tmp_path, capsys):
+    fails(capsys, options(small, tmp_path / "out", sae=tmp_path / "no.pt"), 1, "no.pt: no such checkpoint", "train")
+
+
+def test_a_pickle_with_code_is_refused(small, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    torch.save({"format": CHECKPOINT_FORMAT, "config": Evil(), "state_dict": {}}, tmp_path / "evil.pt")
+    fails(capsys, options(small, tmp_path / "out", sae=tmp_path / "evil.pt"), 3, "evil.pt: refused")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_store_of_another_width(small, tmp_path, capsys):
+    other = make_small(tmp_path, d_model=8)
+    fails(capsys, options(small, tmp_path / "out", store=other.store), 3, "d_model should be 12", "found 8")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "words"),
+    [
+        ({"model": "EleutherAI/pythia-70m"}, ["model should be EleutherAI/pythia-70m", "found test"]),
+        ({"lens": {"id": "some/lens", "hash": "ab"}}, ["lens should be", "some/lens", "found none"]),
+        ({"layers": [2, 4, 9]}, ["layers [2, 4, 9]", "lacks [4, 9]"]),
+    ],
+)
+def test_a_checkpoint_of_another_model_lens_or_layers(tmp_path, capsys, recorded, words):
+    small = make_small(tmp_path, trained_on=recorded)
+    fails(capsys, options(small, tmp_path / "out"), 3, "ckpt.pt does not fit", *words)
+
+
+def test_an_empty_split(tmp_path, capsys):
+    small = make_small(tmp_path, trained_on={"validation": None})
+    fails(capsys, options(small, tmp_path / "out", split="validation"), 1, "validation split", "--validation-fraction")
+
+
+def test_a_scheduler_that_does_not_answer(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("analysis.jobs.CONNECT_SECONDS", 1)
+    fails(capsys, options(small, tmp_path / "out", scheduler="tcp://127.0.0.1:9"), 1, "no Dask scheduler answers")
+    fails(capsys, options(small, tmp_path / "out", scheduler="cluster"), 2, "--scheduler should be")
+
+
+def test_an_out_that_cannot_be_a_folder(small, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    fails(capsys, options(small, tmp_path / "file"), 2, "should be a folder")
+    fails(capsys, options(small, tmp_path / "file" / "deeper"), 2, "is a file")
+
+
+@pytest.mark.parametrize("flag", ["max-tokens", "n-workers"])
+def test_numbers_below_one(small, tmp_path, capsys, flag):
+    fails(capsys, [*options(small, tmp_path / "out"), f"--{flag}", "0"], 2, f"--{flag} should be at least 1")
+
+
+def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
+    from analysis.measure import Work, open_data
+    from store.errors import IncompatibleError
+
+    store = ActivationStore.open(small.store)
+    work = Work(
+        store=str(small.store),
+        content_hash="of another store",
+        sae=str(small.sae),
+        layers=tuple(range(store.meta.n_layers)),
+        dtype="float32",
+        split="all",
+        max_tokens=None,
+        validation=None,
+        same_store=True,
+        baseline=False,
+    )
+    with pytest.raises(IncompatibleError, match="expected of another store"):
+        open_data(work, 24)

@@ -1,0 +1,139 @@
+"""Tasks and their tree: order, retries, failures, and the choice of a pool. Clusters are tried for real, once each."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from analysis import jobs
+from store.errors import Interrupted, ResidscopeError
+
+
+def add(parts):
+    return [item for part in parts for item in part]
+
+
+def shard_sum(task, arguments=(), n_shards=20):
+    return jobs.ShardSum(
+        name="test",
+        task=task,
+        arguments=arguments,
+        merge=add,
+        shards=tuple(range(0, 2 * n_shards, 2)),
+        tokens=(3,) * n_shards,
+    )
+
+
+def echo(shards):
+    return list(shards)
+
+
+def fail_first(folder, shards):
+    """Fails the first time for every second group of shards."""
+    marker = Path(folder) / f"{shards[0]}"
+    if shards[0] % 4 == 0 and not marker.exists():
+        marker.touch()
+        raise RuntimeError("a passing trouble")
+    return list(shards)
+
+
+def fail_always(shards):
+    if 6 in shards:
+        raise RuntimeError("a lasting trouble")
+    return list(shards)
+
+
+def refuse(folder, shards):
+    (Path(folder) / f"{os.getpid()}-{len(list(Path(folder).iterdir()))}").touch()
+    raise ResidscopeError("shard 0 is damaged")
+
+
+def die_once(folder, shards):
+    """Kills its own process the first time that shard 6 is asked for."""
+    marker = Path(folder) / "died"
+    if 6 in shards and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return list(shards)
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+@pytest.mark.parametrize("n_shards", [1, 2, 8, 9, 65, 300])
+def test_results_are_merged_in_the_order_of_shards(n_workers, n_shards):
+    total = shard_sum(echo, n_shards=n_shards)
+    assert jobs.run(total, jobs.Threads(n_workers)) == list(total.shards)
+
+
+@pytest.mark.parametrize("n_shards", [1, 255, 256, 257, 5000])
+def test_groups_cover_every_shard_once_and_are_no_more_than_the_limit(n_shards):
+    groups = jobs.shard_groups(n_shards)
+    assert [i for group in groups for i in range(n_shards)[group]] == list(range(n_shards))
+    assert len(groups) <= jobs.MAX_TASKS
+
+
+def test_a_task_that_fails_is_tried_again(tmp_path):
+    total = shard_sum(fail_first, (str(tmp_path),))
+    assert jobs.run(total, jobs.Threads(2)) == list(total.shards)
+    assert len(list(tmp_path.iterdir())) == 10
+
+
+def test_a_task_that_always_fails_names_its_shards(monkeypatch):
+    with pytest.raises(ResidscopeError, match=r"shard 6 failed 3 times, last with RuntimeError: a lasting trouble"):
+        jobs.run(shard_sum(fail_always), jobs.Threads(2))
+    monkeypatch.setattr(jobs, "MAX_TASKS", 5)
+    with pytest.raises(ResidscopeError, match=r"shards 0 to 6 failed 3 times"):
+        jobs.run(shard_sum(fail_always), jobs.Threads(2))
+
+
+def test_an_error_that_the_user_must_act_on_is_not_tried_again(tmp_path):
+    with pytest.raises(ResidscopeError, match="shard 0 is damaged"):
+        jobs.run(shard_sum(refuse, (str(tmp_path),), n_shards=1), jobs.Threads(1))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interrupt_is_said_to_be_one():
+    def interrupt(shards):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="starts the analysis anew"):
+        jobs.run(shard_sum(interrupt), jobs.Threads(1))
+
+
+def test_workers_share_the_cores_and_leave_torch_as_it_was():
+    before = torch.get_num_threads()
+    seen = jobs.run(shard_sum(lambda shards: [torch.get_num_threads()]), jobs.Threads(max(2, before)))
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_changes_nothing_in_the_result(tmp_path):
+    total = shard_sum(die_once, (str(tmp_path),), n_shards=8)
+    with jobs.open_pool("processes", 2, 8) as pool:
+        assert jobs.run(total, pool) == list(total.shards)
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.slow
+def test_a_cluster_at_an_address_gives_the_same_and_its_errors_arrive():
+    from distributed import LocalCluster
+
+    local: Any = LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0")
+    with local as cluster, jobs.open_pool(cluster.scheduler_address, None, 4) as pool:
+        total = shard_sum(echo, n_shards=4)
+        assert jobs.run(total, pool) == list(total.shards)
+        with pytest.raises(ResidscopeError, match="shard 6 failed 3 times"):
+            jobs.run(shard_sum(fail_always, n_shards=4), pool)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x:1"])
+def test_an_address_that_does_not_answer_is_one_clear_error(address, monkeypatch):
+    monkeypatch.setattr(jobs, "CONNECT_SECONDS", 1)
+    with (
+        pytest.raises(ResidscopeError, match=f"--scheduler {address}: no Dask scheduler answers"),
+        jobs.open_pool(address, None, 1),
+    ):
+        pass

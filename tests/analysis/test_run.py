@@ -1,0 +1,287 @@
+"""Whole analyses of a small store, every number against a dense computation of its definition; and what may not change
+it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.config import AnalyzeConfig
+from analysis.run import analyze
+from store.activations import ActivationStore
+from store.plan import validation_documents
+from tests.analysis.dense import decompose, reference_ratios
+from tests.analysis.small import LAYERS, VALIDATION, Small, make_small
+from train.sae import STD_EPSILON
+
+WEIGHTINGS = ("mass", "equal", "latent")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Small:
+    return make_small(tmp_path_factory.mktemp("small"))
+
+
+def run(small: Small, out: Path, **options: Any) -> dict[str, Any]:
+    given = {"dtype": "float64", "bootstrap": 50, "report": False, **options}
+    return analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=out, **given))
+
+
+class Dense:
+    """The autoencoder and its numbers, from the formulas, one dense array at a time, in float64."""
+
+    def __init__(self, small: Small, chosen: np.ndarray) -> None:
+        self.x = small.x[chosen].astype(np.float64)  # [T, L, D]
+        w_enc, w_dec, b_pre = (
+            p.detach().double().numpy() for p in (small.weights.W_enc, small.weights.W_dec, small.weights.b_pre)
+        )
+        self.own_mean = self.x.mean(axis=-1, keepdims=True)
+        self.scale = self.x.std(axis=-1, ddof=1, keepdims=True) + STD_EPSILON
+        self.standardized = (self.x - self.own_mean) / self.scale
+        z = (self.standardized - b_pre) @ w_enc.T
+        threshold = np.sort(z, axis=-1)[..., [-small.weights.config.k]]
+        self.codes = np.where(z >= threshold, np.maximum(z, 0), 0)  # [T, L, M]
+        self.x_hat = (self.codes @ w_dec + b_pre) * self.scale + self.own_mean
+
+    def fvu(self, x_hat: np.ndarray) -> np.ndarray:
+        return ((self.x - x_hat) ** 2).sum(axis=(0, 2)) / ((self.x - self.x.mean(axis=0)) ** 2).sum(axis=(0, 2))
+
+
+def masks(small: Small) -> dict[str, np.ndarray]:
+    n_documents = int(small.document.max()) + 1
+    held_out = validation_documents(n_documents, **VALIDATION)[small.document]
+    return {"all": small.keep, "train": small.keep & ~held_out, "validation": small.keep & held_out}
+
+
+@pytest.mark.parametrize("split", ["all", "train", "validation"])
+def test_every_number_equals_a_dense_computation(small, tmp_path, split):
+    summary = run(small, tmp_path, split=split)
+    chosen = masks(small)[split]
+    dense = Dense(small, chosen)
+    layers = np.array(LAYERS)
+
+    for weighting in WEIGHTINGS:
+        found = summary["variance"][weighting]
+        expected = decompose(dense.codes, layers, weighting)
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-9), f"{weighting} {name}"
+        aggregate = expected["within_token"] + expected["between_tokens"]
+        assert found["aggregate"] == pytest.approx(aggregate, rel=1e-9)
+        assert found["aggregate_over_token"] == pytest.approx(aggregate / expected["within_token"], rel=1e-9)
+        parts = found["within_token"] + found["between_tokens"] + found["between_latents"]
+        assert parts == pytest.approx(found["total"], rel=1e-12)
+    for name, value in reference_ratios(dense.codes, layers).items():
+        assert summary["variance"]["mlsae_compat"][name] == pytest.approx(value, rel=1e-9), name
+
+    rows = pd.DataFrame(summary["layers"])
+    deviation = dense.x - small.x[small.keep].astype(np.float64).mean(axis=0)
+    unit = deviation / np.linalg.norm(deviation, axis=-1, keepdims=True)
+    expected_rows = {
+        "layer": layers,
+        "fvu": dense.fvu(dense.x_hat),
+        "mse": ((dense.x - dense.x_hat) ** 2).mean(axis=(0, 2)),
+        "l0": (dense.codes > 0).sum(axis=-1).mean(axis=0),
+        "mean_norm": np.linalg.norm(dense.x, axis=-1).mean(axis=0),
+        "cosine_to_next": [*(unit[:, :-1] * unit[:, 1:]).sum(axis=-1).mean(axis=0), np.nan],
+        "n_vectors": [chosen.sum()] * 4,
+        "active_latents": (dense.codes > 0).any(axis=0).sum(axis=-1),
+        "mass_share": dense.codes.sum(axis=(0, 2)) / dense.codes.sum(),
+    }
+    for name, values in expected_rows.items():
+        np.testing.assert_allclose(
+            rows[name].astype(float), values, rtol=1e-5 if name in ("fvu", "cosine_to_next") else 1e-9, err_msg=name
+        )
+    for name in ("fvu", "mse", "l0"):
+        assert summary["reconstruction"][name] == pytest.approx(expected_rows[name].mean(), rel=1e-5)
+
+    fired = (dense.codes > 0).any(axis=(0, 1))
+    assert summary["latents"] == {"active": fired.sum(), "dead": (~fired).sum()}
+    assert summary["n_tokens"] == chosen.sum() == summary["split"]["n_tokens"]
+    assert summary["layer_numbers"] == list(LAYERS)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "layers.parquet"), rows, check_dtype=False)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("split", ["all", "validation"])
+def test_validation_fvu_and_pca_are_on_the_held_out_documents_whatever_the_split(small, tmp_path, split):
+    summary = run(small, tmp_path, split=split)
+    train, validation = Dense(small, masks(small)["train"]), Dense(small, masks(small)["validation"])
+    expected = validation.fvu(validation.x_hat)
+    np.testing.assert_allclose(summary["validation"]["fvu_per_layer"], expected, rtol=1e-5)
+    assert summary["validation_fvu"] == pytest.approx(expected.mean(), rel=1e-5)
+
+    rows = train.standardized.reshape(-1, 12)
+    _, _, directions = np.linalg.svd(rows - rows.mean(axis=0))
+    projector = directions[:3].T @ directions[:3]
+    x_hat = (validation.standardized - rows.mean(axis=0)) @ projector + rows.mean(axis=0)
+    pca = validation.fvu(x_hat * validation.scale + validation.own_mean)
+    np.testing.assert_allclose(summary["baseline"]["pca"]["fvu_per_layer"], pca, rtol=1e-5)
+    assert summary["baseline"]["pca"]["fvu"] == pytest.approx(pca.mean(), rel=1e-5)
+    assert summary["baseline"]["pca"]["n_train_vectors"] == len(rows)
+
+
+def test_the_latent_table_equals_a_dense_computation(small, tmp_path):
+    run(small, tmp_path)
+    table = pd.read_parquet(tmp_path / "latents.parquet").set_index("latent")
+    codes = Dense(small, small.keep).codes
+    np.testing.assert_array_equal(np.stack(list(table["counts"])), (codes > 0).sum(axis=0).T)
+    np.testing.assert_allclose(np.stack(list(table["totals"])), codes.sum(axis=0).T, rtol=1e-12)
+    np.testing.assert_array_equal(table["n_tokens"], (codes > 0).any(axis=1).sum(axis=0))
+    for latent in range(codes.shape[-1]):
+        own, row = codes[:, :, [latent]], table.loc[latent]
+        if not own.any():
+            assert pd.isna(row["layer_mean"])
+            continue
+        expected = decompose(own, np.array(LAYERS), "mass")
+        assert row["within_token"] == pytest.approx(expected["within_token"], rel=1e-9, abs=1e-12)
+        assert row["between_tokens"] == pytest.approx(expected["between_tokens"], rel=1e-9, abs=1e-12)
+        assert row["layer_var"] == pytest.approx(expected["total"], rel=1e-9, abs=1e-12)
+        assert row["layer_std"] == pytest.approx(expected["total"] ** 0.5, rel=1e-9, abs=1e-9)
+        profile = own.sum(axis=(0, 2)) / own.sum()
+        assert row["layer_mean"] == pytest.approx(profile @ np.array(LAYERS), rel=1e-12)
+        np.testing.assert_allclose(row["probs"], profile, rtol=1e-12)
+        assert row["entropy"] == pytest.approx(-sum(p * np.log2(p) for p in profile if p > 0), rel=1e-9, abs=1e-12)
+        assert row["mean"] == pytest.approx(own.sum() / (own > 0).sum(), rel=1e-12)
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers in a summary, in order, but for the time that it took and where the data lie."""
+    if isinstance(value, dict):
+        return [n for key, item in value.items() if key not in ("seconds", "provenance") for n in numbers(item)]
+    if isinstance(value, list):
+        return [n for item in value for n in numbers(item)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize("shape", [{"chunk_tokens": 300, "shard_tokens": 300}, {"chunk_tokens": 8, "shard_tokens": 16}])
+def test_the_numbers_do_not_depend_on_how_tokens_are_cut_into_shards(small, tmp_path, shape):
+    one = run(small, tmp_path / "a")
+    other = run(make_small(tmp_path, **shape), tmp_path / "b")
+    for weighting in WEIGHTINGS:
+        np.testing.assert_allclose(
+            numbers(one["variance"][weighting]), numbers(other["variance"][weighting]), rtol=1e-12
+        )
+    np.testing.assert_allclose(numbers(one), numbers(other), rtol=1e-9)
+
+
+def test_the_numbers_are_the_same_bits_with_any_number_of_threads_and_grouping_changes_only_rounding(
+    small, tmp_path, monkeypatch
+):
+    one = run(small, tmp_path / "a", n_workers=1)
+    three = run(small, tmp_path / "b", n_workers=3)
+    assert numbers(one) == numbers(three)
+    monkeypatch.setattr("analysis.jobs.MAX_TASKS", 2)
+    grouped = run(small, tmp_path / "c")
+    np.testing.assert_allclose(numbers(grouped), numbers(one), rtol=1e-12)
+
+
+def test_float32_and_bfloat16_are_close_to_float64(small, tmp_path):
+    exact = run(small, tmp_path / "a")["variance"]["mass"]["total"]
+    assert run(small, tmp_path / "b", dtype="float32")["variance"]["mass"]["total"] == pytest.approx(exact, rel=1e-4)
+    assert run(small, tmp_path / "c", dtype="bfloat16")["variance"]["mass"]["total"] == pytest.approx(exact, rel=0.05)
+
+
+def test_max_tokens_takes_the_first_kept_tokens(small, tmp_path):
+    summary = run(small, tmp_path, max_tokens=70)
+    first = np.flatnonzero(small.keep)[:70]
+    expected = decompose(Dense(small, first).codes, np.array(LAYERS), "mass")
+    assert summary["n_tokens"] == 70
+    assert summary["variance"]["mass"]["total"] == pytest.approx(expected["total"], rel=1e-9)
+    assert "first 70" in summary["split"]["text"]
+
+
+@pytest.mark.parametrize(("split", "trained_on"), [("all", "some"), ("train", "all"), ("validation", "none")])
+def test_the_summary_says_which_tokens_and_warns_of_those_trained_on(small, tmp_path, capsys, split, trained_on):
+    summary = run(small, tmp_path, split=split)
+    chosen = masks(small)[split]
+    assert summary["split"]["trained_on"] == trained_on
+    assert f"{chosen.sum()} tokens of {len(np.unique(small.document[chosen]))} documents" in summary["split"]["text"]
+    assert any("training documents" in warning for warning in summary["warnings"]) == (split != "validation")
+    out = capsys.readouterr().out
+    assert summary["split"]["text"] in out
+    assert "times the token-level variance" in out
+
+
+def test_another_store_of_the_same_model_is_analysed_and_said_to_be_another(small, tmp_path):
+    other = make_small(tmp_path, n_tokens=200)
+    summary = analyze(AnalyzeConfig(store=other.store, sae=small.sae, out=tmp_path / "out", report=False))
+    assert summary["split"]["trained_on"] == "unknown"
+    assert "another store" in " ".join(summary["warnings"])
+
+
+def test_an_autoencoder_of_some_layers_is_analysed_on_those(small, tmp_path):
+    part = make_small(tmp_path, trained_on={"layers": [3, 8]})
+    summary = run(part, tmp_path / "out")
+    assert summary["layer_numbers"] == [3, 8]
+    dense = Dense(part._replace(x=part.x[:, [1, 3]]), part.keep)
+    expected = decompose(dense.codes, np.array([3, 8]), "mass")
+    assert summary["variance"]["mass"]["total"] == pytest.approx(expected["total"], rel=1e-9)
+    np.testing.assert_allclose([row["fvu"] for row in summary["layers"]], dense.fvu(dense.x_hat), rtol=1e-5)
+
+
+def test_without_held_out_documents_there_is_no_validation_and_no_baseline(tmp_path):
+    summary = run(make_small(tmp_path, trained_on={"validation": None}), tmp_path / "out")
+    assert summary["validation"] is None
+    assert summary["validation_fvu"] is None
+    assert summary["baseline"] == {"pca": None}
+    assert summary["split"]["trained_on"] == "all"
+
+
+def test_no_pca_reads_no_more_than_the_split_needs(small, tmp_path, monkeypatch):
+    read = []
+    original = ActivationStore.read
+    monkeypatch.setattr(
+        ActivationStore, "read", lambda self, tokens, *a, **k: read.append(tokens) or original(self, tokens, *a, **k)
+    )
+    run(small, tmp_path, split="validation", pca=False)
+    held_out = masks(small)["validation"]
+    assert read
+    assert all(held_out[tokens].any() for tokens in read)
+
+
+def test_intervals_hold_their_value_and_are_the_same_each_time(small, tmp_path):
+    one, again = (run(small, tmp_path / name)["variance"] for name in ("a", "b"))
+    for weighting in WEIGHTINGS:
+        assert one[weighting]["ci95"] == again[weighting]["ci95"]
+        for name, (low, high) in one[weighting]["ci95"].items():
+            assert low <= one[weighting][name] <= high
+    assert run(small, tmp_path / "c", bootstrap=0)["uncertainty"] is None
+
+
+def test_default_folder_is_beside_the_checkpoint_and_an_earlier_result_is_replaced(tmp_path):
+    small = make_small(tmp_path)
+    out = tmp_path / "ckpt.analysis"
+    out.mkdir()
+    (out / "report.html").write_text("of an earlier analysis")
+    (out / "notes.txt").write_text("the user's own")
+    analyze(AnalyzeConfig(store=small.store, sae=small.sae, report=False, bootstrap=0))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "latents.parquet",
+        "layers.parquet",
+        "notes.txt",
+        "summary.json",
+    ]
+
+
+def test_a_run_that_fails_leaves_no_summary_that_looks_whole(small, tmp_path, monkeypatch):
+    run(small, tmp_path)
+    before = (tmp_path / "summary.json").read_text()
+    monkeypatch.setattr(
+        "analysis.tables.write_layers", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OSError, match="No space"):
+        run(small, tmp_path, max_tokens=50)
+    assert (tmp_path / "summary.json").read_text() == before  # the earlier result is still whole
+    monkeypatch.undo()
+    run(small, tmp_path, max_tokens=50)
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_with_json_stdout_is_the_summary_alone(small, tmp_path, capsys):
+    summary = run(small, tmp_path, json=True)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == summary
+    assert "token-level variance" in captured.err

@@ -1,0 +1,54 @@
+"""Options: what they refuse, how layers are read, and that what is saved reads back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harvest.config import HarvestConfig, parse_layers
+from store.errors import UsageError
+from store.options import parse_options
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [
+        ((), None),
+        (("0-5,11",), (0, 1, 2, 3, 4, 5, 11)),
+        (("3",), (3,)),
+        (("2", "0", "2-3"), (0, 2, 3)),
+        (("4-4", " 1"), (1, 4)),
+    ],
+)
+def test_layers_are_read(words: tuple[str, ...], layers: tuple[int, ...] | None) -> None:
+    assert parse_layers(words) == layers
+
+
+@pytest.mark.parametrize("word", ["", "a", "3-1", "-1", "1-", "1--2", "0,,1", "1.5", "all"])
+def test_words_that_are_no_layers_are_refused(word: str) -> None:
+    with pytest.raises(UsageError, match="0-5,11"):
+        parse_layers((word,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_tokens": 0},
+        {"context_length": 0},
+        {"context_length": 1},
+        {"batch_size": -1},
+        {"model": " "},
+        {"layers": ("x",)},
+    ],
+)
+def test_values_that_cannot_work_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        HarvestConfig(**{"model": "gpt2", "out": Path("a.zarr"), **change})
+
+
+def test_flags_reach_the_configuration() -> None:
+    words = "--model gpt2 --out a.zarr --layers 0-2 5 --no-keep-first-position --document-separator ¶ --dry-run --json"
+    config = parse_options(HarvestConfig, words.split(), prog="harvest", description="")
+    assert config == HarvestConfig(
+        model="gpt2", out=Path("a.zarr"), layers=("0-2", "5"), document_separator="¶", dry_run=True, json=True
+    )

@@ -1,0 +1,153 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from store.activations import ActivationStore
+from store.errors import ResidscopeError, UsageError
+from store.loader import Batch, WindowLoader
+from tests.support.stores import make_store, random_activations
+
+BLOCK_BYTES = 8 * 13 * 2
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """150 tokens, 3 layers, d_model 13 (rows of 26 bytes), in chunks of 8 and shards of 24."""
+    path = tmp_path_factory.mktemp("loader") / "a.zarr"
+    return make_store(path, random_activations(150, 3, 13), chunk_tokens=8, shard_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def raw(store: ActivationStore) -> np.ndarray:
+    return store.read(raw=True)
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+
+
+def equal(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        np.array_equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)
+    )
+
+
+@given(
+    batch_size=st.integers(1, 500),
+    window=st.integers(1, 80),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 5),
+    mask_seed=st.integers(0, 5),
+    layers=st.sampled_from([None, (1,), (2, 0)]),
+    world_size=st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_row_comes_once_in_each_epoch(
+    store: ActivationStore,
+    raw: np.ndarray,
+    batch_size: int,
+    window: int,
+    epochs: int,
+    seed: int,
+    mask_seed: int,
+    layers: tuple[int, ...] | None,
+    world_size: int,
+) -> None:
+    mask = np.random.default_rng(mask_seed).random(150) < 0.5
+    mask[40:100] &= mask_seed > 2  # Some chunks have no rows.
+    expected = sorted((t, layer) for t in np.flatnonzero(mask).tolist() for layer in layers or range(3))
+    seen: list[list[tuple[int, int]]] = [[] for _ in range(epochs)]
+    for rank in range(world_size):
+        loader = WindowLoader(
+            store,
+            mask,
+            batch_size,
+            seed,
+            window * BLOCK_BYTES,
+            layers=layers,
+            epochs=epochs,
+            rank=rank,
+            world_size=world_size,
+            threads=2,
+        )
+        batches = list(loader)
+        assert len(batches) == loader.n_batches == loader.next_batch
+        assert [len(b.rows) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
+        all_rows = joined(batches)
+        assert len(all_rows.rows) == loader.n_rows
+        assert np.array_equal(all_rows.rows, raw[all_rows.token, all_rows.layer])
+        for epoch, part in enumerate(np.split(np.stack([all_rows.token, all_rows.layer], 1), epochs)):
+            seen[epoch] += map(tuple, part.tolist())
+    assert all(sorted(rows) == expected for rows in seen)
+
+
+@given(start=st.integers(0, 40), window=st.sampled_from([1, 7, 1000]), threads=st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_resumed_at_any_batch_with_any_number_of_threads(
+    store: ActivationStore, start: int, window: int, threads: int
+) -> None:
+    def batches(**options) -> list[Batch]:  # type: ignore[no-untyped-def]
+        return list(WindowLoader(store, store.tokens.keep, 23, 1, window * BLOCK_BYTES, epochs=2, **options))
+
+    assert equal(batches(start_batch=start, threads=threads), batches(threads=1)[start:])
+
+
+def test_batches_are_mixed(store: ActivationStore) -> None:
+    """In one window of the whole store, a batch has about as many rows of each layer, from all over the store."""
+    (batch, *_) = WindowLoader(store, np.ones(150, bool), 150, 0, 10**9)
+    assert np.bincount(batch.layer, minlength=3).min() > 30
+    assert len(np.unique(batch.token // 8)) == 19
+    assert not np.array_equal(np.sort(batch.token), batch.token)
+
+
+def test_batches_belong_to_the_caller(store: ActivationStore) -> None:
+    loader = iter(WindowLoader(store, store.tokens.keep, 50, 0, 3 * BLOCK_BYTES))
+    first = next(loader)
+    copy = Batch(*(part.copy() for part in first))
+    first.rows.flags.writeable = True
+    list(loader)
+    assert equal([first], [copy])
+
+
+def test_memory_is_two_windows_and_no_more_than_the_store(store: ActivationStore) -> None:
+    mask = np.ones(150, bool)
+    assert WindowLoader(store, mask, 10, 0, 7 * BLOCK_BYTES + 5).buffer_bytes == 2 * 7 * BLOCK_BYTES
+    assert WindowLoader(store, mask, 10, 0, 10**12).buffer_bytes == 2 * 19 * 3 * BLOCK_BYTES
+
+
+def test_a_loader_can_be_left_early(store: ActivationStore) -> None:
+    loader = WindowLoader(store, store.tokens.keep, 10, 0, 2 * BLOCK_BYTES)
+    for batch in loader:
+        assert len(batch.rows) == 10
+        if loader.next_batch == 3:
+            break
+    (fourth, *_) = WindowLoader(store, store.tokens.keep, 10, 0, 2 * BLOCK_BYTES, start_batch=3)
+    assert equal([next(iter(loader))], [fourth])
+
+
+def test_damage_stops_the_loader(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "a.zarr", random_activations(150, 3, 13), chunk_tokens=8, shard_tokens=24)
+    file = tmp_path / "a.zarr/resid_post/c.3.0.0"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ResidscopeError, match=r"c\.3\.0\.0: the checksum of token chunk 0 at stored layer 0"):
+        list(WindowLoader(store, store.tokens.keep, 10, 0, 5 * BLOCK_BYTES))
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"threads": 0}, {"epochs": 0}, {"start_batch": -1}, {"seed": -1}]
+)
+def test_senseless_options_are_refused(store: ActivationStore, options: dict) -> None:
+    with pytest.raises(UsageError):
+        WindowLoader(store, **({"row_mask": store.tokens.keep, "batch_size": 5, "seed": 0} | options))
+
+
+def test_masks_must_fit_and_keep_something(store: ActivationStore) -> None:
+    with pytest.raises(UsageError, match=r"\(150,\)"):
+        WindowLoader(store, np.ones(10, bool), 5, 0)
+    with pytest.raises(UsageError, match="no rows"):
+        WindowLoader(store, np.zeros(150, bool), 5, 0)

@@ -1,0 +1,229 @@
+"""Made-up outputs of `analyze`: summary.json, layers.parquet and latents.parquet of any size, in the written schema.
+
+The latents are drawn from five kinds of layer profile (early, late, persistent, narrow, bimodal) and fire as seldom
+as real ones do; every number of the summary that can be computed from the table is computed from it, so the parts of
+the variance add up. Nothing here was measured: the reconstruction errors are smooth curves.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+N_TOKENS = 30_214
+
+
+def _profiles(rng: np.random.Generator, n_latents: int, n_layers: int) -> np.ndarray:
+    """Layer profiles, [n_latents, n_layers], not normalised."""
+    layer = np.arange(n_layers)
+    kind = rng.choice(5, n_latents, p=[0.25, 0.2, 0.15, 0.25, 0.15])
+    last = n_layers - 1
+    centre = np.array([0, last, last / 2, 0, 0.1 * last])[kind]
+    centre = np.where(kind == 3, rng.uniform(0, last, n_latents), centre)
+    scale = np.array([0.1, 0.12, 0.8, 0.05, 0.08])[kind] * n_layers * rng.gamma(4, 0.25, n_latents)
+
+    def bump(middle: np.ndarray) -> np.ndarray:
+        return np.exp(-0.5 * ((layer - middle[:, None]) / (scale[:, None] + 0.2)) ** 2)
+
+    return bump(centre) + (kind == 4)[:, None] * bump(np.full(n_latents, 0.85 * last))
+
+
+def _variance(
+    weight: np.ndarray, mean: np.ndarray, within: np.ndarray, between: np.ndarray, ci: bool
+) -> dict[str, Any]:
+    weight = weight / weight.sum()
+    parts = {
+        "within_token": weight @ within,
+        "between_tokens": weight @ between,
+        "between_latents": weight @ (mean - weight @ mean) ** 2,
+    }
+    parts["total"] = parts["within_token"] + parts["between_tokens"] + parts["between_latents"]
+    parts["aggregate"] = parts["within_token"] + parts["between_tokens"]
+    parts = {name: float(value) for name, value in parts.items()}
+    parts["aggregate_over_token"] = _ratio(parts["aggregate"], parts["within_token"])
+    known = {name: value for name, value in parts.items() if value is not None}
+    return parts | {"ci95": {name: [0.97 * v, 1.04 * v] for name, v in known.items()} if ci else {}}
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return float(above / below) if below else None
+
+
+def write_results(
+    out_dir: Path,
+    *,
+    n_layers: int = 30,
+    n_latents: int = 9216,
+    dead_fraction: float = 0.24,
+    ci: bool = True,
+    seed: int = 0,
+    change: Callable[[dict[str, Any]], object] | None = None,
+) -> Path:
+    """Write the three files into `out_dir` and return it; `change` may edit the summary before it is written."""
+    rng = np.random.default_rng(seed)
+    layer = np.arange(n_layers, dtype=np.float64)
+    rate = _profiles(rng, n_latents, n_layers) * rng.lognormal(0, 1.5, (n_latents, 1))
+    rate[rng.random(n_latents) < dead_fraction] = 0
+    rate *= 30 * N_TOKENS * n_layers / max(rate.sum(), 1)
+    counts = np.minimum(rng.poisson(rate), N_TOKENS)
+    totals = counts * rng.gamma(6, 0.25, (n_latents, n_layers))
+    count, total = counts.sum(1), totals.sum(1)
+    live = count > 0
+    probs = np.divide(totals, total[:, None], out=np.zeros_like(totals), where=live[:, None])
+    mean = probs @ layer
+    var = np.maximum(probs @ layer**2 - mean**2, 0)
+    share = rng.beta(4, 4.5, n_latents)
+    n_tokens = np.minimum(np.ceil(count / rng.uniform(2, 8, n_latents)), N_TOKENS).astype(np.int64)
+    entropy = -(probs * np.log2(np.where(probs > 0, probs, 1))).sum(1)
+
+    def nullable(values: np.ndarray) -> pa.Array:
+        return pa.array(values, mask=~live)
+
+    def lists(values: np.ndarray) -> pa.Array:
+        offsets = np.arange(0, values.size + 1, n_layers, dtype=np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
+
+    latents = {
+        "latent": pa.array(np.arange(n_latents)),
+        "count": pa.array(count),
+        "n_tokens": pa.array(n_tokens),
+        "total": pa.array(total),
+        "mean": nullable(total / np.maximum(count, 1)),
+        "layer_mean": nullable(mean),
+        "layer_var": nullable(var),
+        "layer_std": nullable(np.sqrt(var)),
+        "within_token": nullable(var * share),
+        "between_tokens": nullable(var * (1 - share)),
+        "entropy": nullable(entropy),
+        "n_layers_active": pa.array((counts > 0).sum(1)),
+        "counts": lists(counts),
+        "totals": lists(totals),
+        "means": lists(totals / np.maximum(counts, 1)),
+        "probs": lists(probs),
+    }
+    pq.write_table(pa.table(latents), out_dir / "latents.parquet")
+
+    depth = layer / max(n_layers - 1, 1)
+    fvu = 0.16 + 0.2 * np.sin(np.pi * depth**0.8) + 0.05 * depth + rng.normal(0, 0.006, n_layers)
+    pca = 0.42 + 0.28 * np.sin(np.pi * depth**0.7)
+    norm = np.exp(1 + 5 * depth)
+    rows = [
+        {
+            "layer": i,
+            "fvu": fvu[i],
+            "mse": fvu[i] * norm[i] ** 2 / 576,
+            "l0": 29.5 + 2 * np.sin(3 * depth[i]),
+            "mean_norm": norm[i],
+            "cosine_to_next": None if i == n_layers - 1 else 0.82 + 0.14 * np.sin(np.pi * depth[i]),
+            "n_vectors": N_TOKENS,
+            "active_latents": int((counts[:, i] > 0).sum()),
+            "mass_share": totals[:, i].sum() / max(totals.sum(), 1),
+            "validation_fvu": fvu[i] + 0.02 + 0.02 * depth[i],
+            "pca_fvu": pca[i],
+        }
+        for i in range(n_layers)
+    ]
+    rows = [{name: value.item() if hasattr(value, "item") else value for name, value in row.items()} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), out_dir / "layers.parquet")
+
+    active = n_tokens / N_TOKENS
+    compat_token, second = np.mean(active * var * share), active * (probs @ layer**2)
+    compat_latent = np.mean(second - (active * mean) ** 2)
+    variance = {
+        name: _variance(weight[live], mean[live], (var * share)[live], (var * (1 - share))[live], ci)
+        for name, weight in (("mass", total), ("equal", n_tokens.astype(float)), ("latent", np.ones(n_latents)))
+    }
+    compat: dict[str, Any] = {
+        "exp_var_l_tf": float(compat_token),
+        "exp_var_l_f": float(compat_latent),
+        "var_l": float(second.mean() - np.mean(active * mean) ** 2),
+    }
+    compat["rel_var_f"] = _ratio(compat["exp_var_l_f"], compat["var_l"])
+    compat["rel_var_t"] = _ratio(compat["exp_var_l_tf"], compat["exp_var_l_f"])
+    validation = [row["validation_fvu"] for row in rows]
+    summary: dict[str, Any] = {
+        "schema_version": 1,
+        "provenance": {
+            "store": {
+                "name": "acts.zarr",
+                "content_hash": "9f3c2a7e51b84d06a1c2d3e4f5061728",
+                "config_hash": "ab12cd34ef56ab12cd34ef56ab12cd34",
+                "model": "HuggingFaceTB/SmolLM2-135M",
+                "revision": None,
+                "architecture": "LlamaForCausalLM",
+                "dataset": "pydoc",
+                "context_length": 512,
+                "lens": None,
+                "stored_dtype": "bfloat16",
+                "n_tokens": 32_768,
+                "layers": list(range(n_layers)),
+            },
+            "sae": {
+                "name": "ckpt.pt",
+                "n_latents": n_latents,
+                "k": 32,
+                "d_model": 576,
+                "expansion_factor": n_latents / 576,
+                "trained_tokens": 28_703,
+                "store_content_hash": "9f3c2a7e51b84d06a1c2d3e4f5061728",
+            },
+            "analysis": {
+                "dtype": "float32",
+                "split": "all",
+                "max_tokens": None,
+                "seed": 0,
+                "versions": {"residscope": "0.1.0", "python": "3.11.9", "torch": "2.13.0", "numpy": "2.3.0"},
+            },
+        },
+        "split": {
+            "name": "all",
+            "n_tokens": N_TOKENS,
+            "n_documents": 412,
+            "n_validation_tokens": 1_511,
+            "trained_on": "some",
+            "text": "30,214 kept tokens of 412 documents: every kept token of the store; "
+            "the SAE was trained on 28,703 of them.",
+        },
+        "warnings": ["95 % of these tokens were trained on: use --split validation for held-out numbers."],
+        "n_tokens": N_TOKENS,
+        "n_layers": n_layers,
+        "n_latents": n_latents,
+        "layer_numbers": list(range(n_layers)),
+        "latents": {"active": int(live.sum()), "dead": int((~live).sum())},
+        "reconstruction": {name: float(np.mean([row[name] for row in rows])) for name in ("fvu", "mse", "l0")},
+        "layers": rows,
+        "variance": variance | {"mlsae_compat": compat},
+        "uncertainty": {
+            "method": "bootstrap over groups of whole documents",
+            "n_groups": 100,
+            "n_documents": 412,
+            "n_replicates": 1000,
+        }
+        if ci
+        else None,
+        "validation_fvu": float(np.mean(validation)),
+        "validation": {
+            "n_tokens": 1_511,
+            "n_documents": 20,
+            "fvu": float(np.mean(validation)),
+            "fvu_per_layer": validation,
+        },
+        "baseline": {
+            "pca": {
+                "k": 32,
+                "fvu": float(pca.mean()),
+                "fvu_per_layer": pca.tolist(),
+                "n_train_vectors": 28_703 * n_layers,
+                "n_validation_vectors": 1_511 * n_layers,
+            }
+        },
+        "seconds": 21.3,
+    }
+    if change is not None:
+        change(summary)
+    (out_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    return out_dir

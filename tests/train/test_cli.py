@@ -1,0 +1,126 @@
+"""The command as a process: exit codes, one line per error, signals, kill -9 at random moments."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.stores import make_store, random_activations
+from train.cli import main
+from train.sae import load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--n-latents=600", "--k=4", "--batch-size=64", "--epochs=30", "--threads=1"]
+FLAGS += ["--checkpoint-every=9", "--validate-every=0"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "acts.zarr"
+    make_store(path, random_activations(n_tokens=400), chunk_tokens=32)
+    return path
+
+
+def command(store: Path, out: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "train.cli", "--store", str(store), "--out", str(out), *FLAGS, *flags]
+
+
+def run(store: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(store, out, *flags), cwd=ROOT, capture_output=True, text=True, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(store: Path, out: Path, *flags: str) -> subprocess.Popen[bytes]:
+    """Start training, and wait until it has saved something or is done."""
+    before = out.stat().st_mtime_ns if out.exists() else None
+    process = subprocess.Popen(
+        command(store, out, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    while process.poll() is None and (not out.exists() or out.stat().st_mtime_ns == before):
+        time.sleep(0.005)
+    return process
+
+
+def steps_logged(out: Path) -> list[int]:
+    lines = out.with_name("ckpt.metrics.jsonl").read_text().splitlines()
+    return [entry["step"] for entry in map(json.loads, lines) if "split" not in entry]
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "ckpt.pt"
+    done = run(store, out, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["training"]["step"] == result["plan"]["steps"] == 506
+    assert result["validation"]["fvu"] < 0.6
+    return out
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(
+    store: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Mistake 12. Five kill -9, each at a random moment after some progress; the checkpoint is never torn."""
+    out = tmp_path / "ckpt.pt"
+    moments = random.Random(0)
+    kills = 0
+    while kills < 5:
+        process = start(store, out, "--resume")
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        kills += 1
+        saved = load_checkpoint(out)
+        torch.testing.assert_close(saved.sae.W_dec.norm(dim=1), torch.ones(600), rtol=0, atol=1e-6)
+    assert load_checkpoint(out).trainer["finished"] is False
+    done = run(store, out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert steps_logged(out) == steps_logged(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_130(store: Path, whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "ckpt.pt"
+    process = start(store, out)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 130
+    step = load_checkpoint(out).trainer["step"]
+    assert 9 <= step < 506
+    assert run(store, out, "--resume").returncode == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_wrong_input_gets_one_line_and_its_exit_code(
+    store: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = tmp_path / "evil.pt"
+    torch.save({"format": 1, "config": Path, "state_dict": print}, evil)
+    out = tmp_path / "ckpt.pt"
+    cases = [
+        ((store, out, "--k", "601"), 2, "k is 601, but there are only 600 latents"),
+        ((store, out, "--batch-size", "0"), 2, "--batch-size should be above 0"),
+        ((store, whole), 2, "exists already"),
+        ((tmp_path / "none.zarr", out), 3, "no activation store"),
+        ((store, evil, "--resume"), 3, "code could run on loading"),
+        ((store, whole, "--resume", "--k", "5"), 3, "k was 4"),
+    ]
+    for arguments, code, message in cases:
+        assert main(command(*arguments)[3:]) == code
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert printed.err.count("\n") == 1, printed.err
+        assert printed.out == ""
+    assert not out.exists()

@@ -1,0 +1,65 @@
+"""The metrics file is cut on resume, and sums are those of the window."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.kernels import SparseCodes
+from train.metrics import MetricsFile, MetricsWindow, metrics_path
+from train.sae import Standardized
+from train.step import StepResult, Weights
+
+
+def write_lines(path: Path, steps: list[int], tail: str = "") -> None:
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in steps) + tail)
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 50, "lo', "\0\0\0"])
+def test_lines_after_the_checkpoint_are_cut(tmp_path: Path, tail: str) -> None:
+    path = metrics_path(tmp_path / "ckpt.pt")
+    assert path.name == "ckpt.metrics.jsonl"
+    write_lines(path, [10, 20, 20, 30, 40], tail)
+    file = MetricsFile(path, resume_step=20)
+    file.write({"step": 30})
+    file.close()
+    assert steps_in(path) == [10, 20, 20, 30]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    write_lines(path, [1, 2])
+    MetricsFile(path, resume_step=0).close()
+    assert path.read_text() == ""
+
+
+def test_window_by_hand() -> None:
+    """Two layers of raw denominators 4 and 100; a standardised error counts times the row's own variance."""
+    window = MetricsWindow(torch.tensor([4.0, 100.0], dtype=torch.float64))
+    codes = SparseCodes(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.zeros(2, 2, dtype=torch.int64))
+    nothing = Weights(*(torch.zeros(1),) * 3)
+    for loss in (0.5, 1.5):
+        standardized = Standardized(torch.zeros(2, 3), torch.zeros(2, 1), torch.tensor([[1.0], [10.0]]))
+        result = StepResult(nothing, codes, torch.tensor([2.0, 0.25]), torch.tensor(loss), torch.tensor(0.1))
+        window.add(torch.tensor([0, 1]), standardized, result)
+    assert window.vectors == 4
+    line = window.line()
+    assert line["fvu_per_layer"] == pytest.approx([2 / 4, 25 / 100])
+    assert line["fvu"] == pytest.approx(0.375)
+    assert line["loss"] == pytest.approx(1.0)
+    assert line["auxk"] == pytest.approx(0.1)
+    assert line["l0"] == pytest.approx(1.5)
+
+
+def test_a_layer_without_rows_is_null() -> None:
+    window = MetricsWindow(torch.ones(2, dtype=torch.float64))
+    codes = SparseCodes(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    result = StepResult(Weights(*(torch.zeros(1),) * 3), codes, torch.ones(1), torch.tensor(1.0), torch.tensor(0.0))
+    window.add(torch.tensor([1]), Standardized(torch.zeros(1, 2), torch.zeros(1, 1), torch.ones(1, 1)), result)
+    assert window.line()["fvu_per_layer"] == [None, 1.0]
+    assert window.line()["fvu"] == 1.0

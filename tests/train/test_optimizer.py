@@ -1,0 +1,76 @@
+"""Learning rates by hand, and the optimiser's promises."""
+
+import pytest
+import torch
+
+from store.errors import IncompatibleError
+from train.kernels import TORCH
+from train.optimizer import SphereAdam, learning_rate, scaling_law_lr
+from train.sae import MLSAE, SAEConfig
+from train.step import Weights
+
+
+def make_optimizer() -> SphereAdam:
+    sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2))
+    sae.initialize(0)
+    return SphereAdam(sae, TORCH)
+
+
+def random_gradients(seed: int) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    return Weights(*(torch.randn(shape, generator=generator) for shape in ((6, 4), (6, 4), (4,))))
+
+
+def test_the_scaling_law() -> None:
+    assert scaling_law_lr(2**14) == pytest.approx(2e-4)
+    assert scaling_law_lr(2**16) == pytest.approx(1e-4)
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    rates = [learning_rate(s, 10, 1.0, warmup_fraction=0.3, decay_fraction=0.4) for s in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
+def test_no_step_has_a_rate_of_zero(steps: int) -> None:
+    rates = [learning_rate(s, steps, 2.0, warmup_fraction=0.05, decay_fraction=1.0) for s in range(steps)]
+    assert min(rates) > 0
+    assert max(rates) <= 2.0
+
+
+def test_decoder_rows_have_unit_norm_after_every_step() -> None:
+    """Mistake 3: the decoder normalised before the optimiser's step, so that what is saved is off the sphere."""
+    optimizer = make_optimizer()
+    for step in range(1, 8):
+        optimizer.step(random_gradients(step), lr=0.1, step=step)
+        norms = optimizer.weights.W_dec.norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones(6), rtol=0, atol=1e-6)
+    assert not torch.allclose(optimizer.weights.W_enc.norm(dim=1), torch.ones(6), atol=1e-2)  # the encoder is free
+
+
+def test_steps_change_the_autoencoder_in_place() -> None:
+    sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2))
+    sae.initialize(0)
+    before = [p.clone() for p in sae.parameters()]
+    SphereAdam(sae, TORCH).step(random_gradients(0), lr=0.1, step=1)
+    assert all(not torch.equal(a, b) for a, b in zip(before, sae.parameters(), strict=True))
+
+
+def test_state_goes_through_a_checkpoint_unchanged() -> None:
+    one, two = make_optimizer(), make_optimizer()
+    one.step(random_gradients(1), lr=0.1, step=1)
+    two.step(random_gradients(1), lr=0.1, step=1)
+    fresh = make_optimizer()
+    fresh.load_state_dict(one.state_dict())
+    for name in Weights._fields:
+        getattr(fresh.weights, name).copy_(getattr(one.weights, name))
+    fresh.step(random_gradients(2), lr=0.1, step=2)
+    two.step(random_gradients(2), lr=0.1, step=2)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.weights, two.weights, strict=True))
+
+
+def test_state_of_another_shape_is_refused() -> None:
+    state = make_optimizer().state_dict()
+    state["exp_avg"]["W_dec"] = torch.zeros(3, 3)
+    with pytest.raises(IncompatibleError, match=r"exp_avg\.W_dec: expected \[6, 4\], found \[3, 3\]"):
+        make_optimizer().load_state_dict(state)

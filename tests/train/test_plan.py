@@ -1,0 +1,88 @@
+"""Defaults resolved against a store, and splits by document."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from store.activations import ActivationStore
+from store.errors import IncompatibleError
+from tests.support.stores import make_store, random_activations
+from train.config import TrainConfig
+from train.hardware import resolve_product_dtype
+from train.plan import RunPlan, compare_plans, default_aux_k, make_plan, memory_estimate, split_tokens
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ActivationStore:
+    """160 tokens in ten documents of 16, of which position 0 is dropped; layers 3, 5 and 8 of a model."""
+    return make_store(tmp_path / "s.zarr", random_activations(n_tokens=160), layers=(3, 5, 8))
+
+
+def plan_of(store: ActivationStore, **flags: object) -> RunPlan:
+    config = TrainConfig(store=store.path, **{"k": 2, "validation_fraction": 0.2, **flags})  # type: ignore[arg-type]
+    return make_plan(config, store, split_tokens(store, config.validation_fraction, config.seed))
+
+
+def test_defaults_by_hand(store: ActivationStore) -> None:
+    plan = plan_of(store, batch_size=100)
+    assert plan.n_latents == 16 * 12
+    assert plan.lr == pytest.approx(2e-4 / (192 / 2**14) ** 0.5)
+    assert plan.vectors == plan.vectors_per_epoch == 8 * 15 * 3
+    assert (plan.steps, plan.epochs) == (4, 1)
+    assert plan.layers == (3, 5, 8)
+    assert plan.dead_vectors == (8 * 15) // 10 * 3  # a tenth of the run's 120 tokens, at three layers
+    assert plan.aux_k == 8
+
+
+def test_steps_and_epochs(store: ActivationStore) -> None:
+    by_steps = plan_of(store, batch_size=100, steps=10, layers=(8, 3))
+    assert by_steps.layers == (3, 8)
+    assert (by_steps.vectors, by_steps.vectors_per_epoch, by_steps.epochs) == (1000, 240, 5)
+    assert plan_of(store, batch_size=100, epochs=3).steps == 11
+    assert plan_of(store, batch_size=10**6).steps == 1
+
+
+@pytest.mark.parametrize(("d_model", "aux_k"), [(576, 256), (768, 512), (2048, 1024), (2, 1), (1, 1)])
+def test_aux_k_is_the_power_of_two_nearest_half_the_width(d_model: int, aux_k: int) -> None:
+    assert default_aux_k(d_model) == aux_k
+
+
+def test_no_document_is_on_both_sides(store: ActivationStore) -> None:
+    split = split_tokens(store, 0.3, seed=1)
+    document = store.tokens.document
+    assert split.n_documents == 10
+    assert len(set(document[split.validation])) == 3
+    assert not set(document[split.train]) & set(document[split.validation])
+    assert np.array_equal(split.train | split.validation, store.tokens.keep)
+    assert not np.array_equal(split.train, split_tokens(store, 0.3, seed=2).train)
+
+
+def test_every_difference_between_plans_is_named(store: ActivationStore) -> None:
+    plan = plan_of(store)
+    for field in fields(RunPlan):
+        other = replace(plan, **{field.name: "other"})
+        if field.name in ("device", "kernels"):
+            assert field.name in compare_plans("ckpt.pt", other.to_dict() | {"layers": list(plan.layers)}, plan)[0]
+        elif field.name != "layers":
+            with pytest.raises(IncompatibleError, match=f"{field.name} was other"):
+                compare_plans("ckpt.pt", other.to_dict(), plan)
+    assert compare_plans("ckpt.pt", plan.to_dict(), plan) == []
+
+
+def test_memory_grows_with_what_it_should(store: ActivationStore) -> None:
+    small, large = plan_of(store, n_latents=100), plan_of(store, n_latents=1100)
+    growth = memory_estimate(large, store, 10**6).device - memory_estimate(small, store, 10**6).device
+    assert growth == 4 * 2 * 1000 * 12 * 4  # weights, gradients and two moments of W_enc and W_dec in float32
+    assert memory_estimate(small, store, 0).shuffle == 2 * 256 * 3 * 12 * 2  # the whole store, one chunk a layer, twice
+
+
+def test_auto_never_takes_a_slow_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert resolve_product_dtype("auto", cpu) == "float32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert resolve_product_dtype("auto", cpu) == "bfloat16"
+    assert resolve_product_dtype("float32", cpu) == "float32"

@@ -1,0 +1,133 @@
+"""The flags of `train`, as one frozen dataclass; the docstring under a field is its help.
+
+Checked once, when made, as far as the values alone can tell; what depends on the store or the machine is resolved in
+`train.plan`. Imports nothing heavy, so that `train --help` answers at once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from store.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    store: Path
+    """Store of activations, as `harvest` makes it."""
+
+    out: Path = Path("ckpt.pt")
+    """Checkpoint to write; metrics go beside it, to NAME.metrics.jsonl, and the resolved flags to NAME.config.toml."""
+
+    expansion_factor: float = 16
+    """Latents per dimension of the residual stream; n_latents is this times d_model."""
+
+    n_latents: int | None = None
+    """Number of latents, instead of an expansion factor."""
+
+    k: int = 32
+    """Latents that may be active on one vector."""
+
+    aux_k: int | None = None
+    """Dead latents that AuxK may use on one vector; default: the power of two nearest d_model / 2."""
+
+    aux_coef: float = 1 / 32
+    """Weight of AuxK beside the main loss; 0 turns it off."""
+
+    lr: float | None = None
+    """Peak learning rate; default: the scaling law 2e-4 / sqrt(n_latents / 2^14) of Gao et al."""
+
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises linearly to its peak."""
+
+    decay_fraction: float = 0.2
+    """Share of the steps, the last ones, in which the learning rate falls linearly towards zero."""
+
+    batch_size: int = 2048
+    """Vectors (one token at one layer each) in a step; layers are mixed."""
+
+    steps: int | None = None
+    """Length of the run in steps, instead of epochs."""
+
+    epochs: int | None = None
+    """Length of the run in passes over the training tokens; default: 1."""
+
+    layers: tuple[int, ...] | None = None
+    """Train on these layers only (the model's own numbers, as stored); default: all that are stored."""
+
+    seed: int = 0
+    """Seed of the initial weights, of the order of the data, and of the choice of validation documents."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the encoder's product; weights stay float32. auto: bfloat16 where the hardware is fast at it (CUDA, CPUs
+    with AMX), else float32."""
+
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
+
+    kernels: Literal["auto", "numba", "torch"] = "auto"
+    """Sparse kernels: numba (compiled, CPU) or torch; auto: compiled where they apply."""
+
+    threads: int | None = None
+    """CPU threads; default: all cores, or on --resume as many as before, because the last bits depend on it."""
+
+    tile_mb: float = 16
+    """Pre-activations held at once, in MB; a tile that fits the last-level cache is fastest."""
+
+    window_gb: float = 1.0
+    """Memory for the shuffle, in GB: two windows of the store, one served while the other is read."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+
+    checkpoint_every: int = 500
+    """Steps between two checkpoints on the way; 0: only at the end, or when stopped by a signal."""
+
+    validate_every: int | None = None
+    """Steps between two short validations on the way; 0: only at the end; default: a quarter of the run."""
+
+    validation_fraction: float = 0.05
+    """Share of the documents that are held out of training, and on which validation runs."""
+
+    validation_tokens: int = 4096
+    """Held-out tokens, at most, for the validation at the end; those on the way use up to 256."""
+
+    dead_tokens: int | None = None
+    """Tokens without firing after which a latent is dead; default: 10 million, or a tenth of the run's if less."""
+
+    loss_space: Literal["standardized", "raw"] = "standardized"
+    """Where the loss is taken: standardized lets every vector count alike; raw is the reference's choice."""
+
+    resume: bool = False
+    """Continue from the checkpoint if there is one, else start; the end is bit for bit that of an unbroken run."""
+
+    overwrite: bool = False
+    """Start anew even though there is a checkpoint, and replace it."""
+
+    json: bool = False
+    """Print a summary of the run as JSON on stdout."""
+
+    def __post_init__(self) -> None:
+        positive = ("expansion_factor", "n_latents", "k", "aux_k", "lr", "batch_size", "steps", "epochs", "threads")
+        positive += ("tile_mb", "window_gb", "log_every", "validation_tokens", "dead_tokens")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} should be above 0, found {value}")
+        for name in ("aux_coef", "checkpoint_every", "validate_every", "seed"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UsageError(f"--{name.replace('_', '-')} should be 0 or more, found {value}")
+        if not 0 <= self.validation_fraction < 1:
+            raise UsageError(f"--validation-fraction should be in [0, 1), found {self.validation_fraction}")
+        for name in ("warmup_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name.replace('_', '-')} should be in [0, 1], found {getattr(self, name)}")
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("--steps and --epochs both say how long to train: give one of them")
+        if self.resume and self.overwrite:
+            raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give one of them")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise UsageError(f"--layers names a layer twice: {' '.join(map(str, self.layers))}")

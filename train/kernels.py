@@ -1,0 +1,185 @@
+"""The sparse pieces of a training step, in plain torch; they run on any device and in any float type.
+
+A TopK autoencoder's codes have k entries a row, so everything after the encoder's product is sparse: the decoder
+gathers k rows of W_dec, and both weight gradients are sums of outer products over the N * k active (row, latent)
+pairs. Sorted by latent, those sums are bags of rows, which `embedding_bag` adds in a fixed order: no [N, M] gradient,
+no [N, k, D] temporary, and the same bits every time.
+
+Not here: the order of a step (`train.step`), losses (`train.losses`), and the compiled CPU versions of the same
+functions (`train.kernels_numba`), which `choose_kernels` prefers where they can be used.
+
+Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPSILON = 6.25e-10
+"""Gao et al. 2024, appendix A.1; small, because gradients of single latents are."""
+
+
+class SparseCodes(NamedTuple):
+    """The k largest pre-activations of each row, after ReLU."""
+
+    values: Tensor
+    """[N, k], >= 0; zero where the pre-activation was not positive."""
+
+    indices: Tensor
+    """int64 [N, k], which latent; distinct within a row."""
+
+
+class WeightGradients(NamedTuple):
+    """What one pass over the active (row, latent) pairs, sorted by latent, gives."""
+
+    W_enc: Tensor
+    """[M, D]: sum over a latent's pairs of d loss / d z times the centred input."""
+
+    W_dec: Tensor
+    """[M, D]: sum over a latent's pairs of the activation times d loss / d x_hat."""
+
+    latent_sums: Tensor
+    """[M]: sum over a latent's pairs of d loss / d z; `-latent_sums @ W_enc` is the centring's gradient of b_pre."""
+
+
+def topk_relu(z: Tensor, k: int) -> SparseCodes:
+    """The k largest entries of each row of `z` [N, M], exactly, largest first, then ReLU (Gao et al. 2024, 2.3)."""
+    values, indices = torch.topk(z, k, dim=-1, sorted=True)
+    return SparseCodes(values.relu_(), indices)
+
+
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """sum_k values[n, k] * W_dec[indices[n, k]]: [N, k], [N, k], [M, D] -> [N, D]."""
+    return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
+
+
+def activation_gradient(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """<grad_out[n], W_dec[indices[n, k]]>: [N, D], [N, k], [M, D] -> [N, k].
+
+    The gathered rows are made a few rows of the batch at a time, to stay in the cache instead of filling [N, k, D].
+    """
+    n, k = indices.shape
+    out = grad_out.new_empty(n, k)
+    budget = _CUDA_GATHER_BYTES if grad_out.is_cuda else _CPU_GATHER_BYTES
+    rows = max(1, budget // (k * W_dec.shape[1] * W_dec.element_size()))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        gathered = W_dec.index_select(0, indices[part].flatten()).view(-1, k, W_dec.shape[1])
+        torch.sum(gathered.mul_(grad_out[part].unsqueeze(1)), dim=-1, out=out[part])
+    return out
+
+
+_CPU_GATHER_BYTES = 2**20  # a core's own cache
+_CUDA_GATHER_BYTES = 2**28  # enough to fill the device
+
+
+def weight_gradient(coefficients: Tensor, indices: Tensor, rows: Tensor, n_latents: int) -> Tensor:
+    """For each latent, the sum of coefficients[n, k] * rows[n] over its pairs: [N, k], [N, k], [N, D] -> [M, D]."""
+    return _PairOrder.of(indices, n_latents).sum_rows(coefficients, rows)
+
+
+def weight_gradients(
+    values: Tensor, value_grads: Tensor, indices: Tensor, grad_out: Tensor, centred: Tensor, n_latents: int
+) -> WeightGradients:
+    """Both weight gradients from one sort of the pairs.
+
+    values [N, k] activations; value_grads [N, k] d loss / d z of the active pairs (zero where ReLU cut); indices
+    [N, k]; grad_out [N, D] d loss / d x_hat; centred [N, D] the encoder's input x_std - b_pre.
+    """
+    order = _PairOrder.of(indices, n_latents)
+    ones = centred.new_ones(len(centred), 1)
+    return WeightGradients(
+        W_enc=order.sum_rows(value_grads, centred),
+        W_dec=order.sum_rows(values, grad_out),
+        latent_sums=order.sum_rows(value_grads, ones).squeeze(-1),
+    )
+
+
+class _PairOrder(NamedTuple):
+    """The N * k (row, latent) pairs sorted by latent; within a latent, by row, so that sums have one fixed order."""
+
+    order: Tensor
+    """int64 [N * k], positions in the flattened [N, k] arrays."""
+
+    row: Tensor
+    """int64 [N * k], the batch row of each sorted pair."""
+
+    starts: Tensor
+    """int64 [M], where each latent's pairs start."""
+
+    @classmethod
+    def of(cls, indices: Tensor, n_latents: int) -> "_PairOrder":
+        ordered, order = torch.sort(indices.flatten(), stable=True)
+        starts = torch.searchsorted(ordered, torch.arange(n_latents, device=indices.device))
+        return cls(order, order // indices.shape[1], starts)
+
+    def sum_rows(self, coefficients: Tensor, rows: Tensor) -> Tensor:
+        weights = coefficients.flatten()[self.order]
+        return F.embedding_bag(self.row, rows, self.starts, per_sample_weights=weights, mode="sum")
+
+
+def adam_rows(
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, step: int, unit_rows: bool
+) -> None:
+    """One Adam step (Kingma & Ba 2015) on `weight` [M, D], in place; `step` counts from 1; `grad` is used up.
+
+    With `unit_rows`, the component of each row's gradient along the row is removed before the step and the row is
+    brought back to unit norm after it (Gao et al. 2024, appendix A.3), so what is saved is always on the sphere.
+    A few rows at a time on a CPU, so that the five passes over them find them in the cache.
+    """
+    beta1, beta2 = ADAM_BETAS
+    step_size = lr / (1 - beta1**step)
+    correction = math.sqrt(1 - beta2**step)
+    rows = len(weight) if weight.is_cuda else max(1, _CPU_GATHER_BYTES // (4 * weight.shape[1] * weight.element_size()))
+    for start in range(0, len(weight), rows):
+        w, g, m, v = (t[start : start + rows] for t in (weight, grad, exp_avg, exp_avg_sq))
+        if unit_rows:
+            g.addcmul_((g * w).sum(dim=1, keepdim=True), w, value=-1)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = v.sqrt().div_(correction).add_(ADAM_EPSILON)
+        w.addcdiv_(m, denominator, value=-step_size)
+        if unit_rows:
+            w.div_(w.norm(dim=1, keepdim=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """One implementation of the functions above; `choose_kernels` picks it once a run."""
+
+    name: str
+    """"torch" or "numba"; recorded in checkpoints, because two implementations need not round alike."""
+
+    topk_relu: Callable[[Tensor, int], SparseCodes]
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor]
+    activation_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
+    weight_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], WeightGradients]
+    adam_rows: Callable[..., None]
+
+
+TORCH = Kernels(
+    name="torch",
+    topk_relu=topk_relu,
+    decode=decode,
+    activation_gradient=activation_gradient,
+    weight_gradients=weight_gradients,
+    adam_rows=adam_rows,
+)
+
+
+def choose_kernels(like: Tensor, name: str = "auto") -> Kernels:
+    """The kernels for tensors of the type and on the device of `like`.
+
+    "auto": the compiled ones where they apply (float32 on a CPU, with numba installed), else plain torch; "torch" and
+    "numba" insist. Raises `UsageError` where "numba" cannot be had.
+    """
+    applies = like.device.type == "cpu" and like.dtype == torch.float32
+    if name == "torch" or (name == "auto" and not applies):
+        return TORCH
+    return TORCH

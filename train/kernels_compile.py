@@ -1,0 +1,99 @@
+"""How compiled loops are made and run: numba's options, the cache of machine code, and the threads.
+
+Loops are plain functions `loop(start, stop, *arrays)` over rows that do not depend on one another, compiled to release
+the GIL, and run on chunks of rows by ordinary threads: the caller and a pool of `torch.get_num_threads() - 1`. A row is
+computed by one thread in one order, so the bits depend neither on the number of threads nor on who takes which chunk.
+
+Ordinary threads and not numba's `prange`, because they sleep between calls, may be called from several threads at once,
+survive a fork, and compile in a third of the time; numba's OpenMP layer brings a second spinning pool beside torch's.
+Torch's own pool spins for some milliseconds after each product unless `OMP_WAIT_POLICY=passive` was set before torch
+was loaded; chunks are handed out one by one, so that a thread that finds its core taken merely takes fewer.
+
+Machine code is cached beside the source or, where that cannot be written, in the user's cache folder; `NUMBA_CACHE_DIR`
+overrides both. Where nothing can be written, the loops are compiled anew in each process, and the log says so once.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numba
+import torch
+
+LOG = logging.getLogger(__name__)
+
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+_SUMS = {"reassoc", "contract", "nsz"}
+"""What a vectorised sum needs of fast maths; NaN and infinity keep their meaning."""
+
+_CHUNKS_PER_THREAD = 4
+"""Enough to even out threads of unequal speed; each costs a few microseconds and a turn at the GIL."""
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a helper that only compiled loops of the same file call; its code is cached with theirs."""
+    return numba.njit(fastmath=_SUMS, **_OPTIONS)(function)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` at its first call with each combination of array types, and cache the machine code."""
+    try:
+        return numba.njit(cache=True, fastmath=_SUMS, **_OPTIONS)(function)
+    except RuntimeError:  # numba found no folder that it may write to
+        _log_no_cache()
+        return numba.njit(fastmath=_SUMS, **_OPTIONS)(function)
+
+
+def even_chunks(n_rows: int, smallest: int) -> list[int]:
+    """Borders of chunks of about equal size, none below `smallest` rows unless there are fewer: [0, ..., n_rows]."""
+    chunks = max(1, min(torch.get_num_threads() * _CHUNKS_PER_THREAD, n_rows // smallest))
+    return [n_rows * i // chunks for i in range(chunks + 1)]
+
+
+def run_chunks(loop: Callable[..., Any], borders: Sequence[int], *arrays: object) -> None:
+    """Call `loop(start, stop, *arrays)` for each chunk between two borders, on as many threads as torch uses."""
+    n_chunks = len(borders) - 1
+    helpers = min(torch.get_num_threads(), n_chunks) - 1
+    next_chunk = itertools.count()
+
+    def work() -> None:
+        while (chunk := next(next_chunk)) < n_chunks:
+            loop(borders[chunk], borders[chunk + 1], *arrays)
+
+    futures = [_POOL.submit(work, helpers) for _ in range(helpers)]
+    try:
+        work()
+    finally:
+        for future in futures:
+            if not future.cancel():  # a helper that has not begun by now has nothing left to do
+                future.result()
+
+
+class _Pool:
+    """Threads that wait for chunks; as many as were ever asked for, and none in a process just forked."""
+
+    def __init__(self) -> None:
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+        self._size = 0
+
+    def submit(self, work: Callable[[], None], size: int) -> Future[None]:
+        if self._executor is None or self._size < size:
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
+            self._executor = ThreadPoolExecutor(size, thread_name_prefix="kernels")
+            self._size = size
+        return self._executor.submit(work)
+
+
+_POOL = _Pool()
+
+
+def _log_no_cache() -> None:
+    LOG.warning("compiled code cannot be cached: no folder can be written; set NUMBA_CACHE_DIR to one that can")

@@ -1,0 +1,181 @@
+"""What is minimised and what is counted: row weights of the main loss, AuxK, dead latents, and FVU by layer.
+
+Main loss = (1 / N) sum_n |e_n|^2 / denominator_{layer(n)}. With layers mixed in a batch its expectation is the mean
+over layers of the FVU, so every layer counts alike. Denominators are fixed statistics of the training vectors, never of
+the batch: a batch's own variance would make the loss of one row depend on its neighbours.
+
+A row's error in raw space is its standardised error times its own scale, so the two loss spaces differ only in the
+weights of the rows: c_n = w_n = 1 / (N denominator) in standardised space, c_n = w_n std_n^2 in raw space.
+
+Shapes: N rows, D d_model, M n_latents, k active latents a row, L layers, A dead latents.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.kernels import SparseCodes
+
+if TYPE_CHECKING:
+    from train.step import StepOptions
+
+FIRING_THRESHOLD = 1e-3
+"""An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
+
+
+class RowWeights(NamedTuple):
+    """How each row of a batch counts in the loss."""
+
+    share: Tensor
+    """[N] w_n = 1 / (N denominator of the row's layer)."""
+
+    scale: Tensor
+    """[N] what turns a standardised error into the loss's space: 1, or the row's own scale in raw space."""
+
+    total: Tensor
+    """[N] c_n = w_n scale_n^2, the weight of the squared standardised error."""
+
+
+def row_weights(layer: Tensor, std: Tensor, denominators: Tensor, *, raw: bool) -> RowWeights:
+    """The rows' weights: layer int64 [N] indexes denominators [L], E|x - mean_l|^2 in the loss's space; std [N, 1]."""
+    share = denominators.to(std.dtype).reciprocal()[layer] / len(layer)
+    scale = std.squeeze(1) if raw else torch.ones_like(share)
+    return RowWeights(share, scale, share * scale.square())
+
+
+class AuxOutput(NamedTuple):
+    """AuxK's loss and its gradients on the dead latents alone."""
+
+    loss: Tensor
+    """Scalar: sum_n c_n |e_n - e_hat_n|^2 over the same sum of |e_n - mean of e|^2."""
+
+    W_enc: Tensor
+    """[A, D]"""
+
+    W_dec: Tensor
+    """[A, D]"""
+
+    latent_sums: Tensor
+    """[A] sum of d loss / d z over rows, for the centring's gradient of b_pre."""
+
+
+def auxk(
+    centred: Tensor, error: Tensor, rows: RowWeights, W_enc: Tensor, W_dec: Tensor, options: "StepOptions"
+) -> AuxOutput:
+    """AuxK of Gao et al. 2024, appendix A.2: each row's aux_k largest dead latents reconstruct what the rest missed.
+
+    centred [N, D] the encoder's input; error [N, D] the detached x - x_hat, standardised; W_enc, W_dec [A, D] the dead
+    latents' rows. The choices, and where they come from:
+
+    - the latents go through the same TopK and ReLU as the main ones (Gao et al.'s code), read off the same
+      pre-activations: here a product over the dead rows alone, which gives the same numbers;
+    - e_hat has no b_pre: the target is the error, from which b_pre has cancelled (their code adds it on both sides);
+    - same space as the main loss: the row weights are the main loss's own;
+    - normalised by the error's variance in that space, about its mean over the batch (docs/method.md); where that is
+      zero or not a number the loss and its gradients are zero (their code's nan_to_num).
+
+    Dense over the dead rows, because aux_k is much larger than k: five products of N x A x D, in `product_dtype`.
+    """
+    scaled = error * rows.scale.unsqueeze(1)  # [N, D] the error in the loss's space
+    mean = rows.share @ scaled / rows.share.sum()
+    variance = rows.share @ (scaled - mean).square().sum(dim=1)
+    scale = torch.where(variance > 0, 1 / variance, 0)
+
+    dtype, n_dead = options.product_dtype, len(W_enc)
+    encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)  # [A, D]
+    loss = error.new_zeros(())
+    out = AuxOutput(loss, torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead))
+    tile_rows = max(1, options.tile_bytes // (n_dead * centred.element_size()))
+    for start in range(0, len(centred), tile_rows):
+        part = slice(start, start + tile_rows)
+        inputs = centred[part].to(dtype)
+        active = _largest(inputs @ encoder.t(), options.aux_k).relu_()  # [n, A]
+        missed = error[part] - active @ decoder  # [n, D]
+        loss += rows.total[part] @ missed.square().sum(dim=1)
+        grad_out = (missed * (-2 * scale * rows.total[part]).unsqueeze(1)).to(dtype)  # d loss / d e_hat
+        grad_z = (grad_out @ decoder.t()).masked_fill_(active <= 0, 0)  # [n, A]
+        out.W_enc.add_(grad_z.t() @ inputs)
+        out.W_dec.add_(active.t() @ grad_out)
+        out.latent_sums.add_(grad_z.sum(dim=0))
+    return out._replace(loss=loss * scale)
+
+
+def _largest(z: Tensor, k: int) -> Tensor:
+    """`z` [n, A] with all but the k largest of each row set to zero."""
+    if z.shape[1] <= k:
+        return z
+    values, indices = torch.topk(z, k, dim=-1, sorted=False)
+    return torch.zeros_like(z).scatter_(1, indices, values)
+
+
+class DeadLatents:
+    """For each latent, the number of training vectors since it last fired.
+
+    Counts vectors and not calls, so that splitting a batch changes nothing; in int64, because float32 stops at 2^24.
+    Only `train.step` updates it: validation never does.
+    """
+
+    def __init__(self, n_latents: int, threshold: int, device: torch.device | str = "cpu") -> None:
+        """`threshold`: silent vectors (tokens times layers) from which on a latent is dead."""
+        self.threshold = threshold
+        self.silent = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        """[M] vectors since each latent last fired."""
+
+    def update(self, codes: SparseCodes) -> None:
+        """Count the rows of one batch."""
+        self.silent += len(codes.values)
+        self.silent[codes.indices[codes.values > FIRING_THRESHOLD]] = 0
+
+    def dead_latents(self) -> Tensor:
+        """int64 [A], ascending: the latents that have been silent for at least `threshold` vectors."""
+        return (self.silent >= self.threshold).nonzero().squeeze(1)
+
+    def fraction(self) -> float:
+        """Share of the latents that are dead."""
+        return (self.silent >= self.threshold).double().mean().item()
+
+
+def dead_threshold(run_tokens: int, n_layers: int, dead_tokens: int | None) -> int:
+    """Silent vectors that make a latent dead: `dead_tokens`, else 10 million or a tenth of the run's tokens if less.
+
+    A token gives one vector a layer, hence times `n_layers`; at least one vector.
+    """
+    tokens = min(10_000_000, run_tokens // 10) if dead_tokens is None else dead_tokens
+    return max(1, tokens * n_layers)
+
+
+class LayerMoments(NamedTuple):
+    """Count, mean and summed squared deviation of vectors by layer, in float64; merges over batches in any order."""
+
+    vectors: Tensor
+    """int64 [L]"""
+
+    mean: Tensor
+    """[L, D]"""
+
+    deviation: Tensor
+    """[L] sum over vectors of |x - mean_l|^2, over all dimensions."""
+
+    @classmethod
+    def zeros(cls, n_layers: int, d_model: int, device: torch.device | str = "cpu") -> "LayerMoments":
+        """The moments of no vectors."""
+        return cls(
+            torch.zeros(n_layers, dtype=torch.int64, device=device),
+            torch.zeros(n_layers, d_model, dtype=torch.float64, device=device),
+            torch.zeros(n_layers, dtype=torch.float64, device=device),
+        )
+
+    def add(self, x: Tensor, layer: Tensor) -> "LayerMoments":
+        """With vectors `x` [N, D] of layers `layer` int64 [N] added (Chan et al.'s merge, which does not cancel)."""
+        vectors, mean, deviation = (t.clone() for t in self)
+        for index in layer.unique().tolist():
+            rows = x[layer == index].double()
+            batch_mean = rows.mean(dim=0)
+            batch_deviation = (rows - batch_mean).square().sum()
+            total = vectors[index] + len(rows)
+            delta = batch_mean - mean[index]
+            deviation[index] += batch_deviation + delta.square().sum() * (vectors[index] * len(rows) / total)
+            mean[index] += delta * (len(rows) / total)
+            vectors[index] = total
+        return LayerMoments(vectors, mean, deviation)

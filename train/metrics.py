@@ -1,0 +1,120 @@
+"""Metrics of training: sums between two logged steps, and the file that takes one JSON line a logged step.
+
+The sums stay on the training device until they are logged, and are part of a checkpoint, so that the lines after a
+resume are those of the unbroken run.
+
+Shapes: N rows of a batch, L layers trained on.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.sae import Standardized
+from train.step import StepResult
+
+
+class MetricsWindow:
+    """Sums over the steps since the last logged one."""
+
+    def __init__(self, raw_denominators: Tensor) -> None:
+        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space: FVU is always measured there."""
+        self._raw_denominators = raw_denominators
+        self._sums: dict[str, Tensor] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Start a new window."""
+        device, n_layers = self._raw_denominators.device, len(self._raw_denominators)
+        shapes = {"steps": (), "loss": (), "auxk": (), "active": (), "vectors": (n_layers,), "error": (n_layers,)}
+        self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+        self.started = time.perf_counter()
+
+    def add(self, layer: Tensor, standardized: Standardized, result: StepResult) -> None:
+        """Count one step over rows of layers `layer` int64 [N]."""
+        sums = self._sums
+        raw_error = result.squared_error.double() * standardized.std.squeeze(1).double().square()
+        sums["steps"] += 1
+        sums["loss"] += result.loss.double()
+        sums["auxk"] += result.auxk.double()
+        sums["active"] += result.codes.values.count_nonzero()
+        sums["vectors"].index_add_(0, layer, torch.ones_like(raw_error))
+        sums["error"].index_add_(0, layer, raw_error)
+
+    def line(self) -> dict[str, Any]:
+        """Means over the window: loss, auxk, fvu, fvu_per_layer (null for a layer without rows), l0."""
+        sums = self._sums
+        fvu = sums["error"] / sums["vectors"] / self._raw_denominators
+        seen = sums["vectors"] > 0
+        return {
+            "loss": (sums["loss"] / sums["steps"]).item(),
+            "fvu": fvu[seen].mean().item(),
+            "fvu_per_layer": [value if there else None for value, there in zip(fvu.tolist(), seen, strict=True)],
+            "l0": (sums["active"] / sums["vectors"].sum()).item(),
+            "auxk": (sums["auxk"] / sums["steps"]).item(),
+        }
+
+    @property
+    def vectors(self) -> int:
+        """Vectors in the window."""
+        return int(self._sums["vectors"].sum())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, for a checkpoint."""
+        return {name: value.cpu() for name, value in self._sums.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's sums."""
+        for name, value in self._sums.items():
+            value.copy_(state[name])
+
+
+class MetricsFile:
+    """`ckpt.metrics.jsonl`: one line a logged step, none twice."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """Open for appending, after cutting what comes later than `resume_step`, a torn last line included.
+
+        Lines of steps that a resumed run makes again would otherwise stand there twice. 0 empties the file.
+        """
+        kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else []
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; it is in the file when this returns."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut; called before a checkpoint that presupposes them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def metrics_path(checkpoint: Path) -> Path:
+    """Where the metrics of a checkpoint are: ckpt.pt -> ckpt.metrics.jsonl."""
+    return checkpoint.with_name(checkpoint.stem + ".metrics.jsonl")
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            found = json.loads(line)["step"] if line.endswith("\n") else None
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if found is None or found > step:
+            break
+        kept.append(line)
+    return kept

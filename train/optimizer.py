@@ -1,0 +1,69 @@
+"""Adam on the three parameters, with the decoder kept on the unit sphere, and the learning rate's course.
+
+The optimiser's state is six tensors and nothing else; the step number is the trainer's. Not here: how a row is stepped
+(`train.kernels.adam_rows`, or its compiled version).
+"""
+
+import torch
+from torch import Tensor
+
+from store.errors import IncompatibleError
+from train.kernels import Kernels
+from train.sae import MLSAE
+from train.step import Weights
+
+
+class SphereAdam:
+    """Adam for W_enc, W_dec and b_pre; W_dec's rows stay on the unit sphere."""
+
+    def __init__(self, sae: MLSAE, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self.weights = Weights(sae.W_enc.data, sae.W_dec.data, sae.b_pre.data)
+        """The autoencoder's own tensors, which `step` changes in place."""
+        self.exp_avg = Weights(*(torch.zeros_like(w) for w in self.weights))
+        self.exp_avg_sq = Weights(*(torch.zeros_like(w) for w in self.weights))
+
+    def step(self, gradients: Weights, *, lr: float, step: int) -> None:
+        """Move the weights by one step; `step` counts from 1; the gradients are used up.
+
+        W_dec: the gradient's component along each row goes before the step, the rows are of unit norm after it.
+        """
+        for name, weight in self.weights._asdict().items():
+            grad, m, v = (getattr(tensors, name) for tensors in (gradients, self.exp_avg, self.exp_avg_sq))
+            rows = [t.view(-1, t.shape[-1]) for t in (weight, grad, m, v)]  # b_pre [D] as one row
+            self._kernels.adam_rows(*rows, lr=lr, step=step, unit_rows=name == "W_dec")
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The moments by parameter, for a checkpoint."""
+        return {
+            "exp_avg": {name: t.cpu() for name, t in self.exp_avg._asdict().items()},
+            "exp_avg_sq": {name: t.cpu() for name, t in self.exp_avg_sq._asdict().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take the moments back; raises `IncompatibleError` if they are of another shape."""
+        for kind, ours in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            for name, tensor in ours._asdict().items():
+                found = state.get(kind, {}).get(name)
+                if found is None or found.shape != tensor.shape:
+                    shown = None if found is None else list(found.shape)
+                    raise IncompatibleError(
+                        f"optimiser state {kind}.{name}: expected {list(tensor.shape)}, found {shown}"
+                    )
+                tensor.copy_(found)
+
+
+def scaling_law_lr(n_latents: int) -> float:
+    """Gao et al. 2024, section 2.4 and appendix A.3: the learning rate falls with the square root of the dictionary."""
+    return 2e-4 / (n_latents / 2**14) ** 0.5
+
+
+def learning_rate(step: int, steps: int, peak: float, *, warmup_fraction: float, decay_fraction: float) -> float:
+    """Rate of step number `step` (from 0) of `steps`: a linear rise to `peak`, flat, then a linear fall towards zero.
+
+    The first step already moves and so does the last: the rise ends and the fall starts on whole steps.
+    """
+    warmup, decay = round(warmup_fraction * steps), round(decay_fraction * steps)
+    rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
+    fall = (steps - step) / (decay + 1) if step >= steps - decay else 1.0
+    return peak * min(rise, fall)

@@ -1,0 +1,214 @@
+"""What a run will do, worked out before it starts: every default resolved against the store and the machine.
+
+Pure, but for looking at the hardware. A `RunPlan` is also what a checkpoint keeps of the configuration: two runs with
+equal plans over equal stores give the same weights, so a resume compares plans and names the field that differs.
+
+Shapes: T tokens of the store, L layers trained on.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from store.activations import ActivationStore
+from store.errors import IncompatibleError, UsageError
+from store.plan import validation_documents
+from train.config import TrainConfig
+from train.hardware import resolve_device, resolve_product_dtype
+from train.kernels import choose_kernels
+from train.losses import dead_threshold
+from train.optimizer import scaling_law_lr
+from train.sae import SAEConfig
+
+
+class Split(NamedTuple):
+    """Which kept tokens are trained on, and which are held out; whole documents are on one side."""
+
+    train: np.ndarray
+    """bool [T]"""
+
+    validation: np.ndarray
+    """bool [T]"""
+
+    n_documents: int
+    """Documents of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Everything that the result of a run depends on, apart from the store's content."""
+
+    d_model: int
+    """Width of the residual stream."""
+    layers: tuple[int, ...]
+    """The model's numbers of the layers trained on."""
+    n_latents: int
+    """Latents of the dictionary."""
+    k: int
+    """Latents active on one vector, at most."""
+    aux_k: int
+    """Dead latents that AuxK may use on one vector."""
+    aux_coef: float
+    """Weight of AuxK."""
+    lr: float
+    """Peak learning rate."""
+    warmup_fraction: float
+    """Share of the steps with a rising rate."""
+    decay_fraction: float
+    """Share of the steps with a falling rate."""
+    batch_size: int
+    """Vectors in a step."""
+    steps: int
+    """Steps of the whole run."""
+    vectors: int
+    """Vectors of the whole run; the last batch may be short."""
+    vectors_per_epoch: int
+    """Vectors of one pass."""
+    epochs: int
+    """Passes that are begun."""
+    seed: int
+    """Seed of weights, order and held-out documents."""
+    validation_fraction: float
+    """Share of documents held out."""
+    dead_vectors: int
+    """Vectors without firing that make a latent dead."""
+    loss_space: str
+    """standardized or raw."""
+    window_bytes: int
+    """Size of one of the loader's two windows; the order of the rows depends on it."""
+    product_dtype: str
+    """Type of the encoder's product."""
+    device: str
+    """Kind of device: cpu or cuda."""
+    kernels: str
+    """Which implementation of the sparse parts."""
+
+    @property
+    def sae_config(self) -> SAEConfig:
+        """The autoencoder to be trained."""
+        return SAEConfig(d_model=self.d_model, n_latents=self.n_latents, k=self.k)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`product_dtype` as torch's."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.product_dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return asdict(self) | {"layers": list(self.layers)}
+
+
+def split_tokens(store: ActivationStore, fraction: float, seed: int) -> Split:
+    """Hold out whole documents; raises `UsageError` where that leaves nothing to train on."""
+    tokens = store.tokens
+    n_documents = int(tokens.document.max()) + 1
+    held_out = validation_documents(n_documents, fraction, seed)[tokens.document]
+    split = Split(tokens.keep & ~held_out, tokens.keep & held_out, n_documents)
+    if not split.train.any():
+        raise UsageError(
+            f"{store.path}: no kept token is left to train on, of {int(tokens.keep.sum())} kept in {n_documents} "
+            f"documents with --validation-fraction {fraction}: harvest more text"
+        )
+    return split
+
+
+def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> list[int]:
+    """Positions in the store of the model's layers `layers`, ascending; default all."""
+    have = store.meta.layers
+    wanted = have if layers is None else tuple(sorted(layers))
+    missing = sorted(set(wanted) - set(have))
+    if missing:
+        raise UsageError(
+            f"--layers: {store.path} does not hold layer {', '.join(map(str, missing))}; it holds "
+            f"{' '.join(map(str, have))}"
+        )
+    return [have.index(layer) for layer in wanted]
+
+
+def make_plan(config: TrainConfig, store: ActivationStore, split: Split) -> RunPlan:
+    """Resolve a configuration against a store and this machine."""
+    meta = store.meta
+    layers = stored_layers(store, config.layers)
+    n_latents = config.n_latents or round(config.expansion_factor * meta.d_model)
+    vectors_per_epoch = int(split.train.sum()) * len(layers)
+    if config.steps is None:
+        epochs = config.epochs or 1
+        vectors = epochs * vectors_per_epoch
+        steps = -(-vectors // config.batch_size)
+    else:
+        steps = config.steps
+        vectors = steps * config.batch_size
+        epochs = -(-vectors // vectors_per_epoch)
+    device = resolve_device(config.device)
+    return RunPlan(
+        d_model=meta.d_model,
+        n_latents=n_latents,
+        k=SAEConfig(d_model=meta.d_model, n_latents=n_latents, k=config.k).k,  # refuses k > n_latents
+        aux_k=min(config.aux_k or default_aux_k(meta.d_model), n_latents),
+        aux_coef=config.aux_coef,
+        lr=config.lr or scaling_law_lr(n_latents),
+        warmup_fraction=config.warmup_fraction,
+        decay_fraction=config.decay_fraction,
+        batch_size=config.batch_size,
+        steps=steps,
+        vectors=vectors,
+        vectors_per_epoch=vectors_per_epoch,
+        epochs=epochs,
+        layers=tuple(meta.layers[i] for i in layers),
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+        dead_vectors=dead_threshold(vectors // len(layers), len(layers), config.dead_tokens),
+        loss_space=config.loss_space,
+        window_bytes=int(config.window_gb * 1e9 / 2),
+        product_dtype=resolve_product_dtype(config.dtype, device),
+        device=device.type,
+        kernels=choose_kernels(torch.empty(0, device=device), config.kernels).name,
+    )
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes that a run needs beside the interpreter."""
+
+    device: int
+    """Weights, gradients, moments, a batch and its gradients, and tiles, on the training device."""
+
+    shuffle: int
+    """The loader's two windows, in the machine's memory."""
+
+
+def memory_estimate(plan: RunPlan, store: ActivationStore, tile_bytes: int) -> MemoryEstimate:
+    """How much memory a run of `plan` takes."""
+    meta = store.meta
+    weights = 2 * plan.n_latents * plan.d_model
+    batch = plan.batch_size * (6 * 4 * plan.d_model + 48 * plan.k)  # six float32 [N, D]; codes, gradients, sorted pairs
+    casts = weights if plan.product_dtype == "bfloat16" else 0  # both weights, for the product and AuxK
+    block = meta.chunk_tokens * meta.d_model * meta.itemsize
+    window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.layers) * block)
+    return MemoryEstimate(4 * 4 * weights + 2 * casts + batch + 2 * tile_bytes, 2 * window)
+
+
+def default_aux_k(d_model: int) -> int:
+    """The power of two nearest d_model / 2, in ratio (Gao et al. 2024, appendix A.2)."""
+    return 2 ** max(0, round(math.log2(d_model / 2)))
+
+
+_REPORTED_ONLY = ("device", "kernels")
+"""Fields that change the last bits of a run, not its meaning: a resume that differs in them is warned of."""
+
+
+def compare_plans(path: object, saved: dict[str, Any], plan: RunPlan) -> list[str]:
+    """Check that a checkpoint's plan is this one; returns warnings, raises `IncompatibleError` naming what differs."""
+    warnings = []
+    now = plan.to_dict()
+    for field in fields(RunPlan):
+        before, after = saved.get(field.name), now[field.name]
+        if before == after:
+            continue
+        found = f"{field.name} was {before} when {path} was saved and is {after} now"
+        if field.name not in _REPORTED_ONLY:
+            raise IncompatibleError(f"{found}; give the same flags to resume, or --overwrite to start anew")
+        warnings.append(f"{found}: the result will not be bit for bit that of an unbroken run")
+    return warnings

@@ -1,0 +1,52 @@
+"""May this run write there, and may it go on from what is there? And with how many threads.
+
+All refusals come before anything is computed or written.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from store.activations import ActivationStore
+from store.errors import IncompatibleError, UsageError
+from train.config import TrainConfig
+from train.plan import RunPlan, compare_plans
+from train.sae import Checkpoint
+
+
+def check_output(config: TrainConfig) -> None:
+    if config.out.is_dir():
+        raise UsageError(f"--out {config.out} is a folder: name a file, such as {config.out / 'ckpt.pt'}")
+    if config.out.exists() and not (config.resume or config.overwrite):
+        raise UsageError(f"{config.out} exists already: --resume continues it, --overwrite starts anew")
+
+
+def check_resumable(path: Path, saved: Checkpoint, store: ActivationStore, plan: RunPlan) -> None:
+    """Raise `IncompatibleError` unless the checkpoint is a run of this plan over this store."""
+    if saved.config.d_model != plan.d_model:
+        raise IncompatibleError(f"{path} has d_model {saved.config.d_model}, {store.path} has {plan.d_model}")
+    if not {"step", "finished", "config"} <= set(saved.trainer):
+        raise IncompatibleError(f"{path} holds no training state to resume; --overwrite starts anew")
+    for warning in compare_plans(path, saved.trainer["config"], plan):
+        say(f"warning: {warning}")
+    if saved.store.get("content_hash") != store.content_hash:
+        raise IncompatibleError(
+            f"{path} was trained on another store: content {saved.store.get('content_hash')} there, "
+            f"{store.content_hash} in {store.path}; name that store, or --overwrite to start anew"
+        )
+
+
+def set_threads(config: TrainConfig, saved: Checkpoint | None) -> None:
+    """Use the asked number of CPU threads, or the checkpoint's: sums are split by thread, so the last bits differ."""
+    before = None if saved is None else saved.trainer.get("threads")
+    threads = config.threads or before
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if before is not None and threads != before:
+        say(f"warning: {before} threads before, {threads} now: not bit for bit the result of an unbroken run")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, on stderr."""
+    print(f"train: {text}", file=sys.stderr, flush=True)
