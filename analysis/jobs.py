@@ -233,7 +233,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _say_dashboard(client: Any) -> None:
-    tqdm.write(f"Dask dashboard: {client.dashboard_link}")
+    tqdm.write(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
 
 
 def _worker() -> Any:

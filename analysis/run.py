@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from analysis.uncertainty import bootstrap
 from analysis.words import words
 from store.activations import ActivationStore
 from store.errors import UsageError
+from store.options import to_toml
 from train.sae import load_checkpoint
 
-SUMMARY, LATENTS, LAYERS = "summary.json", "latents.parquet", "layers.parquet"
+SUMMARY, LATENTS, LAYERS, CONFIG = "summary.json", "latents.parquet", "layers.parquet", "analyze.config.toml"
 
 _DRAWN = (
     "report.html",
@@ -104,6 +106,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     tables.write_latents(partial_dir / LATENTS, sums.moments, latent_table(sums.moments))
     tables.write_layers(partial_dir / LAYERS, summary["layers"])
     (partial_dir / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False), encoding="utf-8")
+    (partial_dir / CONFIG).write_text(to_toml(asdict(config)), encoding="utf-8")
     say = partial(print, file=sys.stderr) if config.json else print
     missing = _write_report(partial_dir) if config.report else None
     _move_into_place(partial_dir, config.out_dir)
@@ -117,7 +120,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     return summary
 
 
-_OURS = (*_DRAWN, LATENTS, LAYERS, SUMMARY)
+_OURS = (*_DRAWN, CONFIG, LATENTS, LAYERS, SUMMARY)
 
 
 def _shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:

@@ -76,9 +76,9 @@ class LoadedModel:
 
     spec: ModelSpec
     """Which model it is."""
-    causal_lm: nn.Module
+    causal_lm: Any
     """The whole model, with the LM head: `causal_lm(input_ids).logits` is [B, N, V]."""
-    base: nn.Module
+    base: Any
     """The model without its LM head; run this where logits are not needed."""
     tokenizer: Any
     """Its tokenizer."""
@@ -116,7 +116,7 @@ class LoadedModel:
     @property
     def unembedding(self) -> nn.Module:
         """The linear map from the normed residual stream to logits; its weight is [V, D]."""
-        found = self.causal_lm.get_output_embeddings()  # type: ignore[operator]  (every causal LM of transformers has it)
+        found = self.causal_lm.get_output_embeddings()
         if not isinstance(found, nn.Module):
             raise ResidscopeError(f"{self.spec.name} ({self.architecture}): no unembedding is to be found")
         return found

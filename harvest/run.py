@@ -213,8 +213,7 @@ def tokenise(settings: Settings, source: TextSource, max_tokens: int) -> TokenTa
     """The token table of at most `max_tokens` tokens of a text. `ResidscopeError` where there is no text, or the
     tokenizer is not the model's."""
     limit = settings.packing.stream_length(max_tokens)
-    every = 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(total=max_tokens, desc="tokenise", unit="tok", unit_scale=True, mininterval=every, leave=False) as bar:
+    with tqdm(total=max_tokens, desc="tokenise", unit="tok", unit_scale=True, leave=False, disable=None) as bar:
         tokens = pack(
             encode_documents(source.documents(), settings.tokenizer, limit, bar.update), settings.packing, max_tokens
         )

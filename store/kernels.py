@@ -65,7 +65,8 @@ def measure(values, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
 def pack_bfloat16(bits, shift, slots, layer, chunk_tokens, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
     """Round a layer to bfloat16 into its slots, and add the rounded vectors up as `measure` does.
 
-    bits: [t, D], uint32 bits of float32 (shift 0) or uint16 bits of bfloat16 (shift 16); slots: uint16 [P, L, >= C * D].
+    bits: [t, D], uint32 bits of float32 (shift 0) or uint16 bits of bfloat16 (shift 16); slots: uint16 [P, L, C * D]
+    or longer rows.
     Gives the sum of the kept vectors' L2 norms, and the largest magnitude that was met, as float32 bits.
     """
     d_model = bits.shape[1]

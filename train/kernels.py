@@ -11,14 +11,18 @@ functions (`train.kernels_numba`), which `choose_kernels` prefers where they can
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
 """
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from store.errors import UsageError
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 6.25e-10
@@ -33,6 +37,22 @@ class SparseCodes(NamedTuple):
 
     indices: Tensor
     """int64 [N, k], which latent; distinct within a row."""
+
+
+class Reconstruction(NamedTuple):
+    """What the decoder and the main loss give of a batch."""
+
+    error: Tensor
+    """[N, D] target - decoded."""
+
+    grad_out: Tensor
+    """[N, D] d loss / d decoded = -2 * weight * error."""
+
+    squared: Tensor
+    """[N] |error|^2."""
+
+    value_grads: Tensor
+    """[N, k] d loss / d z of the active pairs: <grad_out, decoder row>, zero where the value is not positive."""
 
 
 class WeightGradients(NamedTuple):
@@ -71,12 +91,23 @@ def activation_gradient(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Ten
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         gathered = W_dec.index_select(0, indices[part].flatten()).view(-1, k, W_dec.shape[1])
-        torch.sum(gathered.mul_(grad_out[part].unsqueeze(1)), dim=-1, out=out[part])
+        out[part] = gathered.mul_(grad_out[part].unsqueeze(1)).sum(dim=-1)
     return out
 
 
 _CPU_GATHER_BYTES = 2**20  # a core's own cache
 _CUDA_GATHER_BYTES = 2**28  # enough to fill the device
+
+
+def reconstruct(values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
+    """Decode, and take the loss sum_n weight[n] |target[n] - decoded[n]|^2 back to the pre-activations.
+
+    values, indices [N, k]; W_dec [M, D]; target [N, D], without b_pre; weight [N].
+    """
+    error = target - decode(values, indices, W_dec)
+    grad_out = error * (-2 * weight).unsqueeze(1)
+    value_grads = activation_gradient(grad_out, indices, W_dec).masked_fill_(values <= 0, 0)
+    return Reconstruction(error, grad_out, error.square().sum(dim=1), value_grads)
 
 
 def weight_gradient(coefficients: Tensor, indices: Tensor, rows: Tensor, n_latents: int) -> Tensor:
@@ -85,12 +116,20 @@ def weight_gradient(coefficients: Tensor, indices: Tensor, rows: Tensor, n_laten
 
 
 def weight_gradients(
-    values: Tensor, value_grads: Tensor, indices: Tensor, grad_out: Tensor, centred: Tensor, n_latents: int
+    values: Tensor,
+    value_grads: Tensor,
+    indices: Tensor,
+    grad_out: Tensor,
+    centred: Tensor,
+    n_latents: int,
+    *,
+    out: WeightGradients | None = None,
 ) -> WeightGradients:
     """Both weight gradients from one sort of the pairs.
 
     values [N, k] activations; value_grads [N, k] d loss / d z of the active pairs (zero where ReLU cut); indices
-    [N, k]; grad_out [N, D] d loss / d x_hat; centred [N, D] the encoder's input x_std - b_pre.
+    [N, k]; grad_out [N, D] d loss / d x_hat; centred [N, D] the encoder's input x_std - b_pre. `out` is memory that an
+    implementation may overwrite and return; this one has no use for it.
     """
     order = _PairOrder.of(indices, n_latents)
     ones = centred.new_ones(len(centred), 1)
@@ -159,8 +198,9 @@ class Kernels:
     topk_relu: Callable[[Tensor, int], SparseCodes]
     decode: Callable[[Tensor, Tensor, Tensor], Tensor]
     activation_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
-    weight_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], WeightGradients]
+    weight_gradients: Callable[..., WeightGradients]
     adam_rows: Callable[..., None]
+    reconstruct: Callable[..., Any] = reconstruct
 
 
 TORCH = Kernels(
@@ -176,10 +216,21 @@ TORCH = Kernels(
 def choose_kernels(like: Tensor, name: str = "auto") -> Kernels:
     """The kernels for tensors of the type and on the device of `like`.
 
-    "auto": the compiled ones where they apply (float32 on a CPU, with numba installed), else plain torch; "torch" and
-    "numba" insist. Raises `UsageError` where "numba" cannot be had.
+    "auto": the compiled ones where they apply (a CPU, float32 or float64, numba installed), else plain torch; "torch"
+    and "numba" insist. Raises `UsageError` where "numba" cannot be had.
     """
-    applies = like.device.type == "cpu" and like.dtype == torch.float32
-    if name == "torch" or (name == "auto" and not applies):
+    applies = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+    if name == "torch" or (name == "auto" and not (applies and _has_numba())):
         return TORCH
-    return TORCH
+    if not applies:
+        raise UsageError(f"numba kernels run on a CPU, in float32 or float64; found {like.device}, {like.dtype}")
+    if not _has_numba():
+        raise UsageError("numba is not installed: `pip install numba`, or choose the torch kernels")
+    from train import kernels_numba  # here, because loading numba takes half a second
+
+    return replace(kernels_numba.NUMBA, reconstruct=kernels_numba.reconstruct)
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None

@@ -1,11 +1,11 @@
-"""The sparse pieces of a training step, compiled for CPUs: the same functions as `train.kernels`, and one more.
+"""The sparse pieces of a training step, compiled for CPUs: the same functions as `train.kernels`.
 
 Tensors go in and come out; inside, the loops of `train.kernels_topk` and `train.kernels_sparse` work on their memory
 without a copy, on as many threads as torch uses, with the same bits for any number of threads. Everything that is read
 or written is checked here first, latent numbers included, because the loops check nothing.
 
-`reconstruct` is the one more: decoder, error and gradients of a row while its k decoder rows are in the core's cache,
-which saves gathering them twice and the temporaries between.
+`reconstruct` does decoder, error and gradients of a row while its k decoder rows are in the core's cache, which saves
+gathering them twice and the temporaries between.
 
 NaN is not hidden: `topk_relu` takes it for the largest, as torch does, and everything else lets it through. First use
 compiles (some seconds, once: see `train.kernels_compile` for the cache).
@@ -16,14 +16,14 @@ Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from train import kernels_sparse, kernels_topk
-from train.kernels import ADAM_BETAS, ADAM_EPSILON, Kernels, SparseCodes, WeightGradients
+from train.kernels import ADAM_BETAS, ADAM_EPSILON, Kernels, Reconstruction, SparseCodes, WeightGradients
 from train.kernels_compile import even_chunks, run_chunks
 
 _KEYS = {
@@ -34,22 +34,6 @@ _KEYS = {
 """Type of pre-activations -> integers of its width, integers of the values' width, the bits of +inf."""
 
 _CHUNK = 2**17  # numbers that a chunk reads at least, some tens of microseconds of work
-
-
-class Reconstruction(NamedTuple):
-    """What `reconstruct` computes of a batch."""
-
-    error: Tensor
-    """[N, D] target - decoded."""
-
-    grad_out: Tensor
-    """[N, D] d loss / d decoded = -2 * weight * error."""
-
-    squared: Tensor
-    """[N] |error|^2."""
-
-    value_grads: Tensor
-    """[N, k] d loss / d z of the active pairs: <grad_out, decoder row>, zero where the value is not positive."""
 
 
 def topk_relu(z: Tensor, k: int) -> SparseCodes:
@@ -271,5 +255,6 @@ NUMBA = Kernels(
     activation_gradient=activation_gradient,
     weight_gradients=weight_gradients,
     adam_rows=adam_rows,
+    reconstruct=reconstruct,
 )
 """The compiled kernels, for `train.kernels.choose_kernels`."""

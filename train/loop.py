@@ -30,7 +30,7 @@ from store.options import to_toml
 from train.batches import VectorSource
 from train.config import TrainConfig
 from train.hardware import check_memory, resolve_device
-from train.kernels import choose_kernels
+from train.kernels import WeightGradients, choose_kernels
 from train.losses import DeadLatents, row_weights
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
 from train.optimizer import SphereAdam, learning_rate
@@ -171,6 +171,12 @@ class _Run:
         else:
             self.statistics = FixedStatistics(**{k: v.to(self.device) for k, v in saved.trainer["statistics"].items()})
         self.optimizer = SphereAdam(self.sae, self.kernels)
+        # Memory for the gradients, used again in each step: fresh memory costs as much as the sums in it.
+        self.gradients = WeightGradients(
+            torch.empty_like(self.sae.W_enc),
+            torch.empty_like(self.sae.W_dec),
+            torch.empty(plan.n_latents, device=self.device),
+        )
         raw = plan.loss_space == "raw"
         self.denominators = self.statistics.raw if raw else self.statistics.standardized
         self.window = MetricsWindow(self.statistics.raw)
@@ -210,7 +216,7 @@ class _Run:
         standardized = self.sae.standardize(x)
         rows = row_weights(layer, standardized.std, self.denominators, raw=plan.loss_space == "raw")
         weights = self.optimizer.weights
-        result = training_step(weights, standardized.x, rows, self.dead, self.options, self.kernels)
+        result = training_step(weights, standardized.x, rows, self.dead, self.options, self.kernels, out=self.gradients)
         self.window.add(layer, standardized, result)
         self.optimizer.step(result.gradients, lr=self._lr(self.step), step=self.step + 1)
         self.step += 1

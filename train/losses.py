@@ -80,7 +80,8 @@ def auxk(
     scaled = error * rows.scale.unsqueeze(1)  # [N, D] the error in the loss's space
     mean = rows.share @ scaled / rows.share.sum()
     variance = rows.share @ (scaled - mean).square().sum(dim=1)
-    scale = torch.where(variance > 0, 1 / variance, 0)
+    rounding = torch.finfo(scaled.dtype).eps * (rows.share @ scaled.square().sum(dim=1))  # a variance that is really 0
+    scale = torch.where(variance > rounding, 1 / variance, 0)
 
     dtype, n_dead = options.product_dtype, len(W_enc)
     encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)  # [A, D]

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.kernels import Kernels, SparseCodes
+from train.kernels import Kernels, SparseCodes, WeightGradients
 from train.losses import DeadLatents, RowWeights, auxk
 from train.sae import encode_tiled
 
@@ -84,9 +84,19 @@ class StepResult(NamedTuple):
 
 @torch.no_grad()
 def training_step(
-    weights: Weights, x: Tensor, rows: RowWeights, dead: DeadLatents, options: StepOptions, kernels: Kernels
+    weights: Weights,
+    x: Tensor,
+    rows: RowWeights,
+    dead: DeadLatents,
+    options: StepOptions,
+    kernels: Kernels,
+    *,
+    out: WeightGradients | None = None,
 ) -> StepResult:
-    """Loss and gradients of standardised rows `x` [N, D] that count as `rows` says; counts firings in `dead`."""
+    """Loss and gradients of standardised rows `x` [N, D] that count as `rows` says; counts firings in `dead`.
+
+    `out` is memory for the weights' gradients, which the next call with it writes over.
+    """
     centred = x - weights.b_pre
     codes = encode_tiled(
         centred,
@@ -97,24 +107,21 @@ def training_step(
         kernels=kernels,
     )
     dead.update(codes)
-    error = centred - kernels.decode(codes.values, codes.indices, weights.W_dec)  # b_pre cancels: x - (x_hat + b_pre)
-    squared_error = error.square().sum(dim=1)  # [N]
-    loss = rows.total @ squared_error
-
-    grad_out = error * (-2 * rows.total).unsqueeze(1)  # [N, D]
-    value_grads = kernels.activation_gradient(grad_out, codes.indices, weights.W_dec)
-    value_grads.masked_fill_(codes.values <= 0, 0)
+    main = kernels.reconstruct(codes.values, codes.indices, weights.W_dec, centred, rows.total)  # b_pre cancels in e
+    loss = rows.total @ main.squared
     n_latents = len(weights.W_enc)
-    grads = kernels.weight_gradients(codes.values, value_grads, codes.indices, grad_out, centred, n_latents)
+    grads = kernels.weight_gradients(
+        codes.values, main.value_grads, codes.indices, main.grad_out, centred, n_latents, out=out
+    )
 
     aux_loss = loss.new_zeros(())
     latents = dead.dead_latents() if options.aux_coef > 0 else None
     if latents is not None and len(latents) > 0:
-        aux = auxk(centred, error, rows, weights.W_enc[latents], weights.W_dec[latents], options)
+        aux = auxk(centred, main.error, rows, weights.W_enc[latents], weights.W_dec[latents], options)
         aux_loss = aux.loss
         grads.W_enc.index_add_(0, latents, aux.W_enc, alpha=options.aux_coef)
         grads.W_dec.index_add_(0, latents, aux.W_dec, alpha=options.aux_coef)
         grads.latent_sums.index_add_(0, latents, aux.latent_sums, alpha=options.aux_coef)
 
-    b_pre = grad_out.sum(dim=0) - grads.latent_sums @ weights.W_enc
-    return StepResult(Weights(grads.W_enc, grads.W_dec, b_pre), codes, squared_error, loss, aux_loss)
+    b_pre = main.grad_out.sum(dim=0) - grads.latent_sums @ weights.W_enc
+    return StepResult(Weights(grads.W_enc, grads.W_dec, b_pre), codes, main.squared, loss, aux_loss)

@@ -50,7 +50,12 @@ def test_a_run_writes_its_files_and_exits_0(small, tmp_path, capsys):
     assert main([*options(small, tmp_path / "out"), "--json", "--no-report", "--no-pca"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["schema_version"] == 1
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"summary.json", "latents.parquet", "layers.parquet"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "summary.json",
+        "latents.parquet",
+        "layers.parquet",
+        "analyze.config.toml",
+    }
 
 
 def test_a_missing_store_and_a_folder_that_is_none(small, tmp_path, capsys):

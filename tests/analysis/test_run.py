@@ -259,6 +259,7 @@ def test_default_folder_is_beside_the_checkpoint_and_an_earlier_result_is_replac
     (out / "notes.txt").write_text("the user's own")
     analyze(AnalyzeConfig(store=small.store, sae=small.sae, report=False, bootstrap=0))
     assert sorted(path.name for path in out.iterdir()) == [
+        "analyze.config.toml",
         "latents.parquet",
         "layers.parquet",
         "notes.txt",

@@ -201,3 +201,14 @@ def test_token_columns_must_fit(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="token_id has values"):
         ActivationStore.create(tmp_path / "a.zarr", meta, tokens._replace(token_id=np.arange(20) + 2**31))
     assert not list(tmp_path.iterdir())
+
+
+def test_systems_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random_activations(60, 2, 4)
+    store = make_store(tmp_path / "a.zarr", x, chunk_tokens=16, shard_tokens=32)
+    monkeypatch.delattr("os.preadv")
+    assert np.array_equal(ActivationStore.open(tmp_path / "a.zarr").read(), rounded(x, "bfloat16"))
+    file = tmp_path / "a.zarr/resid_post/c.1.0.0"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ResidscopeError, match="should have"):
+        store.read()

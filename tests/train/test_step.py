@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.kernels import TORCH
+from train.kernels import TORCH, Kernels, choose_kernels
 from train.losses import DeadLatents, RowWeights, row_weights
 from train.step import StepOptions, StepResult, Weights, training_step
 
@@ -31,7 +31,7 @@ def dense_step(weights: Weights, x: Tensor, rows: RowWeights, dead: Tensor, opti
         e_hat = (active @ W_dec[dead]) * rows.scale[:, None]
         mean = (rows.share[:, None] * e).sum(0) / rows.share.sum()
         variance = (rows.share * (e - mean).square().sum(1)).sum()
-        if variance > 0:
+        if variance > 1e-15 * (rows.share * e.square().sum(1)).sum():  # more than rounding
             aux = (rows.share * (e - e_hat).square().sum(1)).sum() / variance
     (loss + options.aux_coef * aux).backward()
     grads = Weights(*(torch.zeros_like(w) if w.grad is None else w.grad for w in (W_enc, W_dec, b_pre)))
@@ -56,9 +56,11 @@ def random_case(n: int, d: int, m: int, seed: int, raw: bool) -> tuple[Weights, 
     return Weights(randn(m, d), randn(m, d), randn(d)), randn(n, d), rows
 
 
-def check(weights: Weights, x: Tensor, rows: RowWeights, dead: list[int], options: StepOptions) -> StepResult:
+def check(
+    weights: Weights, x: Tensor, rows: RowWeights, dead: list[int], options: StepOptions, kernels: Kernels = TORCH
+) -> StepResult:
     counter = planted(len(weights.W_enc), dead)
-    fast = training_step(weights, x, rows, counter, options, TORCH)
+    fast = training_step(weights, x, rows, counter, options, kernels)
     slow = dense_step(weights, x, rows, counter.dead_latents(), options)  # after the counter saw this batch
     torch.testing.assert_close(fast.loss, slow.loss, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(fast.auxk, slow.auxk, rtol=1e-10, atol=1e-12)
@@ -68,16 +70,18 @@ def check(weights: Weights, x: Tensor, rows: RowWeights, dead: list[int], option
     return fast
 
 
+@pytest.mark.parametrize("name", ["torch", "numba"])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), raw=st.booleans(), aux=st.booleans(), seed=st.integers(0, 2**31))
-def test_gradients_equal_dense_autograd(data: st.DataObject, raw: bool, aux: bool, seed: int) -> None:
+def test_gradients_equal_dense_autograd(data: st.DataObject, name: str, raw: bool, aux: bool, seed: int) -> None:
+    kernels = choose_kernels(torch.empty(0, dtype=torch.float64), name)
     n, d, m = (data.draw(st.integers(low, 12), label=name) for name, low in (("N", 1), ("D", 2), ("M", 1)))
     k = data.draw(st.sampled_from([1, max(1, m // 2), m]), label="k")
     dead = data.draw(st.lists(st.integers(0, m - 1), unique=True), label="dead") if aux else []
     aux_k = data.draw(st.integers(1, m), label="aux_k")
     tile_bytes = data.draw(st.sampled_from([1, 300, 2**20]), label="tile_bytes")
     weights, x, rows = random_case(n, d, m, seed, raw)
-    check(weights, x, rows, dead, replace(OPTIONS, k=k, aux_k=aux_k, aux_coef=0.5, tile_bytes=tile_bytes))
+    check(weights, x, rows, dead, replace(OPTIONS, k=k, aux_k=aux_k, aux_coef=0.5, tile_bytes=tile_bytes), kernels)
 
 
 def test_gradients_where_every_pre_activation_is_negative() -> None:

@@ -1,0 +1,158 @@
+"""How fast the compiled kernels of a training step are: beside torch's, and beside the encoder's product, in one run.
+
+    python benchmarks/bench_kernels.py [--json] [--rows 8192 2048] [--rounds 7] [--compile]
+
+Times are milliseconds, the least of several rounds; in a round everything runs once, in the order of a step, so that
+our threads and torch's take turns as they do in training and a busy machine hurts all alike. Lower is better. Ratios are
+to the float32 product of the same run. `--compile` adds the seconds of the first call, with an empty cache and a full one.
+
+Not measured: whole steps and other packages (bench_step.py).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, as the train command does
+
+import torch
+import torch.nn.functional as F
+
+from train.kernels import TORCH
+from train.kernels_numba import NUMBA, weight_gradients
+
+D_MODEL, N_LATENTS, K = 576, 9216, 32
+OURS = ("topk", "reconstruct", "weight gradients", "adam")
+"""What a step runs besides the product."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of the compiled kernels against torch's and the bare product.")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 2048], help="batch sizes")
+    parser.add_argument("--latents", type=int, default=N_LATENTS, help="size of the dictionary")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each measurement; the least counts")
+    parser.add_argument("--compile", action="store_true", help="also time the first call")
+    options = parser.parse_args()
+    results = {}
+    for n_rows in options.rows:
+        times = measure(n_rows, options.latents, options.rounds)
+        results[n_rows] = times
+        print_table(n_rows, options.latents, times)
+    ratios = {f"kernels_over_product_{n}": round(total(t) / t["product"], 3) for n, t in results.items()}
+    ratios |= {f"topk_over_read_{n}": round(t["topk"] / t["read"], 2) for n, t in results.items()}
+    if options.compile:
+        ratios |= time_first_call()
+    print("  ".join(f"{name} {value}" for name, value in ratios.items()))
+    if options.json:
+        print(json.dumps(ratios))
+
+
+def measure(n: int, m: int, rounds: int) -> dict[str, float]:
+    """Least milliseconds of each thing at N = n, M = m."""
+    torch.manual_seed(0)
+    x, grad_out, weight = torch.randn(n, D_MODEL), torch.randn(n, D_MODEL), torch.rand(n)
+    W_enc, W_dec = F.normalize(torch.randn(m, D_MODEL)), F.normalize(torch.randn(m, D_MODEL))
+    z = x @ W_enc.T
+    z_bf16 = z.bfloat16()
+    codes = NUMBA.topk_relu(z, K)
+    v, i = codes
+    value_grads = NUMBA.activation_gradient(grad_out, i, W_dec)
+    grads = weight_gradients(v, value_grads, i, grad_out, x, m)
+    moments = [torch.zeros(m, D_MODEL) for _ in range(4)]
+    parameters = [torch.nn.Parameter(w.clone()) for w in (W_enc, W_dec)]
+    for parameter, grad in zip(parameters, grads[:2], strict=True):
+        parameter.grad = grad.clone()
+    fused_adam = torch.optim.Adam(parameters, lr=1e-6, fused=True)
+
+    def adam(kernels: object) -> None:
+        for w, g, first, second, unit in (
+            (W_enc, grads[0], *moments[:2], False),
+            (W_dec, grads[1], *moments[2:], True),
+        ):
+            kernels.adam_rows(w, g, first, second, lr=1e-6, step=9, unit_rows=unit)  # type: ignore[attr-defined]
+
+    def index_add() -> None:
+        for coefficients, rows in ((v, grad_out), (value_grads, x)):
+            products = coefficients.unsqueeze(2) * rows.unsqueeze(1)  # [N, k, D]
+            torch.zeros(m, D_MODEL).index_add_(0, i.flatten(), products.flatten(0, 1))
+
+    tasks: dict[str, Callable[[], object]] = {
+        "product": lambda: torch.mm(x, W_enc.T, out=z),
+        "read": lambda: z.amax(dim=1),  # one pass over the pre-activations
+        "topk": lambda: NUMBA.topk_relu(z, K),
+        "topk, bfloat16": lambda: NUMBA.topk_relu(z_bf16, K),
+        "topk, torch": lambda: torch.topk(z, K, dim=1),
+        "decode": lambda: NUMBA.decode(v, i, W_dec),
+        "decode, torch": lambda: TORCH.decode(v, i, W_dec),
+        "activation gradient": lambda: NUMBA.activation_gradient(grad_out, i, W_dec),
+        "activation gradient, torch": lambda: TORCH.activation_gradient(grad_out, i, W_dec),
+        "reconstruct": lambda: NUMBA.reconstruct(v, i, W_dec, x, weight),
+        "reconstruct, torch": lambda: TORCH.reconstruct(v, i, W_dec, x, weight),
+        "weight gradients": lambda: weight_gradients(v, value_grads, i, grad_out, x, m, out=grads),
+        "weight gradients, torch": lambda: TORCH.weight_gradients(v, value_grads, i, grad_out, x, m),
+        "weight gradients, index_add": index_add,
+        "adam": lambda: adam(NUMBA),
+        "adam, torch": lambda: adam(TORCH),
+        "adam, torch fused": fused_adam.step,
+    }
+    least = dict.fromkeys(tasks, float("inf"))
+    for task in tasks.values():
+        task()
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            least[name] = min(least[name], 1000 * (time.perf_counter() - start))
+    return least
+
+
+def total(times: dict[str, float]) -> float:
+    """Milliseconds of all that a step runs besides the product."""
+    return sum(times[name] for name in OURS)
+
+
+def print_table(n: int, m: int, times: dict[str, float]) -> None:
+    print(
+        f"N {n}, d_model {D_MODEL}, n_latents {m}, k {K}, {torch.get_num_threads()} threads; ms, and over the product"
+    )
+    for name, value in {**times, " + ".join(OURS): total(times)}.items():
+        print(f"  {name:<48} {value:9.1f} {value / times['product']:8.3f}")
+
+
+def time_first_call() -> dict[str, float]:
+    """Seconds of processor time for a first step's kernels in a fresh process, before and after their code is cached."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from train.kernels_numba import NUMBA
+x, W = torch.randn(64, 32), torch.randn(96, 32)
+start = time.process_time()
+v, i = NUMBA.topk_relu(x @ W.T, 4)
+r = NUMBA.reconstruct(v, i, W, x, torch.ones(64))
+g = NUMBA.weight_gradients(v, r.value_grads, i, r.grad_out, x, 96)
+NUMBA.adam_rows(W, g.W_dec, torch.zeros_like(W), torch.zeros_like(W), lr=0.1, step=1, unit_rows=True)
+print(time.process_time() - start)
+"""
+    with tempfile.TemporaryDirectory(prefix="bench-kernels-") as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        seconds = [
+            float(
+                subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True).stdout
+            )
+            for _ in range(2)
+        ]
+    return {"first_call_seconds": round(seconds[0], 2), "cached_first_call_seconds": round(seconds[1], 2)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Batches and shards: fixed batches, nothing padded, every shard assembled from its own tokens whichever are
+missing."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harvest.fill import ShardAssembler, batches_for, sequence_batches
+from harvest.resolve import default_batch_size
+from store.meta import StoreMeta
+
+SIZES = st.tuples(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5))
+
+
+def meta(n_tokens: int, shard_tokens: int) -> StoreMeta:
+    return StoreMeta(
+        n_tokens=n_tokens,
+        layers=(0, 1),
+        n_model_layers=2,
+        d_model=3,
+        chunk_tokens=1,
+        shard_tokens=shard_tokens,
+        context_length=4,
+    )
+
+
+@given(SIZES)
+def test_batches_cover_every_sequence_once_without_padding(sizes: tuple[int, int, int]) -> None:
+    n_tokens, context, batch_size = sizes
+    batches = sequence_batches(n_tokens, context, batch_size)
+    assert [b.start for b in batches] == [0, *[b.stop for b in batches[:-1]]]
+    assert batches[-1].stop == n_tokens
+    for batch in batches:
+        assert (batch.stop - batch.start) % batch.length == 0
+        assert (batch.stop - batch.start) // batch.length <= batch_size
+    assert all(b.length == context for b in batches[:-1])
+
+
+@given(sizes=SIZES, shard_tokens=st.integers(1, 60), data=st.data())
+def test_missing_shards_are_assembled_from_their_batches_alone(
+    sizes: tuple[int, int, int], shard_tokens: int, data: st.DataObject
+) -> None:
+    n_tokens, context, batch_size = sizes
+    store = meta(n_tokens, shard_tokens)
+    missing = data.draw(st.sets(st.integers(0, store.n_shards - 1), min_size=1))
+    values = np.arange(n_tokens * 6, dtype=np.float32).reshape(n_tokens, 2, 3)
+    written: dict[int, np.ndarray] = {}
+
+    def write(shard: int, piece: np.ndarray) -> None:
+        assert shard not in written
+        written[shard] = piece.copy()
+
+    assembler = ShardAssembler(store, missing, write, np.dtype(np.float32))
+    batches = sequence_batches(n_tokens, context, batch_size)
+    wanted = batches_for(batches, missing, shard_tokens)
+    needed = [
+        b
+        for b in batches
+        if any(b.start < store.shard_bounds(s)[1] and b.stop > store.shard_bounds(s)[0] for s in missing)
+    ]
+    assert wanted == needed
+    for batch in wanted:
+        assembler.add(batch.start, values[batch.start : batch.stop])
+    assert list(written) == sorted(missing)
+    for shard, piece in written.items():
+        start, stop = store.shard_bounds(shard)
+        np.testing.assert_array_equal(piece, values[start:stop])
+
+
+def test_the_default_batch_keeps_within_its_bounds() -> None:
+    assert default_batch_size(2048, 34_560) == 3  # SmolLM2-135M: 256 MiB
+    assert default_batch_size(2048, 6_144) == 4  # pythia-70m: 8192 tokens
+    assert default_batch_size(131_072, 10**6) == 1

@@ -1,0 +1,78 @@
+"""kill -9 at any moment: the same command again gives the store of an uninterrupted run, byte for byte."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harvest.conftest import ModelFolder
+
+# One interpreter loads the libraries and forks a child for each run, since loading takes longer than the runs.
+SCRIPT = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from harvest import run
+from harvest.config import HarvestConfig
+
+model, dataset, folder, rounds = sys.argv[1:]
+torch.set_num_threads(1)
+run.chunk_and_shard_tokens = lambda *sizes: (16, 32)
+sys.stderr = open(os.devnull, "w")
+
+
+def start(out):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            run.harvest(HarvestConfig(model=model, out=Path(out), dataset=dataset, context_length=20, batch_size=1))
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def tree(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in Path(out).rglob("*") if p.is_file()}
+
+
+begin = time.perf_counter()
+assert os.waitpid(start(folder + "/whole"), 0)[1] == 0
+took = time.perf_counter() - begin
+expected = tree(folder + "/whole")
+draw = random.Random(0)
+killed = 0
+for i in range(int(rounds)):
+    out = f"{folder}/killed{i}"
+    while True:
+        pid = start(out)
+        time.sleep(draw.random() * took)
+        os.kill(pid, signal.SIGKILL)
+        if os.waitpid(pid, 0)[1] == 0:
+            break
+        killed += 1
+        if draw.random() < 0.5:
+            assert os.waitpid(start(out), 0)[1] == 0
+            break
+    assert tree(out) == expected, (i, sorted(set(tree(out)) ^ set(expected)))
+print("killed", killed)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_harvest_resumes_to_the_same_bytes(
+    model_folder: ModelFolder, text_folder: Path, tmp_path: Path
+) -> None:
+    arguments = [str(model_folder("gpt2")), str(text_folder), str(tmp_path), "6"]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=Path(__file__).parents[2],
+        env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) >= 4

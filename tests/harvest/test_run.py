@@ -1,0 +1,408 @@
+"""A harvest from end to end: what is stored, continuing, and refusing to mix."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from harvest import run
+from harvest.config import HarvestConfig
+from harvest.estimate import estimate
+from harvest.lens import load_lens
+from harvest.run import HarvestResult, harvest
+from store.activations import ActivationStore
+from store.errors import IncompatibleError, Interrupted, ResidscopeError
+from store.options import parse_options
+from store.verify import verify
+from tests.harvest.conftest import ModelFolder
+from tests.harvest.test_lens import write_lens
+from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
+
+CHUNK, SHARD = 32, 96
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of 96 tokens, so that a small text fills several, none of them aligned to sequences."""
+    monkeypatch.setattr(run, "chunk_and_shard_tokens", lambda *sizes: (CHUNK, SHARD))
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_folder: ModelFolder, text_folder: Path) -> Callable[..., HarvestConfig]:
+    """Makes configurations: 20-token sequences, 3 in a batch, 586 tokens of text and separators."""
+
+    def make(architecture: str = "gpt2", **changes: Any) -> HarvestConfig:
+        return HarvestConfig(
+            **{
+                "model": str(model_folder(architecture)),
+                "out": tmp_path / "acts.zarr",
+                "dataset": str(text_folder),
+                "context_length": 20,
+                "batch_size": 3,
+                **changes,
+            }
+        )
+
+    return make
+
+
+MakeConfig = Callable[..., HarvestConfig]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def block_outputs(folder: str, token_id: np.ndarray, context: int, batch_size: int) -> np.ndarray:
+    """float32 [T, n_layers, D] by transformers and hooks alone, in the same batches."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if "gemma" in folder:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    kept: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, out: Any) -> None:
+        kept.append((out[0] if isinstance(out, tuple) else out).flatten(0, 1))
+
+    for block in blocks:
+        block.register_forward_hook(keep)
+    rows = []
+    full = len(token_id) // context * context
+    pieces = [token_id[i : min(i + context * batch_size, full)] for i in range(0, full, context * batch_size)]
+    for piece in [*pieces, token_id[full:]]:
+        if len(piece):
+            kept.clear()
+            with torch.no_grad():
+                model(torch.from_numpy(piece.astype(np.int64)).view(-1, min(context, len(piece))))
+            rows.append(torch.stack(kept, 1).numpy())
+    return np.concatenate(rows)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stored_vectors_equal_an_independent_forward_pass(architecture: str, config: MakeConfig) -> None:
+    options = config(architecture)
+    result = harvest(options)
+    store = ActivationStore.open(options.out)
+    expected = block_outputs(options.model, store.tokens.token_id, 20, 3)
+    assert expected.shape == (result.tokens, N_LAYERS[architecture], D_MODEL)
+    np.testing.assert_array_equal(store.read(raw=True), rounded(expected))
+    assert result.shards == -(-result.tokens // SHARD) > 3
+    assert verify(store) == []
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_the_token_table_is_the_packed_text(config: MakeConfig, text_folder: Path) -> None:
+    result = harvest(config("llama"))
+    tokens = ActivationStore.open(result.out).tokens
+    texts = [path.read_text() for path in sorted(text_folder.iterdir())]
+    stream = [ord_of for text in texts if text for ord_of in [*text.encode(), -1]]
+    # The tiny tokenizer numbers bytes by their printable form: letters come after the signs before them.
+    body = tokens.token_id[~np.isin(tokens.token_id, (256, 257))]
+    offset = int(body[0]) - ord(texts[0][0])
+    assert (body - offset).tolist() == [b for b in stream if b >= 0]
+    assert result.documents == 4
+    assert (tokens.token_id == 256).sum() == 4
+    assert (tokens.token_id[tokens.position == 0] == 257).all()
+    assert result.kept == len(body)
+    assert not tokens.keep[np.isin(tokens.token_id, (256, 257))].any()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_chosen_layers_dtypes_and_codec(config: MakeConfig, tmp_path: Path) -> None:
+    whole = ActivationStore.open(harvest(config(store_dtype="float32")).out).read()
+    for dtype in ("bfloat16", "float16", "float32"):
+        out = tmp_path / f"{dtype}.zarr"
+        store = ActivationStore.open(harvest(config(layers=("0,2",), store_dtype=dtype, out=out, codec="zstd")).out)
+        assert store.meta.layers == (0, 2)
+        expected = torch.from_numpy(whole[:, [0, 2]]).to(getattr(torch, dtype)).float().numpy()
+        np.testing.assert_array_equal(store.read(), expected)
+
+
+def test_bfloat16_weights_are_the_models_rounded(config: MakeConfig) -> None:
+    options = config("gpt_neox", dtype="bfloat16")
+    store = ActivationStore.open(harvest(options).out)
+    exact = block_outputs(options.model, store.tokens.token_id, 20, 3)
+    error = np.linalg.norm(store.read() - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.05
+    assert store.meta.provenance["compute_dtype"] == "bfloat16"
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("indexing", ["tuned-lens", "mlsae-compat"])
+def test_a_lens_is_applied_before_storing_and_inverts(config: MakeConfig, tmp_path: Path, indexing: str) -> None:
+    folder = write_lens(tmp_path / "lens", n_layers=3, d_model=D_MODEL)
+    options = config(lens=str(folder), lens_indexing=indexing, layers=("1-2",), store_dtype="float32")
+    store = ActivationStore.open(harvest(options).out)
+    plain = block_outputs(options.model, store.tokens.token_id, 20, 3)
+    parameters = torch.load(folder / "params.pt", weights_only=True)
+    found = store.read()
+    lens = load_lens(str(folder), model_id="gpt2", n_layers=3, d_model=D_MODEL, indexing=indexing)  # type: ignore[arg-type]
+    for i, layer in enumerate((1, 2)):
+        translator = layer + 1 if indexing == "tuned-lens" else layer
+        expected = plain[:, layer]
+        if translator < 3:
+            weight, bias = (parameters[f"{translator}.{name}"].numpy() for name in ("weight", "bias"))
+            expected = expected + expected @ weight.T + bias
+        np.testing.assert_allclose(found[:, i], expected, rtol=1e-4, atol=1e-4)
+        back = lens.invert(torch.from_numpy(found[:, i]), layer).numpy()
+        np.testing.assert_allclose(back, plain[:, layer], rtol=1e-3, atol=1e-3)
+    assert store.meta.lens == {"id": "lens", "indexing": indexing, "hash": lens.fingerprint}
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_the_control_has_the_same_tokens_and_other_vectors(config: MakeConfig, tmp_path: Path) -> None:
+    trained = ActivationStore.open(harvest(config()).out)
+    random = ActivationStore.open(harvest(config(random_init=True, out=tmp_path / "random.zarr")).out)
+    np.testing.assert_array_equal(trained.tokens.token_id, random.tokens.token_id)
+    assert trained.content_hash != random.content_hash
+    assert random.meta.provenance["random_init"] is True
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Let the n-th shard's write fail before it is committed."""
+    original = ActivationStore.write_shard
+    calls: list[int] = []
+
+    def write(self: ActivationStore, shard: int, data: np.ndarray, keep: np.ndarray) -> None:
+        calls.append(shard)
+        if len(calls) > n:
+            raise RuntimeError("crash")
+        original(self, shard, data, keep)
+
+    monkeypatch.setattr(ActivationStore, "write_shard", write)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_run_that_crashed_continues_to_the_same_bytes(config: MakeConfig, tmp_path: Path) -> None:
+    whole = harvest(config(out=tmp_path / "whole.zarr"))
+    for n in range(whole.shards):
+        options = config(out=tmp_path / f"crashed{n}.zarr")
+        with pytest.MonkeyPatch.context() as patch:
+            crash_after(patch, n)
+            with pytest.raises(RuntimeError, match="crash"):
+                harvest(options)
+        assert len(ActivationStore.open(options.out, partial=True).missing_shards()) == whole.shards - n
+        again = harvest(options)
+        assert again.shards_written == whole.shards - n
+        assert again.content_hash == whole.content_hash
+        assert tree(options.out) == tree(Path(whole.out))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_continuing_reads_no_text_and_a_whole_store_loads_no_model(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = config()
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(RuntimeError, match="crash"):
+            harvest(options)
+
+    def never(*args: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(run, "tokenise", never)
+    harvest(options)
+    before = tree(options.out)
+    monkeypatch.setattr(run, "load_model", never)
+    result = harvest(options)
+    assert result.shards_written == 0
+    assert result.tokens_per_second is None
+    assert tree(options.out) == before
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_only_batches_of_missing_shards_are_computed(config: MakeConfig) -> None:
+    options = config()
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 5)
+        with pytest.raises(RuntimeError, match="crash"):
+            harvest(options)
+    seen: list[int] = []
+    original = run.BatchRunner.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            run.BatchRunner, "run", lambda self, ids, buffer: (seen.append(ids.numel()), original(self, ids, buffer))
+        )
+        result = harvest(options)
+    # Shards 5 and 6 are tokens 480 to 591; batches of 60 tokens.
+    assert result.shards_written == 2
+    assert sum(seen) == 591 - 480
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"max_tokens": 100}, "max_tokens is 1000000 there and 100 here"),
+        ({"batch_size": 2}, "batch_size is 3 there and 2 here"),
+        ({"layers": ("0",)}, r"layers is \[0, 1, 2\] there and \[0\] here"),
+        ({"store_dtype": "float32"}, "store_dtype is 'bfloat16' there and 'float32' here"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32' there"),
+        ({"context_length": 10}, "context_length is 20 there"),
+        ({"random_init": True}, "random_init is False there and True here"),
+        ({"document_separator": ""}, "document_separator is '<|endoftext|>' there and '' here"),
+        ({"keep_first_position": True}, "keep_first_position"),
+        ({"codec": "zstd", "seed": 3}, "seed is 0 there and 3 here; codec is 'none' there and 'zstd' here"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(config: MakeConfig, change: dict[str, Any], field: str) -> None:
+    harvest(config())
+    before = tree(config().out)
+    with pytest.raises(IncompatibleError, match=f"{field}.*--overwrite"):
+        harvest(config(**change))
+    assert tree(config().out) == before
+
+
+def test_changed_text_or_another_model_is_refused(
+    config: MakeConfig, text_folder: Path, model_folder: ModelFolder
+) -> None:
+    harvest(config())
+    with pytest.raises(IncompatibleError, match="model is 'gpt2' there and 'llama' here; model_fingerprint"):
+        harvest(config("llama"))
+    (text_folder / "0.txt").write_text("changed")
+    with pytest.raises(IncompatibleError, match="dataset_revision"):
+        harvest(config())
+
+
+def test_overwrite_starts_anew_but_only_over_a_store(config: MakeConfig, tmp_path: Path) -> None:
+    harvest(config())
+    result = harvest(config(max_tokens=100, overwrite=True))
+    assert result.tokens == 100
+    assert [path.name for path in tmp_path.iterdir() if "planning" in path.name] == []
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("words")
+    with pytest.raises(IncompatibleError, match="not an activation store; it is left alone"):
+        harvest(config(out=other, overwrite=True))
+    assert (other / "thesis.txt").exists()
+
+
+def test_a_dry_run_writes_nothing(config: MakeConfig, tmp_path: Path) -> None:
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    found = estimate(config(dry_run=True, max_tokens=100))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert found.bytes_per_token == 3 * D_MODEL * 2
+    assert (found.tokens, found.bytes) == (100, 100 * 3 * D_MODEL * 2)
+    assert found.tokens_available == harvest(config()).tokens
+    assert found.fits
+    assert found.tokens_per_second > 0
+    assert found.seconds == pytest.approx(100 / found.tokens_per_second)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 16_800_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ResidscopeError, match=r"--max-tokens.*\d+ tokens would fit; nothing was written"):
+        harvest(config())
+    assert not config().out.exists()
+    assert not estimate(config(max_tokens=10**9)).fits or True
+
+
+def spoil(folder: Path, target: Path, change: Callable[[Any], None]) -> Path:
+    """A copy of a tiny model with changed weights."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(target)
+    for path in folder.glob("tokenizer*"):
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_values_that_are_not_finite_stop_the_run(config: MakeConfig, model_folder: ModelFolder, tmp_path: Path) -> None:
+    def poison(model: Any) -> None:
+        token = 70  # One token's embedding; it first appears after some clean batches.
+        model.transformer.wte.weight[token] = float("nan")
+
+    folder = spoil(model_folder("gpt2"), tmp_path / "nan", poison)
+    text = tmp_path / "a.txt"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text.write_text("ab" * 150 + tokenizer.decode([70]) + "ab" * 50)
+    options = config(model=str(folder), dataset=str(text))
+    with pytest.raises(ResidscopeError, match="layer 0, token 300, dimension 0: the model gives nan"):
+        harvest(options)
+    store = ActivationStore.open(options.out, partial=True)
+    assert store.missing_shards() == [3, 4]
+    assert np.isfinite(store.read(slice(0, 288))).all()
+
+
+def test_float16_overflow_names_the_value_and_bfloat16_takes_it(
+    config: MakeConfig, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    def grow(model: Any) -> None:
+        model.transformer.h[1].mlp.c_proj.bias[5] = 104_000.0
+
+    folder = str(spoil(model_folder("gpt2"), tmp_path / "big", grow))
+    with pytest.raises(ResidscopeError, match=r"layer 1, token 0, dimension 5: the value 1\d{5} does not fit .*65504"):
+        harvest(config(model=folder, store_dtype="float16"))
+    options = config(model=folder, out=tmp_path / "bf16.zarr")
+    harvest(options)
+    assert ActivationStore.open(options.out).read()[:, 1, 5].min() > 1e5
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_signal_stops_between_batches(config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+    import signal
+
+    whole = harvest(config(out=tmp_path / "whole.zarr"))
+    original = run.BatchRunner.run
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        options = config(out=tmp_path / f"{signum.name}.zarr")
+        calls: list[int] = []
+
+        def interrupted(self: Any, ids: Any, buffer: Any, calls: list[int] = calls, signum: int = signum) -> None:
+            calls.append(1)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signum)
+            original(self, ids, buffer)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.BatchRunner, "run", interrupted)
+            with pytest.raises(Interrupted, match=r"2 of 7 shards whole; the same command continues"):
+                harvest(options)
+        assert len(calls) == 4
+        harvest(options)
+        assert tree(options.out) == tree(Path(whole.out))
+
+
+def test_a_second_writer_is_refused(config: MakeConfig) -> None:
+    options = config()
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 0)
+        with pytest.raises(RuntimeError):
+            harvest(options)
+    with ActivationStore.open(options.out, writable=True), pytest.raises(ResidscopeError, match="another process"):
+        harvest(options)
+
+
+def test_the_record_has_no_paths_and_the_options_read_back(config: MakeConfig, tmp_path: Path) -> None:
+    options = config(layers=("0-1", "2"))
+    harvest(options)
+    store = ActivationStore.open(options.out)
+    assert str(tmp_path) not in repr(store.meta)
+    assert store.meta.provenance["architecture"] == "GPT2LMHeadModel"
+    assert set(store.meta.provenance["versions"]) >= {"torch", "transformers", "python"}
+    words = ["--config", str(tmp_path / "acts.harvest.toml")]
+    again = parse_options(HarvestConfig, words, prog="harvest", description="")
+    assert again == options
+    assert dataclasses.replace(again, json=True) != options
+
+
+def test_results_are_plain(config: MakeConfig) -> None:
+    import json
+
+    result = harvest(config())
+    assert isinstance(result, HarvestResult)
+    assert json.loads(json.dumps(result._asdict()))["tokens"] == result.tokens
