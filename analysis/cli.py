@@ -1,8 +1,9 @@
 """The `analyze` command."""
 
+import sys
 from collections.abc import Sequence
 
-from analysis.config import AnalyzeConfig
+from analysis.config import AnalyzeConfig, CompareConfig
 from store.console import run_command
 from store.options import parse_options
 
@@ -10,20 +11,37 @@ DESCRIPTION = """Measure how the latents of a multi-layer sparse autoencoder spr
 reconstructs each.
 
   analyze --store acts.zarr --sae ckpt.pt
+  analyze --compare A.analysis B.analysis --out comparison    (analyses side by side; --help after it says more)
+"""
+
+COMPARE_DESCRIPTION = """Put analyses side by side: one table and one figure, with variances over that of an evenly drawn
+layer, so that models of different depth can be compared.
+
+  analyze --compare A.analysis B.analysis C.analysis --out comparison
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `analyze`; returns the exit code."""
 
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def compare_command() -> int:
+        config = parse_options(CompareConfig, words, prog="analyze", description=COMPARE_DESCRIPTION)
+        from analysis.compare import compare
+
+        compare(config)
+        return 0
+
     def command() -> int:
-        config = parse_options(AnalyzeConfig, argv, prog="analyze", description=DESCRIPTION)
+        config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
         from analysis.run import analyze
 
         analyze(config)
         return 0
 
-    return run_command("analyze", command)
+    comparing = any(word.partition("=")[0] == "--compare" for word in words)
+    return run_command("analyze", compare_command if comparing else command)
 
 
 if __name__ == "__main__":

@@ -36,34 +36,49 @@ def _compiled(fastmath: bool | set[str]) -> Callable[[Callable[..., Any]], Calla
     return compile_
 
 
-@_compiled(fastmath=False)
-def add_codes(values, indices, layers, group_of_token, sums, counts, totals):
-    """Add the codes of T whole tokens; returns the flat position of the first value that is not a finite number >= 0,
-    else -1.
+# Rows of `Persistence.histograms`, each a distribution over positions 0 .. L - 1 of the analysed layers; the first two
+# count layers, at position n - 1. Then the entries of `Persistence.shape` and the columns of `Persistence.latents`.
+N_ACTIVE, RUN_LENGTH, ONSET, OFFSET = range(4)
+N_RUNS, CONTIGUITY, UNBROKEN = range(3)
+LATENT_ACTIVE, LATENT_ONSET, LATENT_OFFSET, LATENT_RUN, LATENT_CONTIGUITY = range(5)
 
-    values float32 or float64 [T, L, k] >= 0; indices int64 [T, L, k], distinct within a vector; layers float64 [L],
-    centred; group_of_token int64 [T], row of `sums`. Added to in place: sums float64 [G, 8, M], counts int64 [M, L],
-    totals float64 [M, L]; nothing is added if a value is bad.
-    """
-    n_tokens, n_layers, k = values.shape
-    n_latents = sums.shape[2]
+
+@_compiled(fastmath=False)
+def first_bad(values):
+    """The flat position of the first value that is not a finite number >= 0, else -1."""
     for position, value in enumerate(values.flat):
         if not (value >= 0.0 and value < np.inf):
             return position
+    return -1
+
+
+@_compiled(fastmath=False)
+def add_codes(values, indices, rows, layers, group_of_token, sums, counts, totals, histograms, shape, latents):
+    """Add the codes of T whole tokens.
+
+    values float32 or float64 [V, k], finite and >= 0; indices int64 [V, k], distinct within a vector; rows int64 [T,
+    L], which of the V vectors stands at a token and layer; layers float64 [L], centred; group_of_token int64 [T], row
+    of `sums`. Added to in place: sums float64 [G, 8, M], counts int64 [M, L], totals float64 [M, L], and those of
+    `analysis.persistence`: histograms float64 [G, 2, 4, L], shape float64 [G, 2, 3], latents float64 [M, 5].
+    """
+    k = values.shape[1]
+    n_tokens, n_layers = rows.shape
+    n_latents = sums.shape[2]
     stamp = np.full(n_latents, -1, np.int64)
     mass = np.empty(n_latents, np.float64)
     mean = np.empty(n_latents, np.float64)
     spread = np.empty(n_latents, np.float64)
+    seen = np.empty((n_latents, 6), np.int32)  # first, last, active layers, runs, the present run, the longest
     touched = np.empty(min(n_latents, n_layers * k), np.int64)
     for t in range(n_tokens):
         n_touched = 0
         for i in range(n_layers):
-            layer = layers[i]
+            layer, row = layers[i], rows[t, i]
             for s in range(k):
-                a = np.float64(values[t, i, s])
+                a = np.float64(values[row, s])
                 if a == 0.0:
                     continue
-                j = indices[t, i, s]
+                j = indices[row, s]
                 counts[j, i] += 1
                 totals[j, i] += a
                 if stamp[j] != t:
@@ -73,12 +88,24 @@ def add_codes(values, indices, layers, group_of_token, sums, counts, totals):
                     mass[j] = a
                     mean[j] = layer
                     spread[j] = 0.0
+                    seen[j, 0] = i
+                    seen[j, 1] = i
+                    seen[j, 2:] = 1
                 else:
                     mass[j] += a
                     step = layer - mean[j]
                     mean[j] += step * (a / mass[j])
                     spread[j] += a * step * (layer - mean[j])
-        group = sums[group_of_token[t]]
+                    seen[j, 2] += 1
+                    if seen[j, 1] == i - 1:
+                        seen[j, 4] += 1
+                        seen[j, 5] = max(seen[j, 5], seen[j, 4])
+                    else:
+                        seen[j, 3] += 1
+                        seen[j, 4] = 1
+                    seen[j, 1] = i
+        g = group_of_token[t]
+        group, histogram, group_shape = sums[g], histograms[g], shape[g]
         for n in range(n_touched):
             j = touched[n]
             mu, variance = mean[j], spread[j] / mass[j]
@@ -90,7 +117,22 @@ def add_codes(values, indices, layers, group_of_token, sums, counts, totals):
             group[PAIRS_L, j] += mu
             group[PAIRS_V, j] += variance
             group[PAIRS_LL, j] += mu * mu
-    return -1
+            first, last, active, runs, longest = seen[j, 0], seen[j, 1], seen[j, 2], seen[j, 3], seen[j, 5]
+            contiguity = longest / (last - first + 1.0)
+            for w in range(2):
+                weight = mass[j] if w == 0 else 1.0
+                histogram[w, N_ACTIVE, active - 1] += weight
+                histogram[w, RUN_LENGTH, longest - 1] += weight
+                histogram[w, ONSET, first] += weight
+                histogram[w, OFFSET, last] += weight
+                group_shape[w, N_RUNS] += weight * runs
+                group_shape[w, CONTIGUITY] += weight * contiguity
+                group_shape[w, UNBROKEN] += weight if runs == 1 else 0.0
+            latents[j, LATENT_ACTIVE] += active
+            latents[j, LATENT_ONSET] += layers[first]
+            latents[j, LATENT_OFFSET] += layers[last]
+            latents[j, LATENT_RUN] += longest
+            latents[j, LATENT_CONTIGUITY] += contiguity
 
 
 # Reassociation lets the sums over d_model run in vector registers; no other liberty is taken with the arithmetic.

@@ -15,11 +15,13 @@ class AnalyzeConfig:
     """Folder of the activation store, as `harvest` wrote it."""
 
     sae: Path
-    """Checkpoint of the autoencoder, as `train` wrote it."""
+    """The autoencoder: a checkpoint as `train` wrote it, a folder in the format of mlsae, SAELens or sparsify, or the
+    owner/name of a hub repository."""
 
     out: Path | None = None
     """Folder for summary.json, latents.parquet, layers.parquet, figures and report.html; results that are in it are
-    replaced. By default CHECKPOINT.analysis beside the checkpoint: ckpt.analysis for ckpt.pt."""
+    replaced. By default CHECKPOINT.analysis beside the checkpoint: ckpt.analysis for ckpt.pt; for a hub repository
+    NAME.analysis here."""
 
     split: Literal["all", "train", "validation"] = "all"
     """Which documents: every one, or the checkpoint's own training or validation documents."""
@@ -38,8 +40,19 @@ class AnalyzeConfig:
     bootstrap: int = 1000
     """Bootstrap replicates over groups of documents for the 95 % intervals; 0 for none."""
 
+    nulls: bool = True
+    """Compare with null models: the same codes with layers permuted within each token, and with tokens permuted within
+    each layer."""
+
+    redundancy: bool = True
+    """Compare all decoder rows with each other: nearest latents, MMCS, near-parallel pairs; takes time with the square
+    of the number of live latents."""
+
+    redundancy_cosine: float = 0.9
+    """Cosine of decoder rows above which two latents are near-parallel."""
+
     seed: int = 0
-    """Seed of the bootstrap."""
+    """Seed of the bootstrap and of the null models."""
 
     report: bool = True
     """Draw the figures and write report.html."""
@@ -63,6 +76,8 @@ class AnalyzeConfig:
         for name in ("bootstrap", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} should not be negative, found {getattr(self, name)}")
+        if not 0 <= self.redundancy_cosine < 1:
+            raise UsageError(f"--redundancy-cosine should be at least 0 and below 1, found {self.redundancy_cosine}")
         if self.scheduler not in ("threads", "processes") and ":" not in self.scheduler:
             raise UsageError(
                 "--scheduler should be threads, processes or an address such as tcp://HOST:8786, "
@@ -72,4 +87,24 @@ class AnalyzeConfig:
     @property
     def out_dir(self) -> Path:
         """Where results go."""
-        return self.out if self.out is not None else self.sae.with_name(self.sae.stem + ".analysis")
+        if self.out is not None:
+            return self.out
+        if self.sae.is_dir():
+            return self.sae.with_name(self.sae.name + ".analysis")
+        return (
+            self.sae.with_name(self.sae.stem + ".analysis") if self.sae.is_file() else Path(self.sae.name + ".analysis")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Analyses to put side by side."""
+
+    compare: tuple[Path, ...]
+    """Folders that `analyze` wrote, or their summary.json: model sizes, with and without a lens, trained or not."""
+
+    out: Path = Path("comparison")
+    """Folder for compare.parquet, compare.json, compare.png and compare.svg."""
+
+    json: bool = False
+    """Print compare.json on stdout, as one line, and no table."""

@@ -92,7 +92,7 @@ def write_figures(results: Results, out_dir: Path) -> list[Path]:
     return written
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """A figure without pyplot: no window system, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _layer_profile(results: Results) -> "Figure | None":
     heat = heat_map(results)
     if heat.n_latents == 0:
         return None
-    figure = _figure(6.4, 3.4)
+    figure = new_figure(6.4, 3.4)
     axes = figure.add_subplot()
     n_layers = len(results.layer_numbers)
     image = axes.imshow(
@@ -137,7 +137,7 @@ def _layer_profile(results: Results) -> "Figure | None":
 
 def _variance(results: Results) -> "Figure":
     """Left: shares of the total under three weightings. Right: aggregate over token-level, ours and the reference's."""
-    figure = _figure(6.8, 3.2)
+    figure = new_figure(6.8, 3.2)
     shares, ratios = figure.subplots(1, 2, width_ratios=[1.25, 1])
     figure.suptitle(fill(variance_title(results), 70), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
     rows = list(WEIGHTINGS)
@@ -202,7 +202,7 @@ def _ratio_axes(axes: Any, results: Results, rows: list[str]) -> None:
 
 def _reconstruction(results: Results) -> "Figure":
     """FVU by layer with the baseline, and L0 below, on one layer axis."""
-    figure = _figure(6.4, 4.0)
+    figure = new_figure(6.4, 4.0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     layer = np.arange(len(results.layer_numbers))
     lines = [("fvu", "SAE", COLOURS["within_token"], "-")]

@@ -1,6 +1,7 @@
 """Encode tiles of a store's tokens with the autoencoder: the one place where analysis meets the weights.
 
-Weights are loaded once per process from the checkpoint's path and shared by its threads; a task carries the path only.
+Weights are loaded once per process from the checkpoint's path, in any format that `train.formats` reads, and shared by
+its threads; a task carries the path only.
 Codes come from `train.sae.MLSAE`: k largest pre-activations, then ReLU, so values are never negative. A store that was
 harvested through a tuned lens holds vectors that went through it already, as the autoencoder's training data did:
 nothing is left to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from store.activations import ActivationStore
 from store.errors import IncompatibleError
-from train.sae import MLSAE, Checkpoint, Standardized, load_checkpoint
+from train.formats import read_checkpoint
+from train.sae import MLSAE, Checkpoint, Standardized
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 """Type of weights and codes; with bfloat16 the encoder's product alone is made in that type."""
@@ -63,30 +65,40 @@ class Encoder:
 
 
 def load_encoder(path: Path, dtype: str) -> Encoder:
-    """The encoder of a checkpoint; a second call in this process gives the same one, unless the file changed."""
-    stat = Path(path).stat()
+    """The encoder of an autoencoder in any format that `train.formats` reads; a second call in this process gives the
+    same one, unless its files changed."""
     with _loading:
-        return _load_encoder(str(path), dtype, stat.st_mtime_ns, stat.st_size)
+        return _load_encoder(str(path), dtype, _fingerprint(Path(path)))
 
 
 _loading = threading.Lock()
 
 
+def _fingerprint(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of the files at `path`; none for the name of a hub repository, which is not here."""
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
 @lru_cache(maxsize=2)
-def _load_encoder(path: str, dtype: str, mtime_ns: int, size: int) -> Encoder:
-    return Encoder(load_checkpoint(Path(path)).sae, dtype)
+def _load_encoder(path: str, dtype: str, fingerprint: tuple[tuple[str, int, int], ...]) -> Encoder:
+    return Encoder(read_checkpoint(path).sae, dtype)
 
 
 def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Path) -> tuple[int, ...]:
     """The stored layers (indices into the store's layers) that the autoencoder speaks of, or `IncompatibleError`.
 
-    Model, lens and d_model must be those that the autoencoder was trained on; text and tokens may be others. The store
-    may hold more layers than it was trained on: those are left out. What the checkpoint does not record is not checked.
+    Model, its weights (trained or drawn at random), lens and d_model must be those that the autoencoder was trained on;
+    text and tokens may be others. The store may hold more layers than it was trained on: those are left out. What the
+    checkpoint does not record is not checked; `doubts` says where that matters.
     """
     meta, trained = store.meta, checkpoint.store
     checks: list[tuple[str, Any, Any]] = [("d_model", checkpoint.config.d_model, meta.d_model)]
     if trained.get("model") is not None:
         checks.append(("model", trained["model"], meta.provenance.get("model")))
+    if trained.get("random_init") is not None:
+        words = {True: "drawn at random", False: "those of the trained model"}
+        checks.append(("the weights", *(words[bool(part.get("random_init"))] for part in (trained, meta.provenance))))
     if "lens" in trained:
         checks.append(("lens", trained["lens"], meta.lens))
     for name, expected, found in checks:
@@ -104,6 +116,19 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
             f"the store lacks {missing}: harvest them too"
         )
     return tuple(meta.layers.index(layer) for layer in layers)
+
+
+def doubts(checkpoint: Checkpoint, store: ActivationStore) -> list[str]:
+    """Where checkpoint and store may not fit, and the checkpoint records too little to tell: sentences for the user."""
+    trained = checkpoint.store
+    if trained.get("content_hash") == store.content_hash:
+        return []
+    if store.meta.provenance.get("random_init") and trained.get("random_init") is None:
+        return [
+            "This store is of a model with random weights (--random-init), and whether the autoencoder was trained on "
+            "such a model is not recorded: if it was trained on the real one, these numbers say nothing of either."
+        ]
+    return []
 
 
 def _shown(value: object) -> str:

@@ -9,7 +9,7 @@ Shapes: T tokens of a tile, L analysed layers, D d_model.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from analysis import pca
 from analysis.latents import load_encoder
 from analysis.moments import LayerMoments
-from analysis.quality import LayerQuality, sum_in_order
+from analysis.nulls import NULLS
+from analysis.quality import GroupQuality, LayerQuality, sum_in_order
 from analysis.selection import Selection, Split, held_out_documents, select
 from store.activations import ActivationStore
 from store.errors import IncompatibleError, Interrupted, ResidscopeError
@@ -68,6 +69,12 @@ class Work:
     baseline: bool
     """Whether to sum what the PCA baseline needs."""
 
+    nulls: bool
+    """Whether to sum the null models too."""
+
+    seed: int
+    """Of the null models."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
@@ -75,7 +82,10 @@ class Sums:
 
     moments: LayerMoments
     quality: LayerQuality
+    by_group: GroupQuality
     gram: pca.GramSums | None
+    nulls: Mapping[str, LayerMoments]
+    """By name of the null model (`analysis.nulls.NULLS`), in one document group; empty without them."""
 
     @staticmethod
     def merged(parts: "Sequence[Sums]") -> "Sums":
@@ -84,7 +94,9 @@ class Sums:
         return Sums(
             moments=LayerMoments.merged([part.moments for part in parts]),
             quality=LayerQuality.merged([part.quality for part in parts]),
+            by_group=GroupQuality.merged([part.by_group for part in parts]),
             gram=pca.GramSums.merged(grams) if grams else None,
+            nulls={name: LayerMoments.merged([part.nulls[name] for part in parts]) for name in parts[0].nulls},
         )
 
 
@@ -129,12 +141,14 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
     n_layers, d_model = mean.shape
     shift = mean.astype(encoder.numpy_dtype)
     groups = np.unique(np.concatenate([selection.group[slice(*store.meta.shard_bounds(s))] for s in shards]))
+    present = groups[groups >= 0].tolist()
+    layers, n_latents = [store.meta.layers[i] for i in work.layers], encoder.config.n_latents
     sums = Sums(
-        moments=LayerMoments.zeros(
-            [store.meta.layers[i] for i in work.layers], encoder.config.n_latents, groups[groups >= 0].tolist()
-        ),
+        moments=LayerMoments.zeros(layers, n_latents, present),
         quality=LayerQuality.zeros(2, n_layers, d_model),
+        by_group=GroupQuality.zeros(n_layers, present),
         gram=pca.GramSums.zeros(d_model) if work.baseline else None,
+        nulls={name: LayerMoments.zeros(layers, n_latents) for name in NULLS} if work.nulls else {},
     )
     needed = selection.needed if work.baseline else selection.analysed | selection.validation
     for token, x in tiles(store, work.layers, shards, needed):
@@ -151,12 +165,18 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
             x, member, token = x[rows], member[:, rows], token[rows]
         codes = encoder.encode(vectors, n_layers)
         values, indices = codes.values.numpy(), codes.indices.numpy()
-        sums.quality.add(x.astype(shift.dtype, copy=False), codes.x_hat.numpy(), values, shift, member)
+        per_token = sums.quality.add(x.astype(shift.dtype, copy=False), codes.x_hat.numpy(), values, shift, member)
         analysed = member[ANALYSED]
+        values, indices, token = values[analysed], indices[analysed], token[analysed]
+        if len(token) == 0:
+            continue
+        sums.by_group.add(per_token[:, analysed], selection.group[token])
         try:
-            sums.moments.add(values[analysed], indices[analysed], selection.group[token[analysed]])
+            sums.moments.add(values, indices, selection.group[token])
         except ValueError as error:
             raise ResidscopeError(f"{work.sae} on {work.store}, tokens {token[0]} to {token[-1]}: {error}") from None
+        for name, null in sums.nulls.items():
+            null.add(values, indices, rows=NULLS[name](work.seed, token, n_layers, store.meta.chunk_tokens))
     return sums
 
 

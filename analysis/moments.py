@@ -4,7 +4,8 @@ With a[t, l, j] >= 0 the activation of latent j at token t and layer l, probabil
 mass, and the law of total variance splits the variance of the layer L exactly into three parts: within one token of one
 latent, between the tokens of one latent, and between latents. `LayerMoments` keeps, per latent, what those parts need;
 it adds over tokens, so it merges across shards, workers and document groups in any order and grouping. Whole tokens
-must be added: every layer of a token in one call.
+must be added: every layer of a token in one call. The same pass over the codes fills the sums of
+`analysis.persistence`.
 
 All sums are float64 (counts int64) with layers centred; nothing that could cancel is got by subtracting large sums
 where a sum of squares can be had. A value that is negative or not finite raises. Not here: encoding
@@ -19,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from analysis.persistence import LatentPersistence, Persistence, latent_persistence
 
 Weighting = Literal["mass", "equal", "latent"]
 
@@ -54,6 +57,9 @@ class LayerMoments:
     totals: NDArray[np.float64]
     """[M, L] sum of activations."""
 
+    persistence: Persistence
+    """Sums of when latents switch on and off, for the same groups."""
+
     @classmethod
     def zeros(cls, layers: Sequence[int], n_latents: int, groups: Sequence[int] = (0,)) -> "LayerMoments":
         """No tokens yet; `add` takes tokens of these document groups only."""
@@ -64,6 +70,7 @@ class LayerMoments:
             sums=np.zeros((len(set(groups)), N_SUMS, n_latents)),
             counts=np.zeros((n_latents, len(layers)), np.int64),
             totals=np.zeros((n_latents, len(layers))),
+            persistence=Persistence.zeros(len(layers), n_latents, len(set(groups))),
         )
 
     @property
@@ -76,30 +83,44 @@ class LayerMoments:
         return float(self.layers[0] + self.layers[-1]) / 2
 
     def add(
-        self, values: NDArray[np.floating], indices: NDArray[np.int64], group: NDArray[np.int64] | None = None
+        self,
+        values: NDArray[np.floating],
+        indices: NDArray[np.int64],
+        group: NDArray[np.int64] | None = None,
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         """Add whole tokens, in place: values [T, L, k] >= 0, indices [T, L, k], group [T] (default: all in the first).
 
-        Raises `ValueError` on a value that is negative, infinite or not a number, naming token and layer.
+        rows [T, L]: which of the T * L vectors, counted token by token, is taken to stand at a token and layer; default
+        each at its own (`analysis.nulls` has others). Raises `ValueError` on a value that is negative, infinite or not
+        a number, naming token and layer.
         """
         from analysis import compiled
 
-        row = np.zeros(len(values), np.int64) if group is None else np.searchsorted(self.groups, group)
-        bad = compiled.add_codes(
-            np.ascontiguousarray(values),
-            np.ascontiguousarray(indices),
-            self.layers - self.centre,
-            row,
-            self.sums,
-            self.counts,
-            self.totals,
-        )
+        values = np.ascontiguousarray(values)
+        bad = compiled.first_bad(values)
         if bad >= 0:
             token, layer, _ = np.unravel_index(bad, values.shape)
             raise ValueError(
                 f"activation {values.reshape(-1)[bad]} at token {token} of the tile, layer {self.layers[layer]}: "
                 "it should be finite and at least 0"
             )
+        n_tokens, n_layers, k = values.shape
+        row = np.zeros(n_tokens, np.int64) if group is None else np.searchsorted(self.groups, group)
+        own = np.arange(n_tokens * n_layers).reshape(n_tokens, n_layers) if rows is None else rows
+        compiled.add_codes(
+            values.reshape(-1, k),
+            np.ascontiguousarray(indices).reshape(-1, k),
+            own,
+            self.layers - self.centre,
+            row,
+            self.sums,
+            self.counts,
+            self.totals,
+            self.persistence.histograms,
+            self.persistence.shape,
+            self.persistence.latents,
+        )
         np.add.at(self.n_tokens, row, 1)
 
     @staticmethod
@@ -114,6 +135,7 @@ class LayerMoments:
             total.sums[rows] += part.sums
             np.add(total.counts, part.counts, out=total.counts)
             np.add(total.totals, part.totals, out=total.totals)
+            total.persistence.add_rows(part.persistence, rows)
         return total
 
     def pooled(self) -> NDArray[np.float64]:
@@ -268,6 +290,9 @@ class LatentTable(NamedTuple):
     probs: NDArray[np.float64]
     """[M, L] P(layer | latent) = totals / total; 0 for a latent that never fired."""
 
+    persistence: LatentPersistence
+    """When it switches on and off, in the mean over its tokens."""
+
 
 def latent_table(moments: LayerMoments) -> LatentTable:
     """The columns that the reference publishes as its `-dists` data sets, and the latent's own two parts of
@@ -294,6 +319,7 @@ def latent_table(moments: LayerMoments) -> LatentTable:
         n_layers_active=(moments.counts > 0).sum(axis=1),
         means=_ratio(moments.totals, moments.counts, moments.counts > 0),
         probs=probs,
+        persistence=latent_persistence(moments.persistence, sums[4], moments.centre),
     )
 
 

@@ -71,9 +71,12 @@ class LayerQuality:
         values: NDArray[np.floating],
         shift: NDArray[np.floating],
         member: NDArray[np.bool_],
-    ) -> None:
+    ) -> NDArray[np.float64]:
         """Add tokens in place: x, x_hat [T, L, D], values [T, L, k] of their codes, shift [L, D] = m in x's float type,
-        member [S, T]."""
+        member [S, T].
+
+        Returns [3, T, L], what `GroupQuality.add` takes: |x - x_hat|^2, |x - m|^2 and the number of active latents.
+        """
         from analysis import compiled
 
         error, deviation, norm, cosine = (np.empty(x.shape[:2]) for _ in range(4))  # each [T, L]
@@ -89,6 +92,7 @@ class LayerQuality:
             self.active[subset] += active[rows].sum(axis=0)
             self.cosine[subset] += np.where(defined, cosine, 0.0)[rows].sum(axis=0)
             self.n_cosines[subset] += defined[rows].sum(axis=0)
+        return np.stack([error, deviation, active])
 
     @staticmethod
     def merged(parts: Sequence["LayerQuality"]) -> "LayerQuality":
@@ -114,6 +118,43 @@ class LayerQuality:
         """[L] sum |x - mean_l|^2 with mean_l the mean of the same vectors: the denominator of FVU."""
         n = max(int(self.n_tokens[subset]), 1)
         return np.maximum(self.squared_deviation[subset] - (self.deviation[subset] ** 2).sum(axis=-1) / n, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupQuality:
+    """Additive sums per document group, for intervals."""
+
+    groups: NDArray[np.int64]
+    """[G] ids of the document groups that are present, increasing."""
+
+    n_tokens: NDArray[np.int64]
+    """[G]"""
+
+    sums: NDArray[np.float64]
+    """[G, 3, L] of |x - x_hat|^2, |x - m|^2 and the number of active latents."""
+
+    @classmethod
+    def zeros(cls, n_layers: int, groups: Sequence[int]) -> "GroupQuality":
+        """No tokens yet; `add` takes tokens of these document groups only."""
+        ids = np.unique(np.asarray(groups, np.int64))
+        return cls(groups=ids, n_tokens=np.zeros(len(ids), np.int64), sums=np.zeros((len(ids), 3, n_layers)))
+
+    def add(self, per_token: NDArray[np.float64], group: NDArray[np.int64]) -> None:
+        """Add tokens in place: [3, T, L] from `LayerQuality.add`, group [T]."""
+        row = np.searchsorted(self.groups, group)
+        np.add.at(self.n_tokens, row, 1)
+        np.add.at(self.sums, row, np.moveaxis(per_token, 0, 1))
+
+    @staticmethod
+    def merged(parts: Sequence["GroupQuality"]) -> "GroupQuality":
+        """The sum of `parts`, added in their order."""
+        groups = np.unique(np.concatenate([part.groups for part in parts]))
+        total = GroupQuality.zeros(parts[0].sums.shape[-1], groups.tolist())
+        for part in parts:
+            rows = np.searchsorted(groups, part.groups)
+            total.n_tokens[rows] += part.n_tokens
+            total.sums[rows] += part.sums
+        return total
 
 
 class QualityResult(NamedTuple):

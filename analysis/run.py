@@ -20,20 +20,23 @@ from numpy.typing import NDArray
 
 from analysis import jobs, pca, tables
 from analysis.config import AnalyzeConfig
-from analysis.latents import layers_of_store
+from analysis.latents import doubts, layers_of_store
 from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, pca_error
 from analysis.moments import latent_table
 from analysis.quality import ratio
+from analysis.redundancy import find_redundancy
 from analysis.selection import held_out_documents, select
 from analysis.summary import Baseline, Findings, build
-from analysis.uncertainty import bootstrap
+from analysis.uncertainty import bootstrap, bootstrap_persistence, bootstrap_reconstruction
 from analysis.words import words
 from store.activations import ActivationStore
 from store.errors import UsageError
 from store.options import to_toml
-from train.sae import load_checkpoint
+from train.formats import read_sae
+from train.sae import Checkpoint
 
 SUMMARY, LATENTS, LAYERS, CONFIG = "summary.json", "latents.parquet", "layers.parquet", "analyze.config.toml"
+REDUNDANCY = "redundancy.parquet"
 
 _DRAWN = (
     "report.html",
@@ -50,7 +53,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     store = ActivationStore.open(config.store)
-    checkpoint = load_checkpoint(config.sae)
+    sae, origin = read_sae(config.sae)
+    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
     layers = layers_of_store(checkpoint, store, config.sae)
     same_store = checkpoint.store.get("content_hash") == store.content_hash
     split = checkpoint.store.get("validation")
@@ -63,7 +67,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     work = Work(
         store=str(config.store.resolve()),
         content_hash=store.content_hash,
-        sae=str(config.sae.resolve()),
+        sae=str(config.sae.resolve() if config.sae.exists() else config.sae),
         layers=layers,
         dtype=config.dtype,
         split=config.split,
@@ -71,6 +75,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         validation=(split["fraction"], split["seed"], len(held_out)) if split else None,
         same_store=same_store,
         baseline=config.pca and bool(selection.fit.any()),
+        nulls=config.nulls,
+        seed=config.seed,
     )
     needed = selection.needed if work.baseline else selection.analysed | selection.validation
     shards = _shards_with(store, needed)
@@ -88,6 +94,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
                 fvu=ratio(jobs.run(total, pool), spread),
             )
 
+    table, analysed = latent_table(sums.moments), sums.quality.result(ANALYSED)
     found = Findings(
         config=config,
         store=store,
@@ -95,15 +102,25 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         selection=selection,
         held_out=held_out,
         same_store=same_store,
+        doubts=[*doubts(checkpoint, store), *origin.notes],
         moments=sums.moments,
-        analysed=sums.quality.result(ANALYSED),
+        analysed=analysed,
         validation=sums.quality.result(VALIDATION) if selection.validation.any() else None,
         baseline=baseline,
         intervals=bootstrap(sums.moments, config.bootstrap, config.seed),
+        persistence_intervals=bootstrap_persistence(sums.moments, config.bootstrap, config.seed),
+        reconstruction_intervals=bootstrap_reconstruction(
+            sums.by_group, analysed, sae.config.d_model, config.bootstrap, config.seed
+        ),
+        nulls=sums.nulls,
+        table=table,
+        redundancy=find_redundancy(sae.W_dec, table.probs, config.redundancy_cosine) if config.redundancy else None,
         seconds=time.monotonic() - started,
     )
     summary = build(found)
-    tables.write_latents(partial_dir / LATENTS, sums.moments, latent_table(sums.moments))
+    tables.write_latents(partial_dir / LATENTS, sums.moments, table, found.redundancy)
+    if found.redundancy:
+        tables.write_redundancy(partial_dir / REDUNDANCY, found.redundancy, table)
     tables.write_layers(partial_dir / LAYERS, summary["layers"])
     (partial_dir / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False), encoding="utf-8")
     (partial_dir / CONFIG).write_text(to_toml(asdict(config)), encoding="utf-8")
@@ -120,7 +137,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     return summary
 
 
-_OURS = (*_DRAWN, CONFIG, LATENTS, LAYERS, SUMMARY)
+_OURS = (*_DRAWN, CONFIG, LATENTS, LAYERS, REDUNDANCY, SUMMARY)
 
 
 def _shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ terminal (`analysis.words`), the tables (`analysis.tables`).
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,10 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.config import AnalyzeConfig
-from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, mlsae_compat, variances
+from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LatentTable, LayerMoments, mlsae_compat, variances
+from analysis.nulls import null_numbers
+from analysis.persistence import PAIR_WEIGHTINGS, distributions, persistence_numbers
+from analysis.profiles import KINDS, profile_kinds
 from analysis.quality import QualityResult
+from analysis.redundancy import MAX_OVERLAP, Redundancy
 from analysis.selection import Selection
-from analysis.uncertainty import Interval
+from analysis.uncertainty import Interval, ReconstructionIntervals
 from store.activations import ActivationStore
 from train.sae import Checkpoint
 
@@ -49,6 +53,9 @@ class Findings:
     same_store: bool
     """Whether the autoencoder was trained on this very store."""
 
+    doubts: Sequence[str]
+    """What a user must know of how checkpoint and store fit: sentences."""
+
     moments: LayerMoments
     analysed: QualityResult
     validation: QualityResult | None
@@ -56,6 +63,15 @@ class Findings:
 
     baseline: Baseline | None
     intervals: Mapping[str, Mapping[str, Interval | None]]
+    persistence_intervals: Mapping[str, Mapping[str, Interval | None]]
+    reconstruction_intervals: ReconstructionIntervals | None
+    nulls: Mapping[str, LayerMoments]
+    """By name; empty if they were not asked for."""
+
+    table: LatentTable
+    redundancy: Redundancy | None
+    """None if it was not asked for."""
+
     seconds: float
 
 
@@ -64,6 +80,7 @@ def build(found: Findings) -> dict[str, Any]:
     moments, config = found.moments, found.config
     fired = moments.counts.any(axis=1)
     split, warnings = describe_split(found)
+    variance, persistence = _variance(found), _persistence(found)
     return {
         "schema_version": SCHEMA_VERSION,
         "provenance": _provenance(found),
@@ -74,9 +91,19 @@ def build(found: Findings) -> dict[str, Any]:
         "n_latents": moments.n_latents,
         "layer_numbers": moments.layers.tolist(),
         "latents": {"active": int(fired.sum()), "dead": int((~fired).sum())},
-        "reconstruction": {name: _number(getattr(found.analysed, name).mean()) for name in ("fvu", "mse", "l0")},
+        "reconstruction": _reconstruction(found),
         "layers": layer_rows(found),
-        "variance": _variance(found),
+        "variance": variance,
+        "persistence": persistence,
+        "nulls": {
+            "seed": config.seed,
+            "chunk_tokens": found.store.meta.chunk_tokens,
+            **{name: null_numbers(variance, persistence, null) for name, null in found.nulls.items()},
+        }
+        if found.nulls
+        else None,
+        "profiles": _profiles(found.table),
+        "redundancy": _redundancy(found.redundancy),
         "uncertainty": {
             "method": "basic bootstrap over groups of whole documents",
             "n_groups": len(moments.groups),
@@ -92,12 +119,24 @@ def build(found: Findings) -> dict[str, Any]:
     }
 
 
+def _reconstruction(found: Findings) -> dict[str, Any]:
+    names = ("fvu", "mse", "l0")
+    result: dict[str, Any] = {name: _number(getattr(found.analysed, name).mean()) for name in names}
+    bounds = {name: getattr(found.reconstruction_intervals, name, None) for name in names}
+    result["ci95"] = (
+        {name: list(i) if i else None for name, i in bounds.items()} if found.reconstruction_intervals else {}
+    )
+    return result
+
+
 def layer_rows(found: Findings) -> list[dict[str, Any]]:
     """One row for each layer, the columns of layers.parquet."""
     moments, quality = found.moments, found.analysed
     mass = moments.totals.sum(axis=0)
     share = np.divide(mass, mass.sum(), out=np.zeros_like(mass), where=mass.sum() > 0)
     active = (moments.counts > 0).sum(axis=0)
+    intervals = found.reconstruction_intervals
+    by_layer: Sequence[Any] = intervals.fvu_by_layer if intervals else [None] * len(moments.layers)
     return [
         {
             "layer": int(layer),
@@ -111,6 +150,8 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
             "mass_share": float(share[i]),
             "validation_fvu": _number(found.validation.fvu[i]) if found.validation else None,
             "pca_fvu": _number(found.baseline.fvu[i]) if found.baseline else None,
+            "fvu_low": by_layer[i].low if by_layer[i] else None,
+            "fvu_high": by_layer[i].high if by_layer[i] else None,
         }
         for i, layer in enumerate(moments.layers)
     ]
@@ -134,7 +175,7 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
     ]
     limit = found.config.max_tokens
     which = f"the first {limit:,} kept tokens {whose}" if limit == n else f"every kept token {whose}"
-    warnings = []
+    warnings = [*found.doubts]
     if trained_on in ("some", "all"):
         share = 100 * (n - n_held_out) / n
         shown = "All" if share == 100 else f"{share:.0f} %"
@@ -224,6 +265,45 @@ def _variance(found: Findings) -> dict[str, Any]:
         result[weighting]["ci95"] = {name: list(i) if i else None for name, i in intervals.items()}
     result["mlsae_compat"] = mlsae_compat(found.moments)._asdict()
     return result
+
+
+def _persistence(found: Findings) -> dict[str, Any]:
+    moments = found.moments
+    histograms, shape = moments.persistence.histograms.sum(axis=0), moments.persistence.shape.sum(axis=0)
+    result: dict[str, Any] = {"n_pairs": int(moments.pooled()[4].sum())}
+    for weighting in PAIR_WEIGHTINGS:
+        means = persistence_numbers(histograms, shape, moments.layers, weighting)
+        result[weighting] = {name: _number(value) for name, value in means._asdict().items()}
+        intervals = found.persistence_intervals.get(weighting, {})
+        result[weighting]["ci95"] = {name: list(i) if i else None for name, i in intervals.items()}
+        shares = distributions(histograms, weighting)
+        result[weighting]["distributions"] = {name: row.tolist() for name, row in shares.items()}
+    return result
+
+
+def _profiles(table: LatentTable) -> dict[str, dict[str, float]]:
+    kinds = np.array(profile_kinds(table.probs, table.entropy), dtype=object)
+    total = table.total.sum()
+    return {
+        kind: {
+            "latents": int((kinds == kind).sum()),
+            "mass_share": float(table.total[kinds == kind].sum() / total) if total > 0 else 0.0,
+        }
+        for kind in KINDS
+    }
+
+
+def _redundancy(found: Redundancy | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "mmcs": _number(found.mmcs),
+        "cosine_threshold": found.threshold,
+        "overlap_threshold": MAX_OVERLAP,
+        "parallel_pairs": found.n_parallel,
+        "redundant_pairs": found.n_redundant,
+        "redundant_latents": found.n_redundant_latents,
+    }
 
 
 def _validation(found: Findings) -> dict[str, Any] | None:

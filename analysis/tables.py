@@ -1,6 +1,6 @@
-"""latents.parquet and layers.parquet: the tables that figures and users read.
+"""latents.parquet, layers.parquet and redundancy.parquet: the tables that figures and users read.
 
-Columns and types are fixed here and described in docs/method.md; a number that is not defined is null, never NaN. Not
+Columns and types are fixed here and described in docs/outputs.md; a number that is not defined is null, never NaN. Not
 here: what the numbers mean (`analysis.moments`, `analysis.quality`).
 """
 
@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analysis.moments import LatentTable, LayerMoments
+from analysis.profiles import profile_kinds
+from analysis.redundancy import MAX_OVERLAP, Redundancy
 
 LAYER_COLUMNS = pa.schema(
     [
@@ -28,12 +30,16 @@ LAYER_COLUMNS = pa.schema(
         ("mass_share", pa.float64()),
         ("validation_fvu", pa.float64()),
         ("pca_fvu", pa.float64()),
+        ("fvu_low", pa.float64()),
+        ("fvu_high", pa.float64()),
     ]
 )
 
 
-def write_latents(path: Path, moments: LayerMoments, table: LatentTable) -> None:
+def write_latents(path: Path, moments: LayerMoments, table: LatentTable, redundancy: Redundancy | None) -> None:
     """One row for each latent, dead ones too; lists have one entry per layer."""
+    nearest = redundancy.nearest if redundancy else np.full(moments.n_latents, -1)
+    cosine = redundancy.nearest_cosine if redundancy else np.full(moments.n_latents, np.nan)
     columns = {
         "latent": pa.array(np.arange(moments.n_latents)),
         "count": pa.array(table.n_fired),
@@ -47,6 +53,10 @@ def write_latents(path: Path, moments: LayerMoments, table: LatentTable) -> None
         "between_tokens": _nullable(table.between_tokens),
         "entropy": _nullable(table.entropy),
         "n_layers_active": pa.array(table.n_layers_active),
+        **{name: _nullable(values) for name, values in table.persistence._asdict().items()},
+        "profile": pa.array(profile_kinds(table.probs, table.entropy), pa.string()),
+        "nearest": pa.array(nearest, mask=nearest < 0),
+        "nearest_cosine": _nullable(cosine),
         "counts": _lists(moments.counts),
         "totals": _lists(moments.totals),
         "means": _lists(table.means),
@@ -58,6 +68,21 @@ def write_latents(path: Path, moments: LayerMoments, table: LatentTable) -> None
 def write_layers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One row for each layer, as in summary.json."""
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=LAYER_COLUMNS), path, compression="zstd")
+
+
+def write_redundancy(path: Path, redundancy: Redundancy, table: LatentTable) -> None:
+    """One row for each near-parallel pair that was kept, the foremost first."""
+    pairs = redundancy.pairs
+    columns = {
+        "latent_a": pa.array(pairs.a),
+        "latent_b": pa.array(pairs.b),
+        "cosine": pa.array(pairs.cosine),
+        "overlap": pa.array(pairs.overlap),
+        "redundant": pa.array(pairs.overlap < MAX_OVERLAP),
+        "layer_mean_a": pa.array(table.layer_mean[pairs.a]),
+        "layer_mean_b": pa.array(table.layer_mean[pairs.b]),
+    }
+    pq.write_table(pa.table(columns), path, compression="zstd")
 
 
 def _nullable(values: NDArray[np.float64]) -> pa.Array:

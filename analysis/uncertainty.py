@@ -1,8 +1,8 @@
-"""How sure the variances are: the bootstrap over documents.
+"""How sure the numbers are: the bootstrap over documents.
 
 Tokens of one document are alike, so documents, not tokens, are drawn. Sums are kept for groups of whole documents
 (`analysis.selection`), all of about the same size; a replicate draws as many groups with replacement, adds their sums,
-and takes the decomposition of the total. No token is looked at again.
+and takes the numbers of the total. No token is looked at again.
 
 Shapes: G document groups, R replicates, M n_latents.
 """
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
+from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, persistence_numbers
+from analysis.quality import GroupQuality, QualityResult
 
 MIN_INTERVAL_GROUPS = 8
 """With fewer groups of documents no interval is given: the bootstrap would make it too narrow."""
@@ -29,7 +31,72 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(moments: LayerMoments, n_replicates: int, seed: int) -> dict[str, dict[str, Interval | None]]:
+Intervals = dict[str, dict[str, Interval | None]]
+"""weighting -> name -> interval; None where the number is not defined in every replicate."""
+
+
+def draw_groups(n_groups: int, n_replicates: int, seed: int) -> NDArray[np.float64] | None:
+    """[R, G] how often each replicate takes each document group; None if there are fewer than `MIN_INTERVAL_GROUPS`."""
+    if n_groups < MIN_INTERVAL_GROUPS or n_replicates == 0:
+        return None
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), n_replicates).astype(np.float64)
+
+
+def basic_intervals(values: NDArray[np.float64], replicates: NDArray[np.float64]) -> list[Interval | None]:
+    """The interval of each of N values [N] from its replicates [N, R]: the basic one, widened to hold the value."""
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(replicates, [tail, 100 - tail], axis=1)
+    return [_interval(float(value), low[i], high[i]) for i, value in enumerate(values)]
+
+
+def bootstrap_persistence(moments: LayerMoments, n_replicates: int, seed: int) -> Intervals:
+    """As `bootstrap`, of the numbers of `analysis.persistence`, from the same draws."""
+    draws = draw_groups(len(moments.groups), n_replicates, seed)
+    if draws is None:
+        return {}
+    sums = moments.persistence
+    pooled, drawn = sums.drawn(np.ones((1, len(moments.groups)))), sums.drawn(draws)
+    intervals: Intervals = {}
+    for weighting in PAIR_WEIGHTINGS:
+        value, replicates = (np.stack(persistence_numbers(*x, moments.layers, weighting)) for x in (pooled, drawn))
+        intervals[weighting] = dict(zip(PERSISTENCE_NAMES, basic_intervals(value[:, 0], replicates), strict=True))
+    return intervals
+
+
+class ReconstructionIntervals(NamedTuple):
+    """Of the means over layers, and of FVU by layer [L]; None where a number is not defined in every replicate."""
+
+    fvu: Interval | None
+    mse: Interval | None
+    l0: Interval | None
+    fvu_by_layer: list[Interval | None]
+
+
+def bootstrap_reconstruction(
+    sums: GroupQuality, found: QualityResult, d_model: int, n_replicates: int, seed: int
+) -> ReconstructionIntervals | None:
+    """As `bootstrap`, of the numbers of `analysis.quality`, from the same draws; None with too few groups.
+
+    A replicate's FVU is its squared error over its squared deviation from one fixed vector by layer, times a constant
+    that makes it the found FVU where every group is drawn once: so the layers' means need not be kept by group.
+    """
+    draws = draw_groups(len(sums.groups), n_replicates, seed)
+    if draws is None:
+        return None
+    whole, drawn = sums.sums.sum(axis=0)[None], np.tensordot(draws, sums.sums, 1)  # [1, 3, L], [R, 3, L]
+    tokens = draws @ sums.n_tokens.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = found.fvu * whole[0, 1] / whole[0, 0]
+        fvu = np.where(found.fvu == 0, 0.0, drawn[:, 0] / drawn[:, 1] * scale)  # [R, L]
+    mse = drawn[:, 0].mean(axis=1) / tokens / d_model
+    l0 = drawn[:, 2].mean(axis=1) / tokens
+    values = np.array([found.fvu.mean(), found.mse.mean(), found.l0.mean(), *found.fvu])
+    intervals = basic_intervals(values, np.stack([fvu.mean(axis=1), mse, l0, *fvu.T]))
+    return ReconstructionIntervals(*intervals[:3], intervals[3:])
+
+
+def bootstrap(moments: LayerMoments, n_replicates: int, seed: int) -> Intervals:
     """weighting -> name (`VARIANCE_NAMES`) -> interval; None where the number is not defined in every replicate.
 
     The decomposition is of ratios and squares, so in a finite sample it is biased, and a replicate is biased once more
@@ -38,9 +105,9 @@ def bootstrap(moments: LayerMoments, n_replicates: int, seed: int) -> dict[str, 
     groups.
     """
     n_groups = len(moments.groups)
-    if n_groups < MIN_INTERVAL_GROUPS or n_replicates == 0:
+    draws = draw_groups(n_groups, n_replicates, seed)
+    if draws is None:
         return {}
-    draws = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), n_replicates)  # [R, G]
     live = moments.counts.any(axis=1)
     sums = moments.sums[:, :, live]  # [G, 8, live latents]
     pooled = sums.sum(axis=0)
@@ -48,18 +115,16 @@ def bootstrap(moments: LayerMoments, n_replicates: int, seed: int) -> dict[str, 
     replicates: dict[str, list[NDArray[np.float64]]] = {weighting: [] for weighting in WEIGHTINGS}
     step = max(1, _REPLICATES_AT_ONCE_BYTES // (flat[0].nbytes or 1))
     for start in range(0, n_replicates, step):
-        drawn = (draws[start : start + step].astype(np.float64) @ flat).reshape(-1, *pooled.shape)
+        drawn = (draws[start : start + step] @ flat).reshape(-1, *pooled.shape)
         for weighting in WEIGHTINGS:
             found = variances(drawn, weighting)
             replicates[weighting].append(np.stack([getattr(found, name) for name in VARIANCE_NAMES]))
-    tail = 100 * (1 - LEVEL) / 2
-    intervals: dict[str, dict[str, Interval | None]] = {}
+    intervals: Intervals = {}
     for weighting in WEIGHTINGS:
-        value = variances(pooled, weighting)
-        low, high = np.percentile(np.concatenate(replicates[weighting], axis=1), [tail, 100 - tail], axis=1)
-        intervals[weighting] = {
-            name: _interval(float(getattr(value, name)), low[i], high[i]) for i, name in enumerate(VARIANCE_NAMES)
-        }
+        found = variances(pooled, weighting)
+        values = np.array([float(getattr(found, name)) for name in VARIANCE_NAMES])
+        drawn = np.concatenate(replicates[weighting], axis=1)
+        intervals[weighting] = dict(zip(VARIANCE_NAMES, basic_intervals(values, drawn), strict=True))
     return intervals
 
 

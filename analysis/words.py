@@ -26,13 +26,13 @@ def words(summary: Mapping[str, Any]) -> str:
         "",
         "How latents spread over layers: variance of the layer, in layers squared"
         + (", with 95 % intervals over documents" if summary["uncertainty"] else ""),
-        *_table(
+        *table(
             ("weighting", "within token", "between tokens", "between latents", "total", "aggregate / token-level"),
             [
                 (
                     label,
-                    *(_shown(variance[w][name]) for name in VARIANCE_NAMES[:4]),
-                    _with_interval(variance[w], "aggregate_over_token"),
+                    *(shown(variance[w][name]) for name in VARIANCE_NAMES[:4]),
+                    with_interval(variance[w], "aggregate_over_token"),
                 )
                 for w, label in _ROW_NAMES.items()
             ],
@@ -41,7 +41,7 @@ def words(summary: Mapping[str, Any]) -> str:
         *_headline(variance["mass"]["aggregate_over_token"], compat["rel_var_t"]),
         "",
         "Reconstruction by layer (FVU and MSE: lower is better; FVU 1 is no better than the layer's mean)",
-        *_table(
+        *table(
             ("layer", "FVU", "validation FVU", "PCA FVU", "MSE", "L0", "mean norm", "cosine to next"),
             [_layer_words(row) for row in _some(summary["layers"])],
         ),
@@ -72,19 +72,19 @@ def _headline(ratio: float | None, reference: float | None) -> list[str]:
 def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
     reconstruction, validation, pca = summary["reconstruction"], summary["validation"], summary["baseline"]["pca"]
     lines = [
-        f"Mean over layers, analysed tokens: FVU {_shown(reconstruction['fvu'])}, L0 {_shown(reconstruction['l0'])}."
+        f"Mean over layers, analysed tokens: FVU {shown(reconstruction['fvu'])}, L0 {shown(reconstruction['l0'])}."
     ]
     if validation:
-        line = f"Mean over layers, {validation['n_tokens']:,} validation tokens: FVU {_shown(validation['fvu'])}"
+        line = f"Mean over layers, {validation['n_tokens']:,} validation tokens: FVU {shown(validation['fvu'])}"
         if pca:
-            line += f"; PCA with {pca['k']} components on the same vectors {_shown(pca['fvu'])}"
+            line += f"; PCA with {pca['k']} components on the same vectors {shown(pca['fvu'])}"
         lines.append(line + ".")
     return lines
 
 
 def _layer_words(row: Mapping[str, Any]) -> tuple[str, ...]:
     names = ("fvu", "validation_fvu", "pca_fvu", "mse", "l0", "mean_norm", "cosine_to_next")
-    return (str(row["layer"]), *(_shown(row[name]) for name in names))
+    return (str(row["layer"]), *(shown(row[name]) for name in names))
 
 
 def _some(rows: Sequence[Any], limit: int = 12) -> list[Any]:
@@ -94,17 +94,19 @@ def _some(rows: Sequence[Any], limit: int = 12) -> list[Any]:
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))]
 
 
-def _shown(value: float | None) -> str:
+def shown(value: float | None) -> str:
+    """Three digits, or a dash for what is not defined."""
     return "-" if value is None else f"{value:.3g}"
 
 
-def _with_interval(variance: Mapping[str, Any], name: str) -> str:
+def with_interval(variance: Mapping[str, Any], name: str) -> str:
+    """A number with its 95 % interval, where it has one."""
     interval = variance["ci95"].get(name)
-    value = _shown(variance[name])
+    value = shown(variance[name])
     return f"{value} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else value
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column flush left, numbers flush right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     return [

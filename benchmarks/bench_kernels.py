@@ -3,8 +3,9 @@
     python benchmarks/bench_kernels.py [--json] [--rows 8192 2048] [--rounds 7] [--compile]
 
 Times are milliseconds, the least of several rounds; in a round everything runs once, in the order of a step, so that
-our threads and torch's take turns as they do in training and a busy machine hurts all alike. Lower is better. Ratios are
-to the float32 product of the same run. `--compile` adds the seconds of the first call, with an empty cache and a full one.
+our threads and torch's take turns as they do in training and a busy machine hurts all alike. Lower is better. Ratios
+are to the float32 product of the same run. `--compile` adds the seconds of the first call, with an empty cache and with
+a full one. Run it with OMP_WAIT_POLICY=passive in the environment, or torch's threads spin on the cores that ours need.
 
 Not measured: whole steps and other packages (bench_step.py).
 """
@@ -19,14 +20,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, as the train command does
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
 
-from train.kernels import TORCH
+from train.kernels import TORCH, Kernels
 from train.kernels_numba import NUMBA, weight_gradients
 
 D_MODEL, N_LATENTS, K = 576, 9216, 32
@@ -40,11 +39,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 2048], help="batch sizes")
     parser.add_argument("--latents", type=int, default=N_LATENTS, help="size of the dictionary")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each measurement; the least counts")
+    parser.add_argument("--cpu", action="store_true", help="processor time of all threads, steadier on a busy machine")
     parser.add_argument("--compile", action="store_true", help="also time the first call")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu else time.perf_counter
     results = {}
     for n_rows in options.rows:
-        times = measure(n_rows, options.latents, options.rounds)
+        times = measure(n_rows, options.latents, options.rounds, clock)
         results[n_rows] = times
         print_table(n_rows, options.latents, times)
     ratios = {f"kernels_over_product_{n}": round(total(t) / t["product"], 3) for n, t in results.items()}
@@ -56,7 +57,7 @@ def main() -> None:
         print(json.dumps(ratios))
 
 
-def measure(n: int, m: int, rounds: int) -> dict[str, float]:
+def measure(n: int, m: int, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Least milliseconds of each thing at N = n, M = m."""
     torch.manual_seed(0)
     x, grad_out, weight = torch.randn(n, D_MODEL), torch.randn(n, D_MODEL), torch.rand(n)
@@ -73,12 +74,12 @@ def measure(n: int, m: int, rounds: int) -> dict[str, float]:
         parameter.grad = grad.clone()
     fused_adam = torch.optim.Adam(parameters, lr=1e-6, fused=True)
 
-    def adam(kernels: object) -> None:
+    def adam(kernels: Kernels) -> None:
         for w, g, first, second, unit in (
             (W_enc, grads[0], *moments[:2], False),
             (W_dec, grads[1], *moments[2:], True),
         ):
-            kernels.adam_rows(w, g, first, second, lr=1e-6, step=9, unit_rows=unit)  # type: ignore[attr-defined]
+            kernels.adam_rows(w, g, first, second, lr=1e-6, step=9, unit_rows=unit)
 
     def index_add() -> None:
         for coefficients, rows in ((v, grad_out), (value_grads, x)):
@@ -109,9 +110,9 @@ def measure(n: int, m: int, rounds: int) -> dict[str, float]:
         task()
     for _ in range(rounds):
         for name, task in tasks.items():
-            start = time.perf_counter()
+            start = clock()
             task()
-            least[name] = min(least[name], 1000 * (time.perf_counter() - start))
+            least[name] = min(least[name], 1000 * (clock() - start))
     return least
 
 
@@ -129,10 +130,10 @@ def print_table(n: int, m: int, times: dict[str, float]) -> None:
 
 
 def time_first_call() -> dict[str, float]:
-    """Seconds of processor time for a first step's kernels in a fresh process, before and after their code is cached."""
+    """Processor seconds of a first step's kernels in a fresh process, before and after their code is cached."""
     script = f"""
 import sys, time
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import torch
 from train.kernels_numba import NUMBA
 x, W = torch.randn(64, 32), torch.randn(96, 32)

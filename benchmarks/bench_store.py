@@ -1,16 +1,18 @@
 """How fast a store is written and read: our direct path, the zarr API, and a plain memory map, in one run.
 
-    python benchmarks/bench_store.py [--json] [--tokens N] [--folder DIR]
+    python benchmarks/bench_store.py [--json] [--tokens N] [--rounds N] [--folder DIR]
 
-Everything is warm (in the page cache) and with checksums on, except for the memory map, which has none: it is the ceiling.
-Reading is measured on one core, the loader on one and on two. Each number is the best of several rounds; the rounds of the
-things compared alternate, so that a busy machine hurts them alike. MB/s are 10^6 bytes of activations per second; higher
-is better.
+Everything is warm (in the page cache), and with checksums on but for the memory map, which has none: it is the ceiling.
+The rounds of the things compared alternate, and each ratio is the median over rounds of what ran side by side, so that
+a busy machine hurts both alike. One-core numbers count the processor's seconds of the whole process, which other
+processes' turns are not part of; only the loader on one core against two goes by the clock. MB/s are 10^6 bytes of
+activations per second; higher is better.
 
 Not measured: a cold disk (it would measure the disk), compressed stores, and training (bench_step.py).
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -18,9 +20,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -31,39 +33,57 @@ from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.loader import WindowLoader
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
-from store.pack import pack_shard
-from store.plan import LoaderPlan
+from store.pack import ShardPacker
 from store.shards import CRC_BYTES, shard_name
 
 N_LAYERS, D_MODEL = 30, 576  # SmolLM2-135M
 BATCH_ROWS = 8192
+READ_CHUNKS, ZARR_CHUNKS = 512, 64
+"""Inner chunks of a round; fewer for zarr, which takes many times as long for each."""
+
+
+class Rates(dict[str, np.ndarray]):
+    """MB/s of several ways to do one thing, by round: each [rounds]."""
+
+    def ratio(self, one: str, other: str) -> float:
+        """Median over rounds of how many times as fast `one` is."""
+        return float(np.median(self[one] / self[other]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the activation store against zarr and a plain memory map.")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
-    parser.add_argument("--tokens", type=int, default=24_576, help="tokens of the store, 34,560 bytes each")
+    parser.add_argument("--tokens", type=int, default=14_336, help="tokens of the store, 34,560 bytes each")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each measurement")
     parser.add_argument("--folder", type=Path, help="where to write it (default: a temporary folder)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each measurement; the best counts")
     options = parser.parse_args()
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-store-", dir=options.folder))
     try:
-        results = run(folder, options.tokens, options.rounds)
+        found = measure(folder, options.tokens, options.rounds)
     finally:
         shutil.rmtree(folder)
-    print_table(results)
+    ratios = {
+        "random_read_over_memmap": found["random chunks"].ratio("direct", "memory map"),
+        "random_read_over_zarr": found["random chunks"].ratio("direct", "zarr"),
+        "sequential_read_over_memmap": found["chunks in order"].ratio("direct", "memory map"),
+        "loader_over_memmap": found["loader"].ratio("direct", "memory map"),
+        "loader_two_cores_over_one": found["loader by the clock"].ratio("two cores", "one core"),
+        "write_over_zarr": found["shard write"].ratio("direct", "zarr"),
+    }
+    print("MB/s, median (best) over rounds; higher is better")
+    for name, rates in found.items():
+        print(f"{name:<20}", *(f"{way} {np.median(r):,.0f} ({r.max():,.0f})" for way, r in rates.items()), sep="  ")
+    for name, value in ratios.items():
+        print(f"{name:<28}{value:>7.2f}")
     if options.json:
-        print(json.dumps(results["ratios"]))
+        print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
 
 
-def run(folder: Path, n_tokens: int, rounds: int) -> dict:
-    cores = sorted(os.sched_getaffinity(0))
-    one, two = {cores[0]}, set(cores[:2])
-    rng = np.random.default_rng(0)
+def measure(folder: Path, n_tokens: int, rounds: int) -> dict[str, Rates]:
     chunk, shard = chunk_and_shard_tokens(n_tokens, N_LAYERS, D_MODEL, 2)
-    n_tokens -= n_tokens % shard
+    n_tokens = max(n_tokens // shard, 1) * shard
     meta = StoreMeta(
         n_tokens=n_tokens,
         layers=tuple(range(N_LAYERS)),
@@ -76,190 +96,161 @@ def run(folder: Path, n_tokens: int, rounds: int) -> dict:
     )
     index = np.arange(n_tokens, dtype=np.int32)
     tokens = TokenTable(index, index // 512, index % 1024, np.ones(n_tokens, bool))
-    # bfloat16 bit patterns of ordinary numbers; their values do not matter to any of the three.
+    # bfloat16 bit patterns of ordinary numbers; their values do not matter.
+    rng = np.random.default_rng(0)
     data = rng.integers(0x3C00, 0x4000, (N_LAYERS, shard, D_MODEL), dtype=np.uint16).transpose(1, 0, 2)
-    keep = np.ones(shard, bool)
-
-    store = ActivationStore.create(folder / "acts.zarr", meta, tokens)
-    for i in range(meta.n_shards):
-        store.write_shard(i, data, keep)
-    store.finalize()
-    store.close()
-    store = ActivationStore.open(folder / "acts.zarr")
-    plain = np.lib.format.open_memmap(
-        folder / "plain.npy", mode="w+", dtype=np.uint16, shape=(meta.n_chunks, N_LAYERS, chunk, D_MODEL)
-    )
-    for i in range(meta.n_chunks):
-        plain[i] = data[:chunk].transpose(1, 0, 2)
-    plain.flush()
-
-    os.sched_setaffinity(0, one)
-    write = write_speeds(folder, meta, tokens, data, keep, rounds)
-    read = read_speeds(store, rng, rounds)
-    loader_one = loader_speeds(store, plain, threads=1, rounds=rounds)
-    os.sched_setaffinity(0, two)
-    loader_two = loader_speeds(store, plain, threads=4, rounds=rounds)
-    os.sched_setaffinity(0, cores)
-    return {
-        "write": write,
-        **read,
-        "loader, one core": loader_one,
-        f"loader, {len(two)} cores": loader_two,
-        "ratios": {
-            "random_read_over_memmap": read["random chunks"]["direct"] / read["random chunks"]["memory map"],
-            "random_read_over_zarr": read["random chunks"]["direct"] / read["random chunks"]["zarr"],
-            "sequential_read_over_memmap": read["in order"]["direct"] / read["in order"]["memory map"],
-            "loader_over_memmap": loader_one["direct"] / loader_one["memory map"],
-            "loader_two_cores_over_one": loader_two["direct"] / loader_one["direct"],
-            "write_over_zarr": write["direct"] / write["zarr"],
-        },
-    }
-
-
-def best_of(rounds: int, n_bytes: int, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """MB/s of each of `runs`, each of which moves `n_bytes`: the best round of each, rounds alternating."""
-    seconds = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, function in runs.items():
-            gc.collect()
+    commits = []
+    with ActivationStore.create(folder / "acts.zarr", meta, tokens) as store:
+        for i in range(meta.n_shards):
             began = time.perf_counter()
-            function()
-            seconds[name] = min(seconds[name], time.perf_counter() - began)
-    return {name: n_bytes / s / 1e6 for name, s in seconds.items()}
+            store.write_shard(i, data)
+            commits.append(data.nbytes / (time.perf_counter() - began) / 1e6)
+        store.finalize()
+    store = ActivationStore.open(folder / "acts.zarr")
+    cores = sorted(os.sched_getaffinity(0))
+    with on_cores(cores[:1]):
+        found = {
+            "shard write": shard_write(folder, store, data, rounds),
+            "whole commit": Rates({"direct, by the clock": np.array(commits)}),
+            "random chunks": chunk_reads(store, rng.permutation(all_chunks(meta))[:READ_CHUNKS], rounds),
+            "chunks in order": chunk_reads(store, all_chunks(meta)[:READ_CHUNKS], rounds),
+            "loader": loader_epochs(store, rounds),
+        }
+    return found | {"loader by the clock": loader_on_cores(store, cores[:2], rounds)}
 
 
-def write_speeds(
-    folder: Path, meta: StoreMeta, tokens: TokenTable, data: np.ndarray, keep: np.ndarray, rounds: int
-) -> dict[str, float]:
-    """One shard, given in memory: encoded, checksummed and in a file (not forced to the disk, which zarr never does).
+@contextlib.contextmanager
+def on_cores(cores: list[int]) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
-    "direct" does what zarr does; "whole commit" is `write_shard`: statistics, content hash, fsyncs and the manifest's line.
+
+def compare(
+    rounds: int, ways: dict[str, tuple[int, Callable[[], object]]], clock: Callable[[], float] = time.process_time
+) -> Rates:
+    """MB/s of each way (bytes that it moves, and how), after a round that is not counted."""
+    rates = {name: np.empty(rounds) for name in ways}
+    for turn in range(-1, rounds):
+        for name, (n_bytes, run) in ways.items():
+            gc.collect()
+            began = clock()
+            run()
+            if turn >= 0:
+                rates[name][turn] = n_bytes / (clock() - began) / 1e6
+    return Rates(rates)
+
+
+def shard_write(folder: Path, store: ActivationStore, data: np.ndarray, rounds: int) -> Rates:
+    """One shard from memory to a file: encoded and checksummed, but not forced to the disk, which zarr never does.
+
+    Ours also takes the layers' moments on the way; the memory map is a bare copy.
     """
-    target = folder / "shard"
-    other = zarr.open_group(str(folder / "acts.zarr"), mode="r")["resid_post"]
-    assert isinstance(other, zarr.Array)
+    meta = store.meta
+    theirs: Any = zarr.open_group(str(store.path), mode="r")["resid_post"]
     copy = zarr.create_array(
         str(folder / "zarr-writes.zarr"),
-        shape=(meta.shard_tokens, *other.shape[1:]),
-        dtype=other.dtype,
-        chunks=other.chunks,
-        shards=other.shards,
-        compressors=other.compressors,
+        shape=(meta.shard_tokens, *theirs.shape[1:]),
+        dtype=theirs.dtype,
+        chunks=theirs.chunks,
+        shards=theirs.shards,
+        compressors=theirs.compressors,
         filters=None,
         fill_value=0,
     )
     contiguous = np.ascontiguousarray(data)
-    plain = np.lib.format.open_memmap(folder / "written.npy", mode="w+", dtype=np.uint16, shape=data.shape)
+    mapped = np.lib.format.open_memmap(folder / "written.npy", mode="w+", dtype=np.uint16, shape=data.shape)
+    packer, keep = ShardPacker(meta), np.ones(len(data), bool)
 
     def direct() -> None:
-        with target.open("wb") as file:
-            for part in pack_shard(data, keep, meta).parts:
+        with (folder / "shard").open("wb") as file:
+            for part in packer.pack(data, keep).parts:
                 file.write(part)
 
+    ways: dict[str, Callable[[], object]] = {
+        "direct": direct,
+        "zarr": lambda: copy.__setitem__(slice(None), contiguous),
+        "memory map": lambda: mapped.__setitem__(slice(None), contiguous),
+    }
+    return compare(max(rounds // 3, 2), {name: (data.nbytes, way) for name, way in ways.items()})
+
+
+def all_chunks(meta: StoreMeta) -> np.ndarray:
+    """Token chunk and layer of every inner chunk, in the order of the file: int64 [n, 2]."""
+    return np.stack(np.divmod(np.arange(meta.n_chunks * meta.n_layers), meta.n_layers), axis=1)
+
+
+class MappedStore:
+    """The plainest reader of a store: its chunks through memory maps of its own files, opened anew for each request."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self.path, self.meta = store.path, store.meta
+
+    def read_blocks(self, chunk: np.ndarray, layer: np.ndarray, out: np.ndarray, threads: int = 1) -> None:
+        """As `ActivationStore.read_blocks`, in one thread and without a checksum."""
+        meta = self.meta
+        size = meta.chunk_tokens * meta.d_model * meta.itemsize
+        maps = [np.memmap(self.path / shard_name(shard), np.uint8, "r") for shard in range(meta.n_shards)]
+        target = out.reshape(len(out), -1).view(np.uint8)
+        for block, (c, at) in enumerate(zip(chunk.tolist(), layer.tolist(), strict=True)):
+            shard, within = divmod(c, meta.chunks_per_shard)
+            start = (within * meta.n_layers + at) * (size + CRC_BYTES)
+            target[block] = maps[shard][start : start + size]
+
+
+def chunk_reads(store: ActivationStore, chunks: np.ndarray, rounds: int) -> Rates:
+    """Inner chunks (int64 [n, 2], token chunk and layer) into one buffer that holds them all."""
+    meta, size = store.meta, store.meta.chunk_tokens
+    array: Any = zarr.open_group(str(store.path), mode="r")["resid_post"]
+    chunk, layer = chunks[:, 0].copy(), chunks[:, 1].copy()
+    out = np.empty((len(chunks), size, meta.d_model), np.uint16)
+    mapped = MappedStore(store)
+
     def with_zarr() -> None:
-        copy[:] = contiguous
+        for i in range(ZARR_CHUNKS):
+            out[i] = array[chunk[i] * size : (chunk[i] + 1) * size, layer[i]]
 
-    def memory_map() -> None:
-        plain[:] = contiguous
-
-    n_bytes = data.nbytes
-    speeds = best_of(rounds, n_bytes, {"direct": direct, "zarr": with_zarr, "memory map": memory_map})
-    commits = []
-    with ActivationStore.create(folder / "commit.zarr", meta, tokens) as store:
-        for i in range(min(rounds, meta.n_shards)):
-            began = time.perf_counter()
-            store.write_shard(i, data, keep)
-            commits.append(n_bytes / (time.perf_counter() - began) / 1e6)
-    return {**speeds, "whole commit": max(commits)}
+    return compare(
+        rounds,
+        {
+            "direct": (out.nbytes, lambda: store.read_blocks(chunk, layer, out, threads=1)),
+            "memory map": (out.nbytes, lambda: mapped.read_blocks(chunk, layer, out)),
+            "zarr": (out[:ZARR_CHUNKS].nbytes, with_zarr),
+        },
+    )
 
 
-def read_speeds(store: ActivationStore, rng: np.random.Generator, rounds: int) -> dict:
-    """1,024 inner chunks (256 tokens at one layer each) into a buffer that holds them all: in random order, and in order.
-
-    The memory map is one of the store's own files, opened anew in each round as a reader would: same bytes, no checksums.
-    """
-    meta = store.meta
-    array = zarr.open_group(str(store.path), mode="r")["resid_post"]
-    assert isinstance(array, zarr.Array)
-    size, chunk_bytes = meta.chunk_tokens, meta.chunk_tokens * meta.d_model * meta.itemsize
-    everything = np.stack(np.divmod(np.arange(meta.n_chunks * meta.n_layers), meta.n_layers), axis=1)
-    n_read = min(1024, len(everything))
-    out = np.empty((n_read, size, meta.d_model), np.uint16)
-    results = {}
-    for name, order in (("random chunks", rng.permutation(everything)[:n_read]), ("in order", everything[:n_read])):
-
-        def direct(order: np.ndarray = order) -> None:
-            store.read_blocks(order[:, 0].copy(), order[:, 1].copy(), out, threads=1)
-
-        def memory_map(order: np.ndarray = order) -> None:
-            maps = [np.memmap(store.path / shard_name(i), np.uint8, "r") for i in range(meta.n_shards)]
-            flat = out.reshape(n_read, -1).view(np.uint8)
-            for i, (chunk, layer) in enumerate(order):
-                shard, within = divmod(int(chunk), meta.chunks_per_shard)
-                start = (within * meta.n_layers + int(layer)) * (chunk_bytes + CRC_BYTES)
-                flat[i] = maps[shard][start : start + chunk_bytes]
-
-        def with_zarr(order: np.ndarray = order[:128]) -> None:
-            # Fewer, because it is an order of magnitude slower; its speed does not depend on how many are read.
-            for i, (chunk, layer) in enumerate(order):
-                out[i] = array[chunk * size : (chunk + 1) * size, layer]
-
-        n_bytes = n_read * chunk_bytes
-        results[name] = best_of(rounds, n_bytes, {"direct": direct, "memory map": memory_map}) | best_of(
-            rounds, 128 * chunk_bytes, {"zarr": with_zarr}
-        )
-    return results
+def epoch(store: Any, threads: int) -> None:
+    """Serve every row once, in shuffled batches."""
+    for _ in WindowLoader(store, np.ones(store.meta.n_tokens, bool), BATCH_ROWS, seed=0, threads=threads):
+        pass
 
 
-def loader_speeds(store: ActivationStore, plain: np.ndarray, *, threads: int, rounds: int) -> dict[str, float]:
-    """A whole epoch in shuffled batches, against the same windows and batches from a memory map without checksums."""
-    mask = np.ones(store.meta.n_tokens, bool)
-
-    def direct() -> None:
-        for _ in WindowLoader(store, mask, BATCH_ROWS, seed=0, threads=threads):
-            pass
-
-    plan = WindowLoader(store, mask, BATCH_ROWS, seed=0).plan
+def loader_epochs(store: ActivationStore, rounds: int) -> Rates:
+    """The loader on the store, and on a memory map of the same bytes."""
     n_bytes = store.meta.n_tokens * store.meta.bytes_per_token
-    return best_of(rounds, n_bytes, {"direct": direct, "memory map": lambda: memory_map_epoch(plain, plan, threads)})
+    return compare(
+        rounds,
+        {
+            "direct": (n_bytes, lambda: epoch(store, 1)),
+            "memory map": (n_bytes, lambda: epoch(MappedStore(store), 1)),
+        },
+    )
 
 
-def memory_map_epoch(plain: np.ndarray, plan: LoaderPlan, threads: int) -> None:
-    """The plainest loader with the same shuffle: copy a window's chunks from a memory map, then gather permuted rows."""
-    blocks = plan.epoch(0)
-    buffers = [np.empty((plan.blocks_per_window, *plain.shape[2:]), np.uint16) for _ in range(2)]
+def loader_on_cores(store: ActivationStore, cores: list[int], rounds: int) -> Rates:
+    """The loader confined to one core, and on two."""
 
-    def load(window: int) -> tuple[np.ndarray, np.ndarray]:
-        chunk, layer = plan.window(blocks, window)
-        buffer = buffers[window % 2]
-        for i, (c, at) in enumerate(zip(chunk, layer, strict=True)):
-            buffer[i] = plain[c, at]
-        rows = buffer[: len(chunk)].reshape(-1, plain.shape[-1]).view(np.int64)
-        return rows, plan.row_order(np.arange(len(rows)), 0, window)
+    def run(cores: list[int]) -> None:
+        with on_cores(cores):
+            epoch(store, 4)
 
-    out = np.empty((BATCH_ROWS, plain.shape[-1] // 4), np.int64)
-    with ThreadPoolExecutor(1) as pool:
-        n_windows = len(blocks.row_ends)
-        pending = pool.submit(load, 0)
-        for window in range(n_windows):
-            rows, order = pending.result()
-            if window + 1 < n_windows and threads > 1:
-                pending = pool.submit(load, window + 1)
-            for start in range(0, len(order), BATCH_ROWS):
-                picked = order[start : start + BATCH_ROWS]
-                np.take(rows, picked, axis=0, out=out[: len(picked)], mode="clip")
-            if window + 1 < n_windows and threads == 1:
-                pending = pool.submit(load, window + 1)
-
-
-def print_table(results: dict) -> None:
-    columns = ("direct", "memory map", "zarr", "whole commit")
-    print(f"{'MB/s (higher is better)':<26}" + "".join(f"{c:>14}" for c in columns))
-    for name, speeds in results.items():
-        if name != "ratios":
-            print(f"{name:<26}" + "".join(f"{speeds[c]:>14,.0f}" if c in speeds else f"{'':>14}" for c in columns))
-    for name, ratio in results["ratios"].items():
-        print(f"{name:<34}{ratio:>6.2f}")
+    n_bytes = store.meta.n_tokens * store.meta.bytes_per_token
+    ways = {"one core": (n_bytes, lambda: run(cores[:1])), "two cores": (n_bytes, lambda: run(cores))}
+    return compare(rounds, ways, time.perf_counter)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,12 @@ def batches_for(batches: list[SequenceBatch], missing: Collection[int], shard_to
     ]
 
 
+def all_finite(values: Tensor) -> Tensor:
+    """Whether every value is finite, a bool scalar, in one pass (`isfinite` takes several, 20 times as long)."""
+    low, high = torch.aminmax(values)  # Both are NaN where any value is.
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
 class HostBuffer:
     """Room for one batch on the host; `data` [L, n, D] in the stored dtype, `finite` bool [L]. Page-locked for
     CUDA."""
@@ -123,14 +129,14 @@ class BatchRunner:
         way."""
 
         def keep(i: int, residual: Tensor) -> None:
-            stored = self.transformed(i, residual).to(self._dtype)
-            low, high = torch.aminmax(stored)  # Both are NaN where any value is.
-            finite = torch.isfinite(low) & torch.isfinite(high)
-            target = buffer.data[i, : stored.shape[0]]
+            values = self.transformed(i, residual)
+            target = buffer.data[i, : len(values)]
             if self._stream is None:
-                target.copy_(stored)
-                buffer.finite[i] = finite
+                target.copy_(values)
+                buffer.finite[i] = all_finite(target)
                 return
+            stored = values.to(self._dtype, copy=True)  # Not the model's own tensor: the copy is still to come.
+            finite = all_finite(stored)
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 target.copy_(stored, non_blocking=True)

@@ -36,9 +36,11 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     what = f"{_KINDS[kind]} {repo_id!r}"
     try:
+        validate_repo_id(repo_id)
         # Any: the three kinds of info share `sha` and nothing else in their types.
         info: Any = HfApi().repo_info(repo_id, repo_type=kind, revision=revision, timeout=_TIMEOUT_SECONDS)
         return HubRepo(repo_id, info.sha, False)

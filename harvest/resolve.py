@@ -144,7 +144,7 @@ def make_record(config: HarvestConfig, settings: Settings, source: TextSource) -
         "dataset": source.dataset,
         "dataset_config": config.dataset_config,
         # Of a hub data set only what was asked for: continuing a store reads no text, so that it must not ask the hub.
-        "dataset_revision": config.dataset_revision or (None if "/" in source.dataset else source.revision),
+        "dataset_revision": source.revision if source.is_local else config.dataset_revision,
         "split": config.split,
         "text_column": config.text_column,
         "max_tokens": config.max_tokens,

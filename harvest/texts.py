@@ -38,6 +38,8 @@ class TextSource:
     revision: str | None
     """Commit on the hub, hash of local files (names, sizes and the first MiB of each), or the Python version of
     pydoc."""
+    is_local: bool
+    """Whether it lies on this machine."""
     documents: Callable[[], Iterator[str]]
     """Starts the stream anew; raises `ResidscopeError` or `UsageError` where it cannot be read."""
     characters: Callable[[], int | None] = lambda: None
@@ -56,6 +58,7 @@ def open_source(config: HarvestConfig, *, contents: bool = True) -> TextSource:
         return TextSource(
             dataset=PYDOC,
             revision=version,
+            is_local=True,
             documents=pydoc_documents,
             characters=lambda: sum(map(len, pydoc_documents())),
         )
@@ -67,6 +70,7 @@ def open_source(config: HarvestConfig, *, contents: bool = True) -> TextSource:
     return TextSource(
         dataset=Path(config.dataset).resolve().name,
         revision=_files_hash(local),
+        is_local=True,
         documents=lambda: _file_documents(local, config.text_column),
         characters=lambda: sum(path.stat().st_size for path in local) if plain else None,
     )
@@ -218,17 +222,19 @@ def _no_column(where: str, column: str, names: list[str]) -> UsageError:
 
 
 def _hub_source(config: HarvestConfig, contents: bool) -> TextSource:
-    if not contents:
-        return TextSource(dataset=config.dataset, revision=config.dataset_revision, documents=lambda: iter(()))
-    repo = pin(config.dataset, "dataset", config.dataset_revision, probes=("README.md",))
+    revision = config.dataset_revision
+    if contents:
+        revision = pin(config.dataset, "dataset", revision, probes=("README.md",)).commit
     return TextSource(
-        dataset=config.dataset, revision=repo.commit, documents=lambda: _hub_documents(config, repo.commit)
+        dataset=config.dataset,
+        revision=revision,
+        is_local=False,
+        documents=lambda: _hub_documents(config, revision),
     )
 
 
-def _hub_documents(config: HarvestConfig, commit: str) -> Iterator[str]:
-    """Stream a data set's split. The library raises nearly everything, so that nothing narrower than Exception will
-    do."""
+def _hub_documents(config: HarvestConfig, commit: str | None) -> Iterator[str]:
+    """Stream a data set's split. The library raises nearly everything, so that nothing narrower will do."""
     import datasets
 
     datasets.logging.set_verbosity_error()

@@ -8,18 +8,26 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from store.console import human_bytes, run_command
+
+if TYPE_CHECKING:
+    from store.verify import BadShard
 
 COMMANDS = {
     "harvest": ("harvest.cli", "write the residual stream of a model into a store"),
     "train": ("train.cli", "train a multi-layer sparse autoencoder on a store"),
     "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
+    "convert": ("train.convert_cli", "read and write autoencoders in the formats of other tools"),
     "demo": ("analysis.demo", "all three on a small model, start to end"),
 }
+
+REFILL = ("harvest.repair", "refill")
+"""Who fills the missing shards of a store at a path, for `verify --repair`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     if arguments.command == "info":
         return run_command("residscope info", lambda: _info(arguments.store, arguments.json))
-    return run_command("residscope verify", lambda: _verify(arguments.store, arguments.json))
+    check = _repair if arguments.repair else _verify
+    return run_command("residscope verify", lambda: check(arguments.store, arguments.json))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of words")
+        if name == "verify":
+            command.add_argument(
+                "--repair",
+                action="store_true",
+                help="fill bad and missing shards anew with the model, and prove by their hashes that they are the old",
+            )
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
@@ -93,9 +108,57 @@ def _info(path: Path, as_json: bool) -> int:
 
 
 def _verify(path: Path, as_json: bool) -> int:
-    from tqdm import tqdm
-
     from store.verify import verify
+
+    with _progress() as show:
+        bad = verify(path, progress=show)
+    if as_json:
+        print(json.dumps({"path": str(path), "bad": _as_json(bad)}))
+        return 1 if bad else 0
+    _print_faults(bad)
+    if not bad:
+        print(f"{path}: whole")
+        return 0
+    print(
+        f"{path}: {len(bad)} faults" + ("" if any(b.lasting for b in bad) else "; --repair fills them with the model")
+    )
+    return 1
+
+
+def _repair(path: Path, as_json: bool) -> int:
+    from store.repair import repair
+
+    def refill(store: Path) -> None:
+        module, function = REFILL
+        getattr(importlib.import_module(module), function)(store)
+
+    with _progress() as show:
+        done = repair(path, refill, progress=show)
+    if as_json:
+        found = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
+        print(json.dumps({"path": str(path), **found}))
+        return 0
+    _print_faults(done.found)
+    print(
+        f"{path}: whole"
+        + f"; {len(done.refilled)} shards refilled, {len(done.proven)} of them proven the same by the manifest's hashes"
+    )
+    return 0
+
+
+def _as_json(bad: "list[BadShard]") -> list[dict[str, Any]]:
+    return [{"shard": found.index, "reason": found.reason} for found in bad]
+
+
+def _print_faults(bad: "list[BadShard]") -> None:
+    for found in bad:
+        print(found.reason if found.index is None else f"shard {found.index}: {found.reason}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar for shards that are checked: a function that is told how many are done, and of how many."""
+    from tqdm import tqdm
 
     with tqdm(unit="shard", leave=False, disable=None, desc="verify") as bar:
 
@@ -103,14 +166,7 @@ def _verify(path: Path, as_json: bool) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        bad = verify(path, progress=show)
-    if as_json:
-        print(json.dumps({"path": str(path), "bad": [{"shard": found.index, "reason": found.reason} for found in bad]}))
-    else:
-        for found in bad:
-            print(found.reason if found.index is None else f"shard {found.index}: {found.reason}")
-        print(f"{path}: {len(bad)} faults" if bad else f"{path}: whole")
-    return 1 if bad else 0
+        yield show
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from store.errors import ResidscopeError
-from store.files import write_all
+from store.files import atomic_write, write_all
 
 FOLDER = "manifest"
 FILE = f"{FOLDER}/0.jsonl"
@@ -116,14 +116,32 @@ def _read_line(manifest: Manifest, line: bytes, where: str) -> None:
     if not is_sound(line):
         manifest.problems.append(f"{where}: its checksum does not match")
         return
-    if not line.startswith(_SHARD_PREFIX):
+    shard = shard_of(line)
+    if shard is None:
         manifest.problems.append(f"{where}: it is no shard's line")
         return
-    # Opening a store of many shards should be quick, so that a line is parsed only when its other fields are needed.
-    shard = int(line[len(_SHARD_PREFIX) : line.index(b",")])
     if shard in manifest.lines:
         manifest.problems.append(f"{where}: shard {shard} is there twice")
     manifest.lines[shard] = line
+
+
+def shard_of(line: bytes) -> int | None:
+    """The shard that a sound line is of; None for the header.
+
+    Opening a store of many shards should be quick, so that a line is parsed only when its other fields are needed.
+    """
+    return int(line[len(_SHARD_PREFIX) : line.index(b",")]) if line.startswith(_SHARD_PREFIX) else None
+
+
+def forget_lines(store: Path, shards: Collection[int]) -> None:
+    """Rewrite the manifest without the lines of `shards`, and without any that is not sound; for who has the lock."""
+    for path in sorted((store / FOLDER).glob("*.jsonl")):
+        data = path.read_bytes()
+        sound = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n") and is_sound(line[:-1])]
+        # By shard, so that of two lines of a shard the last stays, as for a reader; the header's shard is None.
+        kept = {shard_of(line): line for line in sound if shard_of(line) not in shards}
+        if b"".join(kept.values()) != data:
+            atomic_write(path, list(kept.values()))
 
 
 def write_header(store: Path, config_hash: str, checksums: Mapping[str, str]) -> None:
@@ -196,3 +214,9 @@ class WriterLock:
     def release(self) -> None:
         """Give the lock up."""
         os.close(self._descriptor)
+
+    def __enter__(self) -> "WriterLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -2,7 +2,7 @@
 
 How: the manifest's lines; then every file that was made with the store, against the manifest's header; then each
 shard's file and moments, against its line; then the layer statistics, against the moments. Shards are read whole,
-several at once. What it does not do: repair.
+several at once. What it does not do: repair (repair.py).
 """
 
 import json
@@ -31,6 +31,8 @@ class BadShard:
     """The shard, or None where what is bad belongs to the whole store."""
     reason: str
     """The file, and what is wrong with it."""
+    lasting: bool = False
+    """Whether no model can give it back: metadata, tokens, or the manifest's header."""
 
 
 def verify(
@@ -44,7 +46,7 @@ def verify(
     path = Path(path)
     require_store(path)
     manifest = read_manifest(path)
-    bad = [BadShard(None, problem) for problem in manifest.problems]
+    bad = [BadShard(None, problem, lasting=not manifest.checksums) for problem in manifest.problems]
     made = _check_made_files(path, manifest)
     bad += made
     if made or not manifest.checksums:
@@ -52,7 +54,7 @@ def verify(
     meta = StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
     torn = "; its last line is torn" if manifest.torn else ""
     with ThreadPoolExecutor(threads) as pool:
-        checks = pool.map(lambda shard: _check_shard(path, meta, manifest, shard), range(meta.n_shards))
+        checks = pool.map(lambda shard: check_shard(path, meta, manifest, shard), range(meta.n_shards))
         for shard, reason in enumerate(checks):
             if reason:
                 bad.append(BadShard(shard, reason + (torn if shard not in manifest.lines else "")))
@@ -71,12 +73,12 @@ def _check_made_files(path: Path, manifest: Manifest) -> list[BadShard]:
         try:
             arrays.read_checked(path, name, manifest.checksums)
         except DamagedError as error:
-            bad.append(BadShard(None, f"{name}: {error.what}"))
+            bad.append(BadShard(None, f"{name}: {error.what}", lasting=True))
     return bad
 
 
-def _check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> str | None:
-    """What is wrong with a shard."""
+def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> str | None:
+    """What is wrong with a shard; None for nothing."""
     if shard not in manifest.lines:
         return "missing: the manifest has no line for it"
     record = manifest.record(shard)

@@ -4,10 +4,11 @@ Loops are plain functions `loop(start, stop, *arrays)` over rows that do not dep
 the GIL, and run on chunks of rows by ordinary threads: the caller and a pool of `torch.get_num_threads() - 1`. A row is
 computed by one thread in one order, so the bits depend neither on the number of threads nor on who takes which chunk.
 
-Ordinary threads and not numba's `prange`, because they sleep between calls, may be called from several threads at once,
-survive a fork, and compile in a third of the time; numba's OpenMP layer brings a second spinning pool beside torch's.
-Torch's own pool spins for some milliseconds after each product unless `OMP_WAIT_POLICY=passive` was set before torch
-was loaded; chunks are handed out one by one, so that a thread that finds its core taken merely takes fewer.
+Ordinary threads and not numba's `prange`, because they may be called from several threads at once, survive a fork,
+sleep between calls, and leave the loops quick to compile; numba's OpenMP and workqueue layers measured no faster, in
+turns with torch's products. What does matter is torch's own pool: it spins for some milliseconds after each product, on
+the cores that the loops need, unless OMP_WAIT_POLICY=passive was in the environment before torch was loaded. Chunks are
+handed out one by one, so that a thread that finds its core taken merely takes fewer.
 
 Machine code is cached beside the source or, where that cannot be written, in the user's cache folder; `NUMBA_CACHE_DIR`
 overrides both. Where nothing can be written, the loops are compiled anew in each process, and the log says so once.

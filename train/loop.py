@@ -122,39 +122,36 @@ class _Run:
         self._announce()
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.with_suffix(".config.toml").write_text(to_toml(_flags(config)), encoding="utf-8")
-        self._start(saved)
-        loader = self._loader(plan.seed, plan.window_bytes, start_batch=self.step, epochs=plan.epochs)
-        file = MetricsFile(metrics_path(config.out), resume_step=self.step)
-        bar = tqdm(
-            total=plan.steps, initial=self.step, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=0.5
-        )
-        with stop_on_signals() as stopped, contextlib.closing(file), bar:
-            with _closing(loader) as batches:
-                waited = 0.0
+        with stop_on_signals() as stopped:
+            self._start(saved)
+            loader = self._loader(plan.seed, plan.window_bytes, start_batch=self.step, epochs=plan.epochs)
+            file = MetricsFile(metrics_path(config.out), resume_step=self.step)
+            with contextlib.closing(file), _closing(loader) as batches, self._progress_bar() as bar:
+                self.window.resume_clock()
                 while self.step < plan.steps:
-                    batch = next(batches)
-                    self._train_on(batch)
+                    self._train_on(next(batches))
                     bar.update()
                     last = self.step == plan.steps
                     if self.step % config.log_every == 0 or last:
-                        line = self._log_line(loader.wait_seconds - waited)
-                        waited = loader.wait_seconds
-                        file.write(line)
-                        bar.set_postfix_str(_postfix(line), refresh=False)
-                    if not last and self._due(config.validate_every, default=plan.steps // 4):
-                        self._validate(file, INTERIM_VALIDATION_TOKENS)
-                        bar.set_description(f"validation FVU {self.validated.fvu:.3f}" if self.validated else "")
-                    if not last and (stopped() or self._due(config.checkpoint_every, default=0)):
+                        bar.set_postfix_str(_postfix(self._log(file, loader)), refresh=False)
+                    if last:
+                        break
+                    stop = stopped()
+                    self.window.stop_clock()
+                    if self._due(config.validate_every, default=plan.steps // 4):
+                        self._validate(file, INTERIM_VALIDATION_TOKENS, bar)
+                    if stop or self._due(config.checkpoint_every, default=0):
                         file.sync()
                         self._save(finished=False)
-                    if not last and stopped():
+                    self.window.resume_clock()
+                    if stop:
                         raise Interrupted(
                             f"stopped after step {self.step} of {plan.steps}; {config.out} is saved, and the same "
                             "command with --resume continues"
                         )
-            self._validate(file, config.validation_tokens)
-            file.sync()
-            return self._save(finished=True)
+                self._validate(file, config.validation_tokens, bar)
+                file.sync()
+                return self._save(finished=True)
 
     def _start(self, saved: Checkpoint | None) -> None:
         """Weights, optimiser, counters and statistics, fresh or from a checkpoint."""
@@ -180,9 +177,10 @@ class _Run:
         raw = plan.loss_space == "raw"
         self.denominators = self.statistics.raw if raw else self.statistics.standardized
         self.window = MetricsWindow(self.statistics.raw)
+        self.waited = 0.0
         if saved is not None:
             self.step = saved.trainer["step"]
-            self.optimizer.load_state_dict(saved.trainer["optimizer"])
+            self.optimizer.load_state_dict(saved.trainer.pop("optimizer"))  # pop: it is twice as large as the weights
             self.dead.silent.copy_(saved.trainer["silent"])
             self.window.load_state_dict(saved.trainer["window"])
             self.metrics = saved.trainer["metrics"]
@@ -238,26 +236,45 @@ class _Run:
             "epoch": vectors / plan.vectors_per_epoch,
         }
 
-    def _log_line(self, waited: float) -> dict[str, Any]:
-        """Metrics since the last line, and a new window."""
-        progress = self._progress()
-        measured = self.window.line()
-        seconds = time.perf_counter() - self.window.started
-        self.metrics = progress | measured | {"dead_fraction": self.dead.fraction(), "lr": self._lr(self.step - 1)}
-        vectors = self.window.vectors
-        self.window.clear()
-        return self.metrics | {
-            "vectors_per_second": vectors / seconds,
-            "data_wait_fraction": min(1.0, waited / seconds),
+    def _log(self, file: MetricsFile, loader: WindowLoader) -> dict[str, Any]:
+        """Write the metrics since the last line, and start a new window."""
+        window = self.window
+        window.stop_clock()
+        self.metrics = self._progress() | window.line()
+        self.metrics |= {"dead_fraction": self.dead.fraction(), "lr": self._lr(self.step - 1)}
+        line = self.metrics | {
+            "vectors_per_second": window.vectors / window.seconds,
+            "data_wait_fraction": min(1.0, (loader.wait_seconds - self.waited) / window.seconds),
         }
+        self.waited = loader.wait_seconds
+        window.clear()
+        window.resume_clock()
+        file.write(line)
+        return line
 
-    def _validate(self, file: MetricsFile, tokens: int) -> None:
+    def _validate(self, file: MetricsFile, tokens: int, bar: tqdm) -> None:
         if not self.validation:
             return
         self.validated = self.validation.evaluate(
             self.sae, self.source, tokens=tokens, product_dtype=self.options.product_dtype
         )
         file.write(self._progress() | self.validated.metrics())
+        text = f"validation FVU {self.validated.fvu:.3f}"
+        bar.set_description(text, refresh=False)
+        if bar.disable:
+            say(f"step {self.step} of {self.plan.steps}: {text}")
+
+    def _progress_bar(self) -> tqdm:
+        """On a terminal a bar, elsewhere nothing: a log gets a line at each validation instead."""
+        return tqdm(
+            total=self.plan.steps,
+            initial=self.step,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=None,
+        )
 
     def _due(self, every: int | None, *, default: int) -> bool:
         every = default if every is None else every

@@ -169,14 +169,17 @@ class LayerMoments(NamedTuple):
 
     def add(self, x: Tensor, layer: Tensor) -> "LayerMoments":
         """With vectors `x` [N, D] of layers `layer` int64 [N] added (Chan et al.'s merge, which does not cancel)."""
-        vectors, mean, deviation = (t.clone() for t in self)
-        for index in layer.unique().tolist():
-            rows = x[layer == index].double()
-            batch_mean = rows.mean(dim=0)
-            batch_deviation = (rows - batch_mean).square().sum()
-            total = vectors[index] + len(rows)
-            delta = batch_mean - mean[index]
-            deviation[index] += batch_deviation + delta.square().sum() * (vectors[index] * len(rows) / total)
-            mean[index] += delta * (len(rows) / total)
-            vectors[index] = total
-        return LayerMoments(vectors, mean, deviation)
+        x = x.double()
+        in_layer = torch.zeros(len(self.vectors), len(x), dtype=torch.float64, device=x.device)
+        in_layer[layer, torch.arange(len(x), device=x.device)] = 1  # [L, N]; sums by layer are products with it
+        added = in_layer.sum(dim=1)
+        batch_mean = (in_layer @ x) / added.clamp_min(1).unsqueeze(1)
+        batch_deviation = in_layer @ (x - batch_mean[layer]).square().sum(dim=1)
+        total = self.vectors + added
+        share = added / total.clamp_min(1)
+        delta = batch_mean - self.mean
+        return LayerMoments(
+            total.long(),
+            self.mean + delta * share.unsqueeze(1),
+            self.deviation + batch_deviation + delta.square().sum(dim=1) * (self.vectors * share),
+        )

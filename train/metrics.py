@@ -26,6 +26,9 @@ class MetricsWindow:
         """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space: FVU is always measured there."""
         self._raw_denominators = raw_denominators
         self._sums: dict[str, Tensor] = {}
+        self.seconds = 0.0
+        """Time spent training in this window, without validation and checkpoints."""
+        self._started = 0.0
         self.clear()
 
     def clear(self) -> None:
@@ -33,7 +36,15 @@ class MetricsWindow:
         device, n_layers = self._raw_denominators.device, len(self._raw_denominators)
         shapes = {"steps": (), "loss": (), "auxk": (), "active": (), "vectors": (n_layers,), "error": (n_layers,)}
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-        self.started = time.perf_counter()
+        self.seconds = 0.0
+
+    def resume_clock(self) -> None:
+        """From now on time counts."""
+        self._started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Time that passes until `resume_clock` is not the training's."""
+        self.seconds += time.perf_counter() - self._started
 
     def add(self, layer: Tensor, standardized: Standardized, result: StepResult) -> None:
         """Count one step over rows of layers `layer` int64 [N]."""

@@ -17,8 +17,8 @@ from train.batches import Vectors
 from train.losses import LayerMoments
 from train.sae import Standardized
 
-DENOMINATOR_VECTORS = 2**18
-"""Vectors that the denominators are taken over, at most: 0.5 % standard error of a layer's, with 30 layers."""
+DENOMINATOR_VECTORS = 2**16
+"""Vectors that the denominators are taken over, at most: two thousand of each layer where there are 30."""
 
 MEDIAN_VECTORS = 2**15
 """Vectors that the geometric median is taken over, at most."""

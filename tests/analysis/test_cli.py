@@ -10,6 +10,7 @@ import torch
 from analysis.cli import main
 from store.activations import ActivationStore
 from tests.analysis.small import Small, make_small
+from train.formats import write_sae
 from train.sae import CHECKPOINT_FORMAT
 
 
@@ -54,6 +55,7 @@ def test_a_run_writes_its_files_and_exits_0(small, tmp_path, capsys):
         "summary.json",
         "latents.parquet",
         "layers.parquet",
+        "redundancy.parquet",
         "analyze.config.toml",
     }
 
@@ -81,7 +83,7 @@ def test_a_store_with_a_flipped_byte_is_refused_and_not_tried_again(tmp_path, ca
 
 
 def test_a_missing_checkpoint(small, tmp_path, capsys):
-    fails(capsys, options(small, tmp_path / "out", sae=tmp_path / "no.pt"), 1, "no.pt: no such checkpoint", "train")
+    fails(capsys, options(small, tmp_path / "out", sae=tmp_path / "no.pt"), 1, "no.pt: no such file", "checkpoint")
 
 
 def test_a_pickle_with_code_is_refused(small, tmp_path, capsys):
@@ -110,6 +112,34 @@ def test_a_store_of_another_width(small, tmp_path, capsys):
 def test_a_checkpoint_of_another_model_lens_or_layers(tmp_path, capsys, recorded, words):
     small = make_small(tmp_path, trained_on=recorded)
     fails(capsys, options(small, tmp_path / "out"), 3, "ckpt.pt does not fit", *words)
+
+
+@pytest.mark.parametrize(("recorded", "found"), [(False, "drawn at random"), (True, "those of the trained model")])
+def test_a_checkpoint_of_a_trained_model_on_a_random_one_and_the_reverse(small, tmp_path, capsys, recorded, found):
+    provenance = {"model": "test", "random_init": not recorded}
+    other = make_small(tmp_path, n_tokens=200, trained_on={"random_init": recorded}, provenance=provenance)
+    fails(capsys, options(other, tmp_path / "out"), 3, "does not fit", "the weights should be", f"found {found}")
+
+
+def test_a_checkpoint_that_does_not_say_is_warned_of_on_a_random_model(small, tmp_path, capsys):
+    other = make_small(tmp_path, n_tokens=200, provenance={"model": "test", "random_init": True})
+    assert main([*options(other, tmp_path / "out", sae=small.sae), "--no-report"]) == 0
+    assert "not recorded" in capsys.readouterr().out
+    assert "random weights" in " ".join(json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"])
+    assert main([*options(other, tmp_path / "own"), "--no-report"]) == 0  # its own store: no doubt
+    assert "random weights" not in " ".join(json.loads((tmp_path / "own" / "summary.json").read_text())["warnings"])
+
+
+@pytest.mark.parametrize("format_", ["mlsae", "saelens", "sparsify"])
+def test_autoencoders_in_other_formats_give_the_same_numbers(small, tmp_path, capsys, format_):
+    write_sae(small.weights, tmp_path / "sae", format_)
+    found = []
+    for name, sae in (("own", small.sae), ("other", tmp_path / "sae")):
+        assert main([*options(small, tmp_path / name, sae=sae), "--no-report"]) == 0
+        found.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    assert found[1]["variance"]["mass"]["total"] == pytest.approx(found[0]["variance"]["mass"]["total"], rel=1e-6)
+    assert found[1]["split"]["trained_on"] == "unknown"
+    capsys.readouterr()
 
 
 def test_an_empty_split(tmp_path, capsys):
@@ -150,6 +180,8 @@ def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
         validation=None,
         same_store=True,
         baseline=False,
+        nulls=False,
+        seed=0,
     )
     with pytest.raises(IncompatibleError, match="expected of another store"):
         open_data(work, 24)

@@ -94,6 +94,12 @@ def test_every_number_equals_a_dense_computation(small, tmp_path, split):
         np.testing.assert_allclose(
             rows[name].astype(float), values, rtol=1e-5 if name in ("fvu", "cosine_to_next") else 1e-9, err_msg=name
         )
+    if summary["uncertainty"]:
+        assert (rows["fvu_low"] <= rows["fvu"]).all()
+        assert (rows["fvu_high"] >= rows["fvu"]).all()
+        for name in ("fvu", "mse", "l0"):
+            low, high = summary["reconstruction"]["ci95"][name]
+            assert low <= summary["reconstruction"][name] <= high
     for name in ("fvu", "mse", "l0"):
         assert summary["reconstruction"][name] == pytest.approx(expected_rows[name].mean(), rel=1e-5)
 
@@ -148,9 +154,11 @@ def test_the_latent_table_equals_a_dense_computation(small, tmp_path):
 
 
 def numbers(value: Any) -> list[float]:
-    """All numbers in a summary, in order, but for the time that it took and where the data lie."""
+    """All numbers in a summary, in order, but for the time that it took, where the data lie, and the null that permutes
+    the tokens of a chunk."""
     if isinstance(value, dict):
-        return [n for key, item in value.items() if key not in ("seconds", "provenance") for n in numbers(item)]
+        left_out = ("seconds", "provenance", "chunk_tokens", "tokens_permuted")
+        return [n for key, item in value.items() if key not in left_out for n in numbers(item)]
     if isinstance(value, list):
         return [n for item in value for n in numbers(item)]
     return [float(value)] if isinstance(value, int | float) else []
@@ -263,6 +271,7 @@ def test_default_folder_is_beside_the_checkpoint_and_an_earlier_result_is_replac
         "latents.parquet",
         "layers.parquet",
         "notes.txt",
+        "redundancy.parquet",
         "summary.json",
     ]
 

@@ -2,10 +2,11 @@
 missing."""
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.fill import ShardAssembler, batches_for, sequence_batches
+from harvest.fill import ShardAssembler, all_finite, batches_for, sequence_batches
 from harvest.resolve import default_batch_size
 from store.meta import StoreMeta
 
@@ -65,6 +66,18 @@ def test_missing_shards_are_assembled_from_their_batches_alone(
     for shard, piece in written.items():
         start, stop = store.shard_bounds(shard)
         np.testing.assert_array_equal(piece, values[start:stop])
+
+
+@given(
+    place=st.integers(0, 999),
+    value=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_single_value_that_is_not_finite_is_seen(place: int, value: float, dtype: torch.dtype) -> None:
+    values = torch.arange(1000).to(dtype).view(20, 50)
+    assert all_finite(values)
+    values.view(-1)[place] = value
+    assert not all_finite(values)
 
 
 def test_the_default_batch_keeps_within_its_bounds() -> None:

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,34 +10,11 @@ import pytest
 
 from store import arrays
 from store.activations import ActivationStore
-from store.arrays import TokenTable
 from store.errors import IncompatibleError, ResidscopeError
 from store.files import require_space
 from store.manifest import FILE, LOCK
-from store.meta import StoreMeta
 from store.verify import verify
-from tests.support.stores import make_meta, random_activations, token_table
-
-X = random_activations(40, 2, 5)
-
-
-def small(codec: str = "none") -> tuple[StoreMeta, TokenTable]:
-    return make_meta(40, 2, 5, chunk_tokens=8, shard_tokens=16, codec=codec), token_table(40)
-
-
-def fill(path: Path, codec: str = "none") -> None:
-    """Make the store or go on with what is there, as harvest does."""
-    meta, tokens = small(codec)
-    store = ActivationStore.open(path, writable=True) if path.exists() else ActivationStore.create(path, meta, tokens)
-    with store:
-        for shard in store.missing_shards():
-            start, stop = meta.shard_bounds(shard)
-            store.write_shard(shard, X[start:stop])
-        store.finalize()
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+from tests.support.faults import X, count_down, everything, files_of, fill, harmless, random_fault, run_and_die, small
 
 
 @pytest.fixture(scope="module")
@@ -46,45 +22,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "a.zarr"
     fill(path)
     return path
-
-
-def count_down(calls: int, act: Callable[[Callable], None], patch: Callable[[str, Callable], None]) -> list[int]:
-    """Have `act` called in place of the `calls`-th system call of those that change or sync the disk; what is left."""
-    left = [calls]
-
-    def counted(call: Callable) -> Callable:
-        def wrapped(*arguments, **options):  # type: ignore[no-untyped-def]
-            left[0] -= 1
-            if left[0] == 0:
-                act(lambda: call(arguments[0], arguments[1][: len(arguments[1]) // 2]) if call is write else None)
-            return call(*arguments, **options)
-
-        return wrapped
-
-    write = os.write
-    for name in ("write", "fsync", "replace", "ftruncate", "unlink", "rmdir", "mkdir"):
-        patch(name, counted(getattr(os, name)))
-    return left
-
-
-def run_and_die(action: Callable[[], None], calls: int) -> bool:
-    """Run in a process that dies at that system call, in a write by half; True if it did."""
-    child = os.fork()
-    if child == 0:
-
-        def die(by_half: Callable) -> None:
-            by_half()
-            os._exit(9)
-
-        count_down(calls, die, lambda name, call: setattr(os, name, call))
-        try:
-            action()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9)
-    return status == 9
 
 
 def test_death_while_creating(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,28 +138,6 @@ def test_second_creation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
 
 
-def everything(path: Path) -> list[np.ndarray | int]:
-    """All that a reader can ask of a whole store."""
-    store = ActivationStore.open(path)
-    statistics = store.statistics()
-    blocks = np.empty((2, 8, 5), np.uint16)
-    store.read_blocks(np.array([0, 3]), np.array([1, 0]), blocks)
-    return [
-        store.read(),
-        blocks,
-        *store.tokens,
-        statistics.count,
-        statistics.mean,
-        statistics.var,
-        statistics.norm,
-        store.merged_statistics().var,
-    ]
-
-
-def harmless(path: Path, expected: list[np.ndarray | int]) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(everything(path), expected, strict=True))
-
-
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_flipped_and_lost_bytes_are_detected(tmp_path: Path, codec: str) -> None:
     """Of 400 random faults, each raises or changes nothing that is read; verify finds what a reader refuses."""
@@ -232,19 +147,16 @@ def test_flipped_and_lost_bytes_are_detected(tmp_path: Path, codec: str) -> None
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.stat().st_size)
     rng = np.random.default_rng(0)
     detected = 0
-    for i in range(200):
+    for i in range(400):
         file = files[i % len(files)]
         data = file.read_bytes()
-        at = int(rng.integers(len(data)))
-        changed = bytearray(data)
-        changed[at] ^= 1 << int(rng.integers(8))
-        for broken in (bytes(changed), data[:at]):
-            file.write_bytes(broken)
-            try:
-                assert harmless(path, expected), f"{file.name}, byte {at}: read as if nothing were wrong"
-            except (ResidscopeError, OSError):
-                detected += 1
-                assert verify(path), f"{file.name}, byte {at}: verify finds nothing"
+        broken, what = random_fault(data, rng)
+        file.write_bytes(broken)
+        try:
+            assert harmless(path, expected), f"{file.name}, {what}: read as if nothing were wrong"
+        except (ResidscopeError, OSError):
+            detected += 1
+            assert verify(path), f"{file.name}, {what}: verify finds nothing"
         file.write_bytes(data)
     assert detected > 390
     assert not verify(path)

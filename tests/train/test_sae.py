@@ -27,6 +27,13 @@ def test_standardise_by_hand() -> None:
     assert x[0].tolist() == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5], rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_scale_is_the_unbiased_standard_deviation(dtype: torch.dtype) -> None:
+    x = 1e4 + 3 * torch.randn(50, 100, dtype=dtype)
+    torch.testing.assert_close(standardize(x).std, x.std(dim=1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(standardize(x).mean, x.mean(dim=1, keepdim=True))
+
+
 def test_forward_equals_the_formulas(sae: MLSAE) -> None:
     x = 3 + 2 * torch.randn(20, 5)
     x_std, mean, std = standardize(x)

@@ -1,0 +1,215 @@
+"""Any number of analyses side by side: `analyze --compare A B C`.
+
+Reads the summary.json of each, and nothing else, and writes one table (compare.parquet, a row for each run and
+weighting; compare.json, all of it) and one figure. Variances of models of different depth are made comparable by
+dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
+1 then means "as spread out as can be by chance", whatever the depth. Not here: any new measurement.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.config import CompareConfig
+from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
+from analysis.nulls import NULLS
+from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
+from analysis.summary import SCHEMA_VERSION
+from analysis.words import shown, table, with_interval
+from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.files import atomic_write
+
+PARTS = VARIANCE_NAMES[:5]
+"""The numbers that are variances, and so are divided by the depth's."""
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Compare runs, write the files to `config.out`, print the table, and return compare.json's content.
+
+    Raises `ResidscopeError` for a folder without a whole analysis, `IncompatibleError` for another schema.
+    """
+    summaries = [_load(path) for path in config.compare]
+    runs = [_run(name, summary) for name, summary in zip(run_names(config.compare), summaries, strict=True)]
+    result = {"schema_version": SCHEMA_VERSION, "runs": runs}
+    if config.out.exists() and not config.out.is_dir():
+        raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
+    config.out.mkdir(parents=True, exist_ok=True)
+    _write_table(config.out / "compare.parquet", runs)
+    written = ["compare.json", "compare.parquet", *_write_figure(config.out, runs)]
+    atomic_write(config.out / "compare.json", [json.dumps(result, indent=2, allow_nan=False).encode()])
+    if config.json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        print(compare_words(runs))
+        print(f"Written to {config.out}: {', '.join(sorted(written))}.")
+    return result
+
+
+def _load(path: Path) -> dict[str, Any]:
+    file = path / "summary.json" if path.is_dir() else path
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ResidscopeError(
+            f"--compare {path}: no summary.json there: give folders that `analyze` wrote, or their summary.json"
+        ) from None
+    except ValueError as error:
+        raise IncompatibleError(f"--compare {file}: not valid JSON: {error}") from None
+    version = summary.get("schema_version") if isinstance(summary, dict) else None
+    if version != SCHEMA_VERSION:
+        raise IncompatibleError(
+            f"--compare {file}: schema_version is {version}, {SCHEMA_VERSION} is read: run `analyze` again"
+        )
+    return summary
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Names of runs: of each path as many of its last parts as tell all of them apart."""
+    folders = [path.parent if path.name == "summary.json" else path for path in paths]
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) or str(folder) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{i + 1}: {folder.name}" for i, folder in enumerate(folders)]
+
+
+def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared of one run."""
+    store, sae = summary["provenance"]["store"], summary["provenance"]["sae"]
+    lens, uniform = store.get("lens"), float(np.var(summary["layer_numbers"]))
+    rel_var_t = summary["variance"]["mlsae_compat"]["rel_var_t"]
+    persistence, nulls = summary.get("persistence"), summary.get("nulls")
+    return {
+        "run": name,
+        "model": store.get("model"),
+        "random_init": store.get("random_init"),
+        "lens": None if lens is None else str(lens.get("id", "yes")) if isinstance(lens, dict) else str(lens),
+        "n_layers": summary["n_layers"],
+        "n_latents": summary["n_latents"],
+        "k": sae.get("k"),
+        "expansion_factor": sae.get("expansion_factor"),
+        "n_tokens": summary["n_tokens"],
+        "trained_on": summary["split"]["trained_on"],
+        "live_latents": summary["latents"]["active"],
+        "fvu": summary["reconstruction"]["fvu"],
+        "validation_fvu": summary["validation_fvu"],
+        "l0": summary["reconstruction"]["l0"],
+        "uniform_variance": uniform,
+        "reference_ratio": 1 / rel_var_t if rel_var_t else None,
+        "variance": {weighting: summary["variance"][weighting] for weighting in WEIGHTINGS},
+        "normalised": {w: _normalised(summary["variance"][w], uniform) for w in WEIGHTINGS},
+        "persistence": {w: persistence[w] for w in PAIR_WEIGHTINGS} if persistence else None,
+        "null_ratio": {null: nulls[null]["ratio"] for null in NULLS} if nulls else None,
+    }
+
+
+def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
+    """Variances over that of an evenly drawn layer; None where there is one layer only."""
+    result: dict[str, Any] = {name: variance[name] / uniform if uniform else None for name in PARTS}
+    intervals = variance["ci95"]
+    result["ci95"] = {
+        name: [bound / uniform for bound in intervals[name]] for name in PARTS if uniform and intervals.get(name)
+    }
+    return result
+
+
+def _write_table(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """A row for each run and weighting; *_low and *_high are the ends of 95 % intervals."""
+    import pandas as pd
+
+    rows = []
+    for run in runs:
+        for weighting in WEIGHTINGS:
+            row = {name: value for name, value in run.items() if not isinstance(value, dict)}
+            row["weighting"] = weighting
+            for suffix, names, part in (
+                ("", VARIANCE_NAMES, run["variance"][weighting]),
+                ("_normalised", PARTS, run["normalised"][weighting]),
+            ):
+                _spread(row, part, names, suffix)
+            if run["persistence"] and weighting in run["persistence"]:
+                _spread(row, run["persistence"][weighting], PERSISTENCE_NAMES, "")
+            for null, ratio in (run["null_ratio"] or {}).items():
+                row[f"within_token_over_{null}"] = ratio["variance"][weighting]["within_token"]
+            rows.append(row)
+    pd.DataFrame(rows).to_parquet(path, index=False)
+
+
+def _spread(row: dict[str, Any], numbers: Mapping[str, Any], names: Sequence[str], suffix: str) -> None:
+    for name in names:
+        row[name + suffix] = numbers[name]
+        low, high = numbers["ci95"].get(name) or (None, None)
+        row[f"{name}{suffix}_low"], row[f"{name}{suffix}_high"] = low, high
+
+
+def _write_figure(out: Path, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    try:
+        from analysis.compare_figure import write_comparison
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        return []
+    return write_comparison(runs, out)
+
+
+def compare_words(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The tables on the terminal: the decomposition by mass over that of an evenly drawn layer, then the rest."""
+    decomposition = [
+        (
+            run["run"],
+            str(run["n_layers"]),
+            *(shown(run["normalised"]["mass"][name]) for name in PARTS[:4]),
+            with_interval(run["variance"]["mass"], "aggregate_over_token"),
+            shown(run["reference_ratio"]),
+        )
+        for run in runs
+    ]
+    rest = [
+        (
+            run["run"],
+            f"{run['n_latents']:,}",
+            str(run["k"]),
+            f"{run['n_tokens']:,}",
+            shown(run["fvu"]),
+            shown(run["validation_fvu"]),
+            shown(run["l0"]),
+            *(shown(_at(run, "persistence", "mass", name)) for name in ("n_layers_active", "run_length", "stays_on")),
+            *(shown(_at(run, "null_ratio", null, "variance", "mass", "within_token")) for null in NULLS),
+            _whose(run),
+        )
+        for run in runs
+    ]
+    head = ("run", "layers", "within token", "between tokens", "between latents", "total", "aggregate / token-level")
+    return "\n".join(
+        [
+            "Variance of the layer, by mass, over that of an evenly drawn layer, (layers^2 - 1) / 12",
+            *table((*head, "reference's formula"), decomposition),
+            "",
+            "FVU: lower is better. Layers on, run, stays on: by mass. Within token: observed over null model",
+            *table(
+                (
+                    *("run", "latents", "k", "tokens", "FVU", "validation FVU", "L0", "layers on", "run", "stays on"),
+                    *("layers permuted", "tokens permuted", "what"),
+                ),
+                rest,
+            ),
+        ]
+    )
+
+
+def _at(value: Any, *keys: str) -> float | None:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _whose(run: Mapping[str, Any]) -> str:
+    words = [str(run["model"] or "-")]
+    if run["random_init"]:
+        words.append("random weights")
+    if run["lens"]:
+        words.append("tuned lens")
+    return ", ".join(words)

@@ -1,0 +1,308 @@
+"""What reconstruction errors cost the model: each layer's residual stream is replaced alone, and the rest of the model
+runs on.
+
+For a layer l the output of block l is replaced by its reconstruction, by the layer's mean, or by zero, and the logits
+are compared with those of the untouched model, which goes through neither autoencoder nor lens:
+
+    delta_ce = CE(replaced) - CE(true)                         nats per predicted token; 0 is perfect, lower is better
+    kl = sum_v p_true log(p_true / p_replaced)                 nats per token; KL(true || replaced); lower is better
+    loss_recovered = (CE(ablated) - CE(replaced)) / (CE(ablated) - CE(true))   1 is perfect, 0 as bad as ablation
+
+all as means over tokens. *Replaced* are the kept tokens of a sequence; special tokens and position 0 stay as they are,
+because no autoencoder was trained on them. *Counted* are the kept tokens of the chosen documents that have a next token
+in their sequence: what is predicted at a kept token. The mean is that of the store's kept tokens at the layer.
+
+How: the model runs on from a block's given output (`analysis.resume`), whatever the architecture. Logits are made from
+the last block's output, a tile of tokens at a time, in float32, so that memory does not grow with tokens x vocabulary.
+Sums are kept per document for the bootstrap. Not here: which model belongs to a store (`analysis.transformer`).
+
+Shapes: B sequences, N positions, D d_model, V vocabulary, L layers, C conditions, G documents, n counted tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from analysis.resume import Before, block_output, can_skip, last_output
+from analysis.sequences import Batch, sequence_batches
+from analysis.transformer import check_logits, check_model
+from analysis.uncertainty import LEVEL, MIN_INTERVAL_GROUPS, Interval
+from harvest.lens import TunedLens
+from harvest.models import LoadedModel
+from store.activations import ActivationStore
+from store.errors import ResidscopeError
+from train.sae import MLSAE
+
+Replace = Callable[[Tensor, int], Tensor]
+"""replace(x [n, D] of kept tokens in the model's own space and format, layer as the model counts) -> [n, D]"""
+
+RECONSTRUCTED, MEAN, ZERO = range(3)
+CONDITIONS = ("reconstructed", "mean", "zero")
+"""What takes the residual stream's place, in the order of the C axis."""
+
+TILE_BYTES = 32 * 2**20
+"""float32 logits of one tile; about six such arrays are alive at once."""
+
+BATCH_TOKENS = 2048
+"""Tokens in a forward pass, at least one sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downstream:
+    """Sums over the counted tokens of each document, and the numbers that they give."""
+
+    layers: NDArray[np.int64]
+    """[L] the model's block indices."""
+
+    documents: NDArray[np.int64]
+    """[G] documents with a counted token, ascending."""
+
+    n_tokens: NDArray[np.int64]
+    """[G] counted tokens."""
+
+    true_ce: NDArray[np.float64]
+    """[G] summed cross-entropy of the untouched model, nats."""
+
+    ce: NDArray[np.float64]
+    """[L, C, G] summed cross-entropy with the layer replaced, nats."""
+
+    kl: NDArray[np.float64]
+    """[L, C, G] summed KL(true || replaced), nats."""
+
+    def result(self) -> "DownstreamResult":
+        """The means over all counted tokens."""
+        return _result(*(x.sum(axis=-1) for x in (self.n_tokens, self.true_ce, self.ce, self.kl)))
+
+    def intervals(self, n_replicates: int, seed: int) -> dict[str, list[Interval | None]]:
+        """95 % intervals over documents of the numbers of `result`, by name and layer; empty if there are fewer than
+        `MIN_INTERVAL_GROUPS` documents.
+
+        A replicate draws as many documents with replacement; the interval is the basic one, as everywhere
+        (`analysis.uncertainty`). None where a number is not defined in every replicate.
+        """
+        n_documents = len(self.documents)
+        if n_documents < MIN_INTERVAL_GROUPS or n_replicates == 0:
+            return {}
+        rng = np.random.default_rng(seed)
+        draws = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), n_replicates).T  # [G, R]
+        drawn = _result(*(x @ draws for x in (self.n_tokens, self.true_ce, self.ce, self.kl)))
+        tail = 100 * (1 - LEVEL) / 2
+        found: dict[str, list[Interval | None]] = {}
+        for name in PER_LAYER:
+            value = getattr(self.result(), name)
+            low, high = np.percentile(getattr(drawn, name), [tail, 100 - tail], axis=-1)
+            bounds = zip(2 * value - high, 2 * value - low, strict=True)
+            found[name] = [Interval(float(a), float(b)) if np.isfinite([a, b]).all() else None for a, b in bounds]
+        return found
+
+
+class DownstreamResult(NamedTuple):
+    """Means over tokens; each [L] but the first two. NaN where a number is not defined."""
+
+    n_tokens: Any
+    """Counted tokens."""
+
+    true_ce: Any
+    """Cross-entropy of the untouched model, nats per predicted token."""
+
+    delta_ce: NDArray[np.float64]
+    """By how much the reconstruction raises it."""
+
+    kl: NDArray[np.float64]
+    """KL(true || reconstructed), nats per token."""
+
+    mean_delta_ce: NDArray[np.float64]
+    """By how much mean ablation raises the cross-entropy."""
+
+    zero_delta_ce: NDArray[np.float64]
+    """By how much zero ablation does."""
+
+    mean_kl: NDArray[np.float64]
+    """KL(true || mean-ablated)."""
+
+    zero_kl: NDArray[np.float64]
+    """KL(true || zero-ablated)."""
+
+    recovered_mean: NDArray[np.float64]
+    """Loss recovered against mean ablation."""
+
+    recovered_zero: NDArray[np.float64]
+    """Loss recovered against zero ablation."""
+
+
+PER_LAYER = DownstreamResult._fields[2:]
+"""Numbers of a `DownstreamResult` that there is one of for each layer."""
+
+
+def sae_reconstruction(sae: MLSAE, lens: TunedLens | None) -> Replace:
+    """The autoencoder as a replacement: into the lens's basis where the store has one, encode, decode, and back.
+
+    The autoencoder must be on the model's device.
+    """
+
+    def replace(x: Tensor, layer: int) -> Tensor:
+        if lens is None:
+            return sae(x).x_hat
+        return lens.invert(sae(lens.apply(x, layer)).x_hat, layer)
+
+    return replace
+
+
+def measure_downstream(
+    store: ActivationStore,
+    model: LoadedModel,
+    replace: Replace,
+    *,
+    lens: TunedLens | None,
+    layers: Sequence[int] | None = None,
+    counted: NDArray[np.bool_] | None = None,
+    max_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Downstream:
+    """Replace each of `layers` (the model's block indices; default the store's) alone, on the store's own sequences.
+
+    lens: what the store's vectors went through (`analysis.transformer.lens_of_store`); the layers' means are taken back
+    through it. counted: bool [T], default all; of these, kept ones with a next token count. max_tokens: counted tokens
+    at most, of sequences spread evenly over the store. Raises `IncompatibleError` if the model or the lens is not the
+    store's, `ResidscopeError` if nothing counts or the model's logits cannot be made from its last block's output.
+    """
+    check_model(store, model, lens)
+    chosen = tuple(store.meta.layers if layers is None else sorted(set(layers)))
+    means = torch.from_numpy(store.statistics().mean[[store.meta.layers.index(layer) for layer in chosen]])  # [L, D]
+    if lens is not None:  # The map is affine: the mean of what went through it is the map of the mean.
+        means = torch.stack([lens.invert(mean, layer) for mean, layer in zip(means, chosen, strict=True)])
+    conditions: tuple[Replace, ...] = (
+        replace,
+        lambda x, layer: means[chosen.index(layer)].to(x).expand_as(x),
+        lambda x, layer: torch.zeros_like(x),
+    )
+    everything = np.ones(store.meta.n_tokens, bool)
+    batches = sequence_batches(store.tokens, everything if counted is None else counted, max_tokens, batch_tokens)
+    if not batches:
+        raise ResidscopeError(
+            f"{store.path}: no token to measure at: none of the chosen documents' kept tokens has a next token in its"
+            " sequence; choose other documents, or harvest longer sequences"
+        )
+    check_logits(model, batches[0].input_ids)
+    skip = can_skip(model, batches[0].input_ids)
+    parts = []
+    with tqdm(total=len(batches) * len(chosen), desc="downstream", unit=" layers", disable=None) as bar:
+        for batch in batches:
+            parts.append(_measure(model, batch, chosen, conditions, skip, bar))
+    return _by_document(chosen, np.concatenate([batch.document for batch in batches]), parts)
+
+
+class _Losses(NamedTuple):
+    """Of the counted tokens of one batch, float64."""
+
+    true_ce: Tensor
+    """[n]"""
+
+    ce: Tensor
+    """[L, C, n]"""
+
+    kl: Tensor
+    """[L, C, n]"""
+
+
+@torch.inference_mode()
+def _measure(
+    model: LoadedModel, batch: Batch, layers: tuple[int, ...], conditions: Sequence[Replace], skip: bool, bar: Any
+) -> _Losses:
+    kept, counted = batch.kept.to(model.device), batch.counted.to(model.device)
+    target = batch.input_ids[:, 1:][batch.counted[:, :-1]].to(model.device)  # [n]
+    true = last_output(model, batch.input_ids)[counted]  # [n, D]
+    true_ce = torch.empty(len(target), dtype=torch.float64)
+    ce = torch.empty(len(layers), len(conditions), len(target), dtype=torch.float64)
+    kl = torch.empty_like(ce)
+    before: Before | None = None
+    for i, layer in enumerate(layers):
+        before = block_output(model, batch.input_ids, layer, before if skip else None)
+        replaced = []
+        for condition in conditions:
+            output = _changed(before.output, lambda x, c=condition, n=layer: c(x, n), kept)
+            replaced.append(last_output(model, batch.input_ids, Before(layer, output), skip=skip)[counted])
+        true_ce[:], ce[i], kl[i] = compare(model.logits, true, replaced, target)
+        bar.update()
+    return _Losses(true_ce, ce, kl)
+
+
+def _changed(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor) -> Any:
+    """A block's output with its residual stream [B, N, D] replaced where `kept` [B, N]; the given one stays."""
+    residual = output[0] if isinstance(output, tuple) else output
+    changed = residual.clone()
+    changed[kept] = replace(residual[kept]).to(residual.dtype)
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def compare(
+    logits: Callable[[Tensor], Tensor], true: Tensor, replaced: Sequence[Tensor], target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy [n] of the true run, cross-entropies [C, n] and KL(true || replaced) [C, n] of the replaced ones,
+    nats, float64 on the CPU.
+
+    logits: last block's output [rows, D] -> [rows, V]. true, and each of replaced: [n, D]. target: int64 [n].
+    """
+    n, size = len(target), (len(replaced), len(target))
+    true_ce = torch.empty(n, dtype=torch.float64)
+    ce, kl = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+    vocabulary = logits(true[:1]).shape[-1]
+    rows = max(1, TILE_BYTES // (4 * vocabulary))
+    for start in range(0, n, rows):
+        tile = slice(start, start + rows)
+        wanted = target[tile, None]
+        log_p = logits(true[tile]).float().log_softmax(dim=-1)  # [rows, V]
+        p = log_p.exp()
+        true_ce[tile] = -log_p.gather(-1, wanted)[:, 0].double().cpu()
+        for i, other in enumerate(replaced):
+            log_q = logits(other[tile]).float().log_softmax(dim=-1)
+            ce[i, tile] = -log_q.gather(-1, wanted)[:, 0].double().cpu()
+            kl[i, tile] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(dim=-1).double().cpu()
+    return true_ce, ce, kl
+
+
+def _by_document(layers: tuple[int, ...], document: NDArray[np.int64], parts: Sequence[_Losses]) -> Downstream:
+    documents, member = np.unique(document, return_inverse=True)
+    true_ce, ce, kl = (torch.cat(part, dim=-1).numpy() for part in zip(*parts, strict=True))
+
+    def sums(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[..., n] -> [..., G]"""
+        rows = losses.reshape(-1, len(member))
+        found = [np.bincount(member, row, minlength=len(documents)) for row in rows]
+        return np.stack(found).reshape(*losses.shape[:-1], len(documents))
+
+    return Downstream(
+        layers=np.asarray(layers, np.int64),
+        documents=documents,
+        n_tokens=np.bincount(member, minlength=len(documents)),
+        true_ce=sums(true_ce),
+        ce=sums(ce),
+        kl=sums(kl),
+    )
+
+
+def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np.float64]) -> DownstreamResult:
+    """Means from sums: n_tokens [...], true_ce [...], ce and kl [L, C, ...]; ... is empty or replicates."""
+    true_ce, ce, kl = true_ce / n_tokens, ce / n_tokens, kl / n_tokens
+    delta = ce - true_ce  # [L, C, ...]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recovered = 1 - delta[:, :1] / delta[:, 1:]
+    recovered = np.where(np.isfinite(recovered), recovered, np.nan)
+    return DownstreamResult(
+        n_tokens=n_tokens,
+        true_ce=true_ce,
+        delta_ce=delta[:, RECONSTRUCTED],
+        kl=kl[:, RECONSTRUCTED],
+        mean_delta_ce=delta[:, MEAN],
+        zero_delta_ce=delta[:, ZERO],
+        mean_kl=kl[:, MEAN],
+        zero_kl=kl[:, ZERO],
+        recovered_mean=recovered[:, 0],
+        recovered_zero=recovered[:, 1],
+    )

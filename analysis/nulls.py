@@ -1,0 +1,106 @@
+"""What chance would give: the same codes with their layers, or their tokens, mixed up.
+
+    layers_permuted   within each token the layer labels are permuted: each vector keeps its code, and stands at another
+                      layer. What is left is which latents share a token; order along the layers is gone, so what the
+                      observed numbers show of nearness and of persistence beyond this is due to the layers.
+    tokens_permuted   within each layer the codes are permuted over the tokens of a chunk of the store, no code staying
+                      where it was, each layer on its own. Each latent's profile over layers stays exactly as it was,
+                      and so do the aggregate and between-latent variances by mass; that layers of one token belong
+                      together is gone.
+
+Permutations come from a hash of the seed, the token's place in the store and the layer, so they are the same in any
+grouping of shards and on any machine. A chunk is a run of neighbouring tokens, often of one document: the second null
+keeps what comes of the passage and removes what comes of the token. Not here: sums (`analysis.moments`).
+
+Shapes: T tokens of a tile, L layers.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
+from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, persistence_numbers
+
+Rows = NDArray[np.int64]
+
+
+def permute_layers(seed: int, token: NDArray[np.int64], n_layers: int, chunk_tokens: int) -> Rows:
+    """[T, L] which of the T * L vectors stands at a token and layer: one of the same token, by a random permutation."""
+    order = np.argsort(_keys(seed, 0, token, n_layers), axis=1)
+    return order + n_layers * np.arange(len(token))[:, None]
+
+
+def permute_tokens(seed: int, token: NDArray[np.int64], n_layers: int, chunk_tokens: int) -> Rows:
+    """[T, L] which of the T * L vectors stands at a token and layer: one of the same layer, of another token of the
+    chunk, by a random cycle of the chunk's tokens at each layer. A token that is alone in its chunk keeps its own."""
+    keys = _keys(seed, 1, token, n_layers)
+    source = np.empty(keys.shape, np.int64)
+    chunk = token // chunk_tokens
+    edges = [0, *(np.flatnonzero(np.diff(chunk)) + 1), len(token)]
+    for start, stop in itertools.pairwise(edges):
+        cycle = start + np.argsort(keys[start:stop], axis=0)  # [n, L]
+        np.put_along_axis(source, cycle, np.roll(cycle, -1, axis=0), axis=0)
+    return source * n_layers + np.arange(n_layers)
+
+
+NULLS: Mapping[str, Callable[[int, NDArray[np.int64], int, int], Rows]] = {
+    "layers_permuted": permute_layers,
+    "tokens_permuted": permute_tokens,
+}
+"""name -> rows(seed, token [T] ascending places in the store, n_layers, tokens of a chunk)."""
+
+
+def _keys(seed: int, stream: int, token: NDArray[np.int64], n_layers: int) -> NDArray[np.uint64]:
+    """[T, L] numbers that look random: SplitMix64 (Steele et al. 2014) over seed, stream, token and layer in turn."""
+    state = _mixed(np.full(1, (2 * seed + stream) % 2**64, np.uint64))
+    state = _mixed(state ^ token.astype(np.uint64))
+    return _mixed(state[:, None] ^ np.arange(n_layers, dtype=np.uint64))
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def null_numbers(observed: Mapping[str, Any], persistence: Mapping[str, Any], null: LayerMoments) -> dict[str, Any]:
+    """Numbers of one null, and observed / null: what `nulls` in summary.json holds under its name.
+
+    observed, persistence: the summary's own `variance` and `persistence`. The ratio's interval is the observed one
+    divided by the null's value, which is taken as it is: it is made of as many tokens.
+    """
+    pooled, sums = null.pooled(), null.persistence
+    result: dict[str, Any] = {"variance": {}, "persistence": {}, "ratio": {"variance": {}, "persistence": {}}}
+    for weighting in WEIGHTINGS:
+        value = variances(pooled, weighting)
+        numbers = {name: _number(getattr(value, name)) for name in VARIANCE_NAMES}
+        result["variance"][weighting] = numbers
+        result["ratio"]["variance"][weighting] = _ratios(observed[weighting], numbers)
+    for pairs in PAIR_WEIGHTINGS:
+        means = persistence_numbers(sums.histograms.sum(axis=0), sums.shape.sum(axis=0), null.layers, pairs)
+        numbers = {name: _number(getattr(means, name)) for name in PERSISTENCE_NAMES}
+        result["persistence"][pairs] = numbers
+        result["ratio"]["persistence"][pairs] = _ratios(persistence[pairs], numbers)
+    return result
+
+
+def _ratios(observed: Mapping[str, Any], null: Mapping[str, float | None]) -> dict[str, Any]:
+    ratios: dict[str, Any] = {
+        name: observed[name] / value if value and observed[name] is not None else None for name, value in null.items()
+    }
+    intervals = observed["ci95"]
+    ratios["ci95"] = {
+        name: [bound / value for bound in intervals[name]] if value and intervals[name] else None
+        for name, value in null.items()
+        if name in intervals
+    }
+    return ratios
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,167 @@
+"""When a latent switches on and off along the layers of one token: sums that add over tokens, and what they give.
+
+A (token, latent) pair is a latent with an activation > 0 at one layer of the token at least. Of each pair
+
+    n_layers_active   layers at which it is active
+    onset, offset     first and last such layer
+    run_length        layers of its longest run: analysed layers in a row at which it is active
+    n_runs            runs; 1 if it switches on once and stays on until it switches off
+    contiguity        run_length / layers from onset to offset; 1 if there is no gap
+
+A pair counts by its activation mass, or once. `analysis.compiled.add_codes` fills the sums in its one pass over the
+codes; they add over tokens, and are kept per document group, so intervals come from the same bootstrap as those of the
+variances. Where a store holds some of the model's layers only, "in a row" speaks of those. Not here: intervals
+(`analysis.uncertainty`), what chance would give (`analysis.nulls`).
+
+Shapes: G document groups, L layers, M n_latents.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+PairWeighting = Literal["mass", "equal"]
+
+PAIR_WEIGHTINGS: tuple[PairWeighting, ...] = ("mass", "equal")
+"""What a pair counts: its activation mass, or one."""
+
+DISTRIBUTIONS = ("n_layers_active", "run_length", "onset", "offset")
+"""Rows of `Persistence.histograms`, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Persistence:
+    """Additive sums over (token, latent) pairs."""
+
+    histograms: NDArray[np.float64]
+    """[G, 2, 4, L]: for each weighting, the weight of the pairs by n_layers_active and run_length (n at position n -
+    1), onset and offset (at the layer's position)."""
+
+    shape: NDArray[np.float64]
+    """[G, 2, 3]: for each weighting, sums of weight times n_runs, contiguity, and 1 where n_runs is 1."""
+
+    latents: NDArray[np.float64]
+    """[M, 5]: sums over a latent's pairs, each counting once, of n_layers_active, onset, offset (centred), run_length
+    and contiguity."""
+
+    @classmethod
+    def zeros(cls, n_layers: int, n_latents: int, n_groups: int) -> "Persistence":
+        """No tokens yet."""
+        return cls(
+            histograms=np.zeros((n_groups, len(PAIR_WEIGHTINGS), len(DISTRIBUTIONS), n_layers)),
+            shape=np.zeros((n_groups, len(PAIR_WEIGHTINGS), 3)),
+            latents=np.zeros((n_latents, 5)),
+        )
+
+    def add_rows(self, part: "Persistence", rows: NDArray[np.int64]) -> None:
+        """Add another's sums, in place; its groups are `rows` of these."""
+        self.histograms[rows] += part.histograms
+        self.shape[rows] += part.shape
+        self.latents[:] += part.latents
+
+    def drawn(self, draws: NDArray[np.float64]) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":
+        """Sums over groups, each taken `draws` [R, G] times: histograms [R, 2, 4, L] and shape [R, 2, 3]."""
+        return np.tensordot(draws, self.histograms, 1), np.tensordot(draws, self.shape, 1)
+
+
+class PersistenceNumbers(NamedTuple):
+    """Means over pairs under one weighting; arrays of any shape (replicates). NaN where there is no such pair."""
+
+    n_layers_active: NDArray[np.float64]
+    """Layers at which the latent is active at the token."""
+
+    onset: NDArray[np.float64]
+    """First of them, in the model's layer numbers."""
+
+    offset: NDArray[np.float64]
+    """Last of them, in the model's layer numbers."""
+
+    run_length: NDArray[np.float64]
+    """Layers of the longest run."""
+
+    n_runs: NDArray[np.float64]
+    """Runs: how often it switches on."""
+
+    contiguity: NDArray[np.float64]
+    """Longest run / layers from onset to offset, 0 to 1."""
+
+    unbroken: NDArray[np.float64]
+    """Share of pairs with one run: on once, on until it goes off."""
+
+    single_layer: NDArray[np.float64]
+    """Share of pairs active at one layer only, which are unbroken and of contiguity 1 by themselves."""
+
+    contiguity_multi: NDArray[np.float64]
+    """Contiguity of the other pairs."""
+
+    unbroken_multi: NDArray[np.float64]
+    """Share of the other pairs with one run."""
+
+    stays_on: NDArray[np.float64]
+    """Of the layers at which a pair is active, the last analysed one left out: at which share it is active at the next
+    layer too."""
+
+
+def persistence_numbers(
+    histograms: NDArray[np.float64], shape: NDArray[np.float64], layers: NDArray[np.int64], weighting: PairWeighting
+) -> PersistenceNumbers:
+    """From sums over groups, histograms [..., 2, 4, L] and shape [..., 2, 3]; `layers` [L] are the model's numbers."""
+    w = PAIR_WEIGHTINGS.index(weighting)
+    active, run, onset, offset = np.moveaxis(histograms[..., w, :, :], -2, 0)  # each [..., L]
+    runs, contiguity, unbroken = np.moveaxis(shape[..., w, :], -1, 0)
+    weight, single = active.sum(axis=-1), active[..., 0]
+    n = np.arange(1, active.shape[-1] + 1)
+    layers_on = active @ n.astype(np.float64)
+    return PersistenceNumbers(
+        n_layers_active=_mean(layers_on, weight),
+        onset=_mean(onset @ layers.astype(np.float64), weight),
+        offset=_mean(offset @ layers.astype(np.float64), weight),
+        run_length=_mean(run @ n.astype(np.float64), weight),
+        n_runs=_mean(runs, weight),
+        contiguity=_mean(contiguity, weight),
+        unbroken=_mean(unbroken, weight),
+        single_layer=_mean(single, weight),
+        contiguity_multi=_mean(contiguity - single, weight - single, weight),
+        unbroken_multi=_mean(unbroken - single, weight - single, weight),
+        # A pair of n active layers in r runs has n - r neighbours that are both active.
+        stays_on=_mean(layers_on - runs, layers_on - offset[..., -1], layers_on),
+    )
+
+
+PERSISTENCE_NAMES = PersistenceNumbers._fields
+"""What is reported, in this order."""
+
+
+def distributions(histograms: NDArray[np.float64], weighting: PairWeighting) -> dict[str, NDArray[np.float64]]:
+    """name (`DISTRIBUTIONS`) -> shares [L] that sum to 1, from sums over all groups [2, 4, L]; zeros without a pair."""
+    rows = histograms[PAIR_WEIGHTINGS.index(weighting)]
+    total = rows[0].sum()
+    return {name: row / total if total > 0 else row for name, row in zip(DISTRIBUTIONS, rows, strict=True)}
+
+
+class LatentPersistence(NamedTuple):
+    """Means over the tokens at which a latent fired, each counting once; [M], NaN where it never did."""
+
+    layers_per_token: NDArray[np.float64]
+    onset: NDArray[np.float64]
+    """In the model's layer numbers, as `offset`."""
+
+    offset: NDArray[np.float64]
+    run_length: NDArray[np.float64]
+    contiguity: NDArray[np.float64]
+
+
+def latent_persistence(sums: Persistence, pairs: NDArray[np.float64], centre: float) -> LatentPersistence:
+    """Per latent, from its number of pairs [M] and the layer that the sums are centred at."""
+    active, onset, offset, run, contiguity = (_mean(column, pairs) for column in sums.latents.T)
+    return LatentPersistence(active, onset + centre, offset + centre, run, contiguity)
+
+
+def _mean(
+    total: NDArray[np.float64], weight: NDArray[np.float64], scale: NDArray[np.float64] | float = 0.0
+) -> NDArray[np.float64]:
+    """total / weight; NaN where the weight, a difference of sums of size `scale`, is 0 but for rounding."""
+    some = np.asarray(weight) > 1e-12 * np.asarray(scale)
+    return np.divide(total, weight, out=np.full_like(np.asarray(total), np.nan), where=some)

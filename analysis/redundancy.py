@@ -1,0 +1,125 @@
+"""How alike the latents of a dictionary are, and whether it has learnt one direction once per layer.
+
+Of the live latents, with unit decoder rows:
+
+    nearest       the other live latent with the highest cosine; MMCS is the mean of that cosine over live latents
+    parallel      pairs whose cosine is above a threshold
+    redundant     parallel pairs with disjoint layer profiles: sum_l min(P(l | a), P(l | b)) below a tenth
+
+Cosines are made a tile of rows against all later rows at a time, so memory does not grow with the square of the number
+of latents; of the parallel pairs, however many, the foremost are kept. Not here: what a profile is
+(`analysis.moments`).
+
+Shapes: J live latents, D d_model, L layers, P pairs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+MAX_OVERLAP = 0.1
+"""Profiles that overlap by less are disjoint."""
+
+MAX_PAIRS = 10_000
+"""Pairs that are kept."""
+
+TILE_BYTES = 64 * 2**20
+"""Cosines held at once, float32."""
+
+_PAIRS_AT_ONCE = 2**18
+"""Pairs whose profiles are compared at once."""
+
+
+class Pairs(NamedTuple):
+    """Parallel pairs of latents, redundant ones first, then by falling cosine."""
+
+    a: NDArray[np.int64]
+    """[P] the lower number of the two."""
+
+    b: NDArray[np.int64]
+    cosine: NDArray[np.float64]
+    overlap: NDArray[np.float64]
+    """[P] of the two profiles, 0 to 1."""
+
+
+class Redundancy(NamedTuple):
+    """What was found."""
+
+    threshold: float
+    """Cosine above which a pair is parallel."""
+
+    pairs: Pairs
+    """At most `MAX_PAIRS`."""
+
+    n_parallel: int
+    n_redundant: int
+    n_redundant_latents: int
+    """Latents that are in a redundant pair."""
+
+    nearest: NDArray[np.int64]
+    """[M] the nearest other live latent; -1 for a dead one, or where there is no other."""
+
+    nearest_cosine: NDArray[np.float64]
+    """[M] their cosine, NaN where there is none."""
+
+    @property
+    def mmcs(self) -> float:
+        """Mean over live latents of the highest cosine to another live latent; NaN with fewer than two."""
+        known = self.nearest >= 0
+        return float(self.nearest_cosine[known].mean()) if known.any() else float("nan")
+
+
+def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: float) -> Redundancy:
+    """From decoder rows [M, D] and profiles [M, L] (rows of a latent that never fired are 0: it is left out)."""
+    live = np.flatnonzero(probs.sum(axis=1) > 0)
+    rows = torch.nn.functional.normalize(W_dec.detach()[torch.from_numpy(live)].float(), dim=1)  # [J, D]
+    n = len(live)
+    best = torch.full((n,), -torch.inf)
+    near = torch.full((n,), -1, dtype=torch.int64)
+    pairs = Pairs(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.float64, np.float64)))
+    n_parallel = n_redundant = 0
+    in_redundant = np.zeros(len(probs), bool)
+    start = 0
+    while start < n:
+        stop = min(n, start + max(1, TILE_BYTES // (4 * (n - start))))
+        size = stop - start
+        cosine = rows[start:stop] @ rows[start:].T  # [t, n - start]
+        own = cosine[:, :size]
+        own.masked_fill_(torch.eye(size, dtype=torch.bool), -torch.inf)
+        for dim, place in ((1, slice(start, stop)), (0, slice(start, n))):
+            value, index = cosine.max(dim=dim)
+            better = value > best[place]
+            best[place] = torch.where(better, value, best[place])
+            near[place] = torch.where(better, index + start, near[place])
+        own.masked_fill_(torch.ones(size, size, dtype=torch.bool).tril(), -torch.inf)
+        found = (cosine > threshold).nonzero()
+        for part in found.split(_PAIRS_AT_ONCE):
+            a, b = live[(part[:, 0] + start).numpy()], live[(part[:, 1] + start).numpy()]
+            overlap = np.minimum(probs[a], probs[b]).sum(axis=1)
+            disjoint = overlap < MAX_OVERLAP
+            n_parallel += len(part)
+            n_redundant += int(disjoint.sum())
+            in_redundant[a[disjoint]] = in_redundant[b[disjoint]] = True
+            values = cosine[part[:, 0], part[:, 1]].double().numpy()
+            pairs = _foremost(pairs, Pairs(a, b, values, overlap))
+        start = stop
+    nearest, nearest_cosine = np.full(len(probs), -1), np.full(len(probs), np.nan)
+    if n > 1:
+        nearest[live], nearest_cosine[live] = live[near.numpy()], best.double().numpy()
+    return Redundancy(
+        threshold=threshold,
+        pairs=pairs,
+        n_parallel=n_parallel,
+        n_redundant=n_redundant,
+        n_redundant_latents=int(in_redundant.sum()),
+        nearest=nearest,
+        nearest_cosine=nearest_cosine,
+    )
+
+
+def _foremost(*parts: Pairs) -> Pairs:
+    a, b, cosine, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((b, a, -cosine, overlap >= MAX_OVERLAP))[:MAX_PAIRS]
+    return Pairs(a[order], b[order], cosine[order], overlap[order])

@@ -1,0 +1,388 @@
+"""What faults do to a store that `harvest` makes: kills, full and read-only disks, signals, two at once, bad bytes.
+
+    python benchmarks/bench_faults.py [--runs N] [--flips N] [--seed N]
+
+How: a tiny random model is harvested without a fault, for reference. Then each fault is done to that harvest N times,
+at a random moment of the phase in question, in a process of its own (a fork of this one, which has loaded all that is
+slow): a SIGKILL, a disk that is full (a tmpfs of our own; needs root), folders that can no longer be written to, a
+signal, a second harvest. What is left may hold nothing that a reader would take for whole and is not; then the same
+command runs to its end, and the store must have the reference's bytes, every one, with nothing beside it. Phases: plan
+is the making of the store, commit the writing of a shard, fill all between. At last bits are flipped and ends cut off
+in random files of the store: a reader must refuse it or read the right numbers.
+
+Exit code 1 when anything was lost, wrong or silently read. What it does not do: cut the power (the tests have every
+step that is synced, in order: tests/store/test_faults.py), or measure speed.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Its threads would be missing in our forks, which would wait for them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+import harvest.cli
+import harvest.run
+from store.activations import ActivationStore
+from store.errors import ResidscopeError
+from store.verify import verify
+from tests.support.faults import everything, files_of, harmless, random_fault
+from tests.support.models import tiny_model
+
+CHUNK, SHARD = 32, 96
+PHASES = ("plan", "fill", "commit")
+DISK_BYTES = 24 << 20  # Above the 16 MiB that harvest wants to be free at the start.
+
+Action = Callable[[str, int], None]
+
+
+class Ended(NamedTuple):
+    """A harvest that has ended."""
+
+    code: int
+    """Exit code; -9 when killed."""
+    phase: str
+    """The last phase that it was in; "" before the plan."""
+    words: str
+    """What it said on stderr."""
+
+
+class Child:
+    """A harvest in a process of its own, which tells its phases as it goes through them."""
+
+    def __init__(self, arguments: list[str], action: Action) -> None:
+        """action: called in the child at the begin of each phase, with its name and how many there were before."""
+        reader, writer = os.pipe()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reader)
+            os.dup2(self._words.fileno(), 1)
+            os.dup2(self._words.fileno(), 2)
+            os._exit(self._run(arguments, writer, action))
+        os.close(writer)
+        self._reader = reader
+        self._phases = ""
+
+    @staticmethod
+    def _run(arguments: list[str], writer: int, action: Action) -> int:
+        counts: Counter[str] = Counter()
+
+        def enter(phase: str) -> None:
+            os.write(writer, phase[0].encode())
+            action(phase, counts[phase])
+            counts[phase] += 1
+
+        create, write_shard = ActivationStore.create, ActivationStore.write_shard
+
+        def marked_create(*given):  # type: ignore[no-untyped-def]
+            enter("plan")
+            store = create(*given)
+            enter("fill")
+            return store
+
+        def marked_write(*given):  # type: ignore[no-untyped-def]
+            enter("commit")
+            write_shard(*given)
+            enter("fill")
+
+        ActivationStore.create, ActivationStore.write_shard = marked_create, marked_write  # type: ignore[method-assign]
+        try:
+            return harvest.cli.main(arguments)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            return 99
+
+    def wait_for(self, phase: str, times: int) -> None:
+        """Wait until the phase has begun for the `times`-th time, or the process has ended."""
+        while self._phases.count(phase[0]) < times and (letter := os.read(self._reader, 1)):
+            self._phases += letter.decode()
+
+    def send(self, what: int) -> None:
+        """Send a signal."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, what)
+
+    def end(self) -> Ended:
+        """Wait for the end."""
+        self.wait_for("?", 1)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._reader)
+        self._words.seek(0)
+        words = self._words.read().decode(errors="replace")
+        self._words.close()
+        last = self._phases[-1:]
+        return Ended(code, next((p for p in PHASES if p[0] == last), ""), words)
+
+
+class Bench:
+    """The harvest that is disturbed, its reference, and the table."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.rng = np.random.default_rng(seed)
+        self.failures: list[str] = []
+        self.rows: list[str] = []
+        texts = folder / "texts"
+        texts.mkdir()
+        for i in range(5):
+            (texts / f"{i}.txt").write_text("".join(chr(97 + (i * 7 + j * j) % 26) for j in range(95)))
+        self._options = ["--model", str(tiny_model("gpt2", folder / "model")), "--dataset", str(texts)]
+        self._options += ["--context-length", "20", "--batch-size", "3", "--device", "cpu"]
+        torch.set_num_threads(1)
+        harvest.run.chunk_and_shard_tokens = lambda *sizes: (CHUNK, SHARD)
+        load, loaded = harvest.run.load_model, {}
+
+        def load_once(*given, **options):  # type: ignore[no-untyped-def]
+            if not loaded:
+                loaded[0] = load(*given, **options)
+            return loaded[0]
+
+        harvest.run.load_model = load_once
+        if harvest.cli.main(self.arguments(folder / "first.zarr")):  # In this process, so that its forks have it all.
+            raise SystemExit("the undisturbed harvest failed")
+        before = time.perf_counter()
+        self.must_end(self.start(folder / "reference.zarr"), 0, "reference")
+        self.seconds = time.perf_counter() - before
+        self.reference = files_of(folder / "reference.zarr")
+        self.n_shards = ActivationStore.open(folder / "reference.zarr").meta.n_shards
+
+    def arguments(self, out: Path) -> list[str]:
+        return [*self._options, "--out", str(out)]
+
+    def start(self, out: Path, action: Action = lambda phase, before: None) -> Child:
+        return Child(self.arguments(out), action)
+
+    def check(self, good: bool, what: str) -> None:
+        if not good:
+            self.failures.append(what)
+            print("FAILED:", what, file=sys.stderr)
+
+    def must_end(self, child: Child, code: int, what: str) -> Ended:
+        ended = child.end()
+        self.check(ended.code == code, f"{what}: exit code {ended.code} instead of {code}: {ended.words[-300:]}")
+        self.check("Traceback" not in ended.words, f"{what}: a traceback: {ended.words[-300:]}")
+        return ended
+
+    def nothing_half_done(self, out: Path, what: str) -> None:
+        """What is there now is no store, or one that lacks shards and has nothing wrong."""
+        if (out / "zarr.json").exists():
+            wrong = [bad.reason for bad in verify(out) if not bad.reason.startswith("missing")]
+            self.check(not wrong, f"{what}: {wrong}")
+
+    def completes(self, out: Path, what: str) -> None:
+        """The same command ends well now and leaves the reference's bytes, and nothing beside the store."""
+        self.must_end(self.start(out), 0, f"{what}, run again")
+        self.check(files_of(out) == self.reference, f"{what}: other bytes than those of an undisturbed run")
+        beside = {entry.name for entry in out.parent.iterdir()} - {out.name, f"{out.stem}.harvest.toml"}
+        self.check(not beside, f"{what}: left beside the store: {beside}")
+
+    def row(self, fault: str, times: int, ended: Counter[str]) -> None:
+        self.rows.append(f"{fault:<34}{times:>6}   " + ", ".join(f"{n} {what}" for what, n in ended.most_common()))
+        print(self.rows[-1], flush=True)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[Path]:
+        """Where to make a store, in a folder of its own."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        try:
+            yield folder / "acts.zarr"
+        finally:
+            shutil.rmtree(folder)
+
+    def moment(self, child: Child, phase: str) -> None:
+        """Wait for a random moment of a phase."""
+        child.wait_for(phase, 1 if phase == "plan" else int(self.rng.integers(1, self.n_shards + 1)))
+        time.sleep(float(self.rng.uniform(0, self.seconds / (3 if phase == "plan" else 3 * self.n_shards))))
+
+    # The faults
+
+    def kills(self, runs: int) -> None:
+        counts, tries = Counter(dict.fromkeys(PHASES, 0)), 0
+        while min(counts.values()) < runs and tries < 12 * runs:
+            aim = min(counts, key=lambda phase: counts[phase])
+            tries += 1
+            with self.place() as out:
+                child = self.start(out)
+                self.moment(child, aim)
+                child.send(signal.SIGKILL)
+                ended = child.end()
+                if ended.code == -signal.SIGKILL and ended.phase:
+                    counts[ended.phase] += 1
+                    self.nothing_half_done(out, f"kill -9 in {ended.phase}")
+                    self.completes(out, f"kill -9 in {ended.phase}")
+        for phase in PHASES:
+            self.check(counts[phase] >= runs, f"kill -9 in {phase}: hit only {counts[phase]} times")
+            self.row(f"kill -9 in {phase}", counts[phase], Counter({"whole and the same after": counts[phase]}))
+
+    def full_disk(self, runs: int) -> None:
+        disk = self.folder / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            self.rows.append("full disk: left out, because no file system can be mounted here (needs root)")
+            print(self.rows[-1])
+            return
+        shard_bytes = len(self.reference["resid_post/c.0.0.0"])
+        try:
+            for phase in PHASES:
+                seen: Counter[str] = Counter()
+                for _ in range(runs):
+                    turn = 0 if phase == "plan" else int(self.rng.integers(self.n_shards - 1))
+                    room = int(self.rng.integers(shard_bytes * 3 // 2))
+
+                    def fill_up(now: str, before: int, phase: str = phase, turn: int = turn, room: int = room) -> None:
+                        if (now, before) == (phase, turn):
+                            take_space(disk / "filler", room)
+
+                    out = disk / "stores/acts.zarr"
+                    out.parent.mkdir()
+                    what = f"full disk in {phase}"
+                    ended = self.start(out, fill_up).end()
+                    seen[f"exit {ended.code}"] += 1
+                    said = "No space left" in ended.words and "Traceback" not in ended.words
+                    self.check(
+                        (ended.code == 1 and said) or ended.code == 0, f"{what}: {ended.code} {ended.words[-300:]}"
+                    )
+                    self.nothing_half_done(out, what)
+                    (disk / "filler").unlink()
+                    self.completes(out, what)
+                    shutil.rmtree(out.parent)
+                self.row(f"full disk in {phase}", runs, seen)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+    def read_only(self, runs: int) -> None:
+        """The folders of shards refuse new files (chattr +i, which binds root too) from a random shard on."""
+        seen: Counter[str] = Counter()
+        for _ in range(runs):
+            turn = int(self.rng.integers(self.n_shards - 1))
+            with self.place() as out:
+                folder = str(out / str(self.rng.choice(["resid_post", "shard_moments"])))
+
+                def freeze(phase: str, before: int, turn: int = turn, folder: str = folder) -> None:
+                    if (phase, before) == ("commit", turn):
+                        subprocess.run(["chattr", "+i", folder], check=True)
+
+                ended = self.start(out, freeze).end()
+                subprocess.run(["chattr", "-i", folder], check=True)
+                seen[f"exit {ended.code}"] += 1
+                said = "not permitted" in ended.words and "Traceback" not in ended.words
+                self.check(ended.code == 1 and said, f"read-only: {ended.code} {ended.words[-300:]}")
+                self.nothing_half_done(out, "read-only")
+                self.completes(out, "read-only")
+        self.row("store made read-only midway", runs, seen)
+
+    def signals(self, runs: int) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            seen: Counter[str] = Counter()
+            for i in range(runs):
+                with self.place() as out:
+                    child = self.start(out)
+                    self.moment(child, PHASES[i % 3])
+                    child.send(number)
+                    ended = child.end()
+                    seen[f"exit {ended.code}"] += 1
+                    good = ended.code == 130 or (ended.code == 0 and files_of(out) == self.reference)
+                    self.check(good and "Traceback" not in ended.words, f"{number.name}: {ended.code} {ended.words}")
+                    self.nothing_half_done(out, number.name)
+                    self.completes(out, number.name)
+            self.row(number.name, runs, seen)
+
+    def two_at_once(self, runs: int) -> None:
+        seen: Counter[str] = Counter()
+        for i in range(runs):
+            with self.place() as out:
+                first = self.start(out)
+                if i % 5:  # Else both at the same moment.
+                    self.moment(first, PHASES[i % 3])
+                both = self.start(out), first
+                codes = [child.end() for child in both]
+                refused = [e for e in codes if e.code in (1, 3) and "Traceback" not in e.words]
+                done = [e for e in codes if e.code == 0]
+                self.check(len(done) >= 1 and len(refused) + len(done) == 2, f"two at once: {codes}")
+                seen["one refused" if refused else "the second came after the first's end"] += 1
+                self.check(files_of(out) == self.reference, "two at once: other bytes")
+                self.completes(out, "two at once")
+        self.row("two harvests of one store", runs, seen)
+
+    def bad_bytes(self, faults: int) -> None:
+        with self.place() as out:
+            shutil.copytree(self.folder / "reference.zarr", out)
+            expected = everything(out)
+            files = sorted(p for p in out.rglob("*") if p.is_file() and p.stat().st_size)
+            seen: dict[str, Counter[str]] = {}
+            for i in range(faults):
+                file = files[i % len(files)]
+                data = file.read_bytes()
+                broken, what = random_fault(data, self.rng)
+                file.write_bytes(broken)
+                try:
+                    outcome = "harmless" if harmless(out, expected) else "SILENTLY READ"
+                except (ResidscopeError, OSError):
+                    outcome = "detected"
+                    self.check(bool(verify(out)), f"{file.relative_to(out)}, {what}: verify finds nothing")
+                file.write_bytes(data)
+                name = "metadata (zarr.json)" if file.name == "zarr.json" else file.parent.name
+                seen.setdefault(name, Counter())[outcome] += 1
+                self.check(outcome != "SILENTLY READ", f"{file.relative_to(out)}, {what}: silently read")
+            for name, outcomes in sorted(seen.items()):
+                self.row(f"bad bytes: {name}", outcomes.total(), outcomes)
+            self.row("bad bytes: all", faults, sum(seen.values(), Counter()))
+
+
+def take_space(filler: Path, leave: int) -> None:
+    """Fill the file system of `filler` but for `leave` bytes."""
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
+        file.truncate(max(file.tell() - leave, 0))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Do faults to a harvest, and look for losses.")
+    parser.add_argument("--runs", type=int, default=25, help="times that each fault is done")
+    parser.add_argument("--flips", type=int, default=1000, help="bits that are flipped and ends that are cut off")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments and places")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    folder = Path(tempfile.mkdtemp(prefix="bench-faults-"))
+    try:
+        bench = Bench(folder, options.seed)
+        print(
+            f"{'fault':<34}{'times':>6}   how it ended; each time whole and the same bytes after the next run",
+            flush=True,
+        )
+        bench.kills(options.runs)
+        bench.full_disk(options.runs)
+        bench.read_only(options.runs)
+        bench.signals(options.runs)
+        bench.two_at_once(options.runs)
+        bench.bad_bytes(options.flips)
+    finally:
+        shutil.rmtree(folder)
+    print(f"{len(bench.failures)} failures; {time.perf_counter() - began:.0f} s")
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

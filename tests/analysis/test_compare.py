@@ -1,0 +1,114 @@
+"""Analyses side by side: numbers taken over as they are, depth divided out, and files one can read back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.cli import main
+from analysis.compare import run_names
+from tests.analysis.small import make_small
+from tests.analysis.test_run import run
+from tests.support.results import write_results
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    """A real analysis with nulls, and made-up ones of other depths, one without intervals, one of one layer."""
+    root = tmp_path_factory.mktemp("runs")
+    small = make_small(root)
+    run(small, root / "real")
+    made = []
+    for name, options in (
+        ("deep", {"n_layers": 12}),
+        ("shallow", {"n_layers": 4, "ci": False}),
+        ("one", {"n_layers": 1}),
+    ):
+        (root / name).mkdir()
+        made.append(write_results(root / name, n_latents=60, **options))
+    return [root / "real", *made]
+
+
+def test_numbers_are_those_of_the_summaries_and_depth_is_divided_out(folders, tmp_path, capsys):
+    assert main(["--compare", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [r["run"] for r in result["runs"]] == ["real", "deep", "shallow", "one"]
+    for folder, found in zip(folders, result["runs"], strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        uniform = np.var(summary["layer_numbers"])
+        if folder.name in ("deep", "shallow"):
+            assert uniform == pytest.approx((summary["n_layers"] ** 2 - 1) / 12)
+        for weighting in ("mass", "equal", "latent"):
+            assert found["variance"][weighting] == summary["variance"][weighting]
+            for name, value in found["normalised"][weighting].items():
+                if name == "ci95":
+                    for part, bounds in value.items():
+                        expected = np.array(summary["variance"][weighting]["ci95"][part]) / uniform
+                        np.testing.assert_allclose(bounds, expected)
+                elif uniform:
+                    assert value == pytest.approx(summary["variance"][weighting][name] / uniform)
+                else:
+                    assert value is None
+        assert folder.name in printed
+        assert f"{summary['reconstruction']['fvu']:.3g}" in printed
+    assert result["runs"][0]["null_ratio"]["layers_permuted"]["variance"]["mass"]["within_token"] > 0
+    assert result["runs"][1]["null_ratio"] is None
+
+
+def test_the_table_has_a_row_for_each_run_and_weighting(folders, tmp_path, capsys):
+    assert main(["--compare", *map(str, folders), "--out", str(tmp_path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    table = pd.read_parquet(tmp_path / "compare.parquet").set_index(["run", "weighting"])
+    assert len(table) == 3 * len(folders)
+    for found in result["runs"]:
+        for weighting in ("mass", "equal", "latent"):
+            row, variance = table.loc[(found["run"], weighting)], found["variance"][weighting]
+            assert row["within_token"] == pytest.approx(variance["within_token"])
+            if variance["ci95"] and variance["ci95"].get("total"):
+                assert [row["total_low"], row["total_high"]] == pytest.approx(variance["ci95"]["total"])
+            else:
+                assert np.isnan(row["total_low"])
+    assert table.loc[("real", "mass"), "run_length"] == pytest.approx(
+        result["runs"][0]["persistence"]["mass"]["run_length"]
+    )
+    assert np.isnan(table.loc[("real", "latent"), "run_length"])
+
+
+def test_one_figure_the_same_each_time(folders, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b"):
+        assert main(["--compare", *map(str, folders), "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "a" / "compare.png").read_bytes() == (tmp_path / "b" / "compare.png").read_bytes()
+    svg = (tmp_path / "a" / "compare.svg").read_text()
+    for words in ("real", "shallow", "evenly drawn layer", "aggregate / token-level variance", "not defined"):
+        assert words in svg
+
+
+def test_names_take_as_many_parts_as_tell_runs_apart():
+    assert run_names([Path("a/x"), Path("b/y/summary.json")]) == ["x", "y"]
+    assert run_names([Path("a/x"), Path("b/x/summary.json")]) == ["a/x", "b/x"]
+    assert run_names([Path("x"), Path("x")]) == ["1: x", "2: x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [(None, 1, "no summary.json"), ("{", 3, "not valid JSON"), ('{"schema_version": 0}', 3, "schema_version is 0")],
+)
+def test_what_is_no_analysis_is_one_clear_line(tmp_path, capsys, content, code, words):
+    (tmp_path / "x").mkdir()
+    if content is not None:
+        (tmp_path / "x" / "summary.json").write_text(content)
+    assert main(["--compare", str(tmp_path / "x"), "--out", str(tmp_path / "out")]) == code
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_of_the_comparison(capsys):
+    with pytest.raises(SystemExit):
+        main(["--compare", "--help"])
+    assert "evenly drawn" in capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""Tokens that latents promote and suppress: against the product of whole matrices, and against the norms themselves."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor, nn
+
+from analysis import latent_logits as module
+from analysis.latent_logits import latent_logits, norm_gain, write_latent_logits
+from harvest.models import LoadedModel, load_model, resolve_model
+from tests.support.models import ARCHITECTURES, D_MODEL, tiny_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: load_model(resolve_model(str(tiny_model(name, root / name)))) for name in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_gain_is_the_norms_own(models: dict[str, LoadedModel], architecture: str) -> None:
+    norm = models[architecture].final_norm
+    fold = norm_gain(norm, D_MODEL)
+    assert fold is not None
+    assert isinstance(norm.weight, Tensor)
+    expected = norm.weight + 1 if architecture == "gemma" else norm.weight  # Gemma's norm multiplies by 1 + weight
+    torch.testing.assert_close(fold.gain, expected.detach().clone(), rtol=1e-4, atol=1e-4)
+    assert fold.centred == isinstance(norm, nn.LayerNorm)
+
+
+def test_what_is_no_plain_norm_is_not_folded() -> None:
+    assert norm_gain(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), 8) is None
+    assert norm_gain(nn.Tanh(), 8) is None
+    odd = nn.LayerNorm(7)
+    nn.init.normal_(odd.weight)
+    fold = norm_gain(odd, 7)
+    assert fold is not None
+    torch.testing.assert_close(fold.gain, odd.weight.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ends_are_those_of_the_whole_product(
+    models: dict[str, LoadedModel], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models[architecture]
+    monkeypatch.setattr(module, "TILE_BYTES", 4 * 258 * 3)
+    directions = torch.randn(8, D_MODEL, generator=torch.Generator().manual_seed(1))
+    found = latent_logits(directions, model, n=4)
+    assert found.norm_folded
+    n_tokens = len(model.tokenizer)
+    d = directions - directions.mean(dim=1, keepdim=True) if architecture in ("gpt2", "gpt_neox") else directions
+    weight = model.final_norm.weight
+    assert isinstance(weight, Tensor)
+    unembedding = model.causal_lm.get_output_embeddings().weight.detach()[:n_tokens]
+    logits = (d * (weight + (architecture == "gemma"))) @ unembedding.T
+    logits = logits - logits.mean(dim=1, keepdim=True)
+    order = logits.argsort(dim=1, descending=True).numpy()
+    np.testing.assert_array_equal(found.promoted, order[:, :4])
+    np.testing.assert_array_equal(found.suppressed, order[:, ::-1][:, :4])
+    values = logits.detach().numpy()
+    np.testing.assert_allclose(found.promoted_logits, np.take_along_axis(values, found.promoted, 1), rtol=1e-3)
+    np.testing.assert_allclose(found.suppressed_logits, np.take_along_axis(values, found.suppressed, 1), rtol=1e-3)
+
+
+def test_a_direction_is_named_as_the_model_itself_reads_it(models: dict[str, LoadedModel], tmp_path: Path) -> None:
+    """A residual stream that is nothing but a large multiple of the direction gives these logits, but for scale and
+    the norm's bias."""
+    model = models["llama"]
+    directions = torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(2))
+    found = latent_logits(directions, model, n=3)
+    own = model.logits(directions * 1e3)[:, : len(model.tokenizer)].detach()
+    np.testing.assert_array_equal(found.promoted, own.topk(3).indices.numpy())
+    path = tmp_path / "latent_logits.parquet"
+    write_latent_logits(path, np.array([4, 7, 9]), found, model.tokenizer)
+    table = pq.read_table(path)
+    assert table.schema.equals(module.COLUMNS)
+    assert pq.read_schema(path).metadata[b"norm_folded"] == b"true"
+    rows = table.to_pylist()
+    assert [row["latent"] for row in rows] == [4, 7, 9]
+    assert all(len(row[name]) == 3 for row in rows for name in module.COLUMNS.names[1:])
+    np.testing.assert_allclose(rows[1]["promoted_logits"], found.promoted_logits[1])

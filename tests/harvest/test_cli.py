@@ -1,0 +1,197 @@
+"""The command: exit codes, one line for every mistake, JSON on stdout."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from harvest.cli import main
+from store.activations import ActivationStore
+from tests.harvest.conftest import ModelFolder
+
+
+class Outcome(NamedTuple):
+    code: int
+    stdout: str
+    error: str
+    """The last line of stderr."""
+
+
+Harvest = Callable[..., Outcome]
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, model_folder: ModelFolder, text_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> Harvest:
+    """Runs the command with good options, but for those that a test gives; without a network."""
+    import huggingface_hub
+
+    def unreachable(*args: Any, **options: Any) -> Any:
+        raise ConnectionError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    monkeypatch.chdir(tmp_path)
+
+    def run(**changes: Any) -> Outcome:
+        options = {
+            "model": model_folder("gpt2"),
+            "out": "acts.zarr",
+            "dataset": text_folder,
+            "context_length": 20,
+            **changes,
+        }
+        words: list[str] = []
+        for name, value in options.items():
+            flag = "--" + name.replace("_", "-")
+            words += [flag] if value is True else [flag, str(value)]
+        try:
+            code = main(words)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        found = capsys.readouterr()
+        assert "Traceback" not in found.err
+        return Outcome(code, found.out, (found.err.strip().splitlines() or [""])[-1])
+
+    return run
+
+
+def test_a_run_prints_a_summary_and_then_has_nothing_to_do(command: Harvest) -> None:
+    first = command()
+    assert first.code == 0
+    assert "591 of 4 documents" in first.stdout
+    assert "layers 0-2" in first.stdout
+    assert "nothing to do" in command().stdout
+
+
+def test_json_is_one_line(command: Harvest) -> None:
+    dry = json.loads(command(dry_run=True, json=True, max_tokens=100).stdout)
+    assert (dry["dry_run"], dry["tokens"], dry["bytes"]) == (True, 100, 100 * 3 * 32 * 2)
+    assert not Path("acts.zarr").exists()
+    done = json.loads(command(json=True).stdout)
+    assert (done["dry_run"], done["tokens"], done["layers"]) == (False, 591, [0, 1, 2])
+    assert done["content_hash"] == ActivationStore.open("acts.zarr").content_hash
+
+
+def test_a_dry_run_in_words(command: Harvest) -> None:
+    assert "nothing was written" in command(dry_run=True).stdout
+    assert "DOES NOT FIT" not in command(dry_run=True).stdout
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "unknown model": ({"model": "phytia-1b"}, 2, "unknown model 'phytia-1b'"),
+    "no network, model": ({"model": "pythia-1b"}, 1, "model 'EleutherAI/pythia-1b': the hub cannot be reached"),
+    "no network, data": ({"dataset": "owner/name"}, 1, "data set 'owner/name': the hub cannot be reached"),
+    "no network, lens": ({"lens": "auto"}, 1, "space 'AlignmentResearch/tuned-lens': the hub cannot be reached"),
+    "bad hub id": ({"model": "a/b/c"}, 2, "neither a path that exists nor a hub id"),
+    "no folder": ({"model": "./nowhere"}, 2, "there is no such file or folder"),
+    "missing data set": ({"dataset": "missing.jsonl"}, 2, "--dataset missing.jsonl: there is no such file or folder"),
+    "data set name": ({"dataset": "no such set"}, 2, "neither a path that exists nor a hub id"),
+    "missing column": ({"dataset": "rows.jsonl"}, 2, "no column 'text'; its columns are content, id"),
+    "bad split": ({"split": "test"}, 2, "--split: local files have no splits"),
+    "no text": ({"dataset": "empty.txt"}, 1, "there is no text"),
+    "bad layers": ({"layers": "0-x"}, 2, "--layers should be block indices and ranges"),
+    "layers beyond": ({"layers": "0-5"}, 2, "gpt2 has layers 0 to 2, found 5"),
+    "context too long": ({"context_length": 100}, 2, "--context-length 100: gpt2 takes at most 64 tokens"),
+    "no separator": ({"document_separator": "\N{SNOWMAN}", "model": "narrow"}, 2, "the tokenizer has no token for it"),
+    "bad device": ({"device": "cuda:7"}, 2, "--device cuda:7: not to be had here"),
+    "no such device": ({"device": "abacus"}, 2, "--device abacus: not to be had here"),
+    "no store": ({"out": "other"}, 3, "--out other exists and is not an activation store; it is left alone"),
+    "a file": ({"out": "rows.jsonl"}, 3, "--out rows.jsonl exists and is not an activation store"),
+    "below a file": ({"out": "rows.jsonl/acts.zarr"}, 1, "rows.jsonl cannot be written to"),
+    "no lens": ({"lens": "./nolens"}, 2, "--lens ./nolens: there is no such folder"),
+    "another lens": ({"lens": "lens"}, 3, "is for 4 layers and d_model 8, the model has 3 and 32"),
+    "corrupt gguf": ({"model": "bad.gguf"}, 1, "bad.gguf: not a GGUF file"),
+    "corrupt weights": ({"model": "broken"}, 1, "broken: its model cannot be loaded"),
+    "number": ({"max_tokens": 0}, 2, "--max-tokens should be at least 1, found 0"),
+    "no number": ({"max_tokens": "many"}, 2, "argument --max-tokens: invalid int value: 'many'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_line_and_its_exit_code(
+    name: str, command: Harvest, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    from tests.harvest.test_lens import write_lens
+
+    (tmp_path / "rows.jsonl").write_text('{"content": "a", "id": 1}\n')
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.gguf").write_bytes(b"rubbish")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    write_lens(tmp_path / "lens")
+    for target in ("broken", "narrow"):
+        shutil.copytree(model_folder("gpt2"), tmp_path / target)
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"rubbish")
+    narrow = tmp_path / "narrow" / "tokenizer.json"
+    tokenizer = json.loads(narrow.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {k: v for k, v in vocabulary.items() if k.isascii()}
+    narrow.write_text(json.dumps(tokenizer))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    options, code, message = MISTAKES[name]
+    found = command(**options)
+    assert (found.code, found.stdout) == (code, "")
+    assert found.error.startswith("harvest: error: ")
+    assert message in found.error
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(command: Harvest, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    found = command(out="locked/acts.zarr")
+    assert found.code == 1
+    assert "cannot be written to" in found.error
+
+
+def test_a_disk_that_fills_up_while_writing(command: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(self: Any, *args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "acts.zarr/resid_post/c.0.0.0")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivationStore, "write_shard", full)
+        found = command()
+    assert found.code == 1
+    assert "No space left on device" in found.error
+    assert "continues where it stopped" in found.error
+    assert command().code == 0
+
+
+def test_another_configuration_is_exit_code_3(command: Harvest) -> None:
+    assert command().code == 0
+    found = command(max_tokens=100)
+    assert found.code == 3
+    assert "max_tokens is 1000000 there and 100 here" in found.error
+    assert command(max_tokens=100, overwrite=True).code == 0
+
+
+def test_an_interrupt_while_planning_is_exit_code_130(command: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    from harvest import run
+
+    def terminated(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run.load_model(*args, **options)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run, "tokenise", terminated)
+    found = command()
+    assert (found.code, found.error) == (130, "harvest: error: interrupted; the same command continues the run")
+    assert not Path("acts.zarr").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_command_runs_as_a_module() -> None:
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-m", "harvest.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "--document-separator" in done.stdout
