@@ -14,8 +14,8 @@ reconstructs each.
   analyze --compare A.analysis B.analysis --out comparison    (analyses side by side; --help after it says more)
 """
 
-COMPARE_DESCRIPTION = """Put analyses side by side: one table and one figure, with variances over that of an evenly drawn
-layer, so that models of different depth can be compared.
+COMPARE_DESCRIPTION = """Put analyses side by side: one table and one figure, with variances over that of an evenly
+drawn layer, so that models of different depth can be compared.
 
   analyze --compare A.analysis B.analysis C.analysis --out comparison
 """
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def compare_command() -> int:
-        config = parse_options(CompareConfig, words, prog="analyze", description=COMPARE_DESCRIPTION)
+        argv = ["--help"] if {"-h", "--help"} & set(words) else words  # --compare --help lacks its folders
+        config = parse_options(CompareConfig, argv, prog="analyze", description=COMPARE_DESCRIPTION)
         from analysis.compare import compare
 
         compare(config)

@@ -77,7 +77,7 @@ class Downstream:
 
     def result(self) -> "DownstreamResult":
         """The means over all counted tokens."""
-        return _result(*(x.sum(axis=-1) for x in (self.n_tokens, self.true_ce, self.ce, self.kl)))
+        return _result(*(x.sum(axis=-1) for x in self._sums()))
 
     def intervals(self, n_replicates: int, seed: int) -> dict[str, list[Interval | None]]:
         """95 % intervals over documents of the numbers of `result`, by name and layer; empty if there are fewer than
@@ -91,7 +91,7 @@ class Downstream:
             return {}
         rng = np.random.default_rng(seed)
         draws = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), n_replicates).T  # [G, R]
-        drawn = _result(*(x @ draws for x in (self.n_tokens, self.true_ce, self.ce, self.kl)))
+        drawn = _result(*(x @ draws for x in self._sums()))
         tail = 100 * (1 - LEVEL) / 2
         found: dict[str, list[Interval | None]] = {}
         for name in PER_LAYER:
@@ -100,6 +100,9 @@ class Downstream:
             bounds = zip(2 * value - high, 2 * value - low, strict=True)
             found[name] = [Interval(float(a), float(b)) if np.isfinite([a, b]).all() else None for a, b in bounds]
         return found
+
+    def _sums(self) -> tuple[NDArray[Any], ...]:
+        return self.n_tokens, self.true_ce, self.ce, self.kl
 
 
 class DownstreamResult(NamedTuple):
@@ -274,8 +277,8 @@ def _by_document(layers: tuple[int, ...], document: NDArray[np.int64], parts: Se
     def sums(losses: NDArray[np.float64]) -> NDArray[np.float64]:
         """[..., n] -> [..., G]"""
         rows = losses.reshape(-1, len(member))
-        found = [np.bincount(member, row, minlength=len(documents)) for row in rows]
-        return np.stack(found).reshape(*losses.shape[:-1], len(documents))
+        found = np.stack([np.bincount(member, row, minlength=len(documents)) for row in rows]).astype(np.float64)
+        return found.reshape(*losses.shape[:-1], len(documents))
 
     return Downstream(
         layers=np.asarray(layers, np.int64),

@@ -228,22 +228,21 @@ def write_found(
     with pq.ParquetWriter(path, COLUMNS, compression="zstd") as writer:
         for low in range(0, len(found.latent), _ROWS_AT_ONCE):
             rows = slice(low, low + _ROWS_AT_ONCE)
-            part = Examples(*(column[rows] for column in found))
             context = [contexts[i] for i in place[rows]]
             inside = np.arange(activations.shape[1]) < (stop - start)[rows, None]
             values = activations[rows][inside]
             offsets = np.concatenate([[0], np.cumsum(inside.sum(axis=1))]).astype(np.int32)
             columns = [
-                part.latent,
-                numbers[part.layer],
-                part.rank,
-                part.activation,
-                part.document,
-                part.token,
+                found.latent[rows],
+                numbers[found.layer[rows]],
+                found.rank[rows],
+                found.activation[rows],
+                found.document[rows],
+                found.token[rows],
                 [c.before for c in context],
                 [c.token for c in context],
                 [c.after for c in context],
-                part.token - start[rows],
+                (found.token - start)[rows],
                 [c.texts for c in context],
                 pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, mask=np.isnan(values))),
             ]

@@ -215,6 +215,10 @@ def _reconstruction(results: Results) -> "Figure":
         values = results.layers[name]
         if np.isfinite(values).any():
             upper.plot(layer, values, dash, color=colour, linewidth=1.8, label=label, marker="o", markersize=2.5)
+    low, high = (results.layers.get(f"fvu_{end}") for end in ("low", "high"))
+    if low is not None and high is not None and np.isfinite(low).all():
+        label = "95 % interval"
+        upper.fill_between(layer, low, high, color=COLOURS["within_token"], alpha=0.2, linewidth=0, label=label)
     upper.set_title(fill(reconstruction_title(results), 70))
     upper.set_ylabel("FVU (lower is better)")
     upper.set_ylim(0, 1.25 * max([0.1, *(float(np.nanmax(line.get_ydata())) for line in upper.lines)]))

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
-from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, persistence_numbers
+from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, distributions, persistence_numbers
 
 Rows = NDArray[np.int64]
 
@@ -75,7 +75,10 @@ def null_numbers(observed: Mapping[str, Any], persistence: Mapping[str, Any], nu
     divided by the null's value, which is taken as it is: it is made of as many tokens.
     """
     pooled, sums = null.pooled(), null.persistence
-    result: dict[str, Any] = {"variance": {}, "persistence": {}, "ratio": {"variance": {}, "persistence": {}}}
+    result: dict[str, Any] = {
+        **{name: {} for name in ("variance", "persistence", "distributions")},
+        "ratio": {"variance": {}, "persistence": {}},
+    }
     for weighting in WEIGHTINGS:
         value = variances(pooled, weighting)
         numbers = {name: _number(getattr(value, name)) for name in VARIANCE_NAMES}
@@ -86,6 +89,8 @@ def null_numbers(observed: Mapping[str, Any], persistence: Mapping[str, Any], nu
         numbers = {name: _number(getattr(means, name)) for name in PERSISTENCE_NAMES}
         result["persistence"][pairs] = numbers
         result["ratio"]["persistence"][pairs] = _ratios(persistence[pairs], numbers)
+        shares = distributions(sums.histograms.sum(axis=0), pairs)
+        result["distributions"][pairs] = {name: row.tolist() for name, row in shares.items()}
     return result
 
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from analysis.figures import write_figures
 from analysis.report_data import Results, load_results
-from analysis.report_sections import SECTIONS, fill, page_file, page_header
+from analysis.report_sections import SECTIONS, page_header
+from analysis.report_template import fill, page_file
 
 
 def write_report(out_dir: Path) -> Path:

@@ -219,24 +219,41 @@ def l0_chart(results: Results) -> str:
 
 
 def _by_layer(results: Results, lines: Sequence[tuple[str, str, str]], name: str, height_rem: float) -> str:
-    """Lines over the layers, from 0 up, with a legend where there are several."""
-    lines = [line for line in lines if np.isfinite(results.layers[line[0]]).any()]
-    n_layers = len(results.layer_numbers)
-    highest = max([0.0, *(float(np.nanmax(results.layers[column])) for column, _, _ in lines)])
+    """Columns of layers.parquet as lines over the layers; bounds of an interval, where a column has them."""
+    bounds = [(f"{column}_{end}", "", "bound") for column, _, _ in lines for end in ("low", "high")]
+    series = [
+        (results.layers[column], words, kind) for column, words, kind in (*lines, *bounds) if column in results.layers
+    ]
+    return lines_chart(series, name, layer_ticks(results.layer_numbers), "layer (after block)", height_rem)
+
+
+def lines_chart(
+    series: Sequence[tuple[np.ndarray, str, str]],
+    name: str,
+    ticks: Sequence[tuple[int, str]],
+    x_name: str,
+    height_rem: float,
+) -> str:
+    """Lines over L columns, from 0 up, with a legend where several have words.
+
+    series: values [L], words in the legend, classes of report.css; ticks: column and label.
+    """
+    series = [line for line in series if np.isfinite(line[0]).any()]
+    n_columns = len(series[0][0]) if series else 1
+    highest = max([0.0, *(float(np.nanmax(values)) for values, _, _ in series)])
     step = _round_step(highest or 1.0, 4)
     top = step * math.ceil((highest or 1.0) * 1.04 / step)
-    plot = Plot(f"{name}, by layer; the numbers are in the table by layer.", height_rem)
+    plot = Plot(f"{name}, by {x_name}; the means are in a table of this page.", height_rem)
     plot.y_ticks([(i * step / top, f"{i * step:g}") for i in range(round(top / step) + 1)])
-    plot.x_ticks(
-        [((i + 0.5) / n_layers, words) for i, words in layer_ticks(results.layer_numbers)], "layer (after block)"
-    )
-    legend = ""
-    for column, words, kind in lines:
-        values = results.layers[column] / top
-        plot.line([((i + 0.5) / n_layers, float(value)) for i, value in enumerate(values)], f"curve {kind}")
-        legend += f'<span><svg viewBox="0 0 28 8"><path class="curve {kind}" d="M0 4H28"/></svg>{escape(words)}</span>'
-    legend = f'<div class="legend">{legend}</div>' if len(lines) > 1 else ""
-    return f'<p class="yname">{escape(name)}</p>{legend}{plot.render()}'
+    plot.x_ticks([((i + 0.5) / n_columns, words) for i, words in ticks], x_name)
+    legend = []
+    for values, words, kind in series:
+        plot.line([((i + 0.5) / n_columns, float(value)) for i, value in enumerate(values / top)], f"curve {kind}")
+        if words:
+            key = f'<svg viewBox="0 0 28 8"><path class="curve {kind}" d="M0 4H28"/></svg>'
+            legend.append(f"<span>{key}{escape(words)}</span>")
+    shown = f'<div class="legend">{"".join(legend)}</div>' if len(legend) > 1 else ""
+    return f'<p class="yname">{escape(name)}</p>{shown}{plot.render()}'
 
 
 def layer_ticks(layer_numbers: Sequence[int]) -> list[tuple[int, str]]:

@@ -1,6 +1,7 @@
 """What `analyze` has written, read back for the figures and the report, and the sentences that state its findings.
 
-`load_results` reads summary.json, layers.parquet and latents.parquet from one folder, and nothing else. Numbers stay
+`load_results` reads summary.json, layers.parquet, latents.parquet and, where it is there, redundancy.parquet from one
+folder, and nothing else. Numbers stay
 as they were written; whatever is not defined (null, NaN, infinite) is shown as an en dash, never as "NaN". The titles
 that state a finding are made here, once, so that a PNG and the page say the same words. Nothing is computed that the
 files do not hold, but medians, bin averages and 1 / rel_var_t.
@@ -10,7 +11,7 @@ Shapes: L layers, J live latents (those that fired at least once in the analysed
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,9 @@ PARTS = {
     "between_latents": "between latents",
 }
 """The three parts of the total variance, in the order in which they are stacked."""
+
+MAX_PAIRS = 20
+"""Pairs of latents that the report lists."""
 
 SCALARS = (
     *("latent", "count", "n_tokens", "total", "mean", "layer_mean", "layer_var", "layer_std"),
@@ -60,6 +64,12 @@ class Results:
     probs: np.ndarray
     """P(layer | latent), the share of the latent's activation mass at each layer, float64 [J, L]; rows sum to 1."""
 
+    kinds: np.ndarray = field(default_factory=lambda: np.empty(0, object))
+    """Kind of each live latent's profile, [J]; empty where the file has none."""
+
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    """The foremost near-parallel pairs of latents, at most `MAX_PAIRS`, as in redundancy.parquet."""
+
     @property
     def layer_numbers(self) -> list[int]:
         """The model's block indices of the L columns, from 0."""
@@ -78,7 +88,11 @@ class Results:
 
     def interval(self, weighting: str, name: str) -> tuple[float, float] | None:
         """The 95 % interval of one number of the decomposition, or None."""
-        bounds = self.get("variance", weighting, "ci95", name)
+        return self.bounds("variance", weighting, name)
+
+    def bounds(self, *keys: str) -> tuple[float, float] | None:
+        """The 95 % interval of the number at a path of keys, which lies beside it under "ci95"; None without one."""
+        bounds = self.get(*keys[:-1], "ci95", keys[-1])
         if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
             return None
         low, high = finite(bounds[0]), finite(bounds[1])
@@ -125,7 +139,10 @@ def load_results(out_dir: Path) -> Results:
             "run `analyze` again with this version"
         )
     layers = pq.read_table(out_dir / "layers.parquet")
-    latents = pq.read_table(out_dir / "latents.parquet", columns=[*SCALARS, "counts", "probs"])
+    has_kinds = "profile" in pq.read_schema(out_dir / "latents.parquet").names
+    columns = [*SCALARS, "counts", "probs", *(["profile"] if has_kinds else [])]
+    latents = pq.read_table(out_dir / "latents.parquet", columns=columns)
+    pairs = out_dir / "redundancy.parquet"
     live = np.asarray(latents["count"]) > 0
     n_layers = len(summary["layer_numbers"])
 
@@ -139,6 +156,8 @@ def load_results(out_dir: Path) -> Results:
         latents={name: np.asarray(latents[name].to_numpy())[live] for name in SCALARS},
         counts=matrix("counts"),
         probs=matrix("probs"),
+        kinds=np.array(latents["profile"].to_pylist(), object)[live] if has_kinds else np.empty(0, object),
+        pairs=pq.read_table(pairs).slice(0, MAX_PAIRS).to_pylist() if pairs.is_file() else [],
     )
 
 

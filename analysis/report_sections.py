@@ -8,9 +8,7 @@ chart looks in `analysis.report_charts`.
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
-from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +19,7 @@ from analysis.report_data import (
     WEIGHTINGS,
     Results,
     between,
+    finite,
     headline,
     heat_map,
     integer,
@@ -32,20 +31,8 @@ from analysis.report_data import (
     variance_title,
     why_no_ratio,
 )
-
-
-class Section(NamedTuple):
-    """A part of the page, named in its table of contents."""
-
-    anchor: str
-    """Its id: what follows # in a link to it."""
-
-    title: str
-    """Heading, plain text."""
-
-    body: str
-    """HTML."""
-
+from analysis.report_structure import kinds_section, nulls_section, persistence_section, redundancy_section
+from analysis.report_template import Section, fill, page_file
 
 LAYER_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("fvu", "FVU", show),
@@ -59,16 +46,6 @@ LAYER_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("mass_share", "Mass share", percent),
 )
 """Columns of layers.parquet in the table by layer: name, heading, and how a value is shown."""
-
-
-def page_file(name: str) -> str:
-    """A file of report_page/ as text."""
-    return files("analysis").joinpath("report_page", name).read_text(encoding="utf-8")
-
-
-def fill(name: str, **html: str) -> str:
-    """A template of report_page/ with its $names replaced by HTML."""
-    return Template(page_file(name)).substitute(html)
 
 
 def page_header(results: Results) -> str:
@@ -103,7 +80,7 @@ def _tiles(results: Results) -> list[tuple[str, str, str]]:
     bounds = results.interval("mass", "aggregate_over_token")
     live, n_latents = results.number("latents", "active") or 0.0, results.number("n_latents") or 0.0
     share = f" ({percent(live / n_latents)})" if n_latents else ""
-    held_out = results.number("validation_fvu")
+    held_out, fvu_bounds = results.number("validation_fvu"), results.bounds("reconstruction", "fvu")
     k = integer(results.get("provenance", "sae", "k"))
     return [
         (
@@ -117,7 +94,9 @@ def _tiles(results: Results) -> list[tuple[str, str, str]]:
         (
             "FVU, mean over layers",
             show(results.number("reconstruction", "fvu")),
-            "lower is better" + (f"; held-out text {show(held_out)}" if held_out is not None else ""),
+            "lower is better"
+            + (f"; 95 % interval {between(fvu_bounds)}" if fvu_bounds else "")
+            + (f"; held-out text {show(held_out)}" if held_out is not None else ""),
         ),
         ("L0", show(results.number("reconstruction", "l0")), f"active latents per vector; k = {k}"),
     ]
@@ -201,7 +180,10 @@ def _layers_section(results: Results) -> Section:
 def _reconstruction_section(results: Results) -> Section:
     rows = []
     for i, layer in enumerate(results.layer_numbers):
-        cells = "".join(f"<td>{form(results.layers[name][i])}</td>" for name, _, form in LAYER_COLUMNS)
+        cells = "".join(
+            f"<td>{form(results.layers[name][i])}{_fvu_bounds(results, i) if name == 'fvu' else ''}</td>"
+            for name, _, form in LAYER_COLUMNS
+        )
         rows.append(f"<tr><th>{layer}</th>{cells}</tr>")
     missing = ["the last layer has no next one"]
     if results.get("validation") is None:
@@ -219,6 +201,14 @@ def _reconstruction_section(results: Results) -> Section:
         missing=escape("; ".join(missing)),
     )
     return Section("reconstruction", "Reconstruction by layer", body)
+
+
+def _fvu_bounds(results: Results, i: int) -> str:
+    """The 95 % interval of a layer's FVU, small; empty where there is none."""
+    bounds = [finite(results.layers[name][i]) for name in ("fvu_low", "fvu_high") if name in results.layers]
+    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
+        return ""
+    return f"<small>{between((bounds[0], bounds[1]))}</small>"
 
 
 def _latents_section(results: Results) -> Section:
@@ -271,6 +261,10 @@ def _method_section(_: Results) -> Section:
 SECTIONS: Sequence[Callable[[Results], Section]] = (
     _variance_section,
     _layers_section,
+    persistence_section,
+    nulls_section,
+    kinds_section,
+    redundancy_section,
     _reconstruction_section,
     _latents_section,
     _provenance_section,

@@ -56,13 +56,7 @@ def model_of_store(
                 f"model {found.name}: its {what} should be {expected}, as {store.path} was harvested with, found {here}"
             )
     wanted = getattr(torch, provenance.get("compute_dtype", "float32")) if dtype is None else dtype
-    model = load_model(found, dtype=wanted, device=device)
-    if (model.n_layers, model.d_model) != (store.meta.n_model_layers, store.meta.d_model):
-        raise IncompatibleError(
-            f"model {found.name} has {model.n_layers} layers and d_model {model.d_model}, {store.path} is of one with"
-            f" {store.meta.n_model_layers} and {store.meta.d_model}"
-        )
-    return model
+    return load_model(found, dtype=wanted, device=device)
 
 
 def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens | None:
@@ -83,7 +77,11 @@ def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens 
             d_model=store.meta.d_model,
             indexing=indexing,
         )
-    except UsageError as error:
+    except IncompatibleError:
+        raise
+    except ResidscopeError as error:
+        if name is not None:
+            raise
         raise UsageError(
             f"{error}; {store.path} went through lens {described.get('id')!r}: say where that is"
         ) from None
@@ -104,11 +102,17 @@ _LOGITS_ERROR = 0.01
 def check_model(store: ActivationStore, model: LoadedModel, lens: TunedLens | None) -> None:
     """Run the store's first tokens and compare; `IncompatibleError` where at some layer half of the vectors are off by
     more than a fifth of their norm: then the model, its weights or the lens are not those of the store."""
+    meta = store.meta
+    if (model.n_layers, model.d_model) != (meta.n_model_layers, meta.d_model):
+        raise IncompatibleError(
+            f"model {model.spec.name} has {model.n_layers} layers and d_model {model.d_model}, {store.path} is of one"
+            f" with {meta.n_model_layers} and {meta.d_model}"
+        )
     n_tokens = min(_CHECKED_TOKENS, int(sequence_bounds(store.tokens.position)[1][0]))
     stored = torch.from_numpy(store.read(slice(0, n_tokens), None))  # [n, L, D]
     input_ids = torch.from_numpy(store.tokens.token_id[:n_tokens].astype(np.int64))[None]
-    recorded = ResidualRecorder(model, store.meta.layers).record(input_ids)
-    for i, layer in enumerate(store.meta.layers):
+    recorded = ResidualRecorder(model, meta.layers).record(input_ids)
+    for i, layer in enumerate(meta.layers):
         found = recorded[i][0].float() if lens is None else lens.apply(recorded[i][0], layer)
         error = (found.cpu() - stored[:, i]).norm(dim=-1) / stored[:, i].norm(dim=-1)
         if not error.median().item() <= _CHECKED_ERROR:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.moments import VARIANCE_NAMES
+from analysis.nulls import NULLS
 
 _ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}
 
@@ -40,6 +41,10 @@ def words(summary: Mapping[str, Any]) -> str:
         "",
         *_headline(variance["mass"]["aggregate_over_token"], compat["rel_var_t"]),
         "",
+        *_persistence_words(summary["persistence"]["mass"]),
+        *_null_words(summary),
+        *_latent_words(summary),
+        "",
         "Reconstruction by layer (FVU and MSE: lower is better; FVU 1 is no better than the layer's mean)",
         *table(
             ("layer", "FVU", "validation FVU", "PCA FVU", "MSE", "L0", "mean norm", "cosine to next"),
@@ -69,10 +74,58 @@ def _headline(ratio: float | None, reference: float | None) -> list[str]:
     ]
 
 
+def _persistence_words(means: Mapping[str, Any]) -> list[str]:
+    if means["n_layers_active"] is None:
+        return []
+    single = means["single_layer"]
+    lines = [
+        "Along the layers of a token, by mass: a latent is on at "
+        f"{with_interval(means, 'n_layers_active')} layers, first at {shown(means['onset'])} and last at "
+        f"{shown(means['offset'])}; its longest run is {with_interval(means, 'run_length')} layers.",
+    ]
+    if means["unbroken_multi"] is not None:
+        lines.append(
+            f"At one layer only: {100 * single:.0f} %. Of the rest {100 * means['unbroken_multi']:.0f} % switch on "
+            f"once and stay on until they go off (contiguity {with_interval(means, 'contiguity_multi')})."
+        )
+    return lines
+
+
+def _null_words(summary: Mapping[str, Any]) -> list[str]:
+    nulls = summary["nulls"]
+    if not nulls:
+        return []
+    rows = []
+    for part, name, label in (
+        ("variance", "within_token", "within token, layers squared"),
+        ("variance", "aggregate_over_token", "aggregate / token-level"),
+        ("persistence", "run_length", "longest run, layers"),
+        ("persistence", "stays_on", "share on at the next layer too"),
+    ):
+        ratios = [nulls[null]["ratio"][part]["mass"] for null in NULLS]
+        values = [nulls[null][part]["mass"][name] for null in NULLS]
+        cells = (f"{shown(value)} (x {with_interval(r, name)})" for value, r in zip(values, ratios, strict=True))
+        rows.append((label, shown(summary[part]["mass"][name]), *cells))
+    head = ("null models, by mass (x: observed / null)", "observed", "layers permuted", "tokens permuted")
+    return table(head, rows)
+
+
+def _latent_words(summary: Mapping[str, Any]) -> list[str]:
+    kinds, found = summary["profiles"], summary["redundancy"]
+    lines = ["Kinds of latents: " + ", ".join(f"{part['latents']:,} {kind}" for kind, part in kinds.items()) + "."]
+    if found:
+        lines.append(
+            f"Decoder rows: MMCS {shown(found['mmcs'])}; {found['parallel_pairs']:,} pairs with a cosine above "
+            f"{found['cosine_threshold']:g}, {found['redundant_pairs']:,} of them with disjoint layer profiles."
+        )
+    return lines
+
+
 def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
     reconstruction, validation, pca = summary["reconstruction"], summary["validation"], summary["baseline"]["pca"]
     lines = [
-        f"Mean over layers, analysed tokens: FVU {shown(reconstruction['fvu'])}, L0 {shown(reconstruction['l0'])}."
+        f"Mean over layers, analysed tokens: FVU {with_interval(reconstruction, 'fvu')}, "
+        f"L0 {with_interval(reconstruction, 'l0')}."
     ]
     if validation:
         line = f"Mean over layers, {validation['n_tokens']:,} validation tokens: FVU {shown(validation['fvu'])}"

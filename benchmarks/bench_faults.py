@@ -207,9 +207,9 @@ class Bench:
         finally:
             shutil.rmtree(folder)
 
-    def moment(self, child: Child, phase: str) -> None:
-        """Wait for a random moment of a phase."""
-        child.wait_for(phase, 1 if phase == "plan" else int(self.rng.integers(1, self.n_shards + 1)))
+    def moment(self, child: Child, phase: str, shards: int) -> None:
+        """Wait for a random moment of a phase, at one of the first `shards` shards."""
+        child.wait_for(phase, 1 if phase == "plan" else int(self.rng.integers(1, shards + 1)))
         time.sleep(float(self.rng.uniform(0, self.seconds / (3 if phase == "plan" else 3 * self.n_shards))))
 
     # The faults
@@ -221,7 +221,7 @@ class Bench:
             tries += 1
             with self.place() as out:
                 child = self.start(out)
-                self.moment(child, aim)
+                self.moment(child, aim, self.n_shards)
                 child.send(signal.SIGKILL)
                 ended = child.end()
                 if ended.code == -signal.SIGKILL and ended.phase:
@@ -293,31 +293,37 @@ class Bench:
     def signals(self, runs: int) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             seen: Counter[str] = Counter()
-            for i in range(runs):
+            while seen["exit 130"] < runs and seen.total() < 3 * runs:
                 with self.place() as out:
                     child = self.start(out)
-                    self.moment(child, PHASES[i % 3])
+                    self.moment(child, PHASES[seen.total() % 3], 2)
                     child.send(number)
                     ended = child.end()
                     seen[f"exit {ended.code}"] += 1
+                    # One that comes in the last moments finds the work done.
                     good = ended.code == 130 or (ended.code == 0 and files_of(out) == self.reference)
                     self.check(good and "Traceback" not in ended.words, f"{number.name}: {ended.code} {ended.words}")
                     self.nothing_half_done(out, number.name)
                     self.completes(out, number.name)
-            self.row(number.name, runs, seen)
+            self.row(number.name, seen.total(), seen)
 
     def two_at_once(self, runs: int) -> None:
+        """The first waits a while at a random place, so that the second meets it."""
         seen: Counter[str] = Counter()
         for i in range(runs):
+            at = PHASES[i % 3], 0 if i % 3 == 0 else int(self.rng.integers(3))
+
+            def wait(phase: str, before: int, at: tuple[str, int] = at) -> None:
+                if (phase, before) == at:
+                    time.sleep(3 * self.seconds)
+
             with self.place() as out:
-                first = self.start(out)
-                if i % 5:  # Else both at the same moment.
-                    self.moment(first, PHASES[i % 3])
-                both = self.start(out), first
-                codes = [child.end() for child in both]
-                refused = [e for e in codes if e.code in (1, 3) and "Traceback" not in e.words]
-                done = [e for e in codes if e.code == 0]
-                self.check(len(done) >= 1 and len(refused) + len(done) == 2, f"two at once: {codes}")
+                first = self.start(out, wait)
+                first.wait_for(at[0], at[1] + 1)
+                both = self.start(out).end(), first.end()
+                refused = [e for e in both if e.code in (1, 3) and "Traceback" not in e.words]
+                done = [e for e in both if e.code == 0]
+                self.check(len(done) >= 1 and len(refused) + len(done) == 2, f"two at once: {both}")
                 seen["one refused" if refused else "the second came after the first's end"] += 1
                 self.check(files_of(out) == self.reference, "two at once: other bytes")
                 self.completes(out, "two at once")

@@ -1,6 +1,6 @@
 """How fast the compiled kernels of a training step are: beside torch's, and beside the encoder's product, in one run.
 
-    python benchmarks/bench_kernels.py [--json] [--rows 8192 2048] [--rounds 7] [--compile]
+    python benchmarks/bench_kernels.py [--json] [--rows 8192 2048] [--rounds 7] [--cpu] [--compile]
 
 Times are milliseconds, the least of several rounds; in a round everything runs once, in the order of a step, so that
 our threads and torch's take turns as they do in training and a busy machine hurts all alike. Lower is better. Ratios

@@ -124,11 +124,17 @@ class BatchRunner:
         """Room for batches of up to `n_tokens`."""
         return HostBuffer(len(self.layers), n_tokens, self._d_model, self._dtype, self._device)
 
-    def run(self, input_ids: Tensor, buffer: HostBuffer) -> None:
+    def run(self, input_ids: Tensor, buffer: HostBuffer, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Fill `buffer` with the residual streams of token ids int64 [B, N]; on CUDA the copies may still be under
-        way."""
+        way.
+
+        stopped: asked after each block, since a batch may take long; once it is true the pass is given up. Gives
+        whether the pass was whole.
+        """
 
         def keep(i: int, residual: Tensor) -> None:
+            if stopped():
+                raise _Stopped
             values = self.transformed(i, residual)
             target = buffer.data[i, : len(values)]
             if self._stream is None:
@@ -144,8 +150,12 @@ class BatchRunner:
                 stored.record_stream(self._stream)
                 finite.record_stream(self._stream)
 
-        self._recorder.stream(input_ids, keep)
+        try:
+            self._recorder.stream(input_ids, keep)
+        except _Stopped:
+            return False
         buffer.mark_copied(self._stream)
+        return True
 
     def transformed(self, i: int, residual: Tensor) -> Tensor:
         """What is stored of the i-th kept layer's output [B, N, D], before rounding: [n, D]."""
@@ -173,6 +183,10 @@ class BatchRunner:
             f"tokens {first_token} to {first_token + input_ids.numel() - 1}: the model gave values that are not finite,"
             " and finite ones when run again; the machine computes wrongly. Nothing of it was stored"
         )
+
+
+class _Stopped(BaseException):
+    """Ends a forward pass; no Exception, so that no model code swallows it."""
 
 
 class _NotFinite(Exception):
@@ -219,7 +233,7 @@ class ShardAssembler:
 def fill(store: ActivationStore, model: LoadedModel, runner: BatchRunner, batch_size: int) -> Filled:
     """Write every missing shard of a store that is open for writing.
 
-    A first SIGINT or SIGTERM ends the run after the batch in flight and raises `Interrupted`; what is written is
+    A first SIGINT or SIGTERM gives up the batch in flight and raises `Interrupted`; what is written is
     whole. Values that are not finite raise `ResidscopeError` and are not written; so does whatever the disk raises.
     """
     meta, tokens = store.meta, store.tokens
@@ -249,12 +263,11 @@ def fill(store: ActivationStore, model: LoadedModel, runner: BatchRunner, batch_
     with stop_on_signals() as stopped, ThreadPoolExecutor(1, "writer") as writer, _bar(meta, batches) as bar:
         try:
             for number, batch in enumerate(batches):
-                if stopped():
-                    break
                 if len(pending) == len(buffers):
                     pending.pop(0).result()
                 buffer = buffers[number % len(buffers)]
-                runner.run(ids(batch), buffer)
+                if not runner.run(ids(batch), buffer, stopped):
+                    break
                 pending.append(writer.submit(take, batch, buffer))
                 done += batch.stop - batch.start
                 _advance(bar, batch, meta, begin, done)

@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from store.activations import ActivationStore, Shard
     from store.arrays import TokenTable
+    from store.dask_arrays import dask_array
     from store.loader import Batch, WindowLoader
     from store.meta import StoreMeta
     from store.moments import LayerStatistics
 
-__all__ = ["ActivationStore", "Batch", "LayerStatistics", "Shard", "StoreMeta", "TokenTable", "WindowLoader"]
+__all__ = [
+    "ActivationStore",
+    "Batch",
+    "LayerStatistics",
+    "Shard",
+    "StoreMeta",
+    "TokenTable",
+    "WindowLoader",
+    "dask_array",
+]
 
 _MODULES = {
     "ActivationStore": "store.activations",
@@ -24,6 +34,7 @@ _MODULES = {
     "StoreMeta": "store.meta",
     "TokenTable": "store.arrays",
     "WindowLoader": "store.loader",
+    "dask_array": "store.dask_arrays",
 }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from train.kernels import SparseCodes
+from train.kernels import Kernels, SparseCodes
 
 if TYPE_CHECKING:
     from train.step import StepOptions
@@ -61,7 +61,13 @@ class AuxOutput(NamedTuple):
 
 
 def auxk(
-    centred: Tensor, error: Tensor, rows: RowWeights, W_enc: Tensor, W_dec: Tensor, options: "StepOptions"
+    centred: Tensor,
+    error: Tensor,
+    rows: RowWeights,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    options: "StepOptions",
+    kernels: Kernels,
 ) -> AuxOutput:
     """AuxK of Gao et al. 2024, appendix A.2: each row's aux_k largest dead latents reconstruct what the rest missed.
 
@@ -91,7 +97,7 @@ def auxk(
     for start in range(0, len(centred), tile_rows):
         part = slice(start, start + tile_rows)
         inputs = centred[part].to(dtype)
-        active = _largest(inputs @ encoder.t(), options.aux_k).relu_()  # [n, A]
+        active = _activations(inputs @ encoder.t(), options.aux_k, kernels)  # [n, A]
         missed = error[part] - active @ decoder  # [n, D]
         loss += rows.total[part] @ missed.square().sum(dim=1)
         grad_out = (missed * (-2 * scale * rows.total[part]).unsqueeze(1)).to(dtype)  # d loss / d e_hat
@@ -102,12 +108,12 @@ def auxk(
     return out._replace(loss=loss * scale)
 
 
-def _largest(z: Tensor, k: int) -> Tensor:
-    """`z` [n, A] with all but the k largest of each row set to zero."""
+def _activations(z: Tensor, k: int, kernels: Kernels) -> Tensor:
+    """ReLU of `z` [n, A], with all but the k largest of each row set to zero."""
     if z.shape[1] <= k:
-        return z
-    values, indices = torch.topk(z, k, dim=-1, sorted=False)
-    return torch.zeros_like(z).scatter_(1, indices, values)
+        return z.relu_()
+    codes = kernels.topk_relu(z, k)
+    return torch.zeros_like(z).scatter_(1, codes.indices, codes.values.to(z.dtype))
 
 
 class DeadLatents:

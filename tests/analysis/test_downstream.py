@@ -274,6 +274,7 @@ def test_a_block_that_takes_more_than_the_residual_stream_is_not_starved(make: M
         return output + kept.pop()
 
     handles = [
+        made.model.base.register_forward_pre_hook(lambda module, arguments: kept.clear()),
         blocks[0]
         .get_submodule("self_attn.v_proj")
         .register_forward_hook(lambda module, arguments, output: leave(module, arguments, output.repeat(1, 1, 2))),
@@ -366,15 +367,17 @@ def test_intervals_are_over_documents(make: Make) -> None:
     assert measure_downstream(made.store, made.model, identity, lens=None).intervals(500, 1) == {}
 
 
-def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path) -> None:
+def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, with_lens = make("llama"), make("llama", with_lens=True)
     other = tiny_model("llama", tmp_path / "llama", seed=1)
     with pytest.raises(IncompatibleError, match="content hash"):
         model_of_store(made.store, str(other))
     with pytest.raises(UsageError, match="say where that is"):
         model_of_store(made.store)
-    with pytest.raises(UsageError, match="say where that is"):
-        lens_of_store(with_lens.store)
+    with monkeypatch.context() as patch:
+        patch.setattr("harvest.lens._download", lambda name: Path(str(tmp_path / name)))
+        with pytest.raises(UsageError, match="say where that is"):
+            lens_of_store(with_lens.store)
     lens_folder = write_lens(tmp_path / "lens", N_LAYERS["llama"])
     config = json.loads((lens_folder / "config.json").read_text())
     (lens_folder / "config.json").write_text(json.dumps(config | {"revision": "another"}))
@@ -382,7 +385,7 @@ def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path) -> None:
         lens_of_store(with_lens.store, str(lens_folder))
     with pytest.raises(IncompatibleError, match="does not give what"):
         measure_downstream(with_lens.store, with_lens.model, identity, lens=None)
-    with pytest.raises(IncompatibleError, match="does not give what"):
+    with pytest.raises(IncompatibleError, match="has 3 layers"):
         measure_downstream(made.store, make("gpt_neox").model, identity, lens=None, layers=[0])
 
 

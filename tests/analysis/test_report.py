@@ -18,7 +18,9 @@ import pytest
 from analysis.report import _unsigned, pack_arrays, render_report, write_report
 from analysis.report_charts import VIRIDIS, heat_png
 from analysis.report_data import EN_DASH, HeatMap, Results, load_results, show
-from analysis.report_sections import LAYER_COLUMNS, SECTIONS, page_file
+from analysis.report_sections import LAYER_COLUMNS, SECTIONS
+from analysis.report_structure import MEANS, NULL_ROWS
+from analysis.report_template import page_file
 from tests.support.results import write_results
 
 VOID = {"meta", "input", "image", "br"}
@@ -91,7 +93,7 @@ def test_the_report_needs_no_matplotlib(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = Page(write_report(write_results(tmp_path, n_layers=3, n_latents=40)).read_text(encoding="utf-8"))
     assert not list(tmp_path.glob("*.png"))
-    assert sum(attributes.get("class") == "plot" for _, attributes in page.attributes) == 4
+    assert sum(attributes.get("class") == "plot" for _, attributes in page.attributes) == 8
 
 
 def test_the_page_asks_for_nothing_and_runs_only_its_own_script(html: str) -> None:
@@ -114,7 +116,8 @@ def test_the_page_asks_for_nothing_and_runs_only_its_own_script(html: str) -> No
 def test_every_section_is_there_and_linked(html: str) -> None:
     page = Page(html)
     anchors = [a["id"] for tag, a in page.attributes if tag == "section"]
-    assert anchors == ["variance", "layers", "reconstruction", "latents", "provenance", "method"]
+    structure = ["persistence", "nulls", "kinds", "redundancy"]
+    assert anchors == ["variance", "layers", *structure, "reconstruction", "latents", "provenance", "method"]
     assert len(anchors) == len(SECTIONS)
     links = {a["href"] for tag, a in page.attributes if tag == "a"}
     assert links == {f"#{anchor}" for anchor in anchors}
@@ -147,6 +150,43 @@ def test_all_numbers_of_the_variance_are_shown(html: str, results: Results) -> N
         assert show(value) in text
 
 
+def test_all_numbers_of_persistence_nulls_kinds_and_redundancy_are_shown(html: str, results: Results) -> None:
+    text, summary = Page(html).text, results.summary
+    for weighting in ("mass", "equal"):
+        found = summary["persistence"][weighting]
+        for name, words, _ in MEANS:
+            low, high = found["ci95"][name]
+            assert words in text
+            assert f"{show(found[name])}{show(low)} to {show(high)}" in text
+    for null in ("layers_permuted", "tokens_permuted"):
+        for part, name, words in NULL_ROWS:
+            ratio = summary["nulls"][null]["ratio"][part]["mass"]
+            low, high = ratio["ci95"][name]
+            assert words in text
+            assert show(summary["nulls"][null][part]["mass"][name]) in text
+            assert f"{show(ratio[name])}{show(low)} to {show(high)}" in text
+    for kind, part in summary["profiles"].items():
+        assert f"{kind}{part['latents']}" in text
+    for name in ("mmcs", "parallel_pairs", "redundant_pairs", "redundant_latents"):
+        value = summary["redundancy"][name]
+        assert (show(value) if name == "mmcs" else str(value)) in text
+    assert len(results.pairs) == 20
+    assert show(results.pairs[7]["cosine"]) in text
+    for layer in results.summary["layers"]:
+        assert f"{show(layer['fvu_low'])} to {show(layer['fvu_high'])}" in text
+
+
+def test_an_analysis_without_them_says_so(tmp_path: Path) -> None:
+    def old(summary: dict[str, Any]) -> None:
+        for name in ("persistence", "nulls", "profiles", "redundancy"):
+            del summary[name]
+
+    folder = write_results(tmp_path, n_layers=3, n_latents=20, change=old)
+    (folder / "redundancy.parquet").unlink()
+    text = Page(render_report(load_results(folder))).text
+    assert text.count("Not shown: ") == 4
+
+
 def test_every_column_has_its_method(html: str) -> None:
     method = html[html.index('id="method"') :].lower()
     for _, heading, _ in LAYER_COLUMNS:
@@ -154,6 +194,10 @@ def test_every_column_has_its_method(html: str) -> None:
     script = page_file("report.js")
     for name in re.findall(r'key: "\w+", name: "([^"]+)"', script):
         assert name.split(",")[0].lower() in method
+    for _, words, _ in MEANS:
+        assert words.split(":")[0].split(",")[0].lower() in method, words
+    for name in ("layers permuted", "tokens permuted", "persistent", "bimodal", "mmcs", "redundant"):
+        assert name in method
     for name in ("within a token", "between tokens", "between latents", "aggregate / token-level", "rel_var_t"):
         assert name in method
 
@@ -258,7 +302,9 @@ def test_a_large_dictionary_stays_small(tmp_path: Path) -> None:
 
 def test_the_page_files_travel_with_the_package() -> None:
     names = {item.name for item in files("analysis").joinpath("report_page").iterdir()}
-    used = set(re.findall(r'"([a-z]+\.(?:html|css|js))"', Path(str(files("analysis") / "report.py")).read_text()))
-    used |= set(re.findall(r'"([a-z]+\.html)"', Path(str(files("analysis") / "report_sections.py")).read_text()))
+    modules = [
+        Path(str(files("analysis") / f"{name}.py")) for name in ("report", "report_sections", "report_structure")
+    ]
+    used = {name for path in modules for name in re.findall(r'"([a-z]+\.(?:html|css|js))"', path.read_text())}
     assert used - {"report.html"} <= names
     assert names == used | {"report.html"}

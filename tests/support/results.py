@@ -1,4 +1,4 @@
-"""Made-up outputs of `analyze`: summary.json, layers.parquet and latents.parquet of any size, in the written schema.
+"""Made-up outputs of `analyze`, of any size, in the written schema: summary.json and its three tables.
 
 The latents are drawn from five kinds of layer profile (early, late, persistent, narrow, bimodal) and fire as seldom
 as real ones do; every number of the summary that can be computed from the table is computed from it, so the parts of
@@ -15,6 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 N_TOKENS = 30_214
+
+DISTRIBUTIONS = ("n_layers_active", "run_length", "onset", "offset")
+PERSISTENCE_NAMES = (
+    *("n_layers_active", "onset", "offset", "run_length", "n_runs", "contiguity", "unbroken", "single_layer"),
+    *("contiguity_multi", "unbroken_multi", "stays_on"),
+)
 
 
 def _profiles(rng: np.random.Generator, n_latents: int, n_layers: int) -> np.ndarray:
@@ -51,6 +57,37 @@ def _variance(
 
 def _ratio(above: float, below: float) -> float | None:
     return float(above / below) if below else None
+
+
+def _persistence(rng: np.random.Generator, n_layers: int, ci: bool) -> dict[str, Any]:
+    """Made-up means over pairs, and distributions that sum to 1."""
+    means = {name: float(rng.uniform(0.1, 1)) for name in PERSISTENCE_NAMES}
+    shares = {name: rng.dirichlet(np.ones(n_layers)).tolist() for name in DISTRIBUTIONS}
+    return {
+        **means,
+        "ci95": {name: [0.98 * value, 1.05 * value] for name, value in means.items()} if ci else {},
+        "distributions": shares,
+    }
+
+
+def _null(rng: np.random.Generator, variance: dict[str, Any], persistence: dict[str, Any]) -> dict[str, Any]:
+    """A made-up null in the schema, its ratios computed."""
+    result: dict[str, Any] = {"variance": {}, "persistence": {}, "ratio": {"variance": {}, "persistence": {}}}
+    for part, observed, weightings in (
+        ("variance", variance, ("mass", "equal", "latent")),
+        ("persistence", persistence, ("mass", "equal")),
+    ):
+        for weighting in weightings:
+            numbers = {n: v for n, v in observed[weighting].items() if n not in ("ci95", "distributions")}
+            null = {n: None if v is None else float(v * rng.uniform(0.5, 3)) for n, v in numbers.items()}
+            bounds = observed[weighting]["ci95"]
+            result[part][weighting] = null
+            result["ratio"][part][weighting] = {
+                **{n: numbers[n] / v if v else None for n, v in null.items()},
+                "ci95": {n: [b / v for b in bounds[n]] for n, v in null.items() if v and n in bounds},
+            }
+    result["distributions"] = {w: persistence[w]["distributions"] for w in ("mass", "equal")}
+    return result
 
 
 def write_results(
@@ -105,7 +142,17 @@ def write_results(
         "means": lists(totals / np.maximum(counts, 1)),
         "probs": lists(probs),
     }
+    kinds = np.array(["early", "middle", "late"])[np.minimum((mean * 3 / n_layers).astype(int), 2)].astype(object)
+    kinds[2**entropy >= 2 / 3 * n_layers] = "persistent"
+    kinds[~live] = None
+    latents["profile"] = pa.array(kinds.tolist(), pa.string())
     pq.write_table(pa.table(latents), out_dir / "latents.parquet")
+    pairs = [
+        {"latent_a": a, "latent_b": a + 1, "cosine": 0.99 - 0.001 * a, "overlap": 0.01 * a, "redundant": a < 10}
+        | {"layer_mean_a": 1.25, "layer_mean_b": 2.5}
+        for a in range(min(30, n_latents - 1))
+    ]
+    pq.write_table(pa.Table.from_pylist(pairs), out_dir / "redundancy.parquet")
 
     depth = layer / max(n_layers - 1, 1)
     fvu = 0.16 + 0.2 * np.sin(np.pi * depth**0.8) + 0.05 * depth + rng.normal(0, 0.006, n_layers)
@@ -124,6 +171,8 @@ def write_results(
             "mass_share": totals[:, i].sum() / max(totals.sum(), 1),
             "validation_fvu": fvu[i] + 0.02 + 0.02 * depth[i],
             "pca_fvu": pca[i],
+            "fvu_low": 0.98 * fvu[i] if ci else None,
+            "fvu_high": 1.03 * fvu[i] if ci else None,
         }
         for i in range(n_layers)
     ]
@@ -145,6 +194,8 @@ def write_results(
     compat["rel_var_f"] = _ratio(compat["exp_var_l_f"], compat["var_l"])
     compat["rel_var_t"] = _ratio(compat["exp_var_l_tf"], compat["exp_var_l_f"])
     validation = [row["validation_fvu"] for row in rows]
+    persistence: dict[str, Any] = {w: _persistence(rng, n_layers, ci) for w in ("mass", "equal")}
+    persistence["n_pairs"] = int(n_tokens.sum())
     summary: dict[str, Any] = {
         "schema_version": 1,
         "provenance": {
@@ -194,9 +245,32 @@ def write_results(
         "n_latents": n_latents,
         "layer_numbers": list(range(n_layers)),
         "latents": {"active": int(live.sum()), "dead": int((~live).sum())},
-        "reconstruction": {name: float(np.mean([row[name] for row in rows])) for name in ("fvu", "mse", "l0")},
+        "reconstruction": {
+            **{name: float(np.mean([row[name] for row in rows])) for name in ("fvu", "mse", "l0")},
+            "ci95": {name: [0.1, 0.9] for name in ("fvu", "mse", "l0")} if ci else {},
+        },
         "layers": rows,
         "variance": variance | {"mlsae_compat": compat},
+        "persistence": persistence,
+        "nulls": {
+            "seed": 0,
+            "chunk_tokens": 256,
+            **{name: _null(rng, variance, persistence) for name in ("layers_permuted", "tokens_permuted")},
+        },
+        "profiles": {
+            kind: {"latents": int((kinds == kind).sum()), "mass_share": float(total[kinds == kind].sum() / total.sum())}
+            if total.sum()
+            else {"latents": 0, "mass_share": 0.0}
+            for kind in ("early", "middle", "late", "persistent", "bimodal")
+        },
+        "redundancy": {
+            "mmcs": 0.41,
+            "cosine_threshold": 0.9,
+            "overlap_threshold": 0.1,
+            "parallel_pairs": 123,
+            "redundant_pairs": 45,
+            "redundant_latents": 67,
+        },
         "uncertainty": {
             "method": "bootstrap over groups of whole documents",
             "n_groups": 100,

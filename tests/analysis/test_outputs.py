@@ -1,0 +1,61 @@
+"""docs/outputs.md lists every key and column that is written, and docs/method.md has every number's name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from analysis.cli import main
+from tests.analysis.small import make_small
+from tests.analysis.test_run import run
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+OF_THE_DATA = ("versions", "lens", "ci95")
+"""Objects whose keys are names of packages and the like, or those beside them."""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("outputs")
+    run(make_small(root), root / "out")
+    return root / "out"
+
+
+def keys(value: Any) -> set[str]:
+    """All keys of nested objects."""
+    if isinstance(value, dict):
+        return {key for name, item in value.items() for key in {name} | (set() if name in OF_THE_DATA else keys(item))}
+    return {key for item in value for key in keys(item)} if isinstance(value, list) else set()
+
+
+def listed(name: str) -> set[str]:
+    text = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {name}", 1)[1].split("\n## ")[0]
+    return set("".join(c if c.isalnum() or c == "_" else " " for c in section).split())
+
+
+def test_every_key_of_the_summary_is_listed(out):
+    missing = keys(json.loads((out / "summary.json").read_text())) - listed("summary.json") - listed("layers.parquet")
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["latents.parquet", "layers.parquet", "redundancy.parquet"])
+def test_every_column_is_listed(out, name):
+    assert not set(pd.read_parquet(out / name).columns) - listed(name)
+
+
+def test_every_key_of_a_comparison_is_listed(out, tmp_path, capsys):
+    assert main(["--compare", str(out), "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    (run_,) = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    assert not set(run_) - listed("`analyze --compare")
+
+
+def test_every_number_has_a_formula(out):
+    method = (DOCS / "method.md").read_text(encoding="utf-8")
+    summary = json.loads((out / "summary.json").read_text())
+    for part in (summary["variance"]["mass"], summary["persistence"]["mass"], summary["profiles"], summary["nulls"]):
+        for name in set(part) - {"ci95", "distributions", "seed"}:
+            assert f"`{name}`" in method, name
