@@ -3,7 +3,7 @@
 Reads the summary.json of each, and nothing else, and writes one table (compare.parquet, a row for each run and
 weighting; compare.json, all of it) and one figure. Variances of models of different depth are made comparable by
 dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
-1 then means "as spread out as can be by chance", whatever the depth. Not here: any new measurement.
+1 is an even spread, whatever the depth. Not here: any new measurement.
 """
 
 import json

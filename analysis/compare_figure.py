@@ -68,8 +68,12 @@ def _draw_ratios(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
             label = "the reference's formula" if row == 0 else None
             axes.plot(reference, row, "D", color=REFERENCE, markersize=5, markerfacecolor="white", label=label)
     axes.axvline(1, color=FAINT, linewidth=0.8)
-    axes.set(xscale="log", xlabel="aggregate / token-level variance")
+    shown = [run["variance"]["mass"]["aggregate_over_token"] for run in runs] + [run["reference_ratio"] for run in runs]
+    end = 1.5 * max([1.4, *(value for value in shown if value is not None)])
+    axes.set(xscale="log", xlim=(0.93, end), xlabel="aggregate / token-level variance (log scale)")
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= end]
+    axes.set_xticks(ticks, minor=False)
+    axes.set_xticks([], minor=True)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")

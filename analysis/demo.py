@@ -25,7 +25,7 @@ HARVEST_FLAGS: tuple[str, ...] = ("--context-length", str(CONTEXT_LENGTH), "--ba
 # Six times the scaling law: a run of 450 steps is too short for the law, made for runs of 10^5 steps, to be the best rate.
 TRAIN_FLAGS: tuple[str, ...] = (
     *("--expansion-factor", "16", "--k", "32", "--epochs", "1", "--lr", "0.0016"),
-    *("--validation-fraction", "0.1"),
+    *("--validation-fraction", "0.1", "--validation-tokens", "1024"),
 )
 ANALYZE_FLAGS: tuple[str, ...] = ()
 
@@ -39,7 +39,7 @@ class DemoConfig:
     out: Path = Path("demo")
     """Folder for the store (acts.zarr), the checkpoint (ckpt.pt), the results and report.html."""
 
-    tokens: int = 30_976
+    tokens: int = 30_208
     """Tokens to harvest."""
 
     model: str = "smollm2-135m"

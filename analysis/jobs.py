@@ -12,6 +12,7 @@ start. With several workers each has one torch thread, or its share of the cores
 
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,16 +76,18 @@ class Pool(Protocol):
 def run(total: ShardSum[R], pool: Pool) -> R:
     """The sum over all shards."""
     groups = shard_groups(len(total.shards))
+    # A scheduler takes tasks of one key for the same task, and may serve several analyses at once.
+    name = f"{total.name}-{uuid.uuid4().hex}"
     leaves, tokens = [], {}
     for number, group in enumerate(groups):
-        key = f"{total.name}-{number:05d}"
+        key = f"{name}-{number:05d}"
         tokens[key] = sum(total.tokens[group])
         leaves.append(
             delayed(attempt)(total.task, total.arguments, total.shards[group], tokens[key], dask_key_name=key)
         )
     with tqdm(total=sum(tokens.values()), desc=total.name, unit=" tokens", unit_scale=True, disable=None) as bar:
         try:
-            return pool.compute(_tree(leaves, total), tokens, bar)
+            return pool.compute(_tree(leaves, total.merge, name), tokens, bar)
         except KeyboardInterrupt:
             raise Interrupted(
                 "interrupted; nothing was written, and the same command starts the analysis anew"
@@ -97,12 +100,12 @@ def shard_groups(n_shards: int) -> list[slice]:
     return [slice(start, min(start + size, n_shards)) for start in range(0, n_shards, size)]
 
 
-def _tree(nodes: list[Delayed], total: ShardSum[Any]) -> Delayed:
+def _tree(nodes: list[Delayed], merge: Callable[..., Any], name: str) -> Delayed:
     level = 0
     while len(nodes) > 1:
         level += 1
         nodes = [
-            delayed(total.merge)(nodes[i : i + MERGE_WIDTH], dask_key_name=f"{total.name}-merge-{level}-{i:05d}")
+            delayed(merge)(nodes[i : i + MERGE_WIDTH], dask_key_name=f"{name}-merge-{level}-{i:05d}")
             for i in range(0, len(nodes), MERGE_WIDTH)
         ]
     return nodes[0]

@@ -1,4 +1,4 @@
-"""How fast the variance job of `analyze` is: beside the dense formulation, and beside the encoder's product, in one run.
+"""How fast the variance job of `analyze` is: beside the dense formulation and the encoder's product, in one run.
 
     python benchmarks/bench_analysis.py [--json] [--latents 9216 36864] [--tokens 256] [--rounds 3] [--dtype auto]
 
@@ -9,13 +9,12 @@ product is x_std @ W_enc^T alone, in bfloat16 and in float32.
 
 One-thread times count the processor's seconds of this process, which other processes' turns are not part of; rounds
 alternate and the least counts. Two workers against one goes by the clock, so it says little on a machine with other
-work. Memory is the peak of a process that does the job and nothing else, beyond what its imports take; once more with
-four times the tokens, which must not matter. Not measured: training, harvesting, and a cold disk.
+work. Memory is the peak of a process that does the job and nothing else, its imports included; once more with four
+times the tokens, which must not matter. Not measured: training, harvesting, and a cold disk.
 """
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -25,12 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis import jobs
 from analysis.measure import Sums, Work, measure
@@ -203,18 +200,16 @@ def time_workers(store: Path, sae: Path, dtype: str, rounds: int) -> float:
 
 
 def peak_memory(store: Path, sae: Path, dtype: str) -> float:
-    """GB that the job takes at its peak, beyond the imports, in a process of its own."""
+    """GB that a process takes at its peak that does the job and nothing else."""
     command = [sys.executable, __file__, "--probe", str(store), str(sae), dtype]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def probe(store: str, sae: str, dtype: str) -> None:
-    import numba  # noqa: F401 (imported by the job when it starts; its memory is not the job's)
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Do the job, a shard a task, and print this process's peak memory in GB."""
     shards = range(ActivationStore.open(store).meta.n_shards)
     Sums.merged([measure(work_of(Path(store), Path(sae), dtype), [shard]) for shard in shards])
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 
 
 def print_results(n_latents: int, n_tokens: int, dtype: str, found: dict[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 How: transformers unpacks a GGUF file (slow: it parses and dequantises everything), and what comes out is saved as
 config, tokenizer and safetensors under `$XDG_CACHE_HOME/residscope/gguf` (default `~/.cache`), by the file's SHA-256
-and transformers' version. The folder is built under a temporary name and renamed; the weights' hash is checked at
+and transformers' version. The folder is built under a temporary name and renamed; the files' hashes are checked at
 each use, and a folder that is not sound is built again. Weights are kept in float32, which is exact, up to a billion
 parameters and in bfloat16 above. What it does not do: compute with quantised weights, or clear the cache (it may be
 deleted at any time).
@@ -30,6 +30,7 @@ from store.errors import ResidscopeError
 _BLOCK = 1 << 22
 _EXACT_PARAMETERS = 1_000_000_000
 _SEAL = "residscope.json"
+_READERS = ("gguf", "accelerate")  # What transformers needs for it.
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,13 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
     folder = cache_folder() / key
     if _is_sound(folder):
         return folder
-    _check_magic(file)
+    _check_readable(file)
     try:
         with _locked(folder.parent / f"{key}.lock"):
             if not _is_sound(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 _unpack(file, folder, size)
     except OSError as error:
-        # Also what the library raises as an OSError without a number is no matter of the disk.
-        if error.errno is None:
-            raise _unreadable(file, error) from error
         raise ResidscopeError(
             f"{error.filename or folder}: {error.strerror}, while {file.name} was unpacked. Set XDG_CACHE_HOME to a"
             " folder with room"
@@ -117,8 +115,8 @@ def _unpack(file: GgufFile, folder: Path, size: int) -> None:
         _convert(source, building, file)
         if source.parent == building:
             source.unlink()
-        weights = sorted(building.glob("*.safetensors"))
-        (building / _SEAL).write_text(json.dumps({path.name: _xxh3(path) for path in weights}))
+        seal = {path.name: _xxh3(path) for path in sorted(building.iterdir())}
+        (building / _SEAL).write_text(json.dumps(seal))
         building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -155,11 +153,14 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
 def _unreadable(file: GgufFile, error: BaseException) -> ResidscopeError:
     return ResidscopeError(
         f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "
-        "It may be damaged or of an unknown architecture, or `pip install gguf accelerate` is missing"
+        "It may be damaged, or of an architecture that transformers does not take from GGUF"
     )
 
 
-def _check_magic(file: GgufFile) -> None:
+def _check_readable(file: GgufFile) -> None:
+    missing = [name for name in _READERS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ResidscopeError(f"{file.name}: reading a GGUF file needs `pip install {' '.join(missing)}`")
     with file.parts[0].open("rb") as stream:
         found = stream.read(4)
     if found != b"GGUF":
@@ -176,8 +177,7 @@ def _join(file: GgufFile, target: Path) -> None:
 
 
 def _is_sound(folder: Path) -> bool:
-    """Whether the folder holds what `_unpack` wrote: the weights' hashes are those of the seal, and there are
-    weights."""
+    """Whether the folder holds what `_unpack` wrote: every file has the hash that the seal gives it."""
     try:
         seal = json.loads((folder / _SEAL).read_text())
         return bool(seal) and all(_xxh3(folder / name) == found for name, found in seal.items())

@@ -24,6 +24,7 @@ import xxhash
 
 from store import arrays
 from store.arrays import TokenTable
+from store.console import stop_on_signals
 from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
 from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.files import atomic_write, remove_leftovers, sync, sync_tree
@@ -92,7 +93,10 @@ class ActivationStore:
             for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
                 if entry not in (building / FOLDER, building / LOCK):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            arrays.make_arrays(building, meta, tokens)
+            with stop_on_signals() as stopped:  # zarr's event loop says much on stderr when a signal breaks into it.
+                arrays.make_arrays(building, meta, tokens)
+            if stopped():
+                raise KeyboardInterrupt
             write_header(building, meta.config_hash, arrays.file_checksums(building))
             sync_tree(building)
             building.replace(path)

@@ -66,7 +66,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
     try:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.signal(signum, note)
+            previous[signum] = signal.getsignal(signum)  # First, because a signal may come as soon as `note` is set.
+            signal.signal(signum, note)
     except ValueError:
         pass
     try:

@@ -138,7 +138,7 @@ class _Run:
                         break
                     stop = stopped()
                     self.window.stop_clock()
-                    if self._due(config.validate_every, default=plan.steps // 4):
+                    if self._due(config.validate_every, default=-(-plan.steps // 4)):
                         self._validate(file, INTERIM_VALIDATION_TOKENS, bar)
                     if stop or self._due(config.checkpoint_every, default=0):
                         file.sync()

@@ -28,6 +28,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     def convert(source: Path, folder: Path, file: GgufFile) -> None:
         contents.append(source.read_bytes())
         (folder / "model.safetensors").write_bytes(b"weights " * 100)
+        (folder / "config.json").write_text('{"n": 1}')
 
     monkeypatch.setattr(gguf, "_convert", convert)
     return contents
@@ -58,7 +59,7 @@ def test_parts_are_put_together(cache: Path, unpacked: list[bytes], tmp_path: Pa
     assert not list(folder.glob("*.gguf"))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "seal", "empty seal"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "seal", "empty seal", "config"])
 def test_a_damaged_cache_is_rebuilt(cache: Path, unpacked: list[bytes], tmp_path: Path, damage: str) -> None:
     file = make(tmp_path / "m.gguf", b"GGUF")
     folder = unpacked_folder(file, sha256(file))
@@ -70,6 +71,8 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, unpacked: list[bytes], tmp_path
         weights.write_bytes(good[:10])
     elif damage == "remove":
         weights.unlink()
+    elif damage == "config":
+        (folder / "config.json").write_text("{}")
     else:
         (folder / "residscope.json").write_text("{" if damage == "seal" else "{}")
     assert unpacked_folder(file, sha256(file)) == folder

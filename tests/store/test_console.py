@@ -68,3 +68,20 @@ def test_the_first_signal_asks_and_the_second_acts(signum: signal.Signals) -> No
 def test_units() -> None:
     assert [human_bytes(n) for n in (0, 999, 34_560, 655e9)] == ["0 B", "999 B", "34.6 kB", "655 GB"]
     assert [human_seconds(s) for s in (0.5, 42, 200, 7500)] == ["0.5 s", "42 s", "3 min 20 s", "2 h 05 min"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_at_once_is_noted(monkeypatch: pytest.MonkeyPatch, signum: signal.Signals) -> None:
+    set_handler = signal.signal
+
+    def with_signal(number: int, handler):  # type: ignore[no-untyped-def]
+        before = set_handler(number, handler)
+        if number == signum and handler is not before and not seen:
+            seen.append(number)
+            signal.raise_signal(number)
+        return before
+
+    seen: list[int] = []
+    monkeypatch.setattr(signal, "signal", with_signal)
+    with stop_on_signals() as stopped:
+        assert stopped()

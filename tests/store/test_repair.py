@@ -45,7 +45,7 @@ def without_line(path: Path, shard: int) -> None:
     (path / FILE).write_bytes(b"".join(lines[: shard + 1] + lines[shard + 2 :]))
 
 
-FAULTS: dict[str, tuple[Callable[[Path], None], list[int], list[int]]] = {
+FAULTS: dict[str, tuple[Callable[[Path], object], list[int], list[int]]] = {
     "nothing": (lambda path: None, [], []),
     "a flipped byte": (lambda path: flip(path / SHARD, 50), [1], [1]),
     "a lost file": (lambda path: (path / SHARD).unlink(), [1], [1]),

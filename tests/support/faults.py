@@ -52,7 +52,7 @@ def count_down(calls: int, act: Callable[[Callable], None], patch: Callable[[str
     return left
 
 
-def run_and_die(action: Callable[[], None], calls: int) -> bool:
+def run_and_die(action: Callable[[], object], calls: int) -> bool:
     """Run in a process that dies at that system call, in a write by half; True if it did."""
     child = os.fork()
     if child == 0:

@@ -74,7 +74,7 @@ def test_a_run_learns_and_leaves_what_others_read(config: TrainConfig) -> None:
     assert training[-1]["tokens"] == training[-1]["vectors"] // 3
     assert training[-1]["epoch"] == 2.0
     validations = [line for line in lines if line.get("split") == "validation"]
-    assert [line["step"] for line in validations] == [8, 16, 24, 32, 34]
+    assert [line["step"] for line in validations] == [9, 18, 27, 34]
     assert len(validations[-1]["fvu_per_layer"]) == 3
     assert tomllib.loads(config.out.with_name("ckpt.config.toml").read_text())["k"] == 4
 
@@ -105,6 +105,17 @@ def test_a_run_is_a_function_of_its_seed(config: TrainConfig) -> None:
     assert config.out.read_bytes() == first
     train(replace(config, overwrite=True, seed=1))
     assert config.out.read_bytes() != first
+
+
+def test_validation_and_logging_do_not_touch_the_run(config: TrainConfig) -> None:
+    """Mistake 1: dead counters that tick in evaluation. Weights and counters are the same however often one looks."""
+    ends = []
+    for validate_every, log_every in ((0, 100), (1, 3)):
+        train(replace(config, validate_every=validate_every, log_every=log_every, overwrite=True))
+        ends.append(load_checkpoint(config.out))
+    assert torch.equal(ends[0].trainer["silent"], ends[1].trainer["silent"])
+    for ours, theirs in zip(ends[0].sae.parameters(), ends[1].sae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 class StopAt:

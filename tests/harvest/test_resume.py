@@ -1,0 +1,176 @@
+"""Continuing a run: the same bytes whatever stopped it, nothing done twice, and no mixing of configurations."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harvest import run
+from harvest.hub import HubRepo
+from harvest.run import harvest
+from store.activations import ActivationStore
+from store.errors import IncompatibleError, Interrupted, ResidscopeError
+from tests.harvest.conftest import MakeConfig, ModelFolder, crash_after, tree
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_run_that_crashed_continues_to_the_same_bytes(config: MakeConfig, tmp_path: Path) -> None:
+    whole = harvest(config(out=tmp_path / "whole.zarr"))
+    for n in range(whole.shards):
+        options = config(out=tmp_path / f"crashed{n}.zarr")
+        with pytest.MonkeyPatch.context() as patch:
+            crash_after(patch, n)
+            with pytest.raises(RuntimeError, match="crash"):
+                harvest(options)
+        assert len(ActivationStore.open(options.out, partial=True).missing_shards()) == whole.shards - n
+        again = harvest(options)
+        assert again.shards_written == whole.shards - n
+        assert again.content_hash == whole.content_hash
+        assert tree(options.out) == tree(Path(whole.out))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_continuing_reads_no_text_and_a_whole_store_loads_no_model(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = config()
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(RuntimeError, match="crash"):
+            harvest(options)
+
+    def never(*args: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(run, "tokenise", never)
+    harvest(options)
+    before = tree(options.out)
+    monkeypatch.setattr(run, "load_model", never)
+    result = harvest(options)
+    assert result.shards_written == 0
+    assert result.tokens_per_second is None
+    assert tree(options.out) == before
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_hub_data_set_is_not_asked_for_again(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: iter([{"text": "abc" * 100}] * 2))
+    monkeypatch.setattr("harvest.texts.pin", lambda *args, **options: HubRepo("owner/name", "c0ffee", False))
+    for name in ("owner/name", "wikitext"):
+        options = config(dataset=name, out=config().out.with_name(name.replace("/", "-")))
+        with pytest.MonkeyPatch.context() as patch:
+            crash_after(patch, 1)
+            with pytest.raises(RuntimeError, match="crash"):
+                harvest(options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("harvest.texts.pin", None)
+            assert harvest(options).tokens == 602
+        assert ActivationStore.open(options.out).meta.provenance["dataset_revision"] == "c0ffee"
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_only_batches_of_missing_shards_are_computed(config: MakeConfig) -> None:
+    options = config()
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 5)
+        with pytest.raises(RuntimeError, match="crash"):
+            harvest(options)
+    seen: list[int] = []
+    original = run.BatchRunner.run
+
+    def counting(self: Any, ids: Any, *args: Any) -> bool:
+        seen.append(ids.numel())
+        return original(self, ids, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.BatchRunner, "run", counting)
+        result = harvest(options)
+    # Shards 5 and 6 are tokens 480 to 591; batches of 60 tokens.
+    assert result.shards_written == 2
+    assert sum(seen) == 591 - 480
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"max_tokens": 100}, "max_tokens is 1000000 there and 100 here"),
+        ({"batch_size": 2}, "batch_size is 3 there and 2 here"),
+        ({"layers": ("0",)}, r"layers is \[0, 1, 2\] there and \[0\] here"),
+        ({"store_dtype": "float32"}, "store_dtype is 'bfloat16' there and 'float32' here"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32' there"),
+        ({"context_length": 10}, "context_length is 20 there"),
+        ({"random_init": True}, "random_init is False there and True here"),
+        ({"document_separator": ""}, "document_separator is '<|endoftext|>' there and '' here"),
+        ({"keep_first_position": True}, "keep_first_position"),
+        ({"codec": "zstd", "seed": 3}, "seed is 0 there and 3 here; codec is 'none' there and 'zstd' here"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(config: MakeConfig, change: dict[str, Any], field: str) -> None:
+    harvest(config())
+    before = tree(config().out)
+    with pytest.raises(IncompatibleError, match=f"{field}.*--overwrite"):
+        harvest(config(**change))
+    assert tree(config().out) == before
+
+
+def test_changed_text_or_another_model_is_refused(
+    config: MakeConfig, text_folder: Path, model_folder: ModelFolder
+) -> None:
+    harvest(config())
+    with pytest.raises(IncompatibleError, match="model is 'gpt2' there and 'llama' here; model_fingerprint"):
+        harvest(config("llama"))
+    (text_folder / "0.txt").write_text("changed")
+    with pytest.raises(IncompatibleError, match="dataset_revision"):
+        harvest(config())
+
+
+def test_overwrite_starts_anew_but_only_over_a_store(config: MakeConfig, tmp_path: Path) -> None:
+    harvest(config())
+    result = harvest(config(max_tokens=100, overwrite=True))
+    assert result.tokens == 100
+    assert [path.name for path in tmp_path.iterdir() if "planning" in path.name] == []
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("words")
+    with pytest.raises(IncompatibleError, match="not an activation store; it is left alone"):
+        harvest(config(out=other, overwrite=True))
+    assert (other / "thesis.txt").exists()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_signal_gives_up_the_batch_in_flight(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = harvest(config(out=tmp_path / "whole.zarr"))
+    original = run.BatchRunner.run
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        options = config(out=tmp_path / f"{signum.name}.zarr")
+        calls: list[int] = []
+
+        def interrupted(self: Any, *args: Any, calls: list[int] = calls, signum: int = signum) -> bool:
+            calls.append(1)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signum)
+            return original(self, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.BatchRunner, "run", interrupted)
+            with pytest.raises(Interrupted, match=r"1 of 7 shards whole; the same command continues"):
+                harvest(options)
+        assert len(calls) == 4
+        harvest(options)
+        assert tree(options.out) == tree(Path(whole.out))
+
+
+def test_a_second_writer_is_refused(config: MakeConfig) -> None:
+    options = config()
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 0)
+        with pytest.raises(RuntimeError):
+            harvest(options)
+    with ActivationStore.open(options.out, writable=True), pytest.raises(ResidscopeError, match="another process"):
+        harvest(options)
