@@ -98,7 +98,8 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
         checks.append(("model", trained["model"], meta.provenance.get("model")))
     if trained.get("random_init") is not None:
         words = {True: "drawn at random", False: "those of the trained model"}
-        checks.append(("the weights", *(words[bool(part.get("random_init"))] for part in (trained, meta.provenance))))
+        expected, found = (words[bool(part.get("random_init"))] for part in (trained, meta.provenance))
+        checks.append(("the weights", expected, found))
     if "lens" in trained:
         checks.append(("lens", trained["lens"], meta.lens))
     for name, expected, found in checks:

@@ -78,7 +78,7 @@ def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: 
     n = len(live)
     best = torch.full((n,), -torch.inf)
     near = torch.full((n,), -1, dtype=torch.int64)
-    pairs = Pairs(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.float64, np.float64)))
+    pairs = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
     n_parallel = n_redundant = 0
     in_redundant = np.zeros(len(probs), bool)
     start = 0

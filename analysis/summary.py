@@ -136,7 +136,7 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
     share = np.divide(mass, mass.sum(), out=np.zeros_like(mass), where=mass.sum() > 0)
     active = (moments.counts > 0).sum(axis=0)
     intervals = found.reconstruction_intervals
-    by_layer: Sequence[Any] = intervals.fvu_by_layer if intervals else [None] * len(moments.layers)
+    by_layer = [i or (None, None) for i in (intervals.fvu_by_layer if intervals else [None] * len(moments.layers))]
     return [
         {
             "layer": int(layer),
@@ -150,8 +150,8 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
             "mass_share": float(share[i]),
             "validation_fvu": _number(found.validation.fvu[i]) if found.validation else None,
             "pca_fvu": _number(found.baseline.fvu[i]) if found.baseline else None,
-            "fvu_low": by_layer[i].low if by_layer[i] else None,
-            "fvu_high": by_layer[i].high if by_layer[i] else None,
+            "fvu_low": by_layer[i][0],
+            "fvu_high": by_layer[i][1],
         }
         for i, layer in enumerate(moments.layers)
     ]

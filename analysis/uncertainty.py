@@ -59,7 +59,10 @@ def bootstrap_persistence(moments: LayerMoments, n_replicates: int, seed: int) -
     pooled, drawn = sums.drawn(np.ones((1, len(moments.groups)))), sums.drawn(draws)
     intervals: Intervals = {}
     for weighting in PAIR_WEIGHTINGS:
-        value, replicates = (np.stack(persistence_numbers(*x, moments.layers, weighting)) for x in (pooled, drawn))
+        value, replicates = (
+            np.stack(persistence_numbers(histograms, shape, moments.layers, weighting))
+            for histograms, shape in (pooled, drawn)
+        )
         intervals[weighting] = dict(zip(PERSISTENCE_NAMES, basic_intervals(value[:, 0], replicates), strict=True))
     return intervals
 

@@ -119,9 +119,9 @@ def _verify(path: Path, as_json: bool) -> int:
     if not bad:
         print(f"{path}: whole")
         return 0
-    print(
-        f"{path}: {len(bad)} faults" + ("" if any(b.lasting for b in bad) else "; --repair fills them with the model")
-    )
+    print(f"{path}: {len(bad)} faults")
+    if not any(found.lasting for found in bad):
+        print(f"`residscope verify {path} --repair` makes the store whole again, with its model", file=sys.stderr)
     return 1
 
 

@@ -27,11 +27,12 @@ def folders(tmp_path_factory) -> list[Path]:
         for name in ("nulls", "persistence"):
             del summary[name]
 
-    for name, options in (
-        ("deep", {"n_layers": 12, "change": old}),
-        ("shallow", {"n_layers": 4, "ci": False}),
-        ("one", {"n_layers": 1}),
-    ):
+    shapes: dict[str, dict[str, Any]] = {
+        "deep": {"n_layers": 12, "change": old},
+        "shallow": {"n_layers": 4, "ci": False},
+        "one": {"n_layers": 1},
+    }
+    for name, options in shapes.items():
         (root / name).mkdir()
         made.append(write_results(root / name, n_latents=60, **options))
     return [root / "real", *made]

@@ -69,6 +69,7 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(
     store: Path, whole: Path, tmp_path: Path
 ) -> None:
