@@ -101,7 +101,7 @@ class Downstream:
             found[name] = [Interval(float(a), float(b)) if np.isfinite([a, b]).all() else None for a, b in bounds]
         return found
 
-    def _sums(self) -> tuple[NDArray[Any], ...]:
+    def _sums(self) -> tuple[Any, ...]:
         return self.n_tokens, self.true_ce, self.ce, self.kl
 
 

@@ -96,7 +96,8 @@ def bootstrap_reconstruction(
     l0 = drawn[:, 2].mean(axis=1) / tokens
     values = np.array([found.fvu.mean(), found.mse.mean(), found.l0.mean(), *found.fvu])
     intervals = basic_intervals(values, np.stack([fvu.mean(axis=1), mse, l0, *fvu.T]))
-    return ReconstructionIntervals(*intervals[:3], intervals[3:])
+    fvu_mean, mse_mean, l0_mean, *by_layer = intervals
+    return ReconstructionIntervals(fvu_mean, mse_mean, l0_mean, by_layer)
 
 
 def bootstrap(moments: LayerMoments, n_replicates: int, seed: int) -> Intervals:

@@ -215,7 +215,7 @@ class Bench:
     # The faults
 
     def kills(self, runs: int) -> None:
-        counts, tries = Counter(dict.fromkeys(PHASES, 0)), 0
+        counts, tries = Counter[str](dict.fromkeys(PHASES, 0)), 0
         while min(counts.values()) < runs and tries < 12 * runs:
             aim = min(counts, key=lambda phase: counts[phase])
             tries += 1

@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def on_cores(cores: list[int]) -> Iterator[None]:
 
 
 def compare(
-    rounds: int, ways: dict[str, tuple[int, Callable[[], object]]], clock: Callable[[], float] = time.process_time
+    rounds: int, ways: Mapping[str, tuple[int, Callable[[], object]]], clock: Callable[[], float] = time.process_time
 ) -> Rates:
     """MB/s of each way (bytes that it moves, and how), after a round that is not counted."""
     rates = {name: np.empty(rounds) for name in ways}

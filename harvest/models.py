@@ -9,6 +9,7 @@ is as long as the configuration says there are layers. What it does not do: run 
 Shapes: B sequences, N positions, D = d_model, V = vocabulary.
 """
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,11 @@ class ModelSpec:
     @property
     def load_arguments(self) -> dict[str, Any]:
         """Keywords of every `from_pretrained` call."""
+        # Said outright, since transformers asks at the terminal where it is left open.
+        common = {"trust_remote_code": False}
         if self.source != "hub":
-            return {"local_files_only": True}
-        return {"revision": self.revision, "local_files_only": self.cached_only}
+            return {"local_files_only": True, **common}
+        return {"revision": self.revision, "local_files_only": self.cached_only, **common}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +281,7 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
             f"{spec.name}: the model does not fit the device's memory; try --dtype bfloat16 or --device cpu"
         ) from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ResidscopeError(
             f"{spec.name}: its {what} cannot be loaded ({type(error).__name__}: {first_line(error)})"

@@ -93,6 +93,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
         model = _load(settings)
         store = _plan(config, settings, source, record, model)
     with store:
+        _save_options(config)  # On continuing too: a crash may have come between the store and this file.
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
             model = model or _load(settings)
@@ -194,9 +195,7 @@ def _plan(
     _require_space(config.out, settings, n_tokens)
     if config.out.exists() and _is_store(config.out):
         _remove_store(config.out)
-    store = ActivationStore.create(config.out, meta, tokens)
-    _save_options(config)
-    return store
+    return ActivationStore.create(config.out, meta, tokens)
 
 
 def _save_options(config: HarvestConfig) -> None:

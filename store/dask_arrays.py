@@ -28,13 +28,13 @@ def dask_array(path: str | os.PathLike[str], layers: slice | Sequence[int] | Non
     `keep` says which are here. Raises `IncompatibleError` at once when a shard is missing; computing raises where one
     is damaged.
     """
-    import dask
     import dask.array as da
+    from dask.delayed import delayed
 
     store = ActivationStore.open(path)
     meta, keep = store.meta, store.tokens.keep
     n_layers = store.read(slice(0, 0), layers).shape[1]
-    read = dask.delayed(_read_kept, pure=True)
+    read = delayed(_read_kept, pure=True)
     chunks = []
     for shard in range(meta.n_shards):
         kept = keep[slice(*meta.shard_bounds(shard))]

@@ -44,7 +44,7 @@ def test_replicates_made_in_small_pieces_are_the_same(monkeypatch):
 
 def test_intervals_of_the_reconstruction_are_those_of_documents_drawn_again():
     rng = np.random.default_rng(1)
-    x, x_hat = rng.normal(size=(120, 3, 5)) + [[[1], [2], [3]]], rng.normal(size=(120, 3, 5))
+    x, x_hat = rng.normal(size=(120, 3, 5)) + np.array([[1], [2], [3]]), rng.normal(size=(120, 3, 5))
     values = rng.gamma(1.0, 1.0, (120, 3, 4)) * (rng.random((120, 3, 4)) > 0.3)
     group, shift = np.repeat(np.arange(12), 10), x.mean(axis=0)
     quality, by_group = LayerQuality.zeros(1, 3, 5), GroupQuality.zeros(3, range(12))

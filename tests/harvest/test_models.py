@@ -172,7 +172,7 @@ def test_a_hub_id_is_pinned_to_its_commit(api: type[FakeApi]) -> None:
     spec = resolve_model("pythia-1b", revision="step1000")
     assert api.asked == ("EleutherAI/pythia-1b", "model", "step1000")
     assert (spec.source, spec.location, spec.revision) == ("hub", "EleutherAI/pythia-1b", "c0ffee")
-    assert spec.load_arguments == {"revision": "c0ffee", "local_files_only": False}
+    assert spec.load_arguments == {"revision": "c0ffee", "local_files_only": False, "trust_remote_code": False}
 
 
 def test_what_the_hub_answers_becomes_one_line(api: type[FakeApi]) -> None:
@@ -205,7 +205,7 @@ def test_without_a_network_the_cache_is_used(api: type[FakeApi], monkeypatch: py
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **options: cached)
     api.error = ConnectionError("gone")
     spec = resolve_model("a/b")
-    assert spec.load_arguments == {"revision": "abc123", "local_files_only": True}
+    assert spec.load_arguments == {"revision": "abc123", "local_files_only": True, "trust_remote_code": False}
     deep = cached.replace("config.json", "lens/a/b/config.json")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **options: deep)
     assert hub.pin("a/b", "space", probes=("lens/a/b/config.json",)).commit == "abc123"

@@ -93,13 +93,16 @@ def test_chosen_layers_dtypes_and_codec(config: MakeConfig, tmp_path: Path) -> N
         np.testing.assert_array_equal(store.read(), expected)
 
 
-def test_bfloat16_weights_are_the_models_rounded(config: MakeConfig) -> None:
-    options = config("gpt_neox", dtype="bfloat16")
+@pytest.mark.parametrize(("dtype", "least", "most"), [("bfloat16", 1e-3, 0.05), ("float16", 1e-4, 0.01)])
+def test_half_precision_computes_near_the_exact_vectors(
+    config: MakeConfig, dtype: str, least: float, most: float
+) -> None:
+    options = config("gpt_neox", dtype=dtype, store_dtype="float32")
     store = ActivationStore.open(harvest(options).out)
     exact = block_outputs(options.model, store.tokens.token_id, 20, 3)
     error = np.linalg.norm(store.read() - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 0.05
-    assert store.meta.provenance["compute_dtype"] == "bfloat16"
+    assert least < error < most
+    assert store.meta.provenance["compute_dtype"] == dtype
 
 
 @pytest.mark.usefixtures("small_shards")

@@ -65,7 +65,7 @@ def test_verify(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "shard 0: resid_post/c.0.0.0: the file is missing",
         "shard 1: resid_post/c.1.0.0: the checksum of token chunk 1 at stored layer 0 does not match",
-        f"{path}: 2 faults; --repair fills them with the model",
+        f"{path}: 2 faults",
     ]
     assert main(["verify", str(path), "--json"]) == 1
     assert [bad["shard"] for bad in json.loads(capsys.readouterr().out)["bad"]] == [0, 1]
