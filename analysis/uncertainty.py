@@ -59,10 +59,8 @@ def bootstrap_persistence(moments: LayerMoments, n_replicates: int, seed: int) -
     pooled, drawn = sums.drawn(np.ones((1, len(moments.groups)))), sums.drawn(draws)
     intervals: Intervals = {}
     for weighting in PAIR_WEIGHTINGS:
-        value, replicates = (
-            np.stack(persistence_numbers(histograms, shape, moments.layers, weighting))
-            for histograms, shape in (pooled, drawn)
-        )
+        value = np.stack(persistence_numbers(pooled[0], pooled[1], moments.layers, weighting))  # [N, 1]
+        replicates = np.stack(persistence_numbers(drawn[0], drawn[1], moments.layers, weighting))  # [N, R]
         intervals[weighting] = dict(zip(PERSISTENCE_NAMES, basic_intervals(value[:, 0], replicates), strict=True))
     return intervals
 

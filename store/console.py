@@ -18,6 +18,8 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
 
     Also catches an interrupt, and what the operating system says of the disk (no space, no permission, read-only).
     """
+    # Read when torch loads: its idle threads should sleep, not spin on the cores that other threads of ours need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return command() or 0
     except ResidscopeError as error:

@@ -122,11 +122,12 @@ class _Run:
         self._announce()
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.with_suffix(".config.toml").write_text(to_toml(_flags(config)), encoding="utf-8")
-        with stop_on_signals() as stopped:
+        resume_step = 0 if saved is None else saved.trainer["step"]
+        file = MetricsFile(metrics_path(config.out), resume_step=resume_step)
+        with contextlib.closing(file), stop_on_signals() as stopped:
             self._start(saved)
             loader = self._loader(plan.seed, plan.window_bytes, start_batch=self.step, epochs=plan.epochs)
-            file = MetricsFile(metrics_path(config.out), resume_step=self.step)
-            with contextlib.closing(file), _closing(loader) as batches, self._progress_bar() as bar:
+            with _closing(loader) as batches, self._progress_bar() as bar:
                 self.window.resume_clock()
                 while self.step < plan.steps:
                     self._train_on(next(batches))
@@ -289,6 +290,7 @@ class _Run:
             "d_model": meta.d_model,
             "layers": list(plan.layers),
             "model": meta.provenance.get("model"),
+            "random_init": bool(meta.provenance.get("random_init")),
             "lens": meta.lens,
             "validation": {
                 "fraction": plan.validation_fraction,

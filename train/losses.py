@@ -10,15 +10,12 @@ weights of the rows: c_n = w_n = 1 / (N denominator) in standardised space, c_n 
 Shapes: N rows, D d_model, M n_latents, k active latents a row, L layers, A dead latents.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from train.kernels import Kernels, SparseCodes
-
-if TYPE_CHECKING:
-    from train.step import StepOptions
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -66,13 +63,16 @@ def auxk(
     rows: RowWeights,
     W_enc: Tensor,
     W_dec: Tensor,
-    options: "StepOptions",
+    *,
+    k: int,
+    product_dtype: torch.dtype,
+    tile_bytes: int,
     kernels: Kernels,
 ) -> AuxOutput:
-    """AuxK of Gao et al. 2024, appendix A.2: each row's aux_k largest dead latents reconstruct what the rest missed.
+    """AuxK of Gao et al. 2024, appendix A.2: each row's k largest dead latents reconstruct what the rest missed.
 
     centred [N, D] the encoder's input; error [N, D] the detached x - x_hat, standardised; W_enc, W_dec [A, D] the dead
-    latents' rows. The choices, and where they come from:
+    latents' rows; the rest as in `train.step.StepOptions`. The choices, and where they come from:
 
     - the latents go through the same TopK and ReLU as the main ones (Gao et al.'s code), read off the same
       pre-activations: here a product over the dead rows alone, which gives the same numbers;
@@ -81,7 +81,7 @@ def auxk(
     - normalised by the error's variance in that space, about its mean over the batch (docs/method.md); where that is
       zero or not a number the loss and its gradients are zero (their code's nan_to_num).
 
-    Dense over the dead rows, because aux_k is much larger than k: five products of N x A x D, in `product_dtype`.
+    Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D.
     """
     scaled = error * rows.scale.unsqueeze(1)  # [N, D] the error in the loss's space
     mean = rows.share @ scaled / rows.share.sum()
@@ -89,18 +89,18 @@ def auxk(
     rounding = torch.finfo(scaled.dtype).eps * (rows.share @ scaled.square().sum(dim=1))  # a variance that is really 0
     scale = torch.where(variance > rounding, 1 / variance, 0)
 
-    dtype, n_dead = options.product_dtype, len(W_enc)
-    encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)  # [A, D]
+    n_dead = len(W_enc)
+    encoder, decoder = W_enc.to(product_dtype), W_dec.to(product_dtype)  # [A, D]
     loss = error.new_zeros(())
     out = AuxOutput(loss, torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead))
-    tile_rows = max(1, options.tile_bytes // (n_dead * centred.element_size()))
+    tile_rows = max(1, tile_bytes // (n_dead * centred.element_size()))
     for start in range(0, len(centred), tile_rows):
         part = slice(start, start + tile_rows)
-        inputs = centred[part].to(dtype)
-        active = _activations(inputs @ encoder.t(), options.aux_k, kernels)  # [n, A]
+        inputs = centred[part].to(product_dtype)
+        active = _activations(inputs @ encoder.t(), k, kernels)  # [n, A]
         missed = error[part] - active @ decoder  # [n, D]
         loss += rows.total[part] @ missed.square().sum(dim=1)
-        grad_out = (missed * (-2 * scale * rows.total[part]).unsqueeze(1)).to(dtype)  # d loss / d e_hat
+        grad_out = (missed * (-2 * scale * rows.total[part]).unsqueeze(1)).to(product_dtype)  # d loss / d e_hat
         grad_z = (grad_out @ decoder.t()).masked_fill_(active <= 0, 0)  # [n, A]
         out.W_enc.add_(grad_z.t() @ inputs)
         out.W_dec.add_(active.t() @ grad_out)

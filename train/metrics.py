@@ -6,6 +6,7 @@ resume are those of the unbroken run.
 Shapes: N rows of a batch, L layers trained on.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from store.errors import ResidscopeError
 from train.sae import Standardized
 from train.step import StepResult
 
@@ -86,18 +88,23 @@ class MetricsWindow:
 
 
 class MetricsFile:
-    """`ckpt.metrics.jsonl`: one line a logged step, none twice."""
+    """`ckpt.metrics.jsonl`: one line a logged step, none twice. Locked, so that no two runs write one checkpoint."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Open for appending, after cutting what comes later than `resume_step`, a torn last line included.
+        """Open for appending, after cutting off what comes later than `resume_step`, a torn last line included.
 
-        Lines of steps that a resumed run makes again would otherwise stand there twice. 0 empties the file.
+        Lines of steps that a resumed run makes again would otherwise stand there twice. 0 empties the file. Raises
+        `ResidscopeError` while another process has it open.
         """
-        kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else []
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ResidscopeError(
+                f"{path} is in use: another run writes this checkpoint; choose another --out"
+            ) from None
+        self._file.truncate(_bytes_up_to(path, resume_step) if resume_step else 0)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line; it is in the file when this returns."""
@@ -118,14 +125,15 @@ def metrics_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.stem + ".metrics.jsonl")
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+def _bytes_up_to(path: Path, step: int) -> int:
+    """Length of the whole lines at the file's start that are of steps up to `step`."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            found = json.loads(line)["step"] if line.endswith("\n") else None
+            found = json.loads(line)["step"] if line.endswith(b"\n") else None
         except (ValueError, KeyError, TypeError):
             found = None
         if found is None or found > step:
             break
-        kept.append(line)
-    return kept
+        length += len(line)
+    return length

@@ -117,7 +117,17 @@ def training_step(
     aux_loss = loss.new_zeros(())
     latents = dead.dead_latents() if options.aux_coef > 0 else None
     if latents is not None and len(latents) > 0:
-        aux = auxk(centred, main.error, rows, weights.W_enc[latents], weights.W_dec[latents], options, kernels)
+        aux = auxk(
+            centred,
+            main.error,
+            rows,
+            weights.W_enc[latents],
+            weights.W_dec[latents],
+            k=options.aux_k,
+            product_dtype=options.product_dtype,
+            tile_bytes=options.tile_bytes,
+            kernels=kernels,
+        )
         aux_loss = aux.loss
         grads.W_enc.index_add_(0, latents, aux.W_enc, alpha=options.aux_coef)
         grads.W_dec.index_add_(0, latents, aux.W_dec, alpha=options.aux_coef)

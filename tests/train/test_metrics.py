@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from store.errors import ResidscopeError
 from train.kernels import SparseCodes
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
 from train.sae import Standardized
@@ -36,6 +37,18 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     write_lines(path, [1, 2])
     MetricsFile(path, resume_step=0).close()
     assert path.read_text() == ""
+
+
+def test_two_runs_cannot_write_one_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    first = MetricsFile(path, resume_step=0)
+    first.write({"step": 1})
+    with pytest.raises(ResidscopeError, match="is in use: another run writes this checkpoint"):
+        MetricsFile(path, resume_step=0)
+    assert steps_in(path) == [1]
+    first.close()
+    MetricsFile(path, resume_step=1).close()
+    assert steps_in(path) == [1]
 
 
 def test_window_by_hand() -> None:

@@ -128,7 +128,7 @@ def test_auxk_is_zero_and_costs_nothing_when_nothing_is_dead(monkeypatch: pytest
     """Mistake 2: AuxK active when nothing is dead."""
     weights, x, rows = random_case(4, 3, 5, seed=3, raw=False)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("AuxK was computed although no latent is dead")
 
     monkeypatch.setattr("train.step.auxk", refuse)
