@@ -23,6 +23,7 @@ from analysis.redundancy import MAX_OVERLAP, Redundancy
 from analysis.selection import Selection
 from analysis.uncertainty import Interval, ReconstructionIntervals
 from store.activations import ActivationStore
+from store.console import counted
 from train.sae import Checkpoint
 
 SCHEMA_VERSION = 1
@@ -188,14 +189,14 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
     if not found.checkpoint.trainer.get("finished", True):
         warnings.append(f"Training was not finished: this is its step {found.checkpoint.trainer.get('step')}.")
     if not found.intervals and found.config.bootstrap:
-        warnings.append(f"{selection.n_documents} documents are too few for 95 % intervals.")
+        warnings.append(f"{counted(selection.n_documents, 'document')} cannot give 95 % intervals: too few.")
     return {
         "name": split,
         "n_tokens": n,
         "n_documents": selection.n_documents,
         "n_validation_tokens": n_held_out,
         "trained_on": trained_on,
-        "text": f"{n:,} tokens of {selection.n_documents:,} documents: {which}; {fate}.",
+        "text": f"{n:,} tokens of {counted(selection.n_documents, 'document')}: {which}; {fate}.",
     }, warnings
 
 

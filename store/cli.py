@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from store.console import human_bytes, run_command
+from store.console import counted, human_bytes, run_command
 
 if TYPE_CHECKING:
     from store.verify import BadShard
@@ -119,7 +119,7 @@ def _verify(path: Path, as_json: bool) -> int:
     if not bad:
         print(f"{path}: whole")
         return 0
-    print(f"{path}: {len(bad)} faults")
+    print(f"{path}: {counted(len(bad), 'fault')}")
     if not any(found.lasting for found in bad):
         print(f"`residscope verify {path} --repair` makes the store whole again, with its model", file=sys.stderr)
     return 1

@@ -96,3 +96,8 @@ def human_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: 1 document, 2,000 documents."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

@@ -121,10 +121,10 @@ class _Run:
         plan, config = self.plan, self.config
         self._announce()
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.with_suffix(".config.toml").write_text(to_toml(_flags(config)), encoding="utf-8")
         resume_step = 0 if saved is None else saved.trainer["step"]
         file = MetricsFile(metrics_path(config.out), resume_step=resume_step)
         with contextlib.closing(file), stop_on_signals() as stopped:
+            config.out.with_suffix(".config.toml").write_text(to_toml(_flags(config)), encoding="utf-8")
             self._start(saved)
             loader = self._loader(plan.seed, plan.window_bytes, start_batch=self.step, epochs=plan.epochs)
             with _closing(loader) as batches, self._progress_bar() as bar:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from store.console import human_bytes, human_seconds, run_command, stop_on_signals
+from store.console import counted, human_bytes, human_seconds, run_command, stop_on_signals
 from store.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 
 
@@ -68,6 +68,7 @@ def test_the_first_signal_asks_and_the_second_acts(signum: signal.Signals) -> No
 def test_units() -> None:
     assert [human_bytes(n) for n in (0, 999, 34_560, 655e9)] == ["0 B", "999 B", "34.6 kB", "655 GB"]
     assert [human_seconds(s) for s in (0.5, 42, 200, 7500)] == ["0.5 s", "42 s", "3 min 20 s", "2 h 05 min"]
+    assert [counted(n, "fault") for n in (0, 1, 2000)] == ["0 faults", "1 fault", "2,000 faults"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
