@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis import compiled_examples
-from analysis.latents import Encoder
+from analysis.latents import CodeTile, Encoder
 from analysis.measure import tiles
 from analysis.sequences import sequence_bounds
 from analysis.token_text import TokenBytes, continues_character, texts_of
@@ -65,19 +65,6 @@ COLUMNS = pa.schema(
 """examples.parquet: sorted by latent, layer and rank; layer as the model counts, rank 0 the most active, token its
 place in the store. texts and activations: of each token of the window, `marked` being the example's place among them;
 an activation is null where the token was not analysed."""
-
-
-class CodeTile(NamedTuple):
-    """Sparse codes of some tokens."""
-
-    token: NDArray[np.int64]
-    """[T] places in the store, ascending."""
-
-    values: NDArray[np.floating]
-    """[T, L, k] >= 0."""
-
-    indices: NDArray[np.int64]
-    """[T, L, k]"""
 
 
 CodesOf = Callable[[NDArray[np.bool_]], Iterable[CodeTile]]

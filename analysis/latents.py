@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from store.activations import ActivationStore
@@ -40,6 +41,19 @@ class Codes(NamedTuple):
 
     x_hat: Tensor
     """[T, L, D] reconstruction in raw space."""
+
+
+class CodeTile(NamedTuple):
+    """Sparse codes of some tokens of a store."""
+
+    token: NDArray[np.int64]
+    """[T] places in the store, ascending."""
+
+    values: NDArray[np.floating]
+    """[T, L, k] >= 0."""
+
+    indices: NDArray[np.int64]
+    """[T, L, k]"""
 
 
 class Encoder:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis import pca
-from analysis.latents import load_encoder
+from analysis.latents import CodeTile, load_encoder
 from analysis.moments import LayerMoments
 from analysis.nulls import NULLS
 from analysis.quality import GroupQuality, LayerQuality, sum_in_order
@@ -178,6 +178,15 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
         for name, null in sums.nulls.items():
             null.add(values, indices, rows=NULLS[name](work.seed, token, n_layers, store.meta.chunk_tokens))
     return sums
+
+
+def code_tiles(work: Work, shards: Sequence[int], needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
+    """Codes of the tokens `needed` [tokens of the store] that lie in these shards, a tile at a time, in order."""
+    encoder = load_encoder(Path(work.sae), work.dtype)
+    store = open_data(work, encoder.config.n_latents).store
+    for token, x in tiles(store, work.layers, shards, needed):
+        codes = encoder.encode(encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1])), x.shape[1])
+        yield CodeTile(token, codes.values.numpy(), codes.indices.numpy())
 
 
 def pca_error(work: Work, components: pca.Components, shards: Sequence[int]) -> NDArray[np.float64]:

@@ -23,6 +23,7 @@ from analysis.config import AnalyzeConfig
 from analysis.latents import doubts, layers_of_store
 from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, pca_error
 from analysis.moments import latent_table
+from analysis.parts import Context, Part
 from analysis.quality import ratio
 from analysis.redundancy import find_redundancy
 from analysis.selection import held_out_documents, select
@@ -37,6 +38,9 @@ from train.sae import Checkpoint
 
 SUMMARY, LATENTS, LAYERS, CONFIG = "summary.json", "latents.parquet", "layers.parquet", "analyze.config.toml"
 REDUNDANCY = "redundancy.parquet"
+
+PARTS: tuple[Part, ...] = ()
+"""Optional parts, in the order in which they run and stand in summary.json."""
 
 _DRAWN = (
     "report.html",
@@ -93,8 +97,22 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
                 n_validation_vectors=int(sums.quality.n_tokens[VALIDATION]) * len(layers),
                 fvu=ratio(jobs.run(total, pool), spread),
             )
+        table, analysed = latent_table(sums.moments), sums.quality.result(ANALYSED)
+        redundancy = find_redundancy(sae.W_dec, table.probs, config.redundancy_cosine) if config.redundancy else None
+        context = Context(
+            config=config,
+            store=store,
+            checkpoint=checkpoint,
+            work=work,
+            selection=selection,
+            pool=pool,
+            moments=sums.moments,
+            table=table,
+            redundancy=redundancy,
+            folder=partial_dir,
+        )
+        parts = {part.name: part.make(context) if part.wanted(config) else None for part in PARTS}
 
-    table, analysed = latent_table(sums.moments), sums.quality.result(ANALYSED)
     found = Findings(
         config=config,
         store=store,
@@ -114,7 +132,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         ),
         nulls=sums.nulls,
         table=table,
-        redundancy=find_redundancy(sae.W_dec, table.probs, config.redundancy_cosine) if config.redundancy else None,
+        redundancy=redundancy,
+        parts=parts,
         seconds=time.monotonic() - started,
     )
     summary = build(found)
@@ -130,14 +149,16 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     say(words(summary))
     if missing:
         say(missing)
-    written = sorted(path.name for path in config.out_dir.iterdir() if path.name in _OURS)
+    written = sorted(path.name for path in config.out_dir.iterdir() if path.name in _ours())
     say(f"Written to {config.out_dir}: {', '.join(written)}.")
     if config.json:
         print(json.dumps(summary, allow_nan=False))
     return summary
 
 
-_OURS = (*_DRAWN, CONFIG, LATENTS, LAYERS, REDUNDANCY, SUMMARY)
+def _ours() -> set[str]:
+    """Names of all files that an analysis may write."""
+    return {*_DRAWN, CONFIG, LATENTS, LAYERS, REDUNDANCY, SUMMARY, *(name for part in PARTS for name in part.files)}
 
 
 def _shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:
@@ -185,8 +206,8 @@ def _write_report(folder: Path) -> str | None:
 def _move_into_place(partial_dir: Path, out: Path) -> None:
     """Replace what an earlier analysis left by what this one made, summary.json first away and last back."""
     (out / SUMMARY).unlink(missing_ok=True)
-    for name in reversed(_OURS):
-        if name != SUMMARY and not (partial_dir / name).exists():
+    for name in _ours():
+        if not (partial_dir / name).exists():
             (out / name).unlink(missing_ok=True)
     for path in sorted(partial_dir.iterdir(), key=lambda path: path.name == SUMMARY):
         with path.open("rb") as file:

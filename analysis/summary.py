@@ -73,6 +73,9 @@ class Findings:
     redundancy: Redundancy | None
     """None if it was not asked for."""
 
+    parts: Mapping[str, Any]
+    """By key, what the optional parts (`analysis.parts`) found; None for those not asked for."""
+
     seconds: float
 
 
@@ -116,6 +119,7 @@ def build(found: Findings) -> dict[str, Any]:
         "validation_fvu": _number(found.validation.fvu.mean()) if found.validation else None,
         "validation": _validation(found),
         "baseline": {"pca": _pca(found.baseline)},
+        **found.parts,
         "seconds": found.seconds,
     }
 
