@@ -156,6 +156,21 @@ def _reader(annotation: Any) -> dict[str, Any]:
     }
 
 
+def read_word(word: str, annotation: Any, what: str) -> Any:
+    """A word on the command line as a value of `annotation`; `UsageError` begins with `what` if it is none."""
+    kind = _without_none(annotation)
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+    if kind is bool:
+        choices = (True, False)
+        word = {"yes": "True", "true": "True", "no": "False", "false": "False"}.get(word.lower(), word)
+    try:
+        value = next(c for c in choices if str(c) == word) if choices else kind(word)
+    except (StopIteration, ValueError, TypeError):
+        shown = " or ".join(map(str, choices)) if choices else getattr(kind, "__name__", str(kind))
+        raise UsageError(f"{what} should be {shown}, found {word!r}") from None
+    return value
+
+
 def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
     try:
         with path.open("rb") as file:

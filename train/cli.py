@@ -12,6 +12,7 @@ _EPILOG = """\
 examples:
   train --store acts.zarr --out ckpt.pt
   train --store acts.zarr --expansion-factor 64 --k 32 --epochs 1 --resume
+  train --store acts.zarr --sweep k=16,32,64 expansion_factor=8,16 --out sweep.pt
   train --store acts.zarr --n-latents 9216 --batch-size 2048 --steps 600 --json
 """
 
@@ -27,13 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Train one multi-layer sparse autoencoder on a store of residual stream activations.",
             epilog=_EPILOG,
         )
-        from train.loop import train
-        from train.report import describe, summary
+        from train.loop import train_all
+        from train.report import describe_all, summary, write_table
 
-        result = train(config)
-        print(describe(result), file=sys.stderr)
+        results = train_all(config)
+        print(describe_all(results), file=sys.stderr)
+        table = write_table(config.out, results) if config.sweep or config.per_layer else None
+        if table is not None:
+            print(f"table: {table}", file=sys.stderr)
         if config.json:
-            print(json.dumps(summary(result)))
+            runs = [summary(result) for result in results]
+            print(json.dumps({"table": str(table), "runs": runs} if table else runs[0]))
 
     return run_command("train", command)
 

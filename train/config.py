@@ -101,6 +101,15 @@ class TrainConfig:
     loss_space: Literal["standardized", "raw"] = "standardized"
     """Where the loss is taken: standardized lets every vector count alike; raw is the reference's choice."""
 
+    sweep: tuple[str, ...] | None = None
+    """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
+    point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with
+    the same flags. Any field will do that does not change the stream of batches."""
+
+    per_layer: Literal["total", "each"] | None = None
+    """Train one autoencoder for each layer instead, on that layer's vectors of the same stream: the latents are
+    divided among them (total), or each has as many (each). Checkpoints are ckpt.layer=0.pt, ..."""
+
     resume: bool = False
     """Continue from the checkpoint if there is one, else start; the end is bit for bit that of an unbroken run."""
 

@@ -21,6 +21,22 @@ from train.sae import Standardized
 from train.step import StepResult
 
 
+class Stopwatch:
+    """Time spent training since the last logged step, without validation and checkpoints."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def start(self) -> None:
+        """From now on time counts."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Time that passes until `start` is not the training's."""
+        self.seconds += time.perf_counter() - self._started
+
+
 class MetricsWindow:
     """Sums over the steps since the last logged one."""
 
@@ -28,9 +44,6 @@ class MetricsWindow:
         """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space: FVU is always measured there."""
         self._raw_denominators = raw_denominators
         self._sums: dict[str, Tensor] = {}
-        self.seconds = 0.0
-        """Time spent training in this window, without validation and checkpoints."""
-        self._started = 0.0
         self.clear()
 
     def clear(self) -> None:
@@ -38,15 +51,6 @@ class MetricsWindow:
         device, n_layers = self._raw_denominators.device, len(self._raw_denominators)
         shapes = {"steps": (), "loss": (), "auxk": (), "active": (), "vectors": (n_layers,), "error": (n_layers,)}
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-        self.seconds = 0.0
-
-    def resume_clock(self) -> None:
-        """From now on time counts."""
-        self._started = time.perf_counter()
-
-    def stop_clock(self) -> None:
-        """Time that passes until `resume_clock` is not the training's."""
-        self.seconds += time.perf_counter() - self._started
 
     def add(self, layer: Tensor, standardized: Standardized, result: StepResult) -> None:
         """Count one step over rows of layers `layer` int64 [N]."""
@@ -62,6 +66,8 @@ class MetricsWindow:
     def line(self) -> dict[str, Any]:
         """Means over the window: loss, auxk, fvu, fvu_per_layer (null for a layer without rows), l0."""
         sums = self._sums
+        if not sums["steps"]:  # one layer alone, and none of its vectors came
+            return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, "auxk": None}
         fvu = sums["error"] / sums["vectors"] / self._raw_denominators
         seen = sums["vectors"] > 0
         return {

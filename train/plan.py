@@ -7,6 +7,7 @@ Shapes: T tokens of the store, L layers trained on.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -45,6 +46,9 @@ class RunPlan:
     """Width of the residual stream."""
     layers: tuple[int, ...]
     """The model's numbers of the layers trained on."""
+    stream_layers: tuple[int, ...] | None = None
+    """The layers whose vectors are streamed, where the run is trained on one of them alone (--per-layer); None: the
+    layers trained on."""
     n_latents: int
     """Latents of the dictionary."""
     k: int
@@ -60,13 +64,13 @@ class RunPlan:
     decay_fraction: float
     """Share of the steps with a falling rate."""
     batch_size: int
-    """Vectors in a step."""
+    """Vectors of the stream in a step."""
     steps: int
     """Steps of the whole run."""
     vectors: int
-    """Vectors of the whole run; the last batch may be short."""
+    """Vectors of the stream in the whole run; the last batch may be short."""
     vectors_per_epoch: int
-    """Vectors of one pass."""
+    """Vectors of the stream in one pass."""
     epochs: int
     """Passes that are begun."""
     seed: int
@@ -98,7 +102,8 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return asdict(self) | {"layers": list(self.layers)}
+        streamed = None if self.stream_layers is None else list(self.stream_layers)
+        return asdict(self) | {"layers": list(self.layers), "stream_layers": streamed}
 
 
 def split_tokens(store: ActivationStore, fraction: float, seed: int) -> Split:
@@ -128,11 +133,14 @@ def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> lis
     return [have.index(layer) for layer in wanted]
 
 
-def make_plan(config: TrainConfig, store: ActivationStore, split: Split) -> RunPlan:
-    """Resolve a configuration against a store and this machine."""
+def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: int | None = None) -> RunPlan:
+    """Resolve a configuration against a store and this machine; `layer` is the one that a --per-layer run is of."""
     meta = store.meta
     layers = stored_layers(store, config.layers)
+    streamed = tuple(meta.layers[i] for i in layers)
     n_latents = config.n_latents or round(config.expansion_factor * meta.d_model)
+    if config.per_layer == "total":
+        n_latents = max(1, n_latents // len(layers))
     vectors_per_epoch = int(split.train.sum()) * len(layers)
     if config.steps is None:
         epochs = config.epochs or 1
@@ -157,10 +165,11 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split) -> RunP
         vectors=vectors,
         vectors_per_epoch=vectors_per_epoch,
         epochs=epochs,
-        layers=tuple(meta.layers[i] for i in layers),
+        layers=streamed if layer is None else (layer,),
+        stream_layers=None if layer is None else streamed,
         seed=config.seed,
         validation_fraction=config.validation_fraction,
-        dead_vectors=dead_threshold(vectors // len(layers), len(layers), config.dead_tokens),
+        dead_vectors=dead_threshold(vectors // len(layers), len(layers) if layer is None else 1, config.dead_tokens),
         loss_space=config.loss_space,
         window_bytes=int(config.window_gb * 1e9 / 2),
         product_dtype=resolve_product_dtype(config.dtype, device),
@@ -170,7 +179,7 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split) -> RunP
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes that a run needs beside the interpreter."""
+    """Bytes that runs need beside the interpreter."""
 
     device: int
     """Weights, gradients, moments, a batch and its gradients, and tiles, on the training device."""
@@ -179,15 +188,25 @@ class MemoryEstimate(NamedTuple):
     """The loader's two windows, in the machine's memory."""
 
 
-def memory_estimate(plan: RunPlan, store: ActivationStore, tile_bytes: int) -> MemoryEstimate:
-    """How much memory a run of `plan` takes."""
+def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, tile_bytes: int) -> MemoryEstimate:
+    """How much memory runs of `plans` take over one stream: each its weights and moments; the rest is shared."""
     meta = store.meta
-    weights = 2 * plan.n_latents * plan.d_model
-    batch = plan.batch_size * (6 * 4 * plan.d_model + 48 * plan.k)  # six float32 [N, D]; codes, gradients, sorted pairs
-    casts = weights if plan.product_dtype == "bfloat16" else 0  # both weights, for the product and AuxK
+    held = sum(3 * 4 * _weights(plan) for plan in plans)  # and two moments each
+    gradients = sum({plan.n_latents: 4 * _weights(plan) for plan in plans}.values())
+    plan = plans[0]
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
-    window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.layers) * block)
-    return MemoryEstimate(4 * 4 * weights + 2 * casts + batch + 2 * tile_bytes, 2 * window)
+    window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.stream_layers or plan.layers) * block)
+    return MemoryEstimate(held + gradients + max(_working(plan) for plan in plans) + 2 * tile_bytes, 2 * window)
+
+
+def _weights(plan: RunPlan) -> int:
+    return 2 * plan.n_latents * plan.d_model
+
+
+def _working(plan: RunPlan) -> int:
+    batch = plan.batch_size * (6 * 4 * plan.d_model + 48 * plan.k)  # six float32 [N, D]; codes, gradients, sorted pairs
+    casts = _weights(plan) if plan.product_dtype == "bfloat16" else 0  # both weights, for the product and AuxK
+    return 2 * casts + batch
 
 
 def default_aux_k(d_model: int) -> int:

@@ -4,6 +4,7 @@ All refusals come before anything is computed or written.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,9 +38,9 @@ def check_resumable(path: Path, saved: Checkpoint, store: ActivationStore, plan:
         )
 
 
-def set_threads(config: TrainConfig, saved: Checkpoint | None) -> None:
-    """Use the asked number of CPU threads, or the checkpoint's: sums are split by thread, so the last bits differ."""
-    before = None if saved is None else saved.trainer.get("threads")
+def set_threads(config: TrainConfig, saved: Sequence[Checkpoint | None]) -> None:
+    """Use the asked number of CPU threads, or the checkpoints': sums are split by thread, so the last bits differ."""
+    before = next((one.trainer.get("threads") for one in saved if one is not None), None)
     threads = config.threads or before
     if threads is not None:
         torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ own), then kept in the checkpoint: a resumed run uses the very same numbers.
 Shapes: N vectors, D d_model, L layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,47 @@ class FixedStatistics(NamedTuple):
     """float64 [L]: E|x - mean_l|^2 of the same vectors in raw space."""
 
 
+class StatisticsSums:
+    """Gathers the statistics of one run; several can watch one stream, so that it is read once for all of them."""
+
+    def __init__(self, standardize: Callable[[Tensor], Standardized], layers: tuple[int, ...]) -> None:
+        """standardize: the run's own; layers: the model's numbers of the layers it is trained on, for errors."""
+        self._standardize = standardize
+        self._layers = layers
+        self._standardized: LayerMoments | None = None
+        self._raw: LayerMoments | None = None
+        self._sample: list[Tensor] = []
+        self._seen = 0
+
+    def add(self, x: Tensor, layer: Tensor) -> None:
+        """Count raw vectors `x` [N, D] of layers `layer` int64 [N]."""
+        x_std = self._standardize(x).x
+        if self._standardized is None or self._raw is None:
+            self._standardized = self._raw = LayerMoments.zeros(len(self._layers), x.shape[1], x.device)
+        self._standardized = self._standardized.add(x_std, layer)
+        self._raw = self._raw.add(x, layer)
+        if self._seen < MEDIAN_VECTORS:
+            self._sample.append(x_std[: MEDIAN_VECTORS - self._seen])
+        self._seen += len(x)
+
+    def finish(self) -> FixedStatistics:
+        """The statistics; raises `ResidscopeError` naming a layer whose vectors do not vary."""
+        standardized, raw = self._standardized, self._raw
+        assert standardized is not None
+        assert raw is not None
+        for position, moments in ((p, m) for m in (standardized, raw) for p in range(len(self._layers))):
+            if not moments.deviation[position] > 0:
+                raise ResidscopeError(
+                    f"layer {self._layers[position]}: {int(moments.vectors[position])} training vectors, and they do "
+                    "not vary; FVU has no meaning there: harvest more text, or leave the layer out with --layers"
+                )
+        return FixedStatistics(
+            geometric_median(torch.cat(self._sample)),
+            standardized.deviation / standardized.vectors,
+            raw.deviation / raw.vectors,
+        )
+
+
 def fixed_statistics(
     batches: Iterable[Vectors], standardize: Callable[[Tensor], Standardized], layers: tuple[int, ...]
 ) -> FixedStatistics:
@@ -44,33 +85,20 @@ def fixed_statistics(
 
     The bias is taken in the space in which it is used: on standardised vectors, never on raw ones.
     """
-    standardized = raw = None
-    sample: list[Tensor] = []
+    sums = StatisticsSums(standardize, layers)
+    for x, layer in sample(batches):
+        sums.add(x, layer)
+    return sums.finish()
+
+
+def sample(batches: Iterable[Vectors]) -> Iterator[Vectors]:
+    """The batches that statistics are taken over: the first `DENOMINATOR_VECTORS` vectors, to a whole batch."""
     seen = 0
-    for x, layer in batches:
-        x_std = standardize(x).x
-        if standardized is None or raw is None:
-            standardized = raw = LayerMoments.zeros(len(layers), x.shape[1], x.device)
-        standardized = standardized.add(x_std, layer)
-        raw = raw.add(x, layer)
-        if seen < MEDIAN_VECTORS:
-            sample.append(x_std[: MEDIAN_VECTORS - seen])
-        seen += len(x)
+    for batch in batches:
+        yield batch
+        seen += len(batch.x)
         if seen >= DENOMINATOR_VECTORS:
-            break
-    assert standardized is not None
-    assert raw is not None
-    for position, moments in ((p, m) for m in (standardized, raw) for p in range(len(layers))):
-        if not moments.deviation[position] > 0:
-            raise ResidscopeError(
-                f"layer {layers[position]}: {int(moments.vectors[position])} training vectors, and they do not vary; "
-                "FVU has no meaning there: harvest more text, or leave the layer out with --layers"
-            )
-    return FixedStatistics(
-        geometric_median(torch.cat(sample)),
-        standardized.deviation / standardized.vectors,
-        raw.deviation / raw.vectors,
-    )
+            return
 
 
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

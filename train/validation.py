@@ -57,6 +57,19 @@ class Validation(NamedTuple):
         }
 
 
+class Subject(NamedTuple):
+    """An autoencoder to be measured."""
+
+    sae: MLSAE
+    """On the device that the vectors are on."""
+
+    product_dtype: torch.dtype
+    """Type of its encoder's product."""
+
+    position: int | None = None
+    """The one layer to measure it on, as a position among the layers; None: on all of them."""
+
+
 class ValidationData:
     """The held-out tokens of a store."""
 
@@ -74,32 +87,24 @@ class ValidationData:
 
     def evaluate(self, sae: MLSAE, source: VectorSource, *, tokens: int, product_dtype: torch.dtype) -> Validation:
         """Measure `sae` on up to `tokens` held-out tokens."""
+        (found,) = self.evaluate_all([Subject(sae, product_dtype)], source, tokens=tokens)
+        return found
+
+    def evaluate_all(self, subjects: Sequence[Subject], source: VectorSource, *, tokens: int) -> list[Validation]:
+        """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them."""
         n_layers = len(self._layers)
-        device = sae.W_enc.device
-        moments = LayerMoments.zeros(n_layers, sae.config.d_model, device)
-        errors = torch.zeros(n_layers, dtype=torch.float64, device=device)
-        active = torch.zeros(n_layers, dtype=torch.float64, device=device)
-        fired = torch.zeros(sae.config.n_latents, dtype=torch.bool, device=device)
+        device = subjects[0].sae.W_enc.device
+        moments = LayerMoments.zeros(n_layers, subjects[0].sae.config.d_model, device)
+        sums = [_Sums(subject, n_layers) for subject in subjects]
         seen = 0
         for raw in self._read(tokens):
             x = source.to_float32(raw)  # [t, L, D]
-            rows = x.flatten(0, 1)
             layer = torch.arange(n_layers, device=device).repeat(len(x))
-            out = sae(rows, product_dtype=product_dtype)
-            moments = moments.add(rows, layer)
-            errors += _by_layer((rows - out.x_hat).double().square().sum(dim=1), n_layers)
-            active += _by_layer((out.codes.values > 0).sum(dim=1), n_layers)
-            fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
+            moments = moments.add(x.flatten(0, 1), layer)
+            for each in sums:
+                each.add(x)
             seen += len(x)
-        fvu = errors / moments.deviation
-        return Validation(
-            tokens=seen,
-            fvu=fvu.mean().item(),
-            fvu_per_layer=fvu.tolist(),
-            l0=active.sum().item() / (seen * n_layers),
-            l0_per_layer=(active / seen).tolist(),
-            fired=fired.double().mean().item(),
-        )
+        return [each.finish(seen, moments.deviation) for each in sums]
 
     def _read(self, tokens: int) -> Iterator[np.ndarray]:
         """Held-out tokens in the stored type, [t, L, D] at a time, until there are `tokens` of them."""
@@ -111,6 +116,39 @@ class ValidationData:
             tokens -= len(chosen)
             if tokens <= 0:
                 return
+
+
+class _Sums:
+    """What is added up over tokens for one autoencoder."""
+
+    def __init__(self, subject: Subject, n_layers: int) -> None:
+        self._subject = subject
+        self._layers = slice(None) if subject.position is None else slice(subject.position, subject.position + 1)
+        self._n_layers = n_layers if subject.position is None else 1
+        device = subject.sae.W_enc.device
+        self._errors = torch.zeros(self._n_layers, dtype=torch.float64, device=device)
+        self._active = torch.zeros(self._n_layers, dtype=torch.float64, device=device)
+        self._fired = torch.zeros(subject.sae.config.n_latents, dtype=torch.bool, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Count tokens `x` [t, L, D]."""
+        rows = x[:, self._layers].flatten(0, 1)
+        out = self._subject.sae(rows, product_dtype=self._subject.product_dtype)
+        self._errors += _by_layer((rows - out.x_hat).double().square().sum(dim=1), self._n_layers)
+        self._active += _by_layer((out.codes.values > 0).sum(dim=1), self._n_layers)
+        self._fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
+
+    def finish(self, tokens: int, deviation: Tensor) -> Validation:
+        """The result; deviation: float64 [L], sum of |x - mean_l|^2 over the same tokens."""
+        fvu = self._errors / deviation[self._layers]
+        return Validation(
+            tokens=tokens,
+            fvu=fvu.mean().item(),
+            fvu_per_layer=fvu.tolist(),
+            l0=self._active.sum().item() / (tokens * self._n_layers),
+            l0_per_layer=(self._active / tokens).tolist(),
+            fired=self._fired.double().mean().item(),
+        )
 
 
 def _by_layer(values: Tensor, n_layers: int) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 
 from store.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 from tests.support.stores import make_store, random_activations
-from train import loop
+from train import loop, runs
 from train.config import TrainConfig
 from train.loop import train
-from train.sae import load_checkpoint
+from train.sae import MLSAE, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,14 @@ def test_the_decoder_has_unit_norm_in_every_checkpoint(
     config: TrainConfig, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mistake 3: saved and evaluated weights that are off-norm."""
-    save, seen = loop.save_checkpoint, []
+    save, seen = runs.save_checkpoint, []
 
-    def check(path: Path, sae: loop.MLSAE, **rest: dict) -> None:
+    def check(path: Path, sae: MLSAE, **rest: dict) -> None:
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
         seen.append(rest["trainer"]["step"])
         save(path, sae, **rest)
 
-    monkeypatch.setattr(loop, "save_checkpoint", check)
+    monkeypatch.setattr(runs, "save_checkpoint", check)
     train(replace(config, checkpoint_every=5, **changes))
     assert seen[:3] == [5, 10, 15]
     saved = load_checkpoint(config.out)
@@ -272,13 +272,13 @@ def test_without_held_out_documents_there_is_no_validation(config: TrainConfig) 
 
 def test_auxk_brings_planted_dead_latents_back(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half the encoder starts pointing away from the data: without AuxK those latents never fire."""
-    initialize = loop.MLSAE.initialize
+    initialize = MLSAE.initialize
 
-    def plant(sae: loop.MLSAE, seed: int, b_pre: torch.Tensor | None = None) -> None:
+    def plant(sae: MLSAE, seed: int, b_pre: torch.Tensor | None = None) -> None:
         initialize(sae, seed, b_pre)
         sae.W_enc.data[20:] *= 0.02  # never among the four largest
 
-    monkeypatch.setattr(loop.MLSAE, "initialize", plant)
+    monkeypatch.setattr(MLSAE, "initialize", plant)
     dead = {}
     for coefficient in (0.0, 1 / 32):
         run = replace(config, aux_coef=coefficient, aux_k=20, epochs=8, lr=3e-3, overwrite=True)

@@ -1,0 +1,97 @@
+"""Which runs one invocation trains: one, one for each point of a `--sweep`, one for each layer, or their product.
+
+Every run of an invocation sees the same stream of batches, so only what does not change the stream can be swept: a
+run's checkpoint is then, bit for bit, that of the single run with the same flags. Pure; nothing heavy is imported.
+"""
+
+import itertools
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from store.errors import UsageError
+from store.options import read_word
+from train.config import TrainConfig
+
+STREAM_FIELDS = ("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb", "validation_fraction")
+"""What the stream of batches depends on: the same for all runs."""
+
+COMMAND_FIELDS = (
+    *("out", "device", "threads", "log_every", "checkpoint_every", "validate_every", "validation_tokens"),
+    *("sweep", "per_layer", "resume", "overwrite", "json"),
+)
+"""What the command does, not what a run is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run of an invocation."""
+
+    config: TrainConfig
+    """As of a single run; `out` is this run's own."""
+
+    name: str = ""
+    """What tells it from the others, as in its file name: "k=16.expansion_factor=8"; empty where there is one."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The swept fields and their values."""
+
+    layer: int | None = None
+    """The model's number of the one layer that it is trained on, under --per-layer."""
+
+
+def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
+    """The runs that `config` asks for; layers: the model's numbers of the layers in the stream, for --per-layer."""
+    axes = sweep_axes(config)
+    if not axes and config.per_layer is None:
+        return [RunSpec(config=config)]
+    specs = []
+    for values in itertools.product(*axes.values()):
+        settings = dict(zip(axes, values, strict=True))
+        for layer in [None] if config.per_layer is None else layers:
+            parts = [f"{name}={value}" for name, value in settings.items()]
+            name = ".".join(parts if layer is None else [*parts, f"layer={layer}"])
+            one = replace(config, sweep=None, out=run_path(config.out, name), **settings)
+            specs.append(RunSpec(config=one, name=name, settings=settings, layer=layer))
+    return specs
+
+
+def run_path(out: Path, name: str) -> Path:
+    """The checkpoint of run `name`: ckpt.pt gives ckpt.NAME.pt beside it; anything else is a folder for it."""
+    if out.suffix == ".pt" and not out.is_dir():
+        return out.with_name(f"{out.stem}.{name}.pt")
+    return out / f"ckpt.{name}.pt"
+
+
+def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
+    """Fields and values of `--sweep k=16,32 lr=1e-3,2e-3`, in the order given; `UsageError` names what is wrong."""
+    hints = typing.get_type_hints(TrainConfig)
+    axes: dict[str, list[Any]] = {}
+    for word in config.sweep or ():
+        name, equals, values = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if not equals or not values:
+            raise UsageError(f"--sweep {word}: expected a field and its values, such as k=16,32,64")
+        if name in STREAM_FIELDS:
+            raise UsageError(
+                f"--sweep {word}: {name} changes the stream of batches, which all runs of a sweep share: run `train` "
+                f"once for each value; a sweep takes {_listed()}"
+            )
+        if name not in hints or name in COMMAND_FIELDS:
+            raise UsageError(f"--sweep {word}: {name} cannot be swept; a sweep takes {_listed()}")
+        if name in axes:
+            raise UsageError(f"--sweep names {name} twice: give all its values in one word, such as {name}=1,2")
+        read = [read_word(value, hints[name], f"--sweep {name}") for value in values.split(",")]
+        if len(set(read)) != len(read):
+            raise UsageError(f"--sweep {word}: a value is there twice")
+        axes[name] = read
+    if "expansion_factor" in axes and ("n_latents" in axes or config.n_latents is not None):
+        raise UsageError("--sweep: n_latents and expansion_factor both say how many latents: give one of them")
+    return axes
+
+
+def _listed() -> str:
+    names = {f.name for f in fields(TrainConfig)} - set(STREAM_FIELDS) - set(COMMAND_FIELDS)
+    return ", ".join(sorted(names))

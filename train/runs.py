@@ -1,0 +1,255 @@
+"""One autoencoder in training: its weights, optimiser, counters, metrics file and checkpoint.
+
+A run takes batches of the stream and does with them what its plan says; where they come from, and how many runs take
+the same ones, is not its business (`train.loop`). A step is a function of the weights, the optimiser's moments, the
+counters of dead latents and the batch: all but the last are in the checkpoint.
+
+A checkpoint on the way holds the optimiser's moments (three times the size of the weights in all); the last one drops
+them, because the learning rate has run out and nothing can follow.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from store.activations import ActivationStore
+from store.options import to_toml
+from train.batches import Vectors, VectorSource
+from train.config import TrainConfig
+from train.grid import RunSpec
+from train.kernels import WeightGradients, choose_kernels
+from train.losses import DeadLatents, row_weights
+from train.metrics import MetricsFile, MetricsWindow, metrics_path
+from train.optimizer import SphereAdam, learning_rate
+from train.plan import RunPlan, Split
+from train.resume import say
+from train.sae import MLSAE, Checkpoint, save_checkpoint
+from train.statistics import FixedStatistics, StatisticsSums
+from train.step import StepOptions, training_step
+from train.validation import Subject, Validation, ValidationData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all runs of an invocation have in common."""
+
+    store: ActivationStore
+    """The store, open."""
+
+    split: Split
+    """Its tokens: trained on, held out."""
+
+    device: torch.device
+    """Where training happens."""
+
+    layers: tuple[int, ...]
+    """The model's numbers of the layers in the stream."""
+
+    source: VectorSource
+    """Turns the stream's batches into tensors."""
+
+    validation: ValidationData
+    """The held-out tokens."""
+
+    memory: dict[int, WeightGradients] = field(default_factory=dict)
+    """Memory for gradients by n_latents, used again in each step of every run: fresh memory costs as much as the sums
+    in it."""
+
+    def gradients(self, n_latents: int) -> WeightGradients:
+        """Memory for the gradients of one step."""
+        if n_latents not in self.memory:
+            width = self.store.meta.d_model
+            self.memory[n_latents] = WeightGradients(
+                torch.empty(n_latents, width, device=self.device),
+                torch.empty(n_latents, width, device=self.device),
+                torch.empty(n_latents, device=self.device),
+            )
+        return self.memory[n_latents]
+
+
+class Run:
+    """One run; `start` it once, then `take` batches."""
+
+    def __init__(self, spec: RunSpec, plan: RunPlan, shared: Shared) -> None:
+        self.spec, self.plan, self._shared = spec, plan, shared
+        self.config: TrainConfig = spec.config
+        self.position = None if spec.layer is None else shared.layers.index(spec.layer)
+        """The one layer trained on, as a position in the stream; None: all."""
+        self._kernels = choose_kernels(torch.empty(0, device=shared.device), plan.kernels)
+        self._options = StepOptions(
+            k=plan.k,
+            aux_k=plan.aux_k,
+            aux_coef=plan.aux_coef,
+            product_dtype=plan.torch_dtype,
+            tile_bytes=int(self.config.tile_mb * 1e6),
+        )
+        self.step = 0
+        """Batches of the stream taken."""
+        self.updates = 0
+        """Steps of the optimiser: fewer where a batch held no vector of this run's layer."""
+        self.vectors = 0
+        """Vectors trained on."""
+        self.metrics: dict[str, Any] = {}
+        """The last line of metrics."""
+        self.validated: Validation | None = None
+        """The last validation."""
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint."""
+        return self.config.out
+
+    def open_files(self, saved: Checkpoint | None) -> MetricsFile:
+        """Lock and open the metrics file, which the caller closes; write the flags beside it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = MetricsFile(metrics_path(self.path), resume_step=0 if saved is None else saved.trainer["step"])
+        return self._file
+
+    def write_flags(self) -> None:
+        """The flags of this run, beside its checkpoint."""
+        flags = {k: v for k, v in vars(self.config).items() if k not in ("resume", "overwrite", "json")}
+        self.path.with_suffix(".config.toml").write_text(to_toml(flags), encoding="utf-8")
+
+    def statistics_sums(self) -> StatisticsSums:
+        """What gathers the statistics that a fresh run starts from."""
+        return StatisticsSums(MLSAE(self.plan.sae_config).standardize, self.plan.layers)
+
+    def start(self, start: Checkpoint | FixedStatistics) -> None:
+        """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
+        plan, device = self.plan, self._shared.device
+        saved = start if isinstance(start, Checkpoint) else None
+        self._sae = MLSAE(plan.sae_config) if saved is None else saved.sae
+        self._sae.to(device).requires_grad_(False)
+        self._dead = DeadLatents(plan.n_latents, plan.dead_vectors, device)
+        if isinstance(start, Checkpoint):
+            self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
+        else:
+            self._statistics = start
+            self._sae.initialize(plan.seed, start.b_pre)
+        self._optimizer = SphereAdam(self._sae, self._kernels)
+        raw = plan.loss_space == "raw"
+        self._denominators = self._statistics.raw if raw else self._statistics.standardized
+        self._window = MetricsWindow(self._statistics.raw)
+        if saved is not None:
+            self._continue(saved.trainer)
+
+    def _continue(self, trainer: dict[str, Any]) -> None:
+        self.step = trainer["step"]
+        self.updates = trainer.get("updates", self.step)
+        self.vectors = trainer.get("vectors", min(self.step * self.plan.batch_size, self.plan.vectors))
+        self._optimizer.load_state_dict(trainer.pop("optimizer"))  # pop: it is twice as large as the weights
+        self._dead.silent.copy_(trainer["silent"])
+        self._window.load_state_dict(trainer["window"])
+        self.metrics = trainer["metrics"]
+        before = trainer["validation"]
+        self.validated = None if before is None else Validation(**before)
+        say(f"resuming {self.path} after step {self.step} of {self.plan.steps}")
+
+    def own(self, batch: Vectors) -> Vectors:
+        """The vectors of a batch that this run is trained on."""
+        if self.position is None:
+            return batch
+        rows = (batch.layer == self.position).nonzero().squeeze(1)
+        return Vectors(batch.x[rows], torch.zeros_like(rows))
+
+    def take(self, batch: Vectors) -> None:
+        """One step on a batch of the stream."""
+        plan = self.plan
+        x, layer = self.own(batch)
+        if len(x) > 0:
+            standardized = self._sae.standardize(x)
+            rows = row_weights(layer, standardized.std, self._denominators, raw=plan.loss_space == "raw")
+            result = training_step(
+                self._optimizer.weights,
+                standardized.x,
+                rows,
+                self._dead,
+                self._options,
+                self._kernels,
+                out=self._shared.gradients(plan.n_latents),
+            )
+            self._window.add(layer, standardized, result)
+            self._optimizer.step(result.gradients, lr=self._lr(self.step), step=self.updates + 1)
+            self.updates += 1
+            self.vectors += len(x)
+        self.step += 1
+
+    def log(self, *, seconds: float, waited: float) -> dict[str, Any]:
+        """Write and return the metrics since the last line; seconds: time since then, waited: of it for data."""
+        window = self._window
+        self.metrics = self._progress() | window.line()
+        self.metrics |= {"dead_fraction": self._dead.fraction(), "lr": self._lr(self.step - 1)}
+        line = self.metrics | {
+            "vectors_per_second": window.vectors / seconds,
+            "data_wait_fraction": min(1.0, waited / seconds),
+        }
+        window.clear()
+        self._file.write(line)
+        return line
+
+    def subject(self) -> Subject:
+        """What validation measures."""
+        return Subject(self._sae, self._options.product_dtype, self.position)
+
+    def record(self, validated: Validation) -> None:
+        """Keep and write the result of a validation."""
+        self.validated = validated
+        self._file.write(self._progress() | validated.metrics())
+
+    def save(self, *, finished: bool) -> dict[str, Any]:
+        """Write the checkpoint; its `trainer` entry. It holds no times, so that equal runs give equal files."""
+        self._file.sync()
+        plan = self.plan
+        trainer: dict[str, Any] = {
+            "step": self.step,
+            "updates": self.updates,
+            "vectors": self.vectors,
+            "finished": finished,
+            "config": plan.to_dict(),
+            "threads": torch.get_num_threads(),
+            "metrics": self.metrics,
+            "validation": None if self.validated is None else self.validated._asdict(),
+            "silent": self._dead.silent.cpu(),
+            "statistics": {name: value.cpu() for name, value in self._statistics._asdict().items()},
+        }
+        if not finished:
+            trainer |= {"optimizer": self._optimizer.state_dict(), "window": self._window.state_dict()}
+        save_checkpoint(self.path, self._sae, store=self._store_record(), trainer=trainer)
+        return trainer
+
+    def _store_record(self) -> dict[str, Any]:
+        """What a checkpoint says of its data."""
+        store, plan = self._shared.store, self.plan
+        return {
+            "content_hash": store.content_hash,
+            "path": store.path.name,
+            "d_model": store.meta.d_model,
+            "layers": list(plan.layers),
+            "model": store.meta.provenance.get("model"),
+            "random_init": bool(store.meta.provenance.get("random_init")),
+            "lens": store.meta.lens,
+            "validation": {
+                "fraction": plan.validation_fraction,
+                "seed": plan.seed,
+                "n_documents": self._shared.split.n_documents,
+            },
+        }
+
+    def _lr(self, step: int) -> float:
+        plan = self.plan
+        return learning_rate(
+            step, plan.steps, plan.lr, warmup_fraction=plan.warmup_fraction, decay_fraction=plan.decay_fraction
+        )
+
+    def _progress(self) -> dict[str, Any]:
+        """Where the run is, by step, vectors, tokens and epochs."""
+        plan = self.plan
+        streamed = min(self.step * plan.batch_size, plan.vectors)
+        return {
+            "step": self.step,
+            "vectors": self.vectors,
+            "tokens": self.vectors // len(plan.layers),
+            "epoch": streamed / plan.vectors_per_epoch,
+        }
