@@ -39,8 +39,9 @@ class HarvestConfig:
     context_length: int | None = None
     """Tokens in a packed sequence; default 2048, or the model's longest if that is less."""
     batch_size: int | None = None
-    """Sequences in a forward pass; default as many as 256 MiB of stored vectors and 8192 tokens hold. Another size
-    may change the last bits, so that it is part of what a store is."""
+    """Sequences in a forward pass; default as many as 256 MiB of stored vectors and 8192 tokens hold, or 1024 tokens
+    on a CPU. Another size may change the last bits, so that it is part of what a store is; a store that is continued
+    keeps its own."""
     layers: tuple[str, ...] = ()
     """Blocks to store, counted from 0, such as 0-5,11 (ranges include both ends); default all."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -82,6 +82,8 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     begin = time.perf_counter()
     existing = _existing(config)
     settings = resolve(config)
+    if existing and config.batch_size is None:
+        settings = _with_batch_size_of(config.out, settings)
     source = open_source(config, contents=not existing)
     record = make_record(config, settings, source)
     for note in settings.notes:
@@ -125,6 +127,12 @@ def _existing(config: HarvestConfig) -> bool:
 
 def _is_store(path: Path) -> bool:
     return (path / "zarr.json").is_file() and (path / MANIFEST).is_file()
+
+
+def _with_batch_size_of(out: Path, settings: Settings) -> Settings:
+    """The settings with the batch size of the store at `out`, since the default may be another on this device."""
+    record = ActivationStore.open(out, partial=True).meta.provenance.get("config", {})
+    return dataclasses.replace(settings, batch_size=record.get("batch_size", settings.batch_size))
 
 
 def _reopen(config: HarvestConfig, settings: Settings, record: dict[str, Any]) -> ActivationStore:

@@ -85,7 +85,7 @@ def encode_documents(
     """
     wanted = n_tokens
     texts = iter(texts)
-    while wanted > 0 and (batch := _next_batch(texts)):
+    while wanted > 0 and (batch := _next_batch(texts, wanted)):
         before = wanted
         for ids in _encode(tokenizer, batch, wanted):
             if wanted > 0 and ids.size:
@@ -142,13 +142,15 @@ def _cut(stream: np.ndarray, owner: np.ndarray, packing: Packing) -> TokenTable:
     return TokenTable(token_id, document, position, keep)
 
 
-def _next_batch(texts: Iterator[str]) -> list[str]:
+def _next_batch(texts: Iterator[str], wanted: int) -> list[str]:
+    """Some texts, not many more than `wanted` tokens need."""
+    enough = min(_BATCH_CHARACTERS, _CHARACTERS_PER_TOKEN * wanted)
     batch: list[str] = []
     characters = 0
     for text in itertools.islice(texts, _BATCH_DOCUMENTS):
         batch.append(text)
         characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= enough:
             break
     return batch
 

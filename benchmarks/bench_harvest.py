@@ -1,0 +1,175 @@
+"""What a harvest costs beside the transformer's forward passes: tokens per second of both, in one run.
+
+    python benchmarks/bench_harvest.py [--dtypes bfloat16 float32] [--tokens N] [--rounds N] [--json]
+
+"forward" is the bare model over the same batches, nothing hooked and nothing kept. "harvest" is the whole of `harvest`
+with the model in memory already: options, tokenizer, text, plan, forward passes, copies, rounding, statistics,
+checksums, hashes, writing with its syncs, and the end. Both go by the clock and take turns, and a ratio is the median
+over rounds of what ran side by side. "fill" is the part of the harvest from its first forward pass to its last write.
+
+Peak memory is that of the process (resident, without the page cache): after forward passes alone, and after harvests.
+`harvest_over_forward` is the first dtype's. Higher is better for all but memory. `--batch-sizes` asks instead how fast
+the bare forward is at several batch sizes, which is where the default comes from.
+What it does not do: load models against the clock, or measure how fast the disk could be (bench_store.py).
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import harvest.run
+from harvest.config import HarvestConfig
+from harvest.fill import host_bytes, sequence_batches
+from harvest.hub import quiet
+from harvest.models import LoadedModel, load_model
+from harvest.resolve import TORCH_DTYPES, Settings, resolve
+from harvest.texts import open_source
+from store.activations import ActivationStore
+from store.console import human_bytes
+
+
+class Round(NamedTuple):
+    """Tokens per second of one round."""
+
+    forward: float
+    harvest: float
+    fill: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of a whole harvest against the bare forward pass.")
+    parser.add_argument("--model", default="smollm2-135m", help="as harvest's")
+    parser.add_argument("--random-init", action="store_true", help="as harvest's")
+    parser.add_argument("--dataset", default="pydoc", help="as harvest's")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="compute dtypes to measure")
+    parser.add_argument("--device", default="auto", help="as harvest's")
+    parser.add_argument("--context-length", type=int, default=512, help="tokens in a sequence")
+    parser.add_argument("--batch-size", type=int, help="sequences in a forward pass (default: harvest's)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="measure the bare forward at these and stop")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each dtype")
+    parser.add_argument("--folder", type=Path, help="where to write stores (default: a temporary folder)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    options = parser.parse_args()
+    quiet()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-harvest-", dir=options.folder))
+    found: dict[str, Any] = {}
+    try:
+        for dtype in options.dtypes:
+            config = HarvestConfig(
+                model=options.model,
+                random_init=options.random_init,
+                dataset=options.dataset,
+                dtype=dtype,
+                device=options.device,
+                context_length=options.context_length,
+                batch_size=options.batch_size,
+                max_tokens=options.tokens,
+                out=folder / "acts.zarr",
+                overwrite=True,
+            )
+            if options.batch_sizes:
+                batch_sizes(config, options.batch_sizes, options.rounds)
+            else:
+                found |= compare(config, options.rounds)
+    finally:
+        shutil.rmtree(folder)
+    if options.json and found:
+        print(json.dumps({"harvest_over_forward": found[f"harvest_over_forward_{options.dtypes[0]}"], **found}))
+
+
+def loaded(settings: Settings) -> LoadedModel:
+    return load_model(
+        settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
+    )
+
+
+def compare(config: HarvestConfig, rounds: int) -> dict[str, float]:
+    """Measure one dtype, print a line, and give its numbers for the JSON line."""
+    settings = resolve(config)
+    model = loaded(settings)
+    ids = harvest.run.tokenise(settings, open_source(config), config.max_tokens).token_id
+    bare = forward(model, ids, settings.packing.context_length, settings.batch_size)  # The first pass warms up.
+    after_forward = peak_bytes()
+    results = []
+    with mock.patch.object(harvest.run, "load_model", return_value=model):
+        harvest.run.harvest(config)
+        for _ in range(rounds):
+            bare = forward(model, ids, settings.packing.context_length, settings.batch_size)
+            began = time.perf_counter()
+            made = harvest.run.harvest(config)
+            whole = made.tokens / (time.perf_counter() - began)
+            results.append(Round(bare, whole, made.tokens_per_second or 0.0))
+    columns = Round(*np.array(results).T)
+    print(
+        f"{model.architecture}, {config.dtype} on {settings.device}, {torch.get_num_threads()} threads,"
+        f" {settings.batch_size} x {settings.packing.context_length} tokens a batch, {len(ids):,} tokens a round"
+    )
+    print(
+        "  tokens/s, median (best):",
+        *(f"{n} {np.median(c):,.0f} ({c.max():,.0f})" for n, c in columns._asdict().items()),
+        sep="  ",
+    )
+    ratio = float(np.median(columns.harvest / columns.forward))
+    fill = float(np.median(columns.fill / columns.forward))
+    meta = ActivationStore.open(config.out).meta
+    print(
+        f"  harvest over forward {ratio:.3f}, fill over forward {fill:.3f}; peak memory {human_bytes(peak_bytes())},"
+        f" after forward passes alone {human_bytes(after_forward)}; stated for activations at most"
+        f" {human_bytes(host_bytes(meta, settings.batch_size))}"
+    )
+    name = config.dtype
+    return {
+        f"harvest_over_forward_{name}": round(ratio, 3),
+        f"fill_over_forward_{name}": round(fill, 3),
+        f"forward_tokens_per_second_{name}": round(float(np.median(columns.forward)), 1),
+        f"peak_bytes_{name}": peak_bytes(),
+        f"peak_bytes_of_forward_{name}": after_forward,
+    }
+
+
+def batch_sizes(config: HarvestConfig, sizes: list[int], rounds: int) -> None:
+    """Print how fast the bare forward is at several batch sizes, which take turns."""
+    settings = resolve(config)
+    model = loaded(settings)
+    length = settings.packing.context_length
+    ids = harvest.run.tokenise(settings, open_source(config), config.max_tokens).token_id
+    speeds = np.array([[forward(model, ids, length, size) for size in sizes] for _ in range(rounds + 1)])[1:]
+    print(f"{model.architecture}, {config.dtype} on {settings.device}: tokens/s of the forward pass, median (best)")
+    for size, column in zip(sizes, speeds.T, strict=True):
+        print(f"  {size:>4} x {length} = {size * length:>6} tokens  {np.median(column):>8,.0f} ({column.max():,.0f})")
+
+
+@torch.inference_mode()
+def forward(model: LoadedModel, ids: np.ndarray, context_length: int, batch_size: int) -> float:
+    """Tokens per second of the bare model over all batches of `ids`."""
+    began = time.perf_counter()
+    for batch in sequence_batches(len(ids), context_length, batch_size):
+        rows = torch.from_numpy(ids[batch.start : batch.stop].astype(np.int64)).view(-1, batch.length)
+        model.base(input_ids=rows.to(model.device), use_cache=False)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return len(ids) / (time.perf_counter() - began)
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()
