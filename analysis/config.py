@@ -51,6 +51,21 @@ class AnalyzeConfig:
     redundancy_cosine: float = 0.9
     """Cosine of decoder rows above which two latents are near-parallel."""
 
+    downstream_tokens: int | None = None
+    """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at so many
+    tokens of held-out documents (else of the analysed ones); 0 for none. By default as many as take about a minute on
+    two cores, if the store's model is on this machine; if it is not, the analysis goes without."""
+
+    latent_logits: bool = True
+    """Find the tokens that each latent promotes, suppresses and is nearest to, if the store's model is on this
+    machine."""
+
+    model: str | None = None
+    """Where the store's model is, if the store's own word for it is not enough: a folder or a GGUF file."""
+
+    lens: str | None = None
+    """Where the store's tuned lens is, if it came from a folder."""
+
     seed: int = 0
     """Seed of the bootstrap and of the null models."""
 
@@ -73,9 +88,10 @@ class AnalyzeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} should be at least 1, found {value}")
-        for name in ("bootstrap", "seed"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name} should not be negative, found {getattr(self, name)}")
+        for name in ("bootstrap", "seed", "downstream_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"--{name.replace('_', '-')} should not be negative, found {value}")
         if not 0 <= self.redundancy_cosine < 1:
             raise UsageError(f"--redundancy-cosine should be at least 0 and below 1, found {self.redundancy_cosine}")
         if self.scheduler not in ("threads", "processes") and ":" not in self.scheduler:

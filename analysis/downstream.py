@@ -32,7 +32,7 @@ from tqdm import tqdm
 from analysis.resume import Before, block_output, can_skip, last_output
 from analysis.sequences import Batch, sequence_batches
 from analysis.transformer import check_logits, check_model
-from analysis.uncertainty import LEVEL, MIN_INTERVAL_GROUPS, Interval
+from analysis.uncertainty import Interval, basic_intervals, draw_groups
 from harvest.lens import TunedLens
 from harvest.models import LoadedModel
 from store.activations import ActivationStore
@@ -80,26 +80,20 @@ class Downstream:
         return _result(*(x.sum(axis=-1) for x in self._sums()))
 
     def intervals(self, n_replicates: int, seed: int) -> dict[str, list[Interval | None]]:
-        """95 % intervals over documents of the numbers of `result`, by name and layer; empty if there are fewer than
-        `MIN_INTERVAL_GROUPS` documents.
+        """95 % intervals over documents of the numbers of `result`, by name: one for each layer, and last that of the
+        mean over layers. Empty if there are fewer than `MIN_INTERVAL_GROUPS` documents.
 
         A replicate draws as many documents with replacement; the interval is the basic one, as everywhere
         (`analysis.uncertainty`). None where a number is not defined in every replicate.
         """
-        n_documents = len(self.documents)
-        if n_documents < MIN_INTERVAL_GROUPS or n_replicates == 0:
+        draws = draw_groups(len(self.documents), n_replicates, seed)
+        if draws is None:
             return {}
-        rng = np.random.default_rng(seed)
-        draws = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), n_replicates).T  # [G, R]
-        drawn = _result(*(x @ draws for x in self._sums()))
-        tail = 100 * (1 - LEVEL) / 2
-        found: dict[str, list[Interval | None]] = {}
-        for name in PER_LAYER:
-            value = getattr(self.result(), name)
-            low, high = np.percentile(getattr(drawn, name), [tail, 100 - tail], axis=-1)
-            bounds = zip(2 * value - high, 2 * value - low, strict=True)
-            found[name] = [Interval(float(a), float(b)) if np.isfinite([a, b]).all() else None for a, b in bounds]
-        return found
+        value, drawn = self.result(), _result(*(x @ draws.T for x in self._sums()))
+        return {
+            name: basic_intervals(_with_mean(getattr(value, name)), _with_mean(getattr(drawn, name)))
+            for name in PER_LAYER
+        }
 
     def _sums(self) -> tuple[Any, ...]:
         return self.n_tokens, self.true_ce, self.ce, self.kl
@@ -137,6 +131,11 @@ class DownstreamResult(NamedTuple):
 
     recovered_zero: NDArray[np.float64]
     """Loss recovered against zero ablation."""
+
+
+def _with_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[L, ...] with the mean over layers appended, [L + 1, ...]."""
+    return np.append(values, values.mean(axis=0, keepdims=True), axis=0)
 
 
 PER_LAYER = DownstreamResult._fields[2:]

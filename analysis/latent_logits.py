@@ -1,31 +1,32 @@
-"""What a latent does to the output by the direct path: the tokens that its decoder row promotes and suppresses most.
+"""What a latent does to the output by the direct path: the tokens that its decoder row promotes and suppresses most,
+and the token that it is nearest to.
 
-    logits_j = U (gain * d_j)     minus their mean over the vocabulary (a constant changes no probability)
+    r_v = gain * (U_v - mean of U over the vocabulary)      what token v's logit reads of the residual stream
+    logits_j[v] = r_v . d_j                                 (a constant over v changes no probability)
+    unembedding_cosine_j = max over v of cos(d_j, r_v)
 
 with d_j the latent's row of W_dec and U the unembedding. Where the final norm is a plain RMSNorm or LayerNorm its gain
-is folded in (and for LayerNorm d_j is centred first, as the norm does); its division by the vector's scale, its bias,
-what later blocks make of the direction, and a soft cap on the logits are left out. So the order of tokens means
-something, and the size only within one latent. In a store that went through a tuned lens d_j is in the last layer's
-basis, which is what the lens is for; without one this is the logit lens, and says little of early layers.
+is folded in (and for LayerNorm r_v is centred over d_model, as the norm centres what it reads); its division by the
+vector's scale, its bias, what later blocks make of the direction, and a soft cap on the logits are left out. So the
+order of tokens means something, and the size only within one latent. In a store that went through a tuned lens d_j is
+in the last layer's basis, which is what the lens is for; without one this is the logit lens, and says little of early
+layers.
 
 How: a tile of latents at a time, so that memory does not grow with n_latents x vocabulary. Not here: causal effects of
-steering a latent.
+steering a latent (`analysis.intervene`), the embedding (`analysis.embedding_match`), the file
+(`analysis.latent_tokens`).
 
 Shapes: J latents, D d_model, V vocabulary.
 """
 
 import copy
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from analysis.token_text import TokenBytes
 from harvest.models import LoadedModel
 from store.errors import ResidscopeError
 
@@ -52,6 +53,12 @@ class LatentLogits(NamedTuple):
 
     suppressed_logits: NDArray[np.float32]
     """[J, n]"""
+
+    cosine: NDArray[np.float32]
+    """[J] the highest cosine to what a token's logit reads."""
+
+    nearest: NDArray[np.int64]
+    """[J] that token's id."""
 
     norm_folded: bool
     """Whether the final norm's gain is in it."""
@@ -92,58 +99,40 @@ def norm_gain(norm: nn.Module, d_model: int) -> NormGain | None:
     return None
 
 
-@torch.inference_mode()
-def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> LatentLogits:
-    """The n most promoted and most suppressed tokens of each of `directions` [J, D], rows of W_dec. Raises
+def reading_directions(model: LoadedModel) -> tuple[Tensor, bool]:
+    """r_v of each token of the tokenizer, float32 [V, D], and whether the final norm's gain is in it. Raises
     `ResidscopeError` if the model has no unembedding with a weight [V, D]."""
     weight = getattr(model.unembedding, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
         raise ResidscopeError(
             f"{model.spec.name} ({model.architecture}): the unembedding should have a weight of {model.d_model} columns"
         )
-    unembedding = weight[: len(model.tokenizer)].float()  # rows beyond the tokenizer are padding
+    rows = weight[: len(model.tokenizer)].to(torch.float32, copy=True)  # rows beyond the tokenizer are padding
+    rows -= rows.mean(dim=0)
     fold = norm_gain(model.final_norm, model.d_model)
-    centre = unembedding.mean(dim=0)
-    rows = max(1, TILE_BYTES // (4 * len(unembedding)))
+    if fold is not None:
+        rows *= fold.gain.to(rows.device)
+        if fold.centred:
+            rows -= rows.mean(dim=1, keepdim=True)
+    return rows, fold is not None
+
+
+@torch.inference_mode()
+def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> LatentLogits:
+    """Of each of `directions` [J, D], rows of W_dec: the n most promoted and most suppressed tokens, and the nearest.
+    Raises as `reading_directions` does."""
+    reading, norm_folded = reading_directions(model)
+    lengths = reading.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    n = min(n, len(reading))
+    rows = max(1, TILE_BYTES // (4 * len(reading)))
     parts: list[list[Tensor]] = []
     for start in range(0, len(directions), rows):
-        d = directions[start : start + rows].to(model.device, torch.float32)
-        if fold is not None:
-            d = (d - d.mean(dim=-1, keepdim=True) if fold.centred else d) * fold.gain.to(model.device)
-        logits = d @ unembedding.T - (d @ centre)[:, None]
+        d = directions[start : start + rows].to(reading.device, torch.float32)
+        logits = d @ reading.T  # [rows, V]
         high, low = logits.topk(n), logits.topk(n, largest=False)
-        parts.append([high.indices.cpu(), high.values.cpu(), low.indices.cpu(), low.values.cpu()])
+        cosine, nearest = logits.div_(lengths).max(dim=1)
+        cosine /= d.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        found = [high.indices, high.values, low.indices, low.values, cosine, nearest]
+        parts.append([column.cpu() for column in found])
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    return LatentLogits(*columns, norm_folded=fold is not None)
-
-
-COLUMNS = pa.schema(
-    [
-        ("latent", pa.int64()),
-        ("promoted", pa.list_(pa.string())),
-        ("promoted_logits", pa.list_(pa.float32())),
-        ("suppressed", pa.list_(pa.string())),
-        ("suppressed_logits", pa.list_(pa.float32())),
-    ]
-)
-"""latent_logits.parquet: one row for each live latent; tokens as text, the most extreme first."""
-
-
-def write_latent_logits(path: Path, latents: NDArray[np.int64], found: LatentLogits, tokenizer: Any) -> None:
-    """Write latent_logits.parquet of `latents` [J]; whether the norm was folded is in the file's metadata."""
-    token_bytes = TokenBytes(tokenizer)
-
-    def texts(ids: NDArray[np.int64]) -> list[list[str]]:
-        flat = [data.decode(errors="replace") for data in token_bytes.get(ids.ravel())]
-        return [flat[i : i + ids.shape[1]] for i in range(0, len(flat), ids.shape[1])]
-
-    columns = [
-        latents,
-        texts(found.promoted),
-        found.promoted_logits.tolist(),
-        texts(found.suppressed),
-        found.suppressed_logits.tolist(),
-    ]
-    table = pa.table(dict(zip(COLUMNS.names, columns, strict=True)), schema=COLUMNS)
-    metadata = {"norm_folded": str(found.norm_folded).lower()}
-    pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
+    return LatentLogits(*columns, norm_folded=norm_folded)

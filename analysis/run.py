@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import jobs, pca, tables
+from analysis import jobs, pca, tables, with_model
 from analysis.config import AnalyzeConfig
 from analysis.latents import doubts, layers_of_store
 from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, pca_error
@@ -38,6 +38,7 @@ from train.sae import Checkpoint
 
 SUMMARY, LATENTS, LAYERS, CONFIG = "summary.json", "latents.parquet", "layers.parquet", "analyze.config.toml"
 REDUNDANCY = "redundancy.parquet"
+LATENT_LOGITS = with_model.LATENT_LOGITS
 
 PARTS: tuple[Part, ...] = ()
 """Optional parts, in the order in which they run and stand in summary.json."""
@@ -66,6 +67,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     selection = select(
         store.tokens, held_out, config.split, max_tokens=config.max_tokens, n_latents=checkpoint.config.n_latents
     )
+    found_model = with_model.find_model(config, store)
     partial_dir = _make_partial_dir(config.out_dir)
 
     work = Work(
@@ -113,6 +115,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         )
         parts = {part.name: part.make(context) if part.wanted(config) else None for part in PARTS}
 
+    live = np.flatnonzero(table.n_fired)
+    model = with_model.run_model(config, found_model, store, sae, layers, selection, live, partial_dir)
     found = Findings(
         config=config,
         store=store,
@@ -131,6 +135,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
             sums.by_group, analysed, sae.config.d_model, config.bootstrap, config.seed
         ),
         nulls=sums.nulls,
+        model=model,
         table=table,
         redundancy=redundancy,
         parts=parts,
@@ -158,7 +163,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
 
 def _ours() -> set[str]:
     """Names of all files that an analysis may write."""
-    return {*_DRAWN, CONFIG, LATENTS, LAYERS, REDUNDANCY, SUMMARY, *(name for part in PARTS for name in part.files)}
+    always = {*_DRAWN, CONFIG, LATENT_LOGITS, LATENTS, LAYERS, REDUNDANCY, SUMMARY}
+    return always | {name for part in PARTS for name in part.files}
 
 
 def _shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.config import AnalyzeConfig
+from analysis.downstream_summary import layer_columns
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LatentTable, LayerMoments, mlsae_compat, variances
 from analysis.nulls import null_numbers
 from analysis.persistence import PAIR_WEIGHTINGS, distributions, persistence_numbers
@@ -22,6 +23,8 @@ from analysis.quality import QualityResult
 from analysis.redundancy import MAX_OVERLAP, Redundancy
 from analysis.selection import Selection
 from analysis.uncertainty import Interval, ReconstructionIntervals
+from analysis.with_model import ModelFindings
+from analysis.with_model import summary_of as model_summary
 from store.activations import ActivationStore
 from store.console import counted
 from train.sae import Checkpoint
@@ -68,6 +71,9 @@ class Findings:
     reconstruction_intervals: ReconstructionIntervals | None
     nulls: Mapping[str, LayerMoments]
     """By name; empty if they were not asked for."""
+
+    model: ModelFindings
+    """What the transformer told."""
 
     table: LatentTable
     redundancy: Redundancy | None
@@ -116,6 +122,7 @@ def build(found: Findings) -> dict[str, Any]:
         }
         if found.intervals
         else None,
+        **model_summary(found.model),
         "validation_fvu": _number(found.validation.fvu.mean()) if found.validation else None,
         "validation": _validation(found),
         "baseline": {"pca": _pca(found.baseline)},
@@ -141,6 +148,7 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
     share = np.divide(mass, mass.sum(), out=np.zeros_like(mass), where=mass.sum() > 0)
     active = (moments.counts > 0).sum(axis=0)
     intervals = found.reconstruction_intervals
+    downstream = layer_columns(found.model.downstream, found.model.intervals, len(moments.layers))
     by_layer = [i or (None, None) for i in (intervals.fvu_by_layer if intervals else [None] * len(moments.layers))]
     return [
         {
@@ -157,6 +165,7 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
             "pca_fvu": _number(found.baseline.fvu[i]) if found.baseline else None,
             "fvu_low": by_layer[i][0],
             "fvu_high": by_layer[i][1],
+            **downstream[i],
         }
         for i, layer in enumerate(moments.layers)
     ]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from analysis import downstream_summary
 from analysis.moments import LatentTable, LayerMoments
 from analysis.profiles import profile_kinds
 from analysis.redundancy import MAX_OVERLAP, Redundancy
@@ -32,6 +33,7 @@ LAYER_COLUMNS = pa.schema(
         ("pca_fvu", pa.float64()),
         ("fvu_low", pa.float64()),
         ("fvu_high", pa.float64()),
+        *((name, pa.float64()) for name in downstream_summary.COLUMNS),
     ]
 )
 

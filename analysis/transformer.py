@@ -14,7 +14,7 @@ import torch
 
 from analysis.sequences import sequence_bounds
 from harvest.lens import Indexing, TunedLens, load_lens
-from harvest.models import LoadedModel, load_model, resolve_model
+from harvest.models import LoadedModel, ModelSpec, load_model, resolve_model
 from harvest.residual import ResidualRecorder
 from store.activations import ActivationStore
 from store.errors import IncompatibleError, ResidscopeError, UsageError
@@ -29,34 +29,61 @@ def model_of_store(
 ) -> LoadedModel:
     """The model that `store` was harvested from, in the format that it ran in there unless `dtype` says otherwise.
 
-    name: where the model is, if the store's own word for it is not enough (a folder, a GGUF file). Raises
-    `UsageError` where it is not found, `IncompatibleError` where it is another model or other weights.
+    name: where the model is, if the store's own word for it is not enough (a folder, a GGUF file). Raises as
+    `spec_of_store` does, and `ResidscopeError` where the weights cannot be loaded.
+    """
+    return load_of_store(store, spec_of_store(store, name), device=device, dtype=dtype)
+
+
+def load_of_store(
+    store: ActivationStore,
+    spec: ModelSpec,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """The weights of `spec`, which `spec_of_store` gave, in the format that they ran in when `store` was harvested."""
+    wanted = getattr(torch, store.meta.provenance.get("compute_dtype", "float32")) if dtype is None else dtype
+    return load_model(spec, dtype=wanted, device=device)
+
+
+def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: bool = False) -> ModelSpec:
+    """Which model `store` was harvested from, found again; no weights are loaded yet.
+
+    name: as in `model_of_store`. offline: a model of the hub is looked for in the local cache only. Raises `UsageError`
+    where it is not found, `IncompatibleError` where it is another model or other weights.
     """
     provenance = store.meta.provenance
+    model, revision = str(provenance.get("model")), provenance.get("model_revision")
+    random_init, seed = bool(provenance.get("random_init", False)), int(provenance.get("seed") or 0)
+    if offline and name is None and provenance.get("model_source") == "hub":
+        return ModelSpec(
+            name=model,
+            source="hub",
+            location=model,
+            revision=revision,
+            cached_only=True,
+            random_init=random_init,
+            seed=seed,
+        )
     is_local = name is not None and Path(name).expanduser().exists()
     try:
         found = resolve_model(
-            name or str(provenance.get("model")),
-            revision=None if is_local else provenance.get("model_revision"),
-            random_init=bool(provenance.get("random_init", False)),
-            seed=int(provenance.get("seed") or 0),
+            name or model, revision=None if is_local else revision, random_init=random_init, seed=seed
         )
     except UsageError as error:
         if name is not None:
             raise
-        raise UsageError(
-            f"{error}; {store.path} was harvested from {provenance.get('model')!r}: say where that is"
-        ) from None
+        raise UsageError(f"{error}; {store.path} was harvested from {model!r}: say where that is") from None
     for what, expected, here in (
-        ("commit", provenance.get("model_revision"), found.revision),
+        ("commit", revision, found.revision),
         ("content hash", provenance.get("model_fingerprint"), found.fingerprint),
     ):
         if expected is not None and here is not None and expected != here:
             raise IncompatibleError(
                 f"model {found.name}: its {what} should be {expected}, as {store.path} was harvested with, found {here}"
             )
-    wanted = getattr(torch, provenance.get("compute_dtype", "float32")) if dtype is None else dtype
-    return load_model(found, dtype=wanted, device=device)
+    return found
 
 
 def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens | None:

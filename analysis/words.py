@@ -3,13 +3,13 @@
 Made from summary.json alone. Not here: any number that is not in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from analysis.model_words import model_words
 from analysis.moments import VARIANCE_NAMES
 from analysis.nulls import NULLS
+from analysis.word_tables import shown, some, table, with_interval
 
 _ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}
 
@@ -48,9 +48,10 @@ def words(summary: Mapping[str, Any]) -> str:
         "Reconstruction by layer (FVU and MSE: lower is better; FVU 1 is no better than the layer's mean)",
         *table(
             ("layer", "FVU", "validation FVU", "PCA FVU", "MSE", "L0", "mean norm", "cosine to next"),
-            [_layer_words(row) for row in _some(summary["layers"])],
+            [_layer_words(row) for row in some(summary["layers"])],
         ),
         *_fvu_words(summary),
+        *model_words(summary),
     ]
     return "\n".join(lines)
 
@@ -138,34 +139,3 @@ def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
 def _layer_words(row: Mapping[str, Any]) -> tuple[str, ...]:
     names = ("fvu", "validation_fvu", "pca_fvu", "mse", "l0", "mean_norm", "cosine_to_next")
     return (str(row["layer"]), *(shown(row[name]) for name in names))
-
-
-def _some(rows: Sequence[Any], limit: int = 12) -> list[Any]:
-    """At most `limit` rows, evenly spread, first and last among them."""
-    if len(rows) <= limit:
-        return list(rows)
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))]
-
-
-def shown(value: float | None) -> str:
-    """Three digits, or a dash for what is not defined."""
-    return "-" if value is None else f"{value:.3g}"
-
-
-def with_interval(variance: Mapping[str, Any], name: str) -> str:
-    """A number with its 95 % interval, where it has one."""
-    interval = variance["ci95"].get(name)
-    value = shown(variance[name])
-    return f"{value} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else value
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column flush left, numbers flush right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (head, *rows)
-    ]

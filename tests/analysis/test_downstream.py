@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,81 +21,30 @@ from analysis.downstream import (
     measure_downstream,
     sae_reconstruction,
 )
+from analysis.downstream_summary import BOUNDED, NAMES
 from analysis.resume import can_skip
 from analysis.sequences import sequence_batches, sequence_bounds
 from analysis.transformer import check_logits, lens_of_store, model_of_store
-from harvest.config import HarvestConfig
 from harvest.lens import TunedLens
-from harvest.models import LoadedModel
-from harvest.run import harvest
-from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.errors import IncompatibleError, ResidscopeError, UsageError
+from tests.analysis.harvested import Harvested, make_harvested, write_lens
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model
 from tests.support.saes import make_sae
 
-CONTEXT, N_TOKENS = 24, 106
-
-
-class Harvested(NamedTuple):
-    """A store, and the model and lens that it came from."""
-
-    store: ActivationStore
-    model: LoadedModel
-    lens: TunedLens | None
-    model_folder: Path
-    lens_folder: Path | None
-
-
 Make = Callable[..., Harvested]
-
-
-def write_lens(folder: Path, n_layers: int) -> Path:
-    """A random lens, far from the identity, in the published format."""
-    generator = torch.Generator().manual_seed(4)
-    parameters = {}
-    for i in range(n_layers):
-        parameters[f"{i}.weight"] = torch.randn(D_MODEL, D_MODEL, generator=generator) / D_MODEL
-        parameters[f"{i}.bias"] = torch.randn(D_MODEL, generator=generator)
-    folder.mkdir(exist_ok=True)
-    torch.save(parameters, folder / "params.pt")
-    config = {"d_model": D_MODEL, "num_hidden_layers": n_layers, "bias": True, "base_model_name_or_path": None}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A harvested store of a tiny model, with or without a lens; each is made once."""
-    root = tmp_path_factory.mktemp("downstream")
     torch.set_num_threads(1)
-    texts = root / "texts"
-    texts.mkdir()
-    for i, length in enumerate((31, 17, 40, 26)):
-        (texts / f"{i}.txt").write_text("".join(chr(97 + (i * 7 + j * j) % 26) for j in range(length)))
+    root = tmp_path_factory.mktemp("downstream")
     made: dict[Any, Harvested] = {}
 
     def make_one(architecture: str, *, with_lens: bool = False) -> Harvested:
         if (architecture, with_lens) not in made:
-            folder = tiny_model(architecture, root / architecture)
-            lens_folder = write_lens(root / f"{architecture}-lens", N_LAYERS[architecture]) if with_lens else None
-            out = root / f"{architecture}-{with_lens}.zarr"
-            config = HarvestConfig(
-                model=str(folder),
-                dataset=str(texts),
-                out=out,
-                max_tokens=N_TOKENS,
-                context_length=CONTEXT,
-                store_dtype="float32",
-                lens=str(lens_folder) if lens_folder else None,
-                device="cpu",
-            )
-            harvest(config)
-            store = ActivationStore.open(out)
-            lens = lens_of_store(store, str(lens_folder)) if lens_folder else lens_of_store(store)
-            made[architecture, with_lens] = Harvested(
-                store, model_of_store(store, str(folder)), lens, folder, lens_folder
-            )
+            made[architecture, with_lens] = make_harvested(root, architecture, with_lens=with_lens)
         return made[architecture, with_lens]
 
     return make_one
@@ -363,6 +312,18 @@ def test_intervals_are_over_documents(make: Make) -> None:
     assert low < noise.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * noise.std() / np.sqrt(40), rel=0.15)
     assert intervals == found.intervals(500, 1)
+    assert len(intervals["kl"]) == 2  # the layer, and the mean over layers
+    assert intervals["kl"][0] == intervals["kl"][1]
+    with_two = Downstream(
+        layers=np.arange(2),
+        documents=np.arange(40),
+        n_tokens=n,
+        true_ce=3.0 * n,
+        ce=np.concatenate([ce, 6 * n - ce]),
+        kl=np.concatenate([np.abs(ce)] * 2),
+    )
+    mean = with_two.intervals(500, 1)["delta_ce"][-1]
+    assert mean == pytest.approx((0, 0), abs=1e-12)  # the layers' noise cancels in every replicate
     made = make("gpt2")
     assert measure_downstream(made.store, made.model, identity, lens=None).intervals(500, 1) == {}
 
@@ -400,4 +361,5 @@ def test_logits_that_are_not_norm_and_unembedding_are_refused(make: Make, monkey
 
 def test_names_of_conditions_and_columns() -> None:
     assert CONDITIONS[RECONSTRUCTED] == "reconstructed"
-    assert set(PER_LAYER) >= {"delta_ce", "kl", "recovered_mean", "recovered_zero"}
+    assert set(NAMES) == set(PER_LAYER)
+    assert set(BOUNDED) <= set(PER_LAYER)
