@@ -28,7 +28,49 @@ class TrainConfig:
     """Number of latents, instead of an expansion factor."""
 
     k: int = 32
-    """Latents that may be active on one vector."""
+    """Active latents on one vector: at most (topk), in the mean (batchtopk, matryoshka), aimed at (jumprelu)."""
+
+    activation: Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu"] = "topk"
+    """Which latents are active: topk: the k largest of a vector; batchtopk: the N k largest of a batch of N;
+    matryoshka: the same with nested dictionaries; jumprelu: those above a trained threshold; relu: all positive, with
+    an L1 term."""
+
+    standardize: Literal["vector", "layer", "none"] = "vector"
+    """vector: each vector loses its own mean and is divided by its own standard deviation; layer: each layer has one
+    mean vector and one scale, of the training vectors; none: vectors as they are."""
+
+    encoder_bias: bool | None = None
+    """Add a bias to the pre-activations; default: for jumprelu and relu."""
+
+    apply_b_dec_to_input: bool = True
+    """Subtract b_pre, which the decoder adds, from the encoder's input too."""
+
+    prefixes: tuple[int, ...] | None = None
+    """matryoshka: the first so many latents must reconstruct on their own; the last is n_latents; default: 1/32, 3/32,
+    7/32, 15/32 and all of them."""
+
+    k_start: int | None = None
+    """k at the first step; it goes linearly to k; default: k throughout."""
+
+    k_warmup_fraction: float = 0.1
+    """Share of the steps in which k goes from k_start to k."""
+
+    multi_topk: bool = False
+    """topk: add an eighth of the loss with 4 k active latents, so that k may be changed afterwards (Gao et al.)."""
+
+    sparsity_loss: Literal["target", "penalty"] = "target"
+    """jumprelu: target, sparsity_coef * (L0 / k - 1)^2; penalty, sparsity_coef for every active latent, k unused."""
+
+    sparsity_coef: float | None = None
+    """Weight of the sparsity term. relu: of a code's L1 norm beside a vector's squared error in standardised space;
+    jumprelu: see sparsity_loss. Default: 1 for a target, else 0.5."""
+
+    sparsity_warmup_fraction: float = 0.1
+    """Share of the steps in which the sparsity term's weight rises linearly from 0."""
+
+    bandwidth: float = 1.0
+    """jumprelu: width of the window about a threshold in which pre-activations move it; a pre-activation's standard
+    deviation is about 1 at the start."""
 
     aux_k: int | None = None
     """Dead latents that AuxK may use on one vector; default: the power of two nearest d_model / 2."""
@@ -45,6 +87,13 @@ class TrainConfig:
 
     decay_fraction: float = 0.2
     """Share of the steps, the last ones, in which the learning rate falls linearly towards zero."""
+
+    clip_norm: float | None = None
+    """Scale all gradients down where their norm together is larger than this; default: never."""
+
+    ema_decay: float | None = None
+    """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
+    default: the weights themselves."""
 
     batch_size: int = 2048
     """Vectors (one token at one layer each) in a step; layers are mixed."""
@@ -122,19 +171,26 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = ("expansion_factor", "n_latents", "k", "aux_k", "lr", "batch_size", "steps", "epochs", "threads")
         positive += ("tile_mb", "window_gb", "log_every", "validation_tokens", "dead_tokens")
+        positive += ("k_start", "bandwidth", "clip_norm")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"--{name.replace('_', '-')} should be above 0, found {value}")
-        for name in ("aux_coef", "checkpoint_every", "validate_every", "seed"):
+        for name in ("aux_coef", "sparsity_coef", "checkpoint_every", "validate_every", "seed"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} should be 0 or more, found {value}")
         if not 0 <= self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction should be in [0, 1), found {self.validation_fraction}")
-        for name in ("warmup_fraction", "decay_fraction"):
+        for name in ("warmup_fraction", "decay_fraction", "k_warmup_fraction", "sparsity_warmup_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} should be in [0, 1], found {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UsageError(f"--ema-decay should be in [0, 1), found {self.ema_decay}")
+        if self.multi_topk and self.activation != "topk":
+            raise UsageError(f"--multi-topk is for --activation topk, not for {self.activation}")
+        if self.prefixes is not None and self.activation != "matryoshka":
+            raise UsageError(f"--prefixes is for --activation matryoshka, not for {self.activation}")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs both say how long to train: give one of them")
         if self.resume and self.overwrite:

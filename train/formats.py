@@ -150,7 +150,8 @@ def write_sae(
         write_safetensors(sae, paths[1], store=store, trainer=trainer)
         return Written(paths, ())
     config = sae.config
-    if config.activation != "topk" or config.standardize not in ("vector", "none"):
+    plain = not config.encoder_bias and config.apply_b_dec_to_input
+    if config.activation != "topk" or config.standardize == "layer" or not plain:
         raise IncompatibleError(
             f"{folder}: an autoencoder with activation {config.activation!r} and standardisation "
             f"{config.standardize!r} cannot be written as {to}, only 'topk' with 'vector' or 'none'"
@@ -197,7 +198,7 @@ def read_safetensors(path: Path) -> Checkpoint:
                 f"found {header.get('format')!r}"
             )
         try:
-            config = SAEConfig(**json.loads(header["config"]))
+            config = SAEConfig.from_plain(json.loads(header["config"]))
             sae = MLSAE(config)
             sae.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
             records = [json.loads(header[name]) for name in ("store", "trainer")]

@@ -164,13 +164,22 @@ class _PairOrder(NamedTuple):
 
 
 def adam_rows(
-    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, step: int, unit_rows: bool
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    step: int,
+    unit_rows: bool,
+    grad_scale: float = 1.0,
 ) -> None:
     """One Adam step (Kingma & Ba 2015) on `weight` [M, D], in place; `step` counts from 1; `grad` is used up.
 
     With `unit_rows`, the component of each row's gradient along the row is removed before the step and the row is
     brought back to unit norm after it (Gao et al. 2024, appendix A.3), so what is saved is always on the sphere.
-    A few rows at a time on a CPU, so that the five passes over them find them in the cache.
+    `grad_scale` multiplies the gradient first, as clipping by norm needs. A few rows at a time on a CPU, so that the
+    five passes over them find them in the cache.
     """
     beta1, beta2 = ADAM_BETAS
     step_size = lr / (1 - beta1**step)
@@ -178,6 +187,8 @@ def adam_rows(
     rows = len(weight) if weight.is_cuda else max(1, _CPU_GATHER_BYTES // (4 * weight.shape[1] * weight.element_size()))
     for start in range(0, len(weight), rows):
         w, g, m, v = (t[start : start + rows] for t in (weight, grad, exp_avg, exp_avg_sq))
+        if grad_scale != 1:
+            g.mul_(grad_scale)
         if unit_rows:
             g.addcmul_((g * w).sum(dim=1, keepdim=True), w, value=-1)
         m.lerp_(g, 1 - beta1)

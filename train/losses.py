@@ -64,6 +64,7 @@ def auxk(
     W_enc: Tensor,
     W_dec: Tensor,
     *,
+    b_enc: Tensor | None = None,
     k: int,
     product_dtype: torch.dtype,
     tile_bytes: int,
@@ -72,7 +73,7 @@ def auxk(
     """AuxK of Gao et al. 2024, appendix A.2: each row's k largest dead latents reconstruct what the rest missed.
 
     centred [N, D] the encoder's input; error [N, D] the detached x - x_hat, standardised; W_enc, W_dec [A, D] the dead
-    latents' rows; the rest as in `train.step.StepOptions`. The choices, and where they come from:
+    latents' rows; b_enc [A] their bias; the rest as in `train.step.StepOptions`. The choices, and where they come from:
 
     - the latents go through the same TopK and ReLU as the main ones (Gao et al.'s code), read off the same
       pre-activations: here a product over the dead rows alone, which gives the same numbers;
@@ -91,13 +92,15 @@ def auxk(
 
     n_dead = len(W_enc)
     encoder, decoder = W_enc.to(product_dtype), W_dec.to(product_dtype)  # [A, D]
+    bias = None if b_enc is None else b_enc.to(product_dtype)
     loss = error.new_zeros(())
     out = AuxOutput(loss, torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead))
     tile_rows = max(1, tile_bytes // (n_dead * centred.element_size()))
     for start in range(0, len(centred), tile_rows):
         part = slice(start, start + tile_rows)
         inputs = centred[part].to(product_dtype)
-        active = _activations(inputs @ encoder.t(), k, kernels)  # [n, A]
+        z = inputs @ encoder.t() if bias is None else torch.addmm(bias, inputs, encoder.t())
+        active = _activations(z, k, kernels)  # [n, A]
         missed = error[part] - active @ decoder  # [n, D]
         loss += rows.total[part] @ missed.square().sum(dim=1)
         grad_out = (missed * (-2 * scale * rows.total[part]).unsqueeze(1)).to(product_dtype)  # d loss / d e_hat
@@ -131,8 +134,12 @@ class DeadLatents:
 
     def update(self, codes: SparseCodes) -> None:
         """Count the rows of one batch."""
-        self.silent += len(codes.values)
-        self.silent[codes.indices[codes.values > FIRING_THRESHOLD]] = 0
+        self.count(len(codes.values), codes.indices[codes.values > FIRING_THRESHOLD])
+
+    def count(self, n: int, fired: Tensor) -> None:
+        """Count `n` rows; fired: bool [M], or the numbers of the latents above `FIRING_THRESHOLD`, repeats allowed."""
+        self.silent += n
+        self.silent[fired] = 0
 
     def dead_latents(self) -> Tensor:
         """int64 [A], ascending: the latents that have been silent for at least `threshold` vectors."""

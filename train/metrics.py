@@ -59,7 +59,7 @@ class MetricsWindow:
         sums["steps"] += 1
         sums["loss"] += result.loss.double()
         sums["auxk"] += result.auxk.double()
-        sums["active"] += result.codes.values.count_nonzero()
+        sums["active"] += result.active
         sums["vectors"].index_add_(0, layer, torch.ones_like(raw_error))
         sums["error"].index_add_(0, layer, raw_error)
 

@@ -8,7 +8,7 @@ Shapes: T tokens of the store, L layers trained on.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from train.hardware import resolve_device, resolve_product_dtype
 from train.kernels import choose_kernels
 from train.losses import dead_threshold
 from train.optimizer import scaling_law_lr
-from train.sae import SAEConfig
+from train.sae_config import Activation, SAEConfig, Standardize, default_prefixes
 
 
 class Split(NamedTuple):
@@ -89,11 +89,49 @@ class RunPlan:
     """Kind of device: cpu or cuda."""
     kernels: str
     """Which implementation of the sparse parts."""
+    activation: Activation = "topk"
+    """How latents are chosen."""
+    standardize: Standardize = "vector"
+    """What is taken out of the vectors first."""
+    encoder_bias: bool = False
+    """Whether pre-activations have a bias."""
+    apply_b_dec_to_input: bool = True
+    """Whether b_pre is subtracted from the encoder's input."""
+    prefixes: tuple[int, ...] = ()
+    """Nested dictionaries of a Matryoshka autoencoder."""
+    k_start: int | None = None
+    """k at the first step; None: k."""
+    k_warmup_fraction: float = 0.1
+    """Share of the steps in which k goes from k_start to k."""
+    multi_topk: bool = False
+    """Whether a loss with 4 k active latents is added."""
+    sparsity_loss: str = "target"
+    """target or penalty, of a JumpReLU autoencoder."""
+    sparsity_coef: float = 0.0
+    """Weight of the sparsity term; 0 where there is none."""
+    sparsity_warmup_fraction: float = 0.1
+    """Share of the steps in which that weight rises."""
+    bandwidth: float = 1.0
+    """Width of the window in which pre-activations move a threshold."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together."""
+    ema_decay: float | None = None
+    """Decay of the running mean of the weights that is saved; None: the weights are."""
 
     @property
     def sae_config(self) -> SAEConfig:
         """The autoencoder to be trained."""
-        return SAEConfig(d_model=self.d_model, n_latents=self.n_latents, k=self.k)
+        return SAEConfig(
+            d_model=self.d_model,
+            n_latents=self.n_latents,
+            k=self.k,
+            standardize=self.standardize,
+            activation=self.activation,
+            encoder_bias=self.encoder_bias,
+            apply_b_dec_to_input=self.apply_b_dec_to_input,
+            prefixes=self.prefixes,
+            n_layers=len(self.layers) if self.standardize == "layer" else None,
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -102,8 +140,7 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        streamed = None if self.stream_layers is None else list(self.stream_layers)
-        return asdict(self) | {"layers": list(self.layers), "stream_layers": streamed}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def split_tokens(store: ActivationStore, fraction: float, seed: int) -> Split:
@@ -151,10 +188,16 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
         vectors = steps * config.batch_size
         epochs = -(-vectors // vectors_per_epoch)
     device = resolve_device(config.device)
+    thresholded = config.activation in ("jumprelu", "relu")
+    if max(config.k, config.k_start or 0) > n_latents:
+        raise UsageError(
+            f"k is {max(config.k, config.k_start or 0)}, but there are only {n_latents} latents: lower k, or raise the "
+            "expansion factor"
+        )
     return RunPlan(
         d_model=meta.d_model,
         n_latents=n_latents,
-        k=SAEConfig(d_model=meta.d_model, n_latents=n_latents, k=config.k).k,  # refuses k > n_latents
+        k=config.k,
         aux_k=min(config.aux_k or default_aux_k(meta.d_model), n_latents),
         aux_coef=config.aux_coef,
         lr=config.lr or scaling_law_lr(n_latents),
@@ -175,7 +218,27 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
         product_dtype=resolve_product_dtype(config.dtype, device),
         device=device.type,
         kernels=choose_kernels(torch.empty(0, device=device), config.kernels).name,
+        activation=config.activation,
+        standardize=config.standardize,
+        encoder_bias=thresholded if config.encoder_bias is None else config.encoder_bias,
+        apply_b_dec_to_input=config.apply_b_dec_to_input,
+        prefixes=(config.prefixes or default_prefixes(n_latents)) if config.activation == "matryoshka" else (),
+        k_start=config.k_start,
+        k_warmup_fraction=config.k_warmup_fraction,
+        multi_topk=config.multi_topk,
+        sparsity_loss=config.sparsity_loss,
+        sparsity_coef=_sparsity_coef(config) if thresholded else 0.0,
+        sparsity_warmup_fraction=config.sparsity_warmup_fraction,
+        bandwidth=config.bandwidth,
+        clip_norm=config.clip_norm,
+        ema_decay=config.ema_decay,
     )
+
+
+def _sparsity_coef(config: TrainConfig) -> float:
+    if config.sparsity_coef is not None:
+        return config.sparsity_coef
+    return 1.0 if config.activation == "jumprelu" and config.sparsity_loss == "target" else 0.5
 
 
 class MemoryEstimate(NamedTuple):
@@ -223,7 +286,8 @@ def compare_plans(path: object, saved: dict[str, Any], plan: RunPlan) -> list[st
     warnings = []
     now = plan.to_dict()
     for field in fields(RunPlan):
-        before, after = saved.get(field.name), now[field.name]
+        # A checkpoint from before a field was there was made with what is now its default.
+        before, after = saved.get(field.name, None if field.default is MISSING else field.default), now[field.name]
         if before == after:
             continue
         found = f"{field.name} was {before} when {path} was saved and is {after} now"

@@ -26,8 +26,9 @@ from train.optimizer import SphereAdam, learning_rate
 from train.plan import RunPlan, Split
 from train.resume import say
 from train.sae import MLSAE, Checkpoint, save_checkpoint
+from train.schedule import options_at, step_options
 from train.statistics import FixedStatistics, StatisticsSums
-from train.step import StepOptions, training_step
+from train.step import training_step
 from train.validation import Subject, Validation, ValidationData
 
 
@@ -78,13 +79,7 @@ class Run:
         self.position = None if spec.layer is None else shared.layers.index(spec.layer)
         """The one layer trained on, as a position in the stream; None: all."""
         self._kernels = choose_kernels(torch.empty(0, device=shared.device), plan.kernels)
-        self._options = StepOptions(
-            k=plan.k,
-            aux_k=plan.aux_k,
-            aux_coef=plan.aux_coef,
-            product_dtype=plan.torch_dtype,
-            tile_bytes=int(self.config.tile_mb * 1e6),
-        )
+        self._options = step_options(plan, int(self.config.tile_mb * 1e6))
         self.step = 0
         """Batches of the stream taken."""
         self.updates = 0
@@ -166,12 +161,12 @@ class Run:
                 standardized.x,
                 rows,
                 self._dead,
-                self._options,
+                options_at(self._options, plan, self.step),
                 self._kernels,
                 out=self._shared.gradients(plan.n_latents),
             )
             self._window.add(layer, standardized, result)
-            self._optimizer.step(result.gradients, lr=self._lr(self.step), step=self.updates + 1)
+            self._optimizer.step(result.gradients, lr=self._lr(self.step), step=self.updates + 1, clip=plan.clip_norm)
             self.updates += 1
             self.vectors += len(x)
         self.step += 1

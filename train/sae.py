@@ -1,67 +1,55 @@
 """The multi-layer sparse autoencoder: its configuration, its forward pass, and its checkpoint on disk.
 
-One TopK autoencoder is shared by all layers (Lawson et al. 2025, section 3). Each residual stream vector x is
-standardised on its own, then
+One autoencoder is shared by all layers (Lawson et al. 2025, section 3). Each residual stream vector x is standardised,
+on its own or by its layer, then
 
-    z = W_enc (x_std - b_pre)           h = ReLU(TopK_k(z))
+    z = W_enc (x_std - b_pre) + b_enc   h = the active ones of z, the k largest or as the variant has it
     x_hat_std = W_dec^T h + b_pre       x_hat = x_hat_std * (std + eps) + mean
 
 Both weights are stored as [n_latents, d_model], so that a latent is a row of each and gathers read whole rows. Encoding
-never holds more than a tile of the [N, n_latents] pre-activations. Not here: gradients and training (`train.step`,
-`train.loop`), and other projects' file formats.
+never holds more than a tile of the [N, n_latents] pre-activations (`train.encode`). Not here: what a variant is
+(`train.variants`), gradients and training (`train.step`, `train.loop`), and other projects' file formats.
 
-Shapes: N vectors, D d_model, M n_latents, k active latents a vector.
+Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
 """
 
 import os
 import pickle
+import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from store.errors import IncompatibleError, ResidscopeError, UsageError
-from train.kernels import Kernels, SparseCodes, choose_kernels
+from train.encode import TILE_BYTES, encode_tiled
+from train.kernels import SparseCodes, choose_kernels
+from train.sae_config import SAEConfig
+from train.variants import variant_of
+from train.weights import TRAINED, Weights
+
+__all__ = [
+    "MLSAE",
+    "STD_EPSILON",
+    "TILE_BYTES",
+    "Checkpoint",
+    "ForwardOutput",
+    "SAEConfig",
+    "Standardized",
+    "encode_tiled",
+    "load_checkpoint",
+    "save_checkpoint",
+    "standardize",
+    "standardize_by_layer",
+]
 
 CHECKPOINT_FORMAT = 1
 
 STD_EPSILON = 1e-5
 """Added to a vector's standard deviation before the division, as the reference does, so that its models carry over."""
-
-TILE_BYTES = 16 * 2**20
-"""Pre-activations held at once: a tile this large is still in the last-level cache when top-k reads it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAEConfig:
-    """What an autoencoder is, apart from its weights."""
-
-    d_model: int
-    """Width of the residual stream."""
-
-    n_latents: int
-    """Number of latents of the dictionary; expansion factor times d_model."""
-
-    k: int
-    """Latents that may be active on one vector."""
-
-    standardize: Literal["vector", "none"] = "vector"
-    """"vector": each vector loses its own mean and is divided by its own standard deviation; "none": as they are."""
-
-    activation: Literal["topk"] = "topk"
-    """How latents are chosen."""
-
-    def __post_init__(self) -> None:
-        for name in ("d_model", "n_latents", "k"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} should be at least 1, found {getattr(self, name)}")
-        if self.k > self.n_latents:
-            raise UsageError(
-                f"k is {self.k}, but there are only {self.n_latents} latents: lower k, or raise the expansion factor"
-            )
 
 
 class Standardized(NamedTuple):
@@ -71,10 +59,11 @@ class Standardized(NamedTuple):
     """[N, D] (x - mean) / std."""
 
     mean: Tensor
-    """[N, 1] mean over d_model."""
+    """[N, 1] mean over d_model, or [N, D] the mean vector of its layer."""
 
     std: Tensor
-    """[N, 1] unbiased standard deviation over d_model plus `STD_EPSILON`: what x was divided by."""
+    """[N, 1] what x was divided by: its own unbiased standard deviation over d_model plus `STD_EPSILON`, or its
+    layer's scale."""
 
 
 class ForwardOutput(NamedTuple):
@@ -84,13 +73,13 @@ class ForwardOutput(NamedTuple):
     """[N, D] reconstruction in raw space."""
 
     codes: SparseCodes
-    """Active latents, values [N, k] and indices [N, k]."""
+    """Active latents, values [N, w] and indices [N, w]."""
 
     mean: Tensor
-    """[N, 1] mean of each vector."""
+    """As in `Standardized`."""
 
     std: Tensor
-    """[N, 1] scale of each vector, `STD_EPSILON` included."""
+    """As in `Standardized`."""
 
 
 class MLSAE(nn.Module):
@@ -99,9 +88,26 @@ class MLSAE(nn.Module):
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.W_enc = nn.Parameter(torch.zeros(config.n_latents, config.d_model))  # [M, D]
-        self.W_dec = nn.Parameter(torch.zeros(config.n_latents, config.d_model))  # [M, D], unit rows once initialised
-        self.b_pre = nn.Parameter(torch.zeros(config.d_model))  # [D]
+        self.variant = variant_of(config)
+        m, d = config.n_latents, config.d_model
+        self.W_enc = nn.Parameter(torch.zeros(m, d))  # [M, D]
+        self.W_dec = nn.Parameter(torch.zeros(m, d))  # [M, D], unit rows once initialised
+        self.b_pre = nn.Parameter(torch.zeros(d))  # [D]
+        if config.encoder_bias:
+            self.b_enc = nn.Parameter(torch.zeros(m))  # [M]
+        for name, value in self.variant.extra_state().items():
+            if name in TRAINED:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+        if config.n_layers is not None:
+            self.layer_mean = nn.Buffer(torch.zeros(config.n_layers, d))  # [L, D]
+            self.layer_scale = nn.Buffer(torch.ones(config.n_layers))  # [L]
+
+    @property
+    def weights(self) -> Weights:
+        """The autoencoder's own tensors, to be changed in place."""
+        return Weights(*(None if (t := getattr(self, name, None)) is None else t.data for name in Weights._fields))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def initialize(self, seed: int, b_pre: Tensor | None = None) -> None:
@@ -114,44 +120,61 @@ class MLSAE(nn.Module):
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec.copy_(rows)
         self.W_enc.copy_(rows)
+        for name, value in self.variant.extra_state().items():
+            getattr(self, name).copy_(value)
+        if self.config.encoder_bias:
+            self.b_enc.zero_()
         if b_pre is None:
             self.b_pre.zero_()
         else:
             self.b_pre.copy_(b_pre)
 
-    def standardize(self, x: Tensor) -> Standardized:
-        """Raw vectors [N, D] to the space that the dictionary lives in."""
+    def standardize(self, x: Tensor, layer: Tensor | None = None) -> Standardized:
+        """Raw vectors [N, D] to the space that the dictionary lives in.
+
+        layer: int64 [N], each vector's position among the layers trained on; needed where they are standardised by
+        layer.
+        """
+        if self.config.standardize == "vector":
+            return standardize(x)
         if self.config.standardize == "none":
             return Standardized(x, x.new_zeros(len(x), 1), x.new_ones(len(x), 1))
-        return standardize(x)
+        if layer is None:
+            raise UsageError("this autoencoder standardises by layer: give the layer of each vector")
+        return standardize_by_layer(x, layer, self.layer_mean, self.layer_scale)
 
     @torch.no_grad()
-    def encode(self, x: Tensor, *, product_dtype: torch.dtype | None = None) -> SparseCodes:
-        """Codes of raw vectors `x` [N, D], in the type of the weights: values [N, k] >= 0, indices int64 [N, k].
+    def encode(
+        self, x: Tensor, layer: Tensor | None = None, *, product_dtype: torch.dtype | None = None
+    ) -> SparseCodes:
+        """Codes of raw vectors `x` [N, D], in the type of the weights: values [N, w] >= 0, indices int64 [N, w].
 
-        `product_dtype` bfloat16 makes the encoder's product in that type (a few times faster where the hardware has
-        it); default: the weights' type.
+        w is k for topk, else the most latents that a vector has; value 0 means not active, whatever the index. layer:
+        as in `standardize`. `product_dtype` bfloat16 makes the encoder's product in that type (a few times faster where
+        the hardware has it); default: the weights' type.
         """
-        return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype)).x, product_dtype=product_dtype)
+        return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype), layer).x, product_dtype=product_dtype)
 
     @torch.no_grad()
     def encode_standardized(self, x_std: Tensor, *, product_dtype: torch.dtype | None = None) -> SparseCodes:
         """As `encode`, of vectors that `standardize` has seen: for callers that need the mean and scale as well."""
         self._check_width(x_std)
-        centred = x_std - self.b_pre
-        return encode_tiled(centred, self.W_enc, self.config.k, product_dtype=product_dtype)
+        inputs = x_std - self.b_pre if self.config.apply_b_dec_to_input else x_std
+        return self.variant.encode(inputs, self.weights, product_dtype=product_dtype)
 
     @torch.no_grad()
     def decode(self, codes: SparseCodes, mean: Tensor, std: Tensor) -> Tensor:
-        """Raw reconstruction [N, D] from codes and the mean [N, 1] and scale [N, 1] that `standardize` gave."""
+        """Raw reconstruction [N, D] from codes and the mean and scale that `standardize` gave."""
         kernels = choose_kernels(self.W_dec)
         x_hat_std = kernels.decode(codes.values, codes.indices, self.W_dec) + self.b_pre
         return x_hat_std * std + mean
 
     @torch.no_grad()
-    def forward(self, x: Tensor, *, product_dtype: torch.dtype | None = None) -> ForwardOutput:
-        """Encode and decode raw vectors `x` [N, D]."""
-        x_std, mean, std = self.standardize(x.to(self.W_enc.dtype))
+    def forward(
+        self, x: Tensor, layer: Tensor | None = None, *, product_dtype: torch.dtype | None = None
+    ) -> ForwardOutput:
+        """Encode and decode raw vectors `x` [N, D]; layer as in `standardize`."""
+        x_std, mean, std = self.standardize(x.to(self.W_enc.dtype), layer)
         codes = self.encode_standardized(x_std, product_dtype=product_dtype)
         return ForwardOutput(self.decode(codes, mean, std), codes, mean, std)
 
@@ -171,30 +194,10 @@ def standardize(x: Tensor) -> Standardized:
     return Standardized(centred.div_(std), mean, std)
 
 
-@torch.no_grad()
-def encode_tiled(
-    centred: Tensor,
-    W_enc: Tensor,
-    k: int,
-    *,
-    product_dtype: torch.dtype | None = None,
-    tile_bytes: int = TILE_BYTES,
-    kernels: Kernels | None = None,
-) -> SparseCodes:
-    """ReLU(TopK_k(centred @ W_enc^T)) [N, k], a tile of rows at a time: `centred` [N, D] is x_std - b_pre."""
-    kernels = kernels or choose_kernels(W_enc)
-    n, m = len(centred), len(W_enc)
-    dtype = product_dtype or W_enc.dtype
-    left, right = centred.to(dtype), W_enc.to(dtype).t()
-    values = centred.new_empty(n, k)
-    indices = torch.empty(n, k, dtype=torch.int64, device=centred.device)
-    rows = min(n, max(1, tile_bytes // (m * right.element_size())))
-    tile = torch.empty(rows, m, dtype=dtype, device=centred.device)  # one for all: fresh memory costs page faults
-    for start in range(0, n, rows):
-        part = slice(start, start + rows)
-        z = torch.mm(left[part], right, out=tile[: n - start])
-        values[part], indices[part] = kernels.topk_relu(z, k)
-    return SparseCodes(values, indices)
+def standardize_by_layer(x: Tensor, layer: Tensor, layer_mean: Tensor, layer_scale: Tensor) -> Standardized:
+    """Each row of `x` [N, D] minus its layer's mean, divided by its layer's scale: layer int64 [N], [L, D], [L]."""
+    mean, std = layer_mean[layer], layer_scale[layer].unsqueeze(1)
+    return Standardized((x - mean).div_(std), mean, std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +227,7 @@ def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: d
         "store": store,
         "trainer": trainer,
     }
+    content = _interned(content)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         torch.save(content, file)
@@ -237,6 +241,17 @@ def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: d
         os.close(folder)
 
 
+def _interned(value: Any) -> Any:
+    """`value` with equal strings made one object: pickle writes such a string once, so equal content is equal bytes."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, dict):
+        return {_interned(key): _interned(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_interned, value))
+    return value
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; only tensors and plain values are accepted, so that a file from a stranger cannot run code.
 
@@ -248,21 +263,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise IncompatibleError(
             f"{path}: checkpoint format {version}, here {CHECKPOINT_FORMAT} is read: use the version that wrote it"
         )
-    config = _config_of(content.get("config"), path)
+    sae = MLSAE(_config_of(content.get("config"), path))
     state = content.get("state_dict")
-    expected = {
-        "W_enc": (config.n_latents, config.d_model),
-        "W_dec": (config.n_latents, config.d_model),
-        "b_pre": (config.d_model,),
-    }
-    for name, shape in expected.items():
+    expected = sae.state_dict()
+    for name, tensor in expected.items():
         found = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shown = list(found.shape) if isinstance(found, Tensor) else None
-            raise IncompatibleError(f"{path}: {name} should be {list(shape)} by the checkpoint's config, found {shown}")
-    sae = MLSAE(config)
+            raise IncompatibleError(
+                f"{path}: {name} should be {list(tensor.shape)} by the checkpoint's config, found {shown}"
+            )
     sae.load_state_dict({name: content["state_dict"][name] for name in expected})
-    return Checkpoint(config=config, sae=sae, store=content.get("store") or {}, trainer=content.get("trainer") or {})
+    store, trainer = content.get("store") or {}, content.get("trainer") or {}
+    return Checkpoint(config=sae.config, sae=sae, store=store, trainer=trainer)
 
 
 def _read_safely(path: Path) -> dict[str, Any]:
@@ -289,4 +302,7 @@ def _config_of(found: Any, path: Path) -> SAEConfig:
     if not isinstance(found, dict) or not set(found) <= known or not {"d_model", "n_latents", "k"} <= set(found):
         shown = sorted(found) if isinstance(found, dict) else type(found).__name__
         raise IncompatibleError(f"{path}: the checkpoint's config should have {sorted(known)}, found {shown}")
-    return SAEConfig(**found)
+    try:
+        return SAEConfig.from_plain(found)
+    except (UsageError, TypeError) as error:
+        raise IncompatibleError(f"{path}: no possible configuration: {error}") from None

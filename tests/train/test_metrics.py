@@ -56,9 +56,12 @@ def test_window_by_hand() -> None:
     window = MetricsWindow(torch.tensor([4.0, 100.0], dtype=torch.float64))
     codes = SparseCodes(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.zeros(2, 2, dtype=torch.int64))
     nothing = Weights(*(torch.zeros(1),) * 3)
+    nought = torch.tensor(0.0)
     for loss in (0.5, 1.5):
         standardized = Standardized(torch.zeros(2, 3), torch.zeros(2, 1), torch.tensor([[1.0], [10.0]]))
-        result = StepResult(nothing, codes, torch.tensor([2.0, 0.25]), torch.tensor(loss), torch.tensor(0.1))
+        result = StepResult(
+            nothing, codes, torch.tensor([2.0, 0.25]), torch.tensor(loss), torch.tensor(0.1), torch.tensor(3), nought
+        )
         window.add(torch.tensor([0, 1]), standardized, result)
     assert window.vectors == 4
     line = window.line()
@@ -72,7 +75,8 @@ def test_window_by_hand() -> None:
 def test_a_layer_without_rows_is_null() -> None:
     window = MetricsWindow(torch.ones(2, dtype=torch.float64))
     codes = SparseCodes(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
-    result = StepResult(Weights(*(torch.zeros(1),) * 3), codes, torch.ones(1), torch.tensor(1.0), torch.tensor(0.0))
+    one, nought = torch.tensor(1), torch.tensor(0.0)
+    result = StepResult(Weights(*(torch.zeros(1),) * 3), codes, torch.ones(1), torch.tensor(1.0), nought, one, nought)
     window.add(torch.tensor([1]), Standardized(torch.zeros(1, 2), torch.zeros(1, 1), torch.ones(1, 1)), result)
     assert window.line()["fvu_per_layer"] == [None, 1.0]
     assert window.line()["fvu"] == 1.0

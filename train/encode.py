@@ -1,0 +1,160 @@
+"""From encoder inputs to sparse codes: the one dense product, a tile of rows at a time, and three ways to choose.
+
+    encode_tiled   the k largest pre-activations of each row
+    encode_batch   the largest of a whole batch, as many as asked for
+    encode_above   all above a threshold, one for all latents or one for each
+
+All keep positive values only. No more than a tile of the [N, M] pre-activations is ever held. Where the number of
+active latents varies, rows are padded with value 0 to the longest; whatever latent a 0 names, it is not active.
+
+Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has, P active (row, latent) pairs.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.kernels import Kernels, SparseCodes, choose_kernels
+
+TILE_BYTES = 16 * 2**20
+"""Pre-activations held at once: a tile this large is still in the last-level cache when top-k reads it."""
+
+
+class Tile(NamedTuple):
+    """The pre-activations of some rows."""
+
+    part: slice
+    """Which rows."""
+
+    z: Tensor
+    """[n, M], in memory that the next tile writes over."""
+
+
+def tiles(
+    inputs: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    product_dtype: torch.dtype | None = None,
+    tile_bytes: int = TILE_BYTES,
+) -> Iterator[Tile]:
+    """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None, in `product_dtype`."""
+    n, m = len(inputs), len(W_enc)
+    dtype = product_dtype or W_enc.dtype
+    left, right = inputs.to(dtype), W_enc.to(dtype).t()
+    bias = None if b_enc is None else b_enc.to(dtype)
+    rows = min(n, max(1, tile_bytes // (m * right.element_size())))
+    memory = torch.empty(rows, m, dtype=dtype, device=inputs.device)  # one for all: fresh memory costs page faults
+    for start in range(0, n, rows):
+        part, out = slice(start, start + rows), memory[: n - start]
+        z = torch.mm(left[part], right, out=out) if bias is None else torch.addmm(bias, left[part], right, out=out)
+        yield Tile(part, z)
+
+
+@torch.no_grad()
+def encode_tiled(
+    inputs: Tensor,
+    W_enc: Tensor,
+    k: int,
+    *,
+    b_enc: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
+    tile_bytes: int = TILE_BYTES,
+    kernels: Kernels | None = None,
+) -> SparseCodes:
+    """ReLU(TopK_k(inputs @ W_enc^T + b_enc)) [N, k]: `inputs` [N, D] is x_std - b_pre."""
+    kernels = kernels or choose_kernels(W_enc)
+    values = inputs.new_empty(len(inputs), k)
+    indices = torch.empty(len(inputs), k, dtype=torch.int64, device=inputs.device)
+    for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
+        values[part], indices[part] = kernels.topk_relu(z, k)
+    return SparseCodes(values, indices)
+
+
+@torch.no_grad()
+def encode_above(
+    inputs: Tensor,
+    W_enc: Tensor,
+    threshold: Tensor,
+    *,
+    b_enc: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
+    tile_bytes: int = TILE_BYTES,
+) -> SparseCodes:
+    """Pre-activations above `threshold` ([] or [M], >= 0) and what latents they are of: [N, w]."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
+        # In z's own type, so that a bfloat16 tile is not widened for the comparison.
+        row, latent = (z > threshold.to(z.dtype).clamp(min=0)).nonzero(as_tuple=True)
+        found.append((row + part.start, latent, z[row, latent].to(inputs.dtype)))
+    if not found:
+        return SparseCodes(inputs.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=inputs.device))
+    row, latent, value = (torch.cat(part) for part in zip(*found, strict=True))
+    return padded(row, latent, value, len(inputs))
+
+
+class BatchCodes(NamedTuple):
+    """The largest pre-activations of a batch."""
+
+    codes: SparseCodes
+    """[N, w]"""
+
+    smallest: Tensor | None
+    """[] the smallest value that was kept; None where nothing was positive."""
+
+
+@torch.no_grad()
+def encode_batch(
+    inputs: Tensor,
+    W_enc: Tensor,
+    count: int,
+    *,
+    b_enc: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
+    tile_bytes: int = TILE_BYTES,
+) -> BatchCodes:
+    """The `count` largest positive pre-activations of all N rows together (Bussmann et al. 2024, BatchTopK).
+
+    Of equal ones at the border, those of the first rows, and within a row of the first latents. Exact for any tile
+    size: what has been kept so far is cut back to `count` after each tile, and its smallest value is a lower bound for
+    all that follow. So memory is a tile and `count` pairs, not N x M.
+    """
+    m = len(W_enc)
+    values = inputs.new_empty(0)
+    places = torch.empty(0, dtype=torch.int64, device=inputs.device)  # row * M + latent, ascending
+    bound = torch.zeros((), dtype=product_dtype or W_enc.dtype, device=inputs.device)
+    for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
+        flat = z.view(-1)
+        chosen = (flat > bound).nonzero().squeeze(1)
+        values = torch.cat([values, flat[chosen].to(inputs.dtype)])
+        places = torch.cat([places, chosen + part.start * m])
+        if len(values) > count:
+            kept = _first_largest(values, count)
+            values, places = values[kept], places[kept]
+        if len(values) == count:
+            bound = values.min().to(bound.dtype)
+    if len(values) == 0:
+        empty = SparseCodes(inputs.new_zeros(len(inputs), 1), places.new_zeros(len(inputs), 1))
+        return BatchCodes(empty, None)
+    return BatchCodes(padded(places // m, places % m, values, len(inputs)), values.min())
+
+
+def _first_largest(values: Tensor, count: int) -> Tensor:
+    """bool [P]: the `count` largest of `values` [P], the first ones where several equal the smallest of them."""
+    smallest = values.kthvalue(len(values) - count + 1).values
+    above, equal = values > smallest, values == smallest
+    return above | (equal & (equal.cumsum(0) <= count - above.sum()))
+
+
+def padded(row: Tensor, latent: Tensor, value: Tensor, n: int) -> SparseCodes:
+    """Active pairs, row by row (row int64 [P] ascending, latent int64 [P], value [P]), as codes [n, w]; w >= 1."""
+    counts = torch.bincount(row, minlength=n)
+    width = max(1, int(counts.max()) if n else 0)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    values = value.new_zeros(n, width)
+    indices = latent.new_zeros(n, width)
+    values[row, place] = value
+    indices[row, place] = latent
+    return SparseCodes(values, indices)
