@@ -115,8 +115,6 @@ class RunPlan:
     """Width of the window in which pre-activations move a threshold."""
     clip_norm: float | None = None
     """Largest norm of all gradients together."""
-    ema_decay: float | None = None
-    """Decay of the running mean of the weights that is saved; None: the weights are."""
 
     @property
     def sae_config(self) -> SAEConfig:
@@ -231,7 +229,6 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
         sparsity_warmup_fraction=config.sparsity_warmup_fraction,
         bandwidth=config.bandwidth,
         clip_norm=config.clip_norm,
-        ema_decay=config.ema_decay,
     )
 
 

@@ -78,6 +78,8 @@ class TopK(Variant):
         )
         if not options.multi_topk:
             return sparse_pass(codes, given)
+        if wide == options.k:  # all latents are among the k already
+            return nested_pass([Block(codes, 1 + weight)], 0, codes, given)
         first, rest = (
             SparseCodes(codes.values[:, part].contiguous(), codes.indices[:, part].contiguous())
             for part in (slice(options.k), slice(options.k, None))
