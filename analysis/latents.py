@@ -1,9 +1,9 @@
 """Encode tiles of a store's tokens with the autoencoder: the one place where analysis meets the weights.
 
 Weights are loaded once per process from the checkpoint's path, in any format that `train.formats` reads, and shared by
-its threads; a task carries the path only.
-Codes come from `train.sae.MLSAE`: k largest pre-activations, then ReLU, so values are never negative. A store that was
-harvested through a tuned lens holds vectors that went through it already, as the autoencoder's training data did:
+its threads; a task carries the path only. Codes come from `train.sae.MLSAE`, or the same ones faster from
+`train.screen` where the machine can: k largest pre-activations, then ReLU, so values are never negative. A store that
+was harvested through a tuned lens holds vectors that went through it already, as the autoencoder's training data did:
 nothing is left to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling
 (`analysis.jobs`).
 
@@ -25,6 +25,7 @@ from store.activations import ActivationStore
 from store.errors import IncompatibleError
 from train.formats import read_checkpoint
 from train.sae import MLSAE, Checkpoint, Standardized
+from train.screen import Screen
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 """Type of weights and codes; with bfloat16 the encoder's product alone is made in that type."""
@@ -65,6 +66,8 @@ class Encoder:
         self.numpy_dtype = np.dtype(np.float64 if dtype == "float64" else np.float32)
         self._product_dtype = torch.bfloat16 if dtype == "bfloat16" else None
         self._sae = sae.to(self.dtype).eval()
+        screened = dtype == "float32" and sae.config.activation == "topk" and Screen.fits(sae.W_enc, sae.config.k)
+        self._screen = Screen(sae.W_enc) if screened else None
 
     def standardize(self, x: Tensor) -> Standardized:
         """Raw vectors [N, D] of any float type to the dictionary's space."""
@@ -72,7 +75,10 @@ class Encoder:
 
     def encode(self, standardized: Standardized, n_layers: int) -> Codes:
         """Codes and reconstructions of the vectors of whole tokens, token by token, n_layers rows each."""
-        codes = self._sae.encode_standardized(standardized.x, product_dtype=self._product_dtype)
+        if self._screen and bool(standardized.x.isfinite().all()):
+            codes = self._screen.topk_relu(standardized.x - self._sae.b_pre.detach(), self.config.k)
+        else:
+            codes = self._sae.encode_standardized(standardized.x, product_dtype=self._product_dtype)
         x_hat = self._sae.decode(codes, standardized.mean, standardized.std)
         shape = (-1, n_layers, codes.values.shape[-1])
         return Codes(codes.values.view(shape), codes.indices.view(shape), x_hat.view(-1, n_layers, x_hat.shape[-1]))

@@ -19,6 +19,7 @@ ALLOWED = {
     "analysis": {
         "store",
         "train.sae",
+        "train.screen",
         "train.kernels",
         "train.formats",
         "harvest.models",

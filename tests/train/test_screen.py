@@ -1,0 +1,94 @@
+"""The 8-bit screen finds the very latents that a float64 product ranks highest, outliers or not."""
+
+import numpy as np
+import pytest
+import torch
+
+from train.sae import encode_tiled
+from train.screen import Screen, can_screen, screen_rows
+
+pytestmark = pytest.mark.skipif(not can_screen(), reason="this processor does not multiply bytes fast")
+
+
+def planted(n, d, m, seed, outlier=0.0):
+    """Vectors [N, D] that are sums of a few encoder rows and noise, and the rows [M, D], of various norms."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(m, d)) * rng.uniform(0.2, 3, (m, 1)) / d**0.5
+    rows[:, 3] += outlier * rng.normal(size=m) / d**0.5
+    x = rng.normal(size=(n, d)) + np.einsum("nki,nk->ni", rows[rng.integers(0, m, (n, 4))], rng.gamma(2, 2, (n, 4)))
+    x[:, 3] += outlier
+    return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(rows.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "m", "k", "outlier"),
+    [
+        (300, 64, 2048, 8, 0.0),
+        (300, 64, 2050, 8, 30.0),
+        (200, 48, 2200, 16, 0.0),
+        (1, 16, 130, 1, 0.0),
+        (40, 576, 5000, 32, 100.0),
+        (700, 80, 4096, 3, 5.0),
+    ],
+)
+def test_the_codes_are_those_of_the_exact_product(n, d, m, k, outlier):
+    x, rows = planted(n, d, m, n + d, outlier)
+    assert Screen.fits(rows, k)
+    values, indices = Screen(rows).topk_relu(x, k)
+    exact = x.double() @ rows.double().T
+    best = exact.topk(k).values.relu()
+    np.testing.assert_allclose(values.numpy(), best.numpy(), rtol=2e-5, atol=2e-5 * float(best.max()))
+    # What was taken is what the exact product says of these latents, each of them once.
+    np.testing.assert_allclose(
+        values.numpy(), exact.gather(1, indices).relu().numpy(), rtol=2e-5, atol=2e-5 * float(best.max())
+    )
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_where_no_two_are_near_each_other_it_is_the_plain_path_latent_by_latent():
+    x, rows = planted(400, 64, 2048, 1)
+    screened, plain = Screen(rows).topk_relu(x, 8), encode_tiled(x, rows, 8)
+    same = screened.indices == plain.indices
+    assert same.float().mean() > 0.999
+    np.testing.assert_allclose(screened.values[same].numpy(), plain.values[same].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_equal_values_come_by_ascending_latent_and_a_vector_of_zeros_has_none():
+    rows = torch.ones(256, 32)
+    values, indices = Screen(rows).topk_relu(torch.stack([torch.ones(32), torch.zeros(32), -torch.ones(32)]), 2)
+    assert indices.tolist() == [[0, 1]] * 3
+    assert values.tolist() == [[32, 32], [0, 0], [0, 0]]
+
+
+def test_an_estimate_that_is_further_off_than_its_margin_says_widens_the_margin():
+    weights = np.eye(300, 304, dtype=np.float32)
+    centred = np.arange(304, dtype=np.float32)[None]
+    product = np.zeros((1, 300), np.int32)  # estimates that say nothing: all errors are as large as the values
+    product[0, :4] = 1
+    values, indices = np.empty((1, 3), np.float32), np.empty((1, 3), np.int64)
+    ones = np.ones(300, np.float32)
+    screen_rows(0, 1, product, ones, ones[:1], np.float32([0.01]), centred, weights, values, indices)
+    assert indices.tolist() == [[299, 298, 297]]
+    assert values.tolist() == [[299, 298, 297]]
+
+
+def test_the_same_bits_whatever_the_number_of_threads():
+    x, rows = planted(100, 64, 2048, 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = Screen(rows).topk_relu(x, 8)
+        torch.set_num_threads(3)
+        three = Screen(rows).topk_relu(x, 8)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one.values, three.values)
+    assert torch.equal(one.indices, three.indices)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [torch.ones(64, 32), torch.ones(4096, 10), torch.full((4096, 32), torch.nan), torch.ones(4096, 32).double()],
+)
+def test_what_it_is_not_made_for_is_said(rows):
+    assert not Screen.fits(rows, 8)
