@@ -149,9 +149,10 @@ def sae_reconstruction(sae: MLSAE, lens: TunedLens | None) -> Replace:
     """
 
     def replace(x: Tensor, layer: int) -> Tensor:
+        rows = sae.rows_of_layer(layer, len(x))
         if lens is None:
-            return sae(x).x_hat
-        return lens.invert(sae(lens.apply(x, layer)).x_hat, layer)
+            return sae(x, rows).x_hat
+        return lens.invert(sae(lens.apply(x, layer), rows).x_hat, layer)
 
     return replace
 

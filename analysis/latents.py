@@ -1,14 +1,15 @@
 """Encode tiles of a store's tokens with the autoencoder: the one place where analysis meets the weights.
 
 Weights are loaded once per process from the checkpoint's path, in any format that `train.formats` reads, and shared by
-its threads; a task carries the path only. Codes come from `train.sae.MLSAE`, or the same ones faster from
-`train.screen` where the machine can: k largest pre-activations, then ReLU, so values are never negative. A store that
-was harvested through a tuned lens holds vectors that went through it already, as the autoencoder's training data did:
-nothing is left to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling
+its threads; a task carries the path only. Codes come from `train.sae.MLSAE` as its variant has them in inference, or
+the same ones faster from `train.screen` where the machine can; values are never negative, and where their number varies
+a tile is padded with zeros to the most that one of its vectors has. A store that was harvested through a tuned lens
+holds vectors that went through it already, as the autoencoder's training data did: nothing is left to apply here. Not
+here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling
 (`analysis.jobs`).
 
-Shapes: T tokens, L layers, D d_model, k active latents a vector, M n_latents; the T * L vectors of a tile are rows of
-one matrix.
+Shapes: T tokens, L layers, D d_model, k active latents a vector at most, M n_latents; the T * L vectors of a tile are
+rows of one matrix.
 """
 
 import threading
@@ -66,12 +67,15 @@ class Encoder:
         self.numpy_dtype = np.dtype(np.float64 if dtype == "float64" else np.float32)
         self._product_dtype = torch.bfloat16 if dtype == "bfloat16" else None
         self._sae = sae.to(self.dtype).eval()
-        screened = dtype == "float32" and sae.config.activation == "topk" and Screen.fits(sae.W_enc, sae.config.k)
+        plain = sae.config.activation == "topk" and not sae.config.encoder_bias and sae.config.apply_b_dec_to_input
+        screened = dtype == "float32" and plain and Screen.fits(sae.W_enc, sae.config.k)
         self._screen = Screen(sae.W_enc) if screened else None
 
     def standardize(self, x: Tensor) -> Standardized:
-        """Raw vectors [N, D] of any float type to the dictionary's space."""
-        return self._sae.standardize(x.to(self.dtype))
+        """Raw vectors [N, D] of any float type to the dictionary's space; of whole tokens, layer by layer."""
+        n_layers = len(self.config.layers)  # known where they are standardised by layer
+        layer = torch.arange(n_layers).repeat(len(x) // n_layers) if n_layers else None
+        return self._sae.standardize(x.to(self.dtype), layer)
 
     def encode(self, standardized: Standardized, n_layers: int) -> Codes:
         """Codes and reconstructions of the vectors of whole tokens, token by token, n_layers rows each."""

@@ -35,9 +35,9 @@ class TrainConfig:
     matryoshka: the same with nested dictionaries; jumprelu: those above a trained threshold; relu: all positive, with
     an L1 term."""
 
-    standardize: Literal["vector", "none"] = "vector"
-    """vector: each vector loses its own mean and is divided by its own standard deviation; none: vectors as they
-    are."""
+    standardize: Literal["vector", "layer", "none"] = "vector"
+    """vector: each vector loses its own mean and is divided by its own standard deviation; layer: each layer has one
+    mean vector and one scale, of the training vectors; none: vectors as they are."""
 
     encoder_bias: bool | None = None
     """Add a bias to the pre-activations; default: for jumprelu and relu."""
@@ -90,6 +90,10 @@ class TrainConfig:
 
     clip_norm: float | None = None
     """Scale all gradients down where their norm together is larger than this; default: never."""
+
+    ema_decay: float | None = None
+    """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
+    default: the weights themselves."""
 
     batch_size: int = 2048
     """Vectors (one token at one layer each) in a step; layers are mixed."""
@@ -181,6 +185,8 @@ class TrainConfig:
         for name in ("warmup_fraction", "decay_fraction", "k_warmup_fraction", "sparsity_warmup_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} should be in [0, 1], found {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UsageError(f"--ema-decay should be in [0, 1), found {self.ema_decay}")
         if self.multi_topk and self.activation != "topk":
             raise UsageError(f"--multi-topk is for --activation topk, not for {self.activation}")
         if self.prefixes is not None and self.activation != "matryoshka":

@@ -115,6 +115,8 @@ class RunPlan:
     """Width of the window in which pre-activations move a threshold."""
     clip_norm: float | None = None
     """Largest norm of all gradients together."""
+    ema_decay: float | None = None
+    """Decay of the running mean of the weights that is saved; None: the weights are."""
 
     @property
     def sae_config(self) -> SAEConfig:
@@ -128,7 +130,7 @@ class RunPlan:
             encoder_bias=self.encoder_bias,
             apply_b_dec_to_input=self.apply_b_dec_to_input,
             prefixes=self.prefixes,
-            n_layers=len(self.layers) if self.standardize == "layer" else None,
+            layers=self.layers if self.standardize == "layer" else (),
         )
 
     @property
@@ -229,6 +231,7 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
         sparsity_warmup_fraction=config.sparsity_warmup_fraction,
         bandwidth=config.bandwidth,
         clip_norm=config.clip_norm,
+        ema_decay=config.ema_decay,
     )
 
 
@@ -251,22 +254,24 @@ class MemoryEstimate(NamedTuple):
 def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, tile_bytes: int) -> MemoryEstimate:
     """How much memory runs of `plans` take over one stream: each its weights and moments; the rest is shared."""
     meta = store.meta
-    held = sum(3 * 4 * _weights(plan) for plan in plans)  # and two moments each
+    held = sum((3 if plan.ema_decay is None else 4) * 4 * _weights(plan) for plan in plans)  # two moments, and a mean
     gradients = sum({plan.n_latents: 4 * _weights(plan) for plan in plans}.values())
     plan = plans[0]
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
     window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.stream_layers or plan.layers) * block)
-    return MemoryEstimate(held + gradients + max(_working(plan) for plan in plans) + 2 * tile_bytes, 2 * window)
+    return MemoryEstimate(
+        held + gradients + max(_working(plan, tile_bytes) for plan in plans) + 2 * tile_bytes, 2 * window
+    )
 
 
 def _weights(plan: RunPlan) -> int:
     return 2 * plan.n_latents * plan.d_model
 
 
-def _working(plan: RunPlan) -> int:
+def _working(plan: RunPlan, tile_bytes: int) -> int:
     batch = plan.batch_size * (6 * 4 * plan.d_model + 48 * plan.k)  # six float32 [N, D]; codes, gradients, sorted pairs
     casts = _weights(plan) if plan.product_dtype == "bfloat16" else 0  # both weights, for the product and AuxK
-    return 2 * casts + batch
+    return 2 * casts + batch + (6 * tile_bytes if plan.activation in ("jumprelu", "relu") else 0)  # dense tiles
 
 
 def default_aux_k(d_model: int) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from store.activations import ActivationStore
 from store.options import to_toml
+from train.averaging import WeightAverage
 from train.batches import Vectors, VectorSource
 from train.config import TrainConfig
 from train.grid import RunSpec
@@ -109,7 +110,8 @@ class Run:
 
     def statistics_sums(self) -> StatisticsSums:
         """What gathers the statistics that a fresh run starts from."""
-        return StatisticsSums(MLSAE(self.plan.sae_config).standardize, self.plan.layers)
+        by_layer = self.plan.standardize == "layer"
+        return StatisticsSums(None if by_layer else MLSAE(self.plan.sae_config).standardize, self.plan.layers)
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
         """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
@@ -117,12 +119,19 @@ class Run:
         saved = start if isinstance(start, Checkpoint) else None
         self._sae = MLSAE(plan.sae_config) if saved is None else saved.sae
         self._sae.to(device).requires_grad_(False)
+        self._average = None if plan.ema_decay is None else WeightAverage(self._sae, plan.ema_decay)
+        if self._average is not None and saved is not None:
+            self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean
         self._dead = DeadLatents(plan.n_latents, plan.dead_vectors, device)
         if isinstance(start, Checkpoint):
             self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
         else:
             self._statistics = start
             self._sae.initialize(plan.seed, start.b_pre)
+            if plan.standardize == "layer":
+                assert start.layer_mean is not None
+                self._sae.layer_mean.copy_(start.layer_mean)
+                self._sae.layer_scale.copy_(start.layer_scale)
         self._optimizer = SphereAdam(self._sae, self._kernels)
         raw = plan.loss_space == "raw"
         self._denominators = self._statistics.raw if raw else self._statistics.standardized
@@ -154,7 +163,7 @@ class Run:
         plan = self.plan
         x, layer = self.own(batch)
         if len(x) > 0:
-            standardized = self._sae.standardize(x)
+            standardized = self._sae.standardize(x, layer)
             rows = row_weights(layer, standardized.std, self._denominators, raw=plan.loss_space == "raw")
             result = training_step(
                 self._optimizer.weights,
@@ -168,6 +177,8 @@ class Run:
             self._window.add(layer, standardized, result)
             self._optimizer.step(result.gradients, lr=self._lr(self.step), step=self.updates + 1, clip=plan.clip_norm)
             self.updates += 1
+            if self._average is not None:
+                self._average.update(self._sae, self.updates)
             self.vectors += len(x)
         self.step += 1
 
@@ -184,9 +195,14 @@ class Run:
         self._file.write(line)
         return line
 
+    @property
+    def sae(self) -> MLSAE:
+        """The autoencoder that is validated and saved."""
+        return self._sae if self._average is None else self._average.sae
+
     def subject(self) -> Subject:
         """What validation measures."""
-        return Subject(self._sae, self._options.product_dtype, self.position)
+        return Subject(self.sae, self._options.product_dtype, self.position)
 
     def record(self, validated: Validation) -> None:
         """Keep and write the result of a validation."""
@@ -207,11 +223,13 @@ class Run:
             "metrics": self.metrics,
             "validation": None if self.validated is None else self.validated._asdict(),
             "silent": self._dead.silent.cpu(),
-            "statistics": {name: value.cpu() for name, value in self._statistics._asdict().items()},
+            "statistics": {n: value.cpu() for n, value in self._statistics._asdict().items() if value is not None},
         }
         if not finished:
             trainer |= {"optimizer": self._optimizer.state_dict(), "window": self._window.state_dict()}
-        save_checkpoint(self.path, self._sae, store=self._store_record(), trainer=trainer)
+            if self._average is not None:
+                trainer["live"] = {name: tensor.cpu() for name, tensor in self._sae.state_dict().items()}
+        save_checkpoint(self.path, self.sae, store=self._store_record(), trainer=trainer)
         return trainer
 
     def _store_record(self) -> dict[str, Any]:

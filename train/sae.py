@@ -100,9 +100,9 @@ class MLSAE(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        if config.n_layers is not None:
-            self.layer_mean = nn.Buffer(torch.zeros(config.n_layers, d))  # [L, D]
-            self.layer_scale = nn.Buffer(torch.ones(config.n_layers))  # [L]
+        if config.layers:
+            self.layer_mean = nn.Buffer(torch.zeros(len(config.layers), d))  # [L, D]
+            self.layer_scale = nn.Buffer(torch.ones(len(config.layers)))  # [L]
 
     @property
     def weights(self) -> Weights:
@@ -128,6 +128,17 @@ class MLSAE(nn.Module):
             self.b_pre.zero_()
         else:
             self.b_pre.copy_(b_pre)
+
+    def rows_of_layer(self, number: int, n: int) -> Tensor | None:
+        """What `standardize` wants to know of `n` vectors of the model's layer `number`; None where it does not."""
+        if not self.config.layers:
+            return None
+        if number not in self.config.layers:
+            raise IncompatibleError(
+                f"the autoencoder standardises by layer and knows no layer {number}, only "
+                f"{' '.join(map(str, self.config.layers))}"
+            )
+        return torch.full((n,), self.config.layers.index(number), device=self.W_enc.device)
 
     def standardize(self, x: Tensor, layer: Tensor | None = None) -> Standardized:
         """Raw vectors [N, D] to the space that the dictionary lives in.

@@ -40,8 +40,8 @@ class SAEConfig:
     prefixes: tuple[int, ...] = ()
     """matryoshka: the first so many latents must reconstruct on their own; increasing, the last is n_latents."""
 
-    n_layers: int | None = None
-    """Number of layers with a mean and scale of their own, where standardize is "layer"."""
+    layers: tuple[int, ...] = ()
+    """The model's numbers of the layers that have a mean and scale of their own, where standardize is "layer"."""
 
     def __post_init__(self) -> None:
         k_optional = self.activation in ("jumprelu", "relu")
@@ -52,8 +52,8 @@ class SAEConfig:
             raise UsageError(
                 f"k is {self.k}, but there are only {self.n_latents} latents: lower k, or raise the expansion factor"
             )
-        if (self.standardize == "layer") != (self.n_layers is not None):
-            raise UsageError(f"n_layers is {self.n_layers} where standardize is {self.standardize!r}")
+        if (self.standardize == "layer") != bool(self.layers):
+            raise UsageError(f"layers are {list(self.layers)} where standardize is {self.standardize!r}")
         if self.activation == "matryoshka":
             sizes = (0, *self.prefixes)
             if len(sizes) == 1 or sizes[-1] != self.n_latents or any(a >= b for a, b in zip(sizes, sizes[1:])):  # noqa: B905, RUF007
@@ -67,7 +67,7 @@ class SAEConfig:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "SAEConfig":
         """From what `dataclasses.asdict` gave, JSON's lists in place of tuples included."""
-        return cls(**{**values, "prefixes": tuple(values.get("prefixes", ()))})
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def default_prefixes(n_latents: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from store.errors import ResidscopeError
 from train.batches import Vectors
 from train.losses import LayerMoments
-from train.sae import Standardized
+from train.sae import Standardized, standardize_by_layer
 
 DENOMINATOR_VECTORS = 2**16
 """Vectors that the denominators are taken over, at most: two thousand of each layer where there are 30."""
@@ -36,28 +36,39 @@ class FixedStatistics(NamedTuple):
     raw: Tensor
     """float64 [L]: E|x - mean_l|^2 of the same vectors in raw space."""
 
+    layer_mean: Tensor | None = None
+    """float64 [L, D]: mean_l, in raw space."""
+
+    @property
+    def layer_scale(self) -> Tensor:
+        """float64 [L]: what gives the deviations of a layer's vectors a mean square of 1 in each dimension."""
+        assert self.layer_mean is not None
+        return (self.raw / self.layer_mean.shape[1]).sqrt()
+
 
 class StatisticsSums:
     """Gathers the statistics of one run; several can watch one stream, so that it is read once for all of them."""
 
-    def __init__(self, standardize: Callable[[Tensor], Standardized], layers: tuple[int, ...]) -> None:
-        """standardize: the run's own; layers: the model's numbers of the layers it is trained on, for errors."""
+    def __init__(self, standardize: Callable[[Tensor], Standardized] | None, layers: tuple[int, ...]) -> None:
+        """standardize: the run's own, or None where it is by layer, with the very numbers that are gathered here;
+        layers: the model's numbers of the layers it is trained on, for errors."""
         self._standardize = standardize
         self._layers = layers
         self._standardized: LayerMoments | None = None
         self._raw: LayerMoments | None = None
-        self._sample: list[Tensor] = []
+        self._sample: list[Vectors] = []  # standardised, or raw where that is not known before the end
         self._seen = 0
 
     def add(self, x: Tensor, layer: Tensor) -> None:
         """Count raw vectors `x` [N, D] of layers `layer` int64 [N]."""
-        x_std = self._standardize(x).x
+        x_std = x if self._standardize is None else self._standardize(x).x
         if self._standardized is None or self._raw is None:
             self._standardized = self._raw = LayerMoments.zeros(len(self._layers), x.shape[1], x.device)
         self._standardized = self._standardized.add(x_std, layer)
         self._raw = self._raw.add(x, layer)
         if self._seen < MEDIAN_VECTORS:
-            self._sample.append(x_std[: MEDIAN_VECTORS - self._seen])
+            part = slice(MEDIAN_VECTORS - self._seen)
+            self._sample.append(Vectors(x_std[part], layer[part]))
         self._seen += len(x)
 
     def finish(self) -> FixedStatistics:
@@ -71,15 +82,18 @@ class StatisticsSums:
                     f"layer {self._layers[position]}: {int(moments.vectors[position])} training vectors, and they do "
                     "not vary; FVU has no meaning there: harvest more text, or leave the layer out with --layers"
                 )
-        return FixedStatistics(
-            geometric_median(torch.cat(self._sample)),
-            standardized.deviation / standardized.vectors,
-            raw.deviation / raw.vectors,
-        )
+        variance = raw.deviation / raw.vectors
+        found = FixedStatistics(raw.mean[0], standardized.deviation / standardized.vectors, variance, raw.mean)
+        x, layer = (torch.cat(parts) for parts in zip(*self._sample, strict=True))
+        if self._standardize is None:
+            mean, scale = raw.mean.to(x.dtype), found.layer_scale.to(x.dtype)
+            x = standardize_by_layer(x, layer, mean, scale).x
+            found = found._replace(standardized=variance / found.layer_scale.square())  # d_model, by its definition
+        return found._replace(b_pre=geometric_median(x))
 
 
 def fixed_statistics(
-    batches: Iterable[Vectors], standardize: Callable[[Tensor], Standardized], layers: tuple[int, ...]
+    batches: Iterable[Vectors], standardize: Callable[[Tensor], Standardized] | None, layers: tuple[int, ...]
 ) -> FixedStatistics:
     """Statistics of the first rows of `batches`; raises `ResidscopeError` naming a layer whose vectors do not vary.
 

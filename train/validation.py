@@ -133,10 +133,20 @@ class _Sums:
     def add(self, x: Tensor) -> None:
         """Count tokens `x` [t, L, D]."""
         rows = x[:, self._layers].flatten(0, 1)
-        out = self._subject.sae(rows, product_dtype=self._subject.product_dtype)
+        out = self._subject.sae(rows, self._rows_layer(len(x)), product_dtype=self._subject.product_dtype)
         self._errors += _by_layer((rows - out.x_hat).double().square().sum(dim=1), self._n_layers)
         self._active += _by_layer((out.codes.values > 0).sum(dim=1), self._n_layers)
         self._fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
+
+    def _rows_layer(self, n_tokens: int) -> Tensor | None:
+        """For `n_tokens` tokens, what the autoencoder's standardisation wants to know: each row's layer."""
+        known = len(self._subject.sae.config.layers)
+        if known == 0:
+            return None
+        positions = torch.arange(known, device=self._errors.device)
+        if self._subject.position is not None:
+            positions = positions[:1] if known == 1 else positions[self._layers]
+        return positions.repeat(n_tokens)
 
     def finish(self, tokens: int, deviation: Tensor) -> Validation:
         """The result; deviation: float64 [L], sum of |x - mean_l|^2 over the same tokens."""
