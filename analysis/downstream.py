@@ -49,6 +49,9 @@ CONDITIONS = ("reconstructed", "mean", "zero")
 TILE_BYTES = 32 * 2**20
 """float32 logits of one tile; about six such arrays are alive at once."""
 
+KEPT_BYTES = 512 * 2**20
+"""The true run's log probabilities of a batch, kept from layer to layer if they take no more than this."""
+
 BATCH_TOKENS = 2048
 """Tokens in a forward pass, at least one sequence."""
 
@@ -224,6 +227,7 @@ def _measure(
     true_ce = torch.empty(len(target), dtype=torch.float64)
     ce = torch.empty(len(layers), len(conditions), len(target), dtype=torch.float64)
     kl = torch.empty_like(ce)
+    known = TrueRun(model.logits, true)
     before: Before | None = None
     for i, layer in enumerate(layers):
         before = block_output(model, batch.input_ids, layer, before if skip else None)
@@ -231,7 +235,7 @@ def _measure(
         for condition in conditions:
             output = _changed(before.output, lambda x, c=condition, n=layer: c(x, n), kept)
             replaced.append(last_output(model, batch.input_ids, Before(layer, output), skip=skip)[counted])
-        true_ce[:], ce[i], kl[i] = compare(model.logits, true, replaced, target)
+        true_ce[:], ce[i], kl[i] = compare(known, replaced, target)
         bar.update()
     return _Losses(true_ce, ce, kl)
 
@@ -244,27 +248,44 @@ def _changed(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor) -> 
     return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
-def compare(
-    logits: Callable[[Tensor], Tensor], true: Tensor, replaced: Sequence[Tensor], target: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+class TrueRun:
+    """The untouched model's last block's outputs [n, D], and its log probabilities a tile of tokens at a time; those
+    are kept where they are few, since every layer is compared with them."""
+
+    def __init__(self, logits: Callable[[Tensor], Tensor], true: Tensor) -> None:
+        self.logits = logits
+        vocabulary = logits(true[:1]).shape[-1]
+        self.rows = max(1, TILE_BYTES // (4 * vocabulary))
+        self._true = true
+        self._kept: dict[int, Tensor] | None = {} if 4 * vocabulary * len(true) <= KEPT_BYTES else None
+
+    def log_probabilities(self, start: int) -> Tensor:
+        """[rows, V] of the tile that begins at token `start`."""
+        if self._kept is not None and start in self._kept:
+            return self._kept[start]
+        found = self.logits(self._true[start : start + self.rows]).float().log_softmax(dim=-1)
+        if self._kept is not None:
+            self._kept[start] = found
+        return found
+
+
+def compare(known: TrueRun, replaced: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy [n] of the true run, cross-entropies [C, n] and KL(true || replaced) [C, n] of the replaced ones,
     nats, float64 on the CPU.
 
-    logits: last block's output [rows, D] -> [rows, V]. true, and each of replaced: [n, D]. target: int64 [n].
+    replaced: last block's outputs, each [n, D]. target: int64 [n].
     """
     n, size = len(target), (len(replaced), len(target))
     true_ce = torch.empty(n, dtype=torch.float64)
     ce, kl = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
-    vocabulary = logits(true[:1]).shape[-1]
-    rows = max(1, TILE_BYTES // (4 * vocabulary))
-    for start in range(0, n, rows):
-        tile = slice(start, start + rows)
+    for start in range(0, n, known.rows):
+        tile = slice(start, start + known.rows)
         wanted = target[tile, None]
-        log_p = logits(true[tile]).float().log_softmax(dim=-1)  # [rows, V]
+        log_p = known.log_probabilities(start)  # [rows, V]
         p = log_p.exp()
         true_ce[tile] = -log_p.gather(-1, wanted)[:, 0].double().cpu()
         for i, other in enumerate(replaced):
-            log_q = logits(other[tile]).float().log_softmax(dim=-1)
+            log_q = known.logits(other[tile]).float().log_softmax(dim=-1)
             ce[i, tile] = -log_q.gather(-1, wanted)[:, 0].double().cpu()
             kl[i, tile] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(dim=-1).double().cpu()
     return true_ce, ce, kl

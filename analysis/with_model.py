@@ -32,7 +32,7 @@ from train.sae import MLSAE
 
 LATENT_LOGITS = "latent_logits.parquet"
 
-DOWNSTREAM_FLOPS = 6e12
+DOWNSTREAM_FLOPS = 7.5e12
 """Arithmetic that the default number of downstream tokens may take: about a minute on two cores."""
 
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096

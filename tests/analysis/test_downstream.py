@@ -17,6 +17,7 @@ from analysis.downstream import (
     PER_LAYER,
     RECONSTRUCTED,
     Downstream,
+    TrueRun,
     compare,
     measure_downstream,
     sae_reconstruction,
@@ -156,7 +157,12 @@ def test_divergence_goes_from_the_true_to_the_replaced_distribution(monkeypatch:
     head = torch.randn(11, 5, generator=generator)
     true, *replaced = torch.randn(4, 8, 5, generator=generator)
     target = torch.randint(0, 11, (8,), generator=generator)
-    true_ce, ce, kl = compare(lambda x: x @ head.T, true, replaced, target)
+    known = TrueRun(lambda x: x @ head.T, true)
+    true_ce, ce, kl = compare(known, replaced, target)
+    assert all(torch.equal(a, b) for a, b in zip(compare(known, replaced, target), (true_ce, ce, kl), strict=True))
+    monkeypatch.setattr(downstream, "KEPT_BYTES", 0)
+    again = compare(TrueRun(lambda x: x @ head.T, true), replaced, target)
+    assert all(torch.equal(a, b) for a, b in zip(again, (true_ce, ce, kl), strict=True))
     log_p = (true @ head.T).log_softmax(-1)
     torch.testing.assert_close(true_ce, cross_entropy(true @ head.T, target, reduction="none").double())
     for i, other in enumerate(replaced):
