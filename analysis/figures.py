@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from analysis.figures_downstream import draw_downstream
 from analysis.report_data import (
     EN_DASH,
     PARTS,
@@ -66,9 +67,10 @@ STYLE: dict[str, Any] = {
 
 
 def write_figures(results: Results, out_dir: Path) -> list[Path]:
-    """Write layer_profile, variance and reconstruction (.png and .svg) into `out_dir`.
+    """Write layer_profile, variance, reconstruction and downstream (.png and .svg) into `out_dir`.
 
-    Returns the paths written: none where matplotlib is not installed, no layer_profile where no latent fired.
+    Returns the paths written: none where matplotlib is not installed, no layer_profile where no latent fired, no
+    downstream where the model was not run.
     """
     try:
         from matplotlib import rc_context
@@ -81,6 +83,7 @@ def write_figures(results: Results, out_dir: Path) -> list[Path]:
             ("layer_profile", _layer_profile),
             ("variance", _variance),
             ("reconstruction", _reconstruction),
+            ("downstream", _downstream),
         ):
             figure = draw(results)
             if figure is None:
@@ -233,6 +236,10 @@ def _reconstruction(results: Results) -> "Figure":
         axes.grid(axis="y", color="#e3e6ea", linewidth=0.7)
         axes.set_axisbelow(True)
     return figure
+
+
+def _downstream(results: Results) -> "Figure | None":
+    return draw_downstream(results, new_figure(6.4, 4.4)) if results.get("downstream") else None
 
 
 def _layer_ticks(axis: Any, layer_numbers: list[int]) -> None:

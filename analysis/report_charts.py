@@ -234,21 +234,25 @@ def lines_chart(
     x_name: str,
     height_rem: float,
 ) -> str:
-    """Lines over L columns, from 0 up, with a legend where several have words.
+    """Lines over L columns, from 0 or the lowest value up, with a legend where several have words.
 
     series: values [L], words in the legend, classes of report.css; ticks: column and label.
     """
     series = [line for line in series if np.isfinite(line[0]).any()]
     n_columns = len(series[0][0]) if series else 1
     highest = max([0.0, *(float(np.nanmax(values)) for values, _, _ in series)])
-    step = _round_step(highest or 1.0, 4)
-    top = step * math.ceil((highest or 1.0) * 1.04 / step)
+    lowest = min([0.0, *(float(np.nanmin(values)) for values, _, _ in series)])
+    step = _round_step((highest - lowest) or 1.0, 4)
+    first = math.floor(lowest / step)
+    last = max(math.ceil((highest if lowest else highest or 1.0) * 1.04 / step), first + 1)
+    bottom, span = step * first, step * (last - first)
     plot = Plot(f"{name}, by {x_name}; the means are in a table of this page.", height_rem)
-    plot.y_ticks([(i * step / top, f"{i * step:g}") for i in range(round(top / step) + 1)])
+    plot.y_ticks([((i - first) / (last - first), f"{i * step:g}") for i in range(first, last + 1)])
     plot.x_ticks([((i + 0.5) / n_columns, words) for i, words in ticks], x_name)
     legend = []
     for values, words, kind in series:
-        plot.line([((i + 0.5) / n_columns, float(value)) for i, value in enumerate(values / top)], f"curve {kind}")
+        heights = enumerate((values - bottom) / span)
+        plot.line([((i + 0.5) / n_columns, float(height)) for i, height in heights], f"curve {kind}")
         if words:
             key = f'<svg viewBox="0 0 28 8"><path class="curve {kind}" d="M0 4H28"/></svg>'
             legend.append(f"<span>{key}{escape(words)}</span>")

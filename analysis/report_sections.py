@@ -31,6 +31,7 @@ from analysis.report_data import (
     variance_title,
     why_no_ratio,
 )
+from analysis.report_downstream import downstream_section
 from analysis.report_structure import kinds_section, nulls_section, persistence_section, redundancy_section
 from analysis.report_template import Section, fill, page_file
 
@@ -266,6 +267,7 @@ SECTIONS: Sequence[Callable[[Results], Section]] = (
     kinds_section,
     redundancy_section,
     _reconstruction_section,
+    downstream_section,
     _latents_section,
     _provenance_section,
     _method_section,

@@ -43,10 +43,8 @@ LATENT_LOGITS = with_model.LATENT_LOGITS
 PARTS: tuple[Part, ...] = ()
 """Optional parts, in the order in which they run and stand in summary.json."""
 
-_DRAWN = (
-    "report.html",
-    *(f"{name}.{kind}" for name in ("layer_profile", "variance", "reconstruction") for kind in ("png", "svg")),
-)
+_FIGURES = ("layer_profile", "variance", "reconstruction", "downstream")
+_DRAWN = ("report.html", *(f"{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")))
 """What `analysis.report` may write beside them."""
 
 

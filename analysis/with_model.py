@@ -143,12 +143,13 @@ def _downstream(
 ) -> Downstream | None:
     if config.downstream_tokens == 0:
         return None
+    blocks = [store.meta.layers[layer] for layer in layers]
     return measure_downstream(
         store,
         model,
         sae_reconstruction(sae.to(model.device), found.lens),
         lens=found.lens,
-        layers=[store.meta.layers[layer] for layer in layers],
+        layers=blocks,
         counted=selection.validation if selection.validation.any() else selection.analysed,
         max_tokens=config.downstream_tokens or default_tokens(model, len(layers)),
     )

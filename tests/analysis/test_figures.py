@@ -123,9 +123,8 @@ def test_figures_are_written_and_the_same_each_time(results: Results, tmp_path: 
     first.mkdir()
     second.mkdir()
     written = write_figures(results, first)
-    names = [
-        f"{name}.{suffix}" for name in ("layer_profile", "variance", "reconstruction") for suffix in ("png", "svg")
-    ]
+    drawn = ("layer_profile", "variance", "reconstruction", "downstream")
+    names = [f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
     assert [path.name for path in written] == names
     write_figures(results, second)
     for path in written:
@@ -136,7 +135,8 @@ def test_figures_are_written_and_the_same_each_time(results: Results, tmp_path: 
 
 
 def _bare(summary: dict[str, Any]) -> None:
-    """No intervals, no baseline, no held-out text, no reference."""
+    """No intervals, no baseline, no held-out text, no reference, no model."""
+    summary["downstream"] = None
     summary["uncertainty"] = summary["validation"] = summary["validation_fvu"] = summary["baseline"] = None
     summary["variance"]["mlsae_compat"]["rel_var_t"] = None
 

@@ -90,6 +90,21 @@ def _null(rng: np.random.Generator, variance: dict[str, Any], persistence: dict[
     return result
 
 
+DOWNSTREAM = ("delta_ce", "kl", "loss_recovered_mean", "loss_recovered_zero")
+
+
+def _downstream_columns(depth: float, ci: bool) -> dict[str, float | None]:
+    values = {"delta_ce": 0.4 - 0.5 * depth, "kl": 0.3 + depth}
+    values |= {"loss_recovered_mean": 0.9 - 0.2 * depth, "loss_recovered_zero": 0.95 - 2 * depth}
+    bounds = {
+        f"{name}_{end}": value + shift if ci else None
+        for name, value in values.items()
+        for end, shift in (("low", -0.05), ("high", 0.07))
+    }
+    others = {f"{kind}_ablation_{name}": 5.0 + depth for kind in ("mean", "zero") for name in ("delta_ce", "kl")}
+    return {**values, **bounds, **others}
+
+
 def write_results(
     out_dir: Path,
     *,
@@ -173,6 +188,7 @@ def write_results(
             "pca_fvu": pca[i],
             "fvu_low": 0.98 * fvu[i] if ci else None,
             "fvu_high": 1.03 * fvu[i] if ci else None,
+            **_downstream_columns(depth[i], ci),
         }
         for i in range(n_layers)
     ]
@@ -279,6 +295,22 @@ def write_results(
         }
         if ci
         else None,
+        "transformer": {"reason": None, "seconds": 1.5},
+        "downstream": {
+            "tokens": "validation",
+            "n_tokens": 512,
+            "n_documents": 9,
+            "true_ce": 2.81,
+            **{name: float(np.mean([row[name] for row in rows])) for name in DOWNSTREAM},
+            "ci95": {name: [0.1, 0.9] for name in DOWNSTREAM} if ci else {},
+        },
+        "latent_logits": {
+            "norm_folded": True,
+            "unembedding_cosine": 0.31,
+            "unembedding_chance": 0.2,
+            "embedding_cosine": 0.27,
+            "embedding_chance": 0.19,
+        },
         "validation_fvu": float(np.mean(validation)),
         "validation": {
             "n_tokens": 1_511,
