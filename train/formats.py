@@ -22,7 +22,8 @@ from safetensors.torch import save as to_safetensors
 from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.files import atomic_write
 from train.formats_hub import HUB_ID, fetch, last_metrics, model_card, push_to_hub
-from train.formats_layouts import LAYOUTS, ForeignFormat, listed
+from train.formats_layouts import LAYOUTS, ForeignFormat
+from train.formats_parts import listed
 from train.sae import MLSAE, Checkpoint, SAEConfig, load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -149,14 +150,9 @@ def write_sae(
         save_checkpoint(paths[0], sae, store=dict(store or {}), trainer=dict(trainer or {}))
         write_safetensors(sae, paths[1], store=store, trainer=trainer)
         return Written(paths, ())
-    config = sae.config
-    plain = not config.encoder_bias and config.apply_b_dec_to_input
-    if config.activation != "topk" or config.standardize == "layer" or not plain:
-        raise IncompatibleError(
-            f"{folder}: an autoencoder with activation {config.activation!r} and standardisation "
-            f"{config.standardize!r} cannot be written as {to}, only 'topk' with 'vector' or 'none'"
-        )
     layout = LAYOUTS[to]
+    if refused := layout.refusal(sae.config):
+        raise IncompatibleError(f"{folder}: the format {to} has no word for {refused}; write it as residscope")
     files: list[Path] = []
     notes: tuple[str, ...] = ()
     for hookpoint in hookpoints or (None,):

@@ -45,7 +45,7 @@ def randomize(module: nn.Module, *, b_enc: bool = False) -> None:
 
 def dense(sae: MLSAE, x: Tensor) -> Tensor:
     values, indices = sae.encode(x)
-    return torch.zeros(len(x), sae.config.n_latents).scatter(1, indices, values)
+    return torch.zeros(len(x), sae.config.n_latents).scatter_add(1, indices, values)  # a padding 0 may name any latent
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
@@ -128,23 +128,64 @@ def test_sparsify_in_ours(tmp_path: Path) -> None:
             assert_same(sae(x).x_hat, theirs(x).sae_out)
 
 
-def test_their_encoder_biases_are_refused_and_never_dropped(tmp_path: Path) -> None:
-    coder = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=M, k=K))
+def test_their_encoder_biases_are_kept(tmp_path: Path) -> None:
+    coder, x = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=M, k=K)), vectors(scale=1.0)
     randomize(coder, b_enc=True)
     coder.save_to_disk(tmp_path / "sparsify")
     top_k = sae_lens.TopKSAE(sae_lens.TopKSAEConfig(d_in=D, d_sae=M, k=K))
     randomize(top_k, b_enc=True)
     top_k.save_model(tmp_path / "saelens")
-    for name in ("sparsify", "saelens"):
-        with pytest.raises(IncompatibleError, match="encoder bias"):
-            read_sae(tmp_path / name)
+    with torch.no_grad():
+        assert_same(read_sae(tmp_path / "sparsify")[0](x).x_hat, coder(x).sae_out)
+        assert_same(read_sae(tmp_path / "saelens")[0](x).x_hat, top_k(x))
+
+
+@pytest.mark.parametrize("kind", ["StandardSAE", "JumpReLUSAE"])
+@pytest.mark.parametrize("subtracted", [True, False])
+def test_saelens_with_thresholds_in_ours(tmp_path: Path, kind: str, subtracted: bool) -> None:
+    config = getattr(sae_lens, kind + "Config")(d_in=D, d_sae=M, apply_b_dec_to_input=subtracted)
+    theirs, x = getattr(sae_lens, kind)(config), vectors(scale=1.0)
+    randomize(theirs, b_enc=True)  # thresholds below 0 included
+    theirs.save_model(tmp_path)
+    sae, _ = read_sae(tmp_path)
+    with torch.no_grad():
+        assert_same(sae(x).x_hat, theirs(x))
+        assert_same(dense(sae, x), theirs.encode(x))
+
+
+def test_a_trained_batchtopk_of_saelens_in_ours(tmp_path: Path) -> None:
+    """It saves itself for inference as a JumpReLU whose thresholds are all the same."""
+    theirs = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(d_in=D, d_sae=M, k=K))
+    randomize(theirs, b_enc=True)
+    theirs.topk_threshold.fill_(0.5)
+    theirs.save_inference_model(tmp_path)
+    loaded, x = sae_lens.SAE.load_from_disk(tmp_path), vectors(scale=1.0)
+    with torch.no_grad():
+        assert_same(read_sae(tmp_path)[0](x).x_hat, loaded(x))
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "matryoshka", "jumprelu", "relu"])
+def test_our_variants_in_saelens(tmp_path: Path, activation: Any) -> None:
+    prefixes = (M // 4, M) if activation == "matryoshka" else ()
+    sae = MLSAE(SAEConfig(d_model=D, n_latents=M, k=K, activation=activation, encoder_bias=True, prefixes=prefixes))
+    generator = torch.Generator().manual_seed(1)
+    sae.initialize(0, b_pre=0.3 * torch.randn(D, generator=generator))
+    with torch.no_grad():
+        sae.b_enc.copy_(0.3 * torch.randn(M, generator=generator))
+        for name, value in (("threshold", torch.tensor(1.5)), ("log_threshold", 0.3 * torch.randn(M))):
+            if hasattr(sae, name):
+                getattr(sae, name).copy_(value)
+    write_sae(sae, tmp_path, "saelens", store=STORE)
+    theirs, x = sae_lens.SAE.load_from_disk(tmp_path), vectors()
+    with torch.no_grad():
+        assert_same(theirs(x), sae(x).x_hat)
+        assert_same(theirs.encode(x), dense(sae, x))
 
 
 def test_other_kinds_are_refused(tmp_path: Path) -> None:
-    for kind in ("StandardSAE", "JumpReLUSAE", "GatedSAE"):
-        getattr(sae_lens, kind)(getattr(sae_lens, kind + "Config")(d_in=D, d_sae=M)).save_model(tmp_path / kind)
-        with pytest.raises(IncompatibleError, match="architecture"):
-            read_sae(tmp_path / kind)
+    sae_lens.GatedSAE(sae_lens.GatedSAEConfig(d_in=D, d_sae=M)).save_model(tmp_path / "gated")
+    with pytest.raises(IncompatibleError, match="architecture"):
+        read_sae(tmp_path / "gated")
     config = sparsify.SparseCoderConfig(num_latents=M, k=K, transcode=True)
     sparsify.SparseCoder(D, config).save_to_disk(tmp_path / "transcoder")
     with pytest.raises(IncompatibleError, match="transcoder"):

@@ -30,6 +30,25 @@ def make_sae(standardize: Any = "vector", d: int = D, m: int = M, k: int = K, se
     return sae
 
 
+def make_variant(activation: Any, **changes: Any) -> MLSAE:
+    """An autoencoder of this kind with an encoder bias, whose every tensor is random; about a tenth of its latents are
+    active on vectors like itself."""
+    prefixes = (6, 20, M) if activation == "matryoshka" else ()
+    config = {"d_model": D, "n_latents": M, "k": K, "encoder_bias": True, "prefixes": prefixes, **changes}
+    sae = MLSAE(SAEConfig(activation=activation, **config))
+    generator = torch.Generator().manual_seed(5)
+    sae.initialize(0, b_pre=0.3 * torch.randn(D, generator=generator))
+    with torch.no_grad():
+        sae.b_enc.copy_(0.3 * torch.randn(M, generator=generator))
+        for name, value in (("threshold", 1.2), ("log_threshold", 0.2 * torch.randn(M, generator=generator))):
+            if hasattr(sae, name):
+                getattr(sae, name).copy_(torch.as_tensor(value))
+        if changes.get("layers"):
+            sae.layer_mean.copy_(torch.randn(sae.layer_mean.shape, generator=generator))
+            sae.layer_scale.copy_(1 + torch.rand(sae.layer_scale.shape, generator=generator))
+    return sae
+
+
 def vectors(n: int = 64, d: int = D) -> Tensor:
     """Raw vectors with a mean of their own, of standard deviations from 10 to 1000."""
     generator = torch.Generator().manual_seed(9)

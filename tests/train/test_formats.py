@@ -1,7 +1,6 @@
 """Other projects' formats: what is written reads back, and means what those projects' own formulas say it means."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from store.errors import IncompatibleError, UsageError
-from tests.support.saes import STORE, D, K, M, assert_equal, assert_same, break_config, make_sae, vectors
+from tests.support.saes import STORE, D, K, M, assert_equal, assert_same, break_config, make_sae, make_variant, vectors
 from train.formats import read_checkpoint, read_sae, read_safetensors, write_sae, write_safetensors
-from train.sae import Checkpoint, SAEConfig, save_checkpoint
+from train.sae import MLSAE, Checkpoint, SAEConfig, save_checkpoint
 
 
 def top_k(z: Tensor, k: int) -> Tensor:
@@ -212,19 +211,19 @@ def break_tensors(name: str, **changes: Tensor | None) -> Any:
 @pytest.mark.parametrize(
     ("to", "damage", "message"),
     [
-        ("saelens", break_config("cfg.json", architecture="jumprelu"), "architecture 'jumprelu'"),
+        ("saelens", break_config("cfg.json", architecture="gated"), "architecture 'gated'"),
+        ("saelens", break_config("cfg.json", architecture="jumprelu"), "threshold is missing"),
+        ("saelens", break_config("cfg.json", architecture="standard", activation_fn="tanh-relu"), "'tanh-relu'"),
+        ("saelens", break_config("cfg.json", reshape_activations="hook_z"), "hook_z"),
         ("saelens", break_config("cfg.json", normalize_activations="expected_average_only_in"), "fold the scale"),
         ("saelens", break_config("cfg.json", normalize_activations=True), "expected_average_only_in"),
-        ("saelens", break_config("cfg.json", apply_b_dec_to_input=False), "encoder bias"),
         ("saelens", break_config("cfg.json", k=M + 1), "k should be a whole number from 1 to n_latents 48"),
         ("saelens", break_config("cfg.json", k="5"), "'5'"),
-        ("saelens", break_tensors("sae_weights.safetensors", b_enc=torch.ones(M)), "encoder bias"),
         ("saelens", break_tensors("sae_weights.safetensors", threshold=torch.ones(M)), "holds threshold"),
         ("saelens", break_tensors("sae_weights.safetensors", W_dec=torch.ones(D, M)), r"\[48, 16\], it has \[16, 48\]"),
         ("sparsify", break_config("cfg.json", activation="groupmax"), "activation is 'groupmax'"),
         ("sparsify", break_config("cfg.json", transcode=True), "transcoder"),
         ("sparsify", break_config("cfg.json", signed=True), "signed is True"),
-        ("sparsify", break_tensors("sae.safetensors", encoder__bias=torch.ones(M)), "encoder bias"),
         ("sparsify", break_tensors("sae.safetensors", W_skip=torch.ones(D, D)), "W_skip"),
         ("sparsify", break_tensors("sae.safetensors", b_dec=None), "b_dec is missing"),
         ("mlsae", break_tensors("model.safetensors", decoder__weight=None), "decoder.weight is missing"),
@@ -251,11 +250,81 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
             read_sae(path)
 
 
-def test_only_topk_is_written_elsewhere(tmp_path: Path) -> None:
-    sae = make_sae()
-    sae.config = replace(sae.config, activation="jumprelu")  # type: ignore[arg-type]
-    with pytest.raises(IncompatibleError, match="'jumprelu'"):
-        write_sae(sae, tmp_path, "saelens")
+@pytest.mark.parametrize(
+    ("to", "changes", "message"),
+    [
+        ("sparsify", {"activation": "jumprelu"}, "sparsify has no word for activation 'jumprelu'"),
+        ("mlsae", {"activation": "batchtopk"}, "mlsae has no word for activation 'batchtopk'"),
+        ("mlsae", {"encoder_bias": True}, "mlsae has no word for an encoder bias"),
+        ("sparsify", {"apply_b_dec_to_input": False}, "input keeps b_pre"),
+        ("saelens", {"standardize": "layer", "layers": (0, 1)}, "standardisation 'layer'"),
+    ],
+)
+def test_what_a_format_cannot_say_is_not_written(tmp_path: Path, to: Any, changes: Any, message: str) -> None:
+    sae = MLSAE(SAEConfig(**{"d_model": D, "n_latents": M, "k": K, **changes}))
+    with pytest.raises(IncompatibleError, match=message):
+        write_sae(sae, tmp_path, to)
+    assert not list(tmp_path.iterdir())
+
+
+def saelens_by_architecture(x: Tensor, tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
+    """SAELens's forward pass, of vectors that it does not normalise."""
+    inputs = x - tensors["b_dec"] if config["apply_b_dec_to_input"] else x
+    pre = inputs @ tensors["W_enc"] + tensors["b_enc"]
+    if config["architecture"] == "topk":
+        values, indices = pre.topk(config["k"])
+        h = torch.zeros_like(pre).scatter(1, indices, values).relu()
+    else:
+        h = pre.relu() * (pre > tensors.get("threshold", torch.zeros(())))
+    return h @ tensors["W_dec"] + tensors["b_dec"]
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "matryoshka", "jumprelu", "relu"])
+@pytest.mark.parametrize("subtracted", [True, False])
+def test_variants_as_saelens_files(tmp_path: Path, activation: Any, subtracted: bool) -> None:
+    """They mean the same by its formulas, and come back as what they were."""
+    sae = make_variant(activation, standardize="none", apply_b_dec_to_input=subtracted)
+    write_sae(sae, tmp_path, "saelens", store=STORE)
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == {"topk": "topk", "relu": "standard"}.get(activation, "jumprelu")
+    x = 0.1 * vectors()
+    expected = sae(x)
+    assert 0 < expected.codes.values.count_nonzero() < len(x) * M
+    assert_same(saelens_by_architecture(x, tensors, config), expected.x_hat)
+    found = read_sae(tmp_path)[0]
+    assert found.config == sae.config
+    assert_same(found(x).x_hat, expected.x_hat)
+
+
+def test_a_saelens_jumprelu_of_theirs_is_read(tmp_path: Path) -> None:
+    """Without our record: a threshold of each latent's own, negative ones included, and k is not known."""
+    tensors = {"W_enc": torch.randn(D, M), "W_dec": torch.randn(M, D), "b_enc": torch.randn(M), "b_dec": torch.randn(D)}
+    tensors["threshold"] = torch.randn(M)
+    config = {"architecture": "jumprelu", "d_in": D, "d_sae": M, "apply_b_dec_to_input": False}
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({**config, "normalize_activations": "none", "metadata": {}}))
+    sae, _ = read_sae(tmp_path)
+    assert (sae.config.activation, sae.config.k, sae.config.encoder_bias) == ("jumprelu", 0, True)
+    x = torch.randn(50, D)
+    assert_same(sae(x).x_hat, saelens_by_architecture(x, tensors, config))
+
+
+def test_encoder_biases_go_to_sparsify_and_back(tmp_path: Path) -> None:
+    sae = make_variant("topk", standardize="none")
+    write_sae(sae, tmp_path, "sparsify")
+    assert torch.equal(load_file(tmp_path / "sae.safetensors")["encoder.bias"], sae.b_enc)
+    assert_equal(read_sae(tmp_path)[0], sae)
+    assert_same(sae(vectors()).x_hat, sparsify_formula(vectors(), load_file(tmp_path / "sae.safetensors"), K))
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "matryoshka", "jumprelu", "relu"])
+@pytest.mark.parametrize("standardize", ["vector", "layer"])
+def test_variants_come_back_from_our_own_files(tmp_path: Path, activation: Any, standardize: Any) -> None:
+    sae = make_variant(activation, standardize=standardize, layers=(3, 5) if standardize == "layer" else ())
+    write_sae(sae, tmp_path, "residscope", store=STORE)
+    for path in ("ckpt.pt", "ckpt.safetensors"):
+        assert_equal(read_sae(tmp_path / path)[0], sae)
 
 
 def test_our_checkpoint_and_its_export_are_read(tmp_path: Path) -> None:
