@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 INTEROP_VENV ?= .venv-interop
+PEERS_VENV ?= .venv-peers
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.residscope-installed
 
 # Two pools of spinning threads starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-interop lint types check setup clean
+.PHONY: demo test test-interop bench-peers lint types check setup clean
 
 demo: setup
 	$(BIN)/residscope demo --out demo
@@ -25,6 +26,18 @@ $(INTEROP_VENV)/.installed: tests/interop/requirements.txt
 	$(PYTHON) -m venv $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python -m pip install --quiet torch==2.13.0
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --requirement tests/interop/requirements.txt
+	touch $@
+
+# Speed and FVU of a training step beside other trainers', which live in an environment of their own.
+bench-peers: setup $(PEERS_VENV)/.installed
+	$(BIN)/python benchmarks/bench_step.py --peers $(PEERS_VENV)/bin/python --json
+
+# torchvision comes with one of them, is built for another torch than this one, and is used by none.
+$(PEERS_VENV)/.installed: benchmarks/peers-requirements.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(PEERS_VENV)/bin/python -m pip install --quiet --requirement benchmarks/peers-requirements.txt
+	$(PEERS_VENV)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 lint: setup
@@ -47,4 +60,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP_VENV) demo
+	rm -rf $(VENV) $(INTEROP_VENV) $(PEERS_VENV) demo
