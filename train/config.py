@@ -110,9 +110,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights, of the order of the data, and of the choice of validation documents."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the encoder's product; weights stay float32. auto: bfloat16 where the hardware is fast at it (CUDA, CPUs
-    with AMX), else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the encoder's product; weights stay float32. auto: the fastest that the hardware has: bfloat16 on CUDA
+    and on CPUs with AMX, float16 (summed in float32) on CPUs with AVX512-FP16, else float32."""
 
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""

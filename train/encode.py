@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from train.kernels import Kernels, SparseCodes, choose_kernels
+from train.products import result_dtype, times
 
 TILE_BYTES = 16 * 2**20
 """Pre-activations held at once: a tile this large is still in the last-level cache when top-k reads it."""
@@ -40,17 +41,20 @@ def tiles(
     product_dtype: torch.dtype | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> Iterator[Tile]:
-    """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None, in `product_dtype`."""
+    """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None, in `product_dtype`.
+
+    z is of that type too, but float32 where it is float16 (`train.products`).
+    """
     n, m = len(inputs), len(W_enc)
     dtype = product_dtype or W_enc.dtype
-    left, right = inputs.to(dtype), W_enc.to(dtype).t()
-    bias = None if b_enc is None else b_enc.to(dtype)
-    rows = min(n, max(1, tile_bytes // (m * right.element_size())))
-    memory = torch.empty(rows, m, dtype=dtype, device=inputs.device)  # one for all: fresh memory costs page faults
+    product, z_dtype = times(W_enc, dtype), result_dtype(dtype)
+    bias = None if b_enc is None else b_enc.to(z_dtype)
+    rows = min(n, max(1, tile_bytes // (m * z_dtype.itemsize)))
+    memory = torch.empty(rows, m, dtype=z_dtype, device=inputs.device)  # one for all: fresh memory costs page faults
     for start in range(0, n, rows):
-        part, out = slice(start, start + rows), memory[: n - start]
-        z = torch.mm(left[part], right, out=out) if bias is None else torch.addmm(bias, left[part], right, out=out)
-        yield Tile(part, z)
+        part = slice(start, start + rows)
+        z = product(inputs[part], memory[: n - start])
+        yield Tile(part, z if bias is None else z.add_(bias))
 
 
 @torch.no_grad()
@@ -124,7 +128,7 @@ def encode_batch(
     m = len(W_enc)
     values = inputs.new_empty(0)
     places = torch.empty(0, dtype=torch.int64, device=inputs.device)  # row * M + latent, ascending
-    bound = torch.zeros((), dtype=product_dtype or W_enc.dtype, device=inputs.device)
+    bound = torch.zeros((), dtype=result_dtype(product_dtype or W_enc.dtype), device=inputs.device)
     for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
         flat = z.view(-1)
         chosen = (flat > bound).nonzero().squeeze(1)

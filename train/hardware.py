@@ -1,5 +1,6 @@
 """What the machine offers: device, fast product type, free memory. Nothing here is looked at on import."""
 
+import importlib.util
 import os
 
 import torch
@@ -25,14 +26,36 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_product_dtype(name: str, device: torch.device) -> str:
-    """The type of the encoder's product: `name`, or for "auto" bfloat16 where the hardware is fast at it."""
-    if name != "auto":
-        return name
+    """The type of the encoder's product: `name`, or for "auto" the fastest that the hardware has instructions for.
+
+    By capability and not by a measurement, so that a resumed run finds what it had. `UsageError` for a float16 product
+    where there is none.
+    """
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # There is no public question for it; without AMX a bfloat16 product is slower than a float32 one.
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bfloat16" if has_amx() else "float32"
+        if name == "float16":
+            raise UsageError(
+                "--dtype float16 is for CPUs; CUDA has --dtype bfloat16, which is as fast and cannot overflow"
+            )
+        if name == "auto":
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        return name
+    if name == "float16" and not _has_half_products():
+        raise UsageError(
+            "--dtype float16 needs numba and a CPU with AVX512-FP16: leave --dtype out for the fastest here"
+        )
+    if name == "auto":
+        # There is no public question for it. Without AMX a bfloat16 product is slower than a float32 one.
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        return "bfloat16" if has_amx() else "float16" if _has_half_products() else "float32"
+    return name
+
+
+def _has_half_products() -> bool:
+    if importlib.util.find_spec("numba") is None:
+        return False
+    from train.kernels_half import half_products_run  # here, because loading numba takes half a second
+
+    return half_products_run()
 
 
 def free_bytes(device: torch.device) -> int | None:

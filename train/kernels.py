@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,14 @@ def topk_relu(z: Tensor, k: int) -> SparseCodes:
     """The k largest entries of each row of `z` [N, M], exactly, largest first, then ReLU (Gao et al. 2024, 2.3)."""
     values, indices = torch.topk(z, k, dim=-1, sorted=True)
     return SparseCodes(values.relu_(), indices)
+
+
+def keep_largest(z: Tensor, k: int) -> Tensor:
+    """ReLU of `z` [N, M] with all but the k largest entries of each row set to zero; may be done in place."""
+    if k >= z.shape[1]:
+        return z.relu_()
+    values, indices = torch.topk(z, k, dim=-1, sorted=False)
+    return z.zero_().scatter_(1, indices, values.relu_())
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
@@ -212,6 +220,7 @@ class Kernels:
     weight_gradients: Callable[..., WeightGradients]
     adam_rows: Callable[..., None]
     reconstruct: Callable[..., Any] = reconstruct
+    keep_largest: Callable[[Tensor, int], Tensor] = keep_largest
 
 
 TORCH = Kernels(
@@ -239,7 +248,7 @@ def choose_kernels(like: Tensor, name: str = "auto") -> Kernels:
         raise UsageError("numba is not installed: `pip install numba`, or choose the torch kernels")
     from train import kernels_numba  # here, because loading numba takes half a second
 
-    return replace(kernels_numba.NUMBA, reconstruct=kernels_numba.reconstruct)
+    return kernels_numba.NUMBA
 
 
 @functools.cache

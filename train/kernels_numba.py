@@ -56,6 +56,25 @@ def topk_relu(z: Tensor, k: int) -> SparseCodes:
     return SparseCodes(values.view(torch.float64 if value_type == torch.int64 else torch.float32), indices)
 
 
+def keep_largest(z: Tensor, k: int) -> Tensor:
+    """ReLU of `z` [N, M] with all but the k largest entries of each row set to zero, in place.
+
+    Of equal entries the lowest latents stay; NaN counts as the largest and stays NaN. For k a large share of M, where
+    sorted codes cost more than they save.
+    """
+    if z.dtype not in _KEYS:
+        raise TypeError(f"z: expected bfloat16, float32 or float64, found {z.dtype}; convert it first")
+    if z.dim() != 2 or k < 1:
+        raise ValueError(f"z {list(z.shape)}, k {k}: expected a matrix [N, M] and k of at least 1")
+    n, m = z.shape
+    if k >= m:
+        return z.relu_()
+    key_type, _, infinity = _KEYS[z.dtype]
+    bits = _array(z.view(key_type), "z", n, m, written=True)
+    run_chunks(kernels_topk.keep_rows, even_chunks(n, 1 + _CHUNK // (8 * m)), bits, k, infinity, bits)
+    return z
+
+
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """sum_k values[n, k] * W_dec[indices[n, k]]: [N, k], [N, k], [M, D] -> [N, D]."""
     (n, k), (m, d) = values.shape, W_dec.shape
@@ -256,5 +275,6 @@ NUMBA = Kernels(
     weight_gradients=weight_gradients,
     adam_rows=adam_rows,
     reconstruct=reconstruct,
+    keep_largest=keep_largest,
 )
 """The compiled kernels, for `train.kernels.choose_kernels`."""

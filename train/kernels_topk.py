@@ -77,6 +77,37 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
             indices[n, i] = sorted_latents[i]
 
 
+@compiled
+def keep_rows(start, stop, bits, k, infinity, out):
+    """Rows start..stop of out [N, M] (which may be `bits`): ReLU of the row, with all but its k largest set to zero.
+
+    Of equal entries the lowest latents stay; any NaN becomes the same NaN, the largest of all.
+    """
+    n_latents = bits.shape[1]
+    sign_bit = 8 * bits.itemsize - 1
+    largest = bits.dtype.type((1 << sign_bit) - 1)
+    zero = bits.dtype.type(0)
+    keys = np.empty(n_latents, bits.dtype)
+    for n in range(start, stop):
+        row, kept = bits[n], out[n]
+        for j in range(n_latents):
+            size = bits.dtype.type(row[j] & largest)
+            key = row[j] if row[j] > 0 else zero
+            keys[j] = largest if size > infinity else key
+        bound = _kth_largest(keys, n_latents, k, sign_bit, 0)
+        if _count(keys, n_latents, bound) <= k:
+            for j in range(n_latents):
+                kept[j] = keys[j] if keys[j] >= bound else zero
+            continue
+        spare = k
+        for j in range(n_latents):
+            spare -= keys[j] > bound
+        for j in range(n_latents):
+            tied = keys[j] == bound and spare > 0
+            spare -= tied
+            kept[j] = keys[j] if tied or keys[j] > bound else zero
+
+
 @inlined
 def _block_maxima(row, largest, maxima):
     """Fill maxima [n_blocks] with the largest key of each block; returns the largest bits but for the sign."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from train.kernels import Kernels, SparseCodes
+from train.products import result_dtype, times
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -86,37 +87,36 @@ def auxk(
     """
     scaled = error * rows.scale.unsqueeze(1)  # [N, D] the error in the loss's space
     mean = rows.share @ scaled / rows.share.sum()
-    variance = rows.share @ (scaled - mean).square().sum(dim=1)
-    rounding = torch.finfo(scaled.dtype).eps * (rows.share @ scaled.square().sum(dim=1))  # a variance that is really 0
+    variance = rows.share @ _squared(scaled - mean)
+    rounding = torch.finfo(scaled.dtype).eps * (rows.share @ _squared(scaled))  # a variance that is really 0
     scale = torch.where(variance > rounding, 1 / variance, 0)
 
     n_dead = len(W_enc)
-    encoder, decoder = W_enc.to(product_dtype), W_dec.to(product_dtype)  # [A, D]
-    bias = None if b_enc is None else b_enc.to(product_dtype)
+    sum_dtype = torch.float32 if product_dtype == torch.float16 else product_dtype  # packing both operands costs more
+    encode, decode, decode_back = (times(w, product_dtype) for w in (W_enc, W_dec.t(), W_dec))
+    bias = None if b_enc is None else b_enc.to(result_dtype(product_dtype))
     loss = error.new_zeros(())
     out = AuxOutput(loss, torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead))
     tile_rows = max(1, tile_bytes // (n_dead * centred.element_size()))
     for start in range(0, len(centred), tile_rows):
         part = slice(start, start + tile_rows)
-        inputs = centred[part].to(product_dtype)
-        z = inputs @ encoder.t() if bias is None else torch.addmm(bias, inputs, encoder.t())
-        active = _activations(z, k, kernels)  # [n, A]
-        missed = error[part] - active @ decoder  # [n, D]
-        loss += rows.total[part] @ missed.square().sum(dim=1)
-        grad_out = (missed * (-2 * scale * rows.total[part]).unsqueeze(1)).to(product_dtype)  # d loss / d e_hat
-        grad_z = (grad_out @ decoder.t()).masked_fill_(active <= 0, 0)  # [n, A]
-        out.W_enc.add_(grad_z.t() @ inputs)
-        out.W_dec.add_(active.t() @ grad_out)
+        inputs = centred[part]
+        z = encode(inputs)
+        active = kernels.keep_largest(z if bias is None else z.add_(bias), k)  # [n, A]
+        missed = error[part] - decode(active)  # [n, D]
+        loss += rows.total[part] @ _squared(missed)
+        grad_out = missed * (-2 * scale * rows.total[part]).unsqueeze(1)  # d loss / d e_hat
+        grad_z = decode_back(grad_out)  # [n, A]
+        torch.ops.aten.threshold_backward.grad_input(grad_z, active, 0, grad_input=grad_z)  # zero where TopK cut
+        out.W_enc.add_(times(inputs.t(), sum_dtype)(grad_z.t()))
+        out.W_dec.add_(times(grad_out.t(), sum_dtype)(active.t()))
         out.latent_sums.add_(grad_z.sum(dim=0))
     return out._replace(loss=loss * scale)
 
 
-def _activations(z: Tensor, k: int, kernels: Kernels) -> Tensor:
-    """ReLU of `z` [n, A], with all but the k largest of each row set to zero."""
-    if z.shape[1] <= k:
-        return z.relu_()
-    codes = kernels.topk_relu(z, k)
-    return torch.zeros_like(z).scatter_(1, codes.indices, codes.values.to(z.dtype))
+def _squared(rows: Tensor) -> Tensor:
+    """|row|^2: [n, D] -> [n], without a temporary."""
+    return torch.linalg.vector_norm(rows, dim=1).square_()
 
 
 class DeadLatents:

@@ -136,7 +136,7 @@ class RunPlan:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`product_dtype` as torch's."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.product_dtype]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.product_dtype]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -270,7 +270,7 @@ def _weights(plan: RunPlan) -> int:
 
 def _working(plan: RunPlan, tile_bytes: int) -> int:
     batch = plan.batch_size * (6 * 4 * plan.d_model + 48 * plan.k)  # six float32 [N, D]; codes, gradients, sorted pairs
-    casts = _weights(plan) if plan.product_dtype == "bfloat16" else 0  # both weights, for the product and AuxK
+    casts = _weights(plan) if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK
     return 2 * casts + batch + (6 * tile_bytes if plan.activation in ("jumprelu", "relu") else 0)  # dense tiles
 
 

@@ -362,3 +362,30 @@ def test_a_training_step_is_the_same_with_either_kernels(dtype: torch.dtype) -> 
         results.append(training_step(weights, x, rows, dead, options, kernels))
     for ours, theirs in zip(results[1].gradients[:3], results[0].gradients[:3], strict=True):
         assert_near(ours, theirs, FLOATS[dtype])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    data=st.data(),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    m=WIDTHS,
+    seed=st.integers(0, 2**31),
+)
+def test_keeping_the_largest_is_topk_scattered(
+    data: st.DataObject, kind: str, dtype: torch.dtype, m: int, seed: int
+) -> None:
+    k = data.draw(st.one_of(st.sampled_from([1, m, m + 1]), st.integers(1, m)), label="k")
+    z = rows_of_kind(kind, 3, m, seed).to(dtype)
+    ordered, order = torch.sort(z, dim=1, descending=True, stable=True)
+    expected = torch.zeros_like(z).scatter_(1, order[:, :k], ordered[:, :k].relu())
+    assert torch.equal(TORCH.keep_largest(z.clone(), k).sort().values, expected.sort().values)  # ties are its own
+    assert torch.equal(NUMBA.keep_largest(z, k), expected)
+
+
+def test_keeping_the_largest_does_not_hide_nan() -> None:
+    z = rows_of_kind("normal", 2, 100, seed=0)
+    z[1, 7] = -torch.tensor(torch.nan)
+    kept = NUMBA.keep_largest(z.clone(), 3)
+    assert kept.isnan().nonzero().tolist() == [[1, 7]]
+    assert int((kept[1] > 0).sum()) == 2

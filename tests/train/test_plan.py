@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from store.activations import ActivationStore
-from store.errors import IncompatibleError
+from store.errors import IncompatibleError, UsageError
 from tests.support.stores import make_store, random_activations
 from train.config import TrainConfig
 from train.hardware import resolve_product_dtype
@@ -73,17 +73,26 @@ def test_every_difference_between_plans_is_named(store: ActivationStore) -> None
 
 
 def test_memory_grows_with_what_it_should(store: ActivationStore) -> None:
-    small, large = plan_of(store, n_latents=100), plan_of(store, n_latents=1100)
+    small, large = (plan_of(store, n_latents=n, dtype="float32") for n in (100, 1100))
     growth = memory_estimate([large], store, 10**6).device - memory_estimate([small], store, 10**6).device
     assert growth == 4 * 2 * 1000 * 12 * 4  # weights, gradients and two moments of W_enc and W_dec in float32
     # The whole store, one chunk a layer, twice.
     assert memory_estimate([small], store, 0).shuffle == 2 * 256 * 3 * 12 * 2
 
 
-def test_auto_never_takes_a_slow_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_product_that_the_hardware_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    assert resolve_product_dtype("auto", cpu) == "float32"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert resolve_product_dtype("auto", cpu) == "bfloat16"
-    assert resolve_product_dtype("float32", cpu) == "float32"
+    for amx, half, expected in (
+        (False, False, "float32"),
+        (False, True, "float16"),
+        (True, True, "bfloat16"),
+        (True, False, "bfloat16"),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
+        monkeypatch.setattr("train.kernels_half.half_products_run", lambda half=half: half)
+        assert resolve_product_dtype("auto", cpu) == expected
+        assert resolve_product_dtype("float32", cpu) == "float32"
+    with pytest.raises(UsageError, match="AVX512-FP16"):
+        resolve_product_dtype("float16", cpu)
+    with pytest.raises(UsageError, match="bfloat16"):
+        resolve_product_dtype("float16", torch.device("cuda"))

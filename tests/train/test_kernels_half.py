@@ -1,0 +1,80 @@
+"""Products in half precision against float64: errors within their bound, bits that depend on two rows alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.hardware import _has_half_products
+
+if not _has_half_products():
+    pytest.skip("this processor has no float16 arithmetic (AVX512-FP16)", allow_module_level=True)
+
+from train.kernels_half import HalfProduct, half_product
+from train.sae import encode_tiled
+
+TOLERANCE = 2e-3
+"""Of a product's error, over the product of the rows' norms: two roundings to 11 bits, and 72 sums in them."""
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    m=st.integers(1, 100),
+    d=st.one_of(st.integers(1, 40), st.sampled_from([143, 144, 145, 577])),
+    scale=st.sampled_from([1.0, 1e-12, 3e4, 1e15]),
+    seed=st.integers(0, 2**31),
+)
+def test_errors_are_small_beside_the_norms(n: int, m: int, d: int, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = scale * torch.randn(n, d, generator=generator), torch.randn(m, d, generator=generator)
+    expected = left.double() @ right.double().T
+    norms = left.double().norm(dim=1, keepdim=True) * right.double().norm(dim=1)
+    assert ((half_product(left, right) - expected).abs() / norms).max() < TOLERANCE
+
+
+def test_small_whole_numbers_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-3, 4, (s, 50), generator=generator).float() for s in (20, 70))
+    left[0], right[1] = 0, 0
+    assert torch.equal(half_product(left, right), left @ right.T)
+
+
+def test_bits_depend_on_the_two_rows_alone() -> None:
+    left, right = torch.randn(60, 100), torch.randn(90, 100)
+    whole = half_product(left, right)
+    assert torch.equal(whole[13:37, 40:77], half_product(left[13:37], right[40:77]))
+    out = torch.empty(60, 90)
+    assert torch.equal(HalfProduct(right)(left, out), out)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        assert torch.equal(half_product(left, right), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_finite_shows_in_its_own_row() -> None:
+    left = torch.randn(3, 10)
+    left[1, 4] = torch.nan
+    left[2, 5] = torch.inf
+    z = half_product(left, torch.randn(7, 10))
+    assert z[0].isfinite().all()
+    assert not z[1:].isfinite().any()
+
+
+def test_wrong_shapes_are_named() -> None:
+    product = HalfProduct(torch.randn(4, 10))
+    with pytest.raises(ValueError, match=r"left: expected \[n, 10\], found \[2, 9\]"):
+        product(torch.randn(2, 9))
+    with pytest.raises(ValueError, match="out: expected contiguous"):
+        product(torch.randn(2, 10), torch.empty(4, 2).t())
+
+
+def test_codes_are_those_of_a_float32_product_but_for_close_calls() -> None:
+    x, W = torch.randn(200, 64), torch.nn.functional.normalize(torch.randn(400, 64))
+    exact = encode_tiled(x, W, 8)
+    half = encode_tiled(x, W, 8, product_dtype=torch.float16, tile_bytes=50_000)
+    assert (exact.values - half.values).abs().max() < 0.02
+    same = (exact.indices.sort(dim=1).values == half.indices.sort(dim=1).values).float().mean()
+    assert same > 0.99
