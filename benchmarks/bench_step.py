@@ -39,11 +39,12 @@ from torch import Tensor
 
 from store.activations import ActivationStore
 from train.hardware import resolve_product_dtype
-from train.kernels import Kernels, choose_kernels
+from train.kernels import Kernels, WeightGradients, choose_kernels
 from train.losses import DeadLatents, row_weights
 from train.optimizer import SphereAdam
 from train.sae import MLSAE, SAEConfig, standardize
 from train.step import StepOptions, training_step
+from train.variants import TopK
 
 OURS = {"ours": "auto", "ours, plain torch": "torch"}
 """Name -> kernels."""
@@ -128,6 +129,7 @@ class Ours:
         self.kernels, self.lr, self.steps = kernels, lr, 0
         self.optimizer = SphereAdam(self.sae, kernels)
         self.options = StepOptions(
+            variant=TopK(self.sae.config),
             k=k,
             aux_k=2 ** round(np.log2(d / 2)),
             aux_coef=0.0 if dead is None else 1 / 32,
@@ -138,7 +140,9 @@ class Ours:
         if dead is not None:
             self.latents.dead_latents = lambda: dead  # type: ignore[method-assign]
         self.denominators = torch.ones(1, device=device)
-        self.memory: Any = None
+        self.memory = WeightGradients(
+            *(torch.empty_like(init["W_enc"]) for _ in range(2)), torch.empty(m, device=device)
+        )
 
     def step(self, x: Tensor) -> None:
         """One step on [N, D]."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from train.encode import tiles
 from train.kernels import Kernels, SparseCodes, WeightGradients
 from train.losses import FIRING_THRESHOLD
+from train.products import result_dtype
 from train.weights import Weights
 
 
@@ -186,7 +187,7 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
 
     Without thresholds it is 0, and h = ReLU(z).
     """
-    weights, c, dtype = given.weights, given.row_weight, given.product_dtype
+    weights, c, dtype = given.weights, given.row_weight, result_dtype(given.product_dtype)
     n, m = len(given.inputs), len(weights.W_enc)
     raw = given.inputs.dtype
     out = given.out or _fresh(given)
@@ -202,7 +203,9 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
     l1 = torch.zeros((), dtype=raw, device=error.device)
     l0 = torch.zeros_like(c)  # [N]
     fired = torch.zeros(m, dtype=torch.bool, device=error.device)
-    for part, z in tiles(given.inputs, weights.W_enc, weights.b_enc, product_dtype=dtype, tile_bytes=given.tile_bytes):
+    for part, z in tiles(
+        given.inputs, weights.W_enc, weights.b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes
+    ):
         near = None
         if threshold is not None:
             near = (z - threshold).abs() < sparsity.bandwidth / 2  # [n, M]
