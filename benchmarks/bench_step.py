@@ -141,7 +141,9 @@ class Ours:
             self.latents.dead_latents = lambda: dead  # type: ignore[method-assign]
         self.denominators = torch.ones(1, device=device)
         self.memory = WeightGradients(
-            *(torch.empty_like(init["W_enc"]) for _ in range(2)), torch.empty(m, device=device)
+            W_enc=torch.empty_like(init["W_enc"]),
+            W_dec=torch.empty_like(init["W_dec"]),
+            latent_sums=torch.empty(m, device=device),
         )
 
     def step(self, x: Tensor) -> None:
