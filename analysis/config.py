@@ -37,8 +37,8 @@ class AnalyzeConfig:
     """Fit PCA with k components on the training documents and show its FVU on the validation documents beside the
     autoencoder's."""
 
-    bootstrap: int = 1000
-    """Bootstrap replicates over groups of documents for the 95 % intervals; 0 for none."""
+    intervals: bool = True
+    """Give 95 % intervals over documents."""
 
     nulls: bool = True
     """Compare with null models: the same codes with layers permuted within each token, and with tokens permuted within
@@ -67,7 +67,7 @@ class AnalyzeConfig:
     """Where the store's tuned lens is, if it came from a folder."""
 
     seed: int = 0
-    """Seed of the bootstrap and of the null models."""
+    """Seed of the null models and of other draws."""
 
     report: bool = True
     """Draw the figures and write report.html."""
@@ -88,7 +88,7 @@ class AnalyzeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} should be at least 1, found {value}")
-        for name in ("bootstrap", "seed", "downstream_tokens"):
+        for name in ("seed", "downstream_tokens"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"--{name.replace('_', '-')} should not be negative, found {value}")

@@ -14,7 +14,7 @@ in their sequence: what is predicted at a kept token. The mean is that of the st
 
 How: the model runs on from a block's given output (`analysis.resume`), whatever the architecture. Logits are made from
 the last block's output, a tile of tokens at a time, in float32, so that memory does not grow with tokens x vocabulary.
-Sums are kept per document for the bootstrap. Not here: which model belongs to a store (`analysis.transformer`).
+Sums are kept per document for intervals. Not here: which model belongs to a store (`analysis.transformer`).
 
 Shapes: B sequences, N positions, D d_model, V vocabulary, L layers, C conditions, G documents, n counted tokens.
 """
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from analysis.resume import Before, block_output, can_skip, last_output
 from analysis.sequences import Batch, sequence_batches
 from analysis.transformer import check_logits, check_model
-from analysis.uncertainty import Interval, basic_intervals, draw_groups
+from analysis.uncertainty import Interval, jackknife_intervals, leave_one_out
 from harvest.lens import TunedLens
 from harvest.models import LoadedModel
 from store.activations import ActivationStore
@@ -82,19 +82,18 @@ class Downstream:
         """The means over all counted tokens."""
         return _result(*(x.sum(axis=-1) for x in self._sums()))
 
-    def intervals(self, n_replicates: int, seed: int) -> dict[str, list[Interval | None]]:
+    def intervals(self) -> dict[str, list[Interval | None]]:
         """95 % intervals over documents of the numbers of `result`, by name: one for each layer, and last that of the
         mean over layers. Empty if there are fewer than `MIN_INTERVAL_GROUPS` documents.
 
-        A replicate draws as many documents with replacement; the interval is the basic one, as everywhere
-        (`analysis.uncertainty`). None where a number is not defined in every replicate.
+        A replicate leaves a document out (`analysis.uncertainty`). None where a number is not defined in each.
         """
-        draws = draw_groups(len(self.documents), n_replicates, seed)
+        draws = leave_one_out(len(self.documents))
         if draws is None:
             return {}
         value, drawn = self.result(), _result(*(x @ draws.T for x in self._sums()))
         return {
-            name: basic_intervals(_with_mean(getattr(value, name)), _with_mean(getattr(drawn, name)))
+            name: jackknife_intervals(_with_mean(getattr(value, name)), _with_mean(getattr(drawn, name)))
             for name in PER_LAYER
         }
 

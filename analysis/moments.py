@@ -145,7 +145,7 @@ class LayerMoments:
 
 class Variances(NamedTuple):
     """The law of total variance of the layer L under one weighting; unit: layers squared. Floats, or arrays over
-    bootstrap replicates."""
+    replicates."""
 
     within_token: NDArray[np.float64]
     """E[Var(L | J, T)], the token-level variance."""

@@ -9,8 +9,8 @@ A (token, latent) pair is a latent with an activation > 0 at one layer of the to
     contiguity        run_length / layers from onset to offset; 1 if there is no gap
 
 A pair counts by its activation mass, or once. `analysis.compiled.add_codes` fills the sums in its one pass over the
-codes; they add over tokens, and are kept per document group, so intervals come from the same bootstrap as those of the
-variances. Where a store holds some of the model's layers only, "in a row" speaks of those. Not here: intervals
+codes; they add over tokens, and are kept per document group, so intervals come from the same replicates as those of
+the variances. Where a store holds some of the model's layers only, "in a row" speaks of those. Not here: intervals
 (`analysis.uncertainty`), what chance would give (`analysis.nulls`).
 
 Shapes: G document groups, L layers, M n_latents.

@@ -28,7 +28,7 @@ from analysis.quality import ratio
 from analysis.redundancy import find_redundancy
 from analysis.selection import held_out_documents, select
 from analysis.summary import Baseline, Findings, build
-from analysis.uncertainty import bootstrap, bootstrap_persistence, bootstrap_reconstruction
+from analysis.uncertainty import persistence_intervals, reconstruction_intervals, variance_intervals
 from analysis.words import words
 from store.activations import ActivationStore
 from store.errors import UsageError
@@ -127,11 +127,11 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         analysed=analysed,
         validation=sums.quality.result(VALIDATION) if selection.validation.any() else None,
         baseline=baseline,
-        intervals=bootstrap(sums.moments, config.bootstrap, config.seed),
-        persistence_intervals=bootstrap_persistence(sums.moments, config.bootstrap, config.seed),
-        reconstruction_intervals=bootstrap_reconstruction(
-            sums.by_group, analysed, sae.config.d_model, config.bootstrap, config.seed
-        ),
+        intervals=variance_intervals(sums.moments) if config.intervals else {},
+        persistence_intervals=persistence_intervals(sums.moments) if config.intervals else {},
+        reconstruction_intervals=reconstruction_intervals(sums.by_group, analysed, sae.config.d_model)
+        if config.intervals
+        else None,
         nulls=sums.nulls,
         model=model,
         table=table,

@@ -22,7 +22,7 @@ from analysis.profiles import KINDS, profile_kinds
 from analysis.quality import QualityResult
 from analysis.redundancy import MAX_OVERLAP, Redundancy
 from analysis.selection import Selection
-from analysis.uncertainty import Interval, ReconstructionIntervals
+from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, ReconstructionIntervals
 from analysis.with_model import ModelFindings
 from analysis.with_model import summary_of as model_summary
 from store.activations import ActivationStore
@@ -115,10 +115,10 @@ def build(found: Findings) -> dict[str, Any]:
         "profiles": _profiles(found.table),
         "redundancy": _redundancy(found.redundancy),
         "uncertainty": {
-            "method": "basic bootstrap over groups of whole documents",
+            "method": METHOD,
             "n_groups": len(moments.groups),
             "n_documents": found.selection.n_documents,
-            "n_replicates": config.bootstrap,
+            "n_replicates": len(moments.groups),
         }
         if found.intervals
         else None,
@@ -201,8 +201,11 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
         )
     if not found.checkpoint.trainer.get("finished", True):
         warnings.append(f"Training was not finished: this is its step {found.checkpoint.trainer.get('step')}.")
-    if not found.intervals and found.config.bootstrap:
-        warnings.append(f"{counted(selection.n_documents, 'document')} cannot give 95 % intervals: too few.")
+    if not found.intervals and found.config.intervals:
+        warnings.append(
+            f"No intervals: {counted(selection.n_documents, 'document')} of about the same size would be too few to "
+            f"trust them ({MIN_INTERVAL_GROUPS} are needed)."
+        )
     return {
         "name": split,
         "n_tokens": n,

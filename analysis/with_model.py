@@ -125,7 +125,7 @@ def run_model(
         return ModelFindings(reason=_sentence(error))
     return ModelFindings(
         downstream=downstream,
-        intervals=downstream.intervals(config.bootstrap, config.seed) if downstream else {},
+        intervals=downstream.intervals() if downstream and config.intervals else {},
         which="validation" if selection.validation.any() else "analysed",
         tokens=tokens,
         seconds=time.monotonic() - started,

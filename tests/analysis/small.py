@@ -37,7 +37,7 @@ def make_small(
     d_model: int = 12,
     n_latents: int = 24,
     k: int = 3,
-    n_documents: int = 15,
+    n_documents: int = 30,
     trained_on: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Small:

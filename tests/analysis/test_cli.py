@@ -20,7 +20,7 @@ def small(tmp_path_factory) -> Small:
 
 
 def options(small: Small, out, **changes):
-    given = {"store": small.store, "sae": small.sae, "out": out, "bootstrap": 0} | changes
+    given = {"store": small.store, "sae": small.sae, "out": out} | changes
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 

@@ -312,12 +312,12 @@ def test_intervals_are_over_documents(make: Make) -> None:
     noise = rng.normal(1, 0.5, 40)
     ce = np.stack([3 + noise, 5 + noise, 9 + noise])[None] * n
     found = Downstream(layers=np.array([0]), documents=np.arange(40), n_tokens=n, true_ce=3.0 * n, ce=ce, kl=np.abs(ce))
-    intervals = found.intervals(500, 1)
+    intervals = found.intervals()
     assert set(intervals) == set(PER_LAYER)
     low, high = intervals["delta_ce"][0] or (0, 0)
     assert low < noise.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * noise.std() / np.sqrt(40), rel=0.15)
-    assert intervals == found.intervals(500, 1)
+    assert intervals == found.intervals()
     assert len(intervals["kl"]) == 2  # the layer, and the mean over layers
     assert intervals["kl"][0] == intervals["kl"][1]
     with_two = Downstream(
@@ -328,10 +328,10 @@ def test_intervals_are_over_documents(make: Make) -> None:
         ce=np.concatenate([ce, 6 * n - ce]),
         kl=np.concatenate([np.abs(ce)] * 2),
     )
-    mean = with_two.intervals(500, 1)["delta_ce"][-1]
+    mean = with_two.intervals()["delta_ce"][-1]
     assert mean == pytest.approx((0, 0), abs=1e-12)  # the layers' noise cancels in every replicate
     made = make("gpt2")
-    assert measure_downstream(made.store, made.model, identity, lens=None).intervals(500, 1) == {}
+    assert measure_downstream(made.store, made.model, identity, lens=None).intervals() == {}
 
 
 def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

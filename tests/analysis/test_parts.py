@@ -23,7 +23,7 @@ def test_a_part_sees_all_codes_and_its_value_and_file_come_and_go_with_it(tmp_pa
         name="total_mass", files=("mass.txt",), wanted=lambda config: config.split != "validation", make=total_mass
     )
     monkeypatch.setattr(run_module, "PARTS", (part,))
-    options = {"store": small.store, "sae": small.sae, "out": tmp_path / "out", "report": False, "bootstrap": 0}
+    options = {"store": small.store, "sae": small.sae, "out": tmp_path / "out", "report": False, "intervals": False}
     found = analyze(AnalyzeConfig(**options))["total_mass"]
     np.testing.assert_allclose(found["mass"], found["by_table"], rtol=1e-5)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["total_mass"] == found

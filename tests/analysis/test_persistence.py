@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from analysis.moments import LayerMoments, latent_table
 from analysis.persistence import DISTRIBUTIONS, PAIR_WEIGHTINGS, PairWeighting, distributions, persistence_numbers
-from analysis.uncertainty import bootstrap_persistence, draw_groups
+from analysis.uncertainty import jackknife_intervals, persistence_intervals
 from tests.analysis.dense import scatter
 from tests.analysis.test_moments import moments_of, planted, random_codes
 
@@ -143,29 +143,19 @@ def test_groups_add_up_and_merge_in_any_grouping():
     np.testing.assert_allclose(whole.persistence.histograms[2], own.persistence.histograms[0], rtol=1e-12)
 
 
-def test_intervals_come_from_groups_drawn_again_and_hold_the_value():
+def test_intervals_come_from_leaving_out_groups_and_hold_the_value():
     rng = np.random.default_rng(4)
-    values, indices = random_codes(rng, 120, 6, 4, 9)
-    moments = moments_of(values, indices, 9, group=np.repeat(np.arange(12), 10))
-    found = bootstrap_persistence(moments, 30, seed=2)
-    draws = draw_groups(12, 30, seed=2)
-    assert draws is not None
-    sums = moments.persistence
+    values, indices = random_codes(rng, 240, 6, 4, 9)
+    group = np.repeat(np.arange(24), 10)
+    moments = moments_of(values, indices, 9, group=group)
+    found = persistence_intervals(moments)
     for weighting in PAIR_WEIGHTINGS:
         value = numbers(moments, weighting)
-        replicates = [
-            persistence_numbers(
-                np.einsum("g,g...->...", draw, sums.histograms),
-                np.einsum("g,g...->...", draw, sums.shape),
-                moments.layers,
-                weighting,
-            )
-            for draw in draws
-        ]
+        others = [numbers(moments_of(values[group != g], indices[group != g], 9), weighting) for g in range(24)]
         for name, interval in found[weighting].items():
-            low, high = np.percentile([getattr(r, name) for r in replicates], [2.5, 97.5])
-            v = value[name]
             assert interval is not None
-            np.testing.assert_allclose(interval, (min(2 * v - high, v), max(2 * v - low, v)), rtol=1e-10)
-    assert bootstrap_persistence(moments_of(values, indices, 9), 30, seed=2) == {}
-    assert len(DISTRIBUTIONS) == sums.histograms.shape[2]
+            replicates = np.array([[other[name] for other in others]])
+            np.testing.assert_allclose(interval, jackknife_intervals(np.array([value[name]]), replicates)[0], rtol=1e-9)
+            assert interval.low <= value[name] <= interval.high
+    assert persistence_intervals(moments_of(values, indices, 9)) == {}
+    assert len(DISTRIBUTIONS) == moments.persistence.histograms.shape[2]

@@ -38,9 +38,7 @@ def result(tmp_path_factory):
     decoder[LAST] = decoder[FIRST]  # the same direction, once for the first layer and once for the last
     sae.load_state_dict({"W_enc": torch.eye(N_LATENTS), "W_dec": decoder, "b_pre": torch.zeros(N_LATENTS)})
     save_small(folder / "ckpt.pt", sae, store, {"validation": None})
-    config = AnalyzeConfig(
-        store=store.path, sae=folder / "ckpt.pt", out=folder / "out", dtype="float64", bootstrap=20, report=False
-    )
+    config = AnalyzeConfig(store=store.path, sae=folder / "ckpt.pt", out=folder / "out", dtype="float64", report=False)
     return analyze(config), pd.read_parquet(folder / "out" / "latents.parquet"), folder / "out"
 
 

@@ -26,7 +26,7 @@ def small(tmp_path_factory) -> Small:
 
 
 def run(small: Small, out: Path, **options: Any) -> dict[str, Any]:
-    given = {"dtype": "float64", "bootstrap": 50, "report": False, **options}
+    given = {"dtype": "float64", "report": False, **options}
     return analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=out, **given))
 
 
@@ -257,7 +257,7 @@ def test_intervals_hold_their_value_and_are_the_same_each_time(small, tmp_path):
         assert one[weighting]["ci95"] == again[weighting]["ci95"]
         for name, (low, high) in one[weighting]["ci95"].items():
             assert low <= one[weighting][name] <= high
-    assert run(small, tmp_path / "c", bootstrap=0)["uncertainty"] is None
+    assert run(small, tmp_path / "c", intervals=False)["uncertainty"] is None
 
 
 def test_default_folder_is_beside_the_checkpoint_and_an_earlier_result_is_replaced(tmp_path):
@@ -266,7 +266,7 @@ def test_default_folder_is_beside_the_checkpoint_and_an_earlier_result_is_replac
     out.mkdir()
     (out / "report.html").write_text("of an earlier analysis")
     (out / "notes.txt").write_text("the user's own")
-    analyze(AnalyzeConfig(store=small.store, sae=small.sae, report=False, bootstrap=0))
+    analyze(AnalyzeConfig(store=small.store, sae=small.sae, report=False, intervals=False))
     assert sorted(path.name for path in out.iterdir()) == [
         "analyze.config.toml",
         "latents.parquet",

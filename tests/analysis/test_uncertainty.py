@@ -1,11 +1,19 @@
-"""Intervals by the bootstrap over document groups: what they are made of, and when there are none."""
+"""Intervals by leaving out document groups: what they are made of, what they hold, and when there are none."""
 
 import numpy as np
+import pytest
 
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
 from analysis.persistence import Persistence
 from analysis.quality import GroupQuality, LayerQuality
-from analysis.uncertainty import MIN_INTERVAL_GROUPS, bootstrap, bootstrap_reconstruction, draw_groups
+from analysis.uncertainty import (
+    MIN_INTERVAL_GROUPS,
+    jackknife_intervals,
+    leave_one_out,
+    reconstruction_intervals,
+    t_quantile,
+    variance_intervals,
+)
 
 
 def grouped_moments(n_groups, seed=0, per_group=6):
@@ -18,98 +26,140 @@ def grouped_moments(n_groups, seed=0, per_group=6):
     return moments
 
 
-def test_an_interval_is_the_basic_one_of_replicates_drawn_by_group_and_holds_the_value():
-    moments = grouped_moments(12)
-    found = bootstrap(moments, 40, seed=3)
-    draws = np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), 40)
+def by_hand(value, replicates):
+    """The interval of a positive number, written out from the papers' formulas."""
+    n, v, r = len(replicates), np.log(value), np.log(replicates)
+    pseudo = n * v - (n - 1) * r  # Tukey's pseudo-values
+    centre, error = pseudo.mean(), pseudo.std(ddof=1) / n**0.5
+    z = (pseudo - centre) / pseudo.std()
+    skewness, kurtosis = (z**3).mean(), (z**4).mean()
+    t = t_quantile(min(max(2 * n / (kurtosis - (n - 3) / (n - 1)), 3), n - 1))
+
+    def transform(s):  # Hall's: of the studentised mean, to something nearly normal
+        u = s / n**0.5
+        return n**0.5 * (u + skewness * u**2 / 3 + skewness**2 * u**3 / 27 + skewness / (6 * n))
+
+    def inverse(target):
+        low, high = -100.0, 100.0
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if transform(middle) < target else (low, middle)
+        return low
+
+    ends = (centre - error * max(t, inverse(t)), centre - error * min(-t, inverse(-t)))
+    return min(np.exp(ends[0]), value), max(np.exp(ends[1]), value)
+
+
+def test_an_interval_of_every_number_is_that_of_the_groups_left_out_one_by_one():
+    moments = grouped_moments(24)
+    found = variance_intervals(moments)
     for weighting in WEIGHTINGS:
         value = variances(moments.pooled(), weighting)
-        replicates = [variances(np.einsum("g,gsm->sm", draw, moments.sums), weighting) for draw in draws]
+        replicates = [variances(np.delete(moments.sums, g, axis=0).sum(axis=0), weighting) for g in range(24)]
         for name in VARIANCE_NAMES:
-            low, high = np.percentile([getattr(r, name) for r in replicates], [2.5, 97.5])
-            v, interval = getattr(value, name), found[weighting][name]
+            v, interval = float(getattr(value, name)), found[weighting][name]
             assert interval is not None
-            np.testing.assert_allclose(interval, (min(2 * v - high, v), max(2 * v - low, v)), rtol=1e-10)
+            np.testing.assert_allclose(interval, by_hand(v, [getattr(r, name) for r in replicates]), rtol=1e-8)
+            assert interval.low < v < interval.high
+
+
+def test_of_a_mean_of_even_numbers_it_is_students_interval():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    x = np.concatenate([x, -x])  # no skewness
+    draws = leave_one_out(400)
+    assert draws is not None
+    interval = jackknife_intervals(np.array([x.mean()]), (draws @ x / 399)[None])[0]
+    assert interval is not None
+    half = 1.966 * x.std(ddof=1) / 20
+    np.testing.assert_allclose(interval, (-half, half), rtol=2e-3)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(3, 3.1824), (5, 2.5706), (10, 2.2281), (30, 2.0423), (99, 1.9842)])
+def test_quantiles_are_those_of_the_tables(freedom, t):
+    assert t_quantile(freedom) == pytest.approx(t, abs=0.005)
+
+
+def test_nine_in_ten_intervals_hold_a_skewed_mean():
+    rng = np.random.default_rng(1)
+    draws = leave_one_out(MIN_INTERVAL_GROUPS)
+    assert draws is not None
+    x = rng.lognormal(0, 1, (400, MIN_INTERVAL_GROUPS))  # true mean exp(1/2)
+    found = jackknife_intervals(x.mean(axis=1), x @ draws / (MIN_INTERVAL_GROUPS - 1))
+    assert np.mean([i is not None and i.low <= np.exp(0.5) <= i.high for i in found]) > 0.9
 
 
 def test_replicates_made_in_small_pieces_are_the_same(monkeypatch):
-    moments = grouped_moments(12)
-    whole = bootstrap(moments, 30, seed=0)
-    monkeypatch.setattr("analysis.uncertainty._REPLICATES_AT_ONCE_BYTES", 1)
-    pieces = bootstrap(moments, 30, seed=0)
+    moments = grouped_moments(24)
+    whole = variance_intervals(moments)
+    monkeypatch.setattr("analysis.uncertainty._AT_ONCE_BYTES", 1)
+    pieces = variance_intervals(moments)
     for weighting in WEIGHTINGS:
         for name in VARIANCE_NAMES:
-            np.testing.assert_allclose(whole[weighting][name], pieces[weighting][name], rtol=1e-10)  # type: ignore[arg-type]
+            np.testing.assert_allclose(whole[weighting][name], pieces[weighting][name], rtol=1e-9)  # type: ignore[arg-type]
 
 
-def test_intervals_of_the_reconstruction_are_those_of_documents_drawn_again():
+def test_intervals_of_the_reconstruction_are_those_of_groups_left_out():
     rng = np.random.default_rng(1)
-    x, x_hat = rng.normal(size=(120, 3, 5)) + np.array([[1], [2], [3]]), rng.normal(size=(120, 3, 5))
-    values = rng.gamma(1.0, 1.0, (120, 3, 4)) * (rng.random((120, 3, 4)) > 0.3)
-    group, shift = np.repeat(np.arange(12), 10), x.mean(axis=0)
-    quality, by_group = LayerQuality.zeros(1, 3, 5), GroupQuality.zeros(3, range(12))
-    by_group.add(quality.add(x, x_hat, values, shift, np.ones((1, 120), bool)), group)
+    x, x_hat = rng.normal(size=(240, 3, 5)) + np.array([[1], [2], [3]]), rng.normal(size=(240, 3, 5))
+    values = rng.gamma(1.0, 1.0, (240, 3, 4)) * (rng.random((240, 3, 4)) > 0.3)
+    group, shift = np.repeat(np.arange(24), 10), x.mean(axis=0)
+    quality, by_group = LayerQuality.zeros(1, 3, 5), GroupQuality.zeros(3, range(24))
+    by_group.add(quality.add(x, x_hat, values, shift, np.ones((1, 240), bool)), group)
     result = quality.result(0)
-    found = bootstrap_reconstruction(by_group, result, 5, 50, seed=4)
+    found = reconstruction_intervals(by_group, result, 5)
     assert found is not None
-    draws = draw_groups(12, 50, seed=4)
-    assert draws is not None
-    drawn = [np.repeat(np.arange(120), np.repeat(draw.astype(int), 10)) for draw in draws]
     error, deviation = ((x - x_hat) ** 2).sum(-1), ((x - shift) ** 2).sum(-1)
+    left = [group != g for g in range(24)]
+    fvu = np.array([error[i].sum(0) / deviation[i].sum(0) for i in left])  # [G, L]
     replicates = {
-        "fvu": [(error[i].sum(0) / deviation[i].sum(0)).mean() for i in drawn],
-        "mse": [error[i].mean() / 5 for i in drawn],
-        "l0": [(values[i] > 0).sum(-1).mean() for i in drawn],
+        "fvu": fvu.mean(axis=1),
+        "mse": [error[i].mean() / 5 for i in left],
+        "l0": [(values[i] > 0).sum(-1).mean() for i in left],
     }
     for name, numbers in replicates.items():
-        value, (low, high) = getattr(result, name).mean(), np.percentile(numbers, [2.5, 97.5])
-        expected = (min(2 * value - high, value), max(2 * value - low, value))
-        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-9)
+        np.testing.assert_allclose(getattr(found, name), by_hand(getattr(result, name).mean(), numbers), rtol=1e-7)
     for layer, interval in enumerate(found.fvu_by_layer):
-        low, high = np.percentile([error[i, layer].sum() / deviation[i, layer].sum() for i in drawn], [2.5, 97.5])
-        v = result.fvu[layer]
-        np.testing.assert_allclose(interval, (min(2 * v - high, v), max(2 * v - low, v)), rtol=1e-9)  # type: ignore[arg-type]
-    halves = [GroupQuality.zeros(3, [g]) for g in range(12)]
-    for g, part in enumerate(halves):
+        assert interval is not None
+        np.testing.assert_allclose(interval, by_hand(result.fvu[layer], fvu[:, layer]), rtol=1e-7)
+    parts = [GroupQuality.zeros(3, [g]) for g in range(24)]
+    for g, part in enumerate(parts):
         chosen = group == g
         per_token = LayerQuality.zeros(1, 3, 5).add(
             x[chosen], x_hat[chosen], values[chosen], shift, np.ones((1, 10), bool)
         )
         part.add(per_token, group[chosen])
-    np.testing.assert_allclose(GroupQuality.merged(halves).sums, by_group.sums, rtol=1e-12)
-    assert bootstrap_reconstruction(by_group, result, 5, 0, seed=4) is None
+    np.testing.assert_allclose(GroupQuality.merged(parts).sums, by_group.sums, rtol=1e-12)
 
 
-def test_too_few_groups_or_no_replicates_give_no_interval():
-    assert bootstrap(grouped_moments(MIN_INTERVAL_GROUPS - 1), 100, seed=0) == {}
-    assert bootstrap(grouped_moments(MIN_INTERVAL_GROUPS), 0, seed=0) == {}
-    assert bootstrap(grouped_moments(MIN_INTERVAL_GROUPS), 10, seed=0)
+def test_too_few_groups_give_no_interval():
+    assert variance_intervals(grouped_moments(MIN_INTERVAL_GROUPS - 1)) == {}
+    assert variance_intervals(grouped_moments(MIN_INTERVAL_GROUPS))
 
 
 def test_documents_that_are_all_alike_leave_no_uncertainty():
-    one = grouped_moments(1)
-    sums = np.repeat(one.sums, 10, axis=0)
+    one, n = grouped_moments(1), 24
     alike = LayerMoments(
         layers=one.layers,
-        groups=np.arange(10),
-        n_tokens=np.repeat(one.n_tokens, 10),
-        sums=sums,
-        counts=one.counts * 10,
-        totals=one.totals * 10,
-        persistence=Persistence.zeros(4, 9, 10),
+        groups=np.arange(n),
+        n_tokens=np.repeat(one.n_tokens, n),
+        sums=np.repeat(one.sums, n, axis=0),
+        counts=one.counts * n,
+        totals=one.totals * n,
+        persistence=Persistence.zeros(4, 9, n),
     )
-    for name, interval in bootstrap(alike, 20, seed=0)["mass"].items():
+    for name, interval in variance_intervals(alike)["mass"].items():
         assert interval is not None
         value = getattr(variances(one.pooled(), "mass"), name)
         np.testing.assert_allclose(interval, (value, value), rtol=1e-9)
 
 
 def test_a_ratio_that_is_not_defined_in_every_replicate_has_no_interval():
-    moments = LayerMoments.zeros(range(2), 1, range(10))
-    values = np.zeros((10, 2, 1))
+    moments = LayerMoments.zeros(range(2), 1, range(24))
+    values = np.zeros((24, 2, 1))
     values[:, 0] = 1.0
-    values[0, 1] = 1.0  # two layers in one document only: some replicates have no token-level variance
-    moments.add(values, np.zeros((10, 2, 1), np.int64), np.arange(10))
-    found = bootstrap(moments, 50, seed=0)["mass"]
+    values[0, 1] = 1.0  # two layers in one document only: without it there is no token-level variance
+    moments.add(values, np.zeros((24, 2, 1), np.int64), np.arange(24))
+    found = variance_intervals(moments)["mass"]
     assert found["aggregate_over_token"] is None
     assert found["aggregate"] is not None

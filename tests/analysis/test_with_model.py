@@ -39,7 +39,7 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def run(setting: Setting, out: Path, **options: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {"bootstrap": 50, "report": False, "pca": False, "nulls": False, **options}
+    given: dict[str, Any] = {"report": False, "pca": False, "nulls": False, **options}
     return analyze(AnalyzeConfig(store=setting.made.store.path, sae=setting.checkpoint, out=out, **given))
 
 
@@ -92,7 +92,10 @@ def test_the_files_hold_what_was_measured_on_held_out_tokens(setting: Setting, t
         assert f"`{name}`" in method, name
 
 
-def test_intervals_are_given_where_there_are_documents_enough(setting: Setting, tmp_path: Path) -> None:
+def test_intervals_are_given_where_there_are_documents_enough(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.uncertainty.MIN_INTERVAL_GROUPS", 15)
     options = {**found_by(setting), "split": "train", "downstream_tokens": 10_000}
     # Nothing is held out from a store that the autoencoder was not trained on: all analysed tokens are measured.
     other = setting.checkpoint.with_name("other.pt")
@@ -102,7 +105,6 @@ def test_intervals_are_given_where_there_are_documents_enough(setting: Setting, 
             store=setting.made.store.path,
             sae=other,
             out=tmp_path,
-            bootstrap=50,
             report=False,
             nulls=False,
             **{**options, "split": "all"},

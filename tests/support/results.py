@@ -288,7 +288,7 @@ def write_results(
             "redundant_latents": 67,
         },
         "uncertainty": {
-            "method": "bootstrap over groups of whole documents",
+            "method": "jackknife over groups of whole documents",
             "n_groups": 100,
             "n_documents": 412,
             "n_replicates": 1000,
