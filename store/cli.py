@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "harvest": ("harvest.cli", "write the residual stream of a model into a store"),
     "train": ("train.cli", "train a multi-layer sparse autoencoder on a store"),
+    "compare": ("train.compare_cli", "autoencoders and PCA side by side on held-out tokens, FVU by layer"),
     "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
     "convert": ("train.convert_cli", "read and write autoencoders in the formats of other tools"),
     "demo": ("analysis.demo", "all three on a small model, start to end"),

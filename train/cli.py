@@ -13,6 +13,8 @@ examples:
   train --store acts.zarr --out ckpt.pt
   train --store acts.zarr --expansion-factor 64 --k 32 --epochs 1 --resume
   train --store acts.zarr --sweep k=16,32,64 expansion_factor=8,16 --out sweep.pt
+  train --store acts.zarr --per-layer total --out layers/
+  train compare --store acts.zarr --sae ckpt.pt layers/          (`train compare --help`)
   train --store acts.zarr --n-latents 9216 --batch-size 2048 --steps 600 --json
 """
 
@@ -20,10 +22,16 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 usage, 3 incompatible, 130 interrupted."""
 
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["compare"]:
+        from train.compare_cli import main as compare
+
+        return compare(words[1:])
+
     def command() -> None:
         config = parse_options(
             TrainConfig,
-            argv,
+            words,
             prog="train",
             description="Train one multi-layer sparse autoencoder on a store of residual stream activations.",
             epilog=_EPILOG,

@@ -71,7 +71,7 @@ class Subject(NamedTuple):
 
 
 class ValidationData:
-    """The held-out tokens of a store."""
+    """Some tokens of a store, such as the held-out ones."""
 
     def __init__(self, store: ActivationStore, mask: np.ndarray, layers: Sequence[int], seed: int) -> None:
         """mask: bool [T], kept tokens of held-out documents; layers: stored layers, ascending."""
@@ -97,7 +97,7 @@ class ValidationData:
         moments = LayerMoments.zeros(n_layers, subjects[0].sae.config.d_model, device)
         sums = [_Sums(subject, n_layers) for subject in subjects]
         seen = 0
-        for raw in self._read(tokens):
+        for raw in self.read(tokens):
             x = source.to_float32(raw)  # [t, L, D]
             layer = torch.arange(n_layers, device=device).repeat(len(x))
             moments = moments.add(x.flatten(0, 1), layer)
@@ -106,7 +106,7 @@ class ValidationData:
             seen += len(x)
         return [each.finish(seen, moments.deviation) for each in sums]
 
-    def _read(self, tokens: int) -> Iterator[np.ndarray]:
+    def read(self, tokens: int) -> Iterator[np.ndarray]:
         """Held-out tokens in the stored type, [t, L, D] at a time, until there are `tokens` of them."""
         size, n_tokens = self._store.meta.chunk_tokens, self._store.meta.n_tokens
         for chunk in self._chunks.tolist():
