@@ -36,9 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Train one multi-layer sparse autoencoder on a store of residual stream activations.",
             epilog=_EPILOG,
         )
-        from train.loop import train_all
+        from train.loop import train_all, try_run
         from train.report import describe_all, summary, write_table
 
+        if config.dry_run:
+            from train import dry_run
+
+            found = try_run(config)
+            print(json.dumps(dry_run.as_json(found)) if config.json else dry_run.describe(found))
+            return
         results = train_all(config)
         print(describe_all(results), file=sys.stderr)
         table = write_table(config.out, results) if config.sweep or config.per_layer else None

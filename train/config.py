@@ -159,6 +159,28 @@ class TrainConfig:
     """Train one autoencoder for each layer instead, on that layer's vectors of the same stream: the latents are
     divided among them (total), or each has as many (each). Checkpoints are ckpt.layer=0.pt, ..."""
 
+    deterministic: bool | None = None
+    """Insist on the same bits from the same run. Default: on a CPU, where it costs nothing; on CUDA it makes steps some
+    per cent slower, more where AuxK is busy, and a resume is bit for bit only with it."""
+
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, to OUT.tensorboard/ (pip install 'residscope[tensorboard]')."""
+
+    wandb: str | None = None
+    """Send the metrics to this project of Weights & Biases too (pip install 'residscope[wandb]')."""
+
+    push_to_hub: str | None = None
+    """When done, upload weights, metrics and a model card to this hub repository, OWNER/NAME."""
+
+    hub_private: bool = False
+    """Make that repository private if it is new."""
+
+    hub_license: str = "unknown"
+    """Licence of the weights, for the model card, such as apache-2.0."""
+
+    dry_run: bool = False
+    """Say steps, memory, disk and time, from a few steps that are measured and thrown away; write nothing."""
+
     resume: bool = False
     """Continue from the checkpoint if there is one, else start; the end is bit for bit that of an unbroken run."""
 

@@ -91,16 +91,26 @@ def last_metrics(path: Path) -> dict[str, Any]:
     return found
 
 
-def model_card(checkpoint: Checkpoint, metrics: Mapping[str, Any], *, notes: Sequence[str] = ()) -> str:
+def model_card(
+    checkpoint: Checkpoint,
+    metrics: Mapping[str, Any],
+    *,
+    notes: Sequence[str] = (),
+    license: str = "unknown",
+    repo_id: str = "OWNER/NAME",
+    subfolder: str = "",
+) -> str:
     """A README.md for the hub: what the autoencoder is, what it was trained on, how well it does, how to use it.
 
     metrics: a line of `ckpt.metrics.jsonl` (keys of design.md), best with its validation line under "validation", as
-    `last_metrics` gives it. notes: what a format could not say. What is not known is said not to be recorded.
+    `last_metrics` gives it. notes: what a format could not say. license: of the weights. repo_id, subfolder: where it
+    goes. What is not known is said not to be recorded.
     """
     config, store = checkpoint.config, checkpoint.store
     model = store.get("model")
     front = {
         "library_name": "residscope",
+        "license": license,
         "tags": ["sparse-autoencoder", "multi-layer-sae", "interpretability", "arxiv:2409.04185"],
         **({"base_model": model} if isinstance(model, str) and HUB_ID.fullmatch(model) else {}),
     }
@@ -127,6 +137,7 @@ def model_card(checkpoint: Checkpoint, metrics: Mapping[str, Any], *, notes: Seq
             config.standardize, config.standardize
         ),
     }
+    where = repr(repo_id) + (f", subfolder={subfolder!r}" if subfolder else "")
     title = f"Multi-layer sparse autoencoder{f' for {model}' if model else ''}"
     parts = [
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
@@ -138,9 +149,9 @@ def model_card(checkpoint: Checkpoint, metrics: Mapping[str, Any], *, notes: Seq
         "## How well it does\n\n" + _metrics_table(metrics),
         *(["## Mind\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else []),
         "## Use\n\n```python\nfrom train.formats import read_sae\n\n"
-        "sae, origin = read_sae('OWNER/NAME')  # or a folder\n"
+        f"sae, origin = read_sae({where})  # or a folder\n"
         "out = sae(vectors)  # raw block outputs [N, d_model]; out.codes, out.x_hat\n```\n\n"
-        "`analyze --store acts.zarr --sae OWNER/NAME` measures how its latents spread over layers.",
+        f"`analyze --store acts.zarr --sae {repo_id}` measures how its latents spread over layers.",
     ]
     return "\n\n".join(parts) + "\n"
 

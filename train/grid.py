@@ -20,7 +20,8 @@ STREAM_FIELDS = ("store", "layers", "seed", "batch_size", "steps", "epochs", "wi
 
 COMMAND_FIELDS = (
     *("out", "device", "threads", "log_every", "checkpoint_every", "validate_every", "validation_tokens"),
-    *("sweep", "per_layer", "resume", "overwrite", "json"),
+    *("sweep", "per_layer", "deterministic", "tensorboard", "wandb", "push_to_hub", "hub_private", "hub_license"),
+    *("dry_run", "resume", "overwrite", "json"),
 )
 """What the command does, not what a run is."""
 
@@ -79,7 +80,7 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
                 f"--sweep {word}: {name} changes the stream of batches, which all runs of a sweep share: run `train` "
                 f"once for each value; a sweep takes {_listed()}"
             )
-        if name not in hints or name in COMMAND_FIELDS:
+        if name not in hints or name in COMMAND_FIELDS or "tuple" in str(hints[name]):
             raise UsageError(f"--sweep {word}: {name} cannot be swept; a sweep takes {_listed()}")
         if name in axes:
             raise UsageError(f"--sweep names {name} twice: give all its values in one word, such as {name}=1,2")
@@ -93,5 +94,5 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
 
 
 def _listed() -> str:
-    names = {f.name for f in fields(TrainConfig)} - set(STREAM_FIELDS) - set(COMMAND_FIELDS)
-    return ", ".join(sorted(names))
+    names = {f.name for f in fields(TrainConfig) if "tuple" not in str(f.type)}
+    return ", ".join(sorted(names - set(STREAM_FIELDS) - set(COMMAND_FIELDS)))

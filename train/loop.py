@@ -27,18 +27,25 @@ from store.errors import Interrupted
 from store.loader import Batch, WindowLoader
 from train.batches import VectorSource
 from train.config import TrainConfig
+from train.determinism import deterministic
+from train.dry_run import DryRun
 from train.grid import RunSpec, expand
 from train.hardware import check_memory, resolve_device
 from train.metrics import Stopwatch
+from train.outputs import check_hub, push, write_outputs
 from train.plan import RunPlan, make_plan, memory_estimate, split_tokens, stored_layers
 from train.resume import check_output, check_resumable, say, set_threads
 from train.runs import Run, Shared
 from train.sae import Checkpoint, load_checkpoint
 from train.statistics import DENOMINATOR_VECTORS, StatisticsSums, sample
+from train.trackers import check_installed
 from train.validation import Validation, ValidationData
 
 INTERIM_VALIDATION_TOKENS = 256
 """Held-out tokens of a validation on the way: enough to see a trend, little enough not to be felt."""
+
+MEASURED_STEPS, MEASURED_SECONDS, WARM_STEPS = 20, 10.0, 2
+"""A dry run times so many steps, or for so long, after some that compile and touch memory for the first time."""
 
 _STATISTICS_SEED = 2**31
 """Added to the seed for the stream that the fixed statistics come from, so that it is not the training stream."""
@@ -80,28 +87,22 @@ def train(config: TrainConfig) -> TrainResult:
 def train_all(config: TrainConfig) -> list[TrainResult]:
     """As `train`, for all the runs of a sweep or of single layers, in one pass over the data."""
     began = time.perf_counter()
-    with ActivationStore.open(config.store) as store:
-        layers = stored_layers(store, config.layers)
-        numbers = tuple(store.meta.layers[i] for i in layers)
-        specs = expand(config, numbers)
+    check_installed(config)
+    check_hub(config)
+    with (
+        ActivationStore.open(config.store) as store,
+        deterministic(resolve_device(config.device), config.deterministic),
+    ):
+        specs = _specs(config, store)
         for spec in specs:
             check_output(spec.config)
         saved = [_saved(spec.config) for spec in specs]
-        split = split_tokens(store, config.validation_fraction, config.seed)
         set_threads(config, saved)
-        plans = [make_plan(spec.config, store, split, spec.layer) for spec in specs]
+        shared = _shared(config, store)
+        plans = [make_plan(spec.config, store, shared.split, spec.layer) for spec in specs]
         for spec, plan, checkpoint in zip(specs, plans, saved, strict=True):
             if checkpoint is not None:
                 check_resumable(spec.config.out, checkpoint, store, plan)
-        device = resolve_device(config.device)
-        shared = Shared(
-            store=store,
-            split=split,
-            device=device,
-            layers=numbers,
-            source=VectorSource(layers, store.meta.stored_dtype, device),
-            validation=ValidationData(store, split.validation, layers, config.seed),
-        )
         trainers: dict[int, dict[str, Any]] = {}
         left: list[tuple[Run, Checkpoint | None]] = []
         for index, (spec, plan, checkpoint) in enumerate(zip(specs, plans, saved, strict=True)):
@@ -110,11 +111,46 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
                 trainers[index] = checkpoint.trainer
             else:
                 left.append((Run(spec, plan, shared), checkpoint))
+        finished = set(trainers)
         if left:
             done = iter(_Stream(config, shared, left, len(specs)).execute())
             trainers |= {index: next(done) for index in range(len(specs)) if index not in trainers}
     seconds = time.perf_counter() - began
-    return [_result(spec, plan, trainers[i], seconds) for i, (spec, plan) in enumerate(zip(specs, plans, strict=True))]
+    results = [_result(*pair, trainers[i], seconds) for i, pair in enumerate(zip(specs, plans, strict=True))]
+    for index, result in enumerate(results):
+        write_outputs(result, anew=index not in finished)
+    if config.push_to_hub is not None:
+        say(f"uploaded to {push(results, config.push_to_hub, private=config.hub_private, license=config.hub_license)}")
+    return results
+
+
+def try_run(config: TrainConfig) -> DryRun:
+    """What `train_all` would take: a few of its steps are made and thrown away, and nothing is written."""
+    device = resolve_device(config.device)
+    with ActivationStore.open(config.store) as store, deterministic(device, config.deterministic):
+        set_threads(config, [])
+        shared = _shared(config, store)
+        specs = _specs(config, store)
+        runs = [Run(spec, make_plan(spec.config, store, shared.split, spec.layer), shared) for spec in specs]
+        return _Stream(config, shared, [(run, None) for run in runs], len(runs)).measure()
+
+
+def _specs(config: TrainConfig, store: ActivationStore) -> list[RunSpec]:
+    return expand(config, [store.meta.layers[i] for i in stored_layers(store, config.layers)])
+
+
+def _shared(config: TrainConfig, store: ActivationStore) -> Shared:
+    layers = stored_layers(store, config.layers)
+    device = resolve_device(config.device)
+    split = split_tokens(store, config.validation_fraction, config.seed)
+    return Shared(
+        store=store,
+        split=split,
+        device=device,
+        layers=tuple(store.meta.layers[i] for i in layers),
+        source=VectorSource(layers, store.meta.stored_dtype, device),
+        validation=ValidationData(store, split.validation, layers, config.seed),
+    )
 
 
 def _saved(config: TrainConfig) -> Checkpoint | None:
@@ -154,7 +190,7 @@ class _Stream:
         self._announce()
         with contextlib.ExitStack() as stack:
             for run in self.runs:
-                stack.enter_context(contextlib.closing(run.open_files(self.saved[run])))
+                stack.enter_context(run.files(self.saved[run]))
             stopped = stack.enter_context(stop_on_signals())
             for run in self.runs:
                 run.write_flags()
@@ -188,6 +224,39 @@ class _Stream:
             self._validate(self.runs, config.validation_tokens, bar)
             return [run.save(finished=True) for run in self.runs]
 
+    def measure(self) -> DryRun:
+        """Time some steps without writing anything."""
+        plan = self.plan
+        self._announce()
+        self._start()
+        meta = self.shared.store.meta
+        memory = memory_estimate([run.plan for run in self.runs], self.shared.store, int(self.config.tile_mb * 1e6))
+        weights = sum(8 * run.plan.n_latents * run.plan.d_model for run in self.runs)
+        largest = max(8 * run.plan.n_latents * run.plan.d_model for run in self.runs)
+        seconds: list[float] = []
+        with _closing(self._loader(plan.seed, plan.window_bytes, epochs=plan.epochs)) as batches:
+            while self.step < plan.steps and (len(seconds) < MEASURED_STEPS and sum(seconds) < MEASURED_SECONDS):
+                began = time.perf_counter()
+                self._train_on(next(batches), self.runs)
+                if self.shared.device.type == "cuda":
+                    torch.cuda.synchronize(self.shared.device)
+                if self.step > WARM_STEPS or self.step == plan.steps:
+                    seconds.append(time.perf_counter() - began)
+        mean = sum(seconds) / len(seconds)
+        return DryRun(
+            runs=len(self.runs),
+            steps=plan.steps,
+            vectors=plan.vectors,
+            bytes_read=plan.vectors * meta.d_model * meta.itemsize,
+            memory_bytes=memory.device,
+            shuffle_bytes=memory.shuffle,
+            checkpoint_bytes=2 * weights,
+            interim_bytes=3 * (weights + largest),
+            measured_steps=len(seconds),
+            seconds_per_step=mean,
+            seconds=mean * plan.steps,
+        )
+
     def _start(self) -> None:
         """Bring each run to where its checkpoint stands, or to its beginning; one pass gathers all statistics."""
         fresh = [run for run in self.runs if self.saved[run] is None]
@@ -208,7 +277,7 @@ class _Stream:
         for run in self.runs:
             # Popped, so that a checkpoint's optimiser is not held beside the run's own.
             run.start(self.saved.pop(run) or found[run.plan.sae_config.standardize, run.position])
-        self.step = min(run.step for run in self.runs)
+        self.step = self.logged = min(run.step for run in self.runs)
 
     def _loader(self, seed: int, window_bytes: int, *, epochs: int, start_batch: int = 0) -> WindowLoader:
         return WindowLoader(
@@ -232,11 +301,18 @@ class _Stream:
     def _log(self, taking: Sequence[Run], loader: WindowLoader) -> str:
         """Write the metrics since the last line, and start a new window; words for the progress bar."""
         self.watch.stop()
+        seconds = self.watch.seconds
         waited, self.waited = loader.wait_seconds - self.waited, loader.wait_seconds
-        lines = [run.log(seconds=self.watch.seconds, waited=waited) for run in taking]
+        lines = [run.log(seconds=seconds, waited=waited) for run in taking]
+        streamed, self.logged = (self.step - self.logged) * self.plan.batch_size, self.step
         self.watch = Stopwatch()
         self.watch.start()
-        return _postfix(lines)
+        meta = self.shared.store.meta
+        return _postfix(lines) + (
+            f", {streamed / seconds:.0f} vectors/s, {streamed / len(self.layers) / seconds:.0f} tokens/s, "
+            f"{streamed * meta.d_model * meta.itemsize / seconds / 1e9:.2g} GB/s, "
+            f"data wait {min(1.0, waited / seconds):.0%}"
+        )
 
     def _validate(self, taking: Sequence[Run], tokens: int, bar: tqdm) -> None:
         data = self.shared.validation
@@ -304,10 +380,7 @@ def _postfix(lines: Sequence[dict[str, Any]]) -> str:
     def span(name: str, form: str) -> str:
         return _span([line[name] for line in lines if line[name] is not None], form)
 
-    return (
-        f"FVU {span('fvu', '.3f')}, L0 {span('l0', '.1f')}, dead {span('dead_fraction', '.1%')}, "
-        f"{span('vectors_per_second', '.0f')} vectors/s, data wait {span('data_wait_fraction', '.0%')}"
-    )
+    return f"FVU {span('fvu', '.3f')}, L0 {span('l0', '.1f')}, dead {span('dead_fraction', '.1%')}"
 
 
 def _span(values: Sequence[float], form: str = "d") -> str:

@@ -17,6 +17,7 @@ from train.sae import Checkpoint
 
 
 def check_output(config: TrainConfig) -> None:
+    """Raise `UsageError` unless the checkpoint may be written there."""
     if config.out.is_dir():
         raise UsageError(f"--out {config.out} is a folder: name a file, such as {config.out / 'ckpt.pt'}")
     if config.out.exists() and not (config.resume or config.overwrite):

@@ -8,6 +8,8 @@ A checkpoint on the way holds the optimiser's moments (three times the size of t
 them, because the learning rate has run out and nothing can follow.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from train.sae import MLSAE, Checkpoint, save_checkpoint
 from train.schedule import options_at, step_options
 from train.statistics import FixedStatistics, StatisticsSums
 from train.step import training_step
+from train.trackers import Tracker, numbers_of, open_trackers
 from train.validation import Subject, Validation, ValidationData
 
 
@@ -91,21 +94,27 @@ class Run:
         """The last line of metrics."""
         self.validated: Validation | None = None
         """The last validation."""
+        self._trackers: list[Tracker] = []
 
     @property
     def path(self) -> Path:
         """The checkpoint."""
         return self.config.out
 
-    def open_files(self, saved: Checkpoint | None) -> MetricsFile:
-        """Lock and open the metrics file, which the caller closes; write the flags beside it."""
+    @contextlib.contextmanager
+    def files(self, saved: Checkpoint | None) -> Iterator[None]:
+        """Hold the metrics file, locked, and the trackers."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = MetricsFile(metrics_path(self.path), resume_step=0 if saved is None else saved.trainer["step"])
-        return self._file
+        step = 0 if saved is None else saved.trainer["step"]
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(contextlib.closing(MetricsFile(metrics_path(self.path), resume_step=step)))
+            for tracker in open_trackers(self.config, self.spec.name, self.plan.to_dict(), step):
+                self._trackers.append(stack.enter_context(contextlib.closing(tracker)))
+            yield
 
     def write_flags(self) -> None:
         """The flags of this run, beside its checkpoint."""
-        flags = {k: v for k, v in vars(self.config).items() if k not in ("resume", "overwrite", "json")}
+        flags = {k: v for k, v in vars(self.config).items() if k not in ("resume", "overwrite", "json", "dry_run")}
         self.path.with_suffix(".config.toml").write_text(to_toml(flags), encoding="utf-8")
 
     def statistics_sums(self) -> StatisticsSums:
@@ -192,7 +201,7 @@ class Run:
             "data_wait_fraction": min(1.0, waited / seconds),
         }
         window.clear()
-        self._file.write(line)
+        self._write(line)
         return line
 
     @property
@@ -207,7 +216,12 @@ class Run:
     def record(self, validated: Validation) -> None:
         """Keep and write the result of a validation."""
         self.validated = validated
-        self._file.write(self._progress() | validated.metrics())
+        self._write(self._progress() | validated.metrics())
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(line)
+        for tracker in self._trackers:
+            tracker.log(numbers_of(line, self.plan.layers), self.step)
 
     def save(self, *, finished: bool) -> dict[str, Any]:
         """Write the checkpoint; its `trainer` entry. It holds no times, so that equal runs give equal files."""
@@ -241,6 +255,7 @@ class Run:
             "d_model": store.meta.d_model,
             "layers": list(plan.layers),
             "model": store.meta.provenance.get("model"),
+            "dataset": store.meta.provenance.get("dataset"),
             "random_init": bool(store.meta.provenance.get("random_init")),
             "lens": store.meta.lens,
             "validation": {

@@ -1,0 +1,68 @@
+"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps that are made and thrown away.
+
+The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
+Not foreseen: AuxK, which costs nothing until latents die and then up to about half a step more; a slower disk later.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from store.console import human_bytes, human_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a training would take."""
+
+    runs: int
+    """Autoencoders trained at once."""
+
+    steps: int
+    """Batches of the stream."""
+
+    vectors: int
+    """Vectors of the stream, over all epochs."""
+
+    bytes_read: int
+    """Bytes of the store that are read, over all epochs."""
+
+    memory_bytes: int
+    """Memory on the training device."""
+
+    shuffle_bytes: int
+    """Memory for the shuffle, in the machine."""
+
+    checkpoint_bytes: int
+    """Disk for the finished checkpoints of all runs and their safetensors."""
+
+    interim_bytes: int
+    """Disk for a checkpoint on the way of each run, optimiser included, and the temporary file of one."""
+
+    measured_steps: int
+    """Steps that were timed."""
+
+    seconds_per_step: float
+    """Mean of these."""
+
+    seconds: float
+    """Time of all steps at that speed."""
+
+
+def describe(found: DryRun) -> str:
+    """In words."""
+    runs = "" if found.runs == 1 else f"{found.runs} autoencoders at once, "
+    return "\n".join(
+        [
+            f"{runs}{found.steps} steps, {found.vectors} vectors; {human_bytes(found.bytes_read)} of the store to read",
+            f"memory: {human_bytes(found.memory_bytes)} to train, {human_bytes(found.shuffle_bytes)} for the shuffle",
+            f"disk: {human_bytes(found.checkpoint_bytes)} in the end, {human_bytes(found.interim_bytes)} on the way",
+            f"time: about {human_seconds(found.seconds)} ({found.seconds_per_step:.3g} s a step, mean of "
+            f"{found.measured_steps}), AuxK not counted",
+            "nothing was written",
+        ]
+    )
+
+
+def as_json(found: DryRun) -> dict[str, Any]:
+    """Plain values."""
+    return asdict(found)
