@@ -1,0 +1,113 @@
+"""kill -9 at random moments: plain runs, sweeps and single-layer sets end with the bits of an undisturbed run.
+
+Each kind is trained once undisturbed. Then it is started with --resume, killed with SIGKILL at a random moment (while
+it starts, steps, validates or saves, at whatever run of the sweep it is), and started again, until it has been killed
+the wanted number of times; then it may finish. Checkpoints, safetensors and the metrics without their times are
+compared.
+
+    python benchmarks/bench_resume.py [--kills 20] [--json]
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.bench_sweep import make_store  # noqa: E402
+
+FLAGS = ["--n-latents=256", "--batch-size=128", "--threads=1", "--checkpoint-every=3", "--validate-every=7"]
+FLAGS += ["--log-every=4", "--window-gb=0.002", "--kernels=torch", "--steps=240"]
+KINDS = {"plain": [], "sweep": ["--sweep", "k=4,8", "lr=0.001,0.003"], "per-layer": ["--per-layer=total", "--k=4"]}
+TIMES = ("vectors_per_second", "data_wait_fraction")
+
+
+def start(store: Path, out: Path, *flags: str) -> subprocess.Popen[bytes]:
+    """One training process."""
+    command = [sys.executable, "-m", "train.cli", "--store", str(store), "--out", str(out), *FLAGS, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end, which must be a good one."""
+    _, error = process.communicate()
+    assert process.returncode == 0, error.decode()[-2000:]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What must be the same: bytes of checkpoints and safetensors, metrics without times."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".pt", ".safetensors"):
+            found[path.name] = path.read_bytes()
+        elif path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[path.name] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return found
+
+
+def trial(kind: str, store: Path, root: Path, kills: int, seed: int) -> dict[str, Any]:
+    """One kind of run, killed `kills` times."""
+    whole, broken = root / f"{kind}-whole", root / f"{kind}-broken"
+    finish(start(store, whole / "ckpt.pt", *KINDS[kind]))
+    moments, done, early = random.Random(seed), 0, 0
+    while done < kills:
+        process = start(store, broken / "ckpt.pt", "--resume", *KINDS[kind])
+        before = progress(broken)
+        # Sometimes at once, mostly after it has come further: a run that never saves would not get to the end.
+        while process.poll() is None and progress(broken) == before and moments.random() < 0.995:
+            time.sleep(0.01)
+        time.sleep(moments.expovariate(1 / 0.03))
+        if process.poll() is not None:
+            break  # it was done before the kill
+        process.kill()
+        process.communicate()
+        done += 1
+        early += progress(broken) == before
+    finish(start(store, broken / "ckpt.pt", "--resume", *KINDS[kind]))
+    a, b = contents(whole), contents(broken)
+    differing = [name for name in a if a[name] != b.get(name)]
+    return {"kills": done, "before_anything_new_was_saved": early, "files": len(a), "differing": differing}
+
+
+def progress(folder: Path) -> list[tuple[str, int]]:
+    """What has been saved, and when."""
+    return [(path.name, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.pt"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        make_store(root / "acts.zarr", 1500)
+        results = {kind: trial(kind, root / "acts.zarr", root, options.kills, options.seed) for kind in options.kinds}
+    print("kind        kills  of them before a new save  files compared  differing")
+    for kind, row in results.items():
+        print(
+            f"{kind:<10} {row['kills']:6} {row['before_anything_new_was_saved']:27} {row['files']:15} "
+            f"{len(row['differing']):10}"
+        )
+    if options.json:
+        print(json.dumps({"identical": all(not row["differing"] for row in results.values()), **results}))
+    if any(row["differing"] for row in results.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
