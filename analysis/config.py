@@ -66,6 +66,11 @@ class AnalyzeConfig:
     lens: str | None = None
     """Where the store's tuned lens is, if it came from a folder."""
 
+    save_latents: bool = False
+    """Keep the sparse codes inside the store (latents/KEY: Zarr arrays of values and indices), 8 * k bytes for each
+    vector. Later analyses of this autoencoder on this store take kept codes, without this flag too, and encode nothing
+    again."""
+
     seed: int = 0
     """Seed of the null models and of other draws."""
 

@@ -171,7 +171,7 @@ def code_tiles(
     """The codes of the needed tokens [tokens of the store] at `layers` (indices into the store's), encoded anew."""
     for token, x in tiles(store, layers, range(store.meta.n_shards), needed):
         vectors = encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1]))
-        codes = encoder.encode(vectors, len(layers))
+        codes = encoder.decode(encoder.encode(vectors), vectors, len(layers))
         yield CodeTile(token, codes.values.numpy(), codes.indices.numpy())
 
 

@@ -13,18 +13,21 @@ rows of one matrix.
 """
 
 import threading
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from store.activations import ActivationStore
 from store.errors import IncompatibleError
 from train.formats import read_checkpoint
+from train.kernels import SparseCodes
 from train.sae import MLSAE, Checkpoint, Standardized
 from train.screen import Screen
 
@@ -77,15 +80,33 @@ class Encoder:
         layer = torch.arange(n_layers).repeat(len(x) // n_layers) if n_layers else None
         return self._sae.standardize(x.to(self.dtype), layer)
 
-    def encode(self, standardized: Standardized, n_layers: int) -> Codes:
-        """Codes and reconstructions of the vectors of whole tokens, token by token, n_layers rows each."""
+    def encode(self, standardized: Standardized) -> SparseCodes:
+        """Codes of standardised vectors: values [N, k] >= 0, indices int64 [N, k]; 0 is padding."""
         if self._screen and bool(standardized.x.isfinite().all()):
-            codes = self._screen.topk_relu(standardized.x - self._sae.b_pre.detach(), self.config.k)
-        else:
-            codes = self._sae.encode_standardized(standardized.x, product_dtype=self._product_dtype)
+            return self._screen.topk_relu(standardized.x - self._sae.b_pre.detach(), self.config.k)
+        return self._sae.encode_standardized(standardized.x, product_dtype=self._product_dtype)
+
+    def decode(self, codes: SparseCodes, standardized: Standardized, n_layers: int) -> Codes:
+        """Codes of the vectors of whole tokens, token by token, n_layers rows each, with their reconstructions."""
         x_hat = self._sae.decode(codes, standardized.mean, standardized.std)
         shape = (-1, n_layers, codes.values.shape[-1])
         return Codes(codes.values.view(shape), codes.indices.view(shape), x_hat.view(-1, n_layers, x_hat.shape[-1]))
+
+    @property
+    def width(self) -> int:
+        """Places for a vector's active latents that are kept: where their number varies, four times the mean."""
+        k, n_latents = self.config.k, self.config.n_latents
+        return k if self.config.activation == "topk" else min(4 * k, n_latents)
+
+    def origin(self) -> dict[str, Any]:
+        """What codes depend on beside the vectors: a hash of configuration and weights, and the number formats."""
+        digest = xxhash.xxh3_128(repr(sorted(asdict(self.config).items())).encode())
+        for name, tensor in sorted(self._sae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        product = "float32" if self._product_dtype is None else "bfloat16"
+        dtype = self.numpy_dtype.name
+        return {"sae_hash": digest.hexdigest(), "dtype": dtype, "product": product if dtype == "float32" else dtype}
 
 
 def load_encoder(path: Path, dtype: str) -> Encoder:

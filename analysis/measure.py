@@ -20,13 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from analysis import pca
-from analysis.latents import CodeTile, load_encoder
+from analysis.latents import CodeTile, Encoder, load_encoder
 from analysis.moments import LayerMoments
 from analysis.nulls import NULLS
 from analysis.quality import GroupQuality, LayerQuality, sum_in_order
 from analysis.selection import Selection, Split, held_out_documents, select
 from store.activations import ActivationStore
+from store.codes import KeptCodes
 from store.errors import IncompatibleError, Interrupted, ResidscopeError
+from train.kernels import SparseCodes
+from train.sae import Standardized
 
 ANALYSED, VALIDATION = 0, 1
 """Subsets of `Sums.quality`."""
@@ -75,6 +78,9 @@ class Work:
     seed: int
     """Of the null models."""
 
+    save_latents: bool = False
+    """Whether to keep the codes of every shard that is encoded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
@@ -108,18 +114,28 @@ class Data(NamedTuple):
     shift: NDArray[np.float64]
     """[L, D] mean of each analysed layer over the store's kept tokens."""
 
+    kept: KeptCodes | None
+    """Codes that an earlier analysis kept, or that this one does."""
 
-def open_data(work: Work, n_latents: int) -> Data:
-    """The open store and the selection; a second call in this process gives the same ones."""
+
+def open_data(work: Work, encoder: Encoder) -> Data:
+    """The open store, the selection and the kept codes; a second call in this process gives the same ones."""
     with _opening:
-        return _open_data(work, n_latents)
+        return _open_data(work, encoder)
+
+
+def open_codes(work: Work, store: ActivationStore, encoder: Encoder) -> KeptCodes | None:
+    """The codes that are kept in the store; None where there are none and none are to be kept."""
+    layers = [store.meta.layers[i] for i in work.layers]
+    make = KeptCodes.create if work.save_latents else KeptCodes.open
+    return make(store, {**encoder.origin(), "layers": layers}, encoder.width)
 
 
 _opening = threading.Lock()
 
 
 @lru_cache(maxsize=2)
-def _open_data(work: Work, n_latents: int) -> Data:
+def _open_data(work: Work, encoder: Encoder) -> Data:
     store = ActivationStore.open(work.store)
     if store.content_hash != work.content_hash:
         raise IncompatibleError(
@@ -130,14 +146,17 @@ def _open_data(work: Work, n_latents: int) -> Data:
     if work.validation:
         split = dict(zip(("fraction", "seed", "n_documents"), work.validation, strict=True))
     held_out = held_out_documents(store.tokens, split, same_store=work.same_store)
-    selection = select(store.tokens, held_out, work.split, max_tokens=work.max_tokens, n_latents=n_latents)
-    return Data(store, selection, store.statistics().mean[list(work.layers)])
+    selection = select(
+        store.tokens, held_out, work.split, max_tokens=work.max_tokens, n_latents=encoder.config.n_latents
+    )
+    kept = open_codes(work, store, encoder)
+    return Data(store, selection, store.statistics().mean[list(work.layers)], kept)
 
 
 def measure(work: Work, shards: Sequence[int]) -> Sums:
     """The sums over these shards' tokens."""
     encoder = load_encoder(Path(work.sae), work.dtype)
-    store, selection, mean = open_data(work, encoder.config.n_latents)
+    store, selection, mean, kept = open_data(work, encoder)
     n_layers, d_model = mean.shape
     shift = mean.astype(encoder.numpy_dtype)
     groups = np.unique(np.concatenate([selection.group[slice(*store.meta.shard_bounds(s))] for s in shards]))
@@ -151,6 +170,7 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
         nulls={name: LayerMoments.zeros(layers, n_latents) for name in NULLS} if work.nulls else {},
     )
     needed = selection.needed if work.baseline else selection.analysed | selection.validation
+    coder = _Coder(work, encoder, store, kept)
     for token, x in tiles(store, work.layers, shards, needed):
         vectors = encoder.standardize(torch.from_numpy(x).view(-1, d_model))
         if sums.gram is not None:
@@ -163,7 +183,7 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
             chosen = torch.from_numpy(np.repeat(rows, n_layers))
             vectors = type(vectors)(*(part[chosen] for part in vectors))
             x, member, token = x[rows], member[:, rows], token[rows]
-        codes = encoder.encode(vectors, n_layers)
+        codes = encoder.decode(coder.codes(token, vectors), vectors, n_layers)
         values, indices = codes.values.numpy(), codes.indices.numpy()
         per_token = sums.quality.add(x.astype(shift.dtype, copy=False), codes.x_hat.numpy(), values, shift, member)
         analysed = member[ANALYSED]
@@ -183,17 +203,58 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
 def code_tiles(work: Work, shards: Sequence[int], needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
     """Codes of the tokens `needed` [tokens of the store] that lie in these shards, a tile at a time, in order."""
     encoder = load_encoder(Path(work.sae), work.dtype)
-    store = open_data(work, encoder.config.n_latents).store
+    store, _, _, kept = open_data(work, encoder)
+    coder = _Coder(work, encoder, store, kept)
     for token, x in tiles(store, work.layers, shards, needed):
-        codes = encoder.encode(encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1])), x.shape[1])
-        yield CodeTile(token, codes.values.numpy(), codes.indices.numpy())
+        values, indices = coder.codes(token, encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1])))
+        shape = (len(token), len(work.layers), -1)
+        yield CodeTile(token, values.view(shape).numpy(), indices.view(shape).numpy())
+
+
+class _Coder:
+    """Codes of tiles: kept ones where they are there, else encoded, and then kept if that was asked for."""
+
+    def __init__(self, work: Work, encoder: Encoder, store: ActivationStore, kept: KeptCodes | None) -> None:
+        self._work, self._encoder, self._store, self._kept = work, encoder, store, kept
+        self._shard, self._codes = -1, None  # the shard of the last tile, and its kept codes
+
+    def codes(self, token: NDArray[np.int64], vectors: Standardized) -> SparseCodes:
+        """Codes of the tokens [T], whose standardised vectors are given, all of one shard."""
+        if self._kept is not None:
+            shard = int(token[0]) // self._store.meta.shard_tokens
+            if shard != self._shard:
+                self._shard, self._codes = shard, self._of_shard(self._kept, shard)
+            if self._codes is not None:
+                rows = token - shard * self._store.meta.shard_tokens
+                values, indices = (torch.from_numpy(part[rows]).flatten(0, 1) for part in self._codes)
+                return SparseCodes(values, indices)
+        return self._encoder.encode(vectors)
+
+    def _of_shard(self, kept: KeptCodes, shard: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        found = kept.read(shard)
+        if found is None and self._work.save_latents:
+            start, stop = self._store.meta.shard_bounds(shard)
+            parts = []
+            for token, x in tiles(self._store, self._work.layers, [shard], self._store.tokens.keep):
+                codes = self._encoder.encode(self._encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1])))
+                parts.append((token, codes))
+            width = max(codes.values.shape[1] for _, codes in parts)
+            shape = (stop - start, len(self._work.layers), width)
+            values, indices = np.zeros(shape, self._encoder.numpy_dtype), np.zeros(shape, np.int64)
+            for token, codes in parts:
+                own = (len(token), shape[1], -1)
+                values[token - start, :, : codes.values.shape[1]] = codes.values.view(own).numpy()
+                indices[token - start, :, : codes.values.shape[1]] = codes.indices.view(own).numpy()
+            kept.write(shard, values, indices)
+            found = values, indices
+        return found
 
 
 def pca_error(work: Work, components: pca.Components, shards: Sequence[int]) -> NDArray[np.float64]:
     """[L] summed squared error, in raw space, of the baseline's reconstructions of the validation tokens in these
     shards."""
     encoder = load_encoder(Path(work.sae), work.dtype)
-    store, selection, means = open_data(work, encoder.config.n_latents)
+    store, selection, means, _ = open_data(work, encoder)
     n_layers, d_model = means.shape
     mean = torch.from_numpy(components.mean).to(encoder.dtype)
     directions = torch.from_numpy(components.directions).to(encoder.dtype)  # [k, D]

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from analysis import jobs, pca, tables, with_model
 from analysis.config import AnalyzeConfig
-from analysis.latents import doubts, layers_of_store
-from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, pca_error
+from analysis.latents import doubts, layers_of_store, load_encoder
+from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, open_codes, pca_error
 from analysis.moments import latent_table
 from analysis.parts import Context, Part
 from analysis.quality import ratio
@@ -31,7 +31,7 @@ from analysis.summary import Baseline, Findings, build
 from analysis.uncertainty import persistence_intervals, reconstruction_intervals, variance_intervals
 from analysis.words import words
 from store.activations import ActivationStore
-from store.errors import UsageError
+from store.errors import ResidscopeError, UsageError
 from store.options import to_toml
 from train.formats import read_sae
 from train.sae import Checkpoint
@@ -81,7 +81,10 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         baseline=config.pca and bool(selection.fit.any()),
         nulls=config.nulls,
         seed=config.seed,
+        save_latents=config.save_latents,
     )
+    if config.save_latents:
+        _make_codes(work, store)
     needed = selection.needed if work.baseline else selection.analysed | selection.validation
     shards = _shards_with(store, needed)
     with jobs.open_pool(config.scheduler, config.n_workers, len(shards)) as pool:
@@ -163,6 +166,17 @@ def _ours() -> set[str]:
     """Names of all files that an analysis may write."""
     always = {*_DRAWN, CONFIG, LATENT_LOGITS, LATENTS, LAYERS, REDUNDANCY, SUMMARY}
     return always | {name for part in PARTS for name in part.files}
+
+
+def _make_codes(work: Work, store: ActivationStore) -> None:
+    """Make the arrays for codes before any task asks for them, so that a store that cannot be written is said at
+    once."""
+    try:
+        open_codes(work, store, load_encoder(Path(work.sae), work.dtype))
+    except OSError as error:
+        raise ResidscopeError(
+            f"--save-latents: {store.path} cannot be written ({error.strerror}): leave the flag out, or copy the store"
+        ) from None
 
 
 def _shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:

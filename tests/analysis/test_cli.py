@@ -165,6 +165,7 @@ def test_numbers_below_one(small, tmp_path, capsys, flag):
 
 
 def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
+    from analysis.latents import load_encoder
     from analysis.measure import Work, open_data
     from store.errors import IncompatibleError
 
@@ -184,4 +185,4 @@ def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
         seed=0,
     )
     with pytest.raises(IncompatibleError, match="expected of another store"):
-        open_data(work, 24)
+        open_data(work, load_encoder(small.sae, "float32"))

@@ -1,0 +1,120 @@
+"""Codes kept in the store: later analyses give the same numbers without encoding, and nothing wrong is ever taken."""
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from analysis import latents
+from analysis.config import AnalyzeConfig
+from analysis.latents import load_encoder
+from analysis.run import analyze
+from store.activations import ActivationStore
+from store.codes import KeptCodes
+from store.verify import verify
+from tests.analysis.small import LAYERS, make_small
+from train.sae import MLSAE
+
+
+def run(small, out, **options):
+    config = {"report": False, "dtype": "float64", **options}
+    summary = analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=out, **config))
+    return {name: summary[name] for name in ("variance", "persistence", "nulls", "layers", "validation", "baseline")}
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("encoded")
+
+    return lambda: monkeypatch.setattr(latents.Encoder, "encode", refuse)
+
+
+def chunks(small):
+    return sorted(path for path in (small.store / "latents").rglob("c.*"))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_later_analyses_of_any_split_give_the_same_numbers_and_encode_nothing(tmp_path, dtype, no_encoding):
+    small = make_small(tmp_path)
+    plain = run(small, tmp_path / "a", dtype=dtype)
+    content_hash = ActivationStore.open(small.store).content_hash
+    saved = run(small, tmp_path / "b", dtype=dtype, save_latents=True)
+    assert saved == plain
+    validation = run(small, tmp_path / "c", dtype=dtype, split="validation")
+    no_encoding()
+    assert run(small, tmp_path / "d", dtype=dtype) == plain
+    assert run(small, tmp_path / "e", dtype=dtype, split="validation") == validation
+    assert ActivationStore.open(small.store).content_hash == content_hash
+    assert verify(small.store) == []
+
+
+def test_zarr_reads_them_and_they_are_the_codes(tmp_path):
+    small = make_small(tmp_path)
+    run(small, tmp_path / "a", save_latents=True)
+    group = next(zarr.open_group(small.store, mode="r")["latents"].groups())[1]
+    encoder = load_encoder(small.sae, "float64")
+    x = torch.from_numpy(small.x[small.keep]).view(-1, small.x.shape[-1])
+    expected = encoder.encode(encoder.standardize(x))
+    shape = (-1, len(LAYERS), 3)
+    np.testing.assert_allclose(group["values"][:][small.keep], expected.values.view(shape), rtol=1e-12)
+    np.testing.assert_array_equal(group["indices"][:][small.keep], expected.indices.view(shape))
+    assert not group["values"][:][~small.keep].any()
+    assert group.attrs["layers"] == list(LAYERS)
+    assert group.attrs["content_hash"] == ActivationStore.open(small.store).content_hash
+
+
+def test_what_is_missing_or_damaged_is_encoded_anew(tmp_path):
+    small = make_small(tmp_path)
+    plain = run(small, tmp_path / "a", save_latents=True)
+    files = chunks(small)
+    before = [path.read_bytes() for path in files]
+    files[0].unlink()
+    files[-1].write_bytes(before[-1][:-10] + b"x" + before[-1][-9:])
+    files[1].write_bytes(before[1][:50])
+    assert run(small, tmp_path / "b") == plain
+    assert run(small, tmp_path / "c", save_latents=True) == plain
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_those_of_another_autoencoder_type_or_store_are_not_taken(tmp_path, no_encoding):
+    small = make_small(tmp_path / "a")
+    run(small, tmp_path / "out", save_latents=True)
+    store = ActivationStore.open(small.store)
+    encoder = load_encoder(small.sae, "float64")
+    origin = {**encoder.origin(), "layers": list(LAYERS)}
+    assert KeptCodes.open(store, origin, 3) is not None
+    other = MLSAE(small.weights.config)
+    other.initialize(2)
+    assert KeptCodes.open(store, {**origin, **latents.Encoder(other, "float64").origin()}, 3) is None
+    assert KeptCodes.open(store, {**origin, "layers": [2, 3]}, 3) is None
+    assert KeptCodes.open(store, {**load_encoder(small.sae, "float32").origin(), "layers": list(LAYERS)}, 3) is None
+    # A folder that was copied from another store: its name fits nothing here, and if it did, its attributes do not.
+    elsewhere = make_small(tmp_path / "b", n_tokens=310)
+    kept = KeptCodes.create(ActivationStore.open(elsewhere.store), origin, 3).folder
+    (kept / "zarr.json").write_bytes((next((small.store / "latents").glob("*/zarr.json"))).read_bytes())
+    assert KeptCodes.open(ActivationStore.open(elsewhere.store), origin, 3) is None
+    run(elsewhere, tmp_path / "out", save_latents=True)
+    no_encoding()
+    run(elsewhere, tmp_path / "out")
+
+
+def test_codes_of_any_width_come_back_and_too_many_are_not_kept(tmp_path):
+    store = ActivationStore.open(make_small(tmp_path).store)
+    kept = KeptCodes.create(store, {"layers": list(LAYERS), "dtype": "float32"}, 3)
+    rng = np.random.default_rng(0)
+    values = rng.gamma(1.0, size=(48, 4, 6)).astype(np.float32) * (np.arange(6) % 2)  # three of six are padding
+    indices = rng.permuted(np.broadcast_to(np.arange(24), (48, 4, 24)), axis=-1)[..., :6]
+    assert kept.write(0, values, indices)
+    assert kept.write(1, values[..., 1:2], indices[..., 1:2])
+    found = kept.read(0)
+    assert found is not None
+    np.testing.assert_array_equal(found[0], values[..., 1::2])
+    np.testing.assert_array_equal(found[1], indices[..., 1::2])
+    narrow = kept.read(1)
+    assert narrow is not None
+    np.testing.assert_array_equal(narrow[0], np.pad(values[..., 1:2], ((0, 0), (0, 0), (0, 2))))
+    values[7, 2, 0] = 1.0
+    assert not kept.write(2, values, indices)
+    assert kept.read(2) is None
+    assert not kept.has(2)
