@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from analysis.resume import Before, block_output, can_skip, last_output
 from analysis.sequences import Batch, sequence_batches
-from analysis.transformer import check_logits, check_model
 from analysis.uncertainty import Interval, jackknife_intervals, leave_one_out
+from harvest.checks import check_logits, check_model
 from harvest.lens import TunedLens
 from harvest.models import LoadedModel
 from store.activations import ActivationStore

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("train.cli", "train a multi-layer sparse autoencoder on a store"),
     "compare": ("train.compare_cli", "autoencoders and PCA side by side on held-out tokens, FVU by layer"),
     "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
+    "fit-lens": ("harvest.fit_cli", "fit a tuned lens: a map per layer into the last layer's basis"),
     "convert": ("train.convert_cli", "read and write autoencoders in the formats of other tools"),
     "demo": ("analysis.demo", "all three on a small model, start to end"),
 }

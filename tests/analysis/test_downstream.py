@@ -25,7 +25,8 @@ from analysis.downstream import (
 from analysis.downstream_summary import BOUNDED, NAMES
 from analysis.resume import can_skip
 from analysis.sequences import sequence_batches, sequence_bounds
-from analysis.transformer import check_logits, lens_of_store, model_of_store
+from analysis.transformer import lens_of_store, model_of_store
+from harvest.checks import check_logits
 from harvest.lens import TunedLens
 from store.arrays import TokenTable
 from store.errors import IncompatibleError, ResidscopeError, UsageError
