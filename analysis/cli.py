@@ -11,6 +11,7 @@ DESCRIPTION = """Measure how the latents of a multi-layer sparse autoencoder spr
 reconstructs each.
 
   analyze --store acts.zarr --sae ckpt.pt
+  analyze --store acts.zarr --sae ckpt.pt --prompt "When Mary and John went to the store"
   analyze --compare A.analysis B.analysis --out comparison    (analyses side by side; --help after it says more)
 """
 
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
+        if config.prompt:
+            from analysis.prompt_run import analyze_prompts
+
+            analyze_prompts(config)
+            return 0
         from analysis.run import analyze
 
         analyze(config)

@@ -71,6 +71,17 @@ class AnalyzeConfig:
     vector. Later analyses of this autoencoder on this store take kept codes, without this flag too, and encode nothing
     again."""
 
+    prompt: tuple[str, ...] = ()
+    """Texts to look at through the autoencoder: adds to the report which latents are active at which token and layer.
+    An analysis of the same store and autoencoder that is in the output folder is kept."""
+
+    ablate: tuple[str, ...] = ()
+    """With --prompt: take a latent out, LATENT or LATENT:LAYER, and tell how the next token changes. Without a layer:
+    where it is strongest. By default the strongest latents of the prompt, one at a time."""
+
+    steer: tuple[str, ...] = ()
+    """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation."""
+
     seed: int = 0
     """Seed of the null models and of other draws."""
 
@@ -97,6 +108,8 @@ class AnalyzeConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"--{name.replace('_', '-')} should not be negative, found {value}")
+        if (self.ablate or self.steer) and not self.prompt:
+            raise UsageError("--ablate and --steer change what the model makes of a text: give one with --prompt")
         if not 0 <= self.redundancy_cosine < 1:
             raise UsageError(f"--redundancy-cosine should be at least 0 and below 1, found {self.redundancy_cosine}")
         if self.scheduler not in ("threads", "processes") and ":" not in self.scheduler:

@@ -232,14 +232,14 @@ def _measure(
         before = block_output(model, batch.input_ids, layer, before if skip else None)
         replaced = []
         for condition in conditions:
-            output = _changed(before.output, lambda x, c=condition, n=layer: c(x, n), kept)
+            output = with_residual(before.output, lambda x, c=condition, n=layer: c(x, n), kept)
             replaced.append(last_output(model, batch.input_ids, Before(layer, output), skip=skip)[counted])
         true_ce[:], ce[i], kl[i] = compare(known, replaced, target)
         bar.update()
     return _Losses(true_ce, ce, kl)
 
 
-def _changed(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor) -> Any:
+def with_residual(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor) -> Any:
     """A block's output with its residual stream [B, N, D] replaced where `kept` [B, N]; the given one stays."""
     residual = output[0] if isinstance(output, tuple) else output
     changed = residual.clone()

@@ -164,6 +164,15 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
     return tuple(meta.layers.index(layer) for layer in layers)
 
 
+def weights_hash(sae: MLSAE) -> str:
+    """A hash of an autoencoder's weights: the same for the same autoencoder, whatever its file."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def doubts(checkpoint: Checkpoint, store: ActivationStore) -> list[str]:
     """Where checkpoint and store may not fit, and the checkpoint records too little to tell: sentences for the user."""
     trained = checkpoint.store

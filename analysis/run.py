@@ -164,7 +164,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
 
 def _ours() -> set[str]:
     """Names of all files that an analysis may write."""
-    always = {*_DRAWN, CONFIG, LATENT_LOGITS, LATENTS, LAYERS, REDUNDANCY, SUMMARY}
+    of_prompts = {"prompt.json", "prompt.parquet"}  # `analysis.prompt_run` adds them to an analysis
+    always = {*of_prompts, *_DRAWN, CONFIG, LATENT_LOGITS, LATENTS, LAYERS, REDUNDANCY, SUMMARY}
     return always | {name for part in PARTS for name in part.files}
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from analysis.config import AnalyzeConfig
 from analysis.downstream_summary import layer_columns
+from analysis.latents import weights_hash
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LatentTable, LayerMoments, mlsae_compat, variances
 from analysis.nulls import null_numbers
 from analysis.persistence import PAIR_WEIGHTINGS, distributions, persistence_numbers
@@ -235,6 +236,7 @@ def _provenance(found: Findings) -> dict[str, Any]:
         },
         "sae": {
             "name": config.sae.name,
+            "hash": weights_hash(checkpoint.sae),
             "n_latents": sae.n_latents,
             "k": sae.k,
             "d_model": sae.d_model,
