@@ -20,6 +20,7 @@ import numpy as np
 
 from analysis.figures import write_figures
 from analysis.report_data import Results, load_results
+from analysis.report_prompt import prompt_data
 from analysis.report_sections import SECTIONS, page_header
 from analysis.report_template import fill, page_file
 
@@ -40,19 +41,20 @@ def write_report(out_dir: Path) -> Path:
 def render_report(results: Results) -> str:
     """The whole page as text; the same text for the same results."""
     sections = [section(results) for section in SECTIONS]
-    script = page_file("report.js")
+    script = page_file("report.js") + page_file("prompt.js")
+    blocks = [pack_arrays(name, arrays, **extra) for name, arrays, extra in prompt_data(results)]
     model = results.get("provenance", "store", "model") or "unnamed model"
     return fill(
         "report.html",
         title=escape(f"{model}: how its latents spread over layers"),
-        css=page_file("report.css"),
+        css=page_file("report.css") + page_file("prompt.css"),
         header=page_header(results),
         nav="".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in sections),
         sections="\n".join(
             f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>' for anchor, title, body in sections
         ),
         version=escape(str(results.get("provenance", "analysis", "versions", "residscope") or "")),
-        data=latent_data(results),
+        data="".join([latent_data(results), *blocks]),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

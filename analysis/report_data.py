@@ -13,11 +13,14 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from store.errors import IncompatibleError, ResidscopeError
+
+if TYPE_CHECKING:
+    from analysis.report_prompt import Prompts
 
 SCHEMA_VERSION = 1
 EN_DASH = "\N{EN DASH}"
@@ -66,6 +69,9 @@ class Results:
 
     kinds: np.ndarray = field(default_factory=lambda: np.empty(0, object))
     """Kind of each live latent's profile, [J]; empty where the file has none."""
+
+    prompts: "Prompts | None" = None
+    """What `analyze --prompt` added; None if nothing."""
 
     pairs: list[dict[str, Any]] = field(default_factory=list)
     """The foremost near-parallel pairs of latents, at most `MAX_PAIRS`, as in redundancy.parquet."""
@@ -128,6 +134,8 @@ def load_results(out_dir: Path) -> Results:
     """
     import pyarrow.parquet as pq
 
+    from analysis.report_prompt import load_prompts
+
     for name in ("summary.json", "layers.parquet", "latents.parquet"):
         if not (out_dir / name).is_file():
             raise ResidscopeError(f"{out_dir} holds no {name}: the report is made from what `analyze --out` writes")
@@ -157,6 +165,7 @@ def load_results(out_dir: Path) -> Results:
         counts=matrix("counts"),
         probs=matrix("probs"),
         kinds=np.array(latents["profile"].to_pylist(), object)[live] if has_kinds else np.empty(0, object),
+        prompts=load_prompts(out_dir),
         pairs=pq.read_table(pairs).slice(0, MAX_PAIRS).to_pylist() if pairs.is_file() else [],
     )
 

@@ -32,6 +32,7 @@ from analysis.report_data import (
     why_no_ratio,
 )
 from analysis.report_downstream import downstream_section
+from analysis.report_prompt import prompt_section
 from analysis.report_structure import kinds_section, nulls_section, persistence_section, redundancy_section
 from analysis.report_template import Section, fill, page_file
 
@@ -269,6 +270,7 @@ SECTIONS: Sequence[Callable[[Results], Section]] = (
     _reconstruction_section,
     downstream_section,
     _latents_section,
+    prompt_section,
     _provenance_section,
     _method_section,
 )

@@ -20,6 +20,7 @@ from tests.analysis.harvested import Harvested, make_checkpoint, make_harvested
 from tests.support.models import ARCHITECTURES, N_LAYERS
 from train.sae import MLSAE
 
+DOCS = Path(__file__).parent.parent.parent / "docs"
 TEXT = "mary and john"
 
 
@@ -244,6 +245,11 @@ def test_the_command_adds_prompts_to_an_analysis_and_keeps_it(
         assert rows[name].tolist() == getattr(expected, name).tolist()
     np.testing.assert_allclose(rows["activation"], expected.activation, rtol=1e-5)
     assert set(rows["token"]) == set(TEXT)
+    docs = (DOCS / "outputs.md").read_text(encoding="utf-8").split("## `analyze --prompt")[1].split("\n## ")[0]
+    effect = first["interventions"][0]
+    changes = [*effect["increased"], *effect["decreased"]][0]
+    for name in (*table.columns, *content, *first, *first["tokens"][0], *first["latents"][0], *effect, *changes):
+        assert name in docs, name
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 'id="prompt"' in report
     summary = (tmp_path / "summary.json").stat()

@@ -117,7 +117,7 @@ def test_every_section_is_there_and_linked(html: str) -> None:
     page = Page(html)
     anchors = [a["id"] for tag, a in page.attributes if tag == "section"]
     structure = ["persistence", "nulls", "kinds", "redundancy"]
-    last = ["latents", "provenance", "method"]
+    last = ["latents", "prompt", "provenance", "method"]
     assert anchors == ["variance", "layers", *structure, "reconstruction", "downstream", *last]
     assert len(anchors) == len(SECTIONS)
     links = {a["href"] for tag, a in page.attributes if tag == "a"}
@@ -304,6 +304,6 @@ def test_a_large_dictionary_stays_small(tmp_path: Path) -> None:
 def test_the_page_files_travel_with_the_package() -> None:
     names = {item.name for item in files("analysis").joinpath("report_page").iterdir()}
     modules = sorted(Path(str(files("analysis"))).glob("report*.py"))
-    used = {name for path in modules for name in re.findall(r'"([a-z]+\.(?:html|css|js))"', path.read_text())}
+    used = {name for path in modules for name in re.findall(r'"([a-z_]+\.(?:html|css|js))"', path.read_text())}
     assert used - {"report.html"} <= names
     assert names == used | {"report.html"}
