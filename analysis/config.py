@@ -96,6 +96,9 @@ class AnalyzeConfig:
     """Threads or processes that work at once. By default one per core; with a scheduler's address its workers count
     instead."""
 
+    performance_report: Path | None = None
+    """HTML file for Dask's account of which task ran where and when; needs the `dashboard` extra."""
+
     json: bool = False
     """Print summary.json on stdout, as one line, and the words on stderr."""
 

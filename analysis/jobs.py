@@ -14,8 +14,10 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -25,7 +27,7 @@ from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
 from analysis.measure import keep_going, stop_tasks
-from store.errors import Interrupted, ResidscopeError
+from store.errors import Interrupted, ResidscopeError, UsageError
 
 MAX_TASKS = 256
 """Groups of shards that a store is cut into at most: enough for many workers, few enough that merging costs nothing."""
@@ -138,13 +140,34 @@ def _named(shards: Sequence[int]) -> str:
 
 
 @contextmanager
-def open_pool(scheduler: str, n_workers: int | None, n_tasks: int) -> Iterator[Pool]:
-    """The pool that `--scheduler` names: threads, processes, or the address of a Dask scheduler."""
+def open_pool(scheduler: str, n_workers: int | None, n_tasks: int, report: Path | None = None) -> Iterator[Pool]:
+    """The pool that `--scheduler` names: threads, processes, or the address of a Dask scheduler.
+
+    report: where to write Dask's own page of what ran when, once all is done.
+    """
+    if report is not None and find_spec("bokeh") is None:
+        raise UsageError("--performance-report needs bokeh: pip install 'residscope[dashboard]', or leave it out")
     if scheduler == "threads":
-        yield Threads(n_workers or min(n_cores(), n_tasks))
+        with _profile(report) if report else nullcontext():
+            yield Threads(n_workers or min(n_cores(), n_tasks))
     else:
-        with _cluster(scheduler, n_workers or n_cores()) as pool:
+        from distributed import performance_report
+
+        with (
+            _cluster(scheduler, n_workers or n_cores()) as pool,
+            performance_report(filename=str(report)) if report else nullcontext(),
+        ):
             yield pool
+
+
+@contextmanager
+def _profile(report: Path) -> Iterator[None]:
+    """Tasks, processor and memory of this process's threads, drawn to `report`."""
+    from dask.diagnostics import Profiler, ResourceProfiler, visualize
+
+    with Profiler() as tasks, ResourceProfiler(dt=0.25) as resources:
+        yield
+    visualize([tasks, resources], filename=str(report), show=False, save=True)
 
 
 def n_cores() -> int:

@@ -87,7 +87,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         _make_codes(work, store)
     needed = selection.needed if work.baseline else selection.analysed | selection.validation
     shards = _shards_with(store, needed)
-    with jobs.open_pool(config.scheduler, config.n_workers, len(shards)) as pool:
+    with jobs.open_pool(config.scheduler, config.n_workers, len(shards), config.performance_report) as pool:
         sums = jobs.run(_shard_sum("encode", measure, (work,), Sums.merged, store, needed), pool)
         baseline = None
         if sums.gram is not None:
