@@ -30,7 +30,7 @@ class WeightAverage:
         rate = (1 - self._decay) / (1 - self._decay**step)
         for name, mean in self.sae.state_dict().items():
             value = getattr(live, name)
-            if name in TRAINED:
+            if name in TRAINED and step > 1:  # the first may follow upon infinities, which are not to be mixed in
                 mean.lerp_(value, rate)
             else:
                 mean.copy_(value)

@@ -49,7 +49,7 @@ def tiles(
     dtype = product_dtype or W_enc.dtype
     product, z_dtype = times(W_enc, dtype), result_dtype(dtype)
     bias = None if b_enc is None else b_enc.to(z_dtype)
-    rows = min(n, max(1, tile_bytes // (m * z_dtype.itemsize)))
+    rows = max(1, min(n, tile_bytes // (m * z_dtype.itemsize)))
     memory = torch.empty(rows, m, dtype=z_dtype, device=inputs.device)  # one for all: fresh memory costs page faults
     for start in range(0, n, rows):
         part = slice(start, start + rows)

@@ -12,6 +12,10 @@ from train.kernels import Kernels
 from train.sae import MLSAE
 from train.weights import TRAINED, Weights
 
+THRESHOLD_LR_FACTOR = 10
+"""log_threshold's learning rate over the others'. Adam moves each number by about the rate: a pre-activation sums
+d_model such moves, and a threshold that took one would come too late in runs of some thousand steps."""
+
 
 class SphereAdam:
     """Adam for an autoencoder's trained tensors; W_dec's rows stay on the unit sphere."""
@@ -36,7 +40,8 @@ class SphereAdam:
         for name, weight in _trained(self.weights).items():
             grad, m, v = (getattr(tensors, name) for tensors in (gradients, self.exp_avg, self.exp_avg_sq))
             rows = [t.view(-1, t.shape[-1]) for t in (weight, grad, m, v)]  # b_pre [D] as one row
-            self._kernels.adam_rows(*rows, lr=lr, step=step, unit_rows=name == "W_dec", grad_scale=scale)
+            rate = lr * THRESHOLD_LR_FACTOR if name == "log_threshold" else lr
+            self._kernels.adam_rows(*rows, lr=rate, step=step, unit_rows=name == "W_dec", grad_scale=scale)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The moments by parameter, for a checkpoint."""

@@ -194,7 +194,7 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
             f"k is {max(config.k, config.k_start or 0)}, but there are only {n_latents} latents: lower k, or raise the "
             "expansion factor"
         )
-    return RunPlan(
+    plan = RunPlan(
         d_model=meta.d_model,
         n_latents=n_latents,
         k=config.k,
@@ -233,6 +233,8 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay,
     )
+    assert plan.sae_config.k == plan.k  # making it refuses what cannot be
+    return plan
 
 
 def _sparsity_coef(config: TrainConfig) -> float:

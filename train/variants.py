@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from train.encode import encode_above, encode_batch, encode_tiled
+from train.encode import BatchCodes, encode_above, encode_batch, encode_tiled
 from train.kernels import SparseCodes
 from train.passes import Block, MainPass, PassInputs, Sparsity, dense_pass, nested_pass, sparse_pass
 from train.sae_config import SAEConfig
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 THRESHOLD_RATE = 0.05
 """Share of a batch's smallest kept activation in the running mean that becomes the threshold of inference: the mean
 over about the last twenty batches, so that it belongs to the weights that are saved."""
-
-INITIAL_THRESHOLD = 0.5
-"""Of every latent of a JumpReLU autoencoder, in standard deviations of a pre-activation at the start."""
 
 MULTI_TOPK = (4, 1 / 8)
 """Gao et al. 2024, appendix D: the loss of four times as many latents counts an eighth."""
@@ -99,7 +96,7 @@ class BatchTopK(Variant):
         return encode_above(inputs, weights.W_enc, weights.threshold, b_enc=weights.b_enc, **product)
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
-        return sparse_pass(_batch_codes(given, options.k), given)
+        return sparse_pass(_measured_codes(given, options.k), given)
 
 
 @final
@@ -114,7 +111,7 @@ class Matryoshka(Variant):
         return encode_above(inputs, weights.W_enc, weights.threshold, b_enc=weights.b_enc, **product)
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
-        codes = _batch_codes(given, options.k)
+        codes = _measured_codes(given, options.k)
         prefixes = self.config.prefixes
         group = torch.bucketize(codes.indices, torch.tensor(prefixes, device=codes.indices.device), right=True)
         blocks = [Block(_only(codes, group == b), 1.0) for b in range(len(prefixes))]
@@ -123,16 +120,26 @@ class Matryoshka(Variant):
 
 @final
 class JumpReLU(Variant):
-    """All above the latent's own threshold, which is trained by a rectangle kernel."""
+    """All above the latent's own threshold, which is trained by a rectangle kernel.
+
+    The first batch gives the thresholds their start, the same for all: that of BatchTopK with the same k. A start far
+    from it would be felt for long, because a threshold is one number with Adam's small steps, where a pre-activation is
+    moved by d_model weights at once.
+    """
 
     def extra_state(self) -> Mapping[str, Tensor]:
-        return {"log_threshold": torch.full((self.config.n_latents,), INITIAL_THRESHOLD).log()}
+        return {"log_threshold": torch.full((self.config.n_latents,), -torch.inf)}  # threshold 0: not measured yet
 
     def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
         assert weights.log_threshold is not None
         return encode_above(inputs, weights.W_enc, weights.log_threshold.exp(), b_enc=weights.b_enc, **product)
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+        log_threshold = given.weights.log_threshold
+        assert log_threshold is not None
+        if bool((log_threshold == -torch.inf).all()):
+            smallest = _batch_codes(given, options.k).smallest
+            log_threshold.copy_(torch.zeros(()) if smallest is None else smallest.log())
         kind = "target" if options.sparsity_loss == "target" else "l0"
         return dense_pass(given, _sparsity(options, kind))
 
@@ -170,12 +177,16 @@ def _product(given: PassInputs) -> dict[str, Any]:
     return {"product_dtype": given.product_dtype, "tile_bytes": given.tile_bytes}
 
 
-def _batch_codes(given: PassInputs, k: int) -> SparseCodes:
-    """BatchTopK's codes of a training batch; moves the threshold of inference."""
-    weights = given.weights
+def _batch_codes(given: PassInputs, k: int) -> BatchCodes:
+    """BatchTopK's codes of a training batch."""
     count = k * len(given.inputs)
-    codes, smallest = encode_batch(given.inputs, weights.W_enc, count, b_enc=weights.b_enc, **_product(given))
-    threshold = weights.threshold
+    return encode_batch(given.inputs, given.weights.W_enc, count, b_enc=given.weights.b_enc, **_product(given))
+
+
+def _measured_codes(given: PassInputs, k: int) -> SparseCodes:
+    """The same; moves the threshold of inference."""
+    codes, smallest = _batch_codes(given, k)
+    threshold = given.weights.threshold
     if threshold is not None and smallest is not None:
         first = threshold == 0  # nothing measured yet
         threshold.copy_(torch.where(first, smallest, threshold.lerp(smallest, THRESHOLD_RATE)))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from store.errors import IncompatibleError
-from train.kernels import TORCH
-from train.optimizer import SphereAdam, learning_rate, scaling_law_lr
+from train.kernels import TORCH, choose_kernels
+from train.optimizer import SphereAdam, gradient_norm, learning_rate, scaling_law_lr
 from train.sae import MLSAE, SAEConfig
 from train.weights import TRAINED, Weights
 
@@ -74,3 +74,33 @@ def test_state_of_another_shape_is_refused() -> None:
     state["exp_avg"]["W_dec"] = torch.zeros(3, 3)
     with pytest.raises(IncompatibleError, match=r"exp_avg\.W_dec: expected \[6, 4\], found \[3, 3\]"):
         make_optimizer().load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["torch", "numba"])
+def test_clipping_scales_all_gradients_by_their_norm_together(name: str) -> None:
+    """By the norm of what Adam sees: W_dec's component along its own rows is out of it."""
+    kernels = choose_kernels(torch.empty(0), name)
+    ends = []
+    for clip, scale in ((None, None), (0.7, "by hand"), (1e9, None)):
+        sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2, encoder_bias=True))
+        sae.initialize(0)
+        gradients = random_gradients(3)._replace(b_enc=torch.arange(6.0))
+        along = (gradients.W_dec * sae.W_dec).sum(1, keepdim=True)
+        parts = [gradients.W_enc, gradients.W_dec - along * sae.W_dec, gradients.b_pre, gradients.b_enc]
+        norm = torch.cat([part.flatten() for part in parts]).norm()  # type: ignore[union-attr]
+        optimizer = SphereAdam(sae, kernels)
+        if scale is not None:
+            assert gradient_norm(gradients, sae.W_dec) == pytest.approx(norm.item(), rel=1e-5)
+            clipped = Weights(*(None if g is None else g * 0.7 / norm for g in gradients))  # type: ignore[arg-type]
+            twin = MLSAE(sae.config)
+            twin.initialize(0)
+            other = SphereAdam(twin, kernels)
+            other.step(clipped, lr=0.1, step=1)
+        optimizer.step(gradients, lr=0.1, step=1, clip=clip)
+        if scale is not None:
+            for ours, theirs in zip(sae.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(optimizer.exp_avg.W_enc, other.exp_avg.W_enc)
+        ends.append((sae, optimizer))
+    for ours, theirs in zip(ends[0][0].parameters(), ends[2][0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)  # a norm that is never reached changes nothing

@@ -1,5 +1,6 @@
 """Each variant's loss and gradients against dense autograd in float64, and its codes in inference by hand."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.kernels import Kernels, choose_kernels
+from train.encode import encode_above, encode_batch
+from train.kernels import TORCH, Kernels, SparseCodes, choose_kernels
 from train.losses import DeadLatents, RowWeights, row_weights
-from train.sae_config import SAEConfig
+from train.sae import MLSAE
+from train.sae_config import SAEConfig, default_prefixes
 from train.step import StepOptions, training_step
-from train.variants import variant_of
+from train.variants import THRESHOLD_RATE, VARIANTS, variant_of
 from train.weights import TRAINED, Weights
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -146,8 +149,9 @@ def make_case(config: SAEConfig, n: int, seed: int, how: str) -> tuple[Weights, 
         x = x.abs()
         weights = weights._replace(b_enc=None if weights.b_enc is None else -weights.b_enc.abs())
     for name, value in variant_of(config).extra_state().items():
-        noise = 0.3 * torch.randn(value.shape, generator=generator) if name == "log_threshold" else 0.0
-        weights = weights._replace(**{name: (value + noise).double()})
+        if name == "log_threshold":
+            value = 0.3 * torch.randn(value.shape, generator=generator) - 0.7
+        weights = weights._replace(**{name: value.double()})
     layer = torch.randint(0, 3, (n,), generator=generator)
     std = torch.rand(n, 1, generator=generator).double() + 0.5
     return weights, x, row_weights(layer, std, torch.tensor([1.0, 2.0, 0.5]).double(), raw=bool(seed % 2))
@@ -210,3 +214,160 @@ def test_gradients_equal_dense_autograd(data: st.DataObject, activation: Any, ch
     names = ["torch"] if device == "cuda" else ["numba"] if exact_ties else ["numba", "torch"]
     for name in names:
         check(config, case, dead, options, choose_kernels(torch.empty(0, dtype=torch.float64), name))
+
+
+def test_a_matryoshka_step_by_hand() -> None:
+    """D = 2, one row, two latents, prefixes 1 and 2: the first latent's gradient is of both losses."""
+    config = SAEConfig(d_model=2, n_latents=2, k=2, activation="matryoshka", prefixes=(1, 2))
+    weights = Weights(
+        W_enc=torch.eye(2).double(),
+        W_dec=torch.tensor([[1.0, 0.0], [0.6, 0.8]]).double(),
+        b_pre=torch.zeros(2).double(),
+        threshold=torch.zeros(()).double(),
+    )
+    x = torch.tensor([[3.0, 1.0]]).double()
+    rows = row_weights(torch.tensor([0]), torch.ones(1, 1).double(), torch.ones(1).double(), raw=False)
+    found = training_step(weights, x, rows, DeadLatents(2, 99), make_options(config, aux_coef=0.0), TORCH)
+    # h = (3, 1); first: e = (3, 1) - 3 (1, 0) = (0, 1); both: e = (0, 1) - (0.6, 0.8) = (-0.6, 0.2)
+    assert found.loss.item() == pytest.approx(1.0 + 0.4)
+    assert found.squared_error.tolist() == pytest.approx([0.4])  # of the whole code
+    # G = (0, -2) and (1.2, -0.4); the first latent's is their sum (1.2, -2.4), the second's the last alone
+    assert found.gradients.W_dec.flatten().tolist() == pytest.approx([3 * 1.2, 3 * -2.4, 1.2, -0.4])
+    assert found.gradients.W_enc.flatten().tolist() == pytest.approx([1.2 * 3, 1.2 * 1, 0.4 * 3, 0.4 * 1])
+    assert weights.threshold.item() == 1.0  # type: ignore[union-attr]
+
+
+def test_a_jumprelu_step_by_hand() -> None:
+    """Two latents with threshold 1, bandwidth 1: z = 1.2 is active and near, z = 0.8 is near only."""
+    config = SAEConfig(d_model=2, n_latents=2, k=1, activation="jumprelu")
+    weights = Weights(
+        W_enc=torch.eye(2).double(),
+        W_dec=torch.eye(2).double(),
+        b_pre=torch.zeros(2).double(),
+        log_threshold=torch.zeros(2).double(),
+    )
+    x = torch.tensor([[1.2, 0.8]]).double()
+    rows = row_weights(torch.tensor([0]), torch.ones(1, 1).double(), torch.ones(1).double(), raw=False)
+    options = make_options(config, aux_coef=0.0, bandwidth=1.0, sparsity_loss="penalty", sparsity_coef=0.5)
+    found = training_step(weights, x, rows, DeadLatents(2, 99), options, TORCH)
+    # h = (1.2, 0); e = (0, 0.8); d loss / d h = -2 e = (0, -1.6)
+    assert found.loss.item() == pytest.approx(0.64)
+    assert found.sparsity.item() == pytest.approx(0.5)
+    assert found.active == 1
+    # d / d log threshold = -threshold / bandwidth (threshold d loss / d h + coefficient)
+    assert found.gradients.log_threshold.tolist() == pytest.approx([-(0 + 0.5), -(-1.6 + 0.5)])  # type: ignore[union-attr]
+    target = replace(options, sparsity_loss="target", sparsity_coef=2.0, k=2)
+    found = training_step(weights, x, rows, DeadLatents(2, 99), target, TORCH)
+    assert found.sparsity.item() == pytest.approx(2 * (1 / 2 - 1) ** 2)  # one active, two aimed at
+    slope = 2 * 2 * (1 / 2 - 1) / 2  # of the term by the number of active ones
+    assert found.gradients.log_threshold.tolist() == pytest.approx([-slope, -(-1.6 + slope)])  # type: ignore[union-attr]
+
+
+def dense(codes: SparseCodes, m: int) -> Tensor:
+    """[N, M]; several zeros may name one latent."""
+    return torch.zeros(len(codes.values), m, dtype=codes.values.dtype).scatter_add(1, codes.indices, codes.values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), count=st.integers(1, 80), grid=st.booleans(), tile_bytes=st.sampled_from([1, 99, 9999])
+)
+def test_the_largest_of_a_batch_are_exact_for_any_tile(seed: int, count: int, grid: bool, tile_bytes: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, W = (torch.randn(n, 4, generator=generator) for n in (9, 7))
+    x, W = (x.round(), W.round()) if grid else (x, W)
+    found = encode_batch(x, W, count, tile_bytes=tile_bytes)
+    flat = (x @ W.T).flatten()
+    order = flat.sort(descending=True, stable=True).indices[:count]
+    expected = torch.zeros_like(flat).scatter(0, order, 1.0) * flat.relu()
+    torch.testing.assert_close(dense(found.codes, 7), expected.view(9, 7))
+    if (expected > 0).any():
+        torch.testing.assert_close(found.smallest, expected[expected > 0].min())
+    else:
+        assert found.smallest is None
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 100, 10**6])
+def test_codes_above_thresholds_by_hand(tile_bytes: int) -> None:
+    x = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, -1.0]])
+    W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    z = [[1.0, -2.0, -1.0], [3.0, 0.5, 3.5], [-1.0, -1.0, -2.0]]
+    for threshold, kept in (
+        (torch.tensor(1.0), [[0, 0, 0], [3.0, 0, 3.5], [0, 0, 0]]),  # what equals it is not above it
+        (torch.tensor(0.0), [[1.0, 0, 0], [3.0, 0.5, 3.5], [0, 0, 0]]),
+        (torch.tensor(-5.0), [[1.0, 0, 0], [3.0, 0.5, 3.5], [0, 0, 0]]),  # never negative
+        (torch.tensor([3.5, 0.2, 3.5]), [[0, 0, 0], [0, 0.5, 0], [0, 0, 0]]),
+    ):
+        found = encode_above(x, W, threshold, tile_bytes=tile_bytes)
+        assert dense(found, 3).tolist() == kept, z
+    assert encode_above(x[:0], W, torch.tensor(0.0)).values.shape[0] == 0
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "matryoshka"])
+def test_the_threshold_of_inference_is_the_running_mean_of_the_smallest_kept(activation: Any) -> None:
+    """Bussmann et al. 2024: in training the k N largest of a batch, in inference all above the threshold."""
+    prefixes = (3, 8) if activation == "matryoshka" else ()
+    config = SAEConfig(d_model=4, n_latents=8, k=2, activation=activation, prefixes=prefixes)
+    sae = MLSAE(config)
+    sae.initialize(0)
+    rows = row_weights(torch.zeros(6, dtype=torch.int64), torch.ones(6, 1), torch.ones(1), raw=False)
+    options = make_options(config, product_dtype=torch.float32, aux_coef=0.0)
+    expected = None
+    for seed in range(4):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        smallest = (x @ sae.W_enc.T).flatten().sort(descending=True).values[2 * 6 - 1].item()
+        rate = THRESHOLD_RATE
+        expected = smallest if expected is None else (1 - rate) * expected + rate * smallest
+        training_step(sae.weights, x, rows, DeadLatents(8, 99), options, TORCH)
+        assert sae.threshold.item() == pytest.approx(expected, rel=1e-6)
+    x = torch.randn(50, 4)
+    z = (sae.standardize(x).x - sae.b_pre) @ sae.W_enc.T
+    torch.testing.assert_close(dense(sae.encode(x), 8), z * (z > sae.threshold))
+
+
+def test_the_first_batch_gives_jumprelu_its_thresholds() -> None:
+    """Until then they are 0. Theirs are those that let k latents a row through; later batches only train them."""
+    config = SAEConfig(d_model=4, n_latents=8, k=2, activation="jumprelu")
+    sae = MLSAE(config)
+    sae.initialize(0)
+    assert sae.log_threshold.exp().tolist() == [0.0] * 8
+    x = torch.randn(6, 4)
+    rows = row_weights(torch.zeros(6, dtype=torch.int64), torch.ones(6, 1), torch.ones(1), raw=False)
+    options = make_options(config, product_dtype=torch.float32, aux_coef=0.0)
+    found = training_step(sae.weights, x, rows, DeadLatents(8, 99), options, TORCH)
+    smallest = (x @ sae.W_enc.T).flatten().sort(descending=True).values[2 * 6 - 1].item()
+    assert sae.log_threshold.exp().tolist() == pytest.approx([smallest] * 8)
+    assert found.active in (11, 12)  # the smallest itself is not above its threshold, but for rounding
+    training_step(sae.weights, 3 * x, rows, DeadLatents(8, 99), options, TORCH)
+    assert sae.log_threshold.exp().tolist() == pytest.approx([smallest] * 8)
+
+
+def test_inference_of_jumprelu_and_relu() -> None:
+    for activation in ("jumprelu", "relu"):
+        sae = MLSAE(SAEConfig(d_model=4, n_latents=8, k=2, activation=activation, encoder_bias=True))  # type: ignore[arg-type]
+        sae.initialize(0)
+        sae.b_enc.data.uniform_(-1, 1)
+        threshold = torch.zeros(8)
+        if activation == "jumprelu":
+            sae.log_threshold.data.uniform_(-1, 0.5)
+            threshold = sae.log_threshold.exp()
+        x = torch.randn(50, 4)
+        z = (sae.standardize(x).x - sae.b_pre) @ sae.W_enc.T + sae.b_enc
+        torch.testing.assert_close(dense(sae.encode(x), 8), z * (z > threshold))
+
+
+def test_without_subtraction_the_encoder_sees_the_vector_itself() -> None:
+    sae = MLSAE(SAEConfig(d_model=4, n_latents=8, k=3, apply_b_dec_to_input=False))
+    sae.initialize(0, b_pre=torch.tensor([1.0, -2.0, 0.5, 3.0]))
+    x = torch.randn(9, 4)
+    x_std, mean, std = sae.standardize(x)
+    z = x_std @ sae.W_enc.T
+    h = torch.zeros_like(z).scatter(1, z.topk(3).indices, 1.0) * z.relu()
+    torch.testing.assert_close(sae(x).x_hat, (h @ sae.W_dec + sae.b_pre) * std + mean)
+
+
+def test_every_activation_has_a_variant() -> None:
+    assert set(VARIANTS) == {"topk", "batchtopk", "matryoshka", "jumprelu", "relu"}
+    assert default_prefixes(3200) == (100, 300, 700, 1500, 3200)
+    assert default_prefixes(2) == (1, 2)
+    assert default_prefixes(1) == (1,)

@@ -1,0 +1,121 @@
+"""Whole runs of every variant and option on a tiny store: they learn, resume bit for bit, and analyze reads them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.config import AnalyzeConfig
+from analysis.run import analyze
+from store.activations import ActivationStore
+from store.errors import IncompatibleError, Interrupted
+from tests.support.stores import make_store, random_activations
+from tests.train.test_loop import StopAt, metrics, timeless
+from train import loop
+from train.config import TrainConfig
+from train.loop import train
+from train.sae import load_checkpoint
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "batchtopk": {"activation": "batchtopk"},
+    "matryoshka": {"activation": "matryoshka", "prefixes": (5, 40)},
+    "jumprelu": {"activation": "jumprelu"},
+    "jumprelu with a penalty": {"activation": "jumprelu", "sparsity_loss": "penalty"},
+    "relu": {"activation": "relu", "sparsity_coef": 1.0},
+    "by layer": {"standardize": "layer"},
+    "raw": {"standardize": "none", "loss_space": "raw"},
+    "encoder bias": {"encoder_bias": True, "apply_b_dec_to_input": False},
+    "multi": {"multi_topk": True},
+    "k falls": {"k_start": 20, "k_warmup_fraction": 0.5},
+    "clipped": {"clip_norm": 0.05},
+    "mean": {"ema_decay": 0.9},
+    "all": {"activation": "matryoshka", "standardize": "layer", "ema_decay": 0.9, "clip_norm": 1.0, "k_start": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "acts.zarr"
+    make_store(path, random_activations(n_tokens=400), chunk_tokens=32, stored_dtype="float32")
+    return path
+
+
+def make_config(store: Path, out: Path, **changes: Any) -> TrainConfig:
+    fixed: dict[str, Any] = {"n_latents": 40, "k": 4, "batch_size": 64, "dead_tokens": 20, "window_gb": 1e-5}
+    return TrainConfig(store=store, out=out, **{**fixed, "log_every": 4, "threads": 1, "lr": 3e-3, **changes})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_stopped_and_resumed_it_ends_with_the_same_bytes(
+    store: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(store, tmp_path / "ckpt.pt", epochs=1, **OPTIONS[name])
+    train(config)
+    whole, lines = config.out.read_bytes(), timeless(metrics(config))
+    validations = [line["fvu"] for line in lines if "split" in line]
+    assert validations == sorted(validations, reverse=True)
+    config.out.unlink()
+    for steps in (1, 5, 7):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "stop_on_signals", lambda steps=steps: StopAt(steps))
+            with pytest.raises(Interrupted, match="--resume continues"):
+                train(replace(config, resume=True))
+    train(replace(config, resume=True))
+    assert config.out.read_bytes() == whole
+    assert timeless(metrics(config)) == lines
+    torch.testing.assert_close(load_checkpoint(config.out).sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"activation": "relu"}, {"standardize": "layer"}, {"encoder_bias": True}, {"apply_b_dec_to_input": False}),
+        *({"k_start": 9}, {"k_warmup_fraction": 0.3}, {"multi_topk": True}, {"bandwidth": 7.0}, {"clip_norm": 2.0}),
+        *({"ema_decay": 0.5}, {"sparsity_loss": "penalty"}, {"sparsity_warmup_fraction": 0.2}),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_resume_with_another_option_is_refused_by_name(store: Path, tmp_path: Path, changes: dict) -> None:
+    config = make_config(store, tmp_path / "ckpt.pt", steps=1)
+    train(config)
+    with pytest.raises(IncompatibleError, match=next(iter(changes)) + " was"):
+        train(replace(config, resume=True, **changes))
+
+
+def test_sparsity_reaches_its_goal(store: Path, tmp_path: Path) -> None:
+    for name in ("batchtopk", "jumprelu"):
+        validation = train(make_config(store, tmp_path / f"{name}.pt", epochs=6, **OPTIONS[name])).validation
+        assert validation is not None
+        assert 2.8 < validation.l0 < 5.6
+        assert validation.fvu < 0.7
+
+
+def test_layers_are_standardised_by_their_own_training_vectors(store: Path, tmp_path: Path) -> None:
+    result = train(make_config(store, tmp_path / "ckpt.pt", epochs=1, standardize="layer", layers=(2, 0)))
+    saved = load_checkpoint(tmp_path / "ckpt.pt")
+    assert saved.config.layers == (0, 2)
+    tokens, opened = loop.split_tokens(ActivationStore.open(store), 0.05, 0).train, ActivationStore.open(store)
+    x = opened.read(slice(0, 400), [0, 2])[tokens].astype(np.float64)  # all were in the sample: [t, 2, D]
+    np.testing.assert_allclose(saved.sae.layer_mean, x.mean(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(saved.sae.layer_scale, np.sqrt(x.var(0).mean(-1)), rtol=1e-5)
+    np.testing.assert_allclose(saved.trainer["statistics"]["standardized"], 12, rtol=1e-9)  # d_model
+    found = saved.sae.standardize(torch.from_numpy(x[:, 1]).float(), torch.ones(len(x), dtype=torch.int64)).x
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-5)
+    assert found.square().mean().item() == pytest.approx(1, rel=1e-5)
+    assert result.validation is not None
+    assert len(result.validation.fvu_per_layer) == 2
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "matryoshka", "jumprelu", "relu", "by layer", "encoder bias", "all"])
+def test_analyze_measures_it_as_validation_does(store: Path, tmp_path: Path, name: str) -> None:
+    result = train(make_config(store, tmp_path / "ckpt.pt", epochs=1, **OPTIONS[name]))
+    split: Any = "validation"
+    options = {"report": False, "bootstrap": 0, "split": split, "dtype": "float32"}
+    summary = analyze(AnalyzeConfig(store=store, sae=tmp_path / "ckpt.pt", out=tmp_path / "out", **options))
+    assert result.validation is not None
+    assert summary["n_tokens"] == result.validation.tokens
+    for key, numbers in (("fvu", result.validation.fvu_per_layer), ("l0", result.validation.l0_per_layer)):
+        assert [row[key] for row in summary["layers"]] == pytest.approx(numbers, rel=1e-3)
