@@ -113,7 +113,7 @@ def test_layers_are_standardised_by_their_own_training_vectors(store: Path, tmp_
 def test_analyze_measures_it_as_validation_does(store: Path, tmp_path: Path, name: str) -> None:
     result = train(make_config(store, tmp_path / "ckpt.pt", epochs=1, **OPTIONS[name]))
     split: Any = "validation"
-    options = {"report": False, "bootstrap": 0, "split": split, "dtype": "float32"}
+    options = {"report": False, "split": split, "dtype": "float32"}
     summary = analyze(AnalyzeConfig(store=store, sae=tmp_path / "ckpt.pt", out=tmp_path / "out", **options))
     assert result.validation is not None
     assert summary["n_tokens"] == result.validation.tokens
