@@ -117,8 +117,8 @@ class TrainConfig:
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
 
-    kernels: Literal["auto", "numba", "torch"] = "auto"
-    """Sparse kernels: numba (compiled, CPU) or torch; auto: compiled where they apply."""
+    kernels: Literal["auto", "numba", "triton", "torch"] = "auto"
+    """Sparse kernels: numba (compiled, CPU), triton (compiled, CUDA) or torch; auto: compiled where they apply."""
 
     threads: int | None = None
     """CPU threads; default: all cores, or on --resume as many as before, because the last bits depend on it."""

@@ -5,8 +5,11 @@ gathers k rows of W_dec, and both weight gradients are sums of outer products ov
 pairs. Sorted by latent, those sums are bags of rows, which `embedding_bag` adds in a fixed order: no [N, M] gradient,
 no [N, k, D] temporary, and the same bits every time.
 
-Not here: the order of a step (`train.step`), losses (`train.losses`), and the compiled CPU versions of the same
-functions (`train.kernels_numba`), which `choose_kernels` prefers where they can be used.
+The same bits on CUDA too, as far as torch promises it for its own: `embedding_bag` and a stable sort do, without atomics;
+`torch.topk` may choose differently among equal entries on another card or version.
+
+Not here: the order of a step (`train.step`), losses (`train.losses`), and the compiled versions of the same functions,
+for CPUs (`train.kernels_numba`) and CUDA (`train.kernels_triton`), which `choose_kernels` prefers where they apply.
 
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
 """
@@ -212,7 +215,7 @@ class Kernels:
     """One implementation of the functions above; `choose_kernels` picks it once a run."""
 
     name: str
-    """"torch" or "numba"; recorded in checkpoints, because two implementations need not round alike."""
+    """torch, numba or triton; recorded in checkpoints, because two implementations need not round alike."""
 
     topk_relu: Callable[[Tensor, int], SparseCodes]
     decode: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -236,21 +239,30 @@ TORCH = Kernels(
 def choose_kernels(like: Tensor, name: str = "auto") -> Kernels:
     """The kernels for tensors of the type and on the device of `like`.
 
-    "auto": the compiled ones where they apply (a CPU, float32 or float64, numba installed), else plain torch; "torch"
-    and "numba" insist. Raises `UsageError` where "numba" cannot be had.
+    "auto": the compiled ones where they apply (float32 or float64; numba on a CPU, Triton on CUDA, installed), else
+    plain torch; "torch", "numba" and "triton" insist. Raises `UsageError` where what is insisted on cannot be had.
     """
-    applies = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
-    if name == "torch" or (name == "auto" and not (applies and _has_numba())):
+    compiled = {"cpu": "numba", "cuda": "triton"}.get(like.device.type)
+    applies = like.dtype in (torch.float32, torch.float64)
+    if name == "auto":
+        name = compiled if applies and compiled is not None and _installed(compiled) else "torch"
+    if name == "torch":
         return TORCH
-    if not applies:
-        raise UsageError(f"numba kernels run on a CPU, in float32 or float64; found {like.device}, {like.dtype}")
-    if not _has_numba():
-        raise UsageError("numba is not installed: `pip install numba`, or choose the torch kernels")
-    from train import kernels_numba  # here, because loading numba takes half a second
+    if name != compiled or not applies:
+        kind = "a CPU" if name == "numba" else "CUDA"
+        raise UsageError(f"{name} kernels run on {kind}, in float32 or float64; found {like.device}, {like.dtype}")
+    if not _installed(name):
+        raise UsageError(f"{name} is not installed: `pip install {name}`, or choose the torch kernels")
+    # Here, because loading either takes half a second.
+    if name == "numba":
+        from train import kernels_numba
 
-    return kernels_numba.NUMBA
+        return kernels_numba.NUMBA
+    from train import kernels_triton
+
+    return kernels_triton.TRITON
 
 
 @functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

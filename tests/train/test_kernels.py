@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from store.errors import UsageError
 from train import kernels
 from train.kernels import ADAM_EPSILON
 
@@ -58,6 +59,17 @@ def test_weight_gradients_are_the_same_bits_each_time() -> None:
     values, indices = kernels.topk_relu(z, 8)
     first, *others = [kernels.weight_gradients(values, values, indices, rows, rows, 50) for _ in range(5)]
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.choose_kernels(torch.empty(0)).name == "numba"
+    assert kernels.choose_kernels(torch.empty(0, dtype=torch.bfloat16)).name == "torch"
+    with pytest.raises(UsageError, match=r"triton kernels run on CUDA, .*; found cpu"):
+        kernels.choose_kernels(torch.empty(0), "triton")
+    monkeypatch.setattr(kernels, "_installed", lambda package: False)
+    assert kernels.choose_kernels(torch.empty(0)).name == "torch"
+    with pytest.raises(UsageError, match="pip install numba"):
+        kernels.choose_kernels(torch.empty(0), "numba")
 
 
 def test_adam_equals_torch_adam() -> None:
