@@ -5,8 +5,8 @@ gathers k rows of W_dec, and both weight gradients are sums of outer products ov
 pairs. Sorted by latent, those sums are bags of rows, which `embedding_bag` adds in a fixed order: no [N, M] gradient,
 no [N, k, D] temporary, and the same bits every time.
 
-The same bits on CUDA too, as far as torch promises it for its own: `embedding_bag` and a stable sort do, without atomics;
-`torch.topk` may choose differently among equal entries on another card or version.
+The same bits on CUDA too: `embedding_bag` and a stable sort add nothing atomically; only `torch.topk` may choose
+differently among equal entries on another card or version.
 
 Not here: the order of a step (`train.step`), losses (`train.losses`), and the compiled versions of the same functions,
 for CPUs (`train.kernels_numba`) and CUDA (`train.kernels_triton`), which `choose_kernels` prefers where they apply.
