@@ -28,8 +28,9 @@ from analysis.prompt_words import prompt_words
 from analysis.run import SUMMARY, analyze
 from analysis.summary import SCHEMA_VERSION
 from analysis.token_text import TokenBytes
-from analysis.transformer import check_logits, check_model, load_of_store
+from analysis.transformer import load_of_store
 from analysis.with_model import locate
+from harvest.checks import check_logits, check_model
 from store.activations import ActivationStore
 from store.files import atomic_write
 from train.formats import read_sae

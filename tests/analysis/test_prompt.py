@@ -219,7 +219,7 @@ def test_interventions_are_read() -> None:
 def command(setting: Setting, out: Path, *words: str) -> list[str]:
     made = setting.made
     lens = ["--lens", str(made.lens_folder)] if made.lens_folder else []
-    options = ["--bootstrap", "0", "--no-nulls", "--no-redundancy", "--no-pca", "--downstream-tokens", "0"]
+    options = ["--no-intervals", "--no-nulls", "--no-redundancy", "--no-pca", "--downstream-tokens", "0"]
     store = ["--store", str(made.store.path), "--sae", str(setting.checkpoint), "--model", str(made.model_folder)]
     return [*store, *lens, "--out", str(out), *options, *words]
 
