@@ -7,9 +7,11 @@ In one run, on the same vectors, in alternating rounds of which the median count
 encoder's product alone, in float32 and bfloat16; dense autograd, sparsify, SAELens and dictionary-learning, each in
 every mode it has, of which the faster counts. The peers live in an environment of their own, which `make bench-peers`
 makes; without it they are left out, and a line says so. Further `--latents` are timed for ours and the product alone.
+Each kernel of the step is timed on its own as well, compiled and plain.
 
 Then each trains for `--fvu-steps` steps of `--fvu-rows` vectors from the same weights with the same learning rate, and
-reconstructs vectors that none has seen: FVU, lower is better.
+reconstructs vectors that none has seen: FVU, lower is better. SAELens and dictionary-learning clip gradients to norm 1,
+so what compares with them is ours with `--clip-norm 1`.
 
 Vectors are SmolLM2-135M's residual stream over all layers, standardised and shuffled; without `--store` it is harvested
 into a temporary folder first. Times in milliseconds, lower is better. Not measured: reading the store, and memory.
@@ -38,6 +40,7 @@ from step_peers import CONTENDERS, HELD_OUT, batches, fvu, timed
 from torch import Tensor
 
 from store.activations import ActivationStore
+from train.encode import encode_tiled
 from train.hardware import resolve_product_dtype
 from train.kernels import Kernels, WeightGradients, choose_kernels
 from train.losses import DeadLatents, row_weights
@@ -76,6 +79,7 @@ def main() -> None:
             workers = start_peers(stack, options, folder) if compared else {}
             times = measure(options, data, init, workers)
             print_table(options, data.shape[1], n_latents, times)
+            print_parts(measure_parts(options, data, init))
             if compared:
                 results |= ratios(times)
                 results |= compare_fvu(options, data, init, workers) if options.fvu_steps else {}
@@ -119,9 +123,18 @@ class Ours:
     """Our step on standardised vectors, as the training loop makes it."""
 
     def __init__(
-        self, init: dict[str, Tensor], k: int, lr: float, dtype: str, kernels: Kernels, *, dead: Tensor | None = None
+        self,
+        init: dict[str, Tensor],
+        k: int,
+        lr: float,
+        dtype: str,
+        kernels: Kernels,
+        *,
+        dead: Tensor | None = None,
+        clip: float | None = None,
     ) -> None:
-        """`dead`: latents that AuxK always takes for dead; None turns it off."""
+        """`dead`: latents that AuxK always takes for dead; None turns it off. `clip`: largest norm of the gradients."""
+        self.clip = clip
         m, d = init["W_enc"].shape
         device = init["W_enc"].device
         self.sae = MLSAE(SAEConfig(d_model=d, n_latents=m, k=k)).to(device)
@@ -155,7 +168,7 @@ class Ours:
             self.optimizer.weights, x, rows, self.latents, self.options, self.kernels, out=self.memory
         )
         self.steps += 1
-        self.optimizer.step(result.gradients, lr=self.lr, step=self.steps)
+        self.optimizer.step(result.gradients, lr=self.lr, step=self.steps, clip=self.clip)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, D], with a float32 product; already standardised vectors stay as they are."""
@@ -185,6 +198,41 @@ def measure(
         for name, worker in workers.items():
             seconds[name].append(worker.ask("time"))
     return {name: 1000 * median(values[1:]) for name, values in seconds.items()}
+
+
+def measure_parts(
+    options: argparse.Namespace, data: np.ndarray[Any, Any], init: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each kernel of a step, by implementation."""
+    x = batches(data, options.rows, options.device)(0)
+    n, (m, _) = len(x), init["W_enc"].shape
+    W_enc, W_dec = init["W_enc"].clone(), init["W_dec"].clone()
+    weight = x.new_full((n,), 1 / n)
+    tile = (x[: max(1, min(n, 2**28 // m))] @ W_enc.T).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    found: dict[str, dict[str, float]] = {}
+    for name in OURS.values():
+        kernels = choose_kernels(W_enc, name)
+        values, indices = encode_tiled(x, W_enc, options.k, kernels=choose_kernels(W_enc, "torch"))
+        main = kernels.reconstruct(values, indices, W_dec, x, weight)
+        gradients = (values, main.value_grads, indices, main.grad_out, x, m)
+        out = kernels.weight_gradients(*gradients)
+        moments = [torch.zeros_like(W_enc) for _ in range(2)]
+        tasks: dict[str, Callable[[Tensor], object]] = {
+            f"top-k of {len(tile)} rows, {str(tile.dtype)[6:]}": lambda _, k=kernels: k.topk_relu(tile, options.k),
+            "decoder, error and its gradients": lambda _, k=kernels, v=values, i=indices: k.reconstruct(
+                v, i, W_dec, x, weight
+            ),
+            "weight gradients": lambda _, k=kernels, g=gradients, o=out: k.weight_gradients(*g, out=o),
+            "Adam on the sphere, one weight": lambda _, k=kernels, g=out, mv=moments: k.adam_rows(
+                W_dec, g.W_dec, *mv, lr=1e-9, step=9, unit_rows=True
+            ),
+        }
+        for task in tasks.values():
+            task(x)
+        found[kernels.name] = {
+            part: 1000 * median(timed(task, x) for _ in range(options.rounds)) for part, task in tasks.items()
+        }
+    return found
 
 
 def _product(x: Tensor, W: Tensor, dtype: torch.dtype) -> Callable[[Tensor], object]:
@@ -279,8 +327,8 @@ def compare_fvu(
     batch = batches(data, options.fvu_rows, options.device)
     held_out = torch.from_numpy(data[-HELD_OUT:]).to(options.device)
     found = {}
-    for name, kernels in OURS.items():
-        ours = Ours(init, options.k, options.lr, options.dtype, choose_kernels(init["W_enc"], kernels))
+    for name, (kernels, clip) in {**{n: (k, None) for n, k in OURS.items()}, "ours, clipped": ("auto", 1.0)}.items():
+        ours = Ours(init, options.k, options.lr, options.dtype, choose_kernels(init["W_enc"], kernels), clip=clip)
         for i in range(options.fvu_steps):
             ours.step(batch(i))
         found[name] = fvu(ours.reconstruct, held_out)
@@ -292,7 +340,12 @@ def compare_fvu(
     print(f"\nFVU after {options.fvu_steps} steps of {options.fvu_rows}, lr {options.lr:g}; lower is better")
     for name, value in {**found, **peers}.items():
         print(f"  {name:<40} {value:9.5f}")
-    return {"fvu_ours": found["ours"], "fvu_plain": found["ours, plain torch"], "fvu_peers": peers}
+    return {
+        "fvu_ours": found["ours"],
+        "fvu_plain": found["ours, plain torch"],
+        "fvu_clipped": found["ours, clipped"],
+        "fvu_peers": peers,
+    }
 
 
 def print_table(options: argparse.Namespace, d_model: int, n_latents: int, times: dict[str, float]) -> None:
@@ -303,6 +356,12 @@ def print_table(options: argparse.Namespace, d_model: int, n_latents: int, times
     )
     for name, value in times.items():
         print(f"  {name:<40} {value:9.1f} {value / times['ours']:8.2f}")
+
+
+def print_parts(found: dict[str, dict[str, float]]) -> None:
+    print(f"  {'kernels; ms':<40} " + " ".join(f"{name:>9}" for name in found))
+    for part in next(iter(found.values())):
+        print(f"  {part:<40} " + " ".join(f"{parts[part]:9.1f}" for parts in found.values()))
 
 
 if __name__ == "__main__":
