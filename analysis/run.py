@@ -91,7 +91,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         sums = jobs.run(_shard_sum("encode", measure, (work,), Sums.merged, store, needed), pool)
         baseline = None
         if sums.gram is not None:
-            components = pca.fit(sums.gram, checkpoint.config.k)
+            measured = max(1, round(float(sums.quality.result(ANALYSED).l0.mean())))
+            components = pca.fit(sums.gram, checkpoint.config.k or measured)  # k 0: not known of a foreign autoencoder
             total = _shard_sum("pca", pca_error, (work, components), add_errors, store, selection.validation)
             spread = sums.quality.spread(VALIDATION)
             baseline = Baseline(

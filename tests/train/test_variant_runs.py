@@ -44,7 +44,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_config(store: Path, out: Path, **changes: Any) -> TrainConfig:
-    fixed: dict[str, Any] = {"n_latents": 40, "k": 4, "batch_size": 64, "dead_tokens": 20, "window_gb": 1e-5}
+    fixed: dict[str, Any] = {
+        "dtype": "float32",
+        "n_latents": 40,
+        "k": 4,
+        "batch_size": 64,
+        "dead_tokens": 20,
+        "window_gb": 1e-5,
+    }
     return TrainConfig(store=store, out=out, **{**fixed, "log_every": 4, "threads": 1, "lr": 3e-3, **changes})
 
 
