@@ -5,7 +5,8 @@
 The job is `analysis.measure.measure`: read shards, standardise, encode, decode, and sum moments, persistence and
 reconstruction; without the PCA baseline, and without the null models, which are timed on their own. Dense is the same
 variances the plain way: float32 product, torch.topk, a scatter to layers x tokens x latents, and sums over it. The
-product is x_std @ W_enc^T alone, in bfloat16 and in float32.
+product is x_std @ W_enc^T alone, in bfloat16 and in float32. In float32 the job screens in 8 bits where the processor
+can (`train.screen`): its codes are those of the float32 product.
 
 One-thread times count the processor's seconds of this process, which other processes' turns are not part of; rounds
 alternate and the least counts. Two workers against one goes by the clock, so it says little on a machine with other
@@ -63,8 +64,10 @@ def main() -> None:
         longer = make_store(Path(folder) / "longer.zarr", 4 * options.tokens)
         for n_latents in options.latents:
             sae = make_sae(Path(folder) / f"{n_latents}.pt", n_latents)
-            found = time_one_thread(store, sae, dtype, options.rounds)
-            found["two_workers_over_one"] = time_workers(store, sae, dtype, options.rounds)
+            kept = make_store(Path(folder) / f"kept-{n_latents}.zarr", options.tokens)
+            measure(work_of(kept, sae, dtype, save_latents=True), range(options.tokens // CHUNK))
+            found = time_one_thread(store, kept, sae, dtype, options.rounds)
+            found |= time_workers(store, sae, dtype, options.rounds)
             found["peak_gb"], found["peak_gb_of_4x_tokens"] = (
                 peak_memory(path, sae, dtype) for path in (store, longer)
             )
@@ -122,7 +125,7 @@ def make_sae(path: Path, n_latents: int) -> Path:
     return path
 
 
-def work_of(store: Path, sae: Path, dtype: str, *, nulls: bool = False) -> Work:
+def work_of(store: Path, sae: Path, dtype: str, *, nulls: bool = False, save_latents: bool = False) -> Work:
     return Work(
         store=str(store),
         content_hash=ActivationStore.open(store).content_hash,
@@ -136,11 +139,12 @@ def work_of(store: Path, sae: Path, dtype: str, *, nulls: bool = False) -> Work:
         baseline=False,
         nulls=nulls,
         seed=0,
+        save_latents=save_latents,
     )
 
 
-def time_one_thread(store_path: Path, sae_path: Path, dtype: str, rounds: int) -> dict[str, float]:
-    """Least processor milliseconds per 64 tokens of the job, with nulls, dense, and the two products."""
+def time_one_thread(store_path: Path, kept: Path, sae_path: Path, dtype: str, rounds: int) -> dict[str, float]:
+    """Least processor milliseconds per 64 tokens of the job, with nulls, from kept codes, dense, and the products."""
     store = ActivationStore.open(store_path)
     shards = range(store.meta.n_shards)
     weights = torch.load(sae_path, weights_only=True)["state_dict"]["W_enc"]  # [M, D]
@@ -150,6 +154,7 @@ def time_one_thread(store_path: Path, sae_path: Path, dtype: str, rounds: int) -
     tasks: dict[str, tuple[float, Callable[[], object]]] = {
         "job": (len(shards), lambda: measure(work_of(store_path, sae_path, dtype), shards)),
         "job_with_nulls": (len(shards), lambda: measure(work_of(store_path, sae_path, dtype, nulls=True), shards)),
+        "job_from_kept_codes": (len(shards), lambda: measure(work_of(kept, sae_path, dtype), shards)),
         "dense": (1, lambda: dense(x, weights)),
         "product_bfloat16": (1, lambda: bf16 @ weights_bf16.T),
         "product_float32": (1, lambda: x_std @ weights.T),
@@ -179,8 +184,8 @@ def dense(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.stack([mass, first, second, squared]).double().sum(dim=1)
 
 
-def time_workers(store: Path, sae: Path, dtype: str, rounds: int) -> float:
-    """Seconds by the clock of one one-thread worker over those of two."""
+def time_workers(store: Path, sae: Path, dtype: str, rounds: int) -> dict[str, float]:
+    """Seconds by the clock of one one-thread worker, of two, and of two processes with and without their start."""
     meta = ActivationStore.open(store).meta
     total = jobs.ShardSum(
         name="bench",
@@ -196,7 +201,18 @@ def time_workers(store: Path, sae: Path, dtype: str, rounds: int) -> float:
             start = time.perf_counter()
             jobs.run(total, jobs.Threads(n_workers))
             seconds[n_workers] = min(seconds[n_workers], time.perf_counter() - start)
-    return seconds[1] / seconds[2]
+    start = time.perf_counter()
+    with jobs.open_pool("processes", 2, meta.n_shards) as pool:
+        jobs.run(total, pool)  # loads torch and compiled code, and the weights
+        warm = time.perf_counter()
+        jobs.run(total, pool)
+        warm = time.perf_counter() - warm
+    return {
+        "two_workers_over_one": seconds[1] / seconds[2],
+        "two_threads_s": seconds[2],
+        "two_processes_s": warm,
+        "two_processes_first_s": time.perf_counter() - start - warm,
+    }
 
 
 def peak_memory(store: Path, sae: Path, dtype: str) -> float:
@@ -214,10 +230,14 @@ def probe(store: str, sae: str, dtype: str) -> None:
 
 def print_results(n_latents: int, n_tokens: int, dtype: str, found: dict[str, float]) -> None:
     print(f"n_latents {n_latents}, {N_LAYERS} layers, d_model {D_MODEL}, k {K}, {n_tokens} tokens, job in {dtype}")
-    for name in ("job", "job_with_nulls", "dense", "product_bfloat16", "product_float32"):
+    for name in ("job", "job_with_nulls", "job_from_kept_codes", "dense", "product_bfloat16", "product_float32"):
         rate = 1000 * BATCH_TOKENS / found[name]
         print(f"  {name:<20} {found[name]:9.1f} ms of one thread per 64 tokens {rate:9.0f} tokens/s")
     print(f"  two workers over one {found['two_workers_over_one']:9.2f} (by the clock)")
+    print(
+        f"  two threads {found['two_threads_s']:.2f} s; two processes {found['two_processes_s']:.2f} s, "
+        f"the first time {found['two_processes_first_s']:.2f} s with their start"
+    )
     print(
         f"  peak memory          {found['peak_gb']:9.2f} GB; with 4x the tokens {found['peak_gb_of_4x_tokens']:.2f} GB"
     )
