@@ -6,11 +6,12 @@ float32, and too coarse to be the answer. It is good enough to say which latents
 1. Vectors and encoder rows are rotated by the same orthogonal matrix (random signs, then a Hadamard matrix on blocks of
    coordinates), which leaves every product as it is and spreads outliers, then rounded to 8 bits with a scale each.
 2. The integer product estimates every pre-activation. Rounding errors are sums of hundreds of small independent terms,
-   so they are sub-Gaussian with a standard deviation sigma that the scales give; a latent can be one of the k
-   largest only if its estimate is within 2 * 8 sigma of the k-th largest estimate (8 sigma: 1 in 10^13).
-3. Those, some more than k, are multiplied out in float32 with the weights as they are: values and order come from these
-   products alone. They also show the estimates' true errors; a row in which one is above 6 sigma is screened again with
-   a margin twice as wide, until none is.
+   so they are sub-Gaussian with a standard deviation sigma that the scales give, and an estimate is off by more than
+   8 sigma once in 10^13.
+3. The k largest estimates are multiplied out in float32 with the weights as they are, and then every latent whose
+   estimate plus 8 sigma reaches the least of those products: values and order come from the products alone. They also
+   show the estimates' true errors; a row in which one is above 6 sigma is screened again with a margin twice as wide,
+   until none is.
 
 So the result is that of the float32 product, to its rounding, and in one fixed order of summation whatever the machine.
 Not here: gradients; activations other than the k largest.
@@ -137,7 +138,7 @@ def screen_rows(start, stop, product, latent_scale, row_scale, margin, centred, 
         np.empty(m, np.float32),
         np.empty(m // (_GROUP * _LANES) * _LANES + min(_LANES, m % (_GROUP * _LANES)), np.float32),
     )
-    found, exact = np.empty(m, np.int32), np.empty(m, np.float32)
+    found, guess, exact = np.empty(m, np.int32), np.empty(m, np.float32), np.empty(m, np.float32)
     for n in range(start, stop):
         row, own = product[n], centred[n]
         for j in range(m):
@@ -149,20 +150,21 @@ def screen_rows(start, stop, product, latent_scale, row_scale, margin, centred, 
         while True:
             n_found = _reaching(estimate, bound - 2 * wide, found)
             for i in range(n_found):
-                exact[i] = estimate[found[i]]
-            n_found = _keep_reaching(exact, found, n_found, _kth_largest(exact, n_found, k) - 2 * wide)
-            error = np.float32(0)
-            for i in range(n_found):
-                exact[i] = _dot(own, weights[found[i]])
-                error = max(error, abs(exact[i] / row_scale[n] - estimate[found[i]]))
+                guess[i] = estimate[found[i]]
+            # First those of the k largest estimates: the k-th of their true values is at most the k-th of all.
+            n_first = _put_first(guess, found, 0, n_found, _kth_largest(guess, n_found, k))
+            error = _multiply(own, weights, row_scale[n], guess, found, 0, n_first, exact)
+            least = _kth_largest(exact, n_first, k) / row_scale[n]
+            n_found = _put_first(guess, found, n_first, n_found, least - wide)
+            error = max(error, _multiply(own, weights, row_scale[n], guess, found, n_first, n_found, exact))
             if error <= _CHECKED * wide or n_found == m:
                 break
             wide *= 2
         for i in range(n_found):
             place = _above(exact, n_found, exact[i])
             if place < k:
-                for other in range(i):
-                    place += exact[other] == exact[i]
+                for other in range(n_found):
+                    place += exact[other] == exact[i] and found[other] < found[i]
             if place < k:
                 values[n, place] = max(exact[i], np.float32(0))
                 indices[n, place] = found[i]
@@ -226,14 +228,25 @@ def _reaching(estimate, bound, found):
 
 
 @inlined
-def _keep_reaching(numbers, found, n, bound):
-    kept = 0
-    for i in range(n):
-        if numbers[i] >= bound:
-            numbers[kept] = numbers[i]
-            found[kept] = found[i]
-            kept += 1
-    return kept
+def _put_first(guess, found, start, stop, bound):
+    """Of the latents start..stop, put those whose estimate reaches the bound first; returns where they end."""
+    end = start
+    for i in range(start, stop):
+        if guess[i] >= bound:
+            guess[i], guess[end] = guess[end], guess[i]
+            found[i], found[end] = found[end], found[i]
+            end += 1
+    return end
+
+
+@inlined
+def _multiply(own, weights, scale, guess, found, start, stop, exact):
+    """Fill exact [start..stop] with the products of the latents found; returns the largest error of an estimate."""
+    error = np.float32(0)
+    for i in range(start, stop):
+        exact[i] = _dot(own, weights[found[i]])
+        error = max(error, abs(exact[i] / scale - guess[i]))
+    return error
 
 
 @inlined
