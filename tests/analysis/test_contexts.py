@@ -19,7 +19,7 @@ def top_contexts(dense: np.ndarray, n: int) -> np.ndarray:
 
 def naive(dense: np.ndarray, n: int) -> tuple[list[float], dict[int, list[float]]]:
     """Mean overlap of each latent, and all overlaps by distance."""
-    n_tokens, n_layers, n_latents = dense.shape
+    _, n_layers, n_latents = dense.shape
     means, by_distance = [], {d: [] for d in range(1, n_layers)}
     for j in range(n_latents):
         found = []
