@@ -82,6 +82,10 @@ class AnalyzeConfig:
     steer: tuple[str, ...] = ()
     """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation."""
 
+    examples: bool = True
+    """Find each latent's maximally activating examples at each layer, with text around them (as token ids if the
+    model's tokenizer is not on this machine), and the histogram of its activations."""
+
     seed: int = 0
     """Seed of the null models and of other draws."""
 

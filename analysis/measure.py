@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis import pca
+from analysis import pca, spilled_codes
 from analysis.latents import CodeTile, Encoder, load_encoder
 from analysis.moments import LayerMoments
 from analysis.nulls import NULLS
@@ -80,6 +80,9 @@ class Work:
 
     save_latents: bool = False
     """Whether to keep the codes of every shard that is encoded."""
+
+    spill: str | None = None
+    """Folder for the analysed tokens' codes while the analysis lasts (`analysis.spilled_codes`); None for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,8 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
         values, indices, token = values[analysed], indices[analysed], token[analysed]
         if len(token) == 0:
             continue
+        if work.spill:
+            spilled_codes.write(work.spill, CodeTile(token, values, indices))
         sums.by_group.add(per_token[:, analysed], selection.group[token])
         try:
             sums.moments.add(values, indices, selection.group[token])

@@ -7,13 +7,14 @@ tokens (`Context.codes`), and write files into the folder that becomes the outpu
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis import spilled_codes
 from analysis.config import AnalyzeConfig
 from analysis.jobs import Pool
 from analysis.latents import CodeTile
@@ -43,12 +44,18 @@ class Context:
     folder: Path
     """Where the part's files go; they are moved to the output folder when the whole analysis is done."""
 
+    columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """[M] each: what parts add to latents.parquet, by name of the column; NaN becomes null."""
+
     def codes(self, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
         """Codes of the tokens `needed` [tokens of the store], a tile at a time, in order: as they were kept
-        (`--save-latents`), or encoded anew."""
+        (`analysis.kept_codes`), or encoded anew."""
+        if self.work.spill and not (needed & ~self.selection.analysed).any():
+            yield from spilled_codes.read(self.work.spill, needed)
+            return
         bounds = (self.store.meta.shard_bounds(shard) for shard in range(self.store.meta.n_shards))
         shards = [shard for shard, (start, stop) in enumerate(bounds) if needed[start:stop].any()]
-        return code_tiles(self.work, shards, needed)
+        yield from code_tiles(self.work, shards, needed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import jobs, pca, tables, with_model
+from analysis import jobs, latent_views, pca, spilled_codes, tables, with_model
 from analysis.config import AnalyzeConfig
 from analysis.latents import doubts, layers_of_store, load_encoder
 from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, open_codes, pca_error
@@ -40,7 +40,7 @@ SUMMARY, LATENTS, LAYERS, CONFIG = "summary.json", "latents.parquet", "layers.pa
 REDUNDANCY = "redundancy.parquet"
 LATENT_LOGITS = with_model.LATENT_LOGITS
 
-PARTS: tuple[Part, ...] = ()
+PARTS: tuple[Part, ...] = (latent_views.PART,)
 """Optional parts, in the order in which they run and stand in summary.json."""
 
 _FIGURES = ("layer_profile", "variance", "reconstruction", "downstream")
@@ -82,6 +82,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         nulls=config.nulls,
         seed=config.seed,
         save_latents=config.save_latents,
+        spill=spilled_codes.folder_for(partial_dir, config, selection.n_analysed, len(layers), sae.config.k),
     )
     if config.save_latents:
         _make_codes(work, store)
@@ -116,6 +117,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
             folder=partial_dir,
         )
         parts = {part.name: part.make(context) if part.wanted(config) else None for part in PARTS}
+    spilled_codes.remove(work.spill)
 
     live = np.flatnonzero(table.n_fired)
     model = with_model.run_model(config, found_model, store, sae, layers, selection, live, partial_dir)
@@ -144,7 +146,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         seconds=time.monotonic() - started,
     )
     summary = build(found)
-    tables.write_latents(partial_dir / LATENTS, sums.moments, table, found.redundancy)
+    tables.write_latents(partial_dir / LATENTS, sums.moments, table, redundancy, context.columns)
     if found.redundancy:
         tables.write_redundancy(partial_dir / REDUNDANCY, found.redundancy, table)
     tables.write_layers(partial_dir / LAYERS, summary["layers"])
@@ -206,7 +208,7 @@ def _make_partial_dir(out: Path) -> Path:
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"--out {out}: a part of this path is a file, not a folder: choose another") from None
     for path in folder.iterdir():
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder
 
 

@@ -38,8 +38,14 @@ LAYER_COLUMNS = pa.schema(
 )
 
 
-def write_latents(path: Path, moments: LayerMoments, table: LatentTable, redundancy: Redundancy | None) -> None:
-    """One row for each latent, dead ones too; lists have one entry per layer."""
+def write_latents(
+    path: Path,
+    moments: LayerMoments,
+    table: LatentTable,
+    redundancy: Redundancy | None,
+    extra: Mapping[str, NDArray[np.float64]],
+) -> None:
+    """One row for each latent, dead ones too; lists have one entry per layer. extra: [M] columns of parts."""
     nearest = redundancy.nearest if redundancy else np.full(moments.n_latents, -1)
     cosine = redundancy.nearest_cosine if redundancy else np.full(moments.n_latents, np.nan)
     columns = {
@@ -59,6 +65,7 @@ def write_latents(path: Path, moments: LayerMoments, table: LatentTable, redunda
         "profile": pa.array(profile_kinds(table.probs, table.entropy), pa.string()),
         "nearest": pa.array(nearest, mask=nearest < 0),
         "nearest_cosine": _nullable(cosine),
+        **{name: _nullable(values) for name, values in extra.items()},
         "counts": _lists(moments.counts),
         "totals": _lists(moments.totals),
         "means": _lists(table.means),

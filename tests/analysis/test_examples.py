@@ -1,6 +1,7 @@
 """Maximally activating examples of planted codes: the right tokens, the right layers, whole text, inside documents."""
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from analysis.examples import (
-    COLUMNS,
-    MAX_EXAMPLES,
-    REACH,
-    CodeTile,
-    TopExamples,
-    code_tiles,
-    examples_per_layer,
-    window_bounds,
-    write_examples,
-)
-from analysis.latents import load_encoder
-from store.activations import ActivationStore
+from analysis.config import AnalyzeConfig
+from analysis.example_rows import COLUMNS, write_found
+from analysis.examples import MAX_EXAMPLES, REACH, TopExamples, examples_per_layer, window_bounds
+from analysis.histograms import EDGES
+from analysis.latents import CodeTile
+from analysis.run import analyze
 from store.arrays import TokenTable
-from tests.analysis.small import make_small
+from tests.analysis.small import LAYERS, make_small
 from tests.support.models import tiny_tokenizer
 
 L, M, K = 3, 6, 2
+
+
+def write_examples(
+    path: Path,
+    tokens: TokenTable,
+    tokenizer: Any,
+    codes: "Planted",
+    analysed: NDArray[np.bool_],
+    *,
+    layer_numbers: Sequence[int],
+    n: int,
+) -> int:
+    """Find and write, as an analysis does."""
+    top = TopExamples.zeros(M, L, n)
+    for tile in codes(analysed):
+        top.add(tile, tokens.document[tile.token])
+    return write_found(path, top.found(), tokens, tokenizer, codes, analysed, layer_numbers)
 
 
 class Planted:
@@ -161,9 +172,9 @@ def test_rows_hold_the_right_layers_tokens_and_texts(tmp_path: Path) -> None:
     analysed = np.ones(n_tokens, bool)
     analysed[smile - 1] = False
     path = tmp_path / "examples.parquet"
-    n_rows = write_examples(path, tokens, tokenizer, codes, analysed, layer_numbers=(3, 5, 8), n_latents=M, n=3)
+    n_rows = write_examples(path, tokens, tokenizer, codes, analysed, layer_numbers=(3, 5, 8), n=3)
     rows = pq.read_table(path).to_pylist()
-    assert pq.read_schema(path) == COLUMNS
+    assert pq.read_schema(path).equals(COLUMNS)
     assert n_rows == len(rows) == 5
     found = [
         (row["latent"], row["layer"], row["rank"], row["activation"], row["document"], row["token"]) for row in rows
@@ -206,7 +217,7 @@ def test_activations_of_windows_do_not_depend_on_tiles(tmp_path: Path, size: int
     analysed = rng.random(120) > 0.2
     path = tmp_path / "examples.parquet"
     codes = Planted(dense, size)
-    write_examples(path, tokens, tokenizer, codes, analysed, layer_numbers=range(L), n_latents=M, n=2)
+    write_examples(path, tokens, tokenizer, codes, analysed, layer_numbers=range(L), n=2)
     rows = pq.read_table(path).to_pylist()
     assert {(row["latent"], row["layer"]) for row in rows} == {(j, i) for j in range(M) for i in range(L)}
     for row in rows:
@@ -223,34 +234,54 @@ def test_nothing_found_is_an_empty_table(tmp_path: Path) -> None:
     tokens = table("abc", tokenizer)
     codes = Planted(np.zeros((3, L, M), np.float32))
     path = tmp_path / "examples.parquet"
-    assert write_examples(path, tokens, tokenizer, codes, np.ones(3, bool), layer_numbers=range(L), n_latents=M) == 0
-    assert pq.read_table(path).schema == COLUMNS
+    assert write_examples(path, tokens, tokenizer, codes, np.ones(3, bool), layer_numbers=range(L), n=3) == 0
+    assert pq.read_table(path).schema.equals(COLUMNS)
 
 
-def test_examples_of_a_store_are_its_encoded_maxima(tmp_path: Path) -> None:
-    small = make_small(tmp_path)
-    store = ActivationStore.open(small.store)
-    encoder = load_encoder(small.sae, "float32")
-    n_latents, layers = 24, (0, 1, 2, 3)
-    codes = small.weights.encode(torch.from_numpy(small.x).view(-1, 12))
-    dense = torch.zeros(len(small.x) * 4, n_latents).scatter_(1, codes.indices, codes.values).view(-1, 4, n_latents)
+def test_without_a_tokenizer_ids_stand_for_text(tmp_path: Path) -> None:
+    ids = np.array([7, 3, 3, 12], np.int32)
+    tokens = TokenTable(ids, np.zeros(4, np.int32), np.arange(4, dtype=np.int32), np.ones(4, bool))
+    dense = np.zeros((4, L, M), np.float32)
+    dense[1, 0, 2] = 1.0
     path = tmp_path / "examples.parquet"
-    write_examples(
-        path,
-        store.tokens,
-        tiny_tokenizer(bos=False),
-        lambda needed: code_tiles(store, encoder, layers, needed),
-        small.keep,
-        layer_numbers=store.meta.layers,
-        n_latents=n_latents,
-    )
-    table_ = pq.read_table(path).to_pydict()
+    write_examples(path, tokens, None, Planted(dense), np.ones(4, bool), layer_numbers=range(L), n=2)
+    (row,) = pq.read_table(path).to_pylist()
+    assert (row["text_before"], row["text_token"], row["text_after"]) == (" 7", " 3", " 3 12")
+    assert row["texts"] == [" 7", " 3", " 3", " 12"]
+    assert pq.read_schema(path).metadata[b"texts"] == b"ids"
+
+
+def test_examples_of_a_store_are_its_encoded_maxima(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = make_small(tmp_path)
+    summary = analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=tmp_path / "out", report=False))
+    capsys.readouterr()
+    codes = small.weights.encode(torch.from_numpy(small.x).view(-1, 12))
+    dense = torch.zeros(len(small.x) * 4, 24).scatter_(1, codes.indices, codes.values).view(-1, 4, 24)
     masked = dense.numpy() * small.keep[:, None, None]
-    expected = naive(masked, small.document, 3)
+    table_ = pq.read_table(tmp_path / "out" / "examples.parquet").to_pydict()
     found: dict[tuple[int, int], list[int]] = {}
     for latent, layer, token in zip(table_["latent"], table_["layer"], table_["token"], strict=True):
-        found.setdefault((latent, store.meta.layers.index(layer)), []).append(token)
-    assert found == expected
+        found.setdefault((latent, LAYERS.index(layer)), []).append(token)
+    assert found == naive(masked, small.document, 3)
+    assert summary["examples"]["rows"] == len(table_["latent"])
+    assert summary["examples"]["per_layer"] == 3
+    assert summary["examples"]["no_text"]  # the small store is of a model that there is not
+
+    histograms = pq.read_table(tmp_path / "out" / "histograms.parquet").to_pylist()
+    assert len(histograms) == (masked > 0).any(axis=0).sum()
+    for row in histograms:
+        values = masked[:, LAYERS.index(row["layer"]), row["latent"]]
+        expected, _ = np.histogram(values[values > 0], [0, *EDGES[1:-1], np.inf])
+        assert row["counts"] == expected.tolist()
+
+    fired = (masked > 0).any(axis=1).sum(axis=0)
+    latents = pq.read_table(tmp_path / "out" / "latents.parquet").to_pydict()
+    for latent, (overlap, chance) in enumerate(zip(latents["context_overlap"], latents["context_chance"], strict=True)):
+        best = [set(np.argsort(-a, kind="stable")[:5]) for a in masked[:, :, latent].T if (a > 0).sum() >= 5]
+        pairs = [len(a & b) / 5 for a, b in combinations(best, 2)]
+        assert overlap == (pytest.approx(np.mean(pairs)) if pairs else None)
+        assert chance == (pytest.approx(5 / fired[latent]) if pairs else None)
+    assert summary["examples"]["agreement"]["latents"] == sum(x is not None for x in latents["context_overlap"])
 
 
 def test_many_latents_get_fewer_examples() -> None:

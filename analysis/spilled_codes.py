@@ -1,0 +1,62 @@
+"""The sparse codes of an analysis, left in files while it lasts, so that its parts need not encode again.
+
+A task writes one file for each tile of tokens, named by the tile's first token; a task that is run again writes the same
+files. They are read a tile at a time. Kept where they take no more than a quarter of the free disk, else parts encode
+anew. Not here: what is made of codes.
+
+Shapes: T tokens, L layers, k active latents a vector.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.config import AnalyzeConfig
+from analysis.latents import CodeTile
+
+BYTES_PER_CODE = 8
+"""A float32 value and an int32 index."""
+
+SHARE_OF_DISK = 0.25
+"""Of the free space, that may be used."""
+
+
+def folder_for(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, k: int) -> str | None:
+    """A new folder in `out` to keep codes in; None if no part needs them, if the store
+    keeps them, or if they take too much space."""
+    size = n_tokens * n_layers * k * BYTES_PER_CODE
+    if config.save_latents or not config.examples or size > SHARE_OF_DISK * shutil.disk_usage(out).free:
+        return None
+    folder = out / "codes"
+    folder.mkdir()
+    return str(folder.resolve())
+
+
+def write(folder: str, tile: CodeTile) -> None:
+    """Keep a tile that is not empty: float64 codes as float32."""
+    path = Path(folder) / f"{int(tile.token[0]):015d}.npz"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, token=tile.token, values=tile.values.astype(np.float32), indices=tile.indices.astype(np.int32))
+    partial.replace(path)
+
+
+def read(folder: str, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
+    """The kept tiles in order, of each the tokens `needed` [tokens of the store]."""
+    for path in sorted(Path(folder).glob("*.npz")):
+        with np.load(path) as kept:
+            token = kept["token"]
+            rows = needed[token]
+            if rows.all():
+                yield CodeTile(token, kept["values"], kept["indices"].astype(np.int64))
+            elif rows.any():
+                yield CodeTile(token[rows], kept["values"][rows], kept["indices"][rows].astype(np.int64))
+
+
+def remove(folder: str | None) -> None:
+    """Remove what was kept."""
+    if folder:
+        shutil.rmtree(folder)
