@@ -1,6 +1,6 @@
 """The sparse codes of an analysis, left in files while it lasts, so that its parts need not encode again.
 
-A task writes one file for each tile of tokens, named by the tile's first token; a task that is run again writes the same
+One file for each tile of tokens, named by the tile's first token; a task that is run again writes the same
 files. They are read a tile at a time. Kept where they take no more than a quarter of the free disk, else parts encode
 anew. Not here: what is made of codes.
 
@@ -18,7 +18,7 @@ from analysis.config import AnalyzeConfig
 from analysis.latents import CodeTile
 
 BYTES_PER_CODE = 8
-"""A float32 value and an int32 index."""
+"""A float32 value and an int32 index; float64 takes half as much again."""
 
 SHARE_OF_DISK = 0.25
 """Of the free space, that may be used."""
@@ -36,11 +36,11 @@ def folder_for(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, k
 
 
 def write(folder: str, tile: CodeTile) -> None:
-    """Keep a tile that is not empty: float64 codes as float32."""
+    """Keep a tile that is not empty."""
     path = Path(folder) / f"{int(tile.token[0]):015d}.npz"
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        np.savez(file, token=tile.token, values=tile.values.astype(np.float32), indices=tile.indices.astype(np.int32))
+        np.savez(file, token=tile.token, values=tile.values, indices=tile.indices.astype(np.int32))
     partial.replace(path)
 
 
