@@ -48,8 +48,8 @@ class Context:
     """[M] each: what parts add to latents.parquet, by name of the column; NaN becomes null."""
 
     def codes(self, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
-        """Codes of the tokens `needed` [tokens of the store], a tile at a time, in order: as they were kept
-        (`analysis.kept_codes`), or encoded anew."""
+        """Codes of the tokens `needed` [tokens of the store], a tile at a time, in order: as the sums' pass
+        left them (`analysis.spilled_codes`), as the store keeps them (`--save-latents`), or encoded anew."""
         if self.work.spill and not (needed & ~self.selection.analysed).any():
             yield from spilled_codes.read(self.work.spill, needed)
             return

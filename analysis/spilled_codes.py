@@ -25,8 +25,8 @@ SHARE_OF_DISK = 0.25
 
 
 def folder_for(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, k: int) -> str | None:
-    """A new folder in `out` to keep codes in; None if no part needs them, if the store
-    keeps them, or if they take too much space."""
+    """A new folder in `out` to keep codes in; None if no part needs them, if the store keeps
+    them, or if they take too much space."""
     size = n_tokens * n_layers * k * BYTES_PER_CODE
     if config.save_latents or not config.examples or size > SHARE_OF_DISK * shutil.disk_usage(out).free:
         return None

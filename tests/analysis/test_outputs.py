@@ -41,7 +41,9 @@ def test_every_key_of_the_summary_is_listed(out):
     assert not missing
 
 
-@pytest.mark.parametrize("name", ["latents.parquet", "layers.parquet", "redundancy.parquet", "examples.parquet", "histograms.parquet"])
+@pytest.mark.parametrize(
+    "name", ["latents.parquet", "layers.parquet", "redundancy.parquet", "examples.parquet", "histograms.parquet"]
+)
 def test_every_column_is_listed(out, name):
     assert not set(pd.read_parquet(out / name).columns) - listed(name)
 
