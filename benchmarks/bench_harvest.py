@@ -14,6 +14,7 @@ What it does not do: load models against the clock, or measure how fast the disk
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import shutil
@@ -35,8 +36,9 @@ from harvest.fill import host_bytes, sequence_batches
 from harvest.hub import quiet
 from harvest.models import LoadedModel, load_model
 from harvest.resolve import TORCH_DTYPES, Settings, resolve
-from harvest.texts import open_source
+from harvest.texts import open_sources
 from store.activations import ActivationStore
+from store.arrays import TokenTable
 from store.console import human_bytes
 
 
@@ -58,7 +60,7 @@ def main() -> None:
     parser.add_argument("--context-length", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--batch-size", type=int, help="sequences in a forward pass (default: harvest's)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="measure the bare forward at these and stop")
-    parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a round")
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of a round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each dtype")
     parser.add_argument("--folder", type=Path, help="where to write stores (default: a temporary folder)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
@@ -73,7 +75,7 @@ def main() -> None:
             config = HarvestConfig(
                 model=options.model,
                 random_init=options.random_init,
-                dataset=options.dataset,
+                dataset=(options.dataset,),
                 dtype=dtype,
                 device=options.device,
                 context_length=options.context_length,
@@ -102,14 +104,16 @@ def compare(config: HarvestConfig, rounds: int) -> dict[str, float]:
     """Measure one dtype, print a line, and give its numbers for the JSON line."""
     settings = resolve(config)
     model = loaded(settings)
-    ids = harvest.run.tokenise(settings, open_source(config), config.max_tokens).token_id
-    bare = forward(model, ids, settings.packing.context_length, settings.batch_size)  # The first pass warms up.
+    tokens = harvest.run.tokenise(settings, open_sources(config), config.max_tokens)[0]
+    forward(
+        model, TokenTable(*(column[: settings.batch_tokens] for column in tokens)), settings.batch_tokens
+    )  # Warm-up.
     after_forward = peak_bytes()
     results = []
     with mock.patch.object(harvest.run, "load_model", return_value=model):
-        harvest.run.harvest(config)
+        harvest.run.harvest(dataclasses.replace(config, max_tokens=settings.batch_tokens))
         for _ in range(rounds):
-            bare = forward(model, ids, settings.packing.context_length, settings.batch_size)
+            bare = forward(model, tokens, settings.batch_tokens)
             began = time.perf_counter()
             made = harvest.run.harvest(config)
             whole = made.tokens / (time.perf_counter() - began)
@@ -117,7 +121,7 @@ def compare(config: HarvestConfig, rounds: int) -> dict[str, float]:
     columns = Round(*np.array(results).T)
     print(
         f"{model.architecture}, {config.dtype} on {settings.device}, {torch.get_num_threads()} threads,"
-        f" {settings.batch_size} x {settings.packing.context_length} tokens a batch, {len(ids):,} tokens a round"
+        f" {settings.batch_size} x {settings.packing.context_length} tokens a batch, {len(tokens.token_id):,} a round"
     )
     print(
         "  tokens/s, median (best):",
@@ -147,23 +151,23 @@ def batch_sizes(config: HarvestConfig, sizes: list[int], rounds: int) -> None:
     settings = resolve(config)
     model = loaded(settings)
     length = settings.packing.context_length
-    ids = harvest.run.tokenise(settings, open_source(config), config.max_tokens).token_id
-    speeds = np.array([[forward(model, ids, length, size) for size in sizes] for _ in range(rounds + 1)])[1:]
+    tokens = harvest.run.tokenise(settings, open_sources(config), config.max_tokens)[0]
+    speeds = np.array([[forward(model, tokens, length * size) for size in sizes] for _ in range(rounds + 1)])[1:]
     print(f"{model.architecture}, {config.dtype} on {settings.device}: tokens/s of the forward pass, median (best)")
     for size, column in zip(sizes, speeds.T, strict=True):
         print(f"  {size:>4} x {length} = {size * length:>6} tokens  {np.median(column):>8,.0f} ({column.max():,.0f})")
 
 
 @torch.inference_mode()
-def forward(model: LoadedModel, ids: np.ndarray, context_length: int, batch_size: int) -> float:
-    """Tokens per second of the bare model over all batches of `ids`."""
+def forward(model: LoadedModel, tokens: TokenTable, batch_tokens: int) -> float:
+    """Tokens per second of the bare model over all batches of `tokens`."""
     began = time.perf_counter()
-    for batch in sequence_batches(len(ids), context_length, batch_size):
-        rows = torch.from_numpy(ids[batch.start : batch.stop].astype(np.int64)).view(-1, batch.length)
-        model.base(input_ids=rows.to(model.device), use_cache=False)
+    for batch in sequence_batches(tokens.position, batch_tokens):
+        ids = torch.from_numpy(tokens.token_id[batch.start : batch.stop].astype(np.int64)).view(-1, batch.length)
+        model.base(input_ids=ids.to(model.device), use_cache=False)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    return len(ids) / (time.perf_counter() - began)
+    return len(tokens.token_id) / (time.perf_counter() - began)
 
 
 def peak_bytes() -> int:

@@ -1,16 +1,20 @@
 """What a harvest is asked to do: one frozen dataclass, from which the command line is generated.
 
 Checked once, when made, as far as that needs neither the model nor the text. What it does not do: resolve anything
-(aliases, "auto", defaults that depend on the model); `harvest.run` does, and the store records what came of it.
+(aliases, "auto", defaults that depend on the model); `harvest.run` does, and the store records what came of it. Chat
+templates are out of scope: text goes in as it is.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from store.errors import UsageError
 
 DEFAULT_SPLIT = "train"
+DEFAULT_COLUMN = "text"
+_FOR_EACH_TEXT = ("dataset_config", "dataset_revision", "split", "text_column")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +26,25 @@ class HarvestConfig:
     (owner/name), a local folder, or a GGUF file."""
     out: Path
     """Store to make, or to continue: a folder that ends in .zarr by custom."""
-    dataset: str = "monology/pile-uncopyrighted"
-    """Text: a hub data set (streamed), a local .txt, .jsonl, .jsonl.zst or .parquet file, a folder or "glob*" of such
-    files, or pydoc (Python's own documentation, offline). A .txt file is one document."""
-    dataset_config: str | None = None
-    """Configuration (subset) of a hub data set that has several."""
-    dataset_revision: str | None = None
+    dataset: tuple[str, ...] = ("monology/pile-uncopyrighted",)
+    """Text, one or several: a hub data set (streamed), a local .txt, .jsonl, .jsonl.zst or .parquet file, a folder or
+    "glob*" of such files, pydoc (Python's documentation) or stdlib (its library's source), both offline. NAME:WEIGHT
+    sets a text's share of the tokens, by default alike (pydoc:2 logs.jsonl:1). A .txt file is one document."""
+    dataset_config: tuple[str, ...] = ()
+    """Configuration (subset) of a hub data set that has several. This and the next three: one for all texts, or one
+    for each, with "" for the default."""
+    dataset_revision: tuple[str, ...] = ()
     """Branch, tag or commit of a hub data set; default its newest."""
-    split: str = DEFAULT_SPLIT
+    split: tuple[str, ...] = (DEFAULT_SPLIT,)
     """Split of a hub data set; local files have none."""
-    text_column: str = "text"
+    text_column: tuple[str, ...] = (DEFAULT_COLUMN,)
     """Column that holds the text."""
+    shuffle_documents: int | None = None
+    """Seed of a random order of each text's documents; default the order they are in. Local text is shuffled whole
+    (a copy goes to a temporary file); of a hub data set, its files and 10,000 documents at a time."""
+    pack: bool = True
+    """Pack documents one after another into sequences of full length. Without it each sequence holds the beginning of
+    one document, cut at the context length, and no separator."""
     max_tokens: int = 1_000_000
     """Tokens to store, those that no later step looks at (BOS, separators, first positions) included; fewer when the
     text runs out."""
@@ -88,10 +100,81 @@ class HarvestConfig:
                 "--context-length 1 leaves no position but the first, which is masked: use 2 or more, or"
                 " --keep-first-position"
             )
-        for name in ("model", "dataset", "split", "text_column"):
-            if not getattr(self, name).strip():
-                raise UsageError(f"--{name.replace('_', '-')} is empty")
+        for name in ("dataset", *_FOR_EACH_TEXT):
+            if isinstance(value := getattr(self, name), str):  # One text needs no tuple.
+                object.__setattr__(self, name, (value,))
+        if not self.model.strip():
+            raise UsageError("--model is empty")
+        if self.shuffle_documents is not None and self.shuffle_documents < 0:
+            raise UsageError(f"--shuffle-documents should be at least 0, found {self.shuffle_documents}")
+        if self.document_separator and not self.pack:
+            raise UsageError("--document-separator: without packing (--no-pack) there is none; leave it out")
+        text_choices(self)
         parse_layers(self.layers)
+
+
+class TextChoice(NamedTuple):
+    """One text of those that are asked for, with its own options; "" for what is left to the default."""
+
+    name: str
+    """Its name, as given, without the weight."""
+    weight: float
+    """Its share of the tokens, against the other texts' weights."""
+    config: str
+    split: str
+    column: str
+    revision: str
+
+
+def text_choices(config: HarvestConfig) -> tuple[TextChoice, ...]:
+    """The texts that are asked for. `UsageError` for a weight, or a number of options, that makes no sense."""
+    n = len(config.dataset)
+    for name in _FOR_EACH_TEXT:
+        if len(values := getattr(config, name)) not in ((0, 1, n) if name.startswith("dataset") else (1, n)):
+            raise UsageError(
+                f"--{name.replace('_', '-')} should be one for all texts or one for each of the {n} of --dataset, found"
+                f" {len(values)}"
+            )
+    choices = []
+    for i, word in enumerate(config.dataset):
+        name, weight = _name_and_weight(word)
+        own = {
+            key: (values[i] if len(values) == n else values[0]) if (values := getattr(config, key)) else ""
+            for key in _FOR_EACH_TEXT
+        }
+        choices.append(
+            TextChoice(
+                name,
+                weight,
+                own["dataset_config"].strip(),
+                own["split"].strip() or DEFAULT_SPLIT,
+                own["text_column"].strip() or DEFAULT_COLUMN,
+                own["dataset_revision"].strip(),
+            )
+        )
+    if not choices:
+        raise UsageError("--dataset is empty")
+    without_weights = [choice._replace(weight=1.0) for choice in choices]
+    for i, choice in enumerate(without_weights):
+        if choice in without_weights[:i]:
+            raise UsageError(f"--dataset: {choice.name} is there twice; give it once, with a larger weight")
+    return tuple(choices)
+
+
+def _name_and_weight(word: str) -> tuple[str, float]:
+    """A number after the last colon is the weight; a file whose own name ends so needs another one behind it."""
+    name, _, number = word.strip().rpartition(":")
+    try:
+        weight = float(number) if name else 1.0
+    except ValueError:
+        weight = 1.0
+        name = ""
+    if not 0 < weight < math.inf:
+        raise UsageError(f"--dataset {word}: a weight should be above 0, found {number}")
+    name = name or word.strip()
+    if not name:
+        raise UsageError("--dataset is empty")
+    return name, weight
 
 
 def parse_layers(words: tuple[str, ...]) -> tuple[int, ...] | None:

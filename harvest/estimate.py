@@ -5,10 +5,11 @@ at the run's own batch size. What it does not do: read the whole text, so that t
 estimate, or unknown.
 """
 
+import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from harvest.config import HarvestConfig
 from harvest.fill import BatchRunner
 from harvest.models import load_model
 from harvest.resolve import TORCH_DTYPES, Settings, resolve
-from harvest.texts import TextSource, open_source
+from harvest.texts import TextSource, open_sources
 from harvest.tokens import encode_documents, pack
 from store.errors import ResidscopeError
 
@@ -70,10 +71,10 @@ def estimate(config: HarvestConfig) -> Estimate:
     """Measure; raises as `harvest` does for a model, text or option that cannot work. Writes nothing at or beside
     --out."""
     settings = resolve(config)
-    source = open_source(config)
+    sources = open_sources(dataclasses.replace(config, shuffle_documents=None))  # A shuffle would read all of them.
     for note in settings.notes:
         print(note, file=sys.stderr)
-    sample, available = _sample(settings, source)
+    sample, available = _sample(settings, sources)
     model = load_model(
         settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
     )
@@ -102,24 +103,34 @@ def estimate(config: HarvestConfig) -> Estimate:
     )
 
 
-def _sample(settings: Settings, source: TextSource) -> tuple[np.ndarray, int | None]:
-    """Token ids (int32) of the first 200,000 characters, packed, and about how many tokens the whole text packs
-    into."""
+def _sample(settings: Settings, sources: Sequence[TextSource]) -> tuple[np.ndarray, int | None]:
+    """Token ids (int32) of the first 200,000 characters, shared out among the texts, and about how many tokens all
+    of them pack into."""
+    samples = [_beginning(settings, source, _SAMPLE_CHARACTERS // len(sources)) for source in sources]
+    ids = np.concatenate([sample for sample, _ in samples])
+    available = [n for _, n in samples if n is not None]
+    return ids, sum(available) if len(available) == len(samples) else None
+
+
+def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tuple[np.ndarray, int | None]:
+    """Token ids (int32) of a text's first characters, packed, and about how many tokens all of it packs into."""
     read = 0
     ended = False
 
     def beginning() -> Iterator[str]:
         nonlocal read, ended
         for text in source.documents():
-            piece = text[: _SAMPLE_CHARACTERS - read]
+            piece = text[: n_characters - read]
             read += len(piece)
             yield piece
-            if read >= _SAMPLE_CHARACTERS:
+            if read >= n_characters:
                 return
         ended = True
 
-    limit = _SAMPLE_CHARACTERS * 8  # More tokens than the sample can have: all of it counts.
-    table = pack(encode_documents(beginning(), settings.tokenizer, limit), settings.packing, limit)
+    packing = settings.packing
+    limit = n_characters * 8  # More tokens than the sample can have: all of it counts.
+    documents = encode_documents(beginning(), settings.tokenizer, limit, packing.longest_document)
+    table = pack(documents, packing, limit)
     n_tokens = len(table.token_id)
     if ended:
         return table.token_id, n_tokens

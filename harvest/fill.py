@@ -1,7 +1,7 @@
 """Fill the shards that a store lacks: forward passes in the main thread, writing in a second one.
 
-How: batches of sequences are fixed by the store's sizes and the batch size alone (`sequence_batches`), so that a run
-that was stopped computes the same batches again and the bytes do not depend on where it stopped; only batches that
+How: batches of sequences are fixed by the store's positions and the batch size alone (`sequence_batches`), so that a
+run that was stopped computes the same batches again and the bytes do not depend on where it stopped; only batches that
 overlap a missing shard are run. Each batch is rounded into one of two host buffers, which the writer cuts into
 shards, checks and writes while the next batch is computed. What it does not do: plan, or decide what to store.
 
@@ -11,6 +11,7 @@ statistics).
 Shapes: B sequences, N positions, L stored layers, D = d_model, n = B * N tokens of a batch.
 """
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -54,14 +55,18 @@ class Filled(NamedTuple):
     """Time from the first forward pass to the last write."""
 
 
-def sequence_batches(n_tokens: int, context_length: int, batch_size: int) -> list[SequenceBatch]:
-    """All batches, in order: full sequences by `batch_size`, then the last shorter one alone, so that nothing is
-    padded."""
-    full = n_tokens // context_length * context_length
-    step = context_length * batch_size
-    batches = [SequenceBatch(start, min(start + step, full), context_length) for start in range(0, full, step)]
-    if full < n_tokens:
-        batches.append(SequenceBatch(full, n_tokens, n_tokens - full))
+def sequence_batches(position: np.ndarray, batch_tokens: int) -> list[SequenceBatch]:
+    """All batches, in order, of a store's positions (int [T]): runs of sequences of one length, so that nothing is
+    padded, of at most `batch_tokens` tokens, but at least one sequence."""
+    starts = np.flatnonzero(position == 0)
+    lengths = np.diff(starts, append=len(position))
+    runs = np.flatnonzero(np.diff(lengths, prepend=0, append=0))  # First sequence of each run, and one past the last.
+    batches = []
+    for first, end in itertools.pairwise(runs.tolist()):
+        length, start = int(lengths[first]), int(starts[first])
+        stop = start + (end - first) * length
+        step = max(batch_tokens // length, 1) * length
+        batches += [SequenceBatch(at, min(at + step, stop), length) for at in range(start, stop, step)]
     return batches
 
 
@@ -238,7 +243,9 @@ def fill(store: ActivationStore, model: LoadedModel, runner: BatchRunner, batch_
     """
     meta, tokens = store.meta, store.tokens
     missing = store.missing_shards()
-    batches = batches_for(sequence_batches(meta.n_tokens, meta.context_length, batch_size), missing, meta.shard_tokens)
+    batches = batches_for(
+        sequence_batches(tokens.position, batch_size * meta.context_length), missing, meta.shard_tokens
+    )
     buffers = [runner.buffer(max(b.stop - b.start for b in batches)) for _ in range(min(2, len(batches)))]
 
     def write_shard(shard: int, data: np.ndarray) -> None:

@@ -44,7 +44,7 @@ from harvest.lens_ridge import GramSums, RidgeFit, fit_ridge
 from harvest.models import LoadedModel, load_model
 from harvest.resolve import TORCH_DTYPES, Settings, resolve
 from harvest.run import tokenise
-from harvest.texts import open_source
+from harvest.texts import open_sources
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.console import human_bytes
@@ -97,7 +97,7 @@ def fit_lens(config: FitLensConfig) -> FitResult:
         refuse_other_weights(settings.spec, store)
         tokens = store.tokens
     else:
-        tokens = tokenise(settings, open_source(config.for_harvest()), config.max_tokens)
+        tokens, _ = tokenise(settings, open_sources(config.for_harvest()), config.max_tokens)
     part = parts(tokens, config.validation_fraction, config.seed)
     _require_tokens(part, settings.d_model)
     building = config.out.with_name(config.out.name + ".fitting")

@@ -8,7 +8,7 @@ record differs. What it does not do: load weights or read text.
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def resolve(config: HarvestConfig) -> Settings:
         context_length=context,
         separator=config.document_separator,
         keep_first_position=config.keep_first_position,
+        packed=config.pack,
     )
     dtype, notes = _dtype(config.dtype, device)
     lens = None
@@ -135,21 +136,25 @@ def default_batch_size(context_length: int, bytes_per_token: int, device_type: s
     return max(min(_BATCH_BYTES // (context_length * bytes_per_token), tokens // context_length), 1)
 
 
-def make_record(config: HarvestConfig, settings: Settings, source: TextSource) -> dict[str, Any]:
+def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[TextSource]) -> dict[str, Any]:
     """What the stored bytes depend on, as plain JSON by option; two runs may share a store when these are equal."""
     spec, lens = settings.spec, settings.lens
+    choices = [source.choice for source in sources]
     return {
         "model": spec.name,
         "model_revision": spec.revision,
         "model_fingerprint": spec.fingerprint,
         "random_init": config.random_init,
         "seed": config.seed,
-        "dataset": source.dataset,
-        "dataset_config": config.dataset_config,
+        "dataset": _for_each([source.dataset for source in sources]),
+        "dataset_weights": [choice.weight for choice in choices] if len(choices) > 1 else None,
+        "dataset_config": _for_each([choice.config or None for choice in choices]),
         # Of a hub data set only what was asked for: continuing a store reads no text, so that it must not ask the hub.
-        "dataset_revision": source.revision if source.is_local else config.dataset_revision,
-        "split": config.split,
-        "text_column": config.text_column,
+        "dataset_revision": _for_each([s.revision if s.is_local else s.choice.revision or None for s in sources]),
+        "split": _for_each([choice.split for choice in choices]),
+        "text_column": _for_each([choice.column for choice in choices]),
+        "shuffle_documents": config.shuffle_documents,
+        "pack": config.pack,
         "max_tokens": config.max_tokens,
         "context_length": settings.packing.context_length,
         "batch_size": settings.batch_size,
@@ -163,6 +168,11 @@ def make_record(config: HarvestConfig, settings: Settings, source: TextSource) -
         "lens_hash": lens.fingerprint if lens else None,
         "lens_indexing": lens.indexing if lens else None,
     }
+
+
+def _for_each(values: list[Any]) -> Any:
+    """One text's value as it is, several texts' as a list."""
+    return values[0] if len(values) == 1 else values
 
 
 def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapping[str, Any]) -> None:
@@ -183,9 +193,13 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
 
 
 def make_provenance(
-    settings: Settings, source: TextSource, record: Mapping[str, Any], architecture: str
+    settings: Settings,
+    sources: Sequence[TextSource],
+    taken: Sequence[tuple[int, int]],
+    record: Mapping[str, Any],
+    architecture: str,
 ) -> dict[str, Any]:
-    """Where a store comes from, as plain JSON."""
+    """Where a store comes from, as plain JSON. taken: documents and tokens of each source that are in it."""
     spec, packing = settings.spec, settings.packing
     return {
         "model": spec.name,
@@ -199,14 +213,28 @@ def make_provenance(
         "bos_id": packing.bos_id,
         "separator": packing.separator,
         "separator_ids": list(packing.separator_ids),
-        "dataset": source.dataset,
-        "dataset_revision": source.revision,
+        "dataset": " ".join(_named(source, len(sources)) for source in sources),
+        "dataset_revision": _for_each([source.revision for source in sources]),
+        "sources": [
+            {
+                "dataset": source.dataset,
+                "revision": source.revision,
+                "weight": source.choice.weight,
+                "documents": documents,
+                "tokens": tokens,
+            }
+            for source, (documents, tokens) in zip(sources, taken, strict=True)
+        ],
         "split": record["split"],
         "compute_dtype": settings.dtype,
         "device": settings.device.type,
         "versions": versions(),
         "config": dict(record),
     }
+
+
+def _named(source: TextSource, n_sources: int) -> str:
+    return f"{source.dataset}:{source.choice.weight:g}" if n_sources > 1 else source.dataset
 
 
 def versions() -> dict[str, str]:

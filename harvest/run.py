@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from harvest.config import HarvestConfig
 from harvest.fill import BatchRunner, Filled, fill, host_bytes
+from harvest.mixing import Mixture
 from harvest.models import LoadedModel, load_model
 from harvest.resolve import TORCH_DTYPES, Settings, make_provenance, make_record, refuse_differences, resolve, versions
-from harvest.texts import TextSource, open_source
+from harvest.texts import TextSource, open_sources
 from harvest.tokens import encode_documents, pack
 from store.activations import ActivationStore
 from store.arrays import TokenTable
@@ -84,8 +85,8 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     settings = resolve(config)
     if existing and config.batch_size is None:
         settings = _with_batch_size_of(config.out, settings)
-    source = open_source(config, contents=not existing)
-    record = make_record(config, settings, source)
+    sources = open_sources(config, contents=not existing)
+    record = make_record(config, settings, sources)
     for note in settings.notes:
         print(note, file=sys.stderr)
     model = None
@@ -93,7 +94,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
         store = _reopen(config, settings, record)
     else:
         model = _load(settings)
-        store = _plan(config, settings, source, record, model)
+        store = _plan(config, settings, sources, record, model)
     with store:
         _save_options(config)  # On continuing too: a crash may have come between the store and this file.
         filled = Filled(0, 0, 0.0)
@@ -173,10 +174,15 @@ def _load(settings: Settings) -> LoadedModel:
 
 
 def _plan(
-    config: HarvestConfig, settings: Settings, source: TextSource, record: dict[str, Any], model: LoadedModel
+    config: HarvestConfig,
+    settings: Settings,
+    sources: Sequence[TextSource],
+    record: dict[str, Any],
+    model: LoadedModel,
 ) -> ActivationStore:
     """Tokenise, check the disk, and make the store without shards."""
-    tokens = tokenise(settings, source, config.max_tokens)
+    tokens, mixture = tokenise(settings, sources, config.max_tokens)
+    _say_what_ran_out(sources, mixture)
     n_tokens = len(tokens.token_id)
     if n_tokens < config.max_tokens and config.max_tokens - n_tokens >= settings.packing.context_length:
         print(f"the text ran out: {n_tokens} tokens instead of {config.max_tokens}", file=sys.stderr)
@@ -197,7 +203,9 @@ def _plan(
         shard_tokens=shard,
         context_length=settings.packing.context_length,
         lens=settings.lens.describe() if settings.lens else None,
-        provenance=make_provenance(settings, source, record, model.architecture),
+        provenance=make_provenance(
+            settings, sources, list(zip(mixture.documents, mixture.tokens, strict=True)), record, model.architecture
+        ),
         config_hash=config_hash({**record, "tokens": _table_hash(tokens)}),
     )
     _require_space(config.out, settings, n_tokens)
@@ -216,20 +224,39 @@ def _save_options(config: HarvestConfig) -> None:
     atomic_write(config.out.with_suffix(".harvest.toml"), [to_toml(values).encode()])
 
 
-def tokenise(settings: Settings, source: TextSource, max_tokens: int) -> TokenTable:
-    """The token table of at most `max_tokens` tokens of a text. `ResidscopeError` where there is no text, or the
-    tokenizer is not the model's."""
-    limit = settings.packing.stream_length(max_tokens)
-    with tqdm(total=max_tokens, desc="tokenise", unit="tok", unit_scale=True, leave=False, disable=None) as bar:
-        tokens = pack(
-            encode_documents(source.documents(), settings.tokenizer, limit, bar.update), settings.packing, max_tokens
-        )
+def tokenise(settings: Settings, sources: Sequence[TextSource], max_tokens: int) -> tuple[TokenTable, Mixture]:
+    """The token table of at most `max_tokens` tokens of some texts, and what each gave. `ResidscopeError` where there
+    is no text, or the tokenizer is not the model's."""
+    packing = settings.packing
+    limit = packing.stream_length(max_tokens)
+    streams = [
+        encode_documents(source.documents(), settings.tokenizer, limit, packing.longest_document) for source in sources
+    ]
+    mixture = Mixture(streams, [source.choice.weight for source in sources], limit, packing.document_extra)
+    with tqdm(total=limit, desc="tokenise", unit="tok", unit_scale=True, leave=False, disable=None) as bar:
+
+        def watched() -> Iterator[np.ndarray]:
+            for ids in mixture:
+                bar.update(len(ids))
+                yield ids
+
+        tokens = pack(watched(), packing, max_tokens)
     if int(tokens.token_id.max()) >= settings.vocabulary:
         raise ResidscopeError(
             f"{settings.spec.name}: the tokenizer gives token {int(tokens.token_id.max())}, the model's embedding has"
             f" {settings.vocabulary} rows; the tokenizer is another model's"
         )
-    return tokens
+    return tokens, mixture
+
+
+def _say_what_ran_out(sources: Sequence[TextSource], mixture: Mixture) -> None:
+    """Say which of several texts could not give their share."""
+    weights = [source.choice.weight for source in sources]
+    for at in mixture.ran_out if len(sources) > 1 else ():
+        share, wanted = mixture.tokens[at] / sum(mixture.tokens), weights[at] / sum(weights)
+        if share < 0.99 * wanted:
+            ended = f"{sources[at].dataset} ran out after {mixture.tokens[at]:,} tokens"
+            print(f"{ended}: its share is {share:.1%} instead of {wanted:.1%}", file=sys.stderr)
 
 
 def _require_space(out: Path, settings: Settings, n_tokens: int) -> None:

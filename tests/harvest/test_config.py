@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harvest.config import HarvestConfig, parse_layers
+from harvest.config import HarvestConfig, parse_layers, text_choices
 from store.errors import UsageError
 from store.options import parse_options
 
@@ -39,6 +39,14 @@ def test_words_that_are_no_layers_are_refused(word: str) -> None:
         {"batch_size": -1},
         {"model": " "},
         {"layers": ("x",)},
+        {"dataset": ("",)},
+        {"dataset": ("pydoc:0",)},
+        {"dataset": ("pydoc:-1", "stdlib")},
+        {"dataset": ("pydoc:nan", "stdlib")},
+        {"dataset": ("pydoc", "pydoc:2")},
+        {"dataset": ("pydoc", "stdlib", "a.txt"), "text_column": ("a", "b")},
+        {"pack": False, "document_separator": "x"},
+        {"shuffle_documents": -1},
     ],
 )
 def test_values_that_cannot_work_are_refused(change: dict[str, Any]) -> None:
@@ -52,3 +60,15 @@ def test_flags_reach_the_configuration() -> None:
     assert config == HarvestConfig(
         model="gpt2", out=Path("a.zarr"), layers=("0-2", "5"), document_separator="¶", dry_run=True, json=True
     )
+
+
+def test_a_number_after_the_last_colon_is_a_weight() -> None:
+    words = ("pydoc:2", "owner/name", "C:\\logs.txt:0.5", "odd:2:1", "C:\\b.txt")
+    choices = text_choices(HarvestConfig(model="gpt2", out=Path("a.zarr"), dataset=words))
+    assert [(c.name, c.weight) for c in choices] == [
+        ("pydoc", 2),
+        ("owner/name", 1),
+        ("C:\\logs.txt", 0.5),
+        ("odd:2", 1),
+        ("C:\\b.txt", 1),
+    ]

@@ -28,7 +28,7 @@ def meta(n_tokens: int, shard_tokens: int) -> StoreMeta:
 @given(SIZES)
 def test_batches_cover_every_sequence_once_without_padding(sizes: tuple[int, int, int]) -> None:
     n_tokens, context, batch_size = sizes
-    batches = sequence_batches(n_tokens, context, batch_size)
+    batches = sequence_batches(np.arange(n_tokens) % context, context * batch_size)
     assert [b.start for b in batches] == [0, *[b.stop for b in batches[:-1]]]
     assert batches[-1].stop == n_tokens
     for batch in batches:
@@ -52,7 +52,7 @@ def test_missing_shards_are_assembled_from_their_batches_alone(
         written[shard] = piece.copy()
 
     assembler = ShardAssembler(store, missing, write, np.dtype(np.float32))
-    batches = sequence_batches(n_tokens, context, batch_size)
+    batches = sequence_batches(np.arange(n_tokens) % context, context * batch_size)
     wanted = batches_for(batches, missing, shard_tokens)
     needed = [
         b

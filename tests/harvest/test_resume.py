@@ -106,6 +106,12 @@ def test_only_batches_of_missing_shards_are_computed(config: MakeConfig) -> None
         ({"random_init": True}, "random_init is False there and True here"),
         ({"document_separator": ""}, "document_separator is '<|endoftext|>' there and '' here"),
         ({"keep_first_position": True}, "keep_first_position"),
+        ({"pack": False}, "document_separator is|pack is True there and False here"),
+        ({"shuffle_documents": 3}, "shuffle_documents is None there and 3 here"),
+        (
+            {"dataset": ("pydoc:2", "stdlib")},
+            r"dataset is 'texts' there and \['pydoc', 'stdlib'\]",
+        ),
         ({"codec": "zstd", "seed": 3}, "seed is 0 there and 3 here; codec is 'none' there and 'zstd' here"),
     ],
 )
@@ -174,3 +180,22 @@ def test_a_second_writer_is_refused(config: MakeConfig) -> None:
             harvest(options)
     with ActivationStore.open(options.out, writable=True), pytest.raises(ResidscopeError, match="another process"):
         harvest(options)
+
+
+def test_a_store_that_is_continued_keeps_its_batch_size(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = config(batch_size=None)
+    harvest(options)
+    before = ActivationStore.open(options.out).meta.provenance["config"]["batch_size"]
+    monkeypatch.setattr("harvest.resolve.default_batch_size", lambda *sizes: 77)
+    assert before == 1024 // 20
+    assert harvest(options).shards_written == 0
+
+
+def test_shuffled_documents_are_the_same_ones(config: MakeConfig, tmp_path: Path) -> None:
+    def documents(**changes: Any) -> list[tuple[int, ...]]:
+        tokens = ActivationStore.open(harvest(config(out=tmp_path / f"{len(changes)}.zarr", **changes)).out).tokens
+        return [tuple(tokens.token_id[tokens.document == d].tolist()) for d in range(int(tokens.document.max()) + 1)]
+
+    plain, mixed = documents(), documents(shuffle_documents=1)
+    assert sorted(plain) == sorted(mixed)
+    assert plain != mixed

@@ -18,7 +18,7 @@ from store.activations import ActivationStore
 from store.errors import ResidscopeError
 from store.options import parse_options
 from store.verify import verify
-from tests.harvest.conftest import SHARD, MakeConfig, ModelFolder
+from tests.harvest.conftest import SHARD, MakeConfig, ModelFolder, crash_after
 from tests.harvest.test_lens import write_lens
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
 
@@ -215,3 +215,44 @@ def test_results_are_plain(config: MakeConfig) -> None:
     result = harvest(config())
     assert isinstance(result, HarvestResult)
     assert json.loads(json.dumps(result._asdict()))["tokens"] == result.tokens
+
+
+def test_several_texts_by_weight(
+    config: MakeConfig, tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": "xyz " * n}) + "\n" for n in range(1, 20)))
+    options = config(dataset=(f"{text_folder}:1", f"{tmp_path / 'b.jsonl'}:2"), max_tokens=600)
+    assert estimate(options).tokens_available == 591 + sum(4 * n + 1 for n in range(1, 20))
+    harvest(options)
+    assert "ran out" not in capsys.readouterr().err
+    store = ActivationStore.open(options.out)
+    first, second = store.meta.provenance["sources"]
+    assert (first["dataset"], second["dataset"], second["weight"]) == ("texts", "b.jsonl", 2.0)
+    assert first["tokens"] + second["tokens"] == 600
+    assert store.meta.provenance["dataset"] == "texts:1 b.jsonl:2"
+    assert first["documents"] + second["documents"] == int(store.tokens.document.max()) + 1
+    harvest(config(dataset=options.dataset, out=tmp_path / "all.zarr"))
+    assert "b.jsonl ran out after 779 tokens: its share is 56.9% instead of 66.7%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.usefixtures("small_shards")
+def test_without_packing_each_document_is_run_on_its_own(
+    config: MakeConfig, architecture: str, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_text("".join(json.dumps({"text": "abcdefgh" * n}) + "\n" for n in (1, 5, 1, 2, 1, 9, 2, 4, 1, 1)))
+    options = config(architecture, dataset=(str(text),), pack=False, store_dtype="float32")
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 1)
+        with pytest.raises(RuntimeError, match="crash"):
+            harvest(options)
+    result = harvest(options)
+    store = ActivationStore.open(options.out)
+    assert result.documents == 10
+    starts = np.flatnonzero(store.tokens.position == 0)
+    for start, stop in zip(starts, [*starts[1:], result.tokens], strict=True):
+        row = store.tokens.token_id[start:stop]
+        one = block_outputs(str(model_folder(architecture)), row, len(row), 1)
+        np.testing.assert_allclose(store.read(slice(int(start), int(stop))), one, rtol=1e-4, atol=1e-5)
+    assert estimate(options).tokens_available == result.tokens

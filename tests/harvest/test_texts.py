@@ -11,17 +11,22 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from harvest import texts
+from harvest import python_texts, texts
 from harvest.config import HarvestConfig
 from harvest.hub import HubRepo
-from harvest.texts import open_source
+from harvest.texts import TextSource, open_sources
 from store.errors import ResidscopeError, UsageError
 
 ROWS = ["first document", "second\nwith a line", "third é"]
 
 
 def config(dataset: object, **changes: Any) -> HarvestConfig:
-    return HarvestConfig(model="gpt2", out=Path("a.zarr"), dataset=str(dataset), **changes)
+    return HarvestConfig(model="gpt2", out=Path("a.zarr"), dataset=(str(dataset),), **changes)
+
+
+def open_source(options: HarvestConfig, **how: Any) -> TextSource:
+    (source,) = open_sources(options, **how)
+    return source
 
 
 def read(dataset: object, **changes: Any) -> list[str]:
@@ -126,7 +131,7 @@ def test_pydoc_is_the_same_each_time_and_has_both_parts(tmp_path: Path, monkeypa
     }.items():
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(source)
-    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(python_texts.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     documents = read("pydoc")
     n = len(topics.topics)
     assert documents[:n] == [topics.topics[name] for name in sorted(topics.topics)]
@@ -204,3 +209,51 @@ def test_compressed_rows_are_read_line_by_line(tmp_path: Path) -> None:
             writer.write(json.dumps({"text": f"{i} " * 50}).encode() + b"\n")
     path.write_bytes(buffer.getvalue())
     assert read(path) == [f"{i} " * 50 for i in range(2000)]
+
+
+def test_the_source_of_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.py", "a/c.py", "test/t.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"raise SystemExit  # {name}")
+    monkeypatch.setattr(python_texts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert read("stdlib") == [f"raise SystemExit  # {name}" for name in ("a/c.py", "b.py")]
+
+
+def test_a_shuffle_is_a_permutation_that_the_seed_decides(tmp_path: Path) -> None:
+    rows = [f"{i} é \ud800" if i % 7 else "" for i in range(200)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    orders = [read(path, shuffle_documents=seed) for seed in (0, 0, 1)]
+    assert all(sorted(order) == sorted(rows) for order in orders)
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != rows != orders[2]
+    assert read(path) == rows
+
+
+def test_a_streamed_data_set_is_shuffled_by_its_library(hub: dict[str, Any]) -> None:
+    class Rows(list[dict[str, str]]):
+        def shuffle(self, *, seed: int, buffer_size: int) -> list[dict[str, str]]:
+            assert (seed, buffer_size) == (5, 10_000)
+            return self[::-1]
+
+    hub["answer"] = lambda: Rows([{"text": "a"}, {"text": "b"}])
+    assert read("owner/name", shuffle_documents=5) == ["b", "a"]
+
+
+def test_several_texts_have_options_of_their_own(tmp_path: Path, hub: dict[str, Any]) -> None:
+    write(tmp_path / "a.jsonl", "body")
+    hub["answer"] = lambda: iter([{"text": "hub"}])
+    options = HarvestConfig(
+        model="gpt2",
+        out=Path("a.zarr"),
+        dataset=(f"{tmp_path / 'a.jsonl'}:2", "owner/name", "pydoc:0.5"),
+        text_column=("body", "", "text"),
+        split=("test",),
+    )
+    local, remote, python = open_sources(options)
+    assert list(local.documents()) == ROWS
+    assert list(remote.documents()) == ["hub"]
+    assert hub["asked"][1]["split"] == "test"
+    assert [source.choice.weight for source in (local, remote, python)] == [2, 1, 0.5]
+    with pytest.raises(UsageError, match="--split: local files have no splits"):
+        open_sources(dataclasses.replace(options, dataset=(str(tmp_path / "a.jsonl"), "pydoc"), text_column=("text",)))

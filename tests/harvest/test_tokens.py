@@ -121,10 +121,8 @@ def test_encoding_stops_at_what_is_wanted(texts: list[str], wanted: int) -> None
     tokenizer = TOKENIZER
     whole = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"])]
     flat = [t for ids in whole for t in ids][:wanted]
-    seen: list[int] = []
-    found = list(encode_documents(texts, tokenizer, wanted, seen.append))
+    found = list(encode_documents(texts, tokenizer, wanted))
     assert [int(t) for ids in found for t in ids] == flat
-    assert sum(seen) == len(flat)
     assert all(len(ids) for ids in found)
 
 
@@ -143,3 +141,44 @@ def test_a_long_text_is_tokenised_only_as_far_as_needed(monkeypatch: pytest.Monk
     (ids,) = encode_documents([text], counting, 50)
     np.testing.assert_array_equal(ids, TOKENIZER(text[:50], add_special_tokens=False)["input_ids"])
     assert longest < 10_000
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    context=st.integers(2, 20),
+    bos=st.booleans(),
+    max_tokens=st.integers(3, 300),
+)
+def test_without_packing_each_sequence_is_the_beginning_of_one_document(
+    lengths: list[int], context: int, bos: bool, max_tokens: int
+) -> None:
+    documents = [(np.arange(n) + 17 * i).astype(np.int32) % 256 for i, n in enumerate(lengths)]
+    how = packing(context, bos=bos, separators=())._replace(packed=False)
+    table = pack(iter(documents), how, max_tokens)
+    room = context - bos
+    expected: list[list[int]] = []
+    for ids in documents:
+        left = max_tokens - sum(map(len, expected))
+        row = [BOS_ID] * bos + ids[:room].tolist()
+        if left > bos:
+            expected.append(row[:left])
+    expected.sort(key=len, reverse=True)
+    starts = np.flatnonzero(table.position == 0)
+    found = [part.tolist() for part in np.split(table.token_id, starts[1:])]
+    assert found == expected
+    np.testing.assert_array_equal(table.document, np.repeat(np.arange(len(expected)), [len(row) for row in expected]))
+    assert table.position.max() < context
+    assert not table.keep[starts].any()
+    assert len(table.token_id) <= max_tokens
+
+
+def test_encoding_takes_the_beginning_of_each_document() -> None:
+    texts = ["abcdef", "", "gh", "ijklmnop"]
+    found = list(encode_documents(texts, TOKENIZER, 9, longest=4))
+    whole = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert [ids.tolist() for ids in found] == [whole[0][:4], whole[2], whole[3][:3]]
+
+
+def test_without_packing_there_is_no_separator() -> None:
+    how = make_packing(tiny_tokenizer(bos=True), context_length=16, packed=False)
+    assert (how.separator, how.separator_ids, how.longest_document, how.document_extra) == ("", (), 15, 1)

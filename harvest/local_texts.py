@@ -1,0 +1,131 @@
+"""Documents in local files: .txt, .jsonl, .jsonl.zst and .parquet, one after another in a fixed order.
+
+How: one .txt file is one document; each line of a .jsonl and each row of a .parquet is one. Files are read lazily.
+What it does not do: shuffle, filter, or read any other kind of file.
+"""
+
+import glob
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from harvest.hub import first_line
+from store.errors import ResidscopeError, UsageError
+
+_SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
+_HEAD_BYTES = 1 << 20
+
+
+def find_files(dataset: str) -> list[Path] | None:
+    """The files of a local data set, in order; None where the name is not a local one. `UsageError` where it is, and
+    there is nothing."""
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        if suffix_of(path) is None:
+            raise UsageError(f"--dataset {dataset}: unknown kind of file; known are {', '.join(_SUFFIXES)}")
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file))
+    elif any(sign in dataset for sign in "*?["):
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        found = sorted(file for file in map(Path, matches) if file.is_file() and suffix_of(file))
+    elif dataset.startswith((".", "/", "~")) or suffix_of(path):
+        raise UsageError(f"--dataset {dataset}: there is no such file or folder")
+    else:
+        return None
+    if not found:
+        raise UsageError(f"--dataset {dataset}: no {', '.join(_SUFFIXES)} file there")
+    return found
+
+
+def suffix_of(path: Path) -> str | None:
+    return next(
+        (suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(suffix)), None
+    )
+
+
+def files_hash(files: list[Path]) -> str:
+    digest = xxhash.xxh3_128()
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode() + stream.read(_HEAD_BYTES))
+    return digest.hexdigest()
+
+
+def file_documents(files: list[Path], column: str) -> Iterator[str]:
+    for path in files:
+        try:
+            suffix = suffix_of(path)
+            if suffix == ".txt":
+                yield path.read_text(encoding="utf-8")
+            elif suffix == ".parquet":
+                yield from _parquet_documents(path, column)
+            else:
+                yield from _json_documents(path, column, compressed=suffix == ".jsonl.zst")
+        except UnicodeDecodeError as error:
+            raise ResidscopeError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+
+
+def _json_documents(path: Path, column: str, *, compressed: bool) -> Iterator[str]:
+    import zstandard
+
+    try:
+        with path.open("rb") as raw:
+            stream = (
+                io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+                if compressed
+                else raw
+            )
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ResidscopeError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+                    yield text_of(row, column, f"{path} line {number}")
+    except zstandard.ZstdError as error:
+        raise ResidscopeError(f"{path}: not valid zstd data ({error}); download it again") from None
+
+
+def _parquet_documents(path: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise _no_column(path.name, column, names)
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield text_of({column: text}, column, f"{path} row {row}")
+    except pyarrow.ArrowInvalid as error:
+        raise ResidscopeError(f"{path}: not a valid parquet file ({first_line(error)})") from None
+
+
+def text_of(row: Any, column: str, where: str) -> str:
+    """The text of a row; empty where it is null."""
+    if not isinstance(row, dict):
+        raise ResidscopeError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
+    if column not in row:
+        raise _no_column(where, column, list(row))
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UsageError(
+            f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --text-column"
+        )
+    return text
+
+
+def _no_column(where: str, column: str, names: list[str]) -> UsageError:
+    return UsageError(
+        f"{where}: no column {column!r}; its columns are {', '.join(map(str, names))}. Choose one with --text-column"
+    )

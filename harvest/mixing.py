@@ -1,0 +1,46 @@
+"""Several streams of documents as one, by weight.
+
+How: the next document is always taken from the stream that is furthest behind its share of the tokens so far (the
+first of them where they are even), so that after every document each share is right to within one document, and
+the order depends on the documents and the weights alone. A stream that runs out leaves its share to the others, in
+proportion. What it does not do: read or tokenise.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+class Mixture:
+    """One pass over the documents (token ids, int32) of several streams, with what came from each."""
+
+    def __init__(
+        self, streams: Sequence[Iterator[np.ndarray]], weights: Sequence[float], n_tokens: int, extra: int
+    ) -> None:
+        """n_tokens: of all together, where the last document is cut. extra: tokens that go with each document
+        (separator, BOS), and count."""
+        self._streams = streams
+        self._weights = weights
+        self._left = n_tokens
+        self._extra = extra
+        self.documents = [0] * len(streams)
+        """Documents taken from each stream."""
+        self.tokens = [0] * len(streams)
+        """Tokens taken from each, `extra` included."""
+        self.ran_out: list[int] = []
+        """Streams that ended before the mixture did, in the order in which they did."""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        open_streams = list(range(len(self._streams)))
+        while self._left > 0 and open_streams:
+            at = min(open_streams, key=lambda i: self.tokens[i] / self._weights[i])
+            ids = next(self._streams[at], None)
+            if ids is None:
+                open_streams.remove(at)
+                self.ran_out.append(at)
+                continue
+            taken = min(len(ids) + self._extra, self._left)
+            self.documents[at] += 1
+            self.tokens[at] += taken
+            self._left -= taken
+            yield ids[:taken]
