@@ -101,8 +101,9 @@ class HarvestConfig:
                 " --keep-first-position"
             )
         for name in ("dataset", *_FOR_EACH_TEXT):
-            if isinstance(value := getattr(self, name), str):  # One text needs no tuple.
-                object.__setattr__(self, name, (value,))
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):  # One text needs no tuple.
+                object.__setattr__(self, name, () if value is None else (value,))
         if not self.model.strip():
             raise UsageError("--model is empty")
         if self.shuffle_documents is not None and self.shuffle_documents < 0:
