@@ -25,8 +25,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.bench_sweep import make_store  # noqa: E402
 
 FLAGS = ["--n-latents=256", "--batch-size=128", "--threads=1", "--checkpoint-every=3", "--validate-every=7"]
-FLAGS += ["--log-every=4", "--window-gb=0.002", "--kernels=torch", "--steps=240"]
+FLAGS += ["--log-every=4", "--window-gb=0.002", "--kernels=torch", "--steps=600"]
 KINDS = {"plain": [], "sweep": ["--sweep", "k=4,8", "lr=0.001,0.003"], "per-layer": ["--per-layer=total", "--k=4"]}
+EARLY = 0.2
+"""Share of the kills at a random moment of the start; the others come after something new has been saved."""
+
 TIMES = ("vectors_per_second", "data_wait_fraction")
 
 
@@ -60,15 +63,21 @@ def contents(folder: Path) -> dict[str, Any]:
 def trial(kind: str, store: Path, root: Path, kills: int, seed: int) -> dict[str, Any]:
     """One kind of run, killed `kills` times."""
     whole, broken = root / f"{kind}-whole", root / f"{kind}-broken"
-    finish(start(store, whole / "ckpt.pt", *KINDS[kind]))
+    began = time.perf_counter()
+    process = start(store, whole / "ckpt.pt", *KINDS[kind])
+    wait_for_progress(process, whole, progress(whole))
+    first_save = time.perf_counter() - began
+    finish(process)
+    training = time.perf_counter() - began - first_save
     moments, done, early = random.Random(seed), 0, 0
     while done < kills:
-        process = start(store, broken / "ckpt.pt", "--resume", *KINDS[kind])
         before = progress(broken)
-        # Sometimes at once, mostly after it has come further: a run that never saves would not get to the end.
-        while process.poll() is None and progress(broken) == before and moments.random() < 0.995:
-            time.sleep(0.01)
-        time.sleep(moments.expovariate(1 / 0.03))
+        process = start(store, broken / "ckpt.pt", "--resume", *KINDS[kind])
+        if moments.random() < EARLY:
+            time.sleep(moments.uniform(0, first_save))
+        else:
+            wait_for_progress(process, broken, before)
+            time.sleep(moments.uniform(0, training / kills))  # so that the kills are spread over the run
         if process.poll() is not None:
             break  # it was done before the kill
         process.kill()
@@ -79,6 +88,12 @@ def trial(kind: str, store: Path, root: Path, kills: int, seed: int) -> dict[str
     a, b = contents(whole), contents(broken)
     differing = [name for name in a if a[name] != b.get(name)]
     return {"kills": done, "before_anything_new_was_saved": early, "files": len(a), "differing": differing}
+
+
+def wait_for_progress(process: subprocess.Popen[bytes], folder: Path, before: list[tuple[str, int]]) -> None:
+    """Until something new has been saved."""
+    while process.poll() is None and progress(folder) == before:
+        time.sleep(0.002)
 
 
 def progress(folder: Path) -> list[tuple[str, int]]:

@@ -9,6 +9,7 @@ long as a single run. Every file is checked to be the same, byte for byte, both 
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import threading
@@ -86,7 +87,7 @@ def make_store(path: Path, n_tokens: int) -> None:
         store.finalize()
 
 
-def measure(config: TrainConfig, reader: Reader, singles: bool) -> dict[str, Any]:
+def measure(config: TrainConfig, reader: Reader, singles: bool) -> dict[str, float]:
     """Times and bytes of the sweep and of a single run, or of all six one after another; checks that files agree."""
     began, reader.total = time.perf_counter(), 0
     swept = train_all(replace(config, sweep=SWEEP, out=config.out.with_name("swept.pt"), overwrite=True))
@@ -103,7 +104,7 @@ def measure(config: TrainConfig, reader: Reader, singles: bool) -> dict[str, Any
         "runs": len(swept),
         "sweep_s": together,
         "single_s": sum(alone) / len(alone),
-        "one_after_another_s": sum(alone) if singles else None,
+        "one_after_another_s": sum(alone) if singles else math.nan,
         "sweep_bytes": bytes_together,
         "single_bytes": bytes_alone[0],
     }
@@ -144,12 +145,14 @@ def main() -> None:
         "bytes_over_single": fast["sweep_bytes"] / fast["single_bytes"],
         "throttle_mb_per_s": reader.limit / 1e6,
         "fast": fast,
-        "slow": slow,
+        "slow": {name: value for name, value in slow.items() if not math.isnan(value)},
     }
-    print(f"{fast['runs']} runs of {options.latents} latents, {options.tokens} tokens x {N_LAYERS} layers x {D_MODEL}")
+    print(
+        f"{fast['runs']:.0f} runs of {options.latents} latents, {options.tokens} tokens x {N_LAYERS} layers x {D_MODEL}"
+    )
     print("reader      sweep, s   single, s   six in turn, s   bytes read: sweep / single")
     for label, row in (("warm", fast), (f"{reader.limit / 1e6:.1f} MB/s", slow)):
-        turn = "-" if row["one_after_another_s"] is None else f"{row['one_after_another_s']:.1f}"
+        turn = "-" if math.isnan(row["one_after_another_s"]) else f"{row['one_after_another_s']:.1f}"
         ratio = row["sweep_bytes"] / row["single_bytes"]
         print(f"{label:<10} {row['sweep_s']:9.1f} {row['single_s']:11.1f} {turn:>16} {ratio:18.2f}")
     print("checkpoints of the sweep and of the single runs: the same bytes")

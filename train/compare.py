@@ -7,6 +7,7 @@ raw space, one mean vector a layer, lower is better.
 Shapes: T tokens of the store, t tokens read, L layers of the store, D d_model.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,16 +101,18 @@ def compare(config: CompareConfig) -> Comparison:
         positions = list(range(store.meta.n_layers))
         source = VectorSource(positions, store.meta.stored_dtype, device)
         if config.pca:
-            budgets = sorted({entrant.k() for entrant in entrants})
+            budgets = sorted({entrant.k() for entrant in entrants} - {0})  # 0: not known, of relu and jumprelu
             training = ValidationData(store, trained, positions, seed=0)
             entrants += _baselines(training, source, store.meta.layers, budgets, config.fit_tokens)
         data = ValidationData(store, held_out, positions, seed=0)
         members = [(entrant, layer, sae) for entrant in entrants for layer, sae in entrant.members.items()]
-        subjects = [Subject(sae.to(device), torch.float32) for _, _, sae in members]
-        for (entrant, layer, _), found in zip(
-            members, data.evaluate_all(subjects, source, tokens=config.tokens), strict=True
-        ):
-            entrant.found[layer] = found
+        subjects = [
+            Subject(sae.to(device), torch.float32, _only_position(entrant.name, layer, sae, store.meta.layers))
+            for entrant, layer, sae in members
+        ]
+        measured = data.evaluate_all(subjects, source, tokens=config.tokens)
+        for (entrant, layer, _), subject, found in zip(members, subjects, measured, strict=True):
+            entrant.found[layer] = found if subject.position is None else _at(found, subject.position, len(positions))
         return Comparison(
             entrants=entrants,
             layers=tuple(store.meta.layers),
@@ -133,7 +136,9 @@ def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:
     for name, checkpoint in checkpoints:
         layers = checkpoint.store.get("layers") or []
         single = len(layers) == 1
-        shown = (_LAYER.sub("", name) if single else name) or "per-layer"
+        shown = _LAYER.sub("", name) if single else name
+        if shown in entrants and (entrants[shown].kind == "per-layer") != single:
+            shown += " (per layer)" if single else " (all layers)"
         entrant = entrants.setdefault(shown, Entrant(name=shown, kind="per-layer" if single else "multi-layer"))
         layer = layers[0] if single else None
         if layer in entrant.members or None in entrant.members:
@@ -142,6 +147,26 @@ def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:
         vectors = checkpoint.trainer.get("metrics", {}).get("vectors")
         entrant.vectors = None if vectors is None or entrant.vectors is None else entrant.vectors + vectors
     return list(entrants.values())
+
+
+def _only_position(name: str, layer: int | None, sae: MLSAE, layers: Sequence[int]) -> int | None:
+    """None: the autoencoder can be measured on every layer of the store; else the position of the one that it knows."""
+    known = sae.config.layers  # of one that standardises by layer
+    if not known or known == tuple(layers):
+        return None
+    if layer is None or layer not in layers:
+        raise UsageError(
+            f"{name} standardises by layer and knows layers {' '.join(map(str, known))}, the store has "
+            f"{' '.join(map(str, layers))}: use a store of the same layers"
+        )
+    return list(layers).index(layer)
+
+
+def _at(found: Validation, position: int, n_layers: int) -> Validation:
+    """The measurement of one layer among `n_layers`, the others not a number."""
+    fvu, l0 = [math.nan] * n_layers, [math.nan] * n_layers
+    fvu[position], l0[position] = found.fvu_per_layer[0], found.l0_per_layer[0]
+    return found._replace(fvu_per_layer=fvu, l0_per_layer=l0)
 
 
 def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -189,8 +214,8 @@ def _baselines(
     found = []
     for k in budgets:
         found.append(Entrant(name=f"PCA {k}", kind="pca", members={None: pooled.fit(k)}))
-        each = {layer: sums.fit(k) for layer, sums in zip(layers, single, strict=True)}
-        found.append(Entrant(name=f"PCA {k} per layer", kind="pca", members=dict(each)))
+        each: dict[int | None, MLSAE] = {layer: sums.fit(k) for layer, sums in zip(layers, single, strict=True)}
+        found.append(Entrant(name=f"PCA {k} per layer", kind="pca", members=each))
     for entrant in found:
         entrant.vectors = None
     return found

@@ -8,6 +8,7 @@ works in a fixed workspace: expect steps that are some per cent slower, more whe
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -17,14 +18,15 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[bool]:
     """Insist on deterministic operations if `wanted` (default: on a CPU); yields whether that is so."""
     on = device.type == "cpu" if wanted is None else wanted
     before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     if on and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(on)
     # It would fill memory that is about to be written over: costly, and no part of determinism here.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield on
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled

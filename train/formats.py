@@ -181,7 +181,17 @@ def write_safetensors(
         "trainer": json.dumps(_plain(trainer or {})),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
-    atomic_write(path, [to_safetensors(tensors, header)])
+    atomic_write(path, [_ordered(to_safetensors(tensors, header))])
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its header's keys in order: the library's order differs from one time to the next."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def read_safetensors(path: Path) -> Checkpoint:

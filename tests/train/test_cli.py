@@ -125,3 +125,21 @@ def test_wrong_input_gets_one_line_and_its_exit_code(
         assert printed.err.count("\n") == 1, printed.err
         assert printed.out == ""
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sweep_killed_at_random_moments_ends_with_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    """Mistake 12, for two runs in one pass: a kill between their two checkpoints leaves them at different steps."""
+    sweep = ["--sweep", "k=2,4"]
+    names = ["ckpt.k=2.pt", "ckpt.k=4.pt", "ckpt.k=2.safetensors", "ckpt.k=4.safetensors"]
+    assert run(store, tmp_path / "whole" / "ckpt.pt", *sweep).returncode == 0
+    out, moments = tmp_path / "broken" / "ckpt.pt", random.Random(1)
+    for _ in range(3):
+        process = start(store, out.with_name(names[0]), "--out", str(out), *sweep, "--resume")
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+    assert run(store, out, *sweep, "--resume").returncode == 0
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == out.with_name(name).read_bytes(), name

@@ -119,7 +119,7 @@ def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
     rows = pd.read_parquet(tmp_path / "c" / "compare.parquet")
     assert len(rows) == 3 * (1 + 3 + 1 + 3)  # each autoencoder on every layer
     for run in found["runs"]:
-        own = rows[(rows["run"] == run["run"]) & rows["own"]].sort_values("layer")
+        own = rows[(rows["run"] == run["run"]) & rows["own"]].sort_values(by="layer")
         assert list(own["fvu"]) == run["fvu_per_layer"]
         assert run["fvu"] == pytest.approx(np.mean(own["fvu"]))
     assert (tmp_path / "c" / "compare.png").read_bytes()[:4] == b"\x89PNG"
@@ -127,6 +127,25 @@ def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == ["layer", "all", "layers/ckpt"]
     assert table[5].split() == ["mean", *(f"{run['fvu']:.3f}" for run in found["runs"][:2])]
+
+
+def test_sets_that_standardise_by_layer_are_measured_where_they_can_be(folder: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        store=folder / "acts.zarr", out=tmp_path / "ckpt.pt", n_latents=30, k=3, batch_size=64, validation_fraction=0.2
+    )
+    config = replace(config, standardize="layer", dtype="float32", kernels="torch", threads=1)
+    single = train_all(replace(config, per_layer="each"))
+    shared = train(config)
+    sources = (str(config.out), *(str(result.checkpoint) for result in single))
+    result = compare(CompareConfig(store=config.store, sae=sources, pca=False))
+    assert [entrant.name for entrant in result.entrants] == ["ckpt", "ckpt (per layer)"]
+    assert shared.validation is not None
+    assert result.entrants[0].by_layer(result.layers, "fvu_per_layer") == pytest.approx(shared.validation.fvu_per_layer)
+    expected = [run.validation.fvu for run in single if run.validation]
+    assert result.entrants[1].by_layer(result.layers, "fvu_per_layer") == pytest.approx(expected)
+    train(replace(config, layers=(1, 6), out=tmp_path / "two.pt"))
+    with pytest.raises(UsageError, match="standardises by layer and knows layers 1 6, the store has 1 4 6"):
+        compare(CompareConfig(store=config.store, sae=(str(tmp_path / "two.pt"),), pca=False))
 
 
 def test_documents_must_be_held_out_from_all(folder: Path) -> None:
