@@ -1,8 +1,9 @@
 """Autoencoders side by side on the same held-out tokens: one for all layers, sets of one for each layer, and PCA.
 
-Every autoencoder is measured on every layer of the store; what a set says of a layer is what its own autoencoder for
-that layer says. Documents count as held out when no checkpoint was trained on them. FVU is that of `train.validation`:
-raw space, one mean vector a layer, lower is better.
+An autoencoder for all layers is measured on every layer of the store, one for a single layer on that layer (on every
+layer with `cross`); what a set says of a layer is what its own autoencoder for that layer says. Documents count as held
+out when no checkpoint was trained on them. FVU is that of `train.validation`: raw space, one mean vector a layer, lower
+is better.
 
 Shapes: T tokens of the store, t tokens read, L layers of the store, D d_model.
 """
@@ -107,7 +108,7 @@ def compare(config: CompareConfig) -> Comparison:
         data = ValidationData(store, held_out, positions, seed=0)
         members = [(entrant, layer, sae) for entrant in entrants for layer, sae in entrant.members.items()]
         subjects = [
-            Subject(sae.to(device), torch.float32, _only_position(entrant.name, layer, sae, store.meta.layers))
+            Subject(sae.to(device), torch.float32, _only_position(entrant, layer, sae, store.meta.layers, config.cross))
             for entrant, layer, sae in members
         ]
         measured = data.evaluate_all(subjects, source, tokens=config.tokens)
@@ -149,10 +150,10 @@ def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:
     return list(entrants.values())
 
 
-def _only_position(name: str, layer: int | None, sae: MLSAE, layers: Sequence[int]) -> int | None:
-    """None: the autoencoder can be measured on every layer of the store; else the position of the one that it knows."""
-    known = sae.config.layers  # of one that standardises by layer
-    if not known or known == tuple(layers):
+def _only_position(entrant: Entrant, layer: int | None, sae: MLSAE, layers: Sequence[int], cross: bool) -> int | None:
+    """None: the autoencoder is to be measured on every layer of the store; else the position of its own layer."""
+    known, name = sae.config.layers, entrant.name  # layers are known to one that standardises by layer
+    if known == tuple(layers) or (not known and (cross or layer not in layers)):
         return None
     if layer is None or layer not in layers:
         raise UsageError(

@@ -24,6 +24,9 @@ class CompareConfig:
     """Add the linear baselines: as many principal components as latents may be active, one set for all layers and one
     for each layer."""
 
+    cross: bool = False
+    """Measure each single-layer autoencoder on the layers of the others too, which takes as many times as long."""
+
     tokens: int = 4096
     """Held-out tokens to measure on, at most."""
 

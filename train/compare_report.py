@@ -1,6 +1,7 @@
 """A comparison for people and programs: a table on the terminal, compare.parquet, compare.json, and a figure."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def _rows(result: Comparison) -> list[dict[str, Any]]:
         for entrant in result.entrants
         for trained, found in entrant.found.items()
         for position, layer in enumerate(result.layers)
+        if not math.isnan(found.fvu_per_layer[position])  # not measured there
     ]
 
 

@@ -113,7 +113,7 @@ def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["compare", "--store", str(folder / "acts.zarr"), "--sae", str(folder / "all.pt")]
-    assert main([*command, str(folder / "layers"), "--out", str(tmp_path / "c"), "--json"]) == 0
+    assert main([*command, str(folder / "layers"), "--cross", "--out", str(tmp_path / "c"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "c" / "compare.json").read_text())
     rows = pd.read_parquet(tmp_path / "c" / "compare.parquet")
@@ -124,6 +124,9 @@ def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
         assert run["fvu"] == pytest.approx(np.mean(own["fvu"]))
     assert (tmp_path / "c" / "compare.png").read_bytes()[:4] == b"\x89PNG"
     assert main([*command, str(folder / "layers"), "--out", str(tmp_path / "c"), "--no-pca"]) == 0
+    rows = pd.read_parquet(tmp_path / "c" / "compare.parquet")
+    assert len(rows) == 3 + 3  # each on its own layers
+    assert list(rows["own"]) == [True] * 6
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == ["layer", "all", "layers/ckpt"]
     assert table[5].split() == ["mean", *(f"{run['fvu']:.3f}" for run in found["runs"][:2])]
