@@ -163,9 +163,10 @@ def open_pool(scheduler: str, n_workers: int | None, n_tasks: int, report: Path 
 @contextmanager
 def _profile(report: Path) -> Iterator[None]:
     """Tasks, processor and memory of this process's threads, drawn to `report`."""
-    from dask.diagnostics import Profiler, ResourceProfiler, visualize
+    from dask.diagnostics.profile import Profiler, ResourceProfiler
+    from dask.diagnostics.profile_visualize import visualize
 
-    with Profiler() as tasks, ResourceProfiler(dt=0.25) as resources:
+    with Profiler() as tasks, ResourceProfiler() as resources:
         yield
     visualize([tasks, resources], filename=str(report), show=False, save=True)
 
