@@ -27,7 +27,8 @@ TRAIN_FLAGS: tuple[str, ...] = (
     *("--expansion-factor", "16", "--k", "32", "--epochs", "1", "--lr", "0.0016"),
     *("--validation-fraction", "0.1", "--validation-tokens", "1024"),
 )
-ANALYZE_FLAGS: tuple[str, ...] = ()
+# One sequence: half a minute on two cores, half of the default.
+ANALYZE_FLAGS: tuple[str, ...] = ("--downstream-tokens", "254")
 
 MODULES = {"harvest": "harvest.cli", "train": "train.cli", "analyze": "analysis.cli"}
 
