@@ -24,7 +24,7 @@ if importlib.util.find_spec("triton") is None:
 if DEVICE == "cpu" and not INTERPRETED:
 
     def test_under_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE)]
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE)]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[2])}
         run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
