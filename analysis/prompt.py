@@ -158,7 +158,7 @@ def latents_of(found: Activations) -> PromptLatents:
     mass = by_layer.sum(axis=1)
     peak_row = np.lexsort((-found.activation, member))[np.unique(np.sort(member), return_index=True)[1]]
     order = np.lexsort((latent, -mass))
-    columns = (
+    columns: tuple[NDArray[Any], ...] = (
         latent,
         mass,
         by_layer @ layers / mass,
