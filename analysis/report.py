@@ -54,7 +54,7 @@ def render_report(results: Results) -> str:
             f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>' for anchor, title, body in sections
         ),
         version=escape(str(results.get("provenance", "analysis", "versions", "residscope") or "")),
-        data="".join([latent_data(results), *blocks]),
+        data="".join([latent_data(results), results.examples, *blocks]),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

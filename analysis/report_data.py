@@ -76,6 +76,9 @@ class Results:
     pairs: list[dict[str, Any]] = field(default_factory=list)
     """The foremost near-parallel pairs of latents, at most `MAX_PAIRS`, as in redundancy.parquet."""
 
+    examples: str = ""
+    """Blocks of `analysis.report_examples`; empty where the folder has no examples."""
+
     @property
     def layer_numbers(self) -> list[int]:
         """The model's block indices of the L columns, from 0."""
@@ -158,7 +161,10 @@ def load_results(out_dir: Path) -> Results:
         values: Any = latents[name].combine_chunks()
         return np.asarray(values.flatten()).reshape(len(live), n_layers)[live]
 
+    from analysis.report_examples import example_blocks
+
     return Results(
+        examples=example_blocks(out_dir, np.asarray(latents["latent"].to_numpy())[live]),
         summary=summary,
         layers={name: np.asarray(layers[name].to_numpy(), dtype=np.float64) for name in layers.column_names},
         latents={name: np.asarray(latents[name].to_numpy())[live] for name in SCALARS},

@@ -6,11 +6,7 @@ const PAGE = 50;
 
 /** The arrays of one data block: base64 of a zlib stream of little-endian arrays, described by data-index. */
 async function unpack(block) {
-  const packed = atob(block.textContent.trim());
-  const bytes = new Uint8Array(packed.length);
-  for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const buffer = await new Response(stream).arrayBuffer();
+  const buffer = await inflate(block);
   const types = { u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array, f2: Uint16Array };
   const arrays = {};
   for (const [name, type, start, end] of JSON.parse(block.dataset.index)) {
@@ -18,6 +14,15 @@ async function unpack(block) {
     arrays[name] = type === "f2" ? fromHalf(values) : values;
   }
   return arrays;
+}
+
+/** The bytes of a block: base64 of a zlib stream. */
+async function inflate(block) {
+  const packed = atob(block.textContent.trim());
+  const bytes = new Uint8Array(packed.length);
+  for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).arrayBuffer();
 }
 
 /** 16-bit floats from 0 to 1 as 32-bit floats. */
@@ -105,6 +110,50 @@ const LATENT_PANELS = [
   },
 ];
 
+const PER_BLOCK = 64; // as in analysis/report_examples.py
+const contents = new Map();
+
+/** Examples and tokens of the latents of one block, unpacked once; null where there is none. */
+function content(number) {
+  if (!contents.has(number)) {
+    const block = document.getElementById(`latent-block-${number}`);
+    contents.set(number, block ? inflate(block).then((buffer) => ({ latents: JSON.parse(new TextDecoder().decode(buffer)), most: block.dataset.most })) : null);
+  }
+  return contents.get(number);
+}
+
+function escaped(text) {
+  return text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
+}
+
+/** Text with line ends made visible. */
+function visible(text) {
+  return escaped(text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
+}
+
+/** The examples of a latent, a line per layer, and the tokens that it promotes and suppresses. */
+function examplesHtml({ latents, most }, row) {
+  const { examples, promoted, suppressed } = latents[row % PER_BLOCK];
+  const top = Math.max(...examples.map((e) => e[1]), 0);
+  const lines = examples.map(([layer, activation, before, token, after]) => `<tr><th>${layer}</th><td class="size"><i style="width:${(100 * activation) / top}%"></i>${show(activation)}</td><td class="text">${visible(before)}<mark>${visible(token)}</mark>${visible(after)}</td></tr>`);
+  const tokens = (name, words) => (words ? `<p><b>${name}</b> ${words.map((w) => `<code>${visible(w)}</code>`).join(" ")}</p>` : "");
+  const note = most ? `<p class="note">To keep this page small, the ${most} layers at which it is most active; examples.parquet holds all.</p>` : "";
+  const table = examples.length ? `<h4>Most active at, by layer (activation, units of the standardised residual stream)</h4>${note}<table class="examples"><thead><tr><th>Layer</th><th>Activation</th><th>Strongest example, its token marked</th></tr></thead><tbody>${lines.join("")}</tbody></table>` : "";
+  return tokens("Promotes", promoted) + tokens("Suppresses", suppressed) + table;
+}
+
+/** For each row whether a promoted token, or the marked token of an example, contains the text; by unpacking all. */
+async function textTest(text, n) {
+  const wanted = text.toLowerCase(), found = new Uint8Array(n);
+  for (let first = 0; first < n; first += PER_BLOCK) {
+    const block = await content(first / PER_BLOCK);
+    block?.latents.forEach(({ examples, promoted }, i) => {
+      found[first + i] = [...(promoted ?? []), ...examples.map((e) => e[3])].some((word) => word.toLowerCase().includes(wanted)) ? 1 : 0;
+    });
+  }
+  return (i) => found[i];
+}
+
 function profile(matrix, row, layers) {
   return Array.from(matrix.subarray(row * layers.length, (row + 1) * layers.length));
 }
@@ -130,12 +179,16 @@ async function latentTable(block) {
   const [head, body] = [table.tHead, table.tBodies[0]];
   const limits = [...filters.querySelectorAll("[data-column]")];
 
-  function select() {
-    const asked = numberTest(search.value);
+  let asking = 0;
+  async function select() {
+    const text = search.value.trim(), mine = ++asking;
+    const byText = /[^\d\s,\u2013-]/.test(text) ? await textTest(text, n) : null;
+    if (mine !== asking) return; // something else was asked meanwhile
+    const asked = byText ? null : numberTest(text);
     const bounds = limits.filter((input) => input.value !== "").map((input) => [data[input.dataset.column], input.dataset.end === "low" ? 1 : -1, Number(input.value)]);
     const rows = [];
     for (let i = 0; i < n; i++) {
-      if ((!asked || asked(data.latent[i])) && bounds.every(([values, sign, bound]) => sign * (values[i] - bound) >= 0)) rows.push(i);
+      if ((!asked || asked(data.latent[i])) && (!byText || byText(i)) && bounds.every(([values, sign, bound]) => sign * (values[i] - bound) >= 0)) rows.push(i);
     }
     const values = data[state.key], sign = state.down ? -1 : 1;
     const place = (i) => (Number.isFinite(values[i]) ? sign * values[i] : Infinity); // what is not defined comes last
@@ -151,7 +204,7 @@ async function latentTable(block) {
       const value = c.format(data[c.key][i]);
       return c.key === "latent" ? `<td><button class="open" aria-expanded="${open}">${value}</button></td>` : `<td${c.wide ? ' class="wide"' : ""}>${value}</td>`;
     });
-    const detail = open ? `<tr class="detail"><td colspan="${COLUMNS.length}"><div class="panels">${LATENT_PANELS.map((panel) => panel(i, data, layers)).join("")}</div></td></tr>` : "";
+    const detail = open ? `<tr class="detail"><td colspan="${COLUMNS.length}"><div class="panels">${LATENT_PANELS.map((panel) => panel(i, data, layers)).join("")}</div><div class="looks" data-row="${i}"></div></td></tr>` : "";
     return `<tr data-row="${i}">${cells.join("")}</tr>${detail}`;
   }
 
@@ -164,6 +217,10 @@ async function latentTable(block) {
       return `<th${c.wide ? ' class="wide"' : ""}${sort} title="${c.hint ?? ""}">${name}</th>`;
     }).join("")}</tr>`;
     body.innerHTML = shown.map(rowHtml).join("");
+    for (const place of body.querySelectorAll(".looks")) {
+      const row = Number(place.dataset.row);
+      content(Math.floor(row / PER_BLOCK))?.then((block) => { place.innerHTML = examplesHtml(block, row); }, console.error);
+    }
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
     if (n && !state.rows.length) status.textContent = "No live latent meets these conditions: it is dead in these tokens, or filtered out.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
@@ -194,8 +251,7 @@ async function latentTable(block) {
     if (!key) return;
     state.down = key === state.key ? !state.down : key !== "latent";
     state.key = key;
-    select();
-    head.querySelector(`[data-key="${key}"]`).focus();
+    select().then(() => head.querySelector(`[data-key="${key}"]`).focus());
   });
   body.addEventListener("click", (event) => {
     const row = event.target.closest("tr[data-row]");
