@@ -158,7 +158,7 @@ def latents_of(found: Activations) -> PromptLatents:
     mass = by_layer.sum(axis=1)
     peak_row = np.lexsort((-found.activation, member))[np.unique(np.sort(member), return_index=True)[1]]
     order = np.lexsort((latent, -mass))
-    columns: tuple[NDArray[Any], ...] = (
+    columns = (
         latent,
         mass,
         by_layer @ layers / mass,
@@ -166,7 +166,8 @@ def latents_of(found: Activations) -> PromptLatents:
         found.activation[peak_row],
         found.position[peak_row],
     )
-    return PromptLatents(*(column[order] for column in columns))
+    ordered: list[Any] = [column[order] for column in columns]
+    return PromptLatents(*ordered)
 
 
 def view_prompt(
