@@ -11,7 +11,8 @@ Not measured here on a card: block sizes are reasoned, not tuned. Not here: the 
 
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P = N * k pairs.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false  (launches take more than a program's own parameters)
+# Launches take more than a program's own parameters:
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
 

@@ -11,7 +11,8 @@ by counting; bfloat16's lower 16 bits are zero and are left out.
 
 Shapes: N rows, M n_latents, k; GROUP latents a group, GROUPS a power of two of groups, K one of winners.
 """
-# pyright: reportGeneralTypeIssues=false  (tl.static_range is declared as never returning)
+# tl.static_range is declared as never returning:
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
