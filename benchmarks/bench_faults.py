@@ -1,6 +1,6 @@
 """What faults do to a store that `harvest` makes: kills, full and read-only disks, signals, two at once, bad bytes.
 
-    python benchmarks/bench_faults.py [--runs N] [--flips N] [--seed N]
+    python benchmarks/bench_faults.py [--runs N] [--flips N] [--seed N] [--only FAULT ...]
 
 How: a tiny random model is harvested without a fault, for reference. Then each fault is done to that harvest N times,
 at a random moment of the phase in question, in a process of its own (a fork of this one, which has loaded all that is
@@ -46,6 +46,7 @@ from tests.support.models import tiny_model
 
 CHUNK, SHARD = 32, 96
 PHASES = ("plan", "fill", "commit")
+FAULTS = ("kills", "full_disk", "read_only", "signals", "two_at_once", "bad_bytes")
 DISK_BYTES = 24 << 20  # Above the 16 MiB that harvest wants to be free at the start.
 
 Action = Callable[[str, int], None]
@@ -369,6 +370,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=25, help="times that each fault is done")
     parser.add_argument("--flips", type=int, default=1000, help="bits that are flipped and ends that are cut off")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments and places")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=FAULTS, help="which faults (default: all)")
     options = parser.parse_args()
     began = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="bench-faults-"))
@@ -378,12 +380,8 @@ def main() -> int:
             f"{'fault':<34}{'times':>6}   how it ended; each time whole and the same bytes after the next run",
             flush=True,
         )
-        bench.kills(options.runs)
-        bench.full_disk(options.runs)
-        bench.read_only(options.runs)
-        bench.signals(options.runs)
-        bench.two_at_once(options.runs)
-        bench.bad_bytes(options.flips)
+        for fault in options.only:
+            getattr(bench, fault)(options.flips if fault == "bad_bytes" else options.runs)
     finally:
         shutil.rmtree(folder)
     print(f"{len(bench.failures)} failures; {time.perf_counter() - began:.0f} s")

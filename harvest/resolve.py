@@ -30,6 +30,8 @@ _BATCH_BYTES = 256 * 1024 * 1024
 _BATCH_TOKENS = 8192
 # A block's inputs and outputs then stay in the cache: a sixth faster than 8192 tokens (benchmarks/bench_harvest.py).
 _BATCH_TOKENS_ON_CPU = 1024
+# Options that came after the first stores: a record without one was made as if by this value.
+_VALUES_BEFORE = {"dataset_weights": None, "shuffle_documents": None, "pack": True}
 _PACKAGES = ("residscope", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
 
 
@@ -176,11 +178,13 @@ def _for_each(values: list[Any]) -> Any:
 
 
 def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapping[str, Any]) -> None:
-    """`IncompatibleError` that names every field in which a store's record differs from this run's."""
+    """`IncompatibleError` that names every field in which a store's record differs from this run's. An option that came
+    after the store counts as its value before."""
     if stored is None:
         raise IncompatibleError(
             f"{out} was not made by harvest; choose another --out, or give --overwrite to start anew"
         )
+    stored = {**_VALUES_BEFORE, **stored}
     names = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
     if names:
         found = "; ".join(

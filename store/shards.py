@@ -13,9 +13,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-from google_crc32c import value as crc32c
 from numcodecs.zstd import Zstd
 
+from store.checksums import crc32c
 from store.dtypes import STORAGE_DTYPE
 from store.errors import ResidscopeError
 from store.meta import StoreMeta
@@ -41,8 +41,8 @@ def shard_name(shard: int) -> str:
 
 
 def checksum(data: bytes | np.ndarray) -> bytes:
-    """crc32c as it is stored after what it protects. (A memory view would need a copy: the C function takes none.)"""
-    return crc32c(data).to_bytes(CRC_BYTES, "little")  # type: ignore[arg-type]
+    """crc32c as it is stored after what it protects."""
+    return crc32c(data).to_bytes(CRC_BYTES, "little")
 
 
 def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:

@@ -1,6 +1,7 @@
 """Continuing a run: the same bytes whatever stopped it, nothing done twice, and no mixing of configurations."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import pytest
 
 from harvest import run
 from harvest.hub import HubRepo
+from harvest.repair import refill
+from harvest.resolve import make_record
 from harvest.run import harvest
 from store.activations import ActivationStore
 from store.errors import IncompatibleError, Interrupted, ResidscopeError
+from store.repair import repair
+from store.verify import verify
 from tests.harvest.conftest import MakeConfig, ModelFolder, crash_after, tree
 
 
@@ -199,3 +204,30 @@ def test_shuffled_documents_are_the_same_ones(config: MakeConfig, tmp_path: Path
     plain, mixed = documents(), documents(shuffle_documents=1)
     assert sorted(plain) == sorted(mixed)
     assert plain != mixed
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_store_from_before_an_option_existed_is_continued_and_repaired(config: MakeConfig) -> None:
+    def as_before(*given: Any) -> dict[str, Any]:
+        later = ("dataset_weights", "shuffle_documents", "pack")
+        return {name: value for name, value in make_record(*given).items() if name not in later}
+
+    options = config()
+    toml = options.out.with_suffix(".harvest.toml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_record", as_before)
+        crash_after(patch, 3)
+        with pytest.raises(RuntimeError, match="crash"):
+            harvest(options)
+    # One text's options were plain words then.
+    toml.write_text(
+        re.sub(r"^(dataset|split|text_column) = \[(.*)\]$", r"\1 = \2", toml.read_text(), flags=re.MULTILINE)
+    )
+    assert re.search(r'^split = "train"$', toml.read_text(), re.MULTILINE)
+    refill(options.out)
+    assert verify(options.out) == []
+    (options.out / "resid_post/c.2.0.0").unlink()
+    assert repair(options.out, refill).proven == [2]
+    for change in ({"shuffle_documents": 3}, {"pack": False}):
+        with pytest.raises(IncompatibleError, match=r"shuffle_documents is None there|pack is True there"):
+            harvest(config(**change))
