@@ -7,7 +7,7 @@ default is the flag's default, and its annotation says how a word on the command
     bool                       --flag / --no-flag
     Literal["a", "b"]          one of the words
     X | None                   as X; the default may be None
-    tuple[X, ...]              one or more words
+    tuple[X, ...]              one or more words; a flag that is given again adds to them
 
 A field without a default is a required flag. `--config FILE.toml` gives values under the same names; flags win over
 it. Only the standard library is used and nothing heavy is imported, so that `--help` answers at once.
@@ -126,6 +126,15 @@ def _add_fields(parser: argparse.ArgumentParser, config_class: type) -> dict[str
     return fields
 
 
+class _Add(argparse.Action):
+    """Words of a flag that takes several: `--steer A --steer B` is `--steer A B`. (argparse's own "extend" would add
+    them to the default.)"""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is _UNSET else before), *values])
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -149,7 +158,7 @@ def _reader(annotation: Any) -> dict[str, Any]:
         return {"choices": typing.get_args(annotation)}
     if origin is tuple:
         (item, *_) = typing.get_args(annotation)
-        return {"nargs": "+", "type": item, "metavar": item.__name__.upper()}
+        return {"nargs": "+", "type": item, "metavar": item.__name__.upper(), "action": _Add}
     return {
         "type": annotation,
         "metavar": {"str": "TEXT", "Path": "PATH"}.get(annotation.__name__, annotation.__name__.upper()),

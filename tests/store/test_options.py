@@ -41,6 +41,17 @@ def test_defaults_and_types() -> None:
     )
 
 
+def test_a_flag_of_several_words_that_is_given_again_adds_to_them_and_one_of_one_word_is_replaced() -> None:
+    words = shlex.split("--model m --layers 1 2 --max-tokens 1 --layers 3 --max-tokens 2 --layers=4")
+    assert parse(*words) == Config(model="m", max_tokens=2, layers=(1, 2, 3, 4))
+
+
+def test_repeated_words_win_over_the_file_together(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("layers = [9]\n")
+    found = parse("--config", str(tmp_path / "c.toml"), "--model=m", "--layers", "1", "--layers", "2")
+    assert found.layers == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
