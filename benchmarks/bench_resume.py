@@ -3,29 +3,33 @@
 Each kind is trained once undisturbed. Then it is started with --resume, killed with SIGKILL at a random moment (while
 it starts, steps, validates or saves, at whatever run of the sweep it is), and started again, until it has been killed
 the wanted number of times; then it may finish. Checkpoints, safetensors and the metrics without their times are
-compared.
+compared. Processes are forked from this one, which has loaded torch already and never computes, so that a start takes
+a moment and kills fall into the run rather than into imports.
 
-    python benchmarks/bench_resume.py [--kills 20] [--json]
+    python benchmarks/bench_resume.py [--kills 20] [--kinds sweep] [--json]
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch loads; a forked process must not need its parent's threads
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.bench_sweep import make_store  # noqa: E402
+from train.cli import main as train_main  # noqa: E402
 
+FORK = multiprocessing.get_context("fork")
 FLAGS = ["--n-latents=256", "--batch-size=128", "--threads=1", "--checkpoint-every=3", "--validate-every=7"]
-FLAGS += ["--log-every=4", "--window-gb=0.002", "--kernels=torch", "--steps=600"]
+FLAGS += ["--log-every=4", "--window-gb=0.002", "--kernels=torch", "--steps=300"]
 KINDS = {"plain": [], "sweep": ["--sweep", "k=4,8", "lr=0.001,0.003"], "per-layer": ["--per-layer=total", "--k=4"]}
 EARLY = 0.2
 """Share of the kills at a random moment of the start; the others come after something new has been saved."""
@@ -33,19 +37,25 @@ EARLY = 0.2
 TIMES = ("vectors_per_second", "data_wait_fraction")
 
 
-def start(store: Path, out: Path, *flags: str) -> subprocess.Popen[bytes]:
+def start(store: Path, out: Path, *flags: str) -> Any:
     """One training process."""
-    command = [sys.executable, "-m", "train.cli", "--store", str(store), "--out", str(out), *FLAGS, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
+    process = FORK.Process(target=_train, args=(["--store", str(store), "--out", str(out), *FLAGS, *flags],))
+    process.start()
+    return process
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
+def _train(words: list[str]) -> None:
+    log = Path(words[3]).parent.with_suffix(".log").open("ab", buffering=0)
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    sys.exit(train_main(words))
+
+
+def finish(process: Any, log: Path) -> None:
     """Wait for the end, which must be a good one."""
-    _, error = process.communicate()
-    assert process.returncode == 0, error.decode()[-2000:]
+    process.join()
+    if process.exitcode != 0:
+        sys.exit(f"a run ended with exit code {process.exitcode}: {log.read_text()[-2000:]}")
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -67,7 +77,7 @@ def trial(kind: str, store: Path, root: Path, kills: int, seed: int) -> dict[str
     process = start(store, whole / "ckpt.pt", *KINDS[kind])
     wait_for_progress(process, whole, progress(whole))
     first_save = time.perf_counter() - began
-    finish(process)
+    finish(process, whole.with_suffix(".log"))
     training = time.perf_counter() - began - first_save
     moments, done, early = random.Random(seed), 0, 0
     while done < kills:
@@ -78,21 +88,21 @@ def trial(kind: str, store: Path, root: Path, kills: int, seed: int) -> dict[str
         else:
             wait_for_progress(process, broken, before)
             time.sleep(moments.uniform(0, training / kills))  # so that the kills are spread over the run
-        if process.poll() is not None:
+        if process.exitcode is not None:
             break  # it was done before the kill
         process.kill()
-        process.communicate()
+        process.join()
         done += 1
         early += progress(broken) == before
-    finish(start(store, broken / "ckpt.pt", "--resume", *KINDS[kind]))
+    finish(start(store, broken / "ckpt.pt", "--resume", *KINDS[kind]), broken.with_suffix(".log"))
     a, b = contents(whole), contents(broken)
     differing = [name for name in a if a[name] != b.get(name)]
     return {"kills": done, "before_anything_new_was_saved": early, "files": len(a), "differing": differing}
 
 
-def wait_for_progress(process: subprocess.Popen[bytes], folder: Path, before: list[tuple[str, int]]) -> None:
+def wait_for_progress(process: Any, folder: Path, before: list[tuple[str, int]]) -> None:
     """Until something new has been saved."""
-    while process.poll() is None and progress(folder) == before:
+    while process.exitcode is None and progress(folder) == before:
         time.sleep(0.002)
 
 
@@ -108,6 +118,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    import train.loop  # noqa: F401, PLC0415  (and torch: once, for all processes)
+
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_store(root / "acts.zarr", 1500)

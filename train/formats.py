@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.files import atomic_write
+from train.damage import check_records, check_weights
 from train.formats_hub import HUB_ID, fetch, last_metrics, model_card, push_to_hub
 from train.formats_layouts import LAYOUTS, ForeignFormat
 from train.formats_parts import listed
@@ -205,11 +207,17 @@ def read_safetensors(path: Path) -> Checkpoint:
             )
         try:
             config = SAEConfig.from_plain(json.loads(header["config"]))
+            with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
+                MLSAE(config).load_state_dict(
+                    {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                )
             sae = MLSAE(config)
             sae.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
             records = [json.loads(header[name]) for name in ("store", "trainer")]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None
+    check_weights(sae.state_dict(), str(path))
+    check_records(*records, str(path))
     return Checkpoint(config=config, sae=sae, store=records[0], trainer=records[1])
 
 
@@ -233,6 +241,7 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
     config = _read_json(path.with_name(layout.config_file))
     with _open(path) as file:
         parsed = layout.parse(file, config, name)
+    check_weights(parsed.sae.state_dict(), name)
     notes = parsed.notes
     if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:
         notes = (f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",)

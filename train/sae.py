@@ -17,6 +17,7 @@ import os
 import pickle
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from store.errors import IncompatibleError, ResidscopeError, UsageError
+from train.damage import check_records, check_weights
 from train.encode import TILE_BYTES, encode_tiled
 from train.kernels import SparseCodes, choose_kernels
 from train.sae_config import SAEConfig
@@ -274,9 +276,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise IncompatibleError(
             f"{path}: checkpoint format {version}, here {CHECKPOINT_FORMAT} is read: use the version that wrote it"
         )
-    sae = MLSAE(_config_of(content.get("config"), path))
+    config = _config_of(content.get("config"), path)
     state = content.get("state_dict")
-    expected = sae.state_dict()
+    with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
+        expected = MLSAE(config).state_dict()
     for name, tensor in expected.items():
         found = state.get(name) if isinstance(state, dict) else None
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
@@ -284,9 +287,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise IncompatibleError(
                 f"{path}: {name} should be {list(tensor.shape)} by the checkpoint's config, found {shown}"
             )
+        if found.layout != torch.strided or not found.dtype.is_floating_point:
+            shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
+            raise IncompatibleError(f"{path}: {name} should hold dense floats, found {shown}")
+    sae = MLSAE(config)
     sae.load_state_dict({name: content["state_dict"][name] for name in expected})
     store, trainer = content.get("store") or {}, content.get("trainer") or {}
-    return Checkpoint(config=sae.config, sae=sae, store=store, trainer=trainer)
+    check_weights(sae.state_dict(), str(path))
+    check_records(store, trainer, str(path))
+    return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
 
 
 def _read_safely(path: Path) -> dict[str, Any]:
@@ -295,12 +304,16 @@ def _read_safely(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise IncompatibleError(f"{path}: refused: no checkpoint, or one cut short (a bare pickle is never loaded)")
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.save writes check sums, torch.load does not look at them
+        if damaged is not None:
+            raise ValueError(f"the check sum of {damaged} is wrong: the file was damaged after it was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise IncompatibleError(
             f"{path}: refused: it holds more than tensors and plain values, so code could run on loading"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
         raise IncompatibleError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(content, dict) or "state_dict" not in content or "config" not in content:
