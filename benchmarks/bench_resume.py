@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    import train.loop  # noqa: F401, PLC0415  (and torch: once, for all processes)
+    import train.loop  # noqa: F401  (and torch: once, for all processes)
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

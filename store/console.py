@@ -16,7 +16,8 @@ from store.errors import Interrupted, ResidscopeError
 def run_command(name: str, command: Callable[[], int | None]) -> int:
     """Run `command`; a user's error becomes one line on stderr and its exit code, never a traceback.
 
-    Also catches an interrupt, and what the operating system says of the disk (no space, no permission, read-only).
+    Also catches an interrupt, memory that is refused, and what the operating system says of the disk (no space, no
+    permission, read-only, no such path).
     """
     # Read when torch loads: its idle threads should sleep, not spin on the cores that other threads of ours need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -30,8 +31,14 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
         # The reader of stdout went away (`| head`); point stdout elsewhere so that the interpreter exits silently too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError) as error:
+        # torch raises a RuntimeError where the system gives no memory, on a GPU a subclass of it.
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
+        return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in _DISK_ERRORS or (error.errno == errno.ENOENT and error.filename is None):
             raise
         where = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
@@ -43,8 +50,16 @@ _DISK_ERRORS = {
     errno.EROFS: "The file system is read-only: choose another place to write to",
     errno.EACCES: "Check the permissions, or choose another place to write to",
     errno.EPERM: "Check the permissions, or choose another place to write to",
+    errno.ENOENT: "It cannot be made there, or went away meanwhile: choose another place, or look at what is there",
+    errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place",
+    errno.EISDIR: "A file should be there, not a folder: choose another name",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EFBIG: "The file system or a limit (`ulimit -f`) allows no larger file: choose another place to write to",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then run the same command again",
     errno.EIO: "The disk reports a fault: check it before you trust what is on it",
 }
+
+_NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def _fail(name: str, message: str, exit_code: int) -> int:

@@ -13,7 +13,7 @@ from store.errors import IncompatibleError
 
 
 def check_weights(state: Mapping[str, Tensor], where: str) -> None:
-    """Raise `IncompatibleError` if a tensor holds a value that is not finite; `where` is what the user calls the file."""
+    """Raise `IncompatibleError` if a tensor holds a value that is not finite; `where` is what the user calls it."""
     for name, tensor in state.items():
         # A threshold of 0, which is not measured yet, has an infinite logarithm.
         good = ~tensor.isnan() if name == "log_threshold" else tensor.isfinite()

@@ -42,11 +42,41 @@ def test_a_full_disk_is_one_line_with_the_way_out(capsys: pytest.CaptureFixture[
     assert err.count("\n") == 1
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG])
+def test_a_path_that_cannot_be_is_one_line_that_names_it(code: int, capsys: pytest.CaptureFixture[str]) -> None:
     def command() -> None:
-        raise ZeroDivisionError
+        raise OSError(code, os.strerror(code), "/proc/out")
 
-    with pytest.raises(ZeroDivisionError):
+    assert run_command("tool", command) == 1
+    err = capsys.readouterr().err
+    assert f"{os.strerror(code)}: /proc/out. " in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes.\nException raised"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_memory_that_is_refused_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise error
+
+    assert run_command("tool", command) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("tool: error: not enough memory (")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "bug")])
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
         run_command("tool", command)
 
 
