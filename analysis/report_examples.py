@@ -47,6 +47,7 @@ def example_blocks(folder: Path, latents: np.ndarray) -> str:
         table = pq.read_table(logits, columns=names)
         for latent, promoted, suppressed in zip(*(table[name].to_pylist() for name in names), strict=True):
             contents[row_of[latent]] |= {"promoted": promoted, "suppressed": suppressed}
+    blocks: list[str] = []
     for most in LAYERS_KEPT:
         blocks = [_block(i, contents[i : i + PER_BLOCK], most) for i in range(0, len(contents), PER_BLOCK)]
         if sum(map(len, blocks)) <= BUDGET:

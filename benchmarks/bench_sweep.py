@@ -137,13 +137,14 @@ def main() -> None:
         train(replace(config, steps=3))  # compiles the kernels
         fast = measure(replace(config, overwrite=True), reader, singles=True)
         # Slow enough that reading takes about eight times as long as one run's computing.
-        reader.limit = options.throttle_mb * 1e6 or fast["single_bytes"] / (8 * fast["single_s"])
+        limit = options.throttle_mb * 1e6 or fast["single_bytes"] / (8 * fast["single_s"])
+        reader.limit = limit
         slow = measure(replace(config, overwrite=True), reader, singles=False)
     result = {
         "sweep_over_one_after_another": fast["sweep_s"] / fast["one_after_another_s"],
         "throttled_sweep_over_single": slow["sweep_s"] / slow["single_s"],
         "bytes_over_single": fast["sweep_bytes"] / fast["single_bytes"],
-        "throttle_mb_per_s": reader.limit / 1e6,
+        "throttle_mb_per_s": limit / 1e6,
         "fast": fast,
         "slow": {name: value for name, value in slow.items() if not math.isnan(value)},
     }
@@ -151,7 +152,7 @@ def main() -> None:
         f"{fast['runs']:.0f} runs of {options.latents} latents, {options.tokens} tokens x {N_LAYERS} layers x {D_MODEL}"
     )
     print("reader      sweep, s   single, s   six in turn, s   bytes read: sweep / single")
-    for label, row in (("warm", fast), (f"{reader.limit / 1e6:.1f} MB/s", slow)):
+    for label, row in (("warm", fast), (f"{limit / 1e6:.1f} MB/s", slow)):
         turn = "-" if math.isnan(row["one_after_another_s"]) else f"{row['one_after_another_s']:.1f}"
         ratio = row["sweep_bytes"] / row["single_bytes"]
         print(f"{label:<10} {row['sweep_s']:9.1f} {row['single_s']:11.1f} {turn:>16} {ratio:18.2f}")

@@ -87,6 +87,12 @@ class ForwardOutput(NamedTuple):
 class MLSAE(nn.Module):
     """The autoencoder. Its forward pass is for inference: training has its own gradients (`train.step`)."""
 
+    threshold: Tensor
+    """Scalar, batchtopk and matryoshka only: activations of inference are above it."""
+
+    log_threshold: Tensor
+    """[M], jumprelu only: logarithm of each latent's own threshold."""
+
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config

@@ -67,7 +67,8 @@ class SAEConfig:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "SAEConfig":
         """From what `dataclasses.asdict` gave, JSON's lists in place of tuples included."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**plain)
 
 
 def default_prefixes(n_latents: int) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Codes kept in the store: later analyses give the same numbers without encoding, and nothing wrong is ever taken."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,8 @@ def test_later_analyses_of_any_split_give_the_same_numbers_and_encode_nothing(tm
 def test_zarr_reads_them_and_they_are_the_codes(tmp_path):
     small = make_small(tmp_path)
     run(small, tmp_path / "a", save_latents=True)
-    group = next(zarr.open_group(small.store, mode="r")["latents"].groups())[1]
+    latents: Any = zarr.open_group(small.store, mode="r")["latents"]
+    group = next(latents.groups())[1]
     encoder = load_encoder(small.sae, "float64")
     x = torch.from_numpy(small.x[small.keep]).view(-1, small.x.shape[-1])
     expected = encoder.encode(encoder.standardize(x))

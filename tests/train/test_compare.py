@@ -119,7 +119,7 @@ def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
     rows = pd.read_parquet(tmp_path / "c" / "compare.parquet")
     assert len(rows) == 3 * (1 + 3 + 1 + 3)  # each autoencoder on every layer
     for run in found["runs"]:
-        own = rows[(rows["run"] == run["run"]) & rows["own"]].sort_values(by="layer")
+        own = pd.DataFrame(rows[(rows["run"] == run["run"]) & rows["own"]]).sort_values("layer")
         assert list(own["fvu"]) == run["fvu_per_layer"]
         assert run["fvu"] == pytest.approx(np.mean(own["fvu"]))
     assert (tmp_path / "c" / "compare.png").read_bytes()[:4] == b"\x89PNG"

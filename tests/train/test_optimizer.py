@@ -89,12 +89,12 @@ def test_clipping_scales_all_gradients_by_their_norm_together(name: str) -> None
         parts = [gradients.W_enc, gradients.W_dec - along * sae.W_dec, gradients.b_pre, gradients.b_enc]
         norm = torch.cat([part.flatten() for part in parts]).norm()  # type: ignore[union-attr]
         optimizer = SphereAdam(sae, kernels)
+        twin = MLSAE(sae.config)
+        twin.initialize(0)
+        other = SphereAdam(twin, kernels)
         if scale is not None:
             assert gradient_norm(gradients, sae.W_dec) == pytest.approx(norm.item(), rel=1e-5)
             clipped = Weights(*(None if g is None else g * 0.7 / norm for g in gradients))  # type: ignore[arg-type]
-            twin = MLSAE(sae.config)
-            twin.initialize(0)
-            other = SphereAdam(twin, kernels)
             other.step(clipped, lr=0.1, step=1)
         optimizer.step(gradients, lr=0.1, step=1, clip=clip)
         if scale is not None:

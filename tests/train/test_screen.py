@@ -67,7 +67,7 @@ def test_an_estimate_that_is_further_off_than_its_margin_says_widens_the_margin(
     product[0, :4] = 1
     values, indices = np.empty((1, 3), np.float32), np.empty((1, 3), np.int64)
     ones = np.ones(300, np.float32)
-    screen_rows(0, 1, product, ones, ones[:1], np.float32([0.01]), centred, weights, values, indices)
+    screen_rows(0, 1, product, ones, ones[:1], np.array([0.01], np.float32), centred, weights, values, indices)
     assert indices.tolist() == [[299, 298, 297]]
     assert values.tolist() == [[299, 298, 297]]
 
