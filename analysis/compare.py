@@ -3,7 +3,9 @@
 Reads the summary.json of each, and nothing else, and writes one table (compare.parquet, a row for each run and
 weighting; compare.json, all of it) and one figure. Variances of models of different depth are made comparable by
 dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
-1 is an even spread, whatever the depth. Not here: any new measurement.
+1 is an even spread, whatever the depth. Runs of one kind (model, trained or not, lens, layers) stand together, in the
+order in which the kinds were given first, and by expansion factor and k within a kind: so a sweep reads as one table.
+Not here: any new measurement, the words (`analysis.compare_words`), the figure (`analysis.compare_figure`).
 """
 
 import json
@@ -13,17 +15,25 @@ from typing import Any
 
 import numpy as np
 
+from analysis.compare_words import compare_words
 from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.nulls import NULLS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.summary import SCHEMA_VERSION
-from analysis.words import shown, table, with_interval
 from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.files import atomic_write
 
 PARTS = VARIANCE_NAMES[:5]
 """The numbers that are variances, and so are divided by the depth's."""
+
+KIND = ("model", "random_init", "lens", "layers")
+"""What runs of one kind share; expansion factor and k tell them apart."""
+
+QUALITY = {"fvu": "reconstruction", "l0": "reconstruction"} | dict.fromkeys(
+    ("delta_ce", "kl", "loss_recovered_mean"), "downstream"
+)
+"""Means over layers, and the part of the summary that has them; each is there with the ends of its interval."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -33,6 +43,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     summaries = [_load(path) for path in config.compare]
     runs = [_run(name, summary) for name, summary in zip(run_names(config.compare), summaries, strict=True)]
+    runs = in_order(runs)
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
     if config.out.exists() and not config.out.is_dir():
         raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
@@ -76,6 +87,17 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     return [f"{i + 1}: {folder.name}" for i, folder in enumerate(folders)]
 
 
+def in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs by kind, kinds as they come first, and by expansion factor, k and their order within a kind."""
+    kinds = [tuple(map(repr, (run[name] for name in KIND))) for run in runs]
+    first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+
+    def place(i: int) -> tuple[float, ...]:
+        return (first[kinds[i]], runs[i]["expansion_factor"] or 0, runs[i]["k"] or 0, i)
+
+    return [runs[i] for i in sorted(range(len(runs)), key=place)]
+
+
 def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     """What is compared of one run."""
     store, sae = summary["provenance"]["store"], summary["provenance"]["sae"]
@@ -88,15 +110,15 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "random_init": store.get("random_init"),
         "lens": None if lens is None else str(lens.get("id", "yes")) if isinstance(lens, dict) else str(lens),
         "n_layers": summary["n_layers"],
+        "layers": summary["layer_numbers"],
         "n_latents": summary["n_latents"],
         "k": sae.get("k"),
         "expansion_factor": sae.get("expansion_factor"),
         "n_tokens": summary["n_tokens"],
         "trained_on": summary["split"]["trained_on"],
         "live_latents": summary["latents"]["active"],
-        "fvu": summary["reconstruction"]["fvu"],
+        **_quality(summary),
         "validation_fvu": summary["validation_fvu"],
-        "l0": summary["reconstruction"]["l0"],
         "uniform_variance": uniform,
         "reference_ratio": 1 / rel_var_t if rel_var_t else None,
         "variance": {weighting: summary["variance"][weighting] for weighting in WEIGHTINGS},
@@ -104,6 +126,15 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "persistence": {w: persistence[w] for w in PAIR_WEIGHTINGS} if persistence else None,
         "null_ratio": {null: nulls[null]["ratio"] for null in NULLS} if nulls else None,
     }
+
+
+def _quality(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    row: dict[str, float | None] = {}
+    for name, part in QUALITY.items():
+        numbers = summary.get(part) or {}
+        low, high = numbers.get("ci95", {}).get(name) or (None, None)
+        row |= {name: numbers.get(name), f"{name}_low": low, f"{name}_high": high}
+    return row
 
 
 def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
@@ -153,63 +184,3 @@ def _write_figure(out: Path, runs: Sequence[Mapping[str, Any]]) -> list[str]:
             raise
         return []
     return write_comparison(runs, out)
-
-
-def compare_words(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The tables on the terminal: the decomposition by mass over that of an evenly drawn layer, then the rest."""
-    decomposition = [
-        (
-            run["run"],
-            str(run["n_layers"]),
-            *(shown(run["normalised"]["mass"][name]) for name in PARTS[:4]),
-            with_interval(run["variance"]["mass"], "aggregate_over_token"),
-            shown(run["reference_ratio"]),
-        )
-        for run in runs
-    ]
-    rest = [
-        (
-            run["run"],
-            f"{run['n_latents']:,}",
-            str(run["k"]),
-            f"{run['n_tokens']:,}",
-            shown(run["fvu"]),
-            shown(run["validation_fvu"]),
-            shown(run["l0"]),
-            *(shown(_at(run, "persistence", "mass", name)) for name in ("n_layers_active", "run_length", "stays_on")),
-            *(shown(_at(run, "null_ratio", null, "variance", "mass", "within_token")) for null in NULLS),
-            _whose(run),
-        )
-        for run in runs
-    ]
-    head = ("run", "layers", "within token", "between tokens", "between latents", "total", "aggregate / token-level")
-    return "\n".join(
-        [
-            "Variance of the layer, by mass, over that of an evenly drawn layer, (layers^2 - 1) / 12",
-            *table((*head, "reference's formula"), decomposition),
-            "",
-            "FVU: lower is better. Layers on, run, stays on: by mass. Within token: observed over null model",
-            *table(
-                (
-                    *("run", "latents", "k", "tokens", "FVU", "validation FVU", "L0", "layers on", "run", "stays on"),
-                    *("layers permuted", "tokens permuted", "what"),
-                ),
-                rest,
-            ),
-        ]
-    )
-
-
-def _at(value: Any, *keys: str) -> float | None:
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _whose(run: Mapping[str, Any]) -> str:
-    words = [str(run["model"] or "-")]
-    if run["random_init"]:
-        words.append("random weights")
-    if run["lens"]:
-        words.append("tuned lens")
-    return ", ".join(words)

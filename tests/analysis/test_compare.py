@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis.cli import main
-from analysis.compare import run_names
+from analysis.compare import in_order, run_names
 from tests.analysis.small import make_small
 from tests.analysis.test_run import run
 from tests.support.results import write_results
@@ -59,6 +59,10 @@ def test_numbers_are_those_of_the_summaries_and_depth_is_divided_out(folders, tm
                     assert value == pytest.approx(summary["variance"][weighting][name] / uniform)
                 else:
                     assert value is None
+        for name, part in {"fvu": "reconstruction", "l0": "reconstruction", "delta_ce": "downstream"}.items():
+            numbers = summary.get(part) or {"ci95": {}}
+            assert found[name] == numbers.get(name)
+            assert [found[f"{name}_low"], found[f"{name}_high"]] == (numbers["ci95"].get(name) or [None, None])
         assert folder.name in printed
         assert f"{summary['reconstruction']['fvu']:.3g}" in printed
     assert result["runs"][0]["null_ratio"]["layers_permuted"]["variance"]["mass"]["within_token"] > 0
@@ -90,8 +94,55 @@ def test_one_figure_the_same_each_time(folders, tmp_path, capsys):
         assert main(["--compare", *map(str, folders), "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "a" / "compare.png").read_bytes() == (tmp_path / "b" / "compare.png").read_bytes()
     svg = (tmp_path / "a" / "compare.svg").read_text()
-    for words in ("real", "shallow", "evenly drawn layer", "aggregate / token-level variance", "not defined"):
+    for words in ("real", "shallow", "evenly drawn layer", "aggregate over token-level", "not defined", "one layer"):
         assert words in svg
+
+
+def test_a_sweep_reads_as_one_table_and_kinds_stand_together():
+    def made(model: str, r: float, k: int | None, **more: Any) -> dict[str, Any]:
+        shape = {"model": model, "random_init": False, "lens": None, "layers": [0, 1], "expansion_factor": r, "k": k}
+        return shape | more
+
+    given = [
+        made("b", 16, 64),
+        made("a", 4, 32),
+        made("b", 16, 32),
+        made("b", 16, 32, random_init=True),
+        made("b", 4, 128),
+        made("b", 16, 32, lens="affine"),
+        made("b", 4, None, random_init=True),
+        made("b", 2, 32, layers=[1]),
+        made("b", 4, 32),
+    ]
+    assert [given.index(run) for run in in_order(given)] == [8, 4, 2, 0, 1, 6, 3, 5, 7]
+
+
+def test_rows_say_what_a_run_is(tmp_path, capsys):
+    def of(**store: Any) -> Any:
+        return lambda summary: summary["provenance"]["store"].update(store)
+
+    for name, layers, change in (
+        ("plain", 4, of()),
+        ("lens", 4, of(lens={"id": "some/lens"})),
+        ("twin", 4, of(random_init=True)),
+        ("one", 1, of()),
+    ):
+        (tmp_path / name).mkdir()
+        write_results(tmp_path / name, n_layers=layers, n_latents=20, change=change)
+    folders = [str(tmp_path / name) for name in ("plain", "lens", "twin", "one")]
+    assert main(["--compare", *folders, "--out", str(tmp_path / "out")]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]}
+    for name, words in {
+        "plain": "SmolLM2-135M",
+        "lens": "SmolLM2-135M, tuned lens",
+        "twin": "SmolLM2-135M, untrained",
+        "one": "SmolLM2-135M",
+    }.items():
+        assert rows[name].endswith(words)
+    assert "layer 0 only" in rows["one"]
+    table = pd.read_parquet(tmp_path / "out" / "compare.parquet")
+    assert {"expansion_factor", "k", "fvu", "fvu_low", "delta_ce", "delta_ce_high", "reference_ratio"} <= set(table)
+    assert [list(layers) for layers in table["layers"][::3]] == [[0, 1, 2, 3]] * 3 + [[0]]
 
 
 def test_names_take_as_many_parts_as_tell_runs_apart():

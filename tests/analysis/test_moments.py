@@ -261,3 +261,23 @@ def test_layer_statistics_follow_from_totals_as_published():
     mean, variance = profile_mean_and_variance(probs, layers)
     np.testing.assert_allclose(mean, [13 / 8, 0])
     np.testing.assert_allclose(variance, probs @ layers**2 - mean**2)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "support", "layer_mean", "layer_var"),
+    [(12, (0, 5, 11), 5.220183, 15.743475), (28, (16, 21, 25), 20.94702, 5.922241)],
+    ids=["gpt2 x64 k32 latent 0", "Llama-3.2-3B latent 0"],
+)
+def test_totals_with_the_moments_of_a_published_row_give_its_numbers(n_layers, support, layer_mean, layer_var):
+    # The totals of these rows are not at hand, only two numbers made of them. So three layers share a mass such that,
+    # with layers numbered from 0 and the variance of a whole population, these two numbers come out; numbered from 1,
+    # or divided by n - 1, they would not.
+    powers = np.vander(support, increasing=True).T  # rows: 1, l, l^2
+    share = np.linalg.solve(powers, [1, layer_mean, layer_var + layer_mean**2])
+    assert (share > 0).all()
+    values = np.zeros((1, n_layers, 1))
+    values[0, list(support), 0] = 40 * share
+    table = latent_table(moments_of(values, np.zeros((1, n_layers, 1), np.int64), 1))
+    assert table.layer_mean[0] == pytest.approx(layer_mean, rel=1e-12)
+    assert table.layer_var[0] == pytest.approx(layer_var, rel=1e-12)
+    assert table.total[0] == pytest.approx(40)

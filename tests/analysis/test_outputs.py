@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from analysis.cli import main
-from tests.analysis.small import make_small
+from tests.analysis.small import LAYERS, make_small
 from tests.analysis.test_run import run
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -46,6 +47,31 @@ def test_every_key_of_the_summary_is_listed(out):
 )
 def test_every_column_is_listed(out, name):
     assert not set(pd.read_parquet(out / name).columns) - listed(name)
+
+
+def test_the_columns_of_the_references_dists_data_sets_are_there_under_their_names(out):
+    scalars = ["latent", "count", "total", "mean", "layer_mean", "layer_var", "layer_std"]
+    names = [*scalars, "counts", "totals", "means", "probs"]
+    table = pd.read_parquet(out / "latents.parquet", columns=names)
+    assert table.columns.tolist() == names
+    assert ", ".join(names) in (DOCS / "outputs.md").read_text(encoding="utf-8")
+    live = table[table["count"] > 0]
+    counts, totals = np.stack(live["counts"].tolist()), np.stack(live["totals"].tolist())
+    layers = np.array(LAYERS)  # the model's numbers, from 0
+    probs = totals / totals.sum(axis=1, keepdims=True)
+    variance = probs @ layers**2 - (probs @ layers) ** 2
+    expected = {
+        "count": counts.sum(axis=1),
+        "total": totals.sum(axis=1),
+        "mean": totals.sum(axis=1) / counts.sum(axis=1),
+        "layer_mean": probs @ layers,
+        "layer_var": variance,
+        "layer_std": np.maximum(variance, 0) ** 0.5,
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(live[name], values, rtol=1e-9, atol=1e-6 if name == "layer_std" else 1e-10)
+    np.testing.assert_allclose(np.stack(live["probs"].tolist()), probs)
+    np.testing.assert_allclose(np.stack(live["means"].tolist()), totals / np.maximum(counts, 1))
 
 
 def test_every_key_of_a_comparison_is_listed(out, tmp_path, capsys):
