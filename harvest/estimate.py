@@ -19,7 +19,7 @@ from harvest.config import HarvestConfig
 from harvest.fill import BatchRunner
 from harvest.models import load_model
 from harvest.resolve import TORCH_DTYPES, Settings, resolve
-from harvest.texts import TextSource, open_sources
+from harvest.texts import TextSource, open_sources, require_local_texts
 from harvest.tokens import encode_documents, pack
 from store.errors import ResidscopeError
 
@@ -70,6 +70,7 @@ class Estimate(NamedTuple):
 def estimate(config: HarvestConfig) -> Estimate:
     """Measure; raises as `harvest` does for a model, text or option that cannot work. Writes nothing at or beside
     --out."""
+    require_local_texts(config)
     settings = resolve(config)
     sources = open_sources(dataclasses.replace(config, shuffle_documents=None))  # A shuffle would read all of them.
     for note in settings.notes:

@@ -7,7 +7,7 @@ import json
 
 from harvest.estimate import Estimate
 from harvest.run import HarvestResult
-from store.console import human_bytes, human_seconds
+from store.console import counted, human_bytes, human_seconds
 
 
 def print_result(result: HarvestResult | Estimate, *, as_json: bool) -> None:
@@ -24,15 +24,16 @@ def print_result(result: HarvestResult | Estimate, *, as_json: bool) -> None:
 def _result_rows(result: HarvestResult) -> list[tuple[str, str]]:
     if result.shards_written:
         speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
-        run = f"{result.shards_written} of {result.shards} shards in {human_seconds(result.seconds)}{speed}"
+        run = f"{result.shards_written} of {counted(result.shards, 'shard')} in {human_seconds(result.seconds)}{speed}"
     else:
-        run = f"nothing to do: all {result.shards} shards were there"
+        run = f"nothing to do: the store was whole, {counted(result.shards, 'shard')}"
     return [
         ("store", f"{result.out} ({human_bytes(result.bytes)})"),
         ("model", f"{result.model} ({result.architecture}), layers {_ranges(result.layers)}, d_model {result.d_model}"),
         (
             "tokens",
-            f"{result.tokens:,} of {result.documents:,} documents; {result.kept:,} kept for training and analysis",
+            f"{result.tokens:,} of {counted(result.documents, 'document')}; {result.kept:,} kept for training and "
+            "analysis",
         ),
         ("written", run),
     ]

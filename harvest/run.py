@@ -24,7 +24,7 @@ from harvest.fill import BatchRunner, Filled, fill, host_bytes
 from harvest.mixing import Mixture
 from harvest.models import LoadedModel, load_model
 from harvest.resolve import TORCH_DTYPES, Settings, make_provenance, make_record, refuse_differences, resolve, versions
-from harvest.texts import TextSource, open_sources
+from harvest.texts import TextSource, open_sources, require_local_texts
 from harvest.tokens import encode_documents, pack
 from store.activations import ActivationStore
 from store.arrays import TokenTable
@@ -82,6 +82,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     """
     begin = time.perf_counter()
     existing = _existing(config)
+    require_local_texts(config)
     settings = resolve(config)
     if existing and config.batch_size is None:
         settings = _with_batch_size_of(config.out, settings)
@@ -185,7 +186,7 @@ def _plan(
     _say_what_ran_out(sources, mixture)
     n_tokens = len(tokens.token_id)
     if n_tokens < config.max_tokens and config.max_tokens - n_tokens >= settings.packing.context_length:
-        print(f"the text ran out: {n_tokens} tokens instead of {config.max_tokens}", file=sys.stderr)
+        print(f"the text ran out: {n_tokens:,} tokens instead of {config.max_tokens:,}", file=sys.stderr)
     chunk, shard = chunk_and_shard_tokens(
         n_tokens,
         len(settings.layers),
@@ -269,7 +270,7 @@ def _require_space(out: Path, settings: Settings, n_tokens: int) -> None:
         parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
         room = shutil.disk_usage(parent).free + freed - _SPARE_BYTES
         fitting = max(room // (settings.bytes_per_token + _TOKEN_BYTES), 0)
-        raise ResidscopeError(f"{error}. {fitting} tokens would fit; nothing was written") from error
+        raise ResidscopeError(f"{error}. {fitting:,} tokens would fit; nothing was written") from error
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -59,6 +59,14 @@ def open_sources(config: HarvestConfig, *, contents: bool = True) -> tuple[TextS
     return sources
 
 
+def require_local_texts(config: HarvestConfig) -> None:
+    """`UsageError` for a local text that is not there: asked before a model or tokenizer is loaded, which takes far
+    longer."""
+    for choice in text_choices(config):
+        if choice.name not in _PYTHON:
+            find_files(choice.name)
+
+
 def _open(choice: TextChoice, seed: int | None, contents: bool) -> TextSource:
     documents: Callable[[], Iterator[str]]
     if choice.name in _PYTHON:

@@ -8,7 +8,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,13 +87,15 @@ def _info(path: Path, as_json: bool) -> int:
         print(json.dumps(found))
         return 0
     rows = {
-        "model": meta.provenance.get("model", "unknown"),
-        "tokens": f"{meta.n_tokens:,} ({found['n_kept']:,} kept) of {found['n_documents']:,} documents, "
+        "model": meta.provenance.get("model", "unknown")
+        + (", random weights" if meta.provenance.get("random_init") else ""),
+        "text": _text(meta.provenance),
+        "tokens": f"{meta.n_tokens:,} ({found['n_kept']:,} kept) of {counted(found['n_documents'], 'document')}, "
         f"in sequences of up to {meta.context_length:,}",
         "layers": f"{meta.n_layers} of {meta.n_model_layers}, d_model {meta.d_model}",
         "numbers": f"{meta.stored_dtype}, codec {meta.codec}",
         "lens": "none" if meta.lens is None else meta.lens.get("id", "yes"),
-        "size": f"{human_bytes(found['bytes'])} in {meta.n_shards - len(missing)} of {meta.n_shards} shards "
+        "size": f"{human_bytes(found['bytes'])} in {meta.n_shards - len(missing)} of {counted(meta.n_shards, 'shard')} "
         f"of {meta.shard_tokens:,} tokens",
         "mean norm": "not known yet"
         if not statistics.count
@@ -101,7 +103,8 @@ def _info(path: Path, as_json: bool) -> int:
         f"{meta.layers[-1]}",
         "state": "whole"
         if not missing
-        else f"{len(missing)} shards are missing; run the same `harvest` command again to fill them",
+        else f"{counted(len(missing), 'shard')} {'is' if len(missing) == 1 else 'are'} missing; "
+        "run the same `harvest` command again to fill them",
     }
     print(path)
     for name, value in rows.items():
@@ -127,6 +130,15 @@ def _verify(path: Path, as_json: bool) -> int:
     return 1
 
 
+def _text(provenance: Mapping[str, Any]) -> str:
+    """Which texts, and of several how many tokens each gave: whole documents follow each other, so that in a small
+    store the shares may be far from those that were asked for."""
+    sources = provenance.get("sources") or []
+    if len(sources) < 2:
+        return str(provenance.get("dataset", "unknown"))
+    return ", ".join(f"{source['dataset']} ({source['tokens']:,} tokens)" for source in sources)
+
+
 def _repair(path: Path, as_json: bool) -> int:
     from store.repair import repair
 
@@ -143,7 +155,8 @@ def _repair(path: Path, as_json: bool) -> int:
     _print_faults(done.found)
     print(
         f"{path}: whole"
-        + f"; {len(done.refilled)} shards refilled, {len(done.proven)} of them proven the same by the manifest's hashes"
+        + f"; {counted(len(done.refilled), 'shard')} refilled, {len(done.proven)} of them proven the same by "
+        "the manifest's hashes"
     )
     return 0
 

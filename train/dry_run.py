@@ -53,7 +53,8 @@ def describe(found: DryRun) -> str:
     runs = "" if found.runs == 1 else f"{found.runs} autoencoders at once, "
     return "\n".join(
         [
-            f"{runs}{found.steps} steps, {found.vectors} vectors; {human_bytes(found.bytes_read)} of the store to read",
+            f"{runs}{found.steps:,} steps, {found.vectors:,} vectors; {human_bytes(found.bytes_read)} of the store to "
+            "read",
             f"memory: {human_bytes(found.memory_bytes)} to train, {human_bytes(found.shuffle_bytes)} for the shuffle",
             f"disk: {human_bytes(found.checkpoint_bytes)} in the end, {human_bytes(found.interim_bytes)} on the way",
             f"time: about {human_seconds(found.seconds)} ({found.seconds_per_step:.3g} s a step, mean of "

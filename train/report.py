@@ -30,8 +30,8 @@ def describe(result: TrainResult) -> str:
     """A run in words."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
     lines = [
-        f"{result.checkpoint}: {plan.n_latents} latents, k {plan.k}, after {metrics['step']} steps "
-        f"({metrics['vectors']} vectors of {len(plan.layers)} layers) in {human_seconds(result.seconds)}",
+        f"{result.checkpoint}: {plan.n_latents:,} latents, k {plan.k}, after {metrics['step']:,} steps "
+        f"({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in {human_seconds(result.seconds)}",
         f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "
         f"{metrics['dead_fraction']:.1%} of latents dead",
     ]
@@ -40,7 +40,8 @@ def describe(result: TrainResult) -> str:
     else:
         worst = max(range(len(plan.layers)), key=held_out.fvu_per_layer.__getitem__)
         lines.append(
-            f"validation on {held_out.tokens} tokens of held-out documents: FVU {held_out.fvu:.3f} (mean over layers; "
+            f"validation on {held_out.tokens:,} tokens of held-out documents: FVU {held_out.fvu:.3f} (lower is "
+            "better, 1 is no better than the layer's mean; mean over layers; "
             f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
         )
     return "\n".join(lines)
@@ -72,8 +73,8 @@ def table(results: Sequence[TrainResult]) -> str:
     rows = ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
     tokens = next((result.validation.tokens for result in results if result.validation), 0)
     title = (
-        f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens} tokens "
-        "of held-out documents, mean over layers; dead: share of the latents"
+        f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
+        "tokens of held-out documents, mean over layers; dead: share of the latents"
     )
     return "\n".join([title, *rows])
 

@@ -61,6 +61,22 @@ def command(
     return run
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_text_that_is_not_there_is_missed_before_a_model_is_looked_for(
+    command: Harvest, dry_run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the model was looked for first")
+
+    for module in ("run", "estimate"):
+        monkeypatch.setattr(f"harvest.{module}.resolve", unwanted)
+    found = command(dataset="missing.jsonl", **({"dry_run": True} if dry_run else {}))
+    assert (found.code, found.error) == (
+        2,
+        "harvest: error: --dataset missing.jsonl: there is no such file or folder",
+    )
+
+
 def test_a_run_prints_a_summary_and_then_has_nothing_to_do(command: Harvest) -> None:
     first = command()
     assert first.code == 0

@@ -46,6 +46,29 @@ def test_info_of_a_store_that_lacks_shards(tmp_path: Path, capsys: pytest.Captur
     assert "2 shards are missing; run the same `harvest`" in capsys.readouterr().out
 
 
+def test_info_says_which_texts_and_whether_the_weights_are_random(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [{"dataset": "pydoc", "tokens": 1368}, {"dataset": "own.jsonl", "tokens": 132}]
+    for name, provenance, words in (
+        (
+            "a.zarr",
+            {"model": "m", "dataset": "pydoc", "sources": sources[:1]},
+            ("model      m\n", "text       pydoc\n"),
+        ),
+        (
+            "b.zarr",
+            {"model": "m", "random_init": True, "dataset": "pydoc:2 own.jsonl:1", "sources": sources},
+            ("m, random weights\n", "text       pydoc (1,368 tokens), own.jsonl (132 tokens)\n"),
+        ),
+    ):
+        make_store(tmp_path / name, random_activations(60, 2, 4), provenance=provenance)
+        assert main(["info", str(tmp_path / name)]) == 0
+        found = capsys.readouterr().out
+        for part in words:
+            assert part in found
+
+
 def test_info_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(tmp_path)]) == 3
     found = capsys.readouterr()

@@ -158,7 +158,7 @@ def test_the_command(
     assert main(["verify", str(path), "--repair"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"shard 1: {SHARD}: the checksum of token chunk 0 at stored layer 0 does not match",
-        f"{path}: whole; 1 shards refilled, 1 of them proven the same by the manifest's hashes",
+        f"{path}: whole; 1 shard refilled, 1 of them proven the same by the manifest's hashes",
     ]
     assert files_of(path) == files_of(whole)
     assert main(["verify", str(path), "--repair", "--json"]) == 0
