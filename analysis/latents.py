@@ -82,7 +82,7 @@ class Encoder:
 
     def encode(self, standardized: Standardized) -> SparseCodes:
         """Codes of standardised vectors: values [N, k] >= 0, indices int64 [N, k]; 0 is padding."""
-        if self._screen and bool(standardized.x.isfinite().all()):
+        if self._screen:
             return self._screen.topk_relu(standardized.x - self._sae.b_pre.detach(), self.config.k)
         return self._sae.encode_standardized(standardized.x, product_dtype=self._product_dtype)
 

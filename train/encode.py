@@ -90,13 +90,22 @@ def encode_above(
     """Pre-activations above `threshold` ([] or [M], >= 0) and what latents they are of: [N, w]."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
-        # In z's own type, so that a bfloat16 tile is not widened for the comparison.
-        row, latent = (z > threshold.to(z.dtype).clamp(min=0)).nonzero(as_tuple=True)
+        row, latent = (z > _rounded_down(threshold.clamp(min=0), z.dtype)).nonzero(as_tuple=True)
         found.append((row + part.start, latent, z[row, latent].to(inputs.dtype)))
     if not found:
         return SparseCodes(inputs.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=inputs.device))
     row, latent, value = (torch.cat(part) for part in zip(*found, strict=True))
     return padded(row, latent, value, len(inputs))
+
+
+def _rounded_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of `dtype` that is not above `threshold` (>= 0): z of that type is above both or neither.
+
+    So a bfloat16 tile need not be widened for the comparison, and exceeds the threshold as often as in training.
+    """
+    if dtype == torch.bfloat16 and threshold.dtype == torch.float32:
+        return (threshold.view(torch.int32) & -0x10000).view(torch.float32).to(dtype)
+    return threshold.to(dtype)
 
 
 class BatchCodes(NamedTuple):
@@ -147,7 +156,10 @@ def encode_batch(
 
 def _first_largest(values: Tensor, count: int) -> Tensor:
     """bool [P]: the `count` largest of `values` [P], the first ones where several equal the smallest of them."""
-    smallest = values.kthvalue(len(values) - count + 1).values
+    if values.is_cuda:  # kthvalue is not deterministic there: which of equal entries it names, so torch refuses it
+        smallest = values.topk(count, sorted=False).values.min()
+    else:
+        smallest = values.kthvalue(len(values) - count + 1).values
     above, equal = values > smallest, values == smallest
     return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 

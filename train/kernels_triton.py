@@ -32,6 +32,9 @@ _GROUPS = 16384
 _CHUNK = 64
 """Sorted pairs that a program adds up."""
 
+_PIECE = 1024
+"""Numbers that a program of the optimiser moves, where it need not see a whole row."""
+
 
 def topk_relu(z: Tensor, k: int) -> SparseCodes:
     """The k largest entries of each row of `z` [N, M], exactly, then ReLU (Gao et al. 2024, 2.3).
@@ -187,7 +190,8 @@ def adam_rows(
     for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory; it is written in place")
-    m, d = weight.shape
+    # Where rows mean nothing, the numbers are cut into pieces of a size that suits: a bias is one row of M of them.
+    d = weight.shape[1] if unit_rows else min(weight.numel(), _PIECE)
     beta1, beta2 = ADAM_BETAS
     numbers = (
         grad_scale,
@@ -198,13 +202,14 @@ def adam_rows(
         math.sqrt(1 - beta2**step),
         ADAM_EPSILON,
     )
-    kernels_triton_rows.adam[(m,)](
+    kernels_triton_rows.adam[(-(-weight.numel() // d),)](
         weight,
         grad.contiguous(),
         exp_avg,
         exp_avg_sq,
         weight.new_tensor(numbers, dtype=torch.float64),  # as memory, because arguments are rounded to float32
         d,
+        weight.numel(),
         UNIT_ROWS=unit_rows,
         **_row_block(d),
     )

@@ -147,11 +147,14 @@ def join_chunks(
 
 
 @triton.jit
-def adam(weight, grad, exp_avg, exp_avg_sq, numbers, d, UNIT_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Adam on a row, in place; numbers float64 [7]: scale, step size, 1 - beta1, beta2, 1 - beta2, correction, eps."""
+def adam(weight, grad, exp_avg, exp_avg_sq, numbers, d, total, UNIT_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Adam on d of `total` numbers (with UNIT_ROWS a whole row), in place.
+
+    numbers float64 [7]: scale, step size, 1 - beta1, beta2, 1 - beta2, correction, eps.
+    """
     j = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < d
+    inside = (at < d) & (j * d + at < total)
     kind = weight.dtype.element_ty
     w = tl.load(weight + j * d + at, mask=inside, other=0.0)
     g = tl.load(grad + j * d + at, mask=inside, other=0.0) * tl.load(numbers).to(kind)

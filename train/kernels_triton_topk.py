@@ -24,7 +24,7 @@ def _keys(z):
     bits = z.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     keys = tl.where(bits < 0, -size, size)
-    return tl.where(size > 0x7F800000, 0x7FFFFFFF, keys)
+    return tl.where(size > 0x7F800000, 0x7FFF0000, keys)  # a NaN whose lower bits are zero, as bfloat16's are
 
 
 @triton.jit

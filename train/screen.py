@@ -13,7 +13,8 @@ float32, and too coarse to be the answer. It is good enough to say which latents
    show the estimates' true errors; a row in which one is above 6 sigma is screened again with a margin twice as wide,
    until none is.
 
-So the result is that of the float32 product, to its rounding, and in one fixed order of summation whatever the machine.
+So the result is that of the float32 product, to its rounding, in an order of summation that depends on the processor's
+vector width and on nothing else. Vectors that are not finite have no scale, and go through the plain product.
 Not here: gradients; activations other than the k largest.
 
 Shapes: N vectors, D d_model, M n_latents, k active latents a vector.
@@ -27,6 +28,7 @@ import torch
 from numba.cpython.unsafe.numbers import trailing_zeros
 from torch import Tensor
 
+from train.encode import encode_tiled
 from train.kernels import SparseCodes
 from train.kernels_compile import compiled, even_chunks, inlined, run_chunks
 
@@ -85,7 +87,7 @@ class Screen:
     @torch.no_grad()
     def topk_relu(self, centred: Tensor, k: int) -> SparseCodes:
         """ReLU of the k largest of centred @ W_enc^T: values float32 [N, k], largest first, indices int64 [N, k]; of
-        equal values the lowest latent first. `centred` float32 [N, D] should be finite."""
+        equal values the lowest latent first. `centred` float32 [N, D]."""
         n, m = len(centred), len(self._weights)
         centred = centred.contiguous()
         rotated = self._rotate(centred)
@@ -93,6 +95,8 @@ class Screen:
         rows = rotated.div_(scale[:, None]).round_().to(torch.int8)
         # Standard deviation of an estimate's error, in units of the row's scale.
         norm = torch.linalg.vector_norm(centred, dim=1) / scale
+        if not norm.isfinite().all():
+            return encode_tiled(centred, self._weights, k)
         spread = ((self._largest_norm**2 + self._largest_scale**2 * norm.square()) / 12).sqrt()
         values, indices = centred.new_empty(n, k), torch.empty(n, k, dtype=torch.int64)
         tile = min(n, max(16, TILE_BYTES // (4 * m)))

@@ -80,12 +80,16 @@ else:
         }
         assert kernels_triton._group_size(9216, 2000) is None
 
-    def test_topk_does_not_hide_nan() -> None:
-        z = randn(3, 400)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_topk_does_not_hide_nan(dtype: torch.dtype) -> None:
+        z = randn(4, 4000).to(dtype)
         z[1, [7, 399]] = torch.nan
+        z[3] = torch.nan  # more than k of them: the first k, and nothing is written beyond
         values, indices = TRITON.topk_relu(z, 5)
-        assert values.isnan().sum(dim=1).tolist() == [0, 2, 0]
+        assert values.isnan().sum(dim=1).tolist() == [0, 2, 0, 5]
         assert indices[1, :2].tolist() == [7, 399]
+        assert indices[3].tolist() == [0, 1, 2, 3, 4]
+        assert torch.equal(z[:3].gather(1, indices[:3]).relu().float().nan_to_num(), values[:3].nan_to_num())
 
     @pytest.mark.parametrize(("n", "d", "m", "k"), [(1, 1, 1, 1), (7, 5, 9, 9), (40, 24, 50, 6), (150, 3, 4, 2)])
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11)])
@@ -124,6 +128,15 @@ else:
                 kernels.adam_rows(w, grad.clone(), m, v, lr=0.01, step=step, unit_rows=unit_rows)
         for found, expected in zip(state, other, strict=True):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("shape", [(1, 3000), (7, 700), (1, 1)])
+    def test_adam_without_unit_rows_takes_rows_of_any_length(shape: tuple[int, int]) -> None:
+        state = [randn(*shape, seed=seed) for seed in (1, 2)] + [randn(*shape, seed=3).abs()]
+        other = [t.clone() for t in state]
+        for kernels, (w, m, v) in ((TRITON, state), (TORCH, other)):
+            kernels.adam_rows(w, randn(*shape), m, v, lr=0.01, step=9, unit_rows=False, grad_scale=0.5)
+        for found, expected in zip(state, other, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
     def test_whole_steps_equal_torch_ones() -> None:
         n, d, m = 20, 8, 48

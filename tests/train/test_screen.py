@@ -86,6 +86,15 @@ def test_the_same_bits_whatever_the_number_of_threads():
     assert torch.equal(one.indices, three.indices)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_vectors_without_a_finite_norm_go_through_the_plain_product(bad):
+    x, rows = planted(20, 64, 2048, 3)
+    x[7, 5] = bad
+    found, plain = Screen(rows).topk_relu(x, 8), encode_tiled(x, rows, 8)
+    assert torch.equal(found.indices, plain.indices)
+    assert torch.equal(found.values.nan_to_num(), plain.values.nan_to_num())
+
+
 @pytest.mark.parametrize(
     "rows",
     [torch.ones(64, 32), torch.ones(4096, 10), torch.full((4096, 32), torch.nan), torch.ones(4096, 32).double()],

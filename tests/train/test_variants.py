@@ -303,6 +303,16 @@ def test_codes_above_thresholds_by_hand(tile_bytes: int) -> None:
     assert encode_above(x[:0], W, torch.tensor(0.0)).values.shape[0] == 0
 
 
+def test_a_bfloat16_product_is_compared_with_the_threshold_as_it_is() -> None:
+    """Not with the threshold rounded to bfloat16, which may be the next number above it."""
+    z = torch.arange(250, 262).bfloat16() / 128  # neighbours in bfloat16
+    for threshold in (1.9999, 2.0, 2.0001, 2.0079, 2.0156, 0.0):
+        found = encode_above(
+            z[:, None].float(), torch.ones(1, 1), torch.tensor(threshold), product_dtype=torch.bfloat16
+        )
+        assert found.values.flatten().tolist() == [value if value > threshold else 0.0 for value in z.tolist()]
+
+
 @pytest.mark.parametrize("activation", ["batchtopk", "matryoshka"])
 def test_the_threshold_of_inference_is_the_running_mean_of_the_smallest_kept(activation: Any) -> None:
     """Bussmann et al. 2024: in training the k N largest of a batch, in inference all above the threshold."""
