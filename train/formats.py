@@ -214,7 +214,7 @@ def read_safetensors(path: Path) -> Checkpoint:
             sae = MLSAE(config)
             sae.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
             records = [json.loads(header[name]) for name in ("store", "trainer")]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
             raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None
     check_weights(sae.state_dict(), str(path))
     check_records(*records, str(path))
@@ -239,8 +239,11 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
         )
     layout = LAYOUTS[foreign]
     config = _read_json(path.with_name(layout.config_file))
-    with _open(path) as file:
-        parsed = layout.parse(file, config, name)
+    try:
+        with _open(path) as file:
+            parsed = layout.parse(file, config, name)
+    except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
+        raise IncompatibleError(f"{name}: {layout.config_file} says what cannot be: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     notes = parsed.notes
     if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:

@@ -25,6 +25,7 @@ from train.formats_parts import (
     Reader,
     TensorFile,
     assemble,
+    check_sizes,
     checked_k,
     contiguous,
     dtype_name,
@@ -57,6 +58,7 @@ def parse_mlsae(file: TensorFile, config: Mapping[str, Any], where: str) -> Pars
     reader.require_only(("encoder.weight", "decoder.weight", "pre_encoder_bias", "last_nonzero"))
     W_enc = reader.get("encoder.weight", None, None)
     m, d = W_enc.shape
+    check_sizes(config, where, n_inputs=d, n_latents=m)
     notes: tuple[str, ...] = ()
     if config.get("tuned_lens"):
         notes = (
@@ -96,6 +98,7 @@ def parse_sparsify(file: TensorFile, config: Mapping[str, Any], where: str) -> P
     reader.require_only(("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
     W_enc = reader.get("encoder.weight", None, None)
     m, d = W_enc.shape
+    check_sizes(config, where, d_in=d, num_latents=m)
     ours = mapping(config.get(OURS))
     return Parsed(
         sae=assemble(

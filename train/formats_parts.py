@@ -131,6 +131,14 @@ def checked_k(found: Any, n_latents: int, where: str) -> int:
     return found
 
 
+def check_sizes(config: Mapping[str, Any], where: str, **sizes: int) -> None:
+    """Refuse a configuration that speaks of other sizes than the weights beside it have: it belongs to others."""
+    for name, size in sizes.items():
+        found = config.get(name)
+        if type(found) is int and found > 0 and found != size:  # 0 or nothing: left to the weights
+            raise IncompatibleError(f"{where}: the configuration says {name} {found}, the weights have {size}")
+
+
 def dtype_name(tensor: Tensor) -> str:
     """Such as "bfloat16"."""
     return str(tensor.dtype).removeprefix("torch.")

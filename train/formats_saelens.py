@@ -27,6 +27,7 @@ from train.formats_parts import (
     Reader,
     TensorFile,
     assemble,
+    check_sizes,
     checked_k,
     contiguous,
     dtype_name,
@@ -65,6 +66,7 @@ def parse_saelens(file: TensorFile, config: Mapping[str, Any], where: str) -> Pa
     reader.require_only(("W_enc", "W_dec", "b_enc", "b_dec", *(("threshold",) if activation == "jumprelu" else ())))
     stored = reader.get("W_enc", None, None)
     d, m = stored.shape
+    check_sizes(config, where, d_in=d, d_sae=m)
     W_enc, W_dec = stored.float().T, reader.get("W_dec", m, d).float()
     b_enc, b_dec = reader.get("b_enc", m).float(), reader.get("b_dec", d).float()
     if activation == "topk":

@@ -231,8 +231,11 @@ class _Stream:
         self._start()
         meta = self.shared.store.meta
         memory = memory_estimate([run.plan for run in self.runs], self.shared.store, int(self.config.tile_mb * 1e6))
-        weights = sum(8 * run.plan.n_latents * run.plan.d_model for run in self.runs)
-        largest = max(8 * run.plan.n_latents * run.plan.d_model for run in self.runs)
+        weights = [8 * run.plan.n_latents * run.plan.d_model for run in self.runs]
+        # With two moments, and the weights themselves where it is their mean that is saved.
+        interim = [
+            each * (3 if run.plan.ema_decay is None else 4) for each, run in zip(weights, self.runs, strict=True)
+        ]
         seconds: list[float] = []
         with _closing(self._loader(plan.seed, plan.window_bytes, epochs=plan.epochs)) as batches:
             while self.step < plan.steps and (len(seconds) < MEASURED_STEPS and sum(seconds) < MEASURED_SECONDS):
@@ -250,8 +253,8 @@ class _Stream:
             bytes_read=plan.vectors * meta.d_model * meta.itemsize,
             memory_bytes=memory.device,
             shuffle_bytes=memory.shuffle,
-            checkpoint_bytes=2 * weights,
-            interim_bytes=3 * (weights + largest),
+            checkpoint_bytes=2 * sum(weights),
+            interim_bytes=sum(interim) + max(interim),
             measured_steps=len(seconds),
             seconds_per_step=mean,
             seconds=mean * plan.steps,

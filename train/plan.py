@@ -271,9 +271,16 @@ def _weights(plan: RunPlan) -> int:
 
 
 def _working(plan: RunPlan, tile_bytes: int) -> int:
-    batch = plan.batch_size * (6 * 4 * plan.d_model + 48 * plan.k)  # six float32 [N, D]; codes, gradients, sorted pairs
+    n, d = plan.batch_size, plan.d_model
+    k = max(plan.k, plan.k_start or 0) * (4 if plan.multi_topk else 1)
+    batch = n * (6 * 4 * d + 48 * k)  # six float32 [N, D]; codes, gradients, sorted pairs
+    if plan.kernels == "triton":
+        batch += n * k * d // 4  # sums of chunks of 64 pairs: two of both weights' rows
+    blocks = 2 if plan.multi_topk else len(plan.prefixes)  # nested: an error of each, and one's gradients by themselves
+    nested = blocks * n * 4 * d + 4 * _weights(plan) if blocks else 0
     casts = _weights(plan) if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK
-    return 2 * casts + batch + (6 * tile_bytes if plan.activation in ("jumprelu", "relu") else 0)  # dense tiles
+    dense = 6 * tile_bytes if plan.activation in ("jumprelu", "relu") else 0
+    return 2 * casts + batch + nested + dense
 
 
 def default_aux_k(d_model: int) -> int:
@@ -289,9 +296,11 @@ def compare_plans(path: object, saved: dict[str, Any], plan: RunPlan) -> list[st
     """Check that a checkpoint's plan is this one; returns warnings, raises `IncompatibleError` naming what differs."""
     warnings = []
     now = plan.to_dict()
+    # A checkpoint from before a field was there was made with what is now its default.
+    defaults = {field.name: None if field.default is MISSING else field.default for field in fields(RunPlan)}
+    defaults["prefixes"] = list(RunPlan.prefixes)  # as `to_dict` has it
     for field in fields(RunPlan):
-        # A checkpoint from before a field was there was made with what is now its default.
-        before, after = saved.get(field.name, None if field.default is MISSING else field.default), now[field.name]
+        before, after = saved.get(field.name, defaults[field.name]), now[field.name]
         if before == after:
             continue
         found = f"{field.name} was {before} when {path} was saved and is {after} now"

@@ -228,6 +228,10 @@ def break_tensors(name: str, **changes: Tensor | None) -> Any:
         ("sparsify", break_tensors("sae.safetensors", b_dec=None), "b_dec is missing"),
         ("mlsae", break_tensors("model.safetensors", decoder__weight=None), "decoder.weight is missing"),
         ("mlsae", break_config("config.json", k=None), "None"),
+        ("mlsae", break_config("config.json", n_latents=40), "says n_latents 40, the weights have 48"),
+        ("saelens", break_config("cfg.json", d_in=17), "says d_in 17, the weights have 16"),
+        ("sparsify", break_config("cfg.json", num_latents=99), "says num_latents 99, the weights have 48"),
+        ("mlsae", break_config("config.json", layers=["last"]), "config.json says what cannot be"),
         ("mlsae", lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
         ("mlsae", lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         ("mlsae", lambda folder: (folder / "config.json").write_text("[]"), "should be a JSON object"),
@@ -349,6 +353,10 @@ def test_an_export_of_something_else_is_refused(tmp_path: Path) -> None:
     save_file({"W_enc": torch.ones(3, 2)}, tmp_path / "ckpt.safetensors", header)
     with pytest.raises(IncompatibleError, match=r"damaged.*W_dec"):
         read_sae(tmp_path)
+    for config in ('{"d_model": 2, "n_latents": 3, "k": 4}', "[2, 3]", "{"):
+        save_file({"W_enc": torch.ones(3, 2)}, tmp_path / "ckpt.safetensors", {**header, "config": config})
+        with pytest.raises(IncompatibleError, match="damaged, or by another version"):
+            read_sae(tmp_path)
 
 
 def test_a_foreign_autoencoder_as_a_checkpoint(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Defaults resolved against a store, and splits by document."""
 
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,25 @@ def test_every_difference_between_plans_is_named(store: ActivationStore) -> None
             with pytest.raises(IncompatibleError, match=f"{field.name} was other"):
                 compare_plans("ckpt.pt", other.to_dict(), plan)
     assert compare_plans("ckpt.pt", plan.to_dict(), plan) == []
+
+
+def test_a_plan_from_before_an_option_was_there_is_that_of_its_default(store: ActivationStore) -> None:
+    plan = plan_of(store)
+    optional = {field.name for field in fields(RunPlan) if field.default is not MISSING}
+    old = {name: value for name, value in plan.to_dict().items() if name not in optional}
+    assert compare_plans("ckpt.pt", old, plan) == []
+
+
+def test_memory_counts_what_a_variant_needs_beside(store: ActivationStore) -> None:
+    def device(**flags: object) -> int:
+        plan = plan_of(store, n_latents=100, dtype="float32", batch_size=50, kernels="torch", **flags)
+        return memory_estimate([plan], store, 10**6).device
+
+    plain = device(k=8)
+    own_gradients = 4 * 2 * 100 * 12
+    assert device(k=8, activation="matryoshka", prefixes=(10, 100)) - plain == 2 * 50 * 12 * 4 + own_gradients
+    assert device(k=2, multi_topk=True) - plain == 2 * 50 * 12 * 4 + own_gradients  # its codes are as wide
+    assert device(k=2, k_start=8) == plain
 
 
 def test_memory_grows_with_what_it_should(store: ActivationStore) -> None:
