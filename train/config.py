@@ -4,6 +4,7 @@ Checked once, when made, as far as the values alone can tell; what depends on th
 `train.plan`. Imports nothing heavy, so that `train --help` answers at once.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -196,12 +197,16 @@ class TrainConfig:
         positive += ("k_start", "bandwidth", "clip_norm")
         for name in positive:
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"--{name.replace('_', '-')} should be above 0, found {value}")
+            if value is not None and not 0 < value < math.inf:
+                wanted = "a finite number" if value == math.inf else "above 0"
+                raise UsageError(f"--{name.replace('_', '-')} should be {wanted}, found {value}")
         for name in ("aux_coef", "sparsity_coef", "checkpoint_every", "validate_every", "seed"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UsageError(f"--{name.replace('_', '-')} should be 0 or more, found {value}")
+            if value is not None and not 0 <= value < math.inf:
+                wanted = "a finite number" if value == math.inf else "0 or more"
+                raise UsageError(f"--{name.replace('_', '-')} should be {wanted}, found {value}")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed should be below 2^63, found {self.seed}")
         if not 0 <= self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction should be in [0, 1), found {self.validation_fraction}")
         for name in ("warmup_fraction", "decay_fraction", "k_warmup_fraction", "sparsity_warmup_fraction"):

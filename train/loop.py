@@ -11,6 +11,7 @@ Not here: what a run does with a batch (`train.runs`), which runs there are (`tr
 """
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from store.activations import ActivationStore
 from store.console import counted, human_bytes, stop_on_signals
-from store.errors import Interrupted
+from store.errors import Interrupted, ResidscopeError
 from store.loader import Batch, WindowLoader
 from train.batches import VectorSource
 from train.config import TrainConfig
@@ -118,7 +119,8 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
     seconds = time.perf_counter() - began
     results = [_result(*pair, trainers[i], seconds) for i, pair in enumerate(zip(specs, plans, strict=True))]
     for index, result in enumerate(results):
-        write_outputs(result, anew=index not in finished)
+        if math.isfinite(result.metrics["loss"] or 0):  # of weights that diverged there is nothing to give away
+            write_outputs(result, anew=index not in finished)
     if config.push_to_hub is not None:
         say(f"uploaded to {push(results, config.push_to_hub, private=config.hub_private, license=config.hub_license)}")
     return results
@@ -193,6 +195,8 @@ class _Stream:
                 stack.enter_context(run.files(self.saved[run]))
             stopped = stack.enter_context(stop_on_signals())
             for run in self.runs:
+                if self.saved[run] is None:
+                    run.begin_anew()
                 run.write_flags()
             self._start()
             loader = self._loader(plan.seed, plan.window_bytes, start_batch=self.step, epochs=plan.epochs)
@@ -306,7 +310,9 @@ class _Stream:
         self.watch.stop()
         seconds = self.watch.seconds
         waited, self.waited = loader.wait_seconds - self.waited, loader.wait_seconds
+        sound = [run for run in taking if not run.diverged]
         lines = [run.log(seconds=seconds, waited=waited) for run in taking]
+        self._stop_or_warn([run for run in sound if run.diverged])
         streamed, self.logged = (self.step - self.logged) * self.plan.batch_size, self.step
         self.watch = Stopwatch()
         self.watch.start()
@@ -316,6 +322,15 @@ class _Stream:
             f"{streamed * meta.d_model * meta.itemsize / seconds / 1e9:.2g} GB/s, "
             f"data wait {min(1.0, waited / seconds):.0%}"
         )
+
+    def _stop_or_warn(self, diverged: Sequence[Run]) -> None:
+        """Say which runs' loss has just become no number; without a sound run left there is nothing to go on for."""
+        where = f"step {self.step} of {self.plan.steps}: the loss is no number any more"
+        way_out = "lower --lr, or set --clip-norm"
+        if diverged and all(run.diverged for run in self.runs):
+            raise ResidscopeError(f"{where}: {way_out}")
+        for run in diverged:
+            say(f"warning: {run.path}: {where}, and its weights are worth nothing: {way_out}")
 
     def _validate(self, taking: Sequence[Run], tokens: int, bar: tqdm) -> None:
         data = self.shared.validation

@@ -8,6 +8,7 @@ Shapes: N rows of a batch, L layers trained on.
 
 import fcntl
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -113,8 +114,9 @@ class MetricsFile:
         self._file.truncate(_bytes_up_to(path, resume_step) if resume_step else 0)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; it is in the file when this returns."""
-        self._file.write(json.dumps(line) + "\n")
+        """Append a line; it is in the file when this returns. What is no finite number is null, as JSON has no other
+        word for it."""
+        self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -124,6 +126,12 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metrics_path(checkpoint: Path) -> Path:

@@ -15,7 +15,7 @@ from store.files import atomic_write
 from train.config import TrainConfig
 from train.loss_figure import figure_path, write_loss_figure
 from train.metrics import metrics_path
-from train.sae import load_checkpoint
+from train.sae import load_checkpoint, safetensors_path
 
 if TYPE_CHECKING:
     from train.loop import TrainResult
@@ -35,11 +35,6 @@ def check_hub(config: TrainConfig) -> None:
         raise ResidscopeError(
             f"--push-to-hub {config.push_to_hub}: HF_HUB_OFFLINE is set: unset it, or leave the flag out"
         )
-
-
-def safetensors_path(checkpoint: Path) -> Path:
-    """The weights for others to read: ckpt.pt -> ckpt.safetensors."""
-    return checkpoint.with_suffix(".safetensors")
 
 
 def write_outputs(result: "TrainResult", *, anew: bool) -> None:

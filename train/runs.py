@@ -9,6 +9,7 @@ them, because the learning rate has run out and nothing can follow.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,13 @@ from train.batches import Vectors, VectorSource
 from train.config import TrainConfig
 from train.grid import RunSpec
 from train.kernels import WeightGradients, choose_kernels
+from train.loss_figure import figure_path
 from train.losses import DeadLatents, row_weights
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
 from train.optimizer import SphereAdam, learning_rate
 from train.plan import RunPlan, Split
 from train.resume import say
-from train.sae import MLSAE, Checkpoint, save_checkpoint
+from train.sae import MLSAE, Checkpoint, safetensors_path, save_checkpoint
 from train.schedule import options_at, step_options
 from train.statistics import FixedStatistics, StatisticsSums
 from train.step import training_step
@@ -94,6 +96,8 @@ class Run:
         """The last line of metrics."""
         self.validated: Validation | None = None
         """The last validation."""
+        self.diverged = False
+        """Whether a logged loss was no finite number."""
         self._trackers: list[Tracker] = []
 
     @property
@@ -111,6 +115,12 @@ class Run:
             for tracker in open_trackers(self.config, self.spec.name, self.plan.to_dict(), step):
                 self._trackers.append(stack.enter_context(contextlib.closing(tracker)))
             yield
+
+    def begin_anew(self) -> None:
+        """Take away what an earlier run left under this name: its weights are not those of the flags and the metrics
+        that now stand beside them."""
+        for path in (self.path, safetensors_path(self.path), figure_path(self.path)):
+            path.unlink(missing_ok=True)
 
     def write_flags(self) -> None:
         """The flags of this run, beside its checkpoint."""
@@ -196,6 +206,7 @@ class Run:
         window = self._window
         self.metrics = self._progress() | window.line()
         self.metrics |= {"dead_fraction": self._dead.fraction(), "lr": self._lr(self.step - 1)}
+        self.diverged = self.diverged or not math.isfinite(self.metrics["loss"] or 0)
         line = self.metrics | {
             "vectors_per_second": window.vectors / seconds,
             "data_wait_fraction": min(1.0, waited / seconds),

@@ -13,6 +13,7 @@ never holds more than a tile of the [N, n_latents] pre-activations (`train.encod
 Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
 """
 
+import contextlib
 import os
 import pickle
 import sys
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.files import sync
 from train.damage import check_records, check_weights
 from train.encode import TILE_BYTES, encode_tiled
 from train.kernels import SparseCodes, choose_kernels
@@ -43,6 +45,7 @@ __all__ = [
     "Standardized",
     "encode_tiled",
     "load_checkpoint",
+    "safetensors_path",
     "save_checkpoint",
     "standardize",
     "standardize_by_layer",
@@ -237,6 +240,11 @@ class Checkpoint:
     """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs."""
 
 
+def safetensors_path(checkpoint: Path) -> Path:
+    """Where a checkpoint's weights are for others to read: ckpt.pt -> ckpt.safetensors."""
+    return checkpoint.with_suffix(".safetensors")
+
+
 def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:
     """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder."""
     content = {
@@ -248,16 +256,17 @@ def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: d
     }
     content = _interned(content)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # as `store.files.atomic_write`: a full disk wants the space back
+            temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def _interned(value: Any) -> Any:

@@ -13,7 +13,7 @@ from store.errors import IncompatibleError, Interrupted, ResidscopeError, UsageE
 from tests.support.stores import make_store, random_activations
 from train import loop, runs
 from train.config import TrainConfig
-from train.loop import train
+from train.loop import train, train_all
 from train.sae import MLSAE, load_checkpoint
 
 
@@ -105,6 +105,42 @@ def test_a_run_is_a_function_of_its_seed(config: TrainConfig) -> None:
     assert config.out.read_bytes() == first
     train(replace(config, overwrite=True, seed=1))
     assert config.out.read_bytes() != first
+
+
+def test_starting_anew_leaves_nothing_of_the_run_before(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before its first checkpoint, it must not stand there as the old weights beside the new flags."""
+    train(config)
+    beside = [config.out.with_name(name) for name in ("ckpt.pt", "ckpt.safetensors", "ckpt.loss.png")]
+    assert all(path.exists() for path in beside)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "take", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, overwrite=True, seed=1))
+    assert not any(path.exists() for path in beside)
+    train(replace(config, resume=True, seed=1))
+    assert load_checkpoint(config.out).trainer["config"]["seed"] == 1
+
+
+def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_last_checkpoint(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverging = {"lr": 1e30, "warmup_fraction": 0.0, "loss_space": "raw", "checkpoint_every": 0}
+    with pytest.raises(
+        ResidscopeError, match=r"step \d+ of 34: the loss is no number any more: lower --lr, or set"
+    ) as caught:
+        train(replace(config, **diverging))
+    assert "\n" not in str(caught.value)
+    assert not config.out.exists()
+    text = config.out.with_name("ckpt.metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    results = train_all(replace(config, sweep=("lr=0.001,1e30",)))  # the others of a sweep go on
+    assert results[0].metrics["fvu"] < 1
+    assert "lr=1e+30" in capsys.readouterr().err
 
 
 def test_validation_and_logging_do_not_touch_the_run(config: TrainConfig) -> None:
@@ -235,6 +271,10 @@ def test_what_cannot_work_is_refused_in_one_line(
         {"warmup_fraction": 1.5},
         {"layers": (1, 1)},
         {"expansion_factor": float("nan")},
+        {"expansion_factor": float("inf")},
+        {"window_gb": float("inf")},
+        {"sparsity_coef": float("inf")},
+        {"seed": 2**70},
     ],
 )
 def test_flags_that_make_no_sense_are_refused(store: Path, changes: dict) -> None:

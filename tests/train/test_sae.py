@@ -138,6 +138,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(sae: MLSAE, tmp_path: Path, mo
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, sae, store={"turn": 2}, trainer={})
     assert load_checkpoint(path).store == {"turn": 1}
+    assert list(tmp_path.iterdir()) == [path]  # what was half written does not stay on a full disk
 
 
 class Bomb:
