@@ -1,16 +1,18 @@
 """How well the loader mixes real activations: the design effect of batch means, beside other orders of the same rows.
 
-    python benchmarks/bench_shuffle.py STORE [--batch-rows N] [--max-tokens N] [--json]
+    python benchmarks/bench_shuffle.py STORE [--batch-rows N] [--seeds N] [--json]
 
 The design effect of an order: the variance over batches of the batch mean of a dimension, divided by what independent
 draws give (the dimension's variance over the number of rows in a batch), averaged over dimensions. 1.0 is as good as
 independent draws; at 2.0 a batch is worth half its rows. Vectors are standardised as the autoencoder does (each by its
 own mean and deviation), then each dimension over all rows. All batches of an epoch count but a short last one, and
-the variance over them is the unbiased one, so that drawing without replacement gives 1.0 too.
+the variance over them is the unbiased one, so that drawing without replacement gives 1.0 too. Numbers are means over
+shuffles of several seeds, with the standard error of that mean (lower is better, 1.0 the best).
 
-Orders: as stored (token by token, all layers of each); blocks of a chunk's tokens at all layers, mixed in windows; and
-the loader's own, blocks of one layer, mixed in the same windows. A window that holds the whole store mixes it fully in
-either way, so smaller windows are shown too: what counts for a big store is the window's size.
+Orders: as stored (token by token, all layers of each; one order, so that there is no error); all rows at random, the
+best there is; blocks of a chunk's tokens at all layers, mixed in windows; and the loader's own, blocks of one layer,
+mixed in the same windows. A window that holds the whole store mixes it fully in either way, so smaller windows are
+shown too: what counts for a big store is the window's size.
 What it does not do: read through the loader (tests/store/test_loader.py shows that it serves what the plan says).
 
 Shapes: K kept tokens, L layers, d dimensions looked at; rows are (token, layer) pairs, n = K * L of them.
@@ -19,7 +21,7 @@ Shapes: K kept tokens, L layers, d dimensions looked at; rows are (token, layer)
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +40,9 @@ EPSILON = 1e-5
 def main() -> None:
     parser = argparse.ArgumentParser(description="Design effect of batch means by the order of rows.")
     parser.add_argument("store", type=Path, help="store of real activations")
-    parser.add_argument("--batch-rows", type=int, default=512, help="rows in a batch (train's default is 2048)")
+    parser.add_argument("--batch-rows", type=int, default=TrainConfig.batch_size, help="rows in a batch (train's own)")
     parser.add_argument("--dimensions", type=int, default=64, help="dimensions to look at, evenly spread")
-    parser.add_argument("--seeds", type=int, default=3, help="shuffles to average over")
+    parser.add_argument("--seeds", type=int, default=5, help="shuffles to average over")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     options = parser.parse_args()
     store = ActivationStore.open(options.store)
@@ -53,27 +55,26 @@ def main() -> None:
         f"{options.store}: {len(rows):,} rows of {meta.n_layers} layers ({human_bytes(needed)}), "
         f"{meta.chunk_tokens} tokens in a chunk, batches of {options.batch_rows} rows"
     )
-    found = {"unshuffled": design_effect(rows, np.arange(len(rows)), options.batch_rows)}
-    print(f"{'as stored':<60}{found['unshuffled']:>8.3f}")
+    found = {"unshuffled": (design_effect(rows, np.arange(len(rows)), options.batch_rows), 0.0)}
+    print(f"{'as stored':<60}{found['unshuffled'][0]:>8.3f}")
+
+    def show(name: str, key: str, order: Callable[[int], np.ndarray]) -> None:
+        effects = [design_effect(rows, order(seed), options.batch_rows) for seed in range(options.seeds)]
+        error = np.std(effects, ddof=1) / np.sqrt(options.seeds) if options.seeds > 1 else np.nan
+        found[key] = float(np.mean(effects)), float(error)
+        print(f"{name:<60}{found[key][0]:>8.3f} +- {error:.3f}", flush=True)
+
+    show("all rows at random", "independent", lambda seed: np.random.default_rng(seed).permutation(len(rows)))
     default = int(TrainConfig.window_gb * 1e9 / 2)
-    for window in (default, DEFAULT_WINDOW_BYTES, 64 << 20, 16 << 20, 4 << 20):
-        blocks = max(window // block_bytes, 1)
-        effects = np.array(
-            [
-                [
-                    design_effect(rows, order(mask, meta.n_layers, meta.chunk_tokens, blocks, seed), options.batch_rows)
-                    for order in (all_layer_order, loader_order)
-                ]
-                for seed in range(options.seeds)
-            ]
-        ).mean(axis=0)
+    for window in (default, DEFAULT_WINDOW_BYTES, 64 << 20, 16 << 20):
+        shapes = mask, meta.n_layers, meta.chunk_tokens, max(window // block_bytes, 1)
         name = human_bytes(window) + (", the default of train" if window == default else "")
-        whole = " (all of it)" if window >= needed else ""
-        for order, effect in zip(("all layers", "one layer (ours)"), effects, strict=True):
-            print(f"{f'window {name}{whole}, {order}':<60}{effect:>8.3f}")
-        found |= {f"all_layer_blocks_{window}": effects[0], f"loader_{window}": effects[1]}
+        name = f"window {name}{' (all of it)' if window >= needed else ''}"
+        show(f"{name}, all layers", f"all_layer_blocks_{window}", lambda seed, at=shapes: all_layer_order(*at, seed))
+        show(f"{name}, one layer (ours)", f"loader_{window}", lambda seed, at=shapes: loader_order(*at, seed))
     if options.json:
-        print(json.dumps({"default_window": default, **{k: round(float(v), 4) for k, v in found.items()}}))
+        numbers = {key: {"mean": round(mean, 4), "error": round(error, 4)} for key, (mean, error) in found.items()}
+        print(json.dumps({"default_window": default, "batch_rows": options.batch_rows, **numbers}))
 
 
 def standardised_rows(store: ActivationStore, n_dimensions: int) -> np.ndarray:

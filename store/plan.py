@@ -1,12 +1,15 @@
 """In which order a store's rows are served: a window shuffle, as a pure function of (seed, epoch, rank, world size).
 
-A row is one vector: a token at a layer. A block is one inner chunk: C tokens at one layer. How: each layer's chunks are
-put in an order of its own; step p of an epoch takes the p-th chunk of every layer, layers in random order, so that any
-run of blocks holds all layers evenly and seldom the same token twice. Runs of blocks are windows; the rows of a window
-are permuted. Rows that the mask leaves out are never served, and chunks without rows never read. What it does not do:
-I/O; nothing here touches a disk.
+A row is one vector: a token at a layer. A block is one inner chunk: C tokens at one layer. How: an epoch has one order
+of the chunks, random but such that every run of it comes from all over the store (`spread_order`), as neighbouring
+chunks are alike. Every layer goes through it, each from another place on, at even distances; step p of the epoch takes
+the p-th chunk of every layer, layers in random order. So any run of blocks holds all layers and all parts of the store
+evenly, and each chunk about as often as any other: what a chunk's tokens have in common at all layers cancels out.
+Against a random order for each layer, that halves what windows add to the variance of batch means
+(benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted. Rows that the mask leaves
+out are never served, and chunks without rows never read. What it does not do: I/O; nothing here touches a disk.
 
-Shapes: T tokens, C tokens in a chunk, B blocks in an epoch of one rank.
+Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch of one rank.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import numpy as np
 from store.errors import UsageError
 
 # What a random stream is for, so that no two streams of one seed coincide.
-_RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS = range(5)
+_RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
 
 
 class EpochPlan(NamedTuple):
@@ -74,12 +77,13 @@ class LoaderPlan:
 
     @cached_property
     def _own_chunks(self) -> list[np.ndarray]:
-        """Each layer's chunks that are this rank's, the same in every epoch: ranks share those with rows out evenly."""
+        """Each layer's chunks that are this rank's, ascending and the same in every epoch: ranks share those with rows
+        out evenly."""
         used = np.flatnonzero(self._counts)
         shares = []
         for layer in self.layers:
             order = permutation(len(used), self.seed, _RANKS, layer) if self.world_size > 1 else np.arange(len(used))
-            shares.append(used[order[self.rank :: self.world_size]])
+            shares.append(used[np.sort(order[self.rank :: self.world_size])])
         return shares
 
     @cached_property
@@ -96,9 +100,11 @@ class LoaderPlan:
         """The blocks of an epoch, in order, and where its windows end."""
         n_layers = len(self.layers)
         n_steps = len(self._own_chunks[0])
+        steps = spread_order(n_steps, self.seed, _CHUNKS, self.rank, epoch)
+        starts = permutation(n_layers, self.seed, _STARTS, self.rank, epoch) * n_steps // n_layers
         order = np.empty((n_steps, n_layers), np.int64)
-        for i, (layer, chunks) in enumerate(zip(self.layers, self._own_chunks, strict=True)):
-            order[:, i] = chunks[permutation(n_steps, self.seed, _CHUNKS, self.rank, epoch, layer)]
+        for i, (start, chunks) in enumerate(zip(starts.tolist(), self._own_chunks, strict=True)):
+            order[:, i] = chunks[np.roll(steps, -start)]
         mix = np.argsort(
             _random(n_steps * n_layers, self.seed, _LAYERS, self.rank, epoch).reshape(n_steps, n_layers), axis=1
         )
@@ -155,6 +161,21 @@ def validation_documents(n_documents: int, fraction: float, seed: int) -> np.nda
 def permutation(n: int, seed: int, *stream: int) -> np.ndarray:
     """A random order of 0..n-1: int64 [n]. Made of raw bits, which numpy guarantees from version to version."""
     return np.argsort(_random(n, seed, *stream), kind="stable")
+
+
+def spread_order(n: int, seed: int, *stream: int) -> np.ndarray:
+    """A random order of 0..n-1, int64 [n], of which every run takes its numbers evenly from all of the range.
+
+    It is van der Corput's order with its digits scrambled at random: of the two halves of the range, of each half's
+    halves and so on, the order takes one number in turn, and which one comes first is random.
+    """
+    order = np.zeros(1, np.int64)
+    depth = max(n - 1, 0).bit_length()
+    bits = (_random(1 << depth, seed, *stream) >> np.uint64(63)).astype(np.int64)
+    while len(order) < 1 << depth:
+        first = 2 * order + bits[len(order) : 2 * len(order)]  # One half of each part; then come the other halves.
+        order = np.concatenate([first, first ^ 1])
+    return order[order < n]
 
 
 def _random(n: int, seed: int, *stream: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.errors import UsageError
-from store.plan import LoaderPlan, chunk_row_counts, permutation, validation_documents
+from store.plan import LoaderPlan, chunk_row_counts, permutation, spread_order, validation_documents
 
 
 def plan(**changes) -> LoaderPlan:  # type: ignore[no-untyped-def]
@@ -39,6 +39,42 @@ def test_windows_and_ranks_hold_all_layers_evenly() -> None:
         for i in range(len(blocks.row_ends)):
             _, layer = one.window(blocks, i)
             assert np.bincount(layer, minlength=4).max() <= -(-len(layer) // 4) + 1
+
+
+@given(st.integers(0, 300), st.integers(0, 1000), st.data())
+def test_every_run_of_a_spread_order_comes_from_everywhere(n: int, seed: int, data: st.DataObject) -> None:
+    order = spread_order(n, seed, 1)
+    assert sorted(order.tolist()) == list(range(n))
+    assert np.array_equal(order, spread_order(n, seed, 1))
+    start = data.draw(st.integers(0, n))
+    run = order[start : start + data.draw(st.integers(0, n))]
+    for parts in (2, 4, 8):  # A random order is off by about the root of the run's length instead.
+        whole = 1 << max(n - 1, 0).bit_length()
+        sizes = np.bincount(np.arange(n) * parts // whole, minlength=parts)
+        found = np.bincount(run * parts // whole, minlength=parts)
+        assert np.abs(found - len(run) * sizes / max(n, 1)).max() < 2 * np.log2(whole) + 2
+
+
+def test_spread_orders_put_every_number_everywhere() -> None:
+    counts = np.zeros((8, 8), int)
+    for seed in range(400):
+        counts[spread_order(8, seed), np.arange(8)] += 1
+    assert counts.min() > 20  # 50 on average
+    assert counts.max() < 90
+
+
+def test_windows_hold_every_chunk_at_about_as_many_layers() -> None:
+    for rank, world_size in ((0, 1), (1, 2)):
+        layers = tuple(range(12))
+        one = plan(chunk_rows=(1,) * 48, layers=layers, blocks_per_window=144, rank=rank, world_size=world_size)
+        blocks = one.epoch(0)
+        for i in range(len(blocks.row_ends)):
+            chunk, _ = one.window(blocks, i)
+            times = np.bincount(chunk, minlength=48)
+            if world_size == 1:  # A quarter of all blocks; ranks have other chunks at every layer.
+                assert set(times.tolist()) <= {2, 3, 4}
+            quarters = times.reshape(4, 12).sum(axis=1)
+            assert abs(quarters - len(chunk) / 4).max() <= 12
 
 
 def test_orders_differ_by_epoch_seed_layer_and_window() -> None:
