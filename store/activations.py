@@ -231,15 +231,15 @@ class ActivationStore:
         """
         order = np.lexsort((layer, chunk))
         target = out.reshape(len(out), -1).view(np.uint8)
-        per_shard = self.meta.chunks_per_shard
+        sorted_chunk, sorted_layer = chunk[order], layer[order]
+        within = sorted_chunk % self.meta.chunks_per_shard
 
         def fill(shard: int, group: slice) -> None:
-            blocks = order[group]
             with self._reader(shard) as reader:
-                for block in blocks.tolist():
-                    reader.read_chunk(int(chunk[block]) % per_shard, int(layer[block]), target[block])
+                for at in zip(order[group].tolist(), within[group].tolist(), sorted_layer[group].tolist(), strict=True):
+                    reader.read_chunk(at[1], at[2], target[at[0]])
 
-        groups = self._by_shard(chunk[order])
+        groups = self._by_shard(sorted_chunk)
         if threads == 1:
             for group in groups:
                 fill(*group)

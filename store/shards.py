@@ -18,6 +18,7 @@ from numcodecs.zstd import Zstd
 from store.checksums import crc32c
 from store.dtypes import STORAGE_DTYPE
 from store.errors import ResidscopeError
+from store.mapped import MappedFile
 from store.meta import StoreMeta
 
 CRC_BYTES = 4
@@ -77,22 +78,24 @@ class ShardReader:
         """Open the file; check its size and read its index, unless the `index` of an earlier reader is given."""
         self._path = path
         self._meta = meta
+        self._mapped: MappedFile | None = None
         self._chunk_bytes = meta.chunk_tokens * meta.d_model * meta.itemsize
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise DamagedError(path, "the shard is missing") from None
         try:
+            found = os.fstat(self._descriptor).st_size
+            if found != n_bytes:
+                raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {found}")
             self.index = self._read_index(n_bytes) if index is None else index
+            self._mapped = MappedFile.open(self._descriptor, n_bytes) if meta.codec == "none" else None
         except BaseException:
             self.close()
             raise
 
     def _read_index(self, n_bytes: int) -> list[int]:
         """Offset and length of each inner chunk, in turn, from the end of the file."""
-        found = os.fstat(self._descriptor).st_size
-        if found != n_bytes:
-            raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {found}")
         size = self._meta.chunks_per_shard * self._meta.n_layers * _INDEX_ENTRY_BYTES
         start = n_bytes - size - CRC_BYTES
         data = os.pread(self._descriptor, size + CRC_BYTES, start) if start >= 0 else b""
@@ -116,16 +119,19 @@ class ShardReader:
             if whole:
                 Zstd().decode(packed[:-CRC_BYTES], out)
         else:
-            check = bytearray(CRC_BYTES)
-            whole = (
-                length == self._chunk_bytes + CRC_BYTES
-                and _read_into(self._descriptor, out, check, offset)
-                and checksum(out) == check
-            )
+            check = self._copy(offset, out) if length == self._chunk_bytes + CRC_BYTES else None
+            whole = check is not None and checksum(out) == check
         if not whole:
             raise DamagedError(
                 self._path, f"the checksum of token chunk {chunk} at stored layer {layer} does not match"
             )
+
+    def _copy(self, offset: int, out: np.ndarray) -> bytearray | memoryview | None:
+        """Fill `out` from `offset` on; gives the checksum behind it, or None where the file ends too early."""
+        if self._mapped is not None and (check := self._mapped.copy(offset, out, CRC_BYTES)) is not None:
+            return check
+        check = bytearray(CRC_BYTES)
+        return check if _read_into(self._descriptor, out, check, offset) else None
 
     def read_shard(self, n_tokens: int) -> np.ndarray:
         """The shard's first `n_tokens` tokens: [n_tokens, L, D] in the stored format."""
@@ -141,6 +147,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the file."""
+        self._mapped = None
         os.close(self._descriptor)
 
     def __enter__(self) -> "ShardReader":
