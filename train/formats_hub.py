@@ -142,8 +142,9 @@ def model_card(
     parts = [
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
         f"# {title}",
-        "One TopK sparse autoencoder for the residual stream (the output of each transformer block) of all the layers "
-        "below (Lawson et al., *Residual Stream Analysis with Multi-Layer SAEs*, ICLR 2025, arXiv 2409.04185).",
+        f"One sparse autoencoder ({_NAMES[config.activation]}) for the residual stream (the output of each transformer "
+        "block) of all the layers below (Lawson et al., *Residual Stream Analysis with Multi-Layer SAEs*, ICLR 2025, "
+        "arXiv 2409.04185).",
         "## The autoencoder\n\n" + _table(shape),
         "## Its data\n\n" + _table(rows),
         "## How well it does\n\n" + _metrics_table(metrics),
@@ -154,6 +155,15 @@ def model_card(
         f"`analyze --store acts.zarr --sae {repo_id}` measures how its latents spread over layers.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+_NAMES = {
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "matryoshka": "Matryoshka BatchTopK",
+    "jumprelu": "JumpReLU",
+    "relu": "ReLU",
+}
 
 
 def _metrics_table(metrics: Mapping[str, Any]) -> str:
