@@ -1,6 +1,7 @@
 """docs/outputs.md lists every key and column that is written, and docs/method.md has every number's name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,53 @@ def test_every_key_of_a_comparison_is_listed(out, tmp_path, capsys):
     assert not set(run_) - listed("`analyze --compare")
 
 
+SIZES = {
+    "schema_version",
+    "seed",
+    "chunk_tokens",
+    "seconds",
+    "n_layers",
+    "n_latents",
+    "n_documents",
+    "layer_numbers",
+} | {
+    *("n_tokens", "n_validation_tokens", "n_train_vectors", "n_validation_vectors", "n_vectors", "n_groups"),
+    *("n_replicates", "k", "rows", "per_layer", "tokens_around", "n", "latents", "layer", "latent", "rank", "token"),
+    *("document", "latent_a", "latent_b"),
+}
+"""Numbers that are settings, sizes and names: listed in docs/outputs.md, with no formula to give."""
+
+
+def numbers(value: Any, name: str = "") -> set[str]:
+    """Names of all numbers in nested objects but for provenance and intervals."""
+    if isinstance(value, dict):
+        items = [(key, item) for key, item in value.items() if key not in ("provenance", "ci95")]
+        return {number for key, item in items for number in numbers(item, key)}
+    if isinstance(value, list):
+        return {number for item in value for number in numbers(item, name)}
+    return {name} if isinstance(value, int | float) and not isinstance(value, bool) else set()
+
+
+def with_formula() -> set[str]:
+    """All words between backticks in docs/method.md."""
+    spans = re.findall(r"`([^`\n]+)`", (DOCS / "method.md").read_text(encoding="utf-8"))
+    return {word for span in spans for word in re.findall(r"\w+", span)}
+
+
 def test_every_number_has_a_formula(out):
-    method = (DOCS / "method.md").read_text(encoding="utf-8")
     summary = json.loads((out / "summary.json").read_text())
-    for part in (summary["variance"]["mass"], summary["persistence"]["mass"], summary["profiles"], summary["nulls"]):
-        for name in set(part) - {"ci95", "distributions", "seed"}:
-            assert f"`{name}`" in method, name
+    found = {re.sub("_(low|high)$", "", name) for name in numbers(summary)}
+    assert {"fvu", "within_token", "contiguity_multi", "mmcs", "rel_var_t", "overlap_by_distance", "bimodal"} <= (
+        found | set(summary["profiles"])
+    )
+    assert sorted(found - SIZES - with_formula()) == []
+    assert sorted({*summary["profiles"], *summary["nulls"]} - SIZES - with_formula()) == []
+
+
+@pytest.mark.parametrize("name", ["latents.parquet", "layers.parquet", "redundancy.parquet"])
+def test_every_column_has_a_formula(out, name):
+    columns = set(pd.read_parquet(out / name).columns)
+    bounds = {column for column in columns if column.endswith(("_low", "_high"))}
+    assert {column.rpartition("_")[0] for column in bounds} <= columns
+    of_a_pair = {"layer_mean_a", "layer_mean_b", "redundant"}  # layer_mean of its two latents; a word, not a number
+    assert sorted(columns - bounds - of_a_pair - SIZES - with_formula()) == []
