@@ -22,6 +22,9 @@ from train.products import result_dtype, times
 TILE_BYTES = 16 * 2**20
 """Pre-activations held at once: a tile this large is still in the last-level cache when top-k reads it."""
 
+FUSED_K = 256
+"""Up to here product and top-k are one loop; each row keeps somewhat more than k candidates in a core's cache."""
+
 
 class Tile(NamedTuple):
     """The pre-activations of some rows."""
@@ -70,11 +73,39 @@ def encode_tiled(
 ) -> SparseCodes:
     """ReLU(TopK_k(inputs @ W_enc^T + b_enc)) [N, k]: `inputs` [N, D] is x_std - b_pre."""
     kernels = kernels or choose_kernels(W_enc)
+    fused = product_dtype == torch.float16 and kernels.name == "numba" and inputs.dtype == torch.float32
+    if fused and k <= FUSED_K:
+        return _encode_fused(inputs, W_enc, k, b_enc, tile_bytes, kernels)
+    return _encode_by_tiles(inputs, W_enc, k, b_enc, product_dtype, tile_bytes, kernels)
+
+
+def _encode_by_tiles(
+    inputs: Tensor,
+    W_enc: Tensor,
+    k: int,
+    b_enc: Tensor | None,
+    product_dtype: torch.dtype | None,
+    tile_bytes: int,
+    kernels: Kernels,
+) -> SparseCodes:
     values = inputs.new_empty(len(inputs), k)
     indices = torch.empty(len(inputs), k, dtype=torch.int64, device=inputs.device)
     for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
         values[part], indices[part] = kernels.topk_relu(z, k)
     return SparseCodes(values, indices)
+
+
+def _encode_fused(
+    inputs: Tensor, W_enc: Tensor, k: int, b_enc: Tensor | None, tile_bytes: int, kernels: Kernels
+) -> SparseCodes:
+    """The same bits without pre-activations in memory; rows that the fused loops leave are taken by tiles."""
+    from train.kernels_half_topk import fused_topk_relu  # here, because loading numba takes half a second
+
+    codes, rest = fused_topk_relu(inputs, W_enc, k, b_enc)
+    if len(rest) > 0:
+        by_tiles = _encode_by_tiles(inputs[rest], W_enc, k, b_enc, torch.float16, tile_bytes, kernels)
+        codes.values[rest], codes.indices[rest] = by_tiles
+    return codes
 
 
 @torch.no_grad()

@@ -5,19 +5,22 @@ on a CPU, and its bfloat16 instructions (other than AMX's) are no faster than fl
 
 - Both operands are scaled by rows, by powers of two that bring each row's norm below 128, and rounded to float16: no
   partial sum of a product can exceed 128 * 128 then (Cauchy-Schwarz), whatever the data's scale.
-- The right operand is packed in panels of 32 rows, pairs of its numbers side by side. A block of 14 x 32 results stays
-  in registers, even and odd depths in lanes of their own, over 144 depths at most; then it is added up in float32.
+- The right operand is packed in panels of 32 rows, the left one in blocks of 14, pairs of numbers side by side. 14 x 32
+  results stay in registers, even and odd depths in lanes of their own, over 144 depths at most; then they are added up
+  in float32.
 - Results are float32. Sums of float16 over 72 numbers at a time cost about as much precision as rounding the operands
   to ten bits would: for standardised rows the error's standard deviation is 0.4 times that of a bfloat16 product.
 
-A result's bits depend on its two rows alone, not on the tile or the number of threads. Infinity and NaN come through.
-Not here: when it pays (`train.hardware`).
+A result's bits depend on its two rows alone, not on the tile or the number of threads. All results of a row that holds
+an infinity or NaN are NaN. Not here: when it pays (`train.hardware`), and top-k in the same loops
+(`train.kernels_half_topk`).
 
 Shapes: n rows of the left operand, m of the right, d depth, p = d / 2 pairs, rounded up.
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +28,17 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 from torch import Tensor
 
-from train.kernels_compile import compiled, even_chunks, run_chunks
+from train.kernels_compile import compiled, even_chunks, inlined, run_chunks
 
-_ROWS, _VECTORS, _LANES = 14, 2, 16
-_PANEL = _VECTORS * _LANES
+_VECTORS, _LANES = 2, 16
+ROWS, PANEL = 14, _VECTORS * _LANES
 """Results of a block: 14 x 32; 28 of the 32 vector registers."""
+
+_UNIT_BLOCKS, _UNIT_PANELS = 16, 8
+"""What a thread takes at a time: 16 blocks find a panel in its cache, and 8 panels the blocks."""
 
 _PAIRS = 72
 """Pairs whose products are added in float16."""
@@ -52,34 +59,57 @@ def _features() -> dict[str, bool]:
 
 
 class HalfProduct:
-    """left @ right^T for one right operand [m, d], float32, and any number of left ones."""
+    """left @ right^T for one right operand [m, d], float32, and any number of left ones.
+
+    An operand may be the transpose of contiguous memory: it is packed from there.
+    """
 
     def __init__(self, right: Tensor) -> None:
         self.shape = tuple(right.shape)
-        pairs, self._unscale = _scaled(right, _PANEL)  # [m padded, p], [m]
-        self._packed = torch.empty(len(pairs) // _PANEL, pairs.shape[1], _PANEL, dtype=torch.int32)
-        run_chunks(_pack_panels, even_chunks(len(self._packed), 4), pairs.numpy(), self._packed.numpy())
+        self.right = Packed.of(right, PANEL)
 
     def __call__(self, left: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, d] float32 -> [n, m] float32, into `out` if given (contiguous)."""
-        n, (m, d) = len(left), self.shape
-        if left.shape[1:] != (d,):
-            raise ValueError(f"left: expected [n, {d}], found {list(left.shape)}")
+        n, m = len(left), self.shape[0]
         out = torch.empty(n, m) if out is None else out
         if out.shape != (n, m) or not out.is_contiguous() or out.dtype != torch.float32:
             raise ValueError(f"out: expected contiguous float32 [{n}, {m}], found {out.dtype} {list(out.shape)}")
-        pairs, unscale = _scaled(left, _ROWS)
-        blocks = len(pairs) // _ROWS
-        run_chunks(
-            _product_blocks,
-            even_chunks(blocks, 1),
-            pairs.numpy(),
-            self._packed.numpy(),
-            unscale.numpy(),
-            self._unscale.numpy(),
-            out.numpy(),
-        )
+        packed = self.pack_left(left)
+        units = -(-len(packed.pairs) // _UNIT_BLOCKS) * -(-len(self.right.pairs) // _UNIT_PANELS)
+        run_chunks(_product_blocks, even_chunks(units, 1), *packed, *self.right, out.numpy())
         return out
+
+    def pack_left(self, left: Tensor) -> "Packed":
+        """A left operand [n, d] in blocks."""
+        if left.shape[1:] != self.shape[1:]:
+            raise ValueError(f"left: expected [n, {self.shape[1]}], found {list(left.shape)}")
+        return Packed.of(left, ROWS)
+
+
+class Packed(NamedTuple):
+    """An operand's rows, scaled and rounded, in panels of `width` rows."""
+
+    pairs: NDArray[np.int32]
+    """[rows / width, p, width] two float16 numbers of a row each; zero beyond the last row, and beyond an odd depth."""
+
+    unscale: NDArray[np.float32]
+    """[rows padded] what undoes each row's scale: a power of two; NaN where the row has a number that is not finite."""
+
+    @classmethod
+    def of(cls, rows: Tensor, width: int) -> "Packed":
+        """The rows of a matrix [rows, d]."""
+        n, d = rows.shape
+        rows = rows.detach().float()
+        panels = -(-n // width)
+        # torch's memory starts on a cache line; numpy's need not, which made products a quarter slower.
+        pairs = torch.empty(panels, (d + 1) // 2, width, dtype=torch.int32)
+        packed = cls(pairs.numpy(), np.empty(panels * width, np.float32))
+        smallest = 1 + 2**15 // (width * max(1, d))
+        if not rows.is_contiguous() and rows.t().is_contiguous():
+            run_chunks(_pack_columns, even_chunks(panels, smallest), rows.t().numpy(), *packed)
+        else:
+            run_chunks(_pack_rows, even_chunks(panels, smallest), rows.contiguous().numpy(), *packed)
+        return packed
 
 
 def half_product(left: Tensor, right: Tensor) -> Tensor:
@@ -87,29 +117,94 @@ def half_product(left: Tensor, right: Tensor) -> Tensor:
     return HalfProduct(right)(left)
 
 
-def _scaled(rows: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
-    """Rows as pairs of float16, int32 [rows padded to `multiple`, p], and what undoes each row's scale [rows]."""
-    rows = rows.detach().contiguous()
+@intrinsic
+def _half_bits(typing_context: Any, number: Any) -> Any:
+    """The bits of a float32 number rounded to float16, as int32 from 0 to 65535."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = builder.fptrunc(arguments[0], ir.HalfType())
+        return builder.zext(builder.bitcast(half, ir.IntType(16)), ir.IntType(32))
+
+    return types.int32(types.float32), emit
+
+
+@inlined
+def _scale_of(square):
+    """The power of two that brings a row of this squared norm to a norm in 2^6..2^7, and what undoes it."""
+    if not square < np.inf:
+        return np.float32(1), np.float32(np.nan)
+    exponent = min(max(math.frexp(math.sqrt(square))[1], -100), 100) if square > 0 else 0
+    exponent = _NORM_EXPONENT - exponent
+    return np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
+
+
+@compiled
+def _pack_rows(start, stop, rows, pairs, unscale):
+    """Panels start..stop of `Packed`, from rows [n, d]."""
     n, d = rows.shape
-    exponent = torch.frexp(torch.linalg.vector_norm(rows, dim=1)).exponent.clamp_(-100, 100) - _NORM_EXPONENT
-    one = torch.ones(n)
-    half = torch.zeros(-(-n // multiple) * multiple, d + d % 2, dtype=torch.float16)
-    torch.mul(rows, torch.ldexp(one, -exponent).unsqueeze(1), out=half[:n, :d])
-    return half.view(torch.int32), torch.ldexp(one, exponent)
+    width, whole = pairs.shape[2], d // 2
+    line = np.zeros(pairs.shape[1], np.int32)
+    for q in range(start, stop):
+        for j in range(width):
+            r = q * width + j
+            if r >= n:
+                pairs[q, :, j] = 0
+                unscale[r] = 0
+                continue
+            row = rows[r]
+            square = np.float64(0)
+            for i in range(d):
+                square += np.float64(row[i]) * np.float64(row[i])
+            scale, unscale[r] = _scale_of(square)
+            for p in range(whole):
+                line[p] = _half_bits(scale * row[2 * p]) | (_half_bits(scale * row[2 * p + 1]) << 16)
+            if d % 2:
+                line[whole] = _half_bits(scale * row[d - 1])
+            for p in range(line.size):
+                pairs[q, p, j] = line[p]
+
+
+@compiled
+def _pack_columns(start, stop, columns, pairs, unscale):
+    """Panels start..stop of `Packed`, from the transpose [d, n] of the rows."""
+    d, n = columns.shape
+    width = pairs.shape[2]
+    squares, scales = np.empty(width, np.float64), np.empty(width, np.float32)
+    for q in range(start, stop):
+        first = q * width
+        count = min(width, n - first)
+        squares[:] = 0
+        for i in range(d):
+            part = columns[i, first : first + count]
+            for j in range(count):
+                squares[j] += np.float64(part[j]) * np.float64(part[j])
+        for j in range(count):
+            scales[j], unscale[first + j] = _scale_of(squares[j])
+        for p in range(d // 2):
+            even, odd = columns[2 * p, first : first + count], columns[2 * p + 1, first : first + count]
+            out = pairs[q, p]
+            for j in range(count):
+                out[j] = _half_bits(scales[j] * even[j]) | (_half_bits(scales[j] * odd[j]) << 16)
+        if d % 2:
+            for j in range(count):
+                pairs[q, d // 2, j] = _half_bits(scales[j] * columns[d - 1, first + j])
+        if count < width:
+            pairs[q, :, count:] = 0
+            unscale[first + count : first + width] = 0
 
 
 @intrinsic
-def _multiply_block(typing_context: Any, left: Any, stride: Any, right: Any, sums: Any, pairs: Any) -> Any:
-    """Add products of 14 rows and a panel over `pairs` pairs to float32 sums; all but `pairs` and `stride` addresses.
+def _multiply_block(typing_context: Any, left: Any, right: Any, sums: Any, pairs: Any) -> Any:
+    """Add products of 14 rows and a panel over `pairs` pairs to float32 sums; all but `pairs` are addresses.
 
-    left: int32 pairs of the first row, `stride` bytes from row to row; right: int32 [pairs, 32]; sums: [14, 32].
+    left: int32 [pairs, 14]; right: int32 [pairs, 32]; sums: [14, 32].
     """
-    signature = types.void(types.int64, types.int64, types.int64, types.int64, types.int64)
+    signature = types.void(types.int64, types.int64, types.int64, types.int64)
     return signature, _emit_block
 
 
 def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    left, stride, right, sums, pairs = arguments
+    left, right, sums, pairs = arguments
     i32, i64 = ir.IntType(32), ir.IntType(64)
     halves = ir.VectorType(ir.HalfType(), 2 * _LANES)
     floats = ir.VectorType(ir.FloatType(), _LANES)
@@ -123,26 +218,24 @@ def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     def at(address: Any, offset: int, kind: Any) -> Any:
         return builder.inttoptr(builder.add(address, i64(offset)), kind.as_pointer())
 
-    rows = [builder.add(left, builder.mul(stride, i64(r))) for r in range(_ROWS)]
     entry = builder.block
     loop, done = (builder.function.append_basic_block(name) for name in ("pairs", "sums"))
     builder.branch(loop)
     builder.position_at_end(loop)
     pair = builder.phi(i64)
     pair.add_incoming(i64(0), entry)
-    before = [[builder.phi(halves) for _ in range(_VECTORS)] for _ in range(_ROWS)]
-    panel = builder.add(right, builder.mul(pair, i64(4 * _PANEL)))
+    before = [[builder.phi(halves) for _ in range(_VECTORS)] for _ in range(ROWS)]
+    panel = builder.add(right, builder.mul(pair, i64(4 * PANEL)))
     columns = [builder.load(at(panel, 64 * j, halves), align=4) for j in range(_VECTORS)]
+    block = builder.add(left, builder.mul(pair, i64(4 * ROWS)))
     after = []
-    for row in rows:
-        two = builder.load(at(builder.add(row, builder.mul(pair, i64(4))), 0, i32), align=4)
+    for r in range(ROWS):
+        two = builder.load(at(block, 4 * r, i32), align=4)
         everywhere = builder.shuffle_vector(
             builder.insert_element(no_lanes, two, i32(0)), no_lanes, ir.Constant(lanes, [0] * _LANES)
         )
         spread = builder.bitcast(everywhere, halves)
-        after.append(
-            [builder.call(fma, [spread, column, old]) for column, old in zip(columns, before[len(after)], strict=True)]
-        )
+        after.append([builder.call(fma, [spread, column, old]) for column, old in zip(columns, before[r], strict=True)])
     following = builder.add(pair, i64(1))
     pair.add_incoming(following, loop)
     for olds, news in zip(before, after, strict=True):
@@ -156,42 +249,36 @@ def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     for r, news in enumerate(after):
         for j, new in enumerate(news):
             even, odd = (builder.fpext(builder.shuffle_vector(new, no_halves, pick), floats) for pick in (evens, odds))
-            place = at(sums, 4 * (r * _PANEL + j * _LANES), floats)
+            place = at(sums, 4 * (r * PANEL + j * _LANES), floats)
             builder.store(builder.fadd(builder.load(place, align=4), builder.fadd(even, odd)), place, align=4)
     return context.get_dummy_value()
 
 
-@compiled
-def _pack_panels(start, stop, pairs, packed):
-    """packed [m / 32, p, 32] = the panels start..stop of pairs [m, p], transposed."""
-    depth = pairs.shape[1]
-    for q in range(start, stop):
-        for first in range(0, depth, 16):
-            for j in range(_PANEL):
-                for p in range(first, min(first + 16, depth)):
-                    packed[q, p, j] = pairs[q * _PANEL + j, p]
+@inlined
+def block_sums(left, right, sums):
+    """sums [14, 32] = a block of 14 rows, pairs [p, 14], times a panel, pairs [p, 32], scaled as they are."""
+    sums[:] = 0
+    depth = left.shape[0]
+    a, b, c = left.ctypes.data, right.ctypes.data, sums.ctypes.data
+    for p in range(0, depth, _PAIRS):
+        _multiply_block(  # pyright: ignore[reportCallIssue]  numba passes its typing context itself
+            a + 4 * ROWS * p, b + 4 * PANEL * p, c, min(_PAIRS, depth - p)
+        )
 
 
 @compiled
-def _product_blocks(start, stop, pairs, packed, unscale_left, unscale_right, out):
-    """Rows 14 start..14 stop of out [n, m]: pairs [n padded, p] times packed [m / 32, p, 32], scales undone."""
-    depth = pairs.shape[1]
+def _product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
+    """Units start..stop of out [n, m]; a unit is 16 blocks of rows by 8 panels, so that both stay in a core's cache."""
     n, m = out.shape
-    sums = np.empty((_ROWS, _PANEL), np.float32)
-    left, right, block = pairs.ctypes.data, packed.ctypes.data, sums.ctypes.data
-    for q in range(packed.shape[0]):
-        for b in range(start, stop):
-            sums[:] = 0
-            for p in range(0, depth, _PAIRS):
-                _multiply_block(  # pyright: ignore[reportCallIssue]  numba passes its typing context itself
-                    left + 4 * (b * _ROWS * depth + p),
-                    4 * depth,
-                    right + 4 * _PANEL * (q * depth + p),
-                    block,
-                    min(_PAIRS, depth - p),
-                )
-            columns = min(_PANEL, m - q * _PANEL)
-            for r in range(min(_ROWS, n - b * _ROWS)):
-                row, scale = out[b * _ROWS + r], unscale_left[b * _ROWS + r]
-                for j in range(columns):
-                    row[q * _PANEL + j] = sums[r, j] * scale * unscale_right[q * _PANEL + j]
+    across = -(-right.shape[0] // _UNIT_PANELS)
+    sums = np.empty((ROWS, PANEL), np.float32)
+    for unit in range(start, stop):
+        first_block, first_panel = unit // across * _UNIT_BLOCKS, unit % across * _UNIT_PANELS
+        for q in range(first_panel, min(first_panel + _UNIT_PANELS, right.shape[0])):
+            columns = min(PANEL, m - q * PANEL)
+            for b in range(first_block, min(first_block + _UNIT_BLOCKS, left.shape[0])):
+                block_sums(left[b], right[q], sums)
+                for r in range(min(ROWS, n - b * ROWS)):
+                    row, scale = out[b * ROWS + r], unscale_left[b * ROWS + r]
+                    for j in range(columns):
+                        row[q * PANEL + j] = sums[r, j] * scale * unscale_right[q * PANEL + j]

@@ -53,7 +53,7 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
             parts, n_parts = maxima, n_blocks
             if k > n_blocks // 2:
                 parts, n_parts = groups, _group_maxima(row, groups)
-            bound = _kth_largest(parts, n_parts, k, sign_bit, k >> 3)
+            bound = kth_largest(parts, n_parts, k, sign_bit, k >> 3)
         if bound <= 0:
             for j in range(n_latents):
                 size = bits.dtype.type(row[j] & largest)
@@ -61,16 +61,15 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
                 ordered[j] = largest if size > infinity else key
             row = ordered
             _block_maxima(row, largest, maxima)
-            bound = _kth_largest(row, n_latents, k, sign_bit, 0)
+            bound = kth_largest(row, n_latents, k, sign_bit, 0)
 
         found = 0
         for b in range(n_blocks):
             if maxima[b] >= bound:
                 found = _take_block(row, b * _BLOCK, bound, keys, latents, found)
         if found > k and found > _RUN:
-            found = _keep_largest(keys, latents, found, k, _kth_largest(keys, found, k, sign_bit, 0))
-        _sort_runs(keys, latents, found, sorted_keys, sorted_latents)
-        _merge_runs(sorted_keys, sorted_latents, found, keys, latents)
+            found = cut_to_largest(keys, latents, found, k, kth_largest(keys, found, k, sign_bit, 0))
+        sort_candidates(keys, latents, found, sorted_keys, sorted_latents)
         for i in range(k):
             key = sorted_keys[i]
             values[n, i] = values.dtype.type(key if key > 0 else 0) << shift
@@ -94,7 +93,7 @@ def keep_rows(start, stop, bits, k, infinity, out):
             size = bits.dtype.type(row[j] & largest)
             key = row[j] if row[j] > 0 else zero
             keys[j] = largest if size > infinity else key
-        bound = _kth_largest(keys, n_latents, k, sign_bit, 0)
+        bound = kth_largest(keys, n_latents, k, sign_bit, 0)
         if _count(keys, n_latents, bound) <= k:
             for j in range(n_latents):
                 kept[j] = keys[j] if keys[j] >= bound else zero
@@ -154,7 +153,7 @@ def _group_maxima(row, groups):
 
 
 @inlined
-def _kth_largest(keys, n, k, sign_bit, slack):
+def kth_largest(keys, n, k, sign_bit, slack):
     """A bound that at least k of keys[:n] reach: the k-th largest key, or less if at most k + slack reach it."""
     one = keys.dtype.type(1)
     bound = keys.dtype.type(one << sign_bit)  # the smallest key
@@ -201,7 +200,7 @@ def _take_block(row, start, bound, keys, latents, found):
 
 
 @inlined
-def _keep_largest(keys, latents, n, k, bound):
+def cut_to_largest(keys, latents, n, k, bound):
     """Keep the k largest of keys[:n] in place, `bound` being the k-th; of those equal to it, the first. Returns k."""
     spare = k
     for i in range(n):
@@ -214,6 +213,13 @@ def _keep_largest(keys, latents, n, k, bound):
             latents[kept] = latents[i]
             kept += 1
     return kept
+
+
+@inlined
+def sort_candidates(keys, latents, n, sorted_keys, sorted_latents):
+    """Sort keys[:n] and their latents, largest first, ties in order; uses up keys, which has room for runs of 64."""
+    _sort_runs(keys, latents, n, sorted_keys, sorted_latents)
+    _merge_runs(sorted_keys, sorted_latents, n, keys, latents)
 
 
 @inlined
