@@ -1,12 +1,10 @@
 """The command `harvest`: reads its options, runs, and says what came of it. Imports nothing heavy before the options
 are read."""
 
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from harvest.config import HarvestConfig
-from store.console import run_command
+from store.console import run_command, terminate_as_interrupt
 from store.options import parse_options
 
 DESCRIPTION = """\
@@ -37,24 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     def guarded() -> int:
-        with _terminate_as_interrupt():
+        with terminate_as_interrupt():
             return command()
 
-    return run_command("harvest", guarded)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, also while it loads or plans."""
-    try:
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # Not the main thread, which alone may set handlers.
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return run_command("harvest", guarded, interrupted="interrupted; the same command continues the run")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def _info(path: Path, as_json: bool) -> int:
         "state": "whole"
         if not missing
         else f"{counted(len(missing), 'shard')} {'is' if len(missing) == 1 else 'are'} missing; "
-        "run the same `harvest` command again to fill them",
+        "run the same `harvest` command again to fill what is missing",
     }
     print(path)
     for name, value in rows.items():

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from store.errors import Interrupted, ResidscopeError
 
 
-def run_command(name: str, command: Callable[[], int | None]) -> int:
+def run_command(
+    name: str, command: Callable[[], int | None], *, interrupted: str = "interrupted; run the same command again"
+) -> int:
     """Run `command`; a user's error becomes one line on stderr and its exit code, never a traceback.
 
     Also catches an interrupt, memory that is refused, and what the operating system says of the disk (no space, no
-    permission, read-only, no such path).
+    permission, read-only, no such path). interrupted: what is said after Ctrl-C.
     """
     # Read when torch loads: its idle threads should sleep, not spin on the cores that other threads of ours need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -26,7 +28,7 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
     except ResidscopeError as error:
         return _fail(name, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail(name, "interrupted; the same command continues the run", Interrupted.exit_code)
+        return _fail(name, interrupted, Interrupted.exit_code)
     except BrokenPipeError:
         # The reader of stdout went away (`| head`); point stdout elsewhere so that the interpreter exits silently too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,6 +67,20 @@ _NO_MEMORY = ("can't allocate memory", "out of memory")
 def _fail(name: str, message: str, exit_code: int) -> int:
     print(f"{name}: error: {message}", file=sys.stderr)
     return exit_code
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, with its line and its exit code."""
+    try:
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # Not the main thread, which alone may set handlers.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`analyze` from the command line: light help, and one clear line with the right exit code for what can go wrong."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -45,6 +46,12 @@ def test_help_is_light():
     assert out.splitlines()[-1] == "[]"
     for flag in ("--store", "--sae", "--out", "--split", "--scheduler", "--n-workers", "--max-tokens", "--json"):
         assert flag in out
+
+
+def test_sigterm_ends_as_ctrl_c_does(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("analysis.run.analyze", lambda config: signal.raise_signal(signal.SIGTERM))
+    fails(capsys, options(small, tmp_path / "out"), 130, "interrupted; run the same command again")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_run_writes_its_files_and_exits_0(small, tmp_path, capsys):
