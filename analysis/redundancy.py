@@ -2,7 +2,8 @@
 
 Of the live latents, with unit decoder rows:
 
-    nearest       the other live latent with the highest cosine; MMCS is the mean of that cosine over live latents
+    neighbours    the five other live latents with the highest cosines
+    nearest       the first of them; MMCS is the mean of its cosine over live latents
     parallel      pairs whose cosine is above a threshold
     redundant     parallel pairs with disjoint layer profiles: sum_l min(P(l | a), P(l | b)) below a tenth
 
@@ -21,6 +22,9 @@ from numpy.typing import NDArray
 
 MAX_OVERLAP = 0.1
 """Profiles that overlap by less are disjoint."""
+
+N_NEIGHBOURS = 5
+"""Nearest latents of each that are kept."""
 
 MAX_PAIRS = 10_000
 """Pairs that are kept."""
@@ -58,11 +62,21 @@ class Redundancy(NamedTuple):
     n_redundant_latents: int
     """Latents that are in a redundant pair."""
 
-    nearest: NDArray[np.int64]
-    """[M] the nearest other live latent; -1 for a dead one, or where there is no other."""
+    neighbours: NDArray[np.int64]
+    """[M, 5] the nearest other live latents, the nearest first; -1 for a dead latent, or where there are fewer."""
 
-    nearest_cosine: NDArray[np.float64]
-    """[M] their cosine, NaN where there is none."""
+    neighbour_cosines: NDArray[np.float64]
+    """[M, 5] their cosines, NaN where there is none."""
+
+    @property
+    def nearest(self) -> NDArray[np.int64]:
+        """[M] the nearest; -1 where there is none."""
+        return self.neighbours[:, 0]
+
+    @property
+    def nearest_cosine(self) -> NDArray[np.float64]:
+        """[M] its cosine, NaN where there is none."""
+        return self.neighbour_cosines[:, 0]
 
     @property
     def mmcs(self) -> float:
@@ -76,8 +90,8 @@ def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: 
     live = np.flatnonzero(probs.sum(axis=1) > 0)
     rows = torch.nn.functional.normalize(W_dec.detach()[torch.from_numpy(live)].float(), dim=1)  # [J, D]
     n = len(live)
-    best = torch.full((n,), -torch.inf)
-    near = torch.full((n,), -1, dtype=torch.int64)
+    best = torch.full((n, N_NEIGHBOURS), -torch.inf)
+    near = torch.full((n, N_NEIGHBOURS), -1, dtype=torch.int64)
     pairs = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
     n_parallel = n_redundant = 0
     in_redundant = np.zeros(len(probs), bool)
@@ -88,11 +102,11 @@ def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: 
         cosine = rows[start:stop] @ rows[start:].T  # [t, n - start]
         own = cosine[:, :size]
         own.masked_fill_(torch.eye(size, dtype=torch.bool), -torch.inf)
-        for dim, place in ((1, slice(start, stop)), (0, slice(start, n))):
-            value, index = cosine.max(dim=dim)
-            better = value > best[place]
-            best[place] = torch.where(better, value, best[place])
-            near[place] = torch.where(better, index + start, near[place])
+        value, index = cosine.topk(min(N_NEIGHBOURS, n - start), dim=1)
+        _keep_nearest(best[start:stop], near[start:stop], value, index + start)
+        if stop < n:  # each later row meets the tile's rows here, and never again
+            value, index = cosine[:, size:].topk(min(N_NEIGHBOURS, size), dim=0)
+            _keep_nearest(best[stop:], near[stop:], value.T, index.T + start)
         own.masked_fill_(torch.ones(size, size, dtype=torch.bool).tril(), -torch.inf)
         found = (cosine > threshold).nonzero()
         for part in found.split(_PAIRS_AT_ONCE):
@@ -105,18 +119,27 @@ def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: 
             values = cosine[part[:, 0], part[:, 1]].double().numpy()
             pairs = _foremost(pairs, Pairs(a, b, values, overlap))
         start = stop
-    nearest, nearest_cosine = np.full(len(probs), -1), np.full(len(probs), np.nan)
-    if n > 1:
-        nearest[live], nearest_cosine[live] = live[near.numpy()], best.double().numpy()
+    known = torch.isfinite(best)  # a latent itself stands at -inf
+    neighbours = np.full((len(probs), N_NEIGHBOURS), -1)
+    cosines = np.full((len(probs), N_NEIGHBOURS), np.nan)
+    neighbours[live] = np.where(known.numpy(), live[near.numpy()] if n else -1, -1)
+    cosines[live] = torch.where(known, best, torch.nan).double().numpy()
     return Redundancy(
         threshold=threshold,
         pairs=pairs,
         n_parallel=n_parallel,
         n_redundant=n_redundant,
         n_redundant_latents=int(in_redundant.sum()),
-        nearest=nearest,
-        nearest_cosine=nearest_cosine,
+        neighbours=neighbours,
+        neighbour_cosines=cosines,
     )
+
+
+def _keep_nearest(best: torch.Tensor, near: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
+    """Put the highest of what is kept [r, 5] and what was found [r, at most 5] into what is kept, in place."""
+    value, place = torch.cat([best, value], dim=1).topk(best.shape[1], dim=1)
+    near.copy_(torch.cat([near, index], dim=1).gather(1, place))
+    best.copy_(value)
 
 
 def _foremost(*parts: Pairs) -> Pairs:

@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from analysis.figures import write_figures
-from analysis.report_data import Results, load_results
+from analysis.report_charts import VIRIDIS
+from analysis.report_data import OPTIONAL_SCALARS, Results, load_results
 from analysis.report_prompt import prompt_data
 from analysis.report_sections import SECTIONS, page_header
+from analysis.report_structure import KINDS
 from analysis.report_template import fill, page_file
 
 
@@ -41,7 +43,7 @@ def write_report(out_dir: Path) -> Path:
 def render_report(results: Results) -> str:
     """The whole page as text; the same text for the same results."""
     sections = [section(results) for section in SECTIONS]
-    script = page_file("report.js") + page_file("prompt.js")
+    script = page_file("report.js") + page_file("latent.js") + page_file("prompt.js")
     blocks = [pack_arrays(name, arrays, **extra) for name, arrays, extra in prompt_data(results)]
     model = results.get("provenance", "store", "model") or "unnamed model"
     return fill(
@@ -69,9 +71,17 @@ def latent_data(results: Results) -> str:
         return ""
     columns = ("mean", "layer_mean", "layer_std", "within_token", "between_tokens", "entropy")
     arrays = {name: _unsigned(results.latents[name]) for name in ("latent", "count", "n_tokens", "n_layers_active")}
+    columns += tuple(name for name in OPTIONAL_SCALARS if name in results.latents)
     arrays |= {name: results.latents[name].astype("<f4") for name in columns}
+    mass = results.latents["total"]
+    arrays["mass_share"] = (mass / mass.sum()).astype("<f4")
+    if len(results.kinds):
+        arrays["kind"] = np.array([KINDS.index(kind) for kind in results.kinds], "<u2")
     arrays |= {"probs": results.probs.astype("<f2"), "counts": _unsigned(results.counts)}
-    return pack_arrays("latent-data", arrays, layers=json.dumps(results.layer_numbers))
+    palette = json.dumps(VIRIDIS)
+    return pack_arrays(
+        "latent-data", arrays, layers=json.dumps(results.layer_numbers), kinds=json.dumps(KINDS), colours=palette
+    )
 
 
 def _unsigned(values: np.ndarray) -> np.ndarray:

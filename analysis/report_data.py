@@ -46,6 +46,8 @@ SCALARS = (
     *("latent", "count", "n_tokens", "total", "mean", "layer_mean", "layer_var", "layer_std"),
     *("within_token", "between_tokens", "entropy", "n_layers_active"),
 )
+OPTIONAL_SCALARS = ("context_overlap", "context_chance")
+"""Columns of latents.parquet that an analysis may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class Results:
     """Columns of layers.parquet, float64 [L] each; NaN where the file has null."""
 
     latents: dict[str, np.ndarray]
-    """Scalar columns of latents.parquet for the live latents, [J] each, sorted by latent; NaN for null."""
+    """Scalar columns of latents.parquet for the live latents, [J] each, sorted by latent; NaN for null.
+    Those of `OPTIONAL_SCALARS` only where the file has them."""
 
     counts: np.ndarray
     """Firings by latent and layer, int64 [J, L]."""
@@ -150,8 +153,10 @@ def load_results(out_dir: Path) -> Results:
             "run `analyze` again with this version"
         )
     layers = pq.read_table(out_dir / "layers.parquet")
-    has_kinds = "profile" in pq.read_schema(out_dir / "latents.parquet").names
-    columns = [*SCALARS, "counts", "probs", *(["profile"] if has_kinds else [])]
+    there = pq.read_schema(out_dir / "latents.parquet").names
+    has_kinds = "profile" in there
+    scalars = [*SCALARS, *(name for name in OPTIONAL_SCALARS if name in there)]
+    columns = [*scalars, "counts", "probs", *(["profile"] if has_kinds else [])]
     latents = pq.read_table(out_dir / "latents.parquet", columns=columns)
     pairs = out_dir / "redundancy.parquet"
     live = np.asarray(latents["count"]) > 0
@@ -167,7 +172,7 @@ def load_results(out_dir: Path) -> Results:
         examples=example_blocks(out_dir, np.asarray(latents["latent"].to_numpy())[live]),
         summary=summary,
         layers={name: np.asarray(layers[name].to_numpy(), dtype=np.float64) for name in layers.column_names},
-        latents={name: np.asarray(latents[name].to_numpy())[live] for name in SCALARS},
+        latents={name: np.asarray(latents[name].to_numpy())[live] for name in scalars},
         counts=matrix("counts"),
         probs=matrix("probs"),
         kinds=np.array(latents["profile"].to_pylist(), object)[live] if has_kinds else np.empty(0, object),

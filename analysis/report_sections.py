@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from analysis.report_charts import fvu_chart, l0_chart, layer_profile_chart, ratio_chart, variance_chart
+from analysis.report_contexts import contexts_section
 from analysis.report_data import (
     EN_DASH,
     PARTS,
@@ -33,7 +34,7 @@ from analysis.report_data import (
 )
 from analysis.report_downstream import downstream_section
 from analysis.report_prompt import prompt_section
-from analysis.report_structure import kinds_section, nulls_section, persistence_section, redundancy_section
+from analysis.report_structure import KINDS, kinds_section, nulls_section, persistence_section, redundancy_section
 from analysis.report_template import Section, fill, page_file
 
 LAYER_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -216,7 +217,8 @@ def _fvu_bounds(results: Results, i: int) -> str:
 def _latents_section(results: Results) -> Section:
     if len(results.counts) == 0:
         return Section("latents", "Latents", "<p>No latent fired in these tokens, so there is none to show.</p>")
-    return Section("latents", "Latents", page_file("latents.html"))
+    kinds = "".join(f"<option>{kind}</option>" for kind in KINDS) if len(results.kinds) else ""
+    return Section("latents", "Latents", fill("latents.html", kinds=kinds))
 
 
 def _provenance_section(results: Results) -> Section:
@@ -267,6 +269,7 @@ SECTIONS: Sequence[Callable[[Results], Section]] = (
     nulls_section,
     kinds_section,
     redundancy_section,
+    contexts_section,
     _reconstruction_section,
     downstream_section,
     _latents_section,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from analysis import downstream_summary
 from analysis.moments import LatentTable, LayerMoments
 from analysis.profiles import profile_kinds
-from analysis.redundancy import MAX_OVERLAP, Redundancy
+from analysis.redundancy import MAX_OVERLAP, N_NEIGHBOURS, Redundancy
 
 LAYER_COLUMNS = pa.schema(
     [
@@ -46,8 +46,9 @@ def write_latents(
     extra: Mapping[str, NDArray[np.float64]],
 ) -> None:
     """One row for each latent, dead ones too; lists have one entry per layer. extra: [M] columns of parts."""
-    nearest = redundancy.nearest if redundancy else np.full(moments.n_latents, -1)
-    cosine = redundancy.nearest_cosine if redundancy else np.full(moments.n_latents, np.nan)
+    none = (moments.n_latents, N_NEIGHBOURS)
+    neighbours = redundancy.neighbours if redundancy else np.full(none, -1)
+    cosines = redundancy.neighbour_cosines if redundancy else np.full(none, np.nan)
     columns = {
         "latent": pa.array(np.arange(moments.n_latents)),
         "count": pa.array(table.n_fired),
@@ -63,8 +64,10 @@ def write_latents(
         "n_layers_active": pa.array(table.n_layers_active),
         **{name: _nullable(values) for name, values in table.persistence._asdict().items()},
         "profile": pa.array(profile_kinds(table.probs, table.entropy), pa.string()),
-        "nearest": pa.array(nearest, mask=nearest < 0),
-        "nearest_cosine": _nullable(cosine),
+        "nearest": pa.array(neighbours[:, 0], mask=neighbours[:, 0] < 0),
+        "nearest_cosine": _nullable(cosines[:, 0]),
+        "neighbours": _known(neighbours, neighbours >= 0),
+        "neighbour_cosines": _known(cosines, neighbours >= 0),
         **{name: _nullable(values) for name, values in extra.items()},
         "counts": _lists(moments.counts),
         "totals": _lists(moments.totals),
@@ -104,3 +107,9 @@ def _lists(values: NDArray[Any]) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1))).cast(
         pa.list_(pa.from_numpy_dtype(values.dtype))
     )
+
+
+def _known(values: NDArray[Any], known: NDArray[np.bool_]) -> pa.Array:
+    """[M, n] as M lists of what is known of each."""
+    offsets = np.concatenate([[0], np.cumsum(known.sum(axis=1))])
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values[known]))

@@ -95,6 +95,7 @@ def measure(binary: str, report: Path, name: str, search: str, shots: Path | Non
         found |= {"open_s": time.perf_counter() - began, **opened}
         if shots:
             page.screenshot(shots / f"{name}-latent.png")
+        found |= page.run(_script(USE))
         found["fits_width"] = found["fits_width"] and page.run(VIEWS["fits_width"])
         found["console"] = page.console
         found["requests"] = [at for at in page.requests if at != address and not at.startswith(("data:", "blob:"))]
@@ -107,7 +108,33 @@ await until(() => status.textContent !== before && / of /.test(status.textConten
 
 OPEN = """find('#latent-table .open').click(); await until(() => find('.examples tbody tr'));
 document.documentElement.style.scrollBehavior = 'auto'; find('.detail').scrollIntoView();
-return { example_layers: new Set(all('.examples tbody th').map((th) => th.textContent)).size };"""
+const layers = () => new Set(all('.examples tbody th').map((th) => th.textContent)).size;
+return { example_layers: layers() };"""
+
+USE = """const shown = (choice) => all(choice).filter((part) => part.offsetParent).length, state = {};
+state.coloured_tokens = all('.examples i, .examples mark').length;
+const rows = shown('.examples tbody tr'); find('.more')?.click(); await new Promise((next) => setTimeout(next, 300));
+state.further_examples = shown('.examples tbody tr') - rows;
+state.histogram_cells = all('.histogram rect').length;
+const plot = find('.histogram .plot');
+plot?.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowUp', bubbles: true, cancelable: true }));
+state.histogram_reads = find('.histogram .readout')?.textContent ?? '';
+const near = all('.near a'); state.neighbours = near.length;
+if (near.length) { const wanted = near[0].textContent; near[0].click();
+  await until(() => find('.detail .head b')?.textContent === `Latent ${wanted}` && find('.examples tbody tr')); }
+scrollTo(0, find('.detail').getBoundingClientRect().top + scrollY + 300);
+await new Promise((next) => requestAnimationFrame(() => requestAnimationFrame(next)));
+state.header_stays = Math.abs(find('.detail .head').getBoundingClientRect().top) < 2;
+find('#latent-reset').click(); const status = find('#latent-status'), kind = find('#latent-kind');
+const change = async (input, value) => { const before = status.textContent; input.value = value;
+  input.dispatchEvent(new Event('input', { bubbles: true })); await until(() => status.textContent !== before); };
+if (kind.options.length > 1) { await change(kind, 'late'); state.late = status.textContent;
+  await change(find('#latent-from'), '0'); await change(find('#latent-to'), '3'); state.late_at_0_to_3 = status.textContent; }
+find('#latent-reset').click();
+const sort = find('#latent-sort'); sort.value = 'layer_mean'; sort.dispatchEvent(new Event('change', { bubbles: true }));
+await until(() => find('#latent-table thead [aria-sort=descending] [data-key=layer_mean]'));
+state.sorts = sort.options.length; return state;"""
+"""Every view of an opened latent and every filter, used once."""
 
 
 def _script(body: str) -> str:
@@ -124,12 +151,19 @@ def _made(folder: Path, copy: Path) -> Path:
 
 def _good(found: dict[str, Any]) -> bool:
     silent = not found["console"] and not found["requests"]
-    return silent and found["first_view_s"] < MAX_SECONDS and found["example_layers"] > 0 and found["fits_width"]
+    return (
+        silent
+        and found["first_view_s"] < MAX_SECONDS
+        and found["example_layers"] > 0
+        and found["fits_width"]
+        and found["header_stays"]
+    )
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return "none" if not value else "; ".join(map(str, value))[:200]
+    value = value.split(" live")[0].split(":")[-1].strip() if isinstance(value, str) else value
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

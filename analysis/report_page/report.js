@@ -53,16 +53,20 @@ function percent(p) {
   return p < 1e-4 ? "< 0.01 %" : `${(100 * p).toPrecision(p < 0.1 ? 2 : 3)} %`;
 }
 
+/** The latents' numbers: of the table, of an opened latent, and what one can sort by. `wide`: not on a phone; `rest`: not in the table. */
 const COLUMNS = [
   { key: "latent", name: "Latent", format: String },
+  { key: "kind", name: "Kind", hint: "of its layer profile", wide: true },
   { key: null, name: "P(layer | latent)", hint: "first layer at the left; each row scaled to its own highest layer" },
   { key: "count", name: "Firings", hint: "(token, layer) pairs at which it fired", format: integer },
-  { key: "n_tokens", name: "Tokens", hint: "tokens at which it fired at one layer at least", format: integer, wide: true },
+  { key: "n_tokens", name: "Tokens", hint: "tokens at which it fired at one layer at least", format: integer, rest: true },
+  { key: "mass_share", name: "Share of mass", hint: "of the activation mass of all latents", format: percent, wide: true },
   { key: "mean", name: "Mean activation", hint: "units of the standardised residual stream", format: show, wide: true },
   { key: "layer_mean", name: "Mean layer", hint: "mean of P(layer | latent)", format: show },
   { key: "layer_std", name: "Spread", hint: "standard deviation of P(layer | latent), in layers", format: show },
   { key: "ratio", name: "Aggregate / token", hint: "variance over all tokens / variance within a token", format: show, wide: true },
-  { key: "entropy", name: "Entropy, bits", hint: "of P(layer | latent)", format: show, wide: true },
+  { key: "context_overlap", name: "Context overlap", hint: "share of its top contexts that two layers have in common, 0 to 1", format: show, wide: true },
+  { key: "entropy", name: "Entropy, bits", hint: "of P(layer | latent)", format: show, rest: true },
   { key: "n_layers_active", name: "Layers active", hint: "layers at which it fired at least once", format: integer, wide: true },
 ];
 
@@ -90,7 +94,7 @@ function layerPanel(title, values, format, layers) {
     <span class="xl" style="left:50%;bottom:0">layer (after block)</span></div></div>`;
 }
 
-/** What an opened row shows, in order: functions of (row, data, layers) that return HTML. New views are added here. */
+/** The charts of an opened row, in order: functions of (row, data, layers) that return HTML. */
 const LATENT_PANELS = [
   (row, data, layers) => layerPanel("P(layer | latent), share of activation mass", profile(data.probs, row, layers), percent, layers),
   (row, data, layers) => layerPanel("Firings (tokens at the layer)", profile(data.counts, row, layers), integer, layers),
@@ -98,60 +102,23 @@ const LATENT_PANELS = [
     const counts = profile(data.counts, row, layers);
     const total = data.mean[row] * data.count[row];
     const means = profile(data.probs, row, layers).map((p, i) => (counts[i] ? (p * total) / counts[i] : 0));
-    return layerPanel("Mean activation where it fired", means, show, layers);
-  },
-  (row, data) => {
-    const facts = COLUMNS.slice(2).map((c) => [c.name, c.format(data[c.key][row]), c.hint]);
-    facts.push(["Within a token", `${show(data.within_token[row])} layers\u00b2`, "part of the variance of its layer"]);
-    facts.push(["Between tokens", `${show(data.between_tokens[row])} layers\u00b2`, "part of the variance of its layer"]);
-    if (data.within_token[row] === 0) facts.push(["Aggregate / token: not defined", "one layer a token"]);
-    const items = facts.map(([name, value, hint]) => `<div title="${hint ?? ""}"><dt>${name}</dt><dd>${value}</dd></div>`);
-    return `<dl>${items.join("")}</dl><a href="#latent-${data.latent[row]}">Link to latent ${data.latent[row]}</a>`;
+    return layerPanel("Mean activation where it fired (standardised units)", means, show, layers);
   },
 ];
 
-const PER_BLOCK = 64; // as in analysis/report_examples.py
-const contents = new Map();
-
-/** Examples and tokens of the latents of one block, unpacked once; null where there is none. */
-function content(number) {
-  if (!contents.has(number)) {
-    const block = document.getElementById(`latent-block-${number}`);
-    contents.set(number, block ? inflate(block).then((buffer) => ({ latents: JSON.parse(new TextDecoder().decode(buffer)), most: block.dataset.most })) : null);
-  }
-  return contents.get(number);
+/** All numbers of an opened row. */
+function factsHtml(columns, row, data) {
+  const facts = columns.filter((c) => c.key && c.key !== "latent").map((c) => [c.name, c.format(data[c.key][row]), c.hint]);
+  facts.push(["Within a token", `${show(data.within_token[row])} layers\u00b2`, "part of the variance of its layer"]);
+  facts.push(["Between tokens", `${show(data.between_tokens[row])} layers\u00b2`, "part of the variance of its layer"]);
+  if (data.context_chance) facts.push(["Context overlap by chance", show(data.context_chance[row]), "0 to 1"]);
+  if (data.within_token[row] === 0) facts.push(["Aggregate / token: not defined", "one layer a token"]);
+  return `<dl>${facts.map(([name, value, hint]) => `<div title="${hint ?? ""}"><dt>${name}</dt><dd>${value}</dd></div>`).join("")}</dl>`;
 }
 
-function escaped(text) {
-  return text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
-}
-
-/** Text with line ends made visible. */
-function visible(text) {
-  return escaped(text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
-}
-
-/** The examples of a latent, a line per layer, and the tokens that it promotes and suppresses. */
-function examplesHtml({ latents, most }, row) {
-  const { examples, promoted, suppressed } = latents[row % PER_BLOCK];
-  const top = Math.max(...examples.map((e) => e[1]), 0);
-  const lines = examples.map(([layer, activation, before, token, after]) => `<tr><th>${layer}</th><td class="size"><i style="width:${(100 * activation) / top}%"></i>${show(activation)}</td><td class="text">${visible(before)}<mark>${visible(token)}</mark>${visible(after)}</td></tr>`);
-  const tokens = (name, words) => (words ? `<p><b>${name}</b> ${words.map((w) => `<code>${visible(w)}</code>`).join(" ")}</p>` : "");
-  const note = most ? `<p class="note">To keep this page small, the ${most} layers at which it is most active; examples.parquet holds all.</p>` : "";
-  const table = examples.length ? `<h4>Most active at, by layer (activation, units of the standardised residual stream)</h4>${note}<table class="examples"><thead><tr><th>Layer</th><th>Activation</th><th>Strongest example, its token marked</th></tr></thead><tbody>${lines.join("")}</tbody></table>` : "";
-  return tokens("Promotes", promoted) + tokens("Suppresses", suppressed) + table;
-}
-
-/** For each row whether a promoted token, or the marked token of an example, contains the text; by unpacking all. */
-async function textTest(text, n) {
-  const wanted = text.toLowerCase(), found = new Uint8Array(n);
-  for (let first = 0; first < n; first += PER_BLOCK) {
-    const block = await content(first / PER_BLOCK);
-    block?.latents.forEach(({ examples, promoted }, i) => {
-      found[first + i] = [...(promoted ?? []), ...examples.map((e) => e[3])].some((word) => word.toLowerCase().includes(wanted)) ? 1 : 0;
-    });
-  }
-  return (i) => found[i];
+/** Share of a row's mass at layers from `low` to `high`, both included. */
+function massBetween(probs, row, layers, low, high) {
+  return layers.reduce((sum, layer, i) => sum + (low <= layer && layer <= high ? probs[row * layers.length + i] : 0), 0);
 }
 
 function profile(matrix, row, layers) {
@@ -167,12 +134,17 @@ function numberTest(text) {
 async function latentTable(block) {
   const find = (id) => document.getElementById(id);
   const [table, status, pages, filters, search] = ["table", "status", "pages", "filters", "search"].map((id) => find(`latent-${id}`));
+  const [kind, from, to, sort, order] = ["kind", "from", "to", "sort", "order"].map((id) => find(`latent-${id}`));
   if (typeof DecompressionStream === "undefined") {
     status.textContent = "This browser cannot unpack the table (it has no DecompressionStream); the numbers are in latents.parquet.";
     return;
   }
   const data = await unpack(block);
-  const layers = JSON.parse(block.dataset.layers);
+  const [layers, kinds, colours] = [block.dataset.layers, block.dataset.kinds, block.dataset.colours].map((text) => JSON.parse(text));
+  const edges = JSON.parse(find("latent-note")?.dataset.edges ?? "[]");
+  const columns = COLUMNS.filter((c) => c.key === null || c.key === "ratio" || data[c.key]);
+  columns.filter((c) => c.key === "kind").forEach((c) => { c.format = (i) => kinds[i]; });
+  const shownColumns = columns.filter((c) => !c.rest);
   const n = data.latent.length;
   data.ratio = Float32Array.from(data.within_token, (within, i) => (within + data.between_tokens[i]) / within);
   const state = { key: "count", down: true, page: 0, rows: [], open: new Set() };
@@ -186,8 +158,11 @@ async function latentTable(block) {
     if (mine !== asking) return; // something else was asked meanwhile
     const asked = byText ? null : numberTest(text);
     const bounds = limits.filter((input) => input.value !== "").map((input) => [data[input.dataset.column], input.dataset.end === "low" ? 1 : -1, Number(input.value)]);
-    const rows = [];
+    const rows = [], range = from.value !== "" || to.value !== "", wanted = kind.value && kinds.indexOf(kind.value);
+    const [low, high] = [from.value === "" ? -Infinity : Number(from.value), to.value === "" ? Infinity : Number(to.value)];
     for (let i = 0; i < n; i++) {
+      if (wanted !== "" && data.kind?.[i] !== wanted) continue;
+      if (range && massBetween(data.probs, i, layers, low, high) < 0.5) continue;
       if ((!asked || asked(data.latent[i])) && (!byText || byText(i)) && bounds.every(([values, sign, bound]) => sign * (values[i] - bound) >= 0)) rows.push(i);
     }
     const values = data[state.key], sign = state.down ? -1 : 1;
@@ -199,28 +174,47 @@ async function latentTable(block) {
 
   function rowHtml(i) {
     const open = state.open.has(i);
-    const cells = COLUMNS.map((c) => {
+    const cells = shownColumns.map((c) => {
       if (!c.key) return `<td class="profile">${bars(profile(data.probs, i, layers))}</td>`;
       const value = c.format(data[c.key][i]);
       return c.key === "latent" ? `<td><button class="open" aria-expanded="${open}">${value}</button></td>` : `<td${c.wide ? ' class="wide"' : ""}>${value}</td>`;
     });
-    const detail = open ? `<tr class="detail"><td colspan="${COLUMNS.length}"><div class="panels">${LATENT_PANELS.map((panel) => panel(i, data, layers)).join("")}</div><div class="looks" data-row="${i}"></div></td></tr>` : "";
-    return `<tr data-row="${i}">${cells.join("")}</tr>${detail}`;
+    return `<tr data-row="${i}">${cells.join("")}</tr>${open ? detailHtml(i) : ""}`;
+  }
+
+  /** An opened latent: a line that stays in sight, its examples (filled in when they are unpacked), its charts. */
+  function detailHtml(i) {
+    const latent = data.latent[i], known = data.kind ? `${kinds[data.kind[i]]}, ` : "";
+    return `<tr class="detail" data-detail="${i}"><td colspan="${shownColumns.length}"><div class="head"><b>Latent ${latent}</b>
+      <span>${known}mean layer ${show(data.layer_mean[i])}, spread ${show(data.layer_std[i])} layers, ${integer(data.count[i])} firings</span>
+      <a href="#latent-${latent}">Link</a><button type="button" class="close" aria-label="Close latent ${latent}">Close</button></div>
+      <div class="sides"><div class="looks"></div><div class="panels"><div class="near-place"></div><div class="map-place"></div>${LATENT_PANELS.map((panel) => panel(i, data, layers)).join("")}</div></div>
+      ${factsHtml(columns, i, data)}</td></tr>`;
+  }
+
+  /** What has to be unpacked first. */
+  async function fillDetail(place) {
+    const row = Number(place.dataset.detail), block = await content(Math.floor(row / PER_BLOCK));
+    if (!block) { place.querySelector(".looks").remove(); return; }
+    const latent = block[row % PER_BLOCK];
+    place.querySelector(".looks").innerHTML = examplesHtml(latent);
+    place.querySelector(".near-place").outerHTML = neighboursHtml(latent.near, data, kinds);
+    place.querySelector(".map-place").outerHTML = latent.histogram ? histogramHtml(latent.histogram, layers, edges, colours) : "";
+    if (latent.histogram) readHistogram(place, latent.histogram, layers, edges);
   }
 
   function draw() {
     const from = state.page * PAGE, shown = state.rows.slice(from, from + PAGE);
-    head.innerHTML = `<tr>${COLUMNS.map((c) => {
+    head.innerHTML = `<tr>${shownColumns.map((c) => {
       const sort = c.key === state.key ? ` aria-sort="${state.down ? "descending" : "ascending"}"` : "";
       const arrow = sort ? (state.down ? " \u2193" : " \u2191") : "";
       const name = c.key ? `<button type="button" data-key="${c.key}">${c.name}${arrow}</button>` : c.name;
       return `<th${c.wide ? ' class="wide"' : ""}${sort} title="${c.hint ?? ""}">${name}</th>`;
     }).join("")}</tr>`;
     body.innerHTML = shown.map(rowHtml).join("");
-    for (const place of body.querySelectorAll(".looks")) {
-      const row = Number(place.dataset.row);
-      content(Math.floor(row / PER_BLOCK))?.then((block) => { place.innerHTML = examplesHtml(block, row); }, console.error);
-    }
+    for (const place of body.querySelectorAll(".detail")) fillDetail(place).catch(console.error);
+    sort.value = state.key;
+    order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
     if (n && !state.rows.length) status.textContent = "No live latent meets these conditions: it is dead in these tokens, or filtered out.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
@@ -243,7 +237,7 @@ async function latentTable(block) {
   }
 
   function reset() {
-    for (const input of [search, ...limits]) input.value = "";
+    for (const input of [search, kind, from, to, ...limits]) input.value = "";
   }
 
   head.addEventListener("click", (event) => {
@@ -254,6 +248,19 @@ async function latentTable(block) {
     select().then(() => head.querySelector(`[data-key="${key}"]`).focus());
   });
   body.addEventListener("click", (event) => {
+    if (event.target.closest(".more")) {
+      showAll = !showAll;
+      const place = event.target.closest(".detail");
+      fillDetail(place).then(() => place.querySelector(".more").focus(), console.error);
+      return;
+    }
+    const closing = event.target.closest(".close")?.closest(".detail");
+    if (closing) {
+      state.open.delete(Number(closing.dataset.detail));
+      draw();
+      body.querySelector(`[data-row="${closing.dataset.detail}"] .open`).focus();
+      return;
+    }
     const row = event.target.closest("tr[data-row]");
     if (!row) return;
     const i = Number(row.dataset.row);
@@ -261,7 +268,10 @@ async function latentTable(block) {
     draw();
     body.querySelector(`[data-row="${i}"] .open`).focus({ preventScroll: true });
   });
-  filters.addEventListener("input", select);
+  sort.append(...columns.filter((c) => c.key).map((c) => new Option(c.name, c.key)));
+  filters.addEventListener("input", (event) => { if (event.target !== sort) select(); });
+  sort.addEventListener("change", () => { state.key = sort.value; state.down = sort.value !== "latent"; select(); });
+  order.addEventListener("click", () => { state.down = !state.down; select(); });
   find("latent-reset").addEventListener("click", () => { reset(); select(); });
   pages.addEventListener("click", (event) => {
     const step = Number(event.target.dataset?.step ?? 0);

@@ -79,6 +79,8 @@ def test_pairs_neighbours_and_mmcs_equal_those_of_whole_matrices(monkeypatch, ti
     probs[[0, 7, 39]] = 0  # dead
     found = find_redundancy(torch.from_numpy(W), probs, 0.9)
     pairs, best = naive(W, probs, 0.9)
+    unit = W / np.linalg.norm(W, axis=1, keepdims=True)
+    cosines = unit @ unit.T
     assert {(a, b) for a, b in zip(found.pairs.a, found.pairs.b, strict=True)} == set(pairs)
     assert found.n_parallel == len(pairs) > 20
     for a, b, cosine, overlap in zip(*found.pairs, strict=True):
@@ -91,9 +93,13 @@ def test_pairs_neighbours_and_mmcs_equal_those_of_whole_matrices(monkeypatch, ti
     for latent in range(40):
         if latent in best:
             assert found.nearest[latent] != latent
+            others = sorted((b for b in best if b != latent), key=lambda b: -cosines[latent, b])[:5]
+            assert found.neighbours[latent].tolist() == others
+            np.testing.assert_allclose(found.neighbour_cosines[latent], cosines[latent, others], rtol=1e-5, atol=1e-7)
             assert found.nearest_cosine[latent] == pytest.approx(best[latent], rel=1e-5)
         else:
             assert (found.nearest[latent], np.isnan(found.nearest_cosine[latent])) == (-1, True)
+            assert (found.neighbours[latent] == -1).all()
 
 
 def test_one_direction_learnt_once_per_layer_is_found_exactly():
@@ -125,7 +131,13 @@ def test_no_other_latent_no_neighbour(n_live):
     found = find_redundancy(torch.eye(3), probs, 0.9)
     assert found.n_parallel == 0
     assert np.isnan(found.mmcs)
-    assert (found.nearest == -1).all()
+    assert (found.neighbours == -1).all()
+
+
+def test_few_latents_have_fewer_neighbours():
+    found = find_redundancy(torch.tensor([[1.0, 0], [2, 1], [0, 1]]), np.eye(3), 0.9)
+    assert found.neighbours[:, :3].tolist() == [[1, 2, -1], [0, 2, -1], [1, 0, -1]]
+    np.testing.assert_allclose(found.neighbour_cosines[0], [0.8**0.5, 0, *[np.nan] * 3], atol=1e-7)
 
 
 def test_an_analysis_writes_kinds_neighbours_and_pairs(tmp_path):

@@ -19,7 +19,7 @@ from analysis.report import _unsigned, pack_arrays, render_report, write_report
 from analysis.report_charts import VIRIDIS, heat_png
 from analysis.report_data import EN_DASH, HeatMap, Results, load_results, show
 from analysis.report_sections import LAYER_COLUMNS, SECTIONS
-from analysis.report_structure import MEANS, NULL_ROWS
+from analysis.report_structure import KINDS, MEANS, NULL_ROWS
 from analysis.report_template import page_file
 from tests.support.results import write_results
 
@@ -116,7 +116,7 @@ def test_the_page_asks_for_nothing_and_runs_only_its_own_script(html: str) -> No
 def test_every_section_is_there_and_linked(html: str) -> None:
     page = Page(html)
     anchors = [a["id"] for tag, a in page.attributes if tag == "section"]
-    structure = ["persistence", "nulls", "kinds", "redundancy"]
+    structure = ["persistence", "nulls", "kinds", "redundancy", "contexts"]
     last = ["latents", "prompt", "provenance", "method"]
     assert anchors == ["variance", "layers", *structure, "reconstruction", "downstream", *last]
     assert len(anchors) == len(SECTIONS)
@@ -185,7 +185,7 @@ def test_an_analysis_without_them_says_so(tmp_path: Path) -> None:
     folder = write_results(tmp_path, n_layers=3, n_latents=20, change=old)
     (folder / "redundancy.parquet").unlink()
     text = Page(render_report(load_results(folder))).text
-    assert text.count("Not shown: ") == 4
+    assert text.count("Not shown: ") == 5
 
 
 def test_every_column_has_its_method(html: str) -> None:
@@ -209,6 +209,9 @@ def test_the_data_block_holds_every_live_latent(html: str, results: Results) -> 
         np.testing.assert_array_equal(data[name], results.latents[name])
     for name in ("mean", "layer_mean", "layer_std", "within_token", "between_tokens", "entropy"):
         np.testing.assert_allclose(data[name], results.latents[name], rtol=1e-6, atol=1e-6)
+    total = results.latents["total"]
+    np.testing.assert_allclose(data["mass_share"], total / total.sum(), rtol=1e-6)
+    assert [KINDS[kind] for kind in data["kind"]] == results.kinds.tolist()
     np.testing.assert_array_equal(data["counts"].reshape(results.counts.shape), results.counts)
     np.testing.assert_allclose(data["probs"].reshape(results.probs.shape), results.probs, rtol=5e-4, atol=5e-8)
 
@@ -219,6 +222,18 @@ def test_whole_numbers_stay_exact_beyond_32_bits() -> None:
         page = Page(pack_arrays("numbers", {"n": _unsigned(values)}))
         assert json.loads(str(page.blocks["numbers"][0]["data-index"]))[0][1] == kind
         assert _unpack(page, "numbers")["n"].tolist() == values.tolist()
+
+
+def test_agreement_of_contexts_is_shown_by_distance(tmp_path: Path) -> None:
+    agreement = {"n": 5, "latents": 321, "overlap": 0.25, "chance": 0.0125, "overlap_over_chance": 20.0}
+    agreement |= {"overlap_by_distance": [0.625, 0.375, None], "chance_by_distance": [0.0125, 0.015, None]}
+    folder = write_results(
+        tmp_path, n_layers=4, n_latents=20, change=lambda summary: summary.update(examples={"agreement": agreement})
+    )
+    text = Page(render_report(load_results(folder))).text
+    assert "Two layers share 0.250 of a latent's top contexts; chance gives 0.0125 (20.0 times less)" in text
+    assert f"10.6250.012550.020.3750.015025.03{EN_DASH}{EN_DASH}{EN_DASH}" in text
+    assert "321 latents" in text
 
 
 def test_the_script_reads_every_type_that_is_packed() -> None:
