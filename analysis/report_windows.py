@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-BEFORE, AFTER = 44, 32
+BEFORE, AFTER = 36, 26
 """Characters shown around an example's token, at most."""
 
 LEVELS = 36
