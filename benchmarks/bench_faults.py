@@ -211,7 +211,10 @@ class Bench:
     def moment(self, child: Child, phase: str, shards: int) -> None:
         """Wait for a random moment of a phase, at one of the first `shards` shards."""
         child.wait_for(phase, 1 if phase == "plan" else int(self.rng.integers(1, shards + 1)))
-        time.sleep(float(self.rng.uniform(0, self.seconds / (3 if phase == "plan" else 3 * self.n_shards))))
+        longest = self.seconds / (3 if phase == "plan" else 3 * self.n_shards)
+        # A commit may take a thousandth of that, where syncs cost nothing: waits of every order of magnitude.
+        scale = 10 ** -float(self.rng.uniform(0, 3)) if phase == "commit" else 1.0
+        time.sleep(scale * float(self.rng.uniform(0, longest)))
 
     # The faults
 
