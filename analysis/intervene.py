@@ -36,6 +36,9 @@ from train.sae import MLSAE
 N_SHOWN = 8
 """Tokens told at each end."""
 
+LARGEST = 1e38
+"""Coefficients of steering must be smaller, to be numbers of float32."""
+
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -101,6 +104,8 @@ def parse_steer(text: str) -> Intervention:
     """LATENT:LAYER:COEF."""
     try:
         latent, layer, coefficient = text.split(":")
+        if not abs(float(coefficient)) < LARGEST:  # NaN too
+            raise ValueError(coefficient)
         return Intervention(kind="steer", latent=int(latent), layer=int(layer), coefficient=float(coefficient))
     except ValueError:
         raise UsageError(
@@ -167,6 +172,11 @@ class PromptRun:
         replaced = changed[self._kept]
         _, _, kl = compare(self._known, [replaced], torch.zeros(len(replaced), dtype=torch.int64, device=model.device))
         logits = model.logits(changed[0, -1]).float()
+        if logits.isnan().any():
+            raise UsageError(
+                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions are no "
+                "numbers after it; give a smaller coefficient"
+            )
         log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         return Effect(
             kl_last=float((log_p.exp() * (log_p - log_q)).sum()),

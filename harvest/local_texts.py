@@ -86,6 +86,10 @@ def _json_documents(path: Path, column: str, *, compressed: bool) -> Iterator[st
                         row = json.loads(line)
                     except json.JSONDecodeError as error:
                         raise ResidscopeError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+                    except UnicodeDecodeError:
+                        raise
+                    except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
+                        raise ResidscopeError(f"{path} line {number}: not readable JSON ({error})") from None
                     yield text_of(row, column, f"{path} line {number}")
     except zstandard.ZstdError as error:
         raise ResidscopeError(f"{path}: not valid zstd data ({error}); download it again") from None
@@ -105,12 +109,14 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield text_of({column: text}, column, f"{path} row {row}")
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; pyarrow's own for damaged pages has none
         raise ResidscopeError(f"{path}: not a valid parquet file ({first_line(error)})") from None
 
 
 def text_of(row: Any, column: str, where: str) -> str:
-    """The text of a row; empty where it is null."""
+    """The text of a row; empty where it is null, U+FFFD for what is no character."""
     if not isinstance(row, dict):
         raise ResidscopeError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
     if column not in row:
@@ -122,6 +128,11 @@ def text_of(row: Any, column: str, where: str) -> str:
         raise UsageError(
             f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --text-column"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair, which is no character, and no tokenizer takes it.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 

@@ -1,7 +1,7 @@
 """Whether what a file gives for weights and records can be theirs: finite numbers, and records that can be used.
 
-The readers of all formats ask here, so that a damaged or tampered file is one clear error rather than NaNs in
-results or a failure deep in an analysis. Not here: shapes and the file's own format (`train.sae`, `train.formats`).
+The readers of all formats ask here, so that damage is one clear error rather than NaNs in results or a failure deep in
+an analysis. Not here: shapes and file formats (`train.sae`, `train.formats`).
 """
 
 from collections.abc import Mapping

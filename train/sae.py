@@ -246,7 +246,10 @@ def safetensors_path(checkpoint: Path) -> Path:
 
 
 def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:
-    """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder."""
+    """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder.
+
+    Raises `OSError` where the disk takes it not, and leaves the checkpoint that was there.
+    """
     content = {
         "format": CHECKPOINT_FORMAT,
         "config": asdict(sae.config),
@@ -262,10 +265,15 @@ def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: d
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # as `store.files.atomic_write`: a full disk wants the space back
-            temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
+        reason: BaseException | None = error
+        while isinstance(reason, RuntimeError):
+            reason = reason.__context__  # torch says "unexpected pos" and hides what the disk said
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(reason.errno, reason.strerror, str(path)) from None
     sync(path.parent)
 
 

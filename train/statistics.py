@@ -60,7 +60,14 @@ class StatisticsSums:
         self._seen = 0
 
     def add(self, x: Tensor, layer: Tensor) -> None:
-        """Count raw vectors `x` [N, D] of layers `layer` int64 [N]."""
+        """Count raw vectors `x` [N, D] of layers `layer` int64 [N]; `ResidscopeError` where a value is not finite."""
+        finite = x.isfinite().all(dim=1)  # [N]
+        if not finite.all():
+            bad = self._layers[int(layer[~finite][0])]
+            raise ResidscopeError(
+                f"layer {bad}: the store holds values there that are not finite numbers, which `harvest` never writes: "
+                "look with `residscope verify`, harvest anew, or leave the layer out with --layers"
+            )
         x_std = x if self._standardize is None else self._standardize(x).x
         if self._standardized is None or self._raw is None:
             self._standardized = self._raw = LayerMoments.zeros(len(self._layers), x.shape[1], x.device)

@@ -202,7 +202,15 @@ def test_an_intervention_of_nothing_changes_nothing(make: Make, architecture: st
             assert effect.increased == effect.decreased == []
 
 
-@pytest.mark.parametrize("text", ["17:3", "17", "a:1:2", "17:1:x", "1:2:3:4", ""])
+def test_predictions_that_are_no_numbers_are_refused(make: Make) -> None:
+    setting = make("llama", with_lens=False)
+    tokens = read(setting)
+    run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
+    with pytest.raises(UsageError, match=r"--steer at latent 3, layer 1: .* smaller coefficient"):
+        run.effect(Intervention(kind="steer", latent=3, layer=1, coefficient=float("nan")), 1)
+
+
+@pytest.mark.parametrize("text", ["17:3", "17", "a:1:2", "17:1:x", "1:2:3:4", "", "1:1:nan", "1:1:-inf", "1:1:1e300"])
 def test_a_steering_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="LATENT:LAYER:COEFFICIENT"):
         parse_steer(text)

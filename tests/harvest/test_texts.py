@@ -84,11 +84,19 @@ def test_null_text_is_an_empty_document(tmp_path: Path) -> None:
     assert read(path) == ["", "x"]
 
 
+def test_half_a_surrogate_pair_is_no_character_and_becomes_the_replacement_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert read(path) == ["a\ufffdb", "\U0001f600"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl line 2: not valid JSON"),
         ("a.jsonl", b"[1]\n", r"line 1: should be an object with a 'text' field, found list"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", r"a\.jsonl line 1: not readable JSON"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", r"a\.jsonl line 1: not (readable|valid) JSON"),
         ("a.jsonl.zst", b"not zstd at all", "not valid zstd"),
         ("a.parquet", b"PAR1 no", "not a valid parquet"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from store.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 from tests.support.stores import make_store, random_activations
@@ -325,3 +326,15 @@ def test_auxk_brings_planted_dead_latents_back(config: TrainConfig, monkeypatch:
         dead[coefficient] = train(run).metrics["dead_fraction"]
     assert dead[0.0] > 0.4
     assert dead[1 / 32] < 0.2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_named_before_the_training(
+    config: TrainConfig, tmp_path: Path, value: float
+) -> None:
+    path = tmp_path / "bad.zarr"
+    make_store(path, random_activations(n_tokens=400), stored_dtype="float32")
+    zarr.open_group(str(path))["resid_post"][40:360, 1, 3] = value  # type: ignore[index]
+    with pytest.raises(ResidscopeError, match="layer 1: the store holds values there that are not finite"):
+        train(replace(config, store=path))
+    assert not config.out.exists()

@@ -1,7 +1,9 @@
 """The autoencoder's forward pass, and its checkpoint file."""
 
+import errno
 import os
 import pickle
+import resource
 import zipfile
 from pathlib import Path
 
@@ -139,6 +141,22 @@ def test_a_failed_write_leaves_the_old_checkpoint(sae: MLSAE, tmp_path: Path, mo
         save_checkpoint(path, sae, store={"turn": 2}, trainer={})
     assert load_checkpoint(path).store == {"turn": 1}
     assert list(tmp_path.iterdir()) == [path]  # what was half written does not stay on a full disk
+
+
+def test_a_full_disk_is_told_as_such_and_nothing_of_the_attempt_is_left(sae: MLSAE, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, sae, store={"turn": 1}, trainer={})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # torch hides what the system says of such a write
+    try:
+        with pytest.raises(OSError, match=r"File too large.*ckpt\.pt") as caught:
+            save_checkpoint(path, sae, store={"turn": 2}, trainer={"large": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert path.read_bytes() == before
 
 
 class Bomb:
