@@ -108,6 +108,16 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
         read(tmp_path / name)
 
 
+def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["hello"] * 3}), path)
+    data = bytearray(path.read_bytes())
+    data[4:40] = b"\xff" * 36  # pyarrow raises an OSError for it
+    path.write_bytes(data)
+    with pytest.raises(ResidscopeError, match=r"a\.parquet: not a valid parquet file"):
+        read(path)
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "./missing", "/no/where", "missing.jsonl", "*.nothing"])
 def test_local_names_that_are_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
