@@ -92,24 +92,28 @@ def auxk(
     scale = torch.where(variance > rounding, 1 / variance, 0)
 
     n_dead = len(W_enc)
-    sum_dtype = torch.float32 if product_dtype == torch.float16 else product_dtype  # packing both operands costs more
     encode, decode, decode_back = (times(w, product_dtype) for w in (W_enc, W_dec.t(), W_dec))
     bias = None if b_enc is None else b_enc.to(result_dtype(product_dtype))
     loss = error.new_zeros(())
     out = AuxOutput(loss, torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead))
-    tile_rows = max(1, tile_bytes // (n_dead * centred.element_size()))
+    tile_rows = max(1, min(len(centred), tile_bytes // (n_dead * centred.element_size())))
+    # One memory for all tiles: fresh memory costs page faults.
+    z_dtype = result_dtype(product_dtype)
+    z_memory, grad_memory = (centred.new_empty(tile_rows, n_dead, dtype=z_dtype) for _ in range(2))
+    decoded_memory = centred.new_empty(tile_rows, centred.shape[1], dtype=z_dtype)
     for start in range(0, len(centred), tile_rows):
         part = slice(start, start + tile_rows)
         inputs = centred[part]
-        z = encode(inputs)
+        n = len(inputs)
+        z = encode(inputs, z_memory[:n])
         active = kernels.keep_largest(z if bias is None else z.add_(bias), k)  # [n, A]
-        missed = error[part] - decode(active)  # [n, D]
+        missed = error[part] - decode(active, decoded_memory[:n])  # [n, D]
         loss += rows.total[part] @ _squared(missed)
         grad_out = missed * (-2 * scale * rows.total[part]).unsqueeze(1)  # d loss / d e_hat
-        grad_z = decode_back(grad_out)  # [n, A]
+        grad_z = decode_back(grad_out, grad_memory[:n])  # [n, A]
         torch.ops.aten.threshold_backward.grad_input(grad_z, active, 0, grad_input=grad_z)  # zero where TopK cut
-        out.W_enc.add_(times(inputs.t(), sum_dtype)(grad_z.t()))
-        out.W_dec.add_(times(grad_out.t(), sum_dtype)(active.t()))
+        out.W_enc.add_(times(inputs.t(), product_dtype)(grad_z.t()))
+        out.W_dec.add_(times(grad_out.t(), product_dtype)(active.t()))
         out.latent_sums.add_(grad_z.sum(dim=0))
     return out._replace(loss=loss * scale)
 

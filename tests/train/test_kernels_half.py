@@ -11,7 +11,9 @@ if not _has_half_products():
     pytest.skip("this processor has no float16 arithmetic (AVX512-FP16)", allow_module_level=True)
 
 from train.encode import encode_tiled
+from train.kernels import choose_kernels
 from train.kernels_half import HalfProduct, half_product
+from train.losses import RowWeights, auxk, row_weights
 
 TOLERANCE = 2e-3
 """Of a product's error, over the product of the rows' norms: two roundings to 11 bits, and 72 sums in them."""
@@ -80,3 +82,30 @@ def test_codes_are_those_of_a_float32_product_but_for_close_calls() -> None:
     assert (exact.values - half.values).abs().max() < 0.02
     same = (exact.indices.unsqueeze(2) == half.indices.unsqueeze(1)).any(dim=2)
     assert same.float().mean() > 0.99
+
+
+def test_the_transpose_of_contiguous_memory_is_packed_as_its_copy_is() -> None:
+    left, right = torch.randn(45, 51), torch.randn(45, 70)  # over 45 rows, an odd depth
+    assert torch.equal(half_product(left.t(), right.t()), half_product(left.t().contiguous(), right.t().contiguous()))
+
+
+def test_gradients_of_auxk_are_near_those_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, error, W = (torch.randn(rows, 64, generator=generator).double() for rows in (300, 300, 90))
+    rows = row_weights(torch.zeros(300, dtype=torch.int64), x.new_ones(300, 1), x.new_ones(1), raw=False)
+    found, expected = (
+        auxk(
+            x.to(kind),
+            error.to(kind),
+            RowWeights(*(part.to(kind) for part in rows)),
+            W.to(kind),
+            W.to(kind) / 8,
+            k=90,  # all, so that no close call counts
+            product_dtype=product,
+            tile_bytes=30_000,
+            kernels=choose_kernels(W),
+        )
+        for kind, product in ((torch.float32, torch.float16), (torch.float64, torch.float64))
+    )
+    for half, exact in zip(found, expected, strict=True):
+        assert (half - exact).norm() < 5e-3 * exact.norm()
