@@ -198,8 +198,8 @@ async function latentTable(block) {
     if (!block) { place.querySelector(".looks").remove(); return; }
     const latent = block[row % PER_BLOCK];
     place.querySelector(".looks").innerHTML = examplesHtml(latent);
-    place.querySelector(".near-place").outerHTML = neighboursHtml(latent.near, data, kinds);
-    place.querySelector(".map-place").outerHTML = latent.histogram ? histogramHtml(latent.histogram, layers, edges, colours) : "";
+    place.querySelector(".near-place").innerHTML = neighboursHtml(latent.near, data, kinds);
+    place.querySelector(".map-place").innerHTML = latent.histogram ? histogramHtml(latent.histogram, layers, edges, colours) : "";
     if (latent.histogram) readHistogram(place, latent.histogram, layers, edges);
   }
 
