@@ -68,8 +68,8 @@ class AnalyzeConfig:
 
     save_latents: bool = False
     """Keep the sparse codes inside the store (latents/KEY: Zarr arrays of values and indices), 8 * k bytes for each
-    vector. Later analyses of this autoencoder on this store take kept codes, without this flag too, and encode nothing
-    again."""
+    vector, four times that where the number of active latents varies. Later analyses of this autoencoder on this store
+    take kept codes, without this flag too, and encode nothing again."""
 
     prompt: tuple[str, ...] = ()
     """Texts to look at through the autoencoder: adds to the report which latents are active at which token and layer.

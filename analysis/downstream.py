@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from analysis.resume import Before, block_output, can_skip, last_output
 from analysis.sequences import Batch, sequence_batches
-from analysis.uncertainty import Interval, jackknife_intervals, leave_one_out
+from analysis.uncertainty import Interval, enough_groups, jackknife_intervals, without_each
 from harvest.checks import check_logits, check_model
 from harvest.lens import TunedLens
 from harvest.models import LoadedModel
@@ -88,10 +88,9 @@ class Downstream:
 
         A replicate leaves a document out (`analysis.uncertainty`). None where a number is not defined in each.
         """
-        draws = leave_one_out(len(self.documents))
-        if draws is None:
+        if not enough_groups(len(self.documents)):
             return {}
-        value, drawn = self.result(), _result(*(x @ draws.T for x in self._sums()))
+        value, drawn = self.result(), _result(*map(without_each, self._sums()))
         return {
             name: jackknife_intervals(_with_mean(getattr(value, name)), _with_mean(getattr(drawn, name)))
             for name in PER_LAYER

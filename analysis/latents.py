@@ -28,11 +28,14 @@ from store.activations import ActivationStore
 from store.errors import IncompatibleError
 from train.formats import read_checkpoint
 from train.kernels import SparseCodes
-from train.sae import MLSAE, Checkpoint, Standardized
+from train.sae import MLSAE, Checkpoint, SAEConfig, Standardized
 from train.screen import Screen
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 """Type of weights and codes; with bfloat16 the encoder's product alone is made in that type."""
+
+PLACES_UNKNOWN = 256
+"""Places for a vector's active latents where their mean number is not known, as of a foreign autoencoder."""
 
 
 class Codes(NamedTuple):
@@ -94,9 +97,8 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        """Places for a vector's active latents that are kept: where their number varies, four times the mean."""
-        k, n_latents = self.config.k, self.config.n_latents
-        return k if self.config.activation == "topk" else min(4 * k, n_latents)
+        """Places for a vector's active latents that are kept (`kept_places`)."""
+        return kept_places(self.config)
 
     def origin(self) -> dict[str, Any]:
         """What codes depend on beside the vectors: a hash of configuration and weights, and the number formats."""
@@ -107,6 +109,14 @@ class Encoder:
         product = "float32" if self._product_dtype is None else "bfloat16"
         dtype = self.numpy_dtype.name
         return {"sae_hash": digest.hexdigest(), "dtype": dtype, "product": product if dtype == "float32" else dtype}
+
+
+def kept_places(config: SAEConfig) -> int:
+    """Places for a vector's active latents where codes are kept: k, or where their number varies four times the mean;
+    `PLACES_UNKNOWN` where the mean is not known (k 0)."""
+    if config.activation == "topk":
+        return config.k
+    return min(4 * config.k or PLACES_UNKNOWN, config.n_latents)
 
 
 def load_encoder(path: Path, dtype: str) -> Encoder:

@@ -113,6 +113,10 @@ def read_prompt(store: ActivationStore, tokenizer: Any, config: Any, text: str) 
     provenance = store.meta.provenance
     bos, separator = provenance.get("bos_id"), provenance.get("separator_ids") or ()
     opening = [int(bos)] if bos is not None else [int(i) for i in separator]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--prompt {text!r}: should be UTF-8 text, found bytes that are none") from None
     own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not own:
         raise UsageError(f"--prompt {text!r}: the tokenizer makes no token of it")

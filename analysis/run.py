@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from analysis import jobs, latent_views, pca, spilled_codes, tables, with_model
 from analysis.config import AnalyzeConfig
-from analysis.latents import doubts, layers_of_store, load_encoder
+from analysis.latents import doubts, kept_places, layers_of_store, load_encoder
 from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, open_codes, pca_error
 from analysis.moments import latent_table
 from analysis.parts import Context, Part
@@ -82,13 +82,16 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         nulls=config.nulls,
         seed=config.seed,
         save_latents=config.save_latents,
-        spill=spilled_codes.folder_for(partial_dir, config, selection.n_analysed, len(layers), sae.config.k),
+        spill=spilled_codes.folder_for(partial_dir, config, selection.n_analysed, len(layers), kept_places(sae.config)),
     )
     if config.save_latents:
         _make_codes(work, store)
     needed = selection.needed if work.baseline else selection.analysed | selection.validation
     shards = _shards_with(store, needed)
-    with jobs.open_pool(config.scheduler, config.n_workers, len(shards), config.performance_report) as pool:
+    with (
+        spilled_codes.lasting(work.spill),
+        jobs.open_pool(config.scheduler, config.n_workers, len(shards), config.performance_report) as pool,
+    ):
         sums = jobs.run(_shard_sum("encode", measure, (work,), Sums.merged, store, needed), pool)
         baseline = None
         if sums.gram is not None:
@@ -117,7 +120,6 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
             folder=partial_dir,
         )
         parts = {part.name: part.make(context) if part.wanted(config) else None for part in PARTS}
-    spilled_codes.remove(work.spill)
 
     live = np.flatnonzero(table.n_fired)
     model = with_model.run_model(config, found_model, store, sae, layers, selection, live, partial_dir)

@@ -9,6 +9,7 @@ Shapes: T tokens, L layers, k active latents a vector.
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ SHARE_OF_DISK = 0.25
 """Of the free space, that may be used."""
 
 
-def folder_for(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, k: int) -> str | None:
-    """A new folder in `out` to keep codes in; None if no part needs them, if the store keeps
+def folder_for(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, places: int) -> str | None:
+    """A new folder in `out` to keep codes in, `places` for each vector; None if no part needs them, if the store keeps
     them, or if they take too much space."""
-    size = n_tokens * n_layers * k * BYTES_PER_CODE
+    size = n_tokens * n_layers * places * BYTES_PER_CODE
     if config.save_latents or not config.examples or size > SHARE_OF_DISK * shutil.disk_usage(out).free:
         return None
     folder = out / "codes"
@@ -56,7 +57,12 @@ def read(folder: str, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
                 yield CodeTile(token[rows], kept["values"][rows], kept["indices"][rows].astype(np.int64))
 
 
-def remove(folder: str | None) -> None:
-    """Remove what was kept."""
-    if folder:
-        shutil.rmtree(folder)
+@contextmanager
+def lasting(folder: str | None) -> Iterator[None]:
+    """Remove what was kept at the end of the block, also where the analysis fails: it may be a quarter of the disk."""
+    try:
+        yield
+    finally:
+        if folder:
+            # A task that is being stopped may still add a file.
+            shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ narrow with few documents.
 Shapes: G document groups, N numbers, M n_latents.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +45,24 @@ Intervals = dict[str, dict[str, Interval | None]]
 """weighting -> name -> interval; None where the number is not defined in every replicate."""
 
 
+def enough_groups(n_groups: int) -> bool:
+    """Whether there are enough for intervals."""
+    return n_groups >= MIN_INTERVAL_GROUPS
+
+
 def leave_one_out(n_groups: int) -> NDArray[np.float64] | None:
     """[G, G] how often each replicate takes each document group: once, but its own; None if there are fewer than
     `MIN_INTERVAL_GROUPS`. A product with it adds up what is left, so that what is left of nothing is nothing."""
-    return None if n_groups < MIN_INTERVAL_GROUPS else np.ones((n_groups, n_groups)) - np.eye(n_groups)
+    return np.ones((n_groups, n_groups)) - np.eye(n_groups) if enough_groups(n_groups) else None
+
+
+def without_each(sums: NDArray[Any]) -> NDArray[np.float64]:
+    """[..., G] sums over all document groups but one, for each one, of `sums` [..., G]: as a product with
+    `leave_one_out`, in memory that grows with G alone. Added up, never subtracted."""
+    found = np.zeros(sums.shape)
+    found[..., 1:] = np.cumsum(sums[..., :-1], axis=-1, dtype=np.float64)
+    found[..., :-1] += np.cumsum(sums[..., :0:-1], axis=-1, dtype=np.float64)[..., ::-1]
+    return found
 
 
 def jackknife_intervals(values: NDArray[np.float64], replicates: NDArray[np.float64]) -> list[Interval | None]:

@@ -217,14 +217,15 @@ def _ridge(model: LoadedModel, text: Text, max_condition: float) -> tuple[list[R
                 for i, gram in enumerate(of_kind):
                     gram.add(vectors[i][rows], last)
             bar.update(span.stop - span.start)
+    # A product that overflowed stands in the sums for good; the factorisations below would only fail on it.
+    if not all(bool(gram.xx.isfinite().all() and gram.xr.isfinite().all()) for of in sums.values() for gram in of):
+        raise ResidscopeError(f"{model.spec.name}: its vectors are not all finite; try --dtype float32")
     fits: list[RidgeFit] = []
     means: list[Tensor] = []
     for fit, choose in zip(sums[Part.FIT], sums[Part.CHOOSE], strict=True):
         found = fit_ridge(fit, choose)
         fits.append(limit_condition_of(found, fit.mean_x, max_condition))
         means.append(fit.mean_x.float())
-    if not all(bool(found.weight.isfinite().all()) for found in fits):
-        raise ResidscopeError(f"{model.spec.name}: its vectors are not all finite; try --dtype float32")
     stacked = Translators(
         torch.stack([found.weight.float() for found in fits]), torch.stack([found.bias.float() for found in fits])
     )

@@ -9,13 +9,14 @@ import zarr
 
 from analysis import latents
 from analysis.config import AnalyzeConfig
-from analysis.latents import load_encoder
+from analysis.latents import PLACES_UNKNOWN, kept_places, load_encoder
 from analysis.run import analyze
 from store.activations import ActivationStore
 from store.codes import KeptCodes
 from store.verify import verify
 from tests.analysis.small import LAYERS, make_small
 from train.sae import MLSAE
+from train.sae_config import SAEConfig
 
 
 def run(small, out, **options):
@@ -100,6 +101,16 @@ def test_those_of_another_autoencoder_type_or_store_are_not_taken(tmp_path, no_e
     run(elsewhere, tmp_path / "out", save_latents=True)
     no_encoding()
     run(elsewhere, tmp_path / "out")
+
+
+def test_places_follow_the_number_of_active_latents_that_a_vector_may_have():
+    def places(k, **options):
+        return kept_places(SAEConfig(d_model=8, n_latents=1000, k=k, **options))
+
+    assert places(32) == 32
+    assert places(32, activation="batchtopk") == 128
+    assert places(400, activation="jumprelu") == 1000
+    assert places(0, activation="relu") == PLACES_UNKNOWN > 0
 
 
 def test_codes_of_any_width_come_back_and_too_many_are_not_kept(tmp_path):

@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import pytest
 
 from analysis import run as run_module
 from analysis.config import AnalyzeConfig
 from analysis.parts import Part
 from analysis.run import analyze
+from store.errors import ResidscopeError
 from tests.analysis.small import make_small
 
 
@@ -30,3 +32,17 @@ def test_a_part_sees_all_codes_and_its_value_and_file_come_and_go_with_it(tmp_pa
     assert float((tmp_path / "out" / "mass.txt").read_text()) == found["mass"]
     assert analyze(AnalyzeConfig(**options, split="validation"))["total_mass"] is None
     assert not (tmp_path / "out" / "mass.txt").exists()
+
+
+def test_codes_kept_for_parts_go_where_one_fails(tmp_path, monkeypatch):
+    def fail(context):
+        assert list((out / ".partial" / "codes").glob("*.npz"))
+        raise ResidscopeError("no")
+
+    small, out = make_small(tmp_path), tmp_path / "out"
+    part = Part(name="failing", files=(), wanted=lambda config: True, make=fail)
+    monkeypatch.setattr(run_module, "PARTS", (part,))
+    with pytest.raises(ResidscopeError, match="no"):
+        analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=out, report=False))
+    assert not (out / ".partial" / "codes").exists()
+    assert not (out / "summary.json").exists()

@@ -216,6 +216,11 @@ def test_a_steering_that_makes_no_sense_is_refused(text: str) -> None:
         parse_steer(text)
 
 
+def test_a_prompt_of_no_text_is_refused(make: Make) -> None:
+    with pytest.raises(UsageError, match="should be UTF-8 text"):
+        read(make("gpt2"), "caf\udce9")
+
+
 def test_interventions_are_read() -> None:
     assert parse_steer("17:3:-2.5") == Intervention(kind="steer", latent=17, layer=3, coefficient=-2.5)
     assert parse_ablate("17") == Intervention(kind="ablate", latent=17, layer=None)

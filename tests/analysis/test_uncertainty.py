@@ -13,6 +13,7 @@ from analysis.uncertainty import (
     reconstruction_intervals,
     t_quantile,
     variance_intervals,
+    without_each,
 )
 
 
@@ -24,6 +25,15 @@ def grouped_moments(n_groups, seed=0, per_group=6):
     indices = np.argsort(rng.random((n_tokens, 4, 8)), axis=-1)[..., :2]  # latent 8 never fires
     moments.add(values, indices, np.repeat(np.arange(n_groups), per_group))
     return moments
+
+
+def test_sums_without_each_group():
+    x = np.random.default_rng(0).normal(size=(2, 3, MIN_INTERVAL_GROUPS))
+    np.testing.assert_allclose(without_each(x), x @ leave_one_out(MIN_INTERVAL_GROUPS), rtol=1e-12)
+    x = np.full((1, 400), 1e-300)
+    x[0, 7] = 1e300
+    assert without_each(x)[0, 7] == pytest.approx(399e-300)  # a difference of sums would give 0
+    assert without_each(np.array([[5, 7]])).tolist() == [[7.0, 5.0]]
 
 
 def by_hand(value, replicates):

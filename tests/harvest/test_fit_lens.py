@@ -242,6 +242,21 @@ def test_mistakes_are_one_line(
     refused(store("mapped.zarr", lens=str(tmp_path / "made")), 3, "went through lens 'made'")
 
 
+def test_vectors_that_are_not_finite_are_one_line(
+    options: Options, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def overflowed(model: Any, token_id: Any) -> Any:
+        read = real(model, token_id)
+        return lambda span: [vectors.index_fill(0, torch.tensor([1]), torch.inf) for vectors in read(span)]
+
+    real = module.model_reader
+    monkeypatch.setattr(module, "model_reader", overflowed)
+    code, out, error = command(capsys, options())
+    assert (code, out) == (1, "")
+    assert "its vectors are not all finite; try --dtype float32" in error
+    assert not (tmp_path / "lens.fitting").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
