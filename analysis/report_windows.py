@@ -102,13 +102,13 @@ def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[str, str, int
     n_rows = batch.num_rows
     if not n_rows:
         return []
-    sizes = np.asarray(pc.list_value_length(lists))
+    sizes = np.asarray(pc.list_value_length(lists))  # pyright: ignore[reportAttributeAccessIssue]
     starts = np.cumsum(sizes) - sizes  # [R] of each row's window among all W tokens
     marked = starts + np.asarray(batch["marked"])
     tokens = lists.flatten().fill_null("")
-    lengths = np.asarray(pc.utf8_length(tokens)).astype(np.int64)  # [W]
+    lengths = np.asarray(pc.utf8_length(tokens)).astype(np.int64)  # [W]  # pyright: ignore[reportAttributeAccessIssue]
     texts: list[str] = []
-    for i, row in enumerate(pc.binary_join(lists, "").to_pylist()):
+    for i, row in enumerate(pc.binary_join(lists, "").to_pylist()):  # pyright: ignore[reportAttributeAccessIssue]
         if lengths[marked[i]] == 0:  # it continues a character: the token that begins it, or, cut off, itself
             owner = next((j for j in range(marked[i], starts[i] - 1, -1) if lengths[j]), None)
             if owner is None:

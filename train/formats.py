@@ -213,12 +213,12 @@ def read_safetensors(path: Path) -> Checkpoint:
                 )
             sae = MLSAE(config)
             sae.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-            records = [json.loads(header[name]) for name in ("store", "trainer")]
+            store, trainer = (json.loads(header[name]) for name in ("store", "trainer"))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
             raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None
     check_weights(sae.state_dict(), str(path))
-    check_records(*records, str(path))
-    return Checkpoint(config=config, sae=sae, store=records[0], trainer=records[1])
+    check_records(store, trainer, str(path))
+    return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
 
 
 def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:

@@ -157,9 +157,9 @@ def _pack_rows(start, stop, rows, pairs, unscale):
                 square += np.float64(row[i]) * np.float64(row[i])
             scale, unscale[r] = _scale_of(square)
             for p in range(whole):
-                line[p] = _half_bits(scale * row[2 * p]) | (_half_bits(scale * row[2 * p + 1]) << 16)
+                line[p] = _half_bits(scale * row[2 * p]) | (_half_bits(scale * row[2 * p + 1]) << 16)  # pyright: ignore[reportCallIssue]
             if d % 2:
-                line[whole] = _half_bits(scale * row[d - 1])
+                line[whole] = _half_bits(scale * row[d - 1])  # pyright: ignore[reportCallIssue]
             for p in range(line.size):
                 pairs[q, p, j] = line[p]
 
@@ -184,10 +184,10 @@ def _pack_columns(start, stop, columns, pairs, unscale):
             even, odd = columns[2 * p, first : first + count], columns[2 * p + 1, first : first + count]
             out = pairs[q, p]
             for j in range(count):
-                out[j] = _half_bits(scales[j] * even[j]) | (_half_bits(scales[j] * odd[j]) << 16)
+                out[j] = _half_bits(scales[j] * even[j]) | (_half_bits(scales[j] * odd[j]) << 16)  # pyright: ignore[reportCallIssue]
         if d % 2:
             for j in range(count):
-                pairs[q, d // 2, j] = _half_bits(scales[j] * columns[d - 1, first + j])
+                pairs[q, d // 2, j] = _half_bits(scales[j] * columns[d - 1, first + j])  # pyright: ignore[reportCallIssue]
         if count < width:
             pairs[q, :, count:] = 0
             unscale[first + count : first + width] = 0
