@@ -241,6 +241,7 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(tmp_path: Path) -> Non
     rows = [f"{i} é \ud800" if i % 7 else "" for i in range(200)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    rows = [row.replace("\ud800", "\ufffd") for row in rows]  # half a surrogate pair is no character
     orders = [read(path, shuffle_documents=seed) for seed in (0, 0, 1)]
     assert all(sorted(order) == sorted(rows) for order in orders)
     assert orders[0] == orders[1] != orders[2]
