@@ -63,6 +63,8 @@ def test_a_run_writes_its_files_and_exits_0(small, tmp_path, capsys):
         "latents.parquet",
         "layers.parquet",
         "redundancy.parquet",
+        "examples.parquet",
+        "histograms.parquet",
         "analyze.config.toml",
     }
 

@@ -269,6 +269,8 @@ def test_default_folder_is_beside_the_checkpoint_and_an_earlier_result_is_replac
     analyze(AnalyzeConfig(store=small.store, sae=small.sae, report=False, intervals=False))
     assert sorted(path.name for path in out.iterdir()) == [
         "analyze.config.toml",
+        "examples.parquet",
+        "histograms.parquet",
         "latents.parquet",
         "layers.parquet",
         "notes.txt",

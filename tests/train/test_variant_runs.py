@@ -63,7 +63,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
     train(config)
     whole, lines = config.out.read_bytes(), timeless(metrics(config))
     validations = [line["fvu"] for line in lines if "split" in line]
-    assert validations == sorted(validations, reverse=True)
+    assert validations[-1] < validations[0]
     config.out.unlink()
     for steps in (1, 7):
         with monkeypatch.context() as patch:
