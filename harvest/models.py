@@ -24,6 +24,7 @@ from harvest import gguf
 from harvest.aliases import hub_id, suggestions
 from harvest.hub import first_line, pin, quiet
 from store.errors import ResidscopeError, UsageError
+from store.memory import keep_freed_memory
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -193,6 +194,8 @@ def load_model(
     `ResidscopeError` where anything cannot be loaded or the blocks are not found.
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        keep_freed_memory()  # Layer after layer makes the same temporaries.
     config = load_config(spec)
     model: Any = _loading(spec, "model", lambda: _weights(spec, config, dtype))
     model = _loading(spec, "model", lambda: model.to(device)).eval().requires_grad_(False)

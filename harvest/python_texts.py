@@ -5,6 +5,7 @@ How: sorted order, the same for one Python version everywhere. What it does not 
 """
 
 import ast
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,12 @@ def stdlib_documents() -> Iterator[str]:
 
 
 def _modules() -> Iterator[Path]:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
-        if _LEFT_OUT.isdisjoint(path.relative_to(library).parts):
-            yield path
+    library = sysconfig.get_paths()["stdlib"]
+    found: list[Path] = []
+    for folder, below, files in os.walk(library):
+        below[:] = [name for name in below if name not in _LEFT_OUT]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    yield from sorted(found, key=lambda path: path.parts)
 
 
 def _docstrings(path: Path) -> str:

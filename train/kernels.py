@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from store.errors import UsageError
+from store.memory import keep_freed_memory
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 6.25e-10
@@ -242,6 +243,8 @@ def choose_kernels(like: Tensor, name: str = "auto") -> Kernels:
     "auto": the compiled ones where they apply (float32 or float64; numba on a CPU, Triton on CUDA, installed), else
     plain torch; "torch", "numba" and "triton" insist. Raises `UsageError` where what is insisted on cannot be had.
     """
+    if like.device.type == "cpu":
+        keep_freed_memory()  # What follows is step after step of the same temporaries.
     compiled = {"cpu": "numba", "cuda": "triton"}.get(like.device.type)
     applies = like.dtype in (torch.float32, torch.float64)
     if name == "auto":
