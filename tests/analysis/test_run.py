@@ -239,6 +239,15 @@ def test_without_held_out_documents_there_is_no_validation_and_no_baseline(tmp_p
     assert summary["split"]["trained_on"] == "all"
 
 
+def test_a_store_of_other_documents_has_no_part_held_out(tmp_path):
+    other = {"content_hash": "another", "validation": {**VALIDATION, "n_documents": 31}}
+    summary = run(make_small(tmp_path, trained_on=other), tmp_path / "out")
+    assert summary["validation"] is None
+    assert summary["baseline"] == {"pca": None}
+    assert summary["split"]["trained_on"] == "unknown"
+    assert summary["split"]["n_validation_tokens"] == 0
+
+
 def test_no_pca_reads_no_more_than_the_split_needs(small, tmp_path, monkeypatch):
     read = []
     original = ActivationStore.read
