@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis.cli import main
+from analysis.run import _FIGURES
 from tests.analysis.small import LAYERS, make_small
 from tests.analysis.test_run import run
 
@@ -132,3 +133,8 @@ def test_every_column_has_a_formula(out, name):
     assert {column.rpartition("_")[0] for column in bounds} <= columns
     of_a_pair = {"layer_mean_a", "layer_mean_b", "redundant"}  # layer_mean of its two latents; a word, not a number
     assert sorted(columns - bounds - of_a_pair - SIZES - with_formula()) == []
+
+
+def test_every_figure_has_its_line():
+    text = (DOCS / "method.md").read_text(encoding="utf-8")
+    assert [name for name in (*_FIGURES, "compare") if f"`{name}.png`" not in text] == []
