@@ -21,7 +21,7 @@ from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.nulls import NULLS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.summary import SCHEMA_VERSION
-from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.errors import IncompatibleError, UsageError
 from store.files import atomic_write
 
 PARTS = VARIANCE_NAMES[:5]
@@ -39,7 +39,7 @@ QUALITY = {"fvu": "reconstruction", "l0": "reconstruction"} | dict.fromkeys(
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare runs, write the files to `config.out`, print the table, and return compare.json's content.
 
-    Raises `ResidscopeError` for a folder without a whole analysis, `IncompatibleError` for another schema.
+    Raises `UsageError` for a path where nothing is, `IncompatibleError` for what is no whole analysis of this schema.
     """
     summaries = [_load(path) for path in config.compare]
     runs = [_run(name, summary) for name, summary in zip(run_names(config.compare), summaries, strict=True)]
@@ -61,10 +61,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     file = path / "summary.json" if path.is_dir() else path
+    if not path.exists():
+        raise UsageError(f"--compare {path}: there is no such file or folder")
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"--compare {path}: no summary.json there: give folders that `analyze` wrote, or their summary.json"
         ) from None
     except ValueError as error:

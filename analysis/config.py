@@ -27,7 +27,8 @@ class AnalyzeConfig:
     """Which documents: every one, or the checkpoint's own training or validation documents."""
 
     max_tokens: int | None = None
-    """Stop after so many kept tokens of the split, in store order. By default all of them."""
+    """Stop after so many kept tokens of the split, in store order. By default all of them. The training tokens that PCA
+    is fitted on, and the validation tokens, are cut at as many."""
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Number format of the encoder's product; float32 gives the same numbers on every machine, bfloat16 is several

@@ -204,9 +204,9 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
         warnings.append(f"Training was not finished: this is its step {found.checkpoint.trainer.get('step')}.")
     if not found.intervals and found.config.intervals:
         warnings.append(
-            f"No 95 % intervals are given: {counted(selection.n_documents, 'document')} "
-            f"(in {counted(selection.n_groups, 'group')} of about the same size) are too few to trust them; "
-            f"{MIN_INTERVAL_GROUPS} groups are needed."
+            f"No 95 % intervals are given: they are drawn over documents, in groups of about the same size, and take "
+            f"{MIN_INTERVAL_GROUPS} groups; {counted(selection.n_documents, 'document')} in "
+            f"{counted(selection.n_groups, 'group')}: too few."
         )
     return {
         "name": split,

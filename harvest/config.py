@@ -168,10 +168,15 @@ def _name_and_weight(word: str) -> tuple[str, float]:
     try:
         weight = float(number) if name else 1.0
     except ValueError:
+        # A path may have a colon in it; no other name has.
+        if not any(sign in number for sign in "/\\*?[") and not Path(word.strip()).expanduser().exists():
+            raise UsageError(
+                f"--dataset {word}: the weight after the colon should be a number, found {number!r}"
+            ) from None
         weight = 1.0
         name = ""
     if not 0 < weight < math.inf:
-        raise UsageError(f"--dataset {word}: a weight should be above 0, found {number}")
+        raise UsageError(f"--dataset {word}: a weight should be a number above 0, found {number}")
     name = name or word.strip()
     if not name:
         raise UsageError("--dataset is empty")

@@ -12,7 +12,6 @@ Shapes: B sequences, N positions, L stored layers, D = d_model, n = B * N tokens
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,14 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from harvest.lens import TunedLens
 from harvest.models import LoadedModel
 from harvest.residual import ResidualRecorder
 from harvest.resolve import TORCH_DTYPES
 from store.activations import ActivationStore
-from store.console import stop_on_signals
+from store.console import progress, stop_on_signals
 from store.errors import Interrupted, ResidscopeError
 from store.meta import StoreMeta
 
@@ -299,16 +297,7 @@ def host_bytes(meta: StoreMeta, batch_size: int) -> int:
 
 def _bar(meta: StoreMeta, batches: list[SequenceBatch]) -> Any:
     todo = sum(b.stop - b.start for b in batches)
-    every = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=meta.n_tokens,
-        initial=meta.n_tokens - todo,
-        desc="harvest",
-        unit="tok",
-        unit_scale=True,
-        mininterval=every,
-        dynamic_ncols=True,
-    )
+    return progress("harvest", "tok", meta.n_tokens, done=meta.n_tokens - todo)
 
 
 def _advance(bar: Any, batch: SequenceBatch, meta: StoreMeta, begin: float, done: int) -> None:

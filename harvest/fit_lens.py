@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from harvest import lens_kl
 from harvest.checks import check_logits, check_model, refuse_other_weights
@@ -47,7 +46,7 @@ from harvest.run import tokenise
 from harvest.texts import open_sources
 from store.activations import ActivationStore
 from store.arrays import TokenTable
-from store.console import human_bytes
+from store.console import human_bytes, progress
 from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.files import sync
 
@@ -208,7 +207,7 @@ def _ridge(model: LoadedModel, text: Text, max_condition: float) -> tuple[list[R
         file=sys.stderr,
     )
     sums = {kind: [GramSums(d_model, model.device) for _ in range(n_layers)] for kind in (Part.FIT, Part.CHOOSE)}
-    with _bar("ridge", "tok", len(text.part)) as bar:
+    with progress("ridge", "tok", len(text.part)) as bar:
         for span in text.spans:
             vectors = text.read(span)
             for kind, of_kind in sums.items():
@@ -264,7 +263,7 @@ def _trained(
         seed=config.seed,
         window=min(window, wanted),
     )
-    with _bar("KL training", "step", config.kl_steps) as bar:
+    with progress("KL training", "step", config.kl_steps) as bar:
 
         def show(step: lens_kl.Step) -> None:
             bar.set_postfix_str(f"mean KL {sum(step.kl) / len(step.kl):.3f}", refresh=False)
@@ -305,7 +304,7 @@ def _measure(
                     sample.extend(v[:_ROUND_TRIP_VECTORS] for v in vectors)
                 yield vectors
 
-    with _bar("measure", "tok", int(mask.sum())) as bar:
+    with progress("measure", "tok", int(mask.sum())) as bar:
         kls, n = mean_kl(batches(), lenses, model.logits, vocabulary=settings.vocabulary, watch=bar.update)
     return kls, n, len(np.unique(text.tokens.document[mask])), sample
 
@@ -336,14 +335,3 @@ def _layers(
 def _options(config: FitLensConfig) -> dict[str, Any]:
     names = (name for name in config.__dataclass_fields__ if name not in ("out", "json", "store"))
     return {name: getattr(config, name) for name in names} | {"store": config.store and config.store.name}
-
-
-def _bar(name: str, unit: str, total: int) -> Any:
-    return tqdm(
-        total=total,
-        desc=name,
-        unit=unit,
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        dynamic_ncols=True,
-    )

@@ -74,27 +74,24 @@ class HarvestResult(NamedTuple):
     """Identifies the data."""
 
 
-def harvest(config: HarvestConfig) -> HarvestResult:
+def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestResult:
     """Make or complete the store that `config` asks for.
 
-    Raises `UsageError` for options that cannot work, `IncompatibleError` where --out is something else, `Interrupted`
-    after a signal, `ResidscopeError` for anything else that the user can act on.
+    model: as `load_to_continue` gives it, where it is loaded already. Raises `UsageError` for options that cannot work,
+    `IncompatibleError` where --out is something else, `Interrupted` after a signal, `ResidscopeError` for anything else
+    that the user can act on.
     """
     begin = time.perf_counter()
     existing = _existing(config)
-    require_local_texts(config)
-    settings = resolve(config)
-    if existing and config.batch_size is None:
-        settings = _with_batch_size_of(config.out, settings)
-    sources = open_sources(config, contents=not existing)
-    record = make_record(config, settings, sources)
+    settings, sources, record = _resolve(config, existing)
     for note in settings.notes:
         print(note, file=sys.stderr)
-    model = None
     if existing:
         store = _reopen(config, settings, record)
     else:
-        model = _load(settings)
+        for source in sources:
+            source.check()
+        model = model or _load(settings)
         store = _plan(config, settings, sources, record, model)
     with store:
         _save_options(config)  # On continuing too: a crash may have come between the store and this file.
@@ -109,6 +106,30 @@ def harvest(config: HarvestConfig) -> HarvestResult:
             filled = fill(store, model, runner, settings.batch_size)
         store.finalize()
         return _result(config, store, filled, time.perf_counter() - begin)
+
+
+def load_to_continue(config: HarvestConfig) -> LoadedModel:
+    """The model that fills what the store at --out lacks, once everything that this needs is found to be there.
+    Nothing is written; raises as `harvest` does."""
+    settings, _, record = _resolve(config, existing=True)
+    refuse_differences(config.out, _provenance(config.out).get("config"), record)
+    return _load(settings)
+
+
+def _resolve(config: HarvestConfig, existing: bool) -> tuple[Settings, tuple[TextSource, ...], dict[str, Any]]:
+    """What `config` amounts to: settings, texts, and the record of them that a store keeps."""
+    require_local_texts(config)
+    settings = resolve(config)
+    if existing and config.batch_size is None:
+        # That of the store, since the default may be another on this device.
+        before = _provenance(config.out).get("config", {}).get("batch_size", settings.batch_size)
+        settings = dataclasses.replace(settings, batch_size=before)
+    sources = open_sources(config, contents=not existing)
+    return settings, sources, make_record(config, settings, sources)
+
+
+def _provenance(out: Path) -> dict[str, Any]:
+    return ActivationStore.open(out, partial=True).meta.provenance
 
 
 def _existing(config: HarvestConfig) -> bool:
@@ -129,12 +150,6 @@ def _existing(config: HarvestConfig) -> bool:
 
 def _is_store(path: Path) -> bool:
     return (path / "zarr.json").is_file() and (path / MANIFEST).is_file()
-
-
-def _with_batch_size_of(out: Path, settings: Settings) -> Settings:
-    """The settings with the batch size of the store at `out`, since the default may be another on this device."""
-    record = ActivationStore.open(out, partial=True).meta.provenance.get("config", {})
-    return dataclasses.replace(settings, batch_size=record.get("batch_size", settings.batch_size))
 
 
 def _reopen(config: HarvestConfig, settings: Settings, record: dict[str, Any]) -> ActivationStore:

@@ -39,6 +39,8 @@ class TextSource:
     """What was asked for."""
     documents: Callable[[], Iterator[str]]
     """Starts the stream anew; raises `ResidscopeError` or `UsageError` where it cannot be read."""
+    check: Callable[[], object] = lambda: None
+    """Reads a document, so that a column that is not there is found before much is done; raises as `documents` does."""
     characters: Callable[[], int | None] = lambda: None
     """About how many characters it has, or None; may read all of it where that takes seconds."""
 
@@ -90,6 +92,7 @@ def _open(choice: TextChoice, seed: int | None, contents: bool) -> TextSource:
             is_local=False,
             choice=choice,
             documents=lambda: _hub_documents(choice, revision, seed),
+            check=lambda: next(_hub_documents(choice, revision, None), None),
         )
 
     def documents() -> Iterator[str]:
@@ -102,6 +105,7 @@ def _open(choice: TextChoice, seed: int | None, contents: bool) -> TextSource:
         is_local=True,
         choice=choice,
         documents=documents if seed is None else lambda: shuffled(documents(), seed),
+        check=lambda: next(documents(), None),
         characters=lambda: sum(path.stat().st_size for path in files) if plain else None,
     )
 

@@ -113,8 +113,8 @@ class ActivationStore:
 
         partial: also open a store that lacks shards (reading one of those raises). writable: take the writer's lock,
         cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. Raises
-        `IncompatibleError` when there is no store, or one of another version, or not all of it; `ResidscopeError` when
-        its metadata or manifest is damaged, or another process is writing it.
+        `UsageError` when there is nothing, `IncompatibleError` when that is no store, or one of another version, or not
+        all of it; `ResidscopeError` when its metadata or manifest is damaged, or another process is writing it.
         """
         path = Path(path)
         require_store(path)
@@ -388,7 +388,9 @@ class ActivationStore:
 
 
 def require_store(path: Path) -> None:
-    """Raise `IncompatibleError` when there is no store at `path`."""
+    """Raise `UsageError` when there is nothing at `path`, `IncompatibleError` when that is no store."""
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such file or folder; make a store with `harvest`")
     if not (path / "zarr.json").is_file() or not (path / FILE).is_file():
         raise IncompatibleError(f"{path}: no activation store is there; make one with `harvest`")
 

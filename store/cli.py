@@ -28,8 +28,8 @@ COMMANDS = {
     "demo": ("analysis.demo", "all three on a small model, start to end"),
 }
 
-REFILL = ("harvest.repair", "refill")
-"""Who fills the missing shards of a store at a path, for `verify --repair`."""
+REFILL = ("harvest.repair", "prepare")
+"""Who can fill the missing shards of a store at a path, for `verify --repair`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,12 +142,12 @@ def _text(provenance: Mapping[str, Any]) -> str:
 def _repair(path: Path, as_json: bool) -> int:
     from store.repair import repair
 
-    def refill(store: Path) -> None:
+    def prepare(store: Path) -> Callable[[], object]:
         module, function = REFILL
-        getattr(importlib.import_module(module), function)(store)
+        return getattr(importlib.import_module(module), function)(store)
 
     with _progress() as show:
-        done = repair(path, refill, progress=show)
+        done = repair(path, prepare, progress=show)
     if as_json:
         found = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
         print(json.dumps({"path": str(path), **found}))

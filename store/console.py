@@ -9,8 +9,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from store.errors import Interrupted, ResidscopeError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def run_command(
@@ -108,6 +112,32 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
+
+
+def progress(name: str, unit: str, total: int, *, done: int = 0) -> "tqdm[Any]":
+    """A progress bar on a terminal; elsewhere, in a log, a plain line every half a minute."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        how: dict[str, Any] = {"mininterval": 0.5, "dynamic_ncols": True}
+    else:
+        form = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} {unit}, {remaining} left, {rate_fmt}{postfix}"
+        how = {"mininterval": _LOG_SECONDS, "delay": _LOG_SECONDS, "bar_format": form, "file": _Lines()}
+    return tqdm(total=total, initial=done, desc=name, unit=unit, unit_scale=True, **how)
+
+
+_LOG_SECONDS = 30.0
+
+
+class _Lines:
+    """Stderr for a bar that writes over itself: each of its states becomes a line."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Every line is flushed."""
 
 
 def human_bytes(n: float) -> str:

@@ -33,13 +33,17 @@ class Repaired:
 
 
 def repair(
-    path: Path, refill: Callable[[Path], object], *, progress: Callable[[int, int], None] | None = None
+    path: Path,
+    prepare: Callable[[Path], Callable[[], object]],
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Repaired:
-    """Make the store at `path` whole; `refill` is called with it to fill the shards that its manifest lacks.
+    """Make the store at `path` whole; `prepare`, called with it, gives what fills the shards that its manifest lacks.
 
     progress: as for `verify`. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when another
-    process is writing it, when something is damaged that no model gives back (nothing is changed then), and when a
-    shard comes back with other bytes than it had (it is left missing then, and a plain `harvest` takes the new bytes).
+    process is writing it, when something is damaged that no model gives back (nothing is changed then, nor when
+    `prepare` raises), and when a shard comes back with other bytes than it had (it is left missing then, and a plain
+    `harvest` takes the new bytes).
     """
     require_store(path)
     with WriterLock(path, path):
@@ -49,12 +53,14 @@ def repair(
             raise ResidscopeError(
                 f"{path}: {lost[0]}. No model gives that back: copy the file from a backup, or harvest into a new store"
             )
+        bad = {bad.index for bad in found if bad.index is not None}
+        refill = prepare(path) if bad else None
         old = _keep_lines(path, read_manifest(path))
-        forget_lines(path, {bad.index for bad in found if bad.index is not None})
+        forget_lines(path, bad)
     with ActivationStore.open(path, partial=True) as store:
         refilled = store.missing_shards()
-    if refilled:
-        refill(path)
+    if refill is not None:
+        refill()
     with ActivationStore.open(path, writable=True) as store:
         store.finalize()
         manifest = read_manifest(path)

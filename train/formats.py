@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.errors import IncompatibleError, UsageError
 from store.files import atomic_write
 from train.damage import check_records, check_weights
 from train.formats_hub import HUB_ID, fetch, last_metrics, model_card, push_to_hub
@@ -89,17 +89,21 @@ class Written(NamedTuple):
     """What the format cannot say, in words for the user."""
 
 
+_FILE_KINDS = (".pt", ".safetensors")
+"""What ends so is a file, and no repository, though `demo/ckpt.pt` looks like OWNER/NAME."""
+
+
 def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> tuple[MLSAE, Origin]:
     """The autoencoder in `source`: a checkpoint file, a folder in any known format, or a hub id (`owner/name`).
 
     subfolder: which of several, such as sparsify's "layers.3"; may be left out where there is one. revision: branch,
-    tag or commit on the hub. Raises `ResidscopeError` where nothing is found, `IncompatibleError` for what cannot be
-    represented or is damaged, `UsageError` where there are several and none was chosen.
+    tag or commit on the hub. Raises `UsageError` where nothing is found, or several and none was chosen,
+    `ResidscopeError` where the hub does not answer, `IncompatibleError` for what cannot be represented or is damaged.
     """
     path = Path(source)
-    on_hub = not path.exists() and HUB_ID.fullmatch(str(source)) is not None
+    on_hub = not path.exists() and HUB_ID.fullmatch(str(source)) is not None and path.suffix not in _FILE_KINDS
     if not on_hub and not path.exists():
-        raise ResidscopeError(
+        raise UsageError(
             f"{source}: no such file or folder; give a checkpoint, a folder, or the owner/name of a hub repository"
         )
     if on_hub:

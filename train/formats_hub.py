@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from store.errors import ResidscopeError
+from store.errors import ResidscopeError, UsageError
 from train.sae import Checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -23,28 +23,30 @@ UPLOADED = ("*.safetensors", "*.json", "*.jsonl", "*.md", "*.png")
 def fetch(repo_id: str, *, revision: str | None = None, patterns: Sequence[str]) -> Path:
     """The local folder with those files of hub repository `repo_id` that match `patterns`; files it lacks are no error.
 
-    Raises `ResidscopeError` without a network (and no cached copy), or where there is no such repository or revision.
+    Raises `UsageError` where there is no such repository or revision, `ResidscopeError` where it may not be read, or
+    without a network (and no cached copy).
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    kind = ResidscopeError
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError:
         reason = "its owner asks for consent: give it on the model's page and log in with `hf auth login`"
     except RevisionNotFoundError:
-        reason = "the repository has no such revision"
+        kind, reason = UsageError, "the repository has no such revision"
     except RepositoryNotFoundError:
-        reason = "the hub has no such repository (a private one needs `hf auth login`)"
+        kind, reason = UsageError, "the hub has no such repository (a private one needs `hf auth login`)"
     except ValueError as error:  # no valid repository id
-        reason = _first_line(error)
+        kind, reason = UsageError, _first_line(error)
     except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
         reason = (
             f"it is not in the local cache and the hub cannot be reached ({_first_line(error)}): connect, or copy the "
             "folder here and give its path"
         )
-    raise ResidscopeError(f"{repo_id}{at}: no such local file or folder, and from the hub: {reason}")
+    raise kind(f"{repo_id}{at}: no such local file or folder, and from the hub: {reason}")
 
 
 def push_to_hub(

@@ -97,7 +97,7 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
         specs = _specs(config, store)
         for spec in specs:
             check_output(spec.config)
-        saved = [_saved(spec.config) for spec in specs]
+        saved = _saved(specs)
         set_threads(config, saved)
         shared = _shared(config, store)
         plans = [make_plan(spec.config, store, shared.split, spec.layer) for spec in specs]
@@ -108,7 +108,9 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
         left: list[tuple[Run, Checkpoint | None]] = []
         for index, (spec, plan, checkpoint) in enumerate(zip(specs, plans, saved, strict=True)):
             if checkpoint is not None and checkpoint.trainer["finished"]:
-                say(f"{spec.config.out} is finished ({plan.steps} steps): nothing to do")
+                sound = math.isfinite(checkpoint.trainer["metrics"]["loss"] or 0)
+                how = "" if sound else ", and its loss was no number: start it anew by itself, with a lower --lr"
+                say(f"{spec.config.out} is finished ({plan.steps} steps): nothing to do{how}")
                 trainers[index] = checkpoint.trainer
             else:
                 left.append((Run(spec, plan, shared), checkpoint))
@@ -119,7 +121,8 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
     seconds = time.perf_counter() - began
     results = [_result(*pair, trainers[i], seconds) for i, pair in enumerate(zip(specs, plans, strict=True))]
     for index, result in enumerate(results):
-        if math.isfinite(result.metrics["loss"] or 0):  # of weights that diverged there is nothing to give away
+        validated = 0 if result.validation is None else result.validation.fvu
+        if math.isfinite((result.metrics["loss"] or 0) + validated):  # what diverged is nothing to give away
             write_outputs(result, anew=index not in finished)
     if config.push_to_hub is not None:
         say(f"uploaded to {push(results, config.push_to_hub, private=config.hub_private, license=config.hub_license)}")
@@ -155,8 +158,14 @@ def _shared(config: TrainConfig, store: ActivationStore) -> Shared:
     )
 
 
-def _saved(config: TrainConfig) -> Checkpoint | None:
-    return load_checkpoint(config.out) if config.resume and config.out.exists() else None
+def _saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
+    """What a --resume finds of each run. A run that diverged among others must not keep them from going on."""
+    return [
+        load_checkpoint(spec.config.out, finite=len(specs) == 1)
+        if spec.config.resume and spec.config.out.exists()
+        else None
+        for spec in specs
+    ]
 
 
 def _result(spec: RunSpec, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> TrainResult:
@@ -231,7 +240,7 @@ class _Stream:
     def measure(self) -> DryRun:
         """Time some steps without writing anything."""
         plan = self.plan
-        self._announce()
+        self._announce(memory_too=False)  # the result says it
         self._start()
         meta = self.shared.store.meta
         memory = memory_estimate([run.plan for run in self.runs], self.shared.store, int(self.config.tile_mb * 1e6))
@@ -284,6 +293,8 @@ class _Stream:
         for run in self.runs:
             # Popped, so that a checkpoint's optimiser is not held beside the run's own.
             run.start(self.saved.pop(run) or found[run.plan.sae_config.standardize, run.position])
+        if all(run.diverged for run in self.runs) and len(self.runs) == self.n_runs:
+            self._stop_or_warn(self.runs)
         self.step = self.logged = min(run.step for run in self.runs)
 
     def _loader(self, seed: int, window_bytes: int, *, epochs: int, start_batch: int = 0) -> WindowLoader:
@@ -363,7 +374,7 @@ class _Stream:
     def _outputs(self) -> str:
         return f"{self.config.out} is" if self.n_runs == 1 else f"{counted(self.n_runs, 'checkpoint')} are"
 
-    def _announce(self) -> None:
+    def _announce(self, *, memory_too: bool = True) -> None:
         """Say once what will run, on what, and how much memory it takes; refuse what does not fit."""
         plan, plans = self.plan, [run.plan for run in self.runs]
         device = self.shared.device
@@ -374,9 +385,10 @@ class _Stream:
             f"layers of d_model {plan.d_model}; {plan.steps:,} steps of {plan.batch_size:,} vectors "
             f"({plan.vectors / plan.vectors_per_epoch:.3g} epochs)"
         )
+        takes = f"; memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
         say(
-            f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads; "
-            f"memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
+            f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads"
+            + (takes if memory_too else "")
         )
         way_out = "lower --expansion-factor, --batch-size or --window-gb"
         if self.n_runs > 1:

@@ -81,7 +81,8 @@ def auxk(
     - e_hat has no b_pre: the target is the error, from which b_pre has cancelled (their code adds it on both sides);
     - same space as the main loss: the row weights are the main loss's own;
     - normalised by the error's variance in that space, about its mean over the batch (docs/method.md); where that is
-      zero or not a number the loss and its gradients are zero (their code's nan_to_num).
+      zero the loss and its gradients are zero. An error that is no number stays one (their code's nan_to_num hides
+      it), so that a divergence is seen.
 
     Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D.
     """

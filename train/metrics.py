@@ -41,16 +41,19 @@ class Stopwatch:
 class MetricsWindow:
     """Sums over the steps since the last logged one."""
 
-    def __init__(self, raw_denominators: Tensor) -> None:
-        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space: FVU is always measured there."""
+    def __init__(self, raw_denominators: Tensor, *, sparsity: bool = False) -> None:
+        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space: FVU is always measured there. sparsity: whether
+        there is a sparsity term to tell of."""
         self._raw_denominators = raw_denominators
+        self._means = ("loss", "auxk", "sparsity") if sparsity else ("loss", "auxk")
         self._sums: dict[str, Tensor] = {}
         self.clear()
 
     def clear(self) -> None:
         """Start a new window."""
         device, n_layers = self._raw_denominators.device, len(self._raw_denominators)
-        shapes = {"steps": (), "loss": (), "auxk": (), "active": (), "vectors": (n_layers,), "error": (n_layers,)}
+        means = dict.fromkeys(self._means, ())
+        shapes = {"steps": (), **means, "active": (), "vectors": (n_layers,), "error": (n_layers,)}
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
     def add(self, layer: Tensor, standardized: Standardized, result: StepResult) -> None:
@@ -58,25 +61,27 @@ class MetricsWindow:
         sums = self._sums
         raw_error = result.squared_error.double() * standardized.std.squeeze(1).double().square()
         sums["steps"] += 1
-        sums["loss"] += result.loss.double()
-        sums["auxk"] += result.auxk.double()
+        for name in self._means:
+            sums[name] += getattr(result, name).double()
         sums["active"] += result.active
         sums["vectors"].index_add_(0, layer, torch.ones_like(raw_error))
         sums["error"].index_add_(0, layer, raw_error)
 
     def line(self) -> dict[str, Any]:
-        """Means over the window: loss, auxk, fvu, fvu_per_layer (null for a layer without rows), l0."""
+        """Means over the window: loss, fvu, fvu_per_layer (null for a layer without rows), l0, auxk, sparsity."""
         sums = self._sums
         if not sums["steps"]:  # one layer alone, and none of its vectors came
-            return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, "auxk": None}
+            nothing = dict.fromkeys(self._means)
+            return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, **nothing}
+        means = {name: (sums[name] / sums["steps"]).item() for name in self._means}
         fvu = sums["error"] / sums["vectors"] / self._raw_denominators
         seen = sums["vectors"] > 0
         return {
-            "loss": (sums["loss"] / sums["steps"]).item(),
+            "loss": means["loss"],
             "fvu": fvu[seen].mean().item(),
             "fvu_per_layer": [value if there else None for value, there in zip(fvu.tolist(), seen, strict=True)],
             "l0": (sums["active"] / sums["vectors"].sum()).item(),
-            "auxk": (sums["auxk"] / sums["steps"]).item(),
+            **means,
         }
 
     @property
@@ -91,7 +96,8 @@ class MetricsWindow:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's sums."""
         for name, value in self._sums.items():
-            value.copy_(state[name])
+            if name in state:  # checkpoints from before the sparsity term was counted lack it
+                value.copy_(state[name])
 
 
 class MetricsFile:

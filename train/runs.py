@@ -154,7 +154,7 @@ class Run:
         self._optimizer = SphereAdam(self._sae, self._kernels)
         raw = plan.loss_space == "raw"
         self._denominators = self._statistics.raw if raw else self._statistics.standardized
-        self._window = MetricsWindow(self._statistics.raw)
+        self._window = MetricsWindow(self._statistics.raw, sparsity=plan.activation in ("jumprelu", "relu"))
         if saved is not None:
             self._continue(saved.trainer)
 
@@ -166,6 +166,7 @@ class Run:
         self._dead.silent.copy_(trainer["silent"])
         self._window.load_state_dict(trainer["window"])
         self.metrics = trainer["metrics"]
+        self.diverged = not math.isfinite(self.metrics.get("loss") or 0)
         before = trainer["validation"]
         self.validated = None if before is None else Validation(**before)
         say(f"resuming {self.path} after step {self.step} of {self.plan.steps}")

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.errors import IncompatibleError, UsageError
 from store.files import sync
 from train.damage import check_records, check_weights
 from train.encode import TILE_BYTES, encode_tiled
@@ -288,10 +288,11 @@ def _interned(value: Any) -> Any:
     return value
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
     """Read a checkpoint; only tensors and plain values are accepted, so that a file from a stranger cannot run code.
 
-    Raises `ResidscopeError` if there is no such file, `IncompatibleError` if it is no whole checkpoint of this format.
+    finite: refuse weights that are no numbers. Raises `UsageError` if there is no such file, `IncompatibleError` if it
+    is no whole checkpoint of this format.
     """
     content = _read_safely(Path(path))
     version = content.get("format")
@@ -316,14 +317,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     sae = MLSAE(config)
     sae.load_state_dict({name: content["state_dict"][name] for name in expected})
     store, trainer = content.get("store") or {}, content.get("trainer") or {}
-    check_weights(sae.state_dict(), str(path))
+    if finite:
+        check_weights(sae.state_dict(), str(path))
     check_records(store, trainer, str(path))
     return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
 
 
 def _read_safely(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ResidscopeError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
+        raise UsageError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
     if not zipfile.is_zipfile(path):
         raise IncompatibleError(f"{path}: refused: no checkpoint, or one cut short (a bare pickle is never loaded)")
     try:

@@ -145,6 +145,10 @@ def screen_rows(start, stop, product, latent_scale, row_scale, margin, centred, 
     found, guess, exact = np.empty(m, np.int32), np.empty(m, np.float32), np.empty(m, np.float32)
     for n in range(start, stop):
         row, own = product[n], centred[n]
+        if not own.any():  # all products are equal, and ranking them would take time with the square of m
+            for i in range(k):
+                values[n, i], indices[n, i] = np.float32(0), i
+            continue
         for j in range(m):
             estimate[j] = np.float32(row[j]) * latent_scale[j]
         _group_maxima(estimate, maxima)

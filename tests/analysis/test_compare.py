@@ -153,7 +153,7 @@ def test_names_take_as_many_parts_as_tell_runs_apart():
 
 @pytest.mark.parametrize(
     ("content", "code", "words"),
-    [(None, 1, "no summary.json"), ("{", 3, "not valid JSON"), ('{"schema_version": 0}', 3, "schema_version is 0")],
+    [(None, 3, "no summary.json"), ("{", 3, "not valid JSON"), ('{"schema_version": 0}', 3, "schema_version is 0")],
 )
 def test_what_is_no_analysis_is_one_clear_line(tmp_path, capsys, content, code, words):
     (tmp_path / "x").mkdir()

@@ -181,6 +181,19 @@ def test_a_disk_that_fills_up_while_writing(command: Harvest, monkeypatch: pytes
     assert command().code == 0
 
 
+def test_a_column_that_is_not_there_is_found_before_the_weights_load(
+    command: Harvest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harvest import run
+
+    (tmp_path / "rows.jsonl").write_text('{"content": "x"}\n')
+    monkeypatch.setattr(run, "load_model", lambda *args, **options: pytest.fail("the weights are loaded"))
+    for changes in ({}, {"shuffle_documents": 3}):
+        found = command(dataset="rows.jsonl", **changes)
+        assert found.code == 2
+        assert "no column 'text'" in found.error
+
+
 def test_another_configuration_is_exit_code_3(command: Harvest) -> None:
     assert command().code == 0
     found = command(max_tokens=100)

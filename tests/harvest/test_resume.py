@@ -10,7 +10,7 @@ import pytest
 
 from harvest import run
 from harvest.hub import HubRepo
-from harvest.repair import refill
+from harvest.repair import prepare
 from harvest.resolve import make_record
 from harvest.run import harvest
 from store.activations import ActivationStore
@@ -224,10 +224,10 @@ def test_a_store_from_before_an_option_existed_is_continued_and_repaired(config:
         re.sub(r"^(dataset|split|text_column) = \[(.*)\]$", r"\1 = \2", toml.read_text(), flags=re.MULTILINE)
     )
     assert re.search(r'^split = "train"$', toml.read_text(), re.MULTILINE)
-    refill(options.out)
+    prepare(options.out)()
     assert verify(options.out) == []
     (options.out / "resid_post/c.2.0.0").unlink()
-    assert repair(options.out, refill).proven == [2]
+    assert repair(options.out, prepare).proven == [2]
     for change in ({"shuffle_documents": 3}, {"pack": False}):
         with pytest.raises(IncompatibleError, match=r"shuffle_documents is None there|pack is True there"):
             harvest(config(**change))

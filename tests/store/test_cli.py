@@ -74,6 +74,9 @@ def test_info_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = capsys.readouterr()
     assert found.out == ""
     assert found.err == f"residscope info: error: {tmp_path}: no activation store is there; make one with `harvest`\n"
+    for command in (["info"], ["verify"], ["verify", "--repair"]):
+        assert main([*command, str(tmp_path / "none")]) == 2
+        assert f"{tmp_path}/none: there is no such file or folder" in capsys.readouterr().err
 
 
 def test_verify(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

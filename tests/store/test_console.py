@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from store.console import counted, human_bytes, human_seconds, run_command, stop_on_signals
+from store import console
+from store.console import counted, human_bytes, human_seconds, progress, run_command, stop_on_signals
 from store.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 
 
@@ -116,3 +117,18 @@ def test_a_signal_that_comes_at_once_is_noted(monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(signal, "signal", with_signal)
     with stop_on_signals() as stopped:
         assert stopped()
+
+
+def test_off_a_terminal_a_bar_is_a_plain_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("harvest", "tok", 2000) as bar:
+        bar.update(1000)
+    assert capsys.readouterr().err == ""  # done within half a minute
+    monkeypatch.setattr(console, "_LOG_SECONDS", 0.0)
+    with progress("harvest", "tok", 2000) as bar:
+        bar.update(1000)
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    assert err.splitlines()[0].startswith("harvest: 0 %, 0.00 of 2.00k tok, ")
+    assert err.splitlines()[-1].startswith("harvest: 50 %, 1.00k of 2.00k tok, ")

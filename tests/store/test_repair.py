@@ -34,6 +34,10 @@ def path(tmp_path: Path, whole: Path) -> Path:
     return tmp_path / "a.zarr"
 
 
+def filler(path: Path) -> Callable[[], object]:
+    return lambda: fill(path)
+
+
 def flip(file: Path, at: int) -> None:
     data = bytearray(file.read_bytes())
     data[at] ^= 16
@@ -76,7 +80,7 @@ def lines_of(path: Path) -> list[bytes]:
 def test_the_store_has_the_bytes_that_it_had(path: Path, whole: Path, fault: str) -> None:
     damage, refilled, proven = FAULTS[fault]
     damage(path)
-    done = repair(path, fill)
+    done = repair(path, filler)
     assert (done.refilled, done.proven) == (refilled, proven)
     assert files_of(path) == files_of(whole)
     assert not verify(path)
@@ -91,7 +95,7 @@ def test_the_order_of_lines_that_several_workers_left_is_kept(tmp_path: Path) ->
         store.finalize()
     before = files_of(path)
     (path / "resid_post/c.0.0.0").unlink()
-    assert repair(path, fill).proven == [0]
+    assert repair(path, filler).proven == [0]
     assert files_of(path) == before
 
 
@@ -104,8 +108,8 @@ def test_death_at_any_step_of_a_repair(tmp_path: Path, whole: Path) -> None:
         shutil.copytree(whole, path)
         flip(path / SHARD, 50)
         (path / "resid_post/c.2.0.0").unlink()
-        died = run_and_die(lambda: repair(path, fill), calls)
-        repair(path, fill)
+        died = run_and_die(lambda: repair(path, filler), calls)
+        repair(path, filler)
         assert files_of(path) == files_of(whole)
     assert calls > 30
 
@@ -119,7 +123,7 @@ def test_a_model_that_gives_other_bytes_is_found_out(path: Path, whole: Path) ->
 
     flip(path / SHARD, 50)
     with pytest.raises(ResidscopeError, match=r"shards \[1\] come back with other bytes"):
-        repair(path, other)
+        repair(path, lambda path: lambda: other(path))
     assert ActivationStore.open(path, partial=True).missing_shards() == [1]
     fill(path)  # A plain run takes what its model gives.
     assert not verify(path)
@@ -131,21 +135,34 @@ def test_what_no_model_gives_back_is_left_alone(path: Path, name: str) -> None:
     flip(path / name, 5)
     before = files_of(path)
     with pytest.raises(ResidscopeError, match=f"{name}: the file is not what was written. No model"):
-        repair(path, fill)
+        repair(path, filler)
     assert files_of(path) == before
 
 
 def test_a_lost_header_is_no_shards(path: Path) -> None:
     flip(path / FILE, 3)
     with pytest.raises(ResidscopeError, match=r"header is damaged\. No model"):
-        repair(path, fill)
+        repair(path, filler)
+
+
+def test_nothing_is_changed_before_there_is_something_to_fill_it_with(path: Path) -> None:
+    flip(path / SHARD, 50)
+    before = files_of(path)
+
+    def cannot(path: Path) -> Callable[[], object]:
+        raise ResidscopeError("no model")
+
+    with pytest.raises(ResidscopeError, match="no model"):
+        repair(path, cannot)
+    assert files_of(path) == before
+    assert ActivationStore.open(path).missing_shards() == []
 
 
 def test_one_at_a_time(path: Path, tmp_path: Path) -> None:
     with WriterLock(path, path), pytest.raises(ResidscopeError, match="another process is writing"):
-        repair(path, fill)
+        repair(path, filler)
     with pytest.raises(IncompatibleError, match="no activation store"):
-        repair(tmp_path, fill)
+        repair(tmp_path, filler)
     assert not (tmp_path / "manifest").exists()
 
 
@@ -153,7 +170,7 @@ def test_the_command(
     path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, function = REFILL
-    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{function: fill}))
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{function: filler}))
     flip(path / SHARD, 50)
     assert main(["verify", str(path), "--repair"]) == 0
     assert capsys.readouterr().out.splitlines() == [

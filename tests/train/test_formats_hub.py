@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ResidscopeError, match="no such file or folder"):
-        read_sae(tmp_path / "none")
+    for name in (tmp_path / "none", "demo/ckpt.pt"):  # the second is nothing that a hub could have
+        with pytest.raises(UsageError, match="no such file or folder"):
+            read_sae(name)
     with pytest.raises(IncompatibleError, match="holds no autoencoder"):
         read_sae(tmp_path)
     (tmp_path / "cfg.json").write_text("{}")
@@ -163,7 +164,7 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_convert_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "none.pt"), str(tmp_path / "out"), "--to", "mlsae"]) == 1
+    assert main([str(tmp_path / "none.pt"), str(tmp_path / "out"), "--to", "mlsae"]) == 2
     write_sae(make_sae(), tmp_path / "a", "mlsae")
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "saelens"]) == 0
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "saelens"]) == 2

@@ -243,7 +243,7 @@ def test_a_resume_on_other_data_is_refused(config: TrainConfig, tmp_path: Path) 
     ("changes", "error", "message"),
     [
         ({"k": 41}, UsageError, "k is 41, but there are only 40 latents"),
-        ({"store": Path("nowhere.zarr")}, IncompatibleError, "no activation store"),
+        ({"store": Path("nowhere.zarr")}, UsageError, "nowhere.zarr: there is no such file or folder"),
         ({"layers": (1, 7)}, UsageError, "does not hold layer 7; it holds 0 1 2"),
         ({"device": "gpu"}, UsageError, "no such kind of device"),
         ({"device": "cuda:99"}, UsageError, "CUDA devices"),

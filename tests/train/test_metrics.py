@@ -53,16 +53,18 @@ def test_two_runs_cannot_write_one_checkpoint(tmp_path: Path) -> None:
 
 def test_window_by_hand() -> None:
     """Two layers of raw denominators 4 and 100; a standardised error counts times the row's own variance."""
-    window = MetricsWindow(torch.tensor([4.0, 100.0], dtype=torch.float64))
+    denominators = torch.tensor([4.0, 100.0], dtype=torch.float64)
+    window, plain = MetricsWindow(denominators, sparsity=True), MetricsWindow(denominators)
     codes = SparseCodes(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.zeros(2, 2, dtype=torch.int64))
     nothing = Weights(*(torch.zeros(1),) * 3)
-    nought = torch.tensor(0.0)
+    sparsity = torch.tensor(0.7)
     for loss in (0.5, 1.5):
         standardized = Standardized(torch.zeros(2, 3), torch.zeros(2, 1), torch.tensor([[1.0], [10.0]]))
         result = StepResult(
-            nothing, codes, torch.tensor([2.0, 0.25]), torch.tensor(loss), torch.tensor(0.1), torch.tensor(3), nought
+            nothing, codes, torch.tensor([2.0, 0.25]), torch.tensor(loss), torch.tensor(0.1), torch.tensor(3), sparsity
         )
-        window.add(torch.tensor([0, 1]), standardized, result)
+        for each in (window, plain):
+            each.add(torch.tensor([0, 1]), standardized, result)
     assert window.vectors == 4
     line = window.line()
     assert line["fvu_per_layer"] == pytest.approx([2 / 4, 25 / 100])
@@ -70,6 +72,8 @@ def test_window_by_hand() -> None:
     assert line["loss"] == pytest.approx(1.0)
     assert line["auxk"] == pytest.approx(0.1)
     assert line["l0"] == pytest.approx(1.5)
+    assert line.pop("sparsity") == pytest.approx(0.7)
+    assert line == plain.line()  # where there is no such term, none is told of
 
 
 def test_a_layer_without_rows_is_null() -> None:

@@ -214,7 +214,9 @@ def test_a_dry_run_tells_and_writes_nothing(config: TrainConfig, capsys: pytest.
     assert found["measured_steps"] == 7
     assert found["seconds"] == pytest.approx(9 * found["seconds_per_step"])
     assert main(command) == 0
-    assert "nothing was written" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "nothing was written" in printed.out
+    assert (printed.out + printed.err).count("memory") == 1
     assert not config.out.parent.exists()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.errors import IncompatibleError, UsageError
 from train.sae import MLSAE, SAEConfig, encode_tiled, load_checkpoint, save_checkpoint, standardize
 
 
@@ -184,7 +184,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(writer: str, tmp_path: 
 
 
 def test_no_checkpoint() -> None:
-    with pytest.raises(ResidscopeError, match="no such checkpoint"):
+    with pytest.raises(UsageError, match="no such checkpoint"):
         load_checkpoint(Path("nowhere.pt"))
 
 

@@ -1,5 +1,7 @@
 """The 8-bit screen finds the very latents that a float64 product ranks highest, outliers or not."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,17 @@ def test_equal_values_come_by_ascending_latent_and_a_vector_of_zeros_has_none():
     values, indices = Screen(rows).topk_relu(torch.stack([torch.ones(32), torch.zeros(32), -torch.ones(32)]), 2)
     assert indices.tolist() == [[0, 1]] * 3
     assert values.tolist() == [[32, 32], [0, 0], [0, 0]]
+
+
+def test_vectors_of_zeros_take_no_longer_than_others():
+    rows = torch.randn(30_000, 32, generator=torch.Generator().manual_seed(0))
+    screen = Screen(rows)
+    screen.topk_relu(torch.zeros(1, 32), 4)  # compiles
+    started = time.perf_counter()
+    values, indices = screen.topk_relu(torch.zeros(200, 32), 4)
+    assert time.perf_counter() - started < 10  # ranking 30,000 equal products 200 times takes a minute and more
+    assert indices.tolist() == [[0, 1, 2, 3]] * 200
+    assert not values.any()
 
 
 def test_an_estimate_that_is_further_off_than_its_margin_says_widens_the_margin():

@@ -1,6 +1,7 @@
 """Many runs from one stream: the same bits as alone, the data read once, and what a sweep refuses."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from store.activations import ActivationStore
-from store.errors import Interrupted, UsageError
+from store.errors import IncompatibleError, Interrupted, UsageError
 from tests.support.stores import make_store, random_activations
 from train import loop
 from train.cli import main
@@ -217,3 +218,22 @@ def test_the_table_has_a_row_for_each_run_and_layer(
         assert set(mine["fvu_mean"]) == {run["validation"]["fvu"]}
         assert set(mine["dead_fraction"]) == {run["training"]["dead_fraction"]}
         assert f"{run['validation']['fvu']:.3f}" in printed.err.splitlines()[-3 + index]
+
+
+def test_a_run_that_ended_in_a_divergence_does_not_keep_the_others_from_going_on(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = replace(config, sweep=("lr=0.001,1e30",), warmup_fraction=0.0, loss_space="raw")
+    good, bad = train_all(sweep)
+    assert not math.isfinite(bad.metrics["loss"])
+    before = good.checkpoint.read_bytes(), bad.checkpoint.read_bytes()
+
+    good.checkpoint.unlink()  # as if it had been killed before it was saved
+    capsys.readouterr()
+    train_all(replace(sweep, resume=True))
+    assert (good.checkpoint.read_bytes(), bad.checkpoint.read_bytes()) == before
+    assert f"{bad.checkpoint} is finished (17 steps): nothing to do, and its loss was no number" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(IncompatibleError, match="the training diverged"):
+        train(replace(bad.spec.config, resume=True))
