@@ -29,7 +29,7 @@ from train.kernels_topk import cut_to_largest, kth_largest, sort_candidates
 _GROUP = 24
 """Blocks that a thread takes through all panels: so many that reading a panel is a small part of using it."""
 
-_ROOM = 96
+_ROOM = 64
 """Candidates beyond k before a row is cut."""
 
 
@@ -54,12 +54,23 @@ def fused_topk_relu(left: Tensor, right: Tensor, k: int, bias: Tensor | None = N
         *packed,
         *product.right,
         padded_bias,
+        _ranks(m, k),
         k,
         values.view(torch.int32).numpy(),
         indices.numpy(),
         left_out,
     )
     return SparseCodes(values, indices), torch.from_numpy(left_out).nonzero().squeeze(1)
+
+
+def _ranks(m: int, k: int) -> np.ndarray[Any, Any]:
+    """How many candidates a cut leaves after each panel, int64 [q]: as many of a row's k largest as may be so far.
+
+    k shared evenly, five standard deviations and six more: for latents in any order but a contrived one, one row in
+    millions has more, and so too few in the end.
+    """
+    share = k * np.minimum(1, PANEL * np.arange(1, -(-m // PANEL) + 1) / m)
+    return np.minimum(k, np.ceil(share + 5 * np.sqrt(share) + 6)).astype(np.int64)
 
 
 @intrinsic
@@ -114,7 +125,7 @@ def _cut(keys, latents, n, k):
 
 
 @compiled
-def _topk_blocks(start, stop, left, unscale_left, right, unscale_right, bias, k, value_bits, indices, left_out):
+def _topk_blocks(start, stop, left, unscale_left, right, unscale_right, bias, ranks, k, value_bits, indices, left_out):
     """Rows of the blocks start..stop: the bits of values [N, k], indices [N, k], and whether a row was left out [N]."""
     n = indices.shape[0]
     room = k + _ROOM + PANEL
@@ -135,7 +146,7 @@ def _topk_blocks(start, stop, left, unscale_left, right, unscale_right, bias, k,
         found[:] = 0
         bounds[:] = 0
         for q in range(right.shape[0]):
-            columns = 4 * PANEL * q
+            columns, rank = 4 * PANEL * q, ranks[q]
             for b in range(first, last):
                 block_sums(left[b], right[q], sums)
                 for r in range(min(ROWS, n - b * ROWS)):
@@ -156,8 +167,8 @@ def _topk_blocks(start, stop, left, unscale_left, right, unscale_right, bias, k,
                         latents[place, count] = q * PANEL + j
                         count += 1
                         hits &= hits - np.uint32(1)
-                    if count > k + _ROOM:
-                        count, bound_bits[place] = _cut(keys[place], latents[place], count, k)
+                    if count > rank + _ROOM:
+                        count, bound_bits[place] = _cut(keys[place], latents[place], count, rank)
                     found[place] = count
         for place in range(min((last - first) * ROWS, n - first * ROWS)):
             row, count = first * ROWS + place, found[place]
