@@ -278,6 +278,47 @@ def block_sums(left, right, sums):
         )
 
 
+@intrinsic
+def _will_write(typing_context: Any, address: Any) -> Any:
+    """Fetch a panel's part of a row of results, 128 bytes, while there is other work: a write to memory that is far
+    away stops the core for longer than a block's products take to be written."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i32, address = ir.IntType(32), arguments[0]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for offset in range(0, 4 * PANEL, 64):
+            line = builder.inttoptr(
+                builder.add(address, ir.Constant(ir.IntType(64), offset)), ir.IntType(8).as_pointer()
+            )
+            builder.call(fetch, [line, i32(1), i32(3), i32(1)])  # to be written, into the nearest cache, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@intrinsic
+def _store_row(typing_context: Any, sums: Any, unscale: Any, scale: Any, out: Any) -> Any:
+    """out [32] = sums [32] * scale * unscale [32]; all but `scale` are addresses of float32 numbers."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, unscale, scale, out = arguments
+        floats, i32 = ir.VectorType(ir.FloatType(), _LANES), ir.IntType(32)
+        none = ir.Constant(floats, ir.Undefined)
+        zeros = ir.Constant(ir.VectorType(i32, _LANES), [0] * _LANES)
+        scales = builder.shuffle_vector(builder.insert_element(none, scale, i32(0)), none, zeros)
+        for j in range(_VECTORS):
+            from_, by, to = (
+                builder.inttoptr(builder.add(address, ir.Constant(ir.IntType(64), 64 * j)), floats.as_pointer())
+                for address in (sums, unscale, out)
+            )
+            number = builder.fmul(builder.load(from_, align=4), scales)
+            builder.store(builder.fmul(number, builder.load(by, align=4)), to, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64), emit
+
+
 @compiled
 def _product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
     """Units start..stop of out [n, m]; a unit is 16 blocks of rows by 8 panels, so that both stay in a core's cache."""
@@ -289,8 +330,18 @@ def _product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
         for q in range(first_panel, min(first_panel + _UNIT_PANELS, right.shape[0])):
             columns = min(PANEL, m - q * PANEL)
             for b in range(first_block, min(first_block + _UNIT_BLOCKS, left.shape[0])):
+                for r in range(b * ROWS, min((b + 1) * ROWS, n)):
+                    _will_write(out[r].ctypes.data + 4 * PANEL * q)  # pyright: ignore[reportCallIssue]
                 block_sums(left[b], right[q], sums)
                 for r in range(min(ROWS, n - b * ROWS)):
                     row, scale = out[b * ROWS + r], unscale_left[b * ROWS + r]
+                    if columns == PANEL:
+                        _store_row(  # pyright: ignore[reportCallIssue]
+                            sums.ctypes.data + 4 * PANEL * r,
+                            unscale_right.ctypes.data + 4 * PANEL * q,
+                            scale,
+                            row.ctypes.data + 4 * PANEL * q,
+                        )
+                        continue
                     for j in range(columns):
                         row[q * PANEL + j] = sums[r, j] * scale * unscale_right[q * PANEL + j]
