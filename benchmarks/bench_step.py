@@ -9,9 +9,11 @@ every mode it has, of which the faster counts. The peers live in an environment 
 makes; without it they are left out, and a line says so. Further `--latents` are timed for ours and the product alone.
 Each kernel of the step is timed on its own as well, compiled and plain.
 
-Then each trains for `--fvu-steps` steps of `--fvu-rows` vectors from the same weights with the same learning rate, and
-reconstructs vectors that none has seen: FVU, lower is better. SAELens and dictionary-learning clip gradients to norm 1,
-so what compares with them is ours with `--clip-norm 1`.
+Then each trains for `--fvu-steps` steps of `--fvu-rows` vectors from the same weights with the same learning rate, an
+encoder bias and gradients clipped to norm 1 (what SAELens and dictionary-learning cannot do without), and reconstructs
+vectors that none has seen: FVU, lower is better. Method differs in one thing: SAELens' decoder rows are free, the
+others' of unit norm. Ours is measured both ways, and without bias and clipping, as the reference recipe has it. Keys
+are of the last number of steps: `fvu_ours` with `--decoder-norm free`, `fvu_fixed` without it, `fvu_peers` by name.
 
 Vectors are SmolLM2-135M's residual stream over all layers, standardised and shuffled; without `--store` it is harvested
 into a temporary folder first. Times in milliseconds, lower is better. Not measured: reading the store, and memory.
@@ -36,7 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import numpy as np
 import torch
-from step_peers import CONTENDERS, HELD_OUT, batches, fvu, timed
+from step_peers import CLIP, CONTENDERS, HELD_OUT, batches, fvu_after, timed
 from torch import Tensor
 
 from store.activations import ActivationStore
@@ -62,7 +64,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32, help="active latents on a vector")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate, constant")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the median counts")
-    parser.add_argument("--fvu-steps", type=int, default=100, help="steps of the comparison of FVU; 0: none")
+    parser.add_argument(
+        "--fvu-steps", type=int, nargs="*", default=[100], help="steps after which FVU is compared, ascending"
+    )
     parser.add_argument("--fvu-rows", type=int, default=1024, help="vectors in each of them")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of our product")
@@ -132,15 +136,17 @@ class Ours:
         *,
         dead: Tensor | None = None,
         clip: float | None = None,
+        encoder_bias: bool = False,
+        free_norms: bool = False,
     ) -> None:
         """`dead`: latents that AuxK always takes for dead; None turns it off. `clip`: largest norm of the gradients."""
         self.clip = clip
         m, d = init["W_enc"].shape
         device = init["W_enc"].device
-        self.sae = MLSAE(SAEConfig(d_model=d, n_latents=m, k=k)).to(device)
-        self.sae.load_state_dict(init)
+        self.sae = MLSAE(SAEConfig(d_model=d, n_latents=m, k=k, encoder_bias=encoder_bias)).to(device)
+        self.sae.load_state_dict(init, strict=False)  # without a bias, which starts at 0
         self.kernels, self.lr, self.steps = kernels, lr, 0
-        self.optimizer = SphereAdam(self.sae, kernels)
+        self.optimizer = SphereAdam(self.sae, kernels, free_norms=free_norms)
         self.options = StepOptions(
             variant=TopK(self.sae.config),
             k=k,
@@ -258,8 +264,8 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
 
-    def ask(self, request: str) -> float:
-        """Send a request and wait for its number."""
+    def ask(self, request: str) -> Any:
+        """Send a request and wait for its answer, a number or several."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(BrokenPipeError):
@@ -320,31 +326,45 @@ def ratios(times: dict[str, float]) -> dict[str, float]:
     }
 
 
+ALIKE: dict[str, Any] = {"clip": CLIP, "encoder_bias": True}
+"""Hyperparameters of ours in the comparison of FVU, which are those of all others there."""
+
+COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours, free decoder norms": ("auto", {**ALIKE, "free_norms": True}),
+    "ours, fixed decoder norms": ("auto", ALIKE),
+    "ours, fixed, plain torch": ("torch", ALIKE),
+    "ours, fixed, no bias, unclipped": ("auto", {}),
+}
+"""Name -> kernels, and what differs from the defaults of `Ours`."""
+
+
 def compare_fvu(
     options: argparse.Namespace, data: np.ndarray[Any, Any], init: dict[str, Tensor], workers: dict[str, Worker]
 ) -> dict[str, Any]:
     """FVU of held-out vectors after the same steps from the same weights."""
     batch = batches(data, options.fvu_rows, options.device)
     held_out = torch.from_numpy(data[-HELD_OUT:]).to(options.device)
-    found = {}
-    for name, (kernels, clip) in {**{n: (k, None) for n, k in OURS.items()}, "ours, clipped": ("auto", 1.0)}.items():
-        ours = Ours(init, options.k, options.lr, options.dtype, choose_kernels(init["W_enc"], kernels), clip=clip)
-        for i in range(options.fvu_steps):
-            ours.step(batch(i))
-        found[name] = fvu(ours.reconstruct, held_out)
+    steps, rows = options.fvu_steps, options.fvu_rows
+    found: dict[str, list[float]] = {}
+    for name, (kernels, settings) in COMPARED.items():
+        chosen = choose_kernels(init["W_enc"], kernels)
+        ours = Ours(init, options.k, options.lr, options.dtype, chosen, **settings)
+        found[name] = fvu_after(steps, ours.step, ours.reconstruct, batch, held_out)
     peers = {
-        name: worker.ask(f"fvu {options.fvu_steps} {options.fvu_rows}")
+        name: worker.ask(f"fvu {rows} {' '.join(map(str, steps))}")
         for name, worker in workers.items()
         if name.endswith(", float32")
     }
-    print(f"\nFVU after {options.fvu_steps} steps of {options.fvu_rows}, lr {options.lr:g}; lower is better")
-    for name, value in {**found, **peers}.items():
-        print(f"  {name:<40} {value:9.5f}")
+    print(f"\nFVU after {' '.join(map(str, steps))} steps of {rows}, lr {options.lr:g}; lower is better")
+    for name, values in {**found, **peers}.items():
+        print(f"  {name:<40} " + " ".join(f"{value:9.5f}" for value in values))
+    free, fixed, plain, reference = (values[-1] for values in found.values())
     return {
-        "fvu_ours": found["ours"],
-        "fvu_plain": found["ours, plain torch"],
-        "fvu_clipped": found["ours, clipped"],
-        "fvu_peers": peers,
+        "fvu_ours": free,
+        "fvu_fixed": fixed,
+        "fvu_plain": plain,
+        "fvu_reference_recipe": reference,
+        "fvu_peers": {name: values[-1] for name, values in peers.items()},
     }
 
 

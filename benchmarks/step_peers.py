@@ -7,7 +7,10 @@ and a peer where it is used. Data are standardised vectors, float32 [V, D]; all 
 their steps as their own trainers do: loss, backward, clipping where they clip, Adam, unit rows where they keep them.
 
 Requests are lines on stdin, answers lines of JSON on stdout: `time` makes a step on the next batch -> seconds;
-`fvu STEPS ROWS` starts anew, makes STEPS steps of ROWS vectors -> FVU of the vectors held out (lower is better).
+`fvu ROWS STEPS...` starts anew and makes steps of ROWS vectors -> FVU of the vectors held out (lower is better) after
+each number of STEPS, ascending. There hyperparameters are the same for all: an encoder bias, and gradients clipped to
+norm 1, which SAELens and dictionary-learning always have (`alike`). Whether decoder rows keep unit norm is a matter of
+method: all keep it but SAELens.
 
 Shapes: N rows, D d_model, M n_latents, V vectors.
 """
@@ -18,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,17 +32,23 @@ HELD_OUT = 8192
 """Vectors at the end of the data on which FVU is taken, and which no step sees."""
 
 ADAM = {"betas": (0.9, 0.999), "eps": 6.25e-10, "fused": True}
+CLIP = 1.0
+"""Norm that gradients are clipped to where all are alike."""
+
 Parts = tuple[Callable[[Tensor], None], Callable[[Tensor], Tensor]]
 """A step on a batch [N, D], and a reconstruction of [N, D]."""
 
 
-def dense(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
+def dense(init: dict[str, Tensor], k: int, lr: float, mode: str, alike: bool = False) -> Parts:
     """Plain autograd: product, topk, scatter to [N, M], product; unit decoder rows after each step."""
     W_enc, W_dec, b_pre = (nn.Parameter(init[name].clone()) for name in ("W_enc", "W_dec", "b_pre"))
-    optimizer = torch.optim.Adam([W_enc, W_dec, b_pre], lr=lr, **ADAM)
+    b_enc = nn.Parameter(W_enc.new_zeros(len(W_enc)))
+    trained = [W_enc, W_dec, b_pre, b_enc] if alike else [W_enc, W_dec, b_pre]
+    optimizer = torch.optim.Adam(trained, lr=lr, **ADAM)
 
     def forward(x: Tensor) -> Tensor:
-        values, indices = torch.topk((x - b_pre) @ W_enc.T, k, dim=1)
+        z = (x - b_pre) @ W_enc.T
+        values, indices = torch.topk(z + b_enc if alike else z, k, dim=1)
         return (
             torch.zeros(len(x), len(W_enc), dtype=values.dtype, device=x.device).scatter(1, indices, values.relu())
             @ W_dec.to(values.dtype)
@@ -52,6 +61,8 @@ def dense(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
         loss.backward()
         assert W_dec.grad is not None
         W_dec.grad -= (W_dec.grad * W_dec.data).sum(dim=1, keepdim=True) * W_dec.data
+        if alike:
+            nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)
@@ -59,7 +70,7 @@ def dense(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
     return step, forward
 
 
-def sparsify(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
+def sparsify(init: dict[str, Tensor], k: int, lr: float, mode: str, alike: bool = False) -> Parts:
     """EleutherAI's, with its fused encoder; Adam in place of its default, so that all optimise alike."""
     from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
@@ -72,8 +83,13 @@ def sparsify(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
 
     def step(x: Tensor) -> None:
         with _autocast(x, mode):
-            sae(x).fvu.backward()
+            loss = sae(x).fvu
+            if alike:  # clipping knows scales: the others' loss is the squared error of a vector
+                loss = loss * (x - x.mean(dim=0)).square().sum() / len(x)
+            loss.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
+        if alike:
+            nn.utils.clip_grad_norm_(sae.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         sae.set_decoder_norm_to_unit_norm()
@@ -81,7 +97,7 @@ def sparsify(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
     return step, lambda x: sae(x).sae_out
 
 
-def saelens(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
+def saelens(init: dict[str, Tensor], k: int, lr: float, mode: str, alike: bool = False) -> Parts:
     """SAELens' TopK SAE, dense or (mode "float32, sparse") with its sparse activations; clips gradients to norm 1."""
     from sae_lens.saes.sae import TrainStepInput  # pyright: ignore[reportMissingImports]
     from sae_lens.saes.topk_sae import (  # pyright: ignore[reportMissingImports]
@@ -113,7 +129,7 @@ def saelens(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
     return step, sae
 
 
-def dictionary_learning(init: dict[str, Tensor], k: int, lr: float, mode: str) -> Parts:
+def dictionary_learning(init: dict[str, Tensor], k: int, lr: float, mode: str, alike: bool = False) -> Parts:
     """saprmarks' TopKTrainer, AuxK off; clips gradients to norm 1."""
     from dictionary_learning.trainers.top_k import TopKTrainer  # pyright: ignore[reportMissingImports]
 
@@ -175,6 +191,22 @@ def batches(data: np.ndarray[Any, Any], rows: int, device: str) -> Callable[[int
     return batch
 
 
+def fvu_after(
+    steps: Sequence[int],
+    step: Callable[[Tensor], object],
+    reconstruct: Callable[[Tensor], Tensor],
+    batch: Callable[[int], Tensor],
+    held_out: Tensor,
+) -> list[float]:
+    """FVU of `held_out` [V, D] after each number of steps, ascending, of one run."""
+    found = []
+    for i in range(steps[-1]):
+        step(batch(i))
+        if i + 1 in steps:
+            found.append(fvu(reconstruct, held_out))
+    return found
+
+
 def timed(step: Callable[[Tensor], object], x: Tensor) -> float:
     """Seconds of one step, the device's queue included."""
     if x.is_cuda:
@@ -212,12 +244,10 @@ def main() -> None:
         if kind == "time":
             answer = timed(step, batch(done))
         else:
-            steps, rows = map(int, numbers)
-            fresh_step, reconstruct = make(init, options.k, options.lr, options.mode)
-            smaller = batches(data, rows, options.device)
-            for i in range(steps):
-                fresh_step(smaller(i))
-            answer = fvu(reconstruct, torch.from_numpy(np.array(data[-HELD_OUT:])).to(options.device))
+            rows, *steps = map(int, numbers)
+            fresh, reconstruct = make(init, options.k, options.lr, options.mode, alike=True)
+            held_out = torch.from_numpy(np.array(data[-HELD_OUT:])).to(options.device)
+            answer = fvu_after(steps, fresh, reconstruct, batches(data, rows, options.device), held_out)
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -113,6 +113,8 @@ class RunPlan:
     """Share of the steps in which that weight rises."""
     bandwidth: float = 1.0
     """Width of the window in which pre-activations move a threshold."""
+    decoder_norm: str = "fixed"
+    """fixed or free: whether the norm that a decoder row takes in a step goes to the encoder."""
     clip_norm: float | None = None
     """Largest norm of all gradients together."""
     ema_decay: float | None = None
@@ -230,6 +232,7 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
         sparsity_coef=_sparsity_coef(config) if thresholded else 0.0,
         sparsity_warmup_fraction=config.sparsity_warmup_fraction,
         bandwidth=config.bandwidth,
+        decoder_norm=config.decoder_norm,
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay,
     )

@@ -151,7 +151,7 @@ class Run:
                 assert start.layer_mean is not None
                 self._sae.layer_mean.copy_(start.layer_mean)
                 self._sae.layer_scale.copy_(start.layer_scale)
-        self._optimizer = SphereAdam(self._sae, self._kernels)
+        self._optimizer = SphereAdam(self._sae, self._kernels, free_norms=plan.decoder_norm == "free")
         raw = plan.loss_space == "raw"
         self._denominators = self._statistics.raw if raw else self._statistics.standardized
         self._window = MetricsWindow(self._statistics.raw, sparsity=plan.activation in ("jumprelu", "relu"))

@@ -1,12 +1,17 @@
 """Learning rates by hand, and the optimiser's promises."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from store.errors import IncompatibleError
-from train.kernels import TORCH, choose_kernels
+from train.kernels import ADAM_BETAS, ADAM_EPSILON, TORCH, choose_kernels
+from train.losses import DeadLatents, row_weights
 from train.optimizer import SphereAdam, gradient_norm, learning_rate, scaling_law_lr
 from train.sae import MLSAE, SAEConfig
+from train.step import StepOptions, training_step
+from train.variants import TopK
 from train.weights import TRAINED, Weights
 
 
@@ -104,3 +109,77 @@ def test_clipping_scales_all_gradients_by_their_norm_together(name: str) -> None
         ends.append((sae, optimizer))
     for ours, theirs in zip(ends[0][0].parameters(), ends[2][0].parameters(), strict=True):
         assert torch.equal(ours, theirs)  # a norm that is never reached changes nothing
+
+
+class FreeDecoder:
+    """What `free_norms` must equal: the decoder's own rows are trained, by autograd and torch's Adam, dense."""
+
+    def __init__(self, sae: MLSAE, lr: float, k: int, clip: float | None) -> None:
+        weights = [t for t in sae.weights[:4] if t is not None]
+        self.trained = [t.clone().requires_grad_() for t in weights]
+        self.adam = torch.optim.Adam(self.trained, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+        self.k, self.clip = k, clip
+
+    def step(self, x: torch.Tensor) -> None:
+        W_enc, d, b_pre, *bias = self.trained
+        z = (x - b_pre) @ W_enc.T + (bias[0] if bias else 0)
+        norms = d.norm(dim=1)
+        values, indices = torch.topk(z * norms, self.k)
+        active = torch.zeros_like(z).scatter(1, indices, values.relu())
+        (x - (active / norms) @ d - b_pre).square().sum(1).mean().backward()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.clip, error_if_nonfinite=True)
+        self.adam.step()
+        self.adam.zero_grad()
+
+    def folded(self) -> list[torch.Tensor]:
+        W_enc, d, b_pre, *bias = (t.detach() for t in self.trained)
+        n = d.norm(dim=1)
+        return [W_enc * n[:, None], d / n[:, None], b_pre, *(b * n for b in bias)]
+
+
+@pytest.mark.parametrize("name", ["torch", "numba"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_free_norms_are_a_decoder_without_constraint(name: str, bias: bool, clip: float | None) -> None:
+    """In float64, over steps in which norms come to differ: the same autoencoder as dense autograd and torch's Adam."""
+    generator = torch.Generator().manual_seed(5)
+    sae = MLSAE(SAEConfig(d_model=5, n_latents=9, k=3, encoder_bias=bias)).double()
+    sae.initialize(1, b_pre=torch.full((5,), 0.1))
+    sae.requires_grad_(False)
+    slow = FreeDecoder(sae, 0.03, 3, clip)
+    kernels = choose_kernels(sae.W_enc, name)
+    fast = SphereAdam(sae, kernels, free_norms=True)
+    options: dict[str, Any] = {"k": 3, "aux_k": 1, "aux_coef": 0.0, "product_dtype": torch.float64, "tile_bytes": 2**20}
+    rtol, atol = (1e-7, 1e-9) if clip is None else (1e-5, 1e-6)  # torch's clipping divides by the norm + 1e-6
+    for step in range(1, 16):
+        x = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+        rows = row_weights(torch.zeros(12, dtype=torch.int64), x.new_ones(12, 1), x.new_ones(1), raw=False)
+        dead = DeadLatents(9, 10**6)
+        found = training_step(fast.weights, x, rows, dead, StepOptions(variant=TopK(sae.config), **options), kernels)
+        fast.step(found.gradients, lr=0.03, step=step, clip=clip)
+        slow.step(x)
+        for ours, theirs in zip(fast.weights[:4], slow.folded(), strict=False):
+            assert ours is not None
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+    assert fast.norms is not None
+    assert fast.norms.std() > 0.01
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(9, dtype=torch.float64))
+
+
+def test_free_norms_go_through_a_checkpoint() -> None:
+    def make() -> SphereAdam:
+        sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2))
+        sae.initialize(0)
+        return SphereAdam(sae, TORCH, free_norms=True)
+
+    one, fresh = make(), make()
+    one.step(random_gradients(1), lr=0.1, step=1)
+    fresh.load_state_dict(one.state_dict())
+    for name in TRAINED[:3]:
+        getattr(fresh.weights, name).copy_(getattr(one.weights, name))
+    for optimizer in (one, fresh):
+        optimizer.step(random_gradients(2), lr=0.1, step=2)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.weights[:3], one.weights[:3], strict=True))
+    with pytest.raises(IncompatibleError, match=r"norms\.W_dec: expected \[6\], found None"):
+        fresh.load_state_dict(make_optimizer().state_dict())

@@ -61,6 +61,7 @@ def test_the_defaults_of_a_variant(tmp_path: Path) -> None:
     [
         ({"multi_topk": True, "activation": "relu"}, "--multi-topk is for --activation topk, not for relu"),
         ({"prefixes": (3, 40)}, "--prefixes is for --activation matryoshka, not for topk"),
+        ({"decoder_norm": "free", "activation": "relu"}, "--decoder-norm free is for .* found relu"),
         ({"ema_decay": 1.0}, r"--ema-decay should be in \[0, 1\), found 1.0"),
         ({"clip_norm": 0.0}, "--clip-norm should be above 0"),
         ({"k_start": 41}, "k is 41, but there are only 40 latents"),

@@ -105,7 +105,10 @@ class StopAt:
         return self.left <= 0
 
 
-@pytest.mark.parametrize("flags", [{"sweep": ("k=2,4", "n_latents=30,50")}, {"per_layer": "total"}])
+@pytest.mark.parametrize(
+    "flags",
+    [{"sweep": ("k=2,4", "n_latents=30,50")}, {"sweep": ("decoder-norm=fixed,free",)}, {"per_layer": "total"}],
+)
 def test_runs_that_were_saved_at_different_steps_end_with_the_same_bytes(
     config: TrainConfig, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "k falls": {"k_start": 20, "k_warmup_fraction": 0.5},
     "clipped": {"clip_norm": 0.05},
     "mean": {"ema_decay": 0.9},
-    "all": {"activation": "matryoshka", "standardize": "layer", "ema_decay": 0.9, "clip_norm": 1.0, "k_start": 9},
+    "free norms": {"decoder_norm": "free", "encoder_bias": True, "clip_norm": 0.05},
+    "all": {
+        "activation": "matryoshka",
+        "standardize": "layer",
+        "ema_decay": 0.9,
+        "clip_norm": 1.0,
+        "k_start": 9,
+        "decoder_norm": "free",
+    },
 }
 
 
@@ -82,6 +90,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
         *({"activation": "relu"}, {"standardize": "layer"}, {"encoder_bias": True}, {"apply_b_dec_to_input": False}),
         *({"k_start": 9}, {"k_warmup_fraction": 0.3}, {"multi_topk": True}, {"bandwidth": 7.0}, {"clip_norm": 2.0}),
         *({"ema_decay": 0.5}, {"sparsity_loss": "penalty"}, {"sparsity_warmup_fraction": 0.2}),
+        {"decoder_norm": "free"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
