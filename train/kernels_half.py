@@ -52,11 +52,11 @@ _NORM_EXPONENT = 7  # rows are scaled to norms below 2^7
 
 def half_products_run() -> bool:
     """Whether this processor has the instructions."""
-    return _features().get("avx512fp16", False)
+    return cpu_features().get("avx512fp16", False)
 
 
 @functools.cache
-def _features() -> dict[str, bool]:
+def cpu_features() -> dict[str, bool]:
     from llvmlite import binding
 
     return dict(binding.get_host_cpu_features())

@@ -188,8 +188,8 @@ class MLSAE(nn.Module):
     def decode(self, codes: SparseCodes, mean: Tensor, std: Tensor) -> Tensor:
         """Raw reconstruction [N, D] from codes and the mean and scale that `standardize` gave."""
         kernels = choose_kernels(self.W_dec)
-        x_hat_std = kernels.decode(codes.values, codes.indices, self.W_dec) + self.b_pre
-        return x_hat_std * std + mean
+        x_hat_std = kernels.decode(codes.values, codes.indices, self.W_dec).add_(self.b_pre)
+        return x_hat_std.mul_(std).add_(mean)
 
     @torch.no_grad()
     def forward(

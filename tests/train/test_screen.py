@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train.sae import encode_tiled
-from train.screen import Screen, can_screen, screen_rows
+from train.screen import Screen, can_screen
 
 pytestmark = pytest.mark.skipif(not can_screen(), reason="this processor does not multiply bytes fast")
 
@@ -73,16 +73,52 @@ def test_vectors_of_zeros_take_no_longer_than_others():
     assert not values.any()
 
 
-def test_an_estimate_that_is_further_off_than_its_margin_says_widens_the_margin():
-    weights = np.eye(300, 304, dtype=np.float32)
-    centred = np.arange(304, dtype=np.float32)[None]
-    product = np.zeros((1, 300), np.int32)  # estimates that say nothing: all errors are as large as the values
-    product[0, :4] = 1
-    values, indices = np.empty((1, 3), np.float32), np.empty((1, 3), np.int64)
-    ones = np.ones(300, np.float32)
-    screen_rows(0, 1, product, ones, ones[:1], np.array([0.01], np.float32), centred, weights, values, indices)
-    assert indices.tolist() == [[299, 298, 297]]
-    assert values.tolist() == [[299, 298, 297]]
+@pytest.mark.parametrize("what", ["estimates are further off than they say", "first bounds are too high"])
+def test_what_the_screen_cannot_be_sure_of_is_multiplied_out(what, monkeypatch):
+    x, rows = planted(50, 64, 2048, 4)
+    expected, screen = Screen(rows).topk_relu(x, 8), Screen(rows)
+    if what.startswith("estimates"):
+        screen._scale *= 1.5
+    else:
+        monkeypatch.setattr(screen, "_ranks", lambda k: np.ones(64, np.int32))
+    found = screen.topk_relu(x, 8)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.indices, expected.indices)
+
+
+def test_more_equal_latents_than_there_is_room_for_come_by_ascending_latent():
+    rows = planted(1, 64, 5000, 5)[1] * 0.01
+    rows[::2] = planted(1, 64, 1, 6)[1]
+    values, indices = Screen(rows).topk_relu(rows[:4:2], 16)
+    assert indices.tolist() == [list(range(0, 32, 2))] * 2
+    assert len(values.unique()) == 1
+
+
+def test_values_below_zero_are_none_and_the_nearest_to_zero():
+    x = torch.rand(60, 64) + 1
+    rows = -torch.rand(2048, 64) * torch.linspace(1, 3, 2048)[:, None]
+    values, indices = Screen(rows).topk_relu(x, 8)
+    assert not values.any()
+    assert torch.equal(indices, (x.double() @ rows.double().T).topk(8).indices)
+
+
+def test_all_latents_may_be_asked_for():
+    x, rows = planted(20, 32, 256, 7)
+    values, indices = Screen(rows).topk_relu(x, 256)
+    exact = (x.double() @ rows.double().T).topk(256).values.relu()
+    np.testing.assert_allclose(values.numpy(), exact.numpy(), rtol=2e-5, atol=1e-5)
+    assert torch.equal(indices.sort().values, torch.arange(256).expand(20, -1))
+
+
+def test_a_vector_has_the_same_bits_whatever_stands_beside_it():
+    x, rows = planted(100, 64, 2048, 8)
+    x[20:30] = 0
+    screen = Screen(rows)
+    together = screen.topk_relu(x, 8)
+    for part in (slice(0, 1), slice(3, 60), slice(25, 26), slice(99, 100)):
+        alone = screen.topk_relu(x[part], 8)
+        assert torch.equal(alone.values, together.values[part])
+        assert torch.equal(alone.indices, together.indices[part])
 
 
 def test_the_same_bits_whatever_the_number_of_threads():
@@ -100,12 +136,17 @@ def test_the_same_bits_whatever_the_number_of_threads():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
-def test_vectors_without_a_finite_norm_go_through_the_plain_product(bad):
+def test_a_vector_without_a_finite_norm_is_as_in_the_plain_product_and_no_other_minds(bad):
     x, rows = planted(20, 64, 2048, 3)
+    screen = Screen(rows)
+    expected = screen.topk_relu(x, 8)
     x[7, 5] = bad
-    found, plain = Screen(rows).topk_relu(x, 8), encode_tiled(x, rows, 8)
-    assert torch.equal(found.indices, plain.indices)
-    assert torch.equal(found.values.nan_to_num(), plain.values.nan_to_num())
+    found, plain = screen.topk_relu(x, 8), encode_tiled(x[7:8], rows, 8)
+    assert torch.equal(found.indices[7:8], plain.indices)
+    torch.testing.assert_close(found.values[7:8], plain.values, equal_nan=True)
+    others = torch.arange(20) != 7
+    assert torch.equal(found.values[others], expected.values[others])
+    assert torch.equal(found.indices[others], expected.indices[others])
 
 
 @pytest.mark.parametrize(
