@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from analysis.config import AnalyzeConfig, CompareConfig
-from store.console import run_command, terminate_as_interrupt
+from store.console import run_command
 from store.options import parse_options
 
 DESCRIPTION = """Measure how the latents of a multi-layer sparse autoencoder spread over layers, and how well it
@@ -49,11 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     comparing = any(word.partition("=")[0] == "--compare" for word in words)
 
-    def guarded() -> int:
-        with terminate_as_interrupt():
-            return compare_command() if comparing else command()
-
-    return run_command("analyze", guarded)
+    return run_command("analyze", compare_command if comparing else command)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Raises `UsageError` for a path where nothing is, `IncompatibleError` for what is no whole analysis of this schema.
     """
     summaries = [_load(path) for path in config.compare]
-    runs = [_run(name, summary) for name, summary in zip(run_names(config.compare), summaries, strict=True)]
+    names = run_names(config.compare)
+    runs = [_checked_run(*each) for each in zip(config.compare, names, summaries, strict=True)]
     runs = in_order(runs)
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
     if config.out.exists() and not config.out.is_dir():
@@ -98,6 +99,32 @@ def in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return (first[kinds[i]], runs[i]["expansion_factor"] or 0, runs[i]["k"] or 0, i)
 
     return [runs[i] for i in sorted(range(len(runs)), key=place)]
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("provenance", "split", "latents", "variance"), (dict,)),
+    **dict.fromkeys(("n_tokens", "n_layers", "n_latents"), (int,)),
+    **dict.fromkeys(("reconstruction", "persistence", "nulls", "downstream"), (dict, type(None))),
+    "layer_numbers": (list,),
+    "validation_fvu": (int, float, type(None)),
+}
+"""What a summary holds under the names that are read here."""
+
+
+def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_run`; `IncompatibleError` where the summary is not what `analyze` writes."""
+    try:
+        for key, kinds in _KINDS.items():
+            if not isinstance(summary.get(key), kinds):
+                raise TypeError(f"{key} is {summary.get(key)!r:.40}")
+        if not summary["layer_numbers"]:
+            raise ValueError("layer_numbers is empty")
+        return _run(name, summary)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise IncompatibleError(
+            f"--compare {path}: its summary is damaged, or no analysis ({what}): run `analyze` again"
+        ) from None
 
 
 def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class LayerMoments:
             token, layer, _ = np.unravel_index(bad, values.shape)
             raise ValueError(
                 f"activation {values.reshape(-1)[bad]} at token {token} of the tile, layer {self.layers[layer]}: "
-                "it should be finite and at least 0"
+                "it should be finite and at least 0; look at the store with `residscope verify`"
             )
         n_tokens, n_layers, k = values.shape
         row = np.zeros(n_tokens, np.int64) if group is None else np.searchsorted(self.groups, group)

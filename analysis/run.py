@@ -10,6 +10,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ from analysis.uncertainty import persistence_intervals, reconstruction_intervals
 from analysis.words import words
 from store.activations import ActivationStore
 from store.errors import ResidscopeError, UsageError
+from store.files import held_alone
 from store.options import to_toml
 from train.formats import read_sae
 from train.sae import Checkpoint
@@ -66,105 +69,110 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         store.tokens, held_out, config.split, max_tokens=config.max_tokens, n_latents=checkpoint.config.n_latents
     )
     found_model = with_model.find_model(config, store)
-    partial_dir = _make_partial_dir(config.out_dir)
-
-    work = Work(
-        store=str(config.store.resolve()),
-        content_hash=store.content_hash,
-        sae=str(config.sae.resolve() if config.sae.exists() else config.sae),
-        layers=layers,
-        dtype=config.dtype,
-        split=config.split,
-        max_tokens=config.max_tokens,
-        validation=(split["fraction"], split["seed"], len(held_out)) if split and held_out.any() else None,
-        same_store=same_store,
-        baseline=config.pca and bool(selection.fit.any()),
-        nulls=config.nulls,
-        seed=config.seed,
-        save_latents=config.save_latents,
-        spill=spilled_codes.folder_for(partial_dir, config, selection.n_analysed, len(layers), kept_places(sae.config)),
-    )
-    if config.save_latents:
-        _make_codes(work, store)
-    needed = selection.needed if work.baseline else selection.analysed | selection.validation
-    shards = _shards_with(store, needed)
-    with (
-        spilled_codes.lasting(work.spill),
-        jobs.open_pool(config.scheduler, config.n_workers, len(shards), config.performance_report) as pool,
-    ):
-        sums = jobs.run(_shard_sum("encode", measure, (work,), Sums.merged, store, needed), pool)
-        baseline = None
-        if sums.gram is not None:
-            measured = max(1, round(float(sums.quality.result(ANALYSED).l0.mean())))
-            components = pca.fit(sums.gram, checkpoint.config.k or measured)  # k 0: not known of a foreign autoencoder
-            total = _shard_sum("pca", pca_error, (work, components), add_errors, store, selection.validation)
-            spread = sums.quality.spread(VALIDATION)
-            baseline = Baseline(
-                k=len(components.directions),
-                n_train_vectors=int(sums.gram.n),
-                n_validation_vectors=int(sums.quality.n_tokens[VALIDATION]) * len(layers),
-                fvu=ratio(jobs.run(total, pool), spread),
+    with _partial_dir(config.out_dir) as partial_dir:
+        work = Work(
+            store=str(config.store.resolve()),
+            content_hash=store.content_hash,
+            sae=str(config.sae.resolve() if config.sae.exists() else config.sae),
+            layers=layers,
+            dtype=config.dtype,
+            split=config.split,
+            max_tokens=config.max_tokens,
+            validation=(split["fraction"], split["seed"], len(held_out)) if split and held_out.any() else None,
+            same_store=same_store,
+            baseline=config.pca and bool(selection.fit.any()),
+            nulls=config.nulls,
+            seed=config.seed,
+            save_latents=config.save_latents,
+            spill=spilled_codes.folder_for(
+                partial_dir, config, selection.n_analysed, len(layers), kept_places(sae.config)
+            ),
+        )
+        if config.save_latents:
+            _make_codes(work, store)
+        needed = selection.needed if work.baseline else selection.analysed | selection.validation
+        shards = _shards_with(store, needed)
+        with (
+            spilled_codes.lasting(work.spill),
+            jobs.open_pool(config.scheduler, config.n_workers, len(shards), config.performance_report) as pool,
+        ):
+            sums = jobs.run(_shard_sum("encode", measure, (work,), Sums.merged, store, needed), pool)
+            baseline = None
+            if sums.gram is not None:
+                measured = max(1, round(float(sums.quality.result(ANALYSED).l0.mean())))
+                components = pca.fit(
+                    sums.gram, checkpoint.config.k or measured
+                )  # k 0: not known of a foreign autoencoder
+                total = _shard_sum("pca", pca_error, (work, components), add_errors, store, selection.validation)
+                spread = sums.quality.spread(VALIDATION)
+                baseline = Baseline(
+                    k=len(components.directions),
+                    n_train_vectors=int(sums.gram.n),
+                    n_validation_vectors=int(sums.quality.n_tokens[VALIDATION]) * len(layers),
+                    fvu=ratio(jobs.run(total, pool), spread),
+                )
+            table, analysed = latent_table(sums.moments), sums.quality.result(ANALYSED)
+            redundancy = (
+                find_redundancy(sae.W_dec, table.probs, config.redundancy_cosine) if config.redundancy else None
             )
-        table, analysed = latent_table(sums.moments), sums.quality.result(ANALYSED)
-        redundancy = find_redundancy(sae.W_dec, table.probs, config.redundancy_cosine) if config.redundancy else None
-        context = Context(
+            context = Context(
+                config=config,
+                store=store,
+                checkpoint=checkpoint,
+                work=work,
+                selection=selection,
+                pool=pool,
+                moments=sums.moments,
+                table=table,
+                redundancy=redundancy,
+                folder=partial_dir,
+            )
+            parts = {part.name: part.make(context) if part.wanted(config) else None for part in PARTS}
+
+        live = np.flatnonzero(table.n_fired)
+        model = with_model.run_model(config, found_model, store, sae, layers, selection, live, partial_dir)
+        found = Findings(
             config=config,
             store=store,
             checkpoint=checkpoint,
-            work=work,
             selection=selection,
-            pool=pool,
+            held_out=held_out,
+            same_store=same_store,
+            doubts=[*doubts(checkpoint, store), *origin.notes],
             moments=sums.moments,
+            analysed=analysed,
+            validation=sums.quality.result(VALIDATION) if selection.validation.any() else None,
+            baseline=baseline,
+            intervals=variance_intervals(sums.moments) if config.intervals else {},
+            persistence_intervals=persistence_intervals(sums.moments) if config.intervals else {},
+            reconstruction_intervals=reconstruction_intervals(sums.by_group, analysed, sae.config.d_model)
+            if config.intervals
+            else None,
+            nulls=sums.nulls,
+            model=model,
             table=table,
             redundancy=redundancy,
-            folder=partial_dir,
+            parts=parts,
+            seconds=time.monotonic() - started,
         )
-        parts = {part.name: part.make(context) if part.wanted(config) else None for part in PARTS}
-
-    live = np.flatnonzero(table.n_fired)
-    model = with_model.run_model(config, found_model, store, sae, layers, selection, live, partial_dir)
-    found = Findings(
-        config=config,
-        store=store,
-        checkpoint=checkpoint,
-        selection=selection,
-        held_out=held_out,
-        same_store=same_store,
-        doubts=[*doubts(checkpoint, store), *origin.notes],
-        moments=sums.moments,
-        analysed=analysed,
-        validation=sums.quality.result(VALIDATION) if selection.validation.any() else None,
-        baseline=baseline,
-        intervals=variance_intervals(sums.moments) if config.intervals else {},
-        persistence_intervals=persistence_intervals(sums.moments) if config.intervals else {},
-        reconstruction_intervals=reconstruction_intervals(sums.by_group, analysed, sae.config.d_model)
-        if config.intervals
-        else None,
-        nulls=sums.nulls,
-        model=model,
-        table=table,
-        redundancy=redundancy,
-        parts=parts,
-        seconds=time.monotonic() - started,
-    )
-    summary = build(found)
-    tables.write_latents(partial_dir / LATENTS, sums.moments, table, redundancy, context.columns)
-    if found.redundancy:
-        tables.write_redundancy(partial_dir / REDUNDANCY, found.redundancy, table)
-    tables.write_layers(partial_dir / LAYERS, summary["layers"])
-    (partial_dir / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False), encoding="utf-8")
-    (partial_dir / CONFIG).write_text(to_toml(asdict(config)), encoding="utf-8")
-    say = partial(print, file=sys.stderr) if config.json else print
-    missing = _write_report(partial_dir) if config.report else None
-    _move_into_place(partial_dir, config.out_dir)
-    say(words(summary))
-    if missing:
-        say(missing)
-    written = sorted(path.name for path in config.out_dir.iterdir() if path.name in _ours())
-    say(f"Written to {config.out_dir}: {', '.join(written)}.")
-    if config.json:
-        print(json.dumps(summary, allow_nan=False))
-    return summary
+        summary = build(found)
+        tables.write_latents(partial_dir / LATENTS, sums.moments, table, redundancy, context.columns)
+        if found.redundancy:
+            tables.write_redundancy(partial_dir / REDUNDANCY, found.redundancy, table)
+        tables.write_layers(partial_dir / LAYERS, summary["layers"])
+        (partial_dir / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False), encoding="utf-8")
+        (partial_dir / CONFIG).write_text(to_toml(asdict(config)), encoding="utf-8")
+        say = partial(print, file=sys.stderr) if config.json else print
+        missing = _write_report(partial_dir) if config.report else None
+        _move_into_place(partial_dir, config.out_dir)
+        say(words(summary))
+        if missing:
+            say(missing)
+        written = sorted(path.name for path in config.out_dir.iterdir() if path.name in _ours())
+        say(f"Written to {config.out_dir}: {', '.join(written)}.")
+        if config.json:
+            print(json.dumps(summary, allow_nan=False))
+        return summary
 
 
 def _ours() -> set[str]:
@@ -199,9 +207,10 @@ def _shard_sum(
     return jobs.ShardSum(name=name, task=task, arguments=arguments, merge=merge, shards=shards, tokens=tokens)
 
 
-def _make_partial_dir(out: Path) -> Path:
-    """An empty folder inside `out` to make results in; made before the work, so that a folder that cannot be written
-    stops the run at once."""
+@contextmanager
+def _partial_dir(out: Path) -> Iterator[Path]:
+    """An empty folder inside `out` to make results in, held alone; made before the work, so that a folder that cannot
+    be written stops the run at once."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
     folder = out / ".partial"
@@ -209,9 +218,10 @@ def _make_partial_dir(out: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"--out {out}: a part of this path is a file, not a folder: choose another") from None
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return folder
+    with held_alone(folder, out):
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield folder
 
 
 def _write_report(folder: Path) -> str | None:

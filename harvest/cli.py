@@ -4,7 +4,7 @@ are read."""
 from collections.abc import Sequence
 
 from harvest.config import HarvestConfig
-from store.console import run_command, terminate_as_interrupt
+from store.console import run_command
 from store.options import parse_options
 
 DESCRIPTION = """\
@@ -34,11 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_result(run(config), as_json=config.json)
         return 0
 
-    def guarded() -> int:
-        with terminate_as_interrupt():
-            return command()
-
-    return run_command("harvest", guarded, interrupted="interrupted; the same command continues the run")
+    return run_command("harvest", command, interrupted="interrupted; the same command continues the run")
 
 
 if __name__ == "__main__":

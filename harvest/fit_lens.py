@@ -48,7 +48,7 @@ from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.console import human_bytes, progress
 from store.errors import IncompatibleError, ResidscopeError, UsageError
-from store.files import sync
+from store.files import held_alone, sync
 
 _WINDOW_BYTES = 512 << 20
 _ROUND_TRIP_VECTORS = 512
@@ -86,8 +86,7 @@ def fit_lens(config: FitLensConfig) -> FitResult:
     Raises `UsageError` for options that cannot work, `IncompatibleError` where the store is of another model, has gone
     through a lens or lacks layers, `ResidscopeError` for anything else that the user can act on.
     """
-    if config.out.exists():
-        raise UsageError(f"--out {config.out} exists already; it is left alone. Choose another, or remove it yourself")
+    _refuse_existing(config.out)
     store = None if config.store is None else _open_store(config.store)
     settings = resolve(config.for_harvest())
     for note in settings.notes:
@@ -100,21 +99,29 @@ def fit_lens(config: FitLensConfig) -> FitResult:
     part = parts(tokens, config.validation_fraction, config.seed)
     _require_tokens(part, settings.d_model)
     building = config.out.with_name(config.out.name + ".fitting")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        model = load_model(
-            settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
-        )
-        text = _text(model, store, tokens, part)
-        saved, result = _fit(config, settings, model, text)
-        write_lens(building, model, *saved, extra={"fit.json": {**result.to_json(), "options": _options(config)}})
-        building.rename(config.out)
-        sync(config.out.absolute().parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    building.mkdir(parents=True, exist_ok=True)
+    with held_alone(building, config.out):
+        _refuse_existing(config.out)  # A fit that ran beside this one may have just ended.
+        try:
+            for left in building.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            model = load_model(
+                settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
+            )
+            text = _text(model, store, tokens, part)
+            saved, result = _fit(config, settings, model, text)
+            write_lens(building, model, *saved, extra={"fit.json": {**result.to_json(), "options": _options(config)}})
+            building.rename(config.out)
+            sync(config.out.absolute().parent)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
     return result
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"--out {out} exists already; it is left alone. Choose another, or remove it yourself")
 
 
 def _open_store(path: Path) -> ActivationStore:

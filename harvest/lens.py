@@ -11,6 +11,8 @@ Shapes: D = d_model; ... any leading dimensions.
 """
 
 import json
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,6 +127,8 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
     path = Path(name).expanduser()
     if path.is_dir():
         folder, shown = path, path.resolve().name
+    elif path.exists():
+        raise UsageError(f"--lens {name} is a file: give the folder that holds {' and '.join(_FILES)}")
     elif name.startswith((".", "/", "~")):
         raise UsageError(f"--lens {name}: there is no such folder. {_FIT_ONE}")
     else:
@@ -149,13 +153,10 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
             f"lens {name} is for {found[0]} layers and d_model {found[1]}, the model has {n_layers} and {d_model}; give"
             " the lens of this model"
         )
-    try:
-        # weights_only: a lens from elsewhere must not run code.
-        parameters = torch.load(folder / "params.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ResidscopeError(
-            f"lens {name}: params.pt cannot be read as plain tensors ({type(error).__name__}: {first_line(error)})"
-        ) from error
+    base_model = config.get("base_model_name_or_path")
+    if not isinstance(base_model, str | None):
+        raise ResidscopeError(f"lens {name}: config.json names {base_model!r} as its base model, which is no name")
+    parameters = _parameters(folder / "params.pt", name)
     weights = torch.stack([_parameter(parameters, name, f"{i}.weight", (d_model, d_model)) for i in range(n_layers)])
     if config.get("bias", True):
         biases = torch.stack([_parameter(parameters, name, f"{i}.bias", (d_model,)) for i in range(n_layers)])
@@ -170,8 +171,27 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         indexing=indexing,
         name=name,
         fingerprint=digest.hexdigest(),
-        base_model=config.get("base_model_name_or_path"),
+        base_model=base_model,
     )
+
+
+def _parameters(path: Path, lens: str) -> Any:
+    """What a file of tensors holds, after its check sums are found right: torch.save writes them, and torch.load does
+    not look at them."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if (damaged := file.testzip()) is not None:
+                    raise ValueError(f"the check sum of {damaged} is wrong: the file was damaged after it was written")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # weights_only: a lens from elsewhere must not run code.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = first_line(error)[:120]
+        raise ResidscopeError(
+            f"lens {lens}: params.pt cannot be read as plain tensors ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -179,6 +199,9 @@ def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> 
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         seen = tuple(found.shape) if isinstance(found, Tensor) else "nothing"
         raise ResidscopeError(f"lens {lens}: params.pt should hold {key!r} of shape {shape}, found {seen}")
+    if found.layout != torch.strided or not found.dtype.is_floating_point:
+        shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
+        raise ResidscopeError(f"lens {lens}: {key!r} should hold dense floats, found {shown}")
     if not found.isfinite().all():
         raise ResidscopeError(f"lens {lens}: {key!r} holds values that are not finite")
     return found.float()

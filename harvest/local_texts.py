@@ -5,11 +5,10 @@ What it does not do: shuffle, filter, or read any other kind of file.
 """
 
 import glob
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -18,6 +17,7 @@ from store.errors import ResidscopeError, UsageError
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 17
 
 
 def find_files(dataset: str) -> list[Path] | None:
@@ -61,7 +61,7 @@ def file_documents(files: list[Path], column: str) -> Iterator[str]:
         try:
             suffix = suffix_of(path)
             if suffix == ".txt":
-                yield path.read_text(encoding="utf-8")
+                yield path.read_bytes().decode("utf-8-sig")  # as it is, line ends too; a byte order mark is no text
             elif suffix == ".parquet":
                 yield from _parquet_documents(path, column)
             else:
@@ -71,28 +71,41 @@ def file_documents(files: list[Path], column: str) -> Iterator[str]:
 
 
 def _json_documents(path: Path, column: str, *, compressed: bool) -> Iterator[str]:
+    with path.open("rb") as raw:
+        for number, line in enumerate(_decompressed_lines(path, raw) if compressed else raw, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ResidscopeError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+                except UnicodeDecodeError:
+                    raise
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
+                    raise ResidscopeError(f"{path} line {number}: not readable JSON ({error})") from None
+                yield text_of(row, column, f"{path} line {number}")
+
+
+def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """The lines in zstd frames. The library's own stream takes a file that was cut short for a whole one."""
     import zstandard
 
+    frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
+    begun = False  # whether the frame has any bytes yet
     try:
-        with path.open("rb") as raw:
-            stream = (
-                io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-                if compressed
-                else raw
-            )
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ResidscopeError(f"{path} line {number}: not valid JSON ({error.msg})") from None
-                    except UnicodeDecodeError:
-                        raise
-                    except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
-                        raise ResidscopeError(f"{path} line {number}: not readable JSON ({error})") from None
-                    yield text_of(row, column, f"{path} line {number}")
+        while block := raw.read(_BLOCK_BYTES):
+            while block:
+                begun = True
+                *lines, line = (line + frame.decompress(block)).split(b"\n")
+                yield from lines
+                block = b""
+                if frame.eof:
+                    block = frame.unused_data
+                    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
     except zstandard.ZstdError as error:
         raise ResidscopeError(f"{path}: not valid zstd data ({error}); download it again") from None
+    if begun:
+        raise ResidscopeError(f"{path}: the file ends within its zstd data, so it was cut short; download it again")
+    yield line
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[str]:

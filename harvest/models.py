@@ -96,6 +96,8 @@ class LoadedModel:
     """Where it is."""
     dtype: torch.dtype
     """Format of its weights and of its forward pass."""
+    without_head: bool = False
+    """Whether its file has no LM head, so that the one here is random."""
 
     @property
     def n_layers(self) -> int:
@@ -120,6 +122,11 @@ class LoadedModel:
     @property
     def unembedding(self) -> nn.Module:
         """The linear map from the normed residual stream to logits; its weight is [V, D]."""
+        if self.without_head:
+            raise ResidscopeError(
+                f"{self.spec.name}: the file of its weights has no LM head, so that nothing can be predicted; give the"
+                f" model as {self.architecture} saves it"
+            )
         found = self.causal_lm.get_output_embeddings()
         if not isinstance(found, nn.Module):
             raise ResidscopeError(f"{self.spec.name} ({self.architecture}): no unembedding is to be found")
@@ -197,11 +204,18 @@ def load_model(
     if device.type == "cpu":
         keep_freed_memory()  # Layer after layer makes the same temporaries.
     config = load_config(spec)
-    model: Any = _loading(spec, "model", lambda: _weights(spec, config, dtype))
+    model: Any
+    model, missing = _loading(spec, "model", lambda: _weights(spec, config, dtype))
     model = _loading(spec, "model", lambda: model.to(device)).eval().requires_grad_(False)
     base = getattr(model, model.base_model_prefix, None)
     if not isinstance(base, nn.Module):
         raise ResidscopeError(f"{spec.name} ({type(model).__name__}): the model without its LM head is not to be found")
+    in_base = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+    if in_base:
+        raise ResidscopeError(
+            f"{spec.name}: {len(in_base)} weights that its configuration asks for are not in its files, such as"
+            f" {in_base[0]}; they would be random. Check that config.json belongs to the weights"
+        )
     return LoadedModel(
         spec=spec,
         causal_lm=model,
@@ -212,6 +226,7 @@ def load_model(
         architecture=type(model).__name__,
         device=device,
         dtype=dtype,
+        without_head=bool(missing),
     )
 
 
@@ -261,15 +276,19 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
-def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> nn.Module:
+def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """The model, and the names of weights that its files lack: transformers makes them up without a word."""
     attention = attention_of(config)
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     auto = transformers.AutoModelForCausalLM
     if not spec.random_init:
-        return auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments, **spec.load_arguments)
+        model, found = auto.from_pretrained(
+            spec.location, config=config, dtype=dtype, output_loading_info=True, **arguments, **spec.load_arguments
+        )
+        return model, sorted(found["missing_keys"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return auto.from_config(config, dtype=torch.float32, **arguments).to(dtype)
+        return auto.from_config(config, dtype=torch.float32, **arguments).to(dtype), []
 
 
 def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:

@@ -87,6 +87,8 @@ def resolve(config: HarvestConfig) -> Settings:
     )
     model_config = models.load_config(spec)
     n_layers, d_model = models.n_layers_of(model_config), models.d_model_of(model_config)
+    if n_layers < 1:
+        raise UsageError(f"{spec.name}: its configuration says that it has {n_layers} blocks")
     layers = tuple(range(n_layers)) if wanted is None else wanted
     if layers[-1] >= n_layers:
         raise UsageError(f"--layers: {spec.name} has layers 0 to {n_layers - 1}, found {layers[-1]}")

@@ -294,6 +294,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _remove_store(out: Path) -> None:
     """Remove a store so that a crash on the way leaves none there: renamed first, to where `create` clears up."""
+    out = out.resolve() if out.is_symlink() else out  # What a link points at goes, and the link stays.
     lock = WriterLock(out, out)
     try:
         removed = out.with_name(out.name + ".planning")

@@ -84,6 +84,8 @@ class ActivationStore:
         `IncompatibleError` when there is something at `path`, `ResidscopeError` when another process is making it.
         """
         path = Path(path)
+        if path.is_symlink():  # The store is made where the link points: a folder cannot take a link's place.
+            path = path.resolve()
         tokens = arrays.checked_tokens(tokens, meta.n_tokens)
         building = path.with_name(path.name + ".planning")
         lock = WriterLock(building, path)

@@ -43,7 +43,7 @@ class KeptCodes:
         folder = store.path / FOLDER / _key(attributes)
         try:
             found = json.loads((folder / "zarr.json").read_bytes())["attributes"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         if found != attributes:
             return None

@@ -22,13 +22,14 @@ def run_command(
 ) -> int:
     """Run `command`; a user's error becomes one line on stderr and its exit code, never a traceback.
 
-    Also catches an interrupt, memory that is refused, and what the operating system says of the disk (no space, no
-    permission, read-only, no such path). interrupted: what is said after Ctrl-C.
+    Also catches an interrupt (SIGTERM is one), memory that is refused, and what the operating system says of the disk
+    (no space, no permission, read-only, no such path). interrupted: what is said after Ctrl-C.
     """
     # Read when torch loads: its idle threads should sleep, not spin on the cores that other threads of ours need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        return command() or 0
+        with terminate_as_interrupt():
+            return command() or 0
     except ResidscopeError as error:
         return _fail(name, str(error), error.exit_code)
     except KeyboardInterrupt:

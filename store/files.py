@@ -5,9 +5,11 @@ known for what they are. What it does not do: know what is in the files.
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from store.console import human_bytes
@@ -34,6 +36,26 @@ def atomic_write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def held_alone(folder: Path, out: Path) -> Iterator[None]:
+    """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does. It ends with
+    the process, whatever its end; a file system without locks keeps nobody out."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResidscopeError(
+                f"--out {out}: another process is writing there; wait until it ends, or choose another"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: memoryview, path: Path) -> None:

@@ -28,6 +28,7 @@ from train.hardware import resolve_device
 from train.pca import GramSums
 from train.resume import say
 from train.sae import MLSAE, Checkpoint, standardize
+from train.statistics import require_finite
 from train.validation import Subject, Validation, ValidationData
 
 _LAYER = re.compile(r"\.?layer=\d+")
@@ -204,6 +205,7 @@ def _baselines(
     single: list[GramSums] = []
     for raw in training.read(tokens):
         x = source.to_float32(raw)  # [t, L, D]
+        require_finite(x.flatten(0, 1), torch.arange(len(layers), device=x.device).repeat(len(x)), layers)
         if pooled is None:
             pooled = GramSums(x.shape[2], x.device)
             single = [GramSums(x.shape[2], x.device) for _ in layers]

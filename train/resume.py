@@ -20,6 +20,8 @@ def check_output(config: TrainConfig) -> None:
     """Raise `UsageError` unless the checkpoint may be written there."""
     if config.out.is_dir():
         raise UsageError(f"--out {config.out} is a folder: name a file, such as {config.out / 'ckpt.pt'}")
+    if config.out.exists() and not config.out.is_file():
+        raise UsageError(f"--out {config.out} is a device or the like, and no file: choose another name")
     if config.out.exists() and not (config.resume or config.overwrite):
         raise UsageError(f"{config.out} exists already: --resume continues it, --overwrite starts anew")
 

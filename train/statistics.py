@@ -6,7 +6,7 @@ own), then kept in the checkpoint: a resumed run uses the very same numbers.
 Shapes: N vectors, D d_model, L layers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,16 @@ class FixedStatistics(NamedTuple):
         return (self.raw / self.layer_mean.shape[1]).sqrt()
 
 
+def require_finite(x: Tensor, layer: Tensor, layers: Sequence[int]) -> None:
+    """`ResidscopeError` where a value of `x` [N, D] is not finite, naming its layer, one of `layers` by `layer` [N]."""
+    finite = x.isfinite().all(dim=1)  # [N]
+    if not finite.all():
+        raise ResidscopeError(
+            f"layer {layers[int(layer[~finite][0])]}: the store holds values there that are not finite numbers, which "
+            "`harvest` never writes: look with `residscope verify`, harvest anew, or leave the layer out with --layers"
+        )
+
+
 class StatisticsSums:
     """Gathers the statistics of one run; several can watch one stream, so that it is read once for all of them."""
 
@@ -61,13 +71,7 @@ class StatisticsSums:
 
     def add(self, x: Tensor, layer: Tensor) -> None:
         """Count raw vectors `x` [N, D] of layers `layer` int64 [N]; `ResidscopeError` where a value is not finite."""
-        finite = x.isfinite().all(dim=1)  # [N]
-        if not finite.all():
-            bad = self._layers[int(layer[~finite][0])]
-            raise ResidscopeError(
-                f"layer {bad}: the store holds values there that are not finite numbers, which `harvest` never writes: "
-                "look with `residscope verify`, harvest anew, or leave the layer out with --layers"
-            )
+        require_finite(x, layer, self._layers)
         x_std = x if self._standardize is None else self._standardize(x).x
         if self._standardized is None or self._raw is None:
             self._standardized = self._raw = LayerMoments.zeros(len(self._layers), x.shape[1], x.device)

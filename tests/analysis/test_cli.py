@@ -70,8 +70,11 @@ def test_a_run_writes_its_files_and_exits_0(small, tmp_path, capsys):
 
 
 def test_a_missing_store_and_a_folder_that_is_none(small, tmp_path, capsys):
-    for store in (tmp_path / "absent.zarr", tmp_path):
-        fails(capsys, options(small, tmp_path / "out", store=store), 3, str(store), "activation store", "harvest")
+    for store, code, words in (
+        (tmp_path / "absent.zarr", 2, "there is no such file"),
+        (tmp_path, 3, "no activation store"),
+    ):
+        fails(capsys, options(small, tmp_path / "out", store=store), code, str(store), words, "harvest")
 
 
 def test_a_store_that_lacks_shards(tmp_path, capsys):
@@ -92,7 +95,7 @@ def test_a_store_with_a_flipped_byte_is_refused_and_not_tried_again(tmp_path, ca
 
 
 def test_a_missing_checkpoint(small, tmp_path, capsys):
-    fails(capsys, options(small, tmp_path / "out", sae=tmp_path / "no.pt"), 1, "no.pt: no such file", "checkpoint")
+    fails(capsys, options(small, tmp_path / "out", sae=tmp_path / "no.pt"), 2, "no.pt: no such file", "checkpoint")
 
 
 def test_a_pickle_with_code_is_refused(small, tmp_path, capsys):

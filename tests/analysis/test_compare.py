@@ -153,7 +153,12 @@ def test_names_take_as_many_parts_as_tell_runs_apart():
 
 @pytest.mark.parametrize(
     ("content", "code", "words"),
-    [(None, 3, "no summary.json"), ("{", 3, "not valid JSON"), ('{"schema_version": 0}', 3, "schema_version is 0")],
+    [
+        (None, 3, "no summary.json"),
+        ('{"schema_version": 1}', 3, "is damaged, or no analysis (provenance is None)"),
+        ("{", 3, "not valid JSON"),
+        ('{"schema_version": 0}', 3, "schema_version is 0"),
+    ],
 )
 def test_what_is_no_analysis_is_one_clear_line(tmp_path, capsys, content, code, words):
     (tmp_path / "x").mkdir()
@@ -170,3 +175,28 @@ def test_help_of_the_comparison(capsys):
     with pytest.raises(SystemExit):
         main(["--compare", "--help"])
     assert "models of different depth" in capsys.readouterr().out
+
+
+def test_a_summary_that_lacks_anything_or_has_it_wrong_is_refused(folders, tmp_path, capsys):
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    optional = {"reconstruction", "persistence", "nulls", "downstream"}
+    for name in (
+        "provenance",
+        "split",
+        "n_tokens",
+        "layer_numbers",
+        "latents",
+        "variance",
+        "validation_fvu",
+        *optional,
+    ):
+        for value in (5, "x", []):
+            if name in ("n_tokens", "validation_fvu") and value == 5:
+                continue
+            (tmp_path / "summary.json").write_text(json.dumps(summary | {name: value}))
+            assert main(["--compare", str(tmp_path), "--out", str(tmp_path / "out")]) == 3, (name, value)
+            assert f"--compare {tmp_path}: its summary is damaged" in capsys.readouterr().err
+    del summary["variance"]["mass"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert main(["--compare", str(tmp_path), "--out", str(tmp_path / "out")]) == 3
+    assert "(no 'mass')" in capsys.readouterr().err

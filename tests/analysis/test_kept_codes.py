@@ -132,3 +132,13 @@ def test_codes_of_any_width_come_back_and_too_many_are_not_kept(tmp_path):
     assert not kept.write(2, values, indices)
     assert kept.read(2) is None
     assert not kept.has(2)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"attributes": []}'])
+def test_codes_whose_metadata_are_damaged_are_made_anew(tmp_path, content):
+    small = make_small(tmp_path)
+    plain = run(small, tmp_path / "a", save_latents=True)
+    before = {path: path.read_bytes() for path in chunks(small)}
+    (chunks(small)[0].parents[1] / "zarr.json").write_text(content)
+    assert run(small, tmp_path / "b", save_latents=True) == plain
+    assert {path: path.read_bytes() for path in chunks(small)} == before

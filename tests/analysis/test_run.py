@@ -12,6 +12,8 @@ import pytest
 from analysis.config import AnalyzeConfig
 from analysis.run import analyze
 from store.activations import ActivationStore
+from store.errors import ResidscopeError
+from store.files import held_alone
 from store.plan import validation_documents
 from tests.analysis.dense import decompose, reference_ratios
 from tests.analysis.small import LAYERS, VALIDATION, Small, make_small
@@ -307,3 +309,16 @@ def test_with_json_stdout_is_the_summary_alone(small, tmp_path, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out) == summary
     assert "token-level variance" in captured.err
+
+
+def test_two_analyses_into_one_folder_do_not_mix(small, tmp_path):
+    (tmp_path / "out" / ".partial").mkdir(parents=True)
+    (tmp_path / "out" / ".partial" / "mine").touch()
+    with (
+        held_alone(tmp_path / "out" / ".partial", tmp_path / "out"),
+        pytest.raises(ResidscopeError, match=f"--out {tmp_path}/out: another process is writing there"),
+    ):
+        run(small, tmp_path / "out")
+    assert (tmp_path / "out" / ".partial" / "mine").exists()
+    run(small, tmp_path / "out")
+    assert not (tmp_path / "out" / ".partial").exists()

@@ -21,7 +21,8 @@ from harvest.lens_data import Part, measured_tokens, parts, shuffled, spans
 from harvest.models import load_model, resolve_model
 from harvest.run import harvest
 from store.activations import ActivationStore
-from store.errors import UsageError
+from store.errors import ResidscopeError, UsageError
+from store.files import held_alone
 from tests.harvest.conftest import MakeConfig, ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
 from tests.support.stores import make_store, token_table
@@ -322,3 +323,14 @@ def test_kl_batches_are_mixed_and_repeat_no_token_within_an_epoch() -> None:
     assert any(np.ptp(batch[0].numpy()) > 5 for batch in got)
     again = list(shuffled(read, spans(position, 10), chosen, batch=4, steps=16, seed=0, window=8))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(got, again, strict=True))
+
+
+def test_two_fits_of_one_lens_do_not_mix(options: Options, tmp_path: Path) -> None:
+    making = tmp_path / "lens.fitting"
+    making.mkdir()
+    (making / "mine").touch()
+    with held_alone(making, tmp_path / "lens"), pytest.raises(ResidscopeError, match="another process is writing"):
+        fit_lens(FitLensConfig(**options()))
+    assert (making / "mine").exists()
+    fit_lens(FitLensConfig(**options()))
+    assert sorted(path.name for path in (tmp_path / "lens").iterdir()) == ["config.json", "fit.json", "params.pt"]

@@ -145,3 +145,27 @@ def test_a_lens_from_the_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_lens("gpt2", model_id="x/y", **sizes).fingerprint
     with pytest.raises(UsageError, match=r"no published lens for 'EleutherAI/pythia-1b'.*fit one"):
         load_lens("pythia-1b", model_id="x/y", **sizes)
+
+
+def test_damage_that_leaves_the_shapes_right_is_found(tmp_path: Path) -> None:
+    folder = write_lens(tmp_path / "lens")
+    file = folder / "params.pt"
+    data = bytearray(file.read_bytes())
+    parameters = torch.load(file, weights_only=True)
+    at = data.index(parameters["1.weight"].numpy().tobytes()) + 9
+    data[at] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ResidscopeError, match=r"params.pt cannot be read .*check sum of \S+ is wrong"):
+        load(folder)
+    for weight, shown in ((parameters["0.weight"].to_sparse(), "sparse_coo"), (torch.ones(8, 8).long(), "int64")):
+        torch.save({**parameters, "0.weight": weight}, file)
+        with pytest.raises(ResidscopeError, match=f"'0.weight' should hold dense floats, found {shown}"):
+            load(folder)
+
+
+def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
+    folder = write_lens(tmp_path / "lens", base_model_name_or_path=5)
+    with pytest.raises(ResidscopeError, match="names 5 as its base model, which is no name"):
+        load(folder)
+    with pytest.raises(UsageError, match=r"params\.pt is a file: give the folder"):
+        load(folder / "params.pt")

@@ -217,3 +217,26 @@ def test_a_text_configuration_inside_another_is_found() -> None:
     config: Any = transformers.Gemma3Config()
     assert models.n_layers_of(config) == config.text_config.num_hidden_layers
     assert models.d_model_of(config) == config.text_config.hidden_size
+
+
+@pytest.fixture
+def gpt2(model_folder: ModelFolder, tmp_path: Path) -> Path:
+    """A copy of the tiny GPT-2, to be damaged."""
+    return Path(shutil.copytree(model_folder("gpt2"), tmp_path / "copy"))
+
+
+def test_weights_that_the_files_lack_are_not_made_up(gpt2: Path) -> None:
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps(config | {"n_layer": 5}))
+    with pytest.raises(ResidscopeError, match=r"24 weights that its configuration asks for .*transformer\.h\.3\."):
+        load_model(resolve_model(str(gpt2)))
+
+
+def test_a_model_without_its_head_gives_vectors_and_no_logits(gpt2: Path, model_folder: ModelFolder) -> None:
+    whole = load_model(resolve_model(str(model_folder("gpt2"))))
+    whole.base.save_pretrained(gpt2)
+    found = load_model(resolve_model(str(gpt2)))
+    ids = torch.arange(9)[None]
+    assert torch.equal(found.base(ids).last_hidden_state, whole.base(ids).last_hidden_state)
+    with pytest.raises(ResidscopeError, match="has no LM head"):
+        found.logits(torch.zeros(1, D_MODEL))

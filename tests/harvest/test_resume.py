@@ -139,6 +139,19 @@ def test_changed_text_or_another_model_is_refused(
         harvest(config())
 
 
+def test_a_link_to_a_store_stays_a_link_and_one_to_nothing_gets_its_store(config: MakeConfig, tmp_path: Path) -> None:
+    link = tmp_path / "link.zarr"
+    link.symlink_to("target.zarr")
+    harvest(config(out=link))
+    whole = tree(tmp_path / "target.zarr")
+    harvest(config(out=link, max_tokens=100, overwrite=True))
+    assert ActivationStore.open(tmp_path / "target.zarr").meta.n_tokens == 100
+    harvest(config(out=link, overwrite=True))
+    assert link.is_symlink()
+    assert tree(tmp_path / "target.zarr") == whole
+    assert not list(tmp_path.glob("*.planning"))
+
+
 def test_overwrite_starts_anew_but_only_over_a_store(config: MakeConfig, tmp_path: Path) -> None:
     harvest(config())
     result = harvest(config(max_tokens=100, overwrite=True))

@@ -78,6 +78,23 @@ def test_the_hash_of_local_files_follows_their_contents(tmp_path: Path) -> None:
     assert first.revision != open_source(config(path)).revision
 
 
+def test_a_txt_file_is_taken_as_it_is_but_for_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert read(tmp_path / "a.txt") == ["one\r\ntwo\rthree\n"]
+
+
+def test_a_zst_file_of_several_frames_is_read_whole_and_one_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    frames = [zstandard.ZstdCompressor().compress(b'{"text": "%d"}\n' % i * 20_000) for i in range(3)]
+    whole = b"".join(frames)
+    path.write_bytes(whole)
+    assert read(path) == [str(i) for i in range(3) for _ in range(20_000)]
+    for length in (len(whole) - 1, len(frames[0]) + 5, 10):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ResidscopeError, match=r"a\.jsonl\.zst: the file ends within its zstd data"):
+            read(path)
+
+
 def test_null_text_is_an_empty_document(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": null}\n{"text": "x"}\n')

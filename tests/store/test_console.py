@@ -119,6 +119,13 @@ def test_a_signal_that_comes_at_once_is_noted(monkeypatch: pytest.MonkeyPatch, s
         assert stopped()
 
 
+def test_sigterm_is_an_interrupt_with_its_line_and_code(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command("tool", lambda: os.kill(os.getpid(), signal.SIGTERM), interrupted="stopped") == 130
+    assert capsys.readouterr().err == "tool: error: stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_off_a_terminal_a_bar_is_a_plain_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,7 +114,7 @@ def test_wrong_input_gets_one_line_and_its_exit_code(
         ((store, out, "--k", "601"), 2, "k is 601, but there are only 600 latents"),
         ((store, out, "--batch-size", "0"), 2, "--batch-size should be above 0"),
         ((store, whole), 2, "exists already"),
-        ((tmp_path / "none.zarr", out), 3, "no activation store"),
+        ((tmp_path / "none.zarr", out), 2, "no such file or folder"),
         ((store, evil, "--resume"), 3, "code could run on loading"),
         ((store, whole, "--resume", "--k", "5"), 3, "k was 4"),
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from store.activations import ActivationStore
-from store.errors import IncompatibleError, UsageError
+from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.plan import validation_documents
 from tests.support.stores import make_store, random_activations
 from train.cli import main
@@ -173,7 +173,7 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path, capsys
     (tmp_path / "file").write_text("")
     cases = [
         (["--sae", str(folder / "all.pt"), "--out", str(tmp_path / "file")], 2, "should be a folder"),
-        (["--sae", str(tmp_path / "none.pt")], 1, "no such file or folder"),
+        (["--sae", str(tmp_path / "none.pt")], 2, "no such file or folder"),
         (["--sae", str(folder / "all.pt"), "--tokens", "0"], 2, "--tokens should be above 0"),
     ]
     for flags, code, message in cases:
@@ -181,3 +181,16 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path, capsys
         printed = capsys.readouterr()
         assert message in printed.err
         assert printed.err.count("\n") == 1
+
+
+def test_values_that_are_not_finite_are_named_by_layer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = ActivationStore.read
+
+    def damaged(self: ActivationStore, *args: object, **options: object) -> np.ndarray:
+        x = read(self, *args, **options).copy()  # type: ignore[arg-type]
+        x[:, 1, 2] = 0x7FC0 if x.dtype == np.uint16 else np.nan  # a NaN in bfloat16
+        return x
+
+    monkeypatch.setattr(ActivationStore, "read", damaged)
+    with pytest.raises(ResidscopeError, match="layer 4: the store holds values there that are not finite"):
+        compare(CompareConfig(store=folder / "acts.zarr", sae=(str(folder / "all.pt"),)))
