@@ -14,7 +14,7 @@ rows of one matrix.
 
 import threading
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,12 +100,13 @@ class Encoder:
         """Places for a vector's active latents that are kept (`kept_places`)."""
         return kept_places(self.config)
 
+    @cached_property
     def origin(self) -> dict[str, Any]:
         """What codes depend on beside the vectors: a hash of configuration and weights, and the number formats."""
         digest = xxhash.xxh3_128(repr(sorted(asdict(self.config).items())).encode())
         for name, tensor in sorted(self._sae.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.contiguous().numpy().data)
         product = "float32" if self._product_dtype is None else "bfloat16"
         dtype = self.numpy_dtype.name
         return {"sae_hash": digest.hexdigest(), "dtype": dtype, "product": product if dtype == "float32" else dtype}

@@ -131,13 +131,13 @@ def open_codes(work: Work, store: ActivationStore, encoder: Encoder) -> KeptCode
     """The codes that are kept in the store; None where there are none and none are to be kept."""
     layers = [store.meta.layers[i] for i in work.layers]
     make = KeptCodes.create if work.save_latents else KeptCodes.open
-    return make(store, {**encoder.origin(), "layers": layers}, encoder.width)
+    return make(store, {**encoder.origin, "layers": layers}, encoder.width)
 
 
 _opening = threading.Lock()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _open_data(work: Work, encoder: Encoder) -> Data:
     store = ActivationStore.open(work.store)
     if store.content_hash != work.content_hash:

@@ -29,6 +29,9 @@ _VECTORS, _LANES = 2, 16
 ROWS, PANEL = 14, _VECTORS * _LANES
 """Estimates of a block: 14 x 32; 28 of the 32 vector registers."""
 
+_UNROLLED = 4
+"""Quads of a turn of the innermost loop; D is a multiple of 16."""
+
 GROUP = 24
 """Blocks that a thread takes through all panels: so many that reading a panel is a small part of using it."""
 
@@ -181,14 +184,16 @@ def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     quad.add_incoming(i64(0), entry)
     before = [[builder.phi(lanes) for _ in range(_VECTORS)] for _ in range(ROWS)]
     panel = builder.add(right, builder.mul(quad, i64(4 * PANEL)))
-    columns = [load(panel, _LANES * j, operands) for j in range(_VECTORS)]
     block = builder.add(left, builder.mul(quad, i64(4 * ROWS)))
-    after = []
-    for r in range(ROWS):
-        row = builder.bitcast(everywhere(load(block, r, i32), lanes), operands)
-        sums = zip(before[r], columns, strict=True)
-        after.append([builder.call(add_products, [old, column, row]) for old, column in sums])
-    following = builder.add(quad, i64(1))
+    after = before
+    for step in range(_UNROLLED):
+        columns = [load(panel, PANEL * step + _LANES * j, operands) for j in range(_VECTORS)]
+        rows = [builder.bitcast(everywhere(load(block, ROWS * step + r, i32), lanes), operands) for r in range(ROWS)]
+        after = [
+            [builder.call(add_products, [old, column, row]) for old, column in zip(olds, columns, strict=True)]
+            for olds, row in zip(after, rows, strict=True)
+        ]
+    following = builder.add(quad, i64(_UNROLLED))
     quad.add_incoming(following, loop)
     for first, olds, news in zip(starts, before, after, strict=True):
         for old, new in zip(olds, news, strict=True):

@@ -86,13 +86,13 @@ def test_those_of_another_autoencoder_type_or_store_are_not_taken(tmp_path, no_e
     run(small, tmp_path / "out", save_latents=True)
     store = ActivationStore.open(small.store)
     encoder = load_encoder(small.sae, "float64")
-    origin = {**encoder.origin(), "layers": list(LAYERS)}
+    origin = {**encoder.origin, "layers": list(LAYERS)}
     assert KeptCodes.open(store, origin, 3) is not None
     other = MLSAE(small.weights.config)
     other.initialize(2)
-    assert KeptCodes.open(store, {**origin, **latents.Encoder(other, "float64").origin()}, 3) is None
+    assert KeptCodes.open(store, {**origin, **latents.Encoder(other, "float64").origin}, 3) is None
     assert KeptCodes.open(store, {**origin, "layers": [2, 3]}, 3) is None
-    assert KeptCodes.open(store, {**load_encoder(small.sae, "float32").origin(), "layers": list(LAYERS)}, 3) is None
+    assert KeptCodes.open(store, {**load_encoder(small.sae, "float32").origin, "layers": list(LAYERS)}, 3) is None
     # A folder that was copied from another store: its name fits nothing here, and if it did, its attributes do not.
     elsewhere = make_small(tmp_path / "b", n_tokens=310)
     kept = KeptCodes.create(ActivationStore.open(elsewhere.store), origin, 3).folder
