@@ -256,7 +256,7 @@ def screen_blocks(
     n, k = indices.shape
     groups = -(-(stop - start) // GROUP)
     most = -(-(stop - start) // groups) * ROWS
-    room = k + _MOST + 2 * PANEL
+    room = k + _MOST + 4 * PANEL
     guesses, latents = np.empty((most, room), np.float32), np.empty((most, room), np.int32)
     counts, limits, bounds = np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.float32)
     exact = np.empty(room, np.float32)
@@ -328,23 +328,25 @@ def _finish(guess, latent, n, bound, scale, margin, size, largest, own, weights,
     # First the k largest estimates: the k-th of their products is at most the k-th of all.
     first = _put_first(guess, latent, 0, n, _kth_largest(guess, n, k))
     _multiply(own, weights, latent, 0, first, exact)
-    least = _kth_largest(exact, first, k) / scale
-    if least < bound:
+    least, inverse = _kth_largest(exact, first, k), np.float32(1) / scale
+    reached = least * inverse
+    if reached < bound:
         return False
-    n = _put_first(guess, latent, first, n, least - margin * largest)
+    n = _put_first(guess, latent, first, n, reached - margin * largest)
     end = first
     for i in range(first, n):
         estimate, j = guess[i], latent[i]
         guess[end], latent[end] = estimate, j
-        end += estimate + margin * size[j] >= least
+        end += estimate + margin * size[j] >= reached
     _multiply(own, weights, latent, first, end, exact)
     for i in range(end):
-        if not abs(exact[i] / scale - guess[i]) <= np.float32(_CHECKED) * margin * size[latent[i]]:
+        if not abs(exact[i] * inverse - guess[i]) <= np.float32(_CHECKED) * margin * size[latent[i]]:
             return False
-    padded = (end + 31) // 32 * 32  # the length of a loop that compilers vectorise whole
-    exact[end:padded] = -np.inf
+    padded = _padded(exact, end)
     for i in range(end):
         number, j, place = exact[i], latent[i], np.int32(0)
+        if number < least:
+            continue
         for other in range(padded):
             before = (exact[other] > number) | ((exact[other] == number) & (latent[other] < j))
             place = np.int32(place + np.int32(before))
@@ -362,14 +364,12 @@ def _put_first(guess, latent, start, stop, bound):
     """
     end = start
     for begin in range(start, stop, 64):
-        part = guess[begin : min(begin + 64, stop)]
+        part = guess[begin : begin + 64]  # there is room beyond `stop`
         hits = np.uint64(0)
-        if part.size == 64:
-            for i in range(64):
-                hits |= np.uint64(part[i] >= bound) << np.uint64(i)
-        else:
-            for i in range(part.size):
-                hits |= np.uint64(part[i] >= bound) << np.uint64(i)
+        for i in range(64):
+            hits |= np.uint64(part[i] >= bound) << np.uint64(i)
+        if stop - begin < 64:
+            hits &= (np.uint64(1) << np.uint64(stop - begin)) - np.uint64(1)
         while hits != 0:
             i = begin + trailing_zeros(hits)  # pyright: ignore[reportCallIssue]  numba passes its context
             guess[i], guess[end] = guess[end], guess[i]
@@ -410,10 +410,11 @@ def _kth_largest(numbers, n, k):
     low, high = numbers[0], numbers[0]
     for i in range(n):
         low, high = _lesser(low, numbers[i]), _greater(high, numbers[i])  # pyright: ignore[reportCallIssue]
+    padded = _padded(numbers, n)
     for _ in range(24):  # at least k numbers reach `low` throughout
         middle = low + (high - low) * np.float32(0.5)
         reached = np.int32(0)
-        for i in range(n):
+        for i in range(padded):
             reached = np.int32(reached + np.int32(numbers[i] >= middle))
         if reached >= k:
             low = middle
@@ -422,3 +423,11 @@ def _kth_largest(numbers, n, k):
         else:
             high = middle
     return low
+
+
+@inlined
+def _padded(numbers, n):
+    """Put -inf after numbers[:n], where there is room, up to a length of loops that compilers vectorise whole."""
+    padded = (n + 31) // 32 * 32
+    numbers[n:padded] = -np.inf
+    return padded
