@@ -3,9 +3,9 @@
 - Rows are rounded to signed bytes and packed in blocks of 14, latents to unsigned bytes (plus 128) in panels of 32,
   four coordinates side by side: what VPDPBUSD of AVX-512 VNNI multiplies and adds in one instruction. 14 x 32 sums stay
   in registers, become estimates there, and are compared with each row's bound; only those that exceed it are kept.
-- The first bound comes from the first panels, a fair sample of the latents: what so many of them reach that k of all
-  latents are nearly sure to. Whether they do is known at the end. Where a row's candidates fill their room, the bound
-  is drawn up to what k of them surely reach. So a row has some two hundred in all, of M.
+- Whenever the number of latents seen has quadrupled, a row's bound is drawn up. They are a fair sample, of which the
+  largest estimates say what k of all latents are nearly sure to reach; whether k did is known at the end. So a row has
+  some two hundred candidates in all, of M. Where they fill their room before, the bound is what k surely reach.
 - The k candidates of the largest estimates are multiplied out, and then those that may still exceed the least of them.
 
 A row's bits depend on itself and the weights alone, not on the block or the thread: a product is summed in one order,
@@ -28,9 +28,6 @@ from train.kernels_compile import compiled, inlined
 _VECTORS, _LANES = 2, 16
 ROWS, PANEL = 14, _VECTORS * _LANES
 """Estimates of a block: 14 x 32; 28 of the 32 vector registers."""
-
-_UNROLLED = 4
-"""Quads of a turn of the innermost loop; D is a multiple of 16."""
 
 GROUP = 24
 """Blocks that a thread takes through all panels: so many that reading a panel is a small part of using it."""
@@ -68,11 +65,13 @@ _greater, _lesser = _choice("maxnum"), _choice("minnum")
 
 
 @compiled
-def pack_latents(start, stop, rotated, scale, panels):
-    """Panels start..stop of int32 [p, q, 32], from rotated rows [32 p, D]: round(row / scale) + 128, as bytes."""
+def pack_latents(start, stop, rotated, scale, order, panels):
+    """Panels start..stop of int32 [p, q, 32], from rotated rows [M, D] in the order given [32 p], each with its scale
+    [M]: round(row / scale) + 128, as bytes."""
     for panel in range(start, stop):
         for j in range(PANEL):
-            row, inverse = rotated[panel * PANEL + j], np.float32(1) / scale[panel * PANEL + j]
+            latent = order[panel * PANEL + j]
+            row, inverse = rotated[latent], np.float32(1) / scale[latent]
             for quad in range(panels.shape[1]):
                 packed = np.uint32(0)
                 for byte in range(4):
@@ -185,15 +184,14 @@ def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     before = [[builder.phi(lanes) for _ in range(_VECTORS)] for _ in range(ROWS)]
     panel = builder.add(right, builder.mul(quad, i64(4 * PANEL)))
     block = builder.add(left, builder.mul(quad, i64(4 * ROWS)))
-    after = before
-    for step in range(_UNROLLED):
-        columns = [load(panel, PANEL * step + _LANES * j, operands) for j in range(_VECTORS)]
-        rows = [builder.bitcast(everywhere(load(block, ROWS * step + r, i32), lanes), operands) for r in range(ROWS)]
-        after = [
+    columns = [load(panel, _LANES * j, operands) for j in range(_VECTORS)]
+    after = []
+    for r, olds in enumerate(before):
+        row = builder.bitcast(everywhere(load(block, r, i32), lanes), operands)
+        after.append(
             [builder.call(add_products, [old, column, row]) for old, column in zip(olds, columns, strict=True)]
-            for olds, row in zip(after, rows, strict=True)
-        ]
-    following = builder.add(quad, i64(_UNROLLED))
+        )
+    following = builder.add(quad, i64(1))
     quad.add_incoming(following, loop)
     for first, olds, news in zip(starts, before, after, strict=True):
         for old, new in zip(olds, news, strict=True):
@@ -250,8 +248,8 @@ def screen_blocks(
 
     blocks, offset, row_scale: of `pack_rows`; margin [14 b], 0 for rows that have no scale; panels: of `pack_latents`;
     scale, size, order [32 p]: those of the panels' latents, size -inf where there is none; own_size [M]: by latent. An
-    estimate is off by at most margin * size. `sample`: panels, and a rank among their latents, from which the first
-    bound comes. centred [N, D], weights [M, D].
+    estimate is off by at most margin * size. ranks [p]: after which panels bounds are drawn up, and to which of a row's
+    candidates; else 0. centred [N, D], weights [M, D].
     """
     n, k = indices.shape
     groups = -(-(stop - start) // GROUP)

@@ -8,12 +8,12 @@ float32, and too coarse to be the answer. It is good enough to say which latents
 2. The integer product estimates every pre-activation. Rounding errors are sums of hundreds of small independent terms,
    so they are sub-Gaussian with a standard deviation sigma that the scales and norms give, a latent's own, and an
    estimate is off by more than 8 sigma once in 10^13. Estimates are looked at in registers; those that may be among
-   the k largest, some hundreds a vector, are kept, and the bound is drawn up as they come (`train.kernels_screen`).
+   the k largest, some two hundred a vector, are kept; the bound rises as they come (`train.kernels_screen`).
 3. The k largest estimates are multiplied out in float32 with the weights as they are, and then every latent whose
    estimate plus 8 sigma reaches the least of those products: values and order come from the products alone. They also
    show the estimates' true errors.
-4. A vector in which one of those is above 6 sigma, or more than a thousand latents are too close to tell, or which is
-   zero or not finite, has all its products made instead.
+4. A vector in which one of those is above 6 sigma, or more than a thousand latents are too close to tell, or the bound
+   rose too far, or which is zero or not finite, has all its products made instead.
 
 So the result is that of the float32 product, to its rounding, in an order of summation that depends on the processor's
 vector width and on nothing else: neither on the number of threads nor on the vectors beside it.
@@ -78,10 +78,9 @@ class Screen:
         # torch's memory starts on a cache line; numpy's need not, which makes products slower.
         self._panels = torch.empty(n_panels, d // 4, loops.PANEL, dtype=torch.int32)
         self._scale, self._size = torch.ones(places), torch.full((places,), -torch.inf)
-        self._order, in_order = torch.zeros(places, dtype=torch.int32), torch.zeros(places, d)
+        self._order = torch.zeros(places, dtype=torch.int32)
         self._scale[:m], self._size[:m], self._order[:m] = scale[order], norm[order], order
-        in_order[:m] = rotated[order]
-        packed = (part.numpy() for part in (in_order, self._scale, self._panels))
+        packed = (part.numpy() for part in (rotated, scale, self._order, self._panels))
         run_chunks(loops.pack_latents, even_chunks(n_panels, 8), *packed)
 
     @staticmethod
