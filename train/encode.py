@@ -10,8 +10,8 @@ active latents varies, rows are padded with value 0 to the longest; whatever lat
 Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has, P active (row, latent) pairs.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from torch import Tensor
 from train.kernels import Kernels, SparseCodes, choose_kernels
 from train.products import result_dtype, times
 
+if TYPE_CHECKING:
+    from train.screen import Screen
+
 TILE_BYTES = 16 * 2**20
 """Pre-activations held at once: a tile this large is still in the last-level cache when top-k reads it."""
-
-FUSED_K = 256
-"""Up to here product and top-k are one loop; each row keeps somewhat more than k candidates in a core's cache."""
 
 
 class Tile(NamedTuple):
@@ -46,7 +46,7 @@ def tiles(
 ) -> Iterator[Tile]:
     """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None, in `product_dtype`.
 
-    z is of that type too, but float32 where it is float16 (`train.products`).
+    z is of that type too, but float32 where it is float16 or int8 (`train.products`).
     """
     n, m = len(inputs), len(W_enc)
     dtype = product_dtype or W_enc.dtype
@@ -71,23 +71,14 @@ def encode_tiled(
     tile_bytes: int = TILE_BYTES,
     kernels: Kernels | None = None,
 ) -> SparseCodes:
-    """ReLU(TopK_k(inputs @ W_enc^T + b_enc)) [N, k]: `inputs` [N, D] is x_std - b_pre."""
+    """ReLU(TopK_k(inputs @ W_enc^T + b_enc)) [N, k]: `inputs` [N, D] is x_std - b_pre.
+
+    With `product_dtype` int8, by a screen where one applies: then those of the float32 product.
+    """
     kernels = kernels or choose_kernels(W_enc)
-    fused = product_dtype == torch.float16 and kernels.name == "numba" and inputs.dtype == torch.float32
-    if fused and k <= FUSED_K:
-        return _encode_fused(inputs, W_enc, k, b_enc, tile_bytes, kernels)
-    return _encode_by_tiles(inputs, W_enc, k, b_enc, product_dtype, tile_bytes, kernels)
-
-
-def _encode_by_tiles(
-    inputs: Tensor,
-    W_enc: Tensor,
-    k: int,
-    b_enc: Tensor | None,
-    product_dtype: torch.dtype | None,
-    tile_bytes: int,
-    kernels: Kernels,
-) -> SparseCodes:
+    screen = _screen(W_enc, k, b_enc, product_dtype, kernels)
+    if screen is not None:
+        return screen.topk_relu(inputs, k)
     values = inputs.new_empty(len(inputs), k)
     indices = torch.empty(len(inputs), k, dtype=torch.int64, device=inputs.device)
     for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
@@ -95,17 +86,15 @@ def _encode_by_tiles(
     return SparseCodes(values, indices)
 
 
-def _encode_fused(
-    inputs: Tensor, W_enc: Tensor, k: int, b_enc: Tensor | None, tile_bytes: int, kernels: Kernels
-) -> SparseCodes:
-    """The same bits without pre-activations in memory; rows that the fused loops leave are taken by tiles."""
-    from train.kernels_half_topk import fused_topk_relu  # here, because loading numba takes half a second
+def _screen(
+    W_enc: Tensor, k: int, b_enc: Tensor | None, product_dtype: torch.dtype | None, kernels: Kernels
+) -> "Screen | None":
+    """The screen that finds the k largest, where one was asked for and applies."""
+    if product_dtype != torch.int8 or b_enc is not None or kernels.name != "numba":
+        return None
+    from train.screen import Screen  # here, because loading numba takes half a second
 
-    codes, rest = fused_topk_relu(inputs, W_enc, k, b_enc)
-    if len(rest) > 0:
-        by_tiles = _encode_by_tiles(inputs[rest], W_enc, k, b_enc, torch.float16, tile_bytes, kernels)
-        codes.values[rest], codes.indices[rest] = by_tiles
-    return codes
+    return Screen(W_enc) if Screen.fits(W_enc, k) else None
 
 
 @torch.no_grad()
@@ -163,9 +152,14 @@ def encode_batch(
 
     Of equal ones at the border, those of the first rows, and within a row of the first latents. Exact for any tile
     size: what has been kept so far is cut back to `count` after each tile, and its smallest value is a lower bound for
-    all that follow. So memory is a tile and `count` pairs, not N x M.
+    all that follow. So memory is a tile and `count` pairs, not N x M. With `product_dtype` int8, by a screen where one
+    applies.
     """
-    m = len(W_enc)
+    n, m = len(inputs), len(W_enc)
+    width = 2 * -(-count // max(n, 1))  # few rows have twice their share
+    screen = _screen(W_enc, width, b_enc, product_dtype, choose_kernels(W_enc)) if n else None
+    if screen is not None:
+        return _batch_by_rows(screen.topk_relu, inputs, m, count, width)
     values = inputs.new_empty(0)
     places = torch.empty(0, dtype=torch.int64, device=inputs.device)  # row * M + latent, ascending
     bound = torch.zeros((), dtype=result_dtype(product_dtype or W_enc.dtype), device=inputs.device)
@@ -183,6 +177,40 @@ def encode_batch(
         empty = SparseCodes(inputs.new_zeros(len(inputs), 1), places.new_zeros(len(inputs), 1))
         return BatchCodes(empty, None)
     return BatchCodes(padded(places // m, places % m, values, len(inputs)), values.min())
+
+
+def _batch_by_rows(
+    topk: Callable[[Tensor, int], SparseCodes], inputs: Tensor, n_latents: int, count: int, width: int
+) -> BatchCodes:
+    """The `count` largest of all rows, from each row's `width` largest; of rows of which all these are among the
+    `count`, four times as many are looked at, until none is such a row."""
+    parts: list[tuple[Tensor, SparseCodes]] = []  # numbers of rows, and their codes
+    rows = torch.arange(len(inputs))
+    while True:
+        codes = topk(inputs[rows], width)
+        every = torch.cat([codes.values.view(-1), *(part.values.view(-1) for _, part in parts)])
+        largest = every.kthvalue(len(every) - count + 1).values
+        more = (codes.values[:, -1] >= largest) & (codes.values[:, -1] > 0)
+        if width == n_latents or not bool(more.any()):
+            parts.append((rows, codes))
+            break
+        parts.append((rows[~more], SparseCodes(codes.values[~more], codes.indices[~more])))
+        rows, width = rows[more], min(4 * width, n_latents)
+    chosen = [part.values >= largest.clamp(min=torch.finfo(inputs.dtype).tiny) for _, part in parts]
+    row = torch.cat([rows[mask.nonzero()[:, 0]] for (rows, _), mask in zip(parts, chosen, strict=True)])
+    order = row.sort(stable=True)
+    values, latents = (
+        torch.cat([part[i][mask] for (_, part), mask in zip(parts, chosen, strict=True)])[order.indices]
+        for i in range(2)
+    )
+    if len(values) == 0:
+        empty = SparseCodes(inputs.new_zeros(len(inputs), 1), latents.new_zeros(len(inputs), 1))
+        return BatchCodes(empty, None)
+    row = order.values
+    if len(values) > count:
+        kept = _first_largest(values, count)
+        row, latents, values = row[kept], latents[kept], values[kept]
+    return BatchCodes(padded(row, latents, values, len(inputs)), values.min())
 
 
 def _first_largest(values: Tensor, count: int) -> Tensor:

@@ -12,8 +12,7 @@ on a CPU, and its bfloat16 instructions (other than AMX's) are no faster than fl
   to ten bits would: for standardised rows the error's standard deviation is 0.4 times that of a bfloat16 product.
 
 A result's bits depend on its two rows alone, not on the tile or the number of threads. All results of a row that holds
-an infinity or NaN are NaN. Not here: when it pays (`train.hardware`), and top-k in the same loops
-(`train.kernels_half_topk`).
+an infinity or NaN are NaN. Not here: when it pays (`train.hardware`).
 
 Shapes: n rows of the left operand, m of the right, d depth, p = d / 2 pairs, rounded up.
 """

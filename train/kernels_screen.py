@@ -64,51 +64,82 @@ def _choice(name: str) -> Any:
 _greater, _lesser = _choice("maxnum"), _choice("minnum")
 
 
-@compiled
-def pack_latents(start, stop, rotated, scale, order, panels):
-    """Panels start..stop of int32 [p, q, 32], from rotated rows [M, D] in the order given [32 p], each with its scale
-    [M]: round(row / scale) + 128, as bytes."""
-    for panel in range(start, stop):
-        for j in range(PANEL):
-            latent = order[panel * PANEL + j]
-            row, inverse = rotated[latent], np.float32(1) / scale[latent]
-            for quad in range(panels.shape[1]):
-                packed = np.uint32(0)
-                for byte in range(4):
-                    number = np.rint(row[4 * quad + byte] * inverse)
-                    packed |= np.uint32(np.int32(number) + 128) << np.uint32(8 * byte)
-                panels[panel, quad, j] = np.int32(packed)
+@inlined
+def _rotate(row, signs, blocks, out):
+    """out [D] = signs * row, its `blocks` equal parts mixed by a Hadamard matrix (Sylvester 1867): sums and differences
+    of parts, then of pairs of parts, and so on. That is sqrt(blocks) times an orthogonal matrix."""
+    d = row.size
+    for i in range(d):
+        out[i] = row[i] * signs[i]
+    half = d // blocks
+    while half < d:
+        for first in range(0, d, 2 * half):
+            low, high = out[first : first + half], out[first + half : first + 2 * half]
+            for i in range(half):
+                total, difference = low[i] + high[i], low[i] - high[i]
+                low[i], high[i] = total, difference
+        half *= 2
+
+
+@inlined
+def _round(rotated, line):
+    """The nearest bytes to multiples of one scale, line int8 [D]: the scale, and the sum of the bytes. Of numbers that
+    are not finite or all zero, the scale and the bytes are 0."""
+    largest = np.float32(0)
+    for i in range(rotated.size):
+        largest = _greater(largest, abs(rotated[i]))  # pyright: ignore[reportCallIssue]  numba passes its context
+    inverse = np.float32(127) / largest if np.float32(1e-30) < largest < np.inf else np.float32(0)
+    total = np.int32(0)
+    for i in range(rotated.size):
+        byte = np.int32(np.rint(rotated[i] * inverse))
+        total += byte
+        line[i] = np.int8(byte)
+    return largest / np.float32(127) if inverse > 0 else np.float32(0), total
 
 
 @compiled
-def pack_rows(start, stop, rotated, blocks, scale, square, offset):
-    """Blocks start..stop of int32 [b, q, 14], from rotated rows [N, D]: round(row / scale), four bytes each.
+def pack_latents(start, stop, weights, order, signs, blocks, panels, scale, norm):
+    """Panels start..stop of int32 [p, q, 32], from weights [M, D] in the order of `order` [32 p]: rotated, rounded,
+    plus 128, as bytes; and the scale and norm of each, [32 p]. Beyond the first M all are those of a row of zeros."""
+    m, d = weights.shape
+    unit = np.float32(1 / np.sqrt(blocks))
+    rotated, line = np.empty(d, np.float32), np.empty(d, np.int8)
+    quads = line.view(np.int32)
+    flip = np.int32(-0x7F7F7F80)  # adds 128 to each of four bytes
+    for place in range(start * PANEL, stop * PANEL):
+        if place < m:
+            row = weights[order[place]]
+            norm[place] = np.sqrt(_dot(row, row))
+            _rotate(row, signs, blocks, rotated)
+        else:
+            norm[place] = 0
+            rotated[:] = 0
+        scale[place] = unit * _round(rotated, line)[0]
+        for quad in range(quads.size):
+            panels[place // PANEL, quad, place % PANEL] = quads[quad] ^ flip
+
+
+@compiled
+def pack_rows(start, stop, rows, signs, blocks, packed, scale, square, offset):
+    """Blocks start..stop of int32 [b, q, 14], from rows [N, D]: rotated and rounded, four bytes each.
 
     Also each row's scale, squared norm and -128 times the sum of its bytes, all [14 b]. Rows beyond N, of zeros and of
     numbers that are not finite have bytes and scale 0.
     """
-    n, d = rotated.shape
-    line = np.zeros(d, np.int8)
+    n, d = rows.shape
+    unit = np.float32(1 / np.sqrt(blocks))
+    rotated, line = np.empty(d, np.float32), np.empty(d, np.int8)
     quads = line.view(np.int32)
     for r in range(start * ROWS, stop * ROWS):
-        scale[r] = square[r] = inverse = np.float32(0)
-        row = rotated[min(r, n - 1)]
-        if r < n:
-            largest = np.float32(0)
-            for i in range(d):
-                largest = _greater(largest, abs(row[i]))  # pyright: ignore[reportCallIssue]  numba passes its context
-            square[r] = _dot(row, row)
-            if square[r] < np.inf and largest > np.float32(1e-30):
-                scale[r] = largest / np.float32(127)
-                inverse = np.float32(127) / largest
-        total = np.int32(0)
-        for i in range(d):
-            byte = np.int32(np.rint(row[i] * inverse) if inverse > 0 else np.float32(0))
-            total += byte
-            line[i] = np.int8(byte)
-        offset[r] = np.int32(-128) * total
+        square[r] = _dot(rows[r], rows[r]) if r < n else np.float32(0)
+        if 0 < square[r] < np.inf:
+            _rotate(rows[r], signs, blocks, rotated)
+        else:
+            rotated[:] = 0
+        largest, total = _round(rotated, line)
+        scale[r], offset[r] = unit * largest, np.int32(-128) * total
         for quad in range(quads.size):
-            blocks[r // ROWS, quad, r % ROWS] = quads[quad]
+            packed[r // ROWS, quad, r % ROWS] = quads[quad]
 
 
 @inlined

@@ -90,16 +90,19 @@ def reconstruct_rows(start, stop, values, indices, W_dec, centred, weight, error
     flat_values, flat_indices = values.ravel(), indices.ravel()
     for n in range(start, stop):
         row_error, row_grad = error[n], grad_out[n]
-        _bag(flat_values, flat_indices, n * k, (n + 1) * k, W_dec, row_error)
+        width = k  # without the zeros behind: where the number of active latents varies, most of a row
+        while width > 0 and values[n, width - 1] == 0:
+            width -= 1
+        _bag(flat_values, flat_indices, n * k, n * k + width, W_dec, row_error)
         scale = -2 * weight[n]
         for i in range(row_error.size):
             difference = centred[n, i] - row_error[i]
             row_error[i] = difference
             row_grad[i] = scale * difference
         squared[n] = _dot(row_error, row_error)
-        _dots(row_grad, flat_indices, n * k, (n + 1) * k, W_dec, value_grads[n])
+        _dots(row_grad, flat_indices, n * k, n * k + width, W_dec, value_grads[n])
         for i in range(k):
-            if values[n, i] <= 0:
+            if i >= width or values[n, i] <= 0:
                 value_grads[n, i] = 0
 
 

@@ -138,7 +138,7 @@ class RunPlan:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`product_dtype` as torch's."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.product_dtype]
+        return getattr(torch, self.product_dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

@@ -3,8 +3,9 @@
 Where the processor multiplies bytes (AVX-512 VNNI), a product of 8-bit integers is four times as fast as one in
 float32, and too coarse to be the answer. It is good enough to say which latents can be among the k largest:
 
-1. Vectors and encoder rows are rotated by the same orthogonal matrix (random signs, then a Hadamard matrix on blocks of
-   coordinates), which leaves every product as it is and spreads outliers, then rounded to 8 bits with a scale each.
+1. Vectors and encoder rows are rotated by the same orthogonal matrix (random signs, then a Hadamard matrix on up to 64
+   parts of the coordinates), which leaves every product as it is and spreads outliers, then rounded to 8 bits with a
+   scale each.
 2. The integer product estimates every pre-activation. Rounding errors are sums of hundreds of small independent terms,
    so they are sub-Gaussian with a standard deviation sigma that the scales and norms give, a latent's own, and an
    estimate is off by more than 8 sigma once in 10^13. Estimates are looked at in registers; those that may be among
@@ -37,13 +38,13 @@ from train.kernels_half import cpu_features
 TILE_BYTES = 16 * 2**20
 """Products of vectors that the screen leaves out that are held at once."""
 
-MAX_BLOCK = 64
-"""Coordinates that are rotated among themselves at most."""
+MAX_BLOCKS = 64
+"""Parts of a vector that are mixed at most."""
 
 SIGMAS = 8.0
 """Margin of an estimate, in standard deviations of its error."""
 
-_MANY = 128  # latents for each of the k, so that it pays
+_MANY = 64  # latents for each of the k, so that it pays
 _FIRST_SAMPLE = 4  # panels after which bounds are first drawn up
 _LEAST_NORM = 1e-3  # of the largest row's: smaller rows are given that norm's margin
 
@@ -61,35 +62,36 @@ class Screen:
         """W_enc float32 [M, D]."""
         self._weights = W_enc.detach().contiguous()
         m, d = self._weights.shape
-        block = math.gcd(d, MAX_BLOCK)
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (block, 1), generator=generator).float() * 2 - 1
-        self._rotation = signs * torch.tensor(_hadamard(block)) / block**0.5
-        rotated = self._rotate(self._weights)
-        scale = rotated.abs().amax(dim=1).clamp_min(1e-30) / 127  # [M]
-        norm = torch.linalg.vector_norm(self._weights, dim=1)
-        norm = norm.clamp_min(max(1e-30, _LEAST_NORM * float(norm.max())))
-        self._coarseness = float((scale / norm).max())
-        self._own_size = norm
-        # In random order, so that the first of them are a fair sample.
-        order = torch.randperm(m, generator=generator)
+        self._signs = torch.randint(0, 2, (d,), generator=generator).float() * 2 - 1
+        self._blocks = math.gcd(d, MAX_BLOCKS)
         n_panels = -(-m // loops.PANEL)
         places = n_panels * loops.PANEL
+        # In random order, so that the first of them are a fair sample.
+        self._order = torch.zeros(places, dtype=torch.int32)
+        self._order[:m] = torch.randperm(m, generator=generator)
         # torch's memory starts on a cache line; numpy's need not, which makes products slower.
         self._panels = torch.empty(n_panels, d // 4, loops.PANEL, dtype=torch.int32)
-        self._scale, self._size = torch.ones(places), torch.full((places,), -torch.inf)
-        self._order = torch.zeros(places, dtype=torch.int32)
-        self._scale[:m], self._size[:m], self._order[:m] = scale[order], norm[order], order
-        packed = (part.numpy() for part in (rotated, scale, self._order, self._panels))
-        run_chunks(loops.pack_latents, even_chunks(n_panels, 8), *packed)
+        self._scale, self._size = torch.empty(2, places)
+        arrays = (part.numpy() for part in (self._weights, self._order, self._signs))
+        results = (part.numpy() for part in (self._panels, self._scale, self._size))
+        run_chunks(loops.pack_latents, even_chunks(n_panels, 8), *arrays, self._blocks, *results)
+        largest = float(self._size.max())
+        self._sound = math.isfinite(largest)
+        """Whether all weights are finite; if not, all products are made."""
+        self._size.clamp_(min=max(1e-30, _LEAST_NORM * largest))
+        self._coarseness = float((self._scale / self._size).max())
+        self._size[m:] = -torch.inf
+        self._own_size = torch.empty(m)
+        self._own_size[self._order[:m].long()] = self._size[:m]
 
     @staticmethod
     def fits(W_enc: Tensor, k: int) -> bool:
-        """Whether it works and pays: finite float32 weights [M, D], coordinates to rotate, many latents for each of the
-        k, and a machine that can."""
+        """Whether it works and pays: float32 weights [M, D] of a depth in whole quads, many latents for each of the k,
+        and a machine that can."""
         m, d = W_enc.shape
         shaped = W_enc.dtype == torch.float32 and W_enc.device.type == "cpu" and d % 16 == 0 and m >= _MANY * k
-        return shaped and bool(W_enc.isfinite().all()) and can_screen()
+        return shaped and can_screen()
 
     @torch.no_grad()
     def topk_relu(self, centred: Tensor, k: int) -> SparseCodes:
@@ -101,17 +103,18 @@ class Screen:
         blocks = torch.empty(n_blocks, d // 4, loops.ROWS, dtype=torch.int32)
         scale, square = torch.empty(2, n_blocks * loops.ROWS)
         offset = torch.empty(n_blocks * loops.ROWS, dtype=torch.int32)
-        rotated = self._rotate(centred)
         packed = (part.numpy() for part in (blocks, scale, square, offset))
-        run_chunks(loops.pack_rows, even_chunks(n_blocks, 8), rotated.numpy(), *packed)
+        run_chunks(
+            loops.pack_rows, even_chunks(n_blocks, 8), centred.numpy(), self._signs.numpy(), self._blocks, *packed
+        )
         # The error's standard deviation over the norm of a latent, in units of the row's scale.
         spread = ((1 + self._coarseness**2 * square / scale.square()) / 12).sqrt()
         margin = torch.where(scale > 0, SIGMAS * spread, 0)
         values, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
-        left_out = np.empty(n, np.bool_)
+        left_out = np.ones(n, np.bool_)
         run_chunks(
             loops.screen_blocks,
-            even_chunks(n_blocks, loops.GROUP),
+            even_chunks(n_blocks if self._sound else 0, loops.GROUP),
             blocks.numpy(),
             offset.numpy(),
             scale.numpy(),
@@ -150,15 +153,3 @@ class Screen:
         arrays = (part.numpy() for part in (centred, self._weights, z))
         run_chunks(loops.multiply_latents, even_chunks(len(self._weights), 64), *arrays)
         return choose_kernels(self._weights).topk_relu(z, k)
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        """x [N, D] times the orthogonal matrix."""
-        return (x.view(-1, len(self._rotation)) @ self._rotation).view(x.shape)
-
-
-def _hadamard(n: int) -> np.ndarray:
-    """The n x n Hadamard matrix (Sylvester 1867), n a power of two."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < n:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix

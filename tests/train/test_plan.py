@@ -101,16 +101,19 @@ def test_memory_grows_with_what_it_should(store: ActivationStore) -> None:
 
 def test_auto_takes_the_product_that_the_hardware_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for amx, half, expected in (
+    for amx, vnni, expected in (
         (False, False, "float32"),
-        (False, True, "float16"),
+        (False, True, "int8"),
         (True, True, "bfloat16"),
         (True, False, "bfloat16"),
     ):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
-        monkeypatch.setattr("train.kernels_half.half_products_run", lambda half=half: half)
+        monkeypatch.setattr("train.screen.can_screen", lambda vnni=vnni: vnni)
         assert resolve_product_dtype("auto", cpu) == expected
         assert resolve_product_dtype("float32", cpu) == "float32"
+    with pytest.raises(UsageError, match="AVX512-VNNI"):
+        resolve_product_dtype("int8", cpu)
+    monkeypatch.setattr("train.kernels_half.half_products_run", lambda: False)
     with pytest.raises(UsageError, match="AVX512-FP16"):
         resolve_product_dtype("float16", cpu)
     with pytest.raises(UsageError, match="bfloat16"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.sae import encode_tiled
+from train.encode import encode_batch, encode_tiled
 from train.screen import Screen, can_screen
 
 pytestmark = pytest.mark.skipif(not can_screen(), reason="this processor does not multiply bytes fast")
@@ -151,7 +151,57 @@ def test_a_vector_without_a_finite_norm_is_as_in_the_plain_product_and_no_other_
 
 @pytest.mark.parametrize(
     "rows",
-    [torch.ones(64, 32), torch.ones(4096, 10), torch.full((4096, 32), torch.nan), torch.ones(4096, 32).double()],
+    [torch.ones(64, 32), torch.ones(4096, 10), torch.ones(4096, 32).double()],
 )
 def test_what_it_is_not_made_for_is_said(rows):
     assert not Screen.fits(rows, 8)
+
+
+def test_a_product_in_8_bits_is_the_screen_where_it_applies_and_the_fastest_product_elsewhere():
+    x, rows = planted(50, 64, 2048, 9)
+    screened = Screen(rows).topk_relu(x, 8)
+    for found, expected in zip(encode_tiled(x, rows, 8, product_dtype=torch.int8), screened, strict=True):
+        assert torch.equal(found, expected)
+    bias = torch.linspace(-1, 1, 2048)
+    for given in ({"b_enc": bias, "k": 8}, {"k": 100}):  # neither has a screen
+        values, _ = encode_tiled(x, rows, product_dtype=torch.int8, **given)
+        exact = x @ rows.T + given.get("b_enc", 0)
+        torch.testing.assert_close(values, exact.topk(given["k"]).values.relu(), rtol=1e-2, atol=0.05)
+
+
+@pytest.mark.parametrize(("n", "mean", "share"), [(60, 8, 0.05), (60, 8, 1.0), (3, 16, 0.4), (1, 16, 1.0)])
+def test_the_largest_of_a_batch_are_those_of_the_exact_product(n, mean, share):
+    """Also where a few rows have most of them: then those rows are looked at again, up to all their latents."""
+    x, rows = planted(n, 64, 2048, n)
+    x[: max(1, round(share * n))] *= 30
+    found = encode_batch(x, rows, mean * n, product_dtype=torch.int8)
+    exact = (x.double() @ rows.double().T).relu()
+    best = exact.flatten().topk(mean * n).values
+    dense = torch.zeros(n, 2048).scatter_add_(1, found.codes.indices, found.codes.values)
+    assert int((dense > 0).sum()) == int((best > 0).sum())
+    torch.testing.assert_close(dense.flatten().topk(mean * n).values.double(), best, rtol=2e-5, atol=2e-4)
+    torch.testing.assert_close(dense[dense > 0].double(), exact[dense > 0], rtol=2e-5, atol=2e-4)
+    assert found.smallest is not None
+    assert float(found.smallest) == float(dense[dense > 0].min())
+
+
+def test_of_equal_ones_in_a_batch_the_first_rows_and_latents_stay():
+    rows, x = torch.ones(2048, 64), torch.ones(4, 64)
+    codes, smallest = encode_batch(x, rows, 8 * 4, product_dtype=torch.int8)
+    assert codes.indices[0].tolist() == list(range(32))
+    assert (codes.values > 0).sum(dim=1).tolist() == [32, 0, 0, 0]
+    assert float(smallest) == 64
+
+
+def test_a_batch_without_positive_values_has_no_codes():
+    codes, smallest = encode_batch(-torch.ones(4, 64), torch.ones(2048, 64), 8 * 4, product_dtype=torch.int8)
+    assert smallest is None
+    assert not codes.values.any()
+
+
+def test_weights_that_are_not_finite_give_what_the_plain_product_gives():
+    x, rows = planted(20, 64, 2048, 3)
+    rows[5, 7] = torch.nan
+    found, plain = Screen(rows).topk_relu(x, 8), encode_tiled(x, rows, 8)
+    assert torch.equal(found.indices, plain.indices)
+    torch.testing.assert_close(found.values, plain.values, equal_nan=True)
