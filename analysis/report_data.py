@@ -138,9 +138,7 @@ def load_results(out_dir: Path) -> Results:
 
     Raises ResidscopeError for a missing file, IncompatibleError for another schema_version.
     """
-    import pyarrow.parquet as pq
-
-    from analysis.report_prompt import load_prompts
+    import pyarrow
 
     for name in ("summary.json", "layers.parquet", "latents.parquet"):
         if not (out_dir / name).is_file():
@@ -152,6 +150,18 @@ def load_results(out_dir: Path) -> Results:
             f"{out_dir / 'summary.json'}: schema_version is {version}, this report reads {SCHEMA_VERSION}: "
             "run `analyze` again with this version"
         )
+    try:
+        return _load_tables(out_dir, summary)
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise IncompatibleError(f"{out_dir}: a table there is damaged ({reason}): run `analyze` again") from None
+
+
+def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
+    import pyarrow.parquet as pq
+
+    from analysis.report_prompt import load_prompts
+
     layers = pq.read_table(out_dir / "layers.parquet")
     there = pq.read_schema(out_dir / "latents.parquet").names
     has_kinds = "profile" in there

@@ -282,9 +282,10 @@ def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Modul
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     auto = transformers.AutoModelForCausalLM
     if not spec.random_init:
-        model, found = auto.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             spec.location, config=config, dtype=dtype, output_loading_info=True, **arguments, **spec.load_arguments
         )
+        model, found = loaded
         return model, sorted(found["missing_keys"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)

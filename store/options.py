@@ -186,7 +186,7 @@ def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
             found = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid TOML: {error}") from None
     values = {}
     for key, value in found.items():

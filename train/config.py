@@ -11,6 +11,9 @@ from typing import Literal
 
 from store.errors import UsageError
 
+_MOST_THREADS = 1024
+"""Of a hundred thousand the process dies without a word."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -213,6 +216,8 @@ class TrainConfig:
             if value is not None and not 0 <= value < math.inf:
                 wanted = "a finite number" if value == math.inf else "0 or more"
                 raise UsageError(f"--{name.replace('_', '-')} should be {wanted}, found {value}")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise UsageError(f"--threads should be at most {_MOST_THREADS}, found {self.threads}")
         if self.seed >= 2**63:
             raise UsageError(f"--seed should be below 2^63, found {self.seed}")
         if not 0 <= self.validation_fraction < 1:

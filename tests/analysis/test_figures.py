@@ -163,3 +163,7 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     write_results(tmp_path, n_layers=2, n_latents=4, change=lambda summary: summary.update(schema_version=9))
     with pytest.raises(IncompatibleError, match="schema_version is 9"):
         load_results(tmp_path)
+    write_results(tmp_path, n_layers=2, n_latents=4)
+    (tmp_path / "latents.parquet").write_bytes(b"PAR1")
+    with pytest.raises(IncompatibleError, match="a table there is damaged"):
+        load_results(tmp_path)

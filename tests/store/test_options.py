@@ -100,11 +100,12 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
         ("model = 'm'\nmax_tokens = true", "max_tokens should be int, found True"),
         ("model = 'm'\ndtype = 'int8'", "dtype should be 'float32' | 'bfloat16'"),
         ("model = ", "not valid TOML"),
+        ("model = '\xff'", "not valid TOML"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "c.toml"
-    file.write_text(text)
+    file.write_text(text, encoding="latin-1")
     with pytest.raises(UsageError, match=r"c\.toml") as error:
         parse("--config", str(file))
     assert said in str(error.value)

@@ -113,6 +113,7 @@ def test_wrong_input_gets_one_line_and_its_exit_code(
     cases = [
         ((store, out, "--k", "601"), 2, "k is 601, but there are only 600 latents"),
         ((store, out, "--batch-size", "0"), 2, "--batch-size should be above 0"),
+        ((store, out, "--threads", "100000"), 2, "--threads should be at most 1024"),
         ((store, whole), 2, "exists already"),
         ((tmp_path / "none.zarr", out), 2, "no such file or folder"),
         ((store, evil, "--resume"), 3, "code could run on loading"),
