@@ -163,10 +163,9 @@ def test_a_product_in_8_bits_is_the_screen_where_it_applies_and_the_fastest_prod
     for found, expected in zip(encode_tiled(x, rows, 8, product_dtype=torch.int8), screened, strict=True):
         assert torch.equal(found, expected)
     bias = torch.linspace(-1, 1, 2048)
-    for given in ({"b_enc": bias, "k": 8}, {"k": 100}):  # neither has a screen
-        values, _ = encode_tiled(x, rows, product_dtype=torch.int8, **given)
-        exact = x @ rows.T + given.get("b_enc", 0)
-        torch.testing.assert_close(values, exact.topk(given["k"]).values.relu(), rtol=1e-2, atol=0.05)
+    for b_enc, k in ((bias, 8), (torch.zeros(2048), 100)):  # neither has a screen
+        values, _ = encode_tiled(x, rows, k, b_enc=b_enc, product_dtype=torch.int8)
+        torch.testing.assert_close(values, (x @ rows.T + b_enc).topk(k).values.relu(), rtol=1e-2, atol=0.05)
 
 
 @pytest.mark.parametrize(("n", "mean", "share"), [(60, 8, 0.05), (60, 8, 1.0), (3, 16, 0.4), (1, 16, 1.0)])
@@ -190,6 +189,7 @@ def test_of_equal_ones_in_a_batch_the_first_rows_and_latents_stay():
     codes, smallest = encode_batch(x, rows, 8 * 4, product_dtype=torch.int8)
     assert codes.indices[0].tolist() == list(range(32))
     assert (codes.values > 0).sum(dim=1).tolist() == [32, 0, 0, 0]
+    assert smallest is not None
     assert float(smallest) == 64
 
 
