@@ -4,6 +4,9 @@ Blocks of `PER_BLOCK` live latents, each base64 of deflated JSON, which report.j
 Where all would take more than `BUDGET`, less is kept, by the first of `PLANS` that fits, and the page says what. Not
 here: finding examples (`analysis.examples`), their rows as JSON (`analysis.report_windows`).
 
+One block more lists what can be searched for: of each word, in small letters, the rows of the latents that promote it
+or have a shown example at it. So a search need not unpack the others.
+
 Content of a latent, a key only where there is something: `texts`, `examples` (as in `analysis.report_windows`),
 `histogram` (of each layer: its number, the first bin with a count, the counts from there on), `near` (latent and cosine
 of its neighbours), `promoted`, `suppressed`.
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from analysis.report_windows import Example, add_texts, read_examples
+from analysis.report_windows import Example, add_texts, marked_token, read_examples
 
 PER_BLOCK = 64
 """Live latents in a block."""
@@ -83,20 +86,40 @@ def _fitting(found: list[_Found]) -> tuple[list[str], Plan]:
     for plan in PLANS:
         last = plan is PLANS[-1]
         sample = starts[_SAMPLED // 2 :: _SAMPLED]
-        size = sum(len(_block(start, found, plan)) for start in sample)
+        size = sum(len(_block(start, _contents(start, found, plan))) for start in sample)
         if not last and size * len(starts) > 0.98 * BUDGET * max(1, len(sample)):
             continue
-        blocks = [_block(start, found, plan) for start in starts]
+        contents = [_contents(start, found, plan) for start in starts]
+        blocks = [_block(start, content) for start, content in zip(starts, contents, strict=True)]
+        blocks.append(_packed("latent-words", _rows_of_words([latent for content in contents for latent in content])))
         if last or sum(map(len, blocks)) <= BUDGET:
             return blocks, plan
     raise AssertionError("the last plan is taken in any case")
 
 
-def _block(start: int, found: list[_Found], plan: Plan) -> str:
-    kept = [_content(one, plan) for one in found[start : start + PER_BLOCK]]
-    data = zlib.compress(json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode(), 6)
-    packed = base64.b64encode(data).decode()
-    return f'<script type="text/plain" id="latent-block-{start // PER_BLOCK}">{packed}</script>'
+def _contents(start: int, found: list[_Found], plan: Plan) -> list[dict[str, Any]]:
+    return [_content(one, plan) for one in found[start : start + PER_BLOCK]]
+
+
+def _block(start: int, contents: list[dict[str, Any]]) -> str:
+    return _packed(f"latent-block-{start // PER_BLOCK}", contents)
+
+
+def _packed(block_id: str, content: Any) -> str:
+    data = zlib.compress(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(), 6)
+    return f'<script type="text/plain" id="{block_id}">{base64.b64encode(data).decode()}</script>'
+
+
+def _rows_of_words(contents: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """By word, the rows of its latents, each but the first as its distance from the one before: small numbers deflate
+    well."""
+    rows: dict[str, list[int]] = {}
+    for row, content in enumerate(contents):
+        words = {word.lower() for word in content.get("promoted", ())}
+        words |= {marked_token(*window).lower() for window in content.get("texts", ())}
+        for word in words:
+            rows.setdefault(word, []).append(row)
+    return {word: np.diff(of, prepend=0).tolist() for word, of in sorted(rows.items())}
 
 
 def _content(one: _Found, plan: Plan) -> dict[str, Any]:

@@ -96,6 +96,13 @@ def add_texts(examples: list[Example]) -> dict[str, Any]:
     return {"texts": list(number), "examples": columns}
 
 
+def marked_token(text: str, lengths: str, place: int) -> str:
+    """The token that a packed window is of."""
+    sizes = [ord(sign) - 48 for sign in lengths[: place + 1]]
+    start = sum(sizes[:-1])
+    return text[start : start + sizes[-1]]
+
+
 def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[str, str, int, str]]:
     """Text, lengths, place of the token and levels of each row, as shown. top: [R] activation of level 35."""
     lists, activations = batch["texts"], batch["activations"]

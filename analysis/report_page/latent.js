@@ -4,13 +4,13 @@ const PER_BLOCK = 64; // as in analysis/report_examples.py
 const contents = new Map();
 let showAll = false; // further examples of a layer
 
-/** What analysis/report_examples.py packed of the latents of one block, unpacked once; null where there is none. */
-function content(number) {
-  if (!contents.has(number)) {
-    const block = document.getElementById(`latent-block-${number}`);
-    contents.set(number, block ? inflate(block).then((buffer) => JSON.parse(new TextDecoder().decode(buffer))) : null);
+/** What analysis/report_examples.py packed under a name, unpacked once; null where there is none. */
+function content(name) {
+  if (!contents.has(name)) {
+    const block = document.getElementById(`latent-${name}`);
+    contents.set(name, block ? inflate(block).then((buffer) => JSON.parse(new TextDecoder().decode(buffer))) : null);
   }
-  return contents.get(number);
+  return contents.get(name);
 }
 
 function escaped(text) {
@@ -32,14 +32,6 @@ function tokensOf([text, lengths], levels) {
     at += length;
   });
   return tokens;
-}
-
-/** The token that a window is of. */
-function markedToken([text, lengths, place]) {
-  const sizes = [...lengths].map((sign) => sign.codePointAt(0) - 48);
-  const start = sizes.slice(0, place).reduce((sum, size) => sum + size, 0);
-  const end = start + sizes[place];
-  return /[\ud800-\udbff]/.test(text) ? [...text].slice(start, end).join("") : text.slice(start, end);
 }
 
 /** The highest activation of a latent's examples: the end of its colours. */
@@ -150,13 +142,12 @@ function neighboursHtml(near, data, kinds) {
   return `<div class="near"><h4>Neighbours, by cosine of decoder rows (\u22121 to 1)</h4><ol>${lines.join("")}</ol></div>`;
 }
 
-/** For each row whether a promoted token, or the marked token of an example, contains the text; by unpacking all. */
+/** For each row whether a promoted token, or the marked token of an example, contains the text. */
 async function textTest(text, n) {
   const wanted = text.toLowerCase(), found = new Uint8Array(n);
-  const blocks = await Promise.all(Array.from({ length: Math.ceil(n / PER_BLOCK) }, (_, i) => content(i)));
-  blocks.forEach((block, b) => block?.forEach((latent, i) => {
-    const words = [...(latent.promoted ?? []), ...(latent.texts ?? []).map(markedToken)];
-    found[b * PER_BLOCK + i] = words.some((word) => word.toLowerCase().includes(wanted)) ? 1 : 0;
-  }));
+  for (const [word, steps] of Object.entries((await content("words")) ?? {})) {
+    let row = 0;
+    if (word.includes(wanted)) for (const step of steps) found[(row += step)] = 1;
+  }
   return (i) => found[i];
 }

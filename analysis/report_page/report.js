@@ -194,7 +194,7 @@ async function latentTable(block) {
 
   /** What has to be unpacked first. */
   async function fillDetail(place) {
-    const row = Number(place.dataset.detail), block = await content(Math.floor(row / PER_BLOCK));
+    const row = Number(place.dataset.detail), block = await content(`block-${Math.floor(row / PER_BLOCK)}`);
     if (!block) { place.querySelector(".looks").remove(); return; }
     const latent = block[row % PER_BLOCK];
     place.querySelector(".looks").innerHTML = examplesHtml(latent);

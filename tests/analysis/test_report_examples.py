@@ -37,8 +37,12 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 def unpacked(html: str) -> tuple[str, list[dict[str, Any]]]:
     """The note, and what report.js makes of the blocks."""
-    note, *blocks = re.findall(r"<script[^>]*>([^<]*)</script>", html)
-    return note, [latent for block in blocks for latent in json.loads(zlib.decompress(base64.b64decode(block)))]
+    note, *blocks = re.findall(r'<script[^>]*id="latent-(?:note|block-)[^>]*>([^<]*)</script>', html)
+    return note, [latent for block in blocks for latent in json.loads(_inflated(block))]
+
+
+def _inflated(packed: str) -> bytes:
+    return zlib.decompress(base64.b64decode(packed))
 
 
 def shown(latent: dict[str, Any], i: int) -> list[tuple[str, str]]:
@@ -73,6 +77,21 @@ def test_windows_levels_and_neighbours_come_back(tmp_path: Path) -> None:
     assert [token for token, _ in shown(third, 0)] == ["caf", "é", "", " \U0001f600"]
     assert third["texts"][0][2] == 1
     assert [token for token, _ in shown(third, 1)] == ["ü", "x"]
+
+
+def test_the_words_that_can_be_searched_for_are_the_marked_and_the_promoted(tmp_path: Path) -> None:
+    rows = [
+        row(3, 0, 0, 1.0, ["One", " Two"], 1),
+        row(3, 4, 0, 2.0, ["One", " Two"], 0),
+        row(9, 4, 0, 3.0, ["x", " two", "\U0001f600y"], 1),
+        row(9, 5, 0, 3.0, ["\U0001f600", "É"], 1),
+    ]
+    write(tmp_path, rows)
+    tokens = {"latent": [3, 5, 9], "promoted": [["one"], [" two", "z"], []], "suppressed": [["none"]] * 3}
+    pq.write_table(pa.table(tokens), tmp_path / "latent_logits.parquet")
+    (packed,) = re.findall(r'id="latent-words">([^<]*)<', example_blocks(tmp_path, LATENTS))
+    words = {word: np.cumsum(steps).tolist() for word, steps in json.loads(_inflated(packed)).items()}
+    assert words == {"one": [0], " two": [0, 1, 2], "z": [1], "é": [2]}
 
 
 def test_windows_are_cut_between_tokens(tmp_path: Path) -> None:
@@ -111,7 +130,7 @@ def test_where_it_does_not_fit_the_strongest_layers_stay_and_the_page_says_so(
     assert latent["histogram"] == [[4, 7, 2, 0, 5]]
     assert N_BINS == 24
 
-    monkeypatch.setattr(report_examples, "BUDGET", len(html.split("\n")[1]) - 1)
+    monkeypatch.setattr(report_examples, "BUDGET", sum(map(len, html.split("\n")[1:])) - 1)
     note, (latent, *_) = unpacked(example_blocks(tmp_path, LATENTS))
     assert latent["examples"]["layer"] == [3, 4, 4, 5]
     assert latent["examples"]["rank"] == [0, 0, 1, 0]
