@@ -26,7 +26,7 @@ from analysis.report_windows import Example, add_texts, marked_token, read_examp
 PER_BLOCK = 64
 """Live latents in a block."""
 
-BUDGET = 12_000_000
+BUDGET = 12_600_000
 """Characters that all blocks together may take: with the rest of a page of 10,000 latents, below 15 MB."""
 
 _SAMPLED = 16
