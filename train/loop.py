@@ -98,12 +98,12 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
         for spec in specs:
             check_output(spec.config)
         saved = _saved(specs)
-        set_threads(config, saved)
         shared = _shared(config, store)
         plans = [make_plan(spec.config, store, shared.split, spec.layer) for spec in specs]
         for spec, plan, checkpoint in zip(specs, plans, saved, strict=True):
             if checkpoint is not None:
                 check_resumable(spec.config.out, checkpoint, store, plan)
+        set_threads(config, saved)
         trainers: dict[int, dict[str, Any]] = {}
         left: list[tuple[Run, Checkpoint | None]] = []
         for index, (spec, plan, checkpoint) in enumerate(zip(specs, plans, saved, strict=True)):

@@ -6,14 +6,17 @@ All refusals come before anything is computed or written.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from store.activations import ActivationStore
 from store.errors import IncompatibleError, UsageError
 from train.config import TrainConfig
 from train.plan import RunPlan, compare_plans
 from train.sae import Checkpoint
+from train.validation import Validation
 
 
 def check_output(config: TrainConfig) -> None:
@@ -32,12 +35,38 @@ def check_resumable(path: Path, saved: Checkpoint, store: ActivationStore, plan:
         raise IncompatibleError(f"{path} has d_model {saved.config.d_model}, {store.path} has {plan.d_model}")
     if not {"step", "finished", "config"} <= set(saved.trainer):
         raise IncompatibleError(f"{path} holds no training state to resume; --overwrite starts anew")
+    _check_state(path, saved.trainer, saved.config.n_latents)
     for warning in compare_plans(path, saved.trainer["config"], plan):
         say(f"warning: {warning}")
     if saved.store.get("content_hash") != store.content_hash:
         raise IncompatibleError(
             f"{path} was trained on another store: content {saved.store.get('content_hash')} there, "
             f"{store.content_hash} in {store.path}; name that store, or --overwrite to start anew"
+        )
+
+
+def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
+    """Raise `IncompatibleError` unless the record is one that `train` can have written."""
+    step, config, validation = trainer["step"], trainer["config"], trainer.get("validation")
+    needed = set(Validation._fields) - set(Validation._field_defaults)
+    whole: dict[str, bool] = {
+        "config": isinstance(config, dict),
+        "step": type(step) is int and isinstance(config, dict) and 0 <= step <= config.get("steps", step),
+        "finished": isinstance(trainer["finished"], bool),
+        "metrics": isinstance(trainer.get("metrics"), dict),
+        "validation": validation is None
+        or (isinstance(validation, dict) and needed <= set(validation) <= set(Validation._fields)),
+    }
+    whole |= {name: isinstance(trainer.get(name, 1), int) for name in ("updates", "vectors", "threads")}
+    if trainer["finished"] is False:
+        silent = trainer.get("silent")
+        whole["silent"] = isinstance(silent, Tensor) and silent.shape == (n_latents,)
+        whole |= {name: isinstance(trainer.get(name), dict) for name in ("statistics", "optimizer", "window")}
+    damaged = [name for name, good in whole.items() if not good]
+    if damaged:
+        raise IncompatibleError(
+            f"{path}: its training state is damaged: {damaged[0]} is not what `train` writes; take another checkpoint,"
+            " or --overwrite starts anew"
         )
 
 

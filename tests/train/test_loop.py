@@ -339,3 +339,36 @@ def test_values_that_are_not_finite_are_named_before_the_training(
     with pytest.raises(ResidscopeError, match="layer 1: the store holds values there that are not finite"):
         train(replace(config, store=path))
     assert not config.out.exists()
+
+
+def test_a_training_state_that_is_not_whole_is_refused_by_name(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = runs.Run.save
+
+    def then_stop(self: runs.Run, *, finished: bool) -> None:
+        save(self, finished=finished)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "save", then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, checkpoint_every=5))
+    whole = torch.load(config.out, weights_only=True)
+    left_out = {"updates", "vectors", "threads"}  # which older checkpoints lack
+    for name in whole["trainer"]:
+        for value in ("missing", None, "x", [], -1, 10**9, torch.zeros(3)):
+            trainer = {**whole["trainer"], name: value}
+            if value is None and name == "validation":
+                continue
+            if isinstance(value, int) and name in left_out:
+                continue
+            if value == "missing":
+                if name in left_out | {"validation"}:
+                    continue
+                del trainer[name]
+            torch.save({**whole, "trainer": trainer}, config.out)
+            with pytest.raises(IncompatibleError, match=f"{name} is not what|holds no training state"):
+                train(replace(config, checkpoint_every=5, resume=True))
+    torch.save(whole, config.out)
+    train(replace(config, checkpoint_every=5, resume=True))
