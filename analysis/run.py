@@ -100,9 +100,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
             baseline = None
             if sums.gram is not None:
                 measured = max(1, round(float(sums.quality.result(ANALYSED).l0.mean())))
-                components = pca.fit(
-                    sums.gram, checkpoint.config.k or measured
-                )  # k 0: not known of a foreign autoencoder
+                # k is 0 where it is not known of a foreign autoencoder.
+                components = pca.fit(sums.gram, checkpoint.config.k or measured)
                 total = _shard_sum("pca", pca_error, (work, components), add_errors, store, selection.validation)
                 spread = sums.quality.spread(VALIDATION)
                 baseline = Baseline(

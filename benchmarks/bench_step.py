@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate, constant")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the median counts")
     parser.add_argument(
-        "--fvu-steps", type=int, nargs="*", default=[100], help="steps after which FVU is compared, ascending"
+        "--fvu-steps", type=int, nargs="*", default=[100], help="steps after which FVU is compared; 0: it is not"
     )
     parser.add_argument("--fvu-rows", type=int, default=1024, help="vectors in each of them")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -74,6 +74,7 @@ def main() -> None:
     )
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has the peers")
     options = parser.parse_args()
+    options.fvu_steps = sorted(filter(None, options.fvu_steps))
     options.dtype = resolve_product_dtype(options.dtype, torch.device(options.device))
     with tempfile.TemporaryDirectory(prefix="bench-step-") as name, ExitStack() as stack:
         folder = Path(name)

@@ -12,8 +12,9 @@ import functools
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Names of malloc.h."""
 
-_MMAP_BYTES = 2**30
-"""Larger blocks come straight from the system, and go straight back to it."""
+_MMAP_BYTES = (2**30, 2**25)
+"""Larger blocks come straight from the system, and go straight back to it. The second for glibc before 2.35, which
+takes no more."""
 
 _TRIM_BYTES = 2**31 - 1
 """The largest that an int holds: what is free beyond it is given back."""
@@ -26,4 +27,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl and macOS have no such function, Windows no such handle.
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES))
+    taken = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP_BYTES)
+    return taken and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES))

@@ -122,10 +122,9 @@ class TrainConfig:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Type of the encoder's product; weights stay float32. auto: the fastest that the hardware has: bfloat16 on CUDA
-    and on CPUs with AMX, int8 on CPUs with AVX512-VNNI, else float32. int8: TopK, BatchTopK
-    and Matryoshka without an encoder bias screen all latents in 8 bits and multiply out in float32 those that may be
-    among the k largest; what needs every product makes it in float16 (summed in float32) on CPUs with AVX512-FP16,
-    else in float32."""
+    and on CPUs with AMX, int8 on CPUs with AVX512-VNNI, else float32. int8: TopK, BatchTopK and Matryoshka without an
+    encoder bias screen all latents in 8 bits and multiply out in float32 those that may be among the k largest; what
+    needs every product makes it in float16 (summed in float32) on CPUs with AVX512-FP16, else in float32."""
 
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""

@@ -77,16 +77,12 @@ class HalfProduct:
         out = torch.empty(n, m) if out is None else out
         if out.shape != (n, m) or not out.is_contiguous() or out.dtype != torch.float32:
             raise ValueError(f"out: expected contiguous float32 [{n}, {m}], found {out.dtype} {list(out.shape)}")
-        packed = self.pack_left(left)
+        if left.shape[1:] != self.shape[1:]:
+            raise ValueError(f"left: expected [n, {self.shape[1]}], found {list(left.shape)}")
+        packed = Packed.of(left, ROWS)
         units = -(-len(packed.pairs) // _UNIT_BLOCKS) * -(-len(self.right.pairs) // _UNIT_PANELS)
         run_chunks(_product_blocks, even_chunks(units, 1), *packed, *self.right, out.numpy())
         return out
-
-    def pack_left(self, left: Tensor) -> "Packed":
-        """A left operand [n, d] in blocks."""
-        if left.shape[1:] != self.shape[1:]:
-            raise ValueError(f"left: expected [n, {self.shape[1]}], found {list(left.shape)}")
-        return Packed.of(left, ROWS)
 
 
 class Packed(NamedTuple):
@@ -266,7 +262,7 @@ def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> A
 
 
 @inlined
-def block_sums(left, right, sums):
+def _block_sums(left, right, sums):
     """sums [14, 32] = a block of 14 rows, pairs [p, 14], times a panel, pairs [p, 32], scaled as they are."""
     sums[:] = 0
     depth = left.shape[0]
@@ -331,7 +327,7 @@ def _product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
             for b in range(first_block, min(first_block + _UNIT_BLOCKS, left.shape[0])):
                 for r in range(b * ROWS, min((b + 1) * ROWS, n)):
                     _will_write(out[r].ctypes.data + 4 * PANEL * q)  # pyright: ignore[reportCallIssue]
-                block_sums(left[b], right[q], sums)
+                _block_sums(left[b], right[q], sums)
                 for r in range(min(ROWS, n - b * ROWS)):
                     row, scale = out[b * ROWS + r], unscale_left[b * ROWS + r]
                     if columns == PANEL:

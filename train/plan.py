@@ -308,6 +308,8 @@ def compare_plans(path: object, saved: dict[str, Any], plan: RunPlan) -> list[st
             continue
         found = f"{field.name} was {before} when {path} was saved and is {after} now"
         if field.name not in _REPORTED_ONLY:
-            raise IncompatibleError(f"{found}; give the same flags to resume, or --overwrite to start anew")
+            # What "auto" stands for depends on the machine and on this package's version.
+            way_out = f"give --dtype {before}" if field.name == "product_dtype" else "give the same flags"
+            raise IncompatibleError(f"{found}; {way_out} to resume, or --overwrite to start anew")
         warnings.append(f"{found}: the result will not be bit for bit that of an unbroken run")
     return warnings

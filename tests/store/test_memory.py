@@ -1,10 +1,14 @@
 """Freed memory stays with the process: temporaries made again are not faulted in again."""
 
+import ctypes
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from store.memory import keep_freed_memory
 
 FAULTS = """
 import resource, sys
@@ -44,3 +48,18 @@ def test_temporaries_are_faulted_in_once() -> None:
     _, given_back = faults("default")
     assert given_back > 10_000  # 480 MB are 117,000 pages, fewer where they are large
     assert kept < 500
+
+
+def test_an_older_malloc_keeps_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes blocks of at most 32 MiB, as glibc before 2.35."""
+    settings = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if name == -3 and value > 2**25:
+            return 0
+        settings[name] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory.__wrapped__()
+    assert settings == {-3: 2**25, -1: 2**31 - 1}

@@ -70,6 +70,8 @@ def test_every_difference_between_plans_is_named(store: ActivationStore) -> None
             with pytest.raises(IncompatibleError, match=f"{field.name} was other"):
                 compare_plans("ckpt.pt", other.to_dict(), plan)
     assert compare_plans("ckpt.pt", plan.to_dict(), plan) == []
+    with pytest.raises(IncompatibleError, match=r"product_dtype was .* give --dtype other to resume"):
+        compare_plans("ckpt.pt", plan.to_dict() | {"product_dtype": "other"}, plan)
 
 
 def test_a_plan_from_before_an_option_was_there_is_that_of_its_default(store: ActivationStore) -> None:

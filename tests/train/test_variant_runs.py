@@ -18,6 +18,7 @@ from train import loop
 from train.config import TrainConfig
 from train.loop import train
 from train.sae import load_checkpoint
+from train.screen import Screen, can_screen
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "batchtopk": {"activation": "batchtopk"},
@@ -82,6 +83,34 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
     assert config.out.read_bytes() == whole
     assert timeless(metrics(config)) == lines
     torch.testing.assert_close(load_checkpoint(config.out).sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not can_screen(), reason="this processor does not multiply bytes fast")
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "matryoshka"])
+def test_screened_runs_learn_what_float32_ones_do_and_resume_to_the_same_bytes(
+    tmp_path: Path, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other runs here are too small for the screen: it needs d_model in sixteens, and many latents."""
+    calls = []
+    screened = Screen.topk_relu
+    monkeypatch.setattr(Screen, "topk_relu", lambda self, x, k: calls.append(k) or screened(self, x, k))
+    make_store(tmp_path / "acts.zarr", random_activations(n_tokens=400, d_model=16), chunk_tokens=32)
+    # AuxK's products are in half precision; and at a high rate Adam makes two runs of two that are nearly equal.
+    options = {"activation": activation, "k": 2, "n_latents": 256, "epochs": 1, "aux_coef": 0.0, "lr": 1e-4}
+    plain = train(make_config(tmp_path / "acts.zarr", tmp_path / "plain.pt", dtype="float32", **options))
+    assert not calls
+    config = make_config(tmp_path / "acts.zarr", tmp_path / "ckpt.pt", dtype="int8", **options)
+    whole = train(config)
+    assert calls
+    assert whole.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-5)
+    before = config.out.read_bytes()
+    config.out.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_on_signals", lambda: StopAt(5))
+        with pytest.raises(Interrupted, match="--resume continues"):
+            train(config)
+    train(replace(config, resume=True))
+    assert config.out.read_bytes() == before
 
 
 @pytest.mark.parametrize(
