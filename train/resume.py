@@ -49,11 +49,15 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
     """Raise `IncompatibleError` unless the record is one that `train` can have written."""
     step, config, validation = trainer["step"], trainer["config"], trainer.get("validation")
     needed = set(Validation._fields) - set(Validation._field_defaults)
+    metrics = trainer.get("metrics")
+    measured = {"loss", "dead_fraction", "vectors"} if trainer["finished"] is True else set()
     whole: dict[str, bool] = {
         "config": isinstance(config, dict),
         "step": type(step) is int and isinstance(config, dict) and 0 <= step <= config.get("steps", step),
         "finished": isinstance(trainer["finished"], bool),
-        "metrics": isinstance(trainer.get("metrics"), dict),
+        "metrics": isinstance(metrics, dict)
+        and measured <= set(metrics)
+        and isinstance(metrics.get("loss"), float | int | None),
         "validation": validation is None
         or (isinstance(validation, dict) and needed <= set(validation) <= set(Validation._fields)),
     }

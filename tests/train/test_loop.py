@@ -372,3 +372,8 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
                 train(replace(config, checkpoint_every=5, resume=True))
     torch.save(whole, config.out)
     train(replace(config, checkpoint_every=5, resume=True))
+    finished = torch.load(config.out, weights_only=True)
+    for metrics in ({}, {**finished["trainer"]["metrics"], "loss": "x"}):
+        torch.save({**finished, "trainer": {**finished["trainer"], "metrics": metrics}}, config.out)
+        with pytest.raises(IncompatibleError, match="metrics is not what"):
+            train(replace(config, checkpoint_every=5, resume=True))
