@@ -102,7 +102,7 @@ def reconstruct_rows(start, stop, values, indices, W_dec, centred, weight, error
         squared[n] = _dot(row_error, row_error)
         _dots(row_grad, flat_indices, n * k, n * k + width, W_dec, value_grads[n])
         for i in range(k):
-            if i >= width or values[n, i] <= 0:
+            if values[n, i] <= 0:
                 value_grads[n, i] = 0
 
 

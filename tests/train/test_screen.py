@@ -73,14 +73,15 @@ def test_vectors_of_zeros_take_no_longer_than_others():
     assert not values.any()
 
 
-@pytest.mark.parametrize("what", ["estimates are further off than they say", "first bounds are too high"])
+@pytest.mark.parametrize("what", ["estimates are further off than they say", "a first bound is too high"])
 def test_what_the_screen_cannot_be_sure_of_is_multiplied_out(what, monkeypatch):
-    x, rows = planted(50, 64, 2048, 4)
+    """Each of these goes wrong if the check that is meant for it is left out."""
+    x, rows = planted(2000, 16, 2048, 4)
     expected, screen = Screen(rows).topk_relu(x, 8), Screen(rows)
-    if what.startswith("estimates"):
-        screen._scale *= 1.5
-    else:
-        monkeypatch.setattr(screen, "_ranks", lambda k: np.ones(64, np.int32))
+    if what.startswith("estimates"):  # a factor of each latent's own, so that their order is another
+        screen._scale *= torch.rand(len(screen._scale), generator=torch.Generator().manual_seed(0)) + 0.5
+    else:  # the largest of the first 512 latents, which 4 in the mean exceed and not always 8
+        monkeypatch.setattr(screen, "_ranks", lambda k: (np.arange(64) == 15).astype(np.int32))
     found = screen.topk_relu(x, 8)
     assert torch.equal(found.values, expected.values)
     assert torch.equal(found.indices, expected.indices)
