@@ -87,6 +87,17 @@ def test_what_the_screen_cannot_be_sure_of_is_multiplied_out(what, monkeypatch):
     assert torch.equal(found.indices, expected.indices)
 
 
+@pytest.mark.parametrize(("d", "m", "k", "outlier"), [(64, 2048, 8, 0.0), (576, 5000, 32, 100.0), (80, 4096, 3, 5.0)])
+def test_next_to_none_of_ordinary_vectors_are_multiplied_out(d, m, k, outlier, monkeypatch):
+    """Or else the screen would be right, and slower than what it replaces."""
+    x, rows = planted(1000, d, m, 1, outlier)
+    screen, left_out = Screen(rows), []
+    make_all = screen._from_all_products
+    monkeypatch.setattr(screen, "_from_all_products", lambda x, k: left_out.append(len(x)) or make_all(x, k))
+    screen.topk_relu(x, k)
+    assert sum(left_out) <= 2
+
+
 def test_more_equal_latents_than_there_is_room_for_come_by_ascending_latent():
     rows = planted(1, 64, 5000, 5)[1] * 0.01
     rows[::2] = planted(1, 64, 1, 6)[1]
