@@ -107,7 +107,11 @@ def encode_above(
     product_dtype: torch.dtype | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> SparseCodes:
-    """Pre-activations above `threshold` ([] or [M], >= 0) and what latents they are of: [N, w]."""
+    """Pre-activations above `threshold` ([] or [M], >= 0) and what latents they are of: [N, w].
+
+    With `product_dtype` int8 of the float32 product, as the thresholds that a screen measures are.
+    """
+    product_dtype = torch.float32 if product_dtype == torch.int8 else product_dtype
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
         row, latent = (z > _rounded_down(threshold.clamp(min=0), z.dtype)).nonzero(as_tuple=True)
