@@ -65,7 +65,7 @@ def test_flags_reach_the_configuration() -> None:
 @pytest.mark.parametrize("word", ["pydoc:x", "owner/name:half", "logs.jsonl:"])
 def test_a_weight_that_is_no_number_is_named_as_the_weight(word: str) -> None:
     with pytest.raises(UsageError, match=f"--dataset {word}: the weight after the colon should be a number, found '"):
-        HarvestConfig(model="gpt2", out=Path("a.zarr"), dataset=word)
+        HarvestConfig(model="gpt2", out=Path("a.zarr"), dataset=(word,))
 
 
 def test_a_number_after_the_last_colon_is_a_weight() -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (tmp_path / "none", "demo/ckpt.pt"):  # the second is nothing that a hub could have
+    for name in (tmp_path / "none", "nowhere/ckpt.pt"):  # the second is nothing that a hub could have
         with pytest.raises(UsageError, match="no such file or folder"):
             read_sae(name)
     with pytest.raises(IncompatibleError, match="holds no autoencoder"):
