@@ -29,8 +29,12 @@ from train.cli import main as train_main  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 FLAGS = ["--n-latents=256", "--batch-size=128", "--threads=1", "--checkpoint-every=3", "--validate-every=7"]
-FLAGS += ["--log-every=4", "--window-gb=0.002", "--kernels=torch", "--steps=300"]
-KINDS = {"plain": [], "sweep": ["--sweep", "k=4,8", "lr=0.001,0.003"], "per-layer": ["--per-layer=total", "--k=4"]}
+FLAGS += ["--log-every=4", "--window-gb=0.002", "--steps=300"]
+KINDS = {
+    "plain": ["--k=4"],
+    "sweep": ["--sweep", "k=4,8", "lr=0.001,0.003"],
+    "per-layer": ["--per-layer=total", "--k=4"],
+}
 EARLY = 0.2
 """Share of the kills at a random moment of the start; the others come after something new has been saved."""
 
@@ -115,9 +119,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kernels", default="torch", help="as train's; numba: with the 8-bit screen where it applies")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    FLAGS.append(f"--kernels={options.kernels}")
     import train.loop  # noqa: F401  (and torch: once, for all processes)
 
     with tempfile.TemporaryDirectory() as name:
