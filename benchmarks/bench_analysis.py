@@ -67,7 +67,7 @@ def main() -> None:
             kept = make_store(Path(folder) / f"kept-{n_latents}.zarr", options.tokens)
             measure(work_of(kept, sae, dtype, save_latents=True), range(options.tokens // CHUNK))
             found = time_one_thread(store, kept, sae, dtype, options.rounds)
-            found |= time_workers(store, sae, dtype, options.rounds)
+            found |= time_workers(longer, sae, dtype, options.rounds)  # four shards are over too soon
             found["peak_gb"], found["peak_gb_of_4x_tokens"] = (
                 peak_memory(path, sae, dtype) for path in (store, longer)
             )
