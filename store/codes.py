@@ -1,9 +1,11 @@
-"""Sparse codes of an autoencoder, kept inside a store: `acts.zarr/latents/KEY/`, two Zarr arrays, values and indices.
+"""Sparse codes of an autoencoder, kept inside a store: `acts.zarr/latents/KEY/`, three Zarr arrays.
 
 How: KEY is a hash of all that the codes depend on, and the group's attributes spell it out; codes of another store,
-autoencoder, format or set of layers are never taken for these. A shard's codes are two files, each written whole or not
-at all and ending in its crc32c; a shard that lacks one, or in which one is damaged, counts as not kept. The manifest
-does not know of them, so a store with codes is the same store. Not here: making codes.
+autoencoder, format or set of layers are never taken for these. A shard's codes are two files, values and indices, each
+written whole or not at all and ending in its crc32c; a third one, written last, holds a hash of KEY, the shard's number
+and both, so that sound files of another key or shard are not taken either. A shard that lacks a file, or in which one
+is damaged or another's, counts as not kept. The manifest does not know of them, so a store with codes is the same
+store. Not here: making codes.
 
 Shapes: T tokens, L layers, W places for active latents of a vector, S tokens of a shard.
 """
@@ -11,7 +13,7 @@ Shapes: T tokens, L layers, W places for active latents of a vector, S tokens of
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,19 @@ from store.files import atomic_write
 from store.shards import CRC_BYTES, checksum
 
 FOLDER = "latents"
-FORMAT, VERSION = "residscope-codes", 1
+FORMAT, VERSION = "residscope-codes", 2
+
+_CODES = ("values", "indices")
+_DIGEST = "digest"
+_DIGEST_BYTES = 16
 
 
 class KeptCodes:
     """The codes of one autoencoder on one store."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], n_tokens: int, dtype: str) -> None:
+    def __init__(self, folder: Path, key: str, shape: tuple[int, int, int], n_tokens: int, dtype: str) -> None:
         """`open` and `create` make it. shape: (S, L, W)."""
-        self.folder = folder
+        self.folder, self._key = folder, key
         self._shape, self._n_tokens = shape, n_tokens
         self._dtypes = {"values": np.dtype(dtype).newbyteorder("<"), "indices": np.dtype("<i4")}
 
@@ -40,7 +46,8 @@ class KeptCodes:
         """Those of `origin` (plain JSON values: what the codes depend on, beside the store) in `store`; None if there
         are none."""
         attributes = _attributes(store, origin, width)
-        folder = store.path / FOLDER / _key(attributes)
+        key = _key(attributes)
+        folder = store.path / FOLDER / key
         try:
             found = json.loads((folder / "zarr.json").read_bytes())["attributes"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -48,7 +55,7 @@ class KeptCodes:
         if found != attributes:
             return None
         shape = (store.meta.shard_tokens, len(attributes["layers"]), width)
-        return cls(folder, shape, store.meta.n_tokens, attributes["dtype"])
+        return cls(folder, key, shape, store.meta.n_tokens, attributes["dtype"])
 
     @classmethod
     def create(cls, store: ActivationStore, origin: Mapping[str, Any], width: int) -> "KeptCodes":
@@ -79,6 +86,17 @@ class KeptCodes:
                 fill_value=0,
                 dimension_names=("token", "layer", "place"),
             )
+        group.create_array(
+            _DIGEST,
+            shape=(store.meta.n_shards, _DIGEST_BYTES),
+            dtype="uint8",
+            chunks=(1, _DIGEST_BYTES),
+            compressors=None,
+            filters=None,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            fill_value=0,
+            dimension_names=("shard", "byte"),
+        )
         folder = parent / _key(attributes)
         if folder.exists():  # no group that can be read, or another's: nothing of it can be trusted
             shutil.rmtree(folder)
@@ -89,7 +107,7 @@ class KeptCodes:
 
     def has(self, shard: int) -> bool:
         """Whether the shard's codes are there."""
-        return all(path.exists() for path in self._files(shard).values())
+        return all(path.exists() for path in (*self._files(shard).values(), self._digest_file(shard)))
 
     def write(self, shard: int, values: np.ndarray, indices: np.ndarray) -> bool:
         """Keep the codes [T, L, w] of all tokens of a shard; False, and nothing is kept, if a vector has more active
@@ -100,33 +118,52 @@ class KeptCodes:
             values, indices = np.take_along_axis(values, order, 2), np.take_along_axis(indices, order, 2)
             if (values[:, :, width:] > 0).any():
                 return False
-        for name, part in (("values", values), ("indices", indices)):
+        written = []
+        for name, part in zip(_CODES, (values, indices), strict=True):
             whole = np.zeros(self._shape, self._dtypes[name])
             whole[: part.shape[0], :, : part.shape[2]] = part[:, :, :width]
-            path = self._files(shard)[name]
-            # Two workers may write a shard at once, where one was thought dead: each has a name of its own.
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            atomic_write(temporary, [whole.tobytes(), checksum(whole.tobytes())])
-            temporary.replace(path)
+            written.append(whole.tobytes())
+            _write_whole(self._files(shard)[name], [written[-1], checksum(written[-1])])
+        _write_whole(self._digest_file(shard), [self._digest(shard, written)])
         return True
 
     def read(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """values [T, L, W] and indices int64 [T, L, W] of a shard's tokens; None if not there, or damaged."""
+        """values [T, L, W] and indices int64 [T, L, W] of a shard's tokens; None if not there, damaged, or another's."""
+        try:
+            files = [path.read_bytes() for path in self._files(shard).values()]
+            digest = self._digest_file(shard).read_bytes()
+        except FileNotFoundError:
+            return None
         parts = []
-        for name, path in self._files(shard).items():
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                return None
+        for name, data in zip(_CODES, files, strict=True):
             n_bytes = int(np.prod(self._shape)) * self._dtypes[name].itemsize
             if len(data) != n_bytes + CRC_BYTES or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
                 return None
             whole = np.frombuffer(data, self._dtypes[name], n_bytes // self._dtypes[name].itemsize)
             parts.append(whole.reshape(self._shape)[: self._n_tokens - shard * self._shape[0]])
+        if digest != self._digest(shard, [memoryview(data)[:-CRC_BYTES] for data in files]):
+            return None
         return parts[0], parts[1].astype(np.int64)
 
     def _files(self, shard: int) -> dict[str, Path]:
-        return {name: self.folder / name / f"c.{shard}.0.0" for name in ("values", "indices")}
+        return {name: self.folder / name / f"c.{shard}.0.0" for name in _CODES}
+
+    def _digest_file(self, shard: int) -> Path:
+        return self.folder / _DIGEST / f"c.{shard}.0"
+
+    def _digest(self, shard: int, codes: Sequence[bytes | memoryview]) -> bytes:
+        """What binds a shard's codes, without their crc32c, to the key and the shard: XXH3-128, 16 bytes."""
+        digest = xxhash.xxh3_128(f"{self._key}:{shard}:".encode())
+        for part in codes:
+            digest.update(part)
+        return digest.digest()
+
+
+def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
+    # Two workers may write a shard at once, where one was thought dead: each has a name of its own.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    atomic_write(temporary, parts)
+    temporary.replace(path)
 
 
 def _attributes(store: ActivationStore, origin: Mapping[str, Any], width: int) -> dict[str, Any]:

@@ -37,6 +37,16 @@ def chunks(small):
     return sorted(path for path in (small.store / "latents").rglob("c.*"))
 
 
+def chunk(small, array, shard):
+    return next(path for path in chunks(small) if path.parent.name == array and path.name.split(".")[1] == str(shard))
+
+
+def swap(a, b):
+    of_a, of_b = a.read_bytes(), b.read_bytes()
+    a.write_bytes(of_b)
+    b.write_bytes(of_a)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_later_analyses_of_any_split_give_the_same_numbers_and_encode_nothing(tmp_path, dtype, no_encoding):
     small = make_small(tmp_path)
@@ -71,14 +81,36 @@ def test_zarr_reads_them_and_they_are_the_codes(tmp_path):
 def test_what_is_missing_or_damaged_is_encoded_anew(tmp_path):
     small = make_small(tmp_path)
     plain = run(small, tmp_path / "a", save_latents=True)
-    files = chunks(small)
-    before = [path.read_bytes() for path in files]
-    files[0].unlink()
-    files[-1].write_bytes(before[-1][:-10] + b"x" + before[-1][-9:])
-    files[1].write_bytes(before[1][:50])
+    before = {path: path.read_bytes() for path in chunks(small)}
+    for i, array in enumerate(("values", "indices")):  # each fault at a shard of its own
+        lost, flipped, cut = (chunk(small, array, 3 * i + n) for n in range(3))
+        lost.unlink()
+        flipped.write_bytes(before[flipped][:-10] + b"x" + before[flipped][-9:])
+        cut.write_bytes(before[cut][:50])
+    chunk(small, "digest", 6).unlink()
     assert run(small, tmp_path / "b") == plain
     assert run(small, tmp_path / "c", save_latents=True) == plain
-    assert [path.read_bytes() for path in files] == before
+    assert {path: path.read_bytes() for path in chunks(small)} == before
+
+
+def test_sound_files_of_another_key_or_shard_are_not_taken(tmp_path):
+    small = make_small(tmp_path)
+    plain = run(small, tmp_path / "a", save_latents=True)
+    before = {path: path.read_bytes() for path in chunks(small)}
+    for array in ("values", "indices", "digest"):  # shards 0 and 1 swapped as wholes
+        swap(chunk(small, array, 0), chunk(small, array, 1))
+    swap(chunk(small, "values", 2), chunk(small, "values", 3))  # of one array alone
+    assert run(small, tmp_path / "b") == plain
+    assert run(small, tmp_path / "c", save_latents=True) == plain
+    assert {path: path.read_bytes() for path in chunks(small)} == before
+    store, origin = ActivationStore.open(small.store), {"layers": list(LAYERS), "dtype": "float64"}
+    one = KeptCodes.create(store, {**origin, "sae_hash": "a"}, 3)
+    two = KeptCodes.create(store, {**origin, "sae_hash": "b"}, 3)
+    for kept, value in ((one, 1.0), (two, 2.0)):
+        kept.write(0, np.full((48, 4, 3), value), np.zeros((48, 4, 3), np.int64))
+    for array in ("values/c.0.0.0", "indices/c.0.0.0", "digest/c.0.0"):
+        swap(one.folder / array, two.folder / array)
+    assert one.read(0) is two.read(0) is None
 
 
 def test_those_of_another_autoencoder_type_or_store_are_not_taken(tmp_path, no_encoding):
