@@ -198,8 +198,13 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
         sums.by_group.add(per_token[:, analysed], selection.group[token])
         try:
             sums.moments.add(values, indices, selection.group[token])
-        except ValueError as error:
-            raise ResidscopeError(f"{work.sae} on {work.store}, tokens {token[0]} to {token[-1]}: {error}") from None
+        except ValueError:
+            where = tuple(int(i) for i in np.argwhere(~((values >= 0) & np.isfinite(values)))[0])
+            raise ResidscopeError(
+                f"{work.sae} on {work.store}: the activation is {values[where]} at layer {layers[where[1]]}, token "
+                f"{token[where[0]]} of the store: it should be finite and at least 0; look at the store with `residscope "
+                "verify`, and at the autoencoder's weights"
+            ) from None
         for name, null in sums.nulls.items():
             null.add(values, indices, rows=NULLS[name](work.seed, token, n_layers, store.meta.chunk_tokens))
     return sums
@@ -295,7 +300,7 @@ def tiles(
     store: ActivationStore, layers: tuple[int, ...], shards: Sequence[int], needed: NDArray[np.bool_]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """The needed tokens of some shards, a tile at a time: their positions in the store [T] and their vectors float32
-    [T, L, D]."""
+    [T, L, D]. `ResidscopeError` where a number is not finite."""
     size = store.meta.chunk_tokens
     size *= max(1, TILE_BYTES // (size * len(layers) * store.meta.d_model * 4))
     for shard in shards:
@@ -307,7 +312,21 @@ def tiles(
             token = start + np.flatnonzero(needed[start:stop])
             if len(token):
                 x = store.read(slice(start, stop), layers)
-                yield token, x if len(token) == stop - start else x[token - start]
+                x = x if len(token) == stop - start else x[token - start]
+                if not (np.isfinite(x.min()) and np.isfinite(x.max())):  # a NaN is both
+                    _refuse_not_finite(store, layers, token, x)
+                yield token, x
+
+
+def _refuse_not_finite(
+    store: ActivationStore, layers: tuple[int, ...], token: NDArray[np.int64], x: NDArray[np.float32]
+) -> None:
+    where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+    raise ResidscopeError(
+        f"{store.path}, layer {store.meta.layers[layers[where[1]]]}, token {token[where[0]]} of the store, dimension "
+        f"{where[2]}: the value {x[where]} is no finite number, which `harvest` never writes: look with `residscope "
+        "verify`, or harvest anew"
+    )
 
 
 def _add_gram(gram: pca.GramSums, vectors: torch.Tensor, chosen: NDArray[np.bool_]) -> None:

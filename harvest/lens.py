@@ -121,8 +121,8 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
     """The lens `name` for a model: a local folder, an id in the published collection, or "auto" for the model's own
     there.
 
-    Raises `UsageError` where there is no such lens, `IncompatibleError` where it is for a model of other sizes,
-    `ResidscopeError` where it cannot be read.
+    Raises `UsageError` where there is no such lens, `IncompatibleError` where it is for a model of other sizes
+    or damaged, `ResidscopeError` where it cannot be downloaded.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -144,8 +144,8 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = (int(config["num_hidden_layers"]), int(config["d_model"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResidscopeError(
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise IncompatibleError(
             f"lens {name}: config.json should name num_hidden_layers and d_model ({type(error).__name__}: {error})"
         ) from None
     if found != (n_layers, d_model):
@@ -155,7 +155,7 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         )
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):
-        raise ResidscopeError(f"lens {name}: config.json names {base_model!r} as its base model, which is no name")
+        raise IncompatibleError(f"lens {name}: config.json names {base_model!r} as its base model, which is no name")
     parameters = _parameters(folder / "params.pt", name)
     weights = torch.stack([_parameter(parameters, name, f"{i}.weight", (d_model, d_model)) for i in range(n_layers)])
     if config.get("bias", True):
@@ -188,8 +188,10 @@ def _parameters(path: Path, lens: str) -> Any:
             # weights_only: a lens from elsewhere must not run code.
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
         reason = first_line(error)[:120]
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"lens {lens}: params.pt cannot be read as plain tensors ({type(error).__name__}: {reason})"
         ) from error
 
@@ -198,12 +200,12 @@ def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> 
     found = parameters.get(key) if isinstance(parameters, dict) else None
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         seen = tuple(found.shape) if isinstance(found, Tensor) else "nothing"
-        raise ResidscopeError(f"lens {lens}: params.pt should hold {key!r} of shape {shape}, found {seen}")
+        raise IncompatibleError(f"lens {lens}: params.pt should hold {key!r} of shape {shape}, found {seen}")
     if found.layout != torch.strided or not found.dtype.is_floating_point:
         shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
-        raise ResidscopeError(f"lens {lens}: {key!r} should hold dense floats, found {shown}")
+        raise IncompatibleError(f"lens {lens}: {key!r} should hold dense floats, found {shown}")
     if not found.isfinite().all():
-        raise ResidscopeError(f"lens {lens}: {key!r} holds values that are not finite")
+        raise IncompatibleError(f"lens {lens}: {key!r} holds values that are not finite")
     return found.float()
 
 

@@ -128,7 +128,8 @@ class KeptCodes:
         return True
 
     def read(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """values [T, L, W] and indices int64 [T, L, W] of a shard's tokens; None if not there, damaged, or another's."""
+        """values [T, L, W] and indices int64 [T, L, W] of a shard's tokens; None where they are not there, damaged, or
+        another's."""
         try:
             files = [path.read_bytes() for path in self._files(shard).values()]
             digest = self._digest_file(shard).read_bytes()

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 
+from analysis import measure
 from analysis.config import AnalyzeConfig
 from analysis.run import analyze
 from store.activations import ActivationStore
@@ -112,6 +114,31 @@ def test_every_number_equals_a_dense_computation(small, tmp_path, split):
     table = pd.read_parquet(tmp_path / "layers.parquet")
     pd.testing.assert_frame_equal(table, rows.astype(table.dtypes))  # a column of None alone has no type in JSON
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("split", ["all", "validation"])
+def test_a_value_that_is_not_finite_is_named_by_its_place_in_the_store(tmp_path, split):
+    small = make_small(tmp_path)
+    token = int(np.flatnonzero(masks(small)["train"])[-1])  # of the last shard; in validation only PCA looks at it
+    array: Any = zarr.open_group(small.store, mode="r+")["resid_post"]
+    array[token, 2, 7] = np.nan
+    with pytest.raises(ResidscopeError, match=f"layer 5, token {token} of the store, dimension 7: the value nan"):
+        run(small, tmp_path / "out", split=split)
+
+
+def test_an_activation_that_overflows_is_named_by_its_place_in_the_store(tmp_path, monkeypatch):
+    small = make_small(tmp_path)
+    token = int(np.flatnonzero(small.keep)[200])
+    original = measure.Encoder.encode
+
+    def encode(self, standardized):
+        codes = original(self, standardized)
+        codes.values[(standardized.mean.flatten() == np.float64(small.x[token, 1].astype(np.float64).mean()))] = np.inf
+        return codes
+
+    monkeypatch.setattr(measure.Encoder, "encode", encode)
+    with pytest.raises(ResidscopeError, match=f"activation is inf at layer 3, token {token} of the store"):
+        run(small, tmp_path / "out")
 
 
 @pytest.mark.parametrize("split", ["all", "validation"])

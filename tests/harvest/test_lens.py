@@ -109,15 +109,16 @@ class Exploit:
 def test_parameters_that_are_code_or_missing_are_refused(tmp_path: Path) -> None:
     folder = write_lens(tmp_path / "lens")
     torch.save({"0.weight": Exploit(tmp_path / "ran")}, folder / "params.pt")
-    with pytest.raises(ResidscopeError, match="cannot be read as plain tensors"):
+    with pytest.raises(IncompatibleError, match="cannot be read as plain tensors"):
         load(folder)
     assert not (tmp_path / "ran").exists()
     torch.save({"0.weight": torch.zeros(2, 2)}, folder / "params.pt")
-    with pytest.raises(ResidscopeError, match=r"hold '0\.weight' of shape \(8, 8\), found \(2, 2\)"):
+    with pytest.raises(IncompatibleError, match=r"hold '0\.weight' of shape \(8, 8\), found \(2, 2\)"):
         load(folder)
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(ResidscopeError, match="should name num_hidden_layers"):
-        load(folder)
+    for content in ("{}", "[]", '{"num_hidden_layers": Infinity, "d_model": 8}', "[" * 10**5):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(IncompatibleError, match="should name num_hidden_layers"):
+            load(folder)
 
 
 def test_a_lens_from_the_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,17 +156,17 @@ def test_damage_that_leaves_the_shapes_right_is_found(tmp_path: Path) -> None:
     at = data.index(parameters["1.weight"].numpy().tobytes()) + 9
     data[at] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ResidscopeError, match=r"params.pt cannot be read .*check sum of \S+ is wrong"):
+    with pytest.raises(IncompatibleError, match=r"params.pt cannot be read .*check sum of \S+ is wrong"):
         load(folder)
     for weight, shown in ((parameters["0.weight"].to_sparse(), "sparse_coo"), (torch.ones(8, 8).long(), "int64")):
         torch.save({**parameters, "0.weight": weight}, file)
-        with pytest.raises(ResidscopeError, match=f"'0.weight' should hold dense floats, found {shown}"):
+        with pytest.raises(IncompatibleError, match=f"'0.weight' should hold dense floats, found {shown}"):
             load(folder)
 
 
 def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
     folder = write_lens(tmp_path / "lens", base_model_name_or_path=5)
-    with pytest.raises(ResidscopeError, match="names 5 as its base model, which is no name"):
+    with pytest.raises(IncompatibleError, match="names 5 as its base model, which is no name"):
         load(folder)
     with pytest.raises(UsageError, match=r"params\.pt is a file: give the folder"):
         load(folder / "params.pt")
