@@ -240,10 +240,10 @@ def _measure(
 
 def with_residual(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor) -> Any:
     """A block's output with its residual stream [B, N, D] replaced where `kept` [B, N]; the given one stays."""
-    residual = output[0] if isinstance(output, tuple) else output
+    residual = output[0] if isinstance(output, tuple | list) else output
     changed = residual.clone()
     changed[kept] = replace(residual[kept]).to(residual.dtype)
-    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+    return type(output)([changed, *output[1:]]) if isinstance(output, tuple | list) else changed
 
 
 class TrueRun:

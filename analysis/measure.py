@@ -202,8 +202,8 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
             where = tuple(int(i) for i in np.argwhere(~((values >= 0) & np.isfinite(values)))[0])
             raise ResidscopeError(
                 f"{work.sae} on {work.store}: the activation is {values[where]} at layer {layers[where[1]]}, token "
-                f"{token[where[0]]} of the store: it should be finite and at least 0; look at the store with `residscope "
-                "verify`, and at the autoencoder's weights"
+                f"{token[where[0]]} of the store: it should be finite and at least 0; look at the store with "
+                "`residscope verify`, and at the autoencoder's weights"
             ) from None
         for name, null in sums.nulls.items():
             null.add(values, indices, rows=NULLS[name](work.seed, token, n_layers, store.meta.chunk_tokens))

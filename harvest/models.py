@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from harvest import gguf
 from harvest.aliases import hub_id, suggestions
 from harvest.hub import first_line, pin, quiet
+from harvest.soundness import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from store.errors import ResidscopeError, UsageError
 from store.memory import keep_freed_memory
 
@@ -205,25 +206,28 @@ def load_model(
         keep_freed_memory()  # Layer after layer makes the same temporaries.
     config = load_config(spec)
     model: Any
-    model, missing = _loading(spec, "model", lambda: _weights(spec, config, dtype))
+    model, missing, unused = _loading(spec, "model", lambda: _weights(spec, config, dtype))
     model = _loading(spec, "model", lambda: model.to(device)).eval().requires_grad_(False)
-    base = getattr(model, model.base_model_prefix, None)
+    architecture = type(model).__name__
+    prefix = (
+        model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
+    )  # Llama 4 misnames its own.
+    base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
-        raise ResidscopeError(f"{spec.name} ({type(model).__name__}): the model without its LM head is not to be found")
-    in_base = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
-    if in_base:
-        raise ResidscopeError(
-            f"{spec.name}: {len(in_base)} weights that its configuration asks for are not in its files, such as"
-            f" {in_base[0]}; they would be random. Check that config.json belongs to the weights"
-        )
+        raise ResidscopeError(f"{spec.name} ({architecture}): the model without its LM head is not to be found")
+    refuse_missing(spec.name, missing, prefix)
+    blocks = find_blocks(base, n_layers_of(config))
+    blocks_name = next(name for name, module in base.named_modules() if module is blocks)
+    refuse_more_blocks(spec.name, unused, prefix, blocks_name, len(blocks))
+    _loading(spec, "forward pass", lambda: refuse_not_causal(spec.name, architecture, base, longest_context(config)))
     return LoadedModel(
         spec=spec,
         causal_lm=model,
         base=base,
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(spec),
-        blocks=find_blocks(base, n_layers_of(config)),
+        blocks=blocks,
         d_model=d_model_of(config),
-        architecture=type(model).__name__,
+        architecture=architecture,
         device=device,
         dtype=dtype,
         without_head=bool(missing),
@@ -263,7 +267,7 @@ def d_model_of(config: Any) -> int:
 def longest_context(config: Any) -> int | None:
     """Most positions that the model takes, or None where it sets no limit."""
     found = getattr(_text_config(config), "max_position_embeddings", None)
-    return int(found) if found else None
+    return int(found) if found and found > 0 else None  # XLNet has -1 for no limit.
 
 
 def attention_of(config: Any) -> str | None:
@@ -276,8 +280,8 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
-def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """The model, and the names of weights that its files lack: transformers makes them up without a word."""
+def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str], list[str]]:
+    """The model, and the names of weights that its files lack, and of those that they have and it does not use."""
     attention = attention_of(config)
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     auto = transformers.AutoModelForCausalLM
@@ -286,10 +290,23 @@ def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Modul
             spec.location, config=config, dtype=dtype, output_loading_info=True, **arguments, **spec.load_arguments
         )
         model, found = loaded
-        return model, sorted(found["missing_keys"])
+        if spec.source == "hub":
+            _check_cache(spec)
+        return model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return auto.from_config(config, dtype=torch.float32, **arguments).to(dtype), []
+        return auto.from_config(config, dtype=torch.float32, **arguments).to(dtype), [], []
+
+
+def _check_cache(spec: ModelSpec) -> None:
+    """Refuse files of the hub's cache that were damaged there: a commit says nothing of what is on this disk."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)
+    if isinstance(config, str):
+        snapshot = Path(config).parent
+        weights = next((found for pattern in _WEIGHT_PATTERNS if (found := sorted(snapshot.glob(pattern)))), [])
+        refuse_damaged_cache(spec.name, snapshot, ["config.json", *_TOKENIZER_FILES, *(path.name for path in weights)])
 
 
 def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
@@ -306,8 +323,9 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
+        failed = "fails" if what == "forward pass" else "cannot be loaded"
         raise ResidscopeError(
-            f"{spec.name}: its {what} cannot be loaded ({type(error).__name__}: {first_line(error)})"
+            f"{spec.name}: its {what} {failed} ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 

@@ -76,7 +76,7 @@ class ResidualRecorder:
         last = index == len(self.layers) - 1
 
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            residual = output[0] if isinstance(output, tuple) else output
+            residual = output[0] if isinstance(output, tuple | list) else output
             expected = (*input_ids.shape, self._model.d_model)
             if not isinstance(residual, Tensor) or tuple(residual.shape) != expected:
                 shape = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
