@@ -212,9 +212,10 @@ class ShardAssembler:
         self._write = write
         self._raw_dtype = raw_dtype
         self._partial: np.ndarray | None = None  # [L, S, D]: the one shard that has begun and is not whole
+        self._next = 0  # The token that the partial shard goes on with.
 
     def add(self, start: int, data: np.ndarray) -> None:
-        """Take tokens from `start` on, [n, L, D]."""
+        """Take tokens from `start` on, [n, L, D]. A shard of which an earlier part was not taken is never written."""
         size = self._meta.shard_tokens
         for shard in range(start // size, (start + len(data) - 1) // size + 1):
             if shard not in self._missing:
@@ -227,8 +228,10 @@ class ShardAssembler:
                 continue
             if self._partial is None:
                 self._partial = np.empty((self._meta.n_layers, size, self._meta.d_model), self._raw_dtype)
+            assert low in (first, self._next), f"shard {shard}: tokens before {low} were not taken"
             partial = self._partial.transpose(1, 0, 2)
             partial[low - first : high - first] = piece
+            self._next = high
             if high == last:
                 self._write(shard, partial[: last - first])
 
@@ -251,12 +254,18 @@ def fill(store: ActivationStore, model: LoadedModel, runner: BatchRunner, batch_
         store.write_shard(shard, data, tokens.keep[first:last])
 
     assembler = ShardAssembler(meta, missing, write_shard, buffers[0].array(0).dtype)
+    untaken: list[SequenceBatch] = []
 
     def take(batch: SequenceBatch, buffer: HostBuffer) -> None:
+        # A batch may be in line behind one that failed, before the main thread hears of that: its shards have a hole.
+        if untaken:
+            return
+        untaken.append(batch)
         buffer.wait()
         if not bool(buffer.finite.all()):
             raise _NotFinite(batch)
         assembler.add(batch.start, buffer.array(batch.stop - batch.start))
+        untaken.clear()
 
     def ids(batch: SequenceBatch) -> Tensor:
         found = torch.from_numpy(tokens.token_id[batch.start : batch.stop].astype(np.int64))

@@ -2,6 +2,7 @@
 missing."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,3 +87,25 @@ def test_the_default_batch_keeps_within_its_bounds() -> None:
     assert default_batch_size(131_072, 10**6, "cuda") == 1
     assert default_batch_size(256, 6_144, "cpu") == 4
     assert default_batch_size(2048, 6_144, "cpu") == 1
+
+
+def test_a_shard_of_which_a_part_was_not_taken_is_never_written() -> None:
+    """Neither where a batch is left out, nor where one fails while a shard of it is written."""
+    written: list[int] = []
+
+    def write(shard: int, piece: np.ndarray) -> None:
+        if shard == 1:
+            raise OSError("full disk")
+        written.append(shard)
+
+    rows = np.ones((6, 2, 3), np.float32)
+    assembler = ShardAssembler(meta(40, 10), {0, 1, 2, 3}, write, np.dtype(np.float32))
+    assembler.add(0, rows)
+    assembler.add(6, rows)
+    with pytest.raises(OSError, match="full disk"):
+        assembler.add(12, np.ones((12, 2, 3), np.float32))  # The end of shard 1 and the beginning of shard 2.
+    with pytest.raises(AssertionError, match="shard 2: tokens before 24 were not taken"):
+        assembler.add(24, rows)
+    with pytest.raises(AssertionError, match="shard 3: tokens before 34 were not taken"):
+        assembler.add(34, rows)
+    assert written == [0]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from harvest import fill
 from harvest.config import HarvestConfig
 from harvest.estimate import estimate
 from harvest.lens import load_lens
@@ -167,8 +169,27 @@ def spoil(folder: Path, target: Path, change: Callable[[Any], None]) -> Path:
     return target
 
 
+class WriterAtOnce(ThreadPoolExecutor):
+    """A writer that is done with each batch before the main thread looks at how the one before it ended."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        done = super().submit(fn, *args, **kwargs)
+        done.exception()
+        return done
+
+
 @pytest.mark.usefixtures("small_shards")
-def test_values_that_are_not_finite_stop_the_run(config: MakeConfig, model_folder: ModelFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("writer", [ThreadPoolExecutor, WriterAtOnce])
+def test_values_that_are_not_finite_stop_the_run(
+    config: MakeConfig,
+    model_folder: ModelFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    writer: type[ThreadPoolExecutor],
+) -> None:
+    """No shard of a batch after the one that holds them is written either: a part of it is missing."""
+    monkeypatch.setattr(fill, "ThreadPoolExecutor", writer)
+
     def poison(model: Any) -> None:
         token = 70  # One token's embedding; it first appears after some clean batches.
         model.transformer.wte.weight[token] = float("nan")
