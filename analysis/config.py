@@ -62,10 +62,11 @@ class AnalyzeConfig:
     machine."""
 
     model: str | None = None
-    """Where the store's model is, if the store's own word for it is not enough: a folder or a GGUF file."""
+    """Where the store's model is, a folder or a GGUF file, if neither the store nor the file with the harvest's options
+    beside it (acts.harvest.toml) says so."""
 
     lens: str | None = None
-    """Where the store's tuned lens is, if it came from a folder."""
+    """Where the store's tuned lens is, if it came from a folder and acts.harvest.toml does not say so."""
 
     save_latents: bool = False
     """Keep the sparse codes inside the store (latents/KEY: Zarr arrays of values and indices), 8 * k bytes for each

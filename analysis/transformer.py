@@ -3,8 +3,8 @@
 How: the store's provenance names the model, its commit or the hash of its files, the format it ran in, and the lens;
 what is loaded must be the same, else every number would speak of another model. Where a hash tells nothing (a local
 copy of a hub model), `harvest.checks` compares what the model gives with what the store holds. A model or lens that
-came from a local folder is known to the store by name only, so that the caller must say where it lies. Not here:
-changing the residual stream (`analysis.downstream`).
+came from a local folder is known to the store by name only: where it lies says the file with the harvest's options
+beside the store, or the caller. Not here: changing the residual stream (`analysis.downstream`).
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from harvest.checks import refuse_other_weights
 from harvest.lens import Indexing, TunedLens, load_lens
 from harvest.models import LoadedModel, ModelSpec, load_model, resolve_model
+from harvest.options_file import options_file, recorded_place
 from store.activations import ActivationStore
 from store.errors import IncompatibleError, ResidscopeError, UsageError
 
@@ -64,7 +65,15 @@ def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: b
             random_init=random_init,
             seed=seed,
         )
-    is_local = name is not None and Path(name).expanduser().exists()
+    if name is None and provenance.get("model_source") != "hub":
+        name = recorded_place(store.path, "model")
+    is_local = Path(name or model).expanduser().exists()
+    if provenance.get("model_source") == "folder" and name is None and not is_local:
+        # By the folder's name alone a model of the hub might be taken for it.
+        raise UsageError(
+            f"{store.path} was harvested from a folder {model!r}, and {options_file(store.path).name} beside it names"
+            " none that is there: say where that is with --model"
+        )
     try:
         found = resolve_model(
             name or model, revision=None if is_local else revision, random_init=random_init, seed=seed
@@ -72,7 +81,9 @@ def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: b
     except UsageError as error:
         if name is not None:
             raise
-        raise UsageError(f"{error}; {store.path} was harvested from {model!r}: say where that is") from None
+        raise UsageError(
+            f"{error}; {store.path} was harvested from {model!r}: say where that is with --model"
+        ) from None
     refuse_other_weights(found, store)
     return found
 
@@ -87,6 +98,7 @@ def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens 
     if described is None:
         return None
     indexing: Indexing = described.get("indexing", "tuned-lens")
+    name = name or recorded_place(store.path, "lens")
     try:
         lens = load_lens(
             name or str(described.get("id")),
@@ -101,7 +113,7 @@ def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens 
         if name is not None:
             raise
         raise UsageError(
-            f"{error}; {store.path} went through lens {described.get('id')!r}: say where that is"
+            f"{error}; {store.path} went through lens {described.get('id')!r}: say where that is with --lens"
         ) from None
     if lens.fingerprint != described.get("hash"):
         raise IncompatibleError(

@@ -26,6 +26,7 @@ from analysis.transformer import lens_of_store, load_of_store, spec_of_store
 from analysis.uncertainty import Interval
 from harvest.lens import SPACE, TunedLens
 from harvest.models import LoadedModel, ModelSpec
+from harvest.options_file import recorded_place
 from store.activations import ActivationStore
 from store.errors import ResidscopeError, UsageError
 from train.sae import MLSAE
@@ -87,6 +88,7 @@ def asked_for(config: AnalyzeConfig) -> bool:
 def locate(store: ActivationStore, model: str | None, lens: str | None, *, offline: bool) -> FoundModel:
     """The model and lens of `store`; offline looks for those of the hub in the local cache only."""
     spec = spec_of_store(store, model, offline=offline)
+    lens = lens or recorded_place(store.path, "lens")
     if offline and lens is None and store.meta.lens and not _lens_is_cached(str(store.meta.lens.get("id"))):
         raise UsageError(
             f"lens {store.meta.lens.get('id')!r}, which {store.path} went through, is not here: say where with --lens"

@@ -30,7 +30,8 @@ def refuse_other_weights(found: ModelSpec, store: ActivationStore) -> None:
     ):
         if expected is not None and here is not None and expected != here:
             raise IncompatibleError(
-                f"model {found.name}: its {what} should be {expected}, as {store.path} was harvested with, found {here}"
+                f"model {found.name}: its {what} should be {expected}, as {store.path} was harvested with, found"
+                f" {here}; give the model that the store was harvested from, or harvest this one into another store"
             )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harvest.config import HarvestConfig
+from harvest.options_file import options_file
 from harvest.run import harvest, load_to_continue
 from store.errors import ResidscopeError
 from store.options import parse_options
@@ -20,7 +21,7 @@ def prepare(path: Path) -> Callable[[], object]:
 
     Raises what `harvest` raises, and `ResidscopeError` where the file with the store's options is gone.
     """
-    options = path.with_suffix(".harvest.toml")
+    options = options_file(path)
     if not options.is_file():
         raise ResidscopeError(
             f"{options}: the options that {path} was made with are not there, and nothing was changed. Run its"

@@ -23,6 +23,7 @@ from harvest.config import HarvestConfig
 from harvest.fill import BatchRunner, Filled, fill, host_bytes
 from harvest.mixing import Mixture
 from harvest.models import LoadedModel, load_model
+from harvest.options_file import save_options
 from harvest.resolve import TORCH_DTYPES, Settings, make_provenance, make_record, refuse_differences, resolve, versions
 from harvest.texts import TextSource, open_sources, require_local_texts
 from harvest.tokens import encode_documents, pack
@@ -30,11 +31,10 @@ from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.console import human_bytes
 from store.errors import IncompatibleError, ResidscopeError
-from store.files import atomic_write, require_space
+from store.files import require_space
 from store.manifest import FILE as MANIFEST
 from store.manifest import WriterLock
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
-from store.options import to_toml
 
 # Token columns, statistics and folders beside the vectors, with room to spare.
 _SPARE_BYTES = 16 << 20
@@ -94,7 +94,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
         model = model or _load(settings)
         store = _plan(config, settings, sources, record, model)
     with store:
-        _save_options(config)  # On continuing too: a crash may have come between the store and this file.
+        save_options(config)  # On continuing too: a crash may have come between the store and this file.
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
             model = model or _load(settings)
@@ -228,16 +228,6 @@ def _plan(
     if config.out.exists() and _is_store(config.out):
         _remove_store(config.out)
     return ActivationStore.create(config.out, meta, tokens)
-
-
-def _save_options(config: HarvestConfig) -> None:
-    """Write the options beside the store (acts.zarr -> acts.harvest.toml), for `harvest --config`."""
-    values = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in ("overwrite", "dry_run", "json")
-    }
-    atomic_write(config.out.with_suffix(".harvest.toml"), [to_toml(values).encode()])
 
 
 def tokenise(settings: Settings, sources: Sequence[TextSource], max_tokens: int) -> tuple[TokenTable, Mixture]:

@@ -61,12 +61,16 @@ def open_sources(config: HarvestConfig, *, contents: bool = True) -> tuple[TextS
     return sources
 
 
+def is_on_disk(name: str) -> bool:
+    """Whether a text is local files. `UsageError` where it should be, and nothing is there."""
+    return name not in _PYTHON and find_files(name) is not None
+
+
 def require_local_texts(config: HarvestConfig) -> None:
     """`UsageError` for a local text that is not there: asked before a model or tokenizer is loaded, which takes far
     longer."""
     for choice in text_choices(config):
-        if choice.name not in _PYTHON:
-            find_files(choice.name)
+        is_on_disk(choice.name)
 
 
 def _open(choice: TextChoice, seed: int | None, contents: bool) -> TextSource:

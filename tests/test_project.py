@@ -24,6 +24,7 @@ ALLOWED = {
         "train.formats",
         "harvest.checks",
         "harvest.models",
+        "harvest.options_file",
         "harvest.residual",
         "harvest.lens",
     },

@@ -11,6 +11,7 @@ from analysis.transformer import lens_of_store, model_of_store
 from harvest.config import HarvestConfig
 from harvest.lens import TunedLens
 from harvest.models import LoadedModel
+from harvest.options_file import options_file
 from harvest.run import harvest
 from store.activations import ActivationStore
 from tests.analysis.small import save_small
@@ -42,7 +43,7 @@ def make_harvested(
     n_tokens: int = N_TOKENS,
     **options: Any,
 ) -> Harvested:
-    """Harvest into `root`; `options` are of `HarvestConfig`."""
+    """Harvest into `root`; `options` are of `HarvestConfig`. No file beside the store says where its model is."""
     texts = root / "texts"
     texts.mkdir(exist_ok=True)
     for i, length in enumerate(lengths):
@@ -61,6 +62,7 @@ def make_harvested(
         "device": "cpu",
     }
     harvest(HarvestConfig(**{**given, **options}))
+    options_file(out).unlink()
     store = ActivationStore.open(out)
     lens = lens_of_store(store, str(lens_folder)) if lens_folder else lens_of_store(store)
     return Harvested(store, model_of_store(store, str(folder)), lens, folder, lens_folder)

@@ -16,10 +16,15 @@ from analysis.downstream import measure_downstream, sae_reconstruction
 from analysis.downstream_summary import BOUNDED, NAMES
 from analysis.run import analyze
 from analysis.selection import held_out_documents
+from analysis.transformer import spec_of_store
 from analysis.with_model import FEWEST_TOKENS, MOST_TOKENS, default_tokens
+from harvest.config import HarvestConfig
+from harvest.options_file import options_file, save_options
 from store.errors import UsageError
+from store.options import parse_options
 from tests.analysis.harvested import Harvested, make_checkpoint, make_harvested
 from tests.analysis.small import save_small
+from tests.support.models import tiny_model
 from train.sae import MLSAE
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -131,6 +136,40 @@ def test_without_the_model_the_analysis_goes_on_and_says_why(setting: Setting, t
     said = capsys.readouterr().out
     assert "No downstream quality and no tokens of latents: " in said
     assert "--model FOLDER says where the model is" in said
+
+
+def test_the_harvest_has_left_word_where_model_and_lens_are(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it was given relative paths, and the analysis runs elsewhere."""
+    made = setting.made
+    monkeypatch.chdir(made.model_folder)
+    record = options_file(made.store.path)
+    config = HarvestConfig(
+        model=".",
+        lens=made.lens_folder and f"../{made.lens_folder.name}",
+        dataset=("../texts:2", "pydoc"),
+        out=made.store.path,
+    )
+    try:
+        save_options(config)
+        monkeypatch.chdir(tmp_path)
+        words = ["--config", str(record)]
+        again = parse_options(HarvestConfig, words, prog="harvest", description="")
+        assert again.dataset == (f"{made.model_folder}/../texts:2", "pydoc")
+        assert [again.model, again.lens] == [str(made.model_folder), made.lens_folder and str(again.lens)]
+        assert run(setting, tmp_path / "out")["transformer"]["reason"] is None
+        record.write_text(f'model = "{tiny_model("llama", tmp_path / "llama", seed=1)}"')
+        assert "content hash should be" in run(setting, tmp_path / "other")["transformer"]["reason"]
+    finally:
+        record.unlink()
+
+
+def test_a_folder_of_no_known_place_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    """By its name alone it would be: "gpt2" is a short name too."""
+    made = make_harvested(tmp_path, "gpt2", lengths=(40,), n_tokens=30)
+    with pytest.raises(UsageError, match=r"from a folder 'gpt2', and gpt2-False.harvest.toml beside it .* --model"):
+        spec_of_store(made.store, offline=True)
 
 
 def test_asked_for_outright_a_missing_model_is_an_error_before_any_work(

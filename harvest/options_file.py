@@ -1,0 +1,53 @@
+"""The options of a harvest, kept beside its store (acts.zarr -> acts.harvest.toml), and where its model lies.
+
+How: names of local files and folders are written in full, so that the file means the same from any working folder: it
+continues and repairs the store, and tells an analysis where the model is, of which the store itself knows the name and
+the hash alone. What it does not do: check that what lies there is still the same (`harvest.checks` does).
+"""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+from harvest.config import HarvestConfig, text_choices
+from harvest.texts import is_on_disk
+from store.files import atomic_write
+from store.options import to_toml
+
+
+def options_file(store: Path) -> Path:
+    """Where the options of the store at `store` are."""
+    return store.with_suffix(".harvest.toml")
+
+
+def save_options(config: HarvestConfig) -> None:
+    """Write the options beside the store, for `harvest --config`, repairs and analyses."""
+    texts = [
+        _in_full(choice.name) + word.strip()[len(choice.name) :] if is_on_disk(choice.name) else word
+        for choice, word in zip(text_choices(config), config.dataset, strict=True)
+    ]
+    values = {**dataclasses.asdict(config), "dataset": tuple(texts)}
+    for name in ("model", "lens"):
+        if values[name] is not None and _is_here(values[name]):
+            values[name] = _in_full(values[name])
+    for name in ("overwrite", "dry_run", "json"):
+        del values[name]
+    atomic_write(options_file(config.out), [to_toml(values).encode()])
+
+
+def recorded_place(store: Path, what: str) -> str | None:
+    """The local file or folder of the "model" or "lens" that the store at `store` was harvested with, if the file
+    beside it names one that is still there."""
+    try:
+        value = tomllib.loads(options_file(store).read_text(encoding="utf-8")).get(what)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, str) and _is_here(value) else None
+
+
+def _is_here(name: str) -> bool:
+    return Path(name).expanduser().exists()
+
+
+def _in_full(name: str) -> str:
+    return str(Path(name).expanduser().absolute())
