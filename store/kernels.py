@@ -20,7 +20,8 @@ _ONE = np.uint32(1)
 _SIXTEEN = np.uint32(16)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` at its first call, and cache the machine code."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # No folder for the cache can be written to: compile again in each process.
@@ -47,7 +48,7 @@ def _add_row(row, pivot, sums, squares, work):  # type: ignore[no-untyped-def]
     return np.sqrt(work[0])
 
 
-@_compiled
+@compiled
 def measure(values, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
     """Add up a layer's kept vectors; gives the sum of their L2 norms.
 
@@ -61,7 +62,7 @@ def measure(values, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
     return norms
 
 
-@_compiled
+@compiled
 def pack_bfloat16(bits, shift, slots, layer, chunk_tokens, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
     """Round a layer to bfloat16 into its slots, and add the rounded vectors up as `measure` does.
 

@@ -50,6 +50,30 @@ class _Window(NamedTuple):
     """int64 [W]: stored layer of each block."""
 
 
+class _Job(NamedTuple):
+    """A window to read."""
+
+    epoch: int
+    window: int
+    chunk: np.ndarray
+    """int64 [W]: token chunk of each block."""
+    layer: np.ndarray
+    """int64 [W]: stored layer of each block."""
+    skip: int
+    """Rows served in an earlier run."""
+
+
+class _Pending(NamedTuple):
+    """A window that is being read."""
+
+    job: _Job
+    out: np.ndarray
+    """[W, C, D]: where to."""
+    read: "Future[None]"
+    order: "Future[np.ndarray]"
+    """Meanwhile, on a core that is free: what takes as long as a tenth of the reading."""
+
+
 class WindowLoader:
     """Gives the batches from `start_batch` to the end of the last epoch, once.
 
@@ -174,40 +198,43 @@ class WindowLoader:
         meta = self._store.meta
         shape = (self._window_blocks, meta.chunk_tokens, meta.d_model)
         buffers = [np.empty(shape, STORAGE_DTYPE[meta.stored_dtype]) for _ in range(2)]
-        with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
-            pending: Future[_Window] | None = None
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="window") as reader,
+            ThreadPoolExecutor(1, thread_name_prefix="order") as shuffler,
+        ):
+            pending: _Pending | None = None
             for turn, job in enumerate(self._jobs(first_row)):
-                ahead = reader.submit(self._load, buffers[turn % 2], *job)
+                out = buffers[turn % 2][: len(job.chunk)]
+                read = reader.submit(self._store.read_blocks, job.chunk, job.layer, out, self._threads)
+                ahead = _Pending(job, out, read, shuffler.submit(self._order, job))
                 if pending is not None:
                     yield self._wait(pending)
                 pending = ahead
             if pending is not None:
                 yield self._wait(pending)
 
-    def _wait(self, pending: Future[_Window]) -> _Window:
+    def _wait(self, pending: _Pending) -> _Window:
         began = time.perf_counter()
-        window = pending.result()
+        pending.read.result()
+        order = pending.order.result()
         self.wait_seconds += time.perf_counter() - began
-        return window
+        rows = pending.out.reshape(-1, pending.out.shape[-1])
+        return _Window(_wide(rows), order, pending.job.chunk, pending.job.layer)
 
-    def _jobs(self, first_row: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, int]]:
-        """Epoch, window, chunks, layers and rows to leave out, of each window to read."""
+    def _jobs(self, first_row: int) -> Iterator[_Job]:
+        """Each window to read."""
         start = self.plan.locate(first_row)
         for epoch in range(start.epoch, self._epochs):
             blocks = self.plan.epoch(epoch)
             begin = start.window if epoch == start.epoch else 0
             for window in range(begin, len(blocks.row_ends)):
                 skip = start.row if (epoch, window) == (start.epoch, start.window) else 0
-                yield epoch, window, *self.plan.window(blocks, window), skip
+                yield _Job(epoch, window, *self.plan.window(blocks, window), skip)
 
-    def _load(
-        self, buffer: np.ndarray, epoch: int, window: int, chunk: np.ndarray, layer: np.ndarray, skip: int
-    ) -> _Window:
-        out = buffer[: len(chunk)]
-        self._store.read_blocks(chunk, layer, out, self._threads)
-        rows = np.flatnonzero(self._mask[chunk])
-        order = self.plan.row_order(rows, epoch, window)[skip:]
-        return _Window(_wide(out.reshape(-1, out.shape[-1])), order, chunk, layer)
+    def _order(self, job: _Job) -> np.ndarray:
+        """The rows of a window in the order in which they are served, without those that were."""
+        rows = np.flatnonzero(self._mask[job.chunk])
+        return self.plan.row_order(rows, job.epoch, job.window)[job.skip :]
 
 
 def _wide(rows: np.ndarray) -> np.ndarray:

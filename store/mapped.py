@@ -3,8 +3,9 @@
 How: the kernel is asked to read the part (so that a cold disk gets one large request) and to map its pages
 (`MADV_POPULATE_READ`, Linux 5.14), which fails where touching them would end the process: on a disk that fails, or past
 the end. Only then are they copied. That is a tenth faster than `preadv` from the cache, whose copy inside the kernel is
-slower than the processor's widest loads and stores, and 1.5 times as fast from a disk. What it does not do: check what
-was read, or help where it fails: `copy` says False then, and its caller reads with `preadv`, which tells the reason.
+slower than the processor's widest loads and stores, and 1.5 times as fast from a disk. `copy_checked` does the same to
+many parts in compiled code, past the cache, for memory that is read later. What it does not do: check what `copy` read,
+or help where it fails: the caller is told, and reads with `preadv`, which says why.
 
 A file that is cut off, or whose pages are thrown out and cannot be read again, in the microseconds between the question
 and the copy, ends the process with SIGBUS; nothing wrong is read.
@@ -59,6 +60,15 @@ class MappedFile:
             return None
         out[:] = self._bytes[offset:middle]
         return self._view[middle:end]
+
+    def copy_checked(self, offsets: np.ndarray, out: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Fill out[rows[i]] from offsets[i] on, for memory that is read much later; gives which are there and fit the
+        crc32c behind them, bool [n]. (store/kernels_copy.py has the shapes, and says where it runs.)"""
+        from store.kernels_copy import copy_checked  # Brings numba, which readers of little do without.
+
+        good = np.zeros(len(offsets), bool)
+        copy_checked(self._bytes, self._descriptor, offsets, out, rows, good)
+        return good
 
 
 @cache

@@ -126,6 +126,26 @@ class ShardReader:
                 self._path, f"the checksum of token chunk {chunk} at stored layer {layer} does not match"
             )
 
+    def read_chunks(
+        self, chunks: np.ndarray, layers: np.ndarray, out: np.ndarray, rows: np.ndarray, *, streamed: bool
+    ) -> None:
+        """As `read_chunk` for n chunks (int64 [n] each), into out[rows[i]]; out: uint8 [m, C * D * itemsize].
+
+        streamed: past the cache, where `kernels_copy.runs_here`.
+        """
+        todo = list(zip(chunks.tolist(), layers.tolist(), rows.tolist(), strict=True))
+        if streamed and self._mapped is not None:
+            offsets = np.array([self._offset(chunk, layer) for chunk, layer, _ in todo], np.int64)
+            good = self._mapped.copy_checked(offsets, out, rows)
+            todo = [todo[i] for i in np.flatnonzero(~good).tolist()]  # `read_chunk` says what is wrong with them.
+        for chunk, layer, row in todo:
+            self.read_chunk(chunk, layer, out[row])
+
+    def _offset(self, chunk: int, layer: int) -> int:
+        """Where an uncompressed chunk begins; -1 where it is left out, or has another length than it should."""
+        entry = 2 * (chunk * self._meta.n_layers + layer)
+        return self.index[entry] if self.index[entry + 1] == self._chunk_bytes + CRC_BYTES else -1
+
     def _copy(self, offset: int, out: np.ndarray) -> bytearray | memoryview | None:
         """Fill `out` from `offset` on; gives the checksum behind it, or None where the file ends too early."""
         if self._mapped is not None and (check := self._mapped.copy(offset, out, CRC_BYTES)) is not None:

@@ -48,10 +48,15 @@ def test_layers_and_steps_that_are_not_there_are_refused(tmp_path: Path) -> None
         store.read(slice(0, 10, 2))
 
 
+@pytest.mark.parametrize("streamed_bytes", [0, 2**40])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_read_blocks_in_any_order(tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_read_blocks_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, threads: int, streamed_bytes: int
+) -> None:
+    monkeypatch.setattr("store.activations._STREAMED_BYTES", streamed_bytes)
     x = random_activations(300, 3, 5)
-    store = make_store(tmp_path / "a.zarr", x, chunk_tokens=16, shard_tokens=64)
+    store = make_store(tmp_path / "a.zarr", x, codec=codec, chunk_tokens=16, shard_tokens=64)
     rng = np.random.default_rng(1)
     chunk, layer = rng.integers(0, store.meta.n_chunks, 40), rng.integers(0, 3, 40)
     out = np.full((40, 16, 5), 7, np.uint16)
