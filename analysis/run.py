@@ -36,6 +36,7 @@ from store.activations import ActivationStore
 from store.errors import ResidscopeError, UsageError
 from store.files import held_alone
 from store.options import to_toml
+from store.outputs import refuse_inside_store
 from train.formats import read_sae
 from train.sae import Checkpoint
 
@@ -58,6 +59,9 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     does not fit the other, nothing to analyse, a scheduler that does not answer, a folder that cannot be written.
     """
     started = time.monotonic()
+    for path, flag in ((config.out_dir, "--out"), (config.performance_report, "--performance-report")):
+        if path is not None:
+            refuse_inside_store(path, flag)
     store = ActivationStore.open(config.store)
     sae, origin = read_sae(config.sae)
     checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)

@@ -49,6 +49,7 @@ from store.arrays import TokenTable
 from store.console import human_bytes, progress
 from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.files import held_alone, sync
+from store.outputs import refuse_inside_store
 
 _WINDOW_BYTES = 512 << 20
 _ROUND_TRIP_VECTORS = 512
@@ -120,6 +121,7 @@ def fit_lens(config: FitLensConfig) -> FitResult:
 
 
 def _refuse_existing(out: Path) -> None:
+    refuse_inside_store(out)
     if out.exists():
         raise UsageError(f"--out {out} exists already; it is left alone. Choose another, or remove it yourself")
 

@@ -32,9 +32,9 @@ from store.arrays import TokenTable
 from store.console import human_bytes
 from store.errors import IncompatibleError, ResidscopeError
 from store.files import require_space
-from store.manifest import FILE as MANIFEST
 from store.manifest import WriterLock
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
+from store.outputs import is_store, refuse_inside_store
 
 # Token columns, statistics and folders beside the vectors, with room to spare.
 _SPARE_BYTES = 16 << 20
@@ -135,21 +135,18 @@ def _provenance(out: Path) -> dict[str, Any]:
 def _existing(config: HarvestConfig) -> bool:
     """Whether --out holds a store to continue; refuses what is neither that nor free."""
     out = config.out
+    refuse_inside_store(out, may_be_one=True)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         parent = next(folder for folder in out.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise ResidscopeError(f"--out {out}: {parent} cannot be written to; choose another place")
         return False
-    if not _is_store(out):
+    if not is_store(out):
         raise IncompatibleError(
             f"--out {out} exists and is not an activation store; it is left alone. Choose another --out, or remove it"
             " yourself"
         )
     return not config.overwrite
-
-
-def _is_store(path: Path) -> bool:
-    return (path / "zarr.json").is_file() and (path / MANIFEST).is_file()
 
 
 def _reopen(config: HarvestConfig, settings: Settings, record: dict[str, Any]) -> ActivationStore:
@@ -225,7 +222,7 @@ def _plan(
         config_hash=config_hash({**record, "tokens": _table_hash(tokens)}),
     )
     _require_space(config.out, settings, n_tokens)
-    if config.out.exists() and _is_store(config.out):
+    if config.out.exists() and is_store(config.out):
         _remove_store(config.out)
     return ActivationStore.create(config.out, meta, tokens)
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from store.errors import UsageError
 from store.files import atomic_write
+from store.outputs import refuse_inside_store
 from train.compare import Comparison, Entrant
 
 
 def check_out(out: Path) -> None:
     """Refuse what cannot be the folder, before anything is computed."""
+    refuse_inside_store(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
 

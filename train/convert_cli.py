@@ -59,9 +59,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(options: argparse.Namespace) -> None:
     from store.files import atomic_write
+    from store.outputs import refuse_inside_store
     from train import formats
     from train.sae import Checkpoint
 
+    refuse_inside_store(options.destination, "DST")
     card = options.destination / "README.md"
     if card.exists() and not options.overwrite:
         raise UsageError(f"{card}: is there already; choose another folder, or overwrite it (--overwrite)")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from store.activations import ActivationStore
 from store.errors import IncompatibleError, UsageError
+from store.outputs import refuse_inside_store
 from train.config import TrainConfig
 from train.plan import RunPlan, compare_plans
 from train.sae import Checkpoint
@@ -21,6 +22,7 @@ from train.validation import Validation
 
 def check_output(config: TrainConfig) -> None:
     """Raise `UsageError` unless the checkpoint may be written there."""
+    refuse_inside_store(config.out)
     if config.out.is_dir():
         raise UsageError(f"--out {config.out} is a folder: name a file, such as {config.out / 'ckpt.pt'}")
     if config.out.exists() and not config.out.is_file():

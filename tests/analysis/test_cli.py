@@ -198,3 +198,32 @@ def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
     )
     with pytest.raises(IncompatibleError, match="expected of another store"):
         open_data(work, load_encoder(small.sae, "float32"))
+
+
+def test_no_command_writes_into_a_store(small, tmp_path, capsys):
+    import harvest.cli
+    import harvest.fit_cli
+    import train.cli
+    import train.convert_cli
+
+    before = {path: path.read_bytes() for path in small.store.rglob("*") if path.is_file()}
+    store, sae, inside = str(small.store), str(small.sae), str(small.store / "x")
+    (tmp_path / "text.txt").write_text("text")
+    text = ["--model", "gpt2", "--dataset", str(tmp_path / "text.txt")]
+    commands = [
+        *((main, ["--store", store, "--sae", sae, "--out", out]) for out in (store, inside)),
+        (main, ["--store", store, "--sae", sae, "--performance-report", inside]),
+        (main, ["--compare", str(tmp_path), str(tmp_path), "--out", inside]),
+        *((train.cli.main, ["--store", store, "--out", out, "--resume"]) for out in (store, inside)),
+        (train.cli.main, ["--store", store, "--out", store, "--sweep", "k=1,2"]),
+        (train.cli.main, ["compare", "--store", store, "--sae", sae, "--out", store]),
+        (train.convert_cli.main, [sae, inside, "--to", "mlsae"]),
+        (harvest.cli.main, [*text, "--out", inside]),
+        (harvest.fit_cli.main, [*text, "--out", inside]),
+    ]
+    for command, argv in commands:
+        assert command(argv) == 2, argv
+        error = capsys.readouterr().err
+        assert "activation store" in error, error
+        assert "choose a place outside of it" in error
+    assert {path: path.read_bytes() for path in small.store.rglob("*") if path.is_file()} == before

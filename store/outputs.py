@@ -1,0 +1,24 @@
+"""Where other results may go: not into a store, which holds what `harvest` wrote and nothing else.
+
+How: a path is in a store if it, or a folder above it, links followed, has a store's two signs. What it does not do:
+ask whether the path can be written.
+"""
+
+from pathlib import Path
+
+from store.errors import UsageError
+from store.manifest import FILE
+
+
+def is_store(path: Path) -> bool:
+    """Whether an activation store, whole or not, is at `path`."""
+    return (path / "zarr.json").is_file() and (path / FILE).is_file()
+
+
+def refuse_inside_store(out: Path, flag: str = "--out", *, may_be_one: bool = False) -> None:
+    """`UsageError` where `out`, which the user gave with `flag`, is inside of a store, or is one unless it may be."""
+    real = out.resolve()
+    for folder in (real, *real.parents):
+        if is_store(folder) and not (may_be_one and folder == real):
+            where = "is an activation store" if folder == real else f"lies in the activation store {folder}"
+            raise UsageError(f"{flag} {out} {where}, which is left as it is: choose a place outside of it")
