@@ -1,7 +1,8 @@
 """Autoencoders side by side on the same held-out tokens: one for all layers, sets of one for each layer, and PCA.
 
-An autoencoder for all layers is measured on every layer of the store, one for a single layer on that layer (on every
-layer with `cross`); what a set says of a layer is what its own autoencoder for that layer says. Documents count as held
+An autoencoder for several layers is measured on every layer of the store, one for a single layer on that layer (on
+every layer with `cross`); what a set says of a layer is what its own autoencoder for that layer says. A mean is over
+all layers of the store, or over an entrant's own, those that it was trained on; both are given. Documents count as held
 out when no checkpoint was trained on them. FVU is that of `train.validation`: raw space, one mean vector a layer, lower
 is better.
 
@@ -50,6 +51,9 @@ class Entrant:
     vectors: int | None = 0
     """Vectors trained on, by all members together; None where it is not recorded."""
 
+    trained_on: frozenset[int] | None = None
+    """Layers that an autoencoder for several was trained on; None where that is not recorded, or said by `members`."""
+
     found: dict[int | None, Validation] = field(default_factory=dict)
     """Each member's measurement, on all layers of the store."""
 
@@ -61,6 +65,12 @@ class Entrant:
     def k(self) -> int:
         """Latents that may be active on one vector."""
         return max(sae.config.k for sae in self.members.values())
+
+    def own_layers(self, layers: Sequence[int]) -> list[int]:
+        """Those of `layers` that a member was trained on; all of them where that is not recorded."""
+        if None not in self.members:
+            return [layer for layer in layers if layer in self.members]
+        return [layer for layer in layers if self.trained_on is None or layer in self.trained_on]
 
     def by_layer(self, layers: Sequence[int], name: str) -> list[float | None]:
         """`fvu_per_layer` or `l0_per_layer`, each layer's by the member that speaks for it; None where none does."""
@@ -99,6 +109,15 @@ def compare(config: CompareConfig) -> Comparison:
                     f"{name} has d_model {checkpoint.config.d_model}, {store.path} has {store.meta.d_model}"
                 )
         entrants = _entrants(checkpoints)
+        for entrant in entrants:
+            if not entrant.own_layers(store.meta.layers):
+                trained = " ".join(
+                    str(layer) for layer in sorted(entrant.trained_on or entrant.members.keys() - {None})
+                )
+                raise IncompatibleError(
+                    f"{entrant.name} was trained on layers {trained}, {store.path} has "
+                    f"{' '.join(map(str, store.meta.layers))}: harvest the layers that it was trained on"
+                )
         held_out, trained = _split(store, [checkpoint for _, checkpoint in checkpoints], config.validation_fraction)
         positions = list(range(store.meta.n_layers))
         source = VectorSource(positions, store.meta.stored_dtype, device)
@@ -146,6 +165,7 @@ def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:
         if layer in entrant.members or None in entrant.members:
             raise UsageError(f"--sae: {shown} is there twice: give each autoencoder once, by different names")
         entrant.members[layer] = checkpoint.sae
+        entrant.trained_on = frozenset(layers) if len(layers) > 1 else None
         vectors = checkpoint.trainer.get("metrics", {}).get("vectors")
         entrant.vectors = None if vectors is None or entrant.vectors is None else entrant.vectors + vectors
     return list(entrants.values())

@@ -33,6 +33,8 @@ def as_json(result: Comparison) -> dict[str, Any]:
                 "k": entrant.k(),
                 "vectors": entrant.vectors,
                 "fvu": mean(entrant.by_layer(result.layers, "fvu_per_layer")),
+                "trained_layers": entrant.own_layers(result.layers),
+                "fvu_trained_layers": own_mean(entrant, result.layers),
                 "fvu_per_layer": entrant.by_layer(result.layers, "fvu_per_layer"),
                 "l0_per_layer": entrant.by_layer(result.layers, "l0_per_layer"),
             }
@@ -60,12 +62,21 @@ def words(result: Comparison) -> str:
     """The table on the terminal: a row for each layer, a column for each run."""
     names = [entrant.name for entrant in result.entrants]
     columns = [entrant.by_layer(result.layers, "fvu_per_layer") for entrant in result.entrants]
-    best = min(value for value in map(mean, columns) if value is not None)
+    own = [entrant.own_layers(result.layers) for entrant in result.entrants]
+    common = [layer for layer in result.layers if all(layer in layers for layers in own)]
+    shared = [mean([column[result.layers.index(layer)] for layer in common]) for column in columns]
+    best = min((value for value in shared if value is not None), default=math.nan)
+    everywhere = len(common) == len(result.layers)
+    of_own = [own_mean(entrant, result.layers) for entrant in result.entrants]
     lines = [
         ["layer", *names],
-        *([str(layer), *(number(column[i]) for column in columns)] for i, layer in enumerate(result.layers)),
-        ["mean", *(number(mean(column)) for column in columns)],
-        ["over the best", *(number(_ratio(mean(column), best)) for column in columns)],
+        *(
+            [str(layer), *(_cell(column[i], layer in layers) for column, layers in zip(columns, own, strict=True))]
+            for i, layer in enumerate(result.layers)
+        ),
+        ["mean" if everywhere else "mean, all", *(number(mean(column)) for column in columns)],
+        *([] if everywhere else [["mean, own", *map(number, of_own)]]),
+        ["over the best", *(number(None if value is None else value / best) for value in shared)],
         ["latents", *(f"{entrant.n_latents():,}" for entrant in result.entrants)],
         ["k", *(str(entrant.k()) for entrant in result.entrants)],
         ["vectors", *("-" if entrant.vectors is None else f"{entrant.vectors:,}" for entrant in result.entrants)],
@@ -76,6 +87,11 @@ def words(result: Comparison) -> str:
         f"FVU (lower is better) by layer, on {result.tokens:,} held-out tokens; latents and vectors are of all members "
         "of a set together"
     )
+    if not everywhere:
+        title += (
+            "; (in brackets): a layer that it was not trained on; mean, own: over those that it was trained on; over "
+            f"the best: on layers {' '.join(map(str, common)) or '-'}, which all were trained on"
+        )
     return "\n".join([title, *rows])
 
 
@@ -90,7 +106,7 @@ def _rows(result: Comparison) -> list[dict[str, Any]]:
             "vectors": entrant.vectors,
             "trained_layer": trained,
             "layer": layer,
-            "own": trained is None or trained == layer,
+            "own": layer in entrant.own_layers(result.layers) and (trained is None or trained == layer),
             "fvu": found.fvu_per_layer[position],
             "l0": found.l0_per_layer[position],
             "tokens": result.tokens,
@@ -137,13 +153,19 @@ def _label(entrant: Entrant) -> str:
 def mean(values: Sequence[float | None]) -> float | None:
     """Mean over layers; None unless every layer has a value, so that means are of the same layers."""
     there = [value for value in values if value is not None]
-    return sum(there) / len(there) if len(there) == len(values) else None
+    return sum(there) / len(there) if there and len(there) == len(values) else None
+
+
+def own_mean(entrant: Entrant, layers: Sequence[int]) -> float | None:
+    """Mean FVU over those of the store's `layers` that the entrant was trained on."""
+    values = entrant.by_layer(layers, "fvu_per_layer")
+    return mean([values[list(layers).index(layer)] for layer in entrant.own_layers(layers)])
+
+
+def _cell(value: float | None, own: bool) -> str:
+    return number(value) if own or value is None else f"({number(value)})"
 
 
 def number(value: float | None) -> str:
     """Three decimals, or a dash."""
     return "-" if value is None else f"{value:.3f}"
-
-
-def _ratio(value: float | None, best: float) -> float | None:
-    return None if value is None else value / best

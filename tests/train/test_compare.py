@@ -132,6 +132,52 @@ def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
     assert table[5].split() == ["mean", *(f"{run['fvu']:.3f}" for run in found["runs"][:2])]
 
 
+def test_one_that_was_trained_on_some_of_the_layers_has_a_mean_of_its_own(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(
+        store=folder / "acts.zarr", out=tmp_path / "two.pt", n_latents=30, k=3, batch_size=64, validation_fraction=0.2
+    )
+    train(replace(config, layers=(1, 6), threads=1, kernels="torch"))
+    command = ["compare", "--store", str(folder / "acts.zarr"), "--sae", str(folder / "all.pt"), str(config.out)]
+    assert main([*command, "--out", str(tmp_path / "c"), "--no-pca"]) == 0
+    found = json.loads((tmp_path / "c" / "compare.json").read_text())
+    every, two = found["runs"]
+    assert (every["trained_layers"], two["trained_layers"]) == ([1, 4, 6], [1, 6])
+    assert every["fvu_trained_layers"] == every["fvu"] == pytest.approx(np.mean(every["fvu_per_layer"]))
+    first, middle, last = two["fvu_per_layer"]
+    assert two["fvu"] == pytest.approx((first + middle + last) / 3)
+    assert two["fvu_trained_layers"] == pytest.approx((first + last) / 2)
+    rows = pd.read_parquet(tmp_path / "c" / "compare.parquet")
+    assert list(rows[rows["run"] == "two"]["own"]) == [True, False, True]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[3] == ["4", f"{every['fvu_per_layer'][1]:.3f}", f"({middle:.3f})"]
+    assert table[5] == ["mean,", "all", f"{every['fvu']:.3f}", f"{two['fvu']:.3f}"]
+    assert table[6] == ["mean,", "own", f"{every['fvu']:.3f}", f"{(first + last) / 2:.3f}"]
+    shared = [(run["fvu_per_layer"][0] + run["fvu_per_layer"][2]) / 2 for run in (every, two)]
+    assert table[7][3:] == [f"{value / min(shared):.3f}" for value in shared]
+    assert "on layers 1 6, which all were trained on" in " ".join(table[0])
+
+
+def test_sets_that_share_no_layer_have_no_ratio_and_those_that_the_store_lacks_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (tmp_path / f"{name}.pt" for name in "ab")
+    for path, layer in ((one, 1), (other, 4)):
+        path.write_bytes((folder / "layers" / f"ckpt.layer={layer}.pt").read_bytes())
+    command = ["compare", "--store", str(folder / "acts.zarr"), "--out", str(tmp_path / "c"), "--no-pca", "--sae"]
+    assert main([*command, str(one), str(other)]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[5] == ["mean,", "all", "-", "-"]
+    assert table[6][2:] == [table[2][1], table[3][2]]
+    assert table[7] == ["over", "the", "best", "-", "-"]
+    make_store(tmp_path / "acts.zarr", random_activations(n_tokens=64), layers=(0, 2, 3))
+    command[2] = str(tmp_path / "acts.zarr")
+    for path, layers in ((one, "1"), (folder / "all.pt", "1 4 6")):
+        assert main([*command, str(path)]) == 3
+        assert f"was trained on layers {layers}, {tmp_path}/acts.zarr has 0 2 3: harvest" in capsys.readouterr().err
+
+
 def test_sets_that_standardise_by_layer_are_measured_where_they_can_be(folder: Path, tmp_path: Path) -> None:
     config = TrainConfig(
         store=folder / "acts.zarr", out=tmp_path / "ckpt.pt", n_latents=30, k=3, batch_size=64, validation_fraction=0.2
