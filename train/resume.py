@@ -17,6 +17,7 @@ from store.outputs import refuse_inside_store
 from train.config import TrainConfig
 from train.plan import RunPlan, compare_plans
 from train.sae import Checkpoint
+from train.surroundings import differences, surroundings
 from train.validation import Validation
 
 
@@ -40,6 +41,9 @@ def check_resumable(path: Path, saved: Checkpoint, store: ActivationStore, plan:
     _check_state(path, saved.trainer, saved.config.n_latents)
     for warning in compare_plans(path, saved.trainer["config"], plan):
         say(f"warning: {warning}")
+    changed = differences(saved.trainer.get("surroundings", {}), surroundings(plan))
+    if changed and saved.trainer["finished"] is False:
+        say(f"warning: since {path} was saved: {changed}: not bit for bit the result of an unbroken run")
     if saved.store.get("content_hash") != store.content_hash:
         raise IncompatibleError(
             f"{path} was trained on another store: content {saved.store.get('content_hash')} there, "
@@ -68,6 +72,7 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         silent = trainer.get("silent")
         whole["silent"] = isinstance(silent, Tensor) and silent.shape == (n_latents,)
         whole |= {name: isinstance(trainer.get(name), dict) for name in ("statistics", "optimizer", "window")}
+    whole["surroundings"] = isinstance(trainer.get("surroundings", {}), dict)
     damaged = [name for name, good in whole.items() if not good]
     if damaged:
         raise IncompatibleError(

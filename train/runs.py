@@ -34,6 +34,7 @@ from train.sae import MLSAE, Checkpoint, safetensors_path, save_checkpoint
 from train.schedule import options_at, step_options
 from train.statistics import FixedStatistics, StatisticsSums
 from train.step import training_step
+from train.surroundings import surroundings
 from train.trackers import Tracker, numbers_of, open_trackers
 from train.validation import Subject, Validation, ValidationData
 
@@ -246,6 +247,7 @@ class Run:
             "finished": finished,
             "config": plan.to_dict(),
             "threads": torch.get_num_threads(),
+            "surroundings": surroundings(plan),
             "metrics": self.metrics,
             "validation": None if self.validated is None else self.validated._asdict(),
             "silent": self._dead.silent.cpu(),

@@ -355,7 +355,7 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
         with pytest.raises(KeyboardInterrupt):
             train(replace(config, checkpoint_every=5))
     whole = torch.load(config.out, weights_only=True)
-    left_out = {"updates", "vectors", "threads"}  # which older checkpoints lack
+    left_out = {"updates", "vectors", "threads", "surroundings"}  # which older checkpoints lack
     for name in whole["trainer"]:
         for value in ("missing", None, "x", [], -1, 10**9, torch.zeros(3)):
             trainer = {**whole["trainer"], name: value}
