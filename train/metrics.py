@@ -47,6 +47,7 @@ class MetricsWindow:
         self._raw_denominators = raw_denominators
         self._means = ("loss", "auxk", "sparsity") if sparsity else ("loss", "auxk")
         self._sums: dict[str, Tensor] = {}
+        self._unknown: set[str] = set()  # means that a checkpoint did not tell the beginning of
         self.clear()
 
     def clear(self) -> None:
@@ -54,6 +55,7 @@ class MetricsWindow:
         device, n_layers = self._raw_denominators.device, len(self._raw_denominators)
         means = dict.fromkeys(self._means, ())
         shapes = {"steps": (), **means, "active": (), "vectors": (n_layers,), "error": (n_layers,)}
+        self._unknown = set()
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
     def add(self, layer: Tensor, standardized: Standardized, result: StepResult) -> None:
@@ -73,7 +75,7 @@ class MetricsWindow:
         if not sums["steps"]:  # one layer alone, and none of its vectors came
             nothing = dict.fromkeys(self._means)
             return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, **nothing}
-        means = {name: (sums[name] / sums["steps"]).item() for name in self._means}
+        means = {n: None if n in self._unknown else (sums[n] / sums["steps"]).item() for n in self._means}
         fvu = sums["error"] / sums["vectors"] / self._raw_denominators
         seen = sums["vectors"] > 0
         return {
@@ -91,13 +93,14 @@ class MetricsWindow:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, for a checkpoint."""
-        return {name: value.cpu() for name, value in self._sums.items()}
+        return {name: value.cpu() for name, value in self._sums.items() if name not in self._unknown}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's sums."""
-        for name, value in self._sums.items():
-            if name in state:  # checkpoints from before the sparsity term was counted lack it
-                value.copy_(state[name])
+        if state["steps"]:
+            self._unknown = set(self._means) - set(state)  # the sparsity term, before it was counted
+        for name in self._sums.keys() & state.keys():
+            self._sums[name].copy_(state[name])
 
 
 class MetricsFile:

@@ -74,6 +74,14 @@ def test_window_by_hand() -> None:
     assert line["l0"] == pytest.approx(1.5)
     assert line.pop("sparsity") == pytest.approx(0.7)
     assert line == plain.line()  # where there is no such term, none is told of
+    resumed = MetricsWindow(denominators, sparsity=True)
+    resumed.load_state_dict(plain.state_dict())  # from before it was counted: half of the window is no mean
+    again = MetricsWindow(denominators, sparsity=True)
+    again.load_state_dict(resumed.state_dict())
+    assert resumed.line() == again.line() == {**line, "sparsity": None}
+    again.clear()
+    again.load_state_dict(window.state_dict())
+    assert again.line()["sparsity"] == pytest.approx(0.7)
 
 
 def test_a_layer_without_rows_is_null() -> None:
