@@ -23,7 +23,7 @@ from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.summary import SCHEMA_VERSION
 from store.errors import IncompatibleError, UsageError
 from store.files import atomic_write
-from store.outputs import refuse_inside_store
+from store.outputs import refuse_comparison_of, refuse_inside_store
 
 PARTS = VARIANCE_NAMES[:5]
 """The numbers that are variances, and so are divided by the depth's."""
@@ -43,6 +43,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Raises `UsageError` for a path where nothing is, `IncompatibleError` for what is no whole analysis of this schema.
     """
     refuse_inside_store(config.out)
+    refuse_comparison_of("train compare", config.out, "store")
     summaries = [_load(path) for path in config.compare]
     names = run_names(config.compare)
     runs = [_checked_run(*each) for each in zip(config.compare, names, summaries, strict=True)]

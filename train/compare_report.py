@@ -8,7 +8,7 @@ from typing import Any
 
 from store.errors import UsageError
 from store.files import atomic_write
-from store.outputs import refuse_inside_store
+from store.outputs import refuse_comparison_of, refuse_inside_store
 from train.compare import Comparison, Entrant
 
 
@@ -17,6 +17,7 @@ def check_out(out: Path) -> None:
     refuse_inside_store(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
+    refuse_comparison_of("analyze --compare", out, "schema_version")
 
 
 def as_json(result: Comparison) -> dict[str, Any]:

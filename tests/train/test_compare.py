@@ -217,7 +217,9 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path, capsys
     with pytest.raises(IncompatibleError, match=r"all has d_model 12, .* has 16"):
         compare(CompareConfig(store=tmp_path / "wide.zarr", sae=(str(folder / "all.pt"),)))
     (tmp_path / "file").write_text("")
+    (tmp_path / "compare.json").write_text('{"schema_version": 1}')
     cases = [
+        (["--sae", str(folder / "all.pt"), "--out", str(tmp_path)], 2, "a comparison by `analyze --compare`"),
         (["--sae", str(folder / "all.pt"), "--out", str(tmp_path / "file")], 2, "should be a folder"),
         (["--sae", str(tmp_path / "none.pt")], 2, "no such file or folder"),
         (["--sae", str(folder / "all.pt"), "--tokens", "0"], 2, "--tokens should be above 0"),
