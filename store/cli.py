@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from store.console import counted, human_bytes, run_command
+from store.options import CommandParser
 
 if TYPE_CHECKING:
     from store.verify import BadShard
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="residscope", description="Look at a store, check it, or run a command.")
+    parser = CommandParser(prog="residscope", description="Look at a store, check it, or run a command.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("info", "what a store holds"),

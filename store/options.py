@@ -16,6 +16,7 @@ it. Only the standard library is used and nothing heavy is imported, so that `--
 import argparse
 import ast
 import dataclasses
+import difflib
 import itertools
 import json
 import sys
@@ -24,11 +25,24 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from store.errors import UsageError
 
 T = TypeVar("T")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's, but that a command line it cannot take is one line on stderr, not that below all flags there are."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2; a flag that there is not is given the nearest one that there is."""
+        if message.startswith("unrecognized arguments"):
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            near = [flag for word in wrong for flag in difflib.get_close_matches(word, flags, n=1, cutoff=0.7)]
+            message += f" (did you mean {' '.join(near)}?)" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` says what there is\n")
 
 
 def field_docstrings(config_class: type) -> dict[str, str]:
@@ -60,7 +74,7 @@ def parse_options(
     Bad words end the process with exit code 2, as argparse does; values that the configuration itself refuses raise
     `UsageError`.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description=description,
         epilog=epilog,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from store.console import run_command
 from store.errors import UsageError
+from store.options import CommandParser
 
 FORMATS = ("residscope", "mlsae", "saelens", "sparsify")
 COMMAND = "residscope convert"
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=COMMAND,
         description="Convert a sparse autoencoder between residscope, mlsae, SAELens and sparsify.",
         epilog="examples:\n"

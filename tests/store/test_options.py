@@ -52,6 +52,24 @@ def test_repeated_words_win_over_the_file_together(tmp_path: Path) -> None:
     assert found.layers == (1, 2)
 
 
+def test_a_bad_command_line_is_one_line_that_names_the_nearest_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ([], "missing --model"),
+        (
+            ["--model", "m", "--max-tokns=5", "--lr", "1"],
+            "unrecognized arguments: --max-tokns=5 (did you mean --max-tokens?)",
+        ),
+        (["--model", "m", "--zzz"], "unrecognized arguments: --zzz"),
+        (["--model", "m", "7"], "unrecognized arguments: 7"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            parse(*words)
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.err == f"tool: error: {said}; `tool --help` says what there is\n"
+        assert not printed.out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
