@@ -48,6 +48,8 @@ class _Window(NamedTuple):
     """int64 [W]: token chunk of each block."""
     layer: np.ndarray
     """int64 [W]: stored layer of each block."""
+    ahead: "Future[None] | None"
+    """The reading of the next window, if there is one."""
 
 
 class _Job(NamedTuple):
@@ -154,7 +156,8 @@ class WindowLoader:
         return self._next
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        windows = self._windows()
+        helper = ThreadPoolExecutor(1, thread_name_prefix="helper")
+        windows = self._windows(helper)
         try:
             window = next(windows, None)
             served = 0
@@ -163,7 +166,7 @@ class WindowLoader:
                 batch = self._empty_batch(wanted)
                 filled = 0
                 while True:
-                    filled, served = self._fill(batch, filled, window, served)
+                    filled, served = self._fill(batch, filled, window, served, helper)
                     if filled == wanted:
                         break
                     # The window is spent; its buffer may be written over once it is let go.
@@ -172,25 +175,34 @@ class WindowLoader:
                 yield batch
         finally:
             windows.close()
+            helper.shutdown()
 
     def _empty_batch(self, n: int) -> Batch:
         meta = self._store.meta
         rows = np.empty((n, meta.d_model), STORAGE_DTYPE[meta.stored_dtype])
         return Batch(rows, np.empty(n, np.int64), np.empty(n, np.int64))
 
-    def _fill(self, batch: Batch, filled: int, window: _Window, served: int) -> tuple[int, int]:
+    def _fill(
+        self, batch: Batch, filled: int, window: _Window, served: int, helper: ThreadPoolExecutor
+    ) -> tuple[int, int]:
         """Gather rows of the window into the batch; the new numbers of rows filled and served."""
         n = min(len(batch.rows) - filled, len(window.order) - served)
         picked = window.order[served : served + n]
         target = slice(filled, filled + n)
-        # "clip" because "raise" makes numpy gather into a copy; the indices are ours and in range.
-        np.take(window.rows, picked, axis=0, out=_wide(batch.rows)[target], mode="clip")
+        rows = _wide(batch.rows)[target]
+        # While nothing is read, there is a core for a second thread.
+        idle = self._threads > 1 and (window.ahead is None or window.ahead.done())
+        half = n // 2 if idle else n
+        rest = helper.submit(_gather, window.rows, picked[half:], rows[half:]) if half < n else None
+        _gather(window.rows, picked[:half], rows[:half])
         block, row = np.divmod(picked, self._store.meta.chunk_tokens)
         batch.layer[target] = window.layer[block]
         batch.token[target] = window.chunk[block] * self._store.meta.chunk_tokens + row
+        if rest is not None:
+            rest.result()
         return filled + n, served + n
 
-    def _windows(self) -> Generator[_Window, None, None]:
+    def _windows(self, helper: ThreadPoolExecutor) -> Generator[_Window, None, None]:
         """Windows from the first that is needed, begun at the right row; each is valid until the next is asked for."""
         first_row = self._next * self._batch_size
         if first_row >= self.n_rows:
@@ -198,28 +210,25 @@ class WindowLoader:
         meta = self._store.meta
         shape = (self._window_blocks, meta.chunk_tokens, meta.d_model)
         buffers = [np.empty(shape, STORAGE_DTYPE[meta.stored_dtype]) for _ in range(2)]
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix="window") as reader,
-            ThreadPoolExecutor(1, thread_name_prefix="order") as shuffler,
-        ):
+        with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
             pending: _Pending | None = None
             for turn, job in enumerate(self._jobs(first_row)):
                 out = buffers[turn % 2][: len(job.chunk)]
                 read = reader.submit(self._store.read_blocks, job.chunk, job.layer, out, self._threads)
-                ahead = _Pending(job, out, read, shuffler.submit(self._order, job))
+                ahead = _Pending(job, out, read, helper.submit(self._order, job))
                 if pending is not None:
-                    yield self._wait(pending)
+                    yield self._wait(pending, ahead.read)
                 pending = ahead
             if pending is not None:
-                yield self._wait(pending)
+                yield self._wait(pending, None)
 
-    def _wait(self, pending: _Pending) -> _Window:
+    def _wait(self, pending: _Pending, ahead: Future[None] | None) -> _Window:
         began = time.perf_counter()
         pending.read.result()
         order = pending.order.result()
         self.wait_seconds += time.perf_counter() - began
         rows = pending.out.reshape(-1, pending.out.shape[-1])
-        return _Window(_wide(rows), order, pending.job.chunk, pending.job.layer)
+        return _Window(_wide(rows), order, pending.job.chunk, pending.job.layer, ahead)
 
     def _jobs(self, first_row: int) -> Iterator[_Job]:
         """Each window to read."""
@@ -235,6 +244,11 @@ class WindowLoader:
         """The rows of a window in the order in which they are served, without those that were."""
         rows = np.flatnonzero(self._mask[job.chunk])
         return self.plan.row_order(rows, job.epoch, job.window)[job.skip :]
+
+
+def _gather(rows: np.ndarray, picked: np.ndarray, out: np.ndarray) -> None:
+    # "clip" because "raise" makes numpy gather into a copy; the indices are ours and in range.
+    np.take(rows, picked, axis=0, out=out, mode="clip")
 
 
 def _wide(rows: np.ndarray) -> np.ndarray:
