@@ -111,9 +111,8 @@ def compare(config: CompareConfig) -> Comparison:
         entrants = _entrants(checkpoints)
         for entrant in entrants:
             if not entrant.own_layers(store.meta.layers):
-                trained = " ".join(
-                    str(layer) for layer in sorted(entrant.trained_on or entrant.members.keys() - {None})
-                )
+                known = entrant.trained_on or {layer for layer in entrant.members if layer is not None}
+                trained = " ".join(map(str, sorted(known)))
                 raise IncompatibleError(
                     f"{entrant.name} was trained on layers {trained}, {store.path} has "
                     f"{' '.join(map(str, store.meta.layers))}: harvest the layers that it was trained on"

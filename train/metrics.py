@@ -97,8 +97,8 @@ class MetricsWindow:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's sums."""
-        if state["steps"]:
-            self._unknown = set(self._means) - set(state)  # the sparsity term, before it was counted
+        if state["steps"]:  # checkpoints from before the sparsity term was counted lack it
+            self._unknown = {name for name in self._means if name not in state}
         for name in self._sums.keys() & state.keys():
             self._sums[name].copy_(state[name])
 
