@@ -14,6 +14,8 @@ from store.errors import UsageError
 
 DEFAULT_SPLIT = "train"
 DEFAULT_COLUMN = "text"
+_MOST_LAYERS = 100_000
+"""A range of more is a typing error, and would fill the memory before the model is asked how many it has."""
 _FOR_EACH_TEXT = ("dataset_config", "dataset_revision", "split", "text_column")
 
 
@@ -108,6 +110,8 @@ class HarvestConfig:
             raise UsageError("--model is empty")
         if self.shuffle_documents is not None and self.shuffle_documents < 0:
             raise UsageError(f"--shuffle-documents should be at least 0, found {self.shuffle_documents}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed should be at least 0 and below 2^63, found {self.seed}")
         if self.document_separator and not self.pack:
             raise UsageError("--document-separator: without packing (--no-pack) there is none; leave it out")
         text_choices(self)
@@ -193,5 +197,7 @@ def parse_layers(words: tuple[str, ...]) -> tuple[int, ...] | None:
         first, dash, last = part.strip().partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)) or (dash and int(first) > int(last)):
             raise UsageError(f"--layers should be block indices and ranges such as 0-5,11, found {part.strip()!r}")
+        if int(last or first) >= _MOST_LAYERS:
+            raise UsageError(f"--layers: no model has a block {last or first}")
         chosen.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(chosen))

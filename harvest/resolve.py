@@ -272,7 +272,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # The meta device has no numbers.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
             f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try --device cpu"

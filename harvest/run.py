@@ -196,6 +196,12 @@ def _plan(
     """Tokenise, check the disk, and make the store without shards."""
     tokens, mixture = tokenise(settings, sources, config.max_tokens)
     _say_what_ran_out(sources, mixture)
+    if not tokens.keep.any():
+        print(
+            f"warning: none of the {len(tokens.token_id):,} tokens will be trained on or analysed: each is a special"
+            " token or the first of its sequence; give more text, or --keep-first-position",
+            file=sys.stderr,
+        )
     n_tokens = len(tokens.token_id)
     if n_tokens < config.max_tokens and config.max_tokens - n_tokens >= settings.packing.context_length:
         print(f"the text ran out: {n_tokens:,} tokens instead of {config.max_tokens:,}", file=sys.stderr)

@@ -206,9 +206,9 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
         known = [validation_documents(n_documents, fraction, 0)]
     held_out = np.logical_and.reduce(known)[tokens.document] & tokens.keep
     trained = ~np.logical_or.reduce(known)[tokens.document] & tokens.keep
-    if not held_out.any():
+    if np.count_nonzero(held_out) < 2:
         raise UsageError(
-            f"{store.path}: no document was held out from all of these checkpoints: train them with one "
+            f"{store.path}: no document of two tokens was held out from all of these checkpoints: train them with one "
             "--validation-fraction above 0 and one --seed"
         )
     return held_out, trained

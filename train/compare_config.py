@@ -44,7 +44,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "fit_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} should be above 0, found {getattr(self, name)}")
+            if getattr(self, name) < 2:
+                raise UsageError(f"--{name.replace('_', '-')} should be at least 2, found {getattr(self, name)}")
         if not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction should be in (0, 1), found {self.validation_fraction}")

@@ -216,6 +216,8 @@ class TrainConfig:
             if value is not None and not 0 <= value < math.inf:
                 wanted = "a finite number" if value == math.inf else "0 or more"
                 raise UsageError(f"--{name.replace('_', '-')} should be {wanted}, found {value}")
+        if self.validation_tokens < 2:
+            raise UsageError("--validation-tokens should be at least 2: of one token FVU has no meaning, found 1")
         if self.threads is not None and self.threads > _MOST_THREADS:
             raise UsageError(f"--threads should be at most {_MOST_THREADS}, found {self.threads}")
         if self.seed >= 2**63:

@@ -390,7 +390,7 @@ class _Stream:
             f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads"
             + (takes if memory_too else "")
         )
-        way_out = "lower --expansion-factor, --batch-size or --window-gb"
+        way_out = "lower --expansion-factor, --batch-size, --tile-mb or --window-gb"
         if self.n_runs > 1:
             way_out += ", or do fewer runs at once"
         on_cpu = device.type == "cpu"

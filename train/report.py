@@ -36,7 +36,7 @@ def describe(result: TrainResult) -> str:
         f"{metrics['dead_fraction']:.1%} of latents dead",
     ]
     if held_out is None:
-        lines.append("validation: no document was held out")
+        lines.append("validation: no document was held out, or one of a single token")
     else:
         worst = max(range(len(plan.layers)), key=held_out.fvu_per_layer.__getitem__)
         lines.append(

@@ -26,6 +26,11 @@ def check_output(config: TrainConfig) -> None:
     refuse_inside_store(config.out)
     if config.out.is_dir():
         raise UsageError(f"--out {config.out} is a folder: name a file, such as {config.out / 'ckpt.pt'}")
+    if config.out.suffix == ".safetensors":
+        raise UsageError(
+            f"--out {config.out}: the weights alone go there, beside the checkpoint: name that "
+            f"{config.out.with_suffix('.pt')}"
+        )
     if config.out.exists() and not config.out.is_file():
         raise UsageError(f"--out {config.out} is a device or the like, and no file: choose another name")
     if config.out.exists() and not (config.resume or config.overwrite):

@@ -81,9 +81,11 @@ class ValidationData:
         size = store.meta.chunk_tokens
         chunks = np.unique(np.flatnonzero(mask) // size)
         self._chunks = chunks[permutation(len(chunks), seed)]
+        self._enough = bool(np.count_nonzero(mask) > 1)
 
     def __bool__(self) -> bool:
-        return len(self._chunks) > 0
+        """Whether there is anything to measure: of one token alone FVU has no meaning."""
+        return self._enough
 
     def evaluate(self, sae: MLSAE, source: VectorSource, *, tokens: int, product_dtype: torch.dtype) -> Validation:
         """Measure `sae` on up to `tokens` held-out tokens."""

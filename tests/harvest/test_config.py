@@ -47,6 +47,9 @@ def test_words_that_are_no_layers_are_refused(word: str) -> None:
         {"dataset": ("pydoc", "stdlib", "a.txt"), "text_column": ("a", "b")},
         {"pack": False, "document_separator": "x"},
         {"shuffle_documents": -1},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"layers": ("0-99999999999",)},
     ],
 )
 def test_values_that_cannot_work_are_refused(change: dict[str, Any]) -> None:

@@ -205,7 +205,7 @@ def test_documents_must_be_held_out_from_all(folder: Path) -> None:
     if both.any():
         assert compare(config).tokens == 15 * both.sum()
     else:
-        with pytest.raises(UsageError, match="no document was held out from all"):
+        with pytest.raises(UsageError, match="no document of two tokens was held out from all"):
             compare(config)
 
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path, capsys
         (["--sae", str(folder / "all.pt"), "--out", str(tmp_path)], 2, "a comparison by `analyze --compare`"),
         (["--sae", str(folder / "all.pt"), "--out", str(tmp_path / "file")], 2, "should be a folder"),
         (["--sae", str(tmp_path / "none.pt")], 2, "no such file or folder"),
-        (["--sae", str(folder / "all.pt"), "--tokens", "0"], 2, "--tokens should be above 0"),
+        (["--sae", str(folder / "all.pt"), "--tokens", "0"], 2, "--tokens should be at least 2"),
     ]
     for flags, code, message in cases:
         assert main(["compare", "--store", store, *flags]) == code

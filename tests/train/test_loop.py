@@ -248,6 +248,7 @@ def test_a_resume_on_other_data_is_refused(config: TrainConfig, tmp_path: Path) 
         ({"device": "gpu"}, UsageError, "no such kind of device"),
         ({"device": "cuda:99"}, UsageError, "CUDA devices"),
         ({"out": Path()}, UsageError, "is a folder"),
+        ({"out": Path("ckpt.safetensors")}, UsageError, r"beside the checkpoint: name that ckpt\.pt"),
         ({"out": Path("/dev/null"), "overwrite": True}, UsageError, "is a device or the like, and no file"),
         ({"n_latents": 10**11}, ResidscopeError, "needs about .* are free: lower"),
     ],

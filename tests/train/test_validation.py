@@ -84,3 +84,10 @@ def test_dropped_tokens_are_not_validated(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", random_activations())
     split = split_tokens(store, 0.5, seed=0)
     assert not (split.validation & ~store.tokens.keep).any()
+
+
+def test_one_token_is_none_to_measure_on(tmp_path: Path) -> None:
+    """It is its own mean, so that FVU is no number."""
+    store = make_store(tmp_path / "s.zarr", random_activations())
+    for n in (0, 1, 2):
+        assert bool(ValidationData(store, np.arange(300) < n, [0], seed=0)) == (n == 2)
