@@ -382,8 +382,8 @@ class _Stream:
         many = "" if self.n_runs == 1 else f"{len(plans)} of {counted(self.n_runs, 'run')} to do in one pass: "
         say(
             f"{many}{_span([p.n_latents for p in plans])} latents, k {_span([p.k for p in plans])}, {len(self.layers)} "
-            f"layers of d_model {plan.d_model}; {plan.steps:,} steps of {plan.batch_size:,} vectors "
-            f"({plan.vectors / plan.vectors_per_epoch:.3g} epochs)"
+            f"layers of d_model {plan.d_model}; {counted(plan.steps, 'step')} of {plan.batch_size:,} vectors "
+            f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g})"
         )
         takes = f"; memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
         say(

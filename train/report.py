@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from store.console import human_seconds
+from store.console import counted, human_seconds
 from train.loop import TrainResult
 
 
@@ -30,7 +30,7 @@ def describe(result: TrainResult) -> str:
     """A run in words."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
     lines = [
-        f"{result.checkpoint}: {plan.n_latents:,} latents, k {plan.k}, after {metrics['step']:,} steps "
+        f"{result.checkpoint}: {plan.n_latents:,} latents, k {plan.k}, after {counted(metrics['step'], 'step')} "
         f"({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in {human_seconds(result.seconds)}",
         f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "
         f"{metrics['dead_fraction']:.1%} of latents dead",
@@ -44,6 +44,11 @@ def describe(result: TrainResult) -> str:
             "better, 1 is no better than the layer's mean; mean over layers; "
             f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
         )
+        if held_out.fvu > 1:
+            lines.append(
+                f"an FVU above 1 is mostly that of a run too short for its rate: train longer (--epochs, or a larger store), or "
+                f"with a higher --lr than {plan.lr:.2g}; `train --help` says what short runs need"
+            )
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from train.cli import main
 from train.config import TrainConfig
 from train.formats import read_sae, read_safetensors
 from train.loop import train, train_all
+from train.report import describe
 from train.sae import load_checkpoint
 from train.trackers import numbers_of
 
@@ -59,6 +60,18 @@ def test_a_run_leaves_its_weights_for_others_and_a_picture(config: TrainConfig) 
         config.out.with_name(name).unlink()
     train(replace(config, resume=True))
     assert {path.name for path in config.out.parent.iterdir()} == expected - {"ckpt.config.toml"}
+
+
+def test_an_fvu_above_one_comes_with_a_way_out(config: TrainConfig) -> None:
+    result = train(replace(config, steps=1, lr=0.002))
+    assert result.validation is not None
+    good, bad = (describe(replace(result, validation=result.validation._replace(fvu=fvu))) for fvu in (0.9, 1.1))
+    assert "after 1 step (64 vectors of 3 layers)" in good
+    assert bad.splitlines()[-1].startswith(
+        "an FVU above 1 is mostly that of a run too short for its rate: train longer"
+    )
+    assert "a higher --lr than 0.002;" in bad
+    assert "above 1" not in good
 
 
 def test_other_weights_replace_the_export(config: TrainConfig) -> None:
