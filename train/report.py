@@ -46,8 +46,8 @@ def describe(result: TrainResult) -> str:
         )
         if held_out.fvu > 1:
             lines.append(
-                f"an FVU above 1 is mostly that of a run too short for its rate: train longer (--epochs, or a larger store), or "
-                f"with a higher --lr than {plan.lr:.2g}; `train --help` says what short runs need"
+                "an FVU above 1 is mostly that of a run too short for its rate: train longer (--epochs, or a larger "
+                f"store), or with a higher --lr than {plan.lr:.2g}; `train --help` says what short runs need"
             )
     return "\n".join(lines)
 
