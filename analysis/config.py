@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from store.errors import UsageError
+from store.names import beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +135,7 @@ class AnalyzeConfig:
             return self.out
         if self.sae.is_dir():
             return self.sae.with_name(self.sae.name + ".analysis")
-        return (
-            self.sae.with_name(self.sae.stem + ".analysis") if self.sae.is_file() else Path(self.sae.name + ".analysis")
-        )
+        return beside(self.sae, ".analysis") if self.sae.is_file() else Path(self.sae.name + ".analysis")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,13 @@ from pathlib import Path
 from harvest.config import HarvestConfig, text_choices
 from harvest.texts import is_on_disk
 from store.files import atomic_write
+from store.names import beside
 from store.options import to_toml
 
 
 def options_file(store: Path) -> Path:
     """Where the options of the store at `store` are."""
-    return store.with_suffix(".harvest.toml")
+    return beside(store, ".harvest.toml")
 
 
 def save_options(config: HarvestConfig) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from store.activations import ActivationStore
 from store.errors import IncompatibleError, UsageError
+from store.names import stem
 from store.plan import validation_documents
 from train.batches import VectorSource
 from train.compare_config import CompareConfig
@@ -147,7 +148,7 @@ def _read(source: str) -> list[tuple[str, Checkpoint]]:
     inside = sorted(path.glob("*layer=*.pt")) if path.is_dir() else []
     if inside:
         return [(f"{path.name}/{file.stem}", read_checkpoint(file)) for file in inside]
-    return [(path.stem if path.is_file() else source, read_checkpoint(source))]
+    return [(stem(path) if path.is_file() else source, read_checkpoint(source))]
 
 
 def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(options: argparse.Namespace) -> None:
     from store.files import atomic_write
+    from store.names import beside
     from store.outputs import refuse_inside_store
     from train import formats
     from train.sae import Checkpoint
@@ -81,7 +82,7 @@ def _convert(options: argparse.Namespace) -> None:
     notes = (*origin.notes, *written.notes)
     checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
     source = Path(options.source)
-    metrics = formats.last_metrics(source.with_name(f"{source.stem}.metrics.jsonl")) if source.is_file() else {}
+    metrics = formats.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
     atomic_write(card, [formats.model_card(checkpoint, metrics, notes=notes).encode()])
     files = [*written.files, card]
     address = None

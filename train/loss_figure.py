@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from store.files import atomic_write
+from store.names import beside
 
 
 def figure_path(checkpoint: Path) -> Path:
     """Where the picture of a checkpoint is: ckpt.pt -> ckpt.loss.png."""
-    return checkpoint.with_name(checkpoint.stem + ".loss.png")
+    return beside(checkpoint, ".loss.png")
 
 
 def write_loss_figure(metrics: Path, path: Path, title: str) -> bool:

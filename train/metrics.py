@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from store.errors import ResidscopeError
+from store.names import beside
 from train.sae import Standardized
 from train.step import StepResult
 
@@ -145,7 +146,7 @@ def _finite(value: Any) -> Any:
 
 def metrics_path(checkpoint: Path) -> Path:
     """Where the metrics of a checkpoint are: ckpt.pt -> ckpt.metrics.jsonl."""
-    return checkpoint.with_name(checkpoint.stem + ".metrics.jsonl")
+    return beside(checkpoint, ".metrics.jsonl")
 
 
 def _bytes_up_to(path: Path, step: int) -> int:

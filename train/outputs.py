@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from store.errors import ResidscopeError, UsageError
 from store.files import atomic_write
+from store.names import stem
 from train.config import TrainConfig
 from train.loss_figure import figure_path, write_loss_figure
 from train.metrics import metrics_path
@@ -47,7 +48,7 @@ def write_outputs(result: "TrainResult", *, anew: bool) -> None:
         write_safetensors(saved.sae, target, store=saved.store, trainer=saved.trainer)
     if anew or not picture.exists():
         metrics = metrics_path(result.checkpoint)
-        name = f"{result.checkpoint.stem}: {result.plan.n_latents} latents, k {result.plan.k}"
+        name = f"{stem(result.checkpoint)}: {result.plan.n_latents} latents, k {result.plan.k}"
         if metrics.exists():
             write_loss_figure(metrics, picture, name)
 

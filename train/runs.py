@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from store.activations import ActivationStore
+from store.names import beside
 from store.options import to_toml
 from train.averaging import WeightAverage
 from train.batches import Vectors, VectorSource
@@ -126,7 +127,7 @@ class Run:
     def write_flags(self) -> None:
         """The flags of this run, beside its checkpoint."""
         flags = {k: v for k, v in vars(self.config).items() if k not in ("resume", "overwrite", "json", "dry_run")}
-        self.path.with_suffix(".config.toml").write_text(to_toml(flags), encoding="utf-8")
+        beside(self.path, ".config.toml").write_text(to_toml(flags), encoding="utf-8")
 
     def statistics_sums(self) -> StatisticsSums:
         """What gathers the statistics that a fresh run starts from."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from store.errors import IncompatibleError, UsageError
 from store.files import sync
+from store.names import beside
 from train.damage import check_records, check_weights
 from train.encode import TILE_BYTES, encode_tiled
 from train.kernels import SparseCodes, choose_kernels
@@ -242,7 +243,7 @@ class Checkpoint:
 
 def safetensors_path(checkpoint: Path) -> Path:
     """Where a checkpoint's weights are for others to read: ckpt.pt -> ckpt.safetensors."""
-    return checkpoint.with_suffix(".safetensors")
+    return beside(checkpoint, ".safetensors")
 
 
 def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from store.errors import ResidscopeError
+from store.names import beside, stem
 from train.config import TrainConfig
 
 _ID_BYTES = 8
@@ -45,9 +46,9 @@ def open_trackers(config: TrainConfig, name: str, plan: Mapping[str, Any], resum
     """Those that the flags of one run ask for; resume_step: where its checkpoint stands, 0 for a fresh run."""
     found: list[Tracker] = []
     if config.tensorboard:
-        found.append(_TensorBoard(config.out.with_suffix(".tensorboard"), resume_step))
+        found.append(_TensorBoard(beside(config.out, ".tensorboard"), resume_step))
     if config.wandb is not None:
-        found.append(_WandB(config.wandb, name or config.out.stem, config.out, plan, fresh=resume_step == 0))
+        found.append(_WandB(config.wandb, name or stem(config.out), config.out, plan, fresh=resume_step == 0))
     return found
 
 
@@ -82,7 +83,7 @@ class _WandB:
     def __init__(self, project: str, name: str, out: Path, plan: Mapping[str, Any], *, fresh: bool) -> None:
         import wandb  # type: ignore[import-not-found]
 
-        note = out.with_suffix(".wandb-id")
+        note = beside(out, ".wandb-id")
         if fresh or not note.exists():
             note.write_text(secrets.token_hex(_ID_BYTES), encoding="utf-8")
         try:

@@ -249,3 +249,11 @@ def test_the_mode_of_torch_is_as_before_after_a_run(config: TrainConfig, monkeyp
     assert set(seen[: len(seen) // 2]) == {True}
     assert set(seen[len(seen) // 2 :]) == {False}
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_names_that_differ_behind_a_dot_share_no_file(config: TrainConfig) -> None:
+    for size in ("0.5b", "0.6b"):
+        train(replace(config, out=config.out.with_name(f"llama-{size}"), steps=1))
+    endings = ("", ".safetensors", ".metrics.jsonl", ".config.toml", ".loss.png")
+    names = {path.name for path in config.out.parent.iterdir()}
+    assert names == {f"llama-{size}{ending}" for size in ("0.5b", "0.6b") for ending in endings}

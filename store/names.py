@@ -1,0 +1,19 @@
+"""Names of what lies beside a store or a checkpoint: acts.zarr has acts.harvest.toml, ckpt.pt has ckpt.loss.png.
+
+How: the ending that says what a thing is, is replaced, and no other: in `llama-0.5b` the dot is part of the name, so
+that llama-0.6b does not share its files. What it does not do: touch the disk.
+"""
+
+from pathlib import Path
+
+ENDINGS = (".zarr", ".pt", ".safetensors")
+
+
+def stem(path: Path) -> str:
+    """The name without the ending that says what it is."""
+    return path.stem if path.suffix in ENDINGS else path.name
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The file or folder with this ending that goes with `path`."""
+    return path.with_name(stem(path) + ending)
