@@ -10,6 +10,7 @@ What it does not do: fit a lens.
 Shapes: D = d_model; ... any leading dimensions.
 """
 
+import errno
 import json
 import warnings
 import zipfile
@@ -188,8 +189,8 @@ def _parameters(path: Path, lens: str) -> Any:
             # weights_only: a lens from elsewhere must not run code.
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+            raise  # Of the disk; a file that was cut short gives others, where it is sought beyond its ends.
         reason = first_line(error)[:120]
         raise IncompatibleError(
             f"lens {lens}: params.pt cannot be read as plain tensors ({type(error).__name__}: {reason})"

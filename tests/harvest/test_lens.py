@@ -164,6 +164,16 @@ def test_damage_that_leaves_the_shapes_right_is_found(tmp_path: Path) -> None:
             load(folder)
 
 
+@pytest.mark.parametrize("file", ["params.pt", "config.json"])
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, file: str) -> None:
+    folder = write_lens(tmp_path / "lens")
+    data = (folder / file).read_bytes()
+    for n in range(0, len(data), len(data) // 30):
+        (folder / file).write_bytes(data[:n])
+        with pytest.raises(IncompatibleError, match=f"lens lens: {file}"):
+            load(folder)
+
+
 def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
     folder = write_lens(tmp_path / "lens", base_model_name_or_path=5)
     with pytest.raises(IncompatibleError, match="names 5 as its base model, which is no name"):
