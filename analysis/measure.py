@@ -28,6 +28,7 @@ from analysis.selection import Selection, Split, held_out_documents, select
 from store.activations import ActivationStore
 from store.codes import KeptCodes
 from store.errors import IncompatibleError, Interrupted, ResidscopeError
+from store.verify import require_sound
 from train.kernels import SparseCodes
 from train.sae import Standardized
 
@@ -174,7 +175,7 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
     )
     needed = selection.needed if work.baseline else selection.analysed | selection.validation
     coder = _Coder(work, encoder, store, kept)
-    for token, x in tiles(store, work.layers, shards, needed):
+    for token, x in _checked_tiles(store, work.layers, shards, needed):
         vectors = encoder.standardize(torch.from_numpy(x).view(-1, d_model))
         if sums.gram is not None:
             _add_gram(sums.gram, vectors.x.view(-1, n_layers, d_model), selection.fit[token])
@@ -316,6 +317,15 @@ def tiles(
                 if not (np.isfinite(x.min()) and np.isfinite(x.max())):  # a NaN is both
                     _refuse_not_finite(store, layers, token, x)
                 yield token, x
+
+
+def _checked_tiles(
+    store: ActivationStore, layers: tuple[int, ...], shards: Sequence[int], needed: NDArray[np.bool_]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """As `tiles`, of shards that are found to be those of the manifest when their turn comes."""
+    for shard in shards:
+        require_sound(store, shard)
+        yield from tiles(store, layers, [shard], needed)
 
 
 def _refuse_not_finite(

@@ -98,6 +98,15 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
     return None
 
 
+def require_sound(store: ActivationStore, shard: int) -> None:
+    """Raise `DamagedError` unless the file of a shard that is there is the one of its manifest line. Chunks are checked
+    whenever they are read; this finds a sound file of another shard or store too, and costs one reading of the file."""
+    file, record = store.path / shard_name(shard), store.record(shard)
+    if _file_hash(file) != record.xxh3_128:
+        damaged = _damaged_chunk(file, store.meta, record.bytes)
+        raise DamagedError(file, damaged or "a sound file of another shard or store, by its hash")
+
+
 def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:
     """What a reader of a shard's file would stumble over first."""
     try:
