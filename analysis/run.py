@@ -5,6 +5,7 @@ last: a folder without summary.json holds no whole analysis. Not here: what the 
 `analysis.quality`), how they are said (`analysis.words`), how they are drawn (`analysis.report`).
 """
 
+import errno
 import json
 import os
 import shutil
@@ -224,7 +225,13 @@ def _partial_dir(out: Path) -> Iterator[Path]:
     with held_alone(folder, out):
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # Of the several libraries that write here most do not say where.
+            raise OSError(error.errno, os.strerror(error.errno), error.filename or str(out)) from error
 
 
 def _write_report(folder: Path) -> str | None:

@@ -51,9 +51,11 @@ def run_command(
         return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
 
 
+_AGAIN = "run the same command again: `harvest` and `train --resume` continue where they stopped"
+
 _DISK_ERRORS = {
-    errno.ENOSPC: "Free some space, then run the same command again: it continues where it stopped",
-    errno.EDQUOT: "Free some of the quota, then run the same command again: it continues where it stopped",
+    errno.ENOSPC: f"Free some space, then {_AGAIN}",
+    errno.EDQUOT: f"Free some of the quota, then {_AGAIN}",
     errno.EROFS: "The file system is read-only: choose another place to write to",
     errno.EACCES: "Check the permissions, or choose another place to write to",
     errno.EPERM: "Check the permissions, or choose another place to write to",

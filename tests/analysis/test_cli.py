@@ -1,5 +1,6 @@
 """`analyze` from the command line: light help, and one clear line with the right exit code for what can go wrong."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -198,6 +199,16 @@ def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
     )
     with pytest.raises(IncompatibleError, match="expected of another store"):
         open_data(work, load_encoder(small.sae, "float32"))
+
+
+def test_a_full_disk_is_said_with_the_folder_whatever_library_met_it(small, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: no room")  # as pyarrow says it: no file name
+
+    monkeypatch.setattr("analysis.run.tables.write_latents", full)
+    flags = ["--no-report", "--downstream-tokens", "0", "--no-latent-logits"]
+    argv = [*options(small, tmp_path / "out"), *flags]
+    fails(capsys, argv, 1, f"No space left on device: {tmp_path / 'out'}. Free some space, then run the same command")
 
 
 def test_no_command_writes_into_a_store(small, tmp_path, capsys):

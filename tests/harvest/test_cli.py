@@ -177,7 +177,7 @@ def test_a_disk_that_fills_up_while_writing(command: Harvest, monkeypatch: pytes
         found = command()
     assert found.code == 1
     assert "No space left on device" in found.error
-    assert "continues where it stopped" in found.error
+    assert "continue where they stopped" in found.error
     assert command().code == 0
 
 
