@@ -134,7 +134,12 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
         raise UsageError(f"--lens {name}: there is no such folder. {_FIT_ONE}")
     else:
         shown = model_id if name == "auto" else hub_id(name) or name
-        folder = _download(shown)
+        try:
+            folder = _download(shown)
+        except ResidscopeError as error:
+            if name == "auto":
+                raise
+            raise type(error)(f"--lens {name}: no folder here, and {error}") from error
     for file in _FILES:
         if not (folder / file).is_file():
             raise UsageError(f"--lens {name}: the folder has no {file}; a lens has {' and '.join(_FILES)}")

@@ -51,4 +51,4 @@ def _is_here(name: str) -> bool:
 
 
 def _in_full(name: str) -> str:
-    return str(Path(name).expanduser().absolute())
+    return str(Path(name).expanduser().resolve())

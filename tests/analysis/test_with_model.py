@@ -156,8 +156,9 @@ def test_the_harvest_has_left_word_where_model_and_lens_are(
         monkeypatch.chdir(tmp_path)
         words = ["--config", str(record)]
         again = parse_options(HarvestConfig, words, prog="harvest", description="")
-        assert again.dataset == (f"{made.model_folder}/../texts:2", "pydoc")
-        assert [again.model, again.lens] == [str(made.model_folder), made.lens_folder and str(again.lens)]
+        assert again.dataset == (f"{made.model_folder.parent}/texts:2", "pydoc")
+        assert again.model == str(made.model_folder)
+        assert again.lens == (made.lens_folder and str(made.lens_folder))
         assert run(setting, tmp_path / "out")["transformer"]["reason"] is None
         record.write_text(f'model = "{tiny_model("llama", tmp_path / "llama", seed=1)}"')
         assert "content hash should be" in run(setting, tmp_path / "other")["transformer"]["reason"]
