@@ -26,7 +26,9 @@ def find_files(dataset: str) -> list[Path] | None:
     path = Path(dataset).expanduser()
     if path.is_file():
         if suffix_of(path) is None:
-            raise UsageError(f"--dataset {dataset}: unknown kind of file; known are {', '.join(_SUFFIXES)}")
+            raise UsageError(
+                f"--dataset {dataset}: unknown kind of file; known are {', '.join(_SUFFIXES)}: make it one of these"
+            )
         return [path]
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file))

@@ -323,9 +323,11 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        failed = "fails" if what == "forward pass" else "cannot be loaded"
+        failed, way_out = "cannot be loaded", "; save or download the model again, or give another"
+        if what == "forward pass":
+            failed, way_out = "fails", ""
         raise ResidscopeError(
-            f"{spec.name}: its {what} {failed} ({type(error).__name__}: {first_line(error)})"
+            f"{spec.name}: its {what} {failed} ({type(error).__name__}: {first_line(error)}){way_out}"
         ) from error
 
 
