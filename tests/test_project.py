@@ -98,3 +98,11 @@ def test_every_package_is_typed_and_packaged() -> None:
     for package in PACKAGES:
         assert (ROOT / package / "py.typed").exists()
         assert (ROOT / package / "__init__.py").exists()
+
+
+def test_make_asks_for_the_versions_of_python_that_the_package_takes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11,<3.14"
+    assert "(3, 11) <= v <= (3, 13)" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    minors = {line.rpartition(".")[2] for line in project["classifiers"] if line.startswith("Programming Language")}
+    assert minors == {"11", "12", "13"}
