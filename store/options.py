@@ -83,6 +83,11 @@ def parse_options(
     )
     parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags by name; flags win")
     fields = _add_fields(parser, config_class)
+    for word in sys.argv[1:] if argv is None else argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:  # the terminal's encoding is another, or a file's name is in none
+            raise UsageError(f"{word!a}: should be UTF-8; rename the file, or set the terminal to UTF-8") from None
     given = vars(parser.parse_args(argv))
     config_file = given.pop("config")
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not _UNSET}
@@ -102,8 +107,9 @@ def to_toml(values: Mapping[str, Any]) -> str:
             continue
         if isinstance(value, Path):
             value = str(value)
-        # A JSON scalar or list of scalars is also a TOML one, once non-ASCII is kept as it is.
-        lines.append(f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)}")
+        # A JSON scalar or list of scalars is also a TOML one, once non-ASCII is kept as it is, and DEL is not.
+        text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+        lines.append(f"{name} = {text.replace(chr(127), chr(92) + 'u007f')}")
     return "\n".join(lines) + "\n"
 
 

@@ -39,7 +39,7 @@ def test_a_full_disk_is_one_line_with_the_way_out(capsys: pytest.CaptureFixture[
     err = capsys.readouterr().err
     assert "No space left" in err
     assert "acts.zarr/x" in err
-    assert "continues" in err
+    assert "continue where they stopped" in err
     assert err.count("\n") == 1
 
 

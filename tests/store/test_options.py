@@ -1,5 +1,6 @@
 """The command line is the configuration dataclass: names, types, defaults and help come from there alone."""
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_bad_words_exit_with_2_and_name_the_flag(
     assert said in capsys.readouterr().err
 
 
+def test_words_that_are_not_utf8_are_refused() -> None:
+    """Python reads such bytes as halves of surrogate pairs, which no file of ours could hold."""
+    with pytest.raises(UsageError, match=r"'caf\\udce9': should be UTF-8"):
+        parse("--model", os.fsdecode(b"caf\xe9"))
+
+
 def test_help_shows_docstrings_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse("--help")
@@ -135,7 +142,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_written_configuration_reads_back(tmp_path: Path) -> None:
-    config = Config(model='quo"te ü', out=Path("o"), layers=(1, 2), shuffle=False, lr=6.25e-10)
+    config = Config(model='quo"te ü \x7f \n 🙂', out=Path("o"), layers=(1, 2), shuffle=False, lr=6.25e-10)
     file = tmp_path / "c.toml"
     file.write_text(to_toml(vars(config)), encoding="utf-8")
     assert parse("--config", str(file)) == config
