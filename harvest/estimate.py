@@ -18,7 +18,7 @@ import torch
 from harvest.config import HarvestConfig
 from harvest.fill import BatchRunner
 from harvest.models import load_model
-from harvest.resolve import TORCH_DTYPES, Settings, resolve
+from harvest.resolve import TORCH_DTYPES, Settings, require_in_vocabulary, resolve
 from harvest.texts import TextSource, open_sources, require_local_texts
 from harvest.tokens import encode_documents, pack
 from store.errors import ResidscopeError
@@ -132,6 +132,7 @@ def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tup
     limit = n_characters * 8  # More tokens than the sample can have: all of it counts.
     documents = encode_documents(beginning(), settings.tokenizer, limit, packing.longest_document)
     table = pack(documents, packing, limit)
+    require_in_vocabulary(settings, table.token_id)
     n_tokens = len(table.token_id)
     if ended:
         return table.token_id, n_tokens

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from harvest import models
@@ -21,7 +22,7 @@ from harvest.lens import TunedLens, load_lens
 from harvest.models import ModelSpec
 from harvest.texts import TextSource
 from harvest.tokens import Packing, make_packing
-from store.errors import IncompatibleError, UsageError
+from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.meta import ITEMSIZE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,6 +139,15 @@ def default_batch_size(context_length: int, bytes_per_token: int, device_type: s
     tokens on a CPU."""
     tokens = _BATCH_TOKENS_ON_CPU if device_type == "cpu" else _BATCH_TOKENS
     return max(min(_BATCH_BYTES // (context_length * bytes_per_token), tokens // context_length), 1)
+
+
+def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:
+    """`ResidscopeError` where the model's embedding has no row for one of some token ids."""
+    if int(token_id.max()) >= settings.vocabulary:
+        raise ResidscopeError(
+            f"{settings.spec.name}: the tokenizer gives token {int(token_id.max())}, the model's embedding has"
+            f" {settings.vocabulary} rows; the tokenizer is another model's"
+        )
 
 
 def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[TextSource]) -> dict[str, Any]:

@@ -24,7 +24,16 @@ from harvest.fill import BatchRunner, Filled, fill, host_bytes
 from harvest.mixing import Mixture
 from harvest.models import LoadedModel, load_model
 from harvest.options_file import save_options
-from harvest.resolve import TORCH_DTYPES, Settings, make_provenance, make_record, refuse_differences, resolve, versions
+from harvest.resolve import (
+    TORCH_DTYPES,
+    Settings,
+    make_provenance,
+    make_record,
+    refuse_differences,
+    require_in_vocabulary,
+    resolve,
+    versions,
+)
 from harvest.texts import TextSource, open_sources, require_local_texts
 from harvest.tokens import encode_documents, pack
 from store.activations import ActivationStore
@@ -250,11 +259,7 @@ def tokenise(settings: Settings, sources: Sequence[TextSource], max_tokens: int)
                 yield ids
 
         tokens = pack(watched(), packing, max_tokens)
-    if int(tokens.token_id.max()) >= settings.vocabulary:
-        raise ResidscopeError(
-            f"{settings.spec.name}: the tokenizer gives token {int(tokens.token_id.max())}, the model's embedding has"
-            f" {settings.vocabulary} rows; the tokenizer is another model's"
-        )
+    require_in_vocabulary(settings, tokens.token_id)
     return tokens, mixture
 
 

@@ -1,6 +1,7 @@
 """A harvest from end to end: what is stored, what a dry run says, what never reaches the disk."""
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,6 +149,19 @@ def test_a_dry_run_writes_nothing(config: MakeConfig, tmp_path: Path) -> None:
     assert found.fits
     assert found.tokens_per_second > 0
     assert found.seconds == pytest.approx(100 / found.tokens_per_second)
+
+
+def test_a_tokenizer_of_another_model_is_named_by_a_dry_run_too(
+    config: MakeConfig, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder("gpt2"), tmp_path / "small"))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=4))
+    model.save_pretrained(folder)
+    for run in (estimate, harvest):
+        with pytest.raises(
+            ResidscopeError, match="small: the tokenizer gives token 2.., the .* embedding has 100 rows"
+        ):
+            run(config(model=str(folder)))
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
