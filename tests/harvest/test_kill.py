@@ -50,7 +50,9 @@ took = time.perf_counter() - begin
 assert tree(folder + "/again") == expected
 draw = random.Random(0)
 killed = 0
-for i in range(int(rounds)):
+for i in range(6 * int(rounds)):  # On a machine whose speed changes, a kill may often come too late.
+    if killed >= int(rounds):
+        break
     out = f"{folder}/killed{i}"
     while True:
         pid = start(out)
