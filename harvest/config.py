@@ -29,7 +29,7 @@ class HarvestConfig:
     out: Path
     """Store to make, or to continue: a folder that ends in .zarr by custom."""
     dataset: tuple[str, ...] = ("monology/pile-uncopyrighted",)
-    """Text, one or several: a hub data set (streamed), a local .txt, .jsonl, .jsonl.zst or .parquet file, a folder or
+    """Text, one or several: a hub data set (streamed), a local .txt, .jsonl (.gz, .zst) or .parquet file, a folder or
     "glob*" of such files, pydoc (Python's documentation) or stdlib (its library's source), both offline. NAME:WEIGHT
     sets a text's share of the tokens, by default alike (pydoc:2 logs.jsonl:1). A .txt file is one document."""
     dataset_config: tuple[str, ...] = ()

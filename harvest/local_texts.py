@@ -1,12 +1,14 @@
-"""Documents in local files: .txt, .jsonl, .jsonl.zst and .parquet, one after another in a fixed order.
+"""Documents in local files: .txt, .jsonl (.gz, .zst) and .parquet, one after another in a fixed order.
 
 How: one .txt file is one document; each line of a .jsonl and each row of a .parquet is one. Files are read lazily.
 What it does not do: shuffle, filter, or read any other kind of file.
 """
 
 import glob
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +17,7 @@ import xxhash
 from harvest.hub import first_line
 from store.errors import ResidscopeError, UsageError
 
-_SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
+_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 17
 
@@ -67,24 +69,40 @@ def file_documents(files: list[Path], column: str) -> Iterator[str]:
             elif suffix == ".parquet":
                 yield from _parquet_documents(path, column)
             else:
-                yield from _json_documents(path, column, compressed=suffix == ".jsonl.zst")
+                yield from _json_documents(path, column, _UNPACK.get(suffix or ""))
         except UnicodeDecodeError as error:
             raise ResidscopeError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
 
 
-def _json_documents(path: Path, column: str, *, compressed: bool) -> Iterator[str]:
+def _json_documents(
+    path: Path, column: str, unpack: Callable[[Path, BinaryIO], Iterator[bytes]] | None
+) -> Iterator[str]:
     with path.open("rb") as raw:
-        for number, line in enumerate(_decompressed_lines(path, raw) if compressed else raw, start=1):
+        for number, line in enumerate(unpack(path, raw) if unpack else raw, start=1):
             if line.strip():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ResidscopeError(f"{path} line {number}: not valid JSON ({error.msg})") from None
-                except UnicodeDecodeError:
-                    raise
+                except UnicodeDecodeError as error:
+                    where = f"{path} line {number}: not UTF-8 text (byte {error.start} of the line)"
+                    raise ResidscopeError(f"{where}; convert it to UTF-8") from None
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
                     raise ResidscopeError(f"{path} line {number}: not readable JSON ({error})") from None
                 yield text_of(row, column, f"{path} line {number}")
+
+
+def _gunzipped_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """The lines in gzip members."""
+    try:
+        with gzip.open(raw) as stream:
+            yield from stream
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ResidscopeError(f"{path}: not valid gzip data ({error}); download it again") from None
+    except EOFError:
+        raise ResidscopeError(
+            f"{path}: the file ends within its gzip data, so it was cut short; download it again"
+        ) from None
 
 
 def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
@@ -108,6 +126,9 @@ def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     if begun:
         raise ResidscopeError(f"{path}: the file ends within its zstd data, so it was cut short; download it again")
     yield line
+
+
+_UNPACK = {".jsonl.gz": _gunzipped_lines, ".jsonl.zst": _decompressed_lines}
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[str]:

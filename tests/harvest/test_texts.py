@@ -1,6 +1,7 @@
 """Text sources: what each reads, in which order, and what each says where it cannot."""
 
 import dataclasses
+import gzip
 import io
 import json
 from pathlib import Path
@@ -37,6 +38,9 @@ def write(path: Path, column: str = "text") -> Path:
     lines = "".join(json.dumps({column: row, "n": i}) + "\n\n" for i, row in enumerate(ROWS)).encode()
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.table({column: ROWS, "n": list(range(len(ROWS)))}), path)
+    elif path.suffix == ".gz":
+        half = lines.index(b"\n") + 1
+        path.write_bytes(b"".join(gzip.compress(part) for part in (lines[:half], lines[half:])))
     elif path.suffix == ".zst":
         # Two frames one after another, as parallel compressors write.
         half = lines.index(b"\n") + 1
@@ -46,7 +50,7 @@ def write(path: Path, column: str = "text") -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_files_of_rows(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"data{suffix}", "body")
     assert read(path, text_column="body") == ROWS
@@ -95,6 +99,18 @@ def test_a_zst_file_of_several_frames_is_read_whole_and_one_that_was_cut_short_i
             read(path)
 
 
+def test_a_gz_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(b'{"text": "x"}\n' * 20_000)
+    for length in (len(whole) - 1, len(whole) // 2, 11):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ResidscopeError, match=r"a\.jsonl\.gz: the file ends within its gzip data"):
+            read(path)
+    path.write_bytes(whole[:-6] + b"\0\0\0\0\0\0")  # check sum and length
+    with pytest.raises(ResidscopeError, match="not valid gzip data"):
+        read(path)
+
+
 def test_null_text_is_an_empty_document(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": null}\n{"text": "x"}\n')
@@ -114,6 +130,8 @@ def test_half_a_surrogate_pair_is_no_character_and_becomes_the_replacement_chara
         ("a.jsonl", b"[1]\n", r"line 1: should be an object with a 'text' field, found list"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", r"a\.jsonl line 1: not readable JSON"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", r"a\.jsonl line 1: not (readable|valid) JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl line 2: not UTF-8 text \(byte 10 of the line\)"),
+        ("a.jsonl.gz", b"not gzip at all", "not valid gzip"),
         ("a.jsonl.zst", b"not zstd at all", "not valid zstd"),
         ("a.parquet", b"PAR1 no", "not a valid parquet"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
