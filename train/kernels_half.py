@@ -32,8 +32,8 @@ from torch import Tensor
 
 from train.kernels_compile import compiled, even_chunks, inlined, run_chunks
 
-_VECTORS, _LANES = 2, 16
-ROWS, PANEL = 14, _VECTORS * _LANES
+VECTORS, LANES = 2, 16
+ROWS, PANEL = 14, VECTORS * LANES
 """Results of a block: 14 x 32; 28 of the 32 vector registers."""
 
 _UNIT_BLOCKS, _UNIT_PANELS = 16, 8
@@ -81,7 +81,7 @@ class HalfProduct:
             raise ValueError(f"left: expected [n, {self.shape[1]}], found {list(left.shape)}")
         packed = Packed.of(left, ROWS)
         units = -(-len(packed.pairs) // _UNIT_BLOCKS) * -(-len(self.right.pairs) // _UNIT_PANELS)
-        run_chunks(_product_blocks, even_chunks(units, 1), *packed, *self.right, out.numpy())
+        run_chunks(product_blocks, even_chunks(units, 1), *packed, *self.right, out.numpy())
         return out
 
 
@@ -198,24 +198,35 @@ def _multiply_block(typing_context: Any, left: Any, right: Any, sums: Any, pairs
 
     left: int32 [pairs, 14]; right: int32 [pairs, 32]; sums: [14, 32].
     """
-    signature = types.void(types.int64, types.int64, types.int64, types.int64)
-    return signature, _emit_block
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit_block(builder, *arguments)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), emit
 
 
-def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    left, right, sums, pairs = arguments
+def emit_block(
+    builder: Any, left: Any, right: Any, sums: Any, pairs: Any, unscale_left: Any = None, unscale_right: Any = None
+) -> None:
+    """The instructions of `_multiply_block`; with `unscale_left` [14] and `unscale_right` [32], addresses of float32
+    numbers, products are multiplied by them before they are added."""
     i32, i64 = ir.IntType(32), ir.IntType(64)
-    halves = ir.VectorType(ir.HalfType(), 2 * _LANES)
-    floats = ir.VectorType(ir.FloatType(), _LANES)
-    lanes = ir.VectorType(i32, _LANES)
+    halves = ir.VectorType(ir.HalfType(), 2 * LANES)
+    floats = ir.VectorType(ir.FloatType(), LANES)
+    lanes = ir.VectorType(i32, LANES)
     fma_type = ir.FunctionType(halves, [halves, halves, halves])
     fma = cgutils.get_or_insert_function(builder.module, fma_type, "llvm.fma.v32f16")
-    no_lanes, no_halves, zero = (
-        ir.Constant(t, v) for t, v in ((lanes, ir.Undefined), (halves, ir.Undefined), (halves, None))
-    )
+    no_halves, zero = (ir.Constant(halves, value) for value in (ir.Undefined, None))
 
     def at(address: Any, offset: int, kind: Any) -> Any:
         return builder.inttoptr(builder.add(address, i64(offset)), kind.as_pointer())
+
+    def everywhere(number: Any, kind: Any) -> Any:
+        none = ir.Constant(kind, ir.Undefined)
+        return builder.shuffle_vector(
+            builder.insert_element(none, number, i32(0)), none, ir.Constant(lanes, [0] * LANES)
+        )
 
     entry = builder.block
     loop, done = (builder.function.append_basic_block(name) for name in ("pairs", "sums"))
@@ -223,17 +234,13 @@ def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     builder.position_at_end(loop)
     pair = builder.phi(i64)
     pair.add_incoming(i64(0), entry)
-    before = [[builder.phi(halves) for _ in range(_VECTORS)] for _ in range(ROWS)]
+    before = [[builder.phi(halves) for _ in range(VECTORS)] for _ in range(ROWS)]
     panel = builder.add(right, builder.mul(pair, i64(4 * PANEL)))
-    columns = [builder.load(at(panel, 64 * j, halves), align=4) for j in range(_VECTORS)]
+    columns = [builder.load(at(panel, 64 * j, halves), align=4) for j in range(VECTORS)]
     block = builder.add(left, builder.mul(pair, i64(4 * ROWS)))
     after = []
     for r in range(ROWS):
-        two = builder.load(at(block, 4 * r, i32), align=4)
-        everywhere = builder.shuffle_vector(
-            builder.insert_element(no_lanes, two, i32(0)), no_lanes, ir.Constant(lanes, [0] * _LANES)
-        )
-        spread = builder.bitcast(everywhere, halves)
+        spread = builder.bitcast(everywhere(builder.load(at(block, 4 * r, i32), align=4), lanes), halves)
         after.append([builder.call(fma, [spread, column, old]) for column, old in zip(columns, before[r], strict=True)])
     following = builder.add(pair, i64(1))
     pair.add_incoming(following, loop)
@@ -244,33 +251,33 @@ def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> A
     builder.cbranch(builder.icmp_signed("<", following, pairs), loop, done)
 
     builder.position_at_end(done)
-    swapped = ir.Constant(ir.VectorType(i32, 2 * _LANES), [i ^ 1 for i in range(2 * _LANES)])
+    swapped = ir.Constant(ir.VectorType(i32, 2 * LANES), [i ^ 1 for i in range(2 * LANES)])
     rest, mask, rebias = (
-        ir.Constant(kind, [value] * _LANES)
+        ir.Constant(kind, [value] * LANES)
         for kind, value in ((lanes, 3), (lanes, _WIDENED_BITS), (floats, _WIDENED_SCALE))
     )
     fma_type = ir.FunctionType(floats, [floats, floats, floats])
-    widen = cgutils.get_or_insert_function(builder.module, fma_type, "llvm.fma.v16f32")
+    add = cgutils.get_or_insert_function(builder.module, fma_type, "llvm.fma.v16f32")
+    by = [rebias] * VECTORS
+    if unscale_right is not None:
+        by = [builder.load(at(unscale_right, 64 * j, floats), align=4) for j in range(VECTORS)]
     for r, news in enumerate(after):
+        row = None
+        if unscale_left is not None:
+            row = everywhere(builder.load(at(unscale_left, 4 * r, ir.FloatType()), align=4), floats)
         for j, new in enumerate(news):
             both = builder.fadd(new, builder.shuffle_vector(new, no_halves, swapped))
             bits = builder.and_(builder.ashr(builder.bitcast(both, lanes), rest), mask)
-            place = at(sums, 4 * (r * PANEL + j * _LANES), floats)
-            total = builder.call(widen, [builder.bitcast(bits, floats), rebias, builder.load(place, align=4)])
-            builder.store(total, place, align=4)
-    return context.get_dummy_value()
+            number = builder.bitcast(bits, floats)
+            if row is not None:
+                number = builder.fmul(builder.fmul(number, rebias), row)
+            place = at(sums, 4 * (r * PANEL + j * LANES), floats)
+            builder.store(builder.call(add, [number, by[j], builder.load(place, align=4)]), place, align=4)
 
 
-@inlined
-def _block_sums(left, right, sums):
-    """sums [14, 32] = a block of 14 rows, pairs [p, 14], times a panel, pairs [p, 32], scaled as they are."""
-    sums[:] = 0
-    depth = left.shape[0]
-    a, b, c = left.ctypes.data, right.ctypes.data, sums.ctypes.data
-    for p in range(0, depth, _PAIRS):
-        _multiply_block(  # pyright: ignore[reportCallIssue]  numba passes its typing context itself
-            a + 4 * ROWS * p, b + 4 * PANEL * p, c, min(_PAIRS, depth - p)
-        )
+def round_to_half(builder: Any, numbers: Any, scale: Any) -> Any:
+    """Instructions: a vector of float32 numbers times a vector, as float16."""
+    return builder.fptrunc(builder.fmul(numbers, scale), ir.VectorType(ir.HalfType(), numbers.type.count))
 
 
 @intrinsic
@@ -298,11 +305,11 @@ def _store_row(typing_context: Any, sums: Any, unscale: Any, scale: Any, out: An
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, unscale, scale, out = arguments
-        floats, i32 = ir.VectorType(ir.FloatType(), _LANES), ir.IntType(32)
+        floats, i32 = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
         none = ir.Constant(floats, ir.Undefined)
-        zeros = ir.Constant(ir.VectorType(i32, _LANES), [0] * _LANES)
+        zeros = ir.Constant(ir.VectorType(i32, LANES), [0] * LANES)
         scales = builder.shuffle_vector(builder.insert_element(none, scale, i32(0)), none, zeros)
-        for j in range(_VECTORS):
+        for j in range(VECTORS):
             from_, by, to = (
                 builder.inttoptr(builder.add(address, ir.Constant(ir.IntType(64), 64 * j)), floats.as_pointer())
                 for address in (sums, unscale, out)
@@ -315,28 +322,36 @@ def _store_row(typing_context: Any, sums: Any, unscale: Any, scale: Any, out: An
 
 
 @compiled
-def _product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
+def product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
     """Units start..stop of out [n, m]; a unit is 16 blocks of rows by 8 panels, so that both stay in a core's cache."""
     n, m = out.shape
     across = -(-right.shape[0] // _UNIT_PANELS)
-    sums = np.empty((ROWS, PANEL), np.float32)
+    depth = left.shape[1]
+    sums = np.empty((_UNIT_BLOCKS, ROWS, PANEL), np.float32)
     for unit in range(start, stop):
         first_block, first_panel = unit // across * _UNIT_BLOCKS, unit % across * _UNIT_PANELS
+        blocks = min(_UNIT_BLOCKS, left.shape[0] - first_block)
         for q in range(first_panel, min(first_panel + _UNIT_PANELS, right.shape[0])):
             columns = min(PANEL, m - q * PANEL)
-            for b in range(first_block, min(first_block + _UNIT_BLOCKS, left.shape[0])):
-                for r in range(b * ROWS, min((b + 1) * ROWS, n)):
+            sums[:blocks] = 0
+            for p in range(0, depth, _PAIRS):  # a part of the panel stays in the nearest cache for all blocks
+                pairs = min(_PAIRS, depth - p)
+                a, b = left[first_block].ctypes.data + 4 * ROWS * p, right[q].ctypes.data + 4 * PANEL * p
+                for block in range(blocks):
+                    _multiply_block(a + 4 * ROWS * depth * block, b, sums[block].ctypes.data, pairs)  # pyright: ignore[reportCallIssue]
+            for block in range(blocks):
+                first = (first_block + block) * ROWS
+                for r in range(first, min(first + 2 * ROWS, n)):
                     _will_write(out[r].ctypes.data + 4 * PANEL * q)  # pyright: ignore[reportCallIssue]
-                _block_sums(left[b], right[q], sums)
-                for r in range(min(ROWS, n - b * ROWS)):
-                    row, scale = out[b * ROWS + r], unscale_left[b * ROWS + r]
+                for r in range(min(ROWS, n - first)):
+                    row, scale = out[first + r], unscale_left[first + r]
                     if columns == PANEL:
                         _store_row(  # pyright: ignore[reportCallIssue]
-                            sums.ctypes.data + 4 * PANEL * r,
+                            sums[block, r].ctypes.data,
                             unscale_right.ctypes.data + 4 * PANEL * q,
                             scale,
                             row.ctypes.data + 4 * PANEL * q,
                         )
                         continue
                     for j in range(columns):
-                        row[q * PANEL + j] = sums[r, j] * scale * unscale_right[q * PANEL + j]
+                        row[q * PANEL + j] = sums[block, r, j] * scale * unscale_right[q * PANEL + j]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from train.kernels import Kernels, SparseCodes
-from train.products import result_dtype, times
+from train.products import half_products, result_dtype, times
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -86,17 +86,51 @@ def auxk(
 
     Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D.
     """
+    half = half_products(product_dtype) and kernels.name == "numba"
+    parts = _half_parts if half else _parts
+    found = parts(centred, error, rows, W_enc, W_dec, b_enc, k, product_dtype, tile_bytes, kernels)
+    rounding = torch.finfo(error.dtype).eps * found.second_moment  # a variance that is really 0
+    scale = torch.where(found.variance > rounding, 1 / found.variance, 0).to(error.dtype)
+    return AuxOutput(found.loss * scale, *(gradient.mul_(scale) for gradient in found[3:]))
+
+
+class _AuxParts(NamedTuple):
+    """AuxK before it is divided by the error's variance."""
+
+    variance: Tensor
+    """sum_n w_n |s_n - mean|^2 over the errors s_n in the loss's space, about their mean weighted by w_n."""
+
+    second_moment: Tensor
+    """sum_n w_n |s_n|^2."""
+
+    loss: Tensor
+    W_enc: Tensor
+    W_dec: Tensor
+    latent_sums: Tensor
+
+
+def _parts(
+    centred: Tensor,
+    error: Tensor,
+    rows: RowWeights,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    product_dtype: torch.dtype,
+    tile_bytes: int,
+    kernels: Kernels,
+) -> _AuxParts:
+    """One product after the other, of as many rows as fit `tile_bytes`."""
     scaled = error * rows.scale.unsqueeze(1)  # [N, D] the error in the loss's space
     mean = rows.share @ scaled / rows.share.sum()
-    variance = rows.share @ _squared(scaled - mean)
-    rounding = torch.finfo(scaled.dtype).eps * (rows.share @ _squared(scaled))  # a variance that is really 0
-    scale = torch.where(variance > rounding, 1 / variance, 0)
+    variance, second_moment = rows.share @ _squared(scaled - mean), rows.share @ _squared(scaled)
 
     n_dead = len(W_enc)
     encode, decode, decode_back = (times(w, product_dtype) for w in (W_enc, W_dec.t(), W_dec))
     bias = None if b_enc is None else b_enc.to(result_dtype(product_dtype))
     loss = error.new_zeros(())
-    out = AuxOutput(loss, torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead))
+    gradients = torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead)
     tile_rows = max(1, min(len(centred), tile_bytes // (n_dead * centred.element_size())))
     # One memory for all tiles: fresh memory costs page faults.
     z_dtype = result_dtype(product_dtype)
@@ -110,13 +144,32 @@ def auxk(
         active = kernels.keep_largest(z if bias is None else z.add_(bias), k)  # [n, A]
         missed = error[part] - decode(active, decoded_memory[:n])  # [n, D]
         loss += rows.total[part] @ _squared(missed)
-        grad_out = missed * (-2 * scale * rows.total[part]).unsqueeze(1)  # d loss / d e_hat
+        grad_out = missed * (-2 * rows.total[part]).unsqueeze(1)  # d loss / d e_hat
         grad_z = decode_back(grad_out, grad_memory[:n])  # [n, A]
         torch.ops.aten.threshold_backward.grad_input(grad_z, active, 0, grad_input=grad_z)  # zero where TopK cut
-        out.W_enc.add_(times(inputs.t(), product_dtype)(grad_z.t()))
-        out.W_dec.add_(times(grad_out.t(), product_dtype)(active.t()))
-        out.latent_sums.add_(grad_z.sum(dim=0))
-    return out._replace(loss=loss * scale)
+        gradients[0].add_(times(inputs.t(), product_dtype)(grad_z.t()))
+        gradients[1].add_(times(grad_out.t(), product_dtype)(active.t()))
+        gradients[2].add_(grad_z.sum(dim=0))
+    return _AuxParts(variance, second_moment, loss, *gradients)
+
+
+def _half_parts(
+    centred: Tensor,
+    error: Tensor,
+    rows: RowWeights,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    _product_dtype: torch.dtype,
+    tile_bytes: int,
+    _kernels: Kernels,
+) -> _AuxParts:
+    """The same in half precision, by tiles that stay in a core's cache."""
+    from train.half_auxk import half_auxk  # here: loading numba takes half a second
+
+    half = half_auxk(centred, error, rows.share, rows.scale, W_enc, W_dec, b_enc=b_enc, k=k, tile_bytes=tile_bytes)
+    return _AuxParts(half.variance, half.second_moment, rows.total @ half.squared, *half[3:])
 
 
 def _squared(rows: Tensor) -> Tensor:

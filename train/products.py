@@ -15,14 +15,23 @@ from torch import Tensor
 
 def times(right: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
     """`product(left, out=None)` [n, d] -> [n, m] with `right` [m, d], both made `dtype`; `out` is of `result_dtype`."""
-    if dtype in (torch.float16, torch.int8):
-        from train.kernels_half import HalfProduct, half_products_run  # here: loading numba takes half a second
+    if half_products(dtype):
+        from train.kernels_half import HalfProduct  # here: loading numba takes half a second
 
-        if dtype == torch.float16 or half_products_run():
-            return HalfProduct(right)
+        return HalfProduct(right)
+    if dtype == torch.int8:
         dtype = torch.float32
     transposed = right.to(dtype).t()
     return lambda left, out=None: torch.mm(left.to(dtype), transposed, out=out)
+
+
+def half_products(dtype: torch.dtype) -> bool:
+    """Whether products of type `dtype` are those of `train.kernels_half`."""
+    if dtype != torch.int8:
+        return dtype == torch.float16
+    from train.kernels_half import half_products_run
+
+    return half_products_run()
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
