@@ -98,7 +98,8 @@ def _panels(n_tiles: int, columns: int, width: int) -> tuple[Any, Any]:
 
 def _merged(moments: np.ndarray, means: np.ndarray) -> tuple[Tensor, Tensor]:
     """Variance and second moment of all rows, from those of the tiles (Chan et al.'s merge, which does not cancel)."""
-    weight, means = moments[:, 0], means.astype(np.float64)
-    mean = weight @ means / weight.sum()
-    variance = moments[:, 1].sum() + weight @ np.square(means - mean).sum(axis=1)
-    return torch.tensor(variance), torch.tensor(variance + weight.sum() * np.square(mean).sum())
+    weight, deviation = torch.from_numpy(moments).unbind(dim=1)
+    centres = torch.from_numpy(means).double()
+    mean = weight @ centres / weight.sum()
+    variance = deviation.sum() + weight @ (centres - mean).square().sum(dim=1)
+    return variance, variance + weight.sum() * mean.square().sum()

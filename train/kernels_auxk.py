@@ -96,7 +96,7 @@ def tiles_of_rows(
     left = np.zeros(TILE * max(wide_d, wide_a) // 2 + SLACK, np.int32)
     unscale = np.zeros(TILE, np.float32)
     columns = np.zeros((2, max(wide_d, wide_a) + SLACK), np.int32)
-    keys, near = np.zeros(wide_a, np.int32), np.zeros(wide_a, np.int32)
+    keys, near = np.zeros(wide_a, np.int32), np.zeros(_WINDOW, np.int32)
     bound = np.int32(0)
     d_units, a_units = -(-decoder.shape[0] // 8), -(-encoder.shape[0] // 8)
     for t in range(start, stop):

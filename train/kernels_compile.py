@@ -10,15 +10,19 @@ turns with torch's products. What does matter is torch's own pool: it spins for 
 the cores that the loops need, unless OMP_WAIT_POLICY=passive was in the environment before torch was loaded. Chunks are
 handed out one by one, so that a thread that finds its core taken merely takes fewer.
 
-Machine code is cached beside the source or, where that cannot be written, in the user's cache folder; `NUMBA_CACHE_DIR`
-overrides both. Where nothing can be written, the loops are compiled anew in each process, and the log says so once.
+Machine code is cached beside the source or, where that cannot be written, in the user's cache folder, and made anew
+when any file of loops has changed; `NUMBA_CACHE_DIR` overrides both folders. Where nothing can be written, the loops
+are compiled anew in each process, and the log says so once.
 """
 
+import functools
+import hashlib
 import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -42,10 +46,21 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `function` at its first call with each combination of array types, and cache the machine code."""
     try:
-        return numba.njit(cache=True, fastmath=_SUMS, **_OPTIONS)(function)
+        dispatcher: Any = numba.njit(cache=True, fastmath=_SUMS, **_OPTIONS)(function)
     except RuntimeError:  # numba found no folder that it may write to
         _log_no_cache()
         return numba.njit(fastmath=_SUMS, **_OPTIONS)(function)
+    # numba compiles anew when the function's own file has changed; its helpers may be in another file of loops.
+    file = dispatcher._cache._cache_file
+    file._source_stamp = (file._source_stamp, _loops_hash())
+    return dispatcher
+
+
+@functools.cache
+def _loops_hash() -> str:
+    """Of the source of every file of loops."""
+    sources = sorted(Path(__file__).parent.glob("kernels*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def even_chunks(n_rows: int, smallest: int) -> list[int]:

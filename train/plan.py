@@ -265,7 +265,7 @@ def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, tile_bytes
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
     window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.stream_layers or plan.layers) * block)
     return MemoryEstimate(
-        held + gradients + max(_working(plan, tile_bytes) for plan in plans) + 2 * tile_bytes, 2 * window
+        held + gradients + max(_working(plan, tile_bytes) for plan in plans) + 4 * tile_bytes, 2 * window
     )
 
 
