@@ -17,6 +17,7 @@ from typing import Any
 from store.console import human_seconds, run_command
 from store.errors import ResidscopeError, UsageError
 from store.options import parse_options
+from store.outputs import refuse_inside_store
 
 # The demo's size: chosen so that two cores finish all stages in under six minutes.
 CONTEXT_LENGTH = 256
@@ -86,6 +87,9 @@ def stages(config: DemoConfig) -> list[Stage]:
 
 def demo(config: DemoConfig) -> None:
     """Run the stages and say what came of them. Raises `ResidscopeError` with a stage's exit code if it fails."""
+    refuse_inside_store(config.out)
+    if config.out.exists() and not config.out.is_dir():
+        raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
     config.out.mkdir(parents=True, exist_ok=True)
     seconds = {}
     for stage in stages(config):

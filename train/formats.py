@@ -150,6 +150,11 @@ def write_sae(
     """
     if hookpoints and to not in ("saelens", "sparsify"):
         raise UsageError(f"hookpoints: a sub-folder per hookpoint is for saelens and sparsify, not for {to}")
+    for i, name in enumerate(hookpoints):
+        if name in hookpoints[:i]:
+            raise UsageError(f"hookpoints: {name} is there twice")
+        if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UsageError(f"hookpoints: a name is a sub-folder of {folder}, such as layers.3, found {name!r}")
     if to == "residscope":
         paths = (folder / CHECKPOINT, folder / EXPORT)
         _prepare(paths, overwrite)

@@ -61,3 +61,9 @@ def test_the_last_words_hold_the_decomposition_the_fvu_and_the_dead(tmp_path, mo
 def test_too_few_tokens_are_refused(argv, capsys):
     assert demo.main(argv) == 2
     assert "--tokens should be at least" in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder_for_the_demo(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--out", str(tmp_path / "file")]) == 2
+    assert "should be a folder, found a file" in capsys.readouterr().err

@@ -191,6 +191,13 @@ def test_hookpoints_get_a_whole_copy_each(tmp_path: Path) -> None:
         write_sae(make_sae(), tmp_path, "mlsae", hookpoints=hooks)
 
 
+@pytest.mark.parametrize("names", [["a/../../b"], ["/tmp/b"], [""], ["a", "a"]])
+def test_hookpoints_are_sub_folders_each_once(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(UsageError, match="hookpoints: .* (is there twice|a sub-folder of)"):
+        write_sae(make_sae(), tmp_path / "out", "sparsify", hookpoints=names)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_of_other_types_become_float32(tmp_path: Path) -> None:
     write_sae(make_sae("none"), tmp_path, "sparsify")
     tensors = load_file(tmp_path / "sae.safetensors")
