@@ -4,6 +4,7 @@ Text options mean what they mean to `harvest`. What it does not do: resolve anyt
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,10 +90,12 @@ class FitLensConfig:
         for name in ("kl_steps", "kl_batch", "eval_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} should be at least 1, found {getattr(self, name)}")
-        if self.lr is not None and not self.lr > 0:
-            raise UsageError(f"--lr should be above 0, found {self.lr}")
-        if not self.weight_decay >= 0:
-            raise UsageError(f"--weight-decay should be 0 or more, found {self.weight_decay}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UsageError(f"--lr should be a finite number above 0, found {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"--weight-decay should be a finite number, 0 or more, found {self.weight_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed should be at least 0 and below 2^63, found {self.seed}")
         if not (self.max_condition == 0 or self.max_condition > 1):
             raise UsageError(f"--max-condition should be above 1, or 0 for no limit, found {self.max_condition}")
         if not 0 < self.validation_fraction < 1:

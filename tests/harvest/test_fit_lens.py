@@ -262,7 +262,10 @@ def test_vectors_that_are_not_finite_are_one_line(
     ("changes", "words"),
     [
         ({"kl_steps": 0}, "--kl-steps should be at least 1"),
-        ({"lr": 0.0}, "--lr should be above 0"),
+        ({"lr": 0.0}, "--lr should be a finite number above 0"),
+        ({"lr": float("inf")}, "--lr should be a finite number above 0"),
+        ({"weight_decay": float("inf")}, "--weight-decay should be a finite number"),
+        ({"seed": -1}, "--seed should be at least 0"),
         ({"max_condition": 0.5}, "--max-condition should be above 1"),
         ({"validation_fraction": 0.0}, "--validation-fraction"),
         ({"store": Path("a.zarr")}, "--dataset says how to make text into tokens"),

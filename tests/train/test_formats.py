@@ -193,7 +193,7 @@ def test_hookpoints_get_a_whole_copy_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [["a/../../b"], ["/tmp/b"], [""], ["a", "a"]])
 def test_hookpoints_are_sub_folders_each_once(tmp_path: Path, names: list[str]) -> None:
-    with pytest.raises(UsageError, match="hookpoints: .* (is there twice|a sub-folder of)"):
+    with pytest.raises(UsageError, match=r"hookpoints: .* (is there twice|a sub-folder of)"):
         write_sae(make_sae(), tmp_path / "out", "sparsify", hookpoints=names)
     assert not list(tmp_path.iterdir())
 
