@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from store.errors import IncompatibleError, UsageError
 from store.files import atomic_write
@@ -47,6 +49,7 @@ Format = Literal["residscope", "mlsae", "saelens", "sparsify"]
 CHECKPOINT = "ckpt.pt"
 EXPORT = "ckpt.safetensors"
 EXPORT_FORMAT = "residscope 1"
+_HASH = "xxh3_128"
 """In the export's header, under "format"."""
 
 
@@ -192,7 +195,17 @@ def write_safetensors(
         "trainer": json.dumps(_plain(trainer or {})),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    header[_HASH] = _content_hash(header, tensors)
     atomic_write(path, [_ordered(to_safetensors(tensors, header))])
+
+
+def _content_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """XXH3-128 over the records and the tensors of an export: the format itself has no check sums."""
+    digest = xxhash.xxh3_128("\0".join(header[name] for name in ("config", "store", "trainer")).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
 
 
 def _ordered(data: bytes) -> bytes:
@@ -220,8 +233,11 @@ def read_safetensors(path: Path) -> Checkpoint:
                 MLSAE(config).load_state_dict(
                     {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
                 )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if _HASH in header and _content_hash(header, tensors) != header[_HASH]:  # older exports have none
+                raise ValueError("its check sum is wrong: the file was changed after it was written")
             sae = MLSAE(config)
-            sae.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+            sae.load_state_dict(tensors)
             store, trainer = (json.loads(header[name]) for name in ("store", "trainer"))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
             raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None

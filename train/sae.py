@@ -14,8 +14,10 @@ Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector a
 """
 
 import contextlib
+import errno
 import os
 import pickle
+import struct
 import sys
 import zipfile
 import zlib
@@ -327,9 +329,9 @@ def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
 def _read_safely(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
-    if not zipfile.is_zipfile(path):
-        raise IncompatibleError(f"{path}: refused: no checkpoint, or one cut short (a bare pickle is never loaded)")
     try:
+        if not zipfile.is_zipfile(path):
+            raise IncompatibleError(f"{path}: refused: no checkpoint, or one cut short (a bare pickle is never loaded)")
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.save writes check sums, torch.load does not look at them
         if damaged is not None:
@@ -339,7 +341,18 @@ def _read_safely(path: Path) -> dict[str, Any]:
         raise IncompatibleError(
             f"{path}: refused: it holds more than tensors and plain values, so code could run on loading"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        struct.error,
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # of the disk; EINVAL is what a damaged index gives, by which the file is sought beyond its ends
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
         raise IncompatibleError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(content, dict) or "state_dict" not in content or "config" not in content:

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from store.errors import IncompatibleError
-from tests.support.saes import STORE, make_sae, make_variant
-from train.formats import read_sae, write_sae, write_safetensors
+from tests.support.saes import STORE, assert_equal, make_sae, make_variant
+from train.formats import read_checkpoint, read_sae, write_sae, write_safetensors
 from train.sae import load_checkpoint, save_checkpoint
 
 
@@ -99,5 +100,45 @@ def test_an_export_whose_header_asks_for_more_memory_than_there_is_is_refused(tm
     with safe_open(path, "pt") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header["config"] = json.dumps({**json.loads(header["config"]), "n_latents": 10**12})
+    del header["xxh3_128"]
     save_file(tensors, path, header)
     assert "ckpt.safetensors: damaged" in refusal(lambda: read_sae(path))
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "ckpt.safetensors"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path, name: str) -> None:
+    path, sae = tmp_path / name, make_sae()
+    save_checkpoint(path, sae, store=STORE, trainer={}) if name == "ckpt.pt" else write_safetensors(
+        sae, path, store=STORE, trainer={}
+    )
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    # Anywhere, and more often in the records at the beginning and in the index at the end.
+    places = [
+        *rng.integers(len(data), size=60),
+        *rng.integers(1500, size=60),
+        *(len(data) - 1 - rng.integers(1500, size=120)),
+    ]
+    refused = 0
+    for at in map(int, places):
+        changed = bytearray(data)
+        changed[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        try:
+            found = read_checkpoint(path)
+        except IncompatibleError:
+            refused += 1
+        else:
+            assert_equal(found.sae, sae)
+            assert found.store == STORE
+    assert refused > 150
+
+
+def test_an_export_from_before_there_were_check_sums_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.safetensors"
+    write_safetensors(make_sae(), path, store=STORE, trainer={})
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["xxh3_128"]
+    save_file(tensors, path, header)
+    assert_equal(read_checkpoint(path).sae, make_sae())
