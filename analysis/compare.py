@@ -122,7 +122,9 @@ def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str,
                 raise TypeError(f"{key} is {summary.get(key)!r:.40}")
         if not summary["layer_numbers"]:
             raise ValueError("layer_numbers is empty")
-        return _run(name, summary)
+        run = _run(name, summary)
+        _rows([run])  # looks at what the table needs
+        return run
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
         raise IncompatibleError(
@@ -180,9 +182,13 @@ def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
 
 
 def _write_table(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
-    """A row for each run and weighting; *_low and *_high are the ends of 95 % intervals."""
     import pandas as pd
 
+    pd.DataFrame(_rows(runs)).to_parquet(path, index=False)
+
+
+def _rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each run and weighting; *_low and *_high are the ends of 95 % intervals."""
     rows = []
     for run in runs:
         for weighting in WEIGHTINGS:
@@ -198,7 +204,7 @@ def _write_table(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
             for null, ratio in (run["null_ratio"] or {}).items():
                 row[f"within_token_over_{null}"] = ratio["variance"][weighting]["within_token"]
             rows.append(row)
-    pd.DataFrame(rows).to_parquet(path, index=False)
+    return rows
 
 
 def _spread(row: dict[str, Any], numbers: Mapping[str, Any], names: Sequence[str], suffix: str) -> None:

@@ -203,6 +203,12 @@ def test_a_summary_that_lacks_anything_or_has_it_wrong_is_refused(folders, tmp_p
             (tmp_path / "summary.json").write_text(json.dumps(summary | {name: value}))
             assert main(["--compare", str(tmp_path), "--out", str(tmp_path / "out")]) == 3, (name, value)
             assert f"--compare {tmp_path}: its summary is damaged" in capsys.readouterr().err
+    whole = summary["persistence"]["mass"]
+    summary["persistence"]["mass"] = {"contiguitx" if key == "contiguity" else key: whole[key] for key in whole}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert main(["--compare", str(tmp_path), "--out", str(tmp_path / "out")]) == 3
+    assert "(no 'contiguity')" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     del summary["variance"]["mass"]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert main(["--compare", str(tmp_path), "--out", str(tmp_path / "out")]) == 3
