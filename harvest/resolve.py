@@ -202,6 +202,8 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
         found = "; ".join(
             f"{name} is {_shown(stored.get(name))} there and {_shown(record.get(name))} here" for name in names
         )
+        if "model_fingerprint" in names and "model" not in names:
+            found += " (a hash of the model's configuration, tokenizer and weights: one of these files was changed)"
         raise IncompatibleError(
             f"{out} was made with other options: {found}. Give the same options to continue it, another --out, or"
             " --overwrite to start anew"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,18 @@ def test_changed_text_or_another_model_is_refused(
     (text_folder / "0.txt").write_text("changed")
     with pytest.raises(IncompatibleError, match="dataset_revision"):
         harvest(config())
+
+
+def test_a_byte_of_the_weights_that_changed_in_between_is_found(
+    config: MakeConfig, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder("gpt2"), tmp_path / "model"))
+    harvest(config(model=str(folder)))
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(IncompatibleError, match="weights: one of these files was changed"):
+        harvest(config(model=str(folder)))
 
 
 def test_a_link_to_a_store_stays_a_link_and_one_to_nothing_gets_its_store(config: MakeConfig, tmp_path: Path) -> None:
