@@ -92,11 +92,12 @@ def tiles_of_rows(
     n_rows = len(inputs)
     wide_d, wide_a = means.shape[1], bias.size
     x, z = _tile(wide_d), _tile(wide_a)  # x: inputs, then the gradient of the output; z: of the latents
-    alive = np.zeros((TILE, wide_a // LANES), np.uint16)
-    left = np.zeros(TILE * max(wide_d, wide_a) // 2 + SLACK, np.int32)
-    unscale = np.zeros(TILE, np.float32)
-    columns = np.zeros((2, max(wide_d, wide_a) + SLACK), np.int32)
-    keys, near = np.zeros(wide_a, np.int32), np.zeros(_WINDOW, np.int32)
+    x[:, inputs.shape[1] :] = 0
+    alive = np.empty((TILE, wide_a // LANES), np.uint16)
+    left = np.empty(TILE * max(wide_d, wide_a) // 2 + SLACK, np.int32)
+    unscale = np.empty(TILE, np.float32)
+    columns = np.empty((2, max(wide_d, wide_a) + SLACK), np.int32)
+    keys, near = np.empty(wide_a, np.int32), np.empty(_WINDOW, np.int32)
     bound = np.int32(0)
     d_units, a_units = -(-decoder.shape[0] // 8), -(-encoder.shape[0] // 8)
     for t in range(start, stop):
@@ -166,7 +167,7 @@ def add_gradients(start, stop, left, left_unscale, right, right_unscale, out):
 
 @inlined
 def _tile(wide):
-    return np.zeros(TILE * wide + SLACK, np.float32)[: TILE * wide].reshape(TILE, wide)
+    return np.empty(TILE * wide + SLACK, np.float32)[: TILE * wide].reshape(TILE, wide)
 
 
 @inlined
