@@ -40,10 +40,10 @@ UNIT_BLOCKS, UNIT_PANELS = 22, 9
 _INFINITY = np.int32(0x7F800000)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
-_NEAR = np.int32(1 << 20)
-"""An eighth of a number or less, as a difference of the bits of floats."""
+_NEAR = np.int32(1 << 19)
+"""A sixteenth of a number or less, as a difference of the bits of floats."""
 
-_TURNS = 2
+_TURNS = 4
 """So often the bounds are moved where the k-th largest is not between them."""
 
 _WINDOW = 64
@@ -104,11 +104,14 @@ def tiles_of_rows(
         first = t * TILE
         n = min(TILE, n_rows - first)
         blocks = -(-n // ROWS)
-        x[n:] = 0
-        for r in range(n):
-            _copy(inputs[first + r], x[r])
-        _pack_columns(x, columns, packed_inputs[t], inputs_unscale[t])
-        packed = _pack_rows(x, left, encoder.shape[1], unscale)[:blocks]
+        rows = inputs[first : first + n]
+        if n < TILE or inputs.shape[1] < wide_d:
+            x[n:] = 0
+            for r in range(n):
+                _copy(rows[r], x[r])
+            rows = x
+        _pack_columns(rows, columns, packed_inputs[t], inputs_unscale[t])
+        packed = _pack_rows(rows, left, encoder.shape[1], unscale)[:blocks]
         product_blocks(0, a_units, packed, unscale, encoder, encoder_unscale, z)
         z[n:] = 0
 
@@ -120,9 +123,8 @@ def tiles_of_rows(
         x[n:] = 0
 
         part = slice(first, first + n)
-        _error_moments(error[part], weight[part], scale[part], moments[t], means[t])
-        for r in range(n):
-            squared[first + r] = _output_gradient(error[first + r], weight[first + r], scale[first + r], x[r])
+        moments[t, 0] = _mean_error(error[part], weight[part], scale[part], means[t])
+        moments[t, 1] = _output_gradients(error[part], weight[part], scale[part], means[t], squared[part], x)
         _pack_columns(x, columns, packed_grads[t], grads_unscale[t])
         packed = _pack_rows(x, left, back.shape[1], unscale)[:blocks]
         product_blocks(0, a_units, packed, unscale, back, back_unscale, z)
@@ -253,8 +255,8 @@ def _kth_of_few(keys, n, k):
 
 
 @inlined
-def _error_moments(error, weight, scale, moments, mean):
-    """Of a tile's scaled errors s: moments = sum of w, and of w |s - mean|^2; mean [wide D], weighted by w."""
+def _mean_error(error, weight, scale, mean):
+    """mean [wide D] of the scaled errors of a tile, weighted by w; returns the sum of w."""
     d = error.shape[1]
     total = np.float32(0)
     mean[:] = 0
@@ -265,27 +267,29 @@ def _error_moments(error, weight, scale, moments, mean):
             mean[i] += by * row[i]
     for i in range(d):
         mean[i] /= total
-    deviation = np.float64(0)
-    for r in range(len(error)):
-        row, by = error[r], scale[r]
-        square = np.float32(0)
-        for i in range(d):
-            off = by * row[i] - mean[i]
-            square += off * off
-        deviation += np.float64(weight[r]) * np.float64(square)
-    moments[0], moments[1] = total, deviation
+    return total
 
 
 @inlined
-def _output_gradient(error, weight, scale, decoded):
-    """decoded [wide D] becomes -2 w scale^2 (error - decoded), zero beyond D; returns |error - decoded|^2."""
-    total = np.float32(0)
-    by = -2 * weight * scale * scale
-    for i in range(error.size):
-        miss = error[i] - decoded[i]
-        total += miss * miss
-        decoded[i] = by * miss
-    return total
+def _output_gradients(error, weight, scale, mean, squared, decoded):
+    """decoded [140, wide D] becomes -2 w scale^2 (error - decoded), squared |error - decoded|^2, of rows there are.
+
+    Returns the sum of w |s - mean|^2 over the scaled errors s.
+    """
+    deviation = np.float64(0)
+    for r in range(len(error)):
+        row, missed = error[r], decoded[r]
+        by = -2 * weight[r] * scale[r] * scale[r]
+        total, off = np.float32(0), np.float32(0)
+        for i in range(row.size):
+            miss = row[i] - missed[i]
+            total += miss * miss
+            missed[i] = by * miss
+            apart = scale[r] * row[i] - mean[i]
+            off += apart * apart
+        squared[r] = total
+        deviation += np.float64(weight[r]) * np.float64(off)
+    return deviation
 
 
 @inlined
