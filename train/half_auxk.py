@@ -12,6 +12,7 @@ from torch import Tensor
 from train import kernels_auxk as loops
 from train.kernels_compile import run_chunks
 from train.kernels_half import PANEL, ROWS, Packed
+from train.kernels_tiles import PAIRS, TILE
 
 
 class HalfAuxK(NamedTuple):
@@ -58,8 +59,8 @@ def half_auxk(
     bias = np.zeros(wide_a, np.float32)
     if b_enc is not None:
         bias[:n_dead] = b_enc.numpy()
-    n_tiles = -(-n_rows // loops.TILE)
-    together = max(1, min(n_tiles, tile_bytes // (2 * loops.TILE * max(n_dead, d))))
+    n_tiles = -(-n_rows // TILE)
+    together = max(1, min(n_tiles, tile_bytes // (2 * TILE * max(n_dead, d))))
     packed_inputs, packed_grads = (_panels(together, d, PANEL) for _ in range(2))
     packed_active, packed_grad_z = (_panels(together, n_dead, ROWS) for _ in range(2))
     squared = torch.empty(n_rows)
@@ -68,7 +69,7 @@ def half_auxk(
     W_enc_grad, W_dec_grad = torch.zeros(n_dead, d), torch.zeros(n_dead, d)
     for first in range(0, n_tiles, together):
         tiles = slice(first, first + together)
-        rows = slice(first * loops.TILE, (first + together) * loops.TILE)
+        rows = slice(first * TILE, (first + together) * TILE)
         count = len(means[tiles])
         run_chunks(
             loops.tiles_of_rows,
@@ -92,7 +93,7 @@ def half_auxk(
 def _panels(n_tiles: int, columns: int, width: int) -> tuple[Any, Any]:
     """Memory of the tiles' packed operand [T, blocks, 70, width], and of what undoes its scales."""
     blocks = -(-columns // width)
-    pairs = torch.empty(n_tiles, blocks, loops.PAIRS, width, dtype=torch.int32).numpy()
+    pairs = torch.empty(n_tiles, blocks, PAIRS, width, dtype=torch.int32).numpy()
     return pairs, np.empty((n_tiles, blocks * width), np.float32)
 
 

@@ -7,9 +7,6 @@ leaves behind what they multiply: its inputs, activations and both gradients, ro
 rows are what `train.kernels_half` adds up in float16; so the scale of a latent's or a coordinate's numbers can be
 chosen for each tile, while they are at hand.
 
-Numbers are scaled by powers of two that bring the largest magnitude to 4..8. That bounds sums as norms below 128 do,
-and takes integer operations alone.
-
 Shapes: A dead latents, D d_model, T tiles; wide: rounded up to whole panels of 32, with zeros.
 """
 
@@ -22,23 +19,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from train.kernels_compile import compiled, inlined
-from train.kernels_half import LANES, PANEL, ROWS, emit_block, product_blocks, round_to_half
-from train.kernels_topk import kth_largest
-
-BLOCKS = 10
-TILE = BLOCKS * ROWS
-"""Rows of a tile: for a thousand latents, its numbers and one packed operand fit a core's second cache, of 2 MB."""
-
-PAIRS = TILE // 2
-
-SLACK = 2 * PANEL
-"""Numbers that there must be behind a tile's last: blocks of 14 columns are read 16 at a time."""
+from train.kernels_half import LANES, PANEL, ROWS, emit_block, everywhere, product_blocks
+from train.kernels_tiles import FLOATS, INTS, MAGNITUDE, PAIRS, SLACK, TILE, pack_columns, pack_rows
+from train.kernels_topk import count_reaching, kth_largest
 
 UNIT_BLOCKS, UNIT_PANELS = 22, 9
 """Results of the last products that a thread takes at a time: so many fit its cache, a tile's operands with them."""
-
-_INFINITY = np.int32(0x7F800000)
-_MAGNITUDE = np.int32(0x7FFFFFFF)
 
 _NEAR = np.int32(1 << 19)
 """A sixteenth of a number or less, as a difference of the bits of floats."""
@@ -110,30 +96,30 @@ def tiles_of_rows(
             for r in range(n):
                 _copy(rows[r], x[r])
             rows = x
-        _pack_columns(rows, columns, packed_inputs[t], inputs_unscale[t])
-        packed = _pack_rows(rows, left, encoder.shape[1], unscale)[:blocks]
+        pack_columns(rows, columns, packed_inputs[t], inputs_unscale[t])
+        packed = pack_rows(rows, left, encoder.shape[1], unscale)[:blocks]
         product_blocks(0, a_units, packed, unscale, encoder, encoder_unscale, z)
         z[n:] = 0
 
         for r in range(n):
             bound = _keep_largest(z[r], bias, k, bound, keys, near, alive[r])
-        _pack_columns(z, columns, packed_active[t], active_unscale[t])
-        packed = _pack_rows(z, left, decoder.shape[1], unscale)[:blocks]
+        pack_columns(z, columns, packed_active[t], active_unscale[t])
+        packed = pack_rows(z, left, decoder.shape[1], unscale)[:blocks]
         product_blocks(0, d_units, packed, unscale, decoder, decoder_unscale, x)
         x[n:] = 0
 
         part = slice(first, first + n)
         moments[t, 0] = _mean_error(error[part], weight[part], scale[part], means[t])
         moments[t, 1] = _output_gradients(error[part], weight[part], scale[part], means[t], squared[part], x)
-        _pack_columns(x, columns, packed_grads[t], grads_unscale[t])
-        packed = _pack_rows(x, left, back.shape[1], unscale)[:blocks]
+        pack_columns(x, columns, packed_grads[t], grads_unscale[t])
+        packed = pack_rows(x, left, back.shape[1], unscale)[:blocks]
         product_blocks(0, a_units, packed, unscale, back, back_unscale, z)
         z[n:] = 0
 
         latent_sums[t] = 0
         for r in range(n):
             _mask(z[r], alive[r], latent_sums[t])
-        _pack_columns(z, columns, packed_grad_z[t], grad_z_unscale[t])
+        pack_columns(z, columns, packed_grad_z[t], grad_z_unscale[t])
 
 
 @compiled
@@ -199,10 +185,10 @@ def _keep_largest(row, bias, k, guess, keys, near, alive):
         for _ in range(_TURNS):
             if reach_high >= k:
                 low, high, reach_low = high, np.int32(high + 2 * _NEAR), reach_high
-                reach_high = _reaching(keys, high)
+                reach_high = count_reaching(keys, n, high)
             elif reach_low < k:
                 low, high, reach_high = np.int32(low - 2 * _NEAR), low, reach_low
-                reach_low = _reaching(keys, low)
+                reach_low = count_reaching(keys, n, low)
         if reach_high < k <= reach_low and reach_low - reach_high <= _WINDOW:
             found = 0
             for j in range(0, n, LANES):
@@ -212,7 +198,7 @@ def _keep_largest(row, bias, k, guess, keys, near, alive):
             reached += reach_high
         else:
             bound = np.int32(kth_largest(keys, n, k, 31, 0))
-            reached = _reaching(keys, bound)
+            reached = count_reaching(keys, n, bound)
         if reached > k:  # ties at the bound
             spare = k
             for j in range(n):
@@ -227,15 +213,6 @@ def _keep_largest(row, bias, k, guess, keys, near, alive):
 
 
 @inlined
-def _reaching(keys, bound):
-    """How many keys reach the bound."""
-    count = np.int32(0)
-    for j in range(keys.size):
-        count = np.int32(count + np.int32(keys[j] >= bound))  # int32: twice as many in a vector as of int64
-    return count
-
-
-@inlined
 def _kth_of_few(keys, n, k):
     """The k-th largest of keys[:n], at most 64 of them and none negative, and how many reach it."""
     above = np.zeros(_WINDOW, np.int32)  # for each, how many are larger
@@ -245,13 +222,10 @@ def _kth_of_few(keys, n, k):
         key = keys[j]
         for i in range(_WINDOW):  # a fixed length, which compilers vectorise whole
             above[i] = np.int32(above[i] + np.int32(keys[i] < key))
-    smallest = _MAGNITUDE
+    smallest = MAGNITUDE
     for i in range(_WINDOW):
-        smallest = min(smallest, keys[i] if above[i] < k else _MAGNITUDE)
-    reached = np.int32(0)
-    for i in range(_WINDOW):
-        reached = np.int32(reached + np.int32(keys[i] >= smallest))
-    return smallest, reached
+        smallest = min(smallest, keys[i] if above[i] < k else MAGNITUDE)
+    return smallest, count_reaching(keys, _WINDOW, smallest)
 
 
 @inlined
@@ -300,122 +274,6 @@ def _mask(row, alive, sums):
         _add_alive(numbers + 4 * LANES * part, alive[part], totals + 4 * LANES * part)  # pyright: ignore[reportCallIssue]
 
 
-@inlined
-def _scale_bits(largest):
-    """Bits of the power of two that brings numbers to 4..8 of which the largest magnitude has these bits; of its
-    inverse."""
-    exponent = min(max(largest >> 23, np.int32(28)), np.int32(228))
-    back = np.int32(exponent - 2) << 23 if largest < _INFINITY else np.int32(0x7FC00000)
-    return np.int32(256 - exponent) << 23, back
-
-
-@inlined
-def _pack_columns(rows, memory, pairs, unscale):
-    """pairs [blocks, 70, width], unscale [blocks * width]: the columns of rows [140, wide], pairs of rows together."""
-    width, wide = pairs.shape[2], rows.shape[1]
-    bits, unscale_bits = rows.view(np.int32), unscale.view(np.int32)
-    largest, scale = memory[0], memory[1]
-    largest[:] = 0
-    for r in range(0, TILE, 4):
-        a, b, c, d = bits[r], bits[r + 1], bits[r + 2], bits[r + 3]
-        for j in range(wide):
-            one, two = max(a[j] & _MAGNITUDE, b[j] & _MAGNITUDE), max(c[j] & _MAGNITUDE, d[j] & _MAGNITUDE)
-            largest[j] = max(largest[j], max(one, two))
-    for j in range(unscale.size):
-        scale[j], unscale_bits[j] = _scale_bits(largest[j])
-    source, by, out = rows.ctypes.data, scale.ctypes.data, pairs.ctypes.data
-    group = 4  # blocks at a time: long enough runs of a row, and few enough to be written to
-    for start in range(0, pairs.shape[0], group):
-        for p in range(PAIRS):
-            for b in range(start, min(start + group, pairs.shape[0])):
-                for j in range(b * width, (b + 1) * width, LANES):
-                    _pack_two_rows(  # pyright: ignore[reportCallIssue]
-                        source + 4 * (2 * p * wide + j),
-                        source + 4 * ((2 * p + 1) * wide + j),
-                        by + 4 * j,
-                        out + 4 * ((b * PAIRS + p) * width + j - b * width),
-                        min(width, LANES),
-                    )
-
-
-@inlined
-def _pack_rows(rows, memory, depth, unscale):
-    """A left operand [10, depth pairs, 14] in `memory`, and unscale [140], of rows [140, wide]."""
-    wide = rows.shape[1]
-    bits, unscale_bits = rows.view(np.int32), unscale.view(np.int32)
-    scale = np.empty(ROWS, np.float32)
-    scale_bits = scale.view(np.int32)
-    for b in range(BLOCKS):
-        for r in range(ROWS):
-            row = bits[b * ROWS + r]
-            largest = np.int32(0)
-            for j in range(wide):
-                largest = np.int32(max(largest, np.int32(row[j] & _MAGNITUDE)))  # int32: more in a vector than int64
-            scale_bits[r], unscale_bits[b * ROWS + r] = _scale_bits(largest)
-        for j in range(0, wide, 2 * LANES):
-            _pack_block(  # pyright: ignore[reportCallIssue]
-                rows[b * ROWS].ctypes.data + 4 * j,
-                4 * wide,
-                scale.ctypes.data,
-                memory.ctypes.data + 4 * ROWS * (b * depth + j // 2),
-            )
-    return memory[: BLOCKS * depth * ROWS].reshape(BLOCKS, depth, ROWS)
-
-
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_INTS = ir.VectorType(ir.IntType(32), LANES)
-
-
-@intrinsic
-def _pack_two_rows(typing_context: Any, even: Any, odd: Any, scale: Any, out: Any, count: Any) -> Any:
-    """out int32 [count <= 16] = even * scale as float16, with odd * scale above; addresses but for `count`.
-
-    Of the others 16 numbers are read.
-    """
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        even, odd, scale = (builder.inttoptr(a, _FLOATS.as_pointer()) for a in arguments[:3])
-        by = builder.load(scale, align=4)
-        shorts = ir.VectorType(ir.IntType(16), LANES)
-        low, high = (
-            builder.zext(builder.bitcast(round_to_half(builder, builder.load(row, align=4), by), shorts), _INTS)
-            for row in (even, odd)
-        )
-        both = builder.or_(low, builder.shl(high, ir.Constant(_INTS, [16] * LANES)))
-        _store(builder, both, *arguments[3:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), emit
-
-
-@intrinsic
-def _pack_block(typing_context: Any, source: Any, stride: Any, scale: Any, out: Any) -> Any:
-    """out int32 [16 pairs, 14], of 32 float32 numbers of 14 rows that lie `stride` bytes apart, times scale [14]."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, stride, scale, out = arguments
-        i32, i64 = ir.IntType(32), ir.IntType(64)
-        vectors = []
-        for r in range(ROWS):
-            row = builder.add(source, builder.mul(stride, ir.Constant(i64, r)))
-            number = builder.load(
-                builder.inttoptr(builder.add(scale, ir.Constant(i64, 4 * r)), ir.FloatType().as_pointer()), align=4
-            )
-            by = _everywhere(builder, number)
-            parts = []
-            for offset in (0, 4 * LANES):
-                place = builder.inttoptr(builder.add(row, ir.Constant(i64, offset)), _FLOATS.as_pointer())
-                parts.append(round_to_half(builder, builder.load(place, align=4), by))
-            joined = builder.shuffle_vector(*parts, ir.Constant(ir.VectorType(i32, 2 * LANES), list(range(2 * LANES))))
-            vectors.append(builder.bitcast(joined, _INTS))
-        vectors += [ir.Constant(_INTS, None)] * (LANES - ROWS)
-        for p, pair in enumerate(_transposed(builder, vectors)):
-            _store(builder, pair, builder.add(out, ir.Constant(i64, 4 * ROWS * p)), ir.Constant(i64, ROWS))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), emit
-
-
 @intrinsic
 def _rank(typing_context: Any, row: Any, bias: Any, low: Any, high: Any, keys: Any) -> Any:
     """Add bias [16] to row [16], and write keys, int32 [16]: its bits, 0 where negative, the largest for a NaN.
@@ -426,19 +284,19 @@ def _rank(typing_context: Any, row: Any, bias: Any, low: Any, high: Any, keys: A
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row, bias, low, high, keys = arguments
         i64 = ir.IntType(64)
-        row, bias = (builder.inttoptr(a, _FLOATS.as_pointer()) for a in (row, bias))
+        row, bias = (builder.inttoptr(a, FLOATS.as_pointer()) for a in (row, bias))
         number = builder.fadd(builder.load(row, align=4), builder.load(bias, align=4))
         builder.store(number, row, align=4)
-        bits, zeros = builder.bitcast(number, _INTS), ir.Constant(_INTS, None)
+        bits, zeros = builder.bitcast(number, INTS), ir.Constant(INTS, None)
         key = builder.select(builder.icmp_signed(">", bits, zeros), bits, zeros)
         key = builder.select(
-            builder.fcmp_unordered("uno", number, number), ir.Constant(_INTS, [int(_MAGNITUDE)] * LANES), key
+            builder.fcmp_unordered("uno", number, number), ir.Constant(INTS, [int(MAGNITUDE)] * LANES), key
         )
-        builder.store(key, builder.inttoptr(keys, _INTS.as_pointer()), align=4)
+        builder.store(key, builder.inttoptr(keys, INTS.as_pointer()), align=4)
         reach_low, reach_high = (
             builder.zext(
                 builder.ctpop(
-                    builder.bitcast(builder.icmp_signed(">=", key, _everywhere(builder, bound)), ir.IntType(LANES))
+                    builder.bitcast(builder.icmp_signed(">=", key, everywhere(builder, bound)), ir.IntType(LANES))
                 ),
                 i64,
             )
@@ -455,10 +313,10 @@ def _copy_between(typing_context: Any, keys: Any, low: Any, high: Any, out: Any)
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         keys, low, high, out = arguments
-        low, high = (_everywhere(builder, bound) for bound in (low, high))
-        vector = builder.load(builder.inttoptr(keys, _INTS.as_pointer()), align=4)
+        low, high = (everywhere(builder, bound) for bound in (low, high))
+        vector = builder.load(builder.inttoptr(keys, INTS.as_pointer()), align=4)
         near = builder.and_(builder.icmp_signed(">=", vector, low), builder.icmp_signed("<", vector, high))
-        kinds = [_INTS, ir.IntType(32).as_pointer(), near.type]
+        kinds = [INTS, ir.IntType(32).as_pointer(), near.type]
         store = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.masked.compressstore.v16i32"
         )
@@ -474,10 +332,10 @@ def _cut(typing_context: Any, keys: Any, bound: Any, out: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         keys, bound, out = arguments
-        zeros = ir.Constant(_INTS, None)
-        vector = builder.load(builder.inttoptr(keys, _INTS.as_pointer()), align=4)
-        kept = builder.select(builder.icmp_signed(">=", vector, _everywhere(builder, bound)), vector, zeros)
-        builder.store(kept, builder.inttoptr(out, _INTS.as_pointer()), align=4)
+        zeros = ir.Constant(INTS, None)
+        vector = builder.load(builder.inttoptr(keys, INTS.as_pointer()), align=4)
+        kept = builder.select(builder.icmp_signed(">=", vector, everywhere(builder, bound)), vector, zeros)
+        builder.store(kept, builder.inttoptr(out, INTS.as_pointer()), align=4)
         return builder.bitcast(builder.icmp_signed(">", kept, zeros), ir.IntType(LANES))
 
     return types.uint16(types.int64, types.int32, types.int64), emit
@@ -489,50 +347,14 @@ def _add_alive(typing_context: Any, row: Any, alive: Any, sums: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row, alive, sums = arguments
-        row, sums = (builder.inttoptr(a, _FLOATS.as_pointer()) for a in (row, sums))
+        row, sums = (builder.inttoptr(a, FLOATS.as_pointer()) for a in (row, sums))
         mask = builder.bitcast(alive, ir.VectorType(ir.IntType(1), LANES))
-        number = builder.select(mask, builder.load(row, align=4), ir.Constant(_FLOATS, None))
+        number = builder.select(mask, builder.load(row, align=4), ir.Constant(FLOATS, None))
         builder.store(number, row, align=4)
         builder.store(builder.fadd(builder.load(sums, align=4), number), sums, align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.uint16, types.int64), emit
-
-
-def _everywhere(builder: Any, number: Any) -> Any:
-    """Instructions: a number in all 16 places of a vector."""
-    kind = ir.VectorType(number.type, LANES)
-    none = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(none, number, ir.IntType(32)(0))
-    return builder.shuffle_vector(first, none, ir.Constant(_INTS, [0] * LANES))
-
-
-def _store(builder: Any, vector: Any, address: Any, count: Any) -> None:
-    """Instructions: write the first `count` numbers of a vector of 16."""
-    mask_type = ir.VectorType(ir.IntType(1), LANES)
-    kinds = [_INTS, _INTS.as_pointer(), ir.IntType(32), mask_type]
-    store = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.masked.store.v16i32.p0"
-    )
-    limit = _everywhere(builder, builder.trunc(count, ir.IntType(32)))
-    mask = builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), limit)
-    builder.call(store, [vector, builder.inttoptr(address, _INTS.as_pointer()), ir.IntType(32)(4), mask])
-
-
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """The columns of 16 vectors of 16: four turns of exchanging halves, quarters, eighths and sixteenths."""
-    width = LANES // 2
-    while width:
-        low = [i + (LANES - width if i & width else 0) for i in range(LANES)]
-        high = [i + (LANES if i & width else width) for i in range(LANES)]
-        masks = [ir.Constant(ir.VectorType(ir.IntType(32), LANES), mask) for mask in (low, high)]
-        after = list(rows)
-        for i in range(LANES):
-            if not i & width:
-                after[i], after[i | width] = (builder.shuffle_vector(rows[i], rows[i | width], mask) for mask in masks)
-        rows = after
-        width //= 2
-    return rows
 
 
 @intrinsic

@@ -39,7 +39,7 @@ _CHUNKS_PER_THREAD = 4
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a helper that only compiled loops of the same file call; its code is cached with theirs."""
+    """Compile a helper that only compiled loops call; its code is cached with theirs."""
     return numba.njit(fastmath=_SUMS, **_OPTIONS)(function)
 
 

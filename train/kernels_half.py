@@ -222,12 +222,6 @@ def emit_block(
     def at(address: Any, offset: int, kind: Any) -> Any:
         return builder.inttoptr(builder.add(address, i64(offset)), kind.as_pointer())
 
-    def everywhere(number: Any, kind: Any) -> Any:
-        none = ir.Constant(kind, ir.Undefined)
-        return builder.shuffle_vector(
-            builder.insert_element(none, number, i32(0)), none, ir.Constant(lanes, [0] * LANES)
-        )
-
     entry = builder.block
     loop, done = (builder.function.append_basic_block(name) for name in ("pairs", "sums"))
     builder.branch(loop)
@@ -240,7 +234,7 @@ def emit_block(
     block = builder.add(left, builder.mul(pair, i64(4 * ROWS)))
     after = []
     for r in range(ROWS):
-        spread = builder.bitcast(everywhere(builder.load(at(block, 4 * r, i32), align=4), lanes), halves)
+        spread = builder.bitcast(everywhere(builder, builder.load(at(block, 4 * r, i32), align=4)), halves)
         after.append([builder.call(fma, [spread, column, old]) for column, old in zip(columns, before[r], strict=True)])
     following = builder.add(pair, i64(1))
     pair.add_incoming(following, loop)
@@ -264,7 +258,7 @@ def emit_block(
     for r, news in enumerate(after):
         row = None
         if unscale_left is not None:
-            row = everywhere(builder.load(at(unscale_left, 4 * r, ir.FloatType()), align=4), floats)
+            row = everywhere(builder, builder.load(at(unscale_left, 4 * r, ir.FloatType()), align=4))
         for j, new in enumerate(news):
             both = builder.fadd(new, builder.shuffle_vector(new, no_halves, swapped))
             bits = builder.and_(builder.ashr(builder.bitcast(both, lanes), rest), mask)
@@ -273,6 +267,13 @@ def emit_block(
                 number = builder.fmul(builder.fmul(number, rebias), row)
             place = at(sums, 4 * (r * PANEL + j * LANES), floats)
             builder.store(builder.call(add, [number, by[j], builder.load(place, align=4)]), place, align=4)
+
+
+def everywhere(builder: Any, number: Any) -> Any:
+    """Instructions: a number in all 16 places of a vector."""
+    none = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    first = builder.insert_element(none, number, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
 
 def round_to_half(builder: Any, numbers: Any, scale: Any) -> Any:
@@ -305,10 +306,8 @@ def _store_row(typing_context: Any, sums: Any, unscale: Any, scale: Any, out: An
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, unscale, scale, out = arguments
-        floats, i32 = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
-        none = ir.Constant(floats, ir.Undefined)
-        zeros = ir.Constant(ir.VectorType(i32, LANES), [0] * LANES)
-        scales = builder.shuffle_vector(builder.insert_element(none, scale, i32(0)), none, zeros)
+        floats = ir.VectorType(ir.FloatType(), LANES)
+        scales = everywhere(builder, scale)
         for j in range(VECTORS):
             from_, by, to = (
                 builder.inttoptr(builder.add(address, ir.Constant(ir.IntType(64), 64 * j)), floats.as_pointer())

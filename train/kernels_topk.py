@@ -94,7 +94,7 @@ def keep_rows(start, stop, bits, k, infinity, out):
             key = row[j] if row[j] > 0 else zero
             keys[j] = largest if size > infinity else key
         bound = kth_largest(keys, n_latents, k, sign_bit, 0)
-        if _count(keys, n_latents, bound) <= k:
+        if count_reaching(keys, n_latents, bound) <= k:
             for j in range(n_latents):
                 kept[j] = keys[j] if keys[j] >= bound else zero
             continue
@@ -159,7 +159,7 @@ def kth_largest(keys, n, k, sign_bit, slack):
     bound = keys.dtype.type(one << sign_bit)  # the smallest key
     for bit in range(sign_bit, -1, -1):
         trial = keys.dtype.type(bound ^ (one << bit))  # the first trial is 0, later ones set a bit
-        reached = _count(keys, n, trial)
+        reached = count_reaching(keys, n, trial)
         if reached >= k:
             bound = trial
             if reached <= k + slack:
@@ -168,7 +168,7 @@ def kth_largest(keys, n, k, sign_bit, slack):
 
 
 @inlined
-def _count(keys, n, bound):
+def count_reaching(keys, n, bound):
     """How many of keys[:n] reach the bound."""
     count = np.int32(0)
     for i in range(n):

@@ -86,9 +86,13 @@ def auxk(
 
     Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D.
     """
-    half = half_products(product_dtype) and kernels.name == "numba"
-    parts = _half_parts if half else _parts
-    found = parts(centred, error, rows, W_enc, W_dec, b_enc, k, product_dtype, tile_bytes, kernels)
+    if half_products(product_dtype) and kernels.name == "numba":
+        from train.half_auxk import half_auxk  # here: loading numba takes half a second
+
+        half = half_auxk(centred, error, rows.share, rows.scale, W_enc, W_dec, b_enc=b_enc, k=k, tile_bytes=tile_bytes)
+        found = _AuxParts(half.variance, half.second_moment, rows.total @ half.squared, *half[3:])
+    else:
+        found = _product_by_product(centred, error, rows, W_enc, W_dec, b_enc, k, product_dtype, tile_bytes, kernels)
     rounding = torch.finfo(error.dtype).eps * found.second_moment  # a variance that is really 0
     scale = torch.where(found.variance > rounding, 1 / found.variance, 0).to(error.dtype)
     return AuxOutput(found.loss * scale, *(gradient.mul_(scale) for gradient in found[3:]))
@@ -109,7 +113,7 @@ class _AuxParts(NamedTuple):
     latent_sums: Tensor
 
 
-def _parts(
+def _product_by_product(
     centred: Tensor,
     error: Tensor,
     rows: RowWeights,
@@ -121,7 +125,7 @@ def _parts(
     tile_bytes: int,
     kernels: Kernels,
 ) -> _AuxParts:
-    """One product after the other, of as many rows as fit `tile_bytes`."""
+    """AuxK of as many rows as fit `tile_bytes` at a time."""
     scaled = error * rows.scale.unsqueeze(1)  # [N, D] the error in the loss's space
     mean = rows.share @ scaled / rows.share.sum()
     variance, second_moment = rows.share @ _squared(scaled - mean), rows.share @ _squared(scaled)
@@ -151,25 +155,6 @@ def _parts(
         gradients[1].add_(times(grad_out.t(), product_dtype)(active.t()))
         gradients[2].add_(grad_z.sum(dim=0))
     return _AuxParts(variance, second_moment, loss, *gradients)
-
-
-def _half_parts(
-    centred: Tensor,
-    error: Tensor,
-    rows: RowWeights,
-    W_enc: Tensor,
-    W_dec: Tensor,
-    b_enc: Tensor | None,
-    k: int,
-    _product_dtype: torch.dtype,
-    tile_bytes: int,
-    _kernels: Kernels,
-) -> _AuxParts:
-    """The same in half precision, by tiles that stay in a core's cache."""
-    from train.half_auxk import half_auxk  # here: loading numba takes half a second
-
-    half = half_auxk(centred, error, rows.share, rows.scale, W_enc, W_dec, b_enc=b_enc, k=k, tile_bytes=tile_bytes)
-    return _AuxParts(half.variance, half.second_moment, rows.total @ half.squared, *half[3:])
 
 
 def _squared(rows: Tensor) -> Tensor:
