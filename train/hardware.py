@@ -28,38 +28,38 @@ def resolve_device(name: str) -> torch.device:
 def resolve_product_dtype(name: str, device: torch.device) -> str:
     """The type of the encoder's product: `name`, or for "auto" the fastest that the hardware has instructions for.
 
-    By capability and not by a measurement, so that a resumed run finds what it had. `UsageError` for a float16 product
-    or an 8-bit screen where there is none.
+    By capability and not by a measurement, so that a resumed run finds what it had. `UsageError` for products of
+    integers where there are none.
     """
     if device.type == "cuda":
-        if name in _NEEDS:
+        if name in _INTEGERS:
             raise UsageError(
                 f"--dtype {name} is for CPUs; CUDA has --dtype bfloat16, which is as fast and cannot overflow"
             )
         if name == "auto":
             return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         return name
-    if name in _NEEDS and not _has(name):
+    if name in _INTEGERS and not _has_integer_products():
         raise UsageError(
-            f"--dtype {name} needs numba and a CPU with {_NEEDS[name]}: leave --dtype out for the fastest here"
+            f"--dtype {name} needs numba and a CPU with AVX512-VNNI: leave --dtype out for the fastest here"
         )
     if name == "auto":
         # There is no public question for it. Without AMX a bfloat16 product is slower than a float32 one.
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        return "bfloat16" if has_amx() else "int8" if _has("int8") else "float32"
+        return "bfloat16" if has_amx() else "int8" if _has_integer_products() else "float32"
     return name
 
 
-_NEEDS = {"float16": "AVX512-FP16", "int8": "AVX512-VNNI"}
-"""Types of product that are compiled here, for some processors."""
+_INTEGERS = ("int8", "int16")
+"""Types of product that are compiled here, for processors with AVX512-VNNI."""
 
 
-def _has(name: str) -> bool:
+def _has_integer_products() -> bool:
     if importlib.util.find_spec("numba") is None:
         return False
-    from train import kernels_half, screen  # here, because loading numba takes half a second
+    from train.kernels_int16 import integer_products_run  # here, because loading numba takes half a second
 
-    return kernels_half.half_products_run() if name == "float16" else screen.can_screen()
+    return integer_products_run()
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -1,11 +1,10 @@
-"""The loops of AuxK in half precision (`train.half_auxk`): all of a tile of rows while it is in a core's cache.
+"""The loops of AuxK in 16-bit integers (`train.tiled_auxk`): all of a tile of rows while it is in a core's cache.
 
 A tile is 140 rows. One thread takes it through the products of `train.losses.auxk`: the first three, of all latents for
 these rows, one after the other, with what lies between them (the k largest, the error that is left, its gradient)
 done to numbers that have not left the cache. The last two, of all rows for these latents, need every tile; so a tile
-leaves behind what they multiply: its inputs, activations and both gradients, rounded to float16 and packed. 70 pairs of
-rows are what `train.kernels_half` adds up in float16; so the scale of a latent's or a coordinate's numbers can be
-chosen for each tile, while they are at hand.
+leaves behind what they multiply: its inputs, activations and both gradients, rounded to 16 bits and packed. The scale
+of a latent's or a coordinate's numbers is chosen for each tile, while they are at hand; sums over tiles are float32.
 
 Shapes: A dead latents, D d_model, T tiles; wide: rounded up to whole panels of 32, with zeros.
 """
@@ -19,12 +18,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from train.kernels_compile import compiled, inlined
-from train.kernels_half import LANES, PANEL, ROWS, emit_block, everywhere, product_blocks
+from train.kernels_int16 import LANES, PANEL, ROWS, VECTORS, emit_block, everywhere, product_blocks, vector_at
 from train.kernels_tiles import FLOATS, INTS, MAGNITUDE, PAIRS, SLACK, TILE, pack_columns, pack_rows
 from train.kernels_topk import count_reaching, kth_largest
 
 UNIT_BLOCKS, UNIT_PANELS = 22, 9
 """Results of the last products that a thread takes at a time: so many fit its cache, a tile's operands with them."""
+
+_LEFT_BITS, _RIGHT_BITS = 12, 11
+"""Size of the whole numbers of the last products, without their signs: see `train.kernels_tiles`."""
 
 _NEAR = np.int32(1 << 19)
 """A sixteenth of a number or less, as a difference of the bits of floats."""
@@ -96,14 +98,14 @@ def tiles_of_rows(
             for r in range(n):
                 _copy(rows[r], x[r])
             rows = x
-        pack_columns(rows, columns, packed_inputs[t], inputs_unscale[t])
+        pack_columns(rows, columns, packed_inputs[t], inputs_unscale[t], _RIGHT_BITS)
         packed = pack_rows(rows, left, encoder.shape[1], unscale)[:blocks]
         product_blocks(0, a_units, packed, unscale, encoder, encoder_unscale, z)
         z[n:] = 0
 
         for r in range(n):
             bound = _keep_largest(z[r], bias, k, bound, keys, near, alive[r])
-        pack_columns(z, columns, packed_active[t], active_unscale[t])
+        pack_columns(z, columns, packed_active[t], active_unscale[t], _LEFT_BITS)
         packed = pack_rows(z, left, decoder.shape[1], unscale)[:blocks]
         product_blocks(0, d_units, packed, unscale, decoder, decoder_unscale, x)
         x[n:] = 0
@@ -111,7 +113,7 @@ def tiles_of_rows(
         part = slice(first, first + n)
         moments[t, 0] = _mean_error(error[part], weight[part], scale[part], means[t])
         moments[t, 1] = _output_gradients(error[part], weight[part], scale[part], means[t], squared[part], x)
-        pack_columns(x, columns, packed_grads[t], grads_unscale[t])
+        pack_columns(x, columns, packed_grads[t], grads_unscale[t], _RIGHT_BITS)
         packed = pack_rows(x, left, back.shape[1], unscale)[:blocks]
         product_blocks(0, a_units, packed, unscale, back, back_unscale, z)
         z[n:] = 0
@@ -119,7 +121,7 @@ def tiles_of_rows(
         latent_sums[t] = 0
         for r in range(n):
             _mask(z[r], alive[r], latent_sums[t])
-        pack_columns(z, columns, packed_grad_z[t], grad_z_unscale[t])
+        pack_columns(z, columns, packed_grad_z[t], grad_z_unscale[t], _LEFT_BITS)
 
 
 @compiled
@@ -366,7 +368,16 @@ def _add_tile(typing_context: Any, left: Any, right: Any, unscale_left: Any, uns
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         left, right, unscale_left, unscale_right, sums = arguments
-        emit_block(builder, left, right, sums, ir.Constant(ir.IntType(64), PAIRS), unscale_left, unscale_right)
+        fma_type = ir.FunctionType(FLOATS, [FLOATS, FLOATS, FLOATS])
+        fma = cgutils.get_or_insert_function(builder.module, fma_type, "llvm.fma.v16f32")
+        columns = [builder.load(vector_at(builder, unscale_right, 64 * j, FLOATS), align=4) for j in range(VECTORS)]
+        for r, news in enumerate(emit_block(builder, left, right, ir.Constant(ir.IntType(64), PAIRS))):
+            row = everywhere(builder, builder.load(vector_at(builder, unscale_left, 4 * r, ir.FloatType()), align=4))
+            for j, (new, column) in enumerate(zip(news, columns, strict=True)):
+                number = builder.fmul(builder.sitofp(new, FLOATS), row)
+                place = vector_at(builder, sums, 4 * (r * PANEL + j * LANES), FLOATS)
+                total = builder.call(fma, [number, column, builder.load(place, align=4)])
+                builder.store(total, place, align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), emit

@@ -1,8 +1,9 @@
-"""Tiles of float32 rows, packed for half-precision products while they are in a core's cache: `train.kernels_auxk`.
+"""Tiles of float32 rows, packed for 16-bit products while they are in a core's cache: `train.kernels_auxk`.
 
-A tile is 140 rows: ten left blocks of `train.kernels_half`, and, taken by columns, the 70 pairs that it adds up in
-float16. Numbers are scaled by powers of two that bring the largest magnitude to 4..8. That bounds sums as norms below
-128 do, and takes integer operations alone. Not here: whole matrices (`train.kernels_half.Packed`).
+A tile is 140 rows: ten left blocks of `train.kernels_int16`, scaled as there by their norms; or, taken by columns, 70
+pairs. A column is scaled by a power of two that brings its largest magnitude below a given one, which takes integer
+operations alone: 140 products below 2^12 * 2^11 add up to less than 2^31. Not here: whole matrices
+(`train.kernels_int16.Packed`).
 
 Shapes: wide columns, a multiple of 32; width of a panel, 14 or 32.
 """
@@ -16,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from train.kernels_compile import inlined
-from train.kernels_half import LANES, PANEL, ROWS, everywhere, round_to_half
+from train.kernels_int16 import LANES, PANEL, ROWS, everywhere, rounded_bits, scale_of, vector_at
 
 BLOCKS = 10
 TILE = BLOCKS * ROWS
@@ -35,17 +36,32 @@ INTS = ir.VectorType(ir.IntType(32), LANES)
 
 
 @inlined
-def _scale_bits(largest):
-    """Bits of the power of two that brings numbers to 4..8 of which the largest magnitude has these bits; of its
-    inverse."""
-    exponent = min(max(largest >> 23, np.int32(28)), np.int32(228))
-    back = np.int32(exponent - 2) << 23 if largest < INFINITY else np.int32(0x7FC00000)
-    return np.int32(256 - exponent) << 23, back
+def _scale_bits(largest, below):
+    """Bits of the power of two that brings numbers below 2^below of which the largest magnitude has these bits, to the
+    upper half of that range; and of its inverse."""
+    exponent = min(max(largest >> 23, np.int32(28)), np.int32(228))  # of a float32 number in its bits: 126 is 1/2..1
+    back = np.int32(exponent + 1 - below) << 23 if largest < INFINITY else np.int32(0x7FC00000)
+    return np.int32(253 - exponent + below) << 23, back
 
 
 @inlined
-def pack_columns(rows, memory, pairs, unscale):
-    """pairs [blocks, 70, width], unscale [blocks * width]: the columns of rows [140, wide], pairs of rows together."""
+def _square(row):
+    """A row's squared norm, to six digits."""
+    quick = np.float32(0)
+    for j in range(row.size):
+        quick += row[j] * row[j]
+    square = np.float64(quick)
+    if not 1e-30 < square < 1e30:  # numbers that cannot be squared in float32, or none
+        square = np.float64(0)
+        for j in range(row.size):
+            square += np.float64(row[j]) * np.float64(row[j])
+    return square
+
+
+@inlined
+def pack_columns(rows, memory, pairs, unscale, below):
+    """pairs [blocks, 70, width], unscale [blocks * width]: the columns of rows [140, wide], pairs of rows together, in
+    whole numbers below 2^below."""
     width, wide = pairs.shape[2], rows.shape[1]
     bits, unscale_bits = rows.view(np.int32), unscale.view(np.int32)
     largest, scale = memory[0], memory[1]
@@ -56,7 +72,7 @@ def pack_columns(rows, memory, pairs, unscale):
             one, two = max(a[j] & MAGNITUDE, b[j] & MAGNITUDE), max(c[j] & MAGNITUDE, d[j] & MAGNITUDE)
             largest[j] = max(largest[j], max(one, two))
     for j in range(unscale.size):
-        scale[j], unscale_bits[j] = _scale_bits(largest[j])
+        scale[j], unscale_bits[j] = _scale_bits(largest[j], below)
     source, by, out = rows.ctypes.data, scale.ctypes.data, pairs.ctypes.data
     group = 4  # blocks at a time: long enough runs of a row, and few enough to be written to
     for start in range(0, pairs.shape[0], group):
@@ -76,16 +92,10 @@ def pack_columns(rows, memory, pairs, unscale):
 def pack_rows(rows, memory, depth, unscale):
     """A left operand [10, depth pairs, 14] in `memory`, and unscale [140], of rows [140, wide]."""
     wide = rows.shape[1]
-    bits, unscale_bits = rows.view(np.int32), unscale.view(np.int32)
     scale = np.empty(ROWS, np.float32)
-    scale_bits = scale.view(np.int32)
     for b in range(BLOCKS):
         for r in range(ROWS):
-            row = bits[b * ROWS + r]
-            largest = np.int32(0)
-            for j in range(wide):
-                largest = np.int32(max(largest, np.int32(row[j] & MAGNITUDE)))  # int32: more in a vector than int64
-            scale_bits[r], unscale_bits[b * ROWS + r] = _scale_bits(largest)
+            scale[r], unscale[b * ROWS + r] = scale_of(_square(rows[b * ROWS + r]))
         for j in range(0, wide, 2 * LANES):
             _pack_block(  # pyright: ignore[reportCallIssue]
                 rows[b * ROWS].ctypes.data + 4 * j,
@@ -98,7 +108,7 @@ def pack_rows(rows, memory, depth, unscale):
 
 @intrinsic
 def _pack_two_rows(typing_context: Any, even: Any, odd: Any, scale: Any, out: Any, count: Any) -> Any:
-    """out int32 [count <= 16] = even * scale as float16, with odd * scale above; addresses but for `count`.
+    """out int32 [count <= 16] = even * scale, rounded, with odd * scale above; addresses but for `count`.
 
     Of the others 16 numbers are read.
     """
@@ -106,12 +116,9 @@ def _pack_two_rows(typing_context: Any, even: Any, odd: Any, scale: Any, out: An
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         even, odd, scale = (builder.inttoptr(a, FLOATS.as_pointer()) for a in arguments[:3])
         by = builder.load(scale, align=4)
-        shorts = ir.VectorType(ir.IntType(16), LANES)
-        low, high = (
-            builder.zext(builder.bitcast(round_to_half(builder, builder.load(row, align=4), by), shorts), INTS)
-            for row in (even, odd)
-        )
-        both = builder.or_(low, builder.shl(high, ir.Constant(INTS, [16] * LANES)))
+        low, high = (rounded_bits(builder, builder.load(row, align=4), by) for row in (even, odd))
+        low, shift = builder.and_(low, ir.Constant(INTS, [0xFFFF] * LANES)), ir.Constant(INTS, [16] * LANES)
+        both = builder.or_(low, builder.shl(high, shift))
         _store(builder, both, *arguments[3:])
         return context.get_dummy_value()
 
@@ -125,18 +132,17 @@ def _pack_block(typing_context: Any, source: Any, stride: Any, scale: Any, out: 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, stride, scale, out = arguments
         i32, i64 = ir.IntType(32), ir.IntType(64)
+        shorts = ir.VectorType(ir.IntType(16), 2 * LANES)
+        low_halves = ir.Constant(ir.VectorType(i32, 2 * LANES), list(range(0, 4 * LANES, 2)))
         vectors = []
         for r in range(ROWS):
             row = builder.add(source, builder.mul(stride, ir.Constant(i64, r)))
-            number = builder.load(
-                builder.inttoptr(builder.add(scale, ir.Constant(i64, 4 * r)), ir.FloatType().as_pointer()), align=4
-            )
-            by = everywhere(builder, number)
-            parts = []
-            for offset in (0, 4 * LANES):
-                place = builder.inttoptr(builder.add(row, ir.Constant(i64, offset)), FLOATS.as_pointer())
-                parts.append(round_to_half(builder, builder.load(place, align=4), by))
-            joined = builder.shuffle_vector(*parts, ir.Constant(ir.VectorType(i32, 2 * LANES), list(range(2 * LANES))))
+            by = everywhere(builder, builder.load(vector_at(builder, scale, 4 * r, ir.FloatType()), align=4))
+            parts = [
+                rounded_bits(builder, builder.load(vector_at(builder, row, offset, FLOATS), align=4), by)
+                for offset in (0, 4 * LANES)
+            ]
+            joined = builder.shuffle_vector(*(builder.bitcast(part, shorts) for part in parts), low_halves)
             vectors.append(builder.bitcast(joined, INTS))
         vectors += [ir.Constant(INTS, None)] * (LANES - ROWS)
         for p, pair in enumerate(_transposed(builder, vectors)):

@@ -23,7 +23,6 @@ Not here: gradients; activations other than the k largest.
 Shapes: N vectors, D d_model, M n_latents, k active latents a vector.
 """
 
-import functools
 import math
 
 import numpy as np
@@ -33,7 +32,7 @@ from torch import Tensor
 from train import kernels_screen as loops
 from train.kernels import SparseCodes, choose_kernels
 from train.kernels_compile import even_chunks, run_chunks
-from train.kernels_half import cpu_features
+from train.kernels_int16 import integer_products_run
 
 TILE_BYTES = 16 * 2**20
 """Products of vectors that the screen leaves out that are held at once."""
@@ -47,12 +46,6 @@ SIGMAS = 8.0
 _MANY = 64  # latents for each of the k, so that it pays
 _FIRST_SAMPLE = 4  # panels after which bounds are first drawn up
 _LEAST_NORM = 1e-3  # of the largest row's: smaller rows are given that norm's margin
-
-
-@functools.cache
-def can_screen() -> bool:
-    """Whether this processor has the instruction."""
-    return cpu_features().get("avx512vnni", False)
 
 
 class Screen:
@@ -91,7 +84,7 @@ class Screen:
         and a machine that can."""
         m, d = W_enc.shape
         shaped = W_enc.dtype == torch.float32 and W_enc.device.type == "cpu" and d % 16 == 0 and m >= _MANY * k
-        return shaped and can_screen()
+        return shaped and integer_products_run()
 
     @torch.no_grad()
     def topk_relu(self, centred: Tensor, k: int) -> SparseCodes:

@@ -22,12 +22,7 @@ def surroundings(plan: RunPlan) -> dict[str, str]:
         found[plan.kernels] = _version(_PACKAGES[plan.kernels])
     if plan.device == "cuda":
         return found | {"card": torch.cuda.get_device_name()}
-    half = False
-    if plan.kernels == "numba" or plan.product_dtype == "int8":
-        from train.kernels_half import half_products_run  # here: loading numba takes half a second
-
-        half = half_products_run()
-    return found | {"cpu": torch.backends.cpu.get_cpu_capability() + (" FP16" if half else "")}
+    return found | {"cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:

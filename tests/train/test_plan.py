@@ -110,13 +110,11 @@ def test_auto_takes_the_product_that_the_hardware_is_fast_at(monkeypatch: pytest
         (True, False, "bfloat16"),
     ):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
-        monkeypatch.setattr("train.screen.can_screen", lambda vnni=vnni: vnni)
+        monkeypatch.setattr("train.kernels_int16.integer_products_run", lambda vnni=vnni: vnni)
         assert resolve_product_dtype("auto", cpu) == expected
         assert resolve_product_dtype("float32", cpu) == "float32"
-    with pytest.raises(UsageError, match="AVX512-VNNI"):
-        resolve_product_dtype("int8", cpu)
-    monkeypatch.setattr("train.kernels_half.half_products_run", lambda: False)
-    with pytest.raises(UsageError, match="AVX512-FP16"):
-        resolve_product_dtype("float16", cpu)
-    with pytest.raises(UsageError, match="bfloat16"):
-        resolve_product_dtype("float16", torch.device("cuda"))
+    for integers in ("int8", "int16"):
+        with pytest.raises(UsageError, match="AVX512-VNNI"):
+            resolve_product_dtype(integers, cpu)
+        with pytest.raises(UsageError, match="bfloat16"):
+            resolve_product_dtype(integers, torch.device("cuda"))

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from train.encode import encode_batch, encode_tiled
-from train.screen import Screen, can_screen
+from train.kernels_int16 import integer_products_run
+from train.screen import Screen
 
-pytestmark = pytest.mark.skipif(not can_screen(), reason="this processor does not multiply bytes fast")
+pytestmark = pytest.mark.skipif(not integer_products_run(), reason="this processor does not multiply bytes fast")
 
 
 def planted(n, d, m, seed, outlier=0.0):

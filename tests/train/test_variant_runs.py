@@ -16,9 +16,10 @@ from tests.support.stores import make_store, random_activations
 from tests.train.test_loop import StopAt, metrics, timeless
 from train import loop
 from train.config import TrainConfig
+from train.kernels_int16 import integer_products_run
 from train.loop import train
 from train.sae import load_checkpoint
-from train.screen import Screen, can_screen
+from train.screen import Screen
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "batchtopk": {"activation": "batchtopk"},
@@ -85,7 +86,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
     torch.testing.assert_close(load_checkpoint(config.out).sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(not can_screen(), reason="this processor does not multiply bytes fast")
+@pytest.mark.skipif(not integer_products_run(), reason="this processor does not multiply bytes fast")
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "matryoshka"])
 def test_screened_runs_learn_what_float32_ones_do_and_resume_to_the_same_bytes(
     tmp_path: Path, activation: str, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""AuxK in half precision on CPUs with AVX512-FP16: `train.losses.auxk` by tiles of rows that stay in a core's cache.
+"""AuxK in 16-bit integers on CPUs with AVX512-VNNI: `train.losses.auxk` by tiles of rows that stay in a core's cache.
 
 Shapes: N rows, D d_model, A dead latents.
 """
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from train import kernels_auxk as loops
 from train.kernels_compile import run_chunks
-from train.kernels_half import PANEL, ROWS, Packed
+from train.kernels_int16 import PANEL, ROWS, Packed
 from train.kernels_tiles import PAIRS, TILE
 
 
-class HalfAuxK(NamedTuple):
+class TiledAuxK(NamedTuple):
     """What `train.losses.auxk` asks of the rows; all gradients without the factor 1 / variance."""
 
     variance: Tensor
@@ -37,7 +37,7 @@ class HalfAuxK(NamedTuple):
     """[A]"""
 
 
-def half_auxk(
+def tiled_auxk(
     inputs: Tensor,
     error: Tensor,
     weight: Tensor,
@@ -48,7 +48,7 @@ def half_auxk(
     b_enc: Tensor | None,
     k: int,
     tile_bytes: int,
-) -> HalfAuxK:
+) -> TiledAuxK:
     """inputs, error [N, D]; weight, scale [N] as `RowWeights.share` and `.scale`; W_enc, W_dec [A, D]; b_enc [A].
 
     Rows are taken together for the last two products until an operand has `tile_bytes`.
@@ -87,7 +87,7 @@ def half_auxk(
             operands = (memory[:count] for memory in (*left, *right))
             run_chunks(loops.add_gradients, range(units + 1), *operands, out.numpy())
     sums = torch.from_numpy(latent_sums[:, :n_dead]).sum(dim=0)
-    return HalfAuxK(*_merged(moments, means), squared, W_enc_grad, W_dec_grad, sums)
+    return TiledAuxK(*_merged(moments, means), squared, W_enc_grad, W_dec_grad, sums)
 
 
 def _panels(n_tiles: int, columns: int, width: int) -> tuple[Any, Any]:

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from train.kernels_half import HalfProduct, half_product, half_products_run
+from train.kernels_int16 import Int16Product, int16_product, integer_products_run
 
-if not half_products_run():
-    pytest.skip("this processor has no float16 arithmetic (AVX512-FP16)", allow_module_level=True)
+if not integer_products_run():
+    pytest.skip("this processor has no fast products of integers (AVX512-VNNI)", allow_module_level=True)
 
 from train.encode import encode_tiled
 from train.kernels import choose_kernels
@@ -33,26 +33,26 @@ def test_errors_are_small_beside_the_norms(n: int, m: int, d: int, scale: float,
     left, right = scale * torch.randn(n, d, generator=generator), torch.randn(m, d, generator=generator)
     expected = left.double() @ right.double().T
     norms = left.double().norm(dim=1, keepdim=True) * right.double().norm(dim=1)
-    assert ((half_product(left, right) - expected).abs() / norms).max() < TOLERANCE
+    assert ((int16_product(left, right) - expected).abs() / norms).max() < TOLERANCE
 
 
 def test_small_whole_numbers_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-3, 4, (s, 50), generator=generator).float() for s in (20, 70))
     left[0], right[1] = 0, 0
-    assert torch.equal(half_product(left, right), left @ right.T)
+    assert torch.equal(int16_product(left, right), left @ right.T)
 
 
 def test_bits_depend_on_the_two_rows_alone() -> None:
     left, right = torch.randn(60, 100), torch.randn(90, 100)
-    whole = half_product(left, right)
-    assert torch.equal(whole[13:37, 40:77], half_product(left[13:37], right[40:77]))
+    whole = int16_product(left, right)
+    assert torch.equal(whole[13:37, 40:77], int16_product(left[13:37], right[40:77]))
     out = torch.empty(60, 90)
-    assert torch.equal(HalfProduct(right)(left, out), out)
+    assert torch.equal(Int16Product(right)(left, out), out)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(5)
-        assert torch.equal(half_product(left, right), whole)
+        assert torch.equal(int16_product(left, right), whole)
     finally:
         torch.set_num_threads(threads)
 
@@ -61,13 +61,13 @@ def test_what_is_not_finite_shows_in_its_own_row() -> None:
     left = torch.randn(3, 10)
     left[1, 4] = torch.nan
     left[2, 5] = torch.inf
-    z = half_product(left, torch.randn(7, 10))
+    z = int16_product(left, torch.randn(7, 10))
     assert z[0].isfinite().all()
     assert not z[1:].isfinite().any()
 
 
 def test_wrong_shapes_are_named() -> None:
-    product = HalfProduct(torch.randn(4, 10))
+    product = Int16Product(torch.randn(4, 10))
     with pytest.raises(ValueError, match=r"left: expected \[n, 10\], found \[2, 9\]"):
         product(torch.randn(2, 9))
     with pytest.raises(ValueError, match="out: expected contiguous"):
@@ -79,7 +79,7 @@ def test_codes_are_those_of_a_float32_product_but_for_close_calls() -> None:
     x, W = (torch.randn(rows, 64, generator=generator) for rows in (200, 400))
     W /= W.norm(dim=1, keepdim=True)
     exact = encode_tiled(x, W, 8)
-    half = encode_tiled(x, W, 8, product_dtype=torch.float16, tile_bytes=50_000)
+    half = encode_tiled(x, W, 8, product_dtype=torch.int16, tile_bytes=50_000)
     assert (exact.values - half.values).abs().max() < 0.02
     same = (exact.indices.unsqueeze(2) == half.indices.unsqueeze(1)).any(dim=2)
     assert same.float().mean() > 0.99
@@ -87,7 +87,7 @@ def test_codes_are_those_of_a_float32_product_but_for_close_calls() -> None:
 
 def test_the_transpose_of_contiguous_memory_is_packed_as_its_copy_is() -> None:
     left, right = torch.randn(45, 51), torch.randn(45, 70)  # over 45 rows, an odd depth
-    assert torch.equal(half_product(left.t(), right.t()), half_product(left.t().contiguous(), right.t().contiguous()))
+    assert torch.equal(int16_product(left.t(), right.t()), int16_product(left.t().contiguous(), right.t().contiguous()))
 
 
 def test_gradients_of_auxk_are_near_those_in_float64() -> None:
@@ -106,7 +106,7 @@ def test_gradients_of_auxk_are_near_those_in_float64() -> None:
             tile_bytes=30_000,
             kernels=choose_kernels(W),
         )
-        for kind, product in ((torch.float32, torch.float16), (torch.float64, torch.float64))
+        for kind, product in ((torch.float32, torch.int16), (torch.float64, torch.float64))
     )
     for half, exact in zip(found, expected, strict=True):
         assert (half - exact).norm() < 5e-3 * exact.norm()

@@ -1,4 +1,4 @@
-"""AuxK by tiles in half precision, against a dense version in float64 whose choice of latents it is given."""
+"""AuxK by tiles in 16-bit integers, against a dense version in float64 whose choice of latents it is given."""
 
 import numpy as np
 import pytest
@@ -9,23 +9,23 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from train.kernels_half import half_products_run
+from train.kernels_int16 import integer_products_run
 
-if not half_products_run():
-    pytest.skip("this processor has no float16 arithmetic (AVX512-FP16)", allow_module_level=True)
+if not integer_products_run():
+    pytest.skip("this processor has no fast products of integers (AVX512-VNNI)", allow_module_level=True)
 
 from train import kernels_auxk
-from train.half_auxk import HalfAuxK, half_auxk
 from train.kernels import choose_kernels
 from train.kernels_compile import compiled
 from train.losses import auxk, row_weights
+from train.tiled_auxk import TiledAuxK, tiled_auxk
 
 TOLERANCE = 0.02
 """Of a gradient's norm. (Of a single product of nearly orthogonal vectors it would not hold.)"""
 
 
 class Case:
-    """Inputs of AuxK. Pre-activations are whole numbers times powers of two, exact in float16, so that which are the
+    """Inputs of AuxK. Pre-activations are whole numbers times powers of two, exact in 16 bits, so that which are the
     largest is no close call; rows and latents differ in scale by up to 2^spread."""
 
     def __init__(self, n: int, d: int, n_dead: int, seed: int = 0, spread: int = 0, *, bias: bool = False) -> None:
@@ -44,9 +44,9 @@ class Case:
         self.W_dec = torch.randn(n_dead, d, generator=generator) / d
         self.b_enc = whole(n_dead) if bias else None
 
-    def half(self, k: int, tile_bytes: int = 2**20) -> HalfAuxK:
+    def tiled(self, k: int, tile_bytes: int = 2**20) -> TiledAuxK:
         given = (self.inputs, self.error, self.weight, self.scale, self.W_enc, self.W_dec)
-        return half_auxk(*given, b_enc=self.b_enc, k=k, tile_bytes=tile_bytes)
+        return tiled_auxk(*given, b_enc=self.b_enc, k=k, tile_bytes=tile_bytes)
 
     def dense(self, k: int) -> tuple[Tensor, ...]:
         """squared, and the gradients of the loss before it is normalised, by autograd in float64."""
@@ -78,28 +78,28 @@ class Case:
 )
 def test_gradients_against_autograd(n: int, d: int, n_dead: int, k: int, seed: int, spread: int, bias: bool) -> None:
     case = Case(n, d, n_dead, seed, spread, bias=bias)
-    half, expected = case.half(min(k, n_dead)), case.dense(min(k, n_dead))
-    for found, exact in zip(half[2:], expected, strict=True):
+    tiled, expected = case.tiled(min(k, n_dead)), case.dense(min(k, n_dead))
+    for found, exact in zip(tiled[2:], expected, strict=True):
         assert (found - exact).norm() <= TOLERANCE * exact.norm()
     weight, scaled = case.weight.double(), case.error.double() * case.scale.double().unsqueeze(1)
     mean = weight @ scaled / weight.sum()
     second_moment = weight @ scaled.square().sum(dim=1)
     rounding = 1e-6 * second_moment.item()
     variance = weight @ (scaled - mean).square().sum(dim=1)
-    torch.testing.assert_close(half.variance, variance, rtol=1e-4, atol=rounding)
-    torch.testing.assert_close(half.second_moment, second_moment, rtol=1e-4, atol=rounding)
+    torch.testing.assert_close(tiled.variance, variance, rtol=1e-4, atol=rounding)
+    torch.testing.assert_close(tiled.second_moment, second_moment, rtol=1e-4, atol=rounding)
 
 
 def test_bits_do_not_depend_on_threads() -> None:
     case = Case(450, 40, 70)
-    whole = case.half(20)
+    whole = case.tiled(20)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(5)
-        assert all(torch.equal(a, b) for a, b in zip(case.half(20), whole, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(case.tiled(20), whole, strict=True))
     finally:
         torch.set_num_threads(threads)
-    for one, other in zip(case.half(20, tile_bytes=1), whole, strict=True):  # a tile at a time: added in another order
+    for one, other in zip(case.tiled(20, tile_bytes=1), whole, strict=True):  # a tile at a time: added in another order
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -150,7 +150,7 @@ def _loss(case: Case, kernels_name: str = "numba") -> tuple[Tensor, ...]:
         case.W_enc,
         case.W_dec,
         k=90,  # all: `torch.topk` chooses among ties as it likes
-        product_dtype=torch.float16,
+        product_dtype=torch.int16,
         tile_bytes=2**20,
         kernels=choose_kernels(case.inputs, kernels_name),
     )
