@@ -11,6 +11,9 @@ from typing import Literal
 
 from store.errors import UsageError
 
+DEFAULT_EXPANSION_FACTOR = 16
+"""Where neither it nor a number of latents is given."""
+
 _MOST_THREADS = 1024
 """Of a hundred thousand the process dies without a word."""
 
@@ -25,8 +28,8 @@ class TrainConfig:
     out: Path = Path("ckpt.pt")
     """Checkpoint to write; metrics go beside it, to NAME.metrics.jsonl, and the resolved flags to NAME.config.toml."""
 
-    expansion_factor: float = 16
-    """Latents per dimension of the residual stream; n_latents is this times d_model."""
+    expansion_factor: float | None = None
+    """Latents per dimension of the residual stream; n_latents is this times d_model; default: 16."""
 
     n_latents: int | None = None
     """Number of latents, instead of an expansion factor."""
@@ -238,6 +241,11 @@ class TrainConfig:
             )
         if self.prefixes is not None and self.activation != "matryoshka":
             raise UsageError(f"--prefixes is for --activation matryoshka, not for {self.activation}")
+        if self.n_latents is not None and self.expansion_factor is not None:
+            raise UsageError(
+                f"--n-latents {self.n_latents} and --expansion-factor {self.expansion_factor:g} both say how many "
+                "latents: give one of them, on the command line or in a --config file"
+            )
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs both say how long to train: give one of them")
         if self.resume and self.overwrite:

@@ -88,8 +88,13 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
         if len(set(read)) != len(read):
             raise UsageError(f"--sweep {word}: a value is there twice")
         axes[name] = read
-    if "expansion_factor" in axes and ("n_latents" in axes or config.n_latents is not None):
-        raise UsageError("--sweep: n_latents and expansion_factor both say how many latents: give one of them")
+    sizes = ("n_latents", "expansion_factor")
+    given = [name for name in sizes if name in axes or getattr(config, name) is not None]
+    if given == list(sizes) and any(name in axes for name in sizes):
+        raise UsageError(
+            "--sweep: n_latents and expansion_factor both say how many latents: give one of them, in the sweep or for "
+            "all its runs"
+        )
     return axes
 
 

@@ -17,7 +17,7 @@ import torch
 from store.activations import ActivationStore
 from store.errors import IncompatibleError, UsageError
 from store.plan import validation_documents
-from train.config import TrainConfig
+from train.config import DEFAULT_EXPANSION_FACTOR, TrainConfig
 from train.hardware import resolve_device, resolve_product_dtype
 from train.kernels import choose_kernels
 from train.losses import dead_threshold
@@ -177,7 +177,7 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
     meta = store.meta
     layers = stored_layers(store, config.layers)
     streamed = tuple(meta.layers[i] for i in layers)
-    n_latents = config.n_latents or round(config.expansion_factor * meta.d_model)
+    n_latents = config.n_latents or round((config.expansion_factor or DEFAULT_EXPANSION_FACTOR) * meta.d_model)
     if config.per_layer == "total":
         n_latents = max(1, n_latents // len(layers))
     vectors_per_epoch = int(split.train.sum()) * len(layers)

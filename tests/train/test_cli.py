@@ -128,6 +128,29 @@ def test_wrong_input_gets_one_line_and_its_exit_code(
     assert not out.exists()
 
 
+def test_the_number_of_latents_is_said_once(
+    store: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line, in a file, or in both; what a run leaves says it once, so it can be given back."""
+    options = tmp_path / "options.toml"
+    options.write_text("expansion-factor = 2\n")
+    both = "--n-latents 600 and --expansion-factor 2 both say how many latents: give one of them"
+    out = tmp_path / "ckpt.pt"
+    for flags in (["--expansion-factor", "2"], ["--config", str(options)]):
+        assert main(command(store, out, *flags)[3:]) == 2
+        printed = capsys.readouterr().err
+        assert both in printed
+        assert printed.count("\n") == 1
+    options.write_text("expansion_factor = 2.0\nn_latents = 600\n")
+    assert main(["--store", str(store), "--out", str(out), "--config", str(options)]) == 2
+    assert both in capsys.readouterr().err
+    assert not out.exists()
+    left = whole.with_name("ckpt.config.toml")
+    assert "expansion_factor" not in left.read_text()
+    assert main(["--config", str(left), "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_sweep_killed_at_random_moments_ends_with_the_same_bytes(store: Path, tmp_path: Path) -> None:

@@ -187,6 +187,21 @@ def test_what_cannot_be_swept_is_refused_by_name(config: TrainConfig, sweep: str
     assert not list(config.out.parent.iterdir())
 
 
+def test_a_sweep_and_a_flag_do_not_both_say_how_many_latents(config: TrainConfig) -> None:
+    both = r"--sweep: n_latents and expansion_factor both say how many latents"
+    factor = replace(config, n_latents=None, expansion_factor=2.0)
+    for contradicting in (
+        replace(factor, sweep=("n_latents=20,40",)),
+        replace(config, sweep=("expansion_factor=1,2",)),
+        replace(config, n_latents=None, sweep=("n_latents=20", "expansion_factor=1,2")),
+    ):
+        with pytest.raises(UsageError, match=both):
+            expand(contradicting, [0])
+    specs = expand(replace(config, n_latents=None, sweep=("n_latents=20,40",)), [0])
+    assert [(spec.config.n_latents, spec.config.expansion_factor) for spec in specs] == [(20, None), (40, None)]
+    assert expand(replace(factor, sweep=("expansion_factor=1,4",)), [0])[1].config.expansion_factor == 4
+
+
 def test_a_field_is_named_once(config: TrainConfig) -> None:
     with pytest.raises(UsageError, match="names k twice"):
         expand(replace(config, sweep=("k=2", "k=4")), [0])
