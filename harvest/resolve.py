@@ -33,6 +33,8 @@ _BATCH_TOKENS = 8192
 _BATCH_TOKENS_ON_CPU = 1024
 # Options that came after the first stores: a record without one was made as if by this value.
 _VALUES_BEFORE = {"dataset_weights": None, "shuffle_documents": None, "pack": True}
+_NAMES_OF = {"model_fingerprint": "model", "lens_hash": "lens"}
+"""Content hashes of what is local, and the fields with its name, which is that of its folder or file."""
 _PACKAGES = ("residscope", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
 
 
@@ -189,15 +191,22 @@ def _for_each(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapping[str, Any]) -> None:
+def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapping[str, Any]) -> list[str]:
     """`IncompatibleError` that names every field in which a store's record differs from this run's. An option that came
-    after the store counts as its value before."""
+    after the store counts as its value before. A model or lens that has another name now and the same content hash is
+    the same: gives a line for the user of each."""
     if stored is None:
         raise IncompatibleError(
             f"{out} was not made by harvest; choose another --out, or give --overwrite to start anew"
         )
     stored = {**_VALUES_BEFORE, **stored}
     names = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
+    renamed = [
+        name
+        for content, name in _NAMES_OF.items()
+        if name in names and stored.get(content) is not None and stored.get(content) == record.get(content)
+    ]
+    names = [name for name in names if name not in renamed]
     if names:
         found = "; ".join(
             f"{name} is {_shown(stored.get(name))} there and {_shown(record.get(name))} here" for name in names
@@ -208,6 +217,11 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
             f"{out} was made with other options: {found}. Give the same options to continue it, another --out, or"
             " --overwrite to start anew"
         )
+    return [
+        f"the {name} {record[name]!r} is what {out} has as {stored[name]!r}: the contents have the same hash; the store"
+        " keeps that name"
+        for name in renamed
+    ]
 
 
 def make_provenance(

@@ -162,7 +162,8 @@ def _reopen(config: HarvestConfig, settings: Settings, record: dict[str, Any]) -
     """Open the store at --out to continue it, after its record is found to be this run's."""
     reader = ActivationStore.open(config.out, partial=True)
     provenance = reader.meta.provenance
-    refuse_differences(config.out, provenance.get("config"), record)
+    for note in refuse_differences(config.out, provenance.get("config"), record):
+        print(note, file=sys.stderr)
     missing = len(reader.missing_shards())
     if missing:
         print(

@@ -11,6 +11,7 @@ import pytest
 
 from harvest import run
 from harvest.hub import HubRepo
+from harvest.options_file import options_file
 from harvest.repair import prepare
 from harvest.resolve import make_record
 from harvest.run import harvest
@@ -19,6 +20,8 @@ from store.errors import IncompatibleError, Interrupted, ResidscopeError
 from store.repair import repair
 from store.verify import verify
 from tests.harvest.conftest import MakeConfig, ModelFolder, crash_after, tree
+from tests.harvest.test_lens import write_lens
+from tests.support.models import D_MODEL
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -138,6 +141,36 @@ def test_changed_text_or_another_model_is_refused(
     (text_folder / "0.txt").write_text("changed")
     with pytest.raises(IncompatibleError, match="dataset_revision"):
         harvest(config())
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_model_and_a_lens_that_were_renamed_go_on(
+    config: MakeConfig, model_folder: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their hashes say what they are; the store keeps the names that it had, so that its bytes are the same."""
+    lens = write_lens(tmp_path / "lens", n_layers=3, d_model=D_MODEL)
+    model = Path(shutil.copytree(model_folder("gpt2"), tmp_path / "model"))
+    whole = harvest(config(model=str(model), lens=str(lens), out=tmp_path / "whole.zarr"))
+    options = config(model=str(model), lens=str(lens))
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(RuntimeError, match="crash"):
+            harvest(options)
+    moved = tmp_path / "elsewhere" / "my-gpt2"
+    moved.parent.mkdir()
+    model.rename(moved)
+    lens = lens.rename(tmp_path / "fitted")
+    capsys.readouterr()
+    again = harvest(config(model=str(moved), lens=str(lens)))
+    said = capsys.readouterr().err
+    for kind, now, before in (("model", "my-gpt2", "model"), ("lens", "fitted", "lens")):
+        assert f"the {kind} '{now}' is what {options.out} has as '{before}': the contents have the same hash" in said
+    assert (again.model, again.content_hash) == ("model", whole.content_hash)
+    assert tree(options.out) == tree(Path(whole.out))
+    assert str(moved) in options_file(options.out).read_text(), "where a repair will look"
+    with pytest.raises(IncompatibleError, match="max_tokens is 1000000 there and 100 here") as caught:
+        harvest(config(model=str(moved), lens=str(lens), max_tokens=100))
+    assert "model is" not in str(caught.value), "what does not stand in the way is not named"
 
 
 def test_a_byte_of_the_weights_that_changed_in_between_is_found(
