@@ -1,10 +1,14 @@
 """How well the autoencoder reconstructs each layer, and what the layers' vectors look like: sums that add over tokens,
 and the numbers that they give.
 
-    FVU_l    = sum |x - x_hat|^2 / sum |x - mean_l|^2      raw space, mean_l per dimension, over the same vectors; lower
-    is better MSE_l    = sum |x - x_hat|^2 / (n d_model)             raw space, so it grows with the square of a layer's
-    norm; lower is better L0_l     = mean number of latents with a value > 0 norm_l   = mean L2 norm of x cosine_l =
-    mean cosine between x_l - m_l and x_{l+1} - m_{l+1} of the same token, m the means of the store's kept tokens
+    FVU_l    = sum |x - x_hat|^2 / sum |x - mean_l|^2   raw space, mean_l per dimension, over the same vectors; lower is
+                                                        better
+    MSE_l    = sum |x - x_hat|^2 / (n d_model)          raw space, so it grows with the square of a layer's norm; lower
+                                                        is better
+    L0_l     = mean number of latents with a value > 0
+    norm_l   = mean L2 norm of x
+    cosine_l = mean cosine between x_l - m_l and x_{l+1} - m_{l+1} of the same token, m the means of the store's kept
+               tokens
 
 Deviations are taken from m, given in advance, and summed in float64: sum |x - mean_l|^2 = sum |x - m|^2 - |sum (x -
 m)|^2 / n, in which nothing cancels, because m is (nearly) the mean. So one reading is enough, with massive activations

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from analysis.config import AnalyzeConfig
 from analysis.latents import CodeTile
 
-BYTES_PER_CODE = 8
-"""A float32 value and an int32 index; float64 takes half as much again."""
+BYTES_PER_CODE = {"float32": 8, "bfloat16": 8, "float64": 12}
+"""A value and an int32 index, by the analysis's dtype; with bfloat16 products values are float32."""
 
 SHARE_OF_DISK = 0.25
 """Of the free space, that may be used."""
@@ -28,7 +28,7 @@ SHARE_OF_DISK = 0.25
 def folder_for(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, places: int) -> str | None:
     """A new folder in `out` to keep codes in, `places` for each vector; None if no part needs them, if the store keeps
     them, or if they take too much space."""
-    size = n_tokens * n_layers * places * BYTES_PER_CODE
+    size = n_tokens * n_layers * places * BYTES_PER_CODE[config.dtype]
     if config.save_latents or not config.examples or size > SHARE_OF_DISK * shutil.disk_usage(out).free:
         return None
     folder = out / "codes"

@@ -242,7 +242,7 @@ def _provenance(found: Findings) -> dict[str, Any]:
             "k": sae.k,
             "d_model": sae.d_model,
             "expansion_factor": sae.n_latents / sae.d_model,
-            "trained_tokens": _trained_tokens(checkpoint),
+            "trained_tokens": trained_tokens(checkpoint),
             "store_content_hash": checkpoint.store.get("content_hash"),
         },
         "analysis": {
@@ -255,13 +255,16 @@ def _provenance(found: Findings) -> dict[str, Any]:
     }
 
 
-def _trained_tokens(checkpoint: Checkpoint) -> int | None:
+def trained_tokens(checkpoint: Checkpoint) -> int | None:
     """Tokens of training, repeats included, as far as the checkpoint tells."""
-    plan = checkpoint.trainer.get("config") or {}
-    step, batch, layers = checkpoint.trainer.get("step"), plan.get("batch_size"), plan.get("layers")
+    trainer, plan = checkpoint.trainer, checkpoint.trainer.get("config") or {}
+    step, batch, layers = trainer.get("step"), plan.get("batch_size"), plan.get("layers")
     if not (step and batch and layers):
         return None
-    return min(step * batch, plan.get("vectors", step * batch)) // len(layers)
+    if trainer.get("vectors"):  # its own: of one of a --per-layer set, those of its layer
+        return trainer["vectors"] // len(layers)
+    streamed = plan.get("stream_layers") or layers
+    return min(step * batch, plan.get("vectors", step * batch)) // len(streamed)
 
 
 def versions() -> dict[str, str]:

@@ -115,7 +115,7 @@ def _zeros(like: Weights) -> Weights:
 
 
 def scaling_law_lr(n_latents: int) -> float:
-    """Gao et al. 2024, section 2.4 and appendix A.3: the learning rate falls with the square root of the dictionary."""
+    """After Gao et al. 2024, figure 3: the best learning rate falls with the square root of the dictionary's size."""
     return 2e-4 / (n_latents / 2**14) ** 0.5
 
 

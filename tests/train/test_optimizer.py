@@ -36,6 +36,14 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 399])
+def test_the_rate_is_the_formula_of_method_md(steps: int) -> None:
+    w, d = round(0.02 * steps), round(0.2 * steps)
+    expected = [3e-4 * min((s + 1) / (w + 1), 1, (steps - s) / (d + 1)) for s in range(steps)]
+    rates = [learning_rate(s, steps, 3e-4, warmup_fraction=0.02, decay_fraction=0.2) for s in range(steps)]
+    assert rates == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
 def test_no_step_has_a_rate_of_zero(steps: int) -> None:
     rates = [learning_rate(s, steps, 2.0, warmup_fraction=0.05, decay_fraction=1.0) for s in range(steps)]
