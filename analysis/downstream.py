@@ -36,7 +36,7 @@ from harvest.checks import check_logits, check_model
 from harvest.lens import TunedLens
 from harvest.models import LoadedModel
 from store.activations import ActivationStore
-from store.errors import ResidscopeError
+from store.errors import IncompatibleError
 from train.sae import MLSAE
 
 Replace = Callable[[Tensor, int], Tensor]
@@ -174,7 +174,7 @@ def measure_downstream(
     lens: what the store's vectors went through (`analysis.transformer.lens_of_store`); the layers' means are taken back
     through it. counted: bool [T], default all; of these, kept ones with a next token count. max_tokens: counted tokens
     at most, of sequences spread evenly over the store. Raises `IncompatibleError` if the model or the lens is not the
-    store's, `ResidscopeError` if nothing counts or the model's logits cannot be made from its last block's output.
+    store's, if nothing counts, or if the model's logits cannot be made from its last block's output.
     """
     check_model(store, model, lens)
     chosen = tuple(store.meta.layers if layers is None else sorted(set(layers)))
@@ -189,7 +189,7 @@ def measure_downstream(
     everything = np.ones(store.meta.n_tokens, bool)
     batches = sequence_batches(store.tokens, everything if counted is None else counted, max_tokens, batch_tokens)
     if not batches:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{store.path}: no token to measure at: none of the chosen documents' kept tokens has a next token in its"
             " sequence; choose other documents, or harvest longer sequences"
         )

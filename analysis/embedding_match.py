@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from harvest.lens import TunedLens
 from harvest.models import LoadedModel
-from store.errors import ResidscopeError
+from store.errors import IncompatibleError
 
 TILE_BYTES = 64 * 2**20
 """Cosines held at once, float32."""
@@ -43,10 +43,10 @@ class Nearest(NamedTuple):
 
 def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> Tensor:
     """The centred embedding of each token of the tokenizer, float32 [V, D], through the lens where there is one. Raises
-    `ResidscopeError` if the model has no embedding with a weight [V, D]."""
+    `IncompatibleError` if the model has no embedding with a weight [V, D]."""
     weight = getattr(model.base.get_input_embeddings(), "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{model.spec.name} ({model.architecture}): the embedding should have a weight of {model.d_model} columns"
         )
     rows = weight[: len(model.tokenizer)].to(torch.float32, copy=True)

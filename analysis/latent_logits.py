@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from harvest.models import LoadedModel
-from store.errors import ResidscopeError
+from store.errors import IncompatibleError
 
 N_TOKENS = 10
 """Tokens shown at each end."""
@@ -101,10 +101,10 @@ def norm_gain(norm: nn.Module, d_model: int) -> NormGain | None:
 
 def reading_directions(model: LoadedModel) -> tuple[Tensor, bool]:
     """r_v of each token of the tokenizer, float32 [V, D], and whether the final norm's gain is in it. Raises
-    `ResidscopeError` if the model has no unembedding with a weight [V, D]."""
+    `IncompatibleError` if the model has no unembedding with a weight [V, D]."""
     weight = getattr(model.unembedding, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{model.spec.name} ({model.architecture}): the unembedding should have a weight of {model.d_model} columns"
         )
     rows = weight[: len(model.tokenizer)].to(torch.float32, copy=True)  # rows beyond the tokenizer are padding

@@ -27,7 +27,7 @@ from analysis.quality import GroupQuality, LayerQuality, sum_in_order
 from analysis.selection import Selection, Split, held_out_documents, select
 from store.activations import ActivationStore
 from store.codes import KeptCodes
-from store.errors import IncompatibleError, Interrupted, ResidscopeError
+from store.errors import IncompatibleError, Interrupted
 from store.verify import require_sound
 from train.kernels import SparseCodes
 from train.sae import Standardized
@@ -201,7 +201,7 @@ def measure(work: Work, shards: Sequence[int]) -> Sums:
             sums.moments.add(values, indices, selection.group[token])
         except ValueError:
             where = tuple(int(i) for i in np.argwhere(~((values >= 0) & np.isfinite(values)))[0])
-            raise ResidscopeError(
+            raise IncompatibleError(
                 f"{work.sae} on {work.store}: the activation is {values[where]} at layer {layers[where[1]]}, token "
                 f"{token[where[0]]} of the store: it should be finite and at least 0; look at the store with "
                 "`residscope verify`, and at the autoencoder's weights"
@@ -301,7 +301,7 @@ def tiles(
     store: ActivationStore, layers: tuple[int, ...], shards: Sequence[int], needed: NDArray[np.bool_]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """The needed tokens of some shards, a tile at a time: their positions in the store [T] and their vectors float32
-    [T, L, D]. `ResidscopeError` where a number is not finite."""
+    [T, L, D]. `IncompatibleError` where a number is not finite."""
     size = store.meta.chunk_tokens
     size *= max(1, TILE_BYTES // (size * len(layers) * store.meta.d_model * 4))
     for shard in shards:
@@ -332,7 +332,7 @@ def _refuse_not_finite(
     store: ActivationStore, layers: tuple[int, ...], token: NDArray[np.int64], x: NDArray[np.float32]
 ) -> None:
     where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
-    raise ResidscopeError(
+    raise IncompatibleError(
         f"{store.path}, layer {store.meta.layers[layers[where[1]]]}, token {token[where[0]]} of the store, dimension "
         f"{where[2]}: the value {x[where]} is no finite number, which `harvest` never writes: look with `residscope "
         "verify`, or harvest anew"

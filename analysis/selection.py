@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.arrays import TokenTable
-from store.errors import IncompatibleError, ResidscopeError
+from store.errors import IncompatibleError
 from store.plan import validation_documents
 
 Split = Literal["all", "train", "validation"]
@@ -74,13 +74,13 @@ def select(
     """Masks for `split`; each mask keeps its first `max_tokens` tokens in store order.
 
     held_out: bool [n_documents] from `held_out_documents`. need_validation False leaves `validation` and `fit` empty.
-    Raises `ResidscopeError` if the split is empty.
+    Raises `IncompatibleError` if the split is empty.
     """
     is_held_out = held_out[tokens.document]
     of_split = {"all": tokens.keep, "train": tokens.keep & ~is_held_out, "validation": tokens.keep & is_held_out}
     analysed = _first(of_split[split], max_tokens)
     if not analysed.any():
-        raise ResidscopeError(f"no token to analyse: the {split} split of this store is empty. {_WAY_OUT[split]}")
+        raise IncompatibleError(f"no token to analyse: the {split} split of this store is empty. {_WAY_OUT[split]}")
     some_held_out = need_validation and bool(of_split["validation"].any())
     none = np.zeros_like(analysed)
     group, n_documents, n_groups = _document_groups(tokens.document, analysed, n_latents)

@@ -12,7 +12,7 @@ from harvest.lens import TunedLens
 from harvest.models import LoadedModel, ModelSpec
 from harvest.residual import ResidualRecorder
 from store.activations import ActivationStore
-from store.errors import IncompatibleError, ResidscopeError
+from store.errors import IncompatibleError
 
 _CHECKED_TOKENS = 32
 _CHECKED_ERROR = 0.2
@@ -62,14 +62,14 @@ def check_model(store: ActivationStore, model: LoadedModel, lens: TunedLens | No
 
 @torch.inference_mode()
 def check_logits(model: LoadedModel, input_ids: torch.Tensor) -> None:
-    """`ResidscopeError` where `model.logits` of the last block's output are not the model's own logits, for the first
+    """`IncompatibleError` where `model.logits` of the last block's output are not the model's own logits, for the first
     of the token ids int64 [B, N]: an architecture with more after its blocks than a norm and an unembedding."""
     few = input_ids[:1, :_CHECKED_TOKENS]
     expected = model.causal_lm(input_ids=few.to(model.device), use_cache=False).logits.float()
     found = model.logits(ResidualRecorder(model, [model.n_layers - 1]).record(few)[0]).float()
     error = (found - expected).norm() / expected.norm()
     if not error.item() <= _LOGITS_ERROR:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{model.spec.name} ({model.architecture}): final norm and unembedding of the last block's output do not"
             f" give the model's logits (relative error {error.item():.2g}); this architecture cannot be measured here"
         )

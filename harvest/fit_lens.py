@@ -152,7 +152,7 @@ def _require_tokens(part: np.ndarray, d_model: int) -> None:
             what = {Part.FIT: "to fit on", Part.CHOOSE: "to choose the penalty on", Part.HELD_OUT: "to measure on"}[
                 kind
             ]
-            raise ResidscopeError(
+            raise IncompatibleError(
                 f"too little text: {found} kept tokens {what}, d_model {d_model} needs at least {least}; give more"
                 " documents, or raise --max-tokens"
             )
@@ -259,7 +259,7 @@ def _trained(
     share = max(_KL_SHARE, wanted / len(usable))
     chosen[usable[np.random.default_rng(config.seed).random(len(usable)) < share]] = True
     if chosen.sum() < config.kl_batch:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"too little text: {int(chosen.sum())} tokens for KL training in steps of {config.kl_batch}; raise"
             " --max-tokens, or lower --kl-batch"
         )

@@ -25,7 +25,7 @@ from typing import Any
 from harvest.aliases import PACKAGED
 from harvest.hub import first_line
 from store.console import human_bytes
-from store.errors import ResidscopeError
+from store.errors import IncompatibleError, ResidscopeError
 
 _BLOCK = 1 << 22
 _EXACT_PARAMETERS = 1_000_000_000
@@ -73,8 +73,8 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
     """A folder with the model of `file` (its SHA-256 is `digest`) as config, tokenizer and safetensors; unpacks it
     the first time.
 
-    Raises `ResidscopeError` where the file is not a GGUF file that transformers can read, or the cache cannot be
-    written.
+    Raises `IncompatibleError` where the file is not a GGUF file that transformers can read, `ResidscopeError` where
+    the cache cannot be written.
     """
     import transformers
 
@@ -150,8 +150,8 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
         raise _unreadable(file, error) from error
 
 
-def _unreadable(file: GgufFile, error: BaseException) -> ResidscopeError:
-    return ResidscopeError(
+def _unreadable(file: GgufFile, error: BaseException) -> IncompatibleError:
+    return IncompatibleError(
         f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "
         "It may be damaged, or of an architecture that transformers does not take from GGUF"
     )
@@ -164,7 +164,7 @@ def _check_readable(file: GgufFile) -> None:
     with file.parts[0].open("rb") as stream:
         found = stream.read(4)
     if found != b"GGUF":
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{file.name}: not a GGUF file (it should begin with b'GGUF', found {found!r}); download it again"
         )
 

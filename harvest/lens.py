@@ -113,7 +113,7 @@ class TunedLens:
             matrix = torch.eye(self.d_model, dtype=torch.float64) + self.weights[i].cpu().double()
             factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
             if info.item() != 0:
-                raise ResidscopeError(f"lens {self.name}: translator {i} cannot be inverted (I + W is singular)")
+                raise IncompatibleError(f"lens {self.name}: translator {i} cannot be inverted (I + W is singular)")
             self._factors[i] = factor, pivots
         return self._factors[i]
 
@@ -129,7 +129,7 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
     if path.is_dir():
         folder, shown = path, path.resolve().name
     elif path.exists():
-        raise UsageError(f"--lens {name} is a file: give the folder that holds {' and '.join(_FILES)}")
+        raise IncompatibleError(f"--lens {name} is a file: give the folder that holds {' and '.join(_FILES)}")
     elif name.startswith((".", "/", "~")):
         raise UsageError(f"--lens {name}: there is no such folder. {_FIT_ONE}")
     else:
@@ -142,7 +142,7 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
             raise type(error)(f"--lens {name}: no folder here, and {error}") from error
     for file in _FILES:
         if not (folder / file).is_file():
-            raise UsageError(f"--lens {name}: the folder has no {file}; a lens has {' and '.join(_FILES)}")
+            raise IncompatibleError(f"--lens {name}: the folder has no {file}; a lens has {' and '.join(_FILES)}")
     return _read(folder, shown, n_layers, d_model, indexing)
 
 

@@ -23,7 +23,7 @@ from harvest.models import LoadedModel
 from harvest.residual import ResidualRecorder
 from store.activations import ActivationStore
 from store.arrays import TokenTable
-from store.errors import ResidscopeError
+from store.errors import IncompatibleError
 from store.plan import permutation, validation_documents
 
 CHOOSE_FRACTION = 0.1
@@ -62,10 +62,10 @@ Reader = Callable[[Span], list[Tensor]]
 
 
 def parts(tokens: TokenTable, held_out_fraction: float, seed: int) -> np.ndarray:
-    """The `Part` of each token, uint8 [T]. `ResidscopeError` where there are too few documents for all three."""
+    """The `Part` of each token, uint8 [T]. `IncompatibleError` where there are too few documents for all three."""
     n_documents = int(tokens.document.max()) + 1
     if n_documents < 3:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"a lens needs at least 3 documents (to fit on, to choose the penalty on, to measure on), found"
             f" {n_documents}: give more text, or text that is cut into documents (a .txt file is one)"
         )

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from harvest.hub import first_line
-from store.errors import ResidscopeError, UsageError
+from store.errors import IncompatibleError, UsageError
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20
@@ -24,11 +24,11 @@ _BLOCK_BYTES = 1 << 17
 
 def find_files(dataset: str) -> list[Path] | None:
     """The files of a local data set, in order; None where the name is not a local one. `UsageError` where it is, and
-    there is nothing."""
+    there is nothing; `IncompatibleError` where what is there is no text of a known kind."""
     path = Path(dataset).expanduser()
     if path.is_file():
         if suffix_of(path) is None:
-            raise UsageError(
+            raise IncompatibleError(
                 f"--dataset {dataset}: unknown kind of file; known are {', '.join(_SUFFIXES)}: make it one of these"
             )
         return [path]
@@ -37,12 +37,14 @@ def find_files(dataset: str) -> list[Path] | None:
     elif any(sign in dataset for sign in "*?["):
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         found = sorted(file for file in map(Path, matches) if file.is_file() and suffix_of(file))
+        if not matches:
+            raise UsageError(f"--dataset {dataset}: no file has such a name")
     elif dataset.startswith((".", "/", "~")) or suffix_of(path):
         raise UsageError(f"--dataset {dataset}: there is no such file or folder")
     else:
         return None
     if not found:
-        raise UsageError(f"--dataset {dataset}: no {', '.join(_SUFFIXES)} file there")
+        raise IncompatibleError(f"--dataset {dataset}: no {', '.join(_SUFFIXES)} file there")
     return found
 
 
@@ -71,7 +73,7 @@ def file_documents(files: list[Path], column: str) -> Iterator[str]:
             else:
                 yield from _json_documents(path, column, _UNPACK.get(suffix or ""))
         except UnicodeDecodeError as error:
-            raise ResidscopeError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+            raise IncompatibleError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
 
 
 def _json_documents(
@@ -83,12 +85,12 @@ def _json_documents(
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ResidscopeError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+                    raise IncompatibleError(f"{path} line {number}: not valid JSON ({error.msg})") from None
                 except UnicodeDecodeError as error:
                     where = f"{path} line {number}: not UTF-8 text (byte {error.start} of the line)"
-                    raise ResidscopeError(f"{where}; convert it to UTF-8") from None
+                    raise IncompatibleError(f"{where}; convert it to UTF-8") from None
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
-                    raise ResidscopeError(f"{path} line {number}: not readable JSON ({error})") from None
+                    raise IncompatibleError(f"{path} line {number}: not readable JSON ({error})") from None
                 yield text_of(row, column, f"{path} line {number}")
 
 
@@ -98,9 +100,9 @@ def _gunzipped_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         with gzip.open(raw) as stream:
             yield from stream
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise ResidscopeError(f"{path}: not valid gzip data ({error}); download it again") from None
+        raise IncompatibleError(f"{path}: not valid gzip data ({error}); download it again") from None
     except EOFError:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{path}: the file ends within its gzip data, so it was cut short; download it again"
         ) from None
 
@@ -122,9 +124,9 @@ def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
                     block = frame.unused_data
                     frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
     except zstandard.ZstdError as error:
-        raise ResidscopeError(f"{path}: not valid zstd data ({error}); download it again") from None
+        raise IncompatibleError(f"{path}: not valid zstd data ({error}); download it again") from None
     if begun:
-        raise ResidscopeError(f"{path}: the file ends within its zstd data, so it was cut short; download it again")
+        raise IncompatibleError(f"{path}: the file ends within its zstd data, so it was cut short; download it again")
     yield line
 
 
@@ -148,13 +150,13 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own for damaged pages has none
-        raise ResidscopeError(f"{path}: not a valid parquet file ({first_line(error)})") from None
+        raise IncompatibleError(f"{path}: not a valid parquet file ({first_line(error)})") from None
 
 
 def text_of(row: Any, column: str, where: str) -> str:
     """The text of a row; empty where it is null, U+FFFD for what is no character."""
     if not isinstance(row, dict):
-        raise ResidscopeError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
+        raise IncompatibleError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
     if column not in row:
         raise _no_column(where, column, list(row))
     text = row[column]

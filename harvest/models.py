@@ -24,7 +24,7 @@ from harvest import gguf
 from harvest.aliases import hub_id, suggestions
 from harvest.hub import first_line, pin, quiet
 from harvest.soundness import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
-from store.errors import ResidscopeError, UsageError
+from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.memory import keep_freed_memory
 
 _TOKENIZER_FILES = (
@@ -107,7 +107,7 @@ class LoadedModel:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm between the last block and the unembedding; `ResidscopeError` where it has no name that is
+        """The norm between the last block and the unembedding; `IncompatibleError` where it has no name that is
         known."""
         blocks_name = next(name for name, module in self.base.named_modules() if module is self.blocks)
         parent = self.base.get_submodule(blocks_name.rpartition(".")[0])
@@ -115,7 +115,7 @@ class LoadedModel:
             found = getattr(parent, name, None)
             if isinstance(found, nn.Module):
                 return found
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{self.spec.name} ({self.architecture}): no final norm beside the blocks; its children are"
             f" {[name for name, _ in parent.named_children()]}, the names that are known {list(_FINAL_NORM_NAMES)}"
         )
@@ -124,13 +124,13 @@ class LoadedModel:
     def unembedding(self) -> nn.Module:
         """The linear map from the normed residual stream to logits; its weight is [V, D]."""
         if self.without_head:
-            raise ResidscopeError(
+            raise IncompatibleError(
                 f"{self.spec.name}: the file of its weights has no LM head, so that nothing can be predicted; give the"
                 f" model as {self.architecture} saves it"
             )
         found = self.causal_lm.get_output_embeddings()
         if not isinstance(found, nn.Module):
-            raise ResidscopeError(f"{self.spec.name} ({self.architecture}): no unembedding is to be found")
+            raise IncompatibleError(f"{self.spec.name} ({self.architecture}): no unembedding is to be found")
         return found
 
     def logits(self, residual: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def resolve_model(name: str, *, revision: str | None = None, random_init: bool =
     """The model that `name` stands for: a local folder, a GGUF file, a short name, or a hub id, in this order.
 
     Hashes local files, or asks the hub for the commit. Raises `UsageError` where there is no such model,
-    `ResidscopeError` where it cannot be reached or read.
+    `IncompatibleError` where what is there is none, `ResidscopeError` where the hub cannot be reached.
     """
     quiet()
     path = Path(name).expanduser()
@@ -199,7 +199,8 @@ def load_model(
     """The model's weights in `dtype` on `device`, in evaluation mode, and its tokenizer unless one is given.
 
     Random weights are drawn in float32 and then rounded, so that they do not depend on `dtype`. Raises
-    `ResidscopeError` where anything cannot be loaded or the blocks are not found.
+    `IncompatibleError` where anything is missing or damaged or the blocks are not found, `ResidscopeError` where it
+    cannot be downloaded or does not fit the memory.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -214,7 +215,7 @@ def load_model(
     )  # Llama 4 misnames its own.
     base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
-        raise ResidscopeError(f"{spec.name} ({architecture}): the model without its LM head is not to be found")
+        raise IncompatibleError(f"{spec.name} ({architecture}): the model without its LM head is not to be found")
     refuse_missing(spec.name, missing, prefix)
     blocks = find_blocks(base, n_layers_of(config))
     blocks_name = next(name for name, module in base.named_modules() if module is blocks)
@@ -235,7 +236,7 @@ def load_model(
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The transformer blocks of a model: its unique shallowest ModuleList of length `n_layers`. `ResidscopeError`
+    """The transformer blocks of a model: its unique shallowest ModuleList of length `n_layers`. `IncompatibleError`
     where there is none, or more than one."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [(name.count("."), name, module) for name, module in lists if len(module) == n_layers]
@@ -243,12 +244,12 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
     if len(shallowest) == 1:
         return shallowest[0][2]
     if shallowest:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{type(model).__name__}: the transformer blocks are ambiguous:"
             f" {', '.join(name for _, name, _ in shallowest)} all have {n_layers} modules at the same depth"
         )
     seen = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
-    raise ResidscopeError(
+    raise IncompatibleError(
         f"{type(model).__name__}: no list of {n_layers} transformer blocks, as many as its configuration says; lists"
         f" found: {seen}"
     )
@@ -326,7 +327,9 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
         failed, way_out = "cannot be loaded", "; save or download the model again, or give another"
         if what == "forward pass":
             failed, way_out = "fails", ""
-        raise ResidscopeError(
+        # What is on the hub may be whole, and the network not.
+        kind = ResidscopeError if spec.source == "hub" and what != "forward pass" else IncompatibleError
+        raise kind(
             f"{spec.name}: its {what} {failed} ({type(error).__name__}: {first_line(error)}){way_out}"
         ) from error
 
@@ -334,11 +337,11 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
 def _folder_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
     folder = path.resolve()
     if not (folder / "config.json").is_file():
-        raise UsageError(
+        raise IncompatibleError(
             f"model {path}: the folder has no config.json; give a folder that transformers' save_pretrained wrote"
         )
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UsageError(
+        raise IncompatibleError(
             f"model {path}: the folder has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}); save the model's tokenizer"
             " there too"
         )
@@ -346,7 +349,7 @@ def _folder_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
     if not random_init:
         weights = next((found for pattern in _WEIGHT_PATTERNS if (found := sorted(folder.glob(pattern)))), None)
         if weights is None:
-            raise UsageError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHT_PATTERNS)})")
+            raise IncompatibleError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHT_PATTERNS)})")
         files += weights
     return ModelSpec(
         name=folder.name,
@@ -360,7 +363,7 @@ def _folder_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
 
 def _file_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
     if path.suffix.lower() != ".gguf":
-        raise UsageError(
+        raise IncompatibleError(
             f"model {path}: a file should be a .gguf file; give the folder that holds config.json for other formats"
         )
     return _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name, random_init, seed)

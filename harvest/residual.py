@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harvest.models import LoadedModel
-from store.errors import ResidscopeError, UsageError
+from store.errors import IncompatibleError, ResidscopeError, UsageError
 
 
 class ResidualRecorder:
@@ -46,7 +46,7 @@ class ResidualRecorder:
         """Run token ids int64 [B, N]; call `consume(i, residual [B, N, D])` for the i-th chosen layer as soon as its
         block is done.
 
-        `residual` is the model's own tensor: copy it, do not change it. `ResidscopeError` where a block did not run
+        `residual` is the model's own tensor: copy it, do not change it. `IncompatibleError` where a block did not run
         exactly once, or the device's memory is too small.
         """
         seen: list[int] = []
@@ -67,7 +67,7 @@ class ResidualRecorder:
             for handle in handles:
                 handle.remove()
         if seen != list(range(len(self.layers))):
-            raise ResidscopeError(
+            raise IncompatibleError(
                 f"{self._model.spec.name} ({self._model.architecture}): blocks {list(self.layers)} should run once"
                 f" each, in order; they ran as {[self.layers[i] for i in seen]}"
             )
@@ -80,7 +80,7 @@ class ResidualRecorder:
             expected = (*input_ids.shape, self._model.d_model)
             if not isinstance(residual, Tensor) or tuple(residual.shape) != expected:
                 shape = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
-                raise ResidscopeError(
+                raise IncompatibleError(
                     f"layer {self.layers[index]}: the block's output should be {expected}, found {shape}"
                 )
             seen.append(index)

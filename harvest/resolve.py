@@ -22,7 +22,7 @@ from harvest.lens import TunedLens, load_lens
 from harvest.models import ModelSpec
 from harvest.texts import TextSource
 from harvest.tokens import Packing, make_packing
-from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.errors import IncompatibleError, UsageError
 from store.meta import ITEMSIZE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,7 +91,7 @@ def resolve(config: HarvestConfig) -> Settings:
     model_config = models.load_config(spec)
     n_layers, d_model = models.n_layers_of(model_config), models.d_model_of(model_config)
     if n_layers < 1:
-        raise UsageError(f"{spec.name}: its configuration says that it has {n_layers} blocks")
+        raise IncompatibleError(f"{spec.name}: its configuration says that it has {n_layers} blocks")
     layers = tuple(range(n_layers)) if wanted is None else wanted
     if layers[-1] >= n_layers:
         raise UsageError(f"--layers: {spec.name} has layers 0 to {n_layers - 1}, found {layers[-1]}")
@@ -144,9 +144,9 @@ def default_batch_size(context_length: int, bytes_per_token: int, device_type: s
 
 
 def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:
-    """`ResidscopeError` where the model's embedding has no row for one of some token ids."""
+    """`IncompatibleError` where the model's embedding has no row for one of some token ids."""
     if int(token_id.max()) >= settings.vocabulary:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{settings.spec.name}: the tokenizer gives token {int(token_id.max())}, the model's embedding has"
             f" {settings.vocabulary} rows; the tokenizer is another model's"
         )

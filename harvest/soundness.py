@@ -18,7 +18,7 @@ from torch import nn
 
 from harvest.hub import first_line
 from store.console import counted
-from store.errors import ResidscopeError, UsageError
+from store.errors import IncompatibleError, ResidscopeError
 
 _BLOCK = 1 << 22
 _TRIED_TOKENS = 16
@@ -27,18 +27,18 @@ _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}
 
 
 def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None:
-    """`ResidscopeError` where weights of the model without its LM head are not in the files."""
+    """`IncompatibleError` where weights of the model without its LM head are not in the files."""
     in_base = [name for name in missing if name.startswith(f"{base_prefix}.")]
     if in_base:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{model}: {len(in_base)} weights that its configuration asks for are not in its files, such as"
             f" {in_base[0]}; they would be random. Check that config.json belongs to the weights"
         )
 
 
 def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, blocks_name: str, n_layers: int) -> None:
-    """`ResidscopeError` where the files hold blocks that the configuration does not count; a note on stderr where they
-    hold other weights that the model does not use.
+    """`IncompatibleError` where the files hold blocks that the configuration does not count; a note on stderr where
+    they hold other weights that the model does not use.
 
     unused: names of such weights. blocks_name: of the list of blocks, in the model without its LM head.
     """
@@ -46,7 +46,7 @@ def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, bloc
     block = re.compile(rf"(?:{re.escape(base_prefix)}\.)?{re.escape(blocks_name)}\.(\d+)\.")
     beyond = [int(found[1]) for found in map(block.match, unused) if found and int(found[1]) >= n_layers]
     if beyond:
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"{model}: its files hold blocks 0 to {max(beyond)}, its configuration counts {n_layers}"
             f" (num_hidden_layers): check that config.json belongs to the weights. To store the first blocks alone,"
             f" --layers 0-{n_layers - 1}; to shorten a model for good, save it anew with save_pretrained"
@@ -58,7 +58,7 @@ def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, bloc
 
 @torch.inference_mode()
 def refuse_not_causal(model: str, architecture: str, base: Any, longest: int | None) -> None:
-    """`UsageError` where what comes later in a sequence changes the residual stream of earlier tokens: an encoder.
+    """`IncompatibleError` where later tokens change the residual stream of earlier ones: an encoder.
 
     longest: positions that the model takes. Other tokens in the second half of a short sequence must leave the first
     half as it was, but for rounding (experts compute together what falls to them).
@@ -73,14 +73,14 @@ def refuse_not_causal(model: str, architecture: str, base: Any, longest: int | N
     one, other = (base(input_ids=given, use_cache=False)[0][0, : n // 2].float() for given in (ids, changed))
     error = ((one - other).norm(dim=-1) / one.norm(dim=-1)).median().item()
     if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):
-        raise UsageError(
+        raise IncompatibleError(
             f"{model} ({architecture}): later tokens change the residual stream of earlier ones (by {error:.1g} of its"
             " norm), so that this is an encoder and no causal language model; give a model that predicts the next token"
         )
 
 
 def refuse_damaged_cache(model: str, snapshot: Path, names: Iterable[str]) -> None:
-    """`ResidscopeError` where a file of the hub's local cache is not what the hub gave. snapshot: the folder of links
+    """`IncompatibleError` where a file of the hub's local cache is not what the hub gave. snapshot: the folder of links
     of one commit; what is no link there, or not named by its hash, is not looked at."""
     for name in names:
         file = (snapshot / name).resolve()
@@ -95,7 +95,7 @@ def refuse_damaged_cache(model: str, snapshot: Path, names: Iterable[str]) -> No
         except OSError as error:
             raise ResidscopeError(f"{model}: {file} cannot be read ({first_line(error)})") from None
         if digest.hexdigest() != file.name:
-            raise ResidscopeError(
+            raise IncompatibleError(
                 f"{model}: {name} in the hub's local cache is damaged: its hash should be {file.name}, found"
                 f" {digest.hexdigest()}. Remove {file}, and it is downloaded again"
             )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from store.arrays import TokenTable
-from store.errors import ResidscopeError, UsageError
+from store.errors import IncompatibleError, UsageError
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 512
@@ -114,7 +114,7 @@ def encode_documents(
 
 
 def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> TokenTable:
-    """The table of at most `max_tokens` tokens, fewer where the documents run out. `ResidscopeError` where there is
+    """The table of at most `max_tokens` tokens, fewer where the documents run out. `IncompatibleError` where there is
     no text at all."""
     extra = np.array(packing.separator_ids if packing.packed else (), np.int32)
     more = packing.document_extra
@@ -128,7 +128,7 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
         n += len(found[-1]) + more
     n = min(n, limit)
     if n == 0:
-        raise ResidscopeError(
+        raise IncompatibleError(
             "there is no text: every document is empty, or there is none; check --dataset, --split and --text-column,"
             " or raise --max-tokens"
         )

@@ -120,8 +120,8 @@ class ActivationStore:
 
         partial: also open a store that lacks shards (reading one of those raises). writable: take the writer's lock,
         cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. Raises
-        `UsageError` when there is nothing, `IncompatibleError` when that is no store, or one of another version, or not
-        all of it; `ResidscopeError` when its metadata or manifest is damaged, or another process is writing it.
+        `UsageError` when there is nothing, `IncompatibleError` when that is no store, or one of another version, not
+        all of it, or its metadata or manifest is damaged; `ResidscopeError` when another process is writing it.
         """
         path = Path(path)
         require_store(path)
@@ -405,7 +405,7 @@ def require_store(path: Path) -> None:
 def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
     """The store's attributes; raises when the manifest, any array's metadata or the attributes are damaged."""
     if manifest.problems:
-        raise ResidscopeError(f"{path}: {manifest.problems[0]}. `residscope verify {path}` says what else is damaged")
+        raise IncompatibleError(f"{path}: {manifest.problems[0]}. `residscope verify {path}` says what else is damaged")
     for name in manifest.checksums:
         if name.endswith("zarr.json"):
             arrays.read_checked(path, name, manifest.checksums)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from store.activations import ActivationStore
-from store.errors import ResidscopeError
+from store.errors import IncompatibleError
 
 if TYPE_CHECKING:
     import dask.array
@@ -51,5 +51,5 @@ def _read_kept(
 ) -> np.ndarray:
     """Kept vectors of a shard. The hash is in the task's name too, so that no cache takes another store's for them."""
     if store.record(shard).xxh3_128 != xxh3_128:
-        raise ResidscopeError(f"{store.path}: shard {shard} has changed since the dask array was made; make it again")
+        raise IncompatibleError(f"{store.path}: shard {shard} has changed since the dask array was made; make it again")
     return store.read(slice(*store.meta.shard_bounds(shard)), layers)[kept]

@@ -7,19 +7,21 @@ expected, what was found, and what to do about it.
 
 
 class ResidscopeError(Exception):
-    """A run failed for a reason that the user can act on."""
+    """A run failed for a reason that the user can act on. Itself: what is asked for makes sense and what it names is
+    good, but the machine, the network or the work itself did not go through."""
 
     exit_code = 1
 
 
 class UsageError(ResidscopeError):
-    """The command line or the configuration makes no sense."""
+    """The command line or the configuration makes no sense, or names what is not there."""
 
     exit_code = 2
 
 
 class IncompatibleError(ResidscopeError):
-    """A store or checkpoint is of another kind, version, shape or configuration than what was asked of it."""
+    """What is named is there and cannot be used for this: a store, checkpoint, model, lens, text or analysis that is
+    damaged, no such thing, or of another kind, version, shape, configuration or content than what was asked of it."""
 
     exit_code = 3
 

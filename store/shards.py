@@ -17,7 +17,7 @@ from numcodecs.zstd import Zstd
 
 from store.checksums import crc32c
 from store.dtypes import STORAGE_DTYPE
-from store.errors import ResidscopeError
+from store.errors import IncompatibleError
 from store.mapped import MappedFile
 from store.meta import StoreMeta
 
@@ -28,7 +28,7 @@ _ABSENT = 0xFFFFFFFFFFFFFFFF
 _INDEX_ENTRY_BYTES = 16
 
 
-class DamagedError(ResidscopeError):
+class DamagedError(IncompatibleError):
     """A file of a store is missing, or is not what was written."""
 
     def __init__(self, path: Path, what: str) -> None:
@@ -106,7 +106,7 @@ class ShardReader:
     def read_chunk(self, chunk: int, layer: int, out: np.ndarray) -> None:
         """Fill `out`, uint8 [C * D * itemsize], with an inner chunk; `chunk` counts within the shard.
 
-        Raises `ResidscopeError` when its bytes are not those that were written.
+        Raises `DamagedError` when its bytes are not those that were written.
         """
         entry = 2 * (chunk * self._meta.n_layers + layer)
         offset, length = self.index[entry], self.index[entry + 1]

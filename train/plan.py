@@ -146,13 +146,13 @@ class RunPlan:
 
 
 def split_tokens(store: ActivationStore, fraction: float, seed: int) -> Split:
-    """Hold out whole documents; raises `UsageError` where that leaves nothing to train on."""
+    """Hold out whole documents; raises `IncompatibleError` where that leaves nothing to train on."""
     tokens = store.tokens
     n_documents = int(tokens.document.max()) + 1
     held_out = validation_documents(n_documents, fraction, seed)[tokens.document]
     split = Split(tokens.keep & ~held_out, tokens.keep & held_out, n_documents)
     if not split.train.any():
-        raise UsageError(
+        raise IncompatibleError(
             f"{store.path}: no kept token is left to train on, of {int(tokens.keep.sum())} kept in {n_documents} "
             f"documents with --validation-fraction {fraction}: harvest more text"
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from store.errors import ResidscopeError
+from store.errors import IncompatibleError
 from train.batches import Vectors
 from train.losses import LayerMoments
 from train.sae import Standardized, standardize_by_layer
@@ -47,10 +47,10 @@ class FixedStatistics(NamedTuple):
 
 
 def require_finite(x: Tensor, layer: Tensor, layers: Sequence[int]) -> None:
-    """`ResidscopeError` where a value of `x` [N, D] is not finite, naming its layer, one of `layers` by `layer` [N]."""
+    """`IncompatibleError` where a value of `x` [N, D] is not finite, with its layer, one of `layers` by `layer` [N]."""
     finite = x.isfinite().all(dim=1)  # [N]
     if not finite.all():
-        raise ResidscopeError(
+        raise IncompatibleError(
             f"layer {layers[int(layer[~finite][0])]}: the store holds values there that are not finite numbers, which "
             "`harvest` never writes: look with `residscope verify`, harvest anew, or leave the layer out with --layers"
         )
@@ -70,7 +70,7 @@ class StatisticsSums:
         self._seen = 0
 
     def add(self, x: Tensor, layer: Tensor) -> None:
-        """Count raw vectors `x` [N, D] of layers `layer` int64 [N]; `ResidscopeError` where a value is not finite."""
+        """Count raw vectors `x` [N, D] of layers `layer` int64 [N]; `IncompatibleError` where a value is not finite."""
         require_finite(x, layer, self._layers)
         x_std = x if self._standardize is None else self._standardize(x).x
         if self._standardized is None or self._raw is None:
@@ -83,13 +83,13 @@ class StatisticsSums:
         self._seen += len(x)
 
     def finish(self) -> FixedStatistics:
-        """The statistics; raises `ResidscopeError` naming a layer whose vectors do not vary."""
+        """The statistics; raises `IncompatibleError` naming a layer whose vectors do not vary."""
         standardized, raw = self._standardized, self._raw
         assert standardized is not None
         assert raw is not None
         for position, moments in ((p, m) for m in (standardized, raw) for p in range(len(self._layers))):
             if not moments.deviation[position] > 0:
-                raise ResidscopeError(
+                raise IncompatibleError(
                     f"layer {self._layers[position]}: {int(moments.vectors[position])} training vectors, and they do "
                     "not vary; FVU has no meaning there: harvest more text, or leave the layer out with --layers"
                 )
@@ -106,7 +106,7 @@ class StatisticsSums:
 def fixed_statistics(
     batches: Iterable[Vectors], standardize: Callable[[Tensor], Standardized] | None, layers: tuple[int, ...]
 ) -> FixedStatistics:
-    """Statistics of the first rows of `batches`; raises `ResidscopeError` naming a layer whose vectors do not vary.
+    """Statistics of the first rows of `batches`; raises `IncompatibleError` naming a layer whose vectors do not vary.
 
     The bias is taken in the space in which it is used: on standardised vectors, never on raw ones.
     """

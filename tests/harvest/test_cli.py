@@ -110,7 +110,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "data set name": ({"dataset": "no such set"}, 2, "neither a path that exists nor a hub id"),
     "missing column": ({"dataset": "rows.jsonl"}, 2, "no column 'text'; its columns are content, id"),
     "bad split": ({"split": "test"}, 2, "--split: local files have no splits"),
-    "no text": ({"dataset": "empty.txt"}, 1, "there is no text"),
+    "no text": ({"dataset": "empty.txt"}, 3, "there is no text"),
     "bad layers": ({"layers": "0-x"}, 2, "--layers should be block indices and ranges"),
     "layers beyond": ({"layers": "0-5"}, 2, "gpt2 has layers 0 to 2, found 5"),
     "context too long": ({"context_length": 100}, 2, "--context-length 100: gpt2 takes at most 64 tokens"),
@@ -122,8 +122,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "below a file": ({"out": "rows.jsonl/acts.zarr"}, 1, "rows.jsonl cannot be written to"),
     "no lens": ({"lens": "./nolens"}, 2, "--lens ./nolens: there is no such folder"),
     "another lens": ({"lens": "lens"}, 3, "is for 4 layers and d_model 8, the model has 3 and 32"),
-    "corrupt gguf": ({"model": "bad.gguf"}, 1, "bad.gguf: not a GGUF file"),
-    "corrupt weights": ({"model": "broken"}, 1, "broken: its model cannot be loaded"),
+    "corrupt gguf": ({"model": "bad.gguf"}, 3, "bad.gguf: not a GGUF file"),
+    "corrupt weights": ({"model": "broken"}, 3, "broken: its model cannot be loaded"),
+    "no model": ({"model": "other"}, 3, "model other: the folder has no config.json"),
+    "no kind of model": ({"model": "rows.jsonl"}, 3, "model rows.jsonl: a file should be a .gguf file"),
+    "no kind of text": ({"dataset": "bad.gguf"}, 3, "--dataset bad.gguf: unknown kind of file"),
+    "no texts": ({"dataset": "lens"}, 3, "file there"),
+    "torn text": ({"dataset": "torn.jsonl"}, 3, "torn.jsonl line 1: not valid JSON"),
+    "lens is a file": ({"lens": "./rows.jsonl"}, 3, "--lens ./rows.jsonl is a file: give the folder"),
+    "no such lens": ({"lens": "./other"}, 3, "--lens ./other: the folder has no"),
     "number": ({"max_tokens": 0}, 2, "--max-tokens should be at least 1, found 0"),
     "no number": ({"max_tokens": "many"}, 2, "argument --max-tokens: invalid int value: 'many'"),
 }
@@ -137,6 +144,7 @@ def test_a_mistake_gets_one_line_and_its_exit_code(
 
     (tmp_path / "rows.jsonl").write_text('{"content": "a", "id": 1}\n')
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "torn.jsonl").write_text('{"text": "a')
     (tmp_path / "bad.gguf").write_bytes(b"rubbish")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("x")

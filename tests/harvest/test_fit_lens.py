@@ -233,9 +233,9 @@ def test_mistakes_are_one_line(
 
     texts = tmp_path / "documents"
     refused(options(out=texts), 2, "documents exists already")
-    refused(options(max_tokens=100), 1, "at least 3 documents")
-    refused(options(dataset=texts / "[012].txt"), 1, "kept tokens to fit on, d_model 32 needs at least 64")
-    refused(options(kl_batch=5000), 1, "lower --kl-batch")
+    refused(options(max_tokens=100), 3, "at least 3 documents")
+    refused(options(dataset=texts / "[012].txt"), 3, "kept tokens to fit on, d_model 32 needs at least 64")
+    refused(options(kl_batch=5000), 3, "lower --kl-batch")
     refused(options(lr=1e30), 1, "diverged; try a lower --lr")
     refused(store("some.zarr", layers=("0-1",)), 3, "holds 2 of the model's 3 layers")
     refused(store("plain.zarr") | {"model": str(model_folder("gpt_neox"))}, 3, "content hash should be")

@@ -92,7 +92,7 @@ def test_lenses_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"no config\.json"):
+    with pytest.raises(IncompatibleError, match=r"no config\.json"):
         load(tmp_path / "empty")
 
 
@@ -178,5 +178,5 @@ def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
     folder = write_lens(tmp_path / "lens", base_model_name_or_path=5)
     with pytest.raises(IncompatibleError, match="names 5 as its base model, which is no name"):
         load(folder)
-    with pytest.raises(UsageError, match=r"params\.pt is a file: give the folder"):
+    with pytest.raises(IncompatibleError, match=r"params\.pt is a file: give the folder"):
         load(folder / "params.pt")

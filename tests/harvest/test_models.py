@@ -11,7 +11,7 @@ from torch import nn
 
 from harvest import hub, models
 from harvest.models import find_blocks, load_model, resolve_model
-from store.errors import ResidscopeError, UsageError
+from store.errors import IncompatibleError, ResidscopeError, UsageError
 from tests.harvest.conftest import ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
 
@@ -126,7 +126,8 @@ def test_names_that_are_no_models(tmp_path: Path, model_folder: ModelFolder, mon
         "a/b/c": "neither a path that exists nor a hub id",
     }
     for name, message in cases.items():
-        with pytest.raises(UsageError, match=message):
+        kind = IncompatibleError if Path(name).exists() else UsageError
+        with pytest.raises(kind, match=message):
             resolve_model(name)
     with pytest.raises(UsageError, match="has no revisions"):
         resolve_model("weightless", revision="main")

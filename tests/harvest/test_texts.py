@@ -16,7 +16,7 @@ from harvest import python_texts, texts
 from harvest.config import HarvestConfig
 from harvest.hub import HubRepo
 from harvest.texts import TextSource, open_sources
-from store.errors import ResidscopeError, UsageError
+from store.errors import IncompatibleError, ResidscopeError, UsageError
 
 ROWS = ["first document", "second\nwith a line", "third é"]
 
@@ -163,7 +163,7 @@ def test_local_names_that_are_not_there(name: str, tmp_path: Path, monkeypatch: 
 def test_a_file_of_another_kind_and_options_of_the_hub_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UsageError, match=r"known are \.txt"):
+    with pytest.raises(IncompatibleError, match=r"known are \.txt"):
         open_source(config(tmp_path / "a.csv"))
     for change in ({"split": "test"}, {"dataset_config": "x"}, {"dataset_revision": "main"}):
         for dataset in (tmp_path / "a.txt", "pydoc"):

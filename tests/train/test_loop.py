@@ -298,12 +298,12 @@ def test_an_incomplete_store_is_refused(config: TrainConfig, tmp_path: Path) -> 
 def test_too_little_text_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     nothing = np.zeros(40, bool)
     make_store(tmp_path / "none.zarr", random_activations(n_tokens=40), keep=nothing)
-    with pytest.raises(UsageError, match="no kept token is left to train on"):
+    with pytest.raises(IncompatibleError, match="no kept token is left to train on"):
         train(replace(config, store=tmp_path / "none.zarr"))
     one = nothing.copy()
     one[3] = True
     make_store(tmp_path / "one.zarr", random_activations(n_tokens=40), keep=one)
-    with pytest.raises(ResidscopeError, match="do not vary"):
+    with pytest.raises(IncompatibleError, match="do not vary"):
         train(replace(config, store=tmp_path / "one.zarr", validation_fraction=0.0))
 
 
