@@ -335,6 +335,12 @@ def test_intervals_are_over_documents(make: Make) -> None:
     assert measure_downstream(made.store, made.model, identity, lens=None).intervals() == {}
 
 
+def not_published(*args: Any, **options: Any) -> Any:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    raise LocalEntryNotFoundError("offline")
+
+
 def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, with_lens = make("llama"), make("llama", with_lens=True)
     other = tiny_model("llama", tmp_path / "llama", seed=1)
@@ -343,7 +349,7 @@ def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match="say where that is"):
         model_of_store(made.store)
     with monkeypatch.context() as patch:
-        patch.setattr("harvest.lens._download", lambda name: Path(str(tmp_path / name)))
+        patch.setattr("huggingface_hub.hf_hub_download", not_published)
         with pytest.raises(UsageError, match="say where that is"):
             lens_of_store(with_lens.store)
     lens_folder = write_lens(tmp_path / "lens", N_LAYERS["llama"])
