@@ -74,6 +74,8 @@ class ActivationStore:
         self.path = path
         self.meta = meta
         self._manifest = manifest
+        self.in_place: set[int] = set()
+        """Shards whose files were found to be theirs (store/places.py)."""
         self._records: dict[int, ShardRecord] = {}
         self._indexes: dict[int, list[int]] = {}
         self._lock = lock

@@ -21,6 +21,7 @@ import numpy as np
 from store.activations import ActivationStore
 from store.dtypes import STORAGE_DTYPE
 from store.errors import UsageError
+from store.places import require_in_place
 from store.plan import LoaderPlan, chunk_row_counts
 
 DEFAULT_WINDOW_BYTES = 256 * 1024 * 1024
@@ -96,12 +97,14 @@ class WindowLoader:
         epochs: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        check_places: bool = False,
     ) -> None:
         """Plan the stream; nothing is read before the first batch is asked for.
 
         row_mask: bool [T], tokens to serve. window_bytes: size of one window; two are held. layers: stored layers,
         default all. threads: readers of a window. start_batch: batches of the stream to leave out, as those that an
-        interrupted run has seen. Raises `UsageError` when there is no row to serve.
+        interrupted run has seen. check_places: see that the file of each shard is its own, once (store/places.py).
+        Raises `UsageError` when there is no row to serve.
         """
         meta = store.meta
         row_mask = np.asarray(row_mask, bool)
@@ -117,6 +120,7 @@ class WindowLoader:
         self._epochs = epochs
         self._threads = threads
         self._next = start_batch
+        self._check_places = check_places
         block_bytes = meta.chunk_tokens * meta.d_model * meta.itemsize
         self.plan = LoaderPlan(
             chunk_rows=chunk_row_counts(row_mask, meta.chunk_tokens),
@@ -214,13 +218,18 @@ class WindowLoader:
             pending: _Pending | None = None
             for turn, job in enumerate(self._jobs(first_row)):
                 out = buffers[turn % 2][: len(job.chunk)]
-                read = reader.submit(self._store.read_blocks, job.chunk, job.layer, out, self._threads)
+                read = reader.submit(self._read, job, out)
                 ahead = _Pending(job, out, read, helper.submit(self._order, job))
                 if pending is not None:
                     yield self._wait(pending, ahead.read)
                 pending = ahead
             if pending is not None:
                 yield self._wait(pending, None)
+
+    def _read(self, job: _Job, out: np.ndarray) -> None:
+        if self._check_places:
+            require_in_place(self._store, job.chunk, job.layer, self._threads)
+        self._store.read_blocks(job.chunk, job.layer, out, self._threads)
 
     def _wait(self, pending: _Pending, ahead: Future[None] | None) -> _Window:
         began = time.perf_counter()

@@ -307,6 +307,7 @@ class _Stream:
             layers=self.layers,
             epochs=epochs,
             start_batch=start_batch,
+            check_places=True,
         )
 
     def _train_on(self, batch: Batch, taking: Sequence[Run]) -> None:

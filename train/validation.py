@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from store.activations import ActivationStore
+from store.places import require_in_place
 from store.plan import permutation
 from train.batches import VectorSource
 from train.losses import FIRING_THRESHOLD, LayerMoments
@@ -114,6 +115,7 @@ class ValidationData:
         for chunk in self._chunks.tolist():
             part = slice(chunk * size, min((chunk + 1) * size, n_tokens))
             chosen = np.flatnonzero(self._mask[part])[:tokens]
+            require_in_place(self._store, np.array([chunk]), np.array(self._layers[:1]))
             yield self._store.read(part, self._layers, raw=True)[chosen]
             tokens -= len(chosen)
             if tokens <= 0:
