@@ -61,6 +61,8 @@ _DISK_ERRORS = {
     errno.EPERM: "Check the permissions, or choose another place to write to",
     errno.ENOENT: "It cannot be made there, or went away meanwhile: choose another place, or look at what is there",
     errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place",
+    errno.EEXIST: "A file is there already where a folder should be: choose another place",
+    errno.ELOOP: "A link leads back to itself: choose another place, or mend the link",
     errno.EISDIR: "A file should be there, not a folder: choose another name",
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.EFBIG: "The file system or a limit (`ulimit -f`) allows no larger file: choose another place to write to",

@@ -178,16 +178,25 @@ def _reader(annotation: Any) -> dict[str, Any]:
         return {"choices": typing.get_args(annotation)}
     if origin is tuple:
         (item, *_) = typing.get_args(annotation)
-        return {"nargs": "+", "type": item, "metavar": item.__name__.upper(), "action": _Add}
+        kind = home_path if item is Path else item
+        return {"nargs": "+", "type": kind, "metavar": item.__name__.upper(), "action": _Add}
     return {
-        "type": annotation,
+        "type": home_path if annotation is Path else annotation,
         "metavar": {"str": "TEXT", "Path": "PATH"}.get(annotation.__name__, annotation.__name__.upper()),
     }
 
 
+def home_path(word: str) -> Path:
+    """A path; a leading `~/` is the home folder, which no shell puts in behind `--out=` or in a file of options."""
+    return Path(word).expanduser() if word.startswith("~/") else Path(word)
+
+
 def read_word(word: str, annotation: Any, what: str) -> Any:
-    """A word on the command line as a value of `annotation`; `UsageError` begins with `what` if it is none."""
+    """A word on the command line as a value of `annotation`, "none" where that may be None; `UsageError` begins with
+    `what` if it is none of them."""
     kind = _without_none(annotation)
+    if kind is not annotation and word.lower() == "none":
+        return None
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
     if kind is bool:
         choices = (True, False)
@@ -218,16 +227,21 @@ def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
 
 
 def _from_toml(value: Any, field: _Field, path: Path) -> Any:
-    annotation, origin = field.annotation, typing.get_origin(field.annotation)
-    fits = False
-    if origin is tuple:
-        value = tuple(value) if isinstance(value, list) else (value,)
-        fits = True
-    elif origin is typing.Literal:
+    annotation = field.annotation
+    if typing.get_origin(annotation) is tuple:
+        (item, *_) = typing.get_args(annotation)
+        values = value if isinstance(value, list) else [value]
+        return tuple(_one_from_toml(each, item, field.name, path) for each in values)
+    return _one_from_toml(value, annotation, field.name, path)
+
+
+def _one_from_toml(value: Any, annotation: Any, name: str, path: Path) -> Any:
+    fits, is_choice = False, typing.get_origin(annotation) is typing.Literal
+    if is_choice:
         fits = value in typing.get_args(annotation)
     elif annotation is Path:
         fits = isinstance(value, str)
-        value = Path(value) if fits else value
+        value = home_path(value) if fits else value
     elif annotation is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         value = float(value) if fits else value
@@ -235,8 +249,8 @@ def _from_toml(value: Any, field: _Field, path: Path) -> Any:
         fits = type(value) is annotation
     if not fits:
         choices = " | ".join(map(repr, typing.get_args(annotation)))
-        shown = choices if origin is typing.Literal else annotation.__name__
-        raise UsageError(f"--config {path}: {field.name} should be {shown}, found {value!r}")
+        shown = choices if is_choice else annotation.__name__
+        raise UsageError(f"--config {path}: {name} should be {shown}, found {value!r}")
     return value
 
 

@@ -250,5 +250,7 @@ class TrainConfig:
             raise UsageError("--steps and --epochs both say how long to train: give one of them")
         if self.resume and self.overwrite:
             raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give one of them")
+        if self.layers == ():
+            raise UsageError("--layers names no layer: leave it out for all that are stored")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise UsageError(f"--layers names a layer twice: {' '.join(map(str, self.layers))}")

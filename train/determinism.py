@@ -17,16 +17,17 @@ import torch
 def deterministic(device: torch.device, wanted: bool | None) -> Iterator[bool]:
     """Insist on deterministic operations if `wanted` (default: on a CPU); yields whether that is so."""
     on = device.type == "cpu" if wanted is None else wanted
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     if on and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    torch.use_deterministic_algorithms(on)
+    # The same switch as `use_deterministic_algorithms`, which imports torch's compiler first: nearly two seconds.
+    torch.set_deterministic_debug_mode("error" if on else "default")
     # It would fill memory that is about to be written over: costly, and no part of determinism here.
     memory.fill_uninitialized_memory = False
     try:
         yield on
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
         memory.fill_uninitialized_memory = filled

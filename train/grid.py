@@ -52,11 +52,18 @@ def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
     for values in itertools.product(*axes.values()):
         settings = dict(zip(axes, values, strict=True))
         for layer in [None] if config.per_layer is None else layers:
-            parts = [f"{name}={value}" for name, value in settings.items()]
+            parts = [f"{name}={as_written(value)}" for name, value in settings.items()]
             name = ".".join(parts if layer is None else [*parts, f"layer={layer}"])
             one = replace(config, sweep=None, out=run_path(config.out, name), **settings)
             specs.append(RunSpec(config=one, name=name, settings=settings, layer=layer))
     return specs
+
+
+def as_written(value: Any) -> str:
+    """A swept value as one writes it: 8 and true and none, where Python says 8.0, True and None."""
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
 def run_path(out: Path, name: str) -> Path:

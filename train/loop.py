@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from store.activations import ActivationStore
 from store.console import counted, human_bytes, stop_on_signals
-from store.errors import Interrupted, ResidscopeError
+from store.errors import IncompatibleError, Interrupted, ResidscopeError
 from store.loader import Batch, WindowLoader
 from train.batches import VectorSource
 from train.config import TrainConfig
@@ -160,12 +160,15 @@ def _shared(config: TrainConfig, store: ActivationStore) -> Shared:
 
 def _saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
     """What a --resume finds of each run. A run that diverged among others must not keep them from going on."""
-    return [
-        load_checkpoint(spec.config.out, finite=len(specs) == 1)
-        if spec.config.resume and spec.config.out.exists()
-        else None
-        for spec in specs
-    ]
+    found: list[Checkpoint | None] = []
+    for spec in specs:
+        there = spec.config.resume and spec.config.out.exists()
+        try:
+            found.append(load_checkpoint(spec.config.out, finite=len(specs) == 1) if there else None)
+        except IncompatibleError as error:
+            way_out = "take that file away, and the same command trains it anew"
+            raise IncompatibleError(f"{error}; {way_out}{' beside the others' if len(specs) > 1 else ''}") from None
+    return found
 
 
 def _result(spec: RunSpec, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> TrainResult:
@@ -243,7 +246,7 @@ class _Stream:
         self._announce(memory_too=False)  # the result says it
         self._start()
         meta = self.shared.store.meta
-        memory = memory_estimate([run.plan for run in self.runs], self.shared.store, int(self.config.tile_mb * 1e6))
+        memory = memory_estimate([run.plan for run in self.runs], self.shared.store)
         weights = [8 * run.plan.n_latents * run.plan.d_model for run in self.runs]
         # With two moments, and the weights themselves where it is their mean that is saved.
         interim = [
@@ -379,7 +382,7 @@ class _Stream:
         """Say once what will run, on what, and how much memory it takes; refuse what does not fit."""
         plan, plans = self.plan, [run.plan for run in self.runs]
         device = self.shared.device
-        memory = memory_estimate(plans, self.shared.store, int(self.config.tile_mb * 1e6))
+        memory = memory_estimate(plans, self.shared.store)
         many = "" if self.n_runs == 1 else f"{len(plans)} of {counted(self.n_runs, 'run')} to do in one pass: "
         say(
             f"{many}{_span([p.n_latents for p in plans])} latents, k {_span([p.k for p in plans])}, {len(self.layers)} "

@@ -119,6 +119,8 @@ class RunPlan:
     """Largest norm of all gradients together."""
     ema_decay: float | None = None
     """Decay of the running mean of the weights that is saved; None: the weights are."""
+    tile_mb: float = 16
+    """Pre-activations held at once, in MB."""
 
     @property
     def sae_config(self) -> SAEConfig:
@@ -134,6 +136,11 @@ class RunPlan:
             prefixes=self.prefixes,
             layers=self.layers if self.standardize == "layer" else (),
         )
+
+    @property
+    def tile_bytes(self) -> int:
+        """`tile_mb` in bytes."""
+        return int(self.tile_mb * 1e6)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -235,6 +242,7 @@ def make_plan(config: TrainConfig, store: ActivationStore, split: Split, layer: 
         decoder_norm=config.decoder_norm,
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay,
+        tile_mb=config.tile_mb,
     )
     assert plan.sae_config.k == plan.k  # making it refuses what cannot be
     return plan
@@ -256,7 +264,7 @@ class MemoryEstimate(NamedTuple):
     """The loader's two windows, in the machine's memory."""
 
 
-def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, tile_bytes: int) -> MemoryEstimate:
+def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore) -> MemoryEstimate:
     """How much memory runs of `plans` take over one stream: each its weights and moments; the rest is shared."""
     meta = store.meta
     held = sum((3 if plan.ema_decay is None else 4) * 4 * _weights(plan) for plan in plans)  # two moments, and a mean
@@ -264,16 +272,14 @@ def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, tile_bytes
     plan = plans[0]
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
     window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.stream_layers or plan.layers) * block)
-    return MemoryEstimate(
-        held + gradients + max(_working(plan, tile_bytes) for plan in plans) + 4 * tile_bytes, 2 * window
-    )
+    return MemoryEstimate(held + gradients + max(_working(plan) for plan in plans), 2 * window)
 
 
 def _weights(plan: RunPlan) -> int:
     return 2 * plan.n_latents * plan.d_model
 
 
-def _working(plan: RunPlan, tile_bytes: int) -> int:
+def _working(plan: RunPlan) -> int:
     n, d = plan.batch_size, plan.d_model
     k = max(plan.k, plan.k_start or 0) * (4 if plan.multi_topk else 1)
     batch = n * (6 * 4 * d + 48 * k)  # six float32 [N, D]; codes, gradients, sorted pairs
@@ -282,8 +288,8 @@ def _working(plan: RunPlan, tile_bytes: int) -> int:
     blocks = 2 if plan.multi_topk else len(plan.prefixes)  # nested: an error of each, and one's gradients by themselves
     nested = blocks * n * 4 * d + 4 * _weights(plan) if blocks else 0
     casts = _weights(plan) if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK
-    dense = 6 * tile_bytes if plan.activation in ("jumprelu", "relu") else 0
-    return 2 * casts + batch + nested + dense
+    tiles = (10 if plan.activation in ("jumprelu", "relu") else 4) * plan.tile_bytes
+    return 2 * casts + batch + nested + tiles
 
 
 def default_aux_k(d_model: int) -> int:
@@ -291,7 +297,7 @@ def default_aux_k(d_model: int) -> int:
     return 2 ** max(0, round(math.log2(d_model / 2)))
 
 
-_REPORTED_ONLY = ("device", "kernels")
+_REPORTED_ONLY = ("device", "kernels", "tile_mb")
 """Fields that change the last bits of a run, not its meaning: a resume that differs in them is warned of."""
 
 

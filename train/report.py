@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from store.console import counted, human_seconds
+from train.grid import as_written
 from train.loop import TrainResult
 
 
@@ -63,7 +64,7 @@ def table(results: Sequence[TrainResult]) -> str:
         worst = None if found is None else max(range(len(plan.layers)), key=found.fvu_per_layer.__getitem__)
         lines.append(
             [
-                *map(str, result.spec.settings.values()),
+                *map(as_written, result.spec.settings.values()),
                 *([str(result.spec.layer)] if per_layer else []),
                 str(plan.n_latents),
                 _number(found and found.fvu, ".3f"),
@@ -118,7 +119,7 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | bool) else str(value)
+    return value if value is None or isinstance(value, int | float | str | bool) else str(value)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -45,7 +45,8 @@ def check_resumable(path: Path, saved: Checkpoint, store: ActivationStore, plan:
         raise IncompatibleError(f"{path} holds no training state to resume; --overwrite starts anew")
     _check_state(path, saved.trainer, saved.config.n_latents)
     for warning in compare_plans(path, saved.trainer["config"], plan):
-        say(f"warning: {warning}")
+        if saved.trainer["finished"] is False:
+            say(f"warning: {warning}")
     changed = differences(saved.trainer.get("surroundings", {}), surroundings(plan))
     if changed and saved.trainer["finished"] is False:
         say(f"warning: since {path} was saved: {changed}: not bit for bit the result of an unbroken run")

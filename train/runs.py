@@ -87,7 +87,7 @@ class Run:
         self.position = None if spec.layer is None else shared.layers.index(spec.layer)
         """The one layer trained on, as a position in the stream; None: all."""
         self._kernels = choose_kernels(torch.empty(0, device=shared.device), plan.kernels)
-        self._options = step_options(plan, int(self.config.tile_mb * 1e6))
+        self._options = step_options(plan)
         self.step = 0
         """Batches of the stream taken."""
         self.updates = 0

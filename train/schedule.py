@@ -10,7 +10,7 @@ from train.step import StepOptions
 from train.variants import variant_of
 
 
-def step_options(plan: RunPlan, tile_bytes: int) -> StepOptions:
+def step_options(plan: RunPlan) -> StepOptions:
     """The options of a run's steps, warm-ups over."""
     return StepOptions(
         variant=variant_of(plan.sae_config),
@@ -18,7 +18,7 @@ def step_options(plan: RunPlan, tile_bytes: int) -> StepOptions:
         aux_k=plan.aux_k,
         aux_coef=plan.aux_coef,
         product_dtype=plan.torch_dtype,
-        tile_bytes=tile_bytes,
+        tile_bytes=plan.tile_bytes,
         multi_topk=plan.multi_topk,
         sparsity_loss="penalty" if plan.sparsity_loss == "penalty" else "target",
         sparsity_coef=plan.sparsity_coef,

@@ -43,7 +43,10 @@ def test_a_full_disk_is_one_line_with_the_way_out(capsys: pytest.CaptureFixture[
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG])
+@pytest.mark.parametrize(
+    "code",
+    [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.EEXIST, errno.ELOOP],
+)
 def test_a_path_that_cannot_be_is_one_line_that_names_it(code: int, capsys: pytest.CaptureFixture[str]) -> None:
     def command() -> None:
         raise OSError(code, os.strerror(code), "/proc/out")

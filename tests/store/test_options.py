@@ -124,6 +124,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
         ("model = 'm'\nmax_tokens = 'many'", "max_tokens should be int, found 'many'"),
         ("model = 'm'\nmax_tokens = true", "max_tokens should be int, found True"),
         ("model = 'm'\ndtype = 'int8'", "dtype should be 'float32' | 'bfloat16'"),
+        ("model = 'm'\nlayers = [1, 'a']", "layers should be int, found 'a'"),
+        ("model = 'm'\nlayers = [true]", "layers should be int, found True"),
         ("model = ", "not valid TOML"),
         ("model = '\xff'", "not valid TOML"),
     ],
@@ -134,6 +136,14 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, said: str) -> 
     with pytest.raises(UsageError, match=r"c\.toml") as error:
         parse("--config", str(file))
     assert said in str(error.value)
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "c.toml").write_text("model = '~/m'\nout = '~/a'")
+    assert parse("--config", str(tmp_path / "c.toml")) == Config(model="~/m", out=Path("/home/me/a"))
+    for word, path in (("~/b", "/home/me/b"), ("a/~", "a/~"), ("~nobody/b", "~nobody/b"), ("./~/b", "./~/b")):
+        assert parse("--model=m", f"--out={word}").out == Path(path)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoint, on the hub and with trackers; hub and trackers are played by fakes."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +250,16 @@ def test_the_mode_of_torch_is_as_before_after_a_run(config: TrainConfig, monkeyp
     assert set(seen[: len(seen) // 2]) == {True}
     assert set(seen[len(seen) // 2 :]) == {False}
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_no_compiler_of_torch_is_loaded_for_determinism() -> None:
+    code = (
+        "import sys, torch; from train.determinism import deterministic\n"
+        "with deterministic(torch.device('cpu'), None): print(torch.are_deterministic_algorithms_enabled())\n"
+        "print([m for m in ('torch._inductor', 'torch._dynamo', 'sympy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n[]\n"
 
 
 def test_names_that_differ_behind_a_dot_share_no_file(config: TrainConfig) -> None:

@@ -36,8 +36,8 @@ def test_the_sparsity_term_rises(plan: RunPlan) -> None:
 
 
 def test_options_of_a_step(plan: RunPlan) -> None:
-    warming = replace(plan, k_start=24, sparsity_coef=0.5)
-    options = step_options(warming, 100)
+    warming = replace(plan, k_start=24, sparsity_coef=0.5, tile_mb=1e-4)
+    options = step_options(warming)
     first = options_at(options, warming, 0)
     assert (first.k, first.sparsity_coef) == (24, pytest.approx(0.5 / 3))
     assert options_at(options, warming, 10) is options

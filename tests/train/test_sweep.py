@@ -211,6 +211,14 @@ def test_checkpoints_are_named_after_what_differs(config: TrainConfig, tmp_path:
     specs = expand(replace(config, sweep=("lr=1e-3",), per_layer="each"), [3, 5])
     assert [spec.name for spec in specs] == ["lr=0.001.layer=3", "lr=0.001.layer=5"]
     assert [spec.config.lr for spec in specs] == [1e-3, 1e-3]
+    axes = ("expansion_factor=8,16.5", "encoder_bias=false", "clip_norm=none,0.001")
+    specs = expand(replace(config, n_latents=None, sweep=axes), [0])
+    assert [spec.name for spec in specs] == [
+        f"expansion_factor={factor}.encoder_bias=false.clip_norm={norm}"
+        for factor in ("8", "16.5")
+        for norm in ("none", "0.001")
+    ]
+    assert [spec.config.clip_norm for spec in specs] == [None, 0.001, None, 0.001]
     assert run_path(tmp_path / "a.pt", "k=2") == tmp_path / "a.k=2.pt"
     assert run_path(tmp_path / "runs", "k=2") == tmp_path / "runs" / "ckpt.k=2.pt"
     assert run_path(tmp_path, "k=2") == tmp_path / "ckpt.k=2.pt"
@@ -220,15 +228,17 @@ def test_the_table_has_a_row_for_each_run_and_layer(
     config: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     flags = ["--n-latents=40", "--batch-size=64", "--threads=1", "--kernels=torch", "--window-gb=1e-5"]
-    command = ["--store", str(config.store), "--out", str(tmp_path / "s.pt"), *flags, "--sweep", "k=2,4", "--json"]
+    sweep = ["--sweep", "k=2,4", "clip-norm=none"]
+    command = ["--store", str(config.store), "--out", str(tmp_path / "s.pt"), *flags, *sweep, "--json"]
     assert main(command) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert found["table"] == str(tmp_path / "s.runs.parquet")
-    assert [run["name"] for run in found["runs"]] == ["k=2", "k=4"]
+    assert [run["name"] for run in found["runs"]] == ["k=2.clip_norm=none", "k=4.clip_norm=none"]
     rows = pd.read_parquet(found["table"])
     assert list(rows["layer"]) == [0, 1, 2, 0, 1, 2]
     assert list(rows["k"]) == [2, 2, 2, 4, 4, 4]
+    assert list(rows["clip_norm"]) == [None] * 6
     for index, run in enumerate(found["runs"]):
         mine = rows[rows["run"] == run["name"]]
         assert list(mine["fvu"]) == run["validation"]["fvu_per_layer"]
@@ -236,6 +246,20 @@ def test_the_table_has_a_row_for_each_run_and_layer(
         assert set(mine["fvu_mean"]) == {run["validation"]["fvu"]}
         assert set(mine["dead_fraction"]) == {run["training"]["dead_fraction"]}
         assert f"{run['validation']['fvu']:.3f}" in printed.err.splitlines()[-3 + index]
+
+
+def test_a_damaged_checkpoint_among_several_is_named_with_the_way_out(config: TrainConfig) -> None:
+    sweep = replace(config, sweep=("k=2,4",))
+    before = [result.checkpoint.read_bytes() for result in train_all(sweep)]
+    damaged = config.out.with_name("ckpt.k=4.pt")
+    damaged.write_bytes(before[1][:1000])
+    with pytest.raises(
+        IncompatibleError, match=r"ckpt\.k=4\.pt: .*take that file away, and the same command trains it"
+    ):
+        train_all(replace(sweep, resume=True))
+    damaged.unlink()
+    again = train_all(replace(sweep, resume=True))
+    assert [result.checkpoint.read_bytes() for result in again] == before
 
 
 def test_a_run_that_ended_in_a_divergence_does_not_keep_the_others_from_going_on(
