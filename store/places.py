@@ -47,7 +47,8 @@ def _require(store: ActivationStore, shard: int, layer: int) -> None:
     if not abs(_norm_sum(store, shard, layer) - expected) <= _TOLERANCE * expected:
         raise DamagedError(
             store.path / shard_name(shard),
-            f"a sound file of another shard or store, by the norms of its vectors at layer {store.meta.layers[layer]}",
+            "a sound file of another shard or store, or one written anew, by the norms of its vectors at layer "
+            f"{store.meta.layers[layer]}",
         )
 
 

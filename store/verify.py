@@ -104,7 +104,7 @@ def require_sound(store: ActivationStore, shard: int) -> None:
     file, record = store.path / shard_name(shard), store.record(shard)
     if _file_hash(file) != record.xxh3_128:
         damaged = _damaged_chunk(file, store.meta, record.bytes)
-        raise DamagedError(file, damaged or "a sound file of another shard or store, by its hash")
+        raise DamagedError(file, damaged or "a sound file of another shard or store, or one written anew, by its hash")
 
 
 def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:

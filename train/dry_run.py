@@ -4,10 +4,16 @@ The steps are those of the real run, on the real data, so the time is that of th
 Not foreseen: AuxK, which costs nothing until latents die and then up to about half a step more; a slower disk later.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from store.activations import ActivationStore
 from store.console import human_bytes, human_seconds
+from train.plan import MemoryEstimate, RunPlan
+
+MEASURED_STEPS, MEASURED_SECONDS, WARM_STEPS = 20, 10.0, 2
+"""So many steps are timed, or for so long, after some that compile and touch memory for the first time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,30 @@ class DryRun:
 
     seconds: float
     """Time of all steps at that speed."""
+
+
+def foresee(
+    plans: Sequence[RunPlan], store: ActivationStore, memory: MemoryEstimate, seconds: Sequence[float]
+) -> DryRun:
+    """What runs of these plans take, in one pass, from the time of each of some of their steps."""
+    plan, meta = plans[0], store.meta
+    weights = [8 * each.n_latents * each.d_model for each in plans]
+    # With two moments, and the weights themselves where it is their mean that is saved.
+    interim = [size * (3 if each.ema_decay is None else 4) for size, each in zip(weights, plans, strict=True)]
+    mean = sum(seconds) / len(seconds)
+    return DryRun(
+        runs=len(plans),
+        steps=plan.steps,
+        vectors=plan.vectors,
+        bytes_read=plan.vectors * meta.d_model * meta.itemsize,
+        memory_bytes=memory.device,
+        shuffle_bytes=memory.shuffle,
+        checkpoint_bytes=2 * sum(weights),
+        interim_bytes=sum(interim) + max(interim),
+        measured_steps=len(seconds),
+        seconds_per_step=mean,
+        seconds=mean * plan.steps,
+    )
 
 
 def describe(found: DryRun) -> str:

@@ -7,12 +7,11 @@ many ends with the same bits as alone. After a kill, the runs of a sweep may hav
 stream then starts where the last of them stands, and each run waits for its own next batch.
 
 Not here: what a run does with a batch (`train.runs`), which runs there are (`train.grid`), how rows are ordered
-(`store.plan`).
+(`store.plan`), what is said on the way (`train.announce`).
 """
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -23,30 +22,28 @@ import torch
 from tqdm import tqdm
 
 from store.activations import ActivationStore
-from store.console import counted, human_bytes, stop_on_signals
-from store.errors import IncompatibleError, Interrupted, ResidscopeError
+from store.console import counted, stop_on_signals
+from store.errors import Interrupted, ResidscopeError
 from store.loader import Batch, WindowLoader
+from train.announce import announce, bar_words, progress_bar, refuse_too_large, spread
 from train.batches import VectorSource
 from train.config import TrainConfig
 from train.determinism import deterministic
-from train.dry_run import DryRun
+from train.dry_run import MEASURED_SECONDS, MEASURED_STEPS, WARM_STEPS, DryRun, foresee
 from train.grid import RunSpec, expand
-from train.hardware import check_memory, resolve_device
+from train.hardware import resolve_device
 from train.metrics import Stopwatch
 from train.outputs import check_hub, push, write_outputs
 from train.plan import RunPlan, make_plan, memory_estimate, split_tokens, stored_layers
-from train.resume import check_output, check_resumable, say, set_threads
+from train.resume import check_output, check_resumable, load_saved, say, set_threads
 from train.runs import Run, Shared
-from train.sae import Checkpoint, load_checkpoint
+from train.sae import Checkpoint
 from train.statistics import DENOMINATOR_VECTORS, StatisticsSums, sample
 from train.trackers import check_installed
 from train.validation import Validation, ValidationData
 
 INTERIM_VALIDATION_TOKENS = 256
 """Held-out tokens of a validation on the way: enough to see a trend, little enough not to be felt."""
-
-MEASURED_STEPS, MEASURED_SECONDS, WARM_STEPS = 20, 10.0, 2
-"""A dry run times so many steps, or for so long, after some that compile and touch memory for the first time."""
 
 _STATISTICS_SEED = 2**31
 """Added to the seed for the stream that the fixed statistics come from, so that it is not the training stream."""
@@ -97,7 +94,7 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
         specs = _specs(config, store)
         for spec in specs:
             check_output(spec.config)
-        saved = _saved(specs)
+        saved = load_saved(specs)
         shared = _shared(config, store)
         plans = [make_plan(spec.config, store, shared.split, spec.layer) for spec in specs]
         for spec, plan, checkpoint in zip(specs, plans, saved, strict=True):
@@ -158,19 +155,6 @@ def _shared(config: TrainConfig, store: ActivationStore) -> Shared:
     )
 
 
-def _saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
-    """What a --resume finds of each run. A run that diverged among others must not keep them from going on."""
-    found: list[Checkpoint | None] = []
-    for spec in specs:
-        there = spec.config.resume and spec.config.out.exists()
-        try:
-            found.append(load_checkpoint(spec.config.out, finite=len(specs) == 1) if there else None)
-        except IncompatibleError as error:
-            way_out = "take that file away, and the same command trains it anew"
-            raise IncompatibleError(f"{error}; {way_out}{' beside the others' if len(specs) > 1 else ''}") from None
-    return found
-
-
 def _result(spec: RunSpec, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> TrainResult:
     return TrainResult(
         spec=spec,
@@ -192,16 +176,19 @@ class _Stream:
         self.config, self.shared, self.n_runs = config, shared, n_runs
         self.saved = dict(runs)
         self.runs = list(self.saved)
-        self.plan = self.runs[0].plan  # of which only what all plans share is used here
+        self.plans = [run.plan for run in self.runs]
+        self.plan = self.plans[0]  # of which only what all plans share is used here
         self.layers = [shared.store.meta.layers.index(layer) for layer in shared.layers]  # stored layers
         self.step = 0
         self.watch = Stopwatch()
         self.waited = 0.0
+        self.memory = memory_estimate(self.plans, shared.store)
 
     def execute(self) -> list[dict[str, Any]]:
         """Run to the end; the `trainer` entry of each run's last checkpoint."""
         plan, config = self.plan, self.config
-        self._announce()
+        announce(self.plans, len(self.layers), self.n_runs, self.memory)
+        refuse_too_large(self.memory, self.shared.device, self.n_runs)
         with contextlib.ExitStack() as stack:
             for run in self.runs:
                 stack.enter_context(run.files(self.saved[run]))
@@ -213,7 +200,7 @@ class _Stream:
             self._start()
             loader = self._loader(plan.seed, plan.window_bytes, start_batch=self.step, epochs=plan.epochs)
             batches = stack.enter_context(_closing(loader))
-            bar = stack.enter_context(self._progress_bar())
+            bar = stack.enter_context(progress_bar(self.step, plan.steps))
             self.watch.start()
             while self.step < plan.steps:
                 taking = [run for run in self.runs if run.step == self.step]
@@ -243,15 +230,9 @@ class _Stream:
     def measure(self) -> DryRun:
         """Time some steps without writing anything."""
         plan = self.plan
-        self._announce(memory_too=False)  # the result says it
+        announce(self.plans, len(self.layers), self.n_runs, None)  # the result says how much memory
+        refuse_too_large(self.memory, self.shared.device, self.n_runs)
         self._start()
-        meta = self.shared.store.meta
-        memory = memory_estimate([run.plan for run in self.runs], self.shared.store)
-        weights = [8 * run.plan.n_latents * run.plan.d_model for run in self.runs]
-        # With two moments, and the weights themselves where it is their mean that is saved.
-        interim = [
-            each * (3 if run.plan.ema_decay is None else 4) for each, run in zip(weights, self.runs, strict=True)
-        ]
         seconds: list[float] = []
         with _closing(self._loader(plan.seed, plan.window_bytes, epochs=plan.epochs)) as batches:
             while self.step < plan.steps and (len(seconds) < MEASURED_STEPS and sum(seconds) < MEASURED_SECONDS):
@@ -261,20 +242,7 @@ class _Stream:
                     torch.cuda.synchronize(self.shared.device)
                 if self.step > WARM_STEPS or self.step == plan.steps:
                     seconds.append(time.perf_counter() - began)
-        mean = sum(seconds) / len(seconds)
-        return DryRun(
-            runs=len(self.runs),
-            steps=plan.steps,
-            vectors=plan.vectors,
-            bytes_read=plan.vectors * meta.d_model * meta.itemsize,
-            memory_bytes=memory.device,
-            shuffle_bytes=memory.shuffle,
-            checkpoint_bytes=2 * sum(weights),
-            interim_bytes=sum(interim) + max(interim),
-            measured_steps=len(seconds),
-            seconds_per_step=mean,
-            seconds=mean * plan.steps,
-        )
+        return foresee(self.plans, self.shared.store, self.memory, seconds)
 
     def _start(self) -> None:
         """Bring each run to where its checkpoint stands, or to its beginning; one pass gathers all statistics."""
@@ -331,11 +299,8 @@ class _Stream:
         streamed, self.logged = (self.step - self.logged) * self.plan.batch_size, self.step
         self.watch = Stopwatch()
         self.watch.start()
-        meta = self.shared.store.meta
-        return _postfix(lines) + (
-            f", {streamed / seconds:.0f} vectors/s, {streamed / len(self.layers) / seconds:.0f} tokens/s, "
-            f"{streamed * meta.d_model * meta.itemsize / seconds / 1e9:.2g} GB/s, "
-            f"data wait {min(1.0, waited / seconds):.0%}"
+        return bar_words(
+            lines, self.shared.store, vectors=streamed, n_layers=len(self.layers), seconds=seconds, waited=waited
         )
 
     def _stop_or_warn(self, diverged: Sequence[Run]) -> None:
@@ -354,22 +319,10 @@ class _Stream:
         found = data.evaluate_all([run.subject() for run in taking], self.shared.source, tokens=tokens)
         for run, validated in zip(taking, found, strict=True):
             run.record(validated)
-        text = f"validation FVU {_span([validated.fvu for validated in found], '.3f')}"
+        text = f"validation FVU {spread([validated.fvu for validated in found], '.3f')}"
         bar.set_description(text, refresh=False)
         if bar.disable:
             say(f"step {self.step} of {self.plan.steps}: {text}")
-
-    def _progress_bar(self) -> tqdm:
-        """On a terminal a bar, elsewhere nothing: a log gets a line at each validation instead."""
-        return tqdm(
-            total=self.plan.steps,
-            initial=self.step,
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            mininterval=0.5,
-            disable=None,
-        )
 
     def _due(self, every: int | None, *, default: int) -> bool:
         every = default if every is None else every
@@ -378,48 +331,7 @@ class _Stream:
     def _outputs(self) -> str:
         return f"{self.config.out} is" if self.n_runs == 1 else f"{counted(self.n_runs, 'checkpoint')} are"
 
-    def _announce(self, *, memory_too: bool = True) -> None:
-        """Say once what will run, on what, and how much memory it takes; refuse what does not fit."""
-        plan, plans = self.plan, [run.plan for run in self.runs]
-        device = self.shared.device
-        memory = memory_estimate(plans, self.shared.store)
-        many = "" if self.n_runs == 1 else f"{len(plans)} of {counted(self.n_runs, 'run')} to do in one pass: "
-        say(
-            f"{many}{_span([p.n_latents for p in plans])} latents, k {_span([p.k for p in plans])}, {len(self.layers)} "
-            f"layers of d_model {plan.d_model}; {counted(plan.steps, 'step')} of {plan.batch_size:,} vectors "
-            f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g})"
-        )
-        takes = f"; memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
-        say(
-            f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads"
-            + (takes if memory_too else "")
-        )
-        way_out = "lower --expansion-factor, --batch-size, --tile-mb or --window-gb"
-        if self.n_runs > 1:
-            way_out += ", or do fewer runs at once"
-        on_cpu = device.type == "cpu"
-        check_memory(memory.shuffle + (memory.device if on_cpu else 0), torch.device("cpu"), way_out)
-        if not on_cpu:
-            check_memory(memory.device, device, way_out)
-
 
 def _closing(loader: WindowLoader) -> contextlib.closing[Generator[Batch]]:
     """The loader's batches; on leaving, its reading thread is told to stop."""
     return contextlib.closing(cast("Generator[Batch]", iter(loader)))
-
-
-def _postfix(lines: Sequence[dict[str, Any]]) -> str:
-    """What the bar says of the runs' last lines; of several, the least and the largest."""
-
-    def span(name: str, form: str) -> str:
-        return _span([line[name] for line in lines if line[name] is not None], form)
-
-    return f"FVU {span('fvu', '.3f')}, L0 {span('l0', '.1f')}, dead {span('dead_fraction', '.1%')}"
-
-
-def _span(values: Sequence[float], form: str = "d") -> str:
-    """One value, or the least and the largest: 0.21 to 0.35."""
-    if not values:
-        return "-"
-    low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low} to {high}"

@@ -15,8 +15,9 @@ from store.activations import ActivationStore
 from store.errors import IncompatibleError, UsageError
 from store.outputs import refuse_inside_store
 from train.config import TrainConfig
+from train.grid import RunSpec
 from train.plan import RunPlan, compare_plans
-from train.sae import Checkpoint
+from train.sae import Checkpoint, load_checkpoint
 from train.surroundings import differences, surroundings
 from train.validation import Validation
 
@@ -35,6 +36,19 @@ def check_output(config: TrainConfig) -> None:
         raise UsageError(f"--out {config.out} is a device or the like, and no file: choose another name")
     if config.out.exists() and not (config.resume or config.overwrite):
         raise UsageError(f"{config.out} exists already: --resume continues it, --overwrite starts anew")
+
+
+def load_saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
+    """What a --resume finds of each run. A run that diverged among others must not keep them from going on."""
+    found: list[Checkpoint | None] = []
+    for spec in specs:
+        there = spec.config.resume and spec.config.out.exists()
+        try:
+            found.append(load_checkpoint(spec.config.out, finite=len(specs) == 1) if there else None)
+        except IncompatibleError as error:
+            way_out = "take that file away, and the same command trains it anew"
+            raise IncompatibleError(f"{error}; {way_out}{' beside the others' if len(specs) > 1 else ''}") from None
+    return found
 
 
 def check_resumable(path: Path, saved: Checkpoint, store: ActivationStore, plan: RunPlan) -> None:
