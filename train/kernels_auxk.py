@@ -137,6 +137,7 @@ def add_gradients(start, stop, left, left_unscale, right, right_unscale, out):
         blocks, panels = n_blocks * (i + 1) // down - first_block, n_panels * (j + 1) // across - first_panel
         sums[:] = 0
         for t in range(n_tiles):
+            nxt = min(t + 1, n_tiles - 1)
             for q in range(panels):
                 for b in range(blocks):
                     _add_tile(  # pyright: ignore[reportCallIssue]  numba passes its typing context itself
@@ -145,6 +146,11 @@ def add_gradients(start, stop, left, left_unscale, right, right_unscale, out):
                         left_unscale[t].ctypes.data + 4 * ROWS * (first_block + b),
                         right_unscale[t].ctypes.data + 4 * PANEL * (first_panel + q),
                         sums[q, b].ctypes.data,
+                        (left[nxt, first_block].ctypes.data + 280 * 4 * (q * blocks + b))
+                        if (q * blocks + b) * 280 * 4 < blocks * ROWS * PAIRS * 4
+                        else (
+                            right[nxt, first_panel].ctypes.data + 280 * 4 * (q * blocks + b) - blocks * ROWS * PAIRS * 4
+                        ),
                     )
         for q in range(panels):
             column = (first_panel + q) * PANEL
@@ -360,18 +366,20 @@ def _add_alive(typing_context: Any, row: Any, alive: Any, sums: Any) -> Any:
 
 
 @intrinsic
-def _add_tile(typing_context: Any, left: Any, right: Any, unscale_left: Any, unscale_right: Any, sums: Any) -> Any:
+def _add_tile(
+    typing_context: Any, left: Any, right: Any, unscale_left: Any, unscale_right: Any, sums: Any, ahead: Any
+) -> Any:
     """sums [14, 32] += left [70 pairs, 14]^T @ right [70 pairs, 32] * unscale_left [14] * unscale_right [32].
 
     All are addresses; float32 but for the pairs.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, right, unscale_left, unscale_right, sums = arguments
+        left, right, unscale_left, unscale_right, sums, ahead = arguments
         fma_type = ir.FunctionType(FLOATS, [FLOATS, FLOATS, FLOATS])
         fma = cgutils.get_or_insert_function(builder.module, fma_type, "llvm.fma.v16f32")
         columns = [builder.load(vector_at(builder, unscale_right, 64 * j, FLOATS), align=4) for j in range(VECTORS)]
-        for r, news in enumerate(emit_block(builder, left, right, ir.Constant(ir.IntType(64), PAIRS))):
+        for r, news in enumerate(emit_block(builder, left, right, ir.Constant(ir.IntType(64), PAIRS), ahead)):
             row = everywhere(builder, builder.load(vector_at(builder, unscale_left, 4 * r, ir.FloatType()), align=4))
             for j, (new, column) in enumerate(zip(news, columns, strict=True)):
                 number = builder.fmul(builder.sitofp(new, FLOATS), row)
@@ -380,4 +388,4 @@ def _add_tile(typing_context: Any, left: Any, right: Any, unscale_left: Any, uns
                 builder.store(total, place, align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), emit
+    return types.void(*[types.int64] * 6), emit

@@ -40,9 +40,6 @@ ROWS, PANEL = 14, VECTORS * LANES
 _UNIT_BLOCKS, _UNIT_PANELS = 16, 8
 """What a thread takes at a time: 16 blocks find a panel in its cache, and 8 panels the blocks."""
 
-_PAIRS = 144
-"""Pairs after which the next block has its turn: so much of a panel stays in the nearest cache."""
-
 _NORM_EXPONENT = 15
 """Rows are scaled to norms below 2^15."""
 
@@ -191,25 +188,46 @@ def _pack_columns(start, stop, columns, pairs, unscale):
 
 
 @intrinsic
-def _multiply_block(typing_context: Any, left: Any, right: Any, sums: Any, pairs: Any) -> Any:
-    """Add products of 14 rows and a panel over `pairs` pairs to int32 sums; all but `pairs` are addresses.
+def _multiply_block(
+    typing_context: Any,
+    left: Any,
+    right: Any,
+    pairs: Any,
+    ahead: Any,
+    unscale_left: Any,
+    unscale_right: Any,
+    out: Any,
+    stride: Any,
+) -> Any:
+    """out [14, 32] = left^T @ right * unscale_left [14] * unscale_right [32]; rows of `out` are `stride` bytes apart.
 
-    left: int32 [pairs, 14]; right: int32 [pairs, 32]; sums: [14, 32].
+    left: int32 [pairs, 14]; right: int32 [pairs, 32]; ahead: of `emit_block`. All but `pairs` and `stride` are
+    addresses.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, right, sums, pairs = arguments
-        for r, news in enumerate(emit_block(builder, left, right, pairs)):
-            for j, new in enumerate(news):
-                place = vector_at(builder, sums, 4 * (r * PANEL + j * LANES), new.type)
-                builder.store(builder.add(new, builder.load(place, align=4)), place, align=4)
+        left, right, pairs, ahead, unscale_left, unscale_right, out, stride = arguments
+        f32 = ir.FloatType()
+        floats = ir.VectorType(f32, LANES)
+        sums = emit_block(builder, left, right, pairs, ahead)
+        columns = [builder.load(vector_at(builder, unscale_right, 64 * j, floats), align=4) for j in range(VECTORS)]
+        for r, row in enumerate(sums):
+            scale = everywhere(builder, builder.load(vector_at(builder, unscale_left, 4 * r, f32), align=4))
+            for j, (whole, column) in enumerate(zip(row, columns, strict=True)):
+                number = builder.fmul(builder.fmul(builder.sitofp(whole, floats), scale), column)
+                builder.store(number, vector_at(builder, out, 64 * j, floats), align=4)
+            out = builder.add(out, stride)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), emit
+    return types.void(*[types.int64] * 8), emit
 
 
-def emit_block(builder: Any, left: Any, right: Any, pairs: Any) -> list[list[Any]]:
-    """Instructions: left [pairs, 14]^T @ right [pairs, 32] of addresses, as 14 times 2 vectors of 16 int32 numbers."""
+def emit_block(builder: Any, left: Any, right: Any, pairs: Any, ahead: Any) -> list[list[Any]]:
+    """Instructions: left [pairs, 14]^T @ right [pairs, 32] of addresses, as 14 times 2 vectors of 16 int32 numbers.
+
+    Meanwhile 16 bytes a pair are fetched from the address `ahead` on, into the second cache: what is needed next. All
+    at once, it would have to be waited for.
+    """
     i32, i64 = ir.IntType(32), ir.IntType(64)
     lanes = ir.VectorType(i32, LANES)
     add_products = cgutils.get_or_insert_function(
@@ -225,6 +243,10 @@ def emit_block(builder: Any, left: Any, right: Any, pairs: Any) -> list[list[Any
     panel = builder.add(right, builder.mul(pair, i64(4 * PANEL)))
     columns = [builder.load(vector_at(builder, panel, 64 * j, lanes), align=4) for j in range(VECTORS)]
     block = builder.add(left, builder.mul(pair, i64(4 * ROWS)))
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    line = builder.inttoptr(builder.add(ahead, builder.shl(pair, i64(4))), ir.IntType(8).as_pointer())
+    builder.call(fetch, [line, i32(0), i32(2), i32(1)])
     after = []
     for r in range(ROWS):
         spread = everywhere(builder, builder.load(vector_at(builder, block, 4 * r, i32), align=4))
@@ -283,55 +305,36 @@ def _will_write(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), emit
 
 
-@intrinsic
-def _store_row(typing_context: Any, sums: Any, unscale: Any, scale: Any, out: Any) -> Any:
-    """out [32] = sums [32] * scale * unscale [32]; all but `scale` are addresses: sums int32, the others float32."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, unscale, scale, out = arguments
-        lanes, floats = (ir.VectorType(kind, LANES) for kind in (ir.IntType(32), ir.FloatType()))
-        scales = everywhere(builder, scale)
-        for j in range(VECTORS):
-            whole = builder.load(vector_at(builder, sums, 64 * j, lanes), align=4)
-            by = builder.load(vector_at(builder, unscale, 64 * j, floats), align=4)
-            number = builder.fmul(builder.fmul(builder.sitofp(whole, floats), scales), by)
-            builder.store(number, vector_at(builder, out, 64 * j, floats), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32, types.int64), emit
-
-
 @compiled
 def product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
     """Units start..stop of out [n, m]; a unit is 16 blocks of rows by 8 panels, so that both stay in a core's cache."""
     n, m = out.shape
     across = -(-right.shape[0] // _UNIT_PANELS)
     depth = left.shape[1]
-    sums = np.empty((_UNIT_BLOCKS, ROWS, PANEL), np.int32)
+    edge = np.empty((ROWS, PANEL), np.float32)  # a block that is not all within
     for unit in range(start, stop):
         first_block, first_panel = unit // across * _UNIT_BLOCKS, unit % across * _UNIT_PANELS
         blocks = min(_UNIT_BLOCKS, left.shape[0] - first_block)
         for q in range(first_panel, min(first_panel + _UNIT_PANELS, right.shape[0])):
             columns = min(PANEL, m - q * PANEL)
-            sums[:blocks] = 0
-            for p in range(0, depth, _PAIRS):  # a part of the panel stays in the nearest cache for all blocks
-                pairs = min(_PAIRS, depth - p)
-                a, b = left[first_block].ctypes.data + 4 * ROWS * p, right[q].ctypes.data + 4 * PANEL * p
-                for block in range(blocks):
-                    _multiply_block(a + 4 * ROWS * depth * block, b, sums[block].ctypes.data, pairs)  # pyright: ignore[reportCallIssue]
-            for block in range(blocks):
-                first = (first_block + block) * ROWS
-                for r in range(first, min(first + 2 * ROWS, n)):
-                    _will_write(out[r].ctypes.data + 4 * PANEL * q)  # pyright: ignore[reportCallIssue]
-                for r in range(min(ROWS, n - first)):
-                    row, scale = out[first + r], unscale_left[first + r]
-                    if columns == PANEL:
-                        _store_row(  # pyright: ignore[reportCallIssue]
-                            sums[block, r].ctypes.data,
-                            unscale_right.ctypes.data + 4 * PANEL * q,
-                            scale,
-                            row.ctypes.data + 4 * PANEL * q,
-                        )
-                        continue
-                    for j in range(columns):
-                        row[q * PANEL + j] = np.float32(sums[block, r, j]) * scale * unscale_right[q * PANEL + j]
+            panel, bytes_ahead = right[q].ctypes.data, 16 * depth
+            for block in range(first_block, first_block + blocks):
+                first = block * ROWS
+                rows = min(ROWS, n - first)
+                within = rows == ROWS and columns == PANEL
+                for r in range(rows):
+                    _will_write(out[first + r].ctypes.data + 4 * PANEL * q)  # pyright: ignore[reportCallIssue]
+                _multiply_block(  # pyright: ignore[reportCallIssue]
+                    left[block].ctypes.data,
+                    panel,
+                    depth,
+                    panel + 4 * PANEL * depth + bytes_ahead * (block - first_block),  # part of the next panel
+                    unscale_left.ctypes.data + 4 * first,
+                    unscale_right.ctypes.data + 4 * PANEL * q,
+                    out[first].ctypes.data + 4 * PANEL * q if within else edge.ctypes.data,
+                    out.strides[0] if within else 4 * PANEL,
+                )
+                if not within:
+                    for r in range(rows):
+                        for j in range(columns):
+                            out[first + r, q * PANEL + j] = edge[r, j]
