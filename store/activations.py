@@ -1,15 +1,14 @@
 """ActivationStore: make, open, read, write and summarise a store of residual stream vectors on a local disk.
 
-How: the arrays are Zarr v3 (docs/store-format.md is the norm); shards go to and from the disk directly (shards.py),
-and count once the manifest has their line (manifest.py). A reader checks every byte that it gives out: inner chunks by
-their crc32c, metadata and token arrays by the manifest's header. What it does not do: open remote stores, or hand out
-a shard that is missing as zeros.
+How: the arrays are Zarr v3 (docs/store-format.md is the norm); shards go to and from the disk directly (shards.py,
+writer.py), and count once the manifest has their line (manifest.py). A reader checks every byte that it gives out:
+inner chunks by their crc32c, metadata and token arrays by the manifest's header. What it does not do: open remote
+stores, or hand out a shard that is missing as zeros.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens and l layers asked for.
 """
 
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -25,27 +24,15 @@ import xxhash
 from store import arrays
 from store.arrays import TokenTable
 from store.console import stop_on_signals
-from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
-from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.dtypes import STORAGE_DTYPE, to_float32
+from store.errors import IncompatibleError, UsageError
 from store.files import atomic_write, remove_leftovers, sync, sync_tree
-from store.manifest import (
-    FILE,
-    FOLDER,
-    LOCK,
-    Manifest,
-    ManifestWriter,
-    ShardRecord,
-    WriterLock,
-    read_manifest,
-    write_header,
-)
+from store.manifest import FOLDER, LOCK, Manifest, ShardRecord, WriterLock, read_manifest, write_header
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
+from store.opening import read_meta, require_store
 from store.shards import ShardReader, shard_name
-
-if TYPE_CHECKING:
-    from store.pack import ShardPacker
-
+from store.writer import ShardWriter
 
 _STREAMED_BYTES = 16 * 2**20
 """Blocks of this much together are copied past the cache: they do not stay there until they are used. Read and then
@@ -78,9 +65,7 @@ class ActivationStore:
         """Shards whose files were found to be theirs (store/places.py)."""
         self._records: dict[int, ShardRecord] = {}
         self._indexes: dict[int, list[int]] = {}
-        self._lock = lock
-        self._writer = ManifestWriter(path, manifest.sound_bytes) if lock else None
-        self._packer: ShardPacker | None = None
+        self._writer = ShardWriter(path, meta, manifest, lock) if lock else None
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], meta: StoreMeta, tokens: TokenTable) -> "ActivationStore":
@@ -147,10 +132,9 @@ class ActivationStore:
 
     def close(self) -> None:
         """Give up the writer's lock; a store that is open for reading has nothing to close."""
-        if self._writer and self._lock:
+        if self._writer:
             self._writer.close()
-            self._lock.release()
-        self._writer = self._lock = self._packer = None
+        self._writer = None
 
     def __enter__(self) -> "ActivationStore":
         return self
@@ -290,79 +274,20 @@ class ActivationStore:
         given. `ResidscopeError` names the layer and token of a value that is not finite or too large for the stored
         format; nothing is written then.
         """
-        packer = self._packer_for(shard)
-        start, stop = self.meta.shard_bounds(shard)
-        expected = (stop - start, self.meta.n_layers, self.meta.d_model)
-        if data.shape != expected:
-            raise UsageError(f"shard {shard} should have shape {expected} (token, layer, d_model), found {data.shape}")
-        if data.dtype not in (np.float32, STORAGE_DTYPE[self.meta.stored_dtype]):
-            raise UsageError(f"shard {shard} should be float32 or {self.meta.stored_dtype}, found {data.dtype}")
-        stored_keep = self.tokens.keep[start:stop]
-        if keep is not None and not np.array_equal(keep, stored_keep):
-            raise UsageError(f"shard {shard}: keep differs from the store's own mask")
-        try:
-            packed = packer.pack(data, stored_keep, threads)
-        except ValueError:
-            raise self._unstorable(shard, data) from None
-        atomic_write(self.path / shard_name(shard), packed.parts)
-        self._commit(shard, packed.moments, packed.n_bytes, packed.xxh3_128)
+        self._open_writer().write(shard, data, self._keep_of(shard), claimed=keep, threads=threads)
 
     def adopt_shard(self, shard: int) -> None:
         """Take in a shard's file that another Zarr writer has put in its place, as if `write_shard` had written it."""
-        packer = self._packer_for(shard)
-        start, stop = self.meta.shard_bounds(shard)
-        path = self.path / shard_name(shard)
-        data = path.read_bytes()
-        with ShardReader(path, self.meta, len(data)) as reader:
-            raw = reader.read_shard(stop - start)
-        if first_unstorable(raw, self.meta.stored_dtype) is not None:
-            raise self._unstorable(shard, raw)
-        sync(path)
-        sync(path.parent)
-        moments = packer.pack(raw, self.tokens.keep[start:stop]).moments
-        self._commit(shard, moments, len(data), xxhash.xxh3_128_hexdigest(data))
+        self._open_writer().adopt(shard, self._keep_of(shard))
 
-    def _packer_for(self, shard: int) -> "ShardPacker":
-        """The packer, for a shard that may be written."""
+    def _open_writer(self) -> ShardWriter:
         if self._writer is None:
             raise UsageError(f"{self.path}: the store is open for reading only; open it with writable=True")
-        if shard in self._manifest.lines:
-            raise UsageError(f"{self.path}: shard {shard} is written already")
-        if self._packer is None:
-            from store.pack import ShardPacker  # Brings the compiler of the kernels, which readers do without.
+        return self._writer
 
-            self._packer = ShardPacker(self.meta)
-        return self._packer
-
-    def _commit(self, shard: int, moments: ShardMoments, n_bytes: int, xxh3_128: str) -> None:
-        """Make a shard whose file is in place count: its moments, then its line."""
-        assert self._writer is not None
-        start, stop = self.meta.shard_bounds(shard)
-        numbers = arrays.encode_numbers(np.stack([moments.mean, moments.m2]))
-        atomic_write(self.path / arrays.moments_name(shard), [numbers])
-        record = ShardRecord(
-            shard=shard,
-            tokens=stop - start,
-            kept=moments.count,
-            bytes=n_bytes,
-            xxh3_128=xxh3_128,
-            moments_xxh3_128=xxhash.xxh3_128_hexdigest(numbers),
-            norm_sums=moments.norm_sums.tolist(),
-            config_hash=self.meta.config_hash,
-        )
-        self._manifest.lines[shard] = self._writer.append(record)
-
-    def _unstorable(self, shard: int, data: np.ndarray) -> ResidscopeError:
-        """The error for a value that the stored format cannot hold."""
-        where = first_unstorable(data, self.meta.stored_dtype)
-        assert where is not None
-        token, layer, dimension = where
-        value = data[where] if data.dtype == np.float32 else to_float32(data[where][None], self.meta.stored_dtype)[0]
-        return ResidscopeError(
-            f"layer {self.meta.layers[layer]}, token {self.meta.shard_bounds(shard)[0] + token}, dimension "
-            f"{dimension}: the value {value} is no finite number of {self.meta.stored_dtype}. Nothing of shard {shard} "
-            "was written. Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
-        )
+    def _keep_of(self, shard: int) -> np.ndarray:
+        """The store's own mask of a shard, bool [t]."""
+        return self.tokens.keep[slice(*self.meta.shard_bounds(shard))]
 
     # Statistics
 
@@ -376,8 +301,7 @@ class ActivationStore:
 
     def finalize(self) -> None:
         """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time. Every shard must be there."""
-        if self._writer is None:
-            raise UsageError(f"{self.path}: the store is open for reading only; open it with writable=True")
+        self._open_writer()
         missing = self.missing_shards()
         if missing:
             raise IncompatibleError(f"{self.path}: {len(missing)} of {self.meta.n_shards} shards are missing")
@@ -394,24 +318,6 @@ class ActivationStore:
             mean, m2 = arrays.read_numbers(self.path / arrays.moments_name(shard), shape)
             total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
         return statistics(total)
-
-
-def require_store(path: Path) -> None:
-    """Raise `UsageError` when there is nothing at `path`, `IncompatibleError` when that is no store."""
-    if not path.exists():
-        raise UsageError(f"{path}: there is no such file or folder; make a store with `harvest`")
-    if not (path / "zarr.json").is_file() or not (path / FILE).is_file():
-        raise IncompatibleError(f"{path}: no activation store is there; make one with `harvest`")
-
-
-def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
-    """The store's attributes; raises when the manifest, any array's metadata or the attributes are damaged."""
-    if manifest.problems:
-        raise IncompatibleError(f"{path}: {manifest.problems[0]}. `residscope verify {path}` says what else is damaged")
-    for name in manifest.checksums:
-        if name.endswith("zarr.json"):
-            arrays.read_checked(path, name, manifest.checksums)
-    return StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
 
 
 def _streaming_runs_here() -> bool:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.activations import ActivationStore, require_store
+from store.activations import ActivationStore
 from store.errors import ResidscopeError
 from store.files import atomic_write, sync
 from store.manifest import FILE, FOLDER, Manifest, WriterLock, forget_lines, is_sound, read_manifest, shard_of
+from store.opening import require_store
 from store.verify import BadShard, check_shard, verify
 
 JOURNAL = f"{FOLDER}/.repair"

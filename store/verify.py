@@ -15,9 +15,10 @@ from pathlib import Path
 import xxhash
 
 from store import arrays
-from store.activations import ActivationStore, require_store
+from store.activations import ActivationStore
 from store.manifest import Manifest, read_manifest
 from store.meta import StoreMeta
+from store.opening import require_store
 from store.shards import DamagedError, ShardReader, shard_name
 
 _READ_BYTES = 4 * 1024 * 1024
