@@ -11,6 +11,7 @@ Shapes: L stored layers, D = d_model, C tokens in a chunk, P token chunks of the
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numcodecs.zstd import Zstd
@@ -33,7 +34,10 @@ class DamagedError(IncompatibleError):
 
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(f"{path}: {what}. `residscope verify` lists everything that is damaged in a store")
-        self.what = what
+        self.path, self.what = path, what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.what)  # From another process it comes back as it is.
 
 
 def shard_name(shard: int) -> str:

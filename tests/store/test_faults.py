@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from store.activations import ActivationStore
 from store.errors import IncompatibleError, ResidscopeError
 from store.files import require_space
 from store.manifest import FILE, LOCK
+from store.shards import DamagedError
 from store.verify import verify
 from tests.support.faults import X, count_down, everything, files_of, fill, harmless, random_fault, run_and_die, small
 
@@ -189,6 +191,13 @@ def test_swapped_shards_are_detected(tmp_path: Path) -> None:
         assert {bad.index for bad in verify(path)} == {0, 1}
         first.write_bytes(a)
         second.write_bytes(b)
+
+
+def test_damage_is_told_by_another_process_as_it_is() -> None:
+    error = pickle.loads(pickle.dumps(DamagedError(Path("a.zarr/token_id/c.0"), "the file is missing")))
+    assert isinstance(error, DamagedError)
+    assert (error.what, error.exit_code) == ("the file is missing", 3)
+    assert str(error).startswith("a.zarr/token_id/c.0: the file is missing. ")
 
 
 def test_manifest_lines(tmp_path: Path) -> None:
