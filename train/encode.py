@@ -46,7 +46,7 @@ def tiles(
 ) -> Iterator[Tile]:
     """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None, in `product_dtype`.
 
-    z is of that type too, but float32 where it is float16 or int8 (`train.products`).
+    z is of that type too, but float32 where it is int8 or int16 (`train.products`).
     """
     n, m = len(inputs), len(W_enc)
     dtype = product_dtype or W_enc.dtype

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from train.kernels_compile import compiled, inlined
-from train.kernels_int16 import LANES, PANEL, ROWS, VECTORS, emit_block, everywhere, product_blocks, vector_at
+from train.kernels_int16 import AHEAD, LANES, PANEL, ROWS, VECTORS, emit_block, everywhere, product_blocks, vector_at
 from train.kernels_tiles import FLOATS, INTS, MAGNITUDE, PAIRS, SLACK, TILE, pack_columns, pack_rows
 from train.kernels_topk import count_reaching, kth_largest
 
@@ -125,8 +125,11 @@ def tiles_of_rows(
 
 
 @compiled
-def add_gradients(start, stop, left, left_unscale, right, right_unscale, out):
-    """Units start..stop of out [A, D] += sum over tiles of left [A, 140] @ right [140, D] of `tiles_of_rows`."""
+def add_gradients(start, stop, left, left_unscale, right, right_unscale, out, anew):
+    """Units start..stop of out [A, D] += sum over tiles of left [A, 140] @ right [140, D] of `tiles_of_rows`.
+
+    anew: `out` is taken for zeros, whatever it holds.
+    """
     n, m = out.shape
     n_tiles, n_blocks, n_panels = left.shape[0], left.shape[1], right.shape[1]
     down, across = -(-n_blocks // UNIT_BLOCKS), -(-n_panels // UNIT_PANELS)
@@ -137,20 +140,19 @@ def add_gradients(start, stop, left, left_unscale, right, right_unscale, out):
         blocks, panels = n_blocks * (i + 1) // down - first_block, n_panels * (j + 1) // across - first_panel
         sums[:] = 0
         for t in range(n_tiles):
-            nxt = min(t + 1, n_tiles - 1)
+            following = min(t + 1, n_tiles - 1)
+            next_left, next_right = left[following, first_block].ctypes.data, right[following, first_panel].ctypes.data
+            left_bytes = 4 * PAIRS * ROWS * blocks
             for q in range(panels):
                 for b in range(blocks):
+                    fetched = AHEAD * PAIRS * (q * blocks + b)
                     _add_tile(  # pyright: ignore[reportCallIssue]  numba passes its typing context itself
                         left[t, first_block + b].ctypes.data,
                         right[t, first_panel + q].ctypes.data,
                         left_unscale[t].ctypes.data + 4 * ROWS * (first_block + b),
                         right_unscale[t].ctypes.data + 4 * PANEL * (first_panel + q),
                         sums[q, b].ctypes.data,
-                        (left[nxt, first_block].ctypes.data + 280 * 4 * (q * blocks + b))
-                        if (q * blocks + b) * 280 * 4 < blocks * ROWS * PAIRS * 4
-                        else (
-                            right[nxt, first_panel].ctypes.data + 280 * 4 * (q * blocks + b) - blocks * ROWS * PAIRS * 4
-                        ),
+                        next_left + fetched if fetched < left_bytes else next_right + fetched - left_bytes,
                     )
         for q in range(panels):
             column = (first_panel + q) * PANEL
@@ -158,7 +160,8 @@ def add_gradients(start, stop, left, left_unscale, right, right_unscale, out):
                 row = (first_block + b) * ROWS
                 for r in range(min(ROWS, n - row)):
                     for j in range(min(PANEL, m - column)):
-                        out[row + r, column + j] += sums[q, b, r, j]
+                        before = np.float32(0) if anew else out[row + r, column + j]
+                        out[row + r, column + j] = before + sums[q, b, r, j]
 
 
 @inlined
@@ -371,7 +374,7 @@ def _add_tile(
 ) -> Any:
     """sums [14, 32] += left [70 pairs, 14]^T @ right [70 pairs, 32] * unscale_left [14] * unscale_right [32].
 
-    All are addresses; float32 but for the pairs.
+    All are addresses; float32 but for the pairs. ahead: of `emit_block`.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -9,11 +9,11 @@ the product is compiled here:
 - The right operand is packed in panels of 32 rows, the left one in blocks of 14, pairs of numbers side by side. 14 x 32
   results stay in registers while the depth is gone through.
 - Sums are exact; results are float32, their scales undone. So all error is that of rounding an operand once: for
-  standardised rows of 576 its standard deviation is a fifth of a bfloat16 product's, and it grows with the square root
-  of the depth (a step is a norm divided by 2^15).
+  standardised rows of 576 its standard deviation is a sixth of a bfloat16 product's. A step is a row's norm divided by
+  2^14..2^15, so it grows with the square root of the depth: at 16,384 it is as large as theirs.
 
 A result's bits depend on its two rows alone, and on no order of summation. All results of a row that holds an infinity
-or NaN are NaN. Not here: when it pays (`train.hardware`).
+or NaN are NaN; numbers below 2^-115 count as zero. Not here: when it pays (`train.hardware`).
 
 Shapes: n rows of the left operand, m of the right, d depth, p = d / 2 pairs, rounded up.
 """
@@ -39,6 +39,9 @@ ROWS, PANEL = 14, VECTORS * LANES
 
 _UNIT_BLOCKS, _UNIT_PANELS = 16, 8
 """What a thread takes at a time: 16 blocks find a panel in its cache, and 8 panels the blocks."""
+
+AHEAD = 16
+"""Bytes of what is needed next that are fetched with each pair: a line every fourth."""
 
 _NORM_EXPONENT = 15
 """Rows are scaled to norms below 2^15."""
@@ -225,8 +228,8 @@ def _multiply_block(
 def emit_block(builder: Any, left: Any, right: Any, pairs: Any, ahead: Any) -> list[list[Any]]:
     """Instructions: left [pairs, 14]^T @ right [pairs, 32] of addresses, as 14 times 2 vectors of 16 int32 numbers.
 
-    Meanwhile 16 bytes a pair are fetched from the address `ahead` on, into the second cache: what is needed next. All
-    at once, it would have to be waited for.
+    Meanwhile what is needed next is fetched into the second cache, from the address `ahead` on. All at once, it would
+    have to be waited for.
     """
     i32, i64 = ir.IntType(32), ir.IntType(64)
     lanes = ir.VectorType(i32, LANES)
@@ -243,10 +246,7 @@ def emit_block(builder: Any, left: Any, right: Any, pairs: Any, ahead: Any) -> l
     panel = builder.add(right, builder.mul(pair, i64(4 * PANEL)))
     columns = [builder.load(vector_at(builder, panel, 64 * j, lanes), align=4) for j in range(VECTORS)]
     block = builder.add(left, builder.mul(pair, i64(4 * ROWS)))
-    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    line = builder.inttoptr(builder.add(ahead, builder.shl(pair, i64(4))), ir.IntType(8).as_pointer())
-    builder.call(fetch, [line, i32(0), i32(2), i32(1)])
+    _fetch(builder, builder.add(ahead, builder.mul(pair, i64(AHEAD))), write=False, cache=2)
     after = []
     for r in range(ROWS):
         spread = everywhere(builder, builder.load(vector_at(builder, block, 4 * r, i32), align=4))
@@ -292,17 +292,19 @@ def _will_write(typing_context: Any, address: Any) -> Any:
     away stops the core for longer than a block's products take to be written."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i32, address = ir.IntType(32), arguments[0]
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         for offset in range(0, 4 * PANEL, 64):
-            line = builder.inttoptr(
-                builder.add(address, ir.Constant(ir.IntType(64), offset)), ir.IntType(8).as_pointer()
-            )
-            builder.call(fetch, [line, i32(1), i32(3), i32(1)])  # to be written, into the nearest cache, data
+            _fetch(builder, builder.add(arguments[0], ir.Constant(ir.IntType(64), offset)), write=True, cache=1)
         return context.get_dummy_value()
 
     return types.void(types.int64), emit
+
+
+def _fetch(builder: Any, address: Any, *, write: bool, cache: int) -> None:
+    """Instructions: have a line come into the first or second cache, to be read or written."""
+    i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [builder.inttoptr(address, byte), i32(int(write)), i32(4 - cache), i32(1)])
 
 
 @compiled
@@ -317,7 +319,7 @@ def product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
         blocks = min(_UNIT_BLOCKS, left.shape[0] - first_block)
         for q in range(first_panel, min(first_panel + _UNIT_PANELS, right.shape[0])):
             columns = min(PANEL, m - q * PANEL)
-            panel, bytes_ahead = right[q].ctypes.data, 16 * depth
+            panel, fetched = right[q].ctypes.data, AHEAD * depth
             for block in range(first_block, first_block + blocks):
                 first = block * ROWS
                 rows = min(ROWS, n - first)
@@ -328,7 +330,7 @@ def product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
                     left[block].ctypes.data,
                     panel,
                     depth,
-                    panel + 4 * PANEL * depth + bytes_ahead * (block - first_block),  # part of the next panel
+                    panel + 4 * PANEL * depth + fetched * (block - first_block),  # of the next panel
                     unscale_left.ctypes.data + 4 * first,
                     unscale_right.ctypes.data + 4 * PANEL * q,
                     out[first].ctypes.data + 4 * PANEL * q if within else edge.ctypes.data,

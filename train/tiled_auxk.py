@@ -66,7 +66,7 @@ def tiled_auxk(
     squared = torch.empty(n_rows)
     latent_sums, means = (np.zeros((n_tiles, wide), np.float32) for wide in (wide_a, wide_d))
     moments = np.empty((n_tiles, 2))
-    W_enc_grad, W_dec_grad = torch.zeros(n_dead, d), torch.zeros(n_dead, d)
+    W_enc_grad, W_dec_grad = torch.empty(n_dead, d), torch.empty(n_dead, d)
     for first in range(0, n_tiles, together):
         tiles = slice(first, first + together)
         rows = slice(first * TILE, (first + together) * TILE)
@@ -85,7 +85,7 @@ def tiled_auxk(
             (W_dec_grad, packed_active, packed_grads),
         ):
             operands = (memory[:count] for memory in (*left, *right))
-            run_chunks(loops.add_gradients, range(units + 1), *operands, out.numpy())
+            run_chunks(loops.add_gradients, range(units + 1), *operands, out.numpy(), first == 0)
     sums = torch.from_numpy(latent_sums[:, :n_dead]).sum(dim=0)
     return TiledAuxK(*_merged(moments, means), squared, W_enc_grad, W_dec_grad, sums)
 
