@@ -25,7 +25,10 @@ from harvest.aliases import hub_id, suggestions
 from harvest.hub import first_line, pin, quiet
 from harvest.soundness import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from store.errors import IncompatibleError, ResidscopeError, UsageError
+from store.first_calls import settle_first_calls
 from store.memory import keep_freed_memory
+
+settle_first_calls(torch)  # before anything is computed, wherever a model is
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from store.errors import IncompatibleError, UsageError
 from store.files import sync
+from store.first_calls import settle_first_calls
 from store.names import beside
 from train.damage import check_records, check_weights
 from train.encode import TILE_BYTES, encode_tiled
@@ -53,6 +54,8 @@ __all__ = [
     "standardize",
     "standardize_by_layer",
 ]
+
+settle_first_calls(torch)  # before anything is computed, wherever an autoencoder is
 
 CHECKPOINT_FORMAT = 1
 
