@@ -1,9 +1,10 @@
 """The linear baseline: k principal components, as an autoencoder like any other.
 
-Fitted on vectors standardised as an autoencoder's inputs are. A component c has two latents, c and -c: one of the two
-pre-activations is positive, whichever sign the coefficient has, so that the k largest after ReLU are the k
-coefficients, and the decoder adds them up to the mean plus the projection on k components. So the baseline is measured
-by the very code that measures autoencoders, and can be saved and analysed as one.
+Fitted on vectors standardised each by itself, as an autoencoder's inputs are by default. A component c has two
+latents, c and -c: one of the two pre-activations is positive, whichever sign the coefficient has, so that the k
+largest after ReLU are the k coefficients, and the decoder adds them up to the mean plus the projection on k
+components. So the baseline is measured by the very code that measures autoencoders, and can be saved and analysed as
+one.
 
 Shapes: N vectors, D d_model, k components.
 """
