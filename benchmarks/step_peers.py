@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -208,14 +209,19 @@ def fvu_after(
 
 
 def timed(step: Callable[[Tensor], object], x: Tensor) -> float:
-    """Seconds of one step, the device's queue included."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Median seconds of steps that follow one another, as in a training, for at least a second; the device's queue
+    included."""
     step(x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    seconds: list[float] = []
+    while sum(seconds) < 1:
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 def main() -> None:
