@@ -5,8 +5,9 @@
 In one run, on the same vectors, in alternating rounds of which the median counts, a second of each in a round, step
 after step as in a training: our step with the kernels that `--kernels auto` picks and with plain torch's, AuxK off;
 ours with AuxK on and a tenth of the latents dead; the encoder's product alone, in float32 and bfloat16; dense autograd,
-sparsify, SAELens and dictionary-learning, each in every mode it has, of which the faster counts. The peers live in an environment of their own, which `make bench-peers`
-makes; without it they are left out, and a line says so. Further `--latents` are timed for ours and the product alone.
+sparsify, SAELens and dictionary-learning, each in every mode it has, of which the faster counts. The peers live in an
+environment of their own, which `make bench-peers` makes; without it they are left out, and a line says so. Further
+`--latents` are timed for ours and the product alone.
 Each kernel of the step is timed on its own as well, compiled and plain.
 
 Then each trains for `--fvu-steps` steps of `--fvu-rows` vectors from the same weights with the same learning rate, an
