@@ -314,8 +314,11 @@ def compare_plans(path: object, saved: dict[str, Any], plan: RunPlan) -> list[st
             continue
         found = f"{field.name} was {before} when {path} was saved and is {after} now"
         if field.name not in _REPORTED_ONLY:
-            # What "auto" stands for depends on the machine and on this package's version.
-            way_out = f"give --dtype {before}" if field.name == "product_dtype" else "give the same flags"
-            raise IncompatibleError(f"{found}; {way_out} to resume, or --overwrite to start anew")
+            way_out = "give the same flags to resume, or --overwrite to start anew"
+            if field.name == "product_dtype":  # what "auto" stands for depends on the machine
+                way_out = f"give --dtype {before} to resume, or --overwrite to start anew"
+            if field.name == "product_dtype" and before == "float16":
+                way_out = "float16 products are no more: give --overwrite to start anew"
+            raise IncompatibleError(f"{found}; {way_out}")
         warnings.append(f"{found}: the result will not be bit for bit that of an unbroken run")
     return warnings

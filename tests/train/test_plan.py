@@ -72,6 +72,8 @@ def test_every_difference_between_plans_is_named(store: ActivationStore) -> None
     assert compare_plans("ckpt.pt", plan.to_dict(), plan) == []
     with pytest.raises(IncompatibleError, match=r"product_dtype was .* give --dtype other to resume"):
         compare_plans("ckpt.pt", plan.to_dict() | {"product_dtype": "other"}, plan)
+    with pytest.raises(IncompatibleError, match=r"product_dtype was float16 .* no more: give --overwrite"):
+        compare_plans("ckpt.pt", plan.to_dict() | {"product_dtype": "float16"}, plan)
 
 
 def test_a_plan_from_before_an_option_was_there_is_that_of_its_default(store: ActivationStore) -> None:
