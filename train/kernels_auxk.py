@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from train.kernels_compile import compiled, inlined
 from train.kernels_int16 import AHEAD, LANES, PANEL, ROWS, VECTORS, emit_block, everywhere, product_blocks, vector_at
+from train.kernels_int16 import UNIT_PANELS as PRODUCT_PANELS
 from train.kernels_tiles import FLOATS, INTS, MAGNITUDE, PAIRS, SLACK, TILE, pack_columns, pack_rows
 from train.kernels_topk import count_reaching, kth_largest
 
@@ -87,7 +88,7 @@ def tiles_of_rows(
     columns = np.empty((2, max(wide_d, wide_a) + SLACK), np.int32)
     keys, near = np.empty(wide_a, np.int32), np.empty(_WINDOW, np.int32)
     bound = np.int32(0)
-    d_units, a_units = -(-decoder.shape[0] // 8), -(-encoder.shape[0] // 8)
+    d_units, a_units = -(-decoder.shape[0] // PRODUCT_PANELS), -(-encoder.shape[0] // PRODUCT_PANELS)
     for t in range(start, stop):
         first = t * TILE
         n = min(TILE, n_rows - first)

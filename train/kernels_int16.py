@@ -37,7 +37,7 @@ VECTORS, LANES = 2, 16
 ROWS, PANEL = 14, VECTORS * LANES
 """Results of a block: 14 x 32; 28 of the 32 vector registers."""
 
-_UNIT_BLOCKS, _UNIT_PANELS = 16, 8
+UNIT_BLOCKS, UNIT_PANELS = 16, 8
 """What a thread takes at a time: 16 blocks find a panel in its cache, and 8 panels the blocks."""
 
 AHEAD = 16
@@ -77,7 +77,7 @@ class Int16Product:
         if left.shape[1:] != self.shape[1:]:
             raise ValueError(f"left: expected [n, {self.shape[1]}], found {list(left.shape)}")
         packed = Packed.of(left, ROWS)
-        units = -(-len(packed.pairs) // _UNIT_BLOCKS) * -(-len(self.right.pairs) // _UNIT_PANELS)
+        units = -(-len(packed.pairs) // UNIT_BLOCKS) * -(-len(self.right.pairs) // UNIT_PANELS)
         run_chunks(product_blocks, even_chunks(units, 1), *packed, *self.right, out.numpy())
         return out
 
@@ -311,13 +311,13 @@ def _fetch(builder: Any, address: Any, *, write: bool, cache: int) -> None:
 def product_blocks(start, stop, left, unscale_left, right, unscale_right, out):
     """Units start..stop of out [n, m]; a unit is 16 blocks of rows by 8 panels, so that both stay in a core's cache."""
     n, m = out.shape
-    across = -(-right.shape[0] // _UNIT_PANELS)
+    across = -(-right.shape[0] // UNIT_PANELS)
     depth = left.shape[1]
     edge = np.empty((ROWS, PANEL), np.float32)  # a block that is not all within
     for unit in range(start, stop):
-        first_block, first_panel = unit // across * _UNIT_BLOCKS, unit % across * _UNIT_PANELS
-        blocks = min(_UNIT_BLOCKS, left.shape[0] - first_block)
-        for q in range(first_panel, min(first_panel + _UNIT_PANELS, right.shape[0])):
+        first_block, first_panel = unit // across * UNIT_BLOCKS, unit % across * UNIT_PANELS
+        blocks = min(UNIT_BLOCKS, left.shape[0] - first_block)
+        for q in range(first_panel, min(first_panel + UNIT_PANELS, right.shape[0])):
             columns = min(PANEL, m - q * PANEL)
             panel, fetched = right[q].ctypes.data, AHEAD * depth
             for block in range(first_block, first_block + blocks):

@@ -10,7 +10,9 @@ from train.encode import encode_batch, encode_tiled
 from train.kernels_int16 import integer_products_run
 from train.screen import Screen
 
-pytestmark = pytest.mark.skipif(not integer_products_run(), reason="this processor does not multiply bytes fast")
+pytestmark = pytest.mark.skipif(
+    not integer_products_run(), reason="this processor has no fast products of integers (AVX512-VNNI)"
+)
 
 
 def planted(n, d, m, seed, outlier=0.0):
