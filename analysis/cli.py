@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from analysis.config import AnalyzeConfig, CompareConfig
-from store.console import run_command
-from store.options import parse_options
+from residscope.console import run_command
+from residscope.options import parse_options
 
 DESCRIPTION = """Measure how the latents of a multi-layer sparse autoencoder spread over layers, and how well it
 reconstructs each.
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def compare_command() -> int:
         argv = ["--help"] if {"-h", "--help"} & set(words) else words  # --compare --help lacks its folders
         config = parse_options(CompareConfig, argv, prog="analyze", description=COMPARE_DESCRIPTION)
-        from analysis.compare import compare
+        from analysis.compare.measure import compare
 
         compare(config)
         return 0
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
         if config.prompt:
-            from analysis.prompt_run import analyze_prompts
+            from analysis.prompt.run import analyze_prompts
 
             analyze_prompts(config)
             return 0

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from store.errors import UsageError
-from store.names import beside
+from residscope.errors import UsageError
+from residscope.names import beside
 
 
 @dataclass(frozen=True, kw_only=True)

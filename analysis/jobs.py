@@ -7,7 +7,7 @@ the run and names its shards. A worker that dies loses the tasks that it held: D
 Threads of this process are the default: encoding, reading and summing all release the interpreter's lock, so threads
 are as fast as processes, share one copy of the weights and start at once. Processes (a LocalCluster) cost seconds to
 start. With several workers each has one torch thread, or its share of the cores. Not here: what a task does
-(`analysis.measure`).
+(`analysis.task`).
 """
 
 import os
@@ -26,8 +26,8 @@ from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
-from analysis.measure import keep_going, stop_tasks
-from store.errors import Interrupted, ResidscopeError, UsageError
+from analysis.task import keep_going, stop_tasks
+from residscope.errors import Interrupted, ResidscopeError, UsageError
 
 MAX_TASKS = 256
 """Groups of shards that a store is cut into at most: enough for many workers, few enough that merging costs nothing."""

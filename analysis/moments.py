@@ -9,7 +9,7 @@ must be added: every layer of a token in one call. The same pass over the codes 
 
 All sums are float64 (counts int64) with layers centred; nothing that could cancel is got by subtracting large sums
 where a sum of squares can be had. A value that is negative or not finite raises. Not here: encoding
-(`analysis.latents`), reading (`analysis.jobs`), intervals (`analysis.uncertainty`).
+(`analysis.encoder`), reading (`analysis.jobs`), intervals (`analysis.uncertainty`).
 
 Shapes: T tokens, L layers, k active latents a vector, M n_latents, G document groups.
 """
@@ -30,7 +30,7 @@ WEIGHTINGS: tuple[Weighting, ...] = ("mass", "equal", "latent")
 once, its own variance by mass."""
 
 N_SUMS = 8
-"""Sums kept per latent and document group; their order is that of the constants in `analysis.compiled`."""
+"""Sums kept per latent and document group; their order is that of the constants in `analysis.sum_loops`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +92,10 @@ class LayerMoments:
         """Add whole tokens, in place: values [T, L, k] >= 0, indices [T, L, k], group [T] (default: all in the first).
 
         rows [T, L]: which of the T * L vectors, counted token by token, is taken to stand at a token and layer; default
-        each at its own (`analysis.nulls` has others). Raises `ValueError` on a value that is negative, infinite or not
-        a number, naming token and layer.
+        each at its own (`analysis.baselines.nulls` has others). Raises `ValueError` on a value that is negative,
+        infinite or not a number, naming token and layer.
         """
-        from analysis import compiled
+        from analysis import sum_loops as compiled
 
         values = np.ascontiguousarray(values)
         bad = compiled.first_bad(values)

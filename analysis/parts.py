@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from analysis import spilled_codes
 from analysis.config import AnalyzeConfig
+from analysis.encoder import CodeTile
 from analysis.jobs import Pool
-from analysis.latents import CodeTile
-from analysis.measure import Work, code_tiles
+from analysis.latents.redundancy import Redundancy
 from analysis.moments import LatentTable, LayerMoments
-from analysis.redundancy import Redundancy
 from analysis.selection import Selection
+from analysis.task import Work, code_tiles
 from store.activations import ActivationStore
-from train.sae import Checkpoint
+from train.model import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

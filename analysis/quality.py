@@ -81,7 +81,7 @@ class LayerQuality:
 
         Returns [3, T, L], what `GroupQuality.add` takes: |x - x_hat|^2, |x - m|^2 and the number of active latents.
         """
-        from analysis import compiled
+        from analysis import sum_loops as compiled
 
         error, deviation, norm, cosine = (np.empty(x.shape[:2]) for _ in range(4))  # each [T, L]
         x, x_hat = np.ascontiguousarray(x), np.ascontiguousarray(x_hat)

@@ -2,7 +2,7 @@
 
 Results are made in a folder of their own inside the output folder and moved into place when all are there, summary.json
 last: a folder without summary.json holds no whole analysis. Not here: what the numbers mean (`analysis.moments`,
-`analysis.quality`), how they are said (`analysis.words`), how they are drawn (`analysis.report`).
+`analysis.quality`), how they are said (`analysis.words`), how they are drawn (`analysis.report.page`).
 """
 
 import errno
@@ -21,25 +21,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import jobs, latent_views, pca, spilled_codes, tables, with_model
+from analysis import jobs, spilled_codes, tables
+from analysis.baselines import pca
 from analysis.config import AnalyzeConfig
-from analysis.latents import doubts, kept_places, layers_of_store, load_encoder
-from analysis.measure import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, open_codes, pca_error
+from analysis.encoder import doubts, kept_places, layers_of_store, load_encoder
+from analysis.latents import views as latent_views
+from analysis.latents.redundancy import find_redundancy
+from analysis.model import parts as with_model
 from analysis.moments import latent_table
 from analysis.parts import Context, Part
 from analysis.quality import ratio
-from analysis.redundancy import find_redundancy
 from analysis.selection import held_out_documents, select
 from analysis.summary import Baseline, Findings, build
+from analysis.task import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, open_codes, pca_error
 from analysis.uncertainty import persistence_intervals, reconstruction_intervals, variance_intervals
 from analysis.words import words
+from residscope.errors import ResidscopeError, UsageError
+from residscope.options import to_toml
 from store.activations import ActivationStore
-from store.errors import ResidscopeError, UsageError
 from store.files import held_alone
-from store.options import to_toml
 from store.outputs import refuse_inside_store
-from train.formats import read_sae
-from train.sae import Checkpoint
+from train.formats.files import read_sae
+from train.model import Checkpoint
 
 SUMMARY, LATENTS, LAYERS, CONFIG = "summary.json", "latents.parquet", "layers.parquet", "analyze.config.toml"
 REDUNDANCY = "redundancy.parquet"
@@ -50,7 +53,7 @@ PARTS: tuple[Part, ...] = (latent_views.PART,)
 
 _FIGURES = ("layer_profile", "variance", "reconstruction", "downstream")
 _DRAWN = ("report.html", *(f"{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")))
-"""What `analysis.report` may write beside them."""
+"""What `analysis.report.page` may write beside them."""
 
 
 def analyze(config: AnalyzeConfig) -> dict[str, Any]:
@@ -181,7 +184,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
 
 def _ours() -> set[str]:
     """Names of all files that an analysis may write."""
-    of_prompts = {"prompt.json", "prompt.parquet"}  # `analysis.prompt_run` adds them to an analysis
+    of_prompts = {"prompt.json", "prompt.parquet"}  # `analysis.prompt.run` adds them to an analysis
     always = {*of_prompts, *_DRAWN, CONFIG, LATENT_LOGITS, LATENTS, LAYERS, REDUNDANCY, SUMMARY}
     return always | {name for part in PARTS for name in part.files}
 
@@ -237,7 +240,7 @@ def _partial_dir(out: Path) -> Iterator[Path]:
 def _write_report(folder: Path) -> str | None:
     """Figures and report.html; the reason if there are none."""
     try:
-        from analysis.report import write_report
+        from analysis.report.page import write_report
 
         write_report(folder)
     except ModuleNotFoundError as error:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from residscope.errors import IncompatibleError
 from store.arrays import TokenTable
-from store.errors import IncompatibleError
-from store.plan import validation_documents
+from store.shuffle import validation_documents
 
 Split = Literal["all", "train", "validation"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.config import AnalyzeConfig
-from analysis.latents import CodeTile
+from analysis.encoder import CodeTile
 
 BYTES_PER_CODE = {"float32": 8, "bfloat16": 8, "float64": 12}
 """A value and an int32 index, by the analysis's dtype; with bfloat16 products values are float32."""

@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.baselines.nulls import null_numbers
 from analysis.config import AnalyzeConfig
-from analysis.downstream_summary import layer_columns
-from analysis.latents import weights_hash
+from analysis.encoder import weights_hash
+from analysis.latents.profiles import KINDS, profile_kinds
+from analysis.latents.redundancy import MAX_OVERLAP, Redundancy
+from analysis.model.downstream_summary import layer_columns
+from analysis.model.parts import ModelFindings
+from analysis.model.parts import summary_of as model_summary
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LatentTable, LayerMoments, mlsae_compat, variances
-from analysis.nulls import null_numbers
 from analysis.persistence import PAIR_WEIGHTINGS, distributions, persistence_numbers
-from analysis.profiles import KINDS, profile_kinds
 from analysis.quality import QualityResult
-from analysis.redundancy import MAX_OVERLAP, Redundancy
 from analysis.selection import Selection
 from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, ReconstructionIntervals
-from analysis.with_model import ModelFindings
-from analysis.with_model import summary_of as model_summary
+from residscope.console import counted
 from store.activations import ActivationStore
-from store.console import counted
-from train.sae import Checkpoint
+from train.model import Checkpoint
 
 SCHEMA_VERSION = 1
 

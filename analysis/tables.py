@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis import downstream_summary
+from analysis.latents.profiles import profile_kinds
+from analysis.latents.redundancy import MAX_OVERLAP, N_NEIGHBOURS, Redundancy
+from analysis.model import downstream_summary
 from analysis.moments import LatentTable, LayerMoments
-from analysis.profiles import profile_kinds
-from analysis.redundancy import MAX_OVERLAP, N_NEIGHBOURS, Redundancy
 
 LAYER_COLUMNS = pa.schema(
     [

@@ -6,9 +6,9 @@ Made from summary.json alone. Not here: any number that is not in it.
 from collections.abc import Mapping
 from typing import Any
 
-from analysis.model_words import model_words
+from analysis.baselines.nulls import NULLS
+from analysis.model.words import model_words
 from analysis.moments import VARIANCE_NAMES
-from analysis.nulls import NULLS
 from analysis.word_tables import shown, some, table, with_interval
 
 _ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}

@@ -2,11 +2,11 @@
 
     python benchmarks/bench_analysis.py [--json] [--latents 9216 36864] [--tokens 256] [--rounds 3] [--dtype auto]
 
-The job is `analysis.measure.measure`: read shards, standardise, encode, decode, and sum moments, persistence and
+The job is `analysis.task.measure`: read shards, standardise, encode, decode, and sum moments, persistence and
 reconstruction; without the PCA baseline, and without the null models, which are timed on their own. Dense is the same
 variances the plain way: float32 product, torch.topk, a scatter to layers x tokens x latents, and sums over it. The
 product is x_std @ W_enc^T alone, in bfloat16 and in float32. In float32 the job screens in 8 bits where the processor
-can (`train.screen`): its codes are those of the float32 product.
+can (`train.kernels.cpu.screen`): its codes are those of the float32 product.
 
 One-thread times count the processor's seconds of this process, which other processes' turns are not part of; rounds
 alternate and the least counts. Two workers against one goes by the clock, so it says little on a machine with other
@@ -31,11 +31,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis import jobs
-from analysis.measure import Sums, Work, measure
+from analysis.task import Sums, Work, measure
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.meta import StoreMeta, config_hash
-from train.sae import MLSAE, SAEConfig, save_checkpoint, standardize
+from train.model import MLSAE, SAEConfig, save_checkpoint, standardize
 
 N_LAYERS, D_MODEL, K = 30, 576, 32
 CHUNK = 64

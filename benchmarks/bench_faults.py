@@ -38,9 +38,9 @@ import torch
 
 import harvest.cli
 import harvest.run
+from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
-from store.errors import ResidscopeError
-from store.verify import verify
+from store.care.verify import verify
 from tests.support.faults import everything, files_of, harmless, random_fault
 from tests.support.models import tiny_model
 

@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import harvest.run
 from harvest.config import HarvestConfig
 from harvest.fill import host_bytes, sequence_batches
-from harvest.hub import quiet
-from harvest.models import LoadedModel, load_model
-from harvest.resolve import TORCH_DTYPES, Settings, resolve
-from harvest.texts import open_sources
+from harvest.model.hub import quiet
+from harvest.model.load import LoadedModel, load_model
+from harvest.settings import TORCH_DTYPES, Settings, resolve
+from harvest.text.sources import open_sources
+from residscope.console import human_bytes
 from store.activations import ActivationStore
 from store.arrays import TokenTable
-from store.console import human_bytes
 
 
 class Round(NamedTuple):

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.nn.functional as F
 
-from train.kernels import TORCH, Kernels
-from train.kernels_numba import NUMBA, weight_gradients
+from train.kernels.cpu.backend import NUMBA, weight_gradients
+from train.kernels.interface import TORCH, Kernels
 
 D_MODEL, N_LATENTS, K = 576, 9216, 32
 OURS = ("topk", "reconstruct", "weight gradients", "adam")
@@ -135,7 +135,7 @@ def time_first_call() -> dict[str, float]:
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import torch
-from train.kernels_numba import NUMBA
+from train.kernels.cpu.backend import NUMBA
 x, W = torch.randn(64, 32), torch.randn(96, 32)
 start = time.process_time()
 v, i = NUMBA.topk_relu(x @ W.T, 4)

@@ -144,7 +144,7 @@ def _script(body: str) -> str:
 
 def _made(folder: Path, copy: Path) -> Path:
     """A report from an analysis, which stays as it is."""
-    from analysis.report import write_report
+    from analysis.report.page import write_report
 
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("report.html", "*.png", "*.svg", ".partial"))
     return write_report(copy)

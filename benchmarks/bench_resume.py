@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     FLAGS.append(f"--kernels={options.kernels}")
-    import train.loop  # noqa: F401  (and torch: once, for all processes)
+    import train.run  # noqa: F401  (and torch: once, for all processes)
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

@@ -28,10 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from residscope.console import human_bytes
 from store.activations import ActivationStore
-from store.console import human_bytes
 from store.loader import DEFAULT_WINDOW_BYTES
-from store.plan import LoaderPlan, chunk_row_counts
+from store.shuffle import LoaderPlan, chunk_row_counts
 from train.config import TrainConfig
 
 EPSILON = 1e-5

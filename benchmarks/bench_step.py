@@ -43,14 +43,14 @@ from step_peers import CLIP, CONTENDERS, HELD_OUT, batches, fvu_after, timed
 from torch import Tensor
 
 from store.activations import ActivationStore
-from train.encode import encode_tiled
 from train.hardware import resolve_product_dtype
-from train.kernels import Kernels, WeightGradients, choose_kernels
-from train.losses import DeadLatents, row_weights
-from train.optimizer import SphereAdam
-from train.sae import MLSAE, SAEConfig, standardize
-from train.step import StepOptions, training_step
-from train.variants import TopK
+from train.kernels.encode import encode_tiled
+from train.kernels.interface import Kernels, WeightGradients, choose_kernels
+from train.model import MLSAE, SAEConfig, standardize
+from train.objective.losses import DeadLatents, row_weights
+from train.objective.optimizer import SphereAdam
+from train.objective.step import StepOptions, training_step
+from train.objective.variants import TopK
 
 OURS = {"ours": "auto", "ours, plain torch": "torch"}
 """Name -> kernels."""

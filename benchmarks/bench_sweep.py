@@ -28,7 +28,7 @@ from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.meta import StoreMeta, chunk_and_shard_tokens
 from train.config import TrainConfig
-from train.loop import train, train_all
+from train.run import train, train_all
 
 N_LAYERS, D_MODEL = 8, 256
 SWEEP = ("k=8,16,32", "lr=0.001,0.003")

@@ -3,9 +3,9 @@
     python benchmarks/golden.py --work FOLDER > after.txt        # a few minutes; FOLDER keeps all outputs
     diff before.txt after.txt
 
-Hashes are of content, not of files: of arrays, tensors, table columns and JSON values; times, speeds, versions and paths
-are left out. They are the same for every run on one machine with the same packages, and need not be on another: compare
-two commits on one machine. Where a hash differs, FOLDER holds what to look at.
+Hashes are of content, not of files: of arrays, tensors, table columns and JSON values; times, speeds, versions and
+paths are left out. They are the same for every run on one machine with the same packages, and need not be on another:
+compare two commits on one machine. Where a hash differs, FOLDER holds what to look at.
 
 Not here: whether the numbers are right (the tests), how fast they come (bench_*.py).
 """
@@ -43,7 +43,10 @@ COMMANDS = (
     ("train", f"{SHORT} --activation jumprelu --out jumprelu.pt"),
     ("train", f"{SHORT} --activation relu --standardize layer --out relu.pt"),
     ("train", f"{SHORT} --dead-tokens 20 --aux-coef 0.1 --dtype float32 --multi-topk --out dead.pt"),
-    ("train", f"{SHORT} --encoder-bias --decoder-norm free --clip-norm 0.001 --ema-decay 0.9 --kernels torch --out a.pt"),
+    (
+        "train",
+        f"{SHORT} --encoder-bias --decoder-norm free --clip-norm 0.001 --ema-decay 0.9 --kernels torch --out a.pt",
+    ),
     ("train", f"{SHORT} --loss-space raw --sweep k=8,16 n_latents=576,1152 --out sweep.pt"),
     ("train", f"{SHORT} --layers 0 10 20 --per-layer total --out layers"),
     ("train", "compare --store acts.zarr --sae topk.pt layers --tokens 256 --out comparison"),
@@ -178,7 +181,11 @@ def stable(value: Any) -> Any:
 
 def unstable_out(text: str) -> str:
     """A text without times and speeds."""
-    return re.sub(r"\d[\d.,]* ?(s|ms|min|h|[kMG]?B/s|tokens/s|vectors/s|/s)\b", "", re.sub(r'"[a-z_]*seconds[a-z_]*": [\d.e+-]+', "", text))
+    return re.sub(
+        r"\d[\d.,]* ?(s|ms|min|h|[kMG]?B/s|tokens/s|vectors/s|/s)\b",
+        "",
+        re.sub(r'"[a-z_]*seconds[a-z_]*": [\d.e+-]+', "", text),
+    )
 
 
 def digest(value: Any) -> str:

@@ -94,8 +94,8 @@ def fit_lens(out: Path) -> tuple[Path, tuple[str, ...]]:
 
 def fresh_file(out: Path) -> Path:
     """The text to measure on; made where it is not there."""
-    from harvest.python_texts import pydoc_documents
-    from harvest.texts import shuffled
+    from harvest.text.python import pydoc_documents
+    from harvest.text.sources import shuffled
 
     path = out / "fresh.jsonl"
     if not path.exists():

@@ -4,8 +4,8 @@ are read."""
 from collections.abc import Sequence
 
 from harvest.config import HarvestConfig
-from store.console import run_command
-from store.options import parse_options
+from residscope.console import run_command
+from residscope.options import parse_options
 
 DESCRIPTION = """\
 Run text through a causal language model and store the residual stream after every block

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from store.errors import UsageError
+from residscope.errors import UsageError
 
 DEFAULT_SPLIT = "train"
 DEFAULT_COLUMN = "text"

@@ -17,11 +17,11 @@ import torch
 
 from harvest.config import HarvestConfig
 from harvest.fill import BatchRunner
-from harvest.models import load_model
-from harvest.resolve import TORCH_DTYPES, Settings, require_in_vocabulary, resolve
-from harvest.texts import TextSource, open_sources, require_local_texts
-from harvest.tokens import encode_documents, pack
-from store.errors import ResidscopeError
+from harvest.model.load import load_model
+from harvest.settings import TORCH_DTYPES, Settings, require_in_vocabulary, resolve
+from harvest.table import encode_documents, pack
+from harvest.text.sources import TextSource, open_sources, require_local_texts
+from residscope.errors import ResidscopeError
 
 _SAMPLE_CHARACTERS = 200_000
 _MEASURE_SECONDS = 2.0

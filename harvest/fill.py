@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harvest.lens import TunedLens
-from harvest.models import LoadedModel
+from harvest.lens.translators import TunedLens
+from harvest.model.load import LoadedModel
 from harvest.residual import ResidualRecorder
-from harvest.resolve import TORCH_DTYPES
+from harvest.settings import TORCH_DTYPES
+from residscope.console import progress, stop_on_signals
+from residscope.errors import Interrupted, ResidscopeError
 from store.activations import ActivationStore
-from store.console import progress, stop_on_signals
-from store.errors import Interrupted, ResidscopeError
 from store.meta import StoreMeta
 
 

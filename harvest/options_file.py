@@ -2,7 +2,7 @@
 
 How: names of local files and folders are written in full, so that the file means the same from any working folder: it
 continues and repairs the store, and tells an analysis where the model is, of which the store itself knows the name and
-the hash alone. What it does not do: check that what lies there is still the same (`harvest.checks` does).
+the hash alone. What it does not do: check that what lies there is still the same (`harvest.model.checks` does).
 """
 
 import dataclasses
@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 
 from harvest.config import HarvestConfig, text_choices
-from harvest.texts import is_on_disk
+from harvest.text.sources import is_on_disk
+from residscope.names import beside
+from residscope.options import to_toml
 from store.files import atomic_write
-from store.names import beside
-from store.options import to_toml
 
 
 def options_file(store: Path) -> Path:

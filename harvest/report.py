@@ -7,7 +7,7 @@ import json
 
 from harvest.estimate import Estimate
 from harvest.run import HarvestResult
-from store.console import counted, human_bytes, human_seconds
+from residscope.console import counted, human_bytes, human_seconds
 
 
 def print_result(result: HarvestResult | Estimate, *, as_json: bool) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harvest.models import LoadedModel
-from store.errors import IncompatibleError, ResidscopeError, UsageError
+from harvest.model.load import LoadedModel
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 
 
 class ResidualRecorder:

@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 from harvest.config import HarvestConfig
 from harvest.fill import BatchRunner, Filled, fill, host_bytes
-from harvest.mixing import Mixture
-from harvest.models import LoadedModel, load_model
+from harvest.model.load import LoadedModel, load_model
 from harvest.options_file import save_options
-from harvest.resolve import (
+from harvest.settings import (
     TORCH_DTYPES,
     Settings,
     make_provenance,
@@ -34,12 +33,13 @@ from harvest.resolve import (
     resolve,
     versions,
 )
-from harvest.texts import TextSource, open_sources, require_local_texts
-from harvest.tokens import encode_documents, pack
+from harvest.table import encode_documents, pack
+from harvest.text.mixing import Mixture
+from harvest.text.sources import TextSource, open_sources, require_local_texts
+from residscope.console import human_bytes
+from residscope.errors import IncompatibleError, ResidscopeError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
-from store.console import human_bytes
-from store.errors import IncompatibleError, ResidscopeError
 from store.files import require_space
 from store.manifest import WriterLock
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from residscope.console import stop_on_signals
+from residscope.errors import IncompatibleError, UsageError
 from store import arrays
 from store.arrays import TokenTable
-from store.console import stop_on_signals
 from store.dtypes import STORAGE_DTYPE, to_float32
-from store.errors import IncompatibleError, UsageError
 from store.files import atomic_write, remove_leftovers, sync, sync_tree
 from store.manifest import FOLDER, LOCK, Manifest, ShardRecord, WriterLock, read_manifest, write_header
 from store.meta import StoreMeta
@@ -62,7 +62,7 @@ class ActivationStore:
         self.meta = meta
         self._manifest = manifest
         self.in_place: set[int] = set()
-        """Shards whose files were found to be theirs (store/places.py)."""
+        """Shards whose files were found to be theirs (store/care/places.py)."""
         self._records: dict[int, ShardRecord] = {}
         self._indexes: dict[int, list[int]] = {}
         self._writer = ShardWriter(path, meta, manifest, lock) if lock else None

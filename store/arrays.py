@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from store.errors import UsageError
+from residscope.errors import UsageError
 from store.manifest import FOLDER
 from store.meta import StoreMeta
 from store.shards import CRC_BYTES, ZSTD_LEVEL, DamagedError, checksum

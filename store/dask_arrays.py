@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
-from store.errors import IncompatibleError
 
 if TYPE_CHECKING:
     import dask.array

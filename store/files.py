@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from store.console import human_bytes
-from store.errors import ResidscopeError
+from residscope.console import human_bytes
+from residscope.errors import ResidscopeError
 
 TEMPORARY = ".tmp"
 

@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from store.kernels import compiled
+from store.row_loops import compiled
 
 _LINE = 64
 _POLYNOMIAL = 0x82F63B78  # crc32c, the highest power in the lowest bit, as in all that follows

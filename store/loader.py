@@ -4,7 +4,7 @@ How: the plan (plan.py) says which blocks make up each window. A background thre
 buffers, its blocks in parallel, every one checked by its crc32c, while batches are gathered from the other. The stream
 of rows is cut into batches without regard to windows and epochs, so that batch b is the same bytes whatever came before
 it, whatever the number of threads, and wherever a run was resumed. What it does not do: convert numbers
-(train/batches.py), or know what a row is for.
+(train/data.py), or know what a row is for.
 
 Memory: two windows of blocks, and the batch that is being made.
 
@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from residscope.errors import UsageError
 from store.activations import ActivationStore
+from store.care.places import require_in_place
 from store.dtypes import STORAGE_DTYPE
-from store.errors import UsageError
-from store.places import require_in_place
-from store.plan import LoaderPlan, chunk_row_counts
+from store.shuffle import LoaderPlan, chunk_row_counts
 
 DEFAULT_WINDOW_BYTES = 256 * 1024 * 1024
 
@@ -103,7 +103,7 @@ class WindowLoader:
 
         row_mask: bool [T], tokens to serve. window_bytes: size of one window; two are held. layers: stored layers,
         default all. threads: readers of a window. start_batch: batches of the stream to leave out, as those that an
-        interrupted run has seen. check_places: see that the file of each shard is its own, once (store/places.py).
+        interrupted run has seen. check_places: see that the file of each shard is its own, once (store/care/places.py).
         Raises `UsageError` when there is no row to serve.
         """
         meta = store.meta

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from store.errors import ResidscopeError
+from residscope.errors import ResidscopeError
 from store.files import atomic_write, write_all
 
 FOLDER = "manifest"

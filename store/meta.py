@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from store.errors import IncompatibleError, UsageError
+from residscope.errors import IncompatibleError, UsageError
 
 FORMAT = "residscope-activations"
 FORMAT_VERSION = 1

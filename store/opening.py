@@ -6,8 +6,8 @@ Not here: the shards, which may be missing or damaged (activations.py, verify.py
 import json
 from pathlib import Path
 
+from residscope.errors import IncompatibleError, UsageError
 from store import arrays
-from store.errors import IncompatibleError, UsageError
 from store.manifest import FILE, Manifest
 from store.meta import StoreMeta
 

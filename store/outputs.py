@@ -8,7 +8,7 @@ ask whether the path can be written.
 import json
 from pathlib import Path
 
-from store.errors import UsageError
+from residscope.errors import UsageError
 from store.manifest import FILE
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import xxhash
 
 from store.dtypes import OVERFLOW_BITS, from_float32, to_float32
-from store.kernels import measure, pack_bfloat16
 from store.meta import StoreMeta
 from store.moments import ShardMoments
+from store.row_loops import measure, pack_bfloat16
 from store.shards import CRC_BYTES, seal_slots
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numcodecs.zstd import Zstd
 
+from residscope.errors import IncompatibleError
 from store.checksums import crc32c
 from store.dtypes import STORAGE_DTYPE
-from store.errors import IncompatibleError
 from store.mapped import MappedFile
 from store.meta import StoreMeta
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from residscope.errors import ResidscopeError, UsageError
 from store import arrays
 from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
-from store.errors import ResidscopeError, UsageError
 from store.files import atomic_write, sync
 from store.manifest import Manifest, ManifestWriter, ShardRecord, WriterLock
 from store.meta import StoreMeta

@@ -54,21 +54,21 @@ def test_every_key_is_named(run: Run) -> None:
     printed = {
         "harvest --dry-run": [run("harvest.cli", f"{harvest} --dry-run")],
         "harvest": [run("harvest.cli", harvest)],
-        "residscope info": [run("store.cli", "info acts.zarr")],
+        "residscope info": [run("residscope.cli", "info acts.zarr")],
         "train --dry-run": [run("train.cli", f"{train} --out a.pt --dry-run")],
         "train": [
             run("train.cli", f"{train} --out a.pt --activation jumprelu"),
             run("train.cli", f"{train} --out b.pt --sweep k=2,3"),
         ],
         "train compare": [run("train.cli", "compare --store acts.zarr --sae a.pt --tokens 64 --fit-tokens 64")],
-        "residscope convert": [run("store.cli", "convert a.pt out --to saelens")],
-        "residscope fit-lens": [run("harvest.fit_cli", "--model model --store acts.zarr --method ridge --out lens")],
+        "residscope convert": [run("residscope.cli", "convert a.pt out --to saelens")],
+        "residscope fit-lens": [run("harvest.lens.cli", "--model model --store acts.zarr --method ridge --out lens")],
     }
     shard = Path("acts.zarr/resid_post/c.0.0.0")
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
     printed["residscope verify"] = [
-        run("store.cli", "verify acts.zarr", code=1),
-        run("store.cli", "verify acts.zarr --repair"),
+        run("residscope.cli", "verify acts.zarr", code=1),
+        run("residscope.cli", "verify acts.zarr --repair"),
     ]
     for section, objects in printed.items():
         found = set().union(*(keys(each, ("provenance", "seconds")) for each in objects))

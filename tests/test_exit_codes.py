@@ -11,9 +11,9 @@ from tests.support.models import tiny_model
 from tests.support.stores import make_store, random_activations
 
 READERS = {
-    "info": ("store.cli", "info STORE"),
+    "info": ("residscope.cli", "info STORE"),
     "harvest": ("harvest.cli", "--model model --dataset 0.txt --context-length 32 --out STORE"),
-    "fit-lens": ("harvest.fit_cli", "--model model --store STORE --out lens"),
+    "fit-lens": ("harvest.lens.cli", "--model model --store STORE --out lens"),
     "train": ("train.cli", "--store STORE --n-latents 40 --k 4 --out new.pt --kernels torch"),
     "dry-run": ("train.cli", "--store STORE --n-latents 40 --k 4 --out new.pt --kernels torch --dry-run"),
     "compare": ("train.cli", "compare --store STORE --sae ckpt.pt --out comparison"),
@@ -102,7 +102,7 @@ def test_other_inputs_that_are_damaged_or_no_such_thing_are_3(run: Run, folder: 
         ("analysis.cli", "--compare analysis --out compared"),
         ("train.cli", "compare --store acts.zarr --sae bad.pt"),
         ("train.cli", "--store acts.zarr --out bad.pt --resume --kernels torch"),
-        ("train.convert_cli", "bad.pt converted --to mlsae"),
+        ("train.formats.cli", "bad.pt converted --to mlsae"),
         ("harvest.cli", harvest.replace("--model model", "--model bad-model")),
         ("harvest.cli", harvest.replace("--model model", "--model analysis")),
         ("harvest.cli", harvest.replace("0.txt", "bad.jsonl")),
@@ -120,7 +120,7 @@ def test_what_is_not_there_is_2(run: Run) -> None:
         ("analysis.cli", "--store acts.zarr --sae ./none.pt"),
         ("analysis.cli", "--compare none"),
         ("train.cli", "compare --store acts.zarr --sae none.pt"),
-        ("train.convert_cli", "./none.pt converted --to mlsae"),
+        ("train.formats.cli", "./none.pt converted --to mlsae"),
         ("harvest.cli", harvest.replace("--model model", "--model ./none")),
         ("harvest.cli", harvest.replace("0.txt", "none.txt")),
         ("harvest.cli", harvest.replace("0.txt", "none*")),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
-    from train.loop import TrainResult, train
-    from train.sae import MLSAE, Checkpoint, SAEConfig, load_checkpoint, save_checkpoint
+    from train.model import MLSAE, Checkpoint, SAEConfig, load_checkpoint, save_checkpoint
+    from train.run import TrainResult, train
 
 __all__ = [
     "MLSAE",
@@ -24,10 +24,10 @@ __all__ = [
     "train",
 ]
 
-_HOME = {"TrainConfig": "train.config", "TrainResult": "train.loop", "train": "train.loop"}
+_HOME = {"TrainConfig": "train.config", "TrainResult": "train.run", "train": "train.run"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME.get(name, "train.sae")), name)
+    return getattr(importlib.import_module(_HOME.get(name, "train.model")), name)

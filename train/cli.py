@@ -4,8 +4,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from store.console import run_command
-from store.options import parse_options
+from residscope.console import run_command
+from residscope.options import parse_options
 from train.config import TrainConfig
 
 _EPILOG = """\
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["compare"]:
-        from train.compare_cli import main as compare
+        from train.compare.cli import main as compare
 
         return compare(words[1:])
 
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Train one multi-layer sparse autoencoder on a store of residual stream activations.",
             epilog=_EPILOG,
         )
-        from train.loop import train_all, try_run
-        from train.report import describe_all, summary, write_table
+        from train.reporting.report import describe_all, summary, write_table
+        from train.run import train_all, try_run
 
         if config.dry_run:
-            from train import dry_run
+            from train.reporting import dry_run
 
             found = try_run(config)
             print(json.dumps(dry_run.as_json(found)) if config.json else dry_run.describe(found))

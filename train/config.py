@@ -1,7 +1,7 @@
 """The flags of `train`, as one frozen dataclass; the docstring under a field is its help.
 
 Checked once, when made, as far as the values alone can tell; what depends on the store or the machine is resolved in
-`train.plan`. Imports nothing heavy, so that `train --help` answers at once.
+`train.resolve`. Imports nothing heavy, so that `train --help` answers at once.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from store.errors import UsageError
+from residscope.errors import UsageError
 
 DEFAULT_EXPANSION_FACTOR = 16
 """Where neither it nor a number of latents is given."""

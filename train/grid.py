@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from store.errors import UsageError
-from store.options import read_word
+from residscope.errors import UsageError
+from residscope.options import read_word
 from train.config import TrainConfig
 
 STREAM_FIELDS = ("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb", "validation_fraction")

@@ -5,8 +5,8 @@ import os
 
 import torch
 
-from store.console import human_bytes
-from store.errors import ResidscopeError, UsageError
+from residscope.console import human_bytes
+from residscope.errors import ResidscopeError, UsageError
 
 
 def resolve_device(name: str) -> torch.device:
@@ -57,7 +57,7 @@ _INTEGERS = ("int8", "int16")
 def _has_integer_products() -> bool:
     if importlib.util.find_spec("numba") is None:
         return False
-    from train.kernels_int16 import integer_products_run  # here, because loading numba takes half a second
+    from train.kernels.cpu.int16 import integer_products_run  # here, because loading numba takes half a second
 
     return integer_products_run()
 

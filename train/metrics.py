@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from store.errors import ResidscopeError
-from store.names import beside
-from train.sae import Standardized
-from train.step import StepResult
+from residscope.errors import ResidscopeError
+from residscope.names import beside
+from train.model import Standardized
+from train.objective.step import StepResult
 
 
 class Stopwatch:

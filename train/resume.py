@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
-from store.errors import IncompatibleError, UsageError
 from store.outputs import refuse_inside_store
 from train.config import TrainConfig
 from train.grid import RunSpec
-from train.plan import RunPlan, compare_plans
-from train.sae import Checkpoint, load_checkpoint
+from train.model import Checkpoint, load_checkpoint
+from train.resolve import RunPlan, compare_plans
 from train.surroundings import differences, surroundings
 from train.validation import Validation
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from train.plan import RunPlan
+from train.resolve import RunPlan
 
 _PACKAGES = {"numba": "numba", "triton": "triton"}
 """By the kernels that they compile."""

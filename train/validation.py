@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from store.activations import ActivationStore
-from store.places import require_in_place
-from store.plan import permutation
-from train.batches import VectorSource
-from train.losses import FIRING_THRESHOLD, LayerMoments
-from train.sae import MLSAE
+from store.care.places import require_in_place
+from store.shuffle import permutation
+from train.data import VectorSource
+from train.model import MLSAE
+from train.objective.losses import FIRING_THRESHOLD, LayerMoments
 
 
 class Validation(NamedTuple):

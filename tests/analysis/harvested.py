@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from analysis.transformer import lens_of_store, model_of_store
+from analysis.model.transformer import lens_of_store, model_of_store
 from harvest.config import HarvestConfig
-from harvest.lens import TunedLens
-from harvest.models import LoadedModel
+from harvest.lens.translators import TunedLens
+from harvest.model.load import LoadedModel
 from harvest.options_file import options_file
 from harvest.run import harvest
 from store.activations import ActivationStore
 from tests.analysis.small import save_small
 from tests.support.models import D_MODEL, N_LAYERS, tiny_model
 from tests.support.saes import make_sae
-from train.sae import MLSAE
+from train.model import MLSAE
 
 CONTEXT, N_TOKENS = 24, 106
 LENGTHS = (31, 17, 40, 26)

@@ -12,8 +12,8 @@ import torch
 from analysis.cli import main
 from store.activations import ActivationStore
 from tests.analysis.small import Small, make_small
-from train.formats import write_sae
-from train.sae import CHECKPOINT_FORMAT
+from train.formats.files import write_sae
+from train.model import CHECKPOINT_FORMAT
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +178,9 @@ def test_numbers_below_one(small, tmp_path, capsys, flag):
 
 
 def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
-    from analysis.latents import load_encoder
-    from analysis.measure import Work, open_data
-    from store.errors import IncompatibleError
+    from analysis.encoder import load_encoder
+    from analysis.task import Work, open_data
+    from residscope.errors import IncompatibleError
 
     store = ActivationStore.open(small.store)
     work = Work(
@@ -213,9 +213,9 @@ def test_a_full_disk_is_said_with_the_folder_whatever_library_met_it(small, tmp_
 
 def test_no_command_writes_into_a_store(small, tmp_path, capsys):
     import harvest.cli
-    import harvest.fit_cli
+    import harvest.lens.cli
     import train.cli
-    import train.convert_cli
+    import train.formats.cli
 
     before = {path: path.read_bytes() for path in small.store.rglob("*") if path.is_file()}
     store, sae, inside = str(small.store), str(small.sae), str(small.store / "x")
@@ -228,9 +228,9 @@ def test_no_command_writes_into_a_store(small, tmp_path, capsys):
         *((train.cli.main, ["--store", store, "--out", out, "--resume"]) for out in (store, inside)),
         (train.cli.main, ["--store", store, "--out", store, "--sweep", "k=1,2"]),
         (train.cli.main, ["compare", "--store", store, "--sae", sae, "--out", store]),
-        (train.convert_cli.main, [sae, inside, "--to", "mlsae"]),
+        (train.formats.cli.main, [sae, inside, "--to", "mlsae"]),
         (harvest.cli.main, [*text, "--out", inside]),
-        (harvest.fit_cli.main, [*text, "--out", inside]),
+        (harvest.lens.cli.main, [*text, "--out", inside]),
     ]
     for command, argv in commands:
         assert command(argv) == 2, argv

@@ -13,7 +13,7 @@ from dask.base import collections_to_expr
 from analysis import jobs
 from analysis.config import AnalyzeConfig
 from analysis.run import analyze
-from store.errors import UsageError
+from residscope.errors import UsageError
 from tests.analysis.small import Small, make_small
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.cli import main as analyze
 from harvest.cli import main as harvest
-from harvest.fit_cli import main as fit_lens
+from harvest.lens.cli import main as fit_lens
 from tests.support.models import tiny_model
 from train.cli import main as train
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis import jobs
-from store.errors import Interrupted, ResidscopeError
+from residscope.errors import Interrupted, ResidscopeError
 
 
 def add(parts):

@@ -7,16 +7,16 @@ import pytest
 import torch
 import zarr
 
-from analysis import latents
+from analysis import encoder as latents
 from analysis.config import AnalyzeConfig
-from analysis.latents import PLACES_UNKNOWN, kept_places, load_encoder
+from analysis.encoder import PLACES_UNKNOWN, kept_places, load_encoder
 from analysis.run import analyze
 from store.activations import ActivationStore
+from store.care.verify import verify
 from store.codes import KeptCodes
-from store.verify import verify
 from tests.analysis.small import LAYERS, make_small
-from train.sae import MLSAE
-from train.sae_config import SAEConfig
+from train.model import MLSAE
+from train.model_config import SAEConfig
 
 
 def run(small, out, **options):

@@ -9,7 +9,7 @@ from analysis import run as run_module
 from analysis.config import AnalyzeConfig
 from analysis.parts import Part
 from analysis.run import analyze
-from store.errors import ResidscopeError
+from residscope.errors import ResidscopeError
 from tests.analysis.small import make_small
 
 

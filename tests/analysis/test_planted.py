@@ -9,7 +9,7 @@ from analysis.config import AnalyzeConfig
 from analysis.run import analyze
 from tests.analysis.small import save_small
 from tests.support.stores import make_store
-from train.sae import MLSAE, SAEConfig
+from train.model import MLSAE, SAEConfig
 
 N_TOKENS, N_LAYERS, N_LATENTS = 96, 6, 8
 FIRST, LAST, RUN, MOVING, SILENT, ENDS = range(6)

@@ -11,7 +11,7 @@ from analysis.config import AnalyzeConfig
 from analysis.run import analyze
 from tests.analysis.small import save_small
 from tests.support.stores import make_store
-from train.sae import MLSAE, SAEConfig
+from train.model import MLSAE, SAEConfig
 
 L = 6
 WEIGHTINGS = ("mass", "equal", "latent")

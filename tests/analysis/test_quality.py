@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import pca
+from analysis.baselines import pca
 from analysis.quality import LayerQuality
 
 

@@ -10,16 +10,16 @@ import pandas as pd
 import pytest
 import zarr
 
-from analysis import measure
+from analysis import task as measure
 from analysis.config import AnalyzeConfig
 from analysis.run import analyze
+from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
-from store.errors import ResidscopeError
 from store.files import held_alone
-from store.plan import validation_documents
+from store.shuffle import validation_documents
 from tests.analysis.dense import decompose, reference_ratios
 from tests.analysis.small import LAYERS, VALIDATION, Small, make_small
-from train.sae import STD_EPSILON
+from train.model import STD_EPSILON
 
 WEIGHTINGS = ("mass", "equal", "latent")
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from analysis import selection
 from analysis.selection import held_out_documents, select
+from residscope.errors import IncompatibleError, ResidscopeError
 from store.arrays import TokenTable
-from store.errors import IncompatibleError, ResidscopeError
 
 
 def table(document, keep=None):

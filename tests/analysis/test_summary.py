@@ -13,8 +13,8 @@ from analysis.config import AnalyzeConfig
 from analysis.summary import trained_tokens
 from tests.support.stores import make_store, random_activations
 from train.config import TrainConfig
-from train.loop import train_all
-from train.sae import load_checkpoint
+from train.model import load_checkpoint
+from train.run import train_all
 
 
 def test_trained_tokens_count_a_token_once_however_many_layers_the_stream_has(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
 def test_a_mistake_gets_one_line_and_its_exit_code(
     name: str, command: Harvest, tmp_path: Path, model_folder: ModelFolder
 ) -> None:
-    from tests.harvest.test_lens import write_lens
+    from tests.harvest.lens.test_translators import write_lens
 
     (tmp_path / "rows.jsonl").write_text('{"content": "a", "id": 1}\n')
     (tmp_path / "empty.txt").write_text("")

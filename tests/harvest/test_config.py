@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from harvest.config import HarvestConfig, parse_layers, text_choices
-from store.errors import UsageError
-from store.options import parse_options
+from residscope.errors import UsageError
+from residscope.options import parse_options
 
 
 @pytest.mark.parametrize(

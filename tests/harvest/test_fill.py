@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harvest.fill import ShardAssembler, all_finite, batches_for, sequence_batches
-from harvest.resolve import default_batch_size
+from harvest.settings import default_batch_size
 from store.meta import StoreMeta
 
 SIZES = st.tuples(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5))

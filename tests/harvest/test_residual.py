@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harvest.models import LoadedModel, load_model, resolve_model
+from harvest.model.load import LoadedModel, load_model, resolve_model
 from harvest.residual import ResidualRecorder
-from store.errors import ResidscopeError, UsageError
+from residscope.errors import ResidscopeError, UsageError
 from tests.harvest.conftest import ModelFolder
 from tests.support.models import ARCHITECTURES
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from harvest import run
-from harvest.hub import HubRepo
+from harvest.model.hub import HubRepo
 from harvest.options_file import options_file
-from harvest.repair import prepare
-from harvest.resolve import make_record
+from harvest.refill import prepare
 from harvest.run import harvest
+from harvest.settings import make_record
+from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
 from store.activations import ActivationStore
-from store.errors import IncompatibleError, Interrupted, ResidscopeError
-from store.repair import repair
-from store.verify import verify
+from store.care.repair import repair
+from store.care.verify import verify
 from tests.harvest.conftest import MakeConfig, ModelFolder, crash_after, tree
-from tests.harvest.test_lens import write_lens
+from tests.harvest.lens.test_translators import write_lens
 from tests.support.models import D_MODEL
 
 
@@ -68,7 +68,7 @@ def test_a_hub_data_set_is_not_asked_for_again(config: MakeConfig, monkeypatch: 
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: iter([{"text": "abc" * 100}] * 2))
-    monkeypatch.setattr("harvest.texts.pin", lambda *args, **options: HubRepo("owner/name", "c0ffee", False))
+    monkeypatch.setattr("harvest.text.sources.pin", lambda *args, **options: HubRepo("owner/name", "c0ffee", False))
     for name in ("owner/name", "wikitext"):
         options = config(dataset=name, out=config().out.with_name(name.replace("/", "-")))
         with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +76,7 @@ def test_a_hub_data_set_is_not_asked_for_again(config: MakeConfig, monkeypatch: 
             with pytest.raises(RuntimeError, match="crash"):
                 harvest(options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("harvest.texts.pin", None)
+            patch.setattr("harvest.text.sources.pin", None)
             assert harvest(options).tokens == 602
         assert ActivationStore.open(options.out).meta.provenance["dataset_revision"] == "c0ffee"
 
@@ -250,7 +250,7 @@ def test_a_store_that_is_continued_keeps_its_batch_size(config: MakeConfig, monk
     options = config(batch_size=None)
     harvest(options)
     before = ActivationStore.open(options.out).meta.provenance["config"]["batch_size"]
-    monkeypatch.setattr("harvest.resolve.default_batch_size", lambda *sizes: 77)
+    monkeypatch.setattr("harvest.settings.default_batch_size", lambda *sizes: 77)
     assert before == 1024 // 20
     assert harvest(options).shards_written == 0
 

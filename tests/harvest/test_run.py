@@ -15,14 +15,14 @@ import transformers
 from harvest import fill
 from harvest.config import HarvestConfig
 from harvest.estimate import estimate
-from harvest.lens import load_lens
+from harvest.lens.translators import load_lens
 from harvest.run import HarvestResult, harvest
+from residscope.errors import ResidscopeError
+from residscope.options import parse_options
 from store.activations import ActivationStore
-from store.errors import ResidscopeError
-from store.options import parse_options
-from store.verify import verify
+from store.care.verify import verify
 from tests.harvest.conftest import SHARD, MakeConfig, ModelFolder, crash_after
-from tests.harvest.test_lens import write_lens
+from tests.harvest.lens.test_translators import write_lens
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from store.errors import IncompatibleError
-from train.formats import read_sae, write_sae
-from train.sae import MLSAE, SAEConfig
+from residscope.errors import IncompatibleError
+from train.formats.files import read_sae, write_sae
+from train.model import MLSAE, SAEConfig
 
 REASON = "not installed here: `make test-interop` makes an environment that has it"
 sae_lens: Any = pytest.importorskip("sae_lens", reason=REASON)

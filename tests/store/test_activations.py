@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.dtypes import from_float32, to_float32
-from store.errors import IncompatibleError, ResidscopeError, UsageError
 from store.manifest import FILE
 from tests.support.stores import make_meta, make_store, random_activations, token_table
 

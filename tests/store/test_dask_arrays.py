@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from residscope.errors import IncompatibleError, ResidscopeError
 from store import ActivationStore, dask_array
-from store.errors import IncompatibleError, ResidscopeError
-from store.repair import forget_shards
+from store.care.repair import forget_shards
 from tests.support.stores import make_store, random_activations
 
 dask = pytest.importorskip("dask")

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from residscope.errors import IncompatibleError, ResidscopeError
 from store import arrays
 from store.activations import ActivationStore
-from store.errors import IncompatibleError, ResidscopeError
+from store.care.verify import verify
 from store.files import require_space
 from store.manifest import FILE, LOCK
 from store.shards import DamagedError
-from store.verify import verify
 from tests.support.faults import X, count_down, everything, files_of, fill, harmless, random_fault, run_and_die, small
 
 

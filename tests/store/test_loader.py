@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
-from store.errors import ResidscopeError, UsageError
 from store.loader import Batch, WindowLoader
 from tests.support.stores import make_store, random_activations
 

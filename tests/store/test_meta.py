@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from store.errors import IncompatibleError, UsageError
+from residscope.errors import IncompatibleError, UsageError
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
 from tests.support.stores import make_meta
 

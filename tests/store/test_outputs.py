@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from store.errors import UsageError
+from residscope.errors import UsageError
 from store.outputs import is_store, refuse_comparison_of, refuse_inside_store
 from tests.support.stores import make_store, random_activations
 

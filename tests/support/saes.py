@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.sae import MLSAE, SAEConfig
+from train.model import MLSAE, SAEConfig
 
 D, M, K = 16, 48, 5
 STORE = {

@@ -14,7 +14,7 @@ import torch
 
 from tests.support.stores import make_store, random_activations
 from train.cli import main
-from train.sae import load_checkpoint
+from train.model import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--n-latents=600", "--k=4", "--batch-size=64", "--epochs=20", "--threads=1"]

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from store.errors import ResidscopeError
-from train.kernels import SparseCodes
+from residscope.errors import ResidscopeError
+from train.kernels.interface import SparseCodes
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
-from train.sae import Standardized
-from train.step import StepResult, Weights
+from train.model import Standardized
+from train.objective.step import StepResult, Weights
 
 
 def write_lines(path: Path, steps: list[int], tail: str = "") -> None:

@@ -8,9 +8,9 @@ import torch
 
 from tests.support.stores import make_store, random_activations
 from train.config import TrainConfig
-from train.loop import train
-from train.runs import Run
+from train.run import train
 from train.surroundings import differences
+from train.trainer import Run
 
 
 def test_only_what_changed_is_said() -> None:

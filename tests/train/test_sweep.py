@@ -11,15 +11,15 @@ import pandas as pd
 import pytest
 import torch
 
+from residscope.errors import IncompatibleError, Interrupted, UsageError
 from store.activations import ActivationStore
-from store.errors import IncompatibleError, Interrupted, UsageError
 from tests.support.stores import make_store, random_activations
-from train import loop
+from train import run as loop
 from train.cli import main
 from train.config import TrainConfig
 from train.grid import expand, run_path
-from train.loop import train, train_all
-from train.sae import load_checkpoint
+from train.model import load_checkpoint
+from train.run import train, train_all
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import torch
 
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
-from train.batches import VectorSource
-from train.plan import split_tokens
-from train.sae import MLSAE, SAEConfig
+from train.data import VectorSource
+from train.model import MLSAE, SAEConfig
+from train.resolve import split_tokens
 from train.validation import Validation, ValidationData
 
 

@@ -10,16 +10,16 @@ import torch
 
 from analysis.config import AnalyzeConfig
 from analysis.run import analyze
+from residscope.errors import IncompatibleError, Interrupted
 from store.activations import ActivationStore
-from store.errors import IncompatibleError, Interrupted
 from tests.support.stores import make_store, random_activations
-from tests.train.test_loop import StopAt, metrics, timeless
-from train import loop
+from tests.train.test_run import StopAt, metrics, timeless
+from train import run as loop
 from train.config import TrainConfig
-from train.kernels_int16 import integer_products_run
-from train.loop import train
-from train.sae import load_checkpoint
-from train.screen import Screen
+from train.kernels.cpu.int16 import integer_products_run
+from train.kernels.cpu.screen import Screen
+from train.model import load_checkpoint
+from train.run import train
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "batchtopk": {"activation": "batchtopk"},

@@ -1,0 +1,224 @@
+"""Any number of analyses side by side: `analyze --compare A B C`.
+
+Reads the summary.json of each, and nothing else, and writes one table (compare.parquet, a row for each run and
+weighting; compare.json, all of it) and one figure. Variances of models of different depth are made comparable by
+dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
+1 is an even spread, whatever the depth. Runs of one kind (model, trained or not, lens, layers) stand together, in the
+order in which the kinds were given first, and by expansion factor and k within a kind: so a sweep reads as one table.
+Not here: any new measurement, the words (`analysis.compare.words`), the figure (`analysis.compare.figure`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.baselines.nulls import NULLS
+from analysis.compare.words import compare_words
+from analysis.config import CompareConfig
+from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
+from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
+from analysis.summary import SCHEMA_VERSION
+from residscope.errors import IncompatibleError, UsageError
+from store.files import atomic_write
+from store.outputs import refuse_comparison_of, refuse_inside_store
+
+PARTS = VARIANCE_NAMES[:5]
+"""The numbers that are variances, and so are divided by the depth's."""
+
+KIND = ("model", "random_init", "lens", "layers")
+"""What runs of one kind share; expansion factor and k tell them apart."""
+
+QUALITY = {"fvu": "reconstruction", "l0": "reconstruction"} | dict.fromkeys(
+    ("delta_ce", "kl", "loss_recovered_mean"), "downstream"
+)
+"""Means over layers, and the part of the summary that has them; each is there with the ends of its interval."""
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Compare runs, write the files to `config.out`, print the table, and return compare.json's content.
+
+    Raises `UsageError` for a path where nothing is, `IncompatibleError` for what is no whole analysis of this schema.
+    """
+    refuse_inside_store(config.out)
+    refuse_comparison_of("train compare", config.out, "store")
+    summaries = [_load(path) for path in config.compare]
+    names = run_names(config.compare)
+    runs = [_checked_run(*each) for each in zip(config.compare, names, summaries, strict=True)]
+    runs = in_order(runs)
+    result = {"schema_version": SCHEMA_VERSION, "runs": runs}
+    if config.out.exists() and not config.out.is_dir():
+        raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
+    config.out.mkdir(parents=True, exist_ok=True)
+    _write_table(config.out / "compare.parquet", runs)
+    written = ["compare.json", "compare.parquet", *_write_figure(config.out, runs)]
+    atomic_write(config.out / "compare.json", [json.dumps(result, indent=2, allow_nan=False).encode()])
+    if config.json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        print(compare_words(runs))
+        print(f"Written to {config.out}: {', '.join(sorted(written))}.")
+    return result
+
+
+def _load(path: Path) -> dict[str, Any]:
+    file = path / "summary.json" if path.is_dir() else path
+    if not path.exists():
+        raise UsageError(f"--compare {path}: there is no such file or folder")
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise IncompatibleError(
+            f"--compare {path}: no summary.json there: give folders that `analyze` wrote, or their summary.json"
+        ) from None
+    except ValueError as error:
+        raise IncompatibleError(f"--compare {file}: not valid JSON: {error}") from None
+    version = summary.get("schema_version") if isinstance(summary, dict) else None
+    if version != SCHEMA_VERSION:
+        raise IncompatibleError(
+            f"--compare {file}: schema_version is {version}, {SCHEMA_VERSION} is read: run `analyze` again"
+        )
+    return summary
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Names of runs: of each path as many of its last parts as tell all of them apart."""
+    folders = [path.parent if path.name == "summary.json" else path for path in paths]
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) or str(folder) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{i + 1}: {folder.name}" for i, folder in enumerate(folders)]
+
+
+def in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs by kind, kinds as they come first, and by expansion factor, k and their order within a kind."""
+    kinds = [tuple(map(repr, (run[name] for name in KIND))) for run in runs]
+    first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+
+    def place(i: int) -> tuple[float, ...]:
+        return (first[kinds[i]], runs[i]["expansion_factor"] or 0, runs[i]["k"] or 0, i)
+
+    return [runs[i] for i in sorted(range(len(runs)), key=place)]
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("provenance", "split", "latents", "variance"), (dict,)),
+    **dict.fromkeys(("n_tokens", "n_layers", "n_latents"), (int,)),
+    **dict.fromkeys(("reconstruction", "persistence", "nulls", "downstream"), (dict, type(None))),
+    "layer_numbers": (list,),
+    "validation_fvu": (int, float, type(None)),
+}
+"""What a summary holds under the names that are read here."""
+
+
+def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_run`; `IncompatibleError` where the summary is not what `analyze` writes."""
+    try:
+        for key, kinds in _KINDS.items():
+            if not isinstance(summary.get(key), kinds):
+                raise TypeError(f"{key} is {summary.get(key)!r:.40}")
+        if not summary["layer_numbers"]:
+            raise ValueError("layer_numbers is empty")
+        run = _run(name, summary)
+        _rows([run])  # looks at what the table needs
+        return run
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise IncompatibleError(
+            f"--compare {path}: its summary is damaged, or no analysis ({what}): run `analyze` again"
+        ) from None
+
+
+def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared of one run."""
+    store, sae = summary["provenance"]["store"], summary["provenance"]["sae"]
+    lens, uniform = store.get("lens"), float(np.var(summary["layer_numbers"]))
+    rel_var_t = summary["variance"]["mlsae_compat"]["rel_var_t"]
+    persistence, nulls = summary.get("persistence"), summary.get("nulls")
+    return {
+        "run": name,
+        "model": store.get("model"),
+        "random_init": store.get("random_init"),
+        "lens": None if lens is None else str(lens.get("id", "yes")) if isinstance(lens, dict) else str(lens),
+        "n_layers": summary["n_layers"],
+        "layers": summary["layer_numbers"],
+        "n_latents": summary["n_latents"],
+        "k": sae.get("k"),
+        "expansion_factor": sae.get("expansion_factor"),
+        "n_tokens": summary["n_tokens"],
+        "trained_on": summary["split"]["trained_on"],
+        "live_latents": summary["latents"]["active"],
+        **_quality(summary),
+        "validation_fvu": summary["validation_fvu"],
+        "uniform_variance": uniform,
+        "reference_ratio": 1 / rel_var_t if rel_var_t else None,
+        "variance": {weighting: summary["variance"][weighting] for weighting in WEIGHTINGS},
+        "normalised": {w: _normalised(summary["variance"][w], uniform) for w in WEIGHTINGS},
+        "persistence": {w: persistence[w] for w in PAIR_WEIGHTINGS} if persistence else None,
+        "null_ratio": {null: nulls[null]["ratio"] for null in NULLS} if nulls else None,
+    }
+
+
+def _quality(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    row: dict[str, float | None] = {}
+    for name, part in QUALITY.items():
+        numbers = summary.get(part) or {}
+        low, high = numbers.get("ci95", {}).get(name) or (None, None)
+        row |= {name: numbers.get(name), f"{name}_low": low, f"{name}_high": high}
+    return row
+
+
+def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
+    """Variances over that of an evenly drawn layer; None where there is one layer only."""
+    result: dict[str, Any] = {name: variance[name] / uniform if uniform else None for name in PARTS}
+    intervals = variance["ci95"]
+    result["ci95"] = {
+        name: [bound / uniform for bound in intervals[name]] for name in PARTS if uniform and intervals.get(name)
+    }
+    return result
+
+
+def _write_table(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    import pandas as pd
+
+    pd.DataFrame(_rows(runs)).to_parquet(path, index=False)
+
+
+def _rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each run and weighting; *_low and *_high are the ends of 95 % intervals."""
+    rows = []
+    for run in runs:
+        for weighting in WEIGHTINGS:
+            row = {name: value for name, value in run.items() if not isinstance(value, dict)}
+            row["weighting"] = weighting
+            for suffix, names, part in (
+                ("", VARIANCE_NAMES, run["variance"][weighting]),
+                ("_normalised", PARTS, run["normalised"][weighting]),
+            ):
+                _spread(row, part, names, suffix)
+            if run["persistence"] and weighting in run["persistence"]:
+                _spread(row, run["persistence"][weighting], PERSISTENCE_NAMES, "")
+            for null, ratio in (run["null_ratio"] or {}).items():
+                row[f"within_token_over_{null}"] = ratio["variance"][weighting]["within_token"]
+            rows.append(row)
+    return rows
+
+
+def _spread(row: dict[str, Any], numbers: Mapping[str, Any], names: Sequence[str], suffix: str) -> None:
+    for name in names:
+        row[name + suffix] = numbers[name]
+        low, high = numbers["ci95"].get(name) or (None, None)
+        row[f"{name}{suffix}_low"], row[f"{name}{suffix}_high"] = low, high
+
+
+def _write_figure(out: Path, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    try:
+        from analysis.compare.figure import write_comparison
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        return []
+    return write_comparison(runs, out)

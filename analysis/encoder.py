@@ -1,0 +1,201 @@
+"""Encode tiles of a store's tokens with the autoencoder: the one place where analysis meets the weights.
+
+Weights are loaded once per process from the checkpoint's path, in any format that `train.formats.files` reads, and
+shared by its threads; a task carries the path only. Codes come from `train.model.MLSAE` as its variant has them in
+inference, or the same ones faster from `train.kernels.cpu.screen` where the machine can; values are never negative, and
+where their number varies a tile is padded with zeros to the most that one of its vectors has. A store that was
+harvested through a tuned lens holds vectors that went through it already, as the autoencoder's training data did:
+nothing is left to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling
+(`analysis.jobs`).
+
+Shapes: T tokens, L layers, D d_model, k active latents a vector at most, M n_latents; the T * L vectors of a tile are
+rows of one matrix.
+"""
+
+import threading
+from dataclasses import asdict
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from residscope.errors import IncompatibleError
+from store.activations import ActivationStore
+from train.formats.files import read_checkpoint
+from train.kernels.cpu.screen import Screen
+from train.kernels.interface import SparseCodes
+from train.model import MLSAE, Checkpoint, SAEConfig, Standardized
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+"""Type of weights and codes; with bfloat16 the encoder's product alone is made in that type."""
+
+PLACES_UNKNOWN = 256
+"""Places for a vector's active latents where their mean number is not known, as of a foreign autoencoder."""
+
+
+class Codes(NamedTuple):
+    """Sparse codes of whole tokens."""
+
+    values: Tensor
+    """[T, L, k] >= 0."""
+
+    indices: Tensor
+    """int64 [T, L, k]."""
+
+    x_hat: Tensor
+    """[T, L, D] reconstruction in raw space."""
+
+
+class CodeTile(NamedTuple):
+    """Sparse codes of some tokens of a store."""
+
+    token: NDArray[np.int64]
+    """[T] places in the store, ascending."""
+
+    values: NDArray[np.floating]
+    """[T, L, k] >= 0."""
+
+    indices: NDArray[np.int64]
+    """[T, L, k]"""
+
+
+class Encoder:
+    """An autoencoder ready to encode, in a type."""
+
+    def __init__(self, sae: MLSAE, dtype: str) -> None:
+        self.config = sae.config
+        self.dtype = DTYPES[dtype]
+        self.numpy_dtype = np.dtype(np.float64 if dtype == "float64" else np.float32)
+        self._product_dtype = torch.bfloat16 if dtype == "bfloat16" else None
+        self._sae = sae.to(self.dtype).eval()
+        plain = sae.config.activation == "topk" and not sae.config.encoder_bias and sae.config.apply_b_dec_to_input
+        screened = dtype == "float32" and plain and Screen.fits(sae.W_enc, sae.config.k)
+        self._screen = Screen(sae.W_enc) if screened else None
+
+    def standardize(self, x: Tensor) -> Standardized:
+        """Raw vectors [N, D] of any float type to the dictionary's space; of whole tokens, layer by layer."""
+        n_layers = len(self.config.layers)  # known where they are standardised by layer
+        layer = torch.arange(n_layers).repeat(len(x) // n_layers) if n_layers else None
+        return self._sae.standardize(x.to(self.dtype), layer)
+
+    def encode(self, standardized: Standardized) -> SparseCodes:
+        """Codes of standardised vectors: values [N, k] >= 0, indices int64 [N, k]; 0 is padding."""
+        if self._screen:
+            return self._screen.topk_relu(standardized.x - self._sae.b_pre.detach(), self.config.k)
+        return self._sae.encode_standardized(standardized.x, product_dtype=self._product_dtype)
+
+    def decode(self, codes: SparseCodes, standardized: Standardized, n_layers: int) -> Codes:
+        """Codes of the vectors of whole tokens, token by token, n_layers rows each, with their reconstructions."""
+        x_hat = self._sae.decode(codes, standardized.mean, standardized.std)
+        shape = (-1, n_layers, codes.values.shape[-1])
+        return Codes(codes.values.view(shape), codes.indices.view(shape), x_hat.view(-1, n_layers, x_hat.shape[-1]))
+
+    @property
+    def width(self) -> int:
+        """Places for a vector's active latents that are kept (`kept_places`)."""
+        return kept_places(self.config)
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What codes depend on beside the vectors: a hash of configuration and weights, and the number formats."""
+        digest = xxhash.xxh3_128(repr(sorted(asdict(self.config).items())).encode())
+        for name, tensor in sorted(self._sae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().data)
+        product = "float32" if self._product_dtype is None else "bfloat16"
+        dtype = self.numpy_dtype.name
+        return {"sae_hash": digest.hexdigest(), "dtype": dtype, "product": product if dtype == "float32" else dtype}
+
+
+def kept_places(config: SAEConfig) -> int:
+    """Places for a vector's active latents where codes are kept: k, or where their number varies four times the mean;
+    `PLACES_UNKNOWN` where the mean is not known (k 0)."""
+    if config.activation == "topk":
+        return config.k
+    return min(4 * config.k or PLACES_UNKNOWN, config.n_latents)
+
+
+def load_encoder(path: Path, dtype: str) -> Encoder:
+    """The encoder of an autoencoder in any format that `train.formats.files` reads; a second call in this process gives
+    the same one, unless its files changed."""
+    with _loading:
+        return _load_encoder(str(path), dtype, _fingerprint(Path(path)))
+
+
+_loading = threading.Lock()
+
+
+def _fingerprint(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of the files at `path`; none for the name of a hub repository, which is not here."""
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+@lru_cache(maxsize=2)
+def _load_encoder(path: str, dtype: str, fingerprint: tuple[tuple[str, int, int], ...]) -> Encoder:
+    return Encoder(read_checkpoint(path).sae, dtype)
+
+
+def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Path) -> tuple[int, ...]:
+    """The stored layers (indices into the store's layers) that the autoencoder speaks of, or `IncompatibleError`.
+
+    Model, its weights (trained or drawn at random), lens and d_model must be those that the autoencoder was trained on;
+    text and tokens may be others. The store may hold more layers than it was trained on: those are left out. What the
+    checkpoint does not record is not checked; `doubts` says where that matters.
+    """
+    meta, trained = store.meta, checkpoint.store
+    checks: list[tuple[str, Any, Any]] = [("d_model", checkpoint.config.d_model, meta.d_model)]
+    if trained.get("model") is not None:
+        checks.append(("model", trained["model"], meta.provenance.get("model")))
+    if trained.get("random_init") is not None:
+        words = {True: "drawn at random", False: "those of the trained model"}
+        expected, found = (words[bool(part.get("random_init"))] for part in (trained, meta.provenance))
+        checks.append(("the weights", expected, found))
+    if "lens" in trained:
+        checks.append(("lens", trained["lens"], meta.lens))
+    for name, expected, found in checks:
+        if expected != found:
+            raise IncompatibleError(
+                f"{sae_path} does not fit {store.path}: {name} should be {_shown(expected)}, "
+                f"as the autoencoder was trained on, found {_shown(found)}: "
+                "harvest a store of the same model and lens, or train on this one"
+            )
+    layers = tuple(trained.get("layers") or meta.layers)
+    missing = sorted(set(layers) - set(meta.layers))
+    if missing:
+        raise IncompatibleError(
+            f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, "
+            f"the store lacks {missing}: harvest them too"
+        )
+    return tuple(meta.layers.index(layer) for layer in layers)
+
+
+def weights_hash(sae: MLSAE) -> str:
+    """A hash of an autoencoder's weights: the same for the same autoencoder, whatever its file."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def doubts(checkpoint: Checkpoint, store: ActivationStore) -> list[str]:
+    """Where checkpoint and store may not fit, and the checkpoint records too little to tell: sentences for the user."""
+    trained = checkpoint.store
+    if trained.get("content_hash") == store.content_hash:
+        return []
+    if store.meta.provenance.get("random_init") and trained.get("random_init") is None:
+        return [
+            "This store is of a model with random weights (--random-init), and whether the autoencoder was trained on "
+            "such a model is not recorded: if it was trained on the real one, these numbers say nothing of either."
+        ]
+    return []
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)

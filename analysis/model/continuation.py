@@ -1,0 +1,86 @@
+"""Run a model on from the output of one of its blocks, given instead of computed.
+
+How: a forward hook makes block l's output the given one, and the model runs in full: that works for every architecture
+whose blocks are found. The blocks up to l then run in vain, so where the model allows it they are skipped: while the
+model runs their `forward` returns at once. It does not allow it where later blocks take more from earlier ones than the
+residual stream (shared keys and values); `can_skip` tells by trying. The model is left as it was, whatever happens. Not
+here: what is given (`analysis.model.downstream`).
+
+Shapes: B sequences, N positions, D d_model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from harvest.model.load import LoadedModel
+from harvest.residual import ResidualRecorder
+
+_TRIED_TOKENS = 32
+
+
+class Before(NamedTuple):
+    """Where a run begins."""
+
+    layer: int
+    """The block whose output is given."""
+
+    output: Any
+    """Its output as the block itself gives it: [B, N, D], or a tuple that begins with it."""
+
+
+@torch.inference_mode()
+def last_output(model: LoadedModel, input_ids: Tensor, before: Before | None = None, *, skip: bool = False) -> Tensor:
+    """The last block's output [B, N, D] for token ids int64 [B, N], from the start or on from `before`."""
+    recorder = ResidualRecorder(model, [model.n_layers - 1])
+    with _given(model, before, skip):
+        return recorder.record(input_ids)[0]
+
+
+@torch.inference_mode()
+def block_output(model: LoadedModel, input_ids: Tensor, layer: int, before: Before | None = None) -> Before:
+    """The output of block `layer`, as it gives it; on from that of an earlier block, skipping, if `before` is given."""
+    found: list[Any] = []
+    with _given(model, before, skip=True):
+        handle = model.blocks[layer].register_forward_hook(lambda module, arguments, output: found.append(output))
+        try:
+            ResidualRecorder(model, [layer]).stream(input_ids, lambda i, residual: None)
+        finally:
+            handle.remove()
+    return Before(layer, found[0])
+
+
+def can_skip(model: LoadedModel, input_ids: Tensor) -> bool:
+    """Whether skipping the blocks up to one in the middle changes nothing, for the first of the token ids int64
+    [B, N]."""
+    few = input_ids[:1, :_TRIED_TOKENS]
+    before = block_output(model, few, (model.n_layers - 1) // 2)
+    try:
+        return torch.equal(last_output(model, few, before, skip=True), last_output(model, few))
+    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError):
+        return False  # a later block missed something that a skipped one should have left
+
+
+@contextmanager
+def _given(model: LoadedModel, before: Before | None, skip: bool) -> Iterator[None]:
+    if before is None:
+        yield
+        return
+    output = before.output
+    skipped = list(model.blocks[: before.layer + 1]) if skip else []
+    own = [vars(block).get("forward") for block in skipped]
+    handle = model.blocks[before.layer].register_forward_hook(lambda module, arguments, _: output)
+    try:
+        for block in skipped:
+            block.forward = lambda *arguments, **options: output
+        yield
+    finally:
+        handle.remove()
+        for block, forward in zip(skipped, own, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = forward

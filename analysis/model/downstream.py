@@ -1,0 +1,331 @@
+"""What reconstruction errors cost the model: each layer's residual stream is replaced alone, and the rest of the model
+runs on.
+
+For a layer l the output of block l is replaced by its reconstruction, by the layer's mean, or by zero, and the logits
+are compared with those of the untouched model, which goes through neither autoencoder nor lens:
+
+    delta_ce = CE(replaced) - CE(true)                         nats per predicted token; 0 is perfect, lower is better
+    kl = sum_v p_true log(p_true / p_replaced)                 nats per token; KL(true || replaced); lower is better
+    loss_recovered = (CE(ablated) - CE(replaced)) / (CE(ablated) - CE(true))   1 is perfect, 0 as bad as ablation
+
+all as means over tokens. *Replaced* are the kept tokens of a sequence; special tokens and position 0 stay as they are,
+because no autoencoder was trained on them. *Counted* are the kept tokens of the chosen documents that have a next token
+in their sequence: what is predicted at a kept token. The mean is that of the store's kept tokens at the layer.
+
+How: the model runs on from a block's given output (`analysis.model.continuation`), whatever the architecture. Logits
+are made from the last block's output, a tile of tokens at a time, in float32, so that memory does not grow with tokens
+x vocabulary. Sums are kept per document for intervals. Not here: which model belongs to a store
+(`analysis.model.transformer`).
+
+Shapes: B sequences, N positions, D d_model, V vocabulary, L layers, C conditions, G documents, n counted tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from analysis.model.continuation import Before, block_output, can_skip, last_output
+from analysis.model.sequences import Batch, sequence_batches
+from analysis.uncertainty import Interval, enough_groups, jackknife_intervals, without_each
+from harvest.lens.translators import TunedLens
+from harvest.model.checks import check_logits, check_model
+from harvest.model.load import LoadedModel
+from residscope.errors import IncompatibleError
+from store.activations import ActivationStore
+from train.model import MLSAE
+
+Replace = Callable[[Tensor, int], Tensor]
+"""replace(x [n, D] of kept tokens in the model's own space and format, layer as the model counts) -> [n, D]"""
+
+RECONSTRUCTED, MEAN, ZERO = range(3)
+CONDITIONS = ("reconstructed", "mean", "zero")
+"""What takes the residual stream's place, in the order of the C axis."""
+
+TILE_BYTES = 32 * 2**20
+"""float32 logits of one tile; about six such arrays are alive at once."""
+
+KEPT_BYTES = 512 * 2**20
+"""The true run's log probabilities of a batch, kept from layer to layer if they take no more than this."""
+
+BATCH_TOKENS = 2048
+"""Tokens in a forward pass, at least one sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downstream:
+    """Sums over the counted tokens of each document, and the numbers that they give."""
+
+    layers: NDArray[np.int64]
+    """[L] the model's block indices."""
+
+    documents: NDArray[np.int64]
+    """[G] documents with a counted token, ascending."""
+
+    n_tokens: NDArray[np.int64]
+    """[G] counted tokens."""
+
+    true_ce: NDArray[np.float64]
+    """[G] summed cross-entropy of the untouched model, nats."""
+
+    ce: NDArray[np.float64]
+    """[L, C, G] summed cross-entropy with the layer replaced, nats."""
+
+    kl: NDArray[np.float64]
+    """[L, C, G] summed KL(true || replaced), nats."""
+
+    def result(self) -> "DownstreamResult":
+        """The means over all counted tokens."""
+        return _result(*(x.sum(axis=-1) for x in self._sums()))
+
+    def intervals(self) -> dict[str, list[Interval | None]]:
+        """95 % intervals over documents of the numbers of `result`, by name: one for each layer, and last that of the
+        mean over layers. Empty if there are fewer than `MIN_INTERVAL_GROUPS` documents.
+
+        A replicate leaves a document out (`analysis.uncertainty`). None where a number is not defined in each.
+        """
+        if not enough_groups(len(self.documents)):
+            return {}
+        value, drawn = self.result(), _result(*map(without_each, self._sums()))
+        return {
+            name: jackknife_intervals(_with_mean(getattr(value, name)), _with_mean(getattr(drawn, name)))
+            for name in PER_LAYER
+        }
+
+    def _sums(self) -> tuple[Any, ...]:
+        return self.n_tokens, self.true_ce, self.ce, self.kl
+
+
+class DownstreamResult(NamedTuple):
+    """Means over tokens; each [L] but the first two. NaN where a number is not defined."""
+
+    n_tokens: Any
+    """Counted tokens."""
+
+    true_ce: Any
+    """Cross-entropy of the untouched model, nats per predicted token."""
+
+    delta_ce: NDArray[np.float64]
+    """By how much the reconstruction raises it."""
+
+    kl: NDArray[np.float64]
+    """KL(true || reconstructed), nats per token."""
+
+    mean_delta_ce: NDArray[np.float64]
+    """By how much mean ablation raises the cross-entropy."""
+
+    zero_delta_ce: NDArray[np.float64]
+    """By how much zero ablation does."""
+
+    mean_kl: NDArray[np.float64]
+    """KL(true || mean-ablated)."""
+
+    zero_kl: NDArray[np.float64]
+    """KL(true || zero-ablated)."""
+
+    recovered_mean: NDArray[np.float64]
+    """Loss recovered against mean ablation."""
+
+    recovered_zero: NDArray[np.float64]
+    """Loss recovered against zero ablation."""
+
+
+def _with_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[L, ...] with the mean over layers appended, [L + 1, ...]."""
+    return np.append(values, values.mean(axis=0, keepdims=True), axis=0)
+
+
+PER_LAYER = DownstreamResult._fields[2:]
+"""Numbers of a `DownstreamResult` that there is one of for each layer."""
+
+
+def sae_reconstruction(sae: MLSAE, lens: TunedLens | None) -> Replace:
+    """The autoencoder as a replacement: into the lens's basis where the store has one, encode, decode, and back.
+
+    The autoencoder must be on the model's device.
+    """
+
+    def replace(x: Tensor, layer: int) -> Tensor:
+        rows = sae.rows_of_layer(layer, len(x))
+        if lens is None:
+            return sae(x, rows).x_hat
+        return lens.invert(sae(lens.apply(x, layer), rows).x_hat, layer)
+
+    return replace
+
+
+def measure_downstream(
+    store: ActivationStore,
+    model: LoadedModel,
+    replace: Replace,
+    *,
+    lens: TunedLens | None,
+    layers: Sequence[int] | None = None,
+    counted: NDArray[np.bool_] | None = None,
+    max_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Downstream:
+    """Replace each of `layers` (the model's block indices; default the store's) alone, on the store's own sequences.
+
+    lens: what the store's vectors went through (`analysis.model.transformer.lens_of_store`); the layers' means are
+    taken back through it. counted: bool [T], default all; of these, kept ones with a next token count. max_tokens:
+    counted tokens at most, of sequences spread evenly over the store. Raises `IncompatibleError` if the model or the
+    lens is not the store's, if nothing counts, or if the model's logits cannot be made from its last block's output.
+    """
+    check_model(store, model, lens)
+    chosen = tuple(store.meta.layers if layers is None else sorted(set(layers)))
+    means = torch.from_numpy(store.statistics().mean[[store.meta.layers.index(layer) for layer in chosen]])  # [L, D]
+    if lens is not None:  # The map is affine: the mean of what went through it is the map of the mean.
+        means = torch.stack([lens.invert(mean, layer) for mean, layer in zip(means, chosen, strict=True)])
+    conditions: tuple[Replace, ...] = (
+        replace,
+        lambda x, layer: means[chosen.index(layer)].to(x).expand_as(x),
+        lambda x, layer: torch.zeros_like(x),
+    )
+    everything = np.ones(store.meta.n_tokens, bool)
+    batches = sequence_batches(store.tokens, everything if counted is None else counted, max_tokens, batch_tokens)
+    if not batches:
+        raise IncompatibleError(
+            f"{store.path}: no token to measure at: none of the chosen documents' kept tokens has a next token in its"
+            " sequence; choose other documents, or harvest longer sequences"
+        )
+    check_logits(model, batches[0].input_ids)
+    skip = can_skip(model, batches[0].input_ids)
+    parts = []
+    with tqdm(total=len(batches) * len(chosen), desc="downstream", unit=" layers", disable=None) as bar:
+        for batch in batches:
+            parts.append(_measure(model, batch, chosen, conditions, skip, bar))
+    return _by_document(chosen, np.concatenate([batch.document for batch in batches]), parts)
+
+
+class _Losses(NamedTuple):
+    """Of the counted tokens of one batch, float64."""
+
+    true_ce: Tensor
+    """[n]"""
+
+    ce: Tensor
+    """[L, C, n]"""
+
+    kl: Tensor
+    """[L, C, n]"""
+
+
+@torch.inference_mode()
+def _measure(
+    model: LoadedModel, batch: Batch, layers: tuple[int, ...], conditions: Sequence[Replace], skip: bool, bar: Any
+) -> _Losses:
+    kept, counted = batch.kept.to(model.device), batch.counted.to(model.device)
+    target = batch.input_ids[:, 1:][batch.counted[:, :-1]].to(model.device)  # [n]
+    true = last_output(model, batch.input_ids)[counted]  # [n, D]
+    true_ce = torch.empty(len(target), dtype=torch.float64)
+    ce = torch.empty(len(layers), len(conditions), len(target), dtype=torch.float64)
+    kl = torch.empty_like(ce)
+    known = TrueRun(model.logits, true)
+    before: Before | None = None
+    for i, layer in enumerate(layers):
+        before = block_output(model, batch.input_ids, layer, before if skip else None)
+        replaced = []
+        for condition in conditions:
+            output = with_residual(before.output, lambda x, c=condition, n=layer: c(x, n), kept)
+            replaced.append(last_output(model, batch.input_ids, Before(layer, output), skip=skip)[counted])
+        true_ce[:], ce[i], kl[i] = compare(known, replaced, target)
+        bar.update()
+    return _Losses(true_ce, ce, kl)
+
+
+def with_residual(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor) -> Any:
+    """A block's output with its residual stream [B, N, D] replaced where `kept` [B, N]; the given one stays."""
+    residual = output[0] if isinstance(output, tuple | list) else output
+    changed = residual.clone()
+    changed[kept] = replace(residual[kept]).to(residual.dtype)
+    return type(output)([changed, *output[1:]]) if isinstance(output, tuple | list) else changed
+
+
+class TrueRun:
+    """The untouched model's last block's outputs [n, D], and its log probabilities a tile of tokens at a time; those
+    are kept where they are few, since every layer is compared with them."""
+
+    def __init__(self, logits: Callable[[Tensor], Tensor], true: Tensor) -> None:
+        self.logits = logits
+        vocabulary = logits(true[:1]).shape[-1]
+        self.rows = max(1, TILE_BYTES // (4 * vocabulary))
+        self._true = true
+        self._kept: dict[int, Tensor] | None = {} if 4 * vocabulary * len(true) <= KEPT_BYTES else None
+
+    def log_probabilities(self, start: int) -> Tensor:
+        """[rows, V] of the tile that begins at token `start`."""
+        if self._kept is not None and start in self._kept:
+            return self._kept[start]
+        found = self.logits(self._true[start : start + self.rows]).float().log_softmax(dim=-1)
+        if self._kept is not None:
+            self._kept[start] = found
+        return found
+
+
+def compare(known: TrueRun, replaced: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy [n] of the true run, cross-entropies [C, n] and KL(true || replaced) [C, n] of the replaced ones,
+    nats, float64 on the CPU.
+
+    replaced: last block's outputs, each [n, D]. target: int64 [n].
+    """
+    n, size = len(target), (len(replaced), len(target))
+    true_ce = torch.empty(n, dtype=torch.float64)
+    ce, kl = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+    for start in range(0, n, known.rows):
+        tile = slice(start, start + known.rows)
+        wanted = target[tile, None]
+        log_p = known.log_probabilities(start)  # [rows, V]
+        p = log_p.exp()
+        true_ce[tile] = -log_p.gather(-1, wanted)[:, 0].double().cpu()
+        for i, other in enumerate(replaced):
+            log_q = known.logits(other[tile]).float().log_softmax(dim=-1)
+            ce[i, tile] = -log_q.gather(-1, wanted)[:, 0].double().cpu()
+            kl[i, tile] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(dim=-1).double().cpu()
+    return true_ce, ce, kl
+
+
+def _by_document(layers: tuple[int, ...], document: NDArray[np.int64], parts: Sequence[_Losses]) -> Downstream:
+    documents, member = np.unique(document, return_inverse=True)
+    true_ce, ce, kl = (torch.cat(part, dim=-1).numpy() for part in zip(*parts, strict=True))
+
+    def sums(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[..., n] -> [..., G]"""
+        rows = losses.reshape(-1, len(member))
+        found = np.stack([np.bincount(member, row, minlength=len(documents)) for row in rows]).astype(np.float64)
+        return found.reshape(*losses.shape[:-1], len(documents))
+
+    return Downstream(
+        layers=np.asarray(layers, np.int64),
+        documents=documents,
+        n_tokens=np.bincount(member, minlength=len(documents)),
+        true_ce=sums(true_ce),
+        ce=sums(ce),
+        kl=sums(kl),
+    )
+
+
+def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np.float64]) -> DownstreamResult:
+    """Means from sums: n_tokens [...], true_ce [...], ce and kl [L, C, ...]; ... is empty or replicates."""
+    true_ce, ce, kl = true_ce / n_tokens, ce / n_tokens, kl / n_tokens
+    delta = ce - true_ce  # [L, C, ...]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recovered = 1 - delta[:, :1] / delta[:, 1:]
+    recovered = np.where(np.isfinite(recovered), recovered, np.nan)
+    return DownstreamResult(
+        n_tokens=n_tokens,
+        true_ce=true_ce,
+        delta_ce=delta[:, RECONSTRUCTED],
+        kl=kl[:, RECONSTRUCTED],
+        mean_delta_ce=delta[:, MEAN],
+        zero_delta_ce=delta[:, ZERO],
+        mean_kl=kl[:, MEAN],
+        zero_kl=kl[:, ZERO],
+        recovered_mean=recovered[:, 0],
+        recovered_zero=recovered[:, 1],
+    )

@@ -1,0 +1,88 @@
+"""Which sequences of a store go through the model again: a plan, made from the token table alone.
+
+A sequence is a run of tokens up to the next position 0. Sequences are run whole, without padding. Not here: running
+them (`analysis.model.downstream`).
+
+Shapes: T tokens, B sequences, N positions, n counted tokens.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from store.arrays import TokenTable
+
+
+class Batch(NamedTuple):
+    """Sequences of one length."""
+
+    input_ids: Tensor
+    """int64 [B, N]"""
+
+    kept: Tensor
+    """bool [B, N] positions that are replaced."""
+
+    counted: Tensor
+    """bool [B, N] positions that count; never the last."""
+
+    document: NDArray[np.int64]
+    """[n] document of each counted token."""
+
+
+def sequence_batches(tokens: TokenTable, chosen: NDArray[np.bool_], max_tokens: int, batch_tokens: int) -> list[Batch]:
+    """The sequences to run for at most `max_tokens` counted tokens: kept ones of `chosen` [T] with a next token in
+    their sequence.
+
+    Where there are too many, sequences are taken at even distances, so that as many documents as can be have a part.
+    """
+    starts, stops = sequence_bounds(tokens.position)
+    counted = tokens.keep & chosen
+    counted[stops - 1] = False
+    size = np.add.reduceat(counted, starts, dtype=np.int64)
+    fitting = np.flatnonzero(size)
+    if size.sum() > max_tokens:
+        n = int(np.ceil(max_tokens / size[fitting].mean()))
+        fitting = fitting[np.unique((np.arange(n) + 0.5) * len(fitting) / n).astype(np.int64)]
+    runs: list[tuple[int, int]] = []
+    left = max_tokens
+    for start, stop in zip(starts[fitting], stops[fitting], strict=True):
+        places = start + np.flatnonzero(counted[start:stop])
+        counted[places[left:]] = False
+        left -= min(left, len(places))
+        runs.append((int(start), int(stop)))
+        if left == 0:
+            break
+    return [_batch(tokens, counted, group) for group in _grouped(runs, batch_tokens)]
+
+
+def sequence_bounds(position: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First token of each sequence, and one past its last, of positions [T]."""
+    starts = np.union1d([0], np.flatnonzero(position == 0))
+    return starts, np.append(starts[1:], len(position))
+
+
+def _grouped(runs: list[tuple[int, int]], batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """Runs of one length that follow each other, at most `batch_tokens` tokens together."""
+    group: list[tuple[int, int]] = []
+    for start, stop in runs:
+        length = stop - start
+        if group and (length != group[0][1] - group[0][0] or (len(group) + 1) * length > batch_tokens):
+            yield group
+            group = []
+        group.append((start, stop))
+    if group:
+        yield group
+
+
+def _batch(tokens: TokenTable, counted: NDArray[np.bool_], runs: list[tuple[int, int]]) -> Batch:
+    index = np.stack([np.arange(start, stop) for start, stop in runs])  # [B, N]
+    return Batch(
+        input_ids=torch.from_numpy(tokens.token_id[index].astype(np.int64)),
+        kept=torch.from_numpy(tokens.keep[index]),
+        counted=torch.from_numpy(counted[index]),
+        document=tokens.document[index][counted[index]].astype(np.int64),
+    )

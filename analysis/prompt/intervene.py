@@ -1,0 +1,198 @@
+"""What a latent does to the model's predictions: it is taken out of the residual stream after one block, or added to
+it, and the rest of the model runs on.
+
+With a_j the latent's activation at a vector x of layer l, s the scale that x was divided by when it was standardised,
+and d_j the latent's row of W_dec, at every kept position
+
+    ablate    x' = x - a_j s d_j              what the latent contributed to the reconstruction is missing
+    steer     x' = x + c s d_j                as if its activation were higher by c; c may be negative
+
+The reconstruction's own error stays as it is, so that an intervention of nothing changes nothing. In a store that went
+through a lens the sum is made in the lens's basis and taken back through its inverse. The true run goes through neither
+autoencoder nor lens.
+
+Told are, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at the
+last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
+most; and by how much their logits change, less the mean change over the vocabulary. Not here: which latents
+(`analysis.prompt.prompt`).
+
+Shapes: N positions, D d_model, V vocabulary, n kept positions.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from analysis.model.continuation import Before, block_output, can_skip, last_output
+from analysis.model.downstream import TrueRun, compare, with_residual
+from harvest.lens.translators import TunedLens
+from harvest.model.load import LoadedModel
+from residscope.errors import UsageError
+from train.kernels.interface import SparseCodes
+from train.model import MLSAE
+
+N_SHOWN = 8
+"""Tokens told at each end."""
+
+LARGEST = 1e38
+"""Coefficients of steering must be smaller, to be numbers of float32."""
+
+STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention:
+    """One change of the residual stream."""
+
+    kind: Literal["ablate", "steer"]
+    latent: int
+    layer: int | None
+    """The model's block index; None: where the latent is strongest on the prompt."""
+
+    coefficient: float | None = None
+    """Activation that steering adds."""
+
+
+class TokenChange(NamedTuple):
+    """How the prediction of one next token changes."""
+
+    token_id: int
+    p_true: float
+    p_changed: float
+    logit_change: float
+    """Less the mean change over the vocabulary."""
+
+
+class Effect(NamedTuple):
+    """What an intervention did."""
+
+    kl_last: float
+    """KL(true || changed) at the last position, nats."""
+
+    kl_mean: float
+    """The mean over kept positions, nats per token."""
+
+    increased: list[TokenChange]
+    """Tokens whose probability rises most, the foremost first; fewer than `N_SHOWN` where fewer rise."""
+
+    decreased: list[TokenChange]
+
+
+class Subject(NamedTuple):
+    """Who is changed: model, autoencoder and lens, and the format that the store keeps vectors in."""
+
+    model: LoadedModel
+    sae: MLSAE
+    """On the model's device."""
+
+    lens: TunedLens | None
+    stored_dtype: str
+
+    def seen(self, x: Tensor, layer: int) -> Tensor:
+        """Block outputs [n, D] as the autoencoder would get them from the store: through the lens, rounded."""
+        y = x.float() if self.lens is None else self.lens.apply(x, layer)
+        return y.to(STORED[self.stored_dtype]).float()
+
+    def codes(self, x: Tensor, layer: int) -> SparseCodes:
+        """Codes of block outputs [n, D]."""
+        return self.sae.encode(self.seen(x, layer), self.sae.rows_of_layer(layer, len(x)))
+
+
+def parse_steer(text: str) -> Intervention:
+    """LATENT:LAYER:COEF."""
+    try:
+        latent, layer, coefficient = text.split(":")
+        if not abs(float(coefficient)) < LARGEST:  # NaN too
+            raise ValueError(coefficient)
+        return Intervention(kind="steer", latent=int(latent), layer=int(layer), coefficient=float(coefficient))
+    except ValueError:
+        raise UsageError(
+            f"--steer should be LATENT:LAYER:COEFFICIENT, such as 17:10:8, found {text!r}: the coefficient is the"
+            " activation to add"
+        ) from None
+
+
+def parse_ablate(text: str) -> Intervention:
+    """LATENT or LATENT:LAYER."""
+    latent, _, layer = text.partition(":")
+    try:
+        return Intervention(kind="ablate", latent=int(latent), layer=int(layer) if layer else None)
+    except ValueError:
+        raise UsageError(f"--ablate should be LATENT or LATENT:LAYER, such as 17:10, found {text!r}") from None
+
+
+@torch.inference_mode()
+def changed_vectors(subject: Subject, intervention: Intervention, x: Tensor, layer: int) -> Tensor:
+    """The block's outputs x [n, D] at the kept positions, changed; float32."""
+    sae = subject.sae
+    direction = sae.W_dec[intervention.latent]  # [D]
+    y = subject.seen(x, layer)
+    std = sae.standardize(y.clone(), sae.rows_of_layer(layer, len(y))).std  # [n, 1]
+    if intervention.kind == "steer":
+        amount = torch.full((len(x), 1), intervention.coefficient or 0.0, device=x.device)
+    else:
+        values, indices = subject.codes(x, layer)
+        amount = -values.where(indices == intervention.latent, 0).sum(dim=1, keepdim=True)  # [n, 1]
+    shift = amount * std * direction  # [n, D]
+    if subject.lens is None:
+        return x.float() + shift
+    # The inverse is affine: of a difference it is the difference of inverses.
+    return x.float() + (subject.lens.invert(shift, layer) - subject.lens.invert(torch.zeros_like(shift), layer))
+
+
+class PromptRun:
+    """A prompt that went through the untouched model, ready for interventions."""
+
+    @torch.inference_mode()
+    def __init__(self, subject: Subject, input_ids: Tensor, kept: Tensor) -> None:
+        """input_ids: int64 [1, N]; kept: bool [1, N]."""
+        self.subject = subject
+        self._ids, self._kept = input_ids, kept.to(subject.model.device)
+        self._skip = can_skip(subject.model, input_ids)
+        true = last_output(subject.model, input_ids)
+        self._known = TrueRun(subject.model.logits, true[self._kept])
+        self._last_logits = subject.model.logits(true[0, -1]).float()  # [V]
+
+    @property
+    def next_probabilities(self) -> Tensor:
+        """[V] of the token after the prompt, in the true run."""
+        return self._last_logits.softmax(dim=-1)
+
+    @torch.inference_mode()
+    def effect(self, intervention: Intervention, layer: int) -> Effect:
+        """Change block `layer` and run on."""
+        model = self.subject.model
+        before = block_output(model, self._ids, layer)
+        output = with_residual(
+            before.output, lambda x: changed_vectors(self.subject, intervention, x, layer), self._kept
+        )
+        changed = last_output(model, self._ids, Before(layer, output), skip=self._skip)
+        replaced = changed[self._kept]
+        _, _, kl = compare(self._known, [replaced], torch.zeros(len(replaced), dtype=torch.int64, device=model.device))
+        logits = model.logits(changed[0, -1]).float()
+        if logits.isnan().any():
+            raise UsageError(
+                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions are no "
+                "numbers after it; give a smaller coefficient"
+            )
+        log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+        return Effect(
+            kl_last=float((log_p.exp() * (log_p - log_q)).sum()),
+            kl_mean=float(kl.mean()),
+            increased=_foremost(self._last_logits, logits, 1),
+            decreased=_foremost(self._last_logits, logits, -1),
+        )
+
+
+def _foremost(true: Tensor, changed: Tensor, sign: int) -> list[TokenChange]:
+    """Tokens whose probability rises (sign 1) or falls (-1) most, of logits [V]."""
+    p, q = true.softmax(dim=-1), changed.softmax(dim=-1)
+    logit_change = changed - true
+    logit_change = logit_change - logit_change.mean()
+    rise = sign * (q - p)
+    found = rise.topk(min(N_SHOWN, len(rise))).indices
+    return [
+        TokenChange(int(i), float(p[i]), float(q[i]), float(logit_change[i])) for i in found.tolist() if rise[i] > 0
+    ]

@@ -1,0 +1,222 @@
+"""A text of the user's own, looked at through the autoencoder: which latents are active at which token and layer, and
+what happens when one is ablated or steered.
+
+The prompt's tokens are opened as the store's sequences and documents are: by BOS where the tokenizer has one, else by
+the separator of documents, so that the first word is not at position 0, which is left out as in the store. Vectors go
+through the store's lens and number format, so that the codes are those that an analysis of the same text would have.
+Not here: the interventions themselves (`analysis.prompt.intervene`), files and the report (`analysis.prompt.run`).
+
+Shapes: N positions, A activations that are not zero, J latents active in the prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis.model.token_text import TokenBytes, texts_of
+from analysis.prompt.intervene import Effect, Intervention, PromptRun, Subject
+from harvest.model.load import longest_context
+from harvest.residual import ResidualRecorder
+from residscope.errors import UsageError
+from store.activations import ActivationStore
+
+N_ABLATED = 8
+"""Latents that are ablated where nothing else is asked for."""
+
+N_NEXT = 8
+"""Tokens told of the true run's prediction."""
+
+
+class Tokens(NamedTuple):
+    """A prompt as the model reads it."""
+
+    ids: NDArray[np.int64]
+    """[N]"""
+
+    texts: list[str]
+    """[N] what each token writes."""
+
+    kept: NDArray[np.bool_]
+    """[N] False for special tokens and position 0, which no autoencoder was trained on."""
+
+
+class Activations(NamedTuple):
+    """All activations above zero, by position, then layer, then falling activation."""
+
+    position: NDArray[np.int64]
+    """[A]"""
+
+    layer: NDArray[np.int64]
+    """[A] the model's block index."""
+
+    latent: NDArray[np.int64]
+    """[A]"""
+
+    activation: NDArray[np.float32]
+    """[A]"""
+
+
+class PromptLatents(NamedTuple):
+    """The latents active in a prompt, by falling mass."""
+
+    latent: NDArray[np.int64]
+    """[J]"""
+
+    mass: NDArray[np.float64]
+    """[J] sum of its activations over positions and layers."""
+
+    layer_mean: NDArray[np.float64]
+    """[J] mean layer, by mass."""
+
+    peak_layer: NDArray[np.int64]
+    """[J] the layer with the most mass; the earlier of two."""
+
+    peak: NDArray[np.float32]
+    """[J] its highest activation."""
+
+    peak_position: NDArray[np.int64]
+    """[J] where that is."""
+
+
+class Result(NamedTuple):
+    """An intervention that was made."""
+
+    intervention: Intervention
+    layer: int
+    """Where."""
+
+    effect: Effect
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptView:
+    """What was found of one prompt."""
+
+    text: str
+    tokens: Tokens
+    activations: Activations
+    latents: PromptLatents
+    next_tokens: list[tuple[int, float]]
+    """Token and probability, the likeliest first, after the prompt in the true run."""
+
+    results: list[Result]
+    silent: list[int]
+    """Latents that were to be ablated where they are strongest, and are active nowhere in the prompt."""
+
+
+def read_prompt(store: ActivationStore, tokenizer: Any, config: Any, text: str) -> Tokens:
+    """Tokens of a prompt. config: the model's own. Raises `UsageError` for one that is empty or too long."""
+    provenance = store.meta.provenance
+    bos, separator = provenance.get("bos_id"), provenance.get("separator_ids") or ()
+    opening = [int(bos)] if bos is not None else [int(i) for i in separator]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--prompt {text!r}: should be UTF-8 text, found bytes that are none") from None
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not own:
+        raise UsageError(f"--prompt {text!r}: the tokenizer makes no token of it")
+    ids = np.array(opening + own, np.int64)
+    limit = longest_context(config)
+    if limit is not None and len(ids) > limit:
+        raise UsageError(f"--prompt of {len(ids)} tokens: the model takes at most {limit}")
+    keep_first = bool((provenance.get("config") or {}).get("keep_first_position", False))
+    kept = ~np.isin(ids, list(tokenizer.all_special_ids))
+    kept[0] &= keep_first
+    if not kept.any():
+        raise UsageError(f"--prompt {text!r}: nothing is left of it without special tokens and the first position")
+    return Tokens(ids, texts_of(TokenBytes(tokenizer).get(ids)), kept)
+
+
+@torch.inference_mode()
+def activations_of(subject: Subject, tokens: Tokens, layers: Sequence[int]) -> Activations:
+    """Of the kept positions at `layers`, the model's block indices."""
+    ids = torch.from_numpy(tokens.ids)[None]
+    place = np.flatnonzero(tokens.kept)
+    kept = torch.from_numpy(place).to(subject.model.device)
+    parts: list[list[NDArray[Any]]] = []
+
+    def consume(i: int, residual: torch.Tensor) -> None:
+        values, indices = subject.codes(residual[0][kept], layers[i])
+        row, column = (values > 0).nonzero(as_tuple=True)
+        found = [place[row.cpu().numpy()], np.full(len(row), layers[i])]
+        parts.append([*found, indices[row, column].cpu().numpy(), values[row, column].float().cpu().numpy()])
+
+    ResidualRecorder(subject.model, layers).stream(ids, consume)
+    position, layer, latent, activation = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((-activation, layer, position))
+    return Activations(position[order], layer[order], latent[order], activation[order])
+
+
+def latents_of(found: Activations) -> PromptLatents:
+    """The latents of a prompt, summed up."""
+    latent, member = np.unique(found.latent, return_inverse=True)
+    activation = found.activation.astype(np.float64)
+    layers, at = np.unique(found.layer, return_inverse=True)
+    by_layer = np.zeros((len(latent), len(layers)))
+    np.add.at(by_layer, (member, at), activation)
+    mass = by_layer.sum(axis=1)
+    peak_row = np.lexsort((-found.activation, member))[np.unique(np.sort(member), return_index=True)[1]]
+    order = np.lexsort((latent, -mass))
+    columns = (
+        latent,
+        mass,
+        by_layer @ layers / mass,
+        layers[by_layer.argmax(axis=1)] if len(layers) else layers,
+        found.activation[peak_row],
+        found.position[peak_row],
+    )
+    ordered: list[Any] = [column[order] for column in columns]
+    return PromptLatents(*ordered)
+
+
+def view_prompt(
+    subject: Subject,
+    text: str,
+    tokens: Tokens,
+    layers: Sequence[int],
+    interventions: Sequence[Intervention],
+) -> PromptView:
+    """Look at one prompt. layers: the model's block indices to look at; interventions: those asked for; none: each of
+    the `N_ABLATED` strongest latents is ablated at its strongest layer."""
+    found = activations_of(subject, tokens, layers)
+    latents = latents_of(found)
+    if not interventions:
+        interventions = [
+            Intervention(kind="ablate", latent=int(latent), layer=int(layer))
+            for latent, layer in zip(latents.latent[:N_ABLATED], latents.peak_layer[:N_ABLATED], strict=True)
+        ]
+    strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
+    run = PromptRun(subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
+    results, silent = [], []
+    for intervention in interventions:
+        layer = strongest.get(intervention.latent) if intervention.layer is None else intervention.layer
+        if layer is None:
+            silent.append(intervention.latent)
+        else:
+            results.append(Result(intervention, layer, run.effect(intervention, layer)))
+    probability, token = run.next_probabilities.topk(N_NEXT)
+    return PromptView(
+        text=text,
+        tokens=tokens,
+        activations=found,
+        latents=latents,
+        next_tokens=list(zip(token.tolist(), probability.tolist(), strict=True)),
+        results=results,
+        silent=silent,
+    )
+
+
+def check_interventions(interventions: Sequence[Intervention], n_latents: int, layers: Sequence[int]) -> None:
+    """`UsageError` where one names a latent or a layer that is not there."""
+    for one in interventions:
+        if not 0 <= one.latent < n_latents:
+            raise UsageError(f"--{one.kind}: the autoencoder has latents 0 to {n_latents - 1}, found {one.latent}")
+        if one.layer is not None and one.layer not in layers:
+            raise UsageError(
+                f"--{one.kind}: the autoencoder was trained on layers {' '.join(map(str, layers))}, found {one.layer}"
+            )

@@ -1,0 +1,190 @@
+"""What the report shows of an opened latent (examples, histogram, neighbours), packed so that a page opens at once.
+
+Blocks of `PER_BLOCK` live latents, each base64 of deflated JSON, which report.js unpacks when a latent of it is opened.
+Where all would take more than `BUDGET`, less is kept, by the first of `PLANS` that fits, and the page says what. Not
+here: finding examples (`analysis.latents.examples`), their rows as JSON (`analysis.report.windows`).
+
+One block more lists what can be searched for: of each word, in small letters, the rows of the latents that promote it
+or have a shown example at it. So a search need not unpack the others.
+
+Content of a latent, a key only where there is something: `texts`, `examples` (as in `analysis.report.windows`),
+`histogram` (of each layer: its number, the first bin with a count, the counts from there on), `near` (latent and cosine
+of its neighbours), `promoted`, `suppressed`.
+"""
+
+import base64
+import json
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from analysis.report.windows import Example, add_texts, marked_token, read_examples
+
+PER_BLOCK = 64
+"""Live latents in a block."""
+
+BUDGET = 12_600_000
+"""Characters that all blocks together may take: with the rest of a page of 10,000 latents, below 15 MB."""
+
+_SAMPLED = 16
+"""One block in so many tells beforehand whether a plan can fit."""
+
+
+class Plan(NamedTuple):
+    """How much of each latent is kept."""
+
+    layers: int
+    """Layers whose strongest example is kept: those at which the latent is most active."""
+
+    more: int
+    """Of how many of these the other examples are kept too."""
+
+    histogram: bool
+
+
+EVERY = 10**6
+PLANS = (
+    *(Plan(EVERY, 2, True), Plan(EVERY, 1, True), Plan(EVERY, 0, True), Plan(18, 1, True), Plan(12, 1, True)),
+    *(Plan(6, 0, True), Plan(6, 0, False), Plan(3, 0, False), Plan(1, 0, False)),
+)
+"""Tried in turn, until the blocks fit; the last is taken in any case."""
+
+
+class _Found(NamedTuple):
+    """Of one latent, all that the first plan needs."""
+
+    examples: list[Example]
+    histogram: list[list[int]]
+    rest: dict[str, Any]
+
+
+def example_blocks(folder: Path, latents: np.ndarray) -> str:
+    """The blocks as HTML, in order of `latents` [J] (ascending); empty where there is nothing to show.
+
+    Before them, a block with the note on what was left out and the histograms' edges.
+    """
+    rest: list[dict[str, Any]] = [{} for _ in latents]
+    row_of = {int(latent): row for row, latent in enumerate(latents)}
+    examples = read_examples(folder / "examples.parquet", row_of, PLANS[0].more)
+    histograms, edges = _histograms(folder / "histograms.parquet", row_of)
+    _add_neighbours(folder / "latents.parquet", row_of, rest)
+    _add_tokens(folder / "latent_logits.parquet", row_of, rest)
+    found = [_Found(*parts) for parts in zip(examples, histograms, rest, strict=True)]
+    if not any(any(parts) for parts in found):
+        return ""
+    blocks, plan = _fitting(found)
+    note = f'<script type="text/plain" id="latent-note" data-edges="{json.dumps(edges)}">{_note(plan, found)}</script>'
+    return "\n".join([note, *blocks])
+
+
+def _fitting(found: list[_Found]) -> tuple[list[str], Plan]:
+    """The blocks by the first plan that fits."""
+    starts = range(0, len(found), PER_BLOCK)
+    for plan in PLANS:
+        last = plan is PLANS[-1]
+        sample = starts[_SAMPLED // 2 :: _SAMPLED]
+        size = sum(len(_block(start, _contents(start, found, plan))) for start in sample)
+        if not last and size * len(starts) > 0.98 * BUDGET * max(1, len(sample)):
+            continue
+        contents = [_contents(start, found, plan) for start in starts]
+        blocks = [_block(start, content) for start, content in zip(starts, contents, strict=True)]
+        blocks.append(_packed("latent-words", _rows_of_words([latent for content in contents for latent in content])))
+        if last or sum(map(len, blocks)) <= BUDGET:
+            return blocks, plan
+    raise AssertionError("the last plan is taken in any case")
+
+
+def _contents(start: int, found: list[_Found], plan: Plan) -> list[dict[str, Any]]:
+    return [_content(one, plan) for one in found[start : start + PER_BLOCK]]
+
+
+def _block(start: int, contents: list[dict[str, Any]]) -> str:
+    return _packed(f"latent-block-{start // PER_BLOCK}", contents)
+
+
+def _packed(block_id: str, content: Any) -> str:
+    data = zlib.compress(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(), 6)
+    return f'<script type="text/plain" id="{block_id}">{base64.b64encode(data).decode()}</script>'
+
+
+def _rows_of_words(contents: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """By word, the rows of its latents, each but the first as its distance from the one before: small numbers deflate
+    well."""
+    rows: dict[str, list[int]] = {}
+    for row, content in enumerate(contents):
+        words = {word.lower() for word in content.get("promoted", ())}
+        words |= {marked_token(*window).lower() for window in content.get("texts", ())}
+        for word in words:
+            rows.setdefault(word, []).append(row)
+    return {word: np.diff(of, prepend=0).tolist() for word, of in sorted(rows.items())}
+
+
+def _content(one: _Found, plan: Plan) -> dict[str, Any]:
+    examples = [e for e in one.examples if e.strength < (plan.layers if e.rank == 0 else min(plan.layers, plan.more))]
+    content = add_texts(examples) | one.rest
+    return content | {"histogram": one.histogram} if plan.histogram and one.histogram else content
+
+
+def _note(plan: Plan, found: list[_Found]) -> str:
+    """What a reader misses, in one sentence; empty where nothing is left out."""
+    left = []
+    n_layers = max((1 + max((e.strength for e in one.examples), default=-1) for one in found), default=0)
+    if plan.layers < n_layers:
+        left.append(f"the strongest example of the {plan.layers} layers at which a latent is most active")
+    if any(e.rank for one in found for e in one.examples) and n_layers > plan.more:
+        layers = "1 layer" if plan.more == 1 else f"{plan.more} layers"
+        left.append(f"further examples of {layers}" if plan.more else "no further examples")
+    if any(one.histogram for one in found) and not plan.histogram:
+        left.append("no histogram")
+    return f"To keep this page small: {', '.join(left)}; the parquet files hold all." if left else ""
+
+
+def _histograms(path: Path, row_of: dict[int, int]) -> tuple[list[list[list[int]]], list[float]]:
+    """Of each latent the counts by layer, without the empty bins at either end; and the bins' edges."""
+    histograms: list[list[list[int]]] = [[] for _ in row_of]
+    if not path.is_file():
+        return histograms, []
+    table = pq.read_table(path)
+    lists: Any = table["counts"].combine_chunks()
+    counts = np.asarray(lists.flatten()).reshape(table.num_rows, -1)  # [R, B]
+    some = counts > 0
+    first, stop = some.argmax(axis=1), some.shape[1] - some[:, ::-1].argmax(axis=1)
+    rows = (of.tolist() for of in (first, stop, counts))
+    for latent, layer, low, high, numbers in zip(
+        table["latent"].to_pylist(), table["layer"].to_pylist(), *rows, strict=True
+    ):
+        histograms[row_of[latent]].append([layer, low, *numbers[low:high]])
+    edges = json.loads((table.schema.metadata or {}).get(b"edges", b"[]"))
+    return histograms, [float(f"{edge:.4g}") for edge in edges]
+
+
+def _add_neighbours(path: Path, row_of: dict[int, int], rest: list[dict[str, Any]]) -> None:
+    """Those that latents.parquet has; of an older one, the nearest alone."""
+    columns = set(pq.read_schema(path).names)
+    if "neighbours" in columns:
+        table = pq.read_table(path, columns=["latent", "neighbours", "neighbour_cosines"])
+        names, pairs = table.column_names, [table[name].to_pylist() for name in table.column_names[1:]]
+        near = [list(zip(*lists, strict=True)) for lists in zip(*pairs, strict=True)]
+        latents = table[names[0]].to_pylist()
+    elif "nearest" in columns:
+        table = pq.read_table(path, columns=["latent", "nearest", "nearest_cosine"])
+        latents = table["latent"].to_pylist()
+        pairs = zip(table["nearest"].to_pylist(), table["nearest_cosine"].to_pylist(), strict=True)
+        near = [[] if latent is None else [(latent, cosine)] for latent, cosine in pairs]
+    else:
+        return
+    for latent, found in zip(latents, near, strict=True):
+        if found and latent in row_of:
+            rest[row_of[latent]]["near"] = [[other, float(f"{cosine:.3g}")] for other, cosine in found]
+
+
+def _add_tokens(path: Path, row_of: dict[int, int], rest: list[dict[str, Any]]) -> None:
+    if not path.is_file():
+        return
+    names = ["latent", "promoted", "suppressed"]
+    table = pq.read_table(path, columns=names)
+    for latent, promoted, suppressed in zip(*(table[name].to_pylist() for name in names), strict=True):
+        rest[row_of[latent]] |= {"promoted": promoted, "suppressed": suppressed}

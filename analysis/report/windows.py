@@ -1,0 +1,144 @@
+"""The rows of examples.parquet as the report packs them: a window's text once, then who fired where in it, in digits.
+
+    texts      [text, lengths, place of its token]: a window; of each token a sign, the character of its length plus 48
+    examples   columns layer, rank, activation, text (its number) and levels: of each token of the window a sign, base
+               36: its activation, 0 to 35 where 35 is the latent's strongest example, rounded up
+
+A window is shown from `BEFORE` characters before its token to `AFTER` after it, whole tokens only. A token that only
+continues a character has length 0 and is shown with the token that begins it. Not here: how much is kept
+(`analysis.report.examples`).
+
+Shapes: R rows, W tokens of all their windows.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+BEFORE, AFTER = 36, 26
+"""Characters shown around an example's token, at most."""
+
+LEVELS = 36
+"""Of an activation, 0 among them."""
+
+_ROWS_AT_ONCE = 2**16
+_DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8).astype("<u4")
+
+
+class Example(NamedTuple):
+    """One example of a latent, ready to be packed."""
+
+    strength: int
+    """0 for the layer at which the latent's strongest example is its most active, 1 for the next, ..."""
+
+    layer: int
+    rank: int
+    activation: float
+    text: str
+    lengths: str
+    marked: int
+    levels: str
+
+
+def read_examples(path: Path, row_of: dict[int, int], more: int) -> list[list[Example]]:
+    """Of each latent (its row: `row_of`) the strongest example at each layer, and of the `more` strongest layers the
+    others too, sorted by layer and rank; empty lists without the file."""
+    found: list[list[Example]] = [[] for _ in row_of]
+    if not path.is_file():
+        return found
+    numbers = pq.read_table(path, columns=["latent", "layer", "rank", "activation"])
+    latent, layer, rank, activation = (np.asarray(numbers[name].to_numpy()) for name in numbers.column_names)
+    if not len(latent):
+        return found
+    strength = strengths(latent, rank, activation)
+    top = np.zeros(latent.max() + 1, np.float32)
+    np.maximum.at(top, latent, activation)
+    keep = (rank == 0) | (strength < more)
+    columns = ["text_token", "marked", "texts", "activations"]
+    start = 0
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+        rows = start + np.flatnonzero(keep[start : start + batch.num_rows])
+        shown = _windows(batch.filter(pa.array(keep[start : start + batch.num_rows])), top[latent[rows]])
+        values = (of[rows].tolist() for of in (strength, layer, rank, activation))
+        for who, s, la, ra, a, (text, lengths, marked, levels) in zip(
+            latent[rows].tolist(), *values, shown, strict=True
+        ):
+            found[row_of[who]].append(Example(s, la, ra, float(f"{a:.3g}"), text, lengths, marked, levels))
+        start += batch.num_rows
+    return found
+
+
+def strengths(latent: np.ndarray, rank: np.ndarray, activation: np.ndarray) -> np.ndarray:
+    """[R] the place of a row's layer among its latent's layers by falling activation of their strongest example, from
+    0; rows are sorted by latent, layer, rank."""
+    first = np.flatnonzero(rank == 0)
+    order = np.lexsort((np.arange(len(first)), -activation[first], latent[first]))
+    begins = np.flatnonzero(np.diff(latent[first], prepend=-1))
+    place = np.empty(len(first), np.int64)
+    place[order] = np.arange(len(first)) - np.repeat(begins, np.diff(np.append(begins, len(first))))
+    return place[np.cumsum(rank == 0) - 1]
+
+
+def add_texts(examples: list[Example]) -> dict[str, Any]:
+    """`texts` and `examples` of a latent, columns rather than rows because they deflate better; {} without any."""
+    if not examples:
+        return {}
+    number: dict[tuple[str, str, int], int] = {}
+    columns: dict[str, list[Any]] = {"layer": [], "rank": [], "activation": [], "text": [], "levels": []}
+    for e in examples:
+        text = number.setdefault((e.text, e.lengths, e.marked), len(number))
+        for column, value in zip(columns.values(), (e.layer, e.rank, e.activation, text, e.levels), strict=True):
+            column.append(value)
+    return {"texts": list(number), "examples": columns}
+
+
+def marked_token(text: str, lengths: str, place: int) -> str:
+    """The token that a packed window is of."""
+    sizes = [ord(sign) - 48 for sign in lengths[: place + 1]]
+    start = sum(sizes[:-1])
+    return text[start : start + sizes[-1]]
+
+
+def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[str, str, int, str]]:
+    """Text, lengths, place of the token and levels of each row, as shown. top: [R] activation of level 35."""
+    lists, activations = batch["texts"], batch["activations"]
+    n_rows = batch.num_rows
+    if not n_rows:
+        return []
+    sizes = np.asarray(pc.list_value_length(lists))  # pyright: ignore[reportAttributeAccessIssue]
+    starts = np.cumsum(sizes) - sizes  # [R] of each row's window among all W tokens
+    marked = starts + np.asarray(batch["marked"])
+    tokens = lists.flatten().fill_null("")
+    lengths = np.asarray(pc.utf8_length(tokens)).astype(np.int64)  # [W]  # pyright: ignore[reportAttributeAccessIssue]
+    texts: list[str] = []
+    for i, row in enumerate(pc.binary_join(lists, "").to_pylist()):  # pyright: ignore[reportAttributeAccessIssue]
+        if lengths[marked[i]] == 0:  # it continues a character: the token that begins it, or, cut off, itself
+            owner = next((j for j in range(marked[i], starts[i] - 1, -1) if lengths[j]), None)
+            if owner is None:
+                token = batch["text_token"][i].as_py()
+                lengths[marked[i]] = len(token)
+                row = token + row
+            else:
+                marked[i] = owner
+        texts.append(row)
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    of_row = np.repeat(np.arange(n_rows), sizes)
+    keep = (begins >= (begins[marked] - BEFORE)[of_row]) & (ends <= (ends[marked] + AFTER)[of_row])
+    early = np.add.reduceat(begins < (begins[marked] - BEFORE)[of_row], starts)
+    first = starts + early
+    stop = first + np.add.reduceat(keep, starts)
+    values = np.asarray(activations.flatten().fill_null(0.0), np.float32)
+    level = np.ceil(values / top[of_row] * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
+    length_signs = (lengths + 48).astype("<u4").tobytes().decode("utf-32-le")
+    level_signs = _DIGITS[level].tobytes().decode("utf-32-le")
+    low, high = begins[first] - begins[starts], ends[stop - 1] - begins[starts]
+    places = (of.tolist() for of in (first, stop, marked - first, low, high))
+    return [
+        (text[low:high], length_signs[i:j], place, level_signs[i:j])
+        for text, i, j, place, low, high in zip(texts, *places, strict=True)
+    ]

@@ -1,0 +1,45 @@
+"""`residscope fit-lens`: reads its options, fits a tuned lens, and prints how good it is at each layer. Imports nothing
+heavy before the options are read."""
+
+from collections.abc import Sequence
+
+from harvest.lens.config import FitLensConfig
+from residscope.console import run_command
+from residscope.errors import Interrupted
+from residscope.options import parse_options
+
+COMMAND = "residscope fit-lens"
+
+DESCRIPTION = """\
+Fit a tuned lens: one affine map per layer from its residual stream to the last layer's, by ridge
+regression and then by KL divergence to the model's final logits. Prints, for held-out documents,
+the KL of each layer with no map, with the ridge one and with the trained one, and writes the
+format of published lenses, for `harvest --lens`."""
+
+EPILOG = """\
+examples:
+  residscope fit-lens --model smollm2-135m --dataset pydoc --max-tokens 50000 --out lens
+  residscope fit-lens --model pythia-1b --store acts.zarr --method ridge --out lens
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command on `argv` (default: the process's own); the exit code."""
+
+    def command() -> int:
+        config = parse_options(FitLensConfig, argv, prog=COMMAND, description=DESCRIPTION, epilog=EPILOG)
+        from harvest.lens.fit import fit_lens
+        from harvest.lens.report import print_fit
+
+        try:
+            result = fit_lens(config)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; nothing was written, the same command begins again") from None
+        print_fit(result, as_json=config.json)
+        return 0
+
+    return run_command(COMMAND, command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

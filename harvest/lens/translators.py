@@ -1,0 +1,243 @@
+"""Tuned lens: one affine map (translator) per layer from its residual stream to the last layer's basis (Belrose et
+al. 2023, arXiv 2303.08112).
+
+How: reads the published format, `config.json` and `params.pt` with "{i}.weight" [D, D] and "{i}.bias" [D], from a
+folder or from the hub Space AlignmentResearch/tuned-lens, and applies h -> h + W h + b. Translator i was trained on
+the *input* of block i, so block l's output takes translator l + 1 and the last block's output none ("tuned-lens"
+indexing); "mlsae-compat" takes translator l for block l, as the reference implementation of the multi-layer SAE does.
+What it does not do: fit a lens.
+
+Shapes: D = d_model; ... any leading dimensions.
+"""
+
+import errno
+import json
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+from torch import Tensor
+
+from harvest.model.aliases import hub_id
+from harvest.model.hub import first_line, pin
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+
+SPACE = "AlignmentResearch/tuned-lens"
+Indexing = Literal["tuned-lens", "mlsae-compat"]
+_FILES = ("config.json", "params.pt")
+_FIT_ONE = "The way out is to fit one for this model and give its folder"
+
+
+class TunedLens:
+    """A lens in memory. `apply` and `invert` take the index of the block whose output the vectors are."""
+
+    def __init__(
+        self,
+        weights: Tensor,
+        biases: Tensor,
+        *,
+        indexing: Indexing = "tuned-lens",
+        name: str = "",
+        fingerprint: str = "",
+        base_model: str | None = None,
+    ) -> None:
+        """weights: float32 [n_layers, D, D], biases: float32 [n_layers, D]: translator i is trained on the input of
+        block i."""
+        self.weights = weights
+        self.biases = biases
+        self.indexing: Indexing = indexing
+        self.name = name
+        self.fingerprint = fingerprint
+        self.base_model = base_model
+        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the model."""
+        return len(self.weights)
+
+    @property
+    def d_model(self) -> int:
+        """Size of a residual stream vector."""
+        return self.weights.shape[-1]
+
+    def describe(self) -> dict[str, Any]:
+        """What a store keeps of it: id, indexing, hash (of config and parameters)."""
+        return {"id": self.name, "indexing": self.indexing, "hash": self.fingerprint}
+
+    def translator(self, layer: int) -> int | None:
+        """Index of the translator that block `layer`'s output takes; None where it takes none."""
+        if not 0 <= layer < self.n_layers:
+            raise IndexError(f"layer {layer} is outside 0..{self.n_layers - 1}")
+        if self.indexing == "mlsae-compat":
+            return layer
+        return layer + 1 if layer + 1 < self.n_layers else None
+
+    def apply(self, residual: Tensor, layer: int) -> Tensor:
+        """Block `layer`'s outputs [..., D] in the last layer's basis, in float32, on the residual's device."""
+        residual = residual.float()
+        i = self.translator(layer)
+        if i is None:
+            return residual
+        weight, bias = self.weights[i].to(residual.device), self.biases[i].to(residual.device)
+        return residual + residual @ weight.T + bias
+
+    def invert(self, transformed: Tensor, layer: int) -> Tensor:
+        """The vectors [..., D] that `apply` turns into `transformed`: (I + W) h = y - b, solved in float64; float32
+        out, on the same device."""
+        i = self.translator(layer)
+        if i is None:
+            return transformed.float()
+        factor, pivots = self._lu(i)
+        shifted = transformed.to("cpu", torch.float64) - self.biases[i].cpu().double()
+        columns = shifted.reshape(-1, self.d_model).T  # [D, rows]
+        solved = torch.linalg.lu_solve(factor, pivots, columns).T
+        return solved.reshape(transformed.shape).to(transformed.device, torch.float32)
+
+    def to(self, device: torch.device | str) -> "TunedLens":
+        """The same lens with its parameters on a device."""
+        return TunedLens(
+            self.weights.to(device),
+            self.biases.to(device),
+            indexing=self.indexing,
+            name=self.name,
+            fingerprint=self.fingerprint,
+            base_model=self.base_model,
+        )
+
+    def _lu(self, i: int) -> tuple[Tensor, Tensor]:
+        if i not in self._factors:
+            matrix = torch.eye(self.d_model, dtype=torch.float64) + self.weights[i].cpu().double()
+            factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
+            if info.item() != 0:
+                raise IncompatibleError(f"lens {self.name}: translator {i} cannot be inverted (I + W is singular)")
+            self._factors[i] = factor, pivots
+        return self._factors[i]
+
+
+def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing: Indexing = "tuned-lens") -> TunedLens:
+    """The lens `name` for a model: a local folder, an id in the published collection, or "auto" for the model's own
+    there.
+
+    Raises `UsageError` where there is no such lens, `IncompatibleError` where it is for a model of other sizes
+    or damaged, `ResidscopeError` where it cannot be downloaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder, shown = path, path.resolve().name
+    elif path.exists():
+        raise IncompatibleError(f"--lens {name} is a file: give the folder that holds {' and '.join(_FILES)}")
+    elif name.startswith((".", "/", "~")):
+        raise UsageError(f"--lens {name}: there is no such folder. {_FIT_ONE}")
+    else:
+        shown = model_id if name == "auto" else hub_id(name) or name
+        try:
+            folder = _download(shown)
+        except ResidscopeError as error:
+            if name == "auto":
+                raise
+            raise type(error)(f"--lens {name}: no folder here, and {error}") from error
+    for file in _FILES:
+        if not (folder / file).is_file():
+            raise IncompatibleError(f"--lens {name}: the folder has no {file}; a lens has {' and '.join(_FILES)}")
+    return _read(folder, shown, n_layers, d_model, indexing)
+
+
+def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexing) -> TunedLens:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = (int(config["num_hidden_layers"]), int(config["d_model"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise IncompatibleError(
+            f"lens {name}: config.json should name num_hidden_layers and d_model ({type(error).__name__}: {error})"
+        ) from None
+    if found != (n_layers, d_model):
+        raise IncompatibleError(
+            f"lens {name} is for {found[0]} layers and d_model {found[1]}, the model has {n_layers} and {d_model}; give"
+            " the lens of this model"
+        )
+    base_model = config.get("base_model_name_or_path")
+    if not isinstance(base_model, str | None):
+        raise IncompatibleError(f"lens {name}: config.json names {base_model!r} as its base model, which is no name")
+    parameters = _parameters(folder / "params.pt", name)
+    weights = torch.stack([_parameter(parameters, name, f"{i}.weight", (d_model, d_model)) for i in range(n_layers)])
+    if config.get("bias", True):
+        biases = torch.stack([_parameter(parameters, name, f"{i}.bias", (d_model,)) for i in range(n_layers)])
+    else:
+        biases = torch.zeros(n_layers, d_model)
+    digest = xxhash.xxh3_128()
+    for file in _FILES:
+        digest.update((folder / file).read_bytes())
+    return TunedLens(
+        weights,
+        biases,
+        indexing=indexing,
+        name=name,
+        fingerprint=digest.hexdigest(),
+        base_model=base_model,
+    )
+
+
+def _parameters(path: Path, lens: str) -> Any:
+    """What a file of tensors holds, after its check sums are found right: torch.save writes them, and torch.load does
+    not look at them."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if (damaged := file.testzip()) is not None:
+                    raise ValueError(f"the check sum of {damaged} is wrong: the file was damaged after it was written")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # weights_only: a lens from elsewhere must not run code.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
+            raise  # Of the disk; a file that was cut short gives others, where it is sought beyond its ends.
+        reason = first_line(error)[:120]
+        raise IncompatibleError(
+            f"lens {lens}: params.pt cannot be read as plain tensors ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> Tensor:
+    found = parameters.get(key) if isinstance(parameters, dict) else None
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        seen = tuple(found.shape) if isinstance(found, Tensor) else "nothing"
+        raise IncompatibleError(f"lens {lens}: params.pt should hold {key!r} of shape {shape}, found {seen}")
+    if found.layout != torch.strided or not found.dtype.is_floating_point:
+        shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
+        raise IncompatibleError(f"lens {lens}: {key!r} should hold dense floats, found {shown}")
+    if not found.isfinite().all():
+        raise IncompatibleError(f"lens {lens}: {key!r} holds values that are not finite")
+    return found.float()
+
+
+def _download(model_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    # The collection calls the GPT-2 models by their old ids, without an owner.
+    candidates = list(dict.fromkeys([model_id, model_id.rpartition("/")[2]]))
+    repo = pin(SPACE, "space", probes=[f"lens/{candidate}/config.json" for candidate in candidates])
+    for candidate in candidates:
+        try:
+            paths = [
+                hf_hub_download(
+                    SPACE,
+                    f"lens/{candidate}/{file}",
+                    repo_type="space",
+                    revision=repo.commit,
+                    local_files_only=repo.cached_only,
+                )
+                for file in _FILES
+            ]
+        except Exception as error:
+            if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError", "LocalEntryNotFoundError"):
+                continue
+            raise ResidscopeError(
+                f"lens {candidate}: cannot be downloaded ({type(error).__name__}: {first_line(error)})"
+            ) from error
+        return Path(paths[0]).parent
+    raise UsageError(f"no published lens for {model_id!r} in the Space {SPACE}. {_FIT_ONE}")

@@ -1,0 +1,75 @@
+"""Whether a model is the one that it is taken for: by its hashes, by what it gives, and by its logits.
+
+How: a store's provenance names the commit or the hash of its model, which `refuse_other_weights` compares; where
+hashes tell nothing (a local copy of a hub model), `check_model` compares vectors. `check_logits` finds architectures
+that do more after their blocks than a norm and an unembedding. What they do not do: find or load anything.
+"""
+
+import numpy as np
+import torch
+
+from harvest.lens.translators import TunedLens
+from harvest.model.load import LoadedModel, ModelSpec
+from harvest.residual import ResidualRecorder
+from residscope.errors import IncompatibleError
+from store.activations import ActivationStore
+
+_CHECKED_TOKENS = 32
+_CHECKED_ERROR = 0.2
+"""Rounding to bfloat16, in the store and in a forward pass on another device, stays well below."""
+_LOGITS_ERROR = 0.01
+
+
+def refuse_other_weights(found: ModelSpec, store: ActivationStore) -> None:
+    """`IncompatibleError` where a commit or a hash shows that `store` was harvested from other weights."""
+    provenance = store.meta.provenance
+    for what, expected, here in (
+        ("commit", provenance.get("model_revision"), found.revision),
+        ("content hash", provenance.get("model_fingerprint"), found.fingerprint),
+        ("choice of random weights", bool(provenance.get("random_init", False)), found.random_init),
+    ):
+        if expected is not None and here is not None and expected != here:
+            raise IncompatibleError(
+                f"model {found.name}: its {what} should be {expected}, as {store.path} was harvested with, found"
+                f" {here}; give the model that the store was harvested from, or harvest this one into another store"
+            )
+
+
+def check_model(store: ActivationStore, model: LoadedModel, lens: TunedLens | None) -> None:
+    """Run the store's first tokens and compare; `IncompatibleError` where at some layer half of the vectors are off by
+    more than a fifth of their norm: then the model, its weights or the lens are not those of the store."""
+    meta = store.meta
+    if (model.n_layers, model.d_model) != (meta.n_model_layers, meta.d_model):
+        raise IncompatibleError(
+            f"model {model.spec.name} has {model.n_layers} layers and d_model {model.d_model}, {store.path} is of one"
+            f" with {meta.n_model_layers} and {meta.d_model}"
+        )
+    later = np.flatnonzero(store.tokens.position[1:_CHECKED_TOKENS] == 0)  # Where a second sequence begins.
+    n_tokens = int(later[0]) + 1 if len(later) else min(_CHECKED_TOKENS, meta.n_tokens)
+    stored = torch.from_numpy(store.read(slice(0, n_tokens), None))  # [n, L, D]
+    input_ids = torch.from_numpy(store.tokens.token_id[:n_tokens].astype(np.int64))[None]
+    recorded = ResidualRecorder(model, meta.layers).record(input_ids)
+    for i, layer in enumerate(meta.layers):
+        found = recorded[i][0].float() if lens is None else lens.apply(recorded[i][0], layer)
+        error = (found.cpu() - stored[:, i]).norm(dim=-1) / stored[:, i].norm(dim=-1)
+        if not error.median().item() <= _CHECKED_ERROR:
+            raise IncompatibleError(
+                f"{model.spec.name} does not give what {store.path} holds: at layer {layer} half of the first"
+                f" {n_tokens} vectors are off by {error.median().item():.0%} of their norm or more; give the model and"
+                " the lens that the store was harvested with"
+            )
+
+
+@torch.inference_mode()
+def check_logits(model: LoadedModel, input_ids: torch.Tensor) -> None:
+    """`IncompatibleError` where `model.logits` of the last block's output are not the model's own logits, for the first
+    of the token ids int64 [B, N]: an architecture with more after its blocks than a norm and an unembedding."""
+    few = input_ids[:1, :_CHECKED_TOKENS]
+    expected = model.causal_lm(input_ids=few.to(model.device), use_cache=False).logits.float()
+    found = model.logits(ResidualRecorder(model, [model.n_layers - 1]).record(few)[0]).float()
+    error = (found - expected).norm() / expected.norm()
+    if not error.item() <= _LOGITS_ERROR:
+        raise IncompatibleError(
+            f"{model.spec.name} ({model.architecture}): final norm and unembedding of the last block's output do not"
+            f" give the model's logits (relative error {error.item():.2g}); this architecture cannot be measured here"
+        )

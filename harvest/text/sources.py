@@ -1,0 +1,168 @@
+"""Text sources: hub data sets, local files, or what Python brings along, each as one stream of documents.
+
+How: `open_sources` looks at each name and gives a `TextSource`, which iterates lazily in a fixed order and says what it
+is. A shuffle of local text writes the documents to a temporary file and reads them back in a random order, so that
+memory holds their places alone. What it does not do: mix several sources (mixing.py), filter, deduplicate, or apply
+chat templates.
+"""
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harvest.config import DEFAULT_SPLIT, HarvestConfig, TextChoice, text_choices
+from harvest.model.hub import first_line, pin
+from harvest.text.local import file_documents, files_hash, find_files, suffix_of, text_of
+from harvest.text.python import pydoc_documents, stdlib_documents
+from residscope.errors import ResidscopeError, UsageError
+from store.shuffle import permutation
+
+_PYTHON: dict[str, Callable[[], Iterator[str]]] = {"pydoc": pydoc_documents, "stdlib": stdlib_documents}
+_HUB_BUFFER = 10_000
+_SPOOL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A stream of documents and its name."""
+
+    dataset: str
+    """Hub id, name of a local file or folder (no path), pydoc or stdlib."""
+    revision: str | None
+    """Commit on the hub, hash of local files (names, sizes and the first MiB of each), or the Python version of
+    pydoc and stdlib."""
+    is_local: bool
+    """Whether it lies on this machine."""
+    choice: TextChoice
+    """What was asked for."""
+    documents: Callable[[], Iterator[str]]
+    """Starts the stream anew; raises `ResidscopeError` or `UsageError` where it cannot be read."""
+    check: Callable[[], object] = lambda: None
+    """Reads a document, so that a column that is not there is found before much is done; raises as `documents` does."""
+    characters: Callable[[], int | None] = lambda: None
+    """About how many characters it has, or None; may read all of it where that takes seconds."""
+
+
+def open_sources(config: HarvestConfig, *, contents: bool = True) -> tuple[TextSource, ...]:
+    """The texts that a configuration asks for, in its order.
+
+    contents: they will be read; without it, only the names are needed, and a hub data set is not looked up. Raises
+    `UsageError` for a source that is not there.
+    """
+    choices = text_choices(config)
+    seed = config.shuffle_documents
+    sources = tuple(_open(choice, seed, contents) for choice in choices)
+    for source in sources:
+        # An option that is given once for all is the hub data sets' among them.
+        if source.is_local and (len(sources) == 1 or all(s.is_local for s in sources)):
+            _refuse_hub_options(source.choice)
+    return sources
+
+
+def is_on_disk(name: str) -> bool:
+    """Whether a text is local files. `UsageError` where it should be, and nothing is there."""
+    return name not in _PYTHON and find_files(name) is not None
+
+
+def require_local_texts(config: HarvestConfig) -> None:
+    """`UsageError` for a local text that is not there: asked before a model or tokenizer is loaded, which takes far
+    longer."""
+    for choice in text_choices(config):
+        is_on_disk(choice.name)
+
+
+def _open(choice: TextChoice, seed: int | None, contents: bool) -> TextSource:
+    documents: Callable[[], Iterator[str]]
+    if choice.name in _PYTHON:
+        documents = _PYTHON[choice.name]
+        return TextSource(
+            dataset=choice.name,
+            revision=f"python {platform.python_version()}",
+            is_local=True,
+            choice=choice,
+            documents=documents if seed is None else lambda: shuffled(documents(), seed),
+            characters=lambda: sum(map(len, documents())),
+        )
+    files = find_files(choice.name)
+    if files is None:
+        revision = choice.revision or None
+        if contents:
+            revision = pin(choice.name, "dataset", revision, probes=("README.md",)).commit
+        return TextSource(
+            dataset=choice.name,
+            revision=revision,
+            is_local=False,
+            choice=choice,
+            documents=lambda: _hub_documents(choice, revision, seed),
+            check=lambda: next(_hub_documents(choice, revision, None), None),
+        )
+
+    def documents() -> Iterator[str]:
+        return file_documents(files, choice.column)
+
+    plain = all(suffix_of(path) in (".txt", ".jsonl") for path in files)
+    return TextSource(
+        dataset=Path(choice.name).resolve().name,
+        revision=files_hash(files),
+        is_local=True,
+        choice=choice,
+        documents=documents if seed is None else lambda: shuffled(documents(), seed),
+        check=lambda: next(documents(), None),
+        characters=lambda: sum(path.stat().st_size for path in files) if plain else None,
+    )
+
+
+def shuffled(documents: Iterator[str], seed: int) -> Iterator[str]:
+    """All `documents` in an order that depends on `seed` and their number alone."""
+    with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
+        ends = [0]
+        for text in documents:
+            ends.append(ends[-1] + spool.write(text.encode("utf-8", "surrogatepass")))
+        for i in permutation(len(ends) - 1, seed).tolist():
+            spool.seek(ends[i])
+            yield spool.read(ends[i + 1] - ends[i]).decode("utf-8", "surrogatepass")
+
+
+def _hub_documents(choice: TextChoice, commit: str | None, seed: int | None) -> Iterator[str]:
+    """Stream a data set's split. The library raises nearly everything, so that nothing narrower will do."""
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    name = f"data set {choice.name!r}"
+    try:
+        rows = datasets.load_dataset(
+            choice.name, choice.config or None, split=choice.split, revision=commit, streaming=True
+        )
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER)
+        for number, row in enumerate(rows, start=1):
+            yield text_of(row, choice.column, f"{name} row {number}")
+    except ResidscopeError:
+        raise
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        if "Config name is missing" in message or "BuilderConfig" in message:
+            raise UsageError(f"{name}: choose a configuration with --dataset-config ({message})") from error
+        if "split" in message.lower():
+            raise UsageError(f"{name} has no split {choice.split!r}: {message}. Choose one with --split") from error
+        raise ResidscopeError(f"{name} cannot be read: {message}") from error
+    except Exception as error:
+        raise ResidscopeError(
+            f"{name} cannot be read ({type(error).__name__}: {first_line(error)}). Run the same command again if the"
+            " network failed"
+        ) from error
+
+
+def _refuse_hub_options(choice: TextChoice) -> None:
+    what = choice.name if choice.name in _PYTHON else "local files"
+    given = {
+        "--split": choice.split != DEFAULT_SPLIT,
+        "--dataset-config": choice.config,
+        "--dataset-revision": choice.revision,
+    }
+    for flag, value in given.items():
+        if value:
+            raise UsageError(f"{flag}: {what} have no splits, configurations or revisions; leave it out")

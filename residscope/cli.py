@@ -1,0 +1,204 @@
+"""`residscope`: look at a store, check it, or run one of the other commands.
+
+How: `info` and `verify` are here; the other commands are looked up by name and loaded only when asked for. What it does
+not do: read or check anything itself (activations.py, verify.py).
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from residscope.console import counted, human_bytes, run_command
+from residscope.options import CommandParser
+
+if TYPE_CHECKING:
+    from store.care.verify import BadShard
+
+COMMANDS = {
+    "harvest": ("harvest.cli", "write the residual stream of a model into a store"),
+    "train": ("train.cli", "train a multi-layer sparse autoencoder on a store"),
+    "compare": ("train.compare.cli", "autoencoders and PCA side by side on held-out tokens, FVU by layer"),
+    "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
+    "fit-lens": ("harvest.lens.cli", "fit a tuned lens: a map per layer into the last layer's basis"),
+    "convert": ("train.formats.cli", "read and write autoencoders in the formats of other tools"),
+    "demo": ("residscope.demo", "all three on a small model, start to end"),
+}
+
+REFILL = ("harvest.refill", "prepare")
+"""Who can fill the missing shards of a store at a path, for `verify --repair`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's); gives the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        module = importlib.import_module(COMMANDS[words[0]][0])
+        return module.main(words[1:])
+    arguments = _parser().parse_args(words)
+    if arguments.command == "info":
+        return run_command("residscope info", lambda: _info(arguments.store, arguments.json))
+    check = _repair if arguments.repair else _verify
+    return run_command("residscope verify", lambda: check(arguments.store, arguments.json))
+
+
+def harvest() -> int:
+    """The command `harvest`; as its script starts here, our packages are found before any of the same name."""
+    return main(["harvest", *sys.argv[1:]])
+
+
+def train() -> int:
+    """The command `train`."""
+    return main(["train", *sys.argv[1:]])
+
+
+def analyze() -> int:
+    """The command `analyze`."""
+    return main(["analyze", *sys.argv[1:]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="residscope", description="Look at a store, check it, or run a command.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("info", "what a store holds"),
+        ("verify", "check every file of a store; exit code 1 and a list when something is damaged or missing"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of words")
+        if name == "verify":
+            command.add_argument(
+                "--repair",
+                action="store_true",
+                help="fill bad and missing shards anew with the model, and prove by their hashes that they are the old",
+            )
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def _info(path: Path, as_json: bool) -> int:
+    from store.activations import ActivationStore
+
+    store = ActivationStore.open(path, partial=True)
+    meta, tokens, missing = store.meta, store.tokens, store.missing_shards()
+    statistics = store.statistics()
+    found: dict[str, Any] = {
+        "path": str(path),
+        **meta.to_attributes(),
+        "n_kept": int(tokens.keep.sum()),
+        "n_documents": int(tokens.document.max()) + 1,
+        "n_shards": meta.n_shards,
+        "missing_shards": missing,
+        "bytes": sum(store.record(shard).bytes for shard in range(meta.n_shards) if shard not in missing),
+        "content_hash": store.content_hash,
+        "layer_norm": statistics.norm.tolist() if statistics.count else None,
+    }
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    rows = {
+        "model": meta.provenance.get("model", "unknown")
+        + (", random weights" if meta.provenance.get("random_init") else ""),
+        "text": _text(meta.provenance),
+        "tokens": f"{meta.n_tokens:,} ({found['n_kept']:,} kept) of {counted(found['n_documents'], 'document')}, "
+        f"in sequences of up to {meta.context_length:,}",
+        "layers": f"{meta.n_layers} of {meta.n_model_layers}, d_model {meta.d_model}",
+        "numbers": f"{meta.stored_dtype}, codec {meta.codec}",
+        "lens": "none" if meta.lens is None else meta.lens.get("id", "yes"),
+        "size": f"{human_bytes(found['bytes'])} in {meta.n_shards - len(missing)} of {counted(meta.n_shards, 'shard')} "
+        f"of {meta.shard_tokens:,} tokens",
+        "mean norm": "not known yet"
+        if not statistics.count
+        else f"{statistics.norm[0]:.4g} after block {meta.layers[0]}, {statistics.norm[-1]:.4g} after block "
+        f"{meta.layers[-1]}",
+        "state": "whole"
+        if not missing
+        else f"{counted(len(missing), 'shard')} {'is' if len(missing) == 1 else 'are'} missing; "
+        "run the same `harvest` command again to fill what is missing",
+    }
+    print(path)
+    for name, value in rows.items():
+        print(f"  {name:<10} {value}")
+    return 0
+
+
+def _verify(path: Path, as_json: bool) -> int:
+    from store.care.verify import verify
+
+    with _progress() as show:
+        bad = verify(path, progress=show)
+    if as_json:
+        print(json.dumps({"path": str(path), "bad": _as_json(bad)}))
+        return 1 if bad else 0
+    _print_faults(bad)
+    if not bad:
+        print(f"{path}: whole")
+        return 0
+    print(f"{path}: {counted(len(bad), 'fault')}")
+    if not any(found.lasting for found in bad):
+        print(f"`residscope verify {path} --repair` makes the store whole again, with its model", file=sys.stderr)
+    return 1
+
+
+def _text(provenance: Mapping[str, Any]) -> str:
+    """Which texts, and of several how many tokens each gave: whole documents follow each other, so that in a small
+    store the shares may be far from those that were asked for."""
+    sources = provenance.get("sources") or []
+    if len(sources) < 2:
+        return str(provenance.get("dataset", "unknown"))
+    return ", ".join(f"{source['dataset']} ({source['tokens']:,} tokens)" for source in sources)
+
+
+def _repair(path: Path, as_json: bool) -> int:
+    from store.care.repair import repair
+
+    def prepare(store: Path) -> Callable[[], object]:
+        module, function = REFILL
+        return getattr(importlib.import_module(module), function)(store)
+
+    with _progress() as show:
+        done = repair(path, prepare, progress=show)
+    if as_json:
+        found = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
+        print(json.dumps({"path": str(path), **found}))
+        return 0
+    _print_faults(done.found)
+    print(
+        f"{path}: whole"
+        + f"; {counted(len(done.refilled), 'shard')} refilled, {len(done.proven)} of them proven the same by "
+        "the manifest's hashes"
+    )
+    return 0
+
+
+def _as_json(bad: "list[BadShard]") -> list[dict[str, Any]]:
+    return [{"shard": found.index, "reason": found.reason} for found in bad]
+
+
+def _print_faults(bad: "list[BadShard]") -> None:
+    for found in bad:
+        print(found.reason if found.index is None else f"shard {found.index}: {found.reason}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar for shards that are checked: a function that is told how many are done, and of how many."""
+    from tqdm import tqdm
+
+    with tqdm(unit="shard", leave=False, disable=None, desc="verify") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What every command shares at the terminal: exit codes, one-line errors, signals, and human units.
+
+Progress and words go to stderr, results to stdout, so that `--json` can be piped.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from residscope.errors import Interrupted, ResidscopeError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def run_command(
+    name: str, command: Callable[[], int | None], *, interrupted: str = "interrupted; run the same command again"
+) -> int:
+    """Run `command`; a user's error becomes one line on stderr and its exit code, never a traceback.
+
+    Also catches an interrupt (SIGTERM is one), memory that is refused, and what the operating system says of the disk
+    (no space, no permission, read-only, no such path). interrupted: what is said after Ctrl-C.
+    """
+    # Read when torch loads: its idle threads should sleep, not spin on the cores that other threads of ours need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        with terminate_as_interrupt():
+            return command() or 0
+    except ResidscopeError as error:
+        return _fail(name, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(name, interrupted, Interrupted.exit_code)
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`); point stdout elsewhere so that the interpreter exits silently too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (MemoryError, RuntimeError) as error:
+        # torch raises a RuntimeError where the system gives no memory, on a GPU a subclass of it.
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
+        return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS or (error.errno == errno.ENOENT and error.filename is None):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
+
+
+_AGAIN = "run the same command again: `harvest` and `train --resume` continue where they stopped"
+
+_DISK_ERRORS = {
+    errno.ENOSPC: f"Free some space, then {_AGAIN}",
+    errno.EDQUOT: f"Free some of the quota, then {_AGAIN}",
+    errno.EROFS: "The file system is read-only: choose another place to write to",
+    errno.EACCES: "Check the permissions, or choose another place to write to",
+    errno.EPERM: "Check the permissions, or choose another place to write to",
+    errno.ENOENT: "It cannot be made there, or went away meanwhile: choose another place, or look at what is there",
+    errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place",
+    errno.EEXIST: "A file is there already where a folder should be: choose another place",
+    errno.ELOOP: "A link leads back to itself: choose another place, or mend the link",
+    errno.EISDIR: "A file should be there, not a folder: choose another name",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EFBIG: "The file system or a limit (`ulimit -f`) allows no larger file: choose another place to write to",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then run the same command again",
+    errno.EIO: "The disk reports a fault: check it before you trust what is on it",
+}
+
+_NO_MEMORY = ("can't allocate memory", "out of memory")
+
+
+def _fail(name: str, message: str, exit_code: int) -> int:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return exit_code
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, with its line and its exit code."""
+    try:
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # Not the main thread, which alone may set handlers.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGINT or SIGTERM has come, so that a loop can stop between two whole steps.
+
+    A second signal of the same kind acts at once, as without this. Outside the main thread, where Python allows no
+    handlers, it never tells of any.
+    """
+    received: list[int] = []
+    previous: dict[int, object] = {}
+
+    def note(signum: int, frame: object) -> None:
+        received.append(signum)
+        signal.signal(signum, previous[signum])  # type: ignore[arg-type]
+
+    try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.getsignal(signum)  # First, because a signal may come as soon as `note` is set.
+            signal.signal(signum, note)
+    except ValueError:
+        pass
+    try:
+        yield lambda: bool(received)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+
+
+def progress(name: str, unit: str, total: int, *, done: int = 0) -> "tqdm[Any]":
+    """A progress bar on a terminal; elsewhere, in a log, a plain line every half a minute."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        how: dict[str, Any] = {"mininterval": 0.5, "dynamic_ncols": True}
+    else:
+        form = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} {unit}, {remaining} left, {rate_fmt}{postfix}"
+        how = {"mininterval": _LOG_SECONDS, "delay": _LOG_SECONDS, "bar_format": form, "file": _Lines()}
+    return tqdm(total=total, initial=done, desc=name, unit=unit, unit_scale=True, **how)
+
+
+_LOG_SECONDS = 30.0
+
+
+class _Lines:
+    """Stderr for a bar that writes over itself: each of its states becomes a line."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Every line is flushed."""
+
+
+def human_bytes(n: float) -> str:
+    """`n` bytes in decimal units, as disks are sold: 34.6 kB, 655 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} PB"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration for people: 0.5 s, 42 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: 1 document, 2,000 documents."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

@@ -1,0 +1,161 @@
+"""`residscope demo`: harvest, train and analyze on a small model and text that need no network, start to end.
+
+Each stage is the user's own command, printed before it runs and timed after; running the demo again continues where it
+stopped. It ends with what the analysis found. Not here: any computing.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from residscope.console import human_seconds, run_command
+from residscope.errors import ResidscopeError, UsageError
+from residscope.options import parse_options
+from store.outputs import refuse_inside_store
+
+# The demo's size: chosen so that two cores finish all stages in under six minutes.
+CONTEXT_LENGTH = 256
+# Batches of 2,048 tokens stay in the cache of a small machine; larger ones are slower there.
+# The openings of many documents rather than the whole of few: intervals need at least 20 of them.
+HARVEST_FLAGS: tuple[str, ...] = ("--context-length", str(CONTEXT_LENGTH), "--batch-size", "8", "--no-pack")
+# Six times the scaling law, which is made for runs of 10^5 steps: in one of a few hundred it moves too little.
+TRAIN_FLAGS: tuple[str, ...] = (
+    *("--expansion-factor", "16", "--k", "32", "--epochs", "1", "--lr", "0.0016"),
+    *("--validation-fraction", "0.1", "--validation-tokens", "1024"),
+)
+# One sequence: half a minute on two cores, half of the default.
+ANALYZE_FLAGS: tuple[str, ...] = ("--downstream-tokens", "254")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demo."""
+
+    out: Path = Path("demo")
+    """Folder for the store (acts.zarr), the checkpoint (ckpt.pt), the results and report.html."""
+
+    tokens: int = 30_208
+    """Tokens to harvest."""
+
+    model: str = "smollm2-135m"
+    """Model, as `harvest --model` takes it."""
+
+    dataset: str = "pydoc"
+    """Text, as `harvest --dataset` takes it."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < CONTEXT_LENGTH:
+            raise UsageError(f"--tokens should be at least {CONTEXT_LENGTH}, found {self.tokens}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo."""
+
+    name: str
+    flags: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """As a user would type it."""
+        return shlex.join((self.name, *self.flags))
+
+
+def stages(config: DemoConfig) -> list[Stage]:
+    """The three commands."""
+    store, sae = str(config.out / "acts.zarr"), str(config.out / "ckpt.pt")
+    return [
+        Stage(
+            "harvest",
+            (
+                *("--model", config.model, "--dataset", config.dataset, "--max-tokens", str(config.tokens)),
+                *("--out", store, *HARVEST_FLAGS),
+            ),
+        ),
+        Stage("train", ("--store", store, "--out", sae, "--resume", *TRAIN_FLAGS)),
+        Stage("analyze", ("--store", store, "--sae", sae, "--out", str(config.out), *ANALYZE_FLAGS)),
+    ]
+
+
+def demo(config: DemoConfig) -> None:
+    """Run the stages and say what came of them. Raises `ResidscopeError` with a stage's exit code if it fails."""
+    refuse_inside_store(config.out)
+    if config.out.exists() and not config.out.is_dir():
+        raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
+    config.out.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+    for stage in stages(config):
+        print(f"\n$ {stage.line}", flush=True)
+        started = time.monotonic()
+        code = subprocess.run([sys.executable, "-m", "residscope", stage.name, *stage.flags], check=False).returncode
+        if code:
+            raise _failed(stage, code)
+        seconds[stage.name] = time.monotonic() - started
+        print(f"{stage.name} took {human_seconds(seconds[stage.name])}", flush=True)
+    summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
+    print("\n".join(["", *closing_words(summary), "", _times(seconds), *_where(config.out)]), flush=True)
+
+
+def closing_words(summary: dict[str, Any]) -> list[str]:
+    """The findings in a few lines: the decomposition, then reconstruction and dead latents."""
+    mass, n_latents = summary["variance"]["mass"], summary["n_latents"]
+    model, n_layers = summary["provenance"]["store"]["model"], summary["n_layers"]
+    ratio = mass["aggregate_over_token"]
+    lines = [
+        f"{model}, {n_layers} layers, {summary['n_tokens']:,} tokens: variance of the layer that latents are active at",
+        f"  within a token, E[Var(L | latent, token)]     {mass['within_token']:8.3g} layers^2",
+        f"  between tokens, E[Var(E[L | latent, token])]  {mass['between_tokens']:8.3g}",
+        f"  between latents, Var(E[L | latent])           {mass['between_latents']:8.3g}",
+        f"  total, their sum                              {mass['total']:8.3g}",
+        f"The aggregate variance (within + between tokens) is {'-' if ratio is None else f'{ratio:.3g}'} times "
+        "the token-level variance (within a token).",
+    ]
+    pca = summary["baseline"]["pca"]
+    if summary["validation"]:
+        line = f"Validation FVU, mean over layers (lower is better): {summary['validation_fvu']:.3f}"
+        lines.append(line + (f"; PCA with {pca['k']} components {pca['fvu']:.3f}" if pca else "") + ".")
+    dead = summary["latents"]["dead"]
+    lines.append(
+        f"Dead latents: {dead:,} of {n_latents:,} ({100 * dead / n_latents:.0f} %) never fired on these tokens."
+    )
+    return lines
+
+
+def _times(seconds: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {human_seconds(time_)}" for name, time_ in seconds.items())
+    return f"Time: {parts}; together {human_seconds(sum(seconds.values()))}."
+
+
+def _where(out: Path) -> list[str]:
+    report = out / "report.html"
+    return [f"Open {report} in a browser."] if report.exists() else []
+
+
+def _failed(stage: Stage, code: int) -> ResidscopeError:
+    code = 128 - code if code < 0 else code  # a signal's number, as a shell tells it
+    error = ResidscopeError(
+        f"{stage.name} ended with exit code {code}; once that is mended, the same command goes on from there"
+    )
+    error.exit_code = code
+    return error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `residscope demo`; returns the exit code."""
+
+    def command() -> int:
+        description = "Harvest, train and analyze on a small model and Python's own documentation; needs no network."
+        demo(parse_options(DemoConfig, argv, prog="residscope demo", description=description))
+        return 0
+
+    return run_command("residscope demo", command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

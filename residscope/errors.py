@@ -1,0 +1,32 @@
+"""The errors that a user sees: one line, an exit code, and the way out.
+
+A command turns a `ResidscopeError` into a single line on stderr and its exit code (see
+`residscope.console.run_command`). Everything else that is raised is a bug in this project and keeps its traceback.
+Messages name the thing, what was expected, what was found, and what to do about it.
+"""
+
+
+class ResidscopeError(Exception):
+    """A run failed for a reason that the user can act on. Itself: what is asked for makes sense and what it names is
+    good, but the machine, the network or the work itself did not go through."""
+
+    exit_code = 1
+
+
+class UsageError(ResidscopeError):
+    """The command line or the configuration makes no sense, or names what is not there."""
+
+    exit_code = 2
+
+
+class IncompatibleError(ResidscopeError):
+    """What is named is there and cannot be used for this: a store, checkpoint, model, lens, text or analysis that is
+    damaged, no such thing, or of another kind, version, shape, configuration or content than what was asked of it."""
+
+    exit_code = 3
+
+
+class Interrupted(ResidscopeError):
+    """The run was stopped by a signal; what is on disk is whole, and the same command continues it."""
+
+    exit_code = 130

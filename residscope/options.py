@@ -1,0 +1,275 @@
+"""A command line from a configuration dataclass.
+
+A configuration is a frozen, keyword-only dataclass; the docstring under a field is the help of its flag, the field's
+default is the flag's default, and its annotation says how a word on the command line is read:
+
+    str, int, float, Path      one word
+    bool                       --flag / --no-flag
+    Literal["a", "b"]          one of the words
+    X | None                   as X; the default may be None
+    tuple[X, ...]              one or more words; a flag that is given again adds to them
+
+A field without a default is a required flag. `--config FILE.toml` gives values under the same names; flags win over
+it. Only the standard library is used and nothing heavy is imported, so that `--help` answers at once.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import itertools
+import json
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from residscope.errors import UsageError
+
+T = TypeVar("T")
+
+
+class _Version(argparse.Action):
+    """--version: asks for the version only when it is wanted, because looking it up takes as long as all of --help."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, help="show the version and exit", **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} (residscope {version('residscope')})")
+        parser.exit()
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's with --version, and with one line on stderr, without all flags, for a command line it cannot take."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.add_argument("--version", action=_Version)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2; a flag that there is not is given the nearest one that there is."""
+        if message.startswith("unrecognized arguments"):
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            near = [flag for word in wrong for flag in difflib.get_close_matches(word, flags, n=1, cutoff=0.7)]
+            message += f" (did you mean {' '.join(near)}?)" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` says what there is\n")
+
+
+def field_docstrings(config_class: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, read from the source of its module; bases included."""
+    found: dict[str, str] = {}
+    for cls in reversed(config_class.__mro__):
+        source_file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        if cls is object or source_file is None:
+            continue
+        tree = ast.parse(Path(source_file).read_text(encoding="utf-8"))
+        body = next((n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__), [])
+        for field, text in itertools.pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                found[field.target.id] = " ".join(text.value.value.split())
+    return found
+
+
+def parse_options(
+    config_class: type[T], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str | None = None
+) -> T:
+    """Read `argv` (default `sys.argv[1:]`) into a `config_class`.
+
+    Bad words end the process with exit code 2, as argparse does; values that the configuration itself refuses raise
+    `UsageError`.
+    """
+    parser = CommandParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags by name; flags win")
+    fields = _add_fields(parser, config_class)
+    for word in sys.argv[1:] if argv is None else argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:  # the terminal's encoding is another, or a file's name is in none
+            raise UsageError(f"{word!a}: should be UTF-8; rename the file, or set the terminal to UTF-8") from None
+    given = vars(parser.parse_args(argv))
+    config_file = given.pop("config")
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not _UNSET}
+    if config_file is not None:
+        values = {**_read_toml(Path(config_file), fields), **values}
+    missing = [f for f in fields.values() if f.required and f.name not in values]
+    if missing:
+        parser.error("missing " + ", ".join(f.flag for f in missing))
+    return config_class(**values)
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """`values` as flat TOML: strings, numbers, booleans and lists of them; None is left out (TOML has no null)."""
+    lines = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, Path):
+            value = str(value)
+        # A JSON scalar or list of scalars is also a TOML one, once non-ASCII is kept as it is, and DEL is not.
+        text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+        lines.append(f"{name} = {text.replace(chr(127), chr(92) + 'u007f')}")
+    return "\n".join(lines) + "\n"
+
+
+_UNSET: Any = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """What the command line needs to know of one field."""
+
+    name: str
+    annotation: Any
+    required: bool
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def _add_fields(parser: argparse.ArgumentParser, config_class: type) -> dict[str, _Field]:
+    hints = typing.get_type_hints(config_class)
+    texts = field_docstrings(config_class)
+    fields = {}
+    for spec in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        field = _Field(spec.name, _without_none(hints[spec.name]), required)
+        help_text = texts.get(spec.name, "").replace("%", "%%")
+        if required:
+            help_text += " (required)"
+        elif spec.default not in (None, (), dataclasses.MISSING):
+            help_text += f" (default: {_shown(spec.default)})"
+        parser.add_argument(field.flag, default=_UNSET, help=help_text, dest=spec.name, **_reader(field.annotation))
+        fields[spec.name] = field
+    return fields
+
+
+class _Add(argparse.Action):
+    """Words of a flag that takes several: `--steer A --steer B` is `--steer A B`. (argparse's own "extend" would add
+    them to the default.)"""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is _UNSET else before), *values])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _without_none(annotation: Any) -> Any:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        kept = [a for a in typing.get_args(annotation) if a is not type(None)]
+        if len(kept) == 1:
+            return kept[0]
+    return annotation
+
+
+def _reader(annotation: Any) -> dict[str, Any]:
+    """The keywords of `add_argument` that read a word of this type."""
+    origin = typing.get_origin(annotation)
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is typing.Literal:
+        return {"choices": typing.get_args(annotation)}
+    if origin is tuple:
+        (item, *_) = typing.get_args(annotation)
+        kind = home_path if item is Path else item
+        return {"nargs": "+", "type": kind, "metavar": item.__name__.upper(), "action": _Add}
+    return {
+        "type": home_path if annotation is Path else annotation,
+        "metavar": {"str": "TEXT", "Path": "PATH"}.get(annotation.__name__, annotation.__name__.upper()),
+    }
+
+
+def home_path(word: str) -> Path:
+    """A path; a leading `~/` is the home folder, which no shell puts in behind `--out=` or in a file of options."""
+    return Path(word).expanduser() if word.startswith("~/") else Path(word)
+
+
+def read_word(word: str, annotation: Any, what: str) -> Any:
+    """A word on the command line as a value of `annotation`, "none" where that may be None; `UsageError` begins with
+    `what` if it is none of them."""
+    kind = _without_none(annotation)
+    if kind is not annotation and word.lower() == "none":
+        return None
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+    if kind is bool:
+        choices = (True, False)
+        word = {"yes": "True", "true": "True", "no": "False", "false": "False"}.get(word.lower(), word)
+    try:
+        value = next(c for c in choices if str(c) == word) if choices else kind(word)
+    except (StopIteration, ValueError, TypeError):
+        shown = " or ".join(map(str, choices)) if choices else getattr(kind, "__name__", str(kind))
+        raise UsageError(f"{what} should be {shown}, found {word!r}") from None
+    return value
+
+
+def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            found = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not valid TOML: {error}") from None
+    values = {}
+    for key, value in found.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            raise UsageError(f"--config {path}: {key!r} is no option here; the options are {_listed(fields)}")
+        values[name] = _from_toml(value, fields[name], path)
+    return values
+
+
+def _from_toml(value: Any, field: _Field, path: Path) -> Any:
+    annotation = field.annotation
+    if typing.get_origin(annotation) is tuple:
+        (item, *_) = typing.get_args(annotation)
+        values = value if isinstance(value, list) else [value]
+        return tuple(_one_from_toml(each, item, field.name, path) for each in values)
+    return _one_from_toml(value, annotation, field.name, path)
+
+
+def _one_from_toml(value: Any, annotation: Any, name: str, path: Path) -> Any:
+    fits, is_choice = False, typing.get_origin(annotation) is typing.Literal
+    if is_choice:
+        fits = value in typing.get_args(annotation)
+    elif annotation is Path:
+        fits = isinstance(value, str)
+        value = home_path(value) if fits else value
+    elif annotation is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif isinstance(annotation, type):
+        fits = type(value) is annotation
+    if not fits:
+        choices = " | ".join(map(repr, typing.get_args(annotation)))
+        shown = choices if is_choice else annotation.__name__
+        raise UsageError(f"--config {path}: {name} should be {shown}, found {value!r}")
+    return value
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,109 @@
+"""Make a damaged store whole again: forget its bad shards, have them filled anew, and prove that they are the old ones.
+
+How: what `verify` finds bad, and whatever line of the manifest is not sound, leaves the manifest, which is rewritten as
+a whole, atomically; the shard is then missing, and whoever fills stores (a function that is given) fills it. The old
+lines are kept in `manifest/.repair` until the end, so that the proof outlives a crash too: a line has the hashes of its
+shard. The order of lines is put back, so that a repaired store has the very bytes that it had. What it does not do:
+repair what is no shard's (metadata, tokens, the manifest's header), or compute anything.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from residscope.errors import ResidscopeError
+from store.activations import ActivationStore
+from store.care.verify import BadShard, check_shard, verify
+from store.files import atomic_write, sync
+from store.manifest import FILE, FOLDER, Manifest, WriterLock, forget_lines, is_sound, read_manifest, shard_of
+from store.opening import require_store
+
+JOURNAL = f"{FOLDER}/.repair"
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did."""
+
+    found: list[BadShard]
+    """What was missing or damaged."""
+    refilled: list[int]
+    """Shards that were filled anew, ascending."""
+    proven: list[int]
+    """Those of them whose files have the hashes that the manifest had for them; it had no sound line for the others."""
+
+
+def repair(
+    path: Path,
+    prepare: Callable[[Path], Callable[[], object]],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Repaired:
+    """Make the store at `path` whole; `prepare`, called with it, gives what fills the shards that its manifest lacks.
+
+    progress: as for `verify`. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when another
+    process is writing it, when something is damaged that no model gives back (nothing is changed then, nor when
+    `prepare` raises), and when a shard comes back with other bytes than it had (it is left missing then, and a plain
+    `harvest` takes the new bytes).
+    """
+    require_store(path)
+    with WriterLock(path, path):
+        found = verify(path, progress=progress)
+        lost = [bad.reason for bad in found if bad.lasting]
+        if lost:
+            raise ResidscopeError(
+                f"{path}: {lost[0]}. No model gives that back: copy the file from a backup, or harvest into a new store"
+            )
+        bad = {bad.index for bad in found if bad.index is not None}
+        refill = prepare(path) if bad else None
+        old = _keep_lines(path, read_manifest(path))
+        forget_lines(path, bad)
+    with ActivationStore.open(path, partial=True) as store:
+        refilled = store.missing_shards()
+    if refill is not None:
+        refill()
+    with ActivationStore.open(path, writable=True) as store:
+        store.finalize()
+        manifest = read_manifest(path)
+        unsound = [reason for shard in refilled if (reason := check_shard(path, store.meta, manifest, shard))]
+        if unsound:
+            raise ResidscopeError(f"{path}: {unsound[0]}, just after it was filled: check the disk")
+        differing = [shard for shard, line in old.items() if manifest.lines.get(shard) != line]
+        forget_lines(path, differing)
+        _put_in_order(path, list(old))
+        (path / JOURNAL).unlink()
+        sync(path / FOLDER)
+    if differing:
+        raise ResidscopeError(
+            f"{path}: shards {differing} come back with other bytes than the manifest has for them, as happens with "
+            "another device or other versions of torch and transformers than the store was made with. They are left "
+            "missing: repair the store where it was made, or run its `harvest` command again to take the new bytes"
+        )
+    return Repaired(found, refilled, [shard for shard in refilled if shard in old])
+
+
+def forget_shards(path: Path, shards: Collection[int]) -> None:
+    """Take shards out of the manifest, durably, so that they count as missing and can be filled anew.
+
+    Lines that are not sound go too. Raises `ResidscopeError` when another process is writing the store.
+    """
+    with WriterLock(path, path):
+        forget_lines(path, shards)
+
+
+def _keep_lines(path: Path, manifest: Manifest) -> dict[int, bytes]:
+    """Note the manifest's lines in the journal, or take those that an interrupted repair has noted; in their order."""
+    journal = path / JOURNAL
+    if not journal.exists():
+        atomic_write(journal, [line + b"\n" for line in manifest.lines.values()])
+    lines = [line for line in journal.read_bytes().splitlines() if is_sound(line)]
+    return {shard: line for line in lines if (shard := shard_of(line)) is not None}
+
+
+def _put_in_order(path: Path, order: list[int]) -> None:
+    """Sort the manifest's lines as those of `order`, then the rest; all by shard where those were."""
+    header, *lines = (path / FILE).read_bytes().splitlines(keepends=True)
+    place = {} if order == sorted(order) else {shard: i for i, shard in enumerate(order)}
+    ordered = sorted(lines, key=lambda line: (place.get(shard_of(line) or 0, len(place)), shard_of(line)))
+    if ordered != lines:
+        atomic_write(path / FILE, [header, *ordered])

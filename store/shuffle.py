@@ -1,0 +1,190 @@
+"""In which order a store's rows are served: a window shuffle, as a pure function of (seed, epoch, rank, world size).
+
+A row is one vector: a token at a layer. A block is one inner chunk: C tokens at one layer. How: an epoch has one order
+of the chunks, random but such that every run of it comes from all over the store (`spread_order`), as neighbouring
+chunks are alike. Every layer goes through it, each from another place on, at even distances; step p of the epoch takes
+the p-th chunk of every layer, layers in random order. So any run of blocks holds all layers and all parts of the store
+evenly, and each chunk about as often as any other: what a chunk's tokens have in common at all layers cancels out.
+Against a random order for each layer, that halves what windows add to the variance of batch means
+(benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted. Rows that the mask leaves
+out are never served, and chunks without rows never read. What it does not do: I/O; nothing here touches a disk.
+
+Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch of one rank.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from residscope.errors import UsageError
+
+# What a random stream is for, so that no two streams of one seed coincide.
+_RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
+
+
+class EpochPlan(NamedTuple):
+    """The blocks of one rank's epoch, in order."""
+
+    chunk: np.ndarray
+    """int64 [B]: token chunk of the store."""
+    layer: np.ndarray
+    """int64 [B]: stored layer."""
+    row_ends: np.ndarray
+    """int64 [windows]: rows served in the epoch when each window is done."""
+
+
+class Position(NamedTuple):
+    """A place in a rank's stream of rows."""
+
+    epoch: int
+    window: int
+    row: int
+    """Rows of the window that were served before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderPlan:
+    """The order of one rank's rows in every epoch."""
+
+    chunk_rows: tuple[int, ...]
+    """Rows that the mask keeps in each token chunk of the store, per layer."""
+    layers: tuple[int, ...]
+    """Stored layers to serve."""
+    blocks_per_window: int
+    """Blocks that are in memory, and mixed, at once."""
+    seed: int
+    """Seed of every permutation; not negative."""
+    rank: int = 0
+    """This process among `world_size`; each serves rows of its own."""
+    world_size: int = 1
+    """Processes that share the rows."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise UsageError(f"loader: rank should be within 0..{self.world_size - 1}, found {self.rank}")
+        if self.seed < 0:
+            raise UsageError(f"loader: seed should not be negative, found {self.seed}")
+        if self.blocks_per_window < 1:
+            raise UsageError(f"loader: a window should hold at least 1 block, found {self.blocks_per_window}")
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise UsageError(f"loader: layers should be at least one, without repeats, found {list(self.layers)}")
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        return np.array(self.chunk_rows, np.int64)
+
+    @cached_property
+    def _own_chunks(self) -> list[np.ndarray]:
+        """Each layer's chunks that are this rank's, ascending and the same in every epoch: ranks share those with rows
+        out evenly."""
+        used = np.flatnonzero(self._counts)
+        shares = []
+        for layer in self.layers:
+            order = permutation(len(used), self.seed, _RANKS, layer) if self.world_size > 1 else np.arange(len(used))
+            shares.append(used[np.sort(order[self.rank :: self.world_size])])
+        return shares
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows of this rank in every epoch."""
+        return int(sum(self._counts[chunks].sum() for chunks in self._own_chunks))
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of this rank in every epoch (B)."""
+        return sum(len(chunks) for chunks in self._own_chunks)
+
+    def epoch(self, epoch: int) -> EpochPlan:
+        """The blocks of an epoch, in order, and where its windows end."""
+        n_layers = len(self.layers)
+        n_steps = len(self._own_chunks[0])
+        steps = spread_order(n_steps, self.seed, _CHUNKS, self.rank, epoch)
+        starts = permutation(n_layers, self.seed, _STARTS, self.rank, epoch) * n_steps // n_layers
+        order = np.empty((n_steps, n_layers), np.int64)
+        for i, (start, chunks) in enumerate(zip(starts.tolist(), self._own_chunks, strict=True)):
+            order[:, i] = chunks[np.roll(steps, -start)]
+        mix = np.argsort(
+            _random(n_steps * n_layers, self.seed, _LAYERS, self.rank, epoch).reshape(n_steps, n_layers), axis=1
+        )
+        chunk = np.take_along_axis(order, mix, axis=1).reshape(-1)
+        layer = np.array(self.layers, np.int64)[mix].reshape(-1)
+        served = np.cumsum(self._counts[chunk])
+        lasts = (
+            np.minimum(
+                np.arange(self.blocks_per_window, len(chunk) + self.blocks_per_window, self.blocks_per_window),
+                len(chunk),
+            )
+            - 1
+        )
+        return EpochPlan(chunk, layer, served[lasts])
+
+    def locate(self, row: int) -> Position:
+        """Where the row-th row of the rank's stream (from 0, over all epochs) is."""
+        epoch, rest = divmod(row, self.rows_per_epoch)
+        ends = self.epoch(epoch).row_ends
+        window = int(np.searchsorted(ends, rest, side="right"))
+        return Position(epoch, window, rest - (int(ends[window - 1]) if window else 0))
+
+    def window(self, blocks: EpochPlan, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token chunk and stored layer, each int64, of a window's blocks."""
+        cut = slice(window * self.blocks_per_window, (window + 1) * self.blocks_per_window)
+        return blocks.chunk[cut], blocks.layer[cut]
+
+    def row_order(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
+        """`rows` (any int array) of a window in the order in which they are served."""
+        return _generator(self.seed, _ROWS, self.rank, epoch, window).permutation(rows)
+
+
+def chunk_row_counts(row_mask: np.ndarray, chunk_tokens: int) -> tuple[int, ...]:
+    """How many tokens of each token chunk the mask (bool [T]) keeps."""
+    return tuple(np.add.reduceat(row_mask.astype(np.int64), np.arange(0, len(row_mask), chunk_tokens)).tolist())
+
+
+def validation_documents(n_documents: int, fraction: float, seed: int) -> np.ndarray:
+    """Which documents are held out for validation: bool [n_documents].
+
+    A random subset of `fraction` of them, to the nearest whole document; when 0 < fraction < 1 and there are two or
+    more, at least one document is on either side. The same under every version of numpy.
+    """
+    if not 0 <= fraction <= 1:
+        raise UsageError(f"validation fraction should be within 0..1, found {fraction}")
+    n_held_out = round(fraction * n_documents)
+    if 0 < fraction < 1 and n_documents >= 2:
+        n_held_out = min(max(n_held_out, 1), n_documents - 1)
+    held_out = np.zeros(n_documents, bool)
+    held_out[permutation(n_documents, seed, _DOCUMENTS)[:n_held_out]] = True
+    return held_out
+
+
+def permutation(n: int, seed: int, *stream: int) -> np.ndarray:
+    """A random order of 0..n-1: int64 [n]. Made of raw bits, which numpy guarantees from version to version."""
+    return np.argsort(_random(n, seed, *stream), kind="stable")
+
+
+def spread_order(n: int, seed: int, *stream: int) -> np.ndarray:
+    """A random order of 0..n-1, int64 [n], of which every run takes its numbers evenly from all of the range.
+
+    It is van der Corput's order with its digits scrambled at random: of the two halves of the range, of each half's
+    halves and so on, the order takes one number in turn, and which one comes first is random.
+    """
+    order = np.zeros(1, np.int64)
+    depth = max(n - 1, 0).bit_length()
+    bits = (_random(1 << depth, seed, *stream) >> np.uint64(63)).astype(np.int64)
+    while len(order) < 1 << depth:
+        first = 2 * order + bits[len(order) : 2 * len(order)]  # One half of each part; then come the other halves.
+        order = np.concatenate([first, first ^ 1])
+    return order[order < n]
+
+
+def _random(n: int, seed: int, *stream: int) -> np.ndarray:
+    return np.asarray(_bits(seed, *stream).random_raw(n), np.uint64)
+
+
+def _generator(seed: int, *stream: int) -> np.random.Generator:
+    return np.random.Generator(_bits(seed, *stream))
+
+
+def _bits(seed: int, *stream: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream))

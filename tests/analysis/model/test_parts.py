@@ -1,0 +1,212 @@
+"""The parts of an analysis that need the transformer: when they run, that the files hold what was measured, and what
+is said when the model is not to be had."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from analysis.cli import main
+from analysis.config import AnalyzeConfig
+from analysis.model.downstream import measure_downstream, sae_reconstruction
+from analysis.model.downstream_summary import BOUNDED, NAMES
+from analysis.model.parts import FEWEST_TOKENS, MOST_TOKENS, default_tokens
+from analysis.model.transformer import spec_of_store
+from analysis.run import analyze
+from analysis.selection import held_out_documents
+from harvest.config import HarvestConfig
+from harvest.options_file import options_file, save_options
+from residscope.errors import UsageError
+from residscope.options import parse_options
+from tests.analysis.harvested import Harvested, make_checkpoint, make_harvested
+from tests.analysis.small import save_small
+from tests.support.models import tiny_model
+from train.model import MLSAE
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+class Setting(NamedTuple):
+    made: Harvested
+    sae: MLSAE
+    checkpoint: Path
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["bare", "lens"])
+def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    root = tmp_path_factory.mktemp("with_model")
+    made = make_harvested(root, "llama", with_lens=request.param, lengths=(19,) * 20, n_tokens=360)
+    return Setting(made, make_checkpoint(root / "ckpt.pt", made.store), root / "ckpt.pt")
+
+
+def run(setting: Setting, out: Path, **options: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"report": False, "pca": False, "nulls": False, **options}
+    return analyze(AnalyzeConfig(store=setting.made.store.path, sae=setting.checkpoint, out=out, **given))
+
+
+def found_by(setting: Setting) -> dict[str, str]:
+    made = setting.made
+    lens = {"lens": str(made.lens_folder)} if made.lens_folder else {}
+    return {"model": str(made.model_folder), **lens}
+
+
+def test_the_files_hold_what_was_measured_on_held_out_tokens(setting: Setting, tmp_path: Path, capsys: Any) -> None:
+    made = setting.made
+    summary = run(setting, tmp_path, **found_by(setting))
+    said = capsys.readouterr().out
+    held_out = summary["validation"]["n_documents"]
+    rows = pd.read_parquet(tmp_path / "layers.parquet")
+    split = held_out_documents(made.store.tokens, {"fraction": 0.2, "seed": 5}, same_store=True)
+    expected = measure_downstream(
+        made.store,
+        made.model,
+        sae_reconstruction(setting.sae, made.lens),
+        lens=made.lens,
+        counted=split[made.store.tokens.document],
+    )
+    result = expected.result()
+    downstream = summary["downstream"]
+    assert downstream["tokens"] == "validation"
+    assert downstream["n_tokens"] == result.n_tokens > 0
+    assert downstream["n_documents"] == held_out == split.sum()
+    assert downstream["true_ce"] == pytest.approx(result.true_ce)
+    for name, column in NAMES.items():
+        values = getattr(result, name)
+        np.testing.assert_allclose(rows[column], values, rtol=1e-4, atol=1e-5)
+        assert [row[column] for row in summary["layers"]] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-5)
+        assert downstream[column] == pytest.approx(values.mean(), rel=1e-4, abs=1e-5)
+    assert summary["transformer"]["reason"] is None
+    assert f"{downstream['delta_ce']:.3g}" in said
+    assert "delta CE and KL in nats per token: lower is better" in said
+    latents = pd.read_parquet(tmp_path / "latent_logits.parquet")
+    assert latents["latent"].tolist() == np.flatnonzero(pd.read_parquet(tmp_path / "latents.parquet")["count"]).tolist()
+    tokens = summary["latent_logits"]
+    assert tokens["embedding_cosine"] == pytest.approx(latents["embedding_cosine"].median())
+    assert tokens["unembedding_cosine"] == pytest.approx(latents["unembedding_cosine"].median())
+    assert f"embedding {tokens['embedding_cosine']:.3g} ({tokens['embedding_chance']:.3g})" in said
+    json.dumps(summary, allow_nan=False)
+    docs = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    for name in (*rows.columns, *latents.columns, *downstream, *tokens):
+        assert name in docs, name
+    method = (DOCS / "method.md").read_text(encoding="utf-8")
+    for name in (*NAMES.values(), "true_ce", *(set(tokens) - {"norm_folded"}), "promoted_logits", "suppressed_logits"):
+        assert f"`{name}`" in method, name
+
+
+def test_intervals_are_given_where_there_are_documents_enough(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.uncertainty.MIN_INTERVAL_GROUPS", 15)
+    options = {**found_by(setting), "split": "train", "downstream_tokens": 10_000}
+    # Nothing is held out from a store that the autoencoder was not trained on: all analysed tokens are measured.
+    other = setting.checkpoint.with_name("other.pt")
+    save_small(other, setting.sae, setting.made.store, {"content_hash": "another", "validation": None})
+    summary = analyze(
+        AnalyzeConfig(
+            store=setting.made.store.path,
+            sae=other,
+            out=tmp_path,
+            report=False,
+            nulls=False,
+            **{**options, "split": "all"},
+        )
+    )
+    downstream = summary["downstream"]
+    assert downstream["tokens"] == "analysed"
+    assert downstream["n_documents"] >= 15
+    for name, column in NAMES.items():
+        low, high = downstream["ci95"][column]
+        assert low <= downstream[column] <= high, name
+    for row in summary["layers"]:
+        for name in BOUNDED:
+            assert row[f"{NAMES[name]}_low"] <= row[NAMES[name]] <= row[f"{NAMES[name]}_high"]
+
+
+def test_without_the_model_the_analysis_goes_on_and_says_why(setting: Setting, tmp_path: Path, capsys: Any) -> None:
+    summary = run(setting, tmp_path)
+    assert summary["downstream"] is summary["latent_logits"] is None
+    assert "say where that is" in summary["transformer"]["reason"]
+    assert all(row["delta_ce"] is None and row["kl_high"] is None for row in summary["layers"])
+    assert pq.read_table(tmp_path / "layers.parquet")["delta_ce"].null_count == len(summary["layers"])
+    assert not (tmp_path / "latent_logits.parquet").exists()
+    said = capsys.readouterr().out
+    assert "No downstream quality and no tokens of latents: " in said
+    assert "--model FOLDER says where the model is" in said
+
+
+def test_the_harvest_has_left_word_where_model_and_lens_are(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it was given relative paths, and the analysis runs elsewhere."""
+    made = setting.made
+    monkeypatch.chdir(made.model_folder)
+    record = options_file(made.store.path)
+    config = HarvestConfig(
+        model=".",
+        lens=made.lens_folder and f"../{made.lens_folder.name}",
+        dataset=("../texts:2", "pydoc"),
+        out=made.store.path,
+    )
+    try:
+        save_options(config)
+        monkeypatch.chdir(tmp_path)
+        words = ["--config", str(record)]
+        again = parse_options(HarvestConfig, words, prog="harvest", description="")
+        assert again.dataset == (f"{made.model_folder.parent}/texts:2", "pydoc")
+        assert again.model == str(made.model_folder)
+        assert again.lens == (made.lens_folder and str(made.lens_folder))
+        assert run(setting, tmp_path / "out")["transformer"]["reason"] is None
+        record.write_text(f'model = "{tiny_model("llama", tmp_path / "llama", seed=1)}"')
+        assert "content hash should be" in run(setting, tmp_path / "other")["transformer"]["reason"]
+    finally:
+        record.unlink()
+
+
+def test_a_folder_of_no_known_place_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    """By its name alone it would be: "gpt2" is a short name too."""
+    made = make_harvested(tmp_path, "gpt2", lengths=(40,), n_tokens=30)
+    with pytest.raises(UsageError, match=r"from a folder 'gpt2', and gpt2-False.harvest.toml beside it .* --model"):
+        spec_of_store(made.store, offline=True)
+
+
+def test_asked_for_outright_a_missing_model_is_an_error_before_any_work(
+    setting: Setting, tmp_path: Path, capsys: Any
+) -> None:
+    with pytest.raises(UsageError, match="say where that is"):
+        run(setting, tmp_path / "out", downstream_tokens=5)
+    assert not (tmp_path / "out").exists()
+    words = ["--store", str(setting.made.store.path), "--sae", str(setting.checkpoint), "--downstream-tokens", "5"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert "say where that is" in line
+
+
+def test_what_is_turned_off_is_not_made(setting: Setting, tmp_path: Path, capsys: Any) -> None:
+    summary = run(setting, tmp_path / "none", downstream_tokens=0, latent_logits=False)
+    assert summary["transformer"]["reason"] is summary["downstream"] is summary["latent_logits"] is None
+    assert "transformer" not in capsys.readouterr().out
+    summary = run(setting, tmp_path / "tokens", downstream_tokens=0, **found_by(setting))
+    assert summary["downstream"] is None
+    assert summary["latent_logits"] is not None
+    summary = run(setting, tmp_path / "downstream", latent_logits=False, downstream_tokens=7, **found_by(setting))
+    assert 0 < summary["downstream"]["n_tokens"] <= 7
+    assert summary["latent_logits"] is None
+    assert not (tmp_path / "downstream" / "latent_logits.parquet").exists()
+
+
+def test_an_untrained_model_is_drawn_again_from_its_seed(tmp_path: Path) -> None:
+    made = make_harvested(tmp_path, "gpt_neox", lengths=(40,), n_tokens=30, random_init=True, seed=3)
+    make_checkpoint(tmp_path / "ckpt.pt", made.store)
+    setting = Setting(made, make_checkpoint(tmp_path / "ckpt.pt", made.store), tmp_path / "ckpt.pt")
+    summary = run(setting, tmp_path / "out", model=str(made.model_folder), downstream_tokens=10)
+    assert summary["downstream"]["n_tokens"] > 0  # `check_model` compared its vectors with the store's
+
+
+def test_the_default_number_of_tokens_falls_with_the_models_size(setting: Setting) -> None:
+    model = setting.made.model
+    assert default_tokens(model, 4) == MOST_TOKENS
+    assert default_tokens(model, 10**9) == FEWEST_TOKENS

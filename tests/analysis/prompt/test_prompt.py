@@ -1,0 +1,296 @@
+"""The prompt view: its codes against those of the store's own sequences, interventions against forward passes made by
+hand, and the command."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from analysis.cli import main
+from analysis.prompt.intervene import Effect, Intervention, PromptRun, Subject, parse_ablate, parse_steer
+from analysis.prompt.prompt import Activations, activations_of, latents_of, read_prompt
+from residscope.errors import UsageError
+from tests.analysis.harvested import Harvested, make_checkpoint, make_harvested
+from tests.support.models import ARCHITECTURES, N_LAYERS
+from train.model import MLSAE
+
+DOCS = Path(__file__).parents[3] / "docs"
+TEXT = "mary and john"
+
+
+class Setting(NamedTuple):
+    made: Harvested
+    sae: MLSAE
+    checkpoint: Path
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.made.model, self.sae, self.made.lens, self.made.store.meta.stored_dtype)
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.made.store.meta.layers)
+
+
+Make = Callable[..., Setting]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    root = tmp_path_factory.mktemp("prompt")
+    made: dict[Any, Setting] = {}
+
+    def make_one(architecture: str, *, with_lens: bool = False) -> Setting:
+        key = (architecture, with_lens)
+        if key not in made:
+            harvested = make_harvested(root, architecture, with_lens=with_lens)
+            path = root / f"{architecture}-{with_lens}.pt"
+            made[key] = Setting(harvested, make_checkpoint(path, harvested.store), path)
+        return made[key]
+
+    return make_one
+
+
+def read(setting: Setting, text: str = TEXT) -> Any:
+    model = setting.made.model
+    return read_prompt(setting.made.store, model.tokenizer, model.causal_lm.config, text)
+
+
+@pytest.mark.parametrize("with_lens", [False, True], ids=["bare", "lens"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_codes_are_those_of_the_same_text_in_the_store(make: Make, architecture: str, with_lens: bool) -> None:
+    setting = make(architecture, with_lens=with_lens)
+    store, table = setting.made.store, setting.made.store.tokens
+    n = 20  # of the first sequence, which opens with BOS or with the first document's first token
+    ids = table.token_id[:n].astype(np.int64)
+    tokens = read(setting)._replace(ids=ids, kept=table.keep[:n])
+    found = activations_of(setting.subject, tokens, setting.layers)
+    x = torch.from_numpy(store.read(slice(0, n), None))  # [n, L, D]
+    expected = {}
+    for i, layer in enumerate(setting.layers):
+        values, indices = setting.sae.encode(x[:, i])
+        for t in np.flatnonzero(table.keep[:n]):
+            for value, latent in zip(values[t].tolist(), indices[t].tolist(), strict=True):
+                if value > 0:
+                    expected[int(t), layer, latent] = value
+    rows = zip(*(column.tolist() for column in found), strict=True)
+    assert {(t, layer, latent): a for t, layer, latent, a in rows} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_prompt_is_opened_as_the_stores_sequences_and_documents_are(make: Make) -> None:
+    with_bos, without = read(make("llama")), read(make("gpt2"))
+    assert with_bos.ids[0] == 257
+    assert without.ids[0] == 256
+    for tokens in (with_bos, without):
+        assert "".join(tokens.texts[1:]) == TEXT
+        assert tokens.kept.tolist() == [False, *[True] * len(TEXT)]
+    with pytest.raises(UsageError, match="makes no token"):
+        read(make("llama"), "")
+    with pytest.raises(UsageError, match="takes at most 64"):
+        read(make("llama"), "a" * 64)
+
+
+def test_latents_are_summed_up_as_by_hand() -> None:
+    found = latents_of(
+        Activations(
+            position=np.array([1, 1, 2, 2, 3]),
+            layer=np.array([0, 2, 0, 5, 5]),
+            latent=np.array([7, 7, 3, 7, 9]),
+            activation=np.array([1.0, 3.0, 2.5, 4.0, 2.5], np.float32),
+        )
+    )
+    assert found.latent.tolist() == [7, 3, 9]
+    assert found.mass.tolist() == [8, 2.5, 2.5]
+    assert found.layer_mean.tolist() == pytest.approx([(0 * 1 + 2 * 3 + 5 * 4) / 8, 0, 5])
+    assert found.peak_layer.tolist() == [5, 0, 5]
+    assert found.peak.tolist() == [4, 2.5, 2.5]
+    assert found.peak_position.tolist() == [2, 2, 3]
+
+
+def by_hand(setting: Setting, tokens: Any, layer: int, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Log probabilities [N, V] of the true run and of one in which `change` makes block `layer`'s output [n, D] at the
+    kept positions, through the whole model with its head."""
+    model, kept = setting.made.model, torch.from_numpy(tokens.kept)
+    ids = torch.from_numpy(tokens.ids)[None]
+
+    def hook(module: Any, arguments: Any, output: Any) -> Any:
+        residual = output[0] if isinstance(output, tuple) else output
+        changed = residual.clone()
+        changed[0, kept] = change(residual[0, kept])
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    with torch.no_grad():
+        true = model.causal_lm(ids).logits[0]
+        handle = model.blocks[layer].register_forward_hook(hook)
+        other = model.causal_lm(ids).logits[0]
+        handle.remove()
+    return true, other
+
+
+def expect(effect: Effect, true: Tensor, other: Tensor, tokens: Any) -> None:
+    """The numbers of `effect`, from logits [N, V]."""
+    log_p, log_q = true.log_softmax(-1), other.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert effect.kl_last == pytest.approx(kl[-1].item(), rel=1e-3, abs=2e-5)
+    assert effect.kl_mean == pytest.approx(kl[torch.from_numpy(tokens.kept)].mean().item(), rel=1e-3, abs=2e-5)
+    rise = log_q[-1].exp() - log_p[-1].exp()
+    change = other[-1] - true[-1]
+    change -= change.mean()
+    for found, sign in ((effect.increased, 1), (effect.decreased, -1)):
+        best = (sign * rise).sort(descending=True)
+        assert [sign * (one.p_changed - one.p_true) for one in found] == pytest.approx(
+            best.values[: len(found)].tolist(), abs=1e-5
+        )
+        for one in found:
+            assert one.logit_change == pytest.approx(change[one.token_id].item(), abs=1e-3)
+            assert one.p_true == pytest.approx(log_p[-1, one.token_id].exp().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("with_lens", [False, True], ids=["bare", "lens"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_interventions_are_what_one_computes_by_hand(make: Make, architecture: str, with_lens: bool) -> None:
+    setting = make(architecture, with_lens=with_lens)
+    sae, lens, layer = setting.sae, setting.made.lens, 1
+    tokens = read(setting)
+    latents = latents_of(activations_of(setting.subject, tokens, [layer]))
+    latent = int(latents.latent[0])
+    run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
+
+    def without(x: Tensor) -> Tensor:
+        y = x if lens is None else lens.apply(x, layer)
+        found = sae(y)
+        codes = found.codes
+        emptied = codes._replace(values=torch.where(codes.indices == latent, 0.0, codes.values))
+        y_changed = y + sae.decode(emptied, found.mean, found.std) - found.x_hat
+        return y_changed if lens is None else lens.invert(y_changed, layer)
+
+    def pushed(x: Tensor) -> Tensor:
+        y = x if lens is None else lens.apply(x, layer)
+        y_changed = y + 4.5 * (y.std(dim=1, keepdim=True) + 1e-5) * sae.W_dec[latent]
+        return y_changed if lens is None else lens.invert(y_changed, layer)
+
+    with torch.no_grad():
+        ablated = run.effect(Intervention(kind="ablate", latent=latent, layer=layer), layer)
+        expect(ablated, *by_hand(setting, tokens, layer, without), tokens)
+        steered = run.effect(Intervention(kind="steer", latent=latent, layer=layer, coefficient=4.5), layer)
+        expect(steered, *by_hand(setting, tokens, layer, pushed), tokens)
+    assert ablated.kl_last > 0
+    assert steered.kl_mean > 0
+
+
+@pytest.mark.parametrize("with_lens", [False, True], ids=["bare", "lens"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_intervention_of_nothing_changes_nothing(make: Make, architecture: str, with_lens: bool) -> None:
+    setting = make(architecture, with_lens=with_lens)
+    tokens = read(setting)
+    run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
+    active = set(activations_of(setting.subject, tokens, setting.layers).latent.tolist())
+    silent = next(latent for latent in range(96) if latent not in active) if len(active) < 96 else None
+    for layer in range(N_LAYERS[architecture]):
+        for one in (
+            Intervention(kind="steer", latent=3, layer=layer, coefficient=0.0),
+            *([Intervention(kind="ablate", latent=silent, layer=layer)] if silent is not None else []),
+        ):
+            effect = run.effect(one, layer)
+            assert effect.kl_last == effect.kl_mean == 0
+            assert effect.increased == effect.decreased == []
+
+
+def test_predictions_that_are_no_numbers_are_refused(make: Make) -> None:
+    setting = make("llama", with_lens=False)
+    tokens = read(setting)
+    run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
+    with pytest.raises(UsageError, match=r"--steer at latent 3, layer 1: .* smaller coefficient"):
+        run.effect(Intervention(kind="steer", latent=3, layer=1, coefficient=float("nan")), 1)
+
+
+@pytest.mark.parametrize("text", ["17:3", "17", "a:1:2", "17:1:x", "1:2:3:4", "", "1:1:nan", "1:1:-inf", "1:1:1e300"])
+def test_a_steering_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="LATENT:LAYER:COEFFICIENT"):
+        parse_steer(text)
+
+
+def test_a_prompt_of_no_text_is_refused(make: Make) -> None:
+    with pytest.raises(UsageError, match="should be UTF-8 text"):
+        read(make("gpt2"), "caf\udce9")
+
+
+def test_interventions_are_read() -> None:
+    assert parse_steer("17:3:-2.5") == Intervention(kind="steer", latent=17, layer=3, coefficient=-2.5)
+    assert parse_ablate("17") == Intervention(kind="ablate", latent=17, layer=None)
+    assert parse_ablate("17:3") == Intervention(kind="ablate", latent=17, layer=3)
+    with pytest.raises(UsageError, match="LATENT or LATENT:LAYER"):
+        parse_ablate("17:3:1")
+
+
+def command(setting: Setting, out: Path, *words: str) -> list[str]:
+    made = setting.made
+    lens = ["--lens", str(made.lens_folder)] if made.lens_folder else []
+    options = ["--no-intervals", "--no-nulls", "--no-redundancy", "--no-pca", "--downstream-tokens", "0"]
+    store = ["--store", str(made.store.path), "--sae", str(setting.checkpoint), "--model", str(made.model_folder)]
+    return [*store, *lens, "--out", str(out), *options, *words]
+
+
+@pytest.mark.parametrize("with_lens", [False, True], ids=["bare", "lens"])
+def test_the_command_adds_prompts_to_an_analysis_and_keeps_it(
+    make: Make, with_lens: bool, tmp_path: Path, capsys: Any
+) -> None:
+    setting = make("llama", with_lens=with_lens)
+    assert main(command(setting, tmp_path, "--prompt", TEXT, "second", "--json")) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads((tmp_path / "prompt.json").read_text())
+    first, second = content["prompts"]
+    assert [first["text"], second["text"]] == [TEXT, "second"]
+    assert [one["kind"] for one in first["interventions"]] == ["ablate"] * 8
+    masses = [one["mass"] for one in first["latents"]]
+    assert masses == sorted(masses, reverse=True)
+    assert [one["latent"] for one in first["interventions"]] == [one["latent"] for one in first["latents"][:8]]
+    table = pd.read_parquet(tmp_path / "prompt.parquet")
+    expected = activations_of(setting.subject, read(setting), setting.layers)
+    rows = table[table["prompt"] == 0]
+    for name in ("position", "layer", "latent"):
+        assert rows[name].tolist() == getattr(expected, name).tolist()
+    np.testing.assert_allclose(rows["activation"], expected.activation, rtol=1e-5)
+    assert set(rows["token"]) == set(TEXT)
+    docs = (DOCS / "outputs.md").read_text(encoding="utf-8").split("## `analyze --prompt")[1].split("\n## ")[0]
+    effect = first["interventions"][0]
+    changes = [*effect["increased"], *effect["decreased"]][0]
+    for name in (*table.columns, *content, *first, *first["tokens"][0], *first["latents"][0], *effect, *changes):
+        assert name in docs, name
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'id="prompt"' in report
+    summary = (tmp_path / "summary.json").stat()
+    latent, layer = first["latents"][3]["latent"], first["latents"][3]["peak_layer"]
+    words = ["--prompt", TEXT, "--ablate", str(latent), "--steer", f"{latent}:{layer}:6"]
+    assert main(command(setting, tmp_path, *words)) == 0
+    said = capsys.readouterr().out
+    assert f"ablate latent {latent} at layer {layer}" in said
+    assert f"steer latent {latent} at layer {layer} by +6" in said
+    after = (tmp_path / "summary.json").stat()
+    assert (after.st_mtime_ns, after.st_ino) == (summary.st_mtime_ns, summary.st_ino)  # the analysis was not made again
+    again = json.loads((tmp_path / "prompt.json").read_text())["prompts"]
+    assert [one["kind"] for one in again[0]["interventions"]] == ["ablate", "steer"]
+    assert again[0]["interventions"][0] == first["interventions"][3]
+    assert main(command(setting, tmp_path)) == 0  # a new analysis: what belonged to the last one goes
+    assert not (tmp_path / "prompt.json").exists()
+    assert 'id="prompt-data-0"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_makes_no_sense_ends_before_any_work(make: Make, tmp_path: Path, capsys: Any) -> None:
+    setting = make("gpt2")
+    out = tmp_path / "out"
+    for words, message in (
+        (["--prompt", TEXT, "--ablate", "96"], "latents 0 to 95"),
+        (["--prompt", TEXT, "--ablate", "3:7"], "trained on layers 0 1 2, found 7"),
+        (["--prompt", TEXT, "--steer", "3:1"], "LATENT:LAYER:COEFFICIENT"),
+        (["--steer", "3:1:2"], "give one with --prompt"),
+    ):
+        assert main(command(setting, out, *words)) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()

@@ -1,0 +1,325 @@
+"""The report: one file, no requests, nothing unescaped, nothing undefined shown as a number, all latents in it."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import sys
+import zlib
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.report.charts import VIRIDIS, heat_png
+from analysis.report.data import EN_DASH, HeatMap, Results, load_results, show
+from analysis.report.page import _unsigned, pack_arrays, render_report, write_report
+from analysis.report.sections import LAYER_COLUMNS, SECTIONS
+from analysis.report.structure import KINDS, MEANS, NULL_ROWS
+from analysis.report.template import page_file
+from tests.support.results import write_results
+
+VOID = {"meta", "input", "image", "br"}
+
+
+class Page(HTMLParser):
+    """Text, tags and data blocks of a page; fails on tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.blocks: dict[str, tuple[dict[str, str | None], str]] = {}
+        self.script = ""
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        attributes = self.attributes[-1][1] if self.attributes else {}
+        if self.open[-1:] == ["script"]:
+            if attributes.get("type") == "text/plain":
+                self.blocks[str(attributes["id"])] = (attributes, data)
+            else:
+                self.script += data
+        elif self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def _unpack(page: Page, block: str) -> dict[str, np.ndarray]:
+    """What report.js' `unpack` does, in Python."""
+    attributes, text = page.blocks[block]
+    data = zlib.decompress(base64.b64decode(text))
+    return {
+        name: np.frombuffer(data[start:end], f"<{kind}")
+        for name, kind, start, end in json.loads(str(attributes["data-index"]))
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return load_results(write_results(tmp_path_factory.mktemp("results"), n_layers=6, n_latents=300))
+
+
+@pytest.fixture(scope="module")
+def html(results: Results) -> str:
+    return render_report(results)
+
+
+def test_write_report_writes_the_page_and_the_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = write_report(write_results(tmp_path, n_layers=3, n_latents=40))
+    assert path == tmp_path / "report.html"
+    assert {"layer_profile.png", "variance.png", "reconstruction.png"} <= {file.name for file in tmp_path.iterdir()}
+    assert render_report(load_results(tmp_path)) == path.read_text(encoding="utf-8")
+
+
+def test_the_report_needs_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = Page(write_report(write_results(tmp_path, n_layers=3, n_latents=40)).read_text(encoding="utf-8"))
+    assert not list(tmp_path.glob("*.png"))
+    assert sum(attributes.get("class") == "plot" for _, attributes in page.attributes) == 10
+
+
+def test_the_page_asks_for_nothing_and_runs_only_its_own_script(html: str) -> None:
+    page = Page(html)
+    policy = next(a["content"] for tag, a in page.attributes if a.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert f"'sha256-{digest}'" in policy
+    for tag, attributes in page.attributes:
+        assert not any(name.startswith("on") for name in attributes), tag
+        for name in ("src", "href", "srcset", "action"):
+            assert re.match(r"#|data:image/png", attributes.get(name) or "#"), (tag, attributes)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "http://" not in html
+    assert "https://" not in html
+
+
+def test_every_section_is_there_and_linked(html: str) -> None:
+    page = Page(html)
+    anchors = [a["id"] for tag, a in page.attributes if tag == "section"]
+    structure = ["persistence", "nulls", "kinds", "redundancy", "contexts"]
+    last = ["latents", "prompt", "provenance", "method"]
+    assert anchors == ["variance", "layers", *structure, "reconstruction", "downstream", *last]
+    assert len(anchors) == len(SECTIONS)
+    links = {a["href"] for tag, a in page.attributes if tag == "a"}
+    assert links == {f"#{anchor}" for anchor in anchors}
+    assert not re.search(r"\$[a-z]", page.text)
+
+
+def test_headline_tokens_and_warnings_come_first(html: str, results: Results) -> None:
+    text = Page(html).text
+    top = text[: text.index("Where latents are active")]
+    assert show(results.summary["variance"]["mass"]["aggregate_over_token"]) in top
+    assert show(results.reference_ratio) in top
+    assert results.summary["split"]["text"] in top
+    assert results.summary["warnings"][0] in top
+
+
+def test_trained_on_warns_even_where_the_summary_does_not(tmp_path: Path) -> None:
+    folder = write_results(tmp_path, n_layers=2, n_latents=9, change=lambda summary: summary.update(warnings=[]))
+    assert "trained on some of these tokens" in render_report(load_results(folder))
+
+
+def test_all_numbers_of_the_variance_are_shown(html: str, results: Results) -> None:
+    text = Page(html).text
+    for weighting in ("mass", "equal", "latent"):
+        for name, value in results.summary["variance"][weighting].items():
+            if name != "ci95":
+                assert show(value) in text
+                low, high = results.summary["variance"][weighting]["ci95"][name]
+                assert f"{show(low)} to {show(high)}" in text
+    for value in results.summary["variance"]["mlsae_compat"].values():
+        assert show(value) in text
+
+
+def test_all_numbers_of_persistence_nulls_kinds_and_redundancy_are_shown(html: str, results: Results) -> None:
+    text, summary = Page(html).text, results.summary
+    for weighting in ("mass", "equal"):
+        found = summary["persistence"][weighting]
+        for name, words, _ in MEANS:
+            low, high = found["ci95"][name]
+            assert words in text
+            assert f"{show(found[name])}{show(low)} to {show(high)}" in text
+    for null in ("layers_permuted", "tokens_permuted"):
+        for part, name, words in NULL_ROWS:
+            ratio = summary["nulls"][null]["ratio"][part]["mass"]
+            low, high = ratio["ci95"][name]
+            assert words in text
+            assert show(summary["nulls"][null][part]["mass"][name]) in text
+            assert f"{show(ratio[name])}{show(low)} to {show(high)}" in text
+    for kind, part in summary["profiles"].items():
+        assert f"{kind}{part['latents']}" in text
+    for name in ("mmcs", "parallel_pairs", "redundant_pairs", "redundant_latents"):
+        value = summary["redundancy"][name]
+        assert (show(value) if name == "mmcs" else str(value)) in text
+    assert len(results.pairs) == 20
+    assert show(results.pairs[7]["cosine"]) in text
+    for layer in results.summary["layers"]:
+        assert f"{show(layer['fvu_low'])} to {show(layer['fvu_high'])}" in text
+
+
+def test_an_analysis_without_them_says_so(tmp_path: Path) -> None:
+    def old(summary: dict[str, Any]) -> None:
+        for name in ("persistence", "nulls", "profiles", "redundancy"):
+            del summary[name]
+
+    folder = write_results(tmp_path, n_layers=3, n_latents=20, change=old)
+    (folder / "redundancy.parquet").unlink()
+    text = Page(render_report(load_results(folder))).text
+    assert text.count("Not shown: ") == 5
+
+
+def test_every_column_has_its_method(html: str) -> None:
+    method = html[html.index('id="method"') :].lower()
+    for _, heading, _ in LAYER_COLUMNS:
+        assert heading.replace(", held-out", "").replace("FVU of ", "").lower() in method
+    script = page_file("report.js")
+    for name in re.findall(r'key: "\w+", name: "([^"]+)"', script):
+        assert name.split(",")[0].lower() in method
+    for _, words, _ in MEANS:
+        assert words.split(":")[0].split(",")[0].lower() in method, words
+    for name in ("layers permuted", "tokens permuted", "persistent", "bimodal", "mmcs", "redundant"):
+        assert name in method
+    for name in ("within a token", "between tokens", "between latents", "aggregate / token-level", "rel_var_t"):
+        assert name in method
+
+
+def test_the_data_block_holds_every_live_latent(html: str, results: Results) -> None:
+    data = _unpack(Page(html), "latent-data")
+    for name in ("latent", "count", "n_tokens", "n_layers_active"):
+        np.testing.assert_array_equal(data[name], results.latents[name])
+    for name in ("mean", "layer_mean", "layer_std", "within_token", "between_tokens", "entropy"):
+        np.testing.assert_allclose(data[name], results.latents[name], rtol=1e-6, atol=1e-6)
+    total = results.latents["total"]
+    np.testing.assert_allclose(data["mass_share"], total / total.sum(), rtol=1e-6)
+    assert [KINDS[kind] for kind in data["kind"]] == results.kinds.tolist()
+    np.testing.assert_array_equal(data["counts"].reshape(results.counts.shape), results.counts)
+    np.testing.assert_allclose(data["probs"].reshape(results.probs.shape), results.probs, rtol=5e-4, atol=5e-8)
+
+
+def test_whole_numbers_stay_exact_beyond_32_bits() -> None:
+    for top, kind in ((65_535, "u2"), (65_536, "u4"), (2**32 - 1, "u4"), (2**32, "f8"), (2**52 + 1, "f8")):
+        values = np.array([0, top], np.int64)
+        page = Page(pack_arrays("numbers", {"n": _unsigned(values)}))
+        assert json.loads(str(page.blocks["numbers"][0]["data-index"]))[0][1] == kind
+        assert _unpack(page, "numbers")["n"].tolist() == values.tolist()
+
+
+def test_agreement_of_contexts_is_shown_by_distance(tmp_path: Path) -> None:
+    agreement = {"n": 5, "latents": 321, "overlap": 0.25, "chance": 0.0125, "overlap_over_chance": 20.0}
+    agreement |= {"overlap_by_distance": [0.625, 0.375, None], "chance_by_distance": [0.0125, 0.015, None]}
+    folder = write_results(
+        tmp_path, n_layers=4, n_latents=20, change=lambda summary: summary.update(examples={"agreement": agreement})
+    )
+    text = Page(render_report(load_results(folder))).text
+    assert "Two layers share 0.250 of a latent's top contexts; chance gives 0.0125 (20.0 times less)" in text
+    assert f"10.6250.012550.020.3750.015025.03{EN_DASH}{EN_DASH}{EN_DASH}" in text
+    assert "321 latents" in text
+
+
+def test_the_script_reads_every_type_that_is_packed() -> None:
+    script = page_file("report.js")
+    types = re.search(r"const types = \{([^}]*)\}", script)
+    assert types is not None
+    assert set(re.findall(r"(\w\d):", types.group(1))) == {"u2", "u4", "f4", "f8", "f2"}
+
+
+def test_nothing_that_comes_from_the_files_is_markup(tmp_path: Path) -> None:
+    attack = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'"
+
+    def inject(summary: dict[str, Any]) -> None:
+        for part in ("store", "sae", "analysis"):
+            facts = summary["provenance"][part]
+            for name in facts:
+                facts[name] = attack
+            facts[attack] = {attack: [attack]}
+        summary["provenance"]["analysis"]["versions"] = {"residscope": attack}
+        summary["split"]["text"] = attack
+        summary["warnings"] = [attack]
+        summary["uncertainty"] = {"method": attack, "n_groups": attack}
+        summary["n_tokens"] = attack
+
+    text = render_report(load_results(write_results(tmp_path, n_layers=3, n_latents=30, change=inject)))
+    page = Page(text)
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert "alert(1)" in page.text
+    assert "alert" not in page.script
+    assert not any("onerror" in name for _, attributes in page.attributes for name in attributes)
+
+
+def _nothing_defined(summary: dict[str, Any]) -> None:
+    """Every number that may be missing is."""
+    for name in ("uncertainty", "validation_fvu", "validation", "baseline", "seconds"):
+        summary[name] = None
+    for weighting in ("mass", "equal", "latent"):
+        summary["variance"][weighting] = dict.fromkeys(summary["variance"][weighting], None) | {"ci95": {}}
+    summary["variance"]["mlsae_compat"] = dict.fromkeys(summary["variance"]["mlsae_compat"], float("nan"))
+    summary["reconstruction"] = dict.fromkeys(summary["reconstruction"], float("nan"))
+
+
+@pytest.mark.parametrize(("n_layers", "dead"), [(1, 0.2), (5, 1.0), (5, 0.2)])
+def test_missing_numbers_are_dashes_with_a_reason(tmp_path: Path, n_layers: int, dead: float) -> None:
+    folder = write_results(tmp_path, n_layers=n_layers, n_latents=12, dead_fraction=dead, change=_nothing_defined)
+    page = Page(render_report(load_results(folder)))
+    assert not re.search(r"\b(nan|none|null|undefined|inf)\b", page.text.split("Method")[0], re.IGNORECASE)
+    assert EN_DASH in page.text
+    reason = "only one layer" if n_layers == 1 else "no latent fired" if dead == 1 else "holds no value"
+    assert reason in page.text
+    assert "No intervals were computed" in page.text
+    assert ("latent-data" in page.blocks) == (dead < 1)
+
+
+def test_layers_carry_the_numbers_of_the_model(tmp_path: Path) -> None:
+    folder = write_results(
+        tmp_path, n_layers=3, n_latents=20, change=lambda summary: summary.update(layer_numbers=[3, 7, 11])
+    )
+    page = Page(render_report(load_results(folder)))
+    assert page.blocks["latent-data"][0]["data-layers"] == "[3, 7, 11]"
+    assert "37" in re.sub(r"\s", "", page.text)
+
+
+def test_heat_png_holds_the_cells_in_viridis() -> None:
+    share = np.array([[0.0, 0.25], [1.0, 0.5]])
+    png = heat_png(HeatMap(share, 2, 1.0, 1.0))
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    image = pytest.importorskip("matplotlib.image")
+    pixels = np.round(image.imread(io.BytesIO(png)) * 255).astype(int)
+    assert pixels.shape[:2] == (240, 480)
+    first, last = ([*bytes.fromhex(VIRIDIS[i])] for i in (0, -1))
+    assert pixels[239, 0, :3].tolist() == first
+    assert pixels[0, 239, :3].tolist() == last
+    assert pixels[239, 240, :3].tolist() == [*bytes.fromhex(VIRIDIS[8])]  # the square root of 0.25 is the middle
+
+
+def test_a_large_dictionary_stays_small(tmp_path: Path) -> None:
+    path = write_results(tmp_path, n_layers=30, n_latents=9216)
+    assert len(render_report(load_results(path))) < 3_000_000
+
+
+def test_the_page_files_travel_with_the_package() -> None:
+    folder = files("analysis.report")
+    names = {item.name for part in ("templates", "assets") for item in folder.joinpath(part).iterdir()}
+    modules = sorted(Path(str(folder)).glob("*.py"))
+    used = {name for path in modules for name in re.findall(r'"([a-z_]+\.(?:html|css|js))"', path.read_text())}
+    assert used - {"report.html"} <= names
+    assert names == used | {"report.html"}

@@ -1,0 +1,182 @@
+"""Tuned lens: which translator a block's output takes, the inverse, and the published format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harvest.lens.translators import TunedLens, load_lens
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+
+N_LAYERS, D_MODEL = 4, 8
+
+
+def write_lens(folder: Path, *, n_layers: int = N_LAYERS, d_model: int = D_MODEL, seed: int = 0, **config: Any) -> Path:
+    """A random lens in the published format."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {}
+    for i in range(n_layers):
+        parameters[f"{i}.weight"] = torch.randn(d_model, d_model, generator=generator) / d_model
+        parameters[f"{i}.bias"] = torch.randn(d_model, generator=generator)
+    folder.mkdir(exist_ok=True)
+    torch.save(parameters, folder / "params.pt")
+    full = {
+        "base_model_name_or_path": "owner/tiny",
+        "d_model": d_model,
+        "num_hidden_layers": n_layers,
+        "bias": True,
+        "base_model_revision": None,
+        "unembed_hash": "0",
+        "lens_type": "linear_tuned_lens",
+    }
+    (folder / "config.json").write_text(json.dumps(full | config))
+    return folder
+
+
+def load(folder: Path, **changes: Any) -> TunedLens:
+    return load_lens(str(folder), **{"model_id": "owner/tiny", "n_layers": N_LAYERS, "d_model": D_MODEL, **changes})
+
+
+def test_the_next_translator_is_applied_and_the_last_block_takes_none(tmp_path: Path) -> None:
+    folder = write_lens(tmp_path / "lens")
+    lens = load(folder)
+    parameters = torch.load(folder / "params.pt", weights_only=True)
+    x = torch.randn(3, 5, D_MODEL)
+    for layer in range(N_LAYERS - 1):
+        weight, bias = parameters[f"{layer + 1}.weight"], parameters[f"{layer + 1}.bias"]
+        torch.testing.assert_close(lens.apply(x, layer), x + torch.einsum("de,nte->ntd", weight, x) + bias)
+    assert torch.equal(lens.apply(x, N_LAYERS - 1), x)
+    assert [lens.translator(i) for i in range(N_LAYERS)] == [1, 2, 3, None]
+
+
+def test_compatible_indexing_is_the_references(tmp_path: Path) -> None:
+    lens = load(write_lens(tmp_path / "lens"), indexing="mlsae-compat")
+    assert [lens.translator(i) for i in range(N_LAYERS)] == [0, 1, 2, 3]
+    assert lens.describe()["indexing"] == "mlsae-compat"
+
+
+@pytest.mark.parametrize("indexing", ["tuned-lens", "mlsae-compat"])
+def test_the_inverse_gives_the_vectors_back(tmp_path: Path, indexing: str) -> None:
+    lens = load(write_lens(tmp_path / "lens"), indexing=indexing)
+    x = torch.randn(3, 5, D_MODEL)
+    for layer in range(N_LAYERS):
+        torch.testing.assert_close(lens.invert(lens.apply(x, layer), layer), x, rtol=1e-5, atol=1e-6)
+
+
+def test_a_translator_without_an_inverse_is_named(tmp_path: Path) -> None:
+    lens = load(write_lens(tmp_path / "lens"))
+    lens.weights[2] = -torch.eye(D_MODEL)
+    with pytest.raises(ResidscopeError, match="translator 2 cannot be inverted"):
+        lens.invert(torch.zeros(1, D_MODEL), 1)
+
+
+def test_the_hash_follows_the_contents(tmp_path: Path) -> None:
+    first, same = load(write_lens(tmp_path / "a")), load(write_lens(tmp_path / "b"))
+    assert first.fingerprint == same.fingerprint
+    assert first.fingerprint != load(write_lens(tmp_path / "c", seed=1)).fingerprint
+
+
+def test_a_lens_without_biases(tmp_path: Path) -> None:
+    folder = write_lens(tmp_path / "lens", bias=False)
+    assert torch.equal(load(folder).biases, torch.zeros(N_LAYERS, D_MODEL))
+
+
+def test_lenses_that_do_not_fit(tmp_path: Path) -> None:
+    folder = write_lens(tmp_path / "lens")
+    with pytest.raises(IncompatibleError, match="is for 4 layers and d_model 8, the model has 5 and 8"):
+        load(folder, n_layers=5)
+    with pytest.raises(IncompatibleError, match="d_model 8, the model has 4 and 9"):
+        load(folder, d_model=9)
+    with pytest.raises(UsageError, match="no such folder"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(IncompatibleError, match=r"no config\.json"):
+        load(tmp_path / "empty")
+
+
+class Exploit:
+    """Runs code when it is unpickled without care."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def test_parameters_that_are_code_or_missing_are_refused(tmp_path: Path) -> None:
+    folder = write_lens(tmp_path / "lens")
+    torch.save({"0.weight": Exploit(tmp_path / "ran")}, folder / "params.pt")
+    with pytest.raises(IncompatibleError, match="cannot be read as plain tensors"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"0.weight": torch.zeros(2, 2)}, folder / "params.pt")
+    with pytest.raises(IncompatibleError, match=r"hold '0\.weight' of shape \(8, 8\), found \(2, 2\)"):
+        load(folder)
+    for content in ("{}", "[]", '{"num_hidden_layers": Infinity, "d_model": 8}', "[" * 10**5):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(IncompatibleError, match="should name num_hidden_layers"):
+            load(folder)
+
+
+def test_a_lens_from_the_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from harvest.lens import translators as module
+    from harvest.model.hub import HubRepo
+
+    folder = write_lens(tmp_path / "lens")
+    asked: list[str] = []
+
+    def download(space: str, file: str, **options: Any) -> str:
+        asked.append(file)
+        assert (space, options["repo_type"], options["revision"]) == (module.SPACE, "space", "c0ffee")
+        if not file.startswith("lens/gpt2/"):
+            raise EntryNotFoundError(file)
+        return str(folder / Path(file).name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(module, "pin", lambda *args, **options: HubRepo(module.SPACE, "c0ffee", False))
+    sizes: dict[str, Any] = {"n_layers": N_LAYERS, "d_model": D_MODEL}
+    assert load_lens("auto", model_id="openai-community/gpt2", **sizes).name == "openai-community/gpt2"
+    assert asked[0] == "lens/openai-community/gpt2/config.json"
+    assert load_lens("gpt2", model_id="x/y", **sizes).fingerprint
+    with pytest.raises(UsageError, match=r"no folder here, and no published lens for 'EleutherAI/pythia-1b'.*fit one"):
+        load_lens("pythia-1b", model_id="x/y", **sizes)
+
+
+def test_damage_that_leaves_the_shapes_right_is_found(tmp_path: Path) -> None:
+    folder = write_lens(tmp_path / "lens")
+    file = folder / "params.pt"
+    data = bytearray(file.read_bytes())
+    parameters = torch.load(file, weights_only=True)
+    at = data.index(parameters["1.weight"].numpy().tobytes()) + 9
+    data[at] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(IncompatibleError, match=r"params.pt cannot be read .*check sum of \S+ is wrong"):
+        load(folder)
+    for weight, shown in ((parameters["0.weight"].to_sparse(), "sparse_coo"), (torch.ones(8, 8).long(), "int64")):
+        torch.save({**parameters, "0.weight": weight}, file)
+        with pytest.raises(IncompatibleError, match=f"'0.weight' should hold dense floats, found {shown}"):
+            load(folder)
+
+
+@pytest.mark.parametrize("file", ["params.pt", "config.json"])
+def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, file: str) -> None:
+    folder = write_lens(tmp_path / "lens")
+    data = (folder / file).read_bytes()
+    for n in range(0, len(data), len(data) // 30):
+        (folder / file).write_bytes(data[:n])
+        with pytest.raises(IncompatibleError, match=f"lens lens: {file}"):
+            load(folder)
+
+
+def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
+    folder = write_lens(tmp_path / "lens", base_model_name_or_path=5)
+    with pytest.raises(IncompatibleError, match="names 5 as its base model, which is no name"):
+        load(folder)
+    with pytest.raises(IncompatibleError, match=r"params\.pt is a file: give the folder"):
+        load(folder / "params.pt")

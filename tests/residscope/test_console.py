@@ -1,0 +1,144 @@
+"""What a user sees when something goes wrong: one line, the right exit code, no traceback."""
+
+import errno
+import os
+import signal
+
+import pytest
+
+from residscope import console
+from residscope.console import counted, human_bytes, human_seconds, progress, run_command, stop_on_signals
+from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ResidscopeError("it failed"), 1),
+        (UsageError("it failed"), 2),
+        (IncompatibleError("it failed"), 3),
+        (Interrupted("it failed"), 130),
+    ],
+)
+def test_a_users_error_is_one_line_and_an_exit_code(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise error
+
+    assert run_command("tool", command) == code
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "tool: error: it failed\n")
+
+
+def test_a_full_disk_is_one_line_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "acts.zarr/x")
+
+    assert run_command("tool", command) == 1
+    err = capsys.readouterr().err
+    assert "No space left" in err
+    assert "acts.zarr/x" in err
+    assert "continue where they stopped" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.EEXIST, errno.ELOOP],
+)
+def test_a_path_that_cannot_be_is_one_line_that_names_it(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise OSError(code, os.strerror(code), "/proc/out")
+
+    assert run_command("tool", command) == 1
+    err = capsys.readouterr().err
+    assert f"{os.strerror(code)}: /proc/out. " in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes.\nException raised"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_memory_that_is_refused_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise error
+
+    assert run_command("tool", command) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("tool: error: not enough memory (")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "bug")])
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run_command("tool", command)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(signum: signal.Signals) -> None:
+    before = signal.signal(signum, signal.default_int_handler)  # SIGINT is ignored where a shell runs this behind
+    try:
+        with stop_on_signals() as stopped:
+            assert not stopped()
+            os.kill(os.getpid(), signum)
+            assert stopped()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signum)
+        assert signal.getsignal(signum) is signal.default_int_handler
+    finally:
+        signal.signal(signum, before)
+
+
+def test_units() -> None:
+    assert [human_bytes(n) for n in (0, 999, 34_560, 655e9)] == ["0 B", "999 B", "34.6 kB", "655 GB"]
+    assert [human_seconds(s) for s in (0.5, 42, 200, 7500)] == ["0.5 s", "42 s", "3 min 20 s", "2 h 05 min"]
+    assert [counted(n, "fault") for n in (0, 1, 2000)] == ["0 faults", "1 fault", "2,000 faults"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_at_once_is_noted(monkeypatch: pytest.MonkeyPatch, signum: signal.Signals) -> None:
+    set_handler = signal.signal
+
+    def with_signal(number: int, handler):  # type: ignore[no-untyped-def]
+        before = set_handler(number, handler)
+        if number == signum and handler is not before and not seen:
+            seen.append(number)
+            signal.raise_signal(number)
+        return before
+
+    seen: list[int] = []
+    monkeypatch.setattr(signal, "signal", with_signal)
+    with stop_on_signals() as stopped:
+        assert stopped()
+
+
+def test_sigterm_is_an_interrupt_with_its_line_and_code(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command("tool", lambda: os.kill(os.getpid(), signal.SIGTERM), interrupted="stopped") == 130
+    assert capsys.readouterr().err == "tool: error: stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_off_a_terminal_a_bar_is_a_plain_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress("harvest", "tok", 2000) as bar:
+        bar.update(1000)
+    assert capsys.readouterr().err == ""  # done within half a minute
+    monkeypatch.setattr(console, "_LOG_SECONDS", 0.0)
+    with progress("harvest", "tok", 2000) as bar:
+        bar.update(1000)
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    assert err.splitlines()[0].startswith("harvest: 0 %, 0.00 of 2.00k tok, ")
+    assert err.splitlines()[-1].startswith("harvest: 50 %, 1.00k of 2.00k tok, ")

@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from residscope.errors import UsageError
+from store.shuffle import LoaderPlan, chunk_row_counts, permutation, spread_order, validation_documents
+
+
+def plan(**changes) -> LoaderPlan:  # type: ignore[no-untyped-def]
+    defaults = {"chunk_rows": (4, 0, 3, 4, 1, 4, 2, 4), "layers": (0, 1, 2), "blocks_per_window": 5, "seed": 7}
+    return LoaderPlan(**(defaults | changes))
+
+
+@given(st.integers(1, 30), st.integers(0, 3), st.integers(1, 4), st.integers(0, 2**64 - 1))
+@settings(max_examples=50)
+def test_every_block_with_rows_comes_once_in_an_epoch(window: int, epoch: int, world_size: int, seed: int) -> None:
+    seen = []
+    rows = 0
+    for rank in range(world_size):
+        one = plan(blocks_per_window=window, seed=seed, rank=rank, world_size=world_size)
+        blocks = one.epoch(epoch)
+        seen += zip(blocks.chunk.tolist(), blocks.layer.tolist(), strict=True)
+        assert one.n_blocks == len(blocks.chunk)
+        assert len(blocks.row_ends) == -(-one.n_blocks // window)
+        assert blocks.row_ends[-1] == one.rows_per_epoch
+        rows += one.rows_per_epoch
+        parts = [one.window(blocks, i) for i in range(len(blocks.row_ends))]
+        assert np.array_equal(np.concatenate([chunk for chunk, _ in parts]), blocks.chunk)
+    assert sorted(seen) == [(c, layer) for c in (0, 2, 3, 4, 5, 6, 7) for layer in (0, 1, 2)]
+    assert rows == 22 * 3
+
+
+def test_windows_and_ranks_hold_all_layers_evenly() -> None:
+    for rank in range(3):
+        one = plan(chunk_rows=(1,) * 100, layers=(0, 1, 2, 3), blocks_per_window=10, rank=rank, world_size=3)
+        blocks = one.epoch(0)
+        assert len(set(np.bincount(blocks.layer).tolist())) == 1
+        for i in range(len(blocks.row_ends)):
+            _, layer = one.window(blocks, i)
+            assert np.bincount(layer, minlength=4).max() <= -(-len(layer) // 4) + 1
+
+
+@given(st.integers(0, 300), st.integers(0, 1000), st.data())
+def test_every_run_of_a_spread_order_comes_from_everywhere(n: int, seed: int, data: st.DataObject) -> None:
+    order = spread_order(n, seed, 1)
+    assert sorted(order.tolist()) == list(range(n))
+    assert np.array_equal(order, spread_order(n, seed, 1))
+    start = data.draw(st.integers(0, n))
+    run = order[start : start + data.draw(st.integers(0, n))]
+    for parts in (2, 4, 8):  # A random order is off by about the root of the run's length instead.
+        whole = 1 << max(n - 1, 0).bit_length()
+        sizes = np.bincount(np.arange(n) * parts // whole, minlength=parts)
+        found = np.bincount(run * parts // whole, minlength=parts)
+        assert np.abs(found - len(run) * sizes / max(n, 1)).max() < 2 * np.log2(whole) + 2
+
+
+def test_spread_orders_put_every_number_everywhere() -> None:
+    counts = np.zeros((8, 8), int)
+    for seed in range(400):
+        counts[spread_order(8, seed), np.arange(8)] += 1
+    assert counts.min() > 20  # 50 on average
+    assert counts.max() < 90
+
+
+def test_windows_hold_every_chunk_at_about_as_many_layers() -> None:
+    for rank, world_size in ((0, 1), (1, 2)):
+        layers = tuple(range(12))
+        one = plan(chunk_rows=(1,) * 48, layers=layers, blocks_per_window=144, rank=rank, world_size=world_size)
+        blocks = one.epoch(0)
+        for i in range(len(blocks.row_ends)):
+            chunk, _ = one.window(blocks, i)
+            times = np.bincount(chunk, minlength=48)
+            if world_size == 1:  # A quarter of all blocks; ranks have other chunks at every layer.
+                assert set(times.tolist()) <= {2, 3, 4}
+            quarters = times.reshape(4, 12).sum(axis=1)
+            assert abs(quarters - len(chunk) / 4).max() <= 12
+
+
+def test_orders_differ_by_epoch_seed_layer_and_window() -> None:
+    one = plan(chunk_rows=(1,) * 40)
+    first, second = one.epoch(0), one.epoch(1)
+    assert np.array_equal(first.chunk, plan(chunk_rows=(1,) * 40).epoch(0).chunk)
+    assert not np.array_equal(first.chunk, second.chunk)
+    assert not np.array_equal(first.chunk, plan(chunk_rows=(1,) * 40, seed=8).epoch(0).chunk)
+    assert not np.array_equal(first.chunk[first.layer == 0], first.chunk[first.layer == 1])
+    rows = np.arange(100)
+    orders = [one.row_order(rows, epoch, window) for epoch, window in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order) == rows.tolist() for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+@given(st.integers(0, 131))
+def test_locate_is_where_the_row_is(row: int) -> None:
+    one = plan()
+    found = one.locate(row)
+    assert found.epoch == row // 66
+    ends = [0, *one.epoch(found.epoch).row_ends.tolist()]
+    assert ends[found.window] + found.row == row % 66
+    assert ends[found.window] <= row % 66 < ends[found.window + 1]
+
+
+def test_chunk_row_counts() -> None:
+    assert chunk_row_counts(np.array([1, 1, 0, 0, 0, 0, 1], bool), 3) == (2, 0, 1)
+
+
+@pytest.mark.parametrize("changes", [{"rank": 2, "world_size": 2}, {"seed": -1}, {"layers": ()}, {"layers": (1, 1)}])
+def test_senseless_plans_are_refused(changes: dict) -> None:
+    with pytest.raises(UsageError):
+        plan(**changes)
+
+
+@given(st.integers(0, 200), st.floats(0, 1), st.integers(0, 1000))
+def test_validation_documents_are_that_fraction(n: int, fraction: float, seed: int) -> None:
+    held_out = validation_documents(n, fraction, seed)
+    assert np.array_equal(held_out, validation_documents(n, fraction, seed))
+    assert held_out.shape == (n,)
+    assert abs(held_out.sum() - fraction * n) <= 1
+    if n >= 2 and 0 < fraction < 1:
+        assert 0 < held_out.sum() < n
+
+
+def test_validation_documents_never_change() -> None:
+    """Checkpoints rely on it: the split is rebuilt from three numbers."""
+    assert np.flatnonzero(validation_documents(20, 0.2, 0)).tolist() == [0, 5, 15, 17]
+    assert not np.array_equal(validation_documents(20, 0.2, 0), validation_documents(20, 0.2, 1))
+    assert sorted(permutation(50, 3, 1)) == list(range(50))

@@ -1,0 +1,67 @@
+"""The geometric median and the fixed denominators."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from residscope.errors import ResidscopeError
+from train.data import Vectors
+from train.model import standardize
+from train.objective.statistics import fixed_statistics, geometric_median
+
+
+def test_the_median_of_a_square_with_an_outlier() -> None:
+    """Of four corners and their centre it is the centre, wherever a sixth of the points goes."""
+    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]).repeat(5, 1)
+    assert geometric_median(corners).tolist() == pytest.approx([0, 0], abs=1e-6)
+    far = torch.cat([corners, torch.tensor([[1e4, 0.0]] * 2)])
+    assert geometric_median(far).norm() < 0.3  # the mean is at 909
+
+
+def test_the_median_on_a_line_is_the_middle_point() -> None:
+    x = torch.tensor([[0.0], [1.0], [2.0], [50.0], [100.0]]).double()
+    assert geometric_median(x, iterations=2000, tolerance=0).item() == pytest.approx(2.0, abs=1e-2)
+
+
+def test_the_median_minimises_the_summed_distance() -> None:
+    x = torch.randn(300, 5, generator=torch.Generator().manual_seed(0)).double().exp()
+    best = geometric_median(x, tolerance=1e-9)
+    pull = torch.nn.functional.normalize(x - best, dim=1).sum(dim=0)  # the gradient of the summed distance
+    assert pull.norm() < 1e-4 * len(x)
+
+
+def test_identical_points() -> None:
+    assert geometric_median(torch.full((4, 3), 2.0)).tolist() == [2.0, 2.0, 2.0]
+
+
+def vectors() -> Iterator[Vectors]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        layer = torch.arange(60) % 2
+        scale = torch.tensor([1.0, 1000.0])[layer].unsqueeze(1)
+        yield Vectors((torch.randn(60, 8, generator=generator) + 3 * torch.arange(8)) * scale, layer)
+
+
+def test_b_pre_is_the_median_of_standardised_vectors() -> None:
+    """Mistake 4: b_pre computed on raw vectors and used on standardised ones."""
+    found = fixed_statistics(vectors(), standardize, (0, 1))
+    everything = torch.cat([standardize(x).x for x, _ in vectors()])
+    torch.testing.assert_close(found.b_pre, geometric_median(everything))
+    assert found.b_pre.norm() < 8**0.5 + 1e-3  # a standardised vector's norm is sqrt(D - 1); raw ones are thousands
+
+
+def test_denominators_are_variances_about_each_layer_mean() -> None:
+    found = fixed_statistics(vectors(), standardize, (0, 1))
+    x, layer = (torch.cat(parts) for parts in zip(*vectors(), strict=True))
+    for index in range(2):
+        raw = x[layer == index].double()
+        std = standardize(x).x[layer == index].double()
+        assert found.raw[index].item() == pytest.approx((raw - raw.mean(0)).square().sum(1).mean().item())
+        assert found.standardized[index].item() == pytest.approx((std - std.mean(0)).square().sum(1).mean().item())
+
+
+def test_a_layer_that_does_not_vary_is_named() -> None:
+    batches = [Vectors(torch.ones(4, 3).cumsum(1), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(ResidscopeError, match="layer 7: 4 training vectors"):
+        fixed_statistics(batches, standardize, (7,))

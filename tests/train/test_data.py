@@ -1,0 +1,38 @@
+"""What reaches the trainer is what is in the store: each row once an epoch, layers numbered as they are trained."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from store.dtypes import to_float32
+from store.loader import Batch, WindowLoader
+from tests.support.stores import make_store, random_activations
+from train.data import VectorSource
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("stored_dtype", ["bfloat16", "float16", "float32"])
+def test_every_training_row_comes_once_as_it_is_stored(tmp_path: Path, stored_dtype: str) -> None:
+    store = make_store(tmp_path / "s.zarr", random_activations(), stored_dtype=stored_dtype, chunk_tokens=32)
+    mask = store.tokens.keep & (store.tokens.document % 2 == 0)
+    source = VectorSource([0, 2], stored_dtype, CPU)
+    loader = WindowLoader(store, mask, 50, seed=0, window_bytes=5000, layers=[0, 2])
+    parts = list(source.stream(loader))
+    x, layer = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    assert x.dtype == torch.float32
+    expected = store.read(layers=[0, 2])[mask]  # [t, 2, D]
+    for position in range(2):
+        ours = x[layer == position].numpy()
+        theirs = expected[:, position]
+        assert np.array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)])
+
+
+def test_bfloat16_bits_become_the_same_numbers_as_the_store_reads() -> None:
+    bits = np.array([[0x3F80, 0xC000, 0x0001, 0x7F7F]], dtype=np.uint16)  # 1, -2, the smallest, the largest
+    vectors = VectorSource([4], "bfloat16", CPU)(Batch(bits, np.array([4]), np.array([0])))
+    assert vectors.x[0, :2].tolist() == [1.0, -2.0]
+    assert np.array_equal(vectors.x.numpy(), to_float32(bits, "bfloat16"))
+    assert vectors.layer.tolist() == [0]

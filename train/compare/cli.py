@@ -1,0 +1,42 @@
+"""`train compare`: several autoencoders and PCA on the same held-out tokens, layer by layer."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from residscope.console import run_command
+from residscope.options import parse_options
+from train.compare.config import CompareConfig
+
+_EPILOG = """\
+examples:
+  train compare --store acts.zarr --sae ckpt.pt per-layer/
+  train compare --store acts.zarr --sae sweep.*.pt --out comparison --json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+
+    def command() -> None:
+        config = parse_options(
+            CompareConfig,
+            argv,
+            prog="train compare",
+            description="Compare autoencoders, for all layers or one for each, and PCA: FVU by layer, held-out tokens.",
+            epilog=_EPILOG,
+        )
+        from train.compare.measure import compare
+        from train.compare.report import as_json, check_out, words, write
+
+        check_out(config.out)
+        result = compare(config)
+        files = write(result, config.out)
+        print(json.dumps(as_json(result)) if config.json else words(result))
+        print(f"train compare: written {', '.join(map(str, files))}", file=sys.stderr)
+
+    return run_command("train compare", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

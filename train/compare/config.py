@@ -1,0 +1,50 @@
+"""The flags of `train compare`, as one frozen dataclass; the docstring under a field is its help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from residscope.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Which autoencoders to compare, and on what."""
+
+    store: Path
+    """Store of activations that they are measured on."""
+
+    sae: tuple[str, ...]
+    """Checkpoints, folders or hub ids, in any format that `residscope convert` reads. Checkpoints of single layers
+    whose names differ in layer=N alone (as --per-layer writes them) count as one set; a folder may hold such sets."""
+
+    out: Path = Path("comparison")
+    """Folder for compare.parquet, compare.json and the figure."""
+
+    pca: bool = True
+    """Add the linear baselines: as many principal components as latents may be active, one set for all layers and one
+    for each layer."""
+
+    cross: bool = False
+    """Measure each single-layer autoencoder on the layers of the others too, which takes as many times as long."""
+
+    tokens: int = 4096
+    """Held-out tokens to measure on, at most."""
+
+    fit_tokens: int = 8192
+    """Training tokens that the principal components are fitted on, at most."""
+
+    validation_fraction: float = 0.05
+    """Share of the documents that count as held out where no checkpoint says which were."""
+
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
+
+    json: bool = False
+    """Print the result as JSON on stdout instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "fit_tokens"):
+            if getattr(self, name) < 2:
+                raise UsageError(f"--{name.replace('_', '-')} should be at least 2, found {getattr(self, name)}")
+        if not 0 < self.validation_fraction < 1:
+            raise UsageError(f"--validation-fraction should be in (0, 1), found {self.validation_fraction}")

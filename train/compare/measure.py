@@ -1,0 +1,244 @@
+"""Autoencoders side by side on the same held-out tokens: one for all layers, sets of one for each layer, and PCA.
+
+An autoencoder for several layers is measured on every layer of the store, one for a single layer on that layer (on
+every layer with `cross`); what a set says of a layer is what its own autoencoder for that layer says. A mean is over
+all layers of the store, or over an entrant's own, those that it was trained on; both are given. Documents count as held
+out when no checkpoint was trained on them. FVU is that of `train.validation`: raw space, one mean vector a layer, lower
+is better.
+
+Shapes: T tokens of the store, t tokens read, L layers of the store, D d_model.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from residscope.errors import IncompatibleError, UsageError
+from residscope.names import stem
+from store.activations import ActivationStore
+from store.shuffle import validation_documents
+from train.compare.config import CompareConfig
+from train.compare.pca import GramSums
+from train.data import VectorSource
+from train.formats.files import read_checkpoint
+from train.hardware import resolve_device
+from train.model import MLSAE, Checkpoint, standardize
+from train.objective.statistics import require_finite
+from train.resume import say
+from train.validation import Subject, Validation, ValidationData
+
+_LAYER = re.compile(r"\.?layer=\d+")
+
+
+@dataclass(kw_only=True)
+class Entrant:
+    """One line of the comparison: an autoencoder for all layers, or a set of one for each."""
+
+    name: str
+    """What the user calls it."""
+
+    kind: str
+    """"multi-layer", "per-layer" or "pca"."""
+
+    members: dict[int | None, MLSAE] = field(default_factory=dict)
+    """By the layer that it speaks for; None: all of them."""
+
+    vectors: int | None = 0
+    """Vectors trained on, by all members together; None where it is not recorded."""
+
+    trained_on: frozenset[int] | None = None
+    """Layers that an autoencoder for several was trained on; None where that is not recorded, or said by `members`."""
+
+    found: dict[int | None, Validation] = field(default_factory=dict)
+    """Each member's measurement, on all layers of the store."""
+
+    def n_latents(self) -> int:
+        """Latents of all members together; of PCA, components."""
+        total = sum(sae.config.n_latents for sae in self.members.values())
+        return total // 2 if self.kind == "pca" else total
+
+    def k(self) -> int:
+        """Latents that may be active on one vector."""
+        return max(sae.config.k for sae in self.members.values())
+
+    def own_layers(self, layers: Sequence[int]) -> list[int]:
+        """Those of `layers` that a member was trained on; all of them where that is not recorded."""
+        if None not in self.members:
+            return [layer for layer in layers if layer in self.members]
+        return [layer for layer in layers if self.trained_on is None or layer in self.trained_on]
+
+    def by_layer(self, layers: Sequence[int], name: str) -> list[float | None]:
+        """`fvu_per_layer` or `l0_per_layer`, each layer's by the member that speaks for it; None where none does."""
+        values = []
+        for position, layer in enumerate(layers):
+            found = self.found.get(layer, self.found.get(None))
+            values.append(None if found is None else getattr(found, name)[position])
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The result."""
+
+    entrants: list[Entrant]
+    """In the order given, the baselines last."""
+
+    layers: tuple[int, ...]
+    """The model's numbers of the store's layers."""
+
+    tokens: int
+    """Held-out tokens measured on."""
+
+    store: dict[str, Any]
+    """Which data: path and content_hash."""
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Measure everything; raises `ResidscopeError` for what the user can mend."""
+    device = resolve_device(config.device)
+    with ActivationStore.open(config.store) as store:
+        checkpoints = [found for source in config.sae for found in _read(source)]
+        for name, checkpoint in checkpoints:
+            if checkpoint.config.d_model != store.meta.d_model:
+                raise IncompatibleError(
+                    f"{name} has d_model {checkpoint.config.d_model}, {store.path} has {store.meta.d_model}"
+                )
+        entrants = _entrants(checkpoints)
+        for entrant in entrants:
+            if not entrant.own_layers(store.meta.layers):
+                known = entrant.trained_on or {layer for layer in entrant.members if layer is not None}
+                trained = " ".join(map(str, sorted(known)))
+                raise IncompatibleError(
+                    f"{entrant.name} was trained on layers {trained}, {store.path} has "
+                    f"{' '.join(map(str, store.meta.layers))}: harvest the layers that it was trained on"
+                )
+        held_out, trained = _split(store, [checkpoint for _, checkpoint in checkpoints], config.validation_fraction)
+        positions = list(range(store.meta.n_layers))
+        source = VectorSource(positions, store.meta.stored_dtype, device)
+        if config.pca:
+            budgets = sorted({entrant.k() for entrant in entrants} - {0})  # 0: not known, of relu and jumprelu
+            training = ValidationData(store, trained, positions, seed=0)
+            entrants += _baselines(training, source, store.meta.layers, budgets, config.fit_tokens)
+        data = ValidationData(store, held_out, positions, seed=0)
+        members = [(entrant, layer, sae) for entrant in entrants for layer, sae in entrant.members.items()]
+        subjects = [
+            Subject(sae.to(device), torch.float32, _only_position(entrant, layer, sae, store.meta.layers, config.cross))
+            for entrant, layer, sae in members
+        ]
+        measured = data.evaluate_all(subjects, source, tokens=config.tokens)
+        for (entrant, layer, _), subject, found in zip(members, subjects, measured, strict=True):
+            entrant.found[layer] = found if subject.position is None else _at(found, subject.position, len(positions))
+        return Comparison(
+            entrants=entrants,
+            layers=tuple(store.meta.layers),
+            tokens=next(iter(entrants[0].found.values())).tokens,
+            store={"path": store.path.name, "content_hash": store.content_hash},
+        )
+
+
+def _read(source: str) -> list[tuple[str, Checkpoint]]:
+    """The checkpoint `source`, or those of single layers in the folder `source`, with names."""
+    path = Path(source)
+    inside = sorted(path.glob("*layer=*.pt")) if path.is_dir() else []
+    if inside:
+        return [(f"{path.name}/{file.stem}", read_checkpoint(file)) for file in inside]
+    return [(stem(path) if path.is_file() else source, read_checkpoint(source))]
+
+
+def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:
+    """Checkpoints of single layers with one name but for the layer are put together."""
+    entrants: dict[str, Entrant] = {}
+    for name, checkpoint in checkpoints:
+        layers = checkpoint.store.get("layers") or []
+        single = len(layers) == 1
+        shown = _LAYER.sub("", name) if single else name
+        if shown in entrants and (entrants[shown].kind == "per-layer") != single:
+            shown += " (per layer)" if single else " (all layers)"
+        entrant = entrants.setdefault(shown, Entrant(name=shown, kind="per-layer" if single else "multi-layer"))
+        layer = layers[0] if single else None
+        if layer in entrant.members or None in entrant.members:
+            raise UsageError(f"--sae: {shown} is there twice: give each autoencoder once, by different names")
+        entrant.members[layer] = checkpoint.sae
+        entrant.trained_on = frozenset(layers) if len(layers) > 1 else None
+        vectors = checkpoint.trainer.get("metrics", {}).get("vectors")
+        entrant.vectors = None if vectors is None or entrant.vectors is None else entrant.vectors + vectors
+    return list(entrants.values())
+
+
+def _only_position(entrant: Entrant, layer: int | None, sae: MLSAE, layers: Sequence[int], cross: bool) -> int | None:
+    """None: the autoencoder is to be measured on every layer of the store; else the position of its own layer."""
+    known, name = sae.config.layers, entrant.name  # layers are known to one that standardises by layer
+    if known == tuple(layers) or (not known and (cross or layer not in layers)):
+        return None
+    if layer is None or layer not in layers:
+        raise UsageError(
+            f"{name} standardises by layer and knows layers {' '.join(map(str, known))}, the store has "
+            f"{' '.join(map(str, layers))}: use a store of the same layers"
+        )
+    return list(layers).index(layer)
+
+
+def _at(found: Validation, position: int, n_layers: int) -> Validation:
+    """The measurement of one layer among `n_layers`, the others not a number."""
+    fvu, l0 = [math.nan] * n_layers, [math.nan] * n_layers
+    fvu[position], l0[position] = found.fvu_per_layer[0], found.l0_per_layer[0]
+    return found._replace(fvu_per_layer=fvu, l0_per_layer=l0)
+
+
+def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two masks, bool [T]: kept tokens that no checkpoint was trained on, and those that all were."""
+    tokens = store.tokens
+    n_documents = int(tokens.document.max()) + 1
+    known: list[np.ndarray] = []
+    for checkpoint in checkpoints:
+        split: Mapping[str, Any] | None = checkpoint.store.get("validation")
+        if split and checkpoint.store.get("content_hash") == store.content_hash:
+            known.append(validation_documents(n_documents, float(split["fraction"]), int(split["seed"])))
+    if len(known) < len(checkpoints):
+        other = len(checkpoints) - len(known)
+        say(f"note: {other} of {len(checkpoints)} were not trained on this store, as far as they say: they may know it")
+    if not known:
+        known = [validation_documents(n_documents, fraction, 0)]
+    held_out = np.logical_and.reduce(known)[tokens.document] & tokens.keep
+    trained = ~np.logical_or.reduce(known)[tokens.document] & tokens.keep
+    if np.count_nonzero(held_out) < 2:
+        raise UsageError(
+            f"{store.path}: no document of two tokens was held out from all of these checkpoints: train them with one "
+            "--validation-fraction above 0 and one --seed"
+        )
+    return held_out, trained
+
+
+def _baselines(
+    training: ValidationData, source: VectorSource, layers: Sequence[int], budgets: Sequence[int], tokens: int
+) -> list[Entrant]:
+    """For each k of `budgets` k principal components for all layers together, and k for each layer."""
+    if not training:
+        return []
+    pooled: GramSums | None = None
+    single: list[GramSums] = []
+    for raw in training.read(tokens):
+        x = source.to_float32(raw)  # [t, L, D]
+        require_finite(x.flatten(0, 1), torch.arange(len(layers), device=x.device).repeat(len(x)), layers)
+        if pooled is None:
+            pooled = GramSums(x.shape[2], x.device)
+            single = [GramSums(x.shape[2], x.device) for _ in layers]
+        standardized = standardize(x.flatten(0, 1)).x
+        pooled.add(standardized)
+        for position, sums in enumerate(single):
+            sums.add(standardized.view(x.shape)[:, position])
+    assert pooled is not None
+    found = []
+    for k in budgets:
+        found.append(Entrant(name=f"PCA {k}", kind="pca", members={None: pooled.fit(k)}))
+        each: dict[int | None, MLSAE] = {layer: sums.fit(k) for layer, sums in zip(layers, single, strict=True)}
+        found.append(Entrant(name=f"PCA {k} per layer", kind="pca", members=each))
+    for entrant in found:
+        entrant.vectors = None
+    return found

@@ -1,0 +1,172 @@
+"""A comparison for people and programs: a table on the terminal, compare.parquet, compare.json, and a figure."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from residscope.errors import UsageError
+from store.files import atomic_write
+from store.outputs import refuse_comparison_of, refuse_inside_store
+from train.compare.measure import Comparison, Entrant
+
+
+def check_out(out: Path) -> None:
+    """Refuse what cannot be the folder, before anything is computed."""
+    refuse_inside_store(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
+    refuse_comparison_of("analyze --compare", out, "schema_version")
+
+
+def as_json(result: Comparison) -> dict[str, Any]:
+    """Plain values: what a set says of a layer is what its own autoencoder for that layer says."""
+    return {
+        "store": result.store,
+        "tokens": result.tokens,
+        "layers": list(result.layers),
+        "runs": [
+            {
+                "run": entrant.name,
+                "kind": entrant.kind,
+                "n_latents": entrant.n_latents(),
+                "k": entrant.k(),
+                "vectors": entrant.vectors,
+                "fvu": mean(entrant.by_layer(result.layers, "fvu_per_layer")),
+                "trained_layers": entrant.own_layers(result.layers),
+                "fvu_trained_layers": own_mean(entrant, result.layers),
+                "fvu_per_layer": entrant.by_layer(result.layers, "fvu_per_layer"),
+                "l0_per_layer": entrant.by_layer(result.layers, "l0_per_layer"),
+            }
+            for entrant in result.entrants
+        ],
+    }
+
+
+def write(result: Comparison, out: Path) -> list[Path]:
+    """Write the files; the figure where matplotlib is installed."""
+    import pandas as pd
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "compare.parquet", out / "compare.json"]
+    atomic_write(files[0], [pd.DataFrame(_rows(result)).to_parquet(index=False)])
+    atomic_write(files[1], [json.dumps(as_json(result), indent=2).encode()])
+    figure = _figure(result)
+    if figure is not None:
+        files.append(out / "compare.png")
+        atomic_write(files[-1], [figure])
+    return files
+
+
+def words(result: Comparison) -> str:
+    """The table on the terminal: a row for each layer, a column for each run."""
+    names = [entrant.name for entrant in result.entrants]
+    columns = [entrant.by_layer(result.layers, "fvu_per_layer") for entrant in result.entrants]
+    own = [entrant.own_layers(result.layers) for entrant in result.entrants]
+    common = [layer for layer in result.layers if all(layer in layers for layers in own)]
+    shared = [mean([column[result.layers.index(layer)] for layer in common]) for column in columns]
+    best = min((value for value in shared if value is not None), default=math.nan)
+    everywhere = len(common) == len(result.layers)
+    of_own = [own_mean(entrant, result.layers) for entrant in result.entrants]
+    lines = [
+        ["layer", *names],
+        *(
+            [str(layer), *(_cell(column[i], layer in layers) for column, layers in zip(columns, own, strict=True))]
+            for i, layer in enumerate(result.layers)
+        ),
+        ["mean" if everywhere else "mean, all", *(number(mean(column)) for column in columns)],
+        *([] if everywhere else [["mean, own", *map(number, of_own)]]),
+        ["over the best", *(number(None if value is None else value / best) for value in shared)],
+        ["latents", *(f"{entrant.n_latents():,}" for entrant in result.entrants)],
+        ["k", *(str(entrant.k()) for entrant in result.entrants)],
+        ["vectors", *("-" if entrant.vectors is None else f"{entrant.vectors:,}" for entrant in result.entrants)],
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
+    title = (
+        f"FVU (lower is better) by layer, on {result.tokens:,} held-out tokens; latents and vectors are of all members "
+        "of a set together"
+    )
+    if not everywhere:
+        title += (
+            "; (in brackets): a layer that it was not trained on; mean, own: over those that it was trained on; over "
+            f"the best: on layers {' '.join(map(str, common)) or '-'}, which all were trained on"
+        )
+    return "\n".join([title, *rows])
+
+
+def _rows(result: Comparison) -> list[dict[str, Any]]:
+    """A row for each autoencoder and layer that it was measured on."""
+    return [
+        {
+            "run": entrant.name,
+            "kind": entrant.kind,
+            "n_latents": entrant.n_latents(),
+            "active_at_most": entrant.k(),
+            "vectors": entrant.vectors,
+            "trained_layer": trained,
+            "layer": layer,
+            "own": layer in entrant.own_layers(result.layers) and (trained is None or trained == layer),
+            "fvu": found.fvu_per_layer[position],
+            "l0": found.l0_per_layer[position],
+            "tokens": result.tokens,
+        }
+        for entrant in result.entrants
+        for trained, found in entrant.found.items()
+        for position, layer in enumerate(result.layers)
+        if not math.isnan(found.fvu_per_layer[position])  # not measured there
+    ]
+
+
+def _figure(result: Comparison) -> bytes | None:
+    """FVU against the layer as a PNG; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return None
+    import io
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    styles: dict[str, Any] = {
+        "multi-layer": {"linewidth": 2.2, "marker": "o", "markersize": 3},
+        "per-layer": {"linewidth": 1.4, "marker": "s", "markersize": 2.5},
+        "pca": {"linewidth": 1.2, "linestyle": "--"},
+    }
+    for entrant in result.entrants:
+        values = [float("nan") if v is None else v for v in entrant.by_layer(result.layers, "fvu_per_layer")]
+        axes.plot(result.layers, values, label=_label(entrant), **styles[entrant.kind])
+    axes.set(xlabel="layer", ylabel="FVU (lower is better)", yscale="log")
+    axes.set_title(f"Held-out reconstruction by layer, {result.tokens:,} tokens", fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    return data.getvalue()
+
+
+def _label(entrant: Entrant) -> str:
+    unit = "components" if entrant.kind == "pca" else "latents"
+    return f"{entrant.name} ({entrant.n_latents():,} {unit})"
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean over layers; None unless every layer has a value, so that means are of the same layers."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there and len(there) == len(values) else None
+
+
+def own_mean(entrant: Entrant, layers: Sequence[int]) -> float | None:
+    """Mean FVU over those of the store's `layers` that the entrant was trained on."""
+    values = entrant.by_layer(layers, "fvu_per_layer")
+    return mean([values[list(layers).index(layer)] for layer in entrant.own_layers(layers)])
+
+
+def _cell(value: float | None, own: bool) -> str:
+    return number(value) if own or value is None else f"({number(value)})"
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or a dash."""
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,116 @@
+"""`residscope convert SRC DST --to FORMAT`: an autoencoder from one project's format into another's.
+
+SRC is a checkpoint, a folder or a hub id in any format that `train.formats.files` reads; DST is a folder. Beside the
+weights goes a model card, README.md. What the target format cannot say is printed. Nothing heavy is imported for
+`--help`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from residscope.console import run_command
+from residscope.errors import UsageError
+from residscope.options import CommandParser
+
+FORMATS = ("residscope", "mlsae", "saelens", "sparsify")
+COMMAND = "residscope convert"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command on `argv` (default: the process's own); the exit code."""
+    options = _parser().parse_args(argv)
+    return run_command(COMMAND, lambda: _convert(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog=COMMAND,
+        description="Convert a sparse autoencoder between residscope, mlsae, SAELens and sparsify.",
+        epilog="examples:\n"
+        "  residscope convert ckpt.pt out --to saelens\n"
+        "  residscope convert tim-lawson/mlsae-pythia-70m-deduped-x64-k32 out --to residscope\n"
+        "  residscope convert EleutherAI/sae-pythia-70m-32k out --to residscope --subfolder layers.3\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="ckpt.pt, a folder in any of the formats, or a hub id (owner/name)"
+    )
+    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; made if need be")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
+    parser.add_argument(
+        "--subfolder", metavar="NAME", help="which autoencoder of SRC, where it holds one per sub-folder (hookpoint)"
+    )
+    parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a hub SRC")
+    parser.add_argument(
+        "--hookpoints",
+        metavar="NAME",
+        nargs="+",
+        default=(),
+        help="saelens and sparsify: write one whole copy into a sub-folder of each of these names, such as layers.3",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in DST already")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="afterwards upload DST to this hub repository")
+    parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of words")
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from residscope.names import beside
+    from store.files import atomic_write
+    from store.outputs import refuse_inside_store
+    from train.formats import files as formats
+    from train.model import Checkpoint
+
+    refuse_inside_store(options.destination, "DST")
+    card = options.destination / "README.md"
+    if card.exists() and not options.overwrite:
+        raise UsageError(f"{card}: is there already; choose another folder, or overwrite it (--overwrite)")
+    sae, origin = formats.read_sae(options.source, subfolder=options.subfolder, revision=options.revision)
+    written = formats.write_sae(
+        sae,
+        options.destination,
+        options.to,
+        store=origin.store,
+        trainer=origin.trainer,
+        hookpoints=options.hookpoints,
+        overwrite=options.overwrite,
+    )
+    notes = (*origin.notes, *written.notes)
+    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
+    source = Path(options.source)
+    metrics = formats.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
+    atomic_write(card, [formats.model_card(checkpoint, metrics, notes=notes).encode()])
+    files = [*written.files, card]
+    address = None
+    if options.push_to_hub:
+        address = formats.push_to_hub(options.destination, options.push_to_hub, private=options.private)
+    if options.json:
+        report = {
+            "from": origin.format,
+            "to": options.to,
+            "files": list(map(str, files)),
+            "notes": notes,
+            "hub": address,
+        }
+        print(json.dumps(report))
+        return
+    shape = sae.config
+    print(
+        f"{origin.path} ({origin.format}): d_model {shape.d_model}, {shape.n_latents} latents, k {shape.k}, "
+        f"standardisation {shape.standardize}; written as {options.to}:"
+    )
+    for path in files:
+        print(f"  {path}")
+    if address:
+        print(f"  {address}")
+    for note in notes:
+        print(f"{COMMAND}: note: {note}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""Reading and writing autoencoders in our own and in other projects' formats, from a local folder or the hub.
+
+    sae, origin = read_sae("tim-lawson/mlsae-pythia-70m-deduped-x64-k32")      # or a folder, or ckpt.pt
+    write_sae(sae, Path("out"), "saelens", store=origin.store)
+
+A format is recognised by its file names: `ckpt.pt` or `ckpt.safetensors` (ours), `model.safetensors` (mlsae),
+`sae_weights.safetensors` (SAELens), `sae.safetensors` (sparsify). Where a folder has one sub-folder per autoencoder, as
+sparsify and SAELens write them, `subfolder` says which. Reconstructions are kept, or the model is refused by name
+(`train.formats.layouts` says what each layout can say). Not here: training state, which stays in `ckpt.pt`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from residscope.errors import IncompatibleError, UsageError
+from store.files import atomic_write
+from train.formats.damage import check_records, check_weights
+from train.formats.hub import HUB_ID, fetch, last_metrics, model_card, push_to_hub
+from train.formats.layouts import LAYOUTS, ForeignFormat
+from train.formats.parts import listed
+from train.model import MLSAE, Checkpoint, SAEConfig, load_checkpoint, save_checkpoint
+
+__all__ = [
+    "Format",
+    "Origin",
+    "Written",
+    "last_metrics",
+    "model_card",
+    "push_to_hub",
+    "read_checkpoint",
+    "read_sae",
+    "read_safetensors",
+    "write_sae",
+    "write_safetensors",
+]
+
+Format = Literal["residscope", "mlsae", "saelens", "sparsify"]
+
+CHECKPOINT = "ckpt.pt"
+EXPORT = "ckpt.safetensors"
+EXPORT_FORMAT = "residscope 1"
+_HASH = "xxh3_128"
+"""In the export's header, under "format"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an autoencoder was read from, and what the folder said of it."""
+
+    format: Format
+    """Which format it was in."""
+
+    path: str
+    """The file or hub repository, as given, with the sub-folder where there was one."""
+
+    stored_dtype: str
+    """Type of the weights in the file; in memory they are float32."""
+
+    model: str | None = None
+    """Id of the transformer, where it is recorded."""
+
+    layers: tuple[int, ...] | None = None
+    """Blocks whose outputs it was trained on, where that is recorded."""
+
+    store: dict[str, Any] = field(default_factory=dict)
+    """As in `Checkpoint.store`; for a foreign model only what is known of model, layers, d_model."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """As in `Checkpoint.trainer`; for a foreign model where it came from."""
+
+    notes: tuple[str, ...] = ()
+    """What a user has to know and the weights do not say."""
+
+
+class Written(NamedTuple):
+    """What `write_sae` wrote."""
+
+    files: tuple[Path, ...]
+    """Every file."""
+
+    notes: tuple[str, ...]
+    """What the format cannot say, in words for the user."""
+
+
+_FILE_KINDS = (".pt", ".safetensors")
+"""What ends so is a file, and no repository, though `demo/ckpt.pt` looks like OWNER/NAME."""
+
+
+def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> tuple[MLSAE, Origin]:
+    """The autoencoder in `source`: a checkpoint file, a folder in any known format, or a hub id (`owner/name`).
+
+    subfolder: which of several, such as sparsify's "layers.3"; may be left out where there is one. revision: branch,
+    tag or commit on the hub. Raises `UsageError` where nothing is found, or several and none was chosen,
+    `ResidscopeError` where the hub does not answer, `IncompatibleError` for what cannot be represented or is damaged.
+    """
+    path = Path(source)
+    on_hub = not path.exists() and HUB_ID.fullmatch(str(source)) is not None and path.suffix not in _FILE_KINDS
+    if not on_hub and not path.exists():
+        raise UsageError(
+            f"{source}: no such file or folder; give a checkpoint, a folder, or the owner/name of a hub repository"
+        )
+    if on_hub:
+        path = _fetch(str(source), subfolder, revision)
+    if path.is_file():
+        return _read_file(path)
+    name = f"{source}/{subfolder}" if subfolder else str(source)
+    folder = path / subfolder if subfolder else path
+    found = _formats_in(folder)
+    if not found and not subfolder:
+        folder, found = _only_subfolder(folder, str(source))
+    if not found:
+        raise IncompatibleError(
+            f"{name}: holds no autoencoder; looked for {', '.join(_known_files())}"
+            + (f"; these sub-folders hold one: {listed(_subfolders(path))}" if subfolder and not on_hub else "")
+        )
+    if len(found) > 1:
+        raise UsageError(f"{name}: holds several ({', '.join(file.name for file in found)}): give the path of one file")
+    return _read_file(found[0], shown=name)
+
+
+def read_checkpoint(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Checkpoint:
+    """As `read_sae`, as a `Checkpoint`; a foreign one's `store` is {} but for model, layers and d_model where known."""
+    sae, origin = read_sae(source, subfolder=subfolder, revision=revision)
+    return Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
+
+
+def write_sae(
+    sae: MLSAE,
+    folder: Path,
+    to: Format,
+    *,
+    store: Mapping[str, Any] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    hookpoints: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Written:
+    """Write `sae` into `folder` (made if need be) in format `to`.
+
+    store, trainer: as in `Checkpoint`; kept where the format has room. hookpoints (SAELens and sparsify): one whole
+    copy in a sub-folder of each of these names, as those tools keep an autoencoder per layer; SAELens also records the
+    name as its hook. Raises `UsageError` where files are there already and `overwrite` is not set, `IncompatibleError`
+    for what the format cannot say.
+    """
+    if hookpoints and to not in ("saelens", "sparsify"):
+        raise UsageError(f"hookpoints: a sub-folder per hookpoint is for saelens and sparsify, not for {to}")
+    for i, name in enumerate(hookpoints):
+        if name in hookpoints[:i]:
+            raise UsageError(f"hookpoints: {name} is there twice")
+        if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UsageError(f"hookpoints: a name is a sub-folder of {folder}, such as layers.3, found {name!r}")
+    if to == "residscope":
+        paths = (folder / CHECKPOINT, folder / EXPORT)
+        _prepare(paths, overwrite)
+        save_checkpoint(paths[0], sae, store=dict(store or {}), trainer=dict(trainer or {}))
+        write_safetensors(sae, paths[1], store=store, trainer=trainer)
+        return Written(paths, ())
+    layout = LAYOUTS[to]
+    if refused := layout.refusal(sae.config):
+        raise IncompatibleError(f"{folder}: the format {to} has no word for {refused}; write it as residscope")
+    files: list[Path] = []
+    notes: tuple[str, ...] = ()
+    for hookpoint in hookpoints or (None,):
+        part = folder / hookpoint if hookpoint else folder
+        paths = (part / layout.weights_file, part / layout.config_file)
+        _prepare(paths, overwrite)
+        laid_out = layout.lay_out(sae, store or {}, hookpoint)
+        atomic_write(paths[0], [to_safetensors(laid_out.tensors, {"format": "pt"})])
+        atomic_write(paths[1], [json.dumps(laid_out.config, indent=2).encode()])
+        notes = laid_out.notes
+        files += paths
+    return Written(tuple(files), notes)
+
+
+def write_safetensors(
+    sae: MLSAE, path: Path, *, store: Mapping[str, Any] | None = None, trainer: Mapping[str, Any] | None = None
+) -> None:
+    """Our own export beside `ckpt.pt`: the same weights, with config, store and plain values of trainer in the header.
+
+    Anyone can read it without this project and without running code; a resume needs `ckpt.pt`.
+    """
+    header = {
+        "format": EXPORT_FORMAT,
+        "config": json.dumps(asdict(sae.config)),
+        "store": json.dumps(_plain(store or {})),
+        "trainer": json.dumps(_plain(trainer or {})),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    header[_HASH] = _content_hash(header, tensors)
+    atomic_write(path, [_ordered(to_safetensors(tensors, header))])
+
+
+def _content_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """XXH3-128 over the records and the tensors of an export: the format itself has no check sums."""
+    digest = xxhash.xxh3_128("\0".join(header[name] for name in ("config", "store", "trainer")).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its header's keys in order: the library's order differs from one time to the next."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def read_safetensors(path: Path) -> Checkpoint:
+    """Read what `write_safetensors` wrote; `IncompatibleError` if it is something else or damaged."""
+    with _open(path) as file:
+        header = file.metadata() or {}
+        if header.get("format") != EXPORT_FORMAT:
+            raise IncompatibleError(
+                f"{path}: no export of this project: its header's format should be {EXPORT_FORMAT!r}, "
+                f"found {header.get('format')!r}"
+            )
+        try:
+            config = SAEConfig.from_plain(json.loads(header["config"]))
+            with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
+                MLSAE(config).load_state_dict(
+                    {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if _HASH in header and _content_hash(header, tensors) != header[_HASH]:  # older exports have none
+                raise ValueError("its check sum is wrong: the file was changed after it was written")
+            sae = MLSAE(config)
+            sae.load_state_dict(tensors)
+            store, trainer = (json.loads(header[name]) for name in ("store", "trainer"))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
+            raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None
+    check_weights(sae.state_dict(), str(path))
+    check_records(store, trainer, str(path))
+    return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
+
+
+def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
+    """One weights file, whose name says its format; `shown` is what the user calls it."""
+    name = shown or str(path)
+    foreign = _foreign_format(path)
+    if foreign is None:
+        checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+        layers = checkpoint.store.get("layers")
+        return checkpoint.sae, Origin(
+            format="residscope",
+            path=name,
+            stored_dtype="float32",
+            model=checkpoint.store.get("model"),
+            layers=None if layers is None else tuple(layers),
+            store=checkpoint.store,
+            trainer=checkpoint.trainer,
+        )
+    layout = LAYOUTS[foreign]
+    config = _read_json(path.with_name(layout.config_file))
+    try:
+        with _open(path) as file:
+            parsed = layout.parse(file, config, name)
+    except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
+        raise IncompatibleError(f"{name}: {layout.config_file} says what cannot be: {_one_line(error)}") from None
+    check_weights(parsed.sae.state_dict(), name)
+    notes = parsed.notes
+    if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:
+        notes = (f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",)
+    known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers and [*parsed.layers]}
+    store = parsed.store or {key: value for key, value in known.items() if value is not None}
+    return parsed.sae, Origin(
+        format=foreign,
+        path=name,
+        stored_dtype=parsed.stored_dtype,
+        model=store.get("model"),
+        layers=tuple(store["layers"]) if store.get("layers") else None,
+        store=store,
+        trainer={"finished": True, "converted_from": {"format": foreign, "path": name}},
+        notes=notes,
+    )
+
+
+def _foreign_format(path: Path) -> ForeignFormat | None:
+    for name, layout in LAYOUTS.items():
+        if path.name == layout.weights_file:
+            return name
+    return None
+
+
+def _known_files() -> tuple[str, ...]:
+    return (EXPORT, CHECKPOINT, *(layout.weights_file for layout in LAYOUTS.values()))
+
+
+def _formats_in(folder: Path) -> list[Path]:
+    """The weights files directly in `folder`; of our own two, the checkpoint."""
+    found = [folder / name for name in _known_files() if (folder / name).is_file()]
+    return [path for path in found if path.name != EXPORT] or found
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Sub-folders, at any depth, that hold an autoencoder or (of a hub repository) so far only its configuration."""
+    wanted = {*_known_files(), "cfg.json"}
+    found = {path.parent for path in folder.rglob("*") if path.name in wanted and path.parent != folder}
+    return sorted((path.relative_to(folder).as_posix() for path in found), key=_natural)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.10 after layers.9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.replace("_", ".").split(".")]
+
+
+def _only_subfolder(folder: Path, source: str) -> tuple[Path, list[Path]]:
+    names = _subfolders(folder)
+    if len(names) > 1:
+        raise UsageError(f"{source}: holds {len(names)} autoencoders: choose a sub-folder: {listed(names)}")
+    return (folder / names[0], _formats_in(folder / names[0])) if names else (folder, [])
+
+
+def _fetch(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
+    """The files of one autoencoder on the hub; without `subfolder` and with none at the top, all the configurations."""
+    files = [*_known_files(), *{layout.config_file for layout in LAYOUTS.values()}]
+    if subfolder:
+        return fetch(repo_id, revision=revision, patterns=[f"{subfolder.strip('/')}/{name}" for name in files])
+    folder = fetch(repo_id, revision=revision, patterns=files)
+    if not _formats_in(folder):
+        folder = fetch(repo_id, revision=revision, patterns=["*/cfg.json"])
+        names = _subfolders(folder)
+        if len(names) == 1:
+            folder = fetch(repo_id, revision=revision, patterns=[f"{names[0]}/{name}" for name in files])
+    return folder
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise IncompatibleError(f"{path}: not a whole safetensors file ({_one_line(error)})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IncompatibleError(f"{path}: missing; the weights beside it cannot be read without it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise IncompatibleError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise IncompatibleError(f"{path}: should be a JSON object, it is a {type(found).__name__}")
+    return found
+
+
+def _prepare(paths: Sequence[Path], overwrite: bool) -> None:
+    folder = paths[0].parent
+    if folder.suffix in (".pt", ".safetensors") or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"{folder}: give a folder to write into; the files' names are the format's own")
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path}: is there already; choose another folder, or overwrite it (--overwrite)")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """`value` without what JSON has no word for (tensors, arrays), as a header is for people and other programs."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if _is_plain(item)}
+    return [_plain(item) for item in value if _is_plain(item)] if isinstance(value, list | tuple) else value
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, Mapping, list, tuple))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,206 @@
+"""Autoencoders on the Hugging Face hub: fetching only the files of one, describing it in a model card, and uploading.
+
+What is on the hub is read through `huggingface_hub`, cache and `HF_HUB_OFFLINE` included; nothing is fetched for a
+local path. Not here: what the files mean (`train.formats.layouts`).
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from residscope.errors import ResidscopeError, UsageError
+from train.model import Checkpoint
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""owner/name; whether there is such a repository, only the hub knows."""
+
+UPLOADED = ("*.safetensors", "*.json", "*.jsonl", "*.md", "*.png")
+"""What goes to the hub: no `ckpt.pt`, which may hold the optimiser's state and is not read by others."""
+
+
+def fetch(repo_id: str, *, revision: str | None = None, patterns: Sequence[str]) -> Path:
+    """The local folder with those files of hub repository `repo_id` that match `patterns`; files it lacks are no error.
+
+    Raises `UsageError` where there is no such repository or revision, `ResidscopeError` where it may not be read, or
+    without a network (and no cached copy).
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    kind = ResidscopeError
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+    except GatedRepoError:
+        reason = "its owner asks for consent: give it on the model's page and log in with `hf auth login`"
+    except RevisionNotFoundError:
+        kind, reason = UsageError, "the repository has no such revision"
+    except RepositoryNotFoundError:
+        kind, reason = UsageError, "the hub has no such repository (a private one needs `hf auth login`)"
+    except ValueError as error:  # no valid repository id
+        kind, reason = UsageError, _first_line(error)
+    except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
+        reason = (
+            f"it is not in the local cache and the hub cannot be reached ({_first_line(error)}): connect, or copy the "
+            "folder here and give its path"
+        )
+    raise kind(f"{repo_id}{at}: no such local file or folder, and from the hub: {reason}")
+
+
+def push_to_hub(
+    folder: Path, repo_id: str, *, private: bool = False, message: str = "Upload a multi-layer sparse autoencoder"
+) -> str:
+    """Upload the weights, configuration, metrics and card of `folder` to hub repository `repo_id`; its address.
+
+    The repository is made if need be. The account is the one of `hf auth login` or the variable HF_TOKEN. Raises
+    `ResidscopeError` if there is nothing to upload, or when the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    folder = Path(folder)
+    if not any(folder.rglob("*.safetensors")):
+        raise ResidscopeError(f"{folder}: no .safetensors file to upload; `residscope convert` makes one")
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=str(folder), allow_patterns=list(UPLOADED), commit_message=message
+        )
+    except LocalTokenNotFoundError:
+        raise ResidscopeError(f"{repo_id}: not logged in: run `hf auth login`, or set HF_TOKEN") from None
+    except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
+        raise ResidscopeError(f"{repo_id}: the upload failed: {_first_line(error)}") from error
+    return f"https://huggingface.co/{repo_id}"
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last training line of a metrics file, with the last validation line below "validation"; {} without a file."""
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # a line that a crash cut short
+        if line.get("split") == "validation":
+            found["validation"] = line
+        else:
+            found = {**line, **({"validation": found["validation"]} if "validation" in found else {})}
+    return found
+
+
+def model_card(
+    checkpoint: Checkpoint,
+    metrics: Mapping[str, Any],
+    *,
+    notes: Sequence[str] = (),
+    license: str = "unknown",
+    repo_id: str = "OWNER/NAME",
+    subfolder: str = "",
+) -> str:
+    """A README.md for the hub: what the autoencoder is, what it was trained on, how well it does, how to use it.
+
+    metrics: a line of `ckpt.metrics.jsonl` (keys of design.md), best with its validation line under "validation", as
+    `last_metrics` gives it. notes: what a format could not say. license: of the weights. repo_id, subfolder: where it
+    goes. What is not known is said not to be recorded.
+    """
+    config, store = checkpoint.config, checkpoint.store
+    model = store.get("model")
+    front = {
+        "library_name": "residscope",
+        "license": license,
+        "tags": ["sparse-autoencoder", "multi-layer-sae", "interpretability", "arxiv:2409.04185"],
+        **({"base_model": model} if isinstance(model, str) and HUB_ID.fullmatch(model) else {}),
+    }
+    layers = store.get("layers")
+    rows = {
+        "transformer": model,
+        "layers": ", ".join(map(str, layers)) if layers else None,
+        "tuned lens": store.get("lens") or ("none" if "lens" in store else None),
+        "data set": store.get("dataset"),
+        "store": store.get("path"),
+        "store content hash": store.get("content_hash"),
+        "validation documents": _validation(store.get("validation")),
+        "vectors trained on": metrics.get("vectors"),
+        "tokens trained on": metrics.get("tokens"),
+        "steps": metrics.get("step", checkpoint.trainer.get("step")),
+    }
+    shape = {
+        "d_model": config.d_model,
+        "n_latents": config.n_latents,
+        "expansion factor": f"{config.n_latents / config.d_model:g}",
+        "k": config.k,
+        "activation": config.activation,
+        "standardisation": {"vector": "each vector by its own mean and standard deviation"}.get(
+            config.standardize, config.standardize
+        ),
+    }
+    where = repr(repo_id) + (f", subfolder={subfolder!r}" if subfolder else "")
+    title = f"Multi-layer sparse autoencoder{f' for {model}' if model else ''}"
+    parts = [
+        "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
+        f"# {title}",
+        f"One sparse autoencoder ({_NAMES[config.activation]}) for the residual stream (the output of each transformer "
+        "block) of all the layers below (Lawson et al., *Residual Stream Analysis with Multi-Layer SAEs*, ICLR 2025, "
+        "arXiv 2409.04185).",
+        "## The autoencoder\n\n" + _table(shape),
+        "## Its data\n\n" + _table(rows),
+        "## How well it does\n\n" + _metrics_table(metrics),
+        *(["## Mind\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else []),
+        "## Use\n\n```python\nfrom train.formats import read_sae\n\n"
+        f"sae, origin = read_sae({where})  # or a folder\n"
+        "out = sae(vectors)  # raw block outputs [N, d_model]; out.codes, out.x_hat\n```\n\n"
+        f"`analyze --store acts.zarr --sae {repo_id}` measures how its latents spread over layers.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_NAMES = {
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "matryoshka": "Matryoshka BatchTopK",
+    "jumprelu": "JumpReLU",
+    "relu": "ReLU",
+}
+
+
+def _metrics_table(metrics: Mapping[str, Any]) -> str:
+    splits = {"training": metrics, "validation": metrics.get("validation") or {}}
+    names = {
+        "fvu": "FVU, mean over layers (lower is better)",
+        "l0": "L0, active latents per vector",
+        "dead_fraction": "dead latents, share",
+    }
+    rows = {
+        f"{text}, {split}": f"{line[name]:.4g}"
+        for split, line in splits.items()
+        for name, text in names.items()
+        if isinstance(line.get(name), int | float)
+    }
+    if not rows:
+        return "Not recorded."
+    per_layer = splits["validation"].get("fvu_per_layer") or metrics.get("fvu_per_layer")
+    if per_layer:
+        which = "validation" if splits["validation"].get("fvu_per_layer") else "training"
+        rows[f"FVU by layer, {which}"] = ", ".join("-" if fvu is None else f"{fvu:.3f}" for fvu in per_layer)
+    return _table(rows)
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [f"| {name} | {'not recorded' if value is None else value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _validation(found: Any) -> str | None:
+    if not isinstance(found, dict) or "fraction" not in found:
+        return None
+    return f"{found['fraction']:g} of {found.get('n_documents', 'the')} documents held out, seed {found.get('seed')}"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(". ") if text else type(error).__name__

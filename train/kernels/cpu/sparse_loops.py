@@ -1,0 +1,168 @@
+"""What follows the codes: decoder, gradients, and the optimiser's step, row by row: compiled loops.
+
+- A decoded row and a row of a weight gradient are the same thing, a weighted sum of rows picked by number ("bag"), over
+  a batch row's latents in the one case and a latent's batch rows in the other. Four picked rows are added at a time, so
+  that the sum is loaded and stored a quarter as often; nothing of size [N, k, D] is made.
+- The (row, latent) pairs are sorted by latent with a counting sort, which is stable: within a latent the rows ascend,
+  so every sum has one order. Pairs whose coefficients are both zero are left out.
+- Adam, the projection before it and the normalisation after it take a row while it is in the core's cache.
+
+Sums are vectorised, in an order that depends on the processor's vector width and on nothing else of the machine.
+
+Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P <= N * k pairs.
+"""
+
+import numpy as np
+
+from train.kernels.cpu.compiling import compiled, inlined
+
+
+@inlined
+def _bag(coefficients, picked, first, last, rows, out):
+    """out [D] = the sum over p in first..last of coefficients[p] * rows[picked[p]]."""
+    for d in range(out.size):
+        out[d] = 0
+    fours = first + (last - first) // 4 * 4
+    for p in range(first, fours, 4):
+        a, b, c, d = coefficients[p], coefficients[p + 1], coefficients[p + 2], coefficients[p + 3]
+        row_a, row_b, row_c, row_d = rows[picked[p]], rows[picked[p + 1]], rows[picked[p + 2]], rows[picked[p + 3]]
+        for i in range(out.size):
+            out[i] += (a * row_a[i] + b * row_b[i]) + (c * row_c[i] + d * row_d[i])
+    for p in range(fours, last):
+        a = coefficients[p]
+        row_a = rows[picked[p]]
+        for i in range(out.size):
+            out[i] += a * row_a[i]
+
+
+@inlined
+def _dot(a, b):
+    """<a, b> of two rows [D]."""
+    total = a.dtype.type(0)
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@inlined
+def _dots(row, picked, first, last, rows, out):
+    """out[p - first] = <row, rows[picked[p]]> for p in first..last: what `_bag` is to a sum."""
+    fours = first + (last - first) // 4 * 4
+    for p in range(first, fours, 4):
+        row_a, row_b, row_c, row_d = rows[picked[p]], rows[picked[p + 1]], rows[picked[p + 2]], rows[picked[p + 3]]
+        a = b = c = d = row.dtype.type(0)
+        for i in range(row.size):
+            a += row[i] * row_a[i]
+            b += row[i] * row_b[i]
+            c += row[i] * row_c[i]
+            d += row[i] * row_d[i]
+        out[p - first], out[p + 1 - first], out[p + 2 - first], out[p + 3 - first] = a, b, c, d
+    for p in range(fours, last):
+        out[p - first] = _dot(row, rows[picked[p]])
+
+
+@compiled
+def decode_rows(start, stop, values, indices, W_dec, out):
+    """out[n] = sum_k values[n, k] W_dec[indices[n, k]] for n in start..stop."""
+    k = values.shape[1]
+    flat_values, flat_indices = values.ravel(), indices.ravel()
+    for n in range(start, stop):
+        _bag(flat_values, flat_indices, n * k, (n + 1) * k, W_dec, out[n])
+
+
+@compiled
+def gradient_rows(start, stop, grad_out, indices, W_dec, out):
+    """out[n, i] = <grad_out[n], W_dec[indices[n, i]]> for n in start..stop."""
+    k = indices.shape[1]
+    flat_indices = indices.ravel()
+    for n in range(start, stop):
+        _dots(grad_out[n], flat_indices, n * k, (n + 1) * k, W_dec, out[n])
+
+
+@compiled
+def reconstruct_rows(start, stop, values, indices, W_dec, centred, weight, error, grad_out, squared, value_grads):
+    """Decoder, error, and the gradients of weight[n] |error[n]|^2, for n in start..stop, while a row's latents are hot.
+
+    error [N, D] = centred - decoded; grad_out [N, D] = -2 weight error; squared [N] = |error|^2; value_grads [N, k] =
+    <grad_out, W_dec of the latent> where the value is positive, else 0.
+    """
+    k = values.shape[1]
+    flat_values, flat_indices = values.ravel(), indices.ravel()
+    for n in range(start, stop):
+        row_error, row_grad = error[n], grad_out[n]
+        width = k  # without the zeros behind: where the number of active latents varies, most of a row
+        while width > 0 and values[n, width - 1] == 0:
+            width -= 1
+        _bag(flat_values, flat_indices, n * k, n * k + width, W_dec, row_error)
+        scale = -2 * weight[n]
+        for i in range(row_error.size):
+            difference = centred[n, i] - row_error[i]
+            row_error[i] = difference
+            row_grad[i] = scale * difference
+        squared[n] = _dot(row_error, row_error)
+        _dots(row_grad, flat_indices, n * k, n * k + width, W_dec, value_grads[n])
+        for i in range(k):
+            if values[n, i] <= 0:
+                value_grads[n, i] = 0
+
+
+@compiled
+def sort_pairs(indices, first, second, starts, order):
+    """Stable counting sort of the pairs by latent: indices, two coefficients [N * k] -> starts [M + 1], order [P].
+
+    Latent j's pairs are order[starts[j]:starts[j + 1]], numbers n * k + i that ascend; those of two zeros are left out.
+    """
+    starts[:] = 0
+    for pair in range(indices.size):
+        starts[indices[pair] + 1] += (first[pair] != 0) | (second[pair] != 0)
+    for j in range(1, starts.size):
+        starts[j] += starts[j - 1]
+    free = starts[:-1].copy()
+    for pair in range(indices.size):
+        if (first[pair] != 0) | (second[pair] != 0):
+            latent = indices[pair]
+            order[free[latent]] = pair
+            free[latent] += 1
+
+
+@compiled
+def weight_rows(start, stop, starts, order, k, coefficients, rows, out, sums):
+    """For j in start..stop, over latent j's pairs: out[j] = sum of coefficient * rows[n]; sums[j] = of coefficients."""
+    base = starts[start]
+    picked = np.empty(starts[stop] - base, np.int64)
+    chosen = np.empty(starts[stop] - base, coefficients.dtype)
+    for p in range(picked.size):
+        pair = order[base + p]
+        picked[p] = pair // k
+        chosen[p] = coefficients[pair]
+    for j in range(start, stop):
+        first, last = starts[j] - base, starts[j + 1] - base
+        _bag(chosen, picked, first, last, rows, out[j])
+        total = sums.dtype.type(0)
+        for p in range(first, last):
+            total += chosen[p]
+        sums[j] = total
+
+
+@compiled
+def adam_rows(
+    start, stop, weight, grad, exp_avg, exp_avg_sq, scale, step_size, beta1, beta2, correction, epsilon, unit_rows
+):
+    """Adam on rows start..stop, in place, with scale * grad; `train.kernels.interface.adam_rows` says what `unit_rows`
+    adds."""
+    number = weight.dtype.type
+    new_1, keep_2, new_2 = number(1 - beta1), number(beta2), number(1 - beta2)
+    scale, step_size = number(scale), number(step_size)
+    correction, epsilon = number(correction), number(epsilon)
+    for j in range(start, stop):
+        w, m, v = weight[j], exp_avg[j], exp_avg_sq[j]
+        along = scale * _dot(grad[j], w) if unit_rows else number(0)
+        for i in range(w.size):
+            g = scale * grad[j, i] - along * w[i]
+            m[i] += new_1 * (g - m[i])
+            v[i] = keep_2 * v[i] + new_2 * (g * g)
+            w[i] -= step_size * m[i] / (np.sqrt(v[i]) / correction + epsilon)
+        if unit_rows:
+            norm = np.sqrt(_dot(w, w))
+            for i in range(w.size):
+                w[i] /= norm

@@ -1,0 +1,272 @@
+"""The k largest of each row, exactly, at about the speed of reading the row once: compiled loops.
+
+1. One pass over the row takes the maximum of each block of 64 latents.
+2. The k-th largest block maximum bounds the k-th largest latent from below: k blocks hold a latent that reaches it.
+3. Only blocks that reach the bound are looked at again, for the latents that reach it: a few more than k.
+4. Those are sorted, and the first k are the answer.
+
+Numbers are compared as integers: the bits of floats that are not negative, read as an integer, are in the floats'
+order. A row in which fewer than k block maxima are positive, or which holds a NaN, is first mapped to integers that are
+in order for every float and take NaN for the largest (as torch.topk does), and its bound is found over the latents
+themselves. Bounds are built bit by bit from the top, by counting the entries that reach them.
+
+Order of the result: largest first, equal values by ascending latent (-0 equals +0, and one NaN another).
+
+Shapes: N rows, M n_latents, k. "Keys" are signed integers of the floats' width (int16 for bfloat16, int32, int64).
+"""
+
+import numpy as np
+from numba.cpython.unsafe.numbers import trailing_zeros
+
+from train.kernels.cpu.compiling import compiled, inlined
+
+_BLOCK = 64  # one bit of a 64-bit mask a latent
+_GROUP = 8  # latents of a group, where blocks are too few: those of one lane in a block
+_RUN = 64  # keys that are sorted by counting rather than by merging
+
+
+@compiled
+def topk_rows(start, stop, bits, k, infinity, values, indices):
+    """Rows start..stop of: bits [N, M] of the pre-activations -> the bits of values [N, k] after ReLU, indices [N, k].
+
+    `infinity` is the key of +inf. `values` is of the keys' type, or int32 where the keys are int16: bfloat16's bits
+    become float32's.
+    """
+    n_latents = bits.shape[1]
+    n_blocks = -(-n_latents // _BLOCK)
+    sign_bit = 8 * bits.itemsize - 1
+    largest = bits.dtype.type((1 << sign_bit) - 1)
+    shift = 8 * (values.itemsize - bits.itemsize)
+    maxima = np.empty(n_blocks, bits.dtype)
+    groups = np.empty(n_latents // _GROUP + _BLOCK, bits.dtype)
+    ordered = np.empty(n_latents, bits.dtype)
+    keys = np.empty(n_latents + _RUN, bits.dtype)
+    latents = np.empty(n_latents, np.int32)
+    sorted_keys = np.empty(n_latents, bits.dtype)
+    sorted_latents = np.empty(n_latents, np.int32)
+
+    for n in range(start, stop):
+        row = bits[n]
+        magnitude = _block_maxima(row, largest, maxima)
+        bound = bits.dtype.type(0)
+        if magnitude <= infinity and k <= n_latents // _GROUP:
+            parts, n_parts = maxima, n_blocks
+            if k > n_blocks // 2:
+                parts, n_parts = groups, _group_maxima(row, groups)
+            bound = kth_largest(parts, n_parts, k, sign_bit, k >> 3)
+        if bound <= 0:
+            for j in range(n_latents):
+                size = bits.dtype.type(row[j] & largest)
+                key = bits.dtype.type(-size) if row[j] < 0 else size
+                ordered[j] = largest if size > infinity else key
+            row = ordered
+            _block_maxima(row, largest, maxima)
+            bound = kth_largest(row, n_latents, k, sign_bit, 0)
+
+        found = 0
+        for b in range(n_blocks):
+            if maxima[b] >= bound:
+                found = _take_block(row, b * _BLOCK, bound, keys, latents, found)
+        if found > k and found > _RUN:
+            found = cut_to_largest(keys, latents, found, k, kth_largest(keys, found, k, sign_bit, 0))
+        sort_candidates(keys, latents, found, sorted_keys, sorted_latents)
+        for i in range(k):
+            key = sorted_keys[i]
+            values[n, i] = values.dtype.type(key if key > 0 else 0) << shift
+            indices[n, i] = sorted_latents[i]
+
+
+@compiled
+def keep_rows(start, stop, bits, k, infinity, out):
+    """Rows start..stop of out [N, M] (which may be `bits`): ReLU of the row, with all but its k largest set to zero.
+
+    Of equal entries the lowest latents stay; any NaN becomes the same NaN, the largest of all.
+    """
+    n_latents = bits.shape[1]
+    sign_bit = 8 * bits.itemsize - 1
+    largest = bits.dtype.type((1 << sign_bit) - 1)
+    zero = bits.dtype.type(0)
+    keys = np.empty(n_latents, bits.dtype)
+    for n in range(start, stop):
+        row, kept = bits[n], out[n]
+        for j in range(n_latents):
+            size = bits.dtype.type(row[j] & largest)
+            key = row[j] if row[j] > 0 else zero
+            keys[j] = largest if size > infinity else key
+        bound = kth_largest(keys, n_latents, k, sign_bit, 0)
+        if count_reaching(keys, n_latents, bound) <= k:
+            for j in range(n_latents):
+                kept[j] = keys[j] if keys[j] >= bound else zero
+            continue
+        spare = k
+        for j in range(n_latents):
+            spare -= keys[j] > bound
+        for j in range(n_latents):
+            tied = keys[j] == bound and spare > 0
+            spare -= tied
+            kept[j] = keys[j] if tied or keys[j] > bound else zero
+
+
+@inlined
+def _block_maxima(row, largest, maxima):
+    """Fill maxima [n_blocks] with the largest key of each block; returns the largest bits but for the sign."""
+    magnitude = row.dtype.type(0)
+    whole = row.size // _BLOCK
+    for b in range(whole):
+        block = row[b * _BLOCK : (b + 1) * _BLOCK]
+        best = block[0]
+        for i in range(_BLOCK):
+            key = block[i]
+            best = key if key > best else best
+            size = row.dtype.type(key & largest)
+            magnitude = size if size > magnitude else magnitude
+        maxima[b] = best
+    if whole < maxima.size:
+        best = row[whole * _BLOCK]
+        for j in range(whole * _BLOCK, row.size):
+            key = row[j]
+            best = key if key > best else best
+            size = row.dtype.type(key & largest)
+            magnitude = size if size > magnitude else magnitude
+        maxima[whole] = best
+    return magnitude
+
+
+@inlined
+def _group_maxima(row, groups):
+    """Fill groups with the largest key of every eighth latent of each whole block, then with the rest of the row."""
+    whole = row.size // _BLOCK
+    for b in range(whole):
+        block = row[b * _BLOCK : (b + 1) * _BLOCK]
+        lanes = groups[b * _GROUP : (b + 1) * _GROUP]
+        for i in range(_GROUP):
+            best = block[i]
+            for step in range(_GROUP, _BLOCK, _GROUP):
+                key = block[step + i]
+                best = key if key > best else best
+            lanes[i] = best
+    filled = whole * _GROUP
+    for j in range(whole * _BLOCK, row.size):
+        groups[filled] = row[j]
+        filled += 1
+    return filled
+
+
+@inlined
+def kth_largest(keys, n, k, sign_bit, slack):
+    """A bound that at least k of keys[:n] reach: the k-th largest key, or less if at most k + slack reach it."""
+    one = keys.dtype.type(1)
+    bound = keys.dtype.type(one << sign_bit)  # the smallest key
+    for bit in range(sign_bit, -1, -1):
+        trial = keys.dtype.type(bound ^ (one << bit))  # the first trial is 0, later ones set a bit
+        reached = count_reaching(keys, n, trial)
+        if reached >= k:
+            bound = trial
+            if reached <= k + slack:
+                break
+    return bound
+
+
+@inlined
+def count_reaching(keys, n, bound):
+    """How many of keys[:n] reach the bound."""
+    count = np.int32(0)
+    for i in range(n):
+        count = np.int32(count + np.int32(keys[i] >= bound))
+    return count
+
+
+@inlined
+def _take_block(row, start, bound, keys, latents, found):
+    """Append the keys of the block at `start` that reach the bound; returns how many there are now.
+
+    The 64 comparisons become the bits of a mask, which compilers know how to vectorise; hits are rare.
+    """
+    block = row[start : min(start + _BLOCK, row.size)]
+    hits = np.uint64(0)
+    if block.size == _BLOCK:
+        for i in range(_BLOCK):
+            hits |= np.uint64(block[i] >= bound) << np.uint64(i)
+    else:
+        for i in range(block.size):
+            hits |= np.uint64(block[i] >= bound) << np.uint64(i)
+    while hits != 0:
+        i = trailing_zeros(hits)  # pyright: ignore[reportCallIssue]  numba passes its typing context itself
+        keys[found] = block[i]
+        latents[found] = start + i
+        found += 1
+        hits &= hits - np.uint64(1)
+    return found
+
+
+@inlined
+def cut_to_largest(keys, latents, n, k, bound):
+    """Keep the k largest of keys[:n] in place, `bound` being the k-th; of those equal to it, the first. Returns k."""
+    spare = k
+    for i in range(n):
+        spare -= keys[i] > bound
+    kept = 0
+    for i in range(n):
+        if keys[i] > bound or (keys[i] == bound and spare > 0):
+            spare -= keys[i] == bound
+            keys[kept] = keys[i]
+            latents[kept] = latents[i]
+            kept += 1
+    return kept
+
+
+@inlined
+def sort_candidates(keys, latents, n, sorted_keys, sorted_latents):
+    """Sort keys[:n] and their latents, largest first, ties in order; uses up keys, which has room for runs of 64."""
+    _sort_runs(keys, latents, n, sorted_keys, sorted_latents)
+    _merge_runs(sorted_keys, sorted_latents, n, keys, latents)
+
+
+@inlined
+def _sort_runs(keys, latents, n, sorted_keys, sorted_latents):
+    """Sort each run of 64, largest first, ties in order: a key's place is how many keys of its run go before it.
+
+    keys has room for whole runs, and what lies beyond n is overwritten.
+    """
+    smallest = keys.dtype.type(keys.dtype.type(1) << (8 * keys.itemsize - 1))
+    equals_placed = np.empty(_RUN, np.int32)  # by place
+    for start in range(0, n, _RUN):
+        size = min(_RUN, n - start)
+        run = keys[start : start + _RUN]
+        for i in range(_RUN):
+            equals_placed[i] = 0
+        for i in range(size, _RUN):
+            run[i] = smallest
+        for i in range(size):
+            key = run[i]
+            place = np.int32(0)
+            for j in range(_RUN):  # a fixed length, which compilers vectorise whole
+                place = np.int32(place + np.int32(run[j] > key))
+            equals_placed[place] += 1
+            place += equals_placed[place] - 1
+            sorted_keys[start + place] = key
+            sorted_latents[start + place] = latents[start + i]
+
+
+@inlined
+def _merge_runs(keys, latents, n, spare_keys, spare_latents):
+    """Merge sorted runs of 64 into one, in place; of equal keys, those of the earlier run first."""
+    width = _RUN
+    while width < n:
+        for start in range(0, n, 2 * width):
+            middle = min(start + width, n)
+            end = min(start + 2 * width, n)
+            left, right = start, middle
+            for out in range(start, end):
+                if right >= end or (left < middle and keys[left] >= keys[right]):
+                    spare_keys[out] = keys[left]
+                    spare_latents[out] = latents[left]
+                    left += 1
+                else:
+                    spare_keys[out] = keys[right]
+                    spare_latents[out] = latents[right]
+                    right += 1
+        for i in range(n):
+            keys[i] = spare_keys[i]
+            latents[i] = spare_latents[i]
+        width *= 2

@@ -1,0 +1,77 @@
+"""What an autoencoder is, apart from its weights. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from residscope.errors import UsageError
+
+Activation = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu"]
+Standardize = Literal["vector", "layer", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """What an autoencoder is, apart from its weights."""
+
+    d_model: int
+    """Width of the residual stream."""
+
+    n_latents: int
+    """Number of latents of the dictionary; expansion factor times d_model."""
+
+    k: int
+    """Active latents a vector: topk at most, batchtopk and matryoshka in the mean over a training batch, jumprelu and
+    relu what training aimed at, or 0 where that is not known."""
+
+    standardize: Standardize = "vector"
+    """"vector": each vector loses its own mean and is divided by its own standard deviation; "layer": each layer has
+    one mean vector and one scale for all its vectors; "none": as they are."""
+
+    activation: Activation = "topk"
+    """How latents are chosen: see `train.objective.variants`."""
+
+    encoder_bias: bool = False
+    """Whether a bias is added to the pre-activations."""
+
+    apply_b_dec_to_input: bool = True
+    """Whether b_pre, which the decoder adds, is also subtracted from the encoder's input."""
+
+    prefixes: tuple[int, ...] = ()
+    """matryoshka: the first so many latents must reconstruct on their own; increasing, the last is n_latents."""
+
+    layers: tuple[int, ...] = ()
+    """The model's numbers of the layers that have a mean and scale of their own, where standardize is "layer"."""
+
+    def __post_init__(self) -> None:
+        k_optional = self.activation in ("jumprelu", "relu")
+        for name, least in (("d_model", 1), ("n_latents", 1), ("k", 0 if k_optional else 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} should be at least {least}, found {getattr(self, name)}")
+        if self.k > self.n_latents:
+            raise UsageError(
+                f"k is {self.k}, but there are only {self.n_latents} latents: lower k, or raise the expansion factor"
+            )
+        if (self.standardize == "layer") != bool(self.layers):
+            raise UsageError(f"layers are {list(self.layers)} where standardize is {self.standardize!r}")
+        if self.activation == "matryoshka":
+            sizes = (0, *self.prefixes)
+            if len(sizes) == 1 or sizes[-1] != self.n_latents or any(a >= b for a, b in zip(sizes, sizes[1:])):  # noqa: B905, RUF007
+                raise UsageError(
+                    f"prefixes should increase from at least 1 to n_latents {self.n_latents}, found "
+                    f"{' '.join(map(str, self.prefixes)) or 'none'}"
+                )
+        elif self.prefixes:
+            raise UsageError(f"prefixes are for activation 'matryoshka', not for {self.activation!r}")
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "SAEConfig":
+        """From what `dataclasses.asdict` gave, JSON's lists in place of tuples included."""
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**plain)
+
+
+def default_prefixes(n_latents: int) -> tuple[int, ...]:
+    """Groups of 1/32, 1/16, 1/8, 1/4 and the rest of the latents, as Bussmann et al. 2025 have them."""
+    sizes = [round(n_latents * share / 32) for share in (1, 3, 7, 15, 32)]
+    return tuple(sorted({size for size in sizes if size > 0}))

@@ -1,0 +1,272 @@
+"""From codes to the loss and its gradients: three backward passes, of which each variant takes one.
+
+    sparse_pass   codes that were chosen already; all that follows touches the active pairs only
+    nested_pass   the same, where several partial sums of the codes must each reconstruct the vector
+    dense_pass    a threshold of each latent's own: any number may be active, so tiles of dense products
+
+With c_n the row's weight, e = target - decoded, and G = d loss / d x_hat = -2 c e, a pair's gradient is g = <G,
+W_dec[j]> where it is active. Not here: which latents are active (`train.kernels.encode`, `train.objective.variants`),
+AuxK and b_pre's gradient, which are the same for all (`train.objective.step`).
+
+Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row at most, B blocks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.kernels.encode import tiles
+from train.kernels.interface import Kernels, SparseCodes, WeightGradients
+from train.kernels.products import result_dtype
+from train.objective.losses import FIRING_THRESHOLD
+from train.objective.weights import Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassInputs:
+    """What every pass reads."""
+
+    inputs: Tensor
+    """[N, D] the encoder's inputs."""
+
+    target: Tensor
+    """[N, D] what the active decoder rows should add up to: x_std - b_pre."""
+
+    row_weight: Tensor
+    """[N] c_n."""
+
+    weights: Weights
+    """The autoencoder's."""
+
+    product_dtype: torch.dtype
+    """Type of the encoder's product, and of a dense pass's other four."""
+
+    tile_bytes: int
+    """Pre-activations held at once."""
+
+    kernels: Kernels
+    """The sparse pieces."""
+
+    out: WeightGradients | None
+    """Memory for the weights' gradients."""
+
+
+class MainPass(NamedTuple):
+    """The main loss of a batch, without AuxK, and its gradients."""
+
+    loss: Tensor
+    """Scalar: reconstruction, sum_n c_n |e_n|^2, over all nested reconstructions where there are several."""
+
+    sparsity: Tensor
+    """Scalar: the sparsity term, coefficient included; zero where the codes are sparse by choice."""
+
+    error: Tensor
+    """[N, D] target - decoded, of the whole code."""
+
+    squared: Tensor
+    """[N] |error|^2."""
+
+    grad_out: Tensor
+    """[N, D] d loss / d x_hat, summed over nested reconstructions."""
+
+    gradients: WeightGradients
+    """W_enc, W_dec, and for each latent the sum over rows of d loss / d z."""
+
+    log_threshold: Tensor | None
+    """[M] gradient, where there is one."""
+
+    codes: SparseCodes | None
+    """Active latents of the rows; None of a dense pass."""
+
+    active: Tensor
+    """int64 scalar: active pairs."""
+
+    fired: Tensor
+    """The latents with an activation above `FIRING_THRESHOLD`: bool [M], or their numbers with repeats."""
+
+
+def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
+    """Loss and gradients of codes [N, w]."""
+    kernels, W_dec = given.kernels, given.weights.W_dec
+    main = kernels.reconstruct(codes.values, codes.indices, W_dec, given.target, given.row_weight)
+    gradients = kernels.weight_gradients(
+        codes.values, main.value_grads, codes.indices, main.grad_out, given.inputs, len(W_dec), out=given.out
+    )
+    loss = given.row_weight @ main.squared
+    return MainPass(
+        loss=loss,
+        sparsity=loss.new_zeros(()),
+        error=main.error,
+        squared=main.squared,
+        grad_out=main.grad_out,
+        gradients=gradients,
+        log_threshold=None,
+        codes=codes,
+        active=codes.values.count_nonzero(),
+        fired=_fired(codes),
+    )
+
+
+class Block(NamedTuple):
+    """A part of the codes, and how much the reconstruction by all blocks up to it counts."""
+
+    codes: SparseCodes
+    """[N, w_b]"""
+
+    weight: float
+    """Factor of this reconstruction's squared error in the loss."""
+
+
+def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: PassInputs) -> MainPass:
+    """Loss and gradients where block b's pairs take part in the reconstructions b, b + 1, ..., B - 1.
+
+    whole: which reconstruction's error is reported, and goes to AuxK; codes: the code that belongs to it.
+    """
+    kernels, W_dec = given.kernels, given.weights.W_dec
+    remaining, errors = given.target, []
+    for block in blocks:
+        remaining = remaining - kernels.decode(block.codes.values, block.codes.indices, W_dec)
+        errors.append(remaining)
+    squares = [error.square().sum(dim=1) for error in errors]
+    loss = given.row_weight.new_zeros(())
+    for block, squared in zip(blocks, squares, strict=True):
+        loss = loss + block.weight * (given.row_weight @ squared)
+
+    out = given.out or _fresh(given)
+    gradients = [tensor.zero_() for tensor in out]
+    grad_out = torch.zeros_like(given.target)
+    for block, error in zip(reversed(blocks), reversed(errors), strict=True):
+        grad_out = grad_out + error * (-2 * block.weight * given.row_weight).unsqueeze(1)
+        values, indices = block.codes
+        value_grads = kernels.activation_gradient(grad_out, indices, W_dec).masked_fill_(values <= 0, 0)
+        part = kernels.weight_gradients(values, value_grads, indices, grad_out, given.inputs, len(W_dec))
+        for total, one in zip(gradients, part, strict=True):
+            total += one
+    return MainPass(
+        loss=loss,
+        sparsity=loss.new_zeros(()),
+        error=errors[whole],
+        squared=squares[whole],
+        grad_out=grad_out,
+        gradients=WeightGradients(*gradients),
+        log_threshold=None,
+        codes=codes,
+        active=codes.values.count_nonzero(),
+        fired=_fired(codes),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """The term that keeps codes sparse where nothing else does."""
+
+    kind: str
+    """l1: coefficient * sum_n c_n sum_j h_nj. l0: coefficient * sum_n c_n L0_n. target: coefficient * (L0 / goal -
+    1)^2, with L0 the batch's mean."""
+
+    coefficient: float
+    """Its weight; for l0 and l1 in the units of a vector's squared error, and of half that over an activation."""
+
+    goal: float
+    """The L0 that target aims at."""
+
+    bandwidth: float
+    """Width of the rectangle in which a pre-activation moves its latent's threshold."""
+
+
+def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
+    """Loss and gradients of h = z where z > threshold, else 0, by tiles of dense products.
+
+    The threshold is exp(log_threshold), trained with straight-through gradients (Rajamanoharan et al. 2024, JumpReLU):
+    with K = 1 where |z - threshold| < bandwidth / 2, else 0,
+
+        d h / d threshold = -(threshold / bandwidth) K        d L0 / d threshold = -(1 / bandwidth) K
+
+    Without thresholds it is 0, and h = ReLU(z).
+    """
+    weights, c, dtype = given.weights, given.row_weight, result_dtype(given.product_dtype)
+    n, m = len(given.inputs), len(weights.W_enc)
+    raw = given.inputs.dtype
+    out = given.out or _fresh(given)
+    for tensor in out:
+        tensor.zero_()
+    error, grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
+    decoder = weights.W_dec.to(dtype)
+    inputs = given.inputs.to(dtype)
+    threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
+    by_value = torch.zeros(m, dtype=raw, device=error.device)  # sum over pairs in the rectangle of g
+    by_count = torch.zeros_like(by_value)  # and of what an active pair adds to the sparsity term
+    count_weight = c if sparsity.kind == "l0" else torch.full_like(c, 1 / n)  # [N]
+    l1 = torch.zeros((), dtype=raw, device=error.device)
+    l0 = torch.zeros_like(c)  # [N]
+    fired = torch.zeros(m, dtype=torch.bool, device=error.device)
+    for part, z in tiles(
+        given.inputs, weights.W_enc, weights.b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes
+    ):
+        near = None
+        if threshold is not None:
+            near = (z - threshold).abs() < sparsity.bandwidth / 2  # [n, M]
+            h = z.masked_fill(z <= threshold, 0).clamp_(min=0)
+        else:
+            h = z.clamp(min=0)
+        active = h > 0
+        error[part] = given.target[part] - (h @ decoder).to(raw)
+        grad_out[part] = error[part] * (-2 * c[part]).unsqueeze(1)
+        out.W_dec.add_(h.t() @ grad_out[part].to(dtype))
+        g = (grad_out[part].to(dtype) @ decoder.t()).to(raw)  # [n, M] d loss / d h
+        if near is not None:
+            by_value += (g * near).sum(dim=0)
+            by_count += count_weight[part] @ near.to(raw)
+        if sparsity.kind == "l1":
+            g += (sparsity.coefficient * c[part]).unsqueeze(1)
+            l1 += c[part] @ h.sum(dim=1, dtype=raw)
+        g.masked_fill_(~active, 0)
+        out.W_enc.add_(g.to(dtype).t() @ inputs[part])
+        out.latent_sums.add_(g.sum(dim=0))
+        l0[part] = active.sum(dim=1).to(raw)
+        fired |= (h > FIRING_THRESHOLD).any(dim=0)
+
+    term, slope = _count_term(l0, c, sparsity)
+    gradient = None
+    if threshold is not None:
+        # d / d log threshold = threshold * d / d threshold
+        gradient = -threshold / sparsity.bandwidth * (threshold * by_value + slope * by_count)
+    squared = error.square().sum(dim=1)
+    return MainPass(
+        loss=c @ squared,
+        sparsity=sparsity.coefficient * l1 if sparsity.kind == "l1" else term,
+        error=error,
+        squared=squared,
+        grad_out=grad_out,
+        gradients=out,
+        log_threshold=gradient,
+        codes=None,
+        active=l0.sum().long(),
+        fired=fired,
+    )
+
+
+def _count_term(l0: Tensor, c: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
+    """The sparsity term of the rows' counts `l0` [N], and its derivative by their sum, weighted as `dense_pass` does.
+
+    Weighted by c for l0 (where the derivative is the coefficient), by 1 / N for target.
+    """
+    coefficient = sparsity.coefficient
+    if sparsity.kind == "target":
+        excess = l0.mean() / sparsity.goal - 1
+        return coefficient * excess.square(), 2 * coefficient * excess / sparsity.goal
+    if sparsity.kind == "l0":
+        return coefficient * (c @ l0), torch.full_like(c.sum(), coefficient)
+    return torch.zeros_like(c.sum()), torch.zeros_like(c.sum())
+
+
+def _fresh(given: PassInputs) -> WeightGradients:
+    W_enc, W_dec = given.weights.W_enc, given.weights.W_dec
+    return WeightGradients(torch.empty_like(W_enc), torch.empty_like(W_dec), W_enc.new_empty(len(W_enc)))
+
+
+def _fired(codes: SparseCodes) -> Tensor:
+    return codes.indices[codes.values > FIRING_THRESHOLD]

@@ -1,0 +1,163 @@
+"""One training step's forward and backward pass, by hand: the loss, and the gradient of every trained tensor.
+
+Forward, in the standardised space where the dictionary lives (c_n is the row's weight in the loss, see
+`train.objective.losses`), here for TopK; the other variants choose otherwise, and some add a term
+(`train.objective.passes`):
+
+    z = (x - b_pre) W_enc^T + b_enc   the one dense product, a tile of rows at a time; z is never kept
+    v, i = ReLU(TopK_k(z))            x_hat = sum_k v_k W_dec[i_k] + b_pre      e = x - x_hat
+    loss = sum_n c_n |e_n|^2 + aux_coef * AuxK
+
+Backward, with G = d loss / d x_hat = -2 c e and g = <G, W_dec[i]> where v > 0:
+
+    d W_dec[j] = sum of v G over the pairs of latent j        d W_enc[j] = sum of g (x - b_pre) over them
+    d b_enc[j] = sum of g over them                           d b_pre    = sum_n G_n  -  sum_j d b_enc[j] W_enc[j]
+
+The second term of d b_pre comes through the encoder's centring, and is absent without it. AuxK adds its own pairs to
+the same sums: its latents are read off the same pre-activations, so they train the encoder as the main ones do.
+
+Not here: which latents are active (`train.objective.variants`), which implementation of the sparse parts is used
+(`train.kernels.interface`), the optimiser (`train.objective.optimizer`).
+
+Shapes: N rows, D d_model, M n_latents, k active latents a row, A dead latents.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.kernels.interface import Kernels, SparseCodes, WeightGradients
+from train.objective.losses import DeadLatents, RowWeights, auxk
+from train.objective.passes import PassInputs
+from train.objective.variants import Variant
+from train.objective.weights import Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What stays the same from step to step, but for what `train.objective.schedule` moves."""
+
+    variant: Variant
+    """How latents are chosen."""
+
+    k: int
+    """Latents that may be active on a row, or that are aimed at."""
+
+    aux_k: int
+    """Dead latents that AuxK may use on a row."""
+
+    aux_coef: float
+    """Weight of AuxK beside the main loss; 0 turns it off."""
+
+    product_dtype: torch.dtype
+    """Type of the encoder's product (and of AuxK's): the weights' own, or bfloat16 where the hardware is fast at it."""
+
+    tile_bytes: int
+    """Pre-activations held at once."""
+
+    multi_topk: bool = False
+    """topk: whether the loss of 4 k latents is added, with an eighth of the weight."""
+
+    sparsity_loss: Literal["target", "penalty"] = "target"
+    """jumprelu: "target": sparsity_coef * (mean L0 / k - 1)^2; "penalty": sparsity_coef for every active latent."""
+
+    sparsity_coef: float = 0.0
+    """Weight of the sparsity term of jumprelu and relu."""
+
+    bandwidth: float = 1.0
+    """jumprelu: width of the rectangle in which a pre-activation moves a threshold."""
+
+
+class StepResult(NamedTuple):
+    """What a step computed before the optimiser moves anything."""
+
+    gradients: Weights
+    """d (loss + sparsity + aux_coef * auxk) / d weights."""
+
+    codes: SparseCodes | None
+    """Active latents of the rows; None where they may be dense."""
+
+    squared_error: Tensor
+    """[N] |x - x_hat|^2 in standardised space."""
+
+    loss: Tensor
+    """Scalar, the main loss: sum_n c_n |e_n|^2, over all nested reconstructions where there are several."""
+
+    auxk: Tensor
+    """Scalar, AuxK before its coefficient; zero when no latent is dead."""
+
+    active: Tensor
+    """int64 scalar: active (row, latent) pairs."""
+
+    sparsity: Tensor
+    """Scalar, the sparsity term, coefficient included."""
+
+
+@torch.no_grad()
+def training_step(
+    weights: Weights,
+    x: Tensor,
+    rows: RowWeights,
+    dead: DeadLatents,
+    options: StepOptions,
+    kernels: Kernels,
+    *,
+    out: WeightGradients | None = None,
+) -> StepResult:
+    """Loss and gradients of standardised rows `x` [N, D] that count as `rows` says.
+
+    Counts firings in `dead`, and measures `weights.threshold` where the variant has one; moves nothing else. `out` is
+    memory for the weights' gradients, which the next call with it writes over.
+    """
+    centred = x - weights.b_pre
+    subtracted = options.variant.config.apply_b_dec_to_input
+    inputs = centred if subtracted else x
+    main = options.variant.train(
+        PassInputs(
+            inputs=inputs,
+            target=centred,  # b_pre cancels in e
+            row_weight=rows.total,
+            weights=weights,
+            product_dtype=options.product_dtype,
+            tile_bytes=options.tile_bytes,
+            kernels=kernels,
+            out=out,
+        ),
+        options,
+    )
+    dead.count(len(x), main.fired)
+    grads = main.gradients
+
+    aux_loss = main.loss.new_zeros(())
+    latents = dead.dead_latents() if options.aux_coef > 0 else None
+    if latents is not None and len(latents) > 0:
+        aux = auxk(
+            inputs,
+            main.error,
+            rows,
+            weights.W_enc.index_select(0, latents),
+            weights.W_dec.index_select(0, latents),
+            b_enc=None if weights.b_enc is None else weights.b_enc[latents],
+            k=options.aux_k,
+            product_dtype=options.product_dtype,
+            tile_bytes=options.tile_bytes,
+            kernels=kernels,
+        )
+        aux_loss = aux.loss
+        grads.W_enc.index_add_(0, latents, aux.W_enc, alpha=options.aux_coef)
+        grads.W_dec.index_add_(0, latents, aux.W_dec, alpha=options.aux_coef)
+        grads.latent_sums.index_add_(0, latents, aux.latent_sums, alpha=options.aux_coef)
+
+    b_pre = main.grad_out.sum(dim=0)
+    if subtracted:
+        b_pre = b_pre - grads.latent_sums @ weights.W_enc
+    gradients = Weights(
+        grads.W_enc,
+        grads.W_dec,
+        b_pre,
+        b_enc=None if weights.b_enc is None else grads.latent_sums,
+        log_threshold=main.log_threshold,
+    )
+    return StepResult(gradients, main.codes, main.squared, main.loss, aux_loss, main.active, main.sparsity)

@@ -1,0 +1,212 @@
+"""What a variant of the sparse autoencoder is: how latents are chosen in training and in inference, and what it trains.
+
+    topk        the k largest pre-activations of a vector (Gao et al. 2024)
+    batchtopk   the N k largest of a batch; in inference all above a threshold that training measured (Bussmann et al.
+                2024)
+    matryoshka  as batchtopk, and the first latents must reconstruct on their own too (Bussmann et al. 2025)
+    jumprelu    all above a threshold of the latent's own, which is trained (Rajamanoharan et al. 2024)
+    relu        all that are positive, kept few by an L1 penalty (Bricken et al. 2023, with unit-norm decoder rows)
+
+This is the one place that knows: the autoencoder (`train.model`), the step (`train.objective.step`) and through them
+validation and analysis ask `variant_of(config)`. A new one is a subclass with the three methods of `Variant` and a line
+in `VARIANTS`.
+
+Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from train.kernels.encode import BatchCodes, encode_above, encode_batch, encode_tiled
+from train.kernels.interface import SparseCodes
+from train.model_config import SAEConfig
+from train.objective.passes import Block, MainPass, PassInputs, Sparsity, dense_pass, nested_pass, sparse_pass
+from train.objective.weights import Weights
+
+if TYPE_CHECKING:
+    from train.objective.step import StepOptions
+
+THRESHOLD_RATE = 0.05
+"""Share of a batch's smallest kept activation in the running mean that becomes the threshold of inference: the mean
+over about the last twenty batches, so that it belongs to the weights that are saved."""
+
+MULTI_TOPK = (4, 1 / 8)
+"""Gao et al. 2024, appendix D: the loss of four times as many latents counts an eighth."""
+
+
+class Variant(ABC):
+    """One way to choose the active latents."""
+
+    def __init__(self, config: SAEConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def extra_state(self) -> Mapping[str, Tensor]:
+        """Initial values of what this variant has beside the weights: fields of `train.objective.weights.Weights`."""
+
+    @abstractmethod
+    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+        """Codes of encoder inputs [N, D] in inference; `product` are the keywords of `train.kernels.encode`."""
+
+    @abstractmethod
+    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+        """Loss and gradients of a training batch; may update what is measured rather than trained, in place."""
+
+
+@final
+class TopK(Variant):
+    """The k largest, then ReLU."""
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+        return encode_tiled(inputs, weights.W_enc, self.config.k, b_enc=weights.b_enc, **product)
+
+    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+        factor, weight = MULTI_TOPK
+        n_latents = len(given.weights.W_enc)
+        wide = min(factor * options.k, n_latents) if options.multi_topk else options.k
+        codes = encode_tiled(
+            given.inputs, given.weights.W_enc, wide, b_enc=given.weights.b_enc, kernels=given.kernels, **_product(given)
+        )
+        if not options.multi_topk:
+            return sparse_pass(codes, given)
+        if wide == options.k:  # all latents are among the k already
+            return nested_pass([Block(codes, 1 + weight)], 0, codes, given)
+        first, rest = (
+            SparseCodes(codes.values[:, part].contiguous(), codes.indices[:, part].contiguous())
+            for part in (slice(options.k), slice(options.k, None))
+        )
+        return nested_pass([Block(first, 1.0), Block(rest, weight)], 0, first, given)
+
+
+@final
+class BatchTopK(Variant):
+    """The N k largest of a batch; in inference, all above a running mean of the smallest that was kept."""
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        return {"threshold": torch.zeros(())}
+
+    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+        assert weights.threshold is not None
+        return encode_above(inputs, weights.W_enc, weights.threshold, b_enc=weights.b_enc, **product)
+
+    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+        return sparse_pass(_measured_codes(given, options.k), given)
+
+
+@final
+class Matryoshka(Variant):
+    """BatchTopK, with a loss for each prefix of the dictionary; the losses are added."""
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        return {"threshold": torch.zeros(())}
+
+    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+        assert weights.threshold is not None
+        return encode_above(inputs, weights.W_enc, weights.threshold, b_enc=weights.b_enc, **product)
+
+    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+        codes = _measured_codes(given, options.k)
+        prefixes = self.config.prefixes
+        group = torch.bucketize(codes.indices, torch.tensor(prefixes, device=codes.indices.device), right=True)
+        blocks = [Block(_only(codes, group == b), 1.0) for b in range(len(prefixes))]
+        return nested_pass(blocks, len(blocks) - 1, codes, given)
+
+
+@final
+class JumpReLU(Variant):
+    """All above the latent's own threshold, which is trained by a rectangle kernel.
+
+    The first batch gives the thresholds their start, the same for all: that of BatchTopK with the same k. A start far
+    from it would be felt for long, because a threshold is one number with Adam's small steps, where a pre-activation is
+    moved by d_model weights at once.
+    """
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        return {"log_threshold": torch.full((self.config.n_latents,), -torch.inf)}  # threshold 0: not measured yet
+
+    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+        assert weights.log_threshold is not None
+        return encode_above(inputs, weights.W_enc, weights.log_threshold.exp(), b_enc=weights.b_enc, **product)
+
+    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+        log_threshold = given.weights.log_threshold
+        assert log_threshold is not None
+        if bool((log_threshold == -torch.inf).all()):
+            smallest = _batch_codes(given, options.k).smallest
+            log_threshold.copy_(torch.zeros(()) if smallest is None else smallest.log())
+        kind = "target" if options.sparsity_loss == "target" else "l0"
+        return dense_pass(given, _sparsity(options, kind))
+
+
+@final
+class ReLU(Variant):
+    """All that are positive."""
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+        return encode_above(inputs, weights.W_enc, inputs.new_zeros(()), b_enc=weights.b_enc, **product)
+
+    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+        return dense_pass(given, _sparsity(options, "l1"))
+
+
+VARIANTS: dict[str, type[Variant]] = {
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "jumprelu": JumpReLU,
+    "relu": ReLU,
+}
+"""By the name in `SAEConfig.activation`."""
+
+
+def variant_of(config: SAEConfig) -> Variant:
+    """The variant that a configuration names."""
+    return VARIANTS[config.activation](config)
+
+
+def _product(given: PassInputs) -> dict[str, Any]:
+    return {"product_dtype": given.product_dtype, "tile_bytes": given.tile_bytes}
+
+
+def _batch_codes(given: PassInputs, k: int) -> BatchCodes:
+    """BatchTopK's codes of a training batch."""
+    count = k * len(given.inputs)
+    return encode_batch(given.inputs, given.weights.W_enc, count, b_enc=given.weights.b_enc, **_product(given))
+
+
+def _measured_codes(given: PassInputs, k: int) -> SparseCodes:
+    """The same; moves the threshold of inference."""
+    codes, smallest = _batch_codes(given, k)
+    threshold = given.weights.threshold
+    if threshold is not None and smallest is not None:
+        first = threshold == 0  # nothing measured yet
+        threshold.copy_(torch.where(first, smallest, threshold.lerp(smallest, THRESHOLD_RATE)))
+    return codes
+
+
+def _only(codes: SparseCodes, mask: Tensor) -> SparseCodes:
+    """The pairs where `mask` [N, w] holds, without the others' places: [N, w'], w' >= 1."""
+    mask = mask & (codes.values > 0)
+    width = max(1, int(mask.sum(dim=1).max())) if len(mask) else 1
+    order = mask.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
+    values = codes.values.masked_fill(~mask, 0).gather(1, order)
+    return SparseCodes(values, codes.indices.gather(1, order))
+
+
+def _sparsity(options: "StepOptions", kind: str) -> Sparsity:
+    return Sparsity(
+        kind=kind,
+        coefficient=options.sparsity_coef,
+        goal=options.k,
+        bandwidth=options.bandwidth,
+    )

@@ -1,0 +1,95 @@
+"""What a training says while it runs: what will be done and what it takes, the progress bar and its words.
+
+All on stderr. Not here: metrics files (`train.metrics`), trackers (`train.reporting.trackers`), the summary at the end
+(`train.reporting.report`).
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from residscope.console import counted, human_bytes
+from store.activations import ActivationStore
+from train.hardware import check_memory
+from train.resolve import MemoryEstimate, RunPlan
+from train.resume import say
+
+
+def announce(plans: Sequence[RunPlan], n_layers: int, n_runs: int, memory: MemoryEstimate | None) -> None:
+    """Say once what will run, on what, and, if it is given, how much memory it takes.
+
+    n_layers: of the stream. n_runs: of the whole invocation, of which `plans` are those that are left to do.
+    """
+    plan = plans[0]  # of which only what all plans share is used here
+    many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "
+    say(
+        f"{many}{spread([p.n_latents for p in plans])} latents, k {spread([p.k for p in plans])}, {n_layers} "
+        f"layers of d_model {plan.d_model}; {counted(plan.steps, 'step')} of {plan.batch_size:,} vectors "
+        f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g})"
+    )
+    takes = ""
+    if memory is not None:
+        takes = f"; memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
+    say(
+        f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads{takes}"
+    )
+
+
+def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) -> None:
+    """Raise `ResidscopeError` where the machine or the device has less memory than a training takes."""
+    way_out = "lower --expansion-factor, --batch-size, --tile-mb or --window-gb"
+    if n_runs > 1:
+        way_out += ", or do fewer runs at once"
+    on_cpu = device.type == "cpu"
+    check_memory(memory.shuffle + (memory.device if on_cpu else 0), torch.device("cpu"), way_out)
+    if not on_cpu:
+        check_memory(memory.device, device, way_out)
+
+
+def progress_bar(step: int, steps: int) -> tqdm:
+    """On a terminal a bar, elsewhere nothing: a log gets a line at each validation instead."""
+    return tqdm(
+        total=steps,
+        initial=step,
+        unit="step",
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=None,
+    )
+
+
+def bar_words(
+    lines: Sequence[dict[str, Any]],
+    store: ActivationStore,
+    *,
+    vectors: int,
+    n_layers: int,
+    seconds: float,
+    waited: float,
+) -> str:
+    """What the bar says of the runs' last lines (of several, the least and the largest) and of the speed.
+
+    vectors: of the stream since the last words, which took `seconds`, of which `waited` for data.
+    """
+
+    def span(name: str, form: str) -> str:
+        return spread([line[name] for line in lines if line[name] is not None], form)
+
+    row_bytes = store.meta.d_model * store.meta.itemsize
+    return (
+        f"FVU {span('fvu', '.3f')}, L0 {span('l0', '.1f')}, dead {span('dead_fraction', '.1%')}, "
+        f"{vectors / seconds:.0f} vectors/s, {vectors / n_layers / seconds:.0f} tokens/s, "
+        f"{vectors * row_bytes / seconds / 1e9:.2g} GB/s, data wait {min(1.0, waited / seconds):.0%}"
+    )
+
+
+def spread(values: Sequence[float], form: str = "d") -> str:
+    """One value, or the least and the largest: 0.21 to 0.35."""
+    if not values:
+        return "-"
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"

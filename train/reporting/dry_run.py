@@ -1,0 +1,99 @@
+"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps that are made and thrown away.
+
+The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
+Not foreseen: AuxK, which costs nothing until latents die and then up to about half a step more; a slower disk later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from residscope.console import human_bytes, human_seconds
+from store.activations import ActivationStore
+from train.resolve import MemoryEstimate, RunPlan
+
+MEASURED_STEPS, MEASURED_SECONDS, WARM_STEPS = 20, 10.0, 2
+"""So many steps are timed, or for so long, after some that compile and touch memory for the first time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a training would take."""
+
+    runs: int
+    """Autoencoders trained at once."""
+
+    steps: int
+    """Batches of the stream."""
+
+    vectors: int
+    """Vectors of the stream, over all epochs."""
+
+    bytes_read: int
+    """Bytes of the store that are read, over all epochs."""
+
+    memory_bytes: int
+    """Memory on the training device."""
+
+    shuffle_bytes: int
+    """Memory for the shuffle, in the machine."""
+
+    checkpoint_bytes: int
+    """Disk for the finished checkpoints of all runs and their safetensors."""
+
+    interim_bytes: int
+    """Disk for a checkpoint on the way of each run, optimiser included, and the temporary file of one."""
+
+    measured_steps: int
+    """Steps that were timed."""
+
+    seconds_per_step: float
+    """Mean of these."""
+
+    seconds: float
+    """Time of all steps at that speed."""
+
+
+def foresee(
+    plans: Sequence[RunPlan], store: ActivationStore, memory: MemoryEstimate, seconds: Sequence[float]
+) -> DryRun:
+    """What runs of these plans take, in one pass, from the time of each of some of their steps."""
+    plan, meta = plans[0], store.meta
+    weights = [8 * each.n_latents * each.d_model for each in plans]
+    # With two moments, and the weights themselves where it is their mean that is saved.
+    interim = [size * (3 if each.ema_decay is None else 4) for size, each in zip(weights, plans, strict=True)]
+    mean = sum(seconds) / len(seconds)
+    return DryRun(
+        runs=len(plans),
+        steps=plan.steps,
+        vectors=plan.vectors,
+        bytes_read=plan.vectors * meta.d_model * meta.itemsize,
+        memory_bytes=memory.device,
+        shuffle_bytes=memory.shuffle,
+        checkpoint_bytes=2 * sum(weights),
+        interim_bytes=sum(interim) + max(interim),
+        measured_steps=len(seconds),
+        seconds_per_step=mean,
+        seconds=mean * plan.steps,
+    )
+
+
+def describe(found: DryRun) -> str:
+    """In words."""
+    runs = "" if found.runs == 1 else f"{found.runs} autoencoders at once, "
+    return "\n".join(
+        [
+            f"{runs}{found.steps:,} steps, {found.vectors:,} vectors; {human_bytes(found.bytes_read)} of the store to "
+            "read",
+            f"memory: {human_bytes(found.memory_bytes)} to train, {human_bytes(found.shuffle_bytes)} for the shuffle",
+            f"disk: {human_bytes(found.checkpoint_bytes)} in the end, {human_bytes(found.interim_bytes)} on the way",
+            f"time: about {human_seconds(found.seconds)} ({found.seconds_per_step:.3g} s a step, mean of "
+            f"{found.measured_steps}), AuxK not counted",
+            "nothing was written",
+        ]
+    )
+
+
+def as_json(found: DryRun) -> dict[str, Any]:
+    """Plain values."""
+    return asdict(found)

@@ -1,0 +1,83 @@
+"""What a finished run leaves beside its checkpoint, and on the hub: ckpt.safetensors, ckpt.loss.png, a model card.
+
+All of it is made from the checkpoint and the metrics file, so that a run that was killed just after its last checkpoint
+gets it on the next --resume. Not here: the formats (`train.formats.files`) and the upload itself (`train.formats.hub`).
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from residscope.errors import ResidscopeError, UsageError
+from residscope.names import stem
+from store.files import atomic_write
+from train.config import TrainConfig
+from train.metrics import metrics_path
+from train.model import load_checkpoint, safetensors_path
+from train.reporting.loss_figure import figure_path, write_loss_figure
+
+if TYPE_CHECKING:
+    from train.run import TrainResult
+
+
+def check_hub(config: TrainConfig) -> None:
+    """Refuse an upload that cannot work, before the training rather than after it."""
+    if config.push_to_hub is None:
+        return
+    from huggingface_hub import constants
+
+    from train.formats.hub import HUB_ID
+
+    if HUB_ID.fullmatch(config.push_to_hub) is None:
+        raise UsageError(f"--push-to-hub should be OWNER/NAME, found {config.push_to_hub!r}")
+    if constants.HF_HUB_OFFLINE:
+        raise ResidscopeError(
+            f"--push-to-hub {config.push_to_hub}: HF_HUB_OFFLINE is set: unset it, or leave the flag out"
+        )
+
+
+def write_outputs(result: "TrainResult", *, anew: bool) -> None:
+    """Write the weights as safetensors and the loss figure; anew: also where they are there already."""
+    from train.formats.files import write_safetensors
+
+    target, picture = safetensors_path(result.checkpoint), figure_path(result.checkpoint)
+    if anew or not target.exists():
+        saved = load_checkpoint(result.checkpoint)
+        write_safetensors(saved.sae, target, store=saved.store, trainer=saved.trainer)
+    if anew or not picture.exists():
+        metrics = metrics_path(result.checkpoint)
+        name = f"{stem(result.checkpoint)}: {result.plan.n_latents} latents, k {result.plan.k}"
+        if metrics.exists():
+            write_loss_figure(metrics, picture, name)
+
+
+def push(results: Sequence["TrainResult"], repo_id: str, *, private: bool, license: str) -> str:
+    """Upload runs with a model card each: one at the top of the repository, several in folders by name; the address.
+
+    Only what belongs to the runs is uploaded, whatever else lies beside the checkpoints.
+    """
+    from train.formats.files import last_metrics, model_card, push_to_hub
+
+    with tempfile.TemporaryDirectory(prefix="residscope-hub-") as name:
+        root = Path(name)
+        for result in results:
+            folder = root / result.spec.name
+            folder.mkdir(exist_ok=True)
+            saved, metrics = load_checkpoint(result.checkpoint), metrics_path(result.checkpoint)
+            shutil.copyfile(safetensors_path(result.checkpoint), folder / "ckpt.safetensors")
+            if metrics.exists():
+                shutil.copyfile(metrics, folder / "ckpt.metrics.jsonl")
+            if figure_path(result.checkpoint).exists():
+                shutil.copyfile(figure_path(result.checkpoint), folder / "ckpt.loss.png")
+            card = model_card(
+                saved, last_metrics(metrics), license=license, repo_id=repo_id, subfolder=result.spec.name
+            )
+            atomic_write(folder / "README.md", [card.encode()])
+        try:
+            return push_to_hub(root, repo_id, private=private)
+        except ResidscopeError as error:
+            raise ResidscopeError(
+                f"{error} (the checkpoints are saved; with --resume the same command tries again)"
+            ) from None

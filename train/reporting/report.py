@@ -1,0 +1,126 @@
+"""What finished runs say: words or a table for the terminal, plain values for `--json`, a sweep's table as a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from residscope.console import counted, human_seconds
+from train.grid import as_written
+from train.run import TrainResult
+
+
+def summary(result: TrainResult) -> dict[str, Any]:
+    """Plain values of a run, for JSON."""
+    trained = {key: value for key, value in result.metrics.items() if key != "fvu_per_layer"}
+    return {
+        "checkpoint": str(result.checkpoint),
+        "seconds": result.seconds,
+        **({"name": result.spec.name} if result.spec.name else {}),
+        "plan": result.plan.to_dict(),
+        "training": trained,
+        "validation": None if result.validation is None else result.validation.metrics(),
+    }
+
+
+def describe_all(results: Sequence[TrainResult]) -> str:
+    """One run in words, several in a table."""
+    return describe(results[0]) if len(results) == 1 else table(results)
+
+
+def describe(result: TrainResult) -> str:
+    """A run in words."""
+    plan, metrics, held_out = result.plan, result.metrics, result.validation
+    lines = [
+        f"{result.checkpoint}: {plan.n_latents:,} latents, k {plan.k}, after {counted(metrics['step'], 'step')} "
+        f"({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in {human_seconds(result.seconds)}",
+        f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "
+        f"{metrics['dead_fraction']:.1%} of latents dead",
+    ]
+    if held_out is None:
+        lines.append("validation: no document was held out, or one of a single token")
+    else:
+        worst = max(range(len(plan.layers)), key=held_out.fvu_per_layer.__getitem__)
+        lines.append(
+            f"validation on {held_out.tokens:,} tokens of held-out documents: FVU {held_out.fvu:.3f} (lower is "
+            "better, 1 is no better than the layer's mean; mean over layers; "
+            f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
+        )
+        if held_out.fvu > 1:
+            lines.append(
+                "an FVU above 1 is mostly that of a run too short for its rate: train longer (--epochs, or a larger "
+                f"store), or with a higher --lr than {plan.lr:.2g}; `train --help` says what short runs need"
+            )
+    return "\n".join(lines)
+
+
+def table(results: Sequence[TrainResult]) -> str:
+    """A line for each run: what differs, its size, and how good it is on held-out documents."""
+    swept = list(results[0].spec.settings)
+    per_layer = results[0].spec.layer is not None
+    head = [*swept, *(["layer"] if per_layer else []), "latents", "FVU", "worst FVU", "at layer", "L0", "dead"]
+    lines = [[*head, "checkpoint"]]
+    for result in results:
+        plan, found = result.plan, result.validation
+        worst = None if found is None else max(range(len(plan.layers)), key=found.fvu_per_layer.__getitem__)
+        lines.append(
+            [
+                *map(as_written, result.spec.settings.values()),
+                *([str(result.spec.layer)] if per_layer else []),
+                str(plan.n_latents),
+                _number(found and found.fvu, ".3f"),
+                "-" if worst is None or found is None else f"{found.fvu_per_layer[worst]:.3f}",
+                "-" if worst is None else str(plan.layers[worst]),
+                _number(found and found.l0, ".1f"),
+                _number(result.metrics["dead_fraction"], ".1%"),
+                str(result.checkpoint.name),
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
+    tokens = next((result.validation.tokens for result in results if result.validation), 0)
+    title = (
+        f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
+        "tokens of held-out documents, mean over layers; dead: share of the latents"
+    )
+    return "\n".join([title, *rows])
+
+
+def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
+    """The comparison of all runs, a row for each run and layer, as a parquet file beside the checkpoints; its path."""
+    import pandas as pd
+
+    from store.files import atomic_write
+
+    rows = []
+    for result in results:
+        plan, found = result.plan, result.validation
+        for position, layer in enumerate(plan.layers):
+            rows.append(
+                {
+                    "run": result.spec.name,
+                    **{name: _plain(value) for name, value in result.spec.settings.items()},
+                    "checkpoint": result.checkpoint.name,
+                    "n_latents": plan.n_latents,
+                    "active_at_most": plan.k,
+                    "layer": layer,
+                    "fvu": None if found is None else found.fvu_per_layer[position],
+                    "l0": None if found is None else found.l0_per_layer[position],
+                    "fvu_mean": None if found is None else found.fvu,
+                    "dead_fraction": result.metrics["dead_fraction"],
+                    "validation_tokens": None if found is None else found.tokens,
+                    "vectors": result.metrics["vectors"],
+                }
+            )
+    first = results[0].checkpoint
+    stem = out.stem if out.suffix == ".pt" and first.parent == out.parent else "ckpt"
+    path = first.with_name(f"{stem}.runs.parquet")
+    atomic_write(path, [pd.DataFrame(rows).to_parquet(index=False)])
+    return path
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, int | float | str | bool) else str(value)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

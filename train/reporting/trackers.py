@@ -1,0 +1,108 @@
+"""TensorBoard and Weights & Biases beside the metrics file: off by default, checked before anything is read.
+
+Both get what `ckpt.metrics.jsonl` gets, when it gets it: training numbers as train/NAME, validation as validation/NAME,
+lists over layers as NAME/LAYER, against the step. The file stays the record; a tracker is a copy for watching.
+"""
+
+import importlib.util
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from residscope.errors import ResidscopeError
+from residscope.names import beside, stem
+from train.config import TrainConfig
+
+_ID_BYTES = 8
+
+
+class Tracker(Protocol):
+    """Someone who is told of every line of metrics."""
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        """Take the numbers of a step."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+def check_installed(config: TrainConfig) -> None:
+    """Raise `ResidscopeError` if a package that the flags ask for is missing."""
+    for flag, wanted, package in (
+        ("--tensorboard", config.tensorboard, "tensorboard"),
+        ("--wandb", config.wandb is not None, "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ResidscopeError(
+                f"{flag}: the package {package} is not installed: `pip install 'residscope[{package}]'`, or leave the "
+                "flag out (the metrics are in the .metrics.jsonl file in any case)"
+            )
+
+
+def open_trackers(config: TrainConfig, name: str, plan: Mapping[str, Any], resume_step: int) -> list[Tracker]:
+    """Those that the flags of one run ask for; resume_step: where its checkpoint stands, 0 for a fresh run."""
+    found: list[Tracker] = []
+    if config.tensorboard:
+        found.append(_TensorBoard(beside(config.out, ".tensorboard"), resume_step))
+    if config.wandb is not None:
+        found.append(_WandB(config.wandb, name or stem(config.out), config.out, plan, fresh=resume_step == 0))
+    return found
+
+
+def numbers_of(line: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, float]:
+    """A line of metrics as flat numbers; what is not a number (an absent layer) is left out."""
+    prefix = line.get("split", "train")
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, int | float):
+            found[f"{prefix}/{name}"] = value
+        elif isinstance(value, list):
+            found |= {f"{prefix}/{name}/{n}": v for n, v in zip(layers, value, strict=True) if v is not None}
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # The steps after a checkpoint are made again: TensorBoard then hides the old ones.
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, project: str, name: str, out: Path, plan: Mapping[str, Any], *, fresh: bool) -> None:
+        import wandb  # type: ignore[import-not-found]
+
+        note = beside(out, ".wandb-id")
+        if fresh or not note.exists():
+            note.write_text(secrets.token_hex(_ID_BYTES), encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                id=note.read_text(encoding="utf-8"),
+                resume="allow",
+                reinit="create_new",  # several runs of one process, side by side
+                config=dict(plan),
+            )
+        except Exception as error:  # its own kinds of error differ by version
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ResidscopeError(
+                f"--wandb {project}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from None
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
