@@ -9,8 +9,11 @@ default is the flag's default, and its annotation says how a word on the command
     X | None                   as X; the default may be None
     tuple[X, ...]              one or more words; a flag that is given again adds to them
 
-A field without a default is a required flag. `--config FILE.toml` gives values under the same names; flags win over
-it. Only the standard library is used and nothing heavy is imported, so that `--help` answers at once.
+A field without a default is a required flag. A field that is itself such a dataclass is a group: its fields are flags
+under their own names, and `--help` shows them together under the first sentence of its docstring. The names in a
+configuration's `FIRST_FLAGS` are shown before all groups. `--config FILE.toml` gives values under the same names, or in
+a table of the group's name; flags win over it. Only the standard library is used and nothing heavy is imported, so that
+`--help` answers at once.
 """
 
 import argparse
@@ -99,7 +102,8 @@ def parse_options(
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags by name; flags win")
-    fields = _add_fields(parser, config_class)
+    fields = _fields(config_class)
+    _add_flags(parser, config_class, fields)
     for word in sys.argv[1:] if argv is None else argv:
         try:
             word.encode()
@@ -113,7 +117,38 @@ def parse_options(
     missing = [f for f in fields.values() if f.required and f.name not in values]
     if missing:
         parser.error("missing " + ", ".join(f.flag for f in missing))
-    return config_class(**values)
+    return from_flat(config_class, values)
+
+
+def from_flat(config_class: type[T], values: Mapping[str, Any]) -> T:
+    """A configuration from values by the names of its flags, whatever group they are in; TypeError for unknown ones."""
+    rest = dict(values)
+    for name, group in _groups(config_class).items():
+        own = {field.name: rest.pop(field.name) for field in dataclasses.fields(group) if field.name in rest}
+        if name not in rest or own:
+            rest[name] = group(**own)
+    return config_class(**rest)
+
+
+def to_flat(config: Any) -> dict[str, Any]:
+    """All values of a configuration by the names of their flags; `from_flat` makes the same one of them."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= to_flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+def with_values(config: T, **values: Any) -> T:
+    """The configuration with some flags' values changed, and checked again."""
+    return from_flat(type(config), {**to_flat(config), **values})
+
+
+def _groups(config_class: type) -> dict[str, Any]:
+    """The fields that are groups, and their classes."""
+    hints = typing.get_type_hints(config_class)
+    names = (field.name for field in dataclasses.fields(config_class))  # type: ignore[arg-type]
+    return {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
@@ -140,27 +175,48 @@ class _Field:
     name: str
     annotation: Any
     required: bool
+    help: str
+    group: str
+    """The field of the configuration that it is in; "" for the configuration itself."""
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
 
-def _add_fields(parser: argparse.ArgumentParser, config_class: type) -> dict[str, _Field]:
+def _fields(config_class: type, group: str = "") -> dict[str, _Field]:
+    """All flags by name, those of groups included, in the order in which they stand."""
     hints = typing.get_type_hints(config_class)
     texts = field_docstrings(config_class)
-    fields = {}
+    groups = _groups(config_class)
+    found: dict[str, _Field] = {}
     for spec in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if spec.name in groups:
+            inner = _fields(groups[spec.name], spec.name)
+            assert not inner.keys() & found.keys(), f"two flags of one name: {inner.keys() & found.keys()}"
+            found |= inner
+            continue
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        field = _Field(spec.name, _without_none(hints[spec.name]), required)
-        help_text = texts.get(spec.name, "").replace("%", "%%")
+        text = texts.get(spec.name, "").replace("%", "%%")
         if required:
-            help_text += " (required)"
+            text += " (required)"
         elif spec.default not in (None, (), dataclasses.MISSING):
-            help_text += f" (default: {_shown(spec.default)})"
-        parser.add_argument(field.flag, default=_UNSET, help=help_text, dest=spec.name, **_reader(field.annotation))
-        fields[spec.name] = field
-    return fields
+            text += f" (default: {_shown(spec.default)})"
+        found[spec.name] = _Field(spec.name, _without_none(hints[spec.name]), required, text, group)
+    return found
+
+
+def _add_flags(parser: argparse.ArgumentParser, config_class: type, fields: Mapping[str, _Field]) -> None:
+    """Put the flags into the parser: the first ones, then group by group."""
+    first = getattr(config_class, "FIRST_FLAGS", ())
+    titles = {name: (group.__doc__ or name).partition(".")[0] for name, group in _groups(config_class).items()}
+    sections: dict[str, Any] = {}
+    for field in [*(fields[name] for name in first), *(field for name, field in fields.items() if name not in first)]:
+        title = "most used" if field.name in first else titles.get(field.group, "other" if first else "")
+        if title and title not in sections:
+            sections[title] = parser.add_argument_group(title)
+        section = sections[title] if title else parser
+        section.add_argument(field.flag, default=_UNSET, help=field.help, dest=field.name, **_reader(field.annotation))
 
 
 class _Add(argparse.Action):
@@ -235,7 +291,11 @@ def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid TOML: {error}") from None
     values = {}
+    tables = {field.group for field in fields.values()} - fields.keys()
+    flat: dict[str, Any] = {}
     for key, value in found.items():
+        flat |= value if key in tables and isinstance(value, dict) else {key: value}
+    for key, value in flat.items():
         name = key.replace("-", "_")
         if name not in fields:
             raise UsageError(f"--config {path}: {key!r} is no option here; the options are {_listed(fields)}")

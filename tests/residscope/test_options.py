@@ -3,13 +3,14 @@
 import os
 import shlex
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
 from residscope.errors import UsageError
-from residscope.options import field_docstrings, parse_options, to_toml
+from residscope.options import field_docstrings, from_flat, parse_options, to_flat, to_toml, with_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +157,72 @@ def test_a_written_configuration_reads_back(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(to_toml(vars(config)), encoding="utf-8")
     assert parse("--config", str(file)) == config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large it is. More is slower."""
+
+    width: int = 4
+    """Columns."""
+    depth: int = 2
+    """Rows."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UsageError(f"--width should be at least 1, found {self.width}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested:
+    FIRST_FLAGS: ClassVar = ("depth", "name")
+
+    name: str
+    """A name."""
+    size: Size = Size()
+    colour: str = "red"
+    """A colour."""
+
+
+def parse_nested(*argv: str) -> Nested:
+    return parse_options(Nested, argv, prog="tool", description="A tool.")
+
+
+def test_the_fields_of_a_group_are_flags_of_their_own() -> None:
+    assert parse_nested("--name", "n", "--width", "9") == Nested(name="n", size=Size(width=9))
+    config = from_flat(Nested, {"name": "n", "depth": 3})
+    assert config == Nested(name="n", size=Size(depth=3))
+    assert to_flat(config) == {"name": "n", "width": 4, "depth": 3, "colour": "red"}
+    assert with_values(config, width=5, colour="blue") == Nested(name="n", size=Size(width=5, depth=3), colour="blue")
+    with pytest.raises(UsageError, match="--width"):
+        with_values(config, width=0)
+    with pytest.raises(TypeError, match="weight"):
+        from_flat(Nested, {"name": "n", "weight": 3})
+
+
+def test_a_file_may_use_tables_or_flat_names_and_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('name = "n"\ndepth = 7\n[size]\nwidth = 8\n')
+    assert parse_nested("--config", str(path)) == Nested(name="n", size=Size(width=8, depth=7))
+    assert parse_nested("--config", str(path), "--width", "1").size == Size(width=1, depth=7)
+    path.write_text("[size]\nheight = 1\n")
+    with pytest.raises(UsageError, match="'height' is no option here"):
+        parse_nested("--config", str(path))
+
+
+def test_help_shows_the_first_flags_and_then_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_nested("--help")
+    text = capsys.readouterr().out
+    order = ["most used:", "--depth", "--name", "How large it is:", "--width", "other:", "--colour"]
+    places = [
+        text.index(f"  {word} " if word.startswith("-") else f"\n{word}\n", text.index("options:")) for word in order
+    ]
+    assert places == sorted(places)
+
+
+def test_version_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_nested("--version")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"tool (residscope {version('residscope')})\n"
