@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/residscope demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # Against the real SAELens and sparsify, in an environment of their own: they bring other versions of shared dependencies.
 test-interop: $(INTEROP_VENV)/.installed

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,20 +94,21 @@ def main() -> None:
         (work / f"{number:02}.stderr").write_text(done.stderr, encoding="utf-8")
         print(f"exit {done.returncode}  {name} {words}", flush=True)
         if done.stdout.strip():
-            print(f"  stdout {digest(unstable_out(done.stdout))}", flush=True)
-    for path in sorted(work.rglob("*")):
-        for what, value in contents(path, work):
-            print(f"{value}  {what}")
+            print(f"  stdout {digest(steady(done.stdout, work))}", flush=True)
+    print("\n".join(hashes(work)))
     for name, words in BAD:
         done = run(name, words, work)
         last = done.stderr.splitlines()[-1] if done.stderr else ""
         print(f"exit {done.returncode}  {name} {words}\n  {last}", flush=True)
 
 
+def hashes(work: Path) -> list[str]:
+    """A line for each output in the folder."""
+    return [f"{value}  {what}" for path in sorted(work.rglob("*")) for what, value in contents(path, work)]
+
+
 def run(name: str, words: str, work: Path) -> subprocess.CompletedProcess[str]:
     """One command, in the folder."""
-    import shlex
-
     flags = ["-m", MODULES[name], *shlex.split(words)]
     return subprocess.run([sys.executable, *flags], cwd=work, capture_output=True, text=True, check=False)
 
@@ -136,7 +138,7 @@ def contents(path: Path, work: Path) -> Iterator[tuple[str, str]]:
     elif path.suffix == ".jsonl":
         yield name, digest([stable(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()])
     elif path.suffix in (".html", ".md", ".toml"):
-        yield name, digest(unstable_out(path.read_text(encoding="utf-8")))
+        yield name, digest(steady(path.read_text(encoding="utf-8"), work))
     elif path.suffix == ".png":
         yield name, digest(path.read_bytes())
 
@@ -179,13 +181,13 @@ def stable(value: Any) -> Any:
     return [stable(inner) for inner in value] if isinstance(value, list) else value
 
 
-def unstable_out(text: str) -> str:
-    """A text without times and speeds."""
-    return re.sub(
-        r"\d[\d.,]* ?(s|ms|min|h|[kMG]?B/s|tokens/s|vectors/s|/s)\b",
-        "",
-        re.sub(r'"[a-z_]*seconds[a-z_]*": [\d.e+-]+', "", text),
+def steady(text: str, work: Path) -> str:
+    """A text without times, speeds, the folder's path, and (of a page) the scripts' own code."""
+    text = re.sub(r"<script>.*?</script>|script-src '[^']*'", "", text, flags=re.DOTALL).replace(
+        str(work.resolve()), ""
     )
+    text = re.sub(r'"[a-z_]*seconds[a-z_]*": [\d.e+-]+', "", text)
+    return re.sub(r"\d[\d.,]* ?(s|ms|min|h|[kMG]?B/s|tokens/s|vectors/s|/s)\b", "", text)
 
 
 def digest(value: Any) -> str:
