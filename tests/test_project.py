@@ -1,6 +1,7 @@
 """Rules that hold for the whole tree: who imports whom, how large things are, what `--help` loads, what is packaged."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -152,3 +153,21 @@ def test_make_asks_for_the_versions_of_python_that_the_package_takes() -> None:
     assert "(3, 11) <= v <= (3, 13)" in (ROOT / "Makefile").read_text(encoding="utf-8")
     minors = {line.rpartition(".")[2] for line in project["classifiers"] if line.startswith("Programming Language")}
     assert minors == {"11", "12", "13"}
+
+
+def test_the_core_is_read_in_an_hour() -> None:
+    tour = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
+    core = re.findall(r"^### \d+\. \[`([a-z_/]+\.py)`\]\(\.\./\1\)", tour, re.MULTILINE)
+    assert len(core) == tour.count("\n### ") <= 14
+    assert sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in core) <= 3000
+    order = [path.split("/")[0] for path in core]
+    assert list(dict.fromkeys(order)) == ["harvest", "store", "train", "analysis"]
+    assert order == sorted(order, key=list(dict.fromkeys(order)).index)
+    named = re.findall(r"`((?:harvest|store|train|analysis|residscope)/[a-z_/]*(?:\.py)?)`", tour)
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_picture_of_the_house_is_what_the_code_says() -> None:
+    done = subprocess.run([sys.executable, "docs/house.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
