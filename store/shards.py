@@ -19,7 +19,6 @@ from numcodecs.zstd import Zstd
 from residscope.errors import IncompatibleError
 from store.checksums import crc32c
 from store.dtypes import STORAGE_DTYPE
-from store.mapped import MappedFile
 from store.meta import StoreMeta
 
 CRC_BYTES = 4
@@ -82,7 +81,6 @@ class ShardReader:
         """Open the file; check its size and read its index, unless the `index` of an earlier reader is given."""
         self._path = path
         self._meta = meta
-        self._mapped: MappedFile | None = None
         self._chunk_bytes = meta.chunk_tokens * meta.d_model * meta.itemsize
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
@@ -93,7 +91,6 @@ class ShardReader:
             if found != n_bytes:
                 raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {found}")
             self.index = self._read_index(n_bytes) if index is None else index
-            self._mapped = MappedFile.open(self._descriptor, n_bytes) if meta.codec == "none" else None
         except BaseException:
             self.close()
             raise
@@ -123,39 +120,13 @@ class ShardReader:
             if whole:
                 Zstd().decode(packed[:-CRC_BYTES], out)
         else:
-            check = self._copy(offset, out) if length == self._chunk_bytes + CRC_BYTES else None
-            whole = check is not None and checksum(out) == check
+            check = bytearray(CRC_BYTES)
+            whole = length == self._chunk_bytes + CRC_BYTES and _read_into(self._descriptor, out, check, offset)
+            whole = whole and checksum(out) == check
         if not whole:
             raise DamagedError(
                 self._path, f"the checksum of token chunk {chunk} at stored layer {layer} does not match"
             )
-
-    def read_chunks(
-        self, chunks: np.ndarray, layers: np.ndarray, out: np.ndarray, rows: np.ndarray, *, streamed: bool
-    ) -> None:
-        """As `read_chunk` for n chunks (int64 [n] each), into out[rows[i]]; out: uint8 [m, C * D * itemsize].
-
-        streamed: past the cache, where `kernels_copy.runs_here`.
-        """
-        todo = list(zip(chunks.tolist(), layers.tolist(), rows.tolist(), strict=True))
-        if streamed and self._mapped is not None:
-            offsets = np.array([self._offset(chunk, layer) for chunk, layer, _ in todo], np.int64)
-            good = self._mapped.copy_checked(offsets, out, rows)
-            todo = [todo[i] for i in np.flatnonzero(~good).tolist()]  # `read_chunk` says what is wrong with them.
-        for chunk, layer, row in todo:
-            self.read_chunk(chunk, layer, out[row])
-
-    def _offset(self, chunk: int, layer: int) -> int:
-        """Where an uncompressed chunk begins; -1 where it is left out, or has another length than it should."""
-        entry = 2 * (chunk * self._meta.n_layers + layer)
-        return self.index[entry] if self.index[entry + 1] == self._chunk_bytes + CRC_BYTES else -1
-
-    def _copy(self, offset: int, out: np.ndarray) -> bytearray | memoryview | None:
-        """Fill `out` from `offset` on; gives the checksum behind it, or None where the file ends too early."""
-        if self._mapped is not None and (check := self._mapped.copy(offset, out, CRC_BYTES)) is not None:
-            return check
-        check = bytearray(CRC_BYTES)
-        return check if _read_into(self._descriptor, out, check, offset) else None
 
     def read_shard(self, n_tokens: int) -> np.ndarray:
         """The shard's first `n_tokens` tokens: [n_tokens, L, D] in the stored format."""
@@ -171,7 +142,6 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the file."""
-        self._mapped = None
         os.close(self._descriptor)
 
     def __enter__(self) -> "ShardReader":
