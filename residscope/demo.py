@@ -17,7 +17,6 @@ from typing import Any
 from residscope.console import human_seconds, run_command
 from residscope.errors import ResidscopeError, UsageError
 from residscope.options import parse_options
-from store.outputs import refuse_inside_store
 
 # The demo's size: chosen so that two cores finish all stages in under six minutes.
 CONTEXT_LENGTH = 256
@@ -85,6 +84,8 @@ def stages(config: DemoConfig) -> list[Stage]:
 
 def demo(config: DemoConfig) -> None:
     """Run the stages and say what came of them. Raises `ResidscopeError` with a stage's exit code if it fails."""
+    from store.folder import refuse_inside_store  # Imports numpy, which --help does without.
+
     refuse_inside_store(config.out)
     if config.out.exists() and not config.out.is_dir():
         raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")

@@ -1,9 +1,9 @@
 """ActivationStore: make, open, read, write and summarise a store of residual stream vectors on a local disk.
 
-How: the arrays are Zarr v3 (docs/store-format.md is the norm); shards go to and from the disk directly (shards.py,
-writer.py), and count once the manifest has their line (manifest.py). A reader checks every byte that it gives out:
-inner chunks by their crc32c, metadata and token arrays by the manifest's header. What it does not do: open remote
-stores, or hand out a shard that is missing as zeros.
+How: the arrays are Zarr v3 (docs/store-format.md is the norm); shards go to and from the disk directly (shards.py), and
+count once the manifest has their line (manifest.py). A reader checks every byte that it gives out: inner chunks by
+their crc32c, metadata and token arrays by the manifest's header. A shard that is missing raises, and is never read as
+zeros. Not here: remote stores, which are not supported.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens and l layers asked for.
 """
@@ -11,9 +11,8 @@ Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens an
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,32 +20,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from residscope.console import stop_on_signals
 from residscope.errors import IncompatibleError, UsageError
 from store import arrays
 from store.arrays import TokenTable
 from store.dtypes import STORAGE_DTYPE, to_float32
-from store.files import atomic_write, remove_leftovers, sync, sync_tree
-from store.manifest import FOLDER, LOCK, Manifest, ShardRecord, WriterLock, read_manifest, write_header
+from store.files import atomic_write, remove_leftovers
+from store.folder import make_folder, read_meta, require_store
+from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
-from store.opening import read_meta, require_store
-from store.shards import ShardReader, shard_name
-from store.writer import ShardWriter
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard's vectors."""
-
-    index: int
-    """Index of the shard."""
-    start: int
-    """Its first token."""
-    stop: int
-    """One past its last valid token."""
-    data: np.ndarray
-    """float32 [stop - start, l, D]."""
+from store.shards import ShardReader, ShardWriter, shard_name
 
 
 class ActivationStore:
@@ -78,19 +61,7 @@ class ActivationStore:
         building = path.with_name(path.name + ".planning")
         lock = WriterLock(building, path)
         try:
-            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-                raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another path")
-            for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
-                if entry not in (building / FOLDER, building / LOCK):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            with stop_on_signals() as stopped:  # zarr's event loop says much on stderr when a signal breaks into it.
-                arrays.make_arrays(building, meta, tokens)
-            if stopped():
-                raise KeyboardInterrupt
-            write_header(building, meta.config_hash, arrays.file_checksums(building))
-            sync_tree(building)
-            building.replace(path)
-            sync(path.parent)
+            make_folder(path, building, meta, tokens)
             return cls(path, meta, read_manifest(path), lock)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
@@ -206,12 +177,6 @@ class ActivationStore:
                             to_float32(rows, meta.stored_dtype, target)
         return out
 
-    def iter_shards(self, layers: slice | Sequence[int] | None = None) -> Iterator[Shard]:
-        """Every shard in order, as float32."""
-        for index in range(self.meta.n_shards):
-            start, stop = self.meta.shard_bounds(index)
-            yield Shard(index, start, stop, self.read(slice(start, stop), layers))
-
     def read_blocks(self, chunk: np.ndarray, layer: np.ndarray, out: np.ndarray, threads: int = 4) -> None:
         """Fill out [n, C, D] (stored format, contiguous) with inner chunks, in any order, by several threads.
 
@@ -289,11 +254,10 @@ class ActivationStore:
 
     def statistics(self) -> LayerStatistics:
         """Mean, variance and norm by stored layer, over the kept tokens of the shards that are there."""
-        files = arrays.statistics_files(self.meta)
-        if self.missing_shards() or not all((self.path / name).exists() for name in files):
+        if self.missing_shards():
             return self.merged_statistics()
-        mean, var, norm = (arrays.read_numbers(self.path / name, shape) for name, shape in files.items())
-        return LayerStatistics(sum(self.record(shard).kept for shard in self._manifest.lines), mean, var, norm)
+        count = sum(self.record(shard).kept for shard in self._manifest.lines)
+        return arrays.read_statistics(self.path, self.meta, count) or self.merged_statistics()
 
     def finalize(self) -> None:
         """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time. Every shard must be there."""
@@ -301,9 +265,8 @@ class ActivationStore:
         missing = self.missing_shards()
         if missing:
             raise IncompatibleError(f"{self.path}: {len(missing)} of {self.meta.n_shards} shards are missing")
-        found = self.merged_statistics()
-        for name, values in zip(arrays.statistics_files(self.meta), (found.mean, found.var, found.norm), strict=True):
-            atomic_write(self.path / name, [arrays.encode_numbers(values)])
+        for name, data in arrays.statistics_chunks(self.merged_statistics()).items():
+            atomic_write(self.path / name, [data])
 
     def merged_statistics(self) -> LayerStatistics:
         """As `statistics`, but always merged from the shards' moments, in shard order."""

@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 
 from store.activations import ActivationStore
+from store.checksums import CRC_BYTES, checksum
 from store.files import atomic_write
-from store.shards import CRC_BYTES, checksum
 
 FOLDER = "latents"
 FORMAT, VERSION = "residscope-codes", 2

@@ -20,6 +20,7 @@ FORMAT = "residscope-activations"
 FORMAT_VERSION = 1
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODECS = ("none", "zstd")
+ZSTD_LEVEL = 1
 
 _CHUNK_BYTES = 512 * 1024
 _SHARD_BYTES = 64 * 1024 * 1024

@@ -24,7 +24,7 @@ from residscope.errors import UsageError
 _RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
 
 
-class EpochPlan(NamedTuple):
+class EpochOrder(NamedTuple):
     """The blocks of one rank's epoch, in order."""
 
     chunk: np.ndarray
@@ -45,7 +45,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderPlan:
+class RowOrder:
     """The order of one rank's rows in every epoch."""
 
     chunk_rows: tuple[int, ...]
@@ -96,7 +96,7 @@ class LoaderPlan:
         """Blocks of this rank in every epoch (B)."""
         return sum(len(chunks) for chunks in self._own_chunks)
 
-    def epoch(self, epoch: int) -> EpochPlan:
+    def epoch(self, epoch: int) -> EpochOrder:
         """The blocks of an epoch, in order, and where its windows end."""
         n_layers = len(self.layers)
         n_steps = len(self._own_chunks[0])
@@ -118,7 +118,7 @@ class LoaderPlan:
             )
             - 1
         )
-        return EpochPlan(chunk, layer, served[lasts])
+        return EpochOrder(chunk, layer, served[lasts])
 
     def locate(self, row: int) -> Position:
         """Where the row-th row of the rank's stream (from 0, over all epochs) is."""
@@ -127,12 +127,12 @@ class LoaderPlan:
         window = int(np.searchsorted(ends, rest, side="right"))
         return Position(epoch, window, rest - (int(ends[window - 1]) if window else 0))
 
-    def window(self, blocks: EpochPlan, window: int) -> tuple[np.ndarray, np.ndarray]:
+    def window(self, blocks: EpochOrder, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Token chunk and stored layer, each int64, of a window's blocks."""
         cut = slice(window * self.blocks_per_window, (window + 1) * self.blocks_per_window)
         return blocks.chunk[cut], blocks.layer[cut]
 
-    def row_order(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
+    def shuffled(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
         """`rows` (any int array) of a window in the order in which they are served."""
         return _generator(self.seed, _ROWS, self.rank, epoch, window).permutation(rows)
 

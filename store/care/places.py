@@ -15,7 +15,8 @@ import numpy as np
 
 from store.activations import ActivationStore
 from store.care.verify import require_sound
-from store.shards import DamagedError, shard_name
+from store.checksums import DamagedError
+from store.shards import shard_name
 
 _HASHED_LAYERS = 4
 """With as many layers or fewer a shard's file is hashed: a layer's norms take 1 s a GB, the hash 0.25 s."""
@@ -54,7 +55,7 @@ def _require(store: ActivationStore, shard: int, layer: int) -> None:
 
 def _norm_sum(store: ActivationStore, shard: int, layer: int) -> float:
     """Sum of the norms of a layer's kept vectors in a shard; a chunk at a time, so that memory stays small."""
-    from store.row_loops import measure  # Brings numba, which readers of little do without.
+    from store.pack import measure  # Brings numba, which readers of little do without.
 
     size, (first, last) = store.meta.chunk_tokens, store.meta.shard_bounds(shard)
     unused = np.zeros((3, store.meta.d_model))

@@ -15,8 +15,8 @@ from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.care.verify import BadShard, check_shard, verify
 from store.files import atomic_write, sync
+from store.folder import require_store
 from store.manifest import FILE, FOLDER, Manifest, WriterLock, forget_lines, is_sound, read_manifest, shard_of
-from store.opening import require_store
 
 JOURNAL = f"{FOLDER}/.repair"
 

@@ -13,9 +13,9 @@ import zarr
 from analysis import task as measure
 from analysis.config import AnalyzeConfig
 from analysis.run import analyze
+from residscope.destinations import held_alone
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
-from store.files import held_alone
 from store.shuffle import validation_documents
 from tests.analysis.dense import decompose, reference_ratios
 from tests.analysis.small import LAYERS, VALIDATION, Small, make_small

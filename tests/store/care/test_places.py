@@ -8,8 +8,9 @@ import pytest
 
 from store.activations import ActivationStore
 from store.care.places import require_in_place
+from store.checksums import DamagedError
 from store.loader import WindowLoader
-from store.shards import DamagedError, shard_name
+from store.shards import shard_name
 from tests.support.stores import make_store, random_activations
 from train.compare.cli import main as compare
 from train.config import TrainConfig
