@@ -15,7 +15,7 @@ from store import arrays
 from store.arrays import TokenTable
 from store.checksums import file_hashes, read_checked
 from store.files import sync, sync_tree
-from store.manifest import FILE, FOLDER, LOCK, Manifest, write_header
+from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, write_header
 from store.meta import StoreMeta
 
 
@@ -54,11 +54,25 @@ def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
     return StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
 
 
-def make_folder(path: Path, building: Path, meta: StoreMeta, tokens: TokenTable) -> None:
-    """Make a store without shards in the folder `building`, whose lock the caller holds, and rename it to `path`.
+def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, WriterLock]:
+    """Make a store without shards; gives where it is, and its writer's lock.
 
-    What an earlier attempt left in `building` is cleared. Raises `IncompatibleError` when there is something at `path`.
+    It is built in the folder `PATH.planning` and renamed as a whole. What a crash left there is cleared first. Where
+    `path` is a link, the store is made where it points, because a folder cannot be renamed over a link.
     """
+    path = path.resolve() if path.is_symlink() else path
+    building = path.with_name(path.name + ".planning")
+    lock = WriterLock(building, path)
+    try:
+        _build(path, building, meta, tokens)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        lock.release()
+        raise
+    return path, lock
+
+
+def _build(path: Path, building: Path, meta: StoreMeta, tokens: TokenTable) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another path")
     for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):

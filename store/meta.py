@@ -8,7 +8,7 @@ Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk, S tokens in
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,15 @@ class StoreMeta:
             raise IndexError(f"shard {shard} is outside 0..{self.n_shards - 1}")
         start = shard * self.shard_tokens
         return start, min(start + self.shard_tokens, self.n_tokens)
+
+    def layer_indices(self, layers: slice | Sequence[int] | None) -> list[int]:
+        """The stored layers that are asked for (None: all of them); `IndexError` for one that is not there."""
+        if layers is None or isinstance(layers, slice):
+            return list(range(self.n_layers))[layers or slice(None)]
+        for layer in layers:
+            if not 0 <= layer < self.n_layers:
+                raise IndexError(f"stored layer {layer} is outside 0..{self.n_layers - 1}")
+        return [int(layer) for layer in layers]
 
     def to_attributes(self) -> dict[str, Any]:
         """Plain JSON for the attributes of the root group."""
