@@ -3,7 +3,7 @@
 How: KEY is a hash of all that the codes depend on, and the group's attributes spell it out; codes of another store,
 autoencoder, format or set of layers are never taken for these. A shard's codes are two files, values and indices, each
 written whole or not at all and ending in its crc32c; a third one, written last, holds a hash of KEY, the shard's number
-and both, so that sound files of another key or shard are not taken either. A shard that lacks a file, or in which one
+and both, so that intact files of another key or shard are not taken either. A shard that lacks a file, or in which one
 is damaged or another's, counts as not kept. The manifest does not know of them, so a store with codes is the same
 store. Not here: making codes.
 

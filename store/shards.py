@@ -163,7 +163,7 @@ class ShardWriter:
     def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock) -> None:
         """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is written."""
         self._path, self._meta, self._manifest, self._lock = path, meta, manifest, lock
-        self._lines = ManifestWriter(path, manifest.sound_bytes)
+        self._lines = ManifestWriter(path, manifest.intact_bytes)
         self._packer: ShardPacker | None = None
 
     def write(

@@ -1,4 +1,4 @@
-"""Whether shards' files lie where they belong: a sound file of another shard or store has sound checksums too.
+"""Whether shards' files lie where they belong: an intact file of another shard or store has intact checksums too.
 
 How: the manifest has the hash of each shard's whole file, and for each layer the sum of its kept vectors' norms. The
 norms of one layer tell a shard from any other by a small part of its bytes: 1 / L of them, 0.03 s a GB from the cache
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from store.activations import ActivationStore
-from store.care.verify import require_sound
+from store.care.verify import require_intact
 from store.checksums import DamagedError
 from store.shards import shard_name
 
@@ -42,13 +42,13 @@ def require_in_place(store: ActivationStore, chunk: np.ndarray, layer: np.ndarra
 
 def _require(store: ActivationStore, shard: int, layer: int) -> None:
     if store.meta.n_layers <= _HASHED_LAYERS:
-        require_sound(store, shard)
+        require_intact(store, shard)
         return
     expected = store.record(shard).norm_sums[layer]
     if not abs(_norm_sum(store, shard, layer) - expected) <= _TOLERANCE * expected:
         raise DamagedError(
             store.path / shard_name(shard),
-            "a sound file of another shard or store, or one written anew, by the norms of its vectors at layer "
+            "an intact file of another shard or store, or one written anew, by the norms of its vectors at layer "
             f"{store.meta.layers[layer]}",
         )
 

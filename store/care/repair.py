@@ -1,6 +1,6 @@
 """Make a damaged store whole again: forget its bad shards, have them filled anew, and prove that they are the old ones.
 
-How: what `verify` finds bad, and whatever line of the manifest is not sound, leaves the manifest, which is rewritten as
+How: what `verify` finds bad, and whatever line of the manifest is not intact, leaves the manifest, which is rewritten as
 a whole, atomically; the shard is then missing, and whoever fills stores (a function that is given) fills it. The old
 lines are kept in `manifest/.repair` until the end, so that the proof outlives a crash too: a line has the hashes of its
 shard. The order of lines is put back, so that a repaired store has the very bytes that it had. What it does not do:
@@ -16,7 +16,7 @@ from store.activations import ActivationStore
 from store.care.verify import BadShard, check_shard, verify
 from store.files import atomic_write, sync
 from store.folder import require_store
-from store.manifest import FILE, FOLDER, Manifest, WriterLock, forget_lines, is_sound, read_manifest, shard_of
+from store.manifest import FILE, FOLDER, Manifest, WriterLock, forget_lines, is_intact, read_manifest, shard_of
 
 JOURNAL = f"{FOLDER}/.repair"
 
@@ -30,7 +30,7 @@ class Repaired:
     refilled: list[int]
     """Shards that were filled anew, ascending."""
     proven: list[int]
-    """Those of them whose files have the hashes that the manifest had for them; it had no sound line for the others."""
+    """Those of them whose files have the hashes that the manifest had for them; it had no intact line for the others."""
 
 
 def repair(
@@ -65,9 +65,9 @@ def repair(
     with ActivationStore.open(path, writable=True) as store:
         store.finalize()
         manifest = read_manifest(path)
-        unsound = [reason for shard in refilled if (reason := check_shard(path, store.meta, manifest, shard))]
-        if unsound:
-            raise ResidscopeError(f"{path}: {unsound[0]}, just after it was filled: check the disk")
+        broken = [reason for shard in refilled if (reason := check_shard(path, store.meta, manifest, shard))]
+        if broken:
+            raise ResidscopeError(f"{path}: {broken[0]}, just after it was filled: check the disk")
         differing = [shard for shard, line in old.items() if manifest.lines.get(shard) != line]
         forget_lines(path, differing)
         _put_in_order(path, list(old))
@@ -85,7 +85,7 @@ def repair(
 def forget_shards(path: Path, shards: Collection[int]) -> None:
     """Take shards out of the manifest, durably, so that they count as missing and can be filled anew.
 
-    Lines that are not sound go too. Raises `ResidscopeError` when another process is writing the store.
+    Lines that are not intact go too. Raises `ResidscopeError` when another process is writing the store.
     """
     with WriterLock(path, path):
         forget_lines(path, shards)
@@ -96,7 +96,7 @@ def _keep_lines(path: Path, manifest: Manifest) -> dict[int, bytes]:
     journal = path / JOURNAL
     if not journal.exists():
         atomic_write(journal, [line + b"\n" for line in manifest.lines.values()])
-    lines = [line for line in journal.read_bytes().splitlines() if is_sound(line)]
+    lines = [line for line in journal.read_bytes().splitlines() if is_intact(line)]
     return {shard: line for line in lines if (shard := shard_of(line)) is not None}
 
 

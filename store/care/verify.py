@@ -48,7 +48,7 @@ def verify(
     made = _check_made_files(path, manifest)
     bad += made
     if made or not manifest.checksums:
-        return bad  # Without sound metadata nothing says what the shards should be.
+        return bad  # Without intact metadata nothing says what the shards should be.
     meta = StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
     torn = "; its last line is torn" if manifest.torn else ""
     with ThreadPoolExecutor(threads) as pool:
@@ -96,13 +96,15 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
     return None
 
 
-def require_sound(store: ActivationStore, shard: int) -> None:
+def require_intact(store: ActivationStore, shard: int) -> None:
     """Raise `DamagedError` unless the file of a shard that is there is the one of its manifest line. Chunks are checked
-    whenever they are read; this finds a sound file of another shard or store too, and costs one reading of the file."""
+    whenever they are read; this finds an intact file of another shard or store too, and costs one reading of the file."""
     file, record = store.path / shard_name(shard), store.record(shard)
     if file_hash(file) != record.xxh3_128:
         damaged = _damaged_chunk(file, store.meta, record.bytes)
-        raise DamagedError(file, damaged or "a sound file of another shard or store, or one written anew, by its hash")
+        raise DamagedError(
+            file, damaged or "an intact file of another shard or store, or one written anew, by its hash"
+        )
 
 
 def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:
