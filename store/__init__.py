@@ -1,7 +1,7 @@
 """Activation stores: the residual stream of every token at every layer, as a Zarr v3 group on a local disk.
 
-`ActivationStore.open(path)` is where a reader begins; `docs/store-format.md` is the norm of what is on the disk. The
-names below are loaded when first used, so that importing `store` costs nothing.
+`ActivationStore.open(path)` is where a reader begins; `docs/store-format.md` defines what is on the disk. The names
+below are loaded when first used, so that importing `store` is quick.
 """
 
 from importlib import import_module

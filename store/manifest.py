@@ -1,10 +1,10 @@
-"""Which shards are whole: the manifest's lines, and the lock that keeps a second writer out.
+"""Which shards are there: the lines of the manifest, and the lock that keeps a second writer out.
 
 How: `manifest/0.jsonl` begins with a header line (the hash of every file that is made with the store); then comes one
 line for each whole shard. Every line ends in a checksum of itself. A shard counts only once its line is there, and the
-line is written last. A last line that is not intact was cut by a crash: readers ignore it (so its shard is missing), the
-next writer cuts it off. Any other bad line is damage, and is reported, never skipped in silence. What it does not do:
-look at the shards.
+line is written last. A last line that is not intact was cut by a crash: readers ignore it (so its shard is missing),
+and the next writer cuts it off. Any other bad line is damage, and is reported. Not here: reading the shards
+(shards.py). Tested in tests/store/test_faults.py.
 """
 
 import errno
@@ -118,7 +118,7 @@ def _read_line(manifest: Manifest, line: bytes, where: str) -> None:
         return
     shard = shard_of(line)
     if shard is None:
-        manifest.problems.append(f"{where}: it is no shard's line")
+        manifest.problems.append(f"{where}: it is not a shard's line")
         return
     if shard in manifest.lines:
         manifest.problems.append(f"{where}: shard {shard} is there twice")
@@ -128,13 +128,13 @@ def _read_line(manifest: Manifest, line: bytes, where: str) -> None:
 def shard_of(line: bytes) -> int | None:
     """The shard that an intact line is of; None for the header.
 
-    Opening a store of many shards should be quick, so that a line is parsed only when its other fields are needed.
+    A line is parsed only when its other fields are needed, because opening a store of many shards should be quick.
     """
     return int(line[len(_SHARD_PREFIX) : line.index(b",")]) if line.startswith(_SHARD_PREFIX) else None
 
 
 def forget_lines(store: Path, shards: Collection[int]) -> None:
-    """Rewrite the manifest without the lines of `shards`, and without any that is not intact; for who has the lock."""
+    """Rewrite the manifest without the lines of `shards` and without damaged ones; the caller holds the lock."""
     for path in sorted((store / FOLDER).glob("*.jsonl")):
         data = path.read_bytes()
         intact = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n") and is_intact(line[:-1])]
@@ -164,7 +164,7 @@ class ManifestWriter:
             raise
 
     def append(self, record: ShardRecord) -> bytes:
-        """Append the record's line, after whatever a failed append left is cut off; gives the line, no newline."""
+        """Append the record's line, once what a failed append left is cut off; gives the line without its newline."""
         line = sealed(record._asdict())
         self._cut()
         os.lseek(self._descriptor, self._end, os.SEEK_SET)
@@ -184,7 +184,7 @@ class ManifestWriter:
 
 
 class WriterLock:
-    """The exclusive right to write into a folder; it ends with the process, whatever its end."""
+    """The exclusive right to write into a folder; it ends with the process, however that ends."""
 
     def __init__(self, folder: Path, name: Path) -> None:
         """Take the lock of `folder`; `ResidscopeError`, which calls the store `name`, when another process has it."""

@@ -1,7 +1,7 @@
 """What a store is: sizes, layers, number formats, where it came from. To and from the attributes of the root group.
 
 How: one frozen dataclass, checked when made; `from_attributes` takes exactly the attributes that `to_attributes` gives
-and refuses any other. What it does not do: touch a disk.
+and refuses any other. Nothing here touches a disk.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk, S tokens in a shard.
 """

@@ -1,13 +1,13 @@
-"""In which order a store's rows are served: a window shuffle, as a pure function of (seed, epoch, rank, world size).
+"""The order in which a store's rows are served: a window shuffle, a pure function of (seed, epoch, rank, world size).
 
 A row is one vector: a token at a layer. A block is one inner chunk: C tokens at one layer. How: an epoch has one order
-of the chunks, random but such that every run of it comes from all over the store (`spread_order`), as neighbouring
-chunks are alike. Every layer goes through it, each from another place on, at even distances; step p of the epoch takes
-the p-th chunk of every layer, layers in random order. So any run of blocks holds all layers and all parts of the store
-evenly, and each chunk about as often as any other: what a chunk's tokens have in common at all layers cancels out.
-Against a random order for each layer, that halves what windows add to the variance of batch means
-(benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted. Rows that the mask leaves
-out are never served, and chunks without rows never read. What it does not do: I/O; nothing here touches a disk.
+of the chunks, random, but such that every run of it comes from all over the store (`spread_order`), because
+neighbouring chunks are alike. Every layer takes the chunks in this order, each beginning at another place, at even
+distances; step p of the epoch takes the p-th chunk of every layer, layers in random order. So any run of blocks holds
+all layers and all parts of the store evenly, and each chunk about as often as any other: what a chunk's tokens have in
+common at all layers cancels out. Compared to a random order for each layer, that halves what windows add to the
+variance of batch means (benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted.
+Rows that the mask leaves out are never served, and chunks without rows never read. Nothing here touches a disk.
 
 Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch of one rank.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 from residscope.errors import UsageError
 
-# What a random stream is for, so that no two streams of one seed coincide.
+# Each use of random numbers has a stream of its own, so that no two of one seed coincide.
 _RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
 
 

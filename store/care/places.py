@@ -1,10 +1,10 @@
-"""Whether shards' files lie where they belong: an intact file of another shard or store has intact checksums too.
+"""Check that shards' files lie where they belong: a file of another shard or store is intact by its own checksums.
 
 How: the manifest has the hash of each shard's whole file, and for each layer the sum of its kept vectors' norms. The
-norms of one layer tell a shard from any other by a small part of its bytes: 1 / L of them, 0.03 s a GB from the cache
+norms of one layer tell a shard from any other, and reading them takes 1 / L of its bytes: 0.03 s a GB from the cache
 with 30 layers, where the hash takes 0.25 s. With few layers the hash is the faster one, and is taken. Each shard is
-looked at once for an open store, when the first of its chunks is asked for. What it does not do: find a change that
-leaves a chunk's crc32c and a layer's norms as they were (`residscope verify` compares all hashes).
+looked at once for an open store, when the first of its chunks is asked for. A change that leaves a chunk's crc32c and a
+layer's norms as they were is found by `residscope verify` alone, which compares all hashes.
 
 Shapes: n chunks, L stored layers, D = d_model, C tokens in a chunk.
 """
@@ -19,10 +19,11 @@ from store.checksums import DamagedError
 from store.shards import shard_name
 
 _HASHED_LAYERS = 4
-"""With as many layers or fewer a shard's file is hashed: a layer's norms take 1 s a GB, the hash 0.25 s."""
+"""With this many layers or fewer a shard's file is hashed: a layer's norms take 1 s a GB, the hash 0.25 s."""
 
 _TOLERANCE = 1e-9
-"""Of a sum of norms, which another writer may have added up in another order: 10^-15 for 30,000 vectors."""
+"""Relative, of a sum of norms: another writer may have added in another order, which changes 10^-15 of it for 30,000
+vectors."""
 
 
 def require_in_place(store: ActivationStore, chunk: np.ndarray, layer: np.ndarray, threads: int = 4) -> None:
@@ -55,7 +56,7 @@ def _require(store: ActivationStore, shard: int, layer: int) -> None:
 
 def _norm_sum(store: ActivationStore, shard: int, layer: int) -> float:
     """Sum of the norms of a layer's kept vectors in a shard; a chunk at a time, so that memory stays small."""
-    from store.pack import measure  # Brings numba, which readers of little do without.
+    from store.pack import measure  # Imports numba, which other readers do without.
 
     size, (first, last) = store.meta.chunk_tokens, store.meta.shard_bounds(shard)
     unused = np.zeros((3, store.meta.d_model))

@@ -1,10 +1,10 @@
-"""Make a damaged store whole again: forget its bad shards, have them filled anew, and prove that they are the old ones.
+"""Repair a damaged store: forget its bad shards, have them filled again, and prove that they are the same as before.
 
-How: what `verify` finds bad, and whatever line of the manifest is not intact, leaves the manifest, which is rewritten as
-a whole, atomically; the shard is then missing, and whoever fills stores (a function that is given) fills it. The old
-lines are kept in `manifest/.repair` until the end, so that the proof outlives a crash too: a line has the hashes of its
-shard. The order of lines is put back, so that a repaired store has the very bytes that it had. What it does not do:
-repair what is no shard's (metadata, tokens, the manifest's header), or compute anything.
+How: the lines of shards that `verify` finds bad, and lines that are damaged themselves, leave the manifest, which is
+rewritten as a whole, atomically. Those shards are then missing, and a function that is given fills them with the model.
+The old lines are kept in `manifest/.repair` until the end, so that the proof outlives a crash too: a line has the
+hashes of its shard. At last the order of lines is put back, so that a repaired store has the bytes that it had. What
+belongs to no shard (metadata, tokens, the manifest's header) cannot be repaired.
 """
 
 from collections.abc import Callable, Collection
@@ -30,7 +30,7 @@ class Repaired:
     refilled: list[int]
     """Shards that were filled anew, ascending."""
     proven: list[int]
-    """Those of them whose files have the hashes that the manifest had for them; it had no intact line for the others."""
+    """Those of them whose files have the hashes that the manifest had; for the others it had no intact line."""
 
 
 def repair(
@@ -39,12 +39,13 @@ def repair(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Repaired:
-    """Make the store at `path` whole; `prepare`, called with it, gives what fills the shards that its manifest lacks.
+    """Make the store at `path` whole.
 
-    progress: as for `verify`. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when another
-    process is writing it, when something is damaged that no model gives back (nothing is changed then, nor when
-    `prepare` raises), and when a shard comes back with other bytes than it had (it is left missing then, and a plain
-    `harvest` takes the new bytes).
+    prepare: called with `path` before anything is changed; gives a function that fills the shards that the manifest
+    lacks. progress: as for `verify`. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when
+    another process is writing it, when something is damaged that no model gives back (nothing is changed then), and
+    when a shard comes back with other bytes than it had (it is left missing then, and a plain `harvest` takes the new
+    bytes).
     """
     require_store(path)
     with WriterLock(path, path):

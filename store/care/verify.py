@@ -30,7 +30,7 @@ class BadShard:
     reason: str
     """The file, and what is wrong with it."""
     lasting: bool = False
-    """Whether no model can give it back: metadata, tokens, or the manifest's header."""
+    """Whether no model can give it back: it is metadata, tokens, or the manifest's header."""
 
 
 def verify(
@@ -48,7 +48,7 @@ def verify(
     made = _check_made_files(path, manifest)
     bad += made
     if made or not manifest.checksums:
-        return bad  # Without intact metadata nothing says what the shards should be.
+        return bad  # Without its metadata nothing says what the shards should be.
     meta = StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
     torn = "; its last line is torn" if manifest.torn else ""
     with ThreadPoolExecutor(threads) as pool:
@@ -97,8 +97,11 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
 
 
 def require_intact(store: ActivationStore, shard: int) -> None:
-    """Raise `DamagedError` unless the file of a shard that is there is the one of its manifest line. Chunks are checked
-    whenever they are read; this finds an intact file of another shard or store too, and costs one reading of the file."""
+    """Raise `DamagedError` unless the file of a shard has the hash of its manifest line.
+
+    Chunks are checked whenever they are read; this also finds an intact file of another shard or store. It reads the
+    whole file once.
+    """
     file, record = store.path / shard_name(shard), store.record(shard)
     if file_hash(file) != record.xxh3_128:
         damaged = _damaged_chunk(file, store.meta, record.bytes)
@@ -108,7 +111,7 @@ def require_intact(store: ActivationStore, shard: int) -> None:
 
 
 def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:
-    """What a reader of a shard's file would stumble over first."""
+    """The first thing in a shard's file that a reader would refuse."""
     try:
         with ShardReader(file, meta, n_bytes) as reader:
             reader.read_shard(meta.shard_tokens)
