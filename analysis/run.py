@@ -36,11 +36,11 @@ from analysis.summary import Baseline, Findings, build
 from analysis.task import ANALYSED, VALIDATION, Sums, Work, add_errors, measure, open_codes, pca_error
 from analysis.uncertainty import persistence_intervals, reconstruction_intervals, variance_intervals
 from analysis.words import words
+from residscope.destinations import held_alone
 from residscope.errors import ResidscopeError, UsageError
 from residscope.options import to_toml
 from store.activations import ActivationStore
-from store.files import held_alone
-from store.outputs import refuse_inside_store
+from store.folder import refuse_inside_store
 from train.formats.files import read_sae
 from train.model import Checkpoint
 

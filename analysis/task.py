@@ -28,7 +28,7 @@ from analysis.quality import GroupQuality, LayerQuality, sum_in_order
 from analysis.selection import Selection, Split, held_out_documents, select
 from residscope.errors import IncompatibleError, Interrupted
 from store.activations import ActivationStore
-from store.care.verify import require_sound
+from store.care.verify import require_intact
 from store.codes import KeptCodes
 from train.kernels.interface import SparseCodes
 from train.model import Standardized
@@ -325,7 +325,7 @@ def _checked_tiles(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """As `tiles`, of shards that are found to be those of the manifest when their turn comes."""
     for shard in shards:
-        require_sound(store, shard)
+        require_intact(store, shard)
         yield from tiles(store, layers, [shard], needed)
 
 

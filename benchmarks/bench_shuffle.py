@@ -13,7 +13,7 @@ Orders: as stored (token by token, all layers of each; one order, so that there 
 best there is; blocks of a chunk's tokens at all layers, mixed in windows; and the loader's own, blocks of one layer,
 mixed in the same windows. A window that holds the whole store mixes it fully in either way, so smaller windows are
 shown too: what counts for a big store is the window's size.
-What it does not do: read through the loader (tests/store/test_loader.py shows that it serves what the plan says).
+What it does not do: read through the loader (tests/store/test_loader.py shows that it serves rows in this order).
 
 Shapes: K kept tokens, L layers, d dimensions looked at; rows are (token, layer) pairs, n = K * L of them.
 """
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from residscope.console import human_bytes
 from store.activations import ActivationStore
 from store.loader import DEFAULT_WINDOW_BYTES
-from store.shuffle import LoaderPlan, chunk_row_counts
+from store.shuffle import RowOrder, chunk_row_counts
 from train.config import TrainConfig
 
 EPSILON = 1e-5
@@ -81,8 +81,9 @@ def standardised_rows(store: ActivationStore, n_dimensions: int) -> np.ndarray:
     """Rows of the kept tokens at some dimensions, float32 [n, d], each dimension of mean 0 and variance 1."""
     chosen = np.linspace(0, store.meta.d_model - 1, min(n_dimensions, store.meta.d_model)).astype(int)
     parts = []
-    for shard in store.iter_shards():
-        x = shard.data[store.tokens.keep[shard.start : shard.stop]]
+    for shard in range(store.meta.n_shards):
+        tokens = slice(*store.meta.shard_bounds(shard))
+        x = store.read(tokens)[store.tokens.keep[tokens]]
         mean, deviation = x.mean(axis=2, keepdims=True), x.std(axis=2, ddof=1, keepdims=True)
         parts.append((x[:, :, chosen] - mean) / (deviation + EPSILON))
     rows = np.concatenate(parts).reshape(-1, len(chosen))
@@ -101,20 +102,20 @@ def design_effect(rows: np.ndarray, order: np.ndarray, batch_rows: int) -> float
 
 def loader_order(mask: np.ndarray, n_layers: int, chunk_tokens: int, blocks: int, seed: int) -> np.ndarray:
     """The rows in the order in which the loader serves them: int64 [n]."""
-    plan = LoaderPlan(
+    served = RowOrder(
         chunk_rows=chunk_row_counts(mask, chunk_tokens),
         layers=tuple(range(n_layers)),
         blocks_per_window=blocks,
         seed=seed,
     )
     place = row_places(mask, chunk_tokens)
-    epoch = plan.epoch(0)
+    epoch = served.epoch(0)
     order = []
     for window in range(len(epoch.row_ends)):
-        chunk, layer = plan.window(epoch, window)
+        chunk, layer = served.window(epoch, window)
         token = place[chunk]  # [W, C]
         rows = (token * n_layers + layer[:, None])[token >= 0]
-        order.append(plan.row_order(rows, 0, window))
+        order.append(served.shuffled(rows, 0, window))
     return np.concatenate(order)
 
 

@@ -31,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from store.activations import ActivationStore
 from store.arrays import TokenTable
+from store.checksums import CRC_BYTES
 from store.loader import WindowLoader
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
 from store.pack import ShardPacker
-from store.shards import CRC_BYTES, shard_name
+from store.shards import seal_slots, shard_name
 
 N_LAYERS, D_MODEL = 30, 576  # SmolLM2-135M
 BATCH_ROWS = 8192
@@ -170,7 +171,7 @@ def shard_write(folder: Path, store: ActivationStore, data: np.ndarray, rounds: 
 
     def direct() -> None:
         with (folder / "shard").open("wb") as file:
-            for part in packer.pack(data, keep).parts:
+            for part in seal_slots(packer.pack(data, keep).slots, meta):
                 file.write(part)
 
     ways: dict[str, Callable[[], object]] = {

@@ -37,13 +37,13 @@ from harvest.table import encode_documents, pack
 from harvest.text.mixing import Mixture
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes
+from residscope.destinations import require_space
 from residscope.errors import IncompatibleError, ResidscopeError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
-from store.files import require_space
+from store.folder import is_store, refuse_inside_store
 from store.manifest import WriterLock
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
-from store.outputs import is_store, refuse_inside_store
 
 # Token columns, statistics and folders beside the vectors, with room to spare.
 _SPARE_BYTES = 16 << 20

@@ -1,19 +1,20 @@
-"""`residscope`: look at a store, check it, or run one of the other commands.
+"""`residscope` and the three commands: where each of them starts; `residscope verify` is here in full.
 
-How: `info` and `verify` are here; the other commands are looked up by name and loaded only when asked for. What it does
-not do: read or check anything itself (activations.py, verify.py).
+How: commands are looked up by name, and their modules are loaded only when asked for. Not here: what `info` says
+(info.py), and the checking and repairing itself (store/care/).
 """
 
 import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residscope.console import counted, human_bytes, run_command
+from residscope.console import counted, run_command
+from residscope.info import info
 from residscope.options import CommandParser
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.main(words[1:])
     arguments = _parser().parse_args(words)
     if arguments.command == "info":
-        return run_command("residscope info", lambda: _info(arguments.store, arguments.json))
-    check = _repair if arguments.repair else _verify
-    return run_command("residscope verify", lambda: check(arguments.store, arguments.json))
+        run = info
+    else:
+        run = _repair if arguments.repair else _verify
+    return run_command(f"residscope {arguments.command}", lambda: run(arguments.store, arguments.json))
 
 
 def harvest() -> int:
@@ -82,52 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _info(path: Path, as_json: bool) -> int:
-    from store.activations import ActivationStore
-
-    store = ActivationStore.open(path, partial=True)
-    meta, tokens, missing = store.meta, store.tokens, store.missing_shards()
-    statistics = store.statistics()
-    found: dict[str, Any] = {
-        "path": str(path),
-        **meta.to_attributes(),
-        "n_kept": int(tokens.keep.sum()),
-        "n_documents": int(tokens.document.max()) + 1,
-        "n_shards": meta.n_shards,
-        "missing_shards": missing,
-        "bytes": sum(store.record(shard).bytes for shard in range(meta.n_shards) if shard not in missing),
-        "content_hash": store.content_hash,
-        "layer_norm": statistics.norm.tolist() if statistics.count else None,
-    }
-    if as_json:
-        print(json.dumps(found))
-        return 0
-    rows = {
-        "model": meta.provenance.get("model", "unknown")
-        + (", random weights" if meta.provenance.get("random_init") else ""),
-        "text": _text(meta.provenance),
-        "tokens": f"{meta.n_tokens:,} ({found['n_kept']:,} kept) of {counted(found['n_documents'], 'document')}, "
-        f"in sequences of up to {meta.context_length:,}",
-        "layers": f"{meta.n_layers} of {meta.n_model_layers}, d_model {meta.d_model}",
-        "numbers": f"{meta.stored_dtype}, codec {meta.codec}",
-        "lens": "none" if meta.lens is None else meta.lens.get("id", "yes"),
-        "size": f"{human_bytes(found['bytes'])} in {meta.n_shards - len(missing)} of {counted(meta.n_shards, 'shard')} "
-        f"of {meta.shard_tokens:,} tokens",
-        "mean norm": "not known yet"
-        if not statistics.count
-        else f"{statistics.norm[0]:.4g} after block {meta.layers[0]}, {statistics.norm[-1]:.4g} after block "
-        f"{meta.layers[-1]}",
-        "state": "whole"
-        if not missing
-        else f"{counted(len(missing), 'shard')} {'is' if len(missing) == 1 else 'are'} missing; "
-        "run the same `harvest` command again to fill what is missing",
-    }
-    print(path)
-    for name, value in rows.items():
-        print(f"  {name:<10} {value}")
-    return 0
-
-
 def _verify(path: Path, as_json: bool) -> int:
     from store.care.verify import verify
 
@@ -146,15 +102,6 @@ def _verify(path: Path, as_json: bool) -> int:
     return 1
 
 
-def _text(provenance: Mapping[str, Any]) -> str:
-    """Which texts, and of several how many tokens each gave: whole documents follow each other, so that in a small
-    store the shares may be far from those that were asked for."""
-    sources = provenance.get("sources") or []
-    if len(sources) < 2:
-        return str(provenance.get("dataset", "unknown"))
-    return ", ".join(f"{source['dataset']} ({source['tokens']:,} tokens)" for source in sources)
-
-
 def _repair(path: Path, as_json: bool) -> int:
     from store.care.repair import repair
 
@@ -170,9 +117,8 @@ def _repair(path: Path, as_json: bool) -> int:
         return 0
     _print_faults(done.found)
     print(
-        f"{path}: whole"
-        + f"; {counted(len(done.refilled), 'shard')} refilled, {len(done.proven)} of them proven the same by "
-        "the manifest's hashes"
+        f"{path}: whole; {counted(len(done.refilled), 'shard')} refilled, {len(done.proven)} of them proven the same "
+        "by the manifest's hashes"
     )
     return 0
 

@@ -1,4 +1,4 @@
-"""What every command shares at the terminal: exit codes, one-line errors, signals, and human units.
+"""What every command shares at the terminal: exit codes, one-line errors, signals, progress bars, and human units.
 
 Progress and words go to stderr, results to stdout, so that `--json` can be piped.
 """
@@ -62,7 +62,7 @@ _DISK_ERRORS = {
     errno.ENOENT: "It cannot be made there, or went away meanwhile: choose another place, or look at what is there",
     errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place",
     errno.EEXIST: "A file is there already where a folder should be: choose another place",
-    errno.ELOOP: "A link leads back to itself: choose another place, or mend the link",
+    errno.ELOOP: "A link leads back to itself: choose another place, or correct the link",
     errno.EISDIR: "A file should be there, not a folder: choose another name",
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.EFBIG: "The file system or a limit (`ulimit -f`) allows no larger file: choose another place to write to",

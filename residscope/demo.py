@@ -1,7 +1,7 @@
 """`residscope demo`: harvest, train and analyze on a small model and text that need no network, start to end.
 
 Each stage is the user's own command, printed before it runs and timed after; running the demo again continues where it
-stopped. It ends with what the analysis found. Not here: any computing.
+stopped. It ends with what the analysis found.
 """
 
 import json
@@ -17,7 +17,6 @@ from typing import Any
 from residscope.console import human_seconds, run_command
 from residscope.errors import ResidscopeError, UsageError
 from residscope.options import parse_options
-from store.outputs import refuse_inside_store
 
 # The demo's size: chosen so that two cores finish all stages in under six minutes.
 CONTEXT_LENGTH = 256
@@ -84,7 +83,9 @@ def stages(config: DemoConfig) -> list[Stage]:
 
 
 def demo(config: DemoConfig) -> None:
-    """Run the stages and say what came of them. Raises `ResidscopeError` with a stage's exit code if it fails."""
+    """Run the stages and print the findings. Raises `ResidscopeError` with a stage's exit code if it fails."""
+    from store.folder import refuse_inside_store  # Imports numpy, which --help does without.
+
     refuse_inside_store(config.out)
     if config.out.exists() and not config.out.is_dir():
         raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
@@ -138,9 +139,9 @@ def _where(out: Path) -> list[str]:
 
 
 def _failed(stage: Stage, code: int) -> ResidscopeError:
-    code = 128 - code if code < 0 else code  # a signal's number, as a shell tells it
+    code = 128 - code if code < 0 else code  # a signal's number, as a shell gives it
     error = ResidscopeError(
-        f"{stage.name} ended with exit code {code}; once that is mended, the same command goes on from there"
+        f"{stage.name} ended with exit code {code}; once that is fixed, the same command goes on from there"
     )
     error.exit_code = code
     return error

@@ -7,8 +7,8 @@ Messages name the thing, what was expected, what was found, and what to do about
 
 
 class ResidscopeError(Exception):
-    """A run failed for a reason that the user can act on. Itself: what is asked for makes sense and what it names is
-    good, but the machine, the network or the work itself did not go through."""
+    """A run failed for a reason that the user can act on. Where it is none of the kinds below: the request makes sense
+    and what it names is good, but the machine, the network or the work itself failed."""
 
     exit_code = 1
 
@@ -21,7 +21,7 @@ class UsageError(ResidscopeError):
 
 class IncompatibleError(ResidscopeError):
     """What is named is there and cannot be used for this: a store, checkpoint, model, lens, text or analysis that is
-    damaged, no such thing, or of another kind, version, shape, configuration or content than what was asked of it."""
+    damaged, or is not one at all, or has another kind, version, shape, configuration or content than is needed."""
 
     exit_code = 3
 

@@ -1,13 +1,13 @@
-"""A fault of torch's on CPUs, gone round: no function's first call in a process may be made by several threads at once.
+"""A workaround for a fault of torch on CPUs: a function's first call in a process must not be made by several threads.
 
 torch hands sqrt, exp, tanh and the like to oneMKL, which looks for the fastest code on the first call of each function.
 Where several threads make that call at once, one of them may run code of lower precision: its share of the tensor then
 has relative errors up to 3e-4, once, in about one process of a thousand (issue 188792 of pytorch). Seen here: a run of
-training that left the path of its twin in the first step. A single number is computed by a single thread, so a call
-with one number makes all later ones safe.
+training that differed from an identical one after the first step. A call with a single number runs in one thread, and
+makes all later calls safe.
 
-torch is an argument: this package does not import it. The modules through which all work with torch goes call it when
-they load, so that workers do too.
+torch is an argument, because this package does not import it. The modules through which all work with torch goes call
+it when they are imported, so that workers do too.
 """
 
 from typing import Any

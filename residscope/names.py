@@ -1,7 +1,7 @@
 """Names of what lies beside a store or a checkpoint: acts.zarr has acts.harvest.toml, ckpt.pt has ckpt.loss.png.
 
-How: the ending that says what a thing is, is replaced, and no other: in `llama-0.5b` the dot is part of the name, so
-that llama-0.6b does not share its files. What it does not do: touch the disk.
+How: only an ending that says what a thing is gets replaced: in `llama-0.5b` the dot is part of the name, so that it
+does not share its files with llama-0.6b.
 """
 
 from pathlib import Path

@@ -12,8 +12,7 @@ default is the flag's default, and its annotation says how a word on the command
 A field without a default is a required flag. A field that is itself such a dataclass is a group: its fields are flags
 under their own names, and `--help` shows them together under the first sentence of its docstring. The names in a
 configuration's `FIRST_FLAGS` are shown before all groups. `--config FILE.toml` gives values under the same names, or in
-a table of the group's name; flags win over it. Only the standard library is used and nothing heavy is imported, so that
-`--help` answers at once.
+a table of the group's name; flags win over it. Only the standard library is imported, so that `--help` answers at once.
 """
 
 import argparse

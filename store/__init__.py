@@ -1,14 +1,14 @@
 """Activation stores: the residual stream of every token at every layer, as a Zarr v3 group on a local disk.
 
-`ActivationStore.open(path)` is where a reader begins; `docs/store-format.md` is the norm of what is on the disk. The
-names below are loaded when first used, so that importing `store` costs nothing.
+`ActivationStore.open(path)` is where a reader begins; `docs/store-format.md` defines what is on the disk. The names
+below are loaded when first used, so that importing `store` is quick.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from store.activations import ActivationStore, Shard
+    from store.activations import ActivationStore
     from store.arrays import TokenTable
     from store.dask_arrays import dask_array
     from store.loader import Batch, WindowLoader
@@ -19,7 +19,6 @@ __all__ = [
     "ActivationStore",
     "Batch",
     "LayerStatistics",
-    "Shard",
     "StoreMeta",
     "TokenTable",
     "WindowLoader",
@@ -30,7 +29,6 @@ _MODULES = {
     "ActivationStore": "store.activations",
     "Batch": "store.loader",
     "LayerStatistics": "store.moments",
-    "Shard": "store.activations",
     "StoreMeta": "store.meta",
     "TokenTable": "store.arrays",
     "WindowLoader": "store.loader",

@@ -1,19 +1,16 @@
 """ActivationStore: make, open, read, write and summarise a store of residual stream vectors on a local disk.
 
-How: the arrays are Zarr v3 (docs/store-format.md is the norm); shards go to and from the disk directly (shards.py,
-writer.py), and count once the manifest has their line (manifest.py). A reader checks every byte that it gives out:
-inner chunks by their crc32c, metadata and token arrays by the manifest's header. What it does not do: open remote
-stores, or hand out a shard that is missing as zeros.
+How: the arrays are Zarr v3 (docs/store-format.md is the norm); shards go to and from the disk directly (shards.py), and
+count once the manifest has their line (manifest.py). A reader checks every byte that it gives out: inner chunks by
+their crc32c, metadata and token arrays by the manifest's header. A missing shard raises, and is never read as zeros.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens and l layers asked for.
 """
 
 import itertools
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,36 +18,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from residscope.console import stop_on_signals
 from residscope.errors import IncompatibleError, UsageError
 from store import arrays
 from store.arrays import TokenTable
 from store.dtypes import STORAGE_DTYPE, to_float32
-from store.files import atomic_write, remove_leftovers, sync, sync_tree
-from store.manifest import FOLDER, LOCK, Manifest, ShardRecord, WriterLock, read_manifest, write_header
+from store.files import atomic_write, remove_leftovers
+from store.folder import make_folder, read_meta, require_store
+from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
-from store.opening import read_meta, require_store
-from store.shards import ShardReader, shard_name
-from store.writer import ShardWriter
-
-_STREAMED_BYTES = 16 * 2**20
-"""Blocks of this much together are copied past the cache: they do not stay there until they are used. Read and then
-summed, 5 MB are slower so, 9 MB as fast, 19 MB faster."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard's vectors."""
-
-    index: int
-    """Index of the shard."""
-    start: int
-    """Its first token."""
-    stop: int
-    """One past its last valid token."""
-    data: np.ndarray
-    """float32 [stop - start, l, D]."""
+from store.shards import ShardReader, ShardWriter, shard_name
 
 
 class ActivationStore:
@@ -61,8 +38,7 @@ class ActivationStore:
         self.path = path
         self.meta = meta
         self._manifest = manifest
-        self.in_place: set[int] = set()
-        """Shards whose files were found to be theirs (store/care/places.py)."""
+        self.in_place: set[int] = set()  # Shards whose files were found to be theirs (care/places.py).
         self._records: dict[int, ShardRecord] = {}
         self._indexes: dict[int, list[int]] = {}
         self._writer = ShardWriter(path, meta, manifest, lock) if lock else None
@@ -71,33 +47,14 @@ class ActivationStore:
     def create(cls, path: str | os.PathLike[str], meta: StoreMeta, tokens: TokenTable) -> "ActivationStore":
         """Make a store without shards, and open it for writing.
 
-        It is built in the folder `PATH.planning` and renamed as a whole: after a crash there is no store at `path`,
-        and the next `create` clears what was left. Raises `UsageError` when `tokens` do not fit `meta`,
-        `IncompatibleError` when there is something at `path`, `ResidscopeError` when another process is making it.
+        After a crash there is no store at `path`, and the next `create` clears what was left. Raises `UsageError` when
+        `tokens` do not fit `meta`, `IncompatibleError` when there is something at `path`, `ResidscopeError` when
+        another process is making it.
         """
-        path = Path(path)
-        if path.is_symlink():  # The store is made where the link points: a folder cannot take a link's place.
-            path = path.resolve()
-        tokens = arrays.checked_tokens(tokens, meta.n_tokens)
-        building = path.with_name(path.name + ".planning")
-        lock = WriterLock(building, path)
+        path, lock = make_folder(Path(path), meta, arrays.checked_tokens(tokens, meta.n_tokens))
         try:
-            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-                raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another path")
-            for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
-                if entry not in (building / FOLDER, building / LOCK):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            with stop_on_signals() as stopped:  # zarr's event loop says much on stderr when a signal breaks into it.
-                arrays.make_arrays(building, meta, tokens)
-            if stopped():
-                raise KeyboardInterrupt
-            write_header(building, meta.config_hash, arrays.file_checksums(building))
-            sync_tree(building)
-            building.replace(path)
-            sync(path.parent)
             return cls(path, meta, read_manifest(path), lock)
         except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
             lock.release()
             raise
 
@@ -190,11 +147,10 @@ class ActivationStore:
         start, stop, step = (tokens or slice(None)).indices(meta.n_tokens)
         if step != 1:
             raise UsageError(f"read: tokens should be a slice of step 1, found {tokens}")
-        chosen = self._layer_indices(layers)
-        stored = STORAGE_DTYPE[meta.stored_dtype]
-        out = np.empty((max(stop - start, 0), len(chosen), meta.d_model), stored if raw else np.float32)
-        block = np.empty((size, meta.d_model), stored)
+        chosen = meta.layer_indices(layers)
+        block = np.empty((size, meta.d_model), STORAGE_DTYPE[meta.stored_dtype])
         block_bytes = block.reshape(-1).view(np.uint8)
+        out = np.empty((max(stop - start, 0), len(chosen), meta.d_model), block.dtype if raw else np.float32)
         chunks = np.arange(start // size, -(-stop // size)) if start < stop else np.arange(0)
         for shard, group in self._by_shard(chunks):
             with self._reader(shard) as reader:
@@ -210,12 +166,6 @@ class ActivationStore:
                             to_float32(rows, meta.stored_dtype, target)
         return out
 
-    def iter_shards(self, layers: slice | Sequence[int] | None = None) -> Iterator[Shard]:
-        """Every shard in order, as float32."""
-        for index in range(self.meta.n_shards):
-            start, stop = self.meta.shard_bounds(index)
-            yield Shard(index, start, stop, self.read(slice(start, stop), layers))
-
     def read_blocks(self, chunk: np.ndarray, layer: np.ndarray, out: np.ndarray, threads: int = 4) -> None:
         """Fill out [n, C, D] (stored format, contiguous) with inner chunks, in any order, by several threads.
 
@@ -226,20 +176,19 @@ class ActivationStore:
         target = out.reshape(len(out), -1).view(np.uint8)
         sorted_chunk, sorted_layer = chunk[order], layer[order]
         within = sorted_chunk % self.meta.chunks_per_shard
-        streamed = out.nbytes >= _STREAMED_BYTES and _streaming_runs_here()
 
         def fill(shard: int, group: slice) -> None:
             with self._reader(shard) as reader:
-                reader.read_chunks(within[group], sorted_layer[group], target, order[group], streamed=streamed)
+                for where, at, row in zip(*(a[group].tolist() for a in (within, sorted_layer, order)), strict=True):
+                    reader.read_chunk(where, at, target[row])
 
-        groups = self._by_shard(sorted_chunk)
-        if threads == 1:
-            for group in groups:
-                fill(*group)
-            return
-        # A group is at most a thread's share, so that a window out of one shard is read by all threads too.
-        share = max(-(-len(order) // threads), 1)
+        # A part is at most a thread's share, so that a window out of one shard is read by all threads too.
+        share, groups = max(-(-len(order) // threads), 1), self._by_shard(sorted_chunk)
         parts = [(s, slice(i, min(i + share, g.stop))) for s, g in groups for i in range(g.start, g.stop, share)]
+        if threads == 1:
+            for part in parts:
+                fill(*part)
+            return
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda part: fill(*part), parts))
 
@@ -250,29 +199,20 @@ class ActivationStore:
         return [(int(shards[a]), slice(a, b)) for a, b in itertools.pairwise(bounds) if a < b]
 
     def _reader(self, shard: int) -> ShardReader:
-        path = self.path / shard_name(shard)
-        reader = ShardReader(path, self.meta, self.record(shard).bytes, self._indexes.get(shard))
+        n_bytes, index = self.record(shard).bytes, self._indexes.get(shard)
+        reader = ShardReader(self.path / shard_name(shard), self.meta, n_bytes, index)
         self._indexes[shard] = reader.index
         return reader
-
-    def _layer_indices(self, layers: slice | Sequence[int] | None) -> list[int]:
-        n_layers = self.meta.n_layers
-        if layers is None or isinstance(layers, slice):
-            return list(range(n_layers))[layers or slice(None)]
-        for layer in layers:
-            if not 0 <= layer < n_layers:
-                raise IndexError(f"stored layer {layer} is outside 0..{n_layers - 1}")
-        return [int(layer) for layer in layers]
 
     # Writing
 
     def write_shard(self, shard: int, data: np.ndarray, keep: np.ndarray | None = None, *, threads: int = 1) -> None:
-        """Write one shard durably: its file, its moments, and its manifest line, before which it does not count.
+        """Write one shard durably; it counts once this returns (shards.py).
 
         data: [t, L, D], t the shard's valid tokens, float32 or the stored format; fastest when each layer's [t, D] is
-        contiguous, as in a transposed [L, t, D] array. keep: bool [t], the store's own mask, which is checked when
-        given. `ResidscopeError` names the layer and token of a value that is not finite or too large for the stored
-        format; nothing is written then.
+        contiguous, as in a transposed [L, t, D] array. keep: bool [t], the store's own mask, checked when given. For a
+        value that is not finite or too large for the stored format, `ResidscopeError` names its layer and token, and
+        nothing is written.
         """
         self._open_writer().write(shard, data, self._keep_of(shard), claimed=keep, threads=threads)
 
@@ -293,37 +233,27 @@ class ActivationStore:
 
     def statistics(self) -> LayerStatistics:
         """Mean, variance and norm by stored layer, over the kept tokens of the shards that are there."""
-        files = arrays.statistics_files(self.meta)
-        if self.missing_shards() or not all((self.path / name).exists() for name in files):
+        if self.missing_shards():
             return self.merged_statistics()
-        mean, var, norm = (arrays.read_numbers(self.path / name, shape) for name, shape in files.items())
-        return LayerStatistics(sum(self.record(shard).kept for shard in self._manifest.lines), mean, var, norm)
+        count = sum(self.record(shard).kept for shard in self._manifest.lines)
+        return arrays.read_statistics(self.path, self.meta, count) or self.merged_statistics()
 
     def finalize(self) -> None:
         """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time. Every shard must be there."""
         self._open_writer()
-        missing = self.missing_shards()
-        if missing:
+        if missing := self.missing_shards():
             raise IncompatibleError(f"{self.path}: {len(missing)} of {self.meta.n_shards} shards are missing")
-        found = self.merged_statistics()
-        for name, values in zip(arrays.statistics_files(self.meta), (found.mean, found.var, found.norm), strict=True):
-            atomic_write(self.path / name, [arrays.encode_numbers(values)])
+        for name, data in arrays.statistics_chunks(self.merged_statistics()).items():
+            atomic_write(self.path / name, [data])
 
     def merged_statistics(self) -> LayerStatistics:
         """As `statistics`, but always merged from the shards' moments, in shard order."""
-        shape = (2, self.meta.n_layers, self.meta.d_model)
-        total = no_moments(*shape[1:])
+        total = no_moments(self.meta.n_layers, self.meta.d_model)
         for shard in sorted(self._manifest.lines):
             record = self.record(shard)
-            mean, m2 = arrays.read_numbers(self.path / arrays.moments_name(shard), shape)
+            mean, m2 = arrays.read_numbers(self.path / arrays.moments_name(shard), (2, *total.mean.shape))
             total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
         return statistics(total)
-
-
-def _streaming_runs_here() -> bool:
-    from store.kernels_copy import runs_here  # Brings numba, which readers of little do without.
-
-    return runs_here()
 
 
 def _reopen(path: str) -> ActivationStore:

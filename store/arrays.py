@@ -1,8 +1,9 @@
-"""The arrays beside `resid_post`, and the making of all of them, so that any reader of Zarr v3 opens the store.
+"""The arrays of a store: the metadata of all, and the values of those beside `resid_post`.
 
-How: `make_arrays`, the only caller of zarr, writes every array's metadata and the values of the token arrays. All small
-arrays have chunks of plain little-endian numbers that end in their crc32c; they are read, and the statistics written,
-directly, so that a reader needs no zarr. What it does not do: shards of `resid_post` (shards.py).
+How: `make_arrays`, the only caller of zarr, writes every array's metadata, so that any reader of Zarr v3 opens the
+store, and the values of the token arrays. All small arrays have chunks of plain little-endian numbers that end in their
+crc32c; they are read, and the statistics written, directly, so that a reader needs no zarr. Not here: the shards of
+`resid_post` (shards.py). Tested in tests/store/test_activations.py and tests/store/test_other_readers.py.
 
 Shapes: T tokens, L stored layers, D = d_model.
 """
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 
 from residscope.errors import UsageError
+from store.checksums import CRC_BYTES, DamagedError, checksum, read_checked
 from store.manifest import FOLDER
-from store.meta import StoreMeta
-from store.shards import CRC_BYTES, ZSTD_LEVEL, DamagedError, checksum
+from store.meta import ZSTD_LEVEL, StoreMeta
+from store.moments import LayerStatistics
 
 _TOKEN_CHUNK = 1 << 22
 
@@ -105,27 +106,6 @@ def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
         array[:] = getattr(tokens, name)
 
 
-def file_checksums(folder: Path) -> dict[str, str]:
-    """xxh3-128 of every file below a folder, by its path there; names that begin with a dot are left out."""
-    return {
-        path.relative_to(folder).as_posix(): xxhash.xxh3_128_hexdigest(path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
-
-
-def read_checked(folder: Path, name: str, checksums: Mapping[str, str]) -> bytes:
-    """A file that was made with the store; raises when it is missing or not what was written."""
-    path = folder / name
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DamagedError(path, "the file is missing") from None
-    if xxhash.xxh3_128_hexdigest(data) != checksums.get(name):
-        raise DamagedError(path, "the file is not what was written")
-    return data
-
-
 def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> TokenTable:
     """The token arrays, checked against the manifest's header; read-only."""
     chunk = min(meta.n_tokens, _TOKEN_CHUNK)
@@ -145,10 +125,19 @@ def moments_name(shard: int) -> str:
     return f"shard_moments/c.{shard}.0.0.0"
 
 
-def statistics_files(meta: StoreMeta) -> dict[str, tuple[int, ...]]:
-    """The files of the layer statistics (mean, variance, norm), below the store, and the shapes of what is in them."""
+def statistics_chunks(found: LayerStatistics) -> dict[str, bytes]:
+    """The files of the layer statistics, below the store, and what should be in them."""
+    values = {"layer_mean/c.0.0": found.mean, "layer_var/c.0.0": found.var, "layer_norm/c.0": found.norm}
+    return {name: encode_numbers(numbers) for name, numbers in values.items()}
+
+
+def read_statistics(folder: Path, meta: StoreMeta, count: int) -> LayerStatistics | None:
+    """The layer statistics over `count` kept tokens; None where one of the three files is not there."""
     shape = (meta.n_layers, meta.d_model)
-    return {"layer_mean/c.0.0": shape, "layer_var/c.0.0": shape, "layer_norm/c.0": shape[:1]}
+    files = {"layer_mean/c.0.0": shape, "layer_var/c.0.0": shape, "layer_norm/c.0": shape[:1]}
+    if not all((folder / name).exists() for name in files):
+        return None
+    return LayerStatistics(count, *(read_numbers(folder / name, shape) for name, shape in files.items()))
 
 
 def encode_numbers(values: np.ndarray) -> bytes:

@@ -1,21 +1,39 @@
-"""crc32c of some bytes, by the fastest library that is installed.
+"""Checksums of a store's bytes: crc32c behind each chunk, XXH3-128 of whole files, and the error where one differs.
 
-How: awscrt (the extra `fast`) multiplies without carries, 64 bytes at a time where the processor can, and so checks a
-chunk at the speed at which the cache gives it: 8 times as fast as google-crc32c, which asks the processor's crc32
-instruction for 8 bytes at a time and is what is always there. Both give the same number, copy nothing, and let other
-threads run meanwhile. The library is loaded at the first checksum: it takes a tenth of a second. What it does not do:
-any other checksum (the manifest's are xxh3).
+How: crc32c comes from the fastest library that is installed. awscrt (the extra `fast`) handles 64 bytes at a time where
+the processor can, and so checks a chunk at the speed at which the cache gives it: 8 times as fast as google-crc32c,
+which is always there and handles 8 bytes at a time. Both give the same number, copy nothing, and let other threads run
+meanwhile. The library is loaded at the first checksum, because that takes a tenth of a second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
+
+from residscope.errors import IncompatibleError
+
+CRC_BYTES = 4
+
+_READ_BYTES = 4 * 1024 * 1024
+
+
+class DamagedError(IncompatibleError):
+    """A file of a store is missing, or is not what was written."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path}: {what}. `residscope verify` lists everything that is damaged in a store")
+        self.path, self.what = path, what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.what)  # The default would call it with the message alone.
 
 
 def crc32c(data: bytes | np.ndarray) -> int:
-    """The checksum of bytes or of a contiguous array. (Not of a memory view: google-crc32c takes none.)"""
+    """The checksum of bytes or of a contiguous array (google-crc32c takes no memory view)."""
     return _fastest()(data)
 
 
@@ -28,3 +46,41 @@ def _fastest() -> Callable[[Any], int]:
 
         return value
     return fast
+
+
+def checksum(data: bytes | np.ndarray) -> bytes:
+    """crc32c as it is stored behind what it protects."""
+    return crc32c(data).to_bytes(CRC_BYTES, "little")
+
+
+def file_hash(file: Path) -> str | None:
+    """xxh3-128 of a file, read in parts; None where there is no file."""
+    digest = xxhash.xxh3_128()
+    try:
+        with file.open("rb") as opened:
+            while block := opened.read(_READ_BYTES):
+                digest.update(block)
+    except FileNotFoundError:
+        return None
+    return digest.hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """xxh3-128 of every file below a folder, by its path there; names that begin with a dot are left out."""
+    return {
+        path.relative_to(folder).as_posix(): xxhash.xxh3_128_hexdigest(path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def read_checked(folder: Path, name: str, hashes: Mapping[str, str]) -> bytes:
+    """The file `name` of `folder`; raises when it is missing or its xxh3-128 is not the one in `hashes`."""
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(path, "the file is missing") from None
+    if xxhash.xxh3_128_hexdigest(data) != hashes.get(name):
+        raise DamagedError(path, "the file is not what was written")
+    return data

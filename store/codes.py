@@ -1,11 +1,11 @@
 """Sparse codes of an autoencoder, kept inside a store: `acts.zarr/latents/KEY/`, three Zarr arrays.
 
-How: KEY is a hash of all that the codes depend on, and the group's attributes spell it out; codes of another store,
-autoencoder, format or set of layers are never taken for these. A shard's codes are two files, values and indices, each
+How: KEY is a hash of all that the codes depend on, and the group's attributes spell it out, so that codes of another
+store, autoencoder, format or set of layers are never used. A shard's codes are two files, values and indices, each
 written whole or not at all and ending in its crc32c; a third one, written last, holds a hash of KEY, the shard's number
-and both, so that sound files of another key or shard are not taken either. A shard that lacks a file, or in which one
-is damaged or another's, counts as not kept. The manifest does not know of them, so a store with codes is the same
-store. Not here: making codes.
+and both, so that intact files of another key or shard are not used either. A shard that lacks a file, or in which one
+is damaged or another's, counts as not kept. The manifest does not list codes, so a store with codes is the same store.
+Not here: making codes (analysis/). Tested in tests/analysis/test_kept_codes.py and tests/store/test_format_page.py.
 
 Shapes: T tokens, L layers, W places for active latents of a vector, S tokens of a shard.
 """
@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 
 from store.activations import ActivationStore
+from store.checksums import CRC_BYTES, checksum
 from store.files import atomic_write
-from store.shards import CRC_BYTES, checksum
 
 FOLDER = "latents"
 FORMAT, VERSION = "residscope-codes", 2

@@ -1,9 +1,7 @@
 """A store's vectors as a dask array, chunked as the store is, for analyses of one's own.
 
 How: one dask chunk is a whole shard, read and checked as `ActivationStore.read` does, as float32, tokens that are not
-kept left out. A task carries the store, which pickles
-as its path, so that it runs anywhere that sees it. What it does not do: cache, or read
-a part of a shard.
+kept left out. A task carries the store, which pickles as its path, so that it runs anywhere that sees the folder.
 
 Shapes: K kept tokens, l layers asked for, D = d_model.
 """
@@ -33,7 +31,7 @@ def dask_array(path: str | os.PathLike[str], layers: slice | Sequence[int] | Non
 
     store = ActivationStore.open(path)
     meta, keep = store.meta, store.tokens.keep
-    n_layers = store.read(slice(0, 0), layers).shape[1]
+    n_layers = len(meta.layer_indices(layers))
     read = delayed(_read_kept, pure=True)
     chunks = []
     for shard in range(meta.n_shards):

@@ -1,19 +1,13 @@
 """Durable file writes: what is on the disk after a crash is the old file or the new one, whole.
 
 How: temporary file, fsync, rename, fsync of the folder. Temporary names are fixed (`NAME.tmp`), so that leftovers are
-known for what they are. What it does not do: know what is in the files.
+recognised. Tested in tests/store/test_faults.py, which stops at every single step.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from residscope.console import human_bytes
-from residscope.errors import ResidscopeError
 
 TEMPORARY = ".tmp"
 
@@ -36,26 +30,6 @@ def atomic_write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
-
-
-@contextlib.contextmanager
-def held_alone(folder: Path, out: Path) -> Iterator[None]:
-    """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does. It ends with
-    the process, whatever its end; a file system without locks keeps nobody out."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResidscopeError(
-                f"--out {out}: another process is writing there; wait until it ends, or choose another"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: memoryview, path: Path) -> None:
@@ -88,16 +62,3 @@ def remove_leftovers(folder: Path) -> None:
     """Remove temporary files that a crash left in the folders directly below `folder`."""
     for path in folder.glob(f"*/*{TEMPORARY}"):
         path.unlink(missing_ok=True)
-
-
-def require_space(path: str | os.PathLike[str], n_bytes: int) -> None:
-    """Raise `ResidscopeError` when the disk that `path` is, or will be, on has less than `n_bytes` free."""
-    folder = Path(path).absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise ResidscopeError(
-            f"{path}: needs {human_bytes(n_bytes)}, but its disk has {human_bytes(free)} free. Use fewer tokens "
-            "(--max-tokens), fewer layers (--layers), --codec zstd, or another disk"
-        )

@@ -1,10 +1,10 @@
-"""Which shards are whole: the manifest's lines, and the lock that keeps a second writer out.
+"""Which shards are there: the lines of the manifest, and the lock that keeps a second writer out.
 
 How: `manifest/0.jsonl` begins with a header line (the hash of every file that is made with the store); then comes one
 line for each whole shard. Every line ends in a checksum of itself. A shard counts only once its line is there, and the
-line is written last. A last line that is not sound was cut by a crash: readers ignore it (so its shard is missing), the
-next writer cuts it off. Any other bad line is damage, and is reported, never skipped in silence. What it does not do:
-look at the shards.
+line is written last. A last line that is not intact was cut by a crash: readers ignore it (so its shard is missing),
+and the next writer cuts it off. Any other bad line is damage, and is reported. Not here: reading the shards
+(shards.py). Tested in tests/store/test_faults.py.
 """
 
 import errno
@@ -59,9 +59,9 @@ class Manifest:
     lines: dict[int, bytes] = field(default_factory=dict)
     """The line of each whole shard; `record` reads one."""
     problems: list[str] = field(default_factory=list)
-    """Damaged and repeated lines, in words; empty in a sound store."""
-    sound_bytes: int = 0
-    """Length of the sound part of `0.jsonl`; what comes after it is a torn last line."""
+    """Damaged and repeated lines, in words; empty in an intact store."""
+    intact_bytes: int = 0
+    """Length of the intact part of `0.jsonl`; what comes after it is a torn last line."""
     torn: bool = False
     """Whether a last line is torn."""
 
@@ -77,7 +77,7 @@ def sealed(fields: Mapping[str, Any]) -> bytes:
     return body + b',"check":"%s"}\n' % xxhash.xxh3_64_hexdigest(body).encode()
 
 
-def is_sound(line: bytes) -> bool:
+def is_intact(line: bytes) -> bool:
     """Whether a line, without its newline, is what `sealed` made."""
     body, check = line[:-_CHECK_LENGTH], line[-_CHECK_LENGTH:]
     return check == b',"check":"%s"}' % xxhash.xxh3_64_hexdigest(body).encode()
@@ -90,12 +90,12 @@ def read_manifest(store: Path) -> Manifest:
         name = f"{FOLDER}/{path.name}"
         data = path.read_bytes()
         *lines, rest = data.split(b"\n")
-        sound_bytes = len(data) - len(rest)
-        if lines and not is_sound(lines[-1]):
-            sound_bytes -= len(lines.pop()) + 1
-        manifest.torn |= sound_bytes < len(data)
+        intact_bytes = len(data) - len(rest)
+        if lines and not is_intact(lines[-1]):
+            intact_bytes -= len(lines.pop()) + 1
+        manifest.torn |= intact_bytes < len(data)
         if name == FILE:
-            manifest.sound_bytes = sound_bytes
+            manifest.intact_bytes = intact_bytes
             _read_header(manifest, lines)
         for number, line in enumerate(lines, start=1):
             _read_line(manifest, line, f"{name} line {number}")
@@ -103,7 +103,7 @@ def read_manifest(store: Path) -> Manifest:
 
 
 def _read_header(manifest: Manifest, lines: list[bytes]) -> None:
-    if lines and is_sound(lines[0]):
+    if lines and is_intact(lines[0]):
         manifest.checksums = json.loads(lines.pop(0)).get("checksums", {})
         lines.insert(0, b"")  # Keeps the numbers of the lines as an editor shows them.
     if not manifest.checksums:
@@ -113,12 +113,12 @@ def _read_header(manifest: Manifest, lines: list[bytes]) -> None:
 def _read_line(manifest: Manifest, line: bytes, where: str) -> None:
     if not line:
         return
-    if not is_sound(line):
+    if not is_intact(line):
         manifest.problems.append(f"{where}: its checksum does not match")
         return
     shard = shard_of(line)
     if shard is None:
-        manifest.problems.append(f"{where}: it is no shard's line")
+        manifest.problems.append(f"{where}: it is not a shard's line")
         return
     if shard in manifest.lines:
         manifest.problems.append(f"{where}: shard {shard} is there twice")
@@ -126,20 +126,20 @@ def _read_line(manifest: Manifest, line: bytes, where: str) -> None:
 
 
 def shard_of(line: bytes) -> int | None:
-    """The shard that a sound line is of; None for the header.
+    """The shard that an intact line is of; None for the header.
 
-    Opening a store of many shards should be quick, so that a line is parsed only when its other fields are needed.
+    A line is parsed only when its other fields are needed, because opening a store of many shards should be quick.
     """
     return int(line[len(_SHARD_PREFIX) : line.index(b",")]) if line.startswith(_SHARD_PREFIX) else None
 
 
 def forget_lines(store: Path, shards: Collection[int]) -> None:
-    """Rewrite the manifest without the lines of `shards`, and without any that is not sound; for who has the lock."""
+    """Rewrite the manifest without the lines of `shards` and without damaged ones; the caller holds the lock."""
     for path in sorted((store / FOLDER).glob("*.jsonl")):
         data = path.read_bytes()
-        sound = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n") and is_sound(line[:-1])]
+        intact = [line for line in data.splitlines(keepends=True) if line.endswith(b"\n") and is_intact(line[:-1])]
         # By shard, so that of two lines of a shard the last stays, as for a reader; the header's shard is None.
-        kept = {shard_of(line): line for line in sound if shard_of(line) not in shards}
+        kept = {shard_of(line): line for line in intact if shard_of(line) not in shards}
         if b"".join(kept.values()) != data:
             atomic_write(path, list(kept.values()))
 
@@ -152,10 +152,10 @@ def write_header(store: Path, config_hash: str, checksums: Mapping[str, str]) ->
 class ManifestWriter:
     """Appends lines to `manifest/0.jsonl`, each durable when `append` returns."""
 
-    def __init__(self, store: Path, sound_bytes: int) -> None:
-        """Open the file; what is beyond `sound_bytes` is cut off."""
+    def __init__(self, store: Path, intact_bytes: int) -> None:
+        """Open the file; what is beyond `intact_bytes` is cut off."""
         self._path = store / FILE
-        self._end = sound_bytes
+        self._end = intact_bytes
         self._descriptor = os.open(self._path, os.O_WRONLY)
         try:
             self._cut()
@@ -164,7 +164,7 @@ class ManifestWriter:
             raise
 
     def append(self, record: ShardRecord) -> bytes:
-        """Append the record's line, after whatever a failed append left is cut off; gives the line, no newline."""
+        """Append the record's line, once what a failed append left is cut off; gives the line without its newline."""
         line = sealed(record._asdict())
         self._cut()
         os.lseek(self._descriptor, self._end, os.SEEK_SET)
@@ -184,7 +184,7 @@ class ManifestWriter:
 
 
 class WriterLock:
-    """The exclusive right to write into a folder; it ends with the process, whatever its end."""
+    """The exclusive right to write into a folder; it ends with the process, however that ends."""
 
     def __init__(self, folder: Path, name: Path) -> None:
         """Take the lock of `folder`; `ResidscopeError`, which calls the store `name`, when another process has it."""

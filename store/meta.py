@@ -1,14 +1,14 @@
 """What a store is: sizes, layers, number formats, where it came from. To and from the attributes of the root group.
 
 How: one frozen dataclass, checked when made; `from_attributes` takes exactly the attributes that `to_attributes` gives
-and refuses any other. What it does not do: touch a disk.
+and refuses any other. Nothing here touches a disk.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk, S tokens in a shard.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ FORMAT = "residscope-activations"
 FORMAT_VERSION = 1
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODECS = ("none", "zstd")
+ZSTD_LEVEL = 1
 
 _CHUNK_BYTES = 512 * 1024
 _SHARD_BYTES = 64 * 1024 * 1024
@@ -113,6 +114,15 @@ class StoreMeta:
             raise IndexError(f"shard {shard} is outside 0..{self.n_shards - 1}")
         start = shard * self.shard_tokens
         return start, min(start + self.shard_tokens, self.n_tokens)
+
+    def layer_indices(self, layers: slice | Sequence[int] | None) -> list[int]:
+        """The stored layers that are asked for (None: all of them); `IndexError` for one that is not there."""
+        if layers is None or isinstance(layers, slice):
+            return list(range(self.n_layers))[layers or slice(None)]
+        for layer in layers:
+            if not 0 <= layer < self.n_layers:
+                raise IndexError(f"stored layer {layer} is outside 0..{self.n_layers - 1}")
+        return [int(layer) for layer in layers]
 
     def to_attributes(self) -> dict[str, Any]:
         """Plain JSON for the attributes of the root group."""

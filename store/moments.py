@@ -2,8 +2,8 @@
 
 How: each shard has the mean and the sum of squared deviations (M2) of each layer and dimension, in float64, of the
 *stored* (rounded) values. Shards are merged in shard order by the update of Chan, Golub and LeVeque (1979), so that the
-result is exact to rounding, never negative, and the same whatever was interrupted. What it does not do: I/O, or the
-sums of one shard (pack.py).
+result is exact to rounding, never negative, and the same after any interruption. Not here: the sums of one shard
+(pack.py). Tested in tests/store/test_pack.py.
 
 Shapes: L stored layers, D = d_model.
 """
@@ -20,7 +20,7 @@ class ShardMoments:
     count: int
     """Kept tokens."""
     mean: np.ndarray
-    """float64 [L, D]; zero where count is."""
+    """float64 [L, D]; zero where `count` is zero."""
     m2: np.ndarray
     """float64 [L, D]: sum of squared deviations from `mean`."""
     norm_sums: np.ndarray

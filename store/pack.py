@@ -1,44 +1,39 @@
-"""From the vectors of a shard to its file's bytes and its statistics, in one pass over the values.
+"""From the vectors of a shard to its chunks and its sums, in one pass over the values.
 
-How: values are rounded straight into slots (an inner chunk with room for its checksum), by compiled loops (kernels.py);
-the slots are then sealed with their checksums and the index (shards.py). What it does not do: write to a disk.
+How: values are rounded straight into slots (an inner chunk with room for its checksum), a layer at a time, and added up
+on the way, in float64. The loops are compiled by numba. The order of every addition is fixed (no fast-math), so that
+the same values give the same bytes on every processor; the interpreter's lock is released, so that threads can share
+out the layers. Not here: checksums, the index and the file itself (shards.py).
 
 Shapes: t valid tokens of the shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
+Arrays are contiguous in the compiled loops.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
-import xxhash
 
+from store.checksums import CRC_BYTES
 from store.dtypes import OVERFLOW_BITS, from_float32, to_float32
 from store.meta import StoreMeta
 from store.moments import ShardMoments
-from store.row_loops import measure, pack_bfloat16
-from store.shards import CRC_BYTES, seal_slots
+
+_FINITE = np.uint32(0x7FFFFFFF)
+_HALF = np.uint32(0x7FFF)
+_ONE = np.uint32(1)
+_SIXTEEN = np.uint32(16)
 
 
 class PackedShard(NamedTuple):
-    """A shard that is ready to be written."""
+    """What becomes of a shard's vectors."""
 
-    parts: list[memoryview]
-    """The bytes of its file, one part after another."""
+    slots: np.ndarray
+    """uint8 [P * L, C * D * itemsize + 4]: inner chunks in the index's order, each before its 4 bytes of checksum."""
     moments: ShardMoments
     """Sums over its kept tokens."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the file."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def xxh3_128(self) -> str:
-        """Hash of the file."""
-        digest = xxhash.xxh3_128()
-        for part in self.parts:
-            digest.update(part)
-        return digest.hexdigest()
 
 
 class ShardPacker:
@@ -72,8 +67,8 @@ class ShardPacker:
             with ThreadPoolExecutor(threads) as pool:
                 layers = list(pool.map(run, range(meta.n_layers)))
         mean, m2, norm_sums = (np.stack(parts) for parts in zip(*layers, strict=True))
-        parts = seal_slots(slots.reshape(n_present * meta.n_layers, -1), meta)
-        return PackedShard(parts, ShardMoments(int(kept.sum()), mean, m2, norm_sums))
+        moments = ShardMoments(int(kept.sum()), mean, m2, norm_sums)
+        return PackedShard(slots.reshape(n_present * meta.n_layers, -1), moments)
 
 
 class _LayerMoments(NamedTuple):
@@ -114,3 +109,75 @@ def _pack_layer(values: np.ndarray, keep: np.ndarray, slots: np.ndarray, layer: 
         return _LayerMoments(np.zeros(d_model), np.zeros(d_model), 0.0)
     mean = sums / count
     return _LayerMoments(mean + pivot, np.maximum(squares - count * mean**2, 0), norm_sum)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` at its first call, and cache the machine code."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # No folder for the cache can be written to: compile again in each process.
+        return numba.njit(nogil=True)(function)
+
+
+@numba.njit(inline="always")
+def _add_row(row, pivot, sums, squares, work):  # type: ignore[no-untyped-def]
+    """Add a vector's deviation from `pivot` to `sums` and its square to `squares`; gives its L2 norm. All [D]."""
+    n = row.size
+    for i in range(n):
+        value = np.float64(row[i])
+        deviation = value - pivot[i]
+        sums[i] += deviation
+        squares[i] += deviation * deviation
+        work[i] = value * value
+    # Summed by halves: elementwise additions, which vectorise without changing their order.
+    while n > 1:
+        half = n // 2
+        low, high = work[:half], work[n - half : n]
+        for i in range(half):
+            low[i] += high[i]
+        n -= half
+    return np.sqrt(work[0])
+
+
+@compiled
+def measure(values, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
+    """Add up a layer's kept vectors; gives the sum of their L2 norms.
+
+    values: float32 [t, D]; keep: bool [t]; pivot, sums, squares: float64 [D].
+    """
+    work = np.empty(values.shape[1])
+    norms = 0.0
+    for token in range(keep.size):
+        if keep[token]:
+            norms += _add_row(values[token], pivot, sums, squares, work)
+    return norms
+
+
+@compiled
+def pack_bfloat16(bits, shift, slots, layer, chunk_tokens, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
+    """Round a layer to bfloat16 into its slots, and add the rounded vectors up as `measure` does.
+
+    bits: [t, D], uint32 bits of float32 (shift 0) or uint16 bits of bfloat16 (shift 16); slots: uint16 [P, L, C * D]
+    or longer rows.
+    Gives the sum of the kept vectors' L2 norms, and the largest magnitude that was met, as float32 bits.
+    """
+    d_model = bits.shape[1]
+    work = np.empty(d_model)
+    rounded = np.empty(d_model, np.uint32)
+    row = rounded.view(np.float32)
+    left = np.uint32(shift)
+    largest = np.uint32(0)
+    norms = 0.0
+    for token in range(keep.size):
+        source = bits[token]
+        chunk, place = divmod(token, chunk_tokens)
+        target = slots[chunk, layer, place * d_model : (place + 1) * d_model]
+        for i in range(d_model):
+            value = np.uint32(source[i]) << left
+            largest = max(largest, value & _FINITE)
+            high = (value + _HALF + ((value >> _SIXTEEN) & _ONE)) >> _SIXTEEN
+            target[i] = np.uint16(high)
+            rounded[i] = high << _SIXTEEN
+        if keep[token]:
+            norms += _add_row(row, pivot, sums, squares, work)
+    return norms, largest

@@ -1,78 +1,46 @@
-"""Direct reading and writing of the shards of `resid_post`: what zarr's sharding codec does, at the disk's speed.
+"""The shards of `resid_post`: how a shard's file is laid out, read, written, and made to count.
 
-How: a shard's file is its inner chunks, each followed by its crc32c; then the index, which has the offset and length
-of each inner chunk as uint64, in C order over (token chunk, layer), or 2^64 - 1 twice for one that is all zeros and
-left out; then the index's crc32c. All numbers are little-endian. The writer lays the chunks out in index order and
-leaves out those wholly beyond the last token; the reader takes them from wherever the index says, so that it reads what
-zarr or tensorstore wrote. What it does not do: decide which shards count (manifest.py), or reach a remote store.
+A shard's file is its inner chunks, each followed by its crc32c; then the index, which has the offset and length of each
+inner chunk as uint64, in C order over (token chunk, layer), or 2^64 - 1 twice for one that is all zeros and left out;
+then the index's crc32c. All numbers are little-endian. Our writer puts the chunks in the index's order and leaves out
+those beyond the last token; the reader takes them from wherever the index says, and so reads what zarr wrote.
 
-Shapes: L stored layers, D = d_model, C tokens in a chunk, P token chunks of the shard that hold a token.
+A shard is committed in three steps, each on the disk before the next begins: its file, which is written under a
+temporary name, synced and renamed (`files.atomic_write`); its moments, in the same way; its line in the manifest. Only
+a shard with a line is there for readers, so a crash loses at most the shard in flight. Not here: the numbers in a chunk
+(pack.py), the manifest's lines and the lock (manifest.py). Tested in tests/store/test_activations.py and
+tests/store/test_faults.py.
+
+Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 """
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 from numcodecs.zstd import Zstd
 
-from residscope.errors import IncompatibleError
-from store.checksums import crc32c
-from store.dtypes import STORAGE_DTYPE
-from store.mapped import MappedFile
-from store.meta import StoreMeta
+from residscope.errors import ResidscopeError, UsageError
+from store import arrays
+from store.checksums import CRC_BYTES, DamagedError, checksum
+from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
+from store.files import atomic_write, sync
+from store.manifest import Manifest, ManifestWriter, ShardRecord, WriterLock
+from store.meta import ZSTD_LEVEL, StoreMeta
+from store.moments import ShardMoments
 
-CRC_BYTES = 4
-ZSTD_LEVEL = 1
+if TYPE_CHECKING:
+    from store.pack import ShardPacker
 
 _ABSENT = 0xFFFFFFFFFFFFFFFF
 _INDEX_ENTRY_BYTES = 16
 
 
-class DamagedError(IncompatibleError):
-    """A file of a store is missing, or is not what was written."""
-
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{path}: {what}. `residscope verify` lists everything that is damaged in a store")
-        self.path, self.what = path, what
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.what)  # From another process it comes back as it is.
-
-
 def shard_name(shard: int) -> str:
     """File of a shard, below the store."""
     return f"resid_post/c.{shard}.0.0"
-
-
-def checksum(data: bytes | np.ndarray) -> bytes:
-    """crc32c as it is stored after what it protects."""
-    return crc32c(data).to_bytes(CRC_BYTES, "little")
-
-
-def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:
-    """The bytes of a shard's file, in parts to be written one after another.
-
-    slots: uint8 [P * L, C * D * itemsize + 4], inner chunks in index order; the last 4 bytes of each are written here.
-    """
-    index = np.full((meta.chunks_per_shard * meta.n_layers, 2), _ABSENT, "<u8")
-    parts: list[memoryview] = []
-    if meta.codec == "zstd":
-        codec = Zstd(level=ZSTD_LEVEL)
-        offset = 0
-        for position, slot in enumerate(slots):
-            packed = bytes(codec.encode(slot[:-CRC_BYTES]))
-            parts.append(memoryview(packed + checksum(packed)))
-            index[position] = offset, parts[-1].nbytes
-            offset += parts[-1].nbytes
-    else:
-        for slot in slots:
-            slot[-CRC_BYTES:] = np.frombuffer(checksum(slot[:-CRC_BYTES]), np.uint8)
-        index[: len(slots), 0] = np.arange(len(slots)) * slots.shape[1]
-        index[: len(slots), 1] = slots.shape[1]
-        parts.append(slots.data.cast("B"))
-    index_bytes = index.tobytes()
-    return [*parts, memoryview(index_bytes + checksum(index_bytes))]
 
 
 class ShardReader:
@@ -82,8 +50,6 @@ class ShardReader:
         """Open the file; check its size and read its index, unless the `index` of an earlier reader is given."""
         self._path = path
         self._meta = meta
-        self._mapped: MappedFile | None = None
-        self._chunk_bytes = meta.chunk_tokens * meta.d_model * meta.itemsize
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -93,7 +59,6 @@ class ShardReader:
             if found != n_bytes:
                 raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {found}")
             self.index = self._read_index(n_bytes) if index is None else index
-            self._mapped = MappedFile.open(self._descriptor, n_bytes) if meta.codec == "none" else None
         except BaseException:
             self.close()
             raise
@@ -117,45 +82,32 @@ class ShardReader:
         if offset == _ABSENT:
             out[:] = 0
             return
-        if self._meta.codec == "zstd":
-            packed = os.pread(self._descriptor, length, offset)
-            whole = len(packed) == length and checksum(packed[:-CRC_BYTES]) == packed[-CRC_BYTES:]
-            if whole:
-                Zstd().decode(packed[:-CRC_BYTES], out)
-        else:
-            check = self._copy(offset, out) if length == self._chunk_bytes + CRC_BYTES else None
-            whole = check is not None and checksum(out) == check
-        if not whole:
+        read = self._read_compressed if self._meta.codec == "zstd" else self._read_plain
+        if not read(offset, length, out):
             raise DamagedError(
                 self._path, f"the checksum of token chunk {chunk} at stored layer {layer} does not match"
             )
 
-    def read_chunks(
-        self, chunks: np.ndarray, layers: np.ndarray, out: np.ndarray, rows: np.ndarray, *, streamed: bool
-    ) -> None:
-        """As `read_chunk` for n chunks (int64 [n] each), into out[rows[i]]; out: uint8 [m, C * D * itemsize].
-
-        streamed: past the cache, where `kernels_copy.runs_here`.
-        """
-        todo = list(zip(chunks.tolist(), layers.tolist(), rows.tolist(), strict=True))
-        if streamed and self._mapped is not None:
-            offsets = np.array([self._offset(chunk, layer) for chunk, layer, _ in todo], np.int64)
-            good = self._mapped.copy_checked(offsets, out, rows)
-            todo = [todo[i] for i in np.flatnonzero(~good).tolist()]  # `read_chunk` says what is wrong with them.
-        for chunk, layer, row in todo:
-            self.read_chunk(chunk, layer, out[row])
-
-    def _offset(self, chunk: int, layer: int) -> int:
-        """Where an uncompressed chunk begins; -1 where it is left out, or has another length than it should."""
-        entry = 2 * (chunk * self._meta.n_layers + layer)
-        return self.index[entry] if self.index[entry + 1] == self._chunk_bytes + CRC_BYTES else -1
-
-    def _copy(self, offset: int, out: np.ndarray) -> bytearray | memoryview | None:
-        """Fill `out` from `offset` on; gives the checksum behind it, or None where the file ends too early."""
-        if self._mapped is not None and (check := self._mapped.copy(offset, out, CRC_BYTES)) is not None:
-            return check
+    def _read_plain(self, offset: int, length: int, out: np.ndarray) -> bool:
+        """Fill `out`; gives whether its checksum matches. macOS before 11 has no preadv."""
         check = bytearray(CRC_BYTES)
-        return check if _read_into(self._descriptor, out, check, offset) else None
+        if length != out.nbytes + CRC_BYTES:
+            return False
+        if hasattr(os, "preadv"):
+            whole = os.preadv(self._descriptor, [out.data, check], offset) == length
+        else:
+            data = os.pread(self._descriptor, length, offset)
+            whole = len(data) == length
+            if whole:
+                out[:], check[:] = np.frombuffer(data, np.uint8, out.nbytes), data[out.nbytes :]
+        return whole and checksum(out) == check
+
+    def _read_compressed(self, offset: int, length: int, out: np.ndarray) -> bool:
+        packed = os.pread(self._descriptor, length, offset)
+        whole = len(packed) == length and checksum(packed[:-CRC_BYTES]) == packed[-CRC_BYTES:]
+        if whole:
+            Zstd().decode(packed[:-CRC_BYTES], out)
+        return whole
 
     def read_shard(self, n_tokens: int) -> np.ndarray:
         """The shard's first `n_tokens` tokens: [n_tokens, L, D] in the stored format."""
@@ -171,7 +123,6 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the file."""
-        self._mapped = None
         os.close(self._descriptor)
 
     def __enter__(self) -> "ShardReader":
@@ -181,13 +132,121 @@ class ShardReader:
         self.close()
 
 
-def _read_into(descriptor: int, out: np.ndarray, check: bytearray, offset: int) -> bool:
-    """Fill `out`, then `check`, from `offset`; False when the file ends too early. macOS before 11 has no preadv."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [out.data, check], offset) == out.nbytes + len(check)
-    data = os.pread(descriptor, out.nbytes + len(check), offset)
-    if len(data) != out.nbytes + len(check):
-        return False
-    out[:] = np.frombuffer(data, np.uint8, out.nbytes)
-    check[:] = data[out.nbytes :]
-    return True
+def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:
+    """The bytes of a shard's file, in parts to be written one after another.
+
+    slots: uint8 [P * L, C * D * itemsize + 4], inner chunks in the index's order; their checksums are written here.
+    """
+    index = np.full((meta.chunks_per_shard * meta.n_layers, 2), _ABSENT, "<u8")
+    parts: list[memoryview] = []
+    if meta.codec == "zstd":
+        codec = Zstd(level=ZSTD_LEVEL)
+        offset = 0
+        for position, slot in enumerate(slots):
+            packed = bytes(codec.encode(slot[:-CRC_BYTES]))
+            parts.append(memoryview(packed + checksum(packed)))
+            index[position] = offset, parts[-1].nbytes
+            offset += parts[-1].nbytes
+    else:
+        for slot in slots:
+            slot[-CRC_BYTES:] = np.frombuffer(checksum(slot[:-CRC_BYTES]), np.uint8)
+        index[: len(slots), 0] = np.arange(len(slots)) * slots.shape[1]
+        index[: len(slots), 1] = slots.shape[1]
+        parts.append(slots.data.cast("B"))
+    index_bytes = index.tobytes()
+    return [*parts, memoryview(index_bytes + checksum(index_bytes))]
+
+
+class ShardWriter:
+    """Writes shards of one store, whose lock it holds until it is closed."""
+
+    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock) -> None:
+        """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is written."""
+        self._path, self._meta, self._manifest, self._lock = path, meta, manifest, lock
+        self._lines = ManifestWriter(path, manifest.intact_bytes)
+        self._packer: ShardPacker | None = None
+
+    def write(
+        self, shard: int, data: np.ndarray, keep: np.ndarray, *, claimed: np.ndarray | None = None, threads: int = 1
+    ) -> None:
+        """Write one shard: data [t, L, D], float32 or the stored format; keep: bool [t], the store's own mask, and
+        `claimed`, what the caller takes it for."""
+        packer = self._packer_for(shard)
+        meta = self._meta
+        start, stop = meta.shard_bounds(shard)
+        expected = (stop - start, meta.n_layers, meta.d_model)
+        if data.shape != expected:
+            raise UsageError(f"shard {shard} should have shape {expected} (token, layer, d_model), found {data.shape}")
+        if data.dtype not in (np.float32, STORAGE_DTYPE[meta.stored_dtype]):
+            raise UsageError(f"shard {shard} should be float32 or {meta.stored_dtype}, found {data.dtype}")
+        if claimed is not None and not np.array_equal(claimed, keep):
+            raise UsageError(f"shard {shard}: keep differs from the store's own mask")
+        try:
+            packed = packer.pack(data, keep, threads)
+        except ValueError:
+            raise self._unstorable(shard, data) from None
+        parts = seal_slots(packed.slots, meta)
+        atomic_write(self._path / shard_name(shard), parts)
+        self._commit(shard, packed.moments, parts)
+
+    def adopt(self, shard: int, keep: np.ndarray) -> None:
+        """Take in the file of a shard that is in its place already; keep: bool [t], the store's own mask."""
+        packer = self._packer_for(shard)
+        start, stop = self._meta.shard_bounds(shard)
+        path = self._path / shard_name(shard)
+        data = path.read_bytes()
+        with ShardReader(path, self._meta, len(data)) as reader:
+            raw = reader.read_shard(stop - start)
+        if first_unstorable(raw, self._meta.stored_dtype) is not None:
+            raise self._unstorable(shard, raw)
+        sync(path)
+        sync(path.parent)
+        self._commit(shard, packer.pack(raw, keep).moments, [memoryview(data)])
+
+    def close(self) -> None:
+        """Give up the lock."""
+        self._lines.close()
+        self._lock.release()
+
+    def _packer_for(self, shard: int) -> "ShardPacker":
+        """The packer, for a shard that may be written."""
+        if shard in self._manifest.lines:
+            raise UsageError(f"{self._path}: shard {shard} is written already")
+        if self._packer is None:
+            from store.pack import ShardPacker  # Imports numba, which readers do without.
+
+            self._packer = ShardPacker(self._meta)
+        return self._packer
+
+    def _commit(self, shard: int, moments: ShardMoments, parts: list[memoryview]) -> None:
+        """Make a shard whose file, `parts`, is in place count: its moments, then its line."""
+        start, stop = self._meta.shard_bounds(shard)
+        numbers = arrays.encode_numbers(np.stack([moments.mean, moments.m2]))
+        atomic_write(self._path / arrays.moments_name(shard), [numbers])
+        digest = xxhash.xxh3_128()
+        for part in parts:
+            digest.update(part)
+        record = ShardRecord(
+            shard=shard,
+            tokens=stop - start,
+            kept=moments.count,
+            bytes=sum(part.nbytes for part in parts),
+            xxh3_128=digest.hexdigest(),
+            moments_xxh3_128=xxhash.xxh3_128_hexdigest(numbers),
+            norm_sums=moments.norm_sums.tolist(),
+            config_hash=self._meta.config_hash,
+        )
+        self._manifest.lines[shard] = self._lines.append(record)
+
+    def _unstorable(self, shard: int, data: np.ndarray) -> ResidscopeError:
+        """The error for a value that the stored format cannot hold."""
+        meta = self._meta
+        where = first_unstorable(data, meta.stored_dtype)
+        assert where is not None
+        token, layer, dimension = where
+        value = data[where] if data.dtype == np.float32 else to_float32(data[where][None], meta.stored_dtype)[0]
+        return ResidscopeError(
+            f"layer {meta.layers[layer]}, token {meta.shard_bounds(shard)[0] + token}, dimension "
+            f"{dimension}: the value {value} is not a finite number of {meta.stored_dtype}. Nothing of shard {shard} "
+            "was written. Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
+        )

@@ -1,13 +1,13 @@
-"""In which order a store's rows are served: a window shuffle, as a pure function of (seed, epoch, rank, world size).
+"""The order in which a store's rows are served: a window shuffle, a pure function of (seed, epoch, rank, world size).
 
 A row is one vector: a token at a layer. A block is one inner chunk: C tokens at one layer. How: an epoch has one order
-of the chunks, random but such that every run of it comes from all over the store (`spread_order`), as neighbouring
-chunks are alike. Every layer goes through it, each from another place on, at even distances; step p of the epoch takes
-the p-th chunk of every layer, layers in random order. So any run of blocks holds all layers and all parts of the store
-evenly, and each chunk about as often as any other: what a chunk's tokens have in common at all layers cancels out.
-Against a random order for each layer, that halves what windows add to the variance of batch means
-(benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted. Rows that the mask leaves
-out are never served, and chunks without rows never read. What it does not do: I/O; nothing here touches a disk.
+of the chunks, random, but such that every run of it comes from all over the store (`spread_order`), because
+neighbouring chunks are alike. Every layer takes the chunks in this order, each beginning at another place, at even
+distances; step p of the epoch takes the p-th chunk of every layer, layers in random order. So any run of blocks holds
+all layers and all parts of the store evenly, and each chunk about as often as any other: what a chunk's tokens have in
+common at all layers cancels out. Compared to a random order for each layer, that halves what windows add to the
+variance of batch means (benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted.
+Rows that the mask leaves out are never served, and chunks without rows never read. Nothing here touches a disk.
 
 Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch of one rank.
 """
@@ -20,11 +20,11 @@ import numpy as np
 
 from residscope.errors import UsageError
 
-# What a random stream is for, so that no two streams of one seed coincide.
+# Each use of random numbers has a stream of its own, so that no two of one seed coincide.
 _RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
 
 
-class EpochPlan(NamedTuple):
+class EpochOrder(NamedTuple):
     """The blocks of one rank's epoch, in order."""
 
     chunk: np.ndarray
@@ -45,7 +45,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderPlan:
+class RowOrder:
     """The order of one rank's rows in every epoch."""
 
     chunk_rows: tuple[int, ...]
@@ -96,7 +96,7 @@ class LoaderPlan:
         """Blocks of this rank in every epoch (B)."""
         return sum(len(chunks) for chunks in self._own_chunks)
 
-    def epoch(self, epoch: int) -> EpochPlan:
+    def epoch(self, epoch: int) -> EpochOrder:
         """The blocks of an epoch, in order, and where its windows end."""
         n_layers = len(self.layers)
         n_steps = len(self._own_chunks[0])
@@ -118,7 +118,7 @@ class LoaderPlan:
             )
             - 1
         )
-        return EpochPlan(chunk, layer, served[lasts])
+        return EpochOrder(chunk, layer, served[lasts])
 
     def locate(self, row: int) -> Position:
         """Where the row-th row of the rank's stream (from 0, over all epochs) is."""
@@ -127,12 +127,12 @@ class LoaderPlan:
         window = int(np.searchsorted(ends, rest, side="right"))
         return Position(epoch, window, rest - (int(ends[window - 1]) if window else 0))
 
-    def window(self, blocks: EpochPlan, window: int) -> tuple[np.ndarray, np.ndarray]:
+    def window(self, blocks: EpochOrder, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Token chunk and stored layer, each int64, of a window's blocks."""
         cut = slice(window * self.blocks_per_window, (window + 1) * self.blocks_per_window)
         return blocks.chunk[cut], blocks.layer[cut]
 
-    def row_order(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
+    def shuffled(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
         """`rows` (any int array) of a window in the order in which they are served."""
         return _generator(self.seed, _ROWS, self.rank, epoch, window).permutation(rows)
 

@@ -32,7 +32,7 @@ ALLOWED = {
         "harvest.lens.translators",
     },
 }
-COMMANDS = ("residscope.cli", "residscope.demo", "residscope.__main__")
+COMMANDS = ("residscope.cli", "residscope.info", "residscope.demo", "residscope.__main__")
 """The top of the house, which may import the other packages; everything else in `residscope` is its ground floor."""
 HEAVY = ("torch", "dask", "distributed", "transformers", "datasets", "zarr", "numpy", "pandas", "numba", "matplotlib")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
-from store.outputs import refuse_inside_store
+from store.folder import refuse_inside_store
 from train.config import TrainConfig
 from train.grid import RunSpec
 from train.model import Checkpoint, load_checkpoint

@@ -21,9 +21,10 @@ from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.summary import SCHEMA_VERSION
+from residscope.destinations import refuse_comparison_of
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write
-from store.outputs import refuse_comparison_of, refuse_inside_store
+from store.folder import refuse_inside_store
 
 PARTS = VARIANCE_NAMES[:5]
 """The numbers that are variances, and so are divided by the depth's."""

@@ -45,11 +45,12 @@ from harvest.run import tokenise
 from harvest.settings import TORCH_DTYPES, Settings, resolve
 from harvest.text.sources import open_sources
 from residscope.console import human_bytes, progress
+from residscope.destinations import held_alone
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
-from store.files import held_alone, sync
-from store.outputs import refuse_inside_store
+from store.files import sync
+from store.folder import refuse_inside_store
 
 _WINDOW_BYTES = 512 << 20
 _ROUND_TRIP_VECTORS = 512

@@ -1,10 +1,10 @@
-"""Whether shards' files lie where they belong: a sound file of another shard or store has sound checksums too.
+"""Check that shards' files lie where they belong: a file of another shard or store is intact by its own checksums.
 
 How: the manifest has the hash of each shard's whole file, and for each layer the sum of its kept vectors' norms. The
-norms of one layer tell a shard from any other by a small part of its bytes: 1 / L of them, 0.03 s a GB from the cache
+norms of one layer tell a shard from any other, and reading them takes 1 / L of its bytes: 0.03 s a GB from the cache
 with 30 layers, where the hash takes 0.25 s. With few layers the hash is the faster one, and is taken. Each shard is
-looked at once for an open store, when the first of its chunks is asked for. What it does not do: find a change that
-leaves a chunk's crc32c and a layer's norms as they were (`residscope verify` compares all hashes).
+looked at once for an open store, when the first of its chunks is asked for. A change that leaves a chunk's crc32c and a
+layer's norms as they were is found by `residscope verify` alone, which compares all hashes.
 
 Shapes: n chunks, L stored layers, D = d_model, C tokens in a chunk.
 """
@@ -14,14 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from store.activations import ActivationStore
-from store.care.verify import require_sound
-from store.shards import DamagedError, shard_name
+from store.care.verify import require_intact
+from store.checksums import DamagedError
+from store.shards import shard_name
 
 _HASHED_LAYERS = 4
-"""With as many layers or fewer a shard's file is hashed: a layer's norms take 1 s a GB, the hash 0.25 s."""
+"""With this many layers or fewer a shard's file is hashed: a layer's norms take 1 s a GB, the hash 0.25 s."""
 
 _TOLERANCE = 1e-9
-"""Of a sum of norms, which another writer may have added up in another order: 10^-15 for 30,000 vectors."""
+"""Relative, of a sum of norms: another writer may have added in another order, which changes 10^-15 of it for 30,000
+vectors."""
 
 
 def require_in_place(store: ActivationStore, chunk: np.ndarray, layer: np.ndarray, threads: int = 4) -> None:
@@ -41,20 +43,20 @@ def require_in_place(store: ActivationStore, chunk: np.ndarray, layer: np.ndarra
 
 def _require(store: ActivationStore, shard: int, layer: int) -> None:
     if store.meta.n_layers <= _HASHED_LAYERS:
-        require_sound(store, shard)
+        require_intact(store, shard)
         return
     expected = store.record(shard).norm_sums[layer]
     if not abs(_norm_sum(store, shard, layer) - expected) <= _TOLERANCE * expected:
         raise DamagedError(
             store.path / shard_name(shard),
-            "a sound file of another shard or store, or one written anew, by the norms of its vectors at layer "
+            "an intact file of another shard or store, or one written anew, by the norms of its vectors at layer "
             f"{store.meta.layers[layer]}",
         )
 
 
 def _norm_sum(store: ActivationStore, shard: int, layer: int) -> float:
     """Sum of the norms of a layer's kept vectors in a shard; a chunk at a time, so that memory stays small."""
-    from store.row_loops import measure  # Brings numba, which readers of little do without.
+    from store.pack import measure  # Imports numba, which other readers do without.
 
     size, (first, last) = store.meta.chunk_tokens, store.meta.shard_bounds(shard)
     unused = np.zeros((3, store.meta.d_model))

@@ -1,10 +1,10 @@
-"""Make a damaged store whole again: forget its bad shards, have them filled anew, and prove that they are the old ones.
+"""Repair a damaged store: forget its bad shards, have them filled again, and prove that they are the same as before.
 
-How: what `verify` finds bad, and whatever line of the manifest is not sound, leaves the manifest, which is rewritten as
-a whole, atomically; the shard is then missing, and whoever fills stores (a function that is given) fills it. The old
-lines are kept in `manifest/.repair` until the end, so that the proof outlives a crash too: a line has the hashes of its
-shard. The order of lines is put back, so that a repaired store has the very bytes that it had. What it does not do:
-repair what is no shard's (metadata, tokens, the manifest's header), or compute anything.
+How: the lines of shards that `verify` finds bad, and lines that are damaged themselves, leave the manifest, which is
+rewritten as a whole, atomically. Those shards are then missing, and a function that is given fills them with the model.
+The old lines are kept in `manifest/.repair` until the end, so that the proof outlives a crash too: a line has the
+hashes of its shard. At last the order of lines is put back, so that a repaired store has the bytes that it had. What
+belongs to no shard (metadata, tokens, the manifest's header) cannot be repaired.
 """
 
 from collections.abc import Callable, Collection
@@ -15,8 +15,8 @@ from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.care.verify import BadShard, check_shard, verify
 from store.files import atomic_write, sync
-from store.manifest import FILE, FOLDER, Manifest, WriterLock, forget_lines, is_sound, read_manifest, shard_of
-from store.opening import require_store
+from store.folder import require_store
+from store.manifest import FILE, FOLDER, Manifest, WriterLock, forget_lines, is_intact, read_manifest, shard_of
 
 JOURNAL = f"{FOLDER}/.repair"
 
@@ -30,7 +30,7 @@ class Repaired:
     refilled: list[int]
     """Shards that were filled anew, ascending."""
     proven: list[int]
-    """Those of them whose files have the hashes that the manifest had for them; it had no sound line for the others."""
+    """Those of them whose files have the hashes that the manifest had; for the others it had no intact line."""
 
 
 def repair(
@@ -39,12 +39,13 @@ def repair(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Repaired:
-    """Make the store at `path` whole; `prepare`, called with it, gives what fills the shards that its manifest lacks.
+    """Make the store at `path` whole.
 
-    progress: as for `verify`. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when another
-    process is writing it, when something is damaged that no model gives back (nothing is changed then, nor when
-    `prepare` raises), and when a shard comes back with other bytes than it had (it is left missing then, and a plain
-    `harvest` takes the new bytes).
+    prepare: called with `path` before anything is changed; gives a function that fills the shards that the manifest
+    lacks. progress: as for `verify`. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when
+    another process is writing it, when something is damaged that no model gives back (nothing is changed then), and
+    when a shard comes back with other bytes than it had (it is left missing then, and a plain `harvest` takes the new
+    bytes).
     """
     require_store(path)
     with WriterLock(path, path):
@@ -65,9 +66,9 @@ def repair(
     with ActivationStore.open(path, writable=True) as store:
         store.finalize()
         manifest = read_manifest(path)
-        unsound = [reason for shard in refilled if (reason := check_shard(path, store.meta, manifest, shard))]
-        if unsound:
-            raise ResidscopeError(f"{path}: {unsound[0]}, just after it was filled: check the disk")
+        broken = [reason for shard in refilled if (reason := check_shard(path, store.meta, manifest, shard))]
+        if broken:
+            raise ResidscopeError(f"{path}: {broken[0]}, just after it was filled: check the disk")
         differing = [shard for shard, line in old.items() if manifest.lines.get(shard) != line]
         forget_lines(path, differing)
         _put_in_order(path, list(old))
@@ -85,7 +86,7 @@ def repair(
 def forget_shards(path: Path, shards: Collection[int]) -> None:
     """Take shards out of the manifest, durably, so that they count as missing and can be filled anew.
 
-    Lines that are not sound go too. Raises `ResidscopeError` when another process is writing the store.
+    Lines that are not intact go too. Raises `ResidscopeError` when another process is writing the store.
     """
     with WriterLock(path, path):
         forget_lines(path, shards)
@@ -96,7 +97,7 @@ def _keep_lines(path: Path, manifest: Manifest) -> dict[int, bytes]:
     journal = path / JOURNAL
     if not journal.exists():
         atomic_write(journal, [line + b"\n" for line in manifest.lines.values()])
-    lines = [line for line in journal.read_bytes().splitlines() if is_sound(line)]
+    lines = [line for line in journal.read_bytes().splitlines() if is_intact(line)]
     return {shard: line for line in lines if (shard := shard_of(line)) is not None}
 
 

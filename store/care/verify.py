@@ -2,7 +2,7 @@
 
 How: the manifest's lines; then every file that was made with the store, against the manifest's header; then each
 shard's file and moments, against its line; then the layer statistics, against the moments. Shards are read whole,
-several at once. What it does not do: repair (repair.py).
+several at once. Not here: repair (repair.py). Tested in tests/store/test_faults.py and tests/residscope/test_cli.py.
 """
 
 import json
@@ -12,16 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from store import arrays
 from store.activations import ActivationStore
+from store.checksums import DamagedError, file_hash, read_checked
+from store.folder import require_store
 from store.manifest import Manifest, read_manifest
 from store.meta import StoreMeta
-from store.opening import require_store
-from store.shards import DamagedError, ShardReader, shard_name
-
-_READ_BYTES = 4 * 1024 * 1024
+from store.shards import ShardReader, shard_name
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class BadShard:
     reason: str
     """The file, and what is wrong with it."""
     lasting: bool = False
-    """Whether no model can give it back: metadata, tokens, or the manifest's header."""
+    """Whether no model can give it back: it is metadata, tokens, or the manifest's header."""
 
 
 def verify(
@@ -51,7 +48,7 @@ def verify(
     made = _check_made_files(path, manifest)
     bad += made
     if made or not manifest.checksums:
-        return bad  # Without sound metadata nothing says what the shards should be.
+        return bad  # Without its metadata nothing says what the shards should be.
     meta = StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
     torn = "; its last line is torn" if manifest.torn else ""
     with ThreadPoolExecutor(threads) as pool:
@@ -72,7 +69,7 @@ def _check_made_files(path: Path, manifest: Manifest) -> list[BadShard]:
     bad = []
     for name in manifest.checksums:
         try:
-            arrays.read_checked(path, name, manifest.checksums)
+            read_checked(path, name, manifest.checksums)
         except DamagedError as error:
             bad.append(BadShard(None, f"{name}: {error.what}", lasting=True))
     return bad
@@ -90,7 +87,7 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
         (shard_name(shard), record.xxh3_128),
         (arrays.moments_name(shard), record.moments_xxh3_128),
     ):
-        found = _file_hash(path / name)
+        found = file_hash(path / name)
         if found is None:
             return f"{name}: the file is missing"
         if found != expected:
@@ -99,17 +96,22 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
     return None
 
 
-def require_sound(store: ActivationStore, shard: int) -> None:
-    """Raise `DamagedError` unless the file of a shard that is there is the one of its manifest line. Chunks are checked
-    whenever they are read; this finds a sound file of another shard or store too, and costs one reading of the file."""
+def require_intact(store: ActivationStore, shard: int) -> None:
+    """Raise `DamagedError` unless the file of a shard has the hash of its manifest line.
+
+    Chunks are checked whenever they are read; this also finds an intact file of another shard or store. It reads the
+    whole file once.
+    """
     file, record = store.path / shard_name(shard), store.record(shard)
-    if _file_hash(file) != record.xxh3_128:
+    if file_hash(file) != record.xxh3_128:
         damaged = _damaged_chunk(file, store.meta, record.bytes)
-        raise DamagedError(file, damaged or "a sound file of another shard or store, or one written anew, by its hash")
+        raise DamagedError(
+            file, damaged or "an intact file of another shard or store, or one written anew, by its hash"
+        )
 
 
 def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:
-    """What a reader of a shard's file would stumble over first."""
+    """The first thing in a shard's file that a reader would refuse."""
     try:
         with ShardReader(file, meta, n_bytes) as reader:
             reader.read_shard(meta.shard_tokens)
@@ -120,23 +122,9 @@ def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:
 
 def _check_statistics(path: Path) -> list[BadShard]:
     """Layer statistics that are there and are not what the shards' moments amount to."""
-    store = ActivationStore.open(path)
-    expected = store.merged_statistics()
-    bad = []
-    for name, values in zip(
-        arrays.statistics_files(store.meta), (expected.mean, expected.var, expected.norm), strict=True
-    ):
-        if (path / name).exists() and (path / name).read_bytes() != arrays.encode_numbers(values):
-            bad.append(BadShard(None, f"{name}: it is not what the shards amount to"))
-    return bad
-
-
-def _file_hash(file: Path) -> str | None:
-    digest = xxhash.xxh3_128()
-    try:
-        with file.open("rb") as opened:
-            while block := opened.read(_READ_BYTES):
-                digest.update(block)
-    except FileNotFoundError:
-        return None
-    return digest.hexdigest()
+    expected = arrays.statistics_chunks(ActivationStore.open(path).merged_statistics())
+    return [
+        BadShard(None, f"{name}: it is not what the shards amount to")
+        for name, data in expected.items()
+        if (path / name).exists() and (path / name).read_bytes() != data
+    ]

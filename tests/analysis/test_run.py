@@ -13,9 +13,9 @@ import zarr
 from analysis import task as measure
 from analysis.config import AnalyzeConfig
 from analysis.run import analyze
+from residscope.destinations import held_alone
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
-from store.files import held_alone
 from store.shuffle import validation_documents
 from tests.analysis.dense import decompose, reference_ratios
 from tests.analysis.small import LAYERS, VALIDATION, Small, make_small
@@ -119,7 +119,7 @@ def test_every_number_equals_a_dense_computation(small, tmp_path, split):
 @pytest.mark.parametrize("split", ["all", "validation"])
 def test_a_value_that_is_not_finite_is_named_by_its_place_in_the_store(tmp_path, split, monkeypatch):
     small = make_small(tmp_path)
-    monkeypatch.setattr(measure, "require_sound", lambda store, shard: None)  # it would be found before
+    monkeypatch.setattr(measure, "require_intact", lambda store, shard: None)  # it would be found before
     token = int(np.flatnonzero(masks(small)["train"])[-1])  # of the last shard; in validation only PCA looks at it
     array: Any = zarr.open_group(small.store, mode="r+")["resid_post"]
     array[token, 2, 7] = np.nan
@@ -133,7 +133,7 @@ def test_sound_shards_that_were_swapped_are_found(tmp_path):
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
-    with pytest.raises(ResidscopeError, match=r"c\.[12]\.0\.0: a sound file of another shard or store"):
+    with pytest.raises(ResidscopeError, match=r"c\.[12]\.0\.0: an intact file of another shard or store"):
         run(small, tmp_path / "out")
     other.write_bytes(one.read_bytes())
     one.write_bytes(data[:-1])

@@ -13,9 +13,8 @@ from residscope.errors import IncompatibleError, ResidscopeError
 from store import arrays
 from store.activations import ActivationStore
 from store.care.verify import verify
-from store.files import require_space
+from store.checksums import DamagedError
 from store.manifest import FILE, LOCK
-from store.shards import DamagedError
 from tests.support.faults import X, count_down, everything, files_of, fill, harmless, random_fault, run_and_die, small
 
 
@@ -229,12 +228,6 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     with pytest.raises(IncompatibleError, match="version 2, this program reads version 1"):
         ActivationStore.open(path)
-
-
-def test_space_is_asked_for_before_anything_is_written(tmp_path: Path) -> None:
-    require_space(tmp_path / "not/there/yet", 1)
-    with pytest.raises(ResidscopeError, match=r"needs 1e\+03 PB.*--max-tokens"):
-        require_space(tmp_path / "not/there/yet", 10**18)
 
 
 def test_reading_does_not_need_the_compiler_or_zarr(whole: Path) -> None:

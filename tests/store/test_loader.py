@@ -114,8 +114,8 @@ def test_batches_belong_to_the_caller(store: ActivationStore) -> None:
 
 def test_memory_is_two_windows_and_no_more_than_the_store(store: ActivationStore) -> None:
     mask = np.ones(150, bool)
-    assert WindowLoader(store, mask, 10, 0, 7 * BLOCK_BYTES + 5).buffer_bytes == 2 * 7 * BLOCK_BYTES
-    assert WindowLoader(store, mask, 10, 0, 10**12).buffer_bytes == 2 * 19 * 3 * BLOCK_BYTES
+    assert WindowLoader(store, mask, 10, 0, 7 * BLOCK_BYTES + 5).buffer_shape == (7, 8, 13)
+    assert WindowLoader(store, mask, 10, 0, 10**12).buffer_shape == (19 * 3, 8, 13)
 
 
 def test_a_loader_can_be_left_early(store: ActivationStore) -> None:

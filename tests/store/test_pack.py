@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from store.checksums import CRC_BYTES
 from store.dtypes import from_float32, to_float32
 from store.moments import ShardMoments, merge, no_moments, statistics
 from store.pack import ShardPacker
-from store.shards import CRC_BYTES
 from tests.support.stores import make_meta
 
 
@@ -14,7 +14,7 @@ def chunks_of(data: np.ndarray, chunk_tokens: int) -> np.ndarray:
     """What the packer rounds [t, L, D] float32 to, read back from the bytes: uint16 [t, L, D]."""
     n_tokens, n_layers, d_model = data.shape
     meta = make_meta(n_tokens, n_layers, d_model, chunk_tokens=chunk_tokens, shard_tokens=4 * chunk_tokens)
-    slots = np.frombuffer(ShardPacker(meta).pack(data, np.ones(n_tokens, bool)).parts[0], np.uint8)
+    slots = ShardPacker(meta).pack(data, np.ones(n_tokens, bool)).slots
     slots = slots.reshape(-1, n_layers, chunk_tokens * d_model * 2 + CRC_BYTES)[:, :, :-CRC_BYTES]
     rows = np.ascontiguousarray(slots).view(np.uint16).reshape(-1, n_layers, chunk_tokens, d_model)
     return rows.transpose(0, 2, 1, 3).reshape(-1, n_layers, d_model)[:n_tokens]

@@ -4,12 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residscope.errors import UsageError
-from store.shuffle import LoaderPlan, chunk_row_counts, permutation, spread_order, validation_documents
+from store.shuffle import RowOrder, chunk_row_counts, permutation, spread_order, validation_documents
 
 
-def plan(**changes) -> LoaderPlan:  # type: ignore[no-untyped-def]
+def row_order(**changes) -> RowOrder:  # type: ignore[no-untyped-def]
     defaults = {"chunk_rows": (4, 0, 3, 4, 1, 4, 2, 4), "layers": (0, 1, 2), "blocks_per_window": 5, "seed": 7}
-    return LoaderPlan(**(defaults | changes))
+    return RowOrder(**(defaults | changes))
 
 
 @given(st.integers(1, 30), st.integers(0, 3), st.integers(1, 4), st.integers(0, 2**64 - 1))
@@ -18,7 +18,7 @@ def test_every_block_with_rows_comes_once_in_an_epoch(window: int, epoch: int, w
     seen = []
     rows = 0
     for rank in range(world_size):
-        one = plan(blocks_per_window=window, seed=seed, rank=rank, world_size=world_size)
+        one = row_order(blocks_per_window=window, seed=seed, rank=rank, world_size=world_size)
         blocks = one.epoch(epoch)
         seen += zip(blocks.chunk.tolist(), blocks.layer.tolist(), strict=True)
         assert one.n_blocks == len(blocks.chunk)
@@ -33,7 +33,7 @@ def test_every_block_with_rows_comes_once_in_an_epoch(window: int, epoch: int, w
 
 def test_windows_and_ranks_hold_all_layers_evenly() -> None:
     for rank in range(3):
-        one = plan(chunk_rows=(1,) * 100, layers=(0, 1, 2, 3), blocks_per_window=10, rank=rank, world_size=3)
+        one = row_order(chunk_rows=(1,) * 100, layers=(0, 1, 2, 3), blocks_per_window=10, rank=rank, world_size=3)
         blocks = one.epoch(0)
         assert len(set(np.bincount(blocks.layer).tolist())) == 1
         for i in range(len(blocks.row_ends)):
@@ -66,7 +66,7 @@ def test_spread_orders_put_every_number_everywhere() -> None:
 def test_windows_hold_every_chunk_at_about_as_many_layers() -> None:
     for rank, world_size in ((0, 1), (1, 2)):
         layers = tuple(range(12))
-        one = plan(chunk_rows=(1,) * 48, layers=layers, blocks_per_window=144, rank=rank, world_size=world_size)
+        one = row_order(chunk_rows=(1,) * 48, layers=layers, blocks_per_window=144, rank=rank, world_size=world_size)
         blocks = one.epoch(0)
         for i in range(len(blocks.row_ends)):
             chunk, _ = one.window(blocks, i)
@@ -78,21 +78,21 @@ def test_windows_hold_every_chunk_at_about_as_many_layers() -> None:
 
 
 def test_orders_differ_by_epoch_seed_layer_and_window() -> None:
-    one = plan(chunk_rows=(1,) * 40)
+    one = row_order(chunk_rows=(1,) * 40)
     first, second = one.epoch(0), one.epoch(1)
-    assert np.array_equal(first.chunk, plan(chunk_rows=(1,) * 40).epoch(0).chunk)
+    assert np.array_equal(first.chunk, row_order(chunk_rows=(1,) * 40).epoch(0).chunk)
     assert not np.array_equal(first.chunk, second.chunk)
-    assert not np.array_equal(first.chunk, plan(chunk_rows=(1,) * 40, seed=8).epoch(0).chunk)
+    assert not np.array_equal(first.chunk, row_order(chunk_rows=(1,) * 40, seed=8).epoch(0).chunk)
     assert not np.array_equal(first.chunk[first.layer == 0], first.chunk[first.layer == 1])
     rows = np.arange(100)
-    orders = [one.row_order(rows, epoch, window) for epoch, window in ((0, 0), (0, 1), (1, 0))]
+    orders = [one.shuffled(rows, epoch, window) for epoch, window in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(order) == rows.tolist() for order in orders)
     assert len({tuple(order) for order in orders}) == 3
 
 
 @given(st.integers(0, 131))
 def test_locate_is_where_the_row_is(row: int) -> None:
-    one = plan()
+    one = row_order()
     found = one.locate(row)
     assert found.epoch == row // 66
     ends = [0, *one.epoch(found.epoch).row_ends.tolist()]
@@ -107,7 +107,7 @@ def test_chunk_row_counts() -> None:
 @pytest.mark.parametrize("changes", [{"rank": 2, "world_size": 2}, {"seed": -1}, {"layers": ()}, {"layers": (1, 1)}])
 def test_senseless_plans_are_refused(changes: dict) -> None:
     with pytest.raises(UsageError):
-        plan(**changes)
+        row_order(**changes)
 
 
 @given(st.integers(0, 200), st.floats(0, 1), st.integers(0, 1000))

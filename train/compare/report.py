@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from residscope.destinations import refuse_comparison_of
 from residscope.errors import UsageError
 from store.files import atomic_write
-from store.outputs import refuse_comparison_of, refuse_inside_store
+from store.folder import refuse_inside_store
 from train.compare.measure import Comparison, Entrant
 
 

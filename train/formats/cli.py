@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 def _convert(options: argparse.Namespace) -> None:
     from residscope.names import beside
     from store.files import atomic_write
-    from store.outputs import refuse_inside_store
+    from store.folder import refuse_inside_store
     from train.formats import files as formats
     from train.model import Checkpoint
 

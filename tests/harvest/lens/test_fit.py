@@ -20,9 +20,9 @@ from harvest.lens.result import FitResult
 from harvest.lens.translators import TunedLens, load_lens
 from harvest.model.load import load_model, resolve_model
 from harvest.run import harvest
+from residscope.destinations import held_alone
 from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
-from store.files import held_alone
 from tests.harvest.conftest import MakeConfig, ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
 from tests.support.stores import make_store, token_table

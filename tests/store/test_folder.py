@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from residscope.errors import UsageError
-from store.outputs import is_store, refuse_comparison_of, refuse_inside_store
+from store.folder import is_store, refuse_inside_store
 from tests.support.stores import make_store, random_activations
 
 
@@ -24,13 +24,3 @@ def test_a_store_and_what_lies_in_it_are_refused(tmp_path: Path) -> None:
                 refuse_inside_store(out, "--to", may_be_one=True)
     for out in (tmp_path, tmp_path / "acts.zarr.analysis", store / ".." / "ckpt.pt", tmp_path / "nowhere" / "x"):
         refuse_inside_store(out)
-
-
-def test_a_comparison_is_not_written_over_another_commands(tmp_path: Path) -> None:
-    refuse_comparison_of("train compare", tmp_path, "store")
-    (tmp_path / "compare.json").write_text('{"schema_version": 1, "runs": []}')
-    refuse_comparison_of("train compare", tmp_path, "store")
-    with pytest.raises(UsageError, match="holds a comparison by `analyze --compare`, which is left alone: choose"):
-        refuse_comparison_of("analyze --compare", tmp_path, "schema_version")
-    (tmp_path / "compare.json").write_text("[")
-    refuse_comparison_of("analyze --compare", tmp_path, "schema_version")

@@ -1,0 +1,63 @@
+"""Where results may go: not where another process writes, not over another command's, and not on a full disk.
+
+Not here: that nothing is written into a store (`store.folder.refuse_inside_store`). Tested in
+tests/residscope/test_destinations.py.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from residscope.console import human_bytes
+from residscope.errors import ResidscopeError, UsageError
+
+
+@contextlib.contextmanager
+def held_alone(folder: Path, out: Path) -> Iterator[None]:
+    """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does.
+
+    The lock ends with the process, however it ends. A file system without locks keeps nobody out.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResidscopeError(
+                f"--out {out}: another process is writing there; wait until it ends, or choose another"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_comparison_of(command: str, out: Path, member: str) -> None:
+    """`UsageError` where the folder `out` holds the compare.json of `command`, which has `member`: two commands
+    compare, and give their files the same names."""
+    try:
+        found = json.loads((out / "compare.json").read_bytes())
+    except (OSError, ValueError):
+        return
+    if isinstance(found, dict) and member in found:
+        raise UsageError(f"--out {out} holds a comparison by `{command}`, which is left alone: choose another folder")
+
+
+def require_space(path: str | os.PathLike[str], n_bytes: int) -> None:
+    """Raise `ResidscopeError` when the disk that `path` is, or will be, on has less than `n_bytes` free."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise ResidscopeError(
+            f"{path}: needs {human_bytes(n_bytes)}, but its disk has {human_bytes(free)} free. Use fewer tokens "
+            "(--max-tokens), fewer layers (--layers), --codec zstd, or another disk"
+        )

@@ -1,0 +1,81 @@
+"""`residscope info`: what a store holds, as one JSON object or in words."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from residscope.console import counted, human_bytes
+
+
+def info(path: Path, as_json: bool) -> int:
+    """Print what the store at `path` holds; gives the exit code."""
+    found = facts(path)
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    print(path)
+    for name, value in in_words(found).items():
+        print(f"  {name:<10} {value}")
+    return 0
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """All that is known of a store, plain JSON: its attributes, then what was counted."""
+    from store.activations import ActivationStore
+
+    store = ActivationStore.open(path, partial=True)
+    meta, tokens, missing, statistics = store.meta, store.tokens, store.missing_shards(), store.statistics()
+    return {
+        "path": str(path),
+        **meta.to_attributes(),
+        "n_kept": int(tokens.keep.sum()),
+        "n_documents": int(tokens.document.max()) + 1,
+        "n_shards": meta.n_shards,
+        "missing_shards": missing,
+        "bytes": sum(store.record(shard).bytes for shard in range(meta.n_shards) if shard not in missing),
+        "content_hash": store.content_hash,
+        "layer_norm": statistics.norm.tolist() if statistics.count else None,
+    }
+
+
+def in_words(found: Mapping[str, Any]) -> dict[str, str]:
+    """The lines that a reader sees, by their names."""
+    provenance, lens, n_missing = found["provenance"], found["lens"], len(found["missing_shards"])
+    random = ", random weights" if provenance.get("random_init") else ""
+    n_shards = counted(found["n_shards"], "shard")
+    return {
+        "model": provenance.get("model", "unknown") + random,
+        "text": _texts(provenance),
+        "tokens": f"{found['n_tokens']:,} ({found['n_kept']:,} kept) of {counted(found['n_documents'], 'document')}, "
+        f"in sequences of up to {found['context_length']:,}",
+        "layers": f"{len(found['layers'])} of {found['n_model_layers']}, d_model {found['d_model']}",
+        "numbers": f"{found['stored_dtype']}, codec {found['codec']}",
+        "lens": "none" if lens is None else lens.get("id", "yes"),
+        "size": f"{human_bytes(found['bytes'])} in {found['n_shards'] - n_missing} of {n_shards} "
+        f"of {found['shard_tokens']:,} tokens",
+        "mean norm": _norms(found["layers"], found["layer_norm"]),
+        "state": _state(n_missing),
+    }
+
+
+def _texts(provenance: Mapping[str, Any]) -> str:
+    """The texts, and of several how many tokens each gave: documents are taken whole, so that in a small store the
+    shares may be far from those that were asked for."""
+    sources = provenance.get("sources") or []
+    if len(sources) < 2:
+        return str(provenance.get("dataset", "unknown"))
+    return ", ".join(f"{source['dataset']} ({source['tokens']:,} tokens)" for source in sources)
+
+
+def _norms(layers: list[int], norms: list[float] | None) -> str:
+    if norms is None:
+        return "not known yet"
+    return f"{norms[0]:.4g} after block {layers[0]}, {norms[-1]:.4g} after block {layers[-1]}"
+
+
+def _state(n_missing: int) -> str:
+    if not n_missing:
+        return "whole"
+    verb = "is" if n_missing == 1 else "are"
+    return f"{counted(n_missing, 'shard')} {verb} missing; run the same `harvest` command again to fill what is missing"

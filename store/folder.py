@@ -1,0 +1,88 @@
+"""A store's folder as a whole: whether there is one at a path, what its metadata says, and the making of a new one.
+
+How: a folder is a store if it has the root group's zarr.json and the manifest. Its metadata is believed once every file
+that says something of it has the hash that the manifest's header gives. Not here: the shards, which may be missing or
+damaged (activations.py, care/verify.py). Tested in tests/store/test_activations.py and tests/store/test_faults.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from residscope.console import stop_on_signals
+from residscope.errors import IncompatibleError, UsageError
+from store import arrays
+from store.arrays import TokenTable
+from store.checksums import file_hashes, read_checked
+from store.files import sync, sync_tree
+from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, write_header
+from store.meta import StoreMeta
+
+
+def is_store(path: Path) -> bool:
+    """Whether an activation store, whole or not, is at `path`."""
+    return (path / "zarr.json").is_file() and (path / FILE).is_file()
+
+
+def require_store(path: Path) -> None:
+    """Raise `UsageError` when there is nothing at `path`, `IncompatibleError` when that is no store."""
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such file or folder; make a store with `harvest`")
+    if not is_store(path):
+        raise IncompatibleError(f"{path}: no activation store is there; make one with `harvest`")
+
+
+def refuse_inside_store(out: Path, flag: str = "--out", *, may_be_one: bool = False) -> None:
+    """`UsageError` where `out`, which the user gave with `flag`, is inside of a store, or is one unless it may be.
+
+    A store holds what `harvest` wrote and nothing else. Links are followed.
+    """
+    real = out.resolve()
+    for folder in (real, *real.parents):
+        if is_store(folder) and not (may_be_one and folder == real):
+            where = "is an activation store" if folder == real else f"lies in the activation store {folder}"
+            raise UsageError(f"{flag} {out} {where}, which is left as it is: choose a place outside of it")
+
+
+def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
+    """The store's attributes; raises when the manifest, any array's metadata or the attributes are damaged."""
+    if manifest.problems:
+        raise IncompatibleError(f"{path}: {manifest.problems[0]}. `residscope verify {path}` says what else is damaged")
+    for name in manifest.checksums:
+        if name.endswith("zarr.json"):
+            read_checked(path, name, manifest.checksums)
+    return StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
+
+
+def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, WriterLock]:
+    """Make a store without shards; gives where it is, and its writer's lock.
+
+    It is built in the folder `PATH.planning` and renamed as a whole. What a crash left there is cleared first. Where
+    `path` is a link, the store is made where it points, because a folder cannot be renamed over a link.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    building = path.with_name(path.name + ".planning")
+    lock = WriterLock(building, path)
+    try:
+        _build(path, building, meta, tokens)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        lock.release()
+        raise
+    return path, lock
+
+
+def _build(path: Path, building: Path, meta: StoreMeta, tokens: TokenTable) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another path")
+    for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
+        if entry not in (building / FOLDER, building / LOCK):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    with stop_on_signals() as stopped:  # zarr's event loop prints pages to stderr when a signal interrupts it.
+        arrays.make_arrays(building, meta, tokens)
+    if stopped():
+        raise KeyboardInterrupt
+    write_header(building, meta.config_hash, file_hashes(building))
+    sync_tree(building)
+    building.replace(path)
+    sync(path.parent)
