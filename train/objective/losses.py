@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from train.kernels.interface import Kernels, SparseCodes
-from train.kernels.products import int16_products, result_dtype, times
+from train.kernels.products import result_dtype, times
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -87,15 +87,7 @@ def auxk(
 
     Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D.
     """
-    if int16_products(product_dtype) and kernels.name == "numba":
-        from train.kernels.cpu.tiled_auxk import tiled_auxk  # here: loading numba takes half a second
-
-        tiled = tiled_auxk(
-            centred, error, rows.share, rows.scale, W_enc, W_dec, b_enc=b_enc, k=k, tile_bytes=tile_bytes
-        )
-        found = _AuxParts(tiled.variance, tiled.second_moment, rows.total @ tiled.squared, *tiled[3:])
-    else:
-        found = _product_by_product(centred, error, rows, W_enc, W_dec, b_enc, k, product_dtype, tile_bytes, kernels)
+    found = _product_by_product(centred, error, rows, W_enc, W_dec, b_enc, k, product_dtype, tile_bytes, kernels)
     rounding = torch.finfo(error.dtype).eps * found.second_moment  # a variance that is really 0
     scale = torch.where(found.variance > rounding, 1 / found.variance, 0).to(error.dtype)
     return AuxOutput(found.loss * scale, *(gradient.mul_(scale) for gradient in found[3:]))
