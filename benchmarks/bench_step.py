@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--fvu-rows", type=int, default=1024, help="vectors in each of them")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8", "int16"], help="of our product"
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8"], help="of our product"
     )
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has the peers")
     options = parser.parse_args()

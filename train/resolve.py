@@ -317,8 +317,8 @@ def compare_plans(path: object, saved: dict[str, Any], plan: RunPlan) -> list[st
             way_out = "give the same flags to resume, or --overwrite to start anew"
             if field.name == "product_dtype":  # what "auto" stands for depends on the machine
                 way_out = f"give --dtype {before} to resume, or --overwrite to start anew"
-            if field.name == "product_dtype" and before == "float16":
-                way_out = "float16 products are no more: give --overwrite to start anew"
+            if field.name == "product_dtype" and before in ("float16", "int16"):
+                way_out = f"{before} products are no more: give --overwrite to start anew"
             raise IncompatibleError(f"{found}; {way_out}")
         warnings.append(f"{found}: the result will not be bit for bit that of an unbroken run")
     return warnings

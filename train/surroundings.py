@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from train.hardware import dense_dtype
 from train.resolve import RunPlan
 
 _PACKAGES = {"numba": "numba", "triton": "triton"}
@@ -20,6 +21,8 @@ def surroundings(plan: RunPlan) -> dict[str, str]:
     found = {name: _version(name) for name in ("residscope", "torch")}
     if plan.kernels in _PACKAGES:
         found[plan.kernels] = _version(_PACKAGES[plan.kernels])
+    if plan.product_dtype == "int8":
+        found["products beside the screen"] = str(dense_dtype(plan.torch_dtype)).removeprefix("torch.")
     if plan.device == "cuda":
         return found | {"card": torch.cuda.get_device_name()}
     return found | {"cpu": torch.backends.cpu.get_cpu_capability()}

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from train.hardware import dense_dtype
 from train.kernels.interface import Kernels, SparseCodes, choose_kernels
-from train.kernels.products import result_dtype, times
 
 if TYPE_CHECKING:
     from train.kernels.cpu.screen import Screen
@@ -44,19 +44,16 @@ def tiles(
     product_dtype: torch.dtype | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> Iterator[Tile]:
-    """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None, in `product_dtype`.
-
-    z is of that type too, but float32 where it is int8 or int16 (`train.kernels.products`).
-    """
+    """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None, in `product_dtype`, as z is too."""
     n, m = len(inputs), len(W_enc)
-    dtype = product_dtype or W_enc.dtype
-    product, z_dtype = times(W_enc, dtype), result_dtype(dtype)
-    bias = None if b_enc is None else b_enc.to(z_dtype)
-    rows = max(1, min(n, tile_bytes // (m * z_dtype.itemsize)))
-    memory = torch.empty(rows, m, dtype=z_dtype, device=inputs.device)  # one for all: fresh memory costs page faults
+    dtype = dense_dtype(product_dtype or W_enc.dtype)
+    transposed = W_enc.to(dtype).t()
+    bias = None if b_enc is None else b_enc.to(dtype)
+    rows = max(1, min(n, tile_bytes // (m * dtype.itemsize)))
+    memory = torch.empty(rows, m, dtype=dtype, device=inputs.device)  # one for all: fresh memory costs page faults
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        z = product(inputs[part], memory[: n - start])
+        z = torch.mm(inputs[part].to(dtype), transposed, out=memory[: n - start])
         yield Tile(part, z if bias is None else z.add_(bias))
 
 
@@ -166,7 +163,7 @@ def encode_batch(
         return _batch_by_rows(screen.topk_relu, inputs, m, count, width)
     values = inputs.new_empty(0)
     places = torch.empty(0, dtype=torch.int64, device=inputs.device)  # row * M + latent, ascending
-    bound = torch.zeros((), dtype=result_dtype(product_dtype or W_enc.dtype), device=inputs.device)
+    bound = torch.zeros((), dtype=dense_dtype(product_dtype or W_enc.dtype), device=inputs.device)
     for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
         flat = z.view(-1)
         chosen = (flat > bound).nonzero().squeeze(1)

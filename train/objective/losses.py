@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.hardware import dense_dtype
 from train.kernels.interface import Kernels, SparseCodes
-from train.kernels.products import result_dtype, times
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -126,28 +126,28 @@ def _product_by_product(
     variance, second_moment = rows.share @ _squared(scaled - mean), rows.share @ _squared(scaled)
 
     n_dead = len(W_enc)
-    encode, decode, decode_back = (times(w, product_dtype) for w in (W_enc, W_dec.t(), W_dec))
-    bias = None if b_enc is None else b_enc.to(result_dtype(product_dtype))
+    dtype = dense_dtype(product_dtype)
+    encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)
+    bias = None if b_enc is None else b_enc.to(dtype)
     loss = error.new_zeros(())
     gradients = torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead)
     tile_rows = max(1, min(len(centred), tile_bytes // (n_dead * centred.element_size())))
     # One memory for all tiles: fresh memory costs page faults.
-    z_dtype = result_dtype(product_dtype)
-    z_memory, grad_memory = (centred.new_empty(tile_rows, n_dead, dtype=z_dtype) for _ in range(2))
-    decoded_memory = centred.new_empty(tile_rows, centred.shape[1], dtype=z_dtype)
+    z_memory, grad_memory = (centred.new_empty(tile_rows, n_dead, dtype=dtype) for _ in range(2))
+    decoded_memory = centred.new_empty(tile_rows, centred.shape[1], dtype=dtype)
     for start in range(0, len(centred), tile_rows):
         part = slice(start, start + tile_rows)
         inputs = centred[part]
         n = len(inputs)
-        z = encode(inputs, z_memory[:n])
+        z = torch.mm(inputs.to(dtype), encoder.t(), out=z_memory[:n])
         active = kernels.keep_largest(z if bias is None else z.add_(bias), k)  # [n, A]
-        missed = error[part] - decode(active, decoded_memory[:n])  # [n, D]
+        missed = error[part] - torch.mm(active, decoder, out=decoded_memory[:n])  # [n, D]
         loss += rows.total[part] @ _squared(missed)
         grad_out = missed * (-2 * rows.total[part]).unsqueeze(1)  # d loss / d e_hat
-        grad_z = decode_back(grad_out, grad_memory[:n])  # [n, A]
+        grad_z = torch.mm(grad_out.to(dtype), decoder.t(), out=grad_memory[:n])  # [n, A]
         torch.ops.aten.threshold_backward.grad_input(grad_z, active, 0, grad_input=grad_z)  # zero where TopK cut
-        gradients[0].add_(times(inputs.t(), product_dtype)(grad_z.t()))
-        gradients[1].add_(times(grad_out.t(), product_dtype)(active.t()))
+        gradients[0].add_(grad_z.t() @ inputs.to(dtype))
+        gradients[1].add_(active.t() @ grad_out.to(dtype))
         gradients[2].add_(grad_z.sum(dim=0))
     return _AuxParts(variance, second_moment, loss, *gradients)
 

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.hardware import has_byte_products
 from train.kernels.cpu import screen_loops as loops
 from train.kernels.cpu.compiling import even_chunks, run_chunks
-from train.kernels.cpu.int16 import integer_products_run
 from train.kernels.interface import SparseCodes, choose_kernels
 
 TILE_BYTES = 16 * 2**20
@@ -84,7 +84,7 @@ class Screen:
         and a machine that can."""
         m, d = W_enc.shape
         shaped = W_enc.dtype == torch.float32 and W_enc.device.type == "cpu" and d % 16 == 0 and m >= _MANY * k
-        return shaped and integer_products_run()
+        return shaped and has_byte_products()
 
     @torch.no_grad()
     def topk_relu(self, centred: Tensor, k: int) -> SparseCodes:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from train.kernels.cpu.int16 import integer_products_run
+from train.hardware import has_byte_products
 from train.kernels.cpu.screen import Screen
 from train.kernels.encode import encode_batch, encode_tiled
 
 pytestmark = pytest.mark.skipif(
-    not integer_products_run(), reason="this processor has no fast products of integers (AVX512-VNNI)"
+    not has_byte_products(), reason="this processor has no fast products of bytes (AVX512-VNNI)"
 )
 
 
