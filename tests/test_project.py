@@ -21,7 +21,6 @@ ALLOWED = {
         "residscope",
         "store",
         "train.model",
-        "train.kernels.cpu.screen",
         "train.kernels.interface",
         "train.formats.files",
         "harvest.model.checks",

@@ -203,9 +203,7 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
     l1 = torch.zeros((), dtype=raw, device=error.device)
     l0 = torch.zeros_like(c)  # [N]
     fired = torch.zeros(m, dtype=torch.bool, device=error.device)
-    for part, z in tiles(
-        given.inputs, weights.W_enc, weights.b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes
-    ):
+    for part, z in tiles(given.inputs, weights.W_enc, weights.b_enc, dtype, given.tile_bytes):
         near = None
         if threshold is not None:
             near = (z - threshold).abs() < sparsity.bandwidth / 2  # [n, M]

@@ -32,7 +32,8 @@ from torch import Tensor
 from train.hardware import has_byte_products
 from train.kernels.cpu import screen_loops as loops
 from train.kernels.cpu.compiling import even_chunks, run_chunks
-from train.kernels.interface import SparseCodes, choose_kernels
+from train.kernels.cpu.selection import topk_relu
+from train.kernels.interface import SparseCodes
 
 TILE_BYTES = 16 * 2**20
 """Products of vectors that the screen leaves out that are held at once."""
@@ -145,4 +146,4 @@ class Screen:
         z = torch.empty(len(centred), len(self._weights))
         arrays = (part.numpy() for part in (centred, self._weights, z))
         run_chunks(loops.multiply_latents, even_chunks(len(self._weights), 64), *arrays)
-        return choose_kernels(self._weights).topk_relu(z, k)
+        return topk_relu(z, k)
