@@ -1,9 +1,13 @@
 """The compiled kernels against short dense versions, and what they promise beyond values: ties, bits, errors."""
 
+import importlib
 import logging
 import multiprocessing
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numba
 import pytest
@@ -328,6 +332,28 @@ def test_without_a_folder_for_the_cache_loops_compile_all_the_same(
         loop = kernels_compile.compiled(lambda a, b: a + b)
     assert loop(1, 2) == 3
     assert "NUMBA_CACHE_DIR" in caplog.text
+
+
+def test_loops_are_made_anew_when_a_helper_in_another_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numba itself looks at the file of the function that it caches."""
+    package = tmp_path / "loops_of_a_test"
+    package.mkdir()
+    shutil.copy(kernels_compile.__file__, package / "compiling.py")
+    start = "from loops_of_a_test.compiling import compiled, inlined\n"
+    loop = "from loops_of_a_test.helper import twice\n@compiled\ndef loop(a):\n    return twice(a) + 1\n"
+    (package / "loop.py").write_text(start + loop)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for number in (2, 2, 3):
+        helper = f"@inlined\ndef twice(a):\n    return {number} * a\n"
+        (package / "helper.py").write_text(start + helper)
+        for name in [name for name in sys.modules if name.startswith(package.name)]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        assert importlib.import_module("loops_of_a_test.loop").loop(5) == 5 * number + 1
+    assert len(list(package.glob("__pycache__/loop.loop*.nbc"))) == 1
 
 
 def test_what_the_loops_would_not_survive_is_refused() -> None:
