@@ -2,11 +2,10 @@
 
 Weights are loaded once per process from the checkpoint's path, in any format that `train.formats.files` reads, and
 shared by its threads; a task carries the path only. Codes come from `train.model.MLSAE` as its variant has them in
-inference, or the same ones faster from `train.kernels.cpu.screen` where the machine can; values are never negative, and
-where their number varies a tile is padded with zeros to the most that one of its vectors has. A store that was
-harvested through a tuned lens holds vectors that went through it already, as the autoencoder's training data did:
-nothing is left to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling
-(`analysis.jobs`).
+inference, with dtype float32 by the fastest way to the float32 product's own; values are never negative, and where
+their number varies a tile is padded with zeros to the most that one of its vectors has. A store that was harvested
+through a tuned lens holds vectors that went through it already, as the autoencoder's training data did: nothing is left
+to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling (`analysis.jobs`).
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector at most, M n_latents; the T * L vectors of a tile are
 rows of one matrix.
@@ -27,7 +26,6 @@ from torch import Tensor
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from train.formats.files import read_checkpoint
-from train.kernels.cpu.screen import Screen
 from train.kernels.interface import SparseCodes
 from train.model import MLSAE, Checkpoint, SAEConfig, Standardized
 
@@ -73,9 +71,7 @@ class Encoder:
         self.numpy_dtype = np.dtype(np.float64 if dtype == "float64" else np.float32)
         self._product_dtype = torch.bfloat16 if dtype == "bfloat16" else None
         self._sae = sae.to(self.dtype).eval()
-        plain = sae.config.activation == "topk" and not sae.config.encoder_bias and sae.config.apply_b_dec_to_input
-        screened = dtype == "float32" and plain and Screen.fits(sae.W_enc, sae.config.k)
-        self._screen = Screen(sae.W_enc) if screened else None
+        self._encoder = self._sae.ready_encoder(product_dtype=self._product_dtype, screened=dtype == "float32")
 
     def standardize(self, x: Tensor) -> Standardized:
         """Raw vectors [N, D] of any float type to the dictionary's space; of whole tokens, layer by layer."""
@@ -85,9 +81,7 @@ class Encoder:
 
     def encode(self, standardized: Standardized) -> SparseCodes:
         """Codes of standardised vectors: values [N, k] >= 0, indices int64 [N, k]; 0 is padding."""
-        if self._screen:
-            return self._screen.topk_relu(standardized.x - self._sae.b_pre.detach(), self.config.k)
-        return self._sae.encode_standardized(standardized.x, product_dtype=self._product_dtype)
+        return self._sae.encode_standardized(standardized.x, self._encoder)
 
     def decode(self, codes: SparseCodes, standardized: Standardized, n_layers: int) -> Codes:
         """Codes of the vectors of whole tokens, token by token, n_layers rows each, with their reconstructions."""

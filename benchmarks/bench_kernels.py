@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.nn.functional as F
 
-from train.kernels.cpu.backend import NUMBA, weight_gradients
-from train.kernels.interface import TORCH, Kernels
+from train.kernels.cpu.backend import NUMBA
+from train.kernels.interface import Kernels
+from train.kernels.plain import TORCH
 
 D_MODEL, N_LATENTS, K = 576, 9216, 32
 OURS = ("topk", "reconstruct", "weight gradients", "adam")
@@ -67,7 +68,7 @@ def measure(n: int, m: int, rounds: int, clock: Callable[[], float]) -> dict[str
     codes = NUMBA.topk_relu(z, K)
     v, i = codes
     value_grads = NUMBA.activation_gradient(grad_out, i, W_dec)
-    grads = weight_gradients(v, value_grads, i, grad_out, x, m)
+    grads = NUMBA.weight_gradients(v, value_grads, i, grad_out, x, m)
     moments = [torch.zeros(m, D_MODEL) for _ in range(4)]
     parameters = [torch.nn.Parameter(w.clone()) for w in (W_enc, W_dec)]
     for parameter, grad in zip(parameters, grads[:2], strict=True):
@@ -98,7 +99,7 @@ def measure(n: int, m: int, rounds: int, clock: Callable[[], float]) -> dict[str
         "activation gradient, torch": lambda: TORCH.activation_gradient(grad_out, i, W_dec),
         "reconstruct": lambda: NUMBA.reconstruct(v, i, W_dec, x, weight),
         "reconstruct, torch": lambda: TORCH.reconstruct(v, i, W_dec, x, weight),
-        "weight gradients": lambda: weight_gradients(v, value_grads, i, grad_out, x, m, out=grads),
+        "weight gradients": lambda: NUMBA.weight_gradients(v, value_grads, i, grad_out, x, m, out=grads),
         "weight gradients, torch": lambda: TORCH.weight_gradients(v, value_grads, i, grad_out, x, m),
         "weight gradients, index_add": index_add,
         "adam": lambda: adam(NUMBA),

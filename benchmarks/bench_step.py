@@ -44,8 +44,9 @@ from torch import Tensor
 
 from store.activations import ActivationStore
 from train.hardware import resolve_product_dtype
-from train.kernels.encode import encode_tiled
-from train.kernels.interface import Kernels, WeightGradients, choose_kernels
+from train.kernels.choose import choose_kernels
+from train.kernels.encode import ReadyEncoder
+from train.kernels.interface import Kernels, WeightGradients
 from train.model import MLSAE, SAEConfig, standardize
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--fvu-rows", type=int, default=1024, help="vectors in each of them")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8", "int16"], help="of our product"
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8"], help="of our product"
     )
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has the peers")
     options = parser.parse_args()
@@ -222,7 +223,7 @@ def measure_parts(
     found: dict[str, dict[str, float]] = {}
     for name in OURS.values():
         kernels = choose_kernels(W_enc, name)
-        values, indices = encode_tiled(x, W_enc, options.k, kernels=choose_kernels(W_enc, "torch"))
+        values, indices = ReadyEncoder(choose_kernels(W_enc, "torch"), W_enc).topk(x, options.k)
         main = kernels.reconstruct(values, indices, W_dec, x, weight)
         gradients = (values, main.value_grads, indices, main.grad_out, x, m)
         out = kernels.weight_gradients(*gradients)

@@ -22,7 +22,6 @@ ALLOWED = {
         "residscope",
         "store",
         "train.model",
-        "train.kernels.cpu.screen",
         "train.kernels.interface",
         "train.formats.files",
         "harvest.model.checks",

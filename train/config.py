@@ -123,11 +123,11 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights, of the order of the data, and of the choice of validation documents."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Type of the encoder's product; weights stay float32. auto: the fastest that the hardware has: bfloat16 on CUDA
     and on CPUs with AMX, int8 on CPUs with AVX512-VNNI, else float32. int8: TopK, BatchTopK and Matryoshka without an
     encoder bias screen all latents in 8 bits and multiply out in float32 those that may be among the k largest; what
-    needs every product makes it in int16. int16: rows rounded to 16 bits, with a scale each, and summed exactly."""
+    needs every product makes it in bfloat16 on CPUs with AMX, else in float32."""
 
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""

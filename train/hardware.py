@@ -1,5 +1,6 @@
 """What the machine offers: device, fast product type, free memory. Nothing here is looked at on import."""
 
+import functools
 import importlib.util
 import os
 
@@ -28,38 +29,46 @@ def resolve_device(name: str) -> torch.device:
 def resolve_product_dtype(name: str, device: torch.device) -> str:
     """The type of the encoder's product: `name`, or for "auto" the fastest that the hardware has instructions for.
 
-    By capability and not by a measurement, so that a resumed run finds what it had. `UsageError` for products of
-    integers where there are none.
+    By capability and not by a measurement, so that a resumed run finds what it had. `UsageError` for int8 where there
+    is no 8-bit screen.
     """
     if device.type == "cuda":
-        if name in _INTEGERS:
-            raise UsageError(
-                f"--dtype {name} is for CPUs; CUDA has --dtype bfloat16, which is as fast and cannot overflow"
-            )
+        if name == "int8":
+            raise UsageError("--dtype int8 is for CPUs; CUDA has --dtype bfloat16, which is as fast")
         if name == "auto":
             return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         return name
-    if name in _INTEGERS and not _has_integer_products():
-        raise UsageError(
-            f"--dtype {name} needs numba and a CPU with AVX512-VNNI: leave --dtype out for the fastest here"
-        )
+    if name == "int8" and not has_byte_products():
+        raise UsageError("--dtype int8 needs numba and a CPU with AVX512-VNNI: leave --dtype out for the fastest here")
     if name == "auto":
-        # There is no public question for it. Without AMX a bfloat16 product is slower than a float32 one.
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        return "bfloat16" if has_amx() else "int8" if _has_integer_products() else "float32"
+        return "bfloat16" if _has_amx() else "int8" if has_byte_products() else "float32"
     return name
 
 
-_INTEGERS = ("int8", "int16")
-"""Types of product that are compiled here, for processors with AVX512-VNNI."""
+def dense_dtype(product_dtype: torch.dtype) -> torch.dtype:
+    """The type of products of which every number is wanted, for runs with `product_dtype`.
+
+    Beside the 8-bit screen (int8), which finds only the k largest: bfloat16 on CPUs with AMX, else float32, also where
+    there are the bfloat16 instructions of AVX-512, which made products no faster (benchmarks/results/
+    2026-11-28-kernels.md). A checkpoint records it (`train.surroundings`).
+    """
+    if product_dtype != torch.int8:
+        return product_dtype
+    return torch.bfloat16 if _has_amx() else torch.float32
 
 
-def _has_integer_products() -> bool:
+@functools.cache
+def has_byte_products() -> bool:
+    """Whether the 8-bit screen can run: numba is installed, and the CPU has AVX512-VNNI."""
     if importlib.util.find_spec("numba") is None:
         return False
-    from train.kernels.cpu.int16 import integer_products_run  # here, because loading numba takes half a second
+    from llvmlite import binding
 
-    return integer_products_run()
+    return binding.get_host_cpu_features().get("avx512vnni", False)
+
+
+def _has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # there is no public question for it
 
 
 def free_bytes(device: torch.device) -> int | None:

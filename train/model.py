@@ -34,8 +34,9 @@ from residscope.first_calls import settle_first_calls
 from residscope.names import beside
 from store.files import sync
 from train.formats.damage import check_records, check_weights
-from train.kernels.encode import TILE_BYTES, encode_tiled
-from train.kernels.interface import SparseCodes, choose_kernels
+from train.kernels.choose import choose_kernels
+from train.kernels.encode import ReadyEncoder
+from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
 from train.objective.variants import variant_of
 from train.objective.weights import TRAINED, Weights
@@ -43,12 +44,10 @@ from train.objective.weights import TRAINED, Weights
 __all__ = [
     "MLSAE",
     "STD_EPSILON",
-    "TILE_BYTES",
     "Checkpoint",
     "ForwardOutput",
     "SAEConfig",
     "Standardized",
-    "encode_tiled",
     "load_checkpoint",
     "safetensors_path",
     "save_checkpoint",
@@ -184,12 +183,25 @@ class MLSAE(nn.Module):
         """
         return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype), layer).x, product_dtype=product_dtype)
 
+    def ready_encoder(self, *, product_dtype: torch.dtype | None = None, screened: bool = False) -> ReadyEncoder:
+        """The encoder's weights made ready for many batches, during which they must not change; for the arguments see
+        `ReadyEncoder`."""
+        weights = self.weights
+        kernels = choose_kernels(weights.W_enc)
+        return ReadyEncoder(kernels, weights.W_enc, weights.b_enc, product_dtype=product_dtype, screened=screened)
+
     @torch.no_grad()
-    def encode_standardized(self, x_std: Tensor, *, product_dtype: torch.dtype | None = None) -> SparseCodes:
-        """As `encode`, of vectors that `standardize` has seen: for callers that need the mean and scale as well."""
+    def encode_standardized(
+        self, x_std: Tensor, encoder: ReadyEncoder | None = None, *, product_dtype: torch.dtype | None = None
+    ) -> SparseCodes:
+        """As `encode`, of vectors that `standardize` has seen: for callers that need the mean and scale as well.
+
+        encoder: of `ready_encoder`, for callers that encode many batches; default: one for this batch.
+        """
         self._check_width(x_std)
         inputs = x_std - self.b_pre if self.config.apply_b_dec_to_input else x_std
-        return self.variant.encode(inputs, self.weights, product_dtype=product_dtype)
+        encoder = encoder or self.ready_encoder(product_dtype=product_dtype)
+        return self.variant.encode(inputs, self.weights, encoder)
 
     @torch.no_grad()
     def decode(self, codes: SparseCodes, mean: Tensor, std: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from store.activations import ActivationStore
 from store.shuffle import validation_documents
 from train.config import DEFAULT_EXPANSION_FACTOR, TrainConfig
 from train.hardware import resolve_device, resolve_product_dtype
-from train.kernels.interface import choose_kernels
+from train.kernels.choose import choose_kernels
 from train.model_config import Activation, SAEConfig, Standardize, default_prefixes
 from train.objective.losses import dead_threshold
 from train.objective.optimizer import scaling_law_lr
@@ -283,8 +283,7 @@ def _working(plan: RunPlan) -> int:
     n, d = plan.batch_size, plan.d_model
     k = max(plan.k, plan.k_start or 0) * (4 if plan.multi_topk else 1)
     batch = n * (6 * 4 * d + 48 * k)  # six float32 [N, D]; codes, gradients, sorted pairs
-    if plan.kernels == "triton":
-        batch += n * k * d // 4  # sums of chunks of 64 pairs: two of both weights' rows
+    batch += choose_kernels(torch.empty(0, device=plan.device), plan.kernels).scratch_bytes(n * k, d)
     blocks = 2 if plan.multi_topk else len(plan.prefixes)  # nested: an error of each, and one's gradients by themselves
     nested = blocks * n * 4 * d + 4 * _weights(plan) if blocks else 0
     casts = _weights(plan) if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK
@@ -317,8 +316,8 @@ def compare_plans(path: object, saved: dict[str, Any], plan: RunPlan) -> list[st
             way_out = "give the same flags to resume, or --overwrite to start anew"
             if field.name == "product_dtype":  # what "auto" stands for depends on the machine
                 way_out = f"give --dtype {before} to resume, or --overwrite to start anew"
-            if field.name == "product_dtype" and before == "float16":
-                way_out = "float16 products are no more: give --overwrite to start anew"
+            if field.name == "product_dtype" and before in ("float16", "int16"):
+                way_out = f"{before} products are no more: give --overwrite to start anew"
             raise IncompatibleError(f"{found}; {way_out}")
         warnings.append(f"{found}: the result will not be bit for bit that of an unbroken run")
     return warnings

@@ -9,17 +9,15 @@ from collections.abc import Mapping
 
 import torch
 
+from train.hardware import dense_dtype
 from train.resolve import RunPlan
-
-_PACKAGES = {"numba": "numba", "triton": "triton"}
-"""By the kernels that they compile."""
 
 
 def surroundings(plan: RunPlan) -> dict[str, str]:
     """Versions of this program and of what computes, and what the processor has."""
-    found = {name: _version(name) for name in ("residscope", "torch")}
-    if plan.kernels in _PACKAGES:
-        found[plan.kernels] = _version(_PACKAGES[plan.kernels])
+    found = {name: _version(name) for name in ("residscope", "torch", plan.kernels)}
+    if plan.product_dtype == "int8":
+        found["products beside the screen"] = str(dense_dtype(plan.torch_dtype)).removeprefix("torch.")
     if plan.device == "cuda":
         return found | {"card": torch.cuda.get_device_name()}
     return found | {"cpu": torch.backends.cpu.get_cpu_capability()}

@@ -23,7 +23,8 @@ from store.activations import ActivationStore
 from train.config import TrainConfig
 from train.data import Vectors, VectorSource
 from train.grid import RunSpec
-from train.kernels.interface import WeightGradients, choose_kernels
+from train.kernels.choose import choose_kernels
+from train.kernels.interface import WeightGradients
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
 from train.model import MLSAE, Checkpoint, safetensors_path, save_checkpoint
 from train.objective.averaging import WeightAverage

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from residscope.errors import IncompatibleError, UsageError
-from train.model import MLSAE, SAEConfig, encode_tiled, load_checkpoint, save_checkpoint, standardize
+from train.model import MLSAE, SAEConfig, load_checkpoint, save_checkpoint, standardize
 
 
 @pytest.fixture
@@ -57,15 +57,6 @@ def test_without_standardisation_vectors_stay_as_they_are() -> None:
     sae = MLSAE(SAEConfig(d_model=3, n_latents=4, k=4, standardize="none"))
     x, mean, std = sae.standardize(torch.tensor([[1.0, 2.0, 6.0]]))
     assert (x.tolist(), mean.tolist(), std.tolist()) == ([[1.0, 2.0, 6.0]], [[0.0]], [[1.0]])
-
-
-@pytest.mark.parametrize("tile_bytes", [1, 12 * 4 * 3, 10**9])
-def test_tiles_change_nothing(sae: MLSAE, tile_bytes: int) -> None:
-    x = torch.randn(10, 5)
-    whole = encode_tiled(x, sae.W_enc, 3)
-    tiled = encode_tiled(x, sae.W_enc, 3, tile_bytes=tile_bytes)
-    torch.testing.assert_close(tiled.values, whole.values)
-    assert torch.equal(tiled.indices, whole.indices)
 
 
 def test_initial_weights_are_tied_unit_rows_and_seeded(sae: MLSAE) -> None:

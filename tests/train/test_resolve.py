@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from residscope.errors import IncompatibleError, UsageError
+from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from train.config import TrainConfig
-from train.hardware import resolve_product_dtype
 from train.resolve import RunPlan, compare_plans, default_aux_k, make_plan, memory_estimate, split_tokens
 
 
@@ -72,8 +70,9 @@ def test_every_difference_between_plans_is_named(store: ActivationStore) -> None
     assert compare_plans("ckpt.pt", plan.to_dict(), plan) == []
     with pytest.raises(IncompatibleError, match=r"product_dtype was .* give --dtype other to resume"):
         compare_plans("ckpt.pt", plan.to_dict() | {"product_dtype": "other"}, plan)
-    with pytest.raises(IncompatibleError, match=r"product_dtype was float16 .* no more: give --overwrite"):
-        compare_plans("ckpt.pt", plan.to_dict() | {"product_dtype": "float16"}, plan)
+    for gone in ("float16", "int16"):
+        with pytest.raises(IncompatibleError, match=f"product_dtype was {gone} .* no more: give --overwrite"):
+            compare_plans("ckpt.pt", plan.to_dict() | {"product_dtype": gone}, plan)
 
 
 def test_a_plan_from_before_an_option_was_there_is_that_of_its_default(store: ActivationStore) -> None:
@@ -101,22 +100,3 @@ def test_memory_grows_with_what_it_should(store: ActivationStore) -> None:
     assert growth == 4 * 2 * 1000 * 12 * 4  # weights, gradients and two moments of W_enc and W_dec in float32
     # The whole store, one chunk a layer, twice.
     assert memory_estimate([small], store).shuffle == 2 * 256 * 3 * 12 * 2
-
-
-def test_auto_takes_the_product_that_the_hardware_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    for amx, vnni, expected in (
-        (False, False, "float32"),
-        (False, True, "int8"),
-        (True, True, "bfloat16"),
-        (True, False, "bfloat16"),
-    ):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
-        monkeypatch.setattr("train.kernels.cpu.int16.integer_products_run", lambda vnni=vnni: vnni)
-        assert resolve_product_dtype("auto", cpu) == expected
-        assert resolve_product_dtype("float32", cpu) == "float32"
-    for integers in ("int8", "int16"):
-        with pytest.raises(UsageError, match="AVX512-VNNI"):
-            resolve_product_dtype(integers, cpu)
-        with pytest.raises(UsageError, match="bfloat16"):
-            resolve_product_dtype(integers, torch.device("cuda"))

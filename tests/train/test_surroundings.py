@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from train.config import TrainConfig
+from train.resolve import make_plan, split_tokens
 from train.run import train
-from train.surroundings import differences
+from train.surroundings import differences, surroundings
 from train.trainer import Run
 
 
@@ -55,3 +57,16 @@ def test_a_resume_warns_in_one_line_and_ends_all_the_same(tmp_path: Path, capsys
             assert f"torch 1.0 -> {now['torch']}, cpu AVX2 -> {now['cpu']}: not bit for bit" in line
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "ckpt"))
     assert all(torch.equal(tensor, resumed["state_dict"][name]) for name, tensor in whole["state_dict"].items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_is_multiplied_beside_the_screen_is_kept(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.hardware.has_byte_products", lambda: True)
+    monkeypatch.setattr("train.surroundings.dense_dtype", lambda dtype: torch.bfloat16)
+    make_store(tmp_path / "acts.zarr", random_activations(n_tokens=200), chunk_tokens=32)
+    config = TrainConfig(store=tmp_path / "acts.zarr", out=tmp_path / "ckpt.pt", n_latents=24, k=3, dtype=dtype)  # type: ignore[arg-type]
+    store = ActivationStore.open(config.store)
+    found = surroundings(make_plan(config, store, split_tokens(store, 0.05, 0)))
+    assert found.get("products beside the screen") == (None if dtype == "float32" else "bfloat16")

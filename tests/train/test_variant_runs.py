@@ -16,7 +16,7 @@ from tests.support.stores import make_store, random_activations
 from tests.train.test_run import StopAt, metrics, timeless
 from train import run as loop
 from train.config import TrainConfig
-from train.kernels.cpu.int16 import integer_products_run
+from train.hardware import has_byte_products
 from train.kernels.cpu.screen import Screen
 from train.model import load_checkpoint
 from train.run import train
@@ -86,7 +86,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
     torch.testing.assert_close(load_checkpoint(config.out).sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(not integer_products_run(), reason="this processor has no fast products of integers (AVX512-VNNI)")
+@pytest.mark.skipif(not has_byte_products(), reason="this processor has no fast products of bytes (AVX512-VNNI)")
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "matryoshka"])
 def test_screened_runs_learn_what_float32_ones_do_and_resume_to_the_same_bytes(
     tmp_path: Path, activation: str, monkeypatch: pytest.MonkeyPatch
@@ -96,7 +96,7 @@ def test_screened_runs_learn_what_float32_ones_do_and_resume_to_the_same_bytes(
     screened = Screen.topk_relu
     monkeypatch.setattr(Screen, "topk_relu", lambda self, x, k: calls.append(k) or screened(self, x, k))
     make_store(tmp_path / "acts.zarr", random_activations(n_tokens=400, d_model=16), chunk_tokens=32)
-    # AuxK's products are of 16-bit integers; and at a high rate Adam makes two runs of two that are nearly equal.
+    # AuxK's products may be in bfloat16; and at a high rate Adam makes two runs of two that are nearly equal.
     options = {"activation": activation, "k": 2, "n_latents": 256, "epochs": 1, "aux_coef": 0.0, "lr": 1e-4}
     plain = train(make_config(tmp_path / "acts.zarr", tmp_path / "plain.pt", dtype="float32", **options))
     assert not calls

@@ -1,26 +1,23 @@
 """From encoder inputs to sparse codes: the one dense product, a tile of rows at a time, and three ways to choose.
 
-    encode_tiled   the k largest pre-activations of each row
-    encode_batch   the largest of a whole batch, as many as asked for
-    encode_above   all above a threshold, one for all latents or one for each
-
-All keep positive values only. No more than a tile of the [N, M] pre-activations is ever held. Where the number of
+All three keep positive values only. No more than a tile of the [N, M] pre-activations is ever held. Where the number of
 active latents varies, rows are padded with value 0 to the longest; whatever latent a 0 names, it is not active.
+
+Tested in tests/train/objective/test_variants.py, tests/train/test_model.py and tests/train/kernels/cpu/test_screen.py.
 
 Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has, P active (row, latent) pairs.
 """
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+import threading
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from train.kernels.interface import Kernels, SparseCodes, choose_kernels
-from train.kernels.products import result_dtype, times
-
-if TYPE_CHECKING:
-    from train.kernels.cpu.screen import Screen
+from train.hardware import dense_dtype
+from train.kernels.interface import Kernels, SparseCodes, TopK
 
 TILE_BYTES = 16 * 2**20
 """Pre-activations held at once: a tile this large is still in the last-level cache when top-k reads it."""
@@ -37,99 +34,18 @@ class Tile(NamedTuple):
 
 
 def tiles(
-    inputs: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None = None,
-    *,
-    product_dtype: torch.dtype | None = None,
-    tile_bytes: int = TILE_BYTES,
+    inputs: Tensor, W_enc: Tensor, b_enc: Tensor | None, dtype: torch.dtype, tile_bytes: int = TILE_BYTES
 ) -> Iterator[Tile]:
-    """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None, in `product_dtype`.
-
-    z is of that type too, but float32 where it is int8 or int16 (`train.kernels.products`).
-    """
+    """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None; product and z are of type `dtype`."""
     n, m = len(inputs), len(W_enc)
-    dtype = product_dtype or W_enc.dtype
-    product, z_dtype = times(W_enc, dtype), result_dtype(dtype)
-    bias = None if b_enc is None else b_enc.to(z_dtype)
-    rows = max(1, min(n, tile_bytes // (m * z_dtype.itemsize)))
-    memory = torch.empty(rows, m, dtype=z_dtype, device=inputs.device)  # one for all: fresh memory costs page faults
+    transposed = W_enc.to(dtype).t()
+    bias = None if b_enc is None else b_enc.to(dtype)
+    rows = max(1, min(n, tile_bytes // (m * dtype.itemsize)))
+    memory = torch.empty(rows, m, dtype=dtype, device=inputs.device)  # one for all: fresh memory costs page faults
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        z = product(inputs[part], memory[: n - start])
+        z = torch.mm(inputs[part].to(dtype), transposed, out=memory[: n - start])
         yield Tile(part, z if bias is None else z.add_(bias))
-
-
-@torch.no_grad()
-def encode_tiled(
-    inputs: Tensor,
-    W_enc: Tensor,
-    k: int,
-    *,
-    b_enc: Tensor | None = None,
-    product_dtype: torch.dtype | None = None,
-    tile_bytes: int = TILE_BYTES,
-    kernels: Kernels | None = None,
-) -> SparseCodes:
-    """ReLU(TopK_k(inputs @ W_enc^T + b_enc)) [N, k]: `inputs` [N, D] is x_std - b_pre.
-
-    With `product_dtype` int8, by a screen where one applies: then those of the float32 product.
-    """
-    kernels = kernels or choose_kernels(W_enc)
-    screen = _screen(W_enc, k, b_enc, product_dtype, kernels)
-    if screen is not None:
-        return screen.topk_relu(inputs, k)
-    values = inputs.new_empty(len(inputs), k)
-    indices = torch.empty(len(inputs), k, dtype=torch.int64, device=inputs.device)
-    for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
-        values[part], indices[part] = kernels.topk_relu(z, k)
-    return SparseCodes(values, indices)
-
-
-def _screen(
-    W_enc: Tensor, k: int, b_enc: Tensor | None, product_dtype: torch.dtype | None, kernels: Kernels
-) -> "Screen | None":
-    """The screen that finds the k largest, where one was asked for and applies."""
-    if product_dtype != torch.int8 or b_enc is not None or kernels.name != "numba":
-        return None
-    from train.kernels.cpu.screen import Screen  # here, because loading numba takes half a second
-
-    return Screen(W_enc) if Screen.fits(W_enc, k) else None
-
-
-@torch.no_grad()
-def encode_above(
-    inputs: Tensor,
-    W_enc: Tensor,
-    threshold: Tensor,
-    *,
-    b_enc: Tensor | None = None,
-    product_dtype: torch.dtype | None = None,
-    tile_bytes: int = TILE_BYTES,
-) -> SparseCodes:
-    """Pre-activations above `threshold` ([] or [M], >= 0) and what latents they are of: [N, w].
-
-    With `product_dtype` int8 of the float32 product, as the thresholds that a screen measures are.
-    """
-    product_dtype = torch.float32 if product_dtype == torch.int8 else product_dtype
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
-        row, latent = (z > _rounded_down(threshold.clamp(min=0), z.dtype)).nonzero(as_tuple=True)
-        found.append((row + part.start, latent, z[row, latent].to(inputs.dtype)))
-    if not found:
-        return SparseCodes(inputs.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=inputs.device))
-    row, latent, value = (torch.cat(part) for part in zip(*found, strict=True))
-    return padded(row, latent, value, len(inputs))
-
-
-def _rounded_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest number of `dtype` that is not above `threshold` (>= 0): z of that type is above both or neither.
-
-    So a bfloat16 tile need not be widened for the comparison, and exceeds the threshold as often as in training.
-    """
-    if dtype == torch.bfloat16 and threshold.dtype == torch.float32:
-        return (threshold.view(torch.int32) & -0x10000).view(torch.float32).to(dtype)
-    return threshold.to(dtype)
 
 
 class BatchCodes(NamedTuple):
@@ -142,50 +58,116 @@ class BatchCodes(NamedTuple):
     """[] the smallest value that was kept; None where nothing was positive."""
 
 
-@torch.no_grad()
-def encode_batch(
-    inputs: Tensor,
-    W_enc: Tensor,
-    count: int,
-    *,
-    b_enc: Tensor | None = None,
-    product_dtype: torch.dtype | None = None,
-    tile_bytes: int = TILE_BYTES,
-) -> BatchCodes:
-    """The `count` largest positive pre-activations of all N rows together (Bussmann et al. 2024, BatchTopK).
+@final
+class ReadyEncoder:
+    """An encoder's weights, made ready for batches of inputs [N, D] (x_std - b_pre); they must not change meanwhile."""
 
-    Of equal ones at the border, those of the first rows, and within a row of the first latents. Exact for any tile
-    size: what has been kept so far is cut back to `count` after each tile, and its smallest value is a lower bound for
-    all that follow. So memory is a tile and `count` pairs, not N x M. With `product_dtype` int8, by a screen where one
-    applies.
+    def __init__(
+        self,
+        kernels: Kernels,
+        W_enc: Tensor,
+        b_enc: Tensor | None = None,
+        *,
+        product_dtype: torch.dtype | None = None,
+        screened: bool = False,
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        """W_enc [M, D], b_enc [M].
+
+        product_dtype: of the encoder's product; default: the weights'. screened: the k largest may be found without
+        making all products, where the kernels know a way: then they are those of the float32 product, summed in another
+        order. int8 stands for that, with the type of `train.hardware.dense_dtype` where all products are made.
+        """
+        self._kernels, self._tile_bytes = kernels, tile_bytes
+        self._W_enc, self._b_enc = W_enc.detach(), None if b_enc is None else b_enc.detach()
+        dtype = product_dtype or W_enc.dtype
+        self._dtype = dense_dtype(dtype)
+        # A threshold that a screen measured is one of float32 products.
+        self._threshold_dtype = W_enc.dtype if dtype == torch.int8 else dtype
+        self._screened = (screened or dtype == torch.int8) and b_enc is None
+        self._screens: dict[int, TopK | None] = {}
+        self._making = threading.Lock()
+
+    @torch.no_grad()
+    def topk(self, inputs: Tensor, k: int) -> SparseCodes:
+        """ReLU(TopK_k(inputs @ W_enc^T + b_enc)): [N, k]."""
+        screen = self._screen(k)
+        if screen is not None:
+            return screen(inputs, k)
+        values = inputs.new_empty(len(inputs), k)
+        indices = torch.empty(len(inputs), k, dtype=torch.int64, device=inputs.device)
+        for part, z in self._tiles(inputs, self._dtype):
+            values[part], indices[part] = self._kernels.topk_relu(z, k)
+        return SparseCodes(values, indices)
+
+    @torch.no_grad()
+    def above(self, inputs: Tensor, threshold: Tensor) -> SparseCodes:
+        """Pre-activations above `threshold` ([] or [M], >= 0) and what latents they are of: [N, w]."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for part, z in self._tiles(inputs, self._threshold_dtype):
+            row, latent = (z > _rounded_down(threshold.clamp(min=0), z.dtype)).nonzero(as_tuple=True)
+            found.append((row + part.start, latent, z[row, latent].to(inputs.dtype)))
+        if not found:
+            return SparseCodes(inputs.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=inputs.device))
+        row, latent, value = (torch.cat(part) for part in zip(*found, strict=True))
+        return _padded(row, latent, value, len(inputs))
+
+    @torch.no_grad()
+    def batch(self, inputs: Tensor, count: int) -> BatchCodes:
+        """The `count` largest positive pre-activations of all N rows together (Bussmann et al. 2024, BatchTopK).
+
+        Of equal ones at the border, those of the first rows, and within a row of the first latents. Exact for any tile
+        size: what has been kept so far is cut back to `count` after each tile, and its smallest value is a lower bound
+        for all that follow. So memory is a tile and `count` pairs, not N x M.
+        """
+        n, m = len(inputs), len(self._W_enc)
+        width = 2 * -(-count // max(n, 1))  # few rows have twice their share
+        screen = self._screen(width) if n else None
+        if screen is not None:
+            return _batch_by_rows(screen, inputs, m, count, width)
+        values = inputs.new_empty(0)
+        places = torch.empty(0, dtype=torch.int64, device=inputs.device)  # row * M + latent, ascending
+        bound = torch.zeros((), dtype=self._dtype, device=inputs.device)
+        for part, z in self._tiles(inputs, self._dtype):
+            flat = z.view(-1)
+            chosen = (flat > bound).nonzero().squeeze(1)
+            values = torch.cat([values, flat[chosen].to(inputs.dtype)])
+            places = torch.cat([places, chosen + part.start * m])
+            if len(values) > count:
+                kept = _first_largest(values, count)
+                values, places = values[kept], places[kept]
+            if len(values) == count:
+                bound = values.min().to(bound.dtype)
+        return _batch_codes(places // m, places % m, values, n)
+
+    def _tiles(self, inputs: Tensor, dtype: torch.dtype) -> Iterator[Tile]:
+        W_enc = self._weights if dtype == self._dtype else self._W_enc
+        return tiles(inputs, W_enc, self._b_enc, dtype, self._tile_bytes)
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        return self._W_enc.to(self._dtype)
+
+    def _screen(self, k: int) -> TopK | None:
+        if not self._screened:
+            return None
+        with self._making:
+            if k not in self._screens:
+                self._screens[k] = self._kernels.screen(self._W_enc, k)
+            return self._screens[k]
+
+
+def _rounded_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of `dtype` that is not above `threshold` (>= 0): z of that type is above both or neither.
+
+    So a bfloat16 tile need not be widened for the comparison, and exceeds the threshold as often as in training.
     """
-    n, m = len(inputs), len(W_enc)
-    width = 2 * -(-count // max(n, 1))  # few rows have twice their share
-    screen = _screen(W_enc, width, b_enc, product_dtype, choose_kernels(W_enc)) if n else None
-    if screen is not None:
-        return _batch_by_rows(screen.topk_relu, inputs, m, count, width)
-    values = inputs.new_empty(0)
-    places = torch.empty(0, dtype=torch.int64, device=inputs.device)  # row * M + latent, ascending
-    bound = torch.zeros((), dtype=result_dtype(product_dtype or W_enc.dtype), device=inputs.device)
-    for part, z in tiles(inputs, W_enc, b_enc, product_dtype=product_dtype, tile_bytes=tile_bytes):
-        flat = z.view(-1)
-        chosen = (flat > bound).nonzero().squeeze(1)
-        values = torch.cat([values, flat[chosen].to(inputs.dtype)])
-        places = torch.cat([places, chosen + part.start * m])
-        if len(values) > count:
-            kept = _first_largest(values, count)
-            values, places = values[kept], places[kept]
-        if len(values) == count:
-            bound = values.min().to(bound.dtype)
-    if len(values) == 0:
-        empty = SparseCodes(inputs.new_zeros(len(inputs), 1), places.new_zeros(len(inputs), 1))
-        return BatchCodes(empty, None)
-    return BatchCodes(padded(places // m, places % m, values, len(inputs)), values.min())
+    if dtype == torch.bfloat16 and threshold.dtype == torch.float32:
+        return (threshold.view(torch.int32) & -0x10000).view(torch.float32).to(dtype)
+    return threshold.to(dtype)
 
 
-def _batch_by_rows(
-    topk: Callable[[Tensor, int], SparseCodes], inputs: Tensor, n_latents: int, count: int, width: int
-) -> BatchCodes:
+def _batch_by_rows(topk: TopK, inputs: Tensor, n_latents: int, count: int, width: int) -> BatchCodes:
     """The `count` largest of all rows, from each row's `width` largest; of rows of which all these are among the
     `count`, four times as many are looked at, until none is such a row."""
     parts: list[tuple[Tensor, SparseCodes]] = []  # numbers of rows, and their codes
@@ -202,19 +184,14 @@ def _batch_by_rows(
         rows, width = rows[more], min(4 * width, n_latents)
     chosen = [part.values >= largest.clamp(min=torch.finfo(inputs.dtype).tiny) for _, part in parts]
     row = torch.cat([rows[mask.nonzero()[:, 0]] for (rows, _), mask in zip(parts, chosen, strict=True)])
-    order = row.sort(stable=True)
+    row, order = row.sort(stable=True)
     values, latents = (
-        torch.cat([part[i][mask] for (_, part), mask in zip(parts, chosen, strict=True)])[order.indices]
-        for i in range(2)
+        torch.cat([part[i][mask] for (_, part), mask in zip(parts, chosen, strict=True)])[order] for i in range(2)
     )
-    if len(values) == 0:
-        empty = SparseCodes(inputs.new_zeros(len(inputs), 1), latents.new_zeros(len(inputs), 1))
-        return BatchCodes(empty, None)
-    row = order.values
     if len(values) > count:
         kept = _first_largest(values, count)
         row, latents, values = row[kept], latents[kept], values[kept]
-    return BatchCodes(padded(row, latents, values, len(inputs)), values.min())
+    return _batch_codes(row, latents, values, len(inputs))
 
 
 def _first_largest(values: Tensor, count: int) -> Tensor:
@@ -227,7 +204,12 @@ def _first_largest(values: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
 
-def padded(row: Tensor, latent: Tensor, value: Tensor, n: int) -> SparseCodes:
+def _batch_codes(row: Tensor, latent: Tensor, value: Tensor, n: int) -> BatchCodes:
+    """Active pairs as in `_padded`, with their smallest value."""
+    return BatchCodes(_padded(row, latent, value, n), value.min() if len(value) else None)
+
+
+def _padded(row: Tensor, latent: Tensor, value: Tensor, n: int) -> SparseCodes:
     """Active pairs, row by row (row int64 [P] ascending, latent int64 [P], value [P]), as codes [n, w]; w >= 1."""
     counts = torch.bincount(row, minlength=n)
     width = max(1, int(counts.max()) if n else 0)

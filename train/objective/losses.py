@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.hardware import dense_dtype
 from train.kernels.interface import Kernels, SparseCodes
-from train.kernels.products import int16_products, result_dtype, times
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -74,90 +74,48 @@ def auxk(
     """AuxK of Gao et al. 2024, appendix A.2: each row's k largest dead latents reconstruct what the rest missed.
 
     centred [N, D] the encoder's input; error [N, D] the detached x - x_hat, standardised; W_enc, W_dec [A, D] the dead
-    latents' rows; b_enc [A] their bias; the rest as in `train.objective.step.StepOptions`. The choices, and where they
-    come from:
+    latents' rows; b_enc [A] their bias; the rest as in `train.objective.step.StepOptions`. The latents go through the
+    same TopK and ReLU as the main ones, read off the same pre-activations; e_hat has no b_pre, which has cancelled from
+    the error; space and row weights are the main loss's own; normalised by the error's variance (docs/method.md). An
+    error that is NaN stays one (Gao et al.'s nan_to_num hides it), so that a divergence is seen.
 
-    - the latents go through the same TopK and ReLU as the main ones (Gao et al.'s code), read off the same
-      pre-activations: here a product over the dead rows alone, which gives the same numbers;
-    - e_hat has no b_pre: the target is the error, from which b_pre has cancelled (their code adds it on both sides);
-    - same space as the main loss: the row weights are the main loss's own;
-    - normalised by the error's variance in that space, about its mean over the batch (docs/method.md); where that is
-      zero the loss and its gradients are zero. An error that is no number stays one (their code's nan_to_num hides
-      it), so that a divergence is seen.
-
-    Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D.
+    Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D, of as
+    many rows as fit `tile_bytes` at a time.
     """
-    if int16_products(product_dtype) and kernels.name == "numba":
-        from train.kernels.cpu.tiled_auxk import tiled_auxk  # here: loading numba takes half a second
-
-        tiled = tiled_auxk(
-            centred, error, rows.share, rows.scale, W_enc, W_dec, b_enc=b_enc, k=k, tile_bytes=tile_bytes
-        )
-        found = _AuxParts(tiled.variance, tiled.second_moment, rows.total @ tiled.squared, *tiled[3:])
-    else:
-        found = _product_by_product(centred, error, rows, W_enc, W_dec, b_enc, k, product_dtype, tile_bytes, kernels)
-    rounding = torch.finfo(error.dtype).eps * found.second_moment  # a variance that is really 0
-    scale = torch.where(found.variance > rounding, 1 / found.variance, 0).to(error.dtype)
-    return AuxOutput(found.loss * scale, *(gradient.mul_(scale) for gradient in found[3:]))
-
-
-class _AuxParts(NamedTuple):
-    """AuxK before it is divided by the error's variance."""
-
-    variance: Tensor
-    """sum_n w_n |s_n - mean|^2 over the errors s_n in the loss's space, about their mean weighted by w_n."""
-
-    second_moment: Tensor
-    """sum_n w_n |s_n|^2."""
-
-    loss: Tensor
-    W_enc: Tensor
-    W_dec: Tensor
-    latent_sums: Tensor
-
-
-def _product_by_product(
-    centred: Tensor,
-    error: Tensor,
-    rows: RowWeights,
-    W_enc: Tensor,
-    W_dec: Tensor,
-    b_enc: Tensor | None,
-    k: int,
-    product_dtype: torch.dtype,
-    tile_bytes: int,
-    kernels: Kernels,
-) -> _AuxParts:
-    """AuxK of as many rows as fit `tile_bytes` at a time."""
-    scaled = error * rows.scale.unsqueeze(1)  # [N, D] the error in the loss's space
-    mean = rows.share @ scaled / rows.share.sum()
-    variance, second_moment = rows.share @ _squared(scaled - mean), rows.share @ _squared(scaled)
-
-    n_dead = len(W_enc)
-    encode, decode, decode_back = (times(w, product_dtype) for w in (W_enc, W_dec.t(), W_dec))
-    bias = None if b_enc is None else b_enc.to(result_dtype(product_dtype))
-    loss = error.new_zeros(())
-    gradients = torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(n_dead)
-    tile_rows = max(1, min(len(centred), tile_bytes // (n_dead * centred.element_size())))
+    dtype = dense_dtype(product_dtype)
+    encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)
+    bias = None if b_enc is None else b_enc.to(dtype)
+    sums = AuxOutput(error.new_zeros(()), torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(len(W_enc)))
+    tile_rows = max(1, min(len(centred), tile_bytes // (len(W_enc) * centred.element_size())))
     # One memory for all tiles: fresh memory costs page faults.
-    z_dtype = result_dtype(product_dtype)
-    z_memory, grad_memory = (centred.new_empty(tile_rows, n_dead, dtype=z_dtype) for _ in range(2))
-    decoded_memory = centred.new_empty(tile_rows, centred.shape[1], dtype=z_dtype)
+    z_memory, grad_memory = (centred.new_empty(tile_rows, len(W_enc), dtype=dtype) for _ in range(2))
+    decoded_memory = centred.new_empty(tile_rows, centred.shape[1], dtype=dtype)
     for start in range(0, len(centred), tile_rows):
         part = slice(start, start + tile_rows)
-        inputs = centred[part]
+        inputs = centred[part].to(dtype)
         n = len(inputs)
-        z = encode(inputs, z_memory[:n])
+        z = torch.mm(inputs, encoder.t(), out=z_memory[:n])
         active = kernels.keep_largest(z if bias is None else z.add_(bias), k)  # [n, A]
-        missed = error[part] - decode(active, decoded_memory[:n])  # [n, D]
-        loss += rows.total[part] @ _squared(missed)
-        grad_out = missed * (-2 * rows.total[part]).unsqueeze(1)  # d loss / d e_hat
-        grad_z = decode_back(grad_out, grad_memory[:n])  # [n, A]
+        missed = error[part] - torch.mm(active, decoder, out=decoded_memory[:n])  # [n, D]
+        sums.loss.add_(rows.total[part] @ _squared(missed))
+        grad_out = (missed * (-2 * rows.total[part]).unsqueeze(1)).to(dtype)  # d loss / d e_hat
+        grad_z = torch.mm(grad_out, decoder.t(), out=grad_memory[:n])  # [n, A]
         torch.ops.aten.threshold_backward.grad_input(grad_z, active, 0, grad_input=grad_z)  # zero where TopK cut
-        gradients[0].add_(times(inputs.t(), product_dtype)(grad_z.t()))
-        gradients[1].add_(times(grad_out.t(), product_dtype)(active.t()))
-        gradients[2].add_(grad_z.sum(dim=0))
-    return _AuxParts(variance, second_moment, loss, *gradients)
+        sums.W_enc.add_(grad_z.t() @ inputs)
+        sums.W_dec.add_(active.t() @ grad_out)
+        sums.latent_sums.add_(grad_z.sum(dim=0))
+    scale = _inverse_variance(error, rows)
+    return AuxOutput(*(total.mul_(scale) for total in sums))
+
+
+def _inverse_variance(error: Tensor, rows: RowWeights) -> Tensor:
+    """1 / sum_n w_n |s_n - mean|^2 over the errors s_n in the loss's space, about their mean weighted by w_n; 0 where
+    that is zero but for rounding."""
+    scaled = error * rows.scale.unsqueeze(1)  # [N, D]
+    mean = rows.share @ scaled / rows.share.sum()
+    variance, second_moment = rows.share @ _squared(scaled - mean), rows.share @ _squared(scaled)
+    rounding = torch.finfo(error.dtype).eps * second_moment
+    return torch.where(variance > rounding, 1 / variance, 0).to(error.dtype)
 
 
 def _squared(rows: Tensor) -> Tensor:

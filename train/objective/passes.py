@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.hardware import dense_dtype
 from train.kernels.encode import tiles
 from train.kernels.interface import Kernels, SparseCodes, WeightGradients
-from train.kernels.products import result_dtype
 from train.objective.losses import FIRING_THRESHOLD
 from train.objective.weights import Weights
 
@@ -187,7 +187,7 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
 
     Without thresholds it is 0, and h = ReLU(z).
     """
-    weights, c, dtype = given.weights, given.row_weight, result_dtype(given.product_dtype)
+    weights, c, dtype = given.weights, given.row_weight, dense_dtype(given.product_dtype)
     n, m = len(given.inputs), len(weights.W_enc)
     raw = given.inputs.dtype
     out = given.out or _fresh(given)
@@ -203,9 +203,7 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
     l1 = torch.zeros((), dtype=raw, device=error.device)
     l0 = torch.zeros_like(c)  # [N]
     fired = torch.zeros(m, dtype=torch.bool, device=error.device)
-    for part, z in tiles(
-        given.inputs, weights.W_enc, weights.b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes
-    ):
+    for part, z in tiles(given.inputs, weights.W_enc, weights.b_enc, dtype, given.tile_bytes):
         near = None
         if threshold is not None:
             near = (z - threshold).abs() < sparsity.bandwidth / 2  # [n, M]

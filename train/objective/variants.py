@@ -16,12 +16,12 @@ Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
-from train.kernels.encode import BatchCodes, encode_above, encode_batch, encode_tiled
+from train.kernels.encode import BatchCodes, ReadyEncoder
 from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
 from train.objective.passes import Block, MainPass, PassInputs, Sparsity, dense_pass, nested_pass, sparse_pass
@@ -49,8 +49,8 @@ class Variant(ABC):
         """Initial values of what this variant has beside the weights: fields of `train.objective.weights.Weights`."""
 
     @abstractmethod
-    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
-        """Codes of encoder inputs [N, D] in inference; `product` are the keywords of `train.kernels.encode`."""
+    def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
+        """Codes of encoder inputs [N, D] in inference; `encoder` is that of `weights`."""
 
     @abstractmethod
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
@@ -64,16 +64,14 @@ class TopK(Variant):
     def extra_state(self) -> Mapping[str, Tensor]:
         return {}
 
-    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
-        return encode_tiled(inputs, weights.W_enc, self.config.k, b_enc=weights.b_enc, **product)
+    def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
+        return encoder.topk(inputs, self.config.k)
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
         factor, weight = MULTI_TOPK
         n_latents = len(given.weights.W_enc)
         wide = min(factor * options.k, n_latents) if options.multi_topk else options.k
-        codes = encode_tiled(
-            given.inputs, given.weights.W_enc, wide, b_enc=given.weights.b_enc, kernels=given.kernels, **_product(given)
-        )
+        codes = _encoder(given).topk(given.inputs, wide)
         if not options.multi_topk:
             return sparse_pass(codes, given)
         if wide == options.k:  # all latents are among the k already
@@ -92,9 +90,9 @@ class BatchTopK(Variant):
     def extra_state(self) -> Mapping[str, Tensor]:
         return {"threshold": torch.zeros(())}
 
-    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+    def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
         assert weights.threshold is not None
-        return encode_above(inputs, weights.W_enc, weights.threshold, b_enc=weights.b_enc, **product)
+        return encoder.above(inputs, weights.threshold)
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
         return sparse_pass(_measured_codes(given, options.k), given)
@@ -107,9 +105,9 @@ class Matryoshka(Variant):
     def extra_state(self) -> Mapping[str, Tensor]:
         return {"threshold": torch.zeros(())}
 
-    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+    def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
         assert weights.threshold is not None
-        return encode_above(inputs, weights.W_enc, weights.threshold, b_enc=weights.b_enc, **product)
+        return encoder.above(inputs, weights.threshold)
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
         codes = _measured_codes(given, options.k)
@@ -131,9 +129,9 @@ class JumpReLU(Variant):
     def extra_state(self) -> Mapping[str, Tensor]:
         return {"log_threshold": torch.full((self.config.n_latents,), -torch.inf)}  # threshold 0: not measured yet
 
-    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
+    def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
         assert weights.log_threshold is not None
-        return encode_above(inputs, weights.W_enc, weights.log_threshold.exp(), b_enc=weights.b_enc, **product)
+        return encoder.above(inputs, weights.log_threshold.exp())
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
         log_threshold = given.weights.log_threshold
@@ -152,8 +150,8 @@ class ReLU(Variant):
     def extra_state(self) -> Mapping[str, Tensor]:
         return {}
 
-    def encode(self, inputs: Tensor, weights: Weights, **product: Any) -> SparseCodes:
-        return encode_above(inputs, weights.W_enc, inputs.new_zeros(()), b_enc=weights.b_enc, **product)
+    def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
+        return encoder.above(inputs, inputs.new_zeros(()))
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
         return dense_pass(given, _sparsity(options, "l1"))
@@ -174,14 +172,15 @@ def variant_of(config: SAEConfig) -> Variant:
     return VARIANTS[config.activation](config)
 
 
-def _product(given: PassInputs) -> dict[str, Any]:
-    return {"product_dtype": given.product_dtype, "tile_bytes": given.tile_bytes}
+def _encoder(given: PassInputs) -> ReadyEncoder:
+    """The encoder of a training step, whose weights no other step has."""
+    W_enc, b_enc = given.weights.W_enc, given.weights.b_enc
+    return ReadyEncoder(given.kernels, W_enc, b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes)
 
 
 def _batch_codes(given: PassInputs, k: int) -> BatchCodes:
     """BatchTopK's codes of a training batch."""
-    count = k * len(given.inputs)
-    return encode_batch(given.inputs, given.weights.W_enc, count, b_enc=given.weights.b_enc, **_product(given))
+    return _encoder(given).batch(given.inputs, k * len(given.inputs))
 
 
 def _measured_codes(given: PassInputs, k: int) -> SparseCodes:

@@ -1,4 +1,4 @@
-"""Row weights, dead latents and layer moments, against numbers worked out by hand."""
+"""Row weights, AuxK, dead latents and layer moments, against numbers worked out by hand."""
 
 import itertools
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from train.kernels.choose import choose_kernels
 from train.kernels.interface import SparseCodes
-from train.objective.losses import DeadLatents, LayerMoments, dead_threshold, row_weights
+from train.objective.losses import AuxOutput, DeadLatents, LayerMoments, auxk, dead_threshold, row_weights
 
 
 def codes(values: list[list[float]], indices: list[list[int]]) -> SparseCodes:
@@ -32,6 +34,34 @@ def test_the_loss_of_predicting_each_layer_mean_is_one() -> None:
     weights = row_weights(layer, torch.ones(400, 1).double(), moments.deviation / moments.vectors, raw=False)
     loss = weights.total @ (x - moments.mean[layer]).square().sum(dim=1)
     assert loss.item() == pytest.approx(1.0, rel=1e-12)
+
+
+def auxk_case(dtype: torch.dtype, product_dtype: torch.dtype, error: Tensor | None = None) -> AuxOutput:
+    """All 90 dead latents, so that no close call counts; error [300, 64], default random."""
+    generator = torch.Generator().manual_seed(0)
+    x, drawn, W = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (300, 300, 90))
+    error = drawn if error is None else error.to(dtype)
+    rows = row_weights(torch.zeros(300, dtype=torch.int64), x.new_ones(300, 1), x.new_ones(1), raw=False)
+    return auxk(
+        x, error, rows, W, W / 8, k=90, product_dtype=product_dtype, tile_bytes=30_000, kernels=choose_kernels(W)
+    )
+
+
+def test_gradients_of_auxk_in_bfloat16_are_near_those_in_float64() -> None:
+    rounded, exact = auxk_case(torch.float32, torch.bfloat16), auxk_case(torch.float64, torch.float64)
+    for one, other in zip(rounded, exact, strict=True):
+        assert (one - other).norm() < 1e-2 * other.norm()
+
+
+def test_equal_errors_have_no_variance_and_auxk_no_gradient() -> None:
+    assert all(not part.any() for part in auxk_case(torch.float32, torch.float32, torch.full((300, 64), 0.3)))
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_auxk_does_not_hide_what_is_not_finite(broken: float) -> None:
+    error = torch.ones(300, 64)
+    error[150, 3] = broken
+    assert not auxk_case(torch.float32, torch.float32, error).loss.isfinite()
 
 
 def test_silent_vectors_do_not_depend_on_how_batches_are_cut() -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from residscope.errors import IncompatibleError
-from train.kernels.interface import ADAM_BETAS, ADAM_EPSILON, TORCH, choose_kernels
+from train.kernels.choose import choose_kernels
+from train.kernels.interface import ADAM_BETAS, ADAM_EPSILON
+from train.kernels.plain import TORCH
 from train.model import MLSAE, SAEConfig
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam, gradient_norm, learning_rate, scaling_law_lr

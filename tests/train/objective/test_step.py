@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.kernels.interface import TORCH, Kernels, choose_kernels
+from train.kernels.choose import choose_kernels
+from train.kernels.interface import Kernels
+from train.kernels.plain import TORCH
 from train.model_config import SAEConfig
 from train.objective.losses import DeadLatents, RowWeights, row_weights
 from train.objective.step import StepOptions, StepResult, training_step

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.kernels.encode import encode_above, encode_batch
-from train.kernels.interface import TORCH, Kernels, SparseCodes, choose_kernels
+from train.kernels.choose import choose_kernels
+from train.kernels.interface import Kernels, SparseCodes
+from train.kernels.plain import TORCH
 from train.model import MLSAE
 from train.model_config import SAEConfig, default_prefixes
 from train.objective.losses import DeadLatents, RowWeights, row_weights
@@ -266,51 +267,6 @@ def test_a_jumprelu_step_by_hand() -> None:
 def dense(codes: SparseCodes, m: int) -> Tensor:
     """[N, M]; several zeros may name one latent."""
     return torch.zeros(len(codes.values), m, dtype=codes.values.dtype).scatter_add(1, codes.indices, codes.values)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10**6), count=st.integers(1, 80), grid=st.booleans(), tile_bytes=st.sampled_from([1, 99, 9999])
-)
-def test_the_largest_of_a_batch_are_exact_for_any_tile(seed: int, count: int, grid: bool, tile_bytes: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x, W = (torch.randn(n, 4, generator=generator) for n in (9, 7))
-    x, W = (x.round(), W.round()) if grid else (x, W)
-    found = encode_batch(x, W, count, tile_bytes=tile_bytes)
-    flat = (x @ W.T).flatten()
-    order = flat.sort(descending=True, stable=True).indices[:count]
-    expected = torch.zeros_like(flat).scatter(0, order, 1.0) * flat.relu()
-    torch.testing.assert_close(dense(found.codes, 7), expected.view(9, 7))
-    if (expected > 0).any():
-        torch.testing.assert_close(found.smallest, expected[expected > 0].min())
-    else:
-        assert found.smallest is None
-
-
-@pytest.mark.parametrize("tile_bytes", [1, 100, 10**6])
-def test_codes_above_thresholds_by_hand(tile_bytes: int) -> None:
-    x = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, -1.0]])
-    W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    z = [[1.0, -2.0, -1.0], [3.0, 0.5, 3.5], [-1.0, -1.0, -2.0]]
-    for threshold, kept in (
-        (torch.tensor(1.0), [[0, 0, 0], [3.0, 0, 3.5], [0, 0, 0]]),  # what equals it is not above it
-        (torch.tensor(0.0), [[1.0, 0, 0], [3.0, 0.5, 3.5], [0, 0, 0]]),
-        (torch.tensor(-5.0), [[1.0, 0, 0], [3.0, 0.5, 3.5], [0, 0, 0]]),  # never negative
-        (torch.tensor([3.5, 0.2, 3.5]), [[0, 0, 0], [0, 0.5, 0], [0, 0, 0]]),
-    ):
-        found = encode_above(x, W, threshold, tile_bytes=tile_bytes)
-        assert dense(found, 3).tolist() == kept, z
-    assert encode_above(x[:0], W, torch.tensor(0.0)).values.shape[0] == 0
-
-
-def test_a_bfloat16_product_is_compared_with_the_threshold_as_it_is() -> None:
-    """Not with the threshold rounded to bfloat16, which may be the next number above it."""
-    z = torch.arange(250, 262).bfloat16() / 128  # neighbours in bfloat16
-    for threshold in (1.9999, 2.0, 2.0001, 2.0079, 2.0156, 0.0):
-        found = encode_above(
-            z[:, None].float(), torch.ones(1, 1), torch.tensor(threshold), product_dtype=torch.bfloat16
-        )
-        assert found.values.flatten().tolist() == [value if value > threshold else 0.0 for value in z.tolist()]
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "matryoshka"])

@@ -58,8 +58,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _loops_hash() -> str:
-    """Of the source of every file of loops."""
-    sources = sorted(Path(__file__).parent.glob("kernels*.py"))
+    """Of the source of every file beside this one."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.hardware import has_byte_products
 from train.kernels.cpu import screen_loops as loops
 from train.kernels.cpu.compiling import even_chunks, run_chunks
-from train.kernels.cpu.int16 import integer_products_run
-from train.kernels.interface import SparseCodes, choose_kernels
+from train.kernels.cpu.selection import topk_relu
+from train.kernels.interface import SparseCodes
 
 TILE_BYTES = 16 * 2**20
 """Products of vectors that the screen leaves out that are held at once."""
@@ -84,7 +85,7 @@ class Screen:
         and a machine that can."""
         m, d = W_enc.shape
         shaped = W_enc.dtype == torch.float32 and W_enc.device.type == "cpu" and d % 16 == 0 and m >= _MANY * k
-        return shaped and integer_products_run()
+        return shaped and has_byte_products()
 
     @torch.no_grad()
     def topk_relu(self, centred: Tensor, k: int) -> SparseCodes:
@@ -145,4 +146,4 @@ class Screen:
         z = torch.empty(len(centred), len(self._weights))
         arrays = (part.numpy() for part in (centred, self._weights, z))
         run_chunks(loops.multiply_latents, even_chunks(len(self._weights), 64), *arrays)
-        return choose_kernels(self._weights).topk_relu(z, k)
+        return topk_relu(z, k)

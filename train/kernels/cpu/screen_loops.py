@@ -15,20 +15,11 @@ wherever its latent stands among the candidates. Not here: what to do with the r
 Shapes: N rows, D d_model, M n_latents, k; q = D / 4 quads, b blocks of 14 rows, p panels of 32 latents.
 """
 
-from typing import Any
-
 import numpy as np
-from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
 from numba.cpython.unsafe.numbers import trailing_zeros
-from numba.extending import intrinsic
 
 from train.kernels.cpu.compiling import compiled, inlined
-
-_VECTORS, _LANES = 2, 16
-ROWS, PANEL = 14, _VECTORS * _LANES
-"""Estimates of a block: 14 x 32; 28 of the 32 vector registers."""
+from train.kernels.cpu.screen_instructions import PANEL, ROWS, collect_block, greater, lesser
 
 GROUP = 24
 """Blocks that a thread takes through all panels: so many that reading a panel is a small part of using it."""
@@ -44,25 +35,6 @@ _TILE = 64
 
 _CHECKED = 0.75
 """Of the margin: a row in which an estimate is further off is left out."""
-
-
-def _choice(name: str) -> Any:
-    """The LLVM operation of that name on two float32 numbers neither of which is a NaN: loops of it are vectorised, as
-    those of comparisons and branches are not."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 2)
-        operation = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.f32")
-        return builder.call(operation, arguments, fastmath=("nnan", "nsz"))
-
-    @intrinsic
-    def choose(typing_context: Any, a: Any, b: Any) -> Any:
-        return types.float32(types.float32, types.float32), emit
-
-    return choose
-
-
-_greater, _lesser = _choice("maxnum"), _choice("minnum")
 
 
 @inlined
@@ -88,7 +60,7 @@ def _round(rotated, line):
     are not finite or all zero, the scale and the bytes are 0."""
     largest = np.float32(0)
     for i in range(rotated.size):
-        largest = _greater(largest, abs(rotated[i]))  # pyright: ignore[reportCallIssue]  numba passes its context
+        largest = greater(largest, abs(rotated[i]))  # pyright: ignore[reportCallIssue]  numba passes its context
     inverse = np.float32(127) / largest if np.float32(1e-30) < largest < np.inf else np.float32(0)
     total = np.int32(0)
     for i in range(rotated.size):
@@ -151,111 +123,6 @@ def _dot(a, b):
     return total
 
 
-@intrinsic
-def _collect_block(
-    typing_context: Any,
-    left: Any,
-    right: Any,
-    quads: Any,
-    offset: Any,
-    scale: Any,
-    size: Any,
-    margin: Any,
-    bound: Any,
-    latent: Any,
-    guesses: Any,
-    latents: Any,
-    room: Any,
-    counts: Any,
-) -> Any:
-    """Estimates of 14 rows and a panel; those that may exceed their row's bound join its candidates.
-
-    left: int32 [quads, 14]; right: int32 [quads, 32]; offset: int32 [14], where the sums begin; scale, size: [32];
-    margin, bound: [14]; latent: int32 [32], their numbers. A latent joins if estimate + margin * size > bound, with
-    estimate = sum * scale: it is written to guesses float32 [14, room], its number to latents int32 [14, room], both
-    from the row's count on, int32 [14], which goes up. Something may be written to the 32 places beyond. All but
-    `quads` and `room` are addresses.
-    """
-    return types.void(*(types.int64,) * 13), _emit_block
-
-
-def _emit_block(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    left, right, quads, offset, scale, size, margin, bound, latent, guesses, latents, room, counts = arguments
-    i16, i32, i64, f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-    lanes, floats, bits = (ir.VectorType(kind, _LANES) for kind in (i32, f32, ir.IntType(1)))
-    # Since LLVM 21 the operands are typed as bytes.
-    operands = ir.VectorType(ir.IntType(8), 4 * _LANES) if binding.llvm_version_info[0] >= 21 else lanes
-
-    def instruction(name: str, result: Any, *operands: Any) -> Any:
-        return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, operands), f"llvm.{name}")
-
-    add_products = instruction("x86.avx512.vpdpbusd.512", lanes, lanes, operands, operands)
-    pack_floats = instruction("x86.avx512.mask.compress.v16f32", floats, floats, floats, bits)
-    pack_lanes = instruction("x86.avx512.mask.compress.v16i32", lanes, lanes, lanes, bits)
-    count_bits = instruction("ctpop.i16", i16, i16)
-
-    def at(address: Any, place: Any, kind: Any) -> Any:
-        place = i64(place) if isinstance(place, int) else place
-        return builder.inttoptr(builder.add(address, builder.shl(place, i64(2))), kind.as_pointer())
-
-    def everywhere(number: Any, kind: Any) -> Any:
-        none = ir.Constant(kind, ir.Undefined)
-        first = builder.insert_element(none, number, i32(0))
-        return builder.shuffle_vector(first, none, ir.Constant(lanes, [0] * _LANES))
-
-    def load(address: Any, place: int, kind: Any) -> Any:
-        return builder.load(at(address, place, kind), align=4)
-
-    starts = [everywhere(load(offset, r, i32), lanes) for r in range(ROWS)]
-    entry = builder.block
-    loop, done = (builder.function.append_basic_block(name) for name in ("quads", "sums"))
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    quad = builder.phi(i64)
-    quad.add_incoming(i64(0), entry)
-    before = [[builder.phi(lanes) for _ in range(_VECTORS)] for _ in range(ROWS)]
-    panel = builder.add(right, builder.mul(quad, i64(4 * PANEL)))
-    block = builder.add(left, builder.mul(quad, i64(4 * ROWS)))
-    columns = [load(panel, _LANES * j, operands) for j in range(_VECTORS)]
-    after = []
-    for r, olds in enumerate(before):
-        row = builder.bitcast(everywhere(load(block, r, i32), lanes), operands)
-        after.append(
-            [builder.call(add_products, [old, column, row]) for old, column in zip(olds, columns, strict=True)]
-        )
-    following = builder.add(quad, i64(1))
-    quad.add_incoming(following, loop)
-    for first, olds, news in zip(starts, before, after, strict=True):
-        for old, new in zip(olds, news, strict=True):
-            old.add_incoming(first, entry)
-            old.add_incoming(new, loop)
-    builder.cbranch(builder.icmp_signed("<", following, quads), loop, done)
-
-    builder.position_at_end(done)
-    scales, sizes = ([load(address, _LANES * j, floats) for j in range(_VECTORS)] for address in (scale, size))
-    numbers = [load(latent, _LANES * j, lanes) for j in range(_VECTORS)]
-    for r, news in enumerate(after):
-        margins, bounds = (everywhere(load(address, r, f32), floats) for address in (margin, bound))
-        estimates, masks = [], []
-        for new, scale_, size_ in zip(news, scales, sizes, strict=True):
-            estimate = builder.fmul(builder.sitofp(new, floats), scale_)
-            most = builder.fadd(estimate, builder.fmul(margins, size_, flags=["contract"]), flags=["contract"])
-            estimates.append(estimate)
-            masks.append(builder.fcmp_ordered(">", most, bounds))
-        joining = [builder.bitcast(mask, i16) for mask in masks]
-        with builder.if_then(builder.icmp_unsigned("!=", builder.or_(*joining), i16(0)), likely=False):
-            count = builder.sext(load(counts, r, i32), i64)
-            for estimate, number, mask, bits_ in zip(estimates, numbers, masks, joining, strict=True):
-                end = builder.add(builder.mul(room, i64(r)), count)
-                packed = builder.call(pack_floats, [estimate, ir.Constant(floats, None), mask])
-                builder.store(packed, at(guesses, end, floats), align=4)
-                packed = builder.call(pack_lanes, [number, ir.Constant(lanes, None), mask])
-                builder.store(packed, at(latents, end, lanes), align=4)
-                count = builder.add(count, builder.zext(builder.call(count_bits, [bits_]), i64))
-            builder.store(builder.trunc(count, i32), at(counts, r, i32), align=4)
-    return context.get_dummy_value()
-
-
 @compiled
 def screen_blocks(
     start,
@@ -303,7 +170,7 @@ def screen_blocks(
             rank = ranks[panel] if ranks[panel] > 0 else k
             for b in range(first, last):
                 begin = (b - first) * ROWS
-                _collect_block(  # pyright: ignore[reportCallIssue]  numba passes its typing context itself
+                collect_block(  # pyright: ignore[reportCallIssue]  numba passes its typing context itself
                     blocks[b].ctypes.data,
                     panels[panel].ctypes.data,
                     quads,
@@ -439,7 +306,7 @@ def _kth_largest(numbers, n, k):
     """At most the k-th largest of numbers[:n] and nearly that, by halving the range that holds it."""
     low, high = numbers[0], numbers[0]
     for i in range(n):
-        low, high = _lesser(low, numbers[i]), _greater(high, numbers[i])  # pyright: ignore[reportCallIssue]
+        low, high = lesser(low, numbers[i]), greater(high, numbers[i])  # pyright: ignore[reportCallIssue]
     padded = _padded(numbers, n)
     for _ in range(24):  # at least k numbers reach `low` throughout
         middle = low + (high - low) * np.float32(0.5)

@@ -1,4 +1,4 @@
-"""The sparse pieces of a training step for CUDA, in Triton: the same functions as `train.kernels.interface`.
+"""The sparse pieces of a training step for CUDA, in Triton: `train.kernels.interface`.
 
 The programs are in `train.kernels.cuda.topk_programs` (selection) and `train.kernels.cuda.row_programs` (everything by
 rows). All sums have one fixed order, and nothing is added atomically, so the same inputs give the same bits on the same
@@ -15,15 +15,23 @@ Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P = N
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
+from typing import final
 
 import torch
 import triton
 from torch import Tensor
 
-from train.kernels import interface as kernels
-from train.kernels.cuda import row_programs as kernels_triton_rows
-from train.kernels.cuda import topk_programs as kernels_triton_topk
-from train.kernels.interface import ADAM_BETAS, ADAM_EPSILON, Kernels, Reconstruction, SparseCodes, WeightGradients
+from train.kernels.cuda import row_programs, topk_programs
+from train.kernels.interface import (
+    ADAM_BETAS,
+    ADAM_EPSILON,
+    Kernels,
+    Reconstruction,
+    SparseCodes,
+    TopK,
+    WeightGradients,
+)
+from train.kernels.plain import TORCH
 
 _CANDIDATES = 4096
 """Entries of a row that are looked at closely, at most: k groups."""
@@ -38,44 +46,173 @@ _PIECE = 1024
 """Numbers that a program of the optimiser moves, where it need not see a whole row."""
 
 
-def topk_relu(z: Tensor, k: int) -> SparseCodes:
-    """The k largest entries of each row of `z` [N, M], exactly, then ReLU (Gao et al. 2024, 2.3).
+@final
+class CudaKernels(Kernels):
+    """The interface, compiled by Triton."""
 
-    Largest first; of equal entries the lowest latent. NaN counts as the largest. Values are float32, or float64 where z
-    is. One pass over z, and then the k groups that can hold them; where k is so large that these would not fit a
-    program (thousands), and in float64, torch's.
-    """
-    n, m = z.shape
-    group = _group_size(m, k)
-    if group is None or z.dtype == torch.float64:
-        values, indices = torch.topk(z, k, dim=-1, sorted=True)
-        return SparseCodes(values.to(torch.float64 if z.dtype == torch.float64 else torch.float32).relu_(), indices)
-    z = z.contiguous()
-    n_groups = -(-m // group)
-    maxima = torch.empty(n, n_groups, dtype=torch.int32, device=z.device)
-    block = min(64, triton.next_power_of_2(n_groups))
-    kernels_triton_topk.group_maxima[(n, -(-n_groups // block))](z, maxima, m, n_groups, GROUP=group, BLOCK=block)
-    values = torch.empty(n, k, dtype=torch.float32, device=z.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=z.device)
-    chosen = torch.empty(n, triton.next_power_of_2(k), dtype=torch.int32, device=z.device)
-    winners = torch.empty(n, 2, triton.next_power_of_2(k), dtype=torch.int32, device=z.device)
-    kernels_triton_topk.select[(n,)](
-        z,
-        maxima,
-        chosen,
-        winners,
-        values,
-        indices,
-        m,
-        n_groups,
-        k,
-        GROUP=group,
-        GROUPS=triton.next_power_of_2(n_groups),
-        K=triton.next_power_of_2(k),
-        LOWEST_BIT=16 if z.dtype == torch.bfloat16 else 0,
-        num_warps=8,
-    )
-    return SparseCodes(values, indices)
+    name = "triton"
+
+    def topk_relu(self, z: Tensor, k: int) -> SparseCodes:
+        """One pass over z, and then the k groups that can hold the largest; where k is so large that these would not
+        fit a program (thousands), and in float64, torch's."""
+        n, m = z.shape
+        group = _group_size(m, k)
+        if group is None or z.dtype == torch.float64:
+            values, indices = torch.topk(z, k, dim=-1, sorted=True)
+            return SparseCodes(values.to(torch.float64 if z.dtype == torch.float64 else torch.float32).relu_(), indices)
+        z = z.contiguous()
+        n_groups = -(-m // group)
+        maxima = torch.empty(n, n_groups, dtype=torch.int32, device=z.device)
+        block = min(64, triton.next_power_of_2(n_groups))
+        topk_programs.group_maxima[(n, -(-n_groups // block))](z, maxima, m, n_groups, GROUP=group, BLOCK=block)
+        values = torch.empty(n, k, dtype=torch.float32, device=z.device)
+        indices = torch.empty(n, k, dtype=torch.int64, device=z.device)
+        chosen = torch.empty(n, triton.next_power_of_2(k), dtype=torch.int32, device=z.device)
+        winners = torch.empty(n, 2, triton.next_power_of_2(k), dtype=torch.int32, device=z.device)
+        topk_programs.select[(n,)](
+            z,
+            maxima,
+            chosen,
+            winners,
+            values,
+            indices,
+            m,
+            n_groups,
+            k,
+            GROUP=group,
+            GROUPS=triton.next_power_of_2(n_groups),
+            K=triton.next_power_of_2(k),
+            LOWEST_BIT=16 if z.dtype == torch.bfloat16 else 0,
+            num_warps=8,
+        )
+        return SparseCodes(values, indices)
+
+    def keep_largest(self, z: Tensor, k: int) -> Tensor:
+        return TORCH.keep_largest(z, k)
+
+    def screen(self, W_enc: Tensor, k: int) -> TopK | None:
+        return None
+
+    def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        (n, k), d = values.shape, W_dec.shape[1]
+        out = W_dec.new_empty(n, d)
+        row_programs.decode[(n,)](
+            values.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d, **_row_block(d)
+        )
+        return out
+
+    def activation_gradient(self, grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        (n, k), d = indices.shape, W_dec.shape[1]
+        out = W_dec.new_empty(n, k)
+        row_programs.activation_gradient[(n,)](
+            grad_out.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d, **_row_block(d)
+        )
+        return out
+
+    def reconstruct(
+        self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
+    ) -> Reconstruction:
+        (n, k), d = values.shape, W_dec.shape[1]
+        out = Reconstruction(
+            error=W_dec.new_empty(n, d),
+            grad_out=W_dec.new_empty(n, d),
+            squared=W_dec.new_empty(n),
+            value_grads=W_dec.new_empty(n, k),
+        )
+        inputs = (values, indices, W_dec, target, weight)
+        row_programs.reconstruct[(n,)](*(t.contiguous() for t in inputs), *out, k, d, **_row_block(d))
+        return out
+
+    def weight_gradients(
+        self,
+        values: Tensor,
+        value_grads: Tensor,
+        indices: Tensor,
+        grad_out: Tensor,
+        centred: Tensor,
+        n_latents: int,
+        *,
+        out: WeightGradients | None = None,
+    ) -> WeightGradients:
+        """The sorted pairs are cut into chunks of equal length, so that a latent that is active everywhere is no
+        program's burden alone; one whose pairs lie in several is put together, in their order, by a second program."""
+        (n, k), d = indices.shape, centred.shape[1]
+        pairs = n * k
+        number = torch.int32 if max(pairs, n_latents) < 2**31 else torch.int64
+        latent, order = torch.sort(indices.flatten().to(number), stable=True)
+        starts = torch.searchsorted(latent, torch.arange(n_latents + 1, device=latent.device, dtype=number))
+        if out is None:
+            shape = (n_latents, d)
+            out = WeightGradients(grad_out.new_empty(shape), grad_out.new_empty(shape), grad_out.new_empty(n_latents))
+        n_chunks = -(-pairs // _CHUNK)
+        parts = grad_out.new_empty(2, n_chunks, 2, d)  # of W_enc and W_dec; of each chunk's first and last latent
+        sum_parts = grad_out.new_empty(n_chunks, 2)
+        block = min(512, triton.next_power_of_2(d))
+        grid_d = -(-d // block)
+        row_programs.chunk_sums[(n_chunks, grid_d)](
+            value_grads.contiguous(),
+            values.contiguous(),
+            latent,
+            order,
+            starts,
+            centred.contiguous(),
+            grad_out.contiguous(),
+            *out,
+            parts[0],
+            parts[1],
+            sum_parts,
+            pairs,
+            k,
+            d,
+            CHUNK=_CHUNK,
+            BLOCK=block,
+        )
+        row_programs.join_chunks[(n_latents, grid_d)](
+            starts, *out, parts[0], parts[1], sum_parts, d, CHUNK=_CHUNK, BLOCK=block
+        )
+        return out
+
+    def adam_rows(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        lr: float,
+        step: int,
+        unit_rows: bool,
+        grad_scale: float = 1.0,
+    ) -> None:
+        for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected contiguous memory; it is written in place")
+        # Where rows mean nothing, the numbers are cut into pieces of a size that suits: a bias is one row of M of them.
+        d = weight.shape[1] if unit_rows else min(weight.numel(), _PIECE)
+        beta1, beta2 = ADAM_BETAS
+        numbers = (
+            grad_scale,
+            lr / (1 - beta1**step),
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            math.sqrt(1 - beta2**step),
+            ADAM_EPSILON,
+        )
+        row_programs.adam[(-(-weight.numel() // d),)](
+            weight,
+            grad.contiguous(),
+            exp_avg,
+            exp_avg_sq,
+            weight.new_tensor(numbers, dtype=torch.float64),  # as memory, because arguments are rounded to float32
+            d,
+            weight.numel(),
+            UNIT_ROWS=unit_rows,
+            **_row_block(d),
+        )
+
+    def scratch_bytes(self, pairs: int, d_model: int) -> int:
+        return -(-pairs // _CHUNK) * 16 * d_model  # sums of each chunk's first and last latent, for both weights
 
 
 def _group_size(m: int, k: int) -> int | None:
@@ -87,150 +224,10 @@ def _group_size(m: int, k: int) -> int | None:
     return None
 
 
-def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """sum_k values[n, k] * W_dec[indices[n, k]]: [N, k], [N, k], [M, D] -> [N, D]."""
-    (n, k), d = values.shape, W_dec.shape[1]
-    out = W_dec.new_empty(n, d)
-    kernels_triton_rows.decode[(n,)](
-        values.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d, **_row_block(d)
-    )
-    return out
-
-
-def activation_gradient(grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """<grad_out[n], W_dec[indices[n, k]]>: [N, D], [N, k], [M, D] -> [N, k]."""
-    (n, k), d = indices.shape, W_dec.shape[1]
-    out = W_dec.new_empty(n, k)
-    kernels_triton_rows.activation_gradient[(n,)](
-        grad_out.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d, **_row_block(d)
-    )
-    return out
-
-
-def reconstruct(values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
-    """Decode, and take the loss sum_n weight[n] |target[n] - decoded[n]|^2 back to the pre-activations, in one pass.
-
-    values, indices [N, k]; W_dec [M, D]; target [N, D], without b_pre; weight [N].
-    """
-    (n, k), d = values.shape, W_dec.shape[1]
-    out = Reconstruction(
-        error=W_dec.new_empty(n, d),
-        grad_out=W_dec.new_empty(n, d),
-        squared=W_dec.new_empty(n),
-        value_grads=W_dec.new_empty(n, k),
-    )
-    inputs = (values, indices, W_dec, target, weight)
-    kernels_triton_rows.reconstruct[(n,)](*(t.contiguous() for t in inputs), *out, k, d, **_row_block(d))
-    return out
-
-
-def weight_gradients(
-    values: Tensor,
-    value_grads: Tensor,
-    indices: Tensor,
-    grad_out: Tensor,
-    centred: Tensor,
-    n_latents: int,
-    *,
-    out: WeightGradients | None = None,
-) -> WeightGradients:
-    """Both weight gradients from one sort of the pairs.
-
-    Arguments as for `train.kernels.interface.weight_gradients`; `out` is overwritten and returned. The sorted pairs are
-    cut into chunks of equal length, so that a latent that is active everywhere is no program's burden alone; a latent
-    whose pairs lie in several chunks is put together, in their order, by a second program.
-    """
-    (n, k), d = indices.shape, centred.shape[1]
-    pairs = n * k
-    number = torch.int32 if max(pairs, n_latents) < 2**31 else torch.int64
-    latent, order = torch.sort(indices.flatten().to(number), stable=True)
-    starts = torch.searchsorted(latent, torch.arange(n_latents + 1, device=latent.device, dtype=number))
-    if out is None:
-        shape = (n_latents, d)
-        out = WeightGradients(grad_out.new_empty(shape), grad_out.new_empty(shape), grad_out.new_empty(n_latents))
-    n_chunks = -(-pairs // _CHUNK)
-    parts = grad_out.new_empty(2, n_chunks, 2, d)  # of W_enc and W_dec; of each chunk's first and last latent
-    sum_parts = grad_out.new_empty(n_chunks, 2)
-    block = min(512, triton.next_power_of_2(d))
-    grid_d = -(-d // block)
-    kernels_triton_rows.chunk_sums[(n_chunks, grid_d)](
-        value_grads.contiguous(),
-        values.contiguous(),
-        latent,
-        order,
-        starts,
-        centred.contiguous(),
-        grad_out.contiguous(),
-        *out,
-        parts[0],
-        parts[1],
-        sum_parts,
-        pairs,
-        k,
-        d,
-        CHUNK=_CHUNK,
-        BLOCK=block,
-    )
-    kernels_triton_rows.join_chunks[(n_latents, grid_d)](
-        starts, *out, parts[0], parts[1], sum_parts, d, CHUNK=_CHUNK, BLOCK=block
-    )
-    return out
-
-
-def adam_rows(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    lr: float,
-    step: int,
-    unit_rows: bool,
-    grad_scale: float = 1.0,
-) -> None:
-    """One Adam step (Kingma & Ba 2015) on `weight` [M, D], in place; as `train.kernels.interface.adam_rows`."""
-    for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous memory; it is written in place")
-    # Where rows mean nothing, the numbers are cut into pieces of a size that suits: a bias is one row of M of them.
-    d = weight.shape[1] if unit_rows else min(weight.numel(), _PIECE)
-    beta1, beta2 = ADAM_BETAS
-    numbers = (
-        grad_scale,
-        lr / (1 - beta1**step),
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        math.sqrt(1 - beta2**step),
-        ADAM_EPSILON,
-    )
-    kernels_triton_rows.adam[(-(-weight.numel() // d),)](
-        weight,
-        grad.contiguous(),
-        exp_avg,
-        exp_avg_sq,
-        weight.new_tensor(numbers, dtype=torch.float64),  # as memory, because arguments are rounded to float32
-        d,
-        weight.numel(),
-        UNIT_ROWS=unit_rows,
-        **_row_block(d),
-    )
-
-
 def _row_block(d: int) -> dict[str, int]:
     """A program holds a whole row: a power of two of numbers, and warps enough that a thread has few of them."""
     block = triton.next_power_of_2(d)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
 
-TRITON = Kernels(
-    name="triton",
-    topk_relu=topk_relu,
-    decode=decode,
-    activation_gradient=activation_gradient,
-    weight_gradients=weight_gradients,
-    adam_rows=adam_rows,
-    reconstruct=reconstruct,
-    keep_largest=kernels.keep_largest,
-)
-"""The CUDA kernels, for `train.kernels.interface.choose_kernels`."""
+TRITON = CudaKernels()

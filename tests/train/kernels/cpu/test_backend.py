@@ -1,9 +1,13 @@
 """The compiled kernels against short dense versions, and what they promise beyond values: ties, bits, errors."""
 
+import importlib
 import logging
 import multiprocessing
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numba
 import pytest
@@ -13,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from train.kernels.cpu import compiling as kernels_compile
-from train.kernels.cpu.backend import NUMBA, weight_gradient, weight_gradients
-from train.kernels.interface import TORCH, Kernels, Reconstruction
+from train.kernels.cpu.backend import NUMBA
+from train.kernels.interface import Kernels, Reconstruction
+from train.kernels.plain import TORCH
 from train.model_config import SAEConfig
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.step import StepOptions, training_step
@@ -175,6 +180,11 @@ def test_reconstruct_equals_autograd(
         assert_near(ours, theirs.detach(), 10 * FLOATS[dtype], name)
 
 
+def weight_gradient(coefficients: Tensor, indices: Tensor, rows: Tensor, n_latents: int) -> Tensor:
+    """That of W_enc alone."""
+    return NUMBA.weight_gradients(coefficients, coefficients, indices, rows, rows, n_latents).W_enc
+
+
 def test_latents_named_twice_in_a_row_count_twice() -> None:
     indices = torch.tensor([[2, 2, 0], [2, 0, 0]])
     coefficients = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
@@ -203,11 +213,11 @@ def test_no_rows() -> None:
 def test_given_memory_is_used() -> None:
     case = sparse_case(6, 5, 7, 2, torch.float32, seed=0)
     args = (case["values"], case["value_grads"], case["indices"], case["grad_out"], case["x"], 7)
-    out = weight_gradients(*args)
+    out = NUMBA.weight_gradients(*args)
     expected = [t.clone() for t in out]
     for tensor in out:
         tensor.fill_(torch.nan)
-    again = weight_gradients(*args, out=out)
+    again = NUMBA.weight_gradients(*args, out=out)
     assert all(a is b for a, b in zip(again, out, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
@@ -322,6 +332,28 @@ def test_without_a_folder_for_the_cache_loops_compile_all_the_same(
         loop = kernels_compile.compiled(lambda a, b: a + b)
     assert loop(1, 2) == 3
     assert "NUMBA_CACHE_DIR" in caplog.text
+
+
+def test_loops_are_made_anew_when_a_helper_in_another_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numba itself looks at the file of the function that it caches."""
+    package = tmp_path / "loops_of_a_test"
+    package.mkdir()
+    shutil.copy(kernels_compile.__file__, package / "compiling.py")
+    start = "from loops_of_a_test.compiling import compiled, inlined\n"
+    loop = "from loops_of_a_test.helper import twice\n@compiled\ndef loop(a):\n    return twice(a) + 1\n"
+    (package / "loop.py").write_text(start + loop)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for number in (2, 2, 3):
+        helper = f"@inlined\ndef twice(a):\n    return {number} * a\n"
+        (package / "helper.py").write_text(start + helper)
+        for name in [name for name in sys.modules if name.startswith(package.name)]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        assert importlib.import_module("loops_of_a_test.loop").loop(5) == 5 * number + 1
+    assert len(list(package.glob("__pycache__/loop.loop*.nbc"))) == 1
 
 
 def test_what_the_loops_would_not_survive_is_refused() -> None:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from train.kernels.cpu.int16 import integer_products_run
+from train.hardware import has_byte_products
+from train.kernels.cpu.backend import NUMBA
 from train.kernels.cpu.screen import Screen
-from train.kernels.encode import encode_batch, encode_tiled
+from train.kernels.encode import BatchCodes, ReadyEncoder
+from train.kernels.interface import SparseCodes
 
 pytestmark = pytest.mark.skipif(
-    not integer_products_run(), reason="this processor has no fast products of integers (AVX512-VNNI)"
+    not has_byte_products(), reason="this processor has no fast products of bytes (AVX512-VNNI)"
 )
 
 
@@ -23,6 +25,14 @@ def planted(n, d, m, seed, outlier=0.0):
     x = rng.normal(size=(n, d)) + np.einsum("nki,nk->ni", rows[rng.integers(0, m, (n, 4))], rng.gamma(2, 2, (n, 4)))
     x[:, 3] += outlier
     return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(rows.astype(np.float32))
+
+
+def encode(x, rows, k, b_enc=None, product_dtype=torch.float32) -> SparseCodes:
+    return ReadyEncoder(NUMBA, rows, b_enc, product_dtype=product_dtype).topk(x, k)
+
+
+def encode_batch(x, rows, count) -> BatchCodes:
+    return ReadyEncoder(NUMBA, rows, product_dtype=torch.int8).batch(x, count)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_the_codes_are_those_of_the_exact_product(n, d, m, k, outlier):
 
 def test_where_no_two_are_near_each_other_it_is_the_plain_path_latent_by_latent():
     x, rows = planted(400, 64, 2048, 1)
-    screened, plain = Screen(rows).topk_relu(x, 8), encode_tiled(x, rows, 8)
+    screened, plain = Screen(rows).topk_relu(x, 8), encode(x, rows, 8)
     same = screened.indices == plain.indices
     assert same.float().mean() > 0.999
     np.testing.assert_allclose(screened.values[same].numpy(), plain.values[same].numpy(), rtol=1e-4, atol=1e-5)
@@ -156,7 +166,7 @@ def test_a_vector_without_a_finite_norm_is_as_in_the_plain_product_and_no_other_
     screen = Screen(rows)
     expected = screen.topk_relu(x, 8)
     x[7, 5] = bad
-    found, plain = screen.topk_relu(x, 8), encode_tiled(x[7:8], rows, 8)
+    found, plain = screen.topk_relu(x, 8), encode(x[7:8], rows, 8)
     assert torch.equal(found.indices[7:8], plain.indices)
     torch.testing.assert_close(found.values[7:8], plain.values, equal_nan=True)
     others = torch.arange(20) != 7
@@ -175,11 +185,11 @@ def test_what_it_is_not_made_for_is_said(rows):
 def test_a_product_in_8_bits_is_the_screen_where_it_applies_and_the_fastest_product_elsewhere():
     x, rows = planted(50, 64, 2048, 9)
     screened = Screen(rows).topk_relu(x, 8)
-    for found, expected in zip(encode_tiled(x, rows, 8, product_dtype=torch.int8), screened, strict=True):
+    for found, expected in zip(encode(x, rows, 8, product_dtype=torch.int8), screened, strict=True):
         assert torch.equal(found, expected)
     bias = torch.linspace(-1, 1, 2048)
     for b_enc, k in ((bias, 8), (torch.zeros(2048), 100)):  # neither has a screen
-        values, _ = encode_tiled(x, rows, k, b_enc=b_enc, product_dtype=torch.int8)
+        values, _ = encode(x, rows, k, b_enc, torch.int8)
         torch.testing.assert_close(values, (x @ rows.T + b_enc).topk(k).values.relu(), rtol=1e-2, atol=0.05)
 
 
@@ -188,7 +198,7 @@ def test_the_largest_of_a_batch_are_those_of_the_exact_product(n, mean, share):
     """Also where a few rows have most of them: then those rows are looked at again, up to all their latents."""
     x, rows = planted(n, 64, 2048, n)
     x[: max(1, round(share * n))] *= 30
-    found = encode_batch(x, rows, mean * n, product_dtype=torch.int8)
+    found = encode_batch(x, rows, mean * n)
     exact = (x.double() @ rows.double().T).relu()
     best = exact.flatten().topk(mean * n).values
     dense = torch.zeros(n, 2048).scatter_add_(1, found.codes.indices, found.codes.values)
@@ -201,7 +211,7 @@ def test_the_largest_of_a_batch_are_those_of_the_exact_product(n, mean, share):
 
 def test_of_equal_ones_in_a_batch_the_first_rows_and_latents_stay():
     rows, x = torch.ones(2048, 64), torch.ones(4, 64)
-    codes, smallest = encode_batch(x, rows, 8 * 4, product_dtype=torch.int8)
+    codes, smallest = encode_batch(x, rows, 8 * 4)
     assert codes.indices[0].tolist() == list(range(32))
     assert (codes.values > 0).sum(dim=1).tolist() == [32, 0, 0, 0]
     assert smallest is not None
@@ -209,7 +219,7 @@ def test_of_equal_ones_in_a_batch_the_first_rows_and_latents_stay():
 
 
 def test_a_batch_without_positive_values_has_no_codes():
-    codes, smallest = encode_batch(-torch.ones(4, 64), torch.ones(2048, 64), 8 * 4, product_dtype=torch.int8)
+    codes, smallest = encode_batch(-torch.ones(4, 64), torch.ones(2048, 64), 8 * 4)
     assert smallest is None
     assert not codes.values.any()
 
@@ -217,6 +227,6 @@ def test_a_batch_without_positive_values_has_no_codes():
 def test_weights_that_are_not_finite_give_what_the_plain_product_gives():
     x, rows = planted(20, 64, 2048, 3)
     rows[5, 7] = torch.nan
-    found, plain = Screen(rows).topk_relu(x, 8), encode_tiled(x, rows, 8)
+    found, plain = Screen(rows).topk_relu(x, 8), encode(x, rows, 8)
     assert torch.equal(found.indices, plain.indices)
     torch.testing.assert_close(found.values, plain.values, equal_nan=True)

@@ -32,9 +32,11 @@ if DEVICE == "cpu" and not INTERPRETED:
         assert "skipped" not in run.stdout
 
 else:
+    from train.kernels.choose import choose_kernels
     from train.kernels.cuda import backend as kernels_triton
     from train.kernels.cuda.backend import TRITON
-    from train.kernels.interface import TORCH, Kernels, choose_kernels
+    from train.kernels.interface import Kernels
+    from train.kernels.plain import TORCH
     from train.model_config import SAEConfig
     from train.objective.losses import DeadLatents, row_weights
     from train.objective.step import StepOptions, training_step

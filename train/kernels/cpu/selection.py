@@ -1,0 +1,84 @@
+"""Choosing the k largest of each row on a CPU: tensors go in and come out of `train.kernels.cpu.topk_loops`.
+
+Everything that is read or written is checked here first, because the loops check nothing. Tested in
+tests/train/kernels/cpu/test_backend.py.
+
+Shapes: N rows, M n_latents, k.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.kernels.cpu import topk_loops as loops
+from train.kernels.cpu.compiling import even_chunks, run_chunks
+from train.kernels.interface import SparseCodes
+
+_KEYS = {
+    torch.bfloat16: (torch.int16, torch.int32, 0x7F80),
+    torch.float32: (torch.int32, torch.int32, 0x7F80_0000),
+    torch.float64: (torch.int64, torch.int64, 0x7FF0_0000_0000_0000),
+}
+"""Type of pre-activations -> integers of its width, integers of the values' width, the bits of +inf."""
+
+CHUNK = 2**17
+"""Numbers that a chunk reads at least, some tens of microseconds of work."""
+
+
+def topk_relu(z: Tensor, k: int) -> SparseCodes:
+    """The k largest entries of each row of `z` [N, M], exactly, then ReLU (Gao et al. 2024, 2.3).
+
+    `z` is bfloat16, float32 or float64; values are float32, or float64 for float64. Largest first; of equal entries the
+    lowest latent, both in what is taken and in its order. NaN counts as the largest and stays NaN.
+    """
+    if z.dtype not in _KEYS:
+        raise TypeError(f"z: expected bfloat16, float32 or float64, found {z.dtype}; convert it first")
+    if z.dim() != 2 or not 1 <= k <= z.shape[1]:
+        raise ValueError(f"z {list(z.shape)}, k {k}: expected a matrix [N, M] and 1 <= k <= M")
+    n, m = z.shape
+    key_type, value_type, infinity = _KEYS[z.dtype]
+    bits = z.detach().contiguous().view(key_type)
+    values = torch.empty(n, k, dtype=value_type)
+    indices = torch.empty(n, k, dtype=torch.int64)
+    borders = even_chunks(n, 1 + CHUNK // m)
+    run_chunks(loops.topk_rows, borders, array_of(bits, "z", n, m), k, infinity, values.numpy(), indices.numpy())
+    return SparseCodes(values.view(torch.float64 if value_type == torch.int64 else torch.float32), indices)
+
+
+def keep_largest(z: Tensor, k: int) -> Tensor:
+    """ReLU of `z` [N, M] with all but the k largest entries of each row set to zero, in place.
+
+    Of equal entries the lowest latents stay; NaN counts as the largest and stays NaN. For k a large share of M, where
+    sorted codes cost more than they save.
+    """
+    if z.dtype not in _KEYS:
+        raise TypeError(f"z: expected bfloat16, float32 or float64, found {z.dtype}; convert it first")
+    if z.dim() != 2 or k < 1:
+        raise ValueError(f"z {list(z.shape)}, k {k}: expected a matrix [N, M] and k of at least 1")
+    n, m = z.shape
+    if k >= m:
+        return z.relu_()
+    key_type, _, infinity = _KEYS[z.dtype]
+    bits = array_of(z.view(key_type), "z", n, m, written=True)
+    run_chunks(loops.keep_rows, even_chunks(n, 1 + CHUNK // (8 * m)), bits, k, infinity, bits)
+    return z
+
+
+def array_of(
+    tensor: Tensor, name: str, *shape: int, like: Tensor | None = None, written: bool = False
+) -> np.ndarray[Any, Any]:
+    """The tensor's memory for a loop, of this shape, on the CPU, and of the type of `like`.
+
+    What is only read may have any strides and is copied if need be; what is written must be contiguous itself.
+    """
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor on the CPU, found one on {tensor.device}; choose other kernels")
+    if like is not None and tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype} like the others, found {tensor.dtype}")
+    if written and not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous memory, found strides {tensor.stride()}; it is written in place")
+    return tensor.detach().contiguous().numpy()
