@@ -10,8 +10,9 @@ import pytest
 
 from analysis.cli import main
 from analysis.compare.measure import in_order, run_names
+from analysis.config import AnalyzeConfig
+from analysis.run import analyze
 from tests.analysis.small import make_small
-from tests.analysis.test_run import run
 from tests.support.results import write_results
 
 
@@ -20,7 +21,7 @@ def folders(tmp_path_factory) -> list[Path]:
     """A real analysis with nulls, and made-up ones of other depths, one without intervals, one of one layer."""
     root = tmp_path_factory.mktemp("runs")
     small = make_small(root)
-    run(small, root / "real")
+    analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=root / "real", report=False, dtype="float64"))
     made: list[Path] = []
 
     def old(summary: dict[str, Any]) -> None:
