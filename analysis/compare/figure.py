@@ -1,9 +1,8 @@
-"""The figure of `analyze --compare`, one row for each run: the decomposition over that of an evenly drawn layer, the
-ratio of aggregate to token-level variance beside the reference's number, FVU, and delta cross-entropy where it was
-measured, with 95 % intervals.
+"""The figure of `analyze --compare`, a row for each run: decomposition, ratio, FVU and delta cross-entropy.
 
-Drawn with matplotlib in the style of `analysis.report.figures`, as PNG and SVG. Not here: the numbers
-(`analysis.compare.measure`).
+The decomposition is over the variance of an evenly drawn layer, the ratio of aggregate to token-level variance stands
+beside the reference's number, delta cross-entropy is there where it was measured; all with 95 % intervals. Drawn with
+matplotlib in the style of `analysis.report.figures`, as PNG and SVG. Tested in tests/analysis/compare/test_measure.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,21 @@ from typing import Any, cast
 from matplotlib import rc_context
 
 from analysis.compare.words import kind_words, layer_words
-from analysis.report.data import PARTS, show
-from analysis.report.figures import COLOURS, FAINT, INK, REFERENCE, STYLE, new_figure
+from analysis.report.data import PARTS
+from analysis.report.figures import (
+    BLUE,
+    COLOURS,
+    FAINT,
+    INK,
+    REFERENCE,
+    STYLE,
+    log_axis,
+    new_figure,
+    no_left_axis,
+    number_beside,
+    save_figure,
+)
+from analysis.report.markup import show
 
 RULE = "#d9dde2"
 
@@ -37,19 +49,10 @@ def write_comparison(runs: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
             for row in range(1, len(runs)):
                 if kind_words(runs[row]) != kind_words(runs[row - 1]):
                     panel.axhline(row - 0.5, color=RULE, linewidth=0.8, zorder=0)
-        figure.suptitle(
-            "How widely latents spread over layers, and how well they reconstruct them",
-            x=0.01,
-            ha="left",
-            fontweight="bold",
-            fontsize=10.5,
-        )
+        title = "How widely latents spread over layers, and how well they reconstruct them"
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10.5)
         figure.legend(loc="outside lower left", ncols=6, handlelength=1, columnspacing=1.2, fontsize=8.5)
-        names = []
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-            names.append(f"compare{suffix}")
-            figure.savefig(out / names[-1], metadata=metadata)
-    return names
+        return [path.name for path in save_figure(figure, out, "compare")]
 
 
 def _label(run: Mapping[str, Any]) -> str:
@@ -70,12 +73,11 @@ def _draw_means(axes: Any, runs: Sequence[Mapping[str, Any]], name: str, label: 
         if low is not None:
             axes.plot([low, high], [row, row], "|-", color=INK, linewidth=1, markersize=7)
         axes.plot(value, row, "o", color=INK, markersize=4)
-        axes.annotate(show(value), (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=8.5)
+        number_beside(axes, show(value), value, row, (0, 6))
         highest, lowest = max(highest, value, high or 0), min(lowest, value, low or 0)
     axes.set(xlim=(1.15 * lowest, 1.15 * highest or 1), xlabel=label)
     axes.locator_params(axis="x", nbins=4)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+    no_left_axis(axes)
     axes.axvline(0, color=FAINT, linewidth=0.8)
 
 
@@ -96,8 +98,7 @@ def _draw_parts(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
             axes.plot(parts["ci95"]["total"], [row, row], "|-", color=INK, linewidth=1, markersize=6)
     axes.set_yticks(range(len(runs)), [_label(run) for run in runs], fontsize=8)
     axes.set_ylim(len(runs) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
+    no_left_axis(axes)
     axes.axvline(1, color=FAINT, linewidth=0.8)
     parts = [run["normalised"]["mass"] for run in runs]
     ends = [(part["ci95"].get("total") or (0, part["total"] or 0))[1] for part in parts]
@@ -114,28 +115,15 @@ def _draw_ratios(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
         else:
             bounds = run["variance"]["mass"]["ci95"].get("aggregate_over_token") or (ratio, ratio)
             label = "our ratio, 95 % interval" if row == 0 else None
-            axes.plot(bounds, [row, row], "|-", color=COLOURS["within_token"], markersize=9, label=label)
-            axes.plot(ratio, row, "o", color=COLOURS["within_token"], markersize=4.5)
-            axes.annotate(show(ratio), (ratio, row), (0, 6), textcoords="offset points", ha="center", fontsize=8.5)
+            axes.plot(bounds, [row, row], "|-", color=BLUE, markersize=9, label=label)
+            axes.plot(ratio, row, "o", color=BLUE, markersize=4.5)
+            number_beside(axes, show(ratio), ratio, row, (0, 6))
         if reference is not None:
             label = "the reference's formula on the same codes" if row == 0 else None
             axes.plot(reference, row, "D", color=REFERENCE, markersize=5, markerfacecolor="white", label=label)
-            axes.annotate(
-                show(reference),
-                (reference, row),
-                (0, -14),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8.5,
-                color=REFERENCE,
-            )
+            number_beside(axes, show(reference), reference, row, (0, -14), color=REFERENCE)
     axes.axvline(1, color=FAINT, linewidth=0.8)
     shown = [run["variance"]["mass"]["aggregate_over_token"] for run in runs] + [run["reference_ratio"] for run in runs]
     end = 1.5 * max([1.4, *(value for value in shown if value is not None)])
-    axes.set(xscale="log", xlim=(0.93, end), xlabel="aggregate over token-level\nvariance, by mass (log scale)")
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= end]
-    axes.set_xticks(ticks, minor=False)
-    axes.set_xticks([], minor=True)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    log_axis(axes, 0.93, end, "aggregate over token-level\nvariance, by mass (log scale)")
+    no_left_axis(axes)

@@ -1,11 +1,10 @@
 """Any number of analyses side by side: `analyze --compare A B C`.
 
 Reads the summary.json of each, and nothing else, and writes one table (compare.parquet, a row for each run and
-weighting; compare.json, all of it) and one figure. Variances of models of different depth are made comparable by
+weighting; compare.json, everything) and one figure. Variances of models of different depth are made comparable by
 dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
-1 is an even spread, whatever the depth. Runs of one kind (model, trained or not, lens, layers) stand together, in the
-order in which the kinds were given first, and by expansion factor and k within a kind: so a sweep reads as one table.
-Not here: any new measurement, the words (`analysis.compare.words`), the figure (`analysis.compare.figure`).
+1 is an even spread, whatever the depth. Runs of one kind (model, trained or not, lens, layers) stand together, kinds in
+the order in which they were given, and within a kind by expansion factor and k, so that a sweep reads as one table.
 """
 
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.baselines.nulls import NULLS
 from analysis.compare.words import compare_words
@@ -35,25 +35,25 @@ KIND = ("model", "random_init", "lens", "layers")
 QUALITY = {"fvu": "reconstruction", "l0": "reconstruction"} | dict.fromkeys(
     ("delta_ce", "kl", "loss_recovered_mean"), "downstream"
 )
-"""Means over layers, and the part of the summary that has them; each is there with the ends of its interval."""
+"""Means over layers, and the part of the summary that has them, each with its interval."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare runs, write the files to `config.out`, print the table, and return compare.json's content.
 
-    Raises `UsageError` for a path where nothing is, `IncompatibleError` for what is no whole analysis of this schema.
+    Raises `UsageError` for a path that does not exist, `IncompatibleError` for anything but a complete analysis of this
+    schema.
     """
     refuse_inside_store(config.out)
     refuse_comparison_of("train compare", config.out, "store")
     summaries = [_load(path) for path in config.compare]
-    names = run_names(config.compare)
-    runs = [_checked_run(*each) for each in zip(config.compare, names, summaries, strict=True)]
-    runs = in_order(runs)
+    named = zip(config.compare, run_names(config.compare), summaries, strict=True)
+    runs = in_order([_checked_run(*each) for each in named])
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
     if config.out.exists() and not config.out.is_dir():
         raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
     config.out.mkdir(parents=True, exist_ok=True)
-    _write_table(config.out / "compare.parquet", runs)
+    pd.DataFrame(_rows(runs)).to_parquet(config.out / "compare.parquet", index=False)
     written = ["compare.json", "compare.parquet", *_write_figure(config.out, runs)]
     atomic_write(config.out / "compare.json", [json.dumps(result, indent=2, allow_nan=False).encode()])
     if config.json:
@@ -79,13 +79,13 @@ def _load(path: Path) -> dict[str, Any]:
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:
         raise IncompatibleError(
-            f"--compare {file}: schema_version is {version}, {SCHEMA_VERSION} is read: run `analyze` again"
+            f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: run `analyze` again"
         )
     return summary
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Names of runs: of each path as many of its last parts as tell all of them apart."""
+    """Names of runs: the last parts of each path, as many as make all names different."""
     folders = [path.parent if path.name == "summary.json" else path for path in paths]
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) or str(folder) for folder in folders]
@@ -95,7 +95,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs by kind, kinds as they come first, and by expansion factor, k and their order within a kind."""
+    """Runs by kind in the order of first appearance; within a kind by expansion factor, k, and the order given."""
     kinds = [tuple(map(repr, (run[name] for name in KIND))) for run in runs]
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
 
@@ -112,7 +112,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "layer_numbers": (list,),
     "validation_fvu": (int, float, type(None)),
 }
-"""What a summary holds under the names that are read here."""
+"""Types of what is read here from a summary."""
 
 
 def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,12 +124,12 @@ def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str,
         if not summary["layer_numbers"]:
             raise ValueError("layer_numbers is empty")
         run = _run(name, summary)
-        _rows([run])  # looks at what the table needs
+        _rows([run])  # fails where a number of the table is missing
         return run
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
         raise IncompatibleError(
-            f"--compare {path}: its summary is damaged, or no analysis ({what}): run `analyze` again"
+            f"--compare {path}: its summary.json is damaged or not of an analysis ({what}): run `analyze` again"
         ) from None
 
 
@@ -180,12 +180,6 @@ def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
         name: [bound / uniform for bound in intervals[name]] for name in PARTS if uniform and intervals.get(name)
     }
     return result
-
-
-def _write_table(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
-    import pandas as pd
-
-    pd.DataFrame(_rows(runs)).to_parquet(path, index=False)
 
 
 def _rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

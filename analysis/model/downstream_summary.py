@@ -1,6 +1,6 @@
 """Downstream quality as rows by layer, as a part of summary.json, and in words.
 
-Not here: how it is measured (`analysis.model.downstream`), how it is drawn (`analysis.report.downstream`).
+Not here: how it is measured (`analysis.model.downstream`), how it is drawn (`analysis.report.sections.downstream`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@
 How: an analysis of the same store and autoencoder that is in the output folder is used as it is; without one it is made
 first. Then the model looks at the prompts; prompt.parquet and prompt.json are written, and report.html is written anew
 with them. Each file is replaced whole. Not here: what is looked at (`analysis.prompt.prompt`), how it is shown
-(`analysis.report.prompt`).
+(`analysis.report.sections.prompt`).
 """
 
 import contextlib

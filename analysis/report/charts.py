@@ -1,32 +1,20 @@
-"""The figures of the report, drawn as HTML and SVG: no library, no script, no raster but the heat map's cells.
+"""How the report draws: a frame with axes, and lines over layers, as HTML and SVG without a library or a script.
 
-`Plot` is the one frame that all of them use: the data are an SVG that stretches to the width it is given, and every
-label is HTML beside it, so that text keeps its size on a telephone and colours follow the reader's light or dark theme
-(classes and variables of report.css). Nothing here reads files or decides what to say; `analysis.report.data` does.
+The data are an SVG that stretches to the width it is given, and every label is HTML beside it, so that text keeps its
+size on a phone and colours follow the reader's light or dark theme (classes and variables of report.css). Charts that
+only one section has are drawn in its module.
 
 All text is escaped here. Fractions are of the plot's width and height, from the left and from the bottom.
 """
 
 import base64
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
-from analysis.report.data import (
-    PARTS,
-    WEIGHTINGS,
-    HeatMap,
-    Results,
-    between,
-    heat_map,
-    integer,
-    percent,
-    show,
-)
+from analysis.report.data import Results
 
 VIRIDIS = (
     *("440154", "48186a", "472d7b", "424086", "3b528b", "33638d", "2c728e", "26828e", "21918c"),
@@ -34,7 +22,8 @@ VIRIDIS = (
 )
 """Seventeen evenly spaced colours of viridis, which is even in lightness and safe for colour-blind readers."""
 
-SHARE_TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+AFTER_BLOCK = "layer (after block)"
+"""Name of an axis of layers."""
 
 
 class Plot:
@@ -94,165 +83,43 @@ class Plot:
         )
 
 
-def layer_profile_chart(results: Results) -> str:
-    """Heat map of P(layer | latent), latents sorted by mean layer, with its colour bar; empty without live latents."""
-    heat = heat_map(results)
-    if heat.n_latents == 0:
-        return ""
-    n_layers = len(results.layer_numbers)
-    plot = Plot("Heat map: share of each latent's activation mass by layer; latents sorted by mean layer.", 20)
-    plot.image(heat_png(heat))
-    plot.y_ticks([((i + 0.5) / n_layers, name) for i, name in layer_ticks(results.layer_numbers)], grid=False)
-    step = _round_step(heat.n_latents, 5)
-    plot.x_ticks(
-        [(rank / heat.n_latents, f"{rank:,}") for rank in range(0, heat.n_latents + 1, max(1, round(step)))],
-        "live latents, sorted by mean layer",
-    )
-    stops = ", ".join(f"#{colour}" for colour in VIRIDIS)
-    ticks = "".join(
-        f'<span style="left:{100 * math.sqrt(tick / heat.top):.2f}%">{tick:g}</span>'
-        for tick in SHARE_TICKS
-        if tick <= heat.top
-    )
-    return (
-        f'<p class="yname">layer (after block)</p>{plot.render()}<div class="bar"><div class="scale" '
-        f'style="background:linear-gradient(to right, {stops})">{ticks}</div>'
-        "P(layer | latent): share of the latent's activation mass, no unit; colours by its square root, "
-        f"{show(heat.top, 2)} and above the same</div>"
-    )
+def layer_chart(results: Results, lines: Sequence[tuple[str, str, str]], name: str, x_name: str = AFTER_BLOCK) -> str:
+    """Columns of layers.parquet as lines over the layers, with the bounds of their intervals where there are any.
 
-
-def heat_png(heat: HeatMap) -> bytes:
-    """The cells as a PNG with a palette, last layer on top. Cells are repeated so that smoothing blurs no border."""
-    level = np.sqrt(np.clip(heat.share / heat.top, 0, 1)) if heat.top > 0 else np.zeros_like(heat.share)
-    cells = np.repeat(np.round(level * 255).astype(np.uint8)[::-1], -(-240 // len(level)), axis=0)
-    cells = np.repeat(cells, -(-480 // cells.shape[1]), axis=1)
-    height, width = cells.shape
-    anchors = np.array([list(bytes.fromhex(colour)) for colour in VIRIDIS], dtype=np.float64)
-    at = np.linspace(0, len(anchors) - 1, 256)
-    palette = np.stack([np.interp(at, np.arange(len(anchors)), channel) for channel in anchors.T], axis=1)
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), cells], axis=1)  # each row begins with its filter, none
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0))
-        + chunk(b"PLTE", np.round(palette).astype(np.uint8).tobytes())
-        + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-        + chunk(b"IEND", b"")
-    )
-
-
-def variance_chart(results: Results) -> str:
-    """Shares of the total variance: a bar per weighting, split into the three parts."""
-    rows = []
-    for weighting, name in WEIGHTINGS.items():
-        total = results.number("variance", weighting, "total")
-        cells = ""
-        for part, words in PARTS.items():
-            value = results.number("variance", weighting, part)
-            if total and value is not None:
-                share = value / total
-                tip = f"{words}: {percent(share)}, {show(value)} layers²"
-                shown = percent(share) if share >= 0.08 else ""
-                cells += f'<span class="{part}" style="flex:{share:.5f}" title="{escape(tip)}">{shown}</span>'
-        cells = cells or '<span class="none">no variance to split</span>'
-        rows.append(f'<div class="stack"><b>{escape(name)}</b><div>{cells}</div></div>')
-    legend = "".join(f'<span><i class="swatch {part}"></i>{words}</span>' for part, words in PARTS.items())
-    return (
-        f'<div class="legend">{legend}</div>{"".join(rows)}'
-        '<p class="axis">share of the total variance of the layer, by weighting; the two coloured parts are the '
-        "aggregate variance</p>"
-    )
-
-
-def ratio_chart(results: Results) -> str:
-    """Aggregate over token-level variance on a logarithmic axis: three weightings, and the reference's number."""
-    rows = [
-        (
-            words,
-            results.number("variance", name, "aggregate_over_token"),
-            results.interval(name, "aggregate_over_token"),
-        )
-        for name, words in WEIGHTINGS.items()
-    ]
-    rows.append(("reference's formula (not variances)", results.reference_ratio, None))
-    end = 1.6 * max([2.0, *(value for _, value, _ in rows if value is not None)])
-    start = 0.8
-
-    def place(value: float) -> float:
-        return math.log(value / start) / math.log(end / start)
-
-    plot = Plot("Aggregate over token-level variance, by weighting and by the reference's formula.", 13)
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if tick <= end]
-    ticks = ticks[:: -(-len(ticks) // 6)]
-    for tick in ticks:
-        plot.line([(place(tick), 0), (place(tick), 1)], "one" if tick == 1 else "grid")
-    plot.x_ticks([(place(tick), f"{tick:,}") for tick in ticks], "aggregate / token-level variance (ratio, log scale)")
-    for row, (words, value, bounds) in enumerate(rows):
-        y = 1 - (row + 0.72) / len(rows)
-        kind = "reference" if row == len(rows) - 1 else "ours"
-        interval = f" ({between(bounds)})" if bounds else ""
-        plot.text(place(1) + 0.015, y, f"{words}: {show(value)}{interval}", f"tag {kind}")
-        if bounds:
-            plot.line([(place(max(bound, start)), y) for bound in bounds], "interval")
-        if value is not None:
-            plot.mark(place(value), y, kind)
-    return plot.render()
-
-
-def fvu_chart(results: Results) -> str:
-    """FVU by layer, with held-out text and the baseline where there are any."""
-    lines = [("fvu", "these tokens", "ours")]
-    if results.get("split", "name") != "validation":
-        lines.append(("validation_fvu", "held-out text", "ours dotted"))
-    components = integer(results.get("baseline", "pca", "k"))
-    lines.append(("pca_fvu", f"PCA, {components} components, held-out text", "base dashed"))
-    return _by_layer(results, lines, "FVU (no unit, lower is better)", 13)
-
-
-def l0_chart(results: Results) -> str:
-    """L0 by layer."""
-    return _by_layer(results, [("l0", "latents per vector", "ours")], "L0 (active latents per vector)", 13)
-
-
-def _by_layer(results: Results, lines: Sequence[tuple[str, str, str]], name: str, height_rem: float) -> str:
-    """Columns of layers.parquet as lines over the layers; bounds of an interval, where a column has them."""
-    bounds = [(f"{column}_{end}", "", "bound") for column, _, _ in lines for end in ("low", "high")]
+    lines: column, words in the legend, classes of report.css.
+    """
+    bounds = [(f"{column}_{end}", "", f"{kind} bound") for column, _, kind in lines for end in ("low", "high")]
     series = [
         (results.layers[column], words, kind) for column, words, kind in (*lines, *bounds) if column in results.layers
     ]
-    return lines_chart(series, name, layer_ticks(results.layer_numbers), "layer (after block)", height_rem)
+    return lines_chart(series, name, results.layer_numbers, x_name)
 
 
 def lines_chart(
     series: Sequence[tuple[np.ndarray, str, str]],
     name: str,
-    ticks: Sequence[tuple[int, str]],
-    x_name: str,
-    height_rem: float,
+    numbers: Sequence[int],
+    x_name: str = AFTER_BLOCK,
+    height_rem: float = 13,
 ) -> str:
     """Lines over L columns, from 0 or the lowest value up, with a legend where several have words.
 
-    series: values [L], words in the legend, classes of report.css; ticks: column and label.
+    series: values [L], words in the legend, classes of report.css; numbers: [L] of the columns.
     """
     series = [line for line in series if np.isfinite(line[0]).any()]
-    n_columns = len(series[0][0]) if series else 1
     highest = max([0.0, *(float(np.nanmax(values)) for values, _, _ in series)])
     lowest = min([0.0, *(float(np.nanmin(values)) for values, _, _ in series)])
-    step = _round_step((highest - lowest) or 1.0, 4)
+    step = round_step((highest - lowest) or 1.0, 4)
     first = math.floor(lowest / step)
     last = max(math.ceil((highest if lowest else highest or 1.0) * 1.04 / step), first + 1)
     bottom, span = step * first, step * (last - first)
     plot = Plot(f"{name}, by {x_name}; the means are in a table of this page.", height_rem)
     plot.y_ticks([((i - first) / (last - first), f"{i * step:g}") for i in range(first, last + 1)])
-    plot.x_ticks([((i + 0.5) / n_columns, words) for i, words in ticks], x_name)
+    plot.x_ticks([((i + 0.5) / len(numbers), words) for i, words in layer_ticks(numbers)], x_name)
     legend = []
     for values, words, kind in series:
         heights = enumerate((values - bottom) / span)
-        plot.line([((i + 0.5) / n_columns, float(height)) for i, height in heights], f"curve {kind}")
+        plot.line([((i + 0.5) / len(numbers), float(height)) for i, height in heights], f"curve {kind}")
         if words:
             key = f'<svg viewBox="0 0 28 8"><path class="curve {kind}" d="M0 4H28"/></svg>'
             legend.append(f"<span>{key}{escape(words)}</span>")
@@ -260,13 +127,12 @@ def lines_chart(
     return f'<p class="yname">{escape(name)}</p>{shown}{plot.render()}'
 
 
-def layer_ticks(layer_numbers: Sequence[int]) -> list[tuple[int, str]]:
-    """At most eight (column, label) pairs; labels are the model's own block indices."""
-    step = max(1, -(-len(layer_numbers) // 8))
-    return [(i, str(layer_numbers[i])) for i in range(0, len(layer_numbers), step)]
+def layer_ticks(numbers: Sequence[int]) -> list[tuple[int, str]]:
+    """At most eight (column, label) pairs, evenly spaced from the first."""
+    return [(i, str(numbers[i])) for i in range(0, len(numbers), max(1, -(-len(numbers) // 8)))]
 
 
-def _round_step(span: float, at_most: int) -> float:
+def round_step(span: float, at_most: int) -> float:
     """The smallest of 1, 2, 5 x 10^n that cuts `span` into at most `at_most` steps."""
     rough = span / at_most
     unit = 10.0 ** math.floor(math.log10(rough))

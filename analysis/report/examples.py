@@ -4,8 +4,8 @@ Blocks of `PER_BLOCK` live latents, each base64 of deflated JSON, which report.j
 Where all would take more than `BUDGET`, less is kept, by the first of `PLANS` that fits, and the page says what. Not
 here: finding examples (`analysis.latents.examples`), their rows as JSON (`analysis.report.windows`).
 
-One block more lists what can be searched for: of each word, in small letters, the rows of the latents that promote it
-or have a shown example at it. So a search need not unpack the others.
+One more block is the index of the search: for each word, in lower case, the rows of the latents that promote it or have
+a shown example at it.
 
 Content of a latent, a key only where there is something: `texts`, `examples` (as in `analysis.report.windows`),
 `histogram` (of each layer: its number, the first bin with a count, the counts from there on), `near` (latent and cosine
@@ -30,7 +30,7 @@ BUDGET = 12_600_000
 """Characters that all blocks together may take: with the rest of a page of 10,000 latents, below 15 MB."""
 
 _SAMPLED = 16
-"""One block in so many tells beforehand whether a plan can fit."""
+"""One block in so many is packed first, to see whether a plan can fit."""
 
 
 class Plan(NamedTuple):
@@ -50,7 +50,7 @@ PLANS = (
     *(Plan(EVERY, 2, True), Plan(EVERY, 1, True), Plan(EVERY, 0, True), Plan(18, 1, True), Plan(12, 1, True)),
     *(Plan(6, 0, True), Plan(6, 0, False), Plan(3, 0, False), Plan(1, 0, False)),
 )
-"""Tried in turn, until the blocks fit; the last is taken in any case."""
+"""Tried in turn until the blocks fit; the last is used even if it does not."""
 
 
 class _Found(NamedTuple):
@@ -82,27 +82,19 @@ def example_blocks(folder: Path, latents: np.ndarray) -> str:
 
 def _fitting(found: list[_Found]) -> tuple[list[str], Plan]:
     """The blocks by the first plan that fits."""
-    starts = range(0, len(found), PER_BLOCK)
+    groups = [found[start : start + PER_BLOCK] for start in range(0, len(found), PER_BLOCK)]
+    sample = groups[_SAMPLED // 2 :: _SAMPLED]
     for plan in PLANS:
         last = plan is PLANS[-1]
-        sample = starts[_SAMPLED // 2 :: _SAMPLED]
-        size = sum(len(_block(start, _contents(start, found, plan))) for start in sample)
-        if not last and size * len(starts) > 0.98 * BUDGET * max(1, len(sample)):
+        size = sum(len(_packed("latent-block-0", [_content(one, plan) for one in group])) for group in sample)
+        if not last and size * len(groups) > 0.98 * BUDGET * max(1, len(sample)):
             continue
-        contents = [_contents(start, found, plan) for start in starts]
-        blocks = [_block(start, content) for start, content in zip(starts, contents, strict=True)]
+        contents = [[_content(one, plan) for one in group] for group in groups]
+        blocks = [_packed(f"latent-block-{i}", content) for i, content in enumerate(contents)]
         blocks.append(_packed("latent-words", _rows_of_words([latent for content in contents for latent in content])))
         if last or sum(map(len, blocks)) <= BUDGET:
             return blocks, plan
-    raise AssertionError("the last plan is taken in any case")
-
-
-def _contents(start: int, found: list[_Found], plan: Plan) -> list[dict[str, Any]]:
-    return [_content(one, plan) for one in found[start : start + PER_BLOCK]]
-
-
-def _block(start: int, contents: list[dict[str, Any]]) -> str:
-    return _packed(f"latent-block-{start // PER_BLOCK}", contents)
+    raise AssertionError("the last plan always returns")
 
 
 def _packed(block_id: str, content: Any) -> str:
@@ -111,7 +103,7 @@ def _packed(block_id: str, content: Any) -> str:
 
 
 def _rows_of_words(contents: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """By word, the rows of its latents, each but the first as its distance from the one before: small numbers deflate
+    """By word, the first row of its latents and the distance of each further one from the last: small numbers deflate
     well."""
     rows: dict[str, list[int]] = {}
     for row, content in enumerate(contents):
@@ -129,7 +121,7 @@ def _content(one: _Found, plan: Plan) -> dict[str, Any]:
 
 
 def _note(plan: Plan, found: list[_Found]) -> str:
-    """What a reader misses, in one sentence; empty where nothing is left out."""
+    """What is left out, in one sentence; empty where nothing is."""
     left = []
     n_layers = max((1 + max((e.strength for e in one.examples), default=-1) for one in found), default=0)
     if plan.layers < n_layers:
@@ -162,23 +154,15 @@ def _histograms(path: Path, row_of: dict[int, int]) -> tuple[list[list[list[int]
 
 
 def _add_neighbours(path: Path, row_of: dict[int, int], rest: list[dict[str, Any]]) -> None:
-    """Those that latents.parquet has; of an older one, the nearest alone."""
-    columns = set(pq.read_schema(path).names)
-    if "neighbours" in columns:
-        table = pq.read_table(path, columns=["latent", "neighbours", "neighbour_cosines"])
-        names, pairs = table.column_names, [table[name].to_pylist() for name in table.column_names[1:]]
-        near = [list(zip(*lists, strict=True)) for lists in zip(*pairs, strict=True)]
-        latents = table[names[0]].to_pylist()
-    elif "nearest" in columns:
-        table = pq.read_table(path, columns=["latent", "nearest", "nearest_cosine"])
-        latents = table["latent"].to_pylist()
-        pairs = zip(table["nearest"].to_pylist(), table["nearest_cosine"].to_pylist(), strict=True)
-        near = [[] if latent is None else [(latent, cosine)] for latent, cosine in pairs]
-    else:
+    """Those that latents.parquet has; older ones have none."""
+    names = ["latent", "neighbours", "neighbour_cosines"]
+    if not set(names) <= set(pq.read_schema(path).names):
         return
-    for latent, found in zip(latents, near, strict=True):
-        if found and latent in row_of:
-            rest[row_of[latent]]["near"] = [[other, float(f"{cosine:.3g}")] for other, cosine in found]
+    table = pq.read_table(path, columns=names)
+    for latent, others, cosines in zip(*(table[name].to_pylist() for name in names), strict=True):
+        if others and latent in row_of:
+            near = [[other, float(f"{cosine:.3g}")] for other, cosine in zip(others, cosines, strict=True)]
+            rest[row_of[latent]]["near"] = near
 
 
 def _add_tokens(path: Path, row_of: dict[int, int], rest: list[dict[str, Any]]) -> None:

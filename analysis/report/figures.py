@@ -1,9 +1,9 @@
-"""The three figures of an analysis as files: layer profile, variance decomposition, reconstruction by layer.
+"""The four figures of an analysis as files: layer profile, variance, reconstruction and downstream by layer.
 
 `write_figures` draws them with matplotlib, each as PNG (200 dpi) and SVG (text kept as text), the same bytes for the
 same results. They stand on their own in a README or a paper: the title states the finding, axes and colour bars have
 units, sizes are chosen for half a page. matplotlib is an extra (`pip install residscope[plots]`); without it nothing is
-written. The report does not need these files: it draws the same three itself (`analysis.report.charts`).
+written. The report does not need these files: its sections draw the same themselves.
 """
 
 from pathlib import Path
@@ -12,31 +12,25 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from analysis.report.data import (
-    EN_DASH,
-    PARTS,
-    WEIGHTINGS,
-    Results,
-    between,
-    heat_map,
-    integer,
-    layer_profile_title,
-    percent,
-    reconstruction_title,
-    show,
-    variance_title,
-)
-from analysis.report.figures_downstream import draw_downstream
+from analysis.report.charts import AFTER_BLOCK, layer_ticks
+from analysis.report.data import PARTS, WEIGHTINGS, Results
+from analysis.report.markup import EN_DASH, between, integer, percent, show
+from analysis.report.sections.downstream import downstream_title, recovered
+from analysis.report.sections.layers import SHARE_TICKS, heat_map, layer_profile_title
+from analysis.report.sections.reconstruction import reconstruction_title
+from analysis.report.sections.variance import variance_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"within_token": "#0072b2", "between_tokens": "#e69f00", "between_latents": "#b8bec6"}
-"""Okabe and Ito's blue and orange for the two parts of the aggregate, grey for the rest."""
+BLUE, ORANGE = "#0072b2", "#e69f00"
+"""Okabe and Ito's: told apart by colour-blind readers; line styles differ as well."""
 
-SHARE_TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)
+COLOURS = {"within_token": BLUE, "between_tokens": ORANGE, "between_latents": "#b8bec6"}
+"""The two parts of the aggregate in colour, the rest in grey."""
 
-INK, FAINT, REFERENCE = "#1d2530", "#6b7480", "#b5378a"
+INK, FAINT, GRID, REFERENCE = "#1d2530", "#6b7480", "#e3e6ea", "#b5378a"
+CURVE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 2.5}
 
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -86,13 +80,17 @@ def write_figures(results: Results, out_dir: Path) -> list[Path]:
             ("downstream", _downstream),
         ):
             figure = draw(results)
-            if figure is None:
-                continue
-            for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-                path = out_dir / f"{name}{suffix}"
-                figure.savefig(path, metadata=metadata)
-                written.append(path)
+            if figure is not None:
+                written += save_figure(figure, out_dir, name)
     return written
+
+
+def save_figure(figure: "Figure", out_dir: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG without dates or versions; returns the paths."""
+    paths = [out_dir / f"{name}.png", out_dir / f"{name}.svg"]
+    for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
+        figure.savefig(path, metadata=metadata)
+    return paths
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -129,8 +127,8 @@ def _layer_profile(results: Results) -> "Figure | None":
     each = f"; a column: mean of {show(heat.per_bin, 2)}" if heat.per_bin > 1 else ""
     axes.set_xlabel(f"live latents, sorted by mean layer{each}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylabel("layer (after block)")
-    _layer_ticks(axes.yaxis, results.layer_numbers)
+    axes.set_ylabel(AFTER_BLOCK)
+    _set_layer_ticks(axes.yaxis, results)
     bar = figure.colorbar(image, pad=0.015, aspect=24, extend="max", extendfrac=0.03)
     bar.set_ticks([tick for tick in SHARE_TICKS if tick <= heat.top], minor=False)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -143,64 +141,84 @@ def _variance(results: Results) -> "Figure":
     figure = new_figure(6.8, 3.2)
     shares, ratios = figure.subplots(1, 2, width_ratios=[1.25, 1])
     figure.suptitle(fill(variance_title(results), 70), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
-    rows = list(WEIGHTINGS)
-    for row, weighting in enumerate(rows):
-        total = results.number("variance", weighting, "total")
-        left = 0.0
+    _share_axes(shares, results)
+    if shares.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower left", ncols=3, handlelength=1, columnspacing=1.2)
+    _ratio_axes(ratios, results)
+    return figure
+
+
+def _share_axes(axes: Any, results: Results) -> None:
+    """A stacked bar for each weighting, and in place of the reference's why there is none."""
+    for row, weighting in enumerate(WEIGHTINGS):
+        total, left = results.number("variance", weighting, "total"), 0.0
         for part, colour in COLOURS.items():
             value = results.number("variance", weighting, part)
             if not total or value is None:
                 continue
             share = value / total
             label = PARTS[part] if row == 0 else None
-            shares.barh(row, share, left=left, color=colour, height=0.6, edgecolor="white", linewidth=0.8, label=label)
+            axes.barh(row, share, left=left, color=colour, height=0.6, edgecolor="white", linewidth=0.8, label=label)
             if share > 0.09:
                 ink = "white" if part == "within_token" else INK
-                shares.text(left + share / 2, row, percent(share), ha="center", va="center", color=ink)
+                axes.text(left + share / 2, row, percent(share), ha="center", va="center", color=ink)
             left += share
+    last = len(WEIGHTINGS)
     note = "silent tokens count as mass 0\nat layer 0: not variances" if results.reference_ratio else EN_DASH
-    shares.text(0, len(rows), note, va="center", color=FAINT, fontsize=8.5)
-    shares.set(xlim=(0, 1), ylim=(len(rows) + 0.5, -0.5), xlabel="share of the variance of the layer")
-    names = [f"{WEIGHTINGS[name].replace(' (', chr(10) + '(')}" for name in rows]
-    shares.set_ylabel("weighted by")
-    shares.set_yticks(range(len(rows) + 1), [*names, "reference's\nformula"])
-    shares.set_xticks([0, 0.5, 1], ["0", percent(0.5), percent(1)])
-    shares.tick_params(axis="y", length=0)
-    shares.spines["left"].set_visible(False)
-    if shares.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower left", ncols=3, handlelength=1, columnspacing=1.2)
-    _ratio_axes(ratios, results, rows)
-    return figure
+    axes.text(0, last, note, va="center", color=FAINT, fontsize=8.5)
+    axes.set(xlim=(0, 1), ylim=(last + 0.5, -0.5), xlabel="share of the variance of the layer")
+    axes.set_ylabel("weighted by")
+    names = [words.replace(" (", "\n(") for words in WEIGHTINGS.values()]
+    axes.set_yticks(range(last + 1), [*names, "reference's\nformula"])
+    axes.set_xticks([0, 0.5, 1], ["0", percent(0.5), percent(1)])
+    no_left_axis(axes)
 
 
-def _ratio_axes(axes: Any, results: Results, rows: list[str]) -> None:
+def _ratio_axes(axes: Any, results: Results) -> None:
     """Aggregate over token-level variance on a logarithmic axis: a row per weighting, and the reference's below."""
-    ratios = [results.number("variance", name, "aggregate_over_token") for name in rows]
+    keys = [("variance", weighting, "aggregate_over_token") for weighting in WEIGHTINGS]
+    ratios, last = [results.number(*key) for key in keys], len(keys)
     end = 4 * max([1.0, *(ratio for ratio in (*ratios, results.reference_ratio) if ratio is not None)])
     axes.axvline(1, color=FAINT, linewidth=0.8)
-    for row, (name, ratio) in enumerate(zip(rows, ratios, strict=True)):
+    for row, (key, ratio) in enumerate(zip(keys, ratios, strict=True)):
         if ratio is None:
             axes.text(1.1, row, "not defined", va="center", color=FAINT)
             continue
-        bounds = results.interval(name, "aggregate_over_token")
-        axes.plot(
-            bounds or (ratio, ratio), [row, row], "|-", color=COLOURS["within_token"], linewidth=1.4, markersize=9
-        )
-        axes.plot(ratio, row, "o", color=COLOURS["within_token"], markersize=4.5)
+        bounds = results.bounds(*key)
+        axes.plot(bounds or (ratio, ratio), [row, row], "|-", color=BLUE, linewidth=1.4, markersize=9)
+        axes.plot(ratio, row, "o", color=BLUE, markersize=4.5)
         label = show(ratio) + (f"  ({percent(0.95)}: {between(bounds)})" if bounds else "")
-        axes.annotate(label, (ratio, row), (0, 7), textcoords="offset points", ha="left", fontsize=8.5)
+        number_beside(axes, label, ratio, row, (0, 7), ha="left")
     if results.reference_ratio is not None:
-        place = (results.reference_ratio, len(rows))
-        axes.plot(*place, "D", color=REFERENCE, markersize=5.5, markerfacecolor="white", markeredgewidth=1.5)
-        label = show(results.reference_ratio)
-        axes.annotate(label, place, (0, 7), textcoords="offset points", ha="center", fontsize=8.5, color=REFERENCE)
-    axes.set(xscale="log", xlim=(0.9, end), ylim=(len(rows) + 0.5, -0.5), xlabel="aggregate / token-level variance")
+        style = {"color": REFERENCE, "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.5}
+        axes.plot(results.reference_ratio, last, "D", **style)
+        number_beside(axes, show(results.reference_ratio), results.reference_ratio, last, (0, 7), color=REFERENCE)
     axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= end]
+    axes.set_ylim(last + 0.5, -0.5)
+    ticks = log_axis(axes, 0.9, end, "aggregate / token-level variance")
     axes.set_xticks(ticks[:: -(-len(ticks) // 5)], minor=False)
+    no_left_axis(axes)
+
+
+def number_beside(axes: Any, words: str, x: float, y: float, points: tuple[int, int], **style: Any) -> None:
+    """A number beside its mark, moved by `points` to the right and up."""
+    axes.annotate(words, (x, y), points, textcoords="offset points", **{"ha": "center", "fontsize": 8.5, **style})
+
+
+def log_axis(axes: Any, start: float, end: float, label: str) -> list[int]:
+    """Make the x axis logarithmic; returns the round numbers up to `end`, its ticks."""
+    axes.set(xscale="log", xlim=(start, end), xlabel=label)
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= end]
+    axes.set_xticks(ticks, minor=False)
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return ticks
+
+
+def no_left_axis(axes: Any) -> None:
+    """Rows with names need no line at the left."""
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
 
 
 def _reconstruction(results: Results) -> "Figure":
@@ -208,41 +226,67 @@ def _reconstruction(results: Results) -> "Figure":
     figure = new_figure(6.4, 4.0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     layer = np.arange(len(results.layer_numbers))
-    lines = [("fvu", "SAE", COLOURS["within_token"], "-")]
+    lines = [("fvu", "SAE", BLUE, "-")]
     if results.get("split", "name") != "validation":
-        lines.append(("validation_fvu", "SAE, held-out text", COLOURS["within_token"], ":"))
-    lines.append(
-        ("pca_fvu", f"PCA of {integer(results.get('baseline', 'pca', 'k'))} components, held-out text", FAINT, "--")
-    )
+        lines.append(("validation_fvu", "SAE, held-out text", BLUE, ":"))
+    pca = f"PCA of {integer(results.get('baseline', 'pca', 'k'))} components, held-out text"
+    lines.append(("pca_fvu", pca, FAINT, "--"))
     for name, label, colour, dash in lines:
-        values = results.layers[name]
-        if np.isfinite(values).any():
-            upper.plot(layer, values, dash, color=colour, linewidth=1.8, label=label, marker="o", markersize=2.5)
-    low, high = (results.layers.get(f"fvu_{end}") for end in ("low", "high"))
-    if low is not None and high is not None and np.isfinite(low).all():
-        label = "95 % interval"
-        upper.fill_between(layer, low, high, color=COLOURS["within_token"], alpha=0.2, linewidth=0, label=label)
+        if np.isfinite(results.layers[name]).any():
+            upper.plot(layer, results.layers[name], dash, color=colour, label=label, **CURVE)
+    _band(upper, results, "fvu", BLUE, "95 % interval")
     upper.set_title(fill(reconstruction_title(results), 70))
     upper.set_ylabel("FVU (lower is better)")
     upper.set_ylim(0, 1.25 * max([0.1, *(float(np.nanmax(line.get_ydata())) for line in upper.lines)]))
     if upper.lines:
         upper.legend(loc="upper left", ncols=3, fontsize=8.5, handlelength=2.2, columnspacing=1.4, borderaxespad=0.1)
-    lower.plot(layer, results.layers["l0"], color=COLOURS["within_token"], linewidth=1.8, marker="o", markersize=2.5)
+    lower.plot(layer, results.layers["l0"], color=BLUE, **CURVE)
     lower.set_ylim(0, 1.2 * max(1.0, float(np.nanmax(results.layers["l0"], initial=0))))
     lower.set_ylabel("L0 (latents\nper vector)")
-    lower.set_xlabel("layer (after block)")
-    _layer_ticks(lower.xaxis, results.layer_numbers)
-    for axes in (upper, lower):
-        axes.grid(axis="y", color="#e3e6ea", linewidth=0.7)
-        axes.set_axisbelow(True)
+    _finish_layers(upper, lower, results, AFTER_BLOCK)
     return figure
 
 
 def _downstream(results: Results) -> "Figure | None":
-    return draw_downstream(results, new_figure(6.4, 4.4)) if results.get("downstream") else None
+    """Delta CE and KL by layer, and loss recovered below, on one layer axis; None where it was not measured."""
+    if not results.get("downstream"):
+        return None
+    figure = new_figure(6.4, 4.4)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.6, 1])
+    layer = np.arange(len(results.layer_numbers))
+    costs = (("delta_ce", "delta CE", BLUE, "-"), ("kl", "KL(true || reconstructed)", ORANGE, "--"))
+    for name, label, colour, dash in costs:
+        upper.plot(layer, results.layers[name], dash, color=colour, label=label, **CURVE)
+        _band(upper, results, name, colour)
+    for name, colour, dash in (("mean", BLUE, "-"), ("zero", ORANGE, "--")):
+        lower.plot(layer, recovered(results, name), dash, color=colour, label=f"against {name} ablation", **CURVE)
+    for axes in (upper, lower):
+        axes.legend(loc="best", fontsize=8.5, handlelength=2.2)
+    upper.set_title(fill(downstream_title(results), 70))
+    bands = "bands: 95 % intervals; " if results.bounds("downstream", "kl") else ""
+    upper.set_ylabel(f"nats per token\n({bands}lower is better)")
+    upper.set_ylim(bottom=min(0.0, upper.get_ylim()[0]))
+    lower.set_ylim(min(0.0, float(np.nanmin([line.get_ydata() for line in lower.lines], initial=0)) - 0.05), 1.05)
+    lower.set_ylabel("loss recovered\n(higher is better)")
+    _finish_layers(upper, lower, results, "layer replaced (after block)")
+    return figure
 
 
-def _layer_ticks(axis: Any, layer_numbers: list[int]) -> None:
-    """At most eight ticks, labelled with the model's own block indices."""
-    ticks = list(range(0, len(layer_numbers), max(1, -(-len(layer_numbers) // 8))))
-    axis.set_ticks(ticks, [str(layer_numbers[tick]) for tick in ticks])
+def _band(axes: Any, results: Results, name: str, colour: str, label: str | None = None) -> None:
+    """The 95 % interval of a column of layers.parquet, where all layers have one."""
+    low, high = (results.layers.get(f"{name}_{end}") for end in ("low", "high"))
+    if low is not None and high is not None and np.isfinite(low).all():
+        axes.fill_between(np.arange(len(low)), low, high, color=colour, alpha=0.2, linewidth=0, label=label)
+
+
+def _finish_layers(upper: Any, lower: Any, results: Results, x_name: str) -> None:
+    """What two plots on one axis of layers have in common."""
+    lower.set_xlabel(x_name)
+    _set_layer_ticks(lower.xaxis, results)
+    for axes in (upper, lower):
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+
+
+def _set_layer_ticks(axis: Any, results: Results) -> None:
+    axis.set_ticks(*zip(*layer_ticks(results.layer_numbers), strict=True))

@@ -22,7 +22,7 @@ function visible(text) {
   return escaped(text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
 }
 
-/** The tokens of a packed window: [text, lengths, place of its token] and a level for each; see report_windows.py. */
+/** The tokens of a packed window: [text, lengths, place of its token] and a level for each; see analysis/report/windows.py. */
 function tokensOf([text, lengths], levels) {
   const signs = [...text], tokens = [];
   let at = 0;
@@ -32,11 +32,6 @@ function tokensOf([text, lengths], levels) {
     at += length;
   });
   return tokens;
-}
-
-/** The highest activation of a latent's examples: the end of its colours. */
-function topOf(examples) {
-  return Math.max(...examples.activation, 0);
 }
 
 /** A window as text, each token coloured by its activation, the example's own framed. */
@@ -57,7 +52,7 @@ function examplesHtml(latent) {
   const words = (name, list) => (list ? `<p><b>${name}</b> ${list.map((word) => `<code>${visible(word)}</code>`).join(" ")}</p>` : "");
   const tokens = words("Promotes", promoted) + words("Suppresses", suppressed);
   if (!examples) return tokens;
-  const top = topOf(examples), further = examples.rank.some((rank) => rank > 0);
+  const top = Math.max(...examples.activation), further = examples.rank.some((rank) => rank > 0);
   const lines = examples.layer.map((layer, i) => {
     const first = examples.rank[i] === 0, activation = examples.activation[i];
     const name = `<th${first ? "" : ' class="soft"'}>${layer}</th>`;
@@ -71,7 +66,8 @@ function examplesHtml(latent) {
     ${note ? `<p class="note">${escaped(note)}</p>` : ""}`;
 }
 
-/** Layers x bins of a latent's activations as {layers, first, n, counts: one row of n bins for each layer, top}. */
+/** Layers x bins of a latent's activations as {first, n, counts: one row of n bins for each layer, top}; `first` is the
+    number of its first bin. */
 function histogramOf(rows, layers) {
   const first = Math.min(...rows.map((row) => row[1])), end = Math.max(...rows.map((row) => row[1] + row.length - 2));
   const of = new Map(rows.map((row) => [row[0], row]));
@@ -82,14 +78,8 @@ function histogramOf(rows, layers) {
   return { first, n: end - first, counts, top: Math.max(...counts.flat()) };
 }
 
-/** What a cell of the histogram says. */
-function cellWords({ counts, first }, edges, layers, row, bin) {
-  return `layer ${layers[row]}, activation ${show(edges[first + bin])} to ${show(edges[first + bin + 1])}: ${integer(counts[row][bin])} tokens`;
-}
-
 /** Heat map, layer x activation, of the number of tokens; colours by its logarithm. */
-function histogramHtml(rows, layers, edges, colours) {
-  const found = histogramOf(rows, layers), { first, n, counts, top } = found;
+function histogramHtml({ first, n, counts, top }, layers, edges, colours) {
   const scale = (count) => (top > 1 ? Math.log(count) / Math.log(top) : 1);
   const width = 1000 / n, height = 1000 / layers.length;
   const cells = counts.flatMap((row, r) => row.map((count, bin) => {
@@ -109,16 +99,15 @@ function histogramHtml(rows, layers, edges, colours) {
 }
 
 /** Let the pointer and the arrow keys read the cells of a histogram in `place`. */
-function readHistogram(place, rows, layers, edges) {
+function readHistogram(place, { first, n, counts }, layers, edges) {
   const plot = place.querySelector(".histogram .plot"), said = place.querySelector(".histogram .readout");
-  if (!plot) return;
-  const found = histogramOf(rows, layers);
   let [row, bin] = [0, 0];
   const say = (r, b) => {
-    [row, bin] = [Math.min(layers.length - 1, Math.max(0, r)), Math.min(found.n - 1, Math.max(0, b))];
+    [row, bin] = [Math.min(layers.length - 1, Math.max(0, r)), Math.min(n - 1, Math.max(0, b))];
     plot.querySelector(".chosen")?.classList.remove("chosen");
     plot.querySelector(`[data-cell="${row} ${bin}"]`).classList.add("chosen");
-    said.textContent = cellWords(found, edges, layers, row, bin);
+    const [low, high] = [edges[first + bin], edges[first + bin + 1]].map(show);
+    said.textContent = `layer ${layers[row]}, activation ${low} to ${high}: ${integer(counts[row][bin])} tokens`;
   };
   const point = (event) => { const cell = event.target.dataset?.cell; if (cell) say(...cell.split(" ").map(Number)); };
   plot.addEventListener("pointermove", point);

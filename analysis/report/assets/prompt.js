@@ -1,68 +1,59 @@
 // Heat maps of prompts: layer x latent, layer x token. Uses `unpack` and `show` of report.js.
 
-/** A map of values [rows x columns], last row on top, into `place`; `pick(column)` where one is chosen. */
+/** An element of a class, with text and CSS properties. */
+function element(tag, className, text = "", style = {}) {
+  const made = Object.assign(document.createElement(tag), { className, textContent: text });
+  Object.assign(made.style, style);
+  return made;
+}
+
+/** The values [rows x columns] as a picture of one pixel each, last row on top. */
+function heatCanvas(values, height, n, colours, top) {
+  const canvas = Object.assign(document.createElement("canvas"), { width: Math.max(1, n), height: Math.max(1, height) });
+  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+  values.forEach((value, i) => {
+    const [red, green, blue] = colours[top ? Math.round((value / top) * (colours.length - 1)) : 0];
+    image.data.set([red, green, blue, 255], 4 * ((height - 1 - Math.floor(i / n)) * n + (i % n)));
+  });
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+/** A map of values [rows x columns], last row on top, into `place`; `say(row, column, value)` where the pointer is,
+    `pick(column)` where one is chosen. */
 function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pick, say, labels = true }) {
-  const n = columns.length, height = rows.length;
-  const top = values.reduce((a, b) => Math.max(a, b), 0);
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, n);
-  canvas.height = Math.max(1, height);
+  const n = columns.length, height = rows.length, top = values.reduce((a, b) => Math.max(a, b), 0);
+  const canvas = heatCanvas(values, height, n, colours, top);
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `Heat map of ${name}: ${height} layers, ${n} columns, highest value ${show(top)}`);
-  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
-  for (let r = 0; r < height; r++) {
-    for (let c = 0; c < n; c++) {
-      const [red, green, blue] = colours[top ? Math.round((values[r * n + c] / top) * (colours.length - 1)) : 0];
-      image.data.set([red, green, blue, 255], 4 * ((height - 1 - r) * n + c));
-    }
-  }
-  context.putImageData(image, 0, 0);
-  const frame = document.createElement("div"), side = document.createElement("div");
-  frame.className = "frame";
-  side.className = "rows";
-  const everyRow = Math.ceil(height / (labels ? 10 : 4));
-  rows.forEach((row, r) => {
-    if (r % everyRow) return;
-    const label = document.createElement("span");
-    label.textContent = row;
-    label.style.top = `${(100 * (height - r - 0.5)) / height}%`;
-    side.append(label);
-  });
+  /** Every so many names along an edge of the map, so that at most `most` stand there. */
+  const named = (className, names, most, style) => {
+    const every = Math.ceil(names.length / most), edge = element("div", className);
+    names.forEach((text, i) => { if (i % every === 0) edge.append(element("span", "", text, style(i))); });
+    return edge;
+  };
+  const side = named("rows", rows, labels ? 10 : 4, (r) => ({ top: `${(100 * (height - r - 0.5)) / height}%` }));
+  const frame = element("div", "frame");
   frame.append(canvas);
-  if (chosen >= 0 && n) {
-    const mark = document.createElement("div");
-    mark.className = "chosen";
-    mark.style.left = `${(100 * chosen) / n}%`;
-    mark.style.width = `${100 / n}%`;
-    frame.append(mark);
-  }
+  if (chosen >= 0 && n) frame.append(element("div", "chosen", "", { left: `${(100 * chosen) / n}%`, width: `${100 / n}%` }));
+  place.replaceChildren(side, frame);
   if (labels) {
-    const under = document.createElement("div");
-    under.className = "cols";
-    const every = Math.ceil(n / 32);
-    columns.forEach((column, c) => {
-      if (c % every) return;
-      const label = document.createElement("span");
-      label.textContent = column;
-      label.style.left = `${(100 * (c + 0.6)) / n}%`;
-      under.append(label);
-    });
-    frame.append(under);
+    frame.append(named("cols", columns, 32, (c) => ({ left: `${(100 * (c + 0.6)) / n}%` })));
+    const stops = colours.filter((_, i) => i % 16 === 0 || i === 255).map((colour) => `rgb(${colour})`);
+    const key = element("div", "key");
+    key.append("0", element("i", "", "", { background: `linear-gradient(to right, ${stops})` }), `${show(top)} activation; rows: layer (after block)`);
+    place.append(key);
   }
-  const key = document.createElement("div");
-  key.className = "key";
-  const scale = document.createElement("i");
-  scale.style.background = `linear-gradient(to right, ${colours.filter((_, i) => i % 16 === 0 || i === 255).map((c) => `rgb(${c})`).join(",")})`;
-  key.append("0", scale, `${show(top)} activation; rows: layer (after block)`);
-  place.replaceChildren(side, frame, ...(labels ? [key] : []));
-  const cell = (event) => {
+  /** Say the cell under the pointer; returns its column. */
+  const read = (event) => {
     const box = canvas.getBoundingClientRect();
     const c = Math.min(n - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * n)));
     const r = Math.min(height - 1, Math.max(0, height - 1 - Math.floor(((event.clientY - box.top) / box.height) * height)));
-    return [r, c];
+    say(r, c, values[r * n + c]);
+    return c;
   };
-  canvas.addEventListener("mousemove", (event) => { const [r, c] = cell(event); say(r, c, values[r * n + c]); });
-  canvas.addEventListener("click", (event) => { const [r, c] = cell(event); say(r, c, values[r * n + c]); pick?.(c); });
+  canvas.addEventListener("mousemove", read);
+  canvas.addEventListener("click", (event) => pick(read(event)));
 }
 
 /** 256 colours [red, green, blue] from a few anchors in hexadecimal. */
@@ -129,10 +120,8 @@ async function promptView(view) {
   atToken.addEventListener("change", () => { state.token = Number(atToken.value); draw(); });
   atLatent.addEventListener("change", () => { state.latent = Number(atLatent.value); draw(); });
   for (const rank of byMeanLayer(latents.slice(0, 12).map((_, i) => i))) {
-    const panel = document.createElement("div"), title = document.createElement("h4"), map = document.createElement("div");
-    title.textContent = `latent ${latents[rank][0]}, mean layer ${show(latents[rank][1])}`;
-    map.className = "map";
-    panel.append(title, map);
+    const panel = element("div", ""), map = element("div", "map");
+    panel.append(element("h4", "", `latent ${latents[rank][0]}, mean layer ${show(latents[rank][1])}`), map);
     find("maps").append(panel);
     heatMap(map, ofLatent(rank), layers, tokens.map(shown), colours, {
       name: `latent ${latents[rank][0]}`, labels: false, pick: () => { state.latent = rank; draw(); },

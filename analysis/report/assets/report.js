@@ -53,7 +53,7 @@ function percent(p) {
   return p < 1e-4 ? "< 0.01 %" : `${(100 * p).toPrecision(p < 0.1 ? 2 : 3)} %`;
 }
 
-/** The latents' numbers: of the table, of an opened latent, and what one can sort by. `wide`: not on a phone; `rest`: not in the table. */
+/** The numbers of a latent, in the table, when it is opened, and to sort by. `wide`: not on a phone; `rest`: not in the table. */
 const COLUMNS = [
   { key: "latent", name: "Latent", format: String },
   { key: "kind", name: "Kind", hint: "of its layer profile", wide: true },
@@ -94,17 +94,15 @@ function layerPanel(title, values, format, layers) {
     <span class="xl" style="left:50%;bottom:0">layer (after block)</span></div></div>`;
 }
 
-/** The charts of an opened row, in order: functions of (row, data, layers) that return HTML. */
-const LATENT_PANELS = [
-  (row, data, layers) => layerPanel("P(layer | latent), share of activation mass", profile(data.probs, row, layers), percent, layers),
-  (row, data, layers) => layerPanel("Firings (tokens at the layer)", profile(data.counts, row, layers), integer, layers),
-  (row, data, layers) => {
-    const counts = profile(data.counts, row, layers);
-    const total = data.mean[row] * data.count[row];
-    const means = profile(data.probs, row, layers).map((p, i) => (counts[i] ? (p * total) / counts[i] : 0));
-    return layerPanel("Mean activation where it fired (standardised units)", means, show, layers);
-  },
-];
+/** The charts of an opened row. */
+function panelsHtml(row, data, layers) {
+  const [probs, counts] = [profile(data.probs, row, layers), profile(data.counts, row, layers)];
+  const total = data.mean[row] * data.count[row];
+  const means = probs.map((p, i) => (counts[i] ? (p * total) / counts[i] : 0));
+  return layerPanel("P(layer | latent), share of activation mass", probs, percent, layers)
+    + layerPanel("Firings (tokens at the layer)", counts, integer, layers)
+    + layerPanel("Mean activation where it fired (standardised units)", means, show, layers);
+}
 
 /** All numbers of an opened row. */
 function factsHtml(columns, row, data) {
@@ -155,7 +153,7 @@ async function latentTable(block) {
   async function select() {
     const text = search.value.trim(), mine = ++asking;
     const byText = /[^\d\s,\u2013-]/.test(text) ? await textTest(text, n) : null;
-    if (mine !== asking) return; // something else was asked meanwhile
+    if (mine !== asking) return; // overtaken by a newer selection
     const asked = byText ? null : numberTest(text);
     const bounds = limits.filter((input) => input.value !== "").map((input) => [data[input.dataset.column], input.dataset.end === "low" ? 1 : -1, Number(input.value)]);
     const rows = [], range = from.value !== "" || to.value !== "", wanted = kind.value && kinds.indexOf(kind.value);
@@ -166,7 +164,7 @@ async function latentTable(block) {
       if ((!asked || asked(data.latent[i])) && (!byText || byText(i)) && bounds.every(([values, sign, bound]) => sign * (values[i] - bound) >= 0)) rows.push(i);
     }
     const values = data[state.key], sign = state.down ? -1 : 1;
-    const place = (i) => (Number.isFinite(values[i]) ? sign * values[i] : Infinity); // what is not defined comes last
+    const place = (i) => (Number.isFinite(values[i]) ? sign * values[i] : Infinity); // undefined numbers last
     state.rows = rows.sort((a, b) => { const [x, y] = [place(a), place(b)]; return x < y ? -1 : x > y ? 1 : a - b; });
     state.page = 0;
     draw();
@@ -188,19 +186,21 @@ async function latentTable(block) {
     return `<tr class="detail" data-detail="${i}"><td colspan="${shownColumns.length}"><div class="head"><b>Latent ${latent}</b>
       <span>${known}mean layer ${show(data.layer_mean[i])}, spread ${show(data.layer_std[i])} layers, ${integer(data.count[i])} firings</span>
       <a href="#latent-${latent}">Link</a><button type="button" class="close" aria-label="Close latent ${latent}">Close</button></div>
-      <div class="sides"><div class="looks"></div><div class="panels"><div class="near-place"></div><div class="map-place"></div>${LATENT_PANELS.map((panel) => panel(i, data, layers)).join("")}</div></div>
+      <div class="sides"><div class="looks"></div><div class="panels"><div class="near-place"></div><div class="map-place"></div>${panelsHtml(i, data, layers)}</div></div>
       ${factsHtml(columns, i, data)}</td></tr>`;
   }
 
-  /** What has to be unpacked first. */
+  /** What an opened latent shows from its packed block. */
   async function fillDetail(place) {
     const row = Number(place.dataset.detail), block = await content(`block-${Math.floor(row / PER_BLOCK)}`);
     if (!block) { place.querySelector(".looks").remove(); return; }
     const latent = block[row % PER_BLOCK];
     place.querySelector(".looks").innerHTML = examplesHtml(latent);
     place.querySelector(".near-place").innerHTML = neighboursHtml(latent.near, data, kinds);
-    place.querySelector(".map-place").innerHTML = latent.histogram ? histogramHtml(latent.histogram, layers, edges, colours) : "";
-    if (latent.histogram) readHistogram(place, latent.histogram, layers, edges);
+    if (!latent.histogram) return;
+    const histogram = histogramOf(latent.histogram, layers);
+    place.querySelector(".map-place").innerHTML = histogramHtml(histogram, layers, edges, colours);
+    readHistogram(place, histogram, layers, edges);
   }
 
   function draw() {

@@ -10,8 +10,9 @@ import pytest
 
 from analysis.cli import main
 from analysis.compare.measure import in_order, run_names
+from analysis.config import AnalyzeConfig
+from analysis.run import analyze
 from tests.analysis.small import make_small
-from tests.analysis.test_run import run
 from tests.support.results import write_results
 
 
@@ -20,7 +21,7 @@ def folders(tmp_path_factory) -> list[Path]:
     """A real analysis with nulls, and made-up ones of other depths, one without intervals, one of one layer."""
     root = tmp_path_factory.mktemp("runs")
     small = make_small(root)
-    run(small, root / "real")
+    analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=root / "real", report=False, dtype="float64"))
     made: list[Path] = []
 
     def old(summary: dict[str, Any]) -> None:
@@ -155,7 +156,7 @@ def test_names_take_as_many_parts_as_tell_runs_apart():
     ("content", "code", "words"),
     [
         (None, 3, "no summary.json"),
-        ('{"schema_version": 1}', 3, "is damaged, or no analysis (provenance is None)"),
+        ('{"schema_version": 1}', 3, "is damaged or not of an analysis (provenance is None)"),
         ("{", 3, "not valid JSON"),
         ('{"schema_version": 0}', 3, "schema_version is 0"),
     ],
@@ -202,7 +203,7 @@ def test_a_summary_that_lacks_anything_or_has_it_wrong_is_refused(folders, tmp_p
                 continue
             (tmp_path / "summary.json").write_text(json.dumps(summary | {name: value}))
             assert main(["--compare", str(tmp_path), "--out", str(tmp_path / "out")]) == 3, (name, value)
-            assert f"--compare {tmp_path}: its summary is damaged" in capsys.readouterr().err
+            assert f"--compare {tmp_path}: its summary.json is damaged" in capsys.readouterr().err
     whole = summary["persistence"]["mass"]
     summary["persistence"]["mass"] = {"contiguitx" if key == "contiguity" else key: whole[key] for key in whole}
     (tmp_path / "summary.json").write_text(json.dumps(summary))

@@ -17,7 +17,7 @@ from analysis.latents.histograms import EDGES, N_BINS, no_counts, write_histogra
 from analysis.report import examples as report_examples
 from analysis.report import windows as report_windows
 from analysis.report.examples import Plan, example_blocks
-from analysis.report.template import page_file
+from analysis.report.markup import page_file
 from analysis.report.windows import strengths
 
 

@@ -2,12 +2,9 @@
 
 import base64
 import hashlib
-import io
 import json
 import re
 import sys
-import zlib
-from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,60 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.report.charts import VIRIDIS, heat_png
-from analysis.report.data import EN_DASH, HeatMap, Results, load_results, show
-from analysis.report.page import _unsigned, pack_arrays, render_report, write_report
-from analysis.report.sections import LAYER_COLUMNS, SECTIONS
-from analysis.report.structure import KINDS, MEANS, NULL_ROWS
-from analysis.report.template import page_file
+from analysis.report.data import KINDS, Results, load_results
+from analysis.report.markup import EN_DASH, pack_arrays, page_file, show
+from analysis.report.page import SECTIONS, render_report, write_report
+from analysis.report.sections import nulls, persistence, reconstruction
+from analysis.report.sections.latents import unsigned
+from tests.support.page import Page, unpack
 from tests.support.results import write_results
-
-VOID = {"meta", "input", "image", "br"}
-
-
-class Page(HTMLParser):
-    """Text, tags and data blocks of a page; fails on tags that do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.blocks: dict[str, tuple[dict[str, str | None], str]] = {}
-        self.script = ""
-        self.feed(text)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        attributes = self.attributes[-1][1] if self.attributes else {}
-        if self.open[-1:] == ["script"]:
-            if attributes.get("type") == "text/plain":
-                self.blocks[str(attributes["id"])] = (attributes, data)
-            else:
-                self.script += data
-        elif self.open[-1:] != ["style"]:
-            self.text += data
-
-
-def _unpack(page: Page, block: str) -> dict[str, np.ndarray]:
-    """What report.js' `unpack` does, in Python."""
-    attributes, text = page.blocks[block]
-    data = zlib.decompress(base64.b64decode(text))
-    return {
-        name: np.frombuffer(data[start:end], f"<{kind}")
-        for name, kind, start, end in json.loads(str(attributes["data-index"]))
-    }
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +66,9 @@ def test_the_page_asks_for_nothing_and_runs_only_its_own_script(html: str) -> No
 def test_every_section_is_there_and_linked(html: str) -> None:
     page = Page(html)
     anchors = [a["id"] for tag, a in page.attributes if tag == "section"]
-    structure = ["persistence", "nulls", "kinds", "redundancy", "contexts"]
-    last = ["latents", "prompt", "provenance", "method"]
-    assert anchors == ["variance", "layers", *structure, "reconstruction", "downstream", *last]
-    assert len(anchors) == len(SECTIONS)
+    assert tuple(anchors) == SECTIONS
+    modules = [item.name for item in files("analysis.report.sections").iterdir() if item.name.endswith(".py")]
+    assert sorted(modules) == sorted(["__init__.py", *(f"{name}.py" for name in SECTIONS)])
     links = {a["href"] for tag, a in page.attributes if tag == "a"}
     assert links == {f"#{anchor}" for anchor in anchors}
     assert not re.search(r"\$[a-z]", page.text)
@@ -155,12 +104,12 @@ def test_all_numbers_of_persistence_nulls_kinds_and_redundancy_are_shown(html: s
     text, summary = Page(html).text, results.summary
     for weighting in ("mass", "equal"):
         found = summary["persistence"][weighting]
-        for name, words, _ in MEANS:
+        for name, words, _ in persistence.MEANS:
             low, high = found["ci95"][name]
             assert words in text
             assert f"{show(found[name])}{show(low)} to {show(high)}" in text
     for null in ("layers_permuted", "tokens_permuted"):
-        for part, name, words in NULL_ROWS:
+        for part, name, words in nulls.ROWS:
             ratio = summary["nulls"][null]["ratio"][part]["mass"]
             low, high = ratio["ci95"][name]
             assert words in text
@@ -190,12 +139,12 @@ def test_an_analysis_without_them_says_so(tmp_path: Path) -> None:
 
 def test_every_column_has_its_method(html: str) -> None:
     method = html[html.index('id="method"') :].lower()
-    for _, heading, _ in LAYER_COLUMNS:
+    for _, heading, _ in reconstruction.COLUMNS:
         assert heading.replace(", held-out", "").replace("FVU of ", "").lower() in method
     script = page_file("report.js")
     for name in re.findall(r'key: "\w+", name: "([^"]+)"', script):
         assert name.split(",")[0].lower() in method
-    for _, words, _ in MEANS:
+    for _, words, _ in persistence.MEANS:
         assert words.split(":")[0].split(",")[0].lower() in method, words
     for name in ("layers permuted", "tokens permuted", "persistent", "bimodal", "mmcs", "redundant"):
         assert name in method
@@ -204,7 +153,7 @@ def test_every_column_has_its_method(html: str) -> None:
 
 
 def test_the_data_block_holds_every_live_latent(html: str, results: Results) -> None:
-    data = _unpack(Page(html), "latent-data")
+    data = unpack(Page(html), "latent-data")
     for name in ("latent", "count", "n_tokens", "n_layers_active"):
         np.testing.assert_array_equal(data[name], results.latents[name])
     for name in ("mean", "layer_mean", "layer_std", "within_token", "between_tokens", "entropy"):
@@ -219,9 +168,9 @@ def test_the_data_block_holds_every_live_latent(html: str, results: Results) -> 
 def test_whole_numbers_stay_exact_beyond_32_bits() -> None:
     for top, kind in ((65_535, "u2"), (65_536, "u4"), (2**32 - 1, "u4"), (2**32, "f8"), (2**52 + 1, "f8")):
         values = np.array([0, top], np.int64)
-        page = Page(pack_arrays("numbers", {"n": _unsigned(values)}))
+        page = Page(pack_arrays("numbers", {"n": unsigned(values)}))
         assert json.loads(str(page.blocks["numbers"][0]["data-index"]))[0][1] == kind
-        assert _unpack(page, "numbers")["n"].tolist() == values.tolist()
+        assert unpack(page, "numbers")["n"].tolist() == values.tolist()
 
 
 def test_agreement_of_contexts_is_shown_by_distance(tmp_path: Path) -> None:
@@ -231,7 +180,7 @@ def test_agreement_of_contexts_is_shown_by_distance(tmp_path: Path) -> None:
         tmp_path, n_layers=4, n_latents=20, change=lambda summary: summary.update(examples={"agreement": agreement})
     )
     text = Page(render_report(load_results(folder))).text
-    assert "Two layers share 0.250 of a latent's top contexts; chance gives 0.0125 (20.0 times less)" in text
+    assert "Two layers share 0.250 of a latent's top contexts, 20.0 times what chance gives (0.0125)" in text
     assert f"10.6250.012550.020.3750.015025.03{EN_DASH}{EN_DASH}{EN_DASH}" in text
     assert "321 latents" in text
 
@@ -294,21 +243,8 @@ def test_layers_carry_the_numbers_of_the_model(tmp_path: Path) -> None:
         tmp_path, n_layers=3, n_latents=20, change=lambda summary: summary.update(layer_numbers=[3, 7, 11])
     )
     page = Page(render_report(load_results(folder)))
-    assert page.blocks["latent-data"][0]["data-layers"] == "[3, 7, 11]"
+    assert page.blocks["latent-data"][0]["data-layers"] == "[3,7,11]"
     assert "37" in re.sub(r"\s", "", page.text)
-
-
-def test_heat_png_holds_the_cells_in_viridis() -> None:
-    share = np.array([[0.0, 0.25], [1.0, 0.5]])
-    png = heat_png(HeatMap(share, 2, 1.0, 1.0))
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    image = pytest.importorskip("matplotlib.image")
-    pixels = np.round(image.imread(io.BytesIO(png)) * 255).astype(int)
-    assert pixels.shape[:2] == (240, 480)
-    first, last = ([*bytes.fromhex(VIRIDIS[i])] for i in (0, -1))
-    assert pixels[239, 0, :3].tolist() == first
-    assert pixels[0, 239, :3].tolist() == last
-    assert pixels[239, 240, :3].tolist() == [*bytes.fromhex(VIRIDIS[8])]  # the square root of 0.25 is the middle
 
 
 def test_a_large_dictionary_stays_small(tmp_path: Path) -> None:
@@ -319,7 +255,7 @@ def test_a_large_dictionary_stays_small(tmp_path: Path) -> None:
 def test_the_page_files_travel_with_the_package() -> None:
     folder = files("analysis.report")
     names = {item.name for part in ("templates", "assets") for item in folder.joinpath(part).iterdir()}
-    modules = sorted(Path(str(folder)).glob("*.py"))
+    modules = sorted(Path(str(folder)).rglob("*.py"))
     used = {name for path in modules for name in re.findall(r'"([a-z_]+\.(?:html|css|js))"', path.read_text())}
     assert used - {"report.html"} <= names
     assert names == used | {"report.html"}

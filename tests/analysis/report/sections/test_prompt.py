@@ -12,8 +12,8 @@ import pytest
 from analysis.prompt.run import COLUMNS
 from analysis.report.data import Results, load_results
 from analysis.report.page import render_report
-from analysis.report.prompt import prompt_section
-from tests.analysis.report.test_page import Page, _unpack
+from analysis.report.sections.prompt import section
+from tests.support.page import Page, unpack
 from tests.support.results import write_results
 
 ROWS = [
@@ -70,7 +70,7 @@ def test_packed_numbers_are_those_of_the_table(results: Results) -> None:
         attributes, _ = page.blocks[f"prompt-data-{i}"]
         latents = json.loads(str(attributes["data-latents"]))
         layers = json.loads(str(attributes["data-layers"]))
-        found = _unpack(page, f"prompt-data-{i}")
+        found = unpack(page, f"prompt-data-{i}")
         rows = [row for row in ROWS if row["prompt"] == i]
         assert [latents[rank][0] for rank in found["latent"]] == [row["latent"] for row in rows]
         assert [layers[place] for place in found["layer"]] == [row["layer"] for row in rows]
@@ -80,5 +80,5 @@ def test_packed_numbers_are_those_of_the_table(results: Results) -> None:
 
 
 def test_without_prompts_the_section_says_how_to_add_one(tmp_path: Path) -> None:
-    body = prompt_section(load_results(write_results(tmp_path, n_layers=3, n_latents=20))).body
+    body = section(load_results(write_results(tmp_path, n_layers=3, n_latents=20))).body
     assert "analyze --prompt" in body

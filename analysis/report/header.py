@@ -1,0 +1,83 @@
+"""The top of the report: the finding in one sentence, the tokens that it holds for, warnings, and the main numbers.
+
+Tested in tests/analysis/report/test_page.py and test_figures.py.
+"""
+
+import re
+from html import escape
+
+from analysis.report.data import Results
+from analysis.report.markup import between, fill, integer, percent, show, tiles
+from analysis.report.sections.variance import why_no_ratio
+
+RATIO = ("variance", "mass", "aggregate_over_token")
+
+
+def page_header(results: Results) -> str:
+    """What a reader should know who reads nothing else."""
+    if results.reference_ratio is None:
+        other = "The reference's formula gives no number here: its rel_var_t is zero or not defined."
+    else:
+        other = (
+            f"The reference's formula gives {show(results.reference_ratio)} on the same codes, but what it divides are "
+            'not variances: <a href="#variance">why they differ</a>.'
+        )
+    return fill(
+        "header.html",
+        model=escape(str(results.get("provenance", "store", "model") or "unnamed model")),
+        dataset=escape(str(results.get("provenance", "store", "dataset") or "unnamed text")),
+        headline=escape(headline(results)),
+        aggregate=show(results.number("variance", "mass", "aggregate")),
+        token=show(results.number("variance", "mass", "within_token")),
+        reference=other,
+        tokens=escape(str(results.get("split", "text") or f"{integer(results.get('n_tokens'))} tokens.")),
+        warnings="".join(f'<p class="warning">{_flags(warning)}</p>' for warning in _warnings(results)),
+        tiles=tiles(_main_numbers(results)),
+    )
+
+
+def headline(results: Results) -> str:
+    """The main finding in one plain sentence."""
+    ratio = results.number(*RATIO)
+    if ratio is None:
+        return f"Aggregate over token-level variance is not defined here: {why_no_ratio(results)}."
+    return f"The variance of a latent's layer is {show(ratio)} times as large over all tokens as at a single token."
+
+
+def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
+    """Name, value, and a few words on unit, direction or interval."""
+    ratio_bounds, fvu_bounds = results.bounds(*RATIO), results.bounds("reconstruction", "fvu")
+    live, n_latents = results.number("latents", "active") or 0.0, results.number("n_latents") or 0.0
+    held_out = results.number("validation_fvu")
+    ratio_words = f"95 % interval {between(ratio_bounds)}" if ratio_bounds else why_no_ratio(results)
+    live_words = f"of {integer(n_latents)}" + (f" ({percent(live / n_latents)})" if n_latents else "")
+    fvu_words = (
+        "lower is better"
+        + (f"; 95 % interval {between(fvu_bounds)}" if fvu_bounds else "")
+        + (f"; held-out text {show(held_out)}" if held_out is not None else "")
+    )
+    k_words = f"active latents per vector; k = {integer(results.get('provenance', 'sae', 'k'))}"
+    return [
+        ("Aggregate / token-level variance", show(results.number(*RATIO)), ratio_words or "no interval computed"),
+        ("The same by the reference's formula", show(results.reference_ratio), "not a ratio of variances"),
+        ("Tokens", integer(results.get("n_tokens")), f"in {integer(results.get('split', 'n_documents'))} documents"),
+        ("Live latents", integer(live), live_words),
+        ("FVU, mean over layers", show(results.number("reconstruction", "fvu")), fvu_words),
+        ("L0", show(results.number("reconstruction", "l0")), k_words),
+    ]
+
+
+def _warnings(results: Results) -> list[str]:
+    """The summary's own warnings, and one about training tokens where it has none."""
+    warnings = [str(warning) for warning in results.get("warnings") or []]
+    trained = results.get("split", "trained_on")
+    if not warnings and trained in ("some", "all"):
+        warnings.append("The SAE was trained on some of these tokens: numbers on held-out text may be worse.")
+    elif not warnings and trained == "unknown":
+        warnings.append("It is not known whether the SAE was trained on these tokens.")
+    return warnings
+
+
+def _flags(words: str) -> str:
+    """Escaped text with its command-line flags set as code, so that no line ends inside one."""
+    return re.sub(r"--[\w-]+", r"<code>\g<0></code>", escape(words))

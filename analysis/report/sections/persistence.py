@@ -1,0 +1,75 @@
+"""Section: when latents switch on and off along the layers. Tested in tests/analysis/report/test_page.py."""
+
+from analysis.report.charts import lines_chart
+from analysis.report.data import Results
+from analysis.report.markup import Section, columns, figure, integer, percent, show, table, with_interval
+
+TITLE = "Switching on, staying on"
+MEANS = (
+    ("n_layers_active", "layers active", "layers"),
+    ("onset", "onset, first active layer", "layer"),
+    ("offset", "offset, last active layer", "layer"),
+    ("run_length", "longest run", "layers"),
+    ("n_runs", "runs: times it switches on", "runs"),
+    ("contiguity", "contiguity", "0 to 1"),
+    ("unbroken", "unbroken: on once, on until off", "share"),
+    ("single_layer", "active at one layer only", "share"),
+    ("contiguity_multi", "contiguity, the others", "0 to 1"),
+    ("unbroken_multi", "unbroken, the others", "share"),
+    ("stays_on", "stays on at the next layer", "share"),
+)
+"""Numbers of `persistence`: name, words and unit."""
+
+INTRODUCTION = """<p>At one token, a latent switches on at its onset, the first layer at which it is active, and is last
+active at its offset. If it stays on in between, its longest run of layers goes from onset to offset, and its contiguity
+is 1. A (token, latent) pair counts by its activation mass, or once.</p>"""
+
+
+def section(results: Results) -> Section:
+    """Two figures of distributions over layers, and the means as a table."""
+    if results.number("persistence", "mass", "n_layers_active") is None:
+        empty = "no latent fired in these tokens"
+        reason = empty if results.get("persistence") else "this analysis holds no such numbers"
+        return Section(TITLE, f"<p>Not shown: {reason}.</p>")
+    unbroken = results.number("persistence", "mass", "unbroken_multi")
+    single = percent(results.number("persistence", "mass", "single_layer"))
+    onset, offset = (show(results.number("persistence", "mass", name)) for name in ("onset", "offset"))
+    rest = f"; of the rest, {percent(unbroken)} is on without a break" if unbroken is not None else ""
+    note = "" if unbroken is not None else "An en dash: every pair is active at one layer only."
+    body = (
+        INTRODUCTION
+        + columns(
+            figure(
+                f"{single} of the activity is of latents that are on at one layer only{rest}",
+                _chart(results, ("n_layers_active", "layers active", "other"), ("run_length", "longest run", "ours")),
+                "Share of the pairs, by mass, by the number of layers at which they are active and by the length of "
+                "their longest run.",
+            ),
+            figure(
+                f"On average on from layer {onset} to layer {offset}",
+                _chart(results, ("onset", "onset", "ours"), ("offset", "offset", "other"), of_layers=True),
+                "Share of the pairs, by mass, that are first and last active at a layer.",
+            ),
+        )
+        + table(
+            ("Mean over (token, latent) pairs", "activation mass", "equal pairs", "unit"),
+            [
+                (words, *(with_interval(results, "persistence", w, name) for w in ("mass", "equal")), unit)
+                for name, words, unit in MEANS
+            ],
+        )
+        + f'<p class="note">{integer(results.get("persistence", "n_pairs"))} pairs. Small numbers: 95 % intervals over '
+        "documents. A pair that is active at one layer only is unbroken and has contiguity 1 by definition; the rows "
+        f'on "the others" leave it out. {note}</p>'
+    )
+    return Section(TITLE, body)
+
+
+def _chart(results: Results, *lines: tuple[str, str, str], of_layers: bool = False) -> str:
+    """Distributions by mass, over the layers or over numbers of layers. lines: name, words, class of report.css."""
+    series = [
+        (results.numbers("persistence", "mass", "distributions", name), words, kind) for name, words, kind in lines
+    ]
+    if of_layers:
+        return lines_chart(series, "share of pairs", results.layer_numbers)
+    return lines_chart(series, "share of pairs", range(1, len(results.layer_numbers) + 1), "layers")

@@ -1,0 +1,122 @@
+"""Section: what `analyze --prompt` found. Tables are made here, heat maps by assets/prompt.js from packed numbers.
+
+For each prompt: layer x latent over all tokens or at one, layer x token of one latent, the strongest latents side by
+side in the order of their mean layer, and what interventions did.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from analysis.prompt.words import name_of, quoted
+from analysis.report.charts import VIRIDIS
+from analysis.report.data import Prompts, Results
+from analysis.report.markup import Section, fill, integer, pack_arrays, percent, show, table
+
+MOST_DRAWN = 256
+"""Latents of a prompt whose activations are in the page, by falling mass; prompt.parquet has all."""
+
+N_ROWS = 12
+"""Latents in the table."""
+
+INTRODUCTION = """<p>Texts that the user gave, seen through the autoencoder. Activations are in units of the
+standardised residual stream; a map's colours go from 0 to its own highest value. Greyed tokens are left out: the start
+of the sequence, and special tokens.</p>"""
+
+
+def section(results: Results) -> Section:
+    """The prompts, one after another."""
+    if results.prompts is None:
+        how = "<code>analyze --prompt &quot;...&quot;</code> with the same store and autoencoder"
+        return Section("Prompts", f"<p>None was given. {how} adds the latents of a text to this page.</p>")
+    prompts = list(enumerate(results.prompts.content["prompts"]))
+    body = INTRODUCTION + "".join(_prompt(i, prompt) for i, prompt in prompts)
+    return Section("Prompts", body, "".join(_numbers(results.prompts, i, prompt) for i, prompt in prompts))
+
+
+def _numbers(prompts: Prompts, i: int, prompt: Mapping[str, Any]) -> str:
+    """A prompt's activations as a data block; latents by their rank, layers by their place."""
+    rows, layers = prompts.rows, prompts.content["layers"]
+    drawn = prompt["latents"][:MOST_DRAWN]
+    numbers = np.array([one["latent"] for one in drawn], np.int64)
+    chosen = (rows["prompt"] == i) & np.isin(rows["latent"], numbers)
+    order = np.argsort(numbers)
+    rank = order[np.searchsorted(numbers[order], rows["latent"][chosen])] if len(numbers) else np.empty(0)
+    arrays = {
+        "latent": rank.astype("<u2"),
+        "position": rows["position"][chosen].astype("<u2"),
+        "layer": np.searchsorted(layers, rows["layer"][chosen]).astype("<u2"),
+        "activation": rows["activation"][chosen].astype("<f4"),
+    }
+    return pack_arrays(
+        f"prompt-data-{i}",
+        arrays,
+        layers=layers,
+        tokens=[one["token"] for one in prompt["tokens"]],
+        latents=[[one["latent"], round(one["layer_mean"], 3)] for one in drawn],
+        colours=VIRIDIS,
+    )
+
+
+def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
+    tokens = "".join(
+        f'<span class="{"token" if token["kept"] else "token out"}">{escape(_visible(token["token"]))}</span>'
+        for token in prompt["tokens"]
+    )
+    drawn, silent = prompt["latents"], ", ".join(map(str, prompt["silent"]))
+    fewer = f" The maps hold the {len(drawn)} with the most mass." if prompt["n_active_latents"] > len(drawn) else ""
+    return fill(
+        "prompt.html",
+        i=str(i),
+        text=escape(prompt["text"]),
+        tokens=tokens,
+        likely=", ".join(f"{_token(one['token'])} {percent(one['p_true'])}" for one in prompt["next"]),
+        n_latents=integer(prompt["n_active_latents"]),
+        fewer=fewer,
+        latents=_latents(prompt),
+        effects=_effects(prompt),
+        silent=f'<p class="note">Active nowhere in this prompt, so not ablated: latent {silent}.</p>' if silent else "",
+    )
+
+
+def _latents(prompt: Mapping[str, Any]) -> str:
+    head = ("Latent", "Mass: sum of activations", "Mean layer", "Strongest at layer", "Highest activation", "At token")
+    rows = []
+    for one in prompt["latents"][:N_ROWS]:
+        numbers = (show(one["mass"]), show(one["layer_mean"]), str(one["peak_layer"]), show(one["peak"]))
+        rows.append((str(one["latent"]), *numbers, _token(prompt["tokens"][one["peak_position"]]["token"])))
+    return table(head, rows)
+
+
+def _effects(prompt: Mapping[str, Any]) -> str:
+    head = (
+        *("Change after one block, at every kept token", "KL at the last token, nats"),
+        *("KL, mean over tokens, nats", "Rises most", "Falls most"),
+    )
+    rows = [
+        (
+            escape(name_of(one)),
+            *(show(one["kl_last"]), show(one["kl_mean"])),
+            *(_changes(one["increased"]), _changes(one["decreased"])),
+        )
+        for one in prompt["interventions"]
+    ]
+    return table(head, rows, "effects")
+
+
+def _changes(found: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(
+        f"<div>{_token(one['token'])} {percent(one['p_true'])} → {percent(one['p_changed'])}"
+        f" <small>logit {'+' if one['logit_change'] >= 0 else ''}{show(one['logit_change'], 2)}</small></div>"
+        for one in found[:5]
+    )
+
+
+def _token(text: str) -> str:
+    return f"<code>{escape(quoted(text))}</code>"
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") or "\N{MIDDLE DOT}"

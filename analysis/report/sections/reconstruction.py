@@ -1,0 +1,82 @@
+"""Section: FVU by layer beside held-out text and PCA, and L0. Tested in tests/analysis/report/test_page.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+from analysis.report.charts import layer_chart
+from analysis.report.data import Results
+from analysis.report.markup import Section, columns, figure, integer, percent, show, small, table
+
+COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("fvu", "FVU", show),
+    ("validation_fvu", "FVU, held-out", show),
+    ("pca_fvu", "FVU of PCA, held-out", show),
+    ("mse", "MSE", show),
+    ("l0", "L0", show),
+    ("mean_norm", "Mean norm", show),
+    ("cosine_to_next", "Cosine to next", show),
+    ("active_latents", "Active latents", integer),
+    ("mass_share", "Mass share", percent),
+)
+"""Columns of layers.parquet in the table: name, heading, and how a value is shown."""
+
+INTRODUCTION = """<p>FVU, the fraction of variance unexplained, is 0 for a perfect reconstruction and 1 for one that is
+no better than the layer's mean vector. Lower is better.</p>"""
+
+ABOUT_L0 = """TopK keeps k latents of each vector; fewer are active where a kept value is not positive. With other
+activations, L0 varies from vector to vector, and k, where used, is its mean or its target."""
+
+
+def section(results: Results) -> Section:
+    """FVU and L0 over the layers, and the table."""
+    rows = [
+        (str(layer), *(form(results.layers[name][i]) + _interval(results, name, i) for name, _, form in COLUMNS))
+        for i, layer in enumerate(results.layer_numbers)
+    ]
+    missing = ["the last layer has no next one"]
+    if results.get("validation") is None:
+        missing.append("this run has no held-out tokens")
+    if results.get("baseline", "pca") is None:
+        missing.append("the PCA baseline was not computed")
+    l0_title = f"On average {show(results.number('reconstruction', 'l0'))} latents are active in a vector"
+    l0_chart = layer_chart(results, [("l0", "latents per vector", "ours")], "L0 (active latents per vector)")
+    body = (
+        INTRODUCTION
+        + columns(
+            figure(reconstruction_title(results), _fvu_chart(results)),
+            figure(l0_title, l0_chart, ABOUT_L0),
+        )
+        + "<details open><summary>Table by layer</summary>"
+        + table(("Layer", *(words for _, words, _ in COLUMNS)), rows)
+        + '<p class="note">MSE and mean norm are in units of the residual stream (squared for MSE), so they grow with '
+        f"the layer's norm. An en dash: not defined ({'; '.join(missing)}).</p></details>"
+    )
+    return Section("Reconstruction by layer", body)
+
+
+def reconstruction_title(results: Results) -> str:
+    """What the reconstruction error finds: the mean over layers, and the baseline on held-out text."""
+    fvu = results.number("reconstruction", "fvu")
+    if fvu is None:
+        return "The reconstruction error is not defined in these tokens"
+    if results.get("split", "name") == "validation":
+        beside = []
+    else:
+        beside = [("held-out text", results.number("validation_fvu"))]
+    pca_k = integer(results.get("baseline", "pca", "k"))
+    beside.append((f"PCA of {pca_k} components", results.number("baseline", "pca", "fvu")))
+    known = "; ".join(f"{name} {percent(value)}" for name, value in beside if value is not None)
+    return f"{percent(fvu)} of the variance is left unexplained" + (f" ({known})" if known else "")
+
+
+def _fvu_chart(results: Results) -> str:
+    lines = [("fvu", "these tokens", "ours")]
+    if results.get("split", "name") != "validation":
+        lines.append(("validation_fvu", "held-out text", "ours dotted"))
+    components = integer(results.get("baseline", "pca", "k"))
+    lines.append(("pca_fvu", f"PCA, {components} components, held-out text", "base dashed"))
+    return layer_chart(results, lines, "FVU (no unit, lower is better)")
+
+
+def _interval(results: Results, name: str, i: int) -> str:
+    return small(results.layer_bounds(name, i)) if name == "fvu" else ""

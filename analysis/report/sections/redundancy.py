@@ -1,0 +1,37 @@
+"""Section: how similar decoder rows are, and which pairs. Tested in tests/analysis/report/test_page.py."""
+
+from analysis.report.data import Results
+from analysis.report.markup import Section, integer, show, table, tiles
+
+TITLE = "Redundancy"
+INTRODUCTION = """<p>Has the dictionary learnt one direction once per layer? Two latents are near-parallel if the cosine
+of their decoder rows is above {cosine}, and redundant if, in addition, their layer profiles are disjoint: Σ<sub>l</sub>
+min(P(l | a), P(l | b)) below {overlap}. MMCS is the mean, over live latents, of the highest cosine to another live
+latent; lower is less redundant.</p>"""
+
+
+def section(results: Results) -> Section:
+    """The counts, and the first pairs."""
+    if not results.get("redundancy"):
+        return Section(TITLE, "<p>Not shown: this analysis was made without comparing decoder rows.</p>")
+    cosine, overlap, mmcs, parallel, redundant, latents = (
+        results.number("redundancy", name)
+        for name in (
+            *("cosine_threshold", "overlap_threshold", "mmcs"),
+            *("parallel_pairs", "redundant_pairs", "redundant_latents"),
+        )
+    )
+    numbers = (
+        ("MMCS", show(mmcs), "lower is less redundant; 1: every latent has a parallel one"),
+        ("Near-parallel pairs", integer(parallel), "of live latents"),
+        ("Redundant pairs", integer(redundant), "near-parallel, with disjoint layer profiles"),
+        ("Latents in a redundant pair", integer(latents), f"of {integer(len(results.counts))} live latents"),
+    )
+    head = ("latent a", "latent b", "cosine", "overlap of profiles", "mean layer of a", "mean layer of b")
+    names = ("cosine", "overlap", "layer_mean_a", "layer_mean_b")
+    rows = [
+        (str(pair["latent_a"]), str(pair["latent_b"]), *(show(pair[name]) for name in names)) for pair in results.pairs
+    ]
+    note = '<p class="note">Redundant pairs first, then by cosine; redundancy.parquet holds more.</p>'
+    pairs = table(head, rows) + note if rows else "<p>No pair is near-parallel.</p>"
+    return Section(TITLE, INTRODUCTION.format(cosine=show(cosine), overlap=show(overlap)) + tiles(numbers) + pairs)
