@@ -19,14 +19,14 @@ def compare_words(runs: Sequence[Run]) -> str:
     return "\n".join(
         [
             "R: expansion factor. Variance of the layer, by mass, over that of an evenly drawn layer, (layers^2 - 1) / "
-            "12; aggregate / token-level as it is; [95 % intervals over documents]",
+            "12; aggregate / token-level is not divided; [95 % intervals over documents]",
             *_table(runs, DECOMPOSITION),
             "",
             "Means over layers. FVU, delta CE (nats per token) and KL (nats per token): lower is better, 0 is perfect. "
             "Loss recovered (against mean ablation): higher is better, 1 is perfect",
             *_table(runs, QUALITY),
             "",
-            "Along the layers of a token, by mass: layers on, longest run, share on at the next layer too; "
+            "Along the layers of a token, by mass: layers on, longest run, share that stays on at the next layer; "
             "and observed / null model, 1: chance explains it",
             *_table(runs, PERSISTENCE),
         ]
