@@ -10,6 +10,8 @@ from analysis.baselines.nulls import NULLS
 from analysis.word_tables import shown, table, with_interval
 
 Run = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Run], str]]
+"""Of a table, by heading: what stands there for a run."""
 
 
 def compare_words(runs: Sequence[Run]) -> str:
@@ -17,75 +19,49 @@ def compare_words(runs: Sequence[Run]) -> str:
     return "\n".join(
         [
             "R: expansion factor. Variance of the layer, by mass, over that of an evenly drawn layer, (layers^2 - 1) / "
-            "12; aggregate / token-level as it is; [95 % intervals over documents]",
-            *_table(runs, _DECOMPOSITION, _decomposition),
+            "12; aggregate / token-level is not divided; [95 % intervals over documents]",
+            *_table(runs, DECOMPOSITION),
             "",
             "Means over layers. FVU, delta CE (nats per token) and KL (nats per token): lower is better, 0 is perfect. "
             "Loss recovered (against mean ablation): higher is better, 1 is perfect",
-            *_table(runs, _QUALITY, _quality),
+            *_table(runs, QUALITY),
             "",
-            "Along the layers of a token, by mass: layers on, longest run, share on at the next layer too; "
+            "Along the layers of a token, by mass: layers on, longest run, share that stays on at the next layer; "
             "and observed / null model, 1: chance explains it",
-            *_table(runs, _PERSISTENCE, _persistence),
+            *_table(runs, PERSISTENCE),
         ]
     )
 
 
-def _table(runs: Sequence[Run], head: Sequence[str], cells: Callable[[Run], Sequence[str]]) -> list[str]:
-    """A table whose rows begin with what tells runs apart."""
-    rows = [(run["run"], shown(run["expansion_factor"]), shown(run["k"]), *cells(run)) for run in runs]
-    return table(("run", "R", "k", *head), rows)
+def _table(runs: Sequence[Run], columns: Columns) -> list[str]:
+    """A table whose first columns tell runs apart."""
+    rows = [
+        (run["run"], shown(run["expansion_factor"]), shown(run["k"]), *(cell(run) for cell in columns.values()))
+        for run in runs
+    ]
+    return table(("run", "R", "k", *columns), rows)
 
 
-_DECOMPOSITION = (
-    *("layers", "within token", "between tokens", "between latents", "total", "aggregate / token-level"),
-    *("reference's formula", "what"),
-)
+def _number(*keys: str) -> Callable[[Run], str]:
+    """The number at a path of keys; a dash where the path ends early."""
+
+    def cell(run: Run) -> str:
+        value: Any = run
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return shown(value)
+
+    return cell
 
 
-def _decomposition(run: Run) -> Sequence[str]:
-    parts = run["normalised"]["mass"]
-    return (
-        layer_words(run["layers"]),
-        *(shown(parts[part]) for part in ("within_token", "between_tokens", "between_latents")),
-        with_interval(parts, "total"),
-        with_interval(run["variance"]["mass"], "aggregate_over_token"),
-        shown(run["reference_ratio"]),
-        kind_words(run),
-    )
+def _bounded(name: str) -> Callable[[Run], str]:
+    """A mean over layers with its interval."""
 
+    def cell(run: Run) -> str:
+        low, high = run[f"{name}_low"], run[f"{name}_high"]
+        return with_interval({name: run[name], "ci95": {} if low is None else {name: (low, high)}}, name)
 
-_QUALITY = (
-    *("latents", "never fired", "tokens", "FVU", "validation FVU", "L0"),
-    *("delta CE", "KL", "loss recovered"),
-)
-
-
-def _quality(run: Run) -> Sequence[str]:
-    return (
-        f"{run['n_latents']:,}",
-        f"{run['n_latents'] - run['live_latents']:,}",
-        f"{run['n_tokens']:,}",
-        _bounded(run, "fvu"),
-        shown(run["validation_fvu"]),
-        shown(run["l0"]),
-        *(_bounded(run, part) for part in ("delta_ce", "kl", "loss_recovered_mean")),
-    )
-
-
-_PERSISTENCE = (
-    *("layers on", "run", "stays on"),
-    *(f"{what}, {null.replace('_', ' ')}" for what in ("within token", "stays on") for null in NULLS),
-)
-
-
-def _persistence(run: Run) -> Sequence[str]:
-    means, ratios = (run["persistence"] or {}).get("mass", {}), run["null_ratio"] or {}
-    parts = (("variance", "within_token"), ("persistence", "stays_on"))
-    return (
-        *(shown(means.get(name)) for name in ("n_layers_active", "run_length", "stays_on")),
-        *(shown(ratios[null][part]["mass"][name] if ratios else None) for part, name in parts for null in NULLS),
-    )
+    return cell
 
 
 def kind_words(run: Run) -> str:
@@ -103,7 +79,33 @@ def layer_words(layers: Sequence[int]) -> str:
     return f"layer {layers[0]} only" if len(layers) == 1 else str(len(layers))
 
 
-def _bounded(run: Run, name: str) -> str:
-    """A mean over layers with its interval."""
-    low, high = run[f"{name}_low"], run[f"{name}_high"]
-    return with_interval({name: run[name], "ci95": {} if low is None else {name: (low, high)}}, name)
+DECOMPOSITION: Columns = {
+    "layers": lambda run: layer_words(run["layers"]),
+    "within token": _number("normalised", "mass", "within_token"),
+    "between tokens": _number("normalised", "mass", "between_tokens"),
+    "between latents": _number("normalised", "mass", "between_latents"),
+    "total": lambda run: with_interval(run["normalised"]["mass"], "total"),
+    "aggregate / token-level": lambda run: with_interval(run["variance"]["mass"], "aggregate_over_token"),
+    "reference's formula": _number("reference_ratio"),
+    "what": kind_words,
+}
+QUALITY: Columns = {
+    "latents": lambda run: f"{run['n_latents']:,}",
+    "never fired": lambda run: f"{run['n_latents'] - run['live_latents']:,}",
+    "tokens": lambda run: f"{run['n_tokens']:,}",
+    "FVU": _bounded("fvu"),
+    "validation FVU": _number("validation_fvu"),
+    "L0": _number("l0"),
+    "delta CE": _bounded("delta_ce"),
+    "KL": _bounded("kl"),
+    "loss recovered": _bounded("loss_recovered_mean"),
+}
+PERSISTENCE: Columns = {
+    "layers on": _number("persistence", "mass", "n_layers_active"),
+    "run": _number("persistence", "mass", "run_length"),
+    "stays on": _number("persistence", "mass", "stays_on"),
+} | {
+    f"{name}, {null}".replace("_", " "): _number("null_ratio", null, part, "mass", name)
+    for part, name in (("variance", "within_token"), ("persistence", "stays_on"))
+    for null in NULLS
+}

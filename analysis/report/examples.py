@@ -7,9 +7,9 @@ here: finding examples (`analysis.latents.examples`), their rows as JSON (`analy
 One more block is the index of the search: for each word, in lower case, the rows of the latents that promote it or have
 a shown example at it.
 
-Content of a latent, a key only where there is something: `texts`, `examples` (as in `analysis.report.windows`),
-`histogram` (of each layer: its number, the first bin with a count, the counts from there on), `near` (latent and cosine
-of its neighbours), `promoted`, `suppressed`.
+Content of a latent, empty keys left out: `texts`, `examples` (as in `analysis.report.windows`), `histogram` (for each
+layer: its number, the first bin with a count, the counts from there on), `near` (latent and cosine of its neighbours),
+`promoted`, `suppressed`.
 """
 
 import base64
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     """Layers whose strongest example is kept: those at which the latent is most active."""
 
     more: int
-    """Of how many of these the other examples are kept too."""
+    """Layers, of these, of which the other examples are kept too."""
 
     histogram: bool
 
@@ -54,7 +54,7 @@ PLANS = (
 
 
 class _Found(NamedTuple):
-    """Of one latent, all that the first plan needs."""
+    """Everything about one latent that the first plan keeps."""
 
     examples: list[Example]
     histogram: list[list[int]]
@@ -62,10 +62,8 @@ class _Found(NamedTuple):
 
 
 def example_blocks(folder: Path, latents: np.ndarray) -> str:
-    """The blocks as HTML, in order of `latents` [J] (ascending); empty where there is nothing to show.
-
-    Before them, a block with the note on what was left out and the histograms' edges.
-    """
+    """The blocks as HTML, in order of `latents` [J] (ascending), after one with the note on what was left out and the
+    histograms' edges; empty where there is nothing to show."""
     rest: list[dict[str, Any]] = [{} for _ in latents]
     row_of = {int(latent): row for row, latent in enumerate(latents)}
     examples = read_examples(folder / "examples.parquet", row_of, PLANS[0].more)
@@ -135,7 +133,7 @@ def _note(plan: Plan, found: list[_Found]) -> str:
 
 
 def _histograms(path: Path, row_of: dict[int, int]) -> tuple[list[list[list[int]]], list[float]]:
-    """Of each latent the counts by layer, without the empty bins at either end; and the bins' edges."""
+    """For each latent the counts by layer, without the empty bins at either end; and the bins' edges."""
     histograms: list[list[list[int]]] = [[] for _ in row_of]
     if not path.is_file():
         return histograms, []

@@ -1,14 +1,13 @@
-"""The rows of examples.parquet as the report packs them: a window's text once, then who fired where in it, in digits.
+"""The rows of examples.parquet as the report packs them: each window's text once, and activations as digits.
 
-    texts      [text, lengths, place of its token]: a window; of each token a sign, the character of its length plus 48
-    examples   columns layer, rank, activation, text (its number) and levels: of each token of the window a sign, base
-               36: its activation, 0 to 35 where 35 is the latent's strongest example, rounded up
+    texts      [text, lengths, index of its token]: a window; one character per token, whose code is its length plus 48
+    examples   columns layer, rank, activation, text (its number) and levels: one digit per token, base 36, for its
+               activation: 0 to 35, where 35 is the latent's strongest example, rounded up
 
 A window is shown from `BEFORE` characters before its token to `AFTER` after it, whole tokens only. A token that only
-continues a character has length 0 and is shown with the token that begins it. Not here: how much is kept
-(`analysis.report.examples`).
+continues a character has length 0 and is shown with the token that begins it.
 
-Shapes: R rows, W tokens of all their windows.
+Shapes: R rows, W tokens of all their windows. Tested in tests/analysis/report/test_examples.py.
 """
 
 from pathlib import Path
@@ -23,7 +22,7 @@ BEFORE, AFTER = 36, 26
 """Characters shown around an example's token, at most."""
 
 LEVELS = 36
-"""Of an activation, 0 among them."""
+"""Levels of an activation, including 0."""
 
 _ROWS_AT_ONCE = 2**16
 _DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8).astype("<u4")
@@ -45,8 +44,8 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path, row_of: dict[int, int], more: int) -> list[list[Example]]:
-    """Of each latent (its row: `row_of`) the strongest example at each layer, and of the `more` strongest layers the
-    others too, sorted by layer and rank; empty lists without the file."""
+    """For each latent (its row: `row_of`) the strongest example at each layer, and all examples of the `more` strongest
+    layers, sorted by layer and rank; empty lists without the file."""
     found: list[list[Example]] = [[] for _ in row_of]
     if not path.is_file():
         return found
@@ -73,8 +72,9 @@ def read_examples(path: Path, row_of: dict[int, int], more: int) -> list[list[Ex
 
 
 def strengths(latent: np.ndarray, rank: np.ndarray, activation: np.ndarray) -> np.ndarray:
-    """[R] the place of a row's layer among its latent's layers by falling activation of their strongest example, from
-    0; rows are sorted by latent, layer, rank."""
+    """[R] the rank, from 0, of a row's layer among its latent's layers, by their strongest examples.
+
+    Rows are sorted by latent, layer, rank."""
     first = np.flatnonzero(rank == 0)
     order = np.lexsort((np.arange(len(first)), -activation[first], latent[first]))
     begins = np.flatnonzero(np.diff(latent[first], prepend=-1))
@@ -84,7 +84,7 @@ def strengths(latent: np.ndarray, rank: np.ndarray, activation: np.ndarray) -> n
 
 
 def add_texts(examples: list[Example]) -> dict[str, Any]:
-    """`texts` and `examples` of a latent, columns rather than rows because they deflate better; {} without any."""
+    """`texts` and `examples` of a latent, as columns because they compress better; {} without any."""
     if not examples:
         return {}
     number: dict[tuple[str, str, int], int] = {}
@@ -97,14 +97,14 @@ def add_texts(examples: list[Example]) -> dict[str, Any]:
 
 
 def marked_token(text: str, lengths: str, place: int) -> str:
-    """The token that a packed window is of."""
+    """The example's own token in a packed window."""
     sizes = [ord(sign) - 48 for sign in lengths[: place + 1]]
     start = sum(sizes[:-1])
     return text[start : start + sizes[-1]]
 
 
 def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[str, str, int, str]]:
-    """Text, lengths, place of the token and levels of each row, as shown. top: [R] activation of level 35."""
+    """Text, lengths, index of the token and levels of each row, as shown. top: [R] activation of level 35."""
     lists, activations = batch["texts"], batch["activations"]
     n_rows = batch.num_rows
     if not n_rows:
@@ -116,7 +116,7 @@ def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[str, str, int
     lengths = np.asarray(pc.utf8_length(tokens)).astype(np.int64)  # [W]  # pyright: ignore[reportAttributeAccessIssue]
     texts: list[str] = []
     for i, row in enumerate(pc.binary_join(lists, "").to_pylist()):  # pyright: ignore[reportAttributeAccessIssue]
-        if lengths[marked[i]] == 0:  # it continues a character: the token that begins it, or, cut off, itself
+        if lengths[marked[i]] == 0:  # it continues a character: mark the token that begins it, or, if cut off, itself
             owner = next((j for j in range(marked[i], starts[i] - 1, -1) if lengths[j]), None)
             if owner is None:
                 token = batch["text_token"][i].as_py()

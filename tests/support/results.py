@@ -8,7 +8,7 @@ the variance add up. Nothing here was measured: the reconstruction errors are sm
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -115,8 +115,38 @@ def write_results(
     seed: int = 0,
     change: Callable[[dict[str, Any]], object] | None = None,
 ) -> Path:
-    """Write the three files into `out_dir` and return it; `change` may edit the summary before it is written."""
+    """Write the files into `out_dir` and return it; `change` may edit the summary before it is written."""
     rng = np.random.default_rng(seed)
+    latents = _draw_latents(rng, n_layers, n_latents, dead_fraction)
+    kinds = _write_latents(out_dir, latents)
+    _write_pairs(out_dir, n_latents)
+    rows = _layer_rows(rng, latents, ci)
+    pq.write_table(pa.Table.from_pylist(rows), out_dir / "layers.parquet")
+    summary = _summary(rng, latents, kinds, rows, ci)
+    if change is not None:
+        change(summary)
+    (out_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    return out_dir
+
+
+class _Latents(NamedTuple):
+    """Made-up latents: M latents, L layers."""
+
+    counts: np.ndarray  # [M, L]
+    totals: np.ndarray  # [M, L] activation mass
+    probs: np.ndarray  # [M, L] totals over their sum; 0 for a dead latent
+    mean: np.ndarray  # [M] mean layer
+    var: np.ndarray  # [M] variance of the layer
+    share: np.ndarray  # [M] the part of it that lies within a token
+    n_tokens: np.ndarray  # [M]
+    entropy: np.ndarray  # [M]
+
+    @property
+    def live(self) -> np.ndarray:
+        return self.counts.sum(1) > 0
+
+
+def _draw_latents(rng: np.random.Generator, n_layers: int, n_latents: int, dead_fraction: float) -> _Latents:
     layer = np.arange(n_layers, dtype=np.float64)
     rate = _profiles(rng, n_latents, n_layers) * rng.lognormal(0, 1.5, (n_latents, 1))
     rate[rng.random(n_latents) < dead_fraction] = 0
@@ -131,6 +161,14 @@ def write_results(
     share = rng.beta(4, 4.5, n_latents)
     n_tokens = np.minimum(np.ceil(count / rng.uniform(2, 8, n_latents)), N_TOKENS).astype(np.int64)
     entropy = -(probs * np.log2(np.where(probs > 0, probs, 1))).sum(1)
+    return _Latents(counts, totals, probs, mean, var, share, n_tokens, entropy)
+
+
+def _write_latents(out_dir: Path, latents: _Latents) -> np.ndarray:
+    """Write latents.parquet; returns each latent's kind, [M]."""
+    counts, totals, probs, mean, var, share, n_tokens, entropy = latents
+    n_latents, n_layers = counts.shape
+    count, total, live = counts.sum(1), totals.sum(1), latents.live
 
     def nullable(values: np.ndarray) -> pa.Array:
         return pa.array(values, mask=~live)
@@ -139,7 +177,7 @@ def write_results(
         offsets = np.arange(0, values.size + 1, n_layers, dtype=np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
 
-    latents = {
+    columns = {
         "latent": pa.array(np.arange(n_latents)),
         "count": pa.array(count),
         "n_tokens": pa.array(n_tokens),
@@ -160,8 +198,12 @@ def write_results(
     kinds = np.array(["early", "middle", "late"])[np.minimum((mean * 3 / n_layers).astype(int), 2)].astype(object)
     kinds[2**entropy >= 2 / 3 * n_layers] = "persistent"
     kinds[~live] = None
-    latents["profile"] = pa.array(kinds.tolist(), pa.string())
-    pq.write_table(pa.table(latents), out_dir / "latents.parquet")
+    columns["profile"] = pa.array(kinds.tolist(), pa.string())
+    pq.write_table(pa.table(columns), out_dir / "latents.parquet")
+    return kinds
+
+
+def _write_pairs(out_dir: Path, n_latents: int) -> None:
     pairs = [
         {"latent_a": a, "latent_b": a + 1, "cosine": 0.99 - 0.001 * a, "overlap": 0.01 * a, "redundant": a < 10}
         | {"layer_mean_a": 1.25, "layer_mean_b": 2.5}
@@ -169,9 +211,15 @@ def write_results(
     ]
     pq.write_table(pa.Table.from_pylist(pairs), out_dir / "redundancy.parquet")
 
+
+def _layer_rows(rng: np.random.Generator, latents: _Latents, ci: bool) -> list[dict[str, Any]]:
+    """Rows of layers.parquet."""
+    counts, totals = latents.counts, latents.totals
+    n_layers = counts.shape[1]
+    layer = np.arange(n_layers, dtype=np.float64)
     depth = layer / max(n_layers - 1, 1)
     fvu = 0.16 + 0.2 * np.sin(np.pi * depth**0.8) + 0.05 * depth + rng.normal(0, 0.006, n_layers)
-    pca = 0.42 + 0.28 * np.sin(np.pi * depth**0.7)
+    pca = _pca(n_layers)
     norm = np.exp(1 + 5 * depth)
     rows = [
         {
@@ -192,9 +240,18 @@ def write_results(
         }
         for i in range(n_layers)
     ]
-    rows = [{name: value.item() if hasattr(value, "item") else value for name, value in row.items()} for row in rows]
-    pq.write_table(pa.Table.from_pylist(rows), out_dir / "layers.parquet")
+    return [{name: value.item() if hasattr(value, "item") else value for name, value in row.items()} for row in rows]
 
+
+def _pca(n_layers: int) -> np.ndarray:
+    return 0.42 + 0.28 * np.sin(np.pi * (np.arange(n_layers) / max(n_layers - 1, 1)) ** 0.7)
+
+
+def _variances(latents: _Latents, ci: bool) -> dict[str, Any]:
+    """The decomposition under three weightings, and the reference's numbers."""
+    _, totals, probs, mean, var, share, n_tokens, _ = latents
+    n_latents, live, total = len(mean), latents.live, totals.sum(1)
+    layer = np.arange(probs.shape[1], dtype=np.float64)
     active = n_tokens / N_TOKENS
     compat_token, second = np.mean(active * var * share), active * (probs @ layer**2)
     compat_latent = np.mean(second - (active * mean) ** 2)
@@ -209,43 +266,57 @@ def write_results(
     }
     compat["rel_var_f"] = _ratio(compat["exp_var_l_f"], compat["var_l"])
     compat["rel_var_t"] = _ratio(compat["exp_var_l_tf"], compat["exp_var_l_f"])
+    return variance | {"mlsae_compat": compat}
+
+
+def _provenance(n_layers: int, n_latents: int) -> dict[str, Any]:
+    return {
+        "store": {
+            "name": "acts.zarr",
+            "content_hash": "9f3c2a7e51b84d06a1c2d3e4f5061728",
+            "config_hash": "ab12cd34ef56ab12cd34ef56ab12cd34",
+            "model": "HuggingFaceTB/SmolLM2-135M",
+            "revision": None,
+            "architecture": "LlamaForCausalLM",
+            "dataset": "pydoc",
+            "context_length": 512,
+            "lens": None,
+            "stored_dtype": "bfloat16",
+            "n_tokens": 32_768,
+            "layers": list(range(n_layers)),
+        },
+        "sae": {
+            "name": "ckpt.pt",
+            "n_latents": n_latents,
+            "k": 32,
+            "d_model": 576,
+            "expansion_factor": n_latents / 576,
+            "trained_tokens": 28_703,
+            "store_content_hash": "9f3c2a7e51b84d06a1c2d3e4f5061728",
+        },
+        "analysis": {
+            "dtype": "float32",
+            "split": "all",
+            "max_tokens": None,
+            "seed": 0,
+            "versions": {"residscope": "0.1.0", "python": "3.11.9", "torch": "2.13.0", "numpy": "2.3.0"},
+        },
+    }
+
+
+def _summary(
+    rng: np.random.Generator, latents: _Latents, kinds: np.ndarray, rows: list[dict[str, Any]], ci: bool
+) -> dict[str, Any]:
+    """summary.json."""
+    n_latents, n_layers = latents.counts.shape
+    live, total, pca = latents.live, latents.totals.sum(1), _pca(n_layers)
+    variance = _variances(latents, ci)
     validation = [row["validation_fvu"] for row in rows]
     persistence: dict[str, Any] = {w: _persistence(rng, n_layers, ci) for w in ("mass", "equal")}
-    persistence["n_pairs"] = int(n_tokens.sum())
-    summary: dict[str, Any] = {
+    persistence["n_pairs"] = int(latents.n_tokens.sum())
+    return {
         "schema_version": 1,
-        "provenance": {
-            "store": {
-                "name": "acts.zarr",
-                "content_hash": "9f3c2a7e51b84d06a1c2d3e4f5061728",
-                "config_hash": "ab12cd34ef56ab12cd34ef56ab12cd34",
-                "model": "HuggingFaceTB/SmolLM2-135M",
-                "revision": None,
-                "architecture": "LlamaForCausalLM",
-                "dataset": "pydoc",
-                "context_length": 512,
-                "lens": None,
-                "stored_dtype": "bfloat16",
-                "n_tokens": 32_768,
-                "layers": list(range(n_layers)),
-            },
-            "sae": {
-                "name": "ckpt.pt",
-                "n_latents": n_latents,
-                "k": 32,
-                "d_model": 576,
-                "expansion_factor": n_latents / 576,
-                "trained_tokens": 28_703,
-                "store_content_hash": "9f3c2a7e51b84d06a1c2d3e4f5061728",
-            },
-            "analysis": {
-                "dtype": "float32",
-                "split": "all",
-                "max_tokens": None,
-                "seed": 0,
-                "versions": {"residscope": "0.1.0", "python": "3.11.9", "torch": "2.13.0", "numpy": "2.3.0"},
-            },
-        },
+        "provenance": _provenance(n_layers, n_latents),
         "split": {
             "name": "all",
             "n_tokens": N_TOKENS,
@@ -266,7 +337,7 @@ def write_results(
             "ci95": {name: [0.1, 0.9] for name in ("fvu", "mse", "l0")} if ci else {},
         },
         "layers": rows,
-        "variance": variance | {"mlsae_compat": compat},
+        "variance": variance,
         "persistence": persistence,
         "nulls": {
             "seed": 0,
@@ -329,7 +400,3 @@ def write_results(
         },
         "seconds": 21.3,
     }
-    if change is not None:
-        change(summary)
-    (out_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-    return out_dir

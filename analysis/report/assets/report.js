@@ -59,7 +59,7 @@ const COLUMNS = [
   { key: "kind", name: "Kind", hint: "of its layer profile", wide: true },
   { key: null, name: "P(layer | latent)", hint: "first layer at the left; each row scaled to its own highest layer" },
   { key: "count", name: "Firings", hint: "(token, layer) pairs at which it fired", format: integer },
-  { key: "n_tokens", name: "Tokens", hint: "tokens at which it fired at one layer at least", format: integer, rest: true },
+  { key: "n_tokens", name: "Tokens", hint: "tokens at which it fired at at least one layer", format: integer, rest: true },
   { key: "mass_share", name: "Share of mass", hint: "of the activation mass of all latents", format: percent, wide: true },
   { key: "mean", name: "Mean activation", hint: "units of the standardised residual stream", format: show, wide: true },
   { key: "layer_mean", name: "Mean layer", hint: "mean of P(layer | latent)", format: show },
@@ -123,7 +123,7 @@ function profile(matrix, row, layers) {
   return Array.from(matrix.subarray(row * layers.length, (row + 1) * layers.length));
 }
 
-/** The test of a search such as "17, 40-60"; null where nothing is asked for. */
+/** Whether a number meets a search such as "17, 40-60", as a function; null for a search without numbers. */
 function numberTest(text) {
   const ranges = [...text.matchAll(/(\d+)(?:\s*[-\u2013]\s*(\d+))?/g)].map((m) => [Number(m[1]), Number(m[2] ?? m[1])]);
   return ranges.length ? (n) => ranges.some(([low, high]) => low <= n && n <= high) : null;
@@ -216,7 +216,7 @@ async function latentTable(block) {
     sort.value = state.key;
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
-    if (n && !state.rows.length) status.textContent = "No live latent meets these conditions: it is dead in these tokens, or filtered out.";
+    if (n && !state.rows.length) status.textContent = "No live latent meets these conditions: either it is dead in these tokens, or it is filtered out.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
     pages.querySelector("span").textContent = shown.length ? `${integer(from + 1)} to ${integer(from + shown.length)} of ${integer(state.rows.length)}` : "";
     for (const button of pages.querySelectorAll("button")) {

@@ -91,19 +91,12 @@ def _latents(prompt: Mapping[str, Any]) -> str:
 
 
 def _effects(prompt: Mapping[str, Any]) -> str:
-    head = (
-        *("Change after one block, at every kept token", "KL at the last token, nats"),
-        *("KL, mean over tokens, nats", "Rises most", "Falls most"),
-    )
-    rows = [
-        (
-            escape(name_of(one)),
-            *(show(one["kl_last"]), show(one["kl_mean"])),
-            *(_changes(one["increased"]), _changes(one["decreased"])),
-        )
-        for one in prompt["interventions"]
-    ]
-    return table(head, rows, "effects")
+    kl = ("KL at the last token, nats", "KL, mean over tokens, nats")
+    rows = []
+    for one in prompt["interventions"]:
+        numbers = (show(one["kl_last"]), show(one["kl_mean"]))
+        rows.append((escape(name_of(one)), *numbers, _changes(one["increased"]), _changes(one["decreased"])))
+    return table(("Change after one block, at every kept token", *kl, "Rises most", "Falls most"), rows, "effects")
 
 
 def _changes(found: Sequence[Mapping[str, Any]]) -> str:

@@ -14,18 +14,13 @@ def section(results: Results) -> Section:
     """The counts, and the first pairs."""
     if not results.get("redundancy"):
         return Section(TITLE, "<p>Not shown: this analysis was made without comparing decoder rows.</p>")
-    cosine, overlap, mmcs, parallel, redundant, latents = (
-        results.number("redundancy", name)
-        for name in (
-            *("cosine_threshold", "overlap_threshold", "mmcs"),
-            *("parallel_pairs", "redundant_pairs", "redundant_latents"),
-        )
-    )
+    found = results.get("redundancy")
+    live = f"of {integer(len(results.counts))} live latents"
     numbers = (
-        ("MMCS", show(mmcs), "lower is less redundant; 1: every latent has a parallel one"),
-        ("Near-parallel pairs", integer(parallel), "of live latents"),
-        ("Redundant pairs", integer(redundant), "near-parallel, with disjoint layer profiles"),
-        ("Latents in a redundant pair", integer(latents), f"of {integer(len(results.counts))} live latents"),
+        ("MMCS", show(found["mmcs"]), "lower is less redundant; 1: every latent has a parallel one"),
+        ("Near-parallel pairs", integer(found["parallel_pairs"]), "of live latents"),
+        ("Redundant pairs", integer(found["redundant_pairs"]), "near-parallel, with disjoint layer profiles"),
+        ("Latents in a redundant pair", integer(found["redundant_latents"]), live),
     )
     head = ("latent a", "latent b", "cosine", "overlap of profiles", "mean layer of a", "mean layer of b")
     names = ("cosine", "overlap", "layer_mean_a", "layer_mean_b")
@@ -34,4 +29,5 @@ def section(results: Results) -> Section:
     ]
     note = '<p class="note">Redundant pairs first, then by cosine; redundancy.parquet holds more.</p>'
     pairs = table(head, rows) + note if rows else "<p>No pair is near-parallel.</p>"
-    return Section(TITLE, INTRODUCTION.format(cosine=show(cosine), overlap=show(overlap)) + tiles(numbers) + pairs)
+    limits = {name: show(found[f"{name}_threshold"]) for name in ("cosine", "overlap")}
+    return Section(TITLE, INTRODUCTION.format(**limits) + tiles(numbers) + pairs)
