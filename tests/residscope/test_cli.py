@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import residscope
 from residscope.cli import COMMANDS, main
 from store.activations import ActivationStore
 from tests.support.stores import make_meta, make_store, random_activations, token_table
@@ -122,6 +123,14 @@ def test_other_commands_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(sys.modules, module, fake)
         assert main([name, "--help", "x"]) == 7
     assert called == [(name, ["--help", "x"]) for name in COMMANDS]
+
+
+@pytest.mark.parametrize("words", [[], ["info"], ["verify"], *([name] for name in COMMANDS)])
+def test_every_command_tells_the_version(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--version"])
+    assert ended.value.code == 0
+    assert f"(residscope {residscope.__version__})" in capsys.readouterr().out
 
 
 def test_help_is_light_and_names_every_command() -> None:
