@@ -100,7 +100,9 @@ def demo(config: DemoConfig) -> None:
         seconds[stage.name] = time.monotonic() - started
         print(f"{stage.name} took {human_seconds(seconds[stage.name])}", flush=True)
     summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
-    print("\n".join(["", *closing_words(summary), "", _times(seconds), *_where(config.out)]), flush=True)
+    print("\n".join(["", *closing_words(summary), "", _times(seconds)]), flush=True)
+    if (report := config.out / "report.html").exists():
+        print(f"Open {report} in a browser.", flush=True)
 
 
 def closing_words(summary: dict[str, Any]) -> list[str]:
@@ -133,11 +135,6 @@ def _times(seconds: dict[str, float]) -> str:
     return f"Time: {parts}; together {human_seconds(sum(seconds.values()))}."
 
 
-def _where(out: Path) -> list[str]:
-    report = out / "report.html"
-    return [f"Open {report} in a browser."] if report.exists() else []
-
-
 def _failed(stage: Stage, code: int) -> ResidscopeError:
     code = 128 - code if code < 0 else code  # a signal's number, as a shell gives it
     error = ResidscopeError(
@@ -149,13 +146,9 @@ def _failed(stage: Stage, code: int) -> ResidscopeError:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `residscope demo`; returns the exit code."""
-
-    def command() -> int:
-        description = "Harvest, train and analyze on a small model and Python's own documentation; needs no network."
-        demo(parse_options(DemoConfig, argv, prog="residscope demo", description=description))
-        return 0
-
-    return run_command("residscope demo", command)
+    name = "residscope demo"
+    description = "Harvest, train and analyze on a small model and Python's own documentation; needs no network."
+    return run_command(name, lambda: demo(parse_options(DemoConfig, argv, prog=name, description=description)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Where results may go: not where another process writes, not over another command's, and not on a full disk.
 
-Not here: that nothing is written into a store (`store.folder.refuse_inside_store`). Tested in
-tests/residscope/test_destinations.py.
+Not here: that nothing is written into a store (`store.folder.refuse_inside_store`).
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 A command turns a `ResidscopeError` into a single line on stderr and its exit code (see
 `residscope.console.run_command`). Everything else that is raised is a bug in this project and keeps its traceback.
-Messages name the thing, what was expected, what was found, and what to do about it.
+Messages name the thing, what was expected, what was found, and what to do about it. Tested in tests/test_exit_codes.py.
 """
 
 

@@ -74,36 +74,22 @@ def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
         attributes={"stored_dtype": meta.stored_dtype},
         **common,
     )
-    statistics: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "shard_moments": ((meta.n_shards, 2, n_layers, d_model), ("shard", "moment", "layer", "d_model")),
-        "layer_mean": ((n_layers, d_model), ("layer", "d_model")),
-        "layer_var": ((n_layers, d_model), ("layer", "d_model")),
-        "layer_norm": ((n_layers,), ("layer",)),
-    }
-    for name, (shape, dimensions) in statistics.items():
-        group.create_array(
-            name,
-            shape=shape,
-            dtype="float64",
-            chunks=(1, *shape[1:]) if name == "shard_moments" else shape,
-            compressors=[Crc32cCodec()],
-            fill_value=float("nan"),
-            dimension_names=dimensions,
-            **common,
+
+    def small(name: str, dimensions: tuple[str, ...], shape: tuple[int, ...], **options: Any) -> Any:
+        return group.create_array(
+            name, shape=shape, dimension_names=dimensions, compressors=[Crc32cCodec()], **common, **options
         )
+
+    numbers: Any = {"dtype": "float64", "fill_value": float("nan")}
+    per_layer = (n_layers, d_model)
+    moments = ("shard", "moment", "layer", "d_model")
+    small("shard_moments", moments, (meta.n_shards, 2, *per_layer), chunks=(1, 2, *per_layer), **numbers)
+    small("layer_mean", ("layer", "d_model"), per_layer, chunks=per_layer, **numbers)
+    small("layer_var", ("layer", "d_model"), per_layer, chunks=per_layer, **numbers)
+    small("layer_norm", ("layer",), (n_layers,), chunks=(n_layers,), **numbers)
+    columns: Any = {"chunks": (min(n_tokens, _TOKEN_CHUNK),), "fill_value": 0, "config": {"write_empty_chunks": True}}
     for name, dtype in _TOKEN_DTYPES.items():
-        array = group.create_array(
-            name,
-            shape=(n_tokens,),
-            dtype=dtype,
-            chunks=(min(n_tokens, _TOKEN_CHUNK),),
-            compressors=[Crc32cCodec()],
-            fill_value=0,
-            dimension_names=("token",),
-            config={"write_empty_chunks": True},
-            **common,
-        )
-        array[:] = getattr(tokens, name)
+        small(name, ("token",), (n_tokens,), dtype=dtype, **columns)[:] = getattr(tokens, name)
 
 
 def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> TokenTable:

@@ -73,18 +73,18 @@ class KeptCodes:
             atomic_write(parent / "zarr.json", [b'{"zarr_format": 3, "node_type": "group", "attributes": {}}'])
         made = parent / f".{uuid.uuid4().hex}.making"
         group = zarr.create_group(str(made), zarr_format=3, attributes=attributes)
-        shape = (store.meta.n_tokens, len(attributes["layers"]), width)
+        keys = {"name": "default", "separator": "."}
+        common: Any = {"filters": None, "chunk_key_encoding": keys, "fill_value": 0}
+        inner = (len(attributes["layers"]), width)
         for name, dtype in (("values", attributes["dtype"]), ("indices", "int32")):
             group.create_array(
                 name,
-                shape=shape,
+                shape=(store.meta.n_tokens, *inner),
                 dtype=dtype,
-                chunks=(store.meta.shard_tokens, *shape[1:]),
+                chunks=(store.meta.shard_tokens, *inner),
                 compressors=[Crc32cCodec()],
-                filters=None,
-                chunk_key_encoding={"name": "default", "separator": "."},
-                fill_value=0,
                 dimension_names=("token", "layer", "place"),
+                **common,
             )
         group.create_array(
             _DIGEST,
@@ -92,10 +92,8 @@ class KeptCodes:
             dtype="uint8",
             chunks=(1, _DIGEST_BYTES),
             compressors=None,
-            filters=None,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            fill_value=0,
             dimension_names=("shard", "byte"),
+            **common,
         )
         folder = parent / _key(attributes)
         if folder.exists():  # no group that can be read, or another's: nothing of it can be trusted

@@ -2,7 +2,7 @@
 
 How: a folder is a store if it has the root group's zarr.json and the manifest. Its metadata is believed once every file
 that says something of it has the hash that the manifest's header gives. Not here: the shards, which may be missing or
-damaged (activations.py, care/verify.py). Tested in tests/store/test_activations.py and tests/store/test_faults.py.
+damaged (activations.py, care/verify.py).
 """
 
 import json

@@ -4,7 +4,7 @@ How: `manifest/0.jsonl` begins with a header line (the hash of every file that i
 line for each whole shard. Every line ends in a checksum of itself. A shard counts only once its line is there, and the
 line is written last. A last line that is not intact was cut by a crash: readers ignore it (so its shard is missing),
 and the next writer cuts it off. Any other bad line is damage, and is reported. Not here: reading the shards
-(shards.py). Tested in tests/store/test_faults.py.
+(shards.py).
 """
 
 import errno

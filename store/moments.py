@@ -3,7 +3,7 @@
 How: each shard has the mean and the sum of squared deviations (M2) of each layer and dimension, in float64, of the
 *stored* (rounded) values. Shards are merged in shard order by the update of Chan, Golub and LeVeque (1979), so that the
 result is exact to rounding, never negative, and the same after any interruption. Not here: the sums of one shard
-(pack.py). Tested in tests/store/test_pack.py.
+(pack.py).
 
 Shapes: L stored layers, D = d_model.
 """

@@ -8,8 +8,7 @@ those beyond the last token; the reader takes them from wherever the index says,
 A shard is committed in three steps, each on the disk before the next begins: its file, which is written under a
 temporary name, synced and renamed (`files.atomic_write`); its moments, in the same way; its line in the manifest. Only
 a shard with a line is there for readers, so a crash loses at most the shard in flight. Not here: the numbers in a chunk
-(pack.py), the manifest's lines and the lock (manifest.py). Tested in tests/store/test_activations.py and
-tests/store/test_faults.py.
+(pack.py), the manifest's lines and the lock (manifest.py).
 
 Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 """

@@ -110,15 +110,8 @@ class RowOrder:
         )
         chunk = np.take_along_axis(order, mix, axis=1).reshape(-1)
         layer = np.array(self.layers, np.int64)[mix].reshape(-1)
-        served = np.cumsum(self._counts[chunk])
-        lasts = (
-            np.minimum(
-                np.arange(self.blocks_per_window, len(chunk) + self.blocks_per_window, self.blocks_per_window),
-                len(chunk),
-            )
-            - 1
-        )
-        return EpochOrder(chunk, layer, served[lasts])
+        window_ends = np.append(np.arange(self.blocks_per_window, len(chunk), self.blocks_per_window), len(chunk))
+        return EpochOrder(chunk, layer, np.cumsum(self._counts[chunk])[window_ends - 1])
 
     def locate(self, row: int) -> Position:
         """Where the row-th row of the rank's stream (from 0, over all epochs) is."""

@@ -7,7 +7,7 @@ hashes of its shard. At last the order of lines is put back, so that a repaired 
 belongs to no shard (metadata, tokens, the manifest's header) cannot be repaired.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,15 +81,6 @@ def repair(
             "missing: repair the store where it was made, or run its `harvest` command again to take the new bytes"
         )
     return Repaired(found, refilled, [shard for shard in refilled if shard in old])
-
-
-def forget_shards(path: Path, shards: Collection[int]) -> None:
-    """Take shards out of the manifest, durably, so that they count as missing and can be filled anew.
-
-    Lines that are not intact go too. Raises `ResidscopeError` when another process is writing the store.
-    """
-    with WriterLock(path, path):
-        forget_lines(path, shards)
 
 
 def _keep_lines(path: Path, manifest: Manifest) -> dict[int, bytes]:

@@ -1,7 +1,9 @@
 """crc32c: the number that the standard gives, from either library, for bytes and arrays of every alignment."""
 
 import builtins
+import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from store import checksums
+from store.checksums import DamagedError
 
 
 @pytest.fixture(params=["fastest", "without awscrt"])
@@ -50,3 +53,10 @@ def test_bytes_and_arrays_of_any_length_and_alignment(crc32c: Any) -> None:
             part = data[start : start + length]
             assert crc32c(part) == crc32c(part.tobytes()) == bit_by_bit(part.tobytes())
         assert crc32c(data[start:]) == google_crc32c.value(data[start:].tobytes())
+
+
+def test_damage_is_told_by_another_process_as_it_is() -> None:
+    error = pickle.loads(pickle.dumps(DamagedError(Path("a.zarr/token_id/c.0"), "the file is missing")))
+    assert isinstance(error, DamagedError)
+    assert (error.what, error.exit_code) == ("the file is missing", 3)
+    assert str(error).startswith("a.zarr/token_id/c.0: the file is missing. ")

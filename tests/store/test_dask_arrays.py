@@ -5,7 +5,7 @@ import pytest
 
 from residscope.errors import IncompatibleError, ResidscopeError
 from store import ActivationStore, dask_array
-from store.care.repair import forget_shards
+from store.manifest import forget_lines
 from tests.support.stores import make_store, random_activations
 
 dask = pytest.importorskip("dask")
@@ -51,7 +51,7 @@ def test_what_is_missing_or_damaged_raises(store: ActivationStore) -> None:
     file.write_bytes(data)
     with pytest.raises(ResidscopeError, match="checksum of token chunk 0 at stored layer 0"):
         array.compute()
-    forget_shards(store.path, [2])
+    forget_lines(store.path, [2])
     with pytest.raises(IncompatibleError, match="1 of 3 shards are missing"):
         dask_array(store.path)
     with pytest.raises(IncompatibleError, match="shard 2"), dask.config.set(scheduler="processes"):

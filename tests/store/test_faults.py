@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from residscope.errors import IncompatibleError, ResidscopeError
 from store import arrays
 from store.activations import ActivationStore
 from store.care.verify import verify
-from store.checksums import DamagedError
 from store.manifest import FILE, LOCK
 from tests.support.faults import X, count_down, everything, files_of, fill, harmless, random_fault, run_and_die, small
 
@@ -190,35 +188,6 @@ def test_swapped_shards_are_detected(tmp_path: Path) -> None:
         assert {bad.index for bad in verify(path)} == {0, 1}
         first.write_bytes(a)
         second.write_bytes(b)
-
-
-def test_damage_is_told_by_another_process_as_it_is() -> None:
-    error = pickle.loads(pickle.dumps(DamagedError(Path("a.zarr/token_id/c.0"), "the file is missing")))
-    assert isinstance(error, DamagedError)
-    assert (error.what, error.exit_code) == ("the file is missing", 3)
-    assert str(error).startswith("a.zarr/token_id/c.0: the file is missing. ")
-
-
-def test_manifest_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.zarr"
-    fill(path)
-    good = (path / FILE).read_bytes()
-    header, *lines = good.splitlines(keepends=True)
-    (path / FILE).write_bytes(header + lines[0] + lines[1][:50] + b"\n" + lines[2])
-    with pytest.raises(ResidscopeError, match="line 3: its checksum"):
-        ActivationStore.open(path, partial=True)
-    assert [bad.index for bad in verify(path)] == [None, 1]
-    (path / FILE).write_bytes(good + lines[1])
-    with pytest.raises(ResidscopeError, match="line 5: shard 1 is there twice"):
-        ActivationStore.open(path)
-    (path / FILE).write_bytes(b"".join([*lines]))
-    with pytest.raises(ResidscopeError, match="line 1: the header"):
-        ActivationStore.open(path)
-    (path / FILE).write_bytes(good[:-20])
-    with pytest.raises(IncompatibleError, match="1 of 3 shards"):
-        ActivationStore.open(path)
-    (bad,) = verify(path)
-    assert (bad.index, "torn" in bad.reason) == (2, True)
 
 
 def test_a_store_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

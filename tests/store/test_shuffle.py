@@ -105,7 +105,7 @@ def test_chunk_row_counts() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"rank": 2, "world_size": 2}, {"seed": -1}, {"layers": ()}, {"layers": (1, 1)}])
-def test_senseless_plans_are_refused(changes: dict) -> None:
+def test_senseless_orders_are_refused(changes: dict) -> None:
     with pytest.raises(UsageError):
         row_order(**changes)
 

@@ -13,9 +13,9 @@ import pytest
 from residscope.cli import REFILL, main
 from residscope.errors import IncompatibleError, ResidscopeError
 from store.activations import ActivationStore
-from store.care.repair import JOURNAL, forget_shards, repair
+from store.care.repair import JOURNAL, repair
 from store.care.verify import verify
-from store.manifest import FILE, WriterLock
+from store.manifest import FILE, WriterLock, forget_lines
 from tests.support.faults import X, files_of, fill, run_and_die, small
 
 SHARD = "resid_post/c.1.0.0"
@@ -63,7 +63,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[int], list[int]]] = {
     "a flipped line": (lambda path: flip(path / FILE, len((path / FILE).read_bytes()) - 400), [1], []),
     "a torn last line": (lambda path: (path / FILE).write_bytes((path / FILE).read_bytes()[:-9]), [2], []),
     "a missing line": (lambda path: without_line(path, 1), [1], []),
-    "a forgotten shard": (lambda path: forget_shards(path, [0]), [0], []),
+    "a forgotten shard": (lambda path: forget_lines(path, [0]), [0], []),
     "a line that is there twice": (
         lambda path: (path / FILE).write_bytes((path / FILE).read_bytes() + b"".join(lines_of(path)[1:2])),
         [],
