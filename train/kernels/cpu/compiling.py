@@ -12,7 +12,7 @@ handed out one by one, so that a thread that finds its core taken merely takes f
 
 Machine code is cached beside the source or, where that cannot be written, in the user's cache folder, and made anew
 when any file of loops has changed; `NUMBA_CACHE_DIR` overrides both folders. Where nothing can be written, the loops
-are compiled anew in each process, and the log says so once.
+are compiled anew in each process, and the log says so.
 """
 
 import functools
