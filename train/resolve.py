@@ -283,7 +283,7 @@ def _working(plan: RunPlan) -> int:
     n, d = plan.batch_size, plan.d_model
     k = max(plan.k, plan.k_start or 0) * (4 if plan.multi_topk else 1)
     batch = n * (6 * 4 * d + 48 * k)  # six float32 [N, D]; codes, gradients, sorted pairs
-    batch += choose_kernels(torch.empty(0, device=plan.device), plan.kernels).scratch_bytes(n * k, d)
+    batch += int(n * k * d * choose_kernels(torch.empty(0, device=plan.device), plan.kernels).pair_bytes)
     blocks = 2 if plan.multi_topk else len(plan.prefixes)  # nested: an error of each, and one's gradients by themselves
     nested = blocks * n * 4 * d + 4 * _weights(plan) if blocks else 0
     casts = _weights(plan) if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK

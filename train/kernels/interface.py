@@ -73,6 +73,9 @@ class Kernels(ABC):
     name: str
     """The package that computes: torch, numba or triton. For records only, because two need not round alike."""
 
+    pair_bytes: float = 0
+    """Memory that `weight_gradients` needs for itself, in float32, over N * k * D."""
+
     @abstractmethod
     def topk_relu(self, z: Tensor, k: int) -> SparseCodes:
         """The k largest entries of each row of `z` [N, M], largest first, then ReLU (Gao et al. 2024, 2.3).
@@ -149,7 +152,3 @@ class Kernels(ABC):
         brought back to unit norm after it (Gao et al. 2024, appendix A.3), so what is saved is always on the sphere.
         `grad_scale` multiplies the gradient first, as clipping by norm needs.
         """
-
-    @abstractmethod
-    def scratch_bytes(self, pairs: int, d_model: int) -> int:
-        """Memory that `weight_gradients` of N * k pairs needs for itself, in float32."""

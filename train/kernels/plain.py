@@ -123,9 +123,6 @@ class PlainKernels(Kernels):
             if unit_rows:
                 w.div_(w.norm(dim=1, keepdim=True))
 
-    def scratch_bytes(self, pairs: int, d_model: int) -> int:
-        return 0
-
 
 class _PairOrder(NamedTuple):
     """The N * k (row, latent) pairs sorted by latent; within a latent, by row, so that sums have one fixed order."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from train.hardware import dense_dtype
-from train.kernels.interface import Kernels, SparseCodes
+from train.kernels.interface import Kernels
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -135,10 +135,6 @@ class DeadLatents:
         self.threshold = threshold
         self.silent = torch.zeros(n_latents, dtype=torch.int64, device=device)
         """[M] vectors since each latent last fired."""
-
-    def update(self, codes: SparseCodes) -> None:
-        """Count the rows of one batch."""
-        self.count(len(codes.values), codes.indices[codes.values > FIRING_THRESHOLD])
 
     def count(self, n: int, fired: Tensor) -> None:
         """Count `n` rows; fired: bool [M], or the numbers of the latents above `FIRING_THRESHOLD`, repeats allowed."""

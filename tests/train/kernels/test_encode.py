@@ -6,14 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.codes import dense
 from train.kernels.encode import ReadyEncoder
 from train.kernels.interface import Kernels, SparseCodes, TopK
 from train.kernels.plain import TORCH
-
-
-def dense(codes: SparseCodes, m: int) -> Tensor:
-    """[N, M]; several zeros may name one latent."""
-    return torch.zeros(len(codes.values), m, dtype=codes.values.dtype).scatter_add(1, codes.indices, codes.values)
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 12 * 4 * 3, 10**9])
@@ -37,7 +33,7 @@ def test_the_largest_of_a_batch_are_exact_for_any_tile(seed: int, count: int, gr
     flat = (x @ W.T).flatten()
     order = flat.sort(descending=True, stable=True).indices[:count]
     expected = torch.zeros_like(flat).scatter(0, order, 1.0) * flat.relu()
-    torch.testing.assert_close(dense(found.codes, 7), expected.view(9, 7))
+    torch.testing.assert_close(dense(*found.codes, 7), expected.view(9, 7))
     if (expected > 0).any():
         torch.testing.assert_close(found.smallest, expected[expected > 0].min())
     else:
@@ -56,7 +52,7 @@ def test_codes_above_thresholds_by_hand(tile_bytes: int) -> None:
         (torch.tensor([3.5, 0.2, 3.5]), [[0, 0, 0], [0, 0.5, 0], [0, 0, 0]]),
     ):
         found = ReadyEncoder(TORCH, W, tile_bytes=tile_bytes).above(x, threshold)
-        assert dense(found, 3).tolist() == kept, z
+        assert dense(*found, 3).tolist() == kept, z
     assert ReadyEncoder(TORCH, W).above(x[:0], torch.tensor(0.0)).values.shape[0] == 0
 
 

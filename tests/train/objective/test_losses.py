@@ -9,12 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from train.kernels.choose import choose_kernels
-from train.kernels.interface import SparseCodes
-from train.objective.losses import AuxOutput, DeadLatents, LayerMoments, auxk, dead_threshold, row_weights
+from train.objective.losses import (
+    FIRING_THRESHOLD,
+    AuxOutput,
+    DeadLatents,
+    LayerMoments,
+    auxk,
+    dead_threshold,
+    row_weights,
+)
 
 
-def codes(values: list[list[float]], indices: list[list[int]]) -> SparseCodes:
-    return SparseCodes(torch.tensor(values), torch.tensor(indices))
+def count(dead: DeadLatents, values: Tensor, indices: Tensor) -> None:
+    """Count the rows of a batch with these codes, as a step does."""
+    dead.count(len(values), indices[values > FIRING_THRESHOLD])
 
 
 def test_row_weights_in_both_spaces() -> None:
@@ -69,9 +77,9 @@ def test_silent_vectors_do_not_depend_on_how_batches_are_cut() -> None:
     values = torch.rand(12, 2)
     indices = torch.stack([torch.randperm(6)[:2] for _ in range(12)])
     whole, cut = DeadLatents(6, 100), DeadLatents(6, 100)
-    whole.update(SparseCodes(values, indices))
+    count(whole, values, indices)
     for part in (slice(0, 6), slice(6, 12)):
-        cut.update(SparseCodes(values[part], indices[part]))
+        count(cut, values[part], indices[part])
     fired_late = set(indices[6:].flatten().tolist())
     assert [cut.silent[j].item() == whole.silent[j].item() for j in fired_late] == [True] * len(fired_late)
     for latent in set(range(6)) - set(indices.flatten().tolist()):
@@ -82,11 +90,11 @@ def test_only_values_above_the_threshold_fire() -> None:
     """Mistake 1: counting indices whatever their value. A latent dies at the threshold, not before."""
     dead = DeadLatents(4, threshold=4)
     for _ in range(2):
-        dead.update(codes([[0.5, 0.0], [0.5, 1e-3]], [[0, 1], [0, 2]]))
+        count(dead, torch.tensor([[0.5, 0.0], [0.5, 1e-3]]), torch.tensor([[0, 1], [0, 2]]))
     assert dead.silent.tolist() == [0, 4, 4, 4]
     assert dead.dead_latents().tolist() == [1, 2, 3]
     assert dead.fraction() == 0.75
-    dead.update(codes([[0.002, 0.0]], [[3, 1]]))
+    count(dead, torch.tensor([[0.002, 0.0]]), torch.tensor([[3, 1]]))
     assert dead.silent.tolist() == [1, 5, 5, 0]
 
 
@@ -95,7 +103,7 @@ def test_counters_pass_two_to_the_24() -> None:
     dead = DeadLatents(1, threshold=2**40)
     dead.silent += 2**24
     for _ in range(3):
-        dead.update(codes([[0.0]], [[0]]))
+        count(dead, torch.tensor([[0.0]]), torch.tensor([[0]]))
     assert dead.silent.tolist() == [2**24 + 3]
 
 

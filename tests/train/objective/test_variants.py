@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.codes import dense
 from train.kernels.choose import choose_kernels
-from train.kernels.interface import Kernels, SparseCodes
+from train.kernels.interface import Kernels
 from train.kernels.plain import TORCH
 from train.model import MLSAE
 from train.model_config import SAEConfig, default_prefixes
@@ -264,11 +265,6 @@ def test_a_jumprelu_step_by_hand() -> None:
     assert found.gradients.log_threshold.tolist() == pytest.approx([-slope, -(-1.6 + slope)])  # type: ignore[union-attr]
 
 
-def dense(codes: SparseCodes, m: int) -> Tensor:
-    """[N, M]; several zeros may name one latent."""
-    return torch.zeros(len(codes.values), m, dtype=codes.values.dtype).scatter_add(1, codes.indices, codes.values)
-
-
 @pytest.mark.parametrize("activation", ["batchtopk", "matryoshka"])
 def test_the_threshold_of_inference_is_the_running_mean_of_the_smallest_kept(activation: Any) -> None:
     """Bussmann et al. 2024: in training the k N largest of a batch, in inference all above the threshold."""
@@ -288,7 +284,7 @@ def test_the_threshold_of_inference_is_the_running_mean_of_the_smallest_kept(act
         assert sae.threshold.item() == pytest.approx(expected, rel=1e-6)
     x = torch.randn(50, 4)
     z = (sae.standardize(x).x - sae.b_pre) @ sae.W_enc.T
-    torch.testing.assert_close(dense(sae.encode(x), 8), z * (z > sae.threshold))
+    torch.testing.assert_close(dense(*sae.encode(x), 8), z * (z > sae.threshold))
 
 
 def test_the_first_batch_gives_jumprelu_its_thresholds() -> None:
@@ -319,7 +315,7 @@ def test_inference_of_jumprelu_and_relu() -> None:
             threshold = sae.log_threshold.exp()
         x = torch.randn(50, 4)
         z = (sae.standardize(x).x - sae.b_pre) @ sae.W_enc.T + sae.b_enc
-        torch.testing.assert_close(dense(sae.encode(x), 8), z * (z > threshold))
+        torch.testing.assert_close(dense(*sae.encode(x), 8), z * (z > threshold))
 
 
 def test_without_subtraction_the_encoder_sees_the_vector_itself() -> None:

@@ -144,9 +144,6 @@ class CpuKernels(Kernels):
             unit_rows,
         )
 
-    def scratch_bytes(self, pairs: int, d_model: int) -> int:
-        return 0
-
 
 class _Pairs:
     """The (row, latent) pairs of a batch in the order of their latents."""

@@ -12,7 +12,7 @@ handed out one by one, so that a thread that finds its core taken merely takes f
 
 Machine code is cached beside the source or, where that cannot be written, in the user's cache folder, and made anew
 when any file of loops has changed; `NUMBA_CACHE_DIR` overrides both folders. Where nothing can be written, the loops
-are compiled anew in each process, and the log says so once.
+are compiled anew in each process, and the log says so.
 """
 
 import functools
@@ -48,7 +48,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     try:
         dispatcher: Any = numba.njit(cache=True, fastmath=_SUMS, **_OPTIONS)(function)
     except RuntimeError:  # numba found no folder that it may write to
-        _log_no_cache()
+        LOG.warning("compiled code cannot be cached: no folder can be written; set NUMBA_CACHE_DIR to one that can")
         return numba.njit(fastmath=_SUMS, **_OPTIONS)(function)
     # numba compiles anew when the function's own file has changed; its helpers may be in another file of loops.
     file = dispatcher._cache._cache_file
@@ -109,7 +109,3 @@ class _Pool:
 
 
 _POOL = _Pool()
-
-
-def _log_no_cache() -> None:
-    LOG.warning("compiled code cannot be cached: no folder can be written; set NUMBA_CACHE_DIR to one that can")

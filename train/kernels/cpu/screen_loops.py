@@ -1,9 +1,8 @@
-"""The loops of `train.kernels.cpu.screen`: 8-bit products, the few latents that may be among the largest, their exact
-products.
+"""Compiled loops of the 8-bit screen: bytes packed, latents that may be among the largest, their exact products.
 
 - Rows are rounded to signed bytes and packed in blocks of 14, latents to unsigned bytes (plus 128) in panels of 32,
-  four coordinates side by side: what VPDPBUSD of AVX-512 VNNI multiplies and adds in one instruction. 14 x 32 sums stay
-  in registers, become estimates there, and are compared with each row's bound; only those that exceed it are kept.
+  four coordinates side by side, as `train.kernels.cpu.screen_instructions` multiplies them. It keeps the estimates
+  that exceed a row's bound.
 - Whenever the number of latents seen has quadrupled, a row's bound is drawn up. They are a fair sample, of which the
   largest estimates say what k of all latents are nearly sure to reach; whether k did is known at the end. So a row has
   some two hundred candidates in all, of M. Where they fill their room before, the bound is what k surely reach.
@@ -11,6 +10,8 @@ products.
 
 A row's bits depend on itself and the weights alone, not on the block or the thread: a product is summed in one order,
 wherever its latent stands among the candidates. Not here: what to do with the rows that are left out.
+
+Tested in tests/train/kernels/cpu/test_screen.py.
 
 Shapes: N rows, D d_model, M n_latents, k; q = D / 4 quads, b blocks of 14 rows, p panels of 32 latents.
 """

@@ -1,7 +1,6 @@
 """Choosing the k largest of each row on a CPU: tensors go in and come out of `train.kernels.cpu.topk_loops`.
 
-Everything that is read or written is checked here first, because the loops check nothing. Tested in
-tests/train/kernels/cpu/test_backend.py.
+Everything that is read or written is checked here first, because the loops check nothing.
 
 Shapes: N rows, M n_latents, k.
 """
@@ -28,10 +27,9 @@ CHUNK = 2**17
 
 
 def topk_relu(z: Tensor, k: int) -> SparseCodes:
-    """The k largest entries of each row of `z` [N, M], exactly, then ReLU (Gao et al. 2024, 2.3).
+    """As `train.kernels.interface.Kernels.topk_relu`; values are float32, or float64 for float64.
 
-    `z` is bfloat16, float32 or float64; values are float32, or float64 for float64. Largest first; of equal entries the
-    lowest latent, both in what is taken and in its order. NaN counts as the largest and stays NaN.
+    Of equal entries the lowest latent comes first, both in what is taken and in its order.
     """
     if z.dtype not in _KEYS:
         raise TypeError(f"z: expected bfloat16, float32 or float64, found {z.dtype}; convert it first")
@@ -48,11 +46,7 @@ def topk_relu(z: Tensor, k: int) -> SparseCodes:
 
 
 def keep_largest(z: Tensor, k: int) -> Tensor:
-    """ReLU of `z` [N, M] with all but the k largest entries of each row set to zero, in place.
-
-    Of equal entries the lowest latents stay; NaN counts as the largest and stays NaN. For k a large share of M, where
-    sorted codes cost more than they save.
-    """
+    """As `train.kernels.interface.Kernels.keep_largest`, in place; of equal entries the lowest latents stay."""
     if z.dtype not in _KEYS:
         raise TypeError(f"z: expected bfloat16, float32 or float64, found {z.dtype}; convert it first")
     if z.dim() != 2 or k < 1:

@@ -1,4 +1,4 @@
-"""What follows the codes: decoder, gradients, and the optimiser's step, row by row: compiled loops.
+"""Compiled loops for what follows the codes, row by row: decoder, gradients, and the optimiser's step.
 
 - A decoded row and a row of a weight gradient are the same thing, a weighted sum of rows picked by number ("bag"), over
   a batch row's latents in the one case and a latent's batch rows in the other. Four picked rows are added at a time, so
@@ -8,6 +8,8 @@
 - Adam, the projection before it and the normalisation after it take a row while it is in the core's cache.
 
 Sums are vectorised, in an order that depends on the processor's vector width and on nothing else of the machine.
+
+Tested in tests/train/kernels/cpu/test_backend.py.
 
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P <= N * k pairs.
 """
@@ -148,7 +150,7 @@ def weight_rows(start, stop, starts, order, k, coefficients, rows, out, sums):
 def adam_rows(
     start, stop, weight, grad, exp_avg, exp_avg_sq, scale, step_size, beta1, beta2, correction, epsilon, unit_rows
 ):
-    """Adam on rows start..stop, in place, with scale * grad; `train.kernels.interface.adam_rows` says what `unit_rows`
+    """Adam on rows start..stop, in place, with scale * grad; `Kernels.adam_rows` says what `unit_rows`
     adds."""
     number = weight.dtype.type
     new_1, keep_2, new_2 = number(1 - beta1), number(beta2), number(1 - beta2)

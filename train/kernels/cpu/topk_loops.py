@@ -1,4 +1,4 @@
-"""The k largest of each row, exactly, at about the speed of reading the row once: compiled loops.
+"""Compiled loops that find the k largest of each row, exactly, at about the speed of reading the row once.
 
 1. One pass over the row takes the maximum of each block of 64 latents.
 2. The k-th largest block maximum bounds the k-th largest latent from below: k blocks hold a latent that reaches it.
@@ -11,6 +11,8 @@ in order for every float and take NaN for the largest (as torch.topk does), and 
 themselves. Bounds are built bit by bit from the top, by counting the entries that reach them.
 
 Order of the result: largest first, equal values by ascending latent (-0 equals +0, and one NaN another).
+
+Tested in tests/train/kernels/cpu/test_selection.py.
 
 Shapes: N rows, M n_latents, k. "Keys" are signed integers of the floats' width (int16 for bfloat16, int32, int64).
 """
@@ -53,7 +55,7 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
             parts, n_parts = maxima, n_blocks
             if k > n_blocks // 2:
                 parts, n_parts = groups, _group_maxima(row, groups)
-            bound = kth_largest(parts, n_parts, k, sign_bit, k >> 3)
+            bound = _kth_largest(parts, n_parts, k, sign_bit, k >> 3)
         if bound <= 0:
             for j in range(n_latents):
                 size = bits.dtype.type(row[j] & largest)
@@ -61,15 +63,16 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
                 ordered[j] = largest if size > infinity else key
             row = ordered
             _block_maxima(row, largest, maxima)
-            bound = kth_largest(row, n_latents, k, sign_bit, 0)
+            bound = _kth_largest(row, n_latents, k, sign_bit, 0)
 
         found = 0
         for b in range(n_blocks):
             if maxima[b] >= bound:
                 found = _take_block(row, b * _BLOCK, bound, keys, latents, found)
         if found > k and found > _RUN:
-            found = cut_to_largest(keys, latents, found, k, kth_largest(keys, found, k, sign_bit, 0))
-        sort_candidates(keys, latents, found, sorted_keys, sorted_latents)
+            found = _cut_to_largest(keys, latents, found, k, _kth_largest(keys, found, k, sign_bit, 0))
+        _sort_runs(keys, latents, found, sorted_keys, sorted_latents)
+        _merge_runs(sorted_keys, sorted_latents, found, keys, latents)
         for i in range(k):
             key = sorted_keys[i]
             values[n, i] = values.dtype.type(key if key > 0 else 0) << shift
@@ -93,8 +96,8 @@ def keep_rows(start, stop, bits, k, infinity, out):
             size = bits.dtype.type(row[j] & largest)
             key = row[j] if row[j] > 0 else zero
             keys[j] = largest if size > infinity else key
-        bound = kth_largest(keys, n_latents, k, sign_bit, 0)
-        if count_reaching(keys, n_latents, bound) <= k:
+        bound = _kth_largest(keys, n_latents, k, sign_bit, 0)
+        if _count_reaching(keys, n_latents, bound) <= k:
             for j in range(n_latents):
                 kept[j] = keys[j] if keys[j] >= bound else zero
             continue
@@ -153,13 +156,13 @@ def _group_maxima(row, groups):
 
 
 @inlined
-def kth_largest(keys, n, k, sign_bit, slack):
+def _kth_largest(keys, n, k, sign_bit, slack):
     """A bound that at least k of keys[:n] reach: the k-th largest key, or less if at most k + slack reach it."""
     one = keys.dtype.type(1)
     bound = keys.dtype.type(one << sign_bit)  # the smallest key
     for bit in range(sign_bit, -1, -1):
         trial = keys.dtype.type(bound ^ (one << bit))  # the first trial is 0, later ones set a bit
-        reached = count_reaching(keys, n, trial)
+        reached = _count_reaching(keys, n, trial)
         if reached >= k:
             bound = trial
             if reached <= k + slack:
@@ -168,7 +171,7 @@ def kth_largest(keys, n, k, sign_bit, slack):
 
 
 @inlined
-def count_reaching(keys, n, bound):
+def _count_reaching(keys, n, bound):
     """How many of keys[:n] reach the bound."""
     count = np.int32(0)
     for i in range(n):
@@ -200,7 +203,7 @@ def _take_block(row, start, bound, keys, latents, found):
 
 
 @inlined
-def cut_to_largest(keys, latents, n, k, bound):
+def _cut_to_largest(keys, latents, n, k, bound):
     """Keep the k largest of keys[:n] in place, `bound` being the k-th; of those equal to it, the first. Returns k."""
     spare = k
     for i in range(n):
@@ -213,13 +216,6 @@ def cut_to_largest(keys, latents, n, k, bound):
             latents[kept] = latents[i]
             kept += 1
     return kept
-
-
-@inlined
-def sort_candidates(keys, latents, n, sorted_keys, sorted_latents):
-    """Sort keys[:n] and their latents, largest first, ties in order; uses up keys, which has room for runs of 64."""
-    _sort_runs(keys, latents, n, sorted_keys, sorted_latents)
-    _merge_runs(sorted_keys, sorted_latents, n, keys, latents)
 
 
 @inlined

@@ -51,6 +51,7 @@ class CudaKernels(Kernels):
     """The interface, compiled by Triton."""
 
     name = "triton"
+    pair_bytes = 16 / _CHUNK  # sums of each chunk's first and last latent, for both weights
 
     def topk_relu(self, z: Tensor, k: int) -> SparseCodes:
         """One pass over z, and then the k groups that can hold the largest; where k is so large that these would not
@@ -210,9 +211,6 @@ class CudaKernels(Kernels):
             UNIT_ROWS=unit_rows,
             **_row_block(d),
         )
-
-    def scratch_bytes(self, pairs: int, d_model: int) -> int:
-        return -(-pairs // _CHUNK) * 16 * d_model  # sums of each chunk's first and last latent, for both weights
 
 
 def _group_size(m: int, k: int) -> int | None:

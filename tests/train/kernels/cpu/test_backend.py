@@ -1,22 +1,16 @@
-"""The compiled kernels against short dense versions, and what they promise beyond values: ties, bits, errors."""
+"""The compiled kernels against short dense versions, and what they promise beyond values: bits, threads, errors."""
 
-import importlib
-import logging
 import multiprocessing
-import shutil
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
-import numba
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.kernels.cpu import compiling as kernels_compile
+from tests.support.codes import dense
 from train.kernels.cpu.backend import NUMBA
 from train.kernels.interface import Kernels, Reconstruction
 from train.kernels.plain import TORCH
@@ -38,75 +32,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def rows_of_kind(kind: str, n: int, m: int, seed: int) -> Tensor:
-    """Pre-activations [n, m], float64, with something that a selection can get wrong."""
-    z = torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    if kind == "ties":
-        return (2 * z).round()
-    if kind == "negative":
-        return -z.abs()
-    if kind == "constant":
-        return torch.full_like(z, seed % 3 - 1)
-    if kind == "few positive":
-        return torch.where(z > 1.5, z, -z.abs())
-    if kind == "infinite":
-        return torch.where(z > 1, torch.inf, torch.where(z < -1, -torch.inf, z))
-    if kind == "signed zeros":
-        return torch.where(z > 0.5, 0.0, torch.where(z < -0.5, -0.0, z))
-    return z
-
-
-KINDS = ["normal", "ties", "negative", "constant", "few positive", "infinite", "signed zeros"]
-WIDTHS = st.one_of(st.integers(1, 300), st.sampled_from([512, 1024, 2048 + 17]))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    data=st.data(),
-    kind=st.sampled_from(KINDS),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-    n=st.integers(1, 4),
-    m=WIDTHS,
-    seed=st.integers(0, 2**31),
-)
-def test_topk_is_the_start_of_a_stable_sort(
-    data: st.DataObject, kind: str, dtype: torch.dtype, n: int, m: int, seed: int
-) -> None:
-    """Exactly the k largest, largest first, and of equal ones the lowest latents."""
-    k = data.draw(st.one_of(st.sampled_from([1, m]), st.integers(1, m)), label="k")
-    z = rows_of_kind(kind, n, m, seed).to(dtype)
-    values, indices = NUMBA.topk_relu(z, k)
-    ordered, order = torch.sort(z, dim=1, descending=True, stable=True)
-    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.equal(values, ordered[:, :k].relu().to(values.dtype))
-    assert torch.equal(indices, order[:, :k])
-
-
-@pytest.mark.parametrize("k", [1, 20, 100, 600, 2000])
-def test_topk_of_wide_rows(k: int) -> None:
-    """Each way to a bound: over blocks, over groups, over the latents; and candidates that fill many runs."""
-    z = rows_of_kind("normal", 6, 5000, seed=k).float()
-    z[1].round_()
-    z[2] = z[2].sort().values
-    z[3] = z[3].sort(descending=True).values
-    values, indices = NUMBA.topk_relu(z, k)
-    ordered, order = torch.sort(z, dim=1, descending=True, stable=True)
-    assert torch.equal(values, ordered[:, :k].relu())
-    assert torch.equal(indices, order[:, :k])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_topk_does_not_hide_nan(dtype: torch.dtype, sign: int) -> None:
-    """Also the NaN that x86 makes of inf - inf, whose sign bit is set."""
-    z = rows_of_kind("normal", 3, 400, seed=0).to(dtype)
-    z[1, [7, 399]] = torch.copysign(torch.tensor(torch.nan), torch.tensor(float(sign))).to(dtype)
-    values, indices = NUMBA.topk_relu(z, 5)
-    assert values.isnan().sum(dim=1).tolist() == [0, 2, 0]
-    assert indices[1, :2].tolist() == [7, 399]
-    assert torch.equal(values[1, 2:], z[1].nan_to_num(nan=-torch.inf).topk(3).values.to(values.dtype))
-
-
 def sparse_case(n: int, d: int, m: int, k: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """Codes with zeros and, over the rows, with duplicates; and everything else that the kernels take."""
     generator = torch.Generator().manual_seed(seed)
@@ -124,11 +49,6 @@ def sparse_case(n: int, d: int, m: int, k: int, dtype: torch.dtype, seed: int) -
         "x": randn(n, d),
         "weight": randn(n).abs(),
     }
-
-
-def dense(values: Tensor, indices: Tensor, m: int) -> Tensor:
-    """The codes as [N, M]."""
-    return values.new_zeros(len(values), m).scatter_add(1, indices, values)
 
 
 def assert_near(ours: Tensor, theirs: Tensor, tolerance: float, name: str = "") -> None:
@@ -309,53 +229,6 @@ def test_kernels_work_after_a_fork() -> None:
     assert child.exitcode == 0
 
 
-def test_an_error_in_a_chunk_reaches_the_caller() -> None:
-    def loop(start: int, stop: int) -> None:
-        raise ArithmeticError(f"{start} to {stop}")
-
-    with pytest.raises(ArithmeticError):
-        kernels_compile.run_chunks(loop, [0, 1, 2, 3])
-
-
-def test_without_a_folder_for_the_cache_loops_compile_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    njit = numba.njit
-
-    def refuse_cache(*args: object, cache: bool = False, **options: object) -> object:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(numba, "njit", refuse_cache)
-    with caplog.at_level(logging.WARNING):
-        loop = kernels_compile.compiled(lambda a, b: a + b)
-    assert loop(1, 2) == 3
-    assert "NUMBA_CACHE_DIR" in caplog.text
-
-
-def test_loops_are_made_anew_when_a_helper_in_another_file_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """numba itself looks at the file of the function that it caches."""
-    package = tmp_path / "loops_of_a_test"
-    package.mkdir()
-    shutil.copy(kernels_compile.__file__, package / "compiling.py")
-    start = "from loops_of_a_test.compiling import compiled, inlined\n"
-    loop = "from loops_of_a_test.helper import twice\n@compiled\ndef loop(a):\n    return twice(a) + 1\n"
-    (package / "loop.py").write_text(start + loop)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for number in (2, 2, 3):
-        helper = f"@inlined\ndef twice(a):\n    return {number} * a\n"
-        (package / "helper.py").write_text(start + helper)
-        for name in [name for name in sys.modules if name.startswith(package.name)]:
-            monkeypatch.delitem(sys.modules, name)
-        importlib.invalidate_caches()
-        assert importlib.import_module("loops_of_a_test.loop").loop(5) == 5 * number + 1
-    assert len(list(package.glob("__pycache__/loop.loop*.nbc"))) == 1
-
-
 def test_what_the_loops_would_not_survive_is_refused() -> None:
     case = sparse_case(4, 3, 6, 2, torch.float32, seed=0)
     values, indices, W_dec = case["values"], case["indices"], case["W_dec"]
@@ -394,30 +267,3 @@ def test_a_training_step_is_the_same_with_either_kernels(dtype: torch.dtype) -> 
         results.append(training_step(weights, x, rows, dead, options, kernels))
     for ours, theirs in zip(results[1].gradients[:3], results[0].gradients[:3], strict=True):
         assert_near(ours, theirs, FLOATS[dtype])
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    data=st.data(),
-    kind=st.sampled_from(KINDS),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-    m=WIDTHS,
-    seed=st.integers(0, 2**31),
-)
-def test_keeping_the_largest_is_topk_scattered(
-    data: st.DataObject, kind: str, dtype: torch.dtype, m: int, seed: int
-) -> None:
-    k = data.draw(st.one_of(st.sampled_from([1, m, m + 1]), st.integers(1, m)), label="k")
-    z = rows_of_kind(kind, 3, m, seed).to(dtype)
-    ordered, order = torch.sort(z, dim=1, descending=True, stable=True)
-    expected = torch.zeros_like(z).scatter_(1, order[:, :k], ordered[:, :k].relu())
-    assert torch.equal(TORCH.keep_largest(z.clone(), k).sort().values, expected.sort().values)  # ties are its own
-    assert torch.equal(NUMBA.keep_largest(z, k), expected)
-
-
-def test_keeping_the_largest_does_not_hide_nan() -> None:
-    z = rows_of_kind("normal", 2, 100, seed=0)
-    z[1, 7] = -torch.tensor(torch.nan)
-    kept = NUMBA.keep_largest(z.clone(), 3)
-    assert kept.isnan().nonzero().tolist() == [[1, 7]]
-    assert int((kept[1] > 0).sum()) == 2

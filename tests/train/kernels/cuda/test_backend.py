@@ -33,8 +33,7 @@ if DEVICE == "cpu" and not INTERPRETED:
 
 else:
     from train.kernels.choose import choose_kernels
-    from train.kernels.cuda import backend as kernels_triton
-    from train.kernels.cuda.backend import TRITON
+    from train.kernels.cuda.backend import TRITON, _group_size
     from train.kernels.interface import Kernels
     from train.kernels.plain import TORCH
     from train.model_config import SAEConfig
@@ -66,12 +65,12 @@ else:
         values, indices = TRITON.topk_relu(z, k)
         assert values.dtype == torch.float32
         assert torch.equal(values, ordered[:, :k].relu().float())
-        if kernels_triton._group_size(m, k) is not None:  # torch's has an order of its own among equals
+        if _group_size(m, k) is not None:  # torch's has an order of its own among equals
             assert torch.equal(indices, order[:, :k])
         assert torch.equal(z.gather(1, indices).relu().float(), values)
 
     def test_shapes_of_a_real_run_go_through_the_groups() -> None:
-        sizes = {(m, k): kernels_triton._group_size(m, k) for m in (9216, 131072) for k in (32, 64, 256)}
+        sizes = {(m, k): _group_size(m, k) for m in (9216, 131072) for k in (32, 64, 256)}
         assert sizes == {
             (9216, 32): 64,
             (9216, 64): 64,
@@ -80,7 +79,7 @@ else:
             (131072, 64): 64,
             (131072, 256): 16,
         }
-        assert kernels_triton._group_size(9216, 2000) is None
+        assert _group_size(9216, 2000) is None
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_topk_does_not_hide_nan(dtype: torch.dtype) -> None:
