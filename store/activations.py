@@ -1,7 +1,7 @@
 """ActivationStore: make, open, read, write and summarise a store of residual stream vectors on a local disk.
 
-How: the arrays are Zarr v3 (docs/store-format.md defines them); shards go to and from the disk directly (shards.py), and
-count once the manifest has their line (manifest.py). A reader checks every byte that it gives out: inner chunks by
+How: the arrays are Zarr v3 (docs/store-format.md has the format); shards go to and from the disk directly (shards.py),
+and count once the manifest has their line (manifest.py). A reader checks all that it gives out: inner chunks by
 their crc32c, metadata and token arrays by the manifest's header. A missing shard raises, and is never read as zeros.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens and l layers asked for.

@@ -77,8 +77,8 @@ class RowOrder:
 
     @cached_property
     def _own_chunks(self) -> list[np.ndarray]:
-        """Each layer's chunks that are this rank's, ascending and the same in every epoch: ranks share those with rows
-        out evenly."""
+        """This rank's chunks of each layer, ascending, the same in every epoch. Chunks with rows are divided evenly
+        among the ranks."""
         used = np.flatnonzero(self._counts)
         shares = []
         for layer in self.layers:
