@@ -1,8 +1,7 @@
 """Fill again the shards that a store lacks, with the options that it was made with (`residscope verify --repair`).
 
 How: `harvest` leaves its options beside the store; run with them once more, it continues the store from the token ids
-that are in it. All that this needs is there before anything is done. What it does not do: find or prove anything
-(store/care/repair.py does).
+that are in it. Not here: finding the shards and proving them (`store.care.repair`).
 """
 
 from collections.abc import Callable

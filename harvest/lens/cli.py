@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         config = parse_options(FitLensConfig, argv, prog=COMMAND, description=DESCRIPTION, epilog=EPILOG)
         from harvest.lens.fit import fit_lens
-        from harvest.lens.report import print_fit
+        from harvest.lens.result import print_fit
 
         try:
             result = fit_lens(config)

@@ -9,7 +9,7 @@ in nats per token, both through the model's own final norm and unembedding, whic
 respect to the lens's logits is (q - p) / n; autograd takes it back through unembedding and norm to the vector, from
 where dW and db are two products. SGD with Nesterov momentum, a linear decay, and the gradient of each translator
 clipped to norm 1. Tokens go through in tiles, so that only one tile's logits are in memory; p is shared by all
-translators. What it does not do: choose tokens, or measure held-out text (lens_measure.py).
+translators.
 
 Shapes: n tokens of a tile, D = d_model, V = vocabulary, L = n_layers translators.
 """

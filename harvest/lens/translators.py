@@ -1,34 +1,49 @@
 """Tuned lens: one affine map (translator) per layer from its residual stream to the last layer's basis (Belrose et
 al. 2023, arXiv 2303.08112).
 
-How: reads the published format, `config.json` and `params.pt` with "{i}.weight" [D, D] and "{i}.bias" [D], from a
-folder or from the hub Space AlignmentResearch/tuned-lens, and applies h -> h + W h + b. Translator i was trained on
-the *input* of block i, so block l's output takes translator l + 1 and the last block's output none ("tuned-lens"
-indexing); "mlsae-compat" takes translator l for block l, as the reference implementation of the multi-layer SAE does.
-What it does not do: fit a lens.
+How: applies h -> h + W h + b, and its inverse. Translator i was trained on the *input* of block i, so block l's output
+takes translator l + 1 and the last block's output none ("tuned-lens" indexing); "mlsae-compat" takes translator l for
+block l, as the reference implementation of the multi-layer SAE does. Read and written in the published format,
+`config.json` and `params.pt` with "{i}.weight" [D, D] and "{i}.bias" [D]; read also from the hub Space
+AlignmentResearch/tuned-lens.
 
-Shapes: D = d_model; ... any leading dimensions.
+Shapes: L = n_layers, D = d_model; ... any leading dimensions.
 """
 
 import errno
+import hashlib
+import io
 import json
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from harvest.model.aliases import hub_id
 from harvest.model.hub import first_line, pin
+from harvest.model.load import LoadedModel
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from store.files import atomic_write
 
 SPACE = "AlignmentResearch/tuned-lens"
 Indexing = Literal["tuned-lens", "mlsae-compat"]
 _FILES = ("config.json", "params.pt")
 _FIT_ONE = "The way out is to fit one for this model and give its folder"
+
+
+class Translators(NamedTuple):
+    """The translators of all blocks' inputs."""
+
+    weights: Tensor
+    """float32 [L, D, D]."""
+    biases: Tensor
+    """float32 [L, D]."""
 
 
 class TunedLens:
@@ -44,8 +59,7 @@ class TunedLens:
         fingerprint: str = "",
         base_model: str | None = None,
     ) -> None:
-        """weights: float32 [n_layers, D, D], biases: float32 [n_layers, D]: translator i is trained on the input of
-        block i."""
+        """weights: float32 [L, D, D], biases: float32 [L, D]."""
         self.weights = weights
         self.biases = biases
         self.indexing: Indexing = indexing
@@ -241,3 +255,34 @@ def _download(model_id: str) -> Path:
             ) from error
         return Path(paths[0]).parent
     raise UsageError(f"no published lens for {model_id!r} in the Space {SPACE}. {_FIT_ONE}")
+
+
+def write_lens(
+    folder: Path, model: LoadedModel, translators: Translators, *, extra: Mapping[str, dict[str, Any]]
+) -> None:
+    """Write a lens for `model` into a folder that is there; and beside it the JSON files of `extra`, by name."""
+    parameters: dict[str, Tensor] = {}
+    for i, (weight, bias) in enumerate(zip(*translators, strict=True)):
+        parameters[f"{i}.weight"] = weight.cpu().clone()
+        parameters[f"{i}.bias"] = bias.cpu().clone()
+    packed = io.BytesIO()
+    torch.save(parameters, packed)
+    config = {
+        "base_model_name_or_path": model.spec.name,
+        "d_model": model.d_model,
+        "num_hidden_layers": model.n_layers,
+        "bias": True,
+        "base_model_revision": model.spec.revision,
+        "unembed_hash": _unembed_hash(model.unembedding.weight),  # type: ignore[arg-type]
+        "lens_type": "linear_tuned_lens",
+    }
+    atomic_write(folder / "params.pt", [packed.getvalue()])
+    for name, content in ({"config.json": config} | dict(extra)).items():
+        atomic_write(folder / name, [(json.dumps(content, indent=1) + "\n").encode()])
+
+
+def _unembed_hash(weight: Tensor) -> str:
+    """What the package `tuned-lens` compares to see that a lens belongs to a model: SHA-256 of the matrix [V, D] as
+    numpy prints it, with one decimal and most of it left out."""
+    shown = np.array_str(weight.detach().float().cpu().numpy(), precision=1)
+    return hashlib.sha256(shown.encode()).hexdigest()

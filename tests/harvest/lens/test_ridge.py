@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from harvest.lens.measure import condition, limit_condition
-from harvest.lens.ridge import PENALTIES, GramSums, fit_ridge, solve
+from harvest.lens.ridge import PENALTIES, RegressionSums, fit_ridge, solve
 from tests.support.lenses import correlated
 
 D = 6
 
 
-def sums_of(x: torch.Tensor, y: torch.Tensor, pieces: int = 1) -> GramSums:
-    sums = GramSums(x.shape[1])
+def sums_of(x: torch.Tensor, y: torch.Tensor, pieces: int = 1) -> RegressionSums:
+    sums = RegressionSums(x.shape[1])
     for rows_x, rows_y in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
         sums.add(rows_x, rows_y)
     return sums

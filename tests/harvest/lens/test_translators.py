@@ -1,6 +1,5 @@
 """Tuned lens: which translator a block's output takes, the inverse, and the published format."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +8,9 @@ import torch
 
 from harvest.lens.translators import TunedLens, load_lens
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from tests.support.lenses import write_lens
 
 N_LAYERS, D_MODEL = 4, 8
-
-
-def write_lens(folder: Path, *, n_layers: int = N_LAYERS, d_model: int = D_MODEL, seed: int = 0, **config: Any) -> Path:
-    """A random lens in the published format."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {}
-    for i in range(n_layers):
-        parameters[f"{i}.weight"] = torch.randn(d_model, d_model, generator=generator) / d_model
-        parameters[f"{i}.bias"] = torch.randn(d_model, generator=generator)
-    folder.mkdir(exist_ok=True)
-    torch.save(parameters, folder / "params.pt")
-    full = {
-        "base_model_name_or_path": "owner/tiny",
-        "d_model": d_model,
-        "num_hidden_layers": n_layers,
-        "bias": True,
-        "base_model_revision": None,
-        "unembed_hash": "0",
-        "lens_type": "linear_tuned_lens",
-    }
-    (folder / "config.json").write_text(json.dumps(full | config))
-    return folder
 
 
 def load(folder: Path, **changes: Any) -> TunedLens:

@@ -12,15 +12,15 @@ import pytest
 from harvest import run
 from harvest.model.hub import HubRepo
 from harvest.options_file import options_file
+from harvest.record import make_record
 from harvest.refill import prepare
 from harvest.run import harvest
-from harvest.settings import make_record
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
 from store.activations import ActivationStore
 from store.care.repair import repair
 from store.care.verify import verify
-from tests.harvest.conftest import MakeConfig, ModelFolder, crash_after, tree
-from tests.harvest.lens.test_translators import write_lens
+from tests.support.harvesting import MakeConfig, ModelFolder, crash_after, tree
+from tests.support.lenses import write_lens
 from tests.support.models import D_MODEL
 
 
@@ -53,10 +53,10 @@ def test_continuing_reads_no_text_and_a_whole_store_loads_no_model(
     def never(*args: Any, **options: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(run, "tokenise", never)
+    monkeypatch.setattr(run, "make_table", never)
     harvest(options)
     before = tree(options.out)
-    monkeypatch.setattr(run, "load_model", never)
+    monkeypatch.setattr(run, "load_weights", never)
     result = harvest(options)
     assert result.shards_written == 0
     assert result.tokens_per_second is None

@@ -11,9 +11,10 @@ import torch
 import transformers
 
 from harvest.model import load as models
-from harvest.model.load import ModelSpec, load_model, resolve_model
+from harvest.model.load import load_model
+from harvest.model.names import ModelSpec, resolve_model
 from residscope.errors import IncompatibleError, ResidscopeError
-from tests.harvest.conftest import ModelFolder
+from tests.support.harvesting import ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL, tiny_tokenizer
 
 
