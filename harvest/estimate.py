@@ -8,7 +8,7 @@ unknown.
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -124,31 +124,22 @@ def _sample(settings: Settings, sources: Sequence[TextSource]) -> tuple[np.ndarr
 
 def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tuple[np.ndarray, int | None]:
     """Token ids (int32) of a text's first characters, packed, and about how many tokens all of it packs into."""
-    read = 0
-    ended = False
-
-    def beginning() -> Iterator[str]:
-        nonlocal read, ended
-        for text in source.documents():
-            piece = text[: n_characters - read]
-            read += len(piece)
-            yield piece
-            if read >= n_characters:
-                return
-        ended = True
-
+    texts: list[str] = []
+    read, ended = 0, True
+    for text in source.documents():
+        texts.append(text[: n_characters - read])
+        read += len(texts[-1])
+        if read >= n_characters:
+            ended = False
+            break
     packing = settings.packing
     limit = n_characters * 8  # More tokens than the sample can have: all of it counts.
-    documents = encode_documents(beginning(), settings.tokenizer, limit, packing.longest_document)
+    documents = encode_documents(texts, settings.tokenizer, limit, packing.longest_document)
     table = pack(documents, packing, limit)
     require_in_vocabulary(settings, table.token_id)
     n_tokens = len(table.token_id)
-    if ended:
-        return table.token_id, n_tokens
-    characters = source.characters()
-    if characters is None:
-        return table.token_id, None
-    return table.token_id, max(round(n_tokens * characters / read), n_tokens)
+    characters = read if ended else source.characters()
+    return table.token_id, None if characters is None else max(round(n_tokens * characters / read), n_tokens)
 
 
 def _measure(runner: BatchRunner, settings: Settings, sample: np.ndarray) -> float:

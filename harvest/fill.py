@@ -137,14 +137,6 @@ class ShardAssembler:
                 self._write(shard, partial[: last - first])
 
 
-class _NotFinite(Exception):
-    """A batch holds a value that is not finite in the stored dtype."""
-
-    def __init__(self, batch: SequenceBatch) -> None:
-        super().__init__(batch)
-        self.batch = batch
-
-
 class _Writer:
     """What the second thread does with each batch: check it, cut it into shards, and write these."""
 
@@ -152,6 +144,8 @@ class _Writer:
         self._store = store
         self._assembler = ShardAssembler(store.meta, missing, self._write_shard, raw_dtype)
         self._failed = False
+        self.not_finite: SequenceBatch | None = None
+        """The batch, if there was one, that holds a value which is not finite in the stored dtype."""
 
     def take(self, batch: SequenceBatch, buffer: HostBuffer) -> None:
         """Take the next batch, or nothing once one has failed: the shards of those in line behind it have a hole."""
@@ -160,7 +154,8 @@ class _Writer:
         self._failed = True
         buffer.wait()
         if not bool(buffer.finite.all()):
-            raise _NotFinite(batch)
+            self.not_finite = batch
+            return
         self._assembler.add(batch.start, buffer.array(batch.stop - batch.start))
         self._failed = False
 
@@ -180,12 +175,12 @@ def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled
     batches = batches_for(
         sequence_batches(tokens.position, batch_size * meta.context_length), missing, meta.shard_tokens
     )
+    buffers = [runner.buffer(max(b.stop - b.start for b in batches)) for _ in range(min(2, len(batches)))]
+    writer = _Writer(store, missing, buffers[0].array(0).dtype)
     begin = time.perf_counter()
-    try:
-        done = _run_all(store, runner, batches, missing)
-    except _NotFinite as found:
-        ids = torch.from_numpy(token_ids(tokens.token_id, found.batch))
-        raise runner.explain_not_finite(ids, found.batch.start) from None
+    done = _run_all(store, runner, batches, buffers, writer)
+    if bad := writer.not_finite:
+        raise runner.explain_not_finite(torch.from_numpy(token_ids(tokens.token_id, bad)), bad.start)
     left = len(store.missing_shards())
     if left:
         raise Interrupted(
@@ -195,12 +190,15 @@ def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled
 
 
 def _run_all(
-    store: ActivationStore, runner: BatchRunner, batches: list[SequenceBatch], missing: Collection[int]
+    store: ActivationStore,
+    runner: BatchRunner,
+    batches: list[SequenceBatch],
+    buffers: list[HostBuffer],
+    writer: _Writer,
 ) -> int:
-    """Run `batches` until a signal comes, and write what they fill; gives the number of tokens that went through."""
+    """Run `batches`, and have the writer take them, until a signal comes or a value is not finite; gives the number of
+    tokens that went through."""
     meta = store.meta
-    buffers = [runner.buffer(max(b.stop - b.start for b in batches)) for _ in range(min(2, len(batches)))]
-    writer = _Writer(store, missing, buffers[0].array(0).dtype)
     todo = sum(b.stop - b.start for b in batches)
     begin, done = time.perf_counter(), 0
     pending: list[Future[None]] = []
@@ -209,23 +207,20 @@ def _run_all(
         ThreadPoolExecutor(1, "writer") as thread,
         progress("harvest", "tok", meta.n_tokens, done=meta.n_tokens - todo) as bar,
     ):
-        try:
-            for number, batch in enumerate(batches):
-                if len(pending) == len(buffers):
-                    pending.pop(0).result()
-                buffer = buffers[number % len(buffers)]
-                if not runner.run(torch.from_numpy(token_ids(store.tokens.token_id, batch)), buffer, stopped):
-                    break
-                pending.append(thread.submit(writer.take, batch, buffer))
-                done += batch.stop - batch.start
-                rate = done * meta.bytes_per_token / (time.perf_counter() - begin)
-                bar.set_postfix_str(f"{rate / 1e9:.3f} GB/s", refresh=False)
-                bar.update(batch.stop - batch.start)
-            for future in pending:
-                future.result()
-        except _NotFinite:
-            thread.shutdown(cancel_futures=True)
-            raise
+        for number, batch in enumerate(batches):
+            if len(pending) == len(buffers):
+                pending.pop(0).result()
+            buffer = buffers[number % len(buffers)]
+            ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
+            if writer.not_finite or not runner.run(ids, buffer, stopped):
+                break
+            pending.append(thread.submit(writer.take, batch, buffer))
+            done += batch.stop - batch.start
+            rate = done * meta.bytes_per_token / (time.perf_counter() - begin)
+            bar.set_postfix_str(f"{rate / 1e9:.3f} GB/s", refresh=False)
+            bar.update(batch.stop - batch.start)
+        for future in pending:
+            future.result()
     return done
 
 

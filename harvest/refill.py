@@ -9,9 +9,12 @@ from pathlib import Path
 
 from harvest.config import HarvestConfig
 from harvest.options_file import options_file
-from harvest.run import harvest, load_to_continue
+from harvest.record import refuse_differences
+from harvest.run import harvest, look_up
+from harvest.settings import load_weights
 from residscope.errors import ResidscopeError
 from residscope.options import parse_options
+from store.activations import ActivationStore
 
 
 def prepare(path: Path) -> Callable[[], object]:
@@ -28,5 +31,8 @@ def prepare(path: Path) -> Callable[[], object]:
         )
     words = ["--config", str(options), "--out", str(path), "--no-overwrite", "--no-dry-run"]
     config = parse_options(HarvestConfig, words, prog="harvest", description="Fill what is missing.")
-    model = load_to_continue(config)
+    job = look_up(config, begun=True)
+    provenance = ActivationStore.open(path, partial=True).meta.provenance
+    refuse_differences(path, provenance.get("config"), job.record)
+    model = load_weights(job.settings)
     return lambda: harvest(config, model)

@@ -43,13 +43,13 @@ class Job(NamedTuple):
 def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestResult:
     """Make or complete the store that `config` asks for.
 
-    model: as `load_to_continue` gives it, where it is loaded already. Raises `UsageError` for options that cannot work,
+    model: the one that is asked for, where it is loaded already. Raises `UsageError` for options that cannot work,
     `IncompatibleError` where --out is something else, `Interrupted` after a signal, `ResidscopeError` for anything else
     that the user can act on.
     """
     start = time.perf_counter()
     begun = has_begun(config.out) and not config.overwrite
-    job = _look_up(config, begun)
+    job = look_up(config, begun)
     for note in job.settings.notes:
         _say(note)
     if begun:
@@ -69,28 +69,16 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 
 
-def load_to_continue(config: HarvestConfig) -> LoadedModel:
-    """The model that fills what the store at --out lacks, once everything that this needs is found to be there.
-    Nothing is written; raises as `harvest` does."""
-    job = _look_up(config, begun=True)
-    refuse_differences(config.out, _provenance(config).get("config"), job.record)
-    return load_weights(job.settings)
-
-
-def _look_up(config: HarvestConfig, begun: bool) -> Job:
-    """Look up model, tokenizer, lens and texts. begun: whether the store is there, so that no text is read."""
+def look_up(config: HarvestConfig, begun: bool) -> Job:
+    """Look up model, tokenizer, lens and texts. begun: whether the store is there, so that no text is needed."""
     require_local_texts(config.text)
     settings = resolve(config)
     if begun and config.batch_size is None:
         # That of the store, since the default may be another on this device.
-        before = _provenance(config).get("config", {}).get("batch_size", settings.batch_size)
-        settings = dataclasses.replace(settings, batch_size=before)
+        before = ActivationStore.open(config.out, partial=True).meta.provenance.get("config", {})
+        settings = dataclasses.replace(settings, batch_size=before.get("batch_size", settings.batch_size))
     sources = open_sources(config.text, config.documents.shuffle_documents, contents=not begun)
     return Job(config, settings, sources, make_record(config, settings, sources))
-
-
-def _provenance(config: HarvestConfig) -> dict[str, Any]:
-    return ActivationStore.open(config.out, partial=True).meta.provenance
 
 
 def _reopen(job: Job) -> ActivationStore:

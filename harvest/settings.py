@@ -29,9 +29,7 @@ class Settings:
     """What a harvest depends on, beside its text."""
 
     spec: ModelSpec
-    """Which model."""
     tokenizer: Any
-    """Its tokenizer."""
     packing: Packing
     """How sequences are made."""
     n_model_layers: int
@@ -45,11 +43,9 @@ class Settings:
     batch_size: int
     """Sequences in a forward pass."""
     dtype: str
-    """Compute dtype."""
+    """Of the computation."""
     store_dtype: str
-    """Stored dtype."""
     device: torch.device
-    """Where to compute."""
     lens: TunedLens | None
     """Lens to apply, on the device."""
     notes: tuple[str, ...]

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -112,7 +113,7 @@ def fit_lens(config: FitLensConfig) -> FitResult:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             fit = _start(config, settings, store, tokens, role)
             saved, result = _fit(fit)
-            extra = {"fit.json": {**result.to_json(), "options": config.for_record()}}
+            extra = {"fit.json": {**asdict(result), "options": config.for_record()}}
             write_lens(building, fit.model, saved, extra=extra)
             building.rename(config.out)
             sync(config.out.absolute().parent)
@@ -262,8 +263,8 @@ def _kl_trained(fit: Fit, ridge: Translators, means: Tensor) -> Translators:
     )
     with progress("KL training", "step", options.kl_steps) as bar:
 
-        def show(step: kl.Step) -> None:
-            bar.set_postfix_str(f"mean KL {sum(step.kl) / len(step.kl):.3f}", refresh=False)
+        def show(kls: list[float]) -> None:
+            bar.set_postfix_str(f"mean KL {sum(kls) / len(kls):.3f}", refresh=False)
             bar.update(1)
 
         kl.train(

@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from harvest.lens.measure import TOLERANCE
 from residscope.console import human_seconds
@@ -65,17 +64,13 @@ class FitResult:
     layers: tuple[LayerFit, ...]
     """The embedding, then each block."""
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return asdict(self)
-
 
 def print_fit(result: FitResult, *, as_json: bool) -> None:
     """Print a result on stdout, and on stderr a line for each layer that needs one."""
     for note in warnings(result):
         print(note, file=sys.stderr)
     if as_json:
-        print(json.dumps(result.to_json()))
+        print(json.dumps(asdict(result)))
         return
     print(
         f"{result.out}: {result.saved} translators of {result.model} ({result.architecture}), fitted on"

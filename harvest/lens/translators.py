@@ -17,6 +17,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,27 +47,22 @@ class Translators(NamedTuple):
     """float32 [L, D]."""
 
 
+@dataclass(frozen=True, eq=False)
 class TunedLens:
     """A lens in memory. `apply` and `invert` take the index of the block whose output the vectors are."""
 
-    def __init__(
-        self,
-        weights: Tensor,
-        biases: Tensor,
-        *,
-        indexing: Indexing = "tuned-lens",
-        name: str = "",
-        fingerprint: str = "",
-        base_model: str | None = None,
-    ) -> None:
-        """weights: float32 [L, D, D], biases: float32 [L, D]."""
-        self.weights = weights
-        self.biases = biases
-        self.indexing: Indexing = indexing
-        self.name = name
-        self.fingerprint = fingerprint
-        self.base_model = base_model
-        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+    weights: Tensor
+    """float32 [L, D, D]."""
+    biases: Tensor
+    """float32 [L, D]."""
+    _: KW_ONLY
+    indexing: Indexing = "tuned-lens"
+    name: str = ""
+    fingerprint: str = ""
+    """Hash of config and parameters."""
+    base_model: str | None = None
+    """The model that it says it was fitted for."""
+    _factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def n_layers(self) -> int:
@@ -79,7 +75,7 @@ class TunedLens:
         return self.weights.shape[-1]
 
     def describe(self) -> dict[str, Any]:
-        """What a store keeps of it: id, indexing, hash (of config and parameters)."""
+        """What a store keeps of it."""
         return {"id": self.name, "indexing": self.indexing, "hash": self.fingerprint}
 
     def translator(self, layer: int) -> int | None:
@@ -113,14 +109,7 @@ class TunedLens:
 
     def to(self, device: torch.device | str) -> "TunedLens":
         """The same lens with its parameters on a device."""
-        return TunedLens(
-            self.weights.to(device),
-            self.biases.to(device),
-            indexing=self.indexing,
-            name=self.name,
-            fingerprint=self.fingerprint,
-            base_model=self.base_model,
-        )
+        return replace(self, weights=self.weights.to(device), biases=self.biases.to(device))
 
     def _lu(self, i: int) -> tuple[Tensor, Tensor]:
         if i not in self._factors:
@@ -185,14 +174,8 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
     digest = xxhash.xxh3_128()
     for file in _FILES:
         digest.update((folder / file).read_bytes())
-    return TunedLens(
-        weights,
-        biases,
-        indexing=indexing,
-        name=name,
-        fingerprint=digest.hexdigest(),
-        base_model=base_model,
-    )
+    fingerprint = digest.hexdigest()
+    return TunedLens(weights, biases, indexing=indexing, name=name, fingerprint=fingerprint, base_model=base_model)
 
 
 def _parameters(path: Path, lens: str) -> Any:

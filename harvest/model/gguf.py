@@ -144,19 +144,13 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
                 model = model.bfloat16()
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise _unreadable(file, error) from error
     except Exception as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: GgufFile, error: BaseException) -> IncompatibleError:
-    return IncompatibleError(
-        f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "
-        "It may be damaged, or of an architecture that transformers does not take from GGUF"
-    )
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise IncompatibleError(
+            f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "
+            "It may be damaged, or of an architecture that transformers does not take from GGUF"
+        ) from error
 
 
 def _check_readable(file: GgufFile) -> None:

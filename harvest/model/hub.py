@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 from residscope.errors import ResidscopeError, UsageError
 
 _TIMEOUT_SECONDS = 10.0
-_KINDS = {"model": "model", "dataset": "data set", "space": "space"}
+_KINDS = {
+    "model": ("model", "--model a local folder or a GGUF file"),
+    "dataset": ("data set", "--dataset a local file or pydoc"),
+    "space": ("space", "--lens a local folder"),
+}
+"""What each kind is called, and what can be given in its place without a network."""
 
 
 class HubRepo(NamedTuple):
@@ -38,7 +43,8 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
-    what = f"{_KINDS[kind]} {repo_id!r}"
+    called, instead = _KINDS[kind]
+    what = f"{called} {repo_id!r}"
     try:
         validate_repo_id(repo_id)
         # Any: the three kinds of info share `sha` and nothing else in their types.
@@ -61,15 +67,8 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
             return HubRepo(repo_id, commit, True)
         raise ResidscopeError(
             f"{what}: the hub cannot be reached ({first_line(error)}) and the local cache does not have it."
-            f" {_WAY_OUT[kind]}"
+            f" Connect to the network, or give {instead}"
         ) from error
-
-
-_WAY_OUT = {
-    "model": "Connect to the network, or give --model a local folder or a GGUF file",
-    "dataset": "Connect to the network, or give --dataset a local file or pydoc",
-    "space": "Connect to the network, or give --lens a local folder",
-}
 
 
 def _cached_commit(repo_id: str, kind: str, revision: str | None, probes: Sequence[str]) -> str | None:

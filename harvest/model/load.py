@@ -41,13 +41,11 @@ class LoadedModel:
     """A model in evaluation mode on its device, with what interpretability needs to find in it."""
 
     spec: ModelSpec
-    """Which model it is."""
     causal_lm: Any
     """The whole model, with the LM head: `causal_lm(input_ids).logits` is [B, N, V]."""
     base: Any
     """The model without its LM head; run this where logits are not needed."""
     tokenizer: Any
-    """Its tokenizer."""
     blocks: nn.ModuleList
     """The transformer blocks, in order; block i's output is the residual stream after layer i."""
     d_model: int
@@ -55,7 +53,6 @@ class LoadedModel:
     architecture: str
     """Class of the whole model, such as GPTNeoXForCausalLM."""
     device: torch.device
-    """Where it is."""
     dtype: torch.dtype
     """Format of its weights and of its forward pass."""
     without_head: bool = False

@@ -1,6 +1,6 @@
 """Which model a name stands for: a short name, a hub id, a local folder or a GGUF file, pinned by commit or by hash."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,10 +67,15 @@ def resolve_model(name: str, *, revision: str | None = None, random_init: bool =
     if path.is_dir() or path.is_file():
         if revision is not None:
             raise UsageError(f"--revision {revision}: {name} is a local path, which has no revisions")
-        return _folder_spec(path, random_init, seed) if path.is_dir() else _file_spec(path, random_init, seed)
-    packaged = gguf.packaged_gguf(name)
-    if packaged and revision is None:
-        return _gguf_spec(packaged, name.lower(), random_init, seed)
+        spec = _folder_spec(path, needs_weights=not random_init) if path.is_dir() else _file_spec(path)
+    elif revision is None and (packaged := gguf.packaged_gguf(name)):
+        spec = _gguf_spec(packaged, name.lower())
+    else:
+        spec = _hub_spec(name, revision)
+    return replace(spec, random_init=random_init, seed=seed)
+
+
+def _hub_spec(name: str, revision: str | None) -> ModelSpec:
     if name.startswith((".", "/", "~")) or name.lower().endswith(".gguf"):
         raise UsageError(f"model {name}: there is no such file or folder")
     repo_id = hub_id(name) or name
@@ -81,15 +86,7 @@ def resolve_model(name: str, *, revision: str | None = None, random_init: bool =
             f"unknown model {name!r}: neither a short name, a hub id (owner/name), a folder nor a GGUF file{hint}"
         )
     repo = pin(repo_id, "model", revision)
-    return ModelSpec(
-        name=repo_id,
-        source="hub",
-        location=repo_id,
-        revision=repo.commit,
-        cached_only=repo.cached_only,
-        random_init=random_init,
-        seed=seed,
-    )
+    return ModelSpec(name=repo_id, source="hub", location=repo_id, revision=repo.commit, cached_only=repo.cached_only)
 
 
 def small_files(folder: Path) -> list[Path]:
@@ -102,7 +99,7 @@ def weight_files(folder: Path) -> list[Path]:
     return next((found for pattern in _WEIGHT_PATTERNS if (found := sorted(folder.glob(pattern)))), [])
 
 
-def _folder_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
+def _folder_spec(path: Path, *, needs_weights: bool) -> ModelSpec:
     folder = path.resolve()
     files = small_files(folder)
     if not (folder / "config.json").is_file():
@@ -114,7 +111,7 @@ def _folder_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
             f"model {path}: the folder has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}); save the model's tokenizer"
             " there too"
         )
-    if not random_init:
+    if needs_weights:
         weights = weight_files(folder)
         if not weights:
             raise IncompatibleError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHT_PATTERNS)})")
@@ -123,27 +120,17 @@ def _folder_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
     for file in files:
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
         add_file(digest, file)
-    return ModelSpec(
-        name=folder.name,
-        source="folder",
-        location=str(folder),
-        fingerprint=digest.hexdigest(),
-        random_init=random_init,
-        seed=seed,
-    )
+    return ModelSpec(name=folder.name, source="folder", location=str(folder), fingerprint=digest.hexdigest())
 
 
-def _file_spec(path: Path, random_init: bool, seed: int) -> ModelSpec:
+def _file_spec(path: Path) -> ModelSpec:
     if path.suffix.lower() != ".gguf":
         raise IncompatibleError(
             f"model {path}: a file should be a .gguf file; give the folder that holds config.json for other formats"
         )
-    return _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name, random_init, seed)
+    return _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name)
 
 
-def _gguf_spec(file: gguf.GgufFile, name: str, random_init: bool, seed: int) -> ModelSpec:
+def _gguf_spec(file: gguf.GgufFile, name: str) -> ModelSpec:
     digest = gguf.sha256(file)
-    folder = gguf.unpacked_folder(file, digest)
-    return ModelSpec(
-        name=name, source="gguf", location=str(folder), fingerprint=digest, random_init=random_init, seed=seed
-    )
+    return ModelSpec(name=name, source="gguf", location=str(gguf.unpacked_folder(file, digest)), fingerprint=digest)

@@ -1,7 +1,6 @@
 """Documents in local files: .txt, .jsonl (.gz, .zst) and .parquet, one after another in a fixed order.
 
 How: one .txt file is one document; each line of a .jsonl and each row of a .parquet is one. Files are read lazily.
-What it does not do: shuffle, filter, or read any other kind of file.
 """
 
 import glob
@@ -49,12 +48,12 @@ def find_files(dataset: str) -> list[Path] | None:
 
 
 def suffix_of(path: Path) -> str | None:
-    return next(
-        (suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(suffix)), None
-    )
+    """Which of the known endings a file's name has; None for another one."""
+    return next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
 def files_hash(files: list[Path]) -> str:
+    """Of names, sizes and the first MiB of each."""
     digest = xxhash.xxh3_128()
     for path in files:
         with path.open("rb") as stream:
@@ -63,6 +62,7 @@ def files_hash(files: list[Path]) -> str:
 
 
 def file_documents(files: list[Path], column: str) -> Iterator[str]:
+    """All documents of some files; column: with the text, where files have columns."""
     for path in files:
         try:
             suffix = suffix_of(path)
