@@ -1,5 +1,6 @@
 """Options: what they refuse, how layers are read, and that what is saved reads back."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +62,13 @@ def test_flags_reach_the_configuration() -> None:
     words = "--model gpt2 --out a.zarr --layers 0-2 5 --no-keep-first-position --document-separator ¶ --dry-run --json"
     config = parse_options(HarvestConfig, words.split(), prog="harvest", description="")
     assert config == harvest_config(layers=("0-2", "5"), document_separator="¶", dry_run=True, json=True)
+
+
+def test_a_file_may_use_tables(tmp_path: Path) -> None:
+    flat = 'model = "gpt2"\nout = "a.zarr"\ndataset = "pydoc"\nlayers = ["0-2"]\nseed = 3\n'
+    tables = 'out = "a.zarr"\n[weights]\nmodel = "gpt2"\n[text]\ndataset = "pydoc"\n[storage]\nlayers = "0-2"\n'
+    for i, text in enumerate((flat, tables + "[control]\nseed = 3\n")):
+        (tmp_path / f"{i}.toml").write_text(text)
+        words = ["--config", str(tmp_path / f"{i}.toml")]
+        config = parse_options(HarvestConfig, words, prog="harvest", description="")
+        assert config == harvest_config(dataset="pydoc", layers=("0-2",), seed=3)
