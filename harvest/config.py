@@ -103,10 +103,16 @@ class DocumentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StorageConfig:
-    """What is stored, and in which format."""
+    """What is stored, and in which number format."""
 
     layers: tuple[str, ...] = ()
     """Blocks to store, counted from 0, such as 0-5,11 (ranges include both ends); default all."""
+    lens: str | None = None
+    """Tuned lens to apply before storing: a local folder, the model's id in the published collection, or auto for the
+    one published for the model."""
+    lens_indexing: Literal["tuned-lens", "mlsae-compat"] = "tuned-lens"
+    """Which translator a block's output takes: the one trained on it (block l takes translator l + 1, the last none),
+    or translator l as the reference implementation does."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number format on the disk. float16 overflows on some models; then the run stops."""
     codec: Literal["none", "zstd"] = "none"
@@ -114,18 +120,6 @@ class StorageConfig:
 
     def __post_init__(self) -> None:
         parse_layers(self.layers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LensConfig:
-    """A tuned lens."""
-
-    lens: str | None = None
-    """Tuned lens to apply before storing: a local folder, the model's id in the published collection, or auto for the
-    one published for the model."""
-    lens_indexing: Literal["tuned-lens", "mlsae-compat"] = "tuned-lens"
-    """Which translator a block's output takes: the one trained on it (block l takes translator l + 1, the last none),
-    or translator l as the reference implementation does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +154,6 @@ class HarvestConfig:
     text runs out."""
     sequences: SequenceConfig = SequenceConfig()
     storage: StorageConfig = StorageConfig()
-    tuned_lens: LensConfig = LensConfig()
     control: ControlConfig = ControlConfig()
     batch_size: int | None = None
     """Sequences in a forward pass; default as many as 256 MiB of stored vectors and 8192 tokens hold, or 1024 tokens

@@ -1,5 +1,7 @@
-"""What is at --out, and whether a store may be made there: never over anything else, and only where the disk has
-room."""
+"""What is at --out, and whether a store may be made there: never over anything else, and only where the disk has room.
+
+Tested in tests/harvest/test_cli.py, test_run.py and test_continue.py.
+"""
 
 import os
 import shutil

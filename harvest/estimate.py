@@ -2,7 +2,7 @@
 
 How: tokenises a sample of the text, and times forward passes (the recording included, the writing not: it overlaps)
 at the run's own batch size. The whole text is not read, so that the number of tokens available is an estimate, or
-unknown.
+unknown. Tested in tests/harvest/test_run.py.
 """
 
 import shutil
@@ -36,14 +36,12 @@ class Estimate(NamedTuple):
     architecture: str
     """Class of the model."""
     layers: list[int]
-    """Layers that would be stored."""
     d_model: int
     device: str
     dtype: str
     """Of the computation."""
     store_dtype: str
     context_length: int
-    """Tokens in a sequence."""
     batch_size: int
     """Sequences in a forward pass."""
     tokens: int

@@ -92,7 +92,7 @@ class BatchRunner:
         self._recorder.stream(input_ids, look)
         return next(filter(None, problems), None) or ResidscopeError(
             f"tokens {first_token} to {first_token + input_ids.numel() - 1}: the model gave values that are not finite,"
-            " and finite ones when run again; the machine computes wrongly. Nothing of it was stored"
+            " and finite ones when run again: this machine makes errors. Nothing of it was stored"
         )
 
     def _transformed(self, i: int, residual: Tensor) -> Tensor:

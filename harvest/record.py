@@ -3,7 +3,7 @@ comes from.
 
 How: the record is plain JSON of what the stored bytes depend on and of nothing else (no paths, no times, no device), so
 that the same command gives the same record anywhere, and a store can say which field of another command's record
-differs.
+differs. Tested in tests/harvest/test_continue.py.
 """
 
 import importlib.metadata
@@ -91,8 +91,8 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
             " --overwrite to start anew"
         )
     return [
-        f"the {name} {record[name]!r} is what {out} has as {stored[name]!r}: the contents have the same hash; the store"
-        " keeps that name"
+        f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
+        " same hash"
         for name in renamed
     ]
 

@@ -1,4 +1,7 @@
-"""What a harvest made, and how it is printed: a few lines for people, or one JSON line."""
+"""What a harvest made, and how it is printed: a few lines for people, or one JSON line.
+
+Tested in tests/harvest/test_cli.py.
+"""
 
 import json
 from pathlib import Path
@@ -24,12 +27,10 @@ class HarvestResult(NamedTuple):
     documents: int
     """Documents that they come from."""
     layers: list[int]
-    """Stored layers."""
     d_model: int
     bytes: int
     """Bytes of the vectors, before compression."""
     shards: int
-    """Shards of the store."""
     shards_written: int
     """Those written by this command; the others were there."""
     seconds: float

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harvest.config import HarvestConfig, LensConfig, parse_layers
+from harvest.config import HarvestConfig, StorageConfig, parse_layers
 from harvest.lens.translators import TunedLens, load_lens
 from harvest.model.blocks import d_model_of, longest_context, n_layers_of
 from harvest.model.load import LoadedModel, load_config, load_model, load_tokenizer
@@ -78,7 +78,7 @@ def resolve(config: HarvestConfig) -> Settings:
     context = _context(config.sequences.context_length, spec, longest_context(model_config))
     tokenizer = load_tokenizer(spec)
     dtype, dtype_note = _dtype(config.weights.dtype, device)
-    lens, lens_note = _lens(config.tuned_lens, spec, n_layers, d_model, device)
+    lens, lens_note = _lens(config.storage, spec, n_layers, d_model, device)
     store_dtype = config.storage.store_dtype
     return Settings(
         spec=spec,
@@ -143,7 +143,7 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device).item()  # The meta device has no numbers.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
-            f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try --device cpu"
+            f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu"
         ) from None
     return device
 
@@ -171,7 +171,7 @@ def _cpu_flags() -> str:
 
 
 def _lens(
-    config: LensConfig, spec: ModelSpec, n_layers: int, d_model: int, device: torch.device
+    config: StorageConfig, spec: ModelSpec, n_layers: int, d_model: int, device: torch.device
 ) -> tuple[TunedLens | None, str | None]:
     """The lens on the device, and a warning where it says that it was fitted for another model."""
     if config.lens is None:

@@ -1,5 +1,4 @@
-"""`residscope fit-lens`: reads its options, fits a tuned lens, and prints how good it is at each layer. Imports nothing
-heavy before the options are read."""
+"""The command `residscope fit-lens`. Imports nothing heavy before the options are read; tested in test_fit.py."""
 
 from collections.abc import Sequence
 

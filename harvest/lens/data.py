@@ -2,8 +2,7 @@
 
 How: the table's sequences go in batches, each one forward pass or one read. Whole documents have one `Role` each: most
 are fitted on, some choose the ridge penalty, and those that `train` holds out for validation, with the same seed and
-share, are only measured on. A store does not hold what enters the first block, which the model gives for next to
-nothing. Tested in tests/harvest/lens/test_data.py and test_fit.py.
+share, are only measured on. A store does not hold what enters the first block; the model gives it at little cost.
 
 Shapes: T tokens of the table, n tokens of a batch, L = n_layers, D = d_model. The vectors of a batch are L + 1 tensors
 [n, D] in float32 on the model's device: the inputs of blocks 0 to L - 1, each the output of the block before it, and

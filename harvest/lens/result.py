@@ -1,4 +1,7 @@
-"""How good a fitted lens is, layer by layer, as fit.json holds it, and how it is printed: a table, or one JSON line."""
+"""How good a fitted lens is, layer by layer, as fit.json holds it, and how it is printed: a table, or one JSON line.
+
+Tested in tests/harvest/lens/test_fit.py.
+"""
 
 import json
 import sys

@@ -35,7 +35,7 @@ from store.files import atomic_write
 SPACE = "AlignmentResearch/tuned-lens"
 Indexing = Literal["tuned-lens", "mlsae-compat"]
 _FILES = ("config.json", "params.pt")
-_FIT_ONE = "The way out is to fit one for this model and give its folder"
+_FIT_ONE = "Fit one for this model with `residscope fit-lens`, and give its folder"
 
 
 class Translators(NamedTuple):
@@ -164,7 +164,7 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         )
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):
-        raise IncompatibleError(f"lens {name}: config.json names {base_model!r} as its base model, which is no name")
+        raise IncompatibleError(f"lens {name}: config.json should name its base model by a text, found {base_model!r}")
     parameters = _parameters(folder / "params.pt", name)
     weights = torch.stack([_parameter(parameters, name, f"{i}.weight", (d_model, d_model)) for i in range(n_layers)])
     if config.get("bias", True):
@@ -179,8 +179,8 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
 
 
 def _parameters(path: Path, lens: str) -> Any:
-    """What a file of tensors holds, after its check sums are found right: torch.save writes them, and torch.load does
-    not look at them."""
+    """What a file of tensors holds. Its check sums are compared first: torch.save writes them, torch.load ignores
+    them."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:

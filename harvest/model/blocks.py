@@ -66,9 +66,3 @@ def longest_context(config: Any) -> int | None:
     """Most positions that the model takes, or None where it sets no limit."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(found) if found and found > 0 else None  # XLNet has -1 for no limit.
-
-
-def attention_of(config: Any) -> str | None:
-    """Attention implementation to ask for: eager where scores are soft-capped (fused kernels may leave that out),
-    else transformers' choice (None)."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None

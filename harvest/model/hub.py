@@ -1,8 +1,7 @@
 """Questions to the Hugging Face hub that fail fast and in one line.
 
 How: one request with a short timeout pins a repository to a commit before any library with long retries is let loose
-on it; without a network the local cache is asked instead. `quiet` turns off what the libraries print beside the run.
-What it does not do: download models (transformers does) or data (datasets does).
+on it; without a network the local cache is asked instead. Models are downloaded by transformers, data by datasets.
 """
 
 import os

@@ -78,7 +78,7 @@ class LoadedModel:
             )
         found = self.causal_lm.get_output_embeddings()
         if not isinstance(found, nn.Module):
-            raise IncompatibleError(f"{self.spec.name} ({self.architecture}): no unembedding is to be found")
+            raise IncompatibleError(f"{self.spec.name} ({self.architecture}): it has no unembedding")
         return found
 
     def logits(self, residual: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def load_model(
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
     base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
-        raise IncompatibleError(f"{spec.name} ({architecture}): the model without its LM head is not to be found")
+        raise IncompatibleError(f"{spec.name} ({architecture}): the model without its LM head was not found")
     refuse_missing(spec.name, missing, prefix)
     blocks = find_blocks(base, n_layers_of(config))
     refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
@@ -190,7 +190,7 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
         failed, way_out = "cannot be loaded", "; save or download the model again, or give another"
         if what == "forward pass":
             failed, way_out = "fails", ""
-        # What is on the hub may be whole, and the network not.
+        # The network may have failed, rather than the files be damaged.
         kind = ResidscopeError if spec.source == "hub" and what != "forward pass" else IncompatibleError
         raise kind(
             f"{spec.name}: its {what} {failed} ({type(error).__name__}: {first_line(error)}){way_out}"

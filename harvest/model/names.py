@@ -25,7 +25,7 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Which model, exactly. No weights are loaded yet."""
+    """Which model, exactly; nothing is loaded yet."""
 
     name: str
     """What to call it; a hub id and a short name can be given to `resolve_model` again, a folder's or file's name
@@ -60,7 +60,7 @@ def resolve_model(name: str, *, revision: str | None = None, random_init: bool =
     """The model that `name` stands for: a local folder, a GGUF file, a short name, or a hub id, in this order.
 
     Hashes local files, or asks the hub for the commit. Raises `UsageError` where there is no such model,
-    `IncompatibleError` where what is there is none, `ResidscopeError` where the hub cannot be reached.
+    `IncompatibleError` for a folder or file that is not a model, `ResidscopeError` where the hub cannot be reached.
     """
     quiet()
     path = Path(name).expanduser()

@@ -1,8 +1,8 @@
-"""Whether what was loaded is the model of its files, and a causal one.
+"""Whether what transformers loaded is the model that the files hold, and a causal one.
 
-How: transformers makes up weights that the files lack, leaves out those that the configuration does not ask for, and
-loads encoders under the name of causal models, all without a word; each is found here, after the fact. Files of the
-hub's local cache carry their hash as their name.
+How: without a word, transformers gives random values to weights that the files lack, leaves out those that the
+configuration does not ask for, and loads encoders as causal models; each is found here. Files of the hub's local cache
+have their hash as their name.
 """
 
 import hashlib
@@ -74,13 +74,13 @@ def refuse_not_causal(model: str, architecture: str, base: Any, longest: int | N
     if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):
         raise IncompatibleError(
             f"{model} ({architecture}): later tokens change the residual stream of earlier ones (by {error:.1g} of its"
-            " norm), so that this is an encoder and no causal language model; give a model that predicts the next token"
+            " norm), so this is an encoder, not a causal language model; give a model that predicts the next token"
         )
 
 
 def refuse_damaged_cache(model: str, files: Iterable[Path]) -> None:
-    """`IncompatibleError` where a file of the hub's local cache is not what the hub gave. files: links in the folder of
-    one commit; what is no link, or does not point at a file named by its hash, is not looked at."""
+    """`IncompatibleError` where a file of the hub's local cache does not have its hash. files: links in the folder of
+    one commit; others, and links to files not named by a hash, are not looked at."""
     for link in files:
         file = link.resolve()
         new = _HASHES.get(len(file.name))

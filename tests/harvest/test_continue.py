@@ -164,7 +164,7 @@ def test_a_model_and_a_lens_that_were_renamed_go_on(
     again = harvest(config(model=str(moved), lens=str(lens)))
     said = capsys.readouterr().err
     for kind, now, before in (("model", "my-gpt2", "model"), ("lens", "fitted", "lens")):
-        assert f"the {kind} '{now}' is what {options.out} has as '{before}': the contents have the same hash" in said
+        assert f"the {kind} '{now}' is called '{before}' in {options.out}, which keeps that name" in said
     assert (again.model, again.content_hash) == ("model", whole.content_hash)
     assert tree(options.out) == tree(Path(whole.out))
     assert str(moved) in options_file(options.out).read_text(), "where a repair will look"

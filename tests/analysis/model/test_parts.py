@@ -159,7 +159,7 @@ def test_the_harvest_has_left_word_where_model_and_lens_are(
         again = parse_options(HarvestConfig, words, prog="harvest", description="")
         assert again.text.dataset == (f"{made.model_folder.parent}/texts:2", "pydoc")
         assert again.weights.model == str(made.model_folder)
-        assert again.tuned_lens.lens == (made.lens_folder and str(made.lens_folder))
+        assert again.storage.lens == (made.lens_folder and str(made.lens_folder))
         assert run(setting, tmp_path / "out")["transformer"]["reason"] is None
         record.write_text(f'model = "{tiny_model("llama", tmp_path / "llama", seed=1)}"')
         assert "content hash should be" in run(setting, tmp_path / "other")["transformer"]["reason"]

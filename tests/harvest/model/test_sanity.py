@@ -41,7 +41,7 @@ def bert(*, is_decoder: bool) -> Any:
 def test_an_encoder_is_refused_and_the_same_model_as_a_decoder_is_not(tmp_path: Path) -> None:
     folder = save(tmp_path / "encoder", bert(is_decoder=False))
     with pytest.raises(
-        IncompatibleError, match=r"encoder \(BertLMHeadModel\): later tokens change .* no causal language model"
+        IncompatibleError, match=r"encoder \(BertLMHeadModel\): later tokens change .* not a causal language model"
     ):
         load_model(resolve_model(str(folder)))
     assert load_model(resolve_model(str(save(tmp_path / "decoder", bert(is_decoder=True))))).n_layers == 2
