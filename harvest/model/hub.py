@@ -23,8 +23,6 @@ _KINDS = {
 class HubRepo(NamedTuple):
     """A repository of the hub at one commit."""
 
-    repo_id: str
-    """owner/name."""
     commit: str
     """The commit's hash."""
     cached_only: bool
@@ -48,7 +46,7 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
         validate_repo_id(repo_id)
         # Any: the three kinds of info share `sha` and nothing else in their types.
         info: Any = HfApi().repo_info(repo_id, repo_type=kind, revision=revision, timeout=_TIMEOUT_SECONDS)
-        return HubRepo(repo_id, info.sha, False)
+        return HubRepo(info.sha, cached_only=False)
     except HFValidationError:
         raise UsageError(f"{what}: neither a path that exists nor a hub id (owner/name)") from None
     except GatedRepoError:
@@ -63,7 +61,7 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
     except Exception as error:
         commit = _cached_commit(repo_id, kind, revision, probes)
         if commit:
-            return HubRepo(repo_id, commit, True)
+            return HubRepo(commit, cached_only=True)
         raise ResidscopeError(
             f"{what}: the hub cannot be reached ({first_line(error)}) and the local cache does not have it."
             f" Connect to the network, or give {instead}"

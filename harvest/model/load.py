@@ -15,15 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from harvest.model.blocks import (
-    attention_of,
-    d_model_of,
-    final_norm,
-    find_blocks,
-    longest_context,
-    n_layers_of,
-    name_of,
-)
+from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of
 from harvest.model.hub import first_line
 from harvest.model.names import ModelSpec, small_files, weight_files
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
@@ -147,8 +139,9 @@ def load_model(
 
 def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str], list[str]]:
     """The model, and the names of weights that its files lack, and of those that they have and it does not use."""
-    attention = attention_of(config)
-    arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    # Fused kernels may leave out the soft-capping of scores; otherwise transformers chooses.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    arguments: dict[str, Any] = {"attn_implementation": "eager"} if capped else {}
     auto = transformers.AutoModelForCausalLM
     if not spec.random_init:
         loaded: Any = auto.from_pretrained(

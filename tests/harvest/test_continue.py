@@ -68,7 +68,7 @@ def test_a_hub_data_set_is_not_asked_for_again(config: MakeConfig, monkeypatch: 
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: iter([{"text": "abc" * 100}] * 2))
-    monkeypatch.setattr("harvest.text.sources.pin", lambda *args, **options: HubRepo("owner/name", "c0ffee", False))
+    monkeypatch.setattr("harvest.text.sources.pin", lambda *args, **options: HubRepo("c0ffee", False))
     for name in ("owner/name", "wikitext"):
         options = config(dataset=name, out=config().out.with_name(name.replace("/", "-")))
         with pytest.MonkeyPatch.context() as patch:

@@ -117,12 +117,12 @@ def test_a_lens_from_the_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return str(folder / Path(file).name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(module, "pin", lambda *args, **options: HubRepo(module.SPACE, "c0ffee", False))
+    monkeypatch.setattr(module, "pin", lambda *args, **options: HubRepo("c0ffee", False))
     sizes: dict[str, Any] = {"n_layers": N_LAYERS, "d_model": D_MODEL}
     assert load_lens("auto", model_id="openai-community/gpt2", **sizes).name == "openai-community/gpt2"
     assert asked[0] == "lens/openai-community/gpt2/config.json"
     assert load_lens("gpt2", model_id="x/y", **sizes).fingerprint
-    with pytest.raises(UsageError, match=r"no folder here, and no published lens for 'EleutherAI/pythia-1b'.*fit one"):
+    with pytest.raises(UsageError, match=r"no folder here, and no published lens for 'EleutherAI/pythia-1b'.*Fit one"):
         load_lens("pythia-1b", model_id="x/y", **sizes)
 
 

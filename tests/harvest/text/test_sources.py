@@ -205,7 +205,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return state["answer"]()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(texts, "pin", lambda repo, kind, revision, probes: HubRepo(repo, "c0ffee", False))
+    monkeypatch.setattr(texts, "pin", lambda repo, kind, revision, probes: HubRepo("c0ffee", False))
     return state
 
 
