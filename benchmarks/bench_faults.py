@@ -149,14 +149,14 @@ class Bench:
         self._options += ["--context-length", "20", "--batch-size", "3", "--device", "cpu"]
         torch.set_num_threads(1)
         harvest.run.chunk_and_shard_tokens = lambda *sizes: (CHUNK, SHARD)
-        load, loaded = harvest.run.load_model, {}
+        load, loaded = harvest.run.load_weights, {}
 
         def load_once(*given, **options):  # type: ignore[no-untyped-def]
             if not loaded:
                 loaded[0] = load(*given, **options)
             return loaded[0]
 
-        harvest.run.load_model = load_once
+        harvest.run.load_weights = load_once
         if harvest.cli.main(self.arguments(folder / "first.zarr")):  # In this process, so that its forks have it all.
             raise SystemExit("the undisturbed harvest failed")
         before = time.perf_counter()

@@ -26,7 +26,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harvest.model.load import resolve_model
+from harvest.model.names import resolve_model
 from store.activations import ActivationStore
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,6 @@ What it does not do: load models against the clock, or measure how fast the disk
 """
 
 import argparse
-import dataclasses
 import json
 import resource
 import shutil
@@ -32,12 +31,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import harvest.run
 from harvest.config import HarvestConfig
-from harvest.fill import host_bytes, sequence_batches
+from harvest.fill import host_bytes
 from harvest.model.hub import quiet
-from harvest.model.load import LoadedModel, load_model
-from harvest.settings import TORCH_DTYPES, Settings, resolve
+from harvest.model.load import LoadedModel
+from harvest.sequences import sequence_batches, token_ids
+from harvest.settings import load_weights, resolve
+from harvest.table import make_table
 from harvest.text.sources import open_sources
 from residscope.console import human_bytes
+from residscope.options import from_flat, with_values
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 
@@ -72,18 +74,19 @@ def main() -> None:
     found: dict[str, Any] = {}
     try:
         for dtype in options.dtypes:
-            config = HarvestConfig(
-                model=options.model,
-                random_init=options.random_init,
-                dataset=(options.dataset,),
-                dtype=dtype,
-                device=options.device,
-                context_length=options.context_length,
-                batch_size=options.batch_size,
-                max_tokens=options.tokens,
-                out=folder / "acts.zarr",
-                overwrite=True,
-            )
+            flags = {
+                "model": options.model,
+                "random_init": options.random_init,
+                "dataset": options.dataset,
+                "dtype": dtype,
+                "device": options.device,
+                "context_length": options.context_length,
+                "batch_size": options.batch_size,
+                "max_tokens": options.tokens,
+                "out": folder / "acts.zarr",
+                "overwrite": True,
+            }
+            config = from_flat(HarvestConfig, flags)
             if options.batch_sizes:
                 batch_sizes(config, options.batch_sizes, options.rounds)
             else:
@@ -94,33 +97,26 @@ def main() -> None:
         print(json.dumps({"harvest_over_forward": found[f"harvest_over_forward_{options.dtypes[0]}"], **found}))
 
 
-def loaded(settings: Settings) -> LoadedModel:
-    return load_model(
-        settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
-    )
-
-
 def compare(config: HarvestConfig, rounds: int) -> dict[str, float]:
     """Measure one dtype, print a line, and give its numbers for the JSON line."""
     settings = resolve(config)
-    model = loaded(settings)
-    tokens = harvest.run.tokenise(settings, open_sources(config), config.max_tokens)[0]
-    forward(
-        model, TokenTable(*(column[: settings.batch_tokens] for column in tokens)), settings.batch_tokens
-    )  # Warm-up.
+    model = load_weights(settings)
+    tokens = make_table(open_sources(config.text), settings.tokenizer, settings.packing, config.max_tokens)[0]
+    batch_tokens = settings.batch_size * settings.packing.context_length
+    forward(model, TokenTable(*(column[:batch_tokens] for column in tokens)), batch_tokens)  # Warm-up.
     after_forward = peak_bytes()
     results = []
-    with mock.patch.object(harvest.run, "load_model", return_value=model):
-        harvest.run.harvest(dataclasses.replace(config, max_tokens=settings.batch_tokens))
+    with mock.patch.object(harvest.run, "load_weights", return_value=model):
+        harvest.run.harvest(with_values(config, max_tokens=batch_tokens))
         for _ in range(rounds):
-            bare = forward(model, tokens, settings.batch_tokens)
+            bare = forward(model, tokens, batch_tokens)
             began = time.perf_counter()
             made = harvest.run.harvest(config)
             whole = made.tokens / (time.perf_counter() - began)
             results.append(Round(bare, whole, made.tokens_per_second or 0.0))
     columns = Round(*np.array(results).T)
     print(
-        f"{model.architecture}, {config.dtype} on {settings.device}, {torch.get_num_threads()} threads,"
+        f"{model.architecture}, {config.weights.dtype} on {settings.device}, {torch.get_num_threads()} threads,"
         f" {settings.batch_size} x {settings.packing.context_length} tokens a batch, {len(tokens.token_id):,} a round"
     )
     print(
@@ -136,7 +132,7 @@ def compare(config: HarvestConfig, rounds: int) -> dict[str, float]:
         f" after forward passes alone {human_bytes(after_forward)}; stated for activations at most"
         f" {human_bytes(host_bytes(meta, settings.batch_size))}"
     )
-    name = config.dtype
+    name = config.weights.dtype
     return {
         f"harvest_over_forward_{name}": round(ratio, 3),
         f"fill_over_forward_{name}": round(fill, 3),
@@ -149,11 +145,12 @@ def compare(config: HarvestConfig, rounds: int) -> dict[str, float]:
 def batch_sizes(config: HarvestConfig, sizes: list[int], rounds: int) -> None:
     """Print how fast the bare forward is at several batch sizes, which take turns."""
     settings = resolve(config)
-    model = loaded(settings)
+    model = load_weights(settings)
     length = settings.packing.context_length
-    tokens = harvest.run.tokenise(settings, open_sources(config), config.max_tokens)[0]
+    tokens = make_table(open_sources(config.text), settings.tokenizer, settings.packing, config.max_tokens)[0]
     speeds = np.array([[forward(model, tokens, length * size) for size in sizes] for _ in range(rounds + 1)])[1:]
-    print(f"{model.architecture}, {config.dtype} on {settings.device}: tokens/s of the forward pass, median (best)")
+    dtype = config.weights.dtype
+    print(f"{model.architecture}, {dtype} on {settings.device}: tokens/s of the forward pass, median (best)")
     for size, column in zip(sizes, speeds.T, strict=True):
         print(f"  {size:>4} x {length} = {size * length:>6} tokens  {np.median(column):>8,.0f} ({column.max():,.0f})")
 
@@ -163,7 +160,7 @@ def forward(model: LoadedModel, tokens: TokenTable, batch_tokens: int) -> float:
     """Tokens per second of the bare model over all batches of `tokens`."""
     began = time.perf_counter()
     for batch in sequence_batches(tokens.position, batch_tokens):
-        ids = torch.from_numpy(tokens.token_id[batch.start : batch.stop].astype(np.int64)).view(-1, batch.length)
+        ids = torch.from_numpy(token_ids(tokens.token_id, batch))
         model.base(input_ids=ids.to(model.device), use_cache=False)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

@@ -1,5 +1,4 @@
-"""The command `harvest`: reads its options, runs, and says what came of it. Imports nothing heavy before the options
-are read."""
+"""The command `harvest`. Imports nothing heavy before the options are read."""
 
 from collections.abc import Sequence
 
@@ -29,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from harvest.estimate import estimate as run
         else:
             from harvest.run import harvest as run
-        from harvest.report import print_result
+        from harvest.result import print_result
 
-        print_result(run(config), as_json=config.json)
+        print_result(run(config), dry_run=config.dry_run, as_json=config.json)
         return 0
 
     return run_command("harvest", command, interrupted="interrupted; the same command continues the run")

@@ -1,27 +1,28 @@
 """What a harvest would cost, without writing anything: bytes, tokens, and time from a short measured run.
 
 How: tokenises a sample of the text, and times forward passes (the recording included, the writing not: it overlaps)
-at the run's own batch size. What it does not do: read the whole text, so that the number of tokens available is an
-estimate, or unknown.
+at the run's own batch size. The whole text is not read, so that the number of tokens available is an estimate, or
+unknown. Tested in tests/harvest/test_run.py.
 """
 
-import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from harvest.config import HarvestConfig
+from harvest.destination import nearest_folder
 from harvest.fill import BatchRunner
-from harvest.model.load import load_model
-from harvest.settings import TORCH_DTYPES, Settings, require_in_vocabulary, resolve
-from harvest.table import encode_documents, pack
+from harvest.result import ranges
+from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
+from harvest.table import pack
+from harvest.text.encode import encode_documents
 from harvest.text.sources import TextSource, open_sources, require_local_texts
-from residscope.errors import ResidscopeError
+from residscope.console import human_bytes, human_seconds
 
 _SAMPLE_CHARACTERS = 200_000
 _MEASURE_SECONDS = 2.0
@@ -32,21 +33,15 @@ class Estimate(NamedTuple):
     """What a harvest would cost."""
 
     model: str
-    """The model."""
     architecture: str
     """Class of the model."""
     layers: list[int]
-    """Layers that would be stored."""
     d_model: int
-    """Size of a vector."""
     device: str
-    """Where it would compute."""
     dtype: str
-    """Compute dtype."""
+    """Of the computation."""
     store_dtype: str
-    """Stored dtype."""
     context_length: int
-    """Tokens in a sequence."""
     batch_size: int
     """Sequences in a forward pass."""
     tokens: int
@@ -66,23 +61,35 @@ class Estimate(NamedTuple):
     seconds: float
     """Time that the store would take at that speed, loading not included."""
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Headings and texts, a line each."""
+        available = "unknown" if self.tokens_available is None else f"about {self.tokens_available:,}"
+        verdict = "DOES NOT FIT: fewer --max-tokens, fewer --layers, --codec zstd, or another disk"
+        stored = f"{self.tokens:,} tokens x {self.bytes_per_token:,} bytes ({self.store_dtype})"
+        return [
+            ("model", f"{self.model} ({self.architecture}), layers {ranges(self.layers)}, d_model {self.d_model}"),
+            ("compute", f"{self.dtype} on {self.device}, {self.batch_size} x {self.context_length} tokens a batch"),
+            ("text", f"tokens available: {available}"),
+            ("store", f"{stored} = {human_bytes(self.bytes)}"),
+            ("disk", f"{human_bytes(self.free_bytes)} free: {'fits' if self.fits else verdict}"),
+            ("time", f"about {human_seconds(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s (measured)"),
+            ("", "nothing was written"),
+        ]
+
 
 def estimate(config: HarvestConfig) -> Estimate:
     """Measure; raises as `harvest` does for a model, text or option that cannot work. Writes nothing at or beside
     --out."""
-    require_local_texts(config)
+    require_local_texts(config.text)
     settings = resolve(config)
-    sources = open_sources(dataclasses.replace(config, shuffle_documents=None))  # A shuffle would read all of them.
+    sources = open_sources(config.text)  # Not shuffled, which would read all of them.
     for note in settings.notes:
         print(note, file=sys.stderr)
     sample, available = _sample(settings, sources)
-    model = load_model(
-        settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
-    )
+    model = load_weights(settings)
     speed = _measure(BatchRunner(model, settings.layers, settings.store_dtype, settings.lens), settings, sample)
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
-    parent = next(folder for folder in (config.out.absolute(), *config.out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
+    n_bytes, free = tokens * settings.bytes_per_token, shutil.disk_usage(nearest_folder(config.out.absolute())).free
     return Estimate(
         model=settings.spec.name,
         architecture=model.architecture,
@@ -96,9 +103,9 @@ def estimate(config: HarvestConfig) -> Estimate:
         tokens=tokens,
         tokens_available=available,
         bytes_per_token=settings.bytes_per_token,
-        bytes=tokens * settings.bytes_per_token,
+        bytes=n_bytes,
         free_bytes=free,
-        fits=tokens * settings.bytes_per_token < free,
+        fits=n_bytes < free,
         tokens_per_second=speed,
         seconds=tokens / speed,
     )
@@ -115,31 +122,22 @@ def _sample(settings: Settings, sources: Sequence[TextSource]) -> tuple[np.ndarr
 
 def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tuple[np.ndarray, int | None]:
     """Token ids (int32) of a text's first characters, packed, and about how many tokens all of it packs into."""
-    read = 0
-    ended = False
-
-    def beginning() -> Iterator[str]:
-        nonlocal read, ended
-        for text in source.documents():
-            piece = text[: n_characters - read]
-            read += len(piece)
-            yield piece
-            if read >= n_characters:
-                return
-        ended = True
-
+    texts: list[str] = []
+    read, ended = 0, True
+    for text in source.documents():
+        texts.append(text[: n_characters - read])
+        read += len(texts[-1])
+        if read >= n_characters:
+            ended = False
+            break
     packing = settings.packing
     limit = n_characters * 8  # More tokens than the sample can have: all of it counts.
-    documents = encode_documents(beginning(), settings.tokenizer, limit, packing.longest_document)
+    documents = encode_documents(texts, settings.tokenizer, limit, packing.longest_document)
     table = pack(documents, packing, limit)
     require_in_vocabulary(settings, table.token_id)
     n_tokens = len(table.token_id)
-    if ended:
-        return table.token_id, n_tokens
-    characters = source.characters()
-    if characters is None:
-        return table.token_id, None
-    return table.token_id, max(round(n_tokens * characters / read), n_tokens)
+    characters = read if ended else source.characters()
+    return table.token_id, None if characters is None else max(round(n_tokens * characters / read), n_tokens)
 
 
 def _measure(runner: BatchRunner, settings: Settings, sample: np.ndarray) -> float:
@@ -156,5 +154,5 @@ def _measure(runner: BatchRunner, settings: Settings, sample: np.ndarray) -> flo
         buffer.wait()
         done += batch * length
     if not bool(buffer.finite.all()):
-        raise ResidscopeError(str(runner.explain_not_finite(ids, 0, settings.store_dtype)))
+        raise runner.explain_not_finite(ids, 0)
     return done / (time.perf_counter() - begin)

@@ -2,17 +2,17 @@
 
 How: names of local files and folders are written in full, so that the file means the same from any working folder: it
 continues and repairs the store, and tells an analysis where the model is, of which the store itself knows the name and
-the hash alone. What it does not do: check that what lies there is still the same (`harvest.model.checks` does).
+the hash alone. Not here: whether what lies there is still the same (`harvest.model.checks`). Tested in
+tests/harvest/test_run.py and tests/analysis/model/test_parts.py.
 """
 
-import dataclasses
 import tomllib
 from pathlib import Path
 
-from harvest.config import HarvestConfig, text_choices
+from harvest.config import HarvestConfig
 from harvest.text.sources import is_on_disk
 from residscope.names import beside
-from residscope.options import to_toml
+from residscope.options import to_flat, to_toml
 from store.files import atomic_write
 
 
@@ -25,9 +25,9 @@ def save_options(config: HarvestConfig) -> None:
     """Write the options beside the store, for `harvest --config`, repairs and analyses."""
     texts = [
         _in_full(choice.name) + word.strip()[len(choice.name) :] if is_on_disk(choice.name) else word
-        for choice, word in zip(text_choices(config), config.dataset, strict=True)
+        for choice, word in zip(config.text.choices, config.text.dataset, strict=True)
     ]
-    values = {**dataclasses.asdict(config), "dataset": tuple(texts)}
+    values = {**to_flat(config), "dataset": tuple(texts)}
     for name in ("model", "lens"):
         if values[name] is not None and _is_here(values[name]):
             values[name] = _in_full(values[name])

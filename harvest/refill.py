@@ -1,8 +1,7 @@
 """Fill again the shards that a store lacks, with the options that it was made with (`residscope verify --repair`).
 
 How: `harvest` leaves its options beside the store; run with them once more, it continues the store from the token ids
-that are in it. All that this needs is there before anything is done. What it does not do: find or prove anything
-(store/care/repair.py does).
+that are in it. Not here: finding the shards and proving them (`store.care.repair`).
 """
 
 from collections.abc import Callable
@@ -10,9 +9,12 @@ from pathlib import Path
 
 from harvest.config import HarvestConfig
 from harvest.options_file import options_file
-from harvest.run import harvest, load_to_continue
+from harvest.record import refuse_differences
+from harvest.run import harvest, look_up
+from harvest.settings import load_weights
 from residscope.errors import ResidscopeError
 from residscope.options import parse_options
+from store.activations import ActivationStore
 
 
 def prepare(path: Path) -> Callable[[], object]:
@@ -24,10 +26,13 @@ def prepare(path: Path) -> Callable[[], object]:
     options = options_file(path)
     if not options.is_file():
         raise ResidscopeError(
-            f"{options}: the options that {path} was made with are not there, and nothing was changed. Run its"
-            " `harvest` command again, which writes them, and then this one"
+            f"{options}, with the options that {path} was made with, is missing; nothing was changed. Run its `harvest`"
+            " command again, which writes it, and then this one"
         )
     words = ["--config", str(options), "--out", str(path), "--no-overwrite", "--no-dry-run"]
     config = parse_options(HarvestConfig, words, prog="harvest", description="Fill what is missing.")
-    model = load_to_continue(config)
+    job = look_up(config, begun=True)
+    provenance = ActivationStore.open(path, partial=True).meta.provenance
+    refuse_differences(path, provenance.get("config"), job.record)
+    model = load_weights(job.settings)
     return lambda: harvest(config, model)

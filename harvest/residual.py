@@ -1,9 +1,8 @@
 """The residual stream after chosen transformer blocks, by forward hooks.
 
-How: the model runs without its LM head and without a cache; a hook on each chosen block sees its output and returns
-None, so that the run itself is untouched. Block outputs are taken before the final norm, which `output_hidden_states`
-does not give for the last block. The forward pass ends after the last chosen block. What it does not do: change the
-residual stream, or pad.
+How: the model runs without its LM head and without a cache; a hook on each chosen block sees its output and changes
+nothing. Block outputs are taken before the final norm, which `output_hidden_states` does not give for the last block.
+The forward pass ends after the last chosen block.
 
 Shapes: B sequences, N positions, D = d_model, L chosen layers.
 """
@@ -18,17 +17,19 @@ from harvest.model.load import LoadedModel
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 
 
+class EndOfPass(BaseException):
+    """Raised in a hook, it ends a forward pass whose rest nobody needs; no Exception, so that no model code catches
+    it."""
+
+
 class ResidualRecorder:
     """Runs a model and hands out the residual stream after each chosen block."""
 
     def __init__(self, model: LoadedModel, layers: Sequence[int] | None = None) -> None:
         """layers: block indices, ascending; default all."""
         self.layers = tuple(range(model.n_layers)) if layers is None else tuple(layers)
-        if (
-            not self.layers
-            or list(self.layers) != sorted(set(self.layers))
-            or not 0 <= self.layers[0] <= self.layers[-1] < model.n_layers
-        ):
+        ascending = list(self.layers) == sorted(set(self.layers))
+        if not (self.layers and ascending and 0 <= self.layers[0] <= self.layers[-1] < model.n_layers):
             raise UsageError(
                 f"layers should ascend within 0..{model.n_layers - 1} without repeats, found {list(self.layers)}"
             )
@@ -47,7 +48,7 @@ class ResidualRecorder:
         block is done.
 
         `residual` is the model's own tensor: copy it, do not change it. `IncompatibleError` where a block did not run
-        exactly once, or the device's memory is too small.
+        exactly once, `ResidscopeError` where the device's memory is too small.
         """
         seen: list[int] = []
         handles = [
@@ -56,8 +57,9 @@ class ResidualRecorder:
         ]
         try:
             self._model.base(input_ids=input_ids.to(self._model.device), use_cache=False)
-        except _LastLayerDone:
-            pass
+        except EndOfPass:
+            if len(seen) < len(self.layers):
+                raise  # `consume` gave it up.
         except torch.OutOfMemoryError as error:
             raise ResidscopeError(
                 f"the forward pass of {input_ids.shape[0]} sequences of {input_ids.shape[1]} tokens does not fit the"
@@ -73,8 +75,6 @@ class ResidualRecorder:
             )
 
     def _hook(self, index: int, input_ids: Tensor, consume: Callable[[int, Tensor], object], seen: list[int]) -> Any:
-        last = index == len(self.layers) - 1
-
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             residual = output[0] if isinstance(output, tuple | list) else output
             expected = (*input_ids.shape, self._model.d_model)
@@ -83,13 +83,9 @@ class ResidualRecorder:
                 raise IncompatibleError(
                     f"layer {self.layers[index]}: the block's output should be {expected}, found {shape}"
                 )
-            seen.append(index)
             consume(index, residual)
-            if last:
-                raise _LastLayerDone
+            seen.append(index)
+            if index == len(self.layers) - 1:
+                raise EndOfPass
 
         return hook
-
-
-class _LastLayerDone(BaseException):
-    """Ends a forward pass whose rest nobody needs; no Exception, so that no model code swallows it."""

@@ -1,27 +1,26 @@
-"""From documents to packed sequences: the token table of a store.
+"""From texts to the token table of a store: tokenised, mixed by weight, and packed into sequences.
 
 How: each document's tokens, then a separator, make one long stream, which is cut into sequences of exactly
 `context_length` tokens (the last may be shorter), so that what is left of a document opens the next sequence. Without
 packing each sequence is the beginning of one document; of every 4,096 documents the longest come first, so that
 sequences of one length follow each other and go through the model together. BOS opens every sequence where the
-tokenizer puts one. Text is tokenised without special tokens, in batches. What it does not do: pad.
+tokenizer puts one. Nothing is padded.
 
 Shapes: T tokens of the table, n tokens of the stream (T without BOS).
 """
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from harvest.text.encode import encode_documents, plain_ids
+from harvest.text.mixing import Mixture
+from harvest.text.sources import TextSource
 from residscope.errors import IncompatibleError, UsageError
 from store.arrays import TokenTable
 
-_BATCH_CHARACTERS = 1 << 20
-_BATCH_DOCUMENTS = 512
-# A token is rarely longer; where a document turns out to need more, it is tokenised whole.
-_CHARACTERS_PER_TOKEN = 24
 _SORTED_DOCUMENTS = 4096
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
@@ -98,19 +97,43 @@ def make_packing(
     return Packing(separator, ids, bos_id, tuple(sorted(special)), context_length, keep_first_position, packed)
 
 
-def encode_documents(
-    texts: Iterable[str], tokenizer: Any, n_tokens: int, longest: int | None = None
-) -> Iterator[np.ndarray]:
-    """Token ids (int32, no special tokens) of each document that has any, in order, until there are `n_tokens` in
-    all; the last may be cut, and each is where it has more than `longest`."""
-    wanted = n_tokens
-    texts = iter(texts)
-    while wanted > 0 and (batch := _next_batch(texts, wanted)):
-        for ids in _encode(tokenizer, batch, wanted if longest is None else min(wanted, longest)):
-            if wanted > 0 and ids.size:
-                part = ids[: wanted if longest is None else min(wanted, longest)]
-                yield part
-                wanted -= part.size
+def _end_of_text(tokenizer: Any) -> str:
+    vocabulary = tokenizer.get_vocab()
+    for token in (*_END_OF_TEXT, tokenizer.eos_token):
+        if token is not None and token in vocabulary:
+            return token
+    raise UsageError(
+        "the tokenizer has no end-of-text token to put between documents; name one with --document-separator, or give"
+        ' "" for none'
+    )
+
+
+def _separator_ids(tokenizer: Any, separator: str) -> list[int]:
+    if not separator:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[separator]] if separator in vocabulary else plain_ids(tokenizer, [separator])[0]
+    if not ids or (tokenizer.unk_token_id in ids and separator != tokenizer.unk_token):
+        raise UsageError(f"--document-separator {separator!r}: the tokenizer has no token for it")
+    return ids
+
+
+def make_table(
+    sources: Sequence[TextSource], tokenizer: Any, packing: Packing, max_tokens: int
+) -> tuple[TokenTable, Mixture]:
+    """The table of at most `max_tokens` tokens of some texts, and what each gave. `ResidscopeError` where there is no
+    text."""
+    limit = packing.stream_length(max_tokens)
+    streams = [encode_documents(source.documents(), tokenizer, limit, packing.longest_document) for source in sources]
+    mixture = Mixture(streams, [source.choice.weight for source in sources], limit, packing.document_extra)
+    with tqdm(total=limit, desc="tokenise", unit="tok", unit_scale=True, leave=False, disable=None) as bar:
+
+        def watched() -> Iterator[np.ndarray]:
+            for ids in mixture:
+                bar.update(len(ids))
+                yield ids
+
+        return pack(watched(), packing, max_tokens), mixture
 
 
 def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> TokenTable:
@@ -184,53 +207,3 @@ def _with_mask(token_id: np.ndarray, document: np.ndarray, position: np.ndarray,
     if not packing.keep_first_position:
         keep &= position != 0
     return TokenTable(token_id, document, position, keep)
-
-
-def _next_batch(texts: Iterator[str], wanted: int) -> list[str]:
-    """Some texts, not many more than `wanted` tokens need."""
-    enough = min(_BATCH_CHARACTERS, _CHARACTERS_PER_TOKEN * wanted)
-    batch: list[str] = []
-    characters = 0
-    for text in itertools.islice(texts, _BATCH_DOCUMENTS):
-        batch.append(text)
-        characters += len(text)
-        if characters >= enough:
-            break
-    return batch
-
-
-def _encode(tokenizer: Any, texts: list[str], wanted: int) -> Iterator[np.ndarray]:
-    """Token ids of each text. Of a text much longer than `wanted` tokens need, only a beginning is tokenised."""
-    limit = _CHARACTERS_PER_TOKEN * wanted + 1000
-    for text, ids in zip(texts, _ids(tokenizer, [text[:limit] for text in texts]), strict=True):
-        # Tokens next to the cut may differ from those of the whole text; none of them may be used.
-        if len(text) > limit and len(ids) < wanted + 64:
-            (ids,) = _ids(tokenizer, [text])
-        yield np.array(ids, np.int32)
-
-
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)[
-        "input_ids"
-    ]
-
-
-def _end_of_text(tokenizer: Any) -> str:
-    vocabulary = tokenizer.get_vocab()
-    for token in (*_END_OF_TEXT, tokenizer.eos_token):
-        if token is not None and token in vocabulary:
-            return token
-    raise UsageError(
-        "the tokenizer has no end-of-text token to put between documents; name one with --document-separator, or give"
-        ' "" for none'
-    )
-
-
-def _separator_ids(tokenizer: Any, separator: str) -> list[int]:
-    if not separator:
-        return []
-    vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[separator]] if separator in vocabulary else _ids(tokenizer, [separator])[0]
-    if not ids or (tokenizer.unk_token_id in ids and separator != tokenizer.unk_token):
-        raise UsageError(f"--document-separator {separator!r}: the tokenizer has no token for it")
-    return ids

@@ -25,7 +25,8 @@ from analysis.model.transformer import lens_of_store, load_of_store, spec_of_sto
 from analysis.selection import Selection
 from analysis.uncertainty import Interval
 from harvest.lens.translators import SPACE, TunedLens
-from harvest.model.load import LoadedModel, ModelSpec
+from harvest.model.load import LoadedModel
+from harvest.model.names import ModelSpec
 from harvest.options_file import recorded_place
 from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore

@@ -13,7 +13,8 @@ import torch
 
 from harvest.lens.translators import Indexing, TunedLens, load_lens
 from harvest.model.checks import refuse_other_weights
-from harvest.model.load import LoadedModel, ModelSpec, load_model, resolve_model
+from harvest.model.load import LoadedModel, load_model
+from harvest.model.names import ModelSpec, resolve_model
 from harvest.options_file import options_file, recorded_place
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from analysis.model.token_text import TokenBytes, texts_of
 from analysis.prompt.intervene import Effect, Intervention, PromptRun, Subject
-from harvest.model.load import longest_context
+from harvest.model.blocks import longest_context
 from harvest.residual import ResidualRecorder
 from residscope.errors import UsageError
 from store.activations import ActivationStore

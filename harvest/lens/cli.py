@@ -1,5 +1,4 @@
-"""`residscope fit-lens`: reads its options, fits a tuned lens, and prints how good it is at each layer. Imports nothing
-heavy before the options are read."""
+"""The command `residscope fit-lens`. Imports nothing heavy before the options are read; tested in test_fit.py."""
 
 from collections.abc import Sequence
 
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         config = parse_options(FitLensConfig, argv, prog=COMMAND, description=DESCRIPTION, epilog=EPILOG)
         from harvest.lens.fit import fit_lens
-        from harvest.lens.report import print_fit
+        from harvest.lens.result import print_fit
 
         try:
             result = fit_lens(config)

@@ -1,11 +1,10 @@
-"""What a lens is fitted on: the vectors of the tokens of a table, at every layer, from a model or from a store.
+"""What a lens is fitted on: the vectors of a table's tokens, at every layer, from a model or from a store.
 
-How: the table's sequences are grouped into spans of equal lengths (`spans`), each one forward pass or one read. Whole
-documents have one part each (`Part`): most are fitted on, some choose the ridge penalty, and those that `train` holds
-out for validation, with the same seed and share, are only measured on. A store does not hold what enters the first
-block, which the model gives for next to nothing. What it does not do: fit, or measure.
+How: the table's sequences go in batches, each one forward pass or one read. Whole documents have one `Role` each: most
+are fitted on, some choose the ridge penalty, and those that `train` holds out for validation, with the same seed and
+share, are only measured on. A store does not hold what enters the first block; the model gives it at little cost.
 
-Shapes: T tokens of the table, n tokens of a span, L = n_layers, D = d_model. The vectors of a span are L + 1 tensors
+Shapes: T tokens of the table, n tokens of a batch, L = n_layers, D = d_model. The vectors of a batch are L + 1 tensors
 [n, D] in float32 on the model's device: the inputs of blocks 0 to L - 1, each the output of the block before it, and
 the last block's output.
 """
@@ -13,27 +12,28 @@ the last block's output.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harvest.model.load import LoadedModel
-from harvest.residual import ResidualRecorder
+from harvest.residual import EndOfPass, ResidualRecorder
+from harvest.sequences import SequenceBatch, token_ids
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.shuffle import permutation, validation_documents
 
-CHOOSE_FRACTION = 0.1
+_CHOOSE_FRACTION = 0.1
 """Share of the documents to fit on that choose the ridge penalty first."""
 _CHOOSE_STREAM, _MEASURE_STREAM = 1, 2
 _MEASURE_SEQUENCES = 16
-_SPAN_BYTES = 256 << 20
+_BATCH_BYTES = 256 << 20
 
 
-class Part(IntEnum):
+class Role(IntEnum):
     """What a token is for."""
 
     MASKED = 0
@@ -46,23 +46,12 @@ class Part(IntEnum):
     """To measure on."""
 
 
-class Span(NamedTuple):
-    """Neighbouring sequences of one length."""
-
-    start: int
-    """First token."""
-    stop: int
-    """One past the last token."""
-    length: int
-    """Tokens in each sequence."""
+Reader = Callable[[SequenceBatch], list[Tensor]]
+"""The vectors of a batch."""
 
 
-Reader = Callable[[Span], list[Tensor]]
-"""The vectors of a span."""
-
-
-def parts(tokens: TokenTable, held_out_fraction: float, seed: int) -> np.ndarray:
-    """The `Part` of each token, uint8 [T]. `IncompatibleError` where there are too few documents for all three."""
+def roles(tokens: TokenTable, held_out_fraction: float, seed: int) -> np.ndarray:
+    """The `Role` of each token, uint8 [T]. `IncompatibleError` where there are too few documents for all three."""
     n_documents = int(tokens.document.max()) + 1
     if n_documents < 3:
         raise IncompatibleError(
@@ -71,26 +60,26 @@ def parts(tokens: TokenTable, held_out_fraction: float, seed: int) -> np.ndarray
         )
     held_out = validation_documents(n_documents, held_out_fraction, seed)
     rest = np.flatnonzero(~held_out)
-    n_choose = min(max(round(CHOOSE_FRACTION * len(rest)), 1), len(rest) - 1)
-    part = np.full(n_documents, Part.FIT, np.uint8)
-    part[held_out] = Part.HELD_OUT
-    part[rest[permutation(len(rest), seed, _CHOOSE_STREAM)[:n_choose]]] = Part.CHOOSE
-    return np.where(tokens.keep, part[tokens.document], np.uint8(Part.MASKED))
+    n_choose = min(max(round(_CHOOSE_FRACTION * len(rest)), 1), len(rest) - 1)
+    role = np.full(n_documents, Role.FIT, np.uint8)
+    role[held_out] = Role.HELD_OUT
+    role[rest[permutation(len(rest), seed, _CHOOSE_STREAM)[:n_choose]]] = Role.CHOOSE
+    return np.where(tokens.keep, role[tokens.document], np.uint8(Role.MASKED))
 
 
-def spans(position: np.ndarray, max_tokens: int) -> list[Span]:
-    """All sequences of a table, in order: as many neighbours of one length as `max_tokens` hold, at least one, go
-    together. position: [T], 0 where a sequence begins."""
-    starts = np.flatnonzero(position == 0).tolist()
-    found: list[Span] = []
-    for start, stop in zip(starts, [*starts[1:], len(position)], strict=True):
-        length = stop - start
-        last = found[-1] if found else None
-        if last and last.length == length and stop - last.start <= max_tokens:
-            found[-1] = Span(last.start, stop, length)
-        else:
-            found.append(Span(start, stop, length))
-    return found
+def require_tokens(role: np.ndarray, d_model: int) -> None:
+    """`IncompatibleError` where roles [T] leave too little for a regression, or nothing to choose or measure on."""
+    for kind, least, what in (
+        (Role.FIT, 2 * d_model, "to fit on"),
+        (Role.CHOOSE, 1, "to choose the penalty on"),
+        (Role.HELD_OUT, 1, "to measure on"),
+    ):
+        found = int((role == kind).sum())
+        if found < least:
+            raise IncompatibleError(
+                f"too little text: {found} kept tokens {what}, d_model {d_model} needs at least {least}; give more"
+                " documents, or raise --max-tokens"
+            )
 
 
 def measured_tokens(position: np.ndarray, held_out: np.ndarray, wanted: int, seed: int) -> np.ndarray:
@@ -109,19 +98,19 @@ def measured_tokens(position: np.ndarray, held_out: np.ndarray, wanted: int, see
     return found
 
 
-def span_tokens(n_layers: int, d_model: int) -> int:
-    """Tokens of a span whose vectors take 256 MiB."""
-    return max(_SPAN_BYTES // ((n_layers + 1) * d_model * 4), 1)
+def tokens_in_batch(n_layers: int, d_model: int) -> int:
+    """Tokens of a batch whose vectors take 256 MiB."""
+    return max(_BATCH_BYTES // ((n_layers + 1) * d_model * 4), 1)
 
 
 def model_reader(model: LoadedModel, token_id: np.ndarray) -> Reader:
     """Reads by running the model on token ids int32 [T]."""
     recorder = ResidualRecorder(model)
 
-    def read(span: Span) -> list[Tensor]:
+    def read(batch: SequenceBatch) -> list[Tensor]:
         first: list[Tensor] = []
         with _first_input(model, first):
-            outputs = recorder.record(_ids(token_id, span))
+            outputs = recorder.record(torch.from_numpy(token_ids(token_id, batch)))
         # Copies, because tensors made in inference mode take no part in autograd.
         return [vectors.reshape(-1, model.d_model).float().clone() for vectors in (*first, *outputs)]
 
@@ -131,11 +120,12 @@ def model_reader(model: LoadedModel, token_id: np.ndarray) -> Reader:
 def store_reader(store: ActivationStore, model: LoadedModel) -> Reader:
     """Reads block outputs from a store of all layers, and has the model give what enters the first block."""
 
-    def read(span: Span) -> list[Tensor]:
+    def read(batch: SequenceBatch) -> list[Tensor]:
         first: list[Tensor] = []
-        with _first_input(model, first, stop=True), torch.inference_mode(), suppress(_Enough):
-            model.base(input_ids=_ids(store.tokens.token_id, span).to(model.device), use_cache=False)
-        stored = torch.from_numpy(store.read(slice(span.start, span.stop)))  # [n, L, D]
+        with _first_input(model, first, stop=True), torch.inference_mode(), suppress(EndOfPass):
+            ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
+            model.base(input_ids=ids.to(model.device), use_cache=False)
+        stored = torch.from_numpy(store.read(slice(batch.start, batch.stop)))  # [n, L, D]
         outputs = [stored[:, layer].to(model.device) for layer in range(model.n_layers)]
         return [first[0].reshape(-1, model.d_model).float().clone(), *outputs]
 
@@ -143,56 +133,64 @@ def store_reader(store: ActivationStore, model: LoadedModel) -> Reader:
 
 
 def shuffled(
-    read: Reader, all_spans: list[Span], chosen: np.ndarray, *, batch: int, steps: int, seed: int, window: int
+    read: Reader,
+    batches: list[SequenceBatch],
+    chosen: np.ndarray,
+    *,
+    step_tokens: int,
+    steps: int,
+    seed: int,
+    window: int,
 ) -> Iterator[list[Tensor]]:
-    """`steps` batches of `batch` chosen tokens in random order: spans in a random order, their chosen tokens (bool
-    [T]) gathered until there are `window`, those mixed and handed out; what is left joins the next window. Begins
-    again when the text ends."""
+    """Vectors of `step_tokens` chosen tokens (bool [T]) for each of `steps` steps, in random order: batches in a random
+    order, their chosen tokens gathered until there are `window`, those mixed and handed out; what is left joins the
+    next window. Begins again when the text ends."""
     pool: list[Tensor] = []
     served, epoch = 0, 0
     while served < steps:
-        order = permutation(len(all_spans), seed, epoch)
+        order = permutation(len(batches), seed, epoch)
         for number, index in enumerate(order.tolist()):
-            span = all_spans[index]
-            rows = torch.from_numpy(np.flatnonzero(chosen[span.start : span.stop]))
-            if len(rows):
-                vectors = [v[rows.to(v.device)] for v in read(span)]
-                pool = [torch.cat(pair) for pair in zip(pool, vectors, strict=True)] if pool else vectors
+            pool = _with_chosen(pool, read, batches[index], chosen)
             n = len(pool[0]) if pool else 0
-            if n < max(window, batch) and (number + 1 < len(order) or n < batch):
+            if n < max(window, step_tokens) and (number + 1 < len(order) or n < step_tokens):
                 continue
             mixed = torch.from_numpy(permutation(n, seed, epoch, number))
             pool = [v[mixed.to(v.device)] for v in pool]
             taken = 0
-            while served < steps and taken + batch <= n:
-                yield [v[taken : taken + batch] for v in pool]
-                taken, served = taken + batch, served + 1
+            while served < steps and taken + step_tokens <= n:
+                yield [v[taken : taken + step_tokens] for v in pool]
+                taken, served = taken + step_tokens, served + 1
             pool = [v[taken:].clone() for v in pool]
             if served == steps:
                 return
         epoch += 1
 
 
+def chosen_vectors(read: Reader, batch: SequenceBatch, chosen: np.ndarray) -> list[Tensor] | None:
+    """The vectors of a batch's chosen tokens (bool [T]); None, and nothing is read, where there are none."""
+    rows = torch.from_numpy(np.flatnonzero(chosen[batch.start : batch.stop]))
+    return [v[rows.to(v.device)] for v in read(batch)] if len(rows) else None
+
+
+def _with_chosen(pool: list[Tensor], read: Reader, batch: SequenceBatch, chosen: np.ndarray) -> list[Tensor]:
+    vectors = chosen_vectors(read, batch, chosen)
+    if pool and vectors:
+        return [torch.cat(pair) for pair in zip(pool, vectors, strict=True)]
+    return vectors or pool
+
+
 @contextmanager
 def _first_input(model: LoadedModel, found: list[Tensor], *, stop: bool = False) -> Iterator[None]:
     """While this lasts, a forward pass puts what enters the first block, [B, N, D], into `found`; with `stop` it then
-    ends by `_Enough`."""
+    ends."""
 
     def hook(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         found.append(arguments[0] if arguments else keywords["hidden_states"])
         if stop:
-            raise _Enough
+            raise EndOfPass
 
     handle = model.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
-
-
-class _Enough(BaseException):
-    """Ends a forward pass whose rest nobody needs; no Exception, so that no model code swallows it."""
-
-
-def _ids(token_id: np.ndarray, span: Span) -> Tensor:
-    return torch.from_numpy(token_id[span.start : span.stop].astype(np.int64)).view(-1, span.length)

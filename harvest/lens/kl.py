@@ -9,7 +9,7 @@ in nats per token, both through the model's own final norm and unembedding, whic
 respect to the lens's logits is (q - p) / n; autograd takes it back through unembedding and norm to the vector, from
 where dW and db are two products. SGD with Nesterov momentum, a linear decay, and the gradient of each translator
 clipped to norm 1. Tokens go through in tiles, so that only one tile's logits are in memory; p is shared by all
-translators. What it does not do: choose tokens, or measure held-out text (lens_measure.py).
+translators.
 
 Shapes: n tokens of a tile, D = d_model, V = vocabulary, L = n_layers translators.
 """
@@ -68,13 +68,6 @@ def gradients(x: Tensor, weight: Tensor, bias: Tensor, to: Target, logits: Logit
     return loss.double().sum(), g.T @ x, g.sum(0)
 
 
-class Step(NamedTuple):
-    """What one step saw, before it changed anything."""
-
-    kl: list[float]
-    """Mean KL of each translator, nats per token; lower is better."""
-
-
 def train(
     weights: Tensor,
     biases: Tensor,
@@ -85,12 +78,13 @@ def train(
     steps: int,
     lr: float,
     weight_decay: float,
-    after_step: Callable[[Step], object] = lambda step: None,
+    after_step: Callable[[list[float]], object] = lambda kl: None,
 ) -> None:
     """Change weights [L, D, D] and biases [L, D] (float32) in place, by one step for each batch.
 
     batches: L + 1 tensors [n, D] each, the inputs of the blocks and the last block's output. lr: of the first step,
-    as the sum of the momentum's series; it decays linearly to zero over `steps`.
+    as the sum of the momentum's series; it decays linearly to zero over `steps`. after_step: called with the mean KL
+    of each translator before the step, in nats per token.
     """
     optimizer = torch.optim.SGD(
         [weights, biases], lr=lr * (1 - MOMENTUM), momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay
@@ -113,7 +107,7 @@ def train(
         _clip(weights.grad, biases.grad)
         optimizer.step()
         schedule.step()
-        after_step(Step((losses / n).tolist()))
+        after_step((losses / n).tolist())
     weights.grad = biases.grad = None
 
 

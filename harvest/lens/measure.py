@@ -2,8 +2,7 @@
 
 How: `mean_kl` runs held-out tokens through the model and compares, in nats per token, the model's own prediction p
 with that of each lens q: KL(p || q), mean over tokens; lower is better. `round_trip` takes the worst relative error of
-inverse(apply(x)) over vectors, in the precision in which `harvest` applies and analyses invert. What it does not do:
-choose tokens, or fit.
+inverse(apply(x)) over vectors, in the precision in which `harvest` applies and analyses invert.
 
 Shapes: n tokens, D = d_model, L = n_layers translators.
 """
@@ -14,13 +13,10 @@ import torch
 from torch import Tensor
 
 from harvest.lens.kl import Logits, kl, target, tile_tokens
-from harvest.lens.translators import TunedLens
+from harvest.lens.translators import Translators, TunedLens
 
 TOLERANCE = 1e-4
 """Largest relative error of inverse(apply(x)) that passes without a warning."""
-
-Translators = tuple[Tensor, Tensor]
-"""Weights [L, D, D] and biases [L, D]."""
 
 
 @torch.no_grad()
@@ -47,8 +43,8 @@ def mean_kl(
             for name, lens in (("logit lens", None), *lenses.items()):
                 found = sums.setdefault(name, torch.zeros(len(vectors), dtype=torch.float64))
                 for i, x in enumerate(vectors):
-                    if lens is not None and i < len(lens[0]):
-                        x = x + x @ lens[0][i].T + lens[1][i]
+                    if lens is not None and i < len(lens.weights):
+                        x = x + x @ lens.weights[i].T + lens.biases[i]
                     found[i] += kl(logits(x), to)[0].double().sum().cpu()
             count += len(vectors[-1])
             watch(len(vectors[-1]))

@@ -8,7 +8,7 @@ for means over kept tokens,
 so that the penalty draws the translator towards "x plus a constant", not towards zero, and never touches b. The sums
 are kept in float64 about their own means and are merged by the update of Chan, Golub and LeVeque. lambda is chosen
 for each translator, among multiples of the mean eigenvalue of S_xx, by the squared error on documents that took no
-part in the sums; then both groups of documents are merged and solved once more. What it does not do: run a model.
+part in the sums; then both groups of documents are merged and solved once more.
 
 Shapes: n vectors, D = d_model.
 """
@@ -22,7 +22,7 @@ PENALTIES = tuple(10.0 ** (power / 2) for power in range(-16, 3))
 """What lambda is chosen from, in units of the mean eigenvalue of S_xx: 1e-8 to 10, in steps of half a decade."""
 
 
-class GramSums:
+class RegressionSums:
     """Means of x and r, and sums of products about them, in float64."""
 
     def __init__(self, d_model: int, device: torch.device | str = "cpu") -> None:
@@ -44,7 +44,7 @@ class GramSums:
         x, r = x - mean_x, r - mean_r
         self._merge(len(x), mean_x, mean_r, x.T @ x, x.T @ r, r.square().sum())
 
-    def merge(self, other: "GramSums") -> None:
+    def merge(self, other: "RegressionSums") -> None:
         """Take in the vectors of other sums."""
         if other.count:
             self._merge(other.count, other.mean_x, other.mean_r, other.xx, other.xr, other.rr)
@@ -76,7 +76,7 @@ class RidgeFit(NamedTuple):
     merged; higher is better, 1 is perfect."""
 
 
-def fit_ridge(fit: GramSums, choose: GramSums) -> RidgeFit:
+def fit_ridge(fit: RegressionSums, choose: RegressionSums) -> RidgeFit:
     """The translator of the vectors of `fit` and `choose`, with the penalty that does best on `choose` when fitted on
     `fit`. Merges `choose` into `fit`."""
     penalty, r2 = _best_penalty(fit, choose)
@@ -85,7 +85,7 @@ def fit_ridge(fit: GramSums, choose: GramSums) -> RidgeFit:
     return RidgeFit(weight, bias, penalty, r2)
 
 
-def solve(sums: GramSums, penalty: float) -> tuple[Tensor, Tensor]:
+def solve(sums: RegressionSums, penalty: float) -> tuple[Tensor, Tensor]:
     """Weight [D, D] and bias [D], float64, for a penalty in units of the mean eigenvalue of S_xx."""
     matrix = sums.xx.clone()
     matrix.diagonal().add_(penalty * _mean_eigenvalue(sums))
@@ -93,7 +93,7 @@ def solve(sums: GramSums, penalty: float) -> tuple[Tensor, Tensor]:
     return weight, sums.mean_r - weight @ sums.mean_x
 
 
-def _best_penalty(fit: GramSums, choose: GramSums) -> tuple[float, float]:
+def _best_penalty(fit: RegressionSums, choose: RegressionSums) -> tuple[float, float]:
     """The best of `PENALTIES`, and its share of variance explained on `choose`.
 
     With S_xx = Q diag(e) Q^T, W^T = Q diag(1 / (e + lambda)) A where A = Q^T S_xr; and with the sums of `choose` taken
@@ -117,6 +117,6 @@ def _best_penalty(fit: GramSums, choose: GramSums) -> tuple[float, float]:
     return PENALTIES[best], 1 - errors[best] / max(float(choose.rr), torch.finfo(torch.float64).tiny)
 
 
-def _mean_eigenvalue(sums: GramSums) -> float:
+def _mean_eigenvalue(sums: RegressionSums) -> float:
     """Of S_xx; a tiny number where the vectors are all the same, so that nothing is divided by zero."""
     return max(float(sums.xx.diagonal().mean()), 1e-300)

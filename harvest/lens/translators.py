@@ -1,58 +1,68 @@
 """Tuned lens: one affine map (translator) per layer from its residual stream to the last layer's basis (Belrose et
 al. 2023, arXiv 2303.08112).
 
-How: reads the published format, `config.json` and `params.pt` with "{i}.weight" [D, D] and "{i}.bias" [D], from a
-folder or from the hub Space AlignmentResearch/tuned-lens, and applies h -> h + W h + b. Translator i was trained on
-the *input* of block i, so block l's output takes translator l + 1 and the last block's output none ("tuned-lens"
-indexing); "mlsae-compat" takes translator l for block l, as the reference implementation of the multi-layer SAE does.
-What it does not do: fit a lens.
+How: applies h -> h + W h + b, and its inverse. Translator i was trained on the *input* of block i, so block l's output
+takes translator l + 1 and the last block's output none ("tuned-lens" indexing); "mlsae-compat" takes translator l for
+block l, as the reference implementation of the multi-layer SAE does. Read and written in the published format,
+`config.json` and `params.pt` with "{i}.weight" [D, D] and "{i}.bias" [D]; read also from the hub Space
+AlignmentResearch/tuned-lens.
 
-Shapes: D = d_model; ... any leading dimensions.
+Shapes: L = n_layers, D = d_model; ... any leading dimensions.
 """
 
 import errno
+import hashlib
+import io
 import json
 import warnings
 import zipfile
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from harvest.model.aliases import hub_id
 from harvest.model.hub import first_line, pin
+from harvest.model.load import LoadedModel
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from store.files import atomic_write
 
 SPACE = "AlignmentResearch/tuned-lens"
 Indexing = Literal["tuned-lens", "mlsae-compat"]
 _FILES = ("config.json", "params.pt")
-_FIT_ONE = "The way out is to fit one for this model and give its folder"
+_FIT_ONE = "Fit one for this model with `residscope fit-lens`, and give its folder"
 
 
+class Translators(NamedTuple):
+    """The translators of all blocks' inputs."""
+
+    weights: Tensor
+    """float32 [L, D, D]."""
+    biases: Tensor
+    """float32 [L, D]."""
+
+
+@dataclass(frozen=True, eq=False)
 class TunedLens:
     """A lens in memory. `apply` and `invert` take the index of the block whose output the vectors are."""
 
-    def __init__(
-        self,
-        weights: Tensor,
-        biases: Tensor,
-        *,
-        indexing: Indexing = "tuned-lens",
-        name: str = "",
-        fingerprint: str = "",
-        base_model: str | None = None,
-    ) -> None:
-        """weights: float32 [n_layers, D, D], biases: float32 [n_layers, D]: translator i is trained on the input of
-        block i."""
-        self.weights = weights
-        self.biases = biases
-        self.indexing: Indexing = indexing
-        self.name = name
-        self.fingerprint = fingerprint
-        self.base_model = base_model
-        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+    weights: Tensor
+    """float32 [L, D, D]."""
+    biases: Tensor
+    """float32 [L, D]."""
+    _: KW_ONLY
+    indexing: Indexing = "tuned-lens"
+    name: str = ""
+    fingerprint: str = ""
+    """Hash of config and parameters."""
+    base_model: str | None = None
+    """The model that it says it was fitted for."""
+    _factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def n_layers(self) -> int:
@@ -65,7 +75,7 @@ class TunedLens:
         return self.weights.shape[-1]
 
     def describe(self) -> dict[str, Any]:
-        """What a store keeps of it: id, indexing, hash (of config and parameters)."""
+        """What a store keeps of it."""
         return {"id": self.name, "indexing": self.indexing, "hash": self.fingerprint}
 
     def translator(self, layer: int) -> int | None:
@@ -99,14 +109,7 @@ class TunedLens:
 
     def to(self, device: torch.device | str) -> "TunedLens":
         """The same lens with its parameters on a device."""
-        return TunedLens(
-            self.weights.to(device),
-            self.biases.to(device),
-            indexing=self.indexing,
-            name=self.name,
-            fingerprint=self.fingerprint,
-            base_model=self.base_model,
-        )
+        return replace(self, weights=self.weights.to(device), biases=self.biases.to(device))
 
     def _lu(self, i: int) -> tuple[Tensor, Tensor]:
         if i not in self._factors:
@@ -161,7 +164,7 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         )
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):
-        raise IncompatibleError(f"lens {name}: config.json names {base_model!r} as its base model, which is no name")
+        raise IncompatibleError(f"lens {name}: config.json should name its base model by a text, found {base_model!r}")
     parameters = _parameters(folder / "params.pt", name)
     weights = torch.stack([_parameter(parameters, name, f"{i}.weight", (d_model, d_model)) for i in range(n_layers)])
     if config.get("bias", True):
@@ -171,19 +174,13 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
     digest = xxhash.xxh3_128()
     for file in _FILES:
         digest.update((folder / file).read_bytes())
-    return TunedLens(
-        weights,
-        biases,
-        indexing=indexing,
-        name=name,
-        fingerprint=digest.hexdigest(),
-        base_model=base_model,
-    )
+    fingerprint = digest.hexdigest()
+    return TunedLens(weights, biases, indexing=indexing, name=name, fingerprint=fingerprint, base_model=base_model)
 
 
 def _parameters(path: Path, lens: str) -> Any:
-    """What a file of tensors holds, after its check sums are found right: torch.save writes them, and torch.load does
-    not look at them."""
+    """What a file of tensors holds. Its check sums are compared first: torch.save writes them, torch.load ignores
+    them."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
@@ -241,3 +238,34 @@ def _download(model_id: str) -> Path:
             ) from error
         return Path(paths[0]).parent
     raise UsageError(f"no published lens for {model_id!r} in the Space {SPACE}. {_FIT_ONE}")
+
+
+def write_lens(
+    folder: Path, model: LoadedModel, translators: Translators, *, extra: Mapping[str, dict[str, Any]]
+) -> None:
+    """Write a lens for `model` into a folder that is there; and beside it the JSON files of `extra`, by name."""
+    parameters: dict[str, Tensor] = {}
+    for i, (weight, bias) in enumerate(zip(*translators, strict=True)):
+        parameters[f"{i}.weight"] = weight.cpu().clone()
+        parameters[f"{i}.bias"] = bias.cpu().clone()
+    packed = io.BytesIO()
+    torch.save(parameters, packed)
+    config = {
+        "base_model_name_or_path": model.spec.name,
+        "d_model": model.d_model,
+        "num_hidden_layers": model.n_layers,
+        "bias": True,
+        "base_model_revision": model.spec.revision,
+        "unembed_hash": _unembed_hash(model.unembedding.weight),  # type: ignore[arg-type]
+        "lens_type": "linear_tuned_lens",
+    }
+    atomic_write(folder / "params.pt", [packed.getvalue()])
+    for name, content in ({"config.json": config} | dict(extra)).items():
+        atomic_write(folder / name, [(json.dumps(content, indent=1) + "\n").encode()])
+
+
+def _unembed_hash(weight: Tensor) -> str:
+    """What the package `tuned-lens` compares to see that a lens belongs to a model: SHA-256 of the matrix [V, D] as
+    numpy prints it, with one decimal and most of it left out."""
+    shown = np.array_str(weight.detach().float().cpu().numpy(), precision=1)
+    return hashlib.sha256(shown.encode()).hexdigest()

@@ -4,6 +4,7 @@ A table and nothing else: `hub_id` looks a name up, `suggestions` says what a mi
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 PACKAGED = {
@@ -17,8 +18,8 @@ model's GGUF file."""
 
 
 def hub_id(name: str) -> str | None:
-    """Hub id of a short name, whatever its case; None when it is not one."""
-    return _ALIASES.get(name.lower())
+    """Hub id of a short name, whatever its case; None when it is not one. gemma3 is gemma-3."""
+    return _ALIASES.get(re.sub(r"^gemma(?=\d)", "gemma-", name.lower()))
 
 
 def suggestions(name: str) -> list[str]:
@@ -60,11 +61,8 @@ _ALIASES: dict[str, str] = {
     **_family("smollm2", "HuggingFaceTB/SmolLM2", ("360M", "1.7B"), _INSTRUCT),
     **_family("gemma", "google/gemma", ("2b", "7b"), _IT),
     **_family("gemma-2", "google/gemma-2", ("2b", "9b", "27b"), _IT),
-    **_family("gemma2", "google/gemma-2", ("2b", "9b", "27b"), _IT),
     **_family("gemma-3", "google/gemma-3", ("270m",), _IT),
-    **_family("gemma3", "google/gemma-3", ("270m",), _IT),
     **_family("gemma-3", "google/gemma-3", ("1b", "4b", "12b", "27b"), {"": "-pt", "-it": "-it"}),
-    **_family("gemma3", "google/gemma-3", ("1b", "4b", "12b", "27b"), {"": "-pt", "-it": "-it"}),
     **_family("llama-2", "meta-llama/Llama-2", ("7b", "13b", "70b"), {"": "-hf", "-chat": "-chat-hf"}),
     **_family("llama-3", "meta-llama/Meta-Llama-3", ("8B", "70B"), _INSTRUCT),
     **_family("llama-3.1", "meta-llama/Llama-3.1", ("8B", "70B", "405B"), _INSTRUCT),

@@ -1,15 +1,17 @@
-"""Whether a model is the one that it is taken for: by its hashes, by what it gives, and by its logits.
+"""Whether a model is the one that a store was harvested from, and whether its logits can be computed from its blocks.
 
-How: a store's provenance names the commit or the hash of its model, which `refuse_other_weights` compares; where
-hashes tell nothing (a local copy of a hub model), `check_model` compares vectors. `check_logits` finds architectures
-that do more after their blocks than a norm and an unembedding. What they do not do: find or load anything.
+How: a store's provenance names the commit or the hash of its model, which `refuse_other_weights` compares; where there
+is no hash to compare (a local copy of a hub model), `check_model` compares vectors. `check_logits` finds architectures
+that do more after their blocks than a norm and an unembedding. Tested in tests/harvest/lens/test_fit.py and
+tests/analysis/model/test_downstream.py.
 """
 
 import numpy as np
 import torch
 
 from harvest.lens.translators import TunedLens
-from harvest.model.load import LoadedModel, ModelSpec
+from harvest.model.load import LoadedModel
+from harvest.model.names import ModelSpec
 from harvest.residual import ResidualRecorder
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore

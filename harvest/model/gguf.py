@@ -3,9 +3,8 @@
 How: transformers unpacks a GGUF file (slow: it parses and dequantises everything), and what comes out is saved as
 config, tokenizer and safetensors under `$XDG_CACHE_HOME/residscope/gguf` (default `~/.cache`), by the file's SHA-256
 and transformers' version. The folder is built under a temporary name and renamed; the files' hashes are checked at
-each use, and a folder that is not sound is built again. Weights are kept in float32, which is exact, up to a billion
-parameters and in bfloat16 above. What it does not do: compute with quantised weights, or clear the cache (it may be
-deleted at any time).
+each use, and a damaged folder is built again. Weights are kept in float32, which is exact, up to a billion
+parameters and in bfloat16 above. The cache is never cleared; it may be deleted at any time.
 """
 
 import contextlib
@@ -22,7 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from harvest.model.aliases import PACKAGED
+from harvest.model.hashes import add_file
 from harvest.model.hub import first_line
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError
@@ -63,9 +65,7 @@ def sha256(file: GgufFile) -> str:
     """SHA-256 (hex) of the whole file."""
     digest = hashlib.sha256()
     for part in file.parts:
-        with part.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
+        add_file(digest, part)
     return digest.hexdigest()
 
 
@@ -81,12 +81,12 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
     size = sum(part.stat().st_size for part in file.parts)
     key = f"{file.name.removesuffix('.gguf')}-{size}-{digest[:16]}-transformers-{transformers.__version__}"
     folder = cache_folder() / key
-    if _is_sound(folder):
+    if _is_whole(folder):
         return folder
     _check_readable(file)
     try:
         with _locked(folder.parent / f"{key}.lock"):
-            if not _is_sound(folder):
+            if not _is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 _unpack(file, folder, size)
     except OSError as error:
@@ -111,7 +111,9 @@ def _unpack(file: GgufFile, folder: Path, size: int) -> None:
         source = file.parts[0]
         if len(file.parts) > 1:
             source = building / file.name
-            _join(file, source)
+            with source.open("wb") as out:
+                for part in file.parts:
+                    out.write(part.read_bytes())
         _convert(source, building, file)
         if source.parent == building:
             source.unlink()
@@ -142,19 +144,13 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
                 model = model.bfloat16()
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise _unreadable(file, error) from error
     except Exception as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: GgufFile, error: BaseException) -> IncompatibleError:
-    return IncompatibleError(
-        f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "
-        "It may be damaged, or of an architecture that transformers does not take from GGUF"
-    )
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise IncompatibleError(
+            f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "
+            "It may be damaged, or of an architecture that transformers does not take from GGUF"
+        ) from error
 
 
 def _check_readable(file: GgufFile) -> None:
@@ -169,14 +165,7 @@ def _check_readable(file: GgufFile) -> None:
         )
 
 
-def _join(file: GgufFile, target: Path) -> None:
-    with target.open("wb") as out:
-        for part in file.parts:
-            with part.open("rb") as stream:
-                shutil.copyfileobj(stream, out, _BLOCK)
-
-
-def _is_sound(folder: Path) -> bool:
+def _is_whole(folder: Path) -> bool:
     """Whether the folder holds what `_unpack` wrote: every file has the hash that the seal gives it."""
     try:
         seal = json.loads((folder / _SEAL).read_text())
@@ -186,12 +175,8 @@ def _is_sound(folder: Path) -> bool:
 
 
 def _xxh3(path: Path) -> str:
-    import xxhash
-
     digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
+    add_file(digest, path)
     return digest.hexdigest()
 
 

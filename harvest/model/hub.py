@@ -1,8 +1,7 @@
 """Questions to the Hugging Face hub that fail fast and in one line.
 
 How: one request with a short timeout pins a repository to a commit before any library with long retries is let loose
-on it; without a network the local cache is asked instead. `quiet` turns off what the libraries print beside the run.
-What it does not do: download models (transformers does) or data (datasets does).
+on it; without a network the local cache is asked instead. Models are downloaded by transformers, data by datasets.
 """
 
 import os
@@ -13,14 +12,17 @@ from typing import Any, NamedTuple
 from residscope.errors import ResidscopeError, UsageError
 
 _TIMEOUT_SECONDS = 10.0
-_KINDS = {"model": "model", "dataset": "data set", "space": "space"}
+_KINDS = {
+    "model": ("model", "--model a local folder or a GGUF file"),
+    "dataset": ("data set", "--dataset a local file or pydoc"),
+    "space": ("space", "--lens a local folder"),
+}
+"""What each kind is called, and what can be given in its place without a network."""
 
 
 class HubRepo(NamedTuple):
     """A repository of the hub at one commit."""
 
-    repo_id: str
-    """owner/name."""
     commit: str
     """The commit's hash."""
     cached_only: bool
@@ -38,12 +40,13 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
-    what = f"{_KINDS[kind]} {repo_id!r}"
+    called, instead = _KINDS[kind]
+    what = f"{called} {repo_id!r}"
     try:
         validate_repo_id(repo_id)
         # Any: the three kinds of info share `sha` and nothing else in their types.
         info: Any = HfApi().repo_info(repo_id, repo_type=kind, revision=revision, timeout=_TIMEOUT_SECONDS)
-        return HubRepo(repo_id, info.sha, False)
+        return HubRepo(info.sha, cached_only=False)
     except HFValidationError:
         raise UsageError(f"{what}: neither a path that exists nor a hub id (owner/name)") from None
     except GatedRepoError:
@@ -58,18 +61,11 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
     except Exception as error:
         commit = _cached_commit(repo_id, kind, revision, probes)
         if commit:
-            return HubRepo(repo_id, commit, True)
+            return HubRepo(commit, cached_only=True)
         raise ResidscopeError(
             f"{what}: the hub cannot be reached ({first_line(error)}) and the local cache does not have it."
-            f" {_WAY_OUT[kind]}"
+            f" Connect to the network, or give {instead}"
         ) from error
-
-
-_WAY_OUT = {
-    "model": "Connect to the network, or give --model a local folder or a GGUF file",
-    "dataset": "Connect to the network, or give --dataset a local file or pydoc",
-    "space": "Connect to the network, or give --lens a local folder",
-}
 
 
 def _cached_commit(repo_id: str, kind: str, revision: str | None, probes: Sequence[str]) -> str | None:

@@ -1,7 +1,7 @@
 """Documents in local files: .txt, .jsonl (.gz, .zst) and .parquet, one after another in a fixed order.
 
 How: one .txt file is one document; each line of a .jsonl and each row of a .parquet is one. Files are read lazily.
-What it does not do: shuffle, filter, or read any other kind of file.
+Tested in tests/harvest/text/test_sources.py.
 """
 
 import glob
@@ -23,8 +23,8 @@ _BLOCK_BYTES = 1 << 17
 
 
 def find_files(dataset: str) -> list[Path] | None:
-    """The files of a local data set, in order; None where the name is not a local one. `UsageError` where it is, and
-    there is nothing; `IncompatibleError` where what is there is no text of a known kind."""
+    """The files of a local data set, in order; None where the name is not a local one. `UsageError` where nothing is
+    there, `IncompatibleError` where no file there is of a known kind."""
     path = Path(dataset).expanduser()
     if path.is_file():
         if suffix_of(path) is None:
@@ -49,12 +49,12 @@ def find_files(dataset: str) -> list[Path] | None:
 
 
 def suffix_of(path: Path) -> str | None:
-    return next(
-        (suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(suffix)), None
-    )
+    """Which of the known endings a file's name has; None for another one."""
+    return next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
 def files_hash(files: list[Path]) -> str:
+    """Of names, sizes and the first MiB of each."""
     digest = xxhash.xxh3_128()
     for path in files:
         with path.open("rb") as stream:
@@ -63,6 +63,7 @@ def files_hash(files: list[Path]) -> str:
 
 
 def file_documents(files: list[Path], column: str) -> Iterator[str]:
+    """All documents of some files; column: with the text, where files have columns."""
     for path in files:
         try:
             suffix = suffix_of(path)
@@ -108,7 +109,7 @@ def _gunzipped_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines in zstd frames. The library's own stream takes a file that was cut short for a whole one."""
+    """The lines in zstd frames. The library's own stream does not notice that a file was cut short."""
     import zstandard
 
     frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
@@ -154,7 +155,7 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
 
 
 def text_of(row: Any, column: str, where: str) -> str:
-    """The text of a row; empty where it is null, U+FFFD for what is no character."""
+    """The text of a row; empty where it is null, with U+FFFD for what is not a character."""
     if not isinstance(row, dict):
         raise IncompatibleError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
     if column not in row:
@@ -169,7 +170,7 @@ def text_of(row: Any, column: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        # JSON can spell half of a surrogate pair, which is no character, and no tokenizer takes it.
+        # JSON can spell half of a surrogate pair, which is not a character; no tokenizer takes it.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 

@@ -3,7 +3,7 @@
 How: the next document is always taken from the stream that is furthest behind its share of the tokens so far (the
 first of them where they are even), so that after every document each share is right to within one document, and
 the order depends on the documents and the weights alone. A stream that runs out leaves its share to the others, in
-proportion. What it does not do: read or tokenise.
+proportion.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,3 +44,13 @@ class Mixture:
             self.tokens[at] += taken
             self._left -= taken
             yield ids[:taken]
+
+    def shortfalls(self, names: Sequence[str]) -> list[str]:
+        """A line for each of several streams that could not give its share."""
+        found = []
+        for at in self.ran_out if len(names) > 1 else ():
+            share, wanted = self.tokens[at] / sum(self.tokens), self._weights[at] / sum(self._weights)
+            if share < 0.99 * wanted:
+                ended = f"{names[at]} ran out after {self.tokens[at]:,} tokens"
+                found.append(f"{ended}: its share is {share:.1%} instead of {wanted:.1%}")
+        return found

@@ -1,7 +1,7 @@
-"""Text that every Python brings along: its documentation, and its standard library's source. No network, no module
-run: files are read and parsed only.
+"""Text that comes with Python: its documentation, and its standard library's source.
 
-How: sorted order, the same for one Python version everywhere. What it does not do: cover installed packages.
+How: files are read and parsed, and no module is run; in sorted order, the same everywhere for one version of Python.
+Tested in tests/harvest/text/test_sources.py.
 """
 
 import ast

@@ -2,8 +2,7 @@
 
 How: `open_sources` looks at each name and gives a `TextSource`, which iterates lazily in a fixed order and says what it
 is. A shuffle of local text writes the documents to a temporary file and reads them back in a random order, so that
-memory holds their places alone. What it does not do: mix several sources (mixing.py), filter, deduplicate, or apply
-chat templates.
+memory holds their places alone. Text goes in as it is: nothing is filtered, and no chat template applied.
 """
 
 import platform
@@ -12,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from harvest.config import DEFAULT_SPLIT, HarvestConfig, TextChoice, text_choices
 from harvest.model.hub import first_line, pin
+from harvest.text.config import DEFAULT_SPLIT, TextChoice, TextConfig
 from harvest.text.local import file_documents, files_hash, find_files, suffix_of, text_of
 from harvest.text.python import pydoc_documents, stdlib_documents
 from residscope.errors import ResidscopeError, UsageError
@@ -45,18 +44,18 @@ class TextSource:
     """About how many characters it has, or None; may read all of it where that takes seconds."""
 
 
-def open_sources(config: HarvestConfig, *, contents: bool = True) -> tuple[TextSource, ...]:
+def open_sources(
+    config: TextConfig, shuffle_seed: int | None = None, *, contents: bool = True
+) -> tuple[TextSource, ...]:
     """The texts that a configuration asks for, in its order.
 
-    contents: they will be read; without it, only the names are needed, and a hub data set is not looked up. Raises
-    `UsageError` for a source that is not there.
+    shuffle_seed: of a random order of each text's documents. contents: they will be read; without it, only the names
+    are needed, and a hub data set is not looked up. Raises `UsageError` for a source that is not there.
     """
-    choices = text_choices(config)
-    seed = config.shuffle_documents
-    sources = tuple(_open(choice, seed, contents) for choice in choices)
-    for source in sources:
-        # An option that is given once for all is the hub data sets' among them.
-        if source.is_local and (len(sources) == 1 or all(s.is_local for s in sources)):
+    sources = tuple(_open(choice, shuffle_seed, contents) for choice in config.choices)
+    # With a hub data set among several, an option that is given once for all is meant for that.
+    if all(source.is_local for source in sources):
+        for source in sources:
             _refuse_hub_options(source.choice)
     return sources
 
@@ -66,10 +65,10 @@ def is_on_disk(name: str) -> bool:
     return name not in _PYTHON and find_files(name) is not None
 
 
-def require_local_texts(config: HarvestConfig) -> None:
+def require_local_texts(config: TextConfig) -> None:
     """`UsageError` for a local text that is not there: asked before a model or tokenizer is loaded, which takes far
     longer."""
-    for choice in text_choices(config):
+    for choice in config.choices:
         is_on_disk(choice.name)
 
 

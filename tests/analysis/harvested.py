@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from analysis.model.transformer import lens_of_store, model_of_store
-from harvest.config import HarvestConfig
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
 from harvest.options_file import options_file
 from harvest.run import harvest
 from store.activations import ActivationStore
 from tests.analysis.small import save_small
+from tests.support.harvesting import harvest_config
 from tests.support.models import D_MODEL, N_LAYERS, tiny_model
 from tests.support.saes import make_sae
 from train.model import MLSAE
@@ -61,7 +61,7 @@ def make_harvested(
         "lens": str(lens_folder) if lens_folder else None,
         "device": "cpu",
     }
-    harvest(HarvestConfig(**{**given, **options}))
+    harvest(harvest_config(**{**given, **options}))
     options_file(out).unlink()
     store = ActivationStore.open(out)
     lens = lens_of_store(store, str(lens_folder)) if lens_folder else lens_of_store(store)

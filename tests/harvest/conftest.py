@@ -1,28 +1,20 @@
-"""Fixtures and helpers of the harvest tests: tiny models, made once a session, small texts, small shards, crashes."""
+"""Fixtures of the harvest tests: tiny models, made once a session, small texts, small shards."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
 import torch
 
 from harvest import run
 from harvest.config import HarvestConfig
-from store.activations import ActivationStore
+from tests.support.harvesting import CHUNK, SHARD, MakeConfig, ModelFolder, harvest_config
 from tests.support.models import tiny_model
 
 # A machine that is busy makes an example slow, not wrong.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
-
-ModelFolder = Callable[[str], Path]
-MakeConfig = Callable[..., HarvestConfig]
-
-CHUNK, SHARD = 32, 96
-"""Tokens in a chunk and in a shard of `small_shards`."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,7 +50,7 @@ def config(tmp_path: Path, model_folder: ModelFolder, text_folder: Path) -> Make
     """Makes configurations: 20-token sequences, 3 in a batch, 591 tokens of text and separators."""
 
     def make(architecture: str = "gpt2", **changes: Any) -> HarvestConfig:
-        return HarvestConfig(
+        return harvest_config(
             **{
                 "model": str(model_folder(architecture)),
                 "out": tmp_path / "acts.zarr",
@@ -70,22 +62,3 @@ def config(tmp_path: Path, model_folder: ModelFolder, text_folder: Path) -> Make
         )
 
     return make
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by its path there."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def crash_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    """Let the n-th shard's write fail before it is committed."""
-    original = ActivationStore.write_shard
-    calls: list[int] = []
-
-    def write(self: ActivationStore, shard: int, data: np.ndarray, keep: np.ndarray) -> None:
-        calls.append(shard)
-        if len(calls) > n:
-            raise RuntimeError("crash")
-        original(self, shard, data, keep)
-
-    monkeypatch.setattr(ActivationStore, "write_shard", write)

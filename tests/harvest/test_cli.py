@@ -12,7 +12,8 @@ import pytest
 
 from harvest.cli import main
 from store.activations import ActivationStore
-from tests.harvest.conftest import ModelFolder
+from tests.support.harvesting import ModelFolder
+from tests.support.lenses import write_lens
 
 
 class Outcome(NamedTuple):
@@ -115,8 +116,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "layers beyond": ({"layers": "0-5"}, 2, "gpt2 has layers 0 to 2, found 5"),
     "context too long": ({"context_length": 100}, 2, "--context-length 100: gpt2 takes at most 64 tokens"),
     "no separator": ({"document_separator": "\N{SNOWMAN}", "model": "narrow"}, 2, "the tokenizer has no token for it"),
-    "bad device": ({"device": "cuda:7"}, 2, "--device cuda:7: not to be had here"),
-    "no such device": ({"device": "abacus"}, 2, "--device abacus: not to be had here"),
+    "bad device": ({"device": "cuda:7"}, 2, "--device cuda:7: not available here"),
+    "no such device": ({"device": "abacus"}, 2, "--device abacus: not available here"),
     "no store": ({"out": "other"}, 3, "--out other exists and is not an activation store; it is left alone"),
     "a file": ({"out": "rows.jsonl"}, 3, "--out rows.jsonl exists and is not an activation store"),
     "below a file": ({"out": "rows.jsonl/acts.zarr"}, 1, "rows.jsonl cannot be written to"),
@@ -140,8 +141,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
 def test_a_mistake_gets_one_line_and_its_exit_code(
     name: str, command: Harvest, tmp_path: Path, model_folder: ModelFolder
 ) -> None:
-    from tests.harvest.lens.test_translators import write_lens
-
     (tmp_path / "rows.jsonl").write_text('{"content": "a", "id": 1}\n')
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "torn.jsonl").write_text('{"text": "a')
@@ -195,7 +194,7 @@ def test_a_column_that_is_not_there_is_found_before_the_weights_load(
     from harvest import run
 
     (tmp_path / "rows.jsonl").write_text('{"content": "x"}\n')
-    monkeypatch.setattr(run, "load_model", lambda *args, **options: pytest.fail("the weights are loaded"))
+    monkeypatch.setattr(run, "load_weights", lambda *args, **options: pytest.fail("the weights are loaded"))
     for changes in ({}, {"shuffle_documents": 3}):
         found = command(dataset="rows.jsonl", **changes)
         assert found.code == 2
@@ -210,17 +209,17 @@ def test_another_configuration_is_exit_code_3(command: Harvest) -> None:
     assert command(max_tokens=100, overwrite=True).code == 0
 
 
-def test_an_interrupt_while_planning_is_exit_code_130(command: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_tokenising_is_exit_code_130(command: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
     from harvest import run
 
     def terminated(*args: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return run.load_model(*args, **options)
+        return run.load_weights(*args, **options)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(run, "tokenise", terminated)
+    monkeypatch.setattr(run, "make_table", terminated)
     found = command()
     assert (found.code, found.error) == (130, "harvest: error: interrupted; the same command continues the run")
     assert not Path("acts.zarr").exists()

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from harvest.config import HarvestConfig, parse_layers, text_choices
+from harvest.config import HarvestConfig, parse_layers
 from residscope.errors import UsageError
 from residscope.options import parse_options
+from tests.support.harvesting import harvest_config
 
 
 @pytest.mark.parametrize(
@@ -54,30 +55,20 @@ def test_words_that_are_no_layers_are_refused(word: str) -> None:
 )
 def test_values_that_cannot_work_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        HarvestConfig(**{"model": "gpt2", "out": Path("a.zarr"), **change})
+        harvest_config(**change)
 
 
 def test_flags_reach_the_configuration() -> None:
     words = "--model gpt2 --out a.zarr --layers 0-2 5 --no-keep-first-position --document-separator ¶ --dry-run --json"
     config = parse_options(HarvestConfig, words.split(), prog="harvest", description="")
-    assert config == HarvestConfig(
-        model="gpt2", out=Path("a.zarr"), layers=("0-2", "5"), document_separator="¶", dry_run=True, json=True
-    )
+    assert config == harvest_config(layers=("0-2", "5"), document_separator="¶", dry_run=True, json=True)
 
 
-@pytest.mark.parametrize("word", ["pydoc:x", "owner/name:half", "logs.jsonl:"])
-def test_a_weight_that_is_no_number_is_named_as_the_weight(word: str) -> None:
-    with pytest.raises(UsageError, match=f"--dataset {word}: the weight after the colon should be a number, found '"):
-        HarvestConfig(model="gpt2", out=Path("a.zarr"), dataset=(word,))
-
-
-def test_a_number_after_the_last_colon_is_a_weight() -> None:
-    words = ("pydoc:2", "owner/name", "C:\\logs.txt:0.5", "odd:2:1", "C:\\b.txt")
-    choices = text_choices(HarvestConfig(model="gpt2", out=Path("a.zarr"), dataset=words))
-    assert [(c.name, c.weight) for c in choices] == [
-        ("pydoc", 2),
-        ("owner/name", 1),
-        ("C:\\logs.txt", 0.5),
-        ("odd:2", 1),
-        ("C:\\b.txt", 1),
-    ]
+def test_a_file_may_use_tables(tmp_path: Path) -> None:
+    flat = 'model = "gpt2"\nout = "a.zarr"\ndataset = "pydoc"\nlayers = ["0-2"]\nseed = 3\n'
+    tables = 'out = "a.zarr"\n[weights]\nmodel = "gpt2"\n[text]\ndataset = "pydoc"\n[storage]\nlayers = "0-2"\n'
+    for i, text in enumerate((flat, tables + "[control]\nseed = 3\n")):
+        (tmp_path / f"{i}.toml").write_text(text)
+        words = ["--config", str(tmp_path / f"{i}.toml")]
+        config = parse_options(HarvestConfig, words, prog="harvest", description="")
+        assert config == harvest_config(dataset="pydoc", layers=("0-2",), seed=3)

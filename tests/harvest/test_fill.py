@@ -1,14 +1,12 @@
-"""Batches and shards: fixed batches, nothing padded, every shard assembled from its own tokens whichever are
-missing."""
+"""Shards: each is assembled from its own tokens, whichever are missing."""
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.fill import ShardAssembler, all_finite, batches_for, sequence_batches
-from harvest.settings import default_batch_size
+from harvest.fill import ShardAssembler
+from harvest.sequences import batches_for, sequence_batches
 from store.meta import StoreMeta
 
 SIZES = st.tuples(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5))
@@ -24,18 +22,6 @@ def meta(n_tokens: int, shard_tokens: int) -> StoreMeta:
         shard_tokens=shard_tokens,
         context_length=4,
     )
-
-
-@given(SIZES)
-def test_batches_cover_every_sequence_once_without_padding(sizes: tuple[int, int, int]) -> None:
-    n_tokens, context, batch_size = sizes
-    batches = sequence_batches(np.arange(n_tokens) % context, context * batch_size)
-    assert [b.start for b in batches] == [0, *[b.stop for b in batches[:-1]]]
-    assert batches[-1].stop == n_tokens
-    for batch in batches:
-        assert (batch.stop - batch.start) % batch.length == 0
-        assert (batch.stop - batch.start) // batch.length <= batch_size
-    assert all(b.length == context for b in batches[:-1])
 
 
 @given(sizes=SIZES, shard_tokens=st.integers(1, 60), data=st.data())
@@ -67,26 +53,6 @@ def test_missing_shards_are_assembled_from_their_batches_alone(
     for shard, piece in written.items():
         start, stop = store.shard_bounds(shard)
         np.testing.assert_array_equal(piece, values[start:stop])
-
-
-@given(
-    place=st.integers(0, 999),
-    value=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)
-def test_a_single_value_that_is_not_finite_is_seen(place: int, value: float, dtype: torch.dtype) -> None:
-    values = torch.arange(1000).to(dtype).view(20, 50)
-    assert all_finite(values)
-    values.view(-1)[place] = value
-    assert not all_finite(values)
-
-
-def test_the_default_batch_keeps_within_its_bounds() -> None:
-    assert default_batch_size(2048, 34_560, "cuda") == 3  # SmolLM2-135M: 256 MiB
-    assert default_batch_size(2048, 6_144, "cuda") == 4  # pythia-70m: 8192 tokens
-    assert default_batch_size(131_072, 10**6, "cuda") == 1
-    assert default_batch_size(256, 6_144, "cpu") == 4
-    assert default_batch_size(2048, 6_144, "cpu") == 1
 
 
 def test_a_shard_of_which_a_part_was_not_taken_is_never_written() -> None:

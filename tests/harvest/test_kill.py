@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harvest.conftest import ModelFolder
+from tests.support.harvesting import ModelFolder
 
 # One interpreter loads the libraries, by a first run, and forks a child for each other run: loading takes longer.
 SCRIPT = """
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from harvest import run
 from harvest.config import HarvestConfig
+from residscope.options import from_flat
 
 model, dataset, folder, rounds = sys.argv[1:]
 torch.set_num_threads(1)
@@ -23,7 +24,8 @@ sys.stderr = open(os.devnull, "w")
 
 
 def harvest(out):
-    run.harvest(HarvestConfig(model=model, out=Path(out), dataset=dataset, context_length=20, batch_size=1))
+    flags = {"model": model, "out": Path(out), "dataset": dataset, "context_length": 20, "batch_size": 1}
+    run.harvest(from_flat(HarvestConfig, flags))
 
 
 def start(out):

@@ -11,7 +11,7 @@ from harvest.run import harvest
 from residscope.errors import ResidscopeError
 from store.care.repair import repair
 from store.care.verify import verify
-from tests.harvest.conftest import MakeConfig, tree
+from tests.support.harvesting import MakeConfig, tree
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -51,7 +51,7 @@ def test_without_the_options_the_error_says_what_to_do(config: MakeConfig) -> No
 @pytest.mark.usefixtures("small_shards")
 def test_a_model_that_has_moved_is_missed_before_anything_is_changed(config: MakeConfig, tmp_path: Path) -> None:
     model = tmp_path / "moved"
-    shutil.copytree(config().model, model)
+    shutil.copytree(config().weights.model, model)
     options = config(model=str(model))
     harvest(options)
     (options.out / "resid_post/c.2.0.0").unlink()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harvest.model.load import LoadedModel, load_model, resolve_model
+from harvest.model.load import LoadedModel, load_model
+from harvest.model.names import resolve_model
 from harvest.residual import ResidualRecorder
 from residscope.errors import ResidscopeError, UsageError
-from tests.harvest.conftest import ModelFolder
+from tests.support.harvesting import ModelFolder
 from tests.support.models import ARCHITECTURES
 
 IDS = torch.arange(40).view(2, 20) * 11 % 250

@@ -21,8 +21,8 @@ from residscope.errors import ResidscopeError
 from residscope.options import parse_options
 from store.activations import ActivationStore
 from store.care.verify import verify
-from tests.harvest.conftest import SHARD, MakeConfig, ModelFolder, crash_after
-from tests.harvest.lens.test_translators import write_lens
+from tests.support.harvesting import SHARD, MakeConfig, ModelFolder, crash_after
+from tests.support.lenses import write_lens
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
 
 
@@ -61,7 +61,7 @@ def test_stored_vectors_equal_an_independent_forward_pass(architecture: str, con
     options = config(architecture)
     result = harvest(options)
     store = ActivationStore.open(options.out)
-    expected = block_outputs(options.model, store.tokens.token_id, 20, 3)
+    expected = block_outputs(options.weights.model, store.tokens.token_id, 20, 3)
     assert expected.shape == (result.tokens, N_LAYERS[architecture], D_MODEL)
     np.testing.assert_array_equal(store.read(raw=True), rounded(expected))
     assert result.shards == -(-result.tokens // SHARD) > 3
@@ -102,7 +102,7 @@ def test_half_precision_computes_near_the_exact_vectors(
 ) -> None:
     options = config("gpt_neox", dtype=dtype, store_dtype="float32")
     store = ActivationStore.open(harvest(options).out)
-    exact = block_outputs(options.model, store.tokens.token_id, 20, 3)
+    exact = block_outputs(options.weights.model, store.tokens.token_id, 20, 3)
     error = np.linalg.norm(store.read() - exact) / np.linalg.norm(exact)
     assert least < error < most
     assert store.meta.provenance["compute_dtype"] == dtype
@@ -114,7 +114,7 @@ def test_a_lens_is_applied_before_storing_and_inverts(config: MakeConfig, tmp_pa
     folder = write_lens(tmp_path / "lens", n_layers=3, d_model=D_MODEL)
     options = config(lens=str(folder), lens_indexing=indexing, layers=("1-2",), store_dtype="float32")
     store = ActivationStore.open(harvest(options).out)
-    plain = block_outputs(options.model, store.tokens.token_id, 20, 3)
+    plain = block_outputs(options.weights.model, store.tokens.token_id, 20, 3)
     parameters = torch.load(folder / "params.pt", weights_only=True)
     found = store.read()
     lens = load_lens(str(folder), model_id="gpt2", n_layers=3, d_model=D_MODEL, indexing=indexing)  # type: ignore[arg-type]
@@ -266,7 +266,7 @@ def test_several_texts_by_weight(
     assert first["tokens"] + second["tokens"] == 600
     assert store.meta.provenance["dataset"] == "texts:1 b.jsonl:2"
     assert first["documents"] + second["documents"] == int(store.tokens.document.max()) + 1
-    harvest(config(dataset=options.dataset, out=tmp_path / "all.zarr"))
+    harvest(config(dataset=options.text.dataset, out=tmp_path / "all.zarr"))
     assert "b.jsonl ran out after 779 tokens: its share is 56.9% instead of 66.7%" in capsys.readouterr().err
 
 

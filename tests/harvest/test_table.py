@@ -1,13 +1,11 @@
 """Packing: every token of every document once and in order, separators, BOS, masks."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.table import Packing, encode_documents, make_packing, pack
+from harvest.table import Packing, make_packing, pack
 from residscope.errors import ResidscopeError, UsageError
 from tests.support.models import BOS, EOS, tiny_tokenizer
 
@@ -116,33 +114,6 @@ def test_a_tokenizer_without_end_of_text_says_so() -> None:
         make_packing(NoEnd(), context_length=16)
 
 
-@given(texts=st.lists(st.text(st.characters(max_codepoint=255), max_size=30), max_size=10), wanted=st.integers(1, 100))
-def test_encoding_stops_at_what_is_wanted(texts: list[str], wanted: int) -> None:
-    tokenizer = TOKENIZER
-    whole = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"])]
-    flat = [t for ids in whole for t in ids][:wanted]
-    found = list(encode_documents(texts, tokenizer, wanted))
-    assert [int(t) for ids in found for t in ids] == flat
-    assert all(len(ids) for ids in found)
-
-
-TOKENIZER: Any = tiny_tokenizer(bos=True)
-
-
-def test_a_long_text_is_tokenised_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    longest = 0
-
-    def counting(texts: list[str], **options: Any) -> Any:
-        nonlocal longest
-        longest = max([longest, *map(len, texts)])
-        return TOKENIZER(texts, **options)
-
-    text = "abcdefg " * 100_000
-    (ids,) = encode_documents([text], counting, 50)
-    np.testing.assert_array_equal(ids, TOKENIZER(text[:50], add_special_tokens=False)["input_ids"])
-    assert longest < 10_000
-
-
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     context=st.integers(2, 20),
@@ -170,13 +141,6 @@ def test_without_packing_each_sequence_is_the_beginning_of_one_document(
     assert table.position.max() < context
     assert not table.keep[starts].any()
     assert len(table.token_id) <= max_tokens
-
-
-def test_encoding_takes_the_beginning_of_each_document() -> None:
-    texts = ["abcdef", "", "gh", "ijklmnop"]
-    found = list(encode_documents(texts, TOKENIZER, 9, longest=4))
-    whole = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert [ids.tolist() for ids in found] == [whole[0][:4], whole[2], whole[3][:3]]
 
 
 def test_without_packing_there_is_no_separator() -> None:

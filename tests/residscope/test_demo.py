@@ -20,7 +20,7 @@ def test_the_commands_are_valid_and_fit_each_other():
     harvested = parse_options(HarvestConfig, harvest.flags, prog="harvest", description="")
     trained = parse_options(TrainConfig, train.flags, prog="train", description="")
     analysed = parse_options(AnalyzeConfig, analyze.flags, prog="analyze", description="")
-    assert (harvested.max_tokens, harvested.dataset) == (40_000, ("pydoc",))
+    assert (harvested.max_tokens, harvested.text.dataset) == (40_000, ("pydoc",))
     assert harvested.out == trained.store == analysed.store == Path("there/acts.zarr")
     assert trained.out == analysed.sae
     assert analysed.out_dir == Path("there")

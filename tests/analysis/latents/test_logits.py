@@ -13,7 +13,8 @@ from analysis.latents.embedding_match import Nearest, embedding_rows, nearest_ro
 from analysis.latents.logits import latent_logits, norm_gain
 from analysis.latents.tokens import COLUMNS, LatentTokens, find_latent_tokens, summary_of, write_latent_tokens
 from harvest.lens.translators import TunedLens
-from harvest.model.load import LoadedModel, load_model, resolve_model
+from harvest.model.load import LoadedModel, load_model
+from harvest.model.names import resolve_model
 from tests.support.models import ARCHITECTURES, D_MODEL, tiny_model
 from tests.support.saes import make_sae
 

@@ -24,6 +24,7 @@ from residscope.errors import UsageError
 from residscope.options import parse_options
 from tests.analysis.harvested import Harvested, make_checkpoint, make_harvested
 from tests.analysis.small import save_small
+from tests.support.harvesting import harvest_config
 from tests.support.models import tiny_model
 from train.model import MLSAE
 
@@ -145,7 +146,7 @@ def test_the_harvest_has_left_word_where_model_and_lens_are(
     made = setting.made
     monkeypatch.chdir(made.model_folder)
     record = options_file(made.store.path)
-    config = HarvestConfig(
+    config = harvest_config(
         model=".",
         lens=made.lens_folder and f"../{made.lens_folder.name}",
         dataset=("../texts:2", "pydoc"),
@@ -156,9 +157,9 @@ def test_the_harvest_has_left_word_where_model_and_lens_are(
         monkeypatch.chdir(tmp_path)
         words = ["--config", str(record)]
         again = parse_options(HarvestConfig, words, prog="harvest", description="")
-        assert again.dataset == (f"{made.model_folder.parent}/texts:2", "pydoc")
-        assert again.model == str(made.model_folder)
-        assert again.lens == (made.lens_folder and str(made.lens_folder))
+        assert again.text.dataset == (f"{made.model_folder.parent}/texts:2", "pydoc")
+        assert again.weights.model == str(made.model_folder)
+        assert again.storage.lens == (made.lens_folder and str(made.lens_folder))
         assert run(setting, tmp_path / "out")["transformer"]["reason"] is None
         record.write_text(f'model = "{tiny_model("llama", tmp_path / "llama", seed=1)}"')
         assert "content hash should be" in run(setting, tmp_path / "other")["transformer"]["reason"]

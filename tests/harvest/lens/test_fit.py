@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ import torch
 from harvest.lens import fit as module
 from harvest.lens.cli import main
 from harvest.lens.config import FitLensConfig
-from harvest.lens.data import Part, measured_tokens, parts, shuffled, spans
+from harvest.lens.data import Role, roles
 from harvest.lens.fit import fit_lens
-from harvest.lens.report import warnings
-from harvest.lens.result import FitResult
+from harvest.lens.result import FitResult, warnings
 from harvest.lens.translators import TunedLens, load_lens
-from harvest.model.load import load_model, resolve_model
+from harvest.model.load import load_model
+from harvest.model.names import resolve_model
 from harvest.run import harvest
 from residscope.destinations import held_alone
 from residscope.errors import ResidscopeError, UsageError
+from residscope.options import from_flat
 from store.activations import ActivationStore
-from tests.harvest.conftest import MakeConfig, ModelFolder
+from tests.support.harvesting import MakeConfig, ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
-from tests.support.stores import make_store, token_table
 
 DOCUMENTS = 9
 
@@ -68,7 +69,7 @@ def load(result: FitResult, architecture: str) -> TunedLens:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_lens_beats_none_and_reads_back(architecture: str, options: Options) -> None:
-    result = fit_lens(FitLensConfig(**options(architecture)))
+    result = fit_lens(from_flat(FitLensConfig, options(architecture)))
     n = N_LAYERS[architecture]
     assert [layer.layer for layer in result.layers] == [None, *range(n)]
     assert [layer.translator for layer in result.layers] == [*range(n), None]
@@ -85,7 +86,7 @@ def test_a_lens_beats_none_and_reads_back(architecture: str, options: Options) -
         back = lens.invert(lens.apply(x, layer), layer)
         assert ((back - x).norm(dim=-1) / x.norm(dim=-1)).max() < 1e-4
     saved = json.loads((Path(result.out) / "fit.json").read_text())
-    assert saved["layers"] == json.loads(json.dumps(result.to_json()))["layers"]
+    assert saved["layers"] == json.loads(json.dumps(asdict(result)))["layers"]
     assert saved["options"]["kl_steps"] == 4
 
 
@@ -94,25 +95,25 @@ def test_translator_i_maps_the_input_of_block_i_to_the_last_blocks_output(
     architecture: str, options: Options, model_folder: ModelFolder, config: MakeConfig, tmp_path: Path
 ) -> None:
     settings = options(architecture, method="ridge", max_condition=0)
-    lens = load(fit_lens(FitLensConfig(**settings)), architecture)
+    lens = load(fit_lens(from_flat(FitLensConfig, settings)), architecture)
     store_config = config(architecture, dataset=settings["dataset"], out=tmp_path / "acts.zarr")
     harvest(store_config)
     with ActivationStore.open(tmp_path / "acts.zarr") as store:
         tokens = store.tokens
     model = load_model(resolve_model(str(model_folder(architecture))))
-    part = parts(tokens, 0.05, 0)
+    role = roles(tokens, 0.05, 0)
     states: list[list[torch.Tensor]] = [[] for _ in range(model.n_layers + 1)]
     outputs: list[torch.Tensor] = []
     handle = model.blocks[-1].register_forward_hook(
         lambda m, a, out: outputs.append((out[0] if isinstance(out, tuple) else out)[0])
     )
-    starts = [*np.flatnonzero(tokens.position == 0), len(part)]
+    starts = [*np.flatnonzero(tokens.position == 0), len(role)]
     for start, stop in itertools.pairwise(starts):
         ids = torch.from_numpy(tokens.token_id[start:stop].astype(np.int64))[None]
         for i, state in enumerate(model.base(ids, output_hidden_states=True).hidden_states):
             states[i].append(state[0])
     handle.remove()
-    used = torch.from_numpy((part == Part.FIT) | (part == Part.CHOOSE))
+    used = torch.from_numpy((role == Role.FIT) | (role == Role.CHOOSE))
     y = torch.cat(outputs)[used].double()
     penalties = json.loads((tmp_path / "lens" / "fit.json").read_text())["layers"]
     for i in range(model.n_layers):
@@ -129,12 +130,12 @@ def test_translator_i_maps_the_input_of_block_i_to_the_last_blocks_output(
 
 
 def test_a_store_gives_the_same_lens_as_the_model(options: Options, config: MakeConfig, tmp_path: Path) -> None:
-    from_model = fit_lens(FitLensConfig(**options()))
+    from_model = fit_lens(from_flat(FitLensConfig, options()))
     store = tmp_path / "acts.zarr"
     harvest(config(dataset=options()["dataset"], out=store, store_dtype="float32"))
     wanted = options(out=tmp_path / "other", store=store)
     del wanted["dataset"], wanted["context_length"]
-    from_store = fit_lens(FitLensConfig(**wanted))
+    from_store = fit_lens(from_flat(FitLensConfig, wanted))
     assert from_store.fit_tokens == from_model.fit_tokens
     torch.testing.assert_close(load(from_store, "gpt2").weights, load(from_model, "gpt2").weights, rtol=1e-3, atol=1e-4)
     for a, b in zip(from_store.layers, from_model.layers, strict=True):
@@ -144,7 +145,7 @@ def test_a_store_gives_the_same_lens_as_the_model(options: Options, config: Make
 def test_harvest_stores_what_the_lens_makes_of_the_vectors(
     options: Options, config: MakeConfig, tmp_path: Path
 ) -> None:
-    lens = load(fit_lens(FitLensConfig(**options())), "gpt2")
+    lens = load(fit_lens(from_flat(FitLensConfig, options())), "gpt2")
     plain, mapped = tmp_path / "plain.zarr", tmp_path / "mapped.zarr"
     harvest(config(out=plain, store_dtype="float32"))
     harvest(config(out=mapped, store_dtype="float32", lens=str(tmp_path / "lens")))
@@ -156,9 +157,9 @@ def test_harvest_stores_what_the_lens_makes_of_the_vectors(
 
 
 def test_training_from_zero_and_ridge_alone(options: Options, tmp_path: Path) -> None:
-    ridge = fit_lens(FitLensConfig(**options(method="ridge")))
+    ridge = fit_lens(from_flat(FitLensConfig, options(method="ridge")))
     assert (ridge.saved, ridge.kl_tokens, ridge.init) == ("ridge", 0, None)
-    zero = fit_lens(FitLensConfig(**options(init="zero", out=tmp_path / "zero", lr=1e-9)))
+    zero = fit_lens(from_flat(FitLensConfig, options(init="zero", out=tmp_path / "zero", lr=1e-9)))
     for a, b in zip(zero.layers[:-1], ridge.layers[:-1], strict=True):
         assert a.kl_ridge == b.kl_ridge
         assert a.kl_trained == pytest.approx(a.kl_logit_lens, rel=1e-3)
@@ -166,7 +167,7 @@ def test_training_from_zero_and_ridge_alone(options: Options, tmp_path: Path) ->
 
 
 def test_a_layer_without_an_inverse_and_one_that_is_no_better_are_named(options: Options) -> None:
-    result = fit_lens(FitLensConfig(**options(method="ridge")))
+    result = fit_lens(from_flat(FitLensConfig, options(method="ridge")))
     bad = [
         layer.__class__(**{**layer.__dict__, "round_trip": 0.5, "kl_ridge": 99.0}) if layer.layer == 1 else layer
         for layer in result.layers
@@ -187,9 +188,9 @@ def test_nothing_half_made_stays(options: Options, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_lens", fail)
         with pytest.raises(RuntimeError, match="crash"):
-            fit_lens(FitLensConfig(**options(method="ridge")))
+            fit_lens(from_flat(FitLensConfig, options(method="ridge")))
     assert not list(tmp_path.glob("lens*"))
-    fit_lens(FitLensConfig(**options(method="ridge")))
+    fit_lens(from_flat(FitLensConfig, options(method="ridge")))
     assert sorted(path.name for path in (tmp_path / "lens").iterdir()) == ["config.json", "fit.json", "params.pt"]
     assert not (tmp_path / "lens.fitting").exists()
 
@@ -239,7 +240,7 @@ def test_mistakes_are_one_line(
     refused(options(lr=1e30), 1, "diverged; try a lower --lr")
     refused(store("some.zarr", layers=("0-1",)), 3, "holds 2 of the model's 3 layers")
     refused(store("plain.zarr") | {"model": str(model_folder("gpt_neox"))}, 3, "content hash should be")
-    fit_lens(FitLensConfig(**options(out=tmp_path / "made", method="ridge")))
+    fit_lens(from_flat(FitLensConfig, options(out=tmp_path / "made", method="ridge")))
     refused(store("mapped.zarr", lens=str(tmp_path / "made")), 3, "went through lens 'made'")
 
 
@@ -273,59 +274,7 @@ def test_vectors_that_are_not_finite_are_one_line(
 )
 def test_options_that_cannot_work(options: Options, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        FitLensConfig(**options(**changes))
-
-
-def test_held_out_documents_are_those_of_training(tmp_path: Path) -> None:
-    from train.resolve import split_tokens
-
-    store = make_store(tmp_path / "s.zarr", np.ones((320, 2, 4), np.float32))
-    for seed in (0, 3):
-        expected = split_tokens(store, 0.2, seed).validation
-        assert np.array_equal(parts(store.tokens, 0.2, seed) == Part.HELD_OUT, expected)
-
-
-def test_every_document_has_one_part_and_masked_tokens_none() -> None:
-    tokens = token_table(320)
-    part = parts(tokens, 0.1, 0)
-    assert np.array_equal(part == Part.MASKED, ~tokens.keep)
-    for document in range(20):
-        assert len(np.unique(part[(tokens.document == document) & tokens.keep])) == 1
-    assert {int(kind): len(np.unique(tokens.document[part == kind])) for kind in Part if kind} == {1: 16, 2: 2, 3: 2}
-
-
-def test_spans_cover_all_tokens_with_sequences_of_one_length() -> None:
-    position = np.concatenate([np.arange(4), np.arange(4), np.arange(4), np.arange(2), np.arange(9)])
-    found = spans(position, 8)
-    assert found == [(0, 8, 4), (8, 12, 4), (12, 14, 2), (14, 23, 9)]
-
-
-def test_measured_tokens_are_spread_over_sequences() -> None:
-    position = np.tile(np.arange(10), 40)
-    held_out = np.arange(400) % 3 == 0
-    mask = measured_tokens(position, held_out, 32, 0)
-    assert mask.sum() == 32
-    assert not (mask & ~held_out).any()
-    per_sequence = np.bincount(np.flatnonzero(mask) // 10)
-    assert set(per_sequence.tolist()) == {0, 2}
-    assert np.array_equal(measured_tokens(position, held_out, 999, 0), held_out)
-
-
-def test_kl_batches_are_mixed_and_repeat_no_token_within_an_epoch() -> None:
-    position = np.tile(np.arange(5), 8)
-    chosen = position != 0  # 32 tokens
-
-    def read(span: Any) -> list[torch.Tensor]:
-        return [torch.arange(span.start, span.stop)[:, None], -torch.arange(span.start, span.stop)[:, None]]
-
-    got = list(shuffled(read, spans(position, 10), chosen, batch=4, steps=16, seed=0, window=8))
-    assert [len(batch[0]) for batch in got] == [4] * 16
-    assert all(torch.equal(a, -b) for a, b in got)
-    first = torch.cat([batch[0] for batch in got[:8]]).flatten().tolist()
-    assert sorted(first) == np.flatnonzero(chosen).tolist()
-    assert any(np.ptp(batch[0].numpy()) > 5 for batch in got)
-    again = list(shuffled(read, spans(position, 10), chosen, batch=4, steps=16, seed=0, window=8))
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(got, again, strict=True))
+        from_flat(FitLensConfig, options(**changes))
 
 
 def test_two_fits_of_one_lens_do_not_mix(options: Options, tmp_path: Path) -> None:
@@ -333,7 +282,7 @@ def test_two_fits_of_one_lens_do_not_mix(options: Options, tmp_path: Path) -> No
     making.mkdir()
     (making / "mine").touch()
     with held_alone(making, tmp_path / "lens"), pytest.raises(ResidscopeError, match="another process is writing"):
-        fit_lens(FitLensConfig(**options()))
+        fit_lens(from_flat(FitLensConfig, options()))
     assert (making / "mine").exists()
-    fit_lens(FitLensConfig(**options()))
+    fit_lens(from_flat(FitLensConfig, options()))
     assert sorted(path.name for path in (tmp_path / "lens").iterdir()) == ["config.json", "fit.json", "params.pt"]

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from harvest.lens import kl as lens_kl
 from harvest.lens.measure import mean_kl
-from harvest.model.load import LoadedModel, load_model, resolve_model
-from tests.harvest.conftest import ModelFolder
+from harvest.lens.translators import Translators
+from harvest.model.load import LoadedModel, load_model
+from harvest.model.names import resolve_model
+from tests.support.harvesting import ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL
 
 L, N, V = 2, 12, 260
@@ -78,7 +80,7 @@ def test_steps_are_nesterov_momentum_with_decay_and_a_clip_per_translator(
     seen: list[list[float]] = []
     lens_kl.train(
         weights, biases, batches, model.logits, vocabulary=V, steps=2, lr=lr, weight_decay=decay,
-        after_step=lambda step: seen.append(step.kl),
+        after_step=seen.append,
     )  # fmt: skip
     assert [len(kls) for kls in seen] == [L, L]
     torch.testing.assert_close(weights, expected[0], rtol=1e-4, atol=1e-6)
@@ -90,7 +92,7 @@ def test_measured_kl_equals_the_formula_and_is_zero_at_the_last_layer(
 ) -> None:
     monkeypatch.setattr("harvest.lens.measure.tile_tokens", lambda vocabulary: 5)
     batches, (weights, biases) = [vectors(0), vectors(1)], translators()
-    found, n = mean_kl(batches, {"lens": (weights, biases)}, model.logits, vocabulary=V)
+    found, n = mean_kl(batches, {"lens": Translators(weights, biases)}, model.logits, vocabulary=V)
     assert n == 2 * N
     both = [torch.cat(pair) for pair in zip(*batches, strict=True)]
     final = model.logits(both[-1])

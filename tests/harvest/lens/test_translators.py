@@ -1,6 +1,5 @@
 """Tuned lens: which translator a block's output takes, the inverse, and the published format."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +8,9 @@ import torch
 
 from harvest.lens.translators import TunedLens, load_lens
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from tests.support.lenses import write_lens
 
 N_LAYERS, D_MODEL = 4, 8
-
-
-def write_lens(folder: Path, *, n_layers: int = N_LAYERS, d_model: int = D_MODEL, seed: int = 0, **config: Any) -> Path:
-    """A random lens in the published format."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {}
-    for i in range(n_layers):
-        parameters[f"{i}.weight"] = torch.randn(d_model, d_model, generator=generator) / d_model
-        parameters[f"{i}.bias"] = torch.randn(d_model, generator=generator)
-    folder.mkdir(exist_ok=True)
-    torch.save(parameters, folder / "params.pt")
-    full = {
-        "base_model_name_or_path": "owner/tiny",
-        "d_model": d_model,
-        "num_hidden_layers": n_layers,
-        "bias": True,
-        "base_model_revision": None,
-        "unembed_hash": "0",
-        "lens_type": "linear_tuned_lens",
-    }
-    (folder / "config.json").write_text(json.dumps(full | config))
-    return folder
 
 
 def load(folder: Path, **changes: Any) -> TunedLens:
@@ -139,12 +117,12 @@ def test_a_lens_from_the_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return str(folder / Path(file).name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(module, "pin", lambda *args, **options: HubRepo(module.SPACE, "c0ffee", False))
+    monkeypatch.setattr(module, "pin", lambda *args, **options: HubRepo("c0ffee", False))
     sizes: dict[str, Any] = {"n_layers": N_LAYERS, "d_model": D_MODEL}
     assert load_lens("auto", model_id="openai-community/gpt2", **sizes).name == "openai-community/gpt2"
     assert asked[0] == "lens/openai-community/gpt2/config.json"
     assert load_lens("gpt2", model_id="x/y", **sizes).fingerprint
-    with pytest.raises(UsageError, match=r"no folder here, and no published lens for 'EleutherAI/pythia-1b'.*fit one"):
+    with pytest.raises(UsageError, match=r"no folder here, and no published lens for 'EleutherAI/pythia-1b'.*Fit one"):
         load_lens("pythia-1b", model_id="x/y", **sizes)
 
 
@@ -176,7 +154,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, file: str) -> None
 
 def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
     folder = write_lens(tmp_path / "lens", base_model_name_or_path=5)
-    with pytest.raises(IncompatibleError, match="names 5 as its base model, which is no name"):
+    with pytest.raises(IncompatibleError, match="should name its base model by a text, found 5"):
         load(folder)
     with pytest.raises(IncompatibleError, match=r"params\.pt is a file: give the folder"):
         load(folder / "params.pt")

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from harvest.model import gguf
+from harvest.model.blocks import n_layers_of
 from harvest.model.gguf import GgufFile, packaged_gguf, sha256, unpacked_folder
-from harvest.model.load import load_config, load_model, load_tokenizer, n_layers_of, resolve_model
+from harvest.model.load import load_config, load_model, load_tokenizer
+from harvest.model.names import resolve_model
 from residscope.errors import ResidscopeError
-from tests.harvest.conftest import ModelFolder
+from tests.support.harvesting import ModelFolder
 
 
 @pytest.fixture

@@ -7,37 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from harvest.model import hub
 from harvest.model import load as models
-from harvest.model.load import find_blocks, load_model, resolve_model
-from residscope.errors import IncompatibleError, ResidscopeError, UsageError
-from tests.harvest.conftest import ModelFolder
+from harvest.model.load import load_model
+from harvest.model.names import resolve_model
+from residscope.errors import ResidscopeError
+from tests.support.harvesting import ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
-
-
-def stack(n: int) -> nn.ModuleList:
-    return nn.ModuleList([nn.Identity() for _ in range(n)])
-
-
-def test_the_blocks_are_the_unique_shallowest_list_of_that_length() -> None:
-    model = nn.Module()
-    model.decoder = nn.Module()
-    model.decoder.layers = stack(3)
-    model.decoder.layers[0].experts = stack(3)
-    model.vision = stack(4)
-    assert find_blocks(model, 3) is model.decoder.layers
-    assert find_blocks(model, 4) is model.vision
-
-
-def test_blocks_that_are_missing_or_ambiguous_are_refused() -> None:
-    model = nn.Module()
-    model.a, model.b = stack(2), stack(2)
-    with pytest.raises(ResidscopeError, match="ambiguous: a, b all have 2"):
-        find_blocks(model, 2)
-    with pytest.raises(ResidscopeError, match=r"no list of 5 .*lists found: a \(2\), b \(2\)"):
-        find_blocks(model, 5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -92,48 +68,6 @@ def test_random_weights_follow_the_seed_and_not_the_dtype(model_folder: ModelFol
     assert not torch.equal(weights(0), up_projection(load_model(resolve_model(folder))))
 
 
-def test_the_fingerprint_follows_the_weights_and_not_the_place(model_folder: ModelFolder, tmp_path: Path) -> None:
-    folder = model_folder("gpt2")
-    copy = tmp_path / "other"
-    shutil.copytree(folder, copy)
-    assert resolve_model(str(copy)).fingerprint == resolve_model(str(folder)).fingerprint
-    weights = copy / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    changed = resolve_model(str(copy))
-    assert changed.fingerprint != resolve_model(str(folder)).fingerprint
-    random = resolve_model(str(copy), random_init=True)
-    assert random.fingerprint == resolve_model(str(folder), random_init=True).fingerprint
-
-
-def test_names_that_are_no_models(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "model.bin").write_bytes(b"")
-    folder = tmp_path / "weightless"
-    shutil.copytree(model_folder("gpt2"), folder)
-    (folder / "model.safetensors").unlink()
-    wordless = tmp_path / "wordless"
-    shutil.copytree(model_folder("gpt2"), wordless, ignore=shutil.ignore_patterns("tokenizer*"))
-    cases = {
-        "phytia-1b": "did you mean pythia-1b",
-        "./nowhere": "no such file or folder",
-        "nothing.gguf": "no such file or folder",
-        "empty": "no config.json",
-        "model.bin": r"should be a \.gguf file",
-        "weightless": "no weights",
-        "wordless": "no tokenizer",
-        "a/b/c": "neither a path that exists nor a hub id",
-    }
-    for name, message in cases.items():
-        kind = IncompatibleError if Path(name).exists() else UsageError
-        with pytest.raises(kind, match=message):
-            resolve_model(name)
-    with pytest.raises(UsageError, match="has no revisions"):
-        resolve_model("weightless", revision="main")
-
-
 def test_weights_that_cannot_be_read_are_one_line(model_folder: ModelFolder, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(model_folder("gpt2"), folder)
@@ -145,80 +79,6 @@ def test_weights_that_cannot_be_read_are_one_line(model_folder: ModelFolder, tmp
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ResidscopeError, match=r"configuration cannot be loaded .*; save or download the model again"):
         load_model(resolve_model(str(folder)))
-
-
-class FakeApi:
-    """Stands for the hub: raises what a test puts in, or answers with a commit."""
-
-    error: Exception | None = None
-    asked: tuple[Any, ...] = ()
-
-    def repo_info(self, repo_id: str, *, repo_type: str, revision: str | None, timeout: float) -> Any:
-        FakeApi.asked = repo_id, repo_type, revision
-        assert timeout <= 10
-        if FakeApi.error:
-            raise FakeApi.error
-        return type("Info", (), {"sha": "c0ffee"})
-
-
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
-    import huggingface_hub
-
-    FakeApi.error, FakeApi.asked = None, ()
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    return FakeApi
-
-
-def test_a_hub_id_is_pinned_to_its_commit(api: type[FakeApi]) -> None:
-    spec = resolve_model("pythia-1b", revision="step1000")
-    assert api.asked == ("EleutherAI/pythia-1b", "model", "step1000")
-    assert (spec.source, spec.location, spec.revision) == ("hub", "EleutherAI/pythia-1b", "c0ffee")
-    assert spec.load_arguments == {"revision": "c0ffee", "local_files_only": False, "trust_remote_code": False}
-
-
-def test_what_the_hub_answers_becomes_one_line(api: type[FakeApi]) -> None:
-    from huggingface_hub import errors
-
-    def answer(kind: type[Exception]) -> Exception:
-        return kind.__new__(kind)  # Their constructors want a response.
-
-    cases: list[tuple[Exception, type[ResidscopeError], str]] = [
-        (answer(errors.RepositoryNotFoundError), UsageError, "the hub has none of this name"),
-        (answer(errors.GatedRepoError), ResidscopeError, "is gated: accept its terms"),
-        (answer(errors.RevisionNotFoundError), UsageError, "has no revision 'v9'"),
-        (
-            ConnectionError("no route\nto host"),
-            ResidscopeError,
-            r"cannot be reached \(no route\) .* local folder or a GGUF",
-        ),
-    ]
-    for error, kind, message in cases:
-        api.error = error
-        with pytest.raises(kind, match=message) as raised:
-            resolve_model("someone/some-model", revision="v9")
-        assert "\n" not in str(raised.value)
-
-
-def test_without_a_network_the_cache_is_used(api: type[FakeApi], monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    cached = "/cache/models--a--b/snapshots/abc123/config.json"
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **options: cached)
-    api.error = ConnectionError("gone")
-    spec = resolve_model("a/b")
-    assert spec.load_arguments == {"revision": "abc123", "local_files_only": True, "trust_remote_code": False}
-    deep = cached.replace("config.json", "lens/a/b/config.json")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **options: deep)
-    assert hub.pin("a/b", "space", probes=("lens/a/b/config.json",)).commit == "abc123"
-
-
-def test_a_text_configuration_inside_another_is_found() -> None:
-    import transformers
-
-    config: Any = transformers.Gemma3Config()
-    assert models.n_layers_of(config) == config.text_config.num_hidden_layers
-    assert models.d_model_of(config) == config.text_config.hidden_size
 
 
 @pytest.fixture

@@ -12,27 +12,27 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from harvest.config import HarvestConfig
 from harvest.model.hub import HubRepo
 from harvest.text import python as python_texts
 from harvest.text import sources as texts
+from harvest.text.config import TextConfig
 from harvest.text.sources import TextSource, open_sources
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 
 ROWS = ["first document", "second\nwith a line", "third é"]
 
 
-def config(dataset: object, **changes: Any) -> HarvestConfig:
-    return HarvestConfig(model="gpt2", out=Path("a.zarr"), dataset=(str(dataset),), **changes)
+def config(dataset: object, **changes: Any) -> TextConfig:
+    return TextConfig(dataset=(str(dataset),), **changes)
 
 
-def open_source(options: HarvestConfig, **how: Any) -> TextSource:
-    (source,) = open_sources(options, **how)
+def open_source(options: TextConfig, *how: Any, **named: Any) -> TextSource:
+    (source,) = open_sources(options, *how, **named)
     return source
 
 
-def read(dataset: object, **changes: Any) -> list[str]:
-    return list(open_source(config(dataset, **changes)).documents())
+def read(dataset: object, shuffle_seed: int | None = None, **changes: Any) -> list[str]:
+    return list(open_source(config(dataset, **changes), shuffle_seed).documents())
 
 
 def write(path: Path, column: str = "text") -> Path:
@@ -205,7 +205,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return state["answer"]()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(texts, "pin", lambda repo, kind, revision, probes: HubRepo(repo, "c0ffee", False))
+    monkeypatch.setattr(texts, "pin", lambda repo, kind, revision, probes: HubRepo("c0ffee", False))
     return state
 
 
@@ -278,7 +278,7 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(tmp_path: Path) -> Non
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     rows = [row.replace("\ud800", "\ufffd") for row in rows]  # half a surrogate pair is no character
-    orders = [read(path, shuffle_documents=seed) for seed in (0, 0, 1)]
+    orders = [read(path, shuffle_seed=seed) for seed in (0, 0, 1)]
     assert all(sorted(order) == sorted(rows) for order in orders)
     assert orders[0] == orders[1] != orders[2]
     assert orders[0] != rows != orders[2]
@@ -292,15 +292,13 @@ def test_a_streamed_data_set_is_shuffled_by_its_library(hub: dict[str, Any]) -> 
             return self[::-1]
 
     hub["answer"] = lambda: Rows([{"text": "a"}, {"text": "b"}])
-    assert read("owner/name", shuffle_documents=5) == ["b", "a"]
+    assert read("owner/name", shuffle_seed=5) == ["b", "a"]
 
 
 def test_several_texts_have_options_of_their_own(tmp_path: Path, hub: dict[str, Any]) -> None:
     write(tmp_path / "a.jsonl", "body")
     hub["answer"] = lambda: iter([{"text": "hub"}])
-    options = HarvestConfig(
-        model="gpt2",
-        out=Path("a.zarr"),
+    options = TextConfig(
         dataset=(f"{tmp_path / 'a.jsonl'}:2", "owner/name", "pydoc:0.5"),
         text_column=("body", "", "text"),
         split=("test",),

@@ -1,9 +1,8 @@
-"""Whether what was loaded is the model of its files, and one whose residual streams this project is about.
+"""Whether what transformers loaded is the model that the files hold, and a causal one.
 
-How: transformers makes up weights that the files lack, leaves out those that the configuration does not ask for, and
-loads encoders under the name of causal models, all without a word; each is found here, after the fact. Files of the
-hub's local cache carry their hash as their name. What it does not do: load anything, or find the blocks
-(`harvest.model.load`).
+How: without a word, transformers gives random values to weights that the files lack, leaves out those that the
+configuration does not ask for, and loads encoders as causal models; each is found here. Files of the hub's local cache
+have their hash as their name.
 """
 
 import hashlib
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from harvest.model.hashes import add_file
 from harvest.model.hub import first_line
 from residscope.console import counted
 from residscope.errors import IncompatibleError, ResidscopeError
 
-_BLOCK = 1 << 22
 _TRIED_TOKENS = 16
 _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}
 """By the length of a cached file's name: git's hash of a small file, SHA-256 of a large one."""
@@ -75,27 +74,25 @@ def refuse_not_causal(model: str, architecture: str, base: Any, longest: int | N
     if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):
         raise IncompatibleError(
             f"{model} ({architecture}): later tokens change the residual stream of earlier ones (by {error:.1g} of its"
-            " norm), so that this is an encoder and no causal language model; give a model that predicts the next token"
+            " norm), so this is an encoder, not a causal language model; give a model that predicts the next token"
         )
 
 
-def refuse_damaged_cache(model: str, snapshot: Path, names: Iterable[str]) -> None:
-    """`IncompatibleError` where a file of the hub's local cache is not what the hub gave. snapshot: the folder of links
-    of one commit; what is no link there, or not named by its hash, is not looked at."""
-    for name in names:
-        file = (snapshot / name).resolve()
+def refuse_damaged_cache(model: str, files: Iterable[Path]) -> None:
+    """`IncompatibleError` where a file of the hub's local cache does not have its hash. files: links in the folder of
+    one commit; others, and links to files not named by a hash, are not looked at."""
+    for link in files:
+        file = link.resolve()
         new = _HASHES.get(len(file.name))
-        if new is None or not (snapshot / name).is_symlink() or not re.fullmatch("[0-9a-f]+", file.name):
+        if new is None or not link.is_symlink() or not re.fullmatch("[0-9a-f]+", file.name):
             continue
         try:
             digest = new(b"" if new is hashlib.sha256 else f"blob {file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
+            add_file(digest, file)
         except OSError as error:
             raise ResidscopeError(f"{model}: {file} cannot be read ({first_line(error)})") from None
         if digest.hexdigest() != file.name:
             raise IncompatibleError(
-                f"{model}: {name} in the hub's local cache is damaged: its hash should be {file.name}, found"
+                f"{model}: {link.name} in the hub's local cache is damaged: its hash should be {file.name}, found"
                 f" {digest.hexdigest()}. Remove {file}, and it is downloaded again"
             )

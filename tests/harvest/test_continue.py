@@ -12,15 +12,15 @@ import pytest
 from harvest import run
 from harvest.model.hub import HubRepo
 from harvest.options_file import options_file
+from harvest.record import make_record
 from harvest.refill import prepare
 from harvest.run import harvest
-from harvest.settings import make_record
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
 from store.activations import ActivationStore
 from store.care.repair import repair
 from store.care.verify import verify
-from tests.harvest.conftest import MakeConfig, ModelFolder, crash_after, tree
-from tests.harvest.lens.test_translators import write_lens
+from tests.support.harvesting import MakeConfig, ModelFolder, crash_after, tree
+from tests.support.lenses import write_lens
 from tests.support.models import D_MODEL
 
 
@@ -53,10 +53,10 @@ def test_continuing_reads_no_text_and_a_whole_store_loads_no_model(
     def never(*args: Any, **options: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(run, "tokenise", never)
+    monkeypatch.setattr(run, "make_table", never)
     harvest(options)
     before = tree(options.out)
-    monkeypatch.setattr(run, "load_model", never)
+    monkeypatch.setattr(run, "load_weights", never)
     result = harvest(options)
     assert result.shards_written == 0
     assert result.tokens_per_second is None
@@ -68,7 +68,7 @@ def test_a_hub_data_set_is_not_asked_for_again(config: MakeConfig, monkeypatch: 
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: iter([{"text": "abc" * 100}] * 2))
-    monkeypatch.setattr("harvest.text.sources.pin", lambda *args, **options: HubRepo("owner/name", "c0ffee", False))
+    monkeypatch.setattr("harvest.text.sources.pin", lambda *args, **options: HubRepo("c0ffee", False))
     for name in ("owner/name", "wikitext"):
         options = config(dataset=name, out=config().out.with_name(name.replace("/", "-")))
         with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +164,7 @@ def test_a_model_and_a_lens_that_were_renamed_go_on(
     again = harvest(config(model=str(moved), lens=str(lens)))
     said = capsys.readouterr().err
     for kind, now, before in (("model", "my-gpt2", "model"), ("lens", "fitted", "lens")):
-        assert f"the {kind} '{now}' is what {options.out} has as '{before}': the contents have the same hash" in said
+        assert f"the {kind} '{now}' is called '{before}' in {options.out}, which keeps that name" in said
     assert (again.model, again.content_hash) == ("model", whole.content_hash)
     assert tree(options.out) == tree(Path(whole.out))
     assert str(moved) in options_file(options.out).read_text(), "where a repair will look"

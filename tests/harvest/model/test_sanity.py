@@ -11,9 +11,10 @@ import torch
 import transformers
 
 from harvest.model import load as models
-from harvest.model.load import ModelSpec, load_model, resolve_model
+from harvest.model.load import load_model
+from harvest.model.names import ModelSpec, resolve_model
 from residscope.errors import IncompatibleError, ResidscopeError
-from tests.harvest.conftest import ModelFolder
+from tests.support.harvesting import ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL, tiny_tokenizer
 
 
@@ -40,7 +41,7 @@ def bert(*, is_decoder: bool) -> Any:
 def test_an_encoder_is_refused_and_the_same_model_as_a_decoder_is_not(tmp_path: Path) -> None:
     folder = save(tmp_path / "encoder", bert(is_decoder=False))
     with pytest.raises(
-        IncompatibleError, match=r"encoder \(BertLMHeadModel\): later tokens change .* no causal language model"
+        IncompatibleError, match=r"encoder \(BertLMHeadModel\): later tokens change .* not a causal language model"
     ):
         load_model(resolve_model(str(folder)))
     assert load_model(resolve_model(str(save(tmp_path / "decoder", bert(is_decoder=True))))).n_layers == 2

@@ -1,0 +1,66 @@
+"""What is at --out, and whether a store may be made there: never over anything else, and only where the disk has room.
+
+Tested in tests/harvest/test_cli.py, test_run.py and test_continue.py.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from harvest.settings import Settings
+from residscope.destinations import require_space
+from residscope.errors import IncompatibleError, ResidscopeError
+from store.folder import is_store, refuse_inside_store
+from store.manifest import WriterLock
+
+# Token columns, statistics and folders beside the vectors, with room to spare.
+_SPARE_BYTES = 16 << 20
+_TOKEN_BYTES = 13
+
+
+def has_begun(out: Path) -> bool:
+    """Whether there is a store at `out`, whole or not; refuses what is neither that nor free."""
+    refuse_inside_store(out, may_be_one=True)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        parent = nearest_folder(out.absolute().parent)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ResidscopeError(f"--out {out}: {parent} cannot be written to; choose another place")
+        return False
+    if not is_store(out):
+        raise IncompatibleError(
+            f"--out {out} exists and is not an activation store; it is left alone. Choose another --out, or remove it"
+            " yourself"
+        )
+    return True
+
+
+def require_room(out: Path, settings: Settings, n_tokens: int) -> None:
+    """`ResidscopeError` where the disk has no room for a store of `n_tokens`, saying how many tokens would fit."""
+    freed = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
+    per_token = settings.bytes_per_token + _TOKEN_BYTES
+    try:
+        require_space(out, n_tokens * per_token + _SPARE_BYTES - freed)
+    except ResidscopeError as error:
+        room = shutil.disk_usage(nearest_folder(out.absolute())).free + freed - _SPARE_BYTES
+        raise ResidscopeError(
+            f"{error}. {max(room // per_token, 0):,} tokens would fit; nothing was written"
+        ) from error
+
+
+def nearest_folder(path: Path) -> Path:
+    """The first that exists of an absolute path and the folders above it."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def remove_store(out: Path) -> None:
+    """Remove a store so that a crash on the way leaves none there: renamed first, to where `create` clears up."""
+    out = out.resolve() if out.is_symlink() else out  # What a link points at goes, and the link stays.
+    lock = WriterLock(out, out)
+    try:
+        removed = out.with_name(out.name + ".planning")
+        if removed.exists():
+            shutil.rmtree(removed)
+        out.rename(removed)
+        shutil.rmtree(removed)
+    finally:
+        lock.release()

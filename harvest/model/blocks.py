@@ -1,0 +1,68 @@
+"""What a transformers model is made of: the numbers in its configuration, and its blocks and final norm.
+
+The blocks are found by a rule, not by a list of architectures: the unique shallowest ModuleList that is as long as the
+configuration says there are layers.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from residscope.errors import IncompatibleError
+
+_FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "norm_f", "final_norm")
+
+
+def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """The transformer blocks of a model: its unique shallowest ModuleList of length `n_layers`. `IncompatibleError`
+    where there is none, or more than one."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(name.count("."), name, module) for name, module in lists if len(module) == n_layers]
+    shallowest = [found for found in fitting if found[0] == min(depth for depth, _, _ in fitting)]
+    if len(shallowest) == 1:
+        return shallowest[0][2]
+    if shallowest:
+        raise IncompatibleError(
+            f"{type(model).__name__}: the transformer blocks are ambiguous:"
+            f" {', '.join(name for _, name, _ in shallowest)} all have {n_layers} modules at the same depth"
+        )
+    seen = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
+    raise IncompatibleError(
+        f"{type(model).__name__}: no list of {n_layers} transformer blocks, as many as its configuration says; lists"
+        f" found: {seen}"
+    )
+
+
+def name_of(module: nn.Module, model: nn.Module) -> str:
+    """Name of a module within a model."""
+    return next(name for name, found in model.named_modules() if found is module)
+
+
+def final_norm(model: str, base: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+    """The norm between the last block and the unembedding; `IncompatibleError`, which begins with `model`, where it has
+    no name that is known."""
+    parent = base.get_submodule(name_of(blocks, base).rpartition(".")[0])
+    for name in _FINAL_NORM_NAMES:
+        found = getattr(parent, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise IncompatibleError(
+        f"{model}: no final norm beside the blocks; its children are"
+        f" {[name for name, _ in parent.named_children()]}, the names that are known {list(_FINAL_NORM_NAMES)}"
+    )
+
+
+def n_layers_of(config: Any) -> int:
+    """Number of transformer blocks by the (text) configuration."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def d_model_of(config: Any) -> int:
+    """Size of the residual stream by the (text) configuration."""
+    return int(config.get_text_config().hidden_size)
+
+
+def longest_context(config: Any) -> int | None:
+    """Most positions that the model takes, or None where it sets no limit."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found and found > 0 else None  # XLNet has -1 for no limit.

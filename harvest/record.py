@@ -1,0 +1,160 @@
+"""What a store keeps of how it was made: the record of its options, which decides who may continue it, and where it
+comes from.
+
+How: the record is plain JSON of what the stored bytes depend on and of nothing else (no paths, no times, no device), so
+that the same command gives the same record anywhere, and a store can say which field of another command's record
+differs. Tested in tests/harvest/test_continue.py.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harvest.config import HarvestConfig
+from harvest.settings import Settings
+from harvest.text.mixing import Mixture
+from harvest.text.sources import TextSource
+from residscope.errors import IncompatibleError
+
+# Options that came after the first stores: a record without one was made as if by this value.
+_VALUES_BEFORE = {"dataset_weights": None, "shuffle_documents": None, "pack": True}
+_NAMES_OF = {"model_fingerprint": "model", "lens_hash": "lens"}
+"""Content hashes of what is local, and the fields with its name, which is that of its folder or file."""
+_PACKAGES = ("residscope", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
+
+
+def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[TextSource]) -> dict[str, Any]:
+    """What the stored bytes depend on, as plain JSON by option; two runs may share a store when these are equal."""
+    spec, lens = settings.spec, settings.lens
+    choices = [source.choice for source in sources]
+    return {
+        "model": spec.name,
+        "model_revision": spec.revision,
+        "model_fingerprint": spec.fingerprint,
+        "random_init": config.control.random_init,
+        "seed": config.control.seed,
+        "dataset": _for_each([source.dataset for source in sources]),
+        "dataset_weights": [choice.weight for choice in choices] if len(choices) > 1 else None,
+        "dataset_config": _for_each([choice.config or None for choice in choices]),
+        # Of a hub data set only what was asked for: continuing a store reads no text, so that it must not ask the hub.
+        "dataset_revision": _for_each([s.revision if s.is_local else s.choice.revision or None for s in sources]),
+        "split": _for_each([choice.split for choice in choices]),
+        "text_column": _for_each([choice.column for choice in choices]),
+        "shuffle_documents": config.documents.shuffle_documents,
+        "pack": config.documents.pack,
+        "max_tokens": config.max_tokens,
+        "context_length": settings.packing.context_length,
+        "batch_size": settings.batch_size,
+        "layers": list(settings.layers),
+        "dtype": settings.dtype,
+        "store_dtype": settings.store_dtype,
+        "codec": config.storage.codec,
+        "document_separator": settings.packing.separator,
+        "keep_first_position": config.sequences.keep_first_position,
+        "lens": lens.name if lens else None,
+        "lens_hash": lens.fingerprint if lens else None,
+        "lens_indexing": lens.indexing if lens else None,
+    }
+
+
+def _for_each(values: list[Any]) -> Any:
+    """One text's value as it is, several texts' as a list."""
+    return values[0] if len(values) == 1 else values
+
+
+def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapping[str, Any]) -> list[str]:
+    """`IncompatibleError` that names every field in which a store's record differs from this one. An option that came
+    after the store counts as its value before. A model or lens that has another name now and the same content hash is
+    the same: gives a line for the user of each."""
+    if stored is None:
+        raise IncompatibleError(
+            f"{out} was not made by harvest; choose another --out, or give --overwrite to start anew"
+        )
+    stored = {**_VALUES_BEFORE, **stored}
+    names = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
+    renamed = [
+        name
+        for content, name in _NAMES_OF.items()
+        if name in names and stored.get(content) is not None and stored.get(content) == record.get(content)
+    ]
+    names = [name for name in names if name not in renamed]
+    if names:
+        found = "; ".join(
+            f"{name} is {_shown(stored.get(name))} there and {_shown(record.get(name))} here" for name in names
+        )
+        if "model_fingerprint" in names and "model" not in names:
+            found += " (a hash of the model's configuration, tokenizer and weights: one of these files was changed)"
+        raise IncompatibleError(
+            f"{out} was made with other options: {found}. Give the same options to continue it, another --out, or"
+            " --overwrite to start anew"
+        )
+    return [
+        f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
+        " same hash"
+        for name in renamed
+    ]
+
+
+def make_provenance(
+    settings: Settings, sources: Sequence[TextSource], mixture: Mixture, record: Mapping[str, Any], architecture: str
+) -> dict[str, Any]:
+    """Where a store comes from, as plain JSON. mixture: of the sources, after it was read."""
+    spec, packing = settings.spec, settings.packing
+    return {
+        "model": spec.name,
+        "model_source": spec.source,
+        "model_revision": spec.revision,
+        "model_fingerprint": spec.fingerprint,
+        "architecture": architecture,
+        "random_init": spec.random_init,
+        "seed": spec.seed,
+        "tokenizer": type(settings.tokenizer).__name__,
+        "bos_id": packing.bos_id,
+        "separator": packing.separator,
+        "separator_ids": list(packing.separator_ids),
+        "dataset": " ".join(
+            f"{source.dataset}:{source.choice.weight:g}" if len(sources) > 1 else source.dataset for source in sources
+        ),
+        "dataset_revision": _for_each([source.revision for source in sources]),
+        "sources": [
+            {
+                "dataset": source.dataset,
+                "revision": source.revision,
+                "weight": source.choice.weight,
+                "documents": documents,
+                "tokens": tokens,
+            }
+            for source, documents, tokens in zip(sources, mixture.documents, mixture.tokens, strict=True)
+        ],
+        "split": record["split"],
+        "compute_dtype": settings.dtype,
+        "device": settings.device.type,
+        "versions": _versions(),
+        "config": dict(record),
+    }
+
+
+def changed_surroundings(provenance: Mapping[str, Any], settings: Settings) -> str:
+    """What is not as it was when the store was begun, and may change the last bits; empty where nothing is."""
+    now = {"device": settings.device.type, **_versions()}
+    then = {"device": provenance.get("device"), **provenance.get("versions", {})}
+    names = ("device", "torch", "transformers")
+    return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in names if then.get(name) != now[name])
+
+
+def _versions() -> dict[str, str]:
+    """Versions of Python, of this program and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,46 @@
+"""Which sequences of a token table go through the model together; from positions alone, without a model or a disk."""
+
+import itertools
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+
+
+class SequenceBatch(NamedTuple):
+    """Neighbouring sequences of one length."""
+
+    start: int
+    """First token."""
+    stop: int
+    """One past the last token."""
+    length: int
+    """Tokens in each sequence."""
+
+
+def sequence_batches(position: np.ndarray, batch_tokens: int) -> list[SequenceBatch]:
+    """All sequences of a table, in order, of positions (int [T], 0 where one begins): as many neighbours of one length
+    as `batch_tokens` hold, at least one, so that nothing is padded."""
+    starts = np.flatnonzero(position == 0)
+    lengths = np.diff(starts, append=len(position))
+    runs = np.flatnonzero(np.diff(lengths, prepend=0, append=0))  # First sequence of each run, and one past the last.
+    batches = []
+    for first, end in itertools.pairwise(runs.tolist()):
+        length, start = int(lengths[first]), int(starts[first])
+        stop = start + (end - first) * length
+        step = max(batch_tokens // length, 1) * length
+        batches += [SequenceBatch(at, min(at + step, stop), length) for at in range(start, stop, step)]
+    return batches
+
+
+def batches_for(batches: list[SequenceBatch], missing: Collection[int], shard_tokens: int) -> list[SequenceBatch]:
+    """Those of `batches` that overlap a missing shard."""
+    wanted = set(missing)
+    return [
+        b for b in batches if not wanted.isdisjoint(range(b.start // shard_tokens, (b.stop - 1) // shard_tokens + 1))
+    ]
+
+
+def token_ids(token_id: np.ndarray, batch: SequenceBatch) -> np.ndarray:
+    """The batch's token ids, int64 [B, N], of those of the table (int [T])."""
+    return token_id[batch.start : batch.stop].astype(np.int64).reshape(-1, batch.length)

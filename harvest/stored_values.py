@@ -1,0 +1,83 @@
+"""Residual streams as they are stored: in the store's number format, in host memory, and finite.
+
+Shapes: L stored layers, n tokens of a batch, D = d_model.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from residscope.errors import ResidscopeError
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Whether every value is finite, a bool scalar, in one pass (`isfinite` takes several, 20 times as long)."""
+    low, high = torch.aminmax(values)  # Both are NaN where any value is.
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+class HostBuffer:
+    """Room for one batch on the host; `data` [L, n, D] in the stored dtype, `finite` bool [L]. Page-locked for
+    CUDA."""
+
+    def __init__(self, n_layers: int, n_tokens: int, d_model: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate for batches of up to `n_tokens` from a model on `device`."""
+        self._device = device
+        on_cuda = device.type == "cuda"
+        self.data = torch.empty(n_layers, n_tokens, d_model, dtype=dtype, pin_memory=on_cuda)
+        self.finite = torch.empty(n_layers, dtype=torch.bool, pin_memory=on_cuda)
+        self._copied = torch.cuda.Event() if on_cuda else None
+
+    def put(self, i: int, values: Tensor, stream: Any) -> None:
+        """Round the i-th layer's vectors [n, D] into the buffer; on CUDA over `stream`, without waiting for it."""
+        target = self.data[i, : len(values)]
+        if stream is None:
+            target.copy_(values)
+            self.finite[i] = all_finite(target)
+            return
+        stored = values.to(self.data.dtype, copy=True)  # Not the model's own tensor: the copy is still to come.
+        finite = all_finite(stored)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            target.copy_(stored, non_blocking=True)
+            self.finite[i : i + 1].copy_(finite[None], non_blocking=True)
+            stored.record_stream(stream)
+            finite.record_stream(stream)
+
+    def mark_copied(self, stream: Any) -> None:
+        """Note that what `stream` was given so far fills this buffer."""
+        if self._copied is not None:
+            self._copied.record(stream)
+
+    def wait(self) -> None:
+        """Wait until it is filled."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def array(self, n_tokens: int) -> np.ndarray:
+        """The first `n_tokens` as a numpy array [n, L, D] of the store's raw dtype; a view."""
+        data = self.data.view(torch.uint16) if self.data.dtype == torch.bfloat16 else self.data
+        return data[:, :n_tokens].numpy().transpose(1, 0, 2)
+
+
+def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token: int) -> ResidscopeError | None:
+    """What is wrong with the first of a layer's vectors [n, D] that is not finite once rounded to the stored `dtype`;
+    None where all are."""
+    bad = ~torch.isfinite(values.to(dtype))
+    if not bool(bad.any()):
+        return None
+    row, dimension = (int(j) for j in bad.nonzero()[0])
+    value = float(values[row, dimension])
+    where = f"layer {layer}, token {first_token + row}, dimension {dimension}"
+    if np.isfinite(value):
+        return ResidscopeError(
+            f"{where}: the value {value:.6g} does not fit --store-dtype {str(dtype).removeprefix('torch.')}, whose"
+            f" largest is {torch.finfo(dtype).max:.6g}. Nothing of it was stored; use --store-dtype bfloat16 or"
+            " float32"
+        )
+    return ResidscopeError(
+        f"{where}: the model gives {value}. Nothing of it was stored; try --dtype float32, and check the model's"
+        " weights"
+    )

@@ -1,0 +1,98 @@
+"""Options that say which text is read, of `harvest` and `fit-lens`: names of data sets or files, and their weights."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+from residscope.errors import UsageError
+
+DEFAULT_SPLIT = "train"
+DEFAULT_COLUMN = "text"
+
+
+class TextChoice(NamedTuple):
+    """One text with its own options; "" for what is left to the default."""
+
+    name: str
+    """As given, without the weight."""
+    weight: float
+    """Its share of the tokens, against the other texts' weights."""
+    config: str
+    split: str
+    column: str
+    revision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Which text."""
+
+    dataset: tuple[str, ...] = ("monology/pile-uncopyrighted",)
+    """Text, one or several: a hub data set (streamed), a local .txt, .jsonl (.gz, .zst) or .parquet file, a folder or
+    "glob*" of such files, pydoc (Python's documentation) or stdlib (its library's source), both offline. NAME:WEIGHT
+    sets a text's share of the tokens, by default alike (pydoc:2 logs.jsonl:1). A .txt file is one document."""
+    dataset_config: tuple[str, ...] = ()
+    """Configuration (subset) of a hub data set that has several. This and the next three: one for all texts, or one
+    for each, with "" for the default."""
+    dataset_revision: tuple[str, ...] = ()
+    """Branch, tag or commit of a hub data set; default its newest."""
+    split: tuple[str, ...] = (DEFAULT_SPLIT,)
+    """Split of a hub data set; local files have none."""
+    text_column: tuple[str, ...] = (DEFAULT_COLUMN,)
+    """Column that holds the text."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or isinstance(value, str):  # One text needs no tuple.
+                object.__setattr__(self, field.name, () if value is None else (value,))
+        _ = self.choices  # Refuses what makes no sense.
+
+    @property
+    def choices(self) -> tuple[TextChoice, ...]:
+        """The texts that are asked for. `UsageError` for a weight, or a number of options, that makes no sense."""
+        if not self.dataset:
+            raise UsageError("--dataset is empty")
+        columns = [
+            self._for_each("dataset_config"),
+            self._for_each("split", DEFAULT_SPLIT),
+            self._for_each("text_column", DEFAULT_COLUMN),
+            self._for_each("dataset_revision"),
+        ]
+        found: list[TextChoice] = []
+        for word, *own in zip(self.dataset, *columns, strict=True):
+            choice = TextChoice(*_name_and_weight(word), *own)
+            if any(choice == other._replace(weight=choice.weight) for other in found):
+                raise UsageError(f"--dataset: {choice.name} is there twice; give it once, with a larger weight")
+            found.append(choice)
+        return tuple(found)
+
+    def _for_each(self, option: str, default: str = "") -> list[str]:
+        """An option's value for each text."""
+        n, values = len(self.dataset), getattr(self, option)
+        if len(values) not in ((1, n) if default else (0, 1, n)):
+            raise UsageError(
+                f"--{option.replace('_', '-')} should be one for all texts or one for each of the {n} of --dataset,"
+                f" found {len(values)}"
+            )
+        return [value.strip() or default for value in (values if len(values) == n else [*values, ""][:1] * n)]
+
+
+def _name_and_weight(word: str) -> tuple[str, float]:
+    """A number after the last colon is the weight; a file whose own name ends so needs another one behind it."""
+    name, _, number = word.strip().rpartition(":")
+    try:
+        weight = float(number) if name else 1.0
+    except ValueError:
+        # A path may have a colon in it; no other name has.
+        if not any(sign in number for sign in "/\\*?[") and not Path(word.strip()).expanduser().exists():
+            raise UsageError(
+                f"--dataset {word}: the weight after the colon should be a number, found {number!r}"
+            ) from None
+        name, weight = "", 1.0
+    if not 0 < weight < math.inf:
+        raise UsageError(f"--dataset {word}: a weight should be a number above 0, found {number}")
+    if not (name or word.strip()):
+        raise UsageError("--dataset is empty")
+    return name or word.strip(), weight

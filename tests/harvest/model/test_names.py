@@ -1,0 +1,52 @@
+"""Names of models: what each stands for, what pins it, and what is said of one that is none."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harvest.model.names import resolve_model
+from residscope.errors import IncompatibleError, UsageError
+from tests.support.harvesting import ModelFolder
+
+
+def test_the_fingerprint_follows_the_weights_and_not_the_place(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = model_folder("gpt2")
+    copy = tmp_path / "other"
+    shutil.copytree(folder, copy)
+    assert resolve_model(str(copy)).fingerprint == resolve_model(str(folder)).fingerprint
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    changed = resolve_model(str(copy))
+    assert changed.fingerprint != resolve_model(str(folder)).fingerprint
+    random = resolve_model(str(copy), random_init=True)
+    assert random.fingerprint == resolve_model(str(folder), random_init=True).fingerprint
+
+
+def test_names_that_are_no_models(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.bin").write_bytes(b"")
+    folder = tmp_path / "weightless"
+    shutil.copytree(model_folder("gpt2"), folder)
+    (folder / "model.safetensors").unlink()
+    wordless = tmp_path / "wordless"
+    shutil.copytree(model_folder("gpt2"), wordless, ignore=shutil.ignore_patterns("tokenizer*"))
+    cases = {
+        "phytia-1b": "did you mean pythia-1b",
+        "./nowhere": "no such file or folder",
+        "nothing.gguf": "no such file or folder",
+        "empty": "no config.json",
+        "model.bin": r"should be a \.gguf file",
+        "weightless": "no weights",
+        "wordless": "no tokenizer",
+        "a/b/c": "neither a path that exists nor a hub id",
+    }
+    for name, message in cases.items():
+        kind = IncompatibleError if Path(name).exists() else UsageError
+        with pytest.raises(kind, match=message):
+            resolve_model(name)
+    with pytest.raises(UsageError, match="has no revisions"):
+        resolve_model("weightless", revision="main")
