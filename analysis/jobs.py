@@ -26,7 +26,7 @@ from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
-from analysis.task import keep_going, stop_tasks
+from analysis.tiles import keep_going, stop_tasks
 from residscope.errors import Interrupted, ResidscopeError, UsageError
 
 MAX_TASKS = 256

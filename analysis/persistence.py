@@ -8,7 +8,7 @@ A (token, latent) pair is a latent with an activation > 0 at one layer of the to
     n_runs            runs; 1 if it switches on once and stays on until it switches off
     contiguity        run_length / layers from onset to offset; 1 if there is no gap
 
-A pair counts by its activation mass, or once. `analysis.sum_loops.add_codes` fills the sums in its one pass over the
+A pair counts by its activation mass, or once. `analysis.loops.add_codes` fills the sums in its one pass over the
 codes; they add over tokens, and are kept per document group, so intervals come from the same replicates as those of
 the variances. Where a store holds some of the model's layers only, "in a row" speaks of those. Not here: intervals
 (`analysis.uncertainty`), what chance would give (`analysis.baselines.nulls`).

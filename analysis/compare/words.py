@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.baselines.nulls import NULLS
-from analysis.word_tables import shown, table, with_interval
+from analysis.results.words import shown, table, with_interval
 
 
 def compare_words(runs: Sequence[Mapping[str, Any]]) -> str:

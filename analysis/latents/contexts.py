@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.latents.example_loops import shared_contexts
+from analysis.loops import compiled
 
 N_CONTEXTS = 5
 """Top contexts of a latent at a layer."""
@@ -61,7 +61,7 @@ def context_agreement(token: NDArray[np.int32], n_tokens: NDArray[np.int64]) -> 
     shared = np.zeros(n_latents, np.int64)
     pairs = np.zeros((n_latents, n_layers), np.int64)  # by distance; column 0 is never used
     shared_by_distance = np.zeros(n_layers, np.int64)
-    shared_contexts(np.sort(token, axis=2), shared, pairs, shared_by_distance)
+    _count_shared(np.sort(token, axis=2), shared, pairs, shared_by_distance)
     of_latent, of_distance = pairs.sum(axis=1), pairs.sum(axis=0)
     chance = _ratio(np.full(n_latents, float(n)), n_tokens)
     expected = np.where(pairs > 0, pairs * chance[:, None], 0.0).sum(axis=0)
@@ -91,3 +91,29 @@ def agreement_summary(found: ContextAgreement) -> dict[str, Any]:
 
 def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+
+
+@compiled()
+def _count_shared(tokens, shared, pairs, shared_by_distance):
+    """Count the tokens that each two layers' top contexts share.
+
+    tokens int32 [M, L, n], each [n] ascending, -1 where there are fewer: such a layer is left out. Added to in place,
+    int64: shared [M], pairs of layers [M, L] and shared_by_distance [L] by their distance.
+    """
+    n_latents, n_layers, n = tokens.shape
+    for j in range(n_latents):
+        for layer in range(n_layers):
+            if tokens[j, layer, 0] < 0:
+                continue
+            for other in range(layer + 1, n_layers):
+                if tokens[j, other, 0] < 0:
+                    continue
+                common, a, b = 0, 0, 0
+                while a < n and b < n:
+                    first, second = tokens[j, layer, a], tokens[j, other, b]
+                    common += first == second
+                    a += first <= second
+                    b += second <= first
+                shared[j] += common
+                pairs[j, other - layer] += 1
+                shared_by_distance[other - layer] += common

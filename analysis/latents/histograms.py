@@ -8,6 +8,7 @@ a vector of length sqrt(d_model). Not here: which tokens they are at (`analysis.
 Shapes: M n_latents, L layers, B bins.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis.latents import example_loops as compiled_examples
+from analysis.loops import compiled
 
 LOWEST = -5
 """Base-2 logarithm of the first bin's lower edge."""
@@ -37,7 +38,7 @@ def no_counts(n_latents: int, n_layers: int) -> NDArray[np.uint32]:
 
 def add_counts(counts: NDArray[np.uint32], values: NDArray[np.floating], indices: NDArray[np.int64]) -> None:
     """Count the positive activations of tokens, in place: values [T, L, k], indices [T, L, k]."""
-    compiled_examples.add_histogram(np.ascontiguousarray(values), np.ascontiguousarray(indices), LOWEST, counts)
+    _add_histogram(np.ascontiguousarray(values), np.ascontiguousarray(indices), LOWEST, counts)
 
 
 def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequence[int]) -> None:
@@ -47,3 +48,23 @@ def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequ
     columns = [pa.array(latent), pa.array(np.asarray(layer_numbers, np.int64)[layer]), rows]
     table = pa.table(dict(zip(COLUMNS.names, columns, strict=True)), schema=COLUMNS)
     pq.write_table(table.replace_schema_metadata({"edges": repr(list(EDGES))}), path, compression="zstd")
+
+
+@compiled()
+def _add_histogram(values, indices, lowest, counts):
+    """Count the positive activations of T tokens by size.
+
+    values [T, L, k], indices int64 [T, L, k]. Added to in place: counts uint32 [M, L, B]; bin b holds activations from
+    2^(lowest + b / 2) up to the next bin's, the first bin all smaller and the last all larger ones too.
+    """
+    n_tokens, n_layers, k = values.shape
+    last = counts.shape[2] - 1
+    for t in range(n_tokens):
+        for layer in range(n_layers):
+            for i in range(k):
+                value = np.float64(values[t, layer, i])
+                if value > 0:
+                    mantissa, exponent = math.frexp(value)  # value = mantissa * 2^exponent, 0.5 <= mantissa < 1
+                    upper = 1 if mantissa * mantissa >= 0.5 else 0
+                    place = min(max(2 * (exponent - 1 - lowest) + upper, 0), last)
+                    counts[indices[t, layer, i], layer, place] += np.uint32(1)

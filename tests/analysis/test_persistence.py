@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.moments import LayerMoments, latent_table
+from analysis.latents.table import latent_table
+from analysis.moments import LayerMoments
 from analysis.persistence import DISTRIBUTIONS, PAIR_WEIGHTINGS, PairWeighting, distributions, persistence_numbers
 from analysis.uncertainty import jackknife_intervals, persistence_intervals
-from tests.analysis.dense import scatter
-from tests.analysis.test_moments import moments_of, planted, random_codes
+from tests.support.codes import moments_of, planted, random_codes
+from tests.support.dense import scatter
 
 
 def pair_numbers(activations: np.ndarray) -> dict[str, float]:

@@ -10,9 +10,9 @@ import pytest
 
 from analysis.cli import main
 from analysis.compare.measure import in_order, run_names
-from tests.analysis.small import make_small
-from tests.analysis.test_run import run
 from tests.support.results import write_results
+from tests.support.small import make_small
+from tests.support.small import run_small as run
 
 
 @pytest.fixture(scope="module")
