@@ -41,6 +41,9 @@ ATTEMPTS = 3
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 
+PRELOAD = ["residscope"]
+"""What worker processes import first, so that they find our packages whatever files lie on PYTHONPATH."""
+
 R = TypeVar("R")
 
 
@@ -237,7 +240,7 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
 
     if scheduler == "processes":
         with (
-            LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0") as local,
+            LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0", preload=PRELOAD) as local,
             Client(local) as client,
         ):
             _say_dashboard(client)
