@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from analysis.config import DocumentSplit
+from analysis.config import StatisticsOptions, TokenOptions
 from analysis.encoder import Encoder, load_encoder
 from analysis.selection import Selection, held_out_documents, select
 from analysis.tiles import Coder
@@ -145,29 +145,16 @@ class TaskSpec:
     layers: tuple[int, ...]
     """Stored layers to analyse, as indices into the store's."""
 
-    dtype: str
-    """float32, float64 or bfloat16 (of the encoder's product alone)."""
-
-    split: DocumentSplit
-    """Which documents."""
-
-    max_tokens: int | None
-    """At most so many tokens of the split."""
-
+    tokens: TokenOptions
+    statistics: StatisticsOptions
     validation: tuple[float, int, int] | None
     """Fraction, seed and number of documents of the checkpoint's validation split."""
 
     same_store: bool
     """Whether this is the store that the autoencoder was trained on."""
 
-    baseline: bool
-    """Whether to sum what the PCA baseline needs."""
-
-    nulls: bool
-    """Whether to sum the null models too."""
-
-    seed: int
-    """Of the null models."""
+    pca: bool
+    """Whether to sum what the PCA baseline needs: wanted, and there is something to fit it on."""
 
     save_latents: bool = False
     """Whether to keep the codes of every shard that is encoded."""
@@ -194,7 +181,7 @@ class TaskData(NamedTuple):
 
 def open_data(spec: TaskSpec) -> TaskData:
     """All that a task needs; a second call in this process gives the same."""
-    encoder = load_encoder(Path(spec.sae), spec.dtype)
+    encoder = load_encoder(Path(spec.sae), spec.statistics.dtype)
     with _opening:
         return _open_data(spec, encoder)
 
@@ -233,4 +220,4 @@ def _open_store(spec: TaskSpec, n_latents: int) -> tuple[ActivationStore, Select
     if spec.validation:
         split = dict(zip(("fraction", "seed", "n_documents"), spec.validation, strict=True))
     held_out = held_out_documents(store.tokens, split, same_store=spec.same_store)
-    return store, select(store.tokens, held_out, spec.split, max_tokens=spec.max_tokens, n_latents=n_latents)
+    return store, select(store.tokens, held_out, spec.tokens, n_latents)

@@ -27,21 +27,19 @@ Shapes: T tokens, L layers, k active latents a vector, M n_latents, G document g
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.persistence import Persistence
+from analysis.quality import defined, ratio_or_zero
 
 Weighting = Literal["mass", "equal", "latent"]
 
 WEIGHTINGS: tuple[Weighting, ...] = ("mass", "equal", "latent")
 """mass: P(l, j, t) = a / sum a. equal: every active (token, latent) pair has mass 1. latent: every live latent counts
 once, its own variance by mass."""
-
-N_SUMS = 8
-"""Sums kept per latent and document group; their order is that of the constants in `analysis.loops`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ class LayerMoments:
             layers=np.asarray(layers, np.int64),
             groups=np.unique(np.asarray(groups, np.int64)),
             n_tokens=np.zeros(len(set(groups)), np.int64),
-            sums=np.zeros((len(set(groups)), N_SUMS, n_latents)),
+            sums=np.zeros((len(set(groups)), 8, n_latents)),
             counts=np.zeros((n_latents, len(layers)), np.int64),
             totals=np.zeros((n_latents, len(layers))),
             persistence=Persistence.zeros(len(layers), n_latents, len(set(groups))),
@@ -214,8 +212,7 @@ def variances(sums: NDArray[np.float64], weighting: Weighting) -> Variances:
     )
 
 
-def ratio_or_zero(
-    numerator: NDArray[np.float64], denominator: NDArray[Any], where: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """numerator / denominator, 0 elsewhere than `where`."""
-    return np.divide(numerator, denominator, out=np.zeros_like(np.asarray(numerator)), where=where)
+def variance_numbers(pooled: NDArray[np.float64]) -> dict[str, dict[str, float | None]]:
+    """weighting -> name (`VARIANCE_NAMES`) -> number, None where it is not defined."""
+    found = {weighting: variances(pooled, weighting) for weighting in WEIGHTINGS}
+    return {w: {name: defined(getattr(value, name)) for name in VARIANCE_NAMES} for w, value in found.items()}

@@ -180,6 +180,18 @@ def ratio(numerator: NDArray, denominator: NDArray | float) -> NDArray[np.float6
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 
+def ratio_or_zero(
+    numerator: NDArray[np.float64], denominator: NDArray[Any], where: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """numerator / denominator, 0 elsewhere than `where`."""
+    return np.divide(numerator, denominator, out=np.zeros_like(np.asarray(numerator)), where=where)
+
+
+def defined(value: Any) -> float | None:
+    """A JSON number, or None for what is not defined."""
+    return float(value) if np.isfinite(value) else None
+
+
 def sum_fields(parts: Sequence[T]) -> T:
     """The sum of dataclasses of arrays, field by field, first to last."""
     first: Any = parts[0]

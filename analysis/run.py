@@ -52,7 +52,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     found_model = find_model(config.transformer, inputs.store)
     with partial_folder(config.out_dir) as folder:
         spec = _task_spec(config, inputs, selection, folder)
-        needed = selection.needed if spec.baseline else selection.analysed | selection.validation
+        needed = selection.needed if spec.pca else selection.analysed | selection.validation
         n_shards = len(shards_with(inputs.store, needed))
         with (
             opened_here(spec, inputs, selection),
@@ -96,8 +96,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
 def _select(config: AnalyzeConfig, inputs: Inputs) -> Selection:
     tokens = inputs.store.tokens
     held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
-    n_latents, chosen = inputs.sae.config.n_latents, config.tokens
-    return select(tokens, held_out, chosen.split, max_tokens=chosen.max_tokens, n_latents=n_latents)
+    return select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
 
 
 def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path) -> TaskSpec:
@@ -107,16 +106,13 @@ def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, fold
         content_hash=inputs.store.content_hash,
         sae=str(config.sae.resolve() if config.sae.exists() else config.sae),
         layers=inputs.layers,
-        dtype=config.statistics.dtype,
-        split=config.tokens.split,
-        max_tokens=config.tokens.max_tokens,
+        tokens=config.tokens,
+        statistics=config.statistics,
         validation=(split["fraction"], split["seed"], len(selection.held_out))
         if split and selection.held_out.any()
         else None,
         same_store=inputs.same_store,
-        baseline=config.statistics.pca and bool(selection.fit.any()),
-        nulls=config.statistics.nulls,
-        seed=config.statistics.seed,
+        pca=config.statistics.pca and bool(selection.fit.any()),
         save_latents=config.latents.save_latents,
         codes_folder=codes_folder(folder, config, selection.n_analysed, len(inputs.layers), places),
     )

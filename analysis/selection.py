@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.config import DocumentSplit
+from analysis.config import TokenOptions
 from residscope.errors import IncompatibleError
 from store.arrays import TokenTable
 from store.shuffle import validation_documents
@@ -67,27 +67,27 @@ class Selection:
 def select(
     tokens: TokenTable,
     held_out: NDArray[np.bool_],
-    split: DocumentSplit,
-    *,
-    max_tokens: int | None = None,
+    options: TokenOptions,
     n_latents: int,
 ) -> Selection:
-    """Masks for `split`; each mask keeps its first `max_tokens` tokens in store order.
+    """Masks for a split of documents; each mask keeps its first `max_tokens` tokens in store order.
 
     held_out: bool [n_documents] from `held_out_documents`. Raises `IncompatibleError` if the split is empty.
     """
     is_held_out = held_out[tokens.document]
     of_split = {"all": tokens.keep, "train": tokens.keep & ~is_held_out, "validation": tokens.keep & is_held_out}
-    analysed = _first(of_split[split], max_tokens)
+    analysed = _first(of_split[options.split], options.max_tokens)
     if not analysed.any():
-        raise IncompatibleError(f"no token to analyse: the {split} split of this store is empty. {_WAY_OUT[split]}")
+        raise IncompatibleError(
+            f"no token to analyse: the {options.split} split of this store is empty. {_WAY_OUT[options.split]}"
+        )
     some_held_out = bool(of_split["validation"].any())
     none = np.zeros_like(analysed)
     group, n_documents, n_groups = _document_groups(tokens.document, analysed, n_latents)
     return Selection(
         analysed=analysed,
-        validation=_first(of_split["validation"], max_tokens) if some_held_out else none,
-        fit=_first(of_split["train"], max_tokens) if some_held_out else none,
+        validation=_first(of_split["validation"], options.max_tokens) if some_held_out else none,
+        fit=_first(of_split["train"], options.max_tokens) if some_held_out else none,
         group=group,
         held_out=held_out,
         n_documents=n_documents,

@@ -71,7 +71,7 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
     shift = data.shift.astype(encoder.numpy_dtype)
     sums = _no_sums(spec, data, shards)
     coder = data.coder(spec)
-    needed = selection.needed if spec.baseline else selection.analysed | selection.validation
+    needed = selection.needed if spec.pca else selection.analysed | selection.validation
     for shard in shards:
         require_sound(store, shard)
         for token, x in vector_tiles(store, spec.layers, [shard], needed):
@@ -107,8 +107,8 @@ def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
         moments=LayerMoments.zeros(layers, n_latents, present),
         quality=LayerQuality.zeros(2, n_layers, d_model),
         by_group=GroupQuality.zeros(n_layers, present),
-        pca=pca.PcaSums.zeros(d_model) if spec.baseline else None,
-        nulls={name: LayerMoments.zeros(layers, n_latents) for name in NULLS} if spec.nulls else {},
+        pca=pca.PcaSums.zeros(d_model) if spec.pca else None,
+        nulls={name: LayerMoments.zeros(layers, n_latents) for name in NULLS} if spec.statistics.nulls else {},
     )
 
 
@@ -129,7 +129,7 @@ def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_t
             "`residscope verify`, and at the autoencoder's weights"
         ) from None
     for name, null in sums.nulls.items():
-        rows = NULLS[name](spec.seed, token, values.shape[1], data.store.meta.chunk_tokens)
+        rows = NULLS[name](spec.statistics.seed, token, values.shape[1], data.store.meta.chunk_tokens)
         null.add(values, indices, rows=rows)
 
 

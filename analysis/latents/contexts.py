@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.loops import compiled
+from analysis.quality import ratio
 
 N_CONTEXTS = 5
 """Top contexts of a latent at a layer."""
@@ -63,13 +64,13 @@ def context_agreement(token: NDArray[np.int32], n_tokens: NDArray[np.int64]) -> 
     shared_by_distance = np.zeros(n_layers, np.int64)
     _count_shared(np.sort(token, axis=2), shared, pairs, shared_by_distance)
     of_latent, of_distance = pairs.sum(axis=1), pairs.sum(axis=0)
-    chance = _ratio(np.full(n_latents, float(n)), n_tokens)
+    chance = ratio(np.full(n_latents, float(n)), n_tokens)
     expected = np.where(pairs > 0, pairs * chance[:, None], 0.0).sum(axis=0)
     return ContextAgreement(
-        overlap=_ratio(shared / n, of_latent),
+        overlap=ratio(shared / n, of_latent),
         chance=np.where(of_latent > 0, chance, np.nan),
-        by_distance=_ratio(shared_by_distance / n, of_distance)[1:],
-        chance_by_distance=_ratio(expected, of_distance)[1:],
+        by_distance=ratio(shared_by_distance / n, of_distance)[1:],
+        chance_by_distance=ratio(expected, of_distance)[1:],
         n=n,
     )
 
@@ -87,10 +88,6 @@ def agreement_summary(found: ContextAgreement) -> dict[str, Any]:
         "overlap_by_distance": [None if np.isnan(x) else float(x) for x in found.by_distance],
         "chance_by_distance": [None if np.isnan(x) else float(x) for x in found.chance_by_distance],
     }
-
-
-def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
 
 
 @compiled()

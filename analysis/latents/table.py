@@ -1,18 +1,45 @@
 """Statistics of each latent, all of its layers together: the columns of latents.parquet that are made from the sums.
 
-They are those that the reference publishes as its `-dists` data sets, and the latent's own two parts of variance and
-persistence. Tested in tests/analysis/test_moments.py. Not here: the file (`analysis.results.tables`).
+They are those that the reference publishes as its `-dists` data sets, the latent's own two parts of variance,
+persistence, and its kind, by its profile P(layer | latent):
+
+    persistent   2^entropy, the number of layers that an even profile of this entropy has, is at least two thirds of all
+    bimodal      two groups of layers with a valley between them: some layer holds at most half of the highest share
+                 before it and of the highest after it, at least a quarter of the mass lies on either side of it, and
+                 the mean layers of the two sides are at least a quarter of all layers apart
+    early, middle, late
+                 the mean layer lies in the first, second or last third of the depth
+
+The first rule that holds decides; a latent that never fired has no kind. Depth is the position among the analysed
+layers, 0 at the first and 1 at the last. Shares of activation mass decide, not counts. Tested in
+tests/analysis/test_moments.py and latents/test_table.py.
 
 Shapes: M n_latents, L layers.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.moments import LayerMoments, ratio_or_zero
+from analysis.moments import LayerMoments
 from analysis.persistence import LatentPersistence, latent_persistence
+from analysis.quality import ratio_or_zero
+
+KINDS = ("early", "middle", "late", "persistent", "bimodal")
+
+PERSISTENT_SHARE = 2 / 3
+"""Of all layers, as 2^entropy."""
+
+VALLEY = 0.5
+"""Highest share of the lower peak that a valley may hold."""
+
+SIDE_MASS = 0.25
+"""Least mass on either side of the valley."""
+
+SIDE_DISTANCE = 0.25
+"""Least distance of the two sides' mean layers, as a share of all layers."""
 
 
 class LatentTable(NamedTuple):
@@ -57,6 +84,11 @@ class LatentTable(NamedTuple):
     persistence: LatentPersistence
     """When it switches on and off, in the mean over its tokens."""
 
+    @property
+    def kinds(self) -> Sequence[str | None]:
+        """[M] of `KINDS`."""
+        return profile_kinds(self.probs, self.entropy)
+
 
 def latent_table(moments: LayerMoments) -> LatentTable:
     """From the sums over all tokens."""
@@ -94,3 +126,33 @@ def profile_mean_and_variance(
     mean = probs @ layers.astype(np.float64)
     deviation = layers[None, :] - mean[:, None]
     return mean, (probs * deviation**2).sum(axis=1)
+
+
+def profile_kinds(probs: NDArray[np.float64], entropy: NDArray[np.float64]) -> Sequence[str | None]:
+    """Kind of each latent, from its profile [M, L] (rows sum to 1, or to 0: no kind) and its entropy in bits [M]."""
+    n_layers = probs.shape[1]
+    live = probs.sum(axis=1) > 0
+    depth = probs @ np.linspace(0, 1, n_layers)
+    kinds = np.where(depth < 1 / 3, "early", np.where(depth > 2 / 3, "late", "middle")).astype(object)
+    kinds[_bimodal(probs)] = "bimodal"
+    persistent = np.exp2(np.where(live, entropy, 0.0)) >= PERSISTENT_SHARE * n_layers * (1 - 1e-9)
+    kinds[persistent] = "persistent"
+    kinds[~live] = None
+    return kinds.tolist()
+
+
+def _bimodal(probs: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[M] whether some layer is a valley between two sides."""
+    n_layers = probs.shape[1]
+    position = np.arange(n_layers)
+    found = np.zeros(len(probs), bool)
+    mass, moment = np.cumsum(probs, axis=1), np.cumsum(probs * position, axis=1)
+    for v in range(1, n_layers - 1):
+        before, after = probs[:, :v], probs[:, v + 1 :]
+        left, right = mass[:, v - 1], mass[:, -1] - mass[:, v]
+        sides = (left >= SIDE_MASS) & (right >= SIDE_MASS)
+        valley = probs[:, v] <= VALLEY * np.minimum(before.max(axis=1), after.max(axis=1))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            distance = (moment[:, -1] - moment[:, v]) / right - moment[:, v - 1] / left
+            found |= sides & valley & (distance >= SIDE_DISTANCE * n_layers)
+    return found

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.quality import defined
 from analysis.uncertainty import Interval, enough_groups, jackknife_intervals, without_each
 
 RECONSTRUCTED, MEAN, ZERO = range(3)
@@ -133,7 +134,7 @@ def layer_columns(found: Downstream | None, intervals: _Intervals, n_layers: int
     result = found.result()
     rows: list[dict[str, float | None]] = []
     for i in range(n_layers):
-        row = {column: _number(getattr(result, name)[i]) for name, column in NAMES.items()}
+        row = {column: defined(getattr(result, name)[i]) for name, column in NAMES.items()}
         for name in BOUNDED:
             interval = intervals[name][i] if intervals else None
             row[f"{NAMES[name]}_low"], row[f"{NAMES[name]}_high"] = interval or (None, None)
@@ -153,14 +154,10 @@ def downstream_summary(found: Downstream | None, intervals: _Intervals, which: s
         "tokens": which,
         "n_tokens": int(result.n_tokens),
         "n_documents": len(found.documents),
-        "true_ce": _number(result.true_ce),
-        **{column: _number(getattr(result, name).mean()) for name, column in NAMES.items()},
+        "true_ce": defined(result.true_ce),
+        **{column: defined(getattr(result, name).mean()) for name, column in NAMES.items()},
         "ci95": {NAMES[name]: list(i[-1]) if i[-1] else None for name, i in intervals.items()},
     }
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np.float64]) -> DownstreamResult:

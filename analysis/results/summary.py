@@ -15,19 +15,18 @@ from numpy.typing import NDArray
 from analysis.baselines.nulls import null_numbers
 from analysis.config import AnalyzeConfig
 from analysis.inputs import Inputs, weights_hash
-from analysis.latents.profiles import KINDS, profile_kinds
 from analysis.latents.redundancy import MAX_OVERLAP, Redundancy
-from analysis.latents.table import LatentTable
+from analysis.latents.table import KINDS, LatentTable
 from analysis.latents.views import LatentViews
 from analysis.model.downstream_numbers import layer_columns
 from analysis.model.findings import ModelFindings
-from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, variances
-from analysis.persistence import PAIR_WEIGHTINGS, distributions, persistence_numbers
-from analysis.quality import QualityResult
+from analysis.moments import variance_numbers
+from analysis.persistence import distributions, persistence_summary
+from analysis.quality import QualityResult, defined
 from analysis.reference import mlsae_compat
 from analysis.selection import Selection
 from analysis.task import Sums
-from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, SumIntervals
+from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Intervals, SumIntervals
 from residscope.console import counted
 from train.model import Checkpoint
 
@@ -111,7 +110,7 @@ def build(found: Findings) -> dict[str, Any]:
         if found.intervals.variance
         else None,
         **found.model.summary(),
-        "validation_fvu": _number(found.validation.fvu.mean()) if found.validation else None,
+        "validation_fvu": defined(found.validation.fvu.mean()) if found.validation else None,
         "validation": _validation(found),
         "baseline": {"pca": _pca(found.baseline)},
         "examples": found.views.summary if found.views else None,
@@ -121,7 +120,7 @@ def build(found: Findings) -> dict[str, Any]:
 
 def _reconstruction(found: Findings) -> dict[str, Any]:
     names = ("fvu", "mse", "l0")
-    result: dict[str, Any] = {name: _number(getattr(found.sums.analysed, name).mean()) for name in names}
+    result: dict[str, Any] = {name: defined(getattr(found.sums.analysed, name).mean()) for name in names}
     bounds = {name: getattr(found.intervals.reconstruction, name, None) for name in names}
     result["ci95"] = (
         {name: list(i) if i else None for name, i in bounds.items()} if found.intervals.reconstruction else {}
@@ -141,16 +140,16 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
     return [
         {
             "layer": int(layer),
-            "fvu": _number(quality.fvu[i]),
-            "mse": _number(quality.mse[i]),
-            "l0": _number(quality.l0[i]),
-            "mean_norm": _number(quality.mean_norm[i]),
-            "cosine_to_next": _number(quality.cosine_to_next[i]),
+            "fvu": defined(quality.fvu[i]),
+            "mse": defined(quality.mse[i]),
+            "l0": defined(quality.l0[i]),
+            "mean_norm": defined(quality.mean_norm[i]),
+            "cosine_to_next": defined(quality.cosine_to_next[i]),
             "n_vectors": quality.n_tokens,
             "active_latents": int(active[i]),
             "mass_share": float(share[i]),
-            "validation_fvu": _number(found.validation.fvu[i]) if found.validation else None,
-            "pca_fvu": _number(found.baseline.fvu[i]) if found.baseline else None,
+            "validation_fvu": defined(found.validation.fvu[i]) if found.validation else None,
+            "pca_fvu": defined(found.baseline.fvu[i]) if found.baseline else None,
             "fvu_low": by_layer[i][0],
             "fvu_high": by_layer[i][1],
             **downstream[i],
@@ -268,33 +267,28 @@ def versions() -> dict[str, str]:
 
 
 def _variance(found: Findings) -> dict[str, Any]:
-    pooled = found.sums.moments.pooled()
-    result: dict[str, Any] = {}
-    for weighting in WEIGHTINGS:
-        value = variances(pooled, weighting)
-        result[weighting] = {name: _number(getattr(value, name)) for name in VARIANCE_NAMES}
-        intervals = found.intervals.variance.get(weighting, {})
-        result[weighting]["ci95"] = {name: list(i) if i else None for name, i in intervals.items()}
-    result["mlsae_compat"] = mlsae_compat(found.sums.moments)._asdict()
-    return result
+    result: dict[str, Any] = variance_numbers(found.sums.moments.pooled())
+    _add_intervals(result, found.intervals.variance)
+    return {**result, "mlsae_compat": mlsae_compat(found.sums.moments)._asdict()}
 
 
 def _persistence(found: Findings) -> dict[str, Any]:
     moments = found.sums.moments
-    histograms, shape = moments.persistence.histograms.sum(axis=0), moments.persistence.shape.sum(axis=0)
-    result: dict[str, Any] = {"n_pairs": int(moments.pooled()[4].sum())}
-    for weighting in PAIR_WEIGHTINGS:
-        means = persistence_numbers(histograms, shape, moments.layers, weighting)
-        result[weighting] = {name: _number(value) for name, value in means._asdict().items()}
-        intervals = found.intervals.persistence.get(weighting, {})
-        result[weighting]["ci95"] = {name: list(i) if i else None for name, i in intervals.items()}
-        shares = distributions(histograms, weighting)
-        result[weighting]["distributions"] = {name: row.tolist() for name, row in shares.items()}
-    return result
+    result = persistence_summary(moments.persistence, moments.layers)
+    _add_intervals(result, found.intervals.persistence)
+    for weighting, shares in distributions(moments.persistence).items():
+        result[weighting]["distributions"] = shares
+    return {"n_pairs": int(moments.pooled()[4].sum()), **result}
+
+
+def _add_intervals(numbers: dict[str, dict[str, Any]], intervals: Intervals) -> None:
+    """Put 95 % intervals beside the numbers of each weighting; none where none are given."""
+    for weighting, row in numbers.items():
+        row["ci95"] = {name: list(i) if i else None for name, i in intervals.get(weighting, {}).items()}
 
 
 def _profiles(table: LatentTable) -> dict[str, dict[str, float]]:
-    kinds = np.array(profile_kinds(table.probs, table.entropy), dtype=object)
+    kinds = np.array(table.kinds, dtype=object)
     total = table.total.sum()
     return {
         kind: {
@@ -309,7 +303,7 @@ def _redundancy(found: Redundancy | None) -> dict[str, Any] | None:
     if found is None:
         return None
     return {
-        "mmcs": _number(found.mmcs),
+        "mmcs": defined(found.mmcs),
         "cosine_threshold": found.threshold,
         "overlap_threshold": MAX_OVERLAP,
         "parallel_pairs": found.n_parallel,
@@ -325,8 +319,8 @@ def _validation(found: Findings) -> dict[str, Any] | None:
     return {
         "n_tokens": found.validation.n_tokens,
         "n_documents": len(np.unique(document)),
-        "fvu": _number(found.validation.fvu.mean()),
-        "fvu_per_layer": [_number(fvu) for fvu in found.validation.fvu],
+        "fvu": defined(found.validation.fvu.mean()),
+        "fvu_per_layer": [defined(fvu) for fvu in found.validation.fvu],
     }
 
 
@@ -335,13 +329,8 @@ def _pca(baseline: Baseline | None) -> dict[str, Any] | None:
         return None
     return {
         "k": baseline.k,
-        "fvu": _number(baseline.fvu.mean()),
-        "fvu_per_layer": [_number(fvu) for fvu in baseline.fvu],
+        "fvu": defined(baseline.fvu.mean()),
+        "fvu_per_layer": [defined(fvu) for fvu in baseline.fvu],
         "n_train_vectors": baseline.n_train_vectors,
         "n_validation_vectors": baseline.n_validation_vectors,
     }
-
-
-def _number(value: Any) -> float | None:
-    """A JSON number, or None for what is not defined."""
-    return float(value) if np.isfinite(value) else None

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis.latents.profiles import profile_kinds
 from analysis.latents.redundancy import MAX_OVERLAP, N_NEIGHBOURS, Redundancy
 from analysis.latents.table import LatentTable
 from analysis.model.downstream_numbers import COLUMNS as DOWNSTREAM_COLUMNS
@@ -64,7 +63,7 @@ def write_latents(
         "entropy": _nullable(table.entropy),
         "n_layers_active": pa.array(table.n_layers_active),
         **{name: _nullable(values) for name, values in table.persistence._asdict().items()},
-        "profile": pa.array(profile_kinds(table.probs, table.entropy), pa.string()),
+        "profile": pa.array(table.kinds, pa.string()),
         "nearest": pa.array(neighbours[:, 0], mask=neighbours[:, 0] < 0),
         "nearest_cosine": _nullable(cosines[:, 0]),
         "neighbours": _known(neighbours, neighbours >= 0),

@@ -178,6 +178,7 @@ def test_numbers_below_one(small, tmp_path, capsys, flag):
 
 
 def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
+    from analysis.config import StatisticsOptions, TokenOptions
     from analysis.inputs import TaskSpec, open_data
     from residscope.errors import IncompatibleError
 
@@ -187,14 +188,11 @@ def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
         content_hash="of another store",
         sae=str(small.sae),
         layers=tuple(range(store.meta.n_layers)),
-        dtype="float32",
-        split="all",
-        max_tokens=None,
+        tokens=TokenOptions(),
+        statistics=StatisticsOptions(),
         validation=None,
         same_store=True,
-        baseline=False,
-        nulls=False,
-        seed=0,
+        pca=False,
     )
     with pytest.raises(IncompatibleError, match="expected of another store"):
         open_data(spec)

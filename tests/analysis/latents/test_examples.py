@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from analysis.latents.example_rows import COLUMNS, write_found
 from analysis.latents.examples import MAX_EXAMPLES, REACH, TopExamples, examples_per_layer, window_bounds
-from analysis.latents.histograms import EDGES
+from analysis.latents.views import EDGES
 from analysis.run import analyze
 from analysis.tiles import CodeTile
 from store.arrays import TokenTable

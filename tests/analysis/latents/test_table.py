@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.latents import redundancy
-from analysis.latents.profiles import KINDS, profile_kinds
 from analysis.latents.redundancy import MAX_OVERLAP, find_redundancy
+from analysis.latents.table import KINDS, profile_kinds
 from tests.support.small import make_small
 from tests.support.small import run_small as run
 
