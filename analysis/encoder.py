@@ -6,7 +6,7 @@ inference, or the same ones faster from `train.kernels.cpu.screen` where the mac
 where their number varies a tile is padded with zeros to the most that one of its vectors has. A store that was
 harvested through a tuned lens holds vectors that went through it already, as the autoencoder's training data did:
 nothing is left to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling
-(`analysis.jobs`).
+(`analysis.jobs`). Tested in tests/analysis/test_tiles.py and test_run.py.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector at most, M n_latents; the T * L vectors of a tile are
 rows of one matrix.

@@ -95,7 +95,7 @@ def run(total: ShardSum[R], pool: Pool) -> R:
             return pool.compute(_tree(leaves, total.merge, name), tokens, bar)
         except KeyboardInterrupt:
             raise Interrupted(
-                "interrupted; nothing was written, and the same command starts the analysis anew"
+                "interrupted; nothing was written, and the same command starts the analysis again"
             ) from None
 
 

@@ -76,8 +76,7 @@ def add_codes(values, indices, rows, layers, group_of_token, sums, counts, total
     for t in range(n_tokens):
         n_touched = _collect(t, values, indices, rows[t], layers, stamp, moments, seen, touched, counts, totals)
         g = group_of_token[t]
-        _add_moments(touched[:n_touched], moments, sums[g])
-        _add_persistence(touched[:n_touched], moments[0], seen, layers, histograms[g], shape[g], latents)
+        _add_pairs(touched[:n_touched], moments, seen, layers, sums[g], histograms[g], shape[g], latents)
 
 
 @compiled()
@@ -121,8 +120,8 @@ def _collect(t, values, indices, rows, layers, stamp, moments, seen, touched, co
 
 
 @compiled()
-def _add_moments(touched, moments, sums):
-    """Add one token's pairs to its document group's sums [8, M]."""
+def _add_pairs(touched, moments, seen, layers, sums, histogram, shape, latents):
+    """Add one token's pairs to the sums [8, M] of its document group, and to those of `analysis.persistence`."""
     mass, mean, spread = moments[0], moments[1], moments[2]
     for j in touched:
         mu, variance = mean[j], spread[j] / mass[j]
@@ -134,12 +133,6 @@ def _add_moments(touched, moments, sums):
         sums[PAIRS_L, j] += mu
         sums[PAIRS_V, j] += variance
         sums[PAIRS_LL, j] += mu * mu
-
-
-@compiled()
-def _add_persistence(touched, mass, seen, layers, histogram, shape, latents):
-    """Add one token's pairs to the sums of `analysis.persistence`."""
-    for j in touched:
         first, last, active = seen[j, FIRST], seen[j, LAST], seen[j, ACTIVE]
         runs, longest = seen[j, RUNS], seen[j, LONGEST]
         contiguity = longest / (last - first + 1.0)

@@ -10,7 +10,7 @@
 
 Permutations come from a hash of the seed, the token's place in the store and the layer, so they are the same in any
 grouping of shards and on any machine. A chunk is a run of neighbouring tokens, often of one document: the second null
-keeps what comes of the passage and removes what comes of the token. Not here: sums (`analysis.moments`).
+keeps what comes of the passage and removes what comes of the token.
 
 Shapes: T tokens of a tile, L layers.
 """

@@ -9,9 +9,7 @@ fired at n tokens of the layer at least. Of two such layers of a latent
 
 so overlap / chance says how many times better the layers agree than a latent would that fires at the same tokens and
 ranks them anew at each layer. At which tokens a latent fires is kept, because a latent that fires rarely agrees with
-itself for that reason alone. All pairs of layers count, and stand apart by their distance. Not here: what the contexts
-are (`analysis.latents.examples`), whether a latent is active at neighbouring layers of one token
-(`analysis.persistence`).
+itself for that reason alone. All pairs of layers count, and stand apart by their distance.
 
 Shapes: M n_latents, L layers, n contexts.
 """

@@ -3,8 +3,7 @@
 How: one pass over the sparse codes keeps, per latent and layer, the n most active tokens, of different documents as far
 as there are so many; what is kept does not depend on how tokens are grouped, so parts merge in any way. A second pass
 reads the codes of the windows' tokens, for the latent's activation at each of them. A window is the tokens around an
-example that the model saw together: of the same document and the same sequence. Not here: encoding
-(`analysis.encoder`), their text and their file (`analysis.latents.example_rows`).
+example that the model saw together: of the same document and the same sequence.
 
 Memory: 12 bytes for each of M * L * n examples while they are sought, and about 4 W more for each that was found;
 bounded by the number of examples, not of tokens.

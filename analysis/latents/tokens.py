@@ -94,7 +94,7 @@ class LatentTokens(NamedTuple):
 def find_latent_tokens(
     sae: MLSAE, latents: NDArray[np.int64], model: LoadedModel, lens: TunedLens | None, seed: int
 ) -> LatentTokens:
-    """Of `latents` [J], one at least. Raises `IncompatibleError` if the model's embedding or unembedding is not to be
+    """Of `latents` [J], one at least. Raises `IncompatibleError` if the model's embedding or unembedding is not
     found."""
     directions, random = sae.W_dec.detach()[latents], random_directions(model.d_model, seed)
     embedding = embedding_rows(model, lens)

@@ -39,7 +39,7 @@ FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 
 
 class FoundModel(NamedTuple):
-    """The store's model and lens, or why they are not to be had."""
+    """The store's model and lens, or why they cannot be found."""
 
     spec: ModelSpec | None
     lens: TunedLens | None
@@ -74,7 +74,7 @@ class ModelFindings:
 
 
 def find_model(options: TransformerOptions, store: ActivationStore) -> FoundModel:
-    """Look for what `options` need. Raises `ResidscopeError` where it was asked for outright and is not to be had."""
+    """Look for what `options` need. Raises `ResidscopeError` where it was asked for outright and cannot be found."""
     if options.downstream_tokens == 0 and not options.latent_logits:
         return FoundModel(None, None, None)
     try:

@@ -1,7 +1,7 @@
-"""Which sequences of a store go through the model again: a plan, made from the token table alone.
+"""Which sequences of a store go through the model again, chosen from the token table alone.
 
-A sequence is a run of tokens up to the next position 0. Sequences are run whole, without padding. Not here: running
-them (`analysis.model.downstream`).
+A sequence is a run of tokens up to the next position 0. Sequences are run whole, without padding. Tested in
+tests/analysis/model/test_downstream.py.
 
 Shapes: T tokens, B sequences, N positions, n counted tokens.
 """

@@ -4,7 +4,7 @@ How: the store's provenance names the model, its commit or the hash of its files
 what is loaded must be the same, else every number would speak of another model. Where a hash tells nothing (a local
 copy of a hub model), `harvest.model.checks` compares what the model gives with what the store holds. A model or lens
 that came from a local folder is known to the store by name only: where it lies says the file with the harvest's options
-beside the store, or the caller. Not here: changing the residual stream (`analysis.model.downstream`).
+beside the store, or the caller. Tested in tests/analysis/model/test_downstream.py.
 """
 
 from pathlib import Path

@@ -11,10 +11,10 @@ The reconstruction's own error stays as it is, so that an intervention of nothin
 through a lens the sum is made in the lens's basis and taken back through its inverse. The true run goes through neither
 autoencoder nor lens.
 
-Told are, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at the
-last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
-most; and by how much their logits change, less the mean change over the vocabulary. Not here: which latents
-(`analysis.prompt.view`).
+The results, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at
+the last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
+most; and by how much their logits change, less the mean change over the vocabulary. Tested in
+tests/analysis/prompt/test_view.py.
 
 Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
@@ -174,8 +174,8 @@ class PromptRun:
         logits = model.logits(changed[0, -1]).float()
         if logits.isnan().any():
             raise UsageError(
-                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions are no "
-                "numbers after it; give a smaller coefficient"
+                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions are "
+                "NaN after it; give a smaller coefficient"
             )
         log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         return Effect(

@@ -1,9 +1,8 @@
 """`analyze --prompt`: prompts added to an analysis, from options to files.
 
-How: an analysis of the same store and autoencoder that is in the output folder is used as it is; without one it is made
-first. Then the model looks at the prompts; prompt.parquet and prompt.json are written, and report.html is written anew
-with them. Each file is replaced whole. Not here: what is looked at (`analysis.prompt.view`), how it is shown
-(`analysis.report.prompt`).
+How: an analysis of the same store and autoencoder that is in the output folder is used; if there is none, one is made
+first. Then the model reads the prompts; prompt.parquet and prompt.json are written, and report.html again, with them.
+Each file is replaced whole. Tested in tests/analysis/prompt/test_view.py.
 """
 
 import contextlib
@@ -54,7 +53,7 @@ COLUMNS = pa.schema(
 
 def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     """Look at the prompts, write, print, and return prompt.json's content. Raises as `analyze` does, before any
-    work where the model is not to be had or an option makes no sense."""
+    work where the model cannot be found or an option makes no sense."""
     prompts = config.prompts
     interventions = [*map(parse_ablate, prompts.ablate), *map(parse_steer, prompts.steer)]
     inputs = open_inputs(config.store, config.sae)

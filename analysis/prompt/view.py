@@ -4,7 +4,6 @@ what happens when one is ablated or steered.
 The prompt's tokens are opened as the store's sequences and documents are: by BOS where the tokenizer has one, else by
 the separator of documents, so that the first word is not at position 0, which is left out as in the store. Vectors go
 through the store's lens and number format, so that the codes are those that an analysis of the same text would have.
-Not here: the interventions themselves (`analysis.prompt.intervene`), files and the report (`analysis.prompt.run`).
 
 Shapes: N positions, A activations that are not zero, J latents active in the prompt.
 """

@@ -1,6 +1,6 @@
 """Everything that an analysis leaves: its tables, summary.json, options, figures and report, and its words.
 
-Tested in tests/analysis/test_run.py. Not here: how files get into place (`analysis.results.folder`).
+Tested in tests/analysis/test_run.py.
 """
 
 import json
