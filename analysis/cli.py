@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
-        if config.prompt:
+        if config.prompts.prompt:
             from analysis.prompt.run import analyze_prompts
 
             analyze_prompts(config)

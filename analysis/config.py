@@ -1,37 +1,47 @@
-"""What `analyze` can be asked for. Light: the command line is made from this, and loads nothing else."""
+"""What `analyze` can be asked for. Light: the command line is made from this, and loads nothing else.
+
+Tested in tests/analysis/test_cli.py.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from residscope.errors import UsageError
 from residscope.names import beside
 
+Dtype = Literal["float32", "float64", "bfloat16"]
+DocumentSplit = Literal["all", "train", "validation"]
+
+
+def _at_least(options: Any, least: int, name: str) -> None:
+    """`UsageError` where the option is given and is less."""
+    value = getattr(options, name)
+    if value is not None and value < least:
+        wanted = "not be negative" if least == 0 else f"be at least {least}"
+        raise UsageError(f"--{name.replace('_', '-')} should {wanted}, found {value}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeConfig:
-    """An analysis of how an autoencoder's latents spread over the layers of a store."""
+class TokenOptions:
+    """Which tokens are analysed."""
 
-    store: Path
-    """Folder of the activation store, as `harvest` wrote it."""
-
-    sae: Path
-    """The autoencoder: a checkpoint as `train` wrote it, a folder in the format of mlsae, SAELens or sparsify, or the
-    owner/name of a hub repository."""
-
-    out: Path | None = None
-    """Folder for summary.json, latents.parquet, layers.parquet, figures and report.html; results that are in it are
-    replaced. By default CHECKPOINT.analysis beside the checkpoint: ckpt.analysis for ckpt.pt; for a hub repository
-    NAME.analysis here."""
-
-    split: Literal["all", "train", "validation"] = "all"
+    split: DocumentSplit = "all"
     """Which documents: every one, or the checkpoint's own training or validation documents."""
 
     max_tokens: int | None = None
     """Stop after so many kept tokens of the split, in store order. By default all of them. The training tokens that PCA
     is fitted on, and the validation tokens, are cut at as many."""
 
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsOptions:
+    """How numbers are computed and what they are compared with."""
+
+    dtype: Dtype = "float32"
     """Number format of the encoder's product; float32 gives the same numbers on every machine, bfloat16 is several
     times faster where the hardware has it. Sums are float64 always."""
 
@@ -46,12 +56,41 @@ class AnalyzeConfig:
     """Compare with null models: the same codes with layers permuted within each token, and with tokens permuted within
     each layer."""
 
+    seed: int = 0
+    """Seed of the null models and of other draws."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentOptions:
+    """What is found of each latent."""
+
     redundancy: bool = True
     """Compare all decoder rows with each other: nearest latents, MMCS, near-parallel pairs; takes time with the square
     of the number of live latents."""
 
     redundancy_cosine: float = 0.9
     """Cosine of decoder rows above which two latents are near-parallel."""
+
+    examples: bool = True
+    """Find each latent's maximally activating examples at each layer, with text around them (as token ids if the
+    model's tokenizer is not on this machine), and the histogram of its activations."""
+
+    save_latents: bool = False
+    """Keep the sparse codes inside the store (latents/KEY: Zarr arrays of values and indices), 8 * k bytes for each
+    vector, four times that where the number of active latents varies. Later analyses of this autoencoder on this store
+    take kept codes, without this flag too, and encode nothing again."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.redundancy_cosine < 1:
+            raise UsageError(f"--redundancy-cosine should be at least 0 and below 1, found {self.redundancy_cosine}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerOptions:
+    """What the store's transformer is run for and where it is."""
 
     downstream_tokens: int | None = None
     """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at so many
@@ -69,10 +108,18 @@ class AnalyzeConfig:
     lens: str | None = None
     """Where the store's tuned lens is, if it came from a folder and acts.harvest.toml does not say so."""
 
-    save_latents: bool = False
-    """Keep the sparse codes inside the store (latents/KEY: Zarr arrays of values and indices), 8 * k bytes for each
-    vector, four times that where the number of active latents varies. Later analyses of this autoencoder on this store
-    take kept codes, without this flag too, and encode nothing again."""
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "downstream_tokens")
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether the model is wanted outright, so that its absence is an error and the network may be used."""
+        return bool(self.downstream_tokens) or self.model is not None or self.lens is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Texts of your own, seen through the autoencoder."""
 
     prompt: tuple[str, ...] = ()
     """Texts to look at through the autoencoder: adds to the report which latents are active at which token and layer.
@@ -85,15 +132,25 @@ class AnalyzeConfig:
     steer: tuple[str, ...] = ()
     """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation."""
 
-    examples: bool = True
-    """Find each latent's maximally activating examples at each layer, with text around them (as token ids if the
-    model's tokenizer is not on this machine), and the histogram of its activations."""
+    def __post_init__(self) -> None:
+        if (self.ablate or self.steer) and not self.prompt:
+            raise UsageError("--ablate and --steer change what the model makes of a text: give one with --prompt")
 
-    seed: int = 0
-    """Seed of the null models and of other draws."""
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What is written and printed."""
 
     report: bool = True
     """Draw the figures and write report.html."""
+
+    json: bool = False
+    """Print summary.json on stdout, as one line, and the words on stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Where the work is done."""
 
     scheduler: str = "threads"
     """Where tasks run: `threads` of this process, `processes` of this machine (a Dask LocalCluster), or the address of
@@ -106,27 +163,42 @@ class AnalyzeConfig:
     performance_report: Path | None = None
     """HTML file for Dask's account of which task ran where and when; needs the `dashboard` extra."""
 
-    json: bool = False
-    """Print summary.json on stdout, as one line, and the words on stderr."""
-
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "n_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} should be at least 1, found {value}")
-        for name in ("seed", "downstream_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UsageError(f"--{name.replace('_', '-')} should not be negative, found {value}")
-        if (self.ablate or self.steer) and not self.prompt:
-            raise UsageError("--ablate and --steer change what the model makes of a text: give one with --prompt")
-        if not 0 <= self.redundancy_cosine < 1:
-            raise UsageError(f"--redundancy-cosine should be at least 0 and below 1, found {self.redundancy_cosine}")
+        _at_least(self, 1, "n_workers")
         if self.scheduler not in ("threads", "processes") and ":" not in self.scheduler:
             raise UsageError(
                 "--scheduler should be threads, processes or an address such as tcp://HOST:8786, "
                 f"found {self.scheduler!r}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig:
+    """An analysis of how an autoencoder's latents spread over the layers of a store."""
+
+    FIRST_FLAGS: ClassVar = (
+        *("store", "sae", "out", "split", "max_tokens", "prompt", "model", "downstream_tokens", "report", "json"),
+    )
+
+    store: Path
+    """Folder of the activation store, as `harvest` wrote it."""
+
+    sae: Path
+    """The autoencoder: a checkpoint as `train` wrote it, a folder in the format of mlsae, SAELens or sparsify, or the
+    owner/name of a hub repository."""
+
+    out: Path | None = None
+    """Folder for summary.json, latents.parquet, layers.parquet, figures and report.html; results that are in it are
+    replaced. By default CHECKPOINT.analysis beside the checkpoint: ckpt.analysis for ckpt.pt; for a hub repository
+    NAME.analysis here."""
+
+    tokens: TokenOptions = TokenOptions()
+    statistics: StatisticsOptions = StatisticsOptions()
+    latents: LatentOptions = LatentOptions()
+    transformer: TransformerOptions = TransformerOptions()
+    prompts: PromptOptions = PromptOptions()
+    output: OutputOptions = OutputOptions()
+    workers: WorkerOptions = WorkerOptions()
 
     @property
     def out_dir(self) -> Path:

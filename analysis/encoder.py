@@ -20,14 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 from torch import Tensor
 
-from residscope.errors import IncompatibleError
-from store.activations import ActivationStore
 from train.formats.files import read_checkpoint
 from train.kernels.interface import SparseCodes
-from train.model import MLSAE, Checkpoint, SAEConfig, Standardized
+from train.model import MLSAE, SAEConfig, Standardized
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 """Type of weights and codes; with bfloat16 the encoder's product alone is made in that type."""
@@ -47,19 +44,6 @@ class Codes(NamedTuple):
 
     x_hat: Tensor
     """[T, L, D] reconstruction in raw space."""
-
-
-class CodeTile(NamedTuple):
-    """Sparse codes of some tokens of a store."""
-
-    token: NDArray[np.int64]
-    """[T] places in the store, ascending."""
-
-    values: NDArray[np.floating]
-    """[T, L, k] >= 0."""
-
-    indices: NDArray[np.int64]
-    """[T, L, k]"""
 
 
 class Encoder:
@@ -133,63 +117,3 @@ def _fingerprint(path: Path) -> tuple[tuple[str, int, int], ...]:
 @lru_cache(maxsize=2)
 def _load_encoder(path: str, dtype: str, fingerprint: tuple[tuple[str, int, int], ...]) -> Encoder:
     return Encoder(read_checkpoint(path).sae, dtype)
-
-
-def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Path) -> tuple[int, ...]:
-    """The stored layers (indices into the store's layers) that the autoencoder speaks of, or `IncompatibleError`.
-
-    Model, its weights (trained or drawn at random), lens and d_model must be those that the autoencoder was trained on;
-    text and tokens may be others. The store may hold more layers than it was trained on: those are left out. What the
-    checkpoint does not record is not checked; `doubts` says where that matters.
-    """
-    meta, trained = store.meta, checkpoint.store
-    checks: list[tuple[str, Any, Any]] = [("d_model", checkpoint.config.d_model, meta.d_model)]
-    if trained.get("model") is not None:
-        checks.append(("model", trained["model"], meta.provenance.get("model")))
-    if trained.get("random_init") is not None:
-        words = {True: "drawn at random", False: "those of the trained model"}
-        expected, found = (words[bool(part.get("random_init"))] for part in (trained, meta.provenance))
-        checks.append(("the weights", expected, found))
-    if "lens" in trained:
-        checks.append(("lens", trained["lens"], meta.lens))
-    for name, expected, found in checks:
-        if expected != found:
-            raise IncompatibleError(
-                f"{sae_path} does not fit {store.path}: {name} should be {_shown(expected)}, "
-                f"as the autoencoder was trained on, found {_shown(found)}: "
-                "harvest a store of the same model and lens, or train on this one"
-            )
-    layers = tuple(trained.get("layers") or meta.layers)
-    missing = sorted(set(layers) - set(meta.layers))
-    if missing:
-        raise IncompatibleError(
-            f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, "
-            f"the store lacks {missing}: harvest them too"
-        )
-    return tuple(meta.layers.index(layer) for layer in layers)
-
-
-def weights_hash(sae: MLSAE) -> str:
-    """A hash of an autoencoder's weights: the same for the same autoencoder, whatever its file."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def doubts(checkpoint: Checkpoint, store: ActivationStore) -> list[str]:
-    """Where checkpoint and store may not fit, and the checkpoint records too little to tell: sentences for the user."""
-    trained = checkpoint.store
-    if trained.get("content_hash") == store.content_hash:
-        return []
-    if store.meta.provenance.get("random_init") and trained.get("random_init") is None:
-        return [
-            "This store is of a model with random weights (--random-init), and whether the autoencoder was trained on "
-            "such a model is not recorded: if it was trained on the real one, these numbers say nothing of either."
-        ]
-    return []
-
-
-def _shown(value: object) -> str:
-    return "none" if value is None else str(value)

@@ -26,7 +26,7 @@ from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
-from analysis.task import keep_going, stop_tasks
+from analysis.tiles import keep_going, stop_tasks
 from residscope.errors import Interrupted, ResidscopeError, UsageError
 
 MAX_TASKS = 256
@@ -40,6 +40,9 @@ ATTEMPTS = 3
 
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
+
+PRELOAD = ["residscope"]
+"""What worker processes import first, so that they find our packages whatever files lie on PYTHONPATH."""
 
 R = TypeVar("R")
 
@@ -92,7 +95,7 @@ def run(total: ShardSum[R], pool: Pool) -> R:
             return pool.compute(_tree(leaves, total.merge, name), tokens, bar)
         except KeyboardInterrupt:
             raise Interrupted(
-                "interrupted; nothing was written, and the same command starts the analysis anew"
+                "interrupted; nothing was written, and the same command starts the analysis again"
             ) from None
 
 
@@ -237,7 +240,7 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
 
     if scheduler == "processes":
         with (
-            LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0") as local,
+            LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0", preload=PRELOAD) as local,
             Client(local) as client,
         ):
             _say_dashboard(client)

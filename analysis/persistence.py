@@ -8,7 +8,7 @@ A (token, latent) pair is a latent with an activation > 0 at one layer of the to
     n_runs            runs; 1 if it switches on once and stays on until it switches off
     contiguity        run_length / layers from onset to offset; 1 if there is no gap
 
-A pair counts by its activation mass, or once. `analysis.sum_loops.add_codes` fills the sums in its one pass over the
+A pair counts by its activation mass, or once. `analysis.loops.add_codes` fills the sums in its one pass over the
 codes; they add over tokens, and are kept per document group, so intervals come from the same replicates as those of
 the variances. Where a store holds some of the model's layers only, "in a row" speaks of those. Not here: intervals
 (`analysis.uncertainty`), what chance would give (`analysis.baselines.nulls`).
@@ -17,10 +17,12 @@ Shapes: G document groups, L layers, M n_latents.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from analysis.quality import defined
 
 PairWeighting = Literal["mass", "equal"]
 
@@ -134,11 +136,22 @@ PERSISTENCE_NAMES = PersistenceNumbers._fields
 """What is reported, in this order."""
 
 
-def distributions(histograms: NDArray[np.float64], weighting: PairWeighting) -> dict[str, NDArray[np.float64]]:
-    """name (`DISTRIBUTIONS`) -> shares [L] that sum to 1, from sums over all groups [2, 4, L]; zeros without a pair."""
-    rows = histograms[PAIR_WEIGHTINGS.index(weighting)]
-    total = rows[0].sum()
-    return {name: row / total if total > 0 else row for name, row in zip(DISTRIBUTIONS, rows, strict=True)}
+def distributions(sums: Persistence) -> dict[str, dict[str, list[float]]]:
+    """weighting -> name (`DISTRIBUTIONS`) -> shares of all document groups [L] that sum to 1; zeros without a pair."""
+    histograms = sums.histograms.sum(axis=0)  # [2, 4, L]
+    found: dict[str, dict[str, list[float]]] = {}
+    for weighting, rows in zip(PAIR_WEIGHTINGS, histograms, strict=True):
+        total = rows[0].sum()
+        shares = rows / total if total > 0 else rows
+        found[weighting] = dict(zip(DISTRIBUTIONS, shares.tolist(), strict=True))
+    return found
+
+
+def persistence_summary(sums: Persistence, layers: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+    """weighting -> name (`PERSISTENCE_NAMES`) -> number of all document groups, None where it is not defined."""
+    histograms, shape = sums.histograms.sum(axis=0), sums.shape.sum(axis=0)
+    means = {weighting: persistence_numbers(histograms, shape, layers, weighting) for weighting in PAIR_WEIGHTINGS}
+    return {w: {name: defined(value) for name, value in found._asdict().items()} for w, found in means.items()}
 
 
 class LatentPersistence(NamedTuple):

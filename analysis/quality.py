@@ -19,10 +19,12 @@ Shapes: T tokens, L layers, D d_model, k active latents a vector, S subsets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +83,11 @@ class LayerQuality:
 
         Returns [3, T, L], what `GroupQuality.add` takes: |x - x_hat|^2, |x - m|^2 and the number of active latents.
         """
-        from analysis import sum_loops as compiled
+        from analysis import loops
 
         error, deviation, norm, cosine = (np.empty(x.shape[:2]) for _ in range(4))  # each [T, L]
         x, x_hat = np.ascontiguousarray(x), np.ascontiguousarray(x_hat)
-        compiled.measure_vectors(x, x_hat, shift, member, error, deviation, norm, cosine, self.deviation)
+        loops.measure_vectors(x, x_hat, shift, member, error, deviation, norm, cosine, self.deviation)
         defined = ~np.isnan(cosine)
         active = (values > 0).sum(axis=-1)  # [T, L]
         for subset, rows in enumerate(member):
@@ -101,9 +103,7 @@ class LayerQuality:
     @staticmethod
     def merged(parts: Sequence["LayerQuality"]) -> "LayerQuality":
         """The sum of `parts`, added in their order."""
-        return LayerQuality(
-            **{f.name: sum_in_order([getattr(part, f.name) for part in parts]) for f in fields(LayerQuality)}
-        )
+        return sum_fields(parts)
 
     def result(self, subset: int) -> "QualityResult":
         """The numbers of one subset."""
@@ -111,6 +111,7 @@ class LayerQuality:
         spread = self.spread(subset)
         return QualityResult(
             n_tokens=n,
+            d_model=d_model,
             fvu=ratio(self.squared_error[subset], spread),
             mse=ratio(self.squared_error[subset], n * d_model),
             l0=ratio(self.active[subset], n),
@@ -162,9 +163,10 @@ class GroupQuality:
 
 
 class QualityResult(NamedTuple):
-    """Per-layer numbers of a set of tokens, each [L]; NaN where a number is not defined (no vector, or no spread)."""
+    """Numbers of a set of tokens by layer, each [L]; NaN where a number is not defined (no vector, or no spread)."""
 
     n_tokens: int
+    d_model: int
     fvu: NDArray[np.float64]
     mse: NDArray[np.float64]
     l0: NDArray[np.float64]
@@ -176,6 +178,25 @@ def ratio(numerator: NDArray, denominator: NDArray | float) -> NDArray[np.float6
     """numerator / denominator, NaN where the denominator is 0."""
     denominator = np.broadcast_to(np.asarray(denominator, np.float64), numerator.shape)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
+
+
+def ratio_or_zero(
+    numerator: NDArray[np.float64], denominator: NDArray[Any], where: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """numerator / denominator, 0 elsewhere than `where`."""
+    return np.divide(numerator, denominator, out=np.zeros_like(np.asarray(numerator)), where=where)
+
+
+def defined(value: Any) -> float | None:
+    """A JSON number, or None for what is not defined."""
+    return float(value) if np.isfinite(value) else None
+
+
+def sum_fields(parts: Sequence[T]) -> T:
+    """The sum of dataclasses of arrays, field by field, first to last."""
+    first: Any = parts[0]
+    names = [field.name for field in fields(first)]
+    return type(first)(**{name: sum_in_order([getattr(part, name) for part in parts]) for name in names})
 
 
 def sum_in_order(arrays: Sequence[NDArray]) -> NDArray:

@@ -1,23 +1,22 @@
 """Which tokens of a store an analysis speaks of, and the document groups that intervals are drawn over.
 
 Pure functions of the store's token table, the checkpoint's validation split and the options, so that every worker makes
-the same arrays by itself and no task carries them. Not here: reading activations.
+the same arrays by itself and no task carries them.
 
 Shapes: T tokens of the store.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.config import TokenOptions
 from residscope.errors import IncompatibleError
 from store.arrays import TokenTable
 from store.shuffle import validation_documents
-
-Split = Literal["all", "train", "validation"]
 
 MAX_GROUPS = 100
 """Document groups that sums are kept for: enough for 95 % intervals, few enough that the sums stay small."""
@@ -46,6 +45,9 @@ class Selection:
     group: NDArray[np.int64]
     """[T] document group of an analysed token, 0 .. n_groups - 1, not descending; -1 elsewhere."""
 
+    held_out: NDArray[np.bool_]
+    """[documents of the store] whether the autoencoder was not trained on it."""
+
     n_documents: int
     """Documents with an analysed token."""
 
@@ -65,30 +67,29 @@ class Selection:
 def select(
     tokens: TokenTable,
     held_out: NDArray[np.bool_],
-    split: Split,
-    *,
-    max_tokens: int | None = None,
+    options: TokenOptions,
     n_latents: int,
-    need_validation: bool = True,
 ) -> Selection:
-    """Masks for `split`; each mask keeps its first `max_tokens` tokens in store order.
+    """Masks for a split of documents; each mask keeps its first `max_tokens` tokens in store order.
 
-    held_out: bool [n_documents] from `held_out_documents`. need_validation False leaves `validation` and `fit` empty.
-    Raises `IncompatibleError` if the split is empty.
+    held_out: bool [n_documents] from `held_out_documents`. Raises `IncompatibleError` if the split is empty.
     """
     is_held_out = held_out[tokens.document]
     of_split = {"all": tokens.keep, "train": tokens.keep & ~is_held_out, "validation": tokens.keep & is_held_out}
-    analysed = _first(of_split[split], max_tokens)
+    analysed = _first(of_split[options.split], options.max_tokens)
     if not analysed.any():
-        raise IncompatibleError(f"no token to analyse: the {split} split of this store is empty. {_WAY_OUT[split]}")
-    some_held_out = need_validation and bool(of_split["validation"].any())
+        raise IncompatibleError(
+            f"no token to analyse: the {options.split} split of this store is empty. {_WAY_OUT[options.split]}"
+        )
+    some_held_out = bool(of_split["validation"].any())
     none = np.zeros_like(analysed)
     group, n_documents, n_groups = _document_groups(tokens.document, analysed, n_latents)
     return Selection(
         analysed=analysed,
-        validation=_first(of_split["validation"], max_tokens) if some_held_out else none,
-        fit=_first(of_split["train"], max_tokens) if some_held_out else none,
+        validation=_first(of_split["validation"], options.max_tokens) if some_held_out else none,
+        fit=_first(of_split["train"], options.max_tokens) if some_held_out else none,
         group=group,
+        held_out=held_out,
         n_documents=n_documents,
         n_groups=n_groups,
     )

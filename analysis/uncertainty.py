@@ -168,7 +168,24 @@ class ReconstructionIntervals(NamedTuple):
     fvu_by_layer: list[Interval | None]
 
 
-def reconstruction_intervals(sums: GroupQuality, found: QualityResult, d_model: int) -> ReconstructionIntervals | None:
+class SumIntervals(NamedTuple):
+    """Of all numbers that the sums give; empty or None where none are given."""
+
+    variance: Intervals
+    persistence: Intervals
+    reconstruction: ReconstructionIntervals | None
+
+
+NO_INTERVALS = SumIntervals({}, {}, None)
+
+
+def all_intervals(moments: LayerMoments, by_group: GroupQuality, found: QualityResult) -> SumIntervals:
+    """Of the variances, persistence and reconstruction of the analysed tokens."""
+    reconstruction = reconstruction_intervals(by_group, found)
+    return SumIntervals(variance_intervals(moments), persistence_intervals(moments), reconstruction)
+
+
+def reconstruction_intervals(sums: GroupQuality, found: QualityResult) -> ReconstructionIntervals | None:
     """As `variance_intervals`, of the numbers of `analysis.quality`; None with too few groups.
 
     A replicate's FVU is its squared error over its squared deviation from one fixed vector by layer, times a constant
@@ -182,7 +199,7 @@ def reconstruction_intervals(sums: GroupQuality, found: QualityResult, d_model: 
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = found.fvu * whole[0, 1] / whole[0, 0]
         fvu = np.where(found.fvu == 0, 0.0, drawn[:, 0] / drawn[:, 1] * scale)  # [G, L]
-    mse = drawn[:, 0].mean(axis=1) / tokens / d_model
+    mse = drawn[:, 0].mean(axis=1) / tokens / found.d_model
     l0 = drawn[:, 2].mean(axis=1) / tokens
     values = np.array([found.fvu.mean(), found.mse.mean(), found.l0.mean(), *found.fvu])
     intervals = jackknife_intervals(values, np.stack([fvu.mean(axis=1), mse, l0, *fvu.T]))

@@ -31,7 +31,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis import jobs
-from analysis.task import Sums, Work, measure
+from analysis.config import StatisticsOptions, TokenOptions
+from analysis.inputs import TaskSpec
+from analysis.task import Sums, measure
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.meta import StoreMeta, config_hash
@@ -125,20 +127,17 @@ def make_sae(path: Path, n_latents: int) -> Path:
     return path
 
 
-def work_of(store: Path, sae: Path, dtype: str, *, nulls: bool = False, save_latents: bool = False) -> Work:
-    return Work(
+def work_of(store: Path, sae: Path, dtype: str, *, nulls: bool = False, save_latents: bool = False) -> TaskSpec:
+    return TaskSpec(
         store=str(store),
         content_hash=ActivationStore.open(store).content_hash,
         sae=str(sae),
         layers=tuple(range(N_LAYERS)),
-        dtype=dtype,
-        split="all",
-        max_tokens=None,
+        tokens=TokenOptions(),
+        statistics=StatisticsOptions(dtype=dtype, nulls=nulls),  # type: ignore[arg-type]
         validation=None,
         same_store=False,
-        baseline=False,
-        nulls=nulls,
-        seed=0,
+        pca=False,
         save_latents=save_latents,
     )
 

@@ -10,7 +10,7 @@
 
 Permutations come from a hash of the seed, the token's place in the store and the layer, so they are the same in any
 grouping of shards and on any machine. A chunk is a run of neighbouring tokens, often of one document: the second null
-keeps what comes of the passage and removes what comes of the token. Not here: sums (`analysis.moments`).
+keeps what comes of the passage and removes what comes of the token.
 
 Shapes: T tokens of a tile, L layers.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
-from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, distributions, persistence_numbers
+from analysis.moments import LayerMoments, variance_numbers
+from analysis.persistence import distributions, persistence_summary
 
 Rows = NDArray[np.int64]
 
@@ -74,24 +74,16 @@ def null_numbers(observed: Mapping[str, Any], persistence: Mapping[str, Any], nu
     observed, persistence: the summary's own `variance` and `persistence`. The ratio's interval is the observed one
     divided by the null's value, which is taken as it is: it is made of as many tokens.
     """
-    pooled, sums = null.pooled(), null.persistence
-    result: dict[str, Any] = {
-        **{name: {} for name in ("variance", "persistence", "distributions")},
-        "ratio": {"variance": {}, "persistence": {}},
+    variance, found = variance_numbers(null.pooled()), persistence_summary(null.persistence, null.layers)
+    return {
+        "variance": variance,
+        "persistence": found,
+        "distributions": distributions(null.persistence),
+        "ratio": {
+            "variance": {w: _ratios(observed[w], numbers) for w, numbers in variance.items()},
+            "persistence": {w: _ratios(persistence[w], numbers) for w, numbers in found.items()},
+        },
     }
-    for weighting in WEIGHTINGS:
-        value = variances(pooled, weighting)
-        numbers = {name: _number(getattr(value, name)) for name in VARIANCE_NAMES}
-        result["variance"][weighting] = numbers
-        result["ratio"]["variance"][weighting] = _ratios(observed[weighting], numbers)
-    for pairs in PAIR_WEIGHTINGS:
-        means = persistence_numbers(sums.histograms.sum(axis=0), sums.shape.sum(axis=0), null.layers, pairs)
-        numbers = {name: _number(getattr(means, name)) for name in PERSISTENCE_NAMES}
-        result["persistence"][pairs] = numbers
-        result["ratio"]["persistence"][pairs] = _ratios(persistence[pairs], numbers)
-        shares = distributions(sums.histograms.sum(axis=0), pairs)
-        result["distributions"][pairs] = {name: row.tolist() for name, row in shares.items()}
-    return result
 
 
 def _ratios(observed: Mapping[str, Any], null: Mapping[str, float | None]) -> dict[str, Any]:
@@ -105,7 +97,3 @@ def _ratios(observed: Mapping[str, Any], null: Mapping[str, float | None]) -> di
         if name in intervals
     }
     return ratios
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -3,23 +3,26 @@
 Fitted on the training documents' vectors of all layers together, each standardised on its own as the autoencoder's
 inputs are; k components and the mean reconstruct a vector, its own mean and scale map it back, and FVU is taken in raw
 space. So the autoencoder has k active latents out of n_latents, and PCA the same k directions for all vectors. The sums
-add over tokens; the eigenvectors of one d_model x d_model matrix are all that is solved.
+add over tokens; the eigenvectors of one d_model x d_model matrix are all that is solved. Tested in
+tests/analysis/test_quality.py.
 
-Shapes: N vectors, D d_model, k components.
+Shapes: T tokens, L layers, D d_model, k components.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from analysis.quality import sum_in_order
+from analysis.quality import sum_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class GramSums:
+class PcaSums:
     """Additive sums of standardised vectors, float64."""
 
     n: NDArray[np.int64]
@@ -32,20 +35,24 @@ class GramSums:
     """[D, D] sum of outer products."""
 
     @classmethod
-    def zeros(cls, d_model: int) -> "GramSums":
+    def zeros(cls, d_model: int) -> "PcaSums":
         """No vectors yet."""
         return cls(n=np.zeros((), np.int64), total=np.zeros(d_model), gram=np.zeros((d_model, d_model)))
 
-    def add(self, n: int, total: NDArray[np.floating], gram: NDArray[np.floating]) -> None:
-        """Add a tile's number of vectors, their sum [D] and their Gram matrix [D, D], in place."""
-        self.n[...] += n
-        self.total[...] += total
-        self.gram[...] += gram
+    def add(self, vectors: Tensor, chosen: NDArray[np.bool_]) -> None:
+        """Add the tokens `chosen` [T] of vectors [T, L, D], in place; the product in their type, the sum in float64."""
+        if not chosen.any():
+            return
+        part = vectors if chosen.all() else vectors[torch.from_numpy(chosen)]
+        rows = part.reshape(-1, part.shape[-1])
+        self.n[...] += len(rows)
+        self.total[...] += rows.sum(dim=0, dtype=torch.float64).numpy()
+        self.gram[...] += (rows.T @ rows).double().numpy()
 
     @staticmethod
-    def merged(parts: Sequence["GramSums"]) -> "GramSums":
+    def merged(parts: Sequence["PcaSums"]) -> "PcaSums":
         """The sum of `parts`, added in their order."""
-        return GramSums(**{f.name: sum_in_order([getattr(part, f.name) for part in parts]) for f in fields(GramSums)})
+        return sum_fields(parts)
 
 
 class Components(NamedTuple):
@@ -58,7 +65,7 @@ class Components(NamedTuple):
     """[k, D] orthonormal, largest variance first."""
 
 
-def fit(sums: GramSums, k: int) -> Components:
+def fit(sums: PcaSums, k: int) -> Components:
     """The mean and the first min(k, D) principal directions."""
     n = int(sums.n)
     mean = sums.total / n

@@ -20,7 +20,7 @@ from analysis.compare.words import compare_words
 from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
-from analysis.summary import SCHEMA_VERSION
+from analysis.results.summary import SCHEMA_VERSION
 from residscope.destinations import refuse_comparison_of
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from analysis.baselines.nulls import NULLS
-from analysis.word_tables import shown, table, with_interval
+from analysis.results.words import shown, table, with_interval
 
 Run = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Run], str]]

@@ -9,9 +9,7 @@ fired at n tokens of the layer at least. Of two such layers of a latent
 
 so overlap / chance says how many times better the layers agree than a latent would that fires at the same tokens and
 ranks them anew at each layer. At which tokens a latent fires is kept, because a latent that fires rarely agrees with
-itself for that reason alone. All pairs of layers count, and stand apart by their distance. Not here: what the contexts
-are (`analysis.latents.examples`), whether a latent is active at neighbouring layers of one token
-(`analysis.persistence`).
+itself for that reason alone. All pairs of layers count, and stand apart by their distance.
 
 Shapes: M n_latents, L layers, n contexts.
 """
@@ -21,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.latents.example_loops import shared_contexts
+from analysis.loops import compiled
+from analysis.quality import ratio
 
 N_CONTEXTS = 5
 """Top contexts of a latent at a layer."""
@@ -61,15 +60,15 @@ def context_agreement(token: NDArray[np.int32], n_tokens: NDArray[np.int64]) -> 
     shared = np.zeros(n_latents, np.int64)
     pairs = np.zeros((n_latents, n_layers), np.int64)  # by distance; column 0 is never used
     shared_by_distance = np.zeros(n_layers, np.int64)
-    shared_contexts(np.sort(token, axis=2), shared, pairs, shared_by_distance)
+    _count_shared(np.sort(token, axis=2), shared, pairs, shared_by_distance)
     of_latent, of_distance = pairs.sum(axis=1), pairs.sum(axis=0)
-    chance = _ratio(np.full(n_latents, float(n)), n_tokens)
+    chance = ratio(np.full(n_latents, float(n)), n_tokens)
     expected = np.where(pairs > 0, pairs * chance[:, None], 0.0).sum(axis=0)
     return ContextAgreement(
-        overlap=_ratio(shared / n, of_latent),
+        overlap=ratio(shared / n, of_latent),
         chance=np.where(of_latent > 0, chance, np.nan),
-        by_distance=_ratio(shared_by_distance / n, of_distance)[1:],
-        chance_by_distance=_ratio(expected, of_distance)[1:],
+        by_distance=ratio(shared_by_distance / n, of_distance)[1:],
+        chance_by_distance=ratio(expected, of_distance)[1:],
         n=n,
     )
 
@@ -89,5 +88,27 @@ def agreement_summary(found: ContextAgreement) -> dict[str, Any]:
     }
 
 
-def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+@compiled()
+def _count_shared(tokens, shared, pairs, shared_by_distance):
+    """Count the tokens that each two layers' top contexts share.
+
+    tokens int32 [M, L, n], each [n] ascending, -1 where there are fewer: such a layer is left out. Added to in place,
+    int64: shared [M], pairs of layers [M, L] and shared_by_distance [L] by their distance.
+    """
+    n_latents, n_layers, n = tokens.shape
+    for j in range(n_latents):
+        for layer in range(n_layers):
+            if tokens[j, layer, 0] < 0:
+                continue
+            for other in range(layer + 1, n_layers):
+                if tokens[j, other, 0] < 0:
+                    continue
+                common, a, b = 0, 0, 0
+                while a < n and b < n:
+                    first, second = tokens[j, layer, a], tokens[j, other, b]
+                    common += first == second
+                    a += first <= second
+                    b += second <= first
+                shared[j] += common
+                pairs[j, other - layer] += 1
+                shared_by_distance[other - layer] += common

@@ -1,8 +1,7 @@
 """examples.parquet: the maximally activating examples as text, each with the tokens around it.
 
 Text comes whole, with no character cut (`analysis.model.token_text`); without a tokenizer token ids stand in its place.
-Each token's text is made once, however many windows it is in. Not here: which tokens are examples
-(`analysis.latents.examples`).
+Each token's text is made once, however many windows it is in. Tested in tests/analysis/latents/test_examples.py.
 
 Shapes: R examples, W tokens of a window.
 """

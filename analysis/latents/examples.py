@@ -3,8 +3,7 @@
 How: one pass over the sparse codes keeps, per latent and layer, the n most active tokens, of different documents as far
 as there are so many; what is kept does not depend on how tokens are grouped, so parts merge in any way. A second pass
 reads the codes of the windows' tokens, for the latent's activation at each of them. A window is the tokens around an
-example that the model saw together: of the same document and the same sequence. Not here: encoding
-(`analysis.encoder`), their text and their file (`analysis.latents.example_rows`).
+example that the model saw together: of the same document and the same sequence.
 
 Memory: 12 bytes for each of M * L * n examples while they are sought, and about 4 W more for each that was found;
 bounded by the number of examples, not of tokens.
@@ -13,16 +12,16 @@ Shapes: T tokens, L layers, k active latents a vector, M n_latents, n examples p
 tokens of a window.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.encoder import CodeTile
-from analysis.latents import example_loops as compiled_examples
+from analysis.loops import compiled
 from analysis.model.sequences import sequence_bounds
+from analysis.tiles import CodeTile
 from store.arrays import TokenTable
 
 PER_LAYER = 3
@@ -63,7 +62,7 @@ class TopExamples:
 
     def add(self, codes: CodeTile, document: NDArray[np.integer]) -> None:
         """Offer tokens, in place; document: [T] theirs. A token must be offered once."""
-        compiled_examples.insert(
+        _insert(
             np.ascontiguousarray(codes.values),
             np.ascontiguousarray(codes.indices),
             codes.token,
@@ -72,19 +71,6 @@ class TopExamples:
             self.token,
             self.document,
         )
-
-    @staticmethod
-    def merged(parts: Sequence["TopExamples"]) -> "TopExamples":
-        """The examples of all tokens of `parts`, whatever the grouping."""
-        first, *others = parts
-        total = TopExamples(
-            activation=first.activation.copy(), token=first.token.copy(), document=first.document.copy()
-        )
-        for part in others:
-            compiled_examples.insert_examples(
-                part.activation, part.token, part.document, total.activation, total.token, total.document
-            )
-        return total
 
     def found(self) -> "Examples":
         """What is there, sorted by latent, layer and rank: by activation, then by token."""
@@ -165,7 +151,7 @@ def window_activations(
         row_of_token[tile.token - first] = np.arange(len(tile.token))
         # Sorted by token, windows begin and end in order too.
         rows = slice(np.searchsorted(high, first, side="right"), np.searchsorted(low, last, side="right"))
-        compiled_examples.fill_windows(
+        _fill_windows(
             np.ascontiguousarray(tile.values),
             np.ascontiguousarray(tile.indices),
             first,
@@ -179,3 +165,93 @@ def window_activations(
     activations = np.empty_like(out)
     activations[order] = out
     return activations
+
+
+@compiled()
+def _insert(values, indices, token, document, best, best_token, best_document):
+    """Offer the positive activations of T tokens to the examples of their (latent, layer).
+
+    values float32 or float64 [T, L, k]; indices int64 [T, L, k]; token, document int64 [T]. Changed in place: best
+    float32, best_token int32 (-1: none), best_document int32, each [M, L, n].
+    """
+    n_tokens, n_layers, k = values.shape
+    floor = np.empty(best.shape[:2], np.float32)  # most activations are below it, and cost no more than this look
+    for j in range(len(best)):
+        for layer in range(n_layers):
+            floor[j, layer] = _floor(best[j, layer], best_token[j, layer], best_document[j, layer])
+    for t in range(n_tokens):
+        for layer in range(n_layers):
+            for i in range(k):
+                value = np.float32(values[t, layer, i])
+                j = indices[t, layer, i]
+                if value > 0 and value >= floor[j, layer]:
+                    _offer(best[j, layer], best_token[j, layer], best_document[j, layer], value, token[t], document[t])
+                    floor[j, layer] = _floor(best[j, layer], best_token[j, layer], best_document[j, layer])
+
+
+@compiled()
+def _floor(best, best_token, best_document):
+    """A value below which no new one is kept: the least kept, once there are n of different documents."""
+    n = len(best)
+    least = best[0]
+    for i in range(n):
+        if best_token[i] < 0:
+            return np.float32(0)
+        least = min(least, best[i])
+        for other in range(i):
+            if best_document[i] == best_document[other]:
+                return np.float32(0)
+    return least
+
+
+@compiled()
+def _offer(best, best_token, best_document, value, token, document):
+    """Keep the n that come first of those kept [n] and a new one: first what is the best of its document, then what is
+    more active, then what comes earlier."""
+    n = len(best)
+    for i in range(n):
+        if best_token[i] < 0:
+            best[i], best_token[i], best_document[i] = value, token, document
+            return
+    last = n  # n stands for the new one
+    last_value, last_token, last_again = value, token, False
+    for i in range(n):
+        if best_document[i] == document and (best[i] > value or (best[i] == value and best_token[i] < token)):
+            last_again = True
+    for i in range(n):
+        again = best_document[i] == document and (value > best[i] or (value == best[i] and token < best_token[i]))
+        for other in range(n):
+            if best_document[other] == best_document[i] and (
+                best[other] > best[i] or (best[other] == best[i] and best_token[other] < best_token[i])
+            ):
+                again = True
+        if again != last_again:
+            later = again
+        elif best[i] != last_value:
+            later = best[i] < last_value
+        else:
+            later = best_token[i] > last_token
+        if later:
+            last, last_value, last_token, last_again = i, best[i], best_token[i], again
+    if last < n:
+        best[last], best_token[last], best_document[last] = value, token, document
+
+
+@compiled()
+def _fill_windows(values, indices, first, row_of_token, latent, layer, start, stop, out):
+    """Note the activations of examples' latents at the tokens of their windows, as far as a tile holds them.
+
+    values [T, L, k], indices int64 [T, L, k]; row_of_token int64: row of token first + i, or -1. latent, layer (an
+    index into L), start, stop: int64 [R]. Written in place: out float32 [R, W], of token start + i at column i.
+    """
+    k = values.shape[2]
+    end = first + len(row_of_token)
+    for r in range(len(latent)):
+        for token in range(max(start[r], first), min(stop[r], end)):
+            row = row_of_token[token - first]
+            if row >= 0:
+                found = np.float32(0)
+                for i in range(k):
+                    if indices[row, layer[r], i] == latent[r]:
+                        found = np.float32(values[row, layer[r], i])
+                out[r, token - start[r]] = found

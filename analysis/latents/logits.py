@@ -13,7 +13,7 @@ in the last layer's basis, which is what the lens is for; without one this is th
 layers.
 
 How: a tile of latents at a time, so that memory does not grow with n_latents x vocabulary. Not here: causal effects of
-steering a latent (`analysis.prompt.intervene`), the embedding (`analysis.latents.embedding_match`), the file
+steering a latent (`analysis.prompt.intervene`), embeddings and the file
 (`analysis.latents.tokens`).
 
 Shapes: J latents, D d_model, V vocabulary.

@@ -8,8 +8,7 @@ Of the live latents, with unit decoder rows:
     redundant     parallel pairs with disjoint layer profiles: sum_l min(P(l | a), P(l | b)) below a tenth
 
 Cosines are made a tile of rows against all later rows at a time, so memory does not grow with the square of the number
-of latents; of the parallel pairs, however many, the foremost are kept. Not here: what a profile is
-(`analysis.moments`).
+of latents; of the parallel pairs, however many, the foremost are kept. Tested in tests/analysis/latents/test_table.py.
 
 Shapes: J live latents, D d_model, L layers, P pairs.
 """

@@ -1,9 +1,18 @@
-"""latent_logits.parquet: the tokens that each live latent writes and is nearest to, as text.
+"""The tokens of each live latent: those that it writes, those that it is nearest to, and latent_logits.parquet.
 
-How: `analysis.latents.logits` and `analysis.latents.embedding_match` find token ids; here they become text and columns,
-and medians for the summary. Not here: what the numbers mean.
+What a latent writes, and the token whose logit it is nearest to, come from `analysis.latents.logits`. Here also the
+token whose embedding the latent's decoder row is nearest to, which says whether the dictionary holds tokens themselves:
 
-Shapes: J live latents, n tokens at each end.
+    embedding_cosine_j = max over tokens v of cos(d_j, E_v - mean of E over the vocabulary)
+
+with d_j the latent's row of W_dec and E the input embedding, centred because its rows share a large mean that says
+nothing of a token. In a store that went through a tuned lens d_j is in the last layer's basis; the embedding is the
+input of block 0, which the lens's translator 0 was trained on, so E_v - mean is taken through its linear part, I + W_0.
+
+The highest of many cosines is far from 0 even for a direction that knows nothing: `chance` is its median over random
+directions. Tested in tests/analysis/latents/test_logits.py.
+
+Shapes: J latents, D d_model, V vocabulary, n tokens at each end.
 """
 
 from pathlib import Path
@@ -12,14 +21,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from analysis.latents.embedding_match import Nearest, embedding_rows, nearest_rows, random_directions
 from analysis.latents.logits import LatentLogits, latent_logits
 from analysis.model.token_text import TokenBytes
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
+from residscope.errors import IncompatibleError
 from train.model import MLSAE
+
+TILE_BYTES = 64 * 2**20
+"""Cosines held at once, float32."""
+
+N_RANDOM = 256
+"""Random directions that the chance level is the median of."""
+
 
 COLUMNS = pa.schema(
     [
@@ -37,6 +56,16 @@ COLUMNS = pa.schema(
 """One row for each live latent; tokens as text, the most extreme first."""
 
 
+class Nearest(NamedTuple):
+    """The row that each direction is nearest to."""
+
+    cosine: NDArray[np.float32]
+    """[J]"""
+
+    row: NDArray[np.int64]
+    """[J]"""
+
+
 class LatentTokens(NamedTuple):
     """Of each live latent."""
 
@@ -51,11 +80,21 @@ class LatentTokens(NamedTuple):
     chance_embedding: float
     """The same to a token's embedding."""
 
+    def summary(self) -> dict[str, Any]:
+        """The medians over live latents, for summary.json."""
+        return {
+            "norm_folded": self.logits.norm_folded,
+            "unembedding_cosine": float(np.median(self.logits.cosine)),
+            "unembedding_chance": self.chance_unembedding,
+            "embedding_cosine": float(np.median(self.embedding.cosine)),
+            "embedding_chance": self.chance_embedding,
+        }
+
 
 def find_latent_tokens(
     sae: MLSAE, latents: NDArray[np.int64], model: LoadedModel, lens: TunedLens | None, seed: int
 ) -> LatentTokens:
-    """Of `latents` [J], one at least. Raises `IncompatibleError` if the model's embedding or unembedding is not to be
+    """Of `latents` [J], one at least. Raises `IncompatibleError` if the model's embedding or unembedding is not
     found."""
     directions, random = sae.W_dec.detach()[latents], random_directions(model.d_model, seed)
     embedding = embedding_rows(model, lens)
@@ -68,17 +107,35 @@ def find_latent_tokens(
     )
 
 
-def summary_of(found: LatentTokens | None) -> dict[str, Any] | None:
-    """The medians over live latents, for summary.json."""
-    if found is None:
-        return None
-    return {
-        "norm_folded": found.logits.norm_folded,
-        "unembedding_cosine": float(np.median(found.logits.cosine)),
-        "unembedding_chance": found.chance_unembedding,
-        "embedding_cosine": float(np.median(found.embedding.cosine)),
-        "embedding_chance": found.chance_embedding,
-    }
+def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> Tensor:
+    """The centred embedding of each token of the tokenizer, float32 [V, D], through the lens where there is one. Raises
+    `IncompatibleError` if the model has no embedding with a weight [V, D]."""
+    weight = getattr(model.base.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
+        raise IncompatibleError(
+            f"{model.spec.name} ({model.architecture}): the embedding should have a weight of {model.d_model} columns"
+        )
+    rows = weight[: len(model.tokenizer)].to(torch.float32, copy=True)
+    rows -= rows.mean(dim=0)
+    return rows if lens is None else rows + rows @ lens.weights[0].to(rows.device).T
+
+
+@torch.inference_mode()
+def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
+    """The row of `rows` [V, D] with the highest cosine to each of `directions` [J, D]; a row of zeros has cosine 0 to
+    all."""
+    rows = normalize(rows, dim=1)
+    step = max(1, TILE_BYTES // (4 * len(rows)))
+    parts = [
+        (normalize(directions[start : start + step].to(rows), dim=1) @ rows.T).max(dim=1)
+        for start in range(0, len(directions), step)
+    ]
+    return Nearest(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+
+def random_directions(d_model: int, seed: int) -> Tensor:
+    """`N_RANDOM` directions [N_RANDOM, D], drawn evenly from all."""
+    return torch.randn(N_RANDOM, d_model, generator=torch.Generator().manual_seed(seed))
 
 
 def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Any) -> None:

@@ -3,62 +3,138 @@ whether its top contexts agree between layers.
 
 How: one pass over the codes fills what the three need, a second one reads the examples' windows. Text needs the
 tokenizer of the store's model, and nothing else of it; where that is not on this machine, ids are written, and the
-reason is in summary.json. Not here: how examples are found (`analysis.latents.examples`) and shown
-(`analysis.report.page`).
+reason is in summary.json.
+
+The sizes of activations are counts in fixed bins, half an octave wide: bin b holds activations from 2^(-5 + b / 2) up
+to the next bin's; the first holds all smaller and the last all larger ones too. Bins are the same for all latents,
+layers and runs, so counts add over tokens and histograms of runs can be laid over each other. Activations are those of
+standardised vectors, so their size is about that of a coordinate of a vector of length sqrt(d_model).
+
+Tested in tests/analysis/latents/test_views.py and test_examples.py.
+
+Shapes: M n_latents, L layers, B bins.
 """
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from analysis.inputs import Inputs, TaskSpec
 from analysis.latents.contexts import agreement_summary, context_agreement, contexts_per_layer
 from analysis.latents.example_rows import write_found
 from analysis.latents.examples import REACH, TopExamples, examples_per_layer
-from analysis.latents.histograms import add_counts, no_counts, write_histograms
-from analysis.parts import Context, Part
+from analysis.latents.table import LatentTable
+from analysis.loops import compiled
+from analysis.model.transformer import spec_of_store
+from analysis.results.folder import EXAMPLES, HISTOGRAMS
+from analysis.selection import Selection
+from analysis.task import codes_again
+from harvest.model.load import load_tokenizer
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 
-EXAMPLES, HISTOGRAMS = "examples.parquet", "histograms.parquet"
+LOWEST = -5
+"""Base-2 logarithm of the first bin's lower edge."""
+
+N_BINS = 24
+
+EDGES: tuple[float, ...] = tuple(2.0 ** (LOWEST + b / 2) for b in range(N_BINS + 1))
+"""Of the bins; the first is open below and the last above."""
+
+COLUMNS = pa.schema([("latent", pa.int64()), ("layer", pa.int64()), ("counts", pa.list_(pa.int64(), N_BINS))])
+"""histograms.parquet: a row for each latent and layer at which it fired, sorted; layer as the model counts."""
 
 
-def make(context: Context) -> dict[str, Any]:
-    """Write the files; what summary.json says of them."""
-    tokens, analysed = context.store.tokens, context.selection.analysed
-    n_latents, n_layers = context.table.probs.shape
-    layer_numbers = context.moments.layers.tolist()
+class LatentViews(NamedTuple):
+    """What is said of them elsewhere than in their own files."""
+
+    summary: dict[str, Any]
+    """The key `examples` of summary.json."""
+
+    columns: dict[str, NDArray[np.float64]]
+    """[M] each: columns of latents.parquet; NaN for what is not defined."""
+
+
+def view_latents(
+    spec: TaskSpec, inputs: Inputs, selection: Selection, table: LatentTable, model: str | None, folder: Path
+) -> LatentViews:
+    """Look at the latents of the analysed tokens and write the files. model: where the store's model is, if the user
+    said so."""
+    tokens, codes, layer_numbers = inputs.store.tokens, partial(codes_again, spec), inputs.layer_numbers
+    n_latents, n_layers = table.probs.shape
     n = examples_per_layer(n_latents, n_layers)
     top = TopExamples.zeros(n_latents, n_layers, n)
     strongest = TopExamples.zeros(n_latents, n_layers, contexts_per_layer(n_latents, n_layers))
     counts = no_counts(n_latents, n_layers)
-    for tile in context.codes(analysed):
+    for tile in codes(selection.analysed):
         top.add(tile, tokens.document[tile.token])
         strongest.add(tile, tile.token)  # each token its own document: simply the most active
         add_counts(counts, tile.values, tile.indices)
-    write_histograms(context.folder / HISTOGRAMS, counts, layer_numbers)
-    tokenizer, reason = tokenizer_of_store(context.store, context.config.model)
-    n_rows = write_found(
-        context.folder / EXAMPLES, top.found(), tokens, tokenizer, context.codes, analysed, layer_numbers
+    write_histograms(folder / HISTOGRAMS, counts, layer_numbers)
+    tokenizer, reason = tokenizer_of_store(inputs.store, model)
+    n_rows = write_found(folder / EXAMPLES, top.found(), tokens, tokenizer, codes, selection.analysed, layer_numbers)
+    agreement = context_agreement(strongest.token, table.n_tokens)
+    return LatentViews(
+        summary={
+            "rows": n_rows,
+            "per_layer": n,
+            "tokens_around": REACH,
+            "no_text": reason,
+            "agreement": agreement_summary(agreement),
+        },
+        columns={"context_overlap": agreement.overlap, "context_chance": agreement.chance},
     )
-    agreement = context_agreement(strongest.token, context.table.n_tokens)
-    context.columns["context_overlap"] = agreement.overlap
-    context.columns["context_chance"] = agreement.chance
-    return {
-        "rows": n_rows,
-        "per_layer": n,
-        "tokens_around": REACH,
-        "no_text": reason,
-        "agreement": agreement_summary(agreement),
-    }
 
 
 def tokenizer_of_store(store: ActivationStore, model: str | None) -> tuple[Any, str | None]:
     """The tokenizer of the store's model, or None and why. A model of the hub is looked for in the local cache only."""
-    from analysis.model.transformer import spec_of_store
-    from harvest.model.load import load_tokenizer
-
     try:
         return load_tokenizer(spec_of_store(store, model, offline=True)), None
     except ResidscopeError as error:
         return None, str(error)
 
 
-PART = Part(name="examples", files=(EXAMPLES, HISTOGRAMS), wanted=lambda config: config.examples, make=make)
+def no_counts(n_latents: int, n_layers: int) -> NDArray[np.uint32]:
+    """[M, L, B] zeros."""
+    return np.zeros((n_latents, n_layers, N_BINS), np.uint32)
+
+
+def add_counts(counts: NDArray[np.uint32], values: NDArray[np.floating], indices: NDArray[np.int64]) -> None:
+    """Count the positive activations of tokens, in place: values [T, L, k], indices [T, L, k]."""
+    _add_histogram(np.ascontiguousarray(values), np.ascontiguousarray(indices), LOWEST, counts)
+
+
+def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequence[int]) -> None:
+    """Write histograms.parquet; `layer_numbers` [L] are the model's block indices. The edges are in the metadata."""
+    latent, layer = np.nonzero(counts.any(axis=2))
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(counts[latent, layer].astype(np.int64).ravel()), N_BINS)
+    columns = [pa.array(latent), pa.array(np.asarray(layer_numbers, np.int64)[layer]), rows]
+    table = pa.table(dict(zip(COLUMNS.names, columns, strict=True)), schema=COLUMNS)
+    pq.write_table(table.replace_schema_metadata({"edges": repr(list(EDGES))}), path, compression="zstd")
+
+
+@compiled()
+def _add_histogram(values, indices, lowest, counts):
+    """Count the positive activations of T tokens by size.
+
+    values [T, L, k], indices int64 [T, L, k]. Added to in place: counts uint32 [M, L, B]; bin b holds activations from
+    2^(lowest + b / 2) up to the next bin's, the first bin all smaller and the last all larger ones too.
+    """
+    n_tokens, n_layers, k = values.shape
+    last = counts.shape[2] - 1
+    for t in range(n_tokens):
+        for layer in range(n_layers):
+            for i in range(k):
+                value = np.float64(values[t, layer, i])
+                if value > 0:
+                    mantissa, exponent = math.frexp(value)  # value = mantissa * 2^exponent, 0.5 <= mantissa < 1
+                    upper = 1 if mantissa * mantissa >= 0.5 else 0
+                    place = min(max(2 * (exponent - 1 - lowest) + upper, 0), last)
+                    counts[indices[t, layer, i], layer, place] += np.uint32(1)

@@ -14,14 +14,13 @@ in their sequence: what is predicted at a kept token. The mean is that of the st
 
 How: the model runs on from a block's given output (`analysis.model.continuation`), whatever the architecture. Logits
 are made from the last block's output, a tile of tokens at a time, in float32, so that memory does not grow with tokens
-x vocabulary. Sums are kept per document for intervals. Not here: which model belongs to a store
-(`analysis.model.transformer`).
+x vocabulary. Sums are kept per document for intervals. Not here: the means and intervals that sums give
+(`analysis.model.downstream_numbers`), which model belongs to a store (`analysis.model.transformer`).
 
 Shapes: B sequences, N positions, D d_model, V vocabulary, L layers, C conditions, G documents, n counted tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.model.continuation import Before, block_output, can_skip, last_output
-from analysis.model.sequences import Batch, sequence_batches
-from analysis.uncertainty import Interval, enough_groups, jackknife_intervals, without_each
+from analysis.model.downstream_numbers import Downstream
+from analysis.model.sequences import SequenceBatch, batches_to_measure
 from harvest.lens.translators import TunedLens
 from harvest.model.checks import check_logits, check_model
 from harvest.model.load import LoadedModel
@@ -43,10 +42,6 @@ from train.model import MLSAE
 Replace = Callable[[Tensor, int], Tensor]
 """replace(x [n, D] of kept tokens in the model's own space and format, layer as the model counts) -> [n, D]"""
 
-RECONSTRUCTED, MEAN, ZERO = range(3)
-CONDITIONS = ("reconstructed", "mean", "zero")
-"""What takes the residual stream's place, in the order of the C axis."""
-
 TILE_BYTES = 32 * 2**20
 """float32 logits of one tile; about six such arrays are alive at once."""
 
@@ -55,93 +50,6 @@ KEPT_BYTES = 512 * 2**20
 
 BATCH_TOKENS = 2048
 """Tokens in a forward pass, at least one sequence."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Downstream:
-    """Sums over the counted tokens of each document, and the numbers that they give."""
-
-    layers: NDArray[np.int64]
-    """[L] the model's block indices."""
-
-    documents: NDArray[np.int64]
-    """[G] documents with a counted token, ascending."""
-
-    n_tokens: NDArray[np.int64]
-    """[G] counted tokens."""
-
-    true_ce: NDArray[np.float64]
-    """[G] summed cross-entropy of the untouched model, nats."""
-
-    ce: NDArray[np.float64]
-    """[L, C, G] summed cross-entropy with the layer replaced, nats."""
-
-    kl: NDArray[np.float64]
-    """[L, C, G] summed KL(true || replaced), nats."""
-
-    def result(self) -> "DownstreamResult":
-        """The means over all counted tokens."""
-        return _result(*(x.sum(axis=-1) for x in self._sums()))
-
-    def intervals(self) -> dict[str, list[Interval | None]]:
-        """95 % intervals over documents of the numbers of `result`, by name: one for each layer, and last that of the
-        mean over layers. Empty if there are fewer than `MIN_INTERVAL_GROUPS` documents.
-
-        A replicate leaves a document out (`analysis.uncertainty`). None where a number is not defined in each.
-        """
-        if not enough_groups(len(self.documents)):
-            return {}
-        value, drawn = self.result(), _result(*map(without_each, self._sums()))
-        return {
-            name: jackknife_intervals(_with_mean(getattr(value, name)), _with_mean(getattr(drawn, name)))
-            for name in PER_LAYER
-        }
-
-    def _sums(self) -> tuple[Any, ...]:
-        return self.n_tokens, self.true_ce, self.ce, self.kl
-
-
-class DownstreamResult(NamedTuple):
-    """Means over tokens; each [L] but the first two. NaN where a number is not defined."""
-
-    n_tokens: Any
-    """Counted tokens."""
-
-    true_ce: Any
-    """Cross-entropy of the untouched model, nats per predicted token."""
-
-    delta_ce: NDArray[np.float64]
-    """By how much the reconstruction raises it."""
-
-    kl: NDArray[np.float64]
-    """KL(true || reconstructed), nats per token."""
-
-    mean_delta_ce: NDArray[np.float64]
-    """By how much mean ablation raises the cross-entropy."""
-
-    zero_delta_ce: NDArray[np.float64]
-    """By how much zero ablation does."""
-
-    mean_kl: NDArray[np.float64]
-    """KL(true || mean-ablated)."""
-
-    zero_kl: NDArray[np.float64]
-    """KL(true || zero-ablated)."""
-
-    recovered_mean: NDArray[np.float64]
-    """Loss recovered against mean ablation."""
-
-    recovered_zero: NDArray[np.float64]
-    """Loss recovered against zero ablation."""
-
-
-def _with_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[L, ...] with the mean over layers appended, [L + 1, ...]."""
-    return np.append(values, values.mean(axis=0, keepdims=True), axis=0)
-
-
-PER_LAYER = DownstreamResult._fields[2:]
-"""Numbers of a `DownstreamResult` that there is one of for each layer."""
 
 
 def sae_reconstruction(sae: MLSAE, lens: TunedLens | None) -> Replace:
@@ -188,7 +96,7 @@ def measure_downstream(
         lambda x, layer: torch.zeros_like(x),
     )
     everything = np.ones(store.meta.n_tokens, bool)
-    batches = sequence_batches(store.tokens, everything if counted is None else counted, max_tokens, batch_tokens)
+    batches = batches_to_measure(store.tokens, everything if counted is None else counted, max_tokens, batch_tokens)
     if not batches:
         raise IncompatibleError(
             f"{store.path}: no token to measure at: none of the chosen documents' kept tokens has a next token in its"
@@ -218,7 +126,12 @@ class _Losses(NamedTuple):
 
 @torch.inference_mode()
 def _measure(
-    model: LoadedModel, batch: Batch, layers: tuple[int, ...], conditions: Sequence[Replace], skip: bool, bar: Any
+    model: LoadedModel,
+    batch: SequenceBatch,
+    layers: tuple[int, ...],
+    conditions: Sequence[Replace],
+    skip: bool,
+    bar: Any,
 ) -> _Losses:
     kept, counted = batch.kept.to(model.device), batch.counted.to(model.device)
     target = batch.input_ids[:, 1:][batch.counted[:, :-1]].to(model.device)  # [n]
@@ -307,25 +220,4 @@ def _by_document(layers: tuple[int, ...], document: NDArray[np.int64], parts: Se
         true_ce=sums(true_ce),
         ce=sums(ce),
         kl=sums(kl),
-    )
-
-
-def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np.float64]) -> DownstreamResult:
-    """Means from sums: n_tokens [...], true_ce [...], ce and kl [L, C, ...]; ... is empty or replicates."""
-    true_ce, ce, kl = true_ce / n_tokens, ce / n_tokens, kl / n_tokens
-    delta = ce - true_ce  # [L, C, ...]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        recovered = 1 - delta[:, :1] / delta[:, 1:]
-    recovered = np.where(np.isfinite(recovered), recovered, np.nan)
-    return DownstreamResult(
-        n_tokens=n_tokens,
-        true_ce=true_ce,
-        delta_ce=delta[:, RECONSTRUCTED],
-        kl=kl[:, RECONSTRUCTED],
-        mean_delta_ce=delta[:, MEAN],
-        zero_delta_ce=delta[:, ZERO],
-        mean_kl=kl[:, MEAN],
-        zero_kl=kl[:, ZERO],
-        recovered_mean=recovered[:, 0],
-        recovered_zero=recovered[:, 1],
     )

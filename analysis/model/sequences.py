@@ -1,7 +1,7 @@
-"""Which sequences of a store go through the model again: a plan, made from the token table alone.
+"""Which sequences of a store go through the model again, chosen from the token table alone.
 
-A sequence is a run of tokens up to the next position 0. Sequences are run whole, without padding. Not here: running
-them (`analysis.model.downstream`).
+A sequence is a run of tokens up to the next position 0. Sequences are run whole, without padding. Tested in
+tests/analysis/model/test_downstream.py.
 
 Shapes: T tokens, B sequences, N positions, n counted tokens.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from store.arrays import TokenTable
 
 
-class Batch(NamedTuple):
+class SequenceBatch(NamedTuple):
     """Sequences of one length."""
 
     input_ids: Tensor
@@ -33,7 +33,9 @@ class Batch(NamedTuple):
     """[n] document of each counted token."""
 
 
-def sequence_batches(tokens: TokenTable, chosen: NDArray[np.bool_], max_tokens: int, batch_tokens: int) -> list[Batch]:
+def batches_to_measure(
+    tokens: TokenTable, chosen: NDArray[np.bool_], max_tokens: int, batch_tokens: int
+) -> list[SequenceBatch]:
     """The sequences to run for at most `max_tokens` counted tokens: kept ones of `chosen` [T] with a next token in
     their sequence.
 
@@ -78,9 +80,9 @@ def _grouped(runs: list[tuple[int, int]], batch_tokens: int) -> Iterator[list[tu
         yield group
 
 
-def _batch(tokens: TokenTable, counted: NDArray[np.bool_], runs: list[tuple[int, int]]) -> Batch:
+def _batch(tokens: TokenTable, counted: NDArray[np.bool_], runs: list[tuple[int, int]]) -> SequenceBatch:
     index = np.stack([np.arange(start, stop) for start, stop in runs])  # [B, N]
-    return Batch(
+    return SequenceBatch(
         input_ids=torch.from_numpy(tokens.token_id[index].astype(np.int64)),
         kept=torch.from_numpy(tokens.keep[index]),
         counted=torch.from_numpy(counted[index]),

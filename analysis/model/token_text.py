@@ -2,8 +2,7 @@
 
 A byte-level or byte-fallback tokenizer may cut a character into several tokens, each of which decodes to nonsense
 alone. So tokens are turned into bytes, bytes of consecutive tokens are joined, and a character belongs whole to the
-token that holds its first byte; a token that only continues a character has no text of its own. Not here: which tokens
-are shown (`analysis.latents.examples`).
+token that holds its first byte; a token that only continues a character has no text of its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -72,7 +71,7 @@ def _kind(tokenizer: Any) -> str:
 
 def texts_of(token_bytes: Sequence[bytes]) -> list[str]:
     """The text of each of some consecutive tokens; joined it is their text. Bytes before the first whole character
-    belong to no token, and bytes that are no UTF-8 become U+FFFD."""
+    belong to no token, and bytes that are not UTF-8 become U+FFFD."""
     data = b"".join(token_bytes)
     signs = np.frombuffer(data, np.uint8)
     first = np.append(np.flatnonzero(signs & 0xC0 != 0x80), len(data))  # first bytes of characters

@@ -4,7 +4,7 @@ How: the store's provenance names the model, its commit or the hash of its files
 what is loaded must be the same, else every number would speak of another model. Where a hash tells nothing (a local
 copy of a hub model), `harvest.model.checks` compares what the model gives with what the store holds. A model or lens
 that came from a local folder is known to the store by name only: where it lies says the file with the harvest's options
-beside the store, or the caller. Not here: changing the residual stream (`analysis.model.downstream`).
+beside the store, or the caller. Tested in tests/analysis/model/test_downstream.py.
 """
 
 from pathlib import Path
@@ -20,38 +20,23 @@ from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
 
 
-def model_of_store(
-    store: ActivationStore,
-    name: str | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> LoadedModel:
-    """The model that `store` was harvested from, in the format that it ran in there unless `dtype` says otherwise.
-
-    name: where the model is, if the store's own word for it is not enough (a folder, a GGUF file). Raises as
-    `spec_of_store` does, and `ResidscopeError` where the weights cannot be loaded.
-    """
-    return load_of_store(store, spec_of_store(store, name), device=device, dtype=dtype)
-
-
 def load_of_store(
     store: ActivationStore,
     spec: ModelSpec,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """The weights of `spec`, which `spec_of_store` gave, in the format that they ran in when `store` was harvested."""
-    wanted = getattr(torch, store.meta.provenance.get("compute_dtype", "float32")) if dtype is None else dtype
-    return load_model(spec, dtype=wanted, device=device)
+    dtype = getattr(torch, store.meta.provenance.get("compute_dtype", "float32"))
+    return load_model(spec, dtype=dtype, device=device)
 
 
 def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: bool = False) -> ModelSpec:
     """Which model `store` was harvested from, found again; no weights are loaded yet.
 
-    name: as in `model_of_store`. offline: a model of the hub is looked for in the local cache only. Raises `UsageError`
-    where it is not found, `IncompatibleError` where it is another model or other weights.
+    name: where the model is, if the store's own word for it is not enough (a folder, a GGUF file). offline: a model of
+    the hub is looked for in the local cache only. Raises `UsageError` where it is not found, `IncompatibleError` where
+    it is another model or other weights.
     """
     provenance = store.meta.provenance
     model, revision = str(provenance.get("model")), provenance.get("model_revision")

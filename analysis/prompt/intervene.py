@@ -11,10 +11,10 @@ The reconstruction's own error stays as it is, so that an intervention of nothin
 through a lens the sum is made in the lens's basis and taken back through its inverse. The true run goes through neither
 autoencoder nor lens.
 
-Told are, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at the
-last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
-most; and by how much their logits change, less the mean change over the vocabulary. Not here: which latents
-(`analysis.prompt.prompt`).
+The results, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at
+the last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
+most; and by how much their logits change, less the mean change over the vocabulary. Tested in
+tests/analysis/prompt/test_view.py.
 
 Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
@@ -80,7 +80,7 @@ class Effect(NamedTuple):
     decreased: list[TokenChange]
 
 
-class Subject(NamedTuple):
+class PromptedModel(NamedTuple):
     """Who is changed: model, autoencoder and lens, and the format that the store keeps vectors in."""
 
     model: LoadedModel
@@ -124,36 +124,36 @@ def parse_ablate(text: str) -> Intervention:
 
 
 @torch.inference_mode()
-def changed_vectors(subject: Subject, intervention: Intervention, x: Tensor, layer: int) -> Tensor:
+def changed_vectors(prompted: PromptedModel, intervention: Intervention, x: Tensor, layer: int) -> Tensor:
     """The block's outputs x [n, D] at the kept positions, changed; float32."""
-    sae = subject.sae
+    sae = prompted.sae
     direction = sae.W_dec[intervention.latent]  # [D]
-    y = subject.seen(x, layer)
+    y = prompted.seen(x, layer)
     std = sae.standardize(y.clone(), sae.rows_of_layer(layer, len(y))).std  # [n, 1]
     if intervention.kind == "steer":
         amount = torch.full((len(x), 1), intervention.coefficient or 0.0, device=x.device)
     else:
-        values, indices = subject.codes(x, layer)
+        values, indices = prompted.codes(x, layer)
         amount = -values.where(indices == intervention.latent, 0).sum(dim=1, keepdim=True)  # [n, 1]
     shift = amount * std * direction  # [n, D]
-    if subject.lens is None:
+    if prompted.lens is None:
         return x.float() + shift
     # The inverse is affine: of a difference it is the difference of inverses.
-    return x.float() + (subject.lens.invert(shift, layer) - subject.lens.invert(torch.zeros_like(shift), layer))
+    return x.float() + (prompted.lens.invert(shift, layer) - prompted.lens.invert(torch.zeros_like(shift), layer))
 
 
 class PromptRun:
     """A prompt that went through the untouched model, ready for interventions."""
 
     @torch.inference_mode()
-    def __init__(self, subject: Subject, input_ids: Tensor, kept: Tensor) -> None:
+    def __init__(self, prompted: PromptedModel, input_ids: Tensor, kept: Tensor) -> None:
         """input_ids: int64 [1, N]; kept: bool [1, N]."""
-        self.subject = subject
-        self._ids, self._kept = input_ids, kept.to(subject.model.device)
-        self._skip = can_skip(subject.model, input_ids)
-        true = last_output(subject.model, input_ids)
-        self._known = TrueRun(subject.model.logits, true[self._kept])
-        self._last_logits = subject.model.logits(true[0, -1]).float()  # [V]
+        self.prompted = prompted
+        self._ids, self._kept = input_ids, kept.to(prompted.model.device)
+        self._skip = can_skip(prompted.model, input_ids)
+        true = last_output(prompted.model, input_ids)
+        self._known = TrueRun(prompted.model.logits, true[self._kept])
+        self._last_logits = prompted.model.logits(true[0, -1]).float()  # [V]
 
     @property
     def next_probabilities(self) -> Tensor:
@@ -163,10 +163,10 @@ class PromptRun:
     @torch.inference_mode()
     def effect(self, intervention: Intervention, layer: int) -> Effect:
         """Change block `layer` and run on."""
-        model = self.subject.model
+        model = self.prompted.model
         before = block_output(model, self._ids, layer)
         output = with_residual(
-            before.output, lambda x: changed_vectors(self.subject, intervention, x, layer), self._kept
+            before.output, lambda x: changed_vectors(self.prompted, intervention, x, layer), self._kept
         )
         changed = last_output(model, self._ids, Before(layer, output), skip=self._skip)
         replaced = changed[self._kept]
@@ -174,8 +174,8 @@ class PromptRun:
         logits = model.logits(changed[0, -1]).float()
         if logits.isnan().any():
             raise UsageError(
-                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions are no "
-                "numbers after it; give a smaller coefficient"
+                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions are "
+                "NaN after it; give a smaller coefficient"
             )
         log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         return Effect(

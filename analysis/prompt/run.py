@@ -1,16 +1,14 @@
 """`analyze --prompt`: prompts added to an analysis, from options to files.
 
-How: an analysis of the same store and autoencoder that is in the output folder is used as it is; without one it is made
-first. Then the model looks at the prompts; prompt.parquet and prompt.json are written, and report.html is written anew
-with them. Each file is replaced whole. Not here: what is looked at (`analysis.prompt.prompt`), how it is shown
-(`analysis.report.sections.prompt`).
+How: an analysis of the same store and autoencoder that is in the output folder is used; if there is none, one is made
+first. Then the model reads the prompts; prompt.parquet and prompt.json are written, and report.html again, with them.
+Each file is replaced whole. Tested in tests/analysis/prompt/test_view.py.
 """
 
 import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,22 +19,20 @@ import pyarrow.parquet as pq
 import torch
 
 from analysis.config import AnalyzeConfig
-from analysis.encoder import layers_of_store, weights_hash
-from analysis.model.parts import locate
+from analysis.inputs import open_inputs, weights_hash
+from analysis.model.findings import locate
 from analysis.model.token_text import TokenBytes
 from analysis.model.transformer import load_of_store
-from analysis.prompt.intervene import Subject, TokenChange, parse_ablate, parse_steer
-from analysis.prompt.prompt import PromptView, check_interventions, read_prompt, view_prompt
+from analysis.prompt.intervene import PromptedModel, TokenChange, parse_ablate, parse_steer
+from analysis.prompt.view import PromptView, check_interventions, read_prompt, view_prompt
 from analysis.prompt.words import prompt_words
-from analysis.run import SUMMARY, analyze
-from analysis.summary import SCHEMA_VERSION
+from analysis.results.folder import PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
+from analysis.results.summary import SCHEMA_VERSION
+from analysis.run import analyze
 from harvest.model.checks import check_logits, check_model
+from residscope.options import with_values
 from store.activations import ActivationStore
 from store.files import atomic_write
-from train.formats.files import read_sae
-from train.model import Checkpoint
-
-PROMPT_JSON, PROMPT_TABLE = "prompt.json", "prompt.parquet"
 
 MOST_LATENTS = 256
 """Latents of a prompt that prompt.json lists, by falling mass; prompt.parquet has all."""
@@ -56,28 +52,27 @@ COLUMNS = pa.schema(
 
 
 def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
-    """Look at `config.prompt`, write, print, and return prompt.json's content. Raises as `analyze` does, before any
-    work where the model is not to be had or an option makes no sense."""
-    interventions = [*map(parse_ablate, config.ablate), *map(parse_steer, config.steer)]
-    store = ActivationStore.open(config.store)
-    sae, origin = read_sae(config.sae)
-    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
-    layers = [store.meta.layers[i] for i in layers_of_store(checkpoint, store, config.sae)]
+    """Look at the prompts, write, print, and return prompt.json's content. Raises as `analyze` does, before any
+    work where the model cannot be found or an option makes no sense."""
+    prompts = config.prompts
+    interventions = [*map(parse_ablate, prompts.ablate), *map(parse_steer, prompts.steer)]
+    inputs = open_inputs(config.store, config.sae)
+    store, sae, layers = inputs.store, inputs.sae, inputs.layer_numbers
     check_interventions(interventions, sae.config.n_latents, layers)
-    found = locate(store, config.model, config.lens, offline=False)
+    found = locate(store, config.transformer.model, config.transformer.lens, offline=False)
     assert found.spec is not None
-    say = partial(print, file=sys.stderr) if config.json else print
+    say = partial(print, file=sys.stderr) if config.output.json else print
     if not has_analysis(config.out_dir, store, weights_hash(sae)):
-        with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
-            analyze(replace(config, json=False))
+        with contextlib.redirect_stdout(sys.stderr) if config.output.json else contextlib.nullcontext():
+            analyze(with_values(config, json=False), inputs)
     model = load_of_store(store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
     check_model(store, model, found.lens)
-    tokens = [read_prompt(store, model.tokenizer, model.causal_lm.config, text) for text in config.prompt]
+    tokens = [read_prompt(store, model.tokenizer, model.causal_lm.config, text) for text in prompts.prompt]
     check_logits(model, torch.from_numpy(tokens[0].ids)[None])
-    subject = Subject(model, sae.to(model.device), found.lens, store.meta.stored_dtype)
+    prompted = PromptedModel(model, sae.to(model.device), found.lens, store.meta.stored_dtype)
     views = [
-        view_prompt(subject, text, read, layers, interventions)
-        for text, read in zip(config.prompt, tokens, strict=True)
+        view_prompt(prompted, text, read, layers, interventions)
+        for text, read in zip(prompts.prompt, tokens, strict=True)
     ]
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -86,9 +81,9 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     }
     _write(config, views, content)
     say(prompt_words(content))
-    names = f"{PROMPT_JSON}, {PROMPT_TABLE}" + (", report.html" if config.report else "")
+    names = f"{PROMPT_JSON}, {PROMPT_TABLE}" + (", report.html" if config.output.report else "")
     say(f"Written to {config.out_dir}: {names}.")
-    if config.json:
+    if config.output.json:
         print(json.dumps(content, allow_nan=False))
     return content
 
@@ -110,11 +105,11 @@ def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str
     pq.write_table(_table(views), sink, compression="zstd")
     atomic_write(out / PROMPT_TABLE, [memoryview(sink.getvalue())])
     atomic_write(out / PROMPT_JSON, [json.dumps(content, indent=2, allow_nan=False).encode()])
-    if config.report:
+    if config.output.report:
         from analysis.report.data import load_results
         from analysis.report.page import render_report
 
-        atomic_write(out / "report.html", [render_report(load_results(out)).encode()])
+        atomic_write(out / REPORT, [render_report(load_results(out)).encode()])
 
 
 def _table(views: Sequence[PromptView]) -> pa.Table:

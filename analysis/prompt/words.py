@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from analysis.word_tables import shown, table
+from analysis.results.words import shown, table
 
 N_LATENTS = 12
 

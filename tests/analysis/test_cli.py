@@ -11,7 +11,7 @@ import torch
 
 from analysis.cli import main
 from store.activations import ActivationStore
-from tests.analysis.small import Small, make_small
+from tests.support.small import Small, make_small
 from train.formats.files import write_sae
 from train.model import CHECKPOINT_FORMAT
 
@@ -178,34 +178,31 @@ def test_numbers_below_one(small, tmp_path, capsys, flag):
 
 
 def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
-    from analysis.encoder import load_encoder
-    from analysis.task import Work, open_data
+    from analysis.config import StatisticsOptions, TokenOptions
+    from analysis.inputs import TaskSpec, open_data
     from residscope.errors import IncompatibleError
 
     store = ActivationStore.open(small.store)
-    work = Work(
+    spec = TaskSpec(
         store=str(small.store),
         content_hash="of another store",
         sae=str(small.sae),
         layers=tuple(range(store.meta.n_layers)),
-        dtype="float32",
-        split="all",
-        max_tokens=None,
+        tokens=TokenOptions(),
+        statistics=StatisticsOptions(),
         validation=None,
         same_store=True,
-        baseline=False,
-        nulls=False,
-        seed=0,
+        pca=False,
     )
     with pytest.raises(IncompatibleError, match="expected of another store"):
-        open_data(work, load_encoder(small.sae, "float32"))
+        open_data(spec)
 
 
 def test_a_full_disk_is_said_with_the_folder_whatever_library_met_it(small, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: no room")  # as pyarrow says it: no file name
 
-    monkeypatch.setattr("analysis.run.tables.write_latents", full)
+    monkeypatch.setattr("analysis.results.tables.write_latents", full)
     flags = ["--no-report", "--downstream-tokens", "0", "--no-latent-logits"]
     argv = [*options(small, tmp_path / "out"), *flags]
     fails(capsys, argv, 1, f"No space left on device: {tmp_path / 'out'}. Free some space, then run the same command")

@@ -11,10 +11,9 @@ import pytest
 from dask.base import collections_to_expr
 
 from analysis import jobs
-from analysis.config import AnalyzeConfig
 from analysis.run import analyze
 from residscope.errors import UsageError
-from tests.analysis.small import Small, make_small
+from tests.support.small import Small, analyze_config, make_small
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def small(tmp_path_factory) -> Small:
 
 
 def run(small: Small, out: Path, **options: Any) -> dict[str, Any]:
-    summary = analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=out, report=False, **options))
+    summary = analyze(analyze_config(store=small.store, sae=small.sae, out=out, report=False, **options))
     return {name: value for name, value in summary.items() if name not in ("seconds", "provenance")}
 
 

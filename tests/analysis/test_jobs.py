@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def test_an_interrupt_is_said_to_be_one():
     def interrupt(shards):
         raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="starts the analysis anew"):
+    with pytest.raises(Interrupted, match="starts the analysis again"):
         jobs.run(shard_sum(interrupt), jobs.Threads(1))
 
 
@@ -137,3 +139,34 @@ def test_an_address_that_does_not_answer_is_one_clear_error(address, monkeypatch
         jobs.open_pool(address, None, 1),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_worker_processes_find_our_packages_whatever_lies_on_the_path(tmp_path):
+    for name in ("store", "train", "analysis", "harvest"):
+        (tmp_path / f"{name}.py").write_text("raise AssertionError('a file of the user')")
+    code = """
+import residscope
+from analysis import jobs
+
+def echo(shards):
+    import store.meta
+    return list(shards)
+
+def merge(parts):
+    return sum(parts, [])
+
+total = jobs.ShardSum(name="test", task=echo, arguments=(), merge=merge, shards=(3, 5), tokens=(1, 1))
+with jobs.open_pool("processes", 1, 2) as pool:
+    print(jobs.run(total, pool))
+"""
+    root = str(Path(jobs.__file__).parents[1])
+    path = os.pathsep.join([str(tmp_path), root])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "[3, 5]", done.stderr[-2000:]

@@ -7,38 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.moments import (
-    WEIGHTINGS,
-    LayerMoments,
-    Weighting,
-    latent_table,
-    mlsae_compat,
-    profile_mean_and_variance,
-    variances,
-)
-from tests.analysis.dense import decompose, reference_ratios, scatter, spread_of
-
-
-def random_codes(rng, n_tokens, n_layers, k, n_latents, silent=0.3):
-    """Codes [T, L, k] with distinct latents in a vector, some of them silent (value 0, as ReLU leaves them)."""
-    indices = np.argsort(rng.random((n_tokens, n_layers, n_latents)), axis=-1)[..., :k]
-    values = rng.gamma(1.0, 3.0, (n_tokens, n_layers, k)) * (rng.random((n_tokens, n_layers, k)) > silent)
-    return values, indices
-
-
-def moments_of(values, indices, n_latents, layers=None, group=None):
-    layers = range(values.shape[1]) if layers is None else layers
-    moments = LayerMoments.zeros(list(layers), n_latents, [0] if group is None else group.tolist())
-    moments.add(values, indices, group)
-    return moments
-
-
-def planted(profiles, n_latents):
-    """Codes in which latent j of token t has the profile profiles[t, j] [T, M, L]: k = M, every latent in every
-    vector."""
-    profiles = np.asarray(profiles, np.float64)
-    values = np.moveaxis(profiles, 1, 2)
-    return values, np.broadcast_to(np.arange(n_latents), values.shape).copy()
+from analysis.latents.table import latent_table, profile_mean_and_variance
+from analysis.moments import WEIGHTINGS, LayerMoments, Weighting, variances
+from analysis.reference import mlsae_compat
+from tests.support.codes import moments_of, planted, random_codes
+from tests.support.dense import decompose, reference_ratios, scatter, spread_of
 
 
 def parts(moments, weighting: Weighting = "mass"):

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.moments import LayerMoments, latent_table
+from analysis.latents.table import latent_table
+from analysis.moments import LayerMoments
 from analysis.persistence import DISTRIBUTIONS, PAIR_WEIGHTINGS, PairWeighting, distributions, persistence_numbers
 from analysis.uncertainty import jackknife_intervals, persistence_intervals
-from tests.analysis.dense import scatter
-from tests.analysis.test_moments import moments_of, planted, random_codes
+from tests.support.codes import moments_of, planted, random_codes
+from tests.support.dense import scatter
 
 
 def pair_numbers(activations: np.ndarray) -> dict[str, float]:
@@ -76,8 +77,8 @@ def test_every_number_equals_its_definition(seed, n_tokens, n_layers, n_latents,
         found = numbers(moments, weighting)
         for name, value in naive(dense, layers, weighting).items():
             np.testing.assert_allclose(found[name], value, rtol=1e-10, atol=1e-12, err_msg=f"{weighting} {name}")
-        for name, shares in distributions(moments.persistence.histograms.sum(axis=0), weighting).items():
-            assert shares.sum() == pytest.approx(1), name
+        for name, shares in distributions(moments.persistence)[weighting].items():
+            assert sum(shares) == pytest.approx(1), name
     table = latent_table(moments).persistence
     for j in range(n_latents):
         own = dense[:, :, [j]]

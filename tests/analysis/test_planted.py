@@ -5,9 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.config import AnalyzeConfig
 from analysis.run import analyze
-from tests.analysis.small import save_small
+from tests.support.small import analyze_config, save_small
 from tests.support.stores import make_store
 from train.model import MLSAE, SAEConfig
 
@@ -38,7 +37,7 @@ def result(tmp_path_factory):
     decoder[LAST] = decoder[FIRST]  # the same direction, once for the first layer and once for the last
     sae.load_state_dict({"W_enc": torch.eye(N_LATENTS), "W_dec": decoder, "b_pre": torch.zeros(N_LATENTS)})
     save_small(folder / "ckpt.pt", sae, store, {"validation": None})
-    config = AnalyzeConfig(store=store.path, sae=folder / "ckpt.pt", out=folder / "out", dtype="float64", report=False)
+    config = analyze_config(store=store.path, sae=folder / "ckpt.pt", out=folder / "out", dtype="float64", report=False)
     return analyze(config), pd.read_parquet(folder / "out" / "latents.parquet"), folder / "out"
 
 

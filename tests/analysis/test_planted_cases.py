@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.config import AnalyzeConfig
 from analysis.run import analyze
-from tests.analysis.small import save_small
+from tests.support.small import analyze_config, save_small
 from tests.support.stores import make_store
 from train.model import MLSAE, SAEConfig
 
@@ -38,7 +37,7 @@ def analyzed(folder: Path, x: np.ndarray, *, k: int, first_layer: int = 0, docum
     )
     save_small(folder / "ckpt.pt", sae, store, {"validation": None})
     return analyze(
-        AnalyzeConfig(
+        analyze_config(
             store=store.path,
             sae=folder / "ckpt.pt",
             out=folder / "out",

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,9 +80,11 @@ def test_what_is_not_defined_is_nan_and_not_a_number():
 def test_pca_equals_the_singular_vectors_of_the_centred_rows():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(50, 6)) * np.arange(1, 7) + 3
-    sums = pca.GramSums.zeros(6)
+    sums = pca.PcaSums.zeros(6)
     for part in (rows[:20], rows[20:]):
-        sums.add(len(part), part.sum(axis=0), part.T @ part)
+        chosen = np.arange(len(part)) % 2 == 0
+        for some in (chosen, ~chosen, np.zeros(len(part), bool)):
+            sums.add(torch.from_numpy(part)[:, None], some)
     found = pca.fit(sums, 2)
     _, _, directions = np.linalg.svd(rows - rows.mean(axis=0))
     np.testing.assert_allclose(found.mean, rows.mean(axis=0))

@@ -2,7 +2,6 @@
 it."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +9,16 @@ import pandas as pd
 import pytest
 import zarr
 
-from analysis import task as measure
-from analysis.config import AnalyzeConfig
+from analysis import task
+from analysis.encoder import Encoder
 from analysis.run import analyze
 from residscope.destinations import held_alone
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.shuffle import validation_documents
-from tests.analysis.dense import decompose, reference_ratios
-from tests.analysis.small import LAYERS, VALIDATION, Small, make_small
+from tests.support.dense import decompose, reference_ratios
+from tests.support.small import LAYERS, VALIDATION, Small, analyze_config, make_small
+from tests.support.small import run_small as run
 from train.model import STD_EPSILON
 
 WEIGHTINGS = ("mass", "equal", "latent")
@@ -27,11 +27,6 @@ WEIGHTINGS = ("mass", "equal", "latent")
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Small:
     return make_small(tmp_path_factory.mktemp("small"))
-
-
-def run(small: Small, out: Path, **options: Any) -> dict[str, Any]:
-    given = {"dtype": "float64", "report": False, **options}
-    return analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=out, **given))
 
 
 class Dense:
@@ -119,7 +114,7 @@ def test_every_number_equals_a_dense_computation(small, tmp_path, split):
 @pytest.mark.parametrize("split", ["all", "validation"])
 def test_a_value_that_is_not_finite_is_named_by_its_place_in_the_store(tmp_path, split, monkeypatch):
     small = make_small(tmp_path)
-    monkeypatch.setattr(measure, "require_intact", lambda store, shard: None)  # it would be found before
+    monkeypatch.setattr(task, "require_intact", lambda store, shard: None)  # it would be found before
     token = int(np.flatnonzero(masks(small)["train"])[-1])  # of the last shard; in validation only PCA looks at it
     array: Any = zarr.open_group(small.store, mode="r+")["resid_post"]
     array[token, 2, 7] = np.nan
@@ -144,14 +139,14 @@ def test_sound_shards_that_were_swapped_are_found(tmp_path):
 def test_an_activation_that_overflows_is_named_by_its_place_in_the_store(tmp_path, monkeypatch):
     small = make_small(tmp_path)
     token = int(np.flatnonzero(small.keep)[200])
-    original = measure.Encoder.encode
+    original = Encoder.encode
 
     def encode(self, standardized):
         codes = original(self, standardized)
         codes.values[(standardized.mean.flatten() == np.float64(small.x[token, 1].astype(np.float64).mean()))] = np.inf
         return codes
 
-    monkeypatch.setattr(measure.Encoder, "encode", encode)
+    monkeypatch.setattr(Encoder, "encode", encode)
     with pytest.raises(ResidscopeError, match=f"activation is inf at layer 3, token {token} of the store"):
         run(small, tmp_path / "out")
 
@@ -260,7 +255,7 @@ def test_the_summary_says_which_tokens_and_warns_of_those_trained_on(small, tmp_
 
 def test_another_store_of_the_same_model_is_analysed_and_said_to_be_another(small, tmp_path):
     other = make_small(tmp_path, n_tokens=200)
-    summary = analyze(AnalyzeConfig(store=other.store, sae=small.sae, out=tmp_path / "out", report=False))
+    summary = analyze(analyze_config(store=other.store, sae=small.sae, out=tmp_path / "out", report=False))
     assert summary["split"]["trained_on"] == "unknown"
     assert "another store" in " ".join(summary["warnings"])
 
@@ -319,7 +314,7 @@ def test_default_folder_is_beside_the_checkpoint_and_an_earlier_result_is_replac
     out.mkdir()
     (out / "report.html").write_text("of an earlier analysis")
     (out / "notes.txt").write_text("the user's own")
-    analyze(AnalyzeConfig(store=small.store, sae=small.sae, report=False, intervals=False))
+    analyze(analyze_config(store=small.store, sae=small.sae, report=False, intervals=False))
     assert sorted(path.name for path in out.iterdir()) == [
         "analyze.config.toml",
         "examples.parquet",
@@ -336,7 +331,7 @@ def test_a_run_that_fails_leaves_no_summary_that_looks_whole(small, tmp_path, mo
     run(small, tmp_path)
     before = (tmp_path / "summary.json").read_text()
     monkeypatch.setattr(
-        "analysis.tables.write_layers", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        "analysis.results.tables.write_layers", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space"):
         run(small, tmp_path, max_tokens=50)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import selection
+from analysis.config import TokenOptions
 from analysis.selection import held_out_documents, select
 from residscope.errors import IncompatibleError, ResidscopeError
 from store.arrays import TokenTable
@@ -24,7 +25,7 @@ HELD_OUT = np.array([False, True, False, True])
 def test_masks_of_each_split_leave_out_what_is_not_kept():
     expected = {"all": [1, 2, 3, 4, 6, 7], "train": [1, 4, 6], "validation": [2, 3, 7]}
     for split, tokens in expected.items():
-        chosen = select(TOKENS, HELD_OUT, split, n_latents=8)  # type: ignore[arg-type]
+        chosen = select(TOKENS, HELD_OUT, TokenOptions(split=split), 8)  # type: ignore[arg-type]
         np.testing.assert_array_equal(np.flatnonzero(chosen.analysed), tokens)
         np.testing.assert_array_equal(np.flatnonzero(chosen.validation), [2, 3, 7])
         np.testing.assert_array_equal(np.flatnonzero(chosen.fit), [1, 4, 6])
@@ -32,13 +33,13 @@ def test_masks_of_each_split_leave_out_what_is_not_kept():
 
 
 def test_max_tokens_limits_every_mask():
-    chosen = select(TOKENS, HELD_OUT, "all", max_tokens=2, n_latents=8)
+    chosen = select(TOKENS, HELD_OUT, TokenOptions(max_tokens=2), 8)
     for mask, tokens in ((chosen.analysed, [1, 2]), (chosen.validation, [2, 3]), (chosen.fit, [1, 4])):
         np.testing.assert_array_equal(np.flatnonzero(mask), tokens)
 
 
 def test_nothing_held_out_means_no_validation_and_no_fit():
-    chosen = select(TOKENS, np.zeros(4, bool), "all", n_latents=8)
+    chosen = select(TOKENS, np.zeros(4, bool), TokenOptions(), 8)
     assert not chosen.validation.any()
     assert not chosen.fit.any()
 
@@ -53,7 +54,7 @@ def test_nothing_held_out_means_no_validation_and_no_fit():
 )
 def test_an_empty_split_is_refused_with_a_way_out(split, held_out, keep, way_out):
     with pytest.raises(ResidscopeError, match=f"the {split} split of this store is empty.*{way_out}"):
-        select(table([0, 0, 1], keep), np.array(held_out, bool), split, n_latents=8)
+        select(table([0, 0, 1], keep), np.array(held_out, bool), TokenOptions(split=split), 8)
 
 
 @given(
@@ -66,7 +67,7 @@ def test_groups_are_runs_of_whole_documents_and_number_no_more_than_the_limit(si
     keep = np.random.default_rng(seed).random(len(document)) < 0.9
     keep[0] = True
     n_latents = selection.GROUP_BYTES // (64 * limit)
-    chosen = select(table(document, keep), np.zeros(len(sizes), bool), "all", n_latents=n_latents)
+    chosen = select(table(document, keep), np.zeros(len(sizes), bool), TokenOptions(), n_latents)
     group = chosen.group[keep]
     assert np.all(np.diff(group) >= 0)
     assert np.unique(group).tolist() == list(range(chosen.n_groups))
@@ -77,7 +78,7 @@ def test_groups_are_runs_of_whole_documents_and_number_no_more_than_the_limit(si
 
 def test_groups_of_even_documents_are_even():
     document = np.repeat(np.arange(500), 7)
-    chosen = select(table(document), np.zeros(500, bool), "all", n_latents=64)
+    chosen = select(table(document), np.zeros(500, bool), TokenOptions(), 64)
     assert chosen.n_groups == selection.MAX_GROUPS
     assert np.bincount(chosen.group).tolist() == [35] * 100
 

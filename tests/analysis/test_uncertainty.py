@@ -119,7 +119,7 @@ def test_intervals_of_the_reconstruction_are_those_of_groups_left_out():
     quality, by_group = LayerQuality.zeros(1, 3, 5), GroupQuality.zeros(3, range(24))
     by_group.add(quality.add(x, x_hat, values, shift, np.ones((1, 240), bool)), group)
     result = quality.result(0)
-    found = reconstruction_intervals(by_group, result, 5)
+    found = reconstruction_intervals(by_group, result)
     assert found is not None
     error, deviation = ((x - x_hat) ** 2).sum(-1), ((x - shift) ** 2).sum(-1)
     left = [group != g for g in range(24)]

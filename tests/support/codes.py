@@ -1,6 +1,31 @@
-"""Sparse codes as dense matrices, for tests that compare with a dense formula."""
+"""Made-up sparse codes, their sums, and the same codes as dense matrices."""
 
+import numpy as np
 from torch import Tensor
+
+from analysis.moments import LayerMoments
+
+
+def random_codes(rng, n_tokens, n_layers, k, n_latents, silent=0.3):
+    """Codes [T, L, k] with distinct latents in a vector, some of them silent (value 0, as ReLU leaves them)."""
+    indices = np.argsort(rng.random((n_tokens, n_layers, n_latents)), axis=-1)[..., :k]
+    values = rng.gamma(1.0, 3.0, (n_tokens, n_layers, k)) * (rng.random((n_tokens, n_layers, k)) > silent)
+    return values, indices
+
+
+def moments_of(values, indices, n_latents, layers=None, group=None):
+    layers = range(values.shape[1]) if layers is None else layers
+    moments = LayerMoments.zeros(list(layers), n_latents, [0] if group is None else group.tolist())
+    moments.add(values, indices, group)
+    return moments
+
+
+def planted(profiles, n_latents):
+    """Codes in which latent j of token t has the profile profiles[t, j] [T, M, L]: k = M, every latent in every
+    vector."""
+    profiles = np.asarray(profiles, np.float64)
+    values = np.moveaxis(profiles, 1, 2)
+    return values, np.broadcast_to(np.arange(n_latents), values.shape).copy()
 
 
 def dense(values: Tensor, indices: Tensor, m: int) -> Tensor:

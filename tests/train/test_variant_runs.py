@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.config import AnalyzeConfig
 from analysis.run import analyze
 from residscope.errors import IncompatibleError, Interrupted
 from store.activations import ActivationStore
+from tests.support.small import analyze_config
 from tests.support.stores import make_store, random_activations
 from tests.train.test_run import StopAt, metrics, timeless
 from train import run as loop
@@ -160,7 +160,7 @@ def test_analyze_measures_it_as_validation_does(store: Path, tmp_path: Path, nam
     result = train(make_config(store, tmp_path / "ckpt.pt", epochs=1, **OPTIONS[name]))
     split: Any = "validation"
     options = {"report": False, "split": split, "dtype": "float32"}
-    summary = analyze(AnalyzeConfig(store=store, sae=tmp_path / "ckpt.pt", out=tmp_path / "out", **options))
+    summary = analyze(analyze_config(store=store, sae=tmp_path / "ckpt.pt", out=tmp_path / "out", **options))
     assert result.validation is not None
     assert summary["n_tokens"] == result.validation.tokens
     rows = summary["layers"]

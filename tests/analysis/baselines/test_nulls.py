@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from analysis.baselines.nulls import NULLS, permute_layers, permute_tokens
 from analysis.moments import WEIGHTINGS, LayerMoments, variances
 from analysis.persistence import persistence_numbers
-from tests.analysis.small import make_small
-from tests.analysis.test_moments import planted, random_codes
-from tests.analysis.test_run import run
+from tests.support.codes import planted, random_codes
+from tests.support.small import make_small
+from tests.support.small import run_small as run
 
 
 def null_of(values, indices, n_latents, name, seed=0, chunk=64):

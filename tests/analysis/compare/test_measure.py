@@ -10,10 +10,9 @@ import pytest
 
 from analysis.cli import main
 from analysis.compare.measure import in_order, run_names
-from analysis.config import AnalyzeConfig
 from analysis.run import analyze
-from tests.analysis.small import make_small
 from tests.support.results import write_results
+from tests.support.small import analyze_config, make_small
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def folders(tmp_path_factory) -> list[Path]:
     """A real analysis with nulls, and made-up ones of other depths, one without intervals, one of one layer."""
     root = tmp_path_factory.mktemp("runs")
     small = make_small(root)
-    analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=root / "real", report=False, dtype="float64"))
+    analyze(analyze_config(store=small.store, sae=small.sae, out=root / "real", report=False, dtype="float64"))
     made: list[Path] = []
 
     def old(summary: dict[str, Any]) -> None:

@@ -13,15 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from analysis.config import AnalyzeConfig
-from analysis.encoder import CodeTile
 from analysis.latents.example_rows import COLUMNS, write_found
 from analysis.latents.examples import MAX_EXAMPLES, REACH, TopExamples, examples_per_layer, window_bounds
-from analysis.latents.histograms import EDGES
+from analysis.latents.views import EDGES
 from analysis.run import analyze
+from analysis.tiles import CodeTile
 from store.arrays import TokenTable
-from tests.analysis.small import LAYERS, make_small
 from tests.support.models import tiny_tokenizer
+from tests.support.small import LAYERS, analyze_config, make_small
 
 L, M, K = 3, 6, 2
 
@@ -116,28 +115,16 @@ def test_examples_are_the_best_of_different_documents_in_any_grouping(
     dense = random_dense(n_tokens, seed)
     document = np.random.default_rng(seed).integers(0, n_documents, n_tokens)
     codes = Planted(dense)
-    parts = []
-    for part in np.split(np.arange(n_tokens), sorted(min(cut, n_tokens) for cut in cuts)):
-        parts.append(TopExamples.zeros(M, L, n))
-        parts[-1].add(codes.tile(part), document[part])
+    parts = np.split(np.arange(n_tokens), sorted(min(cut, n_tokens) for cut in cuts))
     expected = naive(dense, document, n)
-    assert as_dict(TopExamples.merged(parts)) == expected
-    assert as_dict(TopExamples.merged(parts[::-1])) == expected
-    pairs = [TopExamples.merged(parts[:1]), TopExamples.merged([*parts[1:], TopExamples.zeros(M, L, n)])]
-    assert as_dict(TopExamples.merged(pairs)) == expected
-    found = TopExamples.merged(parts).found()
+    for order in (parts, parts[::-1]):
+        top = TopExamples.zeros(M, L, n)
+        for part in order:
+            top.add(codes.tile(part), document[part])
+        assert as_dict(top) == expected
+    found = top.found()
     np.testing.assert_array_equal(found.activation, dense[found.token, found.layer, found.latent])
     np.testing.assert_array_equal(found.document, document[found.token])
-
-
-def test_merging_leaves_the_parts_as_they_are() -> None:
-    codes = Planted(random_dense(20, 1))
-    part, other = TopExamples.zeros(M, L, 3), TopExamples.zeros(M, L, 3)
-    part.add(codes.tile(np.arange(10)), np.zeros(10, int))
-    other.add(codes.tile(np.arange(10, 20)), np.ones(10, int))
-    before = part.token.copy()
-    TopExamples.merged([part, other])
-    np.testing.assert_array_equal(part.token, before)
 
 
 def test_windows_end_at_documents_and_at_sequences() -> None:
@@ -253,7 +240,7 @@ def test_without_a_tokenizer_ids_stand_for_text(tmp_path: Path) -> None:
 
 def test_examples_of_a_store_are_its_encoded_maxima(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = make_small(tmp_path)
-    summary = analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=tmp_path / "out", report=False))
+    summary = analyze(analyze_config(store=small.store, sae=small.sae, out=tmp_path / "out", report=False))
     capsys.readouterr()
     codes = small.weights.encode(torch.from_numpy(small.x).view(-1, 12))
     dense = torch.zeros(len(small.x) * 4, 24).scatter_(1, codes.indices, codes.values).view(-1, 4, 24)

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from analysis.latents import logits as module
-from analysis.latents.embedding_match import Nearest, embedding_rows, nearest_rows
 from analysis.latents.logits import latent_logits, norm_gain
-from analysis.latents.tokens import COLUMNS, LatentTokens, find_latent_tokens, summary_of, write_latent_tokens
+from analysis.latents.tokens import (
+    COLUMNS,
+    LatentTokens,
+    Nearest,
+    embedding_rows,
+    find_latent_tokens,
+    nearest_rows,
+    write_latent_tokens,
+)
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel, load_model
 from harvest.model.names import resolve_model
@@ -98,7 +105,7 @@ def test_a_direction_is_named_as_the_model_itself_reads_it(models: dict[str, Loa
 def test_nearest_tokens_are_those_of_a_loop_over_all(
     models: dict[str, LoadedModel], architecture: str, with_lens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.latents.embedding_match.TILE_BYTES", 4 * 258 * 3)
+    monkeypatch.setattr("analysis.latents.tokens.TILE_BYTES", 4 * 258 * 3)
     model = models[architecture]
     n_tokens = len(model.tokenizer)
     directions = torch.randn(8, D_MODEL, generator=torch.Generator().manual_seed(1))
@@ -130,9 +137,8 @@ def test_a_latent_that_is_a_token_is_found_and_chance_is_far_below(models: dict[
     found = find_latent_tokens(sae, np.array([2, 5]), model, None, seed=0)
     assert found.embedding.row[1] == 77
     assert found.embedding.cosine[1] == pytest.approx(1, abs=1e-5)
-    summary = summary_of(found)
+    summary = found.summary()
     assert summary is not None
     assert summary["embedding_cosine"] == pytest.approx(found.embedding.cosine.mean())  # the median of two
     assert 0.2 < summary["embedding_chance"] < 0.8  # the best of 258 cosines in 32 dimensions
     assert 0.2 < summary["unembedding_chance"] < 0.8
-    assert summary_of(None) is None

@@ -13,24 +13,15 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from analysis.model import downstream
 from analysis.model.continuation import can_skip
-from analysis.model.downstream import (
-    CONDITIONS,
-    PER_LAYER,
-    RECONSTRUCTED,
-    Downstream,
-    TrueRun,
-    compare,
-    measure_downstream,
-    sae_reconstruction,
-)
-from analysis.model.downstream_summary import BOUNDED, NAMES
-from analysis.model.sequences import sequence_batches, sequence_bounds
-from analysis.model.transformer import lens_of_store, model_of_store
+from analysis.model.downstream import TrueRun, compare, measure_downstream, sae_reconstruction
+from analysis.model.downstream_numbers import BOUNDED, CONDITIONS, NAMES, PER_LAYER, RECONSTRUCTED, Downstream
+from analysis.model.sequences import batches_to_measure, sequence_bounds
+from analysis.model.transformer import lens_of_store, spec_of_store
 from harvest.lens.translators import TunedLens
 from harvest.model.checks import check_logits
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.arrays import TokenTable
-from tests.analysis.harvested import Harvested, make_harvested, write_lens
+from tests.support.harvested import Harvested, make_harvested, write_lens
 from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model
 from tests.support.saes import make_sae
 
@@ -294,7 +285,7 @@ def test_batches_do_not_change_the_numbers(make: Make) -> None:
 def test_sequences_are_whole_and_spread_evenly() -> None:
     position = np.tile(np.arange(10, dtype=np.int32), 20)[:195]
     tokens = TokenTable(np.arange(195, dtype=np.int32), position // 3, position, position != 0)
-    batches = sequence_batches(tokens, np.ones(195, bool), max_tokens=10_000, batch_tokens=40)
+    batches = batches_to_measure(tokens, np.ones(195, bool), max_tokens=10_000, batch_tokens=40)
     assert [batch.input_ids.shape for batch in batches] == [(4, 10)] * 4 + [(3, 10), (1, 5)]
     assert torch.cat([batch.input_ids.flatten() for batch in batches]).tolist() == list(range(195))
     assert sum(int(batch.counted.sum()) for batch in batches) == 19 * 8 + 3  # neither first nor last of any
@@ -302,7 +293,7 @@ def test_sequences_are_whole_and_spread_evenly() -> None:
         assert not batch.counted[:, [0, -1]].any()
         assert torch.equal(batch.kept, batch.input_ids % 10 != 0)
         assert batch.document.tolist() == (batch.input_ids[batch.counted] % 10 // 3).tolist()
-    few = sequence_batches(tokens, np.ones(195, bool), max_tokens=30, batch_tokens=1)
+    few = batches_to_measure(tokens, np.ones(195, bool), max_tokens=30, batch_tokens=1)
     assert sum(int(batch.counted.sum()) for batch in few) == 30
     assert [int(batch.input_ids[0, 0]) for batch in few] == [20, 70, 120, 170]
 
@@ -345,9 +336,9 @@ def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path, monkeypatc
     made, with_lens = make("llama"), make("llama", with_lens=True)
     other = tiny_model("llama", tmp_path / "llama", seed=1)
     with pytest.raises(IncompatibleError, match="content hash"):
-        model_of_store(made.store, str(other))
+        spec_of_store(made.store, str(other))
     with pytest.raises(UsageError, match="say where that is"):
-        model_of_store(made.store)
+        spec_of_store(made.store)
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.hf_hub_download", not_published)
         with pytest.raises(UsageError, match="say where that is"):

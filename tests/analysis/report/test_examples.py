@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.latents.example_rows import COLUMNS
-from analysis.latents.histograms import EDGES, N_BINS, no_counts, write_histograms
+from analysis.latents.views import EDGES, N_BINS, no_counts, write_histograms
 from analysis.report import examples as report_examples
 from analysis.report import windows as report_windows
 from analysis.report.examples import Plan, example_blocks

@@ -4,7 +4,6 @@ what happens when one is ablated or steered.
 The prompt's tokens are opened as the store's sequences and documents are: by BOS where the tokenizer has one, else by
 the separator of documents, so that the first word is not at position 0, which is left out as in the store. Vectors go
 through the store's lens and number format, so that the codes are those that an analysis of the same text would have.
-Not here: the interventions themselves (`analysis.prompt.intervene`), files and the report (`analysis.prompt.run`).
 
 Shapes: N positions, A activations that are not zero, J latents active in the prompt.
 """
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis.model.token_text import TokenBytes, texts_of
-from analysis.prompt.intervene import Effect, Intervention, PromptRun, Subject
+from analysis.prompt.intervene import Effect, Intervention, PromptedModel, PromptRun
 from harvest.model.blocks import longest_context
 from harvest.residual import ResidualRecorder
 from residscope.errors import UsageError
@@ -133,20 +132,20 @@ def read_prompt(store: ActivationStore, tokenizer: Any, config: Any, text: str) 
 
 
 @torch.inference_mode()
-def activations_of(subject: Subject, tokens: Tokens, layers: Sequence[int]) -> Activations:
+def activations_of(prompted: PromptedModel, tokens: Tokens, layers: Sequence[int]) -> Activations:
     """Of the kept positions at `layers`, the model's block indices."""
     ids = torch.from_numpy(tokens.ids)[None]
     place = np.flatnonzero(tokens.kept)
-    kept = torch.from_numpy(place).to(subject.model.device)
+    kept = torch.from_numpy(place).to(prompted.model.device)
     parts: list[list[NDArray[Any]]] = []
 
     def consume(i: int, residual: torch.Tensor) -> None:
-        values, indices = subject.codes(residual[0][kept], layers[i])
+        values, indices = prompted.codes(residual[0][kept], layers[i])
         row, column = (values > 0).nonzero(as_tuple=True)
         found = [place[row.cpu().numpy()], np.full(len(row), layers[i])]
         parts.append([*found, indices[row, column].cpu().numpy(), values[row, column].float().cpu().numpy()])
 
-    ResidualRecorder(subject.model, layers).stream(ids, consume)
+    ResidualRecorder(prompted.model, layers).stream(ids, consume)
     position, layer, latent, activation = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((-activation, layer, position))
     return Activations(position[order], layer[order], latent[order], activation[order])
@@ -175,7 +174,7 @@ def latents_of(found: Activations) -> PromptLatents:
 
 
 def view_prompt(
-    subject: Subject,
+    prompted: PromptedModel,
     text: str,
     tokens: Tokens,
     layers: Sequence[int],
@@ -183,7 +182,7 @@ def view_prompt(
 ) -> PromptView:
     """Look at one prompt. layers: the model's block indices to look at; interventions: those asked for; none: each of
     the `N_ABLATED` strongest latents is ablated at its strongest layer."""
-    found = activations_of(subject, tokens, layers)
+    found = activations_of(prompted, tokens, layers)
     latents = latents_of(found)
     if not interventions:
         interventions = [
@@ -191,7 +190,7 @@ def view_prompt(
             for latent, layer in zip(latents.latent[:N_ABLATED], latents.peak_layer[:N_ABLATED], strict=True)
         ]
     strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
-    run = PromptRun(subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
+    run = PromptRun(prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
     results, silent = [], []
     for intervention in interventions:
         layer = strongest.get(intervention.latent) if intervention.layer is None else intervention.layer

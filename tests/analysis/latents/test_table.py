@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.latents import redundancy
-from analysis.latents.profiles import KINDS, profile_kinds
 from analysis.latents.redundancy import MAX_OVERLAP, find_redundancy
-from tests.analysis.small import make_small
-from tests.analysis.test_run import run
+from analysis.latents.table import KINDS, profile_kinds
+from tests.support.small import make_small
+from tests.support.small import run_small as run
 
 
 def kinds(profiles: list[list[float]]) -> list[str | None]:

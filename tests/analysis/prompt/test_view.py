@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from analysis.cli import main
-from analysis.prompt.intervene import Effect, Intervention, PromptRun, Subject, parse_ablate, parse_steer
-from analysis.prompt.prompt import Activations, activations_of, latents_of, read_prompt
+from analysis.prompt.intervene import Effect, Intervention, PromptedModel, PromptRun, parse_ablate, parse_steer
+from analysis.prompt.view import Activations, activations_of, latents_of, read_prompt
 from residscope.errors import UsageError
-from tests.analysis.harvested import Harvested, make_checkpoint, make_harvested
+from tests.support.harvested import Harvested, make_checkpoint, make_harvested
 from tests.support.models import ARCHITECTURES, N_LAYERS
 from train.model import MLSAE
 
@@ -30,8 +30,8 @@ class Setting(NamedTuple):
     checkpoint: Path
 
     @property
-    def subject(self) -> Subject:
-        return Subject(self.made.model, self.sae, self.made.lens, self.made.store.meta.stored_dtype)
+    def subject(self) -> PromptedModel:
+        return PromptedModel(self.made.model, self.sae, self.made.lens, self.made.store.meta.stored_dtype)
 
     @property
     def layers(self) -> list[int]:

@@ -1,15 +1,15 @@
 """What `analyze` says on the terminal: the summary in plain sentences and small tables, with units and directions.
 
-Made from summary.json alone. Not here: any number that is not in it.
+Made from summary.json alone; no number is computed here. Tested in tests/analysis/test_cli.py and test_run.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from analysis.baselines.nulls import NULLS
-from analysis.model.words import model_words
 from analysis.moments import VARIANCE_NAMES
-from analysis.word_tables import shown, some, table, with_interval
 
 _ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}
 
@@ -51,7 +51,7 @@ def words(summary: Mapping[str, Any]) -> str:
             [_layer_words(row) for row in some(summary["layers"])],
         ),
         *_fvu_words(summary),
-        *model_words(summary),
+        *_model_words(summary),
     ]
     return "\n".join(lines)
 
@@ -139,3 +139,76 @@ def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
 def _layer_words(row: Mapping[str, Any]) -> tuple[str, ...]:
     names = ("fvu", "validation_fvu", "pca_fvu", "mse", "l0", "mean_norm", "cosine_to_next")
     return (str(row["layer"]), *(shown(row[name]) for name in names))
+
+
+def _model_words(summary: Mapping[str, Any]) -> list[str]:
+    """Of what the transformer told; none where nothing was asked for."""
+    reason = summary["transformer"]["reason"]
+    if reason:
+        return [
+            "",
+            f"No downstream quality and no tokens of latents: {reason} (--model FOLDER says where the model is, "
+            "--downstream-tokens N fetches one of the hub, --downstream-tokens 0 --no-latent-logits goes without.)",
+        ]
+    return [*_downstream_words(summary), *_token_words(summary["latent_logits"])]
+
+
+def _downstream_words(summary: Mapping[str, Any]) -> list[str]:
+    found = summary["downstream"]
+    if not found:
+        return []
+    head = ("layer", "delta CE", "KL", "loss recovered (mean ablation)", "(zero ablation)", "mean ablation's delta CE")
+    names = ("delta_ce", "kl", "loss_recovered_mean", "loss_recovered_zero", "mean_ablation_delta_ce")
+    return [
+        "",
+        f"Downstream, each layer replaced alone by its reconstruction, {found['n_tokens']:,} {found['tokens']} tokens "
+        f"(true CE {shown(found['true_ce'])} nats; delta CE and KL in nats per token: lower is better; "
+        "loss recovered: 1 is perfect, 0 as bad as ablation)",
+        *table(
+            head,
+            [(str(row["layer"]), *(shown(row[name]) for name in names)) for row in some(summary["layers"])],
+        ),
+        f"Mean over layers: delta CE {with_interval(found, 'delta_ce')}, KL {with_interval(found, 'kl')}, "
+        f"loss recovered {with_interval(found, 'loss_recovered_mean')} against mean ablation.",
+    ]
+
+
+def _token_words(found: Mapping[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    return [
+        "Decoder rows against tokens, median of the highest cosine (in brackets: of random directions): embedding "
+        f"{shown(found['embedding_cosine'])} ({shown(found['embedding_chance'])}), unembedding "
+        f"{shown(found['unembedding_cosine'])} ({shown(found['unembedding_chance'])})."
+    ]
+
+
+def some(rows: Sequence[Any], limit: int = 12) -> list[Any]:
+    """At most `limit` rows, evenly spread, first and last among them."""
+    if len(rows) <= limit:
+        return list(rows)
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))]
+
+
+def shown(value: float | None) -> str:
+    """Three digits, or a dash for what is not defined."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def with_interval(variance: Mapping[str, Any], name: str) -> str:
+    """A number with its 95 % interval, where it has one."""
+    interval = variance["ci95"].get(name)
+    value = shown(variance[name])
+    return f"{value} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else value
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column flush left, numbers flush right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (head, *rows)
+    ]

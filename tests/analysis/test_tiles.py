@@ -8,20 +8,19 @@ import torch
 import zarr
 
 from analysis import encoder as latents
-from analysis.config import AnalyzeConfig
 from analysis.encoder import PLACES_UNKNOWN, kept_places, load_encoder
 from analysis.run import analyze
 from store.activations import ActivationStore
 from store.care.verify import verify
 from store.codes import KeptCodes
-from tests.analysis.small import LAYERS, make_small
+from tests.support.small import LAYERS, analyze_config, make_small
 from train.model import MLSAE
 from train.model_config import SAEConfig
 
 
 def run(small, out, **options):
     config = {"report": False, "dtype": "float64", **options}
-    summary = analyze(AnalyzeConfig(store=small.store, sae=small.sae, out=out, **config))
+    summary = analyze(analyze_config(store=small.store, sae=small.sae, out=out, **config))
     return {name: summary[name] for name in ("variance", "persistence", "nulls", "layers", "validation", "baseline")}
 
 

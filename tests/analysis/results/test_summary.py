@@ -1,4 +1,4 @@
-"""What summary.json says of an autoencoder's training, and what spilled codes may take of the disk."""
+"""What summary.json says of an autoencoder's training, and what codes may take of the disk."""
 
 import shutil
 from dataclasses import replace
@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from analysis import spilled_codes
-from analysis.config import AnalyzeConfig
-from analysis.summary import trained_tokens
+from analysis.results.summary import trained_tokens
+from analysis.tiles import codes_folder
+from tests.support.small import analyze_config
 from tests.support.stores import make_store, random_activations
 from train.config import TrainConfig
 from train.model import load_checkpoint
@@ -33,14 +33,14 @@ def test_trained_tokens_count_a_token_once_however_many_layers_the_stream_has(tm
 
 
 @pytest.mark.parametrize(("dtype", "bytes_per_code"), [("float32", 8), ("float64", 12)])
-def test_spilled_codes_take_a_quarter_of_the_free_disk_at_most(
+def test_codes_take_a_quarter_of_the_free_disk_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, bytes_per_code: int
 ) -> None:
-    config = AnalyzeConfig(store=tmp_path, sae=tmp_path, dtype=dtype)  # type: ignore[arg-type]
+    config = analyze_config(store=tmp_path, sae=tmp_path, dtype=dtype)  # type: ignore[arg-type]
     needed = 4 * 10 * 3 * 5 * bytes_per_code
     for free, fits in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        folder = spilled_codes.folder_for(tmp_path, config, 10, 3, 5)
+        folder = codes_folder(tmp_path, config, 10, 3, 5)
         assert (folder is not None) == fits
         if folder:
             shutil.rmtree(folder)

@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.cli import main
-from analysis.config import AnalyzeConfig
 from analysis.model.downstream import measure_downstream, sae_reconstruction
-from analysis.model.downstream_summary import BOUNDED, NAMES
-from analysis.model.parts import FEWEST_TOKENS, MOST_TOKENS, default_tokens
+from analysis.model.downstream_numbers import BOUNDED, NAMES
+from analysis.model.findings import FEWEST_TOKENS, MOST_TOKENS, default_tokens
 from analysis.model.transformer import spec_of_store
 from analysis.run import analyze
 from analysis.selection import held_out_documents
@@ -22,10 +21,10 @@ from harvest.config import HarvestConfig
 from harvest.options_file import options_file, save_options
 from residscope.errors import UsageError
 from residscope.options import parse_options
-from tests.analysis.harvested import Harvested, make_checkpoint, make_harvested
-from tests.analysis.small import save_small
+from tests.support.harvested import Harvested, make_checkpoint, make_harvested
 from tests.support.harvesting import harvest_config
 from tests.support.models import tiny_model
+from tests.support.small import analyze_config, save_small
 from train.model import MLSAE
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -46,7 +45,7 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def run(setting: Setting, out: Path, **options: Any) -> dict[str, Any]:
     given: dict[str, Any] = {"report": False, "pca": False, "nulls": False, **options}
-    return analyze(AnalyzeConfig(store=setting.made.store.path, sae=setting.checkpoint, out=out, **given))
+    return analyze(analyze_config(store=setting.made.store.path, sae=setting.checkpoint, out=out, **given))
 
 
 def found_by(setting: Setting) -> dict[str, str]:
@@ -107,7 +106,7 @@ def test_intervals_are_given_where_there_are_documents_enough(
     other = setting.checkpoint.with_name("other.pt")
     save_small(other, setting.sae, setting.made.store, {"content_hash": "another", "validation": None})
     summary = analyze(
-        AnalyzeConfig(
+        analyze_config(
             store=setting.made.store.path,
             sae=other,
             out=tmp_path,

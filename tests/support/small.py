@@ -1,4 +1,4 @@
-"""A small store and a random autoencoder that fits it, written to a folder: what the tests of whole analyses run on."""
+"""A small store and a random autoencoder that fits it, written to a folder, and analyses of them."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analysis.config import AnalyzeConfig
+from analysis.run import analyze
+from residscope.options import from_flat
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from train.model import MLSAE, SAEConfig, save_checkpoint
@@ -81,3 +84,14 @@ def save_small(path: Path, sae: MLSAE, store: ActivationStore, changes: dict[str
         **changes,
     }
     save_checkpoint(path, sae, store=trained_on, trainer={})
+
+
+def analyze_config(**flags: Any) -> AnalyzeConfig:
+    """A configuration from its flags' values."""
+    return from_flat(AnalyzeConfig, flags)
+
+
+def run_small(small: Small, out: Path, **flags: Any) -> dict[str, Any]:
+    """summary.json of an analysis in float64, without a report unless it is asked for."""
+    given = {"dtype": "float64", "report": False, **flags}
+    return analyze(analyze_config(store=small.store, sae=small.sae, out=out, **given))

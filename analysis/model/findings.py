@@ -1,9 +1,9 @@
-"""The parts of an analysis that need the transformer: downstream quality, and the tokens of latents.
+"""What the store's transformer tells: downstream quality, and the tokens that latents write.
 
 How: `find_model` tells before the long work whether the store's model is here, without a network unless it was asked
-for outright; `run_model` loads it once and makes the parts. Where the model was not asked for and is not to be had, the
-analysis goes without and says why. Not here: the numbers (`analysis.model.downstream`, `analysis.latents.tokens`), the
-prompt view (`analysis.prompt.prompt`).
+for outright; `run_model` loads it once and measures. Where the model was not asked for and cannot be found, the
+analysis goes without and says why. Not here: the numbers (`analysis.model.downstream`, `analysis.latents.tokens`),
+prompts (`analysis.prompt.view`).
 """
 
 import time
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.config import AnalyzeConfig
-from analysis.latents import tokens as latent_tokens
+from analysis.config import AnalyzeConfig, TransformerOptions
+from analysis.inputs import Inputs
 from analysis.latents.tokens import LatentTokens, find_latent_tokens, write_latent_tokens
-from analysis.model.downstream import Downstream, measure_downstream, sae_reconstruction
-from analysis.model.downstream_summary import downstream_summary
+from analysis.model.downstream import measure_downstream, sae_reconstruction
+from analysis.model.downstream_numbers import Downstream, downstream_summary
 from analysis.model.transformer import lens_of_store, load_of_store, spec_of_store
+from analysis.results.folder import LATENT_LOGITS
 from analysis.selection import Selection
 from analysis.uncertainty import Interval
 from harvest.lens.translators import SPACE, TunedLens
@@ -30,9 +31,6 @@ from harvest.model.names import ModelSpec
 from harvest.options_file import recorded_place
 from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
-from train.model import MLSAE
-
-LATENT_LOGITS = "latent_logits.parquet"
 
 DOWNSTREAM_FLOPS = 7.5e12
 """Arithmetic that the default number of downstream tokens may take: about a minute on two cores."""
@@ -42,7 +40,7 @@ FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 
 
 class FoundModel(NamedTuple):
-    """The store's model and lens, or why they are not to be had."""
+    """The store's model and lens, or why they cannot be found."""
 
     spec: ModelSpec | None
     lens: TunedLens | None
@@ -67,23 +65,25 @@ class ModelFindings:
 
     seconds: float = 0.0
 
+    def summary(self) -> dict[str, Any]:
+        """The keys of summary.json that the transformer gave."""
+        return {
+            "transformer": {"reason": self.reason, "seconds": self.seconds},
+            "downstream": downstream_summary(self.downstream, self.intervals, self.which),
+            "latent_logits": self.tokens.summary() if self.tokens else None,
+        }
 
-def find_model(config: AnalyzeConfig, store: ActivationStore) -> FoundModel:
-    """Look for what `config` needs. Raises `ResidscopeError` where it was asked for outright and is not to be had."""
-    if config.downstream_tokens == 0 and not config.latent_logits:
+
+def find_model(options: TransformerOptions, store: ActivationStore) -> FoundModel:
+    """Look for what `options` need. Raises `ResidscopeError` where it was asked for outright and cannot be found."""
+    if options.downstream_tokens == 0 and not options.latent_logits:
         return FoundModel(None, None, None)
-    asked = asked_for(config)
     try:
-        return locate(store, config.model, config.lens, offline=not asked)
+        return locate(store, options.model, options.lens, offline=not options.asked_for)
     except ResidscopeError as error:
-        if asked:
+        if options.asked_for:
             raise
         return FoundModel(None, None, _sentence(error))
-
-
-def asked_for(config: AnalyzeConfig) -> bool:
-    """Whether the model is wanted outright, so that its absence is an error and the network may be used."""
-    return bool(config.downstream_tokens) or config.model is not None or config.lens is not None
 
 
 def locate(store: ActivationStore, model: str | None, lens: str | None, *, offline: bool) -> FoundModel:
@@ -100,61 +100,46 @@ def locate(store: ActivationStore, model: str | None, lens: str | None, *, offli
 def run_model(
     config: AnalyzeConfig,
     found: FoundModel,
-    store: ActivationStore,
-    sae: MLSAE,
-    layers: Sequence[int],
+    inputs: Inputs,
     selection: Selection,
     live: NDArray[np.int64],
     folder: Path,
 ) -> ModelFindings:
-    """Load the model and make the parts; latent_logits.parquet is written into `folder`.
+    """Load the model and measure; latent_logits.parquet is written into `folder`.
 
-    layers: the analysed ones, indices into the store's. live: latents that fired. Raises as `find_model` does.
+    live: latents that fired. Raises as `find_model` does.
     """
     if found.spec is None:
         return ModelFindings(reason=found.reason)
-    started = time.monotonic()
+    started, options = time.monotonic(), config.transformer
     try:
-        model = load_of_store(store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
+        model = load_of_store(inputs.store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
         tokens = None
-        if config.latent_logits and len(live):
-            tokens = find_latent_tokens(sae, live, model, found.lens, config.seed)
+        if options.latent_logits and len(live):
+            tokens = find_latent_tokens(inputs.sae, live, model, found.lens, config.statistics.seed)
             write_latent_tokens(folder / LATENT_LOGITS, tokens, model.tokenizer)
-        downstream = _downstream(config, found, model, store, sae, layers, selection)
+        downstream = None
+        if options.downstream_tokens != 0:
+            downstream = measure_downstream(
+                inputs.store,
+                model,
+                sae_reconstruction(inputs.sae.to(model.device), found.lens),
+                lens=found.lens,
+                layers=inputs.layer_numbers,
+                counted=selection.validation if selection.validation.any() else selection.analysed,
+                max_tokens=options.downstream_tokens or default_tokens(model, len(inputs.layers)),
+            )
     except ResidscopeError as error:
-        if asked_for(config):
+        if options.asked_for:
             raise
         (folder / LATENT_LOGITS).unlink(missing_ok=True)
         return ModelFindings(reason=_sentence(error))
     return ModelFindings(
         downstream=downstream,
-        intervals=downstream.intervals() if downstream and config.intervals else {},
+        intervals=downstream.intervals() if downstream and config.statistics.intervals else {},
         which="validation" if selection.validation.any() else "analysed",
         tokens=tokens,
         seconds=time.monotonic() - started,
-    )
-
-
-def _downstream(
-    config: AnalyzeConfig,
-    found: FoundModel,
-    model: LoadedModel,
-    store: ActivationStore,
-    sae: MLSAE,
-    layers: Sequence[int],
-    selection: Selection,
-) -> Downstream | None:
-    if config.downstream_tokens == 0:
-        return None
-    blocks = [store.meta.layers[layer] for layer in layers]
-    return measure_downstream(
-        store,
-        model,
-        sae_reconstruction(sae.to(model.device), found.lens),
-        lens=found.lens,
-        layers=blocks,
-        counted=selection.validation if selection.validation.any() else selection.analysed,
-        max_tokens=config.downstream_tokens or default_tokens(model, len(layers)),
     )
 
 
@@ -180,12 +165,3 @@ def _lens_is_cached(lens: str) -> bool:
 
 def _sentence(error: ResidscopeError) -> str:
     return str(error).rstrip(".") + "."
-
-
-def summary_of(found: ModelFindings) -> dict[str, Any]:
-    """The keys of summary.json that the transformer gave."""
-    return {
-        "transformer": {"reason": found.reason, "seconds": found.seconds},
-        "downstream": downstream_summary(found.downstream, found.intervals, found.which),
-        "latent_logits": latent_tokens.summary_of(found.tokens),
-    }

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 
 from analysis.cli import main
-from analysis.run import _FIGURES
-from tests.analysis.small import LAYERS, make_small
-from tests.analysis.test_run import run
+from analysis.results.folder import FIGURES
+from tests.support.small import LAYERS, make_small
+from tests.support.small import run_small as run
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 OF_THE_DATA = ("versions", "lens", "ci95")
 """Objects whose keys are names of packages and the like, or those beside them."""
 
@@ -137,4 +137,4 @@ def test_every_column_has_a_formula(out, name):
 
 def test_every_figure_has_its_line():
     text = (DOCS / "method.md").read_text(encoding="utf-8")
-    assert [name for name in (*_FIGURES, "compare") if f"`{name}.png`" not in text] == []
+    assert [name for name in (*FIGURES, "compare") if f"`{name}.png`" not in text] == []

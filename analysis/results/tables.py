@@ -1,7 +1,7 @@
 """latents.parquet, layers.parquet and redundancy.parquet: the tables that figures and users read.
 
-Columns and types are fixed here and described in docs/outputs.md; a number that is not defined is null, never NaN. Not
-here: what the numbers mean (`analysis.moments`, `analysis.quality`).
+Columns and types are fixed here and described in docs/outputs.md; a number that is not defined is null, never NaN.
+Tested in tests/analysis/test_outputs.py and test_run.py. Not here: what the numbers mean (docs/method.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis.latents.profiles import profile_kinds
 from analysis.latents.redundancy import MAX_OVERLAP, N_NEIGHBOURS, Redundancy
-from analysis.model import downstream_summary
-from analysis.moments import LatentTable, LayerMoments
+from analysis.latents.table import LatentTable
+from analysis.model.downstream_numbers import COLUMNS as DOWNSTREAM_COLUMNS
+from analysis.moments import LayerMoments
 
 LAYER_COLUMNS = pa.schema(
     [
@@ -33,7 +33,7 @@ LAYER_COLUMNS = pa.schema(
         ("pca_fvu", pa.float64()),
         ("fvu_low", pa.float64()),
         ("fvu_high", pa.float64()),
-        *((name, pa.float64()) for name in downstream_summary.COLUMNS),
+        *((name, pa.float64()) for name in DOWNSTREAM_COLUMNS),
     ]
 )
 
@@ -45,7 +45,7 @@ def write_latents(
     redundancy: Redundancy | None,
     extra: Mapping[str, NDArray[np.float64]],
 ) -> None:
-    """One row for each latent, dead ones too; lists have one entry per layer. extra: [M] columns of parts."""
+    """One row for each latent, dead ones too; lists have one entry per layer. extra: [M] more columns."""
     none = (moments.n_latents, N_NEIGHBOURS)
     neighbours = redundancy.neighbours if redundancy else np.full(none, -1)
     cosines = redundancy.neighbour_cosines if redundancy else np.full(none, np.nan)
@@ -63,7 +63,7 @@ def write_latents(
         "entropy": _nullable(table.entropy),
         "n_layers_active": pa.array(table.n_layers_active),
         **{name: _nullable(values) for name, values in table.persistence._asdict().items()},
-        "profile": pa.array(profile_kinds(table.probs, table.entropy), pa.string()),
+        "profile": pa.array(table.kinds, pa.string()),
         "nearest": pa.array(neighbours[:, 0], mask=neighbours[:, 0] < 0),
         "nearest_cosine": _nullable(cosines[:, 0]),
         "neighbours": _known(neighbours, neighbours >= 0),

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from analysis.model.transformer import lens_of_store, model_of_store
+from analysis.model.transformer import lens_of_store, load_of_store, spec_of_store
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
 from harvest.options_file import options_file
 from harvest.run import harvest
 from store.activations import ActivationStore
-from tests.analysis.small import save_small
 from tests.support.harvesting import harvest_config
 from tests.support.models import D_MODEL, N_LAYERS, tiny_model
 from tests.support.saes import make_sae
+from tests.support.small import save_small
 from train.model import MLSAE
 
 CONTEXT, N_TOKENS = 24, 106
@@ -65,7 +65,7 @@ def make_harvested(
     options_file(out).unlink()
     store = ActivationStore.open(out)
     lens = lens_of_store(store, str(lens_folder)) if lens_folder else lens_of_store(store)
-    return Harvested(store, model_of_store(store, str(folder)), lens, folder, lens_folder)
+    return Harvested(store, load_of_store(store, spec_of_store(store, str(folder))), lens, folder, lens_folder)
 
 
 def make_checkpoint(path: Path, store: ActivationStore, *, k: int = 8) -> MLSAE:

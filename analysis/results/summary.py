@@ -1,11 +1,10 @@
 """summary.json: what was found, in numbers, in the schema that others read.
 
 Nothing is computed here but means over layers; a number that is not defined is null. Not here: the words on the
-terminal (`analysis.words`), the tables (`analysis.tables`).
+terminal (`analysis.results.words`), the tables (`analysis.results.tables`).
 """
 
 import platform
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,19 +14,20 @@ from numpy.typing import NDArray
 
 from analysis.baselines.nulls import null_numbers
 from analysis.config import AnalyzeConfig
-from analysis.encoder import weights_hash
-from analysis.latents.profiles import KINDS, profile_kinds
+from analysis.inputs import Inputs, weights_hash
 from analysis.latents.redundancy import MAX_OVERLAP, Redundancy
-from analysis.model.downstream_summary import layer_columns
-from analysis.model.parts import ModelFindings
-from analysis.model.parts import summary_of as model_summary
-from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LatentTable, LayerMoments, mlsae_compat, variances
-from analysis.persistence import PAIR_WEIGHTINGS, distributions, persistence_numbers
-from analysis.quality import QualityResult
+from analysis.latents.table import KINDS, LatentTable
+from analysis.latents.views import LatentViews
+from analysis.model.downstream_numbers import layer_columns
+from analysis.model.findings import ModelFindings
+from analysis.moments import variance_numbers
+from analysis.persistence import distributions, persistence_summary
+from analysis.quality import QualityResult, defined
+from analysis.reference import mlsae_compat
 from analysis.selection import Selection
-from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, ReconstructionIntervals
+from analysis.task import Sums
+from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Intervals, SumIntervals
 from residscope.console import counted
-from store.activations import ActivationStore
 from train.model import Checkpoint
 
 SCHEMA_VERSION = 1
@@ -49,46 +49,32 @@ class Findings:
     """All that an analysis found."""
 
     config: AnalyzeConfig
-    store: ActivationStore
-    checkpoint: Checkpoint
+    inputs: Inputs
     selection: Selection
-    held_out: NDArray[np.bool_]
-    """[n_documents]"""
-
-    same_store: bool
-    """Whether the autoencoder was trained on this very store."""
-
-    doubts: Sequence[str]
-    """What a user must know of how checkpoint and store fit: sentences."""
-
-    moments: LayerMoments
-    analysed: QualityResult
-    validation: QualityResult | None
-    """On the held-out documents; None if there are none."""
-
+    sums: Sums
+    intervals: SumIntervals
     baseline: Baseline | None
-    intervals: Mapping[str, Mapping[str, Interval | None]]
-    persistence_intervals: Mapping[str, Mapping[str, Interval | None]]
-    reconstruction_intervals: ReconstructionIntervals | None
-    nulls: Mapping[str, LayerMoments]
-    """By name; empty if they were not asked for."""
-
-    model: ModelFindings
-    """What the transformer told."""
-
     table: LatentTable
     redundancy: Redundancy | None
     """None if it was not asked for."""
 
-    parts: Mapping[str, Any]
-    """By key, what the optional parts (`analysis.parts`) found; None for those not asked for."""
+    views: LatentViews | None
+    """None if they were not asked for."""
+
+    model: ModelFindings
+    """What the transformer told."""
 
     seconds: float
+
+    @property
+    def validation(self) -> QualityResult | None:
+        """On the held-out documents; None if there are none."""
+        return self.sums.validation if self.selection.validation.any() else None
 
 
 def build(found: Findings) -> dict[str, Any]:
     """summary.json: plain JSON values, None where a number is not defined."""
-    moments, config = found.moments, found.config
+    moments, inputs, nulls = found.sums.moments, found.inputs, found.sums.nulls
     fired = moments.counts.any(axis=1)
     split, warnings = describe_split(found)
     variance, persistence = _variance(found), _persistence(found)
@@ -107,11 +93,11 @@ def build(found: Findings) -> dict[str, Any]:
         "variance": variance,
         "persistence": persistence,
         "nulls": {
-            "seed": config.seed,
-            "chunk_tokens": found.store.meta.chunk_tokens,
-            **{name: null_numbers(variance, persistence, null) for name, null in found.nulls.items()},
+            "seed": found.config.statistics.seed,
+            "chunk_tokens": inputs.store.meta.chunk_tokens,
+            **{name: null_numbers(variance, persistence, null) for name, null in nulls.items()},
         }
-        if found.nulls
+        if nulls
         else None,
         "profiles": _profiles(found.table),
         "redundancy": _redundancy(found.redundancy),
@@ -121,49 +107,49 @@ def build(found: Findings) -> dict[str, Any]:
             "n_documents": found.selection.n_documents,
             "n_replicates": len(moments.groups),
         }
-        if found.intervals
+        if found.intervals.variance
         else None,
-        **model_summary(found.model),
-        "validation_fvu": _number(found.validation.fvu.mean()) if found.validation else None,
+        **found.model.summary(),
+        "validation_fvu": defined(found.validation.fvu.mean()) if found.validation else None,
         "validation": _validation(found),
         "baseline": {"pca": _pca(found.baseline)},
-        **found.parts,
+        "examples": found.views.summary if found.views else None,
         "seconds": found.seconds,
     }
 
 
 def _reconstruction(found: Findings) -> dict[str, Any]:
     names = ("fvu", "mse", "l0")
-    result: dict[str, Any] = {name: _number(getattr(found.analysed, name).mean()) for name in names}
-    bounds = {name: getattr(found.reconstruction_intervals, name, None) for name in names}
+    result: dict[str, Any] = {name: defined(getattr(found.sums.analysed, name).mean()) for name in names}
+    bounds = {name: getattr(found.intervals.reconstruction, name, None) for name in names}
     result["ci95"] = (
-        {name: list(i) if i else None for name, i in bounds.items()} if found.reconstruction_intervals else {}
+        {name: list(i) if i else None for name, i in bounds.items()} if found.intervals.reconstruction else {}
     )
     return result
 
 
 def layer_rows(found: Findings) -> list[dict[str, Any]]:
     """One row for each layer, the columns of layers.parquet."""
-    moments, quality = found.moments, found.analysed
+    moments, quality = found.sums.moments, found.sums.analysed
     mass = moments.totals.sum(axis=0)
     share = np.divide(mass, mass.sum(), out=np.zeros_like(mass), where=mass.sum() > 0)
     active = (moments.counts > 0).sum(axis=0)
-    intervals = found.reconstruction_intervals
+    intervals = found.intervals.reconstruction
     downstream = layer_columns(found.model.downstream, found.model.intervals, len(moments.layers))
     by_layer = [i or (None, None) for i in (intervals.fvu_by_layer if intervals else [None] * len(moments.layers))]
     return [
         {
             "layer": int(layer),
-            "fvu": _number(quality.fvu[i]),
-            "mse": _number(quality.mse[i]),
-            "l0": _number(quality.l0[i]),
-            "mean_norm": _number(quality.mean_norm[i]),
-            "cosine_to_next": _number(quality.cosine_to_next[i]),
+            "fvu": defined(quality.fvu[i]),
+            "mse": defined(quality.mse[i]),
+            "l0": defined(quality.l0[i]),
+            "mean_norm": defined(quality.mean_norm[i]),
+            "cosine_to_next": defined(quality.cosine_to_next[i]),
             "n_vectors": quality.n_tokens,
             "active_latents": int(active[i]),
             "mass_share": float(share[i]),
-            "validation_fvu": _number(found.validation.fvu[i]) if found.validation else None,
-            "pca_fvu": _number(found.baseline.fvu[i]) if found.baseline else None,
+            "validation_fvu": defined(found.validation.fvu[i]) if found.validation else None,
+            "pca_fvu": defined(found.baseline.fvu[i]) if found.baseline else None,
             "fvu_low": by_layer[i][0],
             "fvu_high": by_layer[i][1],
             **downstream[i],
@@ -174,10 +160,11 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
 
 def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
     """Which tokens the numbers speak of, and what to be wary of."""
-    tokens, selection, split = found.store.tokens, found.selection, found.config.split
+    inputs, selection, split = found.inputs, found.selection, found.config.tokens.split
+    document, held_out = inputs.store.tokens.document, selection.held_out
     n = selection.n_analysed
-    n_held_out = int((selection.analysed & found.held_out[tokens.document]).sum())
-    if not found.same_store:
+    n_held_out = int((selection.analysed & held_out[document]).sum())
+    if not inputs.same_store:
         trained_on, fate = "unknown", "this is not the store that the autoencoder was trained on"
     elif n_held_out == n:
         trained_on, fate = "none", "all held out from training"
@@ -188,21 +175,21 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
     whose = {"all": "of the store", "train": "of the training documents", "validation": "of the validation documents"}[
         split
     ]
-    limit = found.config.max_tokens
+    limit = found.config.tokens.max_tokens
     which = f"the first {limit:,} kept tokens {whose}" if limit == n else f"every kept token {whose}"
-    warnings = [*found.doubts]
+    warnings = [*inputs.notes]
     if trained_on in ("some", "all"):
         share = 100 * (n - n_held_out) / n
         shown = "All" if share == 100 else f"{share:.0f} %"
-        way_out = "use --split validation" if found.held_out.any() else "train with --validation-fraction above 0"
+        way_out = "use --split validation" if held_out.any() else "train with --validation-fraction above 0"
         warnings.append(f"{shown} of these tokens are of training documents: {way_out} for held-out numbers.")
     if trained_on == "unknown":
         warnings.append(
             "Whether the autoencoder was trained on this text is not known: it was trained on another store."
         )
-    if not found.checkpoint.trainer.get("finished", True):
-        warnings.append(f"Training was not finished: this is its step {found.checkpoint.trainer.get('step')}.")
-    if not found.intervals and found.config.intervals:
+    if not inputs.checkpoint.trainer.get("finished", True):
+        warnings.append(f"Training was not finished: this is its step {inputs.checkpoint.trainer.get('step')}.")
+    if not found.intervals.variance and found.config.statistics.intervals:
         warnings.append(
             f"No 95 % intervals are given: they are drawn over documents, in groups of about the same size, and take "
             f"{MIN_INTERVAL_GROUPS} groups; {counted(selection.n_documents, 'document')} in "
@@ -219,13 +206,14 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
 
 
 def _provenance(found: Findings) -> dict[str, Any]:
-    meta, config, checkpoint = found.store.meta, found.config, found.checkpoint
+    store, config, checkpoint = found.inputs.store, found.config, found.inputs.checkpoint
+    meta = store.meta
     sae = checkpoint.config
     origin = {name: meta.provenance.get(name) for name in ("model", "architecture", "random_init", "dataset")}
     return {
         "store": {
-            "name": found.store.path.name,
-            "content_hash": found.store.content_hash,
+            "name": store.path.name,
+            "content_hash": store.content_hash,
             "config_hash": meta.config_hash,
             **origin,
             "revision": meta.provenance.get("model_revision"),
@@ -246,10 +234,10 @@ def _provenance(found: Findings) -> dict[str, Any]:
             "store_content_hash": checkpoint.store.get("content_hash"),
         },
         "analysis": {
-            "dtype": config.dtype,
-            "split": config.split,
-            "max_tokens": config.max_tokens,
-            "seed": config.seed,
+            "dtype": config.statistics.dtype,
+            "split": config.tokens.split,
+            "max_tokens": config.tokens.max_tokens,
+            "seed": config.statistics.seed,
             "versions": versions(),
         },
     }
@@ -279,33 +267,28 @@ def versions() -> dict[str, str]:
 
 
 def _variance(found: Findings) -> dict[str, Any]:
-    pooled = found.moments.pooled()
-    result: dict[str, Any] = {}
-    for weighting in WEIGHTINGS:
-        value = variances(pooled, weighting)
-        result[weighting] = {name: _number(getattr(value, name)) for name in VARIANCE_NAMES}
-        intervals = found.intervals.get(weighting, {})
-        result[weighting]["ci95"] = {name: list(i) if i else None for name, i in intervals.items()}
-    result["mlsae_compat"] = mlsae_compat(found.moments)._asdict()
-    return result
+    result: dict[str, Any] = variance_numbers(found.sums.moments.pooled())
+    _add_intervals(result, found.intervals.variance)
+    return {**result, "mlsae_compat": mlsae_compat(found.sums.moments)._asdict()}
 
 
 def _persistence(found: Findings) -> dict[str, Any]:
-    moments = found.moments
-    histograms, shape = moments.persistence.histograms.sum(axis=0), moments.persistence.shape.sum(axis=0)
-    result: dict[str, Any] = {"n_pairs": int(moments.pooled()[4].sum())}
-    for weighting in PAIR_WEIGHTINGS:
-        means = persistence_numbers(histograms, shape, moments.layers, weighting)
-        result[weighting] = {name: _number(value) for name, value in means._asdict().items()}
-        intervals = found.persistence_intervals.get(weighting, {})
-        result[weighting]["ci95"] = {name: list(i) if i else None for name, i in intervals.items()}
-        shares = distributions(histograms, weighting)
-        result[weighting]["distributions"] = {name: row.tolist() for name, row in shares.items()}
-    return result
+    moments = found.sums.moments
+    result = persistence_summary(moments.persistence, moments.layers)
+    _add_intervals(result, found.intervals.persistence)
+    for weighting, shares in distributions(moments.persistence).items():
+        result[weighting]["distributions"] = shares
+    return {"n_pairs": int(moments.pooled()[4].sum()), **result}
+
+
+def _add_intervals(numbers: dict[str, dict[str, Any]], intervals: Intervals) -> None:
+    """Put 95 % intervals beside the numbers of each weighting; none where none are given."""
+    for weighting, row in numbers.items():
+        row["ci95"] = {name: list(i) if i else None for name, i in intervals.get(weighting, {}).items()}
 
 
 def _profiles(table: LatentTable) -> dict[str, dict[str, float]]:
-    kinds = np.array(profile_kinds(table.probs, table.entropy), dtype=object)
+    kinds = np.array(table.kinds, dtype=object)
     total = table.total.sum()
     return {
         kind: {
@@ -320,7 +303,7 @@ def _redundancy(found: Redundancy | None) -> dict[str, Any] | None:
     if found is None:
         return None
     return {
-        "mmcs": _number(found.mmcs),
+        "mmcs": defined(found.mmcs),
         "cosine_threshold": found.threshold,
         "overlap_threshold": MAX_OVERLAP,
         "parallel_pairs": found.n_parallel,
@@ -332,12 +315,12 @@ def _redundancy(found: Redundancy | None) -> dict[str, Any] | None:
 def _validation(found: Findings) -> dict[str, Any] | None:
     if not found.validation:
         return None
-    document = found.store.tokens.document[found.selection.validation]
+    document = found.inputs.store.tokens.document[found.selection.validation]
     return {
         "n_tokens": found.validation.n_tokens,
         "n_documents": len(np.unique(document)),
-        "fvu": _number(found.validation.fvu.mean()),
-        "fvu_per_layer": [_number(fvu) for fvu in found.validation.fvu],
+        "fvu": defined(found.validation.fvu.mean()),
+        "fvu_per_layer": [defined(fvu) for fvu in found.validation.fvu],
     }
 
 
@@ -346,13 +329,8 @@ def _pca(baseline: Baseline | None) -> dict[str, Any] | None:
         return None
     return {
         "k": baseline.k,
-        "fvu": _number(baseline.fvu.mean()),
-        "fvu_per_layer": [_number(fvu) for fvu in baseline.fvu],
+        "fvu": defined(baseline.fvu.mean()),
+        "fvu_per_layer": [defined(fvu) for fvu in baseline.fvu],
         "n_train_vectors": baseline.n_train_vectors,
         "n_validation_vectors": baseline.n_validation_vectors,
     }
-
-
-def _number(value: Any) -> float | None:
-    """A JSON number, or None for what is not defined."""
-    return float(value) if np.isfinite(value) else None

@@ -1,5 +1,5 @@
-"""The compiled passes over sparse codes and over vectors; `analysis.moments` and `analysis.quality` hold the sums that
-they fill.
+"""The compiled passes over sparse codes and over vectors that fill the sums of `analysis.moments`,
+`analysis.persistence` and `analysis.quality`.
 
 Codes: for each token, every positive activation updates the weighted mean layer and the summed squared deviation of its
 latent at that token (West 1979, the weighted form of Welford's update). So the within-token sum is a sum of
@@ -8,6 +8,9 @@ Scratch arrays of n_latents entries hold the token's latents, and a stamp tells 
 is cleared, and memory does not depend on the number of tokens.
 
 Vectors: one pass reads each vector and its reconstruction once and accumulates in float64.
+
+Imported where it is called, because it loads numba. Tested in tests/analysis/test_moments.py, test_persistence.py and
+test_quality.py.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector, M n_latents, G document groups present, S subsets of
 tokens.
@@ -23,8 +26,18 @@ import numpy as np
 # layer and variance are mu = sum_l l a / sum_l a and v = sum_l (l - mu)^2 a / sum_l a.
 MASS, MASS_L, MASS_V, MASS_LL, PAIRS, PAIRS_L, PAIRS_V, PAIRS_LL = range(8)
 
+# Rows of `Persistence.histograms`, each a distribution over positions 0 .. L - 1 of the analysed layers; the first two
+# count layers, at position n - 1. Then the entries of `Persistence.shape` and the columns of `Persistence.latents`.
+N_ACTIVE, RUN_LENGTH, ONSET, OFFSET = range(4)
+N_RUNS, CONTIGUITY, UNBROKEN = range(3)
+LATENT_ACTIVE, LATENT_ONSET, LATENT_OFFSET, LATENT_RUN, LATENT_CONTIGUITY = range(5)
 
-def _compiled(fastmath: bool | set[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+# Columns of the scratch array `seen`: of a latent at one token, the first and last layer at which it is active, active
+# layers, runs, the length of the present run and of the longest.
+FIRST, LAST, ACTIVE, RUNS, RUN, LONGEST = range(6)
+
+
+def compiled(fastmath: bool | set[str] = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile at the first call, without the interpreter's lock, and keep the machine code where a folder allows it."""
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,23 +49,16 @@ def _compiled(fastmath: bool | set[str]) -> Callable[[Callable[..., Any]], Calla
     return compile_
 
 
-# Rows of `Persistence.histograms`, each a distribution over positions 0 .. L - 1 of the analysed layers; the first two
-# count layers, at position n - 1. Then the entries of `Persistence.shape` and the columns of `Persistence.latents`.
-N_ACTIVE, RUN_LENGTH, ONSET, OFFSET = range(4)
-N_RUNS, CONTIGUITY, UNBROKEN = range(3)
-LATENT_ACTIVE, LATENT_ONSET, LATENT_OFFSET, LATENT_RUN, LATENT_CONTIGUITY = range(5)
-
-
-@_compiled(fastmath=False)
+@compiled()
 def first_bad(values):
-    """The flat position of the first value that is not a finite number >= 0, else -1."""
+    """The flat position of the first value that is negative or not finite, else -1."""
     for position, value in enumerate(values.flat):
         if not (value >= 0.0 and value < np.inf):
             return position
     return -1
 
 
-@_compiled(fastmath=False)
+@compiled()
 def add_codes(values, indices, rows, layers, group_of_token, sums, counts, totals, histograms, shape, latents):
     """Add the codes of T whole tokens.
 
@@ -61,82 +67,93 @@ def add_codes(values, indices, rows, layers, group_of_token, sums, counts, total
     of `sums`. Added to in place: sums float64 [G, 8, M], counts int64 [M, L], totals float64 [M, L], and those of
     `analysis.persistence`: histograms float64 [G, 2, 4, L], shape float64 [G, 2, 3], latents float64 [M, 5].
     """
-    k = values.shape[1]
     n_tokens, n_layers = rows.shape
     n_latents = sums.shape[2]
     stamp = np.full(n_latents, -1, np.int64)
-    mass = np.empty(n_latents, np.float64)
-    mean = np.empty(n_latents, np.float64)
-    spread = np.empty(n_latents, np.float64)
-    seen = np.empty((n_latents, 6), np.int32)  # first, last, active layers, runs, the present run, the longest
-    touched = np.empty(min(n_latents, n_layers * k), np.int64)
+    moments = np.empty((3, n_latents), np.float64)  # mass, mean layer, summed squared deviation
+    seen = np.empty((n_latents, 6), np.int32)
+    touched = np.empty(min(n_latents, n_layers * values.shape[1]), np.int64)
     for t in range(n_tokens):
-        n_touched = 0
-        for i in range(n_layers):
-            layer, row = layers[i], rows[t, i]
-            for s in range(k):
-                a = np.float64(values[row, s])
-                if a == 0.0:
-                    continue
-                j = indices[row, s]
-                counts[j, i] += 1
-                totals[j, i] += a
-                if stamp[j] != t:
-                    stamp[j] = t
-                    touched[n_touched] = j
-                    n_touched += 1
-                    mass[j] = a
-                    mean[j] = layer
-                    spread[j] = 0.0
-                    seen[j, 0] = i
-                    seen[j, 1] = i
-                    seen[j, 2:] = 1
-                else:
-                    mass[j] += a
-                    step = layer - mean[j]
-                    mean[j] += step * (a / mass[j])
-                    spread[j] += a * step * (layer - mean[j])
-                    seen[j, 2] += 1
-                    if seen[j, 1] == i - 1:
-                        seen[j, 4] += 1
-                        seen[j, 5] = max(seen[j, 5], seen[j, 4])
-                    else:
-                        seen[j, 3] += 1
-                        seen[j, 4] = 1
-                    seen[j, 1] = i
+        n_touched = _collect(t, values, indices, rows[t], layers, stamp, moments, seen, touched, counts, totals)
         g = group_of_token[t]
-        group, histogram, group_shape = sums[g], histograms[g], shape[g]
-        for n in range(n_touched):
-            j = touched[n]
-            mu, variance = mean[j], spread[j] / mass[j]
-            group[MASS, j] += mass[j]
-            group[MASS_L, j] += mass[j] * mu
-            group[MASS_V, j] += spread[j]
-            group[MASS_LL, j] += mass[j] * mu * mu
-            group[PAIRS, j] += 1.0
-            group[PAIRS_L, j] += mu
-            group[PAIRS_V, j] += variance
-            group[PAIRS_LL, j] += mu * mu
-            first, last, active, runs, longest = seen[j, 0], seen[j, 1], seen[j, 2], seen[j, 3], seen[j, 5]
-            contiguity = longest / (last - first + 1.0)
-            for w in range(2):
-                weight = mass[j] if w == 0 else 1.0
-                histogram[w, N_ACTIVE, active - 1] += weight
-                histogram[w, RUN_LENGTH, longest - 1] += weight
-                histogram[w, ONSET, first] += weight
-                histogram[w, OFFSET, last] += weight
-                group_shape[w, N_RUNS] += weight * runs
-                group_shape[w, CONTIGUITY] += weight * contiguity
-                group_shape[w, UNBROKEN] += weight if runs == 1 else 0.0
-            latents[j, LATENT_ACTIVE] += active
-            latents[j, LATENT_ONSET] += layers[first]
-            latents[j, LATENT_OFFSET] += layers[last]
-            latents[j, LATENT_RUN] += longest
-            latents[j, LATENT_CONTIGUITY] += contiguity
+        _add_pairs(touched[:n_touched], moments, seen, layers, sums[g], histograms[g], shape[g], latents)
+
+
+@compiled()
+def _collect(t, values, indices, rows, layers, stamp, moments, seen, touched, counts, totals):
+    """Gather token t's latents: their numbers go into `touched`, the number of them is returned."""
+    mass, mean, spread = moments[0], moments[1], moments[2]
+    n_touched = 0
+    for i in range(len(rows)):
+        layer, row = layers[i], rows[i]
+        for s in range(values.shape[1]):
+            a = np.float64(values[row, s])
+            if a == 0.0:
+                continue
+            j = indices[row, s]
+            counts[j, i] += 1
+            totals[j, i] += a
+            if stamp[j] != t:
+                stamp[j] = t
+                touched[n_touched] = j
+                n_touched += 1
+                mass[j] = a
+                mean[j] = layer
+                spread[j] = 0.0
+                seen[j, FIRST] = i
+                seen[j, LAST] = i
+                seen[j, ACTIVE:] = 1
+            else:
+                mass[j] += a
+                step = layer - mean[j]
+                mean[j] += step * (a / mass[j])
+                spread[j] += a * step * (layer - mean[j])
+                seen[j, ACTIVE] += 1
+                if seen[j, LAST] == i - 1:
+                    seen[j, RUN] += 1
+                    seen[j, LONGEST] = max(seen[j, LONGEST], seen[j, RUN])
+                else:
+                    seen[j, RUNS] += 1
+                    seen[j, RUN] = 1
+                seen[j, LAST] = i
+    return n_touched
+
+
+@compiled()
+def _add_pairs(touched, moments, seen, layers, sums, histogram, shape, latents):
+    """Add one token's pairs to the sums [8, M] of its document group, and to those of `analysis.persistence`."""
+    mass, mean, spread = moments[0], moments[1], moments[2]
+    for j in touched:
+        mu, variance = mean[j], spread[j] / mass[j]
+        sums[MASS, j] += mass[j]
+        sums[MASS_L, j] += mass[j] * mu
+        sums[MASS_V, j] += spread[j]
+        sums[MASS_LL, j] += mass[j] * mu * mu
+        sums[PAIRS, j] += 1.0
+        sums[PAIRS_L, j] += mu
+        sums[PAIRS_V, j] += variance
+        sums[PAIRS_LL, j] += mu * mu
+        first, last, active = seen[j, FIRST], seen[j, LAST], seen[j, ACTIVE]
+        runs, longest = seen[j, RUNS], seen[j, LONGEST]
+        contiguity = longest / (last - first + 1.0)
+        for w in range(2):
+            weight = mass[j] if w == 0 else 1.0
+            histogram[w, N_ACTIVE, active - 1] += weight
+            histogram[w, RUN_LENGTH, longest - 1] += weight
+            histogram[w, ONSET, first] += weight
+            histogram[w, OFFSET, last] += weight
+            shape[w, N_RUNS] += weight * runs
+            shape[w, CONTIGUITY] += weight * contiguity
+            shape[w, UNBROKEN] += weight if runs == 1 else 0.0
+        latents[j, LATENT_ACTIVE] += active
+        latents[j, LATENT_ONSET] += layers[first]
+        latents[j, LATENT_OFFSET] += layers[last]
+        latents[j, LATENT_RUN] += longest
+        latents[j, LATENT_CONTIGUITY] += contiguity
 
 
 # Reassociation lets the sums over d_model run in vector registers; no other liberty is taken with the arithmetic.
-@_compiled(fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def measure_vectors(x, x_hat, shift, member, squared_error, squared_deviation, norm, cosine, deviation_sum):
     """What `analysis.quality` needs of T tokens, from one reading.
 

@@ -1,0 +1,223 @@
+"""The store and the autoencoder of an analysis: opened once in each process, and checked against each other.
+
+`open_inputs` is for the process that the user started; `open_data` for the tasks, which are told paths and integers
+only (`TaskSpec`) and may run in another process. Tested in tests/analysis/test_cli.py and test_run.py. Not here: which
+tokens are analysed (`analysis.selection`), encoding (`analysis.encoder`).
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from analysis.config import StatisticsOptions, TokenOptions
+from analysis.encoder import Encoder, load_encoder
+from analysis.selection import Selection, held_out_documents, select
+from analysis.tiles import Coder
+from residscope.errors import IncompatibleError
+from store.activations import ActivationStore
+from store.codes import KeptCodes
+from train.formats.files import read_sae
+from train.model import MLSAE, Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A store and an autoencoder that fits it."""
+
+    store: ActivationStore
+    checkpoint: Checkpoint
+    layers: tuple[int, ...]
+    """The stored layers that the autoencoder speaks of, as indices into the store's."""
+
+    notes: Sequence[str]
+    """What a user must know of the autoencoder's file, and of how it and the store fit: sentences."""
+
+    @property
+    def sae(self) -> MLSAE:
+        return self.checkpoint.sae
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """The model's block indices of `layers`."""
+        return [self.store.meta.layers[i] for i in self.layers]
+
+    @property
+    def same_store(self) -> bool:
+        """Whether the autoencoder was trained on this very store."""
+        return self.checkpoint.store.get("content_hash") == self.store.content_hash
+
+    @property
+    def validation(self) -> Mapping[str, Any] | None:
+        """The checkpoint's own split of documents: {fraction, seed, n_documents}; None if nothing was held out."""
+        return self.checkpoint.store.get("validation")
+
+
+def open_inputs(store_path: Path, sae_path: Path) -> Inputs:
+    """Open both; raises `ResidscopeError` or a subclass where one is missing or broken, or where they do not fit."""
+    store = ActivationStore.open(store_path)
+    sae, origin = read_sae(sae_path)
+    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
+    layers = layers_of_store(checkpoint, store, sae_path)
+    return Inputs(store=store, checkpoint=checkpoint, layers=layers, notes=[*_doubts(checkpoint, store), *origin.notes])
+
+
+def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Path) -> tuple[int, ...]:
+    """The stored layers (indices into the store's layers) that the autoencoder speaks of, or `IncompatibleError`.
+
+    Model, its weights (trained or drawn at random), lens and d_model must be those that the autoencoder was trained on;
+    text and tokens may be others. The store may hold more layers than it was trained on: those are left out. What the
+    checkpoint does not record is not checked; `_doubts` says where that matters.
+    """
+    meta, trained = store.meta, checkpoint.store
+    checks: list[tuple[str, Any, Any]] = [("d_model", checkpoint.config.d_model, meta.d_model)]
+    if trained.get("model") is not None:
+        checks.append(("model", trained["model"], meta.provenance.get("model")))
+    if trained.get("random_init") is not None:
+        words = {True: "drawn at random", False: "those of the trained model"}
+        expected, found = (words[bool(part.get("random_init"))] for part in (trained, meta.provenance))
+        checks.append(("the weights", expected, found))
+    if "lens" in trained:
+        checks.append(("lens", trained["lens"], meta.lens))
+    for name, expected, found in checks:
+        if expected != found:
+            raise IncompatibleError(
+                f"{sae_path} does not fit {store.path}: {name} should be {_shown(expected)}, "
+                f"as the autoencoder was trained on, found {_shown(found)}: "
+                "harvest a store of the same model and lens, or train on this one"
+            )
+    layers = tuple(trained.get("layers") or meta.layers)
+    missing = sorted(set(layers) - set(meta.layers))
+    if missing:
+        raise IncompatibleError(
+            f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, "
+            f"the store lacks {missing}: harvest them too"
+        )
+    return tuple(meta.layers.index(layer) for layer in layers)
+
+
+def weights_hash(sae: MLSAE) -> str:
+    """A hash of an autoencoder's weights: the same for the same autoencoder, whatever its file."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _doubts(checkpoint: Checkpoint, store: ActivationStore) -> list[str]:
+    """Where checkpoint and store may not fit, and the checkpoint records too little to tell: sentences for the user."""
+    trained = checkpoint.store
+    if trained.get("content_hash") == store.content_hash:
+        return []
+    if store.meta.provenance.get("random_init") and trained.get("random_init") is None:
+        return [
+            "This store is of a model with random weights (--random-init), and whether the autoencoder was trained on "
+            "such a model is not recorded: if it was trained on the real one, these numbers say nothing of either."
+        ]
+    return []
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """What all tasks of an analysis share: a few words and numbers, from which a worker makes all else once."""
+
+    store: str
+    """Path of the store."""
+
+    content_hash: str
+    """What the store at that path must hold."""
+
+    sae: str
+    """Path of the checkpoint."""
+
+    layers: tuple[int, ...]
+    """Stored layers to analyse, as indices into the store's."""
+
+    tokens: TokenOptions
+    statistics: StatisticsOptions
+    validation: tuple[float, int, int] | None
+    """Fraction, seed and number of documents of the checkpoint's validation split."""
+
+    same_store: bool
+    """Whether this is the store that the autoencoder was trained on."""
+
+    pca: bool
+    """Whether to sum what the PCA baseline needs: wanted, and there is something to fit it on."""
+
+    save_latents: bool = False
+    """Whether to keep the codes of every shard that is encoded."""
+
+    codes_folder: str | None = None
+    """Folder for the analysed tokens' codes while the analysis lasts (`analysis.tiles`); None for none."""
+
+
+class TaskData(NamedTuple):
+    """What a process keeps of a store and an autoencoder between its tasks."""
+
+    encoder: Encoder
+    store: ActivationStore
+    selection: Selection
+    shift: NDArray[np.float64]
+    """[L, D] mean of each analysed layer over the store's kept tokens."""
+
+    kept: KeptCodes | None
+    """Codes that an earlier analysis kept in the store, or that this one does."""
+
+    def coder(self, spec: TaskSpec) -> Coder:
+        return Coder(self.encoder, self.store, spec.layers, self.kept, spec.save_latents)
+
+
+def open_data(spec: TaskSpec) -> TaskData:
+    """All that a task needs; a second call in this process gives the same."""
+    encoder = load_encoder(Path(spec.sae), spec.statistics.dtype)
+    with _opening:
+        return _open_data(spec, encoder)
+
+
+@contextmanager
+def opened_here(spec: TaskSpec, inputs: Inputs, selection: Selection) -> Iterator[None]:
+    """Within the block tasks in this process use the store that is open and the selection that is made."""
+    _opened_here[spec] = inputs.store, selection
+    try:
+        yield
+    finally:
+        del _opened_here[spec]
+
+
+_opening = threading.Lock()
+_opened_here: dict[TaskSpec, tuple[ActivationStore, Selection]] = {}
+
+
+@lru_cache(maxsize=4)
+def _open_data(spec: TaskSpec, encoder: Encoder) -> TaskData:
+    store, selection = _opened_here.get(spec) or _open_store(spec, encoder.config.n_latents)
+    make = KeptCodes.create if spec.save_latents else KeptCodes.open
+    origin = {**encoder.origin, "layers": [store.meta.layers[i] for i in spec.layers]}
+    kept = make(store, origin, encoder.width)
+    return TaskData(encoder, store, selection, store.statistics().mean[list(spec.layers)], kept)
+
+
+def _open_store(spec: TaskSpec, n_latents: int) -> tuple[ActivationStore, Selection]:
+    store = ActivationStore.open(spec.store)
+    if store.content_hash != spec.content_hash:
+        raise IncompatibleError(
+            f"{spec.store} holds other data here than where the analysis was started: "
+            f"content hash {store.content_hash}, expected {spec.content_hash}; every worker must see the same store"
+        )
+    split: dict[str, Any] | None = None
+    if spec.validation:
+        split = dict(zip(("fraction", "seed", "n_documents"), spec.validation, strict=True))
+    held_out = held_out_documents(store.tokens, split, same_store=spec.same_store)
+    return store, select(store.tokens, held_out, spec.tokens, n_latents)

@@ -1,0 +1,186 @@
+"""Downstream quality in numbers: sums by document, the means and intervals that they give, and their place in
+summary.json and layers.parquet.
+
+What the numbers mean, and how the sums are measured: `analysis.model.downstream`. Tested in
+tests/analysis/model/test_downstream.py and test_findings.py.
+
+Shapes: L layers, C conditions, G documents.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.quality import defined
+from analysis.uncertainty import Interval, enough_groups, jackknife_intervals, without_each
+
+RECONSTRUCTED, MEAN, ZERO = range(3)
+CONDITIONS = ("reconstructed", "mean", "zero")
+"""What takes the residual stream's place, in the order of the C axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downstream:
+    """Sums over the counted tokens of each document, and the numbers that they give."""
+
+    layers: NDArray[np.int64]
+    """[L] the model's block indices."""
+
+    documents: NDArray[np.int64]
+    """[G] documents with a counted token, ascending."""
+
+    n_tokens: NDArray[np.int64]
+    """[G] counted tokens."""
+
+    true_ce: NDArray[np.float64]
+    """[G] summed cross-entropy of the untouched model, nats."""
+
+    ce: NDArray[np.float64]
+    """[L, C, G] summed cross-entropy with the layer replaced, nats."""
+
+    kl: NDArray[np.float64]
+    """[L, C, G] summed KL(true || replaced), nats."""
+
+    def result(self) -> "DownstreamResult":
+        """The means over all counted tokens."""
+        return _result(*(x.sum(axis=-1) for x in self._sums()))
+
+    def intervals(self) -> dict[str, list[Interval | None]]:
+        """95 % intervals over documents of the numbers of `result`, by name: one for each layer, and last that of the
+        mean over layers. Empty if there are fewer than `MIN_INTERVAL_GROUPS` documents.
+
+        A replicate leaves a document out (`analysis.uncertainty`). None where a number is not defined in each.
+        """
+        if not enough_groups(len(self.documents)):
+            return {}
+        value, drawn = self.result(), _result(*map(without_each, self._sums()))
+        return {
+            name: jackknife_intervals(_with_mean(getattr(value, name)), _with_mean(getattr(drawn, name)))
+            for name in PER_LAYER
+        }
+
+    def _sums(self) -> tuple[Any, ...]:
+        return self.n_tokens, self.true_ce, self.ce, self.kl
+
+
+class DownstreamResult(NamedTuple):
+    """Means over tokens; each [L] but the first two. NaN where a number is not defined."""
+
+    n_tokens: Any
+    """Counted tokens."""
+
+    true_ce: Any
+    """Cross-entropy of the untouched model, nats per predicted token."""
+
+    delta_ce: NDArray[np.float64]
+    """By how much the reconstruction raises it."""
+
+    kl: NDArray[np.float64]
+    """KL(true || reconstructed), nats per token."""
+
+    mean_delta_ce: NDArray[np.float64]
+    """By how much mean ablation raises the cross-entropy."""
+
+    zero_delta_ce: NDArray[np.float64]
+    """By how much zero ablation does."""
+
+    mean_kl: NDArray[np.float64]
+    """KL(true || mean-ablated)."""
+
+    zero_kl: NDArray[np.float64]
+    """KL(true || zero-ablated)."""
+
+    recovered_mean: NDArray[np.float64]
+    """Loss recovered against mean ablation."""
+
+    recovered_zero: NDArray[np.float64]
+    """Loss recovered against zero ablation."""
+
+
+PER_LAYER = DownstreamResult._fields[2:]
+"""Numbers of a `DownstreamResult` that there is one of for each layer."""
+
+NAMES = {
+    "delta_ce": "delta_ce",
+    "kl": "kl",
+    "recovered_mean": "loss_recovered_mean",
+    "recovered_zero": "loss_recovered_zero",
+    "mean_delta_ce": "mean_ablation_delta_ce",
+    "zero_delta_ce": "zero_ablation_delta_ce",
+    "mean_kl": "mean_ablation_kl",
+    "zero_kl": "zero_ablation_kl",
+}
+"""Numbers of a `DownstreamResult` by layer, and what they are called in the files."""
+
+BOUNDED = ("delta_ce", "kl", "recovered_mean", "recovered_zero")
+"""Those whose intervals are columns of layers.parquet."""
+
+COLUMNS = (
+    *NAMES.values(),
+    *(f"{NAMES[name]}_{end}" for name in BOUNDED for end in ("low", "high")),
+)
+"""Columns of layers.parquet, float64; null where downstream quality was not measured."""
+
+_Intervals = Mapping[str, Sequence[Interval | None]]
+
+
+def layer_columns(found: Downstream | None, intervals: _Intervals, n_layers: int) -> list[dict[str, float | None]]:
+    """`COLUMNS` of each layer. intervals: of `Downstream.intervals`."""
+    if found is None:
+        return [dict.fromkeys(COLUMNS) for _ in range(n_layers)]
+    result = found.result()
+    rows: list[dict[str, float | None]] = []
+    for i in range(n_layers):
+        row = {column: defined(getattr(result, name)[i]) for name, column in NAMES.items()}
+        for name in BOUNDED:
+            interval = intervals[name][i] if intervals else None
+            row[f"{NAMES[name]}_low"], row[f"{NAMES[name]}_high"] = interval or (None, None)
+        rows.append(row)
+    return rows
+
+
+def downstream_summary(found: Downstream | None, intervals: _Intervals, which: str) -> dict[str, Any] | None:
+    """The object `downstream` of summary.json: sizes, the untouched model, and means over layers with intervals.
+
+    which: what the tokens are, "validation" or "analysed".
+    """
+    if found is None:
+        return None
+    result = found.result()
+    return {
+        "tokens": which,
+        "n_tokens": int(result.n_tokens),
+        "n_documents": len(found.documents),
+        "true_ce": defined(result.true_ce),
+        **{column: defined(getattr(result, name).mean()) for name, column in NAMES.items()},
+        "ci95": {NAMES[name]: list(i[-1]) if i[-1] else None for name, i in intervals.items()},
+    }
+
+
+def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np.float64]) -> DownstreamResult:
+    """Means from sums: n_tokens [...], true_ce [...], ce and kl [L, C, ...]; ... is empty or replicates."""
+    true_ce, ce, kl = true_ce / n_tokens, ce / n_tokens, kl / n_tokens
+    delta = ce - true_ce  # [L, C, ...]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recovered = 1 - delta[:, :1] / delta[:, 1:]
+    recovered = np.where(np.isfinite(recovered), recovered, np.nan)
+    return DownstreamResult(
+        n_tokens=n_tokens,
+        true_ce=true_ce,
+        delta_ce=delta[:, RECONSTRUCTED],
+        kl=kl[:, RECONSTRUCTED],
+        mean_delta_ce=delta[:, MEAN],
+        zero_delta_ce=delta[:, ZERO],
+        mean_kl=kl[:, MEAN],
+        zero_kl=kl[:, ZERO],
+        recovered_mean=recovered[:, 0],
+        recovered_zero=recovered[:, 1],
+    )
+
+
+def _with_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[L, ...] with the mean over layers appended, [L + 1, ...]."""
+    return np.append(values, values.mean(axis=0, keepdims=True), axis=0)

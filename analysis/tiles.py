@@ -1,0 +1,192 @@
+"""Tiles of a store's tokens: their vectors, read a few chunks at a time, and their sparse codes.
+
+Codes are encoded, or taken from the store where an earlier analysis kept them there (`--save-latents`). While an
+analysis lasts they also stand in a folder of its own, so that what looks at them again need not encode again: one file
+for each tile, named by the tile's first token; a task that is run again writes the same files. That folder is used
+where it takes no more than a quarter of the free disk. Tested in tests/analysis/test_kept_codes.py and test_run.py.
+
+Shapes: T tokens of a tile, L analysed layers, D d_model, k active latents a vector.
+"""
+
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis.config import AnalyzeConfig
+from analysis.encoder import Encoder
+from residscope.errors import IncompatibleError, Interrupted
+from store.activations import ActivationStore
+from store.codes import KeptCodes
+from train.kernels.interface import SparseCodes
+from train.model import Standardized
+
+TILE_BYTES = 32 * 2**20
+"""Vectors read at once, as float32; at least one chunk of the store."""
+
+BYTES_PER_CODE = {"float32": 8, "bfloat16": 8, "float64": 12}
+"""A value and an int32 index, by the analysis's dtype; with bfloat16 products values are float32."""
+
+SHARE_OF_DISK = 0.25
+"""Of the free space, that the codes of an analysis may use while it lasts."""
+
+_stopping = threading.Event()
+
+
+class CodeTile(NamedTuple):
+    """Sparse codes of some tokens of a store."""
+
+    token: NDArray[np.int64]
+    """[T] places in the store, ascending."""
+
+    values: NDArray[np.floating]
+    """[T, L, k] >= 0."""
+
+    indices: NDArray[np.int64]
+    """[T, L, k]"""
+
+
+def stop_tasks() -> None:
+    """Make the tasks that run in threads of this process end at their next tile, so that an interrupted run does not
+    linger."""
+    _stopping.set()
+
+
+def keep_going() -> None:
+    """Undo `stop_tasks`."""
+    _stopping.clear()
+
+
+def shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Shards that hold a token `needed` [tokens of the store]."""
+    bounds = (store.meta.shard_bounds(shard) for shard in range(store.meta.n_shards))
+    return tuple(shard for shard, (start, stop) in enumerate(bounds) if needed[start:stop].any())
+
+
+def vector_tiles(
+    store: ActivationStore, layers: tuple[int, ...], shards: Sequence[int], needed: NDArray[np.bool_]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """The needed tokens of some shards, a tile at a time: their positions in the store [T] and their vectors float32
+    [T, L, D]. `IncompatibleError` where a number is not finite."""
+    size = store.meta.chunk_tokens
+    size *= max(1, TILE_BYTES // (size * len(layers) * store.meta.d_model * 4))
+    for shard in shards:
+        first, last = store.meta.shard_bounds(shard)
+        for start in range(first, last, size):
+            if _stopping.is_set():
+                raise Interrupted("the analysis was stopped")
+            stop = min(start + size, last)
+            token = start + np.flatnonzero(needed[start:stop])
+            if len(token):
+                x = store.read(slice(start, stop), layers)
+                x = x if len(token) == stop - start else x[token - start]
+                if not (np.isfinite(x.min()) and np.isfinite(x.max())):  # a NaN is both
+                    _refuse_not_finite(store, layers, token, x)
+                yield token, x
+
+
+def _refuse_not_finite(
+    store: ActivationStore, layers: tuple[int, ...], token: NDArray[np.int64], x: NDArray[np.float32]
+) -> None:
+    where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+    raise IncompatibleError(
+        f"{store.path}, layer {store.meta.layers[layers[where[1]]]}, token {token[where[0]]} of the store, dimension "
+        f"{where[2]}: the value {x[where]} is not finite; `harvest` never writes such a value: look with `residscope "
+        "verify`, or harvest again"
+    )
+
+
+class Coder:
+    """Codes of tiles: kept ones where they are there, else encoded, and then kept if that was asked for."""
+
+    def __init__(
+        self, encoder: Encoder, store: ActivationStore, layers: tuple[int, ...], kept: KeptCodes | None, save: bool
+    ) -> None:
+        self._encoder, self._store, self._layers, self._kept, self._save = encoder, store, layers, kept, save
+        self._shard, self._codes = -1, None  # the shard of the last tile, and its kept codes
+
+    def codes(self, token: NDArray[np.int64], vectors: Standardized) -> SparseCodes:
+        """Codes of the tokens [T], whose standardised vectors are given, all of one shard."""
+        if self._kept is not None:
+            shard = int(token[0]) // self._store.meta.shard_tokens
+            if shard != self._shard:
+                self._shard, self._codes = shard, self._of_shard(self._kept, shard)
+            if self._codes is not None:
+                rows = token - shard * self._store.meta.shard_tokens
+                values, indices = (torch.from_numpy(part[rows]).flatten(0, 1) for part in self._codes)
+                return SparseCodes(values, indices)
+        return self._encoder.encode(vectors)
+
+    def tiles(self, shards: Sequence[int], needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
+        """Codes of the tokens `needed` [tokens of the store] that lie in these shards, a tile at a time, in order."""
+        for token, x in vector_tiles(self._store, self._layers, shards, needed):
+            values, indices = self.codes(token, self._encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1])))
+            shape = (len(token), len(self._layers), -1)
+            yield CodeTile(token, values.view(shape).numpy(), indices.view(shape).numpy())
+
+    def _of_shard(self, kept: KeptCodes, shard: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        found = kept.read(shard)
+        if found is None and self._save:
+            start, stop = self._store.meta.shard_bounds(shard)
+            encoding = Coder(self._encoder, self._store, self._layers, None, False)
+            parts = list(encoding.tiles([shard], self._store.tokens.keep))
+            shape = (stop - start, len(self._layers), max(part.values.shape[2] for part in parts))
+            values, indices = np.zeros(shape, self._encoder.numpy_dtype), np.zeros(shape, np.int64)
+            for part in parts:
+                width = part.values.shape[2]
+                values[part.token - start, :, :width] = part.values
+                indices[part.token - start, :, :width] = part.indices
+            kept.write(shard, values, indices)
+            found = values, indices
+        return found
+
+
+def codes_folder(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, places: int) -> str | None:
+    """A new folder in `out` for the codes of an analysis, `places` for each vector; None if nothing looks at codes
+    again, if the store keeps them, or if they take too much space."""
+    size = n_tokens * n_layers * places * BYTES_PER_CODE[config.statistics.dtype]
+    wanted = config.latents.examples and not config.latents.save_latents
+    if not wanted or size > SHARE_OF_DISK * shutil.disk_usage(out).free:
+        return None
+    folder = out / "codes"
+    folder.mkdir()
+    return str(folder.resolve())
+
+
+def write_codes(folder: str, tile: CodeTile) -> None:
+    """Put a tile that is not empty into the codes' folder."""
+    path = Path(folder) / f"{int(tile.token[0]):015d}.npz"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, token=tile.token, values=tile.values, indices=tile.indices.astype(np.int32))
+    partial.replace(path)
+
+
+def read_codes(folder: str, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
+    """The tiles in the codes' folder in order, of each the tokens `needed` [tokens of the store]."""
+    for path in sorted(Path(folder).glob("*.npz")):
+        with np.load(path) as kept:
+            token = kept["token"]
+            rows = needed[token]
+            if rows.all():
+                yield CodeTile(token, kept["values"], kept["indices"].astype(np.int64))
+            elif rows.any():
+                yield CodeTile(token[rows], kept["values"][rows], kept["indices"][rows].astype(np.int64))
+
+
+@contextmanager
+def lasting(folder: str | None) -> Iterator[None]:
+    """Remove the codes' folder at the end of the block, also where the analysis fails: it may be a quarter of the
+    disk."""
+    try:
+        yield
+    finally:
+        if folder:
+            # A task that is being stopped may still add a file.
+            shutil.rmtree(folder, ignore_errors=True)
