@@ -26,10 +26,11 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
+from train.checkpoint import Checkpoint
 from train.formats.files import read_checkpoint
 from train.kernels.cpu.screen import Screen
 from train.kernels.interface import SparseCodes
-from train.model import MLSAE, Checkpoint, SAEConfig, Standardized
+from train.model import MLSAE, SAEConfig, Standardized
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 """Type of weights and codes; with bfloat16 the encoder's product alone is made in that type."""

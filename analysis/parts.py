@@ -23,7 +23,7 @@ from analysis.moments import LatentTable, LayerMoments
 from analysis.selection import Selection
 from analysis.task import Work, code_tiles
 from store.activations import ActivationStore
-from train.model import Checkpoint
+from train.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,8 +41,8 @@ from residscope.options import to_toml
 from store.activations import ActivationStore
 from store.files import held_alone
 from store.outputs import refuse_inside_store
+from train.checkpoint import Checkpoint
 from train.formats.files import read_sae
-from train.model import Checkpoint
 
 SUMMARY, LATENTS, LAYERS, CONFIG = "summary.json", "latents.parquet", "layers.parquet", "analyze.config.toml"
 REDUNDANCY = "redundancy.parquet"

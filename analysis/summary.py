@@ -28,7 +28,7 @@ from analysis.selection import Selection
 from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, ReconstructionIntervals
 from residscope.console import counted
 from store.activations import ActivationStore
-from train.model import Checkpoint
+from train.checkpoint import Checkpoint
 
 SCHEMA_VERSION = 1
 

@@ -43,6 +43,7 @@ from step_peers import CLIP, CONTENDERS, HELD_OUT, batches, fvu_after, timed
 from torch import Tensor
 
 from store.activations import ActivationStore
+from train.config import ObjectiveConfig
 from train.hardware import resolve_product_dtype
 from train.kernels.encode import encode_tiled
 from train.kernels.interface import Kernels, WeightGradients, choose_kernels
@@ -155,7 +156,7 @@ class Ours:
             variant=TopK(self.sae.config),
             k=k,
             aux_k=2 ** round(np.log2(d / 2)),
-            aux_coef=0.0 if dead is None else 1 / 32,
+            objective=ObjectiveConfig(aux_coef=0.0 if dead is None else 1 / 32),
             product_dtype=getattr(torch, dtype),
             tile_bytes=16_000_000 if device.type == "cpu" else 2**30,
         )

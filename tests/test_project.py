@@ -20,6 +20,7 @@ ALLOWED = {
     "analysis": {
         "residscope",
         "store",
+        "train.checkpoint",
         "train.model",
         "train.kernels.cpu.screen",
         "train.kernels.interface",

@@ -7,12 +7,12 @@ run's checkpoint is then, bit for bit, that of the single run with the same flag
 import itertools
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from residscope.errors import UsageError
-from residscope.options import read_word
+from residscope.options import read_word, with_values
 from train.config import TrainConfig
 
 STREAM_FIELDS = ("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb", "validation_fraction")
@@ -54,7 +54,7 @@ def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
         for layer in [None] if config.per_layer is None else layers:
             parts = [f"{name}={as_written(value)}" for name, value in settings.items()]
             name = ".".join(parts if layer is None else [*parts, f"layer={layer}"])
-            one = replace(config, sweep=None, out=run_path(config.out, name), **settings)
+            one = with_values(config, sweep=None, out=run_path(config.out, name), **settings)
             specs.append(RunSpec(config=one, name=name, settings=settings, layer=layer))
     return specs
 
@@ -75,7 +75,7 @@ def run_path(out: Path, name: str) -> Path:
 
 def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
     """Fields and values of `--sweep k=16,32 lr=1e-3,2e-3`, in the order given; `UsageError` names what is wrong."""
-    hints = typing.get_type_hints(TrainConfig)
+    hints = _flags(TrainConfig)
     axes: dict[str, list[Any]] = {}
     for word in config.sweep or ():
         name, equals, values = word.partition("=")
@@ -96,7 +96,7 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
             raise UsageError(f"--sweep {word}: a value is there twice")
         axes[name] = read
     sizes = ("n_latents", "expansion_factor")
-    given = [name for name in sizes if name in axes or getattr(config, name) is not None]
+    given = [name for name in sizes if name in axes or getattr(config.model, name) is not None]
     if given == list(sizes) and any(name in axes for name in sizes):
         raise UsageError(
             "--sweep: n_latents and expansion_factor both say how many latents: give one of them, in the sweep or for "
@@ -105,6 +105,16 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
     return axes
 
 
+def _flags(config_class: type) -> dict[str, Any]:
+    """The names of all flags, groups included, and their types."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(config_class)
+    for spec in fields(config_class):
+        hint = hints[spec.name]
+        found |= _flags(hint) if isinstance(hint, type) and is_dataclass(hint) else {spec.name: hint}
+    return found
+
+
 def _listed() -> str:
-    names = {f.name for f in fields(TrainConfig) if "tuple" not in str(f.type)}
+    names = {name for name, hint in _flags(TrainConfig).items() if "tuple" not in str(hint)}
     return ", ".join(sorted(names - set(STREAM_FIELDS) - set(COMMAND_FIELDS)))

@@ -33,8 +33,8 @@ from analysis.summary import SCHEMA_VERSION
 from harvest.model.checks import check_logits, check_model
 from store.activations import ActivationStore
 from store.files import atomic_write
+from train.checkpoint import Checkpoint
 from train.formats.files import read_sae
-from train.model import Checkpoint
 
 PROMPT_JSON, PROMPT_TABLE = "prompt.json", "prompt.parquet"
 

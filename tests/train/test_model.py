@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from residscope.errors import IncompatibleError, UsageError
-from train.model import MLSAE, SAEConfig, encode_tiled, load_checkpoint, save_checkpoint, standardize
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.kernels.encode import encode_tiled
+from train.model import MLSAE, SAEConfig, standardize
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from residscope.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class TrainCompareConfig:
     """Which autoencoders to compare, and on what."""
 
     store: Path

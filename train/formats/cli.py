@@ -63,8 +63,8 @@ def _convert(options: argparse.Namespace) -> None:
     from residscope.names import beside
     from store.files import atomic_write
     from store.outputs import refuse_inside_store
+    from train.checkpoint import Checkpoint
     from train.formats import files as formats
-    from train.model import Checkpoint
 
     refuse_inside_store(options.destination, "DST")
     card = options.destination / "README.md"

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write
-from train.formats.damage import check_records, check_weights
+from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
 from train.formats.hub import HUB_ID, fetch, last_metrics, model_card, push_to_hub
 from train.formats.layouts import LAYOUTS, ForeignFormat
 from train.formats.parts import listed
-from train.model import MLSAE, Checkpoint, SAEConfig, load_checkpoint, save_checkpoint
+from train.model import MLSAE, SAEConfig
 
 __all__ = [
     "Format",

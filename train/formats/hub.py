@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from residscope.errors import ResidscopeError, UsageError
-from train.model import Checkpoint
+from train.checkpoint import Checkpoint
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name; whether there is such a repository, only the hub knows."""

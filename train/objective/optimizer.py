@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
+from train.config import OptimizerConfig
 from train.kernels.interface import Kernels
 from train.model import MLSAE
 from train.objective.weights import TRAINED, Weights
@@ -119,12 +120,12 @@ def scaling_law_lr(n_latents: int) -> float:
     return 2e-4 / (n_latents / 2**14) ** 0.5
 
 
-def learning_rate(step: int, steps: int, peak: float, *, warmup_fraction: float, decay_fraction: float) -> float:
+def learning_rate(step: int, steps: int, peak: float, shares: OptimizerConfig) -> float:
     """Rate of step number `step` (from 0) of `steps`: a linear rise to `peak`, flat, then a linear fall towards zero.
 
     The first step already moves and so does the last: the rise ends and the fall starts on whole steps.
     """
-    warmup, decay = round(warmup_fraction * steps), round(decay_fraction * steps)
+    warmup, decay = round(shares.warmup_fraction * steps), round(shares.decay_fraction * steps)
     rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
     fall = (steps - step) / (decay + 1) if step >= steps - decay else 1.0
     return peak * min(rise, fall)

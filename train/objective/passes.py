@@ -187,66 +187,85 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
 
     Without thresholds it is 0, and h = ReLU(z).
     """
-    weights, c, dtype = given.weights, given.row_weight, result_dtype(given.product_dtype)
-    n, m = len(given.inputs), len(weights.W_enc)
-    raw = given.inputs.dtype
-    out = given.out or _fresh(given)
-    for tensor in out:
-        tensor.zero_()
-    error, grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
-    decoder = weights.W_dec.to(dtype)
-    inputs = given.inputs.to(dtype)
-    threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
-    by_value = torch.zeros(m, dtype=raw, device=error.device)  # sum over pairs in the rectangle of g
-    by_count = torch.zeros_like(by_value)  # and of what an active pair adds to the sparsity term
-    count_weight = c if sparsity.kind == "l0" else torch.full_like(c, 1 / n)  # [N]
-    l1 = torch.zeros((), dtype=raw, device=error.device)
-    l0 = torch.zeros_like(c)  # [N]
-    fired = torch.zeros(m, dtype=torch.bool, device=error.device)
+    weights = given.weights
+    sums = _DenseSums(given, sparsity)
     for part, z in tiles(
         given.inputs, weights.W_enc, weights.b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes
     ):
+        sums.add(part, z)
+    return sums.result()
+
+
+class _DenseSums:
+    """What a dense pass adds up over its tiles."""
+
+    def __init__(self, given: PassInputs, sparsity: Sparsity) -> None:
+        weights, c = given.weights, given.row_weight
+        n, m = len(given.inputs), len(weights.W_enc)
+        self._given, self._sparsity = given, sparsity
+        self._dtype, raw = result_dtype(given.product_dtype), given.inputs.dtype
+        self._inputs, self._decoder = given.inputs.to(self._dtype), weights.W_dec.to(self._dtype)
+        self._threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
+        self._count_weight = c if sparsity.kind == "l0" else torch.full_like(c, 1 / n)  # [N]
+        self.out = given.out or _fresh(given)
+        for tensor in self.out:
+            tensor.zero_()
+        self.error, self.grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
+        # Sums over the pairs in the rectangle, of g, and of what an active pair adds to the sparsity term.
+        self.by_value = torch.zeros(m, dtype=raw, device=c.device)
+        self.by_count = torch.zeros_like(self.by_value)
+        self.l1 = torch.zeros((), dtype=raw, device=c.device)
+        self.l0 = torch.zeros_like(c)  # [N]
+        self.fired = torch.zeros(m, dtype=torch.bool, device=c.device)
+
+    def add(self, part: slice, z: Tensor) -> None:
+        """Count the rows `part`, whose pre-activations are `z` [n, M]."""
+        raw, c, sparsity = self.error.dtype, self._given.row_weight[part], self._sparsity
         near = None
-        if threshold is not None:
-            near = (z - threshold).abs() < sparsity.bandwidth / 2  # [n, M]
-            h = z.masked_fill(z <= threshold, 0).clamp_(min=0)
+        if self._threshold is not None:
+            near = (z - self._threshold).abs() < sparsity.bandwidth / 2  # [n, M]
+            h = z.masked_fill(z <= self._threshold, 0).clamp_(min=0)
         else:
             h = z.clamp(min=0)
         active = h > 0
-        error[part] = given.target[part] - (h @ decoder).to(raw)
-        grad_out[part] = error[part] * (-2 * c[part]).unsqueeze(1)
-        out.W_dec.add_(h.t() @ grad_out[part].to(dtype))
-        g = (grad_out[part].to(dtype) @ decoder.t()).to(raw)  # [n, M] d loss / d h
+        self.error[part] = self._given.target[part] - (h @ self._decoder).to(raw)
+        self.grad_out[part] = self.error[part] * (-2 * c).unsqueeze(1)
+        grad_out = self.grad_out[part].to(self._dtype)
+        self.out.W_dec.add_(h.t() @ grad_out)
+        g = (grad_out @ self._decoder.t()).to(raw)  # [n, M] d loss / d h
         if near is not None:
-            by_value += (g * near).sum(dim=0)
-            by_count += count_weight[part] @ near.to(raw)
+            self.by_value += (g * near).sum(dim=0)
+            self.by_count += self._count_weight[part] @ near.to(raw)
         if sparsity.kind == "l1":
-            g += (sparsity.coefficient * c[part]).unsqueeze(1)
-            l1 += c[part] @ h.sum(dim=1, dtype=raw)
+            g += (sparsity.coefficient * c).unsqueeze(1)
+            self.l1 += c @ h.sum(dim=1, dtype=raw)
         g.masked_fill_(~active, 0)
-        out.W_enc.add_(g.to(dtype).t() @ inputs[part])
-        out.latent_sums.add_(g.sum(dim=0))
-        l0[part] = active.sum(dim=1).to(raw)
-        fired |= (h > FIRING_THRESHOLD).any(dim=0)
+        self.out.W_enc.add_(g.to(self._dtype).t() @ self._inputs[part])
+        self.out.latent_sums.add_(g.sum(dim=0))
+        self.l0[part] = active.sum(dim=1).to(raw)
+        self.fired |= (h > FIRING_THRESHOLD).any(dim=0)
 
-    term, slope = _count_term(l0, c, sparsity)
-    gradient = None
-    if threshold is not None:
-        # d / d log threshold = threshold * d / d threshold
-        gradient = -threshold / sparsity.bandwidth * (threshold * by_value + slope * by_count)
-    squared = error.square().sum(dim=1)
-    return MainPass(
-        loss=c @ squared,
-        sparsity=sparsity.coefficient * l1 if sparsity.kind == "l1" else term,
-        error=error,
-        squared=squared,
-        grad_out=grad_out,
-        gradients=out,
-        log_threshold=gradient,
-        codes=None,
-        active=l0.sum().long(),
-        fired=fired,
-    )
+    def result(self) -> MainPass:
+        """Loss and gradients of all rows."""
+        c, sparsity, threshold = self._given.row_weight, self._sparsity, self._threshold
+        term, slope = _count_term(self.l0, c, sparsity)
+        gradient = None
+        if threshold is not None:
+            # d / d log threshold = threshold * d / d threshold
+            gradient = -threshold / sparsity.bandwidth * (threshold * self.by_value + slope * self.by_count)
+        squared = self.error.square().sum(dim=1)
+        return MainPass(
+            loss=c @ squared,
+            sparsity=sparsity.coefficient * self.l1 if sparsity.kind == "l1" else term,
+            error=self.error,
+            squared=squared,
+            grad_out=self.grad_out,
+            gradients=self.out,
+            log_threshold=gradient,
+            codes=None,
+            active=self.l0.sum().long(),
+            fired=self.fired,
+        )
 
 
 def _count_term(l0: Tensor, c: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:

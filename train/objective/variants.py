@@ -70,11 +70,11 @@ class TopK(Variant):
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
         factor, weight = MULTI_TOPK
         n_latents = len(given.weights.W_enc)
-        wide = min(factor * options.k, n_latents) if options.multi_topk else options.k
+        wide = min(factor * options.k, n_latents) if options.objective.multi_topk else options.k
         codes = encode_tiled(
             given.inputs, given.weights.W_enc, wide, b_enc=given.weights.b_enc, kernels=given.kernels, **_product(given)
         )
-        if not options.multi_topk:
+        if not options.objective.multi_topk:
             return sparse_pass(codes, given)
         if wide == options.k:  # all latents are among the k already
             return nested_pass([Block(codes, 1 + weight)], 0, codes, given)
@@ -141,7 +141,7 @@ class JumpReLU(Variant):
         if bool((log_threshold == -torch.inf).all()):
             smallest = _batch_codes(given, options.k).smallest
             log_threshold.copy_(torch.zeros(()) if smallest is None else smallest.log())
-        kind = "target" if options.sparsity_loss == "target" else "l0"
+        kind = "target" if options.objective.sparsity_loss == "target" else "l0"
         return dense_pass(given, _sparsity(options, kind))
 
 
@@ -208,5 +208,5 @@ def _sparsity(options: "StepOptions", kind: str) -> Sparsity:
         kind=kind,
         coefficient=options.sparsity_coef,
         goal=options.k,
-        bandwidth=options.bandwidth,
+        bandwidth=options.objective.bandwidth,
     )

@@ -1,12 +1,56 @@
 """What finished runs say: words or a table for the terminal, plain values for `--json`, a sweep's table as a file."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from residscope.console import counted, human_seconds
-from train.grid import as_written
-from train.run import TrainResult
+from train.grid import RunSpec, as_written
+from train.resolve import RunPlan
+from train.validation import Validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished run."""
+
+    spec: RunSpec
+    """Which run of the invocation it is."""
+
+    checkpoint: Path
+    """The file that holds the autoencoder."""
+
+    plan: RunPlan
+    """What was run."""
+
+    metrics: dict[str, Any]
+    """The last line of training metrics, or what the checkpoint says of it."""
+
+    validation: Validation | None
+    """On held-out documents; None if none were held out."""
+
+    seconds: float
+    """Time of this invocation, from the start to the last checkpoint."""
+
+    @classmethod
+    def of(cls, spec: RunSpec, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> "TrainResult":
+        """From the `trainer` entry of the run's last checkpoint."""
+        return cls(
+            spec=spec,
+            checkpoint=spec.config.out,
+            plan=plan,
+            metrics=trainer["metrics"],
+            validation=None if trainer["validation"] is None else Validation(**trainer["validation"]),
+            seconds=seconds,
+        )
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss or the validation is not finite."""
+        validated = 0 if self.validation is None else self.validation.fvu
+        return not math.isfinite((self.metrics["loss"] or 0) + validated)
 
 
 def summary(result: TrainResult) -> dict[str, Any]:
@@ -31,8 +75,9 @@ def describe(result: TrainResult) -> str:
     """A run in words."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
     lines = [
-        f"{result.checkpoint}: {plan.n_latents:,} latents, k {plan.k}, after {counted(metrics['step'], 'step')} "
-        f"({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in {human_seconds(result.seconds)}",
+        f"{result.checkpoint}: {plan.model.n_latents:,} latents, k {plan.model.k}, after "
+        f"{counted(metrics['step'], 'step')} ({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in "
+        f"{human_seconds(result.seconds)}",
         f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "
         f"{metrics['dead_fraction']:.1%} of latents dead",
     ]
@@ -66,7 +111,7 @@ def table(results: Sequence[TrainResult]) -> str:
             [
                 *map(as_written, result.spec.settings.values()),
                 *([str(result.spec.layer)] if per_layer else []),
-                str(plan.n_latents),
+                str(plan.model.n_latents),
                 _number(found and found.fvu, ".3f"),
                 "-" if worst is None or found is None else f"{found.fvu_per_layer[worst]:.3f}",
                 "-" if worst is None else str(plan.layers[worst]),
@@ -100,8 +145,8 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
                     "run": result.spec.name,
                     **{name: _plain(value) for name, value in result.spec.settings.items()},
                     "checkpoint": result.checkpoint.name,
-                    "n_latents": plan.n_latents,
-                    "active_at_most": plan.k,
+                    "n_latents": plan.model.n_latents,
+                    "active_at_most": plan.model.k,
                     "layer": layer,
                     "fvu": None if found is None else found.fvu_per_layer[position],
                     "l0": None if found is None else found.l0_per_layer[position],

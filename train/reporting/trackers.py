@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from residscope.errors import ResidscopeError
 from residscope.names import beside, stem
-from train.config import TrainConfig
+from train.config import PublishConfig
+from train.grid import RunSpec
 
 _ID_BYTES = 8
 
@@ -29,7 +30,7 @@ class Tracker(Protocol):
         ...
 
 
-def check_installed(config: TrainConfig) -> None:
+def check_installed(config: PublishConfig) -> None:
     """Raise `ResidscopeError` if a package that the flags ask for is missing."""
     for flag, wanted, package in (
         ("--tensorboard", config.tensorboard, "tensorboard"),
@@ -42,13 +43,14 @@ def check_installed(config: TrainConfig) -> None:
             )
 
 
-def open_trackers(config: TrainConfig, name: str, plan: Mapping[str, Any], resume_step: int) -> list[Tracker]:
+def open_trackers(spec: RunSpec, plan: Mapping[str, Any], resume_step: int) -> list[Tracker]:
     """Those that the flags of one run ask for; resume_step: where its checkpoint stands, 0 for a fresh run."""
     found: list[Tracker] = []
-    if config.tensorboard:
-        found.append(_TensorBoard(beside(config.out, ".tensorboard"), resume_step))
-    if config.wandb is not None:
-        found.append(_WandB(config.wandb, name or stem(config.out), config.out, plan, fresh=resume_step == 0))
+    out, publish = spec.config.out, spec.config.publish
+    if publish.tensorboard:
+        found.append(_TensorBoard(beside(out, ".tensorboard"), resume_step))
+    if publish.wandb is not None:
+        found.append(_WandB(publish.wandb, spec.name or stem(out), out, plan, fresh=resume_step == 0))
     return found
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError, UsageError
 from tests.support.saes import STORE, D, K, M, assert_equal, assert_same, break_config, make_sae, make_variant, vectors
+from train.checkpoint import Checkpoint, save_checkpoint
 from train.formats.files import read_checkpoint, read_sae, read_safetensors, write_sae, write_safetensors
-from train.model import MLSAE, Checkpoint, SAEConfig, save_checkpoint
+from train.model import MLSAE, SAEConfig
 
 
 def top_k(z: Tensor, k: int) -> Tensor:

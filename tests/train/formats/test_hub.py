@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from tests.support.saes import STORE, assert_equal, break_config, make_sae
+from train.checkpoint import Checkpoint, save_checkpoint
 from train.formats import files as formats
 from train.formats.cli import main
 from train.formats.files import read_checkpoint, read_sae, write_sae
-from train.model import Checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[3]
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from train.config import ObjectiveConfig
 from train.kernels.cpu import compiling as kernels_compile
 from train.kernels.cpu.backend import NUMBA, weight_gradient, weight_gradients
 from train.kernels.interface import TORCH, Kernels, Reconstruction
@@ -354,7 +355,8 @@ def test_a_training_step_is_the_same_with_either_kernels(dtype: torch.dtype) -> 
     weights = Weights(W_enc, W_dec, x.mean(dim=0))
     rows = row_weights(torch.zeros(50, dtype=torch.int64), torch.ones(50, 1, dtype=dtype), torch.ones(1), raw=False)
     variant = TopK(SAEConfig(d_model=24, n_latents=100, k=5))
-    options = StepOptions(variant=variant, k=5, aux_k=4, aux_coef=0.5, product_dtype=dtype, tile_bytes=5000)
+    objective = ObjectiveConfig(aux_coef=0.5)
+    options = StepOptions(variant=variant, objective=objective, k=5, aux_k=4, product_dtype=dtype, tile_bytes=5000)
     results = []
     for kernels in (TORCH, NUMBA):
         dead = DeadLatents(100, threshold=10)

@@ -32,6 +32,7 @@ if DEVICE == "cpu" and not INTERPRETED:
         assert "skipped" not in run.stdout
 
 else:
+    from train.config import ObjectiveConfig
     from train.kernels.cuda import backend as kernels_triton
     from train.kernels.cuda.backend import TRITON
     from train.kernels.interface import TORCH, Kernels, choose_kernels
@@ -151,7 +152,7 @@ else:
                 variant=TopK(SAEConfig(d_model=d, n_latents=m, k=4)),
                 k=4,
                 aux_k=8,
-                aux_coef=0.5,
+                objective=ObjectiveConfig(aux_coef=0.5),
                 product_dtype=torch.float32,
                 tile_bytes=2000,
             )

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from residscope.errors import IncompatibleError
 from tests.support.saes import STORE, assert_equal, make_sae, make_variant
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.formats.files import read_checkpoint, read_sae, write_sae, write_safetensors
-from train.model import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
