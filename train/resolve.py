@@ -17,6 +17,7 @@ from residscope.options import to_flat
 from store.activations import ActivationStore
 from train.config import DEFAULT_EXPANSION_FACTOR, TrainConfig
 from train.data import TrainingData
+from train.grid import RunSpec
 from train.hardware import resolve_device, resolve_product_dtype
 from train.kernels.interface import choose_kernels
 from train.model_config import THRESHOLDED, SAEConfig, default_prefixes
@@ -64,8 +65,8 @@ class RunPlan:
     Where a flag may be left open, what it stands for is a field here.
     """
 
-    config: TrainConfig
-    """The flags of this run."""
+    spec: RunSpec
+    """Which run of the invocation it is, and its flags."""
 
     model: SAEConfig
     """The autoencoder: `config.model`, resolved."""
@@ -111,6 +112,11 @@ class RunPlan:
     """Which implementation of the sparse parts."""
 
     @property
+    def config(self) -> TrainConfig:
+        """The flags of this run."""
+        return self.spec.config
+
+    @property
     def window_bytes(self) -> int:
         """Size of one of the loader's two windows; the order of the rows depends on it."""
         return int(self.config.data.window_gb * 1e9 / 2)
@@ -140,8 +146,9 @@ class _Length(NamedTuple):
     vectors: int
 
 
-def make_plan(config: TrainConfig, data: TrainingData, layer: int | None = None) -> RunPlan:
-    """Resolve a configuration against the data and this machine; `layer` is the one that a --per-layer run is of."""
+def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
+    """Resolve a run's configuration against the data and this machine."""
+    config, layer = spec.config, spec.layer
     d_model, streamed = data.store.meta.d_model, data.layers
     layers = streamed if layer is None else (layer,)
     model = _model(config, d_model, layers, n_runs=len(streamed) if config.per_layer == "total" else 1)
@@ -150,7 +157,7 @@ def make_plan(config: TrainConfig, data: TrainingData, layer: int | None = None)
     tokens = length.vectors // len(streamed)
     device = resolve_device(config.hardware.device)
     return RunPlan(
-        config=config,
+        spec=spec,
         model=model,
         layers=layers,
         stream_layers=None if layer is None else streamed,

@@ -22,7 +22,7 @@ from train.resolve import ADDED_LATER, RECORDED, RunPlan
 from train.validation import Validation
 
 
-def check_output(config: TrainConfig) -> None:
+def _check_output(config: TrainConfig) -> None:
     """Raise `UsageError` unless the checkpoint may be written there."""
     refuse_inside_store(config.out)
     if config.out.is_dir():
@@ -39,7 +39,12 @@ def check_output(config: TrainConfig) -> None:
 
 
 def load_saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
-    """What a --resume finds of each run. A run that diverged among others must not keep them from going on."""
+    """What a --resume finds of each run; raises `UsageError` where a checkpoint may not be written.
+
+    A run that diverged among others must not keep them from going on, so its weights may be NaN.
+    """
+    for spec in specs:
+        _check_output(spec.config)
     found: list[Checkpoint | None] = []
     for spec in specs:
         there = spec.config.resume and spec.config.out.exists()

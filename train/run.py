@@ -11,7 +11,6 @@ Not here: what a run does with a batch (`train.trainer`), which runs there are (
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from residscope.console import counted, stop_on_signals
-from residscope.errors import Interrupted, ResidscopeError
+from residscope.errors import Interrupted
 from store.activations import ActivationStore
 from store.loader import Batch, WindowLoader
 from train.checkpoint import Checkpoint
@@ -30,22 +29,27 @@ from train.grid import RunSpec, expand
 from train.hardware import resolve_device
 from train.kernels.interface import WeightGradients
 from train.metrics import Stopwatch
-from train.objective.statistics import DENOMINATOR_VECTORS, FixedStatistics, View, gather
-from train.reporting.announce import announce, bar_words, progress_bar, refuse_too_large, say, spread
+from train.objective.statistics import statistics_of
+from train.reporting.announce import (
+    announce,
+    bar_words,
+    progress_bar,
+    refuse_too_large,
+    say,
+    tell_diverged,
+    tell_finished,
+    tell_validation,
+)
 from train.reporting.dry_run import DryRun, foresee, time_steps
-from train.reporting.outputs import check_hub, push, write_outputs
+from train.reporting.outputs import check_publish, push, write_outputs
 from train.reporting.report import TrainResult
-from train.reporting.trackers import check_installed
 from train.resolve import RunPlan, make_plan, memory_estimate
-from train.resume import check_output, check_resumable, load_saved, set_threads
+from train.resume import check_resumable, load_saved, set_threads
 from train.trainer import Trainer
 from train.validation import ValidationData
 
 INTERIM_VALIDATION_TOKENS = 256
 """Held-out tokens of a validation on the way: enough to see a trend, little enough not to be felt."""
-
-_STATISTICS_SEED = 2**31
-"""Added to the seed for the stream that the fixed statistics come from, so that it is not the training stream."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -61,28 +65,23 @@ def train(config: TrainConfig) -> TrainResult:
 def train_all(config: TrainConfig) -> list[TrainResult]:
     """As `train`, for all the runs of a sweep or of single layers, in one pass over the data."""
     began = time.perf_counter()
-    check_installed(config.publish)
-    check_hub(config.publish)
+    check_publish(config.publish)
     with _opened(config) as store:
         specs = _specs(config, store)
-        for spec in specs:
-            check_output(spec.config)
         saved = load_saved(specs)
         data = TrainingData.open(config, store)
-        plans = [make_plan(spec.config, data, spec.layer) for spec in specs]
+        plans = [make_plan(spec, data) for spec in specs]
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
                 check_resumable(checkpoint, store, plan)
         set_threads(config.hardware.threads, saved)
-        finished = {i for i, one in enumerate(saved) if one is not None and one.trainer["finished"]}
-        records = _train_unfinished(config, data, specs, plans, saved, finished)
+        finished = [one.trainer if one is not None and one.trainer["finished"] else None for one in saved]
+        records = _train_unfinished(config, data, plans, saved, finished)
     seconds = time.perf_counter() - began
-    results = [
-        TrainResult.of(spec, plan, record, seconds) for spec, plan, record in zip(specs, plans, records, strict=True)
-    ]
-    for index, result in enumerate(results):
+    results = [TrainResult.of(plan, record, seconds) for plan, record in zip(plans, records, strict=True)]
+    for result, before in zip(results, finished, strict=True):
         if not result.diverged:
-            write_outputs(result, anew=index not in finished)
+            write_outputs(result, anew=before is None)
     if config.publish.push_to_hub is not None:
         say(f"uploaded to {push(results, config.publish)}")
     return results
@@ -93,7 +92,7 @@ def try_run(config: TrainConfig) -> DryRun:
     with _opened(config) as store:
         set_threads(config.hardware.threads, [])
         data = TrainingData.open(config, store)
-        trainers = [Trainer(spec, make_plan(spec.config, data, spec.layer), data) for spec in _specs(config, store)]
+        trainers = [Trainer(make_plan(spec, data), data) for spec in _specs(config, store)]
         return _Stream(config, data, dict.fromkeys(trainers), len(trainers)).measure()
 
 
@@ -112,24 +111,20 @@ def _specs(config: TrainConfig, store: ActivationStore) -> list[RunSpec]:
 def _train_unfinished(
     config: TrainConfig,
     data: TrainingData,
-    specs: Sequence[RunSpec],
     plans: Sequence[RunPlan],
     saved: Sequence[Checkpoint | None],
-    finished: set[int],
+    finished: Sequence[dict[str, Any] | None],
 ) -> list[dict[str, Any]]:
-    """Train all runs to their end; the `trainer` entry of each one's last checkpoint."""
+    """Train all runs to their end; the `trainer` entry of each one's last checkpoint, as `finished` has it of some."""
     memory: dict[int, WeightGradients] = {}
     left: dict[Trainer, Checkpoint | None] = {}
-    for index, (spec, plan, checkpoint) in enumerate(zip(specs, plans, saved, strict=True)):
-        if index in finished:
-            assert checkpoint is not None
-            diverged = not math.isfinite(checkpoint.trainer["metrics"]["loss"] or 0)
-            how = ", and it diverged: start it anew by itself, with a lower --lr" if diverged else ""
-            say(f"{spec.config.out} is finished ({plan.steps} steps): nothing to do{how}")
+    for plan, checkpoint, record in zip(plans, saved, finished, strict=True):
+        if record is None:
+            left[Trainer(plan, data, memory)] = checkpoint
         else:
-            left[Trainer(spec, plan, data, memory)] = checkpoint
-    done = iter(_Stream(config, data, left, len(specs)).execute() if left else ())
-    return [one.trainer if one is not None and index in finished else next(done) for index, one in enumerate(saved)]
+            tell_finished(plan, record["metrics"])
+    done = iter(_Stream(config, data, left, len(plans)).execute() if left else ())
+    return [next(done) if record is None else record for record in finished]
 
 
 class _Stream:
@@ -175,7 +170,7 @@ class _Stream:
                 if self.step % self.config.logging.log_every == 0 or last:
                     bar.set_postfix_str(self._log(taking, loader), refresh=False)
                 if not last:
-                    self._look_up(taking, bar, stop=stopped())
+                    self._between_steps(taking, bar, stop=stopped())
             self._validate(self.trainers, self.config.validation.validation_tokens, bar)
             return [trainer.save(finished=True) for trainer in self.trainers]
 
@@ -185,8 +180,7 @@ class _Stream:
         refuse_too_large(self.memory, self.data.device, self.n_runs)
         self._start()
         with closing_batches(self._loader()) as batches:
-            one_step = lambda: self._train_on(next(batches), self.trainers)  # noqa: E731
-            seconds = time_steps(one_step, self.plan.steps, self.data.device)
+            seconds = time_steps(lambda: self._train_on(next(batches), self.trainers), self.plan, self.data.device)
         return foresee(self.plans, self.data.store, self.memory, seconds)
 
     def _loader(self, *, start_batch: int = 0) -> WindowLoader:
@@ -195,24 +189,14 @@ class _Stream:
 
     def _start(self) -> None:
         """Bring each run to where its checkpoint stands, or to its beginning."""
-        found = self._statistics([trainer for trainer in self.trainers if self.saved[trainer] is None])
+        fresh = dict.fromkeys(trainer.view for trainer in self.trainers if self.saved[trainer] is None)
+        found = statistics_of(list(fresh), self.data, self.plan.window_bytes)
         for trainer in self.trainers:
             # Popped, so that a checkpoint's optimiser is not held beside the run's own.
             trainer.start(self.saved.pop(trainer) or found[trainer.view])
         if all(trainer.diverged for trainer in self.trainers) and len(self.trainers) == self.n_runs:
             self._stop_or_warn(self.trainers)
         self.step = self.logged = min(trainer.step for trainer in self.trainers)
-
-    def _statistics(self, fresh: Sequence[Trainer]) -> dict[View, FixedStatistics]:
-        """What fresh runs start from, by their view of the data; one pass gathers it for all of them."""
-        if not fresh:
-            return {}
-        meta, plan = self.data.store.meta, self.plan
-        window_bytes = min(plan.window_bytes, DENOMINATOR_VECTORS * meta.d_model * meta.itemsize)
-        loader = self.data.loader(plan.config.data.seed + _STATISTICS_SEED, window_bytes, epochs=1)
-        with closing_batches(loader) as batches:
-            views = dict.fromkeys(trainer.view for trainer in fresh)
-            return gather(views, map(self.data.source, batches))
 
     def _train_on(self, batch: Batch, taking: Sequence[Trainer]) -> None:
         """One step of each of the trainers `taking`; `self.step` counts it."""
@@ -221,7 +205,7 @@ class _Stream:
             trainer.take(vectors)
         self.step += 1
 
-    def _look_up(self, taking: Sequence[Trainer], bar: tqdm, *, stop: bool) -> None:
+    def _between_steps(self, taking: Sequence[Trainer], bar: tqdm, *, stop: bool) -> None:
         """Between two steps: validate and save where that is due, and stop where a signal has come."""
         self.watch.stop()
         if self._due(self.config.validation.validate_every, default=-(-self.plan.steps // 4)):
@@ -255,13 +239,9 @@ class _Stream:
         return bar_words(lines, self.data, vectors=streamed, seconds=seconds, waited=waited)
 
     def _stop_or_warn(self, diverged: Sequence[Trainer]) -> None:
-        """Say which runs have just diverged; where all have, there is nothing to go on for."""
-        where = f"step {self.step} of {self.plan.steps}: the loss is NaN or infinite"
-        way_out = "lower --lr, or set --clip-norm"
-        if diverged and all(trainer.diverged for trainer in self.trainers):
-            raise ResidscopeError(f"{where}: {way_out}")
-        for trainer in diverged:
-            say(f"warning: {trainer.path}: {where}, and its weights are of no use: {way_out}")
+        """Warn of runs that have just diverged; raise where all have, as there is nothing to go on for."""
+        where, left = f"step {self.step} of {self.plan.steps}", any(not trainer.diverged for trainer in self.trainers)
+        tell_diverged(where, [trainer.path for trainer in diverged], any_left=left)
 
     def _validate(self, taking: Sequence[Trainer], tokens: int, bar: tqdm) -> None:
         if not self.validation:
@@ -270,7 +250,4 @@ class _Stream:
         found = self.validation.evaluate(targets, self.data.source, tokens=tokens)
         for trainer, validated in zip(taking, found, strict=True):
             trainer.record(validated)
-        text = f"validation FVU {spread([validated.fvu for validated in found], '.3f')}"
-        bar.set_description(text, refresh=False)
-        if bar.disable:
-            say(f"step {self.step} of {self.plan.steps}: {text}")
+        tell_validation(bar, f"step {self.step} of {self.plan.steps}", [validated.fvu for validated in found])

@@ -20,7 +20,6 @@ from residscope.options import to_toml
 from train.checkpoint import Checkpoint, safetensors_path, save_checkpoint
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
-from train.grid import RunSpec
 from train.kernels.interface import WeightGradients, choose_kernels
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
 from train.model import MLSAE
@@ -41,15 +40,13 @@ from train.validation import Validation, ValidationTarget
 class Trainer:
     """One run: `start` it once, then let it `take` batches."""
 
-    def __init__(
-        self, spec: RunSpec, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None
-    ) -> None:
+    def __init__(self, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None) -> None:
         """memory: for gradients, by n_latents, shared by all trainers and used again in each step, because fresh memory
         costs as much as the sums in it."""
-        self.spec, self.plan, self._data = spec, plan, data
-        self.path = spec.config.out
+        self.plan, self._data = plan, data
+        self.path = plan.config.out
         """The checkpoint."""
-        position = None if spec.layer is None else data.layers.index(spec.layer)
+        position = None if plan.stream_layers is None else data.layers.index(plan.layers[0])
         self.view = View(plan.model.standardize, plan.layers, position)
         """Which vectors of the stream it is trained on."""
         self._memory = {} if memory is None else memory
@@ -76,7 +73,7 @@ class Trainer:
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(contextlib.closing(MetricsFile(metrics_path(self.path), resume_step=step)))
-            for tracker in open_trackers(self.spec, self.plan.to_dict(), step):
+            for tracker in open_trackers(self.plan, step):
                 self._trackers.append(stack.enter_context(contextlib.closing(tracker)))
             yield
 
@@ -88,7 +85,7 @@ class Trainer:
 
     def write_flags(self) -> None:
         """The flags of this run, beside its checkpoint."""
-        beside(self.path, ".config.toml").write_text(to_toml(self.spec.config.flags()), encoding="utf-8")
+        beside(self.path, ".config.toml").write_text(to_toml(self.plan.config.flags()), encoding="utf-8")
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
         """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""

@@ -9,6 +9,7 @@ from residscope.options import from_flat
 from store.activations import ActivationStore
 from train.config import ObjectiveConfig, TrainConfig
 from train.data import TrainingData
+from train.grid import RunSpec
 from train.objective.step import StepOptions
 from train.objective.variants import Variant
 from train.resolve import RunPlan, make_plan
@@ -49,7 +50,7 @@ class StopAt:
 def plan_of(store: ActivationStore, **flags: Any) -> RunPlan:
     """The plan of a run over this store."""
     config = train_config(store=store.path, **flags)
-    return make_plan(config, TrainingData.open(config, store))
+    return make_plan(RunSpec(config=config), TrainingData.open(config, store))
 
 
 def step_options(variant: Variant, **values: Any) -> StepOptions:

@@ -14,8 +14,7 @@ Shapes: M n_latents, D d_model; ours are W_enc [M, D], W_dec [M, D], b_pre [D], 
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from residscope.errors import IncompatibleError
 from train.formats.parts import (
@@ -174,8 +173,7 @@ def refusal_sparsify(config: SAEConfig) -> str | None:
     return None if config.apply_b_dec_to_input else "an encoder whose input keeps b_pre"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(NamedTuple):
     """One foreign layout: its two files and its two directions."""
 
     weights_file: str
@@ -195,25 +193,7 @@ class Layout:
 
 
 LAYOUTS: dict[ForeignFormat, Layout] = {
-    "mlsae": Layout(
-        weights_file="model.safetensors",
-        config_file="config.json",
-        parse=parse_mlsae,
-        lay_out=lay_out_mlsae,
-        refusal=refusal_mlsae,
-    ),
-    "saelens": Layout(
-        weights_file="sae_weights.safetensors",
-        config_file="cfg.json",
-        parse=parse_saelens,
-        lay_out=lay_out_saelens,
-        refusal=refusal_saelens,
-    ),
-    "sparsify": Layout(
-        weights_file="sae.safetensors",
-        config_file="cfg.json",
-        parse=parse_sparsify,
-        lay_out=lay_out_sparsify,
-        refusal=refusal_sparsify,
-    ),
+    "mlsae": Layout("model.safetensors", "config.json", parse_mlsae, lay_out_mlsae, refusal_mlsae),
+    "saelens": Layout("sae_weights.safetensors", "cfg.json", parse_saelens, lay_out_saelens, refusal_saelens),
+    "sparsify": Layout("sae.safetensors", "cfg.json", parse_sparsify, lay_out_sparsify, refusal_sparsify),
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.data import Vectors
+from train.data import TrainingData, Vectors, closing_batches
 from train.model import standardize, standardize_by_layer
 from train.model_config import Standardize
 
@@ -22,6 +22,9 @@ DENOMINATOR_VECTORS = 2**16
 
 MEDIAN_VECTORS = 2**15
 """Vectors that the geometric median is taken over, at most."""
+
+_SEED = 2**31
+"""Added to the run's seed, so that the sample is not the beginning of the training stream."""
 
 
 class LayerVariance(NamedTuple):
@@ -113,6 +116,16 @@ class View(NamedTuple):
             return batch
         rows = (batch.layer == self.position).nonzero().squeeze(1)
         return Vectors(batch.x[rows], torch.zeros_like(rows))
+
+
+def statistics_of(views: Sequence[View], data: TrainingData, window_bytes: int) -> dict[View, FixedStatistics]:
+    """The statistics of each view, from a seeded sample of the data."""
+    if not views:
+        return {}
+    sample_bytes = DENOMINATOR_VECTORS * data.store.meta.d_model * data.store.meta.itemsize
+    loader = data.loader(data.config.data.seed + _SEED, min(window_bytes, sample_bytes), epochs=1)
+    with closing_batches(loader) as batches:
+        return gather(views, map(data.source, batches))
 
 
 def gather(views: Iterable[View], batches: Iterable[Vectors]) -> dict[View, FixedStatistics]:

@@ -4,14 +4,17 @@ All on stderr. Not here: metrics files (`train.metrics`), trackers (`train.repor
 (`train.reporting.report`).
 """
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from residscope.console import counted, human_bytes
+from residscope.errors import ResidscopeError
 from train.data import TrainingData
 from train.hardware import check_memory
 from train.resolve import MemoryEstimate, RunPlan
@@ -84,6 +87,31 @@ def bar_words(
         f"{vectors / seconds:.0f} vectors/s, {vectors / len(data.layers) / seconds:.0f} tokens/s, "
         f"{vectors * row_bytes / seconds / 1e9:.2g} GB/s, data wait {min(1.0, waited / seconds):.0%}"
     )
+
+
+def tell_diverged(where: str, checkpoints: Sequence[Path], *, any_left: bool) -> None:
+    """Warn of runs whose loss has just become NaN or infinite; raise `ResidscopeError` where no other is left."""
+    where = f"{where}: the loss is NaN or infinite"
+    way_out = "lower --lr, or set --clip-norm"
+    if checkpoints and not any_left:
+        raise ResidscopeError(f"{where}: {way_out}")
+    for path in checkpoints:
+        say(f"warning: {path}: {where}, and its weights are of no use: {way_out}")
+
+
+def tell_finished(plan: RunPlan, metrics: Mapping[str, Any]) -> None:
+    """Say that there is nothing left to do of a run; metrics: its last line."""
+    diverged = not math.isfinite(metrics["loss"] or 0)
+    how = ", and it diverged: start it anew by itself, with a lower --lr" if diverged else ""
+    say(f"{plan.config.out} is finished ({plan.steps} steps): nothing to do{how}")
+
+
+def tell_validation(bar: tqdm, where: str, fvu: Sequence[float]) -> None:
+    """The FVU of a validation, beside the bar, or as a line where there is none."""
+    text = f"validation FVU {spread(fvu, '.3f')}"
+    bar.set_description(text, refresh=False)
+    if bar.disable:
+        say(f"{where}: {text}")
 
 
 def spread(values: Sequence[float], form: str = "d") -> str:

@@ -56,17 +56,17 @@ class DryRun:
     """Time of all steps at that speed."""
 
 
-def time_steps(one_step: Callable[[], None], n_steps: int, device: torch.device) -> list[float]:
-    """Make some of a run's `n_steps` steps; the seconds that each took, once all is compiled."""
+def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device) -> list[float]:
+    """Make some of a run's steps; the seconds that each took, once all is compiled."""
     seconds: list[float] = []
-    for number in range(1, n_steps + 1):
+    for number in range(1, plan.steps + 1):
         if len(seconds) >= MEASURED_STEPS or sum(seconds) >= MEASURED_SECONDS:
             break
         began = time.perf_counter()
         one_step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if number > WARM_STEPS or number == n_steps:
+        if number > WARM_STEPS or number == plan.steps:
             seconds.append(time.perf_counter() - began)
     return seconds
 

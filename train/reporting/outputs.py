@@ -17,10 +17,12 @@ from train.config import PublishConfig
 from train.metrics import metrics_path
 from train.reporting.loss_figure import figure_path, write_loss_figure
 from train.reporting.report import TrainResult
+from train.reporting.trackers import check_installed
 
 
-def check_hub(config: PublishConfig) -> None:
-    """Refuse an upload that cannot work, before the training rather than after it."""
+def check_publish(config: PublishConfig) -> None:
+    """Refuse trackers that are not installed and an upload that cannot work, before the training."""
+    check_installed(config)
     if config.push_to_hub is None:
         return
     from huggingface_hub import constants

@@ -16,12 +16,6 @@ from train.validation import Validation
 class TrainResult:
     """A finished run."""
 
-    spec: RunSpec
-    """Which run of the invocation it is."""
-
-    checkpoint: Path
-    """The file that holds the autoencoder."""
-
     plan: RunPlan
     """What was run."""
 
@@ -35,16 +29,24 @@ class TrainResult:
     """Time of this invocation, from the start to the last checkpoint."""
 
     @classmethod
-    def of(cls, spec: RunSpec, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> "TrainResult":
+    def of(cls, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> "TrainResult":
         """From the `trainer` entry of the run's last checkpoint."""
         return cls(
-            spec=spec,
-            checkpoint=spec.config.out,
             plan=plan,
             metrics=trainer["metrics"],
             validation=None if trainer["validation"] is None else Validation(**trainer["validation"]),
             seconds=seconds,
         )
+
+    @property
+    def spec(self) -> RunSpec:
+        """Which run of the invocation it is."""
+        return self.plan.spec
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that holds the autoencoder."""
+        return self.plan.config.out
 
     @property
     def diverged(self) -> bool:

@@ -8,26 +8,14 @@ import importlib.util
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from residscope.errors import ResidscopeError
 from residscope.names import beside, stem
 from train.config import PublishConfig
-from train.grid import RunSpec
+from train.resolve import RunPlan
 
 _ID_BYTES = 8
-
-
-class Tracker(Protocol):
-    """Someone who is told of every line of metrics."""
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take the numbers of a step."""
-        ...
-
-    def close(self) -> None:
-        """No more will come."""
-        ...
 
 
 def check_installed(config: PublishConfig) -> None:
@@ -43,14 +31,14 @@ def check_installed(config: PublishConfig) -> None:
             )
 
 
-def open_trackers(spec: RunSpec, plan: Mapping[str, Any], resume_step: int) -> list[Tracker]:
+def open_trackers(plan: RunPlan, resume_step: int) -> "list[Tracker]":
     """Those that the flags of one run ask for; resume_step: where its checkpoint stands, 0 for a fresh run."""
     found: list[Tracker] = []
-    out, publish = spec.config.out, spec.config.publish
+    out, publish = plan.config.out, plan.config.publish
     if publish.tensorboard:
         found.append(_TensorBoard(beside(out, ".tensorboard"), resume_step))
     if publish.wandb is not None:
-        found.append(_WandB(publish.wandb, spec.name or stem(out), out, plan, fresh=resume_step == 0))
+        found.append(_WandB(publish.wandb, plan.spec.name or stem(out), out, plan.to_dict(), fresh=resume_step == 0))
     return found
 
 
@@ -108,3 +96,7 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Tracker = _TensorBoard | _WandB
+"""Gets the numbers of every line of metrics."""
