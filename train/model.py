@@ -9,8 +9,7 @@ on its own or by its layer, then
 Both weights are stored as [n_latents, d_model], so that a latent is a row of each and gathers read whole rows. Encoding
 never holds more than a tile of the [N, n_latents] pre-activations (`train.kernels.encode`).
 
-Not here: what a variant is (`train.objective.variants`), gradients (`train.objective.step`), files
-(`train.checkpoint`).
+Not here: variants and gradients (`train.objective`), files (`train.checkpoint`).
 
 Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
 """
@@ -111,10 +110,7 @@ class MLSAE(nn.Module):
             getattr(self, name).copy_(value)
         if self.config.encoder_bias:
             self.b_enc.zero_()
-        if b_pre is None:
-            self.b_pre.zero_()
-        else:
-            self.b_pre.copy_(b_pre)
+        self.b_pre.copy_(torch.zeros_like(self.b_pre) if b_pre is None else b_pre)
 
     def rows_of_layer(self, number: int, n: int) -> Tensor | None:
         """What `standardize` wants to know of `n` vectors of the model's layer `number`; None where it does not."""
@@ -148,15 +144,17 @@ class MLSAE(nn.Module):
         """Codes of raw vectors `x` [N, D], in the type of the weights: values [N, w] >= 0, indices int64 [N, w].
 
         w is k for topk, else the most latents that a vector has; value 0 means not active, whatever the index. layer:
-        as in `standardize`. `product_dtype` bfloat16 makes the encoder's product in that type (a few times faster where
-        the hardware has it); default: the weights' type.
+        as in `standardize`. product_dtype: of the encoder's product; default: the weights' type.
         """
         return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype), layer).x, product_dtype=product_dtype)
 
     @torch.no_grad()
     def encode_standardized(self, x_std: Tensor, *, product_dtype: torch.dtype | None = None) -> SparseCodes:
         """As `encode`, of vectors that `standardize` has seen: for callers that need the mean and scale as well."""
-        self._check_width(x_std)
+        if x_std.shape[-1] != self.config.d_model:
+            raise IncompatibleError(
+                f"the autoencoder has d_model {self.config.d_model}, the vectors have {x_std.shape[-1]}"
+            )
         inputs = x_std - self.b_pre if self.config.apply_b_dec_to_input else x_std
         return self.variant.encode(inputs, self.weights, product_dtype=product_dtype)
 
@@ -175,12 +173,6 @@ class MLSAE(nn.Module):
         x_std, mean, std = self.standardize(x.to(self.W_enc.dtype), layer)
         codes = self.encode_standardized(x_std, product_dtype=product_dtype)
         return ForwardOutput(self.decode(codes, mean, std), codes, mean, std)
-
-    def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.config.d_model:
-            raise IncompatibleError(
-                f"the autoencoder has d_model {self.config.d_model}, the vectors have {x.shape[-1]}"
-            )
 
 
 def standardize(x: Tensor) -> Standardized:

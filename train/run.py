@@ -46,10 +46,7 @@ from train.reporting.report import TrainResult
 from train.resolve import RunPlan, make_plan, memory_estimate
 from train.resume import check_resumable, load_saved, set_threads
 from train.trainer import Trainer
-from train.validation import ValidationData
-
-INTERIM_VALIDATION_TOKENS = 256
-"""Held-out tokens of a validation on the way: enough to see a trend, little enough not to be felt."""
+from train.validation import INTERIM_TOKENS, ValidationData
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -209,7 +206,7 @@ class _Stream:
         """Between two steps: validate and save where that is due, and stop where a signal has come."""
         self.watch.stop()
         if self._due(self.config.validation.validate_every, default=-(-self.plan.steps // 4)):
-            self._validate(taking, INTERIM_VALIDATION_TOKENS, bar)
+            self._validate(taking, INTERIM_TOKENS, bar)
         if stop or self._due(self.config.logging.checkpoint_every, default=0):
             for trainer in taking:
                 trainer.save(finished=False)

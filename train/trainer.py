@@ -24,9 +24,8 @@ from train.kernels.interface import WeightGradients, choose_kernels
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
 from train.model import MLSAE
 from train.model_config import THRESHOLDED
-from train.objective.averaging import WeightAverage
 from train.objective.losses import DeadLatents, row_weights
-from train.objective.optimizer import SphereAdam, learning_rate
+from train.objective.optimizer import SphereAdam, WeightAverage, learning_rate
 from train.objective.schedule import options_at, step_options
 from train.objective.statistics import FixedStatistics, View
 from train.objective.step import training_step

@@ -24,6 +24,9 @@ from train.model import MLSAE
 from train.objective.losses import FIRING_THRESHOLD
 from train.objective.statistics import LayerVariance
 
+INTERIM_TOKENS = 256
+"""Held-out tokens of a validation on the way: enough to see a trend, little enough not to be felt."""
+
 
 class Validation(NamedTuple):
     """How good an autoencoder is on held-out documents."""

@@ -25,26 +25,28 @@ from torch import Tensor
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
-from train.formats.hub import HUB_ID, fetch, last_metrics, model_card, push_to_hub
-from train.formats.layouts import LAYOUTS, ForeignFormat
-from train.formats.parts import listed
+from train.formats.hub import HUB_ID, fetch
+from train.formats.layouts import (
+    Layout,
+    lay_out_mlsae,
+    lay_out_sparsify,
+    listed,
+    parse_mlsae,
+    parse_sparsify,
+    refusal_mlsae,
+    refusal_sparsify,
+)
+from train.formats.saelens import lay_out_saelens, parse_saelens, refusal_saelens
 from train.model import MLSAE, SAEConfig
 
-__all__ = [
-    "Format",
-    "Origin",
-    "Written",
-    "last_metrics",
-    "model_card",
-    "push_to_hub",
-    "read_checkpoint",
-    "read_sae",
-    "read_safetensors",
-    "write_sae",
-    "write_safetensors",
-]
+ForeignFormat = Literal["mlsae", "saelens", "sparsify"]
+Format = Literal["residscope"] | ForeignFormat
 
-Format = Literal["residscope", "mlsae", "saelens", "sparsify"]
+LAYOUTS: dict[ForeignFormat, Layout] = {
+    "mlsae": Layout("model.safetensors", "config.json", parse_mlsae, lay_out_mlsae, refusal_mlsae),
+    "saelens": Layout("sae_weights.safetensors", "cfg.json", parse_saelens, lay_out_saelens, refusal_saelens),
+    "sparsify": Layout("sae.safetensors", "cfg.json", parse_sparsify, lay_out_sparsify, refusal_sparsify),
+}
 
 CHECKPOINT = "ckpt.pt"
 EXPORT = "ckpt.safetensors"
@@ -146,10 +148,9 @@ def write_sae(
 ) -> Written:
     """Write `sae` into `folder` (made if need be) in format `to`.
 
-    store, trainer: as in `Checkpoint`; kept where the format has room. hookpoints (SAELens and sparsify): one whole
-    copy in a sub-folder of each of these names, as those tools keep an autoencoder per layer; SAELens also records the
-    name as its hook. Raises `UsageError` where files are there already and `overwrite` is not set, `IncompatibleError`
-    for what the format cannot say.
+    store, trainer: as in `Checkpoint`; kept where the format has room. hookpoints: for SAELens and sparsify, write one
+    whole copy into a sub-folder of each of these names; SAELens also records the name as its hook. Raises `UsageError`
+    where files are there already and `overwrite` is not set, `IncompatibleError` for what the format cannot say.
     """
     if hookpoints and to not in ("saelens", "sparsify"):
         raise UsageError(f"hookpoints: a sub-folder per hookpoint is for saelens and sparsify, not for {to}")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.formats.parts import (
+from train.formats.layouts import (
     OURS,
     LaidOut,
     Parsed,
