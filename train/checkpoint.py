@@ -57,7 +57,7 @@ def safetensors_path(checkpoint: Path) -> Path:
 def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:
     """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder.
 
-    Raises `OSError` where the disk takes it not, and leaves the checkpoint that was there.
+    Raises `OSError` where the disk refuses it, and leaves the checkpoint that was there.
     """
     content = {
         "format": CHECKPOINT_FORMAT,
@@ -100,8 +100,8 @@ def _interned(value: Any) -> Any:
 def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
     """Read a checkpoint; only tensors and plain values are accepted, so that a file from a stranger cannot run code.
 
-    finite: refuse weights that are no numbers. Raises `UsageError` if there is no such file, `IncompatibleError` if it
-    is no whole checkpoint of this format.
+    finite: refuse weights that are NaN or infinite. Raises `UsageError` if there is no such file, `IncompatibleError`
+    if it is not a whole checkpoint of this format.
     """
     content = _read_safely(Path(path))
     version = content.get("format")
@@ -137,7 +137,9 @@ def _read_safely(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
     try:
         if not zipfile.is_zipfile(path):
-            raise IncompatibleError(f"{path}: refused: no checkpoint, or one cut short (a bare pickle is never loaded)")
+            raise IncompatibleError(
+                f"{path}: refused: not a checkpoint, or one cut short (a bare pickle is never loaded)"
+            )
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.save writes check sums, torch.load does not look at them
         if damaged is not None:
@@ -174,7 +176,7 @@ def _config_of(found: Any, path: Path) -> SAEConfig:
     try:
         return SAEConfig.from_plain(found)
     except (UsageError, TypeError) as error:
-        raise IncompatibleError(f"{path}: no possible configuration: {error}") from None
+        raise IncompatibleError(f"{path}: impossible configuration: {error}") from None
 
 
 def check_weights(state: Mapping[str, Tensor], where: str) -> None:

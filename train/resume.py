@@ -1,4 +1,4 @@
-"""May this run write there, and may it go on from what is there? And with how many threads.
+"""Whether a run may write its checkpoint, and go on from the one that is there; and with how many threads.
 
 All refusals come before anything is computed or written.
 """
@@ -33,7 +33,7 @@ def _check_output(config: TrainConfig) -> None:
             f"{config.out.with_suffix('.pt')}"
         )
     if config.out.exists() and not config.out.is_file():
-        raise UsageError(f"--out {config.out} is a device or the like, and no file: choose another name")
+        raise UsageError(f"--out {config.out} is not a regular file: choose another name")
     if config.out.exists() and not (config.resume or config.overwrite):
         raise UsageError(f"{config.out} exists already: --resume continues it, --overwrite starts anew")
 
@@ -51,7 +51,7 @@ def load_saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
         try:
             found.append(load_checkpoint(spec.config.out, finite=len(specs) == 1) if there else None)
         except IncompatibleError as error:
-            way_out = "take that file away, and the same command trains it anew"
+            way_out = "delete that file, and the same command trains it anew"
             raise IncompatibleError(f"{error}; {way_out}{' beside the others' if len(specs) > 1 else ''}") from None
     return found
 

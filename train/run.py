@@ -85,7 +85,7 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
 
 
 def try_run(config: TrainConfig) -> DryRun:
-    """What `train_all` would take: a few of its steps are made and thrown away, and nothing is written."""
+    """What `train_all` would take: a few of its steps are timed, and nothing is written."""
     with _opened(config) as store:
         set_threads(config.hardware.threads, [])
         data = TrainingData.open(config, store)

@@ -231,9 +231,7 @@ def test_a_damaged_checkpoint_among_several_is_named_with_the_way_out(config: Tr
     before = [result.checkpoint.read_bytes() for result in train_all(sweep)]
     damaged = config.out.with_name("ckpt.k=4.pt")
     damaged.write_bytes(before[1][:1000])
-    with pytest.raises(
-        IncompatibleError, match=r"ckpt\.k=4\.pt: .*take that file away, and the same command trains it"
-    ):
+    with pytest.raises(IncompatibleError, match=r"ckpt\.k=4\.pt: .*delete that file, and the same command trains it"):
         train_all(with_values(sweep, resume=True))
     damaged.unlink()
     again = train_all(with_values(sweep, resume=True))

@@ -169,7 +169,7 @@ def test_resuming_a_finished_run_changes_nothing(config: TrainConfig) -> None:
         ({"device": "cuda:99"}, UsageError, "CUDA devices"),
         ({"out": Path()}, UsageError, "is a folder"),
         ({"out": Path("ckpt.safetensors")}, UsageError, r"beside the checkpoint: name that ckpt\.pt"),
-        ({"out": Path("/dev/null"), "overwrite": True}, UsageError, "is a device or the like, and no file"),
+        ({"out": Path("/dev/null"), "overwrite": True}, UsageError, "is not a regular file"),
         ({"n_latents": 10**11}, ResidscopeError, "needs about .* are free: lower"),
     ],
 )

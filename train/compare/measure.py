@@ -48,7 +48,7 @@ class Entrant:
     """"multi-layer", "per-layer" or "pca"."""
 
     members: dict[int | None, MLSAE] = field(default_factory=dict)
-    """By the layer that it speaks for; None: all of them."""
+    """By the layer that they are measured for; None: all layers."""
 
     vectors: int | None = 0
     """Vectors trained on, by all members together; None where it is not recorded."""
@@ -75,7 +75,7 @@ class Entrant:
         return [layer for layer in layers if self.trained_on is None or layer in self.trained_on]
 
     def by_layer(self, layers: Sequence[int], name: str) -> list[float | None]:
-        """`fvu_per_layer` or `l0_per_layer`, each layer's by the member that speaks for it; None where none does."""
+        """`fvu_per_layer` or `l0_per_layer`, each layer's by its own member; None where there is none."""
         values = []
         for position, layer in enumerate(layers):
             found = self.found.get(layer, self.found.get(None))
@@ -205,7 +205,10 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
             known.append(validation_documents(n_documents, float(split["fraction"]), int(split["seed"])))
     if len(known) < len(checkpoints):
         other = len(checkpoints) - len(known)
-        say(f"note: {other} of {len(checkpoints)} were not trained on this store, as far as they say: they may know it")
+        say(
+            f"note: {other} of {len(checkpoints)} do not record that they were trained on this store: they may have "
+            "seen the held-out text"
+        )
     if not known:
         known = [validation_documents(n_documents, fraction, 0)]
     held_out = np.logical_and.reduce(known)[tokens.document] & tokens.keep

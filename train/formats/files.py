@@ -167,7 +167,7 @@ def write_sae(
         return Written(paths, ())
     layout = LAYOUTS[to]
     if refused := layout.refusal(sae.config):
-        raise IncompatibleError(f"{folder}: the format {to} has no word for {refused}; write it as residscope")
+        raise IncompatibleError(f"{folder}: the format {to} cannot express {refused}; write it as residscope")
     files: list[Path] = []
     notes: tuple[str, ...] = ()
     for hookpoint in hookpoints or (None,):
@@ -269,7 +269,7 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
         with _open(path) as file:
             parsed = layout.parse(file, config, name)
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
-        raise IncompatibleError(f"{name}: {layout.config_file} says what cannot be: {_one_line(error)}") from None
+        raise IncompatibleError(f"{name}: {layout.config_file} holds an impossible value: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     notes = parsed.notes
     if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:
@@ -368,7 +368,7 @@ def _prepare(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` without what JSON has no word for (tensors, arrays), as a header is for people and other programs."""
+    """`value` without what JSON cannot hold (tensors, arrays)."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items() if _is_plain(item)}
     return [_plain(item) for item in value if _is_plain(item)] if isinstance(value, list | tuple) else value

@@ -1,10 +1,10 @@
 """How other projects lay out one sparse autoencoder: tensor names, configuration keys, and what they mean.
 
-Two layouts are here, mlsae (the paper's own models) and sparsify, and the pieces that all share; SAELens's is in
-`train.formats.saelens`. Each is a folder of one safetensors file and one JSON file. `parse_*` turns what such a folder holds into our weights; `lay_out_*`
-does the reverse. Both keep reconstructions: what a layout can say differently (a decoder norm folded out of the
-encoder) is worked into the weights, and what would change the result is refused by name. Nothing here touches a disk or
-a network; `train.formats.files` does.
+Here are mlsae (the paper's own models), sparsify, and the pieces that all layouts share; SAELens is in
+`train.formats.saelens`. A layout is a folder of one safetensors file and one JSON file. `parse_*` turns what such a
+folder holds into our weights; `lay_out_*` does the reverse. Both keep reconstructions: what a layout can say
+differently (a decoder norm folded out of the encoder) is worked into the weights, and what would change the result is
+refused by name. Nothing here touches a disk or a network; `train.formats.files` does.
 
     mlsae     h = TopK(W_enc (s(x) - b))              x_hat = s^-1(W_dec h + b)     s: standardise each vector
     sparsify  h = TopK(W_enc (x - b_dec) + b_enc)     x_hat = W_dec h + b_dec
@@ -25,7 +25,7 @@ from train.model import MLSAE
 from train.model_config import SAEConfig
 
 OURS = "residscope"
-"""The key under which we keep what a layout has no word for; the other tools ignore it."""
+"""The key under which we keep what a layout cannot express; the other tools ignore it."""
 
 DEAD_STEPS = 76
 """mlsae's `dead_steps_threshold`, which only its training reads: 10 million tokens in batches of 131,072."""

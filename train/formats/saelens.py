@@ -80,7 +80,7 @@ def parse_saelens(file: TensorFile, config: Mapping[str, Any], where: str) -> Pa
     extra: dict[str, Tensor] = {}
     prefixes: tuple[int, ...] = ()
     if activation == "jumprelu":
-        threshold = reader.get("threshold", m).float().clamp(min=0)  # below 0 it is no other: its ReLU cuts at 0
+        threshold = reader.get("threshold", m).float().clamp(min=0)  # below 0 it is as 0, where the ReLU cuts
         if ours.get("activation") in ("batchtopk", "matryoshka") and k > 0 and bool((threshold == threshold[0]).all()):
             activation = ours["activation"]
             extra = {"threshold": threshold[0]}

@@ -13,7 +13,7 @@ Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from train.kernels.interface import Kernels, SparseCodes, WeightGradients
 from train.kernels.products import result_dtype
 from train.objective.losses import FIRING_THRESHOLD
 from train.objective.weights import Weights
+
+if TYPE_CHECKING:
+    from train.objective.step import StepOptions
+
+SparsityTerm = Literal["l1", "l0", "target"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,26 +164,11 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sparsity:
-    """The term that keeps codes sparse where nothing else does."""
-
-    kind: str
-    """l1: coefficient * sum_n c_n sum_j h_nj. l0: coefficient * sum_n c_n L0_n. target: coefficient * (L0 / goal -
-    1)^2, with L0 the batch's mean."""
-
-    coefficient: float
-    """Its weight; for l0 and l1 in the units of a vector's squared error, and of half that over an activation."""
-
-    goal: float
-    """The L0 that target aims at."""
-
-    bandwidth: float
-    """Width of the rectangle in which a pre-activation moves its latent's threshold."""
-
-
-def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
+def dense_pass(given: PassInputs, kind: SparsityTerm, options: "StepOptions") -> MainPass:
     """Loss and gradients of h = z where z > threshold, else 0, by tiles of dense products.
+
+    kind: what keeps the codes sparse, in the units of a vector's squared error, with a coefficient b: l1, b * sum_n c_n
+    sum_j h_nj; l0, b * sum_n c_n L0_n; target, b * (L0 / k - 1)^2 with L0 the batch's mean.
 
     The threshold is exp(log_threshold), trained with straight-through gradients (Rajamanoharan et al. 2024, JumpReLU):
     with K = 1 where |z - threshold| < bandwidth / 2, else 0,
@@ -188,7 +178,7 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
     Without thresholds it is 0, and h = ReLU(z).
     """
     weights = given.weights
-    sums = _DenseSums(given, sparsity)
+    sums = _DenseSums(given, kind, options)
     for part, z in tiles(
         given.inputs, weights.W_enc, weights.b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes
     ):
@@ -199,14 +189,15 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
 class _DenseSums:
     """What a dense pass adds up over its tiles."""
 
-    def __init__(self, given: PassInputs, sparsity: Sparsity) -> None:
+    def __init__(self, given: PassInputs, kind: SparsityTerm, options: "StepOptions") -> None:
         weights, c = given.weights, given.row_weight
         n, m = len(given.inputs), len(weights.W_enc)
-        self._given, self._sparsity = given, sparsity
+        self._given, self._kind, self._goal = given, kind, options.k
+        self._coefficient, self._bandwidth = options.sparsity_coef, options.objective.bandwidth
         self._dtype, raw = result_dtype(given.product_dtype), given.inputs.dtype
         self._inputs, self._decoder = given.inputs.to(self._dtype), weights.W_dec.to(self._dtype)
         self._threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
-        self._count_weight = c if sparsity.kind == "l0" else torch.full_like(c, 1 / n)  # [N]
+        self._count_weight = c if kind == "l0" else torch.full_like(c, 1 / n)  # [N]
         self.out = given.out or _fresh(given)
         for tensor in self.out:
             tensor.zero_()
@@ -220,10 +211,10 @@ class _DenseSums:
 
     def add(self, part: slice, z: Tensor) -> None:
         """Count the rows `part`, whose pre-activations are `z` [n, M]."""
-        raw, c, sparsity = self.error.dtype, self._given.row_weight[part], self._sparsity
+        raw, c = self.error.dtype, self._given.row_weight[part]
         near = None
         if self._threshold is not None:
-            near = (z - self._threshold).abs() < sparsity.bandwidth / 2  # [n, M]
+            near = (z - self._threshold).abs() < self._bandwidth / 2  # [n, M]
             h = z.masked_fill(z <= self._threshold, 0).clamp_(min=0)
         else:
             h = z.clamp(min=0)
@@ -236,8 +227,8 @@ class _DenseSums:
         if near is not None:
             self.by_value += (g * near).sum(dim=0)
             self.by_count += self._count_weight[part] @ near.to(raw)
-        if sparsity.kind == "l1":
-            g += (sparsity.coefficient * c).unsqueeze(1)
+        if self._kind == "l1":
+            g += (self._coefficient * c).unsqueeze(1)
             self.l1 += c @ h.sum(dim=1, dtype=raw)
         g.masked_fill_(~active, 0)
         self.out.W_enc.add_(g.to(self._dtype).t() @ self._inputs[part])
@@ -247,16 +238,16 @@ class _DenseSums:
 
     def result(self) -> MainPass:
         """Loss and gradients of all rows."""
-        c, sparsity, threshold = self._given.row_weight, self._sparsity, self._threshold
-        term, slope = _count_term(self.l0, c, sparsity)
+        threshold = self._threshold
+        term, slope = self._term()
         gradient = None
         if threshold is not None:
             # d / d log threshold = threshold * d / d threshold
-            gradient = -threshold / sparsity.bandwidth * (threshold * self.by_value + slope * self.by_count)
+            gradient = -threshold / self._bandwidth * (threshold * self.by_value + slope * self.by_count)
         squared = self.error.square().sum(dim=1)
         return MainPass(
-            loss=c @ squared,
-            sparsity=sparsity.coefficient * self.l1 if sparsity.kind == "l1" else term,
+            loss=self._given.row_weight @ squared,
+            sparsity=term,
             error=self.error,
             squared=squared,
             grad_out=self.grad_out,
@@ -267,19 +258,15 @@ class _DenseSums:
             fired=self.fired,
         )
 
-
-def _count_term(l0: Tensor, c: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
-    """The sparsity term of the rows' counts `l0` [N], and its derivative by their sum, weighted as `dense_pass` does.
-
-    Weighted by c for l0 (where the derivative is the coefficient), by 1 / N for target.
-    """
-    coefficient = sparsity.coefficient
-    if sparsity.kind == "target":
-        excess = l0.mean() / sparsity.goal - 1
-        return coefficient * excess.square(), 2 * coefficient * excess / sparsity.goal
-    if sparsity.kind == "l0":
-        return coefficient * (c @ l0), torch.full_like(c.sum(), coefficient)
-    return torch.zeros_like(c.sum()), torch.zeros_like(c.sum())
+    def _term(self) -> tuple[Tensor, Tensor]:
+        """The sparsity term, and its derivative by the rows' counts, weighted as `_count_weight` has them."""
+        c, l0, coefficient = self._given.row_weight, self.l0, self._coefficient
+        if self._kind == "target":
+            excess = l0.mean() / self._goal - 1
+            return coefficient * excess.square(), 2 * coefficient * excess / self._goal
+        if self._kind == "l0":
+            return coefficient * (c @ l0), torch.full_like(c.sum(), coefficient)
+        return coefficient * self.l1, torch.zeros_like(self.l1)
 
 
 def _fresh(given: PassInputs) -> WeightGradients:

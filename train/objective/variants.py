@@ -24,7 +24,7 @@ from torch import Tensor
 from train.kernels.encode import BatchCodes, encode_above, encode_batch, encode_tiled
 from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
-from train.objective.passes import Block, MainPass, PassInputs, Sparsity, dense_pass, nested_pass, sparse_pass
+from train.objective.passes import Block, MainPass, PassInputs, dense_pass, nested_pass, sparse_pass
 from train.objective.weights import Weights
 
 if TYPE_CHECKING:
@@ -141,8 +141,7 @@ class JumpReLU(Variant):
         if bool((log_threshold == -torch.inf).all()):
             smallest = _batch_codes(given, options.k).smallest
             log_threshold.copy_(torch.zeros(()) if smallest is None else smallest.log())
-        kind = "target" if options.objective.sparsity_loss == "target" else "l0"
-        return dense_pass(given, _sparsity(options, kind))
+        return dense_pass(given, "target" if options.objective.sparsity_loss == "target" else "l0", options)
 
 
 @final
@@ -156,7 +155,7 @@ class ReLU(Variant):
         return encode_above(inputs, weights.W_enc, inputs.new_zeros(()), b_enc=weights.b_enc, **product)
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
-        return dense_pass(given, _sparsity(options, "l1"))
+        return dense_pass(given, "l1", options)
 
 
 VARIANTS: dict[str, type[Variant]] = {
@@ -201,12 +200,3 @@ def _only(codes: SparseCodes, mask: Tensor) -> SparseCodes:
     order = mask.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
     values = codes.values.masked_fill(~mask, 0).gather(1, order)
     return SparseCodes(values, codes.indices.gather(1, order))
-
-
-def _sparsity(options: "StepOptions", kind: str) -> Sparsity:
-    return Sparsity(
-        kind=kind,
-        coefficient=options.sparsity_coef,
-        goal=options.k,
-        bandwidth=options.objective.bandwidth,
-    )

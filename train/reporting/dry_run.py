@@ -1,4 +1,4 @@
-"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps that are made and thrown away.
+"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps whose result is not kept.
 
 The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
 Not foreseen: AuxK, which costs nothing until latents die and then up to about half a step more; a slower disk later.

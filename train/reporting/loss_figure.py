@@ -24,7 +24,7 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> bool:
     except ModuleNotFoundError:
         return False
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    there = [line for line in lines if line["fvu"] is not None]  # not where no vector came, or the loss is no number
+    there = [line for line in lines if line["fvu"] is not None]  # None where no vector came, or the run diverged
     training = [line for line in there if "split" not in line and line["loss"] is not None]
     validation = [line for line in there if line.get("split") == "validation"]
     if not training:
