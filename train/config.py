@@ -3,6 +3,8 @@
 The docstring under a field is its flag's help; the first sentence of a class is the heading of its flags in `--help`.
 Values are checked when a configuration is made, as far as they alone can tell; what depends on the store or the machine
 is resolved in `train.resolve`. Imports nothing heavy, so that `train --help` answers at once.
+
+Tested in tests/train/test_run.py and objective/test_schedule.py.
 """
 
 import math

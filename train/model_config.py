@@ -1,4 +1,7 @@
-"""What an autoencoder is, apart from its weights. Imports no torch."""
+"""What an autoencoder is, apart from its weights. Imports no torch.
+
+Tested in tests/train/test_model.py and objective/test_schedule.py.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

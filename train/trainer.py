@@ -6,6 +6,8 @@ counters of dead latents and the batch: all but the last are in the checkpoint.
 
 A checkpoint on the way holds the optimiser's moments (three times the size of the weights in all); the last one drops
 them, because the learning rate has run out and nothing can follow.
+
+Tested in tests/train/test_run.py and test_variant_runs.py.
 """
 
 import contextlib

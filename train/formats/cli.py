@@ -3,6 +3,8 @@
 SRC is a checkpoint, a folder or a hub id in any format that `train.formats.files` reads; DST is a folder. Beside the
 weights goes a model card, README.md. What the target format cannot say is printed. Nothing heavy is imported for
 `--help`.
+
+Tested in tests/train/formats/test_hub.py.
 """
 
 import argparse

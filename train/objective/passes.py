@@ -8,6 +8,8 @@ With c_n the row's weight, e = target - decoded, and G = d loss / d x_hat = -2 c
 W_dec[j]> where it is active. Not here: which latents are active (`train.kernels.encode`, `train.objective.variants`),
 AuxK and b_pre's gradient, which are the same for all (`train.objective.step`).
 
+Tested in tests/train/objective/test_step.py and test_variants.py.
+
 Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row at most, B blocks.
 """
 

@@ -2,6 +2,8 @@
 
 The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
 Not foreseen: AuxK, which costs nothing until latents die and then up to about half a step more; a slower disk later.
+
+Tested in tests/train/reporting/test_outputs.py.
 """
 
 import time

@@ -1,6 +1,8 @@
 """The course of a run as a picture, ckpt.loss.png beside the checkpoint: FVU and loss, L0 and dead latents.
 
 Drawn from the metrics file alone, so that any run can be drawn again. Needs matplotlib, and is left out without it.
+
+Tested in tests/train/reporting/test_outputs.py.
 """
 
 import io

@@ -1,4 +1,7 @@
-"""What finished runs say: words or a table for the terminal, plain values for `--json`, a sweep's table as a file."""
+"""What finished runs say: words or a table for the terminal, plain values for `--json`, a sweep's table as a file.
+
+Tested in tests/train/reporting/test_outputs.py and test_grid.py.
+"""
 
 import math
 from collections.abc import Sequence

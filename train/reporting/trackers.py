@@ -2,6 +2,8 @@
 
 Both get what `ckpt.metrics.jsonl` gets, when it gets it: training numbers as train/NAME, validation as validation/NAME,
 lists over layers as NAME/LAYER, against the step. The file stays the record; a tracker is a copy for watching.
+
+Tested in tests/train/reporting/test_outputs.py.
 """
 
 import importlib.util
