@@ -21,6 +21,7 @@ ALLOWED = {
         "residscope",
         "store",
         "train.checkpoint",
+        "train.compare.pca",
         "train.model",
         "train.kernels.cpu.screen",
         "train.kernels.interface",

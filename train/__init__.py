@@ -1,6 +1,8 @@
 """Train one multi-layer sparse autoencoder on a store of activations, and keep it in a checkpoint others can read.
 
     from train import TrainConfig, train, load_checkpoint
+    from train.config import ModelConfig
+    train(TrainConfig(store=Path("acts.zarr"), model=ModelConfig(k=16)))
 
 Importing this is cheap: what needs torch is loaded when it is first asked for.
 """

@@ -125,14 +125,18 @@ def table(results: Sequence[TrainResult]) -> str:
                 str(result.checkpoint.name),
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
     tokens = next((result.validation.tokens for result in results if result.validation), 0)
     title = (
         f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
         "tokens of held-out documents, mean over layers; dead: share of the latents"
     )
-    return "\n".join([title, *rows])
+    return "\n".join([title, *aligned(lines)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of words as a table, each column as wide as its longest word."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
 
 
 def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
