@@ -50,8 +50,8 @@ from train.kernels.interface import Kernels, WeightGradients, choose_kernels
 from train.model import MLSAE, SAEConfig, standardize
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam
-from train.objective.step import StepOptions, training_step
-from train.objective.variants import TopK
+from train.objective.step import training_step
+from train.objective.variants import StepOptions, TopK
 
 OURS = {"ours": "auto", "ours, plain torch": "torch"}
 """Name -> kernels."""

@@ -10,8 +10,7 @@ from store.activations import ActivationStore
 from train.config import ObjectiveConfig, TrainConfig
 from train.data import TrainingData
 from train.grid import RunSpec
-from train.objective.step import StepOptions
-from train.objective.variants import Variant
+from train.objective.variants import StepOptions, Variant
 from train.resolve import RunPlan, make_plan
 
 

@@ -15,7 +15,7 @@ Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from train.kernels.interface import Kernels, SparseCodes, WeightGradients
 from train.kernels.products import result_dtype
 from train.objective.losses import FIRING_THRESHOLD
 from train.objective.weights import Weights
-
-if TYPE_CHECKING:
-    from train.objective.step import StepOptions
 
 SparsityTerm = Literal["l1", "l0", "target"]
 
@@ -166,7 +163,7 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
     )
 
 
-def dense_pass(given: PassInputs, kind: SparsityTerm, options: "StepOptions") -> MainPass:
+def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float, bandwidth: float) -> MainPass:
     """Loss and gradients of h = z where z > threshold, else 0, by tiles of dense products.
 
     kind: what keeps the codes sparse, in the units of a vector's squared error, with a coefficient b: l1, b * sum_n c_n
@@ -180,7 +177,7 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, options: "StepOptions") ->
     Without thresholds it is 0, and h = ReLU(z).
     """
     weights = given.weights
-    sums = _DenseSums(given, kind, options)
+    sums = _DenseSums(given, kind, k, coefficient, bandwidth)
     for part, z in tiles(
         given.inputs, weights.W_enc, weights.b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes
     ):
@@ -191,11 +188,11 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, options: "StepOptions") ->
 class _DenseSums:
     """What a dense pass adds up over its tiles."""
 
-    def __init__(self, given: PassInputs, kind: SparsityTerm, options: "StepOptions") -> None:
+    def __init__(self, given: PassInputs, kind: SparsityTerm, k: int, coefficient: float, bandwidth: float) -> None:
         weights, c = given.weights, given.row_weight
         n, m = len(given.inputs), len(weights.W_enc)
-        self._given, self._kind, self._goal = given, kind, options.k
-        self._coefficient, self._bandwidth = options.sparsity_coef, options.objective.bandwidth
+        self._given, self._kind, self._goal = given, kind, k
+        self._coefficient, self._bandwidth = coefficient, bandwidth
         self._dtype, raw = result_dtype(given.product_dtype), given.inputs.dtype
         self._inputs, self._decoder = given.inputs.to(self._dtype), weights.W_dec.to(self._dtype)
         self._threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]

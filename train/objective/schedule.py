@@ -5,8 +5,7 @@ Pure functions of the plan and the step's number, so a resumed run needs to reme
 
 from dataclasses import replace
 
-from train.objective.step import StepOptions
-from train.objective.variants import variant_of
+from train.objective.variants import StepOptions, variant_of
 from train.resolve import RunPlan
 
 

@@ -22,44 +22,16 @@ Not here: which latents are active (`train.objective.variants`), which implement
 Shapes: N rows, D d_model, M n_latents, k active latents a row, A dead latents.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from train.config import ObjectiveConfig
 from train.kernels.interface import Kernels, SparseCodes, WeightGradients
 from train.objective.losses import DeadLatents, RowWeights, auxk
 from train.objective.passes import MainPass, PassInputs
-from train.objective.variants import Variant
+from train.objective.variants import StepOptions
 from train.objective.weights import Weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """How a step is made: the same from step to step, but for what `train.objective.schedule` moves."""
-
-    variant: Variant
-    """How latents are chosen."""
-
-    objective: ObjectiveConfig
-    """What is minimised; what its flags may leave open, and what warms up, is in the fields here."""
-
-    k: int
-    """Latents that may be active on a row, or that are aimed at."""
-
-    aux_k: int
-    """Dead latents that AuxK may use on a row."""
-
-    sparsity_coef: float = 0.0
-    """Weight of the sparsity term of jumprelu and relu."""
-
-    product_dtype: torch.dtype
-    """Type of the encoder's product (and of AuxK's): the weights' own, or bfloat16 where the hardware is fast at it."""
-
-    tile_bytes: int
-    """Pre-activations held at once."""
 
 
 class StepResult(NamedTuple):

@@ -16,19 +16,18 @@ Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, final
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from train.config import ObjectiveConfig
 from train.kernels.encode import BatchCodes, encode_above, encode_batch, encode_tiled
 from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
 from train.objective.passes import Block, MainPass, PassInputs, dense_pass, nested_pass, sparse_pass
 from train.objective.weights import Weights
-
-if TYPE_CHECKING:
-    from train.objective.step import StepOptions
 
 THRESHOLD_RATE = 0.05
 """Share of a batch's smallest kept activation in the running mean that becomes the threshold of inference: the mean
@@ -55,6 +54,32 @@ class Variant(ABC):
     @abstractmethod
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
         """Loss and gradients of a training batch; may update what is measured rather than trained, in place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How a step is made: the same from step to step, but for what `train.objective.schedule` moves."""
+
+    variant: Variant
+    """How latents are chosen."""
+
+    objective: ObjectiveConfig
+    """What is minimised; what its flags may leave open, and what warms up, is in the fields here."""
+
+    k: int
+    """Latents that may be active on a row, or that are aimed at."""
+
+    aux_k: int
+    """Dead latents that AuxK may use on a row."""
+
+    sparsity_coef: float = 0.0
+    """Weight of the sparsity term of jumprelu and relu."""
+
+    product_dtype: torch.dtype
+    """Type of the encoder's product (and of AuxK's): the weights' own, or bfloat16 where the hardware is fast at it."""
+
+    tile_bytes: int
+    """Pre-activations held at once."""
 
 
 @final
@@ -141,7 +166,8 @@ class JumpReLU(Variant):
         if bool((log_threshold == -torch.inf).all()):
             smallest = _batch_codes(given, options.k).smallest
             log_threshold.copy_(torch.zeros(()) if smallest is None else smallest.log())
-        return dense_pass(given, "target" if options.objective.sparsity_loss == "target" else "l0", options)
+        kind = "target" if options.objective.sparsity_loss == "target" else "l0"
+        return dense_pass(given, kind, options.k, options.sparsity_coef, options.objective.bandwidth)
 
 
 @final
@@ -155,7 +181,7 @@ class ReLU(Variant):
         return encode_above(inputs, weights.W_enc, inputs.new_zeros(()), b_enc=weights.b_enc, **product)
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
-        return dense_pass(given, "l1", options)
+        return dense_pass(given, "l1", options.k, options.sparsity_coef, options.objective.bandwidth)
 
 
 VARIANTS: dict[str, type[Variant]] = {

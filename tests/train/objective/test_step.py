@@ -10,8 +10,8 @@ from tests.support.training import step_options, with_options
 from train.kernels.interface import TORCH, Kernels, choose_kernels
 from train.model_config import SAEConfig
 from train.objective.losses import DeadLatents, RowWeights, row_weights
-from train.objective.step import StepOptions, StepResult, training_step
-from train.objective.variants import TopK
+from train.objective.step import StepResult, training_step
+from train.objective.variants import StepOptions, TopK
 from train.objective.weights import Weights
 
 NAMES = ("W_enc", "W_dec", "b_pre")

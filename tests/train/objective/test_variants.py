@@ -14,8 +14,8 @@ from train.kernels.interface import TORCH, Kernels, SparseCodes, choose_kernels
 from train.model import MLSAE
 from train.model_config import SAEConfig, default_prefixes
 from train.objective.losses import DeadLatents, RowWeights, row_weights
-from train.objective.step import StepOptions, training_step
-from train.objective.variants import THRESHOLD_RATE, VARIANTS, variant_of
+from train.objective.step import training_step
+from train.objective.variants import THRESHOLD_RATE, VARIANTS, StepOptions, variant_of
 from train.objective.weights import TRAINED, Weights
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -18,8 +18,8 @@ from train.kernels.cpu.backend import NUMBA, weight_gradient, weight_gradients
 from train.kernels.interface import TORCH, Kernels, Reconstruction
 from train.model_config import SAEConfig
 from train.objective.losses import DeadLatents, row_weights
-from train.objective.step import StepOptions, training_step
-from train.objective.variants import TopK
+from train.objective.step import training_step
+from train.objective.variants import StepOptions, TopK
 from train.objective.weights import Weights
 
 FLOATS = {torch.float32: 1e-4, torch.float64: 1e-11}  # type -> relative tolerance of sums

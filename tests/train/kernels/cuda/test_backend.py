@@ -38,8 +38,8 @@ else:
     from train.kernels.interface import TORCH, Kernels, choose_kernels
     from train.model_config import SAEConfig
     from train.objective.losses import DeadLatents, row_weights
-    from train.objective.step import StepOptions, training_step
-    from train.objective.variants import TopK
+    from train.objective.step import training_step
+    from train.objective.variants import StepOptions, TopK
     from train.objective.weights import Weights
 
     def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
