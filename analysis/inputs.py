@@ -24,8 +24,9 @@ from analysis.tiles import Coder
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from store.codes import KeptCodes
+from train.checkpoint import Checkpoint
 from train.formats.files import read_sae
-from train.model import MLSAE, Checkpoint
+from train.model import MLSAE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,8 @@ from analysis.task import Sums, measure
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.meta import StoreMeta, config_hash
-from train.model import MLSAE, SAEConfig, save_checkpoint, standardize
+from train.checkpoint import save_checkpoint
+from train.model import MLSAE, SAEConfig, standardize
 
 N_LAYERS, D_MODEL, K = 30, 576, 32
 CHUNK = 64

@@ -32,7 +32,7 @@ from residscope.console import human_bytes
 from store.activations import ActivationStore
 from store.loader import DEFAULT_WINDOW_BYTES
 from store.shuffle import RowOrder, chunk_row_counts
-from train.config import TrainConfig
+from train.config import DataConfig
 
 EPSILON = 1e-5
 
@@ -40,7 +40,7 @@ EPSILON = 1e-5
 def main() -> None:
     parser = argparse.ArgumentParser(description="Design effect of batch means by the order of rows.")
     parser.add_argument("store", type=Path, help="store of real activations")
-    parser.add_argument("--batch-rows", type=int, default=TrainConfig.batch_size, help="rows in a batch (train's own)")
+    parser.add_argument("--batch-rows", type=int, default=DataConfig.batch_size, help="rows in a batch (train's own)")
     parser.add_argument("--dimensions", type=int, default=64, help="dimensions to look at, evenly spread")
     parser.add_argument("--seeds", type=int, default=5, help="shuffles to average over")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
@@ -65,7 +65,7 @@ def main() -> None:
         print(f"{name:<60}{found[key][0]:>8.3f} +- {error:.3f}", flush=True)
 
     show("all rows at random", "independent", lambda seed: np.random.default_rng(seed).permutation(len(rows)))
-    default = int(TrainConfig.window_gb * 1e9 / 2)
+    default = int(DataConfig.window_gb * 1e9 / 2)
     for window in (default, DEFAULT_WINDOW_BYTES, 64 << 20, 16 << 20):
         shapes = mask, meta.n_layers, meta.chunk_tokens, max(window // block_bytes, 1)
         name = human_bytes(window) + (", the default of train" if window == default else "")

@@ -43,6 +43,7 @@ from step_peers import CLIP, CONTENDERS, HELD_OUT, batches, fvu_after, timed
 from torch import Tensor
 
 from store.activations import ActivationStore
+from train.config import ObjectiveConfig
 from train.hardware import resolve_product_dtype
 from train.kernels.choose import choose_kernels
 from train.kernels.encode import ReadyEncoder
@@ -50,8 +51,8 @@ from train.kernels.interface import Kernels, WeightGradients
 from train.model import MLSAE, SAEConfig, standardize
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam
-from train.objective.step import StepOptions, training_step
-from train.objective.variants import TopK
+from train.objective.step import training_step
+from train.objective.variants import StepOptions, TopK
 
 OURS = {"ours": "auto", "ours, plain torch": "torch"}
 """Name -> kernels."""
@@ -156,7 +157,7 @@ class Ours:
             variant=TopK(self.sae.config),
             k=k,
             aux_k=2 ** round(np.log2(d / 2)),
-            aux_coef=0.0 if dead is None else 1 / 32,
+            objective=ObjectiveConfig(aux_coef=0.0 if dead is None else 1 / 32),
             product_dtype=getattr(torch, dtype),
             tile_bytes=16_000_000 if device.type == "cpu" else 2**30,
         )

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from residscope.options import from_flat, with_values
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.meta import StoreMeta, chunk_and_shard_tokens
@@ -90,12 +91,12 @@ def make_store(path: Path, n_tokens: int) -> None:
 def measure(config: TrainConfig, reader: Reader, singles: bool) -> dict[str, float]:
     """Times and bytes of the sweep and of a single run, or of all six one after another; checks that files agree."""
     began, reader.total = time.perf_counter(), 0
-    swept = train_all(replace(config, sweep=SWEEP, out=config.out.with_name("swept.pt"), overwrite=True))
+    swept = train_all(with_values(config, sweep=SWEEP, out=config.out.with_name("swept.pt"), overwrite=True))
     together, bytes_together = time.perf_counter() - began, reader.total
     alone, bytes_alone, same = [], [], True
     for result in swept if singles else swept[:1]:
         began, reader.total = time.perf_counter(), 0
-        train(replace(config, overwrite=True, **result.spec.settings))
+        train(with_values(config, overwrite=True, **result.spec.settings))
         alone.append(time.perf_counter() - began)
         bytes_alone.append(reader.total)
         same &= config.out.read_bytes() == result.checkpoint.read_bytes()
@@ -124,22 +125,23 @@ def main() -> None:
         make_store(root / "acts.zarr", options.tokens)
         reader = Reader()
         reader.install()
-        config = TrainConfig(
-            store=root / "acts.zarr",
-            out=root / "ckpt.pt",
-            n_latents=options.latents,
-            batch_size=1024,
-            threads=options.threads,
-            window_gb=0.004,
-            validate_every=0,
-            checkpoint_every=0,
-        )
-        train(replace(config, steps=3))  # compiles the kernels
-        fast = measure(replace(config, overwrite=True), reader, singles=True)
+        flags = {
+            "store": root / "acts.zarr",
+            "out": root / "ckpt.pt",
+            "n_latents": options.latents,
+            "batch_size": 1024,
+            "threads": options.threads,
+            "window_gb": 0.004,
+            "validate_every": 0,
+            "checkpoint_every": 0,
+        }
+        config = from_flat(TrainConfig, flags)
+        train(with_values(config, steps=3))  # compiles the kernels
+        fast = measure(with_values(config, overwrite=True), reader, singles=True)
         # Slow enough that reading takes about eight times as long as one run's computing.
         limit = options.throttle_mb * 1e6 or fast["single_bytes"] / (8 * fast["single_s"])
         reader.limit = limit
-        slow = measure(replace(config, overwrite=True), reader, singles=False)
+        slow = measure(with_values(config, overwrite=True), reader, singles=False)
     result = {
         "sweep_over_one_after_another": fast["sweep_s"] / fast["one_after_another_s"],
         "throttled_sweep_over_single": slow["sweep_s"] / slow["single_s"],

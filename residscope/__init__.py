@@ -42,7 +42,7 @@ _MODULES = {
     "analyze": "analysis.run",
     "dask_array": "store.dask_arrays",
     "harvest": "harvest.run",
-    "load_checkpoint": "train.model",
+    "load_checkpoint": "train.checkpoint",
     "read_sae": "train.formats.files",
     "train": "train.run",
 }

@@ -21,6 +21,8 @@ ALLOWED = {
     "analysis": {
         "residscope",
         "store",
+        "train.checkpoint",
+        "train.compare.pca",
         "train.model",
         "train.kernels.interface",
         "train.formats.files",

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from residscope.console import run_command
 from residscope.options import parse_options
@@ -40,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from train.run import train_all, try_run
 
         if config.dry_run:
-            from train.reporting import dry_run
+            from train.reporting.dry_run import describe
 
             found = try_run(config)
-            print(json.dumps(dry_run.as_json(found)) if config.json else dry_run.describe(found))
+            print(json.dumps(asdict(found)) if config.json else describe(found))
             return
         results = train_all(config)
         print(describe_all(results), file=sys.stderr)

@@ -1,32 +1,53 @@
-"""The flags of `train`, as one frozen dataclass; the docstring under a field is its help.
+"""The flags of `train`: one small frozen dataclass for each component, and `TrainConfig`, which holds them all.
 
-Checked once, when made, as far as the values alone can tell; what depends on the store or the machine is resolved in
-`train.resolve`. Imports nothing heavy, so that `train --help` answers at once.
+The docstring under a field is its flag's help; the first sentence of a class is the heading of its flags in `--help`.
+Values are checked when a configuration is made, as far as they alone can tell; what depends on the store or the machine
+is resolved in `train.resolve`. Imports nothing heavy, so that `train --help` answers at once.
+
+Tested in tests/train/test_run.py and objective/test_schedule.py.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from residscope.errors import UsageError
+from residscope.options import to_flat
+from train.model_config import THRESHOLDED, Activation, Standardize
 
 DEFAULT_EXPANSION_FACTOR = 16
 """Where neither it nor a number of latents is given."""
 
 _MOST_THREADS = 1024
-"""Of a hundred thousand the process dies without a word."""
+"""With a hundred thousand threads the process dies without a message."""
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    _check(config, names, "above 0", lambda value: 0 < value < math.inf)
+
+
+def _check_not_negative(config: Any, *names: str) -> None:
+    _check(config, names, "0 or more", lambda value: 0 <= value < math.inf)
+
+
+def _check_shares(config: Any, *names: str) -> None:
+    _check(config, names, "in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def _check(config: Any, names: tuple[str, ...], wanted: str, good: Callable[[float], bool]) -> None:
+    """`UsageError` for the first of these fields whose value is given and not good."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not good(value):
+            wanted = "a finite number" if value == math.inf and wanted != "in [0, 1]" else wanted
+            raise UsageError(f"--{name.replace('_', '-')} should be {wanted}, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One training run."""
-
-    store: Path
-    """Store of activations, as `harvest` makes it."""
-
-    out: Path = Path("ckpt.pt")
-    """Checkpoint to write; metrics go beside it, to NAME.metrics.jsonl, and the resolved flags to NAME.config.toml."""
+class ModelConfig:
+    """The autoencoder."""
 
     expansion_factor: float | None = None
     """Latents per dimension of the residual stream; n_latents is this times d_model; default: 16."""
@@ -37,12 +58,12 @@ class TrainConfig:
     k: int = 32
     """Active latents on one vector: at most (topk), in the mean (batchtopk, matryoshka), aimed at (jumprelu)."""
 
-    activation: Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu"] = "topk"
+    activation: Activation = "topk"
     """Which latents are active: topk: the k largest of a vector; batchtopk: the N k largest of a batch of N;
     matryoshka: the same with nested dictionaries; jumprelu: those above a trained threshold; relu: all positive, with
     an L1 term."""
 
-    standardize: Literal["vector", "layer", "none"] = "vector"
+    standardize: Standardize = "vector"
     """vector: each vector loses its own mean and is divided by its own standard deviation; layer: each layer has one
     mean vector and one scale, of the training vectors; none: vectors as they are."""
 
@@ -55,6 +76,21 @@ class TrainConfig:
     prefixes: tuple[int, ...] | None = None
     """matryoshka: the first so many latents must reconstruct on their own; the last is n_latents; default: 1/32, 3/32,
     7/32, 15/32 and all of them."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "expansion_factor", "n_latents", "k")
+        if self.prefixes is not None and self.activation != "matryoshka":
+            raise UsageError(f"--prefixes is for --activation matryoshka, not for {self.activation}")
+        if self.n_latents is not None and self.expansion_factor is not None:
+            raise UsageError(
+                f"--n-latents {self.n_latents} and --expansion-factor {self.expansion_factor:g} both say how many "
+                "latents: give one of them, on the command line or in a --config file"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised."""
 
     k_start: int | None = None
     """k at the first step; it goes linearly to k; default: k throughout."""
@@ -85,6 +121,22 @@ class TrainConfig:
     aux_coef: float = 1 / 32
     """Weight of AuxK beside the main loss; 0 turns it off."""
 
+    dead_tokens: int | None = None
+    """Tokens without firing after which a latent is dead; default: 10 million, or a tenth of the run's if less."""
+
+    loss_space: Literal["standardized", "raw"] = "standardized"
+    """Where the loss is taken: standardized lets every vector count alike; raw is the reference's choice."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "aux_k", "dead_tokens", "k_start", "bandwidth")
+        _check_not_negative(self, "aux_coef", "sparsity_coef")
+        _check_shares(self, "k_warmup_fraction", "sparsity_warmup_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the weights move."""
+
     lr: float | None = None
     """Peak learning rate; default: the scaling law 2e-4 / sqrt(n_latents / 2^14) of Gao et al., which was found for
     long runs; runs of some hundred steps learn far more with several times as much."""
@@ -108,6 +160,17 @@ class TrainConfig:
     """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
     default: the weights themselves."""
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "lr", "clip_norm")
+        _check_shares(self, "warmup_fraction", "decay_fraction")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UsageError(f"--ema-decay should be in [0, 1), found {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What it is trained on, and how long."""
+
     batch_size: int = 2048
     """Vectors (one token at one layer each) in a step; layers are mixed."""
 
@@ -122,6 +185,26 @@ class TrainConfig:
 
     seed: int = 0
     """Seed of the initial weights, of the order of the data, and of the choice of validation documents."""
+
+    window_gb: float = 1.0
+    """Memory for the shuffle, in GB: two windows of the store, one served while the other is read."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "batch_size", "steps", "epochs", "window_gb")
+        _check_not_negative(self, "seed")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed should be below 2^63, found {self.seed}")
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("--steps and --epochs both say how long to train: give one of them")
+        if self.layers == ():
+            raise UsageError("--layers names no layer: leave it out for all that are stored")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise UsageError(f"--layers names a layer twice: {' '.join(map(str, self.layers))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """The machine."""
 
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Type of the encoder's product; weights stay float32. auto: the fastest that the hardware has: bfloat16 on CUDA
@@ -141,14 +224,34 @@ class TrainConfig:
     tile_mb: float = 16
     """Pre-activations held at once, in MB; a tile that fits the last-level cache is fastest."""
 
-    window_gb: float = 1.0
-    """Memory for the shuffle, in GB: two windows of the store, one served while the other is read."""
+    deterministic: bool | None = None
+    """Insist on the same bits from the same run. Default: on a CPU, where it costs nothing; on CUDA it makes steps some
+    per cent slower, more where AuxK is busy, and a resume is bit for bit only with it."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "threads", "tile_mb")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise UsageError(f"--threads should be at most {_MOST_THREADS}, found {self.threads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written on the way."""
 
     log_every: int = 10
     """Steps between two lines of metrics."""
 
     checkpoint_every: int = 500
     """Steps between two checkpoints on the way; 0: only at the end, or when stopped by a signal."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "log_every")
+        _check_not_negative(self, "checkpoint_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Validation on held-out documents."""
 
     validate_every: int | None = None
     """Steps between two short validations on the way; 0: only at the end; default: a quarter of the run."""
@@ -159,24 +262,18 @@ class TrainConfig:
     validation_tokens: int = 4096
     """Held-out tokens, at most, for the validation at the end; those on the way use up to 256."""
 
-    dead_tokens: int | None = None
-    """Tokens without firing after which a latent is dead; default: 10 million, or a tenth of the run's if less."""
+    def __post_init__(self) -> None:
+        _check_positive(self, "validation_tokens")
+        _check_not_negative(self, "validate_every")
+        if self.validation_tokens < 2:
+            raise UsageError("--validation-tokens should be at least 2: of one token FVU has no meaning, found 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise UsageError(f"--validation-fraction should be in [0, 1), found {self.validation_fraction}")
 
-    loss_space: Literal["standardized", "raw"] = "standardized"
-    """Where the loss is taken: standardized lets every vector count alike; raw is the reference's choice."""
 
-    sweep: tuple[str, ...] | None = None
-    """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
-    point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with
-    the same flags. Any field will do that does not change the stream of batches."""
-
-    per_layer: Literal["total", "each"] | None = None
-    """Train one autoencoder for each layer instead, on that layer's vectors of the same stream: the latents are
-    divided among them (total), or each has as many (each). Checkpoints are ckpt.layer=0.pt, ..."""
-
-    deterministic: bool | None = None
-    """Insist on the same bits from the same run. Default: on a CPU, where it costs nothing; on CUDA it makes steps some
-    per cent slower, more where AuxK is busy, and a resume is bit for bit only with it."""
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """Copies elsewhere."""
 
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, to OUT.tensorboard/ (pip install 'residscope[tensorboard]')."""
@@ -193,6 +290,41 @@ class TrainConfig:
     hub_license: str = "unknown"
     """Licence of the weights, for the model card, such as apache-2.0."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, or a sweep of them."""
+
+    FIRST_FLAGS: ClassVar = (
+        *("store", "out", "expansion_factor", "k", "activation", "epochs", "lr"),
+        *("resume", "overwrite", "dry_run"),
+    )
+
+    store: Path
+    """Store of activations, as `harvest` makes it."""
+
+    out: Path = Path("ckpt.pt")
+    """Checkpoint to write; metrics go beside it, to NAME.metrics.jsonl, and the resolved flags to NAME.config.toml."""
+
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    logging: LoggingConfig = LoggingConfig()
+    validation: ValidationConfig = ValidationConfig()
+
+    sweep: tuple[str, ...] | None = None
+    """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
+    point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with
+    the same flags. Any field will do that does not change the stream of batches."""
+
+    per_layer: Literal["total", "each"] | None = None
+    """Train one autoencoder for each layer instead, on that layer's vectors of the same stream: the latents are
+    divided among them (total), or each has as many (each). Checkpoints are ckpt.layer=0.pt, ..."""
+
+    publish: PublishConfig = PublishConfig()
+
     dry_run: bool = False
     """Say steps, memory, disk and time, from a few steps that are measured and thrown away; write nothing."""
 
@@ -206,51 +338,32 @@ class TrainConfig:
     """Print a summary of the run as JSON on stdout."""
 
     def __post_init__(self) -> None:
-        positive = ("expansion_factor", "n_latents", "k", "aux_k", "lr", "batch_size", "steps", "epochs", "threads")
-        positive += ("tile_mb", "window_gb", "log_every", "validation_tokens", "dead_tokens")
-        positive += ("k_start", "bandwidth", "clip_norm")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                wanted = "a finite number" if value == math.inf else "above 0"
-                raise UsageError(f"--{name.replace('_', '-')} should be {wanted}, found {value}")
-        for name in ("aux_coef", "sparsity_coef", "checkpoint_every", "validate_every", "seed"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                wanted = "a finite number" if value == math.inf else "0 or more"
-                raise UsageError(f"--{name.replace('_', '-')} should be {wanted}, found {value}")
-        if self.validation_tokens < 2:
-            raise UsageError("--validation-tokens should be at least 2: of one token FVU has no meaning, found 1")
-        if self.threads is not None and self.threads > _MOST_THREADS:
-            raise UsageError(f"--threads should be at most {_MOST_THREADS}, found {self.threads}")
-        if self.seed >= 2**63:
-            raise UsageError(f"--seed should be below 2^63, found {self.seed}")
-        if not 0 <= self.validation_fraction < 1:
-            raise UsageError(f"--validation-fraction should be in [0, 1), found {self.validation_fraction}")
-        for name in ("warmup_fraction", "decay_fraction", "k_warmup_fraction", "sparsity_warmup_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"--{name.replace('_', '-')} should be in [0, 1], found {getattr(self, name)}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UsageError(f"--ema-decay should be in [0, 1), found {self.ema_decay}")
-        if self.multi_topk and self.activation != "topk":
-            raise UsageError(f"--multi-topk is for --activation topk, not for {self.activation}")
-        if self.decoder_norm == "free" and self.activation in ("jumprelu", "relu"):
+        activation = self.model.activation
+        if self.objective.multi_topk and activation != "topk":
+            raise UsageError(f"--multi-topk is for --activation topk, not for {activation}")
+        if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:
             raise UsageError(
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "
-                f"depend on the scale that it moves; found {self.activation}"
+                f"depend on the scale that it moves; found {activation}"
             )
-        if self.prefixes is not None and self.activation != "matryoshka":
-            raise UsageError(f"--prefixes is for --activation matryoshka, not for {self.activation}")
-        if self.n_latents is not None and self.expansion_factor is not None:
-            raise UsageError(
-                f"--n-latents {self.n_latents} and --expansion-factor {self.expansion_factor:g} both say how many "
-                "latents: give one of them, on the command line or in a --config file"
-            )
-        if self.steps is not None and self.epochs is not None:
-            raise UsageError("--steps and --epochs both say how long to train: give one of them")
         if self.resume and self.overwrite:
             raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give one of them")
-        if self.layers == ():
-            raise UsageError("--layers names no layer: leave it out for all that are stored")
-        if self.layers is not None and len(set(self.layers)) != len(self.layers):
-            raise UsageError(f"--layers names a layer twice: {' '.join(map(str, self.layers))}")
+
+    def flags(self) -> dict[str, Any]:
+        """The flags that make this run, as `ckpt.config.toml` keeps them, in the order that this file has had from
+        before there were groups."""
+        flags = {name: value for name, value in to_flat(self).items() if name not in _NOT_OF_THE_RUN}
+        names = list(flags)
+        for name, follower in _PLACES:
+            names.remove(name)
+            names.insert(names.index(follower), name)
+        return {name: flags[name] for name in names}
+
+
+_NOT_OF_THE_RUN = ("dry_run", "resume", "overwrite", "json")
+_PLACES = (
+    ("window_gb", "log_every"),
+    ("dead_tokens", "sweep"),
+    ("loss_space", "sweep"),
+    ("deterministic", "tensorboard"),
+)

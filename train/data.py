@@ -1,18 +1,28 @@
-"""The store's rows as torch tensors: float32, on the training device, with layers numbered as they are trained.
+"""The data of a training: the open store, its split by document, and its rows as float32 tensors on the device.
 
-Not here: the order of the rows, which is `store.shuffle`'s, and reading them, which is `store.loader`'s.
+Layers have two numbers: the model's own, which users see, and the position among the layers trained on, 0 .. L - 1,
+which tensors are indexed by.
 
-Shapes: N rows, D d_model, t tokens, L layers trained on.
+Not here: the order of the rows (`store.shuffle`), and reading them (`store.loader`).
+
+Shapes: N rows, D d_model, T tokens of the store, L layers trained on.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from store.loader import Batch
+from residscope.errors import IncompatibleError, UsageError
+from store.activations import ActivationStore
+from store.loader import Batch, WindowLoader
+from store.shuffle import validation_documents
+from train.config import TrainConfig
+from train.hardware import resolve_device
 
 
 class Vectors(NamedTuple):
@@ -22,7 +32,7 @@ class Vectors(NamedTuple):
     """float32 [N, D], raw."""
 
     layer: Tensor
-    """int64 [N], position among the layers trained on, 0 .. L - 1."""
+    """int64 [N], position among the layers trained on."""
 
 
 class VectorSource:
@@ -39,10 +49,6 @@ class VectorSource:
         rows = self.to_float32(batch.rows)
         return Vectors(rows, self._position[torch.from_numpy(batch.layer)].to(self._device))
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[Vectors]:
-        """All of them."""
-        return map(self, batches)
-
     def to_float32(self, rows: np.ndarray) -> Tensor:
         """Rows in the store's type, of any shape, as float32 on the device."""
         if self._stored_dtype == "bfloat16":
@@ -50,3 +56,122 @@ class VectorSource:
         else:
             tensor = torch.from_numpy(rows)
         return tensor.to(self._device).float()
+
+
+class DocumentSplit(NamedTuple):
+    """Which kept tokens are trained on, and which are held out; whole documents are on one side."""
+
+    train: np.ndarray
+    """bool [T]"""
+
+    validation: np.ndarray
+    """bool [T]"""
+
+    n_documents: int
+    """Documents of the store."""
+
+
+def split_tokens(store: ActivationStore, fraction: float, seed: int) -> DocumentSplit:
+    """Hold out whole documents; raises `IncompatibleError` where that leaves nothing to train on."""
+    tokens = store.tokens
+    n_documents = int(tokens.document.max()) + 1
+    held_out = validation_documents(n_documents, fraction, seed)[tokens.document]
+    split = DocumentSplit(tokens.keep & ~held_out, tokens.keep & held_out, n_documents)
+    if not split.train.any():
+        raise IncompatibleError(
+            f"{store.path}: no kept token is left to train on, of {int(tokens.keep.sum())} kept in {n_documents} "
+            f"documents with --validation-fraction {fraction}: harvest more text"
+        )
+    return split
+
+
+def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> list[int]:
+    """Positions in the store of the model's layers `layers`, ascending; default all."""
+    have = store.meta.layers
+    wanted = have if layers is None else tuple(sorted(layers))
+    missing = sorted(set(wanted) - set(have))
+    if missing:
+        raise UsageError(
+            f"--layers: {store.path} does not hold layer {', '.join(map(str, missing))}; it holds "
+            f"{' '.join(map(str, have))}"
+        )
+    return [have.index(layer) for layer in wanted]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What all runs of an invocation are trained on."""
+
+    store: ActivationStore
+    """The store, open."""
+
+    split: DocumentSplit
+    """Its tokens: trained on, held out."""
+
+    stored: list[int]
+    """The layers of the stream, as positions in the store, ascending."""
+
+    source: VectorSource
+    """Turns batches into tensors."""
+
+    device: torch.device
+    """Where the tensors go."""
+
+    config: TrainConfig
+    """The flags that say which data."""
+
+    @classmethod
+    def open(cls, config: TrainConfig, store: ActivationStore) -> "TrainingData":
+        """The layers and the documents that the flags name."""
+        stored, device = stored_layers(store, config.data.layers), resolve_device(config.hardware.device)
+        return cls(
+            store=store,
+            split=split_tokens(store, config.validation.validation_fraction, config.data.seed),
+            stored=stored,
+            source=VectorSource(stored, store.meta.stored_dtype, device),
+            device=device,
+            config=config,
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's numbers of the layers of the stream."""
+        return tuple(self.store.meta.layers[position] for position in self.stored)
+
+    def record(self, layers: tuple[int, ...]) -> dict[str, Any]:
+        """What a checkpoint says of its data; layers: those that it is trained on."""
+        store = self.store
+        return {
+            "content_hash": store.content_hash,
+            "path": store.path.name,
+            "d_model": store.meta.d_model,
+            "layers": list(layers),
+            "model": store.meta.provenance.get("model"),
+            "dataset": store.meta.provenance.get("dataset"),
+            "random_init": bool(store.meta.provenance.get("random_init")),
+            "lens": store.meta.lens,
+            "validation": {
+                "fraction": self.config.validation.validation_fraction,
+                "seed": self.config.data.seed,
+                "n_documents": self.split.n_documents,
+            },
+        }
+
+    def loader(self, seed: int, window_bytes: int, *, epochs: int, start_batch: int = 0) -> WindowLoader:
+        """Batches of training rows in a seeded order."""
+        return WindowLoader(
+            self.store,
+            self.split.train,
+            self.config.data.batch_size,
+            seed,
+            window_bytes,
+            layers=self.stored,
+            epochs=epochs,
+            start_batch=start_batch,
+            check_places=True,
+        )
+
+
+def closing_batches(loader: WindowLoader) -> contextlib.closing[Generator[Batch]]:
+    """The loader's batches; on leaving, its reading thread is told to stop."""
+    return contextlib.closing(cast("Generator[Batch]", iter(loader)))

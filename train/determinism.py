@@ -1,16 +1,21 @@
-"""The same bits from the same run: what has to be switched in torch for it, and back afterwards.
+"""The same bits from the same run: what is switched in torch for it, and what the last bits depend on beside the plan.
 
 On a CPU every operation of a step has one order of summing for a given number of threads, so nothing is slower for it.
 On CUDA torch replaces sums that are made with atomics (index_add, and scatter with repeats) by sorted ones, and cuBLAS
 works in a fixed workspace: expect steps that are some per cent slower, more where AuxK is busy.
+
+Versions and the processor matter too: a checkpoint keeps them, and a resume that finds others is warned of.
 """
 
 import contextlib
+import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from train.hardware import dense_dtype
 
 
 @contextlib.contextmanager
@@ -31,3 +36,28 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[bool]:
     finally:
         torch.set_deterministic_debug_mode(before)
         memory.fill_uninitialized_memory = filled
+
+
+def surroundings(device: str, kernels: str, product_dtype: str) -> dict[str, str]:
+    """Versions of this program and of what computes, and what the processor has."""
+    found = {name: _version(name) for name in ("residscope", "torch", kernels)}
+    if product_dtype == "int8":
+        found["products beside the screen"] = str(dense_dtype(torch.int8)).removeprefix("torch.")
+    if device == "cuda":
+        return found | {"card": torch.cuda.get_device_name()}
+    return found | {"cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """What changed, in words; None if nothing did, or if it was not recorded."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not before or not names:
+        return None
+    return ", ".join(f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}" for name in names)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

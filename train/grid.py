@@ -7,23 +7,20 @@ run's checkpoint is then, bit for bit, that of the single run with the same flag
 import itertools
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from residscope.errors import UsageError
-from residscope.options import read_word
-from train.config import TrainConfig
+from residscope.options import read_word, with_values
+from train.config import HardwareConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
 STREAM_FIELDS = ("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb", "validation_fraction")
 """What the stream of batches depends on: the same for all runs."""
 
-COMMAND_FIELDS = (
-    *("out", "device", "threads", "log_every", "checkpoint_every", "validate_every", "validation_tokens"),
-    *("sweep", "per_layer", "deterministic", "tensorboard", "wandb", "push_to_hub", "hub_private", "hub_license"),
-    *("dry_run", "resume", "overwrite", "json"),
-)
-"""What the command does, not what a run is."""
+_SWEPT_GROUPS = (ModelConfig, ObjectiveConfig, OptimizerConfig, HardwareConfig)
+_NOT_SWEPT = ("device", "threads", "deterministic")
+"""Of these groups, what is the same for all runs of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
         for layer in [None] if config.per_layer is None else layers:
             parts = [f"{name}={as_written(value)}" for name, value in settings.items()]
             name = ".".join(parts if layer is None else [*parts, f"layer={layer}"])
-            one = replace(config, sweep=None, out=run_path(config.out, name), **settings)
+            one = with_values(config, sweep=None, out=run_path(config.out, name), **settings)
             specs.append(RunSpec(config=one, name=name, settings=settings, layer=layer))
     return specs
 
@@ -75,7 +72,8 @@ def run_path(out: Path, name: str) -> Path:
 
 def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
     """Fields and values of `--sweep k=16,32 lr=1e-3,2e-3`, in the order given; `UsageError` names what is wrong."""
-    hints = typing.get_type_hints(TrainConfig)
+    hints = _swept_types()
+    listed = ", ".join(sorted(hints))
     axes: dict[str, list[Any]] = {}
     for word in config.sweep or ():
         name, equals, values = word.partition("=")
@@ -85,10 +83,10 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
         if name in STREAM_FIELDS:
             raise UsageError(
                 f"--sweep {word}: {name} changes the stream of batches, which all runs of a sweep share: run `train` "
-                f"once for each value; a sweep takes {_listed()}"
+                f"once for each value; a sweep takes {listed}"
             )
-        if name not in hints or name in COMMAND_FIELDS or "tuple" in str(hints[name]):
-            raise UsageError(f"--sweep {word}: {name} cannot be swept; a sweep takes {_listed()}")
+        if name not in hints:
+            raise UsageError(f"--sweep {word}: {name} cannot be swept; a sweep takes {listed}")
         if name in axes:
             raise UsageError(f"--sweep names {name} twice: give all its values in one word, such as {name}=1,2")
         read = [read_word(value, hints[name], f"--sweep {name}") for value in values.split(",")]
@@ -96,7 +94,7 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
             raise UsageError(f"--sweep {word}: a value is there twice")
         axes[name] = read
     sizes = ("n_latents", "expansion_factor")
-    given = [name for name in sizes if name in axes or getattr(config, name) is not None]
+    given = [name for name in sizes if name in axes or getattr(config.model, name) is not None]
     if given == list(sizes) and any(name in axes for name in sizes):
         raise UsageError(
             "--sweep: n_latents and expansion_factor both say how many latents: give one of them, in the sweep or for "
@@ -105,6 +103,7 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
     return axes
 
 
-def _listed() -> str:
-    names = {f.name for f in fields(TrainConfig) if "tuple" not in str(f.type)}
-    return ", ".join(sorted(names - set(STREAM_FIELDS) - set(COMMAND_FIELDS)))
+def _swept_types() -> dict[str, Any]:
+    """The flags that may be swept, and the types of their values."""
+    hints = {name: hint for group in _SWEPT_GROUPS for name, hint in typing.get_type_hints(group).items()}
+    return {name: hint for name, hint in hints.items() if name not in _NOT_SWEPT and "tuple" not in str(hint)}

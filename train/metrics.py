@@ -44,7 +44,7 @@ class MetricsWindow:
 
     def __init__(self, raw_denominators: Tensor, *, sparsity: bool = False) -> None:
         """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space: FVU is always measured there. sparsity: whether
-        there is a sparsity term to tell of."""
+        there is a sparsity term."""
         self._raw_denominators = raw_denominators
         self._means = ("loss", "auxk", "sparsity") if sparsity else ("loss", "auxk")
         self._sums: dict[str, Tensor] = {}
@@ -124,8 +124,8 @@ class MetricsFile:
         self._file.truncate(_bytes_up_to(path, resume_step) if resume_step else 0)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; it is in the file when this returns. What is no finite number is null, as JSON has no other
-        word for it."""
+        """Append a line; it is in the file when this returns. NaN and infinities are null, because JSON has
+        neither."""
         self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
         self._file.flush()
 

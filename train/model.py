@@ -1,4 +1,4 @@
-"""The multi-layer sparse autoencoder: its configuration, its forward pass, and its checkpoint on disk.
+"""The multi-layer sparse autoencoder and its forward pass.
 
 One autoencoder is shared by all layers (Lawson et al. 2025, section 3). Each residual stream vector x is standardised,
 on its own or by its layer, then
@@ -7,33 +7,20 @@ on its own or by its layer, then
     x_hat_std = W_dec^T h + b_pre       x_hat = x_hat_std * (std + eps) + mean
 
 Both weights are stored as [n_latents, d_model], so that a latent is a row of each and gathers read whole rows. Encoding
-never holds more than a tile of the [N, n_latents] pre-activations (`train.kernels.encode`). Not here: what a variant is
-(`train.objective.variants`), gradients and training (`train.objective.step`, `train.run`), and other projects' file
-formats.
+never holds more than a tile of the [N, n_latents] pre-activations (`train.kernels.encode`).
+
+Not here: variants and gradients (`train.objective`), files (`train.checkpoint`).
 
 Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
 """
 
-import contextlib
-import errno
-import os
-import pickle
-import struct
-import sys
-import zipfile
-import zlib
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from residscope.errors import IncompatibleError, UsageError
 from residscope.first_calls import settle_first_calls
-from residscope.names import beside
-from store.files import sync
-from train.formats.damage import check_records, check_weights
 from train.kernels.choose import choose_kernels
 from train.kernels.encode import ReadyEncoder
 from train.kernels.interface import SparseCodes
@@ -41,23 +28,7 @@ from train.model_config import SAEConfig
 from train.objective.variants import variant_of
 from train.objective.weights import TRAINED, Weights
 
-__all__ = [
-    "MLSAE",
-    "STD_EPSILON",
-    "Checkpoint",
-    "ForwardOutput",
-    "SAEConfig",
-    "Standardized",
-    "load_checkpoint",
-    "safetensors_path",
-    "save_checkpoint",
-    "standardize",
-    "standardize_by_layer",
-]
-
 settle_first_calls(torch)  # before anything is computed, wherever an autoencoder is
-
-CHECKPOINT_FORMAT = 1
 
 STD_EPSILON = 1e-5
 """Added to a vector's standard deviation before the division, as the reference does, so that its models carry over."""
@@ -141,10 +112,7 @@ class MLSAE(nn.Module):
             getattr(self, name).copy_(value)
         if self.config.encoder_bias:
             self.b_enc.zero_()
-        if b_pre is None:
-            self.b_pre.zero_()
-        else:
-            self.b_pre.copy_(b_pre)
+        self.b_pre.copy_(torch.zeros_like(self.b_pre) if b_pre is None else b_pre)
 
     def rows_of_layer(self, number: int, n: int) -> Tensor | None:
         """What `standardize` wants to know of `n` vectors of the model's layer `number`; None where it does not."""
@@ -178,8 +146,7 @@ class MLSAE(nn.Module):
         """Codes of raw vectors `x` [N, D], in the type of the weights: values [N, w] >= 0, indices int64 [N, w].
 
         w is k for topk, else the most latents that a vector has; value 0 means not active, whatever the index. layer:
-        as in `standardize`. `product_dtype` bfloat16 makes the encoder's product in that type (a few times faster where
-        the hardware has it); default: the weights' type.
+        as in `standardize`. product_dtype: of the encoder's product; default: the weights' type.
         """
         return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype), layer).x, product_dtype=product_dtype)
 
@@ -198,7 +165,10 @@ class MLSAE(nn.Module):
 
         encoder: of `ready_encoder`, for callers that encode many batches; default: one for this batch.
         """
-        self._check_width(x_std)
+        if x_std.shape[-1] != self.config.d_model:
+            raise IncompatibleError(
+                f"the autoencoder has d_model {self.config.d_model}, the vectors have {x_std.shape[-1]}"
+            )
         inputs = x_std - self.b_pre if self.config.apply_b_dec_to_input else x_std
         encoder = encoder or self.ready_encoder(product_dtype=product_dtype)
         return self.variant.encode(inputs, self.weights, encoder)
@@ -219,12 +189,6 @@ class MLSAE(nn.Module):
         codes = self.encode_standardized(x_std, product_dtype=product_dtype)
         return ForwardOutput(self.decode(codes, mean, std), codes, mean, std)
 
-    def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.config.d_model:
-            raise IncompatibleError(
-                f"the autoencoder has d_model {self.config.d_model}, the vectors have {x.shape[-1]}"
-            )
-
 
 def standardize(x: Tensor) -> Standardized:
     """Each row of `x` [N, D] minus its own mean, divided by its own unbiased standard deviation plus `STD_EPSILON`."""
@@ -239,149 +203,3 @@ def standardize_by_layer(x: Tensor, layer: Tensor, layer_mean: Tensor, layer_sca
     """Each row of `x` [N, D] minus its layer's mean, divided by its layer's scale: layer int64 [N], [L, D], [L]."""
     mean, std = layer_mean[layer], layer_scale[layer].unsqueeze(1)
     return Standardized((x - mean).div_(std), mean, std)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """What a checkpoint file holds."""
-
-    config: SAEConfig
-    """What the autoencoder is."""
-
-    sae: MLSAE
-    """The autoencoder, float32, on the CPU."""
-
-    store: dict[str, Any]
-    """Which data it was trained on: content_hash, path (the store's name), d_model, layers, model, lens,
-    validation {fraction, seed, n_documents}."""
-
-    trainer: dict[str, Any]
-    """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs."""
-
-
-def safetensors_path(checkpoint: Path) -> Path:
-    """Where a checkpoint's weights are for others to read: ckpt.pt -> ckpt.safetensors."""
-    return beside(checkpoint, ".safetensors")
-
-
-def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:
-    """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder.
-
-    Raises `OSError` where the disk takes it not, and leaves the checkpoint that was there.
-    """
-    content = {
-        "format": CHECKPOINT_FORMAT,
-        "config": asdict(sae.config),
-        "state_dict": {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()},
-        "store": store,
-        "trainer": trainer,
-    }
-    content = _interned(content)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
-        reason: BaseException | None = error
-        while isinstance(reason, RuntimeError):
-            reason = reason.__context__  # torch says "unexpected pos" and hides what the disk said
-        if not isinstance(reason, OSError):
-            raise
-        raise OSError(reason.errno, reason.strerror, str(path)) from None
-    sync(path.parent)
-
-
-def _interned(value: Any) -> Any:
-    """`value` with equal strings made one object: pickle writes such a string once, so equal content is equal bytes."""
-    if isinstance(value, str):
-        return sys.intern(value)
-    if isinstance(value, dict):
-        return {_interned(key): _interned(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_interned, value))
-    return value
-
-
-def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
-    """Read a checkpoint; only tensors and plain values are accepted, so that a file from a stranger cannot run code.
-
-    finite: refuse weights that are no numbers. Raises `UsageError` if there is no such file, `IncompatibleError` if it
-    is no whole checkpoint of this format.
-    """
-    content = _read_safely(Path(path))
-    version = content.get("format")
-    if version != CHECKPOINT_FORMAT:
-        raise IncompatibleError(
-            f"{path}: checkpoint format {version}, here {CHECKPOINT_FORMAT} is read: use the version that wrote it"
-        )
-    config = _config_of(content.get("config"), path)
-    state = content.get("state_dict")
-    with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
-        expected = MLSAE(config).state_dict()
-    for name, tensor in expected.items():
-        found = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(found, Tensor) or found.shape != tensor.shape:
-            shown = list(found.shape) if isinstance(found, Tensor) else None
-            raise IncompatibleError(
-                f"{path}: {name} should be {list(tensor.shape)} by the checkpoint's config, found {shown}"
-            )
-        if found.layout != torch.strided or not found.dtype.is_floating_point:
-            shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
-            raise IncompatibleError(f"{path}: {name} should hold dense floats, found {shown}")
-    sae = MLSAE(config)
-    sae.load_state_dict({name: content["state_dict"][name] for name in expected})
-    store, trainer = content.get("store") or {}, content.get("trainer") or {}
-    if finite:
-        check_weights(sae.state_dict(), str(path))
-    check_records(store, trainer, str(path))
-    return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
-
-
-def _read_safely(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UsageError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise IncompatibleError(f"{path}: refused: no checkpoint, or one cut short (a bare pickle is never loaded)")
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.save writes check sums, torch.load does not look at them
-        if damaged is not None:
-            raise ValueError(f"the check sum of {damaged} is wrong: the file was damaged after it was written")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise IncompatibleError(
-            f"{path}: refused: it holds more than tensors and plain values, so code could run on loading"
-        ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        struct.error,
-        zipfile.BadZipFile,
-        zlib.error,
-        OSError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # of the disk; EINVAL is what a damaged index gives, by which the file is sought beyond its ends
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
-        raise IncompatibleError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(content, dict) or "state_dict" not in content or "config" not in content:
-        raise IncompatibleError(f"{path}: not a checkpoint of this project: it should hold config and state_dict")
-    return content
-
-
-def _config_of(found: Any, path: Path) -> SAEConfig:
-    known = {field.name for field in fields(SAEConfig)}
-    if not isinstance(found, dict) or not set(found) <= known or not {"d_model", "n_latents", "k"} <= set(found):
-        shown = sorted(found) if isinstance(found, dict) else type(found).__name__
-        raise IncompatibleError(f"{path}: the checkpoint's config should have {sorted(known)}, found {shown}")
-    try:
-        return SAEConfig.from_plain(found)
-    except (UsageError, TypeError) as error:
-        raise IncompatibleError(f"{path}: no possible configuration: {error}") from None

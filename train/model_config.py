@@ -1,4 +1,7 @@
-"""What an autoencoder is, apart from its weights. Imports no torch."""
+"""What an autoencoder is, apart from its weights. Imports no torch.
+
+Tested in tests/train/test_model.py and objective/test_schedule.py.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +11,9 @@ from residscope.errors import UsageError
 
 Activation = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu"]
 Standardize = Literal["vector", "layer", "none"]
+
+THRESHOLDED: tuple[Activation, ...] = ("jumprelu", "relu")
+"""Those whose latents are active above a threshold, however many they are: a sparsity term keeps them few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +50,7 @@ class SAEConfig:
     """The model's numbers of the layers that have a mean and scale of their own, where standardize is "layer"."""
 
     def __post_init__(self) -> None:
-        k_optional = self.activation in ("jumprelu", "relu")
-        for name, least in (("d_model", 1), ("n_latents", 1), ("k", 0 if k_optional else 1)):
+        for name, least in (("d_model", 1), ("n_latents", 1), ("k", 0 if self.activation in THRESHOLDED else 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} should be at least {least}, found {getattr(self, name)}")
         if self.k > self.n_latents:

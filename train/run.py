@@ -1,4 +1,4 @@
-"""The training loop: one stream of batches feeds one run or many; plan, start or resume, step, log, validate, save.
+"""The training loop: one stream of batches feeds one run or many; resolve, start or resume, step, log, validate, save.
 
 Exactness: a run's step is a function of its state, which its checkpoint holds, and of batch number `step` of the
 loader's stream, which is a function of the seed. There is no other random state. So a run that is killed and resumed
@@ -11,65 +11,42 @@ Not here: what a run does with a batch (`train.trainer`), which runs there are (
 """
 
 import contextlib
-import math
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from residscope.console import counted, stop_on_signals
-from residscope.errors import Interrupted, ResidscopeError
+from residscope.errors import Interrupted
 from store.activations import ActivationStore
 from store.loader import Batch, WindowLoader
+from train.checkpoint import Checkpoint
 from train.config import TrainConfig
-from train.data import VectorSource
+from train.data import TrainingData, closing_batches, stored_layers
 from train.determinism import deterministic
 from train.grid import RunSpec, expand
 from train.hardware import resolve_device
+from train.kernels.interface import WeightGradients
 from train.metrics import Stopwatch
-from train.model import Checkpoint
-from train.objective.statistics import DENOMINATOR_VECTORS, StatisticsSums, sample
-from train.reporting.announce import announce, bar_words, progress_bar, refuse_too_large, spread
-from train.reporting.dry_run import MEASURED_SECONDS, MEASURED_STEPS, WARM_STEPS, DryRun, foresee
-from train.reporting.outputs import check_hub, push, write_outputs
-from train.reporting.trackers import check_installed
-from train.resolve import RunPlan, make_plan, memory_estimate, split_tokens, stored_layers
-from train.resume import check_output, check_resumable, load_saved, say, set_threads
-from train.trainer import Run, Shared
-from train.validation import Validation, ValidationData
-
-INTERIM_VALIDATION_TOKENS = 256
-"""Held-out tokens of a validation on the way: enough to see a trend, little enough not to be felt."""
-
-_STATISTICS_SEED = 2**31
-"""Added to the seed for the stream that the fixed statistics come from, so that it is not the training stream."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """A finished run."""
-
-    spec: RunSpec
-    """Which run of the invocation it is."""
-
-    checkpoint: Path
-    """The file that holds the autoencoder."""
-
-    plan: RunPlan
-    """What was run."""
-
-    metrics: dict[str, Any]
-    """The last line of training metrics, or what the checkpoint says of it."""
-
-    validation: Validation | None
-    """On held-out documents; None if none were held out."""
-
-    seconds: float
-    """Time of this invocation, from the start to the last checkpoint."""
+from train.objective.statistics import statistics_of
+from train.reporting.announce import (
+    announce,
+    bar_words,
+    progress_bar,
+    refuse_too_large,
+    say,
+    tell_diverged,
+    tell_finished,
+    tell_validation,
+)
+from train.reporting.dry_run import DryRun, foresee, time_steps
+from train.reporting.outputs import check_publish, push, write_outputs
+from train.reporting.report import TrainResult
+from train.resolve import RunPlan, make_plan, memory_estimate
+from train.resume import check_resumable, load_saved, set_threads
+from train.trainer import Trainer
+from train.validation import INTERIM_TOKENS, ValidationData
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -85,253 +62,189 @@ def train(config: TrainConfig) -> TrainResult:
 def train_all(config: TrainConfig) -> list[TrainResult]:
     """As `train`, for all the runs of a sweep or of single layers, in one pass over the data."""
     began = time.perf_counter()
-    check_installed(config)
-    check_hub(config)
-    with (
-        ActivationStore.open(config.store) as store,
-        deterministic(resolve_device(config.device), config.deterministic),
-    ):
+    check_publish(config.publish)
+    with _opened(config) as store:
         specs = _specs(config, store)
-        for spec in specs:
-            check_output(spec.config)
         saved = load_saved(specs)
-        shared = _shared(config, store)
-        plans = [make_plan(spec.config, store, shared.split, spec.layer) for spec in specs]
-        for spec, plan, checkpoint in zip(specs, plans, saved, strict=True):
+        data = TrainingData.open(config, store)
+        plans = [make_plan(spec, data) for spec in specs]
+        for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
-                check_resumable(spec.config.out, checkpoint, store, plan)
-        set_threads(config, saved)
-        trainers: dict[int, dict[str, Any]] = {}
-        left: list[tuple[Run, Checkpoint | None]] = []
-        for index, (spec, plan, checkpoint) in enumerate(zip(specs, plans, saved, strict=True)):
-            if checkpoint is not None and checkpoint.trainer["finished"]:
-                sound = math.isfinite(checkpoint.trainer["metrics"]["loss"] or 0)
-                how = "" if sound else ", and its loss was no number: start it anew by itself, with a lower --lr"
-                say(f"{spec.config.out} is finished ({plan.steps} steps): nothing to do{how}")
-                trainers[index] = checkpoint.trainer
-            else:
-                left.append((Run(spec, plan, shared), checkpoint))
-        finished = set(trainers)
-        if left:
-            done = iter(_Stream(config, shared, left, len(specs)).execute())
-            trainers |= {index: next(done) for index in range(len(specs)) if index not in trainers}
+                check_resumable(checkpoint, store, plan)
+        set_threads(config.hardware.threads, saved)
+        finished = [one.trainer if one is not None and one.trainer["finished"] else None for one in saved]
+        records = _train_unfinished(config, data, plans, saved, finished)
     seconds = time.perf_counter() - began
-    results = [_result(*pair, trainers[i], seconds) for i, pair in enumerate(zip(specs, plans, strict=True))]
-    for index, result in enumerate(results):
-        validated = 0 if result.validation is None else result.validation.fvu
-        if math.isfinite((result.metrics["loss"] or 0) + validated):  # what diverged is nothing to give away
-            write_outputs(result, anew=index not in finished)
-    if config.push_to_hub is not None:
-        say(f"uploaded to {push(results, config.push_to_hub, private=config.hub_private, license=config.hub_license)}")
+    results = [TrainResult.of(plan, record, seconds) for plan, record in zip(plans, records, strict=True)]
+    for result, before in zip(results, finished, strict=True):
+        if not result.diverged:
+            write_outputs(result, anew=before is None)
+    if config.publish.push_to_hub is not None:
+        say(f"uploaded to {push(results, config.publish)}")
     return results
 
 
 def try_run(config: TrainConfig) -> DryRun:
-    """What `train_all` would take: a few of its steps are made and thrown away, and nothing is written."""
-    device = resolve_device(config.device)
-    with ActivationStore.open(config.store) as store, deterministic(device, config.deterministic):
-        set_threads(config, [])
-        shared = _shared(config, store)
-        specs = _specs(config, store)
-        runs = [Run(spec, make_plan(spec.config, store, shared.split, spec.layer), shared) for spec in specs]
-        return _Stream(config, shared, [(run, None) for run in runs], len(runs)).measure()
+    """What `train_all` would take: a few of its steps are timed, and nothing is written."""
+    with _opened(config) as store:
+        set_threads(config.hardware.threads, [])
+        data = TrainingData.open(config, store)
+        trainers = [Trainer(make_plan(spec, data), data) for spec in _specs(config, store)]
+        return _Stream(config, data, dict.fromkeys(trainers), len(trainers)).measure()
+
+
+@contextlib.contextmanager
+def _opened(config: TrainConfig) -> Iterator[ActivationStore]:
+    """The store, in torch's deterministic mode where that is wanted."""
+    device = resolve_device(config.hardware.device)
+    with ActivationStore.open(config.store) as store, deterministic(device, config.hardware.deterministic):
+        yield store
 
 
 def _specs(config: TrainConfig, store: ActivationStore) -> list[RunSpec]:
-    return expand(config, [store.meta.layers[i] for i in stored_layers(store, config.layers)])
+    return expand(config, [store.meta.layers[i] for i in stored_layers(store, config.data.layers)])
 
 
-def _shared(config: TrainConfig, store: ActivationStore) -> Shared:
-    layers = stored_layers(store, config.layers)
-    device = resolve_device(config.device)
-    split = split_tokens(store, config.validation_fraction, config.seed)
-    return Shared(
-        store=store,
-        split=split,
-        device=device,
-        layers=tuple(store.meta.layers[i] for i in layers),
-        source=VectorSource(layers, store.meta.stored_dtype, device),
-        validation=ValidationData(store, split.validation, layers, config.seed),
-    )
-
-
-def _result(spec: RunSpec, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> TrainResult:
-    return TrainResult(
-        spec=spec,
-        checkpoint=spec.config.out,
-        plan=plan,
-        metrics=trainer["metrics"],
-        validation=None if trainer["validation"] is None else Validation(**trainer["validation"]),
-        seconds=seconds,
-    )
+def _train_unfinished(
+    config: TrainConfig,
+    data: TrainingData,
+    plans: Sequence[RunPlan],
+    saved: Sequence[Checkpoint | None],
+    finished: Sequence[dict[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """Train all runs to their end; the `trainer` entry of each one's last checkpoint, as `finished` has it of some."""
+    memory: dict[int, WeightGradients] = {}
+    left: dict[Trainer, Checkpoint | None] = {}
+    for plan, checkpoint, record in zip(plans, saved, finished, strict=True):
+        if record is None:
+            left[Trainer(plan, data, memory)] = checkpoint
+        else:
+            tell_finished(plan, record["metrics"])
+    done = iter(_Stream(config, data, left, len(plans)).execute() if left else ())
+    return [next(done) if record is None else record for record in finished]
 
 
 class _Stream:
     """One pass of the data through all runs that are not finished; `execute` is the whole of it."""
 
     def __init__(
-        self, config: TrainConfig, shared: Shared, runs: Sequence[tuple[Run, Checkpoint | None]], n_runs: int
+        self, config: TrainConfig, data: TrainingData, saved: dict[Trainer, Checkpoint | None], n_runs: int
     ) -> None:
-        """n_runs: of the whole invocation, finished ones too."""
-        self.config, self.shared, self.n_runs = config, shared, n_runs
-        self.saved = dict(runs)
-        self.runs = list(self.saved)
-        self.plans = [run.plan for run in self.runs]
+        """saved: the trainers, and the checkpoints that they go on from; n_runs: of the whole invocation, finished ones
+        too."""
+        self.config, self.data, self.saved, self.n_runs = config, data, saved, n_runs
+        self.trainers = list(saved)
+        self.plans = [trainer.plan for trainer in self.trainers]
         self.plan = self.plans[0]  # of which only what all plans share is used here
-        self.layers = [shared.store.meta.layers.index(layer) for layer in shared.layers]  # stored layers
+        self.validation = ValidationData(data.store, data.split.validation, data.stored, config.data.seed)
         self.step = 0
         self.watch = Stopwatch()
         self.waited = 0.0
-        self.memory = memory_estimate(self.plans, shared.store)
+        self.memory = memory_estimate(self.plans, data.store)
 
     def execute(self) -> list[dict[str, Any]]:
-        """Run to the end; the `trainer` entry of each run's last checkpoint."""
-        plan, config = self.plan, self.config
-        announce(self.plans, len(self.layers), self.n_runs, self.memory)
-        refuse_too_large(self.memory, self.shared.device, self.n_runs)
+        """Train to the end; the `trainer` entry of each run's last checkpoint."""
+        announce(self.plans, self.n_runs, self.memory)
+        refuse_too_large(self.memory, self.data.device, self.n_runs)
         with contextlib.ExitStack() as stack:
-            for run in self.runs:
-                stack.enter_context(run.files(self.saved[run]))
+            for trainer in self.trainers:
+                stack.enter_context(trainer.files(self.saved[trainer]))
             stopped = stack.enter_context(stop_on_signals())
-            for run in self.runs:
-                if self.saved[run] is None:
-                    run.begin_anew()
-                run.write_flags()
+            for trainer in self.trainers:
+                if self.saved[trainer] is None:
+                    trainer.begin_anew()
+                trainer.write_flags()
             self._start()
-            loader = self._loader(plan.seed, plan.window_bytes, start_batch=self.step, epochs=plan.epochs)
-            batches = stack.enter_context(_closing(loader))
-            bar = stack.enter_context(progress_bar(self.step, plan.steps))
+            loader = self._loader(start_batch=self.step)
+            batches = stack.enter_context(closing_batches(loader))
+            bar = stack.enter_context(progress_bar(self.step, self.plan.steps))
             self.watch.start()
-            while self.step < plan.steps:
-                taking = [run for run in self.runs if run.step == self.step]
+            while self.step < self.plan.steps:
+                taking = [trainer for trainer in self.trainers if trainer.step == self.step]
                 self._train_on(next(batches), taking)
                 bar.update()
-                last = self.step == plan.steps
-                if self.step % config.log_every == 0 or last:
+                last = self.step == self.plan.steps
+                if self.step % self.config.logging.log_every == 0 or last:
                     bar.set_postfix_str(self._log(taking, loader), refresh=False)
-                if last:
-                    break
-                stop = stopped()
-                self.watch.stop()
-                if self._due(config.validate_every, default=-(-plan.steps // 4)):
-                    self._validate(taking, INTERIM_VALIDATION_TOKENS, bar)
-                if stop or self._due(config.checkpoint_every, default=0):
-                    for run in taking:
-                        run.save(finished=False)
-                self.watch.start()
-                if stop:
-                    raise Interrupted(
-                        f"stopped after step {self.step} of {plan.steps}; {self._outputs()} saved, and the same "
-                        "command with --resume continues"
-                    )
-            self._validate(self.runs, config.validation_tokens, bar)
-            return [run.save(finished=True) for run in self.runs]
+                if not last:
+                    self._between_steps(taking, bar, stop=stopped())
+            self._validate(self.trainers, self.config.validation.validation_tokens, bar)
+            return [trainer.save(finished=True) for trainer in self.trainers]
 
     def measure(self) -> DryRun:
         """Time some steps without writing anything."""
-        plan = self.plan
-        announce(self.plans, len(self.layers), self.n_runs, None)  # the result says how much memory
-        refuse_too_large(self.memory, self.shared.device, self.n_runs)
+        announce(self.plans, self.n_runs, None)  # the result says how much memory
+        refuse_too_large(self.memory, self.data.device, self.n_runs)
         self._start()
-        seconds: list[float] = []
-        with _closing(self._loader(plan.seed, plan.window_bytes, epochs=plan.epochs)) as batches:
-            while self.step < plan.steps and (len(seconds) < MEASURED_STEPS and sum(seconds) < MEASURED_SECONDS):
-                began = time.perf_counter()
-                self._train_on(next(batches), self.runs)
-                if self.shared.device.type == "cuda":
-                    torch.cuda.synchronize(self.shared.device)
-                if self.step > WARM_STEPS or self.step == plan.steps:
-                    seconds.append(time.perf_counter() - began)
-        return foresee(self.plans, self.shared.store, self.memory, seconds)
+        with closing_batches(self._loader()) as batches:
+            seconds = time_steps(lambda: self._train_on(next(batches), self.trainers), self.plan, self.data.device)
+        return foresee(self.plans, self.data.store, self.memory, seconds)
+
+    def _loader(self, *, start_batch: int = 0) -> WindowLoader:
+        plan = self.plan
+        return self.data.loader(plan.config.data.seed, plan.window_bytes, epochs=plan.epochs, start_batch=start_batch)
 
     def _start(self) -> None:
-        """Bring each run to where its checkpoint stands, or to its beginning; one pass gathers all statistics."""
-        fresh = [run for run in self.runs if self.saved[run] is None]
-        sums: dict[tuple[Any, int | None], StatisticsSums] = {}  # runs that look at their data alike share them
-        for run in fresh:
-            key = (run.plan.sae_config.standardize, run.position)
-            sums.setdefault(key, run.statistics_sums())
-        if fresh:
-            meta, plan = self.shared.store.meta, self.plan
-            sample_bytes = DENOMINATOR_VECTORS * meta.d_model * meta.itemsize
-            loader = self._loader(plan.seed + _STATISTICS_SEED, min(plan.window_bytes, sample_bytes), epochs=1)
-            views = {key: next(r for r in fresh if r.position == key[1]) for key in sums}
-            with _closing(loader) as batches:
-                for batch in sample(self.shared.source.stream(batches)):
-                    for key, view in views.items():
-                        sums[key].add(*view.own(batch))
-        found = {key: each.finish() for key, each in sums.items()}
-        for run in self.runs:
+        """Bring each run to where its checkpoint stands, or to its beginning."""
+        fresh = dict.fromkeys(trainer.view for trainer in self.trainers if self.saved[trainer] is None)
+        found = statistics_of(list(fresh), self.data, self.plan.window_bytes)
+        for trainer in self.trainers:
             # Popped, so that a checkpoint's optimiser is not held beside the run's own.
-            run.start(self.saved.pop(run) or found[run.plan.sae_config.standardize, run.position])
-        if all(run.diverged for run in self.runs) and len(self.runs) == self.n_runs:
-            self._stop_or_warn(self.runs)
-        self.step = self.logged = min(run.step for run in self.runs)
+            trainer.start(self.saved.pop(trainer) or found[trainer.view])
+        if all(trainer.diverged for trainer in self.trainers) and len(self.trainers) == self.n_runs:
+            self._stop_or_warn(self.trainers)
+        self.step = self.logged = min(trainer.step for trainer in self.trainers)
 
-    def _loader(self, seed: int, window_bytes: int, *, epochs: int, start_batch: int = 0) -> WindowLoader:
-        return WindowLoader(
-            self.shared.store,
-            self.shared.split.train,
-            self.plan.batch_size,
-            seed,
-            window_bytes,
-            layers=self.layers,
-            epochs=epochs,
-            start_batch=start_batch,
-            check_places=True,
-        )
-
-    def _train_on(self, batch: Batch, taking: Sequence[Run]) -> None:
-        """One step of each of the runs `taking`, `self.step` counts it."""
-        vectors = self.shared.source(batch)
-        for run in taking:
-            run.take(vectors)
+    def _train_on(self, batch: Batch, taking: Sequence[Trainer]) -> None:
+        """One step of each of the trainers `taking`; `self.step` counts it."""
+        vectors = self.data.source(batch)
+        for trainer in taking:
+            trainer.take(vectors)
         self.step += 1
 
-    def _log(self, taking: Sequence[Run], loader: WindowLoader) -> str:
-        """Write the metrics since the last line, and start a new window; words for the progress bar."""
+    def _between_steps(self, taking: Sequence[Trainer], bar: tqdm, *, stop: bool) -> None:
+        """Between two steps: validate and save where that is due, and stop where a signal has come."""
         self.watch.stop()
-        seconds = self.watch.seconds
-        waited, self.waited = loader.wait_seconds - self.waited, loader.wait_seconds
-        sound = [run for run in taking if not run.diverged]
-        lines = [run.log(seconds=seconds, waited=waited) for run in taking]
-        self._stop_or_warn([run for run in sound if run.diverged])
-        streamed, self.logged = (self.step - self.logged) * self.plan.batch_size, self.step
-        self.watch = Stopwatch()
+        if self._due(self.config.validation.validate_every, default=-(-self.plan.steps // 4)):
+            self._validate(taking, INTERIM_TOKENS, bar)
+        if stop or self._due(self.config.logging.checkpoint_every, default=0):
+            for trainer in taking:
+                trainer.save(finished=False)
         self.watch.start()
-        return bar_words(
-            lines, self.shared.store, vectors=streamed, n_layers=len(self.layers), seconds=seconds, waited=waited
-        )
-
-    def _stop_or_warn(self, diverged: Sequence[Run]) -> None:
-        """Say which runs' loss has just become no number; without a sound run left there is nothing to go on for."""
-        where = f"step {self.step} of {self.plan.steps}: the loss is no number any more"
-        way_out = "lower --lr, or set --clip-norm"
-        if diverged and all(run.diverged for run in self.runs):
-            raise ResidscopeError(f"{where}: {way_out}")
-        for run in diverged:
-            say(f"warning: {run.path}: {where}, and its weights are worth nothing: {way_out}")
-
-    def _validate(self, taking: Sequence[Run], tokens: int, bar: tqdm) -> None:
-        data = self.shared.validation
-        if not data:
-            return
-        found = data.evaluate_all([run.subject() for run in taking], self.shared.source, tokens=tokens)
-        for run, validated in zip(taking, found, strict=True):
-            run.record(validated)
-        text = f"validation FVU {spread([validated.fvu for validated in found], '.3f')}"
-        bar.set_description(text, refresh=False)
-        if bar.disable:
-            say(f"step {self.step} of {self.plan.steps}: {text}")
+        if stop:
+            saved = f"{self.config.out} is" if self.n_runs == 1 else f"{counted(self.n_runs, 'checkpoint')} are"
+            raise Interrupted(
+                f"stopped after step {self.step} of {self.plan.steps}; {saved} saved, and the same command with "
+                "--resume continues"
+            )
 
     def _due(self, every: int | None, *, default: int) -> bool:
         every = default if every is None else every
         return every > 0 and self.step % every == 0
 
-    def _outputs(self) -> str:
-        return f"{self.config.out} is" if self.n_runs == 1 else f"{counted(self.n_runs, 'checkpoint')} are"
+    def _log(self, taking: Sequence[Trainer], loader: WindowLoader) -> str:
+        """Write the metrics since the last line, and start a new window; words for the progress bar."""
+        self.watch.stop()
+        seconds = self.watch.seconds
+        waited, self.waited = loader.wait_seconds - self.waited, loader.wait_seconds
+        sound = [trainer for trainer in taking if not trainer.diverged]
+        lines = [trainer.log(seconds=seconds, waited=waited) for trainer in taking]
+        self._stop_or_warn([trainer for trainer in sound if trainer.diverged])
+        streamed, self.logged = (self.step - self.logged) * self.config.data.batch_size, self.step
+        self.watch = Stopwatch()
+        self.watch.start()
+        return bar_words(lines, self.data, vectors=streamed, seconds=seconds, waited=waited)
 
+    def _stop_or_warn(self, diverged: Sequence[Trainer]) -> None:
+        """Warn of runs that have just diverged; raise where all have, as there is nothing to go on for."""
+        where, left = f"step {self.step} of {self.plan.steps}", any(not trainer.diverged for trainer in self.trainers)
+        tell_diverged(where, [trainer.path for trainer in diverged], any_left=left)
 
-def _closing(loader: WindowLoader) -> contextlib.closing[Generator[Batch]]:
-    """The loader's batches; on leaving, its reading thread is told to stop."""
-    return contextlib.closing(cast("Generator[Batch]", iter(loader)))
+    def _validate(self, taking: Sequence[Trainer], tokens: int, bar: tqdm) -> None:
+        if not self.validation:
+            return
+        targets = [trainer.validation_target() for trainer in taking]
+        found = self.validation.evaluate(targets, self.data.source, tokens=tokens)
+        for trainer, validated in zip(taking, found, strict=True):
+            trainer.record(validated)
+        tell_validation(bar, f"step {self.step} of {self.plan.steps}", [validated.fvu for validated in found])

@@ -21,7 +21,11 @@ from store.care.places import require_in_place
 from store.shuffle import permutation
 from train.data import VectorSource
 from train.model import MLSAE
-from train.objective.losses import FIRING_THRESHOLD, LayerMoments
+from train.objective.losses import FIRING_THRESHOLD
+from train.objective.statistics import LayerVariance
+
+INTERIM_TOKENS = 256
+"""Held-out tokens of a validation on the way: enough to see a trend, little enough not to be felt."""
 
 
 class Validation(NamedTuple):
@@ -58,7 +62,7 @@ class Validation(NamedTuple):
         }
 
 
-class Subject(NamedTuple):
+class ValidationTarget(NamedTuple):
     """An autoencoder to be measured."""
 
     sae: MLSAE
@@ -88,26 +92,21 @@ class ValidationData:
         """Whether there is anything to measure: of one token alone FVU has no meaning."""
         return self._enough
 
-    def evaluate(self, sae: MLSAE, source: VectorSource, *, tokens: int, product_dtype: torch.dtype) -> Validation:
-        """Measure `sae` on up to `tokens` held-out tokens."""
-        (found,) = self.evaluate_all([Subject(sae, product_dtype)], source, tokens=tokens)
-        return found
-
-    def evaluate_all(self, subjects: Sequence[Subject], source: VectorSource, *, tokens: int) -> list[Validation]:
+    def evaluate(self, targets: Sequence[ValidationTarget], source: VectorSource, *, tokens: int) -> list[Validation]:
         """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them."""
         n_layers = len(self._layers)
-        device = subjects[0].sae.W_enc.device
-        moments = LayerMoments.zeros(n_layers, subjects[0].sae.config.d_model, device)
-        sums = [_Sums(subject, n_layers) for subject in subjects]
+        device = targets[0].sae.W_enc.device
+        variance = LayerVariance.zeros(n_layers, targets[0].sae.config.d_model, device)
+        sums = [_Sums(target, n_layers) for target in targets]
         seen = 0
         for raw in self.read(tokens):
             x = source.to_float32(raw)  # [t, L, D]
             layer = torch.arange(n_layers, device=device).repeat(len(x))
-            moments = moments.add(x.flatten(0, 1), layer)
+            variance = variance.add(x.flatten(0, 1), layer)
             for each in sums:
                 each.add(x)
             seen += len(x)
-        return [each.finish(seen, moments.deviation) for each in sums]
+        return [each.finish(seen, variance.deviation) for each in sums]
 
     def read(self, tokens: int) -> Iterator[np.ndarray]:
         """Held-out tokens in the stored type, [t, L, D] at a time, until there are `tokens` of them."""
@@ -125,30 +124,30 @@ class ValidationData:
 class _Sums:
     """What is added up over tokens for one autoencoder."""
 
-    def __init__(self, subject: Subject, n_layers: int) -> None:
-        self._subject = subject
-        self._layers = slice(None) if subject.position is None else slice(subject.position, subject.position + 1)
-        self._n_layers = n_layers if subject.position is None else 1
-        device = subject.sae.W_enc.device
+    def __init__(self, target: ValidationTarget, n_layers: int) -> None:
+        self._target = target
+        self._layers = slice(None) if target.position is None else slice(target.position, target.position + 1)
+        self._n_layers = n_layers if target.position is None else 1
+        device = target.sae.W_enc.device
         self._errors = torch.zeros(self._n_layers, dtype=torch.float64, device=device)
         self._active = torch.zeros(self._n_layers, dtype=torch.float64, device=device)
-        self._fired = torch.zeros(subject.sae.config.n_latents, dtype=torch.bool, device=device)
+        self._fired = torch.zeros(target.sae.config.n_latents, dtype=torch.bool, device=device)
 
     def add(self, x: Tensor) -> None:
         """Count tokens `x` [t, L, D]."""
         rows = x[:, self._layers].flatten(0, 1)
-        out = self._subject.sae(rows, self._rows_layer(len(x)), product_dtype=self._subject.product_dtype)
+        out = self._target.sae(rows, self._rows_layer(len(x)), product_dtype=self._target.product_dtype)
         self._errors += _by_layer((rows - out.x_hat).double().square().sum(dim=1), self._n_layers)
         self._active += _by_layer((out.codes.values > 0).sum(dim=1), self._n_layers)
         self._fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
 
     def _rows_layer(self, n_tokens: int) -> Tensor | None:
         """For `n_tokens` tokens, what the autoencoder's standardisation wants to know: each row's layer."""
-        known = len(self._subject.sae.config.layers)
+        known = len(self._target.sae.config.layers)
         if known == 0:
             return None
         positions = torch.arange(known, device=self._errors.device)
-        if self._subject.position is not None:
+        if self._target.position is not None:
             positions = positions[:1] if known == 1 else positions[self._layers]
         return positions.repeat(n_tokens)
 

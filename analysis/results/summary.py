@@ -28,7 +28,7 @@ from analysis.selection import Selection
 from analysis.task import Sums
 from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Intervals, SumIntervals
 from residscope.console import counted
-from train.model import Checkpoint
+from train.checkpoint import Checkpoint
 
 SCHEMA_VERSION = 1
 

@@ -12,8 +12,8 @@ import torch
 from analysis.cli import main
 from store.activations import ActivationStore
 from tests.support.small import Small, make_small
+from train.checkpoint import CHECKPOINT_FORMAT
 from train.formats.files import write_sae
-from train.model import CHECKPOINT_FORMAT
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from analysis.run import analyze
 from residscope.options import from_flat
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
-from train.model import MLSAE, SAEConfig, save_checkpoint
+from train.checkpoint import save_checkpoint
+from train.model import MLSAE, SAEConfig
 
 LAYERS = (2, 3, 5, 8)
 """Layers of the small store, of a model with ten."""

@@ -12,20 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.stores import make_store, random_activations
+from train.checkpoint import load_checkpoint
 from train.cli import main
-from train.model import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--n-latents=600", "--k=4", "--batch-size=64", "--epochs=20", "--threads=1"]
 FLAGS += ["--checkpoint-every=5", "--validate-every=0"]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "acts.zarr"
-    make_store(path, random_activations(n_tokens=400), chunk_tokens=32)
-    return path
 
 
 def command(store: Path, out: Path, *flags: str) -> list[str]:

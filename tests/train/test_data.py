@@ -9,7 +9,7 @@ import torch
 from store.dtypes import to_float32
 from store.loader import Batch, WindowLoader
 from tests.support.stores import make_store, random_activations
-from train.data import VectorSource
+from train.data import VectorSource, split_tokens
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def test_every_training_row_comes_once_as_it_is_stored(tmp_path: Path, stored_dt
     mask = store.tokens.keep & (store.tokens.document % 2 == 0)
     source = VectorSource([0, 2], stored_dtype, CPU)
     loader = WindowLoader(store, mask, 50, seed=0, window_bytes=5000, layers=[0, 2])
-    parts = list(source.stream(loader))
+    parts = list(map(source, loader))
     x, layer = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     assert x.dtype == torch.float32
     expected = store.read(layers=[0, 2])[mask]  # [t, 2, D]
@@ -36,3 +36,14 @@ def test_bfloat16_bits_become_the_same_numbers_as_the_store_reads() -> None:
     assert vectors.x[0, :2].tolist() == [1.0, -2.0]
     assert np.array_equal(vectors.x.numpy(), to_float32(bits, "bfloat16"))
     assert vectors.layer.tolist() == [0]
+
+
+def test_no_document_is_on_both_sides(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", random_activations(n_tokens=160))
+    split = split_tokens(store, 0.3, seed=1)
+    document = store.tokens.document
+    assert split.n_documents == 10
+    assert len(set(document[split.validation])) == 3
+    assert not set(document[split.train]) & set(document[split.validation])
+    assert np.array_equal(split.train | split.validation, store.tokens.keep)
+    assert not np.array_equal(split.train, split_tokens(store, 0.3, seed=2).train)

@@ -1,16 +1,13 @@
 """Defaults resolved against a store, and splits by document."""
 
-from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
-from train.config import TrainConfig
-from train.resolve import RunPlan, compare_plans, default_aux_k, make_plan, memory_estimate, split_tokens
+from tests.support.training import plan_of as resolved
+from train.resolve import RunPlan, default_aux_k, memory_estimate
 
 
 @pytest.fixture
@@ -20,13 +17,12 @@ def store(tmp_path: Path) -> ActivationStore:
 
 
 def plan_of(store: ActivationStore, **flags: object) -> RunPlan:
-    config = TrainConfig(store=store.path, **{"k": 2, "validation_fraction": 0.2, **flags})  # type: ignore[arg-type]
-    return make_plan(config, store, split_tokens(store, config.validation_fraction, config.seed))
+    return resolved(store, **{"k": 2, "validation_fraction": 0.2, **flags})
 
 
 def test_defaults_by_hand(store: ActivationStore) -> None:
     plan = plan_of(store, batch_size=100)
-    assert plan.n_latents == 16 * 12
+    assert plan.model.n_latents == 16 * 12
     assert plan.lr == pytest.approx(2e-4 / (192 / 2**14) ** 0.5)
     assert plan.vectors == plan.vectors_per_epoch == 8 * 15 * 3
     assert (plan.steps, plan.epochs) == (4, 1)
@@ -46,40 +42,6 @@ def test_steps_and_epochs(store: ActivationStore) -> None:
 @pytest.mark.parametrize(("d_model", "aux_k"), [(576, 256), (768, 512), (2048, 1024), (2, 1), (1, 1)])
 def test_aux_k_is_the_power_of_two_nearest_half_the_width(d_model: int, aux_k: int) -> None:
     assert default_aux_k(d_model) == aux_k
-
-
-def test_no_document_is_on_both_sides(store: ActivationStore) -> None:
-    split = split_tokens(store, 0.3, seed=1)
-    document = store.tokens.document
-    assert split.n_documents == 10
-    assert len(set(document[split.validation])) == 3
-    assert not set(document[split.train]) & set(document[split.validation])
-    assert np.array_equal(split.train | split.validation, store.tokens.keep)
-    assert not np.array_equal(split.train, split_tokens(store, 0.3, seed=2).train)
-
-
-def test_every_difference_between_plans_is_named(store: ActivationStore) -> None:
-    plan = plan_of(store)
-    for field in fields(RunPlan):
-        other = replace(plan, **{field.name: "other"})
-        if field.name in ("device", "kernels", "tile_mb"):
-            assert field.name in compare_plans("ckpt.pt", other.to_dict() | {"layers": list(plan.layers)}, plan)[0]
-        elif field.name not in ("layers", "stream_layers"):
-            with pytest.raises(IncompatibleError, match=f"{field.name} was other"):
-                compare_plans("ckpt.pt", other.to_dict(), plan)
-    assert compare_plans("ckpt.pt", plan.to_dict(), plan) == []
-    with pytest.raises(IncompatibleError, match=r"product_dtype was .* give --dtype other to resume"):
-        compare_plans("ckpt.pt", plan.to_dict() | {"product_dtype": "other"}, plan)
-    for gone in ("float16", "int16"):
-        with pytest.raises(IncompatibleError, match=f"product_dtype was {gone} .* no more: give --overwrite"):
-            compare_plans("ckpt.pt", plan.to_dict() | {"product_dtype": gone}, plan)
-
-
-def test_a_plan_from_before_an_option_was_there_is_that_of_its_default(store: ActivationStore) -> None:
-    plan = plan_of(store)
-    optional = {field.name for field in fields(RunPlan) if field.default is not MISSING}
-    old = {name: value for name, value in plan.to_dict().items() if name not in optional}
-    assert compare_plans("ckpt.pt", old, plan) == []
 
 
 def test_memory_counts_what_a_variant_needs_beside(store: ActivationStore) -> None:

@@ -8,17 +8,17 @@ import torch
 
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
-from train.data import VectorSource
+from train.data import VectorSource, split_tokens
 from train.model import MLSAE, SAEConfig
-from train.resolve import split_tokens
-from train.validation import Validation, ValidationData
+from train.validation import Validation, ValidationData, ValidationTarget
 
 
 def evaluate(
     store: ActivationStore, sae: MLSAE, mask: np.ndarray, layers: list[int], tokens: int = 10**6
 ) -> Validation:
     source = VectorSource(layers, store.meta.stored_dtype, torch.device("cpu"))
-    return ValidationData(store, mask, layers, seed=0).evaluate(sae, source, tokens=tokens, product_dtype=torch.float32)
+    data = ValidationData(store, mask, layers, seed=0)
+    return data.evaluate([ValidationTarget(sae, torch.float32)], source, tokens=tokens)[0]
 
 
 def some_sae(d_model: int = 12) -> MLSAE:

@@ -1,6 +1,5 @@
 """Whole runs of every variant and option on a tiny store: they learn, resume bit for bit, and analyze reads them."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,17 @@ import torch
 
 from analysis.run import analyze
 from residscope.errors import IncompatibleError, Interrupted
+from residscope.options import with_values
 from store.activations import ActivationStore
 from tests.support.small import analyze_config
 from tests.support.stores import make_store, random_activations
-from tests.train.test_run import StopAt, metrics, timeless
+from tests.support.training import StopAt, metrics_lines, timeless, train_config
 from train import run as loop
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
+from train.data import split_tokens
 from train.hardware import has_byte_products
 from train.kernels.cpu.screen import Screen
-from train.model import load_checkpoint
 from train.run import train
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -62,7 +63,7 @@ def make_config(store: Path, out: Path, **changes: Any) -> TrainConfig:
         "dead_tokens": 20,
         "window_gb": 1e-5,
     }
-    return TrainConfig(store=store, out=out, **{**fixed, "log_every": 4, "threads": 1, "lr": 3e-3, **changes})
+    return train_config(store=store, out=out, **{**fixed, "log_every": 4, "threads": 1, "lr": 3e-3, **changes})
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -71,7 +72,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
 ) -> None:
     config = make_config(store, tmp_path / "ckpt.pt", epochs=1, **OPTIONS[name])
     train(config)
-    whole, lines = config.out.read_bytes(), timeless(metrics(config))
+    whole, lines = config.out.read_bytes(), timeless(metrics_lines(config.out))
     validations = [line["fvu"] for line in lines if "split" in line]
     assert validations[-1] < validations[0]
     config.out.unlink()
@@ -79,10 +80,10 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
         with monkeypatch.context() as patch:
             patch.setattr(loop, "stop_on_signals", lambda steps=steps: StopAt(steps))
             with pytest.raises(Interrupted, match="--resume continues"):
-                train(replace(config, resume=True))
-    train(replace(config, resume=True))
+                train(with_values(config, resume=True))
+    train(with_values(config, resume=True))
     assert config.out.read_bytes() == whole
-    assert timeless(metrics(config)) == lines
+    assert timeless(metrics_lines(config.out)) == lines
     torch.testing.assert_close(load_checkpoint(config.out).sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
 
 
@@ -110,7 +111,7 @@ def test_screened_runs_learn_what_float32_ones_do_and_resume_to_the_same_bytes(
         patch.setattr(loop, "stop_on_signals", lambda: StopAt(5))
         with pytest.raises(Interrupted, match="--resume continues"):
             train(config)
-    train(replace(config, resume=True))
+    train(with_values(config, resume=True))
     assert config.out.read_bytes() == before
 
 
@@ -128,7 +129,7 @@ def test_a_resume_with_another_option_is_refused_by_name(store: Path, tmp_path: 
     config = make_config(store, tmp_path / "ckpt.pt", steps=1)
     train(config)
     with pytest.raises(IncompatibleError, match=next(iter(changes)) + " was"):
-        train(replace(config, resume=True, **changes))
+        train(with_values(config, resume=True, **changes))
 
 
 def test_sparsity_reaches_its_goal(store: Path, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_layers_are_standardised_by_their_own_training_vectors(store: Path, tmp_
     result = train(make_config(store, tmp_path / "ckpt.pt", epochs=1, standardize="layer", layers=(2, 0)))
     saved = load_checkpoint(tmp_path / "ckpt.pt")
     assert saved.config.layers == (0, 2)
-    tokens, opened = loop.split_tokens(ActivationStore.open(store), 0.05, 0).train, ActivationStore.open(store)
+    tokens, opened = split_tokens(ActivationStore.open(store), 0.05, 0).train, ActivationStore.open(store)
     x = opened.read(slice(0, 400), [0, 2])[tokens].astype(np.float64)  # all were in the sample: [t, 2, D]
     np.testing.assert_allclose(saved.sae.layer_mean, x.mean(0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(saved.sae.layer_scale, np.sqrt(x.var(0).mean(-1)), rtol=1e-5)

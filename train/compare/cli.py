@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from residscope.console import run_command
 from residscope.options import parse_options
-from train.compare.config import CompareConfig
+from train.compare.config import TrainCompareConfig
 
 _EPILOG = """\
 examples:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         config = parse_options(
-            CompareConfig,
+            TrainCompareConfig,
             argv,
             prog="train compare",
             description="Compare autoencoders, for all layers or one for each, and PCA: FVU by layer, held-out tokens.",

@@ -23,15 +23,16 @@ from residscope.errors import IncompatibleError, UsageError
 from residscope.names import stem
 from store.activations import ActivationStore
 from store.shuffle import validation_documents
-from train.compare.config import CompareConfig
-from train.compare.pca import GramSums
+from train.checkpoint import Checkpoint
+from train.compare.config import TrainCompareConfig
+from train.compare.pca import PCASums
 from train.data import VectorSource
 from train.formats.files import read_checkpoint
 from train.hardware import resolve_device
-from train.model import MLSAE, Checkpoint, standardize
+from train.model import MLSAE, standardize
 from train.objective.statistics import require_finite
-from train.resume import say
-from train.validation import Subject, Validation, ValidationData
+from train.reporting.announce import say
+from train.validation import Validation, ValidationData, ValidationTarget
 
 _LAYER = re.compile(r"\.?layer=\d+")
 
@@ -47,7 +48,7 @@ class Entrant:
     """"multi-layer", "per-layer" or "pca"."""
 
     members: dict[int | None, MLSAE] = field(default_factory=dict)
-    """By the layer that it speaks for; None: all of them."""
+    """By the layer that they are measured for; None: all layers."""
 
     vectors: int | None = 0
     """Vectors trained on, by all members together; None where it is not recorded."""
@@ -74,7 +75,7 @@ class Entrant:
         return [layer for layer in layers if self.trained_on is None or layer in self.trained_on]
 
     def by_layer(self, layers: Sequence[int], name: str) -> list[float | None]:
-        """`fvu_per_layer` or `l0_per_layer`, each layer's by the member that speaks for it; None where none does."""
+        """`fvu_per_layer` or `l0_per_layer`, each layer's by its own member; None where there is none."""
         values = []
         for position, layer in enumerate(layers):
             found = self.found.get(layer, self.found.get(None))
@@ -99,7 +100,7 @@ class Comparison:
     """Which data: path and content_hash."""
 
 
-def compare(config: CompareConfig) -> Comparison:
+def compare(config: TrainCompareConfig) -> Comparison:
     """Measure everything; raises `ResidscopeError` for what the user can mend."""
     device = resolve_device(config.device)
     with ActivationStore.open(config.store) as store:
@@ -127,13 +128,15 @@ def compare(config: CompareConfig) -> Comparison:
             entrants += _baselines(training, source, store.meta.layers, budgets, config.fit_tokens)
         data = ValidationData(store, held_out, positions, seed=0)
         members = [(entrant, layer, sae) for entrant in entrants for layer, sae in entrant.members.items()]
-        subjects = [
-            Subject(sae.to(device), torch.float32, _only_position(entrant, layer, sae, store.meta.layers, config.cross))
+        targets = [
+            ValidationTarget(
+                sae.to(device), torch.float32, _only_position(entrant, layer, sae, store.meta.layers, config.cross)
+            )
             for entrant, layer, sae in members
         ]
-        measured = data.evaluate_all(subjects, source, tokens=config.tokens)
-        for (entrant, layer, _), subject, found in zip(members, subjects, measured, strict=True):
-            entrant.found[layer] = found if subject.position is None else _at(found, subject.position, len(positions))
+        measured = data.evaluate(targets, source, tokens=config.tokens)
+        for (entrant, layer, _), target, found in zip(members, targets, measured, strict=True):
+            entrant.found[layer] = found if target.position is None else _at(found, target.position, len(positions))
         return Comparison(
             entrants=entrants,
             layers=tuple(store.meta.layers),
@@ -202,7 +205,10 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
             known.append(validation_documents(n_documents, float(split["fraction"]), int(split["seed"])))
     if len(known) < len(checkpoints):
         other = len(checkpoints) - len(known)
-        say(f"note: {other} of {len(checkpoints)} were not trained on this store, as far as they say: they may know it")
+        say(
+            f"note: {other} of {len(checkpoints)} do not record that they were trained on this store: they may have "
+            "seen the held-out text"
+        )
     if not known:
         known = [validation_documents(n_documents, fraction, 0)]
     held_out = np.logical_and.reduce(known)[tokens.document] & tokens.keep
@@ -221,14 +227,14 @@ def _baselines(
     """For each k of `budgets` k principal components for all layers together, and k for each layer."""
     if not training:
         return []
-    pooled: GramSums | None = None
-    single: list[GramSums] = []
+    pooled: PCASums | None = None
+    single: list[PCASums] = []
     for raw in training.read(tokens):
         x = source.to_float32(raw)  # [t, L, D]
         require_finite(x.flatten(0, 1), torch.arange(len(layers), device=x.device).repeat(len(x)), layers)
         if pooled is None:
-            pooled = GramSums(x.shape[2], x.device)
-            single = [GramSums(x.shape[2], x.device) for _ in layers]
+            pooled = PCASums.zeros(x.shape[2], x.device)
+            single = [PCASums.zeros(x.shape[2], x.device) for _ in layers]
         standardized = standardize(x.flatten(0, 1)).x
         pooled.add(standardized)
         for position, sums in enumerate(single):
@@ -236,9 +242,10 @@ def _baselines(
     assert pooled is not None
     found = []
     for k in budgets:
-        found.append(Entrant(name=f"PCA {k}", kind="pca", members={None: pooled.fit(k)}))
-        each: dict[int | None, MLSAE] = {layer: sums.fit(k) for layer, sums in zip(layers, single, strict=True)}
-        found.append(Entrant(name=f"PCA {k} per layer", kind="pca", members=each))
-    for entrant in found:
-        entrant.vectors = None
+        each: dict[int | None, MLSAE] = {}
+        for layer, sums in zip(layers, single, strict=True):
+            each[layer] = sums.fit(k).autoencoder()
+        whole: dict[int | None, MLSAE] = {None: pooled.fit(k).autoencoder()}
+        found.append(Entrant(name=f"PCA {k}", kind="pca", members=whole, vectors=None))
+        found.append(Entrant(name=f"PCA {k} per layer", kind="pca", members=each, vectors=None))
     return found

@@ -1,45 +1,86 @@
-"""The linear baseline: k principal components, as an autoencoder like any other.
+"""The linear baseline: k principal components of standardised vectors, alone or as an autoencoder like any other.
 
-Fitted on vectors standardised each by itself, as an autoencoder's inputs are by default. A component c has two
-latents, c and -c: one of the two pre-activations is positive, whichever sign the coefficient has, so that the k
-largest after ReLU are the k coefficients, and the decoder adds them up to the mean plus the projection on k
-components. So the baseline is measured by the very code that measures autoencoders, and can be saved and analysed as
-one.
+Sums of vectors add over batches and merge over processes; the eigenvectors of one d_model x d_model matrix are all that
+is solved. Fitted on vectors standardised each by itself, as an autoencoder's inputs are by default.
+
+As an autoencoder, a component c has two latents, c and -c: one of the two pre-activations is positive, whichever sign
+the coefficient has, so that the k largest after ReLU are the k coefficients, and the decoder adds them up to the mean
+plus the projection on k components. So the baseline is measured by the very code that measures autoencoders.
 
 Shapes: N vectors, D d_model, k components.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from train.model import MLSAE, SAEConfig
+from train.model import MLSAE
+from train.model_config import SAEConfig
 
 
-class GramSums:
-    """Sums of standardised vectors, in float64; add any number of batches, then fit for any k."""
+@dataclass(kw_only=True)
+class PCASums:
+    """Sums of standardised vectors, float64; they can be pickled, for tasks on other machines."""
 
-    def __init__(self, d_model: int, device: torch.device | str = "cpu") -> None:
-        self._n = 0
-        self._total = torch.zeros(d_model, dtype=torch.float64, device=device)
-        self._gram = torch.zeros(d_model, d_model, dtype=torch.float64, device=device)
+    n: int
+    """Vectors."""
 
-    def add(self, x_std: Tensor) -> None:
-        """Count vectors [N, D]."""
-        x = x_std.double()
-        self._n += len(x)
-        self._total += x.sum(dim=0)
-        self._gram += x.T @ x
+    total: Tensor
+    """[D] sum of vectors."""
 
-    def fit(self, k: int) -> MLSAE:
-        """The mean and the first min(k, D) principal directions, as an autoencoder on the CPU."""
-        mean = self._total / self._n
-        covariance = self._gram / self._n - torch.outer(mean, mean)
+    gram: Tensor
+    """[D, D] sum of outer products."""
+
+    @classmethod
+    def zeros(cls, d_model: int, device: torch.device | str = "cpu") -> "PCASums":
+        """No vectors yet."""
+        total = torch.zeros(d_model, dtype=torch.float64, device=device)
+        return cls(n=0, total=total, gram=torch.outer(total, total))
+
+    @classmethod
+    def merged(cls, parts: Sequence["PCASums"]) -> "PCASums":
+        """The sum of `parts`, added in their order."""
+        whole = cls(n=0, total=torch.zeros_like(parts[0].total), gram=torch.zeros_like(parts[0].gram))
+        for part in parts:
+            whole.n += part.n
+            whole.total += part.total
+            whole.gram += part.gram
+        return whole
+
+    def add(self, x_std: Tensor, product_dtype: torch.dtype = torch.float64) -> None:
+        """Count vectors [N, D]; the products of a batch are made in `product_dtype`."""
+        x = x_std.to(product_dtype)
+        self.n += len(x)
+        self.total += x_std.double().sum(dim=0)
+        self.gram += (x.T @ x).double()
+
+    def fit(self, k: int) -> "Components":
+        """The mean and the first min(k, D) principal directions."""
+        mean = self.total / self.n
+        covariance = self.gram / self.n - torch.outer(mean, mean)
         _, vectors = torch.linalg.eigh(covariance)  # ascending
-        directions = vectors.flip(1)[:, :k].T  # [k, D]
-        sae = MLSAE(SAEConfig(d_model=len(mean), n_latents=2 * len(directions), k=len(directions)))
-        rows = torch.cat([directions, -directions]).float()
+        return Components(mean, vectors.flip(1)[:, :k].T)
+
+
+class Components(NamedTuple):
+    """A fitted baseline, float64."""
+
+    mean: Tensor
+    """[D] mean of the standardised vectors."""
+
+    directions: Tensor
+    """[k, D] orthonormal, largest variance first."""
+
+    def autoencoder(self) -> MLSAE:
+        """An autoencoder on the CPU that reconstructs as these components do."""
+        k = len(self.directions)
+        sae = MLSAE(SAEConfig(d_model=len(self.mean), n_latents=2 * k, k=k))
+        rows = torch.cat([self.directions, -self.directions]).float()
         with torch.no_grad():
             sae.W_enc.copy_(rows)
             sae.W_dec.copy_(rows)
-            sae.b_pre.copy_(mean)
+            sae.b_pre.copy_(self.mean)
         return sae

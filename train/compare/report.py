@@ -1,4 +1,7 @@
-"""A comparison for people and programs: a table on the terminal, compare.parquet, compare.json, and a figure."""
+"""A comparison for people and programs: a table on the terminal, compare.parquet, compare.json, and a figure.
+
+Tested in tests/train/compare/test_measure.py.
+"""
 
 import json
 import math
@@ -11,6 +14,7 @@ from residscope.errors import UsageError
 from store.files import atomic_write
 from store.folder import refuse_inside_store
 from train.compare.measure import Comparison, Entrant
+from train.reporting.report import aligned
 
 
 def check_out(out: Path) -> None:
@@ -83,8 +87,6 @@ def words(result: Comparison) -> str:
         ["k", *(str(entrant.k()) for entrant in result.entrants)],
         ["vectors", *("-" if entrant.vectors is None else f"{entrant.vectors:,}" for entrant in result.entrants)],
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
     title = (
         f"FVU (lower is better) by layer, on {result.tokens:,} held-out tokens; latents and vectors are of all members "
         "of a set together"
@@ -94,7 +96,7 @@ def words(result: Comparison) -> str:
             "; (in brackets): a layer that it was not trained on; mean, own: over those that it was trained on; over "
             f"the best: on layers {' '.join(map(str, common)) or '-'}, which all were trained on"
         )
-    return "\n".join([title, *rows])
+    return "\n".join([title, *aligned(lines)])
 
 
 def _rows(result: Comparison) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 SRC is a checkpoint, a folder or a hub id in any format that `train.formats.files` reads; DST is a folder. Beside the
 weights goes a model card, README.md. What the target format cannot say is printed. Nothing heavy is imported for
 `--help`.
+
+Tested in tests/train/formats/test_hub.py.
 """
 
 import argparse
@@ -63,15 +65,15 @@ def _convert(options: argparse.Namespace) -> None:
     from residscope.names import beside
     from store.files import atomic_write
     from store.folder import refuse_inside_store
-    from train.formats import files as formats
-    from train.model import Checkpoint
+    from train.checkpoint import Checkpoint
+    from train.formats import files, hub
 
     refuse_inside_store(options.destination, "DST")
     card = options.destination / "README.md"
     if card.exists() and not options.overwrite:
         raise UsageError(f"{card}: is there already; choose another folder, or overwrite it (--overwrite)")
-    sae, origin = formats.read_sae(options.source, subfolder=options.subfolder, revision=options.revision)
-    written = formats.write_sae(
+    sae, origin = files.read_sae(options.source, subfolder=options.subfolder, revision=options.revision)
+    written = files.write_sae(
         sae,
         options.destination,
         options.to,
@@ -83,17 +85,17 @@ def _convert(options: argparse.Namespace) -> None:
     notes = (*origin.notes, *written.notes)
     checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
     source = Path(options.source)
-    metrics = formats.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
-    atomic_write(card, [formats.model_card(checkpoint, metrics, notes=notes).encode()])
-    files = [*written.files, card]
+    metrics = hub.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
+    atomic_write(card, [hub.model_card(checkpoint, metrics, notes=notes).encode()])
+    paths = [*written.files, card]
     address = None
     if options.push_to_hub:
-        address = formats.push_to_hub(options.destination, options.push_to_hub, private=options.private)
+        address = hub.push_to_hub(options.destination, options.push_to_hub, private=options.private)
     if options.json:
         report = {
             "from": origin.format,
             "to": options.to,
-            "files": list(map(str, files)),
+            "files": list(map(str, paths)),
             "notes": notes,
             "hub": address,
         }
@@ -104,7 +106,7 @@ def _convert(options: argparse.Namespace) -> None:
         f"{origin.path} ({origin.format}): d_model {shape.d_model}, {shape.n_latents} latents, k {shape.k}, "
         f"standardisation {shape.standardize}; written as {options.to}:"
     )
-    for path in files:
+    for path in paths:
         print(f"  {path}")
     if address:
         print(f"  {address}")

@@ -24,27 +24,29 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write
-from train.formats.damage import check_records, check_weights
-from train.formats.hub import HUB_ID, fetch, last_metrics, model_card, push_to_hub
-from train.formats.layouts import LAYOUTS, ForeignFormat
-from train.formats.parts import listed
-from train.model import MLSAE, Checkpoint, SAEConfig, load_checkpoint, save_checkpoint
+from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
+from train.formats.hub import HUB_ID, fetch
+from train.formats.layouts import (
+    Layout,
+    lay_out_mlsae,
+    lay_out_sparsify,
+    listed,
+    parse_mlsae,
+    parse_sparsify,
+    refusal_mlsae,
+    refusal_sparsify,
+)
+from train.formats.saelens import lay_out_saelens, parse_saelens, refusal_saelens
+from train.model import MLSAE, SAEConfig
 
-__all__ = [
-    "Format",
-    "Origin",
-    "Written",
-    "last_metrics",
-    "model_card",
-    "push_to_hub",
-    "read_checkpoint",
-    "read_sae",
-    "read_safetensors",
-    "write_sae",
-    "write_safetensors",
-]
+ForeignFormat = Literal["mlsae", "saelens", "sparsify"]
+Format = Literal["residscope"] | ForeignFormat
 
-Format = Literal["residscope", "mlsae", "saelens", "sparsify"]
+LAYOUTS: dict[ForeignFormat, Layout] = {
+    "mlsae": Layout("model.safetensors", "config.json", parse_mlsae, lay_out_mlsae, refusal_mlsae),
+    "saelens": Layout("sae_weights.safetensors", "cfg.json", parse_saelens, lay_out_saelens, refusal_saelens),
+    "sparsify": Layout("sae.safetensors", "cfg.json", parse_sparsify, lay_out_sparsify, refusal_sparsify),
+}
 
 CHECKPOINT = "ckpt.pt"
 EXPORT = "ckpt.safetensors"
@@ -146,10 +148,9 @@ def write_sae(
 ) -> Written:
     """Write `sae` into `folder` (made if need be) in format `to`.
 
-    store, trainer: as in `Checkpoint`; kept where the format has room. hookpoints (SAELens and sparsify): one whole
-    copy in a sub-folder of each of these names, as those tools keep an autoencoder per layer; SAELens also records the
-    name as its hook. Raises `UsageError` where files are there already and `overwrite` is not set, `IncompatibleError`
-    for what the format cannot say.
+    store, trainer: as in `Checkpoint`; kept where the format has room. hookpoints: for SAELens and sparsify, write one
+    whole copy into a sub-folder of each of these names; SAELens also records the name as its hook. Raises `UsageError`
+    where files are there already and `overwrite` is not set, `IncompatibleError` for what the format cannot say.
     """
     if hookpoints and to not in ("saelens", "sparsify"):
         raise UsageError(f"hookpoints: a sub-folder per hookpoint is for saelens and sparsify, not for {to}")
@@ -166,7 +167,7 @@ def write_sae(
         return Written(paths, ())
     layout = LAYOUTS[to]
     if refused := layout.refusal(sae.config):
-        raise IncompatibleError(f"{folder}: the format {to} has no word for {refused}; write it as residscope")
+        raise IncompatibleError(f"{folder}: the format {to} cannot express {refused}; write it as residscope")
     files: list[Path] = []
     notes: tuple[str, ...] = ()
     for hookpoint in hookpoints or (None,):
@@ -268,7 +269,7 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
         with _open(path) as file:
             parsed = layout.parse(file, config, name)
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
-        raise IncompatibleError(f"{name}: {layout.config_file} says what cannot be: {_one_line(error)}") from None
+        raise IncompatibleError(f"{name}: {layout.config_file} holds an impossible value: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     notes = parsed.notes
     if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:
@@ -367,7 +368,7 @@ def _prepare(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` without what JSON has no word for (tensors, arrays), as a header is for people and other programs."""
+    """`value` without what JSON cannot hold (tensors, arrays)."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items() if _is_plain(item)}
     return [_plain(item) for item in value if _is_plain(item)] if isinstance(value, list | tuple) else value

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from residscope.errors import ResidscopeError, UsageError
-from train.model import Checkpoint
+from train.checkpoint import Checkpoint
+from train.model_config import SAEConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name; whether there is such a repository, only the hub knows."""
@@ -104,21 +105,54 @@ def model_card(
 ) -> str:
     """A README.md for the hub: what the autoencoder is, what it was trained on, how well it does, how to use it.
 
-    metrics: a line of `ckpt.metrics.jsonl` (keys of design.md), best with its validation line under "validation", as
-    `last_metrics` gives it. notes: what a format could not say. license: of the weights. repo_id, subfolder: where it
-    goes. What is not known is said not to be recorded.
+    metrics: what `last_metrics` gives. notes: what a format could not say. license: of the weights. repo_id, subfolder:
+    where it goes. What is not known is said not to be recorded.
     """
-    config, store = checkpoint.config, checkpoint.store
-    model = store.get("model")
+    model = checkpoint.store.get("model")
     front = {
         "library_name": "residscope",
         "license": license,
         "tags": ["sparse-autoencoder", "multi-layer-sae", "interpretability", "arxiv:2409.04185"],
         **({"base_model": model} if isinstance(model, str) and HUB_ID.fullmatch(model) else {}),
     }
+    where = repr(repo_id) + (f", subfolder={subfolder!r}" if subfolder else "")
+    parts = [
+        "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
+        f"# Multi-layer sparse autoencoder{f' for {model}' if model else ''}",
+        f"One sparse autoencoder ({_NAMES[checkpoint.config.activation]}) for the residual stream (the output of each "
+        "transformer block) of all the layers below (Lawson et al., *Residual Stream Analysis with Multi-Layer SAEs*, "
+        "ICLR 2025, arXiv 2409.04185).",
+        "## The autoencoder\n\n" + _table(_shape(checkpoint.config)),
+        "## Its data\n\n" + _table(_data(checkpoint, metrics)),
+        "## How well it does\n\n" + _metrics_table(metrics),
+        *(["## Mind\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else []),
+        "## Use\n\n```python\nfrom train.formats import read_sae\n\n"
+        f"sae, origin = read_sae({where})  # or a folder\n"
+        "out = sae(vectors)  # raw block outputs [N, d_model]; out.codes, out.x_hat\n```\n\n"
+        f"`analyze --store acts.zarr --sae {repo_id}` measures how its latents spread over layers.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shape(config: SAEConfig) -> dict[str, Any]:
+    """What the autoencoder is, for the card."""
+    standardisation = {"vector": "each vector by its own mean and standard deviation"}
+    return {
+        "d_model": config.d_model,
+        "n_latents": config.n_latents,
+        "expansion factor": f"{config.n_latents / config.d_model:g}",
+        "k": config.k,
+        "activation": config.activation,
+        "standardisation": standardisation.get(config.standardize, config.standardize),
+    }
+
+
+def _data(checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What it was trained on, for the card."""
+    store = checkpoint.store
     layers = store.get("layers")
-    rows = {
-        "transformer": model,
+    return {
+        "transformer": store.get("model"),
         "layers": ", ".join(map(str, layers)) if layers else None,
         "tuned lens": store.get("lens") or ("none" if "lens" in store else None),
         "data set": store.get("dataset"),
@@ -129,34 +163,6 @@ def model_card(
         "tokens trained on": metrics.get("tokens"),
         "steps": metrics.get("step", checkpoint.trainer.get("step")),
     }
-    shape = {
-        "d_model": config.d_model,
-        "n_latents": config.n_latents,
-        "expansion factor": f"{config.n_latents / config.d_model:g}",
-        "k": config.k,
-        "activation": config.activation,
-        "standardisation": {"vector": "each vector by its own mean and standard deviation"}.get(
-            config.standardize, config.standardize
-        ),
-    }
-    where = repr(repo_id) + (f", subfolder={subfolder!r}" if subfolder else "")
-    title = f"Multi-layer sparse autoencoder{f' for {model}' if model else ''}"
-    parts = [
-        "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
-        f"# {title}",
-        f"One sparse autoencoder ({_NAMES[config.activation]}) for the residual stream (the output of each transformer "
-        "block) of all the layers below (Lawson et al., *Residual Stream Analysis with Multi-Layer SAEs*, ICLR 2025, "
-        "arXiv 2409.04185).",
-        "## The autoencoder\n\n" + _table(shape),
-        "## Its data\n\n" + _table(rows),
-        "## How well it does\n\n" + _metrics_table(metrics),
-        *(["## Mind\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else []),
-        "## Use\n\n```python\nfrom train.formats import read_sae\n\n"
-        f"sae, origin = read_sae({where})  # or a folder\n"
-        "out = sae(vectors)  # raw block outputs [N, d_model]; out.codes, out.x_hat\n```\n\n"
-        f"`analyze --store acts.zarr --sae {repo_id}` measures how its latents spread over layers.",
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 _NAMES = {

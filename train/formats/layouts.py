@@ -1,46 +1,33 @@
 """How other projects lay out one sparse autoencoder: tensor names, configuration keys, and what they mean.
 
-Three layouts are known, each a folder of one safetensors file and one JSON file: mlsae (the paper's own models),
-SAELens (`train.formats.saelens`) and sparsify. `parse_*` turns what such a folder holds into our weights; `lay_out_*`
-does the reverse. Both keep reconstructions: what a layout can say differently (a decoder norm folded out of the
-encoder) is worked into the weights, and what would change the result is refused by name. Nothing here touches a disk or
-a network; `train.formats.files` does.
+Here are mlsae (the paper's own models), sparsify, and the pieces that all layouts share; SAELens is in
+`train.formats.saelens`. A layout is a folder of one safetensors file and one JSON file. `parse_*` turns what such a
+folder holds into our weights; `lay_out_*` does the reverse. Both keep reconstructions: what a layout can say
+differently (a decoder norm folded out of the encoder) is worked into the weights, and what would change the result is
+refused by name. Nothing here touches a disk or a network; `train.formats.files` does.
 
     mlsae     h = TopK(W_enc (s(x) - b))              x_hat = s^-1(W_dec h + b)     s: standardise each vector
     sparsify  h = TopK(W_enc (x - b_dec) + b_enc)     x_hat = W_dec h + b_dec
+
+Tested in tests/train/formats/test_files.py.
 
 Shapes: M n_latents, D d_model; ours are W_enc [M, D], W_dec [M, D], b_pre [D], b_enc [M].
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.formats.parts import (
-    OURS,
-    LaidOut,
-    Parsed,
-    Reader,
-    TensorFile,
-    assemble,
-    check_sizes,
-    checked_k,
-    contiguous,
-    dtype_name,
-    encoder_bias,
-    layer_numbers,
-    lens_note,
-    mapping,
-    our_record,
-    our_store,
-)
-from train.formats.saelens import lay_out_saelens, parse_saelens, refusal_saelens
 from train.model import MLSAE
 from train.model_config import SAEConfig
 
-ForeignFormat = Literal["mlsae", "saelens", "sparsify"]
+OURS = "residscope"
+"""The key under which we keep what a layout cannot express; the other tools ignore it."""
 
 DEAD_STEPS = 76
 """mlsae's `dead_steps_threshold`, which only its training reads: 10 million tokens in batches of 131,072."""
@@ -49,6 +36,174 @@ STANDARDIZED_INPUTS = (
     "sparsify does not standardise: give it vectors that have lost their own mean and been divided by their own "
     "unbiased standard deviation + 1e-5, and map what it returns back with the same two numbers"
 )
+
+
+class TensorFile(Protocol):
+    """An open safetensors file, as `safetensors.safe_open` gives it: names at once, tensors when asked for."""
+
+    def keys(self) -> Collection[str]: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """One foreign autoencoder in our terms."""
+
+    sae: MLSAE
+    """The autoencoder, float32, on the CPU."""
+
+    stored_dtype: str
+    """Type of the encoder's weights in the file, such as "bfloat16"."""
+
+    model: str | None = None
+    """Which transformer it was trained on, where the folder says so."""
+
+    layers: tuple[int, ...] | None = None
+    """Which blocks' outputs it was trained on, where the folder says so."""
+
+    store: dict[str, Any] | None = None
+    """The store's record, where one of our own autoencoders was converted."""
+
+    notes: tuple[str, ...] = ()
+    """What a user has to know and the weights do not say."""
+
+
+class LaidOut(NamedTuple):
+    """One of our autoencoders as another project's files."""
+
+    tensors: dict[str, Tensor]
+    """By the names of that layout; contiguous float32."""
+
+    config: dict[str, Any]
+    """Its JSON configuration."""
+
+    notes: tuple[str, ...]
+    """What the layout cannot say."""
+
+
+class Layout(NamedTuple):
+    """One foreign layout: its two files and its two directions."""
+
+    weights_file: str
+    """Name of the safetensors file."""
+
+    config_file: str
+    """Name of the JSON file beside it."""
+
+    parse: Callable[[TensorFile, Mapping[str, Any], str], Parsed]
+    """(open weights, configuration, where for errors) -> our autoencoder."""
+
+    lay_out: Callable[[MLSAE, Mapping[str, Any], str | None], LaidOut]
+    """(autoencoder, the store's record, hookpoint) -> files."""
+
+    refusal: Callable[[SAEConfig], str | None]
+    """What of an autoencoder the layout cannot say, or None."""
+
+
+class Reader(NamedTuple):
+    """A tensor file and where it is, for errors that name it."""
+
+    file: TensorFile
+    where: str
+    prefix: str = ""
+
+    def get(self, name: str, *shape: int | None) -> Tensor:
+        """Tensor `name`, whose shape must be `shape` (None: any size)."""
+        if self.prefix + name not in self.file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            raise IncompatibleError(f"{self.where}: {name} is missing; it holds {listed(sorted(self.names()))}")
+        tensor = self.file.get_tensor(self.prefix + name)
+        wrong = [1 for size, wanted in zip(tensor.shape, shape, strict=False) if wanted not in (None, size)]
+        if tensor.dim() != len(shape) or wrong:
+            expected = ", ".join("any" if size is None else str(size) for size in shape)
+            raise IncompatibleError(f"{self.where}: {name} should have shape [{expected}], it has {list(tensor.shape)}")
+        return tensor
+
+    def names(self) -> set[str]:
+        return {name.removeprefix(self.prefix) for name in self.file.keys() if name.startswith(self.prefix)}  # noqa: SIM118
+
+    def require_only(self, known: Collection[str]) -> None:
+        """Refuse tensors that we do not know: each could change the reconstruction."""
+        if unknown := sorted(self.names() - set(known)):
+            raise IncompatibleError(
+                f"{self.where}: holds {listed(unknown)}, which an autoencoder of this kind without a skip connection, "
+                "gate or lens of its own does not have; such models are not read here"
+            )
+
+
+def assemble(config: SAEConfig, *, b_enc: Tensor | None = None, **tensors: Tensor) -> MLSAE:
+    """The autoencoder of these tensors; an encoder bias that is zero everywhere is left out."""
+    if b_enc is not None and bool((b_enc != 0).any()):
+        config, tensors = replace(config, encoder_bias=True), {**tensors, "b_enc": b_enc}
+    sae = MLSAE(config)
+    sae.load_state_dict(tensors)
+    return sae
+
+
+def encoder_bias(sae: MLSAE) -> Tensor:
+    """[M] its encoder bias, or zeros."""
+    return sae.b_enc if sae.config.encoder_bias else torch.zeros(sae.config.n_latents)
+
+
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As the files want them: float32, on the CPU, one block of memory each, none shared."""
+    return {
+        name: tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are: for errors."""
+    return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def checked_k(found: Any, n_latents: int, where: str) -> int:
+    """k as a configuration gives it, if that is possible."""
+    if type(found) is not int or not 1 <= found <= n_latents:
+        raise IncompatibleError(
+            f"{where}: k should be a whole number from 1 to n_latents {n_latents}, the configuration says {found!r}"
+        )
+    return found
+
+
+def check_sizes(config: Mapping[str, Any], where: str, **sizes: int) -> None:
+    """Refuse a configuration that speaks of other sizes than the weights beside it have: it belongs to others."""
+    for name, size in sizes.items():
+        found = config.get(name)
+        if type(found) is int and found > 0 and found != size:  # 0 or nothing: left to the weights
+            raise IncompatibleError(f"{where}: the configuration says {name} {found}, the weights have {size}")
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Such as "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def layer_numbers(found: Any) -> tuple[int, ...] | None:
+    """A list of layers as a tuple; None for anything else, and for an empty one."""
+    return tuple(int(layer) for layer in found) or None if isinstance(found, list | tuple) else None
+
+
+def our_record(sae: MLSAE, store: Mapping[str, Any]) -> dict[str, Any]:
+    """What we keep under `OURS`."""
+    return {**asdict(sae.config), "store": dict(store)}
+
+
+def our_store(found: Any) -> dict[str, Any] | None:
+    """The store's record in what we kept."""
+    return mapping(mapping(found).get("store")) or None
+
+
+def mapping(found: Any) -> dict[str, Any]:
+    """`found` if it is a JSON object, else an empty one."""
+    return found if isinstance(found, dict) else {}
+
+
+def lens_note(store: Mapping[str, Any]) -> tuple[str, ...]:
+    """A word of warning, where the vectors went through a lens."""
+    lens = store.get("lens")
+    return (f"it was trained on vectors that went through a tuned lens ({lens}): give it such vectors",) if lens else ()
 
 
 def parse_mlsae(file: TensorFile, config: Mapping[str, Any], where: str) -> Parsed:
@@ -172,48 +327,3 @@ def refusal_sparsify(config: SAEConfig) -> str | None:
     if config.standardize == "layer":
         return "standardisation 'layer', only 'vector' and 'none'"
     return None if config.apply_b_dec_to_input else "an encoder whose input keeps b_pre"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One foreign layout: its two files and its two directions."""
-
-    weights_file: str
-    """Name of the safetensors file."""
-
-    config_file: str
-    """Name of the JSON file beside it."""
-
-    parse: Callable[[TensorFile, Mapping[str, Any], str], Parsed]
-    """(open weights, configuration, where for errors) -> our autoencoder."""
-
-    lay_out: Callable[[MLSAE, Mapping[str, Any], str | None], LaidOut]
-    """(autoencoder, the store's record, hookpoint) -> files."""
-
-    refusal: Callable[[SAEConfig], str | None]
-    """What of an autoencoder the layout cannot say, or None."""
-
-
-LAYOUTS: dict[ForeignFormat, Layout] = {
-    "mlsae": Layout(
-        weights_file="model.safetensors",
-        config_file="config.json",
-        parse=parse_mlsae,
-        lay_out=lay_out_mlsae,
-        refusal=refusal_mlsae,
-    ),
-    "saelens": Layout(
-        weights_file="sae_weights.safetensors",
-        config_file="cfg.json",
-        parse=parse_saelens,
-        lay_out=lay_out_saelens,
-        refusal=refusal_saelens,
-    ),
-    "sparsify": Layout(
-        weights_file="sae.safetensors",
-        config_file="cfg.json",
-        parse=parse_sparsify,
-        lay_out=lay_out_sparsify,
-        refusal=refusal_sparsify,
-    ),
-}

@@ -10,6 +10,8 @@ JumpReLU in inference, with one threshold for all latents: so SAELens saves them
 for us under our own key. Refused by name: gated and temporal autoencoders, transcoders, activations of another shape,
 and normalisations whose numbers are not in the folder.
 
+Tested in tests/train/formats/test_files.py.
+
 Shapes: M n_latents, D d_model.
 """
 
@@ -20,7 +22,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.formats.parts import (
+from train.formats.layouts import (
     OURS,
     LaidOut,
     Parsed,
@@ -80,7 +82,7 @@ def parse_saelens(file: TensorFile, config: Mapping[str, Any], where: str) -> Pa
     extra: dict[str, Tensor] = {}
     prefixes: tuple[int, ...] = ()
     if activation == "jumprelu":
-        threshold = reader.get("threshold", m).float().clamp(min=0)  # below 0 it is no other: its ReLU cuts at 0
+        threshold = reader.get("threshold", m).float().clamp(min=0)  # below 0 it is as 0, where the ReLU cuts
         if ours.get("activation") in ("batchtopk", "matryoshka") and k > 0 and bool((threshold == threshold[0]).all()):
             activation = ours["activation"]
             extra = {"threshold": threshold[0]}

@@ -1,4 +1,4 @@
-"""Adam on the trained tensors, with the decoder kept on the unit sphere, and the learning rate's course.
+"""Adam on the trained tensors, with the decoder kept on the unit sphere; a mean of the weights; the learning rate.
 
 Rows of the decoder are of unit norm after every step. Either the gradient's component along them is left out (Gao et
 al. 2024), or they are trained as free rows d = n W_dec, whose norm scales their latent's pre-activations: with free w
@@ -15,10 +15,13 @@ stepped (`train.kernels.interface.adam_rows`, or its compiled version).
 Shapes: D d_model, M n_latents.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
+from train.config import OptimizerConfig
 from train.kernels.interface import Kernels
 from train.model import MLSAE
 from train.objective.weights import TRAINED, Weights
@@ -114,17 +117,44 @@ def _zeros(like: Weights) -> Weights:
     return Weights(**{name: torch.zeros_like(tensor) for name, tensor in _trained(like).items()})
 
 
+class WeightAverage:
+    """A running mean of the weights, as an autoencoder: steadier than the weights while the learning rate is high.
+
+    With decay b, after step t the mean is sum_i b^(t - i) w_i / sum_i b^(t - i), the exponential mean without a memory
+    of the initial weights (the bias correction that Adam makes to its moments). The decoder's rows are brought back to
+    unit norm after each update.
+    """
+
+    def __init__(self, sae: MLSAE, decay: float) -> None:
+        """sae: where the mean starts; its tensors are copied."""
+        self.sae = copy.deepcopy(sae)
+        """The autoencoder of mean weights, to be validated and saved."""
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, live: MLSAE, step: int) -> None:
+        """Count the weights after step number `step`, which counts from 1."""
+        rate = (1 - self._decay) / (1 - self._decay**step)
+        for name, mean in self.sae.state_dict().items():
+            value = getattr(live, name)
+            if name in TRAINED and step > 1:  # the first may follow upon infinities, which are not to be mixed in
+                mean.lerp_(value, rate)
+            else:
+                mean.copy_(value)
+        self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
+
+
 def scaling_law_lr(n_latents: int) -> float:
     """After Gao et al. 2024, figure 3: the best learning rate falls with the square root of the dictionary's size."""
     return 2e-4 / (n_latents / 2**14) ** 0.5
 
 
-def learning_rate(step: int, steps: int, peak: float, *, warmup_fraction: float, decay_fraction: float) -> float:
+def learning_rate(step: int, steps: int, peak: float, shares: OptimizerConfig) -> float:
     """Rate of step number `step` (from 0) of `steps`: a linear rise to `peak`, flat, then a linear fall towards zero.
 
     The first step already moves and so does the last: the rise ends and the fall starts on whole steps.
     """
-    warmup, decay = round(warmup_fraction * steps), round(decay_fraction * steps)
+    warmup, decay = round(shares.warmup_fraction * steps), round(shares.decay_fraction * steps)
     rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
     fall = (steps - step) / (decay + 1) if step >= steps - decay else 1.0
     return peak * min(rise, fall)

@@ -8,12 +8,14 @@ With c_n the row's weight, e = target - decoded, and G = d loss / d x_hat = -2 c
 W_dec[j]> where it is active. Not here: which latents are active (`train.kernels.encode`, `train.objective.variants`),
 AuxK and b_pre's gradient, which are the same for all (`train.objective.step`).
 
+Tested in tests/train/objective/test_step.py and test_variants.py.
+
 Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row at most, B blocks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from train.kernels.encode import tiles
 from train.kernels.interface import Kernels, SparseCodes, WeightGradients
 from train.objective.losses import FIRING_THRESHOLD
 from train.objective.weights import Weights
+
+SparsityTerm = Literal["l1", "l0", "target"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,26 +163,11 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sparsity:
-    """The term that keeps codes sparse where nothing else does."""
-
-    kind: str
-    """l1: coefficient * sum_n c_n sum_j h_nj. l0: coefficient * sum_n c_n L0_n. target: coefficient * (L0 / goal -
-    1)^2, with L0 the batch's mean."""
-
-    coefficient: float
-    """Its weight; for l0 and l1 in the units of a vector's squared error, and of half that over an activation."""
-
-    goal: float
-    """The L0 that target aims at."""
-
-    bandwidth: float
-    """Width of the rectangle in which a pre-activation moves its latent's threshold."""
-
-
-def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
+def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float, bandwidth: float) -> MainPass:
     """Loss and gradients of h = z where z > threshold, else 0, by tiles of dense products.
+
+    kind: what keeps the codes sparse, in the units of a vector's squared error, with a coefficient b: l1, b * sum_n c_n
+    sum_j h_nj; l0, b * sum_n c_n L0_n; target, b * (L0 / k - 1)^2 with L0 the batch's mean.
 
     The threshold is exp(log_threshold), trained with straight-through gradients (Rajamanoharan et al. 2024, JumpReLU):
     with K = 1 where |z - threshold| < bandwidth / 2, else 0,
@@ -187,78 +176,96 @@ def dense_pass(given: PassInputs, sparsity: Sparsity) -> MainPass:
 
     Without thresholds it is 0, and h = ReLU(z).
     """
-    weights, c, dtype = given.weights, given.row_weight, dense_dtype(given.product_dtype)
-    n, m = len(given.inputs), len(weights.W_enc)
-    raw = given.inputs.dtype
-    out = given.out or _fresh(given)
-    for tensor in out:
-        tensor.zero_()
-    error, grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
-    decoder = weights.W_dec.to(dtype)
-    inputs = given.inputs.to(dtype)
-    threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
-    by_value = torch.zeros(m, dtype=raw, device=error.device)  # sum over pairs in the rectangle of g
-    by_count = torch.zeros_like(by_value)  # and of what an active pair adds to the sparsity term
-    count_weight = c if sparsity.kind == "l0" else torch.full_like(c, 1 / n)  # [N]
-    l1 = torch.zeros((), dtype=raw, device=error.device)
-    l0 = torch.zeros_like(c)  # [N]
-    fired = torch.zeros(m, dtype=torch.bool, device=error.device)
-    for part, z in tiles(given.inputs, weights.W_enc, weights.b_enc, dtype, given.tile_bytes):
+    weights = given.weights
+    sums = _DenseSums(given, kind, k, coefficient, bandwidth)
+    for part, z in tiles(
+        given.inputs, weights.W_enc, weights.b_enc, dense_dtype(given.product_dtype), given.tile_bytes
+    ):
+        sums.add(part, z)
+    return sums.result()
+
+
+class _DenseSums:
+    """What a dense pass adds up over its tiles."""
+
+    def __init__(self, given: PassInputs, kind: SparsityTerm, k: int, coefficient: float, bandwidth: float) -> None:
+        weights, c = given.weights, given.row_weight
+        n, m = len(given.inputs), len(weights.W_enc)
+        self._given, self._kind, self._goal = given, kind, k
+        self._coefficient, self._bandwidth = coefficient, bandwidth
+        self._dtype, raw = dense_dtype(given.product_dtype), given.inputs.dtype
+        self._inputs, self._decoder = given.inputs.to(self._dtype), weights.W_dec.to(self._dtype)
+        self._threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
+        self._count_weight = c if kind == "l0" else torch.full_like(c, 1 / n)  # [N]
+        self.out = given.out or _fresh(given)
+        for tensor in self.out:
+            tensor.zero_()
+        self.error, self.grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
+        # Sums over the pairs in the rectangle, of g, and of what an active pair adds to the sparsity term.
+        self.by_value = torch.zeros(m, dtype=raw, device=c.device)
+        self.by_count = torch.zeros_like(self.by_value)
+        self.l1 = torch.zeros((), dtype=raw, device=c.device)
+        self.l0 = torch.zeros_like(c)  # [N]
+        self.fired = torch.zeros(m, dtype=torch.bool, device=c.device)
+
+    def add(self, part: slice, z: Tensor) -> None:
+        """Count the rows `part`, whose pre-activations are `z` [n, M]."""
+        raw, c = self.error.dtype, self._given.row_weight[part]
         near = None
-        if threshold is not None:
-            near = (z - threshold).abs() < sparsity.bandwidth / 2  # [n, M]
-            h = z.masked_fill(z <= threshold, 0).clamp_(min=0)
+        if self._threshold is not None:
+            near = (z - self._threshold).abs() < self._bandwidth / 2  # [n, M]
+            h = z.masked_fill(z <= self._threshold, 0).clamp_(min=0)
         else:
             h = z.clamp(min=0)
         active = h > 0
-        error[part] = given.target[part] - (h @ decoder).to(raw)
-        grad_out[part] = error[part] * (-2 * c[part]).unsqueeze(1)
-        out.W_dec.add_(h.t() @ grad_out[part].to(dtype))
-        g = (grad_out[part].to(dtype) @ decoder.t()).to(raw)  # [n, M] d loss / d h
+        self.error[part] = self._given.target[part] - (h @ self._decoder).to(raw)
+        self.grad_out[part] = self.error[part] * (-2 * c).unsqueeze(1)
+        grad_out = self.grad_out[part].to(self._dtype)
+        self.out.W_dec.add_(h.t() @ grad_out)
+        g = (grad_out @ self._decoder.t()).to(raw)  # [n, M] d loss / d h
         if near is not None:
-            by_value += (g * near).sum(dim=0)
-            by_count += count_weight[part] @ near.to(raw)
-        if sparsity.kind == "l1":
-            g += (sparsity.coefficient * c[part]).unsqueeze(1)
-            l1 += c[part] @ h.sum(dim=1, dtype=raw)
+            self.by_value += (g * near).sum(dim=0)
+            self.by_count += self._count_weight[part] @ near.to(raw)
+        if self._kind == "l1":
+            g += (self._coefficient * c).unsqueeze(1)
+            self.l1 += c @ h.sum(dim=1, dtype=raw)
         g.masked_fill_(~active, 0)
-        out.W_enc.add_(g.to(dtype).t() @ inputs[part])
-        out.latent_sums.add_(g.sum(dim=0))
-        l0[part] = active.sum(dim=1).to(raw)
-        fired |= (h > FIRING_THRESHOLD).any(dim=0)
+        self.out.W_enc.add_(g.to(self._dtype).t() @ self._inputs[part])
+        self.out.latent_sums.add_(g.sum(dim=0))
+        self.l0[part] = active.sum(dim=1).to(raw)
+        self.fired |= (h > FIRING_THRESHOLD).any(dim=0)
 
-    term, slope = _count_term(l0, c, sparsity)
-    gradient = None
-    if threshold is not None:
-        # d / d log threshold = threshold * d / d threshold
-        gradient = -threshold / sparsity.bandwidth * (threshold * by_value + slope * by_count)
-    squared = error.square().sum(dim=1)
-    return MainPass(
-        loss=c @ squared,
-        sparsity=sparsity.coefficient * l1 if sparsity.kind == "l1" else term,
-        error=error,
-        squared=squared,
-        grad_out=grad_out,
-        gradients=out,
-        log_threshold=gradient,
-        codes=None,
-        active=l0.sum().long(),
-        fired=fired,
-    )
+    def result(self) -> MainPass:
+        """Loss and gradients of all rows."""
+        threshold = self._threshold
+        term, slope = self._term()
+        gradient = None
+        if threshold is not None:
+            # d / d log threshold = threshold * d / d threshold
+            gradient = -threshold / self._bandwidth * (threshold * self.by_value + slope * self.by_count)
+        squared = self.error.square().sum(dim=1)
+        return MainPass(
+            loss=self._given.row_weight @ squared,
+            sparsity=term,
+            error=self.error,
+            squared=squared,
+            grad_out=self.grad_out,
+            gradients=self.out,
+            log_threshold=gradient,
+            codes=None,
+            active=self.l0.sum().long(),
+            fired=self.fired,
+        )
 
-
-def _count_term(l0: Tensor, c: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
-    """The sparsity term of the rows' counts `l0` [N], and its derivative by their sum, weighted as `dense_pass` does.
-
-    Weighted by c for l0 (where the derivative is the coefficient), by 1 / N for target.
-    """
-    coefficient = sparsity.coefficient
-    if sparsity.kind == "target":
-        excess = l0.mean() / sparsity.goal - 1
-        return coefficient * excess.square(), 2 * coefficient * excess / sparsity.goal
-    if sparsity.kind == "l0":
-        return coefficient * (c @ l0), torch.full_like(c.sum(), coefficient)
-    return torch.zeros_like(c.sum()), torch.zeros_like(c.sum())
+    def _term(self) -> tuple[Tensor, Tensor]:
+        """The sparsity term, and its derivative by the rows' counts, weighted as `_count_weight` has them."""
+        c, l0, coefficient = self._given.row_weight, self.l0, self._coefficient
+        if self._kind == "target":
+            excess = l0.mean() / self._goal - 1
+            return coefficient * excess.square(), 2 * coefficient * excess / self._goal
+        if self._kind == "l0":
+            return coefficient * (c @ l0), torch.full_like(c.sum(), coefficient)
+        return coefficient * self.l1, torch.zeros_like(self.l1)
 
 
 def _fresh(given: PassInputs) -> WeightGradients:

@@ -5,24 +5,20 @@ Pure functions of the plan and the step's number, so a resumed run needs to reme
 
 from dataclasses import replace
 
-from train.objective.step import StepOptions
-from train.objective.variants import variant_of
+from train.objective.variants import StepOptions, variant_of
 from train.resolve import RunPlan
 
 
 def step_options(plan: RunPlan) -> StepOptions:
-    """The options of a run's steps, warm-ups over."""
+    """The options of a run's steps once all warm-ups are over."""
     return StepOptions(
-        variant=variant_of(plan.sae_config),
-        k=plan.k,
+        variant=variant_of(plan.model),
+        objective=plan.config.objective,
+        k=plan.model.k,
         aux_k=plan.aux_k,
-        aux_coef=plan.aux_coef,
+        sparsity_coef=plan.sparsity_coef,
         product_dtype=plan.torch_dtype,
         tile_bytes=plan.tile_bytes,
-        multi_topk=plan.multi_topk,
-        sparsity_loss="penalty" if plan.sparsity_loss == "penalty" else "target",
-        sparsity_coef=plan.sparsity_coef,
-        bandwidth=plan.bandwidth,
     )
 
 
@@ -37,13 +33,14 @@ def options_at(options: StepOptions, plan: RunPlan, step: int) -> StepOptions:
 
 def k_at(step: int, plan: RunPlan) -> int:
     """k falls (or rises) linearly from k_start to k over the first k_warmup_fraction of the steps."""
-    warmup = round(plan.k_warmup_fraction * plan.steps)
-    if plan.k_start is None or step >= warmup:
-        return plan.k
-    return plan.k_start + round((plan.k - plan.k_start) * step / warmup)
+    k, k_start = plan.model.k, plan.config.objective.k_start
+    warmup = round(plan.config.objective.k_warmup_fraction * plan.steps)
+    if k_start is None or step >= warmup:
+        return k
+    return k_start + round((k - k_start) * step / warmup)
 
 
 def sparsity_share(step: int, plan: RunPlan) -> float:
     """The sparsity term's coefficient rises linearly to its value over the first sparsity_warmup_fraction."""
-    warmup = round(plan.sparsity_warmup_fraction * plan.steps)
+    warmup = round(plan.config.objective.sparsity_warmup_fraction * plan.steps)
     return (step + 1) / (warmup + 1) if step < warmup else 1.0

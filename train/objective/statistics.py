@@ -6,22 +6,64 @@ own), then kept in the checkpoint: a resumed run uses the very same numbers.
 Shapes: N vectors, D d_model, L layers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.data import Vectors
-from train.model import Standardized, standardize_by_layer
-from train.objective.losses import LayerMoments
+from train.data import TrainingData, Vectors, closing_batches
+from train.model import standardize, standardize_by_layer
+from train.model_config import Standardize
 
 DENOMINATOR_VECTORS = 2**16
 """Vectors that the denominators are taken over, at most: two thousand of each layer where there are 30."""
 
 MEDIAN_VECTORS = 2**15
 """Vectors that the geometric median is taken over, at most."""
+
+_SEED = 2**31
+"""Added to the run's seed, so that the sample is not the beginning of the training stream."""
+
+
+class LayerVariance(NamedTuple):
+    """Count, mean and summed squared deviation of vectors by layer, in float64; merges over batches in any order."""
+
+    vectors: Tensor
+    """int64 [L]"""
+
+    mean: Tensor
+    """[L, D]"""
+
+    deviation: Tensor
+    """[L] sum over vectors of |x - mean_l|^2, over all dimensions."""
+
+    @classmethod
+    def zeros(cls, n_layers: int, d_model: int, device: torch.device | str = "cpu") -> "LayerVariance":
+        """No vectors yet."""
+        return cls(
+            torch.zeros(n_layers, dtype=torch.int64, device=device),
+            torch.zeros(n_layers, d_model, dtype=torch.float64, device=device),
+            torch.zeros(n_layers, dtype=torch.float64, device=device),
+        )
+
+    def add(self, x: Tensor, layer: Tensor) -> "LayerVariance":
+        """With vectors `x` [N, D] of layers `layer` int64 [N] added (Chan et al.'s merge, which does not cancel)."""
+        x = x.double()
+        in_layer = torch.zeros(len(self.vectors), len(x), dtype=torch.float64, device=x.device)
+        in_layer[layer, torch.arange(len(x), device=x.device)] = 1  # [L, N]; sums by layer are products with it
+        added = in_layer.sum(dim=1)
+        batch_mean = (in_layer @ x) / added.clamp_min(1).unsqueeze(1)
+        batch_deviation = in_layer @ (x - batch_mean[layer]).square().sum(dim=1)
+        total = self.vectors + added
+        share = added / total.clamp_min(1)
+        delta = batch_mean - self.mean
+        return LayerVariance(
+            total.long(),
+            self.mean + delta * share.unsqueeze(1),
+            self.deviation + batch_deviation + delta.square().sum(dim=1) * (self.vectors * share),
+        )
 
 
 class FixedStatistics(NamedTuple):
@@ -56,25 +98,72 @@ def require_finite(x: Tensor, layer: Tensor, layers: Sequence[int]) -> None:
         )
 
 
-class StatisticsSums:
-    """Gathers the statistics of one run; several can watch one stream, so that it is read once for all of them."""
+class View(NamedTuple):
+    """How a run looks at the stream of vectors; runs that look alike start from the same statistics."""
 
-    def __init__(self, standardize: Callable[[Tensor], Standardized] | None, layers: tuple[int, ...]) -> None:
-        """standardize: the run's own, or None where it is by layer, with the very numbers that are gathered here;
-        layers: the model's numbers of the layers it is trained on, for errors."""
-        self._standardize = standardize
-        self._layers = layers
-        self._standardized: LayerMoments | None = None
-        self._raw: LayerMoments | None = None
+    standardize: Standardize
+    """What is taken out of the vectors first."""
+
+    layers: tuple[int, ...]
+    """The model's numbers of the layers trained on."""
+
+    position: int | None = None
+    """Of a run on one layer alone, that layer's position in the stream."""
+
+    def own(self, batch: Vectors) -> Vectors:
+        """The vectors of a batch that are trained on."""
+        if self.position is None:
+            return batch
+        rows = (batch.layer == self.position).nonzero().squeeze(1)
+        return Vectors(batch.x[rows], torch.zeros_like(rows))
+
+
+def statistics_of(views: Sequence[View], data: TrainingData, window_bytes: int) -> dict[View, FixedStatistics]:
+    """The statistics of each view, from a seeded sample of the data."""
+    if not views:
+        return {}
+    sample_bytes = DENOMINATOR_VECTORS * data.store.meta.d_model * data.store.meta.itemsize
+    loader = data.loader(data.config.data.seed + _SEED, min(window_bytes, sample_bytes), epochs=1)
+    with closing_batches(loader) as batches:
+        return gather(views, map(data.source, batches))
+
+
+def gather(views: Iterable[View], batches: Iterable[Vectors]) -> dict[View, FixedStatistics]:
+    """The statistics of each view, from the first `DENOMINATOR_VECTORS` vectors, which are read once for all of them.
+
+    Raises `IncompatibleError` naming a layer whose vectors do not vary, or are not finite.
+    """
+    sums = {view: _Sums(view) for view in views}
+    seen = 0
+    for batch in batches:
+        for each in sums.values():
+            each.add(*each.view.own(batch))
+        seen += len(batch.x)
+        if seen >= DENOMINATOR_VECTORS:
+            break
+    return {view: each.finish() for view, each in sums.items()}
+
+
+class _Sums:
+    """Gathers the statistics of one view.
+
+    Where vectors are standardised by layer, it is by the very numbers that are gathered here: so at the end.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self._standardized: LayerVariance | None = None
+        self._raw: LayerVariance | None = None
         self._sample: list[Vectors] = []  # standardised, or raw where that is not known before the end
         self._seen = 0
 
     def add(self, x: Tensor, layer: Tensor) -> None:
         """Count raw vectors `x` [N, D] of layers `layer` int64 [N]; `IncompatibleError` where a value is not finite."""
-        require_finite(x, layer, self._layers)
-        x_std = x if self._standardize is None else self._standardize(x).x
+        n_layers = len(self.view.layers)
+        require_finite(x, layer, self.view.layers)
+        x_std = standardize(x).x if self.view.standardize == "vector" else x
         if self._standardized is None or self._raw is None:
-            self._standardized = self._raw = LayerMoments.zeros(len(self._layers), x.shape[1], x.device)
+            self._standardized = self._raw = LayerVariance.zeros(n_layers, x.shape[1], x.device)
         self._standardized = self._standardized.add(x_std, layer)
         self._raw = self._raw.add(x, layer)
         if self._seen < MEDIAN_VECTORS:
@@ -84,46 +173,23 @@ class StatisticsSums:
 
     def finish(self) -> FixedStatistics:
         """The statistics; raises `IncompatibleError` naming a layer whose vectors do not vary."""
-        standardized, raw = self._standardized, self._raw
+        standardized, raw, layers = self._standardized, self._raw, self.view.layers
         assert standardized is not None
         assert raw is not None
-        for position, moments in ((p, m) for m in (standardized, raw) for p in range(len(self._layers))):
-            if not moments.deviation[position] > 0:
+        for position, sums in ((p, m) for m in (standardized, raw) for p in range(len(layers))):
+            if not sums.deviation[position] > 0:
                 raise IncompatibleError(
-                    f"layer {self._layers[position]}: {int(moments.vectors[position])} training vectors, and they do "
-                    "not vary; FVU has no meaning there: harvest more text, or leave the layer out with --layers"
+                    f"layer {layers[position]}: {int(sums.vectors[position])} training vectors, and they do not vary; "
+                    "FVU has no meaning there: harvest more text, or leave the layer out with --layers"
                 )
         variance = raw.deviation / raw.vectors
         found = FixedStatistics(raw.mean[0], standardized.deviation / standardized.vectors, variance, raw.mean)
         x, layer = (torch.cat(parts) for parts in zip(*self._sample, strict=True))
-        if self._standardize is None:
+        if self.view.standardize == "layer":
             mean, scale = raw.mean.to(x.dtype), found.layer_scale.to(x.dtype)
             x = standardize_by_layer(x, layer, mean, scale).x
             found = found._replace(standardized=variance / found.layer_scale.square())  # d_model, by its definition
         return found._replace(b_pre=geometric_median(x))
-
-
-def fixed_statistics(
-    batches: Iterable[Vectors], standardize: Callable[[Tensor], Standardized] | None, layers: tuple[int, ...]
-) -> FixedStatistics:
-    """Statistics of the first rows of `batches`; raises `IncompatibleError` naming a layer whose vectors do not vary.
-
-    The bias is taken in the space in which it is used: on standardised vectors, never on raw ones.
-    """
-    sums = StatisticsSums(standardize, layers)
-    for x, layer in sample(batches):
-        sums.add(x, layer)
-    return sums.finish()
-
-
-def sample(batches: Iterable[Vectors]) -> Iterator[Vectors]:
-    """The batches that statistics are taken over: the first `DENOMINATOR_VECTORS` vectors, to a whole batch."""
-    seen = 0
-    for batch in batches:
-        yield batch
-        seen += len(batch.x)
-        if seen >= DENOMINATOR_VECTORS:
-            return
 
 
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

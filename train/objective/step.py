@@ -22,52 +22,16 @@ Not here: which latents are active (`train.objective.variants`), which implement
 Shapes: N rows, D d_model, M n_latents, k active latents a row, A dead latents.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from train.kernels.interface import Kernels, SparseCodes, WeightGradients
 from train.objective.losses import DeadLatents, RowWeights, auxk
-from train.objective.passes import PassInputs
-from train.objective.variants import Variant
+from train.objective.passes import MainPass, PassInputs
+from train.objective.variants import StepOptions
 from train.objective.weights import Weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """What stays the same from step to step, but for what `train.objective.schedule` moves."""
-
-    variant: Variant
-    """How latents are chosen."""
-
-    k: int
-    """Latents that may be active on a row, or that are aimed at."""
-
-    aux_k: int
-    """Dead latents that AuxK may use on a row."""
-
-    aux_coef: float
-    """Weight of AuxK beside the main loss; 0 turns it off."""
-
-    product_dtype: torch.dtype
-    """Type of the encoder's product (and of AuxK's): the weights' own, or bfloat16 where the hardware is fast at it."""
-
-    tile_bytes: int
-    """Pre-activations held at once."""
-
-    multi_topk: bool = False
-    """topk: whether the loss of 4 k latents is added, with an eighth of the weight."""
-
-    sparsity_loss: Literal["target", "penalty"] = "target"
-    """jumprelu: "target": sparsity_coef * (mean L0 / k - 1)^2; "penalty": sparsity_coef for every active latent."""
-
-    sparsity_coef: float = 0.0
-    """Weight of the sparsity term of jumprelu and relu."""
-
-    bandwidth: float = 1.0
-    """jumprelu: width of the rectangle in which a pre-activation moves a threshold."""
 
 
 class StepResult(NamedTuple):
@@ -112,8 +76,7 @@ def training_step(
     memory for the weights' gradients, which the next call with it writes over.
     """
     centred = x - weights.b_pre
-    subtracted = options.variant.config.apply_b_dec_to_input
-    inputs = centred if subtracted else x
+    inputs = centred if options.variant.config.apply_b_dec_to_input else x
     main = options.variant.train(
         PassInputs(
             inputs=inputs,
@@ -128,30 +91,12 @@ def training_step(
         options,
     )
     dead.count(len(x), main.fired)
-    grads = main.gradients
-
     aux_loss = main.loss.new_zeros(())
-    latents = dead.dead_latents() if options.aux_coef > 0 else None
-    if latents is not None and len(latents) > 0:
-        aux = auxk(
-            inputs,
-            main.error,
-            rows,
-            weights.W_enc.index_select(0, latents),
-            weights.W_dec.index_select(0, latents),
-            b_enc=None if weights.b_enc is None else weights.b_enc[latents],
-            k=options.aux_k,
-            product_dtype=options.product_dtype,
-            tile_bytes=options.tile_bytes,
-            kernels=kernels,
-        )
-        aux_loss = aux.loss
-        grads.W_enc.index_add_(0, latents, aux.W_enc, alpha=options.aux_coef)
-        grads.W_dec.index_add_(0, latents, aux.W_dec, alpha=options.aux_coef)
-        grads.latent_sums.index_add_(0, latents, aux.latent_sums, alpha=options.aux_coef)
-
+    if options.objective.aux_coef > 0 and len(latents := dead.dead_latents()) > 0:
+        aux_loss = _add_auxk(latents, inputs, main, rows, weights, options, kernels)
+    grads = main.gradients
     b_pre = main.grad_out.sum(dim=0)
-    if subtracted:
+    if options.variant.config.apply_b_dec_to_input:
         b_pre = b_pre - grads.latent_sums @ weights.W_enc
     gradients = Weights(
         grads.W_enc,
@@ -161,3 +106,32 @@ def training_step(
         log_threshold=main.log_threshold,
     )
     return StepResult(gradients, main.codes, main.squared, main.loss, aux_loss, main.active, main.sparsity)
+
+
+def _add_auxk(
+    latents: Tensor,
+    inputs: Tensor,
+    main: MainPass,
+    rows: RowWeights,
+    weights: Weights,
+    options: StepOptions,
+    kernels: Kernels,
+) -> Tensor:
+    """AuxK of the dead `latents` int64 [A], added to the main pass's gradients; its loss, before the coefficient."""
+    aux = auxk(
+        inputs,
+        main.error,
+        rows,
+        weights.W_enc.index_select(0, latents),
+        weights.W_dec.index_select(0, latents),
+        b_enc=None if weights.b_enc is None else weights.b_enc[latents],
+        k=options.aux_k,
+        product_dtype=options.product_dtype,
+        tile_bytes=options.tile_bytes,
+        kernels=kernels,
+    )
+    coefficient = options.objective.aux_coef
+    main.gradients.W_enc.index_add_(0, latents, aux.W_enc, alpha=coefficient)
+    main.gradients.W_dec.index_add_(0, latents, aux.W_dec, alpha=coefficient)
+    main.gradients.latent_sums.index_add_(0, latents, aux.latent_sums, alpha=coefficient)
+    return aux.loss

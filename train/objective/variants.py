@@ -16,19 +16,18 @@ Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, final
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
+from train.config import ObjectiveConfig
 from train.kernels.encode import BatchCodes, ReadyEncoder
 from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
-from train.objective.passes import Block, MainPass, PassInputs, Sparsity, dense_pass, nested_pass, sparse_pass
+from train.objective.passes import Block, MainPass, PassInputs, dense_pass, nested_pass, sparse_pass
 from train.objective.weights import Weights
-
-if TYPE_CHECKING:
-    from train.objective.step import StepOptions
 
 THRESHOLD_RATE = 0.05
 """Share of a batch's smallest kept activation in the running mean that becomes the threshold of inference: the mean
@@ -57,6 +56,32 @@ class Variant(ABC):
         """Loss and gradients of a training batch; may update what is measured rather than trained, in place."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How a step is made: the same from step to step, but for what `train.objective.schedule` moves."""
+
+    variant: Variant
+    """How latents are chosen."""
+
+    objective: ObjectiveConfig
+    """What is minimised; what its flags may leave open, and what warms up, is in the fields here."""
+
+    k: int
+    """Latents that may be active on a row, or that are aimed at."""
+
+    aux_k: int
+    """Dead latents that AuxK may use on a row."""
+
+    sparsity_coef: float = 0.0
+    """Weight of the sparsity term of jumprelu and relu."""
+
+    product_dtype: torch.dtype
+    """Type of the encoder's product (and of AuxK's): the weights' own, or bfloat16 where the hardware is fast at it."""
+
+    tile_bytes: int
+    """Pre-activations held at once."""
+
+
 @final
 class TopK(Variant):
     """The k largest, then ReLU."""
@@ -70,9 +95,9 @@ class TopK(Variant):
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
         factor, weight = MULTI_TOPK
         n_latents = len(given.weights.W_enc)
-        wide = min(factor * options.k, n_latents) if options.multi_topk else options.k
+        wide = min(factor * options.k, n_latents) if options.objective.multi_topk else options.k
         codes = _encoder(given).topk(given.inputs, wide)
-        if not options.multi_topk:
+        if not options.objective.multi_topk:
             return sparse_pass(codes, given)
         if wide == options.k:  # all latents are among the k already
             return nested_pass([Block(codes, 1 + weight)], 0, codes, given)
@@ -139,8 +164,8 @@ class JumpReLU(Variant):
         if bool((log_threshold == -torch.inf).all()):
             smallest = _batch_codes(given, options.k).smallest
             log_threshold.copy_(torch.zeros(()) if smallest is None else smallest.log())
-        kind = "target" if options.sparsity_loss == "target" else "l0"
-        return dense_pass(given, _sparsity(options, kind))
+        kind = "target" if options.objective.sparsity_loss == "target" else "l0"
+        return dense_pass(given, kind, options.k, options.sparsity_coef, options.objective.bandwidth)
 
 
 @final
@@ -154,7 +179,7 @@ class ReLU(Variant):
         return encoder.above(inputs, inputs.new_zeros(()))
 
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
-        return dense_pass(given, _sparsity(options, "l1"))
+        return dense_pass(given, "l1", options.k, options.sparsity_coef, options.objective.bandwidth)
 
 
 VARIANTS: dict[str, type[Variant]] = {
@@ -200,12 +225,3 @@ def _only(codes: SparseCodes, mask: Tensor) -> SparseCodes:
     order = mask.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
     values = codes.values.masked_fill(~mask, 0).gather(1, order)
     return SparseCodes(values, codes.indices.gather(1, order))
-
-
-def _sparsity(options: "StepOptions", kind: str) -> Sparsity:
-    return Sparsity(
-        kind=kind,
-        coefficient=options.sparsity_coef,
-        goal=options.k,
-        bandwidth=options.bandwidth,
-    )

@@ -4,30 +4,38 @@ All on stderr. Not here: metrics files (`train.metrics`), trackers (`train.repor
 (`train.reporting.report`).
 """
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from residscope.console import counted, human_bytes
-from store.activations import ActivationStore
+from residscope.errors import ResidscopeError
+from train.data import TrainingData
 from train.hardware import check_memory
 from train.resolve import MemoryEstimate, RunPlan
-from train.resume import say
 
 
-def announce(plans: Sequence[RunPlan], n_layers: int, n_runs: int, memory: MemoryEstimate | None) -> None:
+def say(text: str) -> None:
+    """A line for the person at the terminal, on stderr."""
+    print(f"train: {text}", file=sys.stderr, flush=True)
+
+
+def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | None) -> None:
     """Say once what will run, on what, and, if it is given, how much memory it takes.
 
-    n_layers: of the stream. n_runs: of the whole invocation, of which `plans` are those that are left to do.
+    n_runs: of the whole invocation, of which `plans` are those that are left to do.
     """
     plan = plans[0]  # of which only what all plans share is used here
     many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "
+    n_latents, k = (spread([getattr(p.model, name) for p in plans]) for name in ("n_latents", "k"))
     say(
-        f"{many}{spread([p.n_latents for p in plans])} latents, k {spread([p.k for p in plans])}, {n_layers} "
-        f"layers of d_model {plan.d_model}; {counted(plan.steps, 'step')} of {plan.batch_size:,} vectors "
+        f"{many}{n_latents} latents, k {k}, {len(plan.stream_layers or plan.layers)} layers of d_model "
+        f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.config.data.batch_size:,} vectors "
         f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g})"
     )
     takes = ""
@@ -63,13 +71,7 @@ def progress_bar(step: int, steps: int) -> tqdm:
 
 
 def bar_words(
-    lines: Sequence[dict[str, Any]],
-    store: ActivationStore,
-    *,
-    vectors: int,
-    n_layers: int,
-    seconds: float,
-    waited: float,
+    lines: Sequence[dict[str, Any]], data: TrainingData, *, vectors: int, seconds: float, waited: float
 ) -> str:
     """What the bar says of the runs' last lines (of several, the least and the largest) and of the speed.
 
@@ -79,12 +81,37 @@ def bar_words(
     def span(name: str, form: str) -> str:
         return spread([line[name] for line in lines if line[name] is not None], form)
 
-    row_bytes = store.meta.d_model * store.meta.itemsize
+    row_bytes = data.store.meta.d_model * data.store.meta.itemsize
     return (
         f"FVU {span('fvu', '.3f')}, L0 {span('l0', '.1f')}, dead {span('dead_fraction', '.1%')}, "
-        f"{vectors / seconds:.0f} vectors/s, {vectors / n_layers / seconds:.0f} tokens/s, "
+        f"{vectors / seconds:.0f} vectors/s, {vectors / len(data.layers) / seconds:.0f} tokens/s, "
         f"{vectors * row_bytes / seconds / 1e9:.2g} GB/s, data wait {min(1.0, waited / seconds):.0%}"
     )
+
+
+def tell_diverged(where: str, checkpoints: Sequence[Path], *, any_left: bool) -> None:
+    """Warn of runs whose loss has just become NaN or infinite; raise `ResidscopeError` where no other is left."""
+    where = f"{where}: the loss is NaN or infinite"
+    way_out = "lower --lr, or set --clip-norm"
+    if checkpoints and not any_left:
+        raise ResidscopeError(f"{where}: {way_out}")
+    for path in checkpoints:
+        say(f"warning: {path}: {where}, and its weights are of no use: {way_out}")
+
+
+def tell_finished(plan: RunPlan, metrics: Mapping[str, Any]) -> None:
+    """Say that there is nothing left to do of a run; metrics: its last line."""
+    diverged = not math.isfinite(metrics["loss"] or 0)
+    how = ", and it diverged: start it anew by itself, with a lower --lr" if diverged else ""
+    say(f"{plan.config.out} is finished ({plan.steps} steps): nothing to do{how}")
+
+
+def tell_validation(bar: tqdm, where: str, fvu: Sequence[float]) -> None:
+    """The FVU of a validation, beside the bar, or as a line where there is none."""
+    text = f"validation FVU {spread(fvu, '.3f')}"
+    bar.set_description(text, refresh=False)
+    if bar.disable:
+        say(f"{where}: {text}")
 
 
 def spread(values: Sequence[float], form: str = "d") -> str:

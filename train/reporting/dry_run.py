@@ -1,16 +1,20 @@
-"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps that are made and thrown away.
+"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps whose result is not kept.
 
 The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
 Not foreseen: AuxK, which costs nothing until latents die and then up to about half a step more; a slower disk later.
+
+Tested in tests/train/reporting/test_outputs.py.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from residscope.console import human_bytes, human_seconds
 from store.activations import ActivationStore
-from train.resolve import MemoryEstimate, RunPlan
+from train.resolve import MemoryEstimate, RunPlan, weight_copies
 
 MEASURED_STEPS, MEASURED_SECONDS, WARM_STEPS = 20, 10.0, 2
 """So many steps are timed, or for so long, after some that compile and touch memory for the first time."""
@@ -54,14 +58,28 @@ class DryRun:
     """Time of all steps at that speed."""
 
 
+def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device) -> list[float]:
+    """Make some of a run's steps; the seconds that each took, once all is compiled."""
+    seconds: list[float] = []
+    for number in range(1, plan.steps + 1):
+        if len(seconds) >= MEASURED_STEPS or sum(seconds) >= MEASURED_SECONDS:
+            break
+        began = time.perf_counter()
+        one_step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number > WARM_STEPS or number == plan.steps:
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
 def foresee(
     plans: Sequence[RunPlan], store: ActivationStore, memory: MemoryEstimate, seconds: Sequence[float]
 ) -> DryRun:
     """What runs of these plans take, in one pass, from the time of each of some of their steps."""
     plan, meta = plans[0], store.meta
-    weights = [8 * each.n_latents * each.d_model for each in plans]
-    # With two moments, and the weights themselves where it is their mean that is saved.
-    interim = [size * (3 if each.ema_decay is None else 4) for size, each in zip(weights, plans, strict=True)]
+    weights = [8 * each.model.n_latents * each.model.d_model for each in plans]
+    interim = [size * weight_copies(each) for size, each in zip(weights, plans, strict=True)]
     mean = sum(seconds) / len(seconds)
     return DryRun(
         runs=len(plans),
@@ -92,8 +110,3 @@ def describe(found: DryRun) -> str:
             "nothing was written",
         ]
     )
-
-
-def as_json(found: DryRun) -> dict[str, Any]:
-    """Plain values."""
-    return asdict(found)

@@ -1,6 +1,8 @@
 """The course of a run as a picture, ckpt.loss.png beside the checkpoint: FVU and loss, L0 and dead latents.
 
 Drawn from the metrics file alone, so that any run can be drawn again. Needs matplotlib, and is left out without it.
+
+Tested in tests/train/reporting/test_outputs.py.
 """
 
 import io
@@ -24,7 +26,7 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> bool:
     except ModuleNotFoundError:
         return False
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    there = [line for line in lines if line["fvu"] is not None]  # not where no vector came, or the loss is no number
+    there = [line for line in lines if line["fvu"] is not None]  # None where no vector came, or the run diverged
     training = [line for line in there if "split" not in line and line["loss"] is not None]
     validation = [line for line in there if line.get("split") == "validation"]
     if not training:

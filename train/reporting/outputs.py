@@ -8,22 +8,21 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from residscope.errors import ResidscopeError, UsageError
 from residscope.names import stem
 from store.files import atomic_write
-from train.config import TrainConfig
+from train.checkpoint import load_checkpoint, safetensors_path
+from train.config import PublishConfig
 from train.metrics import metrics_path
-from train.model import load_checkpoint, safetensors_path
 from train.reporting.loss_figure import figure_path, write_loss_figure
+from train.reporting.report import TrainResult
+from train.reporting.trackers import check_installed
 
-if TYPE_CHECKING:
-    from train.run import TrainResult
 
-
-def check_hub(config: TrainConfig) -> None:
-    """Refuse an upload that cannot work, before the training rather than after it."""
+def check_publish(config: PublishConfig) -> None:
+    """Refuse trackers that are not installed and an upload that cannot work, before the training."""
+    check_installed(config)
     if config.push_to_hub is None:
         return
     from huggingface_hub import constants
@@ -38,7 +37,7 @@ def check_hub(config: TrainConfig) -> None:
         )
 
 
-def write_outputs(result: "TrainResult", *, anew: bool) -> None:
+def write_outputs(result: TrainResult, *, anew: bool) -> None:
     """Write the weights as safetensors and the loss figure; anew: also where they are there already."""
     from train.formats.files import write_safetensors
 
@@ -48,18 +47,19 @@ def write_outputs(result: "TrainResult", *, anew: bool) -> None:
         write_safetensors(saved.sae, target, store=saved.store, trainer=saved.trainer)
     if anew or not picture.exists():
         metrics = metrics_path(result.checkpoint)
-        name = f"{stem(result.checkpoint)}: {result.plan.n_latents} latents, k {result.plan.k}"
+        name = f"{stem(result.checkpoint)}: {result.plan.model.n_latents} latents, k {result.plan.model.k}"
         if metrics.exists():
             write_loss_figure(metrics, picture, name)
 
 
-def push(results: Sequence["TrainResult"], repo_id: str, *, private: bool, license: str) -> str:
+def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
     """Upload runs with a model card each: one at the top of the repository, several in folders by name; the address.
 
     Only what belongs to the runs is uploaded, whatever else lies beside the checkpoints.
     """
-    from train.formats.files import last_metrics, model_card, push_to_hub
+    from train.formats.hub import last_metrics, model_card, push_to_hub
 
+    assert config.push_to_hub is not None
     with tempfile.TemporaryDirectory(prefix="residscope-hub-") as name:
         root = Path(name)
         for result in results:
@@ -72,11 +72,15 @@ def push(results: Sequence["TrainResult"], repo_id: str, *, private: bool, licen
             if figure_path(result.checkpoint).exists():
                 shutil.copyfile(figure_path(result.checkpoint), folder / "ckpt.loss.png")
             card = model_card(
-                saved, last_metrics(metrics), license=license, repo_id=repo_id, subfolder=result.spec.name
+                saved,
+                last_metrics(metrics),
+                license=config.hub_license,
+                repo_id=config.push_to_hub,
+                subfolder=result.spec.name,
             )
             atomic_write(folder / "README.md", [card.encode()])
         try:
-            return push_to_hub(root, repo_id, private=private)
+            return push_to_hub(root, config.push_to_hub, private=config.hub_private)
         except ResidscopeError as error:
             raise ResidscopeError(
                 f"{error} (the checkpoints are saved; with --resume the same command tries again)"

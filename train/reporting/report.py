@@ -1,12 +1,61 @@
-"""What finished runs say: words or a table for the terminal, plain values for `--json`, a sweep's table as a file."""
+"""What finished runs say: words or a table for the terminal, plain values for `--json`, a sweep's table as a file.
 
+Tested in tests/train/reporting/test_outputs.py and test_grid.py.
+"""
+
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from residscope.console import counted, human_seconds
-from train.grid import as_written
-from train.run import TrainResult
+from train.grid import RunSpec, as_written
+from train.resolve import RunPlan
+from train.validation import Validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished run."""
+
+    plan: RunPlan
+    """What was run."""
+
+    metrics: dict[str, Any]
+    """The last line of training metrics, or what the checkpoint says of it."""
+
+    validation: Validation | None
+    """On held-out documents; None if none were held out."""
+
+    seconds: float
+    """Time of this invocation, from the start to the last checkpoint."""
+
+    @classmethod
+    def of(cls, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> "TrainResult":
+        """From the `trainer` entry of the run's last checkpoint."""
+        return cls(
+            plan=plan,
+            metrics=trainer["metrics"],
+            validation=None if trainer["validation"] is None else Validation(**trainer["validation"]),
+            seconds=seconds,
+        )
+
+    @property
+    def spec(self) -> RunSpec:
+        """Which run of the invocation it is."""
+        return self.plan.spec
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that holds the autoencoder."""
+        return self.plan.config.out
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss or the validation is not finite."""
+        validated = 0 if self.validation is None else self.validation.fvu
+        return not math.isfinite((self.metrics["loss"] or 0) + validated)
 
 
 def summary(result: TrainResult) -> dict[str, Any]:
@@ -31,8 +80,9 @@ def describe(result: TrainResult) -> str:
     """A run in words."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
     lines = [
-        f"{result.checkpoint}: {plan.n_latents:,} latents, k {plan.k}, after {counted(metrics['step'], 'step')} "
-        f"({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in {human_seconds(result.seconds)}",
+        f"{result.checkpoint}: {plan.model.n_latents:,} latents, k {plan.model.k}, after "
+        f"{counted(metrics['step'], 'step')} ({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in "
+        f"{human_seconds(result.seconds)}",
         f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "
         f"{metrics['dead_fraction']:.1%} of latents dead",
     ]
@@ -66,7 +116,7 @@ def table(results: Sequence[TrainResult]) -> str:
             [
                 *map(as_written, result.spec.settings.values()),
                 *([str(result.spec.layer)] if per_layer else []),
-                str(plan.n_latents),
+                str(plan.model.n_latents),
                 _number(found and found.fvu, ".3f"),
                 "-" if worst is None or found is None else f"{found.fvu_per_layer[worst]:.3f}",
                 "-" if worst is None else str(plan.layers[worst]),
@@ -75,14 +125,18 @@ def table(results: Sequence[TrainResult]) -> str:
                 str(result.checkpoint.name),
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
     tokens = next((result.validation.tokens for result in results if result.validation), 0)
     title = (
         f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
         "tokens of held-out documents, mean over layers; dead: share of the latents"
     )
-    return "\n".join([title, *rows])
+    return "\n".join([title, *aligned(lines)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of words as a table, each column as wide as its longest word."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
 
 
 def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
@@ -100,8 +154,8 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
                     "run": result.spec.name,
                     **{name: _plain(value) for name, value in result.spec.settings.items()},
                     "checkpoint": result.checkpoint.name,
-                    "n_latents": plan.n_latents,
-                    "active_at_most": plan.k,
+                    "n_latents": plan.model.n_latents,
+                    "active_at_most": plan.model.k,
                     "layer": layer,
                     "fvu": None if found is None else found.fvu_per_layer[position],
                     "l0": None if found is None else found.l0_per_layer[position],

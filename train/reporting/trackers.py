@@ -2,34 +2,25 @@
 
 Both get what `ckpt.metrics.jsonl` gets, when it gets it: training numbers as train/NAME, validation as validation/NAME,
 lists over layers as NAME/LAYER, against the step. The file stays the record; a tracker is a copy for watching.
+
+Tested in tests/train/reporting/test_outputs.py.
 """
 
 import importlib.util
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from residscope.errors import ResidscopeError
 from residscope.names import beside, stem
-from train.config import TrainConfig
+from train.config import PublishConfig
+from train.resolve import RunPlan
 
 _ID_BYTES = 8
 
 
-class Tracker(Protocol):
-    """Someone who is told of every line of metrics."""
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take the numbers of a step."""
-        ...
-
-    def close(self) -> None:
-        """No more will come."""
-        ...
-
-
-def check_installed(config: TrainConfig) -> None:
+def check_installed(config: PublishConfig) -> None:
     """Raise `ResidscopeError` if a package that the flags ask for is missing."""
     for flag, wanted, package in (
         ("--tensorboard", config.tensorboard, "tensorboard"),
@@ -42,13 +33,14 @@ def check_installed(config: TrainConfig) -> None:
             )
 
 
-def open_trackers(config: TrainConfig, name: str, plan: Mapping[str, Any], resume_step: int) -> list[Tracker]:
+def open_trackers(plan: RunPlan, resume_step: int) -> "list[Tracker]":
     """Those that the flags of one run ask for; resume_step: where its checkpoint stands, 0 for a fresh run."""
     found: list[Tracker] = []
-    if config.tensorboard:
-        found.append(_TensorBoard(beside(config.out, ".tensorboard"), resume_step))
-    if config.wandb is not None:
-        found.append(_WandB(config.wandb, name or stem(config.out), config.out, plan, fresh=resume_step == 0))
+    out, publish = plan.config.out, plan.config.publish
+    if publish.tensorboard:
+        found.append(_TensorBoard(beside(out, ".tensorboard"), resume_step))
+    if publish.wandb is not None:
+        found.append(_WandB(publish.wandb, plan.spec.name or stem(out), out, plan.to_dict(), fresh=resume_step == 0))
     return found
 
 
@@ -106,3 +98,7 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Tracker = _TensorBoard | _WandB
+"""Gets the numbers of every line of metrics."""

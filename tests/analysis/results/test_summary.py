@@ -1,7 +1,6 @@
 """What summary.json says of an autoencoder's training, and what codes may take of the disk."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,19 +9,20 @@ import pytest
 
 from analysis.results.summary import trained_tokens
 from analysis.tiles import codes_folder
+from residscope.options import with_values
 from tests.support.small import analyze_config
 from tests.support.stores import make_store, random_activations
-from train.config import TrainConfig
-from train.model import load_checkpoint
+from tests.support.training import train_config
+from train.checkpoint import load_checkpoint
 from train.run import train_all
 
 
 def test_trained_tokens_count_a_token_once_however_many_layers_the_stream_has(tmp_path: Path) -> None:
     """Of each of a --per-layer set as of the one of all layers: the kept training tokens, twice in two epochs."""
     store = make_store(tmp_path / "acts.zarr", random_activations(n_tokens=400))  # 3 layers
-    config = TrainConfig(store=store.path, out=tmp_path / "ckpt.pt", n_latents=40, k=4, batch_size=64, epochs=2)
-    config = replace(config, validation_fraction=0.0, threads=1, kernels="torch")
-    results = [*train_all(config), *train_all(replace(config, per_layer="each"))]
+    config = train_config(store=store.path, out=tmp_path / "ckpt.pt", n_latents=40, k=4, batch_size=64, epochs=2)
+    config = with_values(config, validation_fraction=0.0, threads=1, kernels="torch")
+    results = [*train_all(config), *train_all(with_values(config, per_layer="each"))]
     assert len(results) == 4
     kept = int(np.count_nonzero(store.tokens.keep))
     for result in results:

@@ -12,7 +12,7 @@ from tests.support.stores import make_store, token_table
 
 
 def test_held_out_documents_are_those_of_training(tmp_path: Path) -> None:
-    from train.resolve import split_tokens
+    from train.data import split_tokens
 
     store = make_store(tmp_path / "s.zarr", np.ones((320, 2, 4), np.float32))
     for seed in (0, 3):

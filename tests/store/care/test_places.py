@@ -12,8 +12,8 @@ from store.checksums import DamagedError
 from store.loader import WindowLoader
 from store.shards import shard_name
 from tests.support.stores import make_store, random_activations
+from tests.support.training import train_config
 from train.compare.cli import main as compare
-from train.config import TrainConfig
 from train.run import train
 
 WAYS = [
@@ -92,11 +92,11 @@ def test_train_and_compare_find_swapped_shards(
     tmp_path: Path, n_layers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = make(tmp_path / "a.zarr", n_layers)
-    config = TrainConfig(store=store.path, out=tmp_path / "ckpt.pt", n_latents=40, k=4, batch_size=64, kernels="torch")
+    config = train_config(store=store.path, out=tmp_path / "ckpt.pt", n_latents=40, k=4, batch_size=64, kernels="torch")
     train(config)
     swap(store, 2, 3)
     with pytest.raises(DamagedError, match="an intact file of another shard or store"):
-        train(TrainConfig(store=store.path, out=tmp_path / "b.pt", n_latents=40, k=4, batch_size=64, kernels="torch"))
+        train(train_config(store=store.path, out=tmp_path / "b.pt", n_latents=40, k=4, batch_size=64, kernels="torch"))
     assert not (tmp_path / "b.pt").exists()
     words = ["--store", str(store.path), "--sae", str(config.out), "--out", str(tmp_path / "compared")]
     assert compare(words) == 3

@@ -1,7 +1,6 @@
 """The comparison against a naive one by hand, and what it refuses."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,15 @@ import pytest
 import torch
 
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from residscope.options import with_values
 from store.activations import ActivationStore
 from store.shuffle import validation_documents
 from tests.support.stores import make_store, random_activations
+from tests.support.training import train_config
+from train.checkpoint import load_checkpoint
 from train.cli import main
-from train.compare.config import CompareConfig
+from train.compare.config import TrainCompareConfig
 from train.compare.measure import compare
-from train.compare.pca import GramSums
-from train.config import TrainConfig
-from train.model import load_checkpoint
 from train.run import train, train_all
 
 
@@ -27,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with layers 1, 4 and 6 of a model, one autoencoder for all layers, and one for each."""
     root = tmp_path_factory.mktemp("compare")
     make_store(root / "acts.zarr", random_activations(n_tokens=400), chunk_tokens=32, layers=(1, 4, 6))
-    config = TrainConfig(
+    config = train_config(
         store=root / "acts.zarr",
         out=root / "all.pt",
         n_latents=30,
@@ -40,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lr=3e-3,
     )
     train(config)
-    train_all(replace(config, per_layer="total", out=root / "layers"))
-    train(replace(config, seed=1, out=root / "other-split.pt"))
+    train_all(with_values(config, per_layer="total", out=root / "layers"))
+    train(with_values(config, seed=1, out=root / "other-split.pt"))
     return root
 
 
@@ -72,7 +71,8 @@ def naive_pca(fit: np.ndarray, x: np.ndarray, k: int) -> np.ndarray:
 
 
 def test_every_number_is_that_of_a_naive_computation(folder: Path) -> None:
-    result = compare(CompareConfig(store=folder / "acts.zarr", sae=(str(folder / "all.pt"), str(folder / "layers"))))
+    sources = (str(folder / "all.pt"), str(folder / "layers"))
+    result = compare(TrainCompareConfig(store=folder / "acts.zarr", sae=sources))
     x, fit = held_out(folder)
     assert result.tokens == len(x) == 75
     assert result.layers == (1, 4, 6)
@@ -93,20 +93,6 @@ def test_every_number_is_that_of_a_naive_computation(folder: Path) -> None:
         for name, x_hat in expected.items():
             found = named[name].by_layer(result.layers, "fvu_per_layer")[position]
             assert found == pytest.approx(naive_fvu(x[:, position], x_hat), rel=1e-4), (name, layer)
-
-
-def test_pca_as_an_autoencoder_has_k_active_latents() -> None:
-    x = torch.randn(200, 12, generator=torch.Generator().manual_seed(0)) + 1
-    sums = GramSums(12)
-    sums.add(x[:90])
-    sums.add(x[90:])
-    for k in (1, 5, 12, 40):
-        sae = sums.fit(k)
-        codes = sae.encode_standardized(x)
-        assert (codes.values > 0).sum(dim=1).tolist() == [min(k, 12)] * 200
-        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(len(sae.W_dec)))
-    zero, one = torch.zeros(200, 1), torch.ones(200, 1)
-    torch.testing.assert_close(sums.fit(12).decode(sums.fit(12).encode_standardized(x), zero, one), x)
 
 
 def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
@@ -135,10 +121,10 @@ def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
 def test_one_that_was_trained_on_some_of_the_layers_has_a_mean_of_its_own(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = TrainConfig(
+    config = train_config(
         store=folder / "acts.zarr", out=tmp_path / "two.pt", n_latents=30, k=3, batch_size=64, validation_fraction=0.2
     )
-    train(replace(config, layers=(1, 6), threads=1, kernels="torch"))
+    train(with_values(config, layers=(1, 6), threads=1, kernels="torch"))
     command = ["compare", "--store", str(folder / "acts.zarr"), "--sae", str(folder / "all.pt"), str(config.out)]
     assert main([*command, "--out", str(tmp_path / "c"), "--no-pca"]) == 0
     found = json.loads((tmp_path / "c" / "compare.json").read_text())
@@ -179,29 +165,29 @@ def test_sets_that_share_no_layer_have_no_ratio_and_those_that_the_store_lacks_a
 
 
 def test_sets_that_standardise_by_layer_are_measured_where_they_can_be(folder: Path, tmp_path: Path) -> None:
-    config = TrainConfig(
+    config = train_config(
         store=folder / "acts.zarr", out=tmp_path / "ckpt.pt", n_latents=30, k=3, batch_size=64, validation_fraction=0.2
     )
-    config = replace(config, standardize="layer", dtype="float32", kernels="torch", threads=1)
-    single = train_all(replace(config, per_layer="each"))
+    config = with_values(config, standardize="layer", dtype="float32", kernels="torch", threads=1)
+    single = train_all(with_values(config, per_layer="each"))
     shared = train(config)
     sources = (str(config.out), *(str(result.checkpoint) for result in single))
-    result = compare(CompareConfig(store=config.store, sae=sources, pca=False))
+    result = compare(TrainCompareConfig(store=config.store, sae=sources, pca=False))
     assert [entrant.name for entrant in result.entrants] == ["ckpt", "ckpt (per layer)"]
     assert shared.validation is not None
     assert result.entrants[0].by_layer(result.layers, "fvu_per_layer") == pytest.approx(shared.validation.fvu_per_layer)
     expected = [run.validation.fvu for run in single if run.validation]
     assert result.entrants[1].by_layer(result.layers, "fvu_per_layer") == pytest.approx(expected)
-    train(replace(config, layers=(1, 6), out=tmp_path / "two.pt"))
+    train(with_values(config, layers=(1, 6), out=tmp_path / "two.pt"))
     with pytest.raises(UsageError, match="standardises by layer and knows layers 1 6, the store has 1 4 6"):
-        compare(CompareConfig(store=config.store, sae=(str(tmp_path / "two.pt"),), pca=False))
+        compare(TrainCompareConfig(store=config.store, sae=(str(tmp_path / "two.pt"),), pca=False))
 
 
 def test_documents_must_be_held_out_from_all(folder: Path) -> None:
     """Two seeds hold out other documents: only those that both leave out are measured on."""
     pair = (str(folder / "all.pt"), str(folder / "other-split.pt"))
     both = validation_documents(25, 0.2, 0) & validation_documents(25, 0.2, 1)
-    config = CompareConfig(store=folder / "acts.zarr", sae=pair, pca=False)
+    config = TrainCompareConfig(store=folder / "acts.zarr", sae=pair, pca=False)
     if both.any():
         assert compare(config).tokens == 15 * both.sum()
     else:
@@ -212,10 +198,10 @@ def test_documents_must_be_held_out_from_all(folder: Path) -> None:
 def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = str(folder / "acts.zarr")
     with pytest.raises(UsageError, match="all is there twice"):
-        compare(CompareConfig(store=Path(store), sae=(str(folder / "all.pt"),) * 2))
+        compare(TrainCompareConfig(store=Path(store), sae=(str(folder / "all.pt"),) * 2))
     make_store(tmp_path / "wide.zarr", random_activations(n_tokens=64, d_model=16))
     with pytest.raises(IncompatibleError, match=r"all has d_model 12, .* has 16"):
-        compare(CompareConfig(store=tmp_path / "wide.zarr", sae=(str(folder / "all.pt"),)))
+        compare(TrainCompareConfig(store=tmp_path / "wide.zarr", sae=(str(folder / "all.pt"),)))
     (tmp_path / "file").write_text("")
     (tmp_path / "compare.json").write_text('{"schema_version": 1}')
     cases = [
@@ -241,4 +227,4 @@ def test_values_that_are_not_finite_are_named_by_layer(folder: Path, monkeypatch
 
     monkeypatch.setattr(ActivationStore, "read", damaged)
     with pytest.raises(ResidscopeError, match="layer 4: the store holds values there that are not finite"):
-        compare(CompareConfig(store=folder / "acts.zarr", sae=(str(folder / "all.pt"),)))
+        compare(TrainCompareConfig(store=folder / "acts.zarr", sae=(str(folder / "all.pt"),)))

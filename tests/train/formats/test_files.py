@@ -13,8 +13,9 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError, UsageError
 from tests.support.saes import STORE, D, K, M, assert_equal, assert_same, break_config, make_sae, make_variant, vectors
+from train.checkpoint import Checkpoint, save_checkpoint
 from train.formats.files import read_checkpoint, read_sae, read_safetensors, write_sae, write_safetensors
-from train.model import MLSAE, Checkpoint, SAEConfig, save_checkpoint
+from train.model import MLSAE, SAEConfig
 
 
 def top_k(z: Tensor, k: int) -> Tensor:
@@ -238,7 +239,7 @@ def break_tensors(name: str, **changes: Tensor | None) -> Any:
         ("mlsae", break_config("config.json", n_latents=40), "says n_latents 40, the weights have 48"),
         ("saelens", break_config("cfg.json", d_in=17), "says d_in 17, the weights have 16"),
         ("sparsify", break_config("cfg.json", num_latents=99), "says num_latents 99, the weights have 48"),
-        ("mlsae", break_config("config.json", layers=["last"]), "config.json says what cannot be"),
+        ("mlsae", break_config("config.json", layers=["last"]), "config.json holds an impossible value"),
         ("mlsae", lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
         ("mlsae", lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         ("mlsae", lambda folder: (folder / "config.json").write_text("[]"), "should be a JSON object"),
@@ -264,9 +265,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "changes", "message"),
     [
-        ("sparsify", {"activation": "jumprelu"}, "sparsify has no word for activation 'jumprelu'"),
-        ("mlsae", {"activation": "batchtopk"}, "mlsae has no word for activation 'batchtopk'"),
-        ("mlsae", {"encoder_bias": True}, "mlsae has no word for an encoder bias"),
+        ("sparsify", {"activation": "jumprelu"}, "sparsify cannot express activation 'jumprelu'"),
+        ("mlsae", {"activation": "batchtopk"}, "mlsae cannot express activation 'batchtopk'"),
+        ("mlsae", {"encoder_bias": True}, "mlsae cannot express an encoder bias"),
         ("sparsify", {"apply_b_dec_to_input": False}, "input keeps b_pre"),
         ("saelens", {"standardize": "layer", "layers": (0, 1)}, "standardisation 'layer'"),
     ],

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from tests.support.saes import STORE, assert_equal, break_config, make_sae
-from train.formats import files as formats
+from train.checkpoint import Checkpoint, save_checkpoint
+from train.formats import hub
 from train.formats.cli import main
 from train.formats.files import read_checkpoint, read_sae, write_sae
-from train.model import Checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
@@ -86,7 +86,7 @@ def test_a_model_card_states_data_store_and_metrics() -> None:
     sae = make_sae()
     checkpoint = Checkpoint(config=sae.config, sae=sae, store=STORE, trainer={"step": 12})
     validation = {"fvu": 0.34567, "fvu_per_layer": [0.1, None, 0.5]}
-    card = formats.model_card(checkpoint, {"fvu": 0.3, "l0": 31.5, "vectors": 1000, "validation": validation})
+    card = hub.model_card(checkpoint, {"fvu": 0.3, "l0": 31.5, "vectors": 1000, "validation": validation})
     assert card.startswith("---\nlibrary_name: ")
     for text in (
         'base_model: "EleutherAI/pythia-70m-deduped"',
@@ -102,15 +102,15 @@ def test_a_model_card_states_data_store_and_metrics() -> None:
         "| FVU by layer, validation | 0.100, -, 0.500 |",
     ):
         assert text in card
-    assert "Not recorded." in formats.model_card(replace(checkpoint, store={}), {})
+    assert "Not recorded." in hub.model_card(replace(checkpoint, store={}), {})
 
 
 def test_last_metrics_are_the_last_of_each_split(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.metrics.jsonl"
-    assert formats.last_metrics(path) == {}
+    assert hub.last_metrics(path) == {}
     lines = [{"step": 1, "fvu": 0.9}, {"step": 1, "fvu": 0.95, "split": "validation"}, {"step": 2, "fvu": 0.5}]
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "fv')
-    assert formats.last_metrics(path) == {"step": 2, "fvu": 0.5, "validation": lines[1]}
+    assert hub.last_metrics(path) == {"step": 2, "fvu": 0.5, "validation": lines[1]}
 
 
 class FakeApi:
@@ -132,9 +132,9 @@ def test_pushing_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
     monkeypatch.setattr(FakeApi, "calls", ())
     with pytest.raises(ResidscopeError, match=r"no .safetensors file to upload"):
-        formats.push_to_hub(tmp_path, "me/sae")
+        hub.push_to_hub(tmp_path, "me/sae")
     write_sae(make_sae(), tmp_path, "residscope")
-    assert formats.push_to_hub(tmp_path, "me/sae", private=True) == "https://huggingface.co/me/sae"
+    assert hub.push_to_hub(tmp_path, "me/sae", private=True) == "https://huggingface.co/me/sae"
     create, upload = FakeApi.calls
     assert create == {"create": "me/sae", "private": True, "exist_ok": True}
     assert upload["folder_path"] == str(tmp_path)
@@ -142,7 +142,7 @@ def test_pushing_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for error in (OSError, Exception):  # a client's connection errors need not be OSError
         monkeypatch.setattr(FakeApi, "error", error("401 Client Error\nmore"))
         with pytest.raises(ResidscopeError, match=r"me/sae: the upload failed: 401 Client Error$"):
-            formats.push_to_hub(tmp_path, "me/sae")
+            hub.push_to_hub(tmp_path, "me/sae")
 
 
 def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

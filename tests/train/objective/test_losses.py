@@ -1,11 +1,7 @@
 """Row weights, AuxK, dead latents and layer moments, against numbers worked out by hand."""
 
-import itertools
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from train.kernels.choose import choose_kernels
@@ -13,11 +9,11 @@ from train.objective.losses import (
     FIRING_THRESHOLD,
     AuxOutput,
     DeadLatents,
-    LayerMoments,
     auxk,
     dead_threshold,
     row_weights,
 )
+from train.objective.statistics import LayerVariance
 
 
 def count(dead: DeadLatents, values: Tensor, indices: Tensor) -> None:
@@ -38,7 +34,7 @@ def test_the_loss_of_predicting_each_layer_mean_is_one() -> None:
     """The loss is a mean over layers of FVU: 1 when every vector is reconstructed as its layer's mean."""
     x = torch.randn(400, 3, dtype=torch.float64) * torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
     layer = torch.arange(400) % 2
-    moments = LayerMoments.zeros(2, 3).add(x, layer)
+    moments = LayerVariance.zeros(2, 3).add(x, layer)
     weights = row_weights(layer, torch.ones(400, 1).double(), moments.deviation / moments.vectors, raw=False)
     loss = weights.total @ (x - moments.mean[layer]).square().sum(dim=1)
     assert loss.item() == pytest.approx(1.0, rel=1e-12)
@@ -112,21 +108,3 @@ def test_dead_threshold_counts_tokens_not_vectors() -> None:
     assert dead_threshold(run_tokens=10**9, n_layers=6, dead_tokens=None) == 10_000_000 * 6
     assert dead_threshold(run_tokens=10**9, n_layers=6, dead_tokens=7) == 42
     assert dead_threshold(run_tokens=3, n_layers=2, dead_tokens=None) == 1
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(1, 39), unique=True, max_size=4))
-def test_layer_moments_merge_as_if_all_came_at_once(seed: int, cuts: list[int]) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(40, 3, generator=generator) + 1e4  # far from zero, where E[x^2] - E[x]^2 would cancel
-    layer = torch.randint(0, 3, (40,), generator=generator)
-    moments = LayerMoments.zeros(3, 3)
-    bounds = [0, *sorted(cuts), 40]
-    for start, stop in itertools.pairwise(bounds):
-        moments = moments.add(x[start:stop], layer[start:stop])
-    for index in range(3):
-        rows = x[layer == index].double()
-        assert moments.vectors[index] == len(rows)
-        if len(rows):
-            torch.testing.assert_close(moments.mean[index], rows.mean(0))
-            torch.testing.assert_close(moments.deviation[index], (rows - rows.mean(0)).square().sum())

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from residscope.errors import IncompatibleError
+from tests.support.training import step_options
+from train.config import OptimizerConfig
 from train.kernels.choose import choose_kernels
 from train.kernels.interface import ADAM_BETAS, ADAM_EPSILON
 from train.kernels.plain import TORCH
 from train.model import MLSAE, SAEConfig
 from train.objective.losses import DeadLatents, row_weights
-from train.objective.optimizer import SphereAdam, gradient_norm, learning_rate, scaling_law_lr
-from train.objective.step import StepOptions, training_step
+from train.objective.optimizer import SphereAdam, WeightAverage, gradient_norm, learning_rate, scaling_law_lr
+from train.objective.step import training_step
 from train.objective.variants import TopK
 from train.objective.weights import TRAINED, Weights
 
@@ -34,7 +36,7 @@ def test_the_scaling_law() -> None:
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    rates = [learning_rate(s, 10, 1.0, warmup_fraction=0.3, decay_fraction=0.4) for s in range(10)]
+    rates = [learning_rate(s, 10, 1.0, OptimizerConfig(warmup_fraction=0.3, decay_fraction=0.4)) for s in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
@@ -42,13 +44,15 @@ def test_the_rate_rises_stays_and_falls() -> None:
 def test_the_rate_is_the_formula_of_method_md(steps: int) -> None:
     w, d = round(0.02 * steps), round(0.2 * steps)
     expected = [3e-4 * min((s + 1) / (w + 1), 1, (steps - s) / (d + 1)) for s in range(steps)]
-    rates = [learning_rate(s, steps, 3e-4, warmup_fraction=0.02, decay_fraction=0.2) for s in range(steps)]
+    shares = OptimizerConfig(warmup_fraction=0.02, decay_fraction=0.2)
+    rates = [learning_rate(s, steps, 3e-4, shares) for s in range(steps)]
     assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
 def test_no_step_has_a_rate_of_zero(steps: int) -> None:
-    rates = [learning_rate(s, steps, 2.0, warmup_fraction=0.05, decay_fraction=1.0) for s in range(steps)]
+    shares = OptimizerConfig(warmup_fraction=0.05, decay_fraction=1.0)
+    rates = [learning_rate(s, steps, 2.0, shares) for s in range(steps)]
     assert min(rates) > 0
     assert max(rates) <= 2.0
 
@@ -166,7 +170,7 @@ def test_free_norms_are_a_decoder_without_constraint(name: str, bias: bool, clip
         x = torch.randn(12, 5, generator=generator, dtype=torch.float64)
         rows = row_weights(torch.zeros(12, dtype=torch.int64), x.new_ones(12, 1), x.new_ones(1), raw=False)
         dead = DeadLatents(9, 10**6)
-        found = training_step(fast.weights, x, rows, dead, StepOptions(variant=TopK(sae.config), **options), kernels)
+        found = training_step(fast.weights, x, rows, dead, step_options(TopK(sae.config), **options), kernels)
         fast.step(found.gradients, lr=0.03, step=step, clip=clip)
         slow.step(x)
         for ours, theirs in zip(fast.weights[:4], slow.folded(), strict=False):
@@ -193,3 +197,35 @@ def test_free_norms_go_through_a_checkpoint() -> None:
     assert all(torch.equal(a, b) for a, b in zip(fresh.weights[:3], one.weights[:3], strict=True))
     with pytest.raises(IncompatibleError, match=r"norms\.W_dec: expected \[6\], found None"):
         fresh.load_state_dict(make_optimizer().state_dict())
+
+
+def test_the_mean_is_the_bias_corrected_exponential_one() -> None:
+    """sum_i b^(t - i) w_i / sum_i b^(t - i): nothing of the initial weights is left after the first step."""
+    generator = torch.Generator().manual_seed(0)
+    sae = MLSAE(SAEConfig(d_model=3, n_latents=4, k=2, activation="batchtopk", encoder_bias=True))
+    sae.initialize(0)
+    average = WeightAverage(sae, 0.8)
+    history = []
+    for step in range(1, 6):
+        for parameter in sae.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        sae.threshold.copy_(torch.tensor(float(step)))
+        history.append({name: p.detach().clone() for name, p in sae.named_parameters()})
+        average.update(sae, step)
+    weights = [0.8 ** (5 - i) for i in range(1, 6)]
+    for name in ("W_enc", "b_pre", "b_enc"):
+        expected = sum(w * past[name] for w, past in zip(weights, history, strict=True)) / sum(weights)
+        torch.testing.assert_close(getattr(average.sae, name), expected)
+    torch.testing.assert_close(average.sae.W_dec.norm(dim=1), torch.ones(4))
+    assert average.sae.threshold == 5  # measured, not trained: the last one
+
+
+def test_after_one_step_the_mean_is_the_weights() -> None:
+    sae = MLSAE(SAEConfig(d_model=3, n_latents=4, k=2))
+    average = WeightAverage(sae, 0.999)  # of zeros
+    sae.initialize(0)
+    average.update(sae, 1)
+    for name, tensor in sae.state_dict().items():
+        torch.testing.assert_close(average.sae.state_dict()[name], tensor)
+    sae.W_enc.data.zero_()
+    assert average.sae.W_enc.count_nonzero() > 0  # it has tensors of its own

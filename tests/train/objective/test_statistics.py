@@ -1,14 +1,17 @@
 """The geometric median and the fixed denominators."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from residscope.errors import ResidscopeError
 from train.data import Vectors
 from train.model import standardize
-from train.objective.statistics import fixed_statistics, geometric_median
+from train.objective.statistics import FixedStatistics, LayerVariance, View, gather, geometric_median
 
 
 def test_the_median_of_a_square_with_an_outlier() -> None:
@@ -43,16 +46,21 @@ def vectors() -> Iterator[Vectors]:
         yield Vectors((torch.randn(60, 8, generator=generator) + 3 * torch.arange(8)) * scale, layer)
 
 
+def statistics(batches: Iterable[Vectors], layers: tuple[int, ...]) -> FixedStatistics:
+    view = View("vector", layers)
+    return gather([view], batches)[view]
+
+
 def test_b_pre_is_the_median_of_standardised_vectors() -> None:
     """Mistake 4: b_pre computed on raw vectors and used on standardised ones."""
-    found = fixed_statistics(vectors(), standardize, (0, 1))
+    found = statistics(vectors(), (0, 1))
     everything = torch.cat([standardize(x).x for x, _ in vectors()])
     torch.testing.assert_close(found.b_pre, geometric_median(everything))
     assert found.b_pre.norm() < 8**0.5 + 1e-3  # a standardised vector's norm is sqrt(D - 1); raw ones are thousands
 
 
 def test_denominators_are_variances_about_each_layer_mean() -> None:
-    found = fixed_statistics(vectors(), standardize, (0, 1))
+    found = statistics(vectors(), (0, 1))
     x, layer = (torch.cat(parts) for parts in zip(*vectors(), strict=True))
     for index in range(2):
         raw = x[layer == index].double()
@@ -64,4 +72,22 @@ def test_denominators_are_variances_about_each_layer_mean() -> None:
 def test_a_layer_that_does_not_vary_is_named() -> None:
     batches = [Vectors(torch.ones(4, 3).cumsum(1), torch.zeros(4, dtype=torch.int64))]
     with pytest.raises(ResidscopeError, match="layer 7: 4 training vectors"):
-        fixed_statistics(batches, standardize, (7,))
+        statistics(batches, (7,))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(1, 39), unique=True, max_size=4))
+def test_layer_variances_merge_as_if_all_came_at_once(seed: int, cuts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 3, generator=generator) + 1e4  # far from zero, where E[x^2] - E[x]^2 would cancel
+    layer = torch.randint(0, 3, (40,), generator=generator)
+    sums = LayerVariance.zeros(3, 3)
+    bounds = [0, *sorted(cuts), 40]
+    for start, stop in itertools.pairwise(bounds):
+        sums = sums.add(x[start:stop], layer[start:stop])
+    for index in range(3):
+        rows = x[layer == index].double()
+        assert sums.vectors[index] == len(rows)
+        if len(rows):
+            torch.testing.assert_close(sums.mean[index], rows.mean(0))
+            torch.testing.assert_close(sums.deviation[index], (rows - rows.mean(0)).square().sum())

@@ -1,25 +1,24 @@
 """The hand-written backward pass against dense autograd in float64, and what AuxK must and must not do."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.training import step_options, with_options
 from train.kernels.choose import choose_kernels
 from train.kernels.interface import Kernels
 from train.kernels.plain import TORCH
 from train.model_config import SAEConfig
 from train.objective.losses import DeadLatents, RowWeights, row_weights
-from train.objective.step import StepOptions, StepResult, training_step
-from train.objective.variants import TopK
+from train.objective.step import StepResult, training_step
+from train.objective.variants import StepOptions, TopK
 from train.objective.weights import Weights
 
 NAMES = ("W_enc", "W_dec", "b_pre")
-OPTIONS = StepOptions(
-    variant=TopK(SAEConfig(d_model=1, n_latents=1, k=1)),
+OPTIONS = step_options(
+    TopK(SAEConfig(d_model=1, n_latents=1, k=1)),
     k=3,
     aux_k=4,
     aux_coef=1 / 32,
@@ -36,7 +35,7 @@ def dense_step(weights: Weights, x: Tensor, rows: RowWeights, dead: Tensor, opti
     x_hat = torch.zeros_like(z).scatter(1, indices, values.relu()) @ W_dec + b_pre
     loss = (rows.total * (x - x_hat).square().sum(1)).sum()
     aux = torch.zeros((), dtype=x.dtype)
-    if options.aux_coef > 0 and len(dead) > 0:
+    if options.objective.aux_coef > 0 and len(dead) > 0:
         e = (x - x_hat).detach() * rows.scale[:, None]
         k_aux = min(options.aux_k, len(dead))
         values, indices = torch.topk(z[:, dead], k_aux)
@@ -46,7 +45,7 @@ def dense_step(weights: Weights, x: Tensor, rows: RowWeights, dead: Tensor, opti
         variance = (rows.share * (e - mean).square().sum(1)).sum()
         if variance > 1e-15 * (rows.share * e.square().sum(1)).sum():  # more than rounding
             aux = (rows.share * (e - e_hat).square().sum(1)).sum() / variance
-    (loss + options.aux_coef * aux).backward()
+    (loss + options.objective.aux_coef * aux).backward()
     grads = Weights(*(torch.zeros_like(w) if w.grad is None else w.grad for w in (W_enc, W_dec, b_pre)))
     error, active = (x - x_hat).detach(), (values > 0).sum()
     return StepResult(grads, None, error.square().sum(1), loss.detach(), aux.detach(), active, torch.tensor(0.0))
@@ -95,7 +94,7 @@ def test_gradients_equal_dense_autograd(data: st.DataObject, name: str, raw: boo
     aux_k = data.draw(st.integers(1, m), label="aux_k")
     tile_bytes = data.draw(st.sampled_from([1, 300, 2**20]), label="tile_bytes")
     weights, x, rows = random_case(n, d, m, seed, raw)
-    check(weights, x, rows, dead, replace(OPTIONS, k=k, aux_k=aux_k, aux_coef=0.5, tile_bytes=tile_bytes), kernels)
+    check(weights, x, rows, dead, with_options(OPTIONS, k=k, aux_k=aux_k, aux_coef=0.5, tile_bytes=tile_bytes), kernels)
 
 
 def test_gradients_where_every_pre_activation_is_negative() -> None:
@@ -129,7 +128,7 @@ def test_a_step_by_hand() -> None:
     x = torch.tensor([[4.0, 1.0]], dtype=torch.float64)
     rows = row_weights(torch.tensor([0]), torch.tensor([[2.0]]).double(), torch.tensor([5.0]).double(), raw=True)
     assert rows.total.tolist() == [2.0**2 / 5]  # one row: std^2 / denominator
-    got = training_step(weights, x, rows, planted(2, []), replace(OPTIONS, k=1), TORCH)
+    got = training_step(weights, x, rows, planted(2, []), with_options(OPTIONS, k=1), TORCH)
     # z = (3, 1): latent 0 with value 3; x_hat = 3 (0, 1) + (1, 0) = (1, 3); e = (3, -2); |e|^2 = 13; c = 0.8
     assert got.loss.item() == pytest.approx(0.8 * 13)
     # G = -2 c e = (-4.8, 3.2); g = <G, (0, 1)> = 3.2
@@ -160,7 +159,7 @@ def test_auxk_by_hand_in_raw_space() -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     std = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
     rows = row_weights(torch.tensor([0, 0]), std, torch.tensor([1.0]).double(), raw=True)
-    got = training_step(weights, x, rows, planted(2, [1]), replace(OPTIONS, k=1, aux_k=1), TORCH)
+    got = training_step(weights, x, rows, planted(2, [1]), with_options(OPTIONS, k=1, aux_k=1), TORCH)
     # e = (1, 0) and (3, 0), in raw space (1, 0) and (9, 0); e_hat = (0.5, 0) and (4.5, 0) there
     # error about its mean 5: (16 + 16) / 2 = 16; missed: (0.25 + 20.25) / 2 = 10.25
     assert got.auxk.item() == pytest.approx(10.25 / 16)
@@ -171,8 +170,8 @@ def test_the_error_of_auxk_is_detached() -> None:
     weights, x, rows = random_case(6, 4, 8, seed=4, raw=False)
     dead = [5, 6, 7]
     weights.W_enc[dead] = -1e-3 * weights.W_enc[dead]
-    off = training_step(weights, x, rows, planted(8, dead), replace(OPTIONS, aux_coef=0), TORCH)
-    on = training_step(weights, x, rows, planted(8, dead), replace(OPTIONS, aux_coef=1.0), TORCH)
+    off = training_step(weights, x, rows, planted(8, dead), with_options(OPTIONS, aux_coef=0), TORCH)
+    on = training_step(weights, x, rows, planted(8, dead), with_options(OPTIONS, aux_coef=1.0), TORCH)
     live = [j for j in range(8) if j not in planted_after(weights, x, dead)]
     assert on.auxk > 0
     torch.testing.assert_close(on.gradients.W_enc[live], off.gradients.W_enc[live], rtol=0, atol=0)

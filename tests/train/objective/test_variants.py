@@ -1,6 +1,5 @@
 """Each variant's loss and gradients against dense autograd in float64, and its codes in inference by hand."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,14 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.codes import dense
+from tests.support.training import step_options, with_options
 from train.kernels.choose import choose_kernels
 from train.kernels.interface import Kernels
 from train.kernels.plain import TORCH
 from train.model import MLSAE
 from train.model_config import SAEConfig, default_prefixes
 from train.objective.losses import DeadLatents, RowWeights, row_weights
-from train.objective.step import StepOptions, training_step
-from train.objective.variants import THRESHOLD_RATE, VARIANTS, variant_of
+from train.objective.step import training_step
+from train.objective.variants import THRESHOLD_RATE, VARIANTS, StepOptions, variant_of
 from train.objective.weights import TRAINED, Weights
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -92,7 +92,7 @@ def dense_step(weights: Weights, x: Tensor, rows: RowWeights, dead: Tensor, opti
     if kind == "topk":
         h = kept(largest(z, options.k))
         loss = square(h)
-        if options.multi_topk:
+        if options.objective.multi_topk:
             loss = loss + square(kept(largest(z, min(4 * options.k, m)))) / 8
     elif kind in ("batchtopk", "matryoshka"):
         flat = z.reshape(1, -1)
@@ -102,9 +102,9 @@ def dense_step(weights: Weights, x: Tensor, rows: RowWeights, dead: Tensor, opti
             loss = loss + square(h * (torch.arange(m) < size))
     elif kind == "jumprelu":
         threshold = w["log_threshold"].exp()
-        h = JumpReLU.apply(z, threshold, options.bandwidth)
-        loss, l0 = square(h), Step.apply(z, threshold, options.bandwidth).sum(1)
-        if options.sparsity_loss == "target":
+        h = JumpReLU.apply(z, threshold, options.objective.bandwidth)
+        loss, l0 = square(h), Step.apply(z, threshold, options.objective.bandwidth).sum(1)
+        if options.objective.sparsity_loss == "target":
             sparsity = options.sparsity_coef * (l0.mean() / options.k - 1) ** 2
         else:
             sparsity = options.sparsity_coef * (rows.total * l0).sum()
@@ -113,7 +113,7 @@ def dense_step(weights: Weights, x: Tensor, rows: RowWeights, dead: Tensor, opti
         loss, sparsity = square(h), options.sparsity_coef * (rows.total * h.sum(1)).sum()
 
     aux, error = torch.zeros((), dtype=x.dtype), error_of(h).detach()
-    if options.aux_coef > 0 and len(dead) > 0:
+    if options.objective.aux_coef > 0 and len(dead) > 0:
         e, near = error * rows.scale[:, None], z[:, dead]
         chosen = torch.zeros_like(near).scatter(1, largest(near, options.aux_k), 1.0)
         e_hat = ((near * chosen).relu() @ w["W_dec"][dead]) * rows.scale[:, None]
@@ -121,14 +121,14 @@ def dense_step(weights: Weights, x: Tensor, rows: RowWeights, dead: Tensor, opti
         variance = (rows.share * (e - mean).square().sum(1)).sum()
         if variance > 1e-15 * (rows.share * e.square().sum(1)).sum():
             aux = (rows.share * (e - e_hat).square().sum(1)).sum() / variance
-    (loss + sparsity + options.aux_coef * aux).backward()
+    (loss + sparsity + options.objective.aux_coef * aux).backward()
     gradients = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in w.items()}
     return Dense(loss.detach(), sparsity.detach(), aux.detach(), gradients, error, int((h > 0).sum()))
 
 
 def make_options(config: SAEConfig, **changes: Any) -> StepOptions:
     fields = {"k": config.k, "aux_k": 4, "aux_coef": 0.5, "product_dtype": torch.float64, "tile_bytes": 300}
-    return StepOptions(variant=variant_of(config), **{**fields, "sparsity_coef": 0.3, "bandwidth": 1.5, **changes})
+    return step_options(variant_of(config), **{**fields, "sparsity_coef": 0.3, "bandwidth": 1.5, **changes})
 
 
 def make_case(config: SAEConfig, n: int, seed: int, how: str) -> tuple[Weights, Tensor, RowWeights]:
@@ -258,7 +258,7 @@ def test_a_jumprelu_step_by_hand() -> None:
     assert found.active == 1
     # d / d log threshold = -threshold / bandwidth (threshold d loss / d h + coefficient)
     assert found.gradients.log_threshold.tolist() == pytest.approx([-(0 + 0.5), -(-1.6 + 0.5)])  # type: ignore[union-attr]
-    target = replace(options, sparsity_loss="target", sparsity_coef=2.0, k=2)
+    target = with_options(options, sparsity_loss="target", sparsity_coef=2.0, k=2)
     found = training_step(weights, x, rows, DeadLatents(2, 99), target, TORCH)
     assert found.sparsity.item() == pytest.approx(2 * (1 / 2 - 1) ** 2)  # one active, two aimed at
     slope = 2 * 2 * (1 / 2 - 1) / 2  # of the term by the number of active ones

@@ -7,9 +7,10 @@ import torch
 
 from residscope.errors import ResidscopeError
 from tests.support.stores import make_store, random_activations
-from train.config import TrainConfig
+from tests.support.training import plan_of, train_config
+from train.data import TrainingData
 from train.reporting import announce as words
-from train.resolve import MemoryEstimate, make_plan, split_tokens
+from train.resolve import MemoryEstimate
 
 
 def test_a_spread_is_one_value_or_the_least_and_the_largest() -> None:
@@ -21,13 +22,14 @@ def test_a_spread_is_one_value_or_the_least_and_the_largest() -> None:
 
 def test_the_bar_says_what_was_measured(tmp_path: Path) -> None:
     """2,000 vectors of 12 bfloat16 in 0.5 s, half a tenth of it waited: 4,000 vectors, 96 kB a second."""
-    store = make_store(tmp_path / "a.zarr", random_activations(n_tokens=64))
+    store = make_store(tmp_path / "a.zarr", random_activations(n_tokens=64, n_layers=4))
+    data = TrainingData.open(train_config(store=store.path), store)
     lines = [
         {"fvu": 0.5, "l0": 4.0, "dead_fraction": 0.0},
         {"fvu": 0.25, "l0": 4.0, "dead_fraction": 0.125},
         {"fvu": None, "l0": None, "dead_fraction": 0.0},  # of one layer, none of whose vectors came
     ]
-    said = words.bar_words(lines, store, vectors=2000, n_layers=4, seconds=0.5, waited=0.05)
+    said = words.bar_words(lines, data, vectors=2000, seconds=0.5, waited=0.05)
     assert said == (
         "FVU 0.250 to 0.500, L0 4.0, dead 0.0% to 12.5%, 4000 vectors/s, 1000 tokens/s, 9.6e-05 GB/s, data wait 10%"
     )
@@ -37,17 +39,16 @@ def test_runs_are_announced_together_and_memory_only_where_it_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = make_store(tmp_path / "a.zarr", random_activations(n_tokens=400))
-    split = split_tokens(store, 0.0, 0)
-    flags = {"store": store.path, "batch_size": 64, "steps": 5, "validation_fraction": 0.0, "kernels": "torch"}
-    plans = [make_plan(TrainConfig(n_latents=n, k=4, dtype="float32", **flags), store, split) for n in (20, 40)]
-    words.announce(plans, 3, 3, None)
+    flags = {"dtype": "float32", "k": 4, "batch_size": 64, "steps": 5, "validation_fraction": 0.0, "kernels": "torch"}
+    plans = [plan_of(store, n_latents=n, **flags) for n in (20, 40)]
+    words.announce(plans, 3, None)
     first, second = capsys.readouterr().err.splitlines()
     assert first == (
         "train: 2 of 3 runs to do in one pass: 20 to 40 latents, k 4, 3 layers of d_model 12; 5 steps of 64 vectors "
         f"(epochs: {320 / (3 * int(store.tokens.keep.sum())):.3g})"
     )
     assert second == f"train: cpu, float32 product, torch kernels, {torch.get_num_threads()} threads"
-    words.announce(plans[:1], 3, 1, MemoryEstimate(device=5_000_000, shuffle=2_000))
+    words.announce(plans[:1], 1, MemoryEstimate(device=5_000_000, shuffle=2_000))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("train: 20 latents, k 4, 3 layers")
     assert second.endswith("threads; memory about 5 MB and 2 kB for the shuffle")

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from residscope.errors import ResidscopeError, UsageError
+from residscope.options import with_values
 from tests.support.saes import assert_equal
 from tests.support.stores import make_store, random_activations
+from tests.support.training import train_config
+from train.checkpoint import load_checkpoint
 from train.cli import main
 from train.config import TrainConfig
 from train.formats.files import read_sae, read_safetensors
-from train.model import load_checkpoint
 from train.reporting.report import describe
 from train.reporting.trackers import numbers_of
 from train.run import train, train_all
@@ -32,7 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(store: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
+    return train_config(
         store=store,
         out=tmp_path / "run" / "ckpt.pt",
         n_latents=40,
@@ -59,12 +61,12 @@ def test_a_run_leaves_its_weights_for_others_and_a_picture(config: TrainConfig) 
     # As after a kill between the last checkpoint and the rest.
     for name in expected - {"ckpt.pt", "ckpt.metrics.jsonl"}:
         config.out.with_name(name).unlink()
-    train(replace(config, resume=True))
+    train(with_values(config, resume=True))
     assert {path.name for path in config.out.parent.iterdir()} == expected - {"ckpt.config.toml"}
 
 
 def test_an_fvu_above_one_comes_with_a_way_out(config: TrainConfig) -> None:
-    result = train(replace(config, steps=1, lr=0.002))
+    result = train(with_values(config, steps=1, lr=0.002))
     assert result.validation is not None
     good, bad = (describe(replace(result, validation=result.validation._replace(fvu=fvu))) for fvu in (0.9, 1.1))
     assert "after 1 step (64 vectors of 3 layers)" in good
@@ -77,7 +79,7 @@ def test_an_fvu_above_one_comes_with_a_way_out(config: TrainConfig) -> None:
 
 def test_other_weights_replace_the_export(config: TrainConfig) -> None:
     train(config)
-    train(replace(config, seed=1, overwrite=True))
+    train(with_values(config, seed=1, overwrite=True))
     assert_equal(read_safetensors(config.out.with_name("ckpt.safetensors")).sae, load_checkpoint(config.out).sae)
 
 
@@ -110,7 +112,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
 def test_a_run_goes_to_the_hub_with_a_card_that_says_what_it_is(config: TrainConfig, hub: type[FakeHub]) -> None:
     config.out.parent.mkdir()
     (config.out.parent / "private-notes.md").write_text("not for the hub")
-    result = train(replace(config, push_to_hub="me/saes", hub_private=True, hub_license="apache-2.0"))
+    result = train(with_values(config, push_to_hub="me/saes", hub_private=True, hub_license="apache-2.0"))
     assert hub.repositories["me/saes"]["private"] is True
     files = hub.repositories["me/saes"]["files"]
     assert set(files) == {"README.md", "ckpt.safetensors", "ckpt.metrics.jsonl", "ckpt.loss.png"}
@@ -129,7 +131,7 @@ def test_a_run_goes_to_the_hub_with_a_card_that_says_what_it_is(config: TrainCon
 
 
 def test_a_sweep_goes_to_one_repository_in_folders(config: TrainConfig, hub: type[FakeHub]) -> None:
-    train_all(replace(config, sweep=("k=2,4",), push_to_hub="me/saes"))
+    train_all(with_values(config, sweep=("k=2,4",), push_to_hub="me/saes"))
     files = hub.repositories["me/saes"]["files"]
     assert {name.split("/")[0] for name in files} == {"k=2", "k=4"}
     assert "subfolder='k=2'" in files["k=2/README.md"].decode()
@@ -138,11 +140,11 @@ def test_a_sweep_goes_to_one_repository_in_folders(config: TrainConfig, hub: typ
 def test_an_upload_that_fails_loses_nothing_and_is_tried_again(config: TrainConfig, hub: type[FakeHub]) -> None:
     hub.error = OSError("no route to host")
     with pytest.raises(ResidscopeError, match=r"me/saes: the upload failed: no route to host .*--resume") as caught:
-        train(replace(config, push_to_hub="me/saes"))
+        train(with_values(config, push_to_hub="me/saes"))
     assert "\n" not in str(caught.value)
     assert load_checkpoint(config.out).trainer["finished"] is True
     hub.error = None
-    train(replace(config, push_to_hub="me/saes", resume=True))
+    train(with_values(config, push_to_hub="me/saes", resume=True))
     assert "ckpt.safetensors" in hub.repositories["me/saes"]["files"]
 
 
@@ -151,9 +153,9 @@ def test_an_upload_that_cannot_work_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ResidscopeError, match="HF_HUB_OFFLINE is set"):
-        train(replace(config, push_to_hub="me/saes"))
+        train(with_values(config, push_to_hub="me/saes"))
     with pytest.raises(UsageError, match="should be OWNER/NAME, found 'saes'"):
-        train(replace(config, push_to_hub="saes"))
+        train(with_values(config, push_to_hub="saes"))
     assert not config.out.parent.exists()
 
 
@@ -172,7 +174,7 @@ def test_a_missing_tracker_is_named_before_anything_is_read(
     with pytest.raises(
         ResidscopeError, match=rf"package {package} is not installed: `pip install 'residscope\[{package}"
     ):
-        train(replace(config, **flags))
+        train(with_values(config, **flags))
     assert not config.out.parent.exists()
 
 
@@ -203,7 +205,7 @@ def test_trackers_get_every_line_of_the_metrics(config: TrainConfig, monkeypatch
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    results = train_all(replace(config, sweep=("k=2,4",), tensorboard=True, wandb="project"))
+    results = train_all(with_values(config, sweep=("k=2,4",), tensorboard=True, wandb="project"))
     for result in results:
         lines = map(json.loads, result.checkpoint.with_suffix(".metrics.jsonl").read_text().splitlines())
         expected = [(f"{line.get('split', 'train')}/fvu", line["fvu"], line["step"]) for line in lines]
@@ -246,7 +248,7 @@ def test_the_mode_of_torch_is_as_before_after_a_run(config: TrainConfig, monkeyp
 
     monkeypatch.setattr(train.trainer, "training_step", spy)
     train_all(config)
-    train_all(replace(config, deterministic=False, overwrite=True))
+    train_all(with_values(config, deterministic=False, overwrite=True))
     assert set(seen[: len(seen) // 2]) == {True}
     assert set(seen[len(seen) // 2 :]) == {False}
     assert not torch.are_deterministic_algorithms_enabled()
@@ -264,7 +266,7 @@ def test_no_compiler_of_torch_is_loaded_for_determinism() -> None:
 
 def test_names_that_differ_behind_a_dot_share_no_file(config: TrainConfig) -> None:
     for size in ("0.5b", "0.6b"):
-        train(replace(config, out=config.out.with_name(f"llama-{size}"), steps=1))
+        train(with_values(config, out=config.out.with_name(f"llama-{size}"), steps=1))
     endings = ("", ".safetensors", ".metrics.jsonl", ".config.toml", ".loss.png")
     names = {path.name for path in config.out.parent.iterdir()}
     assert names == {f"llama-{size}{ending}" for size in ("0.5b", "0.6b") for ending in endings}

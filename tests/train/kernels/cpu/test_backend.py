@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.codes import dense
+from train.config import ObjectiveConfig
 from train.kernels.cpu.backend import NUMBA
 from train.kernels.interface import Kernels, Reconstruction
 from train.kernels.plain import TORCH
 from train.model_config import SAEConfig
 from train.objective.losses import DeadLatents, row_weights
-from train.objective.step import StepOptions, training_step
-from train.objective.variants import TopK
+from train.objective.step import training_step
+from train.objective.variants import StepOptions, TopK
 from train.objective.weights import Weights
 
 FLOATS = {torch.float32: 1e-4, torch.float64: 1e-11}  # type -> relative tolerance of sums
@@ -259,7 +260,8 @@ def test_a_training_step_is_the_same_with_either_kernels(dtype: torch.dtype) -> 
     weights = Weights(W_enc, W_dec, x.mean(dim=0))
     rows = row_weights(torch.zeros(50, dtype=torch.int64), torch.ones(50, 1, dtype=dtype), torch.ones(1), raw=False)
     variant = TopK(SAEConfig(d_model=24, n_latents=100, k=5))
-    options = StepOptions(variant=variant, k=5, aux_k=4, aux_coef=0.5, product_dtype=dtype, tile_bytes=5000)
+    objective = ObjectiveConfig(aux_coef=0.5)
+    options = StepOptions(variant=variant, objective=objective, k=5, aux_k=4, product_dtype=dtype, tile_bytes=5000)
     results = []
     for kernels in (TORCH, NUMBA):
         dead = DeadLatents(100, threshold=10)

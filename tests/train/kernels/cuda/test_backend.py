@@ -32,14 +32,15 @@ if DEVICE == "cpu" and not INTERPRETED:
         assert "skipped" not in run.stdout
 
 else:
+    from train.config import ObjectiveConfig
     from train.kernels.choose import choose_kernels
     from train.kernels.cuda.backend import TRITON, _group_size
     from train.kernels.interface import Kernels
     from train.kernels.plain import TORCH
     from train.model_config import SAEConfig
     from train.objective.losses import DeadLatents, row_weights
-    from train.objective.step import StepOptions, training_step
-    from train.objective.variants import TopK
+    from train.objective.step import training_step
+    from train.objective.variants import StepOptions, TopK
     from train.objective.weights import Weights
 
     def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,7 +153,7 @@ else:
                 variant=TopK(SAEConfig(d_model=d, n_latents=m, k=4)),
                 k=4,
                 aux_k=8,
-                aux_coef=0.5,
+                objective=ObjectiveConfig(aux_coef=0.5),
                 product_dtype=torch.float32,
                 tile_bytes=2000,
             )

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,14 @@ import pytest
 import torch
 
 from residscope.errors import IncompatibleError, Interrupted, UsageError
+from residscope.options import with_values
 from store.activations import ActivationStore
-from tests.support.stores import make_store, random_activations
 from train import run as loop
+from train.checkpoint import load_checkpoint
 from train.cli import main
 from train.config import TrainConfig
 from train.grid import expand, run_path
-from train.model import load_checkpoint
 from train.run import train, train_all
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "acts.zarr"
-    make_store(path, random_activations(n_tokens=400), chunk_tokens=32)
-    return path
-
-
-@pytest.fixture
-def config(store: Path, tmp_path: Path) -> TrainConfig:
-    """17 steps of one epoch of 1,080 vectors."""
-    return TrainConfig(
-        store=store,
-        out=tmp_path / "ckpt.pt",
-        n_latents=40,
-        k=4,
-        batch_size=64,
-        dead_tokens=20,
-        window_gb=1e-5,
-        log_every=4,
-        threads=1,
-        kernels="torch",
-    )
 
 
 @pytest.fixture
@@ -74,13 +49,13 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 def test_each_run_of_a_sweep_is_the_single_run_and_the_data_are_read_once(
     config: TrainConfig, tmp_path: Path, count_reads: Callable[[], int]
 ) -> None:
-    grid = replace(config, sweep=("k=2,4", "lr=0.001,0.01", "aux-coef=0,0.5"), n_latents=40)
+    grid = with_values(config, sweep=("k=2,4", "lr=0.001,0.01", "aux-coef=0,0.5"), n_latents=40)
     results = train_all(grid)
     swept = count_reads()
     assert len(results) == 8
     assert results[1].checkpoint.name == "ckpt.k=2.lr=0.001.aux_coef=0.5.pt"
     for result in results:
-        alone = replace(config, out=tmp_path / "alone.pt", overwrite=True, **result.spec.settings)
+        alone = with_values(config, out=tmp_path / "alone.pt", overwrite=True, **result.spec.settings)
         single = train(alone)
         assert count_reads() == swept
         assert result.checkpoint.read_bytes() == alone.out.read_bytes()
@@ -113,7 +88,7 @@ def test_runs_that_were_saved_at_different_steps_end_with_the_same_bytes(
     config: TrainConfig, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a kill -9 between two checkpoints: one run is further than the rest, one not begun, one finished."""
-    config = replace(config, **flags)
+    config = with_values(config, **flags)
     paths = [result.checkpoint for result in train_all(config)]
     whole = [path.read_bytes() for path in paths]
     stages: list[list[bytes]] = []
@@ -123,21 +98,21 @@ def test_runs_that_were_saved_at_different_steps_end_with_the_same_bytes(
         with monkeypatch.context() as patch:
             patch.setattr(loop, "stop_on_signals", lambda steps=steps: StopAt(steps))
             with pytest.raises(Interrupted, match="checkpoints are saved, and the same command with --resume"):
-                train_all(replace(config, resume=True))
+                train_all(with_values(config, resume=True))
         stages.append([path.read_bytes() for path in paths])
     assert [load_checkpoint(path).trainer["step"] for path in paths] == [11] * len(paths)
     paths[0].write_bytes(stages[0][0])
     paths[1].unlink()
     paths[-1].write_bytes(whole[-1])
-    train_all(replace(config, resume=True))
+    train_all(with_values(config, resume=True))
     assert [path.read_bytes() for path in paths] == whole
 
 
 def test_per_layer_runs_see_the_vectors_that_the_multi_layer_run_sees(config: TrainConfig) -> None:
-    results = train_all(replace(config, per_layer="total"))
+    results = train_all(with_values(config, per_layer="total"))
     shared = train(config)
     assert [result.checkpoint.name for result in results] == [f"ckpt.layer={i}.pt" for i in range(3)]
-    assert [result.plan.n_latents for result in results] == [13, 13, 13]  # 40 latents over three layers
+    assert [result.plan.model.n_latents for result in results] == [13, 13, 13]  # 40 latents over three layers
     assert sum(result.metrics["vectors"] for result in results) == shared.metrics["vectors"] == 1080
     for layer, result in enumerate(results):
         saved = load_checkpoint(result.checkpoint)
@@ -149,14 +124,14 @@ def test_per_layer_runs_see_the_vectors_that_the_multi_layer_run_sees(config: Tr
         torch.testing.assert_close(saved.trainer["statistics"]["raw"], multi["raw"][layer : layer + 1])
         assert result.validation is not None
         assert len(result.validation.fvu_per_layer) == 1
-    each = train_all(replace(config, per_layer="each", overwrite=True))
-    assert [result.plan.n_latents for result in each] == [40, 40, 40]
+    each = train_all(with_values(config, per_layer="each", overwrite=True))
+    assert [result.plan.model.n_latents for result in each] == [40, 40, 40]
     assert each[0].plan.dead_vectors == 20  # tokens: a token gives one vector here
 
 
 def test_a_batch_without_a_vector_of_the_layer_is_no_update(config: TrainConfig) -> None:
     """With two vectors a batch, most layers get none of most batches; the runs still end, and count their updates."""
-    config = replace(config, per_layer="each", batch_size=2, steps=30, log_every=1, validation_fraction=0.0)
+    config = with_values(config, per_layer="each", batch_size=2, steps=30, log_every=1, validation_fraction=0.0)
     results = train_all(config)
     updates = [load_checkpoint(result.checkpoint).trainer["updates"] for result in results]
     assert all(5 < n < 30 for n in updates)
@@ -182,43 +157,46 @@ def test_a_batch_without_a_vector_of_the_layer_is_no_update(config: TrainConfig)
 )
 def test_what_cannot_be_swept_is_refused_by_name(config: TrainConfig, sweep: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        train_all(replace(config, sweep=(sweep,)))
+        train_all(with_values(config, sweep=(sweep,)))
     assert "\n" not in str(caught.value)
     assert not list(config.out.parent.iterdir())
 
 
 def test_a_sweep_and_a_flag_do_not_both_say_how_many_latents(config: TrainConfig) -> None:
     both = r"--sweep: n_latents and expansion_factor both say how many latents"
-    factor = replace(config, n_latents=None, expansion_factor=2.0)
+    factor = with_values(config, n_latents=None, expansion_factor=2.0)
     for contradicting in (
-        replace(factor, sweep=("n_latents=20,40",)),
-        replace(config, sweep=("expansion_factor=1,2",)),
-        replace(config, n_latents=None, sweep=("n_latents=20", "expansion_factor=1,2")),
+        with_values(factor, sweep=("n_latents=20,40",)),
+        with_values(config, sweep=("expansion_factor=1,2",)),
+        with_values(config, n_latents=None, sweep=("n_latents=20", "expansion_factor=1,2")),
     ):
         with pytest.raises(UsageError, match=both):
             expand(contradicting, [0])
-    specs = expand(replace(config, n_latents=None, sweep=("n_latents=20,40",)), [0])
-    assert [(spec.config.n_latents, spec.config.expansion_factor) for spec in specs] == [(20, None), (40, None)]
-    assert expand(replace(factor, sweep=("expansion_factor=1,4",)), [0])[1].config.expansion_factor == 4
+    specs = expand(with_values(config, n_latents=None, sweep=("n_latents=20,40",)), [0])
+    assert [(spec.config.model.n_latents, spec.config.model.expansion_factor) for spec in specs] == [
+        (20, None),
+        (40, None),
+    ]
+    assert expand(with_values(factor, sweep=("expansion_factor=1,4",)), [0])[1].config.model.expansion_factor == 4
 
 
 def test_a_field_is_named_once(config: TrainConfig) -> None:
     with pytest.raises(UsageError, match="names k twice"):
-        expand(replace(config, sweep=("k=2", "k=4")), [0])
+        expand(with_values(config, sweep=("k=2", "k=4")), [0])
 
 
 def test_checkpoints_are_named_after_what_differs(config: TrainConfig, tmp_path: Path) -> None:
-    specs = expand(replace(config, sweep=("lr=1e-3",), per_layer="each"), [3, 5])
+    specs = expand(with_values(config, sweep=("lr=1e-3",), per_layer="each"), [3, 5])
     assert [spec.name for spec in specs] == ["lr=0.001.layer=3", "lr=0.001.layer=5"]
-    assert [spec.config.lr for spec in specs] == [1e-3, 1e-3]
+    assert [spec.config.optimizer.lr for spec in specs] == [1e-3, 1e-3]
     axes = ("expansion_factor=8,16.5", "encoder_bias=false", "clip_norm=none,0.001")
-    specs = expand(replace(config, n_latents=None, sweep=axes), [0])
+    specs = expand(with_values(config, n_latents=None, sweep=axes), [0])
     assert [spec.name for spec in specs] == [
         f"expansion_factor={factor}.encoder_bias=false.clip_norm={norm}"
         for factor in ("8", "16.5")
         for norm in ("none", "0.001")
     ]
-    assert [spec.config.clip_norm for spec in specs] == [None, 0.001, None, 0.001]
+    assert [spec.config.optimizer.clip_norm for spec in specs] == [None, 0.001, None, 0.001]
     assert run_path(tmp_path / "a.pt", "k=2") == tmp_path / "a.k=2.pt"
     assert run_path(tmp_path / "runs", "k=2") == tmp_path / "runs" / "ckpt.k=2.pt"
     assert run_path(tmp_path, "k=2") == tmp_path / "ckpt.k=2.pt"
@@ -249,33 +227,29 @@ def test_the_table_has_a_row_for_each_run_and_layer(
 
 
 def test_a_damaged_checkpoint_among_several_is_named_with_the_way_out(config: TrainConfig) -> None:
-    sweep = replace(config, sweep=("k=2,4",))
+    sweep = with_values(config, sweep=("k=2,4",))
     before = [result.checkpoint.read_bytes() for result in train_all(sweep)]
     damaged = config.out.with_name("ckpt.k=4.pt")
     damaged.write_bytes(before[1][:1000])
-    with pytest.raises(
-        IncompatibleError, match=r"ckpt\.k=4\.pt: .*take that file away, and the same command trains it"
-    ):
-        train_all(replace(sweep, resume=True))
+    with pytest.raises(IncompatibleError, match=r"ckpt\.k=4\.pt: .*delete that file, and the same command trains it"):
+        train_all(with_values(sweep, resume=True))
     damaged.unlink()
-    again = train_all(replace(sweep, resume=True))
+    again = train_all(with_values(sweep, resume=True))
     assert [result.checkpoint.read_bytes() for result in again] == before
 
 
 def test_a_run_that_ended_in_a_divergence_does_not_keep_the_others_from_going_on(
     config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = replace(config, sweep=("lr=0.001,1e30",), warmup_fraction=0.0, loss_space="raw")
+    sweep = with_values(config, sweep=("lr=0.001,1e30",), warmup_fraction=0.0, loss_space="raw")
     good, bad = train_all(sweep)
     assert not math.isfinite(bad.metrics["loss"])
     before = good.checkpoint.read_bytes(), bad.checkpoint.read_bytes()
 
     good.checkpoint.unlink()  # as if it had been killed before it was saved
     capsys.readouterr()
-    train_all(replace(sweep, resume=True))
+    train_all(with_values(sweep, resume=True))
     assert (good.checkpoint.read_bytes(), bad.checkpoint.read_bytes()) == before
-    assert f"{bad.checkpoint} is finished (17 steps): nothing to do, and its loss was no number" in (
-        capsys.readouterr().err
-    )
+    assert f"{bad.checkpoint} is finished (17 steps): nothing to do, and it diverged" in (capsys.readouterr().err)
     with pytest.raises(IncompatibleError, match="the training diverged"):
-        train(replace(bad.spec.config, resume=True))
+        train(with_values(bad.spec.config, resume=True))

@@ -1,18 +1,16 @@
 """A resume in other surroundings goes on, and says in one line what changed."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from store.activations import ActivationStore
+from residscope.options import with_values
 from tests.support.stores import make_store, random_activations
-from train.config import TrainConfig
-from train.resolve import make_plan, split_tokens
+from tests.support.training import train_config
+from train.determinism import differences, surroundings
 from train.run import train
-from train.surroundings import differences, surroundings
-from train.trainer import Run
+from train.trainer import Trainer
 
 
 def test_only_what_changed_is_said() -> None:
@@ -25,19 +23,19 @@ def test_only_what_changed_is_said() -> None:
 
 def test_a_resume_warns_in_one_line_and_ends_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path / "acts.zarr", random_activations(n_tokens=200), chunk_tokens=32)
-    config = TrainConfig(
+    config = train_config(
         store=tmp_path / "acts.zarr", out=tmp_path / "ckpt.pt", n_latents=24, k=3, batch_size=64, validation_fraction=0
     )
-    config = replace(config, checkpoint_every=2, threads=1)
-    train(replace(config, out=tmp_path / "whole.pt"))
-    save = Run.save
+    config = with_values(config, checkpoint_every=2, threads=1)
+    train(with_values(config, out=tmp_path / "whole.pt"))
+    save = Trainer.save
 
-    def then_stop(self: Run, *, finished: bool) -> None:
+    def then_stop(self: Trainer, *, finished: bool) -> None:
         save(self, finished=finished)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save", then_stop)
+        patch.setattr(Trainer, "save", then_stop)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     saved = torch.load(config.out, weights_only=True)
@@ -48,7 +46,7 @@ def test_a_resume_warns_in_one_line_and_ends_all_the_same(tmp_path: Path, capsys
         if before is None:
             del trainer["surroundings"]
         torch.save({**saved, "trainer": trainer}, config.out)
-        train(replace(config, resume=True))
+        train(with_values(config, resume=True))
         warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
         if before in (now, None):
             assert warnings == []
@@ -60,13 +58,7 @@ def test_a_resume_warns_in_one_line_and_ends_all_the_same(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_what_is_multiplied_beside_the_screen_is_kept(
-    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("train.hardware.has_byte_products", lambda: True)
-    monkeypatch.setattr("train.surroundings.dense_dtype", lambda dtype: torch.bfloat16)
-    make_store(tmp_path / "acts.zarr", random_activations(n_tokens=200), chunk_tokens=32)
-    config = TrainConfig(store=tmp_path / "acts.zarr", out=tmp_path / "ckpt.pt", n_latents=24, k=3, dtype=dtype)  # type: ignore[arg-type]
-    store = ActivationStore.open(config.store)
-    found = surroundings(make_plan(config, store, split_tokens(store, 0.05, 0)))
+def test_what_is_multiplied_beside_the_screen_is_kept(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.determinism.dense_dtype", lambda dtype: torch.bfloat16)
+    found = surroundings("cpu", "torch", dtype)
     assert found.get("products beside the screen") == (None if dtype == "float32" else "bfloat16")

@@ -1,0 +1,130 @@
+"""What a resume refuses by name, what it warns of, and plans of checkpoints from before an option was there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from residscope.errors import IncompatibleError, UsageError
+from residscope.options import with_values
+from store.activations import ActivationStore
+from tests.support.stores import make_store, random_activations
+from tests.support.training import plan_of
+from train.config import TrainConfig
+from train.resolve import ADDED_LATER, RECORDED, RunPlan
+from train.resume import compare_plans
+from train.run import train
+from train.trainer import Trainer
+
+
+@pytest.fixture
+def config(config: TrainConfig) -> TrainConfig:
+    return with_values(config, epochs=2)
+
+
+@pytest.fixture
+def plan(store: Path) -> RunPlan:
+    return plan_of(ActivationStore.open(store), k=2)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_every_difference_between_plans_is_named(plan: RunPlan, name: str) -> None:
+    other = plan.to_dict() | {name: "other"}
+    if name in ("device", "kernels", "tile_mb"):
+        assert compare_plans(other, plan)[0].startswith(f"{name} was other when")
+    else:
+        with pytest.raises(IncompatibleError, match=f"{name} was other"):
+            compare_plans(other, plan)
+
+
+def test_equal_plans_and_products_that_the_machine_chooses(plan: RunPlan) -> None:
+    assert compare_plans(plan.to_dict(), plan) == []
+    with pytest.raises(IncompatibleError, match=r"product_dtype was .* give --dtype other to resume"):
+        compare_plans(plan.to_dict() | {"product_dtype": "other"}, plan)
+    with pytest.raises(IncompatibleError, match=r"product_dtype was float16 .* no longer supported: give --overwrite"):
+        compare_plans(plan.to_dict() | {"product_dtype": "float16"}, plan)
+
+
+def test_a_plan_from_before_an_option_was_there_is_that_of_its_default(plan: RunPlan) -> None:
+    old = {name: value for name, value in plan.to_dict().items() if name not in ADDED_LATER}
+    assert len(old) == len(RECORDED) - len(ADDED_LATER)
+    assert compare_plans(old, plan) == []
+    for name in old.keys() - {"device", "kernels"}:
+        with pytest.raises(IncompatibleError, match=f"{name} was None"):
+            compare_plans({key: value for key, value in old.items() if key != name}, plan)
+
+
+def test_an_existing_checkpoint_is_not_touched_unasked(config: TrainConfig) -> None:
+    config.out.write_text("precious")
+    with pytest.raises(UsageError, match="--resume continues it, --overwrite starts anew"):
+        train(config)
+    assert config.out.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"k": 5}, "k was 4 .* and is 5 now"),
+        ({"n_latents": 50}, "n_latents was 40"),
+        ({"lr": 0.5}, "lr was"),
+        ({"batch_size": 32}, "batch_size was 64"),
+        ({"epochs": 3}, "steps was 33"),
+        ({"layers": (0, 1)}, "layers was"),
+        ({"seed": 9}, "seed was 0"),
+        ({"loss_space": "raw"}, "loss_space was standardized"),
+        ({"window_gb": 1e-4}, "window_bytes was"),
+    ],
+)
+def test_a_resume_with_other_flags_is_refused_by_name(config: TrainConfig, changes: dict, named: str) -> None:
+    train(with_values(config, steps=33, epochs=None))
+    steps = {} if "epochs" in changes else {"steps": 33, "epochs": None}
+    with pytest.raises(IncompatibleError, match=named):
+        train(with_values(config, resume=True, **{**steps, **changes}))
+
+
+def test_a_resume_on_other_data_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    train(config)
+    make_store(tmp_path / "other.zarr", random_activations(n_tokens=400, seed=1), chunk_tokens=32)
+    with pytest.raises(IncompatibleError, match="trained on another store"):
+        train(with_values(config, resume=True, store=tmp_path / "other.zarr"))
+    make_store(tmp_path / "wide.zarr", random_activations(n_tokens=400, d_model=16), chunk_tokens=32)
+    with pytest.raises(IncompatibleError, match=r"has d_model 12, .* has 16"):
+        train(with_values(config, resume=True, store=tmp_path / "wide.zarr"))
+
+
+def test_a_training_state_that_is_not_whole_is_refused_by_name(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Trainer.save
+
+    def then_stop(self: Trainer, *, finished: bool) -> None:
+        save(self, finished=finished)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(with_values(config, checkpoint_every=5))
+    whole = torch.load(config.out, weights_only=True)
+    left_out = {"updates", "vectors", "threads", "surroundings"}  # which older checkpoints lack
+    for name in whole["trainer"]:
+        for value in ("missing", None, "x", [], -1, 10**9, torch.zeros(3)):
+            trainer = {**whole["trainer"], name: value}
+            if value is None and name == "validation":
+                continue
+            if isinstance(value, int) and name in left_out:
+                continue
+            if value == "missing":
+                if name in left_out | {"validation"}:
+                    continue
+                del trainer[name]
+            torch.save({**whole, "trainer": trainer}, config.out)
+            with pytest.raises(IncompatibleError, match=f"{name} is not what|holds no training state"):
+                train(with_values(config, checkpoint_every=5, resume=True))
+    torch.save(whole, config.out)
+    train(with_values(config, checkpoint_every=5, resume=True))
+    finished = torch.load(config.out, weights_only=True)
+    for metrics in ({}, {**finished["trainer"]["metrics"], "loss": "x"}):
+        torch.save({**finished, "trainer": {**finished["trainer"], "metrics": metrics}}, config.out)
+        with pytest.raises(IncompatibleError, match="metrics is not what"):
+            train(with_values(config, checkpoint_every=5, resume=True))

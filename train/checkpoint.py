@@ -1,0 +1,215 @@
+"""Checkpoints on disk: `ckpt.pt`, written whole or not at all, and read without running code from strangers.
+
+What is read is checked as a whole: the archive's check sums, shapes against the configuration, finite weights, and
+records that can be used; so that damage is one clear error, and no NaNs in results or failures deep in an analysis.
+
+Not here: other file formats (`train.formats.files`).
+"""
+
+import contextlib
+import errno
+import os
+import pickle
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from residscope.errors import IncompatibleError, UsageError
+from residscope.names import beside
+from store.files import sync
+from train.model import MLSAE
+from train.model_config import SAEConfig
+
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint file holds."""
+
+    config: SAEConfig
+    """What the autoencoder is."""
+
+    sae: MLSAE
+    """The autoencoder, float32, on the CPU."""
+
+    store: dict[str, Any]
+    """Which data it was trained on: content_hash, path (the store's name), d_model, layers, model, lens,
+    validation {fraction, seed, n_documents}."""
+
+    trainer: dict[str, Any]
+    """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs."""
+
+
+def safetensors_path(checkpoint: Path) -> Path:
+    """Where a checkpoint's weights are for others to read: ckpt.pt -> ckpt.safetensors."""
+    return beside(checkpoint, ".safetensors")
+
+
+def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:
+    """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder.
+
+    Raises `OSError` where the disk refuses it, and leaves the checkpoint that was there.
+    """
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "config": asdict(sae.config),
+        "state_dict": {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()},
+        "store": store,
+        "trainer": trainer,
+    }
+    content = _interned(content)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
+        reason: BaseException | None = error
+        while isinstance(reason, RuntimeError):
+            reason = reason.__context__  # torch says "unexpected pos" and hides what the disk said
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(reason.errno, reason.strerror, str(path)) from None
+    sync(path.parent)
+
+
+def _interned(value: Any) -> Any:
+    """`value` with equal strings made one object: pickle writes such a string once, so equal content is equal bytes."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, dict):
+        return {_interned(key): _interned(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_interned, value))
+    return value
+
+
+def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
+    """Read a checkpoint; only tensors and plain values are accepted, so that a file from a stranger cannot run code.
+
+    finite: refuse weights that are NaN or infinite. Raises `UsageError` if there is no such file, `IncompatibleError`
+    if it is not a whole checkpoint of this format.
+    """
+    content = _read_safely(Path(path))
+    version = content.get("format")
+    if version != CHECKPOINT_FORMAT:
+        raise IncompatibleError(
+            f"{path}: checkpoint format {version}, here {CHECKPOINT_FORMAT} is read: use the version that wrote it"
+        )
+    config = _config_of(content.get("config"), path)
+    state = content.get("state_dict")
+    with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
+        expected = MLSAE(config).state_dict()
+    for name, tensor in expected.items():
+        found = state.get(name) if isinstance(state, dict) else None
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            shown = list(found.shape) if isinstance(found, Tensor) else None
+            raise IncompatibleError(
+                f"{path}: {name} should be {list(tensor.shape)} by the checkpoint's config, found {shown}"
+            )
+        if found.layout != torch.strided or not found.dtype.is_floating_point:
+            shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
+            raise IncompatibleError(f"{path}: {name} should hold dense floats, found {shown}")
+    sae = MLSAE(config)
+    sae.load_state_dict({name: content["state_dict"][name] for name in expected})
+    store, trainer = content.get("store") or {}, content.get("trainer") or {}
+    if finite:
+        check_weights(sae.state_dict(), str(path))
+    check_records(store, trainer, str(path))
+    return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
+
+
+def _read_safely(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise IncompatibleError(
+                f"{path}: refused: not a checkpoint, or one cut short (a bare pickle is never loaded)"
+            )
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.save writes check sums, torch.load does not look at them
+        if damaged is not None:
+            raise ValueError(f"the check sum of {damaged} is wrong: the file was damaged after it was written")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise IncompatibleError(
+            f"{path}: refused: it holds more than tensors and plain values, so code could run on loading"
+        ) from None
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        struct.error,
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # of the disk; EINVAL is what a damaged index gives, by which the file is sought beyond its ends
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
+        raise IncompatibleError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(content, dict) or "state_dict" not in content or "config" not in content:
+        raise IncompatibleError(f"{path}: not a checkpoint of this project: it should hold config and state_dict")
+    return content
+
+
+def _config_of(found: Any, path: Path) -> SAEConfig:
+    known = {field.name for field in fields(SAEConfig)}
+    if not isinstance(found, dict) or not set(found) <= known or not {"d_model", "n_latents", "k"} <= set(found):
+        shown = sorted(found) if isinstance(found, dict) else type(found).__name__
+        raise IncompatibleError(f"{path}: the checkpoint's config should have {sorted(known)}, found {shown}")
+    try:
+        return SAEConfig.from_plain(found)
+    except (UsageError, TypeError) as error:
+        raise IncompatibleError(f"{path}: impossible configuration: {error}") from None
+
+
+def check_weights(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise `IncompatibleError` if a tensor holds a value that is not finite; `where` is what the user calls it."""
+    for name, tensor in state.items():
+        # A threshold of 0, which is not measured yet, has an infinite logarithm.
+        good = ~tensor.isnan() if name == "log_threshold" else tensor.isfinite()
+        if not good.all():
+            raise IncompatibleError(
+                f"{where}: {name} should hold finite numbers, found {tensor[~good].flatten()[0].item()}: the training "
+                "diverged or the file is damaged; take another checkpoint, or train anew with a lower --lr"
+            )
+
+
+def check_records(store: Any, trainer: Any, where: str) -> None:
+    """Raise `IncompatibleError` if `Checkpoint.store` or `Checkpoint.trainer` cannot be what `train` writes."""
+    reason = None
+    if not isinstance(store, dict) or not isinstance(trainer, dict):
+        reason = "store and trainer should be mappings"
+    elif not _are_layers(store.get("layers")):
+        reason = f"layers should be integers, found {store['layers']!r}"
+    elif store.get("validation") and not _is_split(store["validation"]):
+        reason = f"validation should have a fraction in [0, 1) and a seed, found {store['validation']!r}"
+    if reason is not None:
+        raise IncompatibleError(f"{where}: its record of the training is damaged: {reason}; take another checkpoint")
+
+
+def _are_layers(found: Any) -> bool:
+    return found is None or (isinstance(found, list | tuple) and all(type(layer) is int for layer in found))
+
+
+def _is_split(found: Any) -> bool:
+    try:
+        return 0 <= float(found["fraction"]) < 1 and int(found["seed"]) >= 0
+    except (TypeError, ValueError, KeyError):
+        return False
