@@ -28,7 +28,6 @@ class TokenOptions:
 
     split: DocumentSplit = "all"
     """Which documents: every one, or the checkpoint's own training or validation documents."""
-
     max_tokens: int | None = None
     """Stop after so many kept tokens of the split, in store order. By default all of them. The training tokens that PCA
     is fitted on, and the validation tokens, are cut at as many."""
@@ -44,18 +43,14 @@ class StatisticsOptions:
     dtype: Dtype = "float32"
     """Number format of the encoder's product; float32 gives the same numbers on every machine, bfloat16 is several
     times faster where the hardware has it. Sums are float64 always."""
-
     pca: bool = True
     """Fit PCA with k components on the training documents and show its FVU on the validation documents beside the
     autoencoder's."""
-
     intervals: bool = True
     """Give 95 % intervals over documents."""
-
     nulls: bool = True
     """Compare with null models: the same codes with layers permuted within each token, and with tokens permuted within
     each layer."""
-
     seed: int = 0
     """Seed of the null models and of other draws."""
 
@@ -70,14 +65,11 @@ class LatentOptions:
     redundancy: bool = True
     """Compare all decoder rows with each other: nearest latents, MMCS, near-parallel pairs; takes time with the square
     of the number of live latents."""
-
     redundancy_cosine: float = 0.9
     """Cosine of decoder rows above which two latents are near-parallel."""
-
     examples: bool = True
     """Find each latent's maximally activating examples at each layer, with text around them (as token ids if the
     model's tokenizer is not on this machine), and the histogram of its activations."""
-
     save_latents: bool = False
     """Keep the sparse codes inside the store (latents/KEY: Zarr arrays of values and indices), 8 * k bytes for each
     vector, four times that where the number of active latents varies. Later analyses of this autoencoder on this store
@@ -96,15 +88,12 @@ class TransformerOptions:
     """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at so many
     tokens of held-out documents (else of the analysed ones); 0 for none. By default as many as take about a minute on
     two cores, if the store's model is on this machine; if it is not, the analysis goes without."""
-
     latent_logits: bool = True
     """Find the tokens that each latent promotes, suppresses and is nearest to, if the store's model is on this
     machine."""
-
     model: str | None = None
     """Where the store's model is, a folder or a GGUF file, if neither the store nor the file with the harvest's options
     beside it (acts.harvest.toml) says so."""
-
     lens: str | None = None
     """Where the store's tuned lens is, if it came from a folder and acts.harvest.toml does not say so."""
 
@@ -124,11 +113,9 @@ class PromptOptions:
     prompt: tuple[str, ...] = ()
     """Texts to look at through the autoencoder: adds to the report which latents are active at which token and layer.
     An analysis of the same store and autoencoder that is in the output folder is kept."""
-
     ablate: tuple[str, ...] = ()
     """With --prompt: take a latent out, LATENT or LATENT:LAYER, and tell how the next token changes. Without a layer:
     where it is strongest. By default the strongest latents of the prompt, one at a time."""
-
     steer: tuple[str, ...] = ()
     """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation."""
 
@@ -143,7 +130,6 @@ class OutputOptions:
 
     report: bool = True
     """Draw the figures and write report.html."""
-
     json: bool = False
     """Print summary.json on stdout, as one line, and the words on stderr."""
 
@@ -155,11 +141,9 @@ class WorkerOptions:
     scheduler: str = "threads"
     """Where tasks run: `threads` of this process, `processes` of this machine (a Dask LocalCluster), or the address of
     a Dask scheduler (tcp://HOST:8786) whose workers see the same paths."""
-
     n_workers: int | None = None
     """Threads or processes that work at once. By default one per core; with a scheduler's address its workers count
     instead."""
-
     performance_report: Path | None = None
     """HTML file for Dask's account of which task ran where and when; needs the `dashboard` extra."""
 
@@ -182,16 +166,13 @@ class AnalyzeConfig:
 
     store: Path
     """Folder of the activation store, as `harvest` wrote it."""
-
     sae: Path
     """The autoencoder: a checkpoint as `train` wrote it, a folder in the format of mlsae, SAELens or sparsify, or the
     owner/name of a hub repository."""
-
     out: Path | None = None
     """Folder for summary.json, latents.parquet, layers.parquet, figures and report.html; results that are in it are
     replaced. By default CHECKPOINT.analysis beside the checkpoint: ckpt.analysis for ckpt.pt; for a hub repository
     NAME.analysis here."""
-
     tokens: TokenOptions = TokenOptions()
     statistics: StatisticsOptions = StatisticsOptions()
     latents: LatentOptions = LatentOptions()
@@ -216,9 +197,7 @@ class CompareConfig:
 
     compare: tuple[Path, ...]
     """Folders that `analyze` wrote, or their summary.json: model sizes, with and without a lens, trained or not."""
-
     out: Path = Path("comparison")
     """Folder for compare.parquet, compare.json, compare.png and compare.svg."""
-
     json: bool = False
     """Print compare.json on stdout, as one line, and no table."""

@@ -38,10 +38,8 @@ class Codes(NamedTuple):
 
     values: Tensor
     """[T, L, k] >= 0."""
-
     indices: Tensor
     """int64 [T, L, k]."""
-
     x_hat: Tensor
     """[T, L, D] reconstruction in raw space."""
 

@@ -37,7 +37,6 @@ class Inputs:
     checkpoint: Checkpoint
     layers: tuple[int, ...]
     """The stored layers that the autoencoder speaks of, as indices into the store's."""
-
     notes: Sequence[str]
     """What a user must know of the autoencoder's file, and of how it and the store fit: sentences."""
 
@@ -136,30 +135,22 @@ class TaskSpec:
 
     store: str
     """Path of the store."""
-
     content_hash: str
     """What the store at that path must hold."""
-
     sae: str
     """Path of the checkpoint."""
-
     layers: tuple[int, ...]
     """Stored layers to analyse, as indices into the store's."""
-
     tokens: TokenOptions
     statistics: StatisticsOptions
     validation: tuple[float, int, int] | None
     """Fraction, seed and number of documents of the checkpoint's validation split."""
-
     same_store: bool
     """Whether this is the store that the autoencoder was trained on."""
-
     pca: bool
     """Whether to sum what the PCA baseline needs: wanted, and there is something to fit it on."""
-
     save_latents: bool = False
     """Whether to keep the codes of every shard that is encoded."""
-
     codes_folder: str | None = None
     """Folder for the analysed tokens' codes while the analysis lasts (`analysis.tiles`); None for none."""
 
@@ -172,7 +163,6 @@ class TaskData(NamedTuple):
     selection: Selection
     shift: NDArray[np.float64]
     """[L, D] mean of each analysed layer over the store's kept tokens."""
-
     kept: KeptCodes | None
     """Codes that an earlier analysis kept in the store, or that this one does."""
 

@@ -53,19 +53,14 @@ class ShardSum(Generic[R]):
 
     name: str
     """What the progress bar says."""
-
     task: Callable[..., R]
     """task(*arguments, shards) -> R, importable by workers."""
-
     arguments: tuple[Any, ...]
     """Small, and able to travel."""
-
     merge: Callable[[Sequence[R]], R]
     """Adds results, in order."""
-
     shards: tuple[int, ...]
     """Shards to sum over, ascending."""
-
     tokens: tuple[int, ...]
     """Tokens of each of `shards` that count, for progress."""
 

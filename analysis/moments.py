@@ -48,23 +48,17 @@ class LayerMoments:
 
     layers: NDArray[np.int64]
     """[L] the model's block indices of the layers, increasing."""
-
     groups: NDArray[np.int64]
     """[G] ids of the document groups that are present, increasing."""
-
     n_tokens: NDArray[np.int64]
     """[G] tokens added."""
-
     sums: NDArray[np.float64]
     """[G, 8, M] sums over tokens of m, m mu, m v, m mu^2 (M0, M1, M2 - Q and Q), then of 1, mu, v, mu^2: the same with
     every pair's mass set to 1. mu is centred."""
-
     counts: NDArray[np.int64]
     """[M, L] (token, layer) pairs at which a latent fired."""
-
     totals: NDArray[np.float64]
     """[M, L] sum of activations."""
-
     persistence: Persistence
     """Sums of when latents switch on and off, for the same groups."""
 
@@ -157,10 +151,8 @@ class Variances(NamedTuple):
 
     within_token: NDArray[np.float64]
     """E[Var(L | J, T)], the token-level variance."""
-
     between_tokens: NDArray[np.float64]
     """E[Var(E[L | J, T] | J)]."""
-
     between_latents: NDArray[np.float64]
     """Var(E[L | J])."""
 

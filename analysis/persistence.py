@@ -40,10 +40,8 @@ class Persistence:
     histograms: NDArray[np.float64]
     """[G, 2, 4, L]: for each weighting, the weight of the pairs by n_layers_active and run_length (n at position n -
     1), onset and offset (at the layer's position)."""
-
     shape: NDArray[np.float64]
     """[G, 2, 3]: for each weighting, sums of weight times n_runs, contiguity, and 1 where n_runs is 1."""
-
     latents: NDArray[np.float64]
     """[M, 5]: sums over a latent's pairs, each counting once, of n_layers_active, onset, offset (centred), run_length
     and contiguity."""
@@ -73,34 +71,24 @@ class PersistenceNumbers(NamedTuple):
 
     n_layers_active: NDArray[np.float64]
     """Layers at which the latent is active at the token."""
-
     onset: NDArray[np.float64]
     """First of them, in the model's layer numbers."""
-
     offset: NDArray[np.float64]
     """Last of them, in the model's layer numbers."""
-
     run_length: NDArray[np.float64]
     """Layers of the longest run."""
-
     n_runs: NDArray[np.float64]
     """Runs: how often it switches on."""
-
     contiguity: NDArray[np.float64]
     """Longest run / layers from onset to offset, 0 to 1."""
-
     unbroken: NDArray[np.float64]
     """Share of pairs with one run: on once, on until it goes off."""
-
     single_layer: NDArray[np.float64]
     """Share of pairs active at one layer only, which are unbroken and of contiguity 1 by themselves."""
-
     contiguity_multi: NDArray[np.float64]
     """Contiguity of the other pairs."""
-
     unbroken_multi: NDArray[np.float64]
     """Share of the other pairs with one run."""
-
     stays_on: NDArray[np.float64]
     """Of the layers at which a pair is active, the last analysed one left out: at which share it is active at the next
     layer too."""
@@ -160,7 +148,6 @@ class LatentPersistence(NamedTuple):
     layers_per_token: NDArray[np.float64]
     onset: NDArray[np.float64]
     """In the model's layer numbers, as `offset`."""
-
     offset: NDArray[np.float64]
     run_length: NDArray[np.float64]
     contiguity: NDArray[np.float64]

@@ -33,25 +33,18 @@ class LayerQuality:
 
     n_tokens: NDArray[np.int64]
     """[S]"""
-
     squared_error: NDArray[np.float64]
     """[S, L] sum |x - x_hat|^2."""
-
     squared_deviation: NDArray[np.float64]
     """[S, L] sum |x - m|^2."""
-
     deviation: NDArray[np.float64]
     """[S, L, D] sum of x - m."""
-
     norm: NDArray[np.float64]
     """[S, L] sum |x|."""
-
     active: NDArray[np.int64]
     """[S, L] latents with a value > 0."""
-
     cosine: NDArray[np.float64]
     """[S, L] sum of cosines to the next layer."""
-
     n_cosines: NDArray[np.int64]
     """[S, L] tokens whose cosine is defined (neither vector is the mean itself)."""
 
@@ -131,10 +124,8 @@ class GroupQuality:
 
     groups: NDArray[np.int64]
     """[G] ids of the document groups that are present, increasing."""
-
     n_tokens: NDArray[np.int64]
     """[G]"""
-
     sums: NDArray[np.float64]
     """[G, 3, L] of |x - x_hat|^2, |x - m|^2 and the number of active latents."""
 

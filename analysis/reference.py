@@ -23,7 +23,6 @@ class CompatVariances(NamedTuple):
     var_l: float
     rel_var_f: float | None
     """exp_var_l_f / var_l; None if var_l is 0."""
-
     rel_var_t: float | None
     """exp_var_l_tf / exp_var_l_f, the reference's share of token-level variance; None if exp_var_l_f is 0."""
 

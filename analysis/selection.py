@@ -33,24 +33,18 @@ class Selection:
 
     analysed: NDArray[np.bool_]
     """[T] tokens that the distribution over layers and the reconstruction are about."""
-
     validation: NDArray[np.bool_]
     """[T] tokens of held-out documents that validation FVU and the PCA baseline are evaluated on; none if nothing is
     held out."""
-
     fit: NDArray[np.bool_]
     """[T] tokens that the PCA baseline is fitted on: those of documents that are not held out; none if nothing is held
     out."""
-
     group: NDArray[np.int64]
     """[T] document group of an analysed token, 0 .. n_groups - 1, not descending; -1 elsewhere."""
-
     held_out: NDArray[np.bool_]
     """[documents of the store] whether the autoencoder was not trained on it."""
-
     n_documents: int
     """Documents with an analysed token."""
-
     n_groups: int
     """Document groups: runs of whole documents with about as many analysed tokens each."""
 

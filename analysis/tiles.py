@@ -44,10 +44,8 @@ class CodeTile(NamedTuple):
 
     token: NDArray[np.int64]
     """[T] places in the store, ascending."""
-
     values: NDArray[np.floating]
     """[T, L, k] >= 0."""
-
     indices: NDArray[np.int64]
     """[T, L, k]"""
 

@@ -38,13 +38,10 @@ class DemoConfig:
 
     out: Path = Path("demo")
     """Folder for the store (acts.zarr), the checkpoint (ckpt.pt), the results and report.html."""
-
     tokens: int = 30_208
     """Tokens to harvest."""
-
     model: str = "smollm2-135m"
     """Model, as `harvest --model` takes it."""
-
     dataset: str = "pydoc"
     """Text, as `harvest --dataset` takes it."""
 

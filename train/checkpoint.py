@@ -37,14 +37,11 @@ class Checkpoint:
 
     config: SAEConfig
     """What the autoencoder is."""
-
     sae: MLSAE
     """The autoencoder, float32, on the CPU."""
-
     store: dict[str, Any]
     """Which data it was trained on: content_hash, path (the store's name), d_model, layers, model, lens,
     validation {fraction, seed, n_documents}."""
-
     trainer: dict[str, Any]
     """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs."""
 

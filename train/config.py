@@ -51,28 +51,21 @@ class ModelConfig:
 
     expansion_factor: float | None = None
     """Latents per dimension of the residual stream; n_latents is this times d_model; default: 16."""
-
     n_latents: int | None = None
     """Number of latents, instead of an expansion factor."""
-
     k: int = 32
     """Active latents on one vector: at most (topk), in the mean (batchtopk, matryoshka), aimed at (jumprelu)."""
-
     activation: Activation = "topk"
     """Which latents are active: topk: the k largest of a vector; batchtopk: the N k largest of a batch of N;
     matryoshka: the same with nested dictionaries; jumprelu: those above a trained threshold; relu: all positive, with
     an L1 term."""
-
     standardize: Standardize = "vector"
     """vector: each vector loses its own mean and is divided by its own standard deviation; layer: each layer has one
     mean vector and one scale, of the training vectors; none: vectors as they are."""
-
     encoder_bias: bool | None = None
     """Add a bias to the pre-activations; default: for jumprelu and relu."""
-
     apply_b_dec_to_input: bool = True
     """Subtract b_pre, which the decoder adds, from the encoder's input too."""
-
     prefixes: tuple[int, ...] | None = None
     """matryoshka: the first so many latents must reconstruct on their own; the last is n_latents; default: 1/32, 3/32,
     7/32, 15/32 and all of them."""
@@ -94,36 +87,26 @@ class ObjectiveConfig:
 
     k_start: int | None = None
     """k at the first step; it goes linearly to k; default: k throughout."""
-
     k_warmup_fraction: float = 0.1
     """Share of the steps in which k goes from k_start to k."""
-
     multi_topk: bool = False
     """topk: add an eighth of the loss with 4 k active latents, so that k may be changed afterwards (Gao et al.)."""
-
     sparsity_loss: Literal["target", "penalty"] = "target"
     """jumprelu: target, sparsity_coef * (L0 / k - 1)^2; penalty, sparsity_coef for every active latent, k unused."""
-
     sparsity_coef: float | None = None
     """Weight of the sparsity term. relu: of a code's L1 norm beside a vector's squared error in standardised space;
     jumprelu: see sparsity_loss. Default: 1 for a target, else 0.5."""
-
     sparsity_warmup_fraction: float = 0.1
     """Share of the steps in which the sparsity term's weight rises linearly from 0."""
-
     bandwidth: float = 1.0
     """jumprelu: width of the window about a threshold in which pre-activations move it; a pre-activation's standard
     deviation is about 1 at the start."""
-
     aux_k: int | None = None
     """Dead latents that AuxK may use on one vector; default: the power of two nearest d_model / 2."""
-
     aux_coef: float = 1 / 32
     """Weight of AuxK beside the main loss; 0 turns it off."""
-
     dead_tokens: int | None = None
     """Tokens without firing after which a latent is dead; default: 10 million, or a tenth of the run's if less."""
-
     loss_space: Literal["standardized", "raw"] = "standardized"
     """Where the loss is taken: standardized lets every vector count alike; raw is the reference's choice."""
 
@@ -140,22 +123,17 @@ class OptimizerConfig:
     lr: float | None = None
     """Peak learning rate; default: the scaling law 2e-4 / sqrt(n_latents / 2^14) of Gao et al., which was found for
     long runs; runs of some hundred steps learn far more with several times as much."""
-
     warmup_fraction: float = 0.02
     """Share of the steps in which the learning rate rises linearly to its peak."""
-
     decay_fraction: float = 0.2
     """Share of the steps, the last ones, in which the learning rate falls linearly towards zero."""
-
     decoder_norm: Literal["fixed", "free"] = "fixed"
     """Decoder rows are of unit norm after every step. fixed: the gradient's component along them is left out; free: in
     the step they take any norm, which goes to the encoder's row, so that latents find their scale sooner (topk,
     batchtopk, matryoshka); in the first hundreds of steps FVU is 1 to 3 % lower."""
-
     clip_norm: float | None = None
     """Scale all gradients down where their norm together is larger than this, such as 0.001, which binds in most steps
     and gives short runs a lower FVU; default: never."""
-
     ema_decay: float | None = None
     """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
     default: the weights themselves."""
@@ -173,19 +151,14 @@ class DataConfig:
 
     batch_size: int = 2048
     """Vectors (one token at one layer each) in a step; layers are mixed."""
-
     steps: int | None = None
     """Length of the run in steps, instead of epochs."""
-
     epochs: int | None = None
     """Length of the run in passes over the training tokens; default: 1."""
-
     layers: tuple[int, ...] | None = None
     """Train on these layers only (the model's own numbers, as stored); default: all that are stored."""
-
     seed: int = 0
     """Seed of the initial weights, of the order of the data, and of the choice of validation documents."""
-
     window_gb: float = 1.0
     """Memory for the shuffle, in GB: two windows of the store, one served while the other is read."""
 
@@ -211,19 +184,14 @@ class HardwareConfig:
     and on CPUs with AMX, int8 on CPUs with AVX512-VNNI, else float32. int8: TopK, BatchTopK and Matryoshka without an
     encoder bias screen all latents in 8 bits and multiply out in float32 those that may be among the k largest; what
     needs every product makes it in bfloat16 on CPUs with AMX, else in float32."""
-
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
-
     kernels: Literal["auto", "numba", "triton", "torch"] = "auto"
     """Sparse kernels: numba (compiled, CPU), triton (compiled, CUDA) or torch; auto: compiled where they apply."""
-
     threads: int | None = None
     """CPU threads; default: all cores, or on --resume as many as before, because the last bits depend on it."""
-
     tile_mb: float = 16
     """Pre-activations held at once, in MB; a tile that fits the last-level cache is fastest."""
-
     deterministic: bool | None = None
     """Insist on the same bits from the same run. Default: on a CPU, where it costs nothing; on CUDA it makes steps some
     per cent slower, more where AuxK is busy, and a resume is bit for bit only with it."""
@@ -240,7 +208,6 @@ class LoggingConfig:
 
     log_every: int = 10
     """Steps between two lines of metrics."""
-
     checkpoint_every: int = 500
     """Steps between two checkpoints on the way; 0: only at the end, or when stopped by a signal."""
 
@@ -255,10 +222,8 @@ class ValidationConfig:
 
     validate_every: int | None = None
     """Steps between two short validations on the way; 0: only at the end; default: a quarter of the run."""
-
     validation_fraction: float = 0.05
     """Share of the documents that are held out of training, and on which validation runs."""
-
     validation_tokens: int = 4096
     """Held-out tokens, at most, for the validation at the end; those on the way use up to 256."""
 
@@ -277,16 +242,12 @@ class PublishConfig:
 
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, to OUT.tensorboard/ (pip install 'residscope[tensorboard]')."""
-
     wandb: str | None = None
     """Send the metrics to this project of Weights & Biases too (pip install 'residscope[wandb]')."""
-
     push_to_hub: str | None = None
     """When done, upload weights, metrics and a model card to this hub repository, OWNER/NAME."""
-
     hub_private: bool = False
     """Make that repository private if it is new."""
-
     hub_license: str = "unknown"
     """Licence of the weights, for the model card, such as apache-2.0."""
 
@@ -302,10 +263,8 @@ class TrainConfig:
 
     store: Path
     """Store of activations, as `harvest` makes it."""
-
     out: Path = Path("ckpt.pt")
     """Checkpoint to write; metrics go beside it, to NAME.metrics.jsonl, and the resolved flags to NAME.config.toml."""
-
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -318,22 +277,17 @@ class TrainConfig:
     """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
     point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with
     the same flags. Any field will do that does not change the stream of batches."""
-
     per_layer: Literal["total", "each"] | None = None
     """Train one autoencoder for each layer instead, on that layer's vectors of the same stream: the latents are
     divided among them (total), or each has as many (each). Checkpoints are ckpt.layer=0.pt, ..."""
-
     publish: PublishConfig = PublishConfig()
 
     dry_run: bool = False
     """Say steps, memory, disk and time, from a few steps that are measured and thrown away; write nothing."""
-
     resume: bool = False
     """Continue from the checkpoint if there is one, else start; the end is bit for bit that of an unbroken run."""
-
     overwrite: bool = False
     """Start anew even though there is a checkpoint, and replace it."""
-
     json: bool = False
     """Print a summary of the run as JSON on stdout."""
 

@@ -30,7 +30,6 @@ class Vectors(NamedTuple):
 
     x: Tensor
     """float32 [N, D], raw."""
-
     layer: Tensor
     """int64 [N], position among the layers trained on."""
 
@@ -63,10 +62,8 @@ class DocumentSplit(NamedTuple):
 
     train: np.ndarray
     """bool [T]"""
-
     validation: np.ndarray
     """bool [T]"""
-
     n_documents: int
     """Documents of the store."""
 
@@ -104,19 +101,14 @@ class TrainingData:
 
     store: ActivationStore
     """The store, open."""
-
     split: DocumentSplit
     """Its tokens: trained on, held out."""
-
     stored: list[int]
     """The layers of the stream, as positions in the store, ascending."""
-
     source: VectorSource
     """Turns batches into tensors."""
-
     device: torch.device
     """Where the tensors go."""
-
     config: TrainConfig
     """The flags that say which data."""
 

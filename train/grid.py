@@ -29,13 +29,10 @@ class RunSpec:
 
     config: TrainConfig
     """As of a single run; `out` is this run's own."""
-
     name: str = ""
     """What tells it from the others, as in its file name: "k=16.expansion_factor=8"; empty where there is one."""
-
     settings: dict[str, Any] = field(default_factory=dict)
     """The swept fields and their values."""
-
     layer: int | None = None
     """The model's number of the one layer that it is trained on, under --per-layer."""
 

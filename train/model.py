@@ -39,10 +39,8 @@ class Standardized(NamedTuple):
 
     x: Tensor
     """[N, D] (x - mean) / std."""
-
     mean: Tensor
     """[N, 1] mean over d_model, or [N, D] the mean vector of its layer."""
-
     std: Tensor
     """[N, 1] what x was divided by: its own unbiased standard deviation over d_model plus `STD_EPSILON`, or its
     layer's scale."""
@@ -53,13 +51,10 @@ class ForwardOutput(NamedTuple):
 
     x_hat: Tensor
     """[N, D] reconstruction in raw space."""
-
     codes: SparseCodes
     """Active latents, values [N, w] and indices [N, w]."""
-
     mean: Tensor
     """As in `Standardized`."""
-
     std: Tensor
     """As in `Standardized`."""
 
@@ -69,7 +64,6 @@ class MLSAE(nn.Module):
 
     threshold: Tensor
     """Scalar, batchtopk and matryoshka only: activations of inference are above it."""
-
     log_threshold: Tensor
     """[M], jumprelu only: logarithm of each latent's own threshold."""
 

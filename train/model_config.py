@@ -22,30 +22,22 @@ class SAEConfig:
 
     d_model: int
     """Width of the residual stream."""
-
     n_latents: int
     """Number of latents of the dictionary; expansion factor times d_model."""
-
     k: int
     """Active latents a vector: topk at most, batchtopk and matryoshka in the mean over a training batch, jumprelu and
     relu what training aimed at, or 0 where that is not known."""
-
     standardize: Standardize = "vector"
     """"vector": each vector loses its own mean and is divided by its own standard deviation; "layer": each layer has
     one mean vector and one scale for all its vectors; "none": as they are."""
-
     activation: Activation = "topk"
     """How latents are chosen: see `train.objective.variants`."""
-
     encoder_bias: bool = False
     """Whether a bias is added to the pre-activations."""
-
     apply_b_dec_to_input: bool = True
     """Whether b_pre, which the decoder adds, is also subtracted from the encoder's input."""
-
     prefixes: tuple[int, ...] = ()
     """matryoshka: the first so many latents must reconstruct on their own; increasing, the last is n_latents."""
-
     layers: tuple[int, ...] = ()
     """The model's numbers of the layers that have a mean and scale of their own, where standardize is "layer"."""
 

@@ -67,47 +67,33 @@ class RunPlan:
 
     spec: RunSpec
     """Which run of the invocation it is, and its flags."""
-
     model: SAEConfig
     """The autoencoder: `config.model`, resolved."""
-
     layers: tuple[int, ...]
     """The model's numbers of the layers trained on."""
-
     stream_layers: tuple[int, ...] | None
     """The layers whose vectors are streamed, where the run is trained on one of them alone (--per-layer); None: the
     layers trained on."""
-
     aux_k: int
     """Dead latents that AuxK may use on one vector."""
-
     sparsity_coef: float
     """Weight of the sparsity term; 0 where there is none."""
-
     lr: float
     """Peak learning rate."""
-
     steps: int
     """Steps of the whole run."""
-
     vectors: int
     """Vectors of the stream in the whole run; the last batch may be short."""
-
     vectors_per_epoch: int
     """Vectors of the stream in one pass."""
-
     epochs: int
     """Passes that are begun."""
-
     dead_vectors: int
     """Vectors without firing that make a latent dead."""
-
     product_dtype: str
     """Type of the encoder's product."""
-
     device: str
     """Kind of device: cpu or cuda."""
-
     kernels: str
     """Which implementation of the sparse parts."""
 
@@ -228,7 +214,6 @@ class MemoryEstimate(NamedTuple):
 
     device: int
     """Weights, gradients, moments, a batch and its gradients, and tiles, on the training device."""
-
     shuffle: int
     """The loader's two windows, in the machine's memory."""
 

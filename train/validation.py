@@ -33,19 +33,14 @@ class Validation(NamedTuple):
 
     tokens: int
     """Tokens looked at; each gives one vector a layer."""
-
     fvu: float
     """Mean over layers of the FVU."""
-
     fvu_per_layer: list[float]
     """FVU by layer trained on, in raw space; 0 is perfect, 1 no better than each layer's mean."""
-
     l0: float
     """Active latents a vector, mean."""
-
     l0_per_layer: list[float]
     """Active latents a vector by layer."""
-
     fired: float
     """Share of the latents that fired on any of these vectors."""
 
@@ -67,10 +62,8 @@ class ValidationTarget(NamedTuple):
 
     sae: MLSAE
     """On the device that the vectors are on."""
-
     product_dtype: torch.dtype
     """Type of its encoder's product."""
-
     position: int | None = None
     """The one layer to measure it on, as a position among the layers; None: on all of them."""
 

@@ -27,10 +27,8 @@ class PcaSums:
 
     n: NDArray[np.int64]
     """[] vectors."""
-
     total: NDArray[np.float64]
     """[D] sum of vectors."""
-
     gram: NDArray[np.float64]
     """[D, D] sum of outer products."""
 
@@ -60,7 +58,6 @@ class Components(NamedTuple):
 
     mean: NDArray[np.float64]
     """[D] mean of the standardised vectors."""
-
     directions: NDArray[np.float64]
     """[k, D] orthonormal, largest variance first."""
 

@@ -34,16 +34,12 @@ class ContextAgreement(NamedTuple):
 
     overlap: NDArray[np.float64]
     """[M] mean over the pairs of layers; NaN with fewer than two layers that have n contexts."""
-
     chance: NDArray[np.float64]
     """[M] the same by chance, where there is an overlap."""
-
     by_distance: NDArray[np.float64]
     """[L - 1] mean over all pairs of layers of all latents that are 1 .. L - 1 analysed layers apart; NaN without."""
-
     chance_by_distance: NDArray[np.float64]
     """[L - 1] of the same pairs."""
-
     n: int
     """Contexts of a latent at a layer."""
 

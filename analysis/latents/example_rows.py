@@ -56,13 +56,10 @@ class Contexts(NamedTuple):
 
     before: pa.StringArray
     """Text of a token's window before it."""
-
     token: pa.StringArray
     """Its text; of a token that only continues a character, that whole character."""
-
     after: pa.StringArray
     """Text of the window after it."""
-
     texts: pa.StringArray
     """Text of each token of the store that is in a window, others null; empty for one that only continues a
     character."""

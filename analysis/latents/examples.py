@@ -43,10 +43,8 @@ class TopExamples:
 
     activation: NDArray[np.float32]
     """[M, L, n]"""
-
     token: NDArray[np.int32]
     """[M, L, n] place in the store, -1 where there is none."""
-
     document: NDArray[np.int32]
     """[M, L, n]"""
 
@@ -95,19 +93,14 @@ class Examples(NamedTuple):
 
     latent: NDArray[np.int64]
     """[R]"""
-
     layer: NDArray[np.int64]
     """[R] index into the analysed layers."""
-
     rank: NDArray[np.int64]
     """[R] 0 is the most active of its latent and layer."""
-
     activation: NDArray[np.float32]
     """[R]"""
-
     token: NDArray[np.int64]
     """[R] place in the store."""
-
     document: NDArray[np.int64]
     """[R]"""
 

@@ -44,22 +44,16 @@ class LatentLogits(NamedTuple):
 
     promoted: NDArray[np.int64]
     """[J, n] token ids."""
-
     promoted_logits: NDArray[np.float32]
     """[J, n] above the mean over the vocabulary."""
-
     suppressed: NDArray[np.int64]
     """[J, n]"""
-
     suppressed_logits: NDArray[np.float32]
     """[J, n]"""
-
     cosine: NDArray[np.float32]
     """[J] the highest cosine to what a token's logit reads."""
-
     nearest: NDArray[np.int64]
     """[J] that token's id."""
-
     norm_folded: bool
     """Whether the final norm's gain is in it."""
 
@@ -69,7 +63,6 @@ class NormGain(NamedTuple):
 
     gain: Tensor
     """[D]"""
-
     centred: bool
     """Whether the mean over d_model is taken out first (LayerNorm)."""
 

@@ -40,7 +40,6 @@ class Pairs(NamedTuple):
 
     a: NDArray[np.int64]
     """[P] the lower number of the two."""
-
     b: NDArray[np.int64]
     cosine: NDArray[np.float64]
     overlap: NDArray[np.float64]
@@ -52,18 +51,14 @@ class Redundancy(NamedTuple):
 
     threshold: float
     """Cosine above which a pair is parallel."""
-
     pairs: Pairs
     """At most `MAX_PAIRS`."""
-
     n_parallel: int
     n_redundant: int
     n_redundant_latents: int
     """Latents that are in a redundant pair."""
-
     neighbours: NDArray[np.int64]
     """[M, 5] the nearest other live latents, the nearest first; -1 for a dead latent, or where there are fewer."""
-
     neighbour_cosines: NDArray[np.float64]
     """[M, 5] their cosines, NaN where there is none."""
 

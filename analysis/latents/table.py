@@ -47,40 +47,28 @@ class LatentTable(NamedTuple):
 
     n_fired: NDArray[np.int64]
     """[M] (token, layer) pairs at which it fired."""
-
     n_tokens: NDArray[np.int64]
     """[M] tokens at which it fired at one layer at least."""
-
     total: NDArray[np.float64]
     """[M] summed activation."""
-
     mean: NDArray[np.float64]
     """[M] total / n_fired."""
-
     layer_mean: NDArray[np.float64]
     """[M] mean of P(layer | latent), in the model's layer numbers."""
-
     layer_var: NDArray[np.float64]
     """[M] population variance of P(layer | latent), layers squared."""
-
     within_token: NDArray[np.float64]
     """[M] Var(L | J = j, T) averaged over tokens by mass; layer_var = within_token + between_tokens."""
-
     between_tokens: NDArray[np.float64]
     """[M] variance by mass of the tokens' mean layers."""
-
     entropy: NDArray[np.float64]
     """[M] of P(layer | latent), in bits."""
-
     n_layers_active: NDArray[np.int64]
     """[M] layers at which it fired."""
-
     means: NDArray[np.float64]
     """[M, L] totals / counts, 0 where the count is 0."""
-
     probs: NDArray[np.float64]
     """[M, L] P(layer | latent) = totals / total; 0 for a latent that never fired."""
-
     persistence: LatentPersistence
     """When it switches on and off, in the mean over its tokens."""
 

@@ -61,7 +61,6 @@ class Nearest(NamedTuple):
 
     cosine: NDArray[np.float32]
     """[J]"""
-
     row: NDArray[np.int64]
     """[J]"""
 
@@ -71,12 +70,10 @@ class LatentTokens(NamedTuple):
 
     latents: NDArray[np.int64]
     """[J] ascending."""
-
     logits: LatentLogits
     embedding: Nearest
     chance_unembedding: float
     """Median over random directions of the highest cosine to what a token's logit reads."""
-
     chance_embedding: float
     """The same to a token's embedding."""
 

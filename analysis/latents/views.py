@@ -57,7 +57,6 @@ class LatentViews(NamedTuple):
 
     summary: dict[str, Any]
     """The key `examples` of summary.json."""
-
     columns: dict[str, NDArray[np.float64]]
     """[M] each: columns of latents.parquet; NaN for what is not defined."""
 

@@ -27,7 +27,6 @@ class Before(NamedTuple):
 
     layer: int
     """The block whose output is given."""
-
     output: Any
     """Its output as the block itself gives it: [B, N, D], or a tuple that begins with it."""
 

@@ -116,10 +116,8 @@ class _Losses(NamedTuple):
 
     true_ce: Tensor
     """[n]"""
-
     ce: Tensor
     """[L, C, n]"""
-
     kl: Tensor
     """[L, C, n]"""
 

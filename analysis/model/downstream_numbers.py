@@ -28,19 +28,14 @@ class Downstream:
 
     layers: NDArray[np.int64]
     """[L] the model's block indices."""
-
     documents: NDArray[np.int64]
     """[G] documents with a counted token, ascending."""
-
     n_tokens: NDArray[np.int64]
     """[G] counted tokens."""
-
     true_ce: NDArray[np.float64]
     """[G] summed cross-entropy of the untouched model, nats."""
-
     ce: NDArray[np.float64]
     """[L, C, G] summed cross-entropy with the layer replaced, nats."""
-
     kl: NDArray[np.float64]
     """[L, C, G] summed KL(true || replaced), nats."""
 
@@ -71,31 +66,22 @@ class DownstreamResult(NamedTuple):
 
     n_tokens: Any
     """Counted tokens."""
-
     true_ce: Any
     """Cross-entropy of the untouched model, nats per predicted token."""
-
     delta_ce: NDArray[np.float64]
     """By how much the reconstruction raises it."""
-
     kl: NDArray[np.float64]
     """KL(true || reconstructed), nats per token."""
-
     mean_delta_ce: NDArray[np.float64]
     """By how much mean ablation raises the cross-entropy."""
-
     zero_delta_ce: NDArray[np.float64]
     """By how much zero ablation does."""
-
     mean_kl: NDArray[np.float64]
     """KL(true || mean-ablated)."""
-
     zero_kl: NDArray[np.float64]
     """KL(true || zero-ablated)."""
-
     recovered_mean: NDArray[np.float64]
     """Loss recovered against mean ablation."""
-
     recovered_zero: NDArray[np.float64]
     """Loss recovered against zero ablation."""
 

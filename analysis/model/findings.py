@@ -55,14 +55,11 @@ class ModelFindings:
     downstream: Downstream | None = None
     intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
     """Of `Downstream.intervals`."""
-
     which: str = ""
     """Of which tokens downstream quality was measured: "validation" or "analysed"."""
-
     tokens: LatentTokens | None = None
     reason: str | None = None
     """Why there is none of a part that was not turned off; None if all is there."""
-
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:

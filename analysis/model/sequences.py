@@ -22,13 +22,10 @@ class SequenceBatch(NamedTuple):
 
     input_ids: Tensor
     """int64 [B, N]"""
-
     kept: Tensor
     """bool [B, N] positions that are replaced."""
-
     counted: Tensor
     """bool [B, N] positions that count; never the last."""
-
     document: NDArray[np.int64]
     """[n] document of each counted token."""
 

@@ -50,7 +50,6 @@ class Intervention:
     latent: int
     layer: int | None
     """The model's block index; None: where the latent is strongest on the prompt."""
-
     coefficient: float | None = None
     """Activation that steering adds."""
 
@@ -70,13 +69,10 @@ class Effect(NamedTuple):
 
     kl_last: float
     """KL(true || changed) at the last position, nats."""
-
     kl_mean: float
     """The mean over kept positions, nats per token."""
-
     increased: list[TokenChange]
     """Tokens whose probability rises most, the foremost first; fewer than `N_SHOWN` where fewer rise."""
-
     decreased: list[TokenChange]
 
 
@@ -86,7 +82,6 @@ class PromptedModel(NamedTuple):
     model: LoadedModel
     sae: MLSAE
     """On the model's device."""
-
     lens: TunedLens | None
     stored_dtype: str
 

@@ -35,10 +35,8 @@ class Tokens(NamedTuple):
 
     ids: NDArray[np.int64]
     """[N]"""
-
     texts: list[str]
     """[N] what each token writes."""
-
     kept: NDArray[np.bool_]
     """[N] False for special tokens and position 0, which no autoencoder was trained on."""
 
@@ -48,13 +46,10 @@ class Activations(NamedTuple):
 
     position: NDArray[np.int64]
     """[A]"""
-
     layer: NDArray[np.int64]
     """[A] the model's block index."""
-
     latent: NDArray[np.int64]
     """[A]"""
-
     activation: NDArray[np.float32]
     """[A]"""
 
@@ -64,19 +59,14 @@ class PromptLatents(NamedTuple):
 
     latent: NDArray[np.int64]
     """[J]"""
-
     mass: NDArray[np.float64]
     """[J] sum of its activations over positions and layers."""
-
     layer_mean: NDArray[np.float64]
     """[J] mean layer, by mass."""
-
     peak_layer: NDArray[np.int64]
     """[J] the layer with the most mass; the earlier of two."""
-
     peak: NDArray[np.float32]
     """[J] its highest activation."""
-
     peak_position: NDArray[np.int64]
     """[J] where that is."""
 
@@ -87,7 +77,6 @@ class Result(NamedTuple):
     intervention: Intervention
     layer: int
     """Where."""
-
     effect: Effect
 
 
@@ -101,7 +90,6 @@ class PromptView:
     latents: PromptLatents
     next_tokens: list[tuple[int, float]]
     """Token and probability, the likeliest first, after the prompt in the true run."""
-
     results: list[Result]
     silent: list[int]
     """Latents that were to be ablated where they are strongest, and are active nowhere in the prompt."""

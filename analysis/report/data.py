@@ -51,7 +51,6 @@ class Prompts(NamedTuple):
 
     content: dict[str, Any]
     """prompt.json."""
-
     rows: dict[str, np.ndarray]
     """Columns prompt, position, layer, latent and activation of prompt.parquet."""
 
@@ -62,29 +61,21 @@ class Results:
 
     summary: dict[str, Any]
     """summary.json as it is."""
-
     layers: dict[str, np.ndarray]
     """Columns of layers.parquet, float64 [L] each; NaN where the file has null."""
-
     latents: dict[str, np.ndarray]
     """Scalar columns of latents.parquet for the live latents, [J] each, sorted by latent; NaN for null.
     Those of `OPTIONAL_SCALARS` only where the file has them."""
-
     counts: np.ndarray
     """Firings by latent and layer, int64 [J, L]."""
-
     probs: np.ndarray
     """P(layer | latent), the share of the latent's activation mass at each layer, float64 [J, L]; rows sum to 1."""
-
     kinds: np.ndarray = field(default_factory=lambda: np.empty(0, object))
     """Kind of each live latent's profile, [J]; empty where the file has none."""
-
     prompts: Prompts | None = None
     """What `analyze --prompt` added; None if nothing."""
-
     pairs: list[dict[str, Any]] = field(default_factory=list)
     """The first `MAX_PAIRS` near-parallel pairs of latents, as in redundancy.parquet."""
-
     examples: str = ""
     """Blocks of `analysis.report.examples`; empty where the folder has no examples."""
 

@@ -38,10 +38,8 @@ class Plan(NamedTuple):
 
     layers: int
     """Layers whose strongest example is kept: those at which the latent is most active."""
-
     more: int
     """Layers, of these, of which the other examples are kept too."""
-
     histogram: bool
 
 

@@ -27,10 +27,8 @@ class Section(NamedTuple):
 
     title: str
     """Heading, plain text."""
-
     body: str
     """HTML."""
-
     data: str = ""
     """Data blocks that its script reads, from `pack_arrays`."""
 

@@ -33,7 +33,6 @@ class Example(NamedTuple):
 
     strength: int
     """0 for the layer at which the latent's strongest example is its most active, 1 for the next, ..."""
-
     layer: int
     rank: int
     activation: float

@@ -57,13 +57,10 @@ class Findings:
     table: LatentTable
     redundancy: Redundancy | None
     """None if it was not asked for."""
-
     views: LatentViews | None
     """None if they were not asked for."""
-
     model: ModelFindings
     """What the transformer told."""
-
     seconds: float
 
     @property

@@ -15,33 +15,24 @@ class TrainCompareConfig:
 
     store: Path
     """Store of activations that they are measured on."""
-
     sae: tuple[str, ...]
     """Checkpoints, folders or hub ids, in any format that `residscope convert` reads. Checkpoints of single layers
     whose names differ in layer=N alone (as --per-layer writes them) count as one set; a folder may hold such sets."""
-
     out: Path = Path("comparison")
     """Folder for compare.parquet, compare.json and the figure."""
-
     pca: bool = True
     """Add the linear baselines: as many principal components as latents may be active, one set for all layers and one
     for each layer."""
-
     cross: bool = False
     """Measure each single-layer autoencoder on the layers of the others too, which takes as many times as long."""
-
     tokens: int = 4096
     """Held-out tokens to measure on, at most."""
-
     fit_tokens: int = 8192
     """Training tokens that the principal components are fitted on, at most."""
-
     validation_fraction: float = 0.05
     """Share of the documents that count as held out where no checkpoint says which were."""
-
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
-
     json: bool = False
     """Print the result as JSON on stdout instead of a table."""
 

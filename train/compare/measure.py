@@ -43,19 +43,14 @@ class Entrant:
 
     name: str
     """What the user calls it."""
-
     kind: str
     """"multi-layer", "per-layer" or "pca"."""
-
     members: dict[int | None, MLSAE] = field(default_factory=dict)
     """By the layer that they are measured for; None: all layers."""
-
     vectors: int | None = 0
     """Vectors trained on, by all members together; None where it is not recorded."""
-
     trained_on: frozenset[int] | None = None
     """Layers that an autoencoder for several was trained on; None where that is not recorded, or said by `members`."""
-
     found: dict[int | None, Validation] = field(default_factory=dict)
     """Each member's measurement, on all layers of the store."""
 
@@ -89,13 +84,10 @@ class Comparison:
 
     entrants: list[Entrant]
     """In the order given, the baselines last."""
-
     layers: tuple[int, ...]
     """The model's numbers of the store's layers."""
-
     tokens: int
     """Held-out tokens measured on."""
-
     store: dict[str, Any]
     """Which data: path and content_hash."""
 

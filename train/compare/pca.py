@@ -27,10 +27,8 @@ class PCASums:
 
     n: int
     """Vectors."""
-
     total: Tensor
     """[D] sum of vectors."""
-
     gram: Tensor
     """[D, D] sum of outer products."""
 
@@ -70,7 +68,6 @@ class Components(NamedTuple):
 
     mean: Tensor
     """[D] mean of the standardised vectors."""
-
     directions: Tensor
     """[k, D] orthonormal, largest variance first."""
 

@@ -61,25 +61,18 @@ class Origin:
 
     format: Format
     """Which format it was in."""
-
     path: str
     """The file or hub repository, as given, with the sub-folder where there was one."""
-
     stored_dtype: str
     """Type of the weights in the file; in memory they are float32."""
-
     model: str | None = None
     """Id of the transformer, where it is recorded."""
-
     layers: tuple[int, ...] | None = None
     """Blocks whose outputs it was trained on, where that is recorded."""
-
     store: dict[str, Any] = field(default_factory=dict)
     """As in `Checkpoint.store`; for a foreign model only what is known of model, layers, d_model."""
-
     trainer: dict[str, Any] = field(default_factory=dict)
     """As in `Checkpoint.trainer`; for a foreign model where it came from."""
-
     notes: tuple[str, ...] = ()
     """What a user has to know and the weights do not say."""
 
@@ -89,7 +82,6 @@ class Written(NamedTuple):
 
     files: tuple[Path, ...]
     """Every file."""
-
     notes: tuple[str, ...]
     """What the format cannot say, in words for the user."""
 

@@ -52,19 +52,14 @@ class Parsed:
 
     sae: MLSAE
     """The autoencoder, float32, on the CPU."""
-
     stored_dtype: str
     """Type of the encoder's weights in the file, such as "bfloat16"."""
-
     model: str | None = None
     """Which transformer it was trained on, where the folder says so."""
-
     layers: tuple[int, ...] | None = None
     """Which blocks' outputs it was trained on, where the folder says so."""
-
     store: dict[str, Any] | None = None
     """The store's record, where one of our own autoencoders was converted."""
-
     notes: tuple[str, ...] = ()
     """What a user has to know and the weights do not say."""
 
@@ -74,10 +69,8 @@ class LaidOut(NamedTuple):
 
     tensors: dict[str, Tensor]
     """By the names of that layout; contiguous float32."""
-
     config: dict[str, Any]
     """Its JSON configuration."""
-
     notes: tuple[str, ...]
     """What the layout cannot say."""
 
@@ -87,16 +80,12 @@ class Layout(NamedTuple):
 
     weights_file: str
     """Name of the safetensors file."""
-
     config_file: str
     """Name of the JSON file beside it."""
-
     parse: Callable[[TensorFile, Mapping[str, Any], str], Parsed]
     """(open weights, configuration, where for errors) -> our autoencoder."""
-
     lay_out: Callable[[MLSAE, Mapping[str, Any], str | None], LaidOut]
     """(autoencoder, the store's record, hookpoint) -> files."""
-
     refusal: Callable[[SAEConfig], str | None]
     """What of an autoencoder the layout cannot say, or None."""
 

@@ -28,7 +28,6 @@ class Tile(NamedTuple):
 
     part: slice
     """Which rows."""
-
     z: Tensor
     """[n, M], in memory that the next tile writes over."""
 
@@ -53,7 +52,6 @@ class BatchCodes(NamedTuple):
 
     codes: SparseCodes
     """[N, w]"""
-
     smallest: Tensor | None
     """[] the smallest value that was kept; None where nothing was positive."""
 

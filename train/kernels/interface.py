@@ -29,7 +29,6 @@ class SparseCodes(NamedTuple):
 
     values: Tensor
     """[N, k], >= 0; zero where the pre-activation was not positive."""
-
     indices: Tensor
     """int64 [N, k], which latent; distinct within a row."""
 
@@ -39,13 +38,10 @@ class Reconstruction(NamedTuple):
 
     error: Tensor
     """[N, D] target - decoded."""
-
     grad_out: Tensor
     """[N, D] d loss / d decoded = -2 * weight * error."""
-
     squared: Tensor
     """[N] |error|^2."""
-
     value_grads: Tensor
     """[N, k] d loss / d z of the active pairs: <grad_out, decoder row>, zero where the value is not positive."""
 
@@ -55,10 +51,8 @@ class WeightGradients(NamedTuple):
 
     W_enc: Tensor
     """[M, D]: sum over a latent's pairs of d loss / d z times the centred input."""
-
     W_dec: Tensor
     """[M, D]: sum over a latent's pairs of the activation times d loss / d x_hat."""
-
     latent_sums: Tensor
     """[M]: sum over a latent's pairs of d loss / d z; `-latent_sums @ W_enc` is the centring's gradient of b_pre."""
 
@@ -72,7 +66,6 @@ class Kernels(ABC):
 
     name: str
     """The package that computes: torch, numba or triton. For records only, because two need not round alike."""
-
     pair_bytes: float = 0
     """Memory that `weight_gradients` needs for itself, in float32, over N * k * D."""
 

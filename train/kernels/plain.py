@@ -129,10 +129,8 @@ class _PairOrder(NamedTuple):
 
     order: Tensor
     """int64 [N * k], positions in the flattened [N, k] arrays."""
-
     row: Tensor
     """int64 [N * k], the batch row of each sorted pair."""
-
     starts: Tensor
     """int64 [M], where each latent's pairs start."""
 

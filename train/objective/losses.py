@@ -27,10 +27,8 @@ class RowWeights(NamedTuple):
 
     share: Tensor
     """[N] w_n = 1 / (N denominator of the row's layer)."""
-
     scale: Tensor
     """[N] what turns a standardised error into the loss's space: 1, or the row's own scale in raw space."""
-
     total: Tensor
     """[N] c_n = w_n scale_n^2, the weight of the squared standardised error."""
 
@@ -47,13 +45,10 @@ class AuxOutput(NamedTuple):
 
     loss: Tensor
     """Scalar: sum_n c_n |e_n - e_hat_n|^2 over the same sum of |e_n - mean of e|^2."""
-
     W_enc: Tensor
     """[A, D]"""
-
     W_dec: Tensor
     """[A, D]"""
-
     latent_sums: Tensor
     """[A] sum of d loss / d z over rows, for the centring's gradient of b_pre."""
 

@@ -35,25 +35,18 @@ class PassInputs:
 
     inputs: Tensor
     """[N, D] the encoder's inputs."""
-
     target: Tensor
     """[N, D] what the active decoder rows should add up to: x_std - b_pre."""
-
     row_weight: Tensor
     """[N] c_n."""
-
     weights: Weights
     """The autoencoder's."""
-
     product_dtype: torch.dtype
     """Type of the encoder's product, and of a dense pass's other four."""
-
     tile_bytes: int
     """Pre-activations held at once."""
-
     kernels: Kernels
     """The sparse pieces."""
-
     out: WeightGradients | None
     """Memory for the weights' gradients."""
 
@@ -63,31 +56,22 @@ class MainPass(NamedTuple):
 
     loss: Tensor
     """Scalar: reconstruction, sum_n c_n |e_n|^2, over all nested reconstructions where there are several."""
-
     sparsity: Tensor
     """Scalar: the sparsity term, coefficient included; zero where the codes are sparse by choice."""
-
     error: Tensor
     """[N, D] target - decoded, of the whole code."""
-
     squared: Tensor
     """[N] |error|^2."""
-
     grad_out: Tensor
     """[N, D] d loss / d x_hat, summed over nested reconstructions."""
-
     gradients: WeightGradients
     """W_enc, W_dec, and for each latent the sum over rows of d loss / d z."""
-
     log_threshold: Tensor | None
     """[M] gradient, where there is one."""
-
     codes: SparseCodes | None
     """Active latents of the rows; None of a dense pass."""
-
     active: Tensor
     """int64 scalar: active pairs."""
-
     fired: Tensor
     """The latents with an activation above `FIRING_THRESHOLD`: bool [M], or their numbers with repeats."""
 
@@ -119,7 +103,6 @@ class Block(NamedTuple):
 
     codes: SparseCodes
     """[N, w_b]"""
-
     weight: float
     """Factor of this reconstruction's squared error in the loss."""
 

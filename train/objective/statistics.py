@@ -32,10 +32,8 @@ class LayerVariance(NamedTuple):
 
     vectors: Tensor
     """int64 [L]"""
-
     mean: Tensor
     """[L, D]"""
-
     deviation: Tensor
     """[L] sum over vectors of |x - mean_l|^2, over all dimensions."""
 
@@ -71,13 +69,10 @@ class FixedStatistics(NamedTuple):
 
     b_pre: Tensor
     """float32 [D]: geometric median of the standardised vectors of all layers."""
-
     standardized: Tensor
     """float64 [L]: E|x_std - mean_l|^2."""
-
     raw: Tensor
     """float64 [L]: E|x - mean_l|^2 of the same vectors in raw space."""
-
     layer_mean: Tensor | None = None
     """float64 [L, D]: mean_l, in raw space."""
 
@@ -103,10 +98,8 @@ class View(NamedTuple):
 
     standardize: Standardize
     """What is taken out of the vectors first."""
-
     layers: tuple[int, ...]
     """The model's numbers of the layers trained on."""
-
     position: int | None = None
     """Of a run on one layer alone, that layer's position in the stream."""
 

@@ -39,22 +39,16 @@ class StepResult(NamedTuple):
 
     gradients: Weights
     """d (loss + sparsity + aux_coef * auxk) / d weights."""
-
     codes: SparseCodes | None
     """Active latents of the rows; None where they may be dense."""
-
     squared_error: Tensor
     """[N] |x - x_hat|^2 in standardised space."""
-
     loss: Tensor
     """Scalar, the main loss: sum_n c_n |e_n|^2, over all nested reconstructions where there are several."""
-
     auxk: Tensor
     """Scalar, AuxK before its coefficient; zero when no latent is dead."""
-
     active: Tensor
     """int64 scalar: active (row, latent) pairs."""
-
     sparsity: Tensor
     """Scalar, the sparsity term, coefficient included."""
 

@@ -62,22 +62,16 @@ class StepOptions:
 
     variant: Variant
     """How latents are chosen."""
-
     objective: ObjectiveConfig
     """What is minimised; what its flags may leave open, and what warms up, is in the fields here."""
-
     k: int
     """Latents that may be active on a row, or that are aimed at."""
-
     aux_k: int
     """Dead latents that AuxK may use on a row."""
-
     sparsity_coef: float = 0.0
     """Weight of the sparsity term of jumprelu and relu."""
-
     product_dtype: torch.dtype
     """Type of the encoder's product (and of AuxK's): the weights' own, or bfloat16 where the hardware is fast at it."""
-
     tile_bytes: int
     """Pre-activations held at once."""
 

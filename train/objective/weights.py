@@ -13,19 +13,14 @@ class Weights(NamedTuple):
 
     W_enc: Tensor
     """[M, D]"""
-
     W_dec: Tensor
     """[M, D], rows of unit norm."""
-
     b_pre: Tensor
     """[D]"""
-
     b_enc: Tensor | None = None
     """[M] added to the pre-activations."""
-
     log_threshold: Tensor | None = None
     """[M] natural logarithm of the activation below which a latent of a JumpReLU autoencoder is silent."""
-
     threshold: Tensor | None = None
     """[] the same for all latents of a BatchTopK autoencoder; measured in training, not trained: no gradient."""
 

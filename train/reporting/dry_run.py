@@ -26,34 +26,24 @@ class DryRun:
 
     runs: int
     """Autoencoders trained at once."""
-
     steps: int
     """Batches of the stream."""
-
     vectors: int
     """Vectors of the stream, over all epochs."""
-
     bytes_read: int
     """Bytes of the store that are read, over all epochs."""
-
     memory_bytes: int
     """Memory on the training device."""
-
     shuffle_bytes: int
     """Memory for the shuffle, in the machine."""
-
     checkpoint_bytes: int
     """Disk for the finished checkpoints of all runs and their safetensors."""
-
     interim_bytes: int
     """Disk for a checkpoint on the way of each run, optimiser included, and the temporary file of one."""
-
     measured_steps: int
     """Steps that were timed."""
-
     seconds_per_step: float
     """Mean of these."""
-
     seconds: float
     """Time of all steps at that speed."""
 

@@ -21,13 +21,10 @@ class TrainResult:
 
     plan: RunPlan
     """What was run."""
-
     metrics: dict[str, Any]
     """The last line of training metrics, or what the checkpoint says of it."""
-
     validation: Validation | None
     """On held-out documents; None if none were held out."""
-
     seconds: float
     """Time of this invocation, from the start to the last checkpoint."""
 

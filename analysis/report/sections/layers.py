@@ -23,13 +23,10 @@ class HeatMap(NamedTuple):
 
     share: np.ndarray
     """float64 [L, B]: mean of P(layer | latent) over the latents of a bin."""
-
     n_latents: int
     """Live latents shown, J."""
-
     per_bin: float
     """Latents per bin, J / B (bins differ by at most one)."""
-
     top: float
     """End of the colour scale: 1 cell in 200 is above it, so that a few sharp bins do not darken all others."""
 
