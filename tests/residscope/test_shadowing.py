@@ -74,7 +74,7 @@ import residscope.cli
 if __name__ == "__main__":
     import multiprocessing
 
-    from analysis.task import keep_going
+    from analysis.tiles import keep_going
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print("the worker gives", pool.apply(keep_going))
