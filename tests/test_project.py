@@ -174,3 +174,18 @@ def test_the_core_is_read_in_an_hour() -> None:
 def test_the_picture_of_the_house_is_what_the_code_says() -> None:
     done = subprocess.run([sys.executable, "docs/house.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_path_that_is_named_is_there() -> None:
+    """Paths of our files in docs, docstrings and comments; CHANGELOG.md and benchmarks/results tell of former ones."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    sources = [path for top in (*PACKAGES, "tests", "benchmarks") for path in (ROOT / top).rglob("*.py")]
+    tops = "|".join((*PACKAGES, "tests", "benchmarks", "docs"))
+    gone = {}
+    for path in (*pages, *sources):
+        if path.name != "CHANGELOG.md":
+            text = path.read_text(encoding="utf-8")
+            text = text.replace("(tim-lawson/mlsae, `analysis/variances.py`)", "")  # the reference's own
+            named = set(re.findall(rf"(?<![\w./-])((?:{tops})/[\w/-]+\.(?:py|md|js|html|css|svg))\b", text))
+            gone |= {name: str(path.relative_to(ROOT)) for name in named if not (ROOT / name).exists()}
+    assert not gone
