@@ -9,30 +9,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from matplotlib import rc_context
-
 from analysis.compare.words import kind_words, layer_words
 from analysis.report.data import PARTS
 from analysis.report.figures import (
-    BLUE,
-    COLOURS,
     FAINT,
     INK,
-    REFERENCE,
     STYLE,
     log_axis,
     new_figure,
     no_left_axis,
     number_beside,
+    ratio_row,
+    reference_mark,
     save_figure,
+    stacked_bar,
 )
 from analysis.report.markup import show
 
 RULE = "#d9dde2"
+LEGEND = ("our ratio, 95 % interval", "the reference's formula on the same codes")
 
 
 def write_comparison(runs: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
-    """Write compare.png and compare.svg into `out`; returns their names."""
+    """Write compare.png and compare.svg into `out`; returns their names, none without matplotlib."""
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        return []
     measured = any(run["delta_ce"] is not None for run in runs)
     with rc_context(cast("Any", STYLE)):
         figure = new_figure(12.6 if measured else 10.4, 1.9 + 0.52 * len(runs))
@@ -73,7 +76,7 @@ def _draw_means(axes: Any, runs: Sequence[Mapping[str, Any]], name: str, label: 
         if low is not None:
             axes.plot([low, high], [row, row], "|-", color=INK, linewidth=1, markersize=7)
         axes.plot(value, row, "o", color=INK, markersize=4)
-        number_beside(axes, show(value), value, row, (0, 6))
+        number_beside(axes, show(value), value, row, 6)
         highest, lowest = max(highest, value, high or 0), min(lowest, value, low or 0)
     axes.set(xlim=(1.15 * lowest, 1.15 * highest or 1), xlabel=label)
     axes.locator_params(axis="x", nbins=4)
@@ -84,16 +87,11 @@ def _draw_means(axes: Any, runs: Sequence[Mapping[str, Any]], name: str, label: 
 def _draw_parts(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     """Stacked bars by mass; the whisker is the interval of the total."""
     for row, run in enumerate(runs):
-        parts, left = run["normalised"]["mass"], 0.0
-        for part, colour in COLOURS.items():
-            value = parts[part]
-            if value is None:
-                break
-            label = PARTS[part] if row == 0 else None
-            axes.barh(row, value, left=left, color=colour, height=0.6, edgecolor="white", linewidth=0.8, label=label)
-            left += value
+        parts = run["normalised"]["mass"]
         if parts["total"] is None:
             axes.text(0.02, row, "one layer", va="center", color=FAINT)
+        else:
+            stacked_bar(axes, row, {part: parts[part] for part in PARTS})
         if parts["ci95"].get("total"):
             axes.plot(parts["ci95"]["total"], [row, row], "|-", color=INK, linewidth=1, markersize=6)
     axes.set_yticks(range(len(runs)), [_label(run) for run in runs], fontsize=8)
@@ -109,19 +107,11 @@ def _draw_parts(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
 def _draw_ratios(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     """Aggregate over token-level variance by mass, and the reference's number, on a logarithmic axis."""
     for row, run in enumerate(runs):
-        ratio, reference = run["variance"]["mass"]["aggregate_over_token"], run["reference_ratio"]
-        if ratio is None:
-            axes.text(1.1, row, "not defined", va="center", color=FAINT)
-        else:
-            bounds = run["variance"]["mass"]["ci95"].get("aggregate_over_token") or (ratio, ratio)
-            label = "our ratio, 95 % interval" if row == 0 else None
-            axes.plot(bounds, [row, row], "|-", color=BLUE, markersize=9, label=label)
-            axes.plot(ratio, row, "o", color=BLUE, markersize=4.5)
-            number_beside(axes, show(ratio), ratio, row, (0, 6))
-        if reference is not None:
-            label = "the reference's formula on the same codes" if row == 0 else None
-            axes.plot(reference, row, "D", color=REFERENCE, markersize=5, markerfacecolor="white", label=label)
-            number_beside(axes, show(reference), reference, row, (0, -14), color=REFERENCE)
+        ours, theirs = LEGEND if row == 0 else (None, None)
+        mass = run["variance"]["mass"]
+        ratio = mass["aggregate_over_token"]
+        ratio_row(axes, row, ratio, mass["ci95"].get("aggregate_over_token"), show(ratio), ours)
+        reference_mark(axes, row, run["reference_ratio"], -14, theirs)
     axes.axvline(1, color=FAINT, linewidth=0.8)
     shown = [run["variance"]["mass"]["aggregate_over_token"] for run in runs] + [run["reference_ratio"] for run in runs]
     end = 1.5 * max([1.4, *(value for value in shown if value is not None)])

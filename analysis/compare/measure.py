@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.baselines.nulls import NULLS
+from analysis.compare.figure import write_comparison
 from analysis.compare.words import compare_words
 from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
@@ -54,7 +55,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
     config.out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(_rows(runs)).to_parquet(config.out / "compare.parquet", index=False)
-    written = ["compare.json", "compare.parquet", *_write_figure(config.out, runs)]
+    written = ["compare.json", "compare.parquet", *write_comparison(runs, config.out)]
     atomic_write(config.out / "compare.json", [json.dumps(result, indent=2, allow_nan=False).encode()])
     if config.json:
         print(json.dumps(result, allow_nan=False))
@@ -116,7 +117,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """As `_run`; `IncompatibleError` where the summary is not what `analyze` writes."""
+    """`_run`; raises `IncompatibleError` where the summary is not what `analyze` writes."""
     try:
         for key, kinds in _KINDS.items():
             if not isinstance(summary.get(key), kinds):
@@ -139,6 +140,9 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     lens, uniform = store.get("lens"), float(np.var(summary["layer_numbers"]))
     rel_var_t = summary["variance"]["mlsae_compat"]["rel_var_t"]
     persistence, nulls = summary.get("persistence"), summary.get("nulls")
+    quality = {}
+    for column, part in QUALITY.items():
+        quality |= _with_ends({column: None, "ci95": {}} | (summary.get(part) or {}), [column])
     return {
         "run": name,
         "model": store.get("model"),
@@ -152,7 +156,7 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "n_tokens": summary["n_tokens"],
         "trained_on": summary["split"]["trained_on"],
         "live_latents": summary["latents"]["active"],
-        **_quality(summary),
+        **quality,
         "validation_fvu": summary["validation_fvu"],
         "uniform_variance": uniform,
         "reference_ratio": 1 / rel_var_t if rel_var_t else None,
@@ -163,23 +167,15 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _quality(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    row: dict[str, float | None] = {}
-    for name, part in QUALITY.items():
-        numbers = summary.get(part) or {}
-        low, high = numbers.get("ci95", {}).get(name) or (None, None)
-        row |= {name: numbers.get(name), f"{name}_low": low, f"{name}_high": high}
-    return row
-
-
 def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
     """Variances over that of an evenly drawn layer; None where there is one layer only."""
-    result: dict[str, Any] = {name: variance[name] / uniform if uniform else None for name in PARTS}
-    intervals = variance["ci95"]
-    result["ci95"] = {
-        name: [bound / uniform for bound in intervals[name]] for name in PARTS if uniform and intervals.get(name)
+    if not uniform:
+        return {**dict.fromkeys(PARTS), "ci95": {}}
+    intervals = {name: variance["ci95"].get(name) for name in PARTS}
+    return {
+        **{name: variance[name] / uniform for name in PARTS},
+        "ci95": {name: [bound / uniform for bound in bounds] for name, bounds in intervals.items() if bounds},
     }
-    return result
 
 
 def _rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -187,33 +183,20 @@ def _rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         for weighting in WEIGHTINGS:
-            row = {name: value for name, value in run.items() if not isinstance(value, dict)}
-            row["weighting"] = weighting
-            for suffix, names, part in (
-                ("", VARIANCE_NAMES, run["variance"][weighting]),
-                ("_normalised", PARTS, run["normalised"][weighting]),
-            ):
-                _spread(row, part, names, suffix)
+            row = {name: value for name, value in run.items() if not isinstance(value, dict)} | {"weighting": weighting}
+            row |= _with_ends(run["variance"][weighting], VARIANCE_NAMES)
+            row |= _with_ends(run["normalised"][weighting], PARTS, "_normalised")
             if run["persistence"] and weighting in run["persistence"]:
-                _spread(row, run["persistence"][weighting], PERSISTENCE_NAMES, "")
+                row |= _with_ends(run["persistence"][weighting], PERSISTENCE_NAMES)
             for null, ratio in (run["null_ratio"] or {}).items():
                 row[f"within_token_over_{null}"] = ratio["variance"][weighting]["within_token"]
             rows.append(row)
     return rows
 
 
-def _spread(row: dict[str, Any], numbers: Mapping[str, Any], names: Sequence[str], suffix: str) -> None:
+def _with_ends(numbers: Mapping[str, Any], names: Sequence[str], suffix: str = "") -> dict[str, Any]:
+    columns = {}
     for name in names:
-        row[name + suffix] = numbers[name]
         low, high = numbers["ci95"].get(name) or (None, None)
-        row[f"{name}{suffix}_low"], row[f"{name}{suffix}_high"] = low, high
-
-
-def _write_figure(out: Path, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    try:
-        from analysis.compare.figure import write_comparison
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        return []
-    return write_comparison(runs, out)
+        columns |= {name + suffix: numbers[name], f"{name}{suffix}_low": low, f"{name}{suffix}_high": high}
+    return columns

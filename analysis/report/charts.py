@@ -132,6 +132,12 @@ def layer_ticks(numbers: Sequence[int]) -> list[tuple[int, str]]:
     return [(i, str(numbers[i])) for i in range(0, len(numbers), max(1, -(-len(numbers) // 8)))]
 
 
+def log_ticks(end: float, at_most: int) -> list[int]:
+    """At most so many of 1, 2, 5, 10, 20, ... 10,000 up to `end`, evenly spaced from 1."""
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if tick <= end]
+    return ticks[:: -(-len(ticks) // at_most)]
+
+
 def round_step(span: float, at_most: int) -> float:
     """The smallest of 1, 2, 5 x 10^n that cuts `span` into at most `at_most` steps."""
     rough = span / at_most

@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-from analysis.report.charts import Plot
+from analysis.report.charts import Plot, log_ticks
 from analysis.report.data import PARTS, WEIGHTINGS, Results
 from analysis.report.markup import Section, between, columns, figure, integer, percent, show, small, table
 
@@ -50,14 +50,11 @@ def section(results: Results) -> Section:
 
 def variance_title(results: Results) -> str:
     """What the decomposition finds, by activation mass."""
-    total = results.number("variance", "mass", "total")
-    if not total:
+    found = variance_shares(results, "mass")
+    if not found:
         return "The layers of active latents do not vary in these tokens"
-    shares = {name: percent((results.number("variance", "mass", name) or 0.0) / total) for name in PARTS}
-    return (
-        f"{shares['within_token']} of the layer variance lies within a token, "
-        f"{shares['between_tokens']} between tokens, {shares['between_latents']} between latents"
-    )
+    within, tokens, latents = (percent(found.get(part, 0.0)) for part in PARTS)
+    return f"{within} of the layer variance lies within a token, {tokens} between tokens, {latents} between latents"
 
 
 def why_no_ratio(results: Results, weighting: str = "mass") -> str:
@@ -102,19 +99,22 @@ def _about_dashes(results: Results) -> str:
     return f"An en dash: not defined ({missing})." if missing else ""
 
 
+def variance_shares(results: Results, weighting: str) -> dict[str, float]:
+    """By part of `PARTS`, its share of the total; empty where there is no variance to split."""
+    parts = {part: results.number("variance", weighting, part) for part in PARTS}
+    total = results.number("variance", weighting, "total")
+    return {part: value / total for part, value in parts.items() if total and value is not None}
+
+
 def _shares_chart(results: Results) -> str:
     """Shares of the total variance: a bar per weighting, split into the three parts."""
     rows = []
     for weighting, name in WEIGHTINGS.items():
-        total = results.number("variance", weighting, "total")
         cells = ""
-        for part, words in PARTS.items():
-            value = results.number("variance", weighting, part)
-            if total and value is not None:
-                share = value / total
-                tip = f"{words}: {percent(share)}, {show(value)} layers²"
-                shown = percent(share) if share >= 0.08 else ""
-                cells += f'<span class="{part}" style="flex:{share:.5f}" title="{escape(tip)}">{shown}</span>'
+        for part, share in variance_shares(results, weighting).items():
+            tip = f"{PARTS[part]}: {percent(share)}, {show(results.number('variance', weighting, part))} layers²"
+            shown = percent(share) if share >= 0.08 else ""
+            cells += f'<span class="{part}" style="flex:{share:.5f}" title="{escape(tip)}">{shown}</span>'
         cells = cells or '<span class="none">no variance to split</span>'
         rows.append(f'<div class="stack"><b>{escape(name)}</b><div>{cells}</div></div>')
     legend = "".join(f'<span><i class="swatch {part}"></i>{words}</span>' for part, words in PARTS.items())
@@ -139,8 +139,7 @@ def _ratio_chart(results: Results) -> str:
         return math.log(value / start) / math.log(end / start)
 
     plot = Plot("Aggregate over token-level variance, by weighting and by the reference's formula.", 13)
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if tick <= end]
-    ticks = ticks[:: -(-len(ticks) // 6)]
+    ticks = log_ticks(end, 6)
     for tick in ticks:
         plot.line([(place(tick), 0), (place(tick), 1)], "one" if tick == 1 else "grid")
     plot.x_ticks([(place(tick), f"{tick:,}") for tick in ticks], "aggregate / token-level variance (ratio, log scale)")
