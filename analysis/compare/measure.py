@@ -1,7 +1,7 @@
 """Any number of analyses side by side: `analyze --compare A B C`.
 
-Reads the summary.json of each, and nothing else, and writes one table (compare.parquet, a row for each run and
-weighting; compare.json, everything) and one figure. Variances of models of different depth are made comparable by
+Reads the summary.json of each, and writes one table (compare.parquet, a row for each run and weighting; compare.json,
+everything) and one figure. Variances of models of different depth are made comparable by
 dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
 1 is an even spread, whatever the depth. Runs of one kind (model, trained or not, lens, layers) stand together, kinds in
 the order in which they were given, and within a kind by expansion factor and k, so that a sweep reads as one table.
@@ -33,23 +33,22 @@ PARTS = VARIANCE_NAMES[:5]
 KIND = ("model", "random_init", "lens", "layers")
 """What runs of one kind share; expansion factor and k tell them apart."""
 
-QUALITY = {"fvu": "reconstruction", "l0": "reconstruction"} | dict.fromkeys(
-    ("delta_ce", "kl", "loss_recovered_mean"), "downstream"
-)
+QUALITY = {
+    **dict.fromkeys(("fvu", "l0"), "reconstruction"),
+    **dict.fromkeys(("delta_ce", "kl", "loss_recovered_mean"), "downstream"),
+}
 """Means over layers, and the part of the summary that has them, each with its interval."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare runs, write the files to `config.out`, print the table, and return compare.json's content.
 
-    Raises `UsageError` for a path that does not exist, `IncompatibleError` for anything but a complete analysis of this
-    schema.
+    Raises `UsageError` for a path that does not exist, `IncompatibleError` for any but a whole analysis.
     """
     refuse_inside_store(config.out)
     refuse_comparison_of("train compare", config.out, "store")
     summaries = [_load(path) for path in config.compare]
-    named = zip(config.compare, run_names(config.compare), summaries, strict=True)
-    runs = in_order([_checked_run(*each) for each in named])
+    runs = in_order(list(map(_checked_run, config.compare, run_names(config.compare), summaries)))
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
     if config.out.exists() and not config.out.is_dir():
         raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
@@ -97,13 +96,12 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 def in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs by kind in the order of first appearance; within a kind by expansion factor, k, and the order given."""
-    kinds = [tuple(map(repr, (run[name] for name in KIND))) for run in runs]
-    first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+    kinds = [[run[name] for name in KIND] for run in runs]
 
-    def place(i: int) -> tuple[float, ...]:
-        return (first[kinds[i]], runs[i]["expansion_factor"] or 0, runs[i]["k"] or 0, i)
+    def place(run: dict[str, Any]) -> tuple[float, ...]:
+        return kinds.index([run[name] for name in KIND]), run["expansion_factor"] or 0, run["k"] or 0
 
-    return [runs[i] for i in sorted(range(len(runs)), key=place)]
+    return sorted(runs, key=place)
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -1,12 +1,11 @@
 """The four figures of an analysis as files: layer profile, variance, reconstruction and downstream by layer.
 
-`write_figures` draws them with matplotlib, each as PNG (200 dpi) and SVG (text kept as text), the same bytes for the
-same results. They stand on their own in a README or a paper: the title states the finding, axes and colour bars have
-units, sizes are chosen for half a page. matplotlib is an extra (`pip install residscope[plots]`); without it nothing is
-written. The report does not need these files: its sections draw the same themselves.
+`write_figures` draws with matplotlib, each as PNG (200 dpi) and SVG (text kept as text), the same bytes for the same
+results, with titles and units for a README or a paper, for half a page. matplotlib is an extra (`pip install
+residscope[plots]`); without it nothing is written. The report needs no such file: its sections draw the same in HTML.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, cast
@@ -34,32 +33,16 @@ INK, FAINT, GRID, REFERENCE = "#1d2530", "#6b7480", "#e3e6ea", "#b5378a"
 CURVES = {"ours": (BLUE, "-"), "ours dotted": (BLUE, ":"), "other dashed": (ORANGE, "--"), "base dashed": (FAINT, "--")}
 """Colour and dashes for the classes of report.css that the sections give their lines."""
 
-STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "legend.frameon": True,
-    "legend.framealpha": 1,
-    "legend.edgecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "residscope",
-    "savefig.dpi": 200,
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.08,
-}
+STYLE: dict[str, Any] = (
+    {"font.family": "sans-serif", "font.size": 9.5}
+    | {"axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8}
+    | dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK)
+    | dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), FAINT)
+    | {"axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False}
+    | {"legend.frameon": True, "legend.framealpha": 1, "legend.edgecolor": "none"}
+    | {"svg.fonttype": "none", "svg.hashsalt": "residscope"}
+    | {"savefig.dpi": 200, "savefig.bbox": "tight", "savefig.pad_inches": 0.08}
+)
 
 
 def write_figures(results: Results, out_dir: Path) -> list[Path]:
@@ -72,19 +55,10 @@ def write_figures(results: Results, out_dir: Path) -> list[Path]:
         from matplotlib import rc_context
     except ImportError:
         return []
-
-    written: list[Path] = []
     with rc_context(cast("Any", STYLE)):
-        for name, draw in (
-            ("layer_profile", _layer_profile),
-            ("variance", _variance),
-            ("reconstruction", _reconstruction),
-            ("downstream", _downstream),
-        ):
-            figure = draw(results)
-            if figure is not None:
-                written += save_figure(figure, out_dir, name)
-    return written
+        figures = {"layer_profile": _layer_profile(results), "variance": _variance(results)}
+        figures |= {"reconstruction": _reconstruction(results), "downstream": _downstream(results)}
+        return [path for name, figure in figures.items() if figure for path in save_figure(figure, out_dir, name)]
 
 
 def save_figure(figure: "Figure", out_dir: Path, name: str) -> list[Path]:
@@ -114,16 +88,9 @@ def _layer_profile(results: Results) -> "Figure | None":
         return None
     figure = new_figure(6.4, 3.4)
     axes = figure.add_subplot()
-    n_layers = len(results.layer_numbers)
-    image = axes.imshow(
-        heat.share,
-        aspect="auto",
-        origin="lower",
-        interpolation="none",
-        cmap="viridis",
-        norm=PowerNorm(0.5, vmin=0, vmax=heat.top),
-        extent=(0, heat.n_latents, -0.5, n_layers - 0.5),
-    )
+    norm, extent = PowerNorm(0.5, vmin=0, vmax=heat.top), (0, heat.n_latents, -0.5, len(results.layer_numbers) - 0.5)
+    style: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "none", "cmap": "viridis"}
+    image = axes.imshow(heat.share, norm=norm, extent=extent, **style)
     axes.spines[:].set_visible(False)
     axes.set_title(layer_profile_title(results))
     each = f"; a column: mean of {show(heat.per_bin, 2)}" if heat.per_bin > 1 else ""
@@ -199,15 +166,9 @@ def stacked_bar(axes: Any, row: int, values: Mapping[str, float]) -> dict[str, A
 
 
 def ratio_row(
-    axes: Any,
-    row: int,
-    ratio: float | None,
-    bounds: Sequence[float] | None,
-    words: str,
-    legend: str | None = None,
-    ha: str = "center",
+    axes: Any, row: int, ratio: float | None, bounds: Any, words: str, legend: str | None = None, ha: str = "center"
 ) -> None:
-    """A ratio with its interval, and `words` above it."""
+    """A ratio with its interval, from low to high or None, and `words` above it."""
     if ratio is None:
         axes.text(1.1, row, "not defined", va="center", color=FAINT)
         return

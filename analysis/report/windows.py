@@ -83,8 +83,9 @@ def add_texts(examples: list[Example]) -> dict[str, Any]:
         return {}
     number: dict[tuple[str, str, int], int] = {}
     texts = [number.setdefault(e.window, len(number)) for e in examples]
-    columns = {name: [getattr(e, name) for e in examples] for name in ("layer", "rank", "activation", "levels")}
-    return {"texts": list(number), "examples": columns | {"text": texts}}
+    columns = {name: [getattr(e, name) for e in examples] for name in ("layer", "rank", "activation")}
+    levels = [e.levels for e in examples]
+    return {"texts": list(number), "examples": {**columns, "text": texts, "levels": levels}}
 
 
 def marked_token(text: str, lengths: str, place: int) -> str:

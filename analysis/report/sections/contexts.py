@@ -1,4 +1,4 @@
-"""Section: whether a latent has the same top contexts at each layer. Tested in tests/analysis/report/test_page.py."""
+"""Section: whether a latent has the same top contexts at each layer."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import Results

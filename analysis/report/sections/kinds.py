@@ -1,4 +1,4 @@
-"""Section: kinds of latents by their layer profile. Tested in tests/analysis/report/test_page.py."""
+"""Section: kinds of latents by their layer profile."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import KINDS, Results

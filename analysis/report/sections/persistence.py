@@ -1,4 +1,4 @@
-"""Section: when latents switch on and off along the layers. Tested in tests/analysis/report/test_page.py."""
+"""Section: when latents switch on and off along the layers."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import Results

@@ -1,4 +1,4 @@
-"""Section: FVU by layer beside held-out text and PCA, and L0. Tested in tests/analysis/report/test_page.py."""
+"""Section: FVU by layer beside held-out text and PCA, and L0."""
 
 from analysis.report.charts import layer_chart
 from analysis.report.data import Results

@@ -1,4 +1,4 @@
-"""Section: variance of the layer, its parts, and the reference. Tested in tests/analysis/report/test_page.py."""
+"""Section: variance of the layer, its parts, and the reference."""
 
 import math
 from html import escape
@@ -24,16 +24,19 @@ the ratio is large even where every token has the same profile.</p></div>"""
 
 def section(results: Results) -> Section:
     """Shares of the total, the ratio, both as a table, and the reference's numbers."""
-    has_intervals = isinstance(results.get("uncertainty"), dict)
-    note = "Bars, and numbers in brackets: 95 % intervals." if has_intervals else ""
+    note = "Bars, and numbers in brackets: 95 % intervals." if isinstance(results.get("uncertainty"), dict) else ""
     caption = f"1: a latent keeps the same mean layer at every token. {note}"
+    ratio, reference = results.number("variance", "mass", "aggregate_over_token"), results.reference_ratio
+    ours = "not defined" if ratio is None else show(ratio)
+    theirs = "gives none" if reference is None else f"gives {show(reference)}"
+    ratio_title = f"Aggregate over token-level variance: {ours}; the reference's formula {theirs}"
     compat = [(f"<code>{name}</code>", show(results.number("variance", "mlsae_compat", name))) for name in COMPAT]
     compat.append(("<code>1 / rel_var_t</code>", show(results.reference_ratio)))
     body = (
         INTRODUCTION
         + columns(
             figure(variance_title(results), _shares_chart(results)),
-            figure(_ratio_title(results), _ratio_chart(results), caption, "ratio"),
+            figure(ratio_title, _ratio_chart(results), caption, "ratio"),
         )
         + table(
             ("Variance of the layer, in layers²", *map(escape, WEIGHTINGS.values())),
@@ -68,13 +71,6 @@ def why_no_ratio(results: Results, weighting: str = "mass") -> str:
     if results.number("variance", weighting, "within_token") == 0:
         return "at every token each latent fires at one layer only, so the token-level variance is 0"
     return "summary.json holds no value for it"
-
-
-def _ratio_title(results: Results) -> str:
-    ratio, reference = results.number("variance", "mass", "aggregate_over_token"), results.reference_ratio
-    ours = "not defined" if ratio is None else show(ratio)
-    theirs = "gives none" if reference is None else f"gives {show(reference)}"
-    return f"Aggregate over token-level variance: {ours}; the reference's formula {theirs}"
 
 
 def _cell(results: Results, weighting: str, name: str) -> str:
@@ -127,11 +123,9 @@ def _shares_chart(results: Results) -> str:
 
 def _ratio_chart(results: Results) -> str:
     """Aggregate over token-level variance on a logarithmic axis: three weightings, and the reference's number."""
-    name = "aggregate_over_token"
-    rows = [
-        (words, results.number("variance", weighting, name), results.bounds("variance", weighting, name))
-        for weighting, words in WEIGHTINGS.items()
-    ]
+    keys = [("variance", weighting, "aggregate_over_token") for weighting in WEIGHTINGS]
+    names = zip(WEIGHTINGS.values(), keys, strict=True)
+    rows = [(words, results.number(*key), results.bounds(*key)) for words, key in names]
     rows.append(("reference's formula (not variances)", results.reference_ratio, None))
     start, end = 0.8, 1.6 * max([2.0, *(value for _, value, _ in rows if value is not None)])
 
