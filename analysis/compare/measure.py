@@ -128,7 +128,8 @@ def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str,
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
         raise IncompatibleError(
-            f"--compare {path}: its summary.json is damaged or not of an analysis ({what}): run `analyze` again"
+            f"--compare {path}: its summary.json is damaged or was not written by `analyze` ({what}): "
+            "run `analyze` again"
         ) from None
 
 

@@ -87,8 +87,7 @@ class Results:
     def numbers(self, *keys: str) -> np.ndarray:
         """The list at a path of keys, float64 with NaN for null; where it is missing, L times NaN."""
         found = self.get(*keys)
-        values = found if isinstance(found, list) else [None] * len(self.layer_numbers)
-        return np.array([np.nan if value is None else value for value in values], np.float64)
+        return np.array(found if isinstance(found, list) else [None] * len(self.layer_numbers), np.float64)
 
     def bounds(self, *keys: str) -> tuple[float, float] | None:
         """The 95 % interval of the number at a path of keys, from "ci95" beside it; None without one."""
@@ -114,7 +113,7 @@ def load_results(out_dir: Path) -> Results:
     """
     for name in ("summary.json", "layers.parquet", "latents.parquet"):
         if not (out_dir / name).is_file():
-            raise ResidscopeError(f"{out_dir} holds no {name}: the report is made from what `analyze --out` writes")
+            raise ResidscopeError(f"{out_dir} has no {name}: the report is made from what `analyze --out` writes")
     summary = json.loads((out_dir / "summary.json").read_text(encoding="utf-8"))
     version = summary.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -126,7 +125,7 @@ def load_results(out_dir: Path) -> Results:
         return _load_tables(out_dir, summary)
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise IncompatibleError(f"{out_dir}: a table there is damaged ({reason}): run `analyze` again") from None
+        raise IncompatibleError(f"{out_dir}: a table cannot be read ({reason}): run `analyze` again") from None
 
 
 def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:

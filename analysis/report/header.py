@@ -18,6 +18,8 @@ def page_header(results: Results) -> str:
             f"The reference's formula gives {show(results.reference_ratio)} on the same codes, but what it divides are "
             'not variances: <a href="#variance">why they differ</a>.'
         )
+    # Flags of the command line as code, so that no line ends inside one.
+    warnings = [re.sub(r"--[\w-]+", r"<code>\g<0></code>", escape(warning)) for warning in _warnings(results)]
     return fill(
         "header.html",
         model=escape(str(results.get("provenance", "store", "model") or "unnamed model")),
@@ -27,7 +29,7 @@ def page_header(results: Results) -> str:
         token=show(results.number("variance", "mass", "within_token")),
         reference=other,
         tokens=escape(str(results.get("split", "text") or f"{integer(results.get('n_tokens'))} tokens.")),
-        warnings="".join(f'<p class="warning">{_flags(warning)}</p>' for warning in _warnings(results)),
+        warnings="".join(f'<p class="warning">{words}</p>' for words in warnings),
         tiles=tiles(_main_numbers(results)),
     )
 
@@ -71,8 +73,3 @@ def _warnings(results: Results) -> list[str]:
     if trained_on in ("some", "all"):
         return ["The SAE was trained on some of these tokens: numbers on held-out text may be worse."]
     return ["It is not known whether the SAE was trained on these tokens."] if trained_on == "unknown" else []
-
-
-def _flags(words: str) -> str:
-    """Escaped text with its command-line flags set as code, so that no line ends inside one."""
-    return re.sub(r"--[\w-]+", r"<code>\g<0></code>", escape(words))

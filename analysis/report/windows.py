@@ -98,8 +98,7 @@ def marked_token(text: str, lengths: str, place: int) -> str:
 def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[tuple[str, str, int], str]]:
     """Window and levels of each row, as shown. top: [R] activation of level 35."""
     lists, activations = batch["texts"], batch["activations"]
-    n_rows = batch.num_rows
-    if not n_rows:
+    if not batch.num_rows:
         return []
     sizes = np.asarray(pc.list_value_length(lists))  # pyright: ignore[reportAttributeAccessIssue]
     starts = np.cumsum(sizes) - sizes  # [R] of each row's window among all W tokens
@@ -119,13 +118,10 @@ def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[tuple[str, st
         texts.append(row)
     ends = np.cumsum(lengths)
     begins = ends - lengths
-    of_row = np.repeat(np.arange(n_rows), sizes)
-    keep = (begins >= (begins[marked] - BEFORE)[of_row]) & (ends <= (ends[marked] + AFTER)[of_row])
-    early = np.add.reduceat(begins < (begins[marked] - BEFORE)[of_row], starts)
-    first = starts + early
-    stop = first + np.add.reduceat(keep, starts)
+    first = np.maximum(starts, np.searchsorted(begins, begins[marked] - BEFORE))
+    stop = np.minimum(starts + sizes, np.searchsorted(ends, ends[marked] + AFTER, side="right"))
     values = np.asarray(activations.flatten().fill_null(0.0), np.float32)
-    level = np.ceil(values / top[of_row] * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
+    level = np.ceil(values / np.repeat(top, sizes) * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
     length_signs = (lengths + 48).astype("<u4").tobytes().decode("utf-32-le")
     level_signs = _DIGITS[level].tobytes().decode("utf-32-le")
     low, high = begins[first] - begins[starts], ends[stop - 1] - begins[starts]

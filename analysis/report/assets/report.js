@@ -214,7 +214,7 @@ async function latentTable(block) {
     sort.value = state.key;
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
-    if (n && !state.rows.length) status.textContent = "No live latent meets these conditions: either it is dead in these tokens, or it is filtered out.";
+    if (n && !state.rows.length) status.textContent = "No live latent matches: it is either dead in these tokens or filtered out.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
     pages.querySelector("span").textContent = shown.length ? `${integer(from + 1)} to ${integer(from + shown.length)} of ${integer(state.rows.length)}` : "";
     for (const button of pages.querySelectorAll("button")) {

@@ -33,16 +33,13 @@ def section(results: Results) -> Section:
         ("Distance, layers", "overlap, 0 to 1 (higher agrees more)", "by chance", "overlap / chance, ratio"),
         [(str(d), show(a), show(b), show(a / b if b else None)) for d, a, b in rows],
     )
-    body = (
-        INTRODUCTION.format(n=integer(found.get("n")))
-        + figure(
-            f"Two layers share {show(overlap)} of a latent's top contexts, {show(ratio)} times what chance gives "
-            f"({show(chance)})",
-            chart,
-            f"Means over all pairs of layers of the {integer(found.get('latents'))} latents "
-            "that have top contexts at two layers or more, by the distance of the two. The title's numbers are means "
-            "over latents.",
-        )
-        + f"<details><summary>Table by distance</summary>{by_distance}</details>"
+    title = (
+        f"Two layers share {show(overlap)} of a latent's top contexts, {show(ratio)} times what chance gives "
+        f"({show(chance)})"
     )
-    return Section(TITLE, body)
+    caption = (
+        f"Means over all pairs of layers of the {integer(found.get('latents'))} latents that have top contexts at two "
+        "layers or more, by the distance of the two. The title's numbers are means over latents."
+    )
+    details = f"<details><summary>Table by distance</summary>{by_distance}</details>"
+    return Section(TITLE, INTRODUCTION.format(n=integer(found.get("n"))) + figure(title, chart, caption) + details)

@@ -29,7 +29,7 @@ def section(results: Results) -> Section:
     """Two figures of distributions over layers, and the means as a table."""
     if results.number("persistence", "mass", "n_layers_active") is None:
         empty = "no latent fired in these tokens"
-        reason = empty if results.get("persistence") else "this analysis holds no such numbers"
+        reason = empty if results.get("persistence") else "this analysis has no such numbers"
         return Section(TITLE, f"<p>Not shown: {reason}.</p>")
     unbroken = results.number("persistence", "mass", "unbroken_multi")
     single = percent(results.number("persistence", "mass", "single_layer"))

@@ -70,7 +70,7 @@ def why_no_ratio(results: Results, weighting: str = "mass") -> str:
         return "no latent fired in these tokens"
     if results.number("variance", weighting, "within_token") == 0:
         return "at every token each latent fires at one layer only, so the token-level variance is 0"
-    return "summary.json holds no value for it"
+    return "summary.json has no value for it"
 
 
 def _cell(results: Results, weighting: str, name: str) -> str:
