@@ -63,12 +63,12 @@ class _Found:
 def example_blocks(folder: Path, latents: np.ndarray) -> str:
     """The blocks as HTML, in order of `latents` [J] (ascending), after one with the note on what was left out and the
     histograms' edges; empty where there is nothing to show."""
-    row_of = {int(latent): row for row, latent in enumerate(latents)}
-    found = [_Found(examples) for examples in read_examples(folder / "examples.parquet", row_of, PLANS[0].more)]
-    of = {latent: found[row] for latent, row in row_of.items()}
+    examples = read_examples(folder / "examples.parquet", PLANS[0].more)
+    of = {latent: _Found(examples.get(latent, [])) for latent in latents.tolist()}
     edges = _add_histograms(folder / "histograms.parquet", of)
     _add_neighbours(folder / "latents.parquet", of)
     _add_tokens(folder / "latent_logits.parquet", of)
+    found = list(of.values())
     if not any(one.examples or one.histogram or one.rest for one in found):
         return ""
     blocks, plan = _fitting(found)

@@ -42,10 +42,10 @@ class Example(NamedTuple):
     levels: str
 
 
-def read_examples(path: Path, row_of: dict[int, int], more: int) -> list[list[Example]]:
-    """For each latent (its row: `row_of`) the strongest example at each layer, and all examples of the `more` strongest
-    layers, sorted by layer and rank; empty lists without the file."""
-    found: list[list[Example]] = [[] for _ in row_of]
+def read_examples(path: Path, more: int) -> dict[int, list[Example]]:
+    """By latent the strongest example at each layer, and all examples of the `more` strongest layers, sorted by layer
+    and rank; empty without the file."""
+    found: dict[int, list[Example]] = {}
     if not path.is_file():
         return found
     numbers = pq.read_table(path, columns=["latent", "layer", "rank", "activation"])
@@ -62,7 +62,7 @@ def read_examples(path: Path, row_of: dict[int, int], more: int) -> list[list[Ex
         shown = _windows(batch.filter(pa.array(keep[start : start + batch.num_rows])), top[rows])
         values = (of[rows].tolist() for of in (latent, strength, layer, rank, activation))
         for who, s, la, ra, a, (window, levels) in zip(*values, shown, strict=True):
-            found[row_of[who]].append(Example(s, la, ra, float(f"{a:.3g}"), window, levels))
+            found.setdefault(who, []).append(Example(s, la, ra, float(f"{a:.3g}"), window, levels))
         start += batch.num_rows
     return found
 

@@ -36,10 +36,7 @@ def section(results: Results) -> Section:
     l0_chart = layer_chart(results, [("l0", "latents per vector", "ours")], "L0 (active latents per vector)")
     body = (
         INTRODUCTION
-        + columns(
-            figure(reconstruction_title(results), fvu_chart),
-            figure(l0_title, l0_chart, ABOUT_L0),
-        )
+        + columns(figure(reconstruction_title(results), fvu_chart), figure(l0_title, l0_chart, ABOUT_L0))
         + "<details open><summary>Table by layer</summary>"
         + layer_table(results, COLUMNS)
         + '<p class="note">MSE and mean norm are in units of the residual stream (squared for MSE), so they grow with '
@@ -53,13 +50,11 @@ def reconstruction_title(results: Results) -> str:
     fvu = results.number("reconstruction", "fvu")
     if fvu is None:
         return "The reconstruction error is not defined in these tokens"
-    if results.get("split", "name") == "validation":
-        beside = []
-    else:
-        beside = [("held-out text", results.number("validation_fvu"))]
     pca_k = integer(results.get("baseline", "pca", "k"))
-    beside.append((f"PCA of {pca_k} components", results.number("baseline", "pca", "fvu")))
-    known = "; ".join(f"{name} {percent(value)}" for name, value in beside if value is not None)
+    beside = {f"PCA of {pca_k} components": results.number("baseline", "pca", "fvu")}
+    if results.get("split", "name") != "validation":
+        beside = {"held-out text": results.number("validation_fvu")} | beside
+    known = "; ".join(f"{name} {percent(value)}" for name, value in beside.items() if value is not None)
     return f"{percent(fvu)} of the variance is left unexplained" + (f" ({known})" if known else "")
 
 
