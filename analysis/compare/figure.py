@@ -1,44 +1,31 @@
 """The figure of `analyze --compare`, a row for each run: decomposition, ratio, FVU and delta cross-entropy.
 
-The decomposition is over the variance of an evenly drawn layer, the ratio of aggregate to token-level variance stands
-beside the reference's number, delta cross-entropy is there where it was measured; all with 95 % intervals. Drawn with
-matplotlib in the style of `analysis.report.figures`, as PNG and SVG. Tested in tests/analysis/compare/test_measure.py.
+All have 95 % intervals. The style is that of `analysis.report.figures`. Tested in tests/analysis/compare.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from matplotlib import rc_context
-
 from analysis.compare.words import kind_words, layer_words
+from analysis.report import figures
 from analysis.report.data import PARTS
-from analysis.report.figures import (
-    BLUE,
-    COLOURS,
-    FAINT,
-    INK,
-    REFERENCE,
-    STYLE,
-    log_axis,
-    new_figure,
-    no_left_axis,
-    number_beside,
-    save_figure,
-)
 from analysis.report.markup import show
 
 RULE = "#d9dde2"
+LEGEND = ("our ratio, 95 % interval", "the reference's formula on the same codes")
 
 
 def write_comparison(runs: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
-    """Write compare.png and compare.svg into `out`; returns their names."""
+    """Write compare.png and compare.svg into `out`; returns their names, none without matplotlib."""
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        return []
     measured = any(run["delta_ce"] is not None for run in runs)
-    with rc_context(cast("Any", STYLE)):
-        figure = new_figure(12.6 if measured else 10.4, 1.9 + 0.52 * len(runs))
-        axes = figure.subplots(
-            1, 4 if measured else 3, sharey=True, width_ratios=[1.5, 1.1, 0.85, 0.95][: 3 + measured]
-        )
+    with rc_context(cast("Any", figures.STYLE)):
+        figure = figures.new_figure(12.6 if measured else 10.4, 1.9 + 0.52 * len(runs))
+        axes = figure.subplots(1, 3 + measured, sharey=True, width_ratios=[1.5, 1.1, 0.85, 0.95][: 3 + measured])
         _draw_parts(axes[0], runs)
         _draw_ratios(axes[1], runs)
         _draw_means(axes[2], runs, "fvu", "FVU, mean over layers\nlower is better")
@@ -52,7 +39,7 @@ def write_comparison(runs: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
         title = "How widely latents spread over layers, and how well they reconstruct them"
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10.5)
         figure.legend(loc="outside lower left", ncols=6, handlelength=1, columnspacing=1.2, fontsize=8.5)
-        return [path.name for path in save_figure(figure, out, "compare")]
+        return [path.name for path in figures.save_figure(figure, out, "compare")]
 
 
 def _label(run: Mapping[str, Any]) -> str:
@@ -68,38 +55,33 @@ def _draw_means(axes: Any, runs: Sequence[Mapping[str, Any]], name: str, label: 
     for row, run in enumerate(runs):
         value, low, high = (run[f"{name}{end}"] for end in ("", "_low", "_high"))
         if value is None:
-            axes.text(0.02, row, "not measured", va="center", color=FAINT, transform=axes.get_yaxis_transform())
+            axes.text(0.02, row, "not measured", va="center", color=figures.FAINT, transform=axes.get_yaxis_transform())
             continue
         if low is not None:
-            axes.plot([low, high], [row, row], "|-", color=INK, linewidth=1, markersize=7)
-        axes.plot(value, row, "o", color=INK, markersize=4)
-        number_beside(axes, show(value), value, row, (0, 6))
+            axes.plot([low, high], [row, row], "|-", color=figures.INK, linewidth=1, markersize=7)
+        axes.plot(value, row, "o", color=figures.INK, markersize=4)
+        figures.number_beside(axes, show(value), value, row, 6)
         highest, lowest = max(highest, value, high or 0), min(lowest, value, low or 0)
     axes.set(xlim=(1.15 * lowest, 1.15 * highest or 1), xlabel=label)
     axes.locator_params(axis="x", nbins=4)
-    no_left_axis(axes)
-    axes.axvline(0, color=FAINT, linewidth=0.8)
+    figures.no_left_axis(axes)
+    axes.axvline(0, color=figures.FAINT, linewidth=0.8)
 
 
 def _draw_parts(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     """Stacked bars by mass; the whisker is the interval of the total."""
     for row, run in enumerate(runs):
-        parts, left = run["normalised"]["mass"], 0.0
-        for part, colour in COLOURS.items():
-            value = parts[part]
-            if value is None:
-                break
-            label = PARTS[part] if row == 0 else None
-            axes.barh(row, value, left=left, color=colour, height=0.6, edgecolor="white", linewidth=0.8, label=label)
-            left += value
+        parts = run["normalised"]["mass"]
         if parts["total"] is None:
-            axes.text(0.02, row, "one layer", va="center", color=FAINT)
+            axes.text(0.02, row, "one layer", va="center", color=figures.FAINT)
+        else:
+            figures.stacked_bar(axes, row, {part: parts[part] for part in PARTS})
         if parts["ci95"].get("total"):
-            axes.plot(parts["ci95"]["total"], [row, row], "|-", color=INK, linewidth=1, markersize=6)
+            axes.plot(parts["ci95"]["total"], [row, row], "|-", color=figures.INK, linewidth=1, markersize=6)
     axes.set_yticks(range(len(runs)), [_label(run) for run in runs], fontsize=8)
     axes.set_ylim(len(runs) - 0.4, -0.6)
-    no_left_axis(axes)
-    axes.axvline(1, color=FAINT, linewidth=0.8)
+    figures.no_left_axis(axes)
+    axes.axvline(1, color=figures.FAINT, linewidth=0.8)
     parts = [run["normalised"]["mass"] for run in runs]
     ends = [(part["ci95"].get("total") or (0, part["total"] or 0))[1] for part in parts]
     axes.set_xlim(0, 1.05 * max([1.0, *ends]))
@@ -109,21 +91,13 @@ def _draw_parts(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
 def _draw_ratios(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     """Aggregate over token-level variance by mass, and the reference's number, on a logarithmic axis."""
     for row, run in enumerate(runs):
-        ratio, reference = run["variance"]["mass"]["aggregate_over_token"], run["reference_ratio"]
-        if ratio is None:
-            axes.text(1.1, row, "not defined", va="center", color=FAINT)
-        else:
-            bounds = run["variance"]["mass"]["ci95"].get("aggregate_over_token") or (ratio, ratio)
-            label = "our ratio, 95 % interval" if row == 0 else None
-            axes.plot(bounds, [row, row], "|-", color=BLUE, markersize=9, label=label)
-            axes.plot(ratio, row, "o", color=BLUE, markersize=4.5)
-            number_beside(axes, show(ratio), ratio, row, (0, 6))
-        if reference is not None:
-            label = "the reference's formula on the same codes" if row == 0 else None
-            axes.plot(reference, row, "D", color=REFERENCE, markersize=5, markerfacecolor="white", label=label)
-            number_beside(axes, show(reference), reference, row, (0, -14), color=REFERENCE)
-    axes.axvline(1, color=FAINT, linewidth=0.8)
+        ours, theirs = LEGEND if row == 0 else (None, None)
+        mass = run["variance"]["mass"]
+        ratio = mass["aggregate_over_token"]
+        figures.ratio_row(axes, row, ratio, mass["ci95"].get("aggregate_over_token"), show(ratio), ours)
+        figures.reference_mark(axes, row, run["reference_ratio"], -14, theirs)
+    axes.axvline(1, color=figures.FAINT, linewidth=0.8)
     shown = [run["variance"]["mass"]["aggregate_over_token"] for run in runs] + [run["reference_ratio"] for run in runs]
     end = 1.5 * max([1.4, *(value for value in shown if value is not None)])
-    log_axis(axes, 0.93, end, "aggregate over token-level\nvariance, by mass (log scale)")
-    no_left_axis(axes)
+    figures.log_axis(axes, 0.93, end, "aggregate over token-level\nvariance, by mass (log scale)")
+    figures.no_left_axis(axes)

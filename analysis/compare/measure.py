@@ -1,7 +1,7 @@
 """Any number of analyses side by side: `analyze --compare A B C`.
 
-Reads the summary.json of each, and nothing else, and writes one table (compare.parquet, a row for each run and
-weighting; compare.json, everything) and one figure. Variances of models of different depth are made comparable by
+Reads the summary.json of each, and writes one table (compare.parquet, a row for each run and weighting; compare.json,
+everything) and one figure. Variances of models of different depth are made comparable by
 dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
 1 is an even spread, whatever the depth. Runs of one kind (model, trained or not, lens, layers) stand together, kinds in
 the order in which they were given, and within a kind by expansion factor and k, so that a sweep reads as one table.
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.baselines.nulls import NULLS
+from analysis.compare.figure import write_comparison
 from analysis.compare.words import compare_words
 from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
@@ -32,29 +33,28 @@ PARTS = VARIANCE_NAMES[:5]
 KIND = ("model", "random_init", "lens", "layers")
 """What runs of one kind share; expansion factor and k tell them apart."""
 
-QUALITY = {"fvu": "reconstruction", "l0": "reconstruction"} | dict.fromkeys(
-    ("delta_ce", "kl", "loss_recovered_mean"), "downstream"
-)
+QUALITY = {
+    **dict.fromkeys(("fvu", "l0"), "reconstruction"),
+    **dict.fromkeys(("delta_ce", "kl", "loss_recovered_mean"), "downstream"),
+}
 """Means over layers, and the part of the summary that has them, each with its interval."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare runs, write the files to `config.out`, print the table, and return compare.json's content.
 
-    Raises `UsageError` for a path that does not exist, `IncompatibleError` for anything but a complete analysis of this
-    schema.
+    Raises `UsageError` for a path that does not exist, `IncompatibleError` for any but a whole analysis.
     """
     refuse_inside_store(config.out)
     refuse_comparison_of("train compare", config.out, "store")
     summaries = [_load(path) for path in config.compare]
-    named = zip(config.compare, run_names(config.compare), summaries, strict=True)
-    runs = in_order([_checked_run(*each) for each in named])
+    runs = in_order(list(map(_checked_run, config.compare, run_names(config.compare), summaries)))
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
     if config.out.exists() and not config.out.is_dir():
         raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
     config.out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(_rows(runs)).to_parquet(config.out / "compare.parquet", index=False)
-    written = ["compare.json", "compare.parquet", *_write_figure(config.out, runs)]
+    written = ["compare.json", "compare.parquet", *write_comparison(runs, config.out)]
     atomic_write(config.out / "compare.json", [json.dumps(result, indent=2, allow_nan=False).encode()])
     if config.json:
         print(json.dumps(result, allow_nan=False))
@@ -96,13 +96,12 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 def in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs by kind in the order of first appearance; within a kind by expansion factor, k, and the order given."""
-    kinds = [tuple(map(repr, (run[name] for name in KIND))) for run in runs]
-    first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+    kinds = [[run[name] for name in KIND] for run in runs]
 
-    def place(i: int) -> tuple[float, ...]:
-        return (first[kinds[i]], runs[i]["expansion_factor"] or 0, runs[i]["k"] or 0, i)
+    def place(run: dict[str, Any]) -> tuple[float, ...]:
+        return kinds.index([run[name] for name in KIND]), run["expansion_factor"] or 0, run["k"] or 0
 
-    return [runs[i] for i in sorted(range(len(runs)), key=place)]
+    return sorted(runs, key=place)
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -116,7 +115,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """As `_run`; `IncompatibleError` where the summary is not what `analyze` writes."""
+    """`_run`; raises `IncompatibleError` where the summary is not what `analyze` writes."""
     try:
         for key, kinds in _KINDS.items():
             if not isinstance(summary.get(key), kinds):
@@ -129,7 +128,8 @@ def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str,
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
         raise IncompatibleError(
-            f"--compare {path}: its summary.json is damaged or not of an analysis ({what}): run `analyze` again"
+            f"--compare {path}: its summary.json is damaged or was not written by `analyze` ({what}): "
+            "run `analyze` again"
         ) from None
 
 
@@ -139,6 +139,9 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     lens, uniform = store.get("lens"), float(np.var(summary["layer_numbers"]))
     rel_var_t = summary["variance"]["mlsae_compat"]["rel_var_t"]
     persistence, nulls = summary.get("persistence"), summary.get("nulls")
+    quality = {}
+    for column, part in QUALITY.items():
+        quality |= _with_ends({column: None, "ci95": {}} | (summary.get(part) or {}), [column])
     return {
         "run": name,
         "model": store.get("model"),
@@ -152,7 +155,7 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "n_tokens": summary["n_tokens"],
         "trained_on": summary["split"]["trained_on"],
         "live_latents": summary["latents"]["active"],
-        **_quality(summary),
+        **quality,
         "validation_fvu": summary["validation_fvu"],
         "uniform_variance": uniform,
         "reference_ratio": 1 / rel_var_t if rel_var_t else None,
@@ -163,23 +166,15 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _quality(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    row: dict[str, float | None] = {}
-    for name, part in QUALITY.items():
-        numbers = summary.get(part) or {}
-        low, high = numbers.get("ci95", {}).get(name) or (None, None)
-        row |= {name: numbers.get(name), f"{name}_low": low, f"{name}_high": high}
-    return row
-
-
 def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
     """Variances over that of an evenly drawn layer; None where there is one layer only."""
-    result: dict[str, Any] = {name: variance[name] / uniform if uniform else None for name in PARTS}
-    intervals = variance["ci95"]
-    result["ci95"] = {
-        name: [bound / uniform for bound in intervals[name]] for name in PARTS if uniform and intervals.get(name)
+    if not uniform:
+        return {**dict.fromkeys(PARTS), "ci95": {}}
+    intervals = {name: variance["ci95"].get(name) for name in PARTS}
+    return {
+        **{name: variance[name] / uniform for name in PARTS},
+        "ci95": {name: [bound / uniform for bound in bounds] for name, bounds in intervals.items() if bounds},
     }
-    return result
 
 
 def _rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -187,33 +182,20 @@ def _rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         for weighting in WEIGHTINGS:
-            row = {name: value for name, value in run.items() if not isinstance(value, dict)}
-            row["weighting"] = weighting
-            for suffix, names, part in (
-                ("", VARIANCE_NAMES, run["variance"][weighting]),
-                ("_normalised", PARTS, run["normalised"][weighting]),
-            ):
-                _spread(row, part, names, suffix)
+            row = {name: value for name, value in run.items() if not isinstance(value, dict)} | {"weighting": weighting}
+            row |= _with_ends(run["variance"][weighting], VARIANCE_NAMES)
+            row |= _with_ends(run["normalised"][weighting], PARTS, "_normalised")
             if run["persistence"] and weighting in run["persistence"]:
-                _spread(row, run["persistence"][weighting], PERSISTENCE_NAMES, "")
+                row |= _with_ends(run["persistence"][weighting], PERSISTENCE_NAMES)
             for null, ratio in (run["null_ratio"] or {}).items():
                 row[f"within_token_over_{null}"] = ratio["variance"][weighting]["within_token"]
             rows.append(row)
     return rows
 
 
-def _spread(row: dict[str, Any], numbers: Mapping[str, Any], names: Sequence[str], suffix: str) -> None:
+def _with_ends(numbers: Mapping[str, Any], names: Sequence[str], suffix: str = "") -> dict[str, Any]:
+    columns = {}
     for name in names:
-        row[name + suffix] = numbers[name]
         low, high = numbers["ci95"].get(name) or (None, None)
-        row[f"{name}{suffix}_low"], row[f"{name}{suffix}_high"] = low, high
-
-
-def _write_figure(out: Path, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    try:
-        from analysis.compare.figure import write_comparison
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        return []
-    return write_comparison(runs, out)
+        columns |= {name + suffix: numbers[name], f"{name}{suffix}_low": low, f"{name}{suffix}_high": high}
+    return columns

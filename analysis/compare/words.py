@@ -1,7 +1,4 @@
-"""What `analyze --compare` says on the terminal: three tables, a row for each run.
-
-Made from compare.json's runs alone. Tested in tests/analysis/compare/test_measure.py.
-"""
+"""What `analyze --compare` says on the terminal: three tables, a row for each run of compare.json."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -66,12 +63,8 @@ def _bounded(name: str) -> Callable[[Run], str]:
 
 def kind_words(run: Run) -> str:
     """Which model, trained or not, through a lens or not."""
-    words = [str(run["model"] or "-")]
-    if run["random_init"]:
-        words.append("untrained")
-    if run["lens"]:
-        words.append("tuned lens")
-    return ", ".join(words)
+    untrained, lens = ("untrained" if run["random_init"] else ""), ("tuned lens" if run["lens"] else "")
+    return ", ".join(filter(None, (run["model"] or "-", untrained, lens)))
 
 
 def layer_words(layers: Sequence[int]) -> str:

@@ -1,10 +1,8 @@
 """How the report draws: a frame with axes, and lines over layers, as HTML and SVG without a library or a script.
 
-The data are an SVG that stretches to the width it is given, and every label is HTML beside it, so that text keeps its
-size on a phone and colours follow the reader's light or dark theme (classes and variables of report.css). Charts that
-only one section has are drawn in its module.
-
-All text is escaped here. Fractions are of the plot's width and height, from the left and from the bottom.
+The data are an SVG that stretches to its width, and every label is HTML beside it, so that text keeps its size on a
+phone and colours follow the reader's light or dark theme (report.css). All text is escaped here. Fractions are of the
+plot's width and height, from the left and from the bottom.
 """
 
 import base64
@@ -39,19 +37,16 @@ class Plot:
         """A line through `points`, broken where one is not finite; `kind` is a class of report.css."""
         path, pen_up = [], True
         for x, y in points:
-            if math.isfinite(x) and math.isfinite(y):
+            known = math.isfinite(x) and math.isfinite(y)
+            if known:
                 path.append(f"{'M' if pen_up else 'L'}{x * 1000:.1f} {(1 - y) * 1000:.1f}")
-                pen_up = False
-            else:
-                pen_up = True
+            pen_up = not known
         self._shapes.append(f'<path class="{kind}" d="{"".join(path)}"/>')
 
     def image(self, png: bytes) -> None:
         """A picture that fills the frame."""
-        data = base64.b64encode(png).decode()
-        self._shapes.append(
-            f'<image href="data:image/png;base64,{data}" width="1000" height="1000" preserveAspectRatio="none"/>'
-        )
+        href = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        self._shapes.append(f'<image href="{href}" width="1000" height="1000" preserveAspectRatio="none"/>')
 
     def mark(self, x: float, y: float, kind: str) -> None:
         """A dot, round at any width."""
@@ -89,9 +84,8 @@ def layer_chart(results: Results, lines: Sequence[tuple[str, str, str]], name: s
     lines: column, words in the legend, classes of report.css.
     """
     bounds = [(f"{column}_{end}", "", f"{kind} bound") for column, _, kind in lines for end in ("low", "high")]
-    series = [
-        (results.layers[column], words, kind) for column, words, kind in (*lines, *bounds) if column in results.layers
-    ]
+    known = [line for line in (*lines, *bounds) if line[0] in results.layers]
+    series = [(results.layers[column], words, kind) for column, words, kind in known]
     return lines_chart(series, name, results.layer_numbers, x_name)
 
 
@@ -130,6 +124,12 @@ def lines_chart(
 def layer_ticks(numbers: Sequence[int]) -> list[tuple[int, str]]:
     """At most eight (column, label) pairs, evenly spaced from the first."""
     return [(i, str(numbers[i])) for i in range(0, len(numbers), max(1, -(-len(numbers) // 8)))]
+
+
+def log_ticks(end: float, at_most: int) -> list[int]:
+    """At most so many of 1, 2, 5, 10, 20, ... 10,000 up to `end`, evenly spaced from 1."""
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if tick <= end]
+    return ticks[:: -(-len(ticks) // at_most)]
 
 
 def round_step(span: float, at_most: int) -> float:

@@ -1,8 +1,6 @@
 """What `analyze` has written, read back for the report and the figures.
 
-`load_results` reads summary.json, layers.parquet, latents.parquet and, where they exist, the files of redundant pairs,
-examples and prompts from one folder, and nothing else. Numbers stay as they were written; null and NaN mean that a
-number is not defined.
+Numbers stay as they were written; null and NaN mean that a number is not defined.
 
 Shapes: L layers, J live latents (those that fired at least once in the analysed tokens).
 """
@@ -11,25 +9,21 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from analysis.report.examples import example_blocks
 from residscope.errors import IncompatibleError, ResidscopeError
 
 SCHEMA_VERSION = 1
-WEIGHTINGS = {
-    "mass": "activation mass",
-    "equal": "equal pairs (token, latent)",
-    "latent": "equal latents",
-}
+WEIGHTINGS = {"mass": "activation mass", "equal": "equal pairs (token, latent)", "latent": "equal latents"}
 """The three weightings of the decomposition and what each counts as one."""
 
-PARTS = {
-    "within_token": "within a token",
-    "between_tokens": "between tokens",
-    "between_latents": "between latents",
-}
+PARTS = {"within_token": "within a token", "between_tokens": "between tokens", "between_latents": "between latents"}
 """The three parts of the total variance, in the order in which they are stacked."""
 
 KINDS = ("early", "middle", "late", "persistent", "bimodal")
@@ -45,14 +39,7 @@ SCALARS = (
 OPTIONAL_SCALARS = ("context_overlap", "context_chance")
 """Columns of latents.parquet that an analysis may lack."""
 
-
-class Prompts(NamedTuple):
-    """What `analyze --prompt` wrote."""
-
-    content: dict[str, Any]
-    """prompt.json."""
-    rows: dict[str, np.ndarray]
-    """Columns prompt, position, layer, latent and activation of prompt.parquet."""
+PROMPT_COLUMNS = ["prompt", "position", "layer", "latent", "activation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +59,10 @@ class Results:
     """P(layer | latent), the share of the latent's activation mass at each layer, float64 [J, L]; rows sum to 1."""
     kinds: np.ndarray = field(default_factory=lambda: np.empty(0, object))
     """Kind of each live latent's profile, [J]; empty where the file has none."""
-    prompts: Prompts | None = None
-    """What `analyze --prompt` added; None if nothing."""
+    prompts: dict[str, Any] | None = None
+    """prompt.json, which `analyze --prompt` adds; None without it."""
+    prompt_rows: dict[str, np.ndarray] = field(default_factory=dict)
+    """`PROMPT_COLUMNS` of prompt.parquet."""
     pairs: list[dict[str, Any]] = field(default_factory=list)
     """The first `MAX_PAIRS` near-parallel pairs of latents, as in redundancy.parquet."""
     examples: str = ""
@@ -98,13 +87,12 @@ class Results:
     def numbers(self, *keys: str) -> np.ndarray:
         """The list at a path of keys, float64 with NaN for null; where it is missing, L times NaN."""
         found = self.get(*keys)
-        values = found if isinstance(found, list) else [None] * len(self.layer_numbers)
-        return np.array([np.nan if value is None else value for value in values], np.float64)
+        return np.array(found if isinstance(found, list) else [None] * len(self.layer_numbers), np.float64)
 
     def bounds(self, *keys: str) -> tuple[float, float] | None:
         """The 95 % interval of the number at a path of keys, from "ci95" beside it; None without one."""
         bounds = self.get(*keys[:-1], "ci95", keys[-1])
-        return _interval(*bounds) if isinstance(bounds, (list, tuple)) and len(bounds) == 2 else None
+        return _interval(*bounds) if isinstance(bounds, list) and len(bounds) == 2 else None
 
     def layer_bounds(self, name: str, i: int) -> tuple[float, float] | None:
         """The 95 % interval of a column of layers.parquet at one row; None without one."""
@@ -119,15 +107,13 @@ class Results:
 
 
 def load_results(out_dir: Path) -> Results:
-    """Read what `analyze` wrote into `out_dir`.
+    """Read what `analyze` wrote into `out_dir`; the files of redundant pairs, examples and prompts may be missing.
 
     Raises ResidscopeError for a missing file, IncompatibleError for another schema_version or a damaged table.
     """
-    import pyarrow
-
     for name in ("summary.json", "layers.parquet", "latents.parquet"):
         if not (out_dir / name).is_file():
-            raise ResidscopeError(f"{out_dir} holds no {name}: the report is made from what `analyze --out` writes")
+            raise ResidscopeError(f"{out_dir} has no {name}: the report is made from what `analyze --out` writes")
     summary = json.loads((out_dir / "summary.json").read_text(encoding="utf-8"))
     version = summary.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -137,53 +123,43 @@ def load_results(out_dir: Path) -> Results:
         )
     try:
         return _load_tables(out_dir, summary)
-    except pyarrow.ArrowException as error:
+    except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise IncompatibleError(f"{out_dir}: a table there is damaged ({reason}): run `analyze` again") from None
+        raise IncompatibleError(f"{out_dir}: a table cannot be read ({reason}): run `analyze` again") from None
 
 
 def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
-    import pyarrow.parquet as pq
-
-    from analysis.report.examples import example_blocks
-
-    layers = pq.read_table(out_dir / "layers.parquet")
-    found = pq.read_schema(out_dir / "latents.parquet").names
-    has_kinds = "profile" in found
-    scalars = [*SCALARS, *(name for name in OPTIONAL_SCALARS if name in found)]
-    columns = [*scalars, "counts", "probs", *(["profile"] if has_kinds else [])]
-    latents = pq.read_table(out_dir / "latents.parquet", columns=columns)
-    pairs = out_dir / "redundancy.parquet"
-    live = np.asarray(latents["count"]) > 0
-    n_layers = len(summary["layer_numbers"])
+    names = pq.read_schema(out_dir / "latents.parquet").names
+    scalars = [*SCALARS, *(name for name in OPTIONAL_SCALARS if name in names)]
+    kinds = ["profile"] if "profile" in names else []
+    latents = pq.read_table(out_dir / "latents.parquet", columns=[*scalars, *kinds, "counts", "probs"])
+    latents = latents.filter(pc.field("count") > 0)
+    prompt, pairs = out_dir / "prompt.json", out_dir / "redundancy.parquet"
+    has_prompts = prompt.is_file() and (out_dir / "prompt.parquet").is_file()
 
     def matrix(name: str) -> np.ndarray:
-        values: Any = latents[name].combine_chunks()
-        return np.asarray(values.flatten()).reshape(len(live), n_layers)[live]
+        lists: Any = latents[name].combine_chunks()
+        return np.asarray(lists.flatten()).reshape(len(latents), len(summary["layer_numbers"]))
 
     return Results(
         summary=summary,
-        layers={name: np.asarray(layers[name].to_numpy(), dtype=np.float64) for name in layers.column_names},
-        latents={name: np.asarray(latents[name].to_numpy())[live] for name in scalars},
+        layers={
+            name: values.astype(np.float64)
+            for name, values in _columns(pq.read_table(out_dir / "layers.parquet")).items()
+        },
+        latents=_columns(latents.select(scalars)),
         counts=matrix("counts"),
         probs=matrix("probs"),
-        kinds=np.array(latents["profile"].to_pylist(), object)[live] if has_kinds else np.empty(0, object),
-        prompts=_load_prompts(out_dir),
+        kinds=np.array(latents["profile"].to_pylist() if kinds else [], object),
+        prompts=json.loads(prompt.read_text(encoding="utf-8")) if has_prompts else None,
+        prompt_rows=_columns(pq.read_table(out_dir / "prompt.parquet", columns=PROMPT_COLUMNS)) if has_prompts else {},
         pairs=pq.read_table(pairs).slice(0, MAX_PAIRS).to_pylist() if pairs.is_file() else [],
-        examples=example_blocks(out_dir, np.asarray(latents["latent"].to_numpy())[live]),
+        examples=example_blocks(out_dir, np.asarray(latents["latent"])),
     )
 
 
-def _load_prompts(out_dir: Path) -> Prompts | None:
-    """prompt.json and prompt.parquet; None unless both exist."""
-    import pyarrow.parquet as pq
-
-    if not ((out_dir / "prompt.json").is_file() and (out_dir / "prompt.parquet").is_file()):
-        return None
-    names = ["prompt", "position", "layer", "latent", "activation"]
-    table = pq.read_table(out_dir / "prompt.parquet", columns=names)
-    content = json.loads((out_dir / "prompt.json").read_text(encoding="utf-8"))
-    return Prompts(content, {name: np.asarray(table[name].to_numpy()) for name in names})
+def _columns(table: pa.Table) -> dict[str, np.ndarray]:
+    return {name: np.asarray(table[name].to_numpy()) for name in table.column_names}
 
 
 def finite(value: Any) -> float | None:

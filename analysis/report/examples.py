@@ -1,8 +1,7 @@
 """What the report shows of an opened latent (examples, histogram, neighbours), packed so that a page opens at once.
 
 Blocks of `PER_BLOCK` live latents, each base64 of deflated JSON, which report.js unpacks when a latent of it is opened.
-Where all would take more than `BUDGET`, less is kept, by the first of `PLANS` that fits, and the page says what. Not
-here: finding examples (`analysis.latents.examples`), their rows as JSON (`analysis.report.windows`).
+Where all would take more than `BUDGET`, less is kept, by the first of `PLANS` that fits, and the page says what.
 
 One more block is the index of the search: for each word, in lower case, the rows of the latents that promote it or have
 a shown example at it.
@@ -15,6 +14,7 @@ layer: its number, the first bin with a count, the counts from there on), `near`
 import base64
 import json
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,25 +51,25 @@ PLANS = (
 """Tried in turn until the blocks fit; the last is used even if it does not."""
 
 
-class _Found(NamedTuple):
+@dataclass
+class _Found:
     """Everything about one latent that the first plan keeps."""
 
     examples: list[Example]
-    histogram: list[list[int]]
-    rest: dict[str, Any]
+    histogram: list[list[int]] = field(default_factory=list)
+    rest: dict[str, Any] = field(default_factory=dict)
 
 
 def example_blocks(folder: Path, latents: np.ndarray) -> str:
     """The blocks as HTML, in order of `latents` [J] (ascending), after one with the note on what was left out and the
     histograms' edges; empty where there is nothing to show."""
-    rest: list[dict[str, Any]] = [{} for _ in latents]
-    row_of = {int(latent): row for row, latent in enumerate(latents)}
-    examples = read_examples(folder / "examples.parquet", row_of, PLANS[0].more)
-    histograms, edges = _histograms(folder / "histograms.parquet", row_of)
-    _add_neighbours(folder / "latents.parquet", row_of, rest)
-    _add_tokens(folder / "latent_logits.parquet", row_of, rest)
-    found = [_Found(*parts) for parts in zip(examples, histograms, rest, strict=True)]
-    if not any(any(parts) for parts in found):
+    examples = read_examples(folder / "examples.parquet", PLANS[0].more)
+    of = {latent: _Found(examples.get(latent, [])) for latent in latents.tolist()}
+    edges = _add_histograms(folder / "histograms.parquet", of)
+    _add_neighbours(folder / "latents.parquet", of)
+    _add_tokens(folder / "latent_logits.parquet", of)
+    found = list(of.values())
+    if not any(one.examples or one.histogram or one.rest for one in found):
         return ""
     blocks, plan = _fitting(found)
     note = f'<script type="text/plain" id="latent-note" data-edges="{json.dumps(edges)}">{_note(plan, found)}</script>'
@@ -130,41 +130,35 @@ def _note(plan: Plan, found: list[_Found]) -> str:
     return f"To keep this page small: {', '.join(left)}; the parquet files hold all." if left else ""
 
 
-def _histograms(path: Path, row_of: dict[int, int]) -> tuple[list[list[list[int]]], list[float]]:
-    """For each latent the counts by layer, without the empty bins at either end; and the bins' edges."""
-    histograms: list[list[list[int]]] = [[] for _ in row_of]
+def _add_histograms(path: Path, of: dict[int, _Found]) -> list[float]:
+    """Counts by layer, without the empty bins at either end; returns the bins' edges."""
     if not path.is_file():
-        return histograms, []
+        return []
     table = pq.read_table(path)
     lists: Any = table["counts"].combine_chunks()
     counts = np.asarray(lists.flatten()).reshape(table.num_rows, -1)  # [R, B]
     some = counts > 0
     first, stop = some.argmax(axis=1), some.shape[1] - some[:, ::-1].argmax(axis=1)
-    rows = (of.tolist() for of in (first, stop, counts))
-    for latent, layer, low, high, numbers in zip(
-        table["latent"].to_pylist(), table["layer"].to_pylist(), *rows, strict=True
-    ):
-        histograms[row_of[latent]].append([layer, low, *numbers[low:high]])
+    columns = (table["latent"].to_pylist(), table["layer"].to_pylist(), first.tolist(), stop.tolist(), counts.tolist())
+    for latent, layer, low, high, numbers in zip(*columns, strict=True):
+        of[latent].histogram.append([layer, low, *numbers[low:high]])
     edges = json.loads((table.schema.metadata or {}).get(b"edges", b"[]"))
-    return histograms, [float(f"{edge:.4g}") for edge in edges]
+    return [float(f"{edge:.4g}") for edge in edges]
 
 
-def _add_neighbours(path: Path, row_of: dict[int, int], rest: list[dict[str, Any]]) -> None:
+def _add_neighbours(path: Path, of: dict[int, _Found]) -> None:
     """Those that latents.parquet has; older ones have none."""
     names = ["latent", "neighbours", "neighbour_cosines"]
     if not set(names) <= set(pq.read_schema(path).names):
         return
     table = pq.read_table(path, columns=names)
     for latent, others, cosines in zip(*(table[name].to_pylist() for name in names), strict=True):
-        if others and latent in row_of:
+        if others and latent in of:
             near = [[other, float(f"{cosine:.3g}")] for other, cosine in zip(others, cosines, strict=True)]
-            rest[row_of[latent]]["near"] = near
+            of[latent].rest["near"] = near
 
 
-def _add_tokens(path: Path, row_of: dict[int, int], rest: list[dict[str, Any]]) -> None:
-    if not path.is_file():
-        return
-    names = ["latent", "promoted", "suppressed"]
-    table = pq.read_table(path, columns=names)
-    for latent, promoted, suppressed in zip(*(table[name].to_pylist() for name in names), strict=True):
-        rest[row_of[latent]] |= {"promoted": promoted, "suppressed": suppressed}
+def _add_tokens(path: Path, of: dict[int, _Found]) -> None:
+    if path.is_file():
+        for row in pq.read_table(path, columns=["latent", "promoted", "suppressed"]).to_pylist():
+            of[row.pop("latent")].rest |= row

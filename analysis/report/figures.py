@@ -1,24 +1,24 @@
 """The four figures of an analysis as files: layer profile, variance, reconstruction and downstream by layer.
 
-`write_figures` draws them with matplotlib, each as PNG (200 dpi) and SVG (text kept as text), the same bytes for the
-same results. They stand on their own in a README or a paper: the title states the finding, axes and colour bars have
-units, sizes are chosen for half a page. matplotlib is an extra (`pip install residscope[plots]`); without it nothing is
-written. The report does not need these files: its sections draw the same themselves.
+`write_figures` draws with matplotlib, each as PNG (200 dpi) and SVG (text kept as text), the same bytes for the same
+results, with titles and units for a README or a paper, for half a page. matplotlib is an extra (`pip install
+residscope[plots]`); without it nothing is written. The report needs no such file: its sections draw the same in HTML.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from analysis.report.charts import AFTER_BLOCK, layer_ticks
+from analysis.report.charts import AFTER_BLOCK, layer_ticks, log_ticks
 from analysis.report.data import PARTS, WEIGHTINGS, Results
-from analysis.report.markup import EN_DASH, between, integer, percent, show
-from analysis.report.sections.downstream import downstream_title, recovered
+from analysis.report.markup import EN_DASH, between, percent, show
+from analysis.report.sections.downstream import COSTS, X_NAME, downstream_title, recovered_lines
 from analysis.report.sections.layers import SHARE_TICKS, heat_map, layer_profile_title
-from analysis.report.sections.reconstruction import reconstruction_title
-from analysis.report.sections.variance import variance_title
+from analysis.report.sections.reconstruction import fvu_lines, reconstruction_title
+from analysis.report.sections.variance import variance_shares, variance_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,34 +30,19 @@ COLOURS = {"within_token": BLUE, "between_tokens": ORANGE, "between_latents": "#
 """The two parts of the aggregate in colour, the rest in grey."""
 
 INK, FAINT, GRID, REFERENCE = "#1d2530", "#6b7480", "#e3e6ea", "#b5378a"
-CURVE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 2.5}
+CURVES = {"ours": (BLUE, "-"), "ours dotted": (BLUE, ":"), "other dashed": (ORANGE, "--"), "base dashed": (FAINT, "--")}
+"""Colour and dashes for the classes of report.css that the sections give their lines."""
 
-STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "legend.frameon": True,
-    "legend.framealpha": 1,
-    "legend.edgecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "residscope",
-    "savefig.dpi": 200,
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.08,
-}
+STYLE: dict[str, Any] = (
+    {"font.family": "sans-serif", "font.size": 9.5}
+    | {"axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8}
+    | dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK)
+    | dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), FAINT)
+    | {"axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False}
+    | {"legend.frameon": True, "legend.framealpha": 1, "legend.edgecolor": "none"}
+    | {"svg.fonttype": "none", "svg.hashsalt": "residscope"}
+    | {"savefig.dpi": 200, "savefig.bbox": "tight", "savefig.pad_inches": 0.08}
+)
 
 
 def write_figures(results: Results, out_dir: Path) -> list[Path]:
@@ -70,19 +55,10 @@ def write_figures(results: Results, out_dir: Path) -> list[Path]:
         from matplotlib import rc_context
     except ImportError:
         return []
-
-    written: list[Path] = []
     with rc_context(cast("Any", STYLE)):
-        for name, draw in (
-            ("layer_profile", _layer_profile),
-            ("variance", _variance),
-            ("reconstruction", _reconstruction),
-            ("downstream", _downstream),
-        ):
-            figure = draw(results)
-            if figure is not None:
-                written += save_figure(figure, out_dir, name)
-    return written
+        figures = {"layer_profile": _layer_profile(results), "variance": _variance(results)}
+        figures |= {"reconstruction": _reconstruction(results), "downstream": _downstream(results)}
+        return [path for name, figure in figures.items() if figure for path in save_figure(figure, out_dir, name)]
 
 
 def save_figure(figure: "Figure", out_dir: Path, name: str) -> list[Path]:
@@ -112,16 +88,9 @@ def _layer_profile(results: Results) -> "Figure | None":
         return None
     figure = new_figure(6.4, 3.4)
     axes = figure.add_subplot()
-    n_layers = len(results.layer_numbers)
-    image = axes.imshow(
-        heat.share,
-        aspect="auto",
-        origin="lower",
-        interpolation="none",
-        cmap="viridis",
-        norm=PowerNorm(0.5, vmin=0, vmax=heat.top),
-        extent=(0, heat.n_latents, -0.5, n_layers - 0.5),
-    )
+    norm, extent = PowerNorm(0.5, vmin=0, vmax=heat.top), (0, heat.n_latents, -0.5, len(results.layer_numbers) - 0.5)
+    style: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "none", "cmap": "viridis"}
+    image = axes.imshow(heat.share, norm=norm, extent=extent, **style)
     axes.spines[:].set_visible(False)
     axes.set_title(layer_profile_title(results))
     each = f"; a column: mean of {show(heat.per_bin, 2)}" if heat.per_bin > 1 else ""
@@ -151,18 +120,11 @@ def _variance(results: Results) -> "Figure":
 def _share_axes(axes: Any, results: Results) -> None:
     """A stacked bar for each weighting, and in place of the reference's why there is none."""
     for row, weighting in enumerate(WEIGHTINGS):
-        total, left = results.number("variance", weighting, "total"), 0.0
-        for part, colour in COLOURS.items():
-            value = results.number("variance", weighting, part)
-            if not total or value is None:
-                continue
-            share = value / total
-            label = PARTS[part] if row == 0 else None
-            axes.barh(row, share, left=left, color=colour, height=0.6, edgecolor="white", linewidth=0.8, label=label)
-            if share > 0.09:
+        shares = variance_shares(results, weighting)
+        for part, bar in stacked_bar(axes, row, shares).items():
+            if shares[part] > 0.09:
                 ink = "white" if part == "within_token" else INK
-                axes.text(left + share / 2, row, percent(share), ha="center", va="center", color=ink)
-            left += share
+                axes.bar_label(bar, [percent(shares[part])], label_type="center", color=ink)
     last = len(WEIGHTINGS)
     note = "silent tokens count as mass 0\nat layer 0: not variances" if results.reference_ratio else EN_DASH
     axes.text(0, last, note, va="center", color=FAINT, fontsize=8.5)
@@ -176,43 +138,64 @@ def _share_axes(axes: Any, results: Results) -> None:
 
 def _ratio_axes(axes: Any, results: Results) -> None:
     """Aggregate over token-level variance on a logarithmic axis: a row per weighting, and the reference's below."""
+    reference, last = results.reference_ratio, len(WEIGHTINGS)
     keys = [("variance", weighting, "aggregate_over_token") for weighting in WEIGHTINGS]
-    ratios, last = [results.number(*key) for key in keys], len(keys)
-    end = 4 * max([1.0, *(ratio for ratio in (*ratios, results.reference_ratio) if ratio is not None)])
+    ratios = [results.number(*key) for key in keys]
     axes.axvline(1, color=FAINT, linewidth=0.8)
     for row, (key, ratio) in enumerate(zip(keys, ratios, strict=True)):
-        if ratio is None:
-            axes.text(1.1, row, "not defined", va="center", color=FAINT)
-            continue
         bounds = results.bounds(*key)
-        axes.plot(bounds or (ratio, ratio), [row, row], "|-", color=BLUE, linewidth=1.4, markersize=9)
-        axes.plot(ratio, row, "o", color=BLUE, markersize=4.5)
-        label = show(ratio) + (f"  ({percent(0.95)}: {between(bounds)})" if bounds else "")
-        number_beside(axes, label, ratio, row, (0, 7), ha="left")
-    if results.reference_ratio is not None:
-        style = {"color": REFERENCE, "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.5}
-        axes.plot(results.reference_ratio, last, "D", **style)
-        number_beside(axes, show(results.reference_ratio), results.reference_ratio, last, (0, 7), color=REFERENCE)
+        words = show(ratio) + (f"  ({percent(0.95)}: {between(bounds)})" if bounds else "")
+        ratio_row(axes, row, ratio, bounds, words, ha="left")
+    reference_mark(axes, last, reference, 7)
     axes.set_yticks([])
     axes.set_ylim(last + 0.5, -0.5)
-    ticks = log_axis(axes, 0.9, end, "aggregate / token-level variance")
-    axes.set_xticks(ticks[:: -(-len(ticks) // 5)], minor=False)
+    end = 4 * max([1.0, *(ratio for ratio in (*ratios, reference) if ratio is not None)])
+    log_axis(axes, 0.9, end, "aggregate / token-level variance")
     no_left_axis(axes)
 
 
-def number_beside(axes: Any, words: str, x: float, y: float, points: tuple[int, int], **style: Any) -> None:
-    """A number beside its mark, moved by `points` to the right and up."""
-    axes.annotate(words, (x, y), points, textcoords="offset points", **{"ha": "center", "fontsize": 8.5, **style})
+def stacked_bar(axes: Any, row: int, values: Mapping[str, float]) -> dict[str, Any]:
+    """The parts of a variance end to end; returns the bars by part. The first row's stand in the legend."""
+    bars, left = {}, 0.0
+    for part, value in values.items():
+        label = PARTS[part] if row == 0 else None
+        style = {"height": 0.6, "edgecolor": "white", "linewidth": 0.8, "label": label}
+        bars[part] = axes.barh(row, value, left=left, color=COLOURS[part], **style)
+        left += value
+    return bars
 
 
-def log_axis(axes: Any, start: float, end: float, label: str) -> list[int]:
-    """Make the x axis logarithmic; returns the round numbers up to `end`, its ticks."""
+def ratio_row(
+    axes: Any, row: int, ratio: float | None, bounds: Any, words: str, legend: str | None = None, ha: str = "center"
+) -> None:
+    """A ratio with its interval, from low to high or None, and `words` above it."""
+    if ratio is None:
+        axes.text(1.1, row, "not defined", va="center", color=FAINT)
+        return
+    axes.plot(bounds or (ratio, ratio), [row, row], "|-", color=BLUE, linewidth=1.4, markersize=9, label=legend)
+    axes.plot(ratio, row, "o", color=BLUE, markersize=4.5)
+    number_beside(axes, words, ratio, row, 7, ha=ha)
+
+
+def reference_mark(axes: Any, row: int, ratio: float | None, up: float, legend: str | None = None) -> None:
+    """The ratio by the reference's formula, where there is one, and its number `up` points above."""
+    if ratio is not None:
+        style = {"color": REFERENCE, "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.5}
+        axes.plot(ratio, row, "D", label=legend, **style)
+        number_beside(axes, show(ratio), ratio, row, up, color=REFERENCE)
+
+
+def number_beside(axes: Any, words: str, x: float, y: float, up: float, ha: str = "center", color: str = INK) -> None:
+    """A number `up` points above its mark."""
+    axes.annotate(words, (x, y), (0, up), textcoords="offset points", ha=ha, fontsize=8.5, color=color)
+
+
+def log_axis(axes: Any, start: float, end: float, label: str) -> None:
+    """Make the x axis logarithmic, with at most five round numbers."""
     axes.set(xscale="log", xlim=(start, end), xlabel=label)
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= end]
-    axes.set_xticks(ticks, minor=False)
+    axes.set_xticks(log_ticks(end, 5), minor=False)
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    return ticks
 
 
 def no_left_axis(axes: Any) -> None:
@@ -225,22 +208,15 @@ def _reconstruction(results: Results) -> "Figure":
     """FVU by layer with the baseline, and L0 below, on one layer axis."""
     figure = new_figure(6.4, 4.0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
-    layer = np.arange(len(results.layer_numbers))
-    lines = [("fvu", "SAE", BLUE, "-")]
-    if results.get("split", "name") != "validation":
-        lines.append(("validation_fvu", "SAE, held-out text", BLUE, ":"))
-    pca = f"PCA of {integer(results.get('baseline', 'pca', 'k'))} components, held-out text"
-    lines.append(("pca_fvu", pca, FAINT, "--"))
-    for name, label, colour, dash in lines:
-        if np.isfinite(results.layers[name]).any():
-            upper.plot(layer, results.layers[name], dash, color=colour, label=label, **CURVE)
+    for name, words, kind in fvu_lines(results):
+        _curve(upper, results.layers[name], words, kind)
     _band(upper, results, "fvu", BLUE, "95 % interval")
     upper.set_title(fill(reconstruction_title(results), 70))
     upper.set_ylabel("FVU (lower is better)")
     upper.set_ylim(0, 1.25 * max([0.1, *(float(np.nanmax(line.get_ydata())) for line in upper.lines)]))
     if upper.lines:
         upper.legend(loc="upper left", ncols=3, fontsize=8.5, handlelength=2.2, columnspacing=1.4, borderaxespad=0.1)
-    lower.plot(layer, results.layers["l0"], color=BLUE, **CURVE)
+    _curve(lower, results.layers["l0"], "", "ours")
     lower.set_ylim(0, 1.2 * max(1.0, float(np.nanmax(results.layers["l0"], initial=0))))
     lower.set_ylabel("L0 (latents\nper vector)")
     _finish_layers(upper, lower, results, AFTER_BLOCK)
@@ -253,13 +229,11 @@ def _downstream(results: Results) -> "Figure | None":
         return None
     figure = new_figure(6.4, 4.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.6, 1])
-    layer = np.arange(len(results.layer_numbers))
-    costs = (("delta_ce", "delta CE", BLUE, "-"), ("kl", "KL(true || reconstructed)", ORANGE, "--"))
-    for name, label, colour, dash in costs:
-        upper.plot(layer, results.layers[name], dash, color=colour, label=label, **CURVE)
-        _band(upper, results, name, colour)
-    for name, colour, dash in (("mean", BLUE, "-"), ("zero", ORANGE, "--")):
-        lower.plot(layer, recovered(results, name), dash, color=colour, label=f"against {name} ablation", **CURVE)
+    for name, words, kind in COSTS:
+        _curve(upper, results.layers[name], words, kind)
+        _band(upper, results, name, CURVES[kind][0])
+    for line in recovered_lines(results):
+        _curve(lower, *line)
     for axes in (upper, lower):
         axes.legend(loc="best", fontsize=8.5, handlelength=2.2)
     upper.set_title(fill(downstream_title(results), 70))
@@ -268,8 +242,15 @@ def _downstream(results: Results) -> "Figure | None":
     upper.set_ylim(bottom=min(0.0, upper.get_ylim()[0]))
     lower.set_ylim(min(0.0, float(np.nanmin([line.get_ydata() for line in lower.lines], initial=0)) - 0.05), 1.05)
     lower.set_ylabel("loss recovered\n(higher is better)")
-    _finish_layers(upper, lower, results, "layer replaced (after block)")
+    _finish_layers(upper, lower, results, X_NAME)
     return figure
+
+
+def _curve(axes: Any, values: np.ndarray, words: str, kind: str) -> None:
+    """A line over the layers [L] as the page draws it: words of the legend, `kind` a class of report.css."""
+    colour, dash = CURVES[kind]
+    if np.isfinite(values).any():
+        axes.plot(values, dash, color=colour, label=words, linewidth=1.8, marker="o", markersize=2.5)
 
 
 def _band(axes: Any, results: Results, name: str, colour: str, label: str | None = None) -> None:

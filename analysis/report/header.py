@@ -1,7 +1,4 @@
-"""The top of the report: the finding in one sentence, the tokens that it holds for, warnings, and the main numbers.
-
-Tested in tests/analysis/report/test_page.py and test_figures.py.
-"""
+"""The top of the report: the finding in one sentence, the tokens that it holds for, warnings, and the main numbers."""
 
 import re
 from html import escape
@@ -15,13 +12,14 @@ RATIO = ("variance", "mass", "aggregate_over_token")
 
 def page_header(results: Results) -> str:
     """What a reader should know who reads nothing else."""
-    if results.reference_ratio is None:
-        other = "The reference's formula gives no number here: its rel_var_t is zero or not defined."
-    else:
+    other = "The reference's formula gives no number here: its rel_var_t is zero or not defined."
+    if results.reference_ratio is not None:
         other = (
             f"The reference's formula gives {show(results.reference_ratio)} on the same codes, but what it divides are "
             'not variances: <a href="#variance">why they differ</a>.'
         )
+    # Flags of the command line as code, so that no line ends inside one.
+    warnings = [re.sub(r"--[\w-]+", r"<code>\g<0></code>", escape(warning)) for warning in _warnings(results)]
     return fill(
         "header.html",
         model=escape(str(results.get("provenance", "store", "model") or "unnamed model")),
@@ -31,7 +29,7 @@ def page_header(results: Results) -> str:
         token=show(results.number("variance", "mass", "within_token")),
         reference=other,
         tokens=escape(str(results.get("split", "text") or f"{integer(results.get('n_tokens'))} tokens.")),
-        warnings="".join(f'<p class="warning">{_flags(warning)}</p>' for warning in _warnings(results)),
+        warnings="".join(f'<p class="warning">{words}</p>' for words in warnings),
         tiles=tiles(_main_numbers(results)),
     )
 
@@ -69,15 +67,9 @@ def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
 
 def _warnings(results: Results) -> list[str]:
     """The summary's own warnings, and one about training tokens where it has none."""
-    warnings = [str(warning) for warning in results.get("warnings") or []]
-    trained = results.get("split", "trained_on")
-    if not warnings and trained in ("some", "all"):
-        warnings.append("The SAE was trained on some of these tokens: numbers on held-out text may be worse.")
-    elif not warnings and trained == "unknown":
-        warnings.append("It is not known whether the SAE was trained on these tokens.")
-    return warnings
-
-
-def _flags(words: str) -> str:
-    """Escaped text with its command-line flags set as code, so that no line ends inside one."""
-    return re.sub(r"--[\w-]+", r"<code>\g<0></code>", escape(words))
+    trained_on = results.get("split", "trained_on")
+    if results.get("warnings"):
+        return [str(warning) for warning in results.get("warnings")]
+    if trained_on in ("some", "all"):
+        return ["The SAE was trained on some of these tokens: numbers on held-out text may be worse."]
+    return ["It is not known whether the SAE was trained on these tokens."] if trained_on == "unknown" else []

@@ -1,14 +1,13 @@
 """What the report's sections are made of: numbers as text, HTML tables and figures, template files, packed data.
 
-What is not defined (null, NaN, infinite) is shown as an en dash. Text is escaped where a function says so; everything
-else that is passed in is HTML already.
+What is not defined (null, NaN, infinite) is shown as an en dash. Functions take HTML, or say that they escape text.
 """
 
 import base64
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -88,6 +87,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
     )
 
 
+def layer_table(results: Results, shown: Sequence[tuple[str, str, Callable[[Any], str]]]) -> str:
+    """Columns of layers.parquet (name, heading, and how a value is shown) as a table, with their intervals."""
+
+    def cells(i: int) -> list[str]:
+        return [form(results.layers[name][i]) + small(results.layer_bounds(name, i)) for name, _, form in shown]
+
+    rows = [(str(layer), *cells(i)) for i, layer in enumerate(results.layer_numbers)]
+    return table(("Layer", *(words for _, words, _ in shown)), rows)
+
+
 def figure(title: str, chart: str, caption: str = "", kind: str = "") -> str:
     """A chart under its title, which states the finding and is escaped here."""
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
@@ -125,15 +134,13 @@ def pack_arrays(block_id: str, arrays: Mapping[str, np.ndarray], **attributes: A
     dtypes: <u2, <u4, <f4, <f8 and, for values from 0 to 1, <f2. The index holds (name, type, first byte, end).
     `attributes` become data-... attributes in JSON.
     """
-    index, chunks, start = [], [], 0
+    index, data = [], b""
     for name, values in arrays.items():
-        data = np.ascontiguousarray(values).tobytes()
-        index.append((name, f"{values.dtype.kind}{values.dtype.itemsize}", start, start + len(data)))
-        chunks.append(data)
-        start += len(data)
-    packed = base64.b64encode(zlib.compress(b"".join(chunks), 9)).decode()
-    named = {"index": index, **attributes}
+        start, data = len(data), data + values.tobytes()
+        index.append((name, f"{values.dtype.kind}{values.dtype.itemsize}", start, len(data)))
+    packed = base64.b64encode(zlib.compress(data, 9)).decode()
     extra = "".join(
-        f' data-{name}="{escape(json.dumps(value, separators=(",", ":")))}"' for name, value in named.items()
+        f' data-{name}="{escape(json.dumps(value, separators=(",", ":")))}"'
+        for name, value in {"index": index, **attributes}.items()
     )
     return f'<script type="text/plain" id="{escape(block_id)}"{extra}>{packed}</script>'

@@ -38,9 +38,8 @@ def write_report(out_dir: Path) -> Path:
 
 def render_report(results: Results) -> str:
     """The complete page as text; the same text for the same results."""
-    sections: dict[str, Section] = {
-        name: import_module(f"analysis.report.sections.{name}").section(results) for name in SECTIONS
-    }
+    modules = {name: import_module(f"analysis.report.sections.{name}") for name in SECTIONS}
+    sections: dict[str, Section] = {name: module.section(results) for name, module in modules.items()}
     script = page_file("report.js") + page_file("latent.js") + page_file("prompt.js")
     model = results.get("provenance", "store", "model") or "unnamed model"
     return fill(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -36,16 +37,15 @@ class Example(NamedTuple):
     layer: int
     rank: int
     activation: float
-    text: str
-    lengths: str
-    marked: int
+    window: tuple[str, str, int]
+    """Text, lengths, index of the token."""
     levels: str
 
 
-def read_examples(path: Path, row_of: dict[int, int], more: int) -> list[list[Example]]:
-    """For each latent (its row: `row_of`) the strongest example at each layer, and all examples of the `more` strongest
-    layers, sorted by layer and rank; empty lists without the file."""
-    found: list[list[Example]] = [[] for _ in row_of]
+def read_examples(path: Path, more: int) -> dict[int, list[Example]]:
+    """By latent the strongest example at each layer, and all examples of the `more` strongest layers, sorted by layer
+    and rank; empty without the file."""
+    found: dict[int, list[Example]] = {}
     if not path.is_file():
         return found
     numbers = pq.read_table(path, columns=["latent", "layer", "rank", "activation"])
@@ -53,19 +53,16 @@ def read_examples(path: Path, row_of: dict[int, int], more: int) -> list[list[Ex
     if not len(latent):
         return found
     strength = strengths(latent, rank, activation)
-    top = np.zeros(latent.max() + 1, np.float32)
-    np.maximum.at(top, latent, activation)
+    top = pd.Series(activation).groupby(latent).transform("max").to_numpy()
     keep = (rank == 0) | (strength < more)
     columns = ["text_token", "marked", "texts", "activations"]
     start = 0
     for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
         rows = start + np.flatnonzero(keep[start : start + batch.num_rows])
-        shown = _windows(batch.filter(pa.array(keep[start : start + batch.num_rows])), top[latent[rows]])
-        values = (of[rows].tolist() for of in (strength, layer, rank, activation))
-        for who, s, la, ra, a, (text, lengths, marked, levels) in zip(
-            latent[rows].tolist(), *values, shown, strict=True
-        ):
-            found[row_of[who]].append(Example(s, la, ra, float(f"{a:.3g}"), text, lengths, marked, levels))
+        shown = _windows(batch.filter(pa.array(keep[start : start + batch.num_rows])), top[rows])
+        values = (of[rows].tolist() for of in (latent, strength, layer, rank, activation))
+        for who, s, la, ra, a, (window, levels) in zip(*values, shown, strict=True):
+            found.setdefault(who, []).append(Example(s, la, ra, float(f"{a:.3g}"), window, levels))
         start += batch.num_rows
     return found
 
@@ -74,12 +71,10 @@ def strengths(latent: np.ndarray, rank: np.ndarray, activation: np.ndarray) -> n
     """[R] the rank, from 0, of a row's layer among its latent's layers, by their strongest examples.
 
     Rows are sorted by latent, layer, rank."""
-    first = np.flatnonzero(rank == 0)
-    order = np.lexsort((np.arange(len(first)), -activation[first], latent[first]))
-    begins = np.flatnonzero(np.diff(latent[first], prepend=-1))
-    place = np.empty(len(first), np.int64)
-    place[order] = np.arange(len(first)) - np.repeat(begins, np.diff(np.append(begins, len(first))))
-    return place[np.cumsum(rank == 0) - 1]
+    first = rank == 0
+    strongest = pd.Series(activation[first]).groupby(latent[first])
+    place = strongest.rank(method="first", ascending=False).to_numpy(np.int64) - 1
+    return place[np.cumsum(first) - 1]
 
 
 def add_texts(examples: list[Example]) -> dict[str, Any]:
@@ -87,12 +82,10 @@ def add_texts(examples: list[Example]) -> dict[str, Any]:
     if not examples:
         return {}
     number: dict[tuple[str, str, int], int] = {}
-    columns: dict[str, list[Any]] = {"layer": [], "rank": [], "activation": [], "text": [], "levels": []}
-    for e in examples:
-        text = number.setdefault((e.text, e.lengths, e.marked), len(number))
-        for column, value in zip(columns.values(), (e.layer, e.rank, e.activation, text, e.levels), strict=True):
-            column.append(value)
-    return {"texts": list(number), "examples": columns}
+    texts = [number.setdefault(e.window, len(number)) for e in examples]
+    columns = {name: [getattr(e, name) for e in examples] for name in ("layer", "rank", "activation")}
+    levels = [e.levels for e in examples]
+    return {"texts": list(number), "examples": {**columns, "text": texts, "levels": levels}}
 
 
 def marked_token(text: str, lengths: str, place: int) -> str:
@@ -102,11 +95,10 @@ def marked_token(text: str, lengths: str, place: int) -> str:
     return text[start : start + sizes[-1]]
 
 
-def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[str, str, int, str]]:
-    """Text, lengths, index of the token and levels of each row, as shown. top: [R] activation of level 35."""
+def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[tuple[str, str, int], str]]:
+    """Window and levels of each row, as shown. top: [R] activation of level 35."""
     lists, activations = batch["texts"], batch["activations"]
-    n_rows = batch.num_rows
-    if not n_rows:
+    if not batch.num_rows:
         return []
     sizes = np.asarray(pc.list_value_length(lists))  # pyright: ignore[reportAttributeAccessIssue]
     starts = np.cumsum(sizes) - sizes  # [R] of each row's window among all W tokens
@@ -126,18 +118,15 @@ def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[str, str, int
         texts.append(row)
     ends = np.cumsum(lengths)
     begins = ends - lengths
-    of_row = np.repeat(np.arange(n_rows), sizes)
-    keep = (begins >= (begins[marked] - BEFORE)[of_row]) & (ends <= (ends[marked] + AFTER)[of_row])
-    early = np.add.reduceat(begins < (begins[marked] - BEFORE)[of_row], starts)
-    first = starts + early
-    stop = first + np.add.reduceat(keep, starts)
+    first = np.maximum(starts, np.searchsorted(begins, begins[marked] - BEFORE))
+    stop = np.minimum(starts + sizes, np.searchsorted(ends, ends[marked] + AFTER, side="right"))
     values = np.asarray(activations.flatten().fill_null(0.0), np.float32)
-    level = np.ceil(values / top[of_row] * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
+    level = np.ceil(values / np.repeat(top, sizes) * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
     length_signs = (lengths + 48).astype("<u4").tobytes().decode("utf-32-le")
     level_signs = _DIGITS[level].tobytes().decode("utf-32-le")
     low, high = begins[first] - begins[starts], ends[stop - 1] - begins[starts]
     places = (of.tolist() for of in (first, stop, marked - first, low, high))
     return [
-        (text[low:high], length_signs[i:j], place, level_signs[i:j])
+        ((text[low:high], length_signs[i:j], place), level_signs[i:j])
         for text, i, j, place, low, high in zip(texts, *places, strict=True)
     ]

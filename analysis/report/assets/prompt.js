@@ -1,4 +1,4 @@
-// Heat maps of prompts: layer x latent, layer x token. Uses `unpack` and `show` of report.js.
+// Heat maps of prompts: layer x latent, layer x token. Uses `unpack`, `show` and `reported` of report.js.
 
 /** An element of a class, with text and CSS properties. */
 function element(tag, className, text = "", style = {}) {
@@ -133,9 +133,4 @@ async function promptView(view) {
   for (const part of view.querySelectorAll("[hidden]")) part.hidden = false;
 }
 
-for (const view of document.querySelectorAll(".prompt")) {
-  promptView(view).catch((error) => {
-    view.querySelector(".readout").textContent = `The maps could not be made: ${error.message}`;
-    console.error(error);
-  });
-}
+for (const view of document.querySelectorAll(".prompt")) reported(promptView(view), "maps", view.querySelector(".readout"));

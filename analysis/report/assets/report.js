@@ -8,12 +8,10 @@ const PAGE = 50;
 async function unpack(block) {
   const buffer = await inflate(block);
   const types = { u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array, f2: Uint16Array };
-  const arrays = {};
-  for (const [name, type, start, end] of JSON.parse(block.dataset.index)) {
+  return Object.fromEntries(JSON.parse(block.dataset.index).map(([name, type, start, end]) => {
     const values = new types[type](buffer.slice(start, end));
-    arrays[name] = type === "f2" ? fromHalf(values) : values;
-  }
-  return arrays;
+    return [name, type === "f2" ? fromHalf(values) : values];
+  }));
 }
 
 /** The bytes of a block: base64 of a zlib stream. */
@@ -216,7 +214,7 @@ async function latentTable(block) {
     sort.value = state.key;
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
-    if (n && !state.rows.length) status.textContent = "No live latent meets these conditions: either it is dead in these tokens, or it is filtered out.";
+    if (n && !state.rows.length) status.textContent = "No live latent matches: it is either dead in these tokens or filtered out.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
     pages.querySelector("span").textContent = shown.length ? `${integer(from + 1)} to ${integer(from + shown.length)} of ${integer(state.rows.length)}` : "";
     for (const button of pages.querySelectorAll("button")) {
@@ -286,10 +284,13 @@ async function latentTable(block) {
   for (const part of [table, pages, filters]) part.hidden = false;
 }
 
-const latentBlock = document.getElementById("latent-data");
-if (latentBlock) {
-  latentTable(latentBlock).catch((error) => {
-    document.getElementById("latent-status").textContent = `The table could not be made: ${error.message}`;
+/** Where a part of the page cannot be made, `place` says so. */
+function reported(making, what, place) {
+  making.catch((error) => {
+    place.textContent = `The ${what} could not be made: ${error.message}`;
     console.error(error);
   });
 }
+
+const latentBlock = document.getElementById("latent-data");
+if (latentBlock) reported(latentTable(latentBlock), "table", document.getElementById("latent-status"));

@@ -1,4 +1,4 @@
-"""Section: whether a latent has the same top contexts at each layer. Tested in tests/analysis/report/test_page.py."""
+"""Section: whether a latent has the same top contexts at each layer."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import Results
@@ -13,14 +13,13 @@ latent keeps its meaning; the overlap alone is also high for latents that fire r
 
 def section(results: Results) -> Section:
     """Overlap of top contexts by the distance of two layers, observed and by chance."""
-    overlap, chance, ratio = (
-        results.number("examples", "agreement", name) for name in ("overlap", "chance", "overlap_over_chance")
-    )
+    found = results.get("examples", "agreement") or {}
+    overlap, chance, ratio = (found.get(name) for name in ("overlap", "chance", "overlap_over_chance"))
     if overlap is None:
         reason = "this analysis was made without examples, or no latent fired often enough at two layers"
         return Section(TITLE, f"<p>Not shown: {reason}.</p>")
     observed, expected = (
-        results.numbers("examples", "agreement", name) for name in ("overlap_by_distance", "chance_by_distance")
+        results.numbers("examples", "agreement", f"{name}_by_distance") for name in ("overlap", "chance")
     )
     distances = range(1, len(observed) + 1)
     chart = lines_chart(
@@ -29,23 +28,18 @@ def section(results: Results) -> Section:
         distances,
         "distance of the two layers (analysed layers)",
     )
+    rows = zip(distances, observed, expected, strict=True)
     by_distance = table(
         ("Distance, layers", "overlap, 0 to 1 (higher agrees more)", "by chance", "overlap / chance, ratio"),
-        [
-            (str(d), show(a), show(b), show(a / b if b else None))
-            for d, a, b in zip(distances, observed, expected, strict=True)
-        ],
+        [(str(d), show(a), show(b), show(a / b if b else None)) for d, a, b in rows],
     )
-    body = (
-        INTRODUCTION.format(n=integer(results.get("examples", "agreement", "n")))
-        + figure(
-            f"Two layers share {show(overlap)} of a latent's top contexts, {show(ratio)} times what chance gives "
-            f"({show(chance)})",
-            chart,
-            f"Means over all pairs of layers of the {integer(results.get('examples', 'agreement', 'latents'))} latents "
-            "that have top contexts at two layers or more, by the distance of the two. The title's numbers are means "
-            "over latents.",
-        )
-        + f"<details><summary>Table by distance</summary>{by_distance}</details>"
+    title = (
+        f"Two layers share {show(overlap)} of a latent's top contexts, {show(ratio)} times what chance gives "
+        f"({show(chance)})"
     )
-    return Section(TITLE, body)
+    caption = (
+        f"Means over all pairs of layers of the {integer(found.get('latents'))} latents that have top contexts at two "
+        "layers or more, by the distance of the two. The title's numbers are means over latents."
+    )
+    details = f"<details><summary>Table by distance</summary>{by_distance}</details>"
+    return Section(TITLE, INTRODUCTION.format(n=integer(found.get("n"))) + figure(title, chart, caption) + details)

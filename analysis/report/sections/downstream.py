@@ -1,7 +1,4 @@
-"""Section: what each layer's reconstruction error costs the model, and how close decoder rows are to tokens.
-
-Where an analysis was made without the model, it says why.
-"""
+"""Section: what each layer's reconstruction error costs the model, and how close decoder rows are to tokens."""
 
 from html import escape
 
@@ -9,7 +6,7 @@ import numpy as np
 
 from analysis.report.charts import layer_chart, lines_chart
 from analysis.report.data import Results
-from analysis.report.markup import Section, columns, figure, integer, show, small, table
+from analysis.report.markup import Section, columns, figure, integer, layer_table, show
 
 TITLE = "Downstream: what the errors cost the model"
 DRAWN_FROM = -0.5
@@ -28,7 +25,7 @@ COLUMNS = (
 """Columns of layers.parquet in the table: name and heading."""
 
 COSTS = (("delta_ce", "delta CE", "ours"), ("kl", "KL(true || reconstructed)", "other dashed"))
-X_NAME = "layer replaced (after block)"
+X_NAME, RECOVERED = "layer replaced (after block)", "loss recovered (share, higher is better)"
 
 INTRODUCTION = """<p>The residual stream after one block is replaced by its reconstruction at {tokens} {whose} tokens of
 {documents} documents, the rest of the model runs on, and its predictions are compared with those of the unmodified
@@ -41,20 +38,16 @@ def section(results: Results) -> Section:
     if not found:
         reason = results.get("transformer", "reason") or "this analysis was made without running the model"
         return Section(TITLE, f"<p>Not shown: {escape(str(reason))}</p>{_tokens(results)}")
-    rows = [
-        (str(layer), *(show(results.layers[name][i]) + small(results.layer_bounds(name, i)) for name, _ in COLUMNS))
-        for i, layer in enumerate(results.layer_numbers)
-    ]
-    has_intervals = results.bounds("downstream", "kl") is not None
-    intervals = (
-        "Small numbers: 95 % intervals over documents." if has_intervals else "Too few documents for 95 % intervals."
-    )
+    intervals = "Too few documents for 95 % intervals."
+    if results.bounds("downstream", "kl"):
+        intervals = "Small numbers: 95 % intervals over documents."
     introduction = INTRODUCTION.format(
-        tokens=integer(results.number("downstream", "n_tokens")),
-        whose="held-out" if results.get("downstream", "tokens") == "validation" else "analysed",
-        documents=integer(results.number("downstream", "n_documents")),
-        true_ce=show(results.number("downstream", "true_ce")),
+        tokens=integer(found.get("n_tokens")),
+        whose="held-out" if found.get("tokens") == "validation" else "analysed",
+        documents=integer(found.get("n_documents")),
+        true_ce=show(found.get("true_ce")),
     )
+    mean, zero = (show(found.get(f"loss_recovered_{name}")) for name in ("mean", "zero"))
     body = (
         introduction
         + columns(
@@ -65,15 +58,15 @@ def section(results: Results) -> Section:
                 "distribution moves from the true run's. 0 is perfect.",
             ),
             figure(
-                _recovered_title(results),
-                _recovered_chart(results),
+                f"Loss recovered, mean over layers: {mean} of what mean ablation costs, {zero} of zero ablation",
+                lines_chart(recovered_lines(results), RECOVERED, results.layer_numbers, X_NAME),
                 "1: no loss; 0: as bad as the layer's mean vector, or zero, at every position. "
                 "Values below &minus;0.5 are drawn there.",
             ),
         )
         + _tokens(results)
         + "<details><summary>Table by layer</summary>"
-        + table(("Layer", *(words for _, words in COLUMNS)), rows)
+        + layer_table(results, [(name, words, show) for name, words in COLUMNS])
         + '<p class="note">Delta CE in nats per predicted token and KL in nats per token: lower is better. Loss '
         "recovered: share, higher is better. The ablations say how much there is to lose at a layer. "
         f"{intervals}</p></details>"
@@ -87,31 +80,22 @@ def downstream_title(results: Results) -> str:
     return f"Replacing one layer costs {delta} nats of cross-entropy on average, and a KL of {kl} nats"
 
 
-def recovered(results: Results, ablation: str) -> np.ndarray:
-    """Loss recovered against "mean" or "zero" ablation as it is drawn, [L]."""
-    return np.maximum(results.layers[f"loss_recovered_{ablation}"], DRAWN_FROM)
-
-
-def _recovered_title(results: Results) -> str:
-    mean, zero = (show(results.number("downstream", f"loss_recovered_{name}")) for name in ("mean", "zero"))
-    return f"Loss recovered, mean over layers: {mean} of what mean ablation costs, {zero} of zero ablation"
-
-
-def _recovered_chart(results: Results) -> str:
-    lines = [
-        (recovered(results, name), f"against {name} ablation", kind)
+def recovered_lines(results: Results) -> list[tuple[np.ndarray, str, str]]:
+    """Loss recovered as it is drawn, against both ablations: values [L], words in the legend, class of report.css."""
+    return [
+        (np.maximum(results.layers[f"loss_recovered_{name}"], DRAWN_FROM), f"against {name} ablation", kind)
         for name, kind in (("mean", "ours"), ("zero", "other dashed"))
     ]
-    return lines_chart(lines, "loss recovered (share, higher is better)", results.layer_numbers, X_NAME)
 
 
 def _tokens(results: Results) -> str:
     """How close decoder rows are to tokens: a sentence, or nothing."""
-    if not results.get("latent_logits"):
+    found = results.get("latent_logits")
+    if not found:
         return ""
     parts = [
-        f"{show(results.number('latent_logits', f'{name}_cosine'))} to {words} (random directions: "
-        f"{show(results.number('latent_logits', f'{name}_chance'))})"
-        for name, words in (("embedding", "a token's embedding"), ("unembedding", "a token's unembedding"))
+        f"{show(found.get(f'{name}_cosine'))} to a token's {name} "
+        f"(random directions: {show(found.get(f'{name}_chance'))})"
+        for name in ("embedding", "unembedding")
     ]
     return f"<p>Are latents tokens? The highest cosine of a live latent's decoder row, median: {', '.join(parts)}.</p>"

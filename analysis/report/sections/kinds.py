@@ -1,4 +1,4 @@
-"""Section: kinds of latents by their layer profile. Tested in tests/analysis/report/test_page.py."""
+"""Section: kinds of latents by their layer profile."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import KINDS, Results
@@ -14,25 +14,16 @@ depth apart. Early, middle, late: the mean layer lies in the first, second or la
 def section(results: Results) -> Section:
     """Mean profiles, and numbers of latents."""
     if not results.get("profiles") or len(results.kinds) == 0:
-        return Section(TITLE, "<p>Not shown: this analysis holds no kinds, or no latent fired.</p>")
+        return Section(TITLE, "<p>Not shown: this analysis has no kinds of latents, or no latent fired.</p>")
     numbers = {kind: results.number("profiles", kind, "latents") or 0 for kind in KINDS}
     shares = {kind: percent(number / len(results.kinds)) for kind, number in numbers.items()}
     members = {kind: results.probs[results.kinds == kind] for kind in KINDS}
     series = [(found.mean(axis=0), kind, kind) for kind, found in members.items() if len(found)]
     most = max(KINDS, key=lambda kind: numbers[kind])
-    body = (
-        INTRODUCTION
-        + figure(
-            f"{shares[most]} of live latents are {most}",
-            lines_chart(series, "mean P(layer | latent)", results.layer_numbers, height_rem=14),
-            "Mean of P(layer | latent) over the latents of a kind.",
-        )
-        + table(
-            ("Kind", "live latents", "share of them", "mass share"),
-            [
-                (kind, integer(numbers[kind]), shares[kind], percent(results.get("profiles", kind, "mass_share")))
-                for kind in KINDS
-            ],
-        )
-    )
-    return Section(TITLE, body)
+    chart = lines_chart(series, "mean P(layer | latent)", results.layer_numbers, height_rem=14)
+    caption = "Mean of P(layer | latent) over the latents of a kind."
+    mass = {kind: percent(results.get("profiles", kind, "mass_share")) for kind in KINDS}
+    rows = [(kind, integer(numbers[kind]), shares[kind], mass[kind]) for kind in KINDS]
+    numbers_table = table(("Kind", "live latents", "share of them", "mass share"), rows)
+    title = f"{shares[most]} of live latents are {most}"
+    return Section(TITLE, INTRODUCTION + figure(title, chart, caption) + numbers_table)

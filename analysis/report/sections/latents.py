@@ -1,7 +1,4 @@
-"""Section: the table of latents that report.js fills, and its packed numbers.
-
-Not here: the examples of an opened latent (`analysis.report.examples`). Tested in tests/analysis/report/test_page.py.
-"""
+"""Section: the table of latents that report.js fills, and its packed numbers."""
 
 import numpy as np
 

@@ -22,7 +22,7 @@ class HeatMap(NamedTuple):
     """P(layer | latent) with the live latents sorted by mean layer, averaged over bins of neighbours."""
 
     share: np.ndarray
-    """float64 [L, B]: mean of P(layer | latent) over the latents of a bin."""
+    """float64 [L, B]."""
     n_latents: int
     """Live latents shown, J."""
     per_bin: float
@@ -47,11 +47,10 @@ def section(results: Results) -> Section:
 
 def layer_profile_title(results: Results) -> str:
     """What the heat map finds: how widely a typical live latent spreads."""
-    n_live = len(results.counts)
-    if n_live == 0:
+    if len(results.counts) == 0:
         return "No latent fired in these tokens"
-    median = float(np.median(results.latents["layer_std"]))
-    return f"Half of the {n_live:,} live latents spread over {show(median, 2)} layers (s.d.) or more"
+    median = show(np.median(results.latents["layer_std"]), 2)
+    return f"Half of the {len(results.counts):,} live latents spread over {median} layers (s.d.) or more"
 
 
 def heat_map(results: Results, max_bins: int = 480) -> HeatMap:
@@ -76,15 +75,11 @@ def _chart(results: Results, heat: HeatMap) -> str:
     plot = Plot("Heat map: share of each latent's activation mass by layer; latents sorted by mean layer.", 20)
     plot.image(heat_png(heat))
     plot.y_ticks([((i + 0.5) / n_layers, name) for i, name in layer_ticks(results.layer_numbers)], grid=False)
-    step = max(1, round(round_step(heat.n_latents, 5)))
-    ranks = range(0, heat.n_latents + 1, step)
+    ranks = range(0, heat.n_latents + 1, max(1, round(round_step(heat.n_latents, 5))))
     plot.x_ticks([(rank / heat.n_latents, f"{rank:,}") for rank in ranks], "live latents, sorted by mean layer")
     stops = ", ".join(f"#{colour}" for colour in VIRIDIS)
-    ticks = "".join(
-        f'<span style="left:{100 * math.sqrt(tick / heat.top):.2f}%">{tick:g}</span>'
-        for tick in SHARE_TICKS
-        if tick <= heat.top
-    )
+    places = {tick: 100 * math.sqrt(tick / heat.top) for tick in SHARE_TICKS if tick <= heat.top}
+    ticks = "".join(f'<span style="left:{place:.2f}%">{tick:g}</span>' for tick, place in places.items())
     return (
         f'<p class="yname">{AFTER_BLOCK}</p>{plot.render()}<div class="bar"><div class="scale" '
         f'style="background:linear-gradient(to right, {stops})">{ticks}</div>'

@@ -1,4 +1,4 @@
-"""Section: formula, unit, direction and source of every number. Tested in tests/analysis/report/test_page.py."""
+"""Section: formula, unit, direction and source of every number."""
 
 from analysis.report.data import Results
 from analysis.report.markup import Section, page_file

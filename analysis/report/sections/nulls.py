@@ -1,4 +1,4 @@
-"""Section: what null models give, and observed over null. Tested in tests/analysis/report/test_page.py."""
+"""Section: what null models give, and observed over null."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import Results

@@ -1,4 +1,4 @@
-"""Section: when latents switch on and off along the layers. Tested in tests/analysis/report/test_page.py."""
+"""Section: when latents switch on and off along the layers."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import Results
@@ -28,14 +28,18 @@ is 1. A (token, latent) pair counts by its activation mass, or once.</p>"""
 def section(results: Results) -> Section:
     """Two figures of distributions over layers, and the means as a table."""
     if results.number("persistence", "mass", "n_layers_active") is None:
-        empty = "no latent fired in these tokens"
-        reason = empty if results.get("persistence") else "this analysis holds no such numbers"
+        found = results.get("persistence")
+        reason = "no latent fired in these tokens" if found else "this analysis has no such numbers"
         return Section(TITLE, f"<p>Not shown: {reason}.</p>")
     unbroken = results.number("persistence", "mass", "unbroken_multi")
     single = percent(results.number("persistence", "mass", "single_layer"))
     onset, offset = (show(results.number("persistence", "mass", name)) for name in ("onset", "offset"))
     rest = f"; of the rest, {percent(unbroken)} is on without a break" if unbroken is not None else ""
     note = "" if unbroken is not None else "An en dash: every pair is active at one layer only."
+    rows = [
+        (words, *(with_interval(results, "persistence", w, name) for w in ("mass", "equal")), unit)
+        for name, words, unit in MEANS
+    ]
     body = (
         INTRODUCTION
         + columns(
@@ -51,13 +55,7 @@ def section(results: Results) -> Section:
                 "Share of the pairs, by mass, that are first and last active at a layer.",
             ),
         )
-        + table(
-            ("Mean over (token, latent) pairs", "activation mass", "equal pairs", "unit"),
-            [
-                (words, *(with_interval(results, "persistence", w, name) for w in ("mass", "equal")), unit)
-                for name, words, unit in MEANS
-            ],
-        )
+        + table(("Mean over (token, latent) pairs", "activation mass", "equal pairs", "unit"), rows)
         + f'<p class="note">{integer(results.get("persistence", "n_pairs"))} pairs. Small numbers: 95 % intervals over '
         "documents. A pair that is active at one layer only is unbroken and has contiguity 1 by definition; the rows "
         f'on "the others" leave it out. {note}</p>'
@@ -67,9 +65,8 @@ def section(results: Results) -> Section:
 
 def _chart(results: Results, *lines: tuple[str, str, str], of_layers: bool = False) -> str:
     """Distributions by mass, over the layers or over numbers of layers. lines: name, words, class of report.css."""
-    series = [
-        (results.numbers("persistence", "mass", "distributions", name), words, kind) for name, words, kind in lines
-    ]
+    key = ("persistence", "mass", "distributions")
+    series = [(results.numbers(*key, name), words, kind) for name, words, kind in lines]
     if of_layers:
         return lines_chart(series, "share of pairs", results.layer_numbers)
     return lines_chart(series, "share of pairs", range(1, len(results.layer_numbers) + 1), "layers")

@@ -1,8 +1,4 @@
-"""Section: what `analyze --prompt` found. Tables are made here, heat maps by assets/prompt.js from packed numbers.
-
-For each prompt: layer x latent over all tokens or at one, layer x token of one latent, the strongest latents side by
-side in the order of their mean layer, and what interventions did.
-"""
+"""Section: what `analyze --prompt` found. Tables are made here, heat maps by assets/prompt.js from packed numbers."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,7 +8,7 @@ import numpy as np
 
 from analysis.prompt.words import name_of, quoted
 from analysis.report.charts import VIRIDIS
-from analysis.report.data import Prompts, Results
+from analysis.report.data import Results
 from analysis.report.markup import Section, fill, integer, pack_arrays, percent, show, table
 
 MOST_DRAWN = 256
@@ -31,14 +27,14 @@ def section(results: Results) -> Section:
     if results.prompts is None:
         how = "<code>analyze --prompt &quot;...&quot;</code> with the same store and autoencoder"
         return Section("Prompts", f"<p>None was given. {how} adds the latents of a text to this page.</p>")
-    prompts = list(enumerate(results.prompts.content["prompts"]))
-    body = INTRODUCTION + "".join(_prompt(i, prompt) for i, prompt in prompts)
-    return Section("Prompts", body, "".join(_numbers(results.prompts, i, prompt) for i, prompt in prompts))
+    prompts, layers = results.prompts["prompts"], results.prompts["layers"]
+    body = INTRODUCTION + "".join(_prompt(i, prompt) for i, prompt in enumerate(prompts))
+    data = "".join(_numbers(results.prompt_rows, layers, i, prompt) for i, prompt in enumerate(prompts))
+    return Section("Prompts", body, data)
 
 
-def _numbers(prompts: Prompts, i: int, prompt: Mapping[str, Any]) -> str:
+def _numbers(rows: Mapping[str, np.ndarray], layers: Sequence[int], i: int, prompt: Mapping[str, Any]) -> str:
     """A prompt's activations as a data block; latents by their rank, layers by their place."""
-    rows, layers = prompts.rows, prompts.content["layers"]
     drawn = prompt["latents"][:MOST_DRAWN]
     numbers = np.array([one["latent"] for one in drawn], np.int64)
     chosen = (rows["prompt"] == i) & np.isin(rows["latent"], numbers)

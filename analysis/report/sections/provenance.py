@@ -1,4 +1,4 @@
-"""Section: what is recorded on store, autoencoder and analysis. Tested in tests/analysis/report/test_page.py."""
+"""Section: what is recorded on store, autoencoder and analysis."""
 
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -18,8 +18,7 @@ def section(results: Results) -> Section:
             for name, value in _flat(facts if isinstance(facts, dict) else {})
         )
         lists.append(f'<div><h3>{title}</h3><table class="facts"><tbody>{rows}</tbody></table></div>')
-    seconds = results.number("seconds")
-    took = f" The analysis took {show(seconds)} s." if seconds is not None else ""
+    took = f" The analysis took {show(results.get('seconds'))} s." if results.number("seconds") is not None else ""
     note = f'<p class="note">An en dash: not recorded, or not used.{took}</p>'
     return Section("Provenance", f'<div class="columns narrow">{"".join(lists)}</div>{note}')
 

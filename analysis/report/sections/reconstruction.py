@@ -1,13 +1,10 @@
-"""Section: FVU by layer beside held-out text and PCA, and L0. Tested in tests/analysis/report/test_page.py."""
-
-from collections.abc import Callable
-from typing import Any
+"""Section: FVU by layer beside held-out text and PCA, and L0."""
 
 from analysis.report.charts import layer_chart
 from analysis.report.data import Results
-from analysis.report.markup import Section, columns, figure, integer, percent, show, small, table
+from analysis.report.markup import Section, columns, figure, integer, layer_table, percent, show
 
-COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+COLUMNS = (
     ("fvu", "FVU", show),
     ("validation_fvu", "FVU, held-out", show),
     ("pca_fvu", "FVU of PCA, held-out", show),
@@ -29,25 +26,19 @@ activations, L0 varies from vector to vector, and k, where used, is its mean or 
 
 def section(results: Results) -> Section:
     """FVU and L0 over the layers, and the table."""
-    rows = [
-        (str(layer), *(form(results.layers[name][i]) + _interval(results, name, i) for name, _, form in COLUMNS))
-        for i, layer in enumerate(results.layer_numbers)
-    ]
     missing = ["the last layer has no next one"]
     if results.get("validation") is None:
         missing.append("this run has no held-out tokens")
     if results.get("baseline", "pca") is None:
         missing.append("the PCA baseline was not computed")
     l0_title = f"On average {show(results.number('reconstruction', 'l0'))} latents are active in a vector"
+    fvu_chart = layer_chart(results, fvu_lines(results), "FVU (no unit, lower is better)")
     l0_chart = layer_chart(results, [("l0", "latents per vector", "ours")], "L0 (active latents per vector)")
     body = (
         INTRODUCTION
-        + columns(
-            figure(reconstruction_title(results), _fvu_chart(results)),
-            figure(l0_title, l0_chart, ABOUT_L0),
-        )
+        + columns(figure(reconstruction_title(results), fvu_chart), figure(l0_title, l0_chart, ABOUT_L0))
         + "<details open><summary>Table by layer</summary>"
-        + table(("Layer", *(words for _, words, _ in COLUMNS)), rows)
+        + layer_table(results, COLUMNS)
         + '<p class="note">MSE and mean norm are in units of the residual stream (squared for MSE), so they grow with '
         f"the layer's norm. An en dash: not defined ({'; '.join(missing)}).</p></details>"
     )
@@ -59,24 +50,18 @@ def reconstruction_title(results: Results) -> str:
     fvu = results.number("reconstruction", "fvu")
     if fvu is None:
         return "The reconstruction error is not defined in these tokens"
-    if results.get("split", "name") == "validation":
-        beside = []
-    else:
-        beside = [("held-out text", results.number("validation_fvu"))]
     pca_k = integer(results.get("baseline", "pca", "k"))
-    beside.append((f"PCA of {pca_k} components", results.number("baseline", "pca", "fvu")))
-    known = "; ".join(f"{name} {percent(value)}" for name, value in beside if value is not None)
+    beside = {f"PCA of {pca_k} components": results.number("baseline", "pca", "fvu")}
+    if results.get("split", "name") != "validation":
+        beside = {"held-out text": results.number("validation_fvu")} | beside
+    known = "; ".join(f"{name} {percent(value)}" for name, value in beside.items() if value is not None)
     return f"{percent(fvu)} of the variance is left unexplained" + (f" ({known})" if known else "")
 
 
-def _fvu_chart(results: Results) -> str:
-    lines = [("fvu", "these tokens", "ours")]
+def fvu_lines(results: Results) -> list[tuple[str, str, str]]:
+    """The lines that are drawn of FVU: column of layers.parquet, words in the legend, class of report.css."""
+    lines = [("fvu", "SAE", "ours")]
     if results.get("split", "name") != "validation":
-        lines.append(("validation_fvu", "held-out text", "ours dotted"))
+        lines.append(("validation_fvu", "SAE, held-out text", "ours dotted"))
     components = integer(results.get("baseline", "pca", "k"))
-    lines.append(("pca_fvu", f"PCA, {components} components, held-out text", "base dashed"))
-    return layer_chart(results, lines, "FVU (no unit, lower is better)")
-
-
-def _interval(results: Results, name: str, i: int) -> str:
-    return small(results.layer_bounds(name, i)) if name == "fvu" else ""
+    return [*lines, ("pca_fvu", f"PCA of {components} components, held-out text", "base dashed")]

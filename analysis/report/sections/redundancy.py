@@ -1,4 +1,4 @@
-"""Section: how similar decoder rows are, and which pairs. Tested in tests/analysis/report/test_page.py."""
+"""Section: how similar decoder rows are, and which pairs."""
 
 from analysis.report.data import Results
 from analysis.report.markup import Section, integer, show, table, tiles

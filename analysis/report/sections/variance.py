@@ -1,9 +1,9 @@
-"""Section: variance of the layer, its parts, and the reference. Tested in tests/analysis/report/test_page.py."""
+"""Section: variance of the layer, its parts, and the reference."""
 
 import math
 from html import escape
 
-from analysis.report.charts import Plot
+from analysis.report.charts import Plot, log_ticks
 from analysis.report.data import PARTS, WEIGHTINGS, Results
 from analysis.report.markup import Section, between, columns, figure, integer, percent, show, small, table
 
@@ -24,16 +24,19 @@ the ratio is large even where every token has the same profile.</p></div>"""
 
 def section(results: Results) -> Section:
     """Shares of the total, the ratio, both as a table, and the reference's numbers."""
-    has_intervals = isinstance(results.get("uncertainty"), dict)
-    note = "Bars, and numbers in brackets: 95 % intervals." if has_intervals else ""
+    note = "Bars, and numbers in brackets: 95 % intervals." if isinstance(results.get("uncertainty"), dict) else ""
     caption = f"1: a latent keeps the same mean layer at every token. {note}"
+    ratio, reference = results.number("variance", "mass", "aggregate_over_token"), results.reference_ratio
+    ours = "not defined" if ratio is None else show(ratio)
+    theirs = "gives none" if reference is None else f"gives {show(reference)}"
+    ratio_title = f"Aggregate over token-level variance: {ours}; the reference's formula {theirs}"
     compat = [(f"<code>{name}</code>", show(results.number("variance", "mlsae_compat", name))) for name in COMPAT]
     compat.append(("<code>1 / rel_var_t</code>", show(results.reference_ratio)))
     body = (
         INTRODUCTION
         + columns(
             figure(variance_title(results), _shares_chart(results)),
-            figure(_ratio_title(results), _ratio_chart(results), caption, "ratio"),
+            figure(ratio_title, _ratio_chart(results), caption, "ratio"),
         )
         + table(
             ("Variance of the layer, in layers²", *map(escape, WEIGHTINGS.values())),
@@ -50,14 +53,11 @@ def section(results: Results) -> Section:
 
 def variance_title(results: Results) -> str:
     """What the decomposition finds, by activation mass."""
-    total = results.number("variance", "mass", "total")
-    if not total:
+    found = variance_shares(results, "mass")
+    if not found:
         return "The layers of active latents do not vary in these tokens"
-    shares = {name: percent((results.number("variance", "mass", name) or 0.0) / total) for name in PARTS}
-    return (
-        f"{shares['within_token']} of the layer variance lies within a token, "
-        f"{shares['between_tokens']} between tokens, {shares['between_latents']} between latents"
-    )
+    within, tokens, latents = (percent(found.get(part, 0.0)) for part in PARTS)
+    return f"{within} of the layer variance lies within a token, {tokens} between tokens, {latents} between latents"
 
 
 def why_no_ratio(results: Results, weighting: str = "mass") -> str:
@@ -70,14 +70,7 @@ def why_no_ratio(results: Results, weighting: str = "mass") -> str:
         return "no latent fired in these tokens"
     if results.number("variance", weighting, "within_token") == 0:
         return "at every token each latent fires at one layer only, so the token-level variance is 0"
-    return "summary.json holds no value for it"
-
-
-def _ratio_title(results: Results) -> str:
-    ratio, reference = results.number("variance", "mass", "aggregate_over_token"), results.reference_ratio
-    ours = "not defined" if ratio is None else show(ratio)
-    theirs = "gives none" if reference is None else f"gives {show(reference)}"
-    return f"Aggregate over token-level variance: {ours}; the reference's formula {theirs}"
+    return "summary.json has no value for it"
 
 
 def _cell(results: Results, weighting: str, name: str) -> str:
@@ -102,19 +95,22 @@ def _about_dashes(results: Results) -> str:
     return f"An en dash: not defined ({missing})." if missing else ""
 
 
+def variance_shares(results: Results, weighting: str) -> dict[str, float]:
+    """By part of `PARTS`, its share of the total; empty where there is no variance to split."""
+    parts = {part: results.number("variance", weighting, part) for part in PARTS}
+    total = results.number("variance", weighting, "total")
+    return {part: value / total for part, value in parts.items() if total and value is not None}
+
+
 def _shares_chart(results: Results) -> str:
     """Shares of the total variance: a bar per weighting, split into the three parts."""
     rows = []
     for weighting, name in WEIGHTINGS.items():
-        total = results.number("variance", weighting, "total")
         cells = ""
-        for part, words in PARTS.items():
-            value = results.number("variance", weighting, part)
-            if total and value is not None:
-                share = value / total
-                tip = f"{words}: {percent(share)}, {show(value)} layers²"
-                shown = percent(share) if share >= 0.08 else ""
-                cells += f'<span class="{part}" style="flex:{share:.5f}" title="{escape(tip)}">{shown}</span>'
+        for part, share in variance_shares(results, weighting).items():
+            tip = f"{PARTS[part]}: {percent(share)}, {show(results.number('variance', weighting, part))} layers²"
+            shown = percent(share) if share >= 0.08 else ""
+            cells += f'<span class="{part}" style="flex:{share:.5f}" title="{escape(tip)}">{shown}</span>'
         cells = cells or '<span class="none">no variance to split</span>'
         rows.append(f'<div class="stack"><b>{escape(name)}</b><div>{cells}</div></div>')
     legend = "".join(f'<span><i class="swatch {part}"></i>{words}</span>' for part, words in PARTS.items())
@@ -127,11 +123,9 @@ def _shares_chart(results: Results) -> str:
 
 def _ratio_chart(results: Results) -> str:
     """Aggregate over token-level variance on a logarithmic axis: three weightings, and the reference's number."""
-    name = "aggregate_over_token"
-    rows = [
-        (words, results.number("variance", weighting, name), results.bounds("variance", weighting, name))
-        for weighting, words in WEIGHTINGS.items()
-    ]
+    keys = [("variance", weighting, "aggregate_over_token") for weighting in WEIGHTINGS]
+    names = zip(WEIGHTINGS.values(), keys, strict=True)
+    rows = [(words, results.number(*key), results.bounds(*key)) for words, key in names]
     rows.append(("reference's formula (not variances)", results.reference_ratio, None))
     start, end = 0.8, 1.6 * max([2.0, *(value for _, value, _ in rows if value is not None)])
 
@@ -139,8 +133,7 @@ def _ratio_chart(results: Results) -> str:
         return math.log(value / start) / math.log(end / start)
 
     plot = Plot("Aggregate over token-level variance, by weighting and by the reference's formula.", 13)
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if tick <= end]
-    ticks = ticks[:: -(-len(ticks) // 6)]
+    ticks = log_ticks(end, 6)
     for tick in ticks:
         plot.line([(place(tick), 0), (place(tick), 1)], "one" if tick == 1 else "grid")
     plot.x_ticks([(place(tick), f"{tick:,}") for tick in ticks], "aggregate / token-level variance (ratio, log scale)")

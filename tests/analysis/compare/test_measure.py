@@ -155,7 +155,7 @@ def test_names_take_as_many_parts_as_tell_runs_apart():
     ("content", "code", "words"),
     [
         (None, 3, "no summary.json"),
-        ('{"schema_version": 1}', 3, "is damaged or not of an analysis (provenance is None)"),
+        ('{"schema_version": 1}', 3, "is damaged or was not written by `analyze` (provenance is None)"),
         ("{", 3, "not valid JSON"),
         ('{"schema_version": 0}', 3, "schema_version is 0"),
     ],

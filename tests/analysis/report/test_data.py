@@ -18,12 +18,12 @@ def test_only_live_latents_are_kept(tmp_path: Path) -> None:
 
 
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ResidscopeError, match=r"holds no summary\.json"):
+    with pytest.raises(ResidscopeError, match=r"has no summary\.json"):
         load_results(tmp_path)
     write_results(tmp_path, n_layers=2, n_latents=4, change=lambda summary: summary.update(schema_version=9))
     with pytest.raises(IncompatibleError, match="schema_version is 9"):
         load_results(tmp_path)
     write_results(tmp_path, n_layers=2, n_latents=4)
     (tmp_path / "latents.parquet").write_bytes(b"PAR1")
-    with pytest.raises(IncompatibleError, match="a table there is damaged"):
+    with pytest.raises(IncompatibleError, match="a table cannot be read"):
         load_results(tmp_path)

@@ -40,7 +40,7 @@ def test_a_missing_ratio_is_explained(tmp_path: Path) -> None:
 
     results = load_results(write_results(tmp_path, n_layers=3, n_latents=20, change=one_layer_a_token))
     assert "fires at one layer only" in headline(results)
-    assert why_no_ratio(results, "equal") == "summary.json holds no value for it"
+    assert why_no_ratio(results, "equal") == "summary.json has no value for it"
     assert why_no_ratio(results, "latent") == ""
 
 

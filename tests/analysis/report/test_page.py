@@ -232,7 +232,7 @@ def test_missing_numbers_are_dashes_with_a_reason(tmp_path: Path, n_layers: int,
     page = Page(render_report(load_results(folder)))
     assert not re.search(r"\b(nan|none|null|undefined|inf)\b", page.text.split("Method")[0], re.IGNORECASE)
     assert EN_DASH in page.text
-    reason = "only one layer" if n_layers == 1 else "no latent fired" if dead == 1 else "holds no value"
+    reason = "only one layer" if n_layers == 1 else "no latent fired" if dead == 1 else "has no value"
     assert reason in page.text
     assert "No intervals were computed" in page.text
     assert ("latent-data" in page.blocks) == (dead < 1)
