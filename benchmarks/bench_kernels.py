@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from train.kernels.cpu.backend import NUMBA
-from train.kernels.interface import Kernels
+from train.kernels.interface import AdamStep, Kernels
 from train.kernels.plain import TORCH
 
 D_MODEL, N_LATENTS, K = 576, 9216, 32
@@ -80,7 +80,7 @@ def measure(n: int, m: int, rounds: int, clock: Callable[[], float]) -> dict[str
             (W_enc, grads[0], *moments[:2], False),
             (W_dec, grads[1], *moments[2:], True),
         ):
-            kernels.adam_rows(w, g, first, second, lr=1e-6, step=9, unit_rows=unit)
+            kernels.adam_rows(w, g, first, second, AdamStep(lr=1e-6, step=9, unit_rows=unit))
 
     def index_add() -> None:
         for coefficients, rows in ((v, grad_out), (value_grads, x)):
@@ -137,12 +137,13 @@ import sys, time
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import torch
 from train.kernels.cpu.backend import NUMBA
+from train.kernels.interface import AdamStep
 x, W = torch.randn(64, 32), torch.randn(96, 32)
 start = time.process_time()
 v, i = NUMBA.topk_relu(x @ W.T, 4)
 r = NUMBA.reconstruct(v, i, W, x, torch.ones(64))
 g = NUMBA.weight_gradients(v, r.value_grads, i, r.grad_out, x, 96)
-NUMBA.adam_rows(W, g.W_dec, torch.zeros_like(W), torch.zeros_like(W), lr=0.1, step=1, unit_rows=True)
+NUMBA.adam_rows(W, g.W_dec, torch.zeros_like(W), torch.zeros_like(W), AdamStep(lr=0.1, step=1, unit_rows=True))
 print(time.process_time() - start)
 """
     with tempfile.TemporaryDirectory(prefix="bench-kernels-") as folder:

@@ -47,7 +47,7 @@ from train.config import ObjectiveConfig
 from train.hardware import resolve_product_dtype
 from train.kernels.choose import choose_kernels
 from train.kernels.encode import ReadyEncoder
-from train.kernels.interface import Kernels, WeightGradients
+from train.kernels.interface import AdamStep, Kernels, WeightGradients
 from train.model import MLSAE, SAEConfig, standardize
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam
@@ -236,7 +236,7 @@ def measure_parts(
             ),
             "weight gradients": lambda _, k=kernels, g=gradients, o=out: k.weight_gradients(*g, out=o),
             "Adam on the sphere, one weight": lambda _, k=kernels, g=out, mv=moments: k.adam_rows(
-                W_dec, g.W_dec, *mv, lr=1e-9, step=9, unit_rows=True
+                W_dec, g.W_dec, *mv, how=AdamStep(lr=1e-9, step=9, unit_rows=True)
             ),
         }
         for task in tasks.values():

@@ -15,21 +15,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "ActivationStore",
-    "AnalyzeConfig",
-    "HarvestConfig",
-    "ResidscopeError",
-    "TrainConfig",
-    "WindowLoader",
-    "analyze",
-    "dask_array",
-    "harvest",
-    "load_checkpoint",
-    "read_sae",
-    "train",
-]
-
 _HOME = Path(__file__).resolve().parent.parent
 _OWN = ("analysis", "harvest", "store", "train")
 _MODULES = {
@@ -46,6 +31,7 @@ _MODULES = {
     "read_sae": "train.formats.files",
     "train": "train.run",
 }
+__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _OwnPackages:

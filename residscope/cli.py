@@ -1,7 +1,6 @@
-"""`residscope` and the three commands: where each of them starts; `residscope verify` is here in full.
+"""`residscope` and the three commands: where each of them starts; their modules are loaded only when asked for.
 
-How: commands are looked up by name, and their modules are loaded only when asked for. Not here: what `info` says
-(info.py), and the checking and repairing itself (store/care/).
+`residscope verify` is here, but for the checking and repairing itself (store/care/).
 """
 
 import argparse
@@ -77,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--repair",
                 action="store_true",
-                help="fill bad and missing shards anew with the model, and prove by their hashes that they are the old",
+                help="recompute bad and missing shards with the model, and compare their hashes with the old ones",
             )
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -93,13 +92,10 @@ def _verify(path: Path, as_json: bool) -> int:
         print(json.dumps({"path": str(path), "bad": _as_json(bad)}))
         return 1 if bad else 0
     _print_faults(bad)
-    if not bad:
-        print(f"{path}: whole")
-        return 0
-    print(f"{path}: {counted(len(bad), 'fault')}")
-    if not any(found.lasting for found in bad):
-        print(f"`residscope verify {path} --repair` makes the store whole again, with its model", file=sys.stderr)
-    return 1
+    print(f"{path}: {counted(len(bad), 'fault') if bad else 'complete'}")
+    if bad and not any(found.lasting for found in bad):
+        print(f"`residscope verify {path} --repair` recomputes the bad shards with the store's model", file=sys.stderr)
+    return 1 if bad else 0
 
 
 def _repair(path: Path, as_json: bool) -> int:
@@ -116,10 +112,8 @@ def _repair(path: Path, as_json: bool) -> int:
         print(json.dumps({"path": str(path), **found}))
         return 0
     _print_faults(done.found)
-    print(
-        f"{path}: whole; {counted(len(done.refilled), 'shard')} refilled, {len(done.proven)} of them proven the same "
-        "by the manifest's hashes"
-    )
+    recomputed = f"{counted(len(done.refilled), 'shard')} recomputed"
+    print(f"{path}: complete; {recomputed}, {len(done.proven)} of them with the same hashes as before")
     return 0
 
 
@@ -144,7 +138,3 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield show
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -50,33 +50,15 @@ class DemoConfig:
             raise UsageError(f"--tokens should be at least {CONTEXT_LENGTH}, found {self.tokens}")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command of the demo."""
-
-    name: str
-    flags: tuple[str, ...]
-
-    @property
-    def line(self) -> str:
-        """As a user would type it."""
-        return shlex.join((self.name, *self.flags))
-
-
-def stages(config: DemoConfig) -> list[Stage]:
-    """The three commands."""
+def stages(config: DemoConfig) -> dict[str, tuple[str, ...]]:
+    """The three commands and their flags."""
     store, sae = str(config.out / "acts.zarr"), str(config.out / "ckpt.pt")
-    return [
-        Stage(
-            "harvest",
-            (
-                *("--model", config.model, "--dataset", config.dataset, "--max-tokens", str(config.tokens)),
-                *("--out", store, *HARVEST_FLAGS),
-            ),
-        ),
-        Stage("train", ("--store", store, "--out", sae, "--resume", *TRAIN_FLAGS)),
-        Stage("analyze", ("--store", store, "--sae", sae, "--out", str(config.out), *ANALYZE_FLAGS)),
-    ]
+    text = ("--model", config.model, "--dataset", config.dataset, "--max-tokens", str(config.tokens))
+    return {
+        "harvest": (*text, "--out", store, *HARVEST_FLAGS),
+        "train": ("--store", store, "--out", sae, "--resume", *TRAIN_FLAGS),
+        "analyze": ("--store", store, "--sae", sae, "--out", str(config.out), *ANALYZE_FLAGS),
+    }
 
 
 def demo(config: DemoConfig) -> None:
@@ -88,16 +70,18 @@ def demo(config: DemoConfig) -> None:
         raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
     config.out.mkdir(parents=True, exist_ok=True)
     seconds = {}
-    for stage in stages(config):
-        print(f"\n$ {stage.line}", flush=True)
+    for name, flags in stages(config).items():
+        print(f"\n$ {shlex.join((name, *flags))}", flush=True)
         started = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "residscope", stage.name, *stage.flags], check=False).returncode
+        code = subprocess.run([sys.executable, "-m", "residscope", name, *flags], check=False).returncode
         if code:
-            raise _failed(stage, code)
-        seconds[stage.name] = time.monotonic() - started
-        print(f"{stage.name} took {human_seconds(seconds[stage.name])}", flush=True)
+            raise _failed(name, code)
+        seconds[name] = time.monotonic() - started
+        print(f"{name} took {human_seconds(seconds[name])}", flush=True)
     summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
-    print("\n".join(["", *closing_words(summary), "", _times(seconds)]), flush=True)
+    times = ", ".join(f"{name} {human_seconds(time_)}" for name, time_ in seconds.items())
+    total = f"Time: {times}; together {human_seconds(sum(seconds.values()))}."
+    print("\n".join(["", *closing_words(summary), "", total]), flush=True)
     if (report := config.out / "report.html").exists():
         print(f"Open {report} in a browser.", flush=True)
 
@@ -127,16 +111,9 @@ def closing_words(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _times(seconds: dict[str, float]) -> str:
-    parts = ", ".join(f"{name} {human_seconds(time_)}" for name, time_ in seconds.items())
-    return f"Time: {parts}; together {human_seconds(sum(seconds.values()))}."
-
-
-def _failed(stage: Stage, code: int) -> ResidscopeError:
+def _failed(stage: str, code: int) -> ResidscopeError:
     code = 128 - code if code < 0 else code  # a signal's number, as a shell gives it
-    error = ResidscopeError(
-        f"{stage.name} ended with exit code {code}; once that is fixed, the same command goes on from there"
-    )
+    error = ResidscopeError(f"{stage} ended with exit code {code}; once that is fixed, run the same command again")
     error.exit_code = code
     return error
 
@@ -146,7 +123,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "residscope demo"
     description = "Harvest, train and analyze on a small model and Python's own documentation; needs no network."
     return run_command(name, lambda: demo(parse_options(DemoConfig, argv, prog=name, description=description)))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -46,7 +46,7 @@ def refuse_comparison_of(command: str, out: Path, member: str) -> None:
     except (OSError, ValueError):
         return
     if isinstance(found, dict) and member in found:
-        raise UsageError(f"--out {out} holds a comparison by `{command}`, which is left alone: choose another folder")
+        raise UsageError(f"--out {out} already contains a comparison by `{command}`: choose another folder")
 
 
 def require_space(path: str | os.PathLike[str], n_bytes: int) -> None:

@@ -44,6 +44,8 @@ def in_words(found: Mapping[str, Any]) -> dict[str, str]:
     provenance, lens, n_missing = found["provenance"], found["lens"], len(found["missing_shards"])
     random = ", random weights" if provenance.get("random_init") else ""
     n_shards = counted(found["n_shards"], "shard")
+    missing = f"{counted(n_missing, 'shard')} {'is' if n_missing == 1 else 'are'} missing"
+    fill = "run the same `harvest` command again to fill what is missing"
     return {
         "model": provenance.get("model", "unknown") + random,
         "text": _texts(provenance),
@@ -55,7 +57,7 @@ def in_words(found: Mapping[str, Any]) -> dict[str, str]:
         "size": f"{human_bytes(found['bytes'])} in {found['n_shards'] - n_missing} of {n_shards} "
         f"of {found['shard_tokens']:,} tokens",
         "mean norm": _norms(found["layers"], found["layer_norm"]),
-        "state": _state(n_missing),
+        "state": f"{missing}; {fill}" if n_missing else "complete",
     }
 
 
@@ -72,10 +74,3 @@ def _norms(layers: list[int], norms: list[float] | None) -> str:
     if norms is None:
         return "not known yet"
     return f"{norms[0]:.4g} after block {layers[0]}, {norms[-1]:.4g} after block {layers[-1]}"
-
-
-def _state(n_missing: int) -> str:
-    if not n_missing:
-        return "whole"
-    verb = "is" if n_missing == 1 else "are"
-    return f"{counted(n_missing, 'shard')} {verb} missing; run the same `harvest` command again to fill what is missing"

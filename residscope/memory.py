@@ -1,9 +1,8 @@
 """Keep freed memory in the process, rather than return it to the system and fetch it again a moment later.
 
-How: one setting of glibc's malloc. By default it returns freed memory of some megabytes at once, and each layer's, or
-step's, temporaries are then faulted in page by page: on 2 cores that was 12 % of a float32 forward pass and 6 % of a
-training step. The peak stays as it is; between peaks the process keeps what it had. Other allocators and systems, and
-memory that CUDA manages, are left as they are.
+By default glibc's malloc returns freed memory of some megabytes at once, and each layer's or step's temporaries are
+then faulted in page by page: on 2 cores that was 12 % of a float32 forward pass and 6 % of a training step. The peak
+stays as it is. Other allocators and systems, and memory that CUDA manages, are left as they are.
 """
 
 import ctypes

@@ -25,7 +25,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -55,7 +55,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--version", action=_Version)
 
     def error(self, message: str) -> NoReturn:
-        """End the process with exit code 2; a flag that there is not is given the nearest one that there is."""
+        """End the process with exit code 2; for an unknown flag the nearest known one is named."""
         if message.startswith("unrecognized arguments"):
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
@@ -73,15 +73,10 @@ def field_docstrings(config_class: type) -> dict[str, str]:
             continue
         tree = ast.parse(Path(source_file).read_text(encoding="utf-8"))
         body = next((n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__), [])
-        for field, text in itertools.pairwise(body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(text, ast.Expr)
-                and isinstance(text.value, ast.Constant)
-                and isinstance(text.value.value, str)
-            ):
-                found[field.target.id] = " ".join(text.value.value.split())
+        for pair in itertools.pairwise(body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
     return found
 
 
@@ -93,12 +88,9 @@ def parse_options(
     Bad words end the process with exit code 2, as argparse does; values that the configuration itself refuses raise
     `UsageError`.
     """
+    layout: Any = argparse.RawDescriptionHelpFormatter
     parser = CommandParser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog=prog, description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False
     )
     parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags by name; flags win")
     fields = _fields(config_class)
@@ -219,8 +211,7 @@ def _add_flags(parser: argparse.ArgumentParser, config_class: type, fields: Mapp
 
 
 class _Add(argparse.Action):
-    """Words of a flag that takes several: `--steer A --steer B` is `--steer A B`. (argparse's own "extend" would add
-    them to the default.)"""
+    """`--steer A --steer B` is `--steer A B`; argparse's own "extend" would add the words to the default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest)
@@ -234,11 +225,10 @@ def _shown(value: Any) -> str:
 
 
 def _without_none(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        kept = [a for a in typing.get_args(annotation) if a is not type(None)]
-        if len(kept) == 1:
-            return kept[0]
-    return annotation
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return annotation
+    kept = [a for a in typing.get_args(annotation) if a is not type(None)]
+    return kept[0] if len(kept) == 1 else annotation
 
 
 def _reader(annotation: Any) -> dict[str, Any]:
@@ -289,46 +279,29 @@ def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid TOML: {error}") from None
-    values = {}
     tables = {field.group for field in fields.values()} - fields.keys()
+    values: dict[str, Any] = {}
     flat: dict[str, Any] = {}
     for key, value in found.items():
         flat |= value if key in tables and isinstance(value, dict) else {key: value}
     for key, value in flat.items():
         name = key.replace("-", "_")
         if name not in fields:
-            raise UsageError(f"--config {path}: {key!r} is no option here; the options are {_listed(fields)}")
-        values[name] = _from_toml(value, fields[name], path)
+            raise UsageError(f"--config {path}: unknown option {key!r}; the options are {', '.join(sorted(fields))}")
+        values[name] = _from_toml(value, fields[name].annotation, f"--config {path}: {name}")
     return values
 
 
-def _from_toml(value: Any, field: _Field, path: Path) -> Any:
-    annotation = field.annotation
+def _from_toml(value: Any, annotation: Any, what: str) -> Any:
+    """A TOML value as one of `annotation`; `UsageError` begins with `what`."""
+    arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is tuple:
-        (item, *_) = typing.get_args(annotation)
-        values = value if isinstance(value, list) else [value]
-        return tuple(_one_from_toml(each, item, field.name, path) for each in values)
-    return _one_from_toml(value, annotation, field.name, path)
-
-
-def _one_from_toml(value: Any, annotation: Any, name: str, path: Path) -> Any:
-    fits, is_choice = False, typing.get_origin(annotation) is typing.Literal
-    if is_choice:
-        fits = value in typing.get_args(annotation)
-    elif annotation is Path:
-        fits = isinstance(value, str)
-        value = home_path(value) if fits else value
-    elif annotation is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if fits else value
-    elif isinstance(annotation, type):
-        fits = type(value) is annotation
-    if not fits:
-        choices = " | ".join(map(repr, typing.get_args(annotation)))
-        shown = choices if is_choice else annotation.__name__
-        raise UsageError(f"--config {path}: {name} should be {shown}, found {value!r}")
+        return tuple(_from_toml(each, arguments[0], what) for each in (value if isinstance(value, list) else [value]))
+    if annotation is Path and isinstance(value, str):
+        return home_path(value)
+    if annotation is float and type(value) is int:
+        return float(value)
+    if not (value in arguments if arguments else type(value) is annotation):
+        shown = " | ".join(map(repr, arguments)) or annotation.__name__
+        raise UsageError(f"{what} should be {shown}, found {value!r}")
     return value
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))

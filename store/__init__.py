@@ -9,28 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from store.activations import ActivationStore
-    from store.arrays import TokenTable
     from store.dask_arrays import dask_array
-    from store.loader import Batch, WindowLoader
-    from store.meta import StoreMeta
-    from store.moments import LayerStatistics
+    from store.loader import WindowLoader
 
-__all__ = [
-    "ActivationStore",
-    "Batch",
-    "LayerStatistics",
-    "StoreMeta",
-    "TokenTable",
-    "WindowLoader",
-    "dask_array",
-]
+__all__ = ["ActivationStore", "WindowLoader", "dask_array"]
 
 _MODULES = {
     "ActivationStore": "store.activations",
-    "Batch": "store.loader",
-    "LayerStatistics": "store.moments",
-    "StoreMeta": "store.meta",
-    "TokenTable": "store.arrays",
     "WindowLoader": "store.loader",
     "dask_array": "store.dask_arrays",
 }

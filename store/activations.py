@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
 from store.shards import ShardReader, ShardWriter, shard_name
+
+_FILL = "run the same `harvest` command again to fill"
 
 
 class ActivationStore:
@@ -73,12 +75,8 @@ class ActivationStore:
         try:
             manifest = read_manifest(path)
             store = cls(path, read_meta(path, manifest), manifest, lock)
-            missing = store.missing_shards()
-            if missing and not (partial or writable):
-                raise IncompatibleError(
-                    f"{path}: {len(missing)} of {store.meta.n_shards} shards are missing; "
-                    "run the same `harvest` command again to fill them"
-                )
+            if not (partial or writable):
+                store._require_all_shards()
             if writable:
                 remove_leftovers(path)
             return store
@@ -100,7 +98,7 @@ class ActivationStore:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path),)
+        return partial(ActivationStore.open, partial=True), (str(self.path),)
 
     # What is there
 
@@ -113,14 +111,19 @@ class ActivationStore:
         """Shards that the manifest lacks, ascending."""
         return [shard for shard in range(self.meta.n_shards) if shard not in self._manifest.lines]
 
+    def _require_all_shards(self) -> None:
+        if missing := self.missing_shards():
+            raise IncompatibleError(
+                f"{self.path}: {len(missing)} of {self.meta.n_shards} shards are missing; {_FILL} them"
+            )
+
     def record(self, shard: int) -> ShardRecord:
         """What the manifest says of a shard; `IncompatibleError` when it is missing."""
         if shard not in self._records:
             start, stop = self.meta.shard_bounds(shard)
             if shard not in self._manifest.lines:
                 raise IncompatibleError(
-                    f"{self.path}: shard {shard} (tokens {start} to {stop - 1}) is missing; "
-                    "run the same `harvest` command again to fill it"
+                    f"{self.path}: shard {shard} (tokens {start} to {stop - 1}) is missing; {_FILL} it"
                 )
             self._records[shard] = self._manifest.record(shard)
         return self._records[shard]
@@ -241,8 +244,7 @@ class ActivationStore:
     def finalize(self) -> None:
         """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time. Every shard must be there."""
         self._open_writer()
-        if missing := self.missing_shards():
-            raise IncompatibleError(f"{self.path}: {len(missing)} of {self.meta.n_shards} shards are missing")
+        self._require_all_shards()
         for name, data in arrays.statistics_chunks(self.merged_statistics()).items():
             atomic_write(self.path / name, [data])
 
@@ -254,7 +256,3 @@ class ActivationStore:
             mean, m2 = arrays.read_numbers(self.path / arrays.moments_name(shard), (2, *total.mean.shape))
             total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
         return statistics(total)
-
-
-def _reopen(path: str) -> ActivationStore:
-    return ActivationStore.open(path, partial=True)

@@ -2,8 +2,8 @@
 
 How: `make_arrays`, the only caller of zarr, writes every array's metadata, so that any reader of Zarr v3 opens the
 store, and the values of the token arrays. All small arrays have chunks of plain little-endian numbers that end in their
-crc32c; they are read, and the statistics written, directly, so that a reader needs no zarr. Not here: the shards of
-`resid_post` (shards.py). Tested in tests/store/test_activations.py and tests/store/test_other_readers.py.
+crc32c; they are read, and the statistics written, directly, so that a reader needs no zarr. Tested in
+tests/store/test_activations.py and tests/store/test_other_readers.py.
 
 Shapes: T tokens, L stored layers, D = d_model.
 """
@@ -21,6 +21,7 @@ from store.meta import ZSTD_LEVEL, StoreMeta
 from store.moments import LayerStatistics
 
 _TOKEN_CHUNK = 1 << 22
+_STATISTICS = ("layer_mean/c.0.0", "layer_var/c.0.0", "layer_norm/c.0")
 
 
 class TokenTable(NamedTuple):
@@ -113,17 +114,17 @@ def moments_name(shard: int) -> str:
 
 def statistics_chunks(found: LayerStatistics) -> dict[str, bytes]:
     """The files of the layer statistics, below the store, and what should be in them."""
-    values = {"layer_mean/c.0.0": found.mean, "layer_var/c.0.0": found.var, "layer_norm/c.0": found.norm}
-    return {name: encode_numbers(numbers) for name, numbers in values.items()}
+    numbers = (found.mean, found.var, found.norm)
+    return {name: encode_numbers(values) for name, values in zip(_STATISTICS, numbers, strict=True)}
 
 
 def read_statistics(folder: Path, meta: StoreMeta, count: int) -> LayerStatistics | None:
     """The layer statistics over `count` kept tokens; None where one of the three files is not there."""
     shape = (meta.n_layers, meta.d_model)
-    files = {"layer_mean/c.0.0": shape, "layer_var/c.0.0": shape, "layer_norm/c.0": shape[:1]}
-    if not all((folder / name).exists() for name in files):
+    if not all((folder / name).exists() for name in _STATISTICS):
         return None
-    return LayerStatistics(count, *(read_numbers(folder / name, shape) for name, shape in files.items()))
+    shapes = zip(_STATISTICS, (shape, shape, shape[:1]), strict=True)
+    return LayerStatistics(count, *(read_numbers(folder / name, shape) for name, shape in shapes))
 
 
 def encode_numbers(values: np.ndarray) -> bytes:

@@ -1,9 +1,8 @@
 """Checksums of a store's bytes: crc32c behind each chunk, XXH3-128 of whole files, and the error where one differs.
 
-How: crc32c comes from the fastest library that is installed. awscrt (the extra `fast`) handles 64 bytes at a time where
-the processor can, and so checks a chunk at the speed at which the cache gives it: 8 times as fast as google-crc32c,
-which is always there and handles 8 bytes at a time. Both give the same number, copy nothing, and let other threads run
-meanwhile. The library is loaded at the first checksum, because that takes a tenth of a second.
+crc32c comes from the fastest library that is installed: awscrt (the extra `fast`) is 8 times as fast as google-crc32c,
+which is always there. Both give the same number, copy nothing, and let other threads run meanwhile. The library is
+loaded at the first checksum, because that takes a tenth of a second.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ _READ_BYTES = 4 * 1024 * 1024
 
 
 class DamagedError(IncompatibleError):
-    """A file of a store is missing, or is not what was written."""
+    """A file of a store is missing, or was changed after it was written."""
 
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(f"{path}: {what}. `residscope verify` lists everything that is damaged in a store")
@@ -82,5 +81,5 @@ def read_checked(folder: Path, name: str, hashes: Mapping[str, str]) -> bytes:
     except FileNotFoundError:
         raise DamagedError(path, "the file is missing") from None
     if xxhash.xxh3_128_hexdigest(data) != hashes.get(name):
-        raise DamagedError(path, "the file is not what was written")
+        raise DamagedError(path, "the file was changed after it was written")
     return data

@@ -5,7 +5,7 @@ store, autoencoder, format or set of layers are never used. A shard's codes are 
 written whole or not at all and ending in its crc32c; a third one, written last, holds a hash of KEY, the shard's number
 and both, so that intact files of another key or shard are not used either. A shard that lacks a file, or in which one
 is damaged or another's, counts as not kept. The manifest does not list codes, so a store with codes is the same store.
-Not here: making codes (analysis/). Tested in tests/analysis/test_kept_codes.py and tests/store/test_format_page.py.
+Tested in tests/analysis/test_tiles.py and tests/store/test_format_page.py.
 
 Shapes: T tokens, L layers, W places for active latents of a vector, S tokens of a shard.
 """
@@ -76,25 +76,13 @@ class KeptCodes:
         keys = {"name": "default", "separator": "."}
         common: Any = {"filters": None, "chunk_key_encoding": keys, "fill_value": 0}
         inner = (len(attributes["layers"]), width)
+        shape, chunks = (store.meta.n_tokens, *inner), (store.meta.shard_tokens, *inner)
+        codes: Any = {"compressors": [Crc32cCodec()], "dimension_names": ("token", "layer", "place"), **common}
         for name, dtype in (("values", attributes["dtype"]), ("indices", "int32")):
-            group.create_array(
-                name,
-                shape=(store.meta.n_tokens, *inner),
-                dtype=dtype,
-                chunks=(store.meta.shard_tokens, *inner),
-                compressors=[Crc32cCodec()],
-                dimension_names=("token", "layer", "place"),
-                **common,
-            )
-        group.create_array(
-            _DIGEST,
-            shape=(store.meta.n_shards, _DIGEST_BYTES),
-            dtype="uint8",
-            chunks=(1, _DIGEST_BYTES),
-            compressors=None,
-            dimension_names=("shard", "byte"),
-            **common,
-        )
+            group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, **codes)
+        digests: Any = {"compressors": None, "dimension_names": ("shard", "byte"), **common}
+        shape, chunks = (store.meta.n_shards, _DIGEST_BYTES), (1, _DIGEST_BYTES)
+        group.create_array(_DIGEST, shape=shape, dtype="uint8", chunks=chunks, **digests)
         folder = parent / _key(attributes)
         if folder.exists():  # no group that can be read, or another's: nothing of it can be trusted
             shutil.rmtree(folder)

@@ -1,8 +1,7 @@
 """A store's folder as a whole: whether there is one at a path, what its metadata says, and the making of a new one.
 
 How: a folder is a store if it has the root group's zarr.json and the manifest. Its metadata is believed once every file
-that says something of it has the hash that the manifest's header gives. Not here: the shards, which may be missing or
-damaged (activations.py, care/verify.py).
+that says something of it has the hash that the manifest's header gives.
 """
 
 import json
@@ -33,15 +32,15 @@ def require_store(path: Path) -> None:
 
 
 def refuse_inside_store(out: Path, flag: str = "--out", *, may_be_one: bool = False) -> None:
-    """`UsageError` where `out`, which the user gave with `flag`, is inside of a store, or is one unless it may be.
+    """`UsageError` where `out`, which the user gave with `flag`, is inside a store, or is one unless it may be.
 
-    A store holds what `harvest` wrote and nothing else. Links are followed.
+    Links are followed.
     """
     real = out.resolve()
     for folder in (real, *real.parents):
         if is_store(folder) and not (may_be_one and folder == real):
-            where = "is an activation store" if folder == real else f"lies in the activation store {folder}"
-            raise UsageError(f"{flag} {out} {where}, which is left as it is: choose a place outside of it")
+            where = "an activation store" if folder == real else f"inside the activation store {folder}"
+            raise UsageError(f"{flag} {out} is {where}; choose a path outside it")
 
 
 def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
@@ -64,25 +63,21 @@ def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, 
     building = path.with_name(path.name + ".planning")
     lock = WriterLock(building, path)
     try:
-        _build(path, building, meta, tokens)
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another path")
+        for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
+            if entry not in (building / FOLDER, building / LOCK):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        with stop_on_signals() as stopped:  # zarr's event loop prints pages to stderr when a signal interrupts it.
+            arrays.make_arrays(building, meta, tokens)
+        if stopped():
+            raise KeyboardInterrupt
+        write_header(building, meta.config_hash, file_hashes(building))
+        sync_tree(building)
+        building.replace(path)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         lock.release()
         raise
     return path, lock
-
-
-def _build(path: Path, building: Path, meta: StoreMeta, tokens: TokenTable) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another path")
-    for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
-        if entry not in (building / FOLDER, building / LOCK):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    with stop_on_signals() as stopped:  # zarr's event loop prints pages to stderr when a signal interrupts it.
-        arrays.make_arrays(building, meta, tokens)
-    if stopped():
-        raise KeyboardInterrupt
-    write_header(building, meta.config_hash, file_hashes(building))
-    sync_tree(building)
-    building.replace(path)
-    sync(path.parent)

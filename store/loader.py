@@ -4,8 +4,7 @@ How: `RowOrder` (shuffle.py) says which blocks make up each window, and in which
 background thread reads the next window into one of two buffers, its blocks in parallel, every one checked by its
 crc32c, while batches are gathered from the other. The stream of rows is cut into batches without regard to windows and
 epochs, so that batch b is the same bytes whatever came before it, whatever the number of threads, and wherever a run
-was resumed. Memory: two windows of blocks, and the batch that is being made. Not here: conversion of the stored numbers
-(train/data.py).
+was resumed. Memory: two windows of blocks, and the batch that is being made.
 
 Shapes: N rows in a batch, D = d_model, C tokens in a chunk, W blocks in a window, T tokens.
 """
@@ -78,8 +77,8 @@ class WindowLoader:
         """Fix the order of rows; nothing is read before the first batch is asked for.
 
         row_mask: bool [T], tokens to serve. window_bytes: size of one window; two are held. layers: stored layers,
-        default all. threads: readers of a window. start_batch: batches of the stream to leave out, as those that an
-        interrupted run has seen. check_places: check once that each shard's file is its own (store/care/places.py).
+        default all. threads: readers of a window. start_batch: batches of the stream to leave out, such as those that
+        an interrupted run has seen. check_places: check once that each shard's file is its own (store/care/places.py).
         Raises `UsageError` when there is no row to serve.
         """
         meta = store.meta
@@ -106,7 +105,7 @@ class WindowLoader:
             world_size=world_size,
         )
         if self._order.rows_per_epoch == 0:
-            raise UsageError(f"{store.path}: no rows to serve: the mask keeps none of its tokens for rank {rank}")
+            raise UsageError(f"{store.path}: no rows: the mask excludes all tokens of rank {rank}")
         self._mask = np.zeros((meta.n_chunks, meta.chunk_tokens), bool)
         self._mask.reshape(-1)[: meta.n_tokens] = row_mask
         self.wait_seconds = 0.0

@@ -3,8 +3,7 @@
 How: `manifest/0.jsonl` begins with a header line (the hash of every file that is made with the store); then comes one
 line for each whole shard. Every line ends in a checksum of itself. A shard counts only once its line is there, and the
 line is written last. A last line that is not intact was cut by a crash: readers ignore it (so its shard is missing),
-and the next writer cuts it off. Any other bad line is damage, and is reported. Not here: reading the shards
-(shards.py).
+and the next writer cuts it off. Any other bad line is damage, and is reported.
 """
 
 import errno
@@ -33,7 +32,6 @@ class ShardRecord(NamedTuple):
     """What the manifest says of one whole shard; the fields of its line, in order."""
 
     shard: int
-    """Index of the shard."""
     tokens: int
     """Valid tokens."""
     kept: int
@@ -96,18 +94,14 @@ def read_manifest(store: Path) -> Manifest:
         manifest.torn |= intact_bytes < len(data)
         if name == FILE:
             manifest.intact_bytes = intact_bytes
-            _read_header(manifest, lines)
+            if lines and is_intact(lines[0]):
+                manifest.checksums = json.loads(lines[0]).get("checksums", {})
+                lines[0] = b""
+            if not manifest.checksums:
+                manifest.problems.append(f"{FILE} line 1: the header is damaged")
         for number, line in enumerate(lines, start=1):
             _read_line(manifest, line, f"{name} line {number}")
     return manifest
-
-
-def _read_header(manifest: Manifest, lines: list[bytes]) -> None:
-    if lines and is_intact(lines[0]):
-        manifest.checksums = json.loads(lines.pop(0)).get("checksums", {})
-        lines.insert(0, b"")  # Keeps the numbers of the lines as an editor shows them.
-    if not manifest.checksums:
-        manifest.problems.append(f"{FILE} line 1: the header is damaged")
 
 
 def _read_line(manifest: Manifest, line: bytes, where: str) -> None:
@@ -115,14 +109,12 @@ def _read_line(manifest: Manifest, line: bytes, where: str) -> None:
         return
     if not is_intact(line):
         manifest.problems.append(f"{where}: its checksum does not match")
-        return
-    shard = shard_of(line)
-    if shard is None:
-        manifest.problems.append(f"{where}: it is not a shard's line")
-        return
-    if shard in manifest.lines:
-        manifest.problems.append(f"{where}: shard {shard} is there twice")
-    manifest.lines[shard] = line
+    elif (shard := shard_of(line)) is None:
+        manifest.problems.append(f"{where}: it is not the line of a shard")
+    else:
+        if shard in manifest.lines:
+            manifest.problems.append(f"{where}: shard {shard} is given twice")
+        manifest.lines[shard] = line
 
 
 def shard_of(line: bytes) -> int | None:
@@ -179,7 +171,6 @@ class ManifestWriter:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self._descriptor)
 
 
@@ -207,12 +198,11 @@ class WriterLock:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
             raise ResidscopeError(
-                f"{name}: its file system has no file locks ({error.strerror}), so that nothing would stop a second "
-                "writer; write to a local disk and copy the store from there"
+                f"{name}: its file system has no file locks ({error.strerror}), so a second writer could not be "
+                "stopped; write to a local disk and copy the store from there"
             ) from None
 
     def release(self) -> None:
-        """Give the lock up."""
         os.close(self._descriptor)
 
     def __enter__(self) -> "WriterLock":

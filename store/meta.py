@@ -126,12 +126,8 @@ class StoreMeta:
 
     def to_attributes(self) -> dict[str, Any]:
         """Plain JSON for the attributes of the root group."""
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **dataclasses.asdict(self),
-            "layers": list(self.layers),
-        }
+        own = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return {**own, **dataclasses.asdict(self), "layers": list(self.layers)}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "StoreMeta":
@@ -154,7 +150,9 @@ class StoreMeta:
             )
         values = {name: attributes[name] for name in names}
         if not isinstance(values["layers"], list):
-            raise IncompatibleError(f"the store's attributes are damaged: layers is {values['layers']!r}, no list")
+            raise IncompatibleError(
+                f"the store's attributes are damaged: layers should be a list, found {values['layers']!r}"
+            )
         try:
             return cls(**{**values, "layers": tuple(values["layers"])})
         except UsageError as error:

@@ -2,8 +2,7 @@
 
 How: each shard has the mean and the sum of squared deviations (M2) of each layer and dimension, in float64, of the
 *stored* (rounded) values. Shards are merged in shard order by the update of Chan, Golub and LeVeque (1979), so that the
-result is exact to rounding, never negative, and the same after any interruption. Not here: the sums of one shard
-(pack.py).
+result is exact to rounding, never negative, and the same after any interruption. pack.py makes the sums of one shard.
 
 Shapes: L stored layers, D = d_model.
 """

@@ -58,7 +58,7 @@ class ShardPacker:
         slots[-1, :, (len(data) - (n_present - 1) * meta.chunk_tokens) * self._row_bytes :] = 0
         kept = np.ascontiguousarray(keep, bool)
 
-        def run(layer: int) -> _LayerMoments:
+        def run(layer: int) -> tuple[np.ndarray, np.ndarray, float]:
             return _pack_layer(np.ascontiguousarray(data[:, layer]), kept, slots, layer, meta)
 
         if threads == 1:
@@ -71,18 +71,10 @@ class ShardPacker:
         return PackedShard(slots.reshape(n_present * meta.n_layers, -1), moments)
 
 
-class _LayerMoments(NamedTuple):
-    """Moments of one layer's kept vectors."""
-
-    mean: np.ndarray
-    """float64 [D]."""
-    m2: np.ndarray
-    """float64 [D]."""
-    norm_sum: float
-
-
-def _pack_layer(values: np.ndarray, keep: np.ndarray, slots: np.ndarray, layer: int, meta: StoreMeta) -> _LayerMoments:
-    """Put a layer into its slots and add it up. values: [t, D]; slots: uint8 [P, L, C * D * itemsize + 4]."""
+def _pack_layer(
+    values: np.ndarray, keep: np.ndarray, slots: np.ndarray, layer: int, meta: StoreMeta
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Put a layer, values [t, D], into its slots, uint8 [P, L, C * D * itemsize + 4]; mean [D], M2 [D] and norm sum."""
     stored_dtype, d_model = meta.stored_dtype, meta.d_model
     is_float = values.dtype == np.float32
     # Deviations are taken from the first kept vector, so that nothing cancels, and equal values give exactly zero.
@@ -106,9 +98,9 @@ def _pack_layer(values: np.ndarray, keep: np.ndarray, slots: np.ndarray, layer: 
         norm_sum = measure(to_float32(raw, stored_dtype), keep, pivot, sums, squares)
     count = int(keep.sum())
     if count == 0:
-        return _LayerMoments(np.zeros(d_model), np.zeros(d_model), 0.0)
+        return np.zeros(d_model), np.zeros(d_model), 0.0
     mean = sums / count
-    return _LayerMoments(mean + pivot, np.maximum(squares - count * mean**2, 0), norm_sum)
+    return mean + pivot, np.maximum(squares - count * mean**2, 0), norm_sum
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,8 +150,7 @@ def pack_bfloat16(bits, shift, slots, layer, chunk_tokens, keep, pivot, sums, sq
     """Round a layer to bfloat16 into its slots, and add the rounded vectors up as `measure` does.
 
     bits: [t, D], uint32 bits of float32 (shift 0) or uint16 bits of bfloat16 (shift 16); slots: uint16 [P, L, C * D]
-    or longer rows.
-    Gives the sum of the kept vectors' L2 norms, and the largest magnitude that was met, as float32 bits.
+    or longer. Gives the sum of the kept vectors' L2 norms, and the largest magnitude that was met, as float32 bits.
     """
     d_model = bits.shape[1]
     work = np.empty(d_model)

@@ -7,8 +7,7 @@ those beyond the last token; the reader takes them from wherever the index says,
 
 A shard is committed in three steps, each on the disk before the next begins: its file, which is written under a
 temporary name, synced and renamed (`files.atomic_write`); its moments, in the same way; its line in the manifest. Only
-a shard with a line is there for readers, so a crash loses at most the shard in flight. Not here: the numbers in a chunk
-(pack.py), the manifest's lines and the lock (manifest.py).
+a shard with a line is there for readers, so a crash loses at most the shard in flight. pack.py makes the chunks.
 
 Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 """
@@ -121,7 +120,6 @@ class ShardReader:
         return out
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self._descriptor)
 
     def __enter__(self) -> "ShardReader":
@@ -246,6 +244,6 @@ class ShardWriter:
         value = data[where] if data.dtype == np.float32 else to_float32(data[where][None], meta.stored_dtype)[0]
         return ResidscopeError(
             f"layer {meta.layers[layer]}, token {meta.shard_bounds(shard)[0] + token}, dimension "
-            f"{dimension}: the value {value} is not a finite number of {meta.stored_dtype}. Nothing of shard {shard} "
-            "was written. Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
+            f"{dimension}: the value {value} is not finite in {meta.stored_dtype}. Shard {shard} was not written. "
+            "Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
         )

@@ -127,7 +127,7 @@ class RowOrder:
 
     def shuffled(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
         """`rows` (any int array) of a window in the order in which they are served."""
-        return _generator(self.seed, _ROWS, self.rank, epoch, window).permutation(rows)
+        return np.random.Generator(_bits(self.seed, _ROWS, self.rank, epoch, window)).permutation(rows)
 
 
 def chunk_row_counts(row_mask: np.ndarray, chunk_tokens: int) -> tuple[int, ...]:
@@ -173,10 +173,6 @@ def spread_order(n: int, seed: int, *stream: int) -> np.ndarray:
 
 def _random(n: int, seed: int, *stream: int) -> np.ndarray:
     return np.asarray(_bits(seed, *stream).random_raw(n), np.uint64)
-
-
-def _generator(seed: int, *stream: int) -> np.random.Generator:
-    return np.random.Generator(_bits(seed, *stream))
 
 
 def _bits(seed: int, *stream: int) -> np.random.Philox:

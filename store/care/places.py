@@ -2,9 +2,8 @@
 
 How: the manifest has the hash of each shard's whole file, and for each layer the sum of its kept vectors' norms. The
 norms of one layer tell a shard from any other, and reading them takes 1 / L of its bytes: 0.03 s a GB from the cache
-with 30 layers, where the hash takes 0.25 s. With few layers the hash is the faster one, and is taken. Each shard is
-looked at once for an open store, when the first of its chunks is asked for. A change that leaves a chunk's crc32c and a
-layer's norms as they were is found by `residscope verify` alone, which compares all hashes.
+with 30 layers, where the hash takes 0.25 s. With few layers the hash is faster, and is taken. A change that leaves a
+chunk's crc32c and a layer's norms as they were is found by `residscope verify` alone, which compares all hashes.
 
 Shapes: n chunks, L stored layers, D = d_model, C tokens in a chunk.
 """
@@ -49,8 +48,8 @@ def _require(store: ActivationStore, shard: int, layer: int) -> None:
     if not abs(_norm_sum(store, shard, layer) - expected) <= _TOLERANCE * expected:
         raise DamagedError(
             store.path / shard_name(shard),
-            "an intact file of another shard or store, or one written anew, by the norms of its vectors at layer "
-            f"{store.meta.layers[layer]}",
+            f"vector norms at layer {store.meta.layers[layer]} do not match the manifest: "
+            "a valid file of another shard or store, or a rewritten one",
         )
 
 

@@ -1,10 +1,10 @@
-"""Repair a damaged store: forget its bad shards, have them filled again, and prove that they are the same as before.
+"""Repair a damaged store: forget its bad shards, compute them again, and prove that they are the same as before.
 
 How: the lines of shards that `verify` finds bad, and lines that are damaged themselves, leave the manifest, which is
-rewritten as a whole, atomically. Those shards are then missing, and a function that is given fills them with the model.
-The old lines are kept in `manifest/.repair` until the end, so that the proof outlives a crash too: a line has the
-hashes of its shard. At last the order of lines is put back, so that a repaired store has the bytes that it had. What
-belongs to no shard (metadata, tokens, the manifest's header) cannot be repaired.
+rewritten as a whole, atomically. A function that is given then fills the missing shards with the model. The old lines,
+which have the hashes, are kept in `manifest/.repair` until the end, so that the proof outlives a crash. At last the
+order of lines is put back, so that a repaired store has the bytes that it had. What belongs to no shard (metadata,
+tokens, the manifest's header) cannot be repaired.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Repaired:
     found: list[BadShard]
     """What was missing or damaged."""
     refilled: list[int]
-    """Shards that were filled anew, ascending."""
+    """Shards that were computed again, ascending."""
     proven: list[int]
     """Those of them whose files have the hashes that the manifest had; for the others it had no intact line."""
 
@@ -39,13 +39,12 @@ def repair(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Repaired:
-    """Make the store at `path` whole.
+    """Make the store at `path` complete and intact again.
 
     prepare: called with `path` before anything is changed; gives a function that fills the shards that the manifest
     lacks. progress: as for `verify`. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when
-    another process is writing it, when something is damaged that no model gives back (nothing is changed then), and
-    when a shard comes back with other bytes than it had (it is left missing then, and a plain `harvest` takes the new
-    bytes).
+    another process is writing it, when something is damaged that cannot be computed again (nothing is changed then),
+    and when a shard gets other bytes than it had (it is left missing then, and a plain `harvest` takes the new bytes).
     """
     require_store(path)
     with WriterLock(path, path):
@@ -53,7 +52,8 @@ def repair(
         lost = [bad.reason for bad in found if bad.lasting]
         if lost:
             raise ResidscopeError(
-                f"{path}: {lost[0]}. No model gives that back: copy the file from a backup, or harvest into a new store"
+                f"{path}: {lost[0]}. This cannot be computed again: copy the file from a backup, or harvest into a new "
+                "store"
             )
         bad = {bad.index for bad in found if bad.index is not None}
         refill = prepare(path) if bad else None
@@ -68,7 +68,7 @@ def repair(
         manifest = read_manifest(path)
         broken = [reason for shard in refilled if (reason := check_shard(path, store.meta, manifest, shard))]
         if broken:
-            raise ResidscopeError(f"{path}: {broken[0]}, just after it was filled: check the disk")
+            raise ResidscopeError(f"{path}: {broken[0]}, right after it was written: check the disk")
         differing = [shard for shard, line in old.items() if manifest.lines.get(shard) != line]
         forget_lines(path, differing)
         _put_in_order(path, list(old))
@@ -76,9 +76,9 @@ def repair(
         sync(path / FOLDER)
     if differing:
         raise ResidscopeError(
-            f"{path}: shards {differing} come back with other bytes than the manifest has for them, as happens with "
-            "another device or other versions of torch and transformers than the store was made with. They are left "
-            "missing: repair the store where it was made, or run its `harvest` command again to take the new bytes"
+            f"{path}: shards {differing} were computed again with different bytes; this happens with another device or "
+            "other versions of torch and transformers. They are left missing: repair the store where it was made, or "
+            "run its `harvest` command again to take the new bytes"
         )
     return Repaired(found, refilled, [shard for shard in refilled if shard in old])
 

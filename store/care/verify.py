@@ -2,7 +2,7 @@
 
 How: the manifest's lines; then every file that was made with the store, against the manifest's header; then each
 shard's file and moments, against its line; then the layer statistics, against the moments. Shards are read whole,
-several at once. Not here: repair (repair.py). Tested in tests/store/test_faults.py and tests/residscope/test_cli.py.
+several at once. Tested in tests/store/test_faults.py and tests/residscope/test_cli.py.
 """
 
 import json
@@ -30,7 +30,7 @@ class BadShard:
     reason: str
     """The file, and what is wrong with it."""
     lasting: bool = False
-    """Whether no model can give it back: it is metadata, tokens, or the manifest's header."""
+    """Whether it cannot be computed again: it is metadata, tokens, or the manifest's header."""
 
 
 def verify(
@@ -45,12 +45,15 @@ def verify(
     require_store(path)
     manifest = read_manifest(path)
     bad = [BadShard(None, problem, lasting=not manifest.checksums) for problem in manifest.problems]
-    made = _check_made_files(path, manifest)
-    bad += made
-    if made or not manifest.checksums:
+    for name in manifest.checksums:
+        try:
+            read_checked(path, name, manifest.checksums)
+        except DamagedError as error:
+            bad.append(BadShard(None, f"{name}: {error.what}", lasting=True))
+    if any(found.lasting for found in bad) or not manifest.checksums:
         return bad  # Without its metadata nothing says what the shards should be.
     meta = StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
-    torn = "; its last line is torn" if manifest.torn else ""
+    torn = "; its last line is incomplete" if manifest.torn else ""
     with ThreadPoolExecutor(threads) as pool:
         checks = pool.map(lambda shard: check_shard(path, meta, manifest, shard), range(meta.n_shards))
         for shard, reason in enumerate(checks):
@@ -59,20 +62,14 @@ def verify(
             if progress:
                 progress(shard + 1, meta.n_shards)
     bad += [BadShard(shard, "the store has no such shard") for shard in manifest.lines if shard >= meta.n_shards]
-    if not bad:
-        bad = _check_statistics(path)
-    return bad
-
-
-def _check_made_files(path: Path, manifest: Manifest) -> list[BadShard]:
-    """Files that were made with the store and are not as the manifest's header has them."""
-    bad = []
-    for name in manifest.checksums:
-        try:
-            read_checked(path, name, manifest.checksums)
-        except DamagedError as error:
-            bad.append(BadShard(None, f"{name}: {error.what}", lasting=True))
-    return bad
+    if bad:
+        return bad
+    expected = arrays.statistics_chunks(ActivationStore.open(path).merged_statistics())
+    return [
+        BadShard(None, f"{name}: it is not what the shards amount to")
+        for name, data in expected.items()
+        if (path / name).exists() and (path / name).read_bytes() != data
+    ]
 
 
 def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> str | None:
@@ -83,10 +80,8 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
     start, stop = meta.shard_bounds(shard)
     if record.tokens != stop - start or record.config_hash != meta.config_hash:
         return "its manifest line is of another configuration"
-    for name, expected in (
-        (shard_name(shard), record.xxh3_128),
-        (arrays.moments_name(shard), record.moments_xxh3_128),
-    ):
+    hashes = {shard_name(shard): record.xxh3_128, arrays.moments_name(shard): record.moments_xxh3_128}
+    for name, expected in hashes.items():
         found = file_hash(path / name)
         if found is None:
             return f"{name}: the file is missing"
@@ -105,9 +100,7 @@ def require_intact(store: ActivationStore, shard: int) -> None:
     file, record = store.path / shard_name(shard), store.record(shard)
     if file_hash(file) != record.xxh3_128:
         damaged = _damaged_chunk(file, store.meta, record.bytes)
-        raise DamagedError(
-            file, damaged or "an intact file of another shard or store, or one written anew, by its hash"
-        )
+        raise DamagedError(file, damaged or "wrong hash: a valid file of another shard or store, or a rewritten one")
 
 
 def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:
@@ -118,13 +111,3 @@ def _damaged_chunk(file: Path, meta: StoreMeta, n_bytes: int) -> str | None:
     except DamagedError as error:
         return error.what
     return None
-
-
-def _check_statistics(path: Path) -> list[BadShard]:
-    """Layer statistics that are there and are not what the shards' moments amount to."""
-    expected = arrays.statistics_chunks(ActivationStore.open(path).merged_statistics())
-    return [
-        BadShard(None, f"{name}: it is not what the shards amount to")
-        for name, data in expected.items()
-        if (path / name).exists() and (path / name).read_bytes() != data
-    ]

@@ -233,5 +233,5 @@ def test_no_command_writes_into_a_store(small, tmp_path, capsys):
         assert command(argv) == 2, argv
         error = capsys.readouterr().err
         assert "activation store" in error, error
-        assert "choose a place outside of it" in error
+        assert "choose a path outside it" in error
     assert {path: path.read_bytes() for path in small.store.rglob("*") if path.is_file()} == before

@@ -22,7 +22,7 @@ def test_info_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_verify(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}: whole\n"
+    assert capsys.readouterr().out == f"{path}: complete\n"
     shard = path / "resid_post/c.1.0.0"
     data = bytearray(shard.read_bytes())
     data[300] ^= 4
@@ -41,8 +41,8 @@ def test_verify(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("token_id/c.0", "token_id/c.0: the file is not what was written"),
-        ("resid_post/zarr.json", "resid_post/zarr.json: the file is not what was written"),
+        ("token_id/c.0", "token_id/c.0: the file was changed after it was written"),
+        ("resid_post/zarr.json", "resid_post/zarr.json: the file was changed after it was written"),
         ("shard_moments/c.1.0.0.0", "shard 1: shard_moments/c.1.0.0.0: the hash of the file does not match"),
         ("layer_norm/c.0", "layer_norm/c.0: it is not what the shards amount to"),
         ("manifest/0.jsonl", "manifest/0.jsonl line 1: the header is damaged"),

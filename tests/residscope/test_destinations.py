@@ -12,7 +12,7 @@ def test_a_comparison_is_not_written_over_another_commands(tmp_path: Path) -> No
     refuse_comparison_of("train compare", tmp_path, "store")
     (tmp_path / "compare.json").write_text('{"schema_version": 1, "runs": []}')
     refuse_comparison_of("train compare", tmp_path, "store")
-    with pytest.raises(UsageError, match="holds a comparison by `analyze --compare`, which is left alone: choose"):
+    with pytest.raises(UsageError, match="already contains a comparison by `analyze --compare`: choose"):
         refuse_comparison_of("analyze --compare", tmp_path, "schema_version")
     (tmp_path / "compare.json").write_text("[")
     refuse_comparison_of("analyze --compare", tmp_path, "schema_version")

@@ -14,7 +14,7 @@ from tests.support.stores import make_meta, make_store, random_activations, toke
 def test_info(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(path)]) == 0
     words = capsys.readouterr().out
-    for part in ("some/model", "60 (56 kept) of 4 documents", "2 of 6, d_model 4", "2 of 2 shards", "whole"):
+    for part in ("some/model", "60 (56 kept) of 4 documents", "2 of 6, d_model 4", "2 of 2 shards", "complete"):
         assert part in words
     assert main(["info", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -21,7 +21,7 @@ def test_manifest_lines(tmp_path: Path) -> None:
         ActivationStore.open(path, partial=True)
     assert [bad.index for bad in verify(path)] == [None, 1]
     (path / FILE).write_bytes(good + lines[1])
-    with pytest.raises(ResidscopeError, match="line 5: shard 1 is there twice"):
+    with pytest.raises(ResidscopeError, match="line 5: shard 1 is given twice"):
         ActivationStore.open(path)
     (path / FILE).write_bytes(b"".join([*lines]))
     with pytest.raises(ResidscopeError, match="line 1: the header"):
@@ -30,4 +30,4 @@ def test_manifest_lines(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="1 of 3 shards"):
         ActivationStore.open(path)
     (bad,) = verify(path)
-    assert (bad.index, "torn" in bad.reason) == (2, True)
+    assert (bad.index, "incomplete" in bad.reason) == (2, True)

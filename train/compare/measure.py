@@ -1,10 +1,9 @@
 """Autoencoders side by side on the same held-out tokens: one for all layers, sets of one for each layer, and PCA.
 
 An autoencoder for several layers is measured on every layer of the store, one for a single layer on that layer (on
-every layer with `cross`); what a set says of a layer is what its own autoencoder for that layer says. A mean is over
-all layers of the store, or over an entrant's own, those that it was trained on; both are given. Documents count as held
-out when no checkpoint was trained on them. FVU is that of `train.validation`: raw space, one mean vector a layer, lower
-is better.
+every layer with `cross`); what a set says of a layer is what its own autoencoder for that layer says. Documents count
+as held out when no checkpoint was trained on them. FVU is that of `train.validation`: raw space, one mean vector a
+layer, lower is better.
 
 Shapes: T tokens of the store, t tokens read, L layers of the store, D d_model.
 """
@@ -22,6 +21,7 @@ import torch
 from residscope.errors import IncompatibleError, UsageError
 from residscope.names import stem
 from store.activations import ActivationStore
+from store.meta import StoreMeta
 from store.shuffle import validation_documents
 from train.checkpoint import Checkpoint
 from train.compare.config import TrainCompareConfig
@@ -71,11 +71,8 @@ class Entrant:
 
     def by_layer(self, layers: Sequence[int], name: str) -> list[float | None]:
         """`fvu_per_layer` or `l0_per_layer`, each layer's by its own member; None where there is none."""
-        values = []
-        for position, layer in enumerate(layers):
-            found = self.found.get(layer, self.found.get(None))
-            values.append(None if found is None else getattr(found, name)[position])
-        return values
+        found = [self.found.get(layer, self.found.get(None)) for layer in layers]
+        return [None if each is None else getattr(each, name)[i] for i, each in enumerate(found)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +102,9 @@ def compare(config: TrainCompareConfig) -> Comparison:
         entrants = _entrants(checkpoints)
         for entrant in entrants:
             if not entrant.own_layers(store.meta.layers):
-                known = entrant.trained_on or {layer for layer in entrant.members if layer is not None}
-                trained = " ".join(map(str, sorted(known)))
+                known = sorted(entrant.trained_on or {layer for layer in entrant.members if layer is not None})
                 raise IncompatibleError(
-                    f"{entrant.name} was trained on layers {trained}, {store.path} has "
+                    f"{entrant.name} was trained on layers {' '.join(map(str, known))}, {store.path} has "
                     f"{' '.join(map(str, store.meta.layers))}: harvest the layers that it was trained on"
                 )
         held_out, trained = _split(store, [checkpoint for _, checkpoint in checkpoints], config.validation_fraction)
@@ -117,21 +113,19 @@ def compare(config: TrainCompareConfig) -> Comparison:
         if config.pca:
             budgets = sorted({entrant.k() for entrant in entrants} - {0})  # 0: not known, of relu and jumprelu
             training = ValidationData(store, trained, positions, seed=0)
-            entrants += _baselines(training, source, store.meta.layers, budgets, config.fit_tokens)
+            entrants += _baselines(training, source, store.meta, device, budgets, config.fit_tokens)
         data = ValidationData(store, held_out, positions, seed=0)
         members = [(entrant, layer, sae) for entrant in entrants for layer, sae in entrant.members.items()]
+        own = [_only_position(*member, store.meta.layers, config.cross) for member in members]
         targets = [
-            ValidationTarget(
-                sae.to(device), torch.float32, _only_position(entrant, layer, sae, store.meta.layers, config.cross)
-            )
-            for entrant, layer, sae in members
+            ValidationTarget(sae.to(device), torch.float32, o) for (*_, sae), o in zip(members, own, strict=True)
         ]
         measured = data.evaluate(targets, source, tokens=config.tokens)
-        for (entrant, layer, _), target, found in zip(members, targets, measured, strict=True):
-            entrant.found[layer] = found if target.position is None else _at(found, target.position, len(positions))
+        for (entrant, layer, _), position, found in zip(members, own, measured, strict=True):
+            entrant.found[layer] = found if position is None else _at(found, position, len(positions))
         return Comparison(
             entrants=entrants,
-            layers=tuple(store.meta.layers),
+            layers=store.meta.layers,
             tokens=next(iter(entrants[0].found.values())).tokens,
             store={"path": store.path.name, "content_hash": store.content_hash},
         )
@@ -158,7 +152,7 @@ def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:
         entrant = entrants.setdefault(shown, Entrant(name=shown, kind="per-layer" if single else "multi-layer"))
         layer = layers[0] if single else None
         if layer in entrant.members or None in entrant.members:
-            raise UsageError(f"--sae: {shown} is there twice: give each autoencoder once, by different names")
+            raise UsageError(f"--sae: two autoencoders are called {shown}: give each once, under different names")
         entrant.members[layer] = checkpoint.sae
         entrant.trained_on = frozenset(layers) if len(layers) > 1 else None
         vectors = checkpoint.trainer.get("metrics", {}).get("vectors")
@@ -173,8 +167,8 @@ def _only_position(entrant: Entrant, layer: int | None, sae: MLSAE, layers: Sequ
         return None
     if layer is None or layer not in layers:
         raise UsageError(
-            f"{name} standardises by layer and knows layers {' '.join(map(str, known))}, the store has "
-            f"{' '.join(map(str, layers))}: use a store of the same layers"
+            f"{name} standardises by layer and was trained on layers {' '.join(map(str, known))}, the store has "
+            f"{' '.join(map(str, layers))}: use a store with the same layers"
         )
     return list(layers).index(layer)
 
@@ -198,8 +192,8 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
     if len(known) < len(checkpoints):
         other = len(checkpoints) - len(known)
         say(
-            f"note: {other} of {len(checkpoints)} do not record that they were trained on this store: they may have "
-            "seen the held-out text"
+            f"note: {other} of {len(checkpoints)} autoencoders do not record that they were trained on this store: its "
+            "held-out documents may be in their training text"
         )
     if not known:
         known = [validation_documents(n_documents, fraction, 0)]
@@ -207,37 +201,34 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
     trained = ~np.logical_or.reduce(known)[tokens.document] & tokens.keep
     if np.count_nonzero(held_out) < 2:
         raise UsageError(
-            f"{store.path}: no document of two tokens was held out from all of these checkpoints: train them with one "
-            "--validation-fraction above 0 and one --seed"
+            f"{store.path}: no document with at least two tokens was held out from all of these checkpoints: train "
+            "them with the same --validation-fraction (above 0) and --seed"
         )
     return held_out, trained
 
 
 def _baselines(
-    training: ValidationData, source: VectorSource, layers: Sequence[int], budgets: Sequence[int], tokens: int
+    training: ValidationData,
+    source: VectorSource,
+    meta: StoreMeta,
+    device: torch.device,
+    budgets: Sequence[int],
+    tokens: int,
 ) -> list[Entrant]:
     """For each k of `budgets` k principal components for all layers together, and k for each layer."""
     if not training:
         return []
-    pooled: PCASums | None = None
-    single: list[PCASums] = []
+    pooled, *single = (PCASums.zeros(meta.d_model, device) for _ in range(1 + meta.n_layers))
     for raw in training.read(tokens):
         x = source.to_float32(raw)  # [t, L, D]
-        require_finite(x.flatten(0, 1), torch.arange(len(layers), device=x.device).repeat(len(x)), layers)
-        if pooled is None:
-            pooled = PCASums.zeros(x.shape[2], x.device)
-            single = [PCASums.zeros(x.shape[2], x.device) for _ in layers]
+        require_finite(x.flatten(0, 1), torch.arange(meta.n_layers, device=x.device).repeat(len(x)), meta.layers)
         standardized = standardize(x.flatten(0, 1)).x
         pooled.add(standardized)
         for position, sums in enumerate(single):
             sums.add(standardized.view(x.shape)[:, position])
-    assert pooled is not None
     found = []
     for k in budgets:
-        each: dict[int | None, MLSAE] = {}
-        for layer, sums in zip(layers, single, strict=True):
-            each[layer] = sums.fit(k).autoencoder()
-        whole: dict[int | None, MLSAE] = {None: pooled.fit(k).autoencoder()}
-        found.append(Entrant(name=f"PCA {k}", kind="pca", members=whole, vectors=None))
-        found.append(Entrant(name=f"PCA {k} per layer", kind="pca", members=each, vectors=None))
+        each = {layer: sums.fit(k).autoencoder() for layer, sums in zip(meta.layers, single, strict=True)}
+        found.append(Entrant(name=f"PCA {k}", kind="pca", members={None: pooled.fit(k).autoencoder()}, vectors=None))
+        found.append(Entrant(name=f"PCA {k} per layer", kind="pca", members={**each}, vectors=None))
     return found

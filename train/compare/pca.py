@@ -1,11 +1,9 @@
 """The linear baseline: k principal components of standardised vectors, alone or as an autoencoder like any other.
 
-Sums of vectors add over batches and merge over processes; the eigenvectors of one d_model x d_model matrix are all that
-is solved. Fitted on vectors standardised each by itself, as an autoencoder's inputs are by default.
-
-As an autoencoder, a component c has two latents, c and -c: one of the two pre-activations is positive, whichever sign
-the coefficient has, so that the k largest after ReLU are the k coefficients, and the decoder adds them up to the mean
-plus the projection on k components. So the baseline is measured by the very code that measures autoencoders.
+Fitted on vectors standardised each by itself, as an autoencoder's inputs are by default. As an autoencoder, a component
+c has two latents, c and -c: one of the two pre-activations is positive, whichever sign the coefficient has, so that the
+k largest after ReLU are the k coefficients, and the decoder adds them up to the mean plus the projection on k
+components. So the baseline is measured by the very code that measures autoencoders.
 
 Shapes: N vectors, D d_model, k components.
 """

@@ -26,7 +26,7 @@ def check_out(out: Path) -> None:
 
 
 def as_json(result: Comparison) -> dict[str, Any]:
-    """Plain values: what a set says of a layer is what its own autoencoder for that layer says."""
+    """Plain values."""
     return {
         "store": result.store,
         "tokens": result.tokens,
@@ -57,8 +57,7 @@ def write(result: Comparison, out: Path) -> list[Path]:
     files = [out / "compare.parquet", out / "compare.json"]
     atomic_write(files[0], [pd.DataFrame(_rows(result)).to_parquet(index=False)])
     atomic_write(files[1], [json.dumps(as_json(result), indent=2).encode()])
-    figure = _figure(result)
-    if figure is not None:
+    if (figure := _figure(result)) is not None:
         files.append(out / "compare.png")
         atomic_write(files[-1], [figure])
     return files
@@ -66,7 +65,6 @@ def write(result: Comparison, out: Path) -> list[Path]:
 
 def words(result: Comparison) -> str:
     """The table on the terminal: a row for each layer, a column for each run."""
-    names = [entrant.name for entrant in result.entrants]
     columns = [entrant.by_layer(result.layers, "fvu_per_layer") for entrant in result.entrants]
     own = [entrant.own_layers(result.layers) for entrant in result.entrants]
     common = [layer for layer in result.layers if all(layer in layers for layers in own)]
@@ -75,7 +73,7 @@ def words(result: Comparison) -> str:
     everywhere = len(common) == len(result.layers)
     of_own = [own_mean(entrant, result.layers) for entrant in result.entrants]
     lines = [
-        ["layer", *names],
+        ["layer", *(entrant.name for entrant in result.entrants)],
         *(
             [str(layer), *(_cell(column[i], layer in layers) for column, layers in zip(columns, own, strict=True))]
             for i, layer in enumerate(result.layers)
@@ -138,8 +136,9 @@ def _figure(result: Comparison) -> bytes | None:
         "pca": {"linewidth": 1.2, "linestyle": "--"},
     }
     for entrant in result.entrants:
-        values = [float("nan") if v is None else v for v in entrant.by_layer(result.layers, "fvu_per_layer")]
-        axes.plot(result.layers, values, label=_label(entrant), **styles[entrant.kind])
+        values = [math.nan if v is None else v for v in entrant.by_layer(result.layers, "fvu_per_layer")]
+        label = f"{entrant.name} ({entrant.n_latents():,} {'components' if entrant.kind == 'pca' else 'latents'})"
+        axes.plot(result.layers, values, label=label, **styles[entrant.kind])
     axes.set(xlabel="layer", ylabel="FVU (lower is better)", yscale="log")
     axes.set_title(f"Held-out reconstruction by layer, {result.tokens:,} tokens", fontsize=10)
     axes.grid(alpha=0.3, which="both")
@@ -147,11 +146,6 @@ def _figure(result: Comparison) -> bytes | None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150)
     return data.getvalue()
-
-
-def _label(entrant: Entrant) -> str:
-    unit = "components" if entrant.kind == "pca" else "latents"
-    return f"{entrant.name} ({entrant.n_latents():,} {unit})"
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -1,8 +1,6 @@
 """`residscope convert SRC DST --to FORMAT`: an autoencoder from one project's format into another's.
 
-SRC is a checkpoint, a folder or a hub id in any format that `train.formats.files` reads; DST is a folder. Beside the
-weights goes a model card, README.md. What the target format cannot say is printed. Nothing heavy is imported for
-`--help`.
+Beside the weights goes a model card, README.md. What the target format cannot say is printed.
 
 Tested in tests/train/formats/test_hub.py.
 """
@@ -52,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         nargs="+",
         default=(),
-        help="saelens and sparsify: write one whole copy into a sub-folder of each of these names, such as layers.3",
+        help="saelens and sparsify: write a complete copy into a sub-folder for each of these names, such as layers.3",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in DST already")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="afterwards upload DST to this hub repository")
@@ -71,7 +69,7 @@ def _convert(options: argparse.Namespace) -> None:
     refuse_inside_store(options.destination, "DST")
     card = options.destination / "README.md"
     if card.exists() and not options.overwrite:
-        raise UsageError(f"{card}: is there already; choose another folder, or overwrite it (--overwrite)")
+        raise UsageError(f"{card} exists already; choose another folder, or overwrite it (--overwrite)")
     sae, origin = files.read_sae(options.source, subfolder=options.subfolder, revision=options.revision)
     written = files.write_sae(
         sae,
@@ -87,18 +85,12 @@ def _convert(options: argparse.Namespace) -> None:
     source = Path(options.source)
     metrics = hub.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
     atomic_write(card, [hub.model_card(checkpoint, metrics, notes=notes).encode()])
-    paths = [*written.files, card]
+    paths = [*map(str, written.files), str(card)]
     address = None
     if options.push_to_hub:
         address = hub.push_to_hub(options.destination, options.push_to_hub, private=options.private)
     if options.json:
-        report = {
-            "from": origin.format,
-            "to": options.to,
-            "files": list(map(str, paths)),
-            "notes": notes,
-            "hub": address,
-        }
+        report = {"from": origin.format, "to": options.to, "files": paths, "notes": notes, "hub": address}
         print(json.dumps(report))
         return
     shape = sae.config
@@ -106,13 +98,7 @@ def _convert(options: argparse.Namespace) -> None:
         f"{origin.path} ({origin.format}): d_model {shape.d_model}, {shape.n_latents} latents, k {shape.k}, "
         f"standardisation {shape.standardize}; written as {options.to}:"
     )
-    for path in paths:
-        print(f"  {path}")
-    if address:
-        print(f"  {address}")
+    for place in [*paths, *([address] if address else [])]:
+        print(f"  {place}")
     for note in notes:
         print(f"{COMMAND}: note: {note}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@
 A format is recognised by its file names: `ckpt.pt` or `ckpt.safetensors` (ours), `model.safetensors` (mlsae),
 `sae_weights.safetensors` (SAELens), `sae.safetensors` (sparsify). Where a folder has one sub-folder per autoencoder, as
 sparsify and SAELens write them, `subfolder` says which. Reconstructions are kept, or the model is refused by name
-(`train.formats.layouts` says what each layout can say). Not here: training state, which stays in `ckpt.pt`.
+(`train.formats.layouts` says what each layout can say). Training state stays in `ckpt.pt`.
 """
 
 import json
@@ -25,34 +25,26 @@ from torch import Tensor
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
+from train.formats import layouts
 from train.formats.hub import HUB_ID, fetch
-from train.formats.layouts import (
-    Layout,
-    lay_out_mlsae,
-    lay_out_sparsify,
-    listed,
-    parse_mlsae,
-    parse_sparsify,
-    refusal_mlsae,
-    refusal_sparsify,
-)
-from train.formats.saelens import lay_out_saelens, parse_saelens, refusal_saelens
+from train.formats.layouts import Layout, Reader, listed, mapping
+from train.formats.saelens import lay_out_saelens, parse_saelens
 from train.model import MLSAE, SAEConfig
 
 ForeignFormat = Literal["mlsae", "saelens", "sparsify"]
 Format = Literal["residscope"] | ForeignFormat
 
 LAYOUTS: dict[ForeignFormat, Layout] = {
-    "mlsae": Layout("model.safetensors", "config.json", parse_mlsae, lay_out_mlsae, refusal_mlsae),
-    "saelens": Layout("sae_weights.safetensors", "cfg.json", parse_saelens, lay_out_saelens, refusal_saelens),
-    "sparsify": Layout("sae.safetensors", "cfg.json", parse_sparsify, lay_out_sparsify, refusal_sparsify),
+    "mlsae": Layout("model.safetensors", "config.json", layouts.parse_mlsae, layouts.lay_out_mlsae),
+    "saelens": Layout("sae_weights.safetensors", "cfg.json", parse_saelens, lay_out_saelens),
+    "sparsify": Layout("sae.safetensors", "cfg.json", layouts.parse_sparsify, layouts.lay_out_sparsify),
 }
 
 CHECKPOINT = "ckpt.pt"
 EXPORT = "ckpt.safetensors"
 EXPORT_FORMAT = "residscope 1"
 _HASH = "xxh3_128"
-"""In the export's header, under "format"."""
+"""Key in the export's header."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +73,12 @@ class Written(NamedTuple):
     """What `write_sae` wrote."""
 
     files: tuple[Path, ...]
-    """Every file."""
     notes: tuple[str, ...]
     """What the format cannot say, in words for the user."""
 
 
 _FILE_KINDS = (".pt", ".safetensors")
-"""What ends so is a file, and no repository, though `demo/ckpt.pt` looks like OWNER/NAME."""
+"""Endings of files: `demo/ckpt.pt` looks like OWNER/NAME and is not."""
 
 
 def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> tuple[MLSAE, Origin]:
@@ -98,12 +89,12 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
     `ResidscopeError` where the hub does not answer, `IncompatibleError` for what cannot be represented or is damaged.
     """
     path = Path(source)
-    on_hub = not path.exists() and HUB_ID.fullmatch(str(source)) is not None and path.suffix not in _FILE_KINDS
-    if not on_hub and not path.exists():
-        raise UsageError(
-            f"{source}: no such file or folder; give a checkpoint, a folder, or the owner/name of a hub repository"
-        )
+    on_hub = not path.exists()
     if on_hub:
+        if path.suffix in _FILE_KINDS or not HUB_ID.fullmatch(str(source)):
+            raise UsageError(
+                f"{source}: no such file or folder; give a checkpoint, a folder, or the owner/name of a hub repository"
+            )
         path = _fetch(str(source), subfolder, revision)
     if path.is_file():
         return _read_file(path)
@@ -114,11 +105,12 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
         folder, found = _only_subfolder(folder, str(source))
     if not found:
         raise IncompatibleError(
-            f"{name}: holds no autoencoder; looked for {', '.join(_known_files())}"
+            f"{name}: no autoencoder found; looked for {', '.join(_known_files())}"
             + (f"; these sub-folders hold one: {listed(_subfolders(path))}" if subfolder and not on_hub else "")
         )
     if len(found) > 1:
-        raise UsageError(f"{name}: holds several ({', '.join(file.name for file in found)}): give the path of one file")
+        names = ", ".join(file.name for file in found)
+        raise UsageError(f"{name} contains several autoencoders ({names}): give the path of one file")
     return _read_file(found[0], shown=name)
 
 
@@ -148,7 +140,7 @@ def write_sae(
         raise UsageError(f"hookpoints: a sub-folder per hookpoint is for saelens and sparsify, not for {to}")
     for i, name in enumerate(hookpoints):
         if name in hookpoints[:i]:
-            raise UsageError(f"hookpoints: {name} is there twice")
+            raise UsageError(f"hookpoints: {name} is given twice")
         if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UsageError(f"hookpoints: a name is a sub-folder of {folder}, such as layers.3, found {name!r}")
     if to == "residscope":
@@ -158,7 +150,7 @@ def write_sae(
         write_safetensors(sae, paths[1], store=store, trainer=trainer)
         return Written(paths, ())
     layout = LAYOUTS[to]
-    if refused := layout.refusal(sae.config):
+    if refused := layouts.refusal(to, sae.config):
         raise IncompatibleError(f"{folder}: the format {to} cannot express {refused}; write it as residscope")
     files: list[Path] = []
     notes: tuple[str, ...] = ()
@@ -166,11 +158,13 @@ def write_sae(
         part = folder / hookpoint if hookpoint else folder
         paths = (part / layout.weights_file, part / layout.config_file)
         _prepare(paths, overwrite)
-        laid_out = layout.lay_out(sae, store or {}, hookpoint)
-        atomic_write(paths[0], [to_safetensors(laid_out.tensors, {"format": "pt"})])
+        laid_out = layout.lay_out(sae, {**asdict(sae.config), "store": dict(store or {})}, hookpoint)
+        atomic_write(paths[0], [to_safetensors(layouts.contiguous(laid_out.tensors), {"format": "pt"})])
         atomic_write(paths[1], [json.dumps(laid_out.config, indent=2).encode()])
         notes = laid_out.notes
         files += paths
+    if lens := (store or {}).get("lens"):
+        notes += (f"it was trained on vectors that went through a tuned lens ({lens}): give it such vectors",)
     return Written(tuple(files), notes)
 
 
@@ -217,7 +211,7 @@ def read_safetensors(path: Path) -> Checkpoint:
         header = file.metadata() or {}
         if header.get("format") != EXPORT_FORMAT:
             raise IncompatibleError(
-                f"{path}: no export of this project: its header's format should be {EXPORT_FORMAT!r}, "
+                f"{path}: not exported by residscope: its header's format should be {EXPORT_FORMAT!r}, "
                 f"found {header.get('format')!r}"
             )
         try:
@@ -242,7 +236,7 @@ def read_safetensors(path: Path) -> Checkpoint:
 def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
     """One weights file, whose name says its format; `shown` is what the user calls it."""
     name = shown or str(path)
-    foreign = _foreign_format(path)
+    foreign: ForeignFormat | None = next((f for f, layout in LAYOUTS.items() if path.name == layout.weights_file), None)
     if foreign is None:
         checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
         layers = checkpoint.store.get("layers")
@@ -259,15 +253,15 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
     config = _read_json(path.with_name(layout.config_file))
     try:
         with _open(path) as file:
-            parsed = layout.parse(file, config, name)
+            parsed = layout.parse(Reader(file, name), config)
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
-        raise IncompatibleError(f"{name}: {layout.config_file} holds an impossible value: {_one_line(error)}") from None
+        raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     notes = parsed.notes
     if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:
         notes = (f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",)
     known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers and [*parsed.layers]}
-    store = parsed.store or {key: value for key, value in known.items() if value is not None}
+    store = mapping(parsed.ours.get("store")) or {key: value for key, value in known.items() if value is not None}
     return parsed.sae, Origin(
         format=foreign,
         path=name,
@@ -278,13 +272,6 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
         trainer={"finished": True, "converted_from": {"format": foreign, "path": name}},
         notes=notes,
     )
-
-
-def _foreign_format(path: Path) -> ForeignFormat | None:
-    for name, layout in LAYOUTS.items():
-        if path.name == layout.weights_file:
-            return name
-    return None
 
 
 def _known_files() -> tuple[str, ...]:
@@ -334,7 +321,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise IncompatibleError(f"{path}: not a whole safetensors file ({_one_line(error)})") from None
+        raise IncompatibleError(f"{path}: not a complete safetensors file ({_one_line(error)})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -351,11 +338,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _prepare(paths: Sequence[Path], overwrite: bool) -> None:
     folder = paths[0].parent
-    if folder.suffix in (".pt", ".safetensors") or (folder.exists() and not folder.is_dir()):
+    if folder.suffix in _FILE_KINDS or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"{folder}: give a folder to write into; the files' names are the format's own")
     for path in paths:
         if path.exists() and not overwrite:
-            raise UsageError(f"{path}: is there already; choose another folder, or overwrite it (--overwrite)")
+            raise UsageError(f"{path} exists already; choose another folder, or overwrite it (--overwrite)")
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -1,7 +1,6 @@
 """Autoencoders on the Hugging Face hub: fetching only the files of one, describing it in a model card, and uploading.
 
-What is on the hub is read through `huggingface_hub`, cache and `HF_HUB_OFFLINE` included; nothing is fetched for a
-local path. Not here: what the files mean (`train.formats.layouts`).
+What is on the hub is read through `huggingface_hub`, cache and `HF_HUB_OFFLINE` included.
 """
 
 import json
@@ -50,9 +49,7 @@ def fetch(repo_id: str, *, revision: str | None = None, patterns: Sequence[str])
     raise kind(f"{repo_id}{at}: no such local file or folder, and from the hub: {reason}")
 
 
-def push_to_hub(
-    folder: Path, repo_id: str, *, private: bool = False, message: str = "Upload a multi-layer sparse autoencoder"
-) -> str:
+def push_to_hub(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """Upload the weights, configuration, metrics and card of `folder` to hub repository `repo_id`; its address.
 
     The repository is made if need be. The account is the one of `hf auth login` or the variable HF_TOKEN. Raises
@@ -61,15 +58,13 @@ def push_to_hub(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
 
-    folder = Path(folder)
     if not any(folder.rglob("*.safetensors")):
         raise ResidscopeError(f"{folder}: no .safetensors file to upload; `residscope convert` makes one")
     try:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id, folder_path=str(folder), allow_patterns=list(UPLOADED), commit_message=message
-        )
+        message = "Upload a multi-layer sparse autoencoder"
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=[*UPLOADED], commit_message=message)
     except LocalTokenNotFoundError:
         raise ResidscopeError(f"{repo_id}: not logged in: run `hf auth login`, or set HF_TOKEN") from None
     except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
@@ -135,22 +130,19 @@ def model_card(
 
 
 def _shape(config: SAEConfig) -> dict[str, Any]:
-    """What the autoencoder is, for the card."""
-    standardisation = {"vector": "each vector by its own mean and standard deviation"}
+    by_vector = "each vector by its own mean and standard deviation"
     return {
         "d_model": config.d_model,
         "n_latents": config.n_latents,
         "expansion factor": f"{config.n_latents / config.d_model:g}",
         "k": config.k,
         "activation": config.activation,
-        "standardisation": standardisation.get(config.standardize, config.standardize),
+        "standardisation": by_vector if config.standardize == "vector" else config.standardize,
     }
 
 
 def _data(checkpoint: Checkpoint, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What it was trained on, for the card."""
-    store = checkpoint.store
-    layers = store.get("layers")
+    store, layers = checkpoint.store, checkpoint.store.get("layers")
     return {
         "transformer": store.get("model"),
         "layers": ", ".join(map(str, layers)) if layers else None,
@@ -208,5 +200,4 @@ def _validation(found: Any) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")

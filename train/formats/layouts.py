@@ -1,10 +1,10 @@
 """How other projects lay out one sparse autoencoder: tensor names, configuration keys, and what they mean.
 
 Here are mlsae (the paper's own models), sparsify, and the pieces that all layouts share; SAELens is in
-`train.formats.saelens`. A layout is a folder of one safetensors file and one JSON file. `parse_*` turns what such a
-folder holds into our weights; `lay_out_*` does the reverse. Both keep reconstructions: what a layout can say
-differently (a decoder norm folded out of the encoder) is worked into the weights, and what would change the result is
-refused by name. Nothing here touches a disk or a network; `train.formats.files` does.
+`train.formats.saelens`. `parse_*` turns what a folder holds into our weights; `lay_out_*` does the reverse. Both keep
+reconstructions: what a layout can say differently (a decoder norm folded out of the encoder) is worked into the
+weights, and what would change the result is refused by name. Nothing here touches a disk or a network;
+`train.formats.files` does.
 
     mlsae     h = TopK(W_enc (s(x) - b))              x_hat = s^-1(W_dec h + b)     s: standardise each vector
     sparsify  h = TopK(W_enc (x - b_dec) + b_enc)     x_hat = W_dec h + b_dec
@@ -16,8 +16,8 @@ Shapes: M n_latents, D d_model; ours are W_enc [M, D], W_dec [M, D], b_pre [D], 
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from train.model import MLSAE
 from train.model_config import SAEConfig
 
 OURS = "residscope"
-"""The key under which we keep what a layout cannot express; the other tools ignore it."""
+"""The key under which we keep our own configuration and the store's record; the other tools ignore it."""
 
 DEAD_STEPS = 76
 """mlsae's `dead_steps_threshold`, which only its training reads: 10 million tokens in batches of 131,072."""
@@ -36,14 +36,6 @@ STANDARDIZED_INPUTS = (
     "sparsify does not standardise: give it vectors that have lost their own mean and been divided by their own "
     "unbiased standard deviation + 1e-5, and map what it returns back with the same two numbers"
 )
-
-
-class TensorFile(Protocol):
-    """An open safetensors file, as `safetensors.safe_open` gives it: names at once, tensors when asked for."""
-
-    def keys(self) -> Collection[str]: ...
-
-    def get_tensor(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +50,8 @@ class Parsed:
     """Which transformer it was trained on, where the folder says so."""
     layers: tuple[int, ...] | None = None
     """Which blocks' outputs it was trained on, where the folder says so."""
-    store: dict[str, Any] | None = None
-    """The store's record, where one of our own autoencoders was converted."""
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    """What is kept under `OURS`, where one of our own autoencoders was converted."""
     notes: tuple[str, ...] = ()
     """What a user has to know and the weights do not say."""
 
@@ -68,32 +60,29 @@ class LaidOut(NamedTuple):
     """One of our autoencoders as another project's files."""
 
     tensors: dict[str, Tensor]
-    """By the names of that layout; contiguous float32."""
+    """By the names of that layout."""
     config: dict[str, Any]
     """Its JSON configuration."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """What the layout cannot say."""
 
 
 class Layout(NamedTuple):
-    """One foreign layout: its two files and its two directions."""
+    """One foreign layout: a safetensors file with a JSON file beside it, and the two directions."""
 
     weights_file: str
-    """Name of the safetensors file."""
     config_file: str
-    """Name of the JSON file beside it."""
-    parse: Callable[[TensorFile, Mapping[str, Any], str], Parsed]
-    """(open weights, configuration, where for errors) -> our autoencoder."""
+    parse: "Callable[[Reader, Mapping[str, Any]], Parsed]"
+    """(weights, configuration) -> our autoencoder."""
     lay_out: Callable[[MLSAE, Mapping[str, Any], str | None], LaidOut]
-    """(autoencoder, the store's record, hookpoint) -> files."""
-    refusal: Callable[[SAEConfig], str | None]
-    """What of an autoencoder the layout cannot say, or None."""
+    """(autoencoder, what is kept under `OURS`, hookpoint) -> files."""
 
 
 class Reader(NamedTuple):
     """A tensor file and where it is, for errors that name it."""
 
-    file: TensorFile
+    file: Any
+    """As `safetensors.safe_open` gives it."""
     where: str
     prefix: str = ""
 
@@ -115,8 +104,8 @@ class Reader(NamedTuple):
         """Refuse tensors that we do not know: each could change the reconstruction."""
         if unknown := sorted(self.names() - set(known)):
             raise IncompatibleError(
-                f"{self.where}: holds {listed(unknown)}, which an autoencoder of this kind without a skip connection, "
-                "gate or lens of its own does not have; such models are not read here"
+                f"{self.where}: contains {listed(unknown)}: "
+                "skip connections, gates and built-in lenses are not supported"
             )
 
 
@@ -135,7 +124,7 @@ def encoder_bias(sae: MLSAE) -> Tensor:
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As the files want them: float32, on the CPU, one block of memory each, none shared."""
+    """The tensors float32, on the CPU, one block of memory each, none shared."""
     return {
         name: tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -164,24 +153,9 @@ def check_sizes(config: Mapping[str, Any], where: str, **sizes: int) -> None:
             raise IncompatibleError(f"{where}: the configuration says {name} {found}, the weights have {size}")
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """Such as "bfloat16"."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def layer_numbers(found: Any) -> tuple[int, ...] | None:
     """A list of layers as a tuple; None for anything else, and for an empty one."""
     return tuple(int(layer) for layer in found) or None if isinstance(found, list | tuple) else None
-
-
-def our_record(sae: MLSAE, store: Mapping[str, Any]) -> dict[str, Any]:
-    """What we keep under `OURS`."""
-    return {**asdict(sae.config), "store": dict(store)}
-
-
-def our_store(found: Any) -> dict[str, Any] | None:
-    """The store's record in what we kept."""
-    return mapping(mapping(found).get("store")) or None
 
 
 def mapping(found: Any) -> dict[str, Any]:
@@ -189,47 +163,32 @@ def mapping(found: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def lens_note(store: Mapping[str, Any]) -> tuple[str, ...]:
-    """A word of warning, where the vectors went through a lens."""
-    lens = store.get("lens")
-    return (f"it was trained on vectors that went through a tuned lens ({lens}): give it such vectors",) if lens else ()
-
-
-def parse_mlsae(file: TensorFile, config: Mapping[str, Any], where: str) -> Parsed:
+def parse_mlsae(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     """mlsae's `model.safetensors` and `config.json`; of a `-tfm` repository, only what is below `autoencoder.`."""
-    with_transformer = any(name.startswith("autoencoder.") for name in file.keys())  # noqa: SIM118
-    reader = Reader(file, where, "autoencoder." if with_transformer else "")
+    where = reader.where
+    if any(name.startswith("autoencoder.") for name in reader.names()):
+        reader = reader._replace(prefix="autoencoder.")
     reader.require_only(("encoder.weight", "decoder.weight", "pre_encoder_bias", "last_nonzero"))
     W_enc = reader.get("encoder.weight", None, None)
     m, d = W_enc.shape
     check_sizes(config, where, n_inputs=d, n_latents=m)
-    notes: tuple[str, ...] = ()
-    if config.get("tuned_lens"):
-        notes = (
-            f"{where}: its vectors went through a tuned lens: use a store that was harvested with the same --lens",
-        )
+    lens = f"{where}: its vectors went through a tuned lens: use a store that was harvested with the same --lens"
+    standardize = "vector" if config.get("standardize", True) else "none"
+    our_config = SAEConfig(d_model=d, n_latents=m, k=checked_k(config.get("k"), m, where), standardize=standardize)
+    W_dec, b_pre = reader.get("decoder.weight", d, m).T, reader.get("pre_encoder_bias", d)
     return Parsed(
-        sae=assemble(
-            SAEConfig(
-                d_model=d,
-                n_latents=m,
-                k=checked_k(config.get("k"), m, where),
-                standardize="vector" if config.get("standardize", True) else "none",
-            ),
-            W_enc=W_enc,
-            W_dec=reader.get("decoder.weight", d, m).T,
-            b_pre=reader.get("pre_encoder_bias", d),
-        ),
-        stored_dtype=dtype_name(W_enc),
+        sae=assemble(our_config, W_enc=W_enc, W_dec=W_dec, b_pre=b_pre),
+        stored_dtype=str(W_enc.dtype).removeprefix("torch."),
         model=config.get("model_name"),
         layers=layer_numbers(config.get("layers")),
-        store=our_store(config.get(OURS)),
-        notes=notes,
+        ours=mapping(config.get(OURS)),
+        notes=(lens,) if config.get("tuned_lens") else (),
     )
 
 
-def parse_sparsify(file: TensorFile, config: Mapping[str, Any], where: str) -> Parsed:
+def parse_sparsify(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     """sparsify's `sae.safetensors` and `cfg.json` of one hookpoint."""
+    where = reader.where
     for key, wanted, why in (
         ("activation", "topk", "only TopK is read here"),
         ("transcode", False, "a transcoder maps one place to another, and does not reconstruct"),
@@ -238,32 +197,23 @@ def parse_sparsify(file: TensorFile, config: Mapping[str, Any], where: str) -> P
     ):
         if config.get(key, wanted) != wanted:
             raise IncompatibleError(f"{where}: {key} is {config[key]!r}: {why}")
-    reader = Reader(file, where)
     reader.require_only(("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
     W_enc = reader.get("encoder.weight", None, None)
     m, d = W_enc.shape
     check_sizes(config, where, d_in=d, num_latents=m)
     ours = mapping(config.get(OURS))
+    standardize = "vector" if ours.get("standardize") == "vector" else "none"
+    our_config = SAEConfig(d_model=d, n_latents=m, k=checked_k(config.get("k"), m, where), standardize=standardize)
+    W_dec, b_pre, b_enc = reader.get("W_dec", m, d), reader.get("b_dec", d), reader.get("encoder.bias", m)
     return Parsed(
-        sae=assemble(
-            SAEConfig(
-                d_model=d,
-                n_latents=m,
-                k=checked_k(config.get("k"), m, where),
-                standardize="vector" if ours.get("standardize") == "vector" else "none",
-            ),
-            W_enc=W_enc,
-            W_dec=reader.get("W_dec", m, d),
-            b_pre=reader.get("b_dec", d),
-            b_enc=reader.get("encoder.bias", m),
-        ),
-        stored_dtype=dtype_name(W_enc),
+        sae=assemble(our_config, W_enc=W_enc, W_dec=W_dec, b_pre=b_pre, b_enc=b_enc),
+        stored_dtype=str(W_enc.dtype).removeprefix("torch."),
         layers=layer_numbers(re.findall(r"(?:layers|h)[._](\d+)$", where)),  # the folder is named after the hookpoint
-        store=our_store(ours),
+        ours=ours,
     )
 
 
-def lay_out_mlsae(sae: MLSAE, store: Mapping[str, Any], hookpoint: str | None) -> LaidOut:
+def lay_out_mlsae(sae: MLSAE, ours: Mapping[str, Any], hookpoint: str | None) -> LaidOut:
     """The layout of the paper's published models; exact, as it is the same model."""
     config = {
         "auxk": None,
@@ -273,13 +223,13 @@ def lay_out_mlsae(sae: MLSAE, store: Mapping[str, Any], hookpoint: str | None) -
         "n_inputs": sae.config.d_model,
         "n_latents": sae.config.n_latents,
         "standardize": sae.config.standardize == "vector",
-        OURS: our_record(sae, store),
+        OURS: ours,
     }
     tensors = {"encoder.weight": sae.W_enc, "decoder.weight": sae.W_dec.T, "pre_encoder_bias": sae.b_pre}
-    return LaidOut(contiguous(tensors), config, lens_note(store))
+    return LaidOut(tensors, config)
 
 
-def lay_out_sparsify(sae: MLSAE, store: Mapping[str, Any], hookpoint: str | None) -> LaidOut:
+def lay_out_sparsify(sae: MLSAE, ours: Mapping[str, Any], hookpoint: str | None) -> LaidOut:
     """sparsify 1.3; it cannot standardise, and a note says what its inputs then have to be."""
     d, m = sae.config.d_model, sae.config.n_latents
     config = {
@@ -292,27 +242,18 @@ def lay_out_sparsify(sae: MLSAE, store: Mapping[str, Any], hookpoint: str | None
         "skip_connection": False,
         "transcode": False,
         "d_in": d,
-        OURS: our_record(sae, store),
+        OURS: ours,
     }
-    tensors = {
-        "encoder.weight": sae.W_enc,
-        "encoder.bias": encoder_bias(sae),
-        "W_dec": sae.W_dec,
-        "b_dec": sae.b_pre,
-    }
-    notes = (STANDARDIZED_INPUTS,) if sae.config.standardize == "vector" else ()
-    return LaidOut(contiguous(tensors), config, notes + lens_note(store))
+    tensors = {"encoder.weight": sae.W_enc, "encoder.bias": encoder_bias(sae), "W_dec": sae.W_dec, "b_dec": sae.b_pre}
+    return LaidOut(tensors, config, (STANDARDIZED_INPUTS,) if sae.config.standardize == "vector" else ())
 
 
-def refusal_mlsae(config: SAEConfig) -> str | None:
-    """Why this layout cannot say it, or None."""
-    return "an encoder bias" if config.encoder_bias else refusal_sparsify(config)
-
-
-def refusal_sparsify(config: SAEConfig) -> str | None:
-    """Why this layout cannot say it, or None."""
-    if config.activation != "topk":
+def refusal(layout: str, config: SAEConfig) -> str | None:
+    """What of an autoencoder a layout cannot say, or None."""
+    if layout == "mlsae" and config.encoder_bias:
+        return "an encoder bias"
+    if layout != "saelens" and config.activation != "topk":
         return f"activation {config.activation!r}, only 'topk'"
     if config.standardize == "layer":
         return "standardisation 'layer', only 'vector' and 'none'"
-    return None if config.apply_b_dec_to_input else "an encoder whose input keeps b_pre"
+    return None if layout == "saelens" or config.apply_b_dec_to_input else "an encoder whose input keeps b_pre"

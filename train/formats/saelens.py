@@ -22,24 +22,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.formats.layouts import (
-    OURS,
-    LaidOut,
-    Parsed,
-    Reader,
-    TensorFile,
-    assemble,
-    check_sizes,
-    checked_k,
-    contiguous,
-    dtype_name,
-    encoder_bias,
-    layer_numbers,
-    lens_note,
-    mapping,
-    our_record,
-    our_store,
-)
+from train.formats import layouts
+from train.formats.layouts import OURS, LaidOut, Parsed, Reader, mapping
 from train.model import MLSAE
 from train.model_config import Activation, SAEConfig, default_prefixes
 
@@ -58,21 +42,21 @@ _ARCHITECTURES: dict[Activation, str] = {
 }
 
 
-def parse_saelens(file: TensorFile, config: Mapping[str, Any], where: str) -> Parsed:
+def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     """An autoencoder of architecture topk, jumprelu or standard (and those of the versions before 6)."""
+    where = reader.where
     options = mapping(config.get("activation_fn_kwargs"))
     activation = _activation(config, options, where)
     metadata = mapping(config.get("metadata")) or config  # before version 6 it was all one level
     ours = mapping(metadata.get(OURS))
-    reader = Reader(file, where)
     reader.require_only(("W_enc", "W_dec", "b_enc", "b_dec", *(("threshold",) if activation == "jumprelu" else ())))
     stored = reader.get("W_enc", None, None)
     d, m = stored.shape
-    check_sizes(config, where, d_in=d, d_sae=m)
+    layouts.check_sizes(config, where, d_in=d, d_sae=m)
     W_enc, W_dec = stored.float().T, reader.get("W_dec", m, d).float()
     b_enc, b_dec = reader.get("b_enc", m).float(), reader.get("b_dec", d).float()
     if activation == "topk":
-        k = checked_k(config.get("k", options.get("k")), m, where)
+        k = layouts.checked_k(config.get("k", options.get("k")), m, where)
         if config.get("rescale_acts_by_decoder_norm"):
             # It ranks and keeps activations as if every decoder row had unit norm; so give it unit rows.
             norm = W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)  # [M, 1]
@@ -91,54 +75,42 @@ def parse_saelens(file: TensorFile, config: Mapping[str, Any], where: str) -> Pa
         else:
             extra = {"log_threshold": threshold.double().log().float()}
     hook = str(metadata.get("hook_name") or "")
+    our_config = SAEConfig(
+        d_model=d,
+        n_latents=m,
+        k=k,
+        standardize=_standardize(config.get("normalize_activations"), where),
+        activation=activation,
+        apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
+        prefixes=prefixes,
+    )
     return Parsed(
-        sae=assemble(
-            SAEConfig(
-                d_model=d,
-                n_latents=m,
-                k=k,
-                standardize=_standardize(config.get("normalize_activations"), where),
-                activation=activation,
-                apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
-                prefixes=prefixes,
-            ),
-            W_enc=W_enc,
-            W_dec=W_dec,
-            b_pre=b_dec,
-            b_enc=b_enc,
-            **extra,
-        ),
-        stored_dtype=dtype_name(stored),
+        sae=layouts.assemble(our_config, W_enc=W_enc, W_dec=W_dec, b_pre=b_dec, b_enc=b_enc, **extra),
+        stored_dtype=str(stored.dtype).removeprefix("torch."),
         model=metadata.get("model_name"),
-        layers=layer_numbers(re.findall(r"^blocks\.(\d+)\.hook_resid_post$", hook)),
-        store=our_store(ours),
+        layers=layouts.layer_numbers(re.findall(r"^blocks\.(\d+)\.hook_resid_post$", hook)),
+        ours=ours,
     )
 
 
 def _activation(config: Mapping[str, Any], options: Mapping[str, Any], where: str) -> Activation:
     function = config.get("activation_fn", config.get("activation_fn_str"))
     architecture = "topk" if function == "topk" else config.get("architecture")
-    if architecture not in _ACTIVATIONS:
-        raise IncompatibleError(
-            f"{where}: a SAELens autoencoder of architecture {architecture!r}; only "
-            f"{', '.join(map(repr, _ACTIVATIONS))} are read here"
-        )
-    if function not in (None, "relu", "topk"):
-        raise IncompatibleError(f"{where}: its activation function is {function!r}; only relu and topk are read here")
-    if options.get("signed"):
-        raise IncompatibleError(f"{where}: a TopK by absolute value (signed); only TopK with ReLU is read here")
-    if config.get("reshape_activations") not in (None, "none"):
-        raise IncompatibleError(
-            f"{where}: reshape_activations is {config['reshape_activations']!r}; only 'none' is read"
-        )
-    return _ACTIVATIONS[architecture]
+    for name, found, known in (
+        ("architecture", architecture, tuple(_ACTIVATIONS)),
+        ("activation_fn", function, (None, "relu", "topk")),
+        ("signed", options.get("signed") or False, (False,)),  # TopK by absolute value
+        ("reshape_activations", config.get("reshape_activations"), (None, "none")),
+    ):
+        if found not in known:
+            shown = " or ".join(repr(value) for value in known if value is not None)
+            raise IncompatibleError(f"{where}: {name} is {found!r}; only {shown} can be read")
+    return _ACTIVATIONS[str(architecture)]
 
 
 def _standardize(found: Any, where: str) -> Literal["vector", "none"]:
-    if found == "layer_norm":
-        return "vector"
-    if found in (None, False, "none"):
-        return "none"
+    if found in ("layer_norm", None, False, "none"):
+        return "vector" if found == "layer_norm" else "none"
     name = "expected_average_only_in" if found is True else found
     raise IncompatibleError(
         f"{where}: normalize_activations is {name!r}, whose numbers are not in the folder; 'none' and 'layer_norm' are "
@@ -146,7 +118,7 @@ def _standardize(found: Any, where: str) -> Literal["vector", "none"]:
     )
 
 
-def lay_out_saelens(sae: MLSAE, store: Mapping[str, Any], hookpoint: str | None) -> LaidOut:
+def lay_out_saelens(sae: MLSAE, ours: Mapping[str, Any], hookpoint: str | None) -> LaidOut:
     """SAELens version 6; its "layer_norm" is our standardisation of each vector."""
     architecture = _ARCHITECTURES[sae.config.activation]
     config = {
@@ -162,12 +134,12 @@ def lay_out_saelens(sae: MLSAE, store: Mapping[str, Any], hookpoint: str | None)
         "metadata": {
             "sae_lens_version": LAYOUT_VERSION,
             "sae_lens_training_version": None,
-            "model_name": store.get("model"),
+            "model_name": ours["store"].get("model"),
             "hook_name": hookpoint,
-            OURS: our_record(sae, store),
+            OURS: ours,
         },
     }
-    tensors = {"W_enc": sae.W_enc.T, "b_enc": encoder_bias(sae), "W_dec": sae.W_dec, "b_dec": sae.b_pre}
+    tensors = {"W_enc": sae.W_enc.T, "b_enc": layouts.encoder_bias(sae), "W_dec": sae.W_dec, "b_dec": sae.b_pre}
     if architecture == "jumprelu":
         weights = sae.weights
         if weights.log_threshold is not None:
@@ -175,11 +147,4 @@ def lay_out_saelens(sae: MLSAE, store: Mapping[str, Any], hookpoint: str | None)
         else:
             assert weights.threshold is not None
             tensors["threshold"] = weights.threshold.expand(sae.config.n_latents)
-    return LaidOut(contiguous(tensors), config, lens_note(store))
-
-
-def refusal_saelens(config: SAEConfig) -> str | None:
-    """Why this layout cannot say it, or None."""
-    if config.standardize == "layer":
-        return "standardisation 'layer', only 'vector' and 'none'"
-    return None
+    return LaidOut(tensors, config)

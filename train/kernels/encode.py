@@ -89,8 +89,7 @@ class ReadyEncoder:
     @torch.no_grad()
     def topk(self, inputs: Tensor, k: int) -> SparseCodes:
         """ReLU(TopK_k(inputs @ W_enc^T + b_enc)): [N, k]."""
-        screen = self._screen(k)
-        if screen is not None:
+        if (screen := self._screen(k)) is not None:
             return screen(inputs, k)
         values = inputs.new_empty(len(inputs), k)
         indices = torch.empty(len(inputs), k, dtype=torch.int64, device=inputs.device)
@@ -203,7 +202,6 @@ def _first_largest(values: Tensor, count: int) -> Tensor:
 
 
 def _batch_codes(row: Tensor, latent: Tensor, value: Tensor, n: int) -> BatchCodes:
-    """Active pairs as in `_padded`, with their smallest value."""
     return BatchCodes(_padded(row, latent, value, n), value.min() if len(value) else None)
 
 

@@ -13,15 +13,12 @@ Tested in tests/train/kernels/test_plain.py and in those of the compiled kernels
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
-
-ADAM_BETAS = (0.9, 0.999)
-ADAM_EPSILON = 6.25e-10
-"""Gao et al. 2024, appendix A.1; small, because gradients of single latents are."""
 
 
 class SparseCodes(NamedTuple):
@@ -55,6 +52,31 @@ class WeightGradients(NamedTuple):
     """[M, D]: sum over a latent's pairs of the activation times d loss / d x_hat."""
     latent_sums: Tensor
     """[M]: sum over a latent's pairs of d loss / d z; `-latent_sums @ W_enc` is the centring's gradient of b_pre."""
+
+
+class AdamStep(NamedTuple):
+    """How `Kernels.adam_rows` moves a weight."""
+
+    BETAS = (0.9, 0.999)
+    EPSILON = 6.25e-10  # Gao et al. 2024, appendix A.1; small, because gradients of single latents are
+
+    lr: float
+    step: int
+    """Counts from 1."""
+    unit_rows: bool
+    """Whether the component of each row's gradient along the row is removed before the step and the row is brought back
+    to unit norm after it (Gao et al. 2024, appendix A.3), so that what is saved is always on the sphere."""
+    grad_scale: float = 1.0
+    """Multiplies the gradient first, as clipping by norm needs."""
+
+    @property
+    def step_size(self) -> float:
+        return self.lr / (1 - self.BETAS[0] ** self.step)
+
+    @property
+    def correction(self) -> float:
+        """What the root of the second moment is divided by."""
+        return math.sqrt(1 - self.BETAS[1] ** self.step)
 
 
 TopK = Callable[[Tensor, int], SparseCodes]
@@ -104,7 +126,7 @@ class Kernels(ABC):
     ) -> Reconstruction:
         """Decode, and take the loss sum_n weight[n] |target[n] - decoded[n]|^2 back to the pre-activations.
 
-        values, indices [N, k]; W_dec [M, D]; target [N, D], without b_pre; weight [N].
+        target [N, D], without b_pre; weight [N].
         """
 
     @abstractmethod
@@ -127,21 +149,5 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def adam_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        step: int,
-        unit_rows: bool,
-        grad_scale: float = 1.0,
-    ) -> None:
-        """One Adam step (Kingma & Ba 2015) on `weight` [M, D], in place; `step` counts from 1; `grad` may be used up.
-
-        With `unit_rows`, the component of each row's gradient along the row is removed before the step and the row is
-        brought back to unit norm after it (Gao et al. 2024, appendix A.3), so what is saved is always on the sphere.
-        `grad_scale` multiplies the gradient first, as clipping by norm needs.
-        """
+    def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
+        """One Adam step (Kingma & Ba 2015) on `weight` [M, D], in place; `grad` may be used up."""

@@ -1,30 +1,20 @@
 """The sparse pieces of a training step in plain torch, on any device and in any float type.
 
-A TopK autoencoder's codes have k entries a row, so everything after the encoder's product is sparse: the decoder
-gathers k rows of W_dec, and both weight gradients are sums of outer products over the N * k active (row, latent)
-pairs. Sorted by latent, those sums are bags of rows, which `embedding_bag` adds in a fixed order: no [N, M] gradient,
-no [N, k, D] temporary, and the same bits every time, on CUDA too. Only `torch.topk` may choose differently among equal
-entries on another card or version.
+The decoder gathers k rows of W_dec, and both weight gradients are sums of outer products over the N * k active (row,
+latent) pairs. Sorted by latent, those sums are bags of rows, which `embedding_bag` adds in a fixed order: no [N, M]
+gradient and no [N, k, D] temporary. Only `torch.topk` may choose differently among equal entries on another card or
+version.
 
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
 """
 
-import math
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.kernels.interface import (
-    ADAM_BETAS,
-    ADAM_EPSILON,
-    Kernels,
-    Reconstruction,
-    SparseCodes,
-    TopK,
-    WeightGradients,
-)
+from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, TopK, WeightGradients
 
 _CPU_GATHER_BYTES = 2**20  # a core's own cache
 _CUDA_GATHER_BYTES = 2**28  # enough to fill the device
@@ -84,66 +74,35 @@ class PlainKernels(Kernels):
         out: WeightGradients | None = None,
     ) -> WeightGradients:
         """`out` is of no use here."""
-        order = _PairOrder.of(indices, n_latents)
-        ones = centred.new_ones(len(centred), 1)
-        return WeightGradients(
-            W_enc=order.sum_rows(value_grads, centred),
-            W_dec=order.sum_rows(values, grad_out),
-            latent_sums=order.sum_rows(value_grads, ones).squeeze(-1),
-        )
+        ordered, order = torch.sort(indices.flatten(), stable=True)  # within a latent, by row
+        starts = torch.searchsorted(ordered, torch.arange(n_latents, device=indices.device))
+        row = order // indices.shape[1]
 
-    def adam_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        step: int,
-        unit_rows: bool,
-        grad_scale: float = 1.0,
-    ) -> None:
+        def sum_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
+            """For each latent, the sum of coefficients[n, k] * rows[n] over its pairs: [N, k], [N, D] -> [M, D]."""
+            weights = coefficients.flatten()[order]
+            return F.embedding_bag(row, rows, starts, per_sample_weights=weights, mode="sum")
+
+        latent_sums = sum_rows(value_grads, centred.new_ones(len(centred), 1)).squeeze(-1)
+        return WeightGradients(sum_rows(value_grads, centred), sum_rows(values, grad_out), latent_sums)
+
+    def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         """On a CPU a few rows at a time, so that the five passes over them find them in the cache."""
-        beta1, beta2 = ADAM_BETAS
-        step_size = lr / (1 - beta1**step)
-        correction = math.sqrt(1 - beta2**step)
+        beta1, beta2 = how.BETAS
         cached = max(1, _CPU_GATHER_BYTES // (4 * weight.shape[1] * weight.element_size()))
         rows = len(weight) if weight.is_cuda else cached
         for start in range(0, len(weight), rows):
             w, g, m, v = (t[start : start + rows] for t in (weight, grad, exp_avg, exp_avg_sq))
-            if grad_scale != 1:
-                g.mul_(grad_scale)
-            if unit_rows:
+            if how.grad_scale != 1:
+                g.mul_(how.grad_scale)
+            if how.unit_rows:
                 g.addcmul_((g * w).sum(dim=1, keepdim=True), w, value=-1)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            denominator = v.sqrt().div_(correction).add_(ADAM_EPSILON)
-            w.addcdiv_(m, denominator, value=-step_size)
-            if unit_rows:
+            denominator = v.sqrt().div_(how.correction).add_(how.EPSILON)
+            w.addcdiv_(m, denominator, value=-how.step_size)
+            if how.unit_rows:
                 w.div_(w.norm(dim=1, keepdim=True))
-
-
-class _PairOrder(NamedTuple):
-    """The N * k (row, latent) pairs sorted by latent; within a latent, by row, so that sums have one fixed order."""
-
-    order: Tensor
-    """int64 [N * k], positions in the flattened [N, k] arrays."""
-    row: Tensor
-    """int64 [N * k], the batch row of each sorted pair."""
-    starts: Tensor
-    """int64 [M], where each latent's pairs start."""
-
-    @classmethod
-    def of(cls, indices: Tensor, n_latents: int) -> "_PairOrder":
-        ordered, order = torch.sort(indices.flatten(), stable=True)
-        starts = torch.searchsorted(ordered, torch.arange(n_latents, device=indices.device))
-        return cls(order, order // indices.shape[1], starts)
-
-    def sum_rows(self, coefficients: Tensor, rows: Tensor) -> Tensor:
-        """For each latent, the sum of coefficients[n, k] * rows[n] over its pairs: [N, k], [N, D] -> [M, D]."""
-        weights = coefficients.flatten()[self.order]
-        return F.embedding_bag(self.row, rows, self.starts, per_sample_weights=weights, mode="sum")
 
 
 TORCH = PlainKernels()

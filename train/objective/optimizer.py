@@ -10,7 +10,7 @@ Adam moves w, b and d, with gradients n dW_enc, n db_enc and dW_dec / n; everybo
 latent finds its scale by two ways at once.
 
 The optimiser's state is two tensors for each of them, and n; the step number is the trainer's. Not here: how a row is
-stepped (`train.kernels.interface.adam_rows`, or its compiled version).
+stepped (`train.kernels.interface.Kernels.adam_rows`).
 
 Shapes: D d_model, M n_latents.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError
 from train.config import OptimizerConfig
-from train.kernels.interface import Kernels
+from train.kernels.interface import AdamStep, Kernels
 from train.model import MLSAE
 from train.objective.weights import TRAINED, Weights
 
@@ -62,7 +62,7 @@ class SphereAdam:
             rows = [t.view(-1, t.shape[-1]) for t in (weight, grad, m, v)]  # b_pre [D] as one row
             rate = lr * THRESHOLD_LR_FACTOR if name == "log_threshold" else lr
             unit_rows = name == "W_dec" and self.norms is None
-            self._kernels.adam_rows(*rows, lr=rate, step=step, unit_rows=unit_rows, grad_scale=scale)
+            self._kernels.adam_rows(*rows, how=AdamStep(lr=rate, step=step, unit_rows=unit_rows, grad_scale=scale))
         if self.norms is not None:
             torch.linalg.vector_norm(self.weights.W_dec, dim=1, out=self.norms)
             _rescale(self.weights, self.norms)

@@ -174,7 +174,7 @@ def test_what_is_no_analysis_is_one_clear_line(tmp_path, capsys, content, code, 
 def test_what_train_compare_wrote_is_left_alone(folders, tmp_path, capsys):
     (tmp_path / "compare.json").write_text('{"store": {}}')
     assert main(["--compare", *map(str, folders), "--out", str(tmp_path)]) == 2
-    assert "a comparison by `train compare`, which is left alone" in capsys.readouterr().err
+    assert "already contains a comparison by `train compare`" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["compare.json"]
 
 

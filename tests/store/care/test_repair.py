@@ -122,7 +122,7 @@ def test_a_model_that_gives_other_bytes_is_found_out(path: Path, whole: Path) ->
                 store.write_shard(shard, X[start:stop] + np.float32(0.1))
 
     flip(path / SHARD, 50)
-    with pytest.raises(ResidscopeError, match=r"shards \[1\] come back with other bytes"):
+    with pytest.raises(ResidscopeError, match=r"shards \[1\] were computed again with different bytes"):
         repair(path, lambda path: lambda: other(path))
     assert ActivationStore.open(path, partial=True).missing_shards() == [1]
     fill(path)  # A plain run takes what its model gives.
@@ -134,14 +134,14 @@ def test_a_model_that_gives_other_bytes_is_found_out(path: Path, whole: Path) ->
 def test_what_no_model_gives_back_is_left_alone(path: Path, name: str) -> None:
     flip(path / name, 5)
     before = files_of(path)
-    with pytest.raises(ResidscopeError, match=f"{name}: the file is not what was written. No model"):
+    with pytest.raises(ResidscopeError, match=f"{name}: the file was changed after it was written. This cannot"):
         repair(path, filler)
     assert files_of(path) == before
 
 
 def test_a_lost_header_is_no_shards(path: Path) -> None:
     flip(path / FILE, 3)
-    with pytest.raises(ResidscopeError, match=r"header is damaged\. No model"):
+    with pytest.raises(ResidscopeError, match=r"header is damaged\. This cannot"):
         repair(path, filler)
 
 
@@ -175,7 +175,7 @@ def test_the_command(
     assert main(["verify", str(path), "--repair"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"shard 1: {SHARD}: the checksum of token chunk 0 at stored layer 0 does not match",
-        f"{path}: whole; 1 shard refilled, 1 of them proven the same by the manifest's hashes",
+        f"{path}: complete; 1 shard recomputed, 1 of them with the same hashes as before",
     ]
     assert files_of(path) == files_of(whole)
     assert main(["verify", str(path), "--repair", "--json"]) == 0
@@ -183,4 +183,4 @@ def test_the_command(
     assert (found["bad"], found["refilled"]) == ([], [])
     flip(path / "token_id/c.0", 5)
     assert main(["verify", str(path), "--repair"]) == 1
-    assert "No model gives that back" in capsys.readouterr().err
+    assert "This cannot be computed again" in capsys.readouterr().err

@@ -175,7 +175,7 @@ def test_a_sparsify_folder_of_hookpoints(tmp_path: Path) -> None:
     assert origin.layers == (9,)
     with pytest.raises(UsageError, match=r"holds 3 autoencoders: choose a sub-folder: layers.2, layers.9, layers.10"):
         read_sae(tmp_path)
-    with pytest.raises(IncompatibleError, match=r"layers.4: holds no autoencoder.*layers.2, layers.9"):
+    with pytest.raises(IncompatibleError, match=r"layers.4: no autoencoder found.*layers.2, layers.9"):
         read_sae(tmp_path, subfolder="layers.4")
 
 
@@ -194,7 +194,7 @@ def test_hookpoints_get_a_whole_copy_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [["a/../../b"], ["/tmp/b"], [""], ["a", "a"]])
 def test_hookpoints_are_sub_folders_each_once(tmp_path: Path, names: list[str]) -> None:
-    with pytest.raises(UsageError, match=r"hookpoints: .* (is there twice|a sub-folder of)"):
+    with pytest.raises(UsageError, match=r"hookpoints: .* (is given twice|a sub-folder of)"):
         write_sae(make_sae(), tmp_path / "out", "sparsify", hookpoints=names)
     assert not list(tmp_path.iterdir())
 
@@ -219,7 +219,7 @@ def break_tensors(name: str, **changes: Tensor | None) -> Any:
 @pytest.mark.parametrize(
     ("to", "damage", "message"),
     [
-        ("saelens", break_config("cfg.json", architecture="gated"), "architecture 'gated'"),
+        ("saelens", break_config("cfg.json", architecture="gated"), "architecture is 'gated'"),
         ("saelens", break_config("cfg.json", architecture="jumprelu"), "threshold is missing"),
         ("saelens", break_config("cfg.json", architecture="standard", activation_fn="tanh-relu"), "'tanh-relu'"),
         ("saelens", break_config("cfg.json", reshape_activations="hook_z"), "hook_z"),
@@ -227,7 +227,7 @@ def break_tensors(name: str, **changes: Tensor | None) -> Any:
         ("saelens", break_config("cfg.json", normalize_activations=True), "expected_average_only_in"),
         ("saelens", break_config("cfg.json", k=M + 1), "k should be a whole number from 1 to n_latents 48"),
         ("saelens", break_config("cfg.json", k="5"), "'5'"),
-        ("saelens", break_tensors("sae_weights.safetensors", threshold=torch.ones(M)), "holds threshold"),
+        ("saelens", break_tensors("sae_weights.safetensors", threshold=torch.ones(M)), "contains threshold"),
         ("saelens", break_tensors("sae_weights.safetensors", W_dec=torch.ones(D, M)), r"\[48, 16\], it has \[16, 48\]"),
         ("sparsify", break_config("cfg.json", activation="groupmax"), "activation is 'groupmax'"),
         ("sparsify", break_config("cfg.json", transcode=True), "transcoder"),
@@ -239,11 +239,11 @@ def break_tensors(name: str, **changes: Tensor | None) -> Any:
         ("mlsae", break_config("config.json", n_latents=40), "says n_latents 40, the weights have 48"),
         ("saelens", break_config("cfg.json", d_in=17), "says d_in 17, the weights have 16"),
         ("sparsify", break_config("cfg.json", num_latents=99), "says num_latents 99, the weights have 48"),
-        ("mlsae", break_config("config.json", layers=["last"]), "config.json holds an impossible value"),
+        ("mlsae", break_config("config.json", layers=["last"]), "config.json is invalid"),
         ("mlsae", lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
         ("mlsae", lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         ("mlsae", lambda folder: (folder / "config.json").write_text("[]"), "should be a JSON object"),
-        ("mlsae", lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "not a whole safetensors file"),
+        ("mlsae", lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "not a complete safetensors file"),
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_name(tmp_path: Path, to: Any, damage: Any, message: str) -> None:
@@ -258,7 +258,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         write_sae(make_sae(), tmp_path / to, to)
         (path,) = (tmp_path / to).glob("*.safetensors")
         path.write_bytes(path.read_bytes()[:-10])
-        with pytest.raises(IncompatibleError, match="not a whole safetensors file"):
+        with pytest.raises(IncompatibleError, match="not a complete safetensors file"):
             read_sae(path)
 
 
@@ -355,7 +355,7 @@ def test_our_checkpoint_and_its_export_are_read(tmp_path: Path) -> None:
 
 def test_an_export_of_something_else_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "ckpt.safetensors")
-    with pytest.raises(IncompatibleError, match="no export of this project"):
+    with pytest.raises(IncompatibleError, match="not exported by residscope"):
         read_sae(tmp_path)
     header = {"format": "residscope 1", "config": '{"d_model": 2, "n_latents": 3, "k": 1}'}
     save_file({"W_enc": torch.ones(3, 2)}, tmp_path / "ckpt.safetensors", header)
@@ -379,7 +379,7 @@ def test_a_foreign_autoencoder_as_a_checkpoint(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     write_sae(make_sae(), tmp_path, "mlsae")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists already"):
         write_sae(make_sae(), tmp_path, "mlsae")
     write_sae(make_sae(seed=4), tmp_path, "mlsae", overwrite=True)
     assert_equal(read_sae(tmp_path)[0], make_sae(seed=4))

@@ -25,12 +25,12 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in (tmp_path / "none", "nowhere/ckpt.pt"):  # the second is nothing that a hub could have
         with pytest.raises(UsageError, match="no such file or folder"):
             read_sae(name)
-    with pytest.raises(IncompatibleError, match="holds no autoencoder"):
+    with pytest.raises(IncompatibleError, match="no autoencoder found"):
         read_sae(tmp_path)
     (tmp_path / "cfg.json").write_text("{}")
     for name in ("sae.safetensors", "sae_weights.safetensors"):
         save_file({"a": torch.ones(1)}, tmp_path / name)
-    with pytest.raises(UsageError, match="holds several"):
+    with pytest.raises(UsageError, match="contains several"):
         read_sae(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -78,7 +78,7 @@ def test_one_hookpoint_of_a_hub_repository(tmp_path: Path, monkeypatch: pytest.M
     assert_equal(sae, make_sae())
     assert (origin.path, origin.layers) == ("someone/saes/layers.1", (1,))
     assert sorted(fetched[2:]) == ["layers.1/cfg.json", "layers.1/sae.safetensors"]
-    with pytest.raises(IncompatibleError, match=r"someone/saes/layers.7: holds no autoencoder"):
+    with pytest.raises(IncompatibleError, match=r"someone/saes/layers.7: no autoencoder found"):
         read_sae("someone/saes", subfolder="layers.7")
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.kernels.interface import ADAM_EPSILON
+from train.kernels.interface import AdamStep
 from train.kernels.plain import TORCH as kernels
 
 
@@ -64,13 +64,13 @@ def test_weight_gradients_are_the_same_bits_each_time() -> None:
 def test_adam_equals_torch_adam() -> None:
     ours, theirs = torch.randn(5, 4, dtype=torch.float64).repeat(2, 1, 1)
     parameter = torch.nn.Parameter(theirs)
-    reference = torch.optim.Adam([parameter], lr=0.01, betas=(0.9, 0.999), eps=ADAM_EPSILON)
+    reference = torch.optim.Adam([parameter], lr=0.01, betas=(0.9, 0.999), eps=AdamStep.EPSILON)
     m, v = torch.zeros_like(ours), torch.zeros_like(ours)
     for step in range(1, 6):
         grad = torch.randn(5, 4, dtype=torch.float64)
         parameter.grad = grad.clone()
         reference.step()
-        kernels.adam_rows(ours, grad, m, v, lr=0.01, step=step, unit_rows=False)
+        kernels.adam_rows(ours, grad, m, v, AdamStep(lr=0.01, step=step, unit_rows=False))
     torch.testing.assert_close(ours, parameter.data)
 
 
@@ -82,7 +82,7 @@ def test_adam_on_the_sphere_by_hand() -> None:
     """
     weight, grad = torch.tensor([[1.0, 0.0]]), torch.tensor([[5.0, 2.0]])
     m, v = torch.zeros(1, 2), torch.zeros(1, 2)
-    kernels.adam_rows(weight, grad, m, v, lr=0.75, step=1, unit_rows=True)
+    kernels.adam_rows(weight, grad, m, v, AdamStep(lr=0.75, step=1, unit_rows=True))
     assert weight.tolist() == [pytest.approx([0.8, -0.6])]
     assert m.tolist() == [pytest.approx([0.0, 0.2])]
     assert v.tolist() == [pytest.approx([0.0, 0.004])]

@@ -9,7 +9,7 @@ from residscope.errors import IncompatibleError
 from tests.support.training import step_options
 from train.config import OptimizerConfig
 from train.kernels.choose import choose_kernels
-from train.kernels.interface import ADAM_BETAS, ADAM_EPSILON
+from train.kernels.interface import AdamStep
 from train.kernels.plain import TORCH
 from train.model import MLSAE, SAEConfig
 from train.objective.losses import DeadLatents, row_weights
@@ -131,7 +131,7 @@ class FreeDecoder:
     def __init__(self, sae: MLSAE, lr: float, k: int, clip: float | None) -> None:
         weights = [t for t in sae.weights[:4] if t is not None]
         self.trained = [t.clone().requires_grad_() for t in weights]
-        self.adam = torch.optim.Adam(self.trained, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+        self.adam = torch.optim.Adam(self.trained, lr=lr, betas=AdamStep.BETAS, eps=AdamStep.EPSILON)
         self.k, self.clip = k, clip
 
     def step(self, x: torch.Tensor) -> None:

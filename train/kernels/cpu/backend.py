@@ -1,16 +1,15 @@
 """The sparse pieces of a training step, compiled for CPUs.
 
 Tensors go in and come out; inside, the loops of `train.kernels.cpu.topk_loops` and `train.kernels.cpu.sparse_loops`
-work on their memory without a copy, on as many threads as torch uses, with the same bits for any number of threads.
-Everything that is read or written is checked first, latent numbers included, because the loops check nothing. First use
-compiles (some seconds, once: see `train.kernels.cpu.compiling` for the cache).
+work on their memory without a copy, on as many threads as torch uses. Everything that is read or written is checked
+first, latent numbers included, because the loops check nothing. First use compiles (some seconds, once: see
+`train.kernels.cpu.compiling` for the cache).
 
 Not here: gradients fused with the optimiser, so that no [M, D] gradient is stored; measured, it gained nothing.
 
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
 """
 
-import math
 from typing import Any, final
 
 import numpy as np
@@ -21,15 +20,7 @@ from train.kernels.cpu import sparse_loops as loops
 from train.kernels.cpu.compiling import even_chunks, run_chunks
 from train.kernels.cpu.screen import Screen
 from train.kernels.cpu.selection import CHUNK, array_of, keep_largest, topk_relu
-from train.kernels.interface import (
-    ADAM_BETAS,
-    ADAM_EPSILON,
-    Kernels,
-    Reconstruction,
-    SparseCodes,
-    TopK,
-    WeightGradients,
-)
+from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, TopK, WeightGradients
 
 
 @final
@@ -77,12 +68,7 @@ class CpuKernels(Kernels):
         self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
     ) -> Reconstruction:
         (n, k), (m, d) = values.shape, W_dec.shape
-        out = Reconstruction(
-            error=W_dec.new_empty(n, d),
-            grad_out=W_dec.new_empty(n, d),
-            squared=W_dec.new_empty(n),
-            value_grads=W_dec.new_empty(n, k),
-        )
+        out = Reconstruction(*(W_dec.new_empty(shape) for shape in ((n, d), (n, d), (n,), (n, k))))
         run_chunks(
             loops.reconstruct_rows,
             even_chunks(n, 1 + CHUNK // (k * d)),
@@ -106,28 +92,42 @@ class CpuKernels(Kernels):
         *,
         out: WeightGradients | None = None,
     ) -> WeightGradients:
-        pairs = _Pairs(indices, values, value_grads, n_latents)
+        (n, k), d = indices.shape, grad_out.shape[1]
+        starts, order = np.empty(n_latents + 1, np.int64), np.empty(n * k, np.int64)
+        loops.sort_pairs(
+            _latents(indices, n, k, n_latents).ravel(),
+            array_of(values, "coefficients", n, k).ravel(),
+            array_of(value_grads, "coefficients", n, k, like=values).ravel(),
+            starts,
+            order,
+        )
+        # Adding a row is most of a pair's work, writing the sum about twice that.
+        work = starts + 2 * np.arange(n_latents + 1)
+        borders = even_chunks(int(work[-1]), CHUNK // 512)
+        borders[1:-1] = np.searchsorted(work, borders[1:-1]).tolist()
+        borders[-1] = n_latents
         if out is None:
-            shape = (n_latents, grad_out.shape[1])
-            out = WeightGradients(grad_out.new_empty(shape), grad_out.new_empty(shape), grad_out.new_empty(n_latents))
-        pairs.sum_rows(value_grads, centred, out.W_enc, out.latent_sums)
-        pairs.sum_rows(values, grad_out, out.W_dec, torch.empty_like(out.latent_sums))
+            out = WeightGradients(*(grad_out.new_empty(shape) for shape in ((n_latents, d), (n_latents, d), n_latents)))
+        for coefficients, rows, weight, sums in (
+            (value_grads, centred, out.W_enc, out.latent_sums),
+            (values, grad_out, out.W_dec, torch.empty_like(out.latent_sums)),
+        ):
+            run_chunks(
+                loops.weight_rows,
+                borders,
+                starts,
+                order,
+                k,
+                array_of(coefficients, "coefficients", n, k, like=rows).ravel(),
+                array_of(rows, "rows", n, d),
+                array_of(weight, "out", n_latents, d, like=rows, written=True),
+                array_of(sums, "sums", n_latents, like=rows, written=True),
+            )
         return out
 
-    def adam_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        step: int,
-        unit_rows: bool,
-        grad_scale: float = 1.0,
-    ) -> None:
+    def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         m, d = weight.shape
-        beta1, beta2 = ADAM_BETAS
+        numbers = (float(how.grad_scale), how.step_size, *how.BETAS, how.correction, how.EPSILON)
         run_chunks(
             loops.adam_rows,
             even_chunks(m, 1 + CHUNK // (4 * d)),
@@ -135,50 +135,8 @@ class CpuKernels(Kernels):
             array_of(grad, "grad", m, d, like=weight),
             array_of(exp_avg, "exp_avg", m, d, like=weight, written=True),
             array_of(exp_avg_sq, "exp_avg_sq", m, d, like=weight, written=True),
-            float(grad_scale),
-            lr / (1 - beta1**step),
-            beta1,
-            beta2,
-            math.sqrt(1 - beta2**step),
-            ADAM_EPSILON,
-            unit_rows,
-        )
-
-
-class _Pairs:
-    """The (row, latent) pairs of a batch in the order of their latents."""
-
-    def __init__(self, indices: Tensor, first: Tensor, second: Tensor, n_latents: int) -> None:
-        """Of the pairs for which either coefficient, `first` or `second` [N, k], is not zero."""
-        self._n, self._k = indices.shape
-        self._starts = np.empty(n_latents + 1, np.int64)
-        self._order = np.empty(indices.numel(), np.int64)
-        loops.sort_pairs(
-            _latents(indices, self._n, self._k, n_latents).ravel(),
-            array_of(first, "coefficients", self._n, self._k).ravel(),
-            array_of(second, "coefficients", self._n, self._k, like=first).ravel(),
-            self._starts,
-            self._order,
-        )
-        # Adding a row is most of a pair's work, writing the sum about twice that.
-        work = self._starts + 2 * np.arange(n_latents + 1)
-        self._borders = even_chunks(int(work[-1]), CHUNK // 512)
-        self._borders[1:-1] = np.searchsorted(work, self._borders[1:-1]).tolist()
-        self._borders[-1] = n_latents
-
-    def sum_rows(self, coefficients: Tensor, rows: Tensor, out: Tensor, sums: Tensor) -> None:
-        """Write, for each latent, its sum of coefficient * rows[n] to out [M, D] and of coefficients to sums [M]."""
-        m, d = len(self._starts) - 1, rows.shape[1]
-        run_chunks(
-            loops.weight_rows,
-            self._borders,
-            self._starts,
-            self._order,
-            self._k,
-            array_of(coefficients, "coefficients", self._n, self._k, like=rows).ravel(),
-            array_of(rows, "rows", self._n, d),
-            array_of(out, "out", m, d, like=rows, written=True),
-            array_of(sums, "sums", m, like=rows, written=True),
+            *numbers,
+            how.unit_rows,
         )
 
 

@@ -5,14 +5,13 @@ the GIL, and run on chunks of rows by ordinary threads: the caller and a pool of
 computed by one thread in one order, so the bits depend neither on the number of threads nor on who takes which chunk.
 
 Ordinary threads and not numba's `prange`, because they may be called from several threads at once, survive a fork,
-sleep between calls, and leave the loops quick to compile; numba's OpenMP and workqueue layers measured no faster, in
-turns with torch's products. What does matter is torch's own pool: it spins for some milliseconds after each product, on
-the cores that the loops need, unless OMP_WAIT_POLICY=passive was in the environment before torch was loaded. Chunks are
-handed out one by one, so that a thread that finds its core taken merely takes fewer.
+sleep between calls, and leave the loops quick to compile; numba's OpenMP and workqueue layers measured no faster. What
+does matter is torch's own pool: it spins for some milliseconds after each product, on the cores that the loops need,
+unless OMP_WAIT_POLICY=passive was in the environment before torch was loaded. Chunks are handed out one by one, so that
+a thread that finds its core taken merely takes fewer.
 
-Machine code is cached beside the source or, where that cannot be written, in the user's cache folder, and made anew
-when any file of loops has changed; `NUMBA_CACHE_DIR` overrides both folders. Where nothing can be written, the loops
-are compiled anew in each process, and the log says so.
+Machine code is cached beside the source or in the user's cache folder (`NUMBA_CACHE_DIR` overrides both), and made
+again when any file of loops has changed. Where nothing can be written, each process compiles, and the log says so.
 """
 
 import functools
@@ -50,7 +49,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     except RuntimeError:  # numba found no folder that it may write to
         LOG.warning("compiled code cannot be cached: no folder can be written; set NUMBA_CACHE_DIR to one that can")
         return numba.njit(fastmath=_SUMS, **_OPTIONS)(function)
-    # numba compiles anew when the function's own file has changed; its helpers may be in another file of loops.
+    # numba compiles again when the function's own file has changed; its helpers may be in another file of loops.
     file = dispatcher._cache._cache_file
     file._source_stamp = (file._source_stamp, _loops_hash())
     return dispatcher

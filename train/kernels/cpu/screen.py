@@ -17,8 +17,7 @@ float32, and too coarse to be the answer. It is good enough to say which latents
    rose too far, or which is zero or not finite, has all its products made instead.
 
 So the result is that of the float32 product, to its rounding, in an order of summation that depends on the processor's
-vector width and on nothing else: neither on the number of threads nor on the vectors beside it.
-Not here: gradients; activations other than the k largest.
+vector width alone: neither on the number of threads nor on the vectors beside it.
 
 Shapes: N vectors, D d_model, M n_latents, k active latents a vector.
 """
@@ -35,15 +34,9 @@ from train.kernels.cpu.compiling import even_chunks, run_chunks
 from train.kernels.cpu.selection import topk_relu
 from train.kernels.interface import SparseCodes
 
-TILE_BYTES = 16 * 2**20
-"""Products of vectors that the screen leaves out that are held at once."""
-
-MAX_BLOCKS = 64
-"""Parts of a vector that are mixed at most."""
-
-SIGMAS = 8.0
-"""Margin of an estimate, in standard deviations of its error."""
-
+TILE_BYTES = 16 * 2**20  # products of vectors that the screen leaves out that are held at once
+MAX_BLOCKS = 64  # parts of a vector that are mixed at most
+SIGMAS = 8.0  # margin of an estimate, in standard deviations of its error
 _MANY = 64  # latents for each of the k, so that it pays
 _FIRST_SAMPLE = 4  # panels after which bounds are first drawn up
 _LEAST_NORM = 1e-3  # of the largest row's: smaller rows are given that norm's margin
@@ -89,8 +82,7 @@ class Screen:
 
     @torch.no_grad()
     def topk_relu(self, centred: Tensor, k: int) -> SparseCodes:
-        """ReLU of the k largest of centred @ W_enc^T: values float32 [N, k], largest first, indices int64 [N, k]; of
-        equal values the lowest latent first. `centred` float32 [N, D]."""
+        """As `selection.topk_relu` of centred @ W_enc^T; `centred` float32 [N, D]."""
         n, d = centred.shape
         centred = centred.contiguous()
         n_blocks = -(-n // loops.ROWS)
@@ -106,23 +98,14 @@ class Screen:
         margin = torch.where(scale > 0, SIGMAS * spread, 0)
         values, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
         left_out = np.ones(n, np.bool_)
+        screened = (blocks, offset, scale, margin, self._panels, self._scale, self._size, self._order)
+        exact = (self._own_size, centred, self._weights, values, indices)
         run_chunks(
             loops.screen_blocks,
             even_chunks(n_blocks if self._sound else 0, loops.GROUP),
-            blocks.numpy(),
-            offset.numpy(),
-            scale.numpy(),
-            margin.numpy(),
-            self._panels.numpy(),
-            self._scale.numpy(),
-            self._size.numpy(),
-            self._order.numpy(),
+            *(part.numpy() for part in screened),
             self._ranks(k),
-            self._own_size.numpy(),
-            centred.numpy(),
-            self._weights.numpy(),
-            values.numpy(),
-            indices.numpy(),
+            *(part.numpy() for part in exact),
             left_out,
         )
         tile = max(1, TILE_BYTES // (4 * len(self._weights)))

@@ -45,21 +45,8 @@ greater, lesser = _choice("maxnum"), _choice("minnum")
 
 @intrinsic
 def collect_block(
-    typing_context: Any,
-    left: Any,
-    right: Any,
-    quads: Any,
-    offset: Any,
-    scale: Any,
-    size: Any,
-    margin: Any,
-    bound: Any,
-    latent: Any,
-    guesses: Any,
-    latents: Any,
-    room: Any,
-    counts: Any,
-) -> Any:
+    typing_context, left, right, quads, offset, scale, size, margin, bound, latent, guesses, latents, room, counts
+):
     """Estimates of 14 rows and a panel; those that may exceed their row's bound join its candidates.
 
     left: int32 [quads, 14]; right: int32 [quads, 32]; offset: int32 [14], where the sums begin; scale, size: [32];
@@ -107,19 +94,7 @@ def _multiply(builder: Any, left: Any, right: Any, quads: Any, offset: Any) -> l
     return after
 
 
-def _keep_above(
-    builder: Any,
-    sums: list[list[Any]],
-    scale: Any,
-    size: Any,
-    margin: Any,
-    bound: Any,
-    latent: Any,
-    guesses: Any,
-    latents: Any,
-    room: Any,
-    counts: Any,
-) -> None:
+def _keep_above(builder, sums, scale, size, margin, bound, latent, guesses, latents, room, counts):
     """Write the estimates that may exceed their row's bound, and the numbers of their latents."""
     pack_floats = _instruction(builder, "x86.avx512.mask.compress.v16f32", _FLOATS, _FLOATS, _FLOATS, _BITS)
     pack_ints = _instruction(builder, "x86.avx512.mask.compress.v16i32", _INTS, _INTS, _INTS, _BITS)

@@ -1,15 +1,13 @@
 """Compiled loops of the 8-bit screen: bytes packed, latents that may be among the largest, their exact products.
 
 - Rows are rounded to signed bytes and packed in blocks of 14, latents to unsigned bytes (plus 128) in panels of 32,
-  four coordinates side by side, as `train.kernels.cpu.screen_instructions` multiplies them. It keeps the estimates
-  that exceed a row's bound.
+  four coordinates side by side, as `train.kernels.cpu.screen_instructions` multiplies them.
 - Whenever the number of latents seen has quadrupled, a row's bound is drawn up. They are a fair sample, of which the
   largest estimates say what k of all latents are nearly sure to reach; whether k did is known at the end. So a row has
   some two hundred candidates in all, of M. Where they fill their room before, the bound is what k surely reach.
-- The k candidates of the largest estimates are multiplied out, and then those that may still exceed the least of them.
 
-A row's bits depend on itself and the weights alone, not on the block or the thread: a product is summed in one order,
-wherever its latent stands among the candidates. Not here: what to do with the rows that are left out.
+A row's bits depend on itself and the weights alone: a product is summed in one order, wherever its latent stands among
+the candidates. `train.kernels.cpu.screen` has the whole method.
 
 Tested in tests/train/kernels/cpu/test_screen.py.
 
@@ -25,17 +23,10 @@ from train.kernels.cpu.screen_instructions import PANEL, ROWS, collect_block, gr
 GROUP = 24
 """Blocks that a thread takes through all panels: so many that reading a panel is a small part of using it."""
 
-_ROOM = 224
-"""Candidates beyond k before a row is cut for the first time."""
-
-_MOST = 1024
-"""Candidates that a row may have after a cut; with more it is left out."""
-
-_TILE = 64
-"""Latents that one row after another is multiplied with: so many stay in a core's cache."""
-
-_CHECKED = 0.75
-"""Of the margin: a row in which an estimate is further off is left out."""
+_ROOM = 224  # candidates beyond k before a row is cut for the first time
+_MOST = 1024  # candidates that a row may have after a cut; with more it is left out
+_TILE = 64  # latents that one row after another is multiplied with: so many stay in a core's cache
+_CHECKED = 0.75  # of the margin: a row in which an estimate is further off is left out
 
 
 @inlined

@@ -27,16 +27,11 @@ CHUNK = 2**17
 
 
 def topk_relu(z: Tensor, k: int) -> SparseCodes:
-    """As `train.kernels.interface.Kernels.topk_relu`; values are float32, or float64 for float64.
-
-    Of equal entries the lowest latent comes first, both in what is taken and in its order.
-    """
-    if z.dtype not in _KEYS:
-        raise TypeError(f"z: expected bfloat16, float32 or float64, found {z.dtype}; convert it first")
+    """As `Kernels.topk_relu`; values are float32, or float64 for float64. Equal entries are in the order of latents."""
+    key_type, value_type, infinity = _keys(z)
     if z.dim() != 2 or not 1 <= k <= z.shape[1]:
         raise ValueError(f"z {list(z.shape)}, k {k}: expected a matrix [N, M] and 1 <= k <= M")
     n, m = z.shape
-    key_type, value_type, infinity = _KEYS[z.dtype]
     bits = z.detach().contiguous().view(key_type)
     values = torch.empty(n, k, dtype=value_type)
     indices = torch.empty(n, k, dtype=torch.int64)
@@ -46,18 +41,22 @@ def topk_relu(z: Tensor, k: int) -> SparseCodes:
 
 
 def keep_largest(z: Tensor, k: int) -> Tensor:
-    """As `train.kernels.interface.Kernels.keep_largest`, in place; of equal entries the lowest latents stay."""
-    if z.dtype not in _KEYS:
-        raise TypeError(f"z: expected bfloat16, float32 or float64, found {z.dtype}; convert it first")
+    """As `Kernels.keep_largest`, in place; of equal entries the lowest latents stay."""
+    key_type, _, infinity = _keys(z)
     if z.dim() != 2 or k < 1:
         raise ValueError(f"z {list(z.shape)}, k {k}: expected a matrix [N, M] and k of at least 1")
     n, m = z.shape
     if k >= m:
         return z.relu_()
-    key_type, _, infinity = _KEYS[z.dtype]
     bits = array_of(z.view(key_type), "z", n, m, written=True)
     run_chunks(loops.keep_rows, even_chunks(n, 1 + CHUNK // (8 * m)), bits, k, infinity, bits)
     return z
+
+
+def _keys(z: Tensor) -> tuple[torch.dtype, torch.dtype, int]:
+    if z.dtype not in _KEYS:
+        raise TypeError(f"z: expected bfloat16, float32 or float64, found {z.dtype}; convert it first")
+    return _KEYS[z.dtype]
 
 
 def array_of(

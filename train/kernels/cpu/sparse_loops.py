@@ -83,11 +83,7 @@ def gradient_rows(start, stop, grad_out, indices, W_dec, out):
 
 @compiled
 def reconstruct_rows(start, stop, values, indices, W_dec, centred, weight, error, grad_out, squared, value_grads):
-    """Decoder, error, and the gradients of weight[n] |error[n]|^2, for n in start..stop, while a row's latents are hot.
-
-    error [N, D] = centred - decoded; grad_out [N, D] = -2 weight error; squared [N] = |error|^2; value_grads [N, k] =
-    <grad_out, W_dec of the latent> where the value is positive, else 0.
-    """
+    """`train.kernels.interface.Reconstruction` of rows start..stop, each made while its decoder rows are cached."""
     k = values.shape[1]
     flat_values, flat_indices = values.ravel(), indices.ravel()
     for n in range(start, stop):
@@ -150,8 +146,7 @@ def weight_rows(start, stop, starts, order, k, coefficients, rows, out, sums):
 def adam_rows(
     start, stop, weight, grad, exp_avg, exp_avg_sq, scale, step_size, beta1, beta2, correction, epsilon, unit_rows
 ):
-    """Adam on rows start..stop, in place, with scale * grad; `Kernels.adam_rows` says what `unit_rows`
-    adds."""
+    """Adam on rows start..stop, in place; the numbers are those of `train.kernels.interface.AdamStep`."""
     number = weight.dtype.type
     new_1, keep_2, new_2 = number(1 - beta1), number(beta2), number(1 - beta2)
     scale, step_size = number(scale), number(step_size)

@@ -1,9 +1,8 @@
 """The sparse pieces of a training step for CUDA, in Triton: `train.kernels.interface`.
 
 The programs are in `train.kernels.cuda.topk_programs` (selection) and `train.kernels.cuda.row_programs` (everything by
-rows). All sums have one fixed order, and nothing is added atomically, so the same inputs give the same bits on the same
-card; that costs a stable sort of the N * k latent numbers and nothing else. Numbers are those of the plain torch
-kernels up to the order of sums. First use compiles (seconds, once: Triton keeps its code in ~/.triton).
+rows). The fixed order of all sums costs a stable sort of the N * k latent numbers and nothing else. First use compiles
+(seconds, once: Triton keeps its code in ~/.triton).
 
 With TRITON_INTERPRET=1 in the environment before the import the programs run on the CPU, slowly, for tests.
 
@@ -14,7 +13,6 @@ Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P = N
 # Launches take more than a program's own parameters:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
-import math
 from typing import final
 
 import torch
@@ -22,28 +20,13 @@ import triton
 from torch import Tensor
 
 from train.kernels.cuda import row_programs, topk_programs
-from train.kernels.interface import (
-    ADAM_BETAS,
-    ADAM_EPSILON,
-    Kernels,
-    Reconstruction,
-    SparseCodes,
-    TopK,
-    WeightGradients,
-)
+from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, TopK, WeightGradients
 from train.kernels.plain import TORCH
 
-_CANDIDATES = 4096
-"""Entries of a row that are looked at closely, at most: k groups."""
-
-_GROUPS = 16384
-"""Groups of a row, at most; a program holds all their maxima."""
-
-_CHUNK = 64
-"""Sorted pairs that a program adds up."""
-
-_PIECE = 1024
-"""Numbers that a program of the optimiser moves, where it need not see a whole row."""
+_CANDIDATES = 4096  # entries of a row that are looked at closely, at most: k groups
+_GROUPS = 16384  # of a row, at most; a program holds all their maxima
+_CHUNK = 64  # sorted pairs that a program adds up
+_PIECE = 1024  # numbers that a program of the optimiser moves, where it need not see a whole row
 
 
 @final
@@ -68,24 +51,13 @@ class CudaKernels(Kernels):
         topk_programs.group_maxima[(n, -(-n_groups // block))](z, maxima, m, n_groups, GROUP=group, BLOCK=block)
         values = torch.empty(n, k, dtype=torch.float32, device=z.device)
         indices = torch.empty(n, k, dtype=torch.int64, device=z.device)
-        chosen = torch.empty(n, triton.next_power_of_2(k), dtype=torch.int32, device=z.device)
-        winners = torch.empty(n, 2, triton.next_power_of_2(k), dtype=torch.int32, device=z.device)
-        topk_programs.select[(n,)](
-            z,
-            maxima,
-            chosen,
-            winners,
-            values,
-            indices,
-            m,
-            n_groups,
-            k,
-            GROUP=group,
-            GROUPS=triton.next_power_of_2(n_groups),
-            K=triton.next_power_of_2(k),
-            LOWEST_BIT=16 if z.dtype == torch.bfloat16 else 0,
-            num_warps=8,
-        )
+        width = triton.next_power_of_2(k)
+        chosen = torch.empty(n, width, dtype=torch.int32, device=z.device)
+        winners = torch.empty(n, 2, width, dtype=torch.int32, device=z.device)
+        memory = (z, maxima, chosen, winners, values, indices)
+        sizes = {"GROUP": group, "GROUPS": triton.next_power_of_2(n_groups), "K": width}
+        lowest_bit = 16 if z.dtype == torch.bfloat16 else 0
+        topk_programs.select[(n,)](*memory, m, n_groups, k, **sizes, LOWEST_BIT=lowest_bit, num_warps=8)
         return SparseCodes(values, indices)
 
     def keep_largest(self, z: Tensor, k: int) -> Tensor:
@@ -97,31 +69,24 @@ class CudaKernels(Kernels):
     def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         (n, k), d = values.shape, W_dec.shape[1]
         out = W_dec.new_empty(n, d)
-        row_programs.decode[(n,)](
-            values.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d, **_row_block(d)
-        )
+        inputs = (t.contiguous() for t in (values, indices, W_dec))
+        row_programs.decode[(n,)](*inputs, out, k, d, **_row_block(d))
         return out
 
     def activation_gradient(self, grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         (n, k), d = indices.shape, W_dec.shape[1]
         out = W_dec.new_empty(n, k)
-        row_programs.activation_gradient[(n,)](
-            grad_out.contiguous(), indices.contiguous(), W_dec.contiguous(), out, k, d, **_row_block(d)
-        )
+        inputs = (t.contiguous() for t in (grad_out, indices, W_dec))
+        row_programs.activation_gradient[(n,)](*inputs, out, k, d, **_row_block(d))
         return out
 
     def reconstruct(
         self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
     ) -> Reconstruction:
         (n, k), d = values.shape, W_dec.shape[1]
-        out = Reconstruction(
-            error=W_dec.new_empty(n, d),
-            grad_out=W_dec.new_empty(n, d),
-            squared=W_dec.new_empty(n),
-            value_grads=W_dec.new_empty(n, k),
-        )
-        inputs = (values, indices, W_dec, target, weight)
-        row_programs.reconstruct[(n,)](*(t.contiguous() for t in inputs), *out, k, d, **_row_block(d))
+        out = Reconstruction(*(W_dec.new_empty(shape) for shape in ((n, d), (n, d), (n,), (n, k))))
+        inputs = (t.contiguous() for t in (values, indices, W_dec, target, weight))
+        row_programs.reconstruct[(n,)](*inputs, *out, k, d, **_row_block(d))
         return out
 
     def weight_gradients(
@@ -150,56 +115,20 @@ class CudaKernels(Kernels):
         sum_parts = grad_out.new_empty(n_chunks, 2)
         block = min(512, triton.next_power_of_2(d))
         grid_d = -(-d // block)
-        row_programs.chunk_sums[(n_chunks, grid_d)](
-            value_grads.contiguous(),
-            values.contiguous(),
-            latent,
-            order,
-            starts,
-            centred.contiguous(),
-            grad_out.contiguous(),
-            *out,
-            parts[0],
-            parts[1],
-            sum_parts,
-            pairs,
-            k,
-            d,
-            CHUNK=_CHUNK,
-            BLOCK=block,
-        )
-        row_programs.join_chunks[(n_latents, grid_d)](
-            starts, *out, parts[0], parts[1], sum_parts, d, CHUNK=_CHUNK, BLOCK=block
-        )
+        inputs = (value_grads, values, latent, order, starts, centred, grad_out)
+        memory = (*(t.contiguous() for t in inputs), *out, *parts, sum_parts)
+        row_programs.chunk_sums[(n_chunks, grid_d)](*memory, pairs, k, d, CHUNK=_CHUNK, BLOCK=block)
+        row_programs.join_chunks[(n_latents, grid_d)](starts, *out, *parts, sum_parts, d, CHUNK=_CHUNK, BLOCK=block)
         return out
 
-    def adam_rows(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        step: int,
-        unit_rows: bool,
-        grad_scale: float = 1.0,
-    ) -> None:
+    def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             if not tensor.is_contiguous():
                 raise ValueError(f"{name}: expected contiguous memory; it is written in place")
         # Where rows mean nothing, the numbers are cut into pieces of a size that suits: a bias is one row of M of them.
-        d = weight.shape[1] if unit_rows else min(weight.numel(), _PIECE)
-        beta1, beta2 = ADAM_BETAS
-        numbers = (
-            grad_scale,
-            lr / (1 - beta1**step),
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            math.sqrt(1 - beta2**step),
-            ADAM_EPSILON,
-        )
+        d = weight.shape[1] if how.unit_rows else min(weight.numel(), _PIECE)
+        beta1, beta2 = how.BETAS
+        numbers = (how.grad_scale, how.step_size, 1 - beta1, beta2, 1 - beta2, how.correction, how.EPSILON)
         row_programs.adam[(-(-weight.numel() // d),)](
             weight,
             grad.contiguous(),
@@ -208,7 +137,7 @@ class CudaKernels(Kernels):
             weight.new_tensor(numbers, dtype=torch.float64),  # as memory, because arguments are rounded to float32
             d,
             weight.numel(),
-            UNIT_ROWS=unit_rows,
+            UNIT_ROWS=how.unit_rows,
             **_row_block(d),
         )
 

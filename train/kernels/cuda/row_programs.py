@@ -44,8 +44,7 @@ def activation_gradient(grad_out, indices, W_dec, out, k, d, BLOCK: tl.constexpr
 def reconstruct(
     values, indices, W_dec, target, weight, error, grad_out, squared, value_grads, k, d, BLOCK: tl.constexpr
 ):
-    """Decoder, error, and the gradients of weight[n] |error[n]|^2; outputs as
-    `train.kernels.interface.Reconstruction`."""
+    """`train.kernels.interface.Reconstruction` of row program_id(0)."""
     n = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < d

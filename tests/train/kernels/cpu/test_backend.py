@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.support.codes import dense
 from train.config import ObjectiveConfig
 from train.kernels.cpu.backend import NUMBA
-from train.kernels.interface import Kernels, Reconstruction
+from train.kernels.interface import AdamStep, Kernels, Reconstruction
 from train.kernels.plain import TORCH
 from train.model_config import SAEConfig
 from train.objective.losses import DeadLatents, row_weights
@@ -161,7 +161,7 @@ def test_adam_equals_torchs_with_projection_and_normalisation(
         adam.step()
         if unit_rows:
             theirs.data /= theirs.data.norm(dim=1, keepdim=True)
-        kernels.adam_rows(weight, grad.clone(), exp_avg, exp_avg_sq, lr=lr, step=step, unit_rows=unit_rows)
+        kernels.adam_rows(weight, grad.clone(), exp_avg, exp_avg_sq, AdamStep(lr=lr, step=step, unit_rows=unit_rows))
     assert_near(weight, theirs.data, FLOATS[dtype])
     if unit_rows:
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(300, dtype=dtype), rtol=1e-6, atol=0)
@@ -172,7 +172,8 @@ def test_adam_scales_the_gradient_and_leaves_it() -> None:
     results = []
     for unscaled, scale in ((grad.clone(), 0.25), (0.25 * grad, 1.0)):
         weight, before = torch.ones(20, 9) / 3, unscaled.clone()
-        NUMBA.adam_rows(weight, unscaled, *torch.zeros(2, 20, 9), lr=0.1, step=1, unit_rows=True, grad_scale=scale)
+        how = AdamStep(lr=0.1, step=1, unit_rows=True, grad_scale=scale)
+        NUMBA.adam_rows(weight, unscaled, *torch.zeros(2, 20, 9), how=how)
         assert torch.equal(unscaled, before)
         results.append(weight)
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
@@ -190,7 +191,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
         parts = NUMBA.reconstruct(*codes, W, x, torch.ones(700))
         grads = NUMBA.weight_gradients(codes.values, parts.value_grads, codes.indices, parts.grad_out, x, 1500)
         moved, m, v = W.clone(), torch.zeros_like(W), torch.zeros_like(W)
-        NUMBA.adam_rows(moved, grads.W_dec, m, v, lr=0.01, step=1, unit_rows=True)
+        NUMBA.adam_rows(moved, grads.W_dec, m, v, AdamStep(lr=0.01, step=1, unit_rows=True))
         decoded = NUMBA.decode(*codes, W)
         value_grads = NUMBA.activation_gradient(parts.grad_out, codes.indices, W)
         results.append([*codes, *parts, *grads, moved, m, v, decoded, value_grads])
@@ -248,7 +249,7 @@ def test_what_the_loops_would_not_survive_is_refused() -> None:
     with pytest.raises(TypeError, match="float16; convert"):
         NUMBA.topk_relu(torch.randn(2, 6).half(), 2)
     with pytest.raises(ValueError, match="weight: expected contiguous memory"):
-        NUMBA.adam_rows(torch.randn(3, 6).T, W_dec, W_dec, W_dec, lr=0.1, step=1, unit_rows=False)
+        NUMBA.adam_rows(torch.randn(3, 6).T, W_dec, W_dec, W_dec, AdamStep(lr=0.1, step=1, unit_rows=False))
     strided = torch.randn(3, 6).T  # what is only read may lie anyhow
     torch.testing.assert_close(NUMBA.decode(values, indices, strided), dense(values, indices, 6) @ strided)
 

@@ -35,7 +35,7 @@ else:
     from train.config import ObjectiveConfig
     from train.kernels.choose import choose_kernels
     from train.kernels.cuda.backend import TRITON, _group_size
-    from train.kernels.interface import Kernels
+    from train.kernels.interface import AdamStep, Kernels
     from train.kernels.plain import TORCH
     from train.model_config import SAEConfig
     from train.objective.losses import DeadLatents, row_weights
@@ -127,7 +127,7 @@ else:
         for step in (1, 2, 3):
             grad = randn(6, 5, seed=step, dtype=dtype)
             for kernels, (w, m, v) in ((TRITON, state), (TORCH, other)):
-                kernels.adam_rows(w, grad.clone(), m, v, lr=0.01, step=step, unit_rows=unit_rows)
+                kernels.adam_rows(w, grad.clone(), m, v, AdamStep(lr=0.01, step=step, unit_rows=unit_rows))
         for found, expected in zip(state, other, strict=True):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
@@ -136,7 +136,7 @@ else:
         state = [randn(*shape, seed=seed) for seed in (1, 2)] + [randn(*shape, seed=3).abs()]
         other = [t.clone() for t in state]
         for kernels, (w, m, v) in ((TRITON, state), (TORCH, other)):
-            kernels.adam_rows(w, randn(*shape), m, v, lr=0.01, step=9, unit_rows=False, grad_scale=0.5)
+            kernels.adam_rows(w, randn(*shape), m, v, AdamStep(lr=0.01, step=9, unit_rows=False, grad_scale=0.5))
         for found, expected in zip(state, other, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
