@@ -5,20 +5,18 @@ below are loaded when first used, so that importing `store` is quick.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from store.activations import ActivationStore
-    from store.dask_arrays import dask_array
-    from store.loader import WindowLoader
-
-__all__ = ["ActivationStore", "WindowLoader", "dask_array"]
+from typing import Any
 
 _MODULES = {
     "ActivationStore": "store.activations",
+    "Batch": "store.loader",
+    "LayerStatistics": "store.moments",
+    "StoreMeta": "store.meta",
+    "TokenTable": "store.arrays",
     "WindowLoader": "store.loader",
     "dask_array": "store.dask_arrays",
 }
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
