@@ -27,28 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
 
-    def compare_command() -> int:
+    def compare_command() -> None:
         argv = ["--help"] if {"-h", "--help"} & set(words) else words  # --compare --help lacks its folders
         config = parse_options(CompareConfig, argv, prog="analyze", description=COMPARE_DESCRIPTION)
         from analysis.compare.measure import compare
 
         compare(config)
-        return 0
 
-    def command() -> int:
+    def command() -> None:
         config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
         if config.prompts.prompt:
-            from analysis.prompt.run import analyze_prompts
-
-            analyze_prompts(config)
-            return 0
-        from analysis.run import analyze
-
-        analyze(config)
-        return 0
+            from analysis.prompt.run import analyze_prompts as run
+        else:
+            from analysis.run import analyze as run
+        run(config)
 
     comparing = any(word.partition("=")[0] == "--compare" for word in words)
-
     return run_command("analyze", compare_command if comparing else command)
 
 

@@ -1,7 +1,4 @@
-"""What `analyze` can be asked for. Light: the command line is made from this, and loads nothing else.
-
-Tested in tests/analysis/test_cli.py.
-"""
+"""What `analyze` can be asked for. Light: the command line is made from this, and loads nothing else."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +7,6 @@ from typing import Any, ClassVar, Literal
 from residscope.errors import UsageError
 from residscope.names import beside
 
-Dtype = Literal["float32", "float64", "bfloat16"]
 DocumentSplit = Literal["all", "train", "validation"]
 
 
@@ -29,8 +25,8 @@ class TokenOptions:
     split: DocumentSplit = "all"
     """Which documents: every one, or the checkpoint's own training or validation documents."""
     max_tokens: int | None = None
-    """Stop after so many kept tokens of the split, in store order. By default all of them. The training tokens that PCA
-    is fitted on, and the validation tokens, are cut at as many."""
+    """Stop after so many kept tokens of the split, in store order. By default all of them. The same limit
+    applies to the validation tokens and to the training tokens of PCA."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_tokens")
@@ -40,7 +36,7 @@ class TokenOptions:
 class StatisticsOptions:
     """How numbers are computed and what they are compared with."""
 
-    dtype: Dtype = "float32"
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Number format of the encoder's product; float32 gives the same numbers on every machine, bfloat16 is several
     times faster where the hardware has it. Sums are float64 always."""
     pca: bool = True
@@ -87,7 +83,7 @@ class TransformerOptions:
     downstream_tokens: int | None = None
     """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at so many
     tokens of held-out documents (else of the analysed ones); 0 for none. By default as many as take about a minute on
-    two cores, if the store's model is on this machine; if it is not, the analysis goes without."""
+    two cores, if the store's model is on this machine; otherwise this step is skipped."""
     latent_logits: bool = True
     """Find the tokens that each latent promotes, suppresses and is nearest to, if the store's model is on this
     machine."""
@@ -121,7 +117,7 @@ class PromptOptions:
 
     def __post_init__(self) -> None:
         if (self.ablate or self.steer) and not self.prompt:
-            raise UsageError("--ablate and --steer change what the model makes of a text: give one with --prompt")
+            raise UsageError("--ablate and --steer need a text: give one with --prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +146,8 @@ class WorkerOptions:
     def __post_init__(self) -> None:
         _at_least(self, 1, "n_workers")
         if self.scheduler not in ("threads", "processes") and ":" not in self.scheduler:
-            raise UsageError(
-                "--scheduler should be threads, processes or an address such as tcp://HOST:8786, "
-                f"found {self.scheduler!r}"
-            )
+            wanted = "threads, processes or an address such as tcp://HOST:8786"
+            raise UsageError(f"--scheduler should be {wanted}, found {self.scheduler!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +164,7 @@ class AnalyzeConfig:
     """The autoencoder: a checkpoint as `train` wrote it, a folder in the format of mlsae, SAELens or sparsify, or the
     owner/name of a hub repository."""
     out: Path | None = None
-    """Folder for summary.json, latents.parquet, layers.parquet, figures and report.html; results that are in it are
+    """Folder for summary.json, latents.parquet, layers.parquet, figures and report.html; existing results in it are
     replaced. By default CHECKPOINT.analysis beside the checkpoint: ckpt.analysis for ckpt.pt; for a hub repository
     NAME.analysis here."""
     tokens: TokenOptions = TokenOptions()

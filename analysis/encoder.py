@@ -2,10 +2,9 @@
 
 Weights are loaded once per process from the checkpoint's path, in any format that `train.formats.files` reads, and
 shared by its threads; a task carries the path only. Codes come from `train.model.MLSAE` as its variant has them in
-inference, with dtype float32 by the fastest way to the float32 product's own; values are never negative, and where
-their number varies a tile is padded with zeros to the most that one of its vectors has. A store that was harvested
-through a tuned lens holds vectors that went through it already, as the autoencoder's training data did: nothing is left
-to apply here. Not here: sums over codes (`analysis.moments`, `analysis.quality`), scheduling (`analysis.jobs`).
+inference; values are never negative, and where their number varies a tile is padded with zeros to the most that one of
+its vectors has. Vectors of a store that was harvested through a tuned lens are encoded as they are: they went through
+it already, as the autoencoder's training data did.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector at most, M n_latents; the T * L vectors of a tile are
 rows of one matrix.
@@ -15,7 +14,7 @@ import threading
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,19 +32,8 @@ PLACES_UNKNOWN = 256
 """Places for a vector's active latents where their mean number is not known, as of a foreign autoencoder."""
 
 
-class Codes(NamedTuple):
-    """Sparse codes of whole tokens."""
-
-    values: Tensor
-    """[T, L, k] >= 0."""
-    indices: Tensor
-    """int64 [T, L, k]."""
-    x_hat: Tensor
-    """[T, L, D] reconstruction in raw space."""
-
-
 class Encoder:
-    """An autoencoder ready to encode, in a type."""
+    """An autoencoder ready to encode."""
 
     def __init__(self, sae: MLSAE, dtype: str) -> None:
         self.config = sae.config
@@ -65,16 +53,9 @@ class Encoder:
         """Codes of standardised vectors: values [N, k] >= 0, indices int64 [N, k]; 0 is padding."""
         return self._sae.encode_standardized(standardized.x, self._encoder)
 
-    def decode(self, codes: SparseCodes, standardized: Standardized, n_layers: int) -> Codes:
-        """Codes of the vectors of whole tokens, token by token, n_layers rows each, with their reconstructions."""
-        x_hat = self._sae.decode(codes, standardized.mean, standardized.std)
-        shape = (-1, n_layers, codes.values.shape[-1])
-        return Codes(codes.values.view(shape), codes.indices.view(shape), x_hat.view(-1, n_layers, x_hat.shape[-1]))
-
-    @property
-    def width(self) -> int:
-        """Places for a vector's active latents that are kept (`kept_places`)."""
-        return kept_places(self.config)
+    def decode(self, codes: SparseCodes, standardized: Standardized) -> Tensor:
+        """Reconstructions [N, D] in raw space."""
+        return self._sae.decode(codes, standardized.mean, standardized.std)
 
     @cached_property
     def origin(self) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The store and the autoencoder of an analysis: opened once in each process, and checked against each other.
 
 `open_inputs` is for the process that the user started; `open_data` for the tasks, which are told paths and integers
-only (`TaskSpec`) and may run in another process. Tested in tests/analysis/test_cli.py and test_run.py. Not here: which
-tokens are analysed (`analysis.selection`), encoding (`analysis.encoder`).
+only (`TaskSpec`) and may run in another process.
 """
 
 import threading
@@ -18,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from analysis.config import StatisticsOptions, TokenOptions
-from analysis.encoder import Encoder, load_encoder
+from analysis.encoder import Encoder, kept_places, load_encoder
 from analysis.selection import Selection, held_out_documents, select
 from analysis.tiles import Coder
 from residscope.errors import IncompatibleError
@@ -89,8 +88,8 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
     for name, expected, found in checks:
         if expected != found:
             raise IncompatibleError(
-                f"{sae_path} does not fit {store.path}: {name} should be {_shown(expected)}, "
-                f"as the autoencoder was trained on, found {_shown(found)}: "
+                f"{sae_path} does not fit {store.path}: {name} should be {expected or 'none'}, "
+                f"as the autoencoder was trained on, found {found or 'none'}: "
                 "harvest a store of the same model and lens, or train on this one"
             )
     layers = tuple(trained.get("layers") or meta.layers)
@@ -98,7 +97,7 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
     if missing:
         raise IncompatibleError(
             f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, "
-            f"the store lacks {missing}: harvest them too"
+            f"the store does not have layers {missing}: harvest them too"
         )
     return tuple(meta.layers.index(layer) for layer in layers)
 
@@ -115,18 +114,13 @@ def weights_hash(sae: MLSAE) -> str:
 def _doubts(checkpoint: Checkpoint, store: ActivationStore) -> list[str]:
     """Where checkpoint and store may not fit, and the checkpoint records too little to tell: sentences for the user."""
     trained = checkpoint.store
-    if trained.get("content_hash") == store.content_hash:
+    same_store = trained.get("content_hash") == store.content_hash
+    if same_store or trained.get("random_init") is not None or not store.meta.provenance.get("random_init"):
         return []
-    if store.meta.provenance.get("random_init") and trained.get("random_init") is None:
-        return [
-            "This store is of a model with random weights (--random-init), and whether the autoencoder was trained on "
-            "such a model is not recorded: if it was trained on the real one, these numbers say nothing of either."
-        ]
-    return []
-
-
-def _shown(value: object) -> str:
-    return "none" if value is None else str(value)
+    return [
+        "This store is of a model with random weights (--random-init), and whether the autoencoder was trained on "
+        "such a model is not recorded: if it was trained on the real one, these numbers say nothing of either."
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,21 +130,19 @@ class TaskSpec:
     store: str
     """Path of the store."""
     content_hash: str
-    """What the store at that path must hold."""
+    """The store's, checked by every process."""
     sae: str
     """Path of the checkpoint."""
     layers: tuple[int, ...]
-    """Stored layers to analyse, as indices into the store's."""
+    """As in `Inputs`."""
     tokens: TokenOptions
     statistics: StatisticsOptions
     validation: tuple[float, int, int] | None
     """Fraction, seed and number of documents of the checkpoint's validation split."""
     same_store: bool
-    """Whether this is the store that the autoencoder was trained on."""
     pca: bool
     """Whether to sum what the PCA baseline needs: wanted, and there is something to fit it on."""
     save_latents: bool = False
-    """Whether to keep the codes of every shard that is encoded."""
     codes_folder: str | None = None
     """Folder for the analysed tokens' codes while the analysis lasts (`analysis.tiles`); None for none."""
 
@@ -196,7 +188,7 @@ def _open_data(spec: TaskSpec, encoder: Encoder) -> TaskData:
     store, selection = _opened_here.get(spec) or _open_store(spec, encoder.config.n_latents)
     make = KeptCodes.create if spec.save_latents else KeptCodes.open
     origin = {**encoder.origin, "layers": [store.meta.layers[i] for i in spec.layers]}
-    kept = make(store, origin, encoder.width)
+    kept = make(store, origin, kept_places(encoder.config))
     return TaskData(encoder, store, selection, store.statistics().mean[list(spec.layers)], kept)
 
 
@@ -204,8 +196,8 @@ def _open_store(spec: TaskSpec, n_latents: int) -> tuple[ActivationStore, Select
     store = ActivationStore.open(spec.store)
     if store.content_hash != spec.content_hash:
         raise IncompatibleError(
-            f"{spec.store} holds other data here than where the analysis was started: "
-            f"content hash {store.content_hash}, expected {spec.content_hash}; every worker must see the same store"
+            f"{spec.store} on this worker is not the store of the analysis: "
+            f"content hash {store.content_hash}, expected {spec.content_hash}"
         )
     split: dict[str, Any] | None = None
     if spec.validation:

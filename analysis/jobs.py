@@ -6,8 +6,7 @@ the run and names its shards. A worker that dies loses the tasks that it held: D
 
 Threads of this process are the default: encoding, reading and summing all release the interpreter's lock, so threads
 are as fast as processes, share one copy of the weights and start at once. Processes (a LocalCluster) cost seconds to
-start. With several workers each has one torch thread, or its share of the cores. Not here: what a task does
-(`analysis.task`).
+start. With several workers each has one torch thread, or its share of the cores.
 """
 
 import os
@@ -70,7 +69,6 @@ class Pool(Protocol):
 
     def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
         """The value of `root`; advances the bar by `tokens[key]` when the task of that key is done."""
-        ...
 
 
 def run(total: ShardSum[R], pool: Pool) -> R:
@@ -89,9 +87,7 @@ def run(total: ShardSum[R], pool: Pool) -> R:
         try:
             return pool.compute(_tree(leaves, total.merge, name), tokens, bar)
         except KeyboardInterrupt:
-            raise Interrupted(
-                "interrupted; nothing was written, and the same command starts the analysis again"
-            ) from None
+            raise Interrupted("interrupted; nothing was written. Run the same command to start again") from None
 
 
 def shard_groups(n_shards: int) -> list[slice]:
@@ -123,18 +119,15 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
             raise
         except Exception as error:
             if left == 0:
+                which = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
                 raise ResidscopeError(
-                    f"{_named(shards)} failed {ATTEMPTS} times, last with {type(error).__name__}: {error}"
+                    f"{which} failed {ATTEMPTS} times, last with {type(error).__name__}: {error}"
                 ) from error
         else:
             if worker is not None:
                 worker.log_event(_TOPIC, tokens)
             return result
     raise AssertionError("unreachable")
-
-
-def _named(shards: Sequence[int]) -> str:
-    return f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
 
 
 @contextmanager
@@ -185,22 +178,13 @@ class Threads:
         torch.set_num_threads(max(1, before // self.n_workers))
         keep_going()
         try:
-            with _BarCallback(tokens, bar):
+            with Callback(posttask=lambda key, *_: bar.update(tokens.get(key, 0))):
                 return compute(root, scheduler="threads", num_workers=self.n_workers, optimize_graph=False)[0]
         except BaseException:
             stop_tasks()
             raise
         finally:
             torch.set_num_threads(before)
-
-
-class _BarCallback(Callback):
-    def __init__(self, tokens: dict[str, int], bar: "tqdm[Any]") -> None:
-        self._tokens, self._bar = tokens, bar
-        super().__init__(posttask=self._advance)
-
-    def _advance(self, key: Any, result: Any, dsk: Any, state: Any, worker: Any) -> None:
-        self._bar.update(self._tokens.get(key, 0))
 
 
 _TOPIC = "residscope-analysis"
@@ -221,7 +205,7 @@ class Cluster:
             return self.client.compute(root, optimize_graph=False).result()
         except KilledWorker as error:
             raise ResidscopeError(
-                f"a task died with its worker again and again ({error.task}): the workers may lack memory; "
+                f"the workers of task {error.task} were killed repeatedly, probably out of memory; "
                 "use fewer with --n-workers"
             ) from None
         finally:
@@ -244,17 +228,14 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
     try:
         client = Client(scheduler, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ResidscopeError(
             f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s "
-            f"({_first_line(error)}): start one with `dask scheduler`, or leave --scheduler out"
+            f"({reason}): start one with `dask scheduler`, or leave --scheduler out"
         ) from None
     with client:
         _say_dashboard(client)
         yield Cluster(client)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _say_dashboard(client: Any) -> None:

@@ -3,14 +3,12 @@
 
 Codes: for each token, every positive activation updates the weighted mean layer and the summed squared deviation of its
 latent at that token (West 1979, the weighted form of Welford's update). So the within-token sum is a sum of
-non-negative terms, exactly 0 for a latent that is active at one layer, and nothing is got by subtracting large sums.
-Scratch arrays of n_latents entries hold the token's latents, and a stamp tells which entries are this token's: nothing
-is cleared, and memory does not depend on the number of tokens.
+non-negative terms, exactly 0 for a latent that is active at one layer; no large sums are subtracted. Scratch arrays of
+n_latents entries hold the token's latents, and a stamp tells which entries are this token's, so nothing is cleared.
 
 Vectors: one pass reads each vector and its reconstruction once and accumulates in float64.
 
-Imported where it is called, because it loads numba. Tested in tests/analysis/test_moments.py, test_persistence.py and
-test_quality.py.
+Imported where it is called, because it loads numba.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector, M n_latents, G document groups present, S subsets of
 tokens.

@@ -19,8 +19,7 @@ so that, by mass, with everything summed over latents and divided by sum_j M0
 
 Sums are float64 (counts int64) with layers centred. They add over tokens, so they merge across shards, workers and
 document groups in any order. Whole tokens must be added: every layer of a token in one call. The same pass over the
-codes fills the sums of `analysis.persistence`. The method in full: docs/method.md. Not here: the numbers that the
-reference implementation computes (`analysis.reference`), intervals (`analysis.uncertainty`).
+codes fills the sums of `analysis.persistence`. The method in full: docs/method.md.
 
 Shapes: T tokens, L layers, k active latents a vector, M n_latents, G document groups.
 """
@@ -33,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.persistence import Persistence
-from analysis.quality import defined, ratio_or_zero
+from analysis.quality import defined, ratio, ratio_or_zero
 
 Weighting = Literal["mass", "equal", "latent"]
 
@@ -65,14 +64,15 @@ class LayerMoments:
     @classmethod
     def zeros(cls, layers: Sequence[int], n_latents: int, groups: Sequence[int] = (0,)) -> "LayerMoments":
         """No tokens yet; `add` takes tokens of these document groups only."""
+        n_layers, n_groups = len(layers), len(set(groups))
         return cls(
             layers=np.asarray(layers, np.int64),
             groups=np.unique(np.asarray(groups, np.int64)),
-            n_tokens=np.zeros(len(set(groups)), np.int64),
-            sums=np.zeros((len(set(groups)), 8, n_latents)),
-            counts=np.zeros((n_latents, len(layers)), np.int64),
-            totals=np.zeros((n_latents, len(layers))),
-            persistence=Persistence.zeros(len(layers), n_latents, len(set(groups))),
+            n_tokens=np.zeros(n_groups, np.int64),
+            sums=np.zeros((n_groups, 8, n_latents)),
+            counts=np.zeros((n_latents, n_layers), np.int64),
+            totals=np.zeros((n_latents, n_layers)),
+            persistence=Persistence.zeros(n_layers, n_latents, n_groups),
         )
 
     @property
@@ -105,24 +105,15 @@ class LayerMoments:
             token, layer, _ = np.unravel_index(bad, values.shape)
             raise ValueError(
                 f"activation {values.reshape(-1)[bad]} at token {token} of the tile, layer {self.layers[layer]}: "
-                "it should be finite and at least 0; look at the store with `residscope verify`"
+                "it should be finite and at least 0; check the store with `residscope verify`"
             )
         n_tokens, n_layers, k = values.shape
         row = np.zeros(n_tokens, np.int64) if group is None else np.searchsorted(self.groups, group)
         own = np.arange(n_tokens * n_layers).reshape(n_tokens, n_layers) if rows is None else rows
-        loops.add_codes(
-            values.reshape(-1, k),
-            np.ascontiguousarray(indices).reshape(-1, k),
-            own,
-            self.layers - self.centre,
-            row,
-            self.sums,
-            self.counts,
-            self.totals,
-            self.persistence.histograms,
-            self.persistence.shape,
-            self.persistence.latents,
-        )
+        codes = values.reshape(-1, k), np.ascontiguousarray(indices).reshape(-1, k)
+        persistence = self.persistence.histograms, self.persistence.shape, self.persistence.latents
+        sums = self.sums, self.counts, self.totals, *persistence
+        loops.add_codes(*codes, own, self.layers - self.centre, row, *sums)
         np.add.at(self.n_tokens, row, 1)
 
     @staticmethod
@@ -170,8 +161,7 @@ class Variances(NamedTuple):
     def aggregate_over_token(self) -> NDArray[np.float64]:
         """How many times the token-level variance the aggregate variance is, at least 1; NaN where the token-level
         variance is 0."""
-        positive = self.within_token > 0
-        return np.divide(self.aggregate, self.within_token, out=np.full_like(self.within_token, np.nan), where=positive)
+        return ratio(self.aggregate, self.within_token)
 
 
 VARIANCE_NAMES = ("within_token", "between_tokens", "between_latents", "total", "aggregate", "aggregate_over_token")

@@ -10,8 +10,7 @@ A (token, latent) pair is a latent with an activation > 0 at one layer of the to
 
 A pair counts by its activation mass, or once. `analysis.loops.add_codes` fills the sums in its one pass over the
 codes; they add over tokens, and are kept per document group, so intervals come from the same replicates as those of
-the variances. Where a store holds some of the model's layers only, "in a row" speaks of those. Not here: intervals
-(`analysis.uncertainty`), what chance would give (`analysis.baselines.nulls`).
+the variances. Where a store holds only some of the model's layers, "in a row" refers to those.
 
 Shapes: G document groups, L layers, M n_latents.
 """
@@ -48,7 +47,6 @@ class Persistence:
 
     @classmethod
     def zeros(cls, n_layers: int, n_latents: int, n_groups: int) -> "Persistence":
-        """No tokens yet."""
         return cls(
             histograms=np.zeros((n_groups, len(PAIR_WEIGHTINGS), len(DISTRIBUTIONS), n_layers)),
             shape=np.zeros((n_groups, len(PAIR_WEIGHTINGS), 3)),
@@ -61,10 +59,6 @@ class Persistence:
         self.shape[rows] += part.shape
         self.latents[:] += part.latents
 
-    def drawn(self, draws: NDArray[np.float64]) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":
-        """Sums over groups, each taken `draws` [R, G] times: histograms [R, 2, 4, L] and shape [R, 2, 3]."""
-        return np.tensordot(draws, self.histograms, 1), np.tensordot(draws, self.shape, 1)
-
 
 class PersistenceNumbers(NamedTuple):
     """Means over pairs under one weighting; arrays of any shape (replicates). NaN where there is no such pair."""
@@ -72,9 +66,8 @@ class PersistenceNumbers(NamedTuple):
     n_layers_active: NDArray[np.float64]
     """Layers at which the latent is active at the token."""
     onset: NDArray[np.float64]
-    """First of them, in the model's layer numbers."""
+    """First of them, in the model's layer numbers, as `offset`."""
     offset: NDArray[np.float64]
-    """Last of them, in the model's layer numbers."""
     run_length: NDArray[np.float64]
     """Layers of the longest run."""
     n_runs: NDArray[np.float64]
@@ -102,13 +95,13 @@ def persistence_numbers(
     active, run, onset, offset = np.moveaxis(histograms[..., w, :, :], -2, 0)  # each [..., L]
     runs, contiguity, unbroken = np.moveaxis(shape[..., w, :], -1, 0)
     weight, single = active.sum(axis=-1), active[..., 0]
-    n = np.arange(1, active.shape[-1] + 1)
-    layers_on = active @ n.astype(np.float64)
+    n, numbers = np.arange(1.0, active.shape[-1] + 1), layers.astype(np.float64)
+    layers_on = active @ n
     return PersistenceNumbers(
         n_layers_active=_mean(layers_on, weight),
-        onset=_mean(onset @ layers.astype(np.float64), weight),
-        offset=_mean(offset @ layers.astype(np.float64), weight),
-        run_length=_mean(run @ n.astype(np.float64), weight),
+        onset=_mean(onset @ numbers, weight),
+        offset=_mean(offset @ numbers, weight),
+        run_length=_mean(run @ n, weight),
         n_runs=_mean(runs, weight),
         contiguity=_mean(contiguity, weight),
         unbroken=_mean(unbroken, weight),
@@ -126,13 +119,9 @@ PERSISTENCE_NAMES = PersistenceNumbers._fields
 
 def distributions(sums: Persistence) -> dict[str, dict[str, list[float]]]:
     """weighting -> name (`DISTRIBUTIONS`) -> shares of all document groups [L] that sum to 1; zeros without a pair."""
-    histograms = sums.histograms.sum(axis=0)  # [2, 4, L]
-    found: dict[str, dict[str, list[float]]] = {}
-    for weighting, rows in zip(PAIR_WEIGHTINGS, histograms, strict=True):
-        total = rows[0].sum()
-        shares = rows / total if total > 0 else rows
-        found[weighting] = dict(zip(DISTRIBUTIONS, shares.tolist(), strict=True))
-    return found
+    histograms = zip(PAIR_WEIGHTINGS, sums.histograms.sum(axis=0), strict=True)  # each [4, L]
+    shares = {weighting: rows / (rows[0].sum() or 1.0) for weighting, rows in histograms}
+    return {w: dict(zip(DISTRIBUTIONS, rows.tolist(), strict=True)) for w, rows in shares.items()}
 
 
 def persistence_summary(sums: Persistence, layers: NDArray[np.int64]) -> dict[str, dict[str, Any]]:

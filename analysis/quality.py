@@ -1,38 +1,33 @@
 """How well the autoencoder reconstructs each layer, and what the layers' vectors look like: sums that add over tokens,
 and the numbers that they give.
 
-    FVU_l    = sum |x - x_hat|^2 / sum |x - mean_l|^2   raw space, mean_l per dimension, over the same vectors; lower is
-                                                        better
-    MSE_l    = sum |x - x_hat|^2 / (n d_model)          raw space, so it grows with the square of a layer's norm; lower
-                                                        is better
+    FVU_l    = sum |x - x_hat|^2 / sum |x - mean_l|^2   mean_l per dimension, over the same vectors
+    MSE_l    = sum |x - x_hat|^2 / (n d_model)          grows with the square of a layer's norm
     L0_l     = mean number of latents with a value > 0
     norm_l   = mean L2 norm of x
     cosine_l = mean cosine between x_l - m_l and x_{l+1} - m_{l+1} of the same token, m the means of the store's kept
                tokens
 
-Deviations are taken from m, given in advance, and summed in float64: sum |x - mean_l|^2 = sum |x - m|^2 - |sum (x -
-m)|^2 / n, in which nothing cancels, because m is (nearly) the mean. So one reading is enough, with massive activations
-too. Several subsets of the tokens (analysed, validation) are summed at once.
+Errors are in raw space; lower is better. Deviations are taken from m and summed in float64: sum |x - mean_l|^2 =
+sum |x - m|^2 - |sum (x - m)|^2 / n, in which nothing cancels, because m is (nearly) the mean. So one reading is enough,
+with massive activations too. Several subsets of the tokens (analysed, validation) are summed at once.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector, S subsets.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerQuality:
-    """Additive sums of reconstruction errors and vector statistics, per subset of tokens."""
+    """Additive sums of reconstruction errors and vector statistics, and n_tokens [S], per subset of tokens."""
 
     n_tokens: NDArray[np.int64]
-    """[S]"""
     squared_error: NDArray[np.float64]
     """[S, L] sum |x - x_hat|^2."""
     squared_deviation: NDArray[np.float64]
@@ -50,7 +45,6 @@ class LayerQuality:
 
     @classmethod
     def zeros(cls, n_subsets: int, n_layers: int, d_model: int) -> "LayerQuality":
-        """No tokens yet."""
         per_layer = (n_subsets, n_layers)
         return cls(
             n_tokens=np.zeros(n_subsets, np.int64),
@@ -83,20 +77,19 @@ class LayerQuality:
         loops.measure_vectors(x, x_hat, shift, member, error, deviation, norm, cosine, self.deviation)
         defined = ~np.isnan(cosine)
         active = (values > 0).sum(axis=-1)  # [T, L]
+        totals = self.squared_error, self.squared_deviation, self.norm, self.active, self.cosine, self.n_cosines
+        parts = error, deviation, norm, active, np.where(defined, cosine, 0.0), defined
         for subset, rows in enumerate(member):
             self.n_tokens[subset] += rows.sum()
-            self.squared_error[subset] += error[rows].sum(axis=0)
-            self.squared_deviation[subset] += deviation[rows].sum(axis=0)
-            self.norm[subset] += norm[rows].sum(axis=0)
-            self.active[subset] += active[rows].sum(axis=0)
-            self.cosine[subset] += np.where(defined, cosine, 0.0)[rows].sum(axis=0)
-            self.n_cosines[subset] += defined[rows].sum(axis=0)
+            for total, part in zip(totals, parts, strict=True):
+                total[subset] += part[rows].sum(axis=0)
         return np.stack([error, deviation, active])
 
     @staticmethod
     def merged(parts: Sequence["LayerQuality"]) -> "LayerQuality":
         """The sum of `parts`, added in their order."""
-        return sum_fields(parts)
+        names = [field.name for field in fields(LayerQuality)]
+        return LayerQuality(**{name: sum_in_order([getattr(part, name) for part in parts]) for name in names})
 
     def result(self, subset: int) -> "QualityResult":
         """The numbers of one subset."""
@@ -120,12 +113,11 @@ class LayerQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupQuality:
-    """Additive sums per document group, for intervals."""
+    """Additive sums, and n_tokens [G], per document group, for intervals."""
 
     groups: NDArray[np.int64]
     """[G] ids of the document groups that are present, increasing."""
     n_tokens: NDArray[np.int64]
-    """[G]"""
     sums: NDArray[np.float64]
     """[G, 3, L] of |x - x_hat|^2, |x - m|^2 and the number of active latents."""
 
@@ -181,13 +173,6 @@ def ratio_or_zero(
 def defined(value: Any) -> float | None:
     """A JSON number, or None for what is not defined."""
     return float(value) if np.isfinite(value) else None
-
-
-def sum_fields(parts: Sequence[T]) -> T:
-    """The sum of dataclasses of arrays, field by field, first to last."""
-    first: Any = parts[0]
-    names = [field.name for field in fields(first)]
-    return type(first)(**{name: sum_in_order([getattr(part, name) for part in parts]) for name in names})
 
 
 def sum_in_order(arrays: Sequence[NDArray]) -> NDArray:

@@ -1,8 +1,7 @@
 """One analysis, from options to files: open and check, sum over shards, fit and evaluate the baseline, look at latents,
 run the transformer, write.
 
-Tested in tests/analysis/test_run.py and test_cli.py. Not here: what one task sums (`analysis.task`), what the numbers
-mean (`analysis.moments`, `analysis.quality`), how they are said (`analysis.results`), how they are drawn
+Not here: what one task sums (`analysis.task`), how numbers are written (`analysis.results`) and drawn
 (`analysis.report.page`).
 """
 
@@ -15,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import jobs
-from analysis.baselines import pca
 from analysis.config import AnalyzeConfig
 from analysis.encoder import kept_places
 from analysis.inputs import Inputs, TaskSpec, open_data, open_inputs, opened_here
@@ -48,7 +46,9 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         if path is not None:
             refuse_inside_store(path, flag)
     inputs = inputs or open_inputs(config.store, config.sae)
-    selection = _select(config, inputs)
+    tokens = inputs.store.tokens
+    held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
+    selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
     found_model = find_model(config.transformer, inputs.store)
     with partial_folder(config.out_dir) as folder:
         spec = _task_spec(config, inputs, selection, folder)
@@ -93,14 +93,11 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     return summary
 
 
-def _select(config: AnalyzeConfig, inputs: Inputs) -> Selection:
-    tokens = inputs.store.tokens
-    held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
-    return select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
-
-
 def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path) -> TaskSpec:
-    split, places = inputs.validation, kept_places(inputs.sae.config)
+    validation, split = None, inputs.validation
+    if split and selection.held_out.any():
+        validation = split["fraction"], split["seed"], len(selection.held_out)
+    places = kept_places(inputs.sae.config)
     return TaskSpec(
         store=str(config.store.resolve()),
         content_hash=inputs.store.content_hash,
@@ -108,9 +105,7 @@ def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, fold
         layers=inputs.layers,
         tokens=config.tokens,
         statistics=config.statistics,
-        validation=(split["fraction"], split["seed"], len(selection.held_out))
-        if split and selection.held_out.any()
-        else None,
+        validation=validation,
         same_store=inputs.same_store,
         pca=config.statistics.pca and bool(selection.fit.any()),
         save_latents=config.latents.save_latents,
@@ -119,8 +114,7 @@ def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, fold
 
 
 def _make_codes(spec: TaskSpec, store: ActivationStore) -> None:
-    """Make the arrays for codes before any task asks for them, so that a store that cannot be written is said at
-    once."""
+    """Make the arrays for codes before any task runs, so that a store that cannot be written is reported at once."""
     try:
         open_data(spec)
     except OSError as error:
@@ -149,13 +143,12 @@ def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Su
     """PCA with as many components as the autoencoder has active latents, on the validation tokens."""
     assert sums.pca is not None
     measured = max(1, round(float(sums.analysed.l0.mean())))
-    # k is 0 where it is not known of a foreign autoencoder.
-    components = pca.fit(sums.pca, inputs.sae.config.k or measured)
+    components = sums.pca.fit(inputs.sae.config.k or measured)  # a foreign autoencoder whose k is not known has k 0
     arguments = (spec, components)
     errors = _over_shards("pca", pca_error, arguments, sum_in_order, inputs.store, selection.validation, pool)
     return Baseline(
         k=len(components.directions),
-        n_train_vectors=int(sums.pca.n),
+        n_train_vectors=sums.pca.n,
         n_validation_vectors=int(sums.quality.n_tokens[VALIDATION]) * len(inputs.layers),
         fvu=ratio(errors, sums.quality.spread(VALIDATION)),
     )

@@ -58,12 +58,7 @@ class Selection:
         return self.analysed | self.validation | self.fit
 
 
-def select(
-    tokens: TokenTable,
-    held_out: NDArray[np.bool_],
-    options: TokenOptions,
-    n_latents: int,
-) -> Selection:
+def select(tokens: TokenTable, held_out: NDArray[np.bool_], options: TokenOptions, n_latents: int) -> Selection:
     """Masks for a split of documents; each mask keeps its first `max_tokens` tokens in store order.
 
     held_out: bool [n_documents] from `held_out_documents`. Raises `IncompatibleError` if the split is empty.
@@ -72,16 +67,14 @@ def select(
     of_split = {"all": tokens.keep, "train": tokens.keep & ~is_held_out, "validation": tokens.keep & is_held_out}
     analysed = _first(of_split[options.split], options.max_tokens)
     if not analysed.any():
-        raise IncompatibleError(
-            f"no token to analyse: the {options.split} split of this store is empty. {_WAY_OUT[options.split]}"
-        )
-    some_held_out = bool(of_split["validation"].any())
-    none = np.zeros_like(analysed)
+        raise IncompatibleError(f"no tokens to analyse: {_EMPTY[options.split]}")
+    if not of_split["validation"].any():
+        of_split["train"] = of_split["validation"]  # nothing is held out, so PCA is not fitted either
     group, n_documents, n_groups = _document_groups(tokens.document, analysed, n_latents)
     return Selection(
         analysed=analysed,
-        validation=_first(of_split["validation"], options.max_tokens) if some_held_out else none,
-        fit=_first(of_split["train"], options.max_tokens) if some_held_out else none,
+        validation=_first(of_split["validation"], options.max_tokens),
+        fit=_first(of_split["train"], options.max_tokens),
         group=group,
         held_out=held_out,
         n_documents=n_documents,
@@ -89,10 +82,11 @@ def select(
     )
 
 
-_WAY_OUT = {
-    "all": "The store keeps none of its tokens: harvest more text",
-    "train": "Every document is held out: use --split validation or all",
-    "validation": "No document is held out: use --split all, or train with --validation-fraction above 0",
+_EMPTY = {
+    "all": "all tokens of this store are masked: harvest more text",
+    "train": "the train split is empty, because every document is held out: use --split validation or all",
+    "validation": "the validation split is empty, because no document is held out: use --split all, or train with "
+    "--validation-fraction above 0",
 }
 
 
@@ -113,7 +107,7 @@ def held_out_documents(
             return np.zeros(n_documents, bool)
         raise IncompatibleError(
             f"the checkpoint's validation split was drawn from {expected} documents, the store has {n_documents}: "
-            "the split cannot be told again"
+            "the split cannot be reconstructed"
         )
     return validation_documents(n_documents, float(validation["fraction"]), int(validation["seed"]))
 

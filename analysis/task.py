@@ -2,9 +2,7 @@
 
 A task is a pure function of paths and integers (`analysis.inputs.TaskSpec`), so any process that sees the paths can run
 it, again if need be. Memory is bounded by a tile of tokens and by sums that do not grow with the number of tokens. Sums
-of consecutive tasks add up to those of all tokens, in any grouping to rounding. Tested in tests/analysis/test_run.py.
-Not here: in which process a task runs (`analysis.jobs`) and what the sums mean (`analysis.moments`,
-`analysis.quality`).
+of consecutive tasks add up to those of all tokens, in any grouping to rounding.
 
 Shapes: T tokens of a tile, L analysed layers, D d_model.
 """
@@ -16,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.baselines import pca
 from analysis.baselines.nulls import NULLS
 from analysis.inputs import TaskData, TaskSpec, open_data
 from analysis.moments import LayerMoments
@@ -24,6 +21,7 @@ from analysis.quality import GroupQuality, LayerQuality, QualityResult
 from analysis.tiles import CodeTile, read_codes, shards_with, vector_tiles, write_codes
 from residscope.errors import IncompatibleError
 from store.care.verify import require_intact
+from train.compare.pca import Components, PCASums
 
 ANALYSED, VALIDATION = 0, 1
 """Subsets of `Sums.quality`."""
@@ -36,7 +34,7 @@ class Sums:
     moments: LayerMoments
     quality: LayerQuality
     by_group: GroupQuality
-    pca: pca.PcaSums | None
+    pca: PCASums | None
     nulls: Mapping[str, LayerMoments]
     """By name of the null model (`analysis.baselines.nulls.NULLS`), in one document group; empty without them."""
 
@@ -44,11 +42,6 @@ class Sums:
     def analysed(self) -> QualityResult:
         """How well the analysed tokens are reconstructed."""
         return self.quality.result(ANALYSED)
-
-    @property
-    def validation(self) -> QualityResult:
-        """How well the validation tokens are reconstructed."""
-        return self.quality.result(VALIDATION)
 
     @staticmethod
     def merged(parts: "Sequence[Sums]") -> "Sums":
@@ -58,7 +51,7 @@ class Sums:
             moments=LayerMoments.merged([part.moments for part in parts]),
             quality=LayerQuality.merged([part.quality for part in parts]),
             by_group=GroupQuality.merged([part.by_group for part in parts]),
-            pca=pca.PcaSums.merged(of_pca) if of_pca else None,
+            pca=PCASums.merged(of_pca) if of_pca else None,
             nulls={name: LayerMoments.merged([part.nulls[name] for part in parts]) for name in parts[0].nulls},
         )
 
@@ -77,7 +70,8 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
         for token, x in vector_tiles(store, spec.layers, [shard], needed):
             vectors = encoder.standardize(torch.from_numpy(x).view(-1, d_model))
             if sums.pca is not None:
-                sums.pca.add(vectors.x.view(-1, n_layers, d_model), selection.fit[token])
+                chosen = torch.from_numpy(np.repeat(selection.fit[token], n_layers))
+                sums.pca.add(vectors.x if chosen.all() else vectors.x[chosen], vectors.x.dtype)
             member = np.stack([selection.analysed[token], selection.validation[token]])  # [2, T]
             rows = member.any(axis=0)
             if not rows.any():
@@ -86,12 +80,13 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
                 chosen = torch.from_numpy(np.repeat(rows, n_layers))
                 vectors = type(vectors)(*(part[chosen] for part in vectors))
                 x, member, token = x[rows], member[:, rows], token[rows]
-            codes = encoder.decode(coder.codes(token, vectors), vectors, n_layers)
-            values, x_hat = codes.values.numpy(), codes.x_hat.numpy()
+            codes = coder.codes(token, vectors)
+            parts = (*codes, encoder.decode(codes, vectors))
+            values, indices, x_hat = (part.view(len(token), n_layers, -1).numpy() for part in parts)
             per_token = sums.quality.add(x.astype(shift.dtype, copy=False), x_hat, values, shift, member)
             analysed = member[ANALYSED]
             if analysed.any():
-                tile = CodeTile(token[analysed], values[analysed], codes.indices.numpy()[analysed])
+                tile = CodeTile(token[analysed], values[analysed], indices[analysed])
                 _add_codes(spec, data, sums, tile, per_token[:, analysed])
     return sums
 
@@ -107,7 +102,7 @@ def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
         moments=LayerMoments.zeros(layers, n_latents, present),
         quality=LayerQuality.zeros(2, n_layers, d_model),
         by_group=GroupQuality.zeros(n_layers, present),
-        pca=pca.PcaSums.zeros(d_model) if spec.pca else None,
+        pca=PCASums.zeros(d_model) if spec.pca else None,
         nulls={name: LayerMoments.zeros(layers, n_latents) for name in NULLS} if spec.statistics.nulls else {},
     )
 
@@ -125,8 +120,8 @@ def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_t
         where = tuple(int(i) for i in np.argwhere(~((values >= 0) & np.isfinite(values)))[0])
         raise IncompatibleError(
             f"{spec.sae} on {spec.store}: the activation is {values[where]} at layer {sums.moments.layers[where[1]]}, "
-            f"token {token[where[0]]} of the store: it should be finite and at least 0; look at the store with "
-            "`residscope verify`, and at the autoencoder's weights"
+            f"token {token[where[0]]} of the store: it should be finite and at least 0; check the store with "
+            "`residscope verify`, and the autoencoder's weights"
         ) from None
     for name, null in sums.nulls.items():
         rows = NULLS[name](spec.statistics.seed, token, values.shape[1], data.store.meta.chunk_tokens)
@@ -143,13 +138,12 @@ def codes_again(spec: TaskSpec, needed: NDArray[np.bool_]) -> Iterator[CodeTile]
     yield from data.coder(spec).tiles(shards_with(data.store, needed), needed)
 
 
-def pca_error(spec: TaskSpec, components: pca.Components, shards: Sequence[int]) -> NDArray[np.float64]:
-    """[L] summed squared error, in raw space, of the baseline's reconstructions of the validation tokens in these
-    shards."""
+def pca_error(spec: TaskSpec, components: Components, shards: Sequence[int]) -> NDArray[np.float64]:
+    """[L] summed squared error, in raw space, of the PCA baseline's reconstructions of the validation tokens in these
+    shards: the mean and k components of standardised vectors, mapped back by each vector's own mean and scale."""
     data = open_data(spec)
     n_layers, d_model = data.shift.shape
-    mean = torch.from_numpy(components.mean).to(data.encoder.dtype)
-    directions = torch.from_numpy(components.directions).to(data.encoder.dtype)  # [k, D]
+    mean, directions = (part.to(data.encoder.dtype) for part in components)  # [D], [k, D]
     errors = np.zeros(n_layers)
     for _, x in vector_tiles(data.store, spec.layers, shards, data.selection.validation):
         standardized, own_mean, scale = data.encoder.standardize(torch.from_numpy(x).view(-1, d_model))

@@ -3,7 +3,7 @@
 Codes are encoded, or taken from the store where an earlier analysis kept them there (`--save-latents`). While an
 analysis lasts they also stand in a folder of its own, so that what looks at them again need not encode again: one file
 for each tile, named by the tile's first token; a task that is run again writes the same files. That folder is used
-where it takes no more than a quarter of the free disk. Tested in tests/analysis/test_kept_codes.py and test_run.py.
+where it takes no more than a quarter of the free disk.
 
 Shapes: T tokens of a tile, L analysed layers, D d_model, k active latents a vector.
 """
@@ -51,8 +51,7 @@ class CodeTile(NamedTuple):
 
 
 def stop_tasks() -> None:
-    """Make the tasks that run in threads of this process end at their next tile, so that an interrupted run does not
-    linger."""
+    """Make the tasks in threads of this process end at their next tile, so that an interrupted run does not linger."""
     _stopping.set()
 
 
@@ -85,19 +84,13 @@ def vector_tiles(
                 x = store.read(slice(start, stop), layers)
                 x = x if len(token) == stop - start else x[token - start]
                 if not (np.isfinite(x.min()) and np.isfinite(x.max())):  # a NaN is both
-                    _refuse_not_finite(store, layers, token, x)
+                    t, i, d = (int(n) for n in np.argwhere(~np.isfinite(x))[0])
+                    raise IncompatibleError(
+                        f"{store.path}, layer {store.meta.layers[layers[i]]}, token {token[t]} of the store, dimension "
+                        f"{d}: the value {x[t, i, d]} is not finite: check the store with `residscope verify`, or "
+                        "harvest again"
+                    )
                 yield token, x
-
-
-def _refuse_not_finite(
-    store: ActivationStore, layers: tuple[int, ...], token: NDArray[np.int64], x: NDArray[np.float32]
-) -> None:
-    where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
-    raise IncompatibleError(
-        f"{store.path}, layer {store.meta.layers[layers[where[1]]]}, token {token[where[0]]} of the store, dimension "
-        f"{where[2]}: the value {x[where]} is not finite; `harvest` never writes such a value: look with `residscope "
-        "verify`, or harvest again"
-    )
 
 
 class Coder:
@@ -172,16 +165,13 @@ def read_codes(folder: str, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
         with np.load(path) as kept:
             token = kept["token"]
             rows = needed[token]
-            if rows.all():
-                yield CodeTile(token, kept["values"], kept["indices"].astype(np.int64))
-            elif rows.any():
+            if rows.any():
                 yield CodeTile(token[rows], kept["values"][rows], kept["indices"][rows].astype(np.int64))
 
 
 @contextmanager
 def lasting(folder: str | None) -> Iterator[None]:
-    """Remove the codes' folder at the end of the block, also where the analysis fails: it may be a quarter of the
-    disk."""
+    """Remove the codes' folder at the end of the block, also where the analysis fails."""
     try:
         yield
     finally:

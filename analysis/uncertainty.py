@@ -14,18 +14,18 @@ narrow with few documents.
 Shapes: G document groups, N numbers, M n_latents.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
+from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, Weighting, variances
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, persistence_numbers
 from analysis.quality import GroupQuality, QualityResult
 
 MIN_INTERVAL_GROUPS = 20
-"""With fewer groups of documents no interval is given: at 16, intervals for some numbers held the truth less than nine
-times in ten."""
+"""Fewer groups give no interval: at 16, those of some numbers held the truth less than nine times in ten."""
 
 METHOD = "jackknife over groups of whole documents, with corrections for bias, skewness and heavy tails"
 
@@ -45,20 +45,14 @@ Intervals = dict[str, dict[str, Interval | None]]
 """weighting -> name -> interval; None where the number is not defined in every replicate."""
 
 
-def enough_groups(n_groups: int) -> bool:
-    """Whether there are enough for intervals."""
-    return n_groups >= MIN_INTERVAL_GROUPS
-
-
 def leave_one_out(n_groups: int) -> NDArray[np.float64] | None:
-    """[G, G] how often each replicate takes each document group: once, but its own; None if there are fewer than
-    `MIN_INTERVAL_GROUPS`. A product with it adds up what is left, so that what is left of nothing is nothing."""
-    return np.ones((n_groups, n_groups)) - np.eye(n_groups) if enough_groups(n_groups) else None
+    """[G, G] how often each replicate takes each document group: once, its own never; None if there are fewer than
+    `MIN_INTERVAL_GROUPS`."""
+    return 1.0 - np.eye(n_groups) if n_groups >= MIN_INTERVAL_GROUPS else None
 
 
 def without_each(sums: NDArray[Any]) -> NDArray[np.float64]:
-    """[..., G] sums over all document groups but one, for each one, of `sums` [..., G]: as a product with
-    `leave_one_out`, in memory that grows with G alone. Added up, never subtracted."""
+    """[..., G] the product of `sums` [..., G] with `leave_one_out`, by additions alone and without its G x G memory."""
     found = np.zeros(sums.shape)
     found[..., 1:] = np.cumsum(sums[..., :-1], axis=-1, dtype=np.float64)
     found[..., :-1] += np.cumsum(sums[..., :0:-1], axis=-1, dtype=np.float64)[..., ::-1]
@@ -67,9 +61,7 @@ def without_each(sums: NDArray[Any]) -> NDArray[np.float64]:
 
 def jackknife_intervals(values: NDArray[np.float64], replicates: NDArray[np.float64]) -> list[Interval | None]:
     """The interval of each of N values [N] from its replicates [N, G], by `leave_one_out`; widened to hold the value.
-
-    None where a value or a replicate is not finite.
-    """
+    None where a value or a replicate is not finite."""
     return [_interval(float(value), row) for value, row in zip(values, replicates, strict=True)]
 
 
@@ -128,20 +120,27 @@ def variance_intervals(moments: LayerMoments) -> Intervals:
     sums = moments.sums[:, :, live]  # [G, 8, live latents]
     pooled = sums.sum(axis=0)
     flat = sums.reshape(len(draws), -1)
-    replicates: dict[str, list[NDArray[np.float64]]] = {weighting: [] for weighting in WEIGHTINGS}
+    replicates: dict[Weighting, list[NDArray[np.float64]]] = {weighting: [] for weighting in WEIGHTINGS}
     step = max(1, _AT_ONCE_BYTES // (flat[0].nbytes or 1))
     for start in range(0, len(draws), step):
         drawn = (draws[start : start + step] @ flat).reshape(-1, *pooled.shape)
-        for weighting in WEIGHTINGS:
-            found = variances(drawn, weighting)
-            replicates[weighting].append(np.stack([getattr(found, name) for name in VARIANCE_NAMES]))
-    intervals: Intervals = {}
-    for weighting in WEIGHTINGS:
-        found = variances(pooled, weighting)
-        values = np.array([float(getattr(found, name)) for name in VARIANCE_NAMES])
-        drawn = np.concatenate(replicates[weighting], axis=1)
-        intervals[weighting] = dict(zip(VARIANCE_NAMES, jackknife_intervals(values, drawn), strict=True))
-    return intervals
+        for weighting, parts in replicates.items():
+            parts.append(_stacked(drawn, weighting))
+    return {
+        weighting: _named(VARIANCE_NAMES, _stacked(pooled, weighting), np.concatenate(parts, axis=1))
+        for weighting, parts in replicates.items()
+    }
+
+
+def _stacked(sums: NDArray[np.float64], weighting: Weighting) -> NDArray[np.float64]:
+    found = variances(sums, weighting)
+    return np.stack([getattr(found, name) for name in VARIANCE_NAMES])
+
+
+def _named(
+    names: Sequence[str], values: NDArray[np.float64], replicates: NDArray[np.float64]
+) -> dict[str, Interval | None]:
+    return dict(zip(names, jackknife_intervals(values, replicates), strict=True))
 
 
 def persistence_intervals(moments: LayerMoments) -> Intervals:
@@ -149,13 +148,13 @@ def persistence_intervals(moments: LayerMoments) -> Intervals:
     draws = leave_one_out(len(moments.groups))
     if draws is None:
         return {}
-    sums = moments.persistence
-    pooled, drawn = sums.drawn(np.ones((1, len(moments.groups)))), sums.drawn(draws)
+    sums = moments.persistence.histograms, moments.persistence.shape
+    pooled, drawn = ([np.tensordot(each, x, 1) for x in sums] for each in (np.ones((1, len(draws))), draws))
     intervals: Intervals = {}
     for weighting in PAIR_WEIGHTINGS:
         value = np.stack(persistence_numbers(pooled[0], pooled[1], moments.layers, weighting))  # [N, 1]
         replicates = np.stack(persistence_numbers(drawn[0], drawn[1], moments.layers, weighting))  # [N, G]
-        intervals[weighting] = dict(zip(PERSISTENCE_NAMES, jackknife_intervals(value[:, 0], replicates), strict=True))
+        intervals[weighting] = _named(PERSISTENCE_NAMES, value[:, 0], replicates)
     return intervals
 
 
@@ -189,7 +188,7 @@ def reconstruction_intervals(sums: GroupQuality, found: QualityResult) -> Recons
     """As `variance_intervals`, of the numbers of `analysis.quality`; None with too few groups.
 
     A replicate's FVU is its squared error over its squared deviation from one fixed vector by layer, times a constant
-    that makes it the found FVU where every group is taken: so the layers' means need not be kept by group.
+    that gives the found FVU where every group is taken: so the layers' means need not be kept by group.
     """
     draws = leave_one_out(len(sums.groups))
     if draws is None:

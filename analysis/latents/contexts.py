@@ -8,8 +8,8 @@ fired at n tokens of the layer at least. Of two such layers of a latent
               activations were put at random on the tokens at which it fires at all
 
 so overlap / chance says how many times better the layers agree than a latent would that fires at the same tokens and
-ranks them anew at each layer. At which tokens a latent fires is kept, because a latent that fires rarely agrees with
-itself for that reason alone. All pairs of layers count, and stand apart by their distance.
+ranks them at random at each layer. At which tokens a latent fires is kept, because a latent that fires rarely agrees
+with itself for that reason alone. All pairs of layers count, also grouped by their distance.
 
 Shapes: M n_latents, L layers, n contexts.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.loops import compiled
-from analysis.quality import ratio
+from analysis.quality import defined, ratio
 
 N_CONTEXTS = 5
 """Top contexts of a latent at a layer."""
@@ -79,8 +79,8 @@ def agreement_summary(found: ContextAgreement) -> dict[str, Any]:
         "overlap": overlap,
         "chance": chance,
         "overlap_over_chance": overlap / chance if overlap is not None and chance else None,
-        "overlap_by_distance": [None if np.isnan(x) else float(x) for x in found.by_distance],
-        "chance_by_distance": [None if np.isnan(x) else float(x) for x in found.chance_by_distance],
+        "overlap_by_distance": [defined(x) for x in found.by_distance],
+        "chance_by_distance": [defined(x) for x in found.chance_by_distance],
     }
 
 

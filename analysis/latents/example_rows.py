@@ -1,12 +1,12 @@
 """examples.parquet: the maximally activating examples as text, each with the tokens around it.
 
 Text comes whole, with no character cut (`analysis.model.token_text`); without a tokenizer token ids stand in its place.
-Each token's text is made once, however many windows it is in. Tested in tests/analysis/latents/test_examples.py.
+Each token's text is made once, however many windows it is in.
 
 Shapes: R examples, W tokens of a window.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +25,10 @@ _ROWS_AT_ONCE = 2**16
 
 COLUMNS = pa.schema(
     [
-        ("latent", pa.int64()),
-        ("layer", pa.int64()),
-        ("rank", pa.int64()),
+        *((name, pa.int64()) for name in ("latent", "layer", "rank")),
         ("activation", pa.float32()),
-        ("document", pa.int64()),
-        ("token", pa.int64()),
-        ("text_before", pa.string()),
-        ("text_token", pa.string()),
-        ("text_after", pa.string()),
+        *((name, pa.int64()) for name in ("document", "token")),
+        *((name, pa.string()) for name in ("text_before", "text_token", "text_after")),
         ("marked", pa.int64()),
         ("texts", pa.list_(pa.string())),
         ("activations", pa.list_(pa.float32())),
@@ -110,17 +105,9 @@ def write_found(
 
 
 def contexts_of(tokens: TokenTable, tokenizer: Any, token: NDArray[np.int64]) -> Contexts:
-    """The contexts of `token` [R], ascending places in the store."""
-    texts = np.full(len(tokens.token_id), None, object)
-    rows = list(_contexts(tokens, TokenIds() if tokenizer is None else TokenBytes(tokenizer), token, texts))
-    before, shown, after = (pa.array([row[i] for row in rows], pa.string()) for i in range(3))
-    return Contexts(before, shown, after, pa.array(texts, pa.string()))
-
-
-def _contexts(
-    tokens: TokenTable, token_bytes: TokenBytes | TokenIds, token: NDArray[np.int64], all_texts: NDArray[np.object_]
-) -> Iterator[tuple[str, str, str]]:
-    """Text before, of and after each token, a document at a time; fills in `all_texts` [tokens of the store]."""
+    """The contexts of `token` [R], ascending places in the store; a document at a time."""
+    token_bytes = TokenIds() if tokenizer is None else TokenBytes(tokenizer)
+    all_texts, rows = np.full(len(tokens.token_id), None, object), []
     start, stop = window_bounds(tokens, token)
     documents = np.append(np.flatnonzero(np.diff(tokens.document, prepend=-1)), len(tokens.document))
     for first, last in pairwise(documents):
@@ -138,4 +125,6 @@ def _contexts(
             if owner < t and texts[owner]:
                 shown = texts[owner][-1]
                 before += texts[owner][:-1] if owner >= low else ""
-            yield before, shown, "".join(texts[t + 1 : high])
+            rows.append((before, shown, "".join(texts[t + 1 : high])))
+    before, shown, after = (pa.array([row[i] for row in rows], pa.string()) for i in range(3))
+    return Contexts(before, shown, after, pa.array(all_texts, pa.string()))

@@ -39,36 +39,23 @@ CodesOf = Callable[[NDArray[np.bool_]], Iterable[CodeTile]]
 
 @dataclass(frozen=True, kw_only=True)
 class TopExamples:
-    """The most active tokens of each latent at each layer, in no order."""
+    """The most active tokens of each latent at each layer, in no order; each array [M, L, n]."""
 
     activation: NDArray[np.float32]
-    """[M, L, n]"""
     token: NDArray[np.int32]
-    """[M, L, n] place in the store, -1 where there is none."""
+    """Place in the store, -1 where there is none."""
     document: NDArray[np.int32]
-    """[M, L, n]"""
 
     @classmethod
     def zeros(cls, n_latents: int, n_layers: int, n: int) -> "TopExamples":
-        """None yet."""
-        shape = (n_latents, n_layers, n)
-        return cls(
-            activation=np.zeros(shape, np.float32),
-            token=np.full(shape, -1, np.int32),
-            document=np.zeros(shape, np.int32),
-        )
+        none = np.zeros((n_latents, n_layers, n), np.int32)
+        return cls(activation=none.astype(np.float32), token=none - 1, document=none)
 
     def add(self, codes: CodeTile, document: NDArray[np.integer]) -> None:
         """Offer tokens, in place; document: [T] theirs. A token must be offered once."""
-        _insert(
-            np.ascontiguousarray(codes.values),
-            np.ascontiguousarray(codes.indices),
-            codes.token,
-            document.astype(np.int64),
-            self.activation,
-            self.token,
-            self.document,
-        )
+        values, indices = np.ascontiguousarray(codes.values), np.ascontiguousarray(codes.indices)
+        best = (self.activation, self.token, self.document)
+        _insert(values, indices, codes.token, document.astype(np.int64), *best)
 
     def found(self) -> "Examples":
         """What is there, sorted by latent, layer and rank: by activation, then by token."""
@@ -78,49 +65,39 @@ class TopExamples:
         latent, layer = latent[order], layer[order]
         first = np.flatnonzero(np.r_[True, (latent[1:] != latent[:-1]) | (layer[1:] != layer[:-1])][: len(order)])
         rank = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
+        document = self.document[self.token >= 0][order]
         return Examples(
-            latent=latent,
-            layer=layer,
-            rank=rank,
-            activation=activation[order],
-            token=token[order].astype(np.int64),
-            document=self.document[self.token >= 0][order].astype(np.int64),
+            latent, layer, rank, activation[order], token[order].astype(np.int64), document.astype(np.int64)
         )
 
 
 class Examples(NamedTuple):
-    """A table of examples."""
+    """A table of examples, each column [R]."""
 
     latent: NDArray[np.int64]
-    """[R]"""
     layer: NDArray[np.int64]
-    """[R] index into the analysed layers."""
+    """Index into the analysed layers."""
     rank: NDArray[np.int64]
-    """[R] 0 is the most active of its latent and layer."""
+    """0 is the most active of its latent and layer."""
     activation: NDArray[np.float32]
-    """[R]"""
     token: NDArray[np.int64]
-    """[R] place in the store."""
+    """Place in the store."""
     document: NDArray[np.int64]
-    """[R]"""
 
 
 def examples_per_layer(n_latents: int, n_layers: int) -> int:
-    """How many are kept of each latent at each layer: `PER_LAYER`, or fewer where that would be above
-    `MAX_EXAMPLES`."""
+    """How many are kept of each latent at each layer."""
     return max(1, min(PER_LAYER, MAX_EXAMPLES // (n_latents * n_layers)))
 
 
-def window_bounds(
-    tokens: TokenTable, token: NDArray[np.int64], reach: int = REACH
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First token of the window of each of `token` [R], and one past its last: `reach` tokens on both sides, of the
+def window_bounds(tokens: TokenTable, token: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First token of the window of each of `token` [R], and one past its last: `REACH` tokens on both sides, of the
     same document and the same sequence."""
     starts, _ = sequence_bounds(tokens.position)
     starts = np.union1d(starts, np.flatnonzero(np.diff(tokens.document)) + 1)
     run = np.searchsorted(starts, token, side="right") - 1
     stops = np.append(starts[1:], len(tokens.document))
-    return np.maximum(token - reach, starts[run]), np.minimum(token + reach + 1, stops[run])
+    return np.maximum(token - REACH, starts[run]), np.minimum(token + REACH + 1, stops[run])
 
 
 def window_activations(
@@ -144,17 +121,9 @@ def window_activations(
         row_of_token[tile.token - first] = np.arange(len(tile.token))
         # Sorted by token, windows begin and end in order too.
         rows = slice(np.searchsorted(high, first, side="right"), np.searchsorted(low, last, side="right"))
-        _fill_windows(
-            np.ascontiguousarray(tile.values),
-            np.ascontiguousarray(tile.indices),
-            first,
-            row_of_token,
-            latent[rows],
-            layer[rows],
-            low[rows],
-            high[rows],
-            out[rows],
-        )
+        values, indices = np.ascontiguousarray(tile.values), np.ascontiguousarray(tile.indices)
+        examples = (latent[rows], layer[rows], low[rows], high[rows], out[rows])
+        _fill_windows(values, indices, first, row_of_token, *examples)
     activations = np.empty_like(out)
     activations[order] = out
     return activations
@@ -220,10 +189,8 @@ def _offer(best, best_token, best_document, value, token, document):
                 again = True
         if again != last_again:
             later = again
-        elif best[i] != last_value:
-            later = best[i] < last_value
         else:
-            later = best_token[i] > last_token
+            later = best[i] < last_value or (best[i] == last_value and best_token[i] > last_token)
         if later:
             last, last_value, last_token, last_again = i, best[i], best_token[i], again
     if last < n:

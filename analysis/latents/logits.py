@@ -13,8 +13,7 @@ in the last layer's basis, which is what the lens is for; without one this is th
 layers.
 
 How: a tile of latents at a time, so that memory does not grow with n_latents x vocabulary. Not here: causal effects of
-steering a latent (`analysis.prompt.intervene`), embeddings and the file
-(`analysis.latents.tokens`).
+steering a latent (`analysis.prompt.intervene`).
 
 Shapes: J latents, D d_model, V vocabulary.
 """
@@ -34,22 +33,19 @@ N_TOKENS = 10
 """Tokens shown at each end."""
 
 TILE_BYTES = 64 * 2**20
-"""float32 logits held at once."""
+"""float32 logits or cosines held at once."""
 
 _NORM_ERROR = 1e-3
 
 
 class LatentLogits(NamedTuple):
-    """The ends of each latent's logits, the most extreme first."""
+    """The ends of each latent's logits, the most extreme first: token ids, and logits above the mean over the
+    vocabulary, each [J, n]."""
 
     promoted: NDArray[np.int64]
-    """[J, n] token ids."""
     promoted_logits: NDArray[np.float32]
-    """[J, n] above the mean over the vocabulary."""
     suppressed: NDArray[np.int64]
-    """[J, n]"""
     suppressed_logits: NDArray[np.float32]
-    """[J, n]"""
     cosine: NDArray[np.float32]
     """[J] the highest cosine to what a token's logit reads."""
     nearest: NDArray[np.int64]
@@ -58,17 +54,9 @@ class LatentLogits(NamedTuple):
     """Whether the final norm's gain is in it."""
 
 
-class NormGain(NamedTuple):
-    """What a plain norm does to a direction."""
-
-    gain: Tensor
-    """[D]"""
-    centred: bool
-    """Whether the mean over d_model is taken out first (LayerNorm)."""
-
-
-def norm_gain(norm: nn.Module, d_model: int) -> NormGain | None:
-    """The gain of an RMSNorm or LayerNorm, however it keeps its weight; None where it is neither.
+def norm_gain(norm: nn.Module, d_model: int) -> tuple[Tensor, bool] | None:
+    """The gain [D] of an RMSNorm or LayerNorm, however it keeps its weight, and whether it is a LayerNorm, which takes
+    out the mean over d_model first; None where it is neither.
 
     A vector of mean 0 and mean square 1 comes out as gain * itself + bias. What is found is held against the norm of
     another vector.
@@ -88,33 +76,32 @@ def norm_gain(norm: nn.Module, d_model: int) -> NormGain | None:
             x = probe - probe.mean(dim=-1, keepdim=True) if centred else probe
             expected = gain * x / x.square().mean(dim=-1, keepdim=True).sqrt()
             if (found - expected).norm() <= _NORM_ERROR * found.norm():
-                return NormGain(gain.clone(), centred)
+                return gain.clone(), centred
     return None
 
 
-def reading_directions(model: LoadedModel) -> tuple[Tensor, bool]:
-    """r_v of each token of the tokenizer, float32 [V, D], and whether the final norm's gain is in it. Raises
-    `IncompatibleError` if the model has no unembedding with a weight [V, D]."""
-    weight = getattr(model.unembedding, "weight", None)
+def token_rows(model: LoadedModel, module: nn.Module, name: str) -> Tensor:
+    """The weight of an embedding or unembedding, float32 [V, D], less its mean over the vocabulary."""
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
         raise IncompatibleError(
-            f"{model.spec.name} ({model.architecture}): the unembedding should have a weight of {model.d_model} columns"
+            f"{model.spec.name} ({model.architecture}): the {name} should have a weight of {model.d_model} columns"
         )
     rows = weight[: len(model.tokenizer)].to(torch.float32, copy=True)  # rows beyond the tokenizer are padding
-    rows -= rows.mean(dim=0)
-    fold = norm_gain(model.final_norm, model.d_model)
-    if fold is not None:
-        rows *= fold.gain.to(rows.device)
-        if fold.centred:
-            rows -= rows.mean(dim=1, keepdim=True)
-    return rows, fold is not None
+    return rows.sub_(rows.mean(dim=0))
 
 
 @torch.inference_mode()
 def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> LatentLogits:
     """Of each of `directions` [J, D], rows of W_dec: the n most promoted and most suppressed tokens, and the nearest.
-    Raises as `reading_directions` does."""
-    reading, norm_folded = reading_directions(model)
+    Raises `IncompatibleError` if the model has no unembedding with a weight [V, D]."""
+    reading = token_rows(model, model.unembedding, "unembedding")  # r_v of each token of the tokenizer, [V, D]
+    fold = norm_gain(model.final_norm, model.d_model)
+    if fold is not None:
+        gain, centred = fold
+        reading *= gain.to(reading.device)
+        if centred:
+            reading -= reading.mean(dim=1, keepdim=True)
     lengths = reading.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     n = min(n, len(reading))
     rows = max(1, TILE_BYTES // (4 * len(reading)))
@@ -128,4 +115,4 @@ def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> 
         found = [high.indices, high.values, low.indices, low.values, cosine, nearest]
         parts.append([column.cpu() for column in found])
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    return LatentLogits(*columns, norm_folded=norm_folded)
+    return LatentLogits(*columns, norm_folded=fold is not None)

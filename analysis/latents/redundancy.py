@@ -8,7 +8,7 @@ Of the live latents, with unit decoder rows:
     redundant     parallel pairs with disjoint layer profiles: sum_l min(P(l | a), P(l | b)) below a tenth
 
 Cosines are made a tile of rows against all later rows at a time, so memory does not grow with the square of the number
-of latents; of the parallel pairs, however many, the foremost are kept. Tested in tests/analysis/latents/test_table.py.
+of latents; of the parallel pairs, however many, the foremost are kept.
 
 Shapes: J live latents, D d_model, L layers, P pairs.
 """
@@ -36,14 +36,13 @@ _PAIRS_AT_ONCE = 2**18
 
 
 class Pairs(NamedTuple):
-    """Parallel pairs of latents, redundant ones first, then by falling cosine."""
+    """Parallel pairs of latents a < b, redundant ones first, then by falling cosine; each column [P]."""
 
     a: NDArray[np.int64]
-    """[P] the lower number of the two."""
     b: NDArray[np.int64]
     cosine: NDArray[np.float64]
     overlap: NDArray[np.float64]
-    """[P] of the two profiles, 0 to 1."""
+    """Of the two profiles, 0 to 1."""
 
 
 class Redundancy(NamedTuple):
@@ -63,20 +62,10 @@ class Redundancy(NamedTuple):
     """[M, 5] their cosines, NaN where there is none."""
 
     @property
-    def nearest(self) -> NDArray[np.int64]:
-        """[M] the nearest; -1 where there is none."""
-        return self.neighbours[:, 0]
-
-    @property
-    def nearest_cosine(self) -> NDArray[np.float64]:
-        """[M] its cosine, NaN where there is none."""
-        return self.neighbour_cosines[:, 0]
-
-    @property
     def mmcs(self) -> float:
         """Mean over live latents of the highest cosine to another live latent; NaN with fewer than two."""
-        known = self.nearest >= 0
-        return float(self.nearest_cosine[known].mean()) if known.any() else float("nan")
+        known = self.neighbours[:, 0] >= 0
+        return float(self.neighbour_cosines[known, 0].mean()) if known.any() else float("nan")
 
 
 def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: float) -> Redundancy:
@@ -118,15 +107,7 @@ def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: 
     cosines = np.full((len(probs), N_NEIGHBOURS), np.nan)
     neighbours[live] = np.where(known.numpy(), live[near.numpy()] if n else -1, -1)
     cosines[live] = torch.where(known, best, torch.nan).double().numpy()
-    return Redundancy(
-        threshold=threshold,
-        pairs=pairs,
-        n_parallel=n_parallel,
-        n_redundant=n_redundant,
-        n_redundant_latents=int(in_redundant.sum()),
-        neighbours=neighbours,
-        neighbour_cosines=cosines,
-    )
+    return Redundancy(threshold, pairs, n_parallel, n_redundant, int(in_redundant.sum()), neighbours, cosines)
 
 
 def _keep_nearest(best: torch.Tensor, near: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:

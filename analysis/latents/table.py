@@ -11,8 +11,7 @@ persistence, and its kind, by its profile P(layer | latent):
                  the mean layer lies in the first, second or last third of the depth
 
 The first rule that holds decides; a latent that never fired has no kind. Depth is the position among the analysed
-layers, 0 at the first and 1 at the last. Shares of activation mass decide, not counts. Tested in
-tests/analysis/test_moments.py and latents/test_table.py.
+layers, 0 at the first and 1 at the last. Shares of activation mass decide, not counts.
 
 Shapes: M n_latents, L layers.
 """
@@ -84,7 +83,9 @@ def latent_table(moments: LayerMoments) -> LatentTable:
     total = moments.totals.sum(axis=1)
     live = total > 0
     probs = ratio_or_zero(moments.totals, total[:, None], live[:, None])
-    layer_mean, layer_var = profile_mean_and_variance(probs, moments.layers)
+    layers = moments.layers.astype(np.float64)
+    layer_mean = probs @ layers
+    layer_var = (probs * (layers - layer_mean[:, None]) ** 2).sum(axis=1)
     count = moments.counts.sum(axis=1)
     between = np.maximum(sums[3] - ratio_or_zero(sums[1] ** 2, sums[0], live), 0.0)
     log_probs = np.log2(probs, out=np.zeros_like(probs), where=probs > 0)
@@ -104,16 +105,6 @@ def latent_table(moments: LayerMoments) -> LatentTable:
         probs=probs,
         persistence=latent_persistence(moments.persistence, sums[4], moments.centre),
     )
-
-
-def profile_mean_and_variance(
-    probs: NDArray[np.float64], layers: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean [M] and population variance [M] of the layer under profiles `probs` [M, L]; `layers` [L] are the model's
-    layer numbers."""
-    mean = probs @ layers.astype(np.float64)
-    deviation = layers[None, :] - mean[:, None]
-    return mean, (probs * deviation**2).sum(axis=1)
 
 
 def profile_kinds(probs: NDArray[np.float64], entropy: NDArray[np.float64]) -> Sequence[str | None]:

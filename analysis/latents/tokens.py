@@ -10,7 +10,7 @@ nothing of a token. In a store that went through a tuned lens d_j is in the last
 input of block 0, which the lens's translator 0 was trained on, so E_v - mean is taken through its linear part, I + W_0.
 
 The highest of many cosines is far from 0 even for a direction that knows nothing: `chance` is its median over random
-directions. Tested in tests/analysis/latents/test_logits.py.
+directions.
 
 Shapes: J latents, D d_model, V vocabulary, n tokens at each end.
 """
@@ -26,19 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from analysis.latents.logits import LatentLogits, latent_logits
+from analysis.latents.logits import TILE_BYTES, LatentLogits, latent_logits, token_rows
 from analysis.model.token_text import TokenBytes
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
-from residscope.errors import IncompatibleError
 from train.model import MLSAE
-
-TILE_BYTES = 64 * 2**20
-"""Cosines held at once, float32."""
 
 N_RANDOM = 256
 """Random directions that the chance level is the median of."""
-
 
 COLUMNS = pa.schema(
     [
@@ -57,12 +52,10 @@ COLUMNS = pa.schema(
 
 
 class Nearest(NamedTuple):
-    """The row that each direction is nearest to."""
+    """The row that each direction is nearest to, and the cosine, each [J]."""
 
     cosine: NDArray[np.float32]
-    """[J]"""
     row: NDArray[np.int64]
-    """[J]"""
 
 
 class LatentTokens(NamedTuple):
@@ -93,7 +86,8 @@ def find_latent_tokens(
 ) -> LatentTokens:
     """Of `latents` [J], one at least. Raises `IncompatibleError` if the model's embedding or unembedding is not
     found."""
-    directions, random = sae.W_dec.detach()[latents], random_directions(model.d_model, seed)
+    directions = sae.W_dec.detach()[latents]
+    random = torch.randn(N_RANDOM, model.d_model, generator=torch.Generator().manual_seed(seed))
     embedding = embedding_rows(model, lens)
     return LatentTokens(
         latents=latents,
@@ -107,13 +101,7 @@ def find_latent_tokens(
 def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> Tensor:
     """The centred embedding of each token of the tokenizer, float32 [V, D], through the lens where there is one. Raises
     `IncompatibleError` if the model has no embedding with a weight [V, D]."""
-    weight = getattr(model.base.get_input_embeddings(), "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
-        raise IncompatibleError(
-            f"{model.spec.name} ({model.architecture}): the embedding should have a weight of {model.d_model} columns"
-        )
-    rows = weight[: len(model.tokenizer)].to(torch.float32, copy=True)
-    rows -= rows.mean(dim=0)
+    rows = token_rows(model, model.base.get_input_embeddings(), "embedding")
     return rows if lens is None else rows + rows @ lens.weights[0].to(rows.device).T
 
 
@@ -128,11 +116,6 @@ def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
         for start in range(0, len(directions), step)
     ]
     return Nearest(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
-
-
-def random_directions(d_model: int, seed: int) -> Tensor:
-    """`N_RANDOM` directions [N_RANDOM, D], drawn evenly from all."""
-    return torch.randn(N_RANDOM, d_model, generator=torch.Generator().manual_seed(seed))
 
 
 def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Any) -> None:

@@ -2,15 +2,13 @@
 whether its top contexts agree between layers.
 
 How: one pass over the codes fills what the three need, a second one reads the examples' windows. Text needs the
-tokenizer of the store's model, and nothing else of it; where that is not on this machine, ids are written, and the
-reason is in summary.json.
+tokenizer of the store's model, looked for on this machine only; where it is not found, ids are written, and the reason
+is in summary.json.
 
 The sizes of activations are counts in fixed bins, half an octave wide: bin b holds activations from 2^(-5 + b / 2) up
 to the next bin's; the first holds all smaller and the last all larger ones too. Bins are the same for all latents,
 layers and runs, so counts add over tokens and histograms of runs can be laid over each other. Activations are those of
 standardised vectors, so their size is about that of a coordinate of a vector of length sqrt(d_model).
-
-Tested in tests/analysis/latents/test_views.py and test_examples.py.
 
 Shapes: M n_latents, L layers, B bins.
 """
@@ -38,7 +36,6 @@ from analysis.selection import Selection
 from analysis.task import codes_again
 from harvest.model.load import load_tokenizer
 from residscope.errors import ResidscopeError
-from store.activations import ActivationStore
 
 LOWEST = -5
 """Base-2 logarithm of the first bin's lower edge."""
@@ -71,43 +68,22 @@ def view_latents(
     n = examples_per_layer(n_latents, n_layers)
     top = TopExamples.zeros(n_latents, n_layers, n)
     strongest = TopExamples.zeros(n_latents, n_layers, contexts_per_layer(n_latents, n_layers))
-    counts = no_counts(n_latents, n_layers)
+    counts = np.zeros((n_latents, n_layers, N_BINS), np.uint32)
     for tile in codes(selection.analysed):
         top.add(tile, tokens.document[tile.token])
         strongest.add(tile, tile.token)  # each token its own document: simply the most active
         add_counts(counts, tile.values, tile.indices)
     write_histograms(folder / HISTOGRAMS, counts, layer_numbers)
-    tokenizer, reason = tokenizer_of_store(inputs.store, model)
+    tokenizer = reason = None
+    try:
+        tokenizer = load_tokenizer(spec_of_store(inputs.store, model, offline=True))
+    except ResidscopeError as error:
+        reason = str(error)
     n_rows = write_found(folder / EXAMPLES, top.found(), tokens, tokenizer, codes, selection.analysed, layer_numbers)
     agreement = context_agreement(strongest.token, table.n_tokens)
-    return LatentViews(
-        summary={
-            "rows": n_rows,
-            "per_layer": n,
-            "tokens_around": REACH,
-            "no_text": reason,
-            "agreement": agreement_summary(agreement),
-        },
-        columns={"context_overlap": agreement.overlap, "context_chance": agreement.chance},
-    )
-
-
-def tokenizer_of_store(store: ActivationStore, model: str | None) -> tuple[Any, str | None]:
-    """The tokenizer of the store's model, or None and why. A model of the hub is looked for in the local cache only."""
-    try:
-        return load_tokenizer(spec_of_store(store, model, offline=True)), None
-    except ResidscopeError as error:
-        return None, str(error)
-
-
-def no_counts(n_latents: int, n_layers: int) -> NDArray[np.uint32]:
-    """[M, L, B] zeros."""
-    return np.zeros((n_latents, n_layers, N_BINS), np.uint32)
-
-
-def add_counts(counts: NDArray[np.uint32], values: NDArray[np.floating], indices: NDArray[np.int64]) -> None:
-    """Count the positive activations of tokens, in place: values [T, L, k], indices [T, L, k]."""
-    _add_histogram(np.ascontiguousarray(values), np.ascontiguousarray(indices), LOWEST, counts)
+    summary = {"rows": n_rows, "per_layer": n, "tokens_around": REACH, "no_text": reason}
+    summary["agreement"] = agreement_summary(agreement)
+    return LatentViews(summary, {"context_overlap": agreement.overlap, "context_chance": agreement.chance})
 
 
 def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequence[int]) -> None:
@@ -120,12 +96,9 @@ def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequ
 
 
 @compiled()
-def _add_histogram(values, indices, lowest, counts):
-    """Count the positive activations of T tokens by size.
-
-    values [T, L, k], indices int64 [T, L, k]. Added to in place: counts uint32 [M, L, B]; bin b holds activations from
-    2^(lowest + b / 2) up to the next bin's, the first bin all smaller and the last all larger ones too.
-    """
+def add_counts(counts, values, indices):
+    """Count the positive activations of T tokens by size, in place: counts uint32 [M, L, B], values [T, L, k], indices
+    int64 [T, L, k]."""
     n_tokens, n_layers, k = values.shape
     last = counts.shape[2] - 1
     for t in range(n_tokens):
@@ -135,5 +108,5 @@ def _add_histogram(values, indices, lowest, counts):
                 if value > 0:
                     mantissa, exponent = math.frexp(value)  # value = mantissa * 2^exponent, 0.5 <= mantissa < 1
                     upper = 1 if mantissa * mantissa >= 0.5 else 0
-                    place = min(max(2 * (exponent - 1 - lowest) + upper, 0), last)
+                    place = min(max(2 * (exponent - 1 - LOWEST) + upper, 0), last)
                     counts[indices[t, layer, i], layer, place] += np.uint32(1)

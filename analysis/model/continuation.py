@@ -4,7 +4,6 @@ How: a forward hook makes block l's output the given one, and the model runs in 
 whose blocks are found. The blocks up to l then run in vain, so where the model allows it they are skipped: while the
 model runs their `forward` returns at once. It does not allow it where later blocks take more from earlier ones than the
 residual stream (shared keys and values); `can_skip` tells by trying. The model is left as it was, whatever happens.
-Tested in tests/analysis/model/test_downstream.py.
 
 Shapes: B sequences, N positions, D d_model.
 """

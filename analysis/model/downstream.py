@@ -14,14 +14,13 @@ in their sequence: what is predicted at a kept token. The mean is that of the st
 
 How: the model runs on from a block's given output (`analysis.model.continuation`), whatever the architecture. Logits
 are made from the last block's output, a tile of tokens at a time, in float32, so that memory does not grow with tokens
-x vocabulary. Sums are kept per document for intervals. Not here: the means and intervals that sums give
-(`analysis.model.downstream_numbers`), which model belongs to a store (`analysis.model.transformer`).
+x vocabulary. Sums are kept per document, for the intervals of `analysis.model.downstream_numbers`.
 
 Shapes: B sequences, N positions, D d_model, V vocabulary, L layers, C conditions, G documents, n counted tokens.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,10 +52,8 @@ BATCH_TOKENS = 2048
 
 
 def sae_reconstruction(sae: MLSAE, lens: TunedLens | None) -> Replace:
-    """The autoencoder as a replacement: into the lens's basis where the store has one, encode, decode, and back.
-
-    The autoencoder must be on the model's device.
-    """
+    """The autoencoder, on the model's device, as a replacement: into the lens's basis where the store has one, encode,
+    decode, and back."""
 
     def replace(x: Tensor, layer: int) -> Tensor:
         rows = sae.rows_of_layer(layer, len(x))
@@ -90,7 +87,7 @@ def measure_downstream(
     means = torch.from_numpy(store.statistics().mean[[store.meta.layers.index(layer) for layer in chosen]])  # [L, D]
     if lens is not None:  # The map is affine: the mean of what went through it is the map of the mean.
         means = torch.stack([lens.invert(mean, layer) for mean, layer in zip(means, chosen, strict=True)])
-    conditions: tuple[Replace, ...] = (
+    conditions: tuple[Replace, ...] = (  # in the order of `RECONSTRUCTED`, `MEAN`, `ZERO`
         replace,
         lambda x, layer: means[chosen.index(layer)].to(x).expand_as(x),
         lambda x, layer: torch.zeros_like(x),
@@ -99,27 +96,30 @@ def measure_downstream(
     batches = batches_to_measure(store.tokens, everything if counted is None else counted, max_tokens, batch_tokens)
     if not batches:
         raise IncompatibleError(
-            f"{store.path}: no token to measure at: none of the chosen documents' kept tokens has a next token in its"
-            " sequence; choose other documents, or harvest longer sequences"
+            f"{store.path}: no tokens to predict: no kept token of the chosen documents has a next token in its "
+            "sequence; choose other documents, or harvest longer sequences"
         )
     check_logits(model, batches[0].input_ids)
     skip = can_skip(model, batches[0].input_ids)
-    parts = []
     with tqdm(total=len(batches) * len(chosen), desc="downstream", unit=" layers", disable=None) as bar:
-        for batch in batches:
-            parts.append(_measure(model, batch, chosen, conditions, skip, bar))
-    return _by_document(chosen, np.concatenate([batch.document for batch in batches]), parts)
+        parts = [_measure(model, batch, chosen, conditions, skip, bar) for batch in batches]
+    true_ce, ce, kl = (torch.cat(part, dim=-1).numpy() for part in zip(*parts, strict=True))
+    documents, member = np.unique(np.concatenate([batch.document for batch in batches]), return_inverse=True)
 
+    def sums(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[..., n] -> [..., G]"""
+        rows = losses.reshape(-1, len(member))
+        found = np.stack([np.bincount(member, row) for row in rows]).astype(np.float64)
+        return found.reshape(*losses.shape[:-1], len(documents))
 
-class _Losses(NamedTuple):
-    """Of the counted tokens of one batch, float64."""
-
-    true_ce: Tensor
-    """[n]"""
-    ce: Tensor
-    """[L, C, n]"""
-    kl: Tensor
-    """[L, C, n]"""
+    return Downstream(
+        layers=np.asarray(chosen, np.int64),
+        documents=documents,
+        n_tokens=np.bincount(member),
+        true_ce=sums(true_ce),
+        ce=sums(ce),
+        kl=sums(kl),
+    )
 
 
 @torch.inference_mode()
@@ -130,7 +130,9 @@ def _measure(
     conditions: Sequence[Replace],
     skip: bool,
     bar: Any,
-) -> _Losses:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy [n] of the true run at the counted tokens of a batch, cross-entropies [L, C, n] and KL divergences
+    [L, C, n] of the replaced ones; float64."""
     kept, counted = batch.kept.to(model.device), batch.counted.to(model.device)
     target = batch.input_ids[:, 1:][batch.counted[:, :-1]].to(model.device)  # [n]
     true = last_output(model, batch.input_ids)[counted]  # [n, D]
@@ -147,7 +149,7 @@ def _measure(
             replaced.append(last_output(model, batch.input_ids, Before(layer, output), skip=skip)[counted])
         true_ce[:], ce[i], kl[i] = compare(known, replaced, target)
         bar.update()
-    return _Losses(true_ce, ce, kl)
+    return true_ce, ce, kl
 
 
 def with_residual(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor) -> Any:
@@ -199,23 +201,3 @@ def compare(known: TrueRun, replaced: Sequence[Tensor], target: Tensor) -> tuple
             ce[i, tile] = -log_q.gather(-1, wanted)[:, 0].double().cpu()
             kl[i, tile] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(dim=-1).double().cpu()
     return true_ce, ce, kl
-
-
-def _by_document(layers: tuple[int, ...], document: NDArray[np.int64], parts: Sequence[_Losses]) -> Downstream:
-    documents, member = np.unique(document, return_inverse=True)
-    true_ce, ce, kl = (torch.cat(part, dim=-1).numpy() for part in zip(*parts, strict=True))
-
-    def sums(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[..., n] -> [..., G]"""
-        rows = losses.reshape(-1, len(member))
-        found = np.stack([np.bincount(member, row, minlength=len(documents)) for row in rows]).astype(np.float64)
-        return found.reshape(*losses.shape[:-1], len(documents))
-
-    return Downstream(
-        layers=np.asarray(layers, np.int64),
-        documents=documents,
-        n_tokens=np.bincount(member, minlength=len(documents)),
-        true_ce=sums(true_ce),
-        ce=sums(ce),
-        kl=sums(kl),
-    )

@@ -1,8 +1,5 @@
 """Downstream quality in numbers: sums by document, the means and intervals that they give, and their place in
-summary.json and layers.parquet.
-
-What the numbers mean, and how the sums are measured: `analysis.model.downstream`. Tested in
-tests/analysis/model/test_downstream.py and test_findings.py.
+summary.json and layers.parquet. What they mean, and how the sums are measured: `analysis.model.downstream`.
 
 Shapes: L layers, C conditions, G documents.
 """
@@ -15,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.quality import defined
-from analysis.uncertainty import Interval, enough_groups, jackknife_intervals, without_each
+from analysis.uncertainty import MIN_INTERVAL_GROUPS, Interval, jackknife_intervals, without_each
 
 RECONSTRUCTED, MEAN, ZERO = range(3)
-CONDITIONS = ("reconstructed", "mean", "zero")
 """What takes the residual stream's place, in the order of the C axis."""
 
 
@@ -49,7 +45,7 @@ class Downstream:
 
         A replicate leaves a document out (`analysis.uncertainty`). None where a number is not defined in each.
         """
-        if not enough_groups(len(self.documents)):
+        if len(self.documents) < MIN_INTERVAL_GROUPS:
             return {}
         value, drawn = self.result(), _result(*map(without_each, self._sums()))
         return {
@@ -72,42 +68,23 @@ class DownstreamResult(NamedTuple):
     """By how much the reconstruction raises it."""
     kl: NDArray[np.float64]
     """KL(true || reconstructed), nats per token."""
-    mean_delta_ce: NDArray[np.float64]
-    """By how much mean ablation raises the cross-entropy."""
-    zero_delta_ce: NDArray[np.float64]
-    """By how much zero ablation does."""
-    mean_kl: NDArray[np.float64]
-    """KL(true || mean-ablated)."""
-    zero_kl: NDArray[np.float64]
-    """KL(true || zero-ablated)."""
-    recovered_mean: NDArray[np.float64]
-    """Loss recovered against mean ablation."""
-    recovered_zero: NDArray[np.float64]
-    """Loss recovered against zero ablation."""
+    loss_recovered_mean: NDArray[np.float64]
+    """Against mean ablation."""
+    loss_recovered_zero: NDArray[np.float64]
+    """Against zero ablation."""
+    mean_ablation_delta_ce: NDArray[np.float64]
+    zero_ablation_delta_ce: NDArray[np.float64]
+    mean_ablation_kl: NDArray[np.float64]
+    zero_ablation_kl: NDArray[np.float64]
 
 
 PER_LAYER = DownstreamResult._fields[2:]
-"""Numbers of a `DownstreamResult` that there is one of for each layer."""
+"""Numbers of a `DownstreamResult` that there is one of for each layer, under their names in the files."""
 
-NAMES = {
-    "delta_ce": "delta_ce",
-    "kl": "kl",
-    "recovered_mean": "loss_recovered_mean",
-    "recovered_zero": "loss_recovered_zero",
-    "mean_delta_ce": "mean_ablation_delta_ce",
-    "zero_delta_ce": "zero_ablation_delta_ce",
-    "mean_kl": "mean_ablation_kl",
-    "zero_kl": "zero_ablation_kl",
-}
-"""Numbers of a `DownstreamResult` by layer, and what they are called in the files."""
-
-BOUNDED = ("delta_ce", "kl", "recovered_mean", "recovered_zero")
+BOUNDED = ("delta_ce", "kl", "loss_recovered_mean", "loss_recovered_zero")
 """Those whose intervals are columns of layers.parquet."""
 
-COLUMNS = (
-    *NAMES.values(),
-    *(f"{NAMES[name]}_{end}" for name in BOUNDED for end in ("low", "high")),
-)
+COLUMNS = (*PER_LAYER, *(f"{name}_{end}" for name in BOUNDED for end in ("low", "high")))
 """Columns of layers.parquet, float64; null where downstream quality was not measured."""
 
 _Intervals = Mapping[str, Sequence[Interval | None]]
@@ -120,10 +97,10 @@ def layer_columns(found: Downstream | None, intervals: _Intervals, n_layers: int
     result = found.result()
     rows: list[dict[str, float | None]] = []
     for i in range(n_layers):
-        row = {column: defined(getattr(result, name)[i]) for name, column in NAMES.items()}
+        row = {name: defined(getattr(result, name)[i]) for name in PER_LAYER}
         for name in BOUNDED:
             interval = intervals[name][i] if intervals else None
-            row[f"{NAMES[name]}_low"], row[f"{NAMES[name]}_high"] = interval or (None, None)
+            row[f"{name}_low"], row[f"{name}_high"] = interval or (None, None)
         rows.append(row)
     return rows
 
@@ -141,8 +118,8 @@ def downstream_summary(found: Downstream | None, intervals: _Intervals, which: s
         "n_tokens": int(result.n_tokens),
         "n_documents": len(found.documents),
         "true_ce": defined(result.true_ce),
-        **{column: defined(getattr(result, name).mean()) for name, column in NAMES.items()},
-        "ci95": {NAMES[name]: list(i[-1]) if i[-1] else None for name, i in intervals.items()},
+        **{name: defined(getattr(result, name).mean()) for name in PER_LAYER},
+        "ci95": {name: list(i[-1]) if i[-1] else None for name, i in intervals.items()},
     }
 
 
@@ -158,12 +135,12 @@ def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np
         true_ce=true_ce,
         delta_ce=delta[:, RECONSTRUCTED],
         kl=kl[:, RECONSTRUCTED],
-        mean_delta_ce=delta[:, MEAN],
-        zero_delta_ce=delta[:, ZERO],
-        mean_kl=kl[:, MEAN],
-        zero_kl=kl[:, ZERO],
-        recovered_mean=recovered[:, 0],
-        recovered_zero=recovered[:, 1],
+        loss_recovered_mean=recovered[:, 0],
+        loss_recovered_zero=recovered[:, 1],
+        mean_ablation_delta_ce=delta[:, MEAN],
+        zero_ablation_delta_ce=delta[:, ZERO],
+        mean_ablation_kl=kl[:, MEAN],
+        zero_ablation_kl=kl[:, ZERO],
     )
 
 

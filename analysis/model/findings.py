@@ -1,9 +1,8 @@
 """What the store's transformer tells: downstream quality, and the tokens that latents write.
 
-How: `find_model` tells before the long work whether the store's model is here, without a network unless it was asked
-for outright; `run_model` loads it once and measures. Where the model was not asked for and cannot be found, the
-analysis goes without and says why. Not here: the numbers (`analysis.model.downstream`, `analysis.latents.tokens`),
-prompts (`analysis.prompt.view`).
+How: `find_model` tells before the long work whether the store's model is on this machine, without a network unless it
+was asked for outright; `run_model` loads it once and measures. Where the model was not asked for and cannot be found,
+this part of the analysis is skipped and the reason is given.
 """
 
 import time
@@ -89,7 +88,8 @@ def locate(store: ActivationStore, model: str | None, lens: str | None, *, offli
     lens = lens or recorded_place(store.path, "lens")
     if offline and lens is None and store.meta.lens and not _lens_is_cached(str(store.meta.lens.get("id"))):
         raise UsageError(
-            f"lens {store.meta.lens.get('id')!r}, which {store.path} went through, is not here: say where with --lens"
+            f"lens {store.meta.lens.get('id')!r}, with which {store.path} was harvested, was not found: "
+            "give its folder with --lens"
         )
     return FoundModel(spec, lens_of_store(store, lens), None)
 
@@ -109,13 +109,12 @@ def run_model(
     if found.spec is None:
         return ModelFindings(reason=found.reason)
     started, options = time.monotonic(), config.transformer
+    tokens, downstream, held_out = None, None, bool(selection.validation.any())
     try:
         model = load_of_store(inputs.store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
-        tokens = None
         if options.latent_logits and len(live):
             tokens = find_latent_tokens(inputs.sae, live, model, found.lens, config.statistics.seed)
             write_latent_tokens(folder / LATENT_LOGITS, tokens, model.tokenizer)
-        downstream = None
         if options.downstream_tokens != 0:
             downstream = measure_downstream(
                 inputs.store,
@@ -123,7 +122,7 @@ def run_model(
                 sae_reconstruction(inputs.sae.to(model.device), found.lens),
                 lens=found.lens,
                 layers=inputs.layer_numbers,
-                counted=selection.validation if selection.validation.any() else selection.analysed,
+                counted=selection.validation if held_out else selection.analysed,
                 max_tokens=options.downstream_tokens or default_tokens(model, len(inputs.layers)),
             )
     except ResidscopeError as error:
@@ -134,7 +133,7 @@ def run_model(
     return ModelFindings(
         downstream=downstream,
         intervals=downstream.intervals() if downstream and config.statistics.intervals else {},
-        which="validation" if selection.validation.any() else "analysed",
+        which="validation" if held_out else "analysed",
         tokens=tokens,
         seconds=time.monotonic() - started,
     )
@@ -152,12 +151,10 @@ def default_tokens(model: LoadedModel, n_layers: int) -> int:
 def _lens_is_cached(lens: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    names = {lens, lens.rpartition("/")[2]}
     if Path(lens).expanduser().is_dir():
         return True
-    return any(
-        isinstance(try_to_load_from_cache(SPACE, f"lens/{name}/params.pt", repo_type="space"), str) for name in names
-    )
+    files = (f"lens/{name}/params.pt" for name in {lens, lens.rpartition("/")[2]})
+    return any(isinstance(try_to_load_from_cache(SPACE, file, repo_type="space"), str) for file in files)
 
 
 def _sentence(error: ResidscopeError) -> str:

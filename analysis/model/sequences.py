@@ -1,12 +1,12 @@
 """Which sequences of a store go through the model again, chosen from the token table alone.
 
-A sequence is a run of tokens up to the next position 0. Sequences are run whole, without padding. Tested in
-tests/analysis/model/test_downstream.py.
+A sequence is a run of tokens up to the next position 0. Sequences are run whole, without padding.
 
 Shapes: T tokens, B sequences, N positions, n counted tokens.
 """
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -65,16 +65,10 @@ def sequence_bounds(position: NDArray[np.integer]) -> tuple[NDArray[np.int64], N
 
 
 def _grouped(runs: list[tuple[int, int]], batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """Runs of one length that follow each other, at most `batch_tokens` tokens together."""
-    group: list[tuple[int, int]] = []
-    for start, stop in runs:
-        length = stop - start
-        if group and (length != group[0][1] - group[0][0] or (len(group) + 1) * length > batch_tokens):
-            yield group
-            group = []
-        group.append((start, stop))
-    if group:
-        yield group
+    """Runs of one length that follow each other, at most `batch_tokens` tokens together but one run at least."""
+    for length, group in groupby(runs, lambda run: run[1] - run[0]):
+        alike, n = list(group), max(1, batch_tokens // length)
+        yield from (alike[i : i + n] for i in range(0, len(alike), n))
 
 
 def _batch(tokens: TokenTable, counted: NDArray[np.bool_], runs: list[tuple[int, int]]) -> SequenceBatch:

@@ -15,15 +15,11 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What sentencepiece writes for a space."""
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level tokenizers name bytes (Radford et al. 2019, the GPT-2 encoder): printable
-    Latin-1 for itself, the rest in order from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+"""The characters by which byte-level tokenizers name bytes (Radford et al. 2019, the GPT-2 encoder): printable Latin-1
+for itself, the rest in order from U+0100."""
 
 
 class TokenBytes:

@@ -3,11 +3,12 @@
 How: the store's provenance names the model, its commit or the hash of its files, the format it ran in, and the lens;
 what is loaded must be the same, else every number would speak of another model. Where a hash tells nothing (a local
 copy of a hub model), `harvest.model.checks` compares what the model gives with what the store holds. A model or lens
-that came from a local folder is known to the store by name only: where it lies says the file with the harvest's options
-beside the store, or the caller. Tested in tests/analysis/model/test_downstream.py.
+that came from a local folder is known to the store by name only: the file with the harvest's options beside the store
+says where it is, or the caller.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,12 +21,7 @@ from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
 
 
-def load_of_store(
-    store: ActivationStore,
-    spec: ModelSpec,
-    *,
-    device: torch.device | str = "cpu",
-) -> LoadedModel:
+def load_of_store(store: ActivationStore, spec: ModelSpec, *, device: torch.device | str = "cpu") -> LoadedModel:
     """The weights of `spec`, which `spec_of_store` gave, in the format that they ran in when `store` was harvested."""
     dtype = getattr(torch, store.meta.provenance.get("compute_dtype", "float32"))
     return load_model(spec, dtype=dtype, device=device)
@@ -40,36 +36,28 @@ def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: b
     """
     provenance = store.meta.provenance
     model, revision = str(provenance.get("model")), provenance.get("model_revision")
-    random_init, seed = bool(provenance.get("random_init", False)), int(provenance.get("seed") or 0)
-    if offline and name is None and provenance.get("model_source") == "hub":
-        return ModelSpec(
-            name=model,
-            source="hub",
-            location=model,
-            revision=revision,
-            cached_only=True,
-            random_init=random_init,
-            seed=seed,
-        )
-    if name is None and provenance.get("model_source") != "hub":
+    source: str | None = provenance.get("model_source")
+    weights: dict[str, Any] = {
+        "random_init": bool(provenance.get("random_init", False)),
+        "seed": int(provenance.get("seed") or 0),
+    }
+    if name is None and source == "hub" and offline:
+        return ModelSpec(name=model, source="hub", location=model, revision=revision, cached_only=True, **weights)
+    if name is None and source != "hub":
         name = recorded_place(store.path, "model")
     is_local = Path(name or model).expanduser().exists()
-    if provenance.get("model_source") == "folder" and name is None and not is_local:
+    if name is None and source == "folder" and not is_local:
         # By the folder's name alone a model of the hub might be taken for it.
         raise UsageError(
-            f"{store.path} was harvested from a folder {model!r}, and {options_file(store.path).name} beside it names"
-            " none that is there: say where that is with --model"
+            f"{store.path} was harvested from the folder {model!r}, which was not found (nor a folder in "
+            f"{options_file(store.path).name} beside the store): give its path with --model"
         )
     try:
-        found = resolve_model(
-            name or model, revision=None if is_local else revision, random_init=random_init, seed=seed
-        )
+        found = resolve_model(name or model, revision=None if is_local else revision, **weights)
     except UsageError as error:
         if name is not None:
             raise
-        raise UsageError(
-            f"{error}; {store.path} was harvested from {model!r}: say where that is with --model"
-        ) from None
+        raise UsageError(f"{error}; {store.path} was harvested from {model!r}: give its path with --model") from None
     refuse_other_weights(found, store)
     return found
 
@@ -98,12 +86,11 @@ def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens 
     except ResidscopeError as error:
         if name is not None:
             raise
-        raise UsageError(
-            f"{error}; {store.path} went through lens {described.get('id')!r}: say where that is with --lens"
-        ) from None
+        lens_id = described.get("id")
+        raise UsageError(f"{error}; {store.path} went through lens {lens_id!r}: give its path with --lens") from None
     if lens.fingerprint != described.get("hash"):
         raise IncompatibleError(
-            f"lens {lens.name}: its hash should be {described.get('hash')}, as {store.path} was harvested with, found"
-            f" {lens.fingerprint}"
+            f"lens {lens.name}: its hash should be {described.get('hash')}, as {store.path} was harvested with, "
+            f"found {lens.fingerprint}"
         )
     return lens

@@ -13,8 +13,7 @@ autoencoder nor lens.
 
 The results, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at
 the last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
-most; and by how much their logits change, less the mean change over the vocabulary. Tested in
-tests/analysis/prompt/test_view.py.
+most; and by how much their logits change, less the mean change over the vocabulary.
 
 Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
@@ -34,12 +33,10 @@ from train.kernels.interface import SparseCodes
 from train.model import MLSAE
 
 N_SHOWN = 8
-"""Tokens told at each end."""
+"""Tokens shown at each end."""
 
 LARGEST = 1e38
-"""Coefficients of steering must be smaller, to be numbers of float32."""
-
-STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Coefficients of steering must be smaller, to fit into float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,7 @@ class Effect(NamedTuple):
 
 
 class PromptedModel(NamedTuple):
-    """Who is changed: model, autoencoder and lens, and the format that the store keeps vectors in."""
+    """Model, autoencoder and lens, and the format that the store keeps vectors in."""
 
     model: LoadedModel
     sae: MLSAE
@@ -88,7 +85,7 @@ class PromptedModel(NamedTuple):
     def seen(self, x: Tensor, layer: int) -> Tensor:
         """Block outputs [n, D] as the autoencoder would get them from the store: through the lens, rounded."""
         y = x.float() if self.lens is None else self.lens.apply(x, layer)
-        return y.to(STORED[self.stored_dtype]).float()
+        return y.to(getattr(torch, self.stored_dtype)).float()
 
     def codes(self, x: Tensor, layer: int) -> SparseCodes:
         """Codes of block outputs [n, D]."""
@@ -103,10 +100,8 @@ def parse_steer(text: str) -> Intervention:
             raise ValueError(coefficient)
         return Intervention(kind="steer", latent=int(latent), layer=int(layer), coefficient=float(coefficient))
     except ValueError:
-        raise UsageError(
-            f"--steer should be LATENT:LAYER:COEFFICIENT, such as 17:10:8, found {text!r}: the coefficient is the"
-            " activation to add"
-        ) from None
+        wanted = "LATENT:LAYER:COEFFICIENT, such as 17:10:8 (the coefficient is the activation to add)"
+        raise UsageError(f"--steer should be {wanted}, found {text!r}") from None
 
 
 def parse_ablate(text: str) -> Intervention:
@@ -121,16 +116,14 @@ def parse_ablate(text: str) -> Intervention:
 @torch.inference_mode()
 def changed_vectors(prompted: PromptedModel, intervention: Intervention, x: Tensor, layer: int) -> Tensor:
     """The block's outputs x [n, D] at the kept positions, changed; float32."""
-    sae = prompted.sae
-    direction = sae.W_dec[intervention.latent]  # [D]
-    y = prompted.seen(x, layer)
+    sae, y = prompted.sae, prompted.seen(x, layer)
     std = sae.standardize(y.clone(), sae.rows_of_layer(layer, len(y))).std  # [n, 1]
     if intervention.kind == "steer":
         amount = torch.full((len(x), 1), intervention.coefficient or 0.0, device=x.device)
     else:
         values, indices = prompted.codes(x, layer)
         amount = -values.where(indices == intervention.latent, 0).sum(dim=1, keepdim=True)  # [n, 1]
-    shift = amount * std * direction  # [n, D]
+    shift = amount * std * sae.W_dec[intervention.latent]  # [n, D]
     if prompted.lens is None:
         return x.float() + shift
     # The inverse is affine: of a difference it is the difference of inverses.
@@ -165,12 +158,13 @@ class PromptRun:
         )
         changed = last_output(model, self._ids, Before(layer, output), skip=self._skip)
         replaced = changed[self._kept]
-        _, _, kl = compare(self._known, [replaced], torch.zeros(len(replaced), dtype=torch.int64, device=model.device))
+        target = torch.zeros(len(replaced), dtype=torch.int64, device=model.device)  # cross-entropies are not used
+        kl = compare(self._known, [replaced], target)[2]
         logits = model.logits(changed[0, -1]).float()
         if logits.isnan().any():
             raise UsageError(
-                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions are "
-                "NaN after it; give a smaller coefficient"
+                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions become "
+                "NaN; use a smaller coefficient"
             )
         log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         return Effect(
@@ -183,9 +177,8 @@ class PromptRun:
 
 def _foremost(true: Tensor, changed: Tensor, sign: int) -> list[TokenChange]:
     """Tokens whose probability rises (sign 1) or falls (-1) most, of logits [V]."""
-    p, q = true.softmax(dim=-1), changed.softmax(dim=-1)
-    logit_change = changed - true
-    logit_change = logit_change - logit_change.mean()
+    p, q, logit_change = true.softmax(dim=-1), changed.softmax(dim=-1), changed - true
+    logit_change -= logit_change.mean()
     rise = sign * (q - p)
     found = rise.topk(min(N_SHOWN, len(rise))).indices
     return [

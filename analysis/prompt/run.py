@@ -2,13 +2,13 @@
 
 How: an analysis of the same store and autoencoder that is in the output folder is used; if there is none, one is made
 first. Then the model reads the prompts; prompt.parquet and prompt.json are written, and report.html again, with them.
-Each file is replaced whole. Tested in tests/analysis/prompt/test_view.py.
 """
 
 import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,9 @@ MOST_LATENTS = 256
 
 COLUMNS = pa.schema(
     [
-        ("prompt", pa.int64()),
-        ("position", pa.int64()),
-        ("token_id", pa.int64()),
+        *((name, pa.int64()) for name in ("prompt", "position", "token_id")),
         ("token", pa.string()),
-        ("layer", pa.int64()),
-        ("latent", pa.int64()),
-        ("activation", pa.float32()),
+        *(("layer", pa.int64()), ("latent", pa.int64()), ("activation", pa.float32())),
     ]
 )
 """prompt.parquet: one row for each activation above zero."""
@@ -70,15 +66,10 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     tokens = [read_prompt(store, model.tokenizer, model.causal_lm.config, text) for text in prompts.prompt]
     check_logits(model, torch.from_numpy(tokens[0].ids)[None])
     prompted = PromptedModel(model, sae.to(model.device), found.lens, store.meta.stored_dtype)
-    views = [
-        view_prompt(prompted, text, read, layers, interventions)
-        for text, read in zip(prompts.prompt, tokens, strict=True)
-    ]
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "layers": layers,
-        "prompts": [_plain(view, TokenBytes(model.tokenizer)) for view in views],
-    }
+    read = zip(prompts.prompt, tokens, strict=True)
+    views = [view_prompt(prompted, text, ids, layers, interventions) for text, ids in read]
+    plain = [_plain(view, TokenBytes(model.tokenizer)) for view in views]
+    content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
     _write(config, views, content)
     say(prompt_words(content))
     names = f"{PROMPT_JSON}, {PROMPT_TABLE}" + (", report.html" if config.output.report else "")
@@ -115,11 +106,10 @@ def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str
 def _table(views: Sequence[PromptView]) -> pa.Table:
     parts = []
     for i, view in enumerate(views):
-        found, tokens = view.activations, view.tokens
-        texts = np.array(tokens.texts, object)[found.position]
-        columns = (np.full(len(found.position), i), found.position, tokens.ids[found.position], texts.tolist())
-        rest = (found.layer, found.latent, found.activation)
-        parts.append(pa.table(dict(zip(COLUMNS.names, (*columns, *rest), strict=True)), schema=COLUMNS))
+        position, *rest = view.activations
+        texts = np.array(view.tokens.texts, object)[position].tolist()
+        columns = [np.full(len(position), i), position, view.tokens.ids[position], texts, *rest]
+        parts.append(pa.table(dict(zip(COLUMNS.names, columns, strict=True)), schema=COLUMNS))
     return pa.concat_tables(parts)
 
 
@@ -147,16 +137,13 @@ def _plain(view: PromptView, token_bytes: TokenBytes) -> dict[str, Any]:
         ],
         "interventions": [
             {
-                "kind": result.intervention.kind,
-                "latent": result.intervention.latent,
-                "layer": result.layer,
-                "coefficient": result.intervention.coefficient,
-                "kl_last": result.effect.kl_last,
-                "kl_mean": result.effect.kl_mean,
-                "increased": changes(result.effect.increased),
-                "decreased": changes(result.effect.decreased),
+                **asdict(intervention),
+                "layer": layer,
+                **effect._asdict(),
+                "increased": changes(effect.increased),
+                "decreased": changes(effect.decreased),
             }
-            for result in view.results
+            for intervention, layer, effect in view.results
         ],
         "silent": view.silent,
     }

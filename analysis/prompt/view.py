@@ -31,44 +31,38 @@ N_NEXT = 8
 
 
 class Tokens(NamedTuple):
-    """A prompt as the model reads it."""
+    """A prompt as the model reads it, [N] each."""
 
     ids: NDArray[np.int64]
-    """[N]"""
     texts: list[str]
-    """[N] what each token writes."""
     kept: NDArray[np.bool_]
-    """[N] False for special tokens and position 0, which no autoencoder was trained on."""
+    """False for special tokens and position 0, which no autoencoder was trained on."""
 
 
 class Activations(NamedTuple):
-    """All activations above zero, by position, then layer, then falling activation."""
+    """All activations above zero, each column [A]: by position, then layer, then falling activation."""
 
     position: NDArray[np.int64]
-    """[A]"""
     layer: NDArray[np.int64]
-    """[A] the model's block index."""
+    """The model's block index."""
     latent: NDArray[np.int64]
-    """[A]"""
     activation: NDArray[np.float32]
-    """[A]"""
 
 
 class PromptLatents(NamedTuple):
-    """The latents active in a prompt, by falling mass."""
+    """The latents active in a prompt, each column [J], by falling mass."""
 
     latent: NDArray[np.int64]
-    """[J]"""
     mass: NDArray[np.float64]
-    """[J] sum of its activations over positions and layers."""
+    """Sum of its activations over positions and layers."""
     layer_mean: NDArray[np.float64]
-    """[J] mean layer, by mass."""
+    """Mean layer, by mass."""
     peak_layer: NDArray[np.int64]
-    """[J] the layer with the most mass; the earlier of two."""
+    """The layer with the most mass; the earlier of two."""
     peak: NDArray[np.float32]
-    """[J] its highest activation."""
+    """Its highest activation."""
     peak_position: NDArray[np.int64]
-    """[J] where that is."""
+    """Where that is."""
 
 
 class Result(NamedTuple):
@@ -76,7 +70,6 @@ class Result(NamedTuple):
 
     intervention: Intervention
     layer: int
-    """Where."""
     effect: Effect
 
 
@@ -92,7 +85,7 @@ class PromptView:
     """Token and probability, the likeliest first, after the prompt in the true run."""
     results: list[Result]
     silent: list[int]
-    """Latents that were to be ablated where they are strongest, and are active nowhere in the prompt."""
+    """Latents that were to be ablated where they are strongest, but are not active in the prompt."""
 
 
 def read_prompt(store: ActivationStore, tokenizer: Any, config: Any, text: str) -> Tokens:
@@ -103,19 +96,18 @@ def read_prompt(store: ActivationStore, tokenizer: Any, config: Any, text: str) 
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"--prompt {text!r}: should be UTF-8 text, found bytes that are none") from None
+        raise UsageError(f"--prompt {text!r}: is not valid UTF-8") from None
     own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not own:
-        raise UsageError(f"--prompt {text!r}: the tokenizer makes no token of it")
+        raise UsageError(f"--prompt {text!r}: the tokenizer returns no tokens for it")
     ids = np.array(opening + own, np.int64)
     limit = longest_context(config)
     if limit is not None and len(ids) > limit:
         raise UsageError(f"--prompt of {len(ids)} tokens: the model takes at most {limit}")
-    keep_first = bool((provenance.get("config") or {}).get("keep_first_position", False))
     kept = ~np.isin(ids, list(tokenizer.all_special_ids))
-    kept[0] &= keep_first
+    kept[0] &= bool((provenance.get("config") or {}).get("keep_first_position", False))
     if not kept.any():
-        raise UsageError(f"--prompt {text!r}: nothing is left of it without special tokens and the first position")
+        raise UsageError(f"--prompt {text!r}: it has no tokens apart from special tokens and the first position")
     return Tokens(ids, texts_of(TokenBytes(tokenizer).get(ids)), kept)
 
 
@@ -168,16 +160,14 @@ def view_prompt(
     layers: Sequence[int],
     interventions: Sequence[Intervention],
 ) -> PromptView:
-    """Look at one prompt. layers: the model's block indices to look at; interventions: those asked for; none: each of
-    the `N_ABLATED` strongest latents is ablated at its strongest layer."""
+    """Look at one prompt. layers: the model's block indices. interventions: where none are asked for, each of the
+    `N_ABLATED` strongest latents is ablated at its strongest layer."""
     found = activations_of(prompted, tokens, layers)
     latents = latents_of(found)
-    if not interventions:
-        interventions = [
-            Intervention(kind="ablate", latent=int(latent), layer=int(layer))
-            for latent, layer in zip(latents.latent[:N_ABLATED], latents.peak_layer[:N_ABLATED], strict=True)
-        ]
     strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
+    if not interventions:
+        shown = list(strongest.items())[:N_ABLATED]
+        interventions = [Intervention(kind="ablate", latent=latent, layer=layer) for latent, layer in shown]
     run = PromptRun(prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
     results, silent = [], []
     for intervention in interventions:

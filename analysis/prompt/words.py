@@ -16,52 +16,43 @@ def prompt_words(content: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Prompt {quoted(prompt['text'])}: {len(prompt['tokens'])} tokens, {prompt['n_active_latents']:,} latents "
-            f"active; the model goes on with {likely}.",
+            f"active; most likely next tokens: {likely}.",
             "Strongest latents (mass: sum of activations over tokens and layers)",
-            *table(
-                ("latent", "mass", "mean layer", "strongest at layer", "highest activation", "at token"),
-                [
-                    (
-                        str(one["latent"]),
-                        shown(one["mass"]),
-                        shown(one["layer_mean"]),
-                        str(one["peak_layer"]),
-                        shown(one["peak"]),
-                        quoted(prompt["tokens"][one["peak_position"]]["token"]),
-                    )
-                    for one in prompt["latents"][:N_LATENTS]
-                ],
-            ),
+            *_latents(prompt),
         ]
         if prompt["interventions"]:
-            lines += [
-                "What a latent does to the next token (KL(true || changed), nats; probabilities before > after)",
-                *table(
-                    ("change", "KL", "KL per token", "rises most", "falls most"),
-                    [
-                        (
-                            name_of(one),
-                            shown(one["kl_last"]),
-                            shown(one["kl_mean"]),
-                            _moves(one["increased"]),
-                            _moves(one["decreased"]),
-                        )
-                        for one in prompt["interventions"]
-                    ],
-                ),
-            ]
+            lines.append(
+                "What a latent does to the next token (KL(true || changed), nats; probabilities before > after)"
+            )
+            lines += _effects(prompt)
         if prompt["silent"]:
             silent = ", ".join(map(str, prompt["silent"]))
-            lines.append(f"Not ablated, since active nowhere in this prompt: latent {silent}.")
+            lines.append(f"Not ablated, because not active in this prompt: latent {silent}.")
     return "\n".join(lines)
+
+
+def _latents(prompt: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for one in prompt["latents"][:N_LATENTS]:
+        numbers = (shown(one["mass"]), shown(one["layer_mean"]), str(one["peak_layer"]), shown(one["peak"]))
+        rows.append((str(one["latent"]), *numbers, quoted(prompt["tokens"][one["peak_position"]]["token"])))
+    return table(("latent", "mass", "mean layer", "strongest at layer", "highest activation", "at token"), rows)
+
+
+def _effects(prompt: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (name_of(one), shown(one["kl_last"]), shown(one["kl_mean"]), _moves(one["increased"]), _moves(one["decreased"]))
+        for one in prompt["interventions"]
+    ]
+    return table(("change", "KL", "KL per token", "rises most", "falls most"), rows)
 
 
 def name_of(intervention: Mapping[str, Any]) -> str:
     """An intervention in a few words."""
     where = f"latent {intervention['latent']} at layer {intervention['layer']}"
-    if intervention["kind"] == "ablate":
-        return f"ablate {where}"
-    return f"steer {where} by {intervention['coefficient']:+g}"
+    return (
+        f"ablate {where}" if intervention["kind"] == "ablate" else f"steer {where} by {intervention['coefficient']:+g}"
+    )
 
 
 def quoted(text: str) -> str:
@@ -70,7 +61,5 @@ def quoted(text: str) -> str:
 
 
 def _moves(changes: list[Mapping[str, Any]]) -> str:
-    return (
-        ", ".join(f"{quoted(c['token'])} {100 * c['p_true']:.2g}>{100 * c['p_changed']:.2g} %" for c in changes[:2])
-        or "-"
-    )
+    moves = (f"{quoted(c['token'])} {100 * c['p_true']:.2g}>{100 * c['p_changed']:.2g} %" for c in changes[:2])
+    return ", ".join(moves) or "-"

@@ -1,7 +1,7 @@
 """The folder that an analysis writes: the names of its files, and how they get there whole.
 
 Results are made in a folder of their own inside the output folder and moved into place when all are there, summary.json
-last: a folder without summary.json holds no whole analysis. Tested in tests/analysis/test_run.py and test_cli.py.
+last: a folder without summary.json holds no whole analysis.
 """
 
 import errno
@@ -14,10 +14,9 @@ from pathlib import Path
 from residscope.destinations import held_alone
 from residscope.errors import UsageError
 
-SUMMARY, LATENTS, LAYERS, CONFIG = "summary.json", "latents.parquet", "layers.parquet", "analyze.config.toml"
-REDUNDANCY, LATENT_LOGITS = "redundancy.parquet", "latent_logits.parquet"
-EXAMPLES, HISTOGRAMS = "examples.parquet", "histograms.parquet"
-REPORT = "report.html"
+SUMMARY, CONFIG, REPORT = "summary.json", "analyze.config.toml", "report.html"
+LATENTS, LAYERS, REDUNDANCY = "latents.parquet", "layers.parquet", "redundancy.parquet"
+LATENT_LOGITS, EXAMPLES, HISTOGRAMS = "latent_logits.parquet", "examples.parquet", "histograms.parquet"
 PROMPT_JSON, PROMPT_TABLE = "prompt.json", "prompt.parquet"
 """What `analyze --prompt` adds to an analysis."""
 
@@ -29,7 +28,6 @@ FILES = {
     *(PROMPT_JSON, PROMPT_TABLE),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 }
-"""All files that an analysis may write."""
 
 
 @contextmanager

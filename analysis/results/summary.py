@@ -1,10 +1,10 @@
 """summary.json: what was found, in numbers, in the schema that others read.
 
-Nothing is computed here but means over layers; a number that is not defined is null. Not here: the words on the
-terminal (`analysis.results.words`), the tables (`analysis.results.tables`).
+Nothing is computed here but means over layers; a number that is not defined is null.
 """
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -25,8 +25,8 @@ from analysis.persistence import distributions, persistence_summary
 from analysis.quality import QualityResult, defined
 from analysis.reference import mlsae_compat
 from analysis.selection import Selection
-from analysis.task import Sums
-from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Intervals, SumIntervals
+from analysis.task import VALIDATION, Sums
+from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, Intervals, SumIntervals
 from residscope.console import counted
 from train.checkpoint import Checkpoint
 
@@ -46,7 +46,7 @@ class Baseline:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that an analysis found."""
+    """All that an analysis found; None for what was not asked for or could not be computed."""
 
     config: AnalyzeConfig
     inputs: Inputs
@@ -56,22 +56,19 @@ class Findings:
     baseline: Baseline | None
     table: LatentTable
     redundancy: Redundancy | None
-    """None if it was not asked for."""
     views: LatentViews | None
-    """None if they were not asked for."""
     model: ModelFindings
-    """What the transformer told."""
     seconds: float
 
     @property
     def validation(self) -> QualityResult | None:
         """On the held-out documents; None if there are none."""
-        return self.sums.validation if self.selection.validation.any() else None
+        return self.sums.quality.result(VALIDATION) if self.selection.validation.any() else None
 
 
 def build(found: Findings) -> dict[str, Any]:
     """summary.json: plain JSON values, None where a number is not defined."""
-    moments, inputs, nulls = found.sums.moments, found.inputs, found.sums.nulls
+    moments = found.sums.moments
     fired = moments.counts.any(axis=1)
     split, warnings = describe_split(found)
     variance, persistence = _variance(found), _persistence(found)
@@ -89,13 +86,7 @@ def build(found: Findings) -> dict[str, Any]:
         "layers": layer_rows(found),
         "variance": variance,
         "persistence": persistence,
-        "nulls": {
-            "seed": found.config.statistics.seed,
-            "chunk_tokens": inputs.store.meta.chunk_tokens,
-            **{name: null_numbers(variance, persistence, null) for name, null in nulls.items()},
-        }
-        if nulls
-        else None,
+        "nulls": _nulls(found, variance, persistence) if found.sums.nulls else None,
         "profiles": _profiles(found.table),
         "redundancy": _redundancy(found.redundancy),
         "uncertainty": {
@@ -116,12 +107,9 @@ def build(found: Findings) -> dict[str, Any]:
 
 
 def _reconstruction(found: Findings) -> dict[str, Any]:
-    names = ("fvu", "mse", "l0")
+    names, intervals = ("fvu", "mse", "l0"), found.intervals.reconstruction
     result: dict[str, Any] = {name: defined(getattr(found.sums.analysed, name).mean()) for name in names}
-    bounds = {name: getattr(found.intervals.reconstruction, name, None) for name in names}
-    result["ci95"] = (
-        {name: list(i) if i else None for name, i in bounds.items()} if found.intervals.reconstruction else {}
-    )
+    result["ci95"] = _plain({name: getattr(intervals, name) for name in names}) if intervals else {}
     return result
 
 
@@ -137,11 +125,7 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
     return [
         {
             "layer": int(layer),
-            "fvu": defined(quality.fvu[i]),
-            "mse": defined(quality.mse[i]),
-            "l0": defined(quality.l0[i]),
-            "mean_norm": defined(quality.mean_norm[i]),
-            "cosine_to_next": defined(quality.cosine_to_next[i]),
+            **{name: defined(getattr(quality, name)[i]) for name in QualityResult._fields[2:]},
             "n_vectors": quality.n_tokens,
             "active_latents": int(active[i]),
             "mass_share": float(share[i]),
@@ -158,9 +142,8 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
 def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
     """Which tokens the numbers speak of, and what to be wary of."""
     inputs, selection, split = found.inputs, found.selection, found.config.tokens.split
-    document, held_out = inputs.store.tokens.document, selection.held_out
-    n = selection.n_analysed
-    n_held_out = int((selection.analysed & held_out[document]).sum())
+    n, held_out = selection.n_analysed, selection.held_out
+    n_held_out = int((selection.analysed & held_out[inputs.store.tokens.document]).sum())
     if not inputs.same_store:
         trained_on, fate = "unknown", "this is not the store that the autoencoder was trained on"
     elif n_held_out == n:
@@ -169,11 +152,9 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
         trained_on, fate = "some", f"{n - n_held_out:,} of them are of documents that the autoencoder was trained on"
     else:
         trained_on, fate = "all", "of documents that the autoencoder was trained on"
-    whose = {"all": "of the store", "train": "of the training documents", "validation": "of the validation documents"}[
-        split
-    ]
+    whose = {"all": "store", "train": "training documents", "validation": "validation documents"}[split]
     limit = found.config.tokens.max_tokens
-    which = f"the first {limit:,} kept tokens {whose}" if limit == n else f"every kept token {whose}"
+    which = f"the first {limit:,} kept tokens of the {whose}" if limit == n else f"every kept token of the {whose}"
     warnings = [*inputs.notes]
     if trained_on in ("some", "all"):
         share = 100 * (n - n_held_out) / n
@@ -181,16 +162,13 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
         way_out = "use --split validation" if held_out.any() else "train with --validation-fraction above 0"
         warnings.append(f"{shown} of these tokens are of training documents: {way_out} for held-out numbers.")
     if trained_on == "unknown":
-        warnings.append(
-            "Whether the autoencoder was trained on this text is not known: it was trained on another store."
-        )
+        warnings.append("It is not known whether the autoencoder, trained on another store, was trained on this text.")
     if not inputs.checkpoint.trainer.get("finished", True):
         warnings.append(f"Training was not finished: this is its step {inputs.checkpoint.trainer.get('step')}.")
     if not found.intervals.variance and found.config.statistics.intervals:
         warnings.append(
-            f"No 95 % intervals are given: they are drawn over documents, in groups of about the same size, and take "
-            f"{MIN_INTERVAL_GROUPS} groups; {counted(selection.n_documents, 'document')} in "
-            f"{counted(selection.n_groups, 'group')}: too few."
+            f"No 95 % intervals: {counted(selection.n_documents, 'document')}, which make "
+            f"{counted(selection.n_groups, 'group')} of about the same size: too few, {MIN_INTERVAL_GROUPS} are needed."
         )
     return {
         "name": split,
@@ -204,8 +182,7 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
 
 def _provenance(found: Findings) -> dict[str, Any]:
     store, config, checkpoint = found.inputs.store, found.config, found.inputs.checkpoint
-    meta = store.meta
-    sae = checkpoint.config
+    meta, sae = store.meta, checkpoint.config
     origin = {name: meta.provenance.get(name) for name in ("model", "architecture", "random_init", "dataset")}
     return {
         "store": {
@@ -214,18 +191,13 @@ def _provenance(found: Findings) -> dict[str, Any]:
             "config_hash": meta.config_hash,
             **origin,
             "revision": meta.provenance.get("model_revision"),
-            "context_length": meta.context_length,
-            "lens": meta.lens,
-            "stored_dtype": meta.stored_dtype,
-            "n_tokens": meta.n_tokens,
+            **{name: getattr(meta, name) for name in ("context_length", "lens", "stored_dtype", "n_tokens")},
             "layers": list(meta.layers),
         },
         "sae": {
             "name": config.sae.name,
             "hash": weights_hash(checkpoint.sae),
-            "n_latents": sae.n_latents,
-            "k": sae.k,
-            "d_model": sae.d_model,
+            **{name: getattr(sae, name) for name in ("n_latents", "k", "d_model")},
             "expansion_factor": sae.n_latents / sae.d_model,
             "trained_tokens": trained_tokens(checkpoint),
             "store_content_hash": checkpoint.store.get("content_hash"),
@@ -281,7 +253,19 @@ def _persistence(found: Findings) -> dict[str, Any]:
 def _add_intervals(numbers: dict[str, dict[str, Any]], intervals: Intervals) -> None:
     """Put 95 % intervals beside the numbers of each weighting; none where none are given."""
     for weighting, row in numbers.items():
-        row["ci95"] = {name: list(i) if i else None for name, i in intervals.get(weighting, {}).items()}
+        row["ci95"] = _plain(intervals.get(weighting, {}))
+
+
+def _plain(intervals: Mapping[str, Interval | None]) -> dict[str, list[float] | None]:
+    return {name: list(interval) if interval else None for name, interval in intervals.items()}
+
+
+def _nulls(found: Findings, variance: dict[str, Any], persistence: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "seed": found.config.statistics.seed,
+        "chunk_tokens": found.inputs.store.meta.chunk_tokens,
+        **{name: null_numbers(variance, persistence, null) for name, null in found.sums.nulls.items()},
+    }
 
 
 def _profiles(table: LatentTable) -> dict[str, dict[str, float]]:
@@ -316,9 +300,12 @@ def _validation(found: Findings) -> dict[str, Any] | None:
     return {
         "n_tokens": found.validation.n_tokens,
         "n_documents": len(np.unique(document)),
-        "fvu": defined(found.validation.fvu.mean()),
-        "fvu_per_layer": [defined(fvu) for fvu in found.validation.fvu],
+        **_fvu(found.validation.fvu),
     }
+
+
+def _fvu(by_layer: NDArray[np.float64]) -> dict[str, Any]:
+    return {"fvu": defined(by_layer.mean()), "fvu_per_layer": [defined(fvu) for fvu in by_layer]}
 
 
 def _pca(baseline: Baseline | None) -> dict[str, Any] | None:
@@ -326,8 +313,7 @@ def _pca(baseline: Baseline | None) -> dict[str, Any] | None:
         return None
     return {
         "k": baseline.k,
-        "fvu": defined(baseline.fvu.mean()),
-        "fvu_per_layer": [defined(fvu) for fvu in baseline.fvu],
+        **_fvu(baseline.fvu),
         "n_train_vectors": baseline.n_train_vectors,
         "n_validation_vectors": baseline.n_validation_vectors,
     }

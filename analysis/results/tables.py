@@ -1,7 +1,6 @@
 """latents.parquet, layers.parquet and redundancy.parquet: the tables that figures and users read.
 
 Columns and types are fixed here and described in docs/outputs.md; a number that is not defined is null, never NaN.
-Tested in tests/analysis/test_outputs.py and test_run.py. Not here: what the numbers mean (docs/method.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,23 +17,13 @@ from analysis.latents.table import LatentTable
 from analysis.model.downstream_numbers import COLUMNS as DOWNSTREAM_COLUMNS
 from analysis.moments import LayerMoments
 
+_INTEGERS = ("layer", "n_vectors", "active_latents")
 LAYER_COLUMNS = pa.schema(
-    [
-        ("layer", pa.int64()),
-        ("fvu", pa.float64()),
-        ("mse", pa.float64()),
-        ("l0", pa.float64()),
-        ("mean_norm", pa.float64()),
-        ("cosine_to_next", pa.float64()),
-        ("n_vectors", pa.int64()),
-        ("active_latents", pa.int64()),
-        ("mass_share", pa.float64()),
-        ("validation_fvu", pa.float64()),
-        ("pca_fvu", pa.float64()),
-        ("fvu_low", pa.float64()),
-        ("fvu_high", pa.float64()),
-        *((name, pa.float64()) for name in DOWNSTREAM_COLUMNS),
-    ]
+    (name, pa.int64() if name in _INTEGERS else pa.float64())
+    for name in (
+        *("layer", "fvu", "mse", "l0", "mean_norm", "cosine_to_next", "n_vectors", "active_latents", "mass_share"),
+        *("validation_fvu", "pca_fvu", "fvu_low", "fvu_high", *DOWNSTREAM_COLUMNS),
+    )
 )
 
 
@@ -58,9 +47,7 @@ def write_latents(
         "layer_mean": _nullable(table.layer_mean),
         "layer_var": _nullable(table.layer_var),
         "layer_std": _nullable(np.sqrt(table.layer_var)),
-        "within_token": _nullable(table.within_token),
-        "between_tokens": _nullable(table.between_tokens),
-        "entropy": _nullable(table.entropy),
+        **{name: _nullable(getattr(table, name)) for name in ("within_token", "between_tokens", "entropy")},
         "n_layers_active": pa.array(table.n_layers_active),
         **{name: _nullable(values) for name, values in table.persistence._asdict().items()},
         "profile": pa.array(table.kinds, pa.string()),
@@ -77,9 +64,9 @@ def write_latents(
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 
-def write_layers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_layers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One row for each layer, as in summary.json."""
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=LAYER_COLUMNS), path, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=LAYER_COLUMNS), path, compression="zstd")
 
 
 def write_redundancy(path: Path, redundancy: Redundancy, table: LatentTable) -> None:
@@ -103,10 +90,8 @@ def _nullable(values: NDArray[np.float64]) -> pa.Array:
 
 def _lists(values: NDArray[Any]) -> pa.Array:
     """[M, L] as M lists of L."""
-    offsets = np.arange(0, values.size + 1, values.shape[1])
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1))).cast(
-        pa.list_(pa.from_numpy_dtype(values.dtype))
-    )
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return rows.cast(pa.list_(rows.type.value_type))
 
 
 def _known(values: NDArray[Any], known: NDArray[np.bool_]) -> pa.Array:

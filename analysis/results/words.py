@@ -1,6 +1,6 @@
 """What `analyze` says on the terminal: the summary in plain sentences and small tables, with units and directions.
 
-Made from summary.json alone; no number is computed here. Tested in tests/analysis/test_cli.py and test_run.py.
+Made from summary.json alone; no number is computed here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ def words(summary: Mapping[str, Any]) -> str:
         "Reconstruction by layer (FVU and MSE: lower is better; FVU 1 is no better than the layer's mean)",
         *table(
             ("layer", "FVU", "validation FVU", "PCA FVU", "MSE", "L0", "mean norm", "cosine to next"),
-            [_layer_words(row) for row in some(summary["layers"])],
+            _layer_rows(summary, "fvu", "validation_fvu", "pca_fvu", "mse", "l0", "mean_norm", "cosine_to_next"),
         ),
         *_fvu_words(summary),
         *_model_words(summary),
@@ -58,9 +58,7 @@ def words(summary: Mapping[str, Any]) -> str:
 
 def _headline(ratio: float | None, reference: float | None) -> list[str]:
     if ratio is None:
-        return [
-            "The token-level variance is 0: no latent is active at two layers of one token, so there is no ratio to it."
-        ]
+        return ["The token-level variance is 0: no latent is active at two layers of one token, so there is no ratio."]
     line = (
         f"The aggregate variance (within + between tokens) is {ratio:.3g} times "
         "the token-level variance (within token), by mass."
@@ -69,25 +67,25 @@ def _headline(ratio: float | None, reference: float | None) -> list[str]:
         return [line]
     return [
         line,
-        f"The reference's formula on the same codes says {1 / reference:.3g} times. It differs: a token at which",
-        "a latent is silent stays in its means, as no mass at any layer: what it compares are not variances of one",
-        "distribution, and its ratio moves with how layers are numbered (docs/method.md).",
+        f"The reference's formula on the same codes gives {1 / reference:.3g} times. It averages over tokens at which",
+        "a latent is silent as if its mass were at layer 0, so it does not compare variances, and its ratio depends on",
+        "how layers are numbered (docs/method.md).",
     ]
 
 
 def _persistence_words(means: Mapping[str, Any]) -> list[str]:
     if means["n_layers_active"] is None:
         return []
-    single = means["single_layer"]
     lines = [
         "Along the layers of a token, by mass: a latent is on at "
         f"{with_interval(means, 'n_layers_active')} layers, first at {shown(means['onset'])} and last at "
         f"{shown(means['offset'])}; its longest run is {with_interval(means, 'run_length')} layers.",
     ]
-    if means["unbroken_multi"] is not None:
+    single, unbroken = means["single_layer"], means["unbroken_multi"]
+    if unbroken is not None:
         lines.append(
-            f"At one layer only: {100 * single:.0f} %. Of the rest {100 * means['unbroken_multi']:.0f} % switch on "
-            f"once and stay on until they go off (contiguity {with_interval(means, 'contiguity_multi')})."
+            f"At one layer only: {100 * single:.0f} %. Of the rest {100 * unbroken:.0f} % switch on once and "
+            f"stay on until they go off (contiguity {with_interval(means, 'contiguity_multi')})."
         )
     return lines
 
@@ -136,13 +134,11 @@ def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _layer_words(row: Mapping[str, Any]) -> tuple[str, ...]:
-    names = ("fvu", "validation_fvu", "pca_fvu", "mse", "l0", "mean_norm", "cosine_to_next")
-    return (str(row["layer"]), *(shown(row[name]) for name in names))
+def _layer_rows(summary: Mapping[str, Any], *names: str) -> list[tuple[str, ...]]:
+    return [(str(row["layer"]), *(shown(row[name]) for name in names)) for row in some(summary["layers"])]
 
 
 def _model_words(summary: Mapping[str, Any]) -> list[str]:
-    """Of what the transformer told; none where nothing was asked for."""
     reason = summary["transformer"]["reason"]
     if reason:
         return [
@@ -164,10 +160,7 @@ def _downstream_words(summary: Mapping[str, Any]) -> list[str]:
         f"Downstream, each layer replaced alone by its reconstruction, {found['n_tokens']:,} {found['tokens']} tokens "
         f"(true CE {shown(found['true_ce'])} nats; delta CE and KL in nats per token: lower is better; "
         "loss recovered: 1 is perfect, 0 as bad as ablation)",
-        *table(
-            head,
-            [(str(row["layer"]), *(shown(row[name]) for name in names)) for row in some(summary["layers"])],
-        ),
+        *table(head, _layer_rows(summary, *names)),
         f"Mean over layers: delta CE {with_interval(found, 'delta_ce')}, KL {with_interval(found, 'kl')}, "
         f"loss recovered {with_interval(found, 'loss_recovered_mean')} against mean ablation.",
     ]
@@ -206,9 +199,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column flush left, numbers flush right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     return [
-        "  "
-        + "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+        f"  {row[0].ljust(widths[0])}"
+        + "".join(f"  {cell.rjust(w)}" for cell, w in zip(row[1:], widths[1:], strict=True))
         for row in (head, *rows)
     ]

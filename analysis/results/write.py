@@ -1,7 +1,4 @@
-"""Everything that an analysis leaves: its tables, summary.json, options, figures and report, and its words.
-
-Tested in tests/analysis/test_run.py.
-"""
+"""Everything that an analysis leaves: its tables, summary.json, options, figures and report, and its words."""
 
 import json
 import sys

@@ -119,7 +119,7 @@ def test_a_store_of_another_width(small, tmp_path, capsys):
     [
         ({"model": "EleutherAI/pythia-70m"}, ["model should be EleutherAI/pythia-70m", "found test"]),
         ({"lens": {"id": "some/lens", "hash": "ab"}}, ["lens should be", "some/lens", "found none"]),
-        ({"layers": [2, 4, 9]}, ["layers [2, 4, 9]", "lacks [4, 9]"]),
+        ({"layers": [2, 4, 9]}, ["layers [2, 4, 9]", "does not have layers [4, 9]"]),
     ],
 )
 def test_a_checkpoint_of_another_model_lens_or_layers(tmp_path, capsys, recorded, words):

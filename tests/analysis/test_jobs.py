@@ -100,7 +100,7 @@ def test_an_interrupt_is_said_to_be_one():
     def interrupt(shards):
         raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="starts the analysis again"):
+    with pytest.raises(Interrupted, match="Run the same command to start again"):
         jobs.run(shard_sum(interrupt), jobs.Threads(1))
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.latents.table import latent_table, profile_mean_and_variance
+from analysis.latents.table import latent_table
 from analysis.moments import WEIGHTINGS, LayerMoments, Weighting, variances
 from analysis.reference import mlsae_compat
 from tests.support.codes import moments_of, planted, random_codes
@@ -230,10 +230,10 @@ def test_layer_statistics_follow_from_totals_as_published():
     # probs - layer_mean^2.
     totals = np.array([[3.0, 1.0, 0.0, 4.0], [0.5, 0.0, 0.0, 0.0]])
     probs = totals / totals.sum(axis=1, keepdims=True)
-    layers = np.arange(4)
-    mean, variance = profile_mean_and_variance(probs, layers)
-    np.testing.assert_allclose(mean, [13 / 8, 0])
-    np.testing.assert_allclose(variance, probs @ layers**2 - mean**2)
+    table = latent_table(moments_of(totals.T[None], np.tile(np.arange(2), (1, 4, 1)), 2))
+    np.testing.assert_allclose(table.probs, probs)
+    np.testing.assert_allclose(table.layer_mean, [13 / 8, 0])
+    np.testing.assert_allclose(table.layer_var, probs @ np.arange(4) ** 2 - table.layer_mean**2)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_nothing_held_out_means_no_validation_and_no_fit():
     ],
 )
 def test_an_empty_split_is_refused_with_a_way_out(split, held_out, keep, way_out):
-    with pytest.raises(ResidscopeError, match=f"the {split} split of this store is empty.*{way_out}"):
+    with pytest.raises(ResidscopeError, match=f"no tokens to analyse: .*{way_out}"):
         select(table([0, 0, 1], keep), np.array(held_out, bool), TokenOptions(split=split), 8)
 
 

@@ -92,13 +92,13 @@ def test_pairs_neighbours_and_mmcs_equal_those_of_whole_matrices(monkeypatch, ti
     assert found.mmcs == pytest.approx(np.mean(list(best.values())), rel=1e-5)
     for latent in range(40):
         if latent in best:
-            assert found.nearest[latent] != latent
+            assert found.neighbours[latent, 0] != latent
             others = sorted((b for b in best if b != latent), key=lambda b: -cosines[latent, b])[:5]
             assert found.neighbours[latent].tolist() == others
             np.testing.assert_allclose(found.neighbour_cosines[latent], cosines[latent, others], rtol=1e-5, atol=1e-7)
-            assert found.nearest_cosine[latent] == pytest.approx(best[latent], rel=1e-5)
+            assert found.neighbour_cosines[latent, 0] == pytest.approx(best[latent], rel=1e-5)
         else:
-            assert (found.nearest[latent], np.isnan(found.nearest_cosine[latent])) == (-1, True)
+            assert (found.neighbours[latent, 0], np.isnan(found.neighbour_cosines[latent, 0])) == (-1, True)
             assert (found.neighbours[latent] == -1).all()
 
 

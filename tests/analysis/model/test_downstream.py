@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from analysis.model import downstream
 from analysis.model.continuation import can_skip
 from analysis.model.downstream import TrueRun, compare, measure_downstream, sae_reconstruction
-from analysis.model.downstream_numbers import BOUNDED, CONDITIONS, NAMES, PER_LAYER, RECONSTRUCTED, Downstream
+from analysis.model.downstream_numbers import BOUNDED, PER_LAYER, Downstream
 from analysis.model.sequences import batches_to_measure, sequence_bounds
 from analysis.model.transformer import lens_of_store, spec_of_store
 from harvest.lens.translators import TunedLens
@@ -89,7 +89,7 @@ def test_a_perfect_reconstruction_costs_nothing_at_any_layer(make: Make, archite
     assert len(found.delta_ce) == N_LAYERS[architecture]
     np.testing.assert_allclose(found.delta_ce, 0, atol=1e-6)
     np.testing.assert_allclose(found.kl, 0, atol=1e-6)
-    np.testing.assert_allclose(found.recovered_mean, 1, atol=1e-4)
+    np.testing.assert_allclose(found.loss_recovered_mean, 1, atol=1e-4)
     if not with_lens:
         assert not found.delta_ce.any()  # the very same numbers go on: exactly nothing changes
         assert not found.kl.any()
@@ -100,8 +100,8 @@ def test_a_perfect_reconstruction_costs_nothing_at_any_layer(make: Make, archite
 def test_zero_and_mean_ablation_are_what_one_computes_by_hand(make: Make, architecture: str, with_lens: bool) -> None:
     made = make(architecture, with_lens=with_lens)
     found = measure_downstream(made.store, made.model, lambda x, layer: torch.zeros_like(x), lens=made.lens).result()
-    np.testing.assert_array_equal(found.delta_ce, found.zero_delta_ce)
-    np.testing.assert_array_equal(found.kl, found.zero_kl)
+    np.testing.assert_array_equal(found.delta_ce, found.zero_ablation_delta_ce)
+    np.testing.assert_array_equal(found.kl, found.zero_ablation_kl)
     true, target = by_hand(made)
     true_ce = cross_entropy(true, target).item()
     assert found.n_tokens == len(target)
@@ -112,13 +112,13 @@ def test_zero_and_mean_ablation_are_what_one_computes_by_hand(make: Make, archit
         zeroed, _ = by_hand(made, lambda x, keep: torch.where(keep[:, None], 0.0, x), layer)
         averaged, _ = by_hand(made, lambda x, keep, m=mean[layer]: torch.where(keep[:, None], m, x), layer)
         zero_ce, mean_ce = (cross_entropy(other, target).item() for other in (zeroed, averaged))
-        assert found.zero_delta_ce[layer] == pytest.approx(zero_ce - true_ce, abs=2e-5)
-        assert found.mean_delta_ce[layer] == pytest.approx(mean_ce - true_ce, abs=2e-5)
-        for kl, other in ((found.zero_kl, zeroed), (found.mean_kl, averaged)):
+        assert found.zero_ablation_delta_ce[layer] == pytest.approx(zero_ce - true_ce, abs=2e-5)
+        assert found.mean_ablation_delta_ce[layer] == pytest.approx(mean_ce - true_ce, abs=2e-5)
+        for kl, other in ((found.zero_ablation_kl, zeroed), (found.mean_ablation_kl, averaged)):
             expected = kl_div(other, true, log_target=True, reduction="batchmean").item()
             assert kl[layer] == pytest.approx(expected, abs=2e-5)
-        assert found.recovered_mean[layer] == pytest.approx((mean_ce - zero_ce) / (mean_ce - true_ce), abs=1e-3)
-        assert found.recovered_zero[layer] == 0
+        assert found.loss_recovered_mean[layer] == pytest.approx((mean_ce - zero_ce) / (mean_ce - true_ce), abs=1e-3)
+        assert found.loss_recovered_zero[layer] == 0
 
 
 @pytest.mark.parametrize("with_lens", [False, True], ids=["bare", "lens"])
@@ -176,9 +176,9 @@ def test_numbers_are_means_over_tokens_of_all_documents() -> None:
         kl=np.array([[[0.5, 1.5], [2.0, 2.0], [4.0, 4.0]]]),
     ).result()
     assert found.true_ce == 5 / 4
-    assert [found.delta_ce[0], found.mean_delta_ce[0], found.zero_delta_ce[0]] == [1, 3, 5]
-    assert [found.kl[0], found.mean_kl[0], found.zero_kl[0]] == [0.5, 1, 2]
-    assert [found.recovered_mean[0], found.recovered_zero[0]] == pytest.approx([2 / 3, 4 / 5])
+    assert [found.delta_ce[0], found.mean_ablation_delta_ce[0], found.zero_ablation_delta_ce[0]] == [1, 3, 5]
+    assert [found.kl[0], found.mean_ablation_kl[0], found.zero_ablation_kl[0]] == [0.5, 1, 2]
+    assert [found.loss_recovered_mean[0], found.loss_recovered_zero[0]] == pytest.approx([2 / 3, 4 / 5])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -267,7 +267,7 @@ def test_only_chosen_documents_count(make: Make) -> None:
     everyone = dict(zip(all_true.documents.tolist(), all_true.true_ce, strict=True))
     assert len(true) == all_true.n_tokens.sum()
     np.testing.assert_allclose(found.true_ce, [everyone[1], everyone[3]], rtol=1e-6)
-    with pytest.raises(ResidscopeError, match="no token to measure at"):
+    with pytest.raises(ResidscopeError, match="no tokens to predict"):
         measure_downstream(made.store, made.model, identity, lens=None, counted=np.zeros_like(chosen))
 
 
@@ -337,11 +337,11 @@ def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path, monkeypatc
     other = tiny_model("llama", tmp_path / "llama", seed=1)
     with pytest.raises(IncompatibleError, match="content hash"):
         spec_of_store(made.store, str(other))
-    with pytest.raises(UsageError, match="say where that is"):
+    with pytest.raises(UsageError, match="give its path with"):
         spec_of_store(made.store)
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.hf_hub_download", not_published)
-        with pytest.raises(UsageError, match="say where that is"):
+        with pytest.raises(UsageError, match="give its path with"):
             lens_of_store(with_lens.store)
     lens_folder = write_lens(tmp_path / "lens", N_LAYERS["llama"])
     config = json.loads((lens_folder / "config.json").read_text())
@@ -363,7 +363,5 @@ def test_logits_that_are_not_norm_and_unembedding_are_refused(make: Make, monkey
         check_logits(model, ids)
 
 
-def test_names_of_conditions_and_columns() -> None:
-    assert CONDITIONS[RECONSTRUCTED] == "reconstructed"
-    assert set(NAMES) == set(PER_LAYER)
+def test_numbers_with_columns_for_intervals_are_among_those_by_layer() -> None:
     assert set(BOUNDED) <= set(PER_LAYER)

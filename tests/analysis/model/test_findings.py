@@ -12,7 +12,7 @@ import pytest
 
 from analysis.cli import main
 from analysis.model.downstream import measure_downstream, sae_reconstruction
-from analysis.model.downstream_numbers import BOUNDED, NAMES
+from analysis.model.downstream_numbers import BOUNDED, PER_LAYER
 from analysis.model.findings import FEWEST_TOKENS, MOST_TOKENS, default_tokens
 from analysis.model.transformer import spec_of_store
 from analysis.run import analyze
@@ -74,11 +74,11 @@ def test_the_files_hold_what_was_measured_on_held_out_tokens(setting: Setting, t
     assert downstream["n_tokens"] == result.n_tokens > 0
     assert downstream["n_documents"] == held_out == split.sum()
     assert downstream["true_ce"] == pytest.approx(result.true_ce)
-    for name, column in NAMES.items():
+    for name in PER_LAYER:
         values = getattr(result, name)
-        np.testing.assert_allclose(rows[column], values, rtol=1e-4, atol=1e-5)
-        assert [row[column] for row in summary["layers"]] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-5)
-        assert downstream[column] == pytest.approx(values.mean(), rel=1e-4, abs=1e-5)
+        np.testing.assert_allclose(rows[name], values, rtol=1e-4, atol=1e-5)
+        assert [row[name] for row in summary["layers"]] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-5)
+        assert downstream[name] == pytest.approx(values.mean(), rel=1e-4, abs=1e-5)
     assert summary["transformer"]["reason"] is None
     assert f"{downstream['delta_ce']:.3g}" in said
     assert "delta CE and KL in nats per token: lower is better" in said
@@ -93,14 +93,21 @@ def test_the_files_hold_what_was_measured_on_held_out_tokens(setting: Setting, t
     for name in (*rows.columns, *latents.columns, *downstream, *tokens):
         assert name in docs, name
     method = (DOCS / "method.md").read_text(encoding="utf-8")
-    for name in (*NAMES.values(), "true_ce", *(set(tokens) - {"norm_folded"}), "promoted_logits", "suppressed_logits"):
+    for name in (
+        *PER_LAYER,
+        "true_ce",
+        *(set(tokens) - {"norm_folded"}),
+        "promoted_logits",
+        "suppressed_logits",
+    ):
         assert f"`{name}`" in method, name
 
 
 def test_intervals_are_given_where_there_are_documents_enough(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.uncertainty.MIN_INTERVAL_GROUPS", 15)
+    for module in ("uncertainty", "model.downstream_numbers"):
+        monkeypatch.setattr(f"analysis.{module}.MIN_INTERVAL_GROUPS", 15)
     options = {**found_by(setting), "split": "train", "downstream_tokens": 10_000}
     # Nothing is held out from a store that the autoencoder was not trained on: all analysed tokens are measured.
     other = setting.checkpoint.with_name("other.pt")
@@ -118,18 +125,18 @@ def test_intervals_are_given_where_there_are_documents_enough(
     downstream = summary["downstream"]
     assert downstream["tokens"] == "analysed"
     assert downstream["n_documents"] >= 15
-    for name, column in NAMES.items():
-        low, high = downstream["ci95"][column]
-        assert low <= downstream[column] <= high, name
+    for name in PER_LAYER:
+        low, high = downstream["ci95"][name]
+        assert low <= downstream[name] <= high, name
     for row in summary["layers"]:
         for name in BOUNDED:
-            assert row[f"{NAMES[name]}_low"] <= row[NAMES[name]] <= row[f"{NAMES[name]}_high"]
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
 
 
 def test_without_the_model_the_analysis_goes_on_and_says_why(setting: Setting, tmp_path: Path, capsys: Any) -> None:
     summary = run(setting, tmp_path)
     assert summary["downstream"] is summary["latent_logits"] is None
-    assert "say where that is" in summary["transformer"]["reason"]
+    assert "give its path with" in summary["transformer"]["reason"]
     assert all(row["delta_ce"] is None and row["kl_high"] is None for row in summary["layers"])
     assert pq.read_table(tmp_path / "layers.parquet")["delta_ce"].null_count == len(summary["layers"])
     assert not (tmp_path / "latent_logits.parquet").exists()
@@ -169,20 +176,22 @@ def test_the_harvest_has_left_word_where_model_and_lens_are(
 def test_a_folder_of_no_known_place_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     """By its name alone it would be: "gpt2" is a short name too."""
     made = make_harvested(tmp_path, "gpt2", lengths=(40,), n_tokens=30)
-    with pytest.raises(UsageError, match=r"from a folder 'gpt2', and gpt2-False.harvest.toml beside it .* --model"):
+    with pytest.raises(
+        UsageError, match=r"from the folder 'gpt2', which was not found .*gpt2-False.harvest.toml beside .* --model"
+    ):
         spec_of_store(made.store, offline=True)
 
 
 def test_asked_for_outright_a_missing_model_is_an_error_before_any_work(
     setting: Setting, tmp_path: Path, capsys: Any
 ) -> None:
-    with pytest.raises(UsageError, match="say where that is"):
+    with pytest.raises(UsageError, match="give its path with"):
         run(setting, tmp_path / "out", downstream_tokens=5)
     assert not (tmp_path / "out").exists()
     words = ["--store", str(setting.made.store.path), "--sae", str(setting.checkpoint), "--downstream-tokens", "5"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert "say where that is" in line
+    assert "give its path with" in line
 
 
 def test_what_is_turned_off_is_not_made(setting: Setting, tmp_path: Path, capsys: Any) -> None:

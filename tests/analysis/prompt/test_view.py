@@ -90,7 +90,7 @@ def test_a_prompt_is_opened_as_the_stores_sequences_and_documents_are(make: Make
     for tokens in (with_bos, without):
         assert "".join(tokens.texts[1:]) == TEXT
         assert tokens.kept.tolist() == [False, *[True] * len(TEXT)]
-    with pytest.raises(UsageError, match="makes no token"):
+    with pytest.raises(UsageError, match="returns no tokens"):
         read(make("llama"), "")
     with pytest.raises(UsageError, match="takes at most 64"):
         read(make("llama"), "a" * 64)
@@ -217,7 +217,7 @@ def test_a_steering_that_makes_no_sense_is_refused(text: str) -> None:
 
 
 def test_a_prompt_of_no_text_is_refused(make: Make) -> None:
-    with pytest.raises(UsageError, match="should be UTF-8 text"):
+    with pytest.raises(UsageError, match="is not valid UTF-8"):
         read(make("gpt2"), "caf\udce9")
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.latents.example_rows import COLUMNS
-from analysis.latents.views import EDGES, N_BINS, no_counts, write_histograms
+from analysis.latents.views import EDGES, N_BINS, write_histograms
 from analysis.report import examples as report_examples
 from analysis.report import windows as report_windows
 from analysis.report.examples import Plan, example_blocks
@@ -119,7 +119,7 @@ def test_where_it_does_not_fit_the_strongest_layers_stay_and_the_page_says_so(
     ]
     write(tmp_path, rows)
     monkeypatch.setattr(report_examples, "PLANS", (Plan(10**6, 2, True), Plan(3, 1, True), Plan(1, 0, False)))
-    counts = no_counts(10, 9)
+    counts = np.zeros((10, 9, N_BINS), np.uint32)
     counts[3, 4, 7:10] = [2, 0, 5]
     write_histograms(tmp_path / "histograms.parquet", counts, range(9))
     html = example_blocks(tmp_path, LATENTS)
