@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_result(run(config), dry_run=config.dry_run, as_json=config.json)
         return 0
 
-    return run_command("harvest", command, interrupted="interrupted; the same command continues the run")
+    return run_command("harvest", command, interrupted="interrupted; run the same command to continue")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ class DocumentConfig:
     """How documents are put into sequences."""
 
     shuffle_documents: int | None = None
-    """Seed of a random order of each text's documents; default the order they are in. Local text is shuffled whole
-    (a copy goes to a temporary file); of a hub data set, its files and 10,000 documents at a time."""
+    """Seed of a random order of each text's documents; default: their own order. Local text is shuffled completely
+    (in a temporary copy); for a hub data set, its files and then 10,000 documents at a time."""
     pack: bool = True
     """Pack documents one after another into sequences of full length. Without it each sequence holds the beginning of
     one document, cut at the context length, and no separator."""
@@ -150,23 +150,22 @@ class HarvestConfig:
     text: TextConfig = field(default_factory=TextConfig)
     documents: DocumentConfig = DocumentConfig()
     max_tokens: int = 1_000_000
-    """Tokens to store, those that no later step looks at (BOS, separators, first positions) included; fewer when the
-    text runs out."""
+    """Tokens to store, including those that are never trained on (BOS, separators, first positions); fewer if there is
+    less text."""
     sequences: SequenceConfig = SequenceConfig()
     storage: StorageConfig = StorageConfig()
     control: ControlConfig = ControlConfig()
     batch_size: int | None = None
     """Sequences in a forward pass; default as many as 256 MiB of stored vectors and 8192 tokens hold, or 1024 tokens
-    on a CPU. Another size may change the last bits, so that it is part of what a store is; a store that is continued
-    keeps its own."""
+    on a CPU. Another size may change the last bits, so the size is recorded, and a continued store keeps it."""
     overwrite: bool = False
-    """Remove the store that is at --out and start anew."""
+    """Remove the store at --out and start again."""
     dry_run: bool = False
-    """Say bytes, tokens and time, the latter from a short measured run; write nothing."""
+    """Print bytes, tokens and time (from a short measured run); write nothing."""
     json: bool = False
     """Print one JSON line on stdout."""
 
     def __post_init__(self) -> None:
         require_positive(max_tokens=self.max_tokens, batch_size=self.batch_size)
         if self.sequences.document_separator and not self.documents.pack:
-            raise UsageError("--document-separator: without packing (--no-pack) there is none; leave it out")
+            raise UsageError("--document-separator has no effect with --no-pack; leave it out")

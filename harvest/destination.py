@@ -1,7 +1,4 @@
-"""What is at --out, and whether a store may be made there: never over anything else, and only where the disk has room.
-
-Tested in tests/harvest/test_cli.py, test_run.py and test_continue.py.
-"""
+"""What is at --out, and whether a store may be made there: never over anything else, and only if it fits."""
 
 import os
 import shutil
@@ -28,8 +25,8 @@ def has_begun(out: Path) -> bool:
         return False
     if not is_store(out):
         raise IncompatibleError(
-            f"--out {out} exists and is not an activation store; it is left alone. Choose another --out, or remove it"
-            " yourself"
+            f"--out {out} exists, is not an activation store and will not be overwritten. Choose another --out, or"
+            " remove it"
         )
     return True
 

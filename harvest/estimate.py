@@ -34,7 +34,6 @@ class Estimate(NamedTuple):
 
     model: str
     architecture: str
-    """Class of the model."""
     layers: list[int]
     d_model: int
     device: str
@@ -53,11 +52,9 @@ class Estimate(NamedTuple):
     bytes: int
     """Bytes of the store's vectors, before compression."""
     free_bytes: int
-    """Free bytes on the disk of --out."""
+    """On the disk of --out."""
     fits: bool
-    """Whether they fit."""
     tokens_per_second: float
-    """Measured speed of forward passes."""
     seconds: float
     """Time that the store would take at that speed, loading not included."""
 

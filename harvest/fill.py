@@ -3,7 +3,7 @@
 How: batches of sequences are fixed by the store's positions and the batch size alone, so that a run that was stopped
 computes the same batches again and the bytes do not depend on where it stopped; only batches that overlap a missing
 shard are run. Each batch is rounded into one of two host buffers, which the writer cuts into shards, checks and writes
-while the next batch is computed. Tested in tests/harvest/test_fill.py, test_run.py and test_continue.py.
+while the next batch is computed.
 
 Host memory for activations: two batches and about three shards (one being put together, its encoded copy, its
 statistics).
@@ -36,7 +36,6 @@ class Filled(NamedTuple):
     """What was added to a store."""
 
     shards: int
-    """Shards written."""
     tokens: int
     """Tokens that went through the model."""
     seconds: float
@@ -184,7 +183,7 @@ def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled
     left = len(store.missing_shards())
     if left:
         raise Interrupted(
-            f"stopped with {meta.n_shards - left} of {meta.n_shards} shards whole; the same command continues the run"
+            f"stopped with {meta.n_shards - left} of {meta.n_shards} shards complete; run the same command to continue"
         )
     return Filled(len(missing), done, time.perf_counter() - begin)
 

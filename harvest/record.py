@@ -60,7 +60,6 @@ def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[Tex
 
 
 def _for_each(values: list[Any]) -> Any:
-    """One text's value as it is, several texts' as a list."""
     return values[0] if len(values) == 1 else values
 
 
@@ -70,7 +69,7 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
     the same: gives a line for the user of each."""
     if stored is None:
         raise IncompatibleError(
-            f"{out} was not made by harvest; choose another --out, or give --overwrite to start anew"
+            f"{out} was not made by harvest; choose another --out, or use --overwrite to replace it"
         )
     stored = {**_VALUES_BEFORE, **stored}
     names = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
@@ -87,8 +86,8 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
         if "model_fingerprint" in names and "model" not in names:
             found += " (a hash of the model's configuration, tokenizer and weights: one of these files was changed)"
         raise IncompatibleError(
-            f"{out} was made with other options: {found}. Give the same options to continue it, another --out, or"
-            " --overwrite to start anew"
+            f"{out} was made with other options: {found}. Give the same options to continue it, choose another --out,"
+            " or use --overwrite to replace it"
         )
     return [
         f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
@@ -137,7 +136,7 @@ def make_provenance(
 
 
 def changed_surroundings(provenance: Mapping[str, Any], settings: Settings) -> str:
-    """What is not as it was when the store was begun, and may change the last bits; empty where nothing is."""
+    """What has changed since the store was started and may change the last bits; empty where nothing has."""
     now = {"device": settings.device.type, **_versions()}
     then = {"device": provenance.get("device"), **provenance.get("versions", {})}
     names = ("device", "torch", "transformers")
@@ -145,7 +144,6 @@ def changed_surroundings(provenance: Mapping[str, Any], settings: Settings) -> s
 
 
 def _versions() -> dict[str, str]:
-    """Versions of Python, of this program and of the packages that the numbers depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -26,8 +26,8 @@ def prepare(path: Path) -> Callable[[], object]:
     options = options_file(path)
     if not options.is_file():
         raise ResidscopeError(
-            f"{options}, with the options that {path} was made with, is missing; nothing was changed. Run its `harvest`"
-            " command again, which writes it, and then this one"
+            f"{options}, which records how {path} was made, is missing. Nothing was changed. Run the `harvest` command"
+            " of the store again (it writes that file), then repair"
         )
     words = ["--config", str(options), "--out", str(path), "--no-overwrite", "--no-dry-run"]
     config = parse_options(HarvestConfig, words, prog="harvest", description="Fill what is missing.")

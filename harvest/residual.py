@@ -62,8 +62,8 @@ class ResidualRecorder:
                 raise  # `consume` gave it up.
         except torch.OutOfMemoryError as error:
             raise ResidscopeError(
-                f"the forward pass of {input_ids.shape[0]} sequences of {input_ids.shape[1]} tokens does not fit the"
-                " device's memory; try a smaller --batch-size"
+                f"out of memory in the forward pass of {input_ids.shape[0]} sequences of {input_ids.shape[1]} tokens;"
+                " try a smaller --batch-size"
             ) from error
         finally:
             for handle in handles:

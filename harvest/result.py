@@ -1,7 +1,4 @@
-"""What a harvest made, and how it is printed: a few lines for people, or one JSON line.
-
-Tested in tests/harvest/test_cli.py.
-"""
+"""What a harvest made, and how it is printed: a few lines for people, or one JSON line."""
 
 import json
 from pathlib import Path
@@ -19,13 +16,10 @@ class HarvestResult(NamedTuple):
     """The store."""
     model: str
     architecture: str
-    """Class of the model."""
     tokens: int
-    """Tokens in the store."""
     kept: int
-    """Those that are trained on and analysed."""
+    """Tokens that are trained on and analysed."""
     documents: int
-    """Documents that they come from."""
     layers: list[int]
     d_model: int
     bytes: int
@@ -63,7 +57,7 @@ class HarvestResult(NamedTuple):
 
     def rows(self) -> list[tuple[str, str]]:
         """Headings and texts, a line each."""
-        written = f"nothing to do: the store was whole, {counted(self.shards, 'shard')}"
+        written = f"nothing to do: the store is complete, {counted(self.shards, 'shard')}"
         if self.shards_written:
             speed = f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
             took = human_seconds(self.seconds)
@@ -90,10 +84,6 @@ def print_result(result: Any, *, dry_run: bool, as_json: bool) -> None:
 
 def ranges(layers: list[int]) -> str:
     """Ascending indices as ranges: 0-5,11."""
-    groups: list[list[int]] = []
-    for layer in layers:
-        if groups and layer == groups[-1][-1] + 1:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-    return ",".join(f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)
+    first = [layer for layer in layers if layer - 1 not in layers]
+    last = [layer for layer in layers if layer + 1 not in layers]
+    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(first, last, strict=True))

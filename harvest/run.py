@@ -63,8 +63,11 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
         save_options(config)  # On continuing too: a crash may have come between the store and this file.
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
-            model = model or load_weights(job.settings)
-            filled = _fill(store, job.settings, model)
+            settings = job.settings
+            model = model or load_weights(settings)
+            _say(f"host memory for activations: at most {human_bytes(host_bytes(store.meta, settings.batch_size))}")
+            runner = BatchRunner(model, settings.layers, settings.store_dtype, settings.lens)
+            filled = fill(store, runner, settings.batch_size)
         store.finalize()
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 
@@ -92,7 +95,7 @@ def _reopen(job: Job) -> ActivationStore:
     if missing:
         _say(f"continuing {out}: {n_shards - missing} of {n_shards} shards are there")
         if changed := changed_surroundings(provenance, job.settings):
-            _say(f"warning: the store was begun with another {changed}; the new shards may differ in the last bits")
+            _say(f"warning: the store was started with another {changed}; the new shards may differ in the last bits")
     return ActivationStore.open(out, writable=True)
 
 
@@ -142,14 +145,6 @@ def _table_hash(tokens: TokenTable) -> str:
     for column in tokens:
         digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()
-
-
-def _fill(store: ActivationStore, settings: Settings, model: LoadedModel) -> Filled:
-    """Run the model over the tokens of the missing shards, and write them."""
-    most = human_bytes(host_bytes(store.meta, settings.batch_size))
-    _say(f"host memory for activations: at most {most}")
-    runner = BatchRunner(model, settings.layers, settings.store_dtype, settings.lens)
-    return fill(store, runner, settings.batch_size)
 
 
 def _say(note: str) -> None:

@@ -1,5 +1,6 @@
 """From a HarvestConfig to settings with no "auto" and no default left open. Loads no weights and reads no text."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from harvest.config import HarvestConfig, StorageConfig, parse_layers
 from harvest.lens.translators import TunedLens, load_lens
 from harvest.model.blocks import d_model_of, longest_context, n_layers_of
+from harvest.model.hub import first_line
 from harvest.model.load import LoadedModel, load_config, load_model, load_tokenizer
 from harvest.model.names import ModelSpec, resolve_model
 from harvest.table import Packing, make_packing
@@ -33,11 +35,9 @@ class Settings:
     packing: Packing
     """How sequences are made."""
     n_model_layers: int
-    """Blocks of the model."""
     layers: tuple[int, ...]
     """Blocks to store."""
     d_model: int
-    """Size of a residual stream vector."""
     vocabulary: int
     """Rows of the model's embedding."""
     batch_size: int
@@ -71,11 +71,14 @@ def resolve(config: HarvestConfig) -> Settings:
     model_config = load_config(spec)
     n_layers, d_model = n_layers_of(model_config), d_model_of(model_config)
     if n_layers < 1:
-        raise IncompatibleError(f"{spec.name}: its configuration says that it has {n_layers} blocks")
+        raise IncompatibleError(f"{spec.name}: its configuration has num_hidden_layers {n_layers}")
     layers = tuple(range(n_layers)) if wanted is None else wanted
     if layers[-1] >= n_layers:
         raise UsageError(f"--layers: {spec.name} has layers 0 to {n_layers - 1}, found {layers[-1]}")
-    context = _context(config.sequences.context_length, spec, longest_context(model_config))
+    longest = longest_context(model_config)
+    context = config.sequences.context_length or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    if longest is not None and context > longest:
+        raise UsageError(f"--context-length {context}: {spec.name} takes at most {longest} tokens")
     tokenizer = load_tokenizer(spec)
     dtype, dtype_note = _dtype(config.weights.dtype, device)
     lens, lens_note = _lens(config.storage, spec, n_layers, d_model, device)
@@ -115,8 +118,8 @@ def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:
     """`IncompatibleError` where the model's embedding has no row for one of some token ids."""
     if int(token_id.max()) >= settings.vocabulary:
         raise IncompatibleError(
-            f"{settings.spec.name}: the tokenizer gives token {int(token_id.max())}, the model's embedding has"
-            f" {settings.vocabulary} rows; the tokenizer is another model's"
+            f"{settings.spec.name}: the tokenizer produces token {int(token_id.max())}, but the model's embedding"
+            f" has {settings.vocabulary} rows: it is not this model's tokenizer"
         )
 
 
@@ -127,14 +130,6 @@ def load_weights(settings: Settings) -> LoadedModel:
     )
 
 
-def _context(given: int | None, spec: ModelSpec, longest: int | None) -> int:
-    if given is None:
-        return min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
-    if longest is not None and given > longest:
-        raise UsageError(f"--context-length {given}: {spec.name} takes at most {longest} tokens")
-    return given
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,9 +137,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # The meta device has no numbers.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
+        raise UsageError(f"--device {name} is not available ({first_line(error)}); try --device cpu") from None
     return device
 
 
@@ -152,7 +145,9 @@ def _dtype(name: str, device: torch.device) -> tuple[str, str | None]:
     """The compute dtype, and what to tell the user about it."""
     if device.type == "cuda":
         return ("bfloat16" if torch.cuda.is_bf16_supported() else "float32") if name == "auto" else name, None
-    flags = _cpu_flags() if device.type == "cpu" else ""
+    flags = ""
+    with contextlib.suppress(OSError):  # Only Linux has the file.
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if device.type == "cpu" else ""
     note = None
     if name == "auto" and "amx_bf16" in flags:
         note = (
@@ -161,13 +156,6 @@ def _dtype(name: str, device: torch.device) -> tuple[str, str | None]:
     if name == "bfloat16" and "sse2" in flags and not ("amx_bf16" in flags or "avx512_bf16" in flags):
         note = "this CPU has no bfloat16 arithmetic: --dtype float32 is several times faster here"
     return "float32" if name == "auto" else name, note
-
-
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def _lens(

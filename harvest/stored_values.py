@@ -74,10 +74,8 @@ def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token
     if np.isfinite(value):
         return ResidscopeError(
             f"{where}: the value {value:.6g} does not fit --store-dtype {str(dtype).removeprefix('torch.')}, whose"
-            f" largest is {torch.finfo(dtype).max:.6g}. Nothing of it was stored; use --store-dtype bfloat16 or"
-            " float32"
+            f" largest is {torch.finfo(dtype).max:.6g}. It was not stored; use --store-dtype bfloat16 or float32"
         )
     return ResidscopeError(
-        f"{where}: the model gives {value}. Nothing of it was stored; try --dtype float32, and check the model's"
-        " weights"
+        f"{where}: the model gives {value}. It was not stored; try --dtype float32, and check the model's weights"
     )

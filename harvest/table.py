@@ -93,7 +93,7 @@ def make_packing(
         else None
     )
     if bos_id is not None and context_length < 2:
-        raise UsageError("--context-length 1 has no room for a token beside the tokenizer's BOS")
+        raise UsageError("--context-length 1 leaves no token after the tokenizer's BOS; use at least 2")
     return Packing(separator, ids, bos_id, tuple(sorted(special)), context_length, keep_first_position, packed)
 
 
@@ -152,8 +152,8 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
     n = min(n, limit)
     if n == 0:
         raise IncompatibleError(
-            "there is no text: every document is empty, or there is none; check --dataset, --split and --text-column,"
-            " or raise --max-tokens"
+            "no text found: there are no documents, or all are empty; check --dataset, --split and --text-column, or"
+            " raise --max-tokens"
         )
     if not packing.packed:
         return _one_each(found, packing, n)

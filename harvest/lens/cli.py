@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from harvest.lens.config import FitLensConfig
 from residscope.console import run_command
-from residscope.errors import Interrupted
 from residscope.options import parse_options
 
 COMMAND = "residscope fit-lens"
@@ -30,14 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from harvest.lens.fit import fit_lens
         from harvest.lens.result import print_fit
 
-        try:
-            result = fit_lens(config)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted; nothing was written, the same command begins again") from None
-        print_fit(result, as_json=config.json)
+        print_fit(fit_lens(config), as_json=config.json)
         return 0
 
-    return run_command(COMMAND, command)
+    interrupted = "interrupted; nothing was written. Run the same command to start again"
+    return run_command(COMMAND, command, interrupted=interrupted)
 
 
 if __name__ == "__main__":

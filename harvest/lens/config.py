@@ -95,11 +95,7 @@ class FitLensConfig:
     def for_harvest(self) -> HarvestConfig:
         """The same model and text, as options of `harvest`, which knows how to resolve them."""
         return HarvestConfig(
-            weights=self.weights,
-            text=self.text,
-            sequences=self.sequences,
-            out=self.out,
-            max_tokens=self.max_tokens,
+            weights=self.weights, text=self.text, sequences=self.sequences, out=self.out, max_tokens=self.max_tokens
         )
 
     def for_record(self) -> dict[str, Any]:

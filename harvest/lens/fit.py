@@ -13,27 +13,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harvest.lens import kl
+from harvest.lens import data, kl
 from harvest.lens.config import FitLensConfig
-from harvest.lens.data import (
-    Reader,
-    Role,
-    chosen_vectors,
-    measured_tokens,
-    model_reader,
-    require_tokens,
-    roles,
-    shuffled,
-    store_reader,
-    tokens_in_batch,
-)
+from harvest.lens.data import Role
 from harvest.lens.measure import condition, limit_condition, mean_kl, round_trip
 from harvest.lens.result import FitResult, LayerFit
 from harvest.lens.ridge import RegressionSums, RidgeFit, fit_ridge
@@ -69,21 +58,10 @@ class Fit(NamedTuple):
     """What each token is for, `Role` [T]."""
     batches: list[SequenceBatch]
     """The sequences."""
-    read: Reader
+    read: data.Reader
     """Gives the vectors of a batch."""
-    run: Reader
+    run: data.Reader
     """The same, by running the model, whether or not there is a store."""
-
-
-class Measured(NamedTuple):
-    """How good lenses are on held-out documents."""
-
-    kl: dict[str, list[float]]
-    """Mean KL, nats per token, of each lens by layer."""
-    n_tokens: int
-    n_documents: int
-    sample: list[Tensor]
-    """Some of the vectors that were measured on, [n, D] by layer."""
 
 
 def fit_lens(config: FitLensConfig) -> FitResult:
@@ -103,8 +81,8 @@ def fit_lens(config: FitLensConfig) -> FitResult:
     else:
         tokens, _ = make_table(open_sources(config.text), settings.tokenizer, settings.packing, config.max_tokens)
         require_in_vocabulary(settings, tokens.token_id)
-    role = roles(tokens, config.validation_fraction, config.seed)
-    require_tokens(role, settings.d_model)
+    role = data.roles(tokens, config.validation_fraction, config.seed)
+    data.require_tokens(role, settings.d_model)
     building = config.out.with_name(config.out.name + ".fitting")
     building.mkdir(parents=True, exist_ok=True)
     with held_alone(building, config.out):
@@ -127,7 +105,7 @@ def fit_lens(config: FitLensConfig) -> FitResult:
 def _refuse_existing(config: FitLensConfig) -> None:
     refuse_inside_store(config.out)
     if config.out.exists():
-        raise UsageError(f"--out {config.out} exists already; it is left alone. Choose another, or remove it yourself")
+        raise UsageError(f"--out {config.out} exists and will not be overwritten. Choose another --out, or remove it")
 
 
 def _open_store(config: FitLensConfig) -> ActivationStore | None:
@@ -154,14 +132,14 @@ def _start(
 ) -> Fit:
     """Load the model, and see that its logits and the store's vectors are what a fit needs."""
     model = load_weights(settings)
-    batches = sequence_batches(tokens.position, tokens_in_batch(model.n_layers, model.d_model))
+    batches = sequence_batches(tokens.position, data.tokens_in_batch(model.n_layers, model.d_model))
     first = batches[0]
     first = first._replace(stop=first.start + first.length)
     check_logits(model, torch.from_numpy(token_ids(tokens.token_id, first)))
-    run = read = model_reader(model, tokens.token_id)
+    run = read = data.model_reader(model, tokens.token_id)
     if store is not None:
         check_model(store, model, None)
-        read = store_reader(store, model)
+        read = data.store_reader(store, model)
     return Fit(config, settings.vocabulary, model, tokens, role, batches, read, run)
 
 
@@ -187,8 +165,9 @@ def _fit(fit: Fit) -> tuple[Translators, FitResult]:
         lenses["KL-trained"] = _kl_trained(fit, ridge, means)
         lap("KL training")
     saved = list(lenses)[-1]
-    measured = _measure(fit, lenses)
-    layers = _layers(model, ridge_fits, lenses[saved], measured)
+    mask = data.measured_tokens(fit.tokens.position, fit.role == Role.HELD_OUT, fit.config.eval_tokens, fit.config.seed)
+    kls, sample = _measure(fit, lenses, mask)
+    layers = _layers(ridge_fits, lenses[saved], kls, sample)
     lap("measuring")
     used = np.isin(fit.role, (Role.FIT, Role.CHOOSE))
     kl_steps = fitting.kl_steps if fitting.method == "kl" else 0
@@ -202,8 +181,8 @@ def _fit(fit: Fit) -> tuple[Translators, FitResult]:
         fit_documents=len(np.unique(fit.tokens.document[used])),
         kl_tokens=kl_steps * fitting.kl_batch,
         kl_steps=kl_steps,
-        held_out_tokens=measured.n_tokens,
-        held_out_documents=measured.n_documents,
+        held_out_tokens=int(mask.sum()),
+        held_out_documents=len(np.unique(fit.tokens.document[mask])),
         seconds=seconds,
         layers=layers,
     )
@@ -231,7 +210,7 @@ def _regression_sums(fit: Fit) -> dict[Role, list[RegressionSums]]:
     n_layers, d_model, device = fit.model.n_layers, fit.model.d_model, fit.model.device
     print(
         f"host memory for Gram sums: {human_bytes(2 * n_layers * 2 * d_model**2 * 8)}, for vectors: about"
-        f" {human_bytes(2 * tokens_in_batch(n_layers, d_model) * (n_layers + 1) * d_model * 4)}",
+        f" {human_bytes(2 * data.tokens_in_batch(n_layers, d_model) * (n_layers + 1) * d_model * 4)}",
         file=sys.stderr,
     )
     sums = {role: [RegressionSums(d_model, device) for _ in range(n_layers)] for role in (Role.FIT, Role.CHOOSE)}
@@ -253,7 +232,7 @@ def _kl_trained(fit: Fit, ridge: Translators, means: Tensor) -> Translators:
     start = ridge if options.init == "ridge" else Translators(*map(torch.zeros_like, ridge))
     weights, biases = start.weights.clone(), start.biases.clone()
     wanted = options.kl_steps * options.kl_batch
-    batches = shuffled(
+    batches = data.shuffled(
         fit.read,
         fit.batches,
         _kl_tokens(fit, wanted),
@@ -302,40 +281,40 @@ def _kl_tokens(fit: Fit, wanted: int) -> np.ndarray:
     return chosen
 
 
-def _measure(fit: Fit, lenses: dict[str, Translators]) -> Measured:
-    """Run held-out tokens through the model and every lens."""
-    mask = measured_tokens(fit.tokens.position, fit.role == Role.HELD_OUT, fit.config.eval_tokens, fit.config.seed)
+def _measure(fit: Fit, lenses: dict[str, Translators], mask: np.ndarray) -> tuple[dict[str, list[float]], list[Tensor]]:
+    """Mean KL of each lens by layer on the tokens of `mask` [T], and some of their vectors, [n, D] by layer."""
     sample: list[Tensor] = []
 
     def batches() -> Iterator[list[Tensor]]:
         for batch in fit.batches:
-            if vectors := chosen_vectors(fit.run, batch, mask):
+            if vectors := data.chosen_vectors(fit.run, batch, mask):
                 if not sample:
                     sample.extend(v[:_ROUND_TRIP_VECTORS] for v in vectors)
                 yield vectors
 
     with progress("measure", "tok", int(mask.sum())) as bar:
-        kls, n = mean_kl(batches(), lenses, fit.model.logits, vocabulary=fit.vocabulary, watch=bar.update)
-    return Measured(kls, n, len(np.unique(fit.tokens.document[mask])), sample)
+        kls = mean_kl(batches(), lenses, fit.model.logits, vocabulary=fit.vocabulary, watch=bar.update)
+    return kls, sample
 
 
-def _layers(model: LoadedModel, fits: list[RidgeFit], saved: Translators, measured: Measured) -> tuple[LayerFit, ...]:
+def _layers(
+    fits: list[RidgeFit], saved: Translators, kls: dict[str, list[float]], sample: list[Tensor]
+) -> tuple[LayerFit, ...]:
     """The embedding, which has no layer, then each block's output; the last has no translator."""
-    lens, kls = TunedLens(saved.weights, saved.biases), measured.kl
+    lens = TunedLens(saved.weights, saved.biases)
     found = []
-    for i in range(model.n_layers + 1):
-        has = i < model.n_layers
-        found.append(
-            LayerFit(
-                layer=i - 1 if i else None,
-                translator=i if has else None,
-                kl_logit_lens=kls["logit lens"][i],
-                kl_ridge=kls["ridge"][i] if has else None,
-                kl_trained=kls["KL-trained"][i] if has and "KL-trained" in kls else None,
-                penalty=fits[i].penalty if has else None,
-                r2=fits[i].r2 if has else None,
-                condition=condition(saved.weights[i]) if has else None,
-                round_trip=round_trip(lens, measured.sample[i], i - 1) if i else None,
+    for i, kl_logit_lens in enumerate(kls["logit lens"]):
+        back = round_trip(lens, sample[i], i - 1) if i else None
+        layer = LayerFit(layer=i - 1 if i else None, translator=None, kl_logit_lens=kl_logit_lens, round_trip=back)
+        if i < len(fits):
+            layer = replace(
+                layer,
+                translator=i,
+                kl_ridge=kls["ridge"][i],
+                kl_trained=kls["KL-trained"][i] if "KL-trained" in kls else None,
+                penalty=fits[i].penalty,
+                r2=fits[i].r2,
+                condition=condition(saved.weights[i]),
             )
-        )
+        found.append(layer)
     return tuple(found)

@@ -27,9 +27,9 @@ def mean_kl(
     *,
     vocabulary: int,
     watch: Callable[[int], object] = lambda n: None,
-) -> tuple[dict[str, list[float]], int]:
+) -> dict[str, list[float]]:
     """Mean KL, nats per token, of "logit lens" (the vectors as they are) and of each lens, for the inputs of the L
-    blocks and the last block's output, L + 1 numbers each; and the number of tokens.
+    blocks and the last block's output, L + 1 numbers each.
 
     batches: L + 1 tensors [n, D] each. watch: called with the number of tokens of each tile that is done.
     """
@@ -48,7 +48,7 @@ def mean_kl(
                     found[i] += kl(logits(x), to)[0].double().sum().cpu()
             count += len(vectors[-1])
             watch(len(vectors[-1]))
-    return {name: (found / count).tolist() for name, found in sums.items()}, count
+    return {name: (found / count).tolist() for name, found in sums.items()}
 
 
 def round_trip(lens: TunedLens, x: Tensor, layer: int) -> float:

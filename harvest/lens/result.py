@@ -1,7 +1,4 @@
-"""How good a fitted lens is, layer by layer, as fit.json holds it, and how it is printed: a table, or one JSON line.
-
-Tested in tests/harvest/lens/test_fit.py.
-"""
+"""How good a fitted lens is, layer by layer, as fit.json holds it, and how it is printed: a table, or one JSON line."""
 
 import json
 import sys
@@ -10,7 +7,16 @@ from dataclasses import asdict, dataclass
 from harvest.lens.measure import TOLERANCE
 from residscope.console import human_seconds
 
-_HEADINGS = ("layer", "translator", "logit lens", "ridge", "KL-trained", "R2", "condition", "round trip")
+_COLUMNS = {
+    "translator": ("translator", "d"),
+    "logit lens": ("kl_logit_lens", ".4f"),
+    "ridge": ("kl_ridge", ".4f"),
+    "KL-trained": ("kl_trained", ".4f"),
+    "R2": ("r2", ".3f"),
+    "condition": ("condition", ".3g"),
+    "round trip": ("round_trip", ".1e"),
+}
+"""Headings of the table beside "layer": a field of `LayerFit`, and how it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,6 @@ class FitResult:
     """Folder of the lens."""
     model: str
     architecture: str
-    """Class of the model."""
     saved: str
     """Which translators were saved: ridge, or KL-trained."""
     init: str | None
@@ -53,17 +58,14 @@ class FitResult:
     fit_tokens: int
     """Kept tokens that ridge was fitted on."""
     fit_documents: int
-    """Documents that they come from."""
     kl_tokens: int
     """Tokens that KL training saw, repeats included."""
     kl_steps: int
-    """Its steps."""
     held_out_tokens: int
     """Kept tokens that were measured on."""
     held_out_documents: int
-    """Documents that they come from."""
     seconds: dict[str, float]
-    """Time of each phase."""
+    """By phase."""
     layers: tuple[LayerFit, ...]
     """The embedding, then each block."""
 
@@ -75,21 +77,17 @@ def print_fit(result: FitResult, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(result)))
         return
+    trained = f", trained on {result.kl_tokens:,} in {result.kl_steps} steps from {result.init}"
     print(
         f"{result.out}: {result.saved} translators of {result.model} ({result.architecture}), fitted on"
-        f" {result.fit_tokens:,} tokens of {result.fit_documents} documents"
-        + (
-            f", trained on {result.kl_tokens:,} in {result.kl_steps} steps from {result.init}"
-            if result.kl_tokens
-            else ""
-        )
+        f" {result.fit_tokens:,} tokens of {result.fit_documents} documents{trained if result.kl_tokens else ''}"
     )
     print(
         f"KL to the model's final logits, nats per token (lower is better), on {result.held_out_tokens:,} tokens of"
         f" {result.held_out_documents} held-out documents:"
     )
-    rows = [_HEADINGS, *(_row(layer) for layer in result.layers)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
+    rows = [("layer", *_COLUMNS), *(_row(layer) for layer in result.layers)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
     times = ", ".join(f"{name} {human_seconds(seconds)}" for name, seconds in result.seconds.items())
@@ -108,23 +106,13 @@ def warnings(result: FitResult) -> list[str]:
         best = layer.kl_trained if layer.kl_trained is not None else layer.kl_ridge
         if best is not None and not best < layer.kl_logit_lens:
             found.append(
-                f"warning: at layer {layer.layer} the lens ({best:.4g} nats per token) is no better than none"
-                f" ({layer.kl_logit_lens:.4g}): fit on more tokens"
+                f"warning: at layer {layer.layer} the lens ({best:.4g} nats per token) is no better than using no"
+                f" lens ({layer.kl_logit_lens:.4g}): fit on more tokens"
             )
     return found
 
 
 def _row(layer: LayerFit) -> tuple[str, ...]:
-    def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    return (
-        "embedding" if layer.layer is None else str(layer.layer),
-        "-" if layer.translator is None else str(layer.translator),
-        shown(layer.kl_logit_lens, ".4f"),
-        shown(layer.kl_ridge, ".4f"),
-        shown(layer.kl_trained, ".4f"),
-        shown(layer.r2, ".3f"),
-        shown(layer.condition, ".3g"),
-        shown(layer.round_trip, ".1e"),
-    )
+    values = [(getattr(layer, name), form) for name, form in _COLUMNS.values()]
+    shown = ["-" if value is None else format(value, form) for value, form in values]
+    return ("embedding" if layer.layer is None else str(layer.layer), *shown)

@@ -35,7 +35,7 @@ from store.files import atomic_write
 SPACE = "AlignmentResearch/tuned-lens"
 Indexing = Literal["tuned-lens", "mlsae-compat"]
 _FILES = ("config.json", "params.pt")
-_FIT_ONE = "Fit one for this model with `residscope fit-lens`, and give its folder"
+_FIT_ONE = "Fit one for this model (`residscope fit-lens`) and give its folder"
 
 
 class Translators(NamedTuple):
@@ -164,7 +164,7 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         )
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):
-        raise IncompatibleError(f"lens {name}: config.json should name its base model by a text, found {base_model!r}")
+        raise IncompatibleError(f"lens {name}: config.json: the base model should be a name, found {base_model!r}")
     parameters = _parameters(folder / "params.pt", name)
     weights = torch.stack([_parameter(parameters, name, f"{i}.weight", (d_model, d_model)) for i in range(n_layers)])
     if config.get("bias", True):
@@ -218,18 +218,10 @@ def _download(model_id: str) -> Path:
     # The collection calls the GPT-2 models by their old ids, without an owner.
     candidates = list(dict.fromkeys([model_id, model_id.rpartition("/")[2]]))
     repo = pin(SPACE, "space", probes=[f"lens/{candidate}/config.json" for candidate in candidates])
+    where: dict[str, Any] = {"repo_type": "space", "revision": repo.commit, "local_files_only": repo.cached_only}
     for candidate in candidates:
         try:
-            paths = [
-                hf_hub_download(
-                    SPACE,
-                    f"lens/{candidate}/{file}",
-                    repo_type="space",
-                    revision=repo.commit,
-                    local_files_only=repo.cached_only,
-                )
-                for file in _FILES
-            ]
+            paths = [hf_hub_download(SPACE, f"lens/{candidate}/{file}", **where) for file in _FILES]
         except Exception as error:
             if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError", "LocalEntryNotFoundError"):
                 continue

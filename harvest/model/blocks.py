@@ -16,17 +16,18 @@ _FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "nor
 def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
     """The transformer blocks of a model: its unique shallowest ModuleList of length `n_layers`. `IncompatibleError`
     where there is none, or more than one."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    fitting = [(name.count("."), name, module) for name, module in lists if len(module) == n_layers]
-    shallowest = [found for found in fitting if found[0] == min(depth for depth, _, _ in fitting)]
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    fitting = [name for name, module in lists.items() if len(module) == n_layers]
+    depth = min((name.count(".") for name in fitting), default=0)
+    shallowest = [name for name in fitting if name.count(".") == depth]
     if len(shallowest) == 1:
-        return shallowest[0][2]
+        return lists[shallowest[0]]
     if shallowest:
         raise IncompatibleError(
-            f"{type(model).__name__}: the transformer blocks are ambiguous:"
-            f" {', '.join(name for _, name, _ in shallowest)} all have {n_layers} modules at the same depth"
+            f"{type(model).__name__}: the transformer blocks are ambiguous: {', '.join(shallowest)} all have"
+            f" {n_layers} modules at the same depth"
         )
-    seen = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
+    seen = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
     raise IncompatibleError(
         f"{type(model).__name__}: no list of {n_layers} transformer blocks, as many as its configuration says; lists"
         f" found: {seen}"

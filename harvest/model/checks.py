@@ -56,9 +56,9 @@ def check_model(store: ActivationStore, model: LoadedModel, lens: TunedLens | No
         error = (found.cpu() - stored[:, i]).norm(dim=-1) / stored[:, i].norm(dim=-1)
         if not error.median().item() <= _CHECKED_ERROR:
             raise IncompatibleError(
-                f"{model.spec.name} does not give what {store.path} holds: at layer {layer} half of the first"
-                f" {n_tokens} vectors are off by {error.median().item():.0%} of their norm or more; give the model and"
-                " the lens that the store was harvested with"
+                f"{model.spec.name} does not reproduce {store.path}: at layer {layer} half of the first {n_tokens}"
+                f" vectors differ by {error.median().item():.0%} of their norm or more; give the model and the lens"
+                " that the store was harvested with"
             )
 
 

@@ -40,7 +40,6 @@ class GgufFile:
     """A GGUF file, perhaps in parts."""
 
     name: str
-    """What to call it."""
     parts: tuple[Path, ...]
     """Files whose contents, one after another, are the GGUF file; usually one."""
 
@@ -80,7 +79,7 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
 
     size = sum(part.stat().st_size for part in file.parts)
     key = f"{file.name.removesuffix('.gguf')}-{size}-{digest[:16]}-transformers-{transformers.__version__}"
-    folder = cache_folder() / key
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "residscope" / "gguf" / key
     if _is_whole(folder):
         return folder
     _check_readable(file)
@@ -95,11 +94,6 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
             " folder with room"
         ) from error
     return folder
-
-
-def cache_folder() -> Path:
-    """Where unpacked models are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "residscope" / "gguf"
 
 
 def _unpack(file: GgufFile, folder: Path, size: int) -> None:
@@ -125,7 +119,6 @@ def _unpack(file: GgufFile, folder: Path, size: int) -> None:
 
 
 def _convert(source: Path, folder: Path, file: GgufFile) -> None:
-    """Save the model and the tokenizer of a GGUF file into `folder`."""
     import torch
     import transformers
 

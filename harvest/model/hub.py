@@ -24,7 +24,6 @@ class HubRepo(NamedTuple):
     """A repository of the hub at one commit."""
 
     commit: str
-    """The commit's hash."""
     cached_only: bool
     """There is no network: only files in the local cache can be had."""
 
@@ -55,7 +54,7 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
             " or set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
-        raise UsageError(f"{what}: the hub has none of this name, or it is private and needs HF_TOKEN") from None
+        raise UsageError(f"{what}: not found on the hub, or private (then set HF_TOKEN)") from None
     except RevisionNotFoundError:
         raise UsageError(f"{what} has no revision {revision!r}: give a branch, tag or commit that it has") from None
     except Exception as error:

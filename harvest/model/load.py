@@ -41,7 +41,6 @@ class LoadedModel:
     blocks: nn.ModuleList
     """The transformer blocks, in order; block i's output is the residual stream after layer i."""
     d_model: int
-    """Size of a residual stream vector."""
     architecture: str
     """Class of the whole model, such as GPTNeoXForCausalLM."""
     device: torch.device
@@ -65,12 +64,12 @@ class LoadedModel:
         """The linear map from the normed residual stream to logits; its weight is [V, D]."""
         if self.without_head:
             raise IncompatibleError(
-                f"{self.spec.name}: the file of its weights has no LM head, so that nothing can be predicted; give the"
-                f" model as {self.architecture} saves it"
+                f"{self.spec.name}: its weights have no LM head, so it cannot predict tokens; give the model as saved"
+                f" by {self.architecture}"
             )
         found = self.causal_lm.get_output_embeddings()
         if not isinstance(found, nn.Module):
-            raise IncompatibleError(f"{self.spec.name} ({self.architecture}): it has no unembedding")
+            raise IncompatibleError(f"{self.spec.name} ({self.architecture}): no unembedding found")
         return found
 
     def logits(self, residual: Tensor) -> Tensor:
@@ -85,16 +84,14 @@ class LoadedModel:
 
 def load_config(spec: ModelSpec) -> Any:
     """The model's transformers configuration."""
-    return _loading(
-        spec, "configuration", lambda: transformers.AutoConfig.from_pretrained(spec.location, **spec.load_arguments)
-    )
+    load = transformers.AutoConfig.from_pretrained
+    return _loading(spec, "configuration", lambda: load(spec.location, **spec.load_arguments))
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The model's tokenizer."""
-    return _loading(
-        spec, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(spec.location, **spec.load_arguments)
-    )
+    load = transformers.AutoTokenizer.from_pretrained
+    return _loading(spec, "tokenizer", lambda: load(spec.location, **spec.load_arguments))
 
 
 def load_model(
@@ -118,7 +115,9 @@ def load_model(
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
     base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
-        raise IncompatibleError(f"{spec.name} ({architecture}): the model without its LM head was not found")
+        raise IncompatibleError(
+            f"{spec.name} ({architecture}): cannot find the base model (the model without its LM head)"
+        )
     refuse_missing(spec.name, missing, prefix)
     blocks = find_blocks(base, n_layers_of(config))
     refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
@@ -175,7 +174,7 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
         raise
     except torch.OutOfMemoryError as error:
         raise ResidscopeError(
-            f"{spec.name}: the model does not fit the device's memory; try --dtype bfloat16 or --device cpu"
+            f"{spec.name}: out of memory: the model does not fit on the device; try --dtype bfloat16 or --device cpu"
         ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -31,7 +31,6 @@ class ModelSpec:
     """What to call it; a hub id and a short name can be given to `resolve_model` again, a folder's or file's name
     only where it lies."""
     source: Literal["hub", "folder", "gguf"]
-    """Where it comes from."""
     location: str
     """What transformers loads: the hub id, or the path of a folder."""
     revision: str | None = None
@@ -44,7 +43,7 @@ class ModelSpec:
     random_init: bool = False
     """Random weights instead of the model's own."""
     seed: int = 0
-    """Seed of the random weights."""
+    """Of the random weights."""
 
     @property
     def load_arguments(self) -> dict[str, Any]:
@@ -67,7 +66,14 @@ def resolve_model(name: str, *, revision: str | None = None, random_init: bool =
     if path.is_dir() or path.is_file():
         if revision is not None:
             raise UsageError(f"--revision {revision}: {name} is a local path, which has no revisions")
-        spec = _folder_spec(path, needs_weights=not random_init) if path.is_dir() else _file_spec(path)
+        if path.is_dir():
+            spec = _folder_spec(path, needs_weights=not random_init)
+        elif path.suffix.lower() == ".gguf":
+            spec = _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name)
+        else:
+            raise IncompatibleError(
+                f"model {path}: not a .gguf file; for other formats give the folder that contains config.json"
+            )
     elif revision is None and (packaged := gguf.packaged_gguf(name)):
         spec = _gguf_spec(packaged, name.lower())
     else:
@@ -121,14 +127,6 @@ def _folder_spec(path: Path, *, needs_weights: bool) -> ModelSpec:
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
         add_file(digest, file)
     return ModelSpec(name=folder.name, source="folder", location=str(folder), fingerprint=digest.hexdigest())
-
-
-def _file_spec(path: Path) -> ModelSpec:
-    if path.suffix.lower() != ".gguf":
-        raise IncompatibleError(
-            f"model {path}: a file should be a .gguf file; give the folder that holds config.json for other formats"
-        )
-    return _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name)
 
 
 def _gguf_spec(file: gguf.GgufFile, name: str) -> ModelSpec:

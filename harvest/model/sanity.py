@@ -30,8 +30,8 @@ def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None
     in_base = [name for name in missing if name.startswith(f"{base_prefix}.")]
     if in_base:
         raise IncompatibleError(
-            f"{model}: {len(in_base)} weights that its configuration asks for are not in its files, such as"
-            f" {in_base[0]}; they would be random. Check that config.json belongs to the weights"
+            f"{model}: {len(in_base)} weights are missing from its files, such as {in_base[0]}, and would be random."
+            " Check that config.json belongs to the weights"
         )
 
 
@@ -46,9 +46,9 @@ def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, bloc
     beyond = [int(found[1]) for found in map(block.match, unused) if found and int(found[1]) >= n_layers]
     if beyond:
         raise IncompatibleError(
-            f"{model}: its files hold blocks 0 to {max(beyond)}, its configuration counts {n_layers}"
-            f" (num_hidden_layers): check that config.json belongs to the weights. To store the first blocks alone,"
-            f" --layers 0-{n_layers - 1}; to shorten a model for good, save it anew with save_pretrained"
+            f"{model}: its files have blocks 0 to {max(beyond)}, its configuration {n_layers} (num_hidden_layers):"
+            f" check that config.json belongs to the weights. To store the first blocks alone, --layers"
+            f" 0-{n_layers - 1}; to shorten a model permanently, save it again with save_pretrained"
         )
     if unused:
         what = f"{counted(len(unused), 'weight')} of its files {'is' if len(unused) == 1 else 'are'} not used"

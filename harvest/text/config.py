@@ -31,7 +31,8 @@ class TextConfig:
     dataset: tuple[str, ...] = ("monology/pile-uncopyrighted",)
     """Text, one or several: a hub data set (streamed), a local .txt, .jsonl (.gz, .zst) or .parquet file, a folder or
     "glob*" of such files, pydoc (Python's documentation) or stdlib (its library's source), both offline. NAME:WEIGHT
-    sets a text's share of the tokens, by default alike (pydoc:2 logs.jsonl:1). A .txt file is one document."""
+    sets a text's share of the tokens; by default all have the same (pydoc:2 logs.jsonl:1). A .txt file is one
+    document."""
     dataset_config: tuple[str, ...] = ()
     """Configuration (subset) of a hub data set that has several. This and the next three: one for all texts, or one
     for each, with "" for the default."""
@@ -64,7 +65,7 @@ class TextConfig:
         for word, *own in zip(self.dataset, *columns, strict=True):
             choice = TextChoice(*_name_and_weight(word), *own)
             if any(choice == other._replace(weight=choice.weight) for other in found):
-                raise UsageError(f"--dataset: {choice.name} is there twice; give it once, with a larger weight")
+                raise UsageError(f"--dataset: {choice.name} is given twice; give it once, with a larger weight")
             found.append(choice)
         return tuple(found)
 

@@ -28,9 +28,7 @@ def find_files(dataset: str) -> list[Path] | None:
     path = Path(dataset).expanduser()
     if path.is_file():
         if suffix_of(path) is None:
-            raise IncompatibleError(
-                f"--dataset {dataset}: unknown kind of file; known are {', '.join(_SUFFIXES)}: make it one of these"
-            )
+            raise IncompatibleError(f"--dataset {dataset}: unknown file type; supported: {', '.join(_SUFFIXES)}")
         return [path]
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file))
@@ -83,16 +81,17 @@ def _json_documents(
     with path.open("rb") as raw:
         for number, line in enumerate(unpack(path, raw) if unpack else raw, start=1):
             if line.strip():
+                where = f"{path} line {number}"
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise IncompatibleError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+                    raise IncompatibleError(f"{where}: not valid JSON ({error.msg})") from None
                 except UnicodeDecodeError as error:
-                    where = f"{path} line {number}: not UTF-8 text (byte {error.start} of the line)"
-                    raise IncompatibleError(f"{where}; convert it to UTF-8") from None
+                    found = f"not UTF-8 text (byte {error.start} of the line)"
+                    raise IncompatibleError(f"{where}: {found}; convert it to UTF-8") from None
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
-                    raise IncompatibleError(f"{path} line {number}: not readable JSON ({error})") from None
-                yield text_of(row, column, f"{path} line {number}")
+                    raise IncompatibleError(f"{where}: not readable JSON ({error})") from None
+                yield text_of(row, column, where)
 
 
 def _gunzipped_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
@@ -103,9 +102,7 @@ def _gunzipped_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     except (gzip.BadGzipFile, zlib.error) as error:
         raise IncompatibleError(f"{path}: not valid gzip data ({error}); download it again") from None
     except EOFError:
-        raise IncompatibleError(
-            f"{path}: the file ends within its gzip data, so it was cut short; download it again"
-        ) from None
+        raise IncompatibleError(f"{path}: cut short: it ends within its gzip data; download it again") from None
 
 
 def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
@@ -127,7 +124,7 @@ def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise IncompatibleError(f"{path}: not valid zstd data ({error}); download it again") from None
     if begun:
-        raise IncompatibleError(f"{path}: the file ends within its zstd data, so it was cut short; download it again")
+        raise IncompatibleError(f"{path}: cut short: it ends within its zstd data; download it again")
     yield line
 
 

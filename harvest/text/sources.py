@@ -37,7 +37,7 @@ class TextSource:
     choice: TextChoice
     """What was asked for."""
     documents: Callable[[], Iterator[str]]
-    """Starts the stream anew; raises `ResidscopeError` or `UsageError` where it cannot be read."""
+    """Starts the stream from the beginning; raises `ResidscopeError` or `UsageError` where it cannot be read."""
     check: Callable[[], object] = lambda: None
     """Reads a document, so that a column that is not there is found before much is done; raises as `documents` does."""
     characters: Callable[[], int | None] = lambda: None
@@ -55,8 +55,8 @@ def open_sources(
     sources = tuple(_open(choice, shuffle_seed, contents) for choice in config.choices)
     # With a hub data set among several, an option that is given once for all is meant for that.
     if all(source.is_local for source in sources):
-        for source in sources:
-            _refuse_hub_options(source.choice)
+        for choice in config.choices:
+            _refuse_hub_options(choice)
     return sources
 
 

@@ -111,23 +111,23 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "data set name": ({"dataset": "no such set"}, 2, "neither a path that exists nor a hub id"),
     "missing column": ({"dataset": "rows.jsonl"}, 2, "no column 'text'; its columns are content, id"),
     "bad split": ({"split": "test"}, 2, "--split: local files have no splits"),
-    "no text": ({"dataset": "empty.txt"}, 3, "there is no text"),
+    "no text": ({"dataset": "empty.txt"}, 3, "no text found"),
     "bad layers": ({"layers": "0-x"}, 2, "--layers should be block indices and ranges"),
     "layers beyond": ({"layers": "0-5"}, 2, "gpt2 has layers 0 to 2, found 5"),
     "context too long": ({"context_length": 100}, 2, "--context-length 100: gpt2 takes at most 64 tokens"),
     "no separator": ({"document_separator": "\N{SNOWMAN}", "model": "narrow"}, 2, "the tokenizer has no token for it"),
-    "bad device": ({"device": "cuda:7"}, 2, "--device cuda:7: not available here"),
-    "no such device": ({"device": "abacus"}, 2, "--device abacus: not available here"),
-    "no store": ({"out": "other"}, 3, "--out other exists and is not an activation store; it is left alone"),
-    "a file": ({"out": "rows.jsonl"}, 3, "--out rows.jsonl exists and is not an activation store"),
+    "bad device": ({"device": "cuda:7"}, 2, "--device cuda:7 is not available"),
+    "no such device": ({"device": "abacus"}, 2, "--device abacus is not available"),
+    "no store": ({"out": "other"}, 3, "--out other exists, is not an activation store and will not be overwritten"),
+    "a file": ({"out": "rows.jsonl"}, 3, "--out rows.jsonl exists, is not an activation store"),
     "below a file": ({"out": "rows.jsonl/acts.zarr"}, 1, "rows.jsonl cannot be written to"),
     "no lens": ({"lens": "./nolens"}, 2, "--lens ./nolens: there is no such folder"),
     "another lens": ({"lens": "lens"}, 3, "is for 4 layers and d_model 8, the model has 3 and 32"),
     "corrupt gguf": ({"model": "bad.gguf"}, 3, "bad.gguf: not a GGUF file"),
     "corrupt weights": ({"model": "broken"}, 3, "broken: its model cannot be loaded"),
     "no model": ({"model": "other"}, 3, "model other: the folder has no config.json"),
-    "no kind of model": ({"model": "rows.jsonl"}, 3, "model rows.jsonl: a file should be a .gguf file"),
-    "no kind of text": ({"dataset": "bad.gguf"}, 3, "--dataset bad.gguf: unknown kind of file"),
+    "no kind of model": ({"model": "rows.jsonl"}, 3, "model rows.jsonl: not a .gguf file"),
+    "no kind of text": ({"dataset": "bad.gguf"}, 3, "--dataset bad.gguf: unknown file type"),
     "no texts": ({"dataset": "lens"}, 3, "file there"),
     "torn text": ({"dataset": "torn.jsonl"}, 3, "torn.jsonl line 1: not valid JSON"),
     "lens is a file": ({"lens": "./rows.jsonl"}, 3, "--lens ./rows.jsonl is a file: give the folder"),
@@ -221,7 +221,7 @@ def test_an_interrupt_while_tokenising_is_exit_code_130(command: Harvest, monkey
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(run, "make_table", terminated)
     found = command()
-    assert (found.code, found.error) == (130, "harvest: error: interrupted; the same command continues the run")
+    assert (found.code, found.error) == (130, "harvest: error: interrupted; run the same command to continue")
     assert not Path("acts.zarr").exists()
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -206,7 +206,7 @@ def test_overwrite_starts_anew_but_only_over_a_store(config: MakeConfig, tmp_pat
     other = tmp_path / "precious"
     other.mkdir()
     (other / "thesis.txt").write_text("words")
-    with pytest.raises(IncompatibleError, match="not an activation store; it is left alone"):
+    with pytest.raises(IncompatibleError, match="not an activation store and will not be overwritten"):
         harvest(config(out=other, overwrite=True))
     assert (other / "thesis.txt").exists()
 
@@ -229,7 +229,7 @@ def test_a_signal_gives_up_the_batch_in_flight(
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run.BatchRunner, "run", interrupted)
-            with pytest.raises(Interrupted, match=r"1 of 7 shards whole; the same command continues"):
+            with pytest.raises(Interrupted, match=r"1 of 7 shards complete; run the same command to continue"):
                 harvest(options)
         assert len(calls) == 4
         harvest(options)

@@ -159,7 +159,7 @@ def test_a_tokenizer_of_another_model_is_named_by_a_dry_run_too(
     model.save_pretrained(folder)
     for run in (estimate, harvest):
         with pytest.raises(
-            ResidscopeError, match=r"small: the tokenizer gives token 2.., the .* embedding has 100 rows"
+            ResidscopeError, match=r"small: the tokenizer produces token 2.., but the .* embedding has 100 rows"
         ):
             run(config(model=str(folder)))
 

@@ -348,7 +348,7 @@ def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path, monkeypatc
     (lens_folder / "config.json").write_text(json.dumps(config | {"revision": "another"}))
     with pytest.raises(IncompatibleError, match="its hash should be"):
         lens_of_store(with_lens.store, str(lens_folder))
-    with pytest.raises(IncompatibleError, match="does not give what"):
+    with pytest.raises(IncompatibleError, match="does not reproduce"):
         measure_downstream(with_lens.store, with_lens.model, identity, lens=None)
     with pytest.raises(IncompatibleError, match="has 3 layers"):
         measure_downstream(made.store, make("gpt_neox").model, identity, lens=None, layers=[0])

@@ -175,7 +175,7 @@ def test_a_layer_without_an_inverse_and_one_that_is_no_better_are_named(options:
     found = warnings(FitResult(**{**result.__dict__, "layers": tuple(bad)}))
     assert len(found) == 2
     assert "layer 1 is ill-conditioned" in found[0]
-    assert "at layer 1 the lens (99 nats per token) is no better than none" in found[1]
+    assert "at layer 1 the lens (99 nats per token) is no better than using no lens" in found[1]
 
 
 def test_nothing_half_made_stays(options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_mistakes_are_one_line(
         assert not (tmp_path / "lens.fitting").exists()
 
     texts = tmp_path / "documents"
-    refused(options(out=texts), 2, "documents exists already")
+    refused(options(out=texts), 2, "documents exists and will not be overwritten")
     refused(options(max_tokens=100), 3, "at least 3 documents")
     refused(options(dataset=texts / "[012].txt"), 3, "kept tokens to fit on, d_model 32 needs at least 64")
     refused(options(kl_batch=5000), 3, "lower --kl-batch")
@@ -251,8 +251,8 @@ def test_vectors_that_are_not_finite_are_one_line(
         read = real(model, token_id)
         return lambda span: [vectors.index_fill(0, torch.tensor([1]), torch.inf) for vectors in read(span)]
 
-    real = module.model_reader
-    monkeypatch.setattr(module, "model_reader", overflowed)
+    real = module.data.model_reader
+    monkeypatch.setattr(module.data, "model_reader", overflowed)
     code, out, error = command(capsys, options())
     assert (code, out) == (1, "")
     assert "its vectors are not all finite; try --dtype float32" in error

@@ -92,8 +92,10 @@ def test_measured_kl_equals_the_formula_and_is_zero_at_the_last_layer(
 ) -> None:
     monkeypatch.setattr("harvest.lens.measure.tile_tokens", lambda vocabulary: 5)
     batches, (weights, biases) = [vectors(0), vectors(1)], translators()
-    found, n = mean_kl(batches, {"lens": Translators(weights, biases)}, model.logits, vocabulary=V)
-    assert n == 2 * N
+    counts: list[int] = []
+    lenses = {"lens": Translators(weights, biases)}
+    found = mean_kl(batches, lenses, model.logits, vocabulary=V, watch=counts.append)
+    assert sum(counts) == 2 * N
     both = [torch.cat(pair) for pair in zip(*batches, strict=True)]
     final = model.logits(both[-1])
     for i in range(L):

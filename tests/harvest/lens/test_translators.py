@@ -154,7 +154,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path, file: str) -> None
 
 def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
     folder = write_lens(tmp_path / "lens", base_model_name_or_path=5)
-    with pytest.raises(IncompatibleError, match="should name its base model by a text, found 5"):
+    with pytest.raises(IncompatibleError, match="the base model should be a name, found 5"):
         load(folder)
     with pytest.raises(IncompatibleError, match=r"params\.pt is a file: give the folder"):
         load(folder / "params.pt")

@@ -46,7 +46,7 @@ def test_what_the_hub_answers_becomes_one_line(api: type[FakeApi]) -> None:
         return kind.__new__(kind)  # Their constructors want a response.
 
     cases: list[tuple[Exception, type[ResidscopeError], str]] = [
-        (answer(errors.RepositoryNotFoundError), UsageError, "the hub has none of this name"),
+        (answer(errors.RepositoryNotFoundError), UsageError, "not found on the hub"),
         (answer(errors.GatedRepoError), ResidscopeError, "is gated: accept its terms"),
         (answer(errors.RevisionNotFoundError), UsageError, "has no revision 'v9'"),
         (

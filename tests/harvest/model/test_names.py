@@ -39,7 +39,7 @@ def test_names_that_are_no_models(tmp_path: Path, model_folder: ModelFolder, mon
         "./nowhere": "no such file or folder",
         "nothing.gguf": "no such file or folder",
         "empty": "no config.json",
-        "model.bin": r"should be a \.gguf file",
+        "model.bin": r"not a \.gguf file",
         "weightless": "no weights",
         "wordless": "no tokenizer",
         "a/b/c": "neither a path that exists nor a hub id",

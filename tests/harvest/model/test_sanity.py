@@ -74,7 +74,7 @@ def test_a_mixture_of_experts_is_causal(tmp_path: Path) -> None:
 def test_blocks_that_the_configuration_does_not_count_are_refused(gpt2: Path) -> None:
     config = json.loads((gpt2 / "config.json").read_text())
     (gpt2 / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
-    with pytest.raises(ResidscopeError, match=r"hold blocks 0 to 2, its configuration counts 2 .* --layers 0-1;"):
+    with pytest.raises(ResidscopeError, match=r"have blocks 0 to 2, its configuration 2 .* --layers 0-1;"):
         load_model(resolve_model(str(gpt2)))
     assert load_model(resolve_model(str(gpt2), random_init=True)).n_layers == 2  # without the files' weights
 
