@@ -147,7 +147,8 @@ class _Sums:
         require_finite(x, layer, self.view.layers)
         x_std = standardize(x).x if self.view.standardize == "vector" else x
         if self._variances is None:
-            self._variances = (LayerVariance.zeros(len(self.view.layers), x.shape[1], x.device),) * 2
+            zeros = LayerVariance.zeros(len(self.view.layers), x.shape[1], x.device)
+            self._variances = zeros, zeros
         standardized, raw = self._variances
         self._variances = standardized.add(x_std, layer), raw.add(x, layer)
         if (room := MEDIAN_VECTORS - sum(len(vectors.x) for vectors in self._sample)) > 0:
