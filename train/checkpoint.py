@@ -1,9 +1,7 @@
 """Checkpoints on disk: `ckpt.pt`, written whole or not at all, and read without running code from strangers.
 
-What is read is checked as a whole: the archive's check sums, shapes against the configuration, finite weights, and
-records that can be used; so that damage is one clear error, and no NaNs in results or failures deep in an analysis.
-
-Not here: other file formats (`train.formats.files`).
+What is read is checked: the archive's check sums, shapes against the configuration, finite weights, usable records; so
+that damage is one clear error and not NaN results. Other file formats: `train.formats.files`.
 """
 
 import contextlib
@@ -30,13 +28,15 @@ from train.model_config import SAEConfig
 
 CHECKPOINT_FORMAT = 1
 
+_DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, struct.error, zipfile.BadZipFile, zlib.error, OSError)
+"""What reading a damaged archive raises."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """What a checkpoint file holds."""
 
     config: SAEConfig
-    """What the autoencoder is."""
     sae: MLSAE
     """The autoencoder, float32, on the CPU."""
     store: dict[str, Any]
@@ -54,7 +54,7 @@ def safetensors_path(checkpoint: Path) -> Path:
 def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:
     """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder.
 
-    Raises `OSError` where the disk refuses it, and leaves the checkpoint that was there.
+    Raises `OSError` if writing fails; the old checkpoint is kept.
     """
     content = {
         "format": CHECKPOINT_FORMAT,
@@ -63,11 +63,10 @@ def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: d
         "store": store,
         "trainer": trainer,
     }
-    content = _interned(content)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            torch.save(_interned(content), file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -97,31 +96,28 @@ def _interned(value: Any) -> Any:
 def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
     """Read a checkpoint; only tensors and plain values are accepted, so that a file from a stranger cannot run code.
 
-    finite: refuse weights that are NaN or infinite. Raises `UsageError` if there is no such file, `IncompatibleError`
+    finite: refuse weights that are not finite. Raises `UsageError` if there is no such file, `IncompatibleError`
     if it is not a whole checkpoint of this format.
     """
     content = _read_safely(Path(path))
     version = content.get("format")
     if version != CHECKPOINT_FORMAT:
-        raise IncompatibleError(
-            f"{path}: checkpoint format {version}, here {CHECKPOINT_FORMAT} is read: use the version that wrote it"
-        )
-    config = _config_of(content.get("config"), path)
-    state = content.get("state_dict")
+        ours = f"this version reads {CHECKPOINT_FORMAT}"
+        raise IncompatibleError(f"{path}: checkpoint format {version}, {ours}: use the version that wrote it")
+    config, state = _config_of(content["config"], path), content["state_dict"]
     with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
         expected = MLSAE(config).state_dict()
     for name, tensor in expected.items():
         found = state.get(name) if isinstance(state, dict) else None
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shown = list(found.shape) if isinstance(found, Tensor) else None
-            raise IncompatibleError(
-                f"{path}: {name} should be {list(tensor.shape)} by the checkpoint's config, found {shown}"
-            )
+            wanted = f"shape {list(tensor.shape)} according to the checkpoint's config"
+            raise IncompatibleError(f"{path}: {name} should have {wanted}, found {shown}")
         if found.layout != torch.strided or not found.dtype.is_floating_point:
             shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
             raise IncompatibleError(f"{path}: {name} should hold dense floats, found {shown}")
     sae = MLSAE(config)
-    sae.load_state_dict({name: content["state_dict"][name] for name in expected})
+    sae.load_state_dict({name: state[name] for name in expected})
     store, trainer = content.get("store") or {}, content.get("trainer") or {}
     if finite:
         check_weights(sae.state_dict(), str(path))
@@ -134,9 +130,7 @@ def _read_safely(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
     try:
         if not zipfile.is_zipfile(path):
-            raise IncompatibleError(
-                f"{path}: refused: not a checkpoint, or one cut short (a bare pickle is never loaded)"
-            )
+            raise IncompatibleError(f"{path}: not a checkpoint, or truncated (bare pickle files are never loaded)")
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.save writes check sums, torch.load does not look at them
         if damaged is not None:
@@ -144,23 +138,14 @@ def _read_safely(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise IncompatibleError(
-            f"{path}: refused: it holds more than tensors and plain values, so code could run on loading"
+            f"{path}: refused: it contains more than tensors and plain values, so loading it could run code"
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        struct.error,
-        zipfile.BadZipFile,
-        zlib.error,
-        OSError,
-    ) as error:
+    except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # of the disk; EINVAL is what a damaged index gives, by which the file is sought beyond its ends
+            raise  # of the disk; EINVAL is what a damaged index gives, which seeks beyond the file's ends
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
         raise IncompatibleError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(content, dict) or "state_dict" not in content or "config" not in content:
+    if not isinstance(content, dict) or not {"state_dict", "config"} <= set(content):
         raise IncompatibleError(f"{path}: not a checkpoint of this project: it should hold config and state_dict")
     return content
 
@@ -173,7 +158,7 @@ def _config_of(found: Any, path: Path) -> SAEConfig:
     try:
         return SAEConfig.from_plain(found)
     except (UsageError, TypeError) as error:
-        raise IncompatibleError(f"{path}: impossible configuration: {error}") from None
+        raise IncompatibleError(f"{path}: invalid configuration: {error}") from None
 
 
 def check_weights(state: Mapping[str, Tensor], where: str) -> None:
@@ -184,7 +169,7 @@ def check_weights(state: Mapping[str, Tensor], where: str) -> None:
         if not good.all():
             raise IncompatibleError(
                 f"{where}: {name} should hold finite numbers, found {tensor[~good].flatten()[0].item()}: the training "
-                "diverged or the file is damaged; take another checkpoint, or train anew with a lower --lr"
+                "diverged or the file is damaged; use another checkpoint, or train again with a lower --lr"
             )
 
 
@@ -193,16 +178,14 @@ def check_records(store: Any, trainer: Any, where: str) -> None:
     reason = None
     if not isinstance(store, dict) or not isinstance(trainer, dict):
         reason = "store and trainer should be mappings"
-    elif not _are_layers(store.get("layers")):
-        reason = f"layers should be integers, found {store['layers']!r}"
-    elif store.get("validation") and not _is_split(store["validation"]):
-        reason = f"validation should have a fraction in [0, 1) and a seed, found {store['validation']!r}"
+    else:
+        layers, split = store.get("layers", ()), store.get("validation")
+        if layers is not None and not (isinstance(layers, list | tuple) and all(type(n) is int for n in layers)):
+            reason = f"layers should be integers, found {layers!r}"
+        elif split and not _is_split(split):
+            reason = f"validation should have a fraction in [0, 1) and a seed, found {split!r}"
     if reason is not None:
-        raise IncompatibleError(f"{where}: its record of the training is damaged: {reason}; take another checkpoint")
-
-
-def _are_layers(found: Any) -> bool:
-    return found is None or (isinstance(found, list | tuple) and all(type(layer) is int for layer in found))
+        raise IncompatibleError(f"{where}: its record of the training is damaged: {reason}; use another checkpoint")
 
 
 def _is_split(found: Any) -> bool:

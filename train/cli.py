@@ -22,7 +22,6 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 usage, 3 incompatible, 130 interrupted."""
-
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["compare"]:
         from train.compare.cli import main as compare
@@ -37,17 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Train one multi-layer sparse autoencoder on a store of residual stream activations.",
             epilog=_EPILOG,
         )
-        from train.reporting.report import describe_all, summary, write_table
+        from train.reporting.report import describe, summary, table_of, write_table
         from train.run import train_all, try_run
 
         if config.dry_run:
-            from train.reporting.dry_run import describe
+            from train.reporting.dry_run import describe as describe_dry_run
 
             found = try_run(config)
-            print(json.dumps(asdict(found)) if config.json else describe(found))
+            print(json.dumps(asdict(found)) if config.json else describe_dry_run(found))
             return
         results = train_all(config)
-        print(describe_all(results), file=sys.stderr)
+        print(describe(results[0]) if len(results) == 1 else table_of(results), file=sys.stderr)
         table = write_table(config.out, results) if config.sweep or config.per_layer else None
         if table is not None:
             print(f"table: {table}", file=sys.stderr)

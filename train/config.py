@@ -1,14 +1,11 @@
 """The flags of `train`: one small frozen dataclass for each component, and `TrainConfig`, which holds them all.
 
 The docstring under a field is its flag's help; the first sentence of a class is the heading of its flags in `--help`.
-Values are checked when a configuration is made, as far as they alone can tell; what depends on the store or the machine
-is resolved in `train.resolve`. Imports nothing heavy, so that `train --help` answers at once.
-
-Tested in tests/train/test_run.py and objective/test_schedule.py.
+Values are checked when a configuration is made; what depends on the store or the machine is resolved in
+`train.resolve`. Imports nothing heavy, so that `train --help` answers at once.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,29 +17,19 @@ from train.model_config import THRESHOLDED, Activation, Standardize
 DEFAULT_EXPANSION_FACTOR = 16
 """Where neither it nor a number of latents is given."""
 
-_MOST_THREADS = 1024
-"""With a hundred thousand threads the process dies without a message."""
 
-
-def _check_positive(config: Any, *names: str) -> None:
-    _check(config, names, "above 0", lambda value: 0 < value < math.inf)
-
-
-def _check_not_negative(config: Any, *names: str) -> None:
-    _check(config, names, "0 or more", lambda value: 0 <= value < math.inf)
-
-
-def _check_shares(config: Any, *names: str) -> None:
-    _check(config, names, "in [0, 1]", lambda value: 0 <= value <= 1)
-
-
-def _check(config: Any, names: tuple[str, ...], wanted: str, good: Callable[[float], bool]) -> None:
-    """`UsageError` for the first of these fields whose value is given and not good."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not good(value):
-            wanted = "a finite number" if value == math.inf and wanted != "in [0, 1]" else wanted
-            raise UsageError(f"--{name.replace('_', '-')} should be {wanted}, found {value}")
+def _check(config: Any, *, positive: str = "", not_negative: str = "", shares: str = "") -> None:
+    """`UsageError` for the first of these fields whose value is given and out of its range."""
+    for names, wanted, good in (
+        (positive, "above 0", lambda value: 0 < value < math.inf),
+        (not_negative, "0 or more", lambda value: 0 <= value < math.inf),
+        (shares, "in [0, 1]", lambda value: 0 <= value <= 1),
+    ):
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not good(value):
+                expected = "a finite number" if value == math.inf and names != shares else wanted
+                raise UsageError(f"--{name.replace('_', '-')} should be {expected}, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +58,13 @@ class ModelConfig:
     7/32, 15/32 and all of them."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "expansion_factor", "n_latents", "k")
+        _check(self, positive="expansion_factor n_latents k")
         if self.prefixes is not None and self.activation != "matryoshka":
             raise UsageError(f"--prefixes is for --activation matryoshka, not for {self.activation}")
         if self.n_latents is not None and self.expansion_factor is not None:
             raise UsageError(
-                f"--n-latents {self.n_latents} and --expansion-factor {self.expansion_factor:g} both say how many "
-                "latents: give one of them, on the command line or in a --config file"
+                f"--n-latents {self.n_latents} and --expansion-factor {self.expansion_factor:g} both set the number of "
+                "latents: give only one, on the command line or in a --config file"
             )
 
 
@@ -108,12 +95,11 @@ class ObjectiveConfig:
     dead_tokens: int | None = None
     """Tokens without firing after which a latent is dead; default: 10 million, or a tenth of the run's if less."""
     loss_space: Literal["standardized", "raw"] = "standardized"
-    """Where the loss is taken: standardized lets every vector count alike; raw is the reference's choice."""
+    """Where the loss is taken: standardized gives every vector the same weight; raw is the reference's choice."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "aux_k", "dead_tokens", "k_start", "bandwidth")
-        _check_not_negative(self, "aux_coef", "sparsity_coef")
-        _check_shares(self, "k_warmup_fraction", "sparsity_warmup_fraction")
+        _check(self, positive="aux_k dead_tokens k_start bandwidth", not_negative="aux_coef sparsity_coef")
+        _check(self, shares="k_warmup_fraction sparsity_warmup_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,19 +114,18 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
     """Share of the steps, the last ones, in which the learning rate falls linearly towards zero."""
     decoder_norm: Literal["fixed", "free"] = "fixed"
-    """Decoder rows are of unit norm after every step. fixed: the gradient's component along them is left out; free: in
-    the step they take any norm, which goes to the encoder's row, so that latents find their scale sooner (topk,
-    batchtopk, matryoshka); in the first hundreds of steps FVU is 1 to 3 % lower."""
+    """Decoder rows are of unit norm after every step. fixed: the gradient's component along them is left out; free:
+    during the step they may take any norm, which is then moved to the encoder's row, so that latents reach their scale
+    sooner (topk, batchtopk, matryoshka); in the first hundreds of steps FVU is 1 to 3 % lower."""
     clip_norm: float | None = None
-    """Scale all gradients down where their norm together is larger than this, such as 0.001, which binds in most steps
-    and gives short runs a lower FVU; default: never."""
+    """Scale all gradients down if their joint norm exceeds this; 0.001 does so in most steps and lowers the FVU of
+    short runs; default: never."""
     ema_decay: float | None = None
     """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
     default: the weights themselves."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "lr", "clip_norm")
-        _check_shares(self, "warmup_fraction", "decay_fraction")
+        _check(self, positive="lr clip_norm", shares="warmup_fraction decay_fraction")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UsageError(f"--ema-decay should be in [0, 1), found {self.ema_decay}")
 
@@ -163,12 +148,11 @@ class DataConfig:
     """Memory for the shuffle, in GB: two windows of the store, one served while the other is read."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "batch_size", "steps", "epochs", "window_gb")
-        _check_not_negative(self, "seed")
+        _check(self, positive="batch_size steps epochs window_gb", not_negative="seed")
         if self.seed >= 2**63:
             raise UsageError(f"--seed should be below 2^63, found {self.seed}")
         if self.steps is not None and self.epochs is not None:
-            raise UsageError("--steps and --epochs both say how long to train: give one of them")
+            raise UsageError("--steps and --epochs both set the length of the run: give only one")
         if self.layers == ():
             raise UsageError("--layers names no layer: leave it out for all that are stored")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
@@ -197,23 +181,22 @@ class HardwareConfig:
     per cent slower, more where AuxK is busy, and a resume is bit for bit only with it."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "threads", "tile_mb")
-        if self.threads is not None and self.threads > _MOST_THREADS:
-            raise UsageError(f"--threads should be at most {_MOST_THREADS}, found {self.threads}")
+        _check(self, positive="threads tile_mb")
+        if self.threads is not None and self.threads > 1024:  # with 100,000 the process dies without a message
+            raise UsageError(f"--threads should be at most 1024, found {self.threads}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is written on the way."""
+    """What is written during training."""
 
     log_every: int = 10
     """Steps between two lines of metrics."""
     checkpoint_every: int = 500
-    """Steps between two checkpoints on the way; 0: only at the end, or when stopped by a signal."""
+    """Steps between two checkpoints during training; 0: only at the end, or when stopped by a signal."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "log_every")
-        _check_not_negative(self, "checkpoint_every")
+        _check(self, positive="log_every", not_negative="checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,17 +204,16 @@ class ValidationConfig:
     """Validation on held-out documents."""
 
     validate_every: int | None = None
-    """Steps between two short validations on the way; 0: only at the end; default: a quarter of the run."""
+    """Steps between two short validations during training; 0: only at the end; default: a quarter of the run."""
     validation_fraction: float = 0.05
     """Share of the documents that are held out of training, and on which validation runs."""
     validation_tokens: int = 4096
-    """Held-out tokens, at most, for the validation at the end; those on the way use up to 256."""
+    """Held-out tokens, at most, for the validation at the end; those during training use up to 256."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "validation_tokens")
-        _check_not_negative(self, "validate_every")
+        _check(self, positive="validation_tokens", not_negative="validate_every")
         if self.validation_tokens < 2:
-            raise UsageError("--validation-tokens should be at least 2: of one token FVU has no meaning, found 1")
+            raise UsageError("--validation-tokens should be at least 2 (FVU is not defined for one token), found 1")
         if not 0 <= self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction should be in [0, 1), found {self.validation_fraction}")
 
@@ -276,18 +258,18 @@ class TrainConfig:
     sweep: tuple[str, ...] | None = None
     """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
     point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with
-    the same flags. Any field will do that does not change the stream of batches."""
+    the same flags. Any field that does not change the stream of batches can be swept."""
     per_layer: Literal["total", "each"] | None = None
     """Train one autoencoder for each layer instead, on that layer's vectors of the same stream: the latents are
     divided among them (total), or each has as many (each). Checkpoints are ckpt.layer=0.pt, ..."""
     publish: PublishConfig = PublishConfig()
 
     dry_run: bool = False
-    """Say steps, memory, disk and time, from a few steps that are measured and thrown away; write nothing."""
+    """Print steps, memory, disk and time, measured with a few steps that are discarded; write nothing."""
     resume: bool = False
-    """Continue from the checkpoint if there is one, else start; the end is bit for bit that of an unbroken run."""
+    """Continue from the checkpoint if there is one, else start; bit for bit the result of an uninterrupted run."""
     overwrite: bool = False
-    """Start anew even though there is a checkpoint, and replace it."""
+    """Start again even if there is a checkpoint, and replace it."""
     json: bool = False
     """Print a summary of the run as JSON on stdout."""
 
@@ -298,26 +280,20 @@ class TrainConfig:
         if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:
             raise UsageError(
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "
-                f"depend on the scale that it moves; found {activation}"
+                f"depend on the norms that it changes; found {activation}"
             )
         if self.resume and self.overwrite:
-            raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give one of them")
+            raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give only one")
 
     def flags(self) -> dict[str, Any]:
-        """The flags that make this run, as `ckpt.config.toml` keeps them, in the order that this file has had from
-        before there were groups."""
-        flags = {name: value for name, value in to_flat(self).items() if name not in _NOT_OF_THE_RUN}
+        """The flags that make this run, in the order of `ckpt.config.toml`, which is older than the groups."""
+        own = ("dry_run", "resume", "overwrite", "json")  # of the invocation
+        flags = {name: value for name, value in to_flat(self).items() if name not in own}
         names = list(flags)
-        for name, follower in _PLACES:
+        for name, follower in _PLACES.items():
             names.remove(name)
             names.insert(names.index(follower), name)
         return {name: flags[name] for name in names}
 
 
-_NOT_OF_THE_RUN = ("dry_run", "resume", "overwrite", "json")
-_PLACES = (
-    ("window_gb", "log_every"),
-    ("dead_tokens", "sweep"),
-    ("loss_space", "sweep"),
-    ("deterministic", "tensorboard"),
-)
+_PLACES = {"window_gb": "log_every", "dead_tokens": "sweep", "loss_space": "sweep", "deterministic": "tensorboard"}

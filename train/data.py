@@ -1,9 +1,7 @@
 """The data of a training: the open store, its split by document, and its rows as float32 tensors on the device.
 
 Layers have two numbers: the model's own, which users see, and the position among the layers trained on, 0 .. L - 1,
-which tensors are indexed by.
-
-Not here: the order of the rows (`store.shuffle`), and reading them (`store.loader`).
+by which tensors are indexed.
 
 Shapes: N rows, D d_model, T tokens of the store, L layers trained on.
 """
@@ -38,22 +36,18 @@ class VectorSource:
     """Turns the loader's batches into tensors; `layers` are the stored layers that are trained on, ascending."""
 
     def __init__(self, layers: Sequence[int], stored_dtype: str, device: torch.device) -> None:
-        self._stored_dtype = stored_dtype
-        self._device = device
+        self._stored_dtype, self._device = stored_dtype, device
         self._position = torch.full((max(layers) + 1,), -1, dtype=torch.int64)
         self._position[list(layers)] = torch.arange(len(layers))
 
     def __call__(self, batch: Batch) -> Vectors:
-        """One batch; the conversion to float32 is made on the device, after half the bytes have travelled."""
-        rows = self.to_float32(batch.rows)
-        return Vectors(rows, self._position[torch.from_numpy(batch.layer)].to(self._device))
+        """One batch; it is converted to float32 on the device, so that half the bytes travel."""
+        return Vectors(self.to_float32(batch.rows), self._position[torch.from_numpy(batch.layer)].to(self._device))
 
     def to_float32(self, rows: np.ndarray) -> Tensor:
         """Rows in the store's type, of any shape, as float32 on the device."""
-        if self._stored_dtype == "bfloat16":
-            tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(rows)
+        bfloat16 = self._stored_dtype == "bfloat16"  # which numpy does not know
+        tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(rows)
         return tensor.to(self._device).float()
 
 
@@ -76,8 +70,8 @@ def split_tokens(store: ActivationStore, fraction: float, seed: int) -> Document
     split = DocumentSplit(tokens.keep & ~held_out, tokens.keep & held_out, n_documents)
     if not split.train.any():
         raise IncompatibleError(
-            f"{store.path}: no kept token is left to train on, of {int(tokens.keep.sum())} kept in {n_documents} "
-            f"documents with --validation-fraction {fraction}: harvest more text"
+            f"{store.path}: --validation-fraction {fraction} leaves no token to train on ({int(tokens.keep.sum())} "
+            f"kept tokens in {n_documents} documents): harvest more text"
         )
     return split
 
@@ -88,10 +82,8 @@ def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> lis
     wanted = have if layers is None else tuple(sorted(layers))
     missing = sorted(set(wanted) - set(have))
     if missing:
-        raise UsageError(
-            f"--layers: {store.path} does not hold layer {', '.join(map(str, missing))}; it holds "
-            f"{' '.join(map(str, have))}"
-        )
+        names, there = ", ".join(map(str, missing)), " ".join(map(str, have))
+        raise UsageError(f"--layers: {store.path} does not have layer {names}, only {there}")
     return [have.index(layer) for layer in wanted]
 
 
@@ -100,21 +92,15 @@ class TrainingData:
     """What all runs of an invocation are trained on."""
 
     store: ActivationStore
-    """The store, open."""
     split: DocumentSplit
-    """Its tokens: trained on, held out."""
     stored: list[int]
     """The layers of the stream, as positions in the store, ascending."""
     source: VectorSource
-    """Turns batches into tensors."""
     device: torch.device
-    """Where the tensors go."""
     config: TrainConfig
-    """The flags that say which data."""
 
     @classmethod
     def open(cls, config: TrainConfig, store: ActivationStore) -> "TrainingData":
-        """The layers and the documents that the flags name."""
         stored, device = stored_layers(store, config.data.layers), resolve_device(config.hardware.device)
         return cls(
             store=store,
@@ -132,16 +118,16 @@ class TrainingData:
 
     def record(self, layers: tuple[int, ...]) -> dict[str, Any]:
         """What a checkpoint says of its data; layers: those that it is trained on."""
-        store = self.store
+        meta, provenance = self.store.meta, self.store.meta.provenance
         return {
-            "content_hash": store.content_hash,
-            "path": store.path.name,
-            "d_model": store.meta.d_model,
+            "content_hash": self.store.content_hash,
+            "path": self.store.path.name,
+            "d_model": meta.d_model,
             "layers": list(layers),
-            "model": store.meta.provenance.get("model"),
-            "dataset": store.meta.provenance.get("dataset"),
-            "random_init": bool(store.meta.provenance.get("random_init")),
-            "lens": store.meta.lens,
+            "model": provenance.get("model"),
+            "dataset": provenance.get("dataset"),
+            "random_init": bool(provenance.get("random_init")),
+            "lens": meta.lens,
             "validation": {
                 "fraction": self.config.validation.validation_fraction,
                 "seed": self.config.data.seed,

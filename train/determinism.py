@@ -1,10 +1,8 @@
 """The same bits from the same run: what is switched in torch for it, and what the last bits depend on beside the plan.
 
-On a CPU every operation of a step has one order of summing for a given number of threads, so nothing is slower for it.
-On CUDA torch replaces sums that are made with atomics (index_add, and scatter with repeats) by sorted ones, and cuBLAS
-works in a fixed workspace: expect steps that are some per cent slower, more where AuxK is busy.
-
-Versions and the processor matter too: a checkpoint keeps them, and a resume that finds others is warned of.
+On a CPU every operation of a step has one order of summing for a given number of threads, so nothing gets slower. On
+CUDA torch replaces sums that use atomics (index_add, and scatter with repeats) by sorted ones, and cuBLAS works in a
+fixed workspace: steps get some per cent slower, more where AuxK is busy.
 """
 
 import contextlib
@@ -19,8 +17,8 @@ from train.hardware import dense_dtype
 
 
 @contextlib.contextmanager
-def deterministic(device: torch.device, wanted: bool | None) -> Iterator[bool]:
-    """Insist on deterministic operations if `wanted` (default: on a CPU); yields whether that is so."""
+def deterministic(device: torch.device, wanted: bool | None) -> Iterator[None]:
+    """Insist on deterministic operations if `wanted` (default: on a CPU)."""
     on = device.type == "cpu" if wanted is None else wanted
     before = torch.get_deterministic_debug_mode()
     memory: Any = torch.utils.deterministic
@@ -29,10 +27,10 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[bool]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     # The same switch as `use_deterministic_algorithms`, which imports torch's compiler first: nearly two seconds.
     torch.set_deterministic_debug_mode("error" if on else "default")
-    # It would fill memory that is about to be written over: costly, and no part of determinism here.
+    # Otherwise it fills memory that is about to be overwritten, which is slow.
     memory.fill_uninitialized_memory = False
     try:
-        yield on
+        yield
     finally:
         torch.set_deterministic_debug_mode(before)
         memory.fill_uninitialized_memory = filled

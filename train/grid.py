@@ -1,7 +1,7 @@
 """Which runs one invocation trains: one, one for each point of a `--sweep`, one for each layer, or their product.
 
 Every run of an invocation sees the same stream of batches, so only what does not change the stream can be swept: a
-run's checkpoint is then, bit for bit, that of the single run with the same flags. Pure; nothing heavy is imported.
+run's checkpoint is then, bit for bit, that of the single run with the same flags. Imports nothing heavy.
 """
 
 import itertools
@@ -18,9 +18,8 @@ from train.config import HardwareConfig, ModelConfig, ObjectiveConfig, Optimizer
 STREAM_FIELDS = ("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb", "validation_fraction")
 """What the stream of batches depends on: the same for all runs."""
 
-_SWEPT_GROUPS = (ModelConfig, ObjectiveConfig, OptimizerConfig, HardwareConfig)
 _NOT_SWEPT = ("device", "threads", "deterministic")
-"""Of these groups, what is the same for all runs of a process."""
+"""Of the groups that can be swept, what is the same for all runs of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +54,14 @@ def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
 
 def as_written(value: Any) -> str:
     """A swept value as one writes it: 8 and true and none, where Python says 8.0, True and None."""
-    if isinstance(value, float):
-        return str(value).removesuffix(".0")
-    return str(value).lower() if isinstance(value, bool | None) else str(value)
+    text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+    return text.lower() if isinstance(value, bool | None) else text
 
 
 def run_path(out: Path, name: str) -> Path:
     """The checkpoint of run `name`: ckpt.pt gives ckpt.NAME.pt beside it; anything else is a folder for it."""
-    if out.suffix == ".pt" and not out.is_dir():
-        return out.with_name(f"{out.stem}.{name}.pt")
-    return out / f"ckpt.{name}.pt"
+    in_folder = out.suffix != ".pt" or out.is_dir()
+    return out / f"ckpt.{name}.pt" if in_folder else out.with_name(f"{out.stem}.{name}.pt")
 
 
 def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
@@ -88,19 +85,17 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
             raise UsageError(f"--sweep names {name} twice: give all its values in one word, such as {name}=1,2")
         read = [read_word(value, hints[name], f"--sweep {name}") for value in values.split(",")]
         if len(set(read)) != len(read):
-            raise UsageError(f"--sweep {word}: a value is there twice")
+            raise UsageError(f"--sweep {word}: a value is given twice")
         axes[name] = read
-    sizes = ("n_latents", "expansion_factor")
-    given = [name for name in sizes if name in axes or getattr(config.model, name) is not None]
-    if given == list(sizes) and any(name in axes for name in sizes):
-        raise UsageError(
-            "--sweep: n_latents and expansion_factor both say how many latents: give one of them, in the sweep or for "
-            "all its runs"
-        )
+    sizes = {"n_latents", "expansion_factor"}
+    if axes.keys() & sizes and all(name in axes or getattr(config.model, name) is not None for name in sizes):
+        both = "n_latents and expansion_factor both set the number of latents"
+        raise UsageError(f"--sweep: {both}: give only one, in the sweep or for all its runs")
     return axes
 
 
 def _swept_types() -> dict[str, Any]:
     """The flags that may be swept, and the types of their values."""
-    hints = {name: hint for group in _SWEPT_GROUPS for name, hint in typing.get_type_hints(group).items()}
+    groups = (ModelConfig, ObjectiveConfig, OptimizerConfig, HardwareConfig)
+    hints = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
     return {name: hint for name, hint in hints.items() if name not in _NOT_SWEPT and "tuple" not in str(hint)}

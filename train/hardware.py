@@ -1,13 +1,14 @@
 """What the machine offers: device, fast product type, free memory. Nothing here is looked at on import."""
 
+import contextlib
 import functools
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
-from residscope.console import human_bytes
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
@@ -27,30 +28,24 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_product_dtype(name: str, device: torch.device) -> str:
-    """The type of the encoder's product: `name`, or for "auto" the fastest that the hardware has instructions for.
-
-    By capability and not by a measurement, so that a resumed run finds what it had. `UsageError` for int8 where there
-    is no 8-bit screen.
-    """
-    if device.type == "cuda":
-        if name == "int8":
-            raise UsageError("--dtype int8 is for CPUs; CUDA has --dtype bfloat16, which is as fast")
-        if name == "auto":
-            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        return name
+    """The type of the encoder's product: `name`, or for "auto" the fastest that the hardware has instructions for, not
+    a measured one, so that a resumed run finds what it had. `UsageError` for int8 where there is no 8-bit screen."""
+    if name == "int8" and device.type == "cuda":
+        raise UsageError("--dtype int8 is for CPUs; CUDA has --dtype bfloat16, which is as fast")
     if name == "int8" and not has_byte_products():
         raise UsageError("--dtype int8 needs numba and a CPU with AVX512-VNNI: leave --dtype out for the fastest here")
-    if name == "auto":
-        return "bfloat16" if _has_amx() else "int8" if has_byte_products() else "float32"
-    return name
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if _has_amx() else "int8" if has_byte_products() else "float32"
 
 
 def dense_dtype(product_dtype: torch.dtype) -> torch.dtype:
-    """The type of products of which every number is wanted, for runs with `product_dtype`.
+    """The type of products of which every number is wanted, for runs with `product_dtype`; checkpoints record it.
 
-    Beside the 8-bit screen (int8), which finds only the k largest: bfloat16 on CPUs with AMX, else float32, also where
-    there are the bfloat16 instructions of AVX-512, which made products no faster (benchmarks/results/
-    2026-11-28-kernels.md). A checkpoint records it (`train.surroundings`).
+    For int8, whose screen finds only the k largest: bfloat16 on CPUs with AMX, else float32, even where AVX-512 has
+    bfloat16 instructions, which made products no faster (benchmarks/results/2026-11-28-kernels.md).
     """
     if product_dtype != torch.int8:
         return product_dtype
@@ -68,28 +63,16 @@ def has_byte_products() -> bool:
 
 
 def _has_amx() -> bool:
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # there is no public question for it
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # torch has no public function for it
 
 
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can be had now, or None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:  # noqa: PTH123 (not a file that is there to be read as a path)
-            fields = dict(line.split(":", 1) for line in lines)
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            return None
-
-
-def check_memory(needed: int, device: torch.device, way_out: str) -> None:
-    """Raise `ResidscopeError` if `needed` bytes are more than there are."""
-    free = free_bytes(device)
-    if free is not None and needed > free:
-        raise ResidscopeError(
-            f"this run needs about {human_bytes(needed)} on {device.type}, and {human_bytes(free)} are free: {way_out}"
-        )
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None

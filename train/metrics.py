@@ -1,7 +1,6 @@
 """Metrics of training: sums between two logged steps, and the file that takes one JSON line a logged step.
 
-The sums stay on the training device until they are logged, and are part of a checkpoint, so that the lines after a
-resume are those of the unbroken run.
+The sums stay on the training device until they are logged; they are in the checkpoint, for the lines after a resume.
 
 Shapes: N rows of a batch, L layers trained on.
 """
@@ -10,7 +9,6 @@ import fcntl
 import json
 import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +21,6 @@ from train.model import Standardized
 from train.objective.step import StepResult
 
 
-class Stopwatch:
-    """Time spent training since the last logged step, without validation and checkpoints."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
-
-    def start(self) -> None:
-        """From now on time counts."""
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """Time that passes until `start` is not the training's."""
-        self.seconds += time.perf_counter() - self._started
-
-
 class MetricsWindow:
     """Sums over the steps since the last logged one."""
 
@@ -48,16 +30,14 @@ class MetricsWindow:
         self._raw_denominators = raw_denominators
         self._means = ("loss", "auxk", "sparsity") if sparsity else ("loss", "auxk")
         self._sums: dict[str, Tensor] = {}
-        self._unknown: set[str] = set()  # means that a checkpoint did not tell the beginning of
+        self._unknown: set[str] = set()  # means whose beginning a checkpoint lacks
         self.clear()
 
     def clear(self) -> None:
-        """Start a new window."""
-        device, n_layers = self._raw_denominators.device, len(self._raw_denominators)
-        means = dict.fromkeys(self._means, ())
-        shapes = {"steps": (), **means, "active": (), "vectors": (n_layers,), "error": (n_layers,)}
+        by_layer = torch.zeros_like(self._raw_denominators)
         self._unknown = set()
-        self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+        self._sums = {name: by_layer.new_zeros(()) for name in ("steps", *self._means, "active")}
+        self._sums |= {"vectors": by_layer, "error": by_layer.clone()}
 
     def add(self, layer: Tensor, standardized: Standardized, result: StepResult) -> None:
         """Count one step over rows of layers `layer` int64 [N]."""
@@ -77,8 +57,7 @@ class MetricsWindow:
             nothing = dict.fromkeys(self._means)
             return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, **nothing}
         means = {n: None if n in self._unknown else (sums[n] / sums["steps"]).item() for n in self._means}
-        fvu = sums["error"] / sums["vectors"] / self._raw_denominators
-        seen = sums["vectors"] > 0
+        fvu, seen = sums["error"] / sums["vectors"] / self._raw_denominators, sums["vectors"] > 0
         return {
             "loss": means["loss"],
             "fvu": fvu[seen].mean().item(),
@@ -108,33 +87,27 @@ class MetricsFile:
     """`ckpt.metrics.jsonl`: one line a logged step, none twice. Locked, so that no two runs write one checkpoint."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Open for appending, after cutting off what comes later than `resume_step`, a torn last line included.
-
-        Lines of steps that a resumed run makes again would otherwise stand there twice. 0 empties the file. Raises
-        `ResidscopeError` while another process has it open.
-        """
+        """Open for appending, after cutting off a torn last line and the lines of steps after `resume_step`, which are
+        made again; 0 empties the file. Raises `ResidscopeError` while another process has it open."""
         self._file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise ResidscopeError(
-                f"{path} is in use: another run writes this checkpoint; choose another --out"
-            ) from None
+            reason = "another run writes this checkpoint; choose another --out"
+            raise ResidscopeError(f"{path} is in use: {reason}") from None
         self._file.truncate(_bytes_up_to(path, resume_step) if resume_step else 0)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; it is in the file when this returns. NaN and infinities are null, because JSON has
-        neither."""
+        """Append a line and flush it; NaN and infinities are null, because JSON has neither."""
         self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Make the lines so far survive a power cut; called before a checkpoint that presupposes them."""
+        """Make the lines so far durable, before a checkpoint that relies on them."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 

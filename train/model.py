@@ -9,8 +9,6 @@ on its own or by its layer, then
 Both weights are stored as [n_latents, d_model], so that a latent is a row of each and gathers read whole rows. Encoding
 never holds more than a tile of the [N, n_latents] pre-activations (`train.kernels.encode`).
 
-Not here: variants and gradients (`train.objective`), files (`train.checkpoint`).
-
 Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
 """
 
@@ -47,16 +45,14 @@ class Standardized(NamedTuple):
 
 
 class ForwardOutput(NamedTuple):
-    """A reconstruction and how it came about."""
+    """A reconstruction and how it came about; mean and std as in `Standardized`."""
 
     x_hat: Tensor
     """[N, D] reconstruction in raw space."""
     codes: SparseCodes
     """Active latents, values [N, w] and indices [N, w]."""
     mean: Tensor
-    """As in `Standardized`."""
     std: Tensor
-    """As in `Standardized`."""
 
 
 class MLSAE(nn.Module):
@@ -109,12 +105,12 @@ class MLSAE(nn.Module):
         self.b_pre.copy_(torch.zeros_like(self.b_pre) if b_pre is None else b_pre)
 
     def rows_of_layer(self, number: int, n: int) -> Tensor | None:
-        """What `standardize` wants to know of `n` vectors of the model's layer `number`; None where it does not."""
+        """The argument `layer` of `standardize` for `n` vectors of the model's layer `number`; None if not needed."""
         if not self.config.layers:
             return None
         if number not in self.config.layers:
             raise IncompatibleError(
-                f"the autoencoder standardises by layer and knows no layer {number}, only "
+                f"the autoencoder standardises by layer and was not trained on layer {number}, only on "
                 f"{' '.join(map(str, self.config.layers))}"
             )
         return torch.full((n,), self.config.layers.index(number), device=self.W_enc.device)
@@ -122,8 +118,7 @@ class MLSAE(nn.Module):
     def standardize(self, x: Tensor, layer: Tensor | None = None) -> Standardized:
         """Raw vectors [N, D] to the space that the dictionary lives in.
 
-        layer: int64 [N], each vector's position among the layers trained on; needed where they are standardised by
-        layer.
+        layer: int64 [N], each vector's position among the layers trained on, for standardisation by layer.
         """
         if self.config.standardize == "vector":
             return standardize(x)
@@ -145,8 +140,7 @@ class MLSAE(nn.Module):
         return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype), layer).x, product_dtype=product_dtype)
 
     def ready_encoder(self, *, product_dtype: torch.dtype | None = None, screened: bool = False) -> ReadyEncoder:
-        """The encoder's weights made ready for many batches, during which they must not change; for the arguments see
-        `ReadyEncoder`."""
+        """The encoder's weights made ready for many batches, during which they must not change: see `ReadyEncoder`."""
         weights = self.weights
         kernels = choose_kernels(weights.W_enc)
         return ReadyEncoder(kernels, weights.W_enc, weights.b_enc, product_dtype=product_dtype, screened=screened)
@@ -160,9 +154,8 @@ class MLSAE(nn.Module):
         encoder: of `ready_encoder`, for callers that encode many batches; default: one for this batch.
         """
         if x_std.shape[-1] != self.config.d_model:
-            raise IncompatibleError(
-                f"the autoencoder has d_model {self.config.d_model}, the vectors have {x_std.shape[-1]}"
-            )
+            found = x_std.shape[-1]
+            raise IncompatibleError(f"the autoencoder has d_model {self.config.d_model}, the vectors have {found}")
         inputs = x_std - self.b_pre if self.config.apply_b_dec_to_input else x_std
         encoder = encoder or self.ready_encoder(product_dtype=product_dtype)
         return self.variant.encode(inputs, self.weights, encoder)

@@ -1,7 +1,4 @@
-"""What an autoencoder is, apart from its weights. Imports no torch.
-
-Tested in tests/train/test_model.py and objective/test_schedule.py.
-"""
+"""What an autoencoder is, apart from its weights. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """What a run will do, worked out before it starts: every default resolved against the store and the machine.
 
-A `RunPlan` is the configuration of one run, resolved. A checkpoint keeps it as a flat dictionary: two runs with equal
-plans over equal stores give the same weights, so a resume compares plans and names the value that differs
-(`train.resume`). Pure, but for looking at the hardware.
+A checkpoint keeps a `RunPlan` as a flat dictionary: two runs with equal plans over equal stores give the same weights,
+so a resume compares plans and names the value that differs (`train.resume`). Pure, but for looking at the hardware.
 """
 
 import math
@@ -23,6 +22,7 @@ from train.kernels.choose import choose_kernels
 from train.model_config import THRESHOLDED, SAEConfig, default_prefixes
 from train.objective.losses import dead_threshold
 from train.objective.optimizer import scaling_law_lr
+from train.objective.variants import StepOptions, variant_of
 
 RECORDED = (
     *("d_model", "layers", "stream_layers", "n_latents", "k", "aux_k", "aux_coef"),
@@ -55,15 +55,12 @@ ADDED_LATER: dict[str, Any] = {
     "ema_decay": None,
     "tile_mb": 16,
 }
-"""What a checkpoint was made with that does not name it, because it is from before there was a choice."""
+"""What checkpoints from before there was a choice were made with; they do not record it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """One run, resolved: its flags, and what follows from them on this store and this machine.
-
-    Where a flag may be left open, what it stands for is a field here.
-    """
+    """One run, resolved: its flags, and what those that were left open stand for on this store and this machine."""
 
     spec: RunSpec
     """Which run of the invocation it is, and its flags."""
@@ -79,9 +76,7 @@ class RunPlan:
     sparsity_coef: float
     """Weight of the sparsity term; 0 where there is none."""
     lr: float
-    """Peak learning rate."""
     steps: int
-    """Steps of the whole run."""
     vectors: int
     """Vectors of the stream in the whole run; the last batch may be short."""
     vectors_per_epoch: int
@@ -91,15 +86,12 @@ class RunPlan:
     dead_vectors: int
     """Vectors without firing that make a latent dead."""
     product_dtype: str
-    """Type of the encoder's product."""
     device: str
     """Kind of device: cpu or cuda."""
     kernels: str
-    """Which implementation of the sparse parts."""
 
     @property
     def config(self) -> TrainConfig:
-        """The flags of this run."""
         return self.spec.config
 
     @property
@@ -114,7 +106,7 @@ class RunPlan:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`product_dtype` as torch's."""
+        """Type of the encoder's product."""
         return getattr(torch, self.product_dtype)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,13 +115,28 @@ class RunPlan:
         values = {**to_flat(self.config), **asdict(self.model), **own, "window_bytes": self.window_bytes}
         return {name: list(v) if isinstance(v := values[name], tuple) else v for name in RECORDED}
 
+    def options_at(self, step: int) -> StepOptions:
+        """How step number `step` (from 0) is made.
 
-class _Length(NamedTuple):
-    """How long a run is."""
-
-    steps: int
-    epochs: int
-    vectors: int
+        k goes linearly from k_start to k over the first k_warmup_fraction of the steps; the sparsity term's coefficient
+        rises linearly to its value over the first sparsity_warmup_fraction.
+        """
+        objective, k, coefficient = self.config.objective, self.model.k, self.sparsity_coef
+        warmup = round(objective.k_warmup_fraction * self.steps)
+        if objective.k_start is not None and step < warmup:
+            k = objective.k_start + round((k - objective.k_start) * step / warmup)
+        warmup = round(objective.sparsity_warmup_fraction * self.steps)
+        if step < warmup:
+            coefficient *= (step + 1) / (warmup + 1)
+        return StepOptions(
+            variant=variant_of(self.model),
+            objective=objective,
+            k=k,
+            aux_k=self.aux_k,
+            sparsity_coef=coefficient,
+            product_dtype=self.torch_dtype,
+            tile_bytes=self.tile_bytes,
+        )
 
 
 def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
@@ -139,8 +146,8 @@ def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
     layers = streamed if layer is None else (layer,)
     model = _model(config, d_model, layers, n_runs=len(streamed) if config.per_layer == "total" else 1)
     vectors_per_epoch = int(data.split.train.sum()) * len(streamed)
-    length = _length(config, vectors_per_epoch)
-    tokens = length.vectors // len(streamed)
+    epochs, steps, batch_size = config.data.epochs or 1, config.data.steps, config.data.batch_size
+    vectors = epochs * vectors_per_epoch if steps is None else steps * batch_size
     device = resolve_device(config.hardware.device)
     return RunPlan(
         spec=spec,
@@ -150,11 +157,11 @@ def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
         aux_k=min(config.objective.aux_k or default_aux_k(d_model), model.n_latents),
         sparsity_coef=_sparsity_coef(config),
         lr=config.optimizer.lr or scaling_law_lr(model.n_latents),
-        steps=length.steps,
-        vectors=length.vectors,
+        steps=-(-vectors // batch_size),
+        vectors=vectors,
         vectors_per_epoch=vectors_per_epoch,
-        epochs=length.epochs,
-        dead_vectors=dead_threshold(tokens, len(layers), config.objective.dead_tokens),
+        epochs=-(-vectors // vectors_per_epoch),
+        dead_vectors=dead_threshold(vectors // len(streamed), len(layers), config.objective.dead_tokens),
         product_dtype=resolve_product_dtype(config.hardware.dtype, device),
         device=device.type,
         kernels=choose_kernels(torch.empty(0, device=device), config.hardware.kernels).name,
@@ -165,8 +172,7 @@ def _model(config: TrainConfig, d_model: int, layers: tuple[int, ...], *, n_runs
     """The autoencoder; `n_runs`: how many share the latents."""
     asked = config.model
     n_latents = asked.n_latents or round((asked.expansion_factor or DEFAULT_EXPANSION_FACTOR) * d_model)
-    if n_runs > 1:
-        n_latents = max(1, n_latents // n_runs)
+    n_latents = n_latents if n_runs == 1 else max(1, n_latents // n_runs)
     largest_k = max(asked.k, config.objective.k_start or 0)
     if largest_k > n_latents:
         raise UsageError(
@@ -185,23 +191,12 @@ def _model(config: TrainConfig, d_model: int, layers: tuple[int, ...], *, n_runs
     )
 
 
-def _length(config: TrainConfig, vectors_per_epoch: int) -> _Length:
-    batch_size, steps = config.data.batch_size, config.data.steps
-    if steps is None:
-        epochs = config.data.epochs or 1
-        vectors = epochs * vectors_per_epoch
-        return _Length(steps=-(-vectors // batch_size), epochs=epochs, vectors=vectors)
-    vectors = steps * batch_size
-    return _Length(steps=steps, epochs=-(-vectors // vectors_per_epoch), vectors=vectors)
-
-
 def _sparsity_coef(config: TrainConfig) -> float:
-    if config.model.activation not in THRESHOLDED:
+    activation, objective = config.model.activation, config.objective
+    if activation not in THRESHOLDED:
         return 0.0
-    if config.objective.sparsity_coef is not None:
-        return config.objective.sparsity_coef
-    aims_at_k = config.model.activation == "jumprelu" and config.objective.sparsity_loss == "target"
-    return 1.0 if aims_at_k else 0.5
+    default = 1.0 if activation == "jumprelu" and objective.sparsity_loss == "target" else 0.5
+    return default if objective.sparsity_coef is None else objective.sparsity_coef
 
 
 def default_aux_k(d_model: int) -> int:

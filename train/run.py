@@ -2,12 +2,9 @@
 
 Exactness: a run's step is a function of its state, which its checkpoint holds, and of batch number `step` of the
 loader's stream, which is a function of the seed. There is no other random state. So a run that is killed and resumed
-ends with the same bits as an unbroken one, on the same kind of device with the same number of threads; and a run among
-many ends with the same bits as alone. After a kill, the runs of a sweep may have been saved at different steps: the
-stream then starts where the last of them stands, and each run waits for its own next batch.
-
-Not here: what a run does with a batch (`train.trainer`), which runs there are (`train.grid`), how rows are ordered
-(`store.shuffle`), what is said on the way (`train.reporting.announce`).
+ends with the same bits as an uninterrupted one, on the same kind of device with the same number of threads; and a run
+among many ends with the same bits as alone. After a kill, the runs of a sweep may have been saved at different steps:
+the stream then starts where the earliest of them stands, and each run waits for its own next batch.
 """
 
 import contextlib
@@ -28,7 +25,6 @@ from train.determinism import deterministic
 from train.grid import RunSpec, expand
 from train.hardware import resolve_device
 from train.kernels.interface import WeightGradients
-from train.metrics import Stopwatch
 from train.objective.statistics import statistics_of
 from train.reporting.announce import (
     announce,
@@ -46,13 +42,13 @@ from train.reporting.report import TrainResult
 from train.resolve import RunPlan, make_plan, memory_estimate
 from train.resume import check_resumable, load_saved, set_threads
 from train.trainer import Trainer
-from train.validation import INTERIM_TOKENS, ValidationData
+from train.validation import INTERIM_TOKENS, Validation, ValidationData
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Train the one run that `config` says, from the start or from its checkpoint.
 
-    Raises `UsageError`, `IncompatibleError` and `ResidscopeError` for what the user can mend, and `Interrupted` after a
+    Raises `UsageError`, `IncompatibleError` and `ResidscopeError` for what the user can fix, and `Interrupted` after a
     signal, once the state is saved.
     """
     (result,) = train_all(config)
@@ -73,11 +69,14 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
                 check_resumable(checkpoint, store, plan)
         set_threads(config.hardware.threads, saved)
         finished = [one.trainer if one is not None and one.trainer["finished"] else None for one in saved]
-        records = _train_unfinished(config, data, plans, saved, finished)
+        records = _train_unfinished(data, plans, saved, finished)
     seconds = time.perf_counter() - began
-    results = [TrainResult.of(plan, record, seconds) for plan, record in zip(plans, records, strict=True)]
-    for result, before in zip(results, finished, strict=True):
-        if not result.diverged:
+    results = []
+    for plan, before, record in zip(plans, finished, records, strict=True):
+        held_out = None if record["validation"] is None else Validation(**record["validation"])
+        result = TrainResult(plan=plan, metrics=record["metrics"], validation=held_out, seconds=seconds)
+        results.append(result)
+        if not result.diverged:  # its weights would be useless
             write_outputs(result, anew=before is None)
     if config.publish.push_to_hub is not None:
         say(f"uploaded to {push(results, config.publish)}")
@@ -90,7 +89,7 @@ def try_run(config: TrainConfig) -> DryRun:
         set_threads(config.hardware.threads, [])
         data = TrainingData.open(config, store)
         trainers = [Trainer(make_plan(spec, data), data) for spec in _specs(config, store)]
-        return _Stream(config, data, dict.fromkeys(trainers), len(trainers)).measure()
+        return _Stream(data, dict.fromkeys(trainers), len(trainers)).measure()
 
 
 @contextlib.contextmanager
@@ -106,7 +105,6 @@ def _specs(config: TrainConfig, store: ActivationStore) -> list[RunSpec]:
 
 
 def _train_unfinished(
-    config: TrainConfig,
     data: TrainingData,
     plans: Sequence[RunPlan],
     saved: Sequence[Checkpoint | None],
@@ -120,26 +118,21 @@ def _train_unfinished(
             left[Trainer(plan, data, memory)] = checkpoint
         else:
             tell_finished(plan, record["metrics"])
-    done = iter(_Stream(config, data, left, len(plans)).execute() if left else ())
+    done = iter(_Stream(data, left, len(plans)).execute() if left else ())
     return [next(done) if record is None else record for record in finished]
 
 
 class _Stream:
     """One pass of the data through all runs that are not finished; `execute` is the whole of it."""
 
-    def __init__(
-        self, config: TrainConfig, data: TrainingData, saved: dict[Trainer, Checkpoint | None], n_runs: int
-    ) -> None:
-        """saved: the trainers, and the checkpoints that they go on from; n_runs: of the whole invocation, finished ones
-        too."""
-        self.config, self.data, self.saved, self.n_runs = config, data, saved, n_runs
+    def __init__(self, data: TrainingData, saved: dict[Trainer, Checkpoint | None], n_runs: int) -> None:
+        """saved: the trainers, and the checkpoints they continue from; n_runs: of all, finished ones included."""
+        self.config, self.data, self.saved, self.n_runs = data.config, data, saved, n_runs
         self.trainers = list(saved)
         self.plans = [trainer.plan for trainer in self.trainers]
         self.plan = self.plans[0]  # of which only what all plans share is used here
-        self.validation = ValidationData(data.store, data.split.validation, data.stored, config.data.seed)
-        self.step = 0
-        self.watch = Stopwatch()
-        self.waited = 0.0
+        self.validation = ValidationData(data.store, data.split.validation, data.stored, self.config.data.seed)
+        self.waited, self.step = 0.0, 0
         self.memory = memory_estimate(self.plans, data.store)
 
     def execute(self) -> list[dict[str, Any]]:
@@ -151,14 +144,14 @@ class _Stream:
                 stack.enter_context(trainer.files(self.saved[trainer]))
             stopped = stack.enter_context(stop_on_signals())
             for trainer in self.trainers:
-                if self.saved[trainer] is None:
-                    trainer.begin_anew()
-                trainer.write_flags()
+                trainer.claim(fresh=self.saved[trainer] is None)
             self._start()
-            loader = self._loader(start_batch=self.step)
+            loader = self.data.loader(
+                self.config.data.seed, self.plan.window_bytes, epochs=self.plan.epochs, start_batch=self.step
+            )
             batches = stack.enter_context(closing_batches(loader))
             bar = stack.enter_context(progress_bar(self.step, self.plan.steps))
-            self.watch.start()
+            self.began = time.perf_counter()
             while self.step < self.plan.steps:
                 taking = [trainer for trainer in self.trainers if trainer.step == self.step]
                 self._train_on(next(batches), taking)
@@ -176,18 +169,15 @@ class _Stream:
         announce(self.plans, self.n_runs, None)  # the result says how much memory
         refuse_too_large(self.memory, self.data.device, self.n_runs)
         self._start()
-        with closing_batches(self._loader()) as batches:
+        loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, epochs=self.plan.epochs)
+        with closing_batches(loader) as batches:
             seconds = time_steps(lambda: self._train_on(next(batches), self.trainers), self.plan, self.data.device)
         return foresee(self.plans, self.data.store, self.memory, seconds)
 
-    def _loader(self, *, start_batch: int = 0) -> WindowLoader:
-        plan = self.plan
-        return self.data.loader(plan.config.data.seed, plan.window_bytes, epochs=plan.epochs, start_batch=start_batch)
-
     def _start(self) -> None:
         """Bring each run to where its checkpoint stands, or to its beginning."""
-        fresh = dict.fromkeys(trainer.view for trainer in self.trainers if self.saved[trainer] is None)
-        found = statistics_of(list(fresh), self.data, self.plan.window_bytes)
+        fresh = [trainer.view for trainer in self.trainers if self.saved[trainer] is None]
+        found = statistics_of(fresh, self.data, self.plan.window_bytes)
         for trainer in self.trainers:
             # Popped, so that a checkpoint's optimiser is not held beside the run's own.
             trainer.start(self.saved.pop(trainer) or found[trainer.view])
@@ -203,40 +193,35 @@ class _Stream:
         self.step += 1
 
     def _between_steps(self, taking: Sequence[Trainer], bar: tqdm, *, stop: bool) -> None:
-        """Between two steps: validate and save where that is due, and stop where a signal has come."""
-        self.watch.stop()
-        if self._due(self.config.validation.validate_every, default=-(-self.plan.steps // 4)):
+        """Validate and save where that is due, and stop if a signal has come; none of it counts as training time."""
+        paused, validate_every = time.perf_counter(), self.config.validation.validate_every
+        if self._due(-(-self.plan.steps // 4) if validate_every is None else validate_every):
             self._validate(taking, INTERIM_TOKENS, bar)
-        if stop or self._due(self.config.logging.checkpoint_every, default=0):
+        if stop or self._due(self.config.logging.checkpoint_every):
             for trainer in taking:
                 trainer.save(finished=False)
-        self.watch.start()
+        self.began += time.perf_counter() - paused
         if stop:
             saved = f"{self.config.out} is" if self.n_runs == 1 else f"{counted(self.n_runs, 'checkpoint')} are"
-            raise Interrupted(
-                f"stopped after step {self.step} of {self.plan.steps}; {saved} saved, and the same command with "
-                "--resume continues"
-            )
+            where = f"stopped after step {self.step} of {self.plan.steps}"
+            raise Interrupted(f"{where}; {saved} saved. Continue with the same command and --resume")
 
-    def _due(self, every: int | None, *, default: int) -> bool:
-        every = default if every is None else every
+    def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _log(self, taking: Sequence[Trainer], loader: WindowLoader) -> str:
         """Write the metrics since the last line, and start a new window; words for the progress bar."""
-        self.watch.stop()
-        seconds = self.watch.seconds
+        seconds = time.perf_counter() - self.began
         waited, self.waited = loader.wait_seconds - self.waited, loader.wait_seconds
         sound = [trainer for trainer in taking if not trainer.diverged]
         lines = [trainer.log(seconds=seconds, waited=waited) for trainer in taking]
         self._stop_or_warn([trainer for trainer in sound if trainer.diverged])
         streamed, self.logged = (self.step - self.logged) * self.config.data.batch_size, self.step
-        self.watch = Stopwatch()
-        self.watch.start()
+        self.began = time.perf_counter()
         return bar_words(lines, self.data, vectors=streamed, seconds=seconds, waited=waited)
 
     def _stop_or_warn(self, diverged: Sequence[Trainer]) -> None:
-        """Warn of runs that have just diverged; raise where all have, as there is nothing to go on for."""
+        """Warn of runs that have just diverged; raise when none is left."""
         where, left = f"step {self.step} of {self.plan.steps}", any(not trainer.diverged for trainer in self.trainers)
         tell_diverged(where, [trainer.path for trainer in diverged], any_left=left)
 

@@ -1,13 +1,8 @@
 """One autoencoder in training: its weights, optimiser, counters, metrics file and checkpoint.
 
-A trainer takes batches of the stream and does with them what its plan says; where they come from, and how many trainers
-take the same ones, is not its business (`train.run`). A step is a function of the weights, the optimiser's moments, the
-counters of dead latents and the batch: all but the last are in the checkpoint.
-
-A checkpoint on the way holds the optimiser's moments (three times the size of the weights in all); the last one drops
-them, because the learning rate has run out and nothing can follow.
-
-Tested in tests/train/test_run.py and test_variant_runs.py.
+A step is a function of the weights, the optimiser's moments, the counters of dead latents and the batch: all but the
+last are in the checkpoint. The last checkpoint drops the moments, two thirds of its size, because the learning rate has
+run out and nothing can follow. Not here: where batches come from, and which runs share them (`train.run`).
 """
 
 import contextlib
@@ -29,7 +24,6 @@ from train.model import MLSAE
 from train.model_config import THRESHOLDED
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam, WeightAverage, learning_rate
-from train.objective.schedule import options_at, step_options
 from train.objective.statistics import FixedStatistics, View
 from train.objective.step import training_step
 from train.reporting.announce import say
@@ -43,29 +37,20 @@ class Trainer:
     """One run: `start` it once, then let it `take` batches."""
 
     def __init__(self, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None) -> None:
-        """memory: for gradients, by n_latents, shared by all trainers and used again in each step, because fresh memory
-        costs as much as the sums in it."""
+        """memory: for gradients, by n_latents, shared by all trainers and reused in each step: fresh memory costs as
+        much as the sums in it."""
         self.plan, self._data = plan, data
-        self.path = plan.config.out
-        """The checkpoint."""
+        self.path = plan.config.out  # the checkpoint
         position = None if plan.stream_layers is None else data.layers.index(plan.layers[0])
         self.view = View(plan.model.standardize, plan.layers, position)
-        """Which vectors of the stream it is trained on."""
         self._memory = {} if memory is None else memory
         self._kernels = choose_kernels(torch.empty(0, device=data.device), plan.kernels)
-        self._options = step_options(plan)
-        self.step = 0
-        """Batches of the stream taken."""
-        self.updates = 0
-        """Steps of the optimiser: fewer where a batch held no vector of this run's layer."""
-        self.vectors = 0
-        """Vectors trained on."""
-        self.metrics: dict[str, Any] = {}
-        """The last line of metrics."""
-        self.validated: Validation | None = None
-        """The last validation."""
-        self.diverged = False
-        """Whether a logged loss was not finite."""
+        self.step = 0  # batches of the stream taken
+        self.updates = 0  # steps of the optimiser: fewer where a batch held no vector of this run's layer
+        self.vectors = 0  # trained on
+        self.metrics: dict[str, Any] = {}  # the last line
+        self.validated: Validation | None = None  # the last validation
+        self.diverged = False  # a logged loss was not finite
         self._trackers: list[Tracker] = []
 
     @contextlib.contextmanager
@@ -79,14 +64,11 @@ class Trainer:
                 self._trackers.append(stack.enter_context(contextlib.closing(tracker)))
             yield
 
-    def begin_anew(self) -> None:
-        """Remove what an earlier run left under this name: its weights are not those of the flags and the metrics that
-        now stand beside them."""
-        for path in (self.path, safetensors_path(self.path), figure_path(self.path)):
-            path.unlink(missing_ok=True)
-
-    def write_flags(self) -> None:
-        """The flags of this run, beside its checkpoint."""
+    def claim(self, *, fresh: bool) -> None:
+        """Write the run's flags beside its checkpoint; fresh: remove what an earlier run left there."""
+        if fresh:
+            for path in (self.path, safetensors_path(self.path), figure_path(self.path)):
+                path.unlink(missing_ok=True)
         beside(self.path, ".config.toml").write_text(to_toml(self.plan.config.flags()), encoding="utf-8")
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
@@ -103,20 +85,17 @@ class Trainer:
             self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
         else:
             self._statistics = start
-            self._initialize(start)
+            self._sae.initialize(plan.config.data.seed, start.b_pre)
+            if plan.model.standardize == "layer":
+                assert start.layer_mean is not None
+                self._sae.layer_mean.copy_(start.layer_mean)
+                self._sae.layer_scale.copy_(start.layer_scale)
         self._optimizer = SphereAdam(self._sae, self._kernels, free_norms=optimizer.decoder_norm == "free")
         self._raw = plan.config.objective.loss_space == "raw"
         self._denominators = self._statistics.raw if self._raw else self._statistics.standardized
         self._window = MetricsWindow(self._statistics.raw, sparsity=plan.model.activation in THRESHOLDED)
         if saved is not None:
             self._continue(saved.trainer)
-
-    def _initialize(self, statistics: FixedStatistics) -> None:
-        self._sae.initialize(self.plan.config.data.seed, statistics.b_pre)
-        if self.plan.model.standardize == "layer":
-            assert statistics.layer_mean is not None
-            self._sae.layer_mean.copy_(statistics.layer_mean)
-            self._sae.layer_scale.copy_(statistics.layer_scale)
 
     def _continue(self, trainer: dict[str, Any]) -> None:
         self.step = trainer["step"]
@@ -127,8 +106,7 @@ class Trainer:
         self._window.load_state_dict(trainer["window"])
         self.metrics = trainer["metrics"]
         self.diverged = not math.isfinite(self.metrics.get("loss") or 0)
-        before = trainer["validation"]
-        self.validated = None if before is None else Validation(**before)
+        self.validated = None if trainer["validation"] is None else Validation(**trainer["validation"])
         say(f"resuming {self.path} after step {self.step} of {self.plan.steps}")
 
     def take(self, batch: Vectors) -> None:
@@ -141,7 +119,7 @@ class Trainer:
                 standardized.x,
                 row_weights(layer, standardized.std, self._denominators, raw=self._raw),
                 self._dead,
-                options_at(self._options, self.plan, self.step),
+                self.plan.options_at(self.step),
                 self._kernels,
                 out=self._gradients(),
             )
@@ -155,7 +133,6 @@ class Trainer:
         self.step += 1
 
     def _gradients(self) -> WeightGradients:
-        """Memory for the gradients of one step."""
         n_latents, d_model, device = self.plan.model.n_latents, self.plan.model.d_model, self._data.device
         if n_latents not in self._memory:
             W_enc, W_dec = (torch.empty(n_latents, d_model, device=device) for _ in range(2))
@@ -180,7 +157,7 @@ class Trainer:
 
     def validation_target(self) -> ValidationTarget:
         """What validation measures."""
-        return ValidationTarget(self.sae, self._options.product_dtype, self.view.position)
+        return ValidationTarget(self.sae, self.plan.torch_dtype, self.view.position)
 
     def record(self, validated: Validation) -> None:
         """Keep and write the result of a validation."""

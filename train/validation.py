@@ -2,9 +2,8 @@
 
     FVU_l = sum |x - x_hat|^2 / sum |x - mean_l|^2      over the validation vectors, mean_l over those same vectors
 
-Whole chunks of the store are read, in a seeded order, until there are enough tokens: with a large store only a few of
-its bytes are touched, and a short validation sees the first of the chunks that a long one sees. Changes nothing in the
-trainer: neither the counters of dead latents nor any random state.
+Whole chunks of the store are read, in a seeded order, until there are enough tokens: of a large store only a small part
+is read, and a short validation sees the first chunks of a long one. Nothing in the trainer changes.
 
 Shapes: T tokens of the store, t tokens read, L layers, D d_model, M n_latents.
 """
@@ -25,7 +24,7 @@ from train.objective.losses import FIRING_THRESHOLD
 from train.objective.statistics import LayerVariance
 
 INTERIM_TOKENS = 256
-"""Held-out tokens of a validation on the way: enough to see a trend, little enough not to be felt."""
+"""Held-out tokens of a validation during training: enough to see a trend, at hardly any cost."""
 
 
 class Validation(NamedTuple):
@@ -46,22 +45,14 @@ class Validation(NamedTuple):
 
     def metrics(self) -> dict[str, Any]:
         """The keys of a validation line."""
-        return {
-            "split": "validation",
-            "validation_tokens": self.tokens,
-            "fvu": self.fvu,
-            "fvu_per_layer": self.fvu_per_layer,
-            "l0": self.l0,
-            "l0_per_layer": self.l0_per_layer,
-            "fired_fraction": self.fired,
-        }
+        names = {"tokens": "validation_tokens", "fired": "fired_fraction"}
+        return {"split": "validation"} | {names.get(name, name): value for name, value in self._asdict().items()}
 
 
 class ValidationTarget(NamedTuple):
-    """An autoencoder to be measured."""
+    """An autoencoder to be measured, on the device that the vectors are on."""
 
     sae: MLSAE
-    """On the device that the vectors are on."""
     product_dtype: torch.dtype
     """Type of its encoder's product."""
     position: int | None = None
@@ -73,23 +64,19 @@ class ValidationData:
 
     def __init__(self, store: ActivationStore, mask: np.ndarray, layers: Sequence[int], seed: int) -> None:
         """mask: bool [T], kept tokens of held-out documents; layers: stored layers, ascending."""
-        self._store = store
-        self._mask = mask
-        self._layers = list(layers)
-        size = store.meta.chunk_tokens
-        chunks = np.unique(np.flatnonzero(mask) // size)
+        self._store, self._mask, self._layers = store, mask, list(layers)
+        chunks = np.unique(np.flatnonzero(mask) // store.meta.chunk_tokens)
         self._chunks = chunks[permutation(len(chunks), seed)]
-        self._enough = bool(np.count_nonzero(mask) > 1)
 
     def __bool__(self) -> bool:
-        """Whether there is anything to measure: of one token alone FVU has no meaning."""
-        return self._enough
+        """Whether there is anything to measure: FVU is not defined for one token."""
+        return bool(np.count_nonzero(self._mask) > 1)
 
     def evaluate(self, targets: Sequence[ValidationTarget], source: VectorSource, *, tokens: int) -> list[Validation]:
         """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them."""
         n_layers = len(self._layers)
         device = targets[0].sae.W_enc.device
-        variance = LayerVariance.zeros(n_layers, targets[0].sae.config.d_model, device)
+        variance = LayerVariance.zeros(n_layers, self._store.meta.d_model, device)
         sums = [_Sums(target, n_layers) for target in targets]
         seen = 0
         for raw in self.read(tokens):
@@ -122,20 +109,20 @@ class _Sums:
         self._layers = slice(None) if target.position is None else slice(target.position, target.position + 1)
         self._n_layers = n_layers if target.position is None else 1
         device = target.sae.W_enc.device
-        self._errors = torch.zeros(self._n_layers, dtype=torch.float64, device=device)
-        self._active = torch.zeros(self._n_layers, dtype=torch.float64, device=device)
+        self._errors, self._active = torch.zeros(2, self._n_layers, dtype=torch.float64, device=device)
         self._fired = torch.zeros(target.sae.config.n_latents, dtype=torch.bool, device=device)
 
     def add(self, x: Tensor) -> None:
         """Count tokens `x` [t, L, D]."""
         rows = x[:, self._layers].flatten(0, 1)
         out = self._target.sae(rows, self._rows_layer(len(x)), product_dtype=self._target.product_dtype)
-        self._errors += _by_layer((rows - out.x_hat).double().square().sum(dim=1), self._n_layers)
-        self._active += _by_layer((out.codes.values > 0).sum(dim=1), self._n_layers)
+        by_layer = (len(x), self._n_layers)
+        self._errors += (rows - out.x_hat).double().square().sum(dim=1).view(by_layer).sum(dim=0)
+        self._active += (out.codes.values > 0).sum(dim=1).view(by_layer).sum(dim=0)
         self._fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
 
     def _rows_layer(self, n_tokens: int) -> Tensor | None:
-        """For `n_tokens` tokens, what the autoencoder's standardisation wants to know: each row's layer."""
+        """Each row's layer, of `n_tokens` tokens, where the autoencoder standardises by layer."""
         known = len(self._target.sae.config.layers)
         if known == 0:
             return None
@@ -155,8 +142,3 @@ class _Sums:
             l0_per_layer=(self._active / tokens).tolist(),
             fired=self._fired.double().mean().item(),
         )
-
-
-def _by_layer(values: Tensor, n_layers: int) -> Tensor:
-    """Sum over tokens of `values` [t * L], layers running fastest: float64 [L]."""
-    return values.view(-1, n_layers).double().sum(dim=0)

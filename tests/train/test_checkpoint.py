@@ -89,7 +89,7 @@ def test_a_threshold_that_is_not_measured_yet_is_no_damage(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["config"].update(n_latents=10**12), "W_enc should be [1000000000000, 16]"),
+        (lambda c: c["config"].update(n_latents=10**12), "W_enc should have shape [1000000000000, 16]"),
         (
             lambda c: c["state_dict"].update(W_enc=c["state_dict"]["W_enc"].to_sparse()),
             "W_enc should hold dense floats",
@@ -231,7 +231,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(writer: str, tmp_path: 
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
-    with pytest.raises(IncompatibleError, match="refused") as caught:
+    with pytest.raises(IncompatibleError, match=r"refused|never loaded") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
     assert not mark.exists()
@@ -269,7 +269,7 @@ def test_weights_that_do_not_fit_the_config_are_named(sae: MLSAE, tmp_path: Path
     content = torch.load(path, weights_only=True)
     content["state_dict"]["W_dec"] = torch.zeros(2, 5)
     torch.save(content, path)
-    with pytest.raises(IncompatibleError, match=r"W_dec should be \[12, 5\].*found \[2, 5\]"):
+    with pytest.raises(IncompatibleError, match=r"W_dec should have shape \[12, 5\].*found \[2, 5\]"):
         load_checkpoint(path)
     torch.save({**content, "format": 9}, path)
     with pytest.raises(IncompatibleError, match="checkpoint format 9"):

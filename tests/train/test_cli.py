@@ -108,7 +108,7 @@ def test_wrong_input_gets_one_line_and_its_exit_code(
         ((store, out, "--threads", "100000"), 2, "--threads should be at most 1024"),
         ((store, whole), 2, "exists already"),
         ((tmp_path / "none.zarr", out), 2, "no such file or folder"),
-        ((store, evil, "--resume"), 3, "code could run on loading"),
+        ((store, evil, "--resume"), 3, "loading it could run code"),
         ((store, whole, "--resume", "--k", "5"), 3, "k was 4"),
     ]
     for arguments, code, message in cases:
@@ -126,7 +126,7 @@ def test_the_number_of_latents_is_said_once(
     """On the command line, in a file, or in both; what a run leaves says it once, so it can be given back."""
     options = tmp_path / "options.toml"
     options.write_text("expansion-factor = 2\n")
-    both = "--n-latents 600 and --expansion-factor 2 both say how many latents: give one of them"
+    both = "--n-latents 600 and --expansion-factor 2 both set the number of latents: give only one"
     out = tmp_path / "ckpt.pt"
     for flags in (["--expansion-factor", "2"], ["--config", str(options)]):
         assert main(command(store, out, *flags)[3:]) == 2

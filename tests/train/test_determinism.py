@@ -52,7 +52,7 @@ def test_a_resume_warns_in_one_line_and_ends_all_the_same(tmp_path: Path, capsys
             assert warnings == []
         else:
             (line,) = warnings
-            assert f"torch 1.0 -> {now['torch']}, cpu AVX2 -> {now['cpu']}: not bit for bit" in line
+            assert f"torch 1.0 -> {now['torch']}, cpu AVX2 -> {now['cpu']}: the result will not be bit for bit" in line
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "ckpt"))
     assert all(torch.equal(tensor, resumed["state_dict"][name]) for name, tensor in whole["state_dict"].items())
 

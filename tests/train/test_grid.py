@@ -97,7 +97,7 @@ def test_runs_that_were_saved_at_different_steps_end_with_the_same_bytes(
             path.unlink()
         with monkeypatch.context() as patch:
             patch.setattr(loop, "stop_on_signals", lambda steps=steps: StopAt(steps))
-            with pytest.raises(Interrupted, match="checkpoints are saved, and the same command with --resume"):
+            with pytest.raises(Interrupted, match=r"saved\. Continue with the same command and --resume"):
                 train_all(with_values(config, resume=True))
         stages.append([path.read_bytes() for path in paths])
     assert [load_checkpoint(path).trainer["step"] for path in paths] == [11] * len(paths)
@@ -149,9 +149,9 @@ def test_a_batch_without_a_vector_of_the_layer_is_no_update(config: TrainConfig)
         ("k=", "expected a field and its values"),
         ("k=4,four", "--sweep k should be int, found 'four'"),
         ("loss_space=raw,cooked", "--sweep loss_space should be standardized or raw, found 'cooked'"),
-        ("k=4,4", "a value is there twice"),
+        ("k=4,4", "a value is given twice"),
         ("k=0,4", "--k should be above 0"),
-        ("expansion_factor=1,2", "n_latents and expansion_factor both say"),
+        ("expansion_factor=1,2", "n_latents and expansion_factor both set"),
         ("k=4,41", "k is 41, but there are only 40 latents"),
     ],
 )
@@ -163,7 +163,7 @@ def test_what_cannot_be_swept_is_refused_by_name(config: TrainConfig, sweep: str
 
 
 def test_a_sweep_and_a_flag_do_not_both_say_how_many_latents(config: TrainConfig) -> None:
-    both = r"--sweep: n_latents and expansion_factor both say how many latents"
+    both = r"--sweep: n_latents and expansion_factor both set the number of latents"
     factor = with_values(config, n_latents=None, expansion_factor=2.0)
     for contradicting in (
         with_values(factor, sweep=("n_latents=20,40",)),
@@ -231,7 +231,9 @@ def test_a_damaged_checkpoint_among_several_is_named_with_the_way_out(config: Tr
     before = [result.checkpoint.read_bytes() for result in train_all(sweep)]
     damaged = config.out.with_name("ckpt.k=4.pt")
     damaged.write_bytes(before[1][:1000])
-    with pytest.raises(IncompatibleError, match=r"ckpt\.k=4\.pt: .*delete that file, and the same command trains it"):
+    with pytest.raises(
+        IncompatibleError, match=r"ckpt\.k=4\.pt: .*delete that file and run the same command to train it"
+    ):
         train_all(with_values(sweep, resume=True))
     damaged.unlink()
     again = train_all(with_values(sweep, resume=True))
@@ -250,6 +252,6 @@ def test_a_run_that_ended_in_a_divergence_does_not_keep_the_others_from_going_on
     capsys.readouterr()
     train_all(with_values(sweep, resume=True))
     assert (good.checkpoint.read_bytes(), bad.checkpoint.read_bytes()) == before
-    assert f"{bad.checkpoint} is finished (17 steps): nothing to do, and it diverged" in (capsys.readouterr().err)
+    assert f"{bad.checkpoint} is finished (17 steps): nothing to do, but it diverged" in (capsys.readouterr().err)
     with pytest.raises(IncompatibleError, match="the training diverged"):
         train(with_values(bad.spec.config, resume=True))

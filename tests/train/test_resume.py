@@ -41,7 +41,7 @@ def test_equal_plans_and_products_that_the_machine_chooses(plan: RunPlan) -> Non
     assert compare_plans(plan.to_dict(), plan) == []
     with pytest.raises(IncompatibleError, match=r"product_dtype was .* give --dtype other to resume"):
         compare_plans(plan.to_dict() | {"product_dtype": "other"}, plan)
-    with pytest.raises(IncompatibleError, match=r"product_dtype was float16 .* no longer supported: give --overwrite"):
+    with pytest.raises(IncompatibleError, match=r"product_dtype was float16 .* no longer supported: use --overwrite"):
         compare_plans(plan.to_dict() | {"product_dtype": "float16"}, plan)
 
 
@@ -56,7 +56,7 @@ def test_a_plan_from_before_an_option_was_there_is_that_of_its_default(plan: Run
 
 def test_an_existing_checkpoint_is_not_touched_unasked(config: TrainConfig) -> None:
     config.out.write_text("precious")
-    with pytest.raises(UsageError, match="--resume continues it, --overwrite starts anew"):
+    with pytest.raises(UsageError, match="use --resume to continue it or --overwrite to replace it"):
         train(config)
     assert config.out.read_text() == "precious"
 
@@ -119,7 +119,7 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
                     continue
                 del trainer[name]
             torch.save({**whole, "trainer": trainer}, config.out)
-            with pytest.raises(IncompatibleError, match=f"{name} is not what|holds no training state"):
+            with pytest.raises(IncompatibleError, match=f"{name} is not what|has no training state"):
                 train(with_values(config, checkpoint_every=5, resume=True))
     torch.save(whole, config.out)
     train(with_values(config, checkpoint_every=5, resume=True))

@@ -79,7 +79,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
     for steps in (1, 7):
         with monkeypatch.context() as patch:
             patch.setattr(loop, "stop_on_signals", lambda steps=steps: StopAt(steps))
-            with pytest.raises(Interrupted, match="--resume continues"):
+            with pytest.raises(Interrupted, match="same command and --resume"):
                 train(with_values(config, resume=True))
     train(with_values(config, resume=True))
     assert config.out.read_bytes() == whole
@@ -109,7 +109,7 @@ def test_screened_runs_learn_what_float32_ones_do_and_resume_to_the_same_bytes(
     config.out.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stop_on_signals", lambda: StopAt(5))
-        with pytest.raises(Interrupted, match="--resume continues"):
+        with pytest.raises(Interrupted, match="same command and --resume"):
             train(config)
     train(with_values(config, resume=True))
     assert config.out.read_bytes() == before

@@ -1,8 +1,8 @@
 """What is minimised and what is counted: row weights of the main loss, AuxK, dead latents, and FVU by layer.
 
 Main loss = (1 / N) sum_n |e_n|^2 / denominator_{layer(n)}. With layers mixed in a batch its expectation is the mean
-over layers of the FVU, so every layer counts alike. Denominators are fixed statistics of the training vectors, never of
-the batch: a batch's own variance would make the loss of one row depend on its neighbours.
+over layers of the FVU. Denominators are fixed statistics of the training vectors: a batch's own variance would make the
+loss of one row depend on its neighbours.
 
 A row's error in raw space is its standardised error times its own scale, so the two loss spaces differ only in the
 weights of the rows: c_n = w_n = 1 / (N denominator) in standardised space, c_n = w_n std_n^2 in raw space.
@@ -69,10 +69,10 @@ def auxk(
     """AuxK of Gao et al. 2024, appendix A.2: each row's k largest dead latents reconstruct what the rest missed.
 
     centred [N, D] the encoder's input; error [N, D] the detached x - x_hat, standardised; W_enc, W_dec [A, D] the dead
-    latents' rows; b_enc [A] their bias; the rest as in `train.objective.step.StepOptions`. The latents go through the
-    same TopK and ReLU as the main ones, read off the same pre-activations; e_hat has no b_pre, which has cancelled from
-    the error; space and row weights are the main loss's own; normalised by the error's variance (docs/method.md). An
-    error that is NaN stays one (Gao et al.'s nan_to_num hides it), so that a divergence is seen.
+    latents' rows; b_enc [A] their bias; the rest as in `train.objective.variants.StepOptions`. The latents go through
+    the same TopK and ReLU as the main ones; e_hat has no b_pre, which cancels from the error; space and row weights are
+    the main loss's; normalised by the error's variance (docs/method.md). A NaN error stays NaN (Gao et al.'s nan_to_num
+    hides it), so that a divergence is seen.
 
     Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D, of as
     many rows as fit `tile_bytes` at a time.
@@ -119,11 +119,7 @@ def _squared(rows: Tensor) -> Tensor:
 
 
 class DeadLatents:
-    """For each latent, the number of training vectors since it last fired.
-
-    Counts vectors and not calls, so that splitting a batch changes nothing; in int64, because float32 stops at 2^24.
-    Only `train.objective.step` updates it: validation never does.
-    """
+    """For each latent, the number of training vectors since it last fired; int64, because float32 stops at 2^24."""
 
     def __init__(self, n_latents: int, threshold: int, device: torch.device | str = "cpu") -> None:
         """`threshold`: silent vectors (tokens times layers) from which on a latent is dead."""
@@ -146,9 +142,7 @@ class DeadLatents:
 
 
 def dead_threshold(run_tokens: int, n_layers: int, dead_tokens: int | None) -> int:
-    """Silent vectors that make a latent dead: `dead_tokens`, else 10 million or a tenth of the run's tokens if less.
-
-    A token gives one vector a layer, hence times `n_layers`; at least one vector.
-    """
+    """Silent vectors that make a latent dead: `dead_tokens`, else 10 million or a tenth of the run's tokens if less,
+    times the vectors of a token, one a layer."""
     tokens = min(10_000_000, run_tokens // 10) if dead_tokens is None else dead_tokens
     return max(1, tokens * n_layers)

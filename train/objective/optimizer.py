@@ -6,11 +6,8 @@ and b, one autoencoder is
 
     z = n (w x + b)    x_hat = sum z d / n    that is    W_enc = n w, b_enc = n b, W_dec = d / n
 
-Adam moves w, b and d, with gradients n dW_enc, n db_enc and dW_dec / n; everybody else sees the right-hand side. So a
-latent finds its scale by two ways at once.
-
-The optimiser's state is two tensors for each of them, and n; the step number is the trainer's. Not here: how a row is
-stepped (`train.kernels.interface.Kernels.adam_rows`).
+Adam moves w, b and d, with gradients n dW_enc, n db_enc and dW_dec / n; all other code sees the right-hand side. So a
+latent finds its scale in two ways at once. How one row is stepped: `train.kernels.interface.Kernels.adam_rows`.
 
 Shapes: D d_model, M n_latents.
 """
@@ -28,7 +25,7 @@ from train.objective.weights import TRAINED, Weights
 
 THRESHOLD_LR_FACTOR = 10
 """log_threshold's learning rate over the others'. Adam moves each number by about the rate: a pre-activation sums
-d_model such moves, and a threshold that took one would come too late in runs of some thousand steps."""
+d_model such moves, and a threshold with one would lag behind in runs of some thousand steps."""
 
 
 class SphereAdam:
@@ -38,17 +35,17 @@ class SphereAdam:
         self._kernels = kernels
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""
-        self.exp_avg = _zeros(self.weights)
-        self.exp_avg_sq = _zeros(self.weights)
+        self.exp_avg, self.exp_avg_sq = (
+            Weights(**{name: torch.zeros_like(t) for name, t in _trained(self.weights).items()}) for _ in range(2)
+        )
         self.norms = torch.ones_like(self.weights.W_dec[:, 0]) if free_norms else None
         """[M] n, where the decoder's rows are trained free."""
 
     def step(self, gradients: Weights, *, lr: float, step: int, clip: float | None = None) -> None:
-        """Move the weights by one step; `step` counts from 1; the gradients are used up.
+        """Move the weights by one step; `step` counts from 1; the gradients are overwritten.
 
-        W_dec: unless norms are free, the gradient's component along each row goes before the step; the rows are of unit
-        norm after it. clip: the largest norm that all gradients of what is trained may have together, that component
-        left out; larger ones are scaled down.
+        clip: the largest joint norm of all gradients, without the component along W_dec's rows unless norms are free;
+        larger ones are scaled down.
         """
         if self.norms is not None:
             _rescale(gradients, self.norms)
@@ -67,21 +64,18 @@ class SphereAdam:
             torch.linalg.vector_norm(self.weights.W_dec, dim=1, out=self.norms)
             _rescale(self.weights, self.norms)
 
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        found = {"exp_avg": _trained(self.exp_avg), "exp_avg_sq": _trained(self.exp_avg_sq)}
+        return found if self.norms is None else found | {"norms": {"W_dec": self.norms}}
+
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The moments by parameter, and free norms, for a checkpoint."""
-        moments = {
-            "exp_avg": {name: t.cpu() for name, t in _trained(self.exp_avg).items()},
-            "exp_avg_sq": {name: t.cpu() for name, t in _trained(self.exp_avg_sq).items()},
-        }
-        return moments if self.norms is None else moments | {"norms": {"W_dec": self.norms.cpu()}}
+        return {kind: {name: t.cpu() for name, t in tensors.items()} for kind, tensors in self._state().items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take the moments back; raises `IncompatibleError` if they are of another shape."""
-        expected = {"exp_avg": _trained(self.exp_avg), "exp_avg_sq": _trained(self.exp_avg_sq)}
-        if self.norms is not None:
-            expected["norms"] = {"W_dec": self.norms}
-        for kind, ours in expected.items():
-            for name, tensor in ours.items():
+        for kind, tensors in self._state().items():
+            for name, tensor in tensors.items():
                 found = state.get(kind, {}).get(name)
                 if found is None or found.shape != tensor.shape:
                     shown = None if found is None else list(found.shape)
@@ -113,20 +107,14 @@ def _trained(tensors: Weights) -> dict[str, Tensor]:
     return {name: tensor for name in TRAINED if (tensor := getattr(tensors, name)) is not None}
 
 
-def _zeros(like: Weights) -> Weights:
-    return Weights(**{name: torch.zeros_like(tensor) for name, tensor in _trained(like).items()})
-
-
 class WeightAverage:
     """A running mean of the weights, as an autoencoder: steadier than the weights while the learning rate is high.
 
-    With decay b, after step t the mean is sum_i b^(t - i) w_i / sum_i b^(t - i), the exponential mean without a memory
-    of the initial weights (the bias correction that Adam makes to its moments). The decoder's rows are brought back to
-    unit norm after each update.
+    With decay b, after step t it is sum_i b^(t - i) w_i / sum_i b^(t - i), without the initial weights (Adam's bias
+    correction). The decoder's rows are brought back to unit norm after each update.
     """
 
     def __init__(self, sae: MLSAE, decay: float) -> None:
-        """sae: where the mean starts; its tensors are copied."""
         self.sae = copy.deepcopy(sae)
         """The autoencoder of mean weights, to be validated and saved."""
         self._decay = decay
@@ -137,7 +125,7 @@ class WeightAverage:
         rate = (1 - self._decay) / (1 - self._decay**step)
         for name, mean in self.sae.state_dict().items():
             value = getattr(live, name)
-            if name in TRAINED and step > 1:  # the first may follow upon infinities, which are not to be mixed in
+            if name in TRAINED and step > 1:  # before the first, thresholds may be infinite, which must not be mixed in
                 mean.lerp_(value, rate)
             else:
                 mean.copy_(value)

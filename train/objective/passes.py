@@ -8,8 +8,6 @@ With c_n the row's weight, e = target - decoded, and G = d loss / d x_hat = -2 c
 W_dec[j]> where it is active. Not here: which latents are active (`train.kernels.encode`, `train.objective.variants`),
 AuxK and b_pre's gradient, which are the same for all (`train.objective.step`).
 
-Tested in tests/train/objective/test_step.py and test_variants.py.
-
 Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row at most, B blocks.
 """
 
@@ -40,13 +38,11 @@ class PassInputs:
     row_weight: Tensor
     """[N] c_n."""
     weights: Weights
-    """The autoencoder's."""
     product_dtype: torch.dtype
     """Type of the encoder's product, and of a dense pass's other four."""
     tile_bytes: int
     """Pre-activations held at once."""
     kernels: Kernels
-    """The sparse pieces."""
     out: WeightGradients | None
     """Memory for the weights' gradients."""
 
@@ -83,19 +79,7 @@ def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
     gradients = kernels.weight_gradients(
         codes.values, main.value_grads, codes.indices, main.grad_out, given.inputs, len(W_dec), out=given.out
     )
-    loss = given.row_weight @ main.squared
-    return MainPass(
-        loss=loss,
-        sparsity=loss.new_zeros(()),
-        error=main.error,
-        squared=main.squared,
-        grad_out=main.grad_out,
-        gradients=gradients,
-        log_threshold=None,
-        codes=codes,
-        active=codes.values.count_nonzero(),
-        fired=_fired(codes),
-    )
+    return _of_codes(codes, given.row_weight @ main.squared, main.error, main.squared, main.grad_out, gradients)
 
 
 class Block(NamedTuple):
@@ -108,10 +92,8 @@ class Block(NamedTuple):
 
 
 def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: PassInputs) -> MainPass:
-    """Loss and gradients where block b's pairs take part in the reconstructions b, b + 1, ..., B - 1.
-
-    whole: which reconstruction's error is reported, and goes to AuxK; codes: the code that belongs to it.
-    """
+    """Loss and gradients where block b's pairs take part in the reconstructions b, b + 1, ..., B - 1; whole: which
+    reconstruction's error is reported and goes to AuxK; codes: its code."""
     kernels, W_dec = given.kernels, given.weights.W_dec
     remaining, errors = given.target, []
     for block in blocks:
@@ -121,9 +103,7 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
     loss = given.row_weight.new_zeros(())
     for block, squared in zip(blocks, squares, strict=True):
         loss = loss + block.weight * (given.row_weight @ squared)
-
-    out = given.out or _fresh(given)
-    gradients = [tensor.zero_() for tensor in out]
+    gradients = _zeroed(given)
     grad_out = torch.zeros_like(given.target)
     for block, error in zip(reversed(blocks), reversed(errors), strict=True):
         grad_out = grad_out + error * (-2 * block.weight * given.row_weight).unsqueeze(1)
@@ -132,17 +112,24 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
         part = kernels.weight_gradients(values, value_grads, indices, grad_out, given.inputs, len(W_dec))
         for total, one in zip(gradients, part, strict=True):
             total += one
+    return _of_codes(codes, loss, errors[whole], squares[whole], grad_out, gradients)
+
+
+def _of_codes(
+    codes: SparseCodes, loss: Tensor, error: Tensor, squared: Tensor, grad_out: Tensor, gradients: WeightGradients
+) -> MainPass:
+    """The result of a pass over sparse codes."""
     return MainPass(
         loss=loss,
         sparsity=loss.new_zeros(()),
-        error=errors[whole],
-        squared=squares[whole],
+        error=error,
+        squared=squared,
         grad_out=grad_out,
-        gradients=WeightGradients(*gradients),
+        gradients=gradients,
         log_threshold=None,
         codes=codes,
         active=codes.values.count_nonzero(),
-        fired=_fired(codes),
+        fired=codes.indices[codes.values > FIRING_THRESHOLD],
     )
 
 
@@ -159,102 +146,66 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
 
     Without thresholds it is 0, and h = ReLU(z).
     """
-    weights = given.weights
-    sums = _DenseSums(given, kind, k, coefficient, bandwidth)
-    for part, z in tiles(
-        given.inputs, weights.W_enc, weights.b_enc, dense_dtype(given.product_dtype), given.tile_bytes
-    ):
-        sums.add(part, z)
-    return sums.result()
-
-
-class _DenseSums:
-    """What a dense pass adds up over its tiles."""
-
-    def __init__(self, given: PassInputs, kind: SparsityTerm, k: int, coefficient: float, bandwidth: float) -> None:
-        weights, c = given.weights, given.row_weight
-        n, m = len(given.inputs), len(weights.W_enc)
-        self._given, self._kind, self._goal = given, kind, k
-        self._coefficient, self._bandwidth = coefficient, bandwidth
-        self._dtype, raw = dense_dtype(given.product_dtype), given.inputs.dtype
-        self._inputs, self._decoder = given.inputs.to(self._dtype), weights.W_dec.to(self._dtype)
-        self._threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
-        self._count_weight = c if kind == "l0" else torch.full_like(c, 1 / n)  # [N]
-        self.out = given.out or _fresh(given)
-        for tensor in self.out:
-            tensor.zero_()
-        self.error, self.grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
-        # Sums over the pairs in the rectangle, of g, and of what an active pair adds to the sparsity term.
-        self.by_value = torch.zeros(m, dtype=raw, device=c.device)
-        self.by_count = torch.zeros_like(self.by_value)
-        self.l1 = torch.zeros((), dtype=raw, device=c.device)
-        self.l0 = torch.zeros_like(c)  # [N]
-        self.fired = torch.zeros(m, dtype=torch.bool, device=c.device)
-
-    def add(self, part: slice, z: Tensor) -> None:
-        """Count the rows `part`, whose pre-activations are `z` [n, M]."""
-        raw, c = self.error.dtype, self._given.row_weight[part]
-        near = None
-        if self._threshold is not None:
-            near = (z - self._threshold).abs() < self._bandwidth / 2  # [n, M]
-            h = z.masked_fill(z <= self._threshold, 0).clamp_(min=0)
-        else:
-            h = z.clamp(min=0)
+    weights, c = given.weights, given.row_weight
+    dtype, raw = dense_dtype(given.product_dtype), given.inputs.dtype
+    inputs, decoder = given.inputs.to(dtype), weights.W_dec.to(dtype)
+    threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
+    count_weight = c if kind == "l0" else torch.full_like(c, 1 / len(inputs))  # [N]
+    out = _zeroed(given)
+    error, grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
+    # Sums over the pairs in the rectangle, of g, and of what an active pair adds to the sparsity term.
+    by_value, by_count = (torch.zeros(len(decoder), dtype=raw, device=c.device) for _ in range(2))
+    l1, l0 = c.new_zeros((), dtype=raw), torch.zeros_like(c)  # [], [N]
+    fired = torch.zeros(len(decoder), dtype=torch.bool, device=c.device)
+    for part, z in tiles(given.inputs, weights.W_enc, weights.b_enc, dtype, given.tile_bytes):  # z [n, M]
+        h = z.clamp(min=0) if threshold is None else z.masked_fill(z <= threshold, 0).clamp_(min=0)
         active = h > 0
-        self.error[part] = self._given.target[part] - (h @ self._decoder).to(raw)
-        self.grad_out[part] = self.error[part] * (-2 * c).unsqueeze(1)
-        grad_out = self.grad_out[part].to(self._dtype)
-        self.out.W_dec.add_(h.t() @ grad_out)
-        g = (grad_out @ self._decoder.t()).to(raw)  # [n, M] d loss / d h
-        if near is not None:
-            self.by_value += (g * near).sum(dim=0)
-            self.by_count += self._count_weight[part] @ near.to(raw)
-        if self._kind == "l1":
-            g += (self._coefficient * c).unsqueeze(1)
-            self.l1 += c @ h.sum(dim=1, dtype=raw)
-        g.masked_fill_(~active, 0)
-        self.out.W_enc.add_(g.to(self._dtype).t() @ self._inputs[part])
-        self.out.latent_sums.add_(g.sum(dim=0))
-        self.l0[part] = active.sum(dim=1).to(raw)
-        self.fired |= (h > FIRING_THRESHOLD).any(dim=0)
-
-    def result(self) -> MainPass:
-        """Loss and gradients of all rows."""
-        threshold = self._threshold
-        term, slope = self._term()
-        gradient = None
+        error[part] = given.target[part] - (h @ decoder).to(raw)
+        grad_out[part] = error[part] * (-2 * c[part]).unsqueeze(1)
+        tile_grad = grad_out[part].to(dtype)
+        out.W_dec.add_(h.t() @ tile_grad)
+        g = (tile_grad @ decoder.t()).to(raw)  # [n, M] d loss / d h
         if threshold is not None:
-            # d / d log threshold = threshold * d / d threshold
-            gradient = -threshold / self._bandwidth * (threshold * self.by_value + slope * self.by_count)
-        squared = self.error.square().sum(dim=1)
-        return MainPass(
-            loss=self._given.row_weight @ squared,
-            sparsity=term,
-            error=self.error,
-            squared=squared,
-            grad_out=self.grad_out,
-            gradients=self.out,
-            log_threshold=gradient,
-            codes=None,
-            active=self.l0.sum().long(),
-            fired=self.fired,
-        )
+            near = (z - threshold).abs() < bandwidth / 2  # [n, M]
+            by_value += (g * near).sum(dim=0)
+            by_count += count_weight[part] @ near.to(raw)
+        if kind == "l1":
+            g += (coefficient * c[part]).unsqueeze(1)
+            l1 += c[part] @ h.sum(dim=1, dtype=raw)
+        g.masked_fill_(~active, 0)
+        out.W_enc.add_(g.to(dtype).t() @ inputs[part])
+        out.latent_sums.add_(g.sum(dim=0))
+        l0[part] = active.sum(dim=1).to(raw)
+        fired |= (h > FIRING_THRESHOLD).any(dim=0)
 
-    def _term(self) -> tuple[Tensor, Tensor]:
-        """The sparsity term, and its derivative by the rows' counts, weighted as `_count_weight` has them."""
-        c, l0, coefficient = self._given.row_weight, self.l0, self._coefficient
-        if self._kind == "target":
-            excess = l0.mean() / self._goal - 1
-            return coefficient * excess.square(), 2 * coefficient * excess / self._goal
-        if self._kind == "l0":
-            return coefficient * (c @ l0), torch.full_like(c.sum(), coefficient)
-        return coefficient * self.l1, torch.zeros_like(self.l1)
+    # The sparsity term, and its derivative by the rows' counts, weighted as `count_weight` has them.
+    excess = l0.mean() / k - 1
+    term, slope = {
+        "target": (coefficient * excess.square(), 2 * coefficient * excess / k),
+        "l0": (coefficient * (c @ l0), coefficient),
+        "l1": (coefficient * l1, 0),
+    }[kind]
+    log_threshold = None
+    if threshold is not None:  # d / d log threshold = threshold * d / d threshold
+        log_threshold = -threshold / bandwidth * (threshold * by_value + slope * by_count)
+    squared = error.square().sum(dim=1)
+    return MainPass(
+        loss=c @ squared,
+        sparsity=term,
+        error=error,
+        squared=squared,
+        grad_out=grad_out,
+        gradients=out,
+        log_threshold=log_threshold,
+        codes=None,
+        active=l0.sum().long(),
+        fired=fired,
+    )
 
 
-def _fresh(given: PassInputs) -> WeightGradients:
+def _zeroed(given: PassInputs) -> WeightGradients:
+    """Gradients of zero, in the memory given for them if there is some."""
+    if given.out is not None:
+        return WeightGradients(*(tensor.zero_() for tensor in given.out))
     W_enc, W_dec = given.weights.W_enc, given.weights.W_dec
-    return WeightGradients(torch.empty_like(W_enc), torch.empty_like(W_dec), W_enc.new_empty(len(W_enc)))
-
-
-def _fired(codes: SparseCodes) -> Tensor:
-    return codes.indices[codes.values > FIRING_THRESHOLD]
+    return WeightGradients(torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(len(W_enc)))

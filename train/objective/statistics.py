@@ -1,7 +1,6 @@
 """Statistics of the training vectors that stay fixed for a run: b_pre's start and the loss's denominators.
 
-Computed once, from a seeded sample of training rows spread over all layers (the stream of a loader with a seed of its
-own), then kept in the checkpoint: a resumed run uses the very same numbers.
+Computed once, from a seeded sample of training rows of all layers, and kept in the checkpoint for a resume.
 
 Shapes: N vectors, D d_model, L layers.
 """
@@ -88,13 +87,13 @@ def require_finite(x: Tensor, layer: Tensor, layers: Sequence[int]) -> None:
     finite = x.isfinite().all(dim=1)  # [N]
     if not finite.all():
         raise IncompatibleError(
-            f"layer {layers[int(layer[~finite][0])]}: the store holds values there that are not finite numbers, which "
-            "`harvest` never writes: look with `residscope verify`, harvest anew, or leave the layer out with --layers"
+            f"layer {layers[int(layer[~finite][0])]}: the store contains NaN or infinite values: check it with "
+            "`residscope verify`, harvest again, or leave the layer out with --layers"
         )
 
 
 class View(NamedTuple):
-    """How a run looks at the stream of vectors; runs that look alike start from the same statistics."""
+    """Which vectors of the stream a run takes, and how; runs with equal views start from the same statistics."""
 
     standardize: Standardize
     """What is taken out of the vectors first."""
@@ -111,9 +110,9 @@ class View(NamedTuple):
         return Vectors(batch.x[rows], torch.zeros_like(rows))
 
 
-def statistics_of(views: Sequence[View], data: TrainingData, window_bytes: int) -> dict[View, FixedStatistics]:
+def statistics_of(views: Iterable[View], data: TrainingData, window_bytes: int) -> dict[View, FixedStatistics]:
     """The statistics of each view, from a seeded sample of the data."""
-    if not views:
+    if not (views := list(dict.fromkeys(views))):
         return {}
     sample_bytes = DENOMINATOR_VECTORS * data.store.meta.d_model * data.store.meta.itemsize
     loader = data.loader(data.config.data.seed + _SEED, min(window_bytes, sample_bytes), epochs=1)
@@ -122,58 +121,48 @@ def statistics_of(views: Sequence[View], data: TrainingData, window_bytes: int) 
 
 
 def gather(views: Iterable[View], batches: Iterable[Vectors]) -> dict[View, FixedStatistics]:
-    """The statistics of each view, from the first `DENOMINATOR_VECTORS` vectors, which are read once for all of them.
-
-    Raises `IncompatibleError` naming a layer whose vectors do not vary, or are not finite.
-    """
-    sums = {view: _Sums(view) for view in views}
+    """The statistics of each view, from the first `DENOMINATOR_VECTORS` vectors, read once for all of them; raises
+    `IncompatibleError` naming a layer whose vectors are all equal, or are not finite."""
+    sums = [_Sums(view) for view in views]
     seen = 0
     for batch in batches:
-        for each in sums.values():
+        for each in sums:
             each.add(*each.view.own(batch))
         seen += len(batch.x)
         if seen >= DENOMINATOR_VECTORS:
             break
-    return {view: each.finish() for view, each in sums.items()}
+    return {each.view: each.finish() for each in sums}
 
 
 class _Sums:
-    """Gathers the statistics of one view.
-
-    Where vectors are standardised by layer, it is by the very numbers that are gathered here: so at the end.
-    """
+    """Gathers the statistics of one view; vectors are standardised by layer at the end, by these very statistics."""
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self._standardized: LayerVariance | None = None
-        self._raw: LayerVariance | None = None
-        self._sample: list[Vectors] = []  # standardised, or raw where that is not known before the end
-        self._seen = 0
+        self._variances: tuple[LayerVariance, LayerVariance] | None = None  # standardised, raw
+        self._sample: list[Vectors] = []  # standardised, or raw where that waits for the end
 
     def add(self, x: Tensor, layer: Tensor) -> None:
-        """Count raw vectors `x` [N, D] of layers `layer` int64 [N]; `IncompatibleError` where a value is not finite."""
-        n_layers = len(self.view.layers)
+        """Count raw vectors `x` [N, D] of layers `layer` int64 [N]."""
         require_finite(x, layer, self.view.layers)
         x_std = standardize(x).x if self.view.standardize == "vector" else x
-        if self._standardized is None or self._raw is None:
-            self._standardized = self._raw = LayerVariance.zeros(n_layers, x.shape[1], x.device)
-        self._standardized = self._standardized.add(x_std, layer)
-        self._raw = self._raw.add(x, layer)
-        if self._seen < MEDIAN_VECTORS:
-            part = slice(MEDIAN_VECTORS - self._seen)
-            self._sample.append(Vectors(x_std[part], layer[part]))
-        self._seen += len(x)
+        if self._variances is None:
+            zeros = LayerVariance.zeros(len(self.view.layers), x.shape[1], x.device)
+            self._variances = zeros, zeros
+        standardized, raw = self._variances
+        self._variances = standardized.add(x_std, layer), raw.add(x, layer)
+        if (room := MEDIAN_VECTORS - sum(len(vectors.x) for vectors in self._sample)) > 0:
+            self._sample.append(Vectors(x_std[:room], layer[:room]))
 
     def finish(self) -> FixedStatistics:
-        """The statistics; raises `IncompatibleError` naming a layer whose vectors do not vary."""
-        standardized, raw, layers = self._standardized, self._raw, self.view.layers
-        assert standardized is not None
-        assert raw is not None
+        """The statistics; raises `IncompatibleError` naming a layer whose vectors are all equal."""
+        assert self._variances is not None
+        (standardized, raw), layers = self._variances, self.view.layers
         for position, sums in ((p, m) for m in (standardized, raw) for p in range(len(layers))):
             if not sums.deviation[position] > 0:
                 raise IncompatibleError(
-                    f"layer {layers[position]}: {int(sums.vectors[position])} training vectors, and they do not vary; "
-                    "FVU has no meaning there: harvest more text, or leave the layer out with --layers"
+                    f"layer {layers[position]}: its {int(sums.vectors[position])} training vectors are all equal, so "
+                    "FVU is not defined: harvest more text, or leave the layer out with --layers"
                 )
         variance = raw.deviation / raw.vectors
         found = FixedStatistics(raw.mean[0], standardized.deviation / standardized.vectors, variance, raw.mean)
@@ -199,8 +188,7 @@ def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-
             break
         weight = distance.clamp_min(1e-6 * scale).reciprocal()
         moved = (weight @ x) / weight.sum()
-        converged = (moved - median).norm() <= tolerance * scale
+        if (moved - median).norm() <= tolerance * scale:
+            return moved
         median = moved
-        if converged:
-            break
     return median

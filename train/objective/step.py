@@ -16,9 +16,6 @@ Backward, with G = d loss / d x_hat = -2 c e and g = <G, W_dec[i]> where v > 0:
 The second term of d b_pre comes through the encoder's centring, and is absent without it. AuxK adds its own pairs to
 the same sums: its latents are read off the same pre-activations, so they train the encoder as the main ones do.
 
-Not here: which latents are active (`train.objective.variants`), which implementation of the sparse parts is used
-(`train.kernels.interface`), the optimiser (`train.objective.optimizer`).
-
 Shapes: N rows, D d_model, M n_latents, k active latents a row, A dead latents.
 """
 
@@ -29,7 +26,7 @@ from torch import Tensor
 
 from train.kernels.interface import Kernels, SparseCodes, WeightGradients
 from train.objective.losses import DeadLatents, RowWeights, auxk
-from train.objective.passes import MainPass, PassInputs
+from train.objective.passes import PassInputs
 from train.objective.variants import StepOptions
 from train.objective.weights import Weights
 
@@ -66,8 +63,8 @@ def training_step(
 ) -> StepResult:
     """Loss and gradients of standardised rows `x` [N, D] that count as `rows` says.
 
-    Counts firings in `dead`, and measures `weights.threshold` where the variant has one; moves nothing else. `out` is
-    memory for the weights' gradients, which the next call with it writes over.
+    Counts firings in `dead`, and measures `weights.threshold` where the variant has one; changes nothing else. out:
+    memory for the weights' gradients, which the next call overwrites.
     """
     centred = x - weights.b_pre
     inputs = centred if options.variant.config.apply_b_dec_to_input else x
@@ -85,47 +82,28 @@ def training_step(
         options,
     )
     dead.count(len(x), main.fired)
-    aux_loss = main.loss.new_zeros(())
-    if options.objective.aux_coef > 0 and len(latents := dead.dead_latents()) > 0:
-        aux_loss = _add_auxk(latents, inputs, main, rows, weights, options, kernels)
-    grads = main.gradients
+    grads, aux_loss = main.gradients, main.loss.new_zeros(())
+    coefficient = options.objective.aux_coef
+    if coefficient > 0 and len(latents := dead.dead_latents()) > 0:
+        aux = auxk(
+            inputs,
+            main.error,
+            rows,
+            weights.W_enc.index_select(0, latents),
+            weights.W_dec.index_select(0, latents),
+            b_enc=None if weights.b_enc is None else weights.b_enc[latents],
+            k=options.aux_k,
+            product_dtype=options.product_dtype,
+            tile_bytes=options.tile_bytes,
+            kernels=kernels,
+        )
+        grads.W_enc.index_add_(0, latents, aux.W_enc, alpha=coefficient)
+        grads.W_dec.index_add_(0, latents, aux.W_dec, alpha=coefficient)
+        grads.latent_sums.index_add_(0, latents, aux.latent_sums, alpha=coefficient)
+        aux_loss = aux.loss
     b_pre = main.grad_out.sum(dim=0)
     if options.variant.config.apply_b_dec_to_input:
         b_pre = b_pre - grads.latent_sums @ weights.W_enc
-    gradients = Weights(
-        grads.W_enc,
-        grads.W_dec,
-        b_pre,
-        b_enc=None if weights.b_enc is None else grads.latent_sums,
-        log_threshold=main.log_threshold,
-    )
+    b_enc = None if weights.b_enc is None else grads.latent_sums
+    gradients = Weights(grads.W_enc, grads.W_dec, b_pre, b_enc, main.log_threshold)
     return StepResult(gradients, main.codes, main.squared, main.loss, aux_loss, main.active, main.sparsity)
-
-
-def _add_auxk(
-    latents: Tensor,
-    inputs: Tensor,
-    main: MainPass,
-    rows: RowWeights,
-    weights: Weights,
-    options: StepOptions,
-    kernels: Kernels,
-) -> Tensor:
-    """AuxK of the dead `latents` int64 [A], added to the main pass's gradients; its loss, before the coefficient."""
-    aux = auxk(
-        inputs,
-        main.error,
-        rows,
-        weights.W_enc.index_select(0, latents),
-        weights.W_dec.index_select(0, latents),
-        b_enc=None if weights.b_enc is None else weights.b_enc[latents],
-        k=options.aux_k,
-        product_dtype=options.product_dtype,
-        tile_bytes=options.tile_bytes,
-        kernels=kernels,
-    )
-    coefficient = options.objective.aux_coef
-    main.gradients.W_enc.index_add_(0, latents, aux.W_enc, alpha=coefficient)
-    main.gradients.W_dec.index_add_(0, latents, aux.W_dec, alpha=coefficient)
-    main.gradients.latent_sums.index_add_(0, latents, aux.latent_sums, alpha=coefficient)
-    return aux.loss

@@ -7,9 +7,8 @@
     jumprelu    all above a threshold of the latent's own, which is trained (Rajamanoharan et al. 2024)
     relu        all that are positive, kept few by an L1 penalty (Bricken et al. 2023, with unit-norm decoder rows)
 
-This is the one place that knows: the autoencoder (`train.model`), the step (`train.objective.step`) and through them
-validation and analysis ask `variant_of(config)`. A new one is a subclass with the three methods of `Variant` and a line
-in `VARIANTS`.
+Everything else asks `variant_of(config)`. A new one is a subclass with the three methods of `Variant` and a line in
+`VARIANTS`.
 
 Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has.
 """
@@ -58,7 +57,7 @@ class Variant(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How a step is made: the same from step to step, but for what `train.objective.schedule` moves."""
+    """How a step is made: the same at all steps, except where something warms up (`RunPlan.options_at`)."""
 
     variant: Variant
     """How latents are chosen."""
@@ -71,7 +70,7 @@ class StepOptions:
     sparsity_coef: float = 0.0
     """Weight of the sparsity term of jumprelu and relu."""
     product_dtype: torch.dtype
-    """Type of the encoder's product (and of AuxK's): the weights' own, or bfloat16 where the hardware is fast at it."""
+    """Type of the encoder's product (and of AuxK's)."""
     tile_bytes: int
     """Pre-activations held at once."""
 
@@ -86,7 +85,7 @@ class TopK(Variant):
     def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
         return encoder.topk(inputs, self.config.k)
 
-    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+    def train(self, given: PassInputs, options: StepOptions) -> MainPass:
         factor, weight = MULTI_TOPK
         n_latents = len(given.weights.W_enc)
         wide = min(factor * options.k, n_latents) if options.objective.multi_topk else options.k
@@ -102,9 +101,8 @@ class TopK(Variant):
         return nested_pass([Block(first, 1.0), Block(rest, weight)], 0, first, given)
 
 
-@final
-class BatchTopK(Variant):
-    """The N k largest of a batch; in inference, all above a running mean of the smallest that was kept."""
+class MeasuredThreshold(Variant):
+    """Trained on the N k largest of a batch; in inference, all above a running mean of the smallest that was kept."""
 
     def extra_state(self) -> Mapping[str, Tensor]:
         return {"threshold": torch.zeros(())}
@@ -113,24 +111,29 @@ class BatchTopK(Variant):
         assert weights.threshold is not None
         return encoder.above(inputs, weights.threshold)
 
-    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
-        return sparse_pass(_measured_codes(given, options.k), given)
+    def measured_codes(self, given: PassInputs, k: int) -> SparseCodes:
+        """Codes of a training batch; moves the threshold of inference."""
+        codes, smallest = _batch_codes(given, k)
+        if (threshold := given.weights.threshold) is not None and smallest is not None:
+            first = threshold == 0  # nothing measured yet
+            threshold.copy_(torch.where(first, smallest, threshold.lerp(smallest, THRESHOLD_RATE)))
+        return codes
 
 
 @final
-class Matryoshka(Variant):
+class BatchTopK(MeasuredThreshold):
+    """The N k largest of a batch."""
+
+    def train(self, given: PassInputs, options: StepOptions) -> MainPass:
+        return sparse_pass(self.measured_codes(given, options.k), given)
+
+
+@final
+class Matryoshka(MeasuredThreshold):
     """BatchTopK, with a loss for each prefix of the dictionary; the losses are added."""
 
-    def extra_state(self) -> Mapping[str, Tensor]:
-        return {"threshold": torch.zeros(())}
-
-    def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
-        assert weights.threshold is not None
-        return encoder.above(inputs, weights.threshold)
-
-    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
-        codes = _measured_codes(given, options.k)
-        prefixes = self.config.prefixes
+    def train(self, given: PassInputs, options: StepOptions) -> MainPass:
+        codes, prefixes = self.measured_codes(given, options.k), self.config.prefixes
         group = torch.bucketize(codes.indices, torch.tensor(prefixes, device=codes.indices.device), right=True)
         blocks = [Block(_only(codes, group == b), 1.0) for b in range(len(prefixes))]
         return nested_pass(blocks, len(blocks) - 1, codes, given)
@@ -140,9 +143,8 @@ class Matryoshka(Variant):
 class JumpReLU(Variant):
     """All above the latent's own threshold, which is trained by a rectangle kernel.
 
-    The first batch gives the thresholds their start, the same for all: that of BatchTopK with the same k. A start far
-    from it would be felt for long, because a threshold is one number with Adam's small steps, where a pre-activation is
-    moved by d_model weights at once.
+    The first batch gives all thresholds the same start, that of BatchTopK with the same k. A start far from it takes
+    long to correct: a threshold is one number with Adam's small steps, a pre-activation is moved by d_model weights.
     """
 
     def extra_state(self) -> Mapping[str, Tensor]:
@@ -152,7 +154,7 @@ class JumpReLU(Variant):
         assert weights.log_threshold is not None
         return encoder.above(inputs, weights.log_threshold.exp())
 
-    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+    def train(self, given: PassInputs, options: StepOptions) -> MainPass:
         log_threshold = given.weights.log_threshold
         assert log_threshold is not None
         if bool((log_threshold == -torch.inf).all()):
@@ -172,17 +174,11 @@ class ReLU(Variant):
     def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
         return encoder.above(inputs, inputs.new_zeros(()))
 
-    def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
+    def train(self, given: PassInputs, options: StepOptions) -> MainPass:
         return dense_pass(given, "l1", options.k, options.sparsity_coef, options.objective.bandwidth)
 
 
-VARIANTS: dict[str, type[Variant]] = {
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "matryoshka": Matryoshka,
-    "jumprelu": JumpReLU,
-    "relu": ReLU,
-}
+VARIANTS: dict[str, type[Variant]] = {v.__name__.lower(): v for v in (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU)}
 """By the name in `SAEConfig.activation`."""
 
 
@@ -192,7 +188,7 @@ def variant_of(config: SAEConfig) -> Variant:
 
 
 def _encoder(given: PassInputs) -> ReadyEncoder:
-    """The encoder of a training step, whose weights no other step has."""
+    """The encoder with the weights of this step."""
     W_enc, b_enc = given.weights.W_enc, given.weights.b_enc
     return ReadyEncoder(given.kernels, W_enc, b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes)
 
@@ -200,16 +196,6 @@ def _encoder(given: PassInputs) -> ReadyEncoder:
 def _batch_codes(given: PassInputs, k: int) -> BatchCodes:
     """BatchTopK's codes of a training batch."""
     return _encoder(given).batch(given.inputs, k * len(given.inputs))
-
-
-def _measured_codes(given: PassInputs, k: int) -> SparseCodes:
-    """The same; moves the threshold of inference."""
-    codes, smallest = _batch_codes(given, k)
-    threshold = given.weights.threshold
-    if threshold is not None and smallest is not None:
-        first = threshold == 0  # nothing measured yet
-        threshold.copy_(torch.where(first, smallest, threshold.lerp(smallest, THRESHOLD_RATE)))
-    return codes
 
 
 def _only(codes: SparseCodes, mask: Tensor) -> SparseCodes:

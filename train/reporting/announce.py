@@ -1,8 +1,4 @@
-"""What a training says while it runs: what will be done and what it takes, the progress bar and its words.
-
-All on stderr. Not here: metrics files (`train.metrics`), trackers (`train.reporting.trackers`), the summary at the end
-(`train.reporting.report`).
-"""
+"""What a training says on stderr while it runs: what will be done and what it takes, the progress bar and its words."""
 
 import math
 import sys
@@ -16,7 +12,7 @@ from tqdm import tqdm
 from residscope.console import counted, human_bytes
 from residscope.errors import ResidscopeError
 from train.data import TrainingData
-from train.hardware import check_memory
+from train.hardware import free_bytes
 from train.resolve import MemoryEstimate, RunPlan
 
 
@@ -26,10 +22,7 @@ def say(text: str) -> None:
 
 
 def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | None) -> None:
-    """Say once what will run, on what, and, if it is given, how much memory it takes.
-
-    n_runs: of the whole invocation, of which `plans` are those that are left to do.
-    """
+    """Say once what will run, on what, and how much memory it takes; `plans` are those left of the `n_runs` in all."""
     plan = plans[0]  # of which only what all plans share is used here
     many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "
     n_latents, k = (spread([getattr(p.model, name) for p in plans]) for name in ("n_latents", "k"))
@@ -38,12 +31,10 @@ def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | Non
         f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.config.data.batch_size:,} vectors "
         f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g})"
     )
-    takes = ""
+    machine = f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads"
     if memory is not None:
-        takes = f"; memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
-    say(
-        f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads{takes}"
-    )
+        machine += f"; memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
+    say(machine)
 
 
 def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) -> None:
@@ -51,32 +42,26 @@ def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) 
     way_out = "lower --expansion-factor, --batch-size, --tile-mb or --window-gb"
     if n_runs > 1:
         way_out += ", or do fewer runs at once"
-    on_cpu = device.type == "cpu"
-    check_memory(memory.shuffle + (memory.device if on_cpu else 0), torch.device("cpu"), way_out)
-    if not on_cpu:
-        check_memory(memory.device, device, way_out)
+    needed = {torch.device("cpu"): memory.shuffle, device: memory.device}
+    if device.type == "cpu":
+        needed = {device: memory.shuffle + memory.device}
+    for place, size in needed.items():
+        free = free_bytes(place)
+        if free is not None and size > free:
+            sizes = f"needs about {human_bytes(size)} on {place.type}, {human_bytes(free)} are free"
+            raise ResidscopeError(f"out of memory: this run {sizes}: {way_out}")
 
 
 def progress_bar(step: int, steps: int) -> tqdm:
     """On a terminal a bar, elsewhere nothing: a log gets a line at each validation instead."""
-    return tqdm(
-        total=steps,
-        initial=step,
-        unit="step",
-        file=sys.stderr,
-        dynamic_ncols=True,
-        mininterval=0.5,
-        disable=None,
-    )
+    return tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None)
 
 
 def bar_words(
     lines: Sequence[dict[str, Any]], data: TrainingData, *, vectors: int, seconds: float, waited: float
 ) -> str:
-    """What the bar says of the runs' last lines (of several, the least and the largest) and of the speed.
-
-    vectors: of the stream since the last words, which took `seconds`, of which `waited` for data.
-    """
+    """What the bar says of the runs' last lines (of several, the least and the largest) and of the speed, from the
+    `vectors` streamed since the last words in `seconds`, of which `waited` for data."""
 
     def span(name: str, form: str) -> str:
         return spread([line[name] for line in lines if line[name] is not None], form)
@@ -91,18 +76,17 @@ def bar_words(
 
 def tell_diverged(where: str, checkpoints: Sequence[Path], *, any_left: bool) -> None:
     """Warn of runs whose loss has just become NaN or infinite; raise `ResidscopeError` where no other is left."""
-    where = f"{where}: the loss is NaN or infinite"
     way_out = "lower --lr, or set --clip-norm"
     if checkpoints and not any_left:
-        raise ResidscopeError(f"{where}: {way_out}")
+        raise ResidscopeError(f"{where}: the loss is NaN or infinite: {way_out}")
     for path in checkpoints:
-        say(f"warning: {path}: {where}, and its weights are of no use: {way_out}")
+        say(f"warning: {path} diverged at {where} (its loss is NaN or infinite); its weights are useless: {way_out}")
 
 
 def tell_finished(plan: RunPlan, metrics: Mapping[str, Any]) -> None:
-    """Say that there is nothing left to do of a run; metrics: its last line."""
+    """Say that a run has nothing left to do; metrics: its last line."""
     diverged = not math.isfinite(metrics["loss"] or 0)
-    how = ", and it diverged: start it anew by itself, with a lower --lr" if diverged else ""
+    how = ", but it diverged (NaN loss): train it again alone, with a lower --lr" if diverged else ""
     say(f"{plan.config.out} is finished ({plan.steps} steps): nothing to do{how}")
 
 

@@ -1,9 +1,7 @@
 """`train --dry-run`: how many steps, how much memory, disk and time, from a few steps whose result is not kept.
 
 The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
-Not foreseen: AuxK, which costs nothing until latents die and then up to about half a step more; a slower disk later.
-
-Tested in tests/train/reporting/test_outputs.py.
+Not included: AuxK, which costs nothing until latents die and then up to about half a step more; a slower disk later.
 """
 
 import time
@@ -29,27 +27,26 @@ class DryRun:
     steps: int
     """Batches of the stream."""
     vectors: int
-    """Vectors of the stream, over all epochs."""
+    """Of the stream, over all epochs."""
     bytes_read: int
-    """Bytes of the store that are read, over all epochs."""
+    """Of the store, over all epochs."""
     memory_bytes: int
-    """Memory on the training device."""
+    """On the training device."""
     shuffle_bytes: int
     """Memory for the shuffle, in the machine."""
     checkpoint_bytes: int
     """Disk for the finished checkpoints of all runs and their safetensors."""
     interim_bytes: int
-    """Disk for a checkpoint on the way of each run, optimiser included, and the temporary file of one."""
+    """Disk for a checkpoint of each run during training, optimiser included, and the temporary file of one."""
     measured_steps: int
-    """Steps that were timed."""
     seconds_per_step: float
-    """Mean of these."""
+    """Mean of the measured steps."""
     seconds: float
     """Time of all steps at that speed."""
 
 
 def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device) -> list[float]:
-    """Make some of a run's steps; the seconds that each took, once all is compiled."""
+    """Make some of a run's steps; the seconds that each took once everything was compiled."""
     seconds: list[float] = []
     for number in range(1, plan.steps + 1):
         if len(seconds) >= MEASURED_STEPS or sum(seconds) >= MEASURED_SECONDS:
@@ -66,11 +63,10 @@ def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device
 def foresee(
     plans: Sequence[RunPlan], store: ActivationStore, memory: MemoryEstimate, seconds: Sequence[float]
 ) -> DryRun:
-    """What runs of these plans take, in one pass, from the time of each of some of their steps."""
-    plan, meta = plans[0], store.meta
+    """What runs of these plans take, in one pass; seconds: of each measured step."""
+    plan, meta, mean = plans[0], store.meta, sum(seconds) / len(seconds)
     weights = [8 * each.model.n_latents * each.model.d_model for each in plans]
     interim = [size * weight_copies(each) for size, each in zip(weights, plans, strict=True)]
-    mean = sum(seconds) / len(seconds)
     return DryRun(
         runs=len(plans),
         steps=plan.steps,
@@ -87,16 +83,14 @@ def foresee(
 
 
 def describe(found: DryRun) -> str:
-    """In words."""
+    """What `--dry-run` prints without --json."""
     runs = "" if found.runs == 1 else f"{found.runs} autoencoders at once, "
-    return "\n".join(
-        [
-            f"{runs}{found.steps:,} steps, {found.vectors:,} vectors; {human_bytes(found.bytes_read)} of the store to "
-            "read",
-            f"memory: {human_bytes(found.memory_bytes)} to train, {human_bytes(found.shuffle_bytes)} for the shuffle",
-            f"disk: {human_bytes(found.checkpoint_bytes)} in the end, {human_bytes(found.interim_bytes)} on the way",
-            f"time: about {human_seconds(found.seconds)} ({found.seconds_per_step:.3g} s a step, mean of "
-            f"{found.measured_steps}), AuxK not counted",
-            "nothing was written",
-        ]
+    read, interim = human_bytes(found.bytes_read), human_bytes(found.interim_bytes)
+    return (
+        f"{runs}{found.steps:,} steps, {found.vectors:,} vectors; {read} of the store to read\n"
+        f"memory: {human_bytes(found.memory_bytes)} to train, {human_bytes(found.shuffle_bytes)} for the shuffle\n"
+        f"disk: {human_bytes(found.checkpoint_bytes)} at the end, up to {interim} during training\n"
+        f"time: about {human_seconds(found.seconds)} ({found.seconds_per_step:.3g} s a step, mean of "
+        f"{found.measured_steps}), AuxK not counted\n"
+        "nothing was written"
     )

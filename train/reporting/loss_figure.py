@@ -1,8 +1,6 @@
 """The course of a run as a picture, ckpt.loss.png beside the checkpoint: FVU and loss, L0 and dead latents.
 
-Drawn from the metrics file alone, so that any run can be drawn again. Needs matplotlib, and is left out without it.
-
-Tested in tests/train/reporting/test_outputs.py.
+Drawn from the metrics file alone, so that any run can be drawn again.
 """
 
 import io
@@ -19,18 +17,18 @@ def figure_path(checkpoint: Path) -> Path:
     return beside(checkpoint, ".loss.png")
 
 
-def write_loss_figure(metrics: Path, path: Path, title: str) -> bool:
-    """Draw the lines of a metrics file; False where matplotlib is not installed or there is nothing to draw."""
+def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
+    """Draw the lines of a metrics file; nothing where matplotlib is not installed or there is nothing to draw."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return False
+        return
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     there = [line for line in lines if line["fvu"] is not None]  # None where no vector came, or the run diverged
     training = [line for line in there if "split" not in line and line["loss"] is not None]
     validation = [line for line in there if line.get("split") == "validation"]
     if not training:
-        return False
+        return
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -38,8 +36,10 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> bool:
     above.plot(x, _column(training, "fvu"), label="FVU, training", color="tab:blue")
     above.plot(x, _column(training, "loss"), label="loss, training", color="tab:gray", linewidth=0.9)
     if validation:
-        points = _column(validation, "vectors", 1e-6), _column(validation, "fvu")
-        above.plot(*points, "o", label="FVU, held-out documents", color="tab:orange")
+        held_out = _column(validation, "fvu")
+        above.plot(
+            _column(validation, "vectors", 1e-6), held_out, "o", label="FVU, held-out documents", color="tab:orange"
+        )
     above.set(yscale="log", ylabel="share of variance, lower is better")
     above.set_title(title, fontsize=10)
     above.grid(alpha=0.3, which="both")
@@ -51,13 +51,12 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> bool:
     active = below.twinx()
     active.plot(x, _column(training, "l0"), color="tab:green")
     active.set(ylabel="L0, active latents a vector", ylim=(0, None))
-    for axis, colour in ((below, "tab:red"), (active, "tab:green")):
-        axis.yaxis.label.set_color(colour)
+    below.yaxis.label.set_color("tab:red")
+    active.yaxis.label.set_color("tab:green")
 
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     atomic_write(path, [data.getvalue()])
-    return True
 
 
 def _column(lines: list[dict[str, Any]], name: str, scale: float = 1) -> list[float]:

@@ -1,9 +1,10 @@
 """What a finished run leaves beside its checkpoint, and on the hub: ckpt.safetensors, ckpt.loss.png, a model card.
 
 All of it is made from the checkpoint and the metrics file, so that a run that was killed just after its last checkpoint
-gets it on the next --resume. Not here: the formats (`train.formats.files`) and the upload itself (`train.formats.hub`).
+gets it on the next --resume. Formats: `train.formats.files`; the upload itself: `train.formats.hub`.
 """
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,18 +12,21 @@ from pathlib import Path
 
 from residscope.errors import ResidscopeError, UsageError
 from residscope.names import stem
-from store.files import atomic_write
 from train.checkpoint import load_checkpoint, safetensors_path
 from train.config import PublishConfig
 from train.metrics import metrics_path
 from train.reporting.loss_figure import figure_path, write_loss_figure
 from train.reporting.report import TrainResult
-from train.reporting.trackers import check_installed
 
 
 def check_publish(config: PublishConfig) -> None:
     """Refuse trackers that are not installed and an upload that cannot work, before the training."""
-    check_installed(config)
+    for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb is not None)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ResidscopeError(
+                f"--{package}: the package {package} is not installed: `pip install 'residscope[{package}]'`, or leave "
+                "the flag out (the metrics are in the .metrics.jsonl file in any case)"
+            )
     if config.push_to_hub is None:
         return
     from huggingface_hub import constants
@@ -32,9 +36,8 @@ def check_publish(config: PublishConfig) -> None:
     if HUB_ID.fullmatch(config.push_to_hub) is None:
         raise UsageError(f"--push-to-hub should be OWNER/NAME, found {config.push_to_hub!r}")
     if constants.HF_HUB_OFFLINE:
-        raise ResidscopeError(
-            f"--push-to-hub {config.push_to_hub}: HF_HUB_OFFLINE is set: unset it, or leave the flag out"
-        )
+        way_out = "HF_HUB_OFFLINE is set: unset it, or leave the flag out"
+        raise ResidscopeError(f"--push-to-hub {config.push_to_hub}: {way_out}")
 
 
 def write_outputs(result: TrainResult, *, anew: bool) -> None:
@@ -47,16 +50,14 @@ def write_outputs(result: TrainResult, *, anew: bool) -> None:
         write_safetensors(saved.sae, target, store=saved.store, trainer=saved.trainer)
     if anew or not picture.exists():
         metrics = metrics_path(result.checkpoint)
-        name = f"{stem(result.checkpoint)}: {result.plan.model.n_latents} latents, k {result.plan.model.k}"
+        title = f"{stem(result.checkpoint)}: {result.plan.model.n_latents} latents, k {result.plan.model.k}"
         if metrics.exists():
-            write_loss_figure(metrics, picture, name)
+            write_loss_figure(metrics, picture, title)
 
 
 def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
-    """Upload runs with a model card each: one at the top of the repository, several in folders by name; the address.
-
-    Only what belongs to the runs is uploaded, whatever else lies beside the checkpoints.
-    """
+    """Upload the runs' own files with a model card each: one run at the top of the repository, several in folders by
+    name; the address."""
     from train.formats.hub import last_metrics, model_card, push_to_hub
 
     assert config.push_to_hub is not None
@@ -67,21 +68,14 @@ def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
             folder.mkdir(exist_ok=True)
             saved, metrics = load_checkpoint(result.checkpoint), metrics_path(result.checkpoint)
             shutil.copyfile(safetensors_path(result.checkpoint), folder / "ckpt.safetensors")
-            if metrics.exists():
-                shutil.copyfile(metrics, folder / "ckpt.metrics.jsonl")
-            if figure_path(result.checkpoint).exists():
-                shutil.copyfile(figure_path(result.checkpoint), folder / "ckpt.loss.png")
-            card = model_card(
-                saved,
-                last_metrics(metrics),
-                license=config.hub_license,
-                repo_id=config.push_to_hub,
-                subfolder=result.spec.name,
-            )
-            atomic_write(folder / "README.md", [card.encode()])
+            for source, copy in ((metrics, "ckpt.metrics.jsonl"), (figure_path(result.checkpoint), "ckpt.loss.png")):
+                if source.exists():
+                    shutil.copyfile(source, folder / copy)
+            about = {"license": config.hub_license, "repo_id": config.push_to_hub, "subfolder": result.spec.name}
+            card = model_card(saved, last_metrics(metrics), **about)
+            (folder / "README.md").write_text(card, encoding="utf-8")
         try:
             return push_to_hub(root, config.push_to_hub, private=config.hub_private)
         except ResidscopeError as error:
-            raise ResidscopeError(
-                f"{error} (the checkpoints are saved; with --resume the same command tries again)"
-            ) from None
+            again = "the checkpoints are saved; with --resume the same command tries again"
+            raise ResidscopeError(f"{error} ({again})") from None

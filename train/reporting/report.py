@@ -1,7 +1,4 @@
-"""What finished runs say: words or a table for the terminal, plain values for `--json`, a sweep's table as a file.
-
-Tested in tests/train/reporting/test_outputs.py and test_grid.py.
-"""
+"""What is reported of finished runs: words or a table for the terminal, plain values for `--json`, a parquet table."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +17,6 @@ class TrainResult:
     """A finished run."""
 
     plan: RunPlan
-    """What was run."""
     metrics: dict[str, Any]
     """The last line of training metrics, or what the checkpoint says of it."""
     validation: Validation | None
@@ -28,19 +24,8 @@ class TrainResult:
     seconds: float
     """Time of this invocation, from the start to the last checkpoint."""
 
-    @classmethod
-    def of(cls, plan: RunPlan, trainer: dict[str, Any], seconds: float) -> "TrainResult":
-        """From the `trainer` entry of the run's last checkpoint."""
-        return cls(
-            plan=plan,
-            metrics=trainer["metrics"],
-            validation=None if trainer["validation"] is None else Validation(**trainer["validation"]),
-            seconds=seconds,
-        )
-
     @property
     def spec(self) -> RunSpec:
-        """Which run of the invocation it is."""
         return self.plan.spec
 
     @property
@@ -51,26 +36,25 @@ class TrainResult:
     @property
     def diverged(self) -> bool:
         """Whether the last loss or the validation is not finite."""
-        validated = 0 if self.validation is None else self.validation.fvu
-        return not math.isfinite((self.metrics["loss"] or 0) + validated)
+        return not math.isfinite((self.metrics["loss"] or 0) + (self.validation.fvu if self.validation else 0))
+
+    @property
+    def worst_layer(self) -> int | None:
+        """Position of the layer with the highest held-out FVU."""
+        fvu = [] if self.validation is None else self.validation.fvu_per_layer
+        return max(range(len(fvu)), key=fvu.__getitem__, default=None)
 
 
 def summary(result: TrainResult) -> dict[str, Any]:
     """Plain values of a run, for JSON."""
-    trained = {key: value for key, value in result.metrics.items() if key != "fvu_per_layer"}
     return {
         "checkpoint": str(result.checkpoint),
         "seconds": result.seconds,
         **({"name": result.spec.name} if result.spec.name else {}),
         "plan": result.plan.to_dict(),
-        "training": trained,
+        "training": {key: value for key, value in result.metrics.items() if key != "fvu_per_layer"},
         "validation": None if result.validation is None else result.validation.metrics(),
     }
-
-
-def describe_all(results: Sequence[TrainResult]) -> str:
-    """One run in words, several in a table."""
-    return describe(results[0]) if len(results) == 1 else table(results)
 
 
 def describe(result: TrainResult) -> str:
@@ -83,10 +67,9 @@ def describe(result: TrainResult) -> str:
         f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "
         f"{metrics['dead_fraction']:.1%} of latents dead",
     ]
-    if held_out is None:
+    if held_out is None or (worst := result.worst_layer) is None:
         lines.append("validation: no document was held out, or one of a single token")
     else:
-        worst = max(range(len(plan.layers)), key=held_out.fvu_per_layer.__getitem__)
         lines.append(
             f"validation on {held_out.tokens:,} tokens of held-out documents: FVU {held_out.fvu:.3f} (lower is "
             "better, 1 is no better than the layer's mean; mean over layers; "
@@ -94,40 +77,42 @@ def describe(result: TrainResult) -> str:
         )
         if held_out.fvu > 1:
             lines.append(
-                "an FVU above 1 is mostly that of a run too short for its rate: train longer (--epochs, or a larger "
-                f"store), or with a higher --lr than {plan.lr:.2g}; `train --help` says what short runs need"
+                "an FVU above 1 mostly means a run too short for its learning rate: train longer (--epochs, or a "
+                f"larger store), or with a higher --lr than {plan.lr:.2g}; `train --help` says what short runs need"
             )
     return "\n".join(lines)
 
 
-def table(results: Sequence[TrainResult]) -> str:
+def table_of(results: Sequence[TrainResult]) -> str:
     """A line for each run: what differs, its size, and how good it is on held-out documents."""
     swept = list(results[0].spec.settings)
     per_layer = results[0].spec.layer is not None
     head = [*swept, *(["layer"] if per_layer else []), "latents", "FVU", "worst FVU", "at layer", "L0", "dead"]
     lines = [[*head, "checkpoint"]]
     for result in results:
-        plan, found = result.plan, result.validation
-        worst = None if found is None else max(range(len(plan.layers)), key=found.fvu_per_layer.__getitem__)
         lines.append(
             [
                 *map(as_written, result.spec.settings.values()),
                 *([str(result.spec.layer)] if per_layer else []),
-                str(plan.model.n_latents),
-                _number(found and found.fvu, ".3f"),
-                "-" if worst is None or found is None else f"{found.fvu_per_layer[worst]:.3f}",
-                "-" if worst is None else str(plan.layers[worst]),
-                _number(found and found.l0, ".1f"),
+                str(result.plan.model.n_latents),
+                *_held_out_cells(result),
                 _number(result.metrics["dead_fraction"], ".1%"),
-                str(result.checkpoint.name),
+                result.checkpoint.name,
             ]
         )
-    tokens = next((result.validation.tokens for result in results if result.validation), 0)
+    tokens = max(result.validation.tokens if result.validation else 0 for result in results)
     title = (
         f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
         "tokens of held-out documents, mean over layers; dead: share of the latents"
     )
     return "\n".join([title, *aligned(lines)])
+
+
+def _held_out_cells(result: TrainResult) -> list[str]:
+    found, worst = result.validation, result.worst_layer
+    if found is None or worst is None:
+        return ["-"] * 4
+    return [f"{found.fvu:.3f}", f"{found.fvu_per_layer[worst]:.3f}", str(result.plan.layers[worst]), f"{found.l0:.1f}"]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -149,16 +134,16 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
             rows.append(
                 {
                     "run": result.spec.name,
-                    **{name: _plain(value) for name, value in result.spec.settings.items()},
+                    **result.spec.settings,
                     "checkpoint": result.checkpoint.name,
                     "n_latents": plan.model.n_latents,
                     "active_at_most": plan.model.k,
                     "layer": layer,
-                    "fvu": None if found is None else found.fvu_per_layer[position],
-                    "l0": None if found is None else found.l0_per_layer[position],
-                    "fvu_mean": None if found is None else found.fvu,
+                    "fvu": found and found.fvu_per_layer[position],
+                    "l0": found and found.l0_per_layer[position],
+                    "fvu_mean": found and found.fvu,
                     "dead_fraction": result.metrics["dead_fraction"],
-                    "validation_tokens": None if found is None else found.tokens,
+                    "validation_tokens": found and found.tokens,
                     "vectors": result.metrics["vectors"],
                 }
             )
@@ -167,10 +152,6 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
     path = first.with_name(f"{stem}.runs.parquet")
     atomic_write(path, [pd.DataFrame(rows).to_parquet(index=False)])
     return path
-
-
-def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, int | float | str | bool) else str(value)
 
 
 def _number(value: float | None, form: str) -> str:

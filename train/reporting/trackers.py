@@ -1,12 +1,9 @@
-"""TensorBoard and Weights & Biases beside the metrics file: off by default, checked before anything is read.
+"""TensorBoard and Weights & Biases beside the metrics file: off by default.
 
-Both get what `ckpt.metrics.jsonl` gets, when it gets it: training numbers as train/NAME, validation as validation/NAME,
-lists over layers as NAME/LAYER, against the step. The file stays the record; a tracker is a copy for watching.
-
-Tested in tests/train/reporting/test_outputs.py.
+Both get every line of `ckpt.metrics.jsonl`: training numbers as train/NAME, validation as validation/NAME, lists over
+layers as NAME/LAYER, against the step.
 """
 
-import importlib.util
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,23 +11,7 @@ from typing import Any
 
 from residscope.errors import ResidscopeError
 from residscope.names import beside, stem
-from train.config import PublishConfig
 from train.resolve import RunPlan
-
-_ID_BYTES = 8
-
-
-def check_installed(config: PublishConfig) -> None:
-    """Raise `ResidscopeError` if a package that the flags ask for is missing."""
-    for flag, wanted, package in (
-        ("--tensorboard", config.tensorboard, "tensorboard"),
-        ("--wandb", config.wandb is not None, "wandb"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ResidscopeError(
-                f"{flag}: the package {package} is not installed: `pip install 'residscope[{package}]'`, or leave the "
-                "flag out (the metrics are in the .metrics.jsonl file in any case)"
-            )
 
 
 def open_trackers(plan: RunPlan, resume_step: int) -> "list[Tracker]":
@@ -77,21 +58,15 @@ class _WandB:
 
         note = beside(out, ".wandb-id")
         if fresh or not note.exists():
-            note.write_text(secrets.token_hex(_ID_BYTES), encoding="utf-8")
+            note.write_text(secrets.token_hex(8), encoding="utf-8")
         try:
-            self._run = wandb.init(
-                project=project,
-                name=name,
-                id=note.read_text(encoding="utf-8"),
-                resume="allow",
-                reinit="create_new",  # several runs of one process, side by side
-                config=dict(plan),
-            )
-        except Exception as error:  # its own kinds of error differ by version
+            options = {"id": note.read_text(encoding="utf-8"), "resume": "allow", "config": dict(plan)}
+            # create_new: several runs of one process, side by side
+            self._run = wandb.init(project=project, name=name, reinit="create_new", **options)
+        except Exception as error:  # wandb's error classes differ by version
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ResidscopeError(
-                f"--wandb {project}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
-            ) from None
+            way_out = "log in with `wandb login`, or set WANDB_MODE=offline"
+            raise ResidscopeError(f"--wandb {project}: {reason}; {way_out}") from None
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._run.log(dict(numbers), step=step)

@@ -226,5 +226,5 @@ def test_values_that_are_not_finite_are_named_by_layer(folder: Path, monkeypatch
         return x
 
     monkeypatch.setattr(ActivationStore, "read", damaged)
-    with pytest.raises(ResidscopeError, match="layer 4: the store holds values there that are not finite"):
+    with pytest.raises(ResidscopeError, match="layer 4: the store contains NaN or infinite values"):
         compare(TrainCompareConfig(store=folder / "acts.zarr", sae=(str(folder / "all.pt"),)))

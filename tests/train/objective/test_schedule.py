@@ -6,7 +6,7 @@ from residscope.errors import UsageError
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from tests.support.training import plan_of
-from train.objective.schedule import k_at, options_at, sparsity_share, step_options
+from train.objective.variants import StepOptions
 from train.resolve import RunPlan
 
 
@@ -19,24 +19,28 @@ def make(store: ActivationStore, **changes: object) -> RunPlan:
     return plan_of(store, **{"n_latents": 40, "k": 4, "steps": 20, "validation_fraction": 0.2, **changes})
 
 
+def at(plan: RunPlan, *steps: int) -> list[StepOptions]:
+    return [plan.options_at(step) for step in steps]
+
+
 def test_k_goes_linearly_to_its_value(store: ActivationStore) -> None:
     falling = make(store, k_start=24, k_warmup_fraction=0.2)  # over 4 of 20 steps
-    assert [k_at(step, falling) for step in (0, 1, 2, 3, 4, 19)] == [24, 19, 14, 9, 4, 4]
+    assert [options.k for options in at(falling, 0, 1, 2, 3, 4, 19)] == [24, 19, 14, 9, 4, 4]
     rising = make(store, k_start=1, k_warmup_fraction=0.15)
-    assert [k_at(step, rising) for step in (0, 1, 2, 3)] == [1, 2, 3, 4]
-    assert k_at(0, make(store)) == 4
+    assert [options.k for options in at(rising, 0, 1, 2, 3)] == [1, 2, 3, 4]
+    assert at(make(store), 0)[0].k == 4
 
 
 def test_the_sparsity_term_rises(store: ActivationStore) -> None:
-    assert [sparsity_share(step, make(store)) for step in (0, 1, 2, 19)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    rising = at(make(store, activation="relu", sparsity_coef=0.5), 0, 1, 2, 19)
+    assert [options.sparsity_coef for options in rising] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5])
 
 
 def test_options_of_a_step(store: ActivationStore) -> None:
     warming = make(store, activation="relu", k_start=24, sparsity_coef=0.5, tile_mb=1e-4)
-    options = step_options(warming)
-    first = options_at(options, warming, 0)
+    first, options, last = at(warming, 0, 10, 19)
     assert (first.k, first.sparsity_coef) == (24, pytest.approx(0.5 / 3))
-    assert options_at(options, warming, 10) is options
+    assert (last.k, last.sparsity_coef) == (4, 0.5)
     assert (options.k, options.sparsity_coef, options.tile_bytes) == (4, 0.5, 100)
 
 

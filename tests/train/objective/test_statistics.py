@@ -71,7 +71,7 @@ def test_denominators_are_variances_about_each_layer_mean() -> None:
 
 def test_a_layer_that_does_not_vary_is_named() -> None:
     batches = [Vectors(torch.ones(4, 3).cumsum(1), torch.zeros(4, dtype=torch.int64))]
-    with pytest.raises(ResidscopeError, match="layer 7: 4 training vectors"):
+    with pytest.raises(ResidscopeError, match="layer 7: its 4 training vectors"):
         statistics(batches, (7,))
 
 

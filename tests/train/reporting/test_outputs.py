@@ -71,7 +71,7 @@ def test_an_fvu_above_one_comes_with_a_way_out(config: TrainConfig) -> None:
     good, bad = (describe(replace(result, validation=result.validation._replace(fvu=fvu))) for fvu in (0.9, 1.1))
     assert "after 1 step (64 vectors of 3 layers)" in good
     assert bad.splitlines()[-1].startswith(
-        "an FVU above 1 is mostly that of a run too short for its rate: train longer"
+        "an FVU above 1 mostly means a run too short for its learning rate: train longer"
     )
     assert "a higher --lr than 0.002;" in bad
     assert "above 1" not in good
