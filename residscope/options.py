@@ -95,6 +95,7 @@ def parse_options(
     parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags by name; flags win")
     fields = _fields(config_class)
     _add_flags(parser, config_class, fields)
+    parser.usage = " ".join([prog, *(f"{field.flag} ..." for field in fields.values() if field.required), "[flags]"])
     for word in sys.argv[1:] if argv is None else argv:
         try:
             word.encode()
@@ -202,7 +203,8 @@ def _add_flags(parser: argparse.ArgumentParser, config_class: type, fields: Mapp
     first = getattr(config_class, "FIRST_FLAGS", ())
     titles = {name: (group.__doc__ or name).partition(".")[0] for name, group in _groups(config_class).items()}
     sections: dict[str, Any] = {}
-    for field in [*(fields[name] for name in first), *(field for name, field in fields.items() if name not in first)]:
+    rest = sorted((field for name, field in fields.items() if name not in first), key=lambda field: not field.group)
+    for field in [*(fields[name] for name in first), *rest]:
         title = "most used" if field.name in first else titles.get(field.group, "other" if first else "")
         if title and title not in sections:
             sections[title] = parser.add_argument_group(title)
