@@ -1,4 +1,4 @@
-"""Encode tiles of a store's tokens with the autoencoder: the one place where analysis meets the weights.
+"""Encode tiles of a store's tokens with the autoencoder.
 
 Weights are loaded once per process from the checkpoint's path, in any format that `train.formats.files` reads, and
 shared by its threads; a task carries the path only. Codes come from `train.model.MLSAE` as its variant has them in

@@ -1,6 +1,6 @@
 """From the vectors of a shard to its chunks and its sums, in one pass over the values.
 
-How: values are rounded straight into slots (an inner chunk with room for its checksum), a layer at a time, and added up
+How: values (float32 ones are rounded; harvest's are already) go straight into slots (an inner chunk with room for its checksum), a layer at a time, and added up
 on the way, in float64. The loops are compiled by numba. The order of every addition is fixed (no fast-math), so that
 the same values give the same bytes on every processor; the interpreter's lock is released, so that threads can share
 out the layers. Not here: checksums, the index and the file itself (shards.py).

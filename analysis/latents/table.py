@@ -87,6 +87,7 @@ def latent_table(moments: LayerMoments) -> LatentTable:
     layer_mean = probs @ layers
     layer_var = (probs * (layers - layer_mean[:, None]) ** 2).sum(axis=1)
     count = moments.counts.sum(axis=1)
+    # As `analysis.moments.variances` has it, for each latent by itself.
     between = np.maximum(sums[3] - ratio_or_zero(sums[1] ** 2, sums[0], live), 0.0)
     log_probs = np.log2(probs, out=np.zeros_like(probs), where=probs > 0)
     dead = np.where(live, 0.0, np.nan)

@@ -44,7 +44,7 @@ class AuxOutput(NamedTuple):
     """AuxK's loss and its gradients on the dead latents alone."""
 
     loss: Tensor
-    """Scalar: sum_n c_n |e_n - e_hat_n|^2 over the same sum of |e_n - mean of e|^2."""
+    """Scalar: sum_n c_n |e_n - e_hat_n|^2 over the variance of the errors in the loss's space (`_inverse_variance`)."""
     W_enc: Tensor
     """[A, D]"""
     W_dec: Tensor
@@ -104,8 +104,8 @@ def auxk(
 
 
 def _inverse_variance(error: Tensor, rows: RowWeights) -> Tensor:
-    """1 / sum_n w_n |s_n - mean|^2 over the errors s_n in the loss's space, about their mean weighted by w_n; 0 where
-    that is zero but for rounding."""
+    """The inverse of AuxK's denominator, a constant for its gradient: 1 / sum_n w_n |s_n - mean|^2, s_n the errors in the
+    loss's space, about their mean weighted by w_n; 0 where that is zero up to rounding."""
     scaled = error * rows.scale.unsqueeze(1)  # [N, D]
     mean = rows.share @ scaled / rows.share.sum()
     variance, second_moment = rows.share @ _squared(scaled - mean), rows.share @ _squared(scaled)

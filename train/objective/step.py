@@ -4,7 +4,7 @@ Forward, in the standardised space where the dictionary lives (c_n is the row's 
 `train.objective.losses`), here for TopK; the other variants choose otherwise, and some add a term
 (`train.objective.passes`):
 
-    z = (x - b_pre) W_enc^T + b_enc   the one dense product, a tile of rows at a time; z is never kept
+    z = (x - b_pre) W_enc^T + b_enc   the one dense product, by tiles of rows or screened; z is never kept
     v, i = ReLU(TopK_k(z))            x_hat = sum_k v_k W_dec[i_k] + b_pre      e = x - x_hat
     loss = sum_n c_n |e_n|^2 + aux_coef * AuxK
 

@@ -7,8 +7,8 @@
     jumprelu    all above a threshold of the latent's own, which is trained (Rajamanoharan et al. 2024)
     relu        all that are positive, kept few by an L1 penalty (Bricken et al. 2023, with unit-norm decoder rows)
 
-Everything else asks `variant_of(config)`. A new one is a subclass with the three methods of `Variant` and a line in
-`VARIANTS`.
+Everything else asks `variant_of(config)`. A new one is a subclass with the three methods of `Variant`, a line in
+`VARIANTS`, and its word where CONTRIBUTING.md says.
 
 Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has.
 """

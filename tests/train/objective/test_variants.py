@@ -1,6 +1,6 @@
 """Each variant's loss and gradients against dense autograd in float64, and its codes in inference by hand."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tests.support.codes import dense
 from tests.support.training import step_options, with_options
+from train.formats import hub, saelens
 from train.kernels.choose import choose_kernels
 from train.kernels.interface import Kernels
 from train.kernels.plain import TORCH
 from train.model import MLSAE
-from train.model_config import SAEConfig, default_prefixes
+from train.model_config import THRESHOLDED, Activation, SAEConfig, default_prefixes
 from train.objective.losses import DeadLatents, RowWeights, row_weights
 from train.objective.step import training_step
 from train.objective.variants import THRESHOLD_RATE, VARIANTS, StepOptions, variant_of
@@ -328,8 +329,10 @@ def test_without_subtraction_the_encoder_sees_the_vector_itself() -> None:
     torch.testing.assert_close(sae(x).x_hat, (h @ sae.W_dec + sae.b_pre) * std + mean)
 
 
-def test_every_activation_has_a_variant() -> None:
-    assert set(VARIANTS) == {"topk", "batchtopk", "matryoshka", "jumprelu", "relu"}
+def test_every_activation_has_a_variant_and_a_name_for_other_tools() -> None:
+    names = set(get_args(Activation))
+    assert set(VARIANTS) == set(saelens._ARCHITECTURES) == set(hub._NAMES) == names
+    assert set(THRESHOLDED) < names
     assert default_prefixes(3200) == (100, 300, 700, 1500, 3200)
     assert default_prefixes(2) == (1, 2)
     assert default_prefixes(1) == (1,)
