@@ -104,8 +104,8 @@ def auxk(
 
 
 def _inverse_variance(error: Tensor, rows: RowWeights) -> Tensor:
-    """The inverse of AuxK's denominator, a constant for its gradient: 1 / sum_n w_n |s_n - mean|^2, s_n the errors in the
-    loss's space, about their mean weighted by w_n; 0 where that is zero up to rounding."""
+    """The inverse of AuxK's denominator, a constant for its gradient: 1 / sum_n w_n |s_n - mean|^2, s_n the errors in
+    the loss's space, about their mean weighted by w_n; 0 where that is zero up to rounding."""
     scaled = error * rows.scale.unsqueeze(1)  # [N, D]
     mean = rows.share @ scaled / rows.share.sum()
     variance, second_moment = rows.share @ _squared(scaled - mean), rows.share @ _squared(scaled)
