@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MODULES = {"harvest": "harvest.cli", "train": "train.cli", "analyze": "analysis.cli", "residscope": "residscope.cli"}
 UNSTABLE = {
     *("seconds", "tokens_per_second", "vectors_per_second", "data_wait_fraction", "versions", "surroundings", "config"),
     *("created", "date", "path", "checkpoint", "store_path", "threads", "time", "generated", "residscope", "packages"),
@@ -109,7 +108,7 @@ def hashes(work: Path) -> list[str]:
 
 def run(name: str, words: str, work: Path) -> subprocess.CompletedProcess[str]:
     """One command, in the folder."""
-    flags = ["-m", MODULES[name], *shlex.split(words)]
+    flags = ["-m", "residscope", *([] if name == "residscope" else [name]), *shlex.split(words)]
     return subprocess.run([sys.executable, *flags], cwd=work, capture_output=True, text=True, check=False)
 
 
