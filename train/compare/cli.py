@@ -36,3 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train compare: written {', '.join(map(str, files))}", file=sys.stderr)
 
     return run_command("train compare", command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
