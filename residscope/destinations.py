@@ -38,6 +38,12 @@ def held_alone(folder: Path, out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_folder(out: Path) -> None:
+    """`UsageError` where something that is no folder stands at `out`."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
+
+
 def refuse_comparison_of(command: str, out: Path, member: str) -> None:
     """`UsageError` where the folder `out` holds the compare.json of `command`, which has `member`: two commands
     compare, and give their files the same names."""

@@ -22,7 +22,7 @@ from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.results.summary import SCHEMA_VERSION
-from residscope.destinations import refuse_comparison_of
+from residscope.destinations import refuse_comparison_of, require_folder
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write
 from store.folder import refuse_inside_store
@@ -50,8 +50,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     summaries = [_load(path) for path in config.compare]
     runs = in_order(list(map(_checked_run, config.compare, run_names(config.compare), summaries)))
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
-    if config.out.exists() and not config.out.is_dir():
-        raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
+    require_folder(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(_rows(runs)).to_parquet(config.out / "compare.parquet", index=False)
     written = ["compare.json", "compare.parquet", *write_comparison(runs, config.out)]
