@@ -1,7 +1,4 @@
-"""Where results may go: not where another process writes, not over another command's, and not on a full disk.
-
-Not here: that nothing is written into a store (`store.folder.refuse_inside_store`).
-"""
+"""Where results may go: not where another process writes, not over another command's, and not on a full disk."""
 
 import contextlib
 import errno

@@ -1,10 +1,9 @@
 """Any number of analyses side by side: `analyze --compare A B C`.
 
-Reads the summary.json of each, and writes one table (compare.parquet, a row for each run and weighting; compare.json,
-everything) and one figure. Variances of models of different depth are made comparable by
-dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
-1 is an even spread, whatever the depth. Runs of one kind (model, trained or not, lens, layers) stand together, kinds in
-the order in which they were given, and within a kind by expansion factor and k, so that a sweep reads as one table.
+Variances of models of different depth are made comparable by dividing them by that of a layer drawn evenly from the
+analysed ones: (n_layers^2 - 1) / 12 where those are consecutive. 1 is an even spread, whatever the depth. Runs of one
+kind (model, trained or not, lens, layers) stand together, kinds in the order in which they were given, and within a
+kind by expansion factor and k, so that a sweep reads as one table.
 """
 
 import json
