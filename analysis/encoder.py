@@ -1,10 +1,9 @@
 """Encode tiles of a store's tokens with the autoencoder.
 
 Weights are loaded once per process from the checkpoint's path, in any format that `train.formats.files` reads, and
-shared by its threads; a task carries the path only. Codes come from `train.model.MLSAE` as its variant has them in
-inference; values are never negative, and where their number varies a tile is padded with zeros to the most that one of
-its vectors has. Vectors of a store that was harvested through a tuned lens are encoded as they are: they went through
-it already, as the autoencoder's training data did.
+shared by its threads. Codes are those of inference; values are never negative, and where their number varies a tile is
+padded with zeros to the most that one of its vectors has. Vectors of a store that was harvested through a tuned lens
+are encoded as they are: they went through it already, as the autoencoder's training data did.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector at most, M n_latents; the T * L vectors of a tile are
 rows of one matrix.

@@ -1,8 +1,7 @@
 """Run a sum over shards: one Dask task per group of whole shards, and a tree that merges what they return.
 
 Groups and tree depend on the number of shards alone, not on workers, so the sums have one order and the result is the
-same however many work. Tasks carry paths and integers. A task that fails is tried again; one that fails each time stops
-the run and names its shards. A worker that dies loses the tasks that it held: Dask runs them again.
+same however many work. A worker that dies loses the tasks that it held: Dask runs them again.
 
 Threads of this process are the default: encoding, reading and summing all release the interpreter's lock, so threads
 are as fast as processes, share one copy of the weights and start at once. Processes (a LocalCluster) cost seconds to
@@ -17,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from dask.base import compute
@@ -64,14 +63,7 @@ class ShardSum(Generic[R]):
     """Tokens of each of `shards` that count, for progress."""
 
 
-class Pool(Protocol):
-    """Where tasks run."""
-
-    def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
-        """The value of `root`; advances the bar by `tokens[key]` when the task of that key is done."""
-
-
-def run(total: ShardSum[R], pool: Pool) -> R:
+def run(total: ShardSum[R], pool: "Pool") -> R:
     """The sum over all shards."""
     groups = shard_groups(len(total.shards))
     # A scheduler takes tasks of one key for the same task, and may serve several analyses at once.
@@ -131,7 +123,7 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
 
 
 @contextmanager
-def open_pool(scheduler: str, n_workers: int | None, n_tasks: int, report: Path | None = None) -> Iterator[Pool]:
+def open_pool(scheduler: str, n_workers: int | None, n_tasks: int, report: Path | None = None) -> Iterator["Pool"]:
     """The pool that `--scheduler` names: threads, processes, or the address of a Dask scheduler.
 
     report: where to write Dask's own page of what ran when, once all is done.
@@ -174,6 +166,7 @@ class Threads:
     n_workers: int
 
     def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
+        """The value of `root`; advances the bar by `tokens[key]` when the task of that key is done."""
         before = torch.get_num_threads()
         torch.set_num_threads(max(1, before // self.n_workers))
         keep_going()
@@ -210,6 +203,9 @@ class Cluster:
             ) from None
         finally:
             self.client.unsubscribe_topic(_TOPIC)
+
+
+Pool = Threads | Cluster
 
 
 @contextmanager

@@ -8,9 +8,8 @@ A (token, latent) pair is a latent with an activation > 0 at one layer of the to
     n_runs            runs; 1 if it switches on once and stays on until it switches off
     contiguity        run_length / layers from onset to offset; 1 if there is no gap
 
-A pair counts by its activation mass, or once. `analysis.loops.add_codes` fills the sums in its one pass over the
-codes; they add over tokens, and are kept per document group, so intervals come from the same replicates as those of
-the variances. Where a store holds only some of the model's layers, "in a row" refers to those.
+`analysis.loops.add_codes` fills the sums, which are kept per document group, so that intervals come from the same
+replicates as those of the variances. Where a store holds only some of the model's layers, "in a row" refers to those.
 
 Shapes: G document groups, L layers, M n_latents.
 """
@@ -64,16 +63,12 @@ class PersistenceNumbers(NamedTuple):
     """Means over pairs under one weighting; arrays of any shape (replicates). NaN where there is no such pair."""
 
     n_layers_active: NDArray[np.float64]
-    """Layers at which the latent is active at the token."""
     onset: NDArray[np.float64]
-    """First of them, in the model's layer numbers, as `offset`."""
+    """In the model's layer numbers, as `offset`."""
     offset: NDArray[np.float64]
     run_length: NDArray[np.float64]
-    """Layers of the longest run."""
     n_runs: NDArray[np.float64]
-    """Runs: how often it switches on."""
     contiguity: NDArray[np.float64]
-    """Longest run / layers from onset to offset, 0 to 1."""
     unbroken: NDArray[np.float64]
     """Share of pairs with one run: on once, on until it goes off."""
     single_layer: NDArray[np.float64]

@@ -1,9 +1,5 @@
 """One analysis, from options to files: open and check, sum over shards, fit and evaluate the baseline, look at latents,
-run the transformer, write.
-
-Not here: what one task sums (`analysis.task`), how numbers are written (`analysis.results`) and drawn
-(`analysis.report.page`).
-"""
+run the transformer, write."""
 
 import time
 from collections.abc import Callable

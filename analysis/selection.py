@@ -1,7 +1,6 @@
 """Which tokens of a store an analysis speaks of, and the document groups that intervals are drawn over.
 
-Pure functions of the store's token table, the checkpoint's validation split and the options, so that every worker makes
-the same arrays by itself and no task carries them.
+Every worker makes the same arrays by itself, so no task carries them.
 
 Shapes: T tokens of the store.
 """

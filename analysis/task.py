@@ -1,8 +1,7 @@
 """What one task does: read some shards of a store, encode their tokens, and return a small sum.
 
 A task is a pure function of paths and integers (`analysis.inputs.TaskSpec`), so any process that sees the paths can run
-it, again if need be. Memory is bounded by a tile of tokens and by sums that do not grow with the number of tokens. Sums
-of consecutive tasks add up to those of all tokens, in any grouping to rounding.
+it, again if need be. Memory is bounded by a tile of tokens and by sums that do not grow with the number of tokens.
 
 Shapes: T tokens of a tile, L analysed layers, D d_model.
 """

@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -167,3 +167,9 @@ def human_seconds(seconds: float) -> str:
 def counted(n: int, noun: str) -> str:
     """A number with its noun: 1 document, 2,000 documents."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of words as a table, each column as wide as its longest word."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from residscope.console import human_seconds, run_command
+from residscope.destinations import require_folder
 from residscope.errors import ResidscopeError, UsageError
 from residscope.options import parse_options
 
@@ -66,8 +67,7 @@ def demo(config: DemoConfig) -> None:
     from store.folder import refuse_inside_store  # Imports numpy, which --help does without.
 
     refuse_inside_store(config.out)
-    if config.out.exists() and not config.out.is_dir():
-        raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
+    require_folder(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
     seconds = {}
     for name, flags in stages(config).items():

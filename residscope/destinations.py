@@ -1,7 +1,4 @@
-"""Where results may go: not where another process writes, not over another command's, and not on a full disk.
-
-Not here: that nothing is written into a store (`store.folder.refuse_inside_store`).
-"""
+"""Where results may go: not where another process writes, not over another command's, and not on a full disk."""
 
 import contextlib
 import errno
@@ -36,6 +33,12 @@ def held_alone(folder: Path, out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def require_folder(out: Path) -> None:
+    """`UsageError` where something that is no folder stands at `out`."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
 
 
 def refuse_comparison_of(command: str, out: Path, member: str) -> None:

@@ -127,11 +127,6 @@ class WindowLoader:
         meta = self._store.meta
         return min(self._order.blocks_per_window, self._order.n_blocks), meta.chunk_tokens, meta.d_model
 
-    @property
-    def next_batch(self) -> int:
-        """Index in the stream of the batch that comes next: `start_batch` for a loader that goes on from here."""
-        return self._next
-
     def __iter__(self) -> Generator[Batch, None, None]:
         meta = self._store.meta
         helper = ThreadPoolExecutor(1, thread_name_prefix="helper")

@@ -7,7 +7,6 @@ distances; step p of the epoch takes the p-th chunk of every layer, layers in ra
 all layers and all parts of the store evenly, and each chunk about as often as any other: what a chunk's tokens have in
 common at all layers cancels out. Compared to a random order for each layer, that halves what windows add to the
 variance of batch means (benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted.
-Rows that the mask leaves out are never served, and chunks without rows never read. Nothing here touches a disk.
 
 Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch of one rank.
 """

@@ -42,7 +42,7 @@ from train.reporting.report import TrainResult
 from train.resolve import RunPlan, make_plan, memory_estimate
 from train.resume import check_resumable, load_saved, set_threads
 from train.trainer import Trainer
-from train.validation import INTERIM_TOKENS, Validation, ValidationData
+from train.validation import INTERIM_TOKENS, Validation, ValidationData, ValidationTarget
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -228,7 +228,7 @@ class _Stream:
     def _validate(self, taking: Sequence[Trainer], tokens: int, bar: tqdm) -> None:
         if not self.validation:
             return
-        targets = [trainer.validation_target() for trainer in taking]
+        targets = [ValidationTarget(each.sae, each.plan.torch_dtype, each.view.position) for each in taking]
         found = self.validation.evaluate(targets, self.data.source, tokens=tokens)
         for trainer, validated in zip(taking, found, strict=True):
             trainer.record(validated)

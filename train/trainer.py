@@ -30,7 +30,7 @@ from train.reporting.announce import say
 from train.reporting.loss_figure import figure_path
 from train.reporting.trackers import Tracker, numbers_of, open_trackers
 from train.resolve import RunPlan
-from train.validation import Validation, ValidationTarget
+from train.validation import Validation
 
 
 class Trainer:
@@ -154,10 +154,6 @@ class Trainer:
     def sae(self) -> MLSAE:
         """The autoencoder that is validated and saved."""
         return self._sae if self._average is None else self._average.sae
-
-    def validation_target(self) -> ValidationTarget:
-        """What validation measures."""
-        return ValidationTarget(self.sae, self.plan.torch_dtype, self.view.position)
 
     def record(self, validated: Validation) -> None:
         """Keep and write the result of a validation."""

@@ -2,8 +2,7 @@
 
     FVU_l = sum |x - x_hat|^2 / sum |x - mean_l|^2      over the validation vectors, mean_l over those same vectors
 
-Whole chunks of the store are read, in a seeded order, until there are enough tokens: of a large store only a small part
-is read, and a short validation sees the first chunks of a long one. Nothing in the trainer changes.
+Whole chunks of the store are read, in a seeded order, until there are enough tokens.
 
 Shapes: T tokens of the store, t tokens read, L layers, D d_model, M n_latents.
 """
@@ -39,7 +38,6 @@ class Validation(NamedTuple):
     l0: float
     """Active latents a vector, mean."""
     l0_per_layer: list[float]
-    """Active latents a vector by layer."""
     fired: float
     """Share of the latents that fired on any of these vectors."""
 

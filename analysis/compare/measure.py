@@ -1,10 +1,9 @@
 """Any number of analyses side by side: `analyze --compare A B C`.
 
-Reads the summary.json of each, and writes one table (compare.parquet, a row for each run and weighting; compare.json,
-everything) and one figure. Variances of models of different depth are made comparable by
-dividing them by that of a layer drawn evenly from the analysed ones: (n_layers^2 - 1) / 12 where those are consecutive.
-1 is an even spread, whatever the depth. Runs of one kind (model, trained or not, lens, layers) stand together, kinds in
-the order in which they were given, and within a kind by expansion factor and k, so that a sweep reads as one table.
+Variances of models of different depth are made comparable by dividing them by that of a layer drawn evenly from the
+analysed ones: (n_layers^2 - 1) / 12 where those are consecutive. 1 is an even spread, whatever the depth. Runs of one
+kind (model, trained or not, lens, layers) stand together, kinds in the order in which they were given, and within a
+kind by expansion factor and k, so that a sweep reads as one table.
 """
 
 import json
@@ -22,7 +21,7 @@ from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.results.summary import SCHEMA_VERSION
-from residscope.destinations import refuse_comparison_of
+from residscope.destinations import refuse_comparison_of, require_folder
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write
 from store.folder import refuse_inside_store
@@ -50,8 +49,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     summaries = [_load(path) for path in config.compare]
     runs = in_order(list(map(_checked_run, config.compare, run_names(config.compare), summaries)))
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
-    if config.out.exists() and not config.out.is_dir():
-        raise UsageError(f"--out {config.out} should be a folder, found a file: choose another name")
+    require_folder(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(_rows(runs)).to_parquet(config.out / "compare.parquet", index=False)
     written = ["compare.json", "compare.parquet", *write_comparison(runs, config.out)]

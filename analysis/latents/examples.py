@@ -2,8 +2,7 @@
 
 How: one pass over the sparse codes keeps, per latent and layer, the n most active tokens, of different documents as far
 as there are so many; what is kept does not depend on how tokens are grouped, so parts merge in any way. A second pass
-reads the codes of the windows' tokens, for the latent's activation at each of them. A window is the tokens around an
-example that the model saw together: of the same document and the same sequence.
+reads the codes of the windows' tokens, for the latent's activation at each of them.
 
 Memory: 12 bytes for each of M * L * n examples while they are sought, and about 4 W more for each that was found;
 bounded by the number of examples, not of tokens.
@@ -101,11 +100,7 @@ def window_bounds(tokens: TokenTable, token: NDArray[np.int64]) -> tuple[NDArray
 
 
 def window_activations(
-    found: Examples,
-    start: NDArray[np.int64],
-    stop: NDArray[np.int64],
-    codes: CodesOf,
-    analysed: NDArray[np.bool_],
+    found: Examples, start: NDArray[np.int64], stop: NDArray[np.int64], codes: CodesOf, analysed: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
     """[R, W] activation of each example's latent, at its layer, at the tokens of its window [start, stop); NaN beyond,
     and where a token was not analysed."""

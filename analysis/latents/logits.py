@@ -12,8 +12,7 @@ order of tokens means something, and the size only within one latent. In a store
 in the last layer's basis, which is what the lens is for; without one this is the logit lens, and says little of early
 layers.
 
-How: a tile of latents at a time, so that memory does not grow with n_latents x vocabulary. Not here: causal effects of
-steering a latent (`analysis.prompt.intervene`).
+How: a tile of latents at a time, so that memory does not grow with n_latents x vocabulary.
 
 Shapes: J latents, D d_model, V vocabulary.
 """

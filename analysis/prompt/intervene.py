@@ -142,11 +142,7 @@ class PromptRun:
         true = last_output(prompted.model, input_ids)
         self._known = TrueRun(prompted.model.logits, true[self._kept])
         self._last_logits = prompted.model.logits(true[0, -1]).float()  # [V]
-
-    @property
-    def next_probabilities(self) -> Tensor:
-        """[V] of the token after the prompt, in the true run."""
-        return self._last_logits.softmax(dim=-1)
+        self.next_probabilities = self._last_logits.softmax(dim=-1)  # [V] of the token after the prompt
 
     @torch.inference_mode()
     def effect(self, intervention: Intervention, layer: int) -> Effect:

@@ -1,7 +1,6 @@
-"""`analyze --prompt`: prompts added to an analysis, from options to files.
+"""`analyze --prompt`: prompts added to the analysis in the output folder, which is made first if there is none.
 
-How: an analysis of the same store and autoencoder that is in the output folder is used; if there is none, one is made
-first. Then the model reads the prompts; prompt.parquet and prompt.json are written, and report.html again, with them.
+The model reads the prompts; prompt.parquet and prompt.json are written, and report.html again, with them.
 """
 
 import contextlib

@@ -154,11 +154,7 @@ def latents_of(found: Activations) -> PromptLatents:
 
 
 def view_prompt(
-    prompted: PromptedModel,
-    text: str,
-    tokens: Tokens,
-    layers: Sequence[int],
-    interventions: Sequence[Intervention],
+    prompted: PromptedModel, text: str, tokens: Tokens, layers: Sequence[int], interventions: Sequence[Intervention]
 ) -> PromptView:
     """Look at one prompt. layers: the model's block indices. interventions: where none are asked for, each of the
     `N_ABLATED` strongest latents is ablated at its strongest layer."""

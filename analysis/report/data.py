@@ -26,9 +26,6 @@ WEIGHTINGS = {"mass": "activation mass", "equal": "equal pairs (token, latent)",
 PARTS = {"within_token": "within a token", "between_tokens": "between tokens", "between_latents": "between latents"}
 """The three parts of the total variance, in the order in which they are stacked."""
 
-KINDS = ("early", "middle", "late", "persistent", "bimodal")
-"""Kinds of layer profiles."""
-
 MAX_PAIRS = 20
 """Pairs of latents that the report lists."""
 

@@ -67,7 +67,9 @@ def example_blocks(folder: Path, latents: np.ndarray) -> str:
     of = {latent: _Found(examples.get(latent, [])) for latent in latents.tolist()}
     edges = _add_histograms(folder / "histograms.parquet", of)
     _add_neighbours(folder / "latents.parquet", of)
-    _add_tokens(folder / "latent_logits.parquet", of)
+    if (tokens := folder / "latent_logits.parquet").is_file():
+        for row in pq.read_table(tokens, columns=["latent", "promoted", "suppressed"]).to_pylist():
+            of[row.pop("latent")].rest |= row
     found = list(of.values())
     if not any(one.examples or one.histogram or one.rest for one in found):
         return ""
@@ -156,9 +158,3 @@ def _add_neighbours(path: Path, of: dict[int, _Found]) -> None:
         if others and latent in of:
             near = [[other, float(f"{cosine:.3g}")] for other, cosine in zip(others, cosines, strict=True)]
             of[latent].rest["near"] = near
-
-
-def _add_tokens(path: Path, of: dict[int, _Found]) -> None:
-    if path.is_file():
-        for row in pq.read_table(path, columns=["latent", "promoted", "suppressed"]).to_pylist():
-            of[row.pop("latent")].rest |= row

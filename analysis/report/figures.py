@@ -1,8 +1,7 @@
 """The four figures of an analysis as files: layer profile, variance, reconstruction and downstream by layer.
 
 `write_figures` draws with matplotlib, each as PNG (200 dpi) and SVG (text kept as text), the same bytes for the same
-results, with titles and units for a README or a paper, for half a page. matplotlib is an extra (`pip install
-residscope[plots]`); without it nothing is written. The report needs no such file: its sections draw the same in HTML.
+results, for half a page of a paper. Without matplotlib (`pip install residscope[plots]`) nothing is written.
 """
 
 from collections.abc import Mapping

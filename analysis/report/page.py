@@ -1,7 +1,6 @@
 """report.html: one self-contained page with the findings, the figures and every live latent of an analysis.
 
-`write_report` reads what `analyze` wrote into a folder, and writes the figures (`analysis.report.figures`) and the page
-there. The page loads nothing: style, scripts and data are in it, and a content security policy forbids every request,
+The page loads nothing: style, scripts and data are in it, and a content security policy forbids every request,
 and every script but its own, by hash. Whatever comes from the files is escaped where a section puts it into HTML.
 """
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from residscope.destinations import held_alone
+from residscope.destinations import held_alone, require_folder
 from residscope.errors import UsageError
 
 SUMMARY, CONFIG, REPORT = "summary.json", "analyze.config.toml", "report.html"
@@ -34,8 +34,7 @@ FILES = {
 def partial_folder(out: Path) -> Iterator[Path]:
     """An empty folder inside `out` to make results in, held alone; made before the work, so that a folder that cannot
     be written stops the run at once."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
+    require_folder(out)
     folder = out / ".partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from analysis.baselines.nulls import NULLS
 from analysis.moments import VARIANCE_NAMES
+from residscope.console import aligned
 
 _ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}
 
@@ -197,9 +198,5 @@ def with_interval(variance: Mapping[str, Any], name: str) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column flush left, numbers flush right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        f"  {row[0].ljust(widths[0])}"
-        + "".join(f"  {cell.rjust(w)}" for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in (head, *rows)
-    ]
+    first = max(len(row[0]) for row in (head, *rows))
+    return ["  " + line for line in aligned([(row[0].ljust(first), *row[1:]) for row in (head, *rows)])]

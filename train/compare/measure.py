@@ -2,8 +2,7 @@
 
 An autoencoder for several layers is measured on every layer of the store, one for a single layer on that layer (on
 every layer with `cross`); what a set says of a layer is what its own autoencoder for that layer says. Documents count
-as held out when no checkpoint was trained on them. FVU is that of `train.validation`: raw space, one mean vector a
-layer, lower is better.
+as held out when no checkpoint was trained on them. FVU is that of `train.validation`.
 
 Shapes: T tokens of the store, t tokens read, L layers of the store, D d_model.
 """

@@ -9,19 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from residscope.destinations import refuse_comparison_of
-from residscope.errors import UsageError
+from residscope.console import aligned
+from residscope.destinations import refuse_comparison_of, require_folder
 from store.files import atomic_write
 from store.folder import refuse_inside_store
 from train.compare.measure import Comparison, Entrant
-from train.reporting.report import aligned
 
 
 def check_out(out: Path) -> None:
     """Refuse what cannot be the folder, before anything is computed."""
     refuse_inside_store(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
+    require_folder(out)
     refuse_comparison_of("analyze --compare", out, "schema_version")
 
 

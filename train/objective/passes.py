@@ -5,8 +5,7 @@
     dense_pass    a threshold of each latent's own: any number may be active, so tiles of dense products
 
 With c_n the row's weight, e = target - decoded, and G = d loss / d x_hat = -2 c e, a pair's gradient is g = <G,
-W_dec[j]> where it is active. Not here: which latents are active (`train.kernels.encode`, `train.objective.variants`),
-AuxK and b_pre's gradient, which are the same for all (`train.objective.step`).
+W_dec[j]> where it is active. AuxK and b_pre's gradient are the same for all (`train.objective.step`).
 
 Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row at most, B blocks.
 """

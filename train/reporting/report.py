@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from residscope.console import counted, human_seconds
+from residscope.console import aligned, counted, human_seconds
 from train.grid import RunSpec, as_written
 from train.resolve import RunPlan
 from train.validation import Validation
@@ -113,12 +113,6 @@ def _held_out_cells(result: TrainResult) -> list[str]:
     if found is None or worst is None:
         return ["-"] * 4
     return [f"{found.fvu:.3f}", f"{found.fvu_per_layer[worst]:.3f}", str(result.plan.layers[worst]), f"{found.l0:.1f}"]
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of words as a table, each column as wide as its longest word."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
 
 
 def write_table(out: Path, results: Sequence[TrainResult]) -> Path:

@@ -1,7 +1,8 @@
 """Section: kinds of latents by their layer profile."""
 
+from analysis.latents.table import KINDS
 from analysis.report.charts import lines_chart
-from analysis.report.data import KINDS, Results
+from analysis.report.data import Results
 from analysis.report.markup import Section, figure, integer, percent, table
 
 TITLE = "Kinds of latents"

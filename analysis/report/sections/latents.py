@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from analysis.latents.table import KINDS
 from analysis.report.charts import VIRIDIS
-from analysis.report.data import KINDS, OPTIONAL_SCALARS, Results
+from analysis.report.data import OPTIONAL_SCALARS, Results
 from analysis.report.markup import Section, fill, pack_arrays
 
 WHOLE = ("latent", "count", "n_tokens", "n_layers_active")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.report.data import KINDS, Results, load_results
+from analysis.latents.table import KINDS
+from analysis.report.data import Results, load_results
 from analysis.report.markup import EN_DASH, pack_arrays, page_file, show
 from analysis.report.page import SECTIONS, render_report, write_report
 from analysis.report.sections import nulls, persistence, reconstruction

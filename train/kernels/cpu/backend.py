@@ -5,7 +5,7 @@ work on their memory without a copy, on as many threads as torch uses. Everythin
 first, latent numbers included, because the loops check nothing. First use compiles (some seconds, once: see
 `train.kernels.cpu.compiling` for the cache).
 
-Not here: gradients fused with the optimiser, so that no [M, D] gradient is stored; measured, it gained nothing.
+Gradients fused with the optimiser, so that no [M, D] gradient is stored, gained nothing when measured.
 
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
 """
