@@ -1,16 +1,9 @@
 """From the vectors of a shard to its chunks and its sums, in one pass over the values.
 
-<<<<<<< HEAD
-How: values (float32 ones are rounded; harvest's are already) go straight into slots (an inner chunk with room for its
-checksum), a layer at a time, and added up on the way, in float64. The loops are compiled by numba. The order of every
-addition is fixed (no fast-math), so that the same values give the same bytes on every processor; the interpreter's lock
-is released, so that threads can share out the layers. Not here: checksums, the index and the file itself (shards.py).
-=======
-How: values are rounded straight into slots (an inner chunk with room for its checksum), a layer at a time, and added up
-on the way, in float64. The loops are compiled by numba. The order of every addition is fixed (no fast-math), so that
-the same values give the same bytes on every processor; the interpreter's lock is released, so that threads can share
-out the layers.
->>>>>>> t2
+How: values (float32 ones rounded on the way) go straight into slots (an inner chunk with room for its checksum), a
+layer at a time, and added up on the way, in float64. The loops are compiled by numba. The order of every addition is
+fixed (no fast-math), so that the same values give the same bytes on every processor; the interpreter's lock is
+released, so that threads can share out the layers.
 
 Shapes: t valid tokens of the shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 Arrays are contiguous in the compiled loops.
