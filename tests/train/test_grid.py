@@ -13,6 +13,7 @@ import torch
 from residscope.errors import IncompatibleError, Interrupted, UsageError
 from residscope.options import with_values
 from store.activations import ActivationStore
+from tests.support.training import StopAt
 from train import run as loop
 from train.checkpoint import load_checkpoint
 from train.cli import main
@@ -61,23 +62,6 @@ def test_each_run_of_a_sweep_is_the_single_run_and_the_data_are_read_once(
         assert result.checkpoint.read_bytes() == alone.out.read_bytes()
         assert result.metrics == single.metrics
         assert result.validation == single.validation
-
-
-class StopAt:
-    """Stands in for the signal handler: tells the loop to stop after a number of steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def __enter__(self) -> "StopAt":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
 
 
 @pytest.mark.parametrize(
