@@ -16,12 +16,12 @@ times the tokens, which must not matter. Not measured: training, harvesting, and
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +224,11 @@ def peak_memory(store: Path, sae: Path, dtype: str) -> float:
 def probe(store: str, sae: str, dtype: str) -> None:
     """Do the job, a shard a task, and print this process's peak memory in GB."""
     shards = range(ActivationStore.open(store).meta.n_shards)
-    Sums.merged([measure(work_of(Path(store), Path(sae), dtype), [shard]) for shard in shards])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    work = work_of(Path(store), Path(sae), dtype)
+    reduce(lambda sums, shard: Sums.merged([sums, measure(work, [shard])]), shards[1:], measure(work, shards[:1]))
+    # Not getrusage: its maximum begins with what the process that started this one had.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) * 1024 / 1e9)
 
 
 def print_results(n_latents: int, n_tokens: int, dtype: str, found: dict[str, float]) -> None:
