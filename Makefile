@@ -19,8 +19,9 @@ test: setup
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # Against the real SAELens and sparsify, in an environment of their own: they bring other versions of shared dependencies.
+# The conftest.py above that folder needs ours.
 test-interop: $(INTEROP_VENV)/.installed
-	OMP_NUM_THREADS=1 $(INTEROP_VENV)/bin/python -m pytest -p no:cacheprovider tests/interop
+	OMP_NUM_THREADS=1 $(INTEROP_VENV)/bin/python -m pytest -p no:cacheprovider --confcutdir=tests/interop tests/interop
 
 $(INTEROP_VENV)/.installed: tests/interop/requirements.txt
 	$(PYTHON) -m venv $(INTEROP_VENV)
