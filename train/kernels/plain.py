@@ -63,20 +63,12 @@ class PlainKernels(Kernels):
         return Reconstruction(error, grad_out, error.square().sum(dim=1), value_grads)
 
     def weight_gradients(
-        self,
-        values: Tensor,
-        value_grads: Tensor,
-        indices: Tensor,
-        grad_out: Tensor,
-        centred: Tensor,
-        n_latents: int,
-        *,
-        out: WeightGradients | None = None,
+        self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
         """`out` is of no use here."""
-        ordered, order = torch.sort(indices.flatten(), stable=True)  # within a latent, by row
-        starts = torch.searchsorted(ordered, torch.arange(n_latents, device=indices.device))
-        row = order // indices.shape[1]
+        ordered, order = torch.sort(codes.indices.flatten(), stable=True)  # within a latent, by row
+        starts = torch.searchsorted(ordered, torch.arange(len(out.W_enc), device=ordered.device))
+        row = order // codes.indices.shape[1]
 
         def sum_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
             """For each latent, the sum of coefficients[n, k] * rows[n] over its pairs: [N, k], [N, D] -> [M, D]."""
@@ -84,7 +76,7 @@ class PlainKernels(Kernels):
             return F.embedding_bag(row, rows, starts, per_sample_weights=weights, mode="sum")
 
         latent_sums = sum_rows(value_grads, centred.new_ones(len(centred), 1)).squeeze(-1)
-        return WeightGradients(sum_rows(value_grads, centred), sum_rows(values, grad_out), latent_sums)
+        return WeightGradients(sum_rows(value_grads, centred), sum_rows(codes.values, grad_out), latent_sums)
 
     def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         """On a CPU a few rows at a time, so that the five passes over them find them in the cache."""

@@ -41,27 +41,15 @@ class CpuKernels(Kernels):
     def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         (n, k), (m, d) = values.shape, W_dec.shape
         out = W_dec.new_empty(n, d)
-        run_chunks(
-            loops.decode_rows,
-            even_chunks(n, 1 + CHUNK // (k * d)),
-            array_of(values, "values", n, k, like=W_dec),
-            _latents(indices, n, k, m),
-            array_of(W_dec, "W_dec", m, d),
-            out.numpy(),
-        )
+        inputs = array_of(values, "values", n, k, like=W_dec), _latents(indices, n, k, m), array_of(W_dec, "W_dec", m, d)
+        run_chunks(loops.decode_rows, even_chunks(n, 1 + CHUNK // (k * d)), *inputs, out.numpy())
         return out
 
     def activation_gradient(self, grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         (n, k), (m, d) = indices.shape, W_dec.shape
-        out = W_dec.new_empty(n, k)
-        run_chunks(
-            loops.gradient_rows,
-            even_chunks(n, 1 + CHUNK // (k * d)),
-            array_of(grad_out, "grad_out", n, d, like=W_dec),
-            _latents(indices, n, k, m),
-            array_of(W_dec, "W_dec", m, d),
-            out.numpy(),
-        )
+        out, rows = W_dec.new_empty(n, k), array_of(grad_out, "grad_out", n, d, like=W_dec)
+        inputs = rows, _latents(indices, n, k, m), array_of(W_dec, "W_dec", m, d)
+        run_chunks(loops.gradient_rows, even_chunks(n, 1 + CHUNK // (k * d)), *inputs, out.numpy())
         return out
 
     def reconstruct(
@@ -82,17 +70,10 @@ class CpuKernels(Kernels):
         return out
 
     def weight_gradients(
-        self,
-        values: Tensor,
-        value_grads: Tensor,
-        indices: Tensor,
-        grad_out: Tensor,
-        centred: Tensor,
-        n_latents: int,
-        *,
-        out: WeightGradients | None = None,
+        self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
-        (n, k), d = indices.shape, grad_out.shape[1]
+        (values, indices), (n_latents, d) = codes, out.W_enc.shape
+        n, k = indices.shape
         starts, order = np.empty(n_latents + 1, np.int64), np.empty(n * k, np.int64)
         loops.sort_pairs(
             _latents(indices, n, k, n_latents).ravel(),
@@ -106,8 +87,6 @@ class CpuKernels(Kernels):
         borders = even_chunks(int(work[-1]), CHUNK // 512)
         borders[1:-1] = np.searchsorted(work, borders[1:-1]).tolist()
         borders[-1] = n_latents
-        if out is None:
-            out = WeightGradients(*(grad_out.new_empty(shape) for shape in ((n_latents, d), (n_latents, d), n_latents)))
         for coefficients, rows, weight, sums in (
             (value_grads, centred, out.W_enc, out.latent_sums),
             (values, grad_out, out.W_dec, torch.empty_like(out.latent_sums)),

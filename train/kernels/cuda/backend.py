@@ -90,26 +90,15 @@ class CudaKernels(Kernels):
         return out
 
     def weight_gradients(
-        self,
-        values: Tensor,
-        value_grads: Tensor,
-        indices: Tensor,
-        grad_out: Tensor,
-        centred: Tensor,
-        n_latents: int,
-        *,
-        out: WeightGradients | None = None,
+        self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
         """The sorted pairs are cut into chunks of equal length, so that a latent that is active everywhere is no
         program's burden alone; one whose pairs lie in several is put together, in their order, by a second program."""
-        (n, k), d = indices.shape, centred.shape[1]
-        pairs = n * k
+        (values, indices), (n_latents, d) = codes, out.W_enc.shape
+        pairs, k = indices.numel(), indices.shape[1]
         number = torch.int32 if max(pairs, n_latents) < 2**31 else torch.int64
         latent, order = torch.sort(indices.flatten().to(number), stable=True)
         starts = torch.searchsorted(latent, torch.arange(n_latents + 1, device=latent.device, dtype=number))
-        if out is None:
-            shape = (n_latents, d)
-            out = WeightGradients(grad_out.new_empty(shape), grad_out.new_empty(shape), grad_out.new_empty(n_latents))
         n_chunks = -(-pairs // _CHUNK)
         parts = grad_out.new_empty(2, n_chunks, 2, d)  # of W_enc and W_dec; of each chunk's first and last latent
         sum_parts = grad_out.new_empty(n_chunks, 2)
