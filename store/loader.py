@@ -70,8 +70,6 @@ class WindowLoader:
         threads: int = 4,
         start_batch: int = 0,
         epochs: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
         check_places: bool = False,
     ) -> None:
         """Fix the order of rows; nothing is read before the first batch is asked for.
@@ -101,11 +99,9 @@ class WindowLoader:
             layers=tuple(range(meta.n_layers)) if layers is None else tuple(int(layer) for layer in layers),
             blocks_per_window=max(window_bytes // (meta.chunk_tokens * meta.d_model * meta.itemsize), 1),
             seed=seed,
-            rank=rank,
-            world_size=world_size,
         )
         if self._order.rows_per_epoch == 0:
-            raise UsageError(f"{store.path}: no rows: the mask excludes all tokens of rank {rank}")
+            raise UsageError(f"{store.path}: no rows: the mask excludes all tokens")
         self._mask = np.zeros((meta.n_chunks, meta.chunk_tokens), bool)
         self._mask.reshape(-1)[: meta.n_tokens] = row_mask
         self.wait_seconds = 0.0
