@@ -60,6 +60,9 @@ class LayerMoments:
     """[M, L] sum of activations."""
     persistence: Persistence
     """Sums of when latents switch on and off, for the same groups."""
+    errors: NDArray[np.float64]
+    """[G, 3, L] sums of |x - x_hat|^2, |x - m|^2 and the number of active latents, for intervals of the reconstruction;
+    m as in `analysis.quality`."""
 
     @classmethod
     def zeros(cls, layers: Sequence[int], n_latents: int, groups: Sequence[int] = (0,)) -> "LayerMoments":
@@ -73,6 +76,7 @@ class LayerMoments:
             counts=np.zeros((n_latents, n_layers), np.int64),
             totals=np.zeros((n_latents, n_layers)),
             persistence=Persistence.zeros(n_layers, n_latents, n_groups),
+            errors=np.zeros((n_groups, 3, n_layers)),
         )
 
     @property
@@ -90,12 +94,13 @@ class LayerMoments:
         indices: NDArray[np.int64],
         group: NDArray[np.int64] | None = None,
         rows: NDArray[np.int64] | None = None,
+        errors: NDArray[np.float64] | None = None,
     ) -> None:
         """Add whole tokens, in place: values [T, L, k] >= 0, indices [T, L, k], group [T] (default: all in the first).
 
         rows [T, L]: which of the T * L vectors, counted token by token, is taken to stand at a token and layer; default
-        each at its own (`analysis.baselines.nulls` has others). Raises `ValueError` on a value that is negative or not
-        finite, naming token and layer.
+        each at its own (`analysis.baselines.nulls` has others). errors [3, T, L]: what `LayerQuality.add` gave for the
+        tokens. Raises `ValueError` on a value that is negative or not finite, naming token and layer.
         """
         from analysis import loops
 
@@ -115,6 +120,8 @@ class LayerMoments:
         sums = self.sums, self.counts, self.totals, *persistence
         loops.add_codes(*codes, own, self.layers - self.centre, row, *sums)
         np.add.at(self.n_tokens, row, 1)
+        if errors is not None:
+            np.add.at(self.errors, row, np.moveaxis(errors, 0, 1))
 
     @staticmethod
     def merged(parts: Sequence["LayerMoments"]) -> "LayerMoments":
@@ -126,6 +133,7 @@ class LayerMoments:
             rows = np.searchsorted(groups, part.groups)
             total.n_tokens[rows] += part.n_tokens
             total.sums[rows] += part.sums
+            total.errors[rows] += part.errors
             np.add(total.counts, part.counts, out=total.counts)
             np.add(total.totals, part.totals, out=total.totals)
             total.persistence.add_rows(part.persistence, rows)

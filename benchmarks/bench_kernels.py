@@ -97,8 +97,8 @@ def measure(n: int, m: int, rounds: int, clock: Callable[[], float]) -> dict[str
         "decode, torch": lambda: TORCH.decode(v, i, W_dec),
         "activation gradient": lambda: NUMBA.activation_gradient(grad_out, i, W_dec),
         "activation gradient, torch": lambda: TORCH.activation_gradient(grad_out, i, W_dec),
-        "reconstruct": lambda: NUMBA.reconstruct(v, i, W_dec, x, weight),
-        "reconstruct, torch": lambda: TORCH.reconstruct(v, i, W_dec, x, weight),
+        "reconstruct": lambda: NUMBA.reconstruct(codes, W_dec, x, weight),
+        "reconstruct, torch": lambda: TORCH.reconstruct(codes, W_dec, x, weight),
         "weight gradients": lambda: NUMBA.weight_gradients(codes, value_grads, grad_out, x, grads),
         "weight gradients, torch": lambda: TORCH.weight_gradients(codes, value_grads, grad_out, x, grads),
         "weight gradients, index_add": index_add,
@@ -141,7 +141,7 @@ from train.kernels.interface import AdamStep, WeightGradients
 x, W = torch.randn(64, 32), torch.randn(96, 32)
 start = time.process_time()
 codes = NUMBA.topk_relu(x @ W.T, 4)
-r = NUMBA.reconstruct(*codes, W, x, torch.ones(64))
+r = NUMBA.reconstruct(codes, W, x, torch.ones(64))
 g = NUMBA.weight_gradients(codes, r.value_grads, r.grad_out, x, WeightGradients.zeros_like(W))
 NUMBA.adam_rows(W, g.W_dec, torch.zeros_like(W), torch.zeros_like(W), AdamStep(lr=0.1, step=1, unit_rows=True))
 print(time.process_time() - start)

@@ -77,7 +77,7 @@ class RowOrder:
     @property
     def n_blocks(self) -> int:
         """Blocks in every epoch (B): all that have rows."""
-        return np.count_nonzero(self._counts) * len(self.layers)
+        return int(np.count_nonzero(self._counts)) * len(self.layers)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """The blocks of an epoch, in order, and where its windows end."""

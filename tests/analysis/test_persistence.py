@@ -159,5 +159,4 @@ def test_intervals_come_from_leaving_out_groups_and_hold_the_value():
             expected = jackknife_intervals(np.array([value[name]]), replicates)[0]
             assert interval == pytest.approx(expected, rel=1e-9)
             assert interval.low <= value[name] <= interval.high
-    assert persistence_intervals(moments_of(values, indices, 9)) == {}
     assert len(DISTRIBUTIONS) == moments.persistence.histograms.shape[2]

@@ -58,9 +58,7 @@ def test_every_row_comes_once_in_each_epoch(
     mask = np.random.default_rng(mask_seed).random(150) < 0.5
     mask[40:100] &= mask_seed > 2  # Some chunks have no rows.
     expected = sorted((t, layer) for t in np.flatnonzero(mask).tolist() for layer in layers or range(3))
-    loader = WindowLoader(
-        store, mask, batch_size, seed, window * BLOCK_BYTES, layers=layers, epochs=epochs, threads=2
-    )
+    loader = WindowLoader(store, mask, batch_size, seed, window * BLOCK_BYTES, layers=layers, epochs=epochs, threads=2)
     batches = list(loader)
     assert len(batches) == loader.n_batches
     assert [len(b.rows) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)

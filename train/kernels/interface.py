@@ -127,9 +127,7 @@ class Kernels(ABC):
         """<grad_out[n], W_dec[indices[n, k]]>: [N, D], [N, k], [M, D] -> [N, k]."""
 
     @abstractmethod
-    def reconstruct(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
-    ) -> Reconstruction:
+    def reconstruct(self, codes: SparseCodes, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
         """Decode, and take the loss sum_n weight[n] |target[n] - decoded[n]|^2 back to the pre-activations.
 
         target [N, D], without b_pre; weight [N].

@@ -54,12 +54,10 @@ class PlainKernels(Kernels):
             out[part] = gathered.mul_(grad_out[part].unsqueeze(1)).sum(dim=-1)
         return out
 
-    def reconstruct(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
-    ) -> Reconstruction:
-        error = target - self.decode(values, indices, W_dec)
+    def reconstruct(self, codes: SparseCodes, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
+        error = target - self.decode(*codes, W_dec)
         grad_out = error * (-2 * weight).unsqueeze(1)
-        value_grads = self.activation_gradient(grad_out, indices, W_dec).masked_fill_(values <= 0, 0)
+        value_grads = self.activation_gradient(grad_out, codes.indices, W_dec).masked_fill_(codes.values <= 0, 0)
         return Reconstruction(error, grad_out, error.square().sum(dim=1), value_grads)
 
     def weight_gradients(

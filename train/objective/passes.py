@@ -74,7 +74,7 @@ class MainPass(NamedTuple):
 def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
     """Loss and gradients of codes [N, w]."""
     kernels, W_dec = given.kernels, given.weights.W_dec
-    main = kernels.reconstruct(codes.values, codes.indices, W_dec, given.target, given.row_weight)
+    main = kernels.reconstruct(codes, W_dec, given.target, given.row_weight)
     memory = WeightGradients.zeros_like(W_dec) if given.out is None else given.out
     gradients = kernels.weight_gradients(codes, main.value_grads, main.grad_out, given.inputs, memory)
     return _of_codes(codes, given.row_weight @ main.squared, main.error, main.squared, main.grad_out, gradients)
@@ -95,7 +95,7 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
     kernels, W_dec = given.kernels, given.weights.W_dec
     remaining, errors = given.target, []
     for block in blocks:
-        remaining = remaining - kernels.decode(block.codes.values, block.codes.indices, W_dec)
+        remaining = remaining - kernels.decode(*block.codes, W_dec)
         errors.append(remaining)
     squares = [error.square().sum(dim=1) for error in errors]
     loss = given.row_weight.new_zeros(())

@@ -80,12 +80,10 @@ class CudaKernels(Kernels):
         row_programs.activation_gradient[(n,)](*inputs, out, k, d, **_row_block(d))
         return out
 
-    def reconstruct(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
-    ) -> Reconstruction:
-        (n, k), d = values.shape, W_dec.shape[1]
+    def reconstruct(self, codes: SparseCodes, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
+        (n, k), d = codes.values.shape, W_dec.shape[1]
         out = Reconstruction(*(W_dec.new_empty(shape) for shape in ((n, d), (n, d), (n,), (n, k))))
-        inputs = (t.contiguous() for t in (values, indices, W_dec, target, weight))
+        inputs = (t.contiguous() for t in (*codes, W_dec, target, weight))
         row_programs.reconstruct[(n,)](*inputs, *out, k, d, **_row_block(d))
         return out
 

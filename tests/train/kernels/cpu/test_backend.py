@@ -96,7 +96,7 @@ def test_reconstruct_equals_autograd(
     decoded.retain_grad()
     error = case["x"] - decoded
     (case["weight"] * error.square().sum(dim=1)).sum().backward()
-    got = kernels.reconstruct(z.relu(), case["indices"], case["W_dec"], case["x"], case["weight"])
+    got = kernels.reconstruct(SparseCodes(z.relu(), case["indices"]), case["W_dec"], case["x"], case["weight"])
     expected = Reconstruction(error, decoded.grad, error.square().sum(dim=1), z.grad)  # type: ignore[arg-type]
     for name, ours, theirs in zip(Reconstruction._fields, got, expected, strict=True):
         assert_near(ours, theirs.detach(), 10 * FLOATS[dtype], name)
@@ -129,7 +129,7 @@ def test_no_rows() -> None:
     x, W_dec = torch.empty(0, 3), torch.randn(5, 3)
     assert codes.values.shape == codes.indices.shape == (0, 2)
     assert NUMBA.decode(*codes, W_dec).shape == (0, 3)
-    assert NUMBA.reconstruct(*codes, W_dec, x, torch.empty(0)).value_grads.shape == (0, 2)
+    assert NUMBA.reconstruct(codes, W_dec, x, torch.empty(0)).value_grads.shape == (0, 2)
     memory = WeightGradients.zeros_like(W_dec)
     assert NUMBA.weight_gradients(codes, codes.values, x, x, memory).W_enc.tolist() == [[0] * 3] * 5
 
@@ -192,7 +192,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         codes = NUMBA.topk_relu(z, 16)
-        parts = NUMBA.reconstruct(*codes, W, x, torch.ones(700))
+        parts = NUMBA.reconstruct(codes, W, x, torch.ones(700))
         memory = WeightGradients.zeros_like(W)
         grads = NUMBA.weight_gradients(codes, parts.value_grads, parts.grad_out, x, memory)
         moved, m, v = W.clone(), torch.zeros_like(W), torch.zeros_like(W)

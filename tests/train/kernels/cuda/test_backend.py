@@ -111,7 +111,7 @@ else:
         close(TRITON.decode(values, indices, W_dec), TORCH.decode(values, indices, W_dec))
         slopes = TORCH.activation_gradient(grad, indices, W_dec)
         close(TRITON.activation_gradient(grad, indices, W_dec), slopes)
-        found, expected = (kern.reconstruct(values, indices, W_dec, x, weight) for kern in (TRITON, TORCH))
+        found, expected = (kern.reconstruct(SparseCodes(values, indices), W_dec, x, weight) for kern in (TRITON, TORCH))
         close(tuple(found), tuple(expected))
         codes = SparseCodes(values, indices)
         found, expected = (
