@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -170,16 +170,13 @@ class WindowLoader:
         if first_row >= self.n_rows:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
-            reading = self._reading(first_row, reader, helper)
-            window = next(reading, None)
-            while window is not None:
-                ahead = next(reading, None)
+            reading: Iterator[Any] = itertools.chain(self._reading(first_row, reader, helper), [None])
+            for window, ahead in itertools.pairwise(reading):
                 began = time.perf_counter()
                 window.read.result()
                 window.order.result()
                 self.wait_seconds += time.perf_counter() - began
                 yield window, ahead
-                window = ahead
 
     def _reading(self, first_row: int, reader: ThreadPoolExecutor, helper: ThreadPoolExecutor) -> Iterator[_Window]:
         """Windows from that of row `first_row` of the stream on, each as soon as `reader` is told to read it."""

@@ -116,17 +116,10 @@ class CudaKernels(Kernels):
         d = weight.shape[1] if how.unit_rows else min(weight.numel(), _PIECE)
         beta1, beta2 = how.BETAS
         numbers = (how.grad_scale, how.step_size, 1 - beta1, beta2, 1 - beta2, how.correction, how.EPSILON)
-        row_programs.adam[(-(-weight.numel() // d),)](
-            weight,
-            grad.contiguous(),
-            exp_avg,
-            exp_avg_sq,
-            weight.new_tensor(numbers, dtype=torch.float64),  # as memory, because arguments are rounded to float32
-            d,
-            weight.numel(),
-            UNIT_ROWS=how.unit_rows,
-            **_row_block(d),
-        )
+        # As memory, because arguments are rounded to float32.
+        memory = (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight.new_tensor(numbers, dtype=torch.float64))
+        size = weight.numel()
+        row_programs.adam[(-(-size // d),)](*memory, d, size, UNIT_ROWS=how.unit_rows, **_row_block(d))
 
 
 def _group_size(m: int, k: int) -> int | None:
