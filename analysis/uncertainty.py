@@ -143,7 +143,7 @@ def _named(
 def persistence_intervals(moments: LayerMoments) -> Intervals:
     """As `variance_intervals`, of the numbers of `analysis.persistence`."""
     draws = leave_one_out(len(moments.groups))
-    sums = moments.persistence.histograms, moments.persistence.shape
+    sums = moments.histograms, moments.run_sums
     pooled, drawn = ([np.tensordot(each, x, 1) for x in sums] for each in (np.ones((1, len(draws))), draws))
     intervals: Intervals = {}
     for weighting in PAIR_WEIGHTINGS:

@@ -1,10 +1,11 @@
 """Intervals by leaving out document groups: what they are made of, what they hold, and when there are none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
-from analysis.persistence import Persistence
 from analysis.quality import LayerQuality, QualityResult
 from analysis.uncertainty import (
     MIN_INTERVAL_GROUPS,
@@ -151,15 +152,13 @@ def test_too_few_groups_give_no_interval():
 
 def test_documents_that_are_all_alike_leave_no_uncertainty():
     one, n = grouped_moments(1), 24
-    alike = LayerMoments(
-        layers=one.layers,
-        groups=np.arange(n),
+    none = LayerMoments.zeros(range(4), 9, range(n))
+    alike = replace(
+        none,
         n_tokens=np.repeat(one.n_tokens, n),
         sums=np.repeat(one.sums, n, axis=0),
         counts=one.counts * n,
         totals=one.totals * n,
-        persistence=Persistence.zeros(4, 9, n),
-        errors=np.zeros((n, 3, 4)),
     )
     for name, interval in variance_intervals(alike)["mass"].items():
         assert interval is not None
