@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,6 +70,8 @@ class WindowLoader:
         threads: int = 4,
         start_batch: int = 0,
         epochs: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """Fix the order of rows; nothing is read before the first batch is asked for.
 
@@ -97,9 +99,11 @@ class WindowLoader:
             layers=tuple(range(meta.n_layers)) if layers is None else tuple(int(layer) for layer in layers),
             blocks_per_window=max(window_bytes // (meta.chunk_tokens * meta.d_model * meta.itemsize), 1),
             seed=seed,
+            rank=rank,
+            world_size=world_size,
         )
         if self._order.rows_per_epoch == 0:
-            raise UsageError(f"{store.path}: no rows: the mask excludes all tokens")
+            raise UsageError(f"{store.path}: no rows: the mask excludes all tokens of rank {rank}")
         self._mask = np.zeros((meta.n_chunks, meta.chunk_tokens), bool)
         self._mask.reshape(-1)[: meta.n_tokens] = row_mask
         self.wait_seconds = 0.0
@@ -170,13 +174,16 @@ class WindowLoader:
         if first_row >= self.n_rows:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
-            reading: Iterator[Any] = itertools.chain(self._reading(first_row, reader, helper), [None])
-            for window, ahead in itertools.pairwise(reading):
+            reading = self._reading(first_row, reader, helper)
+            window = next(reading, None)
+            while window is not None:
+                ahead = next(reading, None)
                 began = time.perf_counter()
                 window.read.result()
                 window.order.result()
                 self.wait_seconds += time.perf_counter() - began
                 yield window, ahead
+                window = ahead
 
     def _reading(self, first_row: int, reader: ThreadPoolExecutor, helper: ThreadPoolExecutor) -> Iterator[_Window]:
         """Windows from that of row `first_row` of the stream on, each as soon as `reader` is told to read it."""

@@ -43,6 +43,7 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
     seed=st.integers(0, 5),
     mask_seed=st.integers(0, 5),
     layers=st.sampled_from([None, (1,), (2, 0)]),
+    world_size=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
 def test_every_row_comes_once_in_each_epoch(
@@ -54,19 +55,34 @@ def test_every_row_comes_once_in_each_epoch(
     seed: int,
     mask_seed: int,
     layers: tuple[int, ...] | None,
+    world_size: int,
 ) -> None:
     mask = np.random.default_rng(mask_seed).random(150) < 0.5
     mask[40:100] &= mask_seed > 2  # Some chunks have no rows.
     expected = sorted((t, layer) for t in np.flatnonzero(mask).tolist() for layer in layers or range(3))
-    loader = WindowLoader(store, mask, batch_size, seed, window * BLOCK_BYTES, layers=layers, epochs=epochs, threads=2)
-    batches = list(loader)
-    assert len(batches) == loader.n_batches
-    assert [len(b.rows) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    all_rows = joined(batches)
-    assert len(all_rows.rows) == loader.n_rows
-    assert np.array_equal(all_rows.rows, raw[all_rows.token, all_rows.layer])
-    for part in np.split(np.stack([all_rows.token, all_rows.layer], 1), epochs):
-        assert sorted(map(tuple, part.tolist())) == expected
+    seen: list[list[tuple[int, int]]] = [[] for _ in range(epochs)]
+    for rank in range(world_size):
+        loader = WindowLoader(
+            store,
+            mask,
+            batch_size,
+            seed,
+            window * BLOCK_BYTES,
+            layers=layers,
+            epochs=epochs,
+            rank=rank,
+            world_size=world_size,
+            threads=2,
+        )
+        batches = list(loader)
+        assert len(batches) == loader.n_batches
+        assert [len(b.rows) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
+        all_rows = joined(batches)
+        assert len(all_rows.rows) == loader.n_rows
+        assert np.array_equal(all_rows.rows, raw[all_rows.token, all_rows.layer])
+        for epoch, part in enumerate(np.split(np.stack([all_rows.token, all_rows.layer], 1), epochs)):
+            seen[epoch] += map(tuple, part.tolist())
+    assert all(sorted(rows) == expected for rows in seen)
 
 
 @given(start=st.integers(0, 40), window=st.sampled_from([1, 7, 1000]), threads=st.integers(1, 5))

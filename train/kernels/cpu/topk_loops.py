@@ -24,7 +24,7 @@ from train.kernels.cpu.compiling import compiled, inlined
 
 _BLOCK = 64  # one bit of a 64-bit mask a latent
 _GROUP = 8  # latents of a group, where blocks are too few: those of one lane in a block
-_RUN = 64  # keys that are counted at once where they are sorted
+_RUN = 64  # keys that are sorted by counting rather than by merging
 
 
 @compiled
@@ -43,7 +43,7 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
     groups = np.empty(n_latents // _GROUP + _BLOCK, bits.dtype)
     ordered = np.empty(n_latents, bits.dtype)
     keys = np.empty(n_latents + _RUN, bits.dtype)
-    latents, ties = np.empty(n_latents, np.int32), np.empty(n_latents, np.int32)
+    latents = np.empty(n_latents, np.int32)
     sorted_keys = np.empty(n_latents, bits.dtype)
     sorted_latents = np.empty(n_latents, np.int32)
 
@@ -71,7 +71,8 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
                 found = _take_block(row, b * _BLOCK, bound, keys, latents, found)
         if found > k and found > _RUN:
             found = _cut_to_largest(keys, latents, found, k, _kth_largest(keys, found, k, sign_bit, 0))
-        _sort(keys, latents, found, ties, sorted_keys, sorted_latents)
+        _sort_runs(keys, latents, found, sorted_keys, sorted_latents)
+        _merge_runs(sorted_keys, sorted_latents, found, keys, latents)
         for i in range(k):
             key = sorted_keys[i]
             values[n, i] = values.dtype.type(key if key > 0 else 0) << shift
@@ -218,21 +219,50 @@ def _cut_to_largest(keys, latents, n, k, bound):
 
 
 @inlined
-def _sort(keys, latents, n, ties, sorted_keys, sorted_latents):
-    """Sort keys[:n], largest first, ties in order: a key's place is how many go before it.
+def _sort_runs(keys, latents, n, sorted_keys, sorted_latents):
+    """Sort each run of 64, largest first, ties in order: a key's place is how many keys of its run go before it.
 
-    keys has room for whole runs of 64, and what lies beyond n is overwritten; so is ties[:n].
+    keys has room for whole runs, and what lies beyond n is overwritten.
     """
-    keys[n : n + _RUN] = keys.dtype.type(keys.dtype.type(1) << (8 * keys.itemsize - 1))  # the smallest
-    ties[:n] = 0
-    for i in range(n):
-        key = keys[i]
-        place = np.int32(0)
-        for start in range(0, n, _RUN):
-            run = keys[start : start + _RUN]
+    smallest = keys.dtype.type(keys.dtype.type(1) << (8 * keys.itemsize - 1))
+    equals_placed = np.empty(_RUN, np.int32)  # by place
+    for start in range(0, n, _RUN):
+        size = min(_RUN, n - start)
+        run = keys[start : start + _RUN]
+        for i in range(_RUN):
+            equals_placed[i] = 0
+        for i in range(size, _RUN):
+            run[i] = smallest
+        for i in range(size):
+            key = run[i]
+            place = np.int32(0)
             for j in range(_RUN):  # a fixed length, which compilers vectorise whole
                 place = np.int32(place + np.int32(run[j] > key))
-        ties[place] += 1
-        place += ties[place] - 1
-        sorted_keys[place] = key
-        sorted_latents[place] = latents[i]
+            equals_placed[place] += 1
+            place += equals_placed[place] - 1
+            sorted_keys[start + place] = key
+            sorted_latents[start + place] = latents[start + i]
+
+
+@inlined
+def _merge_runs(keys, latents, n, spare_keys, spare_latents):
+    """Merge sorted runs of 64 into one, in place; of equal keys, those of the earlier run first."""
+    width = _RUN
+    while width < n:
+        for start in range(0, n, 2 * width):
+            middle = min(start + width, n)
+            end = min(start + 2 * width, n)
+            left, right = start, middle
+            for out in range(start, end):
+                if right >= end or (left < middle and keys[left] >= keys[right]):
+                    spare_keys[out] = keys[left]
+                    spare_latents[out] = latents[left]
+                    left += 1
+                else:
+                    spare_keys[out] = keys[right]
+                    spare_latents[out] = latents[right]
+                    right += 1
+        for i in range(n):
+            keys[i] = spare_keys[i]
+            latents[i] = spare_latents[i]
+        width *= 2
