@@ -24,8 +24,8 @@ import numpy as np
 # layer and variance are mu = sum_l l a / sum_l a and v = sum_l (l - mu)^2 a / sum_l a.
 MASS, MASS_L, MASS_V, MASS_LL, PAIRS, PAIRS_L, PAIRS_V, PAIRS_LL = range(8)
 
-# Rows of `Persistence.histograms`, each a distribution over positions 0 .. L - 1 of the analysed layers; the first two
-# count layers, at position n - 1. Then the entries of `Persistence.shape` and the columns of `Persistence.latents`.
+# Rows of `LayerMoments.histograms`, each a distribution over positions 0 .. L - 1 of the analysed layers; the first two
+# count layers, at position n - 1. Then the entries of its `run_sums` and the columns of its `latent_sums`.
 N_ACTIVE, RUN_LENGTH, ONSET, OFFSET = range(4)
 N_RUNS, CONTIGUITY, UNBROKEN = range(3)
 LATENT_ACTIVE, LATENT_ONSET, LATENT_OFFSET, LATENT_RUN, LATENT_CONTIGUITY = range(5)

@@ -19,7 +19,7 @@ so that, by mass, with everything summed over latents and divided by sum_j M0
 
 Sums are float64 (counts int64) with layers centred. They add over tokens, so they merge across shards, workers and
 document groups in any order. Whole tokens must be added: every layer of a token in one call. The same pass over the
-codes fills the sums of `analysis.persistence`. The method in full: docs/method.md.
+codes fills the sums of which `analysis.persistence` makes numbers. The method in full: docs/method.md.
 
 Shapes: T tokens, L layers, k active latents a vector, M n_latents, G document groups.
 """
@@ -31,7 +31,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.persistence import Persistence
 from analysis.quality import defined, ratio, ratio_or_zero
 
 Weighting = Literal["mass", "equal", "latent"]
@@ -58,8 +57,17 @@ class LayerMoments:
     """[M, L] (token, layer) pairs at which a latent fired."""
     totals: NDArray[np.float64]
     """[M, L] sum of activations."""
-    persistence: Persistence
-    """Sums of when latents switch on and off, for the same groups."""
+    histograms: NDArray[np.float64]
+    """[G, 2, 4, L]: of (token, latent) pairs, weighted by mass and each once, the weight by n_layers_active and
+    run_length (n at position n - 1), onset and offset (at the layer's position)."""
+    run_sums: NDArray[np.float64]
+    """[G, 2, 3]: for the same weightings, sums of weight times n_runs, contiguity, and 1 where n_runs is 1."""
+    latent_sums: NDArray[np.float64]
+    """[M, 5]: sums over a latent's pairs, each counting once, of n_layers_active, onset, offset (centred), run_length
+    and contiguity."""
+    errors: NDArray[np.float64]
+    """[G, 3, L] sums of |x - x_hat|^2, |x - m|^2 and the number of active latents, for intervals of the reconstruction;
+    m as in `analysis.quality`."""
 
     @classmethod
     def zeros(cls, layers: Sequence[int], n_latents: int, groups: Sequence[int] = (0,)) -> "LayerMoments":
@@ -72,7 +80,10 @@ class LayerMoments:
             sums=np.zeros((n_groups, 8, n_latents)),
             counts=np.zeros((n_latents, n_layers), np.int64),
             totals=np.zeros((n_latents, n_layers)),
-            persistence=Persistence.zeros(n_layers, n_latents, n_groups),
+            histograms=np.zeros((n_groups, 2, 4, n_layers)),
+            run_sums=np.zeros((n_groups, 2, 3)),
+            latent_sums=np.zeros((n_latents, 5)),
+            errors=np.zeros((n_groups, 3, n_layers)),
         )
 
     @property
@@ -90,12 +101,13 @@ class LayerMoments:
         indices: NDArray[np.int64],
         group: NDArray[np.int64] | None = None,
         rows: NDArray[np.int64] | None = None,
+        errors: NDArray[np.float64] | None = None,
     ) -> None:
         """Add whole tokens, in place: values [T, L, k] >= 0, indices [T, L, k], group [T] (default: all in the first).
 
         rows [T, L]: which of the T * L vectors, counted token by token, is taken to stand at a token and layer; default
-        each at its own (`analysis.baselines.nulls` has others). Raises `ValueError` on a value that is negative or not
-        finite, naming token and layer.
+        each at its own (`analysis.baselines.nulls` has others). errors [3, T, L]: what `LayerQuality.add` gave for the
+        tokens. Raises `ValueError` on a value that is negative or not finite, naming token and layer.
         """
         from analysis import loops
 
@@ -111,10 +123,11 @@ class LayerMoments:
         row = np.zeros(n_tokens, np.int64) if group is None else np.searchsorted(self.groups, group)
         own = np.arange(n_tokens * n_layers).reshape(n_tokens, n_layers) if rows is None else rows
         codes = values.reshape(-1, k), np.ascontiguousarray(indices).reshape(-1, k)
-        persistence = self.persistence.histograms, self.persistence.shape, self.persistence.latents
-        sums = self.sums, self.counts, self.totals, *persistence
+        sums = self.sums, self.counts, self.totals, self.histograms, self.run_sums, self.latent_sums
         loops.add_codes(*codes, own, self.layers - self.centre, row, *sums)
         np.add.at(self.n_tokens, row, 1)
+        if errors is not None:
+            np.add.at(self.errors, row, np.moveaxis(errors, 0, 1))
 
     @staticmethod
     def merged(parts: Sequence["LayerMoments"]) -> "LayerMoments":
@@ -124,11 +137,10 @@ class LayerMoments:
         total = LayerMoments.zeros(first.layers.tolist(), first.n_latents, groups.tolist())
         for part in parts:
             rows = np.searchsorted(groups, part.groups)
-            total.n_tokens[rows] += part.n_tokens
-            total.sums[rows] += part.sums
-            np.add(total.counts, part.counts, out=total.counts)
-            np.add(total.totals, part.totals, out=total.totals)
-            total.persistence.add_rows(part.persistence, rows)
+            for name in ("n_tokens", "sums", "histograms", "run_sums", "errors"):
+                getattr(total, name)[rows] += getattr(part, name)
+            for name in ("counts", "totals", "latent_sums"):
+                getattr(total, name)[:] += getattr(part, name)
         return total
 
     def pooled(self) -> NDArray[np.float64]:

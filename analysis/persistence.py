@@ -8,18 +8,18 @@ A (token, latent) pair is a latent with an activation > 0 at one layer of the to
     n_runs            runs; 1 if it switches on once and stays on until it switches off
     contiguity        run_length / layers from onset to offset; 1 if there is no gap
 
-`analysis.loops.add_codes` fills the sums, which are kept per document group, so that intervals come from the same
-replicates as those of the variances. Where a store holds only some of the model's layers, "in a row" refers to those.
+`LayerMoments` keeps the sums, per document group, so that intervals come from the same replicates as those of the
+variances. Where a store holds only some of the model's layers, "in a row" refers to those.
 
 Shapes: G document groups, L layers, M n_latents.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.moments import LayerMoments
 from analysis.quality import defined
 
 PairWeighting = Literal["mass", "equal"]
@@ -28,35 +28,7 @@ PAIR_WEIGHTINGS: tuple[PairWeighting, ...] = ("mass", "equal")
 """What a pair counts: its activation mass, or one."""
 
 DISTRIBUTIONS = ("n_layers_active", "run_length", "onset", "offset")
-"""Rows of `Persistence.histograms`, in order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Persistence:
-    """Additive sums over (token, latent) pairs."""
-
-    histograms: NDArray[np.float64]
-    """[G, 2, 4, L]: for each weighting, the weight of the pairs by n_layers_active and run_length (n at position n -
-    1), onset and offset (at the layer's position)."""
-    shape: NDArray[np.float64]
-    """[G, 2, 3]: for each weighting, sums of weight times n_runs, contiguity, and 1 where n_runs is 1."""
-    latents: NDArray[np.float64]
-    """[M, 5]: sums over a latent's pairs, each counting once, of n_layers_active, onset, offset (centred), run_length
-    and contiguity."""
-
-    @classmethod
-    def zeros(cls, n_layers: int, n_latents: int, n_groups: int) -> "Persistence":
-        return cls(
-            histograms=np.zeros((n_groups, len(PAIR_WEIGHTINGS), len(DISTRIBUTIONS), n_layers)),
-            shape=np.zeros((n_groups, len(PAIR_WEIGHTINGS), 3)),
-            latents=np.zeros((n_latents, 5)),
-        )
-
-    def add_rows(self, part: "Persistence", rows: NDArray[np.int64]) -> None:
-        """Add another's sums, in place; its groups are `rows` of these."""
-        self.histograms[rows] += part.histograms
-        self.shape[rows] += part.shape
-        self.latents[:] += part.latents
+"""Rows of `LayerMoments.histograms`, in order."""
 
 
 class PersistenceNumbers(NamedTuple):
@@ -83,12 +55,12 @@ class PersistenceNumbers(NamedTuple):
 
 
 def persistence_numbers(
-    histograms: NDArray[np.float64], shape: NDArray[np.float64], layers: NDArray[np.int64], weighting: PairWeighting
+    histograms: NDArray[np.float64], run_sums: NDArray[np.float64], layers: NDArray[np.int64], weighting: PairWeighting
 ) -> PersistenceNumbers:
-    """From sums over groups, histograms [..., 2, 4, L] and shape [..., 2, 3]; `layers` [L] are the model's numbers."""
+    """From sums over groups, histograms [..., 2, 4, L] and run_sums [..., 2, 3]; layers [L]: the model's numbers."""
     w = PAIR_WEIGHTINGS.index(weighting)
     active, run, onset, offset = np.moveaxis(histograms[..., w, :, :], -2, 0)  # each [..., L]
-    runs, contiguity, unbroken = np.moveaxis(shape[..., w, :], -1, 0)
+    runs, contiguity, unbroken = np.moveaxis(run_sums[..., w, :], -1, 0)
     weight, single = active.sum(axis=-1), active[..., 0]
     n, numbers = np.arange(1.0, active.shape[-1] + 1), layers.astype(np.float64)
     layers_on = active @ n
@@ -112,17 +84,17 @@ PERSISTENCE_NAMES = PersistenceNumbers._fields
 """What is reported, in this order."""
 
 
-def distributions(sums: Persistence) -> dict[str, dict[str, list[float]]]:
+def distributions(moments: LayerMoments) -> dict[str, dict[str, list[float]]]:
     """weighting -> name (`DISTRIBUTIONS`) -> shares of all document groups [L] that sum to 1; zeros without a pair."""
-    histograms = zip(PAIR_WEIGHTINGS, sums.histograms.sum(axis=0), strict=True)  # each [4, L]
+    histograms = zip(PAIR_WEIGHTINGS, moments.histograms.sum(axis=0), strict=True)  # each [4, L]
     shares = {weighting: rows / (rows[0].sum() or 1.0) for weighting, rows in histograms}
     return {w: dict(zip(DISTRIBUTIONS, rows.tolist(), strict=True)) for w, rows in shares.items()}
 
 
-def persistence_summary(sums: Persistence, layers: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+def persistence_summary(moments: LayerMoments) -> dict[str, dict[str, Any]]:
     """weighting -> name (`PERSISTENCE_NAMES`) -> number of all document groups, None where it is not defined."""
-    histograms, shape = sums.histograms.sum(axis=0), sums.shape.sum(axis=0)
-    means = {weighting: persistence_numbers(histograms, shape, layers, weighting) for weighting in PAIR_WEIGHTINGS}
+    sums = moments.histograms.sum(axis=0), moments.run_sums.sum(axis=0), moments.layers
+    means = {weighting: persistence_numbers(*sums, weighting) for weighting in PAIR_WEIGHTINGS}
     return {w: {name: defined(value) for name, value in found._asdict().items()} for w, found in means.items()}
 
 
@@ -137,10 +109,11 @@ class LatentPersistence(NamedTuple):
     contiguity: NDArray[np.float64]
 
 
-def latent_persistence(sums: Persistence, pairs: NDArray[np.float64], centre: float) -> LatentPersistence:
-    """Per latent, from its number of pairs [M] and the layer that the sums are centred at."""
-    active, onset, offset, run, contiguity = (_mean(column, pairs) for column in sums.latents.T)
-    return LatentPersistence(active, onset + centre, offset + centre, run, contiguity)
+def latent_persistence(moments: LayerMoments) -> LatentPersistence:
+    """Of each latent."""
+    pairs = moments.pooled()[4]
+    active, onset, offset, run, contiguity = (_mean(column, pairs) for column in moments.latent_sums.T)
+    return LatentPersistence(active, onset + moments.centre, offset + moments.centre, run, contiguity)
 
 
 def _mean(

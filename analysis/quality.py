@@ -45,17 +45,12 @@ class LayerQuality:
 
     @classmethod
     def zeros(cls, n_subsets: int, n_layers: int, d_model: int) -> "LayerQuality":
-        per_layer = (n_subsets, n_layers)
-        return cls(
-            n_tokens=np.zeros(n_subsets, np.int64),
-            squared_error=np.zeros(per_layer),
-            squared_deviation=np.zeros(per_layer),
-            deviation=np.zeros((*per_layer, d_model)),
-            norm=np.zeros(per_layer),
-            active=np.zeros(per_layer, np.int64),
-            cosine=np.zeros(per_layer),
-            n_cosines=np.zeros(per_layer, np.int64),
-        )
+        shape = (n_subsets, n_layers)
+        sums: dict[str, Any] = {
+            name: np.zeros(shape) for name in ("squared_error", "squared_deviation", "norm", "cosine")
+        }
+        counts: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in ("active", "n_cosines")}
+        return cls(n_tokens=np.zeros(n_subsets, np.int64), deviation=np.zeros((*shape, d_model)), **sums, **counts)
 
     def add(
         self,
@@ -68,7 +63,7 @@ class LayerQuality:
         """Add tokens in place: x, x_hat [T, L, D], values [T, L, k] of their codes, shift [L, D] = m in x's float type,
         member [S, T].
 
-        Returns [3, T, L], what `GroupQuality.add` takes: |x - x_hat|^2, |x - m|^2 and the number of active latents.
+        Returns [3, T, L], what `LayerMoments.add` takes: |x - x_hat|^2, |x - m|^2 and the number of active latents.
         """
         from analysis import loops
 
@@ -109,40 +104,6 @@ class LayerQuality:
         """[L] sum |x - mean_l|^2 with mean_l the mean of the same vectors: the denominator of FVU."""
         n = max(int(self.n_tokens[subset]), 1)
         return np.maximum(self.squared_deviation[subset] - (self.deviation[subset] ** 2).sum(axis=-1) / n, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupQuality:
-    """Additive sums, and n_tokens [G], per document group, for intervals."""
-
-    groups: NDArray[np.int64]
-    """[G] ids of the document groups that are present, increasing."""
-    n_tokens: NDArray[np.int64]
-    sums: NDArray[np.float64]
-    """[G, 3, L] of |x - x_hat|^2, |x - m|^2 and the number of active latents."""
-
-    @classmethod
-    def zeros(cls, n_layers: int, groups: Sequence[int]) -> "GroupQuality":
-        """No tokens yet; `add` takes tokens of these document groups only."""
-        ids = np.unique(np.asarray(groups, np.int64))
-        return cls(groups=ids, n_tokens=np.zeros(len(ids), np.int64), sums=np.zeros((len(ids), 3, n_layers)))
-
-    def add(self, per_token: NDArray[np.float64], group: NDArray[np.int64]) -> None:
-        """Add tokens in place: [3, T, L] from `LayerQuality.add`, group [T]."""
-        row = np.searchsorted(self.groups, group)
-        np.add.at(self.n_tokens, row, 1)
-        np.add.at(self.sums, row, np.moveaxis(per_token, 0, 1))
-
-    @staticmethod
-    def merged(parts: Sequence["GroupQuality"]) -> "GroupQuality":
-        """The sum of `parts`, added in their order."""
-        groups = np.unique(np.concatenate([part.groups for part in parts]))
-        total = GroupQuality.zeros(parts[0].sums.shape[-1], groups.tolist())
-        for part in parts:
-            rows = np.searchsorted(groups, part.groups)
-            total.n_tokens[rows] += part.n_tokens
-            total.sums[rows] += part.sums
-        return total
 
 
 class QualityResult(NamedTuple):

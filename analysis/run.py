@@ -69,7 +69,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         model = run_model(config, found_model, inputs, selection, np.flatnonzero(table.n_fired), folder)
         intervals = NO_INTERVALS
         if config.statistics.intervals:
-            intervals = all_intervals(sums.moments, sums.by_group, sums.analysed)
+            intervals = all_intervals(sums.moments, sums.analysed)
         findings = Findings(
             config=config,
             inputs=inputs,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from analysis.baselines.nulls import NULLS
 from analysis.inputs import TaskData, TaskSpec, open_data
 from analysis.moments import LayerMoments
-from analysis.quality import GroupQuality, LayerQuality, QualityResult
+from analysis.quality import LayerQuality, QualityResult
 from analysis.tiles import CodeTile, read_codes, shards_with, vector_tiles, write_codes
 from residscope.errors import IncompatibleError
 from store.care.verify import require_intact
@@ -32,7 +32,6 @@ class Sums:
 
     moments: LayerMoments
     quality: LayerQuality
-    by_group: GroupQuality
     pca: PCASums | None
     nulls: Mapping[str, LayerMoments]
     """By name of the null model (`analysis.baselines.nulls.NULLS`), in one document group; empty without them."""
@@ -49,7 +48,6 @@ class Sums:
         return Sums(
             moments=LayerMoments.merged([part.moments for part in parts]),
             quality=LayerQuality.merged([part.quality for part in parts]),
-            by_group=GroupQuality.merged([part.by_group for part in parts]),
             pca=PCASums.merged(of_pca) if of_pca else None,
             nulls={name: LayerMoments.merged([part.nulls[name] for part in parts]) for name in parts[0].nulls},
         )
@@ -100,7 +98,6 @@ def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
     return Sums(
         moments=LayerMoments.zeros(layers, n_latents, present),
         quality=LayerQuality.zeros(2, n_layers, d_model),
-        by_group=GroupQuality.zeros(n_layers, present),
         pca=PCASums.zeros(d_model) if spec.pca else None,
         nulls={name: LayerMoments.zeros(layers, n_latents) for name in NULLS} if spec.statistics.nulls else {},
     )
@@ -112,9 +109,8 @@ def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_t
     if spec.codes_folder:
         write_codes(spec.codes_folder, tile)
     group = data.selection.group[token]
-    sums.by_group.add(per_token, group)
     try:
-        sums.moments.add(values, indices, group)
+        sums.moments.add(values, indices, group, errors=per_token)
     except ValueError:
         where = tuple(int(i) for i in np.argwhere(~((values >= 0) & np.isfinite(values)))[0])
         raise IncompatibleError(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, Weighting, variances
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, persistence_numbers
-from analysis.quality import GroupQuality, QualityResult
+from analysis.quality import QualityResult
 
 MIN_INTERVAL_GROUPS = 20
 """Fewer groups give no interval: at 16, those of some numbers held the truth less than nine times in ten."""
@@ -45,10 +45,9 @@ Intervals = dict[str, dict[str, Interval | None]]
 """weighting -> name -> interval; None where the number is not defined in every replicate."""
 
 
-def leave_one_out(n_groups: int) -> NDArray[np.float64] | None:
-    """[G, G] how often each replicate takes each document group: once, its own never; None if there are fewer than
-    `MIN_INTERVAL_GROUPS`."""
-    return 1.0 - np.eye(n_groups) if n_groups >= MIN_INTERVAL_GROUPS else None
+def leave_one_out(n_groups: int) -> NDArray[np.float64]:
+    """[G, G] how often each replicate takes each document group: once, its own never."""
+    return 1.0 - np.eye(n_groups)
 
 
 def without_each(sums: NDArray[Any]) -> NDArray[np.float64]:
@@ -112,10 +111,8 @@ def t_quantile(freedom: float) -> float:
 
 
 def variance_intervals(moments: LayerMoments) -> Intervals:
-    """weighting -> name (`VARIANCE_NAMES`) -> interval; empty if there are too few document groups."""
+    """weighting -> name (`VARIANCE_NAMES`) -> interval."""
     draws = leave_one_out(len(moments.groups))
-    if draws is None:
-        return {}
     live = moments.counts.any(axis=1)
     sums = moments.sums[:, :, live]  # [G, 8, live latents]
     pooled = sums.sum(axis=0)
@@ -146,9 +143,7 @@ def _named(
 def persistence_intervals(moments: LayerMoments) -> Intervals:
     """As `variance_intervals`, of the numbers of `analysis.persistence`."""
     draws = leave_one_out(len(moments.groups))
-    if draws is None:
-        return {}
-    sums = moments.persistence.histograms, moments.persistence.shape
+    sums = moments.histograms, moments.run_sums
     pooled, drawn = ([np.tensordot(each, x, 1) for x in sums] for each in (np.ones((1, len(draws))), draws))
     intervals: Intervals = {}
     for weighting in PAIR_WEIGHTINGS:
@@ -178,23 +173,23 @@ class SumIntervals(NamedTuple):
 NO_INTERVALS = SumIntervals({}, {}, None)
 
 
-def all_intervals(moments: LayerMoments, by_group: GroupQuality, found: QualityResult) -> SumIntervals:
-    """Of the variances, persistence and reconstruction of the analysed tokens."""
-    reconstruction = reconstruction_intervals(by_group, found)
+def all_intervals(moments: LayerMoments, found: QualityResult) -> SumIntervals:
+    """Of the variances, persistence and reconstruction of the analysed tokens; none with too few document groups."""
+    if len(moments.groups) < MIN_INTERVAL_GROUPS:
+        return NO_INTERVALS
+    reconstruction = reconstruction_intervals(moments, found)
     return SumIntervals(variance_intervals(moments), persistence_intervals(moments), reconstruction)
 
 
-def reconstruction_intervals(sums: GroupQuality, found: QualityResult) -> ReconstructionIntervals | None:
-    """As `variance_intervals`, of the numbers of `analysis.quality`; None with too few groups.
+def reconstruction_intervals(moments: LayerMoments, found: QualityResult) -> ReconstructionIntervals:
+    """As `variance_intervals`, of the numbers of `analysis.quality`.
 
     A replicate's FVU is its squared error over its squared deviation from one fixed vector by layer, times a constant
     that gives the found FVU where every group is taken: so the layers' means need not be kept by group.
     """
-    draws = leave_one_out(len(sums.groups))
-    if draws is None:
-        return None
-    whole, drawn = sums.sums.sum(axis=0)[None], np.tensordot(draws, sums.sums, 1)  # [1, 3, L], [G, 3, L]
-    tokens = draws @ sums.n_tokens.astype(np.float64)
+    draws = leave_one_out(len(moments.groups))
+    whole, drawn = moments.errors.sum(axis=0)[None], np.tensordot(draws, moments.errors, 1)  # [1, 3, L], [G, 3, L]
+    tokens = draws @ moments.n_tokens.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = found.fvu * whole[0, 1] / whole[0, 0]
         fvu = np.where(found.fvu == 0, 0.0, drawn[:, 0] / drawn[:, 1] * scale)  # [G, L]

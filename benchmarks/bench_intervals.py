@@ -78,8 +78,8 @@ def pooled(moments: LayerMoments) -> LayerMoments:
     """The same sums in one document group."""
     whole = LayerMoments.zeros(range(N_LAYERS), N_LATENTS)
     whole.sums[:] = moments.sums.sum(axis=0)
-    whole.persistence.histograms[:] = moments.persistence.histograms.sum(axis=0)
-    whole.persistence.shape[:] = moments.persistence.shape.sum(axis=0)
+    whole.histograms[:] = moments.histograms.sum(axis=0)
+    whole.run_sums[:] = moments.run_sums.sum(axis=0)
     return whole
 
 
@@ -104,9 +104,9 @@ def sample(rng: np.random.Generator, n_documents: int) -> LayerMoments:
 
 def numbers(moments: LayerMoments) -> dict[tuple[str, str], float]:
     """Every number that has an interval, by weighting and name."""
-    pooled, sums = moments.pooled(), moments.persistence
+    pooled = moments.pooled()
     found = {(w, name): float(getattr(variances(pooled, w), name)) for w in WEIGHTINGS for name in VARIANCE_NAMES}
-    histograms, shape = sums.histograms.sum(axis=0), sums.shape.sum(axis=0)
+    histograms, shape = moments.histograms.sum(axis=0), moments.run_sums.sum(axis=0)
     for weighting in PAIR_WEIGHTINGS:
         means = persistence_numbers(histograms, shape, moments.layers, weighting)
         found |= {(weighting, name): float(getattr(means, name)) for name in PERSISTENCE_NAMES}

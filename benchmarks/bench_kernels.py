@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from train.kernels.cpu.backend import NUMBA
-from train.kernels.interface import AdamStep, Kernels
+from train.kernels.interface import AdamStep, Kernels, WeightGradients
 from train.kernels.plain import TORCH
 
 D_MODEL, N_LATENTS, K = 576, 9216, 32
@@ -68,7 +68,7 @@ def measure(n: int, m: int, rounds: int, clock: Callable[[], float]) -> dict[str
     codes = NUMBA.topk_relu(z, K)
     v, i = codes
     value_grads = NUMBA.activation_gradient(grad_out, i, W_dec)
-    grads = NUMBA.weight_gradients(v, value_grads, i, grad_out, x, m)
+    grads = NUMBA.weight_gradients(codes, value_grads, grad_out, x, WeightGradients.zeros_like(W_dec))
     moments = [torch.zeros(m, D_MODEL) for _ in range(4)]
     parameters = [torch.nn.Parameter(w.clone()) for w in (W_enc, W_dec)]
     for parameter, grad in zip(parameters, grads[:2], strict=True):
@@ -97,10 +97,10 @@ def measure(n: int, m: int, rounds: int, clock: Callable[[], float]) -> dict[str
         "decode, torch": lambda: TORCH.decode(v, i, W_dec),
         "activation gradient": lambda: NUMBA.activation_gradient(grad_out, i, W_dec),
         "activation gradient, torch": lambda: TORCH.activation_gradient(grad_out, i, W_dec),
-        "reconstruct": lambda: NUMBA.reconstruct(v, i, W_dec, x, weight),
-        "reconstruct, torch": lambda: TORCH.reconstruct(v, i, W_dec, x, weight),
-        "weight gradients": lambda: NUMBA.weight_gradients(v, value_grads, i, grad_out, x, m, out=grads),
-        "weight gradients, torch": lambda: TORCH.weight_gradients(v, value_grads, i, grad_out, x, m),
+        "reconstruct": lambda: NUMBA.reconstruct(codes, W_dec, x, weight),
+        "reconstruct, torch": lambda: TORCH.reconstruct(codes, W_dec, x, weight),
+        "weight gradients": lambda: NUMBA.weight_gradients(codes, value_grads, grad_out, x, grads),
+        "weight gradients, torch": lambda: TORCH.weight_gradients(codes, value_grads, grad_out, x, grads),
         "weight gradients, index_add": index_add,
         "adam": lambda: adam(NUMBA),
         "adam, torch": lambda: adam(TORCH),
@@ -137,12 +137,12 @@ import sys, time
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import torch
 from train.kernels.cpu.backend import NUMBA
-from train.kernels.interface import AdamStep
+from train.kernels.interface import AdamStep, WeightGradients
 x, W = torch.randn(64, 32), torch.randn(96, 32)
 start = time.process_time()
-v, i = NUMBA.topk_relu(x @ W.T, 4)
-r = NUMBA.reconstruct(v, i, W, x, torch.ones(64))
-g = NUMBA.weight_gradients(v, r.value_grads, i, r.grad_out, x, 96)
+codes = NUMBA.topk_relu(x @ W.T, 4)
+r = NUMBA.reconstruct(codes, W, x, torch.ones(64))
+g = NUMBA.weight_gradients(codes, r.value_grads, r.grad_out, x, WeightGradients.zeros_like(W))
 NUMBA.adam_rows(W, g.W_dec, torch.zeros_like(W), torch.zeros_like(W), AdamStep(lr=0.1, step=1, unit_rows=True))
 print(time.process_time() - start)
 """

@@ -224,17 +224,15 @@ def measure_parts(
     found: dict[str, dict[str, float]] = {}
     for name in OURS.values():
         kernels = choose_kernels(W_enc, name)
-        values, indices = ReadyEncoder(choose_kernels(W_enc, "torch"), W_enc).topk(x, options.k)
-        main = kernels.reconstruct(values, indices, W_dec, x, weight)
-        gradients = (values, main.value_grads, indices, main.grad_out, x, m)
+        codes = ReadyEncoder(choose_kernels(W_enc, "torch"), W_enc).topk(x, options.k)
+        main = kernels.reconstruct(codes, W_dec, x, weight)
+        gradients = (codes, main.value_grads, main.grad_out, x, WeightGradients.zeros_like(W_dec))
         out = kernels.weight_gradients(*gradients)
         moments = [torch.zeros_like(W_enc) for _ in range(2)]
         tasks: dict[str, Callable[[Tensor], object]] = {
             f"top-k of {len(tile)} rows, {str(tile.dtype)[6:]}": lambda _, k=kernels: k.topk_relu(tile, options.k),
-            "decoder, error and its gradients": lambda _, k=kernels, v=values, i=indices: k.reconstruct(
-                v, i, W_dec, x, weight
-            ),
-            "weight gradients": lambda _, k=kernels, g=gradients, o=out: k.weight_gradients(*g, out=o),
+            "decoder, error and its gradients": lambda _, k=kernels, c=codes: k.reconstruct(c, W_dec, x, weight),
+            "weight gradients": lambda _, k=kernels, g=gradients: k.weight_gradients(*g),
             "Adam on the sphere, one weight": lambda _, k=kernels, g=out, mv=moments: k.adam_rows(
                 W_dec, g.W_dec, *mv, how=AdamStep(lr=1e-9, step=9, unit_rows=True)
             ),

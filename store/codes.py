@@ -91,10 +91,6 @@ class KeptCodes:
         assert opened is not None
         return opened
 
-    def has(self, shard: int) -> bool:
-        """Whether the shard's codes are there."""
-        return all(path.exists() for path in (*self._files(shard).values(), self._digest_file(shard)))
-
     def write(self, shard: int, values: np.ndarray, indices: np.ndarray) -> bool:
         """Keep the codes [T, L, w] of all tokens of a shard; False, and nothing is kept, if a vector has more active
         latents than there are places. Values of 0 are padding."""

@@ -72,14 +72,13 @@ class WindowLoader:
         epochs: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        check_places: bool = False,
     ) -> None:
         """Fix the order of rows; nothing is read before the first batch is asked for.
 
         row_mask: bool [T], tokens to serve. window_bytes: size of one window; two are held. layers: stored layers,
         default all. threads: readers of a window. start_batch: batches of the stream to leave out, such as those that
-        an interrupted run has seen. check_places: check once that each shard's file is its own (store/care/places.py).
-        Raises `UsageError` when there is no row to serve.
+        an interrupted run has seen. Each shard's file is once checked to be its own (store/care/places.py). Raises
+        `UsageError` when there is no row to serve.
         """
         meta = store.meta
         row_mask = np.asarray(row_mask, bool)
@@ -95,7 +94,6 @@ class WindowLoader:
         self._epochs = epochs
         self._threads = threads
         self._next = start_batch
-        self._check_places = check_places
         self._order = RowOrder(
             chunk_rows=chunk_row_counts(row_mask, meta.chunk_tokens),
             layers=tuple(range(meta.n_layers)) if layers is None else tuple(int(layer) for layer in layers),
@@ -207,8 +205,7 @@ class WindowLoader:
         return self._order.shuffled(np.flatnonzero(self._mask[chunk]), epoch, window)[skip:]
 
     def _read(self, chunk: np.ndarray, layer: np.ndarray, out: np.ndarray) -> None:
-        if self._check_places:
-            require_in_place(self._store, chunk, layer, self._threads)
+        require_in_place(self._store, chunk, layer, self._threads)
         self._store.read_blocks(chunk, layer, out, self._threads)
 
 

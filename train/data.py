@@ -36,19 +36,19 @@ class VectorSource:
     """Turns the loader's batches into tensors; `layers` are the stored layers that are trained on, ascending."""
 
     def __init__(self, layers: Sequence[int], stored_dtype: str, device: torch.device) -> None:
-        self._stored_dtype, self._device = stored_dtype, device
+        self._stored_dtype, self.device = stored_dtype, device
         self._position = torch.full((max(layers) + 1,), -1, dtype=torch.int64)
         self._position[list(layers)] = torch.arange(len(layers))
 
     def __call__(self, batch: Batch) -> Vectors:
         """One batch; it is converted to float32 on the device, so that half the bytes travel."""
-        return Vectors(self.to_float32(batch.rows), self._position[torch.from_numpy(batch.layer)].to(self._device))
+        return Vectors(self.to_float32(batch.rows), self._position[torch.from_numpy(batch.layer)].to(self.device))
 
     def to_float32(self, rows: np.ndarray) -> Tensor:
         """Rows in the store's type, of any shape, as float32 on the device."""
         bfloat16 = self._stored_dtype == "bfloat16"  # which numpy does not know
         tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(rows)
-        return tensor.to(self._device).float()
+        return tensor.to(self.device).float()
 
 
 class DocumentSplit(NamedTuple):
@@ -146,7 +146,6 @@ class TrainingData:
             layers=self.stored,
             epochs=epochs,
             start_batch=start_batch,
-            check_places=True,
         )
 
 

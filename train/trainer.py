@@ -61,7 +61,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(contextlib.closing(MetricsFile(metrics_path(self.path), resume_step=step)))
             for tracker in open_trackers(self.plan, step):
-                self._trackers.append(stack.enter_context(contextlib.closing(tracker)))
+                stack.callback(tracker.close)
+                self._trackers.append(tracker)
             yield
 
     def claim(self, *, fresh: bool) -> None:

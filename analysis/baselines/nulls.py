@@ -74,11 +74,11 @@ def null_numbers(observed: Mapping[str, Any], persistence: Mapping[str, Any], nu
     observed, persistence: the summary's own `variance` and `persistence`. The ratio's interval is the observed one
     divided by the null's value, which is taken as it is: it is made of as many tokens.
     """
-    variance, found = variance_numbers(null.pooled()), persistence_summary(null.persistence, null.layers)
+    variance, found = variance_numbers(null.pooled()), persistence_summary(null)
     return {
         "variance": variance,
         "persistence": found,
-        "distributions": distributions(null.persistence),
+        "distributions": distributions(null),
         "ratio": {
             "variance": {w: _ratios(observed[w], numbers) for w, numbers in variance.items()},
             "persistence": {w: _ratios(persistence[w], numbers) for w, numbers in found.items()},

@@ -104,7 +104,7 @@ def latent_table(moments: LayerMoments) -> LatentTable:
         n_layers_active=(moments.counts > 0).sum(axis=1),
         means=ratio_or_zero(moments.totals, moments.counts, moments.counts > 0),
         probs=probs,
-        persistence=latent_persistence(moments.persistence, sums[4], moments.centre),
+        persistence=latent_persistence(moments),
     )
 
 

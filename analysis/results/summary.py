@@ -243,9 +243,9 @@ def _variance(found: Findings) -> dict[str, Any]:
 
 def _persistence(found: Findings) -> dict[str, Any]:
     moments = found.sums.moments
-    result = persistence_summary(moments.persistence, moments.layers)
+    result = persistence_summary(moments)
     _add_intervals(result, found.intervals.persistence)
-    for weighting, shares in distributions(moments.persistence).items():
+    for weighting, shares in distributions(moments).items():
         result[weighting]["distributions"] = shares
     return {"n_pairs": int(moments.pooled()[4].sum()), **result}
 

@@ -28,26 +28,18 @@ LAYER_COLUMNS = pa.schema(
 
 
 def write_latents(
-    path: Path,
-    moments: LayerMoments,
-    table: LatentTable,
-    redundancy: Redundancy | None,
-    extra: Mapping[str, NDArray[np.float64]],
+    path: Path, moments: LayerMoments, table: LatentTable, redundancy: Redundancy | None, extra: Mapping[str, NDArray]
 ) -> None:
     """One row for each latent, dead ones too; lists have one entry per layer. extra: [M] more columns."""
     none = (moments.n_latents, N_NEIGHBOURS)
     neighbours = redundancy.neighbours if redundancy else np.full(none, -1)
     cosines = redundancy.neighbour_cosines if redundancy else np.full(none, np.nan)
+    scalars = ("mean", "layer_mean", "layer_var", "layer_std", "within_token", "between_tokens", "entropy")
+    found = table._asdict() | {"latent": np.arange(moments.n_latents), "layer_std": np.sqrt(table.layer_var)}
+    found |= {"count": table.n_fired, "counts": moments.counts, "totals": moments.totals}
     columns = {
-        "latent": pa.array(np.arange(moments.n_latents)),
-        "count": pa.array(table.n_fired),
-        "n_tokens": pa.array(table.n_tokens),
-        "total": pa.array(table.total),
-        "mean": _nullable(table.mean),
-        "layer_mean": _nullable(table.layer_mean),
-        "layer_var": _nullable(table.layer_var),
-        "layer_std": _nullable(np.sqrt(table.layer_var)),
-        **{name: _nullable(getattr(table, name)) for name in ("within_token", "between_tokens", "entropy")},
+        **{name: pa.array(found[name]) for name in ("latent", "count", "n_tokens", "total")},
+        **{name: _nullable(found[name]) for name in scalars},
         "n_layers_active": pa.array(table.n_layers_active),
         **{name: _nullable(values) for name, values in table.persistence._asdict().items()},
         "profile": pa.array(table.kinds, pa.string()),
@@ -56,10 +48,7 @@ def write_latents(
         "neighbours": _known(neighbours, neighbours >= 0),
         "neighbour_cosines": _known(cosines, neighbours >= 0),
         **{name: _nullable(values) for name, values in extra.items()},
-        "counts": _lists(moments.counts),
-        "totals": _lists(moments.totals),
-        "means": _lists(table.means),
-        "probs": _lists(table.probs),
+        **{name: _lists(found[name]) for name in ("counts", "totals", "means", "probs")},
     }
     pq.write_table(pa.table(columns), path, compression="zstd")
 

@@ -103,46 +103,31 @@ def tokens_in_batch(n_layers: int, d_model: int) -> int:
     return max(_BATCH_BYTES // ((n_layers + 1) * d_model * 4), 1)
 
 
-def model_reader(model: LoadedModel, token_id: np.ndarray) -> Reader:
-    """Reads by running the model on token ids int32 [T]."""
+def model_reader(model: LoadedModel, token_id: np.ndarray, store: ActivationStore | None = None) -> Reader:
+    """Reads by running the model on token ids int32 [T]; with a store of all their layers, block outputs from there,
+    and the model gives only what enters the first block."""
     recorder = ResidualRecorder(model)
 
     def read(batch: SequenceBatch) -> list[Tensor]:
-        first: list[Tensor] = []
-        with _first_input(model, first):
-            outputs = recorder.record(torch.from_numpy(token_ids(token_id, batch)))
+        ids, first = torch.from_numpy(token_ids(token_id, batch)), list[Tensor]()
+        if store is None:
+            with _first_input(model, first):
+                outputs = recorder.record(ids)
+        else:
+            with _first_input(model, first, stop=True), torch.inference_mode(), suppress(EndOfPass):
+                model.base(input_ids=ids.to(model.device), use_cache=False)
+            outputs = torch.from_numpy(store.read(slice(batch.start, batch.stop))).to(model.device).unbind(1)
+        vectors = (v.reshape(-1, model.d_model).float() for v in (*first, *outputs))
         # Copies, because tensors made in inference mode take no part in autograd.
-        return [vectors.reshape(-1, model.d_model).float().clone() for vectors in (*first, *outputs)]
-
-    return read
-
-
-def store_reader(store: ActivationStore, model: LoadedModel) -> Reader:
-    """Reads block outputs from a store of all layers, and has the model give what enters the first block."""
-
-    def read(batch: SequenceBatch) -> list[Tensor]:
-        first: list[Tensor] = []
-        with _first_input(model, first, stop=True), torch.inference_mode(), suppress(EndOfPass):
-            ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
-            model.base(input_ids=ids.to(model.device), use_cache=False)
-        stored = torch.from_numpy(store.read(slice(batch.start, batch.stop)))  # [n, L, D]
-        outputs = [stored[:, layer].to(model.device) for layer in range(model.n_layers)]
-        return [first[0].reshape(-1, model.d_model).float().clone(), *outputs]
+        return [v.clone() if v.is_inference() else v for v in vectors]
 
     return read
 
 
 def shuffled(
-    read: Reader,
-    batches: list[SequenceBatch],
-    chosen: np.ndarray,
-    *,
-    step_tokens: int,
-    steps: int,
-    seed: int,
-    window: int,
+    read: Reader, batches: list[SequenceBatch], chosen: np.ndarray, *, per_step: int, steps: int, seed: int, window: int
 ) -> Iterator[list[Tensor]]:
-    """Vectors of `step_tokens` chosen tokens (bool [T]) for each of `steps` steps, in random order: batches in a random
+    """Vectors of `per_step` chosen tokens (bool [T]) for each of `steps` steps, in random order: batches in a random
     order, their chosen tokens gathered until there are `window`, those mixed and handed out; what is left joins the
     next window. Begins again when the text ends."""
     pool: list[Tensor] = []
@@ -150,16 +135,19 @@ def shuffled(
     while served < steps:
         order = permutation(len(batches), seed, epoch)
         for number, index in enumerate(order.tolist()):
-            pool = _with_chosen(pool, read, batches[index], chosen)
+            vectors = chosen_vectors(read, batches[index], chosen)
+            pool = (
+                [torch.cat(pair) for pair in zip(pool, vectors, strict=True)] if pool and vectors else vectors or pool
+            )
             n = len(pool[0]) if pool else 0
-            if n < max(window, step_tokens) and (number + 1 < len(order) or n < step_tokens):
+            if n < max(window, per_step) and (number + 1 < len(order) or n < per_step):
                 continue
             mixed = torch.from_numpy(permutation(n, seed, epoch, number))
             pool = [v[mixed.to(v.device)] for v in pool]
             taken = 0
-            while served < steps and taken + step_tokens <= n:
-                yield [v[taken : taken + step_tokens] for v in pool]
-                taken, served = taken + step_tokens, served + 1
+            while served < steps and taken + per_step <= n:
+                yield [v[taken : taken + per_step] for v in pool]
+                taken, served = taken + per_step, served + 1
             pool = [v[taken:].clone() for v in pool]
             if served == steps:
                 return
@@ -170,13 +158,6 @@ def chosen_vectors(read: Reader, batch: SequenceBatch, chosen: np.ndarray) -> li
     """The vectors of a batch's chosen tokens (bool [T]); None, and nothing is read, where there are none."""
     rows = torch.from_numpy(np.flatnonzero(chosen[batch.start : batch.stop]))
     return [v[rows.to(v.device)] for v in read(batch)] if len(rows) else None
-
-
-def _with_chosen(pool: list[Tensor], read: Reader, batch: SequenceBatch, chosen: np.ndarray) -> list[Tensor]:
-    vectors = chosen_vectors(read, batch, chosen)
-    if pool and vectors:
-        return [torch.cat(pair) for pair in zip(pool, vectors, strict=True)]
-    return vectors or pool
 
 
 @contextmanager

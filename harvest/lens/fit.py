@@ -139,7 +139,7 @@ def _start(
     run = read = data.model_reader(model, tokens.token_id)
     if store is not None:
         check_model(store, model, None)
-        read = data.store_reader(store, model)
+        read = data.model_reader(model, tokens.token_id, store)
     return Fit(config, settings.vocabulary, model, tokens, role, batches, read, run)
 
 
@@ -232,32 +232,16 @@ def _kl_trained(fit: Fit, ridge: Translators, means: Tensor) -> Translators:
     start = ridge if options.init == "ridge" else Translators(*map(torch.zeros_like, ridge))
     weights, biases = start.weights.clone(), start.biases.clone()
     wanted = options.kl_steps * options.kl_batch
-    batches = data.shuffled(
-        fit.read,
-        fit.batches,
-        _kl_tokens(fit, wanted),
-        step_tokens=options.kl_batch,
-        steps=options.kl_steps,
-        seed=fit.config.seed,
-        window=min(_WINDOW_BYTES // ((model.n_layers + 1) * model.d_model * 4), wanted),
-    )
+    window = min(_WINDOW_BYTES // ((model.n_layers + 1) * model.d_model * 4), wanted)
+    sizes = {"per_step": options.kl_batch, "steps": options.kl_steps, "window": window}
+    batches = data.shuffled(fit.read, fit.batches, _kl_tokens(fit, wanted), seed=fit.config.seed, **sizes)
     with progress("KL training", "step", options.kl_steps) as bar:
 
         def show(kls: list[float]) -> None:
             bar.set_postfix_str(f"mean KL {sum(kls) / len(kls):.3f}", refresh=False)
             bar.update(1)
 
-        kl.train(
-            weights,
-            biases,
-            batches,
-            model.logits,
-            vocabulary=fit.vocabulary,
-            steps=options.kl_steps,
-            lr=options.first_lr,
-            weight_decay=options.weight_decay,
-            after_step=show,
-        )
+        kl.train(weights, biases, batches, model.logits, options, vocabulary=fit.vocabulary, after_step=show)
     for i in range(model.n_layers):
         if not bool(weights[i].isfinite().all() and biases[i].isfinite().all()):
             raise ResidscopeError(f"KL training of translator {i} diverged; try a lower --lr than {options.first_lr:g}")
@@ -307,14 +291,8 @@ def _layers(
         back = round_trip(lens, sample[i], i - 1) if i else None
         layer = LayerFit(layer=i - 1 if i else None, translator=None, kl_logit_lens=kl_logit_lens, round_trip=back)
         if i < len(fits):
-            layer = replace(
-                layer,
-                translator=i,
-                kl_ridge=kls["ridge"][i],
-                kl_trained=kls["KL-trained"][i] if "KL-trained" in kls else None,
-                penalty=fits[i].penalty,
-                r2=fits[i].r2,
-                condition=condition(saved.weights[i]),
-            )
+            trained = kls["KL-trained"][i] if "KL-trained" in kls else None
+            layer = replace(layer, translator=i, kl_ridge=kls["ridge"][i], kl_trained=trained)
+            layer = replace(layer, penalty=fits[i].penalty, r2=fits[i].r2, condition=condition(saved.weights[i]))
         found.append(layer)
     return tuple(found)

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harvest.lens.config import FittingConfig
+
 MOMENTUM = 0.9
 CLIP = 1.0
 _TILE_BYTES = 64 << 20
@@ -73,22 +75,19 @@ def train(
     biases: Tensor,
     batches: Iterable[list[Tensor]],
     logits: Logits,
+    options: FittingConfig,
     *,
     vocabulary: int,
-    steps: int,
-    lr: float,
-    weight_decay: float,
-    after_step: Callable[[list[float]], object] = lambda kl: None,
+    after_step: Callable[[list[float]], object],
 ) -> None:
     """Change weights [L, D, D] and biases [L, D] (float32) in place, by one step for each batch.
 
-    batches: L + 1 tensors [n, D] each, the inputs of the blocks and the last block's output. lr: of the first step,
-    as the sum of the momentum's series; it decays linearly to zero over `steps`. after_step: called with the mean KL
-    of each translator before the step, in nats per token.
+    batches: L + 1 tensors [n, D] each, the inputs of the blocks and the last block's output. The learning rate, as the
+    sum of the momentum's series, decays linearly to zero over the steps. after_step: called with the mean KL of each
+    translator before the step, in nats per token.
     """
-    optimizer = torch.optim.SGD(
-        [weights, biases], lr=lr * (1 - MOMENTUM), momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay
-    )
+    lr, decay, steps = options.first_lr * (1 - MOMENTUM), options.weight_decay, options.kl_steps
+    optimizer = torch.optim.SGD([weights, biases], lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - min(step, steps) / steps)
     tile = tile_tokens(vocabulary)
     for batch in batches:

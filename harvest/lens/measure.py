@@ -1,9 +1,5 @@
 """How good lenses are, layer by layer: KL divergence to the model's final logits, and whether each map can be undone.
 
-How: `mean_kl` runs held-out tokens through the model and compares, in nats per token, the model's own prediction p
-with that of each lens q: KL(p || q), mean over tokens; lower is better. `round_trip` takes the worst relative error of
-inverse(apply(x)) over vectors, in the precision in which `harvest` applies and analyses invert.
-
 Shapes: n tokens, D = d_model, L = n_layers translators.
 """
 
@@ -28,8 +24,8 @@ def mean_kl(
     vocabulary: int,
     watch: Callable[[int], object] = lambda n: None,
 ) -> dict[str, list[float]]:
-    """Mean KL, nats per token, of "logit lens" (the vectors as they are) and of each lens, for the inputs of the L
-    blocks and the last block's output, L + 1 numbers each.
+    """Mean KL(model's own prediction || lens's), nats per token, of "logit lens" (the vectors as they are) and of each
+    lens, for the inputs of the L blocks and the last block's output, L + 1 numbers each; lower is better.
 
     batches: L + 1 tensors [n, D] each. watch: called with the number of tokens of each tile that is done.
     """
@@ -52,7 +48,7 @@ def mean_kl(
 
 
 def round_trip(lens: TunedLens, x: Tensor, layer: int) -> float:
-    """The worst |inverse(apply(x)) - x| / |x| over vectors [n, D] of a block's output."""
+    """The worst |inverse(apply(x)) - x| / |x| over vectors [n, D] of a block's output, as `harvest` and analyses do."""
     back = lens.invert(lens.apply(x, layer), layer)
     return ((back - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)).max().item()
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from harvest.lens.measure import TOLERANCE
-from residscope.console import human_seconds
+from residscope.console import aligned, human_seconds
 
 _COLUMNS = {
     "translator": ("translator", "d"),
@@ -86,10 +86,7 @@ def print_fit(result: FitResult, *, as_json: bool) -> None:
         f"KL to the model's final logits, nats per token (lower is better), on {result.held_out_tokens:,} tokens of"
         f" {result.held_out_documents} held-out documents:"
     )
-    rows = [("layer", *_COLUMNS), *(_row(layer) for layer in result.layers)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+    print(*aligned([("layer", *_COLUMNS), *(_row(layer) for layer in result.layers)]), sep="\n")
     times = ", ".join(f"{name} {human_seconds(seconds)}" for name, seconds in result.seconds.items())
     print(f"R2: of last output minus layer's, higher is better; round trip: worst error of inverse(apply(x)). {times}")
 

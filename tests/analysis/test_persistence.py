@@ -52,8 +52,8 @@ def naive(dense: np.ndarray, layers: np.ndarray, weighting: PairWeighting) -> di
 
 
 def numbers(moments: LayerMoments, weighting: PairWeighting = "equal") -> dict[str, Any]:
-    sums = moments.persistence
-    found = persistence_numbers(sums.histograms.sum(axis=0), sums.shape.sum(axis=0), moments.layers, weighting)
+    sums = moments.histograms.sum(axis=0), moments.run_sums.sum(axis=0)
+    found = persistence_numbers(*sums, moments.layers, weighting)
     return {name: float(value) for name, value in found._asdict().items()}
 
 
@@ -77,7 +77,7 @@ def test_every_number_equals_its_definition(seed, n_tokens, n_layers, n_latents,
         found = numbers(moments, weighting)
         for name, value in naive(dense, layers, weighting).items():
             np.testing.assert_allclose(found[name], value, rtol=1e-10, atol=1e-12, err_msg=f"{weighting} {name}")
-        for name, shares in distributions(moments.persistence)[weighting].items():
+        for name, shares in distributions(moments)[weighting].items():
             assert sum(shares) == pytest.approx(1), name
     table = latent_table(moments).persistence
     for j in range(n_latents):
@@ -138,10 +138,10 @@ def test_groups_add_up_and_merge_in_any_grouping():
     whole = moments_of(values, indices, 9, group=group)
     parts = [moments_of(values[a:b], indices[a:b], 9, group=group[a:b]) for a, b in ((0, 11), (11, 12), (12, 30))]
     merged = LayerMoments.merged([LayerMoments.merged(parts[:2]), parts[2]])
-    for name in ("histograms", "shape", "latents"):
-        np.testing.assert_allclose(getattr(merged.persistence, name), getattr(whole.persistence, name), rtol=1e-12)
+    for name in ("histograms", "run_sums", "latent_sums"):
+        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-12)
     own = moments_of(values[group == 2], indices[group == 2], 9)
-    np.testing.assert_allclose(whole.persistence.histograms[2], own.persistence.histograms[0], rtol=1e-12)
+    np.testing.assert_allclose(whole.histograms[2], own.histograms[0], rtol=1e-12)
 
 
 def test_intervals_come_from_leaving_out_groups_and_hold_the_value():
@@ -159,5 +159,4 @@ def test_intervals_come_from_leaving_out_groups_and_hold_the_value():
             expected = jackknife_intervals(np.array([value[name]]), replicates)[0]
             assert interval == pytest.approx(expected, rel=1e-9)
             assert interval.low <= value[name] <= interval.high
-    assert persistence_intervals(moments_of(values, indices, 9)) == {}
-    assert len(DISTRIBUTIONS) == moments.persistence.histograms.shape[2]
+    assert len(DISTRIBUTIONS) == moments.histograms.shape[2]

@@ -1,13 +1,16 @@
 """Intervals by leaving out document groups: what they are made of, what they hold, and when there are none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
-from analysis.persistence import Persistence
-from analysis.quality import GroupQuality, LayerQuality
+from analysis.quality import LayerQuality, QualityResult
 from analysis.uncertainty import (
     MIN_INTERVAL_GROUPS,
+    NO_INTERVALS,
+    all_intervals,
     jackknife_intervals,
     leave_one_out,
     reconstruction_intervals,
@@ -30,7 +33,6 @@ def grouped_moments(n_groups, seed=0, per_group=6):
 def test_sums_without_each_group():
     x = np.random.default_rng(0).normal(size=(2, 3, MIN_INTERVAL_GROUPS))
     draws = leave_one_out(MIN_INTERVAL_GROUPS)
-    assert draws is not None
     np.testing.assert_allclose(without_each(x), x @ draws, rtol=1e-12)
     x = np.full((1, 400), 1e-300)
     x[0, 7] = 1e300
@@ -80,7 +82,6 @@ def test_of_a_mean_of_even_numbers_it_is_students_interval():
     x = rng.normal(size=200)
     x = np.concatenate([x, -x])  # no skewness
     draws = leave_one_out(400)
-    assert draws is not None
     interval = jackknife_intervals(np.array([x.mean()]), (draws @ x / 399)[None])[0]
     assert interval is not None
     half = 1.966 * x.std(ddof=1) / 20
@@ -95,7 +96,6 @@ def test_quantiles_are_those_of_the_tables(freedom, t):
 def test_nine_in_ten_intervals_hold_a_skewed_mean():
     rng = np.random.default_rng(1)
     draws = leave_one_out(MIN_INTERVAL_GROUPS)
-    assert draws is not None
     x = rng.lognormal(0, 1, (400, MIN_INTERVAL_GROUPS))  # true mean exp(1/2)
     found = jackknife_intervals(x.mean(axis=1), x @ draws / (MIN_INTERVAL_GROUPS - 1))
     assert np.mean([i is not None and i.low <= np.exp(0.5) <= i.high for i in found]) > 0.9
@@ -116,11 +116,11 @@ def test_intervals_of_the_reconstruction_are_those_of_groups_left_out():
     x, x_hat = rng.normal(size=(240, 3, 5)) + np.array([[1], [2], [3]]), rng.normal(size=(240, 3, 5))
     values = rng.gamma(1.0, 1.0, (240, 3, 4)) * (rng.random((240, 3, 4)) > 0.3)
     group, shift = np.repeat(np.arange(24), 10), x.mean(axis=0)
-    quality, by_group = LayerQuality.zeros(1, 3, 5), GroupQuality.zeros(3, range(24))
-    by_group.add(quality.add(x, x_hat, values, shift, np.ones((1, 240), bool)), group)
+    quality, moments = LayerQuality.zeros(1, 3, 5), LayerMoments.zeros(range(3), 4, range(24))
+    indices = np.broadcast_to(np.arange(4), values.shape)
+    moments.add(values, indices, group, errors=quality.add(x, x_hat, values, shift, np.ones((1, 240), bool)))
     result = quality.result(0)
-    found = reconstruction_intervals(by_group, result)
-    assert found is not None
+    found = reconstruction_intervals(moments, result)
     error, deviation = ((x - x_hat) ** 2).sum(-1), ((x - shift) ** 2).sum(-1)
     left = [group != g for g in range(24)]
     fvu = np.array([error[i].sum(0) / deviation[i].sum(0) for i in left])  # [G, L]
@@ -134,31 +134,31 @@ def test_intervals_of_the_reconstruction_are_those_of_groups_left_out():
     for layer, interval in enumerate(found.fvu_by_layer):
         assert interval is not None
         np.testing.assert_allclose(interval, by_hand(result.fvu[layer], fvu[:, layer]), rtol=1e-7)
-    parts = [GroupQuality.zeros(3, [g]) for g in range(24)]
+    parts = [LayerMoments.zeros(range(3), 4, [g]) for g in range(24)]
     for g, part in enumerate(parts):
         chosen = group == g
         per_token = LayerQuality.zeros(1, 3, 5).add(
             x[chosen], x_hat[chosen], values[chosen], shift, np.ones((1, 10), bool)
         )
-        part.add(per_token, group[chosen])
-    np.testing.assert_allclose(GroupQuality.merged(parts).sums, by_group.sums, rtol=1e-12)
+        part.add(values[chosen], indices[chosen], group[chosen], errors=per_token)
+    np.testing.assert_allclose(LayerMoments.merged(parts).errors, moments.errors, rtol=1e-12)
 
 
 def test_too_few_groups_give_no_interval():
-    assert variance_intervals(grouped_moments(MIN_INTERVAL_GROUPS - 1)) == {}
-    assert variance_intervals(grouped_moments(MIN_INTERVAL_GROUPS))
+    found = QualityResult(1, 1, *np.ones((5, 4)))
+    assert all_intervals(grouped_moments(MIN_INTERVAL_GROUPS - 1), found) == NO_INTERVALS
+    assert all_intervals(grouped_moments(MIN_INTERVAL_GROUPS), found).variance
 
 
 def test_documents_that_are_all_alike_leave_no_uncertainty():
     one, n = grouped_moments(1), 24
-    alike = LayerMoments(
-        layers=one.layers,
-        groups=np.arange(n),
+    none = LayerMoments.zeros(range(4), 9, range(n))
+    alike = replace(
+        none,
         n_tokens=np.repeat(one.n_tokens, n),
         sums=np.repeat(one.sums, n, axis=0),
         counts=one.counts * n,
         totals=one.totals * n,
-        persistence=Persistence.zeros(4, 9, n),
     )
     for name, interval in variance_intervals(alike)["mass"].items():
         assert interval is not None

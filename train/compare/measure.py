@@ -112,7 +112,7 @@ def compare(config: TrainCompareConfig) -> Comparison:
         if config.pca:
             budgets = sorted({entrant.k() for entrant in entrants} - {0})  # 0: not known, of relu and jumprelu
             training = ValidationData(store, trained, positions, seed=0)
-            entrants += _baselines(training, source, store.meta, device, budgets, config.fit_tokens)
+            entrants += _baselines(training, source, store.meta, budgets, config.fit_tokens)
         data = ValidationData(store, held_out, positions, seed=0)
         members = [(entrant, layer, sae) for entrant in entrants for layer, sae in entrant.members.items()]
         own = [_only_position(*member, store.meta.layers, config.cross) for member in members]
@@ -207,19 +207,13 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
 
 
 def _baselines(
-    training: ValidationData,
-    source: VectorSource,
-    meta: StoreMeta,
-    device: torch.device,
-    budgets: Sequence[int],
-    tokens: int,
+    training: ValidationData, source: VectorSource, meta: StoreMeta, budgets: Sequence[int], tokens: int
 ) -> list[Entrant]:
     """For each k of `budgets` k principal components for all layers together, and k for each layer."""
     if not training:
         return []
-    pooled, *single = (PCASums.zeros(meta.d_model, device) for _ in range(1 + meta.n_layers))
-    for raw in training.read(tokens):
-        x = source.to_float32(raw)  # [t, L, D]
+    pooled, *single = (PCASums.zeros(meta.d_model, source.device) for _ in range(1 + meta.n_layers))
+    for x in map(source.to_float32, training.read(tokens)):  # [t, L, D]
         require_finite(x.flatten(0, 1), torch.arange(meta.n_layers, device=x.device).repeat(len(x)), meta.layers)
         standardized = standardize(x.flatten(0, 1)).x
         pooled.add(standardized)

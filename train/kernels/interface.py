@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -52,6 +53,11 @@ class WeightGradients(NamedTuple):
     """[M, D]: sum over a latent's pairs of the activation times d loss / d x_hat."""
     latent_sums: Tensor
     """[M]: sum over a latent's pairs of d loss / d z; `-latent_sums @ W_enc` is the centring's gradient of b_pre."""
+
+    @classmethod
+    def zeros_like(cls, weight: Tensor) -> "WeightGradients":
+        """Zeros for weights like `weight` [M, D]."""
+        return cls(torch.zeros_like(weight), torch.zeros_like(weight), weight.new_zeros(len(weight)))
 
 
 class AdamStep(NamedTuple):
@@ -121,9 +127,7 @@ class Kernels(ABC):
         """<grad_out[n], W_dec[indices[n, k]]>: [N, D], [N, k], [M, D] -> [N, k]."""
 
     @abstractmethod
-    def reconstruct(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
-    ) -> Reconstruction:
+    def reconstruct(self, codes: SparseCodes, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
         """Decode, and take the loss sum_n weight[n] |target[n] - decoded[n]|^2 back to the pre-activations.
 
         target [N, D], without b_pre; weight [N].
@@ -131,21 +135,13 @@ class Kernels(ABC):
 
     @abstractmethod
     def weight_gradients(
-        self,
-        values: Tensor,
-        value_grads: Tensor,
-        indices: Tensor,
-        grad_out: Tensor,
-        centred: Tensor,
-        n_latents: int,
-        *,
-        out: WeightGradients | None = None,
+        self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
         """Both weight gradients from one sort of the pairs.
 
-        values [N, k] activations; value_grads [N, k] d loss / d z of the active pairs (zero where ReLU cut); indices
-        [N, k]; grad_out [N, D] d loss / d x_hat; centred [N, D] the encoder's input x_std - b_pre. `out` is memory that
-        may be overwritten and returned: with large dictionaries, fresh memory for every step costs as much as the sums.
+        value_grads [N, k] d loss / d z of the active pairs (zero where ReLU cut); grad_out [N, D] d loss / d x_hat;
+        centred [N, D] the encoder's input x_std - b_pre. `out` is memory that may be overwritten and returned: with
+        large dictionaries, fresh memory for every step costs as much as the sums.
         """
 
     @abstractmethod

@@ -54,29 +54,19 @@ class PlainKernels(Kernels):
             out[part] = gathered.mul_(grad_out[part].unsqueeze(1)).sum(dim=-1)
         return out
 
-    def reconstruct(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
-    ) -> Reconstruction:
-        error = target - self.decode(values, indices, W_dec)
+    def reconstruct(self, codes: SparseCodes, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
+        error = target - self.decode(*codes, W_dec)
         grad_out = error * (-2 * weight).unsqueeze(1)
-        value_grads = self.activation_gradient(grad_out, indices, W_dec).masked_fill_(values <= 0, 0)
+        value_grads = self.activation_gradient(grad_out, codes.indices, W_dec).masked_fill_(codes.values <= 0, 0)
         return Reconstruction(error, grad_out, error.square().sum(dim=1), value_grads)
 
     def weight_gradients(
-        self,
-        values: Tensor,
-        value_grads: Tensor,
-        indices: Tensor,
-        grad_out: Tensor,
-        centred: Tensor,
-        n_latents: int,
-        *,
-        out: WeightGradients | None = None,
+        self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
         """`out` is of no use here."""
-        ordered, order = torch.sort(indices.flatten(), stable=True)  # within a latent, by row
-        starts = torch.searchsorted(ordered, torch.arange(n_latents, device=indices.device))
-        row = order // indices.shape[1]
+        ordered, order = torch.sort(codes.indices.flatten(), stable=True)  # within a latent, by row
+        starts = torch.searchsorted(ordered, torch.arange(len(out.W_enc), device=ordered.device))
+        row = order // codes.indices.shape[1]
 
         def sum_rows(coefficients: Tensor, rows: Tensor) -> Tensor:
             """For each latent, the sum of coefficients[n, k] * rows[n] over its pairs: [N, k], [N, D] -> [M, D]."""
@@ -84,7 +74,7 @@ class PlainKernels(Kernels):
             return F.embedding_bag(row, rows, starts, per_sample_weights=weights, mode="sum")
 
         latent_sums = sum_rows(value_grads, centred.new_ones(len(centred), 1)).squeeze(-1)
-        return WeightGradients(sum_rows(value_grads, centred), sum_rows(values, grad_out), latent_sums)
+        return WeightGradients(sum_rows(value_grads, centred), sum_rows(codes.values, grad_out), latent_sums)
 
     def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         """On a CPU a few rows at a time, so that the five passes over them find them in the cache."""

@@ -74,10 +74,9 @@ class MainPass(NamedTuple):
 def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
     """Loss and gradients of codes [N, w]."""
     kernels, W_dec = given.kernels, given.weights.W_dec
-    main = kernels.reconstruct(codes.values, codes.indices, W_dec, given.target, given.row_weight)
-    gradients = kernels.weight_gradients(
-        codes.values, main.value_grads, codes.indices, main.grad_out, given.inputs, len(W_dec), out=given.out
-    )
+    main = kernels.reconstruct(codes, W_dec, given.target, given.row_weight)
+    memory = WeightGradients.zeros_like(W_dec) if given.out is None else given.out
+    gradients = kernels.weight_gradients(codes, main.value_grads, main.grad_out, given.inputs, memory)
     return _of_codes(codes, given.row_weight @ main.squared, main.error, main.squared, main.grad_out, gradients)
 
 
@@ -96,19 +95,19 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
     kernels, W_dec = given.kernels, given.weights.W_dec
     remaining, errors = given.target, []
     for block in blocks:
-        remaining = remaining - kernels.decode(block.codes.values, block.codes.indices, W_dec)
+        remaining = remaining - kernels.decode(*block.codes, W_dec)
         errors.append(remaining)
     squares = [error.square().sum(dim=1) for error in errors]
     loss = given.row_weight.new_zeros(())
     for block, squared in zip(blocks, squares, strict=True):
         loss = loss + block.weight * (given.row_weight @ squared)
-    gradients = _zeroed(given)
+    gradients, memory = _zeroed(given), WeightGradients.zeros_like(W_dec)
     grad_out = torch.zeros_like(given.target)
     for block, error in zip(reversed(blocks), reversed(errors), strict=True):
         grad_out = grad_out + error * (-2 * block.weight * given.row_weight).unsqueeze(1)
-        values, indices = block.codes
-        value_grads = kernels.activation_gradient(grad_out, indices, W_dec).masked_fill_(values <= 0, 0)
-        part = kernels.weight_gradients(values, value_grads, indices, grad_out, given.inputs, len(W_dec))
+        value_grads = kernels.activation_gradient(grad_out, block.codes.indices, W_dec)
+        value_grads.masked_fill_(block.codes.values <= 0, 0)
+        part = kernels.weight_gradients(block.codes, value_grads, grad_out, given.inputs, memory)
         for total, one in zip(gradients, part, strict=True):
             total += one
     return _of_codes(codes, loss, errors[whole], squares[whole], grad_out, gradients)
@@ -204,7 +203,6 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
 
 def _zeroed(given: PassInputs) -> WeightGradients:
     """Gradients of zero, in the memory given for them if there is some."""
-    if given.out is not None:
-        return WeightGradients(*(tensor.zero_() for tensor in given.out))
-    W_enc, W_dec = given.weights.W_enc, given.weights.W_dec
-    return WeightGradients(torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(len(W_enc)))
+    if given.out is None:
+        return WeightGradients.zeros_like(given.weights.W_dec)
+    return WeightGradients(*(tensor.zero_() for tensor in given.out))

@@ -5,23 +5,30 @@ layers as NAME/LAYER, against the step.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from residscope.errors import ResidscopeError
 from residscope.names import beside, stem
 from train.resolve import RunPlan
 
 
-def open_trackers(plan: RunPlan, resume_step: int) -> "list[Tracker]":
+class Tracker(NamedTuple):
+    """Gets the numbers of every line of metrics, and its step."""
+
+    log: Callable[[Mapping[str, float], int], object]
+    close: Callable[[], object]
+
+
+def open_trackers(plan: RunPlan, resume_step: int) -> list[Tracker]:
     """Those that the flags of one run ask for; resume_step: where its checkpoint stands, 0 for a fresh run."""
     found: list[Tracker] = []
     out, publish = plan.config.out, plan.config.publish
     if publish.tensorboard:
-        found.append(_TensorBoard(beside(out, ".tensorboard"), resume_step))
+        found.append(_tensorboard(beside(out, ".tensorboard"), resume_step))
     if publish.wandb is not None:
-        found.append(_WandB(publish.wandb, plan.spec.name or stem(out), out, plan.to_dict(), fresh=resume_step == 0))
+        found.append(_wandb(publish.wandb, plan.spec.name or stem(out), out, plan.to_dict(), fresh=resume_step == 0))
     return found
 
 
@@ -37,43 +44,31 @@ def numbers_of(line: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, fl
     return found
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(folder: Path, resume_step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
 
-        # The steps after a checkpoint are made again: TensorBoard then hides the old ones.
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+    # The steps after a checkpoint are made again: TensorBoard then hides the old ones.
+    writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
+    def log(numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    def __init__(self, project: str, name: str, out: Path, plan: Mapping[str, Any], *, fresh: bool) -> None:
-        import wandb  # type: ignore[import-not-found]
-
-        note = beside(out, ".wandb-id")
-        if fresh or not note.exists():
-            note.write_text(secrets.token_hex(8), encoding="utf-8")
-        try:
-            options = {"id": note.read_text(encoding="utf-8"), "resume": "allow", "config": dict(plan)}
-            # create_new: several runs of one process, side by side
-            self._run = wandb.init(project=project, name=name, reinit="create_new", **options)
-        except Exception as error:  # wandb's error classes differ by version
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            way_out = "log in with `wandb login`, or set WANDB_MODE=offline"
-            raise ResidscopeError(f"--wandb {project}: {reason}; {way_out}") from None
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    return Tracker(log, writer.close)
 
 
-Tracker = _TensorBoard | _WandB
-"""Gets the numbers of every line of metrics."""
+def _wandb(project: str, name: str, out: Path, plan: Mapping[str, Any], *, fresh: bool) -> Tracker:
+    import wandb  # type: ignore[import-not-found]
+
+    note = beside(out, ".wandb-id")
+    if fresh or not note.exists():
+        note.write_text(secrets.token_hex(8), encoding="utf-8")
+    try:
+        options = {"id": note.read_text(encoding="utf-8"), "resume": "allow", "config": dict(plan)}
+        # create_new: several runs of one process, side by side
+        run = wandb.init(project=project, name=name, reinit="create_new", **options)
+    except Exception as error:  # wandb's error classes differ by version
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        way_out = "log in with `wandb login`, or set WANDB_MODE=offline"
+        raise ResidscopeError(f"--wandb {project}: {reason}; {way_out}") from None
+    return Tracker(lambda numbers, step: run.log(dict(numbers), step=step), run.finish)

@@ -66,57 +66,19 @@ function examplesHtml(latent) {
     ${note ? `<p class="note">${escaped(note)}</p>` : ""}`;
 }
 
-/** Layers x bins of a latent's activations as {first, n, counts: one row of n bins for each layer, top}; `first` is the
-    number of its first bin. */
-function histogramOf(rows, layers) {
-  const first = Math.min(...rows.map((row) => row[1])), end = Math.max(...rows.map((row) => row[1] + row.length - 2));
-  const of = new Map(rows.map((row) => [row[0], row]));
-  const counts = layers.map((layer) => {
-    const [, low, ...found] = of.get(layer) ?? [layer, 0];
-    return Array.from({ length: end - first }, (_, bin) => found[first + bin - low] ?? 0);
-  });
-  return { first, n: end - first, counts, top: Math.max(...counts.flat()) };
-}
-
-/** Heat map, layer x activation, of the number of tokens; colours by its logarithm. */
-function histogramHtml({ first, n, counts, top }, layers, edges, colours) {
-  const scale = (count) => (top > 1 ? Math.log(count) / Math.log(top) : 1);
-  const width = 1000 / n, height = 1000 / layers.length;
-  const cells = counts.flatMap((row, r) => row.map((count, bin) => {
-    const colour = count ? `#${colours[Math.round(scale(count) * (colours.length - 1))]}` : "transparent";
-    return `<rect data-cell="${r} ${bin}" x="${(bin * width).toFixed(1)}" y="${(1000 - (r + 1) * height).toFixed(1)}" width="${(width + 0.5).toFixed(1)}" height="${(height + 0.5).toFixed(1)}" fill="${colour}"/>`;
-  }));
-  const every = Math.ceil(layers.length / 8), step = Math.ceil((n + 1) / 6);
-  const y = layers.map((layer, r) => (r % every ? "" : `<span class="yt" style="left:0;bottom:${(100 * (r + 0.5)) / layers.length}%">${layer}</span>`));
-  const x = Array.from({ length: n + 1 }, (_, bin) => (bin % step ? "" : `<span class="xt" style="left:${(100 * bin) / n}%;bottom:0">${show(edges[first + bin]).replace(/\.?0+$/, "")}</span>`));
-  const stops = colours.map((colour) => `#${colour}`).join(",");
-  return `<div class="histogram"><h4>Activations by layer</h4><p class="yname">layer (after block)</p>
-    <div class="plot tall" tabindex="0" role="img" aria-label="Heat map: tokens by layer and activation, at most ${top} in a cell. Arrow keys read its cells.">
-    <svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">${cells.join("")}</svg>${y.join("")}${x.join("")}
-    <span class="xl" style="left:50%;bottom:0">activation (standardised units, log scale)</span></div>
-    <div class="key"><span>1</span><i style="background:linear-gradient(to right,${stops})"></i><span>${integer(top)} tokens (log scale)</span></div>
-    <p class="readout" aria-live="polite">Point at a cell, touch it, or use the arrow keys.</p></div>`;
-}
-
-/** Let the pointer and the arrow keys read the cells of a histogram in `place`. */
-function readHistogram(place, { first, n, counts }, layers, edges) {
-  const plot = place.querySelector(".histogram .plot"), said = place.querySelector(".histogram .readout");
-  let [row, bin] = [0, 0];
-  const say = (r, b) => {
-    [row, bin] = [Math.min(layers.length - 1, Math.max(0, r)), Math.min(n - 1, Math.max(0, b))];
-    plot.querySelector(".chosen")?.classList.remove("chosen");
-    plot.querySelector(`[data-cell="${row} ${bin}"]`).classList.add("chosen");
-    const [low, high] = [edges[first + bin], edges[first + bin + 1]].map(show);
-    said.textContent = `layer ${layers[row]}, activation ${low} to ${high}: ${integer(counts[row][bin])} tokens`;
-  };
-  const point = (event) => { const cell = event.target.dataset?.cell; if (cell) say(...cell.split(" ").map(Number)); };
-  plot.addEventListener("pointermove", point);
-  plot.addEventListener("click", point);
-  plot.addEventListener("keydown", (event) => {
-    const move = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (!move) return;
-    event.preventDefault();
-    say(row + move[0], bin + move[1]);
+/** Heat map, layer x activation, of the number of tokens, into `place`. rows: for each layer at which the latent fired its
+    number, the first bin with a count, the counts from there on; edges: of all bins. */
+function histogram(place, rows, layers, edges, colours) {
+  const first = Math.min(...rows.map((row) => row[1])), n = Math.max(...rows.map((row) => row[1] + row.length - 2)) - first;
+  const counts = new Float32Array(layers.length * n);
+  for (const [layer, low, ...found] of rows) counts.set(found, layers.indexOf(layer) * n + low - first);
+  const map = element("div", "map"), said = element("p", "readout", "Point at a cell, touch it, or use the arrow keys.");
+  said.setAttribute("aria-live", "polite");
+  place.replaceChildren(element("h4", "", "Activations by layer"), map, said);
+  const columns = Array.from({ length: n }, (_, bin) => show(edges[first + bin]).replace(/\.?0+$/, ""));
+  heatMap(map, counts, layers, columns, ramp(colours), {
+    name: "tokens by layer and activation", log: true, unit: "tokens (log scale); columns: activation from, standardised units",
+    say: (r, c, count) => { said.textContent = `layer ${layers[r]}, activation ${show(edges[first + c])} to ${show(edges[first + c + 1])}: ${integer(count)} tokens`; },
   });
 }
 

@@ -1,4 +1,4 @@
-// Heat maps of prompts: layer x latent, layer x token. Uses `unpack`, `show` and `reported` of report.js.
+// Heat maps: of prompts, layer x latent and layer x token; of a latent's activations. Uses report.js.
 
 /** An element of a class, with text and CSS properties. */
 function element(tag, className, text = "", style = {}) {
@@ -7,25 +7,26 @@ function element(tag, className, text = "", style = {}) {
   return made;
 }
 
-/** The values [rows x columns] as a picture of one pixel each, last row on top. */
-function heatCanvas(values, height, n, colours, top) {
+/** The values [rows x columns] as a picture of one pixel each, last row on top; by their logarithm, 0 is transparent. */
+function heatCanvas(values, height, n, colours, top, log) {
   const canvas = Object.assign(document.createElement("canvas"), { width: Math.max(1, n), height: Math.max(1, height) });
   const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+  const place = (value) => (log && top > 1 ? Math.log(value) / Math.log(top) : value / top);
   values.forEach((value, i) => {
-    const [red, green, blue] = colours[top ? Math.round((value / top) * (colours.length - 1)) : 0];
-    image.data.set([red, green, blue, 255], 4 * ((height - 1 - Math.floor(i / n)) * n + (i % n)));
+    const [red, green, blue] = colours[value ? Math.round(place(value) * (colours.length - 1)) : 0];
+    image.data.set([red, green, blue, log && !value ? 0 : 255], 4 * ((height - 1 - Math.floor(i / n)) * n + (i % n)));
   });
   context.putImageData(image, 0, 0);
   return canvas;
 }
 
-/** A map of values [rows x columns], last row on top, into `place`; `say(row, column, value)` where the pointer is,
-    `pick(column)` where one is chosen. */
-function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pick, say, labels = true }) {
+/** A map of values [rows x columns], last row on top, into `place`; `say(row, column, value)` where the pointer is, or
+    where arrow keys go, `pick(column)` where one is chosen. */
+function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pick, say, labels = true, log = false, unit = "activation" }) {
   const n = columns.length, height = rows.length, top = values.reduce((a, b) => Math.max(a, b), 0);
-  const canvas = heatCanvas(values, height, n, colours, top);
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `Heat map of ${name}: ${height} layers, ${n} columns, highest value ${show(top)}`);
+  const canvas = heatCanvas(values, height, n, colours, top, log);
+  const described = { role: "img", tabindex: 0, "aria-label": `Heat map of ${name}: ${height} layers, ${n} columns, highest value ${show(top)}. Arrow keys read its cells.` };
+  for (const [attribute, words] of Object.entries(described)) canvas.setAttribute(attribute, words);
   /** Every so many names along an edge of the map, so that at most `most` stand there. */
   const named = (className, names, most, style) => {
     const every = Math.ceil(names.length / most), edge = element("div", className);
@@ -33,7 +34,7 @@ function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pic
     return edge;
   };
   const side = named("rows", rows, labels ? 10 : 4, (r) => ({ top: `${(100 * (height - r - 0.5)) / height}%` }));
-  const frame = element("div", "frame");
+  const frame = element("div", "frame"), cell = element("div", "cell");
   frame.append(canvas);
   if (chosen >= 0 && n) frame.append(element("div", "chosen", "", { left: `${(100 * chosen) / n}%`, width: `${100 / n}%` }));
   place.replaceChildren(side, frame);
@@ -41,19 +42,30 @@ function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pic
     frame.append(named("cols", columns, 32, (c) => ({ left: `${(100 * (c + 0.6)) / n}%` })));
     const stops = colours.filter((_, i) => i % 16 === 0 || i === 255).map((colour) => `rgb(${colour})`);
     const key = element("div", "key");
-    key.append("0", element("i", "", "", { background: `linear-gradient(to right, ${stops})` }), `${show(top)} activation; rows: layer (after block)`);
+    key.append(log ? "1" : "0", element("i", "", "", { background: `linear-gradient(to right, ${stops})` }), `${show(top)} ${unit}; rows: layer (after block)`);
     place.append(key);
   }
-  /** Say the cell under the pointer; returns its column. */
-  const read = (event) => {
-    const box = canvas.getBoundingClientRect();
-    const c = Math.min(n - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * n)));
-    const r = Math.min(height - 1, Math.max(0, height - 1 - Math.floor(((event.clientY - box.top) / box.height) * height)));
-    say(r, c, values[r * n + c]);
-    return c;
+  const at = { r: 0, c: 0 };
+  /** Say a cell, the nearest one there is, and frame it. */
+  const read = (r, c) => {
+    [at.r, at.c] = [Math.min(height - 1, Math.max(0, r)), Math.min(n - 1, Math.max(0, c))];
+    const box = canvas.getBoundingClientRect(), size = [box.width / n, box.height / height];
+    Object.assign(cell.style, { left: `${at.c * size[0]}px`, top: `${(height - 1 - at.r) * size[1]}px`, width: `${size[0]}px`, height: `${size[1]}px` });
+    frame.append(cell);
+    say(at.r, at.c, values[at.r * n + at.c]);
   };
-  canvas.addEventListener("mousemove", read);
-  canvas.addEventListener("click", (event) => pick(read(event)));
+  const point = (event) => {
+    const box = canvas.getBoundingClientRect();
+    read(height - 1 - Math.floor(((event.clientY - box.top) / box.height) * height), Math.floor(((event.clientX - box.left) / box.width) * n));
+  };
+  canvas.addEventListener("pointermove", point);
+  canvas.addEventListener("click", (event) => { point(event); pick?.(at.c); });
+  canvas.addEventListener("keydown", (event) => {
+    const move = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    if (!move) return;
+    event.preventDefault();
+    read(at.r + move[0], at.c + move[1]);
+  });
 }
 
 /** 256 colours [red, green, blue] from a few anchors in hexadecimal. */

@@ -195,10 +195,7 @@ async function latentTable(block) {
     const latent = block[row % PER_BLOCK];
     place.querySelector(".looks").innerHTML = examplesHtml(latent);
     place.querySelector(".near-place").innerHTML = neighboursHtml(latent.near, data, kinds);
-    if (!latent.histogram) return;
-    const histogram = histogramOf(latent.histogram, layers);
-    place.querySelector(".map-place").innerHTML = histogramHtml(histogram, layers, edges, colours);
-    readHistogram(place, histogram, layers, edges);
+    if (latent.histogram) histogram(place.querySelector(".map-place"), latent.histogram, layers, edges, colours);
   }
 
   function draw() {

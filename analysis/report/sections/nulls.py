@@ -1,12 +1,12 @@
 """Section: what null models give, and observed over null."""
 
+from analysis.baselines.nulls import NULLS
 from analysis.report.charts import lines_chart
 from analysis.report.data import Results
 from analysis.report.markup import Section, figure, integer, show, table, with_interval
 from analysis.report.sections.persistence import MEANS
 
 TITLE = "Against chance"
-NULLS = ("layers_permuted", "tokens_permuted")
 ROWS = (
     ("variance", "within_token", "variance within a token, layers²"),
     ("variance", "between_tokens", "variance between tokens, layers²"),

@@ -22,8 +22,8 @@ def null_of(values, indices, n_latents, name, seed=0, chunk=64):
 
 
 def mean_of(moments: LayerMoments, name: str) -> float:
-    sums = moments.persistence
-    found = persistence_numbers(sums.histograms.sum(axis=0), sums.shape.sum(axis=0), moments.layers, "equal")
+    sums = moments.histograms.sum(axis=0), moments.run_sums.sum(axis=0)
+    found = persistence_numbers(*sums, moments.layers, "equal")
     return float(getattr(found, name))
 
 

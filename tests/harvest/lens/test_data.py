@@ -47,11 +47,11 @@ def test_kl_batches_are_mixed_and_repeat_no_token_within_an_epoch() -> None:
     def read(span: Any) -> list[torch.Tensor]:
         return [torch.arange(span.start, span.stop)[:, None], -torch.arange(span.start, span.stop)[:, None]]
 
-    got = list(shuffled(read, sequence_batches(position, 10), chosen, step_tokens=4, steps=16, seed=0, window=8))
+    got = list(shuffled(read, sequence_batches(position, 10), chosen, per_step=4, steps=16, seed=0, window=8))
     assert [len(batch[0]) for batch in got] == [4] * 16
     assert all(torch.equal(a, -b) for a, b in got)
     first = torch.cat([batch[0] for batch in got[:8]]).flatten().tolist()
     assert sorted(first) == np.flatnonzero(chosen).tolist()
     assert any(np.ptp(batch[0].numpy()) > 5 for batch in got)
-    again = list(shuffled(read, sequence_batches(position, 10), chosen, step_tokens=4, steps=16, seed=0, window=8))
+    again = list(shuffled(read, sequence_batches(position, 10), chosen, per_step=4, steps=16, seed=0, window=8))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(got, again, strict=True))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from harvest.lens import kl as lens_kl
+from harvest.lens.config import FittingConfig
 from harvest.lens.measure import mean_kl
 from harvest.lens.translators import Translators
 from harvest.model.load import LoadedModel, load_model
@@ -78,10 +79,8 @@ def test_steps_are_nesterov_momentum_with_decay_and_a_clip_per_translator(
             value -= lr * 0.1 * (1 - step / 2) * (grad + 0.9 * velocity[k])
     monkeypatch.setattr(lens_kl, "CLIP", clip)
     seen: list[list[float]] = []
-    lens_kl.train(
-        weights, biases, batches, model.logits, vocabulary=V, steps=2, lr=lr, weight_decay=decay,
-        after_step=seen.append,
-    )  # fmt: skip
+    options = FittingConfig(kl_steps=2, lr=lr, weight_decay=decay)
+    lens_kl.train(weights, biases, batches, model.logits, options, vocabulary=V, after_step=seen.append)
     assert [len(kls) for kls in seen] == [L, L]
     torch.testing.assert_close(weights, expected[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(biases, expected[1], rtol=1e-4, atol=1e-6)

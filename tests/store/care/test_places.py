@@ -79,7 +79,7 @@ def test_a_shard_is_looked_at_once_and_by_one_layer(tmp_path: Path, monkeypatch:
         return read(self, tokens, layers, raw=raw)
 
     monkeypatch.setattr(ActivationStore, "read", counting)
-    loader = WindowLoader(store, store.tokens.keep, 50, 0, 4096, epochs=2, check_places=True)
+    loader = WindowLoader(store, store.tokens.keep, 50, 0, 4096, epochs=2)
     rows = sum(len(batch.rows) for batch in loader)
     assert rows == 2 * 6 * int(store.tokens.keep.sum())
     assert sorted(set(seen)) == sorted({shard: (shard, layer) for shard, layer in seen}.values())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.kernels.interface import AdamStep
+from train.kernels.interface import AdamStep, SparseCodes, WeightGradients
 from train.kernels.plain import TORCH as kernels
 
 
@@ -41,7 +41,7 @@ def test_sparse_parts_equal_naive_loops(n: int, m: int, d: int, data: st.DataObj
             summed[j] += c * rows[i]
             decoder[j] += v * grad[i]
             sums[j] += c
-    both = kernels.weight_gradients(values, by_pair, indices, grad, rows, m)
+    both = kernels.weight_gradients(SparseCodes(values, indices), by_pair, grad, rows, WeightGradients.zeros_like(W))
     torch.testing.assert_close(both.W_enc, summed)
     torch.testing.assert_close(both.latent_sums, sums)
     torch.testing.assert_close(both.W_dec, decoder)
@@ -56,8 +56,8 @@ def test_negative_pre_activations_are_never_active() -> None:
 
 def test_weight_gradients_are_the_same_bits_each_time() -> None:
     z, rows = torch.randn(200, 50), torch.randn(200, 7)
-    values, indices = kernels.topk_relu(z, 8)
-    first, *others = [kernels.weight_gradients(values, values, indices, rows, rows, 50) for _ in range(5)]
+    codes, memory = kernels.topk_relu(z, 8), WeightGradients.zeros_like(torch.empty(50, 7))
+    first, *others = [kernels.weight_gradients(codes, codes.values, rows, rows, memory) for _ in range(5)]
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 

@@ -41,103 +41,62 @@ class CpuKernels(Kernels):
     def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         (n, k), (m, d) = values.shape, W_dec.shape
         out = W_dec.new_empty(n, d)
-        run_chunks(
-            loops.decode_rows,
-            even_chunks(n, 1 + CHUNK // (k * d)),
+        inputs = (
             array_of(values, "values", n, k, like=W_dec),
             _latents(indices, n, k, m),
             array_of(W_dec, "W_dec", m, d),
-            out.numpy(),
         )
+        run_chunks(loops.decode_rows, even_chunks(n, 1 + CHUNK // (k * d)), *inputs, out.numpy())
         return out
 
     def activation_gradient(self, grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         (n, k), (m, d) = indices.shape, W_dec.shape
-        out = W_dec.new_empty(n, k)
-        run_chunks(
-            loops.gradient_rows,
-            even_chunks(n, 1 + CHUNK // (k * d)),
-            array_of(grad_out, "grad_out", n, d, like=W_dec),
-            _latents(indices, n, k, m),
-            array_of(W_dec, "W_dec", m, d),
-            out.numpy(),
-        )
+        out, rows = W_dec.new_empty(n, k), array_of(grad_out, "grad_out", n, d, like=W_dec)
+        inputs = rows, _latents(indices, n, k, m), array_of(W_dec, "W_dec", m, d)
+        run_chunks(loops.gradient_rows, even_chunks(n, 1 + CHUNK // (k * d)), *inputs, out.numpy())
         return out
 
-    def reconstruct(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
-    ) -> Reconstruction:
-        (n, k), (m, d) = values.shape, W_dec.shape
+    def reconstruct(self, codes: SparseCodes, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
+        (n, k), (m, d) = codes.values.shape, W_dec.shape
+        values, indices = array_of(codes.values, "values", n, k, like=W_dec), _latents(codes.indices, n, k, m)
+        targets, weights = array_of(target, "target", n, d, like=W_dec), array_of(weight, "weight", n, like=W_dec)
+        inputs = values, indices, array_of(W_dec, "W_dec", m, d), targets, weights
         out = Reconstruction(*(W_dec.new_empty(shape) for shape in ((n, d), (n, d), (n,), (n, k))))
-        run_chunks(
-            loops.reconstruct_rows,
-            even_chunks(n, 1 + CHUNK // (k * d)),
-            array_of(values, "values", n, k, like=W_dec),
-            _latents(indices, n, k, m),
-            array_of(W_dec, "W_dec", m, d),
-            array_of(target, "target", n, d, like=W_dec),
-            array_of(weight, "weight", n, like=W_dec),
-            *(tensor.numpy() for tensor in out),
-        )
+        outputs = (tensor.numpy() for tensor in out)
+        run_chunks(loops.reconstruct_rows, even_chunks(n, 1 + CHUNK // (k * d)), *inputs, *outputs)
         return out
 
     def weight_gradients(
-        self,
-        values: Tensor,
-        value_grads: Tensor,
-        indices: Tensor,
-        grad_out: Tensor,
-        centred: Tensor,
-        n_latents: int,
-        *,
-        out: WeightGradients | None = None,
+        self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
-        (n, k), d = indices.shape, grad_out.shape[1]
+        (values, indices), (n_latents, d) = codes, out.W_enc.shape
+        n, k = indices.shape
         starts, order = np.empty(n_latents + 1, np.int64), np.empty(n * k, np.int64)
-        loops.sort_pairs(
-            _latents(indices, n, k, n_latents).ravel(),
-            array_of(values, "coefficients", n, k).ravel(),
-            array_of(value_grads, "coefficients", n, k, like=values).ravel(),
-            starts,
-            order,
-        )
+        pairs = array_of(values, "coefficients", n, k), array_of(value_grads, "coefficients", n, k, like=values)
+        loops.sort_pairs(_latents(indices, n, k, n_latents).ravel(), *(part.ravel() for part in pairs), starts, order)
         # Adding a row is most of a pair's work, writing the sum about twice that.
         work = starts + 2 * np.arange(n_latents + 1)
         borders = even_chunks(int(work[-1]), CHUNK // 512)
         borders[1:-1] = np.searchsorted(work, borders[1:-1]).tolist()
         borders[-1] = n_latents
-        if out is None:
-            out = WeightGradients(*(grad_out.new_empty(shape) for shape in ((n_latents, d), (n_latents, d), n_latents)))
         for coefficients, rows, weight, sums in (
             (value_grads, centred, out.W_enc, out.latent_sums),
             (values, grad_out, out.W_dec, torch.empty_like(out.latent_sums)),
         ):
-            run_chunks(
-                loops.weight_rows,
-                borders,
-                starts,
-                order,
-                k,
-                array_of(coefficients, "coefficients", n, k, like=rows).ravel(),
-                array_of(rows, "rows", n, d),
+            read = array_of(coefficients, "coefficients", n, k, like=rows).ravel(), array_of(rows, "rows", n, d)
+            written = (
                 array_of(weight, "out", n_latents, d, like=rows, written=True),
                 array_of(sums, "sums", n_latents, like=rows, written=True),
             )
+            run_chunks(loops.weight_rows, borders, starts, order, k, *read, *written)
         return out
 
     def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         m, d = weight.shape
         numbers = (float(how.grad_scale), how.step_size, *how.BETAS, how.correction, how.EPSILON)
-        run_chunks(
-            loops.adam_rows,
-            even_chunks(m, 1 + CHUNK // (4 * d)),
-            array_of(weight, "weight", m, d, written=True),
-            array_of(grad, "grad", m, d, like=weight),
-            array_of(exp_avg, "exp_avg", m, d, like=weight, written=True),
-            array_of(exp_avg_sq, "exp_avg_sq", m, d, like=weight, written=True),
-            *numbers,
-            how.unit_rows,
-        )
+        named = {"weight": weight, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        arrays = (array_of(t, name, m, d, like=weight, written=name != "grad") for name, t in named.items())
+        run_chunks(loops.adam_rows, even_chunks(m, 1 + CHUNK // (4 * d)), *arrays, *numbers, how.unit_rows)
 
 
 def _latents(indices: Tensor, n: int, k: int, n_latents: int) -> np.ndarray[Any, Any]:

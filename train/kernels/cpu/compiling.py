@@ -20,7 +20,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def run_chunks(loop: Callable[..., Any], borders: Sequence[int], *arrays: object
         while (chunk := next(next_chunk)) < n_chunks:
             loop(borders[chunk], borders[chunk + 1], *arrays)
 
-    futures = [_POOL.submit(work, helpers) for _ in range(helpers)]
+    futures = [_helpers(torch.get_num_threads()).submit(work) for _ in range(helpers)]
     try:
         work()
     finally:
@@ -87,24 +87,10 @@ def run_chunks(loop: Callable[..., Any], borders: Sequence[int], *arrays: object
                 future.result()
 
 
-class _Pool:
-    """Threads that wait for chunks; as many as were ever asked for, and none in a process just forked."""
-
-    def __init__(self) -> None:
-        self._forget()
-        os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
-        self._size = 0
-
-    def submit(self, work: Callable[[], None], size: int) -> Future[None]:
-        if self._executor is None or self._size < size:
-            if self._executor is not None:
-                self._executor.shutdown(wait=False)
-            self._executor = ThreadPoolExecutor(size, thread_name_prefix="kernels")
-            self._size = size
-        return self._executor.submit(work)
+@functools.cache
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    """Threads that wait for chunks; they are made as they are needed, and anew in a process just forked."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
-_POOL = _Pool()
+os.register_at_fork(after_in_child=_helpers.cache_clear)

@@ -98,16 +98,16 @@ class Screen:
         margin = torch.where(scale > 0, SIGMAS * spread, 0)
         values, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
         left_out = np.ones(n, np.bool_)
-        screened = (blocks, offset, scale, margin, self._panels, self._scale, self._size, self._order)
-        exact = (self._own_size, centred, self._weights, values, indices)
-        run_chunks(
-            loops.screen_blocks,
-            even_chunks(n_blocks if self._sound else 0, loops.GROUP),
-            *(part.numpy() for part in screened),
-            self._ranks(k),
-            *(part.numpy() for part in exact),
-            left_out,
+        rows, screened, exact = (
+            tuple(part.numpy() for part in parts)
+            for parts in (
+                (blocks, offset, scale, margin),
+                (self._panels, self._scale, self._size, self._order),
+                (self._own_size, centred, self._weights, values, indices),
+            )
         )
+        borders = even_chunks(n_blocks if self._sound else 0, loops.GROUP)
+        run_chunks(loops.screen_blocks, borders, rows, screened, self._ranks(k), *exact, left_out)
         tile = max(1, TILE_BYTES // (4 * len(self._weights)))
         for rest in torch.from_numpy(left_out).nonzero().squeeze(1).split(tile):
             values[rest], indices[rest] = self._from_all_products(centred[rest], k)

@@ -116,32 +116,16 @@ def _dot(a, b):
 
 
 @compiled
-def screen_blocks(
-    start,
-    stop,
-    blocks,
-    offset,
-    row_scale,
-    margin,
-    panels,
-    scale,
-    size,
-    order,
-    ranks,
-    own_size,
-    centred,
-    weights,
-    values,
-    indices,
-    left_out,
-):
+def screen_blocks(start, stop, packed, screened, ranks, own_size, centred, weights, values, indices, left_out):
     """Rows of the blocks start..stop: values [N, k], indices [N, k], and whether a row was left out [N].
 
-    blocks, offset, row_scale: of `pack_rows`; margin [14 b], 0 for rows that have no scale; panels: of `pack_latents`;
-    scale, size, order [32 p]: those of the panels' latents, size -inf where there is none; own_size [M]: by latent. An
-    estimate is off by at most margin * size. ranks [p]: after which panels bounds are drawn up, and to which of a row's
-    candidates; else 0. centred [N, D], weights [M, D].
+    packed: blocks, offset and scale of `pack_rows`, and margin [14 b], 0 for rows that have no scale. screened: panels
+    of `pack_latents`, and scale, size, order [32 p] of their latents, size -inf where there is none; own_size [M]: by
+    latent. An estimate is off by at most margin * size. ranks [p]: after which panels bounds are drawn up, and to which
+    of a row's candidates; else 0. centred [N, D], weights [M, D].
     """
+    blocks, offset, row_scale, margin = packed
+    panels, scale, size, order = screened
     n, k = indices.shape
     groups = -(-(stop - start) // GROUP)
     most = -(-(stop - start) // groups) * ROWS
@@ -190,27 +174,17 @@ def screen_blocks(
                         counts[place] = count
         for place in range(min((last - first) * ROWS, n - first * ROWS)):
             r = first * ROWS + place
-            left_out[r] = not _finish(
-                guesses[place],
-                latents[place],
-                counts[place],
-                bounds[place],
-                row_scale[r],
-                margin[r],
-                own_size,
-                largest,
-                centred[r],
-                weights,
-                exact,
-                values[r],
-                indices[r],
-            )
+            candidates = guesses[place], latents[place], counts[place], bounds[place]
+            row = row_scale[r], margin[r], centred[r]
+            left_out[r] = not _finish(candidates, row, own_size, largest, weights, exact, values[r], indices[r])
 
 
 @inlined
-def _finish(guess, latent, n, bound, scale, margin, size, largest, own, weights, exact, values, indices):
+def _finish(candidates, row, size, largest, weights, exact, values, indices):
     """The k largest products of a row, whose candidates [:n] are all latents that may exceed `bound`; False where that
     leaves a doubt."""
+    guess, latent, n, bound = candidates
+    scale, margin, own = row
     k = values.size
     if n < k:
         return False

@@ -1,7 +1,5 @@
 """Choosing the k largest of each row on a CPU: tensors go in and come out of `train.kernels.cpu.topk_loops`.
 
-Everything that is read or written is checked here first, because the loops check nothing.
-
 Shapes: N rows, M n_latents, k.
 """
 

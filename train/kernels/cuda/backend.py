@@ -80,36 +80,23 @@ class CudaKernels(Kernels):
         row_programs.activation_gradient[(n,)](*inputs, out, k, d, **_row_block(d))
         return out
 
-    def reconstruct(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, target: Tensor, weight: Tensor
-    ) -> Reconstruction:
-        (n, k), d = values.shape, W_dec.shape[1]
+    def reconstruct(self, codes: SparseCodes, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
+        (n, k), d = codes.values.shape, W_dec.shape[1]
         out = Reconstruction(*(W_dec.new_empty(shape) for shape in ((n, d), (n, d), (n,), (n, k))))
-        inputs = (t.contiguous() for t in (values, indices, W_dec, target, weight))
+        inputs = (t.contiguous() for t in (*codes, W_dec, target, weight))
         row_programs.reconstruct[(n,)](*inputs, *out, k, d, **_row_block(d))
         return out
 
     def weight_gradients(
-        self,
-        values: Tensor,
-        value_grads: Tensor,
-        indices: Tensor,
-        grad_out: Tensor,
-        centred: Tensor,
-        n_latents: int,
-        *,
-        out: WeightGradients | None = None,
+        self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
         """The sorted pairs are cut into chunks of equal length, so that a latent that is active everywhere is no
         program's burden alone; one whose pairs lie in several is put together, in their order, by a second program."""
-        (n, k), d = indices.shape, centred.shape[1]
-        pairs = n * k
+        (values, indices), (n_latents, d) = codes, out.W_enc.shape
+        pairs, k = indices.numel(), indices.shape[1]
         number = torch.int32 if max(pairs, n_latents) < 2**31 else torch.int64
         latent, order = torch.sort(indices.flatten().to(number), stable=True)
         starts = torch.searchsorted(latent, torch.arange(n_latents + 1, device=latent.device, dtype=number))
-        if out is None:
-            shape = (n_latents, d)
-            out = WeightGradients(grad_out.new_empty(shape), grad_out.new_empty(shape), grad_out.new_empty(n_latents))
         n_chunks = -(-pairs // _CHUNK)
         parts = grad_out.new_empty(2, n_chunks, 2, d)  # of W_enc and W_dec; of each chunk's first and last latent
         sum_parts = grad_out.new_empty(n_chunks, 2)
@@ -129,17 +116,10 @@ class CudaKernels(Kernels):
         d = weight.shape[1] if how.unit_rows else min(weight.numel(), _PIECE)
         beta1, beta2 = how.BETAS
         numbers = (how.grad_scale, how.step_size, 1 - beta1, beta2, 1 - beta2, how.correction, how.EPSILON)
-        row_programs.adam[(-(-weight.numel() // d),)](
-            weight,
-            grad.contiguous(),
-            exp_avg,
-            exp_avg_sq,
-            weight.new_tensor(numbers, dtype=torch.float64),  # as memory, because arguments are rounded to float32
-            d,
-            weight.numel(),
-            UNIT_ROWS=how.unit_rows,
-            **_row_block(d),
-        )
+        # As memory, because arguments are rounded to float32.
+        memory = (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight.new_tensor(numbers, dtype=torch.float64))
+        size = weight.numel()
+        row_programs.adam[(-(-size // d),)](*memory, d, size, UNIT_ROWS=how.unit_rows, **_row_block(d))
 
 
 def _group_size(m: int, k: int) -> int | None:

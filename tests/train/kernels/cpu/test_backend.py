@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.support.codes import dense
 from train.config import ObjectiveConfig
 from train.kernels.cpu.backend import NUMBA
-from train.kernels.interface import AdamStep, Kernels, Reconstruction
+from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, WeightGradients
 from train.kernels.plain import TORCH
 from train.model_config import SAEConfig
 from train.objective.losses import DeadLatents, row_weights
@@ -76,7 +76,8 @@ def test_sparse_products_equal_dense_ones(
     expected = (grad_out @ W_dec.T).gather(1, indices)
     assert_near(kernels.activation_gradient(grad_out, indices, W_dec), expected, FLOATS[dtype])
 
-    got = kernels.weight_gradients(values, value_grads, indices, grad_out, x, m)
+    codes, memory = SparseCodes(values, indices), WeightGradients.zeros_like(W_dec)
+    got = kernels.weight_gradients(codes, value_grads, grad_out, x, memory)
     assert_near(got.W_dec, dense(values, indices, m).T @ grad_out, FLOATS[dtype])
     assert_near(got.W_enc, dense(value_grads, indices, m).T @ x, FLOATS[dtype])
     assert_near(got.latent_sums, dense(value_grads, indices, m).sum(dim=0), FLOATS[dtype])
@@ -95,7 +96,7 @@ def test_reconstruct_equals_autograd(
     decoded.retain_grad()
     error = case["x"] - decoded
     (case["weight"] * error.square().sum(dim=1)).sum().backward()
-    got = kernels.reconstruct(z.relu(), case["indices"], case["W_dec"], case["x"], case["weight"])
+    got = kernels.reconstruct(SparseCodes(z.relu(), case["indices"]), case["W_dec"], case["x"], case["weight"])
     expected = Reconstruction(error, decoded.grad, error.square().sum(dim=1), z.grad)  # type: ignore[arg-type]
     for name, ours, theirs in zip(Reconstruction._fields, got, expected, strict=True):
         assert_near(ours, theirs.detach(), 10 * FLOATS[dtype], name)
@@ -103,7 +104,8 @@ def test_reconstruct_equals_autograd(
 
 def weight_gradient(coefficients: Tensor, indices: Tensor, rows: Tensor, n_latents: int) -> Tensor:
     """That of W_enc alone."""
-    return NUMBA.weight_gradients(coefficients, coefficients, indices, rows, rows, n_latents).W_enc
+    memory = WeightGradients.zeros_like(torch.full((n_latents, rows.shape[1]), torch.nan))
+    return NUMBA.weight_gradients(SparseCodes(coefficients, indices), coefficients, rows, rows, memory).W_enc
 
 
 def test_latents_named_twice_in_a_row_count_twice() -> None:
@@ -127,18 +129,20 @@ def test_no_rows() -> None:
     x, W_dec = torch.empty(0, 3), torch.randn(5, 3)
     assert codes.values.shape == codes.indices.shape == (0, 2)
     assert NUMBA.decode(*codes, W_dec).shape == (0, 3)
-    assert NUMBA.reconstruct(*codes, W_dec, x, torch.empty(0)).value_grads.shape == (0, 2)
-    assert NUMBA.weight_gradients(codes.values, codes.values, codes.indices, x, x, 5).W_enc.tolist() == [[0] * 3] * 5
+    assert NUMBA.reconstruct(codes, W_dec, x, torch.empty(0)).value_grads.shape == (0, 2)
+    memory = WeightGradients.zeros_like(W_dec)
+    assert NUMBA.weight_gradients(codes, codes.values, x, x, memory).W_enc.tolist() == [[0] * 3] * 5
 
 
 def test_given_memory_is_used() -> None:
     case = sparse_case(6, 5, 7, 2, torch.float32, seed=0)
-    args = (case["values"], case["value_grads"], case["indices"], case["grad_out"], case["x"], 7)
+    codes = SparseCodes(case["values"], case["indices"])
+    args = (codes, case["value_grads"], case["grad_out"], case["x"], WeightGradients.zeros_like(case["W_dec"]))
     out = NUMBA.weight_gradients(*args)
     expected = [t.clone() for t in out]
     for tensor in out:
         tensor.fill_(torch.nan)
-    again = NUMBA.weight_gradients(*args, out=out)
+    again = NUMBA.weight_gradients(*args)
     assert all(a is b for a, b in zip(again, out, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
@@ -188,8 +192,9 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         codes = NUMBA.topk_relu(z, 16)
-        parts = NUMBA.reconstruct(*codes, W, x, torch.ones(700))
-        grads = NUMBA.weight_gradients(codes.values, parts.value_grads, codes.indices, parts.grad_out, x, 1500)
+        parts = NUMBA.reconstruct(codes, W, x, torch.ones(700))
+        memory = WeightGradients.zeros_like(W)
+        grads = NUMBA.weight_gradients(codes, parts.value_grads, parts.grad_out, x, memory)
         moved, m, v = W.clone(), torch.zeros_like(W), torch.zeros_like(W)
         NUMBA.adam_rows(moved, grads.W_dec, m, v, AdamStep(lr=0.01, step=1, unit_rows=True))
         decoded = NUMBA.decode(*codes, W)

@@ -35,7 +35,7 @@ else:
     from train.config import ObjectiveConfig
     from train.kernels.choose import choose_kernels
     from train.kernels.cuda.backend import TRITON, _group_size
-    from train.kernels.interface import AdamStep, Kernels
+    from train.kernels.interface import AdamStep, Kernels, SparseCodes, WeightGradients
     from train.kernels.plain import TORCH
     from train.model_config import SAEConfig
     from train.objective.losses import DeadLatents, row_weights
@@ -111,11 +111,14 @@ else:
         close(TRITON.decode(values, indices, W_dec), TORCH.decode(values, indices, W_dec))
         slopes = TORCH.activation_gradient(grad, indices, W_dec)
         close(TRITON.activation_gradient(grad, indices, W_dec), slopes)
-        found, expected = (kern.reconstruct(values, indices, W_dec, x, weight) for kern in (TRITON, TORCH))
+        found, expected = (kern.reconstruct(SparseCodes(values, indices), W_dec, x, weight) for kern in (TRITON, TORCH))
         close(tuple(found), tuple(expected))
-        found, expected = (kern.weight_gradients(values, slopes, indices, grad, x, m) for kern in (TRITON, TORCH))
+        codes = SparseCodes(values, indices)
+        found, expected = (
+            kern.weight_gradients(codes, slopes, grad, x, WeightGradients.zeros_like(W_dec)) for kern in (TRITON, TORCH)
+        )
         close(tuple(found), tuple(expected))
-        again = TRITON.weight_gradients(values, slopes, indices, grad, x, m, out=found)
+        again = TRITON.weight_gradients(codes, slopes, grad, x, found)
         assert again is found
         close(tuple(found), tuple(expected))
 
