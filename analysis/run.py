@@ -3,6 +3,8 @@ run the transformer, write."""
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from analysis.latents.redundancy import find_redundancy
 from analysis.latents.table import latent_table
 from analysis.latents.views import view_latents
 from analysis.model.findings import find_model, run_model
+from analysis.model.transformer import spec_of_store
 from analysis.quality import ratio, sum_in_order
 from analysis.results.folder import move_into_place, partial_folder
 from analysis.results.summary import Baseline, Findings
@@ -25,8 +28,10 @@ from analysis.selection import Selection, held_out_documents, select
 from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
+from harvest.model.load import load_tokenizer
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
+from store.care.outliers import few_tokens
 from store.folder import refuse_inside_store
 
 
@@ -45,6 +50,8 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     tokens = inputs.store.tokens
     held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
     selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
+    if few := few_tokens(inputs.store, selection.analysed, partial(_texts, inputs.store, config.transformer.model)):
+        inputs = replace(inputs, notes=[*inputs.notes, f"{few}."])
     found_model = find_model(config.transformer, inputs.store)
     with partial_folder(config.out_dir) as folder:
         spec = _task_spec(config, inputs, selection, folder)
@@ -87,6 +94,15 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         move_into_place(folder, config.out_dir)
     tell(config, summary, missing)
     return summary
+
+
+def _texts(store: ActivationStore, model: str | None, ids: list[int]) -> list[str]:
+    """Of token ids, in quotes; the ids themselves where the store's tokenizer is not found."""
+    try:
+        tokenizer = load_tokenizer(spec_of_store(store, model, offline=True))
+    except ResidscopeError:
+        return [f"id {i}" for i in ids]
+    return [repr(tokenizer.decode([i])) for i in ids]
 
 
 def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path) -> TaskSpec:

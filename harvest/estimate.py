@@ -104,7 +104,7 @@ def estimate(config: HarvestConfig) -> Estimate:
         free_bytes=free,
         fits=n_bytes < free,
         tokens_per_second=speed,
-        seconds=tokens / speed,
+        seconds=tokens / speed * (2 if config.mask_norm else 1),
     )
 
 

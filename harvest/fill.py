@@ -79,6 +79,17 @@ class BatchRunner:
         buffer.mark_copied(self._stream)
         return True
 
+    def norms(self, input_ids: Tensor) -> np.ndarray:
+        """L2 norms, float64 [n, L], of the vectors that would be stored of token ids int64 [B, N]."""
+        found: list[Tensor] = []
+
+        def measure(i: int, residual: Tensor) -> None:
+            stored = self._transformed(i, residual).to(self._dtype)
+            found.append(torch.linalg.vector_norm(stored, dim=1, dtype=torch.float64).cpu())
+
+        self._recorder.stream(input_ids, measure)
+        return torch.stack(found, 1).numpy()
+
     def explain_not_finite(self, input_ids: Tensor, first_token: int) -> ResidscopeError:
         """Run a batch again, to name the first layer, token and value that the store cannot hold."""
         problems: list[ResidscopeError | None] = []

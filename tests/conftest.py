@@ -1,7 +1,7 @@
 """What tests of several packages share, and where their random numbers come from.
 
-In `make test` every draw has a fixed seed, whatever else is run: hypothesis takes its examples from the test itself, and
-torch's generator is seeded before each test. `make explore` (`tests/support/explore.py`) draws new ones.
+In `make test` every draw has a fixed seed, whatever else is run: hypothesis takes its examples from the test itself,
+and torch's generator is seeded before each test. `make explore` (`tests/support/explore.py`) draws new ones.
 """
 
 import os

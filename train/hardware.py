@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import os
 from pathlib import Path
 
@@ -54,12 +53,14 @@ def dense_dtype(product_dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def has_byte_products() -> bool:
-    """Whether the 8-bit screen can run: numba is installed, and the CPU has AVX512-VNNI."""
-    if importlib.util.find_spec("numba") is None:
+    """Whether the 8-bit screen can run: numba is installed, and compiles for a CPU that has AVX512-VNNI."""
+    try:
+        from llvmlite import binding
+        from numba import config
+    except ImportError:
         return False
-    from llvmlite import binding
-
-    return binding.get_host_cpu_features().get("avx512vnni", False)
+    asked: str | None = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, or none for a generic CPU
+    return binding.get_host_cpu_features().get("avx512vnni", False) if asked is None else "+avx512vnni" in asked
 
 
 def _has_amx() -> bool:

@@ -1,7 +1,7 @@
 """`make explore`: the randomised tests with new draws, round after round until the time is over or a test fails.
 
-Each round has a seed, from which all draws of it come: that of hypothesis, and the variable RESIDSCOPE_EXPLORE, by which
-`tests/explore` and torch's generator are seeded. The command that repeats a failure is printed.
+Each round has a seed, from which all draws of it come: that of hypothesis, and the variable RESIDSCOPE_EXPLORE, by
+which `tests/explore` and torch's generator are seeded. The command that repeats a failure is printed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> int:
     while True:
         print(f"seed {seed}", flush=True)
         if code := round_of(seed, arguments.tests):
-            print(f"To repeat it: make explore SEED={seed}, or one test: SEED={seed} TESTS=tests/FILE.py::NAME")
+            print(f"To repeat it: make explore SEED={seed}, or one test: SEED={seed} TESTS=FILE::NAME")
             return code
         seed = (seed + 1) % 2**31
         if time.monotonic() >= end:

@@ -133,13 +133,19 @@ def make_options(config: SAEConfig, **changes: Any) -> StepOptions:
 
 
 def make_case(config: SAEConfig, n: int, seed: int, how: str) -> tuple[Weights, Tensor, RowWeights]:
-    """Random weights and rows; "grid": small whole numbers, so that many pre-activations tie exactly; "twins": rows and
-    latents in equal pairs; "negative": no pre-activation is positive."""
+    """Random weights and rows; "grid": small whole numbers, so that many pre-activations tie; "twins": 64ths, rows
+    and latents in equal pairs; "negative": no pre-activation is positive.
+
+    Products and sums of such numbers are exact, so that ties are ties whatever a product's shape, library or
+    processor; those of equal rows of other numbers differ in the last bit between a product of one row and one of two.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         if how == "grid":
             return torch.randint(-1, 2, shape, generator=generator).double()
+        if how == "twins":
+            return torch.randint(-128, 129, shape, generator=generator).double() / 64
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     d, m = config.d_model, config.n_latents
