@@ -13,12 +13,9 @@ import numpy as np
 from residscope.console import counted
 from store.activations import ActivationStore
 
-FEWEST, ONE_IN = 100, 1000
-"""Tokens below which nothing is said, and of which one is few."""
-MUCH = 0.1
-"""Of a layer's sum of squared distances."""
-FAR = 5
-"""Median distances from the mean, beyond which a token is counted."""
+FEWEST, ONE_IN = 100, 1000  # Tokens below which nothing is said, and of which one is few.
+MUCH = 0.1  # Of a layer's sum of squared distances.
+FAR = 5  # Median distances from the mean, beyond which a token is counted.
 _MOST_BYTES = 512 * 2**20
 
 
@@ -28,7 +25,7 @@ def few_tokens(
     """A sentence on the few of the kept tokens `chosen` (bool [T]) that carry more than a tenth of a layer's variance,
     at the layer where their share is largest; None if there are none. names: the texts of token ids."""
     meta, size = store.meta, store.meta.chunk_tokens
-    chunks = np.unique(np.flatnonzero(chosen) // size)
+    chunks = np.flatnonzero(np.logical_or.reduceat(chosen, np.arange(0, len(chosen), size)))
     most = max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
     chunks = chunks[np.linspace(0, len(chunks) - 1, min(most, len(chunks))).astype(int)]
     places = [start + np.flatnonzero(chosen[start : start + size]) for start in (chunks * size).tolist()]
@@ -48,10 +45,11 @@ def few_tokens(
     few = -(-n // ONE_IN)
     total, largest = distance.sum(0), np.partition(distance, -few, axis=0)[-few:].sum(0)
     worst = int(np.argmax(largest / np.maximum(total, np.finfo(float).tiny)))
-    if not largest[worst] > MUCH * total[worst]:  # Nor where one is NaN, which whoever needs the vectors tells of.
-        return None
     d = distance[:, worst]
     far = np.flatnonzero(d > FAR**2 * np.median(d))
+    # Nor is anything said where one is NaN, which whoever needs the vectors tells of.
+    if not min(largest[worst], d[far].sum()) > MUCH * total[worst]:
+        return None
     ratio = np.sqrt(norm[far, worst].min() / max(np.median(norm[:, worst]), np.finfo(float).tiny))
     most_common = Counter(store.tokens.token_id[np.concatenate(places)[far]].tolist()).most_common(5)
     texts = names([i for i, _ in most_common]) if names else [f"id {i}" for i, _ in most_common]

@@ -43,7 +43,10 @@ def test_they_are_named_with_their_share(tmp_path: Path) -> None:
     assert f"2 tokens of {chosen.sum():,}," in str(few_tokens(store, chosen))
 
 
-@pytest.mark.parametrize(("factor", "n_tokens", "at"), [(3, 2000, [500]), (60, 2000, []), (60, 100, [50])])
+@pytest.mark.parametrize(
+    ("factor", "n_tokens", "at"),
+    [(3, 2000, [500]), (60, 2000, []), (60, 100, [50]), *((factor, 120, [50]) for factor in (2, 3, 4))],
+)
 def test_nothing_is_said_of_ordinary_vectors_nor_of_too_few(
     tmp_path: Path, factor: float, n_tokens: int, at: list[int]
 ) -> None:
