@@ -4,7 +4,6 @@ run the transformer, write."""
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,10 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     tokens = inputs.store.tokens
     held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
     selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
-    if few := few_tokens(inputs.store, selection.analysed, partial(_texts, inputs.store, config.transformer.model)):
+    store, model_path = inputs.store, config.transformer.model
+    if few := few_tokens(
+        store, selection.analysed, lambda: load_tokenizer(spec_of_store(store, model_path, offline=True))
+    ):
         inputs = replace(inputs, notes=[*inputs.notes, f"{few}."])
     found_model = find_model(config.transformer, inputs.store)
     with partial_folder(config.out_dir) as folder:
@@ -94,15 +96,6 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         move_into_place(folder, config.out_dir)
     tell(config, summary, missing)
     return summary
-
-
-def _texts(store: ActivationStore, model: str | None, ids: list[int]) -> list[str]:
-    """Of token ids, in quotes; the ids themselves where the store's tokenizer is not found."""
-    try:
-        tokenizer = load_tokenizer(spec_of_store(store, model, offline=True))
-    except ResidscopeError:
-        return [f"id {i}" for i in ids]
-    return [repr(tokenizer.decode([i])) for i in ids]
 
 
 def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path) -> TaskSpec:

@@ -68,12 +68,9 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             settings = job.settings
             model = model or load_weights(settings)
             _say(f"host memory for activations: at most {human_bytes(host_bytes(store.meta, settings.batch_size))}")
-            filled = fill(store, _runner(settings, model), settings.batch_size)
+            filled = fill(store, BatchRunner(model, settings), settings.batch_size)
         store.finalize()
-        decode = job.settings.tokenizer.decode
-        if filled.shards and (
-            few := few_tokens(store, store.tokens.keep, lambda ids: [repr(decode([i])) for i in ids])
-        ):
+        if filled.shards and (few := few_tokens(store, store.tokens.keep, lambda: job.settings.tokenizer)):
             _say(f"warning: {few}")
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 
@@ -116,7 +113,7 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     provenance = make_provenance(settings, sources, mixture, record, model.architecture)
     if config.mask_norm:
         batch_tokens = settings.batch_size * settings.packing.context_length
-        keep, medians = mask_by_norm(_runner(settings, model), tokens, config.mask_norm, batch_tokens)
+        keep, medians = mask_by_norm(BatchRunner(model, settings), tokens, config.mask_norm, batch_tokens)
         n_kept, masked = int(tokens.keep.sum()), int((tokens.keep & ~keep).sum())
         _say(f"--mask-norm {config.mask_norm:g}: {masked:,} of {n_kept:,} tokens will not be trained on or analysed")
         provenance["mask_norm"] = {"medians": medians, "masked": masked}
@@ -141,10 +138,6 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     if is_store(config.out):
         remove_store(config.out)
     return ActivationStore.create(config.out, meta, tokens)
-
-
-def _runner(settings: Settings, model: LoadedModel) -> BatchRunner:
-    return BatchRunner(model, settings.layers, settings.store_dtype, settings.lens)
 
 
 def _warn_of_little_text(tokens: TokenTable, max_tokens: int, context_length: int) -> None:

@@ -6,11 +6,13 @@ spread evenly over it (512 MiB of vectors). Defined in docs/method.md. Shapes: n
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from residscope.console import counted
+from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 
 FEWEST, ONE_IN = 100, 1000  # Tokens below which nothing is said, and of which one is few.
@@ -19,11 +21,10 @@ FAR = 5  # Median distances from the mean, beyond which a token is counted.
 _MOST_BYTES = 512 * 2**20
 
 
-def few_tokens(
-    store: ActivationStore, chosen: np.ndarray, names: Callable[[list[int]], Iterable[str]] | None = None
-) -> str | None:
+def few_tokens(store: ActivationStore, chosen: np.ndarray, tokenizer: Callable[[], Any]) -> str | None:
     """A sentence on the few of the kept tokens `chosen` (bool [T]) that carry more than a tenth of a layer's variance,
-    at the layer where their share is largest; None if there are none. names: the texts of token ids."""
+    at the layer where their share is largest; None if there are none. tokenizer: gives the model's, to name them, or
+    raises `ResidscopeError`."""
     meta, size = store.meta, store.meta.chunk_tokens
     chunks = np.flatnonzero(np.logical_or.reduceat(chosen, np.arange(0, len(chosen), size)))
     most = max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
@@ -52,8 +53,11 @@ def few_tokens(
         return None
     ratio = np.sqrt(norm[far, worst].min() / max(np.median(norm[:, worst]), np.finfo(float).tiny))
     most_common = Counter(store.tokens.token_id[np.concatenate(places)[far]].tolist()).most_common(5)
-    texts = names([i for i, _ in most_common]) if names else [f"id {i}" for i, _ in most_common]
-    named = ", ".join(f"{text} {count:,} x" for text, (_, count) in zip(texts, most_common, strict=True))
+    try:
+        decode = tokenizer().decode
+        named = ", ".join(f"{decode([i])!r} {count:,} x" for i, count in most_common)
+    except ResidscopeError:
+        named = ", ".join(f"id {i} {count:,} x" for i, count in most_common)
     factor = int(min(ratio, 10))
     way_out = f"; `harvest --mask-norm {factor}` leaves out tokens of more than {factor} times the median norm"
     return (

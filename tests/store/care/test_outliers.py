@@ -1,11 +1,14 @@
 """Few tokens that carry much of the variance, against the definition."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.care import outliers
 from store.care.outliers import few_tokens
@@ -22,8 +25,12 @@ def planted(path: Path, factor: float, at: list[int], n_tokens: int = 2000, **ch
     return make_store(path, x, layers=(3, 5), chunk_tokens=64, shard_tokens=256, token_id=token_id, **changes)
 
 
-def found(store: ActivationStore, **names: Any) -> str | None:
-    return few_tokens(store, store.tokens.keep, **names)
+def no_tokenizer() -> Any:
+    raise ResidscopeError("it is not here")
+
+
+def found(store: ActivationStore, tokenizer: Callable[[], Any] = no_tokenizer) -> str | None:
+    return few_tokens(store, store.tokens.keep, tokenizer)
 
 
 def test_they_are_named_with_their_share(tmp_path: Path) -> None:
@@ -33,14 +40,15 @@ def test_they_are_named_with_their_share(tmp_path: Path) -> None:
     far = np.argsort(-d)[:3]
     norm = np.linalg.norm(x, axis=1)
     share, ratio = 100 * d[far].sum() / d.sum(), norm[far].min() / np.median(norm)
-    assert found(store, names=lambda ids: [{7: "' because'"}[i] for i in ids]) == (
+    tokenizer = SimpleNamespace(decode=lambda ids: {7: " because"}[ids[0]])
+    assert found(store, lambda: tokenizer) == (
         f"3 tokens of {len(x):,}, probably attention sinks, carry {share:.0f} % of the variance of layer 5: ' because'"
         f" 3 x. Training and FVU depend on them (norms of at least {ratio:.3g} times the median); `harvest --mask-norm"
         " 10` leaves out tokens of more than 10 times the median norm"
     )
     assert ": id 7 3 x." in str(found(store))
     chosen = store.tokens.keep & (np.arange(2000) > 600)
-    assert f"2 tokens of {chosen.sum():,}," in str(few_tokens(store, chosen))
+    assert f"2 tokens of {chosen.sum():,}," in str(few_tokens(store, chosen, no_tokenizer))
 
 
 @pytest.mark.parametrize(
