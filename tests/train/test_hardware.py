@@ -1,6 +1,5 @@
 """What is decided by what the machine offers: the type of products."""
 
-import numba
 import pytest
 import torch
 from llvmlite import binding
@@ -45,5 +44,5 @@ def test_the_screen_is_for_the_processor_that_numba_compiles_for(
 ) -> None:
     """NUMBA_CPU_NAME=generic means no features: its instructions would end the process."""
     monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"avx512vnni": True})
-    monkeypatch.setattr(numba.config, "CPU_FEATURES", asked, raising=False)
+    monkeypatch.setattr("numba.config.CPU_FEATURES", asked, raising=False)
     assert has_byte_products.__wrapped__() is found
