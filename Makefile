@@ -10,13 +10,17 @@ STAMP := $(VENV)/.residscope-installed
 # Two pools of spinning threads starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-interop bench-peers lint types check setup clean
+.PHONY: demo test explore test-interop bench-peers lint types check setup clean
 
 demo: setup
 	$(BIN)/residscope demo --out demo
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# The randomised tests with new draws: one round, or rounds for TIME seconds; SEED and TESTS repeat one that failed.
+explore: setup
+	$(BIN)/python tests/support/explore.py $(if $(TIME),--time $(TIME)) $(if $(SEED),--seed $(SEED)) $(TESTS)
 
 # Against the real SAELens and sparsify, in an environment of their own: they bring other versions of shared dependencies.
 # The conftest.py above that folder needs ours.

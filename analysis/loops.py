@@ -14,11 +14,9 @@ Shapes: T tokens, L layers, D d_model, k active latents a vector, M n_latents, G
 tokens.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from store.pack import compiled
 
 # Rows of `LayerMoments.sums`, in order; a is an activation, l its centred layer, and a (token, latent) pair's mean
 # layer and variance are mu = sum_l l a / sum_l a and v = sum_l (l - mu)^2 a / sum_l a.
@@ -33,18 +31,6 @@ LATENT_ACTIVE, LATENT_ONSET, LATENT_OFFSET, LATENT_RUN, LATENT_CONTIGUITY = rang
 # Columns of the scratch array `seen`: of a latent at one token, the first and last layer at which it is active, active
 # layers, runs, the length of the present run and of the longest.
 FIRST, LAST, ACTIVE, RUNS, RUN, LONGEST = range(6)
-
-
-def compiled(fastmath: bool | set[str] = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile at the first call, without the interpreter's lock, and keep the machine code where a folder allows it."""
-
-    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
-        except RuntimeError:  # numba found no folder that it may write to
-            return numba.njit(nogil=True, fastmath=fastmath)(function)
-
-    return compile_
 
 
 @compiled()

@@ -3,6 +3,7 @@ run the transformer, write."""
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from analysis.latents.redundancy import find_redundancy
 from analysis.latents.table import latent_table
 from analysis.latents.views import view_latents
 from analysis.model.findings import find_model, run_model
+from analysis.model.transformer import spec_of_store
 from analysis.quality import ratio, sum_in_order
 from analysis.results.folder import move_into_place, partial_folder
 from analysis.results.summary import Baseline, Findings
@@ -25,8 +27,10 @@ from analysis.selection import Selection, held_out_documents, select
 from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
+from harvest.model.load import load_tokenizer
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
+from store.care.outliers import few_tokens
 from store.folder import refuse_inside_store
 
 
@@ -45,6 +49,11 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     tokens = inputs.store.tokens
     held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
     selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
+    store, model_path = inputs.store, config.transformer.model
+    if few := few_tokens(
+        store, selection.analysed, lambda: load_tokenizer(spec_of_store(store, model_path, offline=True))
+    ):
+        inputs = replace(inputs, notes=[*inputs.notes, f"{few}."])
     found_model = find_model(config.transformer, inputs.store)
     with partial_folder(config.out_dir) as folder:
         spec = _task_spec(config, inputs, selection, folder)

@@ -155,6 +155,9 @@ class HarvestConfig:
     sequences: SequenceConfig = SequenceConfig()
     storage: StorageConfig = StorageConfig()
     control: ControlConfig = ControlConfig()
+    mask_norm: float | None = None
+    """Do not train on or analyse tokens whose norm, at any stored layer, exceeds this many times that layer's median:
+    attention sinks in mid-sequence. Runs the model twice. 10 is usual."""
     batch_size: int | None = None
     """Sequences in a forward pass; default as many as 256 MiB of stored vectors and 8192 tokens hold, or 1024 tokens
     on a CPU. Another size may change the last bits, so the size is recorded, and a continued store keeps it."""
@@ -167,5 +170,7 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         require_positive(max_tokens=self.max_tokens, batch_size=self.batch_size)
+        if self.mask_norm is not None and not 1 < self.mask_norm < float("inf"):
+            raise UsageError(f"--mask-norm should be above 1, in medians of a layer's norms, found {self.mask_norm}")
         if self.sequences.document_separator and not self.documents.pack:
             raise UsageError("--document-separator has no effect with --no-pack; leave it out")

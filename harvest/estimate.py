@@ -84,7 +84,7 @@ def estimate(config: HarvestConfig) -> Estimate:
         print(note, file=sys.stderr)
     sample, available = _sample(settings, sources)
     model = load_weights(settings)
-    speed = _measure(BatchRunner(model, settings.layers, settings.store_dtype, settings.lens), settings, sample)
+    speed = _measure(BatchRunner(model, settings), settings, sample)
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
     n_bytes, free = tokens * settings.bytes_per_token, shutil.disk_usage(nearest_folder(config.out.absolute())).free
     return Estimate(
@@ -104,7 +104,7 @@ def estimate(config: HarvestConfig) -> Estimate:
         free_bytes=free,
         fits=n_bytes < free,
         tokens_per_second=speed,
-        seconds=tokens / speed,
+        seconds=tokens / speed * (2 if config.mask_norm else 1),
     )
 
 

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
 from harvest.residual import EndOfPass, ResidualRecorder
 from harvest.sequences import SequenceBatch, batches_for, sequence_batches, token_ids
-from harvest.settings import TORCH_DTYPES
+from harvest.settings import TORCH_DTYPES, Settings
 from harvest.stored_values import HostBuffer, not_finite_error
 from residscope.console import progress, stop_on_signals
 from residscope.errors import Interrupted, ResidscopeError
@@ -45,13 +44,12 @@ class Filled(NamedTuple):
 class BatchRunner:
     """Runs batches and puts their residual streams, through the lens if there is one, into host buffers."""
 
-    def __init__(self, model: LoadedModel, layers: tuple[int, ...], stored_dtype: str, lens: TunedLens | None) -> None:
-        """layers: block indices to keep."""
-        self.layers = layers
+    def __init__(self, model: LoadedModel, settings: Settings) -> None:
+        self.layers = settings.layers
         self._model = model
-        self._recorder = ResidualRecorder(model, layers)
-        self._lens = lens
-        self._dtype = TORCH_DTYPES[stored_dtype]
+        self._recorder = ResidualRecorder(model, settings.layers)
+        self._lens = settings.lens
+        self._dtype = TORCH_DTYPES[settings.store_dtype]
         # Copies to the host go over a stream of their own, so that the next block's work does not wait for them.
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
@@ -78,6 +76,17 @@ class BatchRunner:
             return False
         buffer.mark_copied(self._stream)
         return True
+
+    def norms(self, input_ids: Tensor) -> np.ndarray:
+        """L2 norms, float64 [n, L], of the vectors that would be stored of token ids int64 [B, N]."""
+        found: list[Tensor] = []
+
+        def measure(i: int, residual: Tensor) -> None:
+            stored = self._transformed(i, residual).to(self._dtype)
+            found.append(torch.linalg.vector_norm(stored, dim=1, dtype=torch.float64).cpu())
+
+        self._recorder.stream(input_ids, measure)
+        return torch.stack(found, 1).numpy()
 
     def explain_not_finite(self, input_ids: Tensor, first_token: int) -> ResidscopeError:
         """Run a batch again, to name the first layer, token and value that the store cannot hold."""

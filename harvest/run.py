@@ -17,6 +17,7 @@ from harvest.config import HarvestConfig
 from harvest.destination import has_begun, remove_store, require_room
 from harvest.fill import BatchRunner, Filled, fill, host_bytes
 from harvest.model.load import LoadedModel
+from harvest.model.norms import mask_by_norm
 from harvest.options_file import save_options
 from harvest.record import changed_surroundings, make_provenance, make_record, refuse_differences
 from harvest.result import HarvestResult
@@ -26,6 +27,7 @@ from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes
 from store.activations import ActivationStore
 from store.arrays import TokenTable
+from store.care.outliers import few_tokens
 from store.folder import is_store
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
 
@@ -58,7 +60,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
         for source in job.sources:
             source.check()
         model = model or load_weights(job.settings)
-        store = _begin(job, model.architecture)
+        store = _begin(job, model)
     with store:
         save_options(config)  # On continuing too: a crash may have come between the store and this file.
         filled = Filled(0, 0, 0.0)
@@ -66,9 +68,10 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             settings = job.settings
             model = model or load_weights(settings)
             _say(f"host memory for activations: at most {human_bytes(host_bytes(store.meta, settings.batch_size))}")
-            runner = BatchRunner(model, settings.layers, settings.store_dtype, settings.lens)
-            filled = fill(store, runner, settings.batch_size)
+            filled = fill(store, BatchRunner(model, settings), settings.batch_size)
         store.finalize()
+        if filled.shards and (few := few_tokens(store, store.tokens.keep, lambda: job.settings.tokenizer)):
+            _say(f"warning: {few}")
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 
 
@@ -99,13 +102,22 @@ def _reopen(job: Job) -> ActivationStore:
     return ActivationStore.open(out, writable=True)
 
 
-def _begin(job: Job, architecture: str) -> ActivationStore:
+def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     """Make the store with its token table and without shards."""
     config, settings, sources, record = job
     tokens, mixture = make_table(sources, settings.tokenizer, settings.packing, config.max_tokens)
     require_in_vocabulary(settings, tokens.token_id)
     for line in mixture.shortfalls([source.dataset for source in sources]):
         _say(line)
+    require_room(config.out, settings, len(tokens.token_id))
+    provenance = make_provenance(settings, sources, mixture, record, model.architecture)
+    if config.mask_norm:
+        batch_tokens = settings.batch_size * settings.packing.context_length
+        keep, medians = mask_by_norm(BatchRunner(model, settings), tokens, config.mask_norm, batch_tokens)
+        n_kept, masked = int(tokens.keep.sum()), int((tokens.keep & ~keep).sum())
+        _say(f"--mask-norm {config.mask_norm:g}: {masked:,} of {n_kept:,} tokens will not be trained on or analysed")
+        provenance["mask_norm"] = {"medians": medians, "masked": masked}
+        tokens = tokens._replace(keep=keep)
     _warn_of_little_text(tokens, config.max_tokens, settings.packing.context_length)
     n_tokens, n_layers, d_model = len(tokens.token_id), len(settings.layers), settings.d_model
     chunk, shard = chunk_and_shard_tokens(n_tokens, n_layers, d_model, settings.bytes_per_token // n_layers // d_model)
@@ -120,10 +132,9 @@ def _begin(job: Job, architecture: str) -> ActivationStore:
         shard_tokens=shard,
         context_length=settings.packing.context_length,
         lens=settings.lens.describe() if settings.lens else None,
-        provenance=make_provenance(settings, sources, mixture, record, architecture),
+        provenance=provenance,
         config_hash=config_hash({**record, "tokens": _table_hash(tokens)}),
     )
-    require_room(config.out, settings, n_tokens)
     if is_store(config.out):
         remove_store(config.out)
     return ActivationStore.create(config.out, meta, tokens)

@@ -4,6 +4,7 @@ Progress and words go to stderr, results to stdout, so that `--json` can be pipe
 """
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -22,9 +23,13 @@ def run_command(
 ) -> int:
     """Run `command`; a user's error becomes one line on stderr and its exit code, never a traceback.
 
-    Also catches an interrupt (SIGTERM is one), memory that is refused, and what the operating system says of the disk
+    Both streams take any text whatever the terminal's encoding: what it cannot show is escaped (`\\u65e5`). Also
+    catches an interrupt (SIGTERM is one), memory that is refused, and what the operating system says of the disk
     (no space, no permission, read-only, no such path). interrupted: what is said after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Read when torch loads: its idle threads should sleep, not spin on the cores that other threads of ours need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:

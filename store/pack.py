@@ -103,12 +103,16 @@ def _pack_layer(
     return mean + pivot, np.maximum(squares - count * mean**2, 0), norm_sum
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `function` at its first call, and cache the machine code."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # No folder for the cache can be written to: compile again in each process.
-        return numba.njit(nogil=True)(function)
+def compiled(fastmath: bool | set[str] = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile at the first call, without the interpreter's lock, and keep the machine code where a folder allows it."""
+
+    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
+        except RuntimeError:  # numba found no folder that it may write to: compile again in each process
+            return numba.njit(nogil=True, fastmath=fastmath)(function)
+
+    return compile_
 
 
 @numba.njit(inline="always")
@@ -131,7 +135,7 @@ def _add_row(row, pivot, sums, squares, work):  # type: ignore[no-untyped-def]
     return np.sqrt(work[0])
 
 
-@compiled
+@compiled()
 def measure(values, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
     """Add up a layer's kept vectors; gives the sum of their L2 norms.
 
@@ -145,7 +149,7 @@ def measure(values, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
     return norms
 
 
-@compiled
+@compiled()
 def pack_bfloat16(bits, shift, slots, layer, chunk_tokens, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
     """Round a layer to bfloat16 into its slots, and add the rounded vectors up as `measure` does.
 

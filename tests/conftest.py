@@ -1,10 +1,29 @@
-"""What tests of several packages share."""
+"""What tests of several packages share, and where their random numbers come from.
 
+In `make test` every draw has a fixed seed, whatever else is run: hypothesis takes its examples from the test itself,
+and torch's generator is seeded before each test. `make explore` (`tests/support/explore.py`) draws new ones.
+"""
+
+import os
+import zlib
 from pathlib import Path
 
+import hypothesis
 import pytest
+import torch
 
 from tests.support.stores import make_store, random_activations
+
+# No deadline: a machine that is busy makes an example slow, not wrong. No database: a run depends on no other.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("explore", derandomize=False, database=None, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Seed torch by the test's name, and by the seed of `make explore` where that runs it."""
+    torch.manual_seed(zlib.crc32(f"{os.environ.get('RESIDSCOPE_EXPLORE', '')}{request.node.nodeid}".encode()))
 
 
 @pytest.fixture(scope="session")

@@ -129,6 +129,22 @@ def test_a_room_is_no_larger_than_one_can_take_in() -> None:
     assert sum(lines.values()) <= 25_300
 
 
+def test_text_files_are_utf8_whatever_the_locale() -> None:
+    """Every file that is opened as text says its encoding."""
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            modes = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
+            text = name in ("read_text", "write_text") or (
+                name in ("open", "fdopen") and modes[-1:] in (["r"], ["w"], ["a"])
+            )
+            assert not text, f"{path.relative_to(ROOT)} line {node.lineno}"
+            builtin = isinstance(node.func, ast.Name) and name == "open"
+            assert not builtin, f"{path.relative_to(ROOT)} line {node.lineno}: open without an encoding"
+
+
 @pytest.mark.parametrize("module", ["harvest.cli", "harvest.lens.cli", "train.cli", "analysis.cli", "residscope.cli"])
 def test_help_loads_nothing_heavy(module: str) -> None:
     code = (

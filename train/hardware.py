@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import os
 from pathlib import Path
 
@@ -54,12 +53,14 @@ def dense_dtype(product_dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def has_byte_products() -> bool:
-    """Whether the 8-bit screen can run: numba is installed, and the CPU has AVX512-VNNI."""
-    if importlib.util.find_spec("numba") is None:
+    """Whether the 8-bit screen can run: numba is installed, and compiles for a CPU that has AVX512-VNNI."""
+    try:
+        from llvmlite import binding
+        from numba import config
+    except ImportError:
         return False
-    from llvmlite import binding
-
-    return binding.get_host_cpu_features().get("avx512vnni", False)
+    asked: str | None = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, or none for a generic CPU
+    return binding.get_host_cpu_features().get("avx512vnni", False) if asked is None else "+avx512vnni" in asked
 
 
 def _has_amx() -> bool:
@@ -71,7 +72,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError, KeyError, ValueError):
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

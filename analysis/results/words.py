@@ -24,7 +24,7 @@ def words(summary: Mapping[str, Any]) -> str:
         f"{summary['n_latents']:,} latents, k {sae['k']}; "
         f"{latents['active']:,} fired, {latents['dead']:,} never did.",
         summary["split"]["text"],
-        *(f"Note: {warning}" for warning in summary["warnings"]),
+        *(f"warning: {warning}" for warning in summary["warnings"]),
         "",
         "How latents spread over layers: variance of the layer, in layers squared"
         + (", with 95 % intervals over documents" if summary["uncertainty"] else ""),

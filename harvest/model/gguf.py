@@ -112,7 +112,7 @@ def _unpack(file: GgufFile, folder: Path, size: int) -> None:
         if source.parent == building:
             source.unlink()
         seal = {path.name: _xxh3(path) for path in sorted(building.iterdir())}
-        (building / _SEAL).write_text(json.dumps(seal))
+        (building / _SEAL).write_text(json.dumps(seal), encoding="utf-8")
         building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -161,7 +161,7 @@ def _check_readable(file: GgufFile) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether the folder holds what `_unpack` wrote: every file has the hash that the seal gives it."""
     try:
-        seal = json.loads((folder / _SEAL).read_text())
+        seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         return bool(seal) and all(_xxh3(folder / name) == found for name, found in seal.items())
     except (OSError, ValueError, AttributeError):
         return False
@@ -177,6 +177,6 @@ def _xxh3(path: Path) -> str:
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock, so that two processes do not unpack the same file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
+    with path.open("wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

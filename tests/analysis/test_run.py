@@ -17,8 +17,9 @@ from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.shuffle import validation_documents
 from tests.support.dense import decompose, reference_ratios
-from tests.support.small import LAYERS, VALIDATION, Small, analyze_config, make_small
+from tests.support.small import LAYERS, VALIDATION, Small, analyze_config, make_small, save_small
 from tests.support.small import run_small as run
+from tests.support.stores import make_store, random_activations
 from train.model import STD_EPSILON
 
 WEIGHTINGS = ("mass", "equal", "latent")
@@ -53,6 +54,18 @@ def masks(small: Small) -> dict[str, np.ndarray]:
     n_documents = int(small.document.max()) + 1
     held_out = validation_documents(n_documents, **VALIDATION)[small.document]
     return {"all": small.keep, "train": small.keep & ~held_out, "validation": small.keep & held_out}
+
+
+def test_tokens_that_carry_much_of_the_variance_are_named(small, tmp_path):
+    assert not any("variance" in warning for warning in run(small, tmp_path / "a")["warnings"])
+    x = random_activations(300, len(LAYERS), 12)
+    x[100, 2] *= 100
+    store = make_store(tmp_path / "acts.zarr", x, layers=LAYERS, n_model_layers=10)
+    save_small(tmp_path / "ckpt.pt", small.weights, store, {})
+    planted = small._replace(store=store.path, sae=tmp_path / "ckpt.pt")
+    (warning,) = (text for text in run(planted, tmp_path / "b")["warnings"] if "variance" in text)
+    assert warning.startswith(f"1 token of {store.tokens.keep.sum()}, ")
+    assert f"% of the variance of layer {LAYERS[2]}: id 100 1 x" in warning
 
 
 @pytest.mark.parametrize("split", ["all", "train", "validation"])

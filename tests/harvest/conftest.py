@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 
@@ -11,10 +10,6 @@ from harvest import run
 from harvest.config import HarvestConfig
 from tests.support.harvesting import CHUNK, SHARD, MakeConfig, ModelFolder, harvest_config
 from tests.support.models import tiny_model
-
-# A machine that is busy makes an example slow, not wrong.
-hypothesis.settings.register_profile("patient", deadline=None)
-hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

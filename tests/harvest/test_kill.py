@@ -10,7 +10,7 @@ from tests.support.harvesting import ModelFolder
 
 # One interpreter loads the libraries, by a first run, and forks a child for each other run: loading takes longer.
 SCRIPT = """
-import os, random, signal, sys, time
+import os, random, signal, sys
 from pathlib import Path
 import torch
 from harvest import run
@@ -28,10 +28,25 @@ def harvest(out):
     run.harvest(from_flat(HarvestConfig, flags))
 
 
-def start(out):
+writes, last = 0, 0
+
+
+def count(event, arguments):
+    global writes
+    if event in ("open", "os.rename") and str(arguments[0]).startswith(folder + "/"):
+        writes += 1
+        if writes == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(count)
+
+
+def start(out, at=0):
+    global writes, last
     pid = os.fork()
     if pid == 0:
-        code = 1
+        code, writes, last = 1, 0, at
         try:
             harvest(out)
             code = 0
@@ -46,21 +61,16 @@ def tree(out):
 
 harvest(folder + "/whole")
 expected = tree(folder + "/whole")
-begin = time.perf_counter()
+writes = 0
 harvest(folder + "/again")
-took = time.perf_counter() - begin
+total = writes
 assert tree(folder + "/again") == expected
 draw = random.Random(0)
 killed = 0
-for i in range(6 * int(rounds)):  # On a machine whose speed changes, a kill may often come too late.
-    if killed >= int(rounds):
-        break
+for i in range(int(rounds)):
     out = f"{folder}/killed{i}"
     while True:
-        pid = start(out)
-        time.sleep(draw.random() * took)
-        os.kill(pid, signal.SIGKILL)
-        if os.waitpid(pid, 0)[1] == 0:
+        if os.waitpid(start(out, draw.randint(1, total)), 0)[1] == 0:
             break
         killed += 1
         if draw.random() < 0.5:

@@ -1,8 +1,10 @@
 """What a user sees when something goes wrong: one line, the right exit code, no traceback."""
 
 import errno
+import io
 import os
 import signal
+import sys
 
 import pytest
 
@@ -29,6 +31,25 @@ def test_a_users_error_is_one_line_and_an_exit_code(
     assert run_command("tool", command) == code
     out, err = capsys.readouterr()
     assert (out, err) == ("", "tool: error: it failed\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_results_print_on_a_terminal_of_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it cannot show is escaped; \\udcff is a byte of a file name that is not UTF-8."""
+    text = "na\u00efve \u65e5 \udcff"
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+
+    def command() -> None:
+        print(text)
+        raise ResidscopeError(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        assert run_command("tool", command) == 1
+    shown = [stream.buffer.getvalue() for stream in (out, err) if stream.flush() is None]  # type: ignore[attr-defined]
+    expected = text.encode(encoding, "backslashreplace")
+    assert shown == [expected + b"\n", b"tool: error: " + expected + b"\n"]
 
 
 def test_a_full_disk_is_one_line_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,7 +6,7 @@ from hypothesis import strategies as st
 
 from store.checksums import CRC_BYTES
 from store.dtypes import from_float32, to_float32
-from store.pack import ShardPacker
+from store.pack import ShardPacker, compiled
 from tests.support.stores import make_meta
 
 
@@ -51,3 +52,16 @@ def test_sums_of_any_width(d_model: int, stored_dtype: str) -> None:
     np.testing.assert_allclose(found.mean, kept.mean(0), rtol=1e-14)
     np.testing.assert_allclose(found.m2, ((kept - kept.mean(0)) ** 2).sum(0), rtol=1e-12)
     np.testing.assert_allclose(found.norm_sums, np.sqrt((kept**2).sum(-1)).sum(0), rtol=1e-14)
+
+
+def test_without_a_folder_for_the_cache_loops_compile_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where package and home are read-only."""
+    njit = numba.njit
+
+    def refuse_cache(*args: object, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(numba, "njit", refuse_cache)
+    assert compiled()(lambda a, b: a + b)(1, 2) == 3

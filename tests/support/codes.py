@@ -1,6 +1,7 @@
 """Made-up sparse codes, their sums, and the same codes as dense matrices."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from analysis.moments import LayerMoments
@@ -31,3 +32,10 @@ def planted(profiles, n_latents):
 def dense(values: Tensor, indices: Tensor, m: int) -> Tensor:
     """Codes [N, k] of m latents as [N, M]; a latent that is named twice in a row counts twice."""
     return values.new_zeros(len(values), m).scatter_add(1, indices, values)
+
+
+def exact_draws(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """64ths from -2 to 2. Products of a few dozen are exact, so that equal rows give equal pre-activations whatever a
+    product's shape, library or processor; those of other numbers may differ in the last bit, and tie on one machine
+    only."""
+    return torch.randint(-128, 129, shape, generator=generator).to(dtype) / 64

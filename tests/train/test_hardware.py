@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from llvmlite import binding
 
 from residscope.errors import UsageError
-from train.hardware import dense_dtype, resolve_product_dtype
+from train.hardware import dense_dtype, has_byte_products, resolve_product_dtype
 
 
 def test_auto_takes_the_product_that_the_hardware_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +34,15 @@ def test_beside_the_screen_products_are_made_in_what_the_cpu_is_fast_at(
     assert dense_dtype(torch.int8) == (torch.bfloat16 if amx else torch.float32)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert dense_dtype(dtype) == dtype
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [(None, True), ("", False), ("+avx2,+avx512f", False), ("+avx512f,+avx512vnni", True)]
+)
+def test_the_screen_is_for_the_processor_that_numba_compiles_for(
+    asked: str | None, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NUMBA_CPU_NAME=generic means no features: its instructions would end the process."""
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"avx512vnni": True})
+    monkeypatch.setattr("numba.config.CPU_FEATURES", asked, raising=False)
+    assert has_byte_products.__wrapped__() is found

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support.codes import dense
+from tests.support.codes import dense, exact_draws
 from tests.support.training import step_options, with_options
 from train.formats import hub, saelens
 from train.kernels.choose import choose_kernels
@@ -134,12 +134,14 @@ def make_options(config: SAEConfig, **changes: Any) -> StepOptions:
 
 def make_case(config: SAEConfig, n: int, seed: int, how: str) -> tuple[Weights, Tensor, RowWeights]:
     """Random weights and rows; "grid": small whole numbers, so that many pre-activations tie exactly; "twins": rows and
-    latents in equal pairs; "negative": no pre-activation is positive."""
+    latents in equal pairs, of numbers whose products are exact; "negative": no pre-activation is positive."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         if how == "grid":
             return torch.randint(-1, 2, shape, generator=generator).double()
+        if how == "twins":
+            return exact_draws(*shape, generator=generator, dtype=torch.float64)
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     d, m = config.d_model, config.n_latents

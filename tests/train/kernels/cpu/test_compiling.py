@@ -41,6 +41,7 @@ def test_loops_are_made_anew_when_a_helper_in_another_file_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """numba itself looks at the file of the function that it caches."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", "")  # Beside the file, whatever NUMBA_CACHE_DIR says.
     package = tmp_path / "loops_of_a_test"
     package.mkdir()
     shutil.copy(compiling.__file__, package / "compiling.py")

@@ -1,11 +1,10 @@
 """The 8-bit screen finds the very latents that a float64 product ranks highest, outliers or not."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 
+from tests.support.codes import exact_draws
 from train.hardware import has_byte_products
 from train.kernels.cpu.backend import NUMBA
 from train.kernels.cpu.screen import Screen
@@ -79,10 +78,10 @@ def test_vectors_of_zeros_take_no_longer_than_others():
     rows = torch.randn(30_000, 32, generator=torch.Generator().manual_seed(0))
     screen = Screen(rows)
     screen.topk_relu(torch.zeros(1, 32), 4)  # compiles
-    started = time.perf_counter()
-    values, indices = screen.topk_relu(torch.zeros(200, 32), 4)
-    assert time.perf_counter() - started < 10  # ranking 30,000 equal products 200 times takes a minute and more
-    assert indices.tolist() == [[0, 1, 2, 3]] * 200
+    values, indices = screen.topk_relu(
+        torch.zeros(1500, 32), 4
+    )  # ranking 30,000 equal products so often takes longer than a test may
+    assert indices.tolist() == [[0, 1, 2, 3]] * 1500
     assert not values.any()
 
 
@@ -120,11 +119,10 @@ def test_more_equal_latents_than_there_is_room_for_come_by_ascending_latent():
 
 
 def test_values_below_zero_are_none_and_the_nearest_to_zero():
-    x = torch.rand(60, 64) + 1
-    rows = -torch.rand(2048, 64) * torch.linspace(1, 3, 2048)[:, None]
-    values, indices = Screen(rows).topk_relu(x, 8)
+    x, rows = (exact_draws(n, 64, generator=torch.Generator().manual_seed(n)).abs() for n in (60, 2048))
+    values, indices = Screen(-rows).topk_relu(x + 1, 8)
     assert not values.any()
-    assert torch.equal(indices, (x.double() @ rows.double().T).topk(8).indices)
+    assert torch.equal(indices, ((x + 1) @ rows.T).sort(stable=True).indices[:, :8])
 
 
 def test_all_latents_may_be_asked_for():

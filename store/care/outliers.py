@@ -1,0 +1,67 @@
+"""A few tokens that carry much of a layer's variance, so that means, training and FVU hang on them.
+
+Attention sinks in mid-sequence are such: some models give a few tokens norms of a hundred times the median. A token's
+share is its squared distance from the layer's mean. All chosen tokens are looked at; of a large store, those of chunks
+spread evenly over it (512 MiB of vectors). Defined in docs/method.md. Shapes: n tokens looked at, L stored layers.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from residscope.console import counted
+from residscope.errors import ResidscopeError
+from store.activations import ActivationStore
+
+FEWEST, ONE_IN = 100, 1000  # Tokens below which nothing is said, and of which one is few.
+MUCH = 0.1  # Of a layer's sum of squared distances.
+FAR = 5  # Median distances from the mean, beyond which a token is counted.
+_MOST_BYTES = 512 * 2**20
+
+
+def few_tokens(store: ActivationStore, chosen: np.ndarray, tokenizer: Callable[[], Any]) -> str | None:
+    """A sentence on the few of the kept tokens `chosen` (bool [T]) that carry more than a tenth of a layer's variance,
+    at the layer where their share is largest; None if there are none. tokenizer: gives the model's, to name them, or
+    raises `ResidscopeError`."""
+    meta, size = store.meta, store.meta.chunk_tokens
+    chunks = np.flatnonzero(np.logical_or.reduceat(chosen, np.arange(0, len(chosen), size)))
+    most = max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
+    chunks = chunks[np.linspace(0, len(chunks) - 1, min(most, len(chunks))).astype(int)]
+    places = [start + np.flatnonzero(chosen[start : start + size]) for start in (chunks * size).tolist()]
+    n = sum(map(len, places))
+    if n < FEWEST:
+        return None
+    mean = store.statistics().mean
+    distance, norm = np.empty((2, n, meta.n_layers))  # squared, both
+    done = 0
+    for place in places:
+        rows = store.read(slice(int(place[0]), int(place[-1]) + 1))[place - place[0]]
+        part = slice(done, done := done + len(place))
+        for layer in range(meta.n_layers):
+            x = rows[:, layer].astype(np.float64)
+            norm[part, layer] = np.square(x).sum(1)
+            distance[part, layer] = np.square(x - mean[layer]).sum(1)
+    few = -(-n // ONE_IN)
+    total, largest = distance.sum(0), np.partition(distance, -few, axis=0)[-few:].sum(0)
+    worst = int(np.argmax(largest / np.maximum(total, np.finfo(float).tiny)))
+    d = distance[:, worst]
+    far = np.flatnonzero(d > FAR**2 * np.median(d))
+    # Nor is anything said where one is NaN, which whoever needs the vectors tells of.
+    if not min(largest[worst], d[far].sum()) > MUCH * total[worst]:
+        return None
+    ratio = np.sqrt(norm[far, worst].min() / max(np.median(norm[:, worst]), np.finfo(float).tiny))
+    most_common = Counter(store.tokens.token_id[np.concatenate(places)[far]].tolist()).most_common(5)
+    try:
+        decode = tokenizer().decode
+        named = ", ".join(f"{decode([i])!r} {count:,} x" for i, count in most_common)
+    except ResidscopeError:
+        named = ", ".join(f"id {i} {count:,} x" for i, count in most_common)
+    factor = int(min(ratio, 10))
+    way_out = f"; `harvest --mask-norm {factor}` leaves out tokens of more than {factor} times the median norm"
+    return (
+        f"{counted(len(far), 'token')} of {n:,}, probably attention sinks, carry {100 * d[far].sum() / d.sum():.0f} %"
+        f" of the variance of layer {meta.layers[worst]}: {named}. Training and FVU depend on them (norms of at least"
+        f" {ratio:.3g} times the median)" + way_out * (factor > 1)
+    )

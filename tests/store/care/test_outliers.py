@@ -1,0 +1,76 @@
+"""Few tokens that carry much of the variance, against the definition."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from residscope.errors import ResidscopeError
+from store.activations import ActivationStore
+from store.care import outliers
+from store.care.outliers import few_tokens
+from tests.support.stores import make_store, random_activations
+
+
+def planted(path: Path, factor: float, at: list[int], n_tokens: int = 2000, **changes: Any) -> ActivationStore:
+    """Layers 3 and 5; the tokens `at` have `factor` times the vector at layer 5, and the ids 7 and, of the last, 8."""
+    x = random_activations(n_tokens, 2, 8)
+    x[at, 1] *= factor
+    token_id = np.full(n_tokens, 1, np.int32)
+    token_id[at] = 7
+    token_id[at[-1:]] = 8
+    return make_store(path, x, layers=(3, 5), chunk_tokens=64, shard_tokens=256, token_id=token_id, **changes)
+
+
+def no_tokenizer() -> Any:
+    raise ResidscopeError("it is not here")
+
+
+def found(store: ActivationStore, tokenizer: Callable[[], Any] = no_tokenizer) -> str | None:
+    return few_tokens(store, store.tokens.keep, tokenizer)
+
+
+def test_they_are_named_with_their_share(tmp_path: Path) -> None:
+    store = planted(tmp_path / "a.zarr", 60, [500, 999, 1501, 0])  # Token 0 is not kept.
+    x = store.read()[store.tokens.keep, 1].astype(float)
+    d = np.square(x - x.mean(0)).sum(1)
+    far = np.argsort(-d)[:3]
+    norm = np.linalg.norm(x, axis=1)
+    share, ratio = 100 * d[far].sum() / d.sum(), norm[far].min() / np.median(norm)
+    tokenizer = SimpleNamespace(decode=lambda ids: {7: " because"}[ids[0]])
+    assert found(store, lambda: tokenizer) == (
+        f"3 tokens of {len(x):,}, probably attention sinks, carry {share:.0f} % of the variance of layer 5: ' because'"
+        f" 3 x. Training and FVU depend on them (norms of at least {ratio:.3g} times the median); `harvest --mask-norm"
+        " 10` leaves out tokens of more than 10 times the median norm"
+    )
+    assert ": id 7 3 x." in str(found(store))
+    chosen = store.tokens.keep & (np.arange(2000) > 600)
+    assert f"2 tokens of {chosen.sum():,}," in str(few_tokens(store, chosen, no_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("factor", "n_tokens", "at"),
+    [(3, 2000, [500]), (60, 2000, []), (60, 100, [50]), *((factor, 120, [50]) for factor in (2, 3, 4))],
+)
+def test_nothing_is_said_of_ordinary_vectors_nor_of_too_few(
+    tmp_path: Path, factor: float, n_tokens: int, at: list[int]
+) -> None:
+    assert found(planted(tmp_path / "a.zarr", factor, at, n_tokens)) is None
+
+
+def test_without_a_kept_token_there_is_nothing(tmp_path: Path) -> None:
+    assert found(planted(tmp_path / "a.zarr", 60, [5], keep=np.zeros(2000, bool))) is None
+
+
+def test_of_a_large_store_chunks_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = planted(tmp_path / "a.zarr", 60, list(range(1, 2000, 200)))
+    monkeypatch.setattr(outliers, "_MOST_BYTES", 16 * 64 * store.meta.bytes_per_token)
+    # The last chunk has 16 tokens; one in 16 is not kept. Five of the ten lie in chunks that are looked at.
+    assert "5 tokens of 915," in str(found(store))
+
+
+def test_huge_vectors_are_no_trouble(tmp_path: Path) -> None:
+    assert "carry 100 % of" in str(found(planted(tmp_path / "a.zarr", 1e33, [500])))
