@@ -18,13 +18,14 @@ from analysis.latents.table import latent_table
 from analysis.latents.views import view_latents
 from analysis.model.findings import find_model, run_model
 from analysis.quality import ratio, sum_in_order
-from analysis.results.folder import move_into_place, partial_folder
+from analysis.results.folder import FILES, SUMMARY, may_be_replaced
 from analysis.results.summary import Baseline, Findings
 from analysis.results.write import tell, write_results
 from analysis.selection import Selection, held_out_documents, select
 from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
+from residscope.destinations import together
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.folder import refuse_inside_store
@@ -46,7 +47,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
     selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
     found_model = find_model(config.transformer, inputs.store)
-    with partial_folder(config.out_dir) as folder:
+    with together(config.out_dir, FILES, [SUMMARY], replace=may_be_replaced(config)) as folder:
         spec = _task_spec(config, inputs, selection, folder)
         needed = selection.needed if spec.pca else selection.analysed | selection.validation
         n_shards = len(shards_with(inputs.store, needed))
@@ -84,7 +85,6 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             seconds=time.monotonic() - started,
         )
         summary, missing = write_results(findings, folder)
-        move_into_place(folder, config.out_dir)
     tell(config, summary, missing)
     return summary
 

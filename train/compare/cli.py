@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from residscope.console import run_command
+from residscope.destinations import comparison
 from residscope.options import parse_options
 from train.compare.config import TrainCompareConfig
 
@@ -30,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from train.compare.report import as_json, check_out, words, write
 
         check_out(config.out)
-        result = compare(config)
-        files = write(result, config.out)
+        with comparison(config.out) as folder:
+            result = compare(config)
+            files = write(result, folder)
         print(json.dumps(as_json(result)) if config.json else words(result))
-        print(f"train compare: written {', '.join(map(str, files))}", file=sys.stderr)
+        print(f"train compare: written {', '.join(str(config.out / name) for name in files)}", file=sys.stderr)
 
     return run_command("train compare", command)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from residscope.console import aligned
 from residscope.destinations import refuse_comparison_of, require_folder
-from store.files import atomic_write
 from store.folder import refuse_inside_store
 from train.compare.measure import Comparison, Entrant
 
@@ -47,18 +46,15 @@ def as_json(result: Comparison) -> dict[str, Any]:
     }
 
 
-def write(result: Comparison, out: Path) -> list[Path]:
-    """Write the files; the figure where matplotlib is installed."""
+def write(result: Comparison, folder: Path) -> list[str]:
+    """Write the files, the figure where matplotlib is installed; their names."""
     import pandas as pd
 
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / "compare.parquet", out / "compare.json"]
-    atomic_write(files[0], [pd.DataFrame(_rows(result)).to_parquet(index=False)])
-    atomic_write(files[1], [json.dumps(as_json(result), indent=2).encode()])
+    pd.DataFrame(_rows(result)).to_parquet(folder / "compare.parquet", index=False)
+    (folder / "compare.json").write_text(json.dumps(as_json(result), indent=2), encoding="utf-8")
     if (figure := _figure(result)) is not None:
-        files.append(out / "compare.png")
-        atomic_write(files[-1], [figure])
-    return files
+        (folder / "compare.png").write_bytes(figure)
+    return sorted(path.name for path in folder.glob("compare.*"))
 
 
 def words(result: Comparison) -> str:
