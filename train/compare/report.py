@@ -11,6 +11,7 @@ from typing import Any
 
 from residscope.console import aligned
 from residscope.destinations import refuse_comparison_of, require_folder
+from residscope.escape import figure_text
 from store.folder import refuse_inside_store
 from train.compare.measure import Comparison, Entrant
 
@@ -131,7 +132,8 @@ def _figure(result: Comparison) -> bytes | None:
     }
     for entrant in result.entrants:
         values = [math.nan if v is None else v for v in entrant.by_layer(result.layers, "fvu_per_layer")]
-        label = f"{entrant.name} ({entrant.n_latents():,} {'components' if entrant.kind == 'pca' else 'latents'})"
+        of = "components" if entrant.kind == "pca" else "latents"
+        label = f"{figure_text(entrant.name)} ({entrant.n_latents():,} {of})"
         axes.plot(result.layers, values, label=label, **styles[entrant.kind])
     axes.set(xlabel="layer", ylabel="FVU (lower is better)", yscale="log")
     axes.set_title(f"Held-out reconstruction by layer, {result.tokens:,} tokens", fontsize=10)

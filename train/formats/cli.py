@@ -20,8 +20,7 @@ COMMAND = "residscope convert"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command on `argv` (default: the process's own); the exit code."""
-    options = _parser().parse_args(argv)
-    return run_command(COMMAND, lambda: _convert(options))
+    return run_command(COMMAND, lambda: _convert(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
