@@ -26,7 +26,7 @@ from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
 from residscope.destinations import together
-from residscope.errors import ResidscopeError
+from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.folder import refuse_inside_store
 
@@ -42,6 +42,9 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     for path, flag in ((config.out_dir, "--out"), (workers.performance_report, "--performance-report")):
         if path is not None:
             refuse_inside_store(path, flag)
+    report = workers.performance_report
+    if report and (report.name in FILES or (report.exists() and report.suffix != ".html")):
+        raise UsageError(f"--performance-report {report} is, or has the name of, another file: choose another")
     inputs = inputs or open_inputs(config.store, config.sae)
     tokens = inputs.store.tokens
     held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)

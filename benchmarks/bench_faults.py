@@ -406,11 +406,10 @@ def folder_commands(folder: Path, text: list[str]) -> dict[str, list[str]]:
     small = make_small(folder / "small", n_tokens=120)
     two = [str(small.sae), str(small.sae.with_name("other.pt"))]
     shutil.copyfile(*two)
-    analyses = []
-    for sae in two:
-        analyses.append(f"{sae}.analysis")
-        analyze = ["--store", str(small.store), "--sae", sae, "--no-nulls", "--downstream-tokens", "0", "--out"]
-        folder_command("analyze", [*analyze, analyses[-1]])
+    analyses = [f"{sae}.analysis" for sae in two]
+    analyze = ["--store", str(small.store), "--no-nulls", "--downstream-tokens", "0", "--sae"]
+    for sae, out in zip(two, analyses, strict=True):
+        folder_command("analyze", [*analyze, sae, "--out", out])
     folder_command("convert", [two[0], "--to", "saelens", str(folder / "old")])
     compare = ["--store", str(small.store), "--sae", *two, "--no-pca", "--device", "cpu", "--out"]
     lens = [*text, "--context-length", "20", "--kl-steps", "2", "--kl-batch", "8", "--eval-tokens", "30", "--out"]
@@ -421,7 +420,7 @@ def folder_commands(folder: Path, text: list[str]) -> dict[str, list[str]]:
         "train compare": compare,
         "analyze --compare": ["--compare", *analyses, "--out"],
         "fit-lens": lens,
-        "analyze": analyze,
+        "analyze": [*analyze, two[0], "--out"],
     }
 
 

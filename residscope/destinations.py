@@ -107,13 +107,13 @@ def together(
         made = sorted((name for name in names if (folder / name).exists()), key=lambda name: (name in last, name))
         for name in (*last, *sorted({*names, *before} - {*made})):
             (out / name).unlink(missing_ok=True)
-        _sync(out)
+        sync(out)
         for name in made:
-            _sync(folder / name)
+            sync(folder / name)
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).replace(out / name)
         for parent in {(out / name).parent for name in made}:
-            _sync(parent)
+            sync(parent)
         claim.unlink()
 
 
@@ -137,7 +137,8 @@ def _claimed(claim: Path) -> set[str]:
         return set()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -145,26 +146,40 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_shared(out: Path, record: Path, others: Collection[Path] = ()) -> None:
-    """`UsageError` where the files beside `out`, `record` and `others`, are another output's: a.pt and a would share
-    a.metrics.jsonl. record: the options kept there, whose `out` names the owner."""
+RESERVED = (".tmp", ".planning", ".fitting", ".harvest.toml", ".config.toml", ".metrics.jsonl", ".loss.png")
+
+
+def require_name(out: Path) -> None:
+    """`UsageError` where `out` has no name of its own, or one of files that lie beside other outputs."""
+    if out.name in ("", ".."):
+        raise UsageError(f"--out {out}: give the name of what is to be made, such as {out / 'out'}")
+    if out.name.endswith(RESERVED):
+        raise UsageError(f"--out {out}: such names are for files beside other outputs: choose another")
+
+
+def refuse_shared(
+    out: Path, record: Path, others: Collection[Path] = (), flag: str = "--out", way_out: str = "choose another name"
+) -> None:
+    """`UsageError` where the files of `out`, `record` and `others`, are another's, as those of a.pt and a might be.
+
+    record: the options kept there, where the value of `flag` names the owner.
+    """
+    taken = None
     try:
-        owner = tomllib.loads(record.read_text(encoding="utf-8")).get("out")
+        owner = tomllib.loads(record.read_text(encoding="utf-8"))[flag.removeprefix("--")]
+        other = out.with_name(Path(owner).name or "_")
+        # One of another stem was renamed together with its files; the weights alone are the same autoencoder.
+        same = other.name == out.name or {other.suffix, out.suffix} == {".pt", ".safetensors"}
+        on_hub = flag == "--sae" and not out.exists() and str(out) != owner
+        if on_hub or (not same and stem(other) == stem(out) and other.exists()):
+            raise UsageError(f"{flag} {out}: {record} and what else would lie there belong to {owner}: {way_out}")
     except FileNotFoundError:
         taken = next((path for path in others if os.path.lexists(path)), None)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         taken = record
-    else:
-        taken = None if isinstance(owner, str) else record
-        other = out.with_name(Path(str(owner)).name or "_")
-        # One of another stem was renamed together with its files.
-        if taken is None and other.name != out.name and stem(other) == stem(out) and other.exists():
-            raise UsageError(
-                f"--out {out}: {record.name} and what else would lie beside it belong to {other}: choose another name"
-            )
     if taken is not None and not out.exists():
         raise UsageError(
-            f"--out {out}: {taken}, which would be replaced, exists already and comes from no run with this --out: "
+            f"{flag} {out}: {taken}, which would be replaced, exists already and comes from no run with this {flag}: "
             "choose another name, or remove it"
         )
 

@@ -16,5 +16,4 @@ def stem(path: Path) -> str:
 
 def beside(path: Path, ending: str) -> Path:
     """The file or folder with this ending that goes with `path`."""
-    path = path if path.name not in ("", "..") else path.resolve()
     return path.with_name(stem(path) + ending)

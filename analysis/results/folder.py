@@ -1,12 +1,8 @@
 """The names of the files in the folder that an analysis writes. They get there together (`residscope.destinations`),
 summary.json last: a folder without summary.json holds no whole analysis."""
 
-import contextlib
-import tomllib
-from pathlib import Path
-
 from analysis.config import AnalyzeConfig
-from residscope.errors import UsageError
+from residscope.destinations import refuse_shared
 
 SUMMARY, CONFIG, REPORT = "summary.json", "analyze.config.toml", "report.html"
 LATENTS, LAYERS, REDUNDANCY = "latents.parquet", "layers.parquet", "redundancy.parquet"
@@ -27,14 +23,7 @@ FILES = {
 def may_be_replaced(config: AnalyzeConfig) -> bool:
     """Whether files of these names that are in the output folder are an analysis'; `UsageError` where they are of
     another autoencoder and the folder was not chosen with --out: a.pt and a folder a would share a.analysis."""
-    record, out, local = config.out_dir / CONFIG, config.out_dir, config.sae.exists()
-    before = None
-    with contextlib.suppress(OSError, ValueError):
-        before = tomllib.loads(record.read_text(encoding="utf-8")).get("sae")
-    if config.out is None and isinstance(before, str):
-        names = (Path(before).name, config.sae.name) if local else (before, str(config.sae))
-        # The weights alone, which `train` leaves beside a checkpoint, are the same autoencoder.
-        was, now = (name.removesuffix(".safetensors") + ".pt" * name.endswith(".safetensors") for name in names)
-        if was != now and (not local or out.with_name(names[0]).exists()):
-            raise UsageError(f"{out} holds the analysis of {before}: choose another folder for this one with --out")
+    record = config.out_dir / CONFIG
+    if config.out is None:
+        refuse_shared(config.sae, record, flag="--sae", way_out="choose another folder with --out")
     return config.out is None or record.exists()

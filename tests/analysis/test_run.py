@@ -355,7 +355,7 @@ def test_two_autoencoders_do_not_share_a_default_folder(tmp_path):
     analyze(analyze_config(sae=small.sae, **flags))
     other = small.sae.with_suffix("")
     other.write_bytes(small.sae.read_bytes())
-    with pytest.raises(UsageError, match=r"ckpt.analysis holds the analysis of .*ckpt.pt: choose another .* --out"):
+    with pytest.raises(UsageError, match=r"ckpt.analysis/.* belong to .*ckpt.pt: choose another folder with --out"):
         analyze(analyze_config(sae=other, **flags))
     small.sae.unlink()
     analyze(analyze_config(sae=other, **flags))  # renamed

@@ -105,7 +105,7 @@ def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
     refuse_shared(out, record, [side])  # its owner is gone
     other.touch()
     refuse_shared(other, record, [side])
-    with pytest.raises(UsageError, match=r"--out .*a: a.config.toml and what else .* belong to .*a.pt: choose another"):
+    with pytest.raises(UsageError, match=r"--out .*a: .*a.config.toml and what else .* belong to .*a.pt: choose"):
         refuse_shared(out, record, [side])
     record.write_text('out = "b.pt"')  # renamed, with the files beside it
     (tmp_path / "b.pt").touch()
