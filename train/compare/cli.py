@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from residscope.console import run_command
-from residscope.destinations import comparison
+from residscope.destinations import comparison, refuse_comparison_of
 from residscope.options import parse_options
 from train.compare.config import TrainCompareConfig
 
@@ -27,10 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Compare autoencoders, for all layers or one for each, and PCA: FVU by layer, held-out tokens.",
             epilog=_EPILOG,
         )
+        from store.folder import refuse_inside_store
         from train.compare.measure import compare
-        from train.compare.report import as_json, check_out, words, write
+        from train.compare.report import as_json, words, write
 
-        check_out(config.out)
+        refuse_inside_store(config.out)
+        refuse_comparison_of("analyze --compare", config.out, "schema_version")
         with comparison(config.out) as folder:
             result = compare(config)
             files = write(result, folder)

@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from residscope.console import aligned
-from residscope.destinations import refuse_comparison_of, require_folder
 from residscope.escape import figure_text
-from store.folder import refuse_inside_store
 from train.compare.measure import Comparison, Entrant
-
-
-def check_out(out: Path) -> None:
-    """Refuse what cannot be the folder, before anything is computed."""
-    refuse_inside_store(out)
-    require_folder(out)
-    refuse_comparison_of("analyze --compare", out, "schema_version")
 
 
 def as_json(result: Comparison) -> dict[str, Any]:

@@ -144,7 +144,22 @@ def write_sae(
     weights, others = outputs(folder, to, hookpoints)
     names = [*weights, *others, *([CARD] if card else [])]
     with together(folder, names, weights, replace=overwrite, flag="DST", way_out=OVERWRITE) as partial:
-        notes = _write(sae, partial, to, store or {}, trainer or {}, hookpoints)
+        notes: tuple[str, ...] = ()
+        if to == "residscope":
+            save_checkpoint(partial / CHECKPOINT, sae, store=dict(store or {}), trainer=dict(trainer or {}))
+            write_safetensors(sae, partial / EXPORT, store=store, trainer=trainer)
+        elif refused := layouts.refusal(to, sae.config):
+            raise IncompatibleError(f"{folder}: the format {to} cannot express {refused}; write it as residscope")
+        else:
+            for weights_file, config_file, name in zip(weights, others, hookpoints or (None,), strict=True):
+                laid_out = LAYOUTS[to].lay_out(sae, {**asdict(sae.config), "store": dict(store or {})}, name)
+                (partial / weights_file).parent.mkdir(parents=True, exist_ok=True)
+                data = to_safetensors(layouts.contiguous(laid_out.tensors), {"format": "pt"})
+                (partial / weights_file).write_bytes(data)
+                (partial / config_file).write_text(json.dumps(laid_out.config, indent=2), encoding="utf-8")
+                notes = laid_out.notes
+            if lens := (store or {}).get("lens"):
+                notes += (f"it was trained on vectors that went through a tuned lens ({lens}): give it such vectors",)
         if card:
             (partial / CARD).write_text(card(notes), encoding="utf-8")
     return Written(tuple(folder / name for name in names), notes)
@@ -168,36 +183,6 @@ def outputs(folder: Path, to: Format, hookpoints: Sequence[str] = ()) -> tuple[l
     layout = LAYOUTS[to]
     parts = [f"{PurePath(name)}/" for name in hookpoints] or [""]
     return [part + layout.weights_file for part in parts], [part + layout.config_file for part in parts]
-
-
-def _write(
-    sae: MLSAE,
-    folder: Path,
-    to: Format,
-    store: Mapping[str, Any],
-    trainer: Mapping[str, Any],
-    hookpoints: Sequence[str],
-) -> tuple[str, ...]:
-    """Write the files of `outputs`; the notes."""
-    if to == "residscope":
-        save_checkpoint(folder / CHECKPOINT, sae, store=dict(store), trainer=dict(trainer))
-        write_safetensors(sae, folder / EXPORT, store=store, trainer=trainer)
-        return ()
-    layout = LAYOUTS[to]
-    if refused := layouts.refusal(to, sae.config):
-        raise IncompatibleError(f"{folder.parent}: the format {to} cannot express {refused}; write it as residscope")
-    notes: tuple[str, ...] = ()
-    for hookpoint in hookpoints or (None,):
-        part = folder / hookpoint if hookpoint else folder
-        part.mkdir(parents=True, exist_ok=True)
-        laid_out = layout.lay_out(sae, {**asdict(sae.config), "store": dict(store)}, hookpoint)
-        data = to_safetensors(layouts.contiguous(laid_out.tensors), {"format": "pt"})
-        (part / layout.weights_file).write_bytes(data)
-        (part / layout.config_file).write_text(json.dumps(laid_out.config, indent=2), encoding="utf-8")
-        notes = laid_out.notes
-    if lens := store.get("lens"):
-        notes += (f"it was trained on vectors that went through a tuned lens ({lens}): give it such vectors",)
-    return notes
 
 
 def write_safetensors(
