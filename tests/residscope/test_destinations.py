@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from residscope.destinations import held_alone, refuse_comparison_of, refuse_shared, require_space, together
+from residscope.destinations import (
+    held_alone,
+    refuse_comparison_of,
+    refuse_shared,
+    require_name,
+    require_space,
+    together,
+)
 from residscope.errors import ResidscopeError, UsageError
 from tests.support.faults import files_of, run_and_die
 
@@ -114,3 +121,9 @@ def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a.config.toml, which would be replaced"):
         refuse_shared(out, record, [side])
     refuse_shared(other, record, [side])  # damaged: the checkpoint itself says enough to resume
+
+
+@pytest.mark.parametrize("name", [".", "a/..", "a.metrics.jsonl", "acts.zarr.planning", "a.pt.tmp"])
+def test_an_output_has_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(UsageError, match="--out"):
+        require_name(Path(name))
