@@ -180,9 +180,10 @@ class AnalyzeConfig:
         """Where results go."""
         if self.out is not None:
             return self.out
-        if self.sae.is_dir():
-            return self.sae.with_name(self.sae.name + ".analysis")
-        return beside(self.sae, ".analysis") if self.sae.is_file() else Path(self.sae.name + ".analysis")
+        if self.sae.exists():
+            sae = self.sae.resolve() if self.sae.name in ("", "..") else self.sae
+            return sae.with_name(sae.name + ".analysis") if sae.is_dir() else beside(sae, ".analysis")
+        return Path(self.sae.name + ".analysis")
 
 
 @dataclass(frozen=True, kw_only=True)

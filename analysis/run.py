@@ -20,7 +20,7 @@ from analysis.latents.views import view_latents
 from analysis.model.findings import find_model, run_model
 from analysis.model.transformer import spec_of_store
 from analysis.quality import ratio, sum_in_order
-from analysis.results.folder import move_into_place, partial_folder
+from analysis.results.folder import FILES, SUMMARY, may_be_replaced
 from analysis.results.summary import Baseline, Findings
 from analysis.results.write import tell, write_results
 from analysis.selection import Selection, held_out_documents, select
@@ -28,7 +28,8 @@ from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
 from harvest.model.load import load_tokenizer
-from residscope.errors import ResidscopeError
+from residscope.destinations import together
+from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.care.outliers import few_tokens
 from store.folder import refuse_inside_store
@@ -45,6 +46,9 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     for path, flag in ((config.out_dir, "--out"), (workers.performance_report, "--performance-report")):
         if path is not None:
             refuse_inside_store(path, flag)
+    report = workers.performance_report
+    if report and (report.name in FILES or (report.exists() and report.suffix != ".html")):
+        raise UsageError(f"--performance-report {report} is, or has the name of, another file: choose another")
     inputs = inputs or open_inputs(config.store, config.sae)
     tokens = inputs.store.tokens
     held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
@@ -55,7 +59,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     ):
         inputs = replace(inputs, notes=[*inputs.notes, f"{few}."])
     found_model = find_model(config.transformer, inputs.store)
-    with partial_folder(config.out_dir) as folder:
+    with together(config.out_dir, FILES, [SUMMARY], replace=may_be_replaced(config)) as folder:
         spec = _task_spec(config, inputs, selection, folder)
         needed = selection.needed if spec.pca else selection.analysed | selection.validation
         n_shards = len(shards_with(inputs.store, needed))
@@ -93,7 +97,6 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             seconds=time.monotonic() - started,
         )
         summary, missing = write_results(findings, folder)
-        move_into_place(folder, config.out_dir)
     tell(config, summary, missing)
     return summary
 

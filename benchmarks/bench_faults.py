@@ -7,8 +7,11 @@ at a random moment of the phase in question, in a process of its own (a fork of 
 slow): a SIGKILL, a disk that is full (a tmpfs of our own; needs root), folders that can no longer be written to, a
 signal, a second harvest. What is left may hold nothing that a reader would take for whole and is not; then the same
 command runs to its end, and the store must have the reference's bytes, every one, with nothing beside it. Phases: plan
-is the making of the store, commit the writing of a shard, fill all between. At last bits are flipped and ends cut off
-in random files of the store: a reader must refuse it or read the right numbers.
+is the making of the store, commit the writing of a shard, fill all between. Then bits are flipped and ends cut off
+in random files of the store: a reader must refuse it or read the right numbers. At last the commands that write a
+folder of files (convert, fit-lens, analyze and the two comparisons) are killed N times each, half of them at a random
+moment and half at a random call that changes the disk; and meet a full disk at such a call, a fifth as often: the same
+command then ends with the bytes of an undisturbed run, or says that they are there.
 
 Exit code 1 when anything was lost, wrong or silently read. What it does not do: cut the power (the tests have every
 step that is synced, in order: tests/store/test_faults.py), or measure speed.
@@ -16,6 +19,8 @@ step that is synced, in order: tests/store/test_faults.py), or measure speed.
 
 import argparse
 import contextlib
+import errno
+import functools
 import os
 import shutil
 import signal
@@ -23,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,12 +47,12 @@ import harvest.run
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.care.verify import verify
-from tests.support.faults import everything, files_of, harmless, random_fault
+from tests.support.faults import count_down, everything, files_of, harmless, random_fault
 from tests.support.models import tiny_model
 
 CHUNK, SHARD = 32, 96
 PHASES = ("plan", "fill", "commit")
-FAULTS = ("kills", "full_disk", "read_only", "signals", "two_at_once", "bad_bytes")
+FAULTS = ("kills", "full_disk", "read_only", "signals", "two_at_once", "bad_bytes", "folders")
 DISK_BYTES = 24 << 20  # Above the 16 MiB that harvest wants to be free at the start.
 
 Action = Callable[[str, int], None]
@@ -333,6 +339,40 @@ class Bench:
                 self.completes(out, "two at once")
         self.row("two harvests of one store", runs, seen)
 
+    def folders(self, runs: int) -> None:
+        """Kills, and full disks, of the commands that write a folder."""
+        for name, arguments in folder_commands(self.folder, self._options[:4]).items():
+            out = self.folder / "out"
+            run = functools.partial(folder_command, name.split(",")[0], [*arguments, str(out)])
+            run()  # In this process, so that its forks have it all loaded and compiled.
+            shutil.rmtree(out)
+            before = time.perf_counter()
+            calls = died_at(run, 1 << 30, "die")[1]
+            seconds = time.perf_counter() - before
+            expected = files_of(out)
+            for fault, times in (("die", runs), ("full", -(-runs // 5))):
+                seen: Counter[str] = Counter()
+                for i in range(times):
+                    shutil.rmtree(out, ignore_errors=True)
+                    if "--overwrite" in arguments:
+                        shutil.copytree(self.folder / "old", out)
+                    at = int(self.rng.integers(1, calls + 1))
+                    if fault == "die" and i % 2:
+                        what = f"{name}, killed at a random moment"
+                        code = killed_after(run, float(self.rng.uniform(0, seconds)))
+                    else:
+                        what = f"{name}, {fault} at call {at} of {calls}"
+                        code = died_at(run, at, fault)[0]
+                    whole = files_of(out) == expected if out.exists() else False
+                    self.check(code in (0, 1, -9), f"{what}: exit code {code}")
+                    again = died_at(run, 1 << 30, "die")[0]
+                    seen["whole before" if whole else "finished by the next"] += 1
+                    self.check(again == 0 or (again == 2 and whole), f"{what}: run again, exit code {again}")
+                    self.check(files_of(out) == expected, f"{what}: other bytes than those of an undisturbed run")
+                    left = [path.name for path in out.parent.glob(f"{out.name}*") if path != out]
+                    self.check(not left, f"{what}: left beside: {left}")
+                self.row(f"{name}: {'kill -9' if fault == 'die' else 'full disk'}", times, seen)
+
     def bad_bytes(self, faults: int) -> None:
         with self.place() as out:
             shutil.copytree(self.folder / "reference.zarr", out)
@@ -356,6 +396,94 @@ class Bench:
             for name, outcomes in sorted(seen.items()):
                 self.row(f"bad bytes: {name}", outcomes.total(), outcomes)
             self.row("bad bytes: all", faults, sum(seen.values(), Counter()))
+
+
+def folder_commands(folder: Path, text: list[str]) -> dict[str, list[str]]:
+    """Command lines by what they do, the output's path left out; and what they need."""
+    from tests.support.small import make_small
+
+    (folder / "small").mkdir()
+    small = make_small(folder / "small", n_tokens=120)
+    two = [str(small.sae), str(small.sae.with_name("other.pt"))]
+    shutil.copyfile(*two)
+    analyses = [f"{sae}.analysis" for sae in two]
+    analyze = ["--store", str(small.store), "--no-nulls", "--downstream-tokens", "0", "--sae"]
+    for sae, out in zip(two, analyses, strict=True):
+        folder_command("analyze", [*analyze, sae, "--out", out])
+    folder_command("convert", [two[0], "--to", "saelens", str(folder / "old")])
+    compare = ["--store", str(small.store), "--sae", *two, "--no-pca", "--device", "cpu", "--out"]
+    lens = [*text, "--context-length", "20", "--kl-steps", "2", "--kl-batch", "8", "--eval-tokens", "30", "--out"]
+    return {
+        "convert, to residscope": [two[0], "--to", "residscope"],
+        "convert, to hookpoints": [two[0], "--to", "sparsify", "--hookpoints", "a", "b", "--"],
+        "convert, over another": [two[0], "--to", "saelens", "--overwrite"],
+        "train compare": compare,
+        "analyze --compare": ["--compare", *analyses, "--out"],
+        "fit-lens": lens,
+        "analyze": [*analyze, two[0], "--out"],
+    }
+
+
+def folder_command(name: str, arguments: list[str]) -> int:
+    """Run one of them; the exit code. Its clock stands still, because some of what they write is how long they took."""
+    import dask.threaded
+
+    import analysis.cli
+    import analysis.run
+    import harvest.lens.cli
+    import harvest.lens.fit
+    import train.compare.cli
+    import train.formats.cli
+
+    dask.threaded.default_pool, _ = None, dask.threaded.pools.clear()  # its threads are missing in a fork
+    still = types.SimpleNamespace(monotonic=lambda: 0.0, perf_counter=lambda: 0.0)
+    analysis.run.time = harvest.lens.fit.time = still  # type: ignore[assignment]
+    mains = {
+        "convert": train.formats.cli,
+        "train compare": train.compare.cli,
+        "fit-lens": harvest.lens.cli,
+        "analyze": analysis.cli,
+        "analyze --compare": analysis.cli,
+    }
+    with Path(os.devnull).open("w") as no, contextlib.redirect_stdout(no), contextlib.redirect_stderr(no):
+        return mains[name].main(arguments)
+
+
+def died_at(run: Callable[[], int], calls: int, how: str) -> tuple[int, int]:
+    """Run in a process that is killed ("die") or meets a full disk ("full") at that of its calls that change the disk;
+    its exit code, -9 when killed, and how many calls there were."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+
+        def act(by_half: Callable) -> None:
+            by_half()
+            if how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        left = count_down(calls, act, lambda name, call: setattr(os, name, call))
+        try:
+            code = run()
+        except BaseException:
+            code = 99
+        os.write(writer, str(calls - left[0]).encode())
+        os._exit(code)
+    os.close(writer)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    made = os.read(reader, 20)
+    os.close(reader)
+    return code, int(made or 0)
+
+
+def killed_after(run: Callable[[], int], seconds: float) -> int:
+    """Run in a process that is killed after so long; its exit code."""
+    child = os.fork()
+    if child == 0:
+        os._exit(run())
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def take_space(filler: Path, leave: int) -> None:

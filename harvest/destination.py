@@ -4,8 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
+from harvest.options_file import options_file
 from harvest.settings import Settings
-from residscope.destinations import require_space
+from residscope.destinations import refuse_shared, require_name, require_space
 from residscope.errors import IncompatibleError, ResidscopeError
 from store.folder import is_store, refuse_inside_store
 from store.manifest import WriterLock
@@ -18,6 +19,8 @@ _TOKEN_BYTES = 13
 def has_begun(out: Path) -> bool:
     """Whether there is a store at `out`, whole or not; refuses what is neither that nor free."""
     refuse_inside_store(out, may_be_one=True)
+    require_name(out)
+    refuse_shared(out, options_file(out))
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         parent = nearest_folder(out.absolute().parent)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harvest.config import HarvestConfig
 from harvest.text.sources import is_on_disk
+from residscope.destinations import refuse_shared
 from residscope.names import beside
 from residscope.options import to_flat, to_toml
 from store.files import atomic_write
@@ -22,7 +23,9 @@ def options_file(store: Path) -> Path:
 
 
 def save_options(config: HarvestConfig) -> None:
-    """Write the options beside the store, for `harvest --config`, repairs and analyses."""
+    """Write the options beside the store, for `harvest --config`, repairs and analyses; `UsageError` where another
+    store's are there."""
+    refuse_shared(config.out, options_file(config.out))
     texts = [
         _in_full(choice.name) + word.strip()[len(choice.name) :] if is_on_disk(choice.name) else word
         for choice, word in zip(config.text.choices, config.text.dataset, strict=True)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from residscope.errors import Interrupted, ResidscopeError
+from residscope.escape import printable_streams
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -32,6 +33,11 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")
     # Read when torch loads: its idle threads should sleep, not spin on the cores that other threads of ours need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    with printable_streams():
+        return _run(name, command, interrupted)
+
+
+def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
     try:
         with terminate_as_interrupt():
             return command() or 0
@@ -79,7 +85,7 @@ _NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def _fail(name: str, message: str, exit_code: int) -> int:
-    print(f"{name}: error: {message}", file=sys.stderr)
+    print(f"{name}: error: {message}".replace("\n", "\\n"), file=sys.stderr)
     return exit_code
 
 

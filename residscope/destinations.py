@@ -1,4 +1,9 @@
-"""Where results may go: not where another process writes, not over another command's, and not on a full disk."""
+"""Where results may go: not where another process writes, not over another output's files, and not on a full disk; and
+how the files of one folder get there together.
+
+How: files are made in the folder `.partial` of the output folder, which is locked, and renamed into place when all are
+there. `.partial/claim` names those that were not there before, so that what a killed run left is known to be ours.
+"""
 
 import contextlib
 import errno
@@ -6,15 +11,17 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from residscope.console import human_bytes
 from residscope.errors import ResidscopeError, UsageError
+from residscope.names import stem
 
 
 @contextlib.contextmanager
-def held_alone(folder: Path, out: Path) -> Iterator[None]:
+def held_alone(folder: Path, out: Path, flag: str = "--out") -> Iterator[None]:
     """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does.
 
     The lock ends with the process, however it ends. A file system without locks keeps nobody out.
@@ -23,22 +30,164 @@ def held_alone(folder: Path, out: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that has just ended removed the folder: what is locked then is no place any more.
+            gone = not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat())
         except BlockingIOError:
-            raise ResidscopeError(
-                f"--out {out}: another process is writing there; wait until it ends, or choose another"
-            ) from None
+            gone = True
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
+            gone = False
+        if gone:
+            raise ResidscopeError(
+                f"{flag} {out}: another process is writing there; wait until it ends, or choose another"
+            )
         yield
     finally:
         os.close(descriptor)
 
 
-def require_folder(out: Path) -> None:
+@contextlib.contextmanager
+def partial_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
+    """An empty folder inside `out` to make results in, held alone, and gone at the end; made before the work, so that a
+    folder that cannot be written stops the run at once."""
+    require_folder(out, flag)
+    folder, fresh = out / ".partial", not out.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{flag} {out}: a part of this path is a file, not a folder: choose another") from None
+    with held_alone(folder, out, flag):
+        _clear(folder)
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # Of the several libraries that write here most do not say where.
+            raise OSError(error.errno, os.strerror(error.errno), error.filename or str(out)) from error
+        finally:
+            with contextlib.suppress(OSError):
+                _clear(folder)
+                folder.rmdir()
+                if fresh:
+                    out.rmdir()  # which fails, as it should, where there are results now
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "claim":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def together(
+    out: Path, names: Collection[str], last: Collection[str], *, replace: bool, flag: str = "--out", way_out: str = ""
+) -> Iterator[Path]:
+    """A folder in which to make the files `names` of the folder `out`, which go there together when the block ends.
+
+    last: those without which the others do not count: they go away first and come back last. Those of `names` that are
+    not made are removed from `out`, and so is what a killed run left. replace: whether there may be such files that are
+    not left by one; `UsageError` where not, which ends with `way_out`.
+    """
+    claim = out / ".partial" / "claim"
+    refuse_taken(out, names, replace, way_out)  # before anything is made
+    with partial_folder(out, flag) as folder:
+        refuse_taken(out, names, replace, way_out)
+        before = _claimed(claim)
+        free = sorted(before | {name for name in names if not os.path.lexists(out / name)})
+        claim.with_name("claim.tmp").write_text(json.dumps(free), encoding="utf-8")
+        claim.with_name("claim.tmp").replace(claim)
+        try:
+            yield folder
+        except BaseException:
+            if not before:
+                claim.unlink(missing_ok=True)
+            raise
+        made = sorted((name for name in names if (folder / name).exists()), key=lambda name: (name in last, name))
+        for name in (*last, *sorted({*names, *before} - {*made})):
+            (out / name).unlink(missing_ok=True)
+        sync(out)
+        for name in made:
+            sync(folder / name)
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).replace(out / name)
+        for parent in {(out / name).parent for name in made}:
+            sync(parent)
+        claim.unlink()
+
+
+def refuse_taken(out: Path, names: Iterable[str], replace: bool, way_out: str = "") -> None:
+    """`UsageError` where one of the files `names` of the folder `out` is there, unless `replace`, or left by a kill."""
+    for name in () if replace else sorted({*names} - _claimed(out / ".partial" / "claim")):
+        if os.path.lexists(out / name):
+            raise UsageError(f"{out / name} exists already; choose another folder{way_out}")
+
+
+def comparison(out: Path) -> contextlib.AbstractContextManager[Path]:
+    """`together`, of the files of a comparison."""
+    names = [f"compare.{kind}" for kind in ("json", "parquet", "png", "svg")]
+    return together(out, names, names[:1], replace=(out / names[0]).exists())
+
+
+def _claimed(claim: Path) -> set[str]:
+    try:
+        return set(json.loads(claim.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+RESERVED = (".tmp", ".planning", ".fitting", ".harvest.toml", ".config.toml", ".metrics.jsonl", ".loss.png")
+
+
+def require_name(out: Path) -> None:
+    """`UsageError` where `out` has no name of its own, or one of files that lie beside other outputs."""
+    if out.name in ("", ".."):
+        raise UsageError(f"--out {out}: give the name of what is to be made, such as {out / 'out'}")
+    if out.name.endswith(RESERVED):
+        raise UsageError(f"--out {out}: such names are for files beside other outputs: choose another")
+
+
+def refuse_shared(
+    out: Path, record: Path, others: Collection[Path] = (), flag: str = "--out", way_out: str = "choose another name"
+) -> None:
+    """`UsageError` where the files of `out`, `record` and `others`, are another's, as those of a.pt and a might be.
+
+    record: the options kept there, where the value of `flag` names the owner.
+    """
+    taken = None
+    try:
+        owner = tomllib.loads(record.read_text(encoding="utf-8"))[flag.removeprefix("--")]
+        other = out.with_name(Path(owner).name or "_")
+        # One of another stem was renamed together with its files; the weights alone are the same autoencoder.
+        same = other.name == out.name or {other.suffix, out.suffix} == {".pt", ".safetensors"}
+        on_hub = flag == "--sae" and not out.exists() and str(out) != owner
+        if on_hub or (not same and stem(other) == stem(out) and other.exists()):
+            raise UsageError(f"{flag} {out}: {record} and what else would lie there belong to {owner}: {way_out}")
+    except FileNotFoundError:
+        taken = next((path for path in others if os.path.lexists(path)), None)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        taken = record
+    if taken is not None and not out.exists():
+        raise UsageError(
+            f"{flag} {out}: {taken}, which would be replaced, exists already and comes from no run with this {flag}: "
+            "choose another name, or remove it"
+        )
+
+
+def require_folder(out: Path, flag: str = "--out") -> None:
     """`UsageError` where something that is no folder stands at `out`."""
     if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} should be a folder, found a file: choose another name")
+        raise UsageError(f"{flag} {out} should be a folder, found a file: choose another name")
 
 
 def refuse_comparison_of(command: str, out: Path, member: str) -> None:

@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from residscope.destinations import sync
+
 TEMPORARY = ".tmp"
 
 
@@ -40,15 +42,6 @@ def write_all(descriptor: int, data: memoryview, path: Path) -> None:
             done += os.write(descriptor, data[done:])
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residscope.destinations import refuse_shared
 from residscope.errors import IncompatibleError, UsageError
 from residscope.names import beside
 from store.files import sync
@@ -49,6 +50,17 @@ class Checkpoint:
 def safetensors_path(checkpoint: Path) -> Path:
     """Where a checkpoint's weights are for others to read: ckpt.pt -> ckpt.safetensors."""
     return beside(checkpoint, ".safetensors")
+
+
+def refuse_anothers(checkpoint: Path) -> None:
+    """`UsageError` where what `train` writes beside `checkpoint` belongs to another one, or to no run."""
+    beside_it = [beside(checkpoint, ending) for ending in (".metrics.jsonl", ".loss.png", ".tensorboard", ".wandb-id")]
+    refuse_shared(checkpoint, config_path(checkpoint), [safetensors_path(checkpoint), *beside_it])
+
+
+def config_path(checkpoint: Path) -> Path:
+    """Where the flags of its run are: ckpt.pt -> ckpt.config.toml."""
+    return beside(checkpoint, ".config.toml")
 
 
 def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:

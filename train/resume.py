@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residscope.destinations import require_name
 from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
 from store.folder import refuse_inside_store
-from train.checkpoint import Checkpoint, load_checkpoint
+from train.checkpoint import Checkpoint, load_checkpoint, refuse_anothers
 from train.config import TrainConfig
 from train.determinism import differences, surroundings
 from train.grid import RunSpec
@@ -30,6 +31,8 @@ def _check_output(config: TrainConfig) -> None:
         raise UsageError(f"--out {out} is where the weights alone are written; name the checkpoint, such as {other}")
     if out.exists() and not out.is_file():
         raise UsageError(f"--out {out} is not a regular file: choose another name")
+    require_name(out)
+    refuse_anothers(out)
     if out.exists() and not (config.resume or config.overwrite):
         raise UsageError(f"{out} exists already: use --resume to continue it or --overwrite to replace it")
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from residscope.names import beside
 from residscope.options import to_toml
-from train.checkpoint import Checkpoint, safetensors_path, save_checkpoint
+from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
 from train.kernels.choose import choose_kernels
@@ -57,6 +56,7 @@ class Trainer:
     def files(self, saved: Checkpoint | None) -> Iterator[None]:
         """Hold the metrics file, locked, and the trackers."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_anothers(self.path)  # again: one may have begun since the flags were read
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(contextlib.closing(MetricsFile(metrics_path(self.path), resume_step=step)))
@@ -70,7 +70,7 @@ class Trainer:
         if fresh:
             for path in (self.path, safetensors_path(self.path), figure_path(self.path)):
                 path.unlink(missing_ok=True)
-        beside(self.path, ".config.toml").write_text(to_toml(self.plan.config.flags()), encoding="utf-8")
+        config_path(self.path).write_text(to_toml(self.plan.config.flags()), encoding="utf-8")
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
         """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""

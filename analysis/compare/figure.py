@@ -11,6 +11,7 @@ from analysis.compare.words import kind_words, layer_words
 from analysis.report import figures
 from analysis.report.data import PARTS
 from analysis.report.markup import show
+from residscope.escape import figure_text
 
 RULE = "#d9dde2"
 LEGEND = ("our ratio, 95 % interval", "the reference's formula on the same codes")
@@ -46,7 +47,7 @@ def _label(run: Mapping[str, Any]) -> str:
     """A run's name, and below it what it is."""
     what = kind_words(run).rpartition("/")[2]
     number = layer_words(run["layers"]) + (" layers" if len(run["layers"]) > 1 else "")
-    return f"{run['run']}\n{what}; {number}, R {run['expansion_factor']:g}, k {run['k']}"
+    return f"{figure_text(run['run'])}\n{figure_text(what)}; {number}, R {run['expansion_factor']:g}, k {run['k']}"
 
 
 def _draw_means(axes: Any, runs: Sequence[Mapping[str, Any]], name: str, label: str) -> None:

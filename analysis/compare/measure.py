@@ -21,9 +21,8 @@ from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.results.summary import SCHEMA_VERSION
-from residscope.destinations import refuse_comparison_of, require_folder
+from residscope.destinations import comparison, refuse_comparison_of
 from residscope.errors import IncompatibleError, UsageError
-from store.files import atomic_write
 from store.folder import refuse_inside_store
 
 PARTS = VARIANCE_NAMES[:5]
@@ -49,11 +48,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     summaries = [_load(path) for path in config.compare]
     runs = in_order(list(map(_checked_run, config.compare, run_names(config.compare), summaries)))
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
-    require_folder(config.out)
-    config.out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(_rows(runs)).to_parquet(config.out / "compare.parquet", index=False)
-    written = ["compare.json", "compare.parquet", *write_comparison(runs, config.out)]
-    atomic_write(config.out / "compare.json", [json.dumps(result, indent=2, allow_nan=False).encode()])
+    with comparison(config.out) as folder:
+        pd.DataFrame(_rows(runs)).to_parquet(folder / "compare.parquet", index=False)
+        written = ["compare.json", "compare.parquet", *write_comparison(runs, folder)]
+        (folder / "compare.json").write_text(json.dumps(result, indent=2, allow_nan=False), encoding="utf-8")
     if config.json:
         print(json.dumps(result, allow_nan=False))
     else:

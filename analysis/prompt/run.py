@@ -29,6 +29,7 @@ from analysis.results.folder import PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
 from analysis.results.summary import SCHEMA_VERSION
 from analysis.run import analyze
 from harvest.model.checks import check_logits, check_model
+from residscope.destinations import partial_folder
 from residscope.options import with_values
 from store.activations import ActivationStore
 from store.files import atomic_write
@@ -69,7 +70,8 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     views = [view_prompt(prompted, text, ids, layers, interventions) for text, ids in read]
     plain = [_plain(view, TokenBytes(model.tokenizer)) for view in views]
     content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
-    _write(config, views, content)
+    with partial_folder(config.out_dir):
+        _write(config, views, content)
     say(prompt_words(content))
     names = f"{PROMPT_JSON}, {PROMPT_TABLE}" + (", report.html" if config.output.report else "")
     say(f"Written to {config.out_dir}: {names}.")
@@ -91,6 +93,7 @@ def has_analysis(out: Path, store: ActivationStore, sae_hash: str) -> bool:
 
 def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str, Any]) -> None:
     out = config.out_dir
+    (out / PROMPT_JSON).unlink(missing_ok=True)  # no reader takes it for that of the table below
     sink = pa.BufferOutputStream()
     pq.write_table(_table(views), sink, compression="zstd")
     atomic_write(out / PROMPT_TABLE, [memoryview(sink.getvalue())])

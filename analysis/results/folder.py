@@ -1,18 +1,8 @@
-"""The folder that an analysis writes: the names of its files, and how they get there whole.
+"""The names of the files in the folder that an analysis writes. They get there together (`residscope.destinations`),
+summary.json last: a folder without summary.json holds no whole analysis."""
 
-Results are made in a folder of their own inside the output folder and moved into place when all are there, summary.json
-last: a folder without summary.json holds no whole analysis.
-"""
-
-import errno
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-from residscope.destinations import held_alone, require_folder
-from residscope.errors import UsageError
+from analysis.config import AnalyzeConfig
+from residscope.destinations import refuse_shared
 
 SUMMARY, CONFIG, REPORT = "summary.json", "analyze.config.toml", "report.html"
 LATENTS, LAYERS, REDUNDANCY = "latents.parquet", "layers.parquet", "redundancy.parquet"
@@ -30,36 +20,10 @@ FILES = {
 }
 
 
-@contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
-    """An empty folder inside `out` to make results in, held alone; made before the work, so that a folder that cannot
-    be written stops the run at once."""
-    require_folder(out)
-    folder = out / ".partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"--out {out}: a part of this path is a file, not a folder: choose another") from None
-    with held_alone(folder, out):
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        try:
-            yield folder
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            # Of the several libraries that write here most do not say where.
-            raise OSError(error.errno, os.strerror(error.errno), error.filename or str(out)) from error
-
-
-def move_into_place(partial: Path, out: Path) -> None:
-    """Replace what an earlier analysis left by what this one made, summary.json first away and last back."""
-    (out / SUMMARY).unlink(missing_ok=True)
-    for name in FILES:
-        if not (partial / name).exists():
-            (out / name).unlink(missing_ok=True)
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == SUMMARY):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        path.replace(out / path.name)
-    shutil.rmtree(partial)
+def may_be_replaced(config: AnalyzeConfig) -> bool:
+    """Whether files of these names that are in the output folder are an analysis'; `UsageError` where they are of
+    another autoencoder and the folder was not chosen with --out: a.pt and a folder a would share a.analysis."""
+    record = config.out_dir / CONFIG
+    if config.out is None:
+        refuse_shared(config.sae, record, flag="--sae", way_out="choose another folder with --out")
+    return config.out is None or record.exists()

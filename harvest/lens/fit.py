@@ -34,7 +34,7 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.table import make_table
 from harvest.text.sources import open_sources
 from residscope.console import human_bytes, progress
-from residscope.destinations import held_alone
+from residscope.destinations import held_alone, require_name
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
@@ -104,6 +104,7 @@ def fit_lens(config: FitLensConfig) -> FitResult:
 
 def _refuse_existing(config: FitLensConfig) -> None:
     refuse_inside_store(config.out)
+    require_name(config.out)
     if config.out.exists():
         raise UsageError(f"--out {config.out} exists and will not be overwritten. Choose another --out, or remove it")
 

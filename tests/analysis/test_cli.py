@@ -5,11 +5,13 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from analysis.cli import main
+from analysis.config import AnalyzeConfig
 from store.activations import ActivationStore
 from tests.support.small import Small, make_small
 from train.checkpoint import CHECKPOINT_FORMAT
@@ -235,3 +237,14 @@ def test_no_command_writes_into_a_store(small, tmp_path, capsys):
         assert "activation store" in error, error
         assert "choose a path outside it" in error
     assert {path: path.read_bytes() for path in small.store.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("sae", "folder"), [(".", "{}.analysis"), ("..", "{}.analysis"), ("a", "a.analysis")])
+def test_the_default_folder_of_a_folder_however_it_is_called(
+    sae: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = AnalyzeConfig(store=Path("acts.zarr"), sae=Path(sae)).out_dir
+    assert found.name == folder.format(Path(sae).resolve().name)
+    assert found.absolute().parent == Path(sae).resolve().parent

@@ -13,7 +13,7 @@ from analysis import task
 from analysis.encoder import Encoder
 from analysis.run import analyze
 from residscope.destinations import held_alone
-from residscope.errors import ResidscopeError
+from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.shuffle import validation_documents
 from tests.support.dense import decompose, reference_ratios
@@ -352,6 +352,26 @@ def test_a_run_that_fails_leaves_no_summary_that_looks_whole(small, tmp_path, mo
     monkeypatch.undo()
     run(small, tmp_path, max_tokens=50)
     assert not (tmp_path / ".partial").exists()
+
+
+def test_an_analysis_replaces_no_other_files_of_these_names(tmp_path):
+    small = make_small(tmp_path)
+    (tmp_path / "report.html").write_text("the user's own")
+    with pytest.raises(UsageError, match=r"report.html exists already; choose another folder"):
+        run(small, tmp_path)
+    assert (tmp_path / "report.html").read_text() == "the user's own"
+
+
+def test_two_autoencoders_do_not_share_a_default_folder(tmp_path):
+    small = make_small(tmp_path)
+    flags = {"store": small.store, "report": False, "intervals": False}
+    analyze(analyze_config(sae=small.sae, **flags))
+    other = small.sae.with_suffix("")
+    other.write_bytes(small.sae.read_bytes())
+    with pytest.raises(UsageError, match=r"ckpt.analysis/.* belong to .*ckpt.pt: choose another folder with --out"):
+        analyze(analyze_config(sae=other, **flags))
+    small.sae.unlink()
+    analyze(analyze_config(sae=other, **flags))  # renamed
 
 
 def test_with_json_stdout_is_the_summary_alone(small, tmp_path, capsys):

@@ -17,7 +17,7 @@ from harvest.config import HarvestConfig
 from harvest.estimate import estimate
 from harvest.lens.translators import load_lens
 from harvest.run import HarvestResult, harvest
-from residscope.errors import ResidscopeError
+from residscope.errors import ResidscopeError, UsageError
 from residscope.options import parse_options
 from store.activations import ActivationStore
 from store.care.verify import verify
@@ -291,3 +291,13 @@ def test_without_packing_each_document_is_run_on_its_own(
         one = block_outputs(str(model_folder(architecture)), row, len(row), 1)
         np.testing.assert_allclose(store.read(slice(int(start), int(stop))), one, rtol=1e-4, atol=1e-5)
     assert estimate(options).tokens_available == result.tokens
+
+
+def test_two_stores_do_not_share_the_options_beside_them(config: MakeConfig) -> None:
+    first = config()
+    harvest(first)
+    options = first.out.with_suffix(".harvest.toml").read_bytes()
+    with pytest.raises(UsageError, match=r"acts: .*acts.harvest.toml and what else .* belong to .*acts.zarr: choose"):
+        harvest(config(out=first.out.with_suffix("")))
+    assert not first.out.with_suffix("").exists()
+    assert first.out.with_suffix(".harvest.toml").read_bytes() == options

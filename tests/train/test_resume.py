@@ -128,3 +128,28 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
         torch.save({**finished, "trainer": {**finished["trainer"], "metrics": metrics}}, config.out)
         with pytest.raises(IncompatibleError, match="metrics is not what"):
             train(with_values(config, checkpoint_every=5, resume=True))
+
+
+def test_two_checkpoints_do_not_share_the_files_beside_them(config: TrainConfig) -> None:
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in config.out.parent.glob("ckpt*") if path.is_file()}
+
+    config = with_values(config, steps=2, epochs=None)
+    train(config)
+    before = files()
+    assert {"ckpt.pt", "ckpt.metrics.jsonl", "ckpt.config.toml", "ckpt.safetensors"} <= before.keys()
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match=r"ckpt: .*ckpt.config.toml and what else .* belong to .*ckpt.pt: choose"):
+            train(with_values(config, out=config.out.with_suffix(""), **flags))
+    assert files() == before
+    train(with_values(config, resume=True))
+    assert files() == before
+
+
+def test_weights_that_no_run_made_are_not_replaced(config: TrainConfig) -> None:
+    of_another = config.out.with_suffix(".safetensors")
+    of_another.write_text("precious")
+    with pytest.raises(UsageError, match=r"ckpt.safetensors, which would be replaced, exists already and comes"):
+        train(config)
+    assert of_another.read_text() == "precious"
+    assert not config.out.with_suffix(".metrics.jsonl").exists()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from residscope.console import run_command
+from residscope.destinations import comparison, refuse_comparison_of
 from residscope.options import parse_options
 from train.compare.config import TrainCompareConfig
 
@@ -26,14 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Compare autoencoders, for all layers or one for each, and PCA: FVU by layer, held-out tokens.",
             epilog=_EPILOG,
         )
+        from store.folder import refuse_inside_store
         from train.compare.measure import compare
-        from train.compare.report import as_json, check_out, words, write
+        from train.compare.report import as_json, words, write
 
-        check_out(config.out)
-        result = compare(config)
-        files = write(result, config.out)
+        refuse_inside_store(config.out)
+        refuse_comparison_of("analyze --compare", config.out, "schema_version")
+        with comparison(config.out) as folder:
+            result = compare(config)
+            files = write(result, folder)
         print(json.dumps(as_json(result)) if config.json else words(result))
-        print(f"train compare: written {', '.join(map(str, files))}", file=sys.stderr)
+        print(f"train compare: written {', '.join(str(config.out / name) for name in files)}", file=sys.stderr)
 
     return run_command("train compare", command)
 

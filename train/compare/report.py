@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from residscope.console import aligned
-from residscope.destinations import refuse_comparison_of, require_folder
-from store.files import atomic_write
-from store.folder import refuse_inside_store
+from residscope.escape import figure_text
 from train.compare.measure import Comparison, Entrant
-
-
-def check_out(out: Path) -> None:
-    """Refuse what cannot be the folder, before anything is computed."""
-    refuse_inside_store(out)
-    require_folder(out)
-    refuse_comparison_of("analyze --compare", out, "schema_version")
 
 
 def as_json(result: Comparison) -> dict[str, Any]:
@@ -47,18 +38,15 @@ def as_json(result: Comparison) -> dict[str, Any]:
     }
 
 
-def write(result: Comparison, out: Path) -> list[Path]:
-    """Write the files; the figure where matplotlib is installed."""
+def write(result: Comparison, folder: Path) -> list[str]:
+    """Write the files, the figure where matplotlib is installed; their names."""
     import pandas as pd
 
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / "compare.parquet", out / "compare.json"]
-    atomic_write(files[0], [pd.DataFrame(_rows(result)).to_parquet(index=False)])
-    atomic_write(files[1], [json.dumps(as_json(result), indent=2).encode()])
+    pd.DataFrame(_rows(result)).to_parquet(folder / "compare.parquet", index=False)
+    (folder / "compare.json").write_text(json.dumps(as_json(result), indent=2), encoding="utf-8")
     if (figure := _figure(result)) is not None:
-        files.append(out / "compare.png")
-        atomic_write(files[-1], [figure])
-    return files
+        (folder / "compare.png").write_bytes(figure)
+    return sorted(path.name for path in folder.glob("compare.*"))
 
 
 def words(result: Comparison) -> str:
@@ -135,7 +123,8 @@ def _figure(result: Comparison) -> bytes | None:
     }
     for entrant in result.entrants:
         values = [math.nan if v is None else v for v in entrant.by_layer(result.layers, "fvu_per_layer")]
-        label = f"{entrant.name} ({entrant.n_latents():,} {'components' if entrant.kind == 'pca' else 'latents'})"
+        of = "components" if entrant.kind == "pca" else "latents"
+        label = f"{figure_text(entrant.name)} ({entrant.n_latents():,} {of})"
         axes.plot(result.layers, values, label=label, **styles[entrant.kind])
     axes.set(xlabel="layer", ylabel="FVU (lower is better)", yscale="log")
     axes.set_title(f"Held-out reconstruction by layer, {result.tokens:,} tokens", fontsize=10)

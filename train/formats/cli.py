@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from residscope.console import run_command
-from residscope.errors import UsageError
 from residscope.options import CommandParser
 
 FORMATS = ("residscope", "mlsae", "saelens", "sparsify")
@@ -21,8 +20,7 @@ COMMAND = "residscope convert"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command on `argv` (default: the process's own); the exit code."""
-    options = _parser().parse_args(argv)
-    return run_command(COMMAND, lambda: _convert(options))
+    return run_command(COMMAND, lambda: _convert(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,17 +58,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    from residscope.destinations import refuse_taken
     from residscope.names import beside
-    from store.files import atomic_write
     from store.folder import refuse_inside_store
     from train.checkpoint import Checkpoint
     from train.formats import files, hub
 
     refuse_inside_store(options.destination, "DST")
-    card = options.destination / "README.md"
-    if card.exists() and not options.overwrite:
-        raise UsageError(f"{card} exists already; choose another folder, or overwrite it (--overwrite)")
+    weights, others = files.outputs(options.destination, options.to, options.hookpoints)
+    refuse_taken(options.destination, [*weights, *others, files.CARD], options.overwrite, files.OVERWRITE)
     sae, origin = files.read_sae(options.source, subfolder=options.subfolder, revision=options.revision)
+    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
+    source = Path(options.source)
+    metrics = hub.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
     written = files.write_sae(
         sae,
         options.destination,
@@ -79,13 +79,9 @@ def _convert(options: argparse.Namespace) -> None:
         trainer=origin.trainer,
         hookpoints=options.hookpoints,
         overwrite=options.overwrite,
+        card=lambda notes: hub.model_card(checkpoint, metrics, notes=(*origin.notes, *notes)),
     )
-    notes = (*origin.notes, *written.notes)
-    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
-    source = Path(options.source)
-    metrics = hub.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
-    atomic_write(card, [hub.model_card(checkpoint, metrics, notes=notes).encode()])
-    paths = [*map(str, written.files), str(card)]
+    notes, paths = (*origin.notes, *written.notes), [*map(str, written.files)]
     address = None
     if options.push_to_hub:
         address = hub.push_to_hub(options.destination, options.push_to_hub, private=options.private)

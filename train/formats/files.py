@@ -11,9 +11,9 @@ sparsify and SAELens write them, `subfolder` says which. Reconstructions are kep
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from residscope.destinations import together
 from residscope.errors import IncompatibleError, UsageError
 from store.files import atomic_write
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
@@ -42,6 +43,8 @@ LAYOUTS: dict[ForeignFormat, Layout] = {
 
 CHECKPOINT = "ckpt.pt"
 EXPORT = "ckpt.safetensors"
+CARD = "README.md"
+OVERWRITE = ", or overwrite it (--overwrite)"
 EXPORT_FORMAT = "residscope 1"
 _HASH = "xxh3_128"
 """Key in the export's header."""
@@ -129,43 +132,57 @@ def write_sae(
     trainer: Mapping[str, Any] | None = None,
     hookpoints: Sequence[str] = (),
     overwrite: bool = False,
+    card: Callable[[tuple[str, ...]], str] | None = None,
 ) -> Written:
-    """Write `sae` into `folder` (made if need be) in format `to`.
+    """Write `sae` into `folder` (made if need be) in format `to`; all files appear together.
 
     store, trainer: as in `Checkpoint`; kept where the format has room. hookpoints: for SAELens and sparsify, write one
-    whole copy into a sub-folder of each of these names; SAELens also records the name as its hook. Raises `UsageError`
-    where files are there already and `overwrite` is not set, `IncompatibleError` for what the format cannot say.
+    whole copy into a sub-folder of each of these names; SAELens also records the name as its hook. card: gives the
+    README.md, from the notes. Raises `UsageError` where files are there already and `overwrite` is not set,
+    `IncompatibleError` for what the format cannot say.
     """
+    weights, others = outputs(folder, to, hookpoints)
+    names = [*weights, *others, *([CARD] if card else [])]
+    with together(folder, names, weights, replace=overwrite, flag="DST", way_out=OVERWRITE) as partial:
+        notes: tuple[str, ...] = ()
+        if to == "residscope":
+            save_checkpoint(partial / CHECKPOINT, sae, store=dict(store or {}), trainer=dict(trainer or {}))
+            write_safetensors(sae, partial / EXPORT, store=store, trainer=trainer)
+        elif refused := layouts.refusal(to, sae.config):
+            raise IncompatibleError(f"{folder}: the format {to} cannot express {refused}; write it as residscope")
+        else:
+            for weights_file, config_file, name in zip(weights, others, hookpoints or (None,), strict=True):
+                laid_out = LAYOUTS[to].lay_out(sae, {**asdict(sae.config), "store": dict(store or {})}, name)
+                (partial / weights_file).parent.mkdir(parents=True, exist_ok=True)
+                data = to_safetensors(layouts.contiguous(laid_out.tensors), {"format": "pt"})
+                (partial / weights_file).write_bytes(data)
+                (partial / config_file).write_text(json.dumps(laid_out.config, indent=2), encoding="utf-8")
+                notes = laid_out.notes
+            if lens := (store or {}).get("lens"):
+                notes += (f"it was trained on vectors that went through a tuned lens ({lens}): give it such vectors",)
+        if card:
+            (partial / CARD).write_text(card(notes), encoding="utf-8")
+    return Written(tuple(folder / name for name in names), notes)
+
+
+def outputs(folder: Path, to: Format, hookpoints: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Names of the files that `write_sae` would write into `folder`: of weights, and others; `UsageError` where the
+    hookpoints cannot be folders side by side."""
+    if folder.suffix in _FILE_KINDS or (folder.exists() and not folder.is_dir()):
+        raise UsageError(f"{folder}: give a folder to write into; the files' names are the format's own")
     if hookpoints and to not in ("saelens", "sparsify"):
         raise UsageError(f"hookpoints: a sub-folder per hookpoint is for saelens and sparsify, not for {to}")
     for i, name in enumerate(hookpoints):
-        if name in hookpoints[:i]:
+        if Path(name) in map(Path, hookpoints[:i]):
             raise UsageError(f"hookpoints: {name} is given twice")
-        if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+        parts = Path(name).parts
+        if not name.strip() or not parts or Path(name).is_absolute() or {"..", ".partial", CARD} & {*parts}:
             raise UsageError(f"hookpoints: a name is a sub-folder of {folder}, such as layers.3, found {name!r}")
     if to == "residscope":
-        paths = (folder / CHECKPOINT, folder / EXPORT)
-        _prepare(paths, overwrite)
-        save_checkpoint(paths[0], sae, store=dict(store or {}), trainer=dict(trainer or {}))
-        write_safetensors(sae, paths[1], store=store, trainer=trainer)
-        return Written(paths, ())
+        return [CHECKPOINT], [EXPORT]
     layout = LAYOUTS[to]
-    if refused := layouts.refusal(to, sae.config):
-        raise IncompatibleError(f"{folder}: the format {to} cannot express {refused}; write it as residscope")
-    files: list[Path] = []
-    notes: tuple[str, ...] = ()
-    for hookpoint in hookpoints or (None,):
-        part = folder / hookpoint if hookpoint else folder
-        paths = (part / layout.weights_file, part / layout.config_file)
-        _prepare(paths, overwrite)
-        laid_out = layout.lay_out(sae, {**asdict(sae.config), "store": dict(store or {})}, hookpoint)
-        atomic_write(paths[0], [to_safetensors(layouts.contiguous(laid_out.tensors), {"format": "pt"})])
-        atomic_write(paths[1], [json.dumps(laid_out.config, indent=2).encode()])
-        notes = laid_out.notes
-        files += paths
-    if lens := (store or {}).get("lens"):
-        notes += (f"it was trained on vectors that went through a tuned lens ({lens}): give it such vectors",)
-    return Written(tuple(files), notes)
+    parts = [f"{PurePath(name)}/" for name in hookpoints] or [""]
+    return [part + layout.weights_file for part in parts], [part + layout.config_file for part in parts]
 
 
 def write_safetensors(
@@ -334,16 +351,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise IncompatibleError(f"{path}: should be a JSON object, it is a {type(found).__name__}")
     return found
-
-
-def _prepare(paths: Sequence[Path], overwrite: bool) -> None:
-    folder = paths[0].parent
-    if folder.suffix in _FILE_KINDS or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"{folder}: give a folder to write into; the files' names are the format's own")
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} exists already; choose another folder, or overwrite it (--overwrite)")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _plain(value: Any) -> Any:

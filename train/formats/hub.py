@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from residscope.errors import ResidscopeError, UsageError
+from residscope.escape import markdown, printable
 from train.checkpoint import Checkpoint
 from train.model_config import SAEConfig
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 """owner/name; whether there is such a repository, only the hub knows."""
 
 UPLOADED = ("*.safetensors", "*.json", "*.jsonl", "*.md", "*.png")
@@ -106,21 +107,21 @@ def model_card(
     model = checkpoint.store.get("model")
     front = {
         "library_name": "residscope",
-        "license": license,
+        "license": printable(license),
         "tags": ["sparse-autoencoder", "multi-layer-sae", "interpretability", "arxiv:2409.04185"],
         **({"base_model": model} if isinstance(model, str) and HUB_ID.fullmatch(model) else {}),
     }
     where = repr(repo_id) + (f", subfolder={subfolder!r}" if subfolder else "")
     parts = [
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()) + "\n---",
-        f"# Multi-layer sparse autoencoder{f' for {model}' if model else ''}",
+        f"# Multi-layer sparse autoencoder{f' for {markdown(model)}' if model else ''}",
         f"One sparse autoencoder ({_NAMES[checkpoint.config.activation]}) for the residual stream (the output of each "
         "transformer block) of all the layers below (Lawson et al., *Residual Stream Analysis with Multi-Layer SAEs*, "
         "ICLR 2025, arXiv 2409.04185).",
         "## The autoencoder\n\n" + _table(_shape(checkpoint.config)),
         "## Its data\n\n" + _table(_data(checkpoint, metrics)),
         "## How well it does\n\n" + _metrics_table(metrics),
-        *(["## Mind\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else []),
+        *(["## Mind\n\n" + "\n".join(f"- {markdown(note)}" for note in notes)] if notes else []),
         "## Use\n\n```python\nfrom train.formats import read_sae\n\n"
         f"sae, origin = read_sae({where})  # or a folder\n"
         "out = sae(vectors)  # raw block outputs [N, d_model]; out.codes, out.x_hat\n```\n\n"
@@ -189,14 +190,14 @@ def _metrics_table(metrics: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | {'not recorded' if value is None else value} |" for name, value in rows.items()]
+    lines = [f"| {name} | {'not recorded' if value is None else markdown(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _validation(found: Any) -> str | None:
     if not isinstance(found, dict) or "fraction" not in found:
         return None
-    return f"{found['fraction']:g} of {found.get('n_documents', 'the')} documents held out, seed {found.get('seed')}"
+    return f"{found['fraction']} of {found.get('n_documents', 'the')} documents held out, seed {found.get('seed')}"
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from residscope.escape import figure_text
 from residscope.names import beside
 from store.files import atomic_write
 
@@ -41,7 +42,7 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
             _column(validation, "vectors", 1e-6), held_out, "o", label="FVU, held-out documents", color="tab:orange"
         )
     above.set(yscale="log", ylabel="share of variance, lower is better")
-    above.set_title(title, fontsize=10)
+    above.set_title(figure_text(title), fontsize=10)
     above.grid(alpha=0.3, which="both")
     above.legend(fontsize=8)
 

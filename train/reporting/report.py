@@ -1,5 +1,6 @@
 """What is reported of finished runs: words or a table for the terminal, plain values for `--json`, a parquet table."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ def _held_out_cells(result: TrainResult) -> list[str]:
 
 
 def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
-    """The comparison of all runs, a row for each run and layer, as a parquet file beside the checkpoints; its path."""
+    """The comparison of all runs, a row for each run and layer, as a parquet file beside the checkpoints; its path.
+
+    Rows of another sweep with this --out stay while its checkpoints are there."""
     import pandas as pd
 
     from store.files import atomic_write
@@ -144,7 +147,13 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
     first = results[0].checkpoint
     stem = out.stem if out.suffix == ".pt" and first.parent == out.parent else "ckpt"
     path = first.with_name(f"{stem}.runs.parquet")
-    atomic_write(path, [pd.DataFrame(rows).to_parquet(index=False)])
+    table = pd.DataFrame(rows)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # none, or a damaged one
+        old = pd.read_parquet(path)
+        ours = {result.checkpoint.name for result in results}
+        others = old[[name not in ours and first.with_name(name).exists() for name in old["checkpoint"]]]
+        table = pd.concat([others, table]) if len(others) else table
+    atomic_write(path, [table.to_parquet(index=False)])
     return path
 
 

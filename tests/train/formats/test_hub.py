@@ -1,6 +1,7 @@
 """The hub, the model card and `residscope convert`; the hub is played by a folder, nothing here needs a network."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from tests.support.faults import files_of, run_and_die
 from tests.support.saes import STORE, assert_equal, break_config, make_sae
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.formats import hub
@@ -105,6 +107,18 @@ def test_a_model_card_states_data_store_and_metrics() -> None:
     assert "Not recorded." in hub.model_card(replace(checkpoint, store={}), {})
 
 
+def test_a_model_card_takes_no_markup_from_records_or_notes() -> None:
+    sae, evil = make_sae(), "a\n---\n# x | <img src=x onerror=alert(1)> [y](http://z.org) `c`\x1b[0m"
+    names = ("model", "lens", "dataset", "path", "content_hash")
+    store = dict.fromkeys(names, evil) | {"validation": {"fraction": 0.1, "n_documents": evil, "seed": evil}}
+    checkpoint = Checkpoint(config=sae.config, sae=sae, store=store | {"layers": [evil]}, trainer={"step": evil})
+    card = hub.model_card(checkpoint, {"vectors": evil}, notes=[evil], license='a"\nb: c')
+    plain = hub.model_card(replace(checkpoint, store={}, trainer={}), {}, notes=["a"], license="a")
+    for mark in ("<img", "[y]", "http:", "\n---\n# x", "`c`", "\x1b", "\nb: c", "x |"):
+        assert mark not in card.replace(plain, "")
+    assert len(card.splitlines()) == len(plain.splitlines())
+
+
 def test_last_metrics_are_the_last_of_each_split(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.metrics.jsonl"
     assert hub.last_metrics(path) == {}
@@ -175,6 +189,28 @@ def test_convert_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as error:
         main(["a", "b", "--to", "gguf"])
     assert error.value.code == 2
+
+
+def test_a_conversion_that_was_killed_is_finished_by_the_same_command(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "ckpt.pt", make_sae(), store=STORE, trainer={})
+    command = [str(tmp_path / "ckpt.pt"), str(tmp_path / "out"), "--to", "sparsify", "--hookpoints", "a", "b"]
+    assert main(command) == 0
+    whole, calls, died = files_of(tmp_path / "out"), 0, True
+    while died:
+        calls += 3
+        shutil.rmtree(tmp_path / "out")
+        died = run_and_die(lambda: main(command), calls)
+        done = (tmp_path / "out").exists() and files_of(tmp_path / "out") == whole
+        assert main(command) == (2 if done else 0)
+        assert files_of(tmp_path / "out") == whole
+    assert calls > 20
+
+
+@pytest.mark.parametrize("names", [["a", "./a"], ["."], ["README.md"], [".partial"]])
+def test_hookpoints_are_folders_side_by_side(names: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="hookpoints: "):
+        write_sae(make_sae(), tmp_path / "out", "saelens", hookpoints=names)
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_is_light() -> None:

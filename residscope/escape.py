@@ -1,0 +1,55 @@
+"""Text from names, records, models and libraries, escaped for where it goes: a terminal, Markdown, or a figure.
+
+HTML has `html.escape`; JSON and TOML have their writers.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters and those that turn the direction of writing; not tab and line feed."""
+
+_MARKUP = re.compile(r"[&<>`\[\]*_|\\~#$@]|:(?=/)|(?<=[wW]{3})\.|(?<=\d)[.)](?=\s)|^[-+=]")
+"""What starts markup in Markdown, HTML in it, a link without brackets, or an item of a list."""
+
+
+def printable(text: str) -> str:
+    """`text` with what would steer a terminal as one writes it in Python: an escape is \\x1b."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def markdown(value: object) -> str:
+    """`value` as plain words in one line of Markdown, whatever it holds: what may be markup is written as &#60;."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", printable(" ".join(str(value).split())))
+
+
+def figure_text(text: str) -> str:
+    """`text` as plain words of a figure: no formula between dollar signs, no label that the legend leaves out."""
+    return " " * text.startswith("_") + printable(text).replace("$", r"\$")
+
+
+@contextlib.contextmanager
+def printable_streams() -> Iterator[None]:
+    """Have stdout and stderr take `printable` text only, whoever writes."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class _Printable:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Progress bars begin with a carriage return, or go lines up; nothing else may."""
+        begin = text[: len(text) - len(text.lstrip("\r"))]
+        return self._stream.write(text if not text.strip("\n\x1b[A") else begin + printable(text[len(begin) :]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
