@@ -6,20 +6,34 @@ Tested in tests/harvest/text/test_sources.py.
 
 import glob
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
 
 from harvest.model.hub import first_line
+from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
+from store.files import read_whole
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 17
+_ZSTD_BYTES = 1 << 10
+"""Taken in at once: 32 MiB come out of it at most."""
+
+LONGEST = 32 << 20
+"""Bytes of the longest document that is a line or a row; so that no small file can take all memory."""
+
+LARGEST_TEXT = 1 << 30
+"""Bytes of the largest .txt, which is one document."""
+
+_RATIO = 64
+"""How many times a .parquet's own size a column of a row group may be unpacked, if it is more than 256 MiB."""
 
 
 def find_files(dataset: str) -> list[Path] | None:
@@ -66,69 +80,84 @@ def file_documents(files: list[Path], column: str) -> Iterator[str]:
         try:
             suffix = suffix_of(path)
             if suffix == ".txt":
-                yield path.read_bytes().decode("utf-8-sig")  # as it is, line ends too; a byte order mark is no text
+                # As it is, line ends too; a byte order mark is no text.
+                yield _whole(path).decode("utf-8-sig")
             elif suffix == ".parquet":
                 yield from _parquet_documents(path, column)
             else:
-                yield from _json_documents(path, column, _UNPACK.get(suffix or ""))
+                yield from _json_documents(path, column, suffix)
         except UnicodeDecodeError as error:
             raise IncompatibleError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
 
 
-def _json_documents(
-    path: Path, column: str, unpack: Callable[[Path, BinaryIO], Iterator[bytes]] | None
-) -> Iterator[str]:
+def _json_documents(path: Path, column: str, suffix: str | None) -> Iterator[str]:
+    for number, line in enumerate(_lines(path, suffix), start=1):
+        if line.strip():
+            where = f"{path} line {number}"
+            if len(line) > LONGEST:
+                raise _too_long(where)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise IncompatibleError(f"{where}: not valid JSON ({error.msg})") from None
+            except UnicodeDecodeError as error:
+                found = f"not UTF-8 text (byte {error.start} of the line)"
+                raise IncompatibleError(f"{where}: {found}; convert it to UTF-8") from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
+                raise IncompatibleError(f"{where}: not readable JSON ({error})") from None
+            yield text_of(row, column, where)
+
+
+def _lines(path: Path, suffix: str | None) -> Iterator[bytes]:
+    """The lines of a file, plain or compressed, none of them longer than `LONGEST` and a byte."""
+    kind = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}.get(suffix or "", "")
     with path.open("rb") as raw:
-        for number, line in enumerate(unpack(path, raw) if unpack else raw, start=1):
-            if line.strip():
-                where = f"{path} line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise IncompatibleError(f"{where}: not valid JSON ({error.msg})") from None
-                except UnicodeDecodeError as error:
-                    found = f"not UTF-8 text (byte {error.start} of the line)"
-                    raise IncompatibleError(f"{where}: {found}; convert it to UTF-8") from None
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
-                    raise IncompatibleError(f"{where}: not readable JSON ({error})") from None
-                yield text_of(row, column, where)
+        stream: Any = {"gzip": gzip.open, "zstd": _open_zstd}.get(kind, lambda file: file)(raw)
+        try:
+            while line := stream.readline(LONGEST + 1):
+                yield line
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise IncompatibleError(f"{path}: not valid {kind} data ({error}); download it again") from None
+        except EOFError:
+            raise IncompatibleError(f"{path}: cut short: it ends within its {kind} data; download it again") from None
 
 
-def _gunzipped_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines in gzip members."""
-    try:
-        with gzip.open(raw) as stream:
-            yield from stream
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise IncompatibleError(f"{path}: not valid gzip data ({error}); download it again") from None
-    except EOFError:
-        raise IncompatibleError(f"{path}: cut short: it ends within its gzip data; download it again") from None
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
+    return io.BufferedReader(_Unpacked(raw), _BLOCK_BYTES)
 
 
-def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines in zstd frames. The library's own stream does not notice that a file was cut short."""
-    import zstandard
+class _Unpacked(io.RawIOBase):
+    """What zstd frames hold; `EOFError` where they were cut short, which the library's own stream does not notice."""
 
-    frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
-    begun = False  # whether the frame has any bytes yet
-    try:
-        while block := raw.read(_BLOCK_BYTES):
-            while block:
-                begun = True
-                *lines, line = (line + frame.decompress(block)).split(b"\n")
-                yield from lines
-                block = b""
-                if frame.eof:
-                    block = frame.unused_data
-                    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
-    except zstandard.ZstdError as error:
-        raise IncompatibleError(f"{path}: not valid zstd data ({error}); download it again") from None
-    if begun:
-        raise IncompatibleError(f"{path}: cut short: it ends within its zstd data; download it again")
-    yield line
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
 
+        self._raw, self._new, self._error = raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        self._frame, self._begun = self._new(), False
+        self._packed, self._ready = memoryview(b""), memoryview(b"")
 
-_UNPACK = {".jsonl.gz": _gunzipped_lines, ".jsonl.zst": _decompressed_lines}
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, out: Any, /) -> int:
+        while not self._ready:
+            self._packed = self._packed or memoryview(self._raw.read(_BLOCK_BYTES))
+            if not self._packed:
+                if self._begun:
+                    raise EOFError
+                return 0
+            part, self._packed, self._begun = self._packed[:_ZSTD_BYTES], self._packed[_ZSTD_BYTES:], True
+            try:
+                self._ready = memoryview(self._frame.decompress(part))
+            except self._error as error:
+                raise zlib.error(str(error)) from None
+            if self._frame.eof:
+                rest = self._frame.unused_data
+                self._packed = memoryview(rest + self._packed) if rest else self._packed
+                self._frame, self._begun = self._new(), False
+        size = min(len(out), len(self._ready))
+        out[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[str]:
@@ -137,18 +166,49 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise _no_column(path.name, column, names)
+            names, metadata = file.schema_arrow.names, file.metadata
+        if column not in names:
+            raise _no_column(path.name, column, names)
+        parts = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        _check_sizes(path, column, metadata)
+        # As a dictionary, where it is no list: a value that a thousand rows have is in memory once.
+        with parquet.ParquetFile(path, read_dictionary=[column] if column in parts else []) as file:
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=[column]):
-                for text in batch.column(0).to_pylist():
+                for text in batch.column(0):
                     row += 1
-                    yield text_of({column: text}, column, f"{path} row {row}")
+                    yield text_of({column: text.as_py()}, column, f"{path} row {row}")
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own for damaged pages has none
         raise IncompatibleError(f"{path}: not a valid parquet file ({first_line(error)})") from None
+
+
+def _check_sizes(path: Path, column: str, metadata: Any) -> None:
+    """Refuse a column that claims to be larger, unpacked, than any real text in a file of this size."""
+    n_bytes = path.stat().st_size
+    most = max(LARGEST_TEXT // 4, _RATIO * n_bytes)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for part in (group.column(i) for i in range(group.num_columns)):
+            claimed = part.total_uncompressed_size
+            if part.path_in_schema.split(".")[0] == column and claimed > most:
+                raise IncompatibleError(
+                    f"{path}: a row group's column {column!r} is {human_bytes(claimed)} unpacked, in a file of "
+                    f"{human_bytes(n_bytes)}: more than {_RATIO} times as much; write it with smaller row groups"
+                )
+
+
+def _whole(path: Path) -> bytes:
+    try:
+        return read_whole(path, LARGEST_TEXT)
+    except ValueError as error:
+        raise IncompatibleError(f"{path}: {error}: split it into several") from None
+
+
+def _too_long(where: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"{where}: a document should have at most {human_bytes(LONGEST)}, this one has more: split it into several"
+    )
 
 
 def text_of(row: Any, column: str, where: str) -> str:
@@ -164,6 +224,8 @@ def text_of(row: Any, column: str, where: str) -> str:
         raise UsageError(
             f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --text-column"
         )
+    if len(text) > LONGEST:
+        raise _too_long(where)
     try:
         text.encode()
     except UnicodeEncodeError:

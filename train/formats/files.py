@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from residscope.errors import IncompatibleError, UsageError
-from store.files import atomic_write
+from store.files import CONFIG_BYTES, atomic_write, read_whole
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
 from train.formats import layouts
 from train.formats.hub import HUB_ID, fetch
@@ -158,8 +158,11 @@ def write_sae(
         part = folder / hookpoint if hookpoint else folder
         paths = (part / layout.weights_file, part / layout.config_file)
         _prepare(paths, overwrite)
-        laid_out = layout.lay_out(sae, {**asdict(sae.config), "store": dict(store or {})}, hookpoint)
-        atomic_write(paths[0], [to_safetensors(layouts.contiguous(laid_out.tensors), {"format": "pt"})])
+        ours: dict[str, Any] = {**asdict(sae.config), "store": _plain(store or {})}
+        laid_out = layout.lay_out(sae, ours, hookpoint)
+        tensors = layouts.contiguous(laid_out.tensors)
+        ours[_HASH] = _folder_hash(laid_out.config, tensors)
+        atomic_write(paths[0], [to_safetensors(tensors, {"format": "pt"})])
         atomic_write(paths[1], [json.dumps(laid_out.config, indent=2).encode()])
         notes = laid_out.notes
         files += paths
@@ -191,8 +194,13 @@ def _content_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> s
     digest = xxhash.xxh3_128("\0".join(header[name] for name in ("config", "store", "trainer")).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _folder_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The same over a foreign layout's two files; kept with our own record in its configuration."""
+    return _content_hash({"config": json.dumps(config, sort_keys=True), "store": "", "trainer": ""}, tensors)
 
 
 def _ordered(data: bytes) -> bytes:
@@ -220,11 +228,11 @@ def read_safetensors(path: Path) -> Checkpoint:
                 MLSAE(config).load_state_dict(
                     {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if _HASH in header and _content_hash(header, tensors) != header[_HASH]:  # older exports have none
-                raise ValueError("its check sum is wrong: the file was changed after it was written")
             sae = MLSAE(config)
-            sae.load_state_dict(tensors)
+            sae.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+            # Of what was loaded: the file's own memory may change. Older exports have none.
+            if _HASH in header and _content_hash(header, sae.state_dict()) != header[_HASH]:
+                raise ValueError("its check sum is wrong: the file was changed after it was written")
             store, trainer = (json.loads(header[name]) for name in ("store", "trainer"))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
             raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None
@@ -252,14 +260,23 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
     layout = LAYOUTS[foreign]
     config = _read_json(path.with_name(layout.config_file))
     try:
-        with _open(path) as file:
-            parsed = layout.parse(Reader(file, name), config)
+        tensors = _tensors(path)
+        parsed = layout.parse(Reader(tensors, name), config)
+        notes = parsed.notes
+        if parsed.ours:
+            expected = mapping(parsed.ours).pop(_HASH, None)
+            if expected is None:
+                notes += (f"{name}: written by an earlier version, without a check sum: damage would not be found",)
+            elif expected != _folder_hash(config, tensors):
+                raise IncompatibleError(
+                    f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope "
+                    f"wrote them; convert it again, or, if the change was meant, delete {_HASH!r} in {layout.config_file}"
+                )
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
         raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
-    notes = parsed.notes
-    if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:
-        notes = (f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",)
+    if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
+        notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",)
     known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers and [*parsed.layers]}
     store = mapping(parsed.ours.get("store")) or {key: value for key, value in known.items() if value is not None}
     return parsed.sae, Origin(
@@ -317,6 +334,14 @@ def _fetch(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
     return folder
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """All of a file, or what is below `autoencoder.`, copied out of it, so that what is checked is what is used."""
+    with _open(path) as file:
+        names = list(file.keys())
+        inner = [name for name in names if name.startswith("autoencoder.")]
+        return {name.removeprefix("autoencoder."): file.get_tensor(name).clone() for name in inner or names}
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -326,13 +351,20 @@ def _open(path: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_whole(path, CONFIG_BYTES), object_pairs_hook=_once)
     except FileNotFoundError:
         raise IncompatibleError(f"{path}: missing; the weights beside it cannot be read without it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise IncompatibleError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise IncompatibleError(f"{path}: should be a JSON object, it is a {type(found).__name__}")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key is given twice among {listed([key for key, _ in pairs])}")
     return found
 
 
