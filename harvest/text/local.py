@@ -5,13 +5,11 @@ Tested in tests/harvest/text/test_sources.py.
 """
 
 import glob
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
@@ -23,13 +21,11 @@ from store.files import read_whole
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 17
-_ZSTD_BYTES = 1 << 10
-"""Taken in at once: 32 MiB come out of it at most."""
 
 LONGEST = 32 << 20
 """Bytes of the longest document that is a line or a row; so that no small file can take all memory."""
 
-LARGEST_TEXT = 1 << 30
+LARGEST = 1 << 30
 """Bytes of the largest .txt, which is one document."""
 
 _RATIO = 64
@@ -81,13 +77,15 @@ def file_documents(files: list[Path], column: str) -> Iterator[str]:
             suffix = suffix_of(path)
             if suffix == ".txt":
                 # As it is, line ends too; a byte order mark is no text.
-                yield _whole(path).decode("utf-8-sig")
+                yield read_whole(path, LARGEST).decode("utf-8-sig")
             elif suffix == ".parquet":
                 yield from _parquet_documents(path, column)
             else:
                 yield from _json_documents(path, column, suffix)
         except UnicodeDecodeError as error:
             raise IncompatibleError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+        except ValueError as error:
+            raise IncompatibleError(f"{path}: {error}: split it into several") from None
 
 
 def _json_documents(path: Path, column: str, suffix: str | None) -> Iterator[str]:
@@ -109,55 +107,22 @@ def _json_documents(path: Path, column: str, suffix: str | None) -> Iterator[str
 
 
 def _lines(path: Path, suffix: str | None) -> Iterator[bytes]:
-    """The lines of a file, plain or compressed, none of them longer than `LONGEST` and a byte."""
-    kind = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}.get(suffix or "", "")
+    """The lines of a file, plain or compressed; of one that is longer than `LONGEST`, a byte more than that."""
+    kind = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}.get(suffix or "")
     with path.open("rb") as raw:
-        stream: Any = {"gzip": gzip.open, "zstd": _open_zstd}.get(kind, lambda file: file)(raw)
+        stream = raw
+        if kind:
+            import pyarrow  # Its streams unpack a bounded part at a time, and notice where a file was cut short.
+
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, kind), _BLOCK_BYTES)  # type: ignore[type-var]
         try:
             while line := stream.readline(LONGEST + 1):
                 yield line
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise IncompatibleError(f"{path}: not valid {kind} data ({error}); download it again") from None
-        except EOFError:
-            raise IncompatibleError(f"{path}: cut short: it ends within its {kind} data; download it again") from None
-
-
-def _open_zstd(raw: BinaryIO) -> BinaryIO:
-    return io.BufferedReader(_Unpacked(raw), _BLOCK_BYTES)
-
-
-class _Unpacked(io.RawIOBase):
-    """What zstd frames hold; `EOFError` where they were cut short, which the library's own stream does not notice."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._new, self._error = raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self._frame, self._begun = self._new(), False
-        self._packed, self._ready = memoryview(b""), memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, out: Any, /) -> int:
-        while not self._ready:
-            self._packed = self._packed or memoryview(self._raw.read(_BLOCK_BYTES))
-            if not self._packed:
-                if self._begun:
-                    raise EOFError
-                return 0
-            part, self._packed, self._begun = self._packed[:_ZSTD_BYTES], self._packed[_ZSTD_BYTES:], True
-            try:
-                self._ready = memoryview(self._frame.decompress(part))
-            except self._error as error:
-                raise zlib.error(str(error)) from None
-            if self._frame.eof:
-                rest = self._frame.unused_data
-                self._packed = memoryview(rest + self._packed) if rest else self._packed
-                self._frame, self._begun = self._new(), False
-        size = min(len(out), len(self._ready))
-        out[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
+        except OSError as error:
+            if error.errno is not None:
+                raise  # of the disk
+            what = "cut short: it ends within its" if "Truncated" in str(error) else "not valid"
+            raise IncompatibleError(f"{path}: {what} {kind} data; download it again") from None
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[str]:
@@ -169,10 +134,16 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
             names, metadata = file.schema_arrow.names, file.metadata
         if column not in names:
             raise _no_column(path.name, column, names)
-        parts = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-        _check_sizes(path, column, metadata)
+        columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column]
+        groups = [metadata.row_group(g).column(i) for g in range(metadata.num_row_groups) for i in columns]
+        claimed, n_bytes = max((part.total_uncompressed_size for part in groups), default=0), path.stat().st_size
+        if claimed > max(LARGEST // 4, _RATIO * n_bytes):
+            raise IncompatibleError(
+                f"{path}: a row group's column {column!r} is {human_bytes(claimed)} unpacked, in a file of "
+                f"{human_bytes(n_bytes)}: more than {_RATIO} times as much; write it with smaller row groups"
+            )
         # As a dictionary, where it is no list: a value that a thousand rows have is in memory once.
-        with parquet.ParquetFile(path, read_dictionary=[column] if column in parts else []) as file:
+        with parquet.ParquetFile(path, read_dictionary=[column] if columns else []) as file:
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 for text in batch.column(0):
@@ -182,27 +153,6 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own for damaged pages has none
         raise IncompatibleError(f"{path}: not a valid parquet file ({first_line(error)})") from None
-
-
-def _check_sizes(path: Path, column: str, metadata: Any) -> None:
-    """Refuse a column that claims to be larger, unpacked, than any real text in a file of this size."""
-    n_bytes = path.stat().st_size
-    most = max(LARGEST_TEXT // 4, _RATIO * n_bytes)
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for part in (group.column(i) for i in range(group.num_columns)):
-            claimed = part.total_uncompressed_size
-            if part.path_in_schema.split(".")[0] == column and claimed > most:
-                raise IncompatibleError(
-                    f"{path}: a row group's column {column!r} is {human_bytes(claimed)} unpacked, in a file of "
-                    f"{human_bytes(n_bytes)}: more than {_RATIO} times as much; write it with smaller row groups"
-                )
-
-
-def _whole(path: Path) -> bytes:
-    try:
-        return read_whole(path, LARGEST_TEXT)
-    except ValueError as error:
-        raise IncompatibleError(f"{path}: {error}: split it into several") from None
 
 
 def _too_long(where: str) -> IncompatibleError:

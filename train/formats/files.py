@@ -269,14 +269,16 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
                 notes += (f"{name}: written by an earlier version, without a check sum: damage would not be found",)
             elif expected != _folder_hash(config, tensors):
                 raise IncompatibleError(
-                    f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope "
-                    f"wrote them; convert it again, or, if the change was meant, delete {_HASH!r} in {layout.config_file}"
+                    f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope"
+                    f" wrote them; convert it again, or, if the change was meant, delete {_HASH!r} there"
                 )
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
         raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
-        notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",)
+        notes += (
+            f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",
+        )
     known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers and [*parsed.layers]}
     store = mapping(parsed.ours.get("store")) or {key: value for key, value in known.items() if value is not None}
     return parsed.sae, Origin(

@@ -222,7 +222,17 @@ def parse_mlsae(reader: Reader, config: Mapping[str, Any]) -> Parsed:
 def parse_sparsify(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     """sparsify's `sae.safetensors` and `cfg.json` of one hookpoint."""
     where = reader.where
-    keys = (*_SPARSIFY_TAKEN, "k", "d_in", "num_latents", "expansion_factor", "normalize_decoder", "multi_topk", "signed", OURS)
+    keys = (
+        *_SPARSIFY_TAKEN,
+        "k",
+        "d_in",
+        "num_latents",
+        "expansion_factor",
+        "normalize_decoder",
+        "multi_topk",
+        "signed",
+        OURS,
+    )
     notes = key_notes(config, keys, _SPARSIFY_TAKEN, where)
     for key, wanted, why in (
         ("activation", "topk", "only TopK is read here"),
