@@ -15,7 +15,7 @@ import xxhash
 
 from store import arrays
 from store.activations import ActivationStore
-from store.checksums import DamagedError, file_hash, read_checked
+from store.checksums import CRC_BYTES, DamagedError, file_hash, read_checked
 from store.folder import read_meta, require_store
 from store.manifest import Manifest, read_manifest
 from store.meta import StoreMeta
@@ -69,7 +69,7 @@ def verify(
     return [
         BadShard(None, f"{name}: it is not what the shards amount to")
         for name, data in expected.items()
-        if (path / name).exists() and file_hash(path / name) != xxhash.xxh3_128_hexdigest(data)
+        if (path / name).exists() and file_hash(path / name, len(data)) != xxhash.xxh3_128_hexdigest(data)
     ]
 
 
@@ -81,9 +81,12 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
     start, stop = meta.shard_bounds(shard)
     if record.tokens != stop - start or record.config_hash != meta.config_hash:
         return "its manifest line is of another configuration"
-    hashes = {shard_name(shard): record.xxh3_128, arrays.moments_name(shard): record.moments_xxh3_128}
-    for name, expected in hashes.items():
-        found = file_hash(path / name)
+    moments = 16 * meta.n_layers * meta.d_model + CRC_BYTES
+    for name, n_bytes, expected in (
+        (shard_name(shard), record.bytes, record.xxh3_128),
+        (arrays.moments_name(shard), moments, record.moments_xxh3_128),
+    ):
+        found = file_hash(path / name, n_bytes)
         if found is None:
             return f"{name}: the file is missing"
         if found != expected:
@@ -99,7 +102,7 @@ def require_intact(store: ActivationStore, shard: int) -> None:
     whole file once.
     """
     file, record = store.path / shard_name(shard), store.record(shard)
-    if file_hash(file) != record.xxh3_128:
+    if file_hash(file, record.bytes) != record.xxh3_128:
         damaged = _damaged_chunk(file, store.meta, record.bytes)
         raise DamagedError(file, damaged or "wrong hash: a valid file of another shard or store, or a rewritten one")
 

@@ -68,9 +68,8 @@ def test_a_flipped_bit_is_refused_or_changes_nothing() -> None:
         changed[bit // 8] ^= 1 << bit % 8
         try:
             assert equal(load(bytes(changed)), CONTENT), bit
-        except IncompatibleError as error:
+        except IncompatibleError:
             refused += 1
-            assert "\n" not in str(error)
     assert 150 < refused < 600
 
 
