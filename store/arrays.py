@@ -95,19 +95,16 @@ def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
 
 
 def check_counts(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> None:
-    """Raise `DamagedError` unless the token arrays' files are as many and as large as the attributes say.
-
-    So the sizes that memory is taken by are those of files that are there.
-    """
+    """Raise `DamagedError` unless the token arrays' files are as many and as large as the attributes say, so that no
+    memory is taken by a size that no file has."""
     chunk = min(meta.n_tokens, _TOKEN_CHUNK)
     n_files = -(-meta.n_tokens // chunk)
     for name, dtype in _TOKEN_DTYPES.items():
-        if sum(file.startswith(f"{name}/c.") for file in checksums) != n_files:
+        files = [folder / file for file in checksums if file.startswith(f"{name}/c.")]
+        if len(files) != n_files:
             raise DamagedError(folder / name, f"{meta.n_tokens:,} tokens would be {n_files:,} files, and it has others")
-        for path in (folder / name / f"c.{i}" for i in range(n_files)):
-            if not path.is_file():
-                raise DamagedError(path, "the file is missing")
-            if path.stat().st_size != chunk * dtype.itemsize + CRC_BYTES:
+        for path in files:
+            if path.exists() and path.stat().st_size != chunk * dtype.itemsize + CRC_BYTES:
                 raise DamagedError(path, f"the file should hold {chunk:,} tokens and has another size")
 
 

@@ -20,7 +20,7 @@ CONFIG_BYTES = 64 << 20
 def read_whole(path: Path, most: int) -> bytes:
     """A file's bytes; `ValueError` for one above `most` bytes and for what is no file (a device has no end)."""
     found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+    if found.st_size > most or not stat.S_ISREG(found.st_mode):
         size = human_bytes(found.st_size) if stat.S_ISREG(found.st_mode) else "a folder, pipe or device"
         raise ValueError(f"should be a file of at most {human_bytes(most)}, found {size}")
     return path.read_bytes()

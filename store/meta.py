@@ -80,10 +80,8 @@ class StoreMeta:
         if self.codec not in CODECS:
             raise UsageError(f"store: codec should be one of {', '.join(CODECS)}, found {self.codec!r}")
         if self.shard_tokens * self.bytes_per_token > LARGEST_SHARD:
-            raise UsageError(
-                f"store: a shard should have at most {human_bytes(LARGEST_SHARD)} before compression, found "
-                f"{human_bytes(self.shard_tokens * self.bytes_per_token)} (shard_tokens {self.shard_tokens})"
-            )
+            found = human_bytes(self.shard_tokens * self.bytes_per_token)
+            raise UsageError(f"store: a shard should have at most 1.07 GB before compression, found {found}")
         if self.shard_tokens % self.chunk_tokens:
             raise UsageError(
                 f"store: shard_tokens ({self.shard_tokens}) should be a multiple of chunk_tokens ({self.chunk_tokens})"

@@ -37,6 +37,8 @@ class Checkpoint:
     validation {fraction, seed, n_documents}."""
     trainer: dict[str, Any]
     """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs."""
+    notes: tuple[str, ...] = ()
+    """Of a file of another format: what a user has to know and the weights do not say."""
 
 
 def safetensors_path(checkpoint: Path) -> Path:

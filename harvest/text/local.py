@@ -96,13 +96,12 @@ def _json_documents(path: Path, column: str, suffix: str | None) -> Iterator[str
                 raise _too_long(where)
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise IncompatibleError(f"{where}: not valid JSON ({error.msg})") from None
             except UnicodeDecodeError as error:
                 found = f"not UTF-8 text (byte {error.start} of the line)"
                 raise IncompatibleError(f"{where}: {found}; convert it to UTF-8") from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
-                raise IncompatibleError(f"{where}: not readable JSON ({error})") from None
+            except (ValueError, RecursionError) as error:  # also a number of thousands of digits, endless brackets
+                what = "valid" if isinstance(error, json.JSONDecodeError) else "readable"
+                raise IncompatibleError(f"{where}: not {what} JSON ({getattr(error, 'msg', error)})") from None
             yield text_of(row, column, where)
 
 

@@ -27,7 +27,7 @@ from train.checkpoint import Checkpoint
 from train.compare.config import TrainCompareConfig
 from train.compare.pca import PCASums
 from train.data import VectorSource
-from train.formats.files import read_checkpoint, read_sae
+from train.formats.files import read_checkpoint
 from train.hardware import resolve_device
 from train.model import MLSAE, standardize
 from train.objective.statistics import require_finite
@@ -137,10 +137,9 @@ def _read(source: str) -> list[tuple[str, Checkpoint]]:
     inside = sorted(path.glob("*layer=*.pt")) if path.is_dir() else []
     if inside:
         return [(f"{path.name}/{file.stem}", read_checkpoint(file)) for file in inside]
-    sae, origin = read_sae(source)
-    for note in origin.notes:
+    checkpoint = read_checkpoint(source)
+    for note in checkpoint.notes:
         print(f"train compare: note: {note}", file=sys.stderr)
-    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
     return [(stem(path) if path.is_file() else source, checkpoint)]
 
 

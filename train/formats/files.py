@@ -117,7 +117,7 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
 def read_checkpoint(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Checkpoint:
     """As `read_sae`, as a `Checkpoint`; a foreign one's `store` is {} but for model, layers and d_model where known."""
     sae, origin = read_sae(source, subfolder=subfolder, revision=revision)
-    return Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
+    return Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer, notes=origin.notes)
 
 
 def write_sae(
@@ -199,7 +199,7 @@ def _content_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> s
 
 
 def _folder_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """The same over a foreign layout's two files; kept with our own record in its configuration."""
+    """The same of a foreign layout's two files."""
     return _content_hash({"config": json.dumps(config, sort_keys=True), "store": "", "trainer": ""}, tensors)
 
 
@@ -264,8 +264,7 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
         parsed = layout.parse(Reader(tensors, name), config)
         notes = parsed.notes
         if parsed.ours:
-            expected = mapping(parsed.ours).pop(_HASH, None)
-            if expected is None:
+            if (expected := mapping(parsed.ours).pop(_HASH, None)) is None:
                 notes += (f"{name}: written by an earlier version, without a check sum: damage would not be found",)
             elif expected != _folder_hash(config, tensors):
                 raise IncompatibleError(
@@ -276,9 +275,7 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
         raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
-        notes += (
-            f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",
-        )
+        notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store with that --lens",)
     known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers and [*parsed.layers]}
     store = mapping(parsed.ours.get("store")) or {key: value for key, value in known.items() if value is not None}
     return parsed.sae, Origin(
@@ -353,20 +350,13 @@ def _open(path: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_whole(path, CONFIG_BYTES), object_pairs_hook=_once)
+        found = json.loads(read_whole(path, CONFIG_BYTES))
     except FileNotFoundError:
         raise IncompatibleError(f"{path}: missing; the weights beside it cannot be read without it") from None
     except (ValueError, RecursionError) as error:
         raise IncompatibleError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise IncompatibleError(f"{path}: should be a JSON object, it is a {type(found).__name__}")
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a key is given twice among {listed([key for key, _ in pairs])}")
     return found
 
 

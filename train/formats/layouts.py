@@ -17,6 +17,7 @@ Shapes: M n_latents, D d_model; ours are W_enc [M, D], W_dec [M, D], b_pre [D], 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import ne
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +29,6 @@ from train.model_config import SAEConfig
 
 OURS = "residscope"
 """The key under which we keep our own configuration and the store's record; the other tools ignore it."""
-
-_MLSAE_KEYS = (
-    *("auxk", "dead_steps_threshold", "dead_threshold", "k", "n_inputs", "n_latents", "standardize"),
-    *("model_name", "layers", "tuned_lens", OURS),
-)
-_SPARSIFY_TAKEN = {"activation": "topk", "transcode": "false", "skip_connection": "false"}
 
 DEAD_STEPS = 76
 """mlsae's `dead_steps_threshold`, which only its training reads: 10 million tokens in batches of 131,072."""
@@ -169,17 +164,15 @@ def key_notes(
 ) -> tuple[str, ...]:
     """What a user has to know of a configuration's keys: which are not known here, and which decide and are missing.
 
-    taken: keys that decide what is computed, and in words what is taken where one is missing. Raises
-    `IncompatibleError` for a key that is one letter away from a known one that is missing: a damaged name.
+    taken: keys that decide what is computed, and in words what is taken where one is missing; known: the others.
+    Raises `IncompatibleError` for a key that is one letter away from a known one that is missing: a damaged name.
     """
-    missing, notes = [key for key in known if key not in config], ()
-    unknown = sorted(key for key in config if key not in known)
-    for key in unknown:
-        for near in missing:
-            if len(near) == len(key) and sum(a != b for a, b in zip(near, key, strict=True)) == 1:
-                raise IncompatibleError(
-                    f"{where}: the configuration has a key {key!r} and no {near!r}: a damaged name; correct it"
-                )
+    unknown, notes = sorted({*config} - {*known, *taken}), ()
+    for near in {*known, *taken} - {*config}:
+        for key in unknown:
+            if len(near) == len(key) and sum(map(ne, near, key)) == 1:
+                what = f"the configuration has a key {key!r} and no {near!r}: a damaged name; correct it"
+                raise IncompatibleError(f"{where}: {what}")
     if unknown:
         notes += (f"{where}: the configuration's {listed(unknown)} are not known here and were left out of account",)
     if silent := [f"{key} (taken as {value})" for key, value in taken.items() if key not in config]:
@@ -200,7 +193,9 @@ def mapping(found: Any) -> dict[str, Any]:
 def parse_mlsae(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     """mlsae's `model.safetensors` and `config.json`; of a `-tfm` repository, only what is below `autoencoder.`."""
     where = reader.where
-    notes = key_notes(config, _MLSAE_KEYS, {"standardize": "true"}, where)
+    keys = ("auxk", "dead_steps_threshold", "dead_threshold", "k", "n_inputs", "n_latents")
+    keys += ("model_name", "layers", "tuned_lens", OURS)
+    notes = key_notes(config, keys, {"standardize": "true"}, where)
     reader.require_only(("encoder.weight", "decoder.weight", "pre_encoder_bias", "last_nonzero"))
     W_enc = reader.get("encoder.weight", None, None)
     m, d = W_enc.shape
@@ -222,18 +217,8 @@ def parse_mlsae(reader: Reader, config: Mapping[str, Any]) -> Parsed:
 def parse_sparsify(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     """sparsify's `sae.safetensors` and `cfg.json` of one hookpoint."""
     where = reader.where
-    keys = (
-        *_SPARSIFY_TAKEN,
-        "k",
-        "d_in",
-        "num_latents",
-        "expansion_factor",
-        "normalize_decoder",
-        "multi_topk",
-        "signed",
-        OURS,
-    )
-    notes = key_notes(config, keys, _SPARSIFY_TAKEN, where)
+    keys = ("k", "d_in", "num_latents", "expansion_factor", "normalize_decoder", "multi_topk", "signed", OURS)
+    notes = key_notes(config, keys, {"activation": "topk", "transcode": "false", "skip_connection": "false"}, where)
     for key, wanted, why in (
         ("activation", "topk", "only TopK is read here"),
         ("transcode", False, "a transcoder maps one place to another, and does not reconstruct"),

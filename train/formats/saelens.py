@@ -32,13 +32,11 @@ LAYOUT_VERSION = "6.54.12"
 
 _TAKEN = {"normalize_activations": "none", "apply_b_dec_to_input": "true"}
 _KEYS = (
-    *("architecture", "d_in", "d_sae", "k", "rescale_acts_by_decoder_norm", "dtype", "device", "metadata", *_TAKEN),
+    *("architecture", "d_in", "d_sae", "k", "rescale_acts_by_decoder_norm", "dtype", "device", "metadata"),
     *("reshape_activations", "activation_fn", "activation_fn_str", "activation_fn_kwargs", "model_name", "hook_name"),
-    *("hook_layer", "hook_head_index", "prepend_bos", "dataset_path", "context_size", "neuronpedia_id"),
-    *("sae_lens_version", "sae_lens_training_version", "dataset_trust_remote_code", "model_from_pretrained_kwargs"),
-    "seqpos_slice",
+    *("hook_layer", "hook_head_index", "prepend_bos", "dataset_path", "context_size", "sae_lens_training_version"),
 )
-"""Those of all versions that decide nothing here, and those that are looked at."""
+"""Of all versions: those that are looked at, and common ones that decide nothing here."""
 
 _ACTIVATIONS: dict[str, Activation] = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu"}
 """SAELens's architectures and what they are here."""
@@ -59,7 +57,8 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     activation = _activation(config, options, where)
     notes = layouts.key_notes(config, _KEYS, _TAKEN, where)
     metadata = mapping(config.get("metadata")) or config  # before version 6 it was all one level
-    layouts.key_notes(metadata, ("model_name", "hook_name", OURS), {}, where)
+    for part, keys in ((metadata, ("model_name", "hook_name", OURS)), (options, ("k", "signed"))):
+        layouts.key_notes(part, keys, {}, where)
     ours = mapping(metadata.get(OURS))
     reader.require_only(("W_enc", "W_dec", "b_enc", "b_dec", *(("threshold",) if activation == "jumprelu" else ())))
     stored = reader.get("W_enc", None, None)

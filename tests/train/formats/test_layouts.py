@@ -95,7 +95,7 @@ def test_a_value_of_another_kind_is_refused(tmp_path: Path, to: Any, damage: dic
         read_sae(tmp_path)
 
 
-@pytest.mark.parametrize("content", ['{"k": 5, "k": 5}', "[" * 100_000, '{"k": 1' + "0" * 5000 + "}"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"k": 1' + "0" * 5000 + "}"])
 def test_a_configuration_that_cannot_be_meant_is_refused(tmp_path: Path, content: str) -> None:
     theirs(tmp_path, "mlsae").write_text(content)
     with pytest.raises(IncompatibleError, match=r"config\.json: not valid JSON"):
