@@ -243,51 +243,51 @@ def read_safetensors(path: Path) -> Checkpoint:
 
 def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
     """One weights file, whose name says its format; `shown` is what the user calls it."""
-    name = shown or str(path)
+    name, dtype = shown or str(path), "float32"
     foreign: ForeignFormat | None = next((f for f, layout in LAYOUTS.items() if path.name == layout.weights_file), None)
-    if foreign is None:
-        checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
-        layers = checkpoint.store.get("layers")
-        return checkpoint.sae, Origin(
-            format="residscope",
-            path=name,
-            stored_dtype="float32",
-            model=checkpoint.store.get("model"),
-            layers=None if layers is None else tuple(layers),
-            store=checkpoint.store,
-            trainer=checkpoint.trainer,
-        )
-    layout = LAYOUTS[foreign]
+    if foreign:
+        found, dtype = _read_foreign(path, foreign, name)
+    else:
+        found = read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+    layers = found.store.get("layers")
+    return found.sae, Origin(
+        format=foreign or "residscope",
+        path=name,
+        stored_dtype=dtype,
+        model=found.store.get("model"),
+        layers=tuple(layers) if layers else None,
+        store=found.store,
+        trainer=found.trainer,
+        notes=found.notes,
+    )
+
+
+def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpoint, str]:
+    """A foreign folder's autoencoder, whose weights are `path`, and their type in the file."""
+    layout = LAYOUTS[format]
     config = _read_json(path.with_name(layout.config_file))
     try:
         tensors = _tensors(path)
         parsed = layout.parse(Reader(tensors, name), config)
-        notes = parsed.notes
-        if parsed.ours:
-            if (expected := mapping(parsed.ours).pop(_HASH, None)) is None:
-                notes += (f"{name}: written by an earlier version, without a check sum: damage would not be found",)
-            elif expected != _folder_hash(config, tensors):
-                raise IncompatibleError(
-                    f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope"
-                    f" wrote them; convert it again, or, if the change was meant, delete {_HASH!r} there"
-                )
+        ours, notes = mapping(parsed.ours), parsed.notes
+        expected = ours.pop(_HASH, None)
+        if ours and expected is None:
+            notes += (f"{name}: written by an earlier version, without a check sum: damage would not be found",)
+        elif ours and expected != _folder_hash(config, tensors):
+            raise IncompatibleError(
+                f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope"
+                f" wrote them; convert it again, or, if the change was meant, delete {_HASH!r} there"
+            )
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
         raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
-    if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
+    if format == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
         notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store with that --lens",)
     known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers and [*parsed.layers]}
-    store = mapping(parsed.ours.get("store")) or {key: value for key, value in known.items() if value is not None}
-    return parsed.sae, Origin(
-        format=foreign,
-        path=name,
-        stored_dtype=parsed.stored_dtype,
-        model=store.get("model"),
-        layers=tuple(store["layers"]) if store.get("layers") else None,
-        store=store,
-        trainer={"finished": True, "converted_from": {"format": foreign, "path": name}},
-        notes=notes,
-    )
+    store = mapping(ours.get("store")) or {key: value for key, value in known.items() if value is not None}
+    trainer = {"finished": True, "converted_from": {"format": format, "path": name}}
+    checkpoint = Checkpoint(config=parsed.sae.config, sae=parsed.sae, store=store, trainer=trainer, notes=notes)
+    return checkpoint, parsed.stored_dtype
 
 
 def _known_files() -> tuple[str, ...]:

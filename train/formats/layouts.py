@@ -174,7 +174,7 @@ def key_notes(
                 what = f"the configuration has a key {key!r} and no {near!r}: a damaged name; correct it"
                 raise IncompatibleError(f"{where}: {what}")
     if unknown:
-        notes += (f"{where}: the configuration's {listed(unknown)} are not known here and were left out of account",)
+        notes += (f"{where}: the configuration has {listed(unknown)}, which are not known here and changed nothing",)
     if silent := [f"{key} (taken as {value})" for key, value in taken.items() if key not in config]:
         notes += (f"{where}: the configuration does not say {listed(silent)}",)
     return notes
