@@ -8,6 +8,7 @@ tests/store/test_activations.py and tests/store/test_other_readers.py.
 Shapes: T tokens, L stored layers, D = d_model.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from residscope.errors import UsageError
-from store.checksums import CRC_BYTES, DamagedError, checksum, read_checked
+from store.checksums import CRC_BYTES, DamagedError, checksum, read_checked, read_small
 from store.manifest import FOLDER
 from store.meta import ZSTD_LEVEL, StoreMeta
 from store.moments import LayerStatistics
@@ -93,10 +94,24 @@ def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
         small(name, ("token",), (n_tokens,), dtype=dtype, **columns)[:] = getattr(tokens, name)
 
 
+def check_counts(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> None:
+    """Raise `DamagedError` unless the token arrays' files are as many and as large as the attributes say, so that no
+    memory is taken by a size that no file has."""
+    chunk = min(meta.n_tokens, _TOKEN_CHUNK)
+    n_files = -(-meta.n_tokens // chunk)
+    for name, dtype in _TOKEN_DTYPES.items():
+        files = [folder / file for file in checksums if file.startswith(f"{name}/c.")]
+        if len(files) != n_files:
+            raise DamagedError(folder / name, f"{meta.n_tokens:,} tokens would be {n_files:,} files, and it has others")
+        for path in files:
+            if path.exists() and path.stat().st_size != chunk * dtype.itemsize + CRC_BYTES:
+                raise DamagedError(path, f"the file should hold {chunk:,} tokens and has another size")
+
+
 def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> TokenTable:
     """The token arrays, checked against the manifest's header; read-only."""
-    chunk = min(meta.n_tokens, _TOKEN_CHUNK)
-    columns = {}
+    check_counts(folder, meta, checksums)
+    chunk, columns = min(meta.n_tokens, _TOKEN_CHUNK), {}
     for name, dtype in _TOKEN_DTYPES.items():
         parts = [
             np.frombuffer(read_checked(folder, f"{name}/c.{i}", checksums), dtype, chunk)
@@ -135,10 +150,8 @@ def encode_numbers(values: np.ndarray) -> bytes:
 
 def read_numbers(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The float64 numbers [shape] of a chunk's file; raises when it is missing or damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DamagedError(path, "the file is missing") from None
-    if len(data) != int(np.prod(shape)) * 8 + CRC_BYTES or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+    n_bytes = math.prod(shape) * 8 + CRC_BYTES
+    data = read_small(path, n_bytes)
+    if len(data) != n_bytes or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
         raise DamagedError(path, "its checksum does not match")
     return np.frombuffer(data, "<f8", len(data) // 8).reshape(shape)

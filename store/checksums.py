@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from residscope.errors import IncompatibleError
+from store.files import CONFIG_BYTES, read_whole
 
 CRC_BYTES = 4
 
@@ -52,10 +53,12 @@ def checksum(data: bytes | np.ndarray) -> bytes:
     return crc32c(data).to_bytes(CRC_BYTES, "little")
 
 
-def file_hash(file: Path) -> str | None:
-    """xxh3-128 of a file, read in parts; None where there is no file."""
+def file_hash(file: Path, n_bytes: int) -> str | None:
+    """xxh3-128 of a file of `n_bytes`, read in parts; "" for one of another size, None where there is none."""
     digest = xxhash.xxh3_128()
     try:
+        if file.stat().st_size != n_bytes:
+            return ""
         with file.open("rb") as opened:
             while block := opened.read(_READ_BYTES):
                 digest.update(block)
@@ -73,13 +76,20 @@ def file_hashes(folder: Path) -> dict[str, str]:
     }
 
 
+def read_small(path: Path, most: int = CONFIG_BYTES) -> bytes:
+    """A store's file of at most `most` bytes, whole; raises when it is missing, larger, or no file."""
+    try:
+        return read_whole(path, most)
+    except FileNotFoundError:
+        raise DamagedError(path, "the file is missing") from None
+    except ValueError as error:
+        raise DamagedError(path, str(error)) from None
+
+
 def read_checked(folder: Path, name: str, hashes: Mapping[str, str]) -> bytes:
     """The file `name` of `folder`; raises when it is missing or its xxh3-128 is not the one in `hashes`."""
     path = folder / name
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DamagedError(path, "the file is missing") from None
+    data = read_small(path)
     if xxhash.xxh3_128_hexdigest(data) != hashes.get(name):
         raise DamagedError(path, "the file was changed after it was written")
     return data

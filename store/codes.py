@@ -11,6 +11,7 @@ Shapes: T tokens, L layers, W places for active latents of a vector, S tokens of
 """
 
 import json
+import math
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ import xxhash
 
 from store.activations import ActivationStore
 from store.checksums import CRC_BYTES, checksum
-from store.files import atomic_write
+from store.files import CONFIG_BYTES, atomic_write, read_whole
 
 FOLDER = "latents"
 FORMAT, VERSION = "residscope-codes", 2
@@ -49,8 +50,8 @@ class KeptCodes:
         key = _key(attributes)
         folder = store.path / FOLDER / key
         try:
-            found = json.loads((folder / "zarr.json").read_bytes())["attributes"]
-        except (OSError, ValueError, KeyError, TypeError):
+            found = json.loads(read_whole(folder / "zarr.json", CONFIG_BYTES))["attributes"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         if found != attributes:
             return None
@@ -113,16 +114,16 @@ class KeptCodes:
         """values [T, L, W] and indices int64 [T, L, W] of a shard's tokens; None where they are not there, damaged, or
         another's."""
         try:
-            files = [path.read_bytes() for path in self._files(shard).values()]
-            digest = self._digest_file(shard).read_bytes()
-        except FileNotFoundError:
+            sizes = [math.prod(self._shape) * self._dtypes[name].itemsize + CRC_BYTES for name in _CODES]
+            files = [read_whole(path, size) for path, size in zip(self._files(shard).values(), sizes, strict=True)]
+            digest = read_whole(self._digest_file(shard), _DIGEST_BYTES)
+        except (FileNotFoundError, ValueError):
             return None
         parts = []
-        for name, data in zip(_CODES, files, strict=True):
-            n_bytes = int(np.prod(self._shape)) * self._dtypes[name].itemsize
-            if len(data) != n_bytes + CRC_BYTES or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+        for name, data, size in zip(_CODES, files, sizes, strict=True):
+            if len(data) != size or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
                 return None
-            whole = np.frombuffer(data, self._dtypes[name], n_bytes // self._dtypes[name].itemsize)
+            whole = np.frombuffer(data, self._dtypes[name], math.prod(self._shape))
             parts.append(whole.reshape(self._shape)[: self._n_tokens - shard * self._shape[0]])
         if digest != self._digest(shard, [memoryview(data)[:-CRC_BYTES] for data in files]):
             return None

@@ -50,7 +50,13 @@ def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
     for name in manifest.checksums:
         if name.endswith("zarr.json"):
             read_checked(path, name, manifest.checksums)
-    return StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
+    try:
+        attributes = dict(json.loads(read_checked(path, "zarr.json", manifest.checksums))["attributes"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IncompatibleError(f"{path}: the store's attributes are damaged: no readable JSON ({error})") from None
+    meta = StoreMeta.from_attributes(attributes)
+    arrays.check_counts(path, meta, manifest.checksums)
+    return meta
 
 
 def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, WriterLock]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from residscope.errors import ResidscopeError
-from store.files import atomic_write, write_all
+from store.files import atomic_write, read_whole, write_all
 
 FOLDER = "manifest"
 FILE = f"{FOLDER}/0.jsonl"
@@ -26,6 +26,8 @@ LOCK = f"{FOLDER}/.lock"
 
 _CHECK_LENGTH = len(',"check":"0123456789abcdef"}')
 _SHARD_PREFIX = b'{"shard":'
+_MOST_BYTES = 1 << 30
+"""Of a manifest's file: a million shards."""
 
 
 class ShardRecord(NamedTuple):
@@ -86,7 +88,11 @@ def read_manifest(store: Path) -> Manifest:
     manifest = Manifest()
     for path in sorted((store / FOLDER).glob("*.jsonl")):
         name = f"{FOLDER}/{path.name}"
-        data = path.read_bytes()
+        try:
+            data = read_whole(path, _MOST_BYTES)
+        except ValueError as error:
+            manifest.problems.append(f"{name} {error}")
+            continue
         *lines, rest = data.split(b"\n")
         intact_bytes = len(data) - len(rest)
         if lines and not is_intact(lines[-1]):

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
 
 FORMAT = "residscope-activations"
@@ -21,6 +22,9 @@ FORMAT_VERSION = 1
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODECS = ("none", "zstd")
 ZSTD_LEVEL = 1
+
+LARGEST_SHARD = 1 << 30
+"""Bytes of the largest shard that is made or read, before compression."""
 
 _CHUNK_BYTES = 512 * 1024
 _SHARD_BYTES = 64 * 1024 * 1024
@@ -69,10 +73,15 @@ class StoreMeta:
                 f"store: layers should ascend within 0..{self.n_model_layers - 1} without repeats, "
                 f"found {list(self.layers)}"
             )
+        if not (isinstance(self.lens, dict | None) and isinstance(self.provenance, dict)):
+            raise UsageError("store: lens and provenance should be mappings")
         if self.stored_dtype not in ITEMSIZE:
             raise UsageError(f"store: stored_dtype should be one of {', '.join(ITEMSIZE)}, found {self.stored_dtype!r}")
         if self.codec not in CODECS:
             raise UsageError(f"store: codec should be one of {', '.join(CODECS)}, found {self.codec!r}")
+        if self.shard_tokens * self.bytes_per_token > LARGEST_SHARD:
+            found = human_bytes(self.shard_tokens * self.bytes_per_token)
+            raise UsageError(f"store: a shard should have at most 1.07 GB before compression, found {found}")
         if self.shard_tokens % self.chunk_tokens:
             raise UsageError(
                 f"store: shard_tokens ({self.shard_tokens}) should be a multiple of chunk_tokens ({self.chunk_tokens})"

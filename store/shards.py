@@ -49,7 +49,7 @@ class ShardReader:
         self._path = path
         self._meta = meta
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
         except FileNotFoundError:
             raise DamagedError(path, "the shard is missing") from None
         try:

@@ -1,17 +1,12 @@
 """Checkpoints on disk: `ckpt.pt`, written whole or not at all, and read without running code from strangers.
 
-What is read is checked: the archive's check sums, shapes against the configuration, finite weights, usable records; so
-that damage is one clear error and not NaN results. Other file formats: `train.formats.files`.
+What is read is checked: check sums (`residscope.tensors`), shapes against the configuration, finite weights, usable
+records; so that damage is one clear error and not NaN results. Other file formats: `train.formats.files`.
 """
 
 import contextlib
-import errno
 import os
-import pickle
-import struct
 import sys
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,14 +18,12 @@ from torch import Tensor
 from residscope.destinations import refuse_shared
 from residscope.errors import IncompatibleError, UsageError
 from residscope.names import beside
+from residscope.tensors import load_tensors
 from store.files import sync
 from train.model import MLSAE
 from train.model_config import SAEConfig
 
 CHECKPOINT_FORMAT = 1
-
-_DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, struct.error, zipfile.BadZipFile, zlib.error, OSError)
-"""What reading a damaged archive raises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +38,8 @@ class Checkpoint:
     validation {fraction, seed, n_documents}."""
     trainer: dict[str, Any]
     """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs."""
+    notes: tuple[str, ...] = ()
+    """Of a file of another format: what a user has to know and the weights do not say."""
 
 
 def safetensors_path(checkpoint: Path) -> Path:
@@ -125,9 +120,8 @@ def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
             shown = list(found.shape) if isinstance(found, Tensor) else None
             wanted = f"shape {list(tensor.shape)} according to the checkpoint's config"
             raise IncompatibleError(f"{path}: {name} should have {wanted}, found {shown}")
-        if found.layout != torch.strided or not found.dtype.is_floating_point:
-            shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
-            raise IncompatibleError(f"{path}: {name} should hold dense floats, found {shown}")
+        if not found.dtype.is_floating_point:
+            raise IncompatibleError(f"{path}: {name} should hold floats, found {str(found.dtype)[6:]}")
     sae = MLSAE(config)
     sae.load_state_dict({name: state[name] for name in expected})
     store, trainer = content.get("store") or {}, content.get("trainer") or {}
@@ -140,23 +134,8 @@ def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
 def _read_safely(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise IncompatibleError(f"{path}: not a checkpoint, or truncated (bare pickle files are never loaded)")
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.save writes check sums, torch.load does not look at them
-        if damaged is not None:
-            raise ValueError(f"the check sum of {damaged} is wrong: the file was damaged after it was written")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise IncompatibleError(
-            f"{path}: refused: it contains more than tensors and plain values, so loading it could run code"
-        ) from None
-    except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # of the disk; EINVAL is what a damaged index gives, which seeks beyond the file's ends
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
-        raise IncompatibleError(f"{path}: not a readable checkpoint ({reason})") from None
+    with path.open("rb") as file:
+        content = load_tensors(file, str(path))
     if not isinstance(content, dict) or not {"state_dict", "config"} <= set(content):
         raise IncompatibleError(f"{path}: not a checkpoint of this project: it should hold config and state_dict")
     return content

@@ -7,6 +7,7 @@ kind by expansion factor and k, so that a sweep reads as one table.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from analysis.compare.words import compare_words
 from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
-from analysis.results.summary import SCHEMA_VERSION
+from analysis.results.summary import HASH, SCHEMA_VERSION, content_hash
 from residscope.destinations import comparison, refuse_comparison_of
 from residscope.errors import IncompatibleError, UsageError
+from store.files import CONFIG_BYTES, read_whole
 from store.folder import refuse_inside_store
 
 PARTS = VARIANCE_NAMES[:5]
@@ -65,18 +67,23 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"--compare {path}: there is no such file or folder")
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary = json.loads(read_whole(file, CONFIG_BYTES))
+        expected = summary.get(HASH) if isinstance(summary, dict) else None
+        if expected is not None and expected != content_hash(summary):
+            raise ValueError("its content_hash is wrong: it was changed after `analyze` wrote it")
     except OSError:
         raise IncompatibleError(
             f"--compare {path}: no summary.json there: give folders that `analyze` wrote, or their summary.json"
         ) from None
-    except ValueError as error:
-        raise IncompatibleError(f"--compare {file}: not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise IncompatibleError(f"--compare {file}: damaged or not valid JSON: {error}: run `analyze` again") from None
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:
         raise IncompatibleError(
             f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: run `analyze` again"
         )
+    if expected is None:
+        print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
     return summary
 
 

@@ -3,6 +3,7 @@
 Nothing is computed here but means over layers; a number that is not defined is null.
 """
 
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +29,12 @@ from analysis.selection import Selection
 from analysis.task import VALIDATION, Sums
 from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, Intervals, SumIntervals
 from residscope.console import counted
+from store.meta import config_hash
 from train.checkpoint import Checkpoint
 
 SCHEMA_VERSION = 1
+HASH = "content_hash"
+"""Key of what `content_hash` gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,7 @@ def build(found: Findings) -> dict[str, Any]:
     fired = moments.counts.any(axis=1)
     split, warnings = describe_split(found)
     variance, persistence = _variance(found), _persistence(found)
-    return {
+    summary = {
         "schema_version": SCHEMA_VERSION,
         "provenance": _provenance(found),
         "split": split,
@@ -104,6 +108,12 @@ def build(found: Findings) -> dict[str, Any]:
         "examples": found.views.summary if found.views else None,
         "seconds": found.seconds,
     }
+    return {**summary, HASH: content_hash(summary)}
+
+
+def content_hash(summary: Mapping[str, Any]) -> str:
+    """XXH3-128 of a summary but for the hash itself and `seconds`, which differ between runs that found the same."""
+    return config_hash(json.loads(json.dumps({k: v for k, v in summary.items() if k not in (HASH, "seconds")})))
 
 
 def _reconstruction(found: Findings) -> dict[str, Any]:

@@ -10,12 +10,9 @@ AlignmentResearch/tuned-lens.
 Shapes: L = n_layers, D = d_model; ... any leading dimensions.
 """
 
-import errno
 import hashlib
 import io
 import json
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +27,8 @@ from harvest.model.aliases import hub_id
 from harvest.model.hub import first_line, pin
 from harvest.model.load import LoadedModel
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
-from store.files import atomic_write
+from residscope.tensors import load_tensors
+from store.files import CONFIG_BYTES, atomic_write, read_whole
 
 SPACE = "AlignmentResearch/tuned-lens"
 Indexing = Literal["tuned-lens", "mlsae-compat"]
@@ -150,10 +148,16 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
 
 
 def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexing) -> TunedLens:
+    # Each file is read once, so that what the fingerprint says is what was loaded.
+    digest = xxhash.xxh3_128()
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = (int(config["num_hidden_layers"]), int(config["d_model"]))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        content = read_whole(folder / "config.json", CONFIG_BYTES)
+        digest.update(content)
+        config = json.loads(content)
+        found = (config["num_hidden_layers"], config["d_model"])
+        if not all(type(number) is int for number in found):
+            raise TypeError(f"they should be whole numbers, found {found}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IncompatibleError(
             f"lens {name}: config.json should name num_hidden_layers and d_model ({type(error).__name__}: {error})"
         ) from None
@@ -165,38 +169,17 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):
         raise IncompatibleError(f"lens {name}: config.json: the base model should be a name, found {base_model!r}")
-    parameters = _parameters(folder / "params.pt", name)
+    with (folder / "params.pt").open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+        parameters = load_tensors(file, f"lens {name}: params.pt")
     weights = torch.stack([_parameter(parameters, name, f"{i}.weight", (d_model, d_model)) for i in range(n_layers)])
     if config.get("bias", True):
         biases = torch.stack([_parameter(parameters, name, f"{i}.bias", (d_model,)) for i in range(n_layers)])
     else:
         biases = torch.zeros(n_layers, d_model)
-    digest = xxhash.xxh3_128()
-    for file in _FILES:
-        digest.update((folder / file).read_bytes())
     fingerprint = digest.hexdigest()
     return TunedLens(weights, biases, indexing=indexing, name=name, fingerprint=fingerprint, base_model=base_model)
-
-
-def _parameters(path: Path, lens: str) -> Any:
-    """What a file of tensors holds. Its check sums are compared first: torch.save writes them, torch.load ignores
-    them."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if (damaged := file.testzip()) is not None:
-                    raise ValueError(f"the check sum of {damaged} is wrong: the file was damaged after it was written")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # weights_only: a lens from elsewhere must not run code.
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
-            raise  # Of the disk; a file that was cut short gives others, where it is sought beyond its ends.
-        reason = first_line(error)[:120]
-        raise IncompatibleError(
-            f"lens {lens}: params.pt cannot be read as plain tensors ({type(error).__name__}: {reason})"
-        ) from error
 
 
 def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -204,9 +187,8 @@ def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> 
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         seen = tuple(found.shape) if isinstance(found, Tensor) else "nothing"
         raise IncompatibleError(f"lens {lens}: params.pt should hold {key!r} of shape {shape}, found {seen}")
-    if found.layout != torch.strided or not found.dtype.is_floating_point:
-        shown = str(found.dtype if found.layout == torch.strided else found.layout).removeprefix("torch.")
-        raise IncompatibleError(f"lens {lens}: {key!r} should hold dense floats, found {shown}")
+    if not found.dtype.is_floating_point:
+        raise IncompatibleError(f"lens {lens}: {key!r} should hold floats, found {str(found.dtype)[6:]}")
     if not found.isfinite().all():
         raise IncompatibleError(f"lens {lens}: {key!r} holds values that are not finite")
     return found.float()

@@ -5,21 +5,31 @@ Tested in tests/harvest/text/test_sources.py.
 """
 
 import glob
-import gzip
+import io
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
 from harvest.model.hub import first_line
+from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
+from store.files import read_whole
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 17
+
+LONGEST = 32 << 20
+"""Bytes of the longest document that is a line or a row; so that no small file can take all memory."""
+
+LARGEST = 1 << 30
+"""Bytes of the largest .txt, which is one document."""
+
+_RATIO = 64
+"""How many times a .parquet's own size a column of a row group may be unpacked, if it is more than 256 MiB."""
 
 
 def find_files(dataset: str) -> list[Path] | None:
@@ -66,69 +76,52 @@ def file_documents(files: list[Path], column: str) -> Iterator[str]:
         try:
             suffix = suffix_of(path)
             if suffix == ".txt":
-                yield path.read_bytes().decode("utf-8-sig")  # as it is, line ends too; a byte order mark is no text
+                # As it is, line ends too; a byte order mark is no text.
+                yield read_whole(path, LARGEST).decode("utf-8-sig")
             elif suffix == ".parquet":
                 yield from _parquet_documents(path, column)
             else:
-                yield from _json_documents(path, column, _UNPACK.get(suffix or ""))
+                yield from _json_documents(path, column, suffix)
         except UnicodeDecodeError as error:
             raise IncompatibleError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+        except ValueError as error:
+            raise IncompatibleError(f"{path}: {error}: split it into several") from None
 
 
-def _json_documents(
-    path: Path, column: str, unpack: Callable[[Path, BinaryIO], Iterator[bytes]] | None
-) -> Iterator[str]:
+def _json_documents(path: Path, column: str, suffix: str | None) -> Iterator[str]:
+    for number, line in enumerate(_lines(path, suffix), start=1):
+        if line.strip():
+            where = f"{path} line {number}"
+            if len(line) > LONGEST:
+                raise _too_long(where)
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                found = f"not UTF-8 text (byte {error.start} of the line)"
+                raise IncompatibleError(f"{where}: {found}; convert it to UTF-8") from None
+            except (ValueError, RecursionError) as error:  # also a number of thousands of digits, endless brackets
+                what = "valid" if isinstance(error, json.JSONDecodeError) else "readable"
+                raise IncompatibleError(f"{where}: not {what} JSON ({getattr(error, 'msg', error)})") from None
+            yield text_of(row, column, where)
+
+
+def _lines(path: Path, suffix: str | None) -> Iterator[bytes]:
+    """The lines of a file, plain or compressed; of one that is longer than `LONGEST`, a byte more than that."""
+    kind = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}.get(suffix or "")
     with path.open("rb") as raw:
-        for number, line in enumerate(unpack(path, raw) if unpack else raw, start=1):
-            if line.strip():
-                where = f"{path} line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise IncompatibleError(f"{where}: not valid JSON ({error.msg})") from None
-                except UnicodeDecodeError as error:
-                    found = f"not UTF-8 text (byte {error.start} of the line)"
-                    raise IncompatibleError(f"{where}: {found}; convert it to UTF-8") from None
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
-                    raise IncompatibleError(f"{where}: not readable JSON ({error})") from None
-                yield text_of(row, column, where)
+        stream = raw
+        if kind:
+            import pyarrow  # Its streams unpack a bounded part at a time, and notice where a file was cut short.
 
-
-def _gunzipped_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines in gzip members."""
-    try:
-        with gzip.open(raw) as stream:
-            yield from stream
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise IncompatibleError(f"{path}: not valid gzip data ({error}); download it again") from None
-    except EOFError:
-        raise IncompatibleError(f"{path}: cut short: it ends within its gzip data; download it again") from None
-
-
-def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines in zstd frames. The library's own stream does not notice that a file was cut short."""
-    import zstandard
-
-    frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
-    begun = False  # whether the frame has any bytes yet
-    try:
-        while block := raw.read(_BLOCK_BYTES):
-            while block:
-                begun = True
-                *lines, line = (line + frame.decompress(block)).split(b"\n")
-                yield from lines
-                block = b""
-                if frame.eof:
-                    block = frame.unused_data
-                    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
-    except zstandard.ZstdError as error:
-        raise IncompatibleError(f"{path}: not valid zstd data ({error}); download it again") from None
-    if begun:
-        raise IncompatibleError(f"{path}: cut short: it ends within its zstd data; download it again")
-    yield line
-
-
-_UNPACK = {".jsonl.gz": _gunzipped_lines, ".jsonl.zst": _decompressed_lines}
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, kind), _BLOCK_BYTES)  # type: ignore[type-var]
+        try:
+            while line := stream.readline(LONGEST + 1):
+                yield line
+        except OSError as error:
+            if error.errno is not None:
+                raise  # of the disk
+            what = "cut short: it ends within its" if "Truncated" in str(error) else "not valid"
+            raise IncompatibleError(f"{path}: {what} {kind} data; download it again") from None
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[str]:
@@ -137,18 +130,34 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise _no_column(path.name, column, names)
+            names, metadata = file.schema_arrow.names, file.metadata
+        if column not in names:
+            raise _no_column(path.name, column, names)
+        columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column]
+        groups = [metadata.row_group(g).column(i) for g in range(metadata.num_row_groups) for i in columns]
+        claimed, n_bytes = max((part.total_uncompressed_size for part in groups), default=0), path.stat().st_size
+        if claimed > max(LARGEST // 4, _RATIO * n_bytes):
+            raise IncompatibleError(
+                f"{path}: a row group's column {column!r} is {human_bytes(claimed)} unpacked, in a file of "
+                f"{human_bytes(n_bytes)}: more than {_RATIO} times as much; write it with smaller row groups"
+            )
+        # As a dictionary, where it is no list: a value that a thousand rows have is in memory once.
+        with parquet.ParquetFile(path, read_dictionary=[column] if columns else []) as file:
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=[column]):
-                for text in batch.column(0).to_pylist():
+                for text in batch.column(0):
                     row += 1
-                    yield text_of({column: text}, column, f"{path} row {row}")
+                    yield text_of({column: text.as_py()}, column, f"{path} row {row}")
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own for damaged pages has none
         raise IncompatibleError(f"{path}: not a valid parquet file ({first_line(error)})") from None
+
+
+def _too_long(where: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"{where}: a document should have at most {human_bytes(LONGEST)}, this one has more: split it into several"
+    )
 
 
 def text_of(row: Any, column: str, where: str) -> str:
@@ -164,6 +173,8 @@ def text_of(row: Any, column: str, where: str) -> str:
         raise UsageError(
             f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --text-column"
         )
+    if len(text) > LONGEST:
+        raise _too_long(where)
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -5,17 +5,18 @@ shard's file and moments, against its line; then the layer statistics, against t
 several at once. Tested in tests/store/test_faults.py and tests/residscope/test_cli.py.
 """
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from store import arrays
 from store.activations import ActivationStore
-from store.checksums import DamagedError, file_hash, read_checked
-from store.folder import require_store
+from store.checksums import CRC_BYTES, DamagedError, file_hash, read_checked
+from store.folder import read_meta, require_store
 from store.manifest import Manifest, read_manifest
 from store.meta import StoreMeta
 from store.shards import ShardReader, shard_name
@@ -52,7 +53,7 @@ def verify(
             bad.append(BadShard(None, f"{name}: {error.what}", lasting=True))
     if any(found.lasting for found in bad) or not manifest.checksums:
         return bad  # Without its metadata nothing says what the shards should be.
-    meta = StoreMeta.from_attributes(json.loads((path / "zarr.json").read_bytes())["attributes"])
+    meta = read_meta(path, Manifest(checksums=manifest.checksums))
     torn = "; its last line is incomplete" if manifest.torn else ""
     with ThreadPoolExecutor(threads) as pool:
         checks = pool.map(lambda shard: check_shard(path, meta, manifest, shard), range(meta.n_shards))
@@ -68,7 +69,7 @@ def verify(
     return [
         BadShard(None, f"{name}: it is not what the shards amount to")
         for name, data in expected.items()
-        if (path / name).exists() and (path / name).read_bytes() != data
+        if (path / name).exists() and file_hash(path / name, len(data)) != xxhash.xxh3_128_hexdigest(data)
     ]
 
 
@@ -80,9 +81,12 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
     start, stop = meta.shard_bounds(shard)
     if record.tokens != stop - start or record.config_hash != meta.config_hash:
         return "its manifest line is of another configuration"
-    hashes = {shard_name(shard): record.xxh3_128, arrays.moments_name(shard): record.moments_xxh3_128}
-    for name, expected in hashes.items():
-        found = file_hash(path / name)
+    moments = 16 * meta.n_layers * meta.d_model + CRC_BYTES
+    for name, n_bytes, expected in (
+        (shard_name(shard), record.bytes, record.xxh3_128),
+        (arrays.moments_name(shard), moments, record.moments_xxh3_128),
+    ):
+        found = file_hash(path / name, n_bytes)
         if found is None:
             return f"{name}: the file is missing"
         if found != expected:
@@ -98,7 +102,7 @@ def require_intact(store: ActivationStore, shard: int) -> None:
     whole file once.
     """
     file, record = store.path / shard_name(shard), store.record(shard)
-    if file_hash(file) != record.xxh3_128:
+    if file_hash(file, record.bytes) != record.xxh3_128:
         damaged = _damaged_chunk(file, store.meta, record.bytes)
         raise DamagedError(file, damaged or "wrong hash: a valid file of another shard or store, or a rewritten one")
 

@@ -1,26 +1,73 @@
-"""Nothing but a harvest writes into a store."""
+"""What a store's metadata claims is held against its files before any memory is taken by it."""
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import xxhash
 
-from residscope.errors import UsageError
-from store.folder import is_store, refuse_inside_store
-from tests.support.stores import make_store, random_activations
+from residscope.errors import IncompatibleError
+from store.activations import ActivationStore
+from store.care.verify import verify
+from store.manifest import FILE, sealed
+from tests.support.faults import everything, fill
 
 
-def test_a_store_and_what_lies_in_it_are_refused(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "acts.zarr", random_activations(40)).path
-    (tmp_path / "link").symlink_to(store)
-    assert is_store(store)
-    assert not is_store(tmp_path)
-    for out in (store, tmp_path / "link"):
-        with pytest.raises(UsageError, match="is an activation store; choose a path outside it"):
-            refuse_inside_store(out)
-        refuse_inside_store(out, may_be_one=True)
-    for out in (store / "a", store / "a" / "b.pt", tmp_path / "link" / "a", store / "resid_post", store / "x" / ".."):
-        if out.resolve() != store:
-            with pytest.raises(UsageError, match=r"--to .* is inside the activation store .*acts\.zarr"):
-                refuse_inside_store(out, "--to", may_be_one=True)
-    for out in (tmp_path, tmp_path / "acts.zarr.analysis", store / ".." / "ckpt.pt", tmp_path / "nowhere" / "x"):
-        refuse_inside_store(out)
+def claim(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the store's attributes, and make every checksum right again."""
+    file = path / "zarr.json"
+    content = json.loads(file.read_bytes())
+    change(content["attributes"])
+    file.write_text(json.dumps(content))
+    header, *lines = (path / FILE).read_bytes().splitlines(keepends=True)
+    fields = json.loads(header)
+    fields["checksums"]["zarr.json"] = xxhash.xxh3_128_hexdigest(file.read_bytes())
+    del fields["check"]
+    (path / FILE).write_bytes(sealed(fields) + b"".join(lines))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    fill(tmp_path / "a.zarr")
+    return tmp_path / "a.zarr"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_tokens": 10**15}, "token_id: 1,000,000,000,000,000 tokens would be 238,418,580 files"),
+        ({"n_tokens": 4_000_000}, r"token_id/c\.0: the file should hold 4,000,000 tokens and has another size"),
+        ({"d_model": 10**12}, "a shard should have at most 1.07 GB before compression"),
+        ({"shard_tokens": 8 * 10**9}, "a shard should have at most 1.07 GB before compression"),
+        ({"lens": 5}, "lens and provenance should be mappings"),
+    ],
+)
+def test_sizes_that_no_file_has_are_refused(store: Path, changes: dict[str, Any], said: str) -> None:
+    claim(store, lambda attributes: attributes.update(changes))
+    for read in (ActivationStore.open, lambda path: ActivationStore.open(path, partial=True), verify):
+        with pytest.raises(IncompatibleError, match=said):
+            read(store)
+
+
+@pytest.mark.parametrize("name", ["token_id/c.0", "keep/c.0", "shard_moments/c.0.0.0.0", "layer_mean/c.0.0", FILE])
+@pytest.mark.parametrize("kind", ["device", "sparse"])
+def test_a_file_that_has_no_end_or_is_too_large_is_not_read(store: Path, name: str, kind: str) -> None:
+    (store / name).unlink()
+    if kind == "device":
+        (store / name).symlink_to("/dev/zero")
+    else:
+        (store / name).touch()
+        os.truncate(store / name, 1 << 40)
+    with pytest.raises(IncompatibleError):
+        everything(store)
+    if (name, kind) != (FILE, "device"):  # a device is no store's manifest
+        assert name == FILE or "layer_mean" in name or verify(store)
+
+
+def test_attributes_that_are_no_json_object_are_refused(store: Path) -> None:
+    claim(store, lambda attributes: attributes.clear())
+    with pytest.raises(IncompatibleError, match="not an activation store"):
+        ActivationStore.open(store)

@@ -9,6 +9,7 @@ Shapes: T tokens of the store, t tokens read, L layers of the store, D d_model.
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,10 @@ def _read(source: str) -> list[tuple[str, Checkpoint]]:
     inside = sorted(path.glob("*layer=*.pt")) if path.is_dir() else []
     if inside:
         return [(f"{path.name}/{file.stem}", read_checkpoint(file)) for file in inside]
-    return [(stem(path) if path.is_file() else source, read_checkpoint(source))]
+    checkpoint = read_checkpoint(source)
+    for note in checkpoint.notes:
+        print(f"train compare: note: {note}", file=sys.stderr)
+    return [(stem(path) if path.is_file() else source, checkpoint)]
 
 
 def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:

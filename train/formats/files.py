@@ -24,7 +24,7 @@ from torch import Tensor
 
 from residscope.destinations import together
 from residscope.errors import IncompatibleError, UsageError
-from store.files import atomic_write
+from store.files import CONFIG_BYTES, atomic_write, read_whole
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
 from train.formats import layouts
 from train.formats.hub import HUB_ID, fetch
@@ -120,7 +120,7 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
 def read_checkpoint(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Checkpoint:
     """As `read_sae`, as a `Checkpoint`; a foreign one's `store` is {} but for model, layers and d_model where known."""
     sae, origin = read_sae(source, subfolder=subfolder, revision=revision)
-    return Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
+    return Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer, notes=origin.notes)
 
 
 def write_sae(
@@ -152,10 +152,12 @@ def write_sae(
             raise IncompatibleError(f"{folder}: the format {to} cannot express {refused}; write it as residscope")
         else:
             for weights_file, config_file, name in zip(weights, others, hookpoints or (None,), strict=True):
-                laid_out = LAYOUTS[to].lay_out(sae, {**asdict(sae.config), "store": dict(store or {})}, name)
+                ours: dict[str, Any] = {**asdict(sae.config), "store": _plain(store or {})}
+                laid_out = LAYOUTS[to].lay_out(sae, ours, name)
+                tensors = layouts.contiguous(laid_out.tensors)
+                ours[_HASH] = _folder_hash(laid_out.config, tensors)
                 (partial / weights_file).parent.mkdir(parents=True, exist_ok=True)
-                data = to_safetensors(layouts.contiguous(laid_out.tensors), {"format": "pt"})
-                (partial / weights_file).write_bytes(data)
+                (partial / weights_file).write_bytes(to_safetensors(tensors, {"format": "pt"}))
                 (partial / config_file).write_text(json.dumps(laid_out.config, indent=2), encoding="utf-8")
                 notes = laid_out.notes
             if lens := (store or {}).get("lens"):
@@ -208,8 +210,13 @@ def _content_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> s
     digest = xxhash.xxh3_128("\0".join(header[name] for name in ("config", "store", "trainer")).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _folder_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The same of a foreign layout's two files."""
+    return _content_hash({"config": json.dumps(config, sort_keys=True), "store": "", "trainer": ""}, tensors)
 
 
 def _ordered(data: bytes) -> bytes:
@@ -237,11 +244,11 @@ def read_safetensors(path: Path) -> Checkpoint:
                 MLSAE(config).load_state_dict(
                     {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if _HASH in header and _content_hash(header, tensors) != header[_HASH]:  # older exports have none
-                raise ValueError("its check sum is wrong: the file was changed after it was written")
             sae = MLSAE(config)
-            sae.load_state_dict(tensors)
+            sae.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+            # Of what was loaded: the file's own memory may change. Older exports have none.
+            if _HASH in header and _content_hash(header, sae.state_dict()) != header[_HASH]:
+                raise ValueError("its check sum is wrong: the file was changed after it was written")
             store, trainer = (json.loads(header[name]) for name in ("store", "trainer"))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
             raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None
@@ -252,43 +259,51 @@ def read_safetensors(path: Path) -> Checkpoint:
 
 def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
     """One weights file, whose name says its format; `shown` is what the user calls it."""
-    name = shown or str(path)
+    name, dtype = shown or str(path), "float32"
     foreign: ForeignFormat | None = next((f for f, layout in LAYOUTS.items() if path.name == layout.weights_file), None)
-    if foreign is None:
-        checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
-        layers = checkpoint.store.get("layers")
-        return checkpoint.sae, Origin(
-            format="residscope",
-            path=name,
-            stored_dtype="float32",
-            model=checkpoint.store.get("model"),
-            layers=None if layers is None else tuple(layers),
-            store=checkpoint.store,
-            trainer=checkpoint.trainer,
-        )
-    layout = LAYOUTS[foreign]
+    if foreign:
+        found, dtype = _read_foreign(path, foreign, name)
+    else:
+        found = read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+    layers = found.store.get("layers")
+    return found.sae, Origin(
+        format=foreign or "residscope",
+        path=name,
+        stored_dtype=dtype,
+        model=found.store.get("model"),
+        layers=tuple(layers) if layers else None,
+        store=found.store,
+        trainer=found.trainer,
+        notes=found.notes,
+    )
+
+
+def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpoint, str]:
+    """A foreign folder's autoencoder, whose weights are `path`, and their type in the file."""
+    layout = LAYOUTS[format]
     config = _read_json(path.with_name(layout.config_file))
     try:
-        with _open(path) as file:
-            parsed = layout.parse(Reader(file, name), config)
+        tensors = _tensors(path)
+        parsed = layout.parse(Reader(tensors, name), config)
+        ours, notes = mapping(parsed.ours), parsed.notes
+        expected = ours.pop(_HASH, None)
+        if ours and expected is None:
+            notes += (f"{name}: written by an earlier version, without a check sum: damage would not be found",)
+        elif ours and expected != _folder_hash(config, tensors):
+            raise IncompatibleError(
+                f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope"
+                f" wrote them; convert it again, or, if the change was meant, delete {_HASH!r} there"
+            )
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
         raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
-    notes = parsed.notes
-    if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:
-        notes = (f"{name}: by its name, its vectors went through a tuned lens: use a store harvested with that --lens",)
+    if format == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
+        notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store with that --lens",)
     known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers and [*parsed.layers]}
-    store = mapping(parsed.ours.get("store")) or {key: value for key, value in known.items() if value is not None}
-    return parsed.sae, Origin(
-        format=foreign,
-        path=name,
-        stored_dtype=parsed.stored_dtype,
-        model=store.get("model"),
-        layers=tuple(store["layers"]) if store.get("layers") else None,
-        store=store,
-        trainer={"finished": True, "converted_from": {"format": foreign, "path": name}},
-        notes=notes,
-    )
+    store = mapping(ours.get("store")) or {key: value for key, value in known.items() if value is not None}
+    trainer = {"finished": True, "converted_from": {"format": format, "path": name}}
+    checkpoint = Checkpoint(config=parsed.sae.config, sae=parsed.sae, store=store, trainer=trainer, notes=notes)
+    return checkpoint, parsed.stored_dtype
 
 
 def _known_files() -> tuple[str, ...]:
@@ -334,6 +349,14 @@ def _fetch(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
     return folder
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """All of a file, or what is below `autoencoder.`, copied out of it, so that what is checked is what is used."""
+    with _open(path) as file:
+        names = list(file.keys())
+        inner = [name for name in names if name.startswith("autoencoder.")]
+        return {name.removeprefix("autoencoder."): file.get_tensor(name).clone() for name in inner or names}
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -343,10 +366,10 @@ def _open(path: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_whole(path, CONFIG_BYTES))
     except FileNotFoundError:
         raise IncompatibleError(f"{path}: missing; the weights beside it cannot be read without it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise IncompatibleError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise IncompatibleError(f"{path}: should be a JSON object, it is a {type(found).__name__}")

@@ -17,6 +17,7 @@ Shapes: M n_latents, D d_model; ours are W_enc [M, D], W_dec [M, D], b_pre [D], 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import ne
 from typing import Any, NamedTuple
 
 import torch
@@ -79,30 +80,27 @@ class Layout(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """A tensor file and where it is, for errors that name it."""
+    """The tensors of a file and where it is, for errors that name it."""
 
-    file: Any
-    """As `safetensors.safe_open` gives it."""
+    tensors: Mapping[str, Tensor]
     where: str
-    prefix: str = ""
 
     def get(self, name: str, *shape: int | None) -> Tensor:
         """Tensor `name`, whose shape must be `shape` (None: any size)."""
-        if self.prefix + name not in self.file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            raise IncompatibleError(f"{self.where}: {name} is missing; it holds {listed(sorted(self.names()))}")
-        tensor = self.file.get_tensor(self.prefix + name)
+        if name not in self.tensors:
+            raise IncompatibleError(f"{self.where}: {name} is missing; it holds {listed(sorted(self.tensors))}")
+        tensor = self.tensors[name]
         wrong = [1 for size, wanted in zip(tensor.shape, shape, strict=False) if wanted not in (None, size)]
         if tensor.dim() != len(shape) or wrong:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise IncompatibleError(f"{self.where}: {name} should have shape [{expected}], it has {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise IncompatibleError(f"{self.where}: {name} should hold floats, found {str(tensor.dtype)[6:]}")
         return tensor
-
-    def names(self) -> set[str]:
-        return {name.removeprefix(self.prefix) for name in self.file.keys() if name.startswith(self.prefix)}  # noqa: SIM118
 
     def require_only(self, known: Collection[str]) -> None:
         """Refuse tensors that we do not know: each could change the reconstruction."""
-        if unknown := sorted(self.names() - set(known)):
+        if unknown := sorted(set(self.tensors) - set(known)):
             raise IncompatibleError(
                 f"{self.where}: contains {listed(unknown)}: "
                 "skip connections, gates and built-in lenses are not supported"
@@ -149,8 +147,37 @@ def check_sizes(config: Mapping[str, Any], where: str, **sizes: int) -> None:
     """Refuse a configuration that speaks of other sizes than the weights beside it have: it belongs to others."""
     for name, size in sizes.items():
         found = config.get(name)
-        if type(found) is int and found > 0 and found != size:  # 0 or nothing: left to the weights
+        if found not in (None, 0, size):  # 0 or nothing: left to the weights
             raise IncompatibleError(f"{where}: the configuration says {name} {found}, the weights have {size}")
+
+
+def flag(config: Mapping[str, Any], name: str, default: bool, where: str) -> bool:
+    """A key that is true or false."""
+    found = config.get(name, default)
+    if not isinstance(found, bool):
+        raise IncompatibleError(f"{where}: {name} should be true or false, the configuration says {found!r}")
+    return found
+
+
+def key_notes(
+    config: Mapping[str, Any], known: Collection[str], taken: Mapping[str, str], where: str
+) -> tuple[str, ...]:
+    """What a user has to know of a configuration's keys: which are not known here, and which decide and are missing.
+
+    taken: keys that decide what is computed, and in words what is taken where one is missing; known: the others.
+    Raises `IncompatibleError` for a key that is one letter away from a known one that is missing: a damaged name.
+    """
+    unknown, notes = sorted({*config} - {*known, *taken}), ()
+    for near in {*known, *taken} - {*config}:
+        for key in unknown:
+            if len(near) == len(key) and sum(map(ne, near, key)) == 1:
+                what = f"the configuration has a key {key!r} and no {near!r}: a damaged name; correct it"
+                raise IncompatibleError(f"{where}: {what}")
+    if unknown:
+        notes += (f"{where}: the configuration has {listed(unknown)}, which are not known here and changed nothing",)
+    if silent := [f"{key} (taken as {value})" for key, value in taken.items() if key not in config]:
+        notes += (f"{where}: the configuration does not say {listed(silent)}",)
+    return notes
 
 
 def layer_numbers(found: Any) -> tuple[int, ...] | None:
@@ -166,14 +193,15 @@ def mapping(found: Any) -> dict[str, Any]:
 def parse_mlsae(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     """mlsae's `model.safetensors` and `config.json`; of a `-tfm` repository, only what is below `autoencoder.`."""
     where = reader.where
-    if any(name.startswith("autoencoder.") for name in reader.names()):
-        reader = reader._replace(prefix="autoencoder.")
+    keys = ("auxk", "dead_steps_threshold", "dead_threshold", "k", "n_inputs", "n_latents")
+    keys += ("model_name", "layers", "tuned_lens", OURS)
+    notes = key_notes(config, keys, {"standardize": "true"}, where)
     reader.require_only(("encoder.weight", "decoder.weight", "pre_encoder_bias", "last_nonzero"))
     W_enc = reader.get("encoder.weight", None, None)
     m, d = W_enc.shape
     check_sizes(config, where, n_inputs=d, n_latents=m)
     lens = f"{where}: its vectors went through a tuned lens: use a store that was harvested with the same --lens"
-    standardize = "vector" if config.get("standardize", True) else "none"
+    standardize = "vector" if flag(config, "standardize", True, where) else "none"
     our_config = SAEConfig(d_model=d, n_latents=m, k=checked_k(config.get("k"), m, where), standardize=standardize)
     W_dec, b_pre = reader.get("decoder.weight", d, m).T, reader.get("pre_encoder_bias", d)
     return Parsed(
@@ -182,13 +210,15 @@ def parse_mlsae(reader: Reader, config: Mapping[str, Any]) -> Parsed:
         model=config.get("model_name"),
         layers=layer_numbers(config.get("layers")),
         ours=mapping(config.get(OURS)),
-        notes=(lens,) if config.get("tuned_lens") else (),
+        notes=(*notes, lens) if config.get("tuned_lens") else notes,
     )
 
 
 def parse_sparsify(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     """sparsify's `sae.safetensors` and `cfg.json` of one hookpoint."""
     where = reader.where
+    keys = ("k", "d_in", "num_latents", "expansion_factor", "normalize_decoder", "multi_topk", "signed", OURS)
+    notes = key_notes(config, keys, {"activation": "topk", "transcode": "false", "skip_connection": "false"}, where)
     for key, wanted, why in (
         ("activation", "topk", "only TopK is read here"),
         ("transcode", False, "a transcoder maps one place to another, and does not reconstruct"),
@@ -210,6 +240,7 @@ def parse_sparsify(reader: Reader, config: Mapping[str, Any]) -> Parsed:
         stored_dtype=str(W_enc.dtype).removeprefix("torch."),
         layers=layer_numbers(re.findall(r"(?:layers|h)[._](\d+)$", where)),  # the folder is named after the hookpoint
         ours=ours,
+        notes=notes,
     )
 
 

@@ -30,6 +30,14 @@ from train.model_config import Activation, SAEConfig, default_prefixes
 LAYOUT_VERSION = "6.54.12"
 """The SAELens whose layout is written; SAELens converts a folder that names a version before 6."""
 
+_TAKEN = {"normalize_activations": "none", "apply_b_dec_to_input": "true"}
+_KEYS = (
+    *("architecture", "d_in", "d_sae", "k", "rescale_acts_by_decoder_norm", "dtype", "device", "metadata"),
+    *("reshape_activations", "activation_fn", "activation_fn_str", "activation_fn_kwargs", "model_name", "hook_name"),
+    *("hook_layer", "hook_head_index", "prepend_bos", "dataset_path", "context_size", "sae_lens_training_version"),
+)
+"""Of all versions: those that are looked at, and common ones that decide nothing here."""
+
 _ACTIVATIONS: dict[str, Activation] = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu"}
 """SAELens's architectures and what they are here."""
 
@@ -47,7 +55,10 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     where = reader.where
     options = mapping(config.get("activation_fn_kwargs"))
     activation = _activation(config, options, where)
+    notes = layouts.key_notes(config, _KEYS, _TAKEN, where)
     metadata = mapping(config.get("metadata")) or config  # before version 6 it was all one level
+    for part, keys in ((metadata, ("model_name", "hook_name", OURS)), (options, ("k", "signed"))):
+        layouts.key_notes(part, keys, {}, where)
     ours = mapping(metadata.get(OURS))
     reader.require_only(("W_enc", "W_dec", "b_enc", "b_dec", *(("threshold",) if activation == "jumprelu" else ())))
     stored = reader.get("W_enc", None, None)
@@ -57,7 +68,7 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     b_enc, b_dec = reader.get("b_enc", m).float(), reader.get("b_dec", d).float()
     if activation == "topk":
         k = layouts.checked_k(config.get("k", options.get("k")), m, where)
-        if config.get("rescale_acts_by_decoder_norm"):
+        if layouts.flag(config, "rescale_acts_by_decoder_norm", False, where):
             # It ranks and keeps activations as if every decoder row had unit norm; so give it unit rows.
             norm = W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)  # [M, 1]
             W_enc, W_dec, b_enc = W_enc * norm, W_dec / norm, b_enc * norm.squeeze(1)
@@ -81,7 +92,7 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
         k=k,
         standardize=_standardize(config.get("normalize_activations"), where),
         activation=activation,
-        apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
+        apply_b_dec_to_input=layouts.flag(config, "apply_b_dec_to_input", True, where),
         prefixes=prefixes,
     )
     return Parsed(
@@ -90,6 +101,7 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
         model=metadata.get("model_name"),
         layers=layouts.layer_numbers(re.findall(r"^blocks\.(\d+)\.hook_resid_post$", hook)),
         ours=ours,
+        notes=notes,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from analysis.cli import main
 from analysis.compare.measure import in_order, run_names
+from analysis.results.summary import HASH, content_hash
 from analysis.run import analyze
 from tests.support.results import write_results
 from tests.support.small import analyze_config, make_small
@@ -184,8 +185,35 @@ def test_help_of_the_comparison(capsys):
     assert "models of different depth" in capsys.readouterr().out
 
 
+def test_a_summary_that_was_changed_is_refused(folders, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    text = (folders[0] / "summary.json").read_text()
+    summary = json.loads(text)
+    timed = summary | {"seconds": 5}
+    assert content_hash(timed) == summary[HASH]  # the same findings, whatever the time
+    rng, changed = np.random.default_rng(0), 0
+    for place in rng.integers(len(text), size=200):
+        damaged = bytearray(text.encode())
+        damaged[place] ^= 1 << int(rng.integers(7))
+        try:
+            found = json.loads(damaged)
+        except ValueError:
+            continue
+        assert (content_hash(found) == found.get(HASH)) == ({**found, "seconds": 5} == timed), place
+        changed += 1
+    assert changed > 30
+    for damaged in (text.replace('"n_tokens": ', '"n_tokens": 1', 1), "[" * 100_000):
+        (tmp_path / "summary.json").write_text(damaged)
+        assert main(["--compare", str(tmp_path), *out]) == 3
+        assert f"--compare {tmp_path / 'summary.json'}: damaged or not valid JSON" in capsys.readouterr().err
+    (tmp_path / "summary.json").write_text(json.dumps({k: v for k, v in summary.items() if k != "content_hash"}))
+    assert main(["--compare", str(tmp_path), *out]) == 0
+    assert "written by an earlier version, without a content_hash" in capsys.readouterr().err
+
+
 def test_a_summary_that_lacks_anything_or_has_it_wrong_is_refused(folders, tmp_path, capsys):
     summary = json.loads((folders[0] / "summary.json").read_text())
+    del summary["content_hash"]  # as an earlier version wrote it
     optional = {"reconstruction", "persistence", "nulls", "downstream"}
     for name in (
         "provenance",

@@ -87,7 +87,7 @@ class Exploit:
 def test_parameters_that_are_code_or_missing_are_refused(tmp_path: Path) -> None:
     folder = write_lens(tmp_path / "lens")
     torch.save({"0.weight": Exploit(tmp_path / "ran")}, folder / "params.pt")
-    with pytest.raises(IncompatibleError, match="cannot be read as plain tensors"):
+    with pytest.raises(IncompatibleError, match=r"params\.pt: refused: .*could run code"):
         load(folder)
     assert not (tmp_path / "ran").exists()
     torch.save({"0.weight": torch.zeros(2, 2)}, folder / "params.pt")
@@ -134,11 +134,12 @@ def test_damage_that_leaves_the_shapes_right_is_found(tmp_path: Path) -> None:
     at = data.index(parameters["1.weight"].numpy().tobytes()) + 9
     data[at] ^= 1
     file.write_bytes(data)
-    with pytest.raises(IncompatibleError, match=r"params.pt cannot be read .*check sum of \S+ is wrong"):
+    with pytest.raises(IncompatibleError, match=r"params.pt: cannot be read .*Bad CRC-32"):
         load(folder)
-    for weight, shown in ((parameters["0.weight"].to_sparse(), "sparse_coo"), (torch.ones(8, 8).long(), "int64")):
+    sparse = parameters["0.weight"].to_sparse()
+    for weight, said in ((sparse, "rebuild_sparse"), (torch.ones(8, 8).long(), "should hold floats, found int64")):
         torch.save({**parameters, "0.weight": weight}, file)
-        with pytest.raises(IncompatibleError, match=f"'0.weight' should hold dense floats, found {shown}"):
+        with pytest.raises(IncompatibleError, match=said):
             load(folder)
 
 

@@ -13,6 +13,7 @@ import zstandard
 from pyarrow import parquet
 
 from harvest.model.hub import HubRepo
+from harvest.text import local
 from harvest.text import python as python_texts
 from harvest.text import sources as texts
 from harvest.text.config import TextConfig
@@ -310,3 +311,35 @@ def test_several_texts_have_options_of_their_own(tmp_path: Path, hub: dict[str, 
     assert [source.choice.weight for source in (local, remote, python)] == [2, 1, 0.5]
     with pytest.raises(UsageError, match="--split: local files have no splits"):
         open_sources(dataclasses.replace(options, dataset=(str(tmp_path / "a.jsonl"), "pydoc"), text_column=("text",)))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_a_document_longer_than_the_limit_is_refused(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / f"data{suffix}", "t")
+    longest = max(len(row) if suffix == ".parquet" else len(json.dumps({"t": row, "n": 0})) + 1 for row in ROWS)
+    monkeypatch.setattr(local, "LONGEST", longest)
+    assert read(path, text_column="t") == ROWS
+    monkeypatch.setattr(local, "LONGEST", longest - 1)
+    with pytest.raises(IncompatibleError, match=r"data\S* (line|row) [23]: a document should have at most"):
+        read(path, text_column="t")
+
+
+def test_a_text_file_or_a_column_larger_than_the_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("x" * 101)
+    parquet.write_table(pyarrow.table({"text": ["x" * 300_000]}), tmp_path / "b.parquet", compression="zstd")
+    assert len(read(tmp_path / "b.parquet")[0]) == 300_000
+    monkeypatch.setattr(local, "LARGEST", 100)
+    with pytest.raises(IncompatibleError, match=r"a\.txt: should be a file of at most 100 B, found 101 B: split it"):
+        read(tmp_path / "a.txt")
+    with pytest.raises(IncompatibleError, match=r"b\.parquet: .*'text' is 300 kB unpacked, in a file of .* 64 times"):
+        read(tmp_path / "b.parquet")
+
+
+def test_a_parquet_column_of_lists_is_refused_by_its_type(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="holds list"):
+        read(tmp_path / "a.parquet")

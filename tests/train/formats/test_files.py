@@ -203,7 +203,13 @@ def test_weights_of_other_types_become_float32(tmp_path: Path) -> None:
     write_sae(make_sae("none"), tmp_path, "sparsify")
     tensors = load_file(tmp_path / "sae.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "sae.safetensors")
+    with pytest.raises(IncompatibleError, match=r"check sum is wrong.*delete 'xxh3_128' there"):
+        read_sae(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    del config["residscope"]["xxh3_128"]
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
     sae, origin = read_sae(tmp_path)
+    assert "without a check sum" in origin.notes[0]
     assert (origin.stored_dtype, sae.W_enc.dtype) == ("bfloat16", torch.float32)
     assert torch.equal(sae.W_enc, tensors["encoder.weight"].bfloat16().float())
 
