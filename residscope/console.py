@@ -45,22 +45,15 @@ def run_command(
         first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
         return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
     except OSError as error:
-        if error.filename is None and (full := _full_folder(error)):
-            return _fail(name, f"{full}. Free some space, or set TMPDIR to a folder with room, then {_AGAIN}", 1)
+        # A full folder of temporary files names no file, or is Python's FileNotFoundError, which names the folders.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "temporary directory" in str(error.strerror)
+        if full and error.filename is None:
+            where = f"{error.strerror}, perhaps in {os.environ.get('TMPDIR', '/tmp')}, where temporary files go"
+            return _fail(name, f"{where}. Free some space, or set TMPDIR to a folder with room, then {_AGAIN}", 1)
         if error.errno not in _DISK_ERRORS or (error.errno == errno.ENOENT and error.filename is None):
             raise
         where = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
-
-
-def _full_folder(error: OSError) -> str | None:
-    """What to say where there was no space for a file without a name: most likely a temporary one."""
-    if error.errno == errno.ENOENT and "temporary directory" in str(error.strerror):
-        return str(error.strerror)  # Python's own words, with the folders that it tried to write to.
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
-    folder = os.environ.get("TMPDIR", "/tmp")
-    return f"{error.strerror}: no file is named, so perhaps in {folder}, the folder of temporary files"
 
 
 _AGAIN = "run the same command again: `harvest` and `train --resume` continue where they stopped"

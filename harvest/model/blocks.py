@@ -69,7 +69,7 @@ def longest_context(config: Any) -> int | None:
     return int(found) if found and found > 0 else None  # XLNet has -1 for no limit.
 
 
-def forget_lengths(rotary: Any, _: Any = None) -> None:
+def reset_rope(rotary: Any, _: Any = None) -> None:
     """Put a rotary embedding whose frequencies grow with the longest sequence that it has seen (dynamic NTK) back to
     its start, so that vectors depend on their own sequence alone; called before each of its passes."""
     for name in list(vars(rotary)):

@@ -19,15 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from harvest.model.adapters import NOT_BY_TRANSFORMERS, with_adapter
-from harvest.model.blocks import (
-    d_model_of,
-    final_norm,
-    find_blocks,
-    forget_lengths,
-    longest_context,
-    n_layers_of,
-    name_of,
-)
+from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of, reset_rope
 from harvest.model.hub import first_line, passing_on, warn
 from harvest.model.names import ModelSpec, model_files
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
@@ -123,9 +115,7 @@ def load_model(
     model: Any
     model, missing, unused = _loading(spec, "model", lambda: _weights(spec.base or spec, config, dtype))
     if spec.adapter:
-        options = {name: value for name, value in spec.load_arguments.items() if name != "trust_remote_code"}
-        bare = model
-        model = _loading(spec, "adapter", lambda: with_adapter(spec.name, bare, spec.location, options))
+        model = _loading(spec, "adapter", lambda bare=model: with_adapter(spec.name, bare, spec.location, spec.place))
     model = _loading(spec, "model", lambda: model.to(device)).eval().requires_grad_(False)
     architecture = type(model).__name__
     # Llama 4 misnames its own.
@@ -142,7 +132,7 @@ def load_model(
     blocks = find_blocks(text, n_layers_of(config))
     for rotary in base.modules():
         if hasattr(rotary, "max_seq_len_cached"):
-            rotary.register_forward_pre_hook(forget_lengths)
+            rotary.register_forward_pre_hook(reset_rope)
     refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
     _loading(spec, "forward pass", lambda: refuse_not_causal(spec.name, architecture, base, longest_context(config)))
     return LoadedModel(
@@ -175,16 +165,8 @@ def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Modul
     if code := getattr(config, "auto_map", None):
         warn(spec.name, f"code of its own ({', '.join(map(str, code.values()))}) is not run, but transformers' class")
     if not spec.random_init:
-        loaded: Any = auto.from_pretrained(
-            spec.location,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            adapter_kwargs=dict(NOT_BY_TRANSFORMERS),
-            **arguments,
-            **spec.load_arguments,
-        )
-        model, found = loaded
+        arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
+        model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
         if spec.source == "hub":
             _check_cache(spec)
         return model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -237,21 +219,23 @@ def _way_out(spec: ModelSpec, error: BaseException | None) -> str:
         if isinstance(error, KeyError | ValueError) and "model type" in str(error):
             return f"; a newer transformers may know it, this is {transformers.__version__}"
         if isinstance(error, _DAMAGED) or type(error) is Exception:  # The last is raised by tokenizers.
-            return f"; {_damaged(spec) or 'a file'} is damaged, or newer than what reads it: save or download it again"
+            damaged = (
+                next(filter(_is_damaged, model_files(Path(spec.location))), None) if spec.source != "hub" else None
+            )
+            return f"; {damaged.name if damaged else 'a file'} is damaged or too new: save or download it again"
         error = error.__cause__ or error.__context__
     if isinstance(first, OSError):
         return "; is the network there, and the file?" if spec.source == "hub" else "; save or download the model again"
     return ""
 
 
-def _damaged(spec: ModelSpec) -> str | None:
-    """The first file of a folder's weights or JSON that cannot be read."""
-    for file in model_files(Path(spec.location)) if spec.source != "hub" else ():
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_bytes())
-            elif file.suffix == ".safetensors":
-                safetensors.safe_open(file, "pt").__enter__()
-        except (*_DAMAGED, RecursionError):
-            return file.name
-    return None
+def _is_damaged(file: Path) -> bool:
+    """Whether a file of weights or JSON cannot be read."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+        elif file.suffix == ".safetensors":
+            safetensors.safe_open(file, "pt").__enter__()
+    except (*_DAMAGED, RecursionError):
+        return True
+    return False

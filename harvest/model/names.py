@@ -20,40 +20,17 @@ from harvest.model.hub import first_line, pin, quiet
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 
 _UNREAD = (
-    *(
-        "readme*",
-        "license*",
-        "*.md",
-        "*.log",
-        "*.out",
-        "*.jsonl",
-        "*.csv",
-        "*.parquet",
-        "*.zst",
-        "*.gz",
-        "events.out.*",
-    ),
-    *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "trainer_state.json", "training_args.bin"),
-    *("*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite", "*.tmp", "*.lock", "*~", ".*"),
+    "readme* license* *.md *.log *.out *.jsonl *.csv *.parquet *.zst *.gz events.out.* *.png *.jpg *.jpeg *.gif *.svg"
+    " *.webp *.pdf trainer_state.json training_args.bin *.pt *.pth *.h5 *.msgpack *.onnx *.ot *.gguf *.tflite *.tmp"
+    " *.lock *~ .*"
 )
 """Names, in lower case, of files in a model's folder that transformers does not read."""
 _FIRST = (
-    *("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
-    "special_tokens_map.json",
+    "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json special_tokens_map.json"
 )
 """Have a hash by themselves, with the weights: that of stores from before other files counted."""
-_TOKENIZER = (
-    "*token*",
-    "*vocab*",
-    "merges.txt",
-    "*.model",
-    "*.model.v*",
-    "*.spm",
-    "*.tiktoken",
-    "*bpe*",
-    "tekken.json",
-)
-_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZER = "*token* *vocab* merges.txt *.model *.model.v* *.spm *.tiktoken *bpe* tekken.json"
+_WEIGHTS = "*.safetensors *.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +65,14 @@ class ModelSpec:
     def load_arguments(self) -> dict[str, Any]:
         """Keywords of every `from_pretrained` call."""
         # Said outright, since transformers asks at the terminal where it is left open.
-        common = {"trust_remote_code": False}
+        return {**self.place, "trust_remote_code": False}
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Keywords of any download of its files."""
         if self.source != "hub":
-            return {"local_files_only": True, **common}
-        return {"revision": self.revision, "local_files_only": self.cached_only, **common}
+            return {"local_files_only": True}
+        return {"revision": self.revision, "local_files_only": self.cached_only}
 
 
 def resolve_model(
@@ -122,9 +103,7 @@ def resolve_model(
         spec, files = _hub_spec(name, revision)
     if ADAPTER in files and not random_init:
         if as_base:
-            raise IncompatibleError(
-                f"{name} has an adapter itself, and one on another is not supported: merge it first"
-            )
+            raise IncompatibleError(f"{name} has an adapter itself, and one on another cannot be applied")
         spec = _with_adapter(spec, files)
     return replace(spec, random_init=random_init, seed=seed)
 
@@ -149,9 +128,8 @@ def _with_adapter(spec: ModelSpec, files: Collection[str]) -> ModelSpec:
     if spec.source == "hub":
         from huggingface_hub import hf_hub_download
 
-        where: dict[str, Any] = {"revision": spec.revision, "local_files_only": spec.cached_only}
         try:
-            file = Path(hf_hub_download(spec.location, ADAPTER, **where))
+            file = Path(hf_hub_download(spec.location, ADAPTER, **spec.place))
         except Exception as error:  # Of many kinds, from several libraries.
             raise ResidscopeError(f"{spec.name}: {ADAPTER} cannot be downloaded ({first_line(error)})") from error
     else:
@@ -175,8 +153,8 @@ def _is_weight(name: str) -> bool:
     return _is(_WEIGHTS, name) and not name.startswith("adapter_")
 
 
-def _is(patterns: tuple[str, ...], name: str) -> bool:
-    return any(fnmatch(name.lower(), pattern) for pattern in patterns)
+def _is(patterns: str, name: str) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in patterns.split())
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -197,13 +175,10 @@ def _folder_spec(path: Path, *, needs_weights: bool) -> tuple[ModelSpec, Collect
                 f"model {path}: the folder has no config.json; give a folder that transformers' save_pretrained wrote"
             )
         if not any(_is(_TOKENIZER, name) for name in files):
-            raise IncompatibleError(
-                f"model {path}: the folder has no tokenizer (tokenizer.json, tokenizer.model, ...); save the model's"
-                " tokenizer there too"
-            )
+            raise IncompatibleError(f"model {path}: the folder has no tokenizer; save the model's tokenizer there too")
         if needs_weights and not any(map(_is_weight, files)):
-            raise IncompatibleError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHTS)})")
-    first = [name for name in _FIRST if name in files] + [name for name in files if _is(_WEIGHTS, name)]
+            raise IncompatibleError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHTS.split())})")
+    first = [name for name in _FIRST.split() if name in files] + [name for name in files if _is(_WEIGHTS, name)]
     rest = [name for name in files if name not in first]
     found = "+".join(_digest(map(files.__getitem__, names)) for names in (first, rest) if names)
     return ModelSpec(name=folder.name, source="folder", location=str(folder), fingerprint=found), files.keys()
