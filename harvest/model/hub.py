@@ -26,7 +26,11 @@ _KINDS = {
 
 _LONGEST = 500
 """Characters of a warning that is passed on."""
-_DROPPED = re.compile(r"LOAD REPORT|weights of .* were not (used|initialized)|is deprecated|generation", re.IGNORECASE)
+_DROPPED = re.compile(
+    r"LOAD REPORT|weights of .* were not (used|initialized)|is deprecated|generation.(flags|config)", re.IGNORECASE
+)
+_OF_FILES = re.compile("transformers|tokenizers|sentencepiece|peft|safetensors")
+"""Libraries that read a model's files, in the paths of their modules; others warn of how they are called."""
 _said: set[str] = set()
 
 
@@ -114,8 +118,8 @@ def quiet() -> None:
 def passing_on(model: str) -> Iterator[None]:
     """While something of `model` is loaded, turn what libraries warn of into `warning:` lines on stderr, each once.
 
-    Dropped are what the code that calls them should change (deprecations), what concerns text generation, and the
-    table of weights that are missing or not used, which `harvest.model.sanity` judges and tells in a line.
+    Dropped are what other libraries say, what the calling code should change (deprecations), what concerns text
+    generation, and the table of weights that are missing or not used, which `harvest.model.sanity` judges and tells in a line.
     """
     logger, listener = logging.getLogger("transformers"), logging.handlers.BufferingHandler(1000)
     before, level = logger.handlers, logger.level
@@ -129,7 +133,9 @@ def passing_on(model: str) -> Iterator[None]:
             logger.handlers = before
             logger.setLevel(level)
             heard = [record.getMessage() for record in listener.buffer]
-            heard += [str(warning.message) for warning in raised if warning.category in (UserWarning, RuntimeWarning)]
+            heard += [
+                str(one.message) for one in raised if one.category is UserWarning and _OF_FILES.search(one.filename)
+            ]
             for text in heard:
                 if not _DROPPED.search(text):
                     warn(model, text)

@@ -86,8 +86,12 @@ def test_what_libraries_warn_of_the_users_files_is_passed_on_once(capsys: pytest
             logger.warning("X LOAD REPORT from: there")
             logger.warning("The following generation flags are not valid: temperature")
             logger.info("Nothing to see")
-            warnings.warn("the vocabulary has a hole", UserWarning, stacklevel=1)
-            warnings.warn("call another function", FutureWarning, stacklevel=1)
+            for text, kind, library in (
+                ("the vocabulary has a hole", UserWarning, "tokenizers"),
+                ("call another function", FutureWarning, "transformers"),
+                ("this is slow", UserWarning, "torch"),
+            ):
+                warnings.warn_explicit(text, kind, f"/site-packages/{library}/module.py", 1)
     logger.warning("not while something is loaded")
     out, err = capsys.readouterr()
     assert out == ""
