@@ -119,7 +119,7 @@ def passing_on(model: str) -> Iterator[None]:
     """While something of `model` is loaded, turn what libraries warn of into `warning:` lines on stderr, each once.
 
     Dropped are what other libraries say, what the calling code should change (deprecations), what concerns text
-    generation, and the table of weights that are missing or not used, which `harvest.model.sanity` judges and tells in a line.
+    generation, and the table of weights that are missing or not used, which `harvest.model.sanity` tells in a line.
     """
     logger, listener = logging.getLogger("transformers"), logging.handlers.BufferingHandler(1000)
     before, level = logger.handlers, logger.level
