@@ -21,7 +21,7 @@ LONG_FACTORS = [4.0, 16.0, 32.0, 64.0]
 ROPES: dict[str, dict[str, Any]] = {
     "longrope": {
         "factor": 4.0,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 40,
         "short_factor": [1.0] * 4,
         "long_factor": LONG_FACTORS,
     },
@@ -30,7 +30,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 def save(folder: Path, kind: str) -> Path:
-    """A tiny model whose rotary frequencies change for sequences longer than 16 tokens."""
+    """A tiny model whose rotary frequencies change for sequences longer than 16 tokens (dynamic) or 40."""
     sizes: dict[str, Any] = {
         "vocab_size": 260,
         "hidden_size": 32,
@@ -43,7 +43,7 @@ def save(folder: Path, kind: str) -> Path:
     if kind == "dynamic":
         config = transformers.LlamaConfig(max_position_embeddings=16, **sizes)
     else:
-        longest = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+        longest = {"max_position_embeddings": 64, "original_max_position_embeddings": 40}
         config = transformers.Phi3Config(pad_token_id=0, **longest, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ def save(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("context", [16, 60])
+@pytest.mark.parametrize("context", [40, 60])
 def test_a_model_of_longrope_is_the_stores_own(context: int, config: MakeConfig, tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "longrope")
     made = config(model=str(folder), context_length=context)
@@ -63,9 +63,9 @@ def test_a_model_of_longrope_is_the_stores_own(context: int, config: MakeConfig,
     model = load_model(resolve_model(str(folder)))
     store = ActivationStore.open(made.out)
     check_model(store, model, None)
-    ids = torch.from_numpy(store.tokens.token_id[None, :40].astype("int64"))
-    one, two = ResidualRecorder(model).record(ids)[1], ResidualRecorder(model).record(ids[:, :16])[1]
-    assert not torch.allclose(one[0, :16], two[0], rtol=0.1), "its vectors should depend on the length"
+    ids = torch.from_numpy(store.tokens.token_id[None, :56].astype("int64"))
+    one, two = ResidualRecorder(model).record(ids)[1], ResidualRecorder(model).record(ids[:, :40])[1]
+    assert not torch.allclose(one[0, :40], two[0], rtol=0.1), "its vectors should depend on the length"
     with torch.no_grad():
         model.blocks[0].mlp.down_proj.weight.mul_(-9)
     with pytest.raises(IncompatibleError, match="does not reproduce"):
