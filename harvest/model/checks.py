@@ -2,8 +2,7 @@
 
 How: a store's provenance names the commit or the hash of its model, which `refuse_other_weights` compares; where there
 is no hash to compare (a local copy of a hub model), `check_model` compares vectors. `check_logits` finds architectures
-that do more after their blocks than a norm and an unembedding. Tested in tests/harvest/lens/test_fit.py and
-tests/analysis/model/test_downstream.py.
+that do more after their blocks than a norm and an unembedding. Tested also in tests/analysis/model/test_downstream.py.
 """
 
 import numpy as np
