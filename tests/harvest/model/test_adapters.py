@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.utils import import_utils
 
 from harvest.model import names
 from harvest.model.hub import HubRepo
@@ -49,7 +50,7 @@ class Wrapped:
 
 @pytest.fixture
 def peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers.utils.is_peft_available()  # It keeps its answer, which the stand-in must not change.
+    import_utils.is_peft_available()  # It keeps its answer, which the stand-in must not change.
     module: Any = ModuleType("peft")
     module.__spec__ = importlib.machinery.ModuleSpec("peft", None)
     module.PeftModel = Wrapped

@@ -67,7 +67,7 @@ def test_a_model_of_longrope_is_the_stores_own(context: int, config: MakeConfig,
     one, two = ResidualRecorder(model).record(ids)[1], ResidualRecorder(model).record(ids[:, :40])[1]
     assert not torch.allclose(one[0, :40], two[0], rtol=0.1), "its vectors should depend on the length"
     with torch.no_grad():
-        model.blocks[0].mlp.down_proj.weight.mul_(-9)
+        model.blocks.get_parameter("0.mlp.down_proj.weight").mul_(-9)
     with pytest.raises(IncompatibleError, match="does not reproduce"):
         check_model(store, model, None)
 
