@@ -19,7 +19,7 @@ from harvest.text.sources import TextSource
 from residscope.errors import IncompatibleError
 
 # Options that came after the first stores: a record without one was made as if by this value.
-_VALUES_BEFORE = {"dataset_weights": None, "shuffle_documents": None, "pack": True}
+_VALUES_BEFORE = {"adapter": None, "dataset_weights": None, "shuffle_documents": None, "pack": True}
 _NAMES_OF = {"model_fingerprint": "model", "lens_hash": "lens"}
 """Content hashes of what is local, and the fields with its name, which is that of its folder or file."""
 _PACKAGES = ("residscope", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
@@ -33,6 +33,7 @@ def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[Tex
         "model": spec.name,
         "model_revision": spec.revision,
         "model_fingerprint": spec.fingerprint,
+        "adapter": spec.adapter,
         "random_init": config.control.random_init,
         "seed": config.control.seed,
         "dataset": _for_each([source.dataset for source in sources]),
@@ -72,7 +73,9 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
         raise IncompatibleError(
             f"{out} was not made by harvest; choose another --out, or use --overwrite to replace it"
         )
-    stored = {**_VALUES_BEFORE, **stored}
+    stored, hashed = {**_VALUES_BEFORE, **stored}, str(record.get("model_fingerprint"))
+    if hashed.startswith(f"{stored.get('model_fingerprint')}+"):  # from before other files than the best known counted
+        stored["model_fingerprint"] = hashed
     names = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
     renamed = [
         name
@@ -107,6 +110,7 @@ def make_provenance(
         "model_source": spec.source,
         "model_revision": spec.revision,
         "model_fingerprint": spec.fingerprint,
+        "adapter": spec.adapter,
         "architecture": architecture,
         "random_init": spec.random_init,
         "seed": spec.seed,

@@ -56,6 +56,11 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
         first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
         return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
     except OSError as error:
+        # A full folder of temporary files names no file, or is Python's FileNotFoundError, which names the folders.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "temporary directory" in str(error.strerror)
+        if full and error.filename is None:
+            where = f"{error.strerror}, perhaps in {os.environ.get('TMPDIR', '/tmp')}, where temporary files go"
+            return _fail(name, f"{where}. Free some space, or set TMPDIR to a folder with room, then {_AGAIN}", 1)
         if error.errno not in _DISK_ERRORS or (error.errno == errno.ENOENT and error.filename is None):
             raise
         where = f": {error.filename}" if error.filename else ""

@@ -67,3 +67,15 @@ def longest_context(config: Any) -> int | None:
     """Most positions that the model takes, or None where it sets no limit."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(found) if found and found > 0 else None  # XLNet has -1 for no limit.
+
+
+def reset_rope(rotary: Any, _: Any = None) -> None:
+    """Put a rotary embedding whose frequencies grow with the longest sequence that it has seen (dynamic NTK) back to
+    its start, so that vectors depend on their own sequence alone; called before each of its passes."""
+    for name in list(vars(rotary)):
+        if name.endswith("max_seq_len_cached"):
+            setattr(rotary, name, rotary.original_max_seq_len)
+    for name, buffer in list(rotary.named_buffers(recurse=False)):
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+            start = getattr(rotary, f"{name.removesuffix('inv_freq')}original_inv_freq", buffer)
+            setattr(rotary, name, start.to(buffer.device, copy=True))

@@ -26,6 +26,7 @@ import xxhash
 from harvest.model.aliases import PACKAGED
 from harvest.model.hashes import add_file
 from harvest.model.hub import first_line
+from harvest.model.sanity import refuse_missing
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError
 
@@ -130,15 +131,17 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, config=config, **arguments)
             if hasattr(transformers, "GgufConfig"):
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source.parent, config=config, dtype=torch.float32, **arguments
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source.parent, config=config, dtype=torch.float32, output_loading_info=True, **arguments
             )
+            model, info = loaded
+            refuse_missing(file.name, sorted(info["missing_keys"]), "")
             if sum(p.numel() for p in model.parameters()) > _EXACT_PARAMETERS:
                 model = model.bfloat16()
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, IncompatibleError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise IncompatibleError(
             f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "

@@ -4,8 +4,13 @@ How: one request with a short timeout pins a repository to a commit before any l
 on it; without a network the local cache is asked instead. Models are downloaded by transformers, data by datasets.
 """
 
+import logging.handlers
 import os
-from collections.abc import Sequence
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +24,15 @@ _KINDS = {
 }
 """What each kind is called, and what can be given in its place without a network."""
 
+_LONGEST = 500
+"""Characters of a warning that is passed on."""
+_DROPPED = re.compile(
+    r"LOAD REPORT|weights of .* were not (used|initialized)|is deprecated|generation.(flags|config)", re.IGNORECASE
+)
+_OF_FILES = re.compile("transformers|tokenizers|sentencepiece|peft|safetensors")
+"""Libraries that read a model's files, in the paths of their modules; others warn of how they are called."""
+_said: set[str] = set()
+
 
 class HubRepo(NamedTuple):
     """A repository of the hub at one commit."""
@@ -26,6 +40,8 @@ class HubRepo(NamedTuple):
     commit: str
     cached_only: bool
     """There is no network: only files in the local cache can be had."""
+    files: tuple[str, ...] = ()
+    """Names of those on its first level; without a network, of those in the cache."""
 
 
 def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[str] = ("config.json",)) -> HubRepo:
@@ -45,7 +61,9 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
         validate_repo_id(repo_id)
         # Any: the three kinds of info share `sha` and nothing else in their types.
         info: Any = HfApi().repo_info(repo_id, repo_type=kind, revision=revision, timeout=_TIMEOUT_SECONDS)
-        return HubRepo(info.sha, cached_only=False)
+        names = (file.rfilename for file in getattr(info, "siblings", None) or ())
+        files = tuple(name for name in names if "/" not in name)
+        return HubRepo(info.sha, cached_only=False, files=files)
     except HFValidationError:
         raise UsageError(f"{what}: neither a path that exists nor a hub id (owner/name)") from None
     except GatedRepoError:
@@ -58,23 +76,23 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
     except RevisionNotFoundError:
         raise UsageError(f"{what} has no revision {revision!r}: give a branch, tag or commit that it has") from None
     except Exception as error:
-        commit = _cached_commit(repo_id, kind, revision, probes)
-        if commit:
-            return HubRepo(commit, cached_only=True)
+        if found := _cached_snapshot(repo_id, kind, revision, probes):
+            files = tuple(path.name for path in found.glob("*"))
+            return HubRepo(found.name, cached_only=True, files=files)
         raise ResidscopeError(
             f"{what}: the hub cannot be reached ({first_line(error)}) and the local cache does not have it."
             f" Connect to the network, or give {instead}"
         ) from error
 
 
-def _cached_commit(repo_id: str, kind: str, revision: str | None, probes: Sequence[str]) -> str | None:
+def _cached_snapshot(repo_id: str, kind: str, revision: str | None, probes: Sequence[str]) -> Path | None:
+    """The folder of one commit that has one of `probes`: <cache>/models--owner--name/snapshots/<commit>."""
     from huggingface_hub import try_to_load_from_cache
 
     for probe in probes:
         found = try_to_load_from_cache(repo_id, probe, revision=revision or "main", repo_type=kind)
         if isinstance(found, str):
-            # <cache>/models--owner--name/snapshots/<commit>/<probe>
-            return Path(found).parts[-1 - len(Path(probe).parts)]
+            return Path(found).parents[len(Path(probe).parts) - 1]
     return None
 
 
@@ -85,7 +103,8 @@ def first_line(error: BaseException) -> str:
 
 
 def quiet() -> None:
-    """Keep the libraries' warnings, retries and small progress bars off the terminal; downloads still show theirs."""
+    """Keep the libraries' warnings, retries and small progress bars off the terminal; downloads still show theirs, and
+    `passing_on` what is about the user's files."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import huggingface_hub
     import transformers
@@ -93,3 +112,38 @@ def quiet() -> None:
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def passing_on(model: str) -> Iterator[None]:
+    """While something of `model` is loaded, turn what libraries warn of into `warning:` lines on stderr, each once.
+
+    Dropped are what other libraries say, what the calling code should change (deprecations), what concerns text
+    generation, and the table of weights that are missing or not used, which `harvest.model.sanity` tells in a line.
+    """
+    logger, listener = logging.getLogger("transformers"), logging.handlers.BufferingHandler(1000)
+    before, level = logger.handlers, logger.level
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        logger.handlers = [listener]
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logger.handlers = before
+            logger.setLevel(level)
+            heard = [record.getMessage() for record in listener.buffer]
+            heard += [
+                str(one.message) for one in raised if one.category is UserWarning and _OF_FILES.search(one.filename)
+            ]
+            for text in heard:
+                if not _DROPPED.search(text):
+                    warn(model, text)
+
+
+def warn(model: str, text: str) -> None:
+    """Print a `warning:` line on stderr, once in a process."""
+    line = f"warning: {model}: {' '.join(text.split())[:_LONGEST]}"
+    if line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr)

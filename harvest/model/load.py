@@ -6,18 +6,22 @@ Shapes: B sequences, N positions, D = d_model, V = vocabulary.
 """
 
 import errno
+import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
 
-from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of
-from harvest.model.hub import first_line
-from harvest.model.names import ModelSpec, small_files, weight_files
+from harvest.model.adapters import NOT_BY_TRANSFORMERS, with_adapter
+from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of, reset_rope
+from harvest.model.hub import first_line, passing_on, warn
+from harvest.model.names import ModelSpec, model_files
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.first_calls import settle_first_calls
@@ -26,6 +30,7 @@ from residscope.memory import keep_freed_memory
 settle_first_calls(torch)  # before anything is computed, wherever a model is
 
 T = TypeVar("T")
+_DAMAGED = (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError, pickle.UnpicklingError, EOFError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +89,14 @@ class LoadedModel:
 
 def load_config(spec: ModelSpec) -> Any:
     """The model's transformers configuration."""
-    load = transformers.AutoConfig.from_pretrained
+    load, spec = transformers.AutoConfig.from_pretrained, spec.base or spec
     return _loading(spec, "configuration", lambda: load(spec.location, **spec.load_arguments))
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The model's tokenizer."""
-    load = transformers.AutoTokenizer.from_pretrained
-    return _loading(spec, "tokenizer", lambda: load(spec.location, **spec.load_arguments))
+    load, place = transformers.AutoTokenizer.from_pretrained, spec if spec.own_tokenizer else spec.base or spec
+    return _loading(spec, "tokenizer", lambda: load(place.location, **place.load_arguments))
 
 
 def load_model(
@@ -108,7 +113,9 @@ def load_model(
         keep_freed_memory()  # Layer after layer makes the same temporaries.
     config = load_config(spec)
     model: Any
-    model, missing, unused = _loading(spec, "model", lambda: _weights(spec, config, dtype))
+    model, missing, unused = _loading(spec, "model", lambda: _weights(spec.base or spec, config, dtype))
+    if spec.adapter:
+        model = _loading(spec, "adapter", lambda bare=model: with_adapter(spec.name, bare, spec.location, spec.place))
     model = _loading(spec, "model", lambda: model.to(device)).eval().requires_grad_(False)
     architecture = type(model).__name__
     # Llama 4 misnames its own.
@@ -116,10 +123,16 @@ def load_model(
     base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
         raise IncompatibleError(
-            f"{spec.name} ({architecture}): cannot find the base model (the model without its LM head)"
+            f"{spec.name} ({architecture}): cannot find the base model (the model without its LM head); of a model of"
+            " images and text give the text model, saved by itself"
         )
-    refuse_missing(spec.name, missing, prefix)
-    blocks = find_blocks(base, n_layers_of(config))
+    refuse_missing(spec.name, missing, f"{prefix}.")
+    # A model of images and text may have as many blocks for images.
+    text = base if config.get_text_config() is config else model.get_decoder()
+    blocks = find_blocks(text, n_layers_of(config))
+    for rotary in base.modules():
+        if hasattr(rotary, "max_seq_len_cached"):
+            rotary.register_forward_pre_hook(reset_rope)
     refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
     _loading(spec, "forward pass", lambda: refuse_not_causal(spec.name, architecture, base, longest_context(config)))
     return LoadedModel(
@@ -141,12 +154,19 @@ def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Modul
     # Fused kernels may leave out the soft-capping of scores; otherwise transformers chooses.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     arguments: dict[str, Any] = {"attn_implementation": "eager"} if capped else {}
-    auto = transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto = transformers.AutoModelForImageTextToText
+        if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise IncompatibleError(
+                f"{spec.name}: transformers has no causal language model for {type(config).__name__}, nor one of images"
+                " and text that is; give a causal language model, such as its text model saved by itself"
+            )
+    if code := getattr(config, "auto_map", None):
+        warn(spec.name, f"code of its own ({', '.join(map(str, code.values()))}) is not run, but transformers' class")
     if not spec.random_init:
-        loaded: Any = auto.from_pretrained(
-            spec.location, config=config, dtype=dtype, output_loading_info=True, **arguments, **spec.load_arguments
-        )
-        model, found = loaded
+        arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
+        model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
         if spec.source == "hub":
             _check_cache(spec)
         return model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -162,14 +182,15 @@ def _check_cache(spec: ModelSpec) -> None:
     config = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)
     if isinstance(config, str):
         snapshot = Path(config).parent
-        refuse_damaged_cache(spec.name, [*small_files(snapshot), *weight_files(snapshot)])
+        refuse_damaged_cache(spec.name, model_files(snapshot))
 
 
 def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
     """`load()`, with whatever the libraries raise turned into one line. They raise nearly everything, so that nothing
     narrower than Exception will do."""
     try:
-        return load()
+        with passing_on(spec.name):
+            return load()
     except ResidscopeError:
         raise
     except torch.OutOfMemoryError as error:
@@ -179,11 +200,42 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        failed, way_out = "cannot be loaded", "; save or download the model again, or give another"
-        if what == "forward pass":
-            failed, way_out = "fails", ""
         # The network may have failed, rather than the files be damaged.
         kind = ResidscopeError if spec.source == "hub" and what != "forward pass" else IncompatibleError
+        failed = "fails" if what == "forward pass" else "cannot be loaded"
         raise kind(
-            f"{spec.name}: its {what} {failed} ({type(error).__name__}: {first_line(error)}){way_out}"
+            f"{spec.name}: its {what} {failed} ({type(error).__name__}: {first_line(error)}){_way_out(spec, error)}"
         ) from error
+
+
+def _way_out(spec: ModelSpec, error: BaseException | None) -> str:
+    """What may help, after what a library raised, or what that came from; nothing where nobody knows."""
+    first = error
+    while error is not None:
+        if isinstance(error, ImportError):
+            return "; install what it asks for"
+        if "trust_remote_code" in str(error):
+            return "; code that comes with a model is not run here: give one that transformers has itself"
+        if isinstance(error, KeyError | ValueError) and "model type" in str(error):
+            return f"; a newer transformers may know it, this is {transformers.__version__}"
+        if isinstance(error, _DAMAGED) or type(error) is Exception:  # The last is raised by tokenizers.
+            damaged = (
+                next(filter(_is_damaged, model_files(Path(spec.location))), None) if spec.source != "hub" else None
+            )
+            return f"; {damaged.name if damaged else 'a file'} is damaged or too new: save or download it again"
+        error = error.__cause__ or error.__context__
+    if isinstance(first, OSError):
+        return "; is the network there, and the file?" if spec.source == "hub" else "; save or download the model again"
+    return ""
+
+
+def _is_damaged(file: Path) -> bool:
+    """Whether a file of weights or JSON cannot be read."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+        elif file.suffix == ".safetensors":
+            safetensors.safe_open(file, "pt").__enter__()
+    except (*_DAMAGED, RecursionError):
+        return True
+    return False

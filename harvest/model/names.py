@@ -1,26 +1,36 @@
-"""Which model a name stands for: a short name, a hub id, a local folder or a GGUF file, pinned by commit or by hash."""
+"""Which model a name stands for: a short name, a hub id, a local folder or a GGUF file, pinned by commit or by hash.
 
+A folder is pinned by every file in it that may decide what is loaded: all but those of `_UNREAD`, documents, logs,
+pictures, and the weights of other libraries. So a file that nobody has heard of counts, and a changed log does not.
+"""
+
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
 
 from harvest.model import gguf
+from harvest.model.adapters import ADAPTER, read_adapter
 from harvest.model.aliases import hub_id, suggestions
 from harvest.model.hashes import add_file
-from harvest.model.hub import pin, quiet
-from residscope.errors import IncompatibleError, UsageError
+from harvest.model.hub import first_line, pin, quiet
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+_UNREAD = (
+    "readme* license* *.md *.log *.out *.jsonl *.csv *.parquet *.zst *.gz events.out.* *.png *.jpg *.jpeg *.gif *.svg"
+    " *.webp *.pdf trainer_state.json training_args.bin *.pt *.pth *.h5 *.msgpack *.onnx *.ot *.gguf *.tflite *.tmp"
+    " *.lock *~ .*"
 )
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+"""Names, in lower case, of files in a model's folder that transformers does not read."""
+_FIRST = (
+    "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json special_tokens_map.json"
+)
+"""Have a hash by themselves, with the weights: that of stores from before other files counted."""
+_TOKENIZER = "*token* *vocab* merges.txt *.model *.model.v* *.spm *.tiktoken *bpe* tekken.json"
+_WEIGHTS = "*.safetensors *.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,38 +46,51 @@ class ModelSpec:
     revision: str | None = None
     """Commit on the hub."""
     fingerprint: str | None = None
-    """Hash of the content: of a GGUF file (SHA-256), or of a folder's configuration, tokenizer and weights
-    (xxh3-128)."""
+    """Hash of the content: of a GGUF file (SHA-256), or of a folder's files that may be read (xxh3-128, of the
+    weights and best known files, then `+` and of others); of an adapter alone, with its base's."""
     cached_only: bool = False
     """There is no network: load from the hub's local cache."""
     random_init: bool = False
     """Random weights instead of the model's own."""
     seed: int = 0
     """Of the random weights."""
+    adapter: str | None = None
+    """The kind of the adapter that belongs to it, and the version of peft that applies it."""
+    base: "ModelSpec | None" = None
+    """Whose weights and configuration are loaded, where there is an adapter alone."""
+    own_tokenizer: bool = True
+    """Whether the tokenizer is its own, rather than that of `base`."""
 
     @property
     def load_arguments(self) -> dict[str, Any]:
         """Keywords of every `from_pretrained` call."""
         # Said outright, since transformers asks at the terminal where it is left open.
-        common = {"trust_remote_code": False}
+        return {**self.place, "trust_remote_code": False}
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Keywords of any download of its files."""
         if self.source != "hub":
-            return {"local_files_only": True, **common}
-        return {"revision": self.revision, "local_files_only": self.cached_only, **common}
+            return {"local_files_only": True}
+        return {"revision": self.revision, "local_files_only": self.cached_only}
 
 
-def resolve_model(name: str, *, revision: str | None = None, random_init: bool = False, seed: int = 0) -> ModelSpec:
+def resolve_model(
+    name: str, *, revision: str | None = None, random_init: bool = False, seed: int = 0, as_base: bool = False
+) -> ModelSpec:
     """The model that `name` stands for: a local folder, a GGUF file, a short name, or a hub id, in this order.
 
-    Hashes local files, or asks the hub for the commit. Raises `UsageError` where there is no such model,
-    `IncompatibleError` for a folder or file that is not a model, `ResidscopeError` where the hub cannot be reached.
+    Hashes local files, or asks the hub for the commit. as_base: it is an adapter's base, and must have none itself.
+    Raises `UsageError` where there is no such model, `IncompatibleError` for a folder or file that is not a model,
+    `ResidscopeError` where the hub cannot be reached or peft is needed and not installed.
     """
     quiet()
-    path = Path(name).expanduser()
+    path, files = Path(name).expanduser(), ()
     if path.is_dir() or path.is_file():
         if revision is not None:
             raise UsageError(f"--revision {revision}: {name} is a local path, which has no revisions")
         if path.is_dir():
-            spec = _folder_spec(path, needs_weights=not random_init)
+            spec, files = _folder_spec(path, needs_weights=not random_init)
         elif path.suffix.lower() == ".gguf":
             spec = _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name)
         else:
@@ -77,11 +100,15 @@ def resolve_model(name: str, *, revision: str | None = None, random_init: bool =
     elif revision is None and (packaged := gguf.packaged_gguf(name)):
         spec = _gguf_spec(packaged, name.lower())
     else:
-        spec = _hub_spec(name, revision)
+        spec, files = _hub_spec(name, revision)
+    if ADAPTER in files and not random_init:
+        if as_base:
+            raise IncompatibleError(f"{name} has an adapter itself, and one on another cannot be applied")
+        spec = _with_adapter(spec, files)
     return replace(spec, random_init=random_init, seed=seed)
 
 
-def _hub_spec(name: str, revision: str | None) -> ModelSpec:
+def _hub_spec(name: str, revision: str | None) -> tuple[ModelSpec, Collection[str]]:
     if name.startswith((".", "/", "~")) or name.lower().endswith(".gguf"):
         raise UsageError(f"model {name}: there is no such file or folder")
     repo_id = hub_id(name) or name
@@ -91,42 +118,78 @@ def _hub_spec(name: str, revision: str | None) -> ModelSpec:
         raise UsageError(
             f"unknown model {name!r}: neither a short name, a hub id (owner/name), a folder nor a GGUF file{hint}"
         )
-    repo = pin(repo_id, "model", revision)
-    return ModelSpec(name=repo_id, source="hub", location=repo_id, revision=repo.commit, cached_only=repo.cached_only)
+    repo = pin(repo_id, "model", revision, probes=("config.json", ADAPTER))
+    spec = ModelSpec(name=repo_id, source="hub", location=repo_id, revision=repo.commit, cached_only=repo.cached_only)
+    return spec, repo.files
 
 
-def small_files(folder: Path) -> list[Path]:
-    """Files of a model's folder with its configuration and tokenizer."""
-    return [folder / name for name in ("config.json", *_TOKENIZER_FILES) if (folder / name).is_file()]
+def _with_adapter(spec: ModelSpec, files: Collection[str]) -> ModelSpec:
+    """`spec`, which has an adapter's configuration among its `files`, with what the adapter is and belongs to."""
+    if spec.source == "hub":
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(spec.location, ADAPTER, **spec.place))
+        except Exception as error:  # Of many kinds, from several libraries.
+            raise ResidscopeError(f"{spec.name}: {ADAPTER} cannot be downloaded ({first_line(error)})") from error
+    else:
+        file = Path(spec.location, ADAPTER)
+    adapter = read_adapter(spec.name, file)
+    if any(map(_is_weight, files)):
+        return replace(spec, adapter=adapter.described)
+    try:
+        base = resolve_model(adapter.base, as_base=True)
+    except ResidscopeError as error:
+        raise type(error)(
+            f"{spec.name} is an adapter alone, and the model that it belongs to cannot be had ({error}); put the"
+            " adapter's files into that model's folder, and give this folder"
+        ) from None
+    hashed = xxhash.xxh3_128(f"{spec.fingerprint} on {base.fingerprint or base.revision}".encode()).hexdigest()
+    own = any(_is(_TOKENIZER, name) for name in files)
+    return replace(spec, adapter=adapter.described, base=base, own_tokenizer=own, fingerprint=hashed)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Files of a model's folder with its weights: safetensors, or else .bin; in order."""
-    return next((found for pattern in _WEIGHT_PATTERNS if (found := sorted(folder.glob(pattern)))), [])
+def _is_weight(name: str) -> bool:
+    return _is(_WEIGHTS, name) and not name.startswith("adapter_")
 
 
-def _folder_spec(path: Path, *, needs_weights: bool) -> ModelSpec:
+def _is(patterns: str, name: str) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in patterns.split())
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Files of a model's folder that may decide what is loaded, by name; of weights in two formats the safetensors."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not _is(_UNREAD, path.name))
+    safe = {name.startswith("adapter_") for name in names if name.endswith(".safetensors")}
+    return [folder / name for name in names if not (name.endswith(".bin") and name.startswith("adapter_") in safe)]
+
+
+def _folder_spec(path: Path, *, needs_weights: bool) -> tuple[ModelSpec, Collection[str]]:
     folder = path.resolve()
-    files = small_files(folder)
-    if not (folder / "config.json").is_file():
-        raise IncompatibleError(
-            f"model {path}: the folder has no config.json; give a folder that transformers' save_pretrained wrote"
-        )
-    if len(files) == 1:
-        raise IncompatibleError(
-            f"model {path}: the folder has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}); save the model's tokenizer"
-            " there too"
-        )
-    if needs_weights:
-        weights = weight_files(folder)
-        if not weights:
-            raise IncompatibleError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHT_PATTERNS)})")
-        files += weights
+    files = {file.name: file for file in model_files(folder)}
+    if not needs_weights:
+        files = {name: file for name, file in files.items() if not (_is(_WEIGHTS, name) or name == ADAPTER)}
+    if ADAPTER not in files:  # Else what is not there may be that of the adapter's base.
+        if "config.json" not in files:
+            raise IncompatibleError(
+                f"model {path}: the folder has no config.json; give a folder that transformers' save_pretrained wrote"
+            )
+        if not any(_is(_TOKENIZER, name) for name in files):
+            raise IncompatibleError(f"model {path}: the folder has no tokenizer; save the model's tokenizer there too")
+        if needs_weights and not any(map(_is_weight, files)):
+            raise IncompatibleError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHTS.split())})")
+    first = [name for name in _FIRST.split() if name in files] + [name for name in files if _is(_WEIGHTS, name)]
+    rest = [name for name in files if name not in first]
+    found = "+".join(_digest(map(files.__getitem__, names)) for names in (first, rest) if names)
+    return ModelSpec(name=folder.name, source="folder", location=str(folder), fingerprint=found), files.keys()
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = xxhash.xxh3_128()
     for file in files:
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
         add_file(digest, file)
-    return ModelSpec(name=folder.name, source="folder", location=str(folder), fingerprint=digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _gguf_spec(file: gguf.GgufFile, name: str) -> ModelSpec:

@@ -26,8 +26,9 @@ _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}
 
 
 def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None:
-    """`IncompatibleError` where weights of the model without its LM head are not in the files."""
-    in_base = [name for name in missing if name.startswith(f"{base_prefix}.")]
+    """`IncompatibleError` where weights of the model without its LM head are not in the files; base_prefix: of their
+    names, with its dot."""
+    in_base = [name for name in missing if name.startswith(base_prefix)]
     if in_base:
         raise IncompatibleError(
             f"{model}: {len(in_base)} weights are missing from its files, such as {in_base[0]}, and would be random."
@@ -36,7 +37,7 @@ def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None
 
 
 def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, blocks_name: str, n_layers: int) -> None:
-    """`IncompatibleError` where the files hold blocks that the configuration does not count; a note on stderr where
+    """`IncompatibleError` where the files hold blocks that the configuration does not count; a warning on stderr where
     they hold other weights that the model does not use.
 
     unused: names of such weights. blocks_name: of the list of blocks, in the model without its LM head.
@@ -52,7 +53,7 @@ def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, bloc
         )
     if unused:
         what = f"{counted(len(unused), 'weight')} of its files {'is' if len(unused) == 1 else 'are'} not used"
-        print(f"note: {model}: {what}, such as {unused[0]}", file=sys.stderr)
+        print(f"warning: {model}: {what}, such as {unused[0]}", file=sys.stderr)
 
 
 @torch.inference_mode()

@@ -65,6 +65,28 @@ def test_a_full_disk_is_one_line_with_the_way_out(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/full/tmp', '/var/tmp']"),
+    ],
+)
+def test_a_full_disk_without_a_file_names_the_folder_of_temporary_files(
+    error: OSError, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/full/tmp")
+
+    def command() -> None:
+        raise error
+
+    assert run_command("tool", command) == 1
+    err = capsys.readouterr().err
+    assert "/full/tmp" in err
+    assert "set TMPDIR to a folder with room" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "code",
     [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.EEXIST, errno.ELOOP],
 )

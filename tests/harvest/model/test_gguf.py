@@ -12,7 +12,7 @@ from harvest.model.blocks import n_layers_of
 from harvest.model.gguf import GgufFile, packaged_gguf, sha256, unpacked_folder
 from harvest.model.load import load_config, load_model, load_tokenizer
 from harvest.model.names import resolve_model
-from residscope.errors import ResidscopeError
+from residscope.errors import IncompatibleError, ResidscopeError
 from tests.support.harvesting import ModelFolder
 
 
@@ -192,3 +192,17 @@ def test_the_packaged_smollm2_resolves_and_knows_its_separator() -> None:
     assert (spec.source, spec.name, n_layers_of(load_config(spec))) == ("gguf", "smollm2-135m", 30)
     packing = make_packing(load_tokenizer(spec), context_length=128)
     assert (packing.separator, packing.separator_ids, packing.bos_id) == ("<|endoftext|>", (0,), None)
+
+
+def test_weights_that_the_file_lacks_are_not_made_up(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    file = make(tmp_path / "m.gguf", b"GGUF")
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        found = object(), {"missing_keys": {"model.norm.weight"}}
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, found=found, **__: found)
+    with pytest.raises(IncompatibleError, match=r"m\.gguf: 1 weights are missing from its files, such as model\.norm"):
+        unpacked_folder(file, sha256(file))
+    assert not list(cache.glob("m-*/"))

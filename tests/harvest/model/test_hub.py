@@ -1,5 +1,7 @@
 """Hub ids: pinned to a commit, with or without a network, and one line for what the hub answers."""
 
+import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -73,3 +75,27 @@ def test_without_a_network_the_cache_is_used(api: type[FakeApi], monkeypatch: py
     deep = cached.replace("config.json", "lens/a/b/config.json")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **options: deep)
     assert hub.pin("a/b", "space", probes=("lens/a/b/config.json",)).commit == "abc123"
+
+
+def test_what_libraries_warn_of_the_users_files_is_passed_on_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    hub.quiet()
+    for _ in range(2):
+        with hub.passing_on("a model"):
+            logger.warning("The tokenizer has an incorrect regex;\n  see there")
+            logger.warning("X LOAD REPORT from: there")
+            logger.warning("The following generation flags are not valid: temperature")
+            logger.info("Nothing to see")
+            for text, kind, library in (
+                ("the vocabulary has a hole", UserWarning, "tokenizers"),
+                ("call another function", FutureWarning, "transformers"),
+                ("this is slow", UserWarning, "torch"),
+            ):
+                warnings.warn_explicit(text, kind, f"/site-packages/{library}/module.py", 1)
+    logger.warning("not while something is loaded")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "warning: a model: The tokenizer has an incorrect regex; see there",
+        "warning: a model: the vocabulary has a hole",
+    ]

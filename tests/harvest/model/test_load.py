@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from harvest.model import load as models
 from harvest.model.load import load_model
 from harvest.model.names import resolve_model
-from residscope.errors import ResidscopeError
+from harvest.residual import ResidualRecorder
+from residscope.errors import IncompatibleError, ResidscopeError
 from tests.support.harvesting import ModelFolder
-from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS
+from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_tokenizer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -72,12 +74,13 @@ def test_weights_that_cannot_be_read_are_one_line(model_folder: ModelFolder, tmp
     folder = tmp_path / "broken"
     shutil.copytree(model_folder("gpt2"), folder)
     (folder / "model.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(ResidscopeError, match="broken: its model cannot be loaded") as raised:
+    match = r"broken: its model cannot be loaded .*; model\.safetensors is damaged.*: save or download it again$"
+    with pytest.raises(ResidscopeError, match=match) as raised:
         load_model(resolve_model(str(folder)))
     assert "\n" not in str(raised.value)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "no_such_type"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ResidscopeError, match=r"configuration cannot be loaded .*; save or download the model again"):
+    with pytest.raises(ResidscopeError, match=r"configuration cannot be loaded .*; a newer transformers may know it"):
         load_model(resolve_model(str(folder)))
 
 
@@ -102,3 +105,86 @@ def test_a_model_without_its_head_gives_vectors_and_no_logits(gpt2: Path, model_
     assert torch.equal(found.base(ids).last_hidden_state, whole.base(ids).last_hidden_state)
     with pytest.raises(ResidscopeError, match="its weights have no LM head"):
         found.logits(torch.zeros(1, D_MODEL))
+
+
+def test_the_way_out_fits_what_failed(gpt2: Path) -> None:
+    spec = resolve_model(str(gpt2))
+    json_error = OSError("not valid JSON")
+    json_error.__cause__ = json.JSONDecodeError("no", "{", 0)
+    (gpt2 / "generation_config.json").write_text("{")
+    cases: dict[Exception, str] = {
+        ImportError("it requires protobuf"): "; install what it asks for$",
+        ValueError("requires trust_remote_code=True"): "is not run here: give one that transformers has itself$",
+        ValueError("unknown model type"): "; a newer transformers may know it, this is",
+        json_error: r"; generation_config\.json is damaged",
+        OSError("no file named model.safetensors"): r"\); save or download the model again$",
+        RuntimeError("sizes differ"): r"\(RuntimeError: sizes differ\)$",
+    }
+    for error, message in cases.items():
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(ResidscopeError, match=message):
+            models._loading(spec, "model", fail)
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_that_is_said(
+    gpt2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((gpt2 / "config.json").read_text())
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}
+    (gpt2 / "config.json").write_text(json.dumps(config | own))
+    load_model(resolve_model(str(gpt2)))
+    assert "code of its own (modeling_own.OwnModel) is not run" in capsys.readouterr().err
+    own["auto_map"]["AutoConfig"] = "configuration_own.OwnConfig"
+    (gpt2 / "config.json").write_text(json.dumps(config | own | {"model_type": "own"}))
+    with pytest.raises(ResidscopeError, match="code that comes with a model is not run here"):
+        load_model(resolve_model(str(gpt2)))
+
+
+def image_text(folder: Path, config: Any) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    tiny_tokenizer(bos=False).save_pretrained(folder)
+    return folder
+
+
+TEXT = {
+    "vocab_size": 260,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
+IMAGE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28}
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_a_model_of_images_and_text_is_taken_for_its_text_model(kind: str, tmp_path: Path) -> None:
+    """Also where its images have as many blocks, as deep in it."""
+    if kind == "llava":
+        vision = {**IMAGE, "patch_size": 14, "model_type": "clip_vision_model"}
+        config = transformers.LlavaConfig(text_config={**TEXT, "model_type": "llama"}, vision_config=vision)
+    else:
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+        vision = {"depth": 3, "embed_dim": 16, "hidden_size": D_MODEL, "num_heads": 2, "patch_size": 14}
+        config = transformers.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision)
+    folder = image_text(tmp_path / kind, config)
+    model = load_model(resolve_model(str(folder)))
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    ids = torch.arange(20)[None] * 7 % 250
+    with torch.no_grad():
+        expected = whole(input_ids=ids, output_hidden_states=True, use_cache=False)
+    found = ResidualRecorder(model).record(ids)
+    for i in range(2):
+        assert torch.equal(found[i], expected.hidden_states[i + 1])
+    torch.testing.assert_close(model.logits(found[2]), expected.logits)
+
+
+def test_a_model_that_is_no_language_model_is_named(gpt2: Path) -> None:
+    transformers.T5Config(vocab_size=260).save_pretrained(gpt2)
+    with pytest.raises(IncompatibleError, match="copy: transformers has no causal language model for T5Config, nor"):
+        load_model(resolve_model(str(gpt2)))

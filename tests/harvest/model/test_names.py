@@ -50,3 +50,38 @@ def test_names_that_are_no_models(tmp_path: Path, model_folder: ModelFolder, mon
             resolve_model(name)
     with pytest.raises(UsageError, match="has no revisions"):
         resolve_model("weightless", revision="main")
+
+
+def test_every_file_that_may_be_read_counts(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder("gpt2"), tmp_path / "copy"))
+    before = resolve_model(str(folder)).fingerprint
+    read = (
+        "generation_config.json",
+        "tekken.json",
+        "chat_template.jinja",
+        "added_tokens.json",
+        "vocab.txt",
+        "modeling.py",
+    )
+    for name in (*read, "model.safetensors.index.json", "preprocessor_config.json", "tokenizer.model.v3", "unheard.of"):
+        was = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(b"{} ")
+        assert resolve_model(str(folder)).fingerprint != before, name
+        (folder / name).unlink()
+        if was is not None:
+            (folder / name).write_bytes(was)
+    for name in (
+        "README.md",
+        "LICENSE",
+        "train.log",
+        "loss.png",
+        "optimizer.pt",
+        "pytorch_model.bin",
+        ".hidden",
+        "a.jsonl",
+    ):
+        (folder / name).write_bytes(b"{}")
+    (folder / "checkpoint-1").mkdir()
+    assert resolve_model(str(folder)).fingerprint == before
+    (folder / "model.safetensors").unlink()  # Now the other format is what is read.
+    assert resolve_model(str(folder)).fingerprint != before

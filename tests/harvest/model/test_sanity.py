@@ -86,7 +86,7 @@ def test_other_weights_that_are_not_used_are_named(gpt2: Path, capsys: pytest.Ca
     tower = {f"vision.h.{i}.weight": torch.zeros(1) for i in (0, 7)}
     save_file(load_file(file) | tower, file, {"format": "pt"})
     assert load_model(resolve_model(str(gpt2))).n_layers == 3
-    assert capsys.readouterr().err == "note: copy: 2 weights of its files are not used, such as vision.h.0.weight\n"
+    assert capsys.readouterr().err == "warning: copy: 2 weights of its files are not used, such as vision.h.0.weight\n"
 
 
 def test_a_damaged_file_of_the_hubs_cache_is_found(

@@ -1,0 +1,68 @@
+"""Adapters (LoRA and the like) in a model's folder or repository: recognised, and put into the weights by peft.
+
+transformers applies an adapter only where peft is installed, and says nothing where it is not; here there is one or an
+error. The weights are changed once, after loading, so that whatever reads a weight reads the one that the model uses.
+"""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from residscope.errors import IncompatibleError, ResidscopeError
+
+ADAPTER = "adapter_config.json"
+NOT_BY_TRANSFORMERS = {"subfolder": "applied-by-harvest.model.adapters"}
+"""`adapter_kwargs` of `from_pretrained` that keep transformers from applying an adapter itself."""
+
+
+class Adapter(NamedTuple):
+    """What an adapter's configuration says of it."""
+
+    described: str
+    """Its kind and peft's version, for the store's record."""
+    base: str
+    """The model that it was made for, by folder or hub id."""
+
+
+def read_adapter(model: str, config: Path) -> Adapter:
+    """What `config`, an adapter_config.json, says. `IncompatibleError` where it cannot be read, `ResidscopeError` where
+    peft is not installed."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+        kind, base = str(found["peft_type"]), str(found.get("base_model_name_or_path"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IncompatibleError(
+            f"{model}: {ADAPTER} is not an adapter's configuration ({type(error).__name__}: {error}); save the adapter"
+            " again, or remove the file to use the weights without it"
+        ) from None
+    try:
+        version = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise ResidscopeError(
+            f"{model}: it has an adapter ({ADAPTER}, {kind}), which peft applies, and peft is not installed: `pip"
+            " install peft`, or give the model without its adapter"
+        ) from None
+    return Adapter(f"{kind}, peft {version}", base)
+
+
+def with_adapter(model: str, causal_lm: Any, location: str, arguments: dict[str, Any]) -> Any:
+    """`causal_lm` with the adapter at `location` (a folder or hub id; arguments: of `from_pretrained`) in its weights.
+    `IncompatibleError` where it does not fit, or is of a kind that is not in the weights."""
+    import peft  # pyright: ignore[reportMissingImports]
+
+    config = peft.PeftConfig.from_pretrained(location, **arguments)
+    wrapped: Any = peft.PeftModel(causal_lm, config)
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        raise IncompatibleError(
+            f"{model}: an adapter of kind {config.peft_type} is not in the weights, but runs beside them, and cannot be"
+            " applied here; give the model without its adapter"
+        )
+    found = wrapped.load_adapter(location, "default", torch_device="cpu", **arguments)
+    for what, names in (("missing from", found.missing_keys), ("not used of", found.unexpected_keys)):
+        if names:
+            raise IncompatibleError(
+                f"{model}: {len(names)} weights are {what} its adapter's files, such as {sorted(names)[0]}; the adapter"
+                " belongs to another model, or is damaged"
+            )
+    return wrapped.merge_and_unload()
