@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from analysis.latents.logits import TILE_BYTES, LatentLogits, latent_logits, token_rows
-from analysis.model.token_text import TokenBytes
+from analysis.latents.logits import TILE_BYTES, LatentLogits, TokenRows, latent_logits, token_rows
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
+from harvest.model.tokenizer import Tokenizer
 from train.model import MLSAE
 
 N_RANDOM = 256
@@ -52,10 +52,10 @@ COLUMNS = pa.schema(
 
 
 class Nearest(NamedTuple):
-    """The row that each direction is nearest to, and the cosine, each [J]."""
+    """The token that each direction is nearest to, and the cosine, each [J]."""
 
     cosine: NDArray[np.float32]
-    row: NDArray[np.int64]
+    token: NDArray[np.int64]
 
 
 class LatentTokens(NamedTuple):
@@ -98,35 +98,32 @@ def find_latent_tokens(
     )
 
 
-def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> Tensor:
-    """The centred embedding of each token of the tokenizer, float32 [V, D], through the lens where there is one. Raises
+def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> TokenRows:
+    """The centred embedding of each token of the tokenizer, through the lens where there is one. Raises
     `IncompatibleError` if the model has no embedding with a weight [V, D]."""
-    rows = token_rows(model, model.base.get_input_embeddings(), "embedding")
-    return rows if lens is None else rows + rows @ lens.weights[0].to(rows.device).T
+    ids, rows = token_rows(model, model.base.get_input_embeddings(), "embedding")
+    return TokenRows(ids, rows if lens is None else rows + rows @ lens.weights[0].to(rows.device).T)
 
 
 @torch.inference_mode()
-def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
-    """The row of `rows` [V, D] with the highest cosine to each of `directions` [J, D]; a row of zeros has cosine 0 to
-    all."""
-    rows = normalize(rows, dim=1)
+def nearest_rows(directions: Tensor, of: TokenRows) -> Nearest:
+    """The token with the highest cosine to each of `directions` [J, D]; a row of zeros has cosine 0 to all."""
+    rows = normalize(of.rows, dim=1)
     step = max(1, TILE_BYTES // (4 * len(rows)))
     parts = [
         (normalize(directions[start : start + step].to(rows), dim=1) @ rows.T).max(dim=1)
         for start in range(0, len(directions), step)
     ]
-    return Nearest(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+    cosine, row = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    return Nearest(cosine, of.ids[row])
 
 
-def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Any) -> None:
+def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Tokenizer) -> None:
     """Write latent_logits.parquet; whether the norm was folded is in the file's metadata."""
-    token_bytes, logits = TokenBytes(tokenizer), found.logits
-
-    def texts(ids: NDArray[np.int64]) -> list[str]:
-        return [data.decode(errors="replace") for data in token_bytes.get(ids.ravel())]
+    logits = found.logits
 
     def lists(ids: NDArray[np.int64]) -> list[list[str]]:
-        flat = texts(ids)
+        flat = tokenizer.text(ids.ravel())
         return [flat[i : i + ids.shape[1]] for i in range(0, len(flat), ids.shape[1])]
 
     columns = [
@@ -135,9 +132,9 @@ def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Any) -> None
         logits.promoted_logits.tolist(),
         lists(logits.suppressed),
         logits.suppressed_logits.tolist(),
-        texts(logits.nearest),
+        tokenizer.text(logits.nearest),
         logits.cosine,
-        texts(found.embedding.row),
+        tokenizer.text(found.embedding.token),
         found.embedding.cosine,
     ]
     table = pa.table(dict(zip(COLUMNS.names, columns, strict=True)), schema=COLUMNS)

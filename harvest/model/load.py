@@ -19,6 +19,7 @@ from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_co
 from harvest.model.hub import first_line
 from harvest.model.names import ModelSpec, small_files, weight_files
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
+from harvest.model.tokenizer import Tokenizer, warnings_shown
 from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
@@ -37,7 +38,7 @@ class LoadedModel:
     """The whole model, with the LM head: `causal_lm(input_ids).logits` is [B, N, V]."""
     base: Any
     """The model without its LM head; run this where logits are not needed."""
-    tokenizer: Any
+    tokenizer: Tokenizer
     blocks: nn.ModuleList
     """The transformer blocks, in order; block i's output is the residual stream after layer i."""
     d_model: int
@@ -88,14 +89,19 @@ def load_config(spec: ModelSpec) -> Any:
     return _loading(spec, "configuration", lambda: load(spec.location, **spec.load_arguments))
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
+def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     """The model's tokenizer."""
     load = transformers.AutoTokenizer.from_pretrained
-    return _loading(spec, "tokenizer", lambda: load(spec.location, **spec.load_arguments))
+    with warnings_shown():
+        return Tokenizer(_loading(spec, "tokenizer", lambda: load(spec.location, **spec.load_arguments)))
 
 
 def load_model(
-    spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tokenizer: Any = None
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
     """The model's weights in `dtype` on `device`, in evaluation mode, and its tokenizer unless one is given.
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import xxhash
 
 from harvest.model.hub import first_line
+from harvest.text.encode import Document
 from residscope.errors import IncompatibleError, UsageError
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -60,24 +62,27 @@ def files_hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def file_documents(files: list[Path], column: str) -> Iterator[str]:
-    """All documents of some files; column: with the text, where files have columns."""
+def file_documents(files: list[Path], column: str, known: np.ndarray | None = None) -> Iterator[Document]:
+    """All documents of some files; column: with the text, where files have columns, or with token ids if `known` says
+    which there are."""
     for path in files:
         try:
             suffix = suffix_of(path)
             if suffix == ".txt":
+                if known is not None:
+                    raise UsageError(f"--token-column {column}: {path} has no columns; leave it out")
                 yield path.read_bytes().decode("utf-8-sig")  # as it is, line ends too; a byte order mark is no text
             elif suffix == ".parquet":
-                yield from _parquet_documents(path, column)
+                yield from _parquet_documents(path, column, known)
             else:
-                yield from _json_documents(path, column, _UNPACK.get(suffix or ""))
+                yield from _json_documents(path, column, known, _UNPACK.get(suffix or ""))
         except UnicodeDecodeError as error:
             raise IncompatibleError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
 
 
 def _json_documents(
-    path: Path, column: str, unpack: Callable[[Path, BinaryIO], Iterator[bytes]] | None
-) -> Iterator[str]:
+    path: Path, column: str, known: np.ndarray | None, unpack: Callable[[Path, BinaryIO], Iterator[bytes]] | None
+) -> Iterator[Document]:
     with path.open("rb") as raw:
         for number, line in enumerate(unpack(path, raw) if unpack else raw, start=1):
             if line.strip():
@@ -91,7 +96,7 @@ def _json_documents(
                     raise IncompatibleError(f"{where}: {found}; convert it to UTF-8") from None
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
                     raise IncompatibleError(f"{where}: not readable JSON ({error})") from None
-                yield text_of(row, column, where)
+                yield document_of(row, column, where, known)
 
 
 def _gunzipped_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
@@ -131,7 +136,7 @@ def _decompressed_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
 _UNPACK = {".jsonl.gz": _gunzipped_lines, ".jsonl.zst": _decompressed_lines}
 
 
-def _parquet_documents(path: Path, column: str) -> Iterator[str]:
+def _parquet_documents(path: Path, column: str, known: np.ndarray | None) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
@@ -144,26 +149,30 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    yield text_of({column: text}, column, f"{path} row {row}")
+                    yield document_of({column: text}, column, f"{path} row {row}", known)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own for damaged pages has none
         raise IncompatibleError(f"{path}: not a valid parquet file ({first_line(error)})") from None
 
 
-def text_of(row: Any, column: str, where: str) -> str:
-    """The text of a row; empty where it is null, with U+FFFD for what is not a character."""
+def document_of(row: Any, column: str, where: str, known: np.ndarray | None = None) -> Document:
+    """The text of a row; empty where it is null, with U+FFFD for what is not a character. known: of token ids instead,
+    which there are, bool [ids]."""
     if not isinstance(row, dict):
         raise IncompatibleError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
     if column not in row:
         raise _no_column(where, column, list(row))
     text = row[column]
+    if known is not None:
+        return _tokens_of([] if text is None else text, f"{where}: column {column!r}", known)
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UsageError(
-            f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --text-column"
-        )
+        is_ids = isinstance(text, list) and all(type(i) is int for i in text)
+        way_out = f"if they are token ids, give --token-column {column}" if is_ids else "--text-column names another"
+        found = "a list of numbers" if is_ids else type(text).__name__
+        raise UsageError(f"{where}: column {column!r} holds {found}, not text; {way_out}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -172,7 +181,20 @@ def text_of(row: Any, column: str, where: str) -> str:
     return text
 
 
+def _tokens_of(found: Any, what: str, known: np.ndarray) -> np.ndarray:
+    """Token ids (int32), each of which is known."""
+    if not isinstance(found, list) or not all(type(i) is int for i in found):
+        raise UsageError(f"{what} should hold lists of token ids, found {type(found).__name__}")
+    if wrong := [i for i in found if not (0 <= i < len(known) and known[i])]:
+        raise IncompatibleError(
+            f"{what} holds token {wrong[0]}, which this model does not have: its embedding has {len(known)} rows, of"
+            f" which the tokenizer uses {known.sum()}; give ids of this model's tokenizer, or the text"
+        )
+    return np.array(found, np.int32)
+
+
 def _no_column(where: str, column: str, names: list[str]) -> UsageError:
     return UsageError(
-        f"{where}: no column {column!r}; its columns are {', '.join(map(str, names))}. Choose one with --text-column"
+        f"{where}: no column {column!r}; its columns are {', '.join(map(str, names))}. Choose one with --text-column,"
+        " or one of token ids with --token-column"
     )
