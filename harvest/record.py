@@ -110,7 +110,7 @@ def make_provenance(
         "architecture": architecture,
         "random_init": spec.random_init,
         "seed": spec.seed,
-        "tokenizer": settings.tokenizer.name,
+        "tokenizer": type(settings.tokenizer.backend).__name__,
         "opening_ids": list(packing.opening),
         "bos_id": packing.opening[0] if packing.opening else None,  # for readers of before
         "separator": packing.separator,

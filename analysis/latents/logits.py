@@ -79,32 +79,22 @@ def norm_gain(norm: nn.Module, d_model: int) -> tuple[Tensor, bool] | None:
     return None
 
 
-class TokenRows(NamedTuple):
-    """What an embedding or unembedding has for the tokens of the tokenizer; its other rows are padding."""
-
-    ids: NDArray[np.int64]
-    """[V] ascending."""
-    rows: Tensor
-    """float32 [V, D], less their mean over the vocabulary."""
-
-
-def token_rows(model: LoadedModel, module: nn.Module, name: str) -> TokenRows:
-    """The rows of an embedding or unembedding. Raises `IncompatibleError` if it has no weight [V, D]."""
+def token_rows(model: LoadedModel, module: nn.Module, name: str) -> Tensor:
+    """The rows of an embedding or unembedding that are `model.token_ids`, float32 [V, D], less their mean."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
         raise IncompatibleError(
             f"{model.spec.name} ({model.architecture}): the {name} should have a weight of {model.d_model} columns"
         )
-    ids = model.tokenizer.ids[model.tokenizer.ids < len(weight)]
-    rows = weight[torch.from_numpy(ids).to(weight.device)].float()
-    return TokenRows(ids, rows.sub_(rows.mean(dim=0)))
+    rows = weight[torch.from_numpy(model.token_ids).to(weight.device)].float()  # others are padding
+    return rows.sub_(rows.mean(dim=0))
 
 
 @torch.inference_mode()
 def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> LatentLogits:
     """Of each of `directions` [J, D], rows of W_dec: the n most promoted and most suppressed tokens, and the nearest.
     Raises `IncompatibleError` if the model has no unembedding with a weight [V, D]."""
-    ids, reading = token_rows(model, model.unembedding, "unembedding")  # r_v of each token of the tokenizer, [V, D]
+    reading = token_rows(model, model.unembedding, "unembedding")  # r_v of each token of the tokenizer, [V, D]
     fold = norm_gain(model.final_norm, model.d_model)
     if fold is not None:
         gain, centred = fold
@@ -124,4 +114,5 @@ def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> 
         found = [high.indices, high.values, low.indices, low.values, cosine, nearest]
         parts.append([column.cpu() for column in found])
     high, highest, low, lowest, cosine, nearest = (torch.cat(c).numpy() for c in zip(*parts, strict=True))
+    ids = model.token_ids
     return LatentLogits(ids[high], highest, ids[low], lowest, cosine, ids[nearest], norm_folded=fold is not None)

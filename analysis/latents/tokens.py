@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from analysis.latents.logits import TILE_BYTES, LatentLogits, TokenRows, latent_logits, token_rows
+from analysis.latents.logits import TILE_BYTES, LatentLogits, latent_logits, token_rows
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
 from harvest.model.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ COLUMNS = pa.schema(
 
 
 class Nearest(NamedTuple):
-    """The token that each direction is nearest to, and the cosine, each [J]."""
+    """The row or token that each direction is nearest to, and the cosine, each [J]."""
 
     cosine: NDArray[np.float32]
     token: NDArray[np.int64]
@@ -89,33 +89,34 @@ def find_latent_tokens(
     directions = sae.W_dec.detach()[latents]
     random = torch.randn(N_RANDOM, model.d_model, generator=torch.Generator().manual_seed(seed))
     embedding = embedding_rows(model, lens)
+    nearest = nearest_rows(directions, embedding)
     return LatentTokens(
         latents=latents,
         logits=latent_logits(directions, model),
-        embedding=nearest_rows(directions, embedding),
+        embedding=nearest._replace(token=model.token_ids[nearest.token]),
         chance_unembedding=float(np.median(latent_logits(random, model).cosine)),
         chance_embedding=float(np.median(nearest_rows(random, embedding).cosine)),
     )
 
 
-def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> TokenRows:
-    """The centred embedding of each token of the tokenizer, through the lens where there is one. Raises
+def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> Tensor:
+    """The centred embedding of each of `model.token_ids`, float32 [V, D], through the lens where there is one. Raises
     `IncompatibleError` if the model has no embedding with a weight [V, D]."""
-    ids, rows = token_rows(model, model.base.get_input_embeddings(), "embedding")
-    return TokenRows(ids, rows if lens is None else rows + rows @ lens.weights[0].to(rows.device).T)
+    rows = token_rows(model, model.base.get_input_embeddings(), "embedding")
+    return rows if lens is None else rows + rows @ lens.weights[0].to(rows.device).T
 
 
 @torch.inference_mode()
-def nearest_rows(directions: Tensor, of: TokenRows) -> Nearest:
-    """The token with the highest cosine to each of `directions` [J, D]; a row of zeros has cosine 0 to all."""
-    rows = normalize(of.rows, dim=1)
+def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
+    """The row of `rows` [V, D] with the highest cosine to each of `directions` [J, D]; a row of zeros has cosine 0 to
+    all."""
+    rows = normalize(rows, dim=1)
     step = max(1, TILE_BYTES // (4 * len(rows)))
     parts = [
         (normalize(directions[start : start + step].to(rows), dim=1) @ rows.T).max(dim=1)
         for start in range(0, len(directions), step)
     ]
-    cosine, row = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return Nearest(cosine, of.ids[row])
+    return Nearest(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
 def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Tokenizer) -> None:

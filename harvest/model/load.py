@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of
 from harvest.model.hub import first_line
 from harvest.model.names import ModelSpec, small_files, weight_files
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
-from harvest.model.tokenizer import Tokenizer, warnings_shown
+from harvest.model.tokenizer import Tokenizer
 from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
@@ -56,6 +58,12 @@ class LoadedModel:
         return len(self.blocks)
 
     @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """[V] the tokenizer's ids, ascending, but for those that the embedding has no row for."""
+        ids = self.tokenizer.ids
+        return ids[ids < self.causal_lm.config.get_text_config().vocab_size]
+
+    @property
     def final_norm(self) -> nn.Module:
         """The norm between the last block and the unembedding."""
         return final_norm(f"{self.spec.name} ({self.architecture})", self.base, self.blocks)
@@ -90,10 +98,13 @@ def load_config(spec: ModelSpec) -> Any:
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """The model's tokenizer."""
+    """The model's tokenizer. What transformers warns of meanwhile is shown: it speaks of the user's files."""
     load = transformers.AutoTokenizer.from_pretrained
-    with warnings_shown():
+    transformers.logging.set_verbosity_warning()
+    try:
         return Tokenizer(_loading(spec, "tokenizer", lambda: load(spec.location, **spec.load_arguments)))
+    finally:
+        transformers.logging.set_verbosity_error()
 
 
 def load_model(

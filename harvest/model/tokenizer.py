@@ -8,12 +8,9 @@ when it goes on; so the texts of consecutive tokens are held against what the to
 """
 
 import contextlib
-import logging
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from logging.handlers import BufferingHandler
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """Before `eos_token`, which in a chat model ends a turn."""
 _PROBES = ("a", "b c", "The 1.")
 _WINDOW, _AROUND = 16, 4
+_MOST_AT_ONCE = 2048
 PARTIAL = "\N{REPLACEMENT CHARACTER}"
 """What a part of a character decodes to."""
 
@@ -36,11 +34,6 @@ class Tokenizer:
     def __init__(self, backend: Any) -> None:
         self.backend = backend
         self._after_another: dict[int, str] = {}
-
-    @property
-    def name(self) -> str:
-        """Class of the backend."""
-        return type(self.backend).__name__
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -71,15 +64,12 @@ class Tokenizer:
         if not (self._declared.issuperset(always) and all(tuple(ids[: len(always)]) == always for ids in plain)):
             always = ()
         inner = [ids[len(always) :] for ids in plain]
-        places = [
-            {at for at in range(len(whole) - len(ids) + 1) if whole[at : at + len(ids)] == ids}
-            for ids, whole in zip(inner, full, strict=True)
-        ]
-        common = set.intersection(*places)
+        common = set.intersection(
+            *({at for at in range(len(b)) if b[at : at + len(a)] == a} for a, b in zip(inner, full, strict=True))
+        )
         if not common:
             raise IncompatibleError(
-                f"the tokenizer ({self.name}) encodes a text otherwise with special tokens than without, not only"
-                " around it, so that what opens a sequence cannot be told"
+                "what opens a sequence cannot be told: with special tokens the tokenizer encodes a text otherwise"
             )
         at = min(common)
         return tuple(full[0][:at]), tuple(full[0][at + len(inner[0]) :]), always
@@ -136,7 +126,7 @@ class Tokenizer:
             return self.backend(texts, **arguments)["input_ids"]
         except Exception as error:
             found = f"{type(error).__name__}: {first_line(error)}"
-            raise IncompatibleError(f"the tokenizer ({self.name}) cannot encode a text ({found})") from error
+            raise IncompatibleError(f"the tokenizer cannot encode a text ({found})") from error
 
     def _decode(self, sequences: list[list[int]]) -> list[str]:
         return self.backend.batch_decode(sequences, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -167,22 +157,30 @@ class Tokenizer:
             return []
         whole, first = self._decode([ids, ids[:1]])
         texts = [first, *self.text(ids[1:])]  # True of most tokens, and looked up.
-        for size in (_WINDOW, _WINDOW**2, len(ids)):
-            if "".join(texts) == whole:
-                break
-            texts = list(self._in_windows(ids, size))
+        if "".join(texts) != whole:
+            texts = list(self._one_by_one(ids, _WINDOW))
+        if "".join(texts) != whole and len(ids) <= _MOST_AT_ONCE:
+            texts = list(self._one_by_one(ids, len(ids)))
         return texts
 
-    def _in_windows(self, ids: list[int], size: int) -> Iterator[str]:
-        """The texts of tokens from what decoding adds with each, `size` tokens at a time with a few around them."""
-        for start in range(0, len(ids), size):
-            low, stop = max(start - _AROUND, 0), min(start + size, len(ids))
-            around = ids[low : stop + _AROUND]
-            *heads, whole = self._decode([*(around[: i + 1] for i in range(stop - low)), around])
+    def _one_by_one(self, ids: list[int], size: int) -> Iterator[str]:
+        """The texts of tokens from what decoding adds with each, about `size` tokens at a time. A decoder may garble
+        all of a window that begins or ends within a character, so that both its ends are where nothing is open."""
+        low = start = 0  # of the window, and of what is left
+        while start < len(ids):
+            heads = self._decode([ids[low : i + 1] for i in range(low, min(start + size, len(ids)))])
+            last = low + len(heads) == len(ids)
+            whole = heads[-1] if last else min(heads[-_AROUND:], key=lambda head: head.count(PARTIAL))
+            closed = [low + i + 1 for i, head in enumerate(heads) if whole.startswith(head) and head != whole]
+            stop = len(ids) if last else closed[-1] if closed else 0
+            if stop <= start:
+                size *= 2
+                continue
             cuts = [0, *_ends(heads, whole)]
-            if stop == len(ids):
+            if last:
                 cuts[-1] = len(whole)
-            yield from (whole[a:b] for a, b in pairwise(cuts[start - low :]))
+            yield from (whole[a:b] for a, b in pairwise(cuts[start - low : stop - low + 1]))
+            low, start = max([i for i in closed if i <= stop - _AROUND], default=low), stop
 
 
 def _ends(heads: Sequence[str], whole: str) -> Iterator[int]:
@@ -196,19 +194,3 @@ def _ends(heads: Sequence[str], whole: str) -> Iterator[int]:
         begun = head.startswith(PARTIAL, same)  # A character that is not whole yet belongs here.
         end = max(end, min(settled + begun, len(whole)))
         yield end
-
-
-@contextlib.contextmanager
-def warnings_shown() -> Iterator[None]:
-    """While this lasts, what transformers warns of goes to stderr, each message once: it speaks of the user's files."""
-    logger, shown = logging.getLogger("transformers"), BufferingHandler(1 << 20)
-    level, handlers = logger.level, logger.handlers
-    logger.handlers = [shown]
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.handlers = handlers
-        for message in dict.fromkeys(" ".join(record.getMessage().split()) for record in shown.buffer):
-            print(f"warning of transformers: {message}", file=sys.stderr)

@@ -48,7 +48,7 @@ class TextSource:
 
 
 def open_sources(
-    config: TextConfig, shuffle_seed: int | None = None, *, known: np.ndarray | None = None, contents: bool = True
+    config: TextConfig, shuffle_seed: int | None = None, known: np.ndarray | None = None, *, contents: bool = True
 ) -> tuple[TextSource, ...]:
     """The texts that a configuration asks for, in its order.
 

@@ -219,7 +219,7 @@ class _Stub:
         return 259
 
     def get_vocab(self) -> dict[str, int]:
-        return {"<s>": 1, "</s>": 2, **{chr(i): self._out(self._core.token_to_id(chr(i))) for i in range(33, 127)}}
+        return {"<s>": 1, "</s>": 2, **{chr(i): self._out(self._core.token_to_id(chr(i)) or 0) for i in range(33, 127)}}
 
     def convert_ids_to_tokens(self, i: int) -> str:
         if not 0 < i < 259:

@@ -133,7 +133,7 @@ def test_a_latent_that_is_a_token_is_found_and_chance_is_far_below(models: dict[
     with torch.no_grad():
         sae.W_dec[5] = embedding_rows(model, None)[77] * 3
     found = find_latent_tokens(sae, np.array([2, 5]), model, None, seed=0)
-    assert found.embedding.row[1] == 77
+    assert found.embedding.token[1] == 77
     assert found.embedding.cosine[1] == pytest.approx(1, abs=1e-5)
     summary = found.summary()
     assert summary is not None

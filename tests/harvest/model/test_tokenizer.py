@@ -1,12 +1,11 @@
 """What a tokenizer does, over kinds that mislead whoever reads names and counts."""
 
-import logging
 from functools import cache
 
 import numpy as np
 import pytest
 
-from harvest.model.tokenizer import Tokenizer, warnings_shown
+from harvest.model.tokenizer import Tokenizer
 from residscope.errors import UsageError
 from tests.support.models import tiny_tokenizer
 from tests.support.tokenizers import END, KINDS
@@ -151,14 +150,3 @@ def test_a_separator_that_no_text_gives_is_masked() -> None:
     tokenizer = Tokenizer(tiny_tokenizer(bos=False))
     core = tokenizer.backend.backend_tokenizer
     assert tokenizer.masked_ids(END) == tokenizer.special_ids == {core.token_to_id(END), core.token_to_id("<|begin|>")}
-
-
-def test_warnings_about_a_tokenizer_are_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger("transformers.tokenization")
-    before = logging.getLogger("transformers").level
-    with warnings_shown():
-        for _ in range(2):
-            logger.warning("the regex\nis wrong")
-        logger.info("loaded")
-    assert capsys.readouterr().err == "warning of transformers: the regex is wrong\n"
-    assert logging.getLogger("transformers").level == before

@@ -31,7 +31,7 @@ def open_source(options: TextConfig, *how: Any, **named: Any) -> TextSource:
     return source
 
 
-def read(dataset: object, shuffle_seed: int | None = None, **changes: Any) -> list[str]:
+def read(dataset: object, shuffle_seed: int | None = None, **changes: Any) -> list[Any]:
     return list(open_source(config(dataset, **changes), shuffle_seed).documents())
 
 
