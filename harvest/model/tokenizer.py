@@ -166,9 +166,17 @@ class Tokenizer:
     def _one_by_one(self, ids: list[int], size: int) -> Iterator[str]:
         """The texts of tokens from what decoding adds with each, about `size` tokens at a time. A decoder may garble
         all of a window that begins or ends within a character, so that both its ends are where nothing is open."""
+        alone = self.text(ids)
         low = start = 0  # of the window, and of what is left
         while start < len(ids):
-            heads = self._decode([ids[low : i + 1] for i in range(low, min(start + size, len(ids)))])
+            stop = min(start + size, len(ids))
+            if start and not any(PARTIAL in text for text in alone[start:stop]):
+                before, after = self._decode([ids[low:start], ids[low : stop + _AROUND]])
+                if after.startswith(before + "".join(alone[start:stop])):
+                    yield from alone[start:stop]
+                    low, start = max(low, stop - _AROUND), stop
+                    continue
+            heads = self._decode([ids[low : i + 1] for i in range(low, stop)])
             last = low + len(heads) == len(ids)
             whole = heads[-1] if last else min(heads[-_AROUND:], key=lambda head: head.count(PARTIAL))
             closed = [low + i + 1 for i, head in enumerate(heads) if whole.startswith(head) and head != whole]
