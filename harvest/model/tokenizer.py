@@ -123,7 +123,7 @@ class Tokenizer:
     def _call(self, texts: list[str], **arguments: bool) -> list[list[int]]:
         # The one keyword that all backends have. They raise nearly everything.
         try:
-            return self.backend(texts, **arguments)["input_ids"]
+            return self.backend(texts, **arguments)["input_ids"] if texts else []
         except Exception as error:
             found = f"{type(error).__name__}: {first_line(error)}"
             raise IncompatibleError(f"the tokenizer cannot encode a text ({found})") from error
