@@ -64,10 +64,8 @@ class Tokenizer:
         if not (self._declared.issuperset(always) and all(tuple(ids[: len(always)]) == always for ids in plain)):
             always = ()
         inner = [ids[len(always) :] for ids in plain]
-        common = set.intersection(
-            *({at for at in range(len(b)) if b[at : at + len(a)] == a} for a, b in zip(inner, full, strict=True))
-        )
-        if not common:
+        places = [{at for at in range(len(b)) if b[at : at + len(a)] == a} for a, b in zip(inner, full, strict=True)]
+        if not (common := set.intersection(*places)):
             raise IncompatibleError(
                 "what opens a sequence cannot be told: with special tokens the tokenizer encodes a text otherwise"
             )
@@ -105,7 +103,7 @@ class Tokenizer:
         # A name may stand for other text: byte-level tokenizers name the byte 0xE9 as é.
         if i is not None and (i in self.special_ids or self.text([i]) == [separator]):
             return (i,)
-        ids = self.encode([separator])[0] if separator else []
+        (ids,) = self.encode([separator])
         if separator and (not ids or getattr(self.backend, "unk_token_id", None) in ids):
             raise UsageError(f"--document-separator {separator!r}: the tokenizer has no token for it")
         return tuple(ids)
@@ -139,10 +137,8 @@ class Tokenizer:
         if new := sorted(new & self._known):
             before = (self.encode(["a"])[0] or self.ids.tolist())[-1]
             (start,) = self._decode([[before]])
-            for i, pair, alone in zip(
-                new, self._decode([[before, i] for i in new]), self._decode([[i] for i in new]), strict=True
-            ):
-                self._after_another[i] = pair[len(start) :] if pair.startswith(start) else alone
+            for i, pair in zip(new, self._decode([[before, i] for i in new]), strict=True):
+                self._after_another[i] = pair[len(start) :] if pair.startswith(start) else self._decode([[i]])[0]
         return [self._after_another[i] for i in ids]
 
     def texts(self, ids: Iterable[int]) -> list[str]:

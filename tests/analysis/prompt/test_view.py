@@ -101,7 +101,7 @@ def test_a_prompt_is_opened_as_the_stores_sequences_and_documents_are(make: Make
 @pytest.mark.parametrize("options", [{"pack": False}, {"document_separator": ""}, {"keep_first_position": True}])
 def test_the_first_word_is_kept_whatever_the_stores_sequences_are(tmp_path: Path, options: dict[str, Any]) -> None:
     for architecture, opening in (("gpt2", 256), ("llama", 257)):
-        made = make_harvested(tmp_path / architecture, architecture, **options)
+        made = make_harvested(tmp_path, architecture, **options)
         tokens = read_prompt(made.store, made.model.tokenizer, made.model.causal_lm.config, TEXT)
         assert tokens.ids[0] == opening
         assert "".join(tokens.texts[1:]) == TEXT
