@@ -54,7 +54,7 @@ class Settings:
     @property
     def known_ids(self) -> np.ndarray:
         """Which ids are tokens of both tokenizer and model, bool [rows of the embedding]."""
-        return np.isin(np.arange(self.vocabulary), self.tokenizer.ids)
+        return np.isin(np.arange(self.vocabulary), list(self.tokenizer.ids))
 
     @property
     def bytes_per_token(self) -> int:

@@ -60,8 +60,8 @@ class LoadedModel:
     @property
     def token_ids(self) -> NDArray[np.int64]:
         """[V] the tokenizer's ids, ascending, but for those that the embedding has no row for."""
-        ids = self.tokenizer.ids
-        return ids[ids < self.causal_lm.config.get_text_config().vocab_size]
+        rows = self.causal_lm.config.get_text_config().vocab_size
+        return np.array(sorted(i for i in self.tokenizer.ids if i < rows), np.int64)
 
     @property
     def final_norm(self) -> nn.Module:

@@ -13,9 +13,6 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from harvest.model.hub import first_line
 from residscope.errors import IncompatibleError, UsageError
 
@@ -41,8 +38,8 @@ class Tokenizer:
         return self.backend.get_vocab()
 
     @cached_property
-    def ids(self) -> NDArray[np.int64]:
-        """All ids, ascending. There may be holes, and more or fewer of them than rows of the model's embedding."""
+    def ids(self) -> frozenset[int]:
+        """All ids. There may be holes, and more or fewer of them than rows of the model's embedding."""
         found = set(self.vocabulary.values())
         if len(found) < len(self.backend):
             unknown = getattr(self.backend, "unk_token", None)
@@ -50,11 +47,7 @@ class Tokenizer:
                 with contextlib.suppress(Exception):  # Each backend has its own way to say that there is no such id.
                     if self.backend.convert_ids_to_tokens(i) not in (None, unknown):
                         found.add(i)
-        return np.array(sorted(found), np.int64)
-
-    @cached_property
-    def _known(self) -> frozenset[int]:
-        return frozenset(self.ids.tolist())
+        return frozenset(map(int, found))
 
     @cached_property
     def _edges(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -133,9 +126,9 @@ class Tokenizer:
         """The text of each of `ids` alone, as it reads after another token; U+FFFD for a part of a character."""
         ids = [int(i) for i in ids]
         new = set(ids) - self._after_another.keys()
-        self._after_another |= {i: f"<token {i}>" for i in new.difference(self._known)}
-        if new := sorted(new & self._known):
-            before = (self.encode(["a"])[0] or self.ids.tolist())[-1]
+        self._after_another |= {i: f"<token {i}>" for i in new.difference(self.ids)}
+        if new := sorted(new & self.ids):
+            before = (self.encode(["a"])[0] or sorted(self.ids))[-1]
             (start,) = self._decode([[before]])
             for i, pair in zip(new, self._decode([[before, i] for i in new]), strict=True):
                 self._after_another[i] = pair[len(start) :] if pair.startswith(start) else self._decode([[i]])[0]
@@ -145,10 +138,10 @@ class Tokenizer:
         """The text of each of some consecutive tokens; joined it is what they decode to. A character is with the token
         that begins it; a token that only continues one has no text. An id that the tokenizer does not have is named."""
         ids = [int(i) for i in ids]
-        known = [i for i in ids if i in self._known]
+        known = [i for i in ids if i in self.ids]
         if len(known) < len(ids):
             found = iter(self.texts(known))
-            return [next(found) if i in self._known else self.text([i])[0] for i in ids]
+            return [next(found) if i in self.ids else self.text([i])[0] for i in ids]
         if not ids:
             return []
         whole, first = self._decode([ids, ids[:1]])

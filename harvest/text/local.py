@@ -187,8 +187,7 @@ def _tokens_of(found: Any, what: str, known: np.ndarray) -> np.ndarray:
         raise UsageError(f"{what} should hold lists of token ids, found {type(found).__name__}")
     if wrong := [i for i in found if not (0 <= i < len(known) and known[i])]:
         raise IncompatibleError(
-            f"{what} holds token {wrong[0]}, which this model does not have: its embedding has {len(known)} rows, of"
-            f" which the tokenizer uses {known.sum()}; give ids of this model's tokenizer, or the text"
+            f"{what} holds token {wrong[0]}, none of the {known.sum()} of this model; give its ids, or the text"
         )
     return np.array(found, np.int32)
 

@@ -43,7 +43,7 @@ def test_what_is_special_what_opens_and_what_separates(kind: str) -> None:
     for text in TEXTS:
         (ids,) = tokenizer.encode([text])
         assert ids == tokenizer.backend([text], add_special_tokens=False)["input_ids"][0]
-        assert set(ids) <= set(tokenizer.ids.tolist())
+        assert set(ids) <= tokenizer.ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,7 +61,7 @@ def test_texts_of_whole_vocabularies_in_random_order(kind: str) -> None:
     tokenizer = made(kind)
     draw = np.random.default_rng(0)
     for n in (2, 5, 40, len(tokenizer.ids)):
-        ids = draw.choice(tokenizer.ids, n, replace=n < len(tokenizer.ids)).tolist()
+        ids = draw.choice(sorted(tokenizer.ids), n, replace=n < len(tokenizer.ids)).tolist()
         texts = tokenizer.texts(ids)
         assert len(texts) == len(ids)
         assert "".join(texts) == decode(tokenizer, ids)
@@ -122,7 +122,7 @@ def test_long_texts_are_cut_into_windows_without_a_seam() -> None:
 
 def test_ids_that_are_not_there_are_named() -> None:
     tokenizer = made("holes")
-    assert tokenizer.ids.tolist()[:3] == [7, 10, 13]
+    assert sorted(tokenizer.ids)[:3] == [7, 10, 13]
     a, b = tokenizer.encode(["ab"])[0]
     assert tokenizer.texts([a, 8, b, 10**6, -1]) == ["a", "<token 8>", "b", "<token 1000000>", "<token -1>"]
     assert tokenizer.text([8, a]) == ["<token 8>", "a"]
@@ -130,7 +130,7 @@ def test_ids_that_are_not_there_are_named() -> None:
 
 
 def test_backends_that_hide_ids_behind_one_name_have_them_all() -> None:
-    assert made("stub").ids.tolist() == list(range(1, 259))
+    assert made("stub").ids == set(range(1, 259))
 
 
 def test_separators_of_ones_own() -> None:

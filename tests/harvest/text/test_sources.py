@@ -343,7 +343,7 @@ def test_columns_of_token_ids_are_documents_as_they_are(tmp_path: Path, suffix: 
 def test_a_token_that_is_not_the_models_is_named_with_its_row(tmp_path: Path, suffix: str, wrong: int) -> None:
     path = write_ids(tmp_path / f"ids{suffix}", [*IDS, [5, wrong]])
     where = "line 4" if suffix == ".jsonl" else "row 4"
-    with pytest.raises(IncompatibleError, match=rf"{where}: column 'ids' holds token {wrong}, .* has 12 rows"):
+    with pytest.raises(IncompatibleError, match=rf"{where}: column 'ids' holds token {wrong}, none of the 4 of"):
         list(open_source(config(path, token_column="ids"), known=KNOWN).documents())
 
 
