@@ -101,7 +101,9 @@ def compare(config: HarvestConfig, rounds: int) -> dict[str, float]:
     """Measure one dtype, print a line, and give its numbers for the JSON line."""
     settings = resolve(config)
     model = load_weights(settings)
-    tokens = make_table(open_sources(config.text), settings.tokenizer, settings.packing, config.max_tokens)[0]
+    tokens = make_table(
+        open_sources(config.text, known=settings.known_ids), settings.tokenizer, settings.packing, config.max_tokens
+    )[0]
     batch_tokens = settings.batch_size * settings.packing.context_length
     forward(model, TokenTable(*(column[:batch_tokens] for column in tokens)), batch_tokens)  # Warm-up.
     after_forward = peak_bytes()
@@ -147,7 +149,9 @@ def batch_sizes(config: HarvestConfig, sizes: list[int], rounds: int) -> None:
     settings = resolve(config)
     model = load_weights(settings)
     length = settings.packing.context_length
-    tokens = make_table(open_sources(config.text), settings.tokenizer, settings.packing, config.max_tokens)[0]
+    tokens = make_table(
+        open_sources(config.text, known=settings.known_ids), settings.tokenizer, settings.packing, config.max_tokens
+    )[0]
     speeds = np.array([[forward(model, tokens, length * size) for size in sizes] for _ in range(rounds + 1)])[1:]
     dtype = config.weights.dtype
     print(f"{model.architecture}, {dtype} on {settings.device}: tokens/s of the forward pass, median (best)")

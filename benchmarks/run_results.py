@@ -100,7 +100,7 @@ def fresh_file(out: Path) -> Path:
     path = out / "fresh.jsonl"
     if not path.exists():
         plain = list(pydoc_documents())
-        order = list(shuffled(iter(plain), SEED))
+        order = [text for text in shuffled(iter(plain), SEED) if isinstance(text, str)]
         openings = fresh_openings(order[READ:], order[:READ] + plain[:LENS_READ], **FRESH)
         lines = [json.dumps({"text": text}) + "\n" for text in islice(openings, N_FRESH)]
         if len(lines) < N_FRESH:

@@ -20,7 +20,7 @@ from harvest.fill import BatchRunner
 from harvest.result import ranges
 from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
 from harvest.table import pack
-from harvest.text.encode import encode_documents
+from harvest.text.encode import Document, encode_documents
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes, human_seconds
 
@@ -79,7 +79,7 @@ def estimate(config: HarvestConfig) -> Estimate:
     --out."""
     require_local_texts(config.text)
     settings = resolve(config)
-    sources = open_sources(config.text)  # Not shuffled, which would read all of them.
+    sources = open_sources(config.text, known=settings.known_ids)  # Not shuffled, which would read all of them.
     for note in settings.notes:
         print(note, file=sys.stderr)
     sample, available = _sample(settings, sources)
@@ -119,7 +119,7 @@ def _sample(settings: Settings, sources: Sequence[TextSource]) -> tuple[np.ndarr
 
 def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tuple[np.ndarray, int | None]:
     """Token ids (int32) of a text's first characters, packed, and about how many tokens all of it packs into."""
-    texts: list[str] = []
+    texts: list[Document] = []
     read, ended = 0, True
     for text in source.documents():
         texts.append(text[: n_characters - read])

@@ -19,7 +19,13 @@ from harvest.text.sources import TextSource
 from residscope.errors import IncompatibleError
 
 # Options that came after the first stores: a record without one was made as if by this value.
-_VALUES_BEFORE = {"adapter": None, "dataset_weights": None, "shuffle_documents": None, "pack": True}
+_VALUES_BEFORE = {
+    "adapter": None,
+    "dataset_weights": None,
+    "shuffle_documents": None,
+    "pack": True,
+    "token_column": None,
+}
 _NAMES_OF = {"model_fingerprint": "model", "lens_hash": "lens"}
 """Content hashes of what is local, and the fields with its name, which is that of its folder or file."""
 _PACKAGES = ("residscope", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
@@ -43,6 +49,7 @@ def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[Tex
         "dataset_revision": _for_each([s.revision if s.is_local else s.choice.revision or None for s in sources]),
         "split": _for_each([choice.split for choice in choices]),
         "text_column": _for_each([choice.column for choice in choices]),
+        "token_column": _for_each([c.token_column for c in choices]) if any(c.token_column for c in choices) else None,
         "shuffle_documents": config.documents.shuffle_documents,
         "pack": config.documents.pack,
         "max_tokens": config.max_tokens,
@@ -114,8 +121,9 @@ def make_provenance(
         "architecture": architecture,
         "random_init": spec.random_init,
         "seed": spec.seed,
-        "tokenizer": type(settings.tokenizer).__name__,
-        "bos_id": packing.bos_id,
+        "tokenizer": type(settings.tokenizer.backend).__name__,
+        "opening_ids": list(packing.opening),
+        "bos_id": packing.opening[0] if packing.opening else None,  # for readers of before
         "separator": packing.separator,
         "separator_ids": list(packing.separator_ids),
         "dataset": " ".join(

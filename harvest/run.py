@@ -83,7 +83,7 @@ def look_up(config: HarvestConfig, begun: bool) -> Job:
         # That of the store, since the default may be another on this device.
         before = ActivationStore.open(config.out, partial=True).meta.provenance.get("config", {})
         settings = dataclasses.replace(settings, batch_size=before.get("batch_size", settings.batch_size))
-    sources = open_sources(config.text, config.documents.shuffle_documents, contents=not begun)
+    sources = open_sources(config.text, config.documents.shuffle_documents, settings.known_ids, contents=not begun)
     return Job(config, settings, sources, make_record(config, settings, sources))
 
 

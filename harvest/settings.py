@@ -3,7 +3,6 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from harvest.model.blocks import d_model_of, longest_context, n_layers_of
 from harvest.model.hub import first_line
 from harvest.model.load import LoadedModel, load_config, load_model, load_tokenizer
 from harvest.model.names import ModelSpec, resolve_model
+from harvest.model.tokenizer import Tokenizer
 from harvest.table import Packing, make_packing
 from residscope.errors import IncompatibleError, UsageError
 from store.meta import ITEMSIZE
@@ -31,7 +31,7 @@ class Settings:
     """What a harvest depends on, beside its text."""
 
     spec: ModelSpec
-    tokenizer: Any
+    tokenizer: Tokenizer
     packing: Packing
     """How sequences are made."""
     n_model_layers: int
@@ -50,6 +50,11 @@ class Settings:
     """Lens to apply, on the device."""
     notes: tuple[str, ...]
     """What the user should be told once."""
+
+    @property
+    def known_ids(self) -> np.ndarray:
+        """Which ids are tokens of both tokenizer and model, bool [rows of the embedding]."""
+        return np.isin(np.arange(self.vocabulary), list(self.tokenizer.ids))
 
     @property
     def bytes_per_token(self) -> int:

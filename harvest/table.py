@@ -3,26 +3,26 @@
 How: each document's tokens, then a separator, make one long stream, which is cut into sequences of exactly
 `context_length` tokens (the last may be shorter), so that what is left of a document opens the next sequence. Without
 packing each sequence is the beginning of one document; of every 4,096 documents the longest come first, so that
-sequences of one length follow each other and go through the model together. BOS opens every sequence where the
-tokenizer puts one. Nothing is padded.
+sequences of one length follow each other and go through the model together. What the tokenizer puts in front of a text
+opens every sequence. Nothing is padded.
 
-Shapes: T tokens of the table, n tokens of the stream (T without BOS).
+Shapes: T tokens of the table, n tokens of the stream (T without openings).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from harvest.text.encode import encode_documents, plain_ids
+from harvest.model.tokenizer import Tokenizer
+from harvest.text.encode import encode_documents
 from harvest.text.mixing import Mixture
 from harvest.text.sources import TextSource
 from residscope.errors import IncompatibleError, UsageError
 from store.arrays import TokenTable
 
 _SORTED_DOCUMENTS = 4096
-_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 
 
 class Packing(NamedTuple):
@@ -32,12 +32,12 @@ class Packing(NamedTuple):
     """Text put after each document; empty for none."""
     separator_ids: tuple[int, ...]
     """Its tokens."""
-    bos_id: int | None
-    """Token that opens every sequence, or None."""
+    opening: tuple[int, ...]
+    """Tokens that open every sequence, as the tokenizer opens a text: BOS, often none."""
     special_ids: tuple[int, ...]
     """Tokens that are neither trained on nor analysed."""
     context_length: int
-    """Tokens in a sequence, BOS included."""
+    """Tokens in a sequence, its opening included."""
     keep_first_position: bool
     """Whether position 0 is trained on and analysed."""
     packed: bool = True
@@ -45,8 +45,8 @@ class Packing(NamedTuple):
 
     @property
     def document_extra(self) -> int:
-        """Tokens of the stream that go with each document: its separator, or the BOS of a sequence of its own."""
-        return len(self.separator_ids) if self.packed else int(self.bos_id is not None)
+        """Tokens of the stream that go with each document: its separator, or the opening of a sequence of its own."""
+        return len(self.separator_ids if self.packed else self.opening)
 
     @property
     def longest_document(self) -> int | None:
@@ -56,18 +56,18 @@ class Packing(NamedTuple):
     @property
     def stream_per_sequence(self) -> int:
         """Tokens of the stream in a full sequence."""
-        return self.context_length - (self.bos_id is not None)
+        return self.context_length - len(self.opening)
 
     def stream_length(self, n_tokens: int) -> int:
         """Tokens of the stream that a table of at most `n_tokens` holds."""
         if not self.packed:
             return n_tokens
         full, rest = divmod(n_tokens, self.context_length)
-        return full * self.stream_per_sequence + max(rest - (self.bos_id is not None), 0)
+        return full * self.stream_per_sequence + max(rest - len(self.opening), 0)
 
 
 def make_packing(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     context_length: int,
     separator: str | None = None,
@@ -82,44 +82,24 @@ def make_packing(
     if not packed:
         separator = ""
     if separator is None:
-        separator = _end_of_text(tokenizer)
-    ids = tuple(_separator_ids(tokenizer, separator))
-    special = set(tokenizer.all_special_ids)
-    bos = tokenizer.bos_token_id
-    opens = tokenizer("a")["input_ids"][:1]
-    bos_id = (
-        bos
-        if bos is not None and opens == [bos] and tokenizer("a", add_special_tokens=False)["input_ids"][:1] != [bos]
-        else None
-    )
-    if bos_id is not None and context_length < 2:
-        raise UsageError("--context-length 1 leaves no token after the tokenizer's BOS; use at least 2")
-    return Packing(separator, ids, bos_id, tuple(sorted(special)), context_length, keep_first_position, packed)
-
-
-def _end_of_text(tokenizer: Any) -> str:
-    vocabulary = tokenizer.get_vocab()
-    for token in (*_END_OF_TEXT, tokenizer.eos_token):
-        if token is not None and token in vocabulary:
-            return token
-    raise UsageError(
-        "the tokenizer has no end-of-text token to put between documents; name one with --document-separator, or give"
-        ' "" for none'
-    )
-
-
-def _separator_ids(tokenizer: Any, separator: str) -> list[int]:
-    if not separator:
-        return []
-    vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[separator]] if separator in vocabulary else plain_ids(tokenizer, [separator])[0]
-    if not ids or (tokenizer.unk_token_id in ids and separator != tokenizer.unk_token):
-        raise UsageError(f"--document-separator {separator!r}: the tokenizer has no token for it")
-    return ids
+        separator = tokenizer.end_of_text
+    if separator is None:
+        raise UsageError(
+            "the tokenizer has no end-of-text token to put between documents; name one with --document-separator, or"
+            ' give "" for none'
+        )
+    ids, opening = tokenizer.separator_ids(separator), tokenizer.opening
+    if context_length <= len(opening):
+        raise UsageError(
+            f"--context-length {context_length} leaves no token after those that the tokenizer opens a text with; use"
+            f" at least {len(opening) + 1}"
+        )
+    special = tuple(sorted(tokenizer.masked_ids(separator)))
+    return Packing(separator, ids, opening, special, context_length, keep_first_position, packed)
 
 
 def make_table(
-    sources: Sequence[TextSource], tokenizer: Any, packing: Packing, max_tokens: int
+    sources: Sequence[TextSource], tokenizer: Tokenizer, packing: Packing, max_tokens: int
 ) -> tuple[TokenTable, Mixture]:
     """The table of at most `max_tokens` tokens of some texts, and what each gave. `ResidscopeError` where there is no
     text."""
@@ -145,7 +125,7 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
     found: list[np.ndarray] = []
     n = 0
     for document in documents:
-        if n >= limit - (not packing.packed) * more:  # No sequence of nothing but BOS.
+        if n >= limit - (not packing.packed) * more:  # No sequence of nothing but its opening.
             break
         found.append(document[: packing.longest_document])
         n += len(found[-1]) + more
@@ -157,17 +137,17 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
         )
     if not packing.packed:
         return _one_each(found, packing, n)
-    lengths = [len(ids) + more for ids in found]
+    own = [len(ids) for ids in found]
     stream = np.concatenate([part for ids in found for part in (ids, extra)])[:n]  # [n]
-    owner = np.repeat(np.arange(len(found), dtype=np.int32), lengths)[:n]  # [n]
-    return _cut(stream, owner, packing)
+    owner = np.repeat(np.arange(len(found), dtype=np.int32), np.add(own, more))[:n]  # [n]
+    is_text = np.repeat(np.tile([True, False], len(found)), [part for length in own for part in (length, more)])[:n]
+    return _cut(stream, owner, is_text, packing)
 
 
 def _one_each(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> TokenTable:
     """A sequence for each document, the last cut so that there are `n_tokens` in all. Documents are numbered in the
     table's order."""
-    bos = np.array([] if packing.bos_id is None else [packing.bos_id], np.int32)
-    rows = [np.concatenate([bos, ids]) for ids in documents]
+    rows = [np.concatenate([np.array(packing.opening, np.int32), ids]) for ids in documents]
     rows[-1] = rows[-1][: n_tokens - sum(map(len, rows[:-1]))]
     rows = [
         row
@@ -178,32 +158,32 @@ def _one_each(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> T
     token_id = np.concatenate(rows)
     position = np.arange(n_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     document = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)
-    return _with_mask(token_id, document, position.astype(np.int32), packing)
+    return _with_mask(token_id, document, position.astype(np.int32), np.ones(n_tokens, bool), packing)
 
 
-def _cut(stream: np.ndarray, owner: np.ndarray, packing: Packing) -> TokenTable:
-    """Cut a stream (token ids and document ids, int32 [n]) into sequences."""
-    n, per_sequence = len(stream), packing.stream_per_sequence
-    bos = packing.context_length - per_sequence
+def _cut(stream: np.ndarray, owner: np.ndarray, is_text: np.ndarray, packing: Packing) -> TokenTable:
+    """Cut a stream (token ids and document ids, int32 [n], and which are no separators, bool [n]) into sequences."""
+    n, per_sequence, opening = len(stream), packing.stream_per_sequence, len(packing.opening)
     n_sequences = -(-n // per_sequence)
     index = np.arange(n)
-    place = index + bos * (index // per_sequence + 1)  # [n]: where each token of the stream goes
-    starts = np.arange(n_sequences) * packing.context_length  # [sequences]
-    n_tokens = n + bos * n_sequences
-    token_id = np.empty(n_tokens, np.int32)
-    document = np.empty(n_tokens, np.int32)
-    if packing.bos_id is not None:
-        token_id[starts] = packing.bos_id
-        document[starts] = owner[starts // packing.context_length * per_sequence]
-    token_id[place] = stream
-    document[place] = owner
+    place = index + opening * (index // per_sequence + 1)  # [n]: where each token of the stream goes
+    starts = np.arange(n_sequences)[:, None] * packing.context_length + np.arange(opening)  # [sequences, opening]
+    n_tokens = n + starts.size
+    token_id, document = np.empty(n_tokens, np.int32), np.empty(n_tokens, np.int32)
+    token_id[starts] = packing.opening
+    document[starts] = owner[np.arange(n_sequences) * per_sequence, None]
+    token_id[place], document[place] = stream, owner
+    keep = np.ones(n_tokens, bool)
+    keep[place] = is_text
     position = (np.arange(n_tokens) % packing.context_length).astype(np.int32)
-    return _with_mask(token_id, document, position, packing)
+    return _with_mask(token_id, document, position, keep, packing)
 
 
-def _with_mask(token_id: np.ndarray, document: np.ndarray, position: np.ndarray, packing: Packing) -> TokenTable:
-    """The table of these columns (int32 [T]), with what is kept."""
-    keep = ~np.isin(token_id, packing.special_ids)
+def _with_mask(
+    token_id: np.ndarray, document: np.ndarray, position: np.ndarray, keep: np.ndarray, packing: Packing
+) -> TokenTable:
+    """The table of these columns (int32 [T]), with what is kept of what is text (bool [T])."""
+    keep = keep & (position >= len(packing.opening)) & ~np.isin(token_id, packing.special_ids)
     if not packing.keep_first_position:
         keep &= position != 0
     return TokenTable(token_id, document, position, keep)

@@ -30,6 +30,7 @@ ALLOWED = {
         "harvest.model.checks",
         "harvest.model.load",
         "harvest.model.names",
+        "harvest.model.tokenizer",
         "harvest.options_file",
         "harvest.residual",
         "harvest.lens.translators",

@@ -1,15 +1,15 @@
 """examples.parquet: the maximally activating examples as text, each with the tokens around it.
 
-Text comes whole, with no character cut (`analysis.model.token_text`); without a tokenizer token ids stand in its place.
+Text comes whole, with no character cut; without a tokenizer token ids stand in its place.
 Each token's text is made once, however many windows it is in.
 
 Shapes: R examples, W tokens of a window.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analysis.latents.examples import CodesOf, Examples, window_activations, window_bounds
-from analysis.model.token_text import TokenBytes, continues_character, texts_of
+from harvest.model.tokenizer import PARTIAL, Tokenizer
 from store.arrays import TokenTable
 
 _ROWS_AT_ONCE = 2**16
@@ -39,13 +39,6 @@ texts and activations: of each token of the window, `marked` being the example's
 where the token was not analysed."""
 
 
-class TokenIds:
-    """In place of a tokenizer's `TokenBytes`: a token's text is a space and its id."""
-
-    def get(self, ids: Iterable[int]) -> list[bytes]:
-        return [b" %d" % i for i in ids]
-
-
 class Contexts(NamedTuple):
     """Text of some tokens and of what is around them."""
 
@@ -64,7 +57,7 @@ def write_found(
     path: Path,
     found: Examples,
     tokens: TokenTable,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     codes: CodesOf,
     analysed: NDArray[np.bool_],
     layer_numbers: Sequence[int],
@@ -104,9 +97,8 @@ def write_found(
     return len(found.latent)
 
 
-def contexts_of(tokens: TokenTable, tokenizer: Any, token: NDArray[np.int64]) -> Contexts:
+def contexts_of(tokens: TokenTable, tokenizer: Tokenizer | None, token: NDArray[np.int64]) -> Contexts:
     """The contexts of `token` [R], ascending places in the store; a document at a time."""
-    token_bytes = TokenIds() if tokenizer is None else TokenBytes(tokenizer)
     all_texts, rows = np.full(len(tokens.token_id), None, object), []
     start, stop = window_bounds(tokens, token)
     documents = np.append(np.flatnonzero(np.diff(tokens.document, prepend=-1)), len(tokens.document))
@@ -114,12 +106,12 @@ def contexts_of(tokens: TokenTable, tokenizer: Any, token: NDArray[np.int64]) ->
         here = slice(np.searchsorted(token, first), np.searchsorted(token, last))
         if here.start == here.stop:
             continue
-        data = token_bytes.get(tokens.token_id[first:last])
-        texts = texts_of(data)
+        ids = tokens.token_id[first:last].tolist()
+        texts = [f" {i}" for i in ids] if tokenizer is None else tokenizer.texts(ids)
         all_texts[first:last] = texts
         for t, low, high in zip(token[here] - first, start[here] - first, stop[here] - first, strict=True):
             owner = t
-            while owner > 0 and continues_character(data[owner]):
+            while tokenizer and owner > 0 and not texts[owner] and PARTIAL in tokenizer.text([ids[owner]])[0]:
                 owner -= 1
             before, shown = "".join(texts[low:owner]), texts[t]
             if owner < t and texts[owner]:

@@ -80,13 +80,13 @@ def norm_gain(norm: nn.Module, d_model: int) -> tuple[Tensor, bool] | None:
 
 
 def token_rows(model: LoadedModel, module: nn.Module, name: str) -> Tensor:
-    """The weight of an embedding or unembedding, float32 [V, D], less its mean over the vocabulary."""
+    """The rows of an embedding or unembedding that are `model.token_ids`, float32 [V, D], less their mean."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
         raise IncompatibleError(
             f"{model.spec.name} ({model.architecture}): the {name} should have a weight of {model.d_model} columns"
         )
-    rows = weight[: len(model.tokenizer)].to(torch.float32, copy=True)  # rows beyond the tokenizer are padding
+    rows = weight[torch.from_numpy(model.token_ids).to(weight.device)].float()  # others are padding
     return rows.sub_(rows.mean(dim=0))
 
 
@@ -113,5 +113,6 @@ def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> 
         cosine /= d.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         found = [high.indices, high.values, low.indices, low.values, cosine, nearest]
         parts.append([column.cpu() for column in found])
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    return LatentLogits(*columns, norm_folded=fold is not None)
+    high, highest, low, lowest, cosine, nearest = (torch.cat(c).numpy() for c in zip(*parts, strict=True))
+    ids = model.token_ids
+    return LatentLogits(ids[high], highest, ids[low], lowest, cosine, ids[nearest], norm_folded=fold is not None)

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from analysis.latents.logits import TILE_BYTES, LatentLogits, latent_logits, token_rows
-from analysis.model.token_text import TokenBytes
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
+from harvest.model.tokenizer import Tokenizer
 from train.model import MLSAE
 
 N_RANDOM = 256
@@ -52,10 +52,10 @@ COLUMNS = pa.schema(
 
 
 class Nearest(NamedTuple):
-    """The row that each direction is nearest to, and the cosine, each [J]."""
+    """The row or token that each direction is nearest to, and the cosine, each [J]."""
 
     cosine: NDArray[np.float32]
-    row: NDArray[np.int64]
+    token: NDArray[np.int64]
 
 
 class LatentTokens(NamedTuple):
@@ -89,17 +89,18 @@ def find_latent_tokens(
     directions = sae.W_dec.detach()[latents]
     random = torch.randn(N_RANDOM, model.d_model, generator=torch.Generator().manual_seed(seed))
     embedding = embedding_rows(model, lens)
+    nearest = nearest_rows(directions, embedding)
     return LatentTokens(
         latents=latents,
         logits=latent_logits(directions, model),
-        embedding=nearest_rows(directions, embedding),
+        embedding=nearest._replace(token=model.token_ids[nearest.token]),
         chance_unembedding=float(np.median(latent_logits(random, model).cosine)),
         chance_embedding=float(np.median(nearest_rows(random, embedding).cosine)),
     )
 
 
 def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> Tensor:
-    """The centred embedding of each token of the tokenizer, float32 [V, D], through the lens where there is one. Raises
+    """The centred embedding of each of `model.token_ids`, float32 [V, D], through the lens where there is one. Raises
     `IncompatibleError` if the model has no embedding with a weight [V, D]."""
     rows = token_rows(model, model.base.get_input_embeddings(), "embedding")
     return rows if lens is None else rows + rows @ lens.weights[0].to(rows.device).T
@@ -118,15 +119,12 @@ def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
     return Nearest(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 
-def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Any) -> None:
+def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Tokenizer) -> None:
     """Write latent_logits.parquet; whether the norm was folded is in the file's metadata."""
-    token_bytes, logits = TokenBytes(tokenizer), found.logits
-
-    def texts(ids: NDArray[np.int64]) -> list[str]:
-        return [data.decode(errors="replace") for data in token_bytes.get(ids.ravel())]
+    logits = found.logits
 
     def lists(ids: NDArray[np.int64]) -> list[list[str]]:
-        flat = texts(ids)
+        flat = tokenizer.text(ids.ravel())
         return [flat[i : i + ids.shape[1]] for i in range(0, len(flat), ids.shape[1])]
 
     columns = [
@@ -135,9 +133,9 @@ def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Any) -> None
         logits.promoted_logits.tolist(),
         lists(logits.suppressed),
         logits.suppressed_logits.tolist(),
-        texts(logits.nearest),
+        tokenizer.text(logits.nearest),
         logits.cosine,
-        texts(found.embedding.row),
+        tokenizer.text(found.embedding.token),
         found.embedding.cosine,
     ]
     table = pa.table(dict(zip(COLUMNS.names, columns, strict=True)), schema=COLUMNS)

@@ -20,7 +20,6 @@ import torch
 from analysis.config import AnalyzeConfig
 from analysis.inputs import open_inputs, weights_hash
 from analysis.model.findings import locate
-from analysis.model.token_text import TokenBytes
 from analysis.model.transformer import load_of_store
 from analysis.prompt.intervene import PromptedModel, TokenChange, parse_ablate, parse_steer
 from analysis.prompt.view import PromptView, check_interventions, read_prompt, view_prompt
@@ -29,6 +28,7 @@ from analysis.results.folder import PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
 from analysis.results.summary import SCHEMA_VERSION
 from analysis.run import analyze
 from harvest.model.checks import check_logits, check_model
+from harvest.model.tokenizer import Tokenizer
 from residscope.destinations import partial_folder
 from residscope.options import with_values
 from store.activations import ActivationStore
@@ -68,7 +68,7 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     prompted = PromptedModel(model, sae.to(model.device), found.lens, store.meta.stored_dtype)
     read = zip(prompts.prompt, tokens, strict=True)
     views = [view_prompt(prompted, text, ids, layers, interventions) for text, ids in read]
-    plain = [_plain(view, TokenBytes(model.tokenizer)) for view in views]
+    plain = [_plain(view, model.tokenizer) for view in views]
     content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
     with partial_folder(config.out_dir):
         _write(config, views, content)
@@ -115,11 +115,11 @@ def _table(views: Sequence[PromptView]) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def _plain(view: PromptView, token_bytes: TokenBytes) -> dict[str, Any]:
+def _plain(view: PromptView, tokenizer: Tokenizer) -> dict[str, Any]:
     """A prompt's part of prompt.json."""
 
     def text(token: int) -> str:
-        return token_bytes.get([token])[0].decode(errors="replace")
+        return tokenizer.text([token])[0]
 
     def changes(found: list[TokenChange]) -> list[dict[str, Any]]:
         return [{"token": text(change.token_id), **change._asdict()} for change in found]

@@ -1,9 +1,9 @@
 """A text of the user's own, looked at through the autoencoder: which latents are active at which token and layer, and
 what happens when one is ablated or steered.
 
-The prompt's tokens are opened as the store's sequences and documents are: by BOS where the tokenizer has one, else by
-the separator of documents, so that the first word is not at position 0, which is left out as in the store. Vectors go
-through the store's lens and number format, so that the codes are those that an analysis of the same text would have.
+The prompt's tokens are opened as the store's sequences are: by what the tokenizer puts in front of a text, else by what
+separates documents, so that the first word is not at position 0, which is left out as in the store. Vectors go through
+the store's lens and number format, so that the codes are those that an analysis of the same text would have.
 
 Shapes: N positions, A activations that are not zero, J latents active in the prompt.
 """
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.model.token_text import TokenBytes, texts_of
 from analysis.prompt.intervene import Effect, Intervention, PromptedModel, PromptRun
 from harvest.model.blocks import longest_context
+from harvest.model.tokenizer import Tokenizer
 from harvest.residual import ResidualRecorder
 from residscope.errors import UsageError
 from store.activations import ActivationStore
@@ -36,7 +36,7 @@ class Tokens(NamedTuple):
     ids: NDArray[np.int64]
     texts: list[str]
     kept: NDArray[np.bool_]
-    """False for special tokens and position 0, which no autoencoder was trained on."""
+    """False for the opening and special tokens, which no autoencoder was trained on."""
 
 
 class Activations(NamedTuple):
@@ -88,27 +88,38 @@ class PromptView:
     """Latents that were to be ablated where they are strongest, but are not active in the prompt."""
 
 
-def read_prompt(store: ActivationStore, tokenizer: Any, config: Any, text: str) -> Tokens:
-    """Tokens of a prompt. config: the model's own. Raises `UsageError` for one that is empty or too long."""
-    provenance = store.meta.provenance
-    bos, separator = provenance.get("bos_id"), provenance.get("separator_ids") or ()
-    opening = [int(bos)] if bos is not None else [int(i) for i in separator]
+def opening_of(store: ActivationStore, tokenizer: Tokenizer) -> list[int]:
+    """Ids to put in front of a prompt: what opens the store's sequences, else what separates its documents, and without
+    that (`--no-pack`) what would; a line end for a tokenizer that has no end of text."""
+    provenance, end = store.meta.provenance, tokenizer.end_of_text
+    bos = provenance.get("bos_id")  # the opening in stores of before
+    before = provenance.get("opening_ids") or ([] if bos is None else [bos]) or provenance.get("separator_ids")
+    return [int(i) for i in before or (tokenizer.separator_ids(end) if end else tokenizer.encode(["\n"])[0])]
+
+
+def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text: str) -> Tokens:
+    """Tokens of a prompt. config: the model's own. Raises `UsageError` for one that is empty or too long, or that the
+    model has no rows for."""
+    opening = opening_of(store, tokenizer)
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UsageError(f"--prompt {text!r}: is not valid UTF-8") from None
-    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    (own,) = tokenizer.encode([text])
     if not own:
         raise UsageError(f"--prompt {text!r}: the tokenizer returns no tokens for it")
     ids = np.array(opening + own, np.int64)
     limit = longest_context(config)
     if limit is not None and len(ids) > limit:
         raise UsageError(f"--prompt of {len(ids)} tokens: the model takes at most {limit}")
-    kept = ~np.isin(ids, list(tokenizer.all_special_ids))
-    kept[0] &= bool((provenance.get("config") or {}).get("keep_first_position", False))
+    rows = config.get_text_config().vocab_size
+    if ids.max() >= rows:
+        raise UsageError(f"--prompt {text!r}: the model has no token {ids.max()}: its embedding has {rows} rows")
+    kept = ~np.isin(ids, list(tokenizer.masked_ids(store.meta.provenance.get("separator") or "")))
+    kept[: len(opening)] = False
     if not kept.any():
         raise UsageError(f"--prompt {text!r}: it has no tokens apart from special tokens and the first position")
-    return Tokens(ids, texts_of(TokenBytes(tokenizer).get(ids)), kept)
+    return Tokens(ids, tokenizer.texts(ids), kept)
 
 
 @torch.inference_mode()

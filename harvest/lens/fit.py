@@ -79,7 +79,8 @@ def fit_lens(config: FitLensConfig) -> FitResult:
         refuse_other_weights(settings.spec, store)
         tokens = store.tokens
     else:
-        tokens, _ = make_table(open_sources(config.text), settings.tokenizer, settings.packing, config.max_tokens)
+        sources = open_sources(config.text, known=settings.known_ids)
+        tokens, _ = make_table(sources, settings.tokenizer, settings.packing, config.max_tokens)
         require_in_vocabulary(settings, tokens.token_id)
     role = data.roles(tokens, config.validation_fraction, config.seed)
     data.require_tokens(role, settings.d_model)

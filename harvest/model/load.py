@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import safetensors
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from harvest.model.adapters import NOT_BY_TRANSFORMERS, with_adapter
@@ -23,6 +25,7 @@ from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_co
 from harvest.model.hub import first_line, passing_on, warn
 from harvest.model.names import ModelSpec, model_files
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
+from harvest.model.tokenizer import Tokenizer
 from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
@@ -42,7 +45,7 @@ class LoadedModel:
     """The whole model, with the LM head: `causal_lm(input_ids).logits` is [B, N, V]."""
     base: Any
     """The model without its LM head; run this where logits are not needed."""
-    tokenizer: Any
+    tokenizer: Tokenizer
     blocks: nn.ModuleList
     """The transformer blocks, in order; block i's output is the residual stream after layer i."""
     d_model: int
@@ -58,6 +61,12 @@ class LoadedModel:
     def n_layers(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """[V] the tokenizer's ids, ascending, but for those that the embedding has no row for."""
+        rows = self.causal_lm.config.get_text_config().vocab_size
+        return np.array(sorted(i for i in self.tokenizer.ids if i < rows), np.int64)
 
     @property
     def final_norm(self) -> nn.Module:
@@ -93,14 +102,18 @@ def load_config(spec: ModelSpec) -> Any:
     return _loading(spec, "configuration", lambda: load(spec.location, **spec.load_arguments))
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
+def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     """The model's tokenizer."""
     load, place = transformers.AutoTokenizer.from_pretrained, spec if spec.own_tokenizer else spec.base or spec
-    return _loading(spec, "tokenizer", lambda: load(place.location, **place.load_arguments))
+    return Tokenizer(_loading(spec, "tokenizer", lambda: load(place.location, **place.load_arguments)))
 
 
 def load_model(
-    spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tokenizer: Any = None
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
     """The model's weights in `dtype` on `device`, in evaluation mode, and its tokenizer unless one is given.
 

@@ -22,6 +22,7 @@ class TextChoice(NamedTuple):
     split: str
     column: str
     revision: str
+    token_column: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class TextConfig:
     """Split of a hub data set; local files have none."""
     text_column: tuple[str, ...] = (DEFAULT_COLUMN,)
     """Column that holds the text."""
+    token_column: tuple[str, ...] = ()
+    """Column that holds token ids of this model, lists of whole numbers, instead of text: they are taken as they are.
+    One for all texts, or one for each, with "" for one that is text."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -60,10 +64,13 @@ class TextConfig:
             self._for_each("split", DEFAULT_SPLIT),
             self._for_each("text_column", DEFAULT_COLUMN),
             self._for_each("dataset_revision"),
+            self._for_each("token_column"),
         ]
         found: list[TextChoice] = []
         for word, *own in zip(self.dataset, *columns, strict=True):
             choice = TextChoice(*_name_and_weight(word), *own)
+            if choice.token_column and choice.column != DEFAULT_COLUMN:
+                raise UsageError(f"--text-column {choice.column}: {choice.name} has a --token-column; give one of them")
             if any(choice == other._replace(weight=choice.weight) for other in found):
                 raise UsageError(f"--dataset: {choice.name} is given twice; give it once, with a larger weight")
             found.append(choice)

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from harvest.model.hub import first_line
+from harvest.text.encode import Document
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
 from store.files import read_whole
@@ -70,25 +72,28 @@ def files_hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def file_documents(files: list[Path], column: str) -> Iterator[str]:
-    """All documents of some files; column: with the text, where files have columns."""
+def file_documents(files: list[Path], column: str, known: np.ndarray | None = None) -> Iterator[Document]:
+    """All documents of some files; column: with the text, where files have columns, or with token ids if `known` says
+    which there are."""
     for path in files:
         try:
             suffix = suffix_of(path)
             if suffix == ".txt":
+                if known is not None:
+                    raise UsageError(f"--token-column {column}: {path} has no columns; leave it out")
                 # As it is, line ends too; a byte order mark is no text.
                 yield read_whole(path, LARGEST).decode("utf-8-sig")
             elif suffix == ".parquet":
-                yield from _parquet_documents(path, column)
+                yield from _parquet_documents(path, column, known)
             else:
-                yield from _json_documents(path, column, suffix)
+                yield from _json_documents(path, column, known, suffix)
         except UnicodeDecodeError as error:
             raise IncompatibleError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
         except ValueError as error:
             raise IncompatibleError(f"{path}: {error}: split it into several") from None
 
 
-def _json_documents(path: Path, column: str, suffix: str | None) -> Iterator[str]:
+def _json_documents(path: Path, column: str, known: np.ndarray | None, suffix: str | None) -> Iterator[Document]:
     for number, line in enumerate(_lines(path, suffix), start=1):
         if line.strip():
             where = f"{path} line {number}"
@@ -102,7 +107,7 @@ def _json_documents(path: Path, column: str, suffix: str | None) -> Iterator[str
             except (ValueError, RecursionError) as error:  # also a number of thousands of digits, endless brackets
                 what = "valid" if isinstance(error, json.JSONDecodeError) else "readable"
                 raise IncompatibleError(f"{where}: not {what} JSON ({getattr(error, 'msg', error)})") from None
-            yield text_of(row, column, where)
+            yield document_of(row, column, where, known)
 
 
 def _lines(path: Path, suffix: str | None) -> Iterator[bytes]:
@@ -124,7 +129,7 @@ def _lines(path: Path, suffix: str | None) -> Iterator[bytes]:
             raise IncompatibleError(f"{path}: {what} {kind} data; download it again") from None
 
 
-def _parquet_documents(path: Path, column: str) -> Iterator[str]:
+def _parquet_documents(path: Path, column: str, known: np.ndarray | None) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
@@ -147,7 +152,7 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 for text in batch.column(0):
                     row += 1
-                    yield text_of({column: text.as_py()}, column, f"{path} row {row}")
+                    yield document_of({column: text.as_py()}, column, f"{path} row {row}", known)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own for damaged pages has none
@@ -160,19 +165,23 @@ def _too_long(where: str) -> IncompatibleError:
     )
 
 
-def text_of(row: Any, column: str, where: str) -> str:
-    """The text of a row; empty where it is null, with U+FFFD for what is not a character."""
+def document_of(row: Any, column: str, where: str, known: np.ndarray | None = None) -> Document:
+    """The text of a row; empty where it is null, with U+FFFD for what is not a character. known: of token ids instead,
+    which there are, bool [ids]."""
     if not isinstance(row, dict):
         raise IncompatibleError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
     if column not in row:
         raise _no_column(where, column, list(row))
     text = row[column]
+    if known is not None:
+        return _tokens_of([] if text is None else text, f"{where}: column {column!r}", known)
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UsageError(
-            f"{where}: column {column!r} holds {type(text).__name__}, not text; choose another with --text-column"
-        )
+        is_ids = isinstance(text, list) and all(type(i) is int for i in text)
+        way_out = f"if they are token ids, give --token-column {column}" if is_ids else "--text-column names another"
+        found = "a list of numbers" if is_ids else type(text).__name__
+        raise UsageError(f"{where}: column {column!r} holds {found}, not text; {way_out}")
     if len(text) > LONGEST:
         raise _too_long(where)
     try:
@@ -183,7 +192,19 @@ def text_of(row: Any, column: str, where: str) -> str:
     return text
 
 
+def _tokens_of(found: Any, what: str, known: np.ndarray) -> np.ndarray:
+    """Token ids (int32), each of which is known."""
+    if not isinstance(found, list) or not all(type(i) is int for i in found):
+        raise UsageError(f"{what} should hold lists of token ids, found {type(found).__name__}")
+    if wrong := [i for i in found if not (0 <= i < len(known) and known[i])]:
+        raise IncompatibleError(
+            f"{what} holds token {wrong[0]}, none of the {known.sum()} of this model; give its ids, or the text"
+        )
+    return np.array(found, np.int32)
+
+
 def _no_column(where: str, column: str, names: list[str]) -> UsageError:
     return UsageError(
-        f"{where}: no column {column!r}; its columns are {', '.join(map(str, names))}. Choose one with --text-column"
+        f"{where}: no column {column!r}; its columns are {', '.join(map(str, names))}. Choose one with --text-column,"
+        " or one of token ids with --token-column"
     )

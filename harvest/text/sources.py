@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from harvest.model.hub import first_line, pin
 from harvest.text.config import DEFAULT_SPLIT, TextChoice, TextConfig
-from harvest.text.local import file_documents, files_hash, find_files, suffix_of, text_of
+from harvest.text.encode import Document
+from harvest.text.local import document_of, file_documents, files_hash, find_files, suffix_of
 from harvest.text.python import pydoc_documents, stdlib_documents
 from residscope.errors import ResidscopeError, UsageError
 from store.shuffle import permutation
@@ -36,7 +39,7 @@ class TextSource:
     """Whether it lies on this machine."""
     choice: TextChoice
     """What was asked for."""
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[Document]]
     """Starts the stream from the beginning; raises `ResidscopeError` or `UsageError` where it cannot be read."""
     check: Callable[[], object] = lambda: None
     """Reads a document, so that a column that is not there is found before much is done; raises as `documents` does."""
@@ -45,14 +48,15 @@ class TextSource:
 
 
 def open_sources(
-    config: TextConfig, shuffle_seed: int | None = None, *, contents: bool = True
+    config: TextConfig, shuffle_seed: int | None = None, known: np.ndarray | None = None, *, contents: bool = True
 ) -> tuple[TextSource, ...]:
     """The texts that a configuration asks for, in its order.
 
-    shuffle_seed: of a random order of each text's documents. contents: they will be read; without it, only the names
-    are needed, and a hub data set is not looked up. Raises `UsageError` for a source that is not there.
+    shuffle_seed: of a random order of each text's documents. known: which token ids there are, bool [ids], if there may
+    be columns of them. contents: they will be read; without it, only the names are needed, and a hub data set is not
+    looked up. Raises `UsageError` for a source that is not there.
     """
-    sources = tuple(_open(choice, shuffle_seed, contents) for choice in config.choices)
+    sources = tuple(_open(choice, shuffle_seed, known, contents) for choice in config.choices)
     # With a hub data set among several, an option that is given once for all is meant for that.
     if all(source.is_local for source in sources):
         for choice in config.choices:
@@ -72,17 +76,22 @@ def require_local_texts(config: TextConfig) -> None:
         is_on_disk(choice.name)
 
 
-def _open(choice: TextChoice, seed: int | None, contents: bool) -> TextSource:
-    documents: Callable[[], Iterator[str]]
+def _open(choice: TextChoice, seed: int | None, known: np.ndarray | None, contents: bool) -> TextSource:
+    documents: Callable[[], Iterator[Document]]
+    column = choice.token_column or choice.column
+    if not choice.token_column:
+        known = None
     if choice.name in _PYTHON:
-        documents = _PYTHON[choice.name]
+        if known is not None:
+            raise UsageError(f"--token-column {column}: {choice.name} has no columns; leave it out")
+        python = documents = _PYTHON[choice.name]
         return TextSource(
             dataset=choice.name,
             revision=f"python {platform.python_version()}",
             is_local=True,
             choice=choice,
             documents=documents if seed is None else lambda: shuffled(documents(), seed),
-            characters=lambda: sum(map(len, documents())),
+            characters=lambda: sum(map(len, python())),
         )
     files = find_files(choice.name)
     if files is None:
@@ -94,14 +103,14 @@ def _open(choice: TextChoice, seed: int | None, contents: bool) -> TextSource:
             revision=revision,
             is_local=False,
             choice=choice,
-            documents=lambda: _hub_documents(choice, revision, seed),
-            check=lambda: next(_hub_documents(choice, revision, None), None),
+            documents=lambda: _hub_documents(choice, revision, seed, known),
+            check=lambda: next(_hub_documents(choice, revision, None, known), None),
         )
 
-    def documents() -> Iterator[str]:
-        return file_documents(files, choice.column)
+    def documents() -> Iterator[Document]:
+        return file_documents(files, column, known)
 
-    plain = all(suffix_of(path) in (".txt", ".jsonl") for path in files)
+    plain = known is None and all(suffix_of(path) in (".txt", ".jsonl") for path in files)
     return TextSource(
         dataset=Path(choice.name).resolve().name,
         revision=files_hash(files),
@@ -113,18 +122,23 @@ def _open(choice: TextChoice, seed: int | None, contents: bool) -> TextSource:
     )
 
 
-def shuffled(documents: Iterator[str], seed: int) -> Iterator[str]:
+def shuffled(documents: Iterator[Document], seed: int) -> Iterator[Document]:
     """All `documents` in an order that depends on `seed` and their number alone."""
     with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
-        ends = [0]
-        for text in documents:
-            ends.append(ends[-1] + spool.write(text.encode("utf-8", "surrogatepass")))
+        ends, is_text = [0], True
+        for one in documents:
+            is_text = isinstance(one, str)
+            data = one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one.tobytes()
+            ends.append(ends[-1] + spool.write(data))
         for i in permutation(len(ends) - 1, seed).tolist():
             spool.seek(ends[i])
-            yield spool.read(ends[i + 1] - ends[i]).decode("utf-8", "surrogatepass")
+            data = spool.read(ends[i + 1] - ends[i])
+            yield data.decode("utf-8", "surrogatepass") if is_text else np.frombuffer(data, np.int32)
 
 
-def _hub_documents(choice: TextChoice, commit: str | None, seed: int | None) -> Iterator[str]:
+def _hub_documents(
+    choice: TextChoice, commit: str | None, seed: int | None, known: np.ndarray | None
+) -> Iterator[Document]:
     """Stream a data set's split. The library raises nearly everything, so that nothing narrower will do."""
     import datasets
 
@@ -138,7 +152,7 @@ def _hub_documents(choice: TextChoice, commit: str | None, seed: int | None) -> 
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER)
         for number, row in enumerate(rows, start=1):
-            yield text_of(row, choice.column, f"{name} row {number}")
+            yield document_of(row, choice.token_column or choice.column, f"{name} row {number}", known)
     except ResidscopeError:
         raise
     except ValueError as error:

@@ -17,7 +17,7 @@ from harvest.config import HarvestConfig
 from harvest.estimate import estimate
 from harvest.lens.translators import load_lens
 from harvest.run import HarvestResult, harvest
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.options import parse_options
 from store.activations import ActivationStore
 from store.care.verify import verify
@@ -301,3 +301,29 @@ def test_two_stores_do_not_share_the_options_beside_them(config: MakeConfig) -> 
         harvest(config(out=first.out.with_suffix("")))
     assert not first.out.with_suffix("").exists()
     assert first.out.with_suffix(".harvest.toml").read_bytes() == options
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_token_columns_are_harvested_continued_and_recorded(config: MakeConfig, tmp_path: Path) -> None:
+    rows = [[257, *range(30), 256], list(range(5, 60)), [7], list(range(80))]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"ids": row}) + "\n" for row in rows))
+    options = config("llama", dataset=(str(path),), token_column="ids")
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, 1)
+        with pytest.raises(RuntimeError, match="crash"):
+            harvest(options)
+    harvest(options)
+    store = ActivationStore.open(options.out)
+    tokens, opening = store.tokens, store.meta.provenance["opening_ids"]
+    assert opening == [257]
+    text = tokens.token_id[tokens.position != 0].tolist()
+    assert text == [i for row in rows for i in (*row, 256)]
+    np.testing.assert_array_equal(tokens.keep, (tokens.position != 0) & (tokens.token_id < 256))
+    assert store.meta.provenance["config"]["token_column"] == "ids"
+    assert estimate(options).tokens_available == len(tokens.token_id)
+    with pytest.raises(IncompatibleError, match="token_column is 'ids' there and None here"):
+        harvest(config("llama", dataset=(str(path),), text_column="ids"))
+    path.write_text(json.dumps({"ids": [5, 258]}) + "\n")
+    with pytest.raises(IncompatibleError, match=r"line 1: column 'ids' holds token 258"):
+        harvest(config("llama", dataset=(str(path),), token_column="ids", out=tmp_path / "other.zarr"))

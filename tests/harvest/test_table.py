@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harvest.model.tokenizer import Tokenizer
 from harvest.table import Packing, make_packing, pack
 from residscope.errors import ResidscopeError, UsageError
 from tests.support.models import BOS, EOS, tiny_tokenizer
+from tests.support.tokenizers import KINDS
 
 EOS_ID, BOS_ID = 256, 257
 
@@ -15,7 +17,7 @@ EOS_ID, BOS_ID = 256, 257
 def packing(
     context: int, *, bos: bool = False, separators: tuple[int, ...] = (EOS_ID,), first: bool = False
 ) -> Packing:
-    return Packing(EOS, separators, BOS_ID if bos else None, (EOS_ID, BOS_ID), context, first)
+    return Packing(EOS, separators, (BOS_ID,) if bos else (), (EOS_ID, BOS_ID), context, first)
 
 
 def naive(documents: list[list[int]], how: Packing, max_tokens: int) -> list[tuple[int, int, int]]:
@@ -24,10 +26,10 @@ def naive(documents: list[list[int]], how: Packing, max_tokens: int) -> list[tup
     rows: list[tuple[int, int, int]] = []
     while stream and len(rows) < max_tokens:
         position = len(rows) % how.context_length
-        if position == 0 and how.bos_id is not None:
-            if len(rows) + 1 == max_tokens:
+        if position < len(how.opening):
+            if max_tokens - len(rows) <= len(how.opening) - position:
                 break
-            rows.append((how.bos_id, stream[0][1], 0))
+            rows.append((how.opening[position], stream[0][1], position))
         else:
             token, document = stream.pop(0)
             rows.append((token, document, position))
@@ -86,32 +88,25 @@ def test_no_text_is_refused() -> None:
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_bos_opens_sequences_only_where_the_tokenizer_puts_one(bos: bool) -> None:
-    how = make_packing(tiny_tokenizer(bos=bos), context_length=16)
-    assert how.bos_id == (BOS_ID if bos else None)
+    how = make_packing(Tokenizer(tiny_tokenizer(bos=bos)), context_length=16)
+    assert how.opening == ((BOS_ID,) if bos else ())
     assert how.separator == EOS
     assert how.separator_ids == (EOS_ID,)
-    assert set(how.special_ids) == ({EOS_ID, BOS_ID} if bos else {EOS_ID})
+    assert set(how.special_ids) == {EOS_ID, BOS_ID}  # BOS is added as special, whether or not it has the name
 
 
 def test_a_separator_of_ones_own() -> None:
-    tokenizer = tiny_tokenizer(bos=False)
+    tokenizer = Tokenizer(tiny_tokenizer(bos=False))
     assert make_packing(tokenizer, context_length=16, separator="").separator_ids == ()
     assert make_packing(tokenizer, context_length=16, separator=BOS).separator_ids == (BOS_ID,)
     two = make_packing(tokenizer, context_length=16, separator="\n\n").separator_ids
     assert len(two) == 2
-    assert two[0] == two[1] == tokenizer("\n")["input_ids"][0]
+    assert two[0] == two[1] == tokenizer.encode(["\n"])[0][0]
 
 
 def test_a_tokenizer_without_end_of_text_says_so() -> None:
-    class NoEnd:
-        eos_token = None
-        all_special_ids: tuple[int, ...] = ()
-
-        def get_vocab(self) -> dict[str, int]:
-            return {"a": 0}
-
     with pytest.raises(UsageError, match="--document-separator"):
-        make_packing(NoEnd(), context_length=16)
+        make_packing(Tokenizer(KINDS["word-pieces"].make()), context_length=16)
 
 
 @given(
@@ -144,5 +139,38 @@ def test_without_packing_each_sequence_is_the_beginning_of_one_document(
 
 
 def test_without_packing_there_is_no_separator() -> None:
-    how = make_packing(tiny_tokenizer(bos=True), context_length=16, packed=False)
+    how = make_packing(Tokenizer(tiny_tokenizer(bos=True)), context_length=16, packed=False)
     assert (how.separator, how.separator_ids, how.longest_document, how.document_extra) == ("", (), 15, 1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_special_token_nor_separator_is_kept(kind: str, packed: bool) -> None:
+    tokenizer = Tokenizer(KINDS[kind].make())
+    ends = "." if KINDS[kind].separator is None else None  # an ordinary token that separates
+    how = make_packing(tokenizer, context_length=9, separator=ends, packed=packed, keep_first_position=True)
+    documents = [np.array(ids, np.int32) for ids in tokenizer.encode(["the cat", "a", "a long text"])]
+    special = np.array(sorted(tokenizer.special_ids), np.int32)
+    documents.append(np.concatenate([documents[1], special, documents[1]]))
+    table = pack(iter(documents), how, 1000)
+    starts = np.flatnonzero(table.position == 0)
+    for i, token in enumerate(how.opening):
+        assert (table.token_id[starts + i] == token).all()
+        assert not table.keep[starts + i].any()
+    text = ~np.isin(table.token_id, special)
+    assert table.keep.sum() == sum((~np.isin(ids, special)).sum() for ids in documents if packed) or not packed
+    assert not (table.keep & ~text).any()
+    if not packed:
+        np.testing.assert_array_equal(table.keep, text)
+
+
+def test_an_opening_of_several_tokens_is_masked_whatever_they_are() -> None:
+    how = Packing("", (7,), (1, 2), (), 5, keep_first_position=True)
+    table = pack(iter([np.array([1, 7, 2, 9], np.int32)]), how, 100)
+    np.testing.assert_array_equal(table.token_id, [1, 2, 1, 7, 2, 1, 2, 9, 7])
+    np.testing.assert_array_equal(table.keep, np.array([0, 0, 1, 1, 1, 0, 0, 1, 0], bool))
+
+
+def test_a_context_that_the_opening_fills_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least 3"):
+        make_packing(Tokenizer(KINDS["glm"].make()), context_length=2)

@@ -18,6 +18,7 @@ from analysis.latents.examples import MAX_EXAMPLES, REACH, TopExamples, examples
 from analysis.latents.views import EDGES
 from analysis.run import analyze
 from analysis.tiles import CodeTile
+from harvest.model.tokenizer import Tokenizer
 from store.arrays import TokenTable
 from tests.support.models import tiny_tokenizer
 from tests.support.small import LAYERS, analyze_config, make_small
@@ -39,7 +40,7 @@ def write_examples(
     top = TopExamples.zeros(M, L, n)
     for tile in codes(analysed):
         top.add(tile, tokens.document[tile.token])
-    return write_found(path, top.found(), tokens, tokenizer, codes, analysed, layer_numbers)
+    return write_found(path, top.found(), tokens, tokenizer and Tokenizer(tokenizer), codes, analysed, layer_numbers)
 
 
 class Planted:

@@ -60,7 +60,7 @@ def test_ends_are_those_of_the_whole_product(
     directions = torch.randn(8, D_MODEL, generator=torch.Generator().manual_seed(1))
     found = latent_logits(directions, model, n=4)
     assert found.norm_folded
-    n_tokens = len(model.tokenizer)
+    n_tokens = len(model.tokenizer.ids)
     d = directions - directions.mean(dim=1, keepdim=True) if architecture in ("gpt2", "gpt_neox") else directions
     weight = model.final_norm.weight
     assert isinstance(weight, Tensor)
@@ -81,7 +81,7 @@ def test_a_direction_is_named_as_the_model_itself_reads_it(models: dict[str, Loa
     model = models["llama"]
     directions = torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(2))
     found = latent_logits(directions, model, n=3)
-    own = model.logits(directions * 1e3)[:, : len(model.tokenizer)].detach()
+    own = model.logits(directions * 1e3)[:, : len(model.tokenizer.ids)].detach()
     np.testing.assert_array_equal(found.promoted, own.topk(3).indices.numpy())
     path = tmp_path / "latent_logits.parquet"
     embedding = Nearest(np.array([0.5, 0.25, 1], np.float32), np.array([65, 66, 200]))
@@ -95,7 +95,7 @@ def test_a_direction_is_named_as_the_model_itself_reads_it(models: dict[str, Loa
     assert all(len(row[name]) == 3 for row in rows for name in COLUMNS.names[1:5])
     np.testing.assert_allclose(rows[1]["promoted_logits"], found.promoted_logits[1])
     assert [row["embedding_cosine"] for row in rows] == [0.5, 0.25, 1]
-    assert rows[0]["unembedding_token"] == model.tokenizer.decode([found.nearest[0]])
+    assert rows[0]["unembedding_token"] == model.tokenizer.backend.decode([found.nearest[0]])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -105,7 +105,7 @@ def test_nearest_tokens_are_those_of_a_loop_over_all(
 ) -> None:
     monkeypatch.setattr("analysis.latents.tokens.TILE_BYTES", 4 * 258 * 3)
     model = models[architecture]
-    n_tokens = len(model.tokenizer)
+    n_tokens = len(model.tokenizer.ids)
     directions = torch.randn(8, D_MODEL, generator=torch.Generator().manual_seed(1))
     lens = TunedLens(torch.randn(3, D_MODEL, D_MODEL), torch.randn(3, D_MODEL)) if with_lens else None
     embedding = model.causal_lm.get_input_embeddings().weight.detach()[:n_tokens]
@@ -120,7 +120,7 @@ def test_nearest_tokens_are_those_of_a_loop_over_all(
     if architecture in ("gpt2", "gpt_neox"):
         reading = reading - reading.mean(dim=1, keepdim=True)
     logits = latent_logits(directions, model, n=2)
-    for rows, cosine, token in ((embedding, found.cosine, found.row), (reading, logits.cosine, logits.nearest)):
+    for rows, cosine, token in ((embedding, found.cosine, found.token), (reading, logits.cosine, logits.nearest)):
         for j, direction in enumerate(directions):
             expected = torch.stack([torch.cosine_similarity(direction, row, dim=0) for row in rows])
             assert cosine[j] == pytest.approx(expected.max().item(), rel=1e-4)
@@ -133,7 +133,7 @@ def test_a_latent_that_is_a_token_is_found_and_chance_is_far_below(models: dict[
     with torch.no_grad():
         sae.W_dec[5] = embedding_rows(model, None)[77] * 3
     found = find_latent_tokens(sae, np.array([2, 5]), model, None, seed=0)
-    assert found.embedding.row[1] == 77
+    assert found.embedding.token[1] == 77
     assert found.embedding.cosine[1] == pytest.approx(1, abs=1e-5)
     summary = found.summary()
     assert summary is not None

@@ -4,12 +4,14 @@ hand, and the command."""
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from analysis.cli import main
@@ -94,6 +96,29 @@ def test_a_prompt_is_opened_as_the_stores_sequences_and_documents_are(make: Make
         read(make("llama"), "")
     with pytest.raises(UsageError, match="takes at most 64"):
         read(make("llama"), "a" * 64)
+
+
+@pytest.mark.parametrize("options", [{"pack": False}, {"document_separator": ""}, {"keep_first_position": True}])
+def test_the_first_word_is_kept_whatever_the_stores_sequences_are(tmp_path: Path, options: dict[str, Any]) -> None:
+    for architecture, opening in (("gpt2", 256), ("llama", 257)):
+        made = make_harvested(tmp_path, architecture, **options)
+        tokens = read_prompt(made.store, made.model.tokenizer, made.model.causal_lm.config, TEXT)
+        assert tokens.ids[0] == opening
+        assert "".join(tokens.texts[1:]) == TEXT
+        assert tokens.kept.tolist() == [False, *[True] * len(TEXT)]
+
+
+def test_an_opening_is_read_from_stores_of_before_and_may_have_any_length(make: Make) -> None:
+    made = make("gpt2").made
+    config = made.model.causal_lm.config
+    for recorded, ids in (({"bos_id": 9}, [9]), ({"bos_id": 7, "opening_ids": [7, 8]}, [7, 8]), ({}, [256])):
+        store: Any = SimpleNamespace(meta=SimpleNamespace(provenance=recorded))
+        tokens = read_prompt(store, made.model.tokenizer, config, "ab")
+        assert tokens.ids[:-2].tolist() == ids
+        assert tokens.kept.tolist() == [*[False] * len(ids), True, True]
+    small = transformers.GPT2Config(vocab_size=100)
+    with pytest.raises(UsageError, match=r"no token 256: its embedding has 100 rows"):
+        read_prompt(made.store, made.model.tokenizer, small, "ab")
 
 
 def test_latents_are_summed_up_as_by_hand() -> None:

@@ -140,7 +140,7 @@ def test_a_real_gguf_file_gives_the_weights_it_was_made_of(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    tokens = load_tokenizer(resolve_model(str(model_folder("llama")))).get_vocab()
+    tokens = load_tokenizer(resolve_model(str(model_folder("llama")))).vocabulary
     names = sorted(tokens, key=lambda token: tokens[token])
     names += ["ab", *(f"<unused{i}>" for i in range(config.vocab_size - len(names) - 1))]
     writer.add_token_list(names)
@@ -191,7 +191,7 @@ def test_the_packaged_smollm2_resolves_and_knows_its_separator() -> None:
     spec = resolve_model("smollm2-135m")
     assert (spec.source, spec.name, n_layers_of(load_config(spec))) == ("gguf", "smollm2-135m", 30)
     packing = make_packing(load_tokenizer(spec), context_length=128)
-    assert (packing.separator, packing.separator_ids, packing.bos_id) == ("<|endoftext|>", (0,), None)
+    assert (packing.separator, packing.separator_ids, packing.opening) == ("<|endoftext|>", (0,), ())
 
 
 def test_weights_that_the_file_lacks_are_not_made_up(

@@ -13,6 +13,7 @@ import transformers
 from harvest.model import load as models
 from harvest.model.load import load_model
 from harvest.model.names import ModelSpec, resolve_model
+from harvest.model.tokenizer import Tokenizer
 from residscope.errors import IncompatibleError, ResidscopeError
 from tests.support.harvesting import ModelFolder
 from tests.support.models import ARCHITECTURES, D_MODEL, tiny_tokenizer
@@ -112,11 +113,11 @@ def test_a_damaged_file_of_the_hubs_cache_is_found(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", cached)
     monkeypatch.setattr(models, "load_config", lambda spec: transformers.AutoConfig.from_pretrained(snapshot))
     spec = ModelSpec(name="owner/gpt2", source="hub", location="owner/gpt2", revision="c0ffee", cached_only=True)
-    assert load_model(spec, tokenizer=object()).n_layers == 3
+    assert load_model(spec, tokenizer=Tokenizer(None)).n_layers == 3
     for name in ("model.safetensors", "tokenizer.json"):
         blob = (snapshot / name).resolve()
         data = blob.read_bytes()
         blob.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
         with pytest.raises(ResidscopeError, match=f"owner/gpt2: {name} in the hub's local cache is damaged: .* Remove"):
-            load_model(spec, tokenizer=object())
+            load_model(spec, tokenizer=Tokenizer(None))
         blob.write_bytes(data)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 import zstandard
@@ -19,6 +20,7 @@ from harvest.text import sources as texts
 from harvest.text.config import TextConfig
 from harvest.text.sources import TextSource, open_sources
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from store.shuffle import permutation
 
 ROWS = ["first document", "second\nwith a line", "third é"]
 
@@ -32,7 +34,7 @@ def open_source(options: TextConfig, *how: Any, **named: Any) -> TextSource:
     return source
 
 
-def read(dataset: object, shuffle_seed: int | None = None, **changes: Any) -> list[str]:
+def read(dataset: object, shuffle_seed: int | None = None, **changes: Any) -> list[Any]:
     return list(open_source(config(dataset, **changes), shuffle_seed).documents())
 
 
@@ -343,3 +345,60 @@ def test_a_parquet_column_of_lists_is_refused_by_its_type(tmp_path: Path) -> Non
     parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match="holds list"):
         read(tmp_path / "a.parquet")
+
+
+IDS = [[5, 6, 7], [], [9, 5]]
+KNOWN = np.isin(np.arange(12), [5, 6, 7, 9])
+
+
+def write_ids(path: Path, rows: list[Any]) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"ids": rows}), path)
+    else:
+        path.write_text("".join(json.dumps({"ids": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_columns_of_token_ids_are_documents_as_they_are(tmp_path: Path, suffix: str, seed: int | None) -> None:
+    path = write_ids(tmp_path / f"ids{suffix}", [*IDS, None])
+    source = open_source(config(path, token_column="ids"), seed, KNOWN)
+    found = list(source.documents())
+    assert all(ids.dtype == np.int32 for ids in found if isinstance(ids, np.ndarray))
+    order = permutation(4, 3).tolist() if seed else range(4)
+    assert [list(ids) for ids in found] == [[*IDS, []][i] for i in order]
+    assert source.characters() is None
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("wrong", [-1, 8, 12, 2**40])
+def test_a_token_that_is_not_the_models_is_named_with_its_row(tmp_path: Path, suffix: str, wrong: int) -> None:
+    path = write_ids(tmp_path / f"ids{suffix}", [*IDS, [5, wrong]])
+    where = "line 4" if suffix == ".jsonl" else "row 4"
+    with pytest.raises(IncompatibleError, match=rf"{where}: column 'ids' holds token {wrong}, none of the 4 of"):
+        list(open_source(config(path, token_column="ids"), known=KNOWN).documents())
+
+
+@pytest.mark.parametrize("row", ["text", [1.5], [[5]], [True], ["5"], 5])
+def test_a_token_column_of_something_else_is_refused(tmp_path: Path, row: Any) -> None:
+    path = write_ids(tmp_path / "ids.jsonl", [row])
+    with pytest.raises(UsageError, match="should hold lists of token ids"):
+        list(open_source(config(path, token_column="ids"), known=KNOWN).documents())
+
+
+def test_text_columns_of_token_ids_name_the_way_out(tmp_path: Path) -> None:
+    path = write_ids(tmp_path / "ids.jsonl", IDS)
+    with pytest.raises(UsageError, match="give --token-column ids"):
+        read(path, text_column="ids")
+    with pytest.raises(UsageError, match="--token-column"):
+        read(path)
+
+
+def test_what_has_no_columns_has_no_token_column(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    for name in (str(tmp_path / "a.txt"), "pydoc"):
+        with pytest.raises(UsageError, match="has no columns"):
+            list(open_source(config(name, token_column="ids"), known=KNOWN).documents())
+    with pytest.raises(UsageError, match="give one of them"):
+        config("a.jsonl", token_column="ids", text_column="body")

@@ -1,0 +1,193 @@
+"""What a tokenizer does, asked of itself: which ids it has and which are special, what it puts around a text, what ends
+a document, and the text of each token.
+
+How: names and classes differ from tokenizer to tokenizer, so that nothing here is read from them. What it puts around a
+text is what encoding with special tokens adds to encoding without; the text of a token is what decoding adds when the
+token does. A byte-level tokenizer may cut a character into several tokens, and some decoders change the end of a text
+when it goes on; so the texts of consecutive tokens are held against what the tokenizer decodes them to together.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from harvest.model.hub import first_line
+from residscope.errors import IncompatibleError, UsageError
+
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+"""Before `eos_token`, which in a chat model ends a turn."""
+_PROBES = ("a", "b c", "The 1.")
+_WINDOW, _AROUND = 16, 4
+_MOST_AT_ONCE = 2048
+PARTIAL = "\N{REPLACEMENT CHARACTER}"
+"""What a part of a character decodes to."""
+
+
+class Tokenizer:
+    """A tokenizer of any kind; `backend` is the one of transformers."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self._after_another: dict[int, str] = {}
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by name; may lack some, where two ids share a name."""
+        return self.backend.get_vocab()
+
+    @cached_property
+    def ids(self) -> frozenset[int]:
+        """All ids. There may be holes, and more or fewer of them than rows of the model's embedding."""
+        found = set(self.vocabulary.values())
+        if len(found) < len(self.backend):
+            unknown = getattr(self.backend, "unk_token", None)
+            for i in set(range(len(self.backend))) - found:
+                with contextlib.suppress(Exception):  # Each backend has its own way to say that there is no such id.
+                    if self.backend.convert_ids_to_tokens(i) not in (None, unknown):
+                        found.add(i)
+        return frozenset(map(int, found))
+
+    @cached_property
+    def _edges(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Opening and closing of a text, and how much of the opening comes even without special tokens."""
+        plain, full = (self._call(list(_PROBES), add_special_tokens=special) for special in (False, True))
+        always = tuple(self._call([""], add_special_tokens=False)[0])
+        if not (self._declared.issuperset(always) and all(tuple(ids[: len(always)]) == always for ids in plain)):
+            always = ()
+        inner = [ids[len(always) :] for ids in plain]
+        places = [{at for at in range(len(b)) if b[at : at + len(a)] == a} for a, b in zip(inner, full, strict=True)]
+        if not (common := set.intersection(*places)):
+            raise IncompatibleError(
+                "what opens a sequence cannot be told: with special tokens the tokenizer encodes a text otherwise"
+            )
+        at = min(common)
+        return tuple(full[0][:at]), tuple(full[0][at + len(inner[0]) :]), always
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Ids that encoding puts before a text."""
+        return self._edges[0]
+
+    @cached_property
+    def _declared(self) -> set[int]:
+        """Ids that the tokenizer says are special."""
+        found = {i for i in self.backend.all_special_ids if i is not None}
+        with contextlib.suppress(NotImplementedError, AttributeError, TypeError):  # not of every backend
+            found.update(i for i, token in self.backend.added_tokens_decoder.items() if token.special)
+        return found
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are no text: those that the tokenizer says are special, and what it puts around a text."""
+        return frozenset(map(int, self._declared.union(*self._edges)))
+
+    @cached_property
+    def end_of_text(self) -> str | None:
+        """Name of the token that ends a document, None where there is none: a well-known one that is special here, or
+        `eos_token`."""
+        known = [name for name in _END_OF_TEXT if self.vocabulary.get(name) in self.special_ids]
+        return next((name for name in (*known, self.backend.eos_token) if name in self.vocabulary), None)
+
+    def separator_ids(self, separator: str) -> tuple[int, ...]:
+        """Ids of a text between documents. `UsageError` where the tokenizer has none for it."""
+        i = self.vocabulary.get(separator)
+        # A name may stand for other text: byte-level tokenizers name the byte 0xE9 as é.
+        if i is not None and (i in self.special_ids or self.text([i]) == [separator]):
+            return (i,)
+        (ids,) = self.encode([separator])
+        if separator and (not ids or getattr(self.backend, "unk_token_id", None) in ids):
+            raise UsageError(f"--document-separator {separator!r}: the tokenizer has no token for it")
+        return tuple(ids)
+
+    def masked_ids(self, separator: str) -> frozenset[int]:
+        """The special ids, and that of a separator that no text gives."""
+        ids = self.separator_ids(separator) if separator else ()
+        return self.special_ids.union(ids if len(ids) == 1 and self.encode([separator]) != [list(ids)] else ())
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, with nothing around it."""
+        always = self._edges[2]
+        return [ids[len(always) :] if always else ids for ids in self._call(texts, add_special_tokens=False)]
+
+    def _call(self, texts: list[str], **arguments: bool) -> list[list[int]]:
+        # The one keyword that all backends have. They raise nearly everything.
+        try:
+            return self.backend(texts, **arguments)["input_ids"] if texts else []
+        except Exception as error:
+            found = f"{type(error).__name__}: {first_line(error)}"
+            raise IncompatibleError(f"the tokenizer cannot encode a text ({found})") from error
+
+    def _decode(self, sequences: list[list[int]]) -> list[str]:
+        return self.backend.batch_decode(sequences, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def text(self, ids: Iterable[int]) -> list[str]:
+        """The text of each of `ids` alone, as it reads after another token; U+FFFD for a part of a character."""
+        ids = [int(i) for i in ids]
+        new = set(ids) - self._after_another.keys()
+        self._after_another |= {i: f"<token {i}>" for i in new.difference(self.ids)}
+        if new := sorted(new & self.ids):
+            before = (self.encode(["a"])[0] or sorted(self.ids))[-1]
+            (start,) = self._decode([[before]])
+            for i, pair in zip(new, self._decode([[before, i] for i in new]), strict=True):
+                self._after_another[i] = pair[len(start) :] if pair.startswith(start) else self._decode([[i]])[0]
+        return [self._after_another[i] for i in ids]
+
+    def texts(self, ids: Iterable[int]) -> list[str]:
+        """The text of each of some consecutive tokens; joined it is what they decode to. A character is with the token
+        that begins it; a token that only continues one has no text. An id that the tokenizer does not have is named."""
+        ids = [int(i) for i in ids]
+        known = [i for i in ids if i in self.ids]
+        if len(known) < len(ids):
+            found = iter(self.texts(known))
+            return [next(found) if i in self.ids else self.text([i])[0] for i in ids]
+        if not ids:
+            return []
+        whole, first = self._decode([ids, ids[:1]])
+        texts = [first, *self.text(ids[1:])]  # True of most tokens, and looked up.
+        if "".join(texts) != whole:
+            texts = list(self._one_by_one(ids, _WINDOW))
+        if "".join(texts) != whole and len(ids) <= _MOST_AT_ONCE:
+            texts = list(self._one_by_one(ids, len(ids)))
+        return texts
+
+    def _one_by_one(self, ids: list[int], size: int) -> Iterator[str]:
+        """The texts of tokens from what decoding adds with each, about `size` tokens at a time. A decoder may garble
+        all of a window that begins or ends within a character, so that both its ends are where nothing is open."""
+        alone = self.text(ids)
+        low = start = 0  # of the window, and of what is left
+        while start < len(ids):
+            stop = min(start + size, len(ids))
+            if start and not any(PARTIAL in text for text in alone[start:stop]):
+                before, after = self._decode([ids[low:start], ids[low : stop + _AROUND]])
+                if after.startswith(before + "".join(alone[start:stop])):
+                    yield from alone[start:stop]
+                    low, start = max(low, stop - _AROUND), stop
+                    continue
+            heads = self._decode([ids[low : i + 1] for i in range(low, stop)])
+            last = low + len(heads) == len(ids)
+            whole = heads[-1] if last else min(heads[-_AROUND:], key=lambda head: head.count(PARTIAL))
+            closed = [low + i + 1 for i, head in enumerate(heads) if whole.startswith(head) and head != whole]
+            stop = len(ids) if last else closed[-1] if closed else 0
+            if stop <= start:
+                size *= 2
+                continue
+            cuts = [0, *_ends(heads, whole)]
+            if last:
+                cuts[-1] = len(whole)
+            yield from (whole[a:b] for a, b in pairwise(cuts[start - low : stop - low + 1]))
+            low, start = max([i for i in closed if i <= stop - _AROUND], default=low), stop
+
+
+def _ends(heads: Sequence[str], whole: str) -> Iterator[int]:
+    """Where in a text each token's part ends, from what decodes up to each."""
+    settled = end = 0
+    for head in heads:
+        same = next(
+            (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
+        )
+        settled = max(settled, same)
+        begun = head.startswith(PARTIAL, same)  # A character that is not whole yet belongs here.
+        end = max(end, min(settled + begun, len(whole)))
+        yield end
