@@ -17,8 +17,6 @@ from residscope.errors import IncompatibleError
 
 CRC_BYTES = 4
 
-_READ_BYTES = 4 * 1024 * 1024
-
 
 class DamagedError(IncompatibleError):
     """A file of a store is missing, or was changed after it was written."""
@@ -50,18 +48,6 @@ def _fastest() -> Callable[[Any], int]:
 def checksum(data: bytes | np.ndarray) -> bytes:
     """crc32c as it is stored behind what it protects."""
     return crc32c(data).to_bytes(CRC_BYTES, "little")
-
-
-def file_hash(file: Path) -> str | None:
-    """xxh3-128 of a file, read in parts; None where there is no file."""
-    digest = xxhash.xxh3_128()
-    try:
-        with file.open("rb") as opened:
-            while block := opened.read(_READ_BYTES):
-                digest.update(block)
-    except FileNotFoundError:
-        return None
-    return digest.hexdigest()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

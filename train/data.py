@@ -146,7 +146,6 @@ class TrainingData:
             layers=self.stored,
             epochs=epochs,
             start_batch=start_batch,
-            check_places=True,
         )
 
 
