@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import torch
 
 from analysis.config import AnalyzeConfig
-from analysis.inputs import open_inputs, weights_hash
+from analysis.encoder import sae_hash
+from analysis.inputs import open_inputs
 from analysis.model.findings import locate
 from analysis.model.token_text import TokenBytes
 from analysis.model.transformer import load_of_store
@@ -57,7 +58,7 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     found = locate(store, config.transformer.model, config.transformer.lens, offline=False)
     assert found.spec is not None
     say = partial(print, file=sys.stderr) if config.output.json else print
-    if not has_analysis(config.out_dir, store, weights_hash(sae)):
+    if not has_analysis(config.out_dir, store, sae_hash(sae)):
         with contextlib.redirect_stdout(sys.stderr) if config.output.json else contextlib.nullcontext():
             analyze(with_values(config, json=False), inputs)
     model = load_of_store(store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")

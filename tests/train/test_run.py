@@ -10,6 +10,7 @@ import zarr
 
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 from residscope.options import with_values
+from store.shards import ShardReader
 from tests.support.stores import make_store, random_activations
 from tests.support.training import StopAt, metrics_lines, timeless, train_config
 from train import run as loop
@@ -254,7 +255,7 @@ def test_auxk_brings_planted_dead_latents_back(config: TrainConfig, monkeypatch:
 def test_values_that_are_not_finite_are_named_before_the_training(
     config: TrainConfig, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("store.loader.require_in_place", lambda *args: None)  # as if they had been harvested so
+    monkeypatch.setattr(ShardReader, "require_own", lambda *args: None)  # as if they had been harvested so
     path = tmp_path / "bad.zarr"
     make_store(path, random_activations(n_tokens=400), stored_dtype="float32")
     zarr.open_group(str(path))["resid_post"][40:360, 1, 3] = value  # type: ignore[index]
