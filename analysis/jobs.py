@@ -119,11 +119,29 @@ def code_hash() -> str:
 def with_our_code(code: str, function: Callable[..., R], *arguments: Any) -> R:
     """function(*arguments), unless this process has other sources than the one with this `code_hash`."""
     if code != code_hash():
-        raise IncompatibleError(
-            f"the Dask worker in {Path(residscope.__file__).parent} has another version of residscope (its sources' "
-            f"hash is {code_hash()}, here {code}): start workers from the environment that this command runs in"
-        )
+        raise _other_code(f"in {Path(residscope.__file__).parent}", code_hash(), code)
     return function(*arguments)
+
+
+def _require_our_code(client: Any) -> None:
+    """`IncompatibleError` where a worker has other sources than this process. One that comes later refuses its tasks
+    (`with_our_code`), or, of a version that does not know them, dies of them."""
+
+    def find() -> str:  # Travels by value, so that any version can run it.
+        from analysis.jobs import code_hash
+
+        return code_hash()
+
+    for address, found in client.run(find, on_error="return").items():
+        if found != code_hash():
+            raise _other_code(f"at {address}", found, code_hash())
+
+
+def _other_code(where: str, found: Any, expected: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"the Dask worker {where} has another version of residscope, or none: the hash of its sources should be "
+        f"{expected}, found {found}: start workers from the environment of this command"
+    )
 
 
 def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[int, ...], tokens: int) -> R:
@@ -258,6 +276,7 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
         ) from None
     with client:
         _say_dashboard(client)
+        _require_our_code(client)
         yield Cluster(client)
 
 
