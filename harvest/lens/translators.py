@@ -146,7 +146,21 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
     for file in _FILES:
         if not (folder / file).is_file():
             raise IncompatibleError(f"--lens {name}: the folder has no {file}; a lens has {' and '.join(_FILES)}")
-    return _read(folder, shown, n_layers, d_model, indexing)
+    before = _fingerprint(folder)
+    lens = _read(folder, shown, n_layers, d_model, indexing)
+    if lens.fingerprint != before:
+        raise IncompatibleError(
+            f"--lens {name}: its files were changed while they were read; run the same command again"
+        )
+    return lens
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of a lens's files."""
+    digest = xxhash.xxh3_128()
+    for file in _FILES:
+        digest.update((folder / file).read_bytes())
+    return digest.hexdigest()
 
 
 def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexing) -> TunedLens:
@@ -171,10 +185,7 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         biases = torch.stack([_parameter(parameters, name, f"{i}.bias", (d_model,)) for i in range(n_layers)])
     else:
         biases = torch.zeros(n_layers, d_model)
-    digest = xxhash.xxh3_128()
-    for file in _FILES:
-        digest.update((folder / file).read_bytes())
-    fingerprint = digest.hexdigest()
+    fingerprint = _fingerprint(folder)
     return TunedLens(weights, biases, indexing=indexing, name=name, fingerprint=fingerprint, base_model=base_model)
 
 

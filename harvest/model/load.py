@@ -7,6 +7,7 @@ Shapes: B sequences, N positions, D = d_model, V = vocabulary.
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of
 from harvest.model.hub import first_line
-from harvest.model.names import ModelSpec, small_files, weight_files
+from harvest.model.names import ModelSpec, resolve_model, small_files, weight_files
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
-from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
 
@@ -100,8 +101,8 @@ def load_model(
     """The model's weights in `dtype` on `device`, in evaluation mode, and its tokenizer unless one is given.
 
     Random weights are drawn in float32 and then rounded, so that they do not depend on `dtype`. Raises
-    `IncompatibleError` where anything is missing or damaged or the blocks are not found, `ResidscopeError` where it
-    cannot be downloaded or does not fit the memory.
+    `IncompatibleError` where anything is missing, damaged or no longer what the spec's hash says, or the blocks are not
+    found, `ResidscopeError` where it cannot be downloaded or does not fit the memory.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -109,7 +110,7 @@ def load_model(
     config = load_config(spec)
     model: Any
     model, missing, unused = _loading(spec, "model", lambda: _weights(spec, config, dtype))
-    model = _loading(spec, "model", lambda: model.to(device)).eval().requires_grad_(False)
+    model = _loading(spec, "model", lambda: _own_memory(model.to(device))).eval().requires_grad_(False)
     architecture = type(model).__name__
     # Llama 4 misnames its own.
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
@@ -122,11 +123,13 @@ def load_model(
     blocks = find_blocks(base, n_layers_of(config))
     refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
     _loading(spec, "forward pass", lambda: refuse_not_causal(spec.name, architecture, base, longest_context(config)))
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
+    refuse_exchanged(spec)
     return LoadedModel(
         spec=spec,
         causal_lm=model,
         base=base,
-        tokenizer=tokenizer if tokenizer is not None else load_tokenizer(spec),
+        tokenizer=tokenizer,
         blocks=blocks,
         d_model=d_model_of(config),
         architecture=architecture,
@@ -134,6 +137,29 @@ def load_model(
         dtype=dtype,
         without_head=bool(missing),
     )
+
+
+def refuse_exchanged(spec: ModelSpec) -> None:
+    """`IncompatibleError` where a local folder no longer holds what `spec` says: called after something of it was
+    loaded, so that what was loaded has the spec's hash."""
+    if spec.source != "folder":
+        return
+    found = None
+    with suppress(UsageError):  # The folder is gone.
+        found = resolve_model(spec.location, random_init=spec.random_init).fingerprint
+    if found != spec.fingerprint:
+        raise IncompatibleError(
+            f"model {spec.name}: the files in {spec.location} were changed or exchanged while they were used: their "
+            f"content hash was {spec.fingerprint}, found {found}; run the same command again"
+        )
+
+
+def _own_memory(model: nn.Module) -> nn.Module:
+    """`model`, which no longer looks into its files: libraries map these, so that whoever writes to one would change
+    the weights of a model that runs."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str], list[str]]:

@@ -256,6 +256,8 @@ def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
             parsed = layout.parse(Reader(file, name), config)
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
         raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
+    if _read_json(path.with_name(layout.config_file)) != config:
+        raise IncompatibleError(f"{name}: {layout.config_file} was changed while the weights were read; try again")
     check_weights(parsed.sae.state_dict(), name)
     notes = parsed.notes
     if foreign == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not notes:
