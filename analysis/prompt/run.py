@@ -30,6 +30,7 @@ from analysis.results.folder import PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
 from analysis.results.summary import SCHEMA_VERSION
 from analysis.run import analyze
 from harvest.model.checks import check_logits, check_model
+from residscope.errors import IncompatibleError
 from residscope.options import with_values
 from store.activations import ActivationStore
 from store.files import atomic_write
@@ -70,6 +71,8 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     views = [view_prompt(prompted, text, ids, layers, interventions) for text, ids in read]
     plain = [_plain(view, TokenBytes(model.tokenizer)) for view in views]
     content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
+    if not has_analysis(config.out_dir, store, sae_hash(sae)):
+        raise IncompatibleError(f"{config.out_dir}: another analysis was put there in the meantime; give another --out")
     _write(config, views, content)
     say(prompt_words(content))
     names = f"{PROMPT_JSON}, {PROMPT_TABLE}" + (", report.html" if config.output.report else "")

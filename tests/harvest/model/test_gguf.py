@@ -12,7 +12,7 @@ from harvest.model.blocks import n_layers_of
 from harvest.model.gguf import GgufFile, packaged_gguf, sha256, unpacked_folder
 from harvest.model.load import load_config, load_model, load_tokenizer
 from harvest.model.names import resolve_model
-from residscope.errors import ResidscopeError
+from residscope.errors import IncompatibleError, ResidscopeError
 from tests.support.harvesting import ModelFolder
 
 
@@ -51,6 +51,24 @@ def test_a_file_is_unpacked_once(cache: Path, unpacked: list[bytes], tmp_path: P
     assert unpacked_folder(file, sha256(file)) == folder
     assert unpacked == [b"GGUF one file"]
     assert not list(cache.glob("*.tmp"))
+
+
+def test_a_file_that_is_exchanged_while_it_is_unpacked_is_not_kept(
+    cache: Path, unpacked: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = make(tmp_path / "m.gguf", b"GGUF one"), make(tmp_path / "o.gguf", b"GGUF two")
+    convert = gguf._convert
+
+    def exchanged(*arguments: Any) -> None:
+        other.parts[0].replace(file.parts[0])
+        convert(*arguments)
+
+    digest = sha256(file)
+    monkeypatch.setattr(gguf, "_convert", exchanged)
+    with pytest.raises(IncompatibleError, match=r"m\.gguf was changed while it was unpacked"):
+        unpacked_folder(file, digest)
+    assert unpacked == [b"GGUF two"]
+    assert not list(cache.glob("m-*/*"))
 
 
 def test_parts_are_put_together(cache: Path, unpacked: list[bytes], tmp_path: Path) -> None:
