@@ -128,9 +128,9 @@ def _require_our_code(client: Any) -> None:
     (`with_our_code`), or, of a version that does not know them, dies of them."""
 
     def find() -> str:  # Travels by value, so that any version can run it.
-        from analysis.jobs import code_hash
+        from importlib import import_module
 
-        return code_hash()
+        return import_module("analysis.jobs").code_hash()
 
     for address, found in client.run(find, on_error="return").items():
         if found != code_hash():
