@@ -224,8 +224,12 @@ class ShardWriter:
         except ValueError:
             raise self._unstorable(shard, data) from None
         parts = seal_slots(packed.slots, meta)
-        atomic_write(self._path / shard_name(shard), parts)
-        self._commit(shard, packed.moments, parts)
+        try:
+            atomic_write(self._path / shard_name(shard), parts)
+            self._commit(shard, packed.moments, parts)
+        except FileNotFoundError:
+            self._lock.require_here(self._path)
+            raise
 
     def adopt(self, shard: int, keep: np.ndarray) -> None:
         """Take in the file of a shard that is in its place already; keep: bool [t], the store's own mask."""
