@@ -8,6 +8,7 @@ are as fast as processes, share one copy of the weights and start at once. Proce
 start. With several workers each has one torch thread, or its share of the cores.
 """
 
+import logging
 import os
 import sys
 import uuid
@@ -260,7 +261,13 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
 
     if scheduler == "processes":
         with (
-            LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0", preload=PRELOAD) as local,
+            LocalCluster(
+                n_workers=n_workers,
+                threads_per_worker=1,
+                dashboard_address=":0",
+                preload=PRELOAD,
+                silence_logs=logging.ERROR,  # A task's error is told once, by the command.
+            ) as local,
             Client(local) as client,
         ):
             _say_dashboard(client)

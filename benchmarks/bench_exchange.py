@@ -219,7 +219,7 @@ class Bench:
         command, thing, scheduler = case
         self.references[case] = []
         for exchanged in (False, True):
-            with self.place("a", "undisturbed") as place:
+            with self.place("a", "run") as place:
                 self.prepare(command, thing, place)
                 if (exchanged and thing != "store") or (exchanged and command != "harvest"):
                     self.exchange(place, thing)

@@ -51,6 +51,8 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
     start = time.perf_counter()
     begun = has_begun(config.out) and not config.overwrite
     job = look_up(config, begun)
+    if model and model.spec.fingerprint != job.settings.spec.fingerprint:
+        raise IncompatibleError(f"model {model.spec.name}: its files were changed since it was loaded; load it again")
     for note in job.settings.notes:
         _say(note)
     if begun:

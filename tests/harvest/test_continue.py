@@ -11,6 +11,8 @@ import pytest
 
 from harvest import run
 from harvest.model.hub import HubRepo
+from harvest.model.load import load_model
+from harvest.model.names import resolve_model
 from harvest.options_file import options_file
 from harvest.record import make_record
 from harvest.refill import prepare
@@ -341,3 +343,14 @@ def test_a_model_that_is_exchanged_between_the_plan_and_the_filling_is_refused(
         folder.rename(other)
         away.rename(folder)
     assert harvest(options).shards_written == 5
+
+
+def test_a_model_that_was_loaded_before_its_files_changed_is_refused(config: MakeConfig, tmp_path: Path) -> None:
+    folder = tiny_model("gpt2", tmp_path / "model")
+    model = load_model(resolve_model(str(folder)))
+    shutil.rmtree(folder)
+    tiny_model("gpt2", folder, seed=1)
+    options = config(model=str(folder))
+    with pytest.raises(IncompatibleError, match="its files were changed since it was loaded"):
+        harvest(options, model)
+    assert not options.out.exists()
