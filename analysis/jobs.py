@@ -266,7 +266,7 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
                 threads_per_worker=1,
                 dashboard_address=":0",
                 preload=PRELOAD,
-                silence_logs=logging.ERROR,  # A task's error is told once, by the command.
+                silence_logs=logging.CRITICAL,  # A task's error is told once, by the command.
             ) as local,
             Client(local) as client,
         ):
