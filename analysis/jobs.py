@@ -260,16 +260,10 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
 
     if scheduler == "processes":
-        with (
-            LocalCluster(
-                n_workers=n_workers,
-                threads_per_worker=1,
-                dashboard_address=":0",
-                preload=PRELOAD,
-                silence_logs=logging.CRITICAL,  # A task's error is told once, by the command.
-            ) as local,
-            Client(local) as client,
-        ):
+        # Without Dask's log: a task's error is told once, by the command.
+        quiet: Any = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+        local = LocalCluster(n_workers=n_workers, threads_per_worker=1, preload=PRELOAD, **quiet)
+        with local, Client(local) as client:
             _say_dashboard(client)
             yield Cluster(client)
         return
