@@ -1,18 +1,16 @@
 """Encode tiles of a store's tokens with the autoencoder.
 
-Weights are loaded once per process from the checkpoint's path, in any format that `train.formats.files` reads, and
-shared by its threads. Codes are those of inference; values are never negative, and where their number varies a tile is
-padded with zeros to the most that one of its vectors has. Vectors of a store that was harvested through a tuned lens
-are encoded as they are: they went through it already, as the autoencoder's training data did.
+Codes are those of inference; values are never negative, and where their number varies a tile is padded with zeros to
+the most that one of its vectors has. Vectors of a store that was harvested through a tuned lens are encoded as they
+are: they went through it already, as the autoencoder's training data did.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector at most, M n_latents; the T * L vectors of a tile are
 rows of one matrix.
 """
 
-import threading
+import copy
 from dataclasses import asdict
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from train.formats.files import read_checkpoint
 from train.kernels.interface import SparseCodes
 from train.model import MLSAE, SAEConfig, Standardized
 
@@ -32,14 +29,14 @@ PLACES_UNKNOWN = 256
 
 
 class Encoder:
-    """An autoencoder ready to encode."""
+    """A copy of an autoencoder, ready to encode; several threads may use it."""
 
     def __init__(self, sae: MLSAE, dtype: str) -> None:
         self.config = sae.config
         self.dtype = DTYPES[dtype]
         self.numpy_dtype = np.dtype(np.float64 if dtype == "float64" else np.float32)
         self._product_dtype = torch.bfloat16 if dtype == "bfloat16" else None
-        self._sae = sae.to(self.dtype).eval()
+        self._sae = copy.deepcopy(sae).to(self.dtype).eval()
         self._encoder = self._sae.ready_encoder(product_dtype=self._product_dtype, screened=dtype == "float32")
 
     def standardize(self, x: Tensor) -> Standardized:
@@ -58,14 +55,19 @@ class Encoder:
 
     @cached_property
     def origin(self) -> dict[str, Any]:
-        """What codes depend on beside the vectors: a hash of configuration and weights, and the number formats."""
-        digest = xxhash.xxh3_128(repr(sorted(asdict(self.config).items())).encode())
-        for name, tensor in sorted(self._sae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy().data)
+        """What codes depend on beside the vectors: the autoencoder, and the number formats."""
         product = "float32" if self._product_dtype is None else "bfloat16"
         dtype = self.numpy_dtype.name
-        return {"sae_hash": digest.hexdigest(), "dtype": dtype, "product": product if dtype == "float32" else dtype}
+        return {"sae_hash": sae_hash(self._sae), "dtype": dtype, "product": product if dtype == "float32" else dtype}
+
+
+def sae_hash(sae: MLSAE) -> str:
+    """A hash of an autoencoder's configuration and weights: the same for the same one, whatever its file."""
+    digest = xxhash.xxh3_128(repr(sorted(asdict(sae.config).items())).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def kept_places(config: SAEConfig) -> int:
@@ -74,24 +76,3 @@ def kept_places(config: SAEConfig) -> int:
     if config.activation == "topk":
         return config.k
     return min(4 * config.k or PLACES_UNKNOWN, config.n_latents)
-
-
-def load_encoder(path: Path, dtype: str) -> Encoder:
-    """The encoder of an autoencoder in any format that `train.formats.files` reads; a second call in this process gives
-    the same one, unless its files changed."""
-    with _loading:
-        return _load_encoder(str(path), dtype, _fingerprint(Path(path)))
-
-
-_loading = threading.Lock()
-
-
-def _fingerprint(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of the files at `path`; none for the name of a hub repository, which is not here."""
-    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
-    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-
-
-@lru_cache(maxsize=2)
-def _load_encoder(path: str, dtype: str, fingerprint: tuple[tuple[str, int, int], ...]) -> Encoder:
-    return Encoder(read_checkpoint(path).sae, dtype)

@@ -1,7 +1,8 @@
 """The store and the autoencoder of an analysis: opened once in each process, and checked against each other.
 
-`open_inputs` is for the process that the user started; `open_data` for the tasks, which are told paths and integers
-only (`TaskSpec`) and may run in another process.
+`open_inputs` is for the process that the user started, whose threads use what it opened. A task in another process is
+told paths, hashes and integers only (`TaskSpec`): `open_data` opens the paths again there, and refuses what is not the
+same by its hash.
 """
 
 import threading
@@ -13,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from analysis.config import StatisticsOptions, TokenOptions
-from analysis.encoder import Encoder, kept_places, load_encoder
+from analysis.encoder import Encoder, kept_places, sae_hash
 from analysis.selection import Selection, held_out_documents, select
 from analysis.tiles import Coder
 from residscope.errors import IncompatibleError
@@ -102,15 +102,6 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
     return tuple(meta.layers.index(layer) for layer in layers)
 
 
-def weights_hash(sae: MLSAE) -> str:
-    """A hash of an autoencoder's weights: the same for the same autoencoder, whatever its file."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _doubts(checkpoint: Checkpoint, store: ActivationStore) -> list[str]:
     """Where checkpoint and store may not fit, and the checkpoint records too little to tell: sentences for the user."""
     trained = checkpoint.store
@@ -133,6 +124,8 @@ class TaskSpec:
     """The store's, checked by every process."""
     sae: str
     """Path of the checkpoint."""
+    sae_hash: str
+    """The autoencoder's, checked by every process."""
     layers: tuple[int, ...]
     """As in `Inputs`."""
     tokens: TokenOptions
@@ -163,16 +156,16 @@ class TaskData(NamedTuple):
 
 
 def open_data(spec: TaskSpec) -> TaskData:
-    """All that a task needs; a second call in this process gives the same."""
-    encoder = load_encoder(Path(spec.sae), spec.statistics.dtype)
+    """All that a task needs; a second call in this process gives the same. `IncompatibleError` where the paths lead to
+    another store or autoencoder than the analysis is of."""
     with _opening:
-        return _open_data(spec, encoder)
+        return _open_data(spec)
 
 
 @contextmanager
 def opened_here(spec: TaskSpec, inputs: Inputs, selection: Selection) -> Iterator[None]:
-    """Within the block tasks in this process use the store that is open and the selection that is made."""
-    _opened_here[spec] = inputs.store, selection
+    """Within the block tasks in this process use the store and autoencoder that are open, and the selection."""
+    _opened_here[spec] = inputs.store, inputs.sae, selection
     try:
         yield
     finally:
@@ -180,27 +173,28 @@ def opened_here(spec: TaskSpec, inputs: Inputs, selection: Selection) -> Iterato
 
 
 _opening = threading.Lock()
-_opened_here: dict[TaskSpec, tuple[ActivationStore, Selection]] = {}
+_opened_here: dict[TaskSpec, tuple[ActivationStore, MLSAE, Selection]] = {}
 
 
-@lru_cache(maxsize=4)
-def _open_data(spec: TaskSpec, encoder: Encoder) -> TaskData:
-    store, selection = _opened_here.get(spec) or _open_store(spec, encoder.config.n_latents)
+@lru_cache(maxsize=2)
+def _open_data(spec: TaskSpec) -> TaskData:
+    store, sae, selection = _opened_here.get(spec) or _open_again(spec)
+    encoder = Encoder(sae, spec.statistics.dtype)
     make = KeptCodes.create if spec.save_latents else KeptCodes.open
     origin = {**encoder.origin, "layers": [store.meta.layers[i] for i in spec.layers]}
     kept = make(store, origin, kept_places(encoder.config))
     return TaskData(encoder, store, selection, store.statistics().mean[list(spec.layers)], kept)
 
 
-def _open_store(spec: TaskSpec, n_latents: int) -> tuple[ActivationStore, Selection]:
-    store = ActivationStore.open(spec.store)
-    if store.content_hash != spec.content_hash:
+def _open_again(spec: TaskSpec) -> tuple[ActivationStore, MLSAE, Selection]:
+    store, (sae, _) = ActivationStore.open(spec.store, content_hash=spec.content_hash), read_sae(Path(spec.sae))
+    if (found := sae_hash(sae)) != spec.sae_hash:
         raise IncompatibleError(
-            f"{spec.store} on this worker is not the store of the analysis: "
-            f"content hash {store.content_hash}, expected {spec.content_hash}"
+            f"{spec.sae} is not the autoencoder that was opened first: its hash should be {spec.sae_hash}, found "
+            f"{found}; do not write to it while it is analysed, or analyse in threads, which do not open it again"
         )
     split: dict[str, Any] | None = None
     if spec.validation:
         split = dict(zip(("fraction", "seed", "n_documents"), spec.validation, strict=True))
     held_out = held_out_documents(store.tokens, split, same_store=spec.same_store)
-    return store, select(store.tokens, held_out, spec.tokens, n_latents)
+    return store, sae, select(store.tokens, held_out, spec.tokens, sae.config.n_latents)

@@ -8,24 +8,28 @@ are as fast as processes, share one copy of the weights and start at once. Proce
 start. With several workers each has one torch thread, or its share of the cores.
 """
 
+import logging
 import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+import xxhash
 from dask.base import compute
 from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
+import residscope
 from analysis.tiles import keep_going, stop_tasks
-from residscope.errors import Interrupted, ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 
 MAX_TASKS = 256
 """Groups of shards that a store is cut into at most: enough for many workers, few enough that merging costs nothing."""
@@ -38,6 +42,8 @@ ATTEMPTS = 3
 
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
+
+PACKAGES = ("residscope", "store", "harvest", "train", "analysis")
 
 PRELOAD = ["residscope"]
 """What worker processes import first, so that they find our packages whatever files lie on PYTHONPATH."""
@@ -72,9 +78,8 @@ def run(total: ShardSum[R], pool: "Pool") -> R:
     for number, group in enumerate(groups):
         key = f"{name}-{number:05d}"
         tokens[key] = sum(total.tokens[group])
-        leaves.append(
-            delayed(attempt)(total.task, total.arguments, total.shards[group], tokens[key], dask_key_name=key)
-        )
+        arguments = (attempt, total.task, total.arguments, total.shards[group], tokens[key])
+        leaves.append(delayed(with_our_code)(code_hash(), *arguments, dask_key_name=key))
     with tqdm(total=sum(tokens.values()), desc=total.name, unit=" tokens", unit_scale=True, disable=None) as bar:
         try:
             return pool.compute(_tree(leaves, total.merge, name), tokens, bar)
@@ -93,10 +98,51 @@ def _tree(nodes: list[Delayed], merge: Callable[..., Any], name: str) -> Delayed
     while len(nodes) > 1:
         level += 1
         nodes = [
-            delayed(merge)(nodes[i : i + MERGE_WIDTH], dask_key_name=f"{name}-merge-{level}-{i:05d}")
+            delayed(with_our_code)(
+                code_hash(), merge, nodes[i : i + MERGE_WIDTH], dask_key_name=f"{name}-merge-{level}-{i:05d}"
+            )
             for i in range(0, len(nodes), MERGE_WIDTH)
         ]
     return nodes[0]
+
+
+@cache
+def code_hash() -> str:
+    """A hash of the sources that this process runs: workers of another version would add other numbers to the sums."""
+    home = Path(residscope.__file__).parent.parent
+    digest = xxhash.xxh3_128()
+    for package in PACKAGES:
+        for path in sorted((home / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(home)}:".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def with_our_code(code: str, function: Callable[..., R], *arguments: Any) -> R:
+    """function(*arguments), unless this process has other sources than the one with this `code_hash`."""
+    if code != code_hash():
+        raise _other_code(f"in {Path(residscope.__file__).parent}", code_hash(), code)
+    return function(*arguments)
+
+
+def _require_our_code(client: Any) -> None:
+    """`IncompatibleError` where a worker has other sources than this process. One that comes later refuses its tasks
+    (`with_our_code`), or, of a version that does not know them, dies of them."""
+
+    def find() -> str:  # Travels by value, so that any version can run it.
+        from importlib import import_module
+
+        return import_module("analysis.jobs").code_hash()
+
+    for address, found in client.run(find, on_error="return").items():
+        if found != code_hash():
+            raise _other_code(f"at {address}", found, code_hash())
+
+
+def _other_code(where: str, found: Any, expected: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"the Dask worker {where} has another version of residscope, or none: the hash of its sources should be "
+        f"{expected}, found {found}: start workers from the environment of this command"
+    )
 
 
 def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[int, ...], tokens: int) -> R:
@@ -214,10 +260,10 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
 
     if scheduler == "processes":
-        with (
-            LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0", preload=PRELOAD) as local,
-            Client(local) as client,
-        ):
+        # Without Dask's log: a task's error is told once, by the command.
+        quiet: Any = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+        local = LocalCluster(n_workers=n_workers, threads_per_worker=1, preload=PRELOAD, **quiet)
+        with local, Client(local) as client:
             _say_dashboard(client)
             yield Cluster(client)
         return
@@ -231,6 +277,7 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
         ) from None
     with client:
         _say_dashboard(client)
+        _require_our_code(client)
         yield Cluster(client)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from analysis import jobs
 from analysis.config import AnalyzeConfig
-from analysis.encoder import kept_places
+from analysis.encoder import kept_places, sae_hash
 from analysis.inputs import Inputs, TaskSpec, open_data, open_inputs, opened_here
 from analysis.latents.redundancy import find_redundancy
 from analysis.latents.table import latent_table
@@ -110,6 +110,7 @@ def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, fold
         store=str(config.store.resolve()),
         content_hash=inputs.store.content_hash,
         sae=str(config.sae.resolve() if config.sae.exists() else config.sae),
+        sae_hash=sae_hash(inputs.sae),
         layers=inputs.layers,
         tokens=config.tokens,
         statistics=config.statistics,

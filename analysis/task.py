@@ -19,7 +19,6 @@ from analysis.moments import LayerMoments
 from analysis.quality import LayerQuality, QualityResult
 from analysis.tiles import CodeTile, read_codes, shards_with, vector_tiles, write_codes
 from residscope.errors import IncompatibleError
-from store.care.verify import require_intact
 from train.compare.pca import Components, PCASums
 
 ANALYSED, VALIDATION = 0, 1
@@ -63,7 +62,6 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
     coder = data.coder(spec)
     needed = selection.needed if spec.pca else selection.analysed | selection.validation
     for shard in shards:
-        require_intact(store, shard)
         for token, x in vector_tiles(store, spec.layers, [shard], needed):
             vectors = encoder.standardize(torch.from_numpy(x).view(-1, d_model))
             if sums.pca is not None:

@@ -74,6 +74,7 @@ def vector_tiles(
     size = store.meta.chunk_tokens
     size *= max(1, TILE_BYTES // (size * len(layers) * store.meta.d_model * 4))
     for shard in shards:
+        store.require_intact(shard)
         first, last = store.meta.shard_bounds(shard)
         for start in range(first, last, size):
             if _stopping.is_set():

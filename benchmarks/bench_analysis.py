@@ -32,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis import jobs
 from analysis.config import StatisticsOptions, TokenOptions
+from analysis.encoder import sae_hash
 from analysis.inputs import TaskSpec
 from analysis.task import Sums, measure
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.meta import StoreMeta, config_hash
 from train.checkpoint import save_checkpoint
+from train.formats.files import read_sae
 from train.model import MLSAE, SAEConfig, standardize
 
 N_LAYERS, D_MODEL, K = 30, 576, 32
@@ -133,6 +135,7 @@ def work_of(store: Path, sae: Path, dtype: str, *, nulls: bool = False, save_lat
         store=str(store),
         content_hash=ActivationStore.open(store).content_hash,
         sae=str(sae),
+        sae_hash=sae_hash(read_sae(sae)[0]),
         layers=tuple(range(N_LAYERS)),
         tokens=TokenOptions(),
         statistics=StatisticsOptions(dtype=dtype, nulls=nulls),  # type: ignore[arg-type]

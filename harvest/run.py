@@ -25,6 +25,7 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes
+from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.care.outliers import few_tokens
@@ -52,6 +53,8 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
     start = time.perf_counter()
     begun = has_begun(config.out) and not config.overwrite
     job = look_up(config, begun)
+    if model and model.spec.fingerprint != job.settings.spec.fingerprint:
+        raise IncompatibleError(f"model {model.spec.name}: its files were changed since it was loaded; load it again")
     for note in job.settings.notes:
         _say(note)
     if begun:
@@ -99,7 +102,13 @@ def _reopen(job: Job) -> ActivationStore:
         _say(f"continuing {out}: {n_shards - missing} of {n_shards} shards are there")
         if changed := changed_surroundings(provenance, job.settings):
             _say(f"warning: the store was started with another {changed}; the new shards may differ in the last bits")
-    return ActivationStore.open(out, writable=True)
+    store = ActivationStore.open(out, writable=True)
+    if store.meta != reader.meta:
+        store.close()
+        raise IncompatibleError(
+            f"{out} was exchanged for another store while it was opened; run the same command again"
+        )
+    return store
 
 
 def _begin(job: Job, model: LoadedModel) -> ActivationStore:

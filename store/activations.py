@@ -1,14 +1,17 @@
 """ActivationStore: make, open, read, write and summarise a store of residual stream vectors on a local disk.
 
 How: the arrays are Zarr v3 (docs/store-format.md has the format); shards go to and from the disk directly (shards.py),
-and count once the manifest has their line (manifest.py). A reader checks all that it gives out: inner chunks by
-their crc32c, metadata and token arrays by the manifest's header. A missing shard raises, and is never read as zeros.
+and count once the manifest has their line (manifest.py). A reader checks all that it gives out against the manifest as
+it was when the store was opened, so that a store exchanged for another in the meantime is refused: shards by their
+lines and chunks' crc32c, metadata and token arrays by the header, statistics by the shards' norms. A missing shard
+raises, and is never read as zeros.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens and l layers asked for.
 """
 
 import itertools
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -33,16 +36,18 @@ _FILL = "run the same `harvest` command again to fill"
 
 
 class ActivationStore:
-    """A store that is open: made by `create` or `open`. Pickles as its path, and is unpickled open for reading."""
+    """A store that is open: made by `create` or `open`. Pickles as its path and content hash, and is unpickled open for
+    reading."""
 
     def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock | None) -> None:
         """For `create` and `open`; with `lock` the store is open for writing."""
         self.path = path
         self.meta = meta
         self._manifest = manifest
-        self.in_place: set[int] = set()  # Shards whose files were found to be theirs (care/places.py).
         self._records: dict[int, ShardRecord] = {}
-        self._indexes: dict[int, list[int]] = {}
+        self._indexes: dict[int, np.ndarray] = {}  # Of shards whose files were found to be theirs.
+        self._intact: set[int] = set()  # Shards whose whole files were hashed.
+        self._locks: dict[int, threading.Lock] = {}
         self._writer = ShardWriter(path, meta, manifest, lock) if lock else None
 
     @classmethod
@@ -61,13 +66,21 @@ class ActivationStore:
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, partial: bool = False, writable: bool = False) -> "ActivationStore":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        partial: bool = False,
+        writable: bool = False,
+        content_hash: str | None = None,
+    ) -> "ActivationStore":
         """Open a store for reading, or with `writable` for filling what is missing.
 
         partial: also open a store that lacks shards (reading one of those raises). writable: take the writer's lock,
-        cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. Raises
-        `UsageError` when there is nothing, `IncompatibleError` when that is no store, or one of another version, not
-        all of it, or its metadata or manifest is damaged; `ResidscopeError` when another process is writing it.
+        cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. content_hash:
+        that of the store as it was opened before. Raises `UsageError` when there is nothing, `IncompatibleError` when
+        that is no store, or one of another version or content, not all of it, or its metadata or manifest is damaged;
+        `ResidscopeError` when another process is writing it.
         """
         path = Path(path)
         require_store(path)
@@ -75,6 +88,11 @@ class ActivationStore:
         try:
             manifest = read_manifest(path)
             store = cls(path, read_meta(path, manifest), manifest, lock)
+            if content_hash not in (None, store.content_hash):
+                raise IncompatibleError(
+                    f"{path} is not the store that was opened first: its content hash should be {content_hash}, found "
+                    f"{store.content_hash}; put that store back, or run the command again"
+                )
             if not (partial or writable):
                 store._require_all_shards()
             if writable:
@@ -98,7 +116,7 @@ class ActivationStore:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(ActivationStore.open, partial=True), (str(self.path),)
+        return partial(ActivationStore.open, partial=True, content_hash=self.content_hash), (str(self.path),)
 
     # What is there
 
@@ -201,11 +219,27 @@ class ActivationStore:
         bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
         return [(int(shards[a]), slice(a, b)) for a, b in itertools.pairwise(bounds) if a < b]
 
-    def _reader(self, shard: int) -> ShardReader:
-        n_bytes, index = self.record(shard).bytes, self._indexes.get(shard)
-        reader = ShardReader(self.path / shard_name(shard), self.meta, n_bytes, index)
-        self._indexes[shard] = reader.index
-        return reader
+    def require_intact(self, shard: int) -> None:
+        """Raise `DamagedError` unless the whole file of a shard has the hash of its manifest line; looks once."""
+        if shard not in self._intact:
+            self._reader(shard, whole=True).close()
+            self._intact.add(shard)
+
+    def _reader(self, shard: int, *, whole: bool = False) -> ShardReader:
+        """A reader of a shard's file, which is held against its manifest line when it is first opened, or with `whole`
+        now."""
+        record, path = self.record(shard), self.path / shard_name(shard)
+        with self._locks.setdefault(shard, threading.Lock()):
+            index = None if whole else self._indexes.get(shard)
+            reader = ShardReader(path, self.meta, record.bytes, index)
+            if index is None:
+                try:
+                    reader.require_own(record, None if whole else self._keep_of(shard))
+                except BaseException:
+                    reader.close()
+                    raise
+                self._indexes[shard] = reader.index
+            return reader
 
     # Writing
 
@@ -238,8 +272,10 @@ class ActivationStore:
         """Mean, variance and norm by stored layer, over the kept tokens of the shards that are there."""
         if self.missing_shards():
             return self.merged_statistics()
-        count = sum(self.record(shard).kept for shard in self._manifest.lines)
-        return arrays.read_statistics(self.path, self.meta, count) or self.merged_statistics()
+        records = [self.record(shard) for shard in sorted(self._manifest.lines)]
+        norm_sums = np.sum([record.norm_sums for record in records], axis=0)
+        count = sum(record.kept for record in records)
+        return arrays.read_statistics(self.path, self.meta, count, norm_sums) or self.merged_statistics()
 
     def finalize(self) -> None:
         """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time. Every shard must be there."""
@@ -253,6 +289,7 @@ class ActivationStore:
         total = no_moments(self.meta.n_layers, self.meta.d_model)
         for shard in sorted(self._manifest.lines):
             record = self.record(shard)
-            mean, m2 = arrays.read_numbers(self.path / arrays.moments_name(shard), (2, *total.mean.shape))
+            name = arrays.moments_name(shard)
+            mean, m2 = arrays.read_numbers(self.path / name, (2, *total.mean.shape), record.moments_xxh3_128)
             total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
         return statistics(total)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from residscope.errors import UsageError
 from store.checksums import CRC_BYTES, DamagedError, checksum, read_checked, read_small
@@ -133,13 +134,17 @@ def statistics_chunks(found: LayerStatistics) -> dict[str, bytes]:
     return {name: encode_numbers(values) for name, values in zip(_STATISTICS, numbers, strict=True)}
 
 
-def read_statistics(folder: Path, meta: StoreMeta, count: int) -> LayerStatistics | None:
-    """The layer statistics over `count` kept tokens; None where one of the three files is not there."""
+def read_statistics(folder: Path, meta: StoreMeta, count: int, norm_sums: np.ndarray) -> LayerStatistics | None:
+    """The layer statistics over `count` kept tokens, whose norms add up to `norm_sums` [L]; None where one of the three
+    files is not there. Raises `DamagedError` where they are others."""
     shape = (meta.n_layers, meta.d_model)
     if not all((folder / name).exists() for name in _STATISTICS):
         return None
     shapes = zip(_STATISTICS, (shape, shape, shape[:1]), strict=True)
-    return LayerStatistics(count, *(read_numbers(folder / name, shape) for name, shape in shapes))
+    found = LayerStatistics(count, *(read_numbers(folder / name, shape) for name, shape in shapes))
+    if count and not np.allclose(found.norm * count, norm_sums, rtol=1e-9, atol=0):
+        raise DamagedError(folder / _STATISTICS[-1], "it is not what the shards amount to, or another store's")
+    return found
 
 
 def encode_numbers(values: np.ndarray) -> bytes:
@@ -148,10 +153,12 @@ def encode_numbers(values: np.ndarray) -> bytes:
     return data + checksum(data)
 
 
-def read_numbers(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The float64 numbers [shape] of a chunk's file; raises when it is missing or damaged."""
+def read_numbers(path: Path, shape: tuple[int, ...], xxh3_128: str | None = None) -> np.ndarray:
+    """The float64 numbers [shape] of a chunk's file; raises when it is missing or damaged, or has another hash."""
     n_bytes = math.prod(shape) * 8 + CRC_BYTES
     data = read_small(path, n_bytes)
     if len(data) != n_bytes or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
         raise DamagedError(path, "its checksum does not match")
+    if xxh3_128 not in (None, xxhash.xxh3_128_hexdigest(data)):
+        raise DamagedError(path, "it is another shard's or store's")
     return np.frombuffer(data, "<f8", len(data) // 8).reshape(shape)

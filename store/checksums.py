@@ -18,8 +18,6 @@ from store.files import CONFIG_BYTES, read_whole
 
 CRC_BYTES = 4
 
-_READ_BYTES = 4 * 1024 * 1024
-
 
 class DamagedError(IncompatibleError):
     """A file of a store is missing, or was changed after it was written."""
@@ -51,20 +49,6 @@ def _fastest() -> Callable[[Any], int]:
 def checksum(data: bytes | np.ndarray) -> bytes:
     """crc32c as it is stored behind what it protects."""
     return crc32c(data).to_bytes(CRC_BYTES, "little")
-
-
-def file_hash(file: Path, n_bytes: int) -> str | None:
-    """xxh3-128 of a file of `n_bytes`, read in parts; "" for one of another size, None where there is none."""
-    digest = xxhash.xxh3_128()
-    try:
-        if file.stat().st_size != n_bytes:
-            return ""
-        with file.open("rb") as opened:
-            while block := opened.read(_READ_BYTES):
-                digest.update(block)
-    except FileNotFoundError:
-        return None
-    return digest.hexdigest()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """A store's vectors as a dask array, chunked as the store is, for analyses of one's own.
 
 How: one dask chunk is a whole shard, read and checked as `ActivationStore.read` does, as float32, tokens that are not
-kept left out. A task carries the store, which pickles as its path, so that it runs anywhere that sees the folder.
+kept left out. A task carries the store, which pickles as its path and content hash, so that it runs anywhere that sees
+the folder, and on this store only; no cache takes another store's tasks for these.
 
 Shapes: K kept tokens, l layers asked for, D = d_model.
 """
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def dask_array(path: str | os.PathLike[str], layers: slice | Sequence[int] | Non
     for shard in range(meta.n_shards):
         kept = keep[slice(*meta.shard_bounds(shard))]
         if kept.any():
-            values = read(store, shard, store.record(shard).xxh3_128, kept, layers)
+            values = read(store, shard, kept, layers)
             chunks.append(da.from_delayed(values, (int(kept.sum()), n_layers, meta.d_model), np.float32))
     if not chunks:
         return da.zeros((0, n_layers, meta.d_model), dtype=np.float32)
@@ -45,9 +45,7 @@ def dask_array(path: str | os.PathLike[str], layers: slice | Sequence[int] | Non
 
 
 def _read_kept(
-    store: ActivationStore, shard: int, xxh3_128: str, kept: np.ndarray, layers: slice | Sequence[int] | None
+    store: ActivationStore, shard: int, kept: np.ndarray, layers: slice | Sequence[int] | None
 ) -> np.ndarray:
-    """Kept vectors of a shard. The hash is in the task's name too, so that no cache takes another store's for them."""
-    if store.record(shard).xxh3_128 != xxh3_128:
-        raise IncompatibleError(f"{store.path}: shard {shard} has changed since the dask array was made; make it again")
+    """Kept vectors of a shard."""
     return store.read(slice(*store.meta.shard_bounds(shard)), layers)[kept]

@@ -19,7 +19,6 @@ import numpy as np
 
 from residscope.errors import UsageError
 from store.activations import ActivationStore
-from store.care.places import require_in_place
 from store.dtypes import STORAGE_DTYPE
 from store.shuffle import RowOrder, chunk_row_counts
 
@@ -77,8 +76,7 @@ class WindowLoader:
 
         row_mask: bool [T], tokens to serve. window_bytes: size of one window; two are held. layers: stored layers,
         default all. threads: readers of a window. start_batch: batches of the stream to leave out, such as those that
-        an interrupted run has seen. Each shard's file is once checked to be its own (store/care/places.py). Raises
-        `UsageError` when there is no row to serve.
+        an interrupted run has seen. Raises `UsageError` when there is no row to serve.
         """
         meta = store.meta
         row_mask = np.asarray(row_mask, bool)
@@ -196,17 +194,13 @@ class WindowLoader:
                 skip = start.row if (epoch, window) == (start.epoch, start.window) else 0
                 chunk, layer = self._order.window(blocks, window)
                 out = next(buffers)[: len(chunk)]
-                read = reader.submit(self._read, chunk, layer, out)
+                read = reader.submit(self._store.read_blocks, chunk, layer, out, self._threads)
                 order = helper.submit(self._served_rows, chunk, epoch, window, skip)
                 yield _Window(chunk, layer, _wide(out.reshape(-1, out.shape[-1])), read, order)
 
     def _served_rows(self, chunk: np.ndarray, epoch: int, window: int, skip: int) -> np.ndarray:
         """The rows of a window in the order in which they are served, without the first `skip`."""
         return self._order.shuffled(np.flatnonzero(self._mask[chunk]), epoch, window)[skip:]
-
-    def _read(self, chunk: np.ndarray, layer: np.ndarray, out: np.ndarray) -> None:
-        require_in_place(self._store, chunk, layer, self._threads)
-        self._store.read_blocks(chunk, layer, out, self._threads)
 
 
 def _gather(rows: np.ndarray, picked: np.ndarray, out: np.ndarray) -> None:

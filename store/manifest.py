@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from residscope.errors import ResidscopeError
+from residscope.errors import IncompatibleError, ResidscopeError
 from store.files import atomic_write, read_whole, write_all
 
 FOLDER = "manifest"
@@ -103,10 +103,10 @@ def read_manifest(store: Path) -> Manifest:
             if lines and is_intact(lines[0]):
                 manifest.checksums = json.loads(lines[0]).get("checksums", {})
                 lines[0] = b""
-            if not manifest.checksums:
-                manifest.problems.append(f"{FILE} line 1: the header is damaged")
         for number, line in enumerate(lines, start=1):
             _read_line(manifest, line, f"{name} line {number}")
+    if not manifest.checksums:  # Damaged, or the whole file is gone.
+        manifest.problems.insert(0, f"{FILE} line 1: the header is damaged")
     return manifest
 
 
@@ -207,6 +207,15 @@ class WriterLock:
                 f"{name}: its file system has no file locks ({error.strerror}), so a second writer could not be "
                 "stopped; write to a local disk and copy the store from there"
             ) from None
+
+    def require_here(self, store: Path) -> None:
+        """`IncompatibleError` where the folder at `store` is no longer the one that is locked."""
+        path = store / LOCK
+        if not (path.exists() and os.path.samestat(os.fstat(self._descriptor), path.stat())):
+            raise IncompatibleError(
+                f"{store}: another folder was put in this store's place while it was written; put it back, and run the "
+                "same command again"
+            )
 
     def release(self) -> None:
         os.close(self._descriptor)

@@ -5,6 +5,12 @@ inner chunk as uint64, in C order over (token chunk, layer), or 2^64 - 1 twice f
 then the index's crc32c. All numbers are little-endian. Our writer puts the chunks in the index's order and leaves out
 those beyond the last token; the reader takes them from wherever the index says, and so reads what zarr wrote.
 
+A file of another shard or store is intact by its own checksums. So a file is first held against its manifest line
+(`require_own`): by its hash, or, with many layers, by the sums of the norms at two of them, which takes 1 s for a GB of
+these layers, where the hash takes 0.25 s for a GB of the file. Two, since a lens leaves the last layer as it is, and a
+model of which only later blocks were trained further leaves the first. The checksums that all the file's chunks have
+then are kept in memory, and whatever is read later is held to these, whichever file has the name by then.
+
 A shard is committed in three steps, each on the disk before the next begins: its file, which is written under a
 temporary name, synced and renamed (`files.atomic_write`); its moments, in the same way; its line in the manifest. Only
 a shard with a line is there for readers, so a crash loses at most the shard in flight. pack.py makes the chunks.
@@ -22,7 +28,7 @@ from numcodecs.zstd import Zstd
 
 from residscope.errors import ResidscopeError, UsageError
 from store import arrays
-from store.checksums import CRC_BYTES, DamagedError, checksum
+from store.checksums import CRC_BYTES, DamagedError, checksum, crc32c
 from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
 from store.files import atomic_write, sync
 from store.manifest import Manifest, ManifestWriter, ShardRecord, WriterLock
@@ -32,8 +38,15 @@ from store.moments import ShardMoments
 if TYPE_CHECKING:
     from store.pack import ShardPacker
 
-_ABSENT = 0xFFFFFFFFFFFFFFFF
+_ABSENT = -1
+"""Offset and length of a chunk that is left out: 2^64 - 1, read as signed."""
 _INDEX_ENTRY_BYTES = 16
+_HASHED_LAYERS = 6
+"""With this many layers or fewer a file is held against its line by its hash."""
+_TOLERANCE = 1e-9
+"""Relative, of a sum of norms: another order of adding up changes 10^-15 of it for 30,000 vectors."""
+_ANOTHER = "a valid file of another shard or store, or a rewritten one"
+_READ_BYTES = 4 * 1024 * 1024
 
 
 def shard_name(shard: int) -> str:
@@ -44,10 +57,10 @@ def shard_name(shard: int) -> str:
 class ShardReader:
     """Reads inner chunks of one shard's file; several threads may use it at once, until it is closed."""
 
-    def __init__(self, path: Path, meta: StoreMeta, n_bytes: int, index: list[int] | None = None) -> None:
+    def __init__(self, path: Path, meta: StoreMeta, n_bytes: int, index: np.ndarray | None = None) -> None:
         """Open the file; check its size and read its index, unless the `index` of an earlier reader is given."""
-        self._path = path
-        self._meta = meta
+        self._path, self._meta, self._n_bytes = path, meta, n_bytes
+        self._exchanged = "" if index is None else ": it is damaged, or was exchanged while it was in use"
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
         except FileNotFoundError:
@@ -56,56 +69,83 @@ class ShardReader:
             found = os.fstat(self._descriptor).st_size
             if found != n_bytes:
                 raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {found}")
-            self.index = self._read_index(n_bytes) if index is None else index
+            self.index = self._read_index() if index is None else index
+            """int64 [P * L, 3]: offset (-1: left out), length and crc32c of each inner chunk."""
         except BaseException:
             self.close()
             raise
 
-    def _read_index(self, n_bytes: int) -> list[int]:
-        """Offset and length of each inner chunk, in turn, from the end of the file."""
+    def _read_index(self) -> np.ndarray:
         size = self._meta.chunks_per_shard * self._meta.n_layers * _INDEX_ENTRY_BYTES
-        start = n_bytes - size - CRC_BYTES
+        start = self._n_bytes - size - CRC_BYTES
         data = os.pread(self._descriptor, size + CRC_BYTES, start) if start >= 0 else b""
         if len(data) != size + CRC_BYTES or checksum(data[:size]) != data[size:]:
             raise DamagedError(self._path, "the checksum of the shard's index does not match")
-        return np.frombuffer(data, "<u8", size // 8).tolist()
+        index = np.zeros((size // _INDEX_ENTRY_BYTES, 3), np.int64)
+        index[:, :2] = np.frombuffer(data, "<i8", size // 8).reshape(-1, 2)
+        for entry in np.flatnonzero(index[:, 0] != _ABSENT).tolist():
+            offset, end = index[entry, 0], int(index[entry, 0]) + int(index[entry, 1])
+            if not (0 <= offset <= end - CRC_BYTES and end <= start):
+                raise DamagedError(self._path, "the shard's index does not fit its file")
+            index[entry, 2] = int.from_bytes(os.pread(self._descriptor, CRC_BYTES, end - CRC_BYTES), "little")
+        return index
+
+    def require_own(self, record: ShardRecord, keep: np.ndarray | None = None) -> None:
+        """Raise `DamagedError` unless the file is the one of the manifest line `record`. keep: bool [t], the store's
+        mask; without it the file is hashed, however many layers there are."""
+        n_layers = self._meta.n_layers
+        if keep is None or n_layers <= _HASHED_LAYERS:
+            digest = xxhash.xxh3_128()
+            for start in range(0, self._n_bytes, _READ_BYTES):
+                digest.update(os.pread(self._descriptor, _READ_BYTES, start))
+            if digest.hexdigest() != record.xxh3_128:
+                self.read_shard(self._meta.shard_tokens)  # Raises where a chunk is damaged.
+                raise DamagedError(self._path, f"wrong hash: {_ANOTHER}")
+            return
+        for layer in (n_layers // 2, n_layers - 1):
+            expected = record.norm_sums[layer]
+            if not abs(self._norm_sum(layer, keep) - expected) <= _TOLERANCE * expected:
+                which = f"vector norms at layer {self._meta.layers[layer]} do not match the manifest"
+                raise DamagedError(self._path, f"{which}: {_ANOTHER}")
+
+    def _norm_sum(self, layer: int, keep: np.ndarray) -> float:
+        """Sum of the norms of a layer's kept vectors; a chunk at a time, so that memory stays small."""
+        meta, total = self._meta, 0.0
+        block = np.empty((meta.chunk_tokens, meta.d_model), STORAGE_DTYPE[meta.stored_dtype])
+        for chunk, start in enumerate(range(0, len(keep), meta.chunk_tokens)):
+            self.read_chunk(chunk, layer, block.reshape(-1).view(np.uint8))
+            kept = keep[start : start + meta.chunk_tokens]
+            rows = to_float32(block[: len(kept)][kept], meta.stored_dtype).astype(np.float64)
+            total += float(np.sqrt(np.einsum("td,td->t", rows, rows)).sum())
+        return total
 
     def read_chunk(self, chunk: int, layer: int, out: np.ndarray) -> None:
         """Fill `out`, uint8 [C * D * itemsize], with an inner chunk; `chunk` counts within the shard.
 
         Raises `DamagedError` when its bytes are not those that were written.
         """
-        entry = 2 * (chunk * self._meta.n_layers + layer)
-        offset, length = self.index[entry], self.index[entry + 1]
+        offset, length, check = self.index[chunk * self._meta.n_layers + layer].tolist()
         if offset == _ABSENT:
             out[:] = 0
             return
-        read = self._read_compressed if self._meta.codec == "zstd" else self._read_plain
-        if not read(offset, length, out):
+        packed = self._meta.codec == "zstd"
+        data = np.empty(length - CRC_BYTES, np.uint8) if packed else out
+        if data.nbytes + CRC_BYTES != length or not self._fill(data, offset) or crc32c(data) != check:
             raise DamagedError(
-                self._path, f"the checksum of token chunk {chunk} at stored layer {layer} does not match"
+                self._path,
+                f"the checksum of token chunk {chunk} at stored layer {layer} does not match{self._exchanged}",
             )
+        if packed:
+            Zstd().decode(data, out)
 
-    def _read_plain(self, offset: int, length: int, out: np.ndarray) -> bool:
-        """Fill `out`; gives whether its checksum matches. macOS before 11 has no preadv."""
-        check = bytearray(CRC_BYTES)
-        if length != out.nbytes + CRC_BYTES:
-            return False
+    def _fill(self, out: np.ndarray, offset: int) -> bool:
+        """Fill `out`; gives whether there were bytes enough. macOS before 11 has no preadv."""
         if hasattr(os, "preadv"):
-            whole = os.preadv(self._descriptor, [out.data, check], offset) == length
-        else:
-            data = os.pread(self._descriptor, length, offset)
-            whole = len(data) == length
-            if whole:
-                out[:], check[:] = np.frombuffer(data, np.uint8, out.nbytes), data[out.nbytes :]
-        return whole and checksum(out) == check
-
-    def _read_compressed(self, offset: int, length: int, out: np.ndarray) -> bool:
-        packed = os.pread(self._descriptor, length, offset)
-        whole = len(packed) == length and checksum(packed[:-CRC_BYTES]) == packed[-CRC_BYTES:]
-        if whole:
-            Zstd().decode(packed[:-CRC_BYTES], out)
-        return whole
+            return os.preadv(self._descriptor, [out.data], offset) == out.nbytes
+        data = os.pread(self._descriptor, out.nbytes, offset)
+        if len(data) == out.nbytes:
+            out[:] = np.frombuffer(data, np.uint8)
+        return len(data) == out.nbytes
 
     def read_shard(self, n_tokens: int) -> np.ndarray:
         """The shard's first `n_tokens` tokens: [n_tokens, L, D] in the stored format."""
@@ -134,7 +174,7 @@ def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:
 
     slots: uint8 [P * L, C * D * itemsize + 4], inner chunks in the index's order; their checksums are written here.
     """
-    index = np.full((meta.chunks_per_shard * meta.n_layers, 2), _ABSENT, "<u8")
+    index = np.full((meta.chunks_per_shard * meta.n_layers, 2), _ABSENT, "<i8")
     parts: list[memoryview] = []
     if meta.codec == "zstd":
         codec = Zstd(level=ZSTD_LEVEL)
@@ -168,6 +208,7 @@ class ShardWriter:
     ) -> None:
         """Write one shard: data [t, L, D], float32 or the stored format; keep: bool [t], the store's own mask, and
         `claimed`, what the caller takes it for."""
+        self._lock.require_here(self._path)
         packer = self._packer_for(shard)
         meta = self._meta
         start, stop = meta.shard_bounds(shard)
@@ -183,8 +224,12 @@ class ShardWriter:
         except ValueError:
             raise self._unstorable(shard, data) from None
         parts = seal_slots(packed.slots, meta)
-        atomic_write(self._path / shard_name(shard), parts)
-        self._commit(shard, packed.moments, parts)
+        try:
+            atomic_write(self._path / shard_name(shard), parts)
+            self._commit(shard, packed.moments, parts)
+        except FileNotFoundError:
+            self._lock.require_here(self._path)
+            raise
 
     def adopt(self, shard: int, keep: np.ndarray) -> None:
         """Take in the file of a shard that is in its place already; keep: bool [t], the store's own mask."""
@@ -233,6 +278,7 @@ class ShardWriter:
             norm_sums=moments.norm_sums.tolist(),
             config_hash=self._meta.config_hash,
         )
+        self._lock.require_here(self._path)
         self._manifest.lines[shard] = self._lines.append(record)
 
     def _unstorable(self, shard: int, data: np.ndarray) -> ResidscopeError:

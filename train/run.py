@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from residscope.console import counted, stop_on_signals
-from residscope.errors import Interrupted
+from residscope.errors import IncompatibleError, Interrupted
 from store.activations import ActivationStore
 from store.loader import Batch, WindowLoader
 from train.checkpoint import Checkpoint
@@ -154,7 +154,9 @@ class _Stream:
             self.began = time.perf_counter()
             while self.step < self.plan.steps:
                 taking = [trainer for trainer in self.trainers if trainer.step == self.step]
-                self._train_on(next(batches), taking)
+                with self._keeping(taking):
+                    batch = next(batches)
+                self._train_on(batch, taking)
                 bar.update()
                 last = self.step == self.plan.steps
                 if self.step % self.config.logging.log_every == 0 or last:
@@ -197,14 +199,30 @@ class _Stream:
         paused, validate_every = time.perf_counter(), self.config.validation.validate_every
         if self._due(-(-self.plan.steps // 4) if validate_every is None else validate_every):
             self._validate(taking, INTERIM_TOKENS, bar)
-        if stop or self._due(self.config.logging.checkpoint_every):
+        if stop:
+            raise Interrupted(self._stopped(taking))
+        if self._due(self.config.logging.checkpoint_every):
             for trainer in taking:
                 trainer.save(finished=False)
         self.began += time.perf_counter() - paused
-        if stop:
-            saved = f"{self.config.out} is" if self.n_runs == 1 else f"{counted(self.n_runs, 'checkpoint')} are"
-            where = f"stopped after step {self.step} of {self.plan.steps}"
-            raise Interrupted(f"{where}; {saved} saved. Continue with the same command and --resume")
+
+    @contextlib.contextmanager
+    def _keeping(self, taking: Sequence[Trainer]) -> Iterator[None]:
+        """Save what there is where the store is found damaged or exchanged for another: nothing of that was used."""
+        try:
+            yield
+        except IncompatibleError as error:
+            raise IncompatibleError(f"{error}. Training {self._stopped(taking)}") from None
+
+    def _stopped(self, taking: Sequence[Trainer]) -> str:
+        """Save what there is, before the training ends early; words for the user."""
+        where = f"stopped after step {self.step} of {self.plan.steps}"
+        if self.step == 0:
+            return f"{where}; nothing is saved"
+        for trainer in taking:
+            trainer.save(finished=False)
+        saved = f"{self.config.out} is" if self.n_runs == 1 else f"{counted(self.n_runs, 'checkpoint')} are"
+        return f"{where}; {saved} saved. Continue with the same command and --resume"
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -229,7 +247,8 @@ class _Stream:
         if not self.validation:
             return
         targets = [ValidationTarget(each.sae, each.plan.torch_dtype, each.view.position) for each in taking]
-        found = self.validation.evaluate(targets, self.data.source, tokens=tokens)
+        with self._keeping(taking):
+            found = self.validation.evaluate(targets, self.data.source, tokens=tokens)
         for trainer, validated in zip(taking, found, strict=True):
             trainer.record(validated)
         tell_validation(bar, f"step {self.step} of {self.plan.steps}", [validated.fvu for validated in found])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from store.activations import ActivationStore
-from store.care.places import require_in_place
 from store.shuffle import permutation
 from train.data import VectorSource
 from train.model import MLSAE
@@ -92,7 +91,6 @@ class ValidationData:
         for chunk in self._chunks.tolist():
             part = slice(chunk * size, min((chunk + 1) * size, n_tokens))
             chosen = np.flatnonzero(self._mask[part])[:tokens]
-            require_in_place(self._store, np.array([chunk]), np.array(self._layers[:1]))
             yield self._store.read(part, self._layers, raw=True)[chosen]
             tokens -= len(chosen)
             if tokens <= 0:

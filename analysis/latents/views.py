@@ -34,7 +34,7 @@ from analysis.model.transformer import spec_of_store
 from analysis.results.folder import EXAMPLES, HISTOGRAMS
 from analysis.selection import Selection
 from analysis.task import codes_again
-from harvest.model.load import load_tokenizer
+from harvest.model.load import load_tokenizer, refuse_exchanged
 from residscope.errors import ResidscopeError
 
 LOWEST = -5
@@ -76,7 +76,10 @@ def view_latents(
     write_histograms(folder / HISTOGRAMS, counts, layer_numbers)
     tokenizer = reason = None
     try:
-        tokenizer = load_tokenizer(spec_of_store(inputs.store, model, offline=True))
+        found = spec_of_store(inputs.store, model, offline=True)
+        loaded = load_tokenizer(found)
+        refuse_exchanged(found)
+        tokenizer = loaded
     except ResidscopeError as error:
         reason = str(error)
     n_rows = write_found(folder / EXAMPLES, top.found(), tokens, tokenizer, codes, selection.analysed, layer_numbers)

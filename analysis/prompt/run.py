@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import torch
 
 from analysis.config import AnalyzeConfig
-from analysis.inputs import open_inputs, weights_hash
+from analysis.encoder import sae_hash
+from analysis.inputs import open_inputs
 from analysis.model.findings import locate
 from analysis.model.transformer import load_of_store
 from analysis.prompt.intervene import PromptedModel, TokenChange, parse_ablate, parse_steer
@@ -30,6 +31,7 @@ from analysis.run import analyze
 from harvest.model.checks import check_logits, check_model
 from harvest.model.tokenizer import Tokenizer
 from residscope.destinations import partial_folder
+from residscope.errors import IncompatibleError
 from residscope.options import with_values
 from store.activations import ActivationStore
 from store.files import atomic_write
@@ -58,7 +60,7 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     found = locate(store, config.transformer.model, config.transformer.lens, offline=False)
     assert found.spec is not None
     say = partial(print, file=sys.stderr) if config.output.json else print
-    if not has_analysis(config.out_dir, store, weights_hash(sae)):
+    if not has_analysis(config.out_dir, store, sae_hash(sae)):
         with contextlib.redirect_stdout(sys.stderr) if config.output.json else contextlib.nullcontext():
             analyze(with_values(config, json=False), inputs)
     model = load_of_store(store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -70,6 +72,8 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     views = [view_prompt(prompted, text, ids, layers, interventions) for text, ids in read]
     plain = [_plain(view, model.tokenizer) for view in views]
     content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
+    if not has_analysis(config.out_dir, store, sae_hash(sae)):
+        raise IncompatibleError(f"{config.out_dir}: another analysis was put there in the meantime; give another --out")
     with partial_folder(config.out_dir):
         _write(config, views, content)
     say(prompt_words(content))

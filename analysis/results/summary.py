@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from analysis.baselines.nulls import null_numbers
 from analysis.config import AnalyzeConfig
-from analysis.inputs import Inputs, weights_hash
+from analysis.encoder import sae_hash
+from analysis.inputs import Inputs
 from analysis.latents.redundancy import MAX_OVERLAP, Redundancy
 from analysis.latents.table import KINDS, LatentTable
 from analysis.latents.views import LatentViews
@@ -206,7 +207,7 @@ def _provenance(found: Findings) -> dict[str, Any]:
         },
         "sae": {
             "name": config.sae.name,
-            "hash": weights_hash(checkpoint.sae),
+            "hash": sae_hash(checkpoint.sae),
             **{name: getattr(sae, name) for name in ("n_latents", "k", "d_model")},
             "expansion_factor": sae.n_latents / sae.d_model,
             "trained_tokens": trained_tokens(checkpoint),

@@ -144,11 +144,23 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
     for file in _FILES:
         if not (folder / file).is_file():
             raise IncompatibleError(f"--lens {name}: the folder has no {file}; a lens has {' and '.join(_FILES)}")
-    return _read(folder, shown, n_layers, d_model, indexing)
+    lens = _read(folder, shown, n_layers, d_model, indexing)
+    if lens.fingerprint != _fingerprint(folder):
+        raise IncompatibleError(
+            f"--lens {name}: its files were changed while they were read; run the same command again"
+        )
+    return lens
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of a lens's files."""
+    digest = xxhash.xxh3_128()
+    for file in _FILES:
+        digest.update((folder / file).read_bytes())
+    return digest.hexdigest()
 
 
 def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexing) -> TunedLens:
-    # Each file is read once, so that what the fingerprint says is what was loaded.
     digest = xxhash.xxh3_128()
     try:
         content = read_whole(folder / "config.json", CONFIG_BYTES)
@@ -178,8 +190,9 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         biases = torch.stack([_parameter(parameters, name, f"{i}.bias", (d_model,)) for i in range(n_layers)])
     else:
         biases = torch.zeros(n_layers, d_model)
-    fingerprint = digest.hexdigest()
-    return TunedLens(weights, biases, indexing=indexing, name=name, fingerprint=fingerprint, base_model=base_model)
+    return TunedLens(
+        weights, biases, indexing=indexing, name=name, fingerprint=digest.hexdigest(), base_model=base_model
+    )
 
 
 def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> Tensor:

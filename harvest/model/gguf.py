@@ -88,7 +88,7 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
         with _locked(folder.parent / f"{key}.lock"):
             if not _is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                _unpack(file, folder, size)
+                _unpack(file, folder, size, digest)
     except OSError as error:
         raise ResidscopeError(
             f"{error.filename or folder}: {error.strerror}, while {file.name} was unpacked. Set XDG_CACHE_HOME to a"
@@ -97,7 +97,7 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
     return folder
 
 
-def _unpack(file: GgufFile, folder: Path, size: int) -> None:
+def _unpack(file: GgufFile, folder: Path, size: int, digest: str) -> None:
     print(f"unpacking {file.name} ({human_bytes(size)}) into {folder.parent}, once", file=sys.stderr)
     building = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
@@ -110,6 +110,8 @@ def _unpack(file: GgufFile, folder: Path, size: int) -> None:
                 for part in file.parts:
                     out.write(part.read_bytes())
         _convert(source, building, file)
+        if sha256(file) != digest:
+            raise IncompatibleError(f"{file.name} was changed while it was unpacked; run the same command again")
         if source.parent == building:
             source.unlink()
         seal = {path.name: _xxh3(path) for path in sorted(building.iterdir())}

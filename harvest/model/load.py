@@ -9,6 +9,7 @@ import errno
 import json
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +24,10 @@ from torch import Tensor, nn
 from harvest.model.adapters import NOT_BY_TRANSFORMERS, with_adapter
 from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of, reset_rope
 from harvest.model.hub import first_line, passing_on, warn
-from harvest.model.names import ModelSpec, model_files
+from harvest.model.names import ModelSpec, model_files, resolve_model
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from harvest.model.tokenizer import Tokenizer
-from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
 
@@ -118,8 +119,8 @@ def load_model(
     """The model's weights in `dtype` on `device`, in evaluation mode, and its tokenizer unless one is given.
 
     Random weights are drawn in float32 and then rounded, so that they do not depend on `dtype`. Raises
-    `IncompatibleError` where anything is missing or damaged or the blocks are not found, `ResidscopeError` where it
-    cannot be downloaded or does not fit the memory.
+    `IncompatibleError` where anything is missing, damaged or no longer what the spec's hash says, or the blocks are not
+    found, `ResidscopeError` where it cannot be downloaded or does not fit the memory.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -129,7 +130,7 @@ def load_model(
     model, missing, unused = _loading(spec, "model", lambda: _weights(spec.base or spec, config, dtype))
     if spec.adapter:
         model = _loading(spec, "adapter", lambda bare=model: with_adapter(spec.name, bare, spec.location, spec.place))
-    model = _loading(spec, "model", lambda: model.to(device)).eval().requires_grad_(False)
+    model = _loading(spec, "model", lambda: _own_memory(model.to(device))).eval().requires_grad_(False)
     architecture = type(model).__name__
     # Llama 4 misnames its own.
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
@@ -148,11 +149,13 @@ def load_model(
             rotary.register_forward_pre_hook(reset_rope)
     refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
     _loading(spec, "forward pass", lambda: refuse_not_causal(spec.name, architecture, base, longest_context(config)))
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
+    refuse_exchanged(spec)
     return LoadedModel(
         spec=spec,
         causal_lm=model,
         base=base,
-        tokenizer=tokenizer if tokenizer is not None else load_tokenizer(spec),
+        tokenizer=tokenizer,
         blocks=blocks,
         d_model=d_model_of(config),
         architecture=architecture,
@@ -160,6 +163,29 @@ def load_model(
         dtype=dtype,
         without_head=bool(missing),
     )
+
+
+def refuse_exchanged(spec: ModelSpec) -> None:
+    """`IncompatibleError` where a local folder no longer holds what `spec` says: called after something of it was
+    loaded, so that what was loaded has the spec's hash."""
+    if spec.source != "folder":
+        return
+    found = None
+    with suppress(UsageError):  # The folder is gone.
+        found = resolve_model(spec.location, random_init=spec.random_init).fingerprint
+    if found != spec.fingerprint:
+        raise IncompatibleError(
+            f"model {spec.name}: the files in {spec.location} were changed or exchanged while they were used: their "
+            f"content hash was {spec.fingerprint}, found {found}; run the same command again"
+        )
+
+
+def _own_memory(model: nn.Module) -> nn.Module:
+    """`model`, which no longer looks into its files: libraries map these, so that whoever writes to one would change
+    the weights of a model that runs."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str], list[str]]:

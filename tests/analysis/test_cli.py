@@ -189,6 +189,7 @@ def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
         store=str(small.store),
         content_hash="of another store",
         sae=str(small.sae),
+        sae_hash="",
         layers=tuple(range(store.meta.n_layers)),
         tokens=TokenOptions(),
         statistics=StatisticsOptions(),
@@ -196,7 +197,7 @@ def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
         same_store=True,
         pca=False,
     )
-    with pytest.raises(IncompatibleError, match="expected of another store"):
+    with pytest.raises(IncompatibleError, match="content hash should be of another store"):
         open_data(spec)
 
 

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from analysis import jobs
-from residscope.errors import Interrupted, ResidscopeError
+from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
 
 
 def add(parts):
@@ -129,6 +130,22 @@ def test_a_cluster_at_an_address_gives_the_same_and_its_errors_arrive():
         assert jobs.run(total, pool) == list(total.shards)
         with pytest.raises(ResidscopeError, match="shard 6 failed 3 times"):
             jobs.run(shard_sum(fail_always, n_shards=4), pool)
+
+
+def test_a_worker_of_another_version_is_refused():
+    """At the start by what it says of itself, in whatever way it fails to; one that comes later by itself."""
+    for found in ("another", ImportError("No module named 'analysis'")):
+        client = SimpleNamespace(
+            run=lambda find, on_error, found=found: {"tcp://a:1": jobs.code_hash(), "tcp://b:2": found}
+        )
+        with pytest.raises(
+            IncompatibleError, match=r"the Dask worker at tcp://b:2 has another version .* start workers"
+        ):
+            jobs._require_our_code(client)
+    jobs._require_our_code(SimpleNamespace(run=lambda find, on_error: {"tcp://a:1": find()}))
+    assert jobs.with_our_code(jobs.code_hash(), max, 1, 2) == 2
+    with pytest.raises(IncompatibleError, match="another version of residscope"):
+        jobs.with_our_code("of another version", max, 1, 2)
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x:1"])

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import zarr
 
-from analysis import task
 from analysis.encoder import Encoder
 from analysis.run import analyze
 from residscope.destinations import held_alone
 from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
+from store.shards import ShardReader
 from store.shuffle import validation_documents
 from tests.support.dense import decompose, reference_ratios
 from tests.support.small import LAYERS, VALIDATION, Small, analyze_config, make_small, save_small
@@ -127,7 +127,7 @@ def test_every_number_equals_a_dense_computation(small, tmp_path, split):
 @pytest.mark.parametrize("split", ["all", "validation"])
 def test_a_value_that_is_not_finite_is_named_by_its_place_in_the_store(tmp_path, split, monkeypatch):
     small = make_small(tmp_path)
-    monkeypatch.setattr(task, "require_intact", lambda store, shard: None)  # it would be found before
+    monkeypatch.setattr(ShardReader, "require_own", lambda *_: None)  # it would be found before
     token = int(np.flatnonzero(masks(small)["train"])[-1])  # of the last shard; in validation only PCA looks at it
     array: Any = zarr.open_group(small.store, mode="r+")["resid_post"]
     array[token, 2, 7] = np.nan

@@ -8,7 +8,7 @@ import torch
 import zarr
 
 from analysis import encoder as latents
-from analysis.encoder import PLACES_UNKNOWN, kept_places, load_encoder
+from analysis.encoder import PLACES_UNKNOWN, Encoder, kept_places
 from analysis.run import analyze
 from store.activations import ActivationStore
 from store.care.verify import verify
@@ -66,7 +66,7 @@ def test_zarr_reads_them_and_they_are_the_codes(tmp_path):
     run(small, tmp_path / "a", save_latents=True)
     latents: Any = zarr.open_group(small.store, mode="r")["latents"]
     group = next(latents.groups())[1]
-    encoder = load_encoder(small.sae, "float64")
+    encoder = Encoder(small.weights, "float64")
     x = torch.from_numpy(small.x[small.keep]).view(-1, small.x.shape[-1])
     expected = encoder.encode(encoder.standardize(x))
     shape = (-1, len(LAYERS), 3)
@@ -116,14 +116,14 @@ def test_those_of_another_autoencoder_type_or_store_are_not_taken(tmp_path, no_e
     small = make_small(tmp_path / "a")
     run(small, tmp_path / "out", save_latents=True)
     store = ActivationStore.open(small.store)
-    encoder = load_encoder(small.sae, "float64")
+    encoder = Encoder(small.weights, "float64")
     origin = {**encoder.origin, "layers": list(LAYERS)}
     assert KeptCodes.open(store, origin, 3) is not None
     other = MLSAE(small.weights.config)
     other.initialize(2)
-    assert KeptCodes.open(store, {**origin, **latents.Encoder(other, "float64").origin}, 3) is None
+    assert KeptCodes.open(store, {**origin, **Encoder(other, "float64").origin}, 3) is None
     assert KeptCodes.open(store, {**origin, "layers": [2, 3]}, 3) is None
-    assert KeptCodes.open(store, {**load_encoder(small.sae, "float32").origin, "layers": list(LAYERS)}, 3) is None
+    assert KeptCodes.open(store, {**Encoder(small.weights, "float32").origin, "layers": list(LAYERS)}, 3) is None
     # A folder that was copied from another store: its name fits nothing here, and if it did, its attributes do not.
     elsewhere = make_small(tmp_path / "b", n_tokens=310)
     kept = KeptCodes.create(ActivationStore.open(elsewhere.store), origin, 3).folder

@@ -11,6 +11,8 @@ import pytest
 
 from harvest import run
 from harvest.model.hub import HubRepo
+from harvest.model.load import load_model
+from harvest.model.names import resolve_model
 from harvest.options_file import options_file
 from harvest.record import make_record
 from harvest.refill import prepare
@@ -21,7 +23,7 @@ from store.care.repair import repair
 from store.care.verify import verify
 from tests.support.harvesting import MakeConfig, ModelFolder, crash_after, tree
 from tests.support.lenses import write_lens
-from tests.support.models import D_MODEL
+from tests.support.models import D_MODEL, tiny_model
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -290,3 +292,65 @@ def test_a_store_from_before_an_option_existed_is_continued_and_repaired(config:
     for change in ({"shuffle_documents": 3}, {"pack": False}):
         with pytest.raises(IncompatibleError, match=r"shuffle_documents is None there|pack is True there"):
             harvest(config(**change))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_store_that_is_exchanged_while_it_is_opened_is_refused(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, other = config(), config(out=tmp_path / "other.zarr", max_tokens=100)
+    harvest(options)
+    harvest(other)
+    before = tree(other.out)
+
+    def exchanged(*_: Any) -> list[str]:
+        options.out.rename(tmp_path / "away.zarr")
+        other.out.rename(options.out)
+        return []
+
+    monkeypatch.setattr(run, "refuse_differences", exchanged)
+    with pytest.raises(IncompatibleError, match=r"acts\.zarr was exchanged for another store while it was opened"):
+        harvest(options)
+    assert tree(options.out) == before
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_model_that_is_exchanged_between_the_plan_and_the_filling_is_refused(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first run and in one that continues: the store names the first model, and gets no vector of the other."""
+    folder, away, other = tmp_path / "model", tmp_path / "away", tiny_model("gpt2", tmp_path / "other", seed=1)
+    options = config(model=str(tiny_model("gpt2", folder)))
+    load = run.load_weights
+
+    def exchanged(*arguments: Any) -> Any:
+        folder.rename(away)
+        other.rename(folder)
+        return load(*arguments)
+
+    for begun in (False, True):
+        if begun:
+            with pytest.MonkeyPatch.context() as patch:
+                crash_after(patch, 2)
+                with pytest.raises(RuntimeError, match="crash"):
+                    harvest(options)
+        before = tree(options.out)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "load_weights", exchanged)
+            with pytest.raises(IncompatibleError, match=r"model model: the files in .* were changed or exchanged"):
+                harvest(options)
+        assert tree(options.out) == before
+        folder.rename(other)
+        away.rename(folder)
+    assert harvest(options).shards_written == 5
+
+
+def test_a_model_that_was_loaded_before_its_files_changed_is_refused(config: MakeConfig, tmp_path: Path) -> None:
+    folder = tiny_model("gpt2", tmp_path / "model")
+    model = load_model(resolve_model(str(folder)))
+    shutil.rmtree(folder)
+    tiny_model("gpt2", folder, seed=1)
+    options = config(model=str(folder))
+    with pytest.raises(IncompatibleError, match="its files were changed since it was loaded"):
+        harvest(options, model)
+    assert not options.out.exists()

@@ -1,7 +1,10 @@
 """Shards: the same bytes however they are given, no value that cannot be stored, and no byte that is not checked."""
 
 import os
+import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +13,18 @@ from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.checksums import DamagedError
 from store.dtypes import from_float32, to_float32
+from store.loader import WindowLoader
 from store.manifest import FILE
-from store.shards import ShardReader
+from store.shards import ShardReader, shard_name
 from tests.support.stores import make_meta, make_store, random_activations, token_table
+from tests.support.training import train_config
+from train.compare.cli import main as compare
+from train.run import train
+
+WAYS = [
+    *({"stored_dtype": dtype, "codec": "none"} for dtype in ("bfloat16", "float16", "float32")),
+    {"stored_dtype": "bfloat16", "codec": "zstd"},
+]
 
 
 def test_layer_major_data_and_threads_give_the_same_bytes(tmp_path: Path) -> None:
@@ -115,3 +127,149 @@ def test_every_byte_of_a_chunk_and_of_its_checksum_counts(tmp_path: Path) -> Non
     file.write_bytes(data)
     store.read_blocks(chunk, layer, out, threads=2)
     assert np.array_equal(out[-1][: 150 % 8], store.read(slice(144, 150), [2], raw=True)[:, 0])
+
+
+def make(path: Path, n_layers: int, seed: int = 0, **changes: Any) -> ActivationStore:
+    """5 shards of 64 tokens, the last of them short; of the second none is kept."""
+    keep = np.arange(300) % 16 != 0
+    keep[64:128] = False
+    values = random_activations(300, n_layers, 12, seed=seed)
+    return make_store(path, values, keep=keep, chunk_tokens=32, shard_tokens=64, **changes)
+
+
+def swap(store: ActivationStore, one: int, other: int) -> None:
+    first, second = (store.path / shard_name(shard) for shard in (one, other))
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+
+
+def check(path: Path, layer: int = 0) -> None:
+    """Read something of each shard."""
+    store = ActivationStore.open(path)
+    store.read(layers=[layer])
+
+
+@pytest.mark.parametrize("changes", WAYS)
+@pytest.mark.parametrize("n_layers", [1, 4, 5, 7])
+def test_what_is_in_its_place_is_never_refused(tmp_path: Path, n_layers: int, changes: dict[str, Any]) -> None:
+    store = make(tmp_path / "a.zarr", n_layers, **changes)
+    for layer in range(n_layers):
+        check(store.path, layer)
+
+
+@pytest.mark.parametrize("n_layers", [1, 4, 5, 7])
+def test_swapped_shards_are_found_at_every_layer(tmp_path: Path, n_layers: int) -> None:
+    store = make(tmp_path / "a.zarr", n_layers)
+    swap(store, 2, 3)
+    for layer in range(n_layers):
+        with pytest.raises(DamagedError, match=r"c\.[23]\.0\.0: .* a valid file of another shard or store"):
+            check(store.path, layer)
+    swap(store, 2, 3)
+    check(store.path)
+
+
+@pytest.mark.parametrize("n_layers", [3, 6])
+def test_a_shard_of_another_store_is_found(tmp_path: Path, n_layers: int) -> None:
+    store, other = make(tmp_path / "a.zarr", n_layers), make(tmp_path / "b.zarr", n_layers, seed=1)
+    (store.path / shard_name(3)).write_bytes((other.path / shard_name(3)).read_bytes())
+    with pytest.raises(DamagedError, match=r"c\.3\.0\.0: .*a valid file of another"):
+        check(store.path)
+
+
+def test_a_shard_is_held_against_its_line_once_and_by_two_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(tmp_path / "a.zarr", 8)
+    require_own, norm_sum = ShardReader.require_own, ShardReader._norm_sum
+    seen: list[tuple[str, int]] = []
+    looking: list[str] = []
+
+    def requiring(self: ShardReader, *arguments: Any) -> None:
+        looking[:] = [self._path.name]
+        require_own(self, *arguments)
+
+    def adding(self: ShardReader, layer: int, keep: np.ndarray) -> float:
+        seen.append((looking[0], layer))
+        return norm_sum(self, layer, keep)
+
+    monkeypatch.setattr(ShardReader, "require_own", requiring)
+    monkeypatch.setattr(ShardReader, "_norm_sum", adding)
+    loader = WindowLoader(store, store.tokens.keep, 50, 0, 4096, epochs=2, threads=1)
+    assert sum(len(batch.rows) for batch in loader) == 2 * 8 * int(store.tokens.keep.sum())
+    # Of shard 1 nothing is kept, and nothing is read.
+    assert sorted(seen) == [(f"c.{shard}.0.0", layer) for shard in (0, 2, 3, 4) for layer in (4, 7)]
+
+
+@pytest.mark.parametrize("n_layers", [3, 7])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_exchanged_after_the_first_look_is_found(tmp_path: Path, n_layers: int, in_place: bool) -> None:
+    """The whole store by its name, or the bytes of its files, which are intact and of the same size."""
+    store, other = make(tmp_path / "a.zarr", n_layers), make(tmp_path / "b.zarr", n_layers, seed=1)
+    held = ActivationStore.open(store.path)
+    before = held.read()
+    if in_place:
+        for shard in range(5):
+            (store.path / shard_name(shard)).write_bytes((other.path / shard_name(shard)).read_bytes())
+    else:
+        store.path.rename(tmp_path / "away.zarr")
+        other.path.rename(store.path)
+    blocks = np.empty((1, 32, 12), np.uint16)
+    for token in (0, 130, 299):
+        with pytest.raises(DamagedError, match="exchanged while it was in use"):
+            held.read(slice(token, token + 1), [1])
+        with pytest.raises(DamagedError, match="exchanged while it was in use"):
+            held.read_blocks(np.array([token // 32]), np.array([0]), blocks)
+    with pytest.raises(DamagedError, match="wrong hash: a valid file of another shard or store"):
+        held.require_intact(0)
+    with pytest.raises(IncompatibleError, match="a valid file of another" if in_place else "content hash should be"):
+        ActivationStore.open(store.path, content_hash=held.content_hash).read()
+    if not in_place:
+        with pytest.raises(DamagedError, match="it is not what the shards amount to, or another store's"):
+            held.statistics()
+        with pytest.raises(DamagedError, match="it is another shard's or store's"):
+            held.merged_statistics()
+        store.path.rename(other.path)
+        (tmp_path / "away.zarr").rename(store.path)
+        assert np.array_equal(held.read(), before)
+
+
+def test_a_store_that_is_unpickled_is_the_same_one(tmp_path: Path) -> None:
+    store, other = make(tmp_path / "a.zarr", 3), make(tmp_path / "b.zarr", 3, seed=1)
+    packed = pickle.dumps(store)
+    assert np.array_equal(pickle.loads(packed).read(), store.read())
+    shutil.rmtree(store.path)
+    other.path.rename(store.path)
+    with pytest.raises(IncompatibleError, match=f"content hash should be {store.content_hash}, found"):
+        pickle.loads(packed)
+
+
+def test_another_folder_in_the_place_of_a_store_that_is_written(tmp_path: Path) -> None:
+    meta, tokens = make_meta(60, 2, 4, chunk_tokens=16, shard_tokens=32), token_table(60)
+    x = random_activations(60, 2, 4)
+    other = make_store(tmp_path / "b.zarr", x + 1, chunk_tokens=16, shard_tokens=32)
+    before = other.read()
+    with ActivationStore.create(tmp_path / "a.zarr", meta, tokens) as store:
+        store.write_shard(0, x[:32])
+        (tmp_path / "a.zarr").rename(tmp_path / "away.zarr")
+        other.path.rename(tmp_path / "a.zarr")
+        with pytest.raises(IncompatibleError, match="another folder was put in this store's place"):
+            store.write_shard(1, x[32:])
+    assert ActivationStore.open(tmp_path / "away.zarr", partial=True).missing_shards() == [1]
+    assert np.array_equal(ActivationStore.open(tmp_path / "a.zarr").read(), before)
+
+
+@pytest.mark.parametrize("n_layers", [3, 6])
+def test_train_and_compare_find_swapped_shards(
+    tmp_path: Path, n_layers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make(tmp_path / "a.zarr", n_layers)
+    config = train_config(store=store.path, out=tmp_path / "ckpt.pt", n_latents=40, k=4, batch_size=64, kernels="torch")
+    train(config)
+    swap(store, 2, 3)
+    with pytest.raises(DamagedError, match="a valid file of another shard or store"):
+        train(train_config(store=store.path, out=tmp_path / "b.pt", n_latents=40, k=4, batch_size=64, kernels="torch"))
+    assert not (tmp_path / "b.pt").exists()
+    words = ["--store", str(store.path), "--sae", str(config.out), "--out", str(tmp_path / "compared")]
+    assert compare(words) == 3
+    assert "a valid file of another shard or store" in capsys.readouterr().err

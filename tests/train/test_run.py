@@ -1,7 +1,9 @@
 """Whole runs on tiny stores: what they write, what they refuse, and that a broken run ends as an unbroken one."""
 
+import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ import zarr
 
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 from residscope.options import with_values
+from store.shards import ShardReader
 from tests.support.stores import make_store, random_activations
 from tests.support.training import StopAt, metrics_lines, timeless, train_config
 from train import run as loop
 from train import trainer
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
+from train.data import Vectors
 from train.model import MLSAE
 from train.run import train, train_all
 from train.trainer import Trainer
@@ -254,10 +258,61 @@ def test_auxk_brings_planted_dead_latents_back(config: TrainConfig, monkeypatch:
 def test_values_that_are_not_finite_are_named_before_the_training(
     config: TrainConfig, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("store.loader.require_in_place", lambda *args: None)  # as if they had been harvested so
+    monkeypatch.setattr(ShardReader, "require_own", lambda *args: None)  # as if they had been harvested so
     path = tmp_path / "bad.zarr"
     make_store(path, random_activations(n_tokens=400), stored_dtype="float32")
     zarr.open_group(str(path))["resid_post"][40:360, 1, 3] = value  # type: ignore[index]
     with pytest.raises(ResidscopeError, match="layer 1: the store contains NaN or infinite values"):
         train(with_values(config, store=path))
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_store_that_is_exchanged_while_it_is_trained_on(
+    config: TrainConfig, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the other store is used: what was trained is saved, and goes on once the store is back."""
+    here, away, other = (tmp_path / f"{name}.zarr" for name in ("here", "away", "other"))
+    shutil.copytree(config.store, here)
+    make_store(other, random_activations(n_tokens=400, seed=1), chunk_tokens=32)
+    expected = train(with_values(config, store=here, out=tmp_path / "whole.pt"))
+    config = with_values(config, store=here)
+    take = Trainer.take
+
+    def exchange(self: Trainer, vectors: Vectors) -> None:
+        if self.step == steps:
+            here.rename(away)
+            other.rename(here)
+        take(self, vectors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take", exchange)
+        with pytest.raises(
+            IncompatibleError, match=r"exchanged while it was in use.*stopped after step \d+ of 34; .* is"
+        ):
+            train(config)
+    assert load_checkpoint(config.out).trainer["step"] > steps
+    with pytest.raises(IncompatibleError, match="was trained on another store"):
+        train(with_values(config, resume=True))
+    here.rename(other)
+    away.rename(here)
+    assert train(with_values(config, resume=True)).metrics == expected.metrics
+    assert config.out.with_suffix(".safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_nothing_is_made_from_a_checkpoint_that_another_run_put_there(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = with_values(config, out=config.out.with_name("other.pt"), seed=1)
+    train(other)
+    save = Trainer.save
+
+    def overwritten(self: Trainer, *, finished: bool) -> dict[str, Any]:
+        record = save(self, finished=finished)
+        other.out.replace(self.path)
+        return record
+
+    monkeypatch.setattr(Trainer, "save", overwritten)
+    with pytest.raises(IncompatibleError, match=r"ckpt\.pt is not what this run saved"):
+        train(config)
+    assert not config.out.with_suffix(".safetensors").exists()

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.names import stem
-from train.checkpoint import load_checkpoint, safetensors_path
+from train.checkpoint import Checkpoint, load_checkpoint, safetensors_path
 from train.config import PublishConfig
 from train.metrics import metrics_path
 from train.reporting.loss_figure import figure_path, write_loss_figure
@@ -46,13 +46,21 @@ def write_outputs(result: TrainResult, *, anew: bool) -> None:
 
     target, picture = safetensors_path(result.checkpoint), figure_path(result.checkpoint)
     if anew or not target.exists():
-        saved = load_checkpoint(result.checkpoint)
+        saved = _saved(result)
         write_safetensors(saved.sae, target, store=saved.store, trainer=saved.trainer)
     if anew or not picture.exists():
         metrics = metrics_path(result.checkpoint)
         title = f"{stem(result.checkpoint)}: {result.plan.model.n_latents} latents, k {result.plan.model.k}"
         if metrics.exists():
             write_loss_figure(metrics, picture, title)
+
+
+def _saved(result: TrainResult) -> Checkpoint:
+    """The run's checkpoint from the disk, which must be the one that it wrote."""
+    saved = load_checkpoint(result.checkpoint)
+    if repr(saved.trainer.get("metrics")) != repr(result.metrics):
+        raise IncompatibleError(f"{result.checkpoint} is not what this run saved: another was put in its place since")
+    return saved
 
 
 def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
@@ -66,7 +74,7 @@ def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
         for result in results:
             folder = root / result.spec.name
             folder.mkdir(exist_ok=True)
-            saved, metrics = load_checkpoint(result.checkpoint), metrics_path(result.checkpoint)
+            saved, metrics = _saved(result), metrics_path(result.checkpoint)
             shutil.copyfile(safetensors_path(result.checkpoint), folder / "ckpt.safetensors")
             for source, copy in ((metrics, "ckpt.metrics.jsonl"), (figure_path(result.checkpoint), "ckpt.loss.png")):
                 if source.exists():

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from harvest.lens import translators
 from harvest.lens.translators import TunedLens, load_lens
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from tests.support.lenses import write_lens
@@ -159,3 +160,17 @@ def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
         load(folder)
     with pytest.raises(IncompatibleError, match=r"params\.pt is a file: give the folder"):
         load(folder / "params.pt")
+
+
+def test_a_lens_that_is_exchanged_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = write_lens(tmp_path / "lens"), write_lens(tmp_path / "other", seed=1)
+    read = translators._read
+
+    def exchanged(*arguments: Any) -> TunedLens:
+        folder.rename(tmp_path / "away")
+        other.rename(folder)
+        return read(*arguments)
+
+    monkeypatch.setattr(translators, "_read", exchanged)
+    with pytest.raises(IncompatibleError, match="its files were changed while they were read"):
+        load_lens(str(folder), model_id="owner/tiny", n_layers=4, d_model=8)

@@ -53,6 +53,24 @@ def test_a_file_is_unpacked_once(cache: Path, unpacked: list[bytes], tmp_path: P
     assert not list(cache.glob("*.tmp"))
 
 
+def test_a_file_that_is_exchanged_while_it_is_unpacked_is_not_kept(
+    cache: Path, unpacked: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = make(tmp_path / "m.gguf", b"GGUF one"), make(tmp_path / "o.gguf", b"GGUF two")
+    convert = gguf._convert
+
+    def exchanged(*arguments: Any) -> None:
+        other.parts[0].replace(file.parts[0])
+        convert(*arguments)
+
+    digest = sha256(file)
+    monkeypatch.setattr(gguf, "_convert", exchanged)
+    with pytest.raises(IncompatibleError, match=r"m\.gguf was changed while it was unpacked"):
+        unpacked_folder(file, digest)
+    assert unpacked == [b"GGUF two"]
+    assert not list(cache.glob("m-*/*"))
+
+
 def test_parts_are_put_together(cache: Path, unpacked: list[bytes], tmp_path: Path) -> None:
     whole, parts = make(tmp_path / "a.gguf", b"GGUF123456"), make(tmp_path / "b.gguf", b"GGUF12", b"34", b"56")
     assert sha256(whole) == sha256(parts)

@@ -15,7 +15,7 @@ from harvest.model.names import resolve_model
 from harvest.residual import ResidualRecorder
 from residscope.errors import IncompatibleError, ResidscopeError
 from tests.support.harvesting import ModelFolder
-from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_tokenizer
+from tests.support.models import ARCHITECTURES, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -188,3 +188,32 @@ def test_a_model_that_is_no_language_model_is_named(gpt2: Path) -> None:
     transformers.T5Config(vocab_size=260).save_pretrained(gpt2)
     with pytest.raises(IncompatibleError, match="copy: transformers has no causal language model for T5Config, nor"):
         load_model(resolve_model(str(gpt2)))
+
+
+def exchange(folder: Path, other: Path) -> None:
+    folder.rename(folder.with_name("away"))
+    other.rename(folder)
+
+
+@pytest.mark.parametrize("step", ["load_config", "_weights", "load_tokenizer"])
+def test_a_folder_that_is_exchanged_while_it_is_loaded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    folder, other = tiny_model("gpt2", tmp_path / "model"), tiny_model("gpt2", tmp_path / "other", seed=1)
+    spec, original = resolve_model(str(folder)), getattr(models, step)
+
+    def exchanged(*arguments: Any) -> Any:
+        exchange(folder, other)
+        return original(*arguments)
+
+    monkeypatch.setattr(models, step, exchanged)
+    with pytest.raises(IncompatibleError, match=rf"changed or exchanged .* hash was {spec.fingerprint}"):
+        load_model(spec)
+
+
+def test_a_model_does_not_look_into_its_files_once_it_is_loaded(tmp_path: Path) -> None:
+    model = load_model(resolve_model(str(tiny_model("llama", tmp_path / "model"))))
+    before = {name: tensor.clone() for name, tensor in model.causal_lm.state_dict().items()}
+    with (tmp_path / "model/model.safetensors").open("r+b") as file:
+        file.write(bytes((tmp_path / "model/model.safetensors").stat().st_size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.causal_lm.state_dict().items())
