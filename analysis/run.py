@@ -18,9 +18,9 @@ from analysis.latents.table import latent_table
 from analysis.latents.views import view_latents
 from analysis.model.findings import find_model, run_model
 from analysis.quality import ratio, sum_in_order
-from analysis.results.folder import move_into_place, partial_folder
+from analysis.results.folder import REPORT, move_into_place, partial_folder
 from analysis.results.summary import Baseline, Findings
-from analysis.results.write import tell, write_results
+from analysis.results.write import tell, write_report_of, write_results
 from analysis.selection import Selection, held_out_documents, select
 from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
@@ -83,7 +83,13 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             model=model,
             seconds=time.monotonic() - started,
         )
-        summary, missing = write_results(findings, folder)
+        summary = write_results(findings, folder)
+        try:
+            missing = write_report_of(folder) if config.output.report else None
+        except Exception:
+            (folder / REPORT).unlink(missing_ok=True)
+            move_into_place(folder, config.out_dir)  # the numbers stay, whatever becomes of their report
+            raise
         move_into_place(folder, config.out_dir)
     tell(config, summary, missing)
     return summary

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from residscope.errors import Interrupted, ResidscopeError
+from residscope.reading import is_out_of_memory
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -38,14 +39,13 @@ def run_command(
         # The reader of stdout went away (`| head`); point stdout elsewhere so that the interpreter exits silently too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MemoryError, RuntimeError) as error:
-        # torch raises a RuntimeError where the system gives no memory, on a GPU a subclass of it.
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+    except Exception as error:
+        if is_out_of_memory(error):
+            first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
+            return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
+        if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
             raise
-        first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
-        return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS or (error.errno == errno.ENOENT and error.filename is None):
+        if error.errno == errno.ENOENT and error.filename is None:
             raise
         where = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
@@ -69,8 +69,6 @@ _DISK_ERRORS = {
     errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then run the same command again",
     errno.EIO: "The disk reports a fault: check it before you trust what is on it",
 }
-
-_NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def _fail(name: str, message: str, exit_code: int) -> int:

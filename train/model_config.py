@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from residscope.errors import UsageError
 
@@ -11,6 +11,10 @@ Standardize = Literal["vector", "layer", "none"]
 
 THRESHOLDED: tuple[Activation, ...] = ("jumprelu", "relu")
 """Those whose latents are active above a threshold, however many they are: a sparsity term keeps them few."""
+
+
+_LARGEST = 2**31 - 1
+"""Of its numbers: indices of latents travel as int32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,21 @@ class SAEConfig:
     """The model's numbers of the layers that have a mean and scale of their own, where standardize is "layer"."""
 
     def __post_init__(self) -> None:
+        for name, words in (("standardize", Standardize), ("activation", Activation)):
+            if (found := getattr(self, name)) not in (known := get_args(words)):
+                raise UsageError(f"{name} should be one of {', '.join(known)}, found {found!r:.60}")
+        for name, kind in (
+            ("encoder_bias", bool),
+            ("apply_b_dec_to_input", bool),
+            ("prefixes", tuple),
+            ("layers", tuple),
+        ):
+            if type(found := getattr(self, name)) is not kind:
+                raise UsageError(f"{name} should be a {kind.__name__}, found {found!r:.60}")
+        for name in ("d_model", "n_latents", "k", "prefixes", "layers"):
+            found = getattr(self, name)
+            if any(type(n) is not int or n > _LARGEST for n in (found if type(found) is tuple else (found,))):
+                raise UsageError(f"{name} should be a whole number of at most {_LARGEST}, found {found!r:.60}")
         for name, least in (("d_model", 1), ("n_latents", 1), ("k", 0 if self.activation in THRESHOLDED else 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} should be at least {least}, found {getattr(self, name)}")
@@ -46,6 +65,8 @@ class SAEConfig:
             raise UsageError(
                 f"k is {self.k}, but there are only {self.n_latents} latents: lower k, or raise the expansion factor"
             )
+        if any(layer < 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
+            raise UsageError(f"layers should be block indices, each once, found {list(self.layers)!r:.60}")
         if (self.standardize == "layer") != bool(self.layers):
             raise UsageError(f"layers are {list(self.layers)} where standardize is {self.standardize!r}")
         if self.activation == "matryoshka":

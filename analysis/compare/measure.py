@@ -23,6 +23,7 @@ from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.results.summary import SCHEMA_VERSION
 from residscope.destinations import refuse_comparison_of, require_folder
 from residscope.errors import IncompatibleError, UsageError
+from residscope.reading import read_json, reading
 from store.files import atomic_write
 from store.folder import refuse_inside_store
 
@@ -37,6 +38,9 @@ QUALITY = {
     **dict.fromkeys(("delta_ce", "kl", "loss_recovered_mean"), "downstream"),
 }
 """Means over layers, and the part of the summary that has them, each with its interval."""
+
+
+_AGAIN = "run `analyze` again"
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -66,19 +70,14 @@ def _load(path: Path) -> dict[str, Any]:
     file = path / "summary.json" if path.is_dir() else path
     if not path.exists():
         raise UsageError(f"--compare {path}: there is no such file or folder")
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
+    if not file.is_file():
         raise IncompatibleError(
             f"--compare {path}: no summary.json there: give folders that `analyze` wrote, or their summary.json"
-        ) from None
-    except ValueError as error:
-        raise IncompatibleError(f"--compare {file}: not valid JSON: {error}") from None
+        )
+    summary = read_json(file, _AGAIN)
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:
-        raise IncompatibleError(
-            f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: run `analyze` again"
-        )
+        raise IncompatibleError(f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
     return summary
 
 
@@ -114,7 +113,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     """`_run`; raises `IncompatibleError` where the summary is not what `analyze` writes."""
-    try:
+    with reading(f"--compare {path}: its summary.json is damaged or was not written by `analyze`", _AGAIN):
         for key, kinds in _KINDS.items():
             if not isinstance(summary.get(key), kinds):
                 raise TypeError(f"{key} is {summary.get(key)!r:.40}")
@@ -123,12 +122,6 @@ def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str,
         run = _run(name, summary)
         _rows([run])  # fails where a number of the table is missing
         return run
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise IncompatibleError(
-            f"--compare {path}: its summary.json is damaged or was not written by `analyze` ({what}): "
-            "run `analyze` again"
-        ) from None
 
 
 def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:

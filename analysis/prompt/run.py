@@ -29,7 +29,9 @@ from analysis.results.folder import PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
 from analysis.results.summary import SCHEMA_VERSION
 from analysis.run import analyze
 from harvest.model.checks import check_logits, check_model
+from residscope.errors import IncompatibleError
 from residscope.options import with_values
+from residscope.reading import read_json, reading
 from store.activations import ActivationStore
 from store.files import atomic_write
 
@@ -81,10 +83,11 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
 def has_analysis(out: Path, store: ActivationStore, sae_hash: str) -> bool:
     """Whether `out` holds a whole analysis of this store and autoencoder, of this version."""
     try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        provenance = summary["provenance"]
-        found = (summary["schema_version"], provenance["store"]["content_hash"], provenance["sae"]["hash"])
-    except (OSError, ValueError, KeyError, TypeError):
+        summary = read_json(out / SUMMARY)
+        with reading(out / SUMMARY):
+            provenance = summary["provenance"]
+            found = (summary["schema_version"], provenance["store"]["content_hash"], provenance["sae"]["hash"])
+    except (OSError, IncompatibleError):
         return False
     return found == (SCHEMA_VERSION, store.content_hash, sae_hash)
 
