@@ -8,11 +8,13 @@ are as fast as processes, share one copy of the weights and start at once. Proce
 start. With several workers each has one torch thread, or its share of the cores.
 """
 
+import logging
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +27,9 @@ from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
 from analysis.tiles import keep_going, stop_tasks
+from residscope.console import human_seconds
 from residscope.errors import Interrupted, ResidscopeError, UsageError
+from residscope.reading import is_out_of_memory, reading, said
 
 MAX_TASKS = 256
 """Groups of shards that a store is cut into at most: enough for many workers, few enough that merging costs nothing."""
@@ -110,6 +114,8 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
         except ResidscopeError:
             raise
         except Exception as error:
+            if left == 0 and is_out_of_memory(error):
+                raise
             if left == 0:
                 which = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
                 raise ResidscopeError(
@@ -181,6 +187,8 @@ class Threads:
 
 
 _TOPIC = "residscope-analysis"
+_FEWER = "perhaps for want of memory: use fewer with --n-workers, or leave --scheduler out"
+_POLL_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -189,20 +197,48 @@ class Cluster:
 
     client: Any
     """distributed.Client"""
+    say_after: int = 10
+    """Seconds without a worker after which the user is told."""
+    give_up_after: int = 300
+    """Seconds without a worker after which the analysis fails."""
 
     def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
-        from distributed import KilledWorker
+        from distributed import CancelledError, KilledWorker
+        from distributed.comm import CommClosedError
 
         self.client.subscribe_topic(_TOPIC, lambda event: bar.update(event[1]))
+        future = self.client.compute(root, optimize_graph=False)
         try:
-            return self.client.compute(root, optimize_graph=False).result()
+            while not self._wait(future):
+                self._require_worker()
+            return future.result()
         except KilledWorker as error:
-            raise ResidscopeError(
-                f"the workers of task {error.task} were killed repeatedly, probably out of memory; "
-                "use fewer with --n-workers"
-            ) from None
+            raise ResidscopeError(f"the workers of task {error.task} were killed repeatedly: {_FEWER}") from None
+        except (CancelledError, CommClosedError) as error:
+            raise ResidscopeError(f"the Dask scheduler went away ({said(error)}): start it again") from None
         finally:
             self.client.unsubscribe_topic(_TOPIC)
+
+    def _wait(self, future: Any) -> bool:
+        """Whether the result is there, after a second at most."""
+        from distributed import wait
+
+        with suppress(TimeoutError):
+            wait(future, timeout=_POLL_SECONDS)
+        return future.done()
+
+    def _require_worker(self) -> None:
+        """Return once the scheduler has a worker; `ResidscopeError` where none comes."""
+        seconds = 0
+        while not self.client.nthreads():
+            address, waits = self.client.scheduler.address, f"{human_seconds(seconds)} without a worker"
+            start = f"start some with `dask worker {address}`"
+            if seconds >= self.give_up_after:
+                raise ResidscopeError(f"the Dask scheduler at {address}: {waits}: {start}, then run the command again")
+            if seconds == self.say_after:
+                tqdm.write(f"the Dask scheduler has no worker yet: {start}", file=sys.stderr)
+            time.sleep(_POLL_SECONDS)
+            seconds += _POLL_SECONDS
 
 
 Pool = Threads | Cluster
@@ -213,11 +249,12 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
     """A client of the scheduler at an address, or of a LocalCluster of `n_workers` one-thread processes."""
     from distributed import Client, LocalCluster
 
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its tracebacks; what they say is said in one line
     if scheduler == "processes":
-        with (
-            LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0", preload=PRELOAD) as local,
-            Client(local) as client,
-        ):
+        options: Any = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+        with reading("--scheduler processes: a worker died at its start", _FEWER, ResidscopeError):
+            local = LocalCluster(n_workers=n_workers, preload=PRELOAD, **options)
+        with local, Client(local) as client:
             _say_dashboard(client)
             yield Cluster(client)
         return

@@ -35,7 +35,7 @@ def reading(what: object, way_out: str = "", kind: type[ResidscopeError] = Incom
             raise
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno not in _DAMAGE):
             raise
-        raise kind(f"{what}: {said(error)}{way_out and f': {way_out}'}") from None
+        raise kind(f"{what} ({said(error)}){way_out and f': {way_out}'}") from None
 
 
 def read_json(path: Path, way_out: str = "") -> Any:
@@ -48,7 +48,7 @@ def said(error: BaseException) -> str:
     """What an exception says, on one line of at most 200 characters, or its class where that says more."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    text = " ".join(str(error).split())[:200].rstrip(".:")
+    text = " ".join(str(error).partition("; use sys.")[0].split())[:200].rstrip(".:")
     return f"no {text}" if isinstance(error, KeyError) else text or type(error).__name__
 
 

@@ -156,6 +156,6 @@ def _read_line(text: bytes) -> dict[str, Any] | None:
             line = json.loads(text)
             numbers = [*(line.get(name) for name in _NUMBERS), *(line.get("fvu_per_layer") or ())]
             whole = type(line["step"]) is int and all(n is None or math.isfinite(n) for n in numbers)
-            return line if whole and "fvu" in line else None
+            return line if whole else None
     except IncompatibleError:
         return None

@@ -13,8 +13,8 @@ THRESHOLDED: tuple[Activation, ...] = ("jumprelu", "relu")
 """Those whose latents are active above a threshold, however many they are: a sparsity term keeps them few."""
 
 
-_LARGEST = 2**31 - 1
-"""Of its numbers: indices of latents travel as int32."""
+_LARGEST = 2**40
+"""Of its numbers: far above what any memory holds, far below what torch can count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class SAEConfig:
         for name in ("d_model", "n_latents", "k", "prefixes", "layers"):
             found = getattr(self, name)
             if any(type(n) is not int or n > _LARGEST for n in (found if type(found) is tuple else (found,))):
-                raise UsageError(f"{name} should be a whole number of at most {_LARGEST}, found {found!r:.60}")
+                raise UsageError(f"{name} should be a whole number up to {_LARGEST}, found {found!s:.60}")
         for name, least in (("d_model", 1), ("n_latents", 1), ("k", 0 if self.activation in THRESHOLDED else 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} should be at least {least}, found {getattr(self, name)}")

@@ -122,7 +122,7 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         ),
     }
     whole |= {name: type(trainer.get(name, 1)) is int for name in ("updates", "vectors", "threads")}
-    whole["threads"] &= 1 <= trainer.get("threads", 1) <= _MOST_THREADS
+    whole["threads"] = whole["threads"] and 1 <= trainer.get("threads", 1) <= _MOST_THREADS
     if finished is False:
         silent = trainer.get("silent")
         whole["silent"] = isinstance(silent, Tensor) and silent.shape == (n_latents,)

@@ -106,7 +106,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
 ) -> None:
     diverging = {"lr": 1e30, "warmup_fraction": 0.0, "loss_space": "raw", "checkpoint_every": 0}
     with pytest.raises(
-        ResidscopeError, match=r"step \d+ of 34: the loss is NaN or infinite: lower --lr, or set"
+        ResidscopeError, match=r"step \d+ of 34: diverged, the loss or a weight is NaN or infinite: lower --lr, or set"
     ) as caught:
         train(with_values(config, **diverging))
     assert "\n" not in str(caught.value)

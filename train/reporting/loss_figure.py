@@ -25,7 +25,7 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
     except ModuleNotFoundError:
         return
     lines = read_metrics(metrics)
-    there = [line for line in lines if line["fvu"] is not None]  # None where no vector came, or the run diverged
+    there = [line for line in lines if line.get("fvu") is not None]  # None where no vector came, or the run diverged
     training = [line for line in there if "split" not in line and line.get("loss") is not None]
     validation = [line for line in there if line.get("split") == "validation"]
     if not training:
