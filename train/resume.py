@@ -113,6 +113,7 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         "finished": isinstance(finished, bool),
         "metrics": isinstance(metrics, dict)
         and isinstance(metrics.get("loss"), float | int | None)
+        and set(measured) <= set(metrics)
         and all(isinstance(metrics[n], float | int) or (metrics[n] is None and n in measured[2:5]) for n in measured),
         "validation": validation is None
         or (

@@ -120,7 +120,7 @@ def load_results(out_dir: Path) -> Results:
             f"{out_dir / 'summary.json'}: schema_version is {version}, this report reads {SCHEMA_VERSION}: "
             f"{_AGAIN} with this version"
         )
-    with reading(f"{out_dir}: a table is damaged", _AGAIN):
+    with reading(f"{out_dir}: a table cannot be read", _AGAIN):
         return _load_tables(out_dir, summary)
 
 
