@@ -27,7 +27,6 @@ from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
 from analysis.tiles import keep_going, stop_tasks
-from residscope.console import human_seconds
 from residscope.errors import Interrupted, ResidscopeError, UsageError
 from residscope.reading import is_out_of_memory, reading, said
 
@@ -203,14 +202,16 @@ class Cluster:
     """Seconds without a worker after which the analysis fails."""
 
     def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
-        from distributed import CancelledError, KilledWorker
-        from distributed.comm import CommClosedError
+        from distributed import CancelledError, KilledWorker, wait
+        from distributed.comm.core import CommClosedError
 
         self.client.subscribe_topic(_TOPIC, lambda event: bar.update(event[1]))
         future = self.client.compute(root, optimize_graph=False)
         try:
-            while not self._wait(future):
+            while not future.done():
                 self._require_worker()
+                with suppress(TimeoutError):
+                    wait(future, timeout=_POLL_SECONDS)
             return future.result()
         except KilledWorker as error:
             raise ResidscopeError(f"the workers of task {error.task} were killed repeatedly: {_FEWER}") from None
@@ -219,24 +220,15 @@ class Cluster:
         finally:
             self.client.unsubscribe_topic(_TOPIC)
 
-    def _wait(self, future: Any) -> bool:
-        """Whether the result is there, after a second at most."""
-        from distributed import wait
-
-        with suppress(TimeoutError):
-            wait(future, timeout=_POLL_SECONDS)
-        return future.done()
-
     def _require_worker(self) -> None:
         """Return once the scheduler has a worker; `ResidscopeError` where none comes."""
         seconds = 0
         while not self.client.nthreads():
-            address, waits = self.client.scheduler.address, f"{human_seconds(seconds)} without a worker"
-            start = f"start some with `dask worker {address}`"
+            text = f"no worker since {seconds} s: start some with `dask worker {self.client.scheduler.address}`"
             if seconds >= self.give_up_after:
-                raise ResidscopeError(f"the Dask scheduler at {address}: {waits}: {start}, then run the command again")
+                raise ResidscopeError(f"the Dask scheduler has {text}, then run the command again")
             if seconds == self.say_after:
-                tqdm.write(f"the Dask scheduler has no worker yet: {start}", file=sys.stderr)
+                tqdm.write(f"the Dask scheduler has {text}; waiting {self.give_up_after} s", file=sys.stderr)
             time.sleep(_POLL_SECONDS)
             seconds += _POLL_SECONDS
 

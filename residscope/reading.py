@@ -56,4 +56,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that the system, or a GPU, gives no more memory or threads."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return any(words in str(error).lower() for words in _NO_MEMORY)
+    before = error.__cause__ or error.__context__
+    return any(words in str(error).lower() for words in _NO_MEMORY) or (before is not None and is_out_of_memory(before))

@@ -154,8 +154,7 @@ def _read_line(text: bytes) -> dict[str, Any] | None:
     try:
         with reading("a line"):
             line = json.loads(text)
-            numbers = [*(line.get(name) for name in _NUMBERS), *(line.get("fvu_per_layer") or ())]
-            whole = type(line["step"]) is int and all(n is None or math.isfinite(n) for n in numbers)
-            return line if whole else None
+            numbers = [*map(line.get, _NUMBERS), *(line.get("fvu_per_layer") or ())]
+            return line if all(n is None or math.isfinite(n) for n in [int(line["step"]), *numbers]) else None
     except IncompatibleError:
         return None

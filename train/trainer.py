@@ -85,6 +85,8 @@ class Trainer:
         if isinstance(start, Checkpoint):
             with reading(f"{self.path}: its training state is damaged"):
                 self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
+                if any(part.shape != (len(plan.layers),) for part in self._statistics[1:3]):
+                    raise ValueError("statistics of other layers")
         else:
             self._statistics = start
             self._sae.initialize(plan.config.data.seed, start.b_pre)

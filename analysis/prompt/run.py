@@ -102,7 +102,8 @@ def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str
         from analysis.report.data import load_results
         from analysis.report.page import render_report
 
-        atomic_write(out / REPORT, [render_report(load_results(out)).encode()])
+        with reading(f"{out}: the analysis there is damaged", "run `analyze` again"):
+            atomic_write(out / REPORT, [render_report(load_results(out)).encode()])
 
 
 def _table(views: Sequence[PromptView]) -> pa.Table:

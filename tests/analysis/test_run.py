@@ -17,7 +17,7 @@ from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.shuffle import validation_documents
 from tests.support.dense import decompose, reference_ratios
-from tests.support.small import LAYERS, VALIDATION, Small, analyze_config, make_small
+from tests.support.small import LAYERS, VALIDATION, Small, analyze_config, make_small, save_small
 from tests.support.small import run_small as run
 from train.model import STD_EPSILON
 
@@ -338,6 +338,24 @@ def test_a_run_that_fails_leaves_no_summary_that_looks_whole(small, tmp_path, mo
     assert (tmp_path / "summary.json").read_text() == before  # the earlier result is still whole
     monkeypatch.undo()
     run(small, tmp_path, max_tokens=50)
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_an_autoencoder_whose_latents_are_all_silent_is_analysed_and_reported(tmp_path):
+    small = make_small(tmp_path)
+    small.weights.W_enc.data.zero_()
+    save_small(small.sae, small.weights, ActivationStore.open(small.store), {})
+    summary = run(small, tmp_path / "out", report=True)
+    assert summary["latents"]["active"] == 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_numbers_stay_whatever_becomes_of_their_report(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.report.page.write_figures", lambda *_: (_ for _ in ()).throw(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        run(small, tmp_path, report=True)
+    assert json.loads((tmp_path / "summary.json").read_text())["n_tokens"] > 0
+    assert not (tmp_path / "report.html").exists()
     assert not (tmp_path / ".partial").exists()
 
 

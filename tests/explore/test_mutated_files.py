@@ -20,10 +20,10 @@ import train.cli
 import train.formats.cli
 import train.run
 from analysis.report.data import load_results
-from analysis.report.figures import write_figures
 from analysis.report.page import render_report
 from harvest.lens.translators import TunedLens, load_lens
 from residscope.console import run_command
+from residscope.reading import reading
 from tests.support.harvesting import tree
 from tests.support.models import tiny_model
 from tests.support.mutations import mutated
@@ -37,12 +37,11 @@ Main = Callable[[list[str]], int]
 
 
 def report(words: list[str]) -> int:
-    """The report's part of `analyze`; figures, which take seconds, in one of 30 draws."""
+    """The report's part of `analyze --prompt`."""
 
     def write() -> None:
-        results = load_results(Path(*words))
-        if len(render_report(results)) % 30 == 0:
-            write_figures(results, Path(*words))
+        with reading(*words):
+            render_report(load_results(Path(*words)))
 
     return run_command("analyze", write)
 

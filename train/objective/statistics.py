@@ -161,18 +161,18 @@ class _Sums:
         """The statistics; raises `IncompatibleError` naming a layer whose vectors are all equal."""
         assert self._variances is not None
         (standardized, raw), layers = self._variances, self.view.layers
-        by_vector = self.view.standardize == "vector"
+        by = self.view.standardize
         for position, layer in enumerate(layers):
             n = int(raw.vectors[position])
-            spread = (raw.deviation[position] / n).sqrt().item()
-            if spread > (_LONGEST if by_vector else _LARGEST) and self.view.standardize != "layer":
+            spread, inside = ((sums.deviation[position] / n).sqrt().item() for sums in (raw, standardized))
+            if by != "layer" and spread > (_LONGEST if by == "vector" else _LARGEST):
                 raise IncompatibleError(f"layer {layer}: vectors {spread:.1e} from their mean {TOO_LONG}")
-            if not standardized.deviation[position] > 0 or not spread > 0:
+            if not min(spread, inside) > 0:
                 raise IncompatibleError(
                     f"layer {layer}: its {n} training vectors are all equal{' once standardised' * (spread > 0)}, so "
                     "FVU is not defined: harvest more text, or leave the layer out with --layers"
                 )
-            if self.view.standardize != "layer" and (standardized.deviation[position] / n).sqrt() < 1 / _LARGEST:
+            if by != "layer" and inside < 1 / _LARGEST:
                 raise IncompatibleError(
                     f"layer {layer}: its vectors are only {spread:.1e} from their mean, which float32 cannot square: "
                     "use --standardize layer, or leave the layer out with --layers"
