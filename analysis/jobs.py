@@ -113,9 +113,9 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
         except ResidscopeError:
             raise
         except Exception as error:
-            if left == 0 and is_out_of_memory(error):
-                raise
             if left == 0:
+                if is_out_of_memory(error):
+                    raise
                 which = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
                 raise ResidscopeError(
                     f"{which} failed {ATTEMPTS} times, last with {type(error).__name__}: {error}"
@@ -250,14 +250,9 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
             _say_dashboard(client)
             yield Cluster(client)
         return
-    try:
+    silent = f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s"
+    with reading(silent, "start one with `dask scheduler`, or leave --scheduler out", ResidscopeError):
         client = Client(scheduler, timeout=CONNECT_SECONDS)
-    except (OSError, ValueError, TimeoutError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ResidscopeError(
-            f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s "
-            f"({reason}): start one with `dask scheduler`, or leave --scheduler out"
-        ) from None
     with client:
         _say_dashboard(client)
         yield Cluster(client)

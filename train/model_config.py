@@ -49,9 +49,7 @@ class SAEConfig:
         numbers, flags = (self.d_model, self.n_latents, self.k), (self.encoder_bias, self.apply_b_dec_to_input)
         lists = (self.prefixes, self.layers)
         if {*map(type, flags)} != {bool} or {*map(type, lists)} != {tuple}:
-            raise UsageError(
-                f"biases should be true or false and prefixes and layers lists, found {flags} and {lists!s:.60}"
-            )
+            raise UsageError(f"biases should be true or false, prefixes and layers lists: {(*flags, *lists)!s:.80}")
         if any(type(n) is not int or n > _LARGEST for n in (*numbers, *self.prefixes, *self.layers)):
             raise UsageError(f"sizes should be whole numbers, found {(*numbers, *lists)!s:.80}")
         for name, least in (("d_model", 1), ("n_latents", 1), ("k", 0 if self.activation in THRESHOLDED else 1)):
