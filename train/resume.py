@@ -74,9 +74,6 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan) ->
         )
 
 
-_MOST_THREADS = 4096
-"""Of a checkpoint's record: far more would take all memory before the first step."""
-
 _START_AGAIN = "use --overwrite to start again"
 _NOT_BIT_FOR_BIT = "the result will not be bit for bit that of an uninterrupted run"
 _REPORTED_ONLY = ("device", "kernels", "tile_mb")
@@ -104,7 +101,7 @@ def compare_plans(saved: dict[str, Any], plan: RunPlan) -> list[str]:
 
 def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
     """Raise `IncompatibleError` unless the record is one that `train` can have written."""
-    step, config, validation = trainer["step"], trainer["config"], trainer.get("validation")
+    step, config, validation = trainer["step"], trainer["config"], trainer["validation"]
     metrics, finished = trainer.get("metrics"), trainer["finished"]
     measured = ("step", "vectors", "loss", "fvu", "l0", "dead_fraction") if finished is True else ()
     whole: dict[str, bool] = {
@@ -123,7 +120,7 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         ),
     }
     whole |= {name: type(trainer.get(name, 1)) is int for name in ("updates", "vectors", "threads")}
-    whole["threads"] = whole["threads"] and 1 <= trainer.get("threads", 1) <= _MOST_THREADS
+    whole["threads"] = whole["threads"] and 1 <= trainer.get("threads", 1) <= 4096  # more would take all memory
     if finished is False:
         silent = trainer.get("silent")
         whole["silent"] = isinstance(silent, Tensor) and silent.shape == (n_latents,)
