@@ -55,13 +55,15 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
     require_folder(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(_rows(runs)).to_parquet(config.out / "compare.parquet", index=False)
-    written = ["compare.json", "compare.parquet", *write_comparison(runs, config.out)]
-    atomic_write(config.out / "compare.json", [json.dumps(result, indent=2, allow_nan=False).encode()])
+    with reading("--compare: a number in one of these summary.json is damaged", _AGAIN):
+        content, words = json.dumps(result, indent=2, allow_nan=False), compare_words(runs)
+        pd.DataFrame(_rows(runs)).to_parquet(config.out / "compare.parquet", index=False)
+        written = ["compare.json", "compare.parquet", *write_comparison(runs, config.out)]
+    atomic_write(config.out / "compare.json", [content.encode()])
     if config.json:
         print(json.dumps(result, allow_nan=False))
     else:
-        print(compare_words(runs))
+        print(words)
         print(f"Written to {config.out}: {', '.join(sorted(written))}.")
     return result
 

@@ -40,7 +40,7 @@ def report(words: list[str]) -> int:
     """The report's part of `analyze --prompt`."""
 
     def write() -> None:
-        with reading(*words):
+        with reading(words[0]):
             render_report(load_results(Path(*words)))
 
     return run_command("analyze", write)
