@@ -78,7 +78,7 @@ READERS: dict[str, tuple[str, Main, str]] = {
     "summary": ("analysis/summary.json", analysis.cli.main, "--compare @/analysis --out @/compared"),
     "report": ("analysis", report, "@/analysis"),
 }
-DRAWS = 10_000 // len(READERS) + 1 if SEED else 3
+DRAWS = 10_000 // len(READERS) + 1 if SEED else 2
 
 
 @pytest.fixture(scope="module")
