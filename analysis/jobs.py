@@ -11,9 +11,10 @@ start. With several workers each has one torch thread, or its share of the cores
 import logging
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -29,7 +30,8 @@ from tqdm import tqdm
 
 import residscope
 from analysis.tiles import keep_going, stop_tasks
-from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError, is_out_of_memory
+from residscope.reading import reading, said
 
 MAX_TASKS = 256
 """Groups of shards that a store is cut into at most: enough for many workers, few enough that merging costs nothing."""
@@ -157,6 +159,8 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
             raise
         except Exception as error:
             if left == 0:
+                if is_out_of_memory(error):
+                    raise
                 which = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
                 raise ResidscopeError(
                     f"{which} failed {ATTEMPTS} times, last with {type(error).__name__}: {error}"
@@ -227,6 +231,8 @@ class Threads:
 
 
 _TOPIC = "residscope-analysis"
+_FEWER = "perhaps for want of memory: use fewer with --n-workers, or leave --scheduler out"
+_POLL_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -235,20 +241,41 @@ class Cluster:
 
     client: Any
     """distributed.Client"""
+    say_after: int = 10
+    """Seconds without a worker after which the user is told."""
+    give_up_after: int = 300
+    """Seconds without a worker after which the analysis fails."""
 
     def compute(self, root: Delayed, tokens: dict[str, int], bar: "tqdm[Any]") -> Any:
-        from distributed import KilledWorker
+        from distributed import CancelledError, KilledWorker, wait
+        from distributed.comm.core import CommClosedError
 
         self.client.subscribe_topic(_TOPIC, lambda event: bar.update(event[1]))
+        future = self.client.compute(root, optimize_graph=False)
         try:
-            return self.client.compute(root, optimize_graph=False).result()
+            while not future.done():
+                self._require_worker()
+                with suppress(TimeoutError):
+                    wait(future, timeout=_POLL_SECONDS)
+            return future.result()
         except KilledWorker as error:
-            raise ResidscopeError(
-                f"the workers of task {error.task} were killed repeatedly, probably out of memory; "
-                "use fewer with --n-workers"
-            ) from None
+            raise ResidscopeError(f"the workers of task {error.task} were killed repeatedly: {_FEWER}") from None
+        except (CancelledError, CommClosedError) as error:
+            raise ResidscopeError(f"the Dask scheduler went away ({said(error)}): start it again") from None
         finally:
             self.client.unsubscribe_topic(_TOPIC)
+
+    def _require_worker(self) -> None:
+        """Return once the scheduler has a worker; `ResidscopeError` where none comes."""
+        seconds = 0
+        while not self.client.nthreads():
+            text = f"no worker since {seconds} s: start some with `dask worker {self.client.scheduler.address}`"
+            if seconds >= self.give_up_after:
+                raise ResidscopeError(f"the Dask scheduler has {text}, then run the command again")
+            if seconds == self.say_after:
+                tqdm.write(f"the Dask scheduler has {text}; waiting {self.give_up_after} s", file=sys.stderr)
+            time.sleep(_POLL_SECONDS)
+            seconds += _POLL_SECONDS
 
 
 Pool = Threads | Cluster
@@ -259,22 +286,18 @@ def _cluster(scheduler: str, n_workers: int) -> Iterator[Cluster]:
     """A client of the scheduler at an address, or of a LocalCluster of `n_workers` one-thread processes."""
     from distributed import Client, LocalCluster
 
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its tracebacks; what they say is said in one line
     if scheduler == "processes":
-        # Without Dask's log: a task's error is told once, by the command.
-        quiet: Any = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-        local = LocalCluster(n_workers=n_workers, threads_per_worker=1, preload=PRELOAD, **quiet)
+        options: Any = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+        with reading("--scheduler processes: a worker died at its start", _FEWER, ResidscopeError):
+            local = LocalCluster(n_workers=n_workers, preload=PRELOAD, **options)
         with local, Client(local) as client:
             _say_dashboard(client)
             yield Cluster(client)
         return
-    try:
+    silent = f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s"
+    with reading(silent, "start one with `dask scheduler`, or leave --scheduler out", ResidscopeError):
         client = Client(scheduler, timeout=CONNECT_SECONDS)
-    except (OSError, ValueError, TimeoutError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ResidscopeError(
-            f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s "
-            f"({reason}): start one with `dask scheduler`, or leave --scheduler out"
-        ) from None
     with client:
         _say_dashboard(client)
         _require_our_code(client)

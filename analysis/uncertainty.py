@@ -120,7 +120,8 @@ def variance_intervals(moments: LayerMoments) -> Intervals:
     replicates: dict[Weighting, list[NDArray[np.float64]]] = {weighting: [] for weighting in WEIGHTINGS}
     step = max(1, _AT_ONCE_BYTES // (flat[0].nbytes or 1))
     for start in range(0, len(draws), step):
-        drawn = (draws[start : start + step] @ flat).reshape(-1, *pooled.shape)
+        drawn = (rows := draws[start : start + step]) @ flat
+        drawn = drawn.reshape(len(rows), *pooled.shape)
         for weighting, parts in replicates.items():
             parts.append(_stacked(drawn, weighting))
     return {

@@ -12,8 +12,10 @@ from pathlib import Path
 from harvest.config import HarvestConfig
 from harvest.text.sources import is_on_disk
 from residscope.destinations import refuse_shared
+from residscope.errors import IncompatibleError
 from residscope.names import beside
 from residscope.options import to_flat, to_toml
+from residscope.reading import reading
 from store.files import atomic_write
 
 
@@ -42,9 +44,11 @@ def save_options(config: HarvestConfig) -> None:
 def recorded_place(store: Path, what: str) -> str | None:
     """The local file or folder of the "model" or "lens" that the store at `store` was harvested with, if the file
     beside it names one that is still there."""
+    path = options_file(store)
     try:
-        value = tomllib.loads(options_file(store).read_text(encoding="utf-8")).get(what)
-    except (OSError, ValueError):
+        with reading(path):
+            value = tomllib.loads(path.read_text(encoding="utf-8")).get(what)
+    except (OSError, IncompatibleError):
         return None
     return value if isinstance(value, str) and _is_here(value) else None
 

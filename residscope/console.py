@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from residscope.errors import Interrupted, ResidscopeError
+from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory
 from residscope.escape import printable_streams
 
 if TYPE_CHECKING:
@@ -49,19 +49,18 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
         # The reader of stdout went away (`| head`); point stdout elsewhere so that the interpreter exits silently too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MemoryError, RuntimeError) as error:
-        # torch raises a RuntimeError where the system gives no memory, on a GPU a subclass of it.
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _NO_MEMORY):
+    except Exception as error:
+        if is_out_of_memory(error):
+            first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
+            return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
+        if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
             raise
-        first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
-        return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
-    except OSError as error:
         # A full folder of temporary files names no file, or is Python's FileNotFoundError, which names the folders.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "temporary directory" in str(error.strerror)
         if full and error.filename is None:
             where = f"{error.strerror}, perhaps in {os.environ.get('TMPDIR', '/tmp')}, where temporary files go"
             return _fail(name, f"{where}. Free some space, or set TMPDIR to a folder with room, then {_AGAIN}", 1)
-        if error.errno not in _DISK_ERRORS or (error.errno == errno.ENOENT and error.filename is None):
+        if error.errno == errno.ENOENT and error.filename is None:
             raise
         where = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
@@ -85,8 +84,6 @@ _DISK_ERRORS = {
     errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then run the same command again",
     errno.EIO: "The disk reports a fault: check it before you trust what is on it",
 }
-
-_NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def _fail(name: str, message: str, exit_code: int) -> int:

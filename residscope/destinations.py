@@ -16,8 +16,9 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from residscope.console import human_bytes
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.names import stem
+from residscope.reading import read_json
 
 
 @contextlib.contextmanager
@@ -194,8 +195,8 @@ def refuse_comparison_of(command: str, out: Path, member: str) -> None:
     """`UsageError` where the folder `out` holds the compare.json of `command`, which has `member`: two commands
     compare, and give their files the same names."""
     try:
-        found = json.loads((out / "compare.json").read_bytes())
-    except (OSError, ValueError):
+        found = read_json(out / "compare.json")
+    except (OSError, IncompatibleError):
         return
     if isinstance(found, dict) and member in found:
         raise UsageError(f"--out {out} already contains a comparison by `{command}`: choose another folder")

@@ -4,6 +4,8 @@ Everything else that is raised is a bug in this project and keeps its traceback.
 expected, what was found, and what to do about it. Tested in tests/test_exit_codes.py.
 """
 
+import errno
+
 
 class ResidscopeError(Exception):
     """A run failed for a reason that the user can act on. Where it is none of the kinds below: the request makes sense
@@ -29,3 +31,15 @@ class Interrupted(ResidscopeError):
     """The run was stopped by a signal; what is on disk is whole, and the same command continues it."""
 
     exit_code = 130
+
+
+_NO_MEMORY = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
+"""What torch, safetensors, threads and the loader of libraries say, each in a class of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the system, or a GPU, gives no more memory or threads."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    before = error.__cause__ or error.__context__
+    return any(words in str(error).lower() for words in _NO_MEMORY) or (before is not None and is_out_of_memory(before))

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from residscope.errors import UsageError
+from residscope.reading import reading
 
 T = TypeVar("T")
 
@@ -275,12 +276,10 @@ def read_word(word: str, annotation: Any, what: str) -> Any:
 
 def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            found = tomllib.load(file)
+        with reading(f"--config {path}: not valid TOML", kind=UsageError):
+            found = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not valid TOML: {error}") from None
     tables = {field.group for field in fields.values()} - fields.keys()
     values: dict[str, Any] = {}
     flat: dict[str, Any] = {}

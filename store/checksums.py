@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from residscope.errors import IncompatibleError
-from store.files import CONFIG_BYTES, read_whole
+from residscope.reading import CONFIG_BYTES, read_whole
 
 CRC_BYTES = 4
 

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from residscope.reading import CONFIG_BYTES, read_whole
 from store.activations import ActivationStore
 from store.checksums import CRC_BYTES, checksum
-from store.files import CONFIG_BYTES, atomic_write, read_whole
+from store.files import atomic_write
 
 FOLDER = "latents"
 FORMAT, VERSION = "residscope-codes", 2

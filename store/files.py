@@ -6,25 +6,12 @@ recognised. Tested in tests/store/test_faults.py, which stops at every single st
 
 import contextlib
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from residscope.console import human_bytes
 from residscope.destinations import sync
 
 TEMPORARY = ".tmp"
-CONFIG_BYTES = 64 << 20
-"""The largest JSON file of settings or results that is read."""
-
-
-def read_whole(path: Path, most: int) -> bytes:
-    """A file's bytes; `ValueError` for one above `most` bytes and for what is no file (a device has no end)."""
-    found = path.stat()
-    if found.st_size > most or not stat.S_ISREG(found.st_mode):
-        size = human_bytes(found.st_size) if stat.S_ISREG(found.st_mode) else "a folder, pipe or device"
-        raise ValueError(f"should be a file of at most {human_bytes(most)}, found {size}")
-    return path.read_bytes()
 
 
 def atomic_write(path: Path, parts: Sequence[bytes | memoryview]) -> None:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from residscope.errors import IncompatibleError, ResidscopeError
-from store.files import atomic_write, read_whole, write_all
+from residscope.reading import read_whole
+from store.files import atomic_write, write_all
 
 FOLDER = "manifest"
 FILE = f"{FOLDER}/0.jsonl"

@@ -170,9 +170,13 @@ def check_records(store: Any, trainer: Any, where: str) -> None:
     if not isinstance(store, dict) or not isinstance(trainer, dict):
         reason = "store and trainer should be mappings"
     else:
-        layers, split = store.get("layers", ()), store.get("validation")
-        if layers is not None and not (isinstance(layers, list | tuple) and all(type(n) is int for n in layers)):
-            reason = f"layers should be integers, found {layers!r}"
+        layers, split = store.get("layers") or (), store.get("validation")
+        if not isinstance(layers, list | tuple) or any(type(n) is not int or n < 0 for n in layers):
+            reason = f"layers should be block indices, found {layers!r:.60}"
+        elif len(set(layers)) < len(layers):
+            reason = f"layers should be block indices, each once, found {layers!r:.60}"
+        elif not isinstance(store.get("model"), str | None) or not isinstance(store.get("lens"), str | dict | None):
+            reason = f"model and lens should be names, found {store.get('model')!r:.60}, {store.get('lens')!r:.60}"
         elif split and not _is_split(split):
             reason = f"validation should have a fraction in [0, 1) and a seed, found {split!r}"
     if reason is not None:
@@ -180,7 +184,5 @@ def check_records(store: Any, trainer: Any, where: str) -> None:
 
 
 def _is_split(found: Any) -> bool:
-    try:
-        return 0 <= float(found["fraction"]) < 1 and int(found["seed"]) >= 0
-    except (TypeError, ValueError, KeyError):
-        return False
+    fraction, seed = (found.get("fraction"), found.get("seed")) if isinstance(found, dict) else (None, None)
+    return isinstance(fraction, float | int) and 0 <= fraction < 1 and type(seed) is int and seed >= 0

@@ -9,16 +9,22 @@ import fcntl
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from residscope.errors import ResidscopeError
+from residscope.console import counted
+from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.names import beside
+from residscope.reading import reading
 from train.model import Standardized
 from train.objective.step import StepResult
+
+_NUMBERS = ("vectors", "loss", "fvu", "l0", "dead_fraction")
+"""What is read of a line, where it is there and not null."""
 
 
 class MetricsWindow:
@@ -87,8 +93,9 @@ class MetricsFile:
     """`ckpt.metrics.jsonl`: one line a logged step, none twice. Locked, so that no two runs write one checkpoint."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Open for appending, after cutting off a torn last line and the lines of steps after `resume_step`, which are
-        made again; 0 empties the file. Raises `ResidscopeError` while another process has it open."""
+        """Open for appending, after cutting off what follows the last whole line of a step up to `resume_step`: those
+        steps are made again; 0 empties the file. Damaged lines before it stay, and are warned of. Raises
+        `ResidscopeError` while another process has it open."""
         self._file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +103,7 @@ class MetricsFile:
             self._file.close()
             reason = "another run writes this checkpoint; choose another --out"
             raise ResidscopeError(f"{path} is in use: {reason}") from None
-        self._file.truncate(_bytes_up_to(path, resume_step) if resume_step else 0)
+        self._file.truncate(_bytes_up_to(path, resume_step))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line and flush it; NaN and infinities are null, because JSON has neither."""
@@ -123,14 +130,31 @@ def metrics_path(checkpoint: Path) -> Path:
 
 
 def _bytes_up_to(path: Path, step: int) -> int:
-    """Length of the whole lines at the file's start that are of steps up to `step`."""
-    length = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            found = json.loads(line)["step"] if line.endswith(b"\n") else None
-        except (ValueError, KeyError, TypeError):
-            found = None
-        if found is None or found > step:
-            break
-        length += len(line)
+    """Length of the file up to the end of its last whole line of a step up to `step`."""
+    length = position = damaged = seen = 0
+    for line in path.read_bytes().splitlines(keepends=True) if step else ():
+        position += len(line)
+        found = _read_line(line)
+        if found is None:
+            seen += 1
+        elif found["step"] <= step and line.endswith(b"\n"):
+            length, damaged = position, seen
+    if damaged:
+        print(f"warning: {path}: {counted(damaged, 'line')} damaged, and left as found", file=sys.stderr)
     return length
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file but for damaged ones, such as a last one that a crash cut short."""
+    return [line for text in path.read_bytes().splitlines() if (line := _read_line(text)) is not None]
+
+
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    """A line, None where it is damaged: the numbers that are read of it are of their kinds."""
+    try:
+        with reading("a line"):
+            line = json.loads(text)
+            numbers = [*map(line.get, _NUMBERS), *(line.get("fvu_per_layer") or ())]
+            return line if all(n is None or math.isfinite(n) for n in [int(line["step"]), *numbers]) else None
+    except IncompatibleError:
+        return None

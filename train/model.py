@@ -32,6 +32,9 @@ STD_EPSILON = 1e-5
 """Added to a vector's standard deviation before the division, as the reference does, so that its models carry over."""
 
 
+TOO_LONG = "overflow float32 when they are squared: check the model's weights, or harvest without that layer (--layers)"
+
+
 class Standardized(NamedTuple):
     """Vectors with their own mean and scale taken out, and what puts them back."""
 
@@ -178,11 +181,18 @@ class MLSAE(nn.Module):
 
 
 def standardize(x: Tensor) -> Standardized:
-    """Each row of `x` [N, D] minus its own mean, divided by its own unbiased standard deviation plus `STD_EPSILON`."""
+    """Each row of `x` [N, D] minus its own mean, divided by its own unbiased standard deviation plus `STD_EPSILON`.
+
+    Raises `IncompatibleError` for vectors whose square overflows, on a CPU: a GPU would have to be waited for.
+    """
     mean = x.mean(dim=-1, keepdim=True)
     centred = x - mean
     # The same number as x.std(), which torch computes a hundred times more slowly on a CPU.
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + STD_EPSILON
+    if std.device.type == "cpu" and std.isinf().any():
+        raise IncompatibleError(
+            f"the store has vectors as long as {x.double().norm(dim=-1).max():.1e}, which {TOO_LONG}"
+        )
     return Standardized(centred.div_(std), mean, std)
 
 

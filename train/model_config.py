@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from residscope.errors import UsageError
 
@@ -11,6 +11,10 @@ Standardize = Literal["vector", "layer", "none"]
 
 THRESHOLDED: tuple[Activation, ...] = ("jumprelu", "relu")
 """Those whose latents are active above a threshold, however many they are: a sparsity term keeps them few."""
+
+
+_LARGEST = 2**48
+"""Of its numbers, and of a matrix: far above what any memory holds, far below what torch can count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +43,26 @@ class SAEConfig:
     """The model's numbers of the layers that have a mean and scale of their own, where standardize is "layer"."""
 
     def __post_init__(self) -> None:
+        for name, word in (("standardize", Standardize), ("activation", Activation)):
+            if (found := getattr(self, name)) not in (known := get_args(word)):
+                raise UsageError(f"{name} should be one of {', '.join(known)}, found {found!r:.60}")
+        numbers, flags = (self.d_model, self.n_latents, self.k), (self.encoder_bias, self.apply_b_dec_to_input)
+        lists = (self.prefixes, self.layers)
+        if {*map(type, flags)} != {bool} or {*map(type, lists)} != {tuple}:
+            raise UsageError(f"biases should be true or false, prefixes and layers lists: {(*flags, *lists)!s:.80}")
+        if any(type(n) is not int or n > _LARGEST for n in (*numbers, *self.prefixes, *self.layers)):
+            raise UsageError(f"sizes should be whole numbers, found {(*numbers, *lists)!s:.80}")
         for name, least in (("d_model", 1), ("n_latents", 1), ("k", 0 if self.activation in THRESHOLDED else 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} should be at least {least}, found {getattr(self, name)}")
+        if self.d_model * self.n_latents > _LARGEST:
+            raise UsageError(f"d_model {self.d_model} and n_latents {self.n_latents} are more than any memory holds")
         if self.k > self.n_latents:
             raise UsageError(
                 f"k is {self.k}, but there are only {self.n_latents} latents: lower k, or raise the expansion factor"
             )
+        if any(layer < 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
+            raise UsageError(f"layers should be block indices, each once, found {list(self.layers)!r:.60}")
         if (self.standardize == "layer") != bool(self.layers):
             raise UsageError(f"layers are {list(self.layers)} where standardize is {self.standardize!r}")
         if self.activation == "matryoshka":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from residscope.destinations import require_name
 from residscope.errors import IncompatibleError, UsageError
+from residscope.reading import reading
 from store.activations import ActivationStore
 from store.folder import refuse_inside_store
 from train.checkpoint import Checkpoint, load_checkpoint, refuse_anothers
@@ -60,7 +61,8 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan) ->
         raise IncompatibleError(f"{path} has d_model {saved.config.d_model}, {store.path} has {plan.model.d_model}")
     if not {"step", "finished", "config"} <= set(saved.trainer):
         raise IncompatibleError(f"{path} has no training state, so it cannot be resumed; {_START_AGAIN}")
-    _check_state(path, saved.trainer, saved.config.n_latents)
+    with reading(f"{path}: its training state is damaged", _START_AGAIN):
+        _check_state(path, saved.trainer, saved.config.n_latents)
     warnings = compare_plans(saved.trainer["config"], plan)
     now = surroundings(plan.device, plan.kernels, plan.product_dtype)
     if changed := differences(saved.trainer.get("surroundings", {}), now):
@@ -102,20 +104,26 @@ def compare_plans(saved: dict[str, Any], plan: RunPlan) -> list[str]:
 
 def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
     """Raise `IncompatibleError` unless the record is one that `train` can have written."""
-    step, config, validation = trainer["step"], trainer["config"], trainer.get("validation")
+    step, config, validation = trainer["step"], trainer["config"], trainer["validation"]
     metrics, finished = trainer.get("metrics"), trainer["finished"]
-    measured = {"loss", "dead_fraction", "vectors"} if finished is True else set()
+    measured = ("step", "vectors", "loss", "fvu", "l0", "dead_fraction") if finished is True else ()
     whole: dict[str, bool] = {
         "config": isinstance(config, dict),
         "step": type(step) is int and isinstance(config, dict) and 0 <= step <= config.get("steps", step),
         "finished": isinstance(finished, bool),
         "metrics": isinstance(metrics, dict)
-        and measured <= set(metrics)
-        and isinstance(metrics.get("loss"), float | int | None),
+        and isinstance(metrics.get("loss"), float | int | None)
+        and set(measured) <= set(metrics)
+        and all(isinstance(metrics[n], float | int) or (metrics[n] is None and n in measured[2:5]) for n in measured),
         "validation": validation is None
-        or (isinstance(validation, dict) and set(validation) == set(Validation._fields)),
+        or (
+            isinstance(validation, dict)
+            and set(validation) == set(Validation._fields)
+            and all(isinstance(n, float | int) for v in validation.values() for n in (v if type(v) is list else [v]))
+        ),
     }
-    whole |= {name: isinstance(trainer.get(name, 1), int) for name in ("updates", "vectors", "threads")}
+    whole |= {name: type(trainer.get(name, 1)) is int for name in ("updates", "vectors", "threads")}
+    whole["threads"] = whole["threads"] and 1 <= trainer.get("threads", 1) <= 4096  # more would take all memory
     if finished is False:
         silent = trainer.get("silent")
         whole["silent"] = isinstance(silent, Tensor) and silent.shape == (n_latents,)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from residscope.options import to_toml
+from residscope.reading import reading
 from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
@@ -49,7 +50,7 @@ class Trainer:
         self.vectors = 0  # trained on
         self.metrics: dict[str, Any] = {}  # the last line
         self.validated: Validation | None = None  # the last validation
-        self.diverged = False  # a logged loss was not finite
+        self.diverged = False  # a logged loss, or a weight then, was not finite
         self._trackers: list[Tracker] = []
 
     @contextlib.contextmanager
@@ -83,7 +84,10 @@ class Trainer:
             self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean
         self._dead = DeadLatents(plan.model.n_latents, plan.dead_vectors, device)
         if isinstance(start, Checkpoint):
-            self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
+            with reading(f"{self.path}: its training state is damaged"):
+                self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
+                if any(part.shape != (len(plan.layers),) for part in self._statistics[1:3]):
+                    raise ValueError("statistics of other layers")
         else:
             self._statistics = start
             self._sae.initialize(plan.config.data.seed, start.b_pre)
@@ -96,7 +100,8 @@ class Trainer:
         self._denominators = self._statistics.raw if self._raw else self._statistics.standardized
         self._window = MetricsWindow(self._statistics.raw, sparsity=plan.model.activation in THRESHOLDED)
         if saved is not None:
-            self._continue(saved.trainer)
+            with reading(f"{self.path}: its training state is damaged", "use --overwrite to start again"):
+                self._continue(saved.trainer)
 
     def _continue(self, trainer: dict[str, Any]) -> None:
         self.step = trainer["step"]
@@ -145,6 +150,9 @@ class Trainer:
         window = self._window
         self.metrics = self._progress() | window.line()
         self.metrics |= {"dead_fraction": self._dead.fraction(), "lr": self._lr(self.step - 1)}
+        trained = (weight for weight in self._sae.weights if weight is not None)
+        if any((w.isnan().any() if w.ndim < 2 else ~torch.linalg.vector_norm(w).isfinite()) for w in trained):
+            self.metrics["loss"] = math.nan  # that of the next step
         self.diverged = self.diverged or not math.isfinite(self.metrics["loss"] or 0)
         speed = {"vectors_per_second": window.vectors / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
         window.clear()

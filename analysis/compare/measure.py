@@ -24,7 +24,7 @@ from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
 from analysis.results.summary import HASH, SCHEMA_VERSION, content_hash
 from residscope.destinations import comparison, refuse_comparison_of
 from residscope.errors import IncompatibleError, UsageError
-from store.files import CONFIG_BYTES, read_whole
+from residscope.reading import read_json, reading
 from store.folder import refuse_inside_store
 
 PARTS = VARIANCE_NAMES[:5]
@@ -40,6 +40,9 @@ QUALITY = {
 """Means over layers, and the part of the summary that has them, each with its interval."""
 
 
+_AGAIN = "run `analyze` again"
+
+
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare runs, write the files to `config.out`, print the table, and return compare.json's content.
 
@@ -50,14 +53,16 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     summaries = [_load(path) for path in config.compare]
     runs = in_order(list(map(_checked_run, config.compare, run_names(config.compare), summaries)))
     result = {"schema_version": SCHEMA_VERSION, "runs": runs}
-    with comparison(config.out) as folder:
+    damaged = "--compare: a number in one of these summary.json is damaged"
+    with comparison(config.out) as folder, reading(damaged, _AGAIN):
+        content, words = json.dumps(result, indent=2, allow_nan=False), compare_words(runs)
         pd.DataFrame(_rows(runs)).to_parquet(folder / "compare.parquet", index=False)
         written = ["compare.json", "compare.parquet", *write_comparison(runs, folder)]
-        (folder / "compare.json").write_text(json.dumps(result, indent=2, allow_nan=False), encoding="utf-8")
+        (folder / "compare.json").write_text(content, encoding="utf-8")
     if config.json:
         print(json.dumps(result, allow_nan=False))
     else:
-        print(compare_words(runs))
+        print(words)
         print(f"Written to {config.out}: {', '.join(sorted(written))}.")
     return result
 
@@ -66,24 +71,18 @@ def _load(path: Path) -> dict[str, Any]:
     file = path / "summary.json" if path.is_dir() else path
     if not path.exists():
         raise UsageError(f"--compare {path}: there is no such file or folder")
-    try:
-        summary = json.loads(read_whole(file, CONFIG_BYTES))
-        expected = summary.get(HASH) if isinstance(summary, dict) else None
-        if expected is not None and expected != content_hash(summary):
-            raise ValueError("its content_hash is wrong: it was changed after `analyze` wrote it")
-    except OSError:
+    if not file.is_file():
         raise IncompatibleError(
             f"--compare {path}: no summary.json there: give folders that `analyze` wrote, or their summary.json"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise IncompatibleError(f"--compare {file}: damaged or not valid JSON: {error}: run `analyze` again") from None
+        )
+    summary = read_json(file, _AGAIN)
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:
-        raise IncompatibleError(
-            f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: run `analyze` again"
-        )
-    if expected is None:
+        raise IncompatibleError(f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
+    if HASH not in summary:
         print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
+    elif summary[HASH] != content_hash(summary):
+        raise IncompatibleError(f"--compare {file}: damaged, or changed after `analyze` wrote it: {_AGAIN}")
     return summary
 
 
@@ -119,7 +118,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     """`_run`; raises `IncompatibleError` where the summary is not what `analyze` writes."""
-    try:
+    with reading(f"--compare {path}: its summary.json is damaged or was not written by `analyze`", _AGAIN):
         for key, kinds in _KINDS.items():
             if not isinstance(summary.get(key), kinds):
                 raise TypeError(f"{key} is {summary.get(key)!r:.40}")
@@ -128,12 +127,6 @@ def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str,
         run = _run(name, summary)
         _rows([run])  # fails where a number of the table is missing
         return run
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise IncompatibleError(
-            f"--compare {path}: its summary.json is damaged or was not written by `analyze` ({what}): "
-            "run `analyze` again"
-        ) from None
 
 
 def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,15 @@ from store.activations import ActivationStore
 
 
 def load_of_store(store: ActivationStore, spec: ModelSpec, *, device: torch.device | str = "cpu") -> LoadedModel:
-    """The weights of `spec`, which `spec_of_store` gave, in the format that they ran in when `store` was harvested."""
-    dtype = getattr(torch, store.meta.provenance.get("compute_dtype", "float32"))
-    return load_model(spec, dtype=dtype, device=device)
+    """The weights of `spec`, which `spec_of_store` gave, in the format that they ran in when `store` was harvested;
+    `IncompatibleError` where they are of other sizes."""
+    dtype, meta = getattr(torch, store.meta.provenance.get("compute_dtype", "float32")), store.meta
+    model = load_model(spec, dtype=dtype, device=device)
+    if (found := (model.n_layers, model.d_model)) != (expected := (meta.n_model_layers, meta.d_model)):
+        raise IncompatibleError(
+            f"model {spec.name} has (layers, d_model) {found}, {store.path} is of one with {expected}"
+        )
+    return model
 
 
 def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: bool = False) -> ModelSpec:

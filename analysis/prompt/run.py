@@ -33,6 +33,7 @@ from harvest.model.tokenizer import Tokenizer
 from residscope.destinations import partial_folder
 from residscope.errors import IncompatibleError
 from residscope.options import with_values
+from residscope.reading import read_json, reading
 from store.activations import ActivationStore
 from store.files import atomic_write
 
@@ -87,10 +88,11 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
 def has_analysis(out: Path, store: ActivationStore, sae_hash: str) -> bool:
     """Whether `out` holds a whole analysis of this store and autoencoder, of this version."""
     try:
-        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        provenance = summary["provenance"]
-        found = (summary["schema_version"], provenance["store"]["content_hash"], provenance["sae"]["hash"])
-    except (OSError, ValueError, KeyError, TypeError):
+        summary = read_json(out / SUMMARY)
+        with reading(out / SUMMARY):
+            provenance = summary["provenance"]
+            found = (summary["schema_version"], provenance["store"]["content_hash"], provenance["sae"]["hash"])
+    except (OSError, IncompatibleError):
         return False
     return found == (SCHEMA_VERSION, store.content_hash, sae_hash)
 
@@ -106,7 +108,8 @@ def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str
         from analysis.report.data import load_results
         from analysis.report.page import render_report
 
-        atomic_write(out / REPORT, [render_report(load_results(out)).encode()])
+        with reading(f"{out}: the analysis there is damaged", "run `analyze` again"):
+            atomic_write(out / REPORT, [render_report(load_results(out)).encode()])
 
 
 def _table(views: Sequence[PromptView]) -> pa.Table:

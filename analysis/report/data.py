@@ -5,7 +5,6 @@ Numbers stay as they were written; null and NaN mean that a number is not define
 Shapes: L layers, J live latents (those that fired at least once in the analysed tokens).
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from analysis.report.examples import example_blocks
 from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.reading import read_json, reading
 
 SCHEMA_VERSION = 1
 WEIGHTINGS = {"mass": "activation mass", "equal": "equal pairs (token, latent)", "latent": "equal latents"}
@@ -37,6 +37,8 @@ OPTIONAL_SCALARS = ("context_overlap", "context_chance")
 """Columns of latents.parquet that an analysis may lack."""
 
 PROMPT_COLUMNS = ["prompt", "position", "layer", "latent", "activation"]
+
+_AGAIN = "run `analyze` again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,18 +113,15 @@ def load_results(out_dir: Path) -> Results:
     for name in ("summary.json", "layers.parquet", "latents.parquet"):
         if not (out_dir / name).is_file():
             raise ResidscopeError(f"{out_dir} has no {name}: the report is made from what `analyze --out` writes")
-    summary = json.loads((out_dir / "summary.json").read_text(encoding="utf-8"))
-    version = summary.get("schema_version")
+    summary = read_json(out_dir / "summary.json", _AGAIN)
+    version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:
         raise IncompatibleError(
             f"{out_dir / 'summary.json'}: schema_version is {version}, this report reads {SCHEMA_VERSION}: "
-            "run `analyze` again with this version"
+            f"{_AGAIN} with this version"
         )
-    try:
+    with reading(f"{out_dir}: a table cannot be read", _AGAIN):
         return _load_tables(out_dir, summary)
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise IncompatibleError(f"{out_dir}: a table cannot be read ({reason}): run `analyze` again") from None
 
 
 def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
@@ -148,7 +147,7 @@ def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
         counts=matrix("counts"),
         probs=matrix("probs"),
         kinds=np.array(latents["profile"].to_pylist() if kinds else [], object),
-        prompts=json.loads(prompt.read_text(encoding="utf-8")) if has_prompts else None,
+        prompts=read_json(prompt) if has_prompts else None,
         prompt_rows=_columns(pq.read_table(out_dir / "prompt.parquet", columns=PROMPT_COLUMNS)) if has_prompts else {},
         pairs=pq.read_table(pairs).slice(0, MAX_PAIRS).to_pylist() if pairs.is_file() else [],
         examples=example_blocks(out_dir, np.asarray(latents["latent"])),

@@ -134,9 +134,8 @@ def _note(plan: Plan, found: list[_Found]) -> str:
 
 def _add_histograms(path: Path, of: dict[int, _Found]) -> list[float]:
     """Counts by layer, without the empty bins at either end; returns the bins' edges."""
-    if not path.is_file():
+    if not path.is_file() or (table := pq.read_table(path)).num_rows == 0:
         return []
-    table = pq.read_table(path)
     lists: Any = table["counts"].combine_chunks()
     counts = np.asarray(lists.flatten()).reshape(table.num_rows, -1)  # [R, B]
     some = counts > 0

@@ -14,8 +14,8 @@ from analysis.results.words import words
 from residscope.options import to_flat, to_toml
 
 
-def write_results(found: Findings, folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Write all files into `folder`; summary.json's content, and why there is no report if there is none."""
+def write_results(found: Findings, folder: Path) -> dict[str, Any]:
+    """Write all files but the report's into `folder`; summary.json's content."""
     summary = build(found)
     columns = found.views.columns if found.views else {}
     tables.write_latents(folder / files.LATENTS, found.sums.moments, found.table, found.redundancy, columns)
@@ -24,11 +24,11 @@ def write_results(found: Findings, folder: Path) -> tuple[dict[str, Any], str | 
     tables.write_layers(folder / files.LAYERS, summary["layers"])
     (folder / files.SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False), encoding="utf-8")
     (folder / files.CONFIG).write_text(to_toml(to_flat(found.config)), encoding="utf-8")
-    return summary, _write_report(folder) if found.config.output.report else None
+    return summary
 
 
-def _write_report(folder: Path) -> str | None:
-    """Figures and report.html; the reason if there are none."""
+def write_report_of(folder: Path) -> str | None:
+    """Figures and report.html of what is in `folder`; the reason if there are none."""
     try:
         from analysis.report.page import write_report
 
@@ -42,7 +42,7 @@ def _write_report(folder: Path) -> str | None:
 
 def tell(config: AnalyzeConfig, summary: dict[str, Any], missing: str | None) -> None:
     """Print the findings in words; with --json those on stderr, and summary.json on stdout. missing: what
-    `write_results` said of the report."""
+    `write_report_of` said of the report."""
     say = partial(print, file=sys.stderr) if config.output.json else print
     say(words(summary))
     if missing:

@@ -27,8 +27,9 @@ from harvest.model.aliases import hub_id
 from harvest.model.hub import first_line, pin
 from harvest.model.load import LoadedModel
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from residscope.reading import CONFIG_BYTES, read_whole
 from residscope.tensors import load_tensors
-from store.files import CONFIG_BYTES, atomic_write, read_whole
+from store.files import atomic_write
 
 SPACE = "AlignmentResearch/tuned-lens"
 Indexing = Literal["tuned-lens", "mlsae-compat"]

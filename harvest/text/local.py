@@ -18,7 +18,7 @@ from harvest.model.hub import first_line
 from harvest.text.encode import Document
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
-from store.files import read_whole
+from residscope.reading import read_whole
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20

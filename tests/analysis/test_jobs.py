@@ -187,3 +187,46 @@ with jobs.open_pool("processes", 1, 2) as pool:
         text=True,
     )
     assert done.stdout.strip() == "[3, 5]", done.stderr[-2000:]
+
+
+class NoWorkers:
+    """A client of a scheduler that has no worker until the `n`-th time it is asked."""
+
+    scheduler = SimpleNamespace(address="tcp://here:1")
+
+    def __init__(self, n: float) -> None:
+        self.left = n
+
+    def nthreads(self) -> dict[str, int]:
+        self.left -= 1
+        return {} if self.left > 0 else {"a": 1}
+
+
+def test_a_cluster_without_workers_is_said_to_be_one_and_given_up(monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.5)
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
+    jobs.Cluster(NoWorkers(9), say_after=2, give_up_after=5)._require_worker()
+    said = capsys.readouterr().err
+    assert said.count("no worker since 2.0 s: start some with `dask worker tcp://here:1`; waiting 5 s") == 1
+    with pytest.raises(ResidscopeError, match=r"no worker since 5\.0 s: start some with `dask worker tcp://here:1`"):
+        jobs.Cluster(NoWorkers(float("inf")), say_after=2, give_up_after=5)._require_worker()
+
+
+def test_a_worker_process_that_dies_at_its_start_is_one_line(monkeypatch):
+    def start(**_):
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr("distributed.LocalCluster", start)
+    with (
+        pytest.raises(ResidscopeError, match=r"^--scheduler processes: a worker died at its start \(Nanny failed"),
+        jobs.open_pool("processes", 2, 8),
+    ):
+        pass
+
+
+def test_memory_that_a_task_is_refused_is_no_fault_of_its_shards():
+    def refused(shards):
+        raise MemoryError("10 GiB")
+
+    with pytest.raises(MemoryError, match="10 GiB"):
+        jobs.run(shard_sum(refused, n_shards=1), jobs.Threads(1))

@@ -374,6 +374,24 @@ def test_two_autoencoders_do_not_share_a_default_folder(tmp_path):
     analyze(analyze_config(sae=other, **flags))  # renamed
 
 
+def test_an_autoencoder_whose_latents_are_all_silent_is_analysed_and_reported(tmp_path):
+    small = make_small(tmp_path)
+    small.weights.W_enc.data.zero_()
+    save_small(small.sae, small.weights, ActivationStore.open(small.store), {})
+    summary = run(small, tmp_path / "out", report=True)
+    assert summary["latents"]["active"] == 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_numbers_stay_whatever_becomes_of_their_report(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.report.page.write_figures", lambda *_: (_ for _ in ()).throw(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        run(small, tmp_path, report=True)
+    assert json.loads((tmp_path / "summary.json").read_text())["n_tokens"] > 0
+    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / ".partial").exists()
+
+
 def test_with_json_stdout_is_the_summary_alone(small, tmp_path, capsys):
     summary = run(small, tmp_path, json=True)
     captured = capsys.readouterr()

@@ -8,7 +8,7 @@ import torch
 
 from residscope.errors import ResidscopeError
 from train.kernels.interface import SparseCodes
-from train.metrics import MetricsFile, MetricsWindow, metrics_path
+from train.metrics import MetricsFile, MetricsWindow, metrics_path, read_metrics
 from train.model import Standardized
 from train.objective.step import StepResult, Weights
 
@@ -30,6 +30,22 @@ def test_lines_after_the_checkpoint_are_cut(tmp_path: Path, tail: str) -> None:
     file.write({"step": 30})
     file.close()
     assert steps_in(path) == [10, 20, 20, 30]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 2', '{"stop": 20}', '{"step": 15, "fvu": "x"}', "[" * 100_000, "9" * 5000, ""]
+)
+def test_a_damaged_line_takes_no_later_one_with_it(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.jsonl"
+    write_lines(path, [10])
+    whole = path.read_text() + line + "\n" + '{"step": 20}\n{"step": 30}\n'
+    path.write_text(whole + '{"step": 40}\n')
+    MetricsFile(path, resume_step=30).close()
+    assert path.read_text() == whole
+    assert f"{path}: 1 line damaged" in capsys.readouterr().err
+    assert [found["step"] for found in read_metrics(path)] == [10, 20, 30]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import Vectors
 from train.model import MLSAE
+from train.reporting.report import describe
 from train.run import train, train_all
 from train.trainer import Trainer
 
@@ -110,7 +111,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
 ) -> None:
     diverging = {"lr": 1e30, "warmup_fraction": 0.0, "loss_space": "raw", "checkpoint_every": 0}
     with pytest.raises(
-        ResidscopeError, match=r"step \d+ of 34: the loss is NaN or infinite: lower --lr, or set"
+        ResidscopeError, match=r"step \d+ of 34: diverged, the loss or a weight is NaN or infinite: lower --lr, or set"
     ) as caught:
         train(with_values(config, **diverging))
     assert "\n" not in str(caught.value)
@@ -121,6 +122,25 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
     results = train_all(with_values(config, sweep=("lr=0.001,1e30",)))  # the others of a sweep go on
     assert results[0].metrics["fvu"] < 1
     assert "lr=1e+30" in capsys.readouterr().err
+
+
+def test_a_run_whose_weights_alone_are_nan_has_diverged(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A JumpReLU threshold that becomes NaN silences its latent, and the loss stays a number."""
+    of_jumprelu = with_values(config, activation="jumprelu", lr=1e3, warmup_fraction=0.0)
+    with pytest.raises(ResidscopeError, match=r"step \d+ of 34: diverged, the loss or a weight is NaN or infinite"):
+        train(of_jumprelu)
+    results = train_all(with_values(of_jumprelu, sweep=("lr=0.001,1e3",)))
+    assert [result.diverged for result in results] == [False, True]
+
+
+def test_a_rate_that_is_far_too_high_is_to_be_lowered_and_a_short_run_lengthened(config: TrainConfig) -> None:
+    for lr, words in ((1e3, "times the default rate: lower --lr 1e+03"), (1e-30, "with a higher --lr than 1e-30")):
+        result = train(with_values(config, lr=lr, overwrite=True))
+        assert result.validation is not None
+        if result.validation.fvu > 1:
+            assert words in describe(result)
 
 
 def test_validation_and_logging_do_not_touch_the_run(config: TrainConfig) -> None:

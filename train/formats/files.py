@@ -24,7 +24,8 @@ from torch import Tensor
 
 from residscope.destinations import together
 from residscope.errors import IncompatibleError, UsageError
-from store.files import CONFIG_BYTES, atomic_write, read_whole
+from residscope.reading import CONFIG_BYTES, read_whole
+from store.files import atomic_write
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
 from train.formats import layouts
 from train.formats.hub import HUB_ID, fetch

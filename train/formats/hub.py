@@ -12,6 +12,7 @@ from typing import Any
 from residscope.errors import ResidscopeError, UsageError
 from residscope.escape import markdown, printable
 from train.checkpoint import Checkpoint
+from train.metrics import read_metrics
 from train.model_config import SAEConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -78,11 +79,7 @@ def last_metrics(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found: dict[str, Any] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # a line that a crash cut short
+    for line in read_metrics(path):
         if line.get("split") == "validation":
             found["validation"] = line
         else:

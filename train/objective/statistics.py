@@ -13,7 +13,7 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError
 from train.data import TrainingData, Vectors, closing_batches
-from train.model import standardize, standardize_by_layer
+from train.model import TOO_LONG, standardize, standardize_by_layer
 from train.model_config import Standardize
 
 DENOMINATOR_VECTORS = 2**16
@@ -21,6 +21,9 @@ DENOMINATOR_VECTORS = 2**16
 
 MEDIAN_VECTORS = 2**15
 """Vectors that the geometric median is taken over, at most."""
+
+_LONGEST, _LARGEST = 1e18, 1e12
+"""Distances from the mean: whose square, and whose product with others like it, float32 holds."""
 
 _SEED = 2**31
 """Added to the run's seed, so that the sample is not the beginning of the training stream."""
@@ -158,11 +161,21 @@ class _Sums:
         """The statistics; raises `IncompatibleError` naming a layer whose vectors are all equal."""
         assert self._variances is not None
         (standardized, raw), layers = self._variances, self.view.layers
-        for position, sums in ((p, m) for m in (standardized, raw) for p in range(len(layers))):
-            if not sums.deviation[position] > 0:
+        by = self.view.standardize
+        for position, layer in enumerate(layers):
+            n = int(raw.vectors[position])
+            spread, inside = ((sums.deviation[position] / n).sqrt().item() for sums in (raw, standardized))
+            if by != "layer" and spread > (_LONGEST if by == "vector" else _LARGEST):
+                raise IncompatibleError(f"layer {layer}: vectors {spread:.1e} from their mean {TOO_LONG}")
+            if not min(spread, inside) > 0:
                 raise IncompatibleError(
-                    f"layer {layers[position]}: its {int(sums.vectors[position])} training vectors are all equal, so "
+                    f"layer {layer}: its {n} training vectors are all equal{' once standardised' * (spread > 0)}, so "
                     "FVU is not defined: harvest more text, or leave the layer out with --layers"
+                )
+            if by != "layer" and inside < 1 / _LARGEST:
+                raise IncompatibleError(
+                    f"layer {layer}: its vectors are only {spread:.1e} from their mean, which float32 cannot square: "
+                    "use --standardize layer, or leave the layer out with --layers"
                 )
         variance = raw.deviation / raw.vectors
         found = FixedStatistics(raw.mean[0], standardized.deviation / standardized.vectors, variance, raw.mean)

@@ -75,12 +75,13 @@ def bar_words(
 
 
 def tell_diverged(where: str, checkpoints: Sequence[Path], *, any_left: bool) -> None:
-    """Warn of runs whose loss has just become NaN or infinite; raise `ResidscopeError` where no other is left."""
+    """Warn of runs whose loss or weights have just become NaN or infinite; raise `ResidscopeError` where no other is
+    left."""
     way_out = "lower --lr, or set --clip-norm"
     if checkpoints and not any_left:
-        raise ResidscopeError(f"{where}: the loss is NaN or infinite: {way_out}")
+        raise ResidscopeError(f"{where}: diverged, the loss or a weight is NaN or infinite: {way_out}")
     for path in checkpoints:
-        say(f"warning: {path} diverged at {where} (its loss is NaN or infinite); its weights are useless: {way_out}")
+        say(f"warning: {path} diverged at {where} (loss or weights not finite); its weights are useless: {way_out}")
 
 
 def tell_finished(plan: RunPlan, metrics: Mapping[str, Any]) -> None:

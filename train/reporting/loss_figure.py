@@ -4,13 +4,14 @@ Drawn from the metrics file alone, so that any run can be drawn again.
 """
 
 import io
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 from residscope.escape import figure_text
 from residscope.names import beside
 from store.files import atomic_write
+from train.metrics import read_metrics
 
 
 def figure_path(checkpoint: Path) -> Path:
@@ -24,9 +25,9 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    there = [line for line in lines if line["fvu"] is not None]  # None where no vector came, or the run diverged
-    training = [line for line in there if "split" not in line and line["loss"] is not None]
+    lines = read_metrics(metrics)
+    there = [line for line in lines if line.get("fvu") is not None]  # None where no vector came, or the run diverged
+    training = [line for line in there if "split" not in line and line.get("loss") is not None]
     validation = [line for line in there if line.get("split") == "validation"]
     if not training:
         return
@@ -61,4 +62,4 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
 
 
 def _column(lines: list[dict[str, Any]], name: str, scale: float = 1) -> list[float]:
-    return [line[name] * scale for line in lines]
+    return [math.nan if line.get(name) is None else line[name] * scale for line in lines]

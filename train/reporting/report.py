@@ -9,8 +9,12 @@ from typing import Any
 
 from residscope.console import aligned, counted, human_seconds
 from train.grid import RunSpec, as_written
+from train.objective.optimizer import scaling_law_lr
 from train.resolve import RunPlan
 from train.validation import Validation
+
+_HIGH = 30
+"""Times the default: a learning rate above this is more likely too high than the run too short for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,10 @@ def describe(result: TrainResult) -> str:
             "better, 1 is no better than the layer's mean; mean over layers; "
             f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
         )
-        if held_out.fvu > 1:
+        default = scaling_law_lr(plan.model.n_latents)
+        if held_out.fvu > 1 and plan.lr > _HIGH * default:
+            lines.append(f"an FVU above 1, at {plan.lr / default:.2g} times the default rate: lower --lr {plan.lr:.2g}")
+        elif held_out.fvu > 1:
             lines.append(
                 "an FVU above 1 mostly means a run too short for its learning rate: train longer (--epochs, or a "
                 f"larger store), or with a higher --lr than {plan.lr:.2g}; `train --help` says what short runs need"

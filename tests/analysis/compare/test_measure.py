@@ -241,3 +241,13 @@ def test_a_summary_that_lacks_anything_or_has_it_wrong_is_refused(folders, tmp_p
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert main(["--compare", str(tmp_path), "--out", str(tmp_path / "out")]) == 3
     assert "(no 'mass')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), "x", [[]]])
+def test_a_damaged_number_is_one_line_and_leaves_no_comparison(value, folders, tmp_path, capsys):
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    summary["variance"]["mass"]["ci95"]["within_token"] = [value, value]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert main(["--compare", str(tmp_path), str(folders[1]), "--out", str(tmp_path / "out")]) == 3
+    assert "is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "compare.json").exists()

@@ -164,13 +164,13 @@ def test_what_is_no_lens_folder_is_said(tmp_path: Path) -> None:
 
 def test_a_lens_that_is_exchanged_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, other = write_lens(tmp_path / "lens"), write_lens(tmp_path / "other", seed=1)
-    read = translators._read
+    read = translators.load_tensors
 
-    def exchanged(*arguments: Any) -> TunedLens:
+    def exchanged(*arguments: Any) -> Any:
         folder.rename(tmp_path / "away")
         other.rename(folder)
         return read(*arguments)
 
-    monkeypatch.setattr(translators, "_read", exchanged)
+    monkeypatch.setattr(translators, "load_tensors", exchanged)
     with pytest.raises(IncompatibleError, match="its files were changed while they were read"):
         load_lens(str(folder), model_id="owner/tiny", n_layers=4, d_model=8)

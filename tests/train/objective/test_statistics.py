@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,26 @@ def test_a_layer_that_does_not_vary_is_named() -> None:
     batches = [Vectors(torch.ones(4, 3).cumsum(1), torch.zeros(4, dtype=torch.int64))]
     with pytest.raises(ResidscopeError, match="layer 7: its 4 training vectors"):
         statistics(batches, (7,))
+
+
+@pytest.mark.parametrize(
+    ("standardize_by", "size", "line"),
+    [
+        ("vector", 1e30, "vectors as long as .* overflow float32"),
+        ("none", 1e30, "layer 0: vectors .* from their mean overflow float32"),
+        ("vector", 1e-30, "layer 0: its vectors are only .* from their mean"),
+        ("none", 1e-30, "layer 0: its vectors are only .* from their mean"),
+    ],
+)
+def test_vectors_that_float32_cannot_square_are_not_said_to_be_equal(
+    standardize_by: Any, size: float, line: str
+) -> None:
+    view = View(standardize_by, (0, 1))
+    with pytest.raises(ResidscopeError, match=line):
+        gather([view], [Vectors(x * size, layer) for x, layer in vectors()])
+    by_layer = View("layer", (0, 1))
+    found = gather([by_layer], [Vectors(x * size, layer) for x, layer in vectors()])[by_layer]
+    torch.testing.assert_close(found.standardized, torch.full((2,), 8.0, dtype=torch.float64))
 
 
 @settings(max_examples=30, deadline=None)
