@@ -1,5 +1,6 @@
 """--mask-norm against its definition, on what is stored; such a store is continued and repaired to its bytes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from harvest.refill import prepare
 from harvest.run import harvest
 from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
+from store.care import outliers
 from store.care.repair import repair
 from store.shards import shard_name
 from tests.support.harvesting import MakeConfig, crash_after, harvest_config, tree
@@ -56,6 +58,14 @@ def test_kept_tokens_above_the_medians_are_masked(
     assert provenance["mask_norm"]["masked"] == (keep & ~expected).sum()
     assert store.statistics().count == expected.sum()
     np.testing.assert_allclose(store.statistics().mean, store.read()[expected].mean(0, dtype=np.float64), rtol=1e-6)
+
+
+def test_sinks_are_named_at_the_end_of_a_harvest(
+    config: MakeConfig, with_sinks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(outliers, "ONE_IN", 5)
+    harvest(config(model=with_sinks))
+    assert re.search(r"warning: \d+ tokens of \d+, probably attention sinks, .*: 'q' \d+ x\.", capsys.readouterr().err)
 
 
 @pytest.mark.usefixtures("small_shards")
