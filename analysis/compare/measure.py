@@ -81,8 +81,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise IncompatibleError(f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
     if HASH not in summary:
         print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
-    elif summary[HASH] != content_hash(summary):
-        raise IncompatibleError(f"--compare {file}: damaged, or changed after `analyze` wrote it: {_AGAIN}")
+        return summary
+    with reading(f"--compare {file}: damaged", _AGAIN):  # NaN is no number of a summary
+        if summary[HASH] != content_hash(summary):
+            raise ValueError("changed after `analyze` wrote it")
     return summary
 
 
