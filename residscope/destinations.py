@@ -132,9 +132,11 @@ def comparison(out: Path) -> contextlib.AbstractContextManager[Path]:
 
 
 def _claimed(claim: Path) -> set[str]:
+    """Names in a claim, but for what none of ours holds: they may be removed, and the file be anyone's."""
     try:
-        return set(json.loads(claim.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        names = map(Path, read_json(claim))
+        return {str(name) for name in names if not name.is_absolute() and ".." not in name.parts}
+    except (OSError, IncompatibleError, TypeError):
         return set()
 
 

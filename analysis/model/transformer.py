@@ -48,6 +48,8 @@ def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: b
         "seed": int(provenance.get("seed") or 0),
     }
     if name is None and source == "hub" and offline:
+        if provenance.get("adapter"):  # Without its base, which only the hub can tell, it would be left out.
+            raise UsageError(f"{model} has an adapter, which is not looked for unless it is asked for: give --model")
         return ModelSpec(name=model, source="hub", location=model, revision=revision, cached_only=True, **weights)
     if name is None and source != "hub":
         name = recorded_place(store.path, "model")

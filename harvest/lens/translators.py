@@ -24,6 +24,7 @@ import xxhash
 from torch import Tensor
 
 from harvest.model.aliases import hub_id
+from harvest.model.hashes import add_file
 from harvest.model.hub import first_line, pin
 from harvest.model.load import LoadedModel
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
@@ -157,7 +158,7 @@ def _fingerprint(folder: Path) -> str:
     """Hash of a lens's files."""
     digest = xxhash.xxh3_128()
     for file in _FILES:
-        digest.update((folder / file).read_bytes())
+        add_file(digest, folder / file)
     return digest.hexdigest()
 
 

@@ -182,9 +182,10 @@ def refuse_exchanged(spec: ModelSpec) -> None:
 
 def _own_memory(model: nn.Module) -> nn.Module:
     """`model`, which no longer looks into its files: libraries map these, so that whoever writes to one would change
-    the weights of a model that runs."""
+    the weights of a model that runs. Only memory that torch did not get itself, as it can resize, may be mapped."""
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+        if not tensor.untyped_storage().resizable():
+            tensor.data = tensor.data.clone()
     return model
 
 

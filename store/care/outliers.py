@@ -2,7 +2,8 @@
 
 Attention sinks in mid-sequence are such: some models give a few tokens norms of a hundred times the median. A token's
 share is its squared distance from the layer's mean. All chosen tokens are looked at; of a large store, those of chunks
-spread evenly over it (512 MiB of vectors). Defined in docs/method.md. Shapes: n tokens looked at, L stored layers.
+spread evenly over a few shards (64 MiB of vectors), since each shard that is opened is checked: less than a second,
+whatever its size. Defined in docs/method.md. Shapes: n tokens looked at, L stored layers.
 """
 
 from collections import Counter
@@ -17,7 +18,8 @@ from store.activations import ActivationStore
 FEWEST, ONE_IN = 100, 1000  # Tokens below which nothing is said, and of which one is few.
 MUCH = 0.1  # Of a layer's sum of squared distances.
 FAR = 5  # Median distances from the mean, beyond which a token is counted.
-_MOST_BYTES = 512 * 2**20
+_MOST_BYTES = 64 * 2**20
+_OPENED = 8  # Times as many bytes may have the shards that are opened.
 
 
 def few_tokens(store: ActivationStore, chosen: np.ndarray, texts: Callable[[list[int]], Sequence[str]]) -> str | None:
@@ -26,8 +28,9 @@ def few_tokens(store: ActivationStore, chosen: np.ndarray, texts: Callable[[list
     `ResidscopeError`."""
     meta, size = store.meta, store.meta.chunk_tokens
     chunks = np.flatnonzero(np.logical_or.reduceat(chosen, np.arange(0, len(chosen), size)))
-    most = max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
-    chunks = chunks[np.linspace(0, len(chunks) - 1, min(most, len(chunks))).astype(int)]
+    shards, most = chunks // meta.chunks_per_shard, max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
+    opened = _spread(np.unique(shards), max(_OPENED * most // meta.chunks_per_shard, 1))
+    chunks = _spread(chunks[np.isin(shards, opened)], most)
     places = [start + np.flatnonzero(chosen[start : start + size]) for start in (chunks * size).tolist()]
     n = sum(map(len, places))
     if n < FEWEST:
@@ -40,8 +43,9 @@ def few_tokens(store: ActivationStore, chosen: np.ndarray, texts: Callable[[list
         part = slice(done, done := done + len(place))
         for layer in range(meta.n_layers):
             x = rows[:, layer].astype(np.float64)
-            norm[part, layer] = np.square(x).sum(1)
-            distance[part, layer] = np.square(x - mean[layer]).sum(1)
+            norm[part, layer] = np.einsum("nd,nd->n", x, x)
+            x -= mean[layer]
+            distance[part, layer] = np.einsum("nd,nd->n", x, x)
     few = -(-n // ONE_IN)
     total, largest = distance.sum(0), np.partition(distance, -few, axis=0)[-few:].sum(0)
     worst = int(np.argmax(largest / np.maximum(total, np.finfo(float).tiny)))
@@ -66,3 +70,8 @@ def few_tokens(store: ActivationStore, chosen: np.ndarray, texts: Callable[[list
         f" of the variance of layer {meta.layers[worst]}: {named}. Training and FVU depend on them (norms of at least"
         f" {ratio:.3g} times the median)" + way_out * (factor > 1)
     )
+
+
+def _spread(found: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of them, evenly spaced."""
+    return found[np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)]

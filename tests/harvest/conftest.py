@@ -8,6 +8,7 @@ import torch
 
 from harvest import run
 from harvest.config import HarvestConfig
+from harvest.model import hub
 from tests.support.harvesting import CHUNK, SHARD, MakeConfig, ModelFolder, harvest_config
 from tests.support.models import tiny_model
 
@@ -15,6 +16,12 @@ from tests.support.models import tiny_model
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings that are given once in a process are given once in a test."""
+    monkeypatch.setattr(hub, "_said", set())
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ print("killed", killed)
 def test_a_killed_harvest_resumes_to_the_same_bytes(
     model_folder: ModelFolder, text_folder: Path, tmp_path: Path
 ) -> None:
-    arguments = [str(model_folder("gpt2")), str(text_folder), str(tmp_path), "5"]
+    arguments = [str(model_folder("gpt2")), str(text_folder), str(tmp_path), "3"]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments],
         cwd=Path(__file__).parents[2],

@@ -102,6 +102,17 @@ def test_a_run_that_fails_leaves_what_was_there_and_no_folder_of_its_own(tmp_pat
     assert not any((tmp_path / "old").iterdir())
 
 
+@pytest.mark.parametrize("claimed", ['["../mine", "/tmp/none"]', "[1]", "7", "[" * 100_000])
+def test_a_claim_that_is_not_ours_removes_nothing(tmp_path: Path, claimed: str) -> None:
+    (tmp_path / "out/.partial").mkdir(parents=True)
+    (tmp_path / "mine").touch()
+    (tmp_path / "out/.partial/claim").write_text(claimed)
+    with together(tmp_path / "out", ["a"], ["a"], replace=False) as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "mine").exists()
+    assert (tmp_path / "out/a").exists()
+
+
 def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
     out, other, record, side = (tmp_path / name for name in ("a", "a.pt", "a.config.toml", "a.safetensors"))
     refuse_shared(out, record, [side])

@@ -285,7 +285,7 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
     config = _read_json(path.with_name(layout.config_file))
     try:
         tensors = _tensors(path)
-        if _read_json(path.with_name(layout.config_file)) != config:
+        if repr(_read_json(path.with_name(layout.config_file))) != repr(config):  # NaN equals nothing
             raise IncompatibleError(f"{name}: {layout.config_file} was changed while the weights were read; try again")
         parsed = layout.parse(Reader(tensors, name), config)
         ours, notes = mapping(parsed.ours), parsed.notes

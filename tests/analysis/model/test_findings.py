@@ -25,6 +25,7 @@ from tests.support.harvested import Harvested, make_checkpoint, make_harvested
 from tests.support.harvesting import harvest_config
 from tests.support.models import tiny_model
 from tests.support.small import analyze_config, save_small
+from tests.support.stores import make_store
 from train.model import MLSAE
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -180,6 +181,14 @@ def test_a_folder_of_no_known_place_is_not_looked_for_on_the_hub(tmp_path: Path)
         UsageError, match=r"from the folder 'gpt2', which was not found .*gpt2-False.harvest.toml beside .* --model"
     ):
         spec_of_store(made.store, offline=True)
+
+
+def test_a_model_of_the_hub_is_not_taken_without_its_adapter(tmp_path: Path) -> None:
+    x = np.zeros((64, 1, 4), np.float32)
+    record = {"model": "me/tuned", "model_source": "hub", "model_revision": "abc", "adapter": "LORA, peft 1"}
+    store = make_store(tmp_path / "a.zarr", x, provenance=record)
+    with pytest.raises(UsageError, match=r"me/tuned has an adapter, .* give --model"):
+        spec_of_store(store, offline=True)
 
 
 def test_asked_for_outright_a_missing_model_is_an_error_before_any_work(

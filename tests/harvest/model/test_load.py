@@ -218,3 +218,17 @@ def test_a_model_does_not_look_into_its_files_once_it_is_loaded(tmp_path: Path) 
     with (tmp_path / "model/model.safetensors").open("r+b") as file:
         file.write(bytes((tmp_path / "model/model.safetensors").stat().st_size))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.causal_lm.state_dict().items())
+
+
+def test_weights_that_look_into_no_file_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[list[int]] = []
+    original = models._own_memory
+
+    def watched(model: torch.nn.Module) -> torch.nn.Module:
+        before.append([weight.data_ptr() for weight in model.parameters()])
+        return original(model)
+
+    monkeypatch.setattr(models, "_own_memory", watched)
+    spec = resolve_model(str(tiny_model("llama", tmp_path / "model")))
+    model = load_model(spec, dtype=torch.bfloat16)  # which makes its own memory out of the file's float32
+    assert before == [[weight.data_ptr() for weight in model.causal_lm.parameters()]]

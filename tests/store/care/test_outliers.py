@@ -70,5 +70,15 @@ def test_of_a_large_store_chunks_are_looked_at(tmp_path: Path, monkeypatch: pyte
     assert "5 tokens of 915," in str(found(store))
 
 
+def test_of_a_large_store_few_shards_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = planted(tmp_path / "a.zarr", 60, [5, 1999])
+    opened: list[int] = []
+    monkeypatch.setattr(store, "_reader", lambda shard, read=store._reader: (opened.append(shard), read(shard))[1])
+    monkeypatch.setattr(outliers, "_MOST_BYTES", 4 * 64 * store.meta.bytes_per_token)  # a shard's
+    monkeypatch.setattr(outliers, "_OPENED", 2)
+    assert "2 tokens of " in str(found(store))
+    assert {*opened} == {0, 7}
+
+
 def test_huge_vectors_are_no_trouble(tmp_path: Path) -> None:
     assert "carry 100 % of" in str(found(planted(tmp_path / "a.zarr", 1e33, [500])))
