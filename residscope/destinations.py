@@ -18,7 +18,7 @@ from pathlib import Path
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.names import stem
-from residscope.reading import read_json
+from residscope.reading import CONFIG_BYTES, read_json, read_whole
 
 
 @contextlib.contextmanager
@@ -133,7 +133,7 @@ def comparison(out: Path) -> contextlib.AbstractContextManager[Path]:
 
 def _claimed(claim: Path) -> set[str]:
     try:
-        return set(json.loads(claim.read_text(encoding="utf-8")))
+        return set(json.loads(read_whole(claim, CONFIG_BYTES)))
     except (OSError, ValueError, TypeError):
         return set()
 
@@ -167,14 +167,14 @@ def refuse_shared(
     """
     taken = None
     try:
-        owner = tomllib.loads(record.read_text(encoding="utf-8"))[flag.removeprefix("--")]
+        owner = tomllib.loads(read_whole(record, CONFIG_BYTES).decode())[flag.removeprefix("--")]
         other = out.with_name(Path(owner).name or "_")
         # One of another stem was renamed together with its files; the weights alone are the same autoencoder.
         same = other.name == out.name or {other.suffix, out.suffix} == {".pt", ".safetensors"}
         on_hub = flag == "--sae" and not out.exists() and str(out) != owner
         if on_hub or (not same and stem(other) == stem(out) and other.exists()):
             raise UsageError(f"{flag} {out}: {record} and what else would lie there belong to {owner}: {way_out}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         taken = next((path for path in others if os.path.lexists(path)), None)
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         taken = record
