@@ -38,7 +38,7 @@ def printable_streams() -> Iterator[None]:
     """Have stdout and stderr take `printable` text only, whoever writes; one that is closed (`>&-`) takes all."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (  # type: ignore[assignment]
-        _Printable(stream or Path(os.devnull).open("w"))  # noqa: SIM115 (open as long as the process)
+        _Printable(stream or Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
         for stream in streams
     )
     try:
