@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from residscope.errors import UsageError
 from residscope.names import beside
+from residscope.options import require_seed
 
 DocumentSplit = Literal["all", "train", "validation"]
 
@@ -51,7 +52,7 @@ class StatisticsOptions:
     """Seed of the null models and of other draws."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed")
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

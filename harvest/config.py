@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from harvest.text.config import TextConfig
 from residscope.errors import UsageError
+from residscope.options import require_seed
 
 _MOST_LAYERS = 100_000
 """A range of more is a typing error, and would fill the memory before the model is asked how many it has."""
@@ -20,12 +21,6 @@ def require_positive(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} should be at least 1, found {value}")
-
-
-def require_seed(seed: int) -> None:
-    """`UsageError` for a seed that torch does not take."""
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"--seed should be at least 0 and below 2^63, found {seed}")
 
 
 def parse_layers(words: tuple[str, ...]) -> tuple[int, ...] | None:

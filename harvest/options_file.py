@@ -15,7 +15,7 @@ from residscope.destinations import refuse_shared
 from residscope.errors import IncompatibleError
 from residscope.names import beside
 from residscope.options import to_flat, to_toml
-from residscope.reading import reading
+from residscope.reading import CONFIG_BYTES, read_whole, reading
 from store.files import atomic_write
 
 
@@ -47,7 +47,7 @@ def recorded_place(store: Path, what: str) -> str | None:
     path = options_file(store)
     try:
         with reading(path):
-            value = tomllib.loads(path.read_text(encoding="utf-8")).get(what)
+            value = tomllib.loads(read_whole(path, CONFIG_BYTES).decode()).get(what)
     except (OSError, IncompatibleError):
         return None
     return value if isinstance(value, str) and _is_here(value) else None

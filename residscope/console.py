@@ -50,6 +50,8 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib before 3.13
+            error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(error)[19:-1])
         if is_out_of_memory(error):
             first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
             return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)

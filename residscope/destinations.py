@@ -18,7 +18,7 @@ from pathlib import Path
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.names import stem
-from residscope.reading import read_json
+from residscope.reading import CONFIG_BYTES, read_json, read_whole
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def refuse_shared(
     """
     taken = None
     try:
-        owner = tomllib.loads(record.read_text(encoding="utf-8"))[flag.removeprefix("--")]
+        owner = tomllib.loads(read_whole(record, CONFIG_BYTES).decode())[flag.removeprefix("--")]
         other = out.with_name(Path(owner).name or "_")
         # One of another stem was renamed together with its files; the weights alone are the same autoencoder.
         same = other.name == out.name or {other.suffix, out.suffix} == {".pt", ".safetensors"}

@@ -4,9 +4,11 @@ HTML has `html.escape`; JSON and TOML have their writers.
 """
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -33,9 +35,12 @@ def figure_text(text: str) -> str:
 
 @contextlib.contextmanager
 def printable_streams() -> Iterator[None]:
-    """Have stdout and stderr take `printable` text only, whoever writes."""
+    """Have stdout and stderr take `printable` text only, whoever writes; one that is closed (`>&-`) takes all."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (  # type: ignore[assignment]
+        _Printable(stream or Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
+        for stream in streams
+    )
     try:
         yield
     finally:

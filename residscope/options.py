@@ -158,6 +158,12 @@ def to_toml(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def require_seed(seed: int) -> None:
+    """`UsageError` for a seed that torch does not take."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed should be at least 0 and below 2^63, found {seed}")
+
+
 _UNSET: Any = object()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from residscope.errors import UsageError
-from residscope.options import to_flat
+from residscope.options import require_seed, to_flat
 from train.model_config import THRESHOLDED, Activation, Standardize
 
 DEFAULT_EXPANSION_FACTOR = 16
@@ -148,9 +148,8 @@ class DataConfig:
     """Memory for the shuffle, in GB: two windows of the store, one served while the other is read."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="batch_size steps epochs window_gb", not_negative="seed")
-        if self.seed >= 2**63:
-            raise UsageError(f"--seed should be below 2^63, found {self.seed}")
+        _check(self, positive="batch_size steps epochs window_gb")
+        require_seed(self.seed)
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs both set the length of the run: give only one")
         if self.layers == ():

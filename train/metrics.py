@@ -19,10 +19,12 @@ from torch import Tensor
 from residscope.console import counted
 from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.names import beside
-from residscope.reading import reading
+from residscope.reading import read_whole, reading
 from train.model import Standardized
 from train.objective.step import StepResult
 
+_MOST_BYTES = 1 << 30
+"""Of a file of metrics."""
 _NUMBERS = ("vectors", "loss", "fvu", "l0", "dead_fraction")
 """What is read of a line, where it is there and not null."""
 
@@ -129,10 +131,15 @@ def metrics_path(checkpoint: Path) -> Path:
     return beside(checkpoint, ".metrics.jsonl")
 
 
+def _lines(path: Path) -> list[bytes]:
+    with reading(f"{path}: cannot be read", "remove it"):
+        return read_whole(path, _MOST_BYTES).splitlines(keepends=True)
+
+
 def _bytes_up_to(path: Path, step: int) -> int:
     """Length of the file up to the end of its last whole line of a step up to `step`."""
     length = position = damaged = seen = 0
-    for line in path.read_bytes().splitlines(keepends=True) if step else ():
+    for line in _lines(path) if step else ():
         position += len(line)
         found = _read_line(line)
         if found is None:
@@ -146,7 +153,7 @@ def _bytes_up_to(path: Path, step: int) -> int:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file but for damaged ones, such as a last one that a crash cut short."""
-    return [line for text in path.read_bytes().splitlines() if (line := _read_line(text)) is not None]
+    return [line for text in _lines(path) if (line := _read_line(text)) is not None]
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from residscope.errors import IncompatibleError, UsageError
 from residscope.reading import reading
 from store.activations import ActivationStore
 from store.folder import refuse_inside_store
-from train.checkpoint import Checkpoint, load_checkpoint, refuse_anothers
+from train.checkpoint import Checkpoint, config_path, load_checkpoint, refuse_anothers
 from train.config import TrainConfig
 from train.determinism import differences, surroundings
 from train.grid import RunSpec
@@ -36,6 +36,10 @@ def _check_output(config: TrainConfig) -> None:
     refuse_anothers(out)
     if out.exists() and not (config.resume or config.overwrite):
         raise UsageError(f"{out} exists already: use --resume to continue it or --overwrite to replace it")
+    if out.exists() and not config_path(out).exists():
+        with out.open("rb") as file:
+            if file.read(2) not in (b"PK", b""):  # whole or cut short
+                raise UsageError(f"--out {out} exists, is no checkpoint and will not be overwritten: choose another")
 
 
 def load_saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:

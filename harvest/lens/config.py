@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from harvest.config import HarvestConfig, ModelConfig, SequenceConfig, require_positive, require_seed
+from harvest.config import HarvestConfig, ModelConfig, SequenceConfig, require_positive
 from harvest.text.config import TextConfig
 from residscope.errors import UsageError
-from residscope.options import to_flat
+from residscope.options import require_seed, to_flat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.reading import CONFIG_BYTES, read_whole
 
 ADAPTER = "adapter_config.json"
 NOT_BY_TRANSFORMERS = {"subfolder": "applied-by-harvest.model.adapters"}
@@ -29,7 +30,7 @@ def read_adapter(model: str, config: Path) -> Adapter:
     """What `config`, an adapter_config.json, says. `IncompatibleError` where it cannot be read, `ResidscopeError` where
     peft is not installed."""
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
+        found = json.loads(read_whole(config, CONFIG_BYTES))
         kind, base = str(found["peft_type"]), str(found.get("base_model_name_or_path"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IncompatibleError(

@@ -29,6 +29,7 @@ from harvest.model.hub import first_line
 from harvest.model.sanity import refuse_missing
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.reading import CONFIG_BYTES, read_whole
 
 _BLOCK = 1 << 22
 _EXACT_PARAMETERS = 1_000_000_000
@@ -166,7 +167,7 @@ def _check_readable(file: GgufFile) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether the folder holds what `_unpack` wrote: every file has the hash that the seal gives it."""
     try:
-        seal = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        seal = json.loads(read_whole(folder / _SEAL, CONFIG_BYTES))
         return bool(seal) and all(_xxh3(folder / name) == found for name, found in seal.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -99,7 +99,7 @@ def _cached_snapshot(repo_id: str, kind: str, revision: str | None, probes: Sequ
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its class where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
 def quiet() -> None:

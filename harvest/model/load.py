@@ -27,14 +27,16 @@ from harvest.model.hub import first_line, passing_on, warn
 from harvest.model.names import ModelSpec, model_files, resolve_model
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from harvest.model.tokenizer import Tokenizer
-from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError, is_out_of_memory
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
+from residscope.reading import read_json
 
 settle_first_calls(torch)  # before anything is computed, wherever a model is
 
 T = TypeVar("T")
 _DAMAGED = (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError, pickle.UnpicklingError, EOFError)
+_MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,21 @@ class LoadedModel:
 def load_config(spec: ModelSpec) -> Any:
     """The model's transformers configuration."""
     load, spec = transformers.AutoConfig.from_pretrained, spec.base or spec
+    if spec.source == "folder":
+        found = None
+        with suppress(OSError, IncompatibleError):  # of which the library says more
+            found = read_json(Path(spec.location, "config.json"))
+        _refuse_endless(spec.name, found if isinstance(found, dict) else {})
     return _loading(spec, "configuration", lambda: load(spec.location, **spec.load_arguments))
+
+
+def _refuse_endless(name: str, config: dict[str, Any]) -> None:
+    """`IncompatibleError` for more blocks than any model has: the library would make them until the memory is full."""
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]  # a model of images, its text model
+    for key, value in (item for part in parts for item in part.items()):
+        if "layer" in key and isinstance(value, int) and value > _MOST_BLOCKS:
+            wanted = f"{key} should be at most {_MOST_BLOCKS:,}, found {value:,}"
+            raise IncompatibleError(f"{name}: its config.json is damaged ({wanted}): save or download it again")
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
@@ -238,7 +254,7 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
             f"{spec.name}: out of memory: the model does not fit on the device; try --dtype bfloat16 or --device cpu"
         ) from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise
         # The network may have failed, rather than the files be damaged.
         kind = ResidscopeError if spec.source == "hub" and what != "forward pass" else IncompatibleError

@@ -4,7 +4,8 @@ A folder is pinned by every file in it that may decide what is loaded: all but t
 pictures, and the weights of other libraries. So a file that nobody has heard of counts, and a changed log does not.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +19,7 @@ from harvest.model.aliases import hub_id, suggestions
 from harvest.model.hashes import add_file
 from harvest.model.hub import first_line, pin, quiet
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from residscope.reading import read_json
 
 _UNREAD = (
     "readme* license* *.md *.log *.out *.jsonl *.csv *.parquet *.zst *.gz events.out.* *.png *.jpg *.jpeg *.gif *.svg"
@@ -31,6 +33,8 @@ _FIRST = (
 """Have a hash by themselves, with the weights: that of stores from before other files counted."""
 _TOKENIZER = "*token* *vocab* merges.txt *.model *.model.v* *.spm *.tiktoken *bpe* tekken.json"
 _WEIGHTS = "*.safetensors *.bin"
+_TAKEN_FIRST = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+"""Where one of them is there, no .bin is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +162,26 @@ def _is(patterns: str, name: str) -> bool:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Files of a model's folder that may decide what is loaded, by name; of weights in two formats the safetensors."""
+    """Files of a model's folder that may decide what is loaded, by name; of weights in two formats those that
+    transformers and peft take, safetensors."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not _is(_UNREAD, path.name))
-    safe = {name.startswith("adapter_") for name in names if name.endswith(".safetensors")}
+    safe = {name.startswith("adapter_") for name in names if name in _TAKEN_FIRST}
     return [folder / name for name in names if not (name.endswith(".bin") and name.startswith("adapter_") in safe)]
+
+
+def _uncounted(files: dict[str, Path]) -> Iterator[str]:
+    """Weights that would be loaded, by the configuration or an index of shards, and are not among `files`."""
+    for name, file in files.items():
+        found: Any = None
+        if name == "config.json" or name.endswith(".index.json"):
+            with suppress(OSError, IncompatibleError):  # of which the library says more
+                found = read_json(file)
+        found = found if isinstance(found, dict) else {}
+        shards, whole = found.get("weight_map"), found.get("transformers_weights")
+        named = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
+        yield from sorted(shard for shard in named if "/" in shard or _is(_UNREAD, shard))
+        if whole is not None and str(whole) not in files:
+            yield str(whole)
 
 
 def _folder_spec(path: Path, *, needs_weights: bool) -> tuple[ModelSpec, Collection[str]]:
@@ -178,6 +198,11 @@ def _folder_spec(path: Path, *, needs_weights: bool) -> tuple[ModelSpec, Collect
             raise IncompatibleError(f"model {path}: the folder has no tokenizer; save the model's tokenizer there too")
         if needs_weights and not any(map(_is_weight, files)):
             raise IncompatibleError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHTS.split())})")
+        if needs_weights and (other := next(_uncounted(files), None)):
+            raise IncompatibleError(
+                f"model {path}: weights are in {other}, by the folder's own files, where they are not looked for: put"
+                " them beside config.json under a common name, or save the model again"
+            )
     first = [name for name in _FIRST.split() if name in files] + [name for name in files if _is(_WEIGHTS, name)]
     rest = [name for name in files if name not in first]
     found = "+".join(_digest(map(files.__getitem__, names)) for names in (first, rest) if names)

@@ -13,8 +13,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from harvest.model.hub import first_line
 from residscope.errors import IncompatibleError, UsageError
+from residscope.reading import reading
 
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """Before `eos_token`, which in a chat model ends a turn."""
@@ -35,7 +35,8 @@ class Tokenizer:
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Ids by name; may lack some, where two ids share a name."""
-        return self.backend.get_vocab()
+        with reading("the tokenizer's vocabulary is damaged"):
+            return {name: int(i) for name, i in self.backend.get_vocab().items()}
 
     @cached_property
     def ids(self) -> frozenset[int]:
@@ -73,7 +74,8 @@ class Tokenizer:
     @cached_property
     def _declared(self) -> set[int]:
         """Ids that the tokenizer says are special."""
-        found = {i for i in self.backend.all_special_ids if i is not None}
+        with reading("the tokenizer's special tokens are damaged"):
+            found = {int(i) for i in self.backend.all_special_ids if i is not None}
         with contextlib.suppress(NotImplementedError, AttributeError, TypeError):  # not of every backend
             found.update(i for i, token in self.backend.added_tokens_decoder.items() if token.special)
         return found
@@ -88,7 +90,8 @@ class Tokenizer:
         """Name of the token that ends a document, None where there is none: a well-known one that is special here, or
         `eos_token`."""
         known = [name for name in _END_OF_TEXT if self.vocabulary.get(name) in self.special_ids]
-        return next((name for name in (*known, self.backend.eos_token) if name in self.vocabulary), None)
+        names = (name for name in (*known, self.backend.eos_token) if isinstance(name, str))
+        return next((name for name in names if name in self.vocabulary), None)
 
     def separator_ids(self, separator: str) -> tuple[int, ...]:
         """Ids of a text between documents. `UsageError` where the tokenizer has none for it."""
@@ -112,15 +115,13 @@ class Tokenizer:
         return [ids[len(always) :] if always else ids for ids in self._call(texts, add_special_tokens=False)]
 
     def _call(self, texts: list[str], **arguments: bool) -> list[list[int]]:
-        # The one keyword that all backends have. They raise nearly everything.
-        try:
+        # The one keyword that all backends have.
+        with reading("the tokenizer cannot encode a text"):
             return self.backend(texts, **arguments)["input_ids"] if texts else []
-        except Exception as error:
-            found = f"{type(error).__name__}: {first_line(error)}"
-            raise IncompatibleError(f"the tokenizer cannot encode a text ({found})") from error
 
     def _decode(self, sequences: list[list[int]]) -> list[str]:
-        return self.backend.batch_decode(sequences, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        with reading("the tokenizer cannot decode its tokens"):
+            return self.backend.batch_decode(sequences, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def text(self, ids: Iterable[int]) -> list[str]:
         """The text of each of `ids` alone, as it reads after another token; U+FFFD for a part of a character."""

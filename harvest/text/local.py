@@ -195,7 +195,9 @@ def document_of(row: Any, column: str, where: str, known: np.ndarray | None = No
 def _tokens_of(found: Any, what: str, known: np.ndarray) -> np.ndarray:
     """Token ids (int32), each of which is known."""
     if not isinstance(found, list) or not all(type(i) is int for i in found):
-        raise UsageError(f"{what} should hold lists of token ids, found {type(found).__name__}")
+        wrong = next((i for i in found if type(i) is not int), None) if isinstance(found, list) else found
+        inside = " within a list" if isinstance(found, list) else ""
+        raise UsageError(f"{what} should hold lists of token ids, found {type(wrong).__name__}{inside}")
     if wrong := [i for i in found if not (0 <= i < len(known) and known[i])]:
         raise IncompatibleError(
             f"{what} holds token {wrong[0]}, none of the {known.sum()} of this model; give its ids, or the text"

@@ -100,6 +100,14 @@ def test_a_path_that_cannot_be_is_one_line_that_names_it(code: int, capsys: pyte
     assert err.count("\n") == 1
 
 
+def test_a_link_to_itself_is_one_line_however_python_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise RuntimeError("Symlink loop from '/proc/out'")  # pathlib's own, before 3.13
+
+    assert run_command("tool", command) == 1
+    assert f"tool: error: {os.strerror(errno.ELOOP)}: /proc/out. A link leads" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "error",
     [

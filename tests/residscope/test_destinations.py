@@ -132,6 +132,11 @@ def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a.config.toml, which would be replaced"):
         refuse_shared(out, record, [side])
     refuse_shared(other, record, [side])  # damaged: the checkpoint itself says enough to resume
+    record.unlink()
+    os.mkfifo(record)  # would wait for a writer
+    with pytest.raises(UsageError, match=r"a.config.toml, which would be replaced"):
+        refuse_shared(out, record, [side])
+    refuse_shared(other / "x", other / "x.config.toml", [other / "x.safetensors"])  # a file where a folder should be
 
 
 @pytest.mark.parametrize("name", [".", "a/..", "a.metrics.jsonl", "acts.zarr.planning", "a.pt.tmp"])

@@ -7,7 +7,7 @@ import pytest
 
 from residscope.console import run_command
 from residscope.errors import UsageError
-from residscope.escape import figure_text, markdown, printable
+from residscope.escape import figure_text, markdown, printable, printable_streams
 
 
 def test_what_steers_a_terminal_is_shown_as_one_writes_it() -> None:
@@ -54,3 +54,12 @@ def test_markdown_holds_no_markup(text: object, expected: str) -> None:
 def test_a_figure_takes_no_formula_and_hides_no_name() -> None:
     assert figure_text("a$b^$\x1b") == "a\\$b^\\$\\x1b"
     assert figure_text("_a") == " _a"
+
+
+def test_a_stream_that_is_closed_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after `>&-`
+    monkeypatch.setattr(sys, "stderr", None)
+    with printable_streams():
+        print("a result")
+        print("a warning", file=sys.stderr, flush=True)
+    assert sys.stdout is None

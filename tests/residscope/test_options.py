@@ -3,6 +3,7 @@
 import os
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -226,3 +227,16 @@ def test_version_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> Non
         parse_nested("--version")
     assert end.value.code == 0
     assert capsys.readouterr().out == f"tool (residscope {version('residscope')})\n"
+
+
+def test_seeds_that_torch_does_not_take_are_refused_by_every_command() -> None:
+    from analysis.config import StatisticsOptions
+    from harvest.config import ControlConfig, ModelConfig
+    from harvest.lens.config import FitLensConfig
+    from train.config import DataConfig
+
+    lens = partial(FitLensConfig, weights=ModelConfig(model="m"), out=Path("x"))
+    for config in (StatisticsOptions, ControlConfig, DataConfig, lens):
+        for seed in (-1, 2**63):
+            with pytest.raises(UsageError, match=f"--seed should be at least 0 and below 2.63, found {seed}"):
+                config(seed=seed)

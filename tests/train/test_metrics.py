@@ -1,12 +1,13 @@
 """The metrics file is cut on resume, and sums are those of the window."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from residscope.errors import ResidscopeError
+from residscope.errors import IncompatibleError, ResidscopeError
 from train.kernels.interface import SparseCodes
 from train.metrics import MetricsFile, MetricsWindow, metrics_path, read_metrics
 from train.model import Standardized
@@ -108,3 +109,15 @@ def test_a_layer_without_rows_is_null() -> None:
     window.add(torch.tensor([1]), Standardized(torch.zeros(1, 2), torch.zeros(1, 1), torch.ones(1, 1)), result)
     assert window.line()["fvu_per_layer"] == [None, 1.0]
     assert window.line()["fvu"] == 1.0
+
+
+def test_what_is_no_file_or_without_end_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.metrics.jsonl"
+    path.touch()
+    os.truncate(path, 1 << 40)  # a sparse file: no bytes on the disk
+    with pytest.raises(IncompatibleError, match=r"cannot be read .* at most 1\.07 GB, found 1\.1 TB"):
+        read_metrics(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(IncompatibleError, match="found a folder, pipe or device"):
+        read_metrics(path)

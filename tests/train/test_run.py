@@ -183,6 +183,16 @@ def test_resuming_a_finished_run_changes_nothing(config: TrainConfig) -> None:
     assert again.metrics == result.metrics
 
 
+def test_what_is_no_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
+    config.out.write_text("a text")
+    for flag in ("overwrite", "resume"):
+        with pytest.raises(UsageError, match="exists, is no checkpoint and will not be overwritten"):
+            train(with_values(config, **{flag: True}))
+    assert config.out.read_text() == "a text"
+    config.out.write_bytes(b"PK cut short")
+    train(with_values(config, overwrite=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

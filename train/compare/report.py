@@ -110,7 +110,7 @@ def _figure(result: Comparison) -> bytes | None:
     """FVU against the layer as a PNG; None where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:
+    except ImportError:
         return None
     import io
 

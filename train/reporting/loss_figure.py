@@ -23,7 +23,7 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
     """Draw the lines of a metrics file; nothing where matplotlib is not installed or there is nothing to draw."""
     try:
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:
+    except ImportError:  # also one that is damaged
         return
     lines = read_metrics(metrics)
     there = [line for line in lines if line.get("fvu") is not None]  # None where no vector came, or the run diverged

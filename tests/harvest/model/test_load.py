@@ -129,6 +129,20 @@ def test_the_way_out_fits_what_failed(gpt2: Path) -> None:
         with pytest.raises(ResidscopeError, match=message):
             models._loading(spec, "model", fail)
 
+    def refused() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):  # The files are good.
+        models._loading(spec, "model", refused)
+
+
+def test_more_blocks_than_any_model_has_are_refused_before_they_are_made(gpt2: Path) -> None:
+    config = json.loads((gpt2 / "config.json").read_text())
+    for changes in ({"n_layer": 2**31}, {"text_config": {"num_hidden_layers": 20_000}}):
+        (gpt2 / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(IncompatibleError, match=r"config\.json is damaged \(.*layer.* should be at most 10,000"):
+            models.load_config(resolve_model(str(gpt2)))
+
 
 def test_code_that_comes_with_a_model_is_not_run_and_that_is_said(
     gpt2: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,7 @@
 """Names of models: what each stands for, what pins it, and what is said of one that is none."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from harvest.model.names import resolve_model
 from residscope.errors import IncompatibleError, UsageError
 from tests.support.harvesting import ModelFolder
+from tests.support.models import tiny_model
 
 
 def test_the_fingerprint_follows_the_weights_and_not_the_place(model_folder: ModelFolder, tmp_path: Path) -> None:
@@ -84,4 +87,31 @@ def test_every_file_that_may_be_read_counts(model_folder: ModelFolder, tmp_path:
     (folder / "checkpoint-1").mkdir()
     assert resolve_model(str(folder)).fingerprint == before
     (folder / "model.safetensors").unlink()  # Now the other format is what is read.
+    assert resolve_model(str(folder)).fingerprint != before
+
+
+def test_weights_that_do_not_count_for_the_hash_are_not_loaded(tmp_path: Path) -> None:
+    folder = tiny_model("gpt2", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "sub").mkdir()
+    shutil.copy(folder / "model.safetensors", folder / "sub/x.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "x.pt")
+    for name in ("sub/x.safetensors", "../x.safetensors", "x.pt"):
+        index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(IncompatibleError, match=f"weights are in {re.escape(name)}, by the folder's own files"):
+            resolve_model(str(folder))
+    (folder / "model.safetensors.index.json").write_text("{")
+    for name in ("sub/x.safetensors", "x.pt"):
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        with pytest.raises(IncompatibleError, match=f"weights are in {re.escape(name)}, by the folder's own files"):
+            resolve_model(str(folder))
+
+
+def test_safetensors_of_something_else_do_not_hide_the_weights(tmp_path: Path) -> None:
+    folder = tiny_model("gpt2", tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "sae.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"one")
+    before = resolve_model(str(folder)).fingerprint
+    (folder / "pytorch_model.bin").write_bytes(b"two")
     assert resolve_model(str(folder)).fingerprint != before

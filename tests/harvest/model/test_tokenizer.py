@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from harvest.model.tokenizer import Tokenizer
-from residscope.errors import UsageError
+from residscope.errors import IncompatibleError, UsageError
 from tests.support.models import tiny_tokenizer
 from tests.support.tokenizers import END, KINDS
 
@@ -150,3 +150,27 @@ def test_a_separator_that_no_text_gives_is_masked() -> None:
     tokenizer = Tokenizer(tiny_tokenizer(bos=False))
     core = tokenizer.backend.backend_tokenizer
     assert tokenizer.masked_ids(END) == tokenizer.special_ids == {core.token_to_id(END), core.token_to_id("<|begin|>")}
+
+
+class Damaged:
+    """A tokenizer that loads, and raises where it is asked for anything."""
+
+    all_special_ids = ("x",)
+    eos_token = ("unhashable",)
+
+    def __call__(self, *texts: object, **arguments: object) -> object:
+        raise TypeError("argument 'ids'")
+
+    batch_decode = get_vocab = __call__
+
+
+def test_what_a_damaged_tokenizer_raises_is_one_line() -> None:
+    tokenizer = Tokenizer(Damaged())
+    for ask, what in (
+        (lambda: tokenizer.encode(["a"]), "cannot encode a text"),
+        (lambda: tokenizer._decode([[1]]), "cannot decode its tokens"),
+        (lambda: tokenizer.vocabulary, "vocabulary is damaged"),
+        (lambda: tokenizer._declared, "special tokens are damaged"),
+    ):
+        with pytest.raises(IncompatibleError, match=f"the tokenizer.*{what} \\("):
+            ask()

@@ -380,10 +380,16 @@ def test_a_token_that_is_not_the_models_is_named_with_its_row(tmp_path: Path, su
         list(open_source(config(path, token_column="ids"), known=KNOWN).documents())
 
 
-@pytest.mark.parametrize("row", ["text", [1.5], [[5]], [True], ["5"], 5])
-def test_a_token_column_of_something_else_is_refused(tmp_path: Path, row: Any) -> None:
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        *(("text", "str$"), ([5, 1.5], "float within a list"), ([[5]], "list within a list"), (5, "int$")),
+        *(([True], "bool within a list"), (["5"], "str within"), ([5, None], "NoneType within")),
+    ],
+)
+def test_a_token_column_of_something_else_is_refused(tmp_path: Path, row: Any, found: str) -> None:
     path = write_ids(tmp_path / "ids.jsonl", [row])
-    with pytest.raises(UsageError, match="should hold lists of token ids"):
+    with pytest.raises(UsageError, match=f"should hold lists of token ids, found {found}"):
         list(open_source(config(path, token_column="ids"), known=KNOWN).documents())
 
 
