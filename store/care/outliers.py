@@ -54,8 +54,8 @@ def few_tokens(store: ActivationStore, chosen: np.ndarray, tokenizer: Callable[[
     ratio = np.sqrt(norm[far, worst].min() / max(np.median(norm[:, worst]), np.finfo(float).tiny))
     most_common = Counter(store.tokens.token_id[np.concatenate(places)[far]].tolist()).most_common(5)
     try:
-        decode = tokenizer().decode
-        named = ", ".join(f"{decode([i])!r} {count:,} x" for i, count in most_common)
+        text = tokenizer().text
+        named = ", ".join(f"{text([i])[0]!r} {count:,} x" for i, count in most_common)
     except ResidscopeError:
         named = ", ".join(f"id {i} {count:,} x" for i, count in most_common)
     factor = int(min(ratio, 10))

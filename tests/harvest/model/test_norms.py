@@ -58,6 +58,15 @@ def test_kept_tokens_above_the_medians_are_masked(
     np.testing.assert_allclose(store.statistics().mean, store.read()[expected].mean(0, dtype=np.float64), rtol=1e-6)
 
 
+def test_tokens_that_carry_much_of_the_variance_are_named(
+    config: MakeConfig, with_sinks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("the words of a text " * 5 + "q" + " and more of them" * 4)
+    harvest(config(model=with_sinks, dataset=[str(tmp_path / "text.txt")]))
+    assert "warning: 1 token of " in (said := capsys.readouterr().err)
+    assert "of the variance of layer 0: 'q' 1 x. Training and FVU depend on" in said
+
+
 @pytest.mark.usefixtures("small_shards")
 def test_such_a_store_is_continued_and_repaired_to_the_same_bytes(
     config: MakeConfig, with_sinks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

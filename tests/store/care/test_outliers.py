@@ -40,7 +40,7 @@ def test_they_are_named_with_their_share(tmp_path: Path) -> None:
     far = np.argsort(-d)[:3]
     norm = np.linalg.norm(x, axis=1)
     share, ratio = 100 * d[far].sum() / d.sum(), norm[far].min() / np.median(norm)
-    tokenizer = SimpleNamespace(decode=lambda ids: {7: " because"}[ids[0]])
+    tokenizer = SimpleNamespace(text=lambda ids: [{7: " because"}[i] for i in ids])
     assert found(store, lambda: tokenizer) == (
         f"3 tokens of {len(x):,}, probably attention sinks, carry {share:.0f} % of the variance of layer 5: ' because'"
         f" 3 x. Training and FVU depend on them (norms of at least {ratio:.3g} times the median); `harvest --mask-norm"
