@@ -180,7 +180,7 @@ def refuse_shared(
         on_hub = flag == "--sae" and not out.exists() and str(out) != owner
         if on_hub or (not same and stem(other) == stem(out) and other.exists()):
             raise UsageError(f"{flag} {out}: {record} and what else would lie there belong to {owner}: {way_out}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         taken = next((path for path in others if os.path.lexists(path)), None)
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         taken = record

@@ -79,9 +79,11 @@ def _load(path: Path) -> dict[str, Any]:
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:
         raise IncompatibleError(f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
+    with reading(f"--compare {file}: damaged", _AGAIN):
+        expected = content_hash(summary)
     if HASH not in summary:
         print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
-    elif summary[HASH] != content_hash(summary):
+    elif summary[HASH] != expected:
         raise IncompatibleError(f"--compare {file}: damaged, or changed after `analyze` wrote it: {_AGAIN}")
     return summary
 

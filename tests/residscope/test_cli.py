@@ -30,7 +30,7 @@ def test_verify(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path / "resid_post/c.0.0.0").unlink()
     assert main(["verify", str(path)]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "shard 0: resid_post/c.0.0.0: the file is missing",
+        "shard 0: resid_post/c.0.0.0: the shard is missing",
         "shard 1: resid_post/c.1.0.0: the checksum of token chunk 1 at stored layer 0 does not match",
         f"{path}: 2 faults",
     ]
@@ -43,7 +43,7 @@ def test_verify(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("token_id/c.0", "token_id/c.0: the file was changed after it was written"),
         ("resid_post/zarr.json", "resid_post/zarr.json: the file was changed after it was written"),
-        ("shard_moments/c.1.0.0.0", "shard 1: shard_moments/c.1.0.0.0: the hash of the file does not match"),
+        ("shard_moments/c.1.0.0.0", "shard 1: shard_moments/c.1.0.0.0: its checksum does not match"),
         ("layer_norm/c.0", "layer_norm/c.0: the numbers do not match the shards'"),
         ("manifest/0.jsonl", "manifest/0.jsonl line 1: the header is damaged"),
     ],

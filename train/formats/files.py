@@ -287,6 +287,8 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
     config = _read_json(path.with_name(layout.config_file))
     try:
         tensors = _tensors(path)
+        if _read_json(path.with_name(layout.config_file)) != config:
+            raise IncompatibleError(f"{name}: {layout.config_file} was changed while the weights were read; try again")
         parsed = layout.parse(Reader(tensors, name), config)
         ours, notes = mapping(parsed.ours), parsed.notes
         expected = ours.pop(_HASH, None)
@@ -299,8 +301,6 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
             )
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
         raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
-    if _read_json(path.with_name(layout.config_file)) != config:
-        raise IncompatibleError(f"{name}: {layout.config_file} was changed while the weights were read; try again")
     check_weights(parsed.sae.state_dict(), name)
     if format == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
         notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store with that --lens",)
