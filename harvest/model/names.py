@@ -86,12 +86,12 @@ def resolve_model(
     """
     quiet()
     path, files = Path(name).expanduser(), ()
-    if path.is_dir() or path.is_file():
+    if path.exists():
         if revision is not None:
             raise UsageError(f"--revision {revision}: {name} is a local path, which has no revisions")
         if path.is_dir():
             spec, files = _folder_spec(path, needs_weights=not random_init)
-        elif path.suffix.lower() == ".gguf":
+        elif path.is_file() and path.suffix.lower() == ".gguf":
             spec = _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name)
         else:
             raise IncompatibleError(

@@ -129,6 +129,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "no kind of model": ({"model": "rows.jsonl"}, 3, "model rows.jsonl: not a .gguf file"),
     "no kind of text": ({"dataset": "bad.gguf"}, 3, "--dataset bad.gguf: unknown file type"),
     "a device for text": ({"dataset": "/dev/null"}, 3, "--dataset /dev/null is a pipe or device: give a file"),
+    "a device for a model": ({"model": "/dev/null"}, 3, "model /dev/null: not a .gguf file"),
     "no texts": ({"dataset": "lens"}, 3, "file there"),
     "torn text": ({"dataset": "torn.jsonl"}, 3, "torn.jsonl line 1: not valid JSON"),
     "lens is a file": ({"lens": "./rows.jsonl"}, 3, "--lens ./rows.jsonl is a file: give the folder"),
