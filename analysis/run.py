@@ -55,7 +55,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
     store, model_path = inputs.store, config.transformer.model
     if few := few_tokens(
-        store, selection.analysed, lambda: load_tokenizer(spec_of_store(store, model_path, offline=True))
+        store, selection.analysed, lambda ids: load_tokenizer(spec_of_store(store, model_path, offline=True)).text(ids)
     ):
         inputs = replace(inputs, notes=[*inputs.notes, f"{few}."])
     found_model = find_model(config.transformer, inputs.store)

@@ -73,7 +73,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             _say(f"host memory for activations: at most {human_bytes(host_bytes(store.meta, settings.batch_size))}")
             filled = fill(store, BatchRunner(model, settings), settings.batch_size)
         store.finalize()
-        if filled.shards and (few := few_tokens(store, store.tokens.keep, lambda: job.settings.tokenizer)):
+        if filled.shards and (few := few_tokens(store, store.tokens.keep, job.settings.tokenizer.text)):
             _say(f"warning: {few}")
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 

@@ -6,8 +6,7 @@ spread evenly over it (512 MiB of vectors). Defined in docs/method.md. Shapes: n
 """
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,10 +20,10 @@ FAR = 5  # Median distances from the mean, beyond which a token is counted.
 _MOST_BYTES = 512 * 2**20
 
 
-def few_tokens(store: ActivationStore, chosen: np.ndarray, tokenizer: Callable[[], Any]) -> str | None:
+def few_tokens(store: ActivationStore, chosen: np.ndarray, texts: Callable[[list[int]], Sequence[str]]) -> str | None:
     """A sentence on the few of the kept tokens `chosen` (bool [T]) that carry more than a tenth of a layer's variance,
-    at the layer where their share is largest; None if there are none. tokenizer: gives the model's, to name them, or
-    raises `ResidscopeError`."""
+    at the layer where their share is largest; None if there are none. texts: of token ids, to name them; may raise
+    `ResidscopeError`."""
     meta, size = store.meta, store.meta.chunk_tokens
     chunks = np.flatnonzero(np.logical_or.reduceat(chosen, np.arange(0, len(chosen), size)))
     most = max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
@@ -54,14 +53,16 @@ def few_tokens(store: ActivationStore, chosen: np.ndarray, tokenizer: Callable[[
     ratio = np.sqrt(norm[far, worst].min() / max(np.median(norm[:, worst]), np.finfo(float).tiny))
     most_common = Counter(store.tokens.token_id[np.concatenate(places)[far]].tolist()).most_common(5)
     try:
-        text = tokenizer().text
-        named = ", ".join(f"{text([i])[0]!r} {count:,} x" for i, count in most_common)
+        named = ", ".join(
+            f"{text!r} {count:,} x"
+            for text, (_, count) in zip(texts([i for i, _ in most_common]), most_common, strict=True)
+        )
     except ResidscopeError:
         named = ", ".join(f"id {i} {count:,} x" for i, count in most_common)
     factor = int(min(ratio, 10))
     way_out = f"; `harvest --mask-norm {factor}` leaves out tokens of more than {factor} times the median norm"
     return (
         f"{100 * d[far].sum() / d.sum():.0f} % of the variance of layer {meta.layers[worst]} is in"
-        f" {counted(len(far), 'token')} of {n:,}, probably attention sinks: {named}. Training and FVU depend"
-        f" on them (norms of at least {ratio:.3g} times the median)" + way_out * (factor > 1)
+        f" {counted(len(far), 'token')} of {n:,}, probably attention sinks: {named}. Training and FVU depend on them"
+        f" (norms of at least {ratio:.3g} times the median)" + way_out * (factor > 1)
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,12 @@ def planted(path: Path, factor: float, at: list[int], n_tokens: int = 2000, **ch
     return make_store(path, x, layers=(3, 5), chunk_tokens=64, shard_tokens=256, token_id=token_id, **changes)
 
 
-def no_tokenizer() -> Any:
+def no_tokenizer(ids: list[int]) -> list[str]:
     raise ResidscopeError("it is not here")
 
 
-def found(store: ActivationStore, tokenizer: Callable[[], Any] = no_tokenizer) -> str | None:
-    return few_tokens(store, store.tokens.keep, tokenizer)
+def found(store: ActivationStore, texts: Callable[[list[int]], list[str]] = no_tokenizer) -> str | None:
+    return few_tokens(store, store.tokens.keep, texts)
 
 
 def test_they_are_named_with_their_share(tmp_path: Path) -> None:
@@ -40,8 +39,7 @@ def test_they_are_named_with_their_share(tmp_path: Path) -> None:
     far = np.argsort(-d)[:3]
     norm = np.linalg.norm(x, axis=1)
     share, ratio = 100 * d[far].sum() / d.sum(), norm[far].min() / np.median(norm)
-    tokenizer = SimpleNamespace(text=lambda ids: [{7: " because"}[i] for i in ids])
-    assert found(store, lambda: tokenizer) == (
+    assert found(store, lambda ids: [{7: " because"}[i] for i in ids]) == (
         f"{share:.0f} % of the variance of layer 5 is in 3 tokens of {len(x):,}, probably attention sinks: ' because'"
         f" 3 x. Training and FVU depend on them (norms of at least {ratio:.3g} times the median); `harvest --mask-norm"
         " 10` leaves out tokens of more than 10 times the median norm"
