@@ -386,7 +386,7 @@ def test_a_foreign_autoencoder_as_a_checkpoint(tmp_path: Path) -> None:
 def test_another_models_weights_are_said_to_be_no_autoencoder(tmp_path: Path) -> None:
     save_file({"lm_head.weight": torch.ones(3, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(IncompatibleError, match="contains lm_head.weight: these are not an autoencoder's weights"):
+    with pytest.raises(IncompatibleError, match=r"contains lm_head.weight: these are not an autoencoder's weights"):
         read_sae(tmp_path)
 
 
