@@ -71,7 +71,9 @@ def test_a_model_of_longrope_is_the_stores_own(context: int, config: MakeConfig,
         model.blocks.get_parameter("0.mlp.down_proj.weight").mul_(-9)
     with pytest.raises(IncompatibleError, match="does not reproduce"):
         check_model(store, model, None)
-    with pytest.raises(IncompatibleError, match=r"layers and d_model should be \(\d, \d+\), as .*; give the model that"):
+    with pytest.raises(
+        IncompatibleError, match=r"layers and d_model should be \(\d, \d+\), as .*; give the model that"
+    ):
         check_model(store, replace(model, d_model=1), None)
 
 
