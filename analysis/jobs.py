@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import residscope
 from analysis.tiles import keep_going, stop_tasks
-from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError, is_out_of_memory
+from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, is_out_of_memory
 from residscope.reading import reading, said
 
 MAX_TASKS = 256
@@ -179,7 +179,7 @@ def open_pool(scheduler: str, n_workers: int | None, n_tasks: int, report: Path 
     report: where to write Dask's own page of what ran when, once all is done.
     """
     if report is not None and find_spec("bokeh") is None:
-        raise UsageError("--performance-report needs bokeh: pip install 'residscope[dashboard]', or leave it out")
+        raise ResidscopeError("--performance-report needs bokeh: pip install 'residscope[dashboard]', or leave it out")
     if scheduler == "threads":
         with _profile(report) if report else nullcontext():
             yield Threads(n_workers or min(n_cores(), n_tasks))

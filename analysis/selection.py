@@ -105,8 +105,8 @@ def held_out_documents(
         if not same_store:
             return np.zeros(n_documents, bool)
         raise IncompatibleError(
-            f"the checkpoint's validation split was drawn from {expected} documents, the store has {n_documents}: "
-            "the split cannot be reconstructed"
+            f"the checkpoint says that its store has {expected} documents, found {n_documents}, so which of them it was"
+            " not trained on is not known: its records are damaged; use another checkpoint"
         )
     return validation_documents(n_documents, float(validation["fraction"]), int(validation["seed"]))
 

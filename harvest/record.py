@@ -167,5 +167,5 @@ def _versions() -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = "not given" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

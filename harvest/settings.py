@@ -76,7 +76,7 @@ def resolve(config: HarvestConfig) -> Settings:
     model_config = load_config(spec)
     n_layers, d_model = n_layers_of(model_config), d_model_of(model_config)
     if n_layers < 1:
-        raise IncompatibleError(f"{spec.name}: its configuration has num_hidden_layers {n_layers}")
+        raise IncompatibleError(f"{spec.name}: num_hidden_layers should be at least 1, its config.json has {n_layers}")
     layers = tuple(range(n_layers)) if wanted is None else wanted
     if layers[-1] >= n_layers:
         raise UsageError(f"--layers: {spec.name} has layers 0 to {n_layers - 1}, found {layers[-1]}")

@@ -132,8 +132,8 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
     n = min(n, limit)
     if n == 0:
         raise IncompatibleError(
-            "no text found: there are no documents, or all are empty; check --dataset, --split and --text-column, or"
-            " raise --max-tokens"
+            "no text found: there are no documents, or all are empty; check --dataset, --split and --text-column (or"
+            " --token-column), or raise --max-tokens"
         )
     if not packing.packed:
         return _one_each(found, packing, n)

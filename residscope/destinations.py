@@ -57,7 +57,7 @@ def partial_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{flag} {out}: a part of this path is a file, not a folder: choose another") from None
+        raise _below_a_file(out, flag) from None
     with held_alone(folder, out, flag):
         _clear(folder)
         try:
@@ -153,11 +153,17 @@ RESERVED = (".tmp", ".planning", ".fitting", ".harvest.toml", ".config.toml", ".
 
 
 def require_name(out: Path) -> None:
-    """`UsageError` where `out` has no name of its own, or one of files that lie beside other outputs."""
+    """`UsageError` where `out` has no name of its own, one of files that lie beside other outputs, or no folder."""
     if out.name in ("", ".."):
         raise UsageError(f"--out {out}: give the name of what is to be made, such as {out / 'out'}")
     if out.name.endswith(RESERVED):
         raise UsageError(f"--out {out}: such names are for files beside other outputs: choose another")
+    if any(above.exists() and not above.is_dir() for above in out.parents):
+        raise _below_a_file(out, "--out")
+
+
+def _below_a_file(out: Path, flag: str) -> UsageError:
+    return UsageError(f"{flag} {out}: a part of this path is a file, not a folder: choose another")
 
 
 def refuse_shared(

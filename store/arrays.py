@@ -103,10 +103,12 @@ def check_counts(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) ->
     for name, dtype in _TOKEN_DTYPES.items():
         files = [folder / file for file in checksums if file.startswith(f"{name}/c.")]
         if len(files) != n_files:
-            raise DamagedError(folder / name, f"{meta.n_tokens:,} tokens would be {n_files:,} files, and it has others")
+            raise DamagedError(
+                folder / name, f"{meta.n_tokens:,} tokens should be in {n_files:,} files, found {len(files):,}"
+            )
         for path in files:
-            if path.exists() and path.stat().st_size != chunk * dtype.itemsize + CRC_BYTES:
-                raise DamagedError(path, f"the file should hold {chunk:,} tokens and has another size")
+            if path.exists() and (found := path.stat().st_size) != (n := chunk * dtype.itemsize + CRC_BYTES):
+                raise DamagedError(path, f"the file should have {n:,} bytes, for {chunk:,} tokens, found {found:,}")
 
 
 def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> TokenTable:
@@ -143,7 +145,7 @@ def read_statistics(folder: Path, meta: StoreMeta, count: int, norm_sums: np.nda
     shapes = zip(_STATISTICS, (shape, shape, shape[:1]), strict=True)
     found = LayerStatistics(count, *(read_numbers(folder / name, shape) for name, shape in shapes))
     if count and not np.allclose(found.norm * count, norm_sums, rtol=1e-9, atol=0):
-        raise DamagedError(folder / _STATISTICS[-1], "it is not what the shards amount to, or another store's")
+        raise DamagedError(folder / _STATISTICS[-1], "the numbers do not match the shards', or are another store's")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harvest.lens.translators import Indexing, TunedLens, load_lens
-from harvest.model.checks import refuse_other_weights
+from harvest.model.checks import refuse_other_sizes, refuse_other_weights
 from harvest.model.load import LoadedModel, load_model
 from harvest.model.names import ModelSpec, resolve_model
 from harvest.options_file import options_file, recorded_place
@@ -24,12 +24,9 @@ from store.activations import ActivationStore
 def load_of_store(store: ActivationStore, spec: ModelSpec, *, device: torch.device | str = "cpu") -> LoadedModel:
     """The weights of `spec`, which `spec_of_store` gave, in the format that they ran in when `store` was harvested;
     `IncompatibleError` where they are of other sizes."""
-    dtype, meta = getattr(torch, store.meta.provenance.get("compute_dtype", "float32")), store.meta
+    dtype = getattr(torch, store.meta.provenance.get("compute_dtype", "float32"))
     model = load_model(spec, dtype=dtype, device=device)
-    if (found := (model.n_layers, model.d_model)) != (expected := (meta.n_model_layers, meta.d_model)):
-        raise IncompatibleError(
-            f"model {spec.name} has (layers, d_model) {found}, {store.path} is of one with {expected}"
-        )
+    refuse_other_sizes(store, model)
     return model
 
 

@@ -104,21 +104,21 @@ def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"--prompt {text!r}: is not valid UTF-8") from None
+        raise UsageError(f"--prompt {text!r} is not valid UTF-8") from None
     (own,) = tokenizer.encode([text])
     if not own:
         raise UsageError(f"--prompt {text!r}: the tokenizer returns no tokens for it")
     ids = np.array(opening + own, np.int64)
     limit = longest_context(config)
     if limit is not None and len(ids) > limit:
-        raise UsageError(f"--prompt of {len(ids)} tokens: the model takes at most {limit}")
+        raise UsageError(f"--prompt of {len(ids)} tokens: the model takes at most {limit}; give a shorter text")
     rows = config.get_text_config().vocab_size
     if ids.max() >= rows:
         raise UsageError(f"--prompt {text!r}: the model has no token {ids.max()}: its embedding has {rows} rows")
     kept = ~np.isin(ids, list(tokenizer.masked_ids(store.meta.provenance.get("separator") or "")))
     kept[: len(opening)] = False
     if not kept.any():
-        raise UsageError(f"--prompt {text!r}: it has no tokens apart from special tokens and the first position")
+        raise UsageError(f"--prompt {text!r}: all its tokens are special; give a text with others")
     return Tokens(ids, tokenizer.texts(ids), kept)
 
 

@@ -116,7 +116,9 @@ class TunedLens:
             matrix = torch.eye(self.d_model, dtype=torch.float64) + self.weights[i].cpu().double()
             factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
             if info.item() != 0:
-                raise IncompatibleError(f"lens {self.name}: translator {i} cannot be inverted (I + W is singular)")
+                raise IncompatibleError(
+                    f"lens {self.name}: translator {i} cannot be inverted (I + W is singular). {_FIT_ONE}"
+                )
             self._factors[i] = factor, pivots
         return self._factors[i]
 

@@ -23,7 +23,7 @@ class Adapter(NamedTuple):
     described: str
     """Its kind and peft's version, for the store's record."""
     base: str
-    """The model that it was made for, by folder or hub id."""
+    """The model that it was made for, by folder or hub id; empty where that is not said."""
 
 
 def read_adapter(model: str, config: Path) -> Adapter:
@@ -31,7 +31,7 @@ def read_adapter(model: str, config: Path) -> Adapter:
     peft is not installed."""
     try:
         found = json.loads(read_whole(config, CONFIG_BYTES))
-        kind, base = str(found["peft_type"]), str(found.get("base_model_name_or_path"))
+        kind, base = str(found["peft_type"]), found.get("base_model_name_or_path") or ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IncompatibleError(
             f"{model}: {ADAPTER} is not an adapter's configuration ({type(error).__name__}: {error}); save the adapter"
@@ -44,7 +44,7 @@ def read_adapter(model: str, config: Path) -> Adapter:
             f"{model}: it has an adapter ({ADAPTER}, {kind}), which peft applies, and peft is not installed: `pip"
             " install peft`, or give the model without its adapter"
         ) from None
-    return Adapter(f"{kind}, peft {version}", base)
+    return Adapter(f"{kind}, peft {version}", str(base))
 
 
 def with_adapter(model: str, causal_lm: Any, location: str, arguments: dict[str, Any]) -> Any:
@@ -56,8 +56,8 @@ def with_adapter(model: str, causal_lm: Any, location: str, arguments: dict[str,
     wrapped: Any = peft.PeftModel(causal_lm, config)
     if not hasattr(wrapped.base_model, "merge_and_unload"):
         raise IncompatibleError(
-            f"{model}: an adapter of kind {config.peft_type} is not in the weights, but runs beside them, and cannot be"
-            " applied here; give the model without its adapter"
+            f"{model}: its adapter should be of a kind that can be merged into the weights, such as LORA, found"
+            f" {config.peft_type}; give the model without its adapter"
         )
     found = wrapped.load_adapter(location, "default", torch_device="cpu", **arguments)
     for what, names in (("missing from", found.missing_keys), ("not used of", found.unexpected_keys)):

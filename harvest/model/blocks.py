@@ -24,13 +24,13 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
         return lists[shallowest[0]]
     if shallowest:
         raise IncompatibleError(
-            f"{type(model).__name__}: the transformer blocks are ambiguous: {', '.join(shallowest)} all have"
-            f" {n_layers} modules at the same depth"
+            f"{type(model).__name__}: the transformer blocks cannot be told from others: {', '.join(shallowest)} all"
+            f" have {n_layers} modules; this architecture is not supported"
         )
     seen = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
     raise IncompatibleError(
-        f"{type(model).__name__}: no list of {n_layers} transformer blocks, as many as its configuration says; lists"
-        f" found: {seen}"
+        f"{type(model).__name__}: no list of {n_layers} transformer blocks, as many as its configuration says, found"
+        f" {seen}; this architecture is not supported"
     )
 
 
@@ -48,8 +48,8 @@ def final_norm(model: str, base: nn.Module, blocks: nn.ModuleList) -> nn.Module:
         if isinstance(found, nn.Module):
             return found
     raise IncompatibleError(
-        f"{model}: no final norm beside the blocks; its children are"
-        f" {[name for name, _ in parent.named_children()]}, the names that are known {list(_FINAL_NORM_NAMES)}"
+        f"{model}: the norm after the last block should be called {' or '.join(_FINAL_NORM_NAMES)}, found"
+        f" {', '.join(name for name, _ in parent.named_children())}; this architecture cannot be measured"
     )
 
 

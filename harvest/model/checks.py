@@ -38,15 +38,20 @@ def refuse_other_weights(found: ModelSpec, store: ActivationStore) -> None:
             )
 
 
+def refuse_other_sizes(store: ActivationStore, model: LoadedModel) -> None:
+    """`IncompatibleError` where `store` was harvested from a model of other sizes."""
+    if (found := (model.n_layers, model.d_model)) != (expected := (store.meta.n_model_layers, store.meta.d_model)):
+        raise IncompatibleError(
+            f"model {model.spec.name}: its layers and d_model should be {expected}, as {store.path} was harvested with,"
+            f" found {found}; give the model that the store was harvested from"
+        )
+
+
 def check_model(store: ActivationStore, model: LoadedModel, lens: TunedLens | None) -> None:
     """Run the store's first tokens and compare; `IncompatibleError` where at some layer half of the vectors are off by
     more than a fifth of their norm: then the model, its weights or the lens are not those of the store."""
+    refuse_other_sizes(store, model)
     meta = store.meta
-    if (model.n_layers, model.d_model) != (meta.n_model_layers, meta.d_model):
-        raise IncompatibleError(
-            f"model {model.spec.name} has {model.n_layers} layers and d_model {model.d_model}, {store.path} is of one"
-            f" with {meta.n_model_layers} and {meta.d_model}"
-        )
     # The whole sequence is run, since vectors may depend on its length (LongRoPE), and its first ones are compared.
     later = np.flatnonzero(store.tokens.position[1:] == 0)  # Where a second sequence begins.
     length = int(later[0]) + 1 if len(later) else meta.n_tokens

@@ -86,7 +86,9 @@ class LoadedModel:
             )
         found = self.causal_lm.get_output_embeddings()
         if not isinstance(found, nn.Module):
-            raise IncompatibleError(f"{self.spec.name} ({self.architecture}): no unembedding found")
+            raise IncompatibleError(
+                f"{self.spec.name} ({self.architecture}): no unembedding found; this architecture cannot be measured"
+            )
         return found
 
     def logits(self, residual: Tensor) -> Tensor:
@@ -153,8 +155,8 @@ def load_model(
     base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
         raise IncompatibleError(
-            f"{spec.name} ({architecture}): cannot find the base model (the model without its LM head); of a model of"
-            " images and text give the text model, saved by itself"
+            f"{spec.name} ({architecture}): it has no part that is the model without its LM head; where it is of"
+            " images and text, save its text model alone, and give that"
         )
     refuse_missing(spec.name, missing, f"{prefix}.")
     # A model of images and text may have as many blocks for images.
@@ -215,8 +217,8 @@ def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Modul
         auto = transformers.AutoModelForImageTextToText
         if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise IncompatibleError(
-                f"{spec.name}: transformers has no causal language model for {type(config).__name__}, nor one of images"
-                " and text that is; give a causal language model, such as its text model saved by itself"
+                f"{spec.name}: transformers has no causal language model for {type(config).__name__}, by itself or in a"
+                " model of images and text; give a model that predicts the next token"
             )
     if code := getattr(config, "auto_map", None):
         warn(spec.name, f"code of its own ({', '.join(map(str, code.values()))}) is not run, but transformers' class")

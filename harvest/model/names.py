@@ -90,12 +90,12 @@ def resolve_model(
     """
     quiet()
     path, files = Path(name).expanduser(), ()
-    if path.is_dir() or path.is_file():
+    if path.exists():
         if revision is not None:
             raise UsageError(f"--revision {revision}: {name} is a local path, which has no revisions")
         if path.is_dir():
             spec, files = _folder_spec(path, needs_weights=not random_init)
-        elif path.suffix.lower() == ".gguf":
+        elif path.is_file() and path.suffix.lower() == ".gguf":
             spec = _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name)
         else:
             raise IncompatibleError(
@@ -107,7 +107,9 @@ def resolve_model(
         spec, files = _hub_spec(name, revision)
     if ADAPTER in files and not random_init:
         if as_base:
-            raise IncompatibleError(f"{name} has an adapter itself, and one on another cannot be applied")
+            raise IncompatibleError(
+                f"{name} has an adapter too, and only one can be applied; merge that one into its weights"
+            )
         spec = _with_adapter(spec, files)
     return replace(spec, random_init=random_init, seed=seed)
 
@@ -142,11 +144,13 @@ def _with_adapter(spec: ModelSpec, files: Collection[str]) -> ModelSpec:
     if any(map(_is_weight, files)):
         return replace(spec, adapter=adapter.described)
     try:
+        if not adapter.base:
+            raise UsageError(f"{ADAPTER} has no base_model_name_or_path")
         base = resolve_model(adapter.base, as_base=True)
     except ResidscopeError as error:
         raise type(error)(
-            f"{spec.name} is an adapter alone, and the model that it belongs to cannot be had ({error}); put the"
-            " adapter's files into that model's folder, and give this folder"
+            f"{spec.name} is an adapter alone, and the model that it belongs to was not found ({error}); put the"
+            " adapter's files into that model's folder, and give that folder"
         ) from None
     hashed = xxhash.xxh3_128(f"{spec.fingerprint} on {base.fingerprint or base.revision}".encode()).hexdigest()
     own = any(_is(_TOKENIZER, name) for name in files)

@@ -49,6 +49,8 @@ def find_files(dataset: str) -> list[Path] | None:
         found = sorted(file for file in map(Path, matches) if file.is_file() and suffix_of(file))
         if not matches:
             raise UsageError(f"--dataset {dataset}: no file has such a name")
+    elif path.exists():
+        raise IncompatibleError(f"--dataset {dataset} is a pipe or device: give a file or a folder")
     elif dataset.startswith((".", "/", "~")) or suffix_of(path):
         raise UsageError(f"--dataset {dataset}: there is no such file or folder")
     else:

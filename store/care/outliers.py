@@ -66,9 +66,9 @@ def few_tokens(store: ActivationStore, chosen: np.ndarray, texts: Callable[[list
     factor = int(min(ratio, 10))
     way_out = f"; `harvest --mask-norm {factor}` leaves out tokens of more than {factor} times the median norm"
     return (
-        f"{counted(len(far), 'token')} of {n:,}, probably attention sinks, carry {100 * d[far].sum() / d.sum():.0f} %"
-        f" of the variance of layer {meta.layers[worst]}: {named}. Training and FVU depend on them (norms of at least"
-        f" {ratio:.3g} times the median)" + way_out * (factor > 1)
+        f"{100 * d[far].sum() / d.sum():.0f} % of the variance of layer {meta.layers[worst]} is in"
+        f" {counted(len(far), 'token')} of {n:,}, probably attention sinks: {named}. Training and FVU depend on them"
+        f" (norms of at least {ratio:.3g} times the median)" + way_out * (factor > 1)
     )
 
 

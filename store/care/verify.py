@@ -65,7 +65,7 @@ def verify(
         return bad
     expected = arrays.statistics_chunks(ActivationStore.open(path).merged_statistics())
     return [
-        BadShard(None, f"{name}: it is not what the shards amount to")
+        BadShard(None, f"{name}: the numbers do not match the shards'")
         for name, data in expected.items()
         if (path / name).exists() and not _holds(path / name, data)
     ]

@@ -12,7 +12,7 @@ from dask.base import collections_to_expr
 
 from analysis import jobs
 from analysis.run import analyze
-from residscope.errors import UsageError
+from residscope.errors import ResidscopeError
 from tests.support.small import Small, analyze_config, make_small
 
 
@@ -85,10 +85,9 @@ def test_the_performance_report_is_written_or_what_it_needs_is_said(small, tmp_p
     report = tmp_path / "performance.html"
     options = {"scheduler": scheduler, "performance_report": report, "n_workers": 1, "pca": False}
     if find_spec("bokeh") is None:
-        with pytest.raises(
-            UsageError, match=r"--performance-report needs bokeh: pip install 'residscope\[dashboard\]'"
-        ):
+        with pytest.raises(ResidscopeError, match=r"needs bokeh: pip install 'residscope\[dashboard\]'") as refused:
             run(small, tmp_path / "out", **options)
+        assert refused.value.exit_code == 1
     else:
         run(small, tmp_path / "out", **options)
         assert "bokeh" in report.read_text(encoding="utf-8").lower()

@@ -90,7 +90,7 @@ def test_held_out_documents_follow_the_checkpoints_own_split():
     assert held_out.sum() == 10
     assert (held_out != held_out_documents(tokens, {**split, "seed": 5}, same_store=True)).any()
     assert not held_out_documents(tokens, None, same_store=True).any()
-    with pytest.raises(IncompatibleError, match="60 documents, the store has 50"):
+    with pytest.raises(IncompatibleError, match="has 60 documents, found 50"):
         held_out_documents(tokens, {**split, "n_documents": 60}, same_store=True)
     # A store made again of the same text has the same documents; one with another number of them is of other text.
     assert held_out_documents(tokens, split, same_store=False).tolist() == held_out.tolist()

@@ -118,7 +118,7 @@ def test_only_batches_of_missing_shards_are_computed(config: MakeConfig) -> None
         ({"document_separator": ""}, "document_separator is '<|endoftext|>' there and '' here"),
         ({"keep_first_position": True}, "keep_first_position"),
         ({"pack": False}, "document_separator is|pack is True there and False here"),
-        ({"shuffle_documents": 3}, "shuffle_documents is None there and 3 here"),
+        ({"shuffle_documents": 3}, "shuffle_documents is not given there and 3 here"),
         (
             {"dataset": ("pydoc:2", "stdlib")},
             r"dataset is 'texts' there and \['pydoc', 'stdlib'\]",
@@ -290,7 +290,7 @@ def test_a_store_from_before_an_option_existed_is_continued_and_repaired(config:
     (options.out / "resid_post/c.2.0.0").unlink()
     assert repair(options.out, prepare).proven == [2]
     for change in ({"shuffle_documents": 3}, {"pack": False}):
-        with pytest.raises(IncompatibleError, match=r"shuffle_documents is None there|pack is True there"):
+        with pytest.raises(IncompatibleError, match=r"shuffle_documents is not given there|pack is True there"):
             harvest(config(**change))
 
 

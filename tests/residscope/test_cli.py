@@ -44,7 +44,7 @@ def test_verify(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("token_id/c.0", "token_id/c.0: the file was changed after it was written"),
         ("resid_post/zarr.json", "resid_post/zarr.json: the file was changed after it was written"),
         ("shard_moments/c.1.0.0.0", "shard 1: shard_moments/c.1.0.0.0: its checksum does not match"),
-        ("layer_norm/c.0", "layer_norm/c.0: it is not what the shards amount to"),
+        ("layer_norm/c.0", "layer_norm/c.0: the numbers do not match the shards'"),
         ("manifest/0.jsonl", "manifest/0.jsonl line 1: the header is damaged"),
     ],
 )

@@ -143,3 +143,10 @@ def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
 def test_an_output_has_a_name_of_its_own(name: str) -> None:
     with pytest.raises(UsageError, match="--out"):
         require_name(Path(name))
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"below/a.pt: a part of this path is a file, not a folder"):
+        require_name(tmp_path / "file/below/a.pt")
+    require_name(tmp_path / "folder/below/a.pt")

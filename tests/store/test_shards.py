@@ -225,7 +225,7 @@ def test_what_is_exchanged_after_the_first_look_is_found(tmp_path: Path, n_layer
     with pytest.raises(IncompatibleError, match="a valid file of another" if in_place else "content hash should be"):
         ActivationStore.open(store.path, content_hash=held.content_hash).read()
     if not in_place:
-        with pytest.raises(DamagedError, match="it is not what the shards amount to, or another store's"):
+        with pytest.raises(DamagedError, match="the numbers do not match the shards', or are another store's"):
             held.statistics()
         with pytest.raises(DamagedError, match="it is another shard's or store's"):
             held.merged_statistics()

@@ -88,7 +88,7 @@ def test_a_resume_on_other_data_is_refused(config: TrainConfig, tmp_path: Path) 
     with pytest.raises(IncompatibleError, match="trained on another store"):
         train(with_values(config, resume=True, store=tmp_path / "other.zarr"))
     make_store(tmp_path / "wide.zarr", random_activations(n_tokens=400, d_model=16), chunk_tokens=32)
-    with pytest.raises(IncompatibleError, match=r"has d_model 12, .* has 16"):
+    with pytest.raises(IncompatibleError, match=r"has d_model 12, .* has 16; name the store that"):
         train(with_values(config, resume=True, store=tmp_path / "wide.zarr"))
 
 

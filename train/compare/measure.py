@@ -97,7 +97,8 @@ def compare(config: TrainCompareConfig) -> Comparison:
         for name, checkpoint in checkpoints:
             if checkpoint.config.d_model != store.meta.d_model:
                 raise IncompatibleError(
-                    f"{name} has d_model {checkpoint.config.d_model}, {store.path} has {store.meta.d_model}"
+                    f"{name} has d_model {checkpoint.config.d_model}, {store.path} has {store.meta.d_model}: give a"
+                    " store of the model that it was trained on"
                 )
         entrants = _entrants(checkpoints)
         for entrant in entrants:

@@ -174,13 +174,15 @@ def outputs(folder: Path, to: Format, hookpoints: Sequence[str] = ()) -> tuple[l
     if folder.suffix in _FILE_KINDS or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"{folder}: give a folder to write into; the files' names are the format's own")
     if hookpoints and to not in ("saelens", "sparsify"):
-        raise UsageError(f"hookpoints: a sub-folder per hookpoint is for saelens and sparsify, not for {to}")
+        raise UsageError(f"--hookpoints: a sub-folder for each hookpoint is for saelens and sparsify, not for {to}")
     for i, name in enumerate(hookpoints):
         if Path(name) in map(Path, hookpoints[:i]):
-            raise UsageError(f"hookpoints: {name} is given twice")
+            raise UsageError(f"--hookpoints: {name} is given twice")
         parts = Path(name).parts
         if not name.strip() or not parts or Path(name).is_absolute() or {"..", ".partial", CARD} & {*parts}:
-            raise UsageError(f"hookpoints: a name is a sub-folder of {folder}, such as layers.3, found {name!r}")
+            raise UsageError(
+                f"--hookpoints: a name should be a sub-folder of {folder}, such as layers.3, found {name!r}"
+            )
     if to == "residscope":
         return [CHECKPOINT], [EXPORT]
     layout = LAYOUTS[to]
@@ -291,7 +293,7 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
         ours, notes = mapping(parsed.ours), parsed.notes
         expected = ours.pop(_HASH, None)
         if ours and expected is None:
-            notes += (f"{name}: written by an earlier version, without a check sum: damage would not be found",)
+            notes += (f"{name}: without a check sum (an earlier version wrote none): damage would not be found",)
         elif ours and expected != _folder_hash(config, tensors):
             raise IncompatibleError(
                 f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope"

@@ -101,10 +101,10 @@ class Reader(NamedTuple):
     def require_only(self, known: Collection[str]) -> None:
         """Refuse tensors that we do not know: each could change the reconstruction."""
         if unknown := sorted(set(self.tensors) - set(known)):
-            raise IncompatibleError(
-                f"{self.where}: contains {listed(unknown)}: "
-                "skip connections, gates and built-in lenses are not supported"
-            )
+            why = "skip connections, gates and built-in lenses are not supported"
+            if len(unknown) == len(self.tensors):
+                why = "these are not an autoencoder's weights"
+            raise IncompatibleError(f"{self.where}: contains {listed(unknown)}: {why}")
 
 
 def assemble(config: SAEConfig, *, b_enc: Tensor | None = None, **tensors: Tensor) -> MLSAE:

@@ -6,7 +6,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from residscope.errors import UsageError
+from residscope.errors import ResidscopeError, UsageError
 from residscope.memory import keep_freed_memory
 from train.kernels.interface import Kernels
 from train.kernels.plain import TORCH
@@ -19,7 +19,8 @@ def choose_kernels(like: Tensor, name: str = "auto") -> Kernels:
     """The kernels for tensors of the type and on the device of `like`.
 
     "auto": the compiled ones where they apply (float32 or float64; numba on a CPU, Triton on CUDA, installed), else
-    plain torch; "torch", "numba" and "triton" insist. Raises `UsageError` where what is insisted on cannot be had.
+    plain torch; "torch", "numba" and "triton" insist. Raises `UsageError` where what is insisted
+    on does not fit, `ResidscopeError` where it is not installed.
     """
     if like.device.type == "cpu":
         keep_freed_memory()  # What follows is step after step of the same temporaries.
@@ -33,7 +34,7 @@ def choose_kernels(like: Tensor, name: str = "auto") -> Kernels:
         kind = "a CPU" if name == "numba" else "CUDA"
         raise UsageError(f"{name} kernels run on {kind}, in float32 or float64; found {like.device}, {like.dtype}")
     if not _installed(name):
-        raise UsageError(f"{name} is not installed: `pip install {name}`, or choose the torch kernels")
+        raise ResidscopeError(f"{name} is not installed: `pip install {name}`, or leave out --kernels {name}")
     # Here, because loading either takes half a second.
     if name == "numba":
         from train.kernels.cpu.backend import NUMBA

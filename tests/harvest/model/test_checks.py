@@ -1,5 +1,6 @@
 """A model is known again as the store's own, also where vectors depend on the length of the sequence."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ def test_a_model_of_longrope_is_the_stores_own(context: int, config: MakeConfig,
         model.blocks.get_parameter("0.mlp.down_proj.weight").mul_(-9)
     with pytest.raises(IncompatibleError, match="does not reproduce"):
         check_model(store, model, None)
+    with pytest.raises(
+        IncompatibleError, match=r"layers and d_model should be \(\d, \d+\), as .*; give the model that"
+    ):
+        check_model(store, replace(model, d_model=1), None)
 
 
 def test_vectors_depend_on_their_own_sequence_alone(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path, capsys
     with pytest.raises(UsageError, match="two autoencoders are called all"):
         compare(TrainCompareConfig(store=Path(store), sae=(str(folder / "all.pt"),) * 2))
     make_store(tmp_path / "wide.zarr", random_activations(n_tokens=64, d_model=16))
-    with pytest.raises(IncompatibleError, match=r"all has d_model 12, .* has 16"):
+    with pytest.raises(IncompatibleError, match=r"all has d_model 12, .* has 16: give a store of"):
         compare(TrainCompareConfig(store=tmp_path / "wide.zarr", sae=(str(folder / "all.pt"),)))
     (tmp_path / "file").write_text("")
     (tmp_path / "compare.json").write_text('{"schema_version": 1}')

@@ -209,7 +209,7 @@ def test_weights_of_other_types_become_float32(tmp_path: Path) -> None:
     del config["residscope"]["xxh3_128"]
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     sae, origin = read_sae(tmp_path)
-    assert "without a check sum" in origin.notes[0]
+    assert "without a check sum (an earlier version wrote none)" in origin.notes[0]
     assert (origin.stored_dtype, sae.W_enc.dtype) == ("bfloat16", torch.float32)
     assert torch.equal(sae.W_enc, tensors["encoder.weight"].bfloat16().float())
 
@@ -381,6 +381,13 @@ def test_a_foreign_autoencoder_as_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.trainer["converted_from"]["format"] == "mlsae"
     write_sae(checkpoint.sae, tmp_path / "ours", "residscope", store=checkpoint.store, trainer=checkpoint.trainer)
     assert_equal(read_checkpoint(tmp_path / "ours" / "ckpt.pt").sae, make_sae())
+
+
+def test_another_models_weights_are_said_to_be_no_autoencoder(tmp_path: Path) -> None:
+    save_file({"lm_head.weight": torch.ones(3, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(IncompatibleError, match=r"contains lm_head.weight: these are not an autoencoder's weights"):
+        read_sae(tmp_path)
 
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_conversion_that_was_killed_is_finished_by_the_same_command(tmp_path: 
 
 @pytest.mark.parametrize("names", [["a", "./a"], ["."], ["README.md"], [".partial"]])
 def test_hookpoints_are_folders_side_by_side(names: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="hookpoints: "):
+    with pytest.raises(UsageError, match="--hookpoints: "):
         write_sae(make_sae(), tmp_path / "out", "saelens", hookpoints=names)
     assert not (tmp_path / "out").exists()
 

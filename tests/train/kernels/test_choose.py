@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from residscope.errors import UsageError
+from residscope.errors import ResidscopeError, UsageError
 from train.kernels import choose
 from train.kernels.choose import choose_kernels
 
@@ -15,5 +15,6 @@ def test_kernels_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch)
         choose_kernels(torch.empty(0), "triton")
     monkeypatch.setattr(choose, "_installed", lambda package: False)
     assert choose_kernels(torch.empty(0)).name == "torch"
-    with pytest.raises(UsageError, match="pip install numba"):
+    with pytest.raises(ResidscopeError, match=r"pip install numba.*leave out --kernels numba") as refused:
         choose_kernels(torch.empty(0), "numba")
+    assert refused.value.exit_code == 1
