@@ -2,7 +2,7 @@
 
 Attention sinks in mid-sequence are such: some models give a few tokens norms of a hundred times the median. A token's
 share is its squared distance from the layer's mean. All chosen tokens are looked at; of a large store, those of chunks
-spread evenly over a few shards (64 MiB of vectors), since each shard that is opened is checked: less than a second,
+spread evenly over a few shards (512 MiB of vectors), since each shard that is opened is checked: a second or two,
 whatever its size. Defined in docs/method.md. Shapes: n tokens looked at, L stored layers.
 """
 
@@ -18,7 +18,7 @@ from store.activations import ActivationStore
 FEWEST, ONE_IN = 100, 1000  # Tokens below which nothing is said, and of which one is few.
 MUCH = 0.1  # Of a layer's sum of squared distances.
 FAR = 5  # Median distances from the mean, beyond which a token is counted.
-_MOST_BYTES = 64 * 2**20
+_MOST_BYTES = 512 * 2**20
 _OPENED = 8  # Times as many bytes may have the shards that are opened.
 
 

@@ -350,7 +350,7 @@ def test_another_model_or_lens_is_refused(make: Make, tmp_path: Path, monkeypatc
         lens_of_store(with_lens.store, str(lens_folder))
     with pytest.raises(IncompatibleError, match="does not reproduce"):
         measure_downstream(with_lens.store, with_lens.model, identity, lens=None)
-    with pytest.raises(IncompatibleError, match="has 3 layers"):
+    with pytest.raises(IncompatibleError, match=r"should be \(4, 32\), as .* found \(3, 32\)"):
         measure_downstream(made.store, make("gpt_neox").model, identity, lens=None, layers=[0])
 
 
