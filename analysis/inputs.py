@@ -1,8 +1,7 @@
 """The store and the autoencoder of an analysis: opened once in each process, and checked against each other.
 
 `open_inputs` is for the process that the user started, whose threads use what it opened. A task in another process is
-told paths, hashes and integers only (`TaskSpec`): `open_data` opens the paths again there, and refuses what is not the
-same by its hash.
+told paths, hashes and integers only (`TaskSpec`): `open_data` opens them again, and refuses what has another hash.
 """
 
 import threading

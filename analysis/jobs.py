@@ -162,9 +162,8 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
                 if is_out_of_memory(error):
                     raise
                 which = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
-                raise ResidscopeError(
-                    f"{which} failed {ATTEMPTS} times, last with {type(error).__name__}: {error}"
-                ) from error
+                last = f"{type(error).__name__}: {error}"
+                raise ResidscopeError(f"{which} failed {ATTEMPTS} times, last with {last}") from error
         else:
             if worker is not None:
                 worker.log_event(_TOPIC, tokens)

@@ -63,11 +63,9 @@ class LayerMoments:
     run_sums: NDArray[np.float64]
     """[G, 2, 3]: for the same weightings, sums of weight times n_runs, contiguity, and 1 where n_runs is 1."""
     latent_sums: NDArray[np.float64]
-    """[M, 5]: sums over a latent's pairs, each counting once, of n_layers_active, onset, offset (centred), run_length
-    and contiguity."""
+    """[M, 5]: sums over a latent's pairs of n_layers_active, onset, offset (centred), run_length and contiguity."""
     errors: NDArray[np.float64]
-    """[G, 3, L] sums of |x - x_hat|^2, |x - m|^2 and the number of active latents, for intervals of the reconstruction;
-    m as in `analysis.quality`."""
+    """[G, 3, L] sums of |x - x_hat|^2, |x - m|^2 (m: `analysis.quality`) and active latents, for their intervals."""
 
     @classmethod
     def zeros(cls, layers: Sequence[int], n_latents: int, groups: Sequence[int] = (0,)) -> "LayerMoments":
@@ -149,8 +147,7 @@ class LayerMoments:
 
 
 class Variances(NamedTuple):
-    """The law of total variance of the layer L under one weighting; unit: layers squared. Floats, or arrays over
-    replicates."""
+    """The law of total variance of the layer L under one weighting, in layers squared; floats, or over replicates."""
 
     within_token: NDArray[np.float64]
     """E[Var(L | J, T)], the token-level variance."""
@@ -171,8 +168,7 @@ class Variances(NamedTuple):
 
     @property
     def aggregate_over_token(self) -> NDArray[np.float64]:
-        """How many times the token-level variance the aggregate variance is, at least 1; NaN where the token-level
-        variance is 0."""
+        """How many times the token-level variance the aggregate is, at least 1; NaN where the former is 0."""
         return ratio(self.aggregate, self.within_token)
 
 
@@ -181,8 +177,7 @@ VARIANCE_NAMES = ("within_token", "between_tokens", "between_latents", "total", 
 
 
 def variances(sums: NDArray[np.float64], weighting: Weighting) -> Variances:
-    """The decomposition from pooled sums [..., 8, M]; leading axes (replicates) are kept. All zero where no latent is
-    live."""
+    """The decomposition from pooled sums [..., 8, M]; leading axes (replicates) stay. Zero without a live latent."""
     rows = sums[..., 4:, :] if weighting == "equal" else sums[..., :4, :]
     weight, linear, spread, square = np.moveaxis(rows, -2, 0)  # each [..., M]
     live = weight > 0

@@ -46,9 +46,8 @@ class LayerQuality:
     @classmethod
     def zeros(cls, n_subsets: int, n_layers: int, d_model: int) -> "LayerQuality":
         shape = (n_subsets, n_layers)
-        sums: dict[str, Any] = {
-            name: np.zeros(shape) for name in ("squared_error", "squared_deviation", "norm", "cosine")
-        }
+        names = ("squared_error", "squared_deviation", "norm", "cosine")
+        sums: dict[str, Any] = {name: np.zeros(shape) for name in names}
         counts: dict[str, Any] = {name: np.zeros(shape, np.int64) for name in ("active", "n_cosines")}
         return cls(n_tokens=np.zeros(n_subsets, np.int64), deviation=np.zeros((*shape, d_model)), **sums, **counts)
 
@@ -124,9 +123,7 @@ def ratio(numerator: NDArray, denominator: NDArray | float) -> NDArray[np.float6
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 
-def ratio_or_zero(
-    numerator: NDArray[np.float64], denominator: NDArray[Any], where: NDArray[np.bool_]
-) -> NDArray[np.float64]:
+def ratio_or_zero(numerator: NDArray, denominator: NDArray, where: NDArray[np.bool_]) -> NDArray[np.float64]:
     """numerator / denominator, 0 elsewhere than `where`."""
     return np.divide(numerator, denominator, out=np.zeros_like(np.asarray(numerator)), where=where)
 

@@ -33,11 +33,9 @@ class Selection:
     analysed: NDArray[np.bool_]
     """[T] tokens that the distribution over layers and the reconstruction are about."""
     validation: NDArray[np.bool_]
-    """[T] tokens of held-out documents that validation FVU and the PCA baseline are evaluated on; none if nothing is
-    held out."""
+    """[T] tokens of held-out documents, if any, for validation FVU and the PCA baseline's."""
     fit: NDArray[np.bool_]
-    """[T] tokens that the PCA baseline is fitted on: those of documents that are not held out; none if nothing is held
-    out."""
+    """[T] tokens that the PCA baseline is fitted on: of documents not held out; none if nothing is held out."""
     group: NDArray[np.int64]
     """[T] document group of an analysed token, 0 .. n_groups - 1, not descending; -1 elsewhere."""
     held_out: NDArray[np.bool_]
@@ -121,8 +119,7 @@ def _document_groups(
 ) -> tuple[NDArray[np.int64], int, int]:
     """Group of each token (-1 where not analysed), documents with an analysed token, and groups.
 
-    A document goes to the group in which the middle of its tokens falls, when the analysed tokens are cut into equal
-    parts.
+    A document goes to the group that the middle of its tokens falls in, the analysed tokens cut into equal parts.
     """
     present, first, size = np.unique(document[analysed], return_index=True, return_counts=True)
     limit = int(np.clip(GROUP_BYTES // (8 * 8 * n_latents), MIN_GROUPS, MAX_GROUPS))

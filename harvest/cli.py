@@ -19,8 +19,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `harvest` with `argv` (default the process's own); gives the exit code: 0 done, 1 failed, 2 usage, 3
-    incompatible store, 130 interrupted."""
+    """Run `harvest` with `argv` (default the process's own); gives the exit code (residscope.errors)."""
 
     def command() -> int:
         config = parse_options(HarvestConfig, argv, prog="harvest", description=DESCRIPTION, epilog=EPILOG)

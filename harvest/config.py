@@ -24,8 +24,7 @@ def require_positive(**values: int | None) -> None:
 
 
 def parse_layers(words: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Block indices, ascending, of words such as ("0-5,11", "14"); None (all blocks) for no words. `UsageError` for
-    anything else."""
+    """Block indices, ascending, of words such as ("0-5,11", "14"); None (all) for no words; else `UsageError`."""
     if not words:
         return None
     chosen: set[int] = set()

@@ -42,9 +42,8 @@ def require_room(out: Path, settings: Settings, n_tokens: int) -> None:
         require_space(out, n_tokens * per_token + _SPARE_BYTES - freed)
     except ResidscopeError as error:
         room = shutil.disk_usage(nearest_folder(out.absolute())).free + freed - _SPARE_BYTES
-        raise ResidscopeError(
-            f"{error}. {max(room // per_token, 0):,} tokens would fit; nothing was written"
-        ) from error
+        fitting = max(room // per_token, 0)
+        raise ResidscopeError(f"{error}. {fitting:,} tokens would fit; nothing was written") from error
 
 
 def nearest_folder(path: Path) -> Path:

@@ -61,8 +61,7 @@ class BatchRunner:
         """Fill `buffer` with the residual streams of token ids int64 [B, N]; on CUDA the copies may still be under
         way.
 
-        stopped: asked after each block, since a batch may take long; once it is true the pass is given up. Gives
-        whether the pass was whole.
+        stopped: asked after each block, as a batch may take long: gives the pass up. Gives whether the pass was whole.
         """
 
         def keep(i: int, residual: Tensor) -> None:
@@ -180,9 +179,8 @@ def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled
     """
     meta, tokens = store.meta, store.tokens
     missing = store.missing_shards()
-    batches = batches_for(
-        sequence_batches(tokens.position, batch_size * meta.context_length), missing, meta.shard_tokens
-    )
+    batches = sequence_batches(tokens.position, batch_size * meta.context_length)
+    batches = batches_for(batches, missing, meta.shard_tokens)
     buffers = [runner.buffer(max(b.stop - b.start for b in batches)) for _ in range(min(2, len(batches)))]
     writer = _Writer(store, missing, buffers[0].array(0).dtype)
     begin = time.perf_counter()
@@ -204,8 +202,7 @@ def _run_all(
     buffers: list[HostBuffer],
     writer: _Writer,
 ) -> int:
-    """Run `batches`, and have the writer take them, until a signal comes or a value is not finite; gives the number of
-    tokens that went through."""
+    """Run `batches`, and have the writer take them, until a signal or a value that is not finite; tokens run."""
     meta = store.meta
     todo = sum(b.stop - b.start for b in batches)
     begin, done = time.perf_counter(), 0

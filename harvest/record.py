@@ -77,9 +77,7 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
     after the store counts as its value before. A model or lens that has another name now and the same content hash is
     the same: gives a line for the user of each."""
     if stored is None:
-        raise IncompatibleError(
-            f"{out} was not made by harvest; choose another --out, or use --overwrite to replace it"
-        )
+        raise IncompatibleError(f"{out} was not made by harvest; choose another --out, or --overwrite to replace it")
     stored, hashed = {**_VALUES_BEFORE, **stored}, str(record.get("model_fingerprint"))
     if hashed.startswith(f"{stored.get('model_fingerprint')}+"):  # from before other files than the best known counted
         stored["model_fingerprint"] = hashed
@@ -91,9 +89,8 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
     ]
     names = [name for name in names if name not in renamed]
     if names:
-        found = "; ".join(
-            f"{name} is {_shown(stored.get(name))} there and {_shown(record.get(name))} here" for name in names
-        )
+        shown = ((name, _shown(stored.get(name)), _shown(record.get(name))) for name in names)
+        found = "; ".join(f"{name} is {there} there and {here} here" for name, there, here in shown)
         if "model_fingerprint" in names and "model" not in names:
             found += " (a hash of the model's configuration, tokenizer and weights: one of these files was changed)"
         raise IncompatibleError(

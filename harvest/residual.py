@@ -18,8 +18,7 @@ from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 
 
 class EndOfPass(BaseException):
-    """Raised in a hook, it ends a forward pass whose rest nobody needs; no Exception, so that no model code catches
-    it."""
+    """Raised in a hook, it ends a forward pass whose rest nobody needs; no Exception, so no model code catches it."""
 
 
 class ResidualRecorder:
@@ -30,14 +29,12 @@ class ResidualRecorder:
         self.layers = tuple(range(model.n_layers)) if layers is None else tuple(layers)
         ascending = list(self.layers) == sorted(set(self.layers))
         if not (self.layers and ascending and 0 <= self.layers[0] <= self.layers[-1] < model.n_layers):
-            raise UsageError(
-                f"layers should ascend within 0..{model.n_layers - 1} without repeats, found {list(self.layers)}"
-            )
+            wanted = f"ascend within 0..{model.n_layers - 1} without repeats"
+            raise UsageError(f"layers should {wanted}, found {list(self.layers)}")
         self._model = model
 
     def record(self, input_ids: Tensor) -> list[Tensor]:
-        """The residual streams, L tensors [B, N, D] in the compute dtype on the model's device, for token ids int64
-        [B, N]."""
+        """The residual streams, L tensors [B, N, D] in the compute dtype on the model's device, of ids int64 [B, N]."""
         found: list[Tensor] = []
         self.stream(input_ids, lambda index, residual: found.append(residual.clone()))
         return found
@@ -80,9 +77,8 @@ class ResidualRecorder:
             expected = (*input_ids.shape, self._model.d_model)
             if not isinstance(residual, Tensor) or tuple(residual.shape) != expected:
                 shape = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
-                raise IncompatibleError(
-                    f"layer {self.layers[index]}: the block's output should be {expected}, found {shape}"
-                )
+                wanted = f"the block's output should be {expected}"
+                raise IncompatibleError(f"layer {self.layers[index]}: {wanted}, found {shape}")
             consume(index, residual)
             seen.append(index)
             if index == len(self.layers) - 1:

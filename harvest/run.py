@@ -105,9 +105,7 @@ def _reopen(job: Job) -> ActivationStore:
     store = ActivationStore.open(out, writable=True)
     if store.meta != reader.meta:
         store.close()
-        raise IncompatibleError(
-            f"{out} was exchanged for another store while it was opened; run the same command again"
-        )
+        raise IncompatibleError(f"{out} was exchanged for another store while it was opened; run the command again")
     return store
 
 

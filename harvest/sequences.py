@@ -35,10 +35,8 @@ def sequence_batches(position: np.ndarray, batch_tokens: int) -> list[SequenceBa
 
 def batches_for(batches: list[SequenceBatch], missing: Collection[int], shard_tokens: int) -> list[SequenceBatch]:
     """Those of `batches` that overlap a missing shard."""
-    wanted = set(missing)
-    return [
-        b for b in batches if not wanted.isdisjoint(range(b.start // shard_tokens, (b.stop - 1) // shard_tokens + 1))
-    ]
+    wanted, size = set(missing), shard_tokens
+    return [b for b in batches if not wanted.isdisjoint(range(b.start // size, (b.stop - 1) // size + 1))]
 
 
 def token_ids(token_id: np.ndarray, batch: SequenceBatch) -> np.ndarray:

@@ -113,8 +113,7 @@ def resolve(config: HarvestConfig) -> Settings:
 
 
 def default_batch_size(context_length: int, bytes_per_token: int, device_type: str) -> int:
-    """Sequences in a forward pass, at least one: as many as 256 MiB of stored vectors and 8192 tokens hold, or 1024
-    tokens on a CPU."""
+    """Sequences in a pass, at least one: as 256 MiB of stored vectors and 8192 tokens (on a CPU 1024) hold."""
     tokens = _BATCH_TOKENS_ON_CPU if device_type == "cpu" else _BATCH_TOKENS
     return max(min(_BATCH_BYTES // (context_length * bytes_per_token), tokens // context_length), 1)
 
@@ -130,9 +129,8 @@ def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:
 
 def load_weights(settings: Settings) -> LoadedModel:
     """The model's weights."""
-    return load_model(
-        settings.spec, dtype=TORCH_DTYPES[settings.dtype], device=settings.device, tokenizer=settings.tokenizer
-    )
+    dtype = TORCH_DTYPES[settings.dtype]
+    return load_model(settings.spec, dtype=dtype, device=settings.device, tokenizer=settings.tokenizer)
 
 
 def _device(name: str) -> torch.device:
@@ -155,9 +153,7 @@ def _dtype(name: str, device: torch.device) -> tuple[str, str | None]:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if device.type == "cpu" else ""
     note = None
     if name == "auto" and "amx_bf16" in flags:
-        note = (
-            "this CPU has AMX: --dtype bfloat16 is several times faster, at about 1 % relative error in the last layer"
-        )
+        note = "this CPU has AMX: --dtype bfloat16 is several times faster, with about 1 % error in the last layer"
     if name == "bfloat16" and "sse2" in flags and not ("amx_bf16" in flags or "avx512_bf16" in flags):
         note = "this CPU has no bfloat16 arithmetic: --dtype float32 is several times faster here"
     return "float32" if name == "auto" else name, note

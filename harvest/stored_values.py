@@ -19,8 +19,7 @@ def all_finite(values: Tensor) -> Tensor:
 
 
 class HostBuffer:
-    """Room for one batch on the host; `data` [L, n, D] in the stored dtype, `finite` bool [L]. Page-locked for
-    CUDA."""
+    """A batch on the host, page-locked for CUDA; `data` [L, n, D] in the stored dtype, `finite` bool [L]."""
 
     def __init__(self, n_layers: int, n_tokens: int, d_model: int, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate for batches of up to `n_tokens` from a model on `device`."""
@@ -63,8 +62,7 @@ class HostBuffer:
 
 
 def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token: int) -> ResidscopeError | None:
-    """What is wrong with the first of a layer's vectors [n, D] that is not finite once rounded to the stored `dtype`;
-    None where all are."""
+    """What is wrong with the first of a layer's vectors [n, D] that `dtype` does not hold as finite; None for none."""
     bad = ~torch.isfinite(values.to(dtype))
     if not bool(bad.any()):
         return None

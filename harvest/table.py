@@ -101,8 +101,7 @@ def make_packing(
 def make_table(
     sources: Sequence[TextSource], tokenizer: Tokenizer, packing: Packing, max_tokens: int
 ) -> tuple[TokenTable, Mixture]:
-    """The table of at most `max_tokens` tokens of some texts, and what each gave. `ResidscopeError` where there is no
-    text."""
+    """The table of at most `max_tokens` tokens of some texts, and what each gave; `ResidscopeError` without text."""
     limit = packing.stream_length(max_tokens)
     streams = [encode_documents(source.documents(), tokenizer, limit, packing.longest_document) for source in sources]
     mixture = Mixture(streams, [source.choice.weight for source in sources], limit, packing.document_extra)
@@ -117,8 +116,7 @@ def make_table(
 
 
 def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> TokenTable:
-    """The table of at most `max_tokens` tokens, fewer where the documents run out. `IncompatibleError` where there is
-    no text at all."""
+    """The table of at most `max_tokens` tokens, fewer where documents run out; `IncompatibleError` without text."""
     extra = np.array(packing.separator_ids if packing.packed else (), np.int32)
     more = packing.document_extra
     limit = packing.stream_length(max_tokens)
@@ -145,8 +143,7 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
 
 
 def _one_each(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> TokenTable:
-    """A sequence for each document, the last cut so that there are `n_tokens` in all. Documents are numbered in the
-    table's order."""
+    """A sequence for each document, the last cut: `n_tokens` in all. Documents are numbered in the table's order."""
     rows = [np.concatenate([np.array(packing.opening, np.int32), ids]) for ids in documents]
     rows[-1] = rows[-1][: n_tokens - sum(map(len, rows[:-1]))]
     rows = [

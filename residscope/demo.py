@@ -105,10 +105,8 @@ def closing_words(summary: dict[str, Any]) -> list[str]:
         line = f"Validation FVU, mean over layers (lower is better): {summary['validation_fvu']:.3f}"
         lines.append(line + (f"; PCA with {pca['k']} components {pca['fvu']:.3f}" if pca else "") + ".")
     dead = summary["latents"]["dead"]
-    lines.append(
-        f"Dead latents: {dead:,} of {n_latents:,} ({100 * dead / n_latents:.0f} %) never fired on these tokens."
-    )
-    return lines
+    share = f"{100 * dead / n_latents:.0f} %"
+    return [*lines, f"Dead latents: {dead:,} of {n_latents:,} ({share}) never fired on these tokens."]
 
 
 def _failed(stage: str, code: int) -> ResidscopeError:

@@ -40,9 +40,7 @@ def held_alone(folder: Path, out: Path, flag: str = "--out") -> Iterator[None]:
                 raise
             gone = False
         if gone:
-            raise ResidscopeError(
-                f"{flag} {out}: another process is writing there; wait until it ends, or choose another"
-            )
+            raise ResidscopeError(f"{flag} {out}: another process is writing there; wait for it, or choose another")
         yield
     finally:
         os.close(descriptor)

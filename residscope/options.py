@@ -86,13 +86,10 @@ def parse_options(
 ) -> T:
     """Read `argv` (default `sys.argv[1:]`) into a `config_class`.
 
-    Bad words end the process with exit code 2, as argparse does; values that the configuration itself refuses raise
-    `UsageError`.
+    Bad words end the process with exit code 2, as argparse does; what the configuration itself refuses, `UsageError`.
     """
-    layout: Any = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(
-        prog=prog, description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False
-    )
+    words: Any = {"prog": prog, "description": description, "epilog": epilog}
+    parser = CommandParser(**words, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags by name; flags win")
     fields = _fields(config_class)
     _add_flags(parser, config_class, fields)
@@ -263,8 +260,7 @@ def home_path(word: str) -> Path:
 
 
 def read_word(word: str, annotation: Any, what: str) -> Any:
-    """A word on the command line as a value of `annotation`, "none" where that may be None; `UsageError` begins with
-    `what` if it is none of them."""
+    """A word of the command line as an `annotation`, "none" where that may be None; else `UsageError`: `what` ..."""
     kind = _without_none(annotation)
     if kind is not annotation and word.lower() == "none":
         return None

@@ -25,8 +25,7 @@ CONFIG_BYTES = 64 << 20
 
 @contextmanager
 def reading(what: object, way_out: str = "", kind: type[ResidscopeError] = IncompatibleError) -> Iterator[None]:
-    """Within, `what` (as the user calls it) is read: an error of a library becomes one of `kind`, which adds
-    `way_out`."""
+    """Within, `what` (the user's word) is read: an error of a library becomes one of `kind`, which adds `way_out`."""
     try:
         yield
     except ResidscopeError:

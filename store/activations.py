@@ -36,8 +36,7 @@ _FILL = "run the same `harvest` command again to fill"
 
 
 class ActivationStore:
-    """A store that is open: made by `create` or `open`. Pickles as its path and content hash, and is unpickled open for
-    reading."""
+    """An open store, made by `create` or `open`. Pickles as its path and content hash; unpickled open for reading."""
 
     def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock | None) -> None:
         """For `create` and `open`; with `lock` the store is open for writing."""
@@ -131,18 +130,16 @@ class ActivationStore:
 
     def _require_all_shards(self) -> None:
         if missing := self.missing_shards():
-            raise IncompatibleError(
-                f"{self.path}: {len(missing)} of {self.meta.n_shards} shards are missing; {_FILL} them"
-            )
+            found = f"{len(missing)} of {self.meta.n_shards} shards are missing"
+            raise IncompatibleError(f"{self.path}: {found}; {_FILL} them")
 
     def record(self, shard: int) -> ShardRecord:
         """What the manifest says of a shard; `IncompatibleError` when it is missing."""
         if shard not in self._records:
             start, stop = self.meta.shard_bounds(shard)
             if shard not in self._manifest.lines:
-                raise IncompatibleError(
-                    f"{self.path}: shard {shard} (tokens {start} to {stop - 1}) is missing; {_FILL} it"
-                )
+                which = f"shard {shard} (tokens {start} to {stop - 1})"
+                raise IncompatibleError(f"{self.path}: {which} is missing; {_FILL} it")
             self._records[shard] = self._manifest.record(shard)
         return self._records[shard]
 
@@ -226,8 +223,7 @@ class ActivationStore:
             self._intact.add(shard)
 
     def _reader(self, shard: int, *, whole: bool = False) -> ShardReader:
-        """A reader of a shard's file, which is held against its manifest line when it is first opened, or with `whole`
-        now."""
+        """A reader of a shard's file, held against its manifest line when first opened, or with `whole` now."""
         record, path = self.record(shard), self.path / shard_name(shard)
         with self._locks.setdefault(shard, threading.Lock()):
             index = None if whole else self._indexes.get(shard)

@@ -103,12 +103,11 @@ def check_counts(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) ->
     for name, dtype in _TOKEN_DTYPES.items():
         files = [folder / file for file in checksums if file.startswith(f"{name}/c.")]
         if len(files) != n_files:
-            raise DamagedError(
-                folder / name, f"{meta.n_tokens:,} tokens should be in {n_files:,} files, found {len(files):,}"
-            )
+            found = f"{meta.n_tokens:,} tokens should be in {n_files:,} files, found {len(files):,}"
+            raise DamagedError(folder / name, found)
         for path in files:
-            if path.exists() and (found := path.stat().st_size) != (n := chunk * dtype.itemsize + CRC_BYTES):
-                raise DamagedError(path, f"the file should have {n:,} bytes, for {chunk:,} tokens, found {found:,}")
+            if path.exists() and (size := path.stat().st_size) != (n := chunk * dtype.itemsize + CRC_BYTES):
+                raise DamagedError(path, f"the file should have {n:,} bytes, for {chunk:,} tokens, found {size:,}")
 
 
 def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> TokenTable:

@@ -45,8 +45,7 @@ class KeptCodes:
 
     @classmethod
     def open(cls, store: ActivationStore, origin: Mapping[str, Any], width: int) -> "KeptCodes | None":
-        """Those of `origin` (plain JSON values: what the codes depend on, beside the store) in `store`; None if there
-        are none."""
+        """Those of `origin` (plain JSON: what the codes depend on, beside the store) in `store`; None without any."""
         attributes = _attributes(store, origin, width)
         key = _key(attributes)
         folder = store.path / FOLDER / key
@@ -112,8 +111,7 @@ class KeptCodes:
         return True
 
     def read(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """values [T, L, W] and indices int64 [T, L, W] of a shard's tokens; None where they are not there, damaged, or
-        another's."""
+        """values and indices (int64) [T, L, W] of a shard's tokens; None where missing, damaged, or another's."""
         try:
             sizes = [math.prod(self._shape) * self._dtypes[name].itemsize + CRC_BYTES for name in _CODES]
             files = [read_whole(path, size) for path, size in zip(self._files(shard).values(), sizes, strict=True)]

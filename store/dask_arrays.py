@@ -9,7 +9,7 @@ Shapes: K kept tokens, l layers asked for, D = d_model.
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,8 +23,7 @@ def dask_array(path: str | os.PathLike[str], layers: slice | Sequence[int] | Non
     """The kept tokens' vectors of the store at `path`: float32 [K, l, D], a chunk for each shard with such tokens.
 
     layers: stored layers, 0..L-1; default all. `ActivationStore.open(path).tokens` has what is known of each token; its
-    `keep` says which are here. Raises `IncompatibleError` at once when a shard is missing; computing raises where one
-    is damaged.
+    `keep` says which are here. `IncompatibleError` at once when a shard is missing; on computing where one is damaged.
     """
     import dask.array as da
     from dask.delayed import delayed
@@ -37,15 +36,13 @@ def dask_array(path: str | os.PathLike[str], layers: slice | Sequence[int] | Non
     for shard in range(meta.n_shards):
         kept = keep[slice(*meta.shard_bounds(shard))]
         if kept.any():
-            values = read(store, shard, kept, layers)
+            values = read(store, shard, layers, kept)
             chunks.append(da.from_delayed(values, (int(kept.sum()), n_layers, meta.d_model), np.float32))
     if not chunks:
         return da.zeros((0, n_layers, meta.d_model), dtype=np.float32)
     return da.concatenate(chunks, axis=0)
 
 
-def _read_kept(
-    store: ActivationStore, shard: int, kept: np.ndarray, layers: slice | Sequence[int] | None
-) -> np.ndarray:
-    """Kept vectors of a shard."""
+def _read_kept(store: ActivationStore, shard: int, layers: slice | Sequence[int] | None, kept: np.ndarray) -> Any:
+    """Kept vectors of a shard, an array."""
     return store.read(slice(*store.meta.shard_bounds(shard)), layers)[kept]

@@ -2,8 +2,7 @@
 
 How: integer arithmetic on the bits, in blocks that stay in the cache, so that no large temporary is made; rounding is
 to nearest, ties to even. A value that is not finite, or that the stored format would turn into an infinity, is never
-stored: the conversion refuses it, and `first_unstorable` finds it. pack.py rounds whole shards faster, to the same
-bits.
+stored: conversion refuses it, and `first_unstorable` finds it. pack.py rounds whole shards faster, to the same bits.
 """
 
 import numpy as np

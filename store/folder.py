@@ -32,10 +32,7 @@ def require_store(path: Path) -> None:
 
 
 def refuse_inside_store(out: Path, flag: str = "--out", *, may_be_one: bool = False) -> None:
-    """`UsageError` where `out`, which the user gave with `flag`, is inside a store, or is one unless it may be.
-
-    Links are followed.
-    """
+    """`UsageError` where `out`, of the flag `flag`, is inside a store (links followed), or is one unless it may."""
     real = out.resolve()
     for folder in (real, *real.parents):
         if is_store(folder) and not (may_be_one and folder == real):

@@ -47,8 +47,7 @@ class _Window(NamedTuple):
     """[W * C, words]: the rows of its buffer, as wide integers."""
     read: "Future[None]"
     order: "Future[np.ndarray]"
-    """int64 [rows served]: which of `rows` are served, in order. Made by another thread than the reading, of which it
-    takes a tenth."""
+    """int64 [rows served]: which of `rows` are served, in order; made by a thread of its own, in a tenth of `read`."""
 
 
 class WindowLoader:
@@ -166,8 +165,7 @@ class WindowLoader:
         return n
 
     def _windows(self, helper: ThreadPoolExecutor) -> Generator[tuple[_Window, _Window | None], None, None]:
-        """Windows from the first that is needed, each with the one after it, which is being read meanwhile; a window
-        is valid until the next is asked for."""
+        """Windows from the first that is needed, each with the one that is read meanwhile; valid until the next."""
         first_row = self._next * self._batch_size
         if first_row >= self.n_rows:
             return

@@ -159,9 +159,8 @@ class StoreMeta:
             )
         values = {name: attributes[name] for name in names}
         if not isinstance(values["layers"], list):
-            raise IncompatibleError(
-                f"the store's attributes are damaged: layers should be a list, found {values['layers']!r}"
-            )
+            found = f"layers should be a list, found {values['layers']!r}"
+            raise IncompatibleError(f"the store's attributes are damaged: {found}")
         try:
             return cls(**{**values, "layers": tuple(values["layers"])})
         except UsageError as error:
@@ -178,8 +177,8 @@ def chunk_and_shard_tokens(n_tokens: int, n_layers: int, d_model: int, itemsize:
     """Tokens in a chunk (C) and in a shard (S) for a store of these sizes.
 
     C is the largest power of two whose chunk of one layer is at most 512 KiB, within 64..512, and no more than a small
-    store needs. S is the largest multiple of C whose shard is at most 64 MiB. Where one chunk of every layer is above
-    128 MiB, C shrinks until it is not.
+    store needs. S: the largest multiple of C whose shard is at most 64 MiB. C shrinks until one of every layer is at
+    most 128 MiB.
     """
     chunk = 64
     while chunk < 512 and 2 * chunk * d_model * itemsize <= _CHUNK_BYTES:

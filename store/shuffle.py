@@ -76,8 +76,7 @@ class RowOrder:
 
     @cached_property
     def _own_chunks(self) -> list[np.ndarray]:
-        """This rank's chunks of each layer, ascending, the same in every epoch. Chunks with rows are divided evenly
-        among the ranks."""
+        """This rank's share of the chunks with rows, of each layer, ascending, the same in every epoch."""
         used = np.flatnonzero(self._counts)
         shares = []
         for layer in self.layers:
@@ -104,9 +103,8 @@ class RowOrder:
         order = np.empty((n_steps, n_layers), np.int64)
         for i, (start, chunks) in enumerate(zip(starts.tolist(), self._own_chunks, strict=True)):
             order[:, i] = chunks[np.roll(steps, -start)]
-        mix = np.argsort(
-            _random(n_steps * n_layers, self.seed, _LAYERS, self.rank, epoch).reshape(n_steps, n_layers), axis=1
-        )
+        draws = _random(n_steps * n_layers, self.seed, _LAYERS, self.rank, epoch)
+        mix = np.argsort(draws.reshape(n_steps, n_layers), axis=1)
         chunk = np.take_along_axis(order, mix, axis=1).reshape(-1)
         layer = np.array(self.layers, np.int64)[mix].reshape(-1)
         window_ends = np.append(np.arange(self.blocks_per_window, len(chunk), self.blocks_per_window), len(chunk))

@@ -43,8 +43,7 @@ class Standardized(NamedTuple):
     mean: Tensor
     """[N, 1] mean over d_model, or [N, D] the mean vector of its layer."""
     std: Tensor
-    """[N, 1] what x was divided by: its own unbiased standard deviation over d_model plus `STD_EPSILON`, or its
-    layer's scale."""
+    """[N, 1] what x was divided by: its unbiased standard deviation over d_model + `STD_EPSILON`, or layer's scale."""
 
 
 class ForwardOutput(NamedTuple):
@@ -190,9 +189,8 @@ def standardize(x: Tensor) -> Standardized:
     # The same number as x.std(), which torch computes a hundred times more slowly on a CPU.
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + STD_EPSILON
     if std.device.type == "cpu" and std.isinf().any():
-        raise IncompatibleError(
-            f"the store has vectors as long as {x.double().norm(dim=-1).max():.1e}, which {TOO_LONG}"
-        )
+        longest = x.double().norm(dim=-1).max()
+        raise IncompatibleError(f"the store has vectors as long as {longest:.1e}, which {TOO_LONG}")
     return Standardized(centred.div_(std), mean, std)
 
 

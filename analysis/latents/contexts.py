@@ -50,8 +50,7 @@ def contexts_per_layer(n_latents: int, n_layers: int) -> int:
 
 
 def context_agreement(token: NDArray[np.int32], n_tokens: NDArray[np.int64]) -> ContextAgreement:
-    """From the top contexts token [M, L, n] (-1 where there are fewer) and the tokens at which each latent fired at one
-    layer at least [M]."""
+    """From the top contexts token [M, L, n] (-1: fewer) and the tokens at which a latent fired at any layer [M]."""
     n_latents, n_layers, n = token.shape
     shared = np.zeros(n_latents, np.int64)
     pairs = np.zeros((n_latents, n_layers), np.int64)  # by distance; column 0 is never used

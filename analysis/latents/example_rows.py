@@ -49,8 +49,7 @@ class Contexts(NamedTuple):
     after: pa.StringArray
     """Text of the window after it."""
     texts: pa.StringArray
-    """Text of each token of the store that is in a window, others null; empty for one that only continues a
-    character."""
+    """Text of each token of the store in a window, others null; empty for one that only continues a character."""
 
 
 def write_found(

@@ -64,10 +64,9 @@ class TopExamples:
         latent, layer = latent[order], layer[order]
         first = np.flatnonzero(np.r_[True, (latent[1:] != latent[:-1]) | (layer[1:] != layer[:-1])][: len(order)])
         rank = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
-        document = self.document[self.token >= 0][order]
-        return Examples(
-            latent, layer, rank, activation[order], token[order].astype(np.int64), document.astype(np.int64)
-        )
+        document = self.document[self.token >= 0]
+        token, document = (column[order].astype(np.int64) for column in (token, document))
+        return Examples(latent, layer, rank, activation[order], token, document)
 
 
 class Examples(NamedTuple):
@@ -90,8 +89,7 @@ def examples_per_layer(n_latents: int, n_layers: int) -> int:
 
 
 def window_bounds(tokens: TokenTable, token: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First token of the window of each of `token` [R], and one past its last: `REACH` tokens on both sides, of the
-    same document and the same sequence."""
+    """The window [first, stop) of each of `token` [R]: `REACH` tokens either way, of its document and sequence."""
     starts, _ = sequence_bounds(tokens.position)
     starts = np.union1d(starts, np.flatnonzero(np.diff(tokens.document)) + 1)
     run = np.searchsorted(starts, token, side="right") - 1
@@ -102,8 +100,7 @@ def window_bounds(tokens: TokenTable, token: NDArray[np.int64]) -> tuple[NDArray
 def window_activations(
     found: Examples, start: NDArray[np.int64], stop: NDArray[np.int64], codes: CodesOf, analysed: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
-    """[R, W] activation of each example's latent, at its layer, at the tokens of its window [start, stop); NaN beyond,
-    and where a token was not analysed."""
+    """[R, W] activation of each example's latent and layer in its window [start, stop); NaN beyond and not analysed."""
     order = np.argsort(found.token, kind="stable")
     width = int((stop - start).max(initial=0))
     out = np.full((len(order), width), np.nan, np.float32)
@@ -163,8 +160,7 @@ def _floor(best, best_token, best_document):
 
 @compiled()
 def _offer(best, best_token, best_document, value, token, document):
-    """Keep the n that come first of those kept [n] and a new one: first what is the best of its document, then what is
-    more active, then what comes earlier."""
+    """Keep the first n of those kept [n] and a new one: the best of its document, then more active, then earlier."""
     n = len(best)
     for i in range(n):
         if best_token[i] < 0:

@@ -38,8 +38,7 @@ _NORM_ERROR = 1e-3
 
 
 class LatentLogits(NamedTuple):
-    """The ends of each latent's logits, the most extreme first: token ids, and logits above the mean over the
-    vocabulary, each [J, n]."""
+    """The ends of each latent's logits, outermost first: ids, and logits above the vocabulary's mean, each [J, n]."""
 
     promoted: NDArray[np.int64]
     promoted_logits: NDArray[np.float32]

@@ -84,8 +84,7 @@ class LatentTokens(NamedTuple):
 def find_latent_tokens(
     sae: MLSAE, latents: NDArray[np.int64], model: LoadedModel, lens: TunedLens | None, seed: int
 ) -> LatentTokens:
-    """Of `latents` [J], one at least. Raises `IncompatibleError` if the model's embedding or unembedding is not
-    found."""
+    """Of `latents` [J], one at least. `IncompatibleError` if the model's embedding or unembedding is not found."""
     directions = sae.W_dec.detach()[latents]
     random = torch.randn(N_RANDOM, model.d_model, generator=torch.Generator().manual_seed(seed))
     embedding = embedding_rows(model, lens)
@@ -108,8 +107,7 @@ def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> Tensor:
 
 @torch.inference_mode()
 def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
-    """The row of `rows` [V, D] with the highest cosine to each of `directions` [J, D]; a row of zeros has cosine 0 to
-    all."""
+    """The row of `rows` [V, D] of the highest cosine to each of `directions` [J, D]; of a row of zeros it is 0."""
     rows = normalize(rows, dim=1)
     step = max(1, TILE_BYTES // (4 * len(rows)))
     parts = [

@@ -61,8 +61,7 @@ class LatentViews(NamedTuple):
 def view_latents(
     spec: TaskSpec, inputs: Inputs, selection: Selection, table: LatentTable, model: str | None, folder: Path
 ) -> LatentViews:
-    """Look at the latents of the analysed tokens and write the files. model: where the store's model is, if the user
-    said so."""
+    """Look at the latents of the analysed tokens, write the files. model: where it is, if the user said so."""
     tokens, codes, layer_numbers = inputs.store.tokens, partial(codes_again, spec), inputs.layer_numbers
     n_latents, n_layers = table.probs.shape
     n = examples_per_layer(n_latents, n_layers)
@@ -100,8 +99,7 @@ def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequ
 
 @compiled()
 def add_counts(counts, values, indices):
-    """Count the positive activations of T tokens by size, in place: counts uint32 [M, L, B], values [T, L, k], indices
-    int64 [T, L, k]."""
+    """Count positive activations by size into counts uint32 [M, L, B]; values and indices (int64) [T, L, k]."""
     n_tokens, n_layers, k = values.shape
     last = counts.shape[2] - 1
     for t in range(n_tokens):

@@ -52,8 +52,7 @@ def block_output(model: LoadedModel, input_ids: Tensor, layer: int, before: Befo
 
 
 def can_skip(model: LoadedModel, input_ids: Tensor) -> bool:
-    """Whether skipping the blocks up to one in the middle changes nothing, for the first of the token ids int64
-    [B, N]."""
+    """Whether skipping blocks up to one in the middle changes nothing, for the first of the ids int64 [B, N]."""
     few = input_ids[:1, :_TRIED_TOKENS]
     before = block_output(model, few, (model.n_layers - 1) // 2)
     try:

@@ -51,8 +51,7 @@ BATCH_TOKENS = 2048
 
 
 def sae_reconstruction(sae: MLSAE, lens: TunedLens | None) -> Replace:
-    """The autoencoder, on the model's device, as a replacement: into the lens's basis where the store has one, encode,
-    decode, and back."""
+    """The autoencoder, on the model's device, as a replacement: through the store's lens, encode, decode, and back."""
 
     def replace(x: Tensor, layer: int) -> Tensor:
         rows = sae.rows_of_layer(layer, len(x))

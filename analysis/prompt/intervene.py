@@ -19,6 +19,7 @@ Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -149,9 +150,8 @@ class PromptRun:
         """Change block `layer` and run on."""
         model = self.prompted.model
         before = block_output(model, self._ids, layer)
-        output = with_residual(
-            before.output, lambda x: changed_vectors(self.prompted, intervention, x, layer), self._kept
-        )
+        change = partial(changed_vectors, self.prompted, intervention, layer=layer)
+        output = with_residual(before.output, change, self._kept)
         changed = last_output(model, self._ids, Before(layer, output), skip=self._skip)
         replaced = changed[self._kept]
         target = torch.zeros(len(replaced), dtype=torch.int64, device=model.device)  # cross-entropies are not used
@@ -176,7 +176,5 @@ def _foremost(true: Tensor, changed: Tensor, sign: int) -> list[TokenChange]:
     p, q, logit_change = true.softmax(dim=-1), changed.softmax(dim=-1), changed - true
     logit_change -= logit_change.mean()
     rise = sign * (q - p)
-    found = rise.topk(min(N_SHOWN, len(rise))).indices
-    return [
-        TokenChange(int(i), float(p[i]), float(q[i]), float(logit_change[i])) for i in found.tolist() if rise[i] > 0
-    ]
+    found = [i for i in rise.topk(min(N_SHOWN, len(rise))).indices.tolist() if rise[i] > 0]
+    return [TokenChange(i, float(p[i]), float(q[i]), float(logit_change[i])) for i in found]

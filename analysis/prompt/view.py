@@ -98,8 +98,7 @@ def opening_of(store: ActivationStore, tokenizer: Tokenizer) -> list[int]:
 
 
 def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text: str) -> Tokens:
-    """Tokens of a prompt. config: the model's own. Raises `UsageError` for one that is empty or too long, or that the
-    model has no rows for."""
+    """Tokens of a prompt. config: the model's own. `UsageError` if it is empty, too long, or beyond its embedding."""
     opening = opening_of(store, tokenizer)
     try:
         text.encode()

@@ -50,9 +50,8 @@ def _effects(prompt: Mapping[str, Any]) -> list[str]:
 def name_of(intervention: Mapping[str, Any]) -> str:
     """An intervention in a few words."""
     where = f"latent {intervention['latent']} at layer {intervention['layer']}"
-    return (
-        f"ablate {where}" if intervention["kind"] == "ablate" else f"steer {where} by {intervention['coefficient']:+g}"
-    )
+    by = "" if intervention["kind"] == "ablate" else f" by {intervention['coefficient']:+g}"
+    return f"{intervention['kind']} {where}{by}"
 
 
 def quoted(text: str) -> str:

@@ -101,8 +101,7 @@ def _packed(block_id: str, content: Any) -> str:
 
 
 def _rows_of_words(contents: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """By word, the first row of its latents and the distance of each further one from the last: small numbers deflate
-    well."""
+    """By word, the first row of its latents, then each next one's distance: small numbers deflate well."""
     rows: dict[str, list[int]] = {}
     for row, content in enumerate(contents):
         words = {word.lower() for word in content.get("promoted", ())}

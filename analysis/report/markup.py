@@ -78,9 +78,8 @@ def with_interval(results: Results, *keys: str) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """A table of numbers whose first column names the rows; on a narrow screen it scrolls sideways."""
     columns = "".join(f"<th>{words}</th>" for words in head)
-    lines = "".join(
-        f"<tr><th>{first}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for first, *cells in rows
-    )
+    named = ((first, "".join(f"<td>{cell}</td>" for cell in cells)) for first, *cells in rows)
+    lines = "".join(f"<tr><th>{first}</th>{cells}</tr>" for first, cells in named)
     return (
         f'<div class="scroll"><table class="numbers {kind}"><thead><tr>{columns}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"

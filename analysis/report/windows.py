@@ -43,8 +43,7 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path, more: int) -> dict[int, list[Example]]:
-    """By latent the strongest example at each layer, and all examples of the `more` strongest layers, sorted by layer
-    and rank; empty without the file."""
+    """By latent the strongest example at each layer, all at the `more` strongest, by layer and rank; none, no file."""
     found: dict[int, list[Example]] = {}
     if not path.is_file():
         return found

@@ -307,12 +307,8 @@ def _redundancy(found: Redundancy | None) -> dict[str, Any] | None:
 def _validation(found: Findings) -> dict[str, Any] | None:
     if not found.validation:
         return None
-    document = found.inputs.store.tokens.document[found.selection.validation]
-    return {
-        "n_tokens": found.validation.n_tokens,
-        "n_documents": len(np.unique(document)),
-        **_fvu(found.validation.fvu),
-    }
+    n_documents = len(np.unique(found.inputs.store.tokens.document[found.selection.validation]))
+    return {"n_tokens": found.validation.n_tokens, "n_documents": n_documents, **_fvu(found.validation.fvu)}
 
 
 def _fvu(by_layer: NDArray[np.float64]) -> dict[str, Any]:

@@ -41,8 +41,7 @@ def write_report_of(folder: Path) -> str | None:
 
 
 def tell(config: AnalyzeConfig, summary: dict[str, Any], missing: str | None) -> None:
-    """Print the findings in words; with --json those on stderr, and summary.json on stdout. missing: what
-    `write_report_of` said of the report."""
+    """Print the findings; with --json on stderr, and summary.json on stdout. missing: what `write_report_of` gave."""
     say = partial(print, file=sys.stderr) if config.output.json else print
     say(words(summary))
     if missing:

@@ -136,9 +136,8 @@ def shuffled(
         order = permutation(len(batches), seed, epoch)
         for number, index in enumerate(order.tolist()):
             vectors = chosen_vectors(read, batches[index], chosen)
-            pool = (
-                [torch.cat(pair) for pair in zip(pool, vectors, strict=True)] if pool and vectors else vectors or pool
-            )
+            if vectors:
+                pool = [torch.cat(pair) for pair in zip(pool, vectors, strict=True)] if pool else vectors
             n = len(pool[0]) if pool else 0
             if n < max(window, per_step) and (number + 1 < len(order) or n < per_step):
                 continue
@@ -162,8 +161,7 @@ def chosen_vectors(read: Reader, batch: SequenceBatch, chosen: np.ndarray) -> li
 
 @contextmanager
 def _first_input(model: LoadedModel, found: list[Tensor], *, stop: bool = False) -> Iterator[None]:
-    """While this lasts, a forward pass puts what enters the first block, [B, N, D], into `found`; with `stop` it then
-    ends."""
+    """Within, a forward pass puts what enters the first block, [B, N, D], into `found`; with `stop` it then ends."""
 
     def hook(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         found.append(arguments[0] if arguments else keywords["hidden_states"])

@@ -54,8 +54,7 @@ def round_trip(lens: TunedLens, x: Tensor, layer: int) -> float:
 
 
 def condition(weight: Tensor) -> float:
-    """Condition number of I + W, weight [D, D]: how many times larger a relative error may come back from the
-    inverse. 1 is best."""
+    """Condition number of I + W, weight [D, D]: by how much the inverse may enlarge a relative error; 1 is best."""
     values = torch.linalg.svdvals(torch.eye(len(weight), dtype=torch.float64) + weight.cpu().double())
     return (values[0] / values[-1].clamp_min(torch.finfo(values.dtype).tiny)).item()
 

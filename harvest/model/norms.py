@@ -16,17 +16,15 @@ from store.arrays import TokenTable
 MEDIAN_TOKENS = 2**20
 
 
-def mask_by_norm(
-    runner: BatchRunner, tokens: TokenTable, factor: float, batch_tokens: int
-) -> tuple[np.ndarray, list[float]]:
-    """The table's `keep` (bool [T]) without the tokens whose norm at any stored layer exceeds `factor` times its
-    median; and the medians."""
-    keep, medians, waiting, n_waiting = tokens.keep.copy(), np.array([]), [], 0
-    batches = sequence_batches(tokens.position, batch_tokens)
+def mask_by_norm(runner: BatchRunner, table: TokenTable, factor: float, size: int) -> tuple[np.ndarray, list[float]]:
+    """The table's `keep` (bool [T]) without tokens whose norm at a stored layer exceeds `factor` times its median; and
+    the medians. size: tokens of a batch."""
+    keep, medians, waiting, n_waiting = table.keep.copy(), np.array([]), [], 0
+    batches = sequence_batches(table.position, size)
     with progress("norms", "tok", len(keep)) as bar:
         for batch in batches:
             part = slice(batch.start, batch.stop)
-            waiting.append((part, runner.norms(torch.from_numpy(token_ids(tokens.token_id, batch)))))
+            waiting.append((part, runner.norms(torch.from_numpy(token_ids(table.token_id, batch)))))
             n_waiting += int(keep[part].sum())
             if not medians.size and n_waiting and (n_waiting >= MEDIAN_TOKENS or batch is batches[-1]):
                 medians = np.median(np.concatenate([norms[keep[at]] for at, norms in waiting]), axis=0)  # [L]

@@ -8,9 +8,9 @@ when it goes on; so the texts of consecutive tokens are held against what the to
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 from residscope.errors import IncompatibleError, UsageError
@@ -87,8 +87,7 @@ class Tokenizer:
 
     @cached_property
     def end_of_text(self) -> str | None:
-        """Name of the token that ends a document, None where there is none: a well-known one that is special here, or
-        `eos_token`."""
+        """Name of the token that ends a document: a well-known one that is special here, or `eos_token`, or None."""
         known = [name for name in _END_OF_TEXT if self.vocabulary.get(name) in self.special_ids]
         names = (name for name in (*known, self.backend.eos_token) if isinstance(name, str))
         return next((name for name in names if name in self.vocabulary), None)
@@ -177,7 +176,7 @@ class Tokenizer:
             cuts = [0, *_ends(heads, whole)]
             if last:
                 cuts[-1] = len(whole)
-            yield from (whole[a:b] for a, b in pairwise(cuts[start - low : stop - low + 1]))
+            yield from (whole[a:b] for a, b in itertools.pairwise(cuts[start - low : stop - low + 1]))
             low, start = max([i for i in closed if i <= stop - _AROUND], default=low), stop
 
 
@@ -185,9 +184,8 @@ def _ends(heads: Sequence[str], whole: str) -> Iterator[int]:
     """Where in a text each token's part ends, from what decodes up to each."""
     settled = end = 0
     for head in heads:
-        same = next(
-            (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
-        )
+        equal = (a == b for a, b in zip(head, whole, strict=False))
+        same = sum(itertools.takewhile(bool, equal))
         settled = max(settled, same)
         begun = head.startswith(PARTIAL, same)  # A character that is not whole yet belongs here.
         end = max(end, min(settled + begun, len(whole)))

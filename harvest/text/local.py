@@ -75,8 +75,7 @@ def files_hash(files: list[Path]) -> str:
 
 
 def file_documents(files: list[Path], column: str, known: np.ndarray | None = None) -> Iterator[Document]:
-    """All documents of some files; column: with the text, where files have columns, or with token ids if `known` says
-    which there are."""
+    """All documents of some files; column: of the text, where there are any, or of token ids (`known`: which exist)."""
     for path in files:
         try:
             suffix = suffix_of(path)

@@ -2,8 +2,7 @@
 
 How: the next document is always taken from the stream that is furthest behind its share of the tokens so far (the
 first of them where they are even), so that after every document each share is right to within one document, and
-the order depends on the documents and the weights alone. A stream that runs out leaves its share to the others, in
-proportion.
+the order depends on documents and weights alone. A stream that runs out leaves its share to the others in proportion.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,7 @@ class Mixture:
     def __init__(
         self, streams: Sequence[Iterator[np.ndarray]], weights: Sequence[float], n_tokens: int, extra: int
     ) -> None:
-        """n_tokens: of all together, where the last document is cut. extra: tokens that go with each document
-        (separator, BOS), and count."""
+        """n_tokens: of all together; the last document is cut. extra: with each document (separator, BOS), counted."""
         self._streams = streams
         self._weights = weights
         self._left = n_tokens

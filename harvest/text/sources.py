@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,7 @@ class TextSource:
     dataset: str
     """Hub id, name of a local file or folder (no path), pydoc or stdlib."""
     revision: str | None
-    """Commit on the hub, hash of local files (names, sizes and the first MiB of each), or the Python version of
-    pydoc and stdlib."""
+    """Commit on the hub, hash of local files (names, sizes, first MiB of each), or Python's version (pydoc, stdlib)."""
     is_local: bool
     """Whether it lies on this machine."""
     choice: TextChoice
@@ -70,8 +70,7 @@ def is_on_disk(name: str) -> bool:
 
 
 def require_local_texts(config: TextConfig) -> None:
-    """`UsageError` for a local text that is not there: asked before a model or tokenizer is loaded, which takes far
-    longer."""
+    """`UsageError` for a local text that is not there: asked before the slow loading of a model or tokenizer."""
     for choice in config.choices:
         is_on_disk(choice.name)
 
@@ -136,9 +135,7 @@ def shuffled(documents: Iterator[Document], seed: int) -> Iterator[Document]:
             yield data.decode("utf-8", "surrogatepass") if is_text else np.frombuffer(data, np.int32)
 
 
-def _hub_documents(
-    choice: TextChoice, commit: str | None, seed: int | None, known: np.ndarray | None
-) -> Iterator[Document]:
+def _hub_documents(choice: TextChoice, commit: str | None, seed: int | None, known: Any) -> Iterator[Document]:
     """Stream a data set's split. The library raises nearly everything, so that nothing narrower will do."""
     import datasets
 
@@ -146,9 +143,8 @@ def _hub_documents(
     datasets.disable_progress_bars()
     name = f"data set {choice.name!r}"
     try:
-        rows = datasets.load_dataset(
-            choice.name, choice.config or None, split=choice.split, revision=commit, streaming=True
-        )
+        subset, options = choice.config or None, {"split": choice.split, "revision": commit}
+        rows: Any = datasets.load_dataset(choice.name, subset, streaming=True, **options)
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=_HUB_BUFFER)
         for number, row in enumerate(rows, start=1):

@@ -118,9 +118,8 @@ def compare(config: TrainCompareConfig) -> Comparison:
         data = ValidationData(store, held_out, positions, seed=0)
         members = [(entrant, layer, sae) for entrant in entrants for layer, sae in entrant.members.items()]
         own = [_only_position(*member, store.meta.layers, config.cross) for member in members]
-        targets = [
-            ValidationTarget(sae.to(device), torch.float32, o) for (*_, sae), o in zip(members, own, strict=True)
-        ]
+        saes = [sae.to(device) for *_, sae in members]
+        targets = [ValidationTarget(sae, torch.float32, place) for sae, place in zip(saes, own, strict=True)]
         measured = data.evaluate(targets, source, tokens=config.tokens)
         for (entrant, layer, _), position, found in zip(members, own, measured, strict=True):
             entrant.found[layer] = found if position is None else _at(found, position, len(positions))

@@ -34,9 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "source", metavar="SRC", help="ckpt.pt, a folder in any of the formats, or a hub id (owner/name)"
-    )
+    parser.add_argument("source", metavar="SRC", help="ckpt.pt, a folder in any format, or a hub id (owner/name)")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; made if need be")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
     parser.add_argument(

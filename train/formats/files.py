@@ -180,9 +180,8 @@ def outputs(folder: Path, to: Format, hookpoints: Sequence[str] = ()) -> tuple[l
             raise UsageError(f"--hookpoints: {name} is given twice")
         parts = Path(name).parts
         if not name.strip() or not parts or Path(name).is_absolute() or {"..", ".partial", CARD} & {*parts}:
-            raise UsageError(
-                f"--hookpoints: a name should be a sub-folder of {folder}, such as layers.3, found {name!r}"
-            )
+            wanted = f"a name should be a sub-folder of {folder}, such as layers.3"
+            raise UsageError(f"--hookpoints: {wanted}, found {name!r}")
     if to == "residscope":
         return [CHECKPOINT], [EXPORT]
     layout = LAYOUTS[to]

@@ -38,10 +38,8 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
     above.plot(x, _column(training, "fvu"), label="FVU, training", color="tab:blue")
     above.plot(x, _column(training, "loss"), label="loss, training", color="tab:gray", linewidth=0.9)
     if validation:
-        held_out = _column(validation, "fvu")
-        above.plot(
-            _column(validation, "vectors", 1e-6), held_out, "o", label="FVU, held-out documents", color="tab:orange"
-        )
+        at, held_out = _column(validation, "vectors", 1e-6), _column(validation, "fvu")
+        above.plot(at, held_out, "o", label="FVU, held-out documents", color="tab:orange")
     above.set(yscale="log", ylabel="share of variance, lower is better")
     above.set_title(figure_text(title), fontsize=10)
     above.grid(alpha=0.3, which="both")

@@ -64,8 +64,7 @@ def _saved(result: TrainResult) -> Checkpoint:
 
 
 def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
-    """Upload the runs' own files with a model card each: one run at the top of the repository, several in folders by
-    name; the address."""
+    """Upload the runs' files with a model card each, one at the top, several in folders by name; the address."""
     from train.formats.hub import last_metrics, model_card, push_to_hub
 
     assert config.push_to_hub is not None

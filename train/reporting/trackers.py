@@ -1,7 +1,6 @@
 """TensorBoard and Weights & Biases beside the metrics file: off by default.
 
-Both get every line of `ckpt.metrics.jsonl`: training numbers as train/NAME, validation as validation/NAME, lists over
-layers as NAME/LAYER, against the step.
+Both get every line of `ckpt.metrics.jsonl` by step: train/NAME, validation/NAME, and lists over layers as NAME/LAYER.
 """
 
 import secrets

@@ -18,9 +18,8 @@ def section(results: Results) -> Section:
     if overlap is None:
         reason = "this analysis was made without examples, or no latent fired often enough at two layers"
         return Section(TITLE, f"<p>Not shown: {reason}.</p>")
-    observed, expected = (
-        results.numbers("examples", "agreement", f"{name}_by_distance") for name in ("overlap", "chance")
-    )
+    keys = ("examples", "agreement")
+    observed, expected = (results.numbers(*keys, f"{name}_by_distance") for name in ("overlap", "chance"))
     distances = range(1, len(observed) + 1)
     chart = lines_chart(
         [(observed, "observed", "ours"), (expected, "by chance", "null dashed")],

@@ -74,8 +74,7 @@ class Screen:
 
     @staticmethod
     def fits(W_enc: Tensor, k: int) -> bool:
-        """Whether it works and pays: float32 weights [M, D] of a depth in whole quads, many latents for each of the k,
-        and a machine that can."""
+        """Whether it works and pays: float32 weights [M, D], D in whole quads, many latents per k, an able machine."""
         m, d = W_enc.shape
         shaped = W_enc.dtype == torch.float32 and W_enc.device.type == "cpu" and d % 16 == 0 and m >= _MANY * k
         return shaped and has_byte_products()

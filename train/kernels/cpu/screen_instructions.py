@@ -80,9 +80,8 @@ def _multiply(builder: Any, left: Any, right: Any, quads: Any, offset: Any) -> l
     after = []
     for r, olds in enumerate(before):
         row = builder.bitcast(_everywhere(builder, _load(builder, block, r, _I32), _INTS), _BYTES)
-        after.append(
-            [builder.call(add_products, [old, column, row]) for old, column in zip(olds, columns, strict=True)]
-        )
+        pairs = zip(olds, columns, strict=True)
+        after.append([builder.call(add_products, [old, column, row]) for old, column in pairs])
     following = builder.add(quad, _I64(1))
     quad.add_incoming(following, loop)
     for first, olds, news in zip(starts, before, after, strict=True):
@@ -99,9 +98,8 @@ def _keep_above(builder, sums, scale, size, margin, bound, latent, guesses, late
     pack_floats = _instruction(builder, "x86.avx512.mask.compress.v16f32", _FLOATS, _FLOATS, _FLOATS, _BITS)
     pack_ints = _instruction(builder, "x86.avx512.mask.compress.v16i32", _INTS, _INTS, _INTS, _BITS)
     count_bits = _instruction(builder, "ctpop.i16", _I16, _I16)
-    scales, sizes = (
-        [_load(builder, address, _LANES * j, _FLOATS) for j in range(_VECTORS)] for address in (scale, size)
-    )
+    places = [_LANES * j for j in range(_VECTORS)]
+    scales, sizes = ([_load(builder, address, place, _FLOATS) for place in places] for address in (scale, size))
     numbers = [_load(builder, latent, _LANES * j, _INTS) for j in range(_VECTORS)]
     for r, row in enumerate(sums):
         margins, bounds = (_everywhere(builder, _load(builder, a, r, _F32), _FLOATS) for a in (margin, bound))

@@ -181,8 +181,7 @@ def screen_blocks(start, stop, packed, screened, ranks, own_size, centred, weigh
 
 @inlined
 def _finish(candidates, row, size, largest, weights, exact, values, indices):
-    """The k largest products of a row, whose candidates [:n] are all latents that may exceed `bound`; False where that
-    leaves a doubt."""
+    """The k largest products of a row, candidates [:n] being all that may exceed `bound`; False where in doubt."""
     guess, latent, n, bound = candidates
     scale, margin, own = row
     k = values.size
