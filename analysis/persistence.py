@@ -116,9 +116,7 @@ def latent_persistence(moments: LayerMoments) -> LatentPersistence:
     return LatentPersistence(active, onset + moments.centre, offset + moments.centre, run, contiguity)
 
 
-def _mean(
-    total: NDArray[np.float64], weight: NDArray[np.float64], scale: NDArray[np.float64] | float = 0.0
-) -> NDArray[np.float64]:
+def _mean(total: NDArray, weight: NDArray, scale: NDArray | float = 0.0) -> NDArray[np.float64]:
     """total / weight; NaN where the weight, a difference of sums of size `scale`, is 0 but for rounding."""
     some = np.asarray(weight) > 1e-12 * np.asarray(scale)
     return np.divide(total, weight, out=np.full_like(np.asarray(total), np.nan), where=some)

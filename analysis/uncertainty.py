@@ -135,9 +135,7 @@ def _stacked(sums: NDArray[np.float64], weighting: Weighting) -> NDArray[np.floa
     return np.stack([getattr(found, name) for name in VARIANCE_NAMES])
 
 
-def _named(
-    names: Sequence[str], values: NDArray[np.float64], replicates: NDArray[np.float64]
-) -> dict[str, Interval | None]:
+def _named(names: Sequence[str], values: NDArray, replicates: NDArray) -> dict[str, Interval | None]:
     return dict(zip(names, jackknife_intervals(values, replicates), strict=True))
 
 

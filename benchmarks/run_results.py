@@ -94,8 +94,7 @@ def fit_lens(out: Path) -> tuple[Path, tuple[str, ...]]:
 
 def fresh_file(out: Path) -> Path:
     """The text to measure on; made where it is not there."""
-    from harvest.text.python import pydoc_documents
-    from harvest.text.sources import shuffled
+    from harvest.text.sources import pydoc_documents, shuffled
 
     path = out / "fresh.jsonl"
     if not path.exists():

@@ -73,10 +73,8 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         require_positive(context_length=self.context_length)
         if self.context_length == 1 and not self.keep_first_position:
-            raise UsageError(
-                "--context-length 1 leaves no position but the first, which is masked: use 2 or more, or"
-                " --keep-first-position"
-            )
+            way_out = "use 2 or more, or --keep-first-position"
+            raise UsageError(f"--context-length 1 leaves no position but the first, which is masked: {way_out}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,9 +189,8 @@ def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled
         raise runner.explain_not_finite(torch.from_numpy(token_ids(tokens.token_id, bad)), bad.start)
     left = len(store.missing_shards())
     if left:
-        raise Interrupted(
-            f"stopped with {meta.n_shards - left} of {meta.n_shards} shards complete; run the same command to continue"
-        )
+        done_of = f"{meta.n_shards - left} of {meta.n_shards} shards complete"
+        raise Interrupted(f"stopped with {done_of}; run the same command to continue")
     return Filled(len(missing), done, time.perf_counter() - begin)
 
 

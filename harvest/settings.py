@@ -10,12 +10,12 @@ import torch
 from harvest.config import HarvestConfig, StorageConfig, parse_layers
 from harvest.lens.translators import TunedLens, load_lens
 from harvest.model.blocks import d_model_of, longest_context, n_layers_of
-from harvest.model.hub import first_line
 from harvest.model.load import LoadedModel, load_config, load_model, load_tokenizer
 from harvest.model.names import ModelSpec, resolve_model
 from harvest.model.tokenizer import Tokenizer
 from harvest.table import Packing, make_packing
 from residscope.errors import IncompatibleError, UsageError
+from residscope.reading import said
 from store.meta import ITEMSIZE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -140,7 +140,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # The meta device has no numbers.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name} is not available ({first_line(error)}); try --device cpu") from None
+        raise UsageError(f"--device {name} is not available ({said(error)}); try --device cpu") from None
     return device
 
 

@@ -74,6 +74,5 @@ def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token
             f"{where}: the value {value:.6g} does not fit --store-dtype {str(dtype).removeprefix('torch.')}, whose"
             f" largest is {torch.finfo(dtype).max:.6g}. It was not stored; use --store-dtype bfloat16 or float32"
         )
-    return ResidscopeError(
-        f"{where}: the model gives {value}. It was not stored; try --dtype float32, and check the model's weights"
-    )
+    way_out = "try --dtype float32, and check the model's weights"
+    return ResidscopeError(f"{where}: the model gives {value}. It was not stored; {way_out}")

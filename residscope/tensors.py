@@ -6,7 +6,6 @@ open file; its check sum and sizes are compared; then these same bytes become th
 plain values can be made, so that a file from a stranger cannot run code. Memory: the tensors, and twice the largest.
 """
 
-import errno
 import io
 import math
 import pickle
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
+from residscope.reading import reading
 
 _DTYPES = (torch.double, torch.float, torch.half, torch.bfloat16, torch.long, torch.int, torch.uint8, torch.bool)
 _STORAGES = [f"{word}Storage" for word in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")]
@@ -29,19 +29,11 @@ def load_tensors(file: BinaryIO, where: str) -> Any:
     where: what the user calls the file. Raises `IncompatibleError` if it is damaged, is no archive of `torch.save`, or
     holds anything else.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return _Unpickler(archive, where).load()
-    except (MemoryError, IncompatibleError):
-        raise
-    except Exception as error:  # a damaged archive or pickle raises nearly anything
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # of the disk; EINVAL is what a damaged index gives, which seeks beyond the file's ends
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
-        raise IncompatibleError(
-            f"{where}: cannot be read as plain tensors ({reason}): it was cut short, damaged, or is no archive as "
-            "torch.save writes them (bare pickle files are never loaded)"
-        ) from None
+    may_be = (
+        "it was cut short, damaged, or is no archive as torch.save writes them (bare pickle files are never loaded)"
+    )
+    with reading(f"{where}: cannot be read as plain tensors", may_be), zipfile.ZipFile(file) as archive:
+        return _Unpickler(archive, where).load()
 
 
 class _Mapping(dict[Any, Any]):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from residscope.console import stop_on_signals
 from residscope.errors import IncompatibleError, UsageError
+from residscope.reading import reading
 from store import arrays
 from store.arrays import TokenTable
 from store.checksums import file_hashes, read_checked
@@ -47,10 +48,8 @@ def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
     for name in manifest.checksums:
         if name.endswith("zarr.json"):
             read_checked(path, name, manifest.checksums)
-    try:
+    with reading(f"{path}: the store's attributes are damaged: no readable JSON"):
         attributes = dict(json.loads(read_checked(path, "zarr.json", manifest.checksums))["attributes"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IncompatibleError(f"{path}: the store's attributes are damaged: no readable JSON ({error})") from None
     meta = StoreMeta.from_attributes(attributes)
     arrays.check_counts(path, meta, manifest.checksums)
     return meta

@@ -69,10 +69,8 @@ class StoreMeta:
             raise UsageError(f"store: layers should name at least one block, found {self.layers!r}")
         ascending = list(self.layers) == sorted(set(self.layers))
         if not ascending or self.layers[0] < 0 or self.layers[-1] >= self.n_model_layers:
-            raise UsageError(
-                f"store: layers should ascend within 0..{self.n_model_layers - 1} without repeats, "
-                f"found {list(self.layers)}"
-            )
+            wanted = f"ascend within 0..{self.n_model_layers - 1} without repeats"
+            raise UsageError(f"store: layers should {wanted}, found {list(self.layers)}")
         if not (isinstance(self.lens, dict | None) and isinstance(self.provenance, dict)):
             raise UsageError("store: lens and provenance should be mappings")
         if self.stored_dtype not in ITEMSIZE:
@@ -83,9 +81,8 @@ class StoreMeta:
             found = human_bytes(self.shard_tokens * self.bytes_per_token)
             raise UsageError(f"store: a shard should have at most 1.07 GB before compression, found {found}")
         if self.shard_tokens % self.chunk_tokens:
-            raise UsageError(
-                f"store: shard_tokens ({self.shard_tokens}) should be a multiple of chunk_tokens ({self.chunk_tokens})"
-            )
+            found = f"shard_tokens ({self.shard_tokens}) should be a multiple of chunk_tokens ({self.chunk_tokens})"
+            raise UsageError(f"store: {found}")
 
     @property
     def n_layers(self) -> int:
@@ -154,9 +151,8 @@ class StoreMeta:
         names = {field.name for field in dataclasses.fields(cls)}
         found = set(attributes) - {"format", "format_version"}
         if found != names:
-            raise IncompatibleError(
-                f"the store's attributes are damaged: missing {sorted(names - found)}, unknown {sorted(found - names)}"
-            )
+            what = f"missing {sorted(names - found)}, unknown {sorted(found - names)}"
+            raise IncompatibleError(f"the store's attributes are damaged: {what}")
         values = {name: attributes[name] for name in names}
         if not isinstance(values["layers"], list):
             found = f"layers should be a list, found {values['layers']!r}"

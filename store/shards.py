@@ -131,10 +131,8 @@ class ShardReader:
         packed = self._meta.codec == "zstd"
         data = np.empty(length - CRC_BYTES, np.uint8) if packed else out
         if data.nbytes + CRC_BYTES != length or not self._fill(data, offset) or crc32c(data) != check:
-            raise DamagedError(
-                self._path,
-                f"the checksum of token chunk {chunk} at stored layer {layer} does not match{self._exchanged}",
-            )
+            which = f"token chunk {chunk} at stored layer {layer}"
+            raise DamagedError(self._path, f"the checksum of {which} does not match{self._exchanged}")
         if packed:
             Zstd().decode(data, out)
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import dtype as DType
 
 from residscope.errors import IncompatibleError, UsageError
 from residscope.first_calls import settle_first_calls
@@ -131,9 +132,7 @@ class MLSAE(nn.Module):
         return standardize_by_layer(x, layer, self.layer_mean, self.layer_scale)
 
     @torch.no_grad()
-    def encode(
-        self, x: Tensor, layer: Tensor | None = None, *, product_dtype: torch.dtype | None = None
-    ) -> SparseCodes:
+    def encode(self, x: Tensor, layer: Tensor | None = None, *, product_dtype: DType | None = None) -> SparseCodes:
         """Codes of raw vectors `x` [N, D], in the type of the weights: values [N, w] >= 0, indices int64 [N, w].
 
         w is k for topk, else the most latents that a vector has; value 0 means not active, whatever the index. layer:
@@ -170,9 +169,7 @@ class MLSAE(nn.Module):
         return x_hat_std.mul_(std).add_(mean)
 
     @torch.no_grad()
-    def forward(
-        self, x: Tensor, layer: Tensor | None = None, *, product_dtype: torch.dtype | None = None
-    ) -> ForwardOutput:
+    def forward(self, x: Tensor, layer: Tensor | None = None, *, product_dtype: DType | None = None) -> ForwardOutput:
         """Encode and decode raw vectors `x` [N, D]; layer as in `standardize`."""
         x_std, mean, std = self.standardize(x.to(self.W_enc.dtype), layer)
         codes = self.encode_standardized(x_std, product_dtype=product_dtype)

@@ -58,9 +58,8 @@ class SAEConfig:
         if self.d_model * self.n_latents > _LARGEST:
             raise UsageError(f"d_model {self.d_model} and n_latents {self.n_latents} are more than any memory holds")
         if self.k > self.n_latents:
-            raise UsageError(
-                f"k is {self.k}, but there are only {self.n_latents} latents: lower k, or raise the expansion factor"
-            )
+            there = f"there are only {self.n_latents} latents"
+            raise UsageError(f"k is {self.k}, but {there}: lower k, or raise the expansion factor")
         if any(layer < 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
             raise UsageError(f"layers should be block indices, each once, found {list(self.layers)!r:.60}")
         if (self.standardize == "layer") != bool(self.layers):

@@ -72,9 +72,8 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"--compare {path}: there is no such file or folder")
     if not file.is_file():
-        raise IncompatibleError(
-            f"--compare {path}: no summary.json there: give folders that `analyze` wrote, or their summary.json"
-        )
+        way_out = "give folders that `analyze` wrote, or their summary.json"
+        raise IncompatibleError(f"--compare {path}: no summary.json there: {way_out}")
     summary = read_json(file, _AGAIN)
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:

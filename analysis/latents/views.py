@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 
 from analysis.inputs import Inputs, TaskSpec
 from analysis.latents.contexts import agreement_summary, context_agreement, contexts_per_layer
-from analysis.latents.example_rows import write_found
-from analysis.latents.examples import REACH, TopExamples, examples_per_layer
+from analysis.latents.examples import REACH, TopExamples, examples_per_layer, write_found
 from analysis.latents.table import LatentTable
 from analysis.loops import compiled
 from analysis.model.transformer import spec_of_store

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from analysis.config import AnalyzeConfig, TransformerOptions
 from analysis.inputs import Inputs
-from analysis.latents.tokens import LatentTokens, find_latent_tokens, write_latent_tokens
+from analysis.latents.logits import LatentTokens, find_latent_tokens, write_latent_tokens
 from analysis.model.downstream import measure_downstream, sae_reconstruction
 from analysis.model.downstream_numbers import Downstream, downstream_summary
 from analysis.model.transformer import lens_of_store, load_of_store, spec_of_store

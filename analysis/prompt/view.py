@@ -200,6 +200,5 @@ def check_interventions(interventions: Sequence[Intervention], n_latents: int, l
         if not 0 <= one.latent < n_latents:
             raise UsageError(f"--{one.kind}: the autoencoder has latents 0 to {n_latents - 1}, found {one.latent}")
         if one.layer is not None and one.layer not in layers:
-            raise UsageError(
-                f"--{one.kind}: the autoencoder was trained on layers {' '.join(map(str, layers))}, found {one.layer}"
-            )
+            trained = " ".join(map(str, layers))
+            raise UsageError(f"--{one.kind}: the autoencoder was trained on layers {trained}, found {one.layer}")

@@ -21,10 +21,8 @@ def prompt_words(content: Mapping[str, Any]) -> str:
             *_latents(prompt),
         ]
         if prompt["interventions"]:
-            lines.append(
-                "What a latent does to the next token (KL(true || changed), nats; probabilities before > after)"
-            )
-            lines += _effects(prompt)
+            title = "What a latent does to the next token (KL(true || changed), nats; probabilities before > after)"
+            lines += [title, *_effects(prompt)]
         if prompt["silent"]:
             silent = ", ".join(map(str, prompt["silent"]))
             lines.append(f"Not ablated, because not active in this prompt: latent {silent}.")

@@ -1,19 +1,89 @@
 """report.html: one self-contained page with the findings, the figures and every live latent of an analysis.
 
 The page loads nothing: style, scripts and data are in it, and a content security policy forbids every request,
-and every script but its own, by hash. Whatever comes from the files is escaped where a section puts it into HTML.
+and every script but its own, by hash. Whatever comes from the files is escaped where a section puts it into HTML. On
+top stand the finding in one sentence, the tokens that it holds for, warnings, and the main numbers.
 """
 
 import base64
 import hashlib
+import re
 from html import escape
 from importlib import import_module
 from pathlib import Path
 
 from analysis.report.data import Results, load_results
 from analysis.report.figures import write_figures
-from analysis.report.header import page_header
-from analysis.report.markup import Section, fill, page_file
+from analysis.report.markup import Section, between, fill, integer, page_file, percent, show, tiles
+from analysis.report.sections.variance import why_no_ratio
+
+RATIO = ("variance", "mass", "aggregate_over_token")
+
+
+def page_header(results: Results) -> str:
+    """What a reader should know who reads nothing else."""
+    other = "The reference's formula gives no number here: its rel_var_t is zero or not defined."
+    if results.reference_ratio is not None:
+        other = (
+            f"The reference's formula gives {show(results.reference_ratio)} on the same codes, but what it divides are "
+            'not variances: <a href="#variance">why they differ</a>.'
+        )
+    # Flags of the command line as code, so that no line ends inside one.
+    warnings = [re.sub(r"--[\w-]+", r"<code>\g<0></code>", escape(warning)) for warning in _warnings(results)]
+    return fill(
+        "header.html",
+        model=escape(str(results.get("provenance", "store", "model") or "unnamed model")),
+        dataset=escape(str(results.get("provenance", "store", "dataset") or "unnamed text")),
+        headline=escape(headline(results)),
+        aggregate=show(results.number("variance", "mass", "aggregate")),
+        token=show(results.number("variance", "mass", "within_token")),
+        reference=other,
+        tokens=escape(str(results.get("split", "text") or f"{integer(results.get('n_tokens'))} tokens.")),
+        warnings="".join(f'<p class="warning">{words}</p>' for words in warnings),
+        tiles=tiles(_main_numbers(results)),
+    )
+
+
+def headline(results: Results) -> str:
+    """The main finding in one plain sentence."""
+    ratio = results.number(*RATIO)
+    if ratio is None:
+        return f"Aggregate over token-level variance is not defined here: {why_no_ratio(results)}."
+    return f"The variance of a latent's layer is {show(ratio)} times as large over all tokens as at a single token."
+
+
+def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
+    """Name, value, and a few words on unit, direction or interval."""
+    ratio_bounds, fvu_bounds = results.bounds(*RATIO), results.bounds("reconstruction", "fvu")
+    live, n_latents = results.number("latents", "active") or 0.0, results.number("n_latents") or 0.0
+    held_out = results.number("validation_fvu")
+    ratio_words = f"95 % interval {between(ratio_bounds)}" if ratio_bounds else why_no_ratio(results)
+    live_words = f"of {integer(n_latents)}" + (f" ({percent(live / n_latents)})" if n_latents else "")
+    fvu_words = (
+        "lower is better"
+        + (f"; 95 % interval {between(fvu_bounds)}" if fvu_bounds else "")
+        + (f"; held-out text {show(held_out)}" if held_out is not None else "")
+    )
+    k_words = f"active latents per vector; k = {integer(results.get('provenance', 'sae', 'k'))}"
+    return [
+        ("Aggregate / token-level variance", show(results.number(*RATIO)), ratio_words or "no interval computed"),
+        ("The same by the reference's formula", show(results.reference_ratio), "not a ratio of variances"),
+        ("Tokens", integer(results.get("n_tokens")), f"in {integer(results.get('split', 'n_documents'))} documents"),
+        ("Live latents", integer(live), live_words),
+        ("FVU, mean over layers", show(results.number("reconstruction", "fvu")), fvu_words),
+        ("L0", show(results.number("reconstruction", "l0")), k_words),
+    ]
+
+
+def _warnings(results: Results) -> list[str]:
+    """The summary's own warnings, and one about training tokens where it has none."""
+    trained_on = results.get("split", "trained_on")
+    if results.get("warnings"):
+        return [str(warning) for warning in results.get("warnings")]
+    if trained_on in ("some", "all"):
+        return ["The SAE was trained on some of these tokens: numbers on held-out text may be worse."]
+    return ["It is not known whether the SAE was trained on these tokens."] if trained_on == "unknown" else []
+
 
 SECTIONS = (
     *("variance", "layers", "persistence", "nulls", "kinds", "redundancy", "contexts"),

@@ -24,11 +24,11 @@ import xxhash
 from torch import Tensor
 
 from harvest.model.aliases import hub_id
-from harvest.model.hashes import add_file
-from harvest.model.hub import first_line, pin
+from harvest.model.hashes import hash_of
+from harvest.model.hub import pin
 from harvest.model.load import LoadedModel
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
-from residscope.reading import CONFIG_BYTES, read_whole
+from residscope.reading import CONFIG_BYTES, read_whole, reading, said
 from residscope.tensors import load_tensors
 from store.files import atomic_write
 
@@ -154,25 +154,18 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
 
 def _fingerprint(folder: Path) -> str:
     """Hash of a lens's files."""
-    digest = xxhash.xxh3_128()
-    for file in _FILES:
-        add_file(digest, folder / file)
-    return digest.hexdigest()
+    return hash_of(xxhash.xxh3_128(), *(folder / file for file in _FILES))
 
 
 def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexing) -> TunedLens:
     digest = xxhash.xxh3_128()
-    try:
+    with reading(f"lens {name}: config.json should name num_hidden_layers and d_model"):
         content = read_whole(folder / "config.json", CONFIG_BYTES)
         digest.update(content)
         config = json.loads(content)
         found = (config["num_hidden_layers"], config["d_model"])
         if not all(type(number) is int for number in found):
             raise TypeError(f"they should be whole numbers, found {found}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IncompatibleError(
-            f"lens {name}: config.json should name num_hidden_layers and d_model ({type(error).__name__}: {error})"
-        ) from None
     if found != (n_layers, d_model):
         raise IncompatibleError(
             f"lens {name} is for {found[0]} layers and d_model {found[1]}, the model has {n_layers} and {d_model}; give"
@@ -219,9 +212,8 @@ def _download(model_id: str) -> Path:
         except Exception as error:
             if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError", "LocalEntryNotFoundError"):
                 continue
-            raise ResidscopeError(
-                f"lens {candidate}: cannot be downloaded ({type(error).__name__}: {first_line(error)})"
-            ) from error
+            found = f"{type(error).__name__}: {said(error)}"
+            raise ResidscopeError(f"lens {candidate}: cannot be downloaded ({found})") from error
         return Path(paths[0]).parent
     raise UsageError(f"no published lens for {model_id!r} in the Space {SPACE}. {_FIT_ONE}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from residscope.errors import IncompatibleError, ResidscopeError
-from residscope.reading import CONFIG_BYTES, read_whole
+from residscope.reading import CONFIG_BYTES, read_whole, reading
 
 ADAPTER = "adapter_config.json"
 NOT_BY_TRANSFORMERS = {"subfolder": "applied-by-harvest.model.adapters"}
@@ -28,14 +28,10 @@ class Adapter(NamedTuple):
 
 def read_adapter(model: str, config: Path) -> Adapter:
     """What `config`, an adapter_config.json, says; `IncompatibleError` if damaged, `ResidscopeError` without peft."""
-    try:
+    way_out = "save the adapter again, or remove the file to use the weights without it"
+    with reading(f"{model}: {ADAPTER} is not an adapter's configuration", way_out):
         found = json.loads(read_whole(config, CONFIG_BYTES))
         kind, base = str(found["peft_type"]), found.get("base_model_name_or_path") or ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IncompatibleError(
-            f"{model}: {ADAPTER} is not an adapter's configuration ({type(error).__name__}: {error}); save the adapter"
-            " again, or remove the file to use the weights without it"
-        ) from None
     try:
         version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:

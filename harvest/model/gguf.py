@@ -24,12 +24,11 @@ from typing import Any
 import xxhash
 
 from harvest.model.aliases import PACKAGED
-from harvest.model.hashes import add_file
-from harvest.model.hub import first_line
+from harvest.model.hashes import hash_of
 from harvest.model.sanity import refuse_missing
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError
-from residscope.reading import CONFIG_BYTES, read_whole
+from residscope.reading import CONFIG_BYTES, read_whole, said
 
 _BLOCK = 1 << 22
 _EXACT_PARAMETERS = 1_000_000_000
@@ -63,10 +62,7 @@ def packaged_gguf(alias: str) -> GgufFile | None:
 
 def sha256(file: GgufFile) -> str:
     """SHA-256 (hex) of the whole file."""
-    digest = hashlib.sha256()
-    for part in file.parts:
-        add_file(digest, part)
-    return digest.hexdigest()
+    return hash_of(hashlib.sha256(), *file.parts)
 
 
 def unpacked_folder(file: GgufFile, digest: str) -> Path:
@@ -114,7 +110,7 @@ def _unpack(file: GgufFile, folder: Path, size: int, digest: str) -> None:
             raise IncompatibleError(f"{file.name} was changed while it was unpacked; run the same command again")
         if source.parent == building:
             source.unlink()
-        seal = {path.name: _xxh3(path) for path in sorted(building.iterdir())}
+        seal = {path.name: hash_of(xxhash.xxh3_128(), path) for path in sorted(building.iterdir())}
         (building / _SEAL).write_text(json.dumps(seal), encoding="utf-8")
         building.rename(folder)
     finally:
@@ -146,7 +142,7 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
         if isinstance(error, IncompatibleError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise IncompatibleError(
-            f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {first_line(error)}). "
+            f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {said(error)}). "
             "It may be damaged, or of an architecture that transformers does not take from GGUF"
         ) from error
 
@@ -158,24 +154,17 @@ def _check_readable(file: GgufFile) -> None:
     with file.parts[0].open("rb") as stream:
         found = stream.read(4)
     if found != b"GGUF":
-        raise IncompatibleError(
-            f"{file.name}: not a GGUF file (it should begin with b'GGUF', found {found!r}); download it again"
-        )
+        what = f"not a GGUF file (it should begin with b'GGUF', found {found!r})"
+        raise IncompatibleError(f"{file.name}: {what}; download it again")
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether the folder holds what `_unpack` wrote: every file has the hash that the seal gives it."""
     try:
         seal = json.loads(read_whole(folder / _SEAL, CONFIG_BYTES))
-        return bool(seal) and all(_xxh3(folder / name) == found for name, found in seal.items())
+        return bool(seal) and all(hash_of(xxhash.xxh3_128(), folder / name) == found for name, found in seal.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    add_file(digest, path)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -9,3 +9,10 @@ def add_file(digest: Any, path: Path) -> None:
     """Add a file's content to a hash of hashlib or xxhash."""
     with path.open("rb") as stream:
         hashlib.file_digest(stream, lambda: digest)
+
+
+def hash_of(digest: Any, *paths: Path) -> str:
+    """What the hash gives, in hex, once the files' contents are added."""
+    for path in paths:
+        add_file(digest, path)
+    return digest.hexdigest()

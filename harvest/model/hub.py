@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from residscope.errors import ResidscopeError, UsageError
+from residscope.reading import said
 
 _TIMEOUT_SECONDS = 10.0
 _KINDS = {
@@ -80,7 +81,7 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
             files = tuple(path.name for path in found.glob("*"))
             return HubRepo(found.name, cached_only=True, files=files)
         raise ResidscopeError(
-            f"{what}: the hub cannot be reached ({first_line(error)}) and the local cache does not have it."
+            f"{what}: the hub cannot be reached ({said(error)}) and the local cache does not have it."
             f" Connect to the network, or give {instead}"
         ) from error
 
@@ -94,12 +95,6 @@ def _cached_snapshot(repo_id: str, kind: str, revision: str | None, probes: Sequ
         if isinstance(found, str):
             return Path(found).parents[len(Path(probe).parts) - 1]
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
 def quiet() -> None:

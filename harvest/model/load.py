@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from harvest.model.adapters import NOT_BY_TRANSFORMERS, with_adapter
 from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of, reset_rope
-from harvest.model.hub import first_line, passing_on, warn
+from harvest.model.hub import passing_on, warn
 from harvest.model.names import ModelSpec, model_files, resolve_model
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from harvest.model.tokenizer import Tokenizer
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError, is_out_of_memory
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
-from residscope.reading import read_json
+from residscope.reading import read_json, said
 
 settle_first_calls(torch)  # before anything is computed, wherever a model is
 
@@ -86,9 +86,8 @@ class LoadedModel:
             )
         found = self.causal_lm.get_output_embeddings()
         if not isinstance(found, nn.Module):
-            raise IncompatibleError(
-                f"{self.spec.name} ({self.architecture}): no unembedding found; this architecture cannot be measured"
-            )
+            what = "no unembedding found; this architecture cannot be measured"
+            raise IncompatibleError(f"{self.spec.name} ({self.architecture}): {what}")
         return found
 
     def logits(self, residual: Tensor) -> Tensor:
@@ -261,7 +260,7 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
         kind = ResidscopeError if spec.source == "hub" and what != "forward pass" else IncompatibleError
         failed = "fails" if what == "forward pass" else "cannot be loaded"
         raise kind(
-            f"{spec.name}: its {what} {failed} ({type(error).__name__}: {first_line(error)}){_way_out(spec, error)}"
+            f"{spec.name}: its {what} {failed} ({type(error).__name__}: {said(error)}){_way_out(spec, error)}"
         ) from error
 
 

@@ -17,9 +17,9 @@ from harvest.model import gguf
 from harvest.model.adapters import ADAPTER, read_adapter
 from harvest.model.aliases import hub_id, suggestions
 from harvest.model.hashes import add_file
-from harvest.model.hub import first_line, pin, quiet
+from harvest.model.hub import pin, quiet
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
-from residscope.reading import read_json
+from residscope.reading import read_json, said
 
 _UNREAD = (
     "readme* license* *.md *.log *.out *.jsonl *.csv *.parquet *.zst *.gz events.out.* *.png *.jpg *.jpeg *.gif *.svg"
@@ -97,9 +97,8 @@ def resolve_model(
         elif path.is_file() and path.suffix.lower() == ".gguf":
             spec = _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name)
         else:
-            raise IncompatibleError(
-                f"model {path}: not a .gguf file; for other formats give the folder that contains config.json"
-            )
+            way_out = "for other formats give the folder that contains config.json"
+            raise IncompatibleError(f"model {path}: not a .gguf file; {way_out}")
     elif revision is None and (packaged := gguf.packaged_gguf(name)):
         spec = _gguf_spec(packaged, name.lower())
     else:
@@ -107,7 +106,7 @@ def resolve_model(
     if ADAPTER in files and not random_init:
         if as_base:
             raise IncompatibleError(
-                f"{name} has an adapter too, and one alone can be applied; merge it into the weights"
+                f"{name} has an adapter too, and only one can be applied; merge it into its weights"
             )
         spec = _with_adapter(spec, files)
     return replace(spec, random_init=random_init, seed=seed)
@@ -120,9 +119,8 @@ def _hub_spec(name: str, revision: str | None) -> tuple[ModelSpec, Collection[st
     if "/" not in repo_id:
         close = suggestions(name)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UsageError(
-            f"unknown model {name!r}: neither a short name, a hub id (owner/name), a folder nor a GGUF file{hint}"
-        )
+        known = "neither a short name, a hub id (owner/name), a folder nor a GGUF file"
+        raise UsageError(f"unknown model {name!r}: {known}{hint}")
     repo = pin(repo_id, "model", revision, probes=("config.json", ADAPTER))
     spec = ModelSpec(name=repo_id, source="hub", location=repo_id, revision=repo.commit, cached_only=repo.cached_only)
     return spec, repo.files
@@ -136,7 +134,7 @@ def _with_adapter(spec: ModelSpec, files: Collection[str]) -> ModelSpec:
         try:
             file = Path(hf_hub_download(spec.location, ADAPTER, **spec.place))
         except Exception as error:  # Of many kinds, from several libraries.
-            raise ResidscopeError(f"{spec.name}: {ADAPTER} cannot be downloaded ({first_line(error)})") from error
+            raise ResidscopeError(f"{spec.name}: {ADAPTER} cannot be downloaded ({said(error)})") from error
     else:
         file = Path(spec.location, ADAPTER)
     adapter = read_adapter(spec.name, file)
@@ -194,9 +192,8 @@ def _folder_spec(path: Path, *, needs_weights: bool) -> tuple[ModelSpec, Collect
         files = {name: file for name, file in files.items() if not (_is(_WEIGHTS, name) or name == ADAPTER)}
     if ADAPTER not in files:  # Else what is not there may be that of the adapter's base.
         if "config.json" not in files:
-            raise IncompatibleError(
-                f"model {path}: the folder has no config.json; give a folder that transformers' save_pretrained wrote"
-            )
+            way_out = "give a folder that transformers' save_pretrained wrote"
+            raise IncompatibleError(f"model {path}: the folder has no config.json; {way_out}")
         if not any(_is(_TOKENIZER, name) for name in files):
             raise IncompatibleError(f"model {path}: the folder has no tokenizer; save the model's tokenizer there too")
         if needs_weights and not any(map(_is_weight, files)):

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from harvest.model.hashes import add_file
-from harvest.model.hub import first_line
 from residscope.console import counted
 from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.reading import said
 
 _TRIED_TOKENS = 16
 _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}
@@ -90,7 +90,7 @@ def refuse_damaged_cache(model: str, files: Iterable[Path]) -> None:
             digest = new(b"" if new is hashlib.sha256 else f"blob {file.stat().st_size}\0".encode())
             add_file(digest, file)
         except OSError as error:
-            raise ResidscopeError(f"{model}: {file} cannot be read ({first_line(error)})") from None
+            raise ResidscopeError(f"{model}: {file} cannot be read ({said(error)})") from None
         if digest.hexdigest() != file.name:
             raise IncompatibleError(
                 f"{model}: {link.name} in the hub's local cache is damaged: its hash should be {file.name}, found"

@@ -60,9 +60,8 @@ class Tokenizer:
         inner = [ids[len(always) :] for ids in plain]
         places = [{at for at in range(len(b)) if b[at : at + len(a)] == a} for a, b in zip(inner, full, strict=True)]
         if not (common := set.intersection(*places)):
-            raise IncompatibleError(
-                "what opens a sequence cannot be told: with special tokens the tokenizer encodes a text otherwise"
-            )
+            found = "with special tokens the tokenizer encodes a text otherwise"
+            raise IncompatibleError(f"what opens a sequence cannot be told: {found}")
         at = min(common)
         return tuple(full[0][:at]), tuple(full[0][at + len(inner[0]) :]), always
 

@@ -95,7 +95,8 @@ def _name_and_weight(word: str) -> tuple[str, float]:
     except ValueError:
         # A path may have a colon in it; no other name has.
         if not any(sign in number for sign in "/\\*?[") and not Path(word.strip()).expanduser().exists():
-            raise UsageError(f"--dataset {word}: the weight behind : should be a number, found {number!r}") from None
+            found = f"the weight after the colon should be a number, found {number!r}"
+            raise UsageError(f"--dataset {word}: {found}") from None
         name, weight = "", 1.0
     if not 0 < weight < math.inf:
         raise UsageError(f"--dataset {word}: a weight should be a number above 0, found {number}")

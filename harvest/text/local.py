@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from harvest.model.hub import first_line
 from harvest.text.encode import Document
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
-from residscope.reading import read_whole
+from residscope.reading import read_whole, said
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20
@@ -157,13 +156,12 @@ def _parquet_documents(path: Path, column: str, known: np.ndarray | None) -> Ite
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; pyarrow's own for damaged pages has none
-        raise IncompatibleError(f"{path}: not a valid parquet file ({first_line(error)})") from None
+        raise IncompatibleError(f"{path}: not a valid parquet file ({said(error)})") from None
 
 
 def _too_long(where: str) -> IncompatibleError:
-    return IncompatibleError(
-        f"{where}: a document should have at most {human_bytes(LONGEST)}, this one has more: split it into several"
-    )
+    wanted = f"a document should have at most {human_bytes(LONGEST)}"
+    return IncompatibleError(f"{where}: {wanted}, this one has more: split it into several")
 
 
 def document_of(row: Any, column: str, where: str, known: np.ndarray | None = None) -> Document:
@@ -200,9 +198,8 @@ def _tokens_of(found: Any, what: str, known: np.ndarray) -> np.ndarray:
         inside = " within a list" if isinstance(found, list) else ""
         raise UsageError(f"{what} should hold lists of token ids, found {type(wrong).__name__}{inside}")
     if wrong := [i for i in found if not (0 <= i < len(known) and known[i])]:
-        raise IncompatibleError(
-            f"{what} holds token {wrong[0]}, none of the {known.sum()} of this model; give its ids, or the text"
-        )
+        which = f"token {wrong[0]}, none of the {known.sum()} of this model"
+        raise IncompatibleError(f"{what} holds {which}; give its ids, or the text")
     return np.array(found, np.int32)
 
 

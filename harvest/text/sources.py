@@ -2,10 +2,14 @@
 
 How: `open_sources` looks at each name and gives a `TextSource`, which iterates lazily in a fixed order and says what it
 is. A shuffle of local text writes the documents to a temporary file and reads them back in a random order, so that
-memory holds their places alone. Text goes in as it is: nothing is filtered, and no chat template applied.
+memory holds their places alone. Text goes in as it is: nothing is filtered, and no chat template applied. Of Python's
+own files, read and parsed in sorted order (the same for one version of Python everywhere), no module is run.
 """
 
+import ast
+import os
 import platform
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +18,59 @@ from typing import Any
 
 import numpy as np
 
-from harvest.model.hub import first_line, pin
+from harvest.model.hub import pin
 from harvest.text.config import DEFAULT_SPLIT, TextChoice, TextConfig
 from harvest.text.encode import Document
 from harvest.text.local import document_of, file_documents, files_hash, find_files, suffix_of
-from harvest.text.python import pydoc_documents, stdlib_documents
 from residscope.errors import ResidscopeError, UsageError
+from residscope.reading import said
 from store.shuffle import permutation
+
+_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+
+
+def pydoc_documents() -> Iterator[str]:
+    """The help topics of `pydoc`, then the docstrings of each standard library module that has any."""
+    from pydoc_data import topics
+
+    for name in sorted(topics.topics):
+        yield topics.topics[name]
+    yield from filter(None, map(_docstrings, _modules()))
+
+
+def stdlib_documents() -> Iterator[str]:
+    """The source of each standard library module."""
+    for path in _modules():
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _modules() -> Iterator[Path]:
+    library = sysconfig.get_paths()["stdlib"]
+    found: list[Path] = []
+    for folder, below, files in os.walk(library):
+        below[:] = [name for name in below if name not in _LEFT_OUT]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    yield from sorted(found, key=lambda path: path.parts)
+
+
+def _docstrings(path: Path) -> str:
+    """The docstrings of a source file, in order, with a blank line between them; empty where there are none."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ""
+    found: list[tuple[int, str]] = []
+    left: list[ast.AST] = [tree]
+    while left:  # Statements only: nothing else has a docstring, and a walk over all of the tree takes twice the time.
+        node = left.pop()
+        if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
+            found.append((getattr(node, "lineno", 0), text))
+        for field in _BLOCKS:
+            left.extend(getattr(node, field, ()))
+    return "\n\n".join(text for _, text in sorted(found, key=lambda place: place[0]))
+
 
 _PYTHON: dict[str, Callable[[], Iterator[str]]] = {"pydoc": pydoc_documents, "stdlib": stdlib_documents}
 _HUB_BUFFER = 10_000
@@ -160,7 +210,7 @@ def _hub_documents(choice: TextChoice, commit: str | None, seed: int | None, kno
         raise ResidscopeError(f"{name} cannot be read: {message}") from error
     except Exception as error:
         raise ResidscopeError(
-            f"{name} cannot be read ({type(error).__name__}: {first_line(error)}). Run the same command again if the"
+            f"{name} cannot be read ({type(error).__name__}: {said(error)}). Run the same command again if the"
             " network failed"
         ) from error
 

@@ -205,7 +205,7 @@ def test_a_full_disk_is_said_with_the_folder_whatever_library_met_it(small, tmp_
     def full(*_):
         raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: no room")  # as pyarrow says it: no file name
 
-    monkeypatch.setattr("analysis.results.tables.write_latents", full)
+    monkeypatch.setattr("analysis.results.write.write_latents", full)
     flags = ["--no-report", "--downstream-tokens", "0", "--no-latent-logits"]
     argv = [*options(small, tmp_path / "out"), *flags]
     fails(capsys, argv, 1, f"No space left on device: {tmp_path / 'out'}. Free some space, then run the same command")

@@ -346,7 +346,7 @@ def test_a_run_that_fails_leaves_no_summary_that_looks_whole(small, tmp_path, mo
     run(small, tmp_path)
     before = (tmp_path / "summary.json").read_text()
     monkeypatch.setattr(
-        "analysis.results.tables.write_layers", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        "analysis.results.write.write_layers", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space"):
         run(small, tmp_path, max_tokens=50)

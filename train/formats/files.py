@@ -18,13 +18,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from residscope.destinations import together
 from residscope.errors import IncompatibleError, UsageError
-from residscope.reading import CONFIG_BYTES, read_whole
+from residscope.reading import read_json, reading, said
 from store.files import atomic_write
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
 from train.formats import layouts
@@ -96,9 +96,8 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
     on_hub = not path.exists()
     if on_hub:
         if path.suffix in _FILE_KINDS or not HUB_ID.fullmatch(str(source)):
-            raise UsageError(
-                f"{source}: no such file or folder; give a checkpoint, a folder, or the owner/name of a hub repository"
-            )
+            way_out = "give a checkpoint, a folder, or the owner/name of a hub repository"
+            raise UsageError(f"{source}: no such file or folder; {way_out}")
         path = _fetch(str(source), subfolder, revision)
     if path.is_file():
         return _read_file(path)
@@ -253,7 +252,7 @@ def read_safetensors(path: Path) -> Checkpoint:
                 raise ValueError("its check sum is wrong: the file was changed after it was written")
             store, trainer = (json.loads(header[name]) for name in ("store", "trainer"))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
-            raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None
+            raise IncompatibleError(f"{path}: damaged, or by another version: {said(error)}") from None
     check_weights(sae.state_dict(), str(path))
     check_records(store, trainer, str(path))
     return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
@@ -299,7 +298,7 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
                 f" wrote them; convert it again, or, if the change was meant, delete {_HASH!r} there"
             )
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
-        raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
+        raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {said(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     if format == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
         notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store with that --lens",)
@@ -362,19 +361,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _open(path: Path) -> Any:
-    try:
+    with reading(f"{path}: not a complete safetensors file"):
         return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise IncompatibleError(f"{path}: not a complete safetensors file ({_one_line(error)})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_whole(path, CONFIG_BYTES))
+        found = read_json(path)
     except FileNotFoundError:
         raise IncompatibleError(f"{path}: missing; the weights beside it cannot be read without it") from None
-    except (ValueError, RecursionError) as error:
-        raise IncompatibleError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise IncompatibleError(f"{path}: should be a JSON object, it is a {type(found).__name__}")
     return found
@@ -389,7 +384,3 @@ def _plain(value: Any) -> Any:
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, Mapping, list, tuple))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -137,9 +137,8 @@ def listed(names: Sequence[str]) -> str:
 def checked_k(found: Any, n_latents: int, where: str) -> int:
     """k as a configuration gives it, if that is possible."""
     if type(found) is not int or not 1 <= found <= n_latents:
-        raise IncompatibleError(
-            f"{where}: k should be a whole number from 1 to n_latents {n_latents}, the configuration says {found!r}"
-        )
+        wanted = f"a whole number from 1 to n_latents {n_latents}"
+        raise IncompatibleError(f"{where}: k should be {wanted}, the configuration says {found!r}")
     return found
 
 

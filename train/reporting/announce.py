@@ -57,9 +57,7 @@ def progress_bar(step: int, steps: int) -> tqdm:
     return tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None)
 
 
-def bar_words(
-    lines: Sequence[dict[str, Any]], data: TrainingData, *, vectors: int, seconds: float, waited: float
-) -> str:
+def bar_words(lines: Sequence[Mapping], data: TrainingData, *, vectors: int, seconds: float, waited: float) -> str:
     """What the bar says of the runs' last lines (of several, the least and the largest) and of the speed, from the
     `vectors` streamed since the last words in `seconds`, of which `waited` for data."""
 

@@ -22,7 +22,7 @@ function visible(text) {
   return escaped(text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
 }
 
-/** The tokens of a packed window: [text, lengths, place of its token] and a level for each; see analysis/report/windows.py. */
+/** The tokens of a packed window: [text, lengths, place of its token] and a level for each; see analysis/report/examples.py. */
 function tokensOf([text, lengths], levels) {
   const signs = [...text], tokens = [];
   let at = 0;

@@ -13,8 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from analysis.latents.example_rows import COLUMNS, write_found
-from analysis.latents.examples import MAX_EXAMPLES, REACH, TopExamples, examples_per_layer, window_bounds
+from analysis.latents.examples import (
+    COLUMNS,
+    MAX_EXAMPLES,
+    REACH,
+    TopExamples,
+    examples_per_layer,
+    window_bounds,
+    write_found,
+)
 from analysis.latents.views import EDGES
 from analysis.run import analyze
 from analysis.tiles import CodeTile

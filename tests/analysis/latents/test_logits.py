@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from analysis.latents import logits as module
-from analysis.latents.logits import latent_logits, norm_gain
-from analysis.latents.tokens import (
+from analysis.latents.logits import (
     COLUMNS,
     LatentTokens,
     Nearest,
     embedding_rows,
     find_latent_tokens,
+    latent_logits,
     nearest_rows,
+    norm_gain,
     write_latent_tokens,
 )
 from harvest.lens.translators import TunedLens
@@ -103,7 +104,7 @@ def test_a_direction_is_named_as_the_model_itself_reads_it(models: dict[str, Loa
 def test_nearest_tokens_are_those_of_a_loop_over_all(
     models: dict[str, LoadedModel], architecture: str, with_lens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.latents.tokens.TILE_BYTES", 4 * 258 * 3)
+    monkeypatch.setattr("analysis.latents.logits.TILE_BYTES", 4 * 258 * 3)
     model = models[architecture]
     n_tokens = len(model.tokenizer.ids)
     directions = torch.randn(8, D_MODEL, generator=torch.Generator().manual_seed(1))

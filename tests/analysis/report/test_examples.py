@@ -12,13 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.latents.example_rows import COLUMNS
+from analysis.latents.examples import COLUMNS
 from analysis.latents.views import EDGES, N_BINS, write_histograms
 from analysis.report import examples as report_examples
-from analysis.report import windows as report_windows
-from analysis.report.examples import Plan, example_blocks
+from analysis.report.examples import Plan, example_blocks, strengths
 from analysis.report.markup import page_file
-from analysis.report.windows import strengths
 
 
 def row(latent: int, layer: int, rank: int, activation: float, texts: list[str], marked: int, **more: Any):
@@ -98,7 +96,7 @@ def test_the_words_that_can_be_searched_for_are_the_marked_and_the_promoted(tmp_
 def test_windows_are_cut_between_tokens(tmp_path: Path) -> None:
     words = [f" w{i:02}" for i in range(60)]  # four characters each
     _, (latent, *_) = unpacked(example_blocks(write(tmp_path, [row(3, 0, 0, 1.0, words, 30)]), LATENTS))
-    before, after = report_windows.BEFORE // 4, report_windows.AFTER // 4
+    before, after = report_examples.BEFORE // 4, report_examples.AFTER // 4
     assert [token for token, _ in shown(latent, 0)] == words[30 - before : 31 + after]
     assert latent["texts"][0][2] == before
 
@@ -152,5 +150,5 @@ def test_nothing_to_show_no_block(tmp_path: Path) -> None:
 def test_the_script_unpacks_as_it_was_packed() -> None:
     script = page_file("latent.js")
     assert f"const PER_BLOCK = {report_examples.PER_BLOCK};" in script
-    assert f", 36) / {report_windows.LEVELS - 1}" in script
+    assert f", 36) / {report_examples.LEVELS - 1}" in script
     assert "codePointAt(0) - 48" in script

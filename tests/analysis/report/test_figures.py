@@ -9,8 +9,8 @@ import pytest
 
 from analysis.report.data import Results, load_results
 from analysis.report.figures import write_figures
-from analysis.report.header import headline
 from analysis.report.markup import percent, show
+from analysis.report.page import headline
 from analysis.report.sections.layers import layer_profile_title
 from analysis.report.sections.reconstruction import reconstruction_title
 from analysis.report.sections.variance import variance_title, why_no_ratio

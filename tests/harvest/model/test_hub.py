@@ -54,7 +54,7 @@ def test_what_the_hub_answers_becomes_one_line(api: type[FakeApi]) -> None:
         (
             ConnectionError("no route\nto host"),
             ResidscopeError,
-            r"cannot be reached \(no route\) .* local folder or a GGUF",
+            r"cannot be reached \(no route to host\) .* local folder or a GGUF",
         ),
     ]
     for error, kind, message in cases:

@@ -15,7 +15,6 @@ from pyarrow import parquet
 
 from harvest.model.hub import HubRepo
 from harvest.text import local
-from harvest.text import python as python_texts
 from harvest.text import sources as texts
 from harvest.text.config import TextConfig
 from harvest.text.sources import TextSource, open_sources
@@ -188,7 +187,7 @@ def test_pydoc_is_the_same_each_time_and_has_both_parts(tmp_path: Path, monkeypa
     }.items():
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(source)
-    monkeypatch.setattr(python_texts.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     documents = read("pydoc")
     n = len(topics.topics)
     assert documents[:n] == [topics.topics[name] for name in sorted(topics.topics)]
@@ -272,7 +271,7 @@ def test_the_source_of_the_standard_library(tmp_path: Path, monkeypatch: pytest.
     for name in ("b.py", "a/c.py", "test/t.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"raise SystemExit  # {name}")
-    monkeypatch.setattr(python_texts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     assert read("stdlib") == [f"raise SystemExit  # {name}" for name in ("a/c.py", "b.py")]
 
 

@@ -155,7 +155,7 @@ def test_pushing_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not any(Path("ckpt.pt").match(pattern) for pattern in upload["allow_patterns"])
     for error in (OSError, Exception):  # a client's connection errors need not be OSError
         monkeypatch.setattr(FakeApi, "error", error("401 Client Error\nmore"))
-        with pytest.raises(ResidscopeError, match=r"me/sae: the upload failed: 401 Client Error$"):
+        with pytest.raises(ResidscopeError, match=r"me/sae: the upload failed: 401 Client Error more$"):
             hub.push_to_hub(tmp_path, "me/sae")
 
 

@@ -1,6 +1,6 @@
 """The sparse pieces of a training step for CUDA, in Triton: `train.kernels.interface`.
 
-The programs are in `train.kernels.cuda.topk_programs` (selection) and `train.kernels.cuda.row_programs` (everything by
+The programs are in `train.kernels.cuda.row_programs` (selection) and `train.kernels.cuda.row_programs` (everything by
 rows). The fixed order of all sums costs a stable sort of the N * k latent numbers and nothing else. First use compiles
 (seconds, once: Triton keeps its code in ~/.triton).
 
@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from train.kernels.cuda import row_programs, topk_programs
+from train.kernels.cuda import row_programs
 from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, TopK, WeightGradients
 from train.kernels.plain import TORCH
 
@@ -48,7 +48,7 @@ class CudaKernels(Kernels):
         n_groups = -(-m // group)
         maxima = torch.empty(n, n_groups, dtype=torch.int32, device=z.device)
         block = min(64, triton.next_power_of_2(n_groups))
-        topk_programs.group_maxima[(n, -(-n_groups // block))](z, maxima, m, n_groups, GROUP=group, BLOCK=block)
+        row_programs.group_maxima[(n, -(-n_groups // block))](z, maxima, m, n_groups, GROUP=group, BLOCK=block)
         values = torch.empty(n, k, dtype=torch.float32, device=z.device)
         indices = torch.empty(n, k, dtype=torch.int64, device=z.device)
         width = triton.next_power_of_2(k)
@@ -57,7 +57,7 @@ class CudaKernels(Kernels):
         memory = (z, maxima, chosen, winners, values, indices)
         sizes = {"GROUP": group, "GROUPS": triton.next_power_of_2(n_groups), "K": width}
         lowest_bit = 16 if z.dtype == torch.bfloat16 else 0
-        topk_programs.select[(n,)](*memory, m, n_groups, k, **sizes, LOWEST_BIT=lowest_bit, num_warps=8)
+        row_programs.select[(n,)](*memory, m, n_groups, k, **sizes, LOWEST_BIT=lowest_bit, num_warps=8)
         return SparseCodes(values, indices)
 
     def keep_largest(self, z: Tensor, k: int) -> Tensor:
