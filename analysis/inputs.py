@@ -23,7 +23,7 @@ from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from store.codes import KeptCodes
 from train.checkpoint import Checkpoint
-from train.formats.files import read_sae
+from train.formats.files import read_checkpoint, read_sae
 from train.model import MLSAE
 
 
@@ -61,10 +61,9 @@ class Inputs:
 def open_inputs(store_path: Path, sae_path: Path) -> Inputs:
     """Open both; raises `ResidscopeError` or a subclass where one is missing or broken, or where they do not fit."""
     store = ActivationStore.open(store_path)
-    sae, origin = read_sae(sae_path)
-    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
-    layers = layers_of_store(checkpoint, store, sae_path)
-    return Inputs(store=store, checkpoint=checkpoint, layers=layers, notes=[*_doubts(checkpoint, store), *origin.notes])
+    checkpoint = read_checkpoint(sae_path)
+    layers, notes = layers_of_store(checkpoint, store, sae_path), [*_doubts(checkpoint, store), *checkpoint.notes]
+    return Inputs(store=store, checkpoint=checkpoint, layers=layers, notes=notes)
 
 
 def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Path) -> tuple[int, ...]:

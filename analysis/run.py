@@ -134,9 +134,8 @@ def _make_codes(spec: TaskSpec, store: ActivationStore) -> None:
     try:
         open_data(spec)
     except OSError as error:
-        raise ResidscopeError(
-            f"--save-latents: {store.path} cannot be written ({error.strerror}): leave the flag out, or copy the store"
-        ) from None
+        found = f"{store.path} cannot be written ({error.strerror})"
+        raise ResidscopeError(f"--save-latents: {found}: leave the flag out, or copy the store") from None
 
 
 def _over_shards(

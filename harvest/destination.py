@@ -27,10 +27,8 @@ def has_begun(out: Path) -> bool:
             raise ResidscopeError(f"--out {out}: {parent} cannot be written to; choose another place")
         return False
     if not is_store(out):
-        raise IncompatibleError(
-            f"--out {out} exists, is not an activation store and will not be overwritten. Choose another --out, or"
-            " remove it"
-        )
+        reason = "is not an activation store and will not be overwritten. Choose another --out, or remove it"
+        raise IncompatibleError(f"--out {out} exists, {reason}")
     return True
 
 

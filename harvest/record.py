@@ -6,8 +6,6 @@ that the same command gives the same record anywhere, and a store can say which 
 differs. Tested in tests/harvest/test_continue.py.
 """
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from harvest.settings import Settings
 from harvest.text.mixing import Mixture
 from harvest.text.sources import TextSource
 from residscope.errors import IncompatibleError
+from residscope.names import versions
 
 # Options that came after the first stores: a record without one was made as if by this value.
 _VALUES_BEFORE = {
@@ -93,10 +92,8 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
         found = "; ".join(f"{name} is {there} there and {here} here" for name, there, here in shown)
         if "model_fingerprint" in names and "model" not in names:
             found += " (a hash of the model's configuration, tokenizer and weights: one of these files was changed)"
-        raise IncompatibleError(
-            f"{out} was made with other options: {found}. Give the same options to continue it, choose another --out,"
-            " or use --overwrite to replace it"
-        )
+        way_out = "Give the same options to continue it, choose another --out, or use --overwrite to replace it"
+        raise IncompatibleError(f"{out} was made with other options: {found}. {way_out}")
     return [
         f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
         " same hash"
@@ -140,27 +137,17 @@ def make_provenance(
         "split": record["split"],
         "compute_dtype": settings.dtype,
         "device": settings.device.type,
-        "versions": _versions(),
+        "versions": versions(*_PACKAGES),
         "config": dict(record),
     }
 
 
 def changed_surroundings(provenance: Mapping[str, Any], settings: Settings) -> str:
     """What has changed since the store was started and may change the last bits; empty where nothing has."""
-    now = {"device": settings.device.type, **_versions()}
+    now = {"device": settings.device.type, **versions(*_PACKAGES)}
     then = {"device": provenance.get("device"), **provenance.get("versions", {})}
     names = ("device", "torch", "transformers")
     return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in names if then.get(name) != now[name])
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _shown(value: Any) -> str:

@@ -25,10 +25,8 @@ def prepare(path: Path) -> Callable[[], object]:
     """
     options = options_file(path)
     if not options.is_file():
-        raise ResidscopeError(
-            f"{options}, which records how {path} was made, is missing. Nothing was changed. Run the `harvest` command"
-            " of the store again (it writes that file), then repair"
-        )
+        way_out = "Nothing was changed. Run the `harvest` command of the store again (it writes that file), then repair"
+        raise ResidscopeError(f"{options}, which records how {path} was made, is missing. {way_out}")
     words = ["--config", str(options), "--out", str(path), "--no-overwrite", "--no-dry-run"]
     config = parse_options(HarvestConfig, words, prog="harvest", description="Fill what is missing.")
     job = look_up(config, begun=True)

@@ -121,10 +121,8 @@ def default_batch_size(context_length: int, bytes_per_token: int, device_type: s
 def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:
     """`IncompatibleError` where the model's embedding has no row for one of some token ids."""
     if int(token_id.max()) >= settings.vocabulary:
-        raise IncompatibleError(
-            f"{settings.spec.name}: the tokenizer produces token {int(token_id.max())}, but the model's embedding"
-            f" has {settings.vocabulary} rows: it is not this model's tokenizer"
-        )
+        what = f"but the model's embedding has {settings.vocabulary} rows: it is not this model's tokenizer"
+        raise IncompatibleError(f"{settings.spec.name}: the tokenizer produces token {int(token_id.max())}, {what}")
 
 
 def load_weights(settings: Settings) -> LoadedModel:

@@ -129,10 +129,8 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
         n += len(found[-1]) + more
     n = min(n, limit)
     if n == 0:
-        raise IncompatibleError(
-            "no text found: there are no documents, or all are empty; check --dataset, --split and --text-column (or"
-            " --token-column), or raise --max-tokens"
-        )
+        way_out = "check --dataset, --split and --text-column (or --token-column), or raise --max-tokens"
+        raise IncompatibleError(f"no text found: there are no documents, or all are empty; {way_out}")
     if not packing.packed:
         return _one_each(found, packing, n)
     own = [len(ids) for ids in found]

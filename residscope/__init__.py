@@ -57,10 +57,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'residscope' has no attribute {name!r}")
     package = _MODULES[name].partition(".")[0]
     if shadowing := _shadowing(package):
-        raise ImportError(
-            f"residscope.{name} is in the package `{package}`, but {shadowing} was imported under that name before: "
-            "import residscope first, or rename that file"
-        )
+        what = f"but {shadowing} was imported under that name before: import residscope first, or rename that file"
+        raise ImportError(f"residscope.{name} is in the package `{package}`, {what}")
     return getattr(import_module(_MODULES[name]), name)
 
 

@@ -1,4 +1,5 @@
-"""Names of what lies beside a store or a checkpoint: acts.zarr has acts.harvest.toml, ckpt.pt has ckpt.loss.png.
+"""Names of what lies beside a store or a checkpoint: acts.zarr has acts.harvest.toml, ckpt.pt has ckpt.loss.png; and
+the versions that records name.
 
 How: only an ending that says what a thing is gets replaced: in `llama-0.5b` the dot is part of the name, so that it
 does not share its files with llama-0.6b.
@@ -17,3 +18,17 @@ def stem(path: Path) -> str:
 def beside(path: Path, ending: str) -> Path:
     """The file or folder with this ending that goes with `path`."""
     return path.with_name(stem(path) + ending)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and of some packages, "not installed" of one that is not there."""
+    import importlib.metadata  # takes as long as all of --help
+    import platform
+
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -196,18 +196,14 @@ class WriterLock:
                 raise FileNotFoundError
         except (BlockingIOError, FileNotFoundError):
             self.release()
-            raise ResidscopeError(
-                f"{name}: another process is writing this store; wait until it ends, or stop it, "
-                "then run the same command again"
-            ) from None
+            way_out = "wait until it ends, or stop it, then run the same command again"
+            raise ResidscopeError(f"{name}: another process is writing this store; {way_out}") from None
         except OSError as error:
             self.release()
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
-            raise ResidscopeError(
-                f"{name}: its file system has no file locks ({error.strerror}), so a second writer could not be "
-                "stopped; write to a local disk and copy the store from there"
-            ) from None
+            what = "so a second writer could not be stopped; write to a local disk and copy the store from there"
+            raise ResidscopeError(f"{name}: its file system has no file locks ({error.strerror}), {what}") from None
 
     def require_here(self, store: Path) -> None:
         """`IncompatibleError` where the folder at `store` is no longer the one that is locked."""

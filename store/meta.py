@@ -144,10 +144,8 @@ class StoreMeta:
                 "make one with `harvest`"
             )
         if attributes.get("format_version") != FORMAT_VERSION:
-            raise IncompatibleError(
-                f"the store has format version {attributes.get('format_version')!r}, this program reads version "
-                f"{FORMAT_VERSION}; use the program's version that wrote it"
-            )
+            reason = f"this program reads version {FORMAT_VERSION}; use the program's version that wrote it"
+            raise IncompatibleError(f"the store has format version {attributes.get('format_version')!r}, {reason}")
         names = {field.name for field in dataclasses.fields(cls)}
         found = set(attributes) - {"format", "format_version"}
         if found != names:

@@ -6,13 +6,13 @@ fixed workspace: steps get some per cent slower, more where AuxK is busy.
 """
 
 import contextlib
-import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from residscope.names import versions
 from train.hardware import dense_dtype
 
 
@@ -38,7 +38,8 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[None]:
 
 def surroundings(device: str, kernels: str, product_dtype: str) -> dict[str, str]:
     """Versions of this program and of what computes, and what the processor has."""
-    found = {name: _version(name) for name in ("residscope", "torch", kernels)}
+    found = versions("residscope", "torch", kernels)
+    del found["python"]
     if product_dtype == "int8":
         found["products beside the screen"] = str(dense_dtype(torch.int8)).removeprefix("torch.")
     if device == "cuda":
@@ -52,10 +53,3 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None
     if not before or not names:
         return None
     return ", ".join(f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}" for name in names)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

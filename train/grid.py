@@ -75,10 +75,8 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
         if not equals or not values:
             raise UsageError(f"--sweep {word}: expected a field and its values, such as k=16,32,64")
         if name in STREAM_FIELDS:
-            raise UsageError(
-                f"--sweep {word}: {name} changes the stream of batches, which all runs of a sweep share: run `train` "
-                f"once for each value; a sweep takes {listed}"
-            )
+            reason = f"which all runs of a sweep share: run `train` once for each value; a sweep takes {listed}"
+            raise UsageError(f"--sweep {word}: {name} changes the stream of batches, {reason}")
         if name not in hints:
             raise UsageError(f"--sweep {word}: {name} cannot be swept; a sweep takes {listed}")
         if name in axes:

@@ -67,10 +67,8 @@ class SAEConfig:
         if self.activation == "matryoshka":
             sizes = (0, *self.prefixes)
             if len(sizes) == 1 or sizes[-1] != self.n_latents or any(a >= b for a, b in zip(sizes, sizes[1:])):  # noqa: B905, RUF007
-                raise UsageError(
-                    f"prefixes should increase from at least 1 to n_latents {self.n_latents}, found "
-                    f"{' '.join(map(str, self.prefixes)) or 'none'}"
-                )
+                wanted = f"increase from at least 1 to n_latents {self.n_latents}"
+                raise UsageError(f"prefixes should {wanted}, found {' '.join(map(str, self.prefixes)) or 'none'}")
         elif self.prefixes:
             raise UsageError(f"prefixes are for activation 'matryoshka', not for {self.activation!r}")
 

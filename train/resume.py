@@ -62,10 +62,8 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan) ->
     """Raise `IncompatibleError` unless the checkpoint is a run of this plan over this store."""
     path = plan.config.out
     if saved.config.d_model != plan.model.d_model:
-        raise IncompatibleError(
-            f"{path} has d_model {saved.config.d_model}, {store.path} has {plan.model.d_model}; name the store that it"
-            f" was trained on, or {_START_AGAIN}"
-        )
+        what = f"{store.path} has {plan.model.d_model}; name the store that it was trained on, or {_START_AGAIN}"
+        raise IncompatibleError(f"{path} has d_model {saved.config.d_model}, {what}")
     if not {"step", "finished", "config"} <= set(saved.trainer):
         raise IncompatibleError(f"{path} has no training state, so it cannot be resumed; {_START_AGAIN}")
     with reading(f"{path}: its training state is damaged", _START_AGAIN):

@@ -87,10 +87,8 @@ def locate(store: ActivationStore, model: str | None, lens: str | None, *, offli
     spec = spec_of_store(store, model, offline=offline)
     lens = lens or recorded_place(store.path, "lens")
     if offline and lens is None and store.meta.lens and not _lens_is_cached(str(store.meta.lens.get("id"))):
-        raise UsageError(
-            f"lens {store.meta.lens.get('id')!r}, with which {store.path} was harvested, was not found: "
-            "give its folder with --lens"
-        )
+        which = f"lens {store.meta.lens.get('id')!r}, with which {store.path} was harvested"
+        raise UsageError(f"{which}, was not found: give its folder with --lens")
     return FoundModel(spec, lens_of_store(store, lens), None)
 
 

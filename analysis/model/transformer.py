@@ -94,8 +94,6 @@ def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens 
         lens_id = described.get("id")
         raise UsageError(f"{error}; {store.path} went through lens {lens_id!r}: give its path with --lens") from None
     if lens.fingerprint != described.get("hash"):
-        raise IncompatibleError(
-            f"lens {lens.name}: its hash should be {described.get('hash')}, as {store.path} was harvested with, "
-            f"found {lens.fingerprint}"
-        )
+        wanted = f"be {described.get('hash')}, as {store.path} was harvested with"
+        raise IncompatibleError(f"lens {lens.name}: its hash should {wanted}, found {lens.fingerprint}")
     return lens

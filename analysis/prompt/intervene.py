@@ -158,10 +158,8 @@ class PromptRun:
         kl = compare(self._known, [replaced], target)[2]
         logits = model.logits(changed[0, -1]).float()
         if logits.isnan().any():
-            raise UsageError(
-                f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: the model's predictions become "
-                "NaN; use a smaller coefficient"
-            )
+            what = "the model's predictions become NaN; use a smaller coefficient"
+            raise UsageError(f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: {what}")
         log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         return Effect(
             kl_last=float((log_p.exp() * (log_p - log_q)).sum()),

@@ -116,10 +116,8 @@ def load_results(out_dir: Path) -> Results:
     summary = read_json(out_dir / "summary.json", _AGAIN)
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:
-        raise IncompatibleError(
-            f"{out_dir / 'summary.json'}: schema_version is {version}, this report reads {SCHEMA_VERSION}: "
-            f"{_AGAIN} with this version"
-        )
+        reason = f"schema_version is {version}, this report reads {SCHEMA_VERSION}: {_AGAIN} with this version"
+        raise IncompatibleError(f"{out_dir / 'summary.json'}: {reason}")
     with reading(f"{out_dir}: a table cannot be read", _AGAIN):
         return _load_tables(out_dir, summary)
 

@@ -4,10 +4,8 @@ Nothing is computed here but means over layers; a number that is not defined is 
 """
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from analysis.selection import Selection
 from analysis.task import VALIDATION, Sums
 from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, Intervals, SumIntervals
 from residscope.console import counted
+from residscope.names import versions
 from store.meta import config_hash
 from train.checkpoint import Checkpoint
 
@@ -218,7 +217,7 @@ def _provenance(found: Findings) -> dict[str, Any]:
             "split": config.tokens.split,
             "max_tokens": config.tokens.max_tokens,
             "seed": config.statistics.seed,
-            "versions": versions(),
+            "versions": versions("residscope", "torch", "numpy", "numba", "dask"),
         },
     }
 
@@ -233,17 +232,6 @@ def trained_tokens(checkpoint: Checkpoint) -> int | None:
         return trainer["vectors"] // len(layers)
     streamed = plan.get("stream_layers") or layers
     return min(step * batch, plan.get("vectors", step * batch)) // len(streamed)
-
-
-def versions() -> dict[str, str]:
-    """Our version, Python's, and those of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("residscope", "torch", "numpy", "numba", "dask"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def _variance(found: Findings) -> dict[str, Any]:

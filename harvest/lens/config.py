@@ -87,10 +87,8 @@ class FitLensConfig:
         defaults |= {**to_flat(TextConfig()), **to_flat(SequenceConfig())}
         for name, value in given.items():
             if value != defaults[name]:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} says how to make text into tokens, which --store {self.store} has"
-                    " done: give one of the two"
-                )
+                reason = f"which --store {self.store} has done: give one of the two"
+                raise UsageError(f"--{name.replace('_', '-')} says how to make text into tokens, {reason}")
 
     def for_harvest(self) -> HarvestConfig:
         """The same model and text, as options of `harvest`, which knows how to resolve them."""

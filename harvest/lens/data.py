@@ -76,10 +76,8 @@ def require_tokens(role: np.ndarray, d_model: int) -> None:
     ):
         found = int((role == kind).sum())
         if found < least:
-            raise IncompatibleError(
-                f"too little text: {found} kept tokens {what}, d_model {d_model} needs at least {least}; give more"
-                " documents, or raise --max-tokens"
-            )
+            reason = f"d_model {d_model} needs at least {least}; give more documents, or raise --max-tokens"
+            raise IncompatibleError(f"too little text: {found} kept tokens {what}, {reason}")
 
 
 def measured_tokens(position: np.ndarray, held_out: np.ndarray, wanted: int, seed: int) -> np.ndarray:

@@ -117,10 +117,8 @@ def _open_store(config: FitLensConfig) -> ActivationStore | None:
     store = ActivationStore.open(config.store)
     meta = store.meta
     if meta.lens is not None:
-        raise IncompatibleError(
-            f"--store {config.store} went through lens {meta.lens.get('id')!r}: a lens is fitted on the model's own"
-            " vectors; give a store that was harvested without --lens"
-        )
+        what = "a lens is fitted on the model's own vectors; give a store that was harvested without --lens"
+        raise IncompatibleError(f"--store {config.store} went through lens {meta.lens.get('id')!r}: {what}")
     if meta.n_layers != meta.n_model_layers:
         raise IncompatibleError(
             f"--store {config.store} holds {meta.n_layers} of the model's {meta.n_model_layers} layers: a lens needs"

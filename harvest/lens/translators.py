@@ -167,10 +167,8 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
         if not all(type(number) is int for number in found):
             raise TypeError(f"they should be whole numbers, found {found}")
     if found != (n_layers, d_model):
-        raise IncompatibleError(
-            f"lens {name} is for {found[0]} layers and d_model {found[1]}, the model has {n_layers} and {d_model}; give"
-            " the lens of this model"
-        )
+        what = f"the model has {n_layers} and {d_model}; give the lens of this model"
+        raise IncompatibleError(f"lens {name} is for {found[0]} layers and d_model {found[1]}, {what}")
     base_model = config.get("base_model_name_or_path")
     if not isinstance(base_model, str | None):
         raise IncompatibleError(f"lens {name}: config.json: the base model should be a name, found {base_model!r}")

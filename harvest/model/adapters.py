@@ -35,10 +35,8 @@ def read_adapter(model: str, config: Path) -> Adapter:
     try:
         version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
-        raise ResidscopeError(
-            f"{model}: it has an adapter ({ADAPTER}, {kind}), which peft applies, and peft is not installed: `pip"
-            " install peft`, or give the model without its adapter"
-        ) from None
+        what = "and peft is not installed: `pip install peft`, or give the model without its adapter"
+        raise ResidscopeError(f"{model}: it has an adapter ({ADAPTER}, {kind}), which peft applies, {what}") from None
     return Adapter(f"{kind}, peft {version}", str(base))
 
 
@@ -57,8 +55,6 @@ def with_adapter(model: str, causal_lm: Any, location: str, arguments: dict[str,
     found = wrapped.load_adapter(location, "default", torch_device="cpu", **arguments)
     for what, names in (("missing from", found.missing_keys), ("not used of", found.unexpected_keys)):
         if names:
-            raise IncompatibleError(
-                f"{model}: {len(names)} weights are {what} its adapter's files, such as {sorted(names)[0]}; the adapter"
-                " belongs to another model, or is damaged"
-            )
+            reason = f"such as {sorted(names)[0]}; the adapter belongs to another model, or is damaged"
+            raise IncompatibleError(f"{model}: {len(names)} weights are {what} its adapter's files, {reason}")
     return wrapped.merge_and_unload()

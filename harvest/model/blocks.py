@@ -23,15 +23,11 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
     if len(shallowest) == 1:
         return lists[shallowest[0]]
     if shallowest:
-        raise IncompatibleError(
-            f"{type(model).__name__}: the transformer blocks cannot be told from others: {', '.join(shallowest)} all"
-            f" have {n_layers} modules; this architecture is not supported"
-        )
+        reason = f"{', '.join(shallowest)} all have {n_layers} modules; this architecture is not supported"
+        raise IncompatibleError(f"{type(model).__name__}: the transformer blocks cannot be told from others: {reason}")
     seen = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
-    raise IncompatibleError(
-        f"{type(model).__name__}: no list of {n_layers} transformer blocks, as many as its configuration says, found"
-        f" {seen}; this architecture is not supported"
-    )
+    what = f"as many as its configuration says, found {seen}; this architecture is not supported"
+    raise IncompatibleError(f"{type(model).__name__}: no list of {n_layers} transformer blocks, {what}")
 
 
 def name_of(module: nn.Module, model: nn.Module) -> str:

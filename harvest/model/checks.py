@@ -41,10 +41,8 @@ def refuse_other_weights(found: ModelSpec, store: ActivationStore) -> None:
 def refuse_other_sizes(store: ActivationStore, model: LoadedModel) -> None:
     """`IncompatibleError` where `store` was harvested from a model of other sizes."""
     if (found := (model.n_layers, model.d_model)) != (expected := (store.meta.n_model_layers, store.meta.d_model)):
-        raise IncompatibleError(
-            f"model {model.spec.name}: its layers and d_model should be {expected}, as {store.path} was harvested with,"
-            f" found {found}; give the model that the store was harvested from"
-        )
+        what = f"as {store.path} was harvested with, found {found}; give the model that the store was harvested from"
+        raise IncompatibleError(f"model {model.spec.name}: its layers and d_model should be {expected}, {what}")
 
 
 def check_model(store: ActivationStore, model: LoadedModel, lens: TunedLens | None) -> None:

@@ -86,10 +86,8 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
                 shutil.rmtree(folder, ignore_errors=True)
                 _unpack(file, folder, size, digest)
     except OSError as error:
-        raise ResidscopeError(
-            f"{error.filename or folder}: {error.strerror}, while {file.name} was unpacked. Set XDG_CACHE_HOME to a"
-            " folder with room"
-        ) from error
+        what = f"{error.strerror}, while {file.name} was unpacked. Set XDG_CACHE_HOME to a folder with room"
+        raise ResidscopeError(f"{error.filename or folder}: {what}") from error
     return folder
 
 

@@ -80,10 +80,8 @@ class LoadedModel:
     def unembedding(self) -> nn.Module:
         """The linear map from the normed residual stream to logits; its weight is [V, D]."""
         if self.without_head:
-            raise IncompatibleError(
-                f"{self.spec.name}: its weights have no LM head, so it cannot predict tokens; give the model as saved"
-                f" by {self.architecture}"
-            )
+            reason = f"so it cannot predict tokens; give the model as saved by {self.architecture}"
+            raise IncompatibleError(f"{self.spec.name}: its weights have no LM head, {reason}")
         found = self.causal_lm.get_output_embeddings()
         if not isinstance(found, nn.Module):
             what = "no unembedding found; this architecture cannot be measured"
@@ -250,18 +248,16 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
     except ResidscopeError:
         raise
     except torch.OutOfMemoryError as error:
-        raise ResidscopeError(
-            f"{spec.name}: out of memory: the model does not fit on the device; try --dtype bfloat16 or --device cpu"
-        ) from error
+        way_out = "try --dtype bfloat16 or --device cpu"
+        raise ResidscopeError(f"{spec.name}: out of memory: the model does not fit on the device; {way_out}") from error
     except Exception as error:
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise
         # The network may have failed, rather than the files be damaged.
         kind = ResidscopeError if spec.source == "hub" and what != "forward pass" else IncompatibleError
         failed = "fails" if what == "forward pass" else "cannot be loaded"
-        raise kind(
-            f"{spec.name}: its {what} {failed} ({type(error).__name__}: {said(error)}){_way_out(spec, error)}"
-        ) from error
+        reason = f"{type(error).__name__}: {said(error)}"
+        raise kind(f"{spec.name}: its {what} {failed} ({reason}){_way_out(spec, error)}") from error
 
 
 def _way_out(spec: ModelSpec, error: BaseException | None) -> str:

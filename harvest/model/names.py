@@ -105,9 +105,8 @@ def resolve_model(
         spec, files = _hub_spec(name, revision)
     if ADAPTER in files and not random_init:
         if as_base:
-            raise IncompatibleError(
-                f"{name} has an adapter too, and only one can be applied; merge it into its weights"
-            )
+            way_out = "merge it into its weights"
+            raise IncompatibleError(f"{name} has an adapter too, and only one can be applied; {way_out}")
         spec = _with_adapter(spec, files)
     return replace(spec, random_init=random_init, seed=seed)
 

@@ -29,10 +29,8 @@ def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None
     """`IncompatibleError` where weights other than the LM head's are not in the files; base_prefix: of their names."""
     in_base = [name for name in missing if name.startswith(base_prefix)]
     if in_base:
-        raise IncompatibleError(
-            f"{model}: {len(in_base)} weights are missing from its files, such as {in_base[0]}, and would be random."
-            " Check that config.json belongs to the weights"
-        )
+        what = f"such as {in_base[0]}, and would be random. Check that config.json belongs to the weights"
+        raise IncompatibleError(f"{model}: {len(in_base)} weights are missing from its files, {what}")
 
 
 def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, blocks_name: str, n_layers: int) -> None:

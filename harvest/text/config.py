@@ -80,10 +80,8 @@ class TextConfig:
         """An option's value for each text."""
         n, values = len(self.dataset), getattr(self, option)
         if len(values) not in ((1, n) if default else (0, 1, n)):
-            raise UsageError(
-                f"--{option.replace('_', '-')} should be one for all texts or one for each of the {n} of --dataset,"
-                f" found {len(values)}"
-            )
+            wanted = f"be one for all texts or one for each of the {n} of --dataset"
+            raise UsageError(f"--{option.replace('_', '-')} should {wanted}, found {len(values)}")
         return [value.strip() or default for value in (values if len(values) == n else [*values, ""][:1] * n)]
 
 

@@ -204,7 +204,5 @@ def _tokens_of(found: Any, what: str, known: np.ndarray) -> np.ndarray:
 
 
 def _no_column(where: str, column: str, names: list[str]) -> UsageError:
-    return UsageError(
-        f"{where}: no column {column!r}; its columns are {', '.join(map(str, names))}. Choose one with --text-column,"
-        " or one of token ids with --token-column"
-    )
+    way_out = "Choose one with --text-column, or one of token ids with --token-column"
+    return UsageError(f"{where}: no column {column!r}; its columns are {', '.join(map(str, names))}. {way_out}")

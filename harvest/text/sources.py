@@ -209,10 +209,8 @@ def _hub_documents(choice: TextChoice, commit: str | None, seed: int | None, kno
             raise UsageError(f"{name} has no split {choice.split!r}: {message}. Choose one with --split") from error
         raise ResidscopeError(f"{name} cannot be read: {message}") from error
     except Exception as error:
-        raise ResidscopeError(
-            f"{name} cannot be read ({type(error).__name__}: {said(error)}). Run the same command again if the"
-            " network failed"
-        ) from error
+        way_out = "Run the same command again if the network failed"
+        raise ResidscopeError(f"{name} cannot be read ({type(error).__name__}: {said(error)}). {way_out}") from error
 
 
 def _refuse_hub_options(choice: TextChoice) -> None:

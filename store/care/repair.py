@@ -51,10 +51,8 @@ def repair(
         found = verify(path, progress=progress)
         lost = [bad.reason for bad in found if bad.lasting]
         if lost:
-            raise ResidscopeError(
-                f"{path}: {lost[0]}. This cannot be computed again: copy the file from a backup, or harvest into a new "
-                "store"
-            )
+            way_out = "This cannot be computed again: copy the file from a backup, or harvest into a new store"
+            raise ResidscopeError(f"{path}: {lost[0]}. {way_out}")
         bad = {bad.index for bad in found if bad.index is not None}
         refill = prepare(path) if bad else None
         old = _keep_lines(path, read_manifest(path))

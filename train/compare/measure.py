@@ -96,10 +96,8 @@ def compare(config: TrainCompareConfig) -> Comparison:
         checkpoints = [found for source in config.sae for found in _read(source)]
         for name, checkpoint in checkpoints:
             if checkpoint.config.d_model != store.meta.d_model:
-                raise IncompatibleError(
-                    f"{name} has d_model {checkpoint.config.d_model}, {store.path} has {store.meta.d_model}: give a"
-                    " store of the model that it was trained on"
-                )
+                reason = f"{store.path} has {store.meta.d_model}: give a store of the model that it was trained on"
+                raise IncompatibleError(f"{name} has d_model {checkpoint.config.d_model}, {reason}")
         entrants = _entrants(checkpoints)
         for entrant in entrants:
             if not entrant.own_layers(store.meta.layers):
@@ -169,10 +167,8 @@ def _only_position(entrant: Entrant, layer: int | None, sae: MLSAE, layers: Sequ
     if known == tuple(layers) or (not known and (cross or layer not in layers)):
         return None
     if layer is None or layer not in layers:
-        raise UsageError(
-            f"{name} standardises by layer and was trained on layers {' '.join(map(str, known))}, the store has "
-            f"{' '.join(map(str, layers))}: use a store with the same layers"
-        )
+        what = f"the store has {' '.join(map(str, layers))}: use a store with the same layers"
+        raise UsageError(f"{name} standardises by layer and was trained on layers {' '.join(map(str, known))}, {what}")
     return list(layers).index(layer)
 
 

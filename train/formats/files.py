@@ -235,10 +235,8 @@ def read_safetensors(path: Path) -> Checkpoint:
     with _open(path) as file:
         header = file.metadata() or {}
         if header.get("format") != EXPORT_FORMAT:
-            raise IncompatibleError(
-                f"{path}: not exported by residscope: its header's format should be {EXPORT_FORMAT!r}, "
-                f"found {header.get('format')!r}"
-            )
+            reason = f"its header's format should be {EXPORT_FORMAT!r}, found {header.get('format')!r}"
+            raise IncompatibleError(f"{path}: not exported by residscope: {reason}")
         try:
             config = SAEConfig.from_plain(json.loads(header["config"]))
             with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is

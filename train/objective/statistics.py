@@ -173,10 +173,8 @@ class _Sums:
                     "FVU is not defined: harvest more text, or leave the layer out with --layers"
                 )
             if by != "layer" and inside < 1 / _LARGEST:
-                raise IncompatibleError(
-                    f"layer {layer}: its vectors are only {spread:.1e} from their mean, which float32 cannot square: "
-                    "use --standardize layer, or leave the layer out with --layers"
-                )
+                what = "which float32 cannot square: use --standardize layer, or leave the layer out with --layers"
+                raise IncompatibleError(f"layer {layer}: its vectors are only {spread:.1e} from their mean, {what}")
         variance = raw.deviation / raw.vectors
         found = FixedStatistics(raw.mean[0], standardized.deviation / standardized.vectors, variance, raw.mean)
         x, layer = (torch.cat(parts) for parts in zip(*self._sample, strict=True))
