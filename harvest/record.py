@@ -81,11 +81,8 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
     if hashed.startswith(f"{stored.get('model_fingerprint')}+"):  # from before other files than the best known counted
         stored["model_fingerprint"] = hashed
     names = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
-    renamed = [
-        name
-        for content, name in _NAMES_OF.items()
-        if name in names and stored.get(content) is not None and stored.get(content) == record.get(content)
-    ]
+    same = {name for content, name in _NAMES_OF.items() if stored.get(content) == record.get(content) is not None}
+    renamed = [name for name in names if name in same]
     names = [name for name in names if name not in renamed]
     if names:
         shown = ((name, _shown(stored.get(name)), _shown(record.get(name))) for name in names)
@@ -94,11 +91,8 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
             found += " (a hash of the model's configuration, tokenizer and weights: one of these files was changed)"
         way_out = "Give the same options to continue it, choose another --out, or use --overwrite to replace it"
         raise IncompatibleError(f"{out} was made with other options: {found}. {way_out}")
-    return [
-        f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
-        " same hash"
-        for name in renamed
-    ]
+    why = f"in {out}, which keeps that name: the contents have the same hash"
+    return [f"the {name} {record[name]!r} is called {stored[name]!r} {why}" for name in renamed]
 
 
 def make_provenance(

@@ -48,10 +48,8 @@ class ResidualRecorder:
         exactly once, `ResidscopeError` where the device's memory is too small.
         """
         seen: list[int] = []
-        handles = [
-            self._model.blocks[layer].register_forward_hook(self._hook(i, input_ids, consume, seen))
-            for i, layer in enumerate(self.layers)
-        ]
+        hooks = ((layer, self._hook(i, input_ids, consume, seen)) for i, layer in enumerate(self.layers))
+        handles = [self._model.blocks[layer].register_forward_hook(hook) for layer, hook in hooks]
         try:
             self._model.base(input_ids=input_ids.to(self._model.device), use_cache=False)
         except EndOfPass:

@@ -163,9 +163,8 @@ def _lens(
     """The lens on the device, and a warning where it says that it was fitted for another model."""
     if config.lens is None:
         return None, None
-    lens = load_lens(
-        config.lens, model_id=spec.name, n_layers=n_layers, d_model=d_model, indexing=config.lens_indexing
-    ).to(device)
+    sizes = {"n_layers": n_layers, "d_model": d_model}
+    lens = load_lens(config.lens, model_id=spec.name, indexing=config.lens_indexing, **sizes).to(device)
     fitted_for = lens.base_model
     if fitted_for is None or fitted_for.rpartition("/")[2].lower() == spec.name.rpartition("/")[2].lower():
         return lens, None

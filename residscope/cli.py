@@ -73,11 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of words")
         if name == "verify":
-            command.add_argument(
-                "--repair",
-                action="store_true",
-                help="recompute bad and missing shards with the model, and compare their hashes with the old ones",
-            )
+            text = "recompute bad and missing shards with the model, and compare their hashes with the old ones"
+            command.add_argument("--repair", action="store_true", help=text)
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser

@@ -29,9 +29,7 @@ def load_tensors(file: BinaryIO, where: str) -> Any:
     where: what the user calls the file. Raises `IncompatibleError` if it is damaged, is no archive of `torch.save`, or
     holds anything else.
     """
-    may_be = (
-        "it was cut short, damaged, or is no archive as torch.save writes them (bare pickle files are never loaded)"
-    )
+    may_be = "it was cut short, damaged, or is no archive of torch.save (bare pickle files are never loaded)"
     with reading(f"{where}: cannot be read as plain tensors", may_be), zipfile.ZipFile(file) as archive:
         return _Unpickler(archive, where).load()
 

@@ -79,9 +79,8 @@ def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
     )
 
     def small(name: str, dimensions: tuple[str, ...], shape: tuple[int, ...], **options: Any) -> Any:
-        return group.create_array(
-            name, shape=shape, dimension_names=dimensions, compressors=[Crc32cCodec()], **common, **options
-        )
+        options |= {"dimension_names": dimensions, "compressors": [Crc32cCodec()], **common}
+        return group.create_array(name, shape=shape, **options)
 
     numbers: Any = {"dtype": "float64", "fill_value": float("nan")}
     per_layer = (n_layers, d_model)
@@ -115,11 +114,8 @@ def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> 
     check_counts(folder, meta, checksums)
     chunk, columns = min(meta.n_tokens, _TOKEN_CHUNK), {}
     for name, dtype in _TOKEN_DTYPES.items():
-        parts = [
-            np.frombuffer(read_checked(folder, f"{name}/c.{i}", checksums), dtype, chunk)
-            for i in range(-(-meta.n_tokens // chunk))
-        ]
-        columns[name] = np.concatenate(parts)[: meta.n_tokens]
+        files = [read_checked(folder, f"{name}/c.{i}", checksums) for i in range(-(-meta.n_tokens // chunk))]
+        columns[name] = np.concatenate([np.frombuffer(file, dtype, chunk) for file in files])[: meta.n_tokens]
         columns[name].flags.writeable = False
     return TokenTable(**columns)
 

@@ -87,13 +87,11 @@ def null_numbers(observed: Mapping[str, Any], persistence: Mapping[str, Any], nu
 
 
 def _ratios(observed: Mapping[str, Any], null: Mapping[str, float | None]) -> dict[str, Any]:
-    ratios: dict[str, Any] = {
-        name: observed[name] / value if value and observed[name] is not None else None for name, value in null.items()
-    }
-    intervals = observed["ci95"]
-    ratios["ci95"] = {
-        name: [bound / value for bound in intervals[name]] if value and intervals[name] else None
-        for name, value in null.items()
-        if name in intervals
-    }
-    return ratios
+    ratios: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
+    for name, value in null.items():
+        ratios[name] = observed[name] / value if value and observed[name] is not None else None
+        if name in observed["ci95"]:
+            bounds = observed["ci95"][name]
+            intervals[name] = [bound / value for bound in bounds] if value and bounds else None
+    return {**ratios, "ci95": intervals}

@@ -1,6 +1,7 @@
 """What `analyze --compare` says on the terminal: three tables, a row for each run of compare.json."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from analysis.baselines.nulls import NULLS
@@ -32,11 +33,9 @@ def compare_words(runs: Sequence[Run]) -> str:
 
 def _table(runs: Sequence[Run], columns: Columns) -> list[str]:
     """A table whose first columns tell runs apart."""
-    rows = [
-        (run["run"], shown(run["expansion_factor"]), shown(run["k"]), *(cell(run) for cell in columns.values()))
-        for run in runs
-    ]
-    return table(("run", "R", "k", *columns), rows)
+    first: Columns = {"run": itemgetter("run"), "R": _number("expansion_factor"), "k": _number("k")}
+    columns = first | dict(columns)
+    return table(tuple(columns), [tuple(cell(run) for cell in columns.values()) for run in runs])
 
 
 def _number(*keys: str) -> Callable[[Run], str]:

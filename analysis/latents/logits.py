@@ -209,10 +209,7 @@ def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
     """The row of `rows` [V, D] of the highest cosine to each of `directions` [J, D]; of a row of zeros it is 0."""
     rows = normalize(rows, dim=1)
     step = max(1, TILE_BYTES // (4 * len(rows)))
-    parts = [
-        (normalize(directions[start : start + step].to(rows), dim=1) @ rows.T).max(dim=1)
-        for start in range(0, len(directions), step)
-    ]
+    parts = [(normalize(part.to(rows), dim=1) @ rows.T).max(dim=1) for part in directions.split(step)]
     return Nearest(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
 

@@ -48,10 +48,8 @@ class Downstream:
         if len(self.documents) < MIN_INTERVAL_GROUPS:
             return {}
         value, drawn = self.result(), _result(*map(without_each, self._sums()))
-        return {
-            name: jackknife_intervals(_with_mean(getattr(value, name)), _with_mean(getattr(drawn, name)))
-            for name in PER_LAYER
-        }
+        numbers = ((name, *(_with_mean(getattr(of, name)) for of in (value, drawn))) for name in PER_LAYER)
+        return {name: jackknife_intervals(*pair) for name, *pair in numbers}
 
     def _sums(self) -> tuple[Any, ...]:
         return self.n_tokens, self.true_ce, self.ce, self.kl

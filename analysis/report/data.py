@@ -128,6 +128,7 @@ def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
     kinds = ["profile"] if "profile" in names else []
     latents = pq.read_table(out_dir / "latents.parquet", columns=[*scalars, *kinds, "counts", "probs"])
     latents = latents.filter(pc.field("count") > 0)
+    layers = _columns(pq.read_table(out_dir / "layers.parquet"))
     prompt, pairs = out_dir / "prompt.json", out_dir / "redundancy.parquet"
     has_prompts = prompt.is_file() and (out_dir / "prompt.parquet").is_file()
 
@@ -137,10 +138,7 @@ def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
 
     return Results(
         summary=summary,
-        layers={
-            name: values.astype(np.float64)
-            for name, values in _columns(pq.read_table(out_dir / "layers.parquet")).items()
-        },
+        layers={name: values.astype(np.float64) for name, values in layers.items()},
         latents=_columns(latents.select(scalars)),
         counts=matrix("counts"),
         probs=matrix("probs"),

@@ -92,9 +92,8 @@ class FitLensConfig:
 
     def for_harvest(self) -> HarvestConfig:
         """The same model and text, as options of `harvest`, which knows how to resolve them."""
-        return HarvestConfig(
-            weights=self.weights, text=self.text, sequences=self.sequences, out=self.out, max_tokens=self.max_tokens
-        )
+        shared = {"weights": self.weights, "text": self.text, "sequences": self.sequences}
+        return HarvestConfig(**shared, out=self.out, max_tokens=self.max_tokens)
 
     def for_record(self) -> dict[str, Any]:
         """The options that fit.json keeps, by the names of their flags; one text's are plain words."""

@@ -155,10 +155,8 @@ def _fit(fit: Fit) -> tuple[Translators, FitResult]:
         began = time.perf_counter()
 
     ridge_fits, means = _ridge(fit)
-    ridge = Translators(
-        torch.stack([found.weight.float() for found in ridge_fits]),
-        torch.stack([found.bias.float() for found in ridge_fits]),
-    )
+    parts = zip(*((found.weight.float(), found.bias.float()) for found in ridge_fits), strict=True)
+    ridge = Translators(*map(torch.stack, parts))
     lap("ridge")
     lenses = {"ridge": ridge}
     if fitting.method == "kl":
@@ -245,9 +243,8 @@ def _kl_trained(fit: Fit, ridge: Translators, means: Tensor) -> Translators:
     for i in range(model.n_layers):
         if not bool(weights[i].isfinite().all() and biases[i].isfinite().all()):
             raise ResidscopeError(f"KL training of translator {i} diverged; try a lower --lr than {options.first_lr:g}")
-        weights[i], biases[i] = limit_condition(
-            weights[i].double(), biases[i].double(), means[i].double(), options.max_condition
-        )
+        parts = (part[i].double() for part in (weights, biases, means))
+        weights[i], biases[i] = limit_condition(*parts, options.max_condition)
     return Translators(weights, biases)
 
 

@@ -127,9 +127,8 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, config=config, **arguments)
             if hasattr(transformers, "GgufConfig"):
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                source.parent, config=config, dtype=torch.float32, output_loading_info=True, **arguments
-            )
+            arguments |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **arguments)
             model, info = loaded
             refuse_missing(file.name, sorted(info["missing_keys"]), "")
             if sum(p.numel() for p in model.parameters()) > _EXACT_PARAMETERS:

@@ -68,10 +68,10 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
     except HFValidationError:
         raise UsageError(f"{what}: neither a path that exists nor a hub id (owner/name)") from None
     except GatedRepoError:
-        raise ResidscopeError(
-            f"{what} is gated: accept its terms on https://huggingface.co/{repo_id}, then log in with `hf auth login`"
-            " or set HF_TOKEN"
-        ) from None
+        way_out = (
+            f"accept its terms on https://huggingface.co/{repo_id}, then log in with `hf auth login` or set HF_TOKEN"
+        )
+        raise ResidscopeError(f"{what} is gated: {way_out}") from None
     except RepositoryNotFoundError:
         raise UsageError(f"{what}: not found on the hub, or private (then set HF_TOKEN)") from None
     except RevisionNotFoundError:

@@ -71,10 +71,8 @@ def words(result: Comparison) -> str:
         ["k", *(str(entrant.k()) for entrant in result.entrants)],
         ["vectors", *("-" if entrant.vectors is None else f"{entrant.vectors:,}" for entrant in result.entrants)],
     ]
-    title = (
-        f"FVU (lower is better) by layer, on {result.tokens:,} held-out tokens; latents and vectors are of all members "
-        "of a set together"
-    )
+    title = f"FVU (lower is better) by layer, on {result.tokens:,} held-out tokens; "
+    title += "latents and vectors are of all members of a set together"
     if not everywhere:
         title += (
             "; (in brackets): a layer that it was not trained on; mean, own: over those that it was trained on; over "

@@ -37,9 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help="ckpt.pt, a folder in any format, or a hub id (owner/name)")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; made if need be")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
-    parser.add_argument(
-        "--subfolder", metavar="NAME", help="which autoencoder of SRC, where it holds one per sub-folder (hookpoint)"
-    )
+    which = "which autoencoder of SRC, where it holds one per sub-folder (hookpoint)"
+    parser.add_argument("--subfolder", metavar="NAME", help=which)
     parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a hub SRC")
     parser.add_argument(
         "--hookpoints",

@@ -45,10 +45,8 @@ def fetch(repo_id: str, *, revision: str | None = None, patterns: Sequence[str])
     except ValueError as error:  # no valid repository id
         kind, reason = UsageError, said(error)
     except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
-        reason = (
-            f"it is not in the local cache and the hub cannot be reached ({said(error)}): connect, or copy the "
-            "folder here and give its path"
-        )
+        reason = f"it is not in the local cache and the hub cannot be reached ({said(error)}): "
+        reason += "connect, or copy the folder here and give its path"
     raise kind(f"{repo_id}{at}: no such local file or folder, and from the hub: {reason}")
 
 

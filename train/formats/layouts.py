@@ -123,10 +123,8 @@ def encoder_bias(sae: MLSAE) -> Tensor:
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors float32, on the CPU, one block of memory each, none shared."""
-    return {
-        name: tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    own = {"device": "cpu", "dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
+    return {name: tensor.detach().to(**own) for name, tensor in tensors.items()}
 
 
 def listed(names: Sequence[str]) -> str:

@@ -32,10 +32,8 @@ def section(results: Results) -> Section:
         ("Distance, layers", "overlap, 0 to 1 (higher agrees more)", "by chance", "overlap / chance, ratio"),
         [(str(d), show(a), show(b), show(a / b if b else None)) for d, a, b in rows],
     )
-    title = (
-        f"Two layers share {show(overlap)} of a latent's top contexts, {show(ratio)} times what chance gives "
-        f"({show(chance)})"
-    )
+    times = f"{show(ratio)} times what chance gives ({show(chance)})"
+    title = f"Two layers share {show(overlap)} of a latent's top contexts, {times}"
     caption = (
         f"Means over all pairs of layers of the {integer(found.get('latents'))} latents that have top contexts at two "
         "layers or more, by the distance of the two. The title's numbers are means over latents."
