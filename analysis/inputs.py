@@ -154,8 +154,7 @@ class TaskData(NamedTuple):
 
 
 def open_data(spec: TaskSpec) -> TaskData:
-    """All that a task needs; a second call in this process gives the same. `IncompatibleError` where the paths lead to
-    another store or autoencoder than the analysis is of."""
+    """All that a task needs, once in a process; `IncompatibleError` if it is another store or autoencoder now."""
     with _opening:
         return _open_data(spec)
 

@@ -50,8 +50,7 @@ class PersistenceNumbers(NamedTuple):
     unbroken_multi: NDArray[np.float64]
     """Share of the other pairs with one run."""
     stays_on: NDArray[np.float64]
-    """Of the layers at which a pair is active, the last analysed one left out: at which share it is active at the next
-    layer too."""
+    """Of the layers at which a pair is active, but the last analysed: the share where it is on at the next one too."""
 
 
 def persistence_numbers(

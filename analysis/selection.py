@@ -7,7 +7,6 @@ Shapes: T tokens of the store.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,9 +86,7 @@ _EMPTY = {
 }
 
 
-def held_out_documents(
-    tokens: TokenTable, validation: Mapping[str, Any] | None, *, same_store: bool
-) -> NDArray[np.bool_]:
+def held_out_documents(tokens: TokenTable, validation: Mapping | None, *, same_store: bool) -> NDArray[np.bool_]:
     """bool [n_documents] by the checkpoint's own {fraction, seed}; all False without one, and in another store with
     another number of documents, to which that draw says nothing. Document ids are 0 .. n_documents - 1.
 

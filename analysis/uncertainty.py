@@ -59,8 +59,7 @@ def without_each(sums: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def jackknife_intervals(values: NDArray[np.float64], replicates: NDArray[np.float64]) -> list[Interval | None]:
-    """The interval of each of N values [N] from its replicates [N, G], by `leave_one_out`; widened to hold the value.
-    None where a value or a replicate is not finite."""
+    """The interval of each value [N] from its replicates [N, G], and holding it; None where one is not finite."""
     return [_interval(float(value), row) for value, row in zip(values, replicates, strict=True)]
 
 

@@ -63,8 +63,7 @@ class Settings:
 
 
 def resolve(config: HarvestConfig) -> Settings:
-    """Resolve names, defaults and "auto". Raises as `resolve_model`, `load_lens` and `make_packing` do, and
-    `UsageError` for what the model cannot do."""
+    """Resolve names, defaults and "auto". Raises as what it calls does; `UsageError` for what the model cannot do."""
     wanted = parse_layers(config.storage.layers)
     device = _device(config.weights.device)
     spec = resolve_model(

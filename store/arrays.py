@@ -95,8 +95,7 @@ def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
 
 
 def check_counts(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> None:
-    """Raise `DamagedError` unless the token arrays' files are as many and as large as the attributes say, so that no
-    memory is taken by a size that no file has."""
+    """`DamagedError` unless the token arrays' files have the attributes' number and sizes, before memory is taken."""
     chunk = min(meta.n_tokens, _TOKEN_CHUNK)
     n_files = -(-meta.n_tokens // chunk)
     for name, dtype in _TOKEN_DTYPES.items():

@@ -93,8 +93,7 @@ class KeptCodes:
         return opened
 
     def write(self, shard: int, values: np.ndarray, indices: np.ndarray) -> bool:
-        """Keep the codes [T, L, w] of all tokens of a shard; False, and nothing is kept, if a vector has more active
-        latents than there are places. Values of 0 are padding."""
+        """Keep a shard's codes [T, L, w] (0: padding); False, and none is kept, if a vector has more than W active."""
         width = self._shape[2]
         if values.shape[2] > width:
             order = np.argsort(values <= 0, axis=2, kind="stable")  # active ones first

@@ -129,8 +129,7 @@ def _measure(
     skip: bool,
     bar: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy [n] of the true run at the counted tokens of a batch, cross-entropies [L, C, n] and KL divergences
-    [L, C, n] of the replaced ones; float64."""
+    """At a batch's counted tokens: cross-entropy [n] of the true run, and [L, C, n] and KL of the others; float64."""
     kept, counted = batch.kept.to(model.device), batch.counted.to(model.device)
     target = batch.input_ids[:, 1:][batch.counted[:, :-1]].to(model.device)  # [n]
     true = last_output(model, batch.input_ids)[counted]  # [n, D]

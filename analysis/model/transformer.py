@@ -22,8 +22,7 @@ from store.activations import ActivationStore
 
 
 def load_of_store(store: ActivationStore, spec: ModelSpec, *, device: torch.device | str = "cpu") -> LoadedModel:
-    """The weights of `spec`, which `spec_of_store` gave, in the format that they ran in when `store` was harvested;
-    `IncompatibleError` where they are of other sizes."""
+    """The weights of `spec` of `spec_of_store`, in the format of the harvest; `IncompatibleError` for other sizes."""
     dtype = getattr(torch, store.meta.provenance.get("compute_dtype", "float32"))
     model = load_model(spec, dtype=dtype, device=device)
     refuse_other_sizes(store, model)

@@ -50,8 +50,7 @@ class Results:
     layers: dict[str, np.ndarray]
     """Columns of layers.parquet, float64 [L] each; NaN where the file has null."""
     latents: dict[str, np.ndarray]
-    """Scalar columns of latents.parquet for the live latents, [J] each, sorted by latent; NaN for null.
-    Those of `OPTIONAL_SCALARS` only where the file has them."""
+    """Scalar columns of latents.parquet (`OPTIONAL_SCALARS` if there), live latents [J] ascending; NaN for null."""
     counts: np.ndarray
     """Firings by latent and layer, int64 [J, L]."""
     probs: np.ndarray

@@ -182,8 +182,7 @@ class _Found:
 
 
 def example_blocks(folder: Path, latents: np.ndarray) -> str:
-    """The blocks as HTML, in order of `latents` [J] (ascending), after one with the note on what was left out and the
-    histograms' edges; empty where there is nothing to show."""
+    """The blocks as HTML, by `latents` [J] (ascending), after one of a note and the edges; empty with none to show."""
     examples = read_examples(folder / "examples.parquet", PLANS[0].more)
     of = {latent: _Found(examples.get(latent, [])) for latent in latents.tolist()}
     edges = _add_histograms(folder / "histograms.parquet", of)

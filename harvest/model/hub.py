@@ -98,8 +98,7 @@ def _cached_snapshot(repo_id: str, kind: str, revision: str | None, probes: Sequ
 
 
 def quiet() -> None:
-    """Keep the libraries' warnings, retries and small progress bars off the terminal; downloads still show theirs, and
-    `passing_on` what is about the user's files."""
+    """Keep the libraries' warnings, retries and bars (but for downloads) off the terminal; see also `passing_on`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import huggingface_hub
     import transformers

@@ -89,8 +89,7 @@ class LoadedModel:
         return found
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Logits [..., V] of residual stream vectors [..., D] as if they were the last block's output (the logit
-        lens), scaled and soft-capped as the model does."""
+        """Logits [..., V] of vectors [..., D] as if the last block's output (logit lens), scaled and soft-capped."""
         config = self.causal_lm.config.get_text_config()
         logits = self.unembedding(self.final_norm(residual.to(self.dtype)))
         logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
@@ -181,8 +180,7 @@ def load_model(
 
 
 def refuse_exchanged(spec: ModelSpec) -> None:
-    """`IncompatibleError` where a local folder no longer holds what `spec` says: called after something of it was
-    loaded, so that what was loaded has the spec's hash."""
+    """`IncompatibleError` where a local folder no longer has the hash of `spec`: called once something is loaded."""
     if spec.source != "folder":
         return
     found = None

@@ -162,8 +162,7 @@ def _is(patterns: str, name: str) -> bool:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Files of a model's folder that may decide what is loaded, by name; of weights in two formats those that
-    transformers and peft take, safetensors."""
+    """Files of a model's folder that may decide what is loaded, by name; of weights in two formats the safetensors."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not _is(_UNREAD, path.name))
     safe = {name.startswith("adapter_") for name in names if name in _TAKEN_FIRST}
     return [folder / name for name in names if not (name.endswith(".bin") and name.startswith("adapter_") in safe)]

@@ -19,8 +19,7 @@ _CHARACTERS_PER_TOKEN = 24
 def encode_documents(
     texts: Iterable[Document], tokenizer: Tokenizer, n_tokens: int, longest: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Token ids (int32) of each document that has any, in order, until there are `n_tokens` in all; the last may be
-    cut, and each is where it has more than `longest`."""
+    """Ids (int32) of each document that has any, cut to `longest`, in order, until there are `n_tokens` in all."""
     wanted = n_tokens
     texts = iter(texts)
     while wanted > 0 and (batch := _next_batch(texts, wanted)):

@@ -34,10 +34,7 @@ class Repaired:
 
 
 def repair(
-    path: Path,
-    prepare: Callable[[Path], Callable[[], object]],
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    path: Path, prepare: Callable[[Path], Callable[[], object]], *, progress: Callable[[int, int], None] | None = None
 ) -> Repaired:
     """Make the store at `path` complete and intact again.
 

@@ -168,8 +168,7 @@ def write_sae(
 
 
 def outputs(folder: Path, to: Format, hookpoints: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Names of the files that `write_sae` would write into `folder`: of weights, and others; `UsageError` where the
-    hookpoints cannot be folders side by side."""
+    """Names that `write_sae` would write in `folder`, of weights and others; `UsageError` for clashing hookpoints."""
     if folder.suffix in _FILE_KINDS or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"{folder}: give a folder to write into; the files' names are the format's own")
     if hookpoints and to not in ("saelens", "sparsify"):

@@ -156,9 +156,7 @@ def flag(config: Mapping[str, Any], name: str, default: bool, where: str) -> boo
     return found
 
 
-def key_notes(
-    config: Mapping[str, Any], known: Collection[str], taken: Mapping[str, str], where: str
-) -> tuple[str, ...]:
+def key_notes(config: Mapping[str, Any], known: Collection[str], taken: Mapping, where: str) -> tuple[str, ...]:
     """What a user has to know of a configuration's keys: which are not known here, and which decide and are missing.
 
     taken: keys that decide what is computed, and in words what is taken where one is missing; known: the others.

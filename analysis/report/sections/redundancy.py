@@ -24,8 +24,7 @@ def section(results: Results) -> Section:
     )
     head = ("latent a", "latent b", "cosine", "overlap of profiles", "mean layer of a", "mean layer of b")
     names = ("cosine", "overlap", "layer_mean_a", "layer_mean_b")
-    both = ("latent_a", "latent_b")
-    rows = [(*(str(pair[n]) for n in both), *(show(pair[n]) for n in names)) for pair in results.pairs]
+    rows = [(str(p["latent_a"]), str(p["latent_b"]), *(show(p[name]) for name in names)) for p in results.pairs]
     note = '<p class="note">Redundant pairs first, then by cosine; redundancy.parquet holds more.</p>'
     pairs = table(head, rows) + note if rows else "<p>No pair is near-parallel.</p>"
     limits = {name: show(found[f"{name}_threshold"]) for name in ("cosine", "overlap")}
