@@ -111,8 +111,7 @@ def terminate_as_interrupt() -> Iterator[None]:
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether SIGINT or SIGTERM has come, so that a loop can stop between two whole steps.
 
-    A second signal of the same kind acts at once, as without this. Outside the main thread, where Python allows no
-    handlers, it never tells of any.
+    A second signal of the same kind acts at once. Outside the main thread, which alone has handlers, none is told of.
     """
     received: list[int] = []
     previous: dict[int, object] = {}

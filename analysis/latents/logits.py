@@ -71,8 +71,7 @@ def norm_gain(norm: nn.Module, d_model: int) -> tuple[Tensor, bool] | None:
     """The gain [D] of an RMSNorm or LayerNorm, however it keeps its weight, and whether it is a LayerNorm, which takes
     out the mean over d_model first; None where it is neither.
 
-    A vector of mean 0 and mean square 1 comes out as gain * itself + bias. What is found is held against the norm of
-    another vector.
+    A vector of mean 0 and mean square 1 comes out as gain * itself + bias; held against the norm of another vector.
     """
     norm = copy.deepcopy(norm).float().cpu()
     sign = torch.ones(d_model)

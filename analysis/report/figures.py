@@ -47,8 +47,7 @@ STYLE: dict[str, Any] = (
 def write_figures(results: Results, out_dir: Path) -> list[Path]:
     """Write layer_profile, variance, reconstruction and downstream (.png and .svg) into `out_dir`.
 
-    Returns the paths written: none where matplotlib is not installed, no layer_profile where no latent fired, no
-    downstream where the model was not run.
+    Returns the paths: none without matplotlib, no layer_profile where no latent fired, no downstream without the model.
     """
     try:
         from matplotlib import rc_context

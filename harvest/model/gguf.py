@@ -69,8 +69,7 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
     """A folder with the model of `file` (its SHA-256 is `digest`) as config, tokenizer and safetensors; unpacks it
     the first time.
 
-    Raises `IncompatibleError` where the file is not a GGUF file that transformers can read, `ResidscopeError` where
-    the cache cannot be written.
+    `IncompatibleError` for a file that transformers cannot read, `ResidscopeError` where the cache cannot be written.
     """
     import transformers
 

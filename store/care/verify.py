@@ -37,8 +37,7 @@ def verify(
 ) -> list[BadShard]:
     """Everything that is missing or damaged in the store at `path`; empty when the store is whole.
 
-    progress: called with the number of shards that are checked and of all. Raises `IncompatibleError` when there is no
-    store, or one of another version.
+    progress: called with the number of checked shards and of all. `IncompatibleError` for no store or another version.
     """
     path = Path(path)
     require_store(path)

@@ -26,8 +26,7 @@ UPLOADED = ("*.safetensors", "*.json", "*.jsonl", "*.md", "*.png")
 def fetch(repo_id: str, *, revision: str | None = None, patterns: Sequence[str]) -> Path:
     """The local folder with those files of hub repository `repo_id` that match `patterns`; files it lacks are no error.
 
-    Raises `UsageError` where there is no such repository or revision, `ResidscopeError` where it may not be read, or
-    without a network (and no cached copy).
+    `UsageError` for no such repository or revision, `ResidscopeError` if it may not be read, or offline and not cached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
