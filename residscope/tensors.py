@@ -26,7 +26,7 @@ _STORAGES = [f"{word}Storage" for word in ("Double", "Float", "Half", "BFloat16"
 def load_tensors(file: BinaryIO, where: str) -> Any:
     """What the file holds: tensors on the CPU, dicts, lists, tuples, strings, numbers.
 
-    where: the file to the user. `IncompatibleError` if it is damaged, no archive of `torch.save`, or holds other things.
+    where: its name. `IncompatibleError` if it is damaged, is no archive of `torch.save`, or holds anything else.
     """
     may_be = "it was cut short, damaged, or is no archive of torch.save (bare pickle files are never loaded)"
     with reading(f"{where}: cannot be read as plain tensors", may_be), zipfile.ZipFile(file) as archive:

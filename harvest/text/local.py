@@ -165,7 +165,7 @@ def _too_long(where: str) -> IncompatibleError:
 
 
 def document_of(row: Any, column: str, where: str, known: np.ndarray | None = None) -> Document:
-    """The text of a row; empty for null, U+FFFD for no character. known: bool [ids] of token ids that there are, read instead."""
+    """The text of a row; empty for null, U+FFFD for no character. known: bool [ids], of token ids to read instead."""
     if not isinstance(row, dict):
         raise IncompatibleError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
     if column not in row:
