@@ -243,8 +243,8 @@ def _kl_trained(fit: Fit, ridge: Translators, means: Tensor) -> Translators:
     for i in range(model.n_layers):
         if not bool(weights[i].isfinite().all() and biases[i].isfinite().all()):
             raise ResidscopeError(f"KL training of translator {i} diverged; try a lower --lr than {options.first_lr:g}")
-        parts = (part[i].double() for part in (weights, biases, means))
-        weights[i], biases[i] = limit_condition(*parts, options.max_condition)
+        weight, bias, mean = (part[i].double() for part in (weights, biases, means))
+        weights[i], biases[i] = limit_condition(weight, bias, mean, options.max_condition)
     return Translators(weights, biases)
 
 
