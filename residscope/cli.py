@@ -138,7 +138,3 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield show
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -55,7 +55,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"table": str(table), "runs": runs} if table else runs[0]))
 
     return run_command("train", command)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -231,5 +231,7 @@ def test_an_interrupt_while_tokenising_is_exit_code_130(command: Harvest, monkey
 def test_the_command_runs_as_a_module() -> None:
     import subprocess
 
-    done = subprocess.run([sys.executable, "-m", "harvest.cli", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "residscope", "harvest", "--help"], capture_output=True, text=True, check=True
+    )
     assert "--document-separator" in done.stdout

@@ -20,7 +20,7 @@ FLAGS += ["--checkpoint-every=5", "--validate-every=0"]
 
 
 def command(store: Path, out: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "train.cli", "--store", str(store), "--out", str(out), *FLAGS, *flags]
+    return [sys.executable, "-m", "residscope", "train", "--store", str(store), "--out", str(out), *FLAGS, *flags]
 
 
 def run(store: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,7 @@ raise SystemExit(main())
 def run_signalled(at: int, number: signal.Signals, store: Path, out: Path, *flags: str) -> int:
     """Train in a process that sends itself a signal before it opens or renames its `at`-th file; its exit code. So no
     test depends on how fast the machine is; `benchmarks/bench_resume.py` kills at moments of the clock."""
-    words = ["-c", SIGNALLED, str(at), str(number.value), str(out.parent), *command(store, out, *flags)[3:]]
+    words = ["-c", SIGNALLED, str(at), str(number.value), str(out.parent), *command(store, out, *flags)[4:]]
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, env=environment()).returncode
 
 

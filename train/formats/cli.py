@@ -98,7 +98,3 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"  {place}")
     for note in notes:
         print(f"{COMMAND}: note: {note}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
