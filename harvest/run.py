@@ -6,6 +6,7 @@ tests/harvest/test_run.py and test_continue.py.
 """
 
 import dataclasses
+import shutil
 import sys
 import time
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes
-from residscope.errors import IncompatibleError
+from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.care.outliers import few_tokens
@@ -65,7 +66,12 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
         model = model or load_weights(job.settings)
         store = _begin(job, model)
     with store:
-        save_options(config)  # On continuing too: a crash may have come between the store and this file.
+        try:
+            save_options(config)  # On continuing too: a crash may have come between the store and this file.
+        except UsageError:
+            if not begun:
+                shutil.rmtree(store.path)
+            raise
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
             settings = job.settings

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory
+from residscope.errors import Interrupted, ResidscopeError, first_line, is_out_of_memory
 from residscope.escape import printable_streams
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
         if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib before 3.13
             error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(error)[19:-1])
         if is_out_of_memory(error):
-            first = next(iter(str(error).splitlines()), "")[:120] or "it was refused"
+            first = first_line(error)[:120]
             return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
         if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
             raise

@@ -48,3 +48,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     before = error.__cause__ or error.__context__
     return any(words in str(error).lower() for words in _NO_MEMORY) or (before is not None and is_out_of_memory(before))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(". ") if lines else type(error).__name__

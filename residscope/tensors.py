@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from residscope.errors import IncompatibleError
+from residscope.errors import IncompatibleError, first_line
 
 _DTYPES = (torch.double, torch.float, torch.half, torch.bfloat16, torch.long, torch.int, torch.uint8, torch.bool)
 _STORAGES = [f"{word}Storage" for word in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")]
@@ -37,7 +37,7 @@ def load_tensors(file: BinaryIO, where: str) -> Any:
     except Exception as error:  # a damaged archive or pickle raises nearly anything
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # of the disk; EINVAL is what a damaged index gives, which seeks beyond the file's ends
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
+        reason = first_line(error)[:120]
         raise IncompatibleError(
             f"{where}: cannot be read as plain tensors ({reason}): it was cut short, damaged, or is no archive as "
             "torch.save writes them (bare pickle files are never loaded)"

@@ -38,7 +38,7 @@ from train.reporting.announce import (
 )
 from train.reporting.dry_run import DryRun, foresee, time_steps
 from train.reporting.outputs import check_publish, push, write_outputs
-from train.reporting.report import TrainResult
+from train.reporting.report import TrainResult, table_path
 from train.resolve import RunPlan, make_plan, memory_estimate
 from train.resume import check_resumable, load_saved, set_threads
 from train.trainer import Trainer
@@ -62,6 +62,8 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
     with _opened(config) as store:
         specs = _specs(config, store)
         saved = load_saved(specs)
+        if config.sweep or config.per_layer:
+            table_path(config.out, specs[0].config.out)
         data = TrainingData.open(config, store)
         plans = [make_plan(spec, data) for spec in specs]
         for plan, checkpoint in zip(plans, saved, strict=True):

@@ -25,10 +25,9 @@ import xxhash
 
 from harvest.model.aliases import PACKAGED
 from harvest.model.hashes import add_file
-from harvest.model.hub import first_line
 from harvest.model.sanity import refuse_missing
 from residscope.console import human_bytes
-from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.errors import IncompatibleError, ResidscopeError, first_line
 from residscope.reading import CONFIG_BYTES, read_whole
 
 _BLOCK = 1 << 22

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import ResidscopeError, UsageError, first_line
 
 _TIMEOUT_SECONDS = 10.0
 _KINDS = {
@@ -94,12 +94,6 @@ def _cached_snapshot(repo_id: str, kind: str, revision: str | None, probes: Sequ
         if isinstance(found, str):
             return Path(found).parents[len(Path(probe).parts) - 1]
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
 def quiet() -> None:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from harvest.model.adapters import NOT_BY_TRANSFORMERS, with_adapter
 from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of, reset_rope
-from harvest.model.hub import first_line, passing_on, warn
+from harvest.model.hub import passing_on, warn
 from harvest.model.names import ModelSpec, model_files, resolve_model
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from harvest.model.tokenizer import Tokenizer
-from residscope.errors import IncompatibleError, ResidscopeError, UsageError, is_out_of_memory
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError, first_line, is_out_of_memory
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
 from residscope.reading import read_json

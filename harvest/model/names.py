@@ -17,8 +17,8 @@ from harvest.model import gguf
 from harvest.model.adapters import ADAPTER, read_adapter
 from harvest.model.aliases import hub_id, suggestions
 from harvest.model.hashes import add_file
-from harvest.model.hub import first_line, pin, quiet
-from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from harvest.model.hub import pin, quiet
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError, first_line
 from residscope.reading import read_json
 
 _UNREAD = (

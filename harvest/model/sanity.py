@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from harvest.model.hashes import add_file
-from harvest.model.hub import first_line
 from residscope.console import counted
-from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.errors import IncompatibleError, ResidscopeError, first_line
 
 _TRIED_TOKENS = 16
 _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from harvest import fill
+from harvest import run as harvest_run
 from harvest.config import HarvestConfig
 from harvest.estimate import estimate
 from harvest.lens.translators import load_lens
@@ -301,6 +302,24 @@ def test_two_stores_do_not_share_the_options_beside_them(config: MakeConfig) -> 
         harvest(config(out=first.out.with_suffix("")))
     assert not first.out.with_suffix("").exists()
     assert first.out.with_suffix(".harvest.toml").read_bytes() == options
+
+
+def test_of_two_stores_that_would_share_options_and_begin_together_one_goes_on(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, begin = config(), harvest_run._begin
+
+    def meanwhile(*arguments: Any) -> ActivationStore:
+        monkeypatch.setattr(harvest_run, "_begin", begin)
+        store = begin(*arguments)
+        harvest(first)
+        return store
+
+    monkeypatch.setattr(harvest_run, "_begin", meanwhile)
+    with pytest.raises(UsageError, match=r"acts: .* belong to .*acts.zarr: choose"):
+        harvest(config(out=first.out.with_suffix("")))
+    assert not first.out.with_suffix("").exists()
+    assert verify(first.out) == []
 
 
 @pytest.mark.usefixtures("small_shards")

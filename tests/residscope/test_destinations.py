@@ -116,7 +116,7 @@ def test_a_claim_that_is_not_ours_removes_nothing(tmp_path: Path, claimed: str) 
 def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
     out, other, record, side = (tmp_path / name for name in ("a", "a.pt", "a.config.toml", "a.safetensors"))
     refuse_shared(out, record, [side])
-    side.touch()
+    side.write_text("another tool's")
     with pytest.raises(UsageError, match=r"--out .*a: .*a.safetensors, which would be replaced, exists already"):
         refuse_shared(out, record, [side])
     record.write_text('out = "somewhere/a.pt"')

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import ResidscopeError, UsageError, first_line
 from residscope.escape import markdown, printable
 from train.checkpoint import Checkpoint
 from train.metrics import read_metrics
@@ -42,10 +42,10 @@ def fetch(repo_id: str, *, revision: str | None = None, patterns: Sequence[str])
     except RepositoryNotFoundError:
         kind, reason = UsageError, "the hub has no such repository (a private one needs `hf auth login`)"
     except ValueError as error:  # no valid repository id
-        kind, reason = UsageError, _first_line(error)
+        kind, reason = UsageError, first_line(error)
     except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
         reason = (
-            f"it is not in the local cache and the hub cannot be reached ({_first_line(error)}): connect, or copy the "
+            f"it is not in the local cache and the hub cannot be reached ({first_line(error)}): connect, or copy the "
             "folder here and give its path"
         )
     raise kind(f"{repo_id}{at}: no such local file or folder, and from the hub: {reason}")
@@ -70,7 +70,7 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = False) -> str:
     except LocalTokenNotFoundError:
         raise ResidscopeError(f"{repo_id}: not logged in: run `hf auth login`, or set HF_TOKEN") from None
     except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
-        raise ResidscopeError(f"{repo_id}: the upload failed: {_first_line(error)}") from error
+        raise ResidscopeError(f"{repo_id}: the upload failed: {first_line(error)}") from error
     return f"https://huggingface.co/{repo_id}"
 
 
@@ -195,7 +195,3 @@ def _validation(found: Any) -> str | None:
     if not isinstance(found, dict) or "fraction" not in found:
         return None
     return f"{found['fraction']} of {found.get('n_documents', 'the')} documents held out, seed {found.get('seed')}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from residscope.errors import ResidscopeError
+from residscope.errors import ResidscopeError, first_line
 from residscope.names import beside, stem
 from train.resolve import RunPlan
 
@@ -68,7 +68,7 @@ def _wandb(project: str, name: str, out: Path, plan: Mapping[str, Any], *, fresh
         # create_new: several runs of one process, side by side
         run = wandb.init(project=project, name=name, reinit="create_new", **options)
     except Exception as error:  # wandb's error classes differ by version
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         way_out = "log in with `wandb login`, or set WANDB_MODE=offline"
         raise ResidscopeError(f"--wandb {project}: {reason}; {way_out}") from None
     return Tracker(lambda numbers, step: run.log(dict(numbers), step=step), run.finish)
