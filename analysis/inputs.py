@@ -1,8 +1,7 @@
 """The store and the autoencoder of an analysis: opened once in each process, and checked against each other.
 
 `open_inputs` is for the process that the user started, whose threads use what it opened. A task in another process is
-told paths, hashes and integers only (`TaskSpec`): `open_data` opens the paths again there, and refuses what is not the
-same by its hash.
+told paths, hashes and integers only (`TaskSpec`): there `open_data` opens the paths again, and compares the hashes.
 """
 
 import threading
@@ -24,7 +23,7 @@ from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from store.codes import KeptCodes
 from train.checkpoint import Checkpoint
-from train.formats.files import read_sae
+from train.formats.files import read_checkpoint, read_sae
 from train.model import MLSAE
 
 
@@ -62,10 +61,11 @@ class Inputs:
 def open_inputs(store_path: Path, sae_path: Path) -> Inputs:
     """Open both; raises `ResidscopeError` or a subclass where one is missing or broken, or where they do not fit."""
     store = ActivationStore.open(store_path)
-    sae, origin = read_sae(sae_path)
-    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
+    checkpoint = read_checkpoint(sae_path)
     layers = layers_of_store(checkpoint, store, sae_path)
-    return Inputs(store=store, checkpoint=checkpoint, layers=layers, notes=[*_doubts(checkpoint, store), *origin.notes])
+    return Inputs(
+        store=store, checkpoint=checkpoint, layers=layers, notes=[*_doubts(checkpoint, store), *checkpoint.notes]
+    )
 
 
 def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Path) -> tuple[int, ...]:
@@ -135,6 +135,8 @@ class TaskSpec:
     same_store: bool
     pca: bool
     """Whether to sum what the PCA baseline needs: wanted, and there is something to fit it on."""
+    few: tuple[int, ...] = ()
+    """Places in the store of few tokens that carry much of a layer's variance (`store.care.outliers`)."""
     save_latents: bool = False
     codes_folder: str | None = None
     """Folder for the analysed tokens' codes while the analysis lasts (`analysis.tiles`); None for none."""

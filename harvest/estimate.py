@@ -75,8 +75,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: HarvestConfig) -> Estimate:
-    """Measure; raises as `harvest` does for a model, text or option that cannot work. Writes nothing at or beside
-    --out."""
+    """Measure; raises as `harvest` does for a model, text or option that cannot work. Writes nothing."""
     require_local_texts(config.text)
     settings = resolve(config)
     sources = open_sources(config.text, known=settings.known_ids)  # Not shuffled, which would read all of them.
@@ -109,8 +108,7 @@ def estimate(config: HarvestConfig) -> Estimate:
 
 
 def _sample(settings: Settings, sources: Sequence[TextSource]) -> tuple[np.ndarray, int | None]:
-    """Token ids (int32) of the first 200,000 characters, shared out among the texts, and about how many tokens all
-    of them pack into."""
+    """Token ids (int32) of the first 200,000 characters, shared out among the texts, and about how many all give."""
     samples = [_beginning(settings, source, _SAMPLE_CHARACTERS // len(sources)) for source in sources]
     ids = np.concatenate([sample for sample, _ in samples])
     available = [n for _, n in samples if n is not None]
@@ -138,8 +136,7 @@ def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tup
 
 
 def _measure(runner: BatchRunner, settings: Settings, sample: np.ndarray) -> float:
-    """Tokens per second of forward passes with their recording, at the run's batch size; the sample is repeated where
-    it is too short."""
+    """Tokens per second of forward passes with their recording, at the run's batch size; a short sample is repeated."""
     batch, length = settings.batch_size, settings.packing.context_length
     ids = torch.from_numpy(np.resize(sample, (batch, length)).astype(np.int64))
     buffer = runner.buffer(batch * length)

@@ -25,8 +25,7 @@ def options_file(store: Path) -> Path:
 
 
 def save_options(config: HarvestConfig) -> None:
-    """Write the options beside the store, for `harvest --config`, repairs and analyses; `UsageError` where another
-    store's are there."""
+    """Write the options beside the store, for --config, repairs and analyses; `UsageError` over another store's."""
     texts = [
         _in_full(choice.name) + word.strip()[len(choice.name) :] if is_on_disk(choice.name) else word
         for choice, word in zip(config.text.choices, config.text.dataset, strict=True)

@@ -1,5 +1,4 @@
-"""What a store keeps of how it was made: the record of its options, which decides who may continue it, and where it
-comes from.
+"""What a store keeps of how it was made: where it comes from, and its options, which decide who may continue it.
 
 How: the record is plain JSON of what the stored bytes depend on and of nothing else (no paths, no times, no device), so
 that the same command gives the same record anywhere, and a store can say which field of another command's record

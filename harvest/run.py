@@ -48,8 +48,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
     """Make or complete the store that `config` asks for.
 
     model: the one that is asked for, where it is loaded already. Raises `UsageError` for options that cannot work,
-    `IncompatibleError` where --out is something else, `Interrupted` after a signal, `ResidscopeError` for anything else
-    that the user can act on.
+    `IncompatibleError` where --out is something else, `Interrupted` after a signal, `ResidscopeError` for the rest.
     """
     start = time.perf_counter()
     begun = has_begun(config.out) and not config.overwrite
@@ -80,7 +79,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             filled = fill(store, BatchRunner(model, settings), settings.batch_size)
         store.finalize()
         if filled.shards and (few := few_tokens(store, store.tokens.keep, job.settings.tokenizer.text)):
-            _say(f"warning: {few}")
+            _say(f"warning: {few.words}")
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 
 

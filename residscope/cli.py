@@ -47,19 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(f"residscope {arguments.command}", lambda: run(arguments.store, arguments.json))
 
 
-def harvest() -> int:
-    """The command `harvest`; as its script starts here, our packages are found before any of the same name."""
-    return main(["harvest", *sys.argv[1:]])
+def _command(name: str) -> Callable[[], int]:
+    """What the script `name` calls; it starts here, so that our packages are found before any of the same name."""
+    return lambda: main([name, *sys.argv[1:]])
 
 
-def train() -> int:
-    """The command `train`."""
-    return main(["train", *sys.argv[1:]])
-
-
-def analyze() -> int:
-    """The command `analyze`."""
-    return main(["analyze", *sys.argv[1:]])
+harvest, train, analyze = map(_command, ("harvest", "train", "analyze"))
 
 
 def _parser() -> argparse.ArgumentParser:

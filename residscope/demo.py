@@ -1,10 +1,9 @@
 """`residscope demo`: harvest, train and analyze on a small model and text that need no network, start to end.
 
-Each stage is the user's own command, printed before it runs and timed after; running the demo again continues where it
-stopped. It ends with what the analysis found.
+Each stage is the user's own command, printed before it runs and timed after, the last with the findings; running the
+demo again continues where it stopped.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from residscope.console import human_seconds, run_command
 from residscope.destinations import require_folder
@@ -78,37 +76,10 @@ def demo(config: DemoConfig) -> None:
             raise _failed(name, code)
         seconds[name] = time.monotonic() - started
         print(f"{name} took {human_seconds(seconds[name])}", flush=True)
-    summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
     times = ", ".join(f"{name} {human_seconds(time_)}" for name, time_ in seconds.items())
-    total = f"Time: {times}; together {human_seconds(sum(seconds.values()))}."
-    print("\n".join(["", *closing_words(summary), "", total]), flush=True)
+    print(f"\nTime: {times}; together {human_seconds(sum(seconds.values()))}.", flush=True)
     if (report := config.out / "report.html").exists():
         print(f"Open {report} in a browser.", flush=True)
-
-
-def closing_words(summary: dict[str, Any]) -> list[str]:
-    """The findings in a few lines: the decomposition, then reconstruction and dead latents."""
-    mass, n_latents = summary["variance"]["mass"], summary["n_latents"]
-    model, n_layers = summary["provenance"]["store"]["model"], summary["n_layers"]
-    ratio = mass["aggregate_over_token"]
-    lines = [
-        f"{model}, {n_layers} layers, {summary['n_tokens']:,} tokens: variance of the layer that latents are active at",
-        f"  within a token, E[Var(L | latent, token)]     {mass['within_token']:8.3g} layers^2",
-        f"  between tokens, E[Var(E[L | latent, token])]  {mass['between_tokens']:8.3g}",
-        f"  between latents, Var(E[L | latent])           {mass['between_latents']:8.3g}",
-        f"  total, their sum                              {mass['total']:8.3g}",
-        f"The aggregate variance (within + between tokens) is {'-' if ratio is None else f'{ratio:.3g}'} times "
-        "the token-level variance (within a token).",
-    ]
-    pca = summary["baseline"]["pca"]
-    if summary["validation"]:
-        line = f"Validation FVU, mean over layers (lower is better): {summary['validation_fvu']:.3f}"
-        lines.append(line + (f"; PCA with {pca['k']} components {pca['fvu']:.3f}" if pca else "") + ".")
-    dead = summary["latents"]["dead"]
-    lines.append(
-        f"Dead latents: {dead:,} of {n_latents:,} ({100 * dead / n_latents:.0f} %) never fired on these tokens."
-    )
-    return lines
 
 
 def _failed(stage: str, code: int) -> ResidscopeError:

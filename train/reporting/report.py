@@ -126,8 +126,7 @@ def _held_out_cells(result: TrainResult) -> list[str]:
 
 
 def table_path(out: Path, first: Path) -> Path:
-    """Where the table of the runs of --out `out` goes, of which the `first` has this checkpoint; `UsageError` where
-    something else is there."""
+    """Where the table of the runs of --out `out` goes; first: a run's checkpoint. `UsageError` over anything else."""
     stem = out.stem if out.suffix == ".pt" and first.parent == out.parent else "ckpt"
     path = first.with_name(f"{stem}.runs.parquet")
     if os.path.lexists(path):
