@@ -1,5 +1,4 @@
-"""One analysis, from options to files: open and check, sum over shards, fit and evaluate the baseline, look at latents,
-run the transformer, write."""
+"""One analysis, from options to files: open and check, sum over shards, baseline, latents, the transformer, write."""
 
 import time
 from collections.abc import Callable

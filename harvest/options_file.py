@@ -42,8 +42,7 @@ def save_options(config: HarvestConfig) -> None:
 
 
 def recorded_place(store: Path, what: str) -> str | None:
-    """The local file or folder of the "model" or "lens" that the store at `store` was harvested with, if the file
-    beside it names one that is still there."""
+    """Where the "model" or "lens" of `store` lies, if the file beside the store names a place that is still there."""
     path = options_file(store)
     try:
         with reading(path):

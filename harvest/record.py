@@ -27,6 +27,10 @@ _VALUES_BEFORE = {
 }
 _NAMES_OF = {"model_fingerprint": "model", "lens_hash": "lens"}
 """Content hashes of what is local, and the fields with its name, which is that of its folder or file."""
+_WORDS = {"model_fingerprint": "the content of --model", "model_revision": "--revision", "adapter": "the adapter"}
+_WORDS |= {"lens_hash": "the content of --lens", "dataset_weights": "the weight of each --dataset"}
+_WORDS |= {"dataset_revision": "the revision or hash of --dataset"}
+"""What those fields are to the user that are no flags; the others have the names of theirs."""
 _PACKAGES = ("residscope", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
 
 
@@ -89,9 +93,14 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
         if name in names and stored.get(content) is not None and stored.get(content) == record.get(content)
     ]
     names = [name for name in names if name not in renamed]
+    kinds = {str(there.get("adapter")).partition(", peft ")[0] for there in (stored, record)}
+    upgraded = "adapter" in names and len(kinds) == 1
+    names = [name for name in names if name != "adapter" or not upgraded]
     if names:
         found = "; ".join(
-            f"{name} is {_shown(stored.get(name))} there and {_shown(record.get(name))} here" for name in names
+            f"{_WORDS.get(name) or '--' + name.replace('_', '-')} is {_shown(stored.get(name))} there and "
+            f"{_shown(record.get(name))} here"
+            for name in names
         )
         if "model_fingerprint" in names and "model" not in names:
             found += " (a hash of the model's configuration, tokenizer and weights: one of these files was changed)"
@@ -99,7 +108,8 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
             f"{out} was made with other options: {found}. Give the same options to continue it, choose another --out,"
             " or use --overwrite to replace it"
         )
-    return [
+    warning = f"warning: {out} was begun with the adapter {stored['adapter']}, now {record.get('adapter')}: " * upgraded
+    return [warning + "the new shards may differ in the last bits"] * upgraded + [
         f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
         " same hash"
         for name in renamed

@@ -1,8 +1,7 @@
 """A harvest from start to end: options to settings, text to a token table, a store with it, and its shards filled.
 
 Nothing is written before the model has loaded, the text is tokenised and the disk is known to have room. The same
-command again fills what is missing: from the stored token table, not from the text. Notes go to stderr. Tested in
-tests/harvest/test_run.py and test_continue.py.
+command again fills what is missing: from the stored token table, not from the text. Also in test_continue.py.
 """
 
 import dataclasses

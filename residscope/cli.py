@@ -10,14 +10,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from residscope.console import counted, run_command
 from residscope.info import info
 from residscope.options import CommandParser
-
-if TYPE_CHECKING:
-    from store.care.verify import BadShard
 
 COMMANDS = {
     "harvest": ("harvest.cli", "write the residual stream of a model into a store"),
@@ -110,11 +107,11 @@ def _repair(path: Path, as_json: bool) -> int:
     return 0
 
 
-def _as_json(bad: "list[BadShard]") -> list[dict[str, Any]]:
+def _as_json(bad: Sequence[Any]) -> list[dict[str, Any]]:
     return [{"shard": found.index, "reason": found.reason} for found in bad]
 
 
-def _print_faults(bad: "list[BadShard]") -> None:
+def _print_faults(bad: Sequence[Any]) -> None:
     for found in bad:
         print(found.reason if found.index is None else f"shard {found.index}: {found.reason}")
 

@@ -40,14 +40,15 @@ def run_command(
 def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
     try:
         with terminate_as_interrupt():
-            return command() or 0
+            code = command() or 0
+            sys.stdout.flush()
+            return code
     except ResidscopeError as error:
         return _fail(name, str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(name, interrupted, Interrupted.exit_code)
     except BrokenPipeError:
-        # The reader of stdout went away (`| head`); point stdout elsewhere so that the interpreter exits silently too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()  # its reader went away (`| head`)
         return 0
     except Exception as error:
         if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib before 3.13
@@ -64,8 +65,15 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
             return _fail(name, f"{where}. Free some space, or set TMPDIR to a folder with room, then {_AGAIN}", 1)
         if error.errno == errno.ENOENT and error.filename is None:
             raise
+        if error.filename == getattr(sys.stdout, "name", None):
+            _silence_stdout()
         where = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
+
+
+def _silence_stdout() -> None:
+    """Point it elsewhere, so that the interpreter's last flush does not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _AGAIN = "run the same command again: `harvest` and `train --resume` continue where they stopped"
@@ -111,8 +119,7 @@ def terminate_as_interrupt() -> Iterator[None]:
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether SIGINT or SIGTERM has come, so that a loop can stop between two whole steps.
 
-    A second signal of the same kind acts at once, as without this. Outside the main thread, where Python allows no
-    handlers, it never tells of any.
+    A second signal of the same kind acts at once, as without this. Outside the main thread it never tells of any.
     """
     received: list[int] = []
     previous: dict[int, object] = {}

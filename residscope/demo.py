@@ -1,7 +1,6 @@
 """`residscope demo`: harvest, train and analyze on a small model and text that need no network, start to end.
 
-Each stage is the user's own command, printed before it runs and timed after, the last with the findings; running the
-demo again continues where it stopped.
+Each stage is the user's own command, printed before it runs and timed after; run again, the demo continues.
 """
 
 import shlex

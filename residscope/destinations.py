@@ -1,5 +1,5 @@
-"""Where results may go: not where another process writes, not over another output's files, and not on a full disk; and
-how the files of one folder get there together.
+"""Where results may go: not where another process writes, over another output's files or on a full disk; and how the
+files of one folder get there together.
 
 How: files are made in the folder `.partial` of the output folder, which is locked, and renamed into place when all are
 there. `.partial/claim` names those that were not there before, so that what a killed run left is known to be ours.
@@ -163,7 +163,9 @@ def require_name(out: Path) -> None:
 
 
 def _below_a_file(out: Path, flag: str) -> UsageError:
-    return UsageError(f"{flag} {out}: a part of this path is a file, not a folder: choose another")
+    link = next((path for path in (out, *out.parents) if path.is_symlink() and not path.exists()), None)
+    what = f"{link} is a link to what is not there" if link else "a part of this path is a file, not a folder"
+    return UsageError(f"{flag} {out}: {what}: choose another")
 
 
 def refuse_shared(

@@ -269,8 +269,7 @@ def home_path(word: str) -> Path:
 
 
 def read_word(word: str, annotation: Any, what: str) -> Any:
-    """A word on the command line as a value of `annotation`, "none" where that may be None; `UsageError` begins with
-    `what` if it is none of them."""
+    """A word on the command line as a value of `annotation` ("none" is None); `UsageError` begins with `what`."""
     kind = _without_none(annotation)
     if kind is not annotation and word.lower() == "none":
         return None

@@ -34,8 +34,7 @@ class MetricsWindow:
     """Sums over the steps since the last logged one."""
 
     def __init__(self, raw_denominators: Tensor, *, sparsity: bool = False) -> None:
-        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space: FVU is always measured there. sparsity: whether
-        there is a sparsity term."""
+        """raw_denominators: [L], E|x - mean_l|^2 in raw space, where FVU is measured; sparsity: is it a term."""
         self._raw_denominators = raw_denominators
         self._means = ("loss", "auxk", "sparsity") if sparsity else ("loss", "auxk")
         self._sums: dict[str, Tensor] = {}

@@ -49,8 +49,7 @@ from train.validation import INTERIM_TOKENS, Validation, ValidationData, Validat
 def train(config: TrainConfig) -> TrainResult:
     """Train the one run that `config` says, from the start or from its checkpoint.
 
-    Raises `UsageError`, `IncompatibleError` and `ResidscopeError` for what the user can fix, and `Interrupted` after a
-    signal, once the state is saved.
+    Raises `ResidscopeError` and its kinds for what the user can fix, `Interrupted` after a signal, with all saved.
     """
     (result,) = train_all(config)
     return result

@@ -38,8 +38,7 @@ class Trainer:
     """One run: `start` it once, then let it `take` batches."""
 
     def __init__(self, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None) -> None:
-        """memory: for gradients, by n_latents, shared by all trainers and reused in each step: fresh memory costs as
-        much as the sums in it."""
+        """memory: for gradients, by n_latents, shared and reused: fresh memory costs as much as the sums in it."""
         self.plan, self._data = plan, data
         self.path = plan.config.out  # the checkpoint
         position = None if plan.stream_layers is None else data.layers.index(plan.layers[0])

@@ -69,11 +69,9 @@ def sha256(file: GgufFile) -> str:
 
 
 def unpacked_folder(file: GgufFile, digest: str) -> Path:
-    """A folder with the model of `file` (its SHA-256 is `digest`) as config, tokenizer and safetensors; unpacks it
-    the first time.
+    """A folder with the model of `file` (SHA-256 `digest`) as config, tokenizer and safetensors, unpacked once.
 
-    Raises `IncompatibleError` where the file is not a GGUF file that transformers can read, `ResidscopeError` where
-    the cache cannot be written.
+    `IncompatibleError` where transformers cannot read the file, `ResidscopeError` where the cache cannot be written.
     """
     import transformers
 

@@ -244,8 +244,7 @@ def _check_cache(spec: ModelSpec) -> None:
 
 
 def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
-    """`load()`, with whatever the libraries raise turned into one line. They raise nearly everything, so that nothing
-    narrower than Exception will do."""
+    """`load()`, with whatever the libraries raise, which is nearly everything, turned into one line."""
     try:
         with passing_on(spec.name):
             return load()

@@ -42,8 +42,7 @@ class ModelSpec:
     """Which model, exactly; nothing is loaded yet."""
 
     name: str
-    """What to call it; a hub id and a short name can be given to `resolve_model` again, a folder's or file's name
-    only where it lies."""
+    """What to call it; a hub id or a short name can be given to `resolve_model` again, another name where it lies."""
     source: Literal["hub", "folder", "gguf"]
     location: str
     """What transformers loads: the hub id, or the path of a folder."""
@@ -166,8 +165,7 @@ def _is(patterns: str, name: str) -> bool:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Files of a model's folder that may decide what is loaded, by name; of weights in two formats those that
-    transformers and peft take, safetensors."""
+    """Files of a model's folder that may decide what is loaded, by name; of weights in two formats safetensors."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not _is(_UNREAD, path.name))
     safe = {name.startswith("adapter_") for name in names if name in _TAKEN_FIRST}
     return [folder / name for name in names if not (name.endswith(".bin") and name.startswith("adapter_") in safe)]

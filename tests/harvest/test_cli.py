@@ -207,7 +207,7 @@ def test_another_configuration_is_exit_code_3(command: Harvest) -> None:
     assert command().code == 0
     found = command(max_tokens=100)
     assert found.code == 3
-    assert "max_tokens is 1000000 there and 100 here" in found.error
+    assert "--max-tokens is 1000000 there and 100 here" in found.error
     assert command(max_tokens=100, overwrite=True).code == 0
 
 

@@ -341,7 +341,7 @@ def test_token_columns_are_harvested_continued_and_recorded(config: MakeConfig, 
     np.testing.assert_array_equal(tokens.keep, (tokens.position != 0) & (tokens.token_id < 256))
     assert store.meta.provenance["config"]["token_column"] == "ids"
     assert estimate(options).tokens_available == len(tokens.token_id)
-    with pytest.raises(IncompatibleError, match="token_column is 'ids' there and not given here"):
+    with pytest.raises(IncompatibleError, match="--token-column is 'ids' there and not given here"):
         harvest(config("llama", dataset=(str(path),), text_column="ids"))
     path.write_text(json.dumps({"ids": [5, 258]}) + "\n")
     with pytest.raises(IncompatibleError, match=r"line 1: column 'ids' holds token 258"):

@@ -150,3 +150,12 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"below/a.pt: a part of this path is a file, not a folder"):
         require_name(tmp_path / "file/below/a.pt")
     require_name(tmp_path / "folder/below/a.pt")
+
+
+def test_a_link_to_what_is_not_there_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "where")
+    with (
+        pytest.raises(UsageError, match=r"--out .*link: .*link is a link to what is not there: choose another"),
+        together(tmp_path / "link", ["a"], ["a"], replace=False),
+    ):
+        raise AssertionError("not reached")

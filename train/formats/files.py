@@ -24,7 +24,7 @@ from torch import Tensor
 
 from residscope.destinations import together
 from residscope.errors import IncompatibleError, UsageError
-from residscope.reading import CONFIG_BYTES, read_whole
+from residscope.reading import CONFIG_BYTES, read_whole, said
 from store.files import atomic_write
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
 from train.formats import layouts
@@ -109,7 +109,7 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
         folder, found = _only_subfolder(folder, str(source))
     if not found:
         raise IncompatibleError(
-            f"{name}: no autoencoder found; looked for {', '.join(_known_files())}"
+            f"{name}: no autoencoder found; looked for {', '.join(known_files())}"
             + (f"; these sub-folders hold one: {listed(_subfolders(path))}" if subfolder and not on_hub else "")
         )
     if len(found) > 1:
@@ -254,7 +254,7 @@ def read_safetensors(path: Path) -> Checkpoint:
                 raise ValueError("its check sum is wrong: the file was changed after it was written")
             store, trainer = (json.loads(header[name]) for name in ("store", "trainer"))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
-            raise IncompatibleError(f"{path}: damaged, or by another version: {_one_line(error)}") from None
+            raise IncompatibleError(f"{path}: damaged, or by another version: {said(error)}") from None
     check_weights(sae.state_dict(), str(path))
     check_records(store, trainer, str(path))
     return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
@@ -300,7 +300,7 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
                 f" wrote them; convert it again, or, if the change was meant, delete {_HASH!r} there"
             )
     except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
-        raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {_one_line(error)}") from None
+        raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {said(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     if format == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
         notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store with that --lens",)
@@ -311,19 +311,20 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
     return checkpoint, parsed.stored_dtype
 
 
-def _known_files() -> tuple[str, ...]:
+def known_files() -> tuple[str, ...]:
+    """Names of files that hold an autoencoder, in all formats."""
     return (EXPORT, CHECKPOINT, *(layout.weights_file for layout in LAYOUTS.values()))
 
 
 def _formats_in(folder: Path) -> list[Path]:
     """The weights files directly in `folder`; of our own two, the checkpoint."""
-    found = [folder / name for name in _known_files() if (folder / name).is_file()]
+    found = [folder / name for name in known_files() if (folder / name).is_file()]
     return [path for path in found if path.name != EXPORT] or found
 
 
 def _subfolders(folder: Path) -> list[str]:
     """Sub-folders, at any depth, that hold an autoencoder or (of a hub repository) so far only its configuration."""
-    wanted = {*_known_files(), "cfg.json"}
+    wanted = {*known_files(), "cfg.json"}
     found = {path.parent for path in folder.rglob("*") if path.name in wanted and path.parent != folder}
     return sorted((path.relative_to(folder).as_posix() for path in found), key=_natural)
 
@@ -342,7 +343,7 @@ def _only_subfolder(folder: Path, source: str) -> tuple[Path, list[Path]]:
 
 def _fetch(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
     """The files of one autoencoder on the hub; without `subfolder` and with none at the top, all the configurations."""
-    files = [*_known_files(), *{layout.config_file for layout in LAYOUTS.values()}]
+    files = [*known_files(), *{layout.config_file for layout in LAYOUTS.values()}]
     if subfolder:
         return fetch(repo_id, revision=revision, patterns=[f"{subfolder.strip('/')}/{name}" for name in files])
     folder = fetch(repo_id, revision=revision, patterns=files)
@@ -366,7 +367,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise IncompatibleError(f"{path}: not a complete safetensors file ({_one_line(error)})") from None
+        raise IncompatibleError(f"{path}: not a complete safetensors file ({said(error)})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -390,7 +391,3 @@ def _plain(value: Any) -> Any:
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, Mapping, list, tuple))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -75,9 +75,8 @@ def bar_words(
 
 
 def tell_diverged(where: str, checkpoints: Sequence[Path], *, any_left: bool) -> None:
-    """Warn of runs whose loss or weights have just become NaN or infinite; raise `ResidscopeError` where no other is
-    left."""
-    way_out = "lower --lr, or set --clip-norm"
+    """Warn of runs whose loss or weights are no longer finite; `ResidscopeError` where no other is left."""
+    way_out = "lower --lr, or set --clip-norm, and start again with --overwrite"
     if checkpoints and not any_left:
         raise ResidscopeError(f"{where}: diverged, the loss or a weight is NaN or infinite: {way_out}")
     for path in checkpoints:

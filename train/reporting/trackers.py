@@ -1,7 +1,6 @@
 """TensorBoard and Weights & Biases beside the metrics file: off by default.
 
-Both get every line of `ckpt.metrics.jsonl`: training numbers as train/NAME, validation as validation/NAME, lists over
-layers as NAME/LAYER, against the step.
+Both get every line of `ckpt.metrics.jsonl` against the step, as train/NAME or validation/NAME, lists as NAME/LAYER.
 """
 
 import secrets
