@@ -165,6 +165,6 @@ def _read_line(text: bytes) -> dict[str, Any] | None:
         with reading("a line"):
             line = json.loads(text)
             numbers = [*map(line.get, _NUMBERS), *(line.get("fvu_per_layer") or ())]
-            return line if all(n is None or math.isfinite(n) for n in [int(line["step"]), *numbers]) else None
+            return line if all(n is None or math.isfinite(n) for n in [line["step"] + 0, *numbers]) else None
     except IncompatibleError:
         return None
