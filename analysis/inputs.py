@@ -133,6 +133,8 @@ class TaskSpec:
     same_store: bool
     pca: bool
     """Whether to sum what the PCA baseline needs: wanted, and there is something to fit it on."""
+    few: tuple[int, ...] = ()
+    """Places in the store of few tokens that carry much of a layer's variance (`store.care.outliers`)."""
     save_latents: bool = False
     codes_folder: str | None = None
     """Folder for the analysed tokens' codes while the analysis lasts (`analysis.tiles`); None for none."""

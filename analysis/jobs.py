@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import residscope
 from analysis.tiles import keep_going, stop_tasks
-from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, is_out_of_memory
-from residscope.reading import reading, said
+from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, is_out_of_memory, said
+from residscope.reading import reading
 
 MAX_TASKS = 256
 """Groups of shards that a store is cut into at most: enough for many workers, few enough that merging costs nothing."""

@@ -53,13 +53,14 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
     selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
     store, model_path = inputs.store, config.transformer.model
-    if few := few_tokens(
+    few = few_tokens(
         store, selection.analysed, lambda ids: load_tokenizer(spec_of_store(store, model_path, offline=True)).text(ids)
-    ):
-        inputs = replace(inputs, notes=[*inputs.notes, f"{few}."])
+    )
+    if few:
+        inputs = replace(inputs, notes=[*inputs.notes, f"{few.words}."])
     found_model = find_model(config.transformer, inputs.store)
     with together(config.out_dir, FILES, [SUMMARY], replace=may_be_replaced(config)) as folder:
-        spec = _task_spec(config, inputs, selection, folder)
+        spec = replace(_task_spec(config, inputs, selection, folder), few=few.tokens if few else ())
         needed = selection.needed if spec.pca else selection.analysed | selection.validation
         n_shards = len(shards_with(inputs.store, needed))
         with (

@@ -21,8 +21,8 @@ from analysis.tiles import CodeTile, read_codes, shards_with, vector_tiles, writ
 from residscope.errors import IncompatibleError
 from train.compare.pca import Components, PCASums
 
-ANALYSED, VALIDATION = 0, 1
-"""Subsets of `Sums.quality`."""
+ANALYSED, VALIDATION, WITHOUT_FEW = 0, 1, 2
+"""Subsets of `Sums.quality`; the last, the analysed tokens but for `TaskSpec.few`, only where there are such."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,9 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
             if sums.pca is not None:
                 chosen = torch.from_numpy(np.repeat(selection.fit[token], n_layers))
                 sums.pca.add(vectors.x if chosen.all() else vectors.x[chosen], vectors.x.dtype)
-            member = np.stack([selection.analysed[token], selection.validation[token]])  # [2, T]
+            analysed = selection.analysed[token]
+            others = [analysed & ~np.isin(token, spec.few)] if spec.few else []
+            member = np.stack([analysed, selection.validation[token], *others])  # [2 or 3, T]
             rows = member.any(axis=0)
             if not rows.any():
                 continue
@@ -95,7 +97,7 @@ def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
     layers, n_latents = [data.store.meta.layers[i] for i in spec.layers], data.encoder.config.n_latents
     return Sums(
         moments=LayerMoments.zeros(layers, n_latents, present),
-        quality=LayerQuality.zeros(2, n_layers, d_model),
+        quality=LayerQuality.zeros(2 + bool(spec.few), n_layers, d_model),
         pca=PCASums.zeros(d_model) if spec.pca else None,
         nulls={name: LayerMoments.zeros(layers, n_latents) for name in NULLS} if spec.statistics.nulls else {},
     )

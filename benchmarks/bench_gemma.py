@@ -84,7 +84,7 @@ def harvest(options: argparse.Namespace, out: Path, store_dtype: str) -> subproc
     words += ["--context-length", str(options.context_length), "--batch-size", "1", "--dtype", "float32"]
     words += ["--store-dtype", store_dtype, "--out", str(out)]
     return subprocess.run(
-        [sys.executable, "-m", "harvest.cli", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "residscope", "harvest", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
 
 

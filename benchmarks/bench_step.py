@@ -107,7 +107,7 @@ def vectors(options: argparse.Namespace, folder: Path) -> np.ndarray[Any, Any]:
     path = options.store
     if path is None:
         path = folder / "acts.zarr"
-        command = [sys.executable, "-m", "harvest.cli", "--model", "smollm2-135m", "--dataset", "pydoc"]
+        command = [sys.executable, "-m", "residscope", "harvest", "--model", "smollm2-135m", "--dataset", "pydoc"]
         command += ["--max-tokens", "4096", "--context-length", "256", "--batch-size", "8", "--out", str(path)]
         subprocess.run(command, check=True, cwd=ROOT)
     with ActivationStore.open(path) as store:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harvest.options_file import options_file
 from harvest.settings import Settings
-from residscope.destinations import refuse_shared, require_name, require_space
+from residscope.destinations import nearest_folder, refuse_shared, require_name, require_space
 from residscope.errors import IncompatibleError, ResidscopeError
 from store.folder import is_store, refuse_inside_store
 from store.manifest import WriterLock
@@ -23,7 +23,7 @@ def has_begun(out: Path) -> bool:
     refuse_shared(out, options_file(out))
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         parent = nearest_folder(out.absolute().parent)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        if not os.access(parent, os.W_OK | os.X_OK):
             raise ResidscopeError(f"--out {out}: {parent} cannot be written to; choose another place")
         return False
     if not is_store(out):
@@ -42,11 +42,6 @@ def require_room(out: Path, settings: Settings, n_tokens: int) -> None:
         room = shutil.disk_usage(nearest_folder(out.absolute())).free + freed - _SPARE_BYTES
         fitting = max(room // per_token, 0)
         raise ResidscopeError(f"{error}. {fitting:,} tokens would fit; nothing was written") from error
-
-
-def nearest_folder(path: Path) -> Path:
-    """The first that exists of an absolute path and the folders above it."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def remove_store(out: Path) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from harvest.config import HarvestConfig
-from harvest.destination import nearest_folder
 from harvest.fill import BatchRunner
 from harvest.result import ranges
 from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
@@ -23,6 +22,7 @@ from harvest.table import pack
 from harvest.text.encode import Document, encode_documents
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes, human_seconds
+from residscope.destinations import nearest_folder
 
 _SAMPLE_CHARACTERS = 200_000
 _MEASURE_SECONDS = 2.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harvest.config import HarvestConfig
 from harvest.text.sources import is_on_disk
-from residscope.destinations import refuse_shared
+from residscope.destinations import held_alone, refuse_shared
 from residscope.errors import IncompatibleError
 from residscope.names import beside
 from residscope.options import to_flat, to_toml
@@ -25,8 +25,7 @@ def options_file(store: Path) -> Path:
 
 
 def save_options(config: HarvestConfig) -> None:
-    """Write the options, for `harvest --config`, repairs and analyses; `UsageError` where another store's are there."""
-    refuse_shared(config.out, options_file(config.out))
+    """Write the options beside the store, for --config, repairs and analyses; `UsageError` over another store's."""
     texts = [
         _in_full(choice.name) + word.strip()[len(choice.name) :] if is_on_disk(choice.name) else word
         for choice, word in zip(config.text.choices, config.text.dataset, strict=True)
@@ -37,7 +36,9 @@ def save_options(config: HarvestConfig) -> None:
             values[name] = _in_full(values[name])
     for name in ("overwrite", "dry_run", "json"):
         del values[name]
-    atomic_write(options_file(config.out), [to_toml(values).encode()])
+    with held_alone(config.out.absolute().parent, config.out, wait=True):  # acts and acts.zarr share the file
+        refuse_shared(config.out, options_file(config.out))
+        atomic_write(options_file(config.out), [to_toml(values).encode()])
 
 
 def recorded_place(store: Path, what: str) -> str | None:

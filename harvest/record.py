@@ -1,5 +1,4 @@
-"""What a store keeps of how it was made: the record of its options, which decides who may continue it, and where it
-comes from.
+"""What a store keeps of how it was made: where it comes from, and its options, which decide who may continue it.
 
 How: the record is plain JSON of what the stored bytes depend on and of nothing else (no paths, no times, no device), so
 that the same command gives the same record anywhere, and a store can say which field of another command's record
@@ -27,6 +26,10 @@ _VALUES_BEFORE = {
 }
 _NAMES_OF = {"model_fingerprint": "model", "lens_hash": "lens"}
 """Content hashes of what is local, and the fields with its name, which is that of its folder or file."""
+_WORDS = {"model_fingerprint": "the content of --model", "model_revision": "--revision", "adapter": "the adapter"}
+_WORDS |= {"lens_hash": "the content of --lens", "dataset_weights": "the weight of each --dataset"}
+_WORDS |= {"dataset_revision": "the revision or hash of --dataset"}
+"""What those fields are to the user that are no flags; the others have the names of theirs."""
 _PACKAGES = ("residscope", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
 
 
@@ -84,15 +87,27 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
     same = {name for content, name in _NAMES_OF.items() if stored.get(content) == record.get(content) is not None}
     renamed = [name for name in names if name in same]
     names = [name for name in names if name not in renamed]
+    kinds = {str(there.get("adapter")).partition(", peft ")[0] for there in (stored, record)}
+    upgraded = "adapter" in names and len(kinds) == 1
+    names = [name for name in names if name != "adapter" or not upgraded]
     if names:
-        shown = ((name, _shown(stored.get(name)), _shown(record.get(name))) for name in names)
-        found = "; ".join(f"{name} is {there} there and {here} here" for name, there, here in shown)
+        found = "; ".join(
+            f"{_WORDS.get(name) or '--' + name.replace('_', '-')} is {_shown(stored.get(name))} there and "
+            f"{_shown(record.get(name))} here"
+            for name in names
+        )
         if "model_fingerprint" in names and "model" not in names:
             found += " (a hash of the model's configuration, tokenizer and weights: one of these files was changed)"
-        way_out = "Give the same options to continue it, choose another --out, or use --overwrite to replace it"
-        raise IncompatibleError(f"{out} was made with other options: {found}. {way_out}")
-    why = f"in {out}, which keeps that name: the contents have the same hash"
-    return [f"the {name} {record[name]!r} is called {stored[name]!r} {why}" for name in renamed]
+        raise IncompatibleError(
+            f"{out} was made with other options: {found}. Give the same options to continue it, choose another --out,"
+            " or use --overwrite to replace it"
+        )
+    warning = f"warning: {out} was begun with the adapter {stored['adapter']}, now {record.get('adapter')}: " * upgraded
+    return [warning + "the new shards may differ in the last bits"] * upgraded + [
+        f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
+        " same hash"
+        for name in renamed
+    ]
 
 
 def make_provenance(

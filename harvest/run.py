@@ -1,11 +1,11 @@
 """A harvest from start to end: options to settings, text to a token table, a store with it, and its shards filled.
 
 Nothing is written before the model has loaded, the text is tokenised and the disk is known to have room. The same
-command again fills what is missing: from the stored token table, not from the text. Notes go to stderr. Tested in
-tests/harvest/test_run.py and test_continue.py.
+command again fills what is missing: from the stored token table, not from the text. Also in test_continue.py.
 """
 
 import dataclasses
+import shutil
 import sys
 import time
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes
-from residscope.errors import IncompatibleError
+from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.care.outliers import few_tokens
@@ -47,8 +47,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
     """Make or complete the store that `config` asks for.
 
     model: the one that is asked for, where it is loaded already. Raises `UsageError` for options that cannot work,
-    `IncompatibleError` where --out is something else, `Interrupted` after a signal, `ResidscopeError` for anything else
-    that the user can act on.
+    `IncompatibleError` where --out is something else, `Interrupted` after a signal, `ResidscopeError` for the rest.
     """
     start = time.perf_counter()
     begun = has_begun(config.out) and not config.overwrite
@@ -65,7 +64,12 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
         model = model or load_weights(job.settings)
         store = _begin(job, model)
     with store:
-        save_options(config)  # On continuing too: a crash may have come between the store and this file.
+        try:
+            save_options(config)  # On continuing too: a crash may have come between the store and this file.
+        except UsageError:
+            if not begun:
+                shutil.rmtree(store.path)
+            raise
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
             settings = job.settings
@@ -74,7 +78,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             filled = fill(store, BatchRunner(model, settings), settings.batch_size)
         store.finalize()
         if filled.shards and (few := few_tokens(store, store.tokens.keep, job.settings.tokenizer.text)):
-            _say(f"warning: {few}")
+            _say(f"warning: {few.words}")
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 
 

@@ -14,8 +14,7 @@ from harvest.model.load import LoadedModel, load_config, load_model, load_tokeni
 from harvest.model.names import ModelSpec, resolve_model
 from harvest.model.tokenizer import Tokenizer
 from harvest.table import Packing, make_packing
-from residscope.errors import IncompatibleError, UsageError
-from residscope.reading import said
+from residscope.errors import IncompatibleError, UsageError, said
 from store.meta import ITEMSIZE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,14 +10,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from residscope.console import counted, run_command
 from residscope.info import info
 from residscope.options import CommandParser
-
-if TYPE_CHECKING:
-    from store.care.verify import BadShard
 
 COMMANDS = {
     "harvest": ("harvest.cli", "write the residual stream of a model into a store"),
@@ -47,19 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(f"residscope {arguments.command}", lambda: run(arguments.store, arguments.json))
 
 
-def harvest() -> int:
-    """The command `harvest`; as its script starts here, our packages are found before any of the same name."""
-    return main(["harvest", *sys.argv[1:]])
+def _command(name: str) -> Callable[[], int]:
+    """What the script `name` calls; it starts here, so that our packages are found before any of the same name."""
+    return lambda: main([name, *sys.argv[1:]])
 
 
-def train() -> int:
-    """The command `train`."""
-    return main(["train", *sys.argv[1:]])
-
-
-def analyze() -> int:
-    """The command `analyze`."""
-    return main(["analyze", *sys.argv[1:]])
+harvest, train, analyze = map(_command, ("harvest", "train", "analyze"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,11 +104,11 @@ def _repair(path: Path, as_json: bool) -> int:
     return 0
 
 
-def _as_json(bad: "list[BadShard]") -> list[dict[str, Any]]:
+def _as_json(bad: Sequence[Any]) -> list[dict[str, Any]]:
     return [{"shard": found.index, "reason": found.reason} for found in bad]
 
 
-def _print_faults(bad: "list[BadShard]") -> None:
+def _print_faults(bad: Sequence[Any]) -> None:
     for found in bad:
         print(found.reason if found.index is None else f"shard {found.index}: {found.reason}")
 
@@ -135,7 +125,3 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield show
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

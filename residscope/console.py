@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory
+from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory, said
 from residscope.escape import printable_streams
 
 if TYPE_CHECKING:
@@ -40,20 +40,21 @@ def run_command(
 def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
     try:
         with terminate_as_interrupt():
-            return command() or 0
+            code = command() or 0
+            sys.stdout.flush()
+            return code
     except ResidscopeError as error:
         return _fail(name, str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(name, interrupted, Interrupted.exit_code)
     except BrokenPipeError:
-        # The reader of stdout went away (`| head`); point stdout elsewhere so that the interpreter exits silently too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()  # its reader went away (`| head`)
         return 0
     except Exception as error:
         if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib before 3.13
             error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(error)[19:-1])
         if is_out_of_memory(error):
-            first = next(iter(str(error).splitlines()), "")[:300] or "it was refused"
+            first = said(error)
             return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
         if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
             raise
@@ -64,8 +65,15 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
             return _fail(name, f"{where}. Free some space, or set TMPDIR to a folder with room, then {_AGAIN}", 1)
         if error.errno == errno.ENOENT and error.filename is None:
             raise
+        if error.filename == getattr(sys.stdout, "name", None):
+            _silence_stdout()
         where = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
+
+
+def _silence_stdout() -> None:
+    """Point it elsewhere, so that the interpreter's last flush does not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _AGAIN = "run the same command again: `harvest` and `train --resume` continue where they stopped"

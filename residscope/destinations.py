@@ -1,5 +1,5 @@
-"""Where results may go: not where another process writes, not over another output's files, and not on a full disk; and
-how the files of one folder get there together.
+"""Where results may go: not where another process writes, over another output's files or on a full disk; and how the
+files of one folder get there together.
 
 How: files are made in the folder `.partial` of the output folder, which is locked, and renamed into place when all are
 there. `.partial/claim` names those that were not there before, so that what a killed run left is known to be ours.
@@ -22,15 +22,15 @@ from residscope.reading import CONFIG_BYTES, read_json, read_whole
 
 
 @contextlib.contextmanager
-def held_alone(folder: Path, out: Path, flag: str = "--out") -> Iterator[None]:
-    """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does.
+def held_alone(folder: Path, out: Path, flag: str = "--out", *, wait: bool = False) -> Iterator[None]:
+    """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does, unless `wait`.
 
     The lock ends with the process, however it ends. A file system without locks keeps nobody out.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # One that has just ended removed the folder: what is locked then is no place any more.
             gone = not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat())
         except BlockingIOError:
@@ -161,7 +161,9 @@ def require_name(out: Path) -> None:
 
 
 def _below_a_file(out: Path, flag: str) -> UsageError:
-    return UsageError(f"{flag} {out}: a part of this path is a file, not a folder: choose another")
+    link = next((path for path in (out, *out.parents) if path.is_symlink() and not path.exists()), None)
+    what = f"{link} is a link to what is not there" if link else "a part of this path is a file, not a folder"
+    return UsageError(f"{flag} {out}: {what}: choose another")
 
 
 def refuse_shared(
@@ -181,7 +183,8 @@ def refuse_shared(
         if on_hub or (not same and stem(other) == stem(out) and other.exists()):
             raise UsageError(f"{flag} {out}: {record} and what else would lie there belong to {owner}: {way_out}")
     except (FileNotFoundError, NotADirectoryError):
-        taken = next((path for path in others if os.path.lexists(path)), None)
+        # A file without a byte is what a run beside this one has just begun, or nobody's loss.
+        taken = next((path for path in others if os.path.lexists(path) and path.lstat().st_size), None)
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         taken = record
     if taken is not None and not out.exists():
@@ -208,12 +211,14 @@ def refuse_comparison_of(command: str, out: Path, member: str) -> None:
         raise UsageError(f"--out {out} already contains a comparison by `{command}`: choose another folder")
 
 
+def nearest_folder(path: Path) -> Path:
+    """The first that exists of an absolute path and the folders above it."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def require_space(path: str | os.PathLike[str], n_bytes: int) -> None:
     """Raise `ResidscopeError` when the disk that `path` is, or will be, on has less than `n_bytes` free."""
-    folder = Path(path).absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_folder(Path(path).absolute())).free
     if free < n_bytes:
         raise ResidscopeError(
             f"{path}: needs {human_bytes(n_bytes)}, but its disk has {human_bytes(free)} free. Use fewer tokens "

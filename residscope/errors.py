@@ -5,6 +5,7 @@ expected, what was found, and what to do about it. Tested in tests/test_exit_cod
 """
 
 import errno
+import resource
 
 
 class ResidscopeError(Exception):
@@ -41,5 +42,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that the system, or a GPU, gives no more memory or threads."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
+    # Under a limit, libraries that cannot be loaded or that fail without a word were refused memory.
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if limited and type(error) in (ImportError, SystemError):
+        return True
     before = error.__cause__ or error.__context__
     return any(words in str(error).lower() for words in _NO_MEMORY) or (before is not None and is_out_of_memory(before))
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters, or its class where that says more."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).partition("; use sys.")[0].split())[:200].rstrip(".:")
+    return f"no {text}" if isinstance(error, KeyError) else text or type(error).__name__

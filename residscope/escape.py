@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,18 @@ class _Printable:
     def write(self, text: str) -> int:
         """Progress bars begin with a carriage return, or go lines up; nothing else may."""
         begin = text[: len(text) - len(text.lstrip("\r"))]
-        return self._stream.write(text if not text.strip("\n\x1b[A") else begin + printable(text[len(begin) :]))
+        shown = text if not text.strip("\n\x1b[A") else begin + printable(text[len(begin) :])
+        return self._named(lambda: self._stream.write(shown))
+
+    def flush(self) -> None:
+        """An error names the stream, as one of `write` does."""
+        self._named(self._stream.flush)
+
+    def _named(self, do: Callable[[], Any]) -> Any:
+        try:
+            return do()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, getattr(self._stream, "name", None)) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from residscope.errors import UsageError
+from residscope.memory import require_address_space
 from residscope.reading import reading
 
 T = TypeVar("T")
@@ -54,6 +55,12 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.add_argument("--version", action=_Version)
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """Also `ResidscopeError`, once the words are right, where the command cannot run in this address space."""
+        found = super().parse_known_args(*arguments, **options)
+        require_address_space(self.prog)
+        return found
 
     def error(self, message: str) -> NoReturn:
         """End the process with exit code 2; for an unknown flag the nearest known one is named."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from residscope.console import human_bytes
-from residscope.errors import IncompatibleError, ResidscopeError, is_out_of_memory
+from residscope.errors import IncompatibleError, ResidscopeError, is_out_of_memory, said
 
 _DAMAGE = (None, errno.EINVAL)
 """Codes of an OSError that is about what a file holds: none, or of a place beyond its ends."""
@@ -52,11 +52,3 @@ def read_json(path: Path, way_out: str = "") -> Any:
     """What a JSON file holds; `IncompatibleError` where it is none, which adds `way_out`."""
     with reading(f"{path}: not valid JSON", way_out):
         return json.loads(read_whole(path, CONFIG_BYTES))
-
-
-def said(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters, or its class where that says more."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    text = " ".join(str(error).partition("; use sys.")[0].split())[:200].rstrip(".:")
-    return f"no {text}" if isinstance(error, KeyError) else text or type(error).__name__

@@ -107,7 +107,8 @@ class RowOrder:
         mix = np.argsort(draws.reshape(n_steps, n_layers), axis=1)
         chunk = np.take_along_axis(order, mix, axis=1).reshape(-1)
         layer = np.array(self.layers, np.int64)[mix].reshape(-1)
-        window_ends = np.append(np.arange(self.blocks_per_window, len(chunk), self.blocks_per_window), len(chunk))
+        per_window = min(self.blocks_per_window, len(chunk))  # which may be beyond int64
+        window_ends = np.append(np.arange(per_window, len(chunk), per_window), len(chunk))
         return EpochOrder(chunk, layer, np.cumsum(self._counts[chunk])[window_ends - 1])
 
     def locate(self, row: int) -> Position:

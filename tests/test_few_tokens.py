@@ -1,9 +1,11 @@
 """Stores with less than a batch, and odd sizes: training says so or works, and analysis equals a naive computation."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from residscope.errors import ResidscopeError
 from tests.support.small import analyze_config
@@ -49,3 +51,34 @@ def test_less_than_a_batch_is_trained_on_and_analysed(tmp_path: Path) -> None:
     square = np.divide(first**2, mass, out=np.zeros_like(mass), where=mass > 0)
     within = ((h * (layer**2)[:, None]).sum() - square.sum()) / h.sum()
     assert found["variance"]["mass"]["within_token"] == pytest.approx(within, abs=1e-12)
+
+
+def test_fvu_without_tokens_that_carry_much_of_the_variance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Planted at one layer; training warns of them, and analysis gives FVU without them, as naively computed."""
+    from analysis.report.data import load_results
+    from analysis.report.sections.reconstruction import section
+    from analysis.run import analyze
+
+    x = random_activations(300, 3, 12)
+    x[[100, 200], 1] *= 80
+    store = make_store(tmp_path / "a.zarr", x, stored_dtype="float32")
+    train(train_config(store=store.path, out=tmp_path / "c.pt", **SIZES))
+    warning = r"warning: \d+ % of the variance of layer 1 is in 2 tokens of 2\d\d, probably attention sinks: id \d+ "
+    assert re.search(warning, capsys.readouterr().err)
+    out = tmp_path / "c.analysis"
+    found = analyze(analyze_config(store=store.path, sae=tmp_path / "c.pt", dtype="float64", out=out, examples=False))
+
+    kept = store.tokens.keep.copy()
+    kept[[100, 200]] = False
+    rows = x[kept].astype(float)
+    with torch.no_grad():
+        found_rows = load_checkpoint(tmp_path / "c.pt").sae.double()(torch.from_numpy(rows).view(-1, 12))
+        x_hat = found_rows[0].view(rows.shape).numpy()
+    fvu = ((rows - x_hat) ** 2).sum((0, 2)) / ((rows - rows.mean(0)) ** 2).sum((0, 2))
+    assert [row["fvu_without_few"] for row in found["layers"]] == pytest.approx(fvu.tolist(), rel=1e-6)
+    assert found["reconstruction"]["fvu_without_few"] == pytest.approx(fvu.mean(), rel=1e-6)
+    assert found["layers"][1]["fvu"] != pytest.approx(fvu[1], rel=0.01)
+    words = capsys.readouterr().out
+    assert f"Without the few tokens that are warned of: FVU {fvu.mean():.3g}." in words
+    assert "FVU without few tokens" in words
+    assert "FVU without few tokens" in section(load_results(out)).body

@@ -24,6 +24,8 @@ from train.model import MLSAE
 from train.model_config import SAEConfig
 
 CHECKPOINT_FORMAT = 1
+BESIDE = (".safetensors", ".metrics.jsonl", ".loss.png", ".tensorboard", ".wandb-id")
+"""Endings of what `train` writes beside a checkpoint, and its flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,7 @@ def safetensors_path(checkpoint: Path) -> Path:
 
 def refuse_anothers(checkpoint: Path) -> None:
     """`UsageError` where what `train` writes beside `checkpoint` belongs to another one, or to no run."""
-    beside_it = [beside(checkpoint, ending) for ending in (".metrics.jsonl", ".loss.png", ".tensorboard", ".wandb-id")]
-    refuse_shared(checkpoint, config_path(checkpoint), [safetensors_path(checkpoint), *beside_it])
+    refuse_shared(checkpoint, config_path(checkpoint), [beside(checkpoint, ending) for ending in BESIDE])
 
 
 def config_path(checkpoint: Path) -> Path:

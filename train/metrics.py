@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +94,21 @@ class MetricsWindow:
 class MetricsFile:
     """`ckpt.metrics.jsonl`: one line a logged step, none twice. Locked, so that no two runs write one checkpoint."""
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
+    def __init__(self, path: Path, *, resume_step: int, check: Callable[[], object] = lambda: None) -> None:
         """Open for appending, after cutting off what follows the last whole line of a step up to `resume_step`: those
         steps are made again; 0 empties the file. Damaged lines before it stay, and are warned of. Raises
-        `ResidscopeError` while another process has it open."""
+        `ResidscopeError` while another process has it open, and what `check` does, before anything is changed."""
         self._file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            check()
+            self._file.truncate(_bytes_up_to(path, resume_step))
+        except BaseException as error:
             self._file.close()
+            if not isinstance(error, BlockingIOError):
+                raise
             reason = "another run writes this checkpoint; choose another --out"
             raise ResidscopeError(f"{path} is in use: {reason}") from None
-        self._file.truncate(_bytes_up_to(path, resume_step))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line and flush it; NaN and infinities are null, because JSON has neither."""
@@ -161,6 +165,6 @@ def _read_line(text: bytes) -> dict[str, Any] | None:
         with reading("a line"):
             line = json.loads(text)
             numbers = [*map(line.get, _NUMBERS), *(line.get("fvu_per_layer") or ())]
-            return line if all(n is None or math.isfinite(n) for n in [int(line["step"]), *numbers]) else None
+            return line if all(n is None or math.isfinite(n) for n in [line["step"] + 0, *numbers]) else None
     except IncompatibleError:
         return None

@@ -53,8 +53,8 @@ def load_saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
         try:
             found.append(load_checkpoint(spec.config.out, finite=len(specs) == 1) if there else None)
         except IncompatibleError as error:
-            way_out = "delete that file and run the same command to train it again"
-            raise IncompatibleError(f"{error}; {way_out}{' with the others' if len(specs) > 1 else ''}") from None
+            again = "delete that file and run the same command to train it again with the others"
+            raise IncompatibleError(f"{error}; {again if len(specs) > 1 else _START_AGAIN}") from None
     return found
 
 

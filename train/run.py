@@ -17,6 +17,7 @@ from tqdm import tqdm
 from residscope.console import counted, stop_on_signals
 from residscope.errors import IncompatibleError, Interrupted
 from store.activations import ActivationStore
+from store.care.outliers import few_tokens
 from store.loader import Batch, WindowLoader
 from train.checkpoint import Checkpoint
 from train.config import TrainConfig
@@ -38,7 +39,7 @@ from train.reporting.announce import (
 )
 from train.reporting.dry_run import DryRun, foresee, time_steps
 from train.reporting.outputs import check_publish, push, write_outputs
-from train.reporting.report import TrainResult
+from train.reporting.report import TrainResult, table_path
 from train.resolve import RunPlan, make_plan, memory_estimate
 from train.resume import check_resumable, load_saved, set_threads
 from train.trainer import Trainer
@@ -48,8 +49,7 @@ from train.validation import INTERIM_TOKENS, Validation, ValidationData, Validat
 def train(config: TrainConfig) -> TrainResult:
     """Train the one run that `config` says, from the start or from its checkpoint.
 
-    Raises `UsageError`, `IncompatibleError` and `ResidscopeError` for what the user can fix, and `Interrupted` after a
-    signal, once the state is saved.
+    Raises `ResidscopeError` and its kinds for what the user can fix, `Interrupted` after a signal, with all saved.
     """
     (result,) = train_all(config)
     return result
@@ -62,6 +62,8 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
     with _opened(config) as store:
         specs = _specs(config, store)
         saved = load_saved(specs)
+        if config.sweep or config.per_layer:
+            table_path(config.out, specs[0].config.out)
         data = TrainingData.open(config, store)
         plans = [make_plan(spec, data) for spec in specs]
         for plan, checkpoint in zip(plans, saved, strict=True):
@@ -139,6 +141,8 @@ class _Stream:
         """Train to the end; the `trainer` entry of each run's last checkpoint."""
         announce(self.plans, self.n_runs, self.memory)
         refuse_too_large(self.memory, self.data.device, self.n_runs)
+        if few := few_tokens(self.data.store, self.data.split.train):
+            say(f"warning: {few.words}")
         with contextlib.ExitStack() as stack:
             for trainer in self.trainers:
                 stack.enter_context(trainer.files(self.saved[trainer]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from residscope.errors import UsageError
 from residscope.options import to_toml
 from residscope.reading import reading
 from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
@@ -56,14 +57,20 @@ class Trainer:
     def files(self, saved: Checkpoint | None) -> Iterator[None]:
         """Hold the metrics file, locked, and the trackers."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        refuse_anothers(self.path)  # again: one may have begun since the flags were read
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(contextlib.closing(MetricsFile(metrics_path(self.path), resume_step=step)))
+            file = MetricsFile(metrics_path(self.path), resume_step=step, check=lambda: self._refuse_newer(saved))
+            self._file = stack.enter_context(contextlib.closing(file))
             for tracker in open_trackers(self.plan, step):
                 stack.callback(tracker.close)
                 self._trackers.append(tracker)
             yield
+
+    def _refuse_newer(self, saved: Checkpoint | None) -> None:
+        """`UsageError` where another run has begun, or ended, since the flags were read."""
+        refuse_anothers(self.path)
+        if saved is None and self.path.exists() and not self.plan.config.overwrite:
+            raise UsageError(f"{self.path} exists by now: use --resume to continue it or --overwrite to replace it")
 
     def claim(self, *, fresh: bool) -> None:
         """Write the run's flags beside its checkpoint; fresh: remove what an earlier run left there."""

@@ -25,7 +25,7 @@ from analysis.persistence import distributions, persistence_summary
 from analysis.quality import QualityResult, defined
 from analysis.reference import mlsae_compat
 from analysis.selection import Selection
-from analysis.task import VALIDATION, Sums
+from analysis.task import VALIDATION, WITHOUT_FEW, Sums
 from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, Intervals, SumIntervals
 from residscope.console import counted
 from residscope.names import versions
@@ -68,6 +68,12 @@ class Findings:
     def validation(self) -> QualityResult | None:
         """On the held-out documents; None if there are none."""
         return self.sums.quality.result(VALIDATION) if self.selection.validation.any() else None
+
+    @property
+    def without_few(self) -> QualityResult | None:
+        """On the analysed tokens but for few that carry much of a layer's variance; None if there are none."""
+        quality = self.sums.quality
+        return quality.result(WITHOUT_FEW) if len(quality.n_tokens) > WITHOUT_FEW else None
 
 
 def build(found: Findings) -> dict[str, Any]:
@@ -119,6 +125,7 @@ def content_hash(summary: Mapping[str, Any]) -> str:
 def _reconstruction(found: Findings) -> dict[str, Any]:
     names, intervals = ("fvu", "mse", "l0"), found.intervals.reconstruction
     result: dict[str, Any] = {name: defined(getattr(found.sums.analysed, name).mean()) for name in names}
+    result["fvu_without_few"] = found.without_few and defined(found.without_few.fvu.mean())
     result["ci95"] = _plain({name: getattr(intervals, name) for name in names}) if intervals else {}
     return result
 
@@ -141,6 +148,7 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
             "mass_share": float(share[i]),
             "validation_fvu": defined(found.validation.fvu[i]) if found.validation else None,
             "pca_fvu": defined(found.baseline.fvu[i]) if found.baseline else None,
+            "fvu_without_few": found.without_few and defined(found.without_few.fvu[i]),
             "fvu_low": by_layer[i][0],
             "fvu_high": by_layer[i][1],
             **downstream[i],

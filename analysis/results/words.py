@@ -14,11 +14,22 @@ from residscope.console import aligned
 
 _ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}
 
+_COLUMNS = {"fvu": "FVU", "fvu_without_few": "FVU without few tokens", "validation_fvu": "validation FVU"}
+_COLUMNS |= {
+    "pca_fvu": "PCA FVU",
+    "mse": "MSE",
+    "l0": "L0",
+    "mean_norm": "mean norm",
+    "cosine_to_next": "cosine to next",
+}
+
 
 def words(summary: Mapping[str, Any]) -> str:
     """The findings in plain words, a few dozen lines."""
     variance, compat = summary["variance"], summary["variance"]["mlsae_compat"]
     latents, sae = summary["latents"], summary["provenance"]["sae"]
+    few = summary["reconstruction"]["fvu_without_few"] is not None
+    columns = {name: head for name, head in _COLUMNS.items() if few or name != "fvu_without_few"}
     lines = [
         f"{sae['name']} on {summary['provenance']['store']['name']}: {summary['n_layers']} layers, "
         f"{summary['n_latents']:,} latents, k {sae['k']}; "
@@ -47,10 +58,7 @@ def words(summary: Mapping[str, Any]) -> str:
         *_latent_words(summary),
         "",
         "Reconstruction by layer (FVU and MSE: lower is better; FVU 1 is no better than the layer's mean)",
-        *table(
-            ("layer", "FVU", "validation FVU", "PCA FVU", "MSE", "L0", "mean norm", "cosine to next"),
-            _layer_rows(summary, "fvu", "validation_fvu", "pca_fvu", "mse", "l0", "mean_norm", "cosine_to_next"),
-        ),
+        *table(("layer", *columns.values()), _layer_rows(summary, *columns)),
         *_fvu_words(summary),
         *_model_words(summary),
     ]
@@ -127,6 +135,8 @@ def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
         f"Mean over layers, analysed tokens: FVU {with_interval(reconstruction, 'fvu')}, "
         f"L0 {with_interval(reconstruction, 'l0')}."
     ]
+    if reconstruction["fvu_without_few"] is not None:
+        lines.append(f"Without the few tokens that are warned of: FVU {shown(reconstruction['fvu_without_few'])}.")
     if validation:
         line = f"Mean over layers, {validation['n_tokens']:,} validation tokens: FVU {shown(validation['fvu'])}"
         if pca:

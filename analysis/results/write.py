@@ -30,7 +30,7 @@ LAYER_COLUMNS = pa.schema(
     (name, pa.int64() if name in _INTEGERS else pa.float64())
     for name in (
         *("layer", "fvu", "mse", "l0", "mean_norm", "cosine_to_next", "n_vectors", "active_latents", "mass_share"),
-        *("validation_fvu", "pca_fvu", "fvu_low", "fvu_high", *DOWNSTREAM_COLUMNS),
+        *("validation_fvu", "pca_fvu", "fvu_without_few", "fvu_low", "fvu_high", *DOWNSTREAM_COLUMNS),
     )
 )
 

@@ -34,7 +34,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     interrupted = "interrupted; nothing was written. Run the same command to start again"
     return run_command(COMMAND, command, interrupted=interrupted)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

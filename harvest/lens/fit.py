@@ -68,7 +68,7 @@ def fit_lens(config: FitLensConfig) -> FitResult:
     """Fit, measure and write a lens.
 
     Raises `UsageError` for options that cannot work, `IncompatibleError` where the store is of another model, has gone
-    through a lens or lacks layers, `ResidscopeError` for anything else that the user can act on.
+    through a lens or lacks layers, `ResidscopeError` for the rest.
     """
     _refuse_existing(config)
     store = _open_store(config)
@@ -87,8 +87,8 @@ def fit_lens(config: FitLensConfig) -> FitResult:
     building = config.out.with_name(config.out.name + ".fitting")
     building.mkdir(parents=True, exist_ok=True)
     with held_alone(building, config.out):
-        _refuse_existing(config)  # A fit that ran beside this one may have just ended.
         try:
+            _refuse_existing(config)  # A fit that ran beside this one may have just ended.
             for left in building.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             fit = _start(config, settings, store, tokens, role)

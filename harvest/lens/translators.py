@@ -27,8 +27,8 @@ from harvest.model.aliases import hub_id
 from harvest.model.hashes import hash_of
 from harvest.model.hub import pin
 from harvest.model.load import LoadedModel
-from residscope.errors import IncompatibleError, ResidscopeError, UsageError
-from residscope.reading import CONFIG_BYTES, read_whole, reading, said
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError, said
+from residscope.reading import CONFIG_BYTES, read_whole, reading
 from residscope.tensors import load_tensors
 from store.files import atomic_write
 

@@ -27,8 +27,8 @@ from harvest.model.aliases import PACKAGED
 from harvest.model.hashes import hash_of
 from harvest.model.sanity import refuse_missing
 from residscope.console import human_bytes
-from residscope.errors import IncompatibleError, ResidscopeError
-from residscope.reading import CONFIG_BYTES, read_whole, said
+from residscope.errors import IncompatibleError, ResidscopeError, said
+from residscope.reading import CONFIG_BYTES, read_whole
 
 _BLOCK = 1 << 22
 _EXACT_PARAMETERS = 1_000_000_000
@@ -66,8 +66,7 @@ def sha256(file: GgufFile) -> str:
 
 
 def unpacked_folder(file: GgufFile, digest: str) -> Path:
-    """A folder with the model of `file` (its SHA-256 is `digest`) as config, tokenizer and safetensors; unpacks it
-    the first time.
+    """A folder with the model of `file` (SHA-256 `digest`) as config, tokenizer and safetensors, unpacked once.
 
     `IncompatibleError` for a file that transformers cannot read, `ResidscopeError` where the cache cannot be written.
     """

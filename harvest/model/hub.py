@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from residscope.errors import ResidscopeError, UsageError
-from residscope.reading import said
+from residscope.errors import ResidscopeError, UsageError, said
 
 _TIMEOUT_SECONDS = 10.0
 _KINDS = {
@@ -49,8 +48,7 @@ def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[s
     """The commit that `revision` (default: the newest) of a repository of `kind` (model, dataset, space) stands for.
 
     Without a network the commit comes from the local cache, if one of the files `probes` is in it. Raises
-    `UsageError` for an id, repository or revision that does not exist, `ResidscopeError` where it may not be read or
-    the hub cannot be reached.
+    `UsageError` for what does not exist, `ResidscopeError` where it may not be read or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError

@@ -27,10 +27,10 @@ from harvest.model.hub import passing_on, warn
 from harvest.model.names import ModelSpec, model_files, resolve_model
 from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from harvest.model.tokenizer import Tokenizer
-from residscope.errors import IncompatibleError, ResidscopeError, UsageError, is_out_of_memory
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError, is_out_of_memory, said
 from residscope.first_calls import settle_first_calls
 from residscope.memory import keep_freed_memory
-from residscope.reading import read_json, said
+from residscope.reading import read_json
 
 settle_first_calls(torch)  # before anything is computed, wherever a model is
 

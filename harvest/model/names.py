@@ -18,8 +18,8 @@ from harvest.model.adapters import ADAPTER, read_adapter
 from harvest.model.aliases import hub_id, suggestions
 from harvest.model.hashes import add_file
 from harvest.model.hub import pin, quiet
-from residscope.errors import IncompatibleError, ResidscopeError, UsageError
-from residscope.reading import read_json, said
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError, said
+from residscope.reading import read_json
 
 _UNREAD = (
     "readme* license* *.md *.log *.out *.jsonl *.csv *.parquet *.zst *.gz events.out.* *.png *.jpg *.jpeg *.gif *.svg"

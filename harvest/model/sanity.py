@@ -1,8 +1,7 @@
 """Whether what transformers loaded is the model that the files hold, and a causal one.
 
 How: without a word, transformers gives random values to weights that the files lack, leaves out those that the
-configuration does not ask for, and loads encoders as causal models; each is found here. Files of the hub's local cache
-have their hash as their name.
+configuration does not ask for, and loads encoders as causal models; each is found here.
 """
 
 import hashlib
@@ -17,8 +16,7 @@ from torch import nn
 
 from harvest.model.hashes import add_file
 from residscope.console import counted
-from residscope.errors import IncompatibleError, ResidscopeError
-from residscope.reading import said
+from residscope.errors import IncompatibleError, ResidscopeError, said
 
 _TRIED_TOKENS = 16
 _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}

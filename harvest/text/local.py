@@ -16,8 +16,8 @@ import xxhash
 
 from harvest.text.encode import Document
 from residscope.console import human_bytes
-from residscope.errors import IncompatibleError, UsageError
-from residscope.reading import read_whole, said
+from residscope.errors import IncompatibleError, UsageError, said
+from residscope.reading import read_whole
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEAD_BYTES = 1 << 20

@@ -22,8 +22,7 @@ from harvest.model.hub import pin
 from harvest.text.config import DEFAULT_SPLIT, TextChoice, TextConfig
 from harvest.text.encode import Document
 from harvest.text.local import document_of, file_documents, files_hash, find_files, suffix_of
-from residscope.errors import ResidscopeError, UsageError
-from residscope.reading import said
+from residscope.errors import ResidscopeError, UsageError, said
 from store.shuffle import permutation
 
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}

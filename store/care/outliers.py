@@ -6,8 +6,10 @@ spread evenly over a few shards (512 MiB of vectors), since each shard that is o
 whatever its size. Defined in docs/method.md. Shapes: n tokens looked at, L stored layers.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,10 +24,19 @@ _MOST_BYTES = 512 * 2**20
 _OPENED = 8  # Times as many bytes may have the shards that are opened.
 
 
-def few_tokens(store: ActivationStore, chosen: np.ndarray, texts: Callable[[list[int]], Sequence[str]]) -> str | None:
-    """A sentence on the few of the kept tokens `chosen` (bool [T]) that carry more than a tenth of a layer's variance,
-    at the layer where their share is largest; None if there are none. texts: of token ids, to name them; may raise
-    `ResidscopeError`."""
+class FewTokens(NamedTuple):
+    """Few tokens that carry much of a layer's variance."""
+
+    words: str
+    tokens: tuple[int, ...]
+    """Their places in the store."""
+
+
+def few_tokens(
+    store: ActivationStore, chosen: np.ndarray, texts: Callable[[list[int]], Sequence[str]] | None = None
+) -> FewTokens | None:
+    """The few of the kept tokens `chosen` (bool [T]) that carry more than a tenth of a layer's variance, at the layer
+    where their share is largest; or None. texts: of token ids, to name them; may raise `ResidscopeError`."""
     meta, size = store.meta, store.meta.chunk_tokens
     chunks = np.flatnonzero(np.logical_or.reduceat(chosen, np.arange(0, len(chosen), size)))
     shards, most = chunks // meta.chunks_per_shard, max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
@@ -48,28 +59,28 @@ def few_tokens(store: ActivationStore, chosen: np.ndarray, texts: Callable[[list
             distance[part, layer] = np.einsum("nd,nd->n", x, x)
     few = -(-n // ONE_IN)
     total, largest = distance.sum(0), np.partition(distance, -few, axis=0)[-few:].sum(0)
-    worst = int(np.argmax(largest / np.maximum(total, np.finfo(float).tiny)))
+    with np.errstate(invalid="ignore"):
+        worst = int(np.argmax(largest / np.maximum(total, np.finfo(float).tiny)))
     d = distance[:, worst]
     far = np.flatnonzero(d > FAR**2 * np.median(d))
     # Nor is anything said where one is NaN, which whoever needs the vectors tells of.
     if not min(largest[worst], d[far].sum()) > MUCH * total[worst]:
         return None
     ratio = np.sqrt(norm[far, worst].min() / max(np.median(norm[:, worst]), np.finfo(float).tiny))
-    most_common = Counter(store.tokens.token_id[np.concatenate(places)[far]].tolist()).most_common(5)
-    try:
-        named = ", ".join(
-            f"{text!r} {count:,} x"
-            for text, (_, count) in zip(texts([i for i, _ in most_common]), most_common, strict=True)
-        )
-    except ResidscopeError:
-        named = ", ".join(f"id {i} {count:,} x" for i, count in most_common)
+    tokens = np.concatenate(places)[far]
+    most_common = dict(Counter(store.tokens.token_id[tokens].tolist()).most_common(5))
+    names = [f"id {i}" for i in most_common]
+    with contextlib.suppress(ResidscopeError):
+        names = names if texts is None else [repr(text) for text in texts([*most_common])]
+    named = ", ".join(f"{name} {count:,} x" for name, count in zip(names, most_common.values(), strict=True))
     factor = int(min(ratio, 10))
     way_out = f"; `harvest --mask-norm {factor}` leaves out tokens of more than {factor} times the median norm"
-    return (
+    words = (
         f"{100 * d[far].sum() / d.sum():.0f} % of the variance of layer {meta.layers[worst]} is in"
         f" {counted(len(far), 'token')} of {n:,}, probably attention sinks: {named}. Training and FVU depend on them"
         f" (norms of at least {ratio:.3g} times the median)" + way_out * (factor > 1)
     )
+    return FewTokens(words, tuple(tokens.tolist()))
 
 
 def _spread(found: np.ndarray, most: int) -> np.ndarray:

@@ -207,7 +207,7 @@ def test_another_configuration_is_exit_code_3(command: Harvest) -> None:
     assert command().code == 0
     found = command(max_tokens=100)
     assert found.code == 3
-    assert "max_tokens is 1000000 there and 100 here" in found.error
+    assert "--max-tokens is 1000000 there and 100 here" in found.error
     assert command(max_tokens=100, overwrite=True).code == 0
 
 
@@ -231,5 +231,7 @@ def test_an_interrupt_while_tokenising_is_exit_code_130(command: Harvest, monkey
 def test_the_command_runs_as_a_module() -> None:
     import subprocess
 
-    done = subprocess.run([sys.executable, "-m", "harvest.cli", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "residscope", "harvest", "--help"], capture_output=True, text=True, check=True
+    )
     assert "--document-separator" in done.stdout

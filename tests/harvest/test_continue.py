@@ -108,22 +108,22 @@ def test_only_batches_of_missing_shards_are_computed(config: MakeConfig) -> None
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"max_tokens": 100}, "max_tokens is 1000000 there and 100 here"),
-        ({"batch_size": 2}, "batch_size is 3 there and 2 here"),
-        ({"layers": ("0",)}, r"layers is \[0, 1, 2\] there and \[0\] here"),
-        ({"store_dtype": "float32"}, "store_dtype is 'bfloat16' there and 'float32' here"),
+        ({"max_tokens": 100}, "--max-tokens is 1000000 there and 100 here"),
+        ({"batch_size": 2}, "--batch-size is 3 there and 2 here"),
+        ({"layers": ("0",)}, r"--layers is \[0, 1, 2\] there and \[0\] here"),
+        ({"store_dtype": "float32"}, "--store-dtype is 'bfloat16' there and 'float32' here"),
         ({"dtype": "bfloat16"}, "dtype is 'float32' there"),
-        ({"context_length": 10}, "context_length is 20 there"),
-        ({"random_init": True}, "random_init is False there and True here"),
-        ({"document_separator": ""}, "document_separator is '<|endoftext|>' there and '' here"),
-        ({"keep_first_position": True}, "keep_first_position"),
-        ({"pack": False}, "document_separator is|pack is True there and False here"),
-        ({"shuffle_documents": 3}, "shuffle_documents is not given there and 3 here"),
+        ({"context_length": 10}, "--context-length is 20 there"),
+        ({"random_init": True}, "--random-init is False there and True here"),
+        ({"document_separator": ""}, "--document-separator is '<|endoftext|>' there and '' here"),
+        ({"keep_first_position": True}, "--keep-first-position"),
+        ({"pack": False}, "--document-separator is|--pack is True there and False here"),
+        ({"shuffle_documents": 3}, "--shuffle-documents is not given there and 3 here"),
         (
             {"dataset": ("pydoc:2", "stdlib")},
-            r"dataset is 'texts' there and \['pydoc', 'stdlib'\]",
+            r"--dataset is 'texts' there and \['pydoc', 'stdlib'\]",
         ),
-        ({"codec": "zstd", "seed": 3}, "seed is 0 there and 3 here; codec is 'none' there and 'zstd' here"),
+        ({"codec": "zstd", "seed": 3}, "--seed is 0 there and 3 here; --codec is 'none' there and 'zstd' here"),
     ],
 )
 def test_another_configuration_is_refused_by_name(config: MakeConfig, change: dict[str, Any], field: str) -> None:
@@ -138,10 +138,10 @@ def test_changed_text_or_another_model_is_refused(
     config: MakeConfig, text_folder: Path, model_folder: ModelFolder
 ) -> None:
     harvest(config())
-    with pytest.raises(IncompatibleError, match="model is 'gpt2' there and 'llama' here; model_fingerprint"):
+    with pytest.raises(IncompatibleError, match="--model is 'gpt2' there and 'llama' here; the content of --model"):
         harvest(config("llama"))
     (text_folder / "0.txt").write_text("changed")
-    with pytest.raises(IncompatibleError, match="dataset_revision"):
+    with pytest.raises(IncompatibleError, match="the revision or hash of --dataset is"):
         harvest(config())
 
 
@@ -170,7 +170,7 @@ def test_a_model_and_a_lens_that_were_renamed_go_on(
     assert (again.model, again.content_hash) == ("model", whole.content_hash)
     assert tree(options.out) == tree(Path(whole.out))
     assert str(moved) in options_file(options.out).read_text(), "where a repair will look"
-    with pytest.raises(IncompatibleError, match="max_tokens is 1000000 there and 100 here") as caught:
+    with pytest.raises(IncompatibleError, match="--max-tokens is 1000000 there and 100 here") as caught:
         harvest(config(model=str(moved), lens=str(lens), max_tokens=100))
     assert "model is" not in str(caught.value), "what does not stand in the way is not named"
 
@@ -290,7 +290,7 @@ def test_a_store_from_before_an_option_existed_is_continued_and_repaired(config:
     (options.out / "resid_post/c.2.0.0").unlink()
     assert repair(options.out, prepare).proven == [2]
     for change in ({"shuffle_documents": 3}, {"pack": False}):
-        with pytest.raises(IncompatibleError, match=r"shuffle_documents is not given there|pack is True there"):
+        with pytest.raises(IncompatibleError, match=r"--shuffle-documents is not given there|--pack is True there"):
             harvest(config(**change))
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from harvest import fill
+from harvest import run as harvest_run
 from harvest.config import HarvestConfig
 from harvest.estimate import estimate
 from harvest.lens.translators import load_lens
@@ -303,6 +304,24 @@ def test_two_stores_do_not_share_the_options_beside_them(config: MakeConfig) -> 
     assert first.out.with_suffix(".harvest.toml").read_bytes() == options
 
 
+def test_of_two_stores_that_would_share_options_and_begin_together_one_goes_on(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, begin = config(), harvest_run._begin
+
+    def meanwhile(*arguments: Any) -> ActivationStore:
+        monkeypatch.setattr(harvest_run, "_begin", begin)
+        store = begin(*arguments)
+        harvest(first)
+        return store
+
+    monkeypatch.setattr(harvest_run, "_begin", meanwhile)
+    with pytest.raises(UsageError, match=r"acts: .* belong to .*acts.zarr: choose"):
+        harvest(config(out=first.out.with_suffix("")))
+    assert not first.out.with_suffix("").exists()
+    assert verify(first.out) == []
+
+
 @pytest.mark.usefixtures("small_shards")
 def test_token_columns_are_harvested_continued_and_recorded(config: MakeConfig, tmp_path: Path) -> None:
     rows = [[257, *range(30), 256], list(range(5, 60)), [7], list(range(80))]
@@ -322,7 +341,7 @@ def test_token_columns_are_harvested_continued_and_recorded(config: MakeConfig, 
     np.testing.assert_array_equal(tokens.keep, (tokens.position != 0) & (tokens.token_id < 256))
     assert store.meta.provenance["config"]["token_column"] == "ids"
     assert estimate(options).tokens_available == len(tokens.token_id)
-    with pytest.raises(IncompatibleError, match="token_column is 'ids' there and not given here"):
+    with pytest.raises(IncompatibleError, match="--token-column is 'ids' there and not given here"):
         harvest(config("llama", dataset=(str(path),), text_column="ids"))
     path.write_text(json.dumps({"ids": [5, 258]}) + "\n")
     with pytest.raises(IncompatibleError, match=r"line 1: column 'ids' holds token 258"):

@@ -116,7 +116,7 @@ def test_a_claim_that_is_not_ours_removes_nothing(tmp_path: Path, claimed: str) 
 def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
     out, other, record, side = (tmp_path / name for name in ("a", "a.pt", "a.config.toml", "a.safetensors"))
     refuse_shared(out, record, [side])
-    side.touch()
+    side.write_text("another tool's")
     with pytest.raises(UsageError, match=r"--out .*a: .*a.safetensors, which would be replaced, exists already"):
         refuse_shared(out, record, [side])
     record.write_text('out = "somewhere/a.pt"')
@@ -150,3 +150,12 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"below/a.pt: a part of this path is a file, not a folder"):
         require_name(tmp_path / "file/below/a.pt")
     require_name(tmp_path / "folder/below/a.pt")
+
+
+def test_a_link_to_what_is_not_there_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "where")
+    with (
+        pytest.raises(UsageError, match=r"--out .*link: .*link is a link to what is not there: choose another"),
+        together(tmp_path / "link", ["a"], ["a"], replace=False),
+    ):
+        raise AssertionError("not reached")

@@ -1,14 +1,18 @@
-"""Freed memory stays with the process: temporaries made again are not faulted in again."""
+"""Freed memory stays with the process: temporaries made again are not faulted in again. A limit of the address space
+below what a command takes is one line at its start."""
 
 import ctypes
 import platform
+import resource
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from residscope.memory import keep_freed_memory
+from residscope.cli import main
+from residscope.errors import is_out_of_memory
+from residscope.memory import NEEDED_GB, keep_freed_memory
 
 FAULTS = """
 import resource, sys
@@ -63,3 +67,50 @@ def test_an_older_malloc_keeps_what_it_can(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     assert keep_freed_memory.__wrapped__()
     assert settings == {-3: 2**25, -1: 2**31 - 1}
+
+
+COMMANDS = {
+    "harvest": "harvest --model m --out a.zarr",
+    "train": "train --store a.zarr",
+    "train compare": "train compare --store a.zarr --sae c.pt",
+    "analyze": "analyze --store a.zarr --sae c.pt",
+    "residscope fit-lens": "fit-lens --model m --store a.zarr --out lens",
+    "residscope convert": "convert c.pt out --to saelens",
+    "residscope demo": "demo --out demo",
+}
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (n_bytes, n_bytes))
+
+
+@pytest.mark.parametrize("name", NEEDED_GB)
+def test_too_small_an_address_space_is_one_line_before_anything_loads(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited(monkeypatch, round(NEEDED_GB[name] * 1e9) - 1)
+    assert main(COMMANDS[name].split()) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"{name}: error: not enough memory: the limit of the address space (`ulimit -v`) is ")
+    assert f"needs at least {NEEDED_GB[name]} GB" in err
+    with pytest.raises(SystemExit, match=r"^0$"):  # what needs no memory is not refused
+        main([*name.removeprefix("residscope ").split(), "--help"])
+
+
+def test_the_address_space_that_is_needed_is_enough(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n_bytes in (round(NEEDED_GB["train"] * 1e9), resource.RLIM_INFINITY):
+        limited(monkeypatch, n_bytes)
+        assert main(["train", "--store", "nowhere.zarr"]) == 2  # the next thing that is wrong
+    assert "address space" not in capsys.readouterr().err
+
+
+def test_libraries_that_fail_without_a_word_under_a_limit_had_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = (SystemError("error return without exception set"), ImportError("Unable to find a usable engine"))
+    limited(monkeypatch, resource.RLIM_INFINITY)
+    assert not any(map(is_out_of_memory, errors))
+    limited(monkeypatch, 4 * 10**9)
+    assert all(map(is_out_of_memory, errors))
+    assert not is_out_of_memory(ModuleNotFoundError("No module named 'matplotlib'"))

@@ -125,3 +125,9 @@ def test_validation_documents_never_change() -> None:
     assert np.flatnonzero(validation_documents(20, 0.2, 0)).tolist() == [0, 5, 15, 17]
     assert not np.array_equal(validation_documents(20, 0.2, 0), validation_documents(20, 0.2, 1))
     assert sorted(permutation(50, 3, 1)) == list(range(50))
+
+
+def test_a_window_beyond_all_integers_is_the_whole_epoch() -> None:
+    whole, beyond = (row_order(blocks_per_window=size).epoch(0) for size in (10**6, 10**20))
+    assert whole.row_ends.tolist() == beyond.row_ends.tolist()
+    assert len(beyond.row_ends) == 1

@@ -20,7 +20,7 @@ FLAGS += ["--checkpoint-every=5", "--validate-every=0"]
 
 
 def command(store: Path, out: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "train.cli", "--store", str(store), "--out", str(out), *FLAGS, *flags]
+    return [sys.executable, "-m", "residscope", "train", "--store", str(store), "--out", str(out), *FLAGS, *flags]
 
 
 def run(store: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,7 @@ raise SystemExit(main())
 def run_signalled(at: int, number: signal.Signals, store: Path, out: Path, *flags: str) -> int:
     """Train in a process that sends itself a signal before it opens or renames its `at`-th file; its exit code. So no
     test depends on how fast the machine is; `benchmarks/bench_resume.py` kills at moments of the clock."""
-    words = ["-c", SIGNALLED, str(at), str(number.value), str(out.parent), *command(store, out, *flags)[3:]]
+    words = ["-c", SIGNALLED, str(at), str(number.value), str(out.parent), *command(store, out, *flags)[4:]]
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, env=environment()).returncode
 
 
@@ -118,7 +118,7 @@ def test_wrong_input_gets_one_line_and_its_exit_code(
         ((store, whole, "--resume", "--k", "5"), 3, "k was 4"),
     ]
     for arguments, code, message in cases:
-        assert main(command(*arguments)[3:]) == code
+        assert main(command(*arguments)[4:]) == code
         printed = capsys.readouterr()
         assert message in printed.err
         assert printed.err.count("\n") == 1, printed.err
@@ -135,7 +135,7 @@ def test_the_number_of_latents_is_said_once(
     both = "--n-latents 600 and --expansion-factor 2 both set the number of latents: give only one"
     out = tmp_path / "ckpt.pt"
     for flags in (["--expansion-factor", "2"], ["--config", str(options)]):
-        assert main(command(store, out, *flags)[3:]) == 2
+        assert main(command(store, out, *flags)[4:]) == 2
         printed = capsys.readouterr().err
         assert both in printed
         assert printed.count("\n") == 1

@@ -239,3 +239,17 @@ def test_a_run_that_ended_in_a_divergence_does_not_keep_the_others_from_going_on
     assert f"{bad.checkpoint} is finished (17 steps): nothing to do, but it diverged" in (capsys.readouterr().err)
     with pytest.raises(IncompatibleError, match="the training diverged"):
         train(with_values(bad.spec.config, resume=True))
+
+
+@pytest.mark.parametrize("kind", ["another table", "a text", "a folder"])
+def test_what_is_no_table_of_runs_is_not_replaced(kind: str, config: TrainConfig, tmp_path: Path) -> None:
+    table = tmp_path / "s.runs.parquet"
+    if kind == "a folder":
+        table.mkdir()
+    elif kind == "a text":
+        table.write_text("a text")
+    else:
+        pd.DataFrame({"mine": [1]}).to_parquet(table)
+    with pytest.raises(UsageError, match=r"s\.runs\.parquet: no table of runs .*: remove it, or choose another --out"):
+        train_all(with_values(config, sweep=("k=2,4",), out=tmp_path / "s.pt"))
+    assert [path.name for path in tmp_path.glob("s.*")] == [table.name]

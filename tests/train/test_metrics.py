@@ -121,3 +121,9 @@ def test_what_is_no_file_or_without_end_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(IncompatibleError, match="found a folder, pipe or device"):
         read_metrics(path)
+
+
+def test_a_step_that_is_no_number_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": "2", "loss": 1.0}\n')
+    assert [line["step"] for line in read_metrics(path)] == [1]

@@ -22,6 +22,7 @@ from train.config import TrainConfig
 from train.data import Vectors
 from train.model import MLSAE
 from train.reporting.report import describe
+from train.resolve import RunPlan
 from train.run import train, train_all
 from train.trainer import Trainer
 
@@ -346,3 +347,22 @@ def test_nothing_is_made_from_a_checkpoint_that_another_run_put_there(
     with pytest.raises(IncompatibleError, match=r"ckpt\.pt is not what this run saved"):
         train(config)
     assert not config.out.with_suffix(".safetensors").exists()
+
+
+@pytest.mark.parametrize(("name", "message"), [("ckpt.pt", "exists by now"), ("ckpt", r"belong to .*ckpt: choose")])
+def test_a_run_that_began_beside_another_does_not_replace_it(
+    name: str, message: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, plan = with_values(config, out=config.out.with_name(name)), loop.make_plan
+
+    def meanwhile(*arguments: Any) -> RunPlan:
+        monkeypatch.setattr(loop, "make_plan", plan)
+        train(other)
+        return plan(*arguments)
+
+    monkeypatch.setattr(loop, "make_plan", meanwhile)
+    with pytest.raises(UsageError, match=message):
+        train(config)
+    assert load_checkpoint(other.out).trainer["finished"]
+    assert metrics_lines(other.out)[-1]["step"] == 34
+    assert name == "ckpt.pt" or not config.out.exists()

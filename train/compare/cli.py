@@ -40,7 +40,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train compare: written {', '.join(str(config.out / name) for name in files)}", file=sys.stderr)
 
     return run_command("train compare", command)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(options: argparse.Namespace) -> None:
     from residscope.destinations import refuse_taken
+    from residscope.errors import UsageError
     from residscope.names import beside
     from store.folder import refuse_inside_store
     from train.checkpoint import Checkpoint
@@ -63,10 +64,13 @@ def _convert(options: argparse.Namespace) -> None:
 
     refuse_inside_store(options.destination, "DST")
     weights, others = files.outputs(options.destination, options.to, options.hookpoints)
+    if options.destination not in ((source := Path(options.source)), source.parent):  # in place, two are wanted
+        for name in {*files.known_files()} - {*weights, *others}:
+            if (there := options.destination / name).exists():
+                raise UsageError(f"{there} is there, in another format: choose another folder, or remove it")
     refuse_taken(options.destination, [*weights, *others, files.CARD], options.overwrite, files.OVERWRITE)
     sae, origin = files.read_sae(options.source, subfolder=options.subfolder, revision=options.revision)
     checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
-    source = Path(options.source)
     metrics = hub.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
     written = files.write_sae(
         sae,
@@ -95,7 +99,3 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"  {place}")
     for note in notes:
         print(f"{COMMAND}: note: {note}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

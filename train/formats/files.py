@@ -23,8 +23,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from residscope.destinations import together
-from residscope.errors import IncompatibleError, UsageError
-from residscope.reading import read_json, reading, said
+from residscope.errors import IncompatibleError, UsageError, said
+from residscope.reading import read_json, reading
 from store.files import atomic_write
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
 from train.formats import layouts
@@ -108,7 +108,7 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
         folder, found = _only_subfolder(folder, str(source))
     if not found:
         raise IncompatibleError(
-            f"{name}: no autoencoder found; looked for {', '.join(_known_files())}"
+            f"{name}: no autoencoder found; looked for {', '.join(known_files())}"
             + (f"; these sub-folders hold one: {listed(_subfolders(path))}" if subfolder and not on_hub else "")
         )
     if len(found) > 1:
@@ -306,19 +306,20 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
     return checkpoint, parsed.stored_dtype
 
 
-def _known_files() -> tuple[str, ...]:
+def known_files() -> tuple[str, ...]:
+    """Names of files that hold an autoencoder, in all formats."""
     return (EXPORT, CHECKPOINT, *(layout.weights_file for layout in LAYOUTS.values()))
 
 
 def _formats_in(folder: Path) -> list[Path]:
     """The weights files directly in `folder`; of our own two, the checkpoint."""
-    found = [folder / name for name in _known_files() if (folder / name).is_file()]
+    found = [folder / name for name in known_files() if (folder / name).is_file()]
     return [path for path in found if path.name != EXPORT] or found
 
 
 def _subfolders(folder: Path) -> list[str]:
     """Sub-folders, at any depth, that hold an autoencoder or (of a hub repository) so far only its configuration."""
-    wanted = {*_known_files(), "cfg.json"}
+    wanted = {*known_files(), "cfg.json"}
     found = {path.parent for path in folder.rglob("*") if path.name in wanted and path.parent != folder}
     return sorted((path.relative_to(folder).as_posix() for path in found), key=_natural)
 
@@ -337,7 +338,7 @@ def _only_subfolder(folder: Path, source: str) -> tuple[Path, list[Path]]:
 
 def _fetch(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
     """The files of one autoencoder on the hub; without `subfolder` and with none at the top, all the configurations."""
-    files = [*_known_files(), *{layout.config_file for layout in LAYOUTS.values()}]
+    files = [*known_files(), *{layout.config_file for layout in LAYOUTS.values()}]
     if subfolder:
         return fetch(repo_id, revision=revision, patterns=[f"{subfolder.strip('/')}/{name}" for name in files])
     folder = fetch(repo_id, revision=revision, patterns=files)

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import ResidscopeError, UsageError, said
 from residscope.escape import markdown, printable
-from residscope.reading import said
 from train.checkpoint import Checkpoint
 from train.metrics import read_metrics
 from train.model_config import SAEConfig

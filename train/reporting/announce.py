@@ -74,7 +74,7 @@ def bar_words(lines: Sequence[Mapping], data: TrainingData, *, vectors: int, sec
 
 def tell_diverged(where: str, checkpoints: Sequence[Path], *, any_left: bool) -> None:
     """Warn of runs whose loss or weights became NaN or infinite; raise `ResidscopeError` where no other is left."""
-    way_out = "lower --lr, or set --clip-norm"
+    way_out = "lower --lr, or set --clip-norm, and start again with --overwrite"
     if checkpoints and not any_left:
         raise ResidscopeError(f"{where}: diverged, the loss or a weight is NaN or infinite: {way_out}")
     for path in checkpoints:

@@ -1,13 +1,15 @@
 """What is reported of finished runs: words or a table for the terminal, plain values for `--json`, a parquet table."""
 
-import contextlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from residscope.console import aligned, counted, human_seconds
+from residscope.errors import UsageError
+from residscope.reading import reading
 from train.grid import RunSpec, as_written
 from train.objective.optimizer import scaling_law_lr
 from train.resolve import RunPlan
@@ -123,6 +125,19 @@ def _held_out_cells(result: TrainResult) -> list[str]:
     return [f"{found.fvu:.3f}", f"{found.fvu_per_layer[worst]:.3f}", str(result.plan.layers[worst]), f"{found.l0:.1f}"]
 
 
+def table_path(out: Path, first: Path) -> Path:
+    """Where the table of the runs of --out `out` goes; first: a run's checkpoint. `UsageError` over anything else."""
+    stem = out.stem if out.suffix == ".pt" and first.parent == out.parent else "ckpt"
+    path = first.with_name(f"{stem}.runs.parquet")
+    if os.path.lexists(path):
+        import pyarrow.parquet as pq
+
+        with reading(f"{path}: no table of runs", "remove it, or choose another --out", kind=UsageError):
+            if "checkpoint" not in pq.read_schema(path).names:
+                raise ValueError("it has no column checkpoint")
+    return path
+
+
 def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
     """The comparison of all runs, a row for each run and layer, as a parquet file beside the checkpoints; its path.
 
@@ -151,14 +166,10 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
                     "vectors": result.metrics["vectors"],
                 }
             )
-    first = results[0].checkpoint
-    stem = out.stem if out.suffix == ".pt" and first.parent == out.parent else "ckpt"
-    path = first.with_name(f"{stem}.runs.parquet")
-    table = pd.DataFrame(rows)
-    with contextlib.suppress(OSError, ValueError, KeyError):  # none, or a damaged one
-        old = pd.read_parquet(path)
-        ours = {result.checkpoint.name for result in results}
-        others = old[[name not in ours and first.with_name(name).exists() for name in old["checkpoint"]]]
+    path, table = table_path(out, results[0].checkpoint), pd.DataFrame(rows)
+    if path.exists():
+        old, ours = pd.read_parquet(path), {result.checkpoint.name for result in results}
+        others = old[[name not in ours and path.with_name(name).exists() for name in old["checkpoint"]]]
         table = pd.concat([others, table]) if len(others) else table
     atomic_write(path, [table.to_parquet(index=False)])
     return path

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from residscope.errors import ResidscopeError
+from residscope.errors import ResidscopeError, said
 from residscope.names import beside, stem
-from residscope.reading import said
 from train.resolve import RunPlan
 
 

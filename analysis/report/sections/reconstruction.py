@@ -17,6 +17,9 @@ COLUMNS = (
 )
 """Columns of layers.parquet in the table: name, heading, and how a value is shown."""
 
+WITH_FEW = (COLUMNS[0], ("fvu_without_few", "FVU without few tokens", show), *COLUMNS[1:])
+"""Where few tokens carry much of a layer's variance, and a warning says so."""
+
 INTRODUCTION = """<p>FVU, the fraction of variance unexplained, is 0 for a perfect reconstruction and 1 for one that is
 no better than the layer's mean vector. Lower is better.</p>"""
 
@@ -38,7 +41,7 @@ def section(results: Results) -> Section:
         INTRODUCTION
         + columns(figure(reconstruction_title(results), fvu_chart), figure(l0_title, l0_chart, ABOUT_L0))
         + "<details open><summary>Table by layer</summary>"
-        + layer_table(results, COLUMNS)
+        + layer_table(results, COLUMNS if results.number("reconstruction", "fvu_without_few") is None else WITH_FEW)
         + '<p class="note">MSE and mean norm are in units of the residual stream (squared for MSE), so they grow with '
         f"the layer's norm. An en dash: not defined ({'; '.join(missing)}).</p></details>"
     )

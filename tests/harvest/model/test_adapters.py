@@ -84,7 +84,11 @@ def weight(folder: Path, **options: Any) -> torch.Tensor:
 
 @pytest.mark.usefixtures("peft")
 def test_an_adapter_beside_the_weights_is_applied_and_recorded(
-    both: Path, model_folder: ModelFolder, config: MakeConfig
+    both: Path,
+    model_folder: ModelFolder,
+    config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert torch.equal(weight(both), weight(model_folder("gpt2")) + 1)
     assert torch.equal(weight(both, random_init=True), weight(model_folder("gpt2"), random_init=True))
@@ -92,10 +96,13 @@ def test_an_adapter_beside_the_weights_is_applied_and_recorded(
     harvest(made)
     provenance = ActivationStore.open(made.out).meta.provenance
     assert provenance["adapter"] == provenance["config"]["adapter"] == "LORA, peft 0.9"
+    monkeypatch.setattr("harvest.model.adapters.importlib.metadata.version", lambda _: "0.10")
+    harvest(made)  # an upgrade of peft is told, and no reason to refuse
+    assert "begun with the adapter LORA, peft 0.9, now LORA, peft 0.10: the new shards" in capsys.readouterr().err
     before = resolve_model(str(both)).fingerprint
     save_file({CHANGED: torch.zeros(32, 128)}, both / "adapter_model.safetensors", {"format": "pt"})
     assert resolve_model(str(both)).fingerprint != before
-    with pytest.raises(IncompatibleError, match="made with other options: model_fingerprint"):
+    with pytest.raises(IncompatibleError, match="made with other options: the content of --model"):
         harvest(made)
 
 

@@ -29,7 +29,8 @@ def no_tokenizer(ids: list[int]) -> list[str]:
 
 
 def found(store: ActivationStore, texts: Callable[[list[int]], list[str]] = no_tokenizer) -> str | None:
-    return few_tokens(store, store.tokens.keep, texts)
+    few = few_tokens(store, store.tokens.keep, texts)
+    return few.words if few else None
 
 
 def test_they_are_named_with_their_share(tmp_path: Path) -> None:
@@ -46,7 +47,11 @@ def test_they_are_named_with_their_share(tmp_path: Path) -> None:
     )
     assert ": id 7 3 x." in str(found(store))
     chosen = store.tokens.keep & (np.arange(2000) > 600)
-    assert f"2 tokens of {chosen.sum():,}," in str(few_tokens(store, chosen, no_tokenizer))
+    few = few_tokens(store, chosen)
+    assert few is not None
+    assert f"2 tokens of {chosen.sum():,}," in few.words
+    assert ": id 7 2 x." in few.words
+    assert few.tokens == (999, 1501)
 
 
 @pytest.mark.parametrize(

@@ -220,3 +220,18 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.rstrip().endswith("[]")
+
+
+def test_a_folder_gets_no_second_autoencoder_in_another_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sae(make_sae(), tmp_path / "a", "residscope")
+    source, there = str(tmp_path / "a" / "ckpt.pt"), tmp_path / "b"
+    assert main([source, str(there), "--to", "saelens"]) == 0
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    assert main([source, str(there), "--to", "sparsify", "--overwrite"]) == 2
+    assert "sae_weights.safetensors is there, in another format: choose another folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+    assert main([source, str(there), "--to", "saelens", "--overwrite"]) == 0
+    assert main([source, str(tmp_path / "a"), "--to", "saelens"]) == 0  # in place: the source stays
+    assert (tmp_path / "a" / "ckpt.pt").exists()
