@@ -6,6 +6,7 @@ once, of a few hundred tokens: their movement is meant, not their value, which `
 Shapes: T tokens, L layers, k active latents a vector.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from train.kernels.interface import SparseCodes
+
+NUMBERS = ("fvu", "ratio", "stays_on")
+"""Of a point of the curve, beside step and vectors; None where not defined."""
 
 SETTLED = 0.05
 """A number is settled that three times the training is expected to move by less than this share of it."""
@@ -72,6 +76,32 @@ class Spread(NamedTuple):
         }
 
 
+def is_curve(found: Any) -> bool:
+    """Whether it is a list of points as a trainer makes them, in order."""
+    if not isinstance(found, list) or not all(isinstance(point, dict) for point in found):
+        return False
+    for before, point in itertools.pairwise([{"step": 0, "vectors": 0}, *found]):
+        numbers = [number for name in NUMBERS if (number := point.get(name)) is not None]
+        if not all(type(number) is float and 0 <= number < math.inf for number in numbers):
+            return False
+        if not all(type(point.get(n)) is int and point[n] > before[n] for n in ("step", "vectors")):
+            return False
+    return True
+
+
+def in_words(found: Mapping[str, Any] | None) -> str:
+    """`foretold` as a sentence to stand beside the ratio; empty where there is nothing to say."""
+    if found is None or found["ratio"] is None:
+        return ""
+    moves = [f"the ratio by about {found['ratio']:+.1%}"]
+    moves += [] if found["fvu"] is None else [f"FVU by {found['fvu']:+.1%}"]
+    return (
+        f"{'Settled' if found['settled'] else 'Not settled'}: three times the training would move "
+        f"{' and '.join(moves)} "
+        "(from how they moved over the second half of the run, on a sample of held-out tokens)."
+    )
+
+
 def foretold(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What three times the training would change, from the curve's last point and that nearest half its training.
 
@@ -86,6 +116,6 @@ def foretold(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     triplings = math.log(3) / math.log(last["vectors"] / half["vectors"])
     found: dict[str, Any] = {
         name: (1 - half[name] / last[name]) * triplings if half.get(name) and last.get(name) else None
-        for name in ("fvu", "ratio", "stays_on")
+        for name in NUMBERS
     }
     return found | {"settled": None if found["ratio"] is None else abs(found["ratio"]) < SETTLED}

@@ -68,9 +68,9 @@ def best_batch(vectors: int) -> int:
 
 
 def best_lr(n_latents: int, batch_size: int, vectors: int) -> float:
-    """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432 latents,
-    with the size of the dictionary as Gao et al. 2024 have it."""
-    return 2.2e-3 * (4608 / n_latents) ** 0.5 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
+    """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432
+    latents."""
+    return 2.2e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
 
 
 def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int) -> Recipe:

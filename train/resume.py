@@ -16,6 +16,7 @@ from store.activations import ActivationStore
 from store.folder import refuse_inside_store
 from train.checkpoint import Checkpoint, config_path, load_checkpoint, refuse_anothers
 from train.config import TrainConfig
+from train.convergence import is_curve
 from train.determinism import differences, surroundings
 from train.grid import RunSpec
 from train.recipes import fill, recorded_flags
@@ -148,7 +149,7 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
                 isinstance(n, float | int | None) for v in validation.values() for n in (v if type(v) is list else [v])
             )
         ),
-        "curve": _is_curve(trainer.get("curve", [])),
+        "curve": is_curve(trainer.get("curve", [])),
     }
     whole |= {name: type(trainer.get(name, 1)) is int for name in ("updates", "vectors", "threads")}
     whole["threads"] = whole["threads"] and 1 <= trainer.get("threads", 1) <= 4096  # more would take all memory
@@ -161,17 +162,6 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         if not good:
             reason = f"its training state is damaged ({name} is not what `train` writes)"
             raise IncompatibleError(f"{path}: {reason}; use another checkpoint, or {_START_AGAIN}")
-
-
-def _is_curve(found: Any) -> bool:
-    """Whether it is a list of points as a trainer makes them, in order."""
-    if not isinstance(found, list) or not all(isinstance(point, dict) for point in found):
-        return False
-    places = [[point.get("step"), point.get("vectors")] for point in found]
-    return all(type(n) is int and n > 0 for place in places for n in place) and all(
-        isinstance(point.get("fvu"), float) and all(isinstance(n, float | int | None) for n in point.values())
-        for point in found
-    )
 
 
 def set_threads(asked: int | None, saved: Sequence[Checkpoint | None]) -> None:

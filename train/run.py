@@ -76,7 +76,8 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
     results = []
     for plan, before, record in zip(plans, finished, records, strict=True):
         held_out = None if record["validation"] is None else Validation(**record["validation"])
-        result = TrainResult(plan=plan, metrics=record["metrics"], validation=held_out, seconds=seconds)
+        curve = record.get("curve", [])
+        result = TrainResult(plan=plan, metrics=record["metrics"], validation=held_out, curve=curve, seconds=seconds)
         results.append(result)
         if not result.diverged:  # its weights would be useless
             write_outputs(result, anew=before is None)

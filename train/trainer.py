@@ -15,6 +15,7 @@ import torch
 from residscope.options import to_toml
 from residscope.reading import reading
 from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
+from train.convergence import NUMBERS
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
 from train.kernels.choose import choose_kernels
@@ -173,7 +174,7 @@ class Trainer:
 
     def look(self, validated: Validation) -> None:
         """Add a point to the curve."""
-        numbers = {name: getattr(validated, name) for name in ("fvu", "ratio", "stays_on")}
+        numbers = {name: getattr(validated, name) for name in NUMBERS}
         self.curve.append({"step": self.step, "vectors": self.vectors, **numbers})
 
     def record(self, validated: Validation) -> None:

@@ -17,7 +17,7 @@ from analysis.report.markup import Section, fill, page_file
 
 SECTIONS = (
     *("variance", "layers", "persistence", "nulls", "kinds", "redundancy", "contexts"),
-    *("reconstruction", "downstream", "latents", "prompt", "provenance", "method"),
+    *("reconstruction", "downstream", "latents", "prompt", "training", "provenance", "method"),
 )
 """The page in order. Each name is a module of analysis/report/sections, whose `section` makes it, and its anchor."""
 

@@ -1,6 +1,7 @@
 """The spread of latents over layers against the analysis' own sums, by hand, and what a curve foretells."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from analysis.moments import LayerMoments, variance_numbers
 from analysis.persistence import persistence_summary
-from train.convergence import Spread, foretold
+from train.convergence import Spread, foretold, in_words, is_curve
 from train.kernels.interface import SparseCodes
 
 
@@ -46,7 +47,7 @@ def test_nothing_active_is_not_defined() -> None:
     assert Spread.zeros(2, torch.device("cpu")).add(part, 3).numbers() == {"ratio": None, "stays_on": None}
 
 
-def point(vectors: int, **numbers: float | None) -> dict[str, float | None]:
+def point(vectors: int, **numbers: Any) -> dict[str, Any]:
     return {"step": vectors // 10, "vectors": vectors, "fvu": 0.5, "ratio": None, "stays_on": None, **numbers}
 
 
@@ -63,3 +64,19 @@ def test_numbers_are_taken_to_move_with_the_logarithm_of_the_training() -> None:
 
 def test_one_point_foretells_nothing() -> None:
     assert foretold([]) is foretold([point(100)]) is None
+
+
+def test_in_words_it_says_what_would_move_and_by_how_much() -> None:
+    assert in_words(foretold([point(100, ratio=2.0), point(300, ratio=1.6)])).startswith(
+        "Not settled: three times the training would move the ratio by about -25.0% and FVU by +0.0% ("
+    )
+    assert in_words(foretold([point(100, ratio=1.0), point(300, ratio=1.01)])).startswith("Settled: ")
+    assert in_words(None) == in_words(foretold([point(100), point(200)])) == ""
+
+
+@pytest.mark.parametrize(
+    "curve", [{}, [1], [point(200), point(100)], [point(9, fvu=math.nan)], [point(9, ratio="x")], [{"step": 1}]]
+)
+def test_what_no_trainer_writes_is_no_curve(curve: object) -> None:
+    assert not is_curve(curve)
+    assert is_curve([point(100), point(200, ratio=None)])

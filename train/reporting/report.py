@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from residscope.console import aligned, counted, human_seconds
+from train.convergence import foretold, in_words
 from train.grid import RunSpec, as_written
 from train.recipes import best_lr
 from train.resolve import RunPlan
@@ -29,6 +30,8 @@ class TrainResult:
     """The last line of training metrics, or what the checkpoint says of it."""
     validation: Validation | None
     """On held-out documents; None if none were held out."""
+    curve: list[dict[str, Any]]
+    """Of held-out numbers over the run's steps (`train.convergence`)."""
     seconds: float
     """Time of this invocation, from the start to the last checkpoint."""
 
@@ -88,7 +91,8 @@ def describe(result: TrainResult) -> str:
 
 def _advice(result: TrainResult) -> list[str]:
     """What in the numbers looks badly chosen, and what to try: a line each."""
-    plan, metrics, held_out, lines = result.plan, result.metrics, result.validation, []
+    plan, metrics, held_out = result.plan, result.metrics, result.validation
+    lines = [words] if (words := in_words(foretold(result.curve))) else []
     lr = plan.chosen.lr
     times = lr / best_lr(plan.model.n_latents, plan.chosen.batch_size, plan.vectors)
     if held_out is not None and held_out.fvu > 1 and times > _HIGH:
