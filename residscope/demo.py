@@ -99,6 +99,7 @@ def closing_words(summary: dict[str, Any]) -> list[str]:
         f"  total, their sum                              {mass['total']:8.3g}",
         f"The aggregate variance (within + between tokens) is {'-' if ratio is None else f'{ratio:.3g}'} times "
         "the token-level variance (within a token).",
+        *filter(None, [(summary.get("convergence") or {}).get("text")]),
     ]
     pca = summary["baseline"]["pca"]
     if summary["validation"]:

@@ -14,6 +14,7 @@ from residscope.errors import UsageError
 from residscope.options import require_seed, to_flat
 from train.model_config import THRESHOLDED, Activation, Standardize
 
+RecipeName = Literal["best", "gao", "paper"]
 DEFAULT_EXPANSION_FACTOR = 16
 """Where neither it nor a number of latents is given."""
 
@@ -94,8 +95,9 @@ class ObjectiveConfig:
     """Weight of AuxK beside the main loss; 0 turns it off."""
     dead_tokens: int | None = None
     """Tokens without firing after which a latent is dead; default: 10 million, or a tenth of the run's if less."""
-    loss_space: Literal["standardized", "raw"] = "standardized"
-    """Where the loss is taken: standardized gives every vector the same weight; raw is the reference's choice."""
+    loss_space: Literal["standardized", "raw"] | None = None
+    """Where the loss is taken: standardized gives every vector the same weight; raw is the reference's choice;
+    default: the recipe's, standardized."""
 
     def __post_init__(self) -> None:
         _check(self, positive="aux_k dead_tokens k_start bandwidth", not_negative="aux_coef sparsity_coef")
@@ -107,35 +109,44 @@ class OptimizerConfig:
     """How the weights move."""
 
     lr: float | None = None
-    """Peak learning rate; default: the scaling law 2e-4 / sqrt(n_latents / 2^14) of Gao et al., which was found for
-    long runs; runs of some hundred steps learn far more with several times as much."""
-    warmup_fraction: float = 0.02
-    """Share of the steps in which the learning rate rises linearly to its peak."""
-    decay_fraction: float = 0.2
-    """Share of the steps, the last ones, in which the learning rate falls linearly towards zero."""
+    """Peak learning rate; default: the recipe's, which depends on n_latents, batch size and steps."""
+    warmup_fraction: float | None = None
+    """Share of the steps in which the learning rate rises linearly to its peak; default: the recipe's, 0.02."""
+    decay_fraction: float | None = None
+    """Share of the steps, the last ones, in which the learning rate falls linearly towards zero; default: the
+    recipe's, 0.2."""
     decoder_norm: Literal["fixed", "free"] = "fixed"
     """Decoder rows are of unit norm after every step. fixed: the gradient's component along them is left out; free:
     during the step they may take any norm, which is then moved to the encoder's row, so that latents reach their scale
     sooner (topk, batchtopk, matryoshka); in the first hundreds of steps FVU is 1 to 3 % lower."""
     clip_norm: float | None = None
-    """Scale all gradients down if their joint norm exceeds this; 0.001 does so in most steps and lowers the FVU of
-    short runs; default: never."""
+    """Scale all gradients down if their joint norm exceeds this; 0: never; default: the recipe's, 0.001, which nearly
+    every gradient exceeds: all steps then weigh the same in Adam's moments, though gradients shrink with the error."""
+    beta1: float | None = None
+    """Adam's decay of the running mean of gradients; default: the recipe's, B1."""
+    beta2: float | None = None
+    """Adam's decay of the running mean of their squares; default: the recipe's, B2: gradients shrink with the error,
+    and a longer memory of larger ones makes steps too small."""
+    encoder_scale: float | None = None
+    """The encoder's rows start as the decoder's times this; default: the recipe's, SCALE."""
     ema_decay: float | None = None
     """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
     default: the weights themselves."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="lr clip_norm", shares="warmup_fraction decay_fraction")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UsageError(f"--ema-decay should be in [0, 1), found {self.ema_decay}")
+        _check(self, positive="lr encoder_scale", not_negative="clip_norm", shares="warmup_fraction decay_fraction")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} should be in [0, 1), found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What it is trained on, and how long."""
 
-    batch_size: int = 2048
-    """Vectors (one token at one layer each) in a step; layers are mixed."""
+    batch_size: int | None = None
+    """Vectors (one token at one layer each) in a step; layers are mixed; default: the recipe's, which depends on the
+    vectors of the run."""
     steps: int | None = None
     """Length of the run in steps, instead of epochs."""
     epochs: int | None = None
@@ -238,7 +249,7 @@ class TrainConfig:
     """One training run, or a sweep of them."""
 
     FIRST_FLAGS: ClassVar = (
-        *("store", "out", "expansion_factor", "k", "activation", "epochs", "lr"),
+        *("store", "out", "expansion_factor", "k", "activation", "epochs", "recipe"),
         *("resume", "overwrite", "dry_run"),
     )
 
@@ -254,6 +265,11 @@ class TrainConfig:
     logging: LoggingConfig = LoggingConfig()
     validation: ValidationConfig = ValidationConfig()
 
+    recipe: RecipeName | None = None
+    """What the flags stand for that are left out (lr, warmup_fraction, decay_fraction, clip_norm, encoder_scale,
+    loss_space, batch_size). best: the lowest FVU that was found for runs of this length; gao: the scaling law of Gao et
+    al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss in raw space, made for
+    1e9 tokens. Default: best."""
     sweep: tuple[str, ...] | None = None
     """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
     point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with

@@ -21,6 +21,7 @@ from store.loader import Batch, WindowLoader
 from store.shuffle import validation_documents
 from train.config import TrainConfig
 from train.hardware import resolve_device
+from train.recipes import batch_size
 
 
 class Vectors(NamedTuple):
@@ -98,17 +99,21 @@ class TrainingData:
     source: VectorSource
     device: torch.device
     config: TrainConfig
+    batch_size: int
+    """Vectors in a step of the stream."""
 
     @classmethod
     def open(cls, config: TrainConfig, store: ActivationStore) -> "TrainingData":
         stored, device = stored_layers(store, config.data.layers), resolve_device(config.hardware.device)
+        split = split_tokens(store, config.validation.validation_fraction, config.data.seed)
         return cls(
             store=store,
-            split=split_tokens(store, config.validation.validation_fraction, config.data.seed),
+            split=split,
             stored=stored,
             source=VectorSource(stored, store.meta.stored_dtype, device),
             device=device,
             config=config,
+            batch_size=batch_size(config, int(split.train.sum()) * len(stored)),
         )
 
     @property
@@ -140,7 +145,7 @@ class TrainingData:
         return WindowLoader(
             self.store,
             self.split.train,
-            self.config.data.batch_size,
+            self.batch_size,
             seed,
             window_bytes,
             layers=self.stored,

@@ -91,8 +91,9 @@ class MLSAE(nn.Module):
         return Weights(*(None if (t := getattr(self, name, None)) is None else t.data for name in Weights._fields))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def initialize(self, seed: int, b_pre: Tensor | None = None) -> None:
-        """Random unit rows, the encoder tied to the decoder (Gao et al. 2024, appendix A.1), and `b_pre` [D] or zero.
+    def initialize(self, seed: int, b_pre: Tensor | None = None, *, encoder_scale: float = 1.0) -> None:
+        """Random unit rows in the decoder, the same times `encoder_scale` in the encoder (tied: Gao et al. 2024,
+        appendix A.1), and `b_pre` [D] or zero.
 
         The draw is made on the CPU in float32, so that a seed means the same weights on every device.
         """
@@ -100,7 +101,7 @@ class MLSAE(nn.Module):
         rows = torch.randn(self.W_dec.shape, generator=generator)
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec.copy_(rows)
-        self.W_enc.copy_(rows)
+        self.W_enc.copy_(rows * encoder_scale)
         for name, value in self.variant.extra_state().items():
             getattr(self, name).copy_(value)
         if self.config.encoder_bias:

@@ -21,8 +21,8 @@ from train.hardware import resolve_device, resolve_product_dtype
 from train.kernels.choose import choose_kernels
 from train.model_config import THRESHOLDED, SAEConfig, default_prefixes
 from train.objective.losses import dead_threshold
-from train.objective.optimizer import scaling_law_lr
 from train.objective.variants import StepOptions, variant_of
+from train.recipes import BEFORE_RECIPES, Recipe, complete, fill, recorded_flags
 
 RECORDED = (
     *("d_model", "layers", "stream_layers", "n_latents", "k", "aux_k", "aux_coef"),
@@ -33,6 +33,7 @@ RECORDED = (
     *("k_start", "k_warmup_fraction", "multi_topk"),
     *("sparsity_loss", "sparsity_coef", "sparsity_warmup_fraction", "bandwidth"),
     *("decoder_norm", "clip_norm", "ema_decay", "tile_mb"),
+    *("recipe", "beta1", "beta2", "encoder_scale"),
 )
 """What a checkpoint keeps of a plan, in this order: all that the result depends on, apart from the store's content."""
 
@@ -51,9 +52,9 @@ ADDED_LATER: dict[str, Any] = {
     "sparsity_warmup_fraction": 0.1,
     "bandwidth": 1.0,
     "decoder_norm": "fixed",
-    "clip_norm": None,
     "ema_decay": None,
     "tile_mb": 16,
+    **BEFORE_RECIPES,
 }
 """What checkpoints from before there was a choice were made with; they do not record it."""
 
@@ -75,7 +76,8 @@ class RunPlan:
     """Dead latents that AuxK may use on one vector."""
     sparsity_coef: float
     """Weight of the sparsity term; 0 where there is none."""
-    lr: float
+    chosen: Recipe
+    """The recipe's flags, resolved."""
     steps: int
     vectors: int
     """Vectors of the stream in the whole run; the last batch may be short."""
@@ -109,9 +111,13 @@ class RunPlan:
         """Type of the encoder's product."""
         return getattr(torch, self.product_dtype)
 
+    def flags(self) -> dict[str, Any]:
+        """The flags that make this run, none left to a recipe, in the order of `ckpt.config.toml`."""
+        return fill(self.config, recorded_flags(asdict(self.chosen))).flags()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, as a checkpoint keeps them."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {field.name: getattr(self, field.name) for field in fields(self)} | asdict(self.chosen)
         values = {**to_flat(self.config), **asdict(self.model), **own, "window_bytes": self.window_bytes}
         return {name: list(v) if isinstance(v := values[name], tuple) else v for name in RECORDED}
 
@@ -146,8 +152,8 @@ def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
     layers = streamed if layer is None else (layer,)
     model = _model(config, d_model, layers, n_runs=len(streamed) if config.per_layer == "total" else 1)
     vectors_per_epoch = int(data.split.train.sum()) * len(streamed)
-    epochs, steps, batch_size = config.data.epochs or 1, config.data.steps, config.data.batch_size
-    vectors = epochs * vectors_per_epoch if steps is None else steps * batch_size
+    epochs, steps = config.data.epochs or 1, config.data.steps
+    vectors = epochs * vectors_per_epoch if steps is None else steps * data.batch_size
     device = resolve_device(config.hardware.device)
     return RunPlan(
         spec=spec,
@@ -156,8 +162,8 @@ def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
         stream_layers=None if layer is None else streamed,
         aux_k=min(config.objective.aux_k or default_aux_k(d_model), model.n_latents),
         sparsity_coef=_sparsity_coef(config),
-        lr=config.optimizer.lr or scaling_law_lr(model.n_latents),
-        steps=-(-vectors // batch_size),
+        chosen=complete(config, n_latents=model.n_latents, batch_size=data.batch_size, vectors=vectors),
+        steps=-(-vectors // data.batch_size),
         vectors=vectors,
         vectors_per_epoch=vectors_per_epoch,
         epochs=-(-vectors // vectors_per_epoch),
@@ -234,7 +240,7 @@ def _weights(plan: RunPlan) -> int:
 
 
 def _working(plan: RunPlan) -> int:
-    n, d, objective = plan.config.data.batch_size, plan.model.d_model, plan.config.objective
+    n, d, objective = plan.chosen.batch_size, plan.model.d_model, plan.config.objective
     k = max(plan.model.k, objective.k_start or 0) * (4 if objective.multi_topk else 1)
     batch = n * (6 * 4 * d + 48 * k)  # six float32 [N, D]; codes, gradients, sorted pairs
     batch += int(n * k * d * choose_kernels(torch.empty(0, device=plan.device), plan.kernels).pair_bytes)

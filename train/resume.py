@@ -1,6 +1,7 @@
 """Whether a run may write its checkpoint, and continue from the one that is there; and with how many threads."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ from torch import Tensor
 
 from residscope.destinations import require_name
 from residscope.errors import IncompatibleError, UsageError
+from residscope.options import with_values
 from residscope.reading import reading
 from store.activations import ActivationStore
 from store.folder import refuse_inside_store
 from train.checkpoint import Checkpoint, config_path, load_checkpoint, refuse_anothers
 from train.config import TrainConfig
+from train.convergence import is_curve
 from train.determinism import differences, surroundings
 from train.grid import RunSpec
+from train.recipes import fill, recorded_flags
 from train.reporting.announce import say
 from train.resolve import ADDED_LATER, RECORDED, RunPlan
 from train.validation import Validation
@@ -56,6 +60,21 @@ def load_saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
             again = "delete that file and run the same command to train it again with the others"
             raise IncompatibleError(f"{error}; {again if len(specs) > 1 else _START_AGAIN}") from None
     return found
+
+
+def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> list[RunSpec]:
+    """The runs, with what their flags leave to the recipe taken from the checkpoints that they continue: its laws may
+    be others since. Batches are the same for all runs."""
+    begun = []
+    batch_size = specs[0].config.data.batch_size
+    for spec, one in zip(specs, saved, strict=True):
+        config, record = spec.config, None if one is None else one.trainer.get("config")
+        if isinstance(record, dict):
+            with reading(f"{config.out}: its training state is damaged", _START_AGAIN):
+                config = fill(config, recorded_flags(record))
+            batch_size = batch_size or config.data.batch_size
+        begun.append(replace(spec, config=config))
+    return [replace(spec, config=with_values(spec.config, batch_size=batch_size)) for spec in begun]
 
 
 def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan) -> None:
@@ -123,9 +142,12 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         "validation": validation is None
         or (
             isinstance(validation, dict)
-            and set(validation) == set(Validation._fields)
-            and all(isinstance(n, float | int) for v in validation.values() for n in (v if type(v) is list else [v]))
+            and set(Validation._fields) - {"ratio", "stays_on"} <= set(validation) <= set(Validation._fields)
+            and all(
+                isinstance(n, float | int | None) for v in validation.values() for n in (v if type(v) is list else [v])
+            )
         ),
+        "curve": is_curve(trainer.get("curve", [])),
     }
     whole |= {name: type(trainer.get(name, 1)) is int for name in ("updates", "vectors", "threads")}
     whole["threads"] = whole["threads"] and 1 <= trainer.get("threads", 1) <= 4096  # more would take all memory

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from residscope.console import counted, stop_on_signals
 from residscope.errors import IncompatibleError, Interrupted
+from residscope.options import with_values
 from store.activations import ActivationStore
 from store.care.outliers import few_tokens
 from store.loader import Batch, WindowLoader
@@ -41,7 +42,7 @@ from train.reporting.dry_run import DryRun, foresee, time_steps
 from train.reporting.outputs import check_publish, push, write_outputs
 from train.reporting.report import TrainResult, table_path
 from train.resolve import RunPlan, make_plan, memory_estimate
-from train.resume import check_resumable, load_saved, set_threads
+from train.resume import as_begun, check_resumable, load_saved, set_threads
 from train.trainer import Trainer
 from train.validation import INTERIM_TOKENS, Validation, ValidationData, ValidationTarget
 
@@ -64,7 +65,8 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
         saved = load_saved(specs)
         if config.sweep or config.per_layer:
             table_path(config.out, specs[0].config.out)
-        data = TrainingData.open(config, store)
+        specs = as_begun(specs, saved)
+        data = TrainingData.open(with_values(config, batch_size=specs[0].config.data.batch_size), store)
         plans = [make_plan(spec, data) for spec in specs]
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
@@ -76,7 +78,8 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
     results = []
     for plan, before, record in zip(plans, finished, records, strict=True):
         held_out = None if record["validation"] is None else Validation(**record["validation"])
-        result = TrainResult(plan=plan, metrics=record["metrics"], validation=held_out, seconds=seconds)
+        curve = record.get("curve", [])
+        result = TrainResult(plan=plan, metrics=record["metrics"], validation=held_out, curve=curve, seconds=seconds)
         results.append(result)
         if not result.diverged:  # its weights would be useless
             write_outputs(result, anew=before is None)
@@ -167,7 +170,7 @@ class _Stream:
                     bar.set_postfix_str(self._log(taking, loader), refresh=False)
                 if not last:
                     self._between_steps(taking, bar, stop=stopped())
-            self._validate(self.trainers, self.config.validation.validation_tokens, bar)
+            self._validate(self.trainers, bar, last=True)
             return [trainer.save(finished=True) for trainer in self.trainers]
 
     def measure(self) -> DryRun:
@@ -202,7 +205,7 @@ class _Stream:
         """Validate and save where that is due, and stop if a signal has come; none of it counts as training time."""
         paused, validate_every = time.perf_counter(), self.config.validation.validate_every
         if self._due(-(-self.plan.steps // 4) if validate_every is None else validate_every):
-            self._validate(taking, INTERIM_TOKENS, bar)
+            self._validate(taking, bar)
         if stop:
             raise Interrupted(self._stopped(taking))
         if self._due(self.config.logging.checkpoint_every):
@@ -238,7 +241,7 @@ class _Stream:
         sound = [trainer for trainer in taking if not trainer.diverged]
         lines = [trainer.log(seconds=seconds, waited=waited) for trainer in taking]
         self._stop_or_warn([trainer for trainer in sound if trainer.diverged])
-        streamed, self.logged = (self.step - self.logged) * self.config.data.batch_size, self.step
+        streamed, self.logged = (self.step - self.logged) * self.data.batch_size, self.step
         self.began = time.perf_counter()
         return bar_words(lines, self.data, vectors=streamed, seconds=seconds, waited=waited)
 
@@ -247,12 +250,17 @@ class _Stream:
         where, left = f"step {self.step} of {self.plan.steps}", any(not trainer.diverged for trainer in self.trainers)
         tell_diverged(where, [trainer.path for trainer in diverged], any_left=left)
 
-    def _validate(self, taking: Sequence[Trainer], tokens: int, bar: tqdm) -> None:
+    def _validate(self, taking: Sequence[Trainer], bar: tqdm, *, last: bool = False) -> None:
+        """Look at a sample of held-out tokens, the same each time, and at the end at as many as are asked for."""
         if not self.validation:
             return
         targets = [ValidationTarget(each.sae, each.plan.torch_dtype, each.view.position) for each in taking]
         with self._keeping(taking):
-            found = self.validation.evaluate(targets, self.data.source, tokens=tokens)
-        for trainer, validated in zip(taking, found, strict=True):
+            found = sample = self.validation.evaluate(targets, self.data.source, tokens=INTERIM_TOKENS)
+            if last:
+                tokens = self.config.validation.validation_tokens
+                found = self.validation.evaluate(targets, self.data.source, tokens=tokens)
+        for trainer, looked, validated in zip(taking, sample, found, strict=True):
+            trainer.look(looked)
             trainer.record(validated)
         tell_validation(bar, f"step {self.step} of {self.plan.steps}", [validated.fvu for validated in found])

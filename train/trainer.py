@@ -16,6 +16,7 @@ from residscope.errors import UsageError
 from residscope.options import to_toml
 from residscope.reading import reading
 from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
+from train.convergence import NUMBERS
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
 from train.kernels.choose import choose_kernels
@@ -50,6 +51,7 @@ class Trainer:
         self.vectors = 0  # trained on
         self.metrics: dict[str, Any] = {}  # the last line
         self.validated: Validation | None = None  # the last validation
+        self.curve: list[dict[str, Any]] = []  # of validations on one sample of tokens
         self.diverged = False  # a logged loss, or a weight then, was not finite
         self._trackers: list[Tracker] = []
 
@@ -77,7 +79,7 @@ class Trainer:
         if fresh:
             for path in (self.path, safetensors_path(self.path), figure_path(self.path)):
                 path.unlink(missing_ok=True)
-        config_path(self.path).write_text(to_toml(self.plan.config.flags()), encoding="utf-8")
+        config_path(self.path).write_text(to_toml(self.plan.flags()), encoding="utf-8")
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
         """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
@@ -96,13 +98,18 @@ class Trainer:
                     raise ValueError("statistics of other layers")
         else:
             self._statistics = start
-            self._sae.initialize(plan.config.data.seed, start.b_pre)
+            self._sae.initialize(plan.config.data.seed, start.b_pre, encoder_scale=plan.chosen.encoder_scale)
             if plan.model.standardize == "layer":
                 assert start.layer_mean is not None
                 self._sae.layer_mean.copy_(start.layer_mean)
                 self._sae.layer_scale.copy_(start.layer_scale)
-        self._optimizer = SphereAdam(self._sae, self._kernels, free_norms=optimizer.decoder_norm == "free")
-        self._raw = plan.config.objective.loss_space == "raw"
+        self._optimizer = SphereAdam(
+            self._sae,
+            self._kernels,
+            free_norms=optimizer.decoder_norm == "free",
+            betas=(plan.chosen.beta1, plan.chosen.beta2),
+        )
+        self._raw = plan.chosen.loss_space == "raw"
         self._denominators = self._statistics.raw if self._raw else self._statistics.standardized
         self._window = MetricsWindow(self._statistics.raw, sparsity=plan.model.activation in THRESHOLDED)
         if saved is not None:
@@ -119,6 +126,7 @@ class Trainer:
         self.metrics = trainer["metrics"]
         self.diverged = not math.isfinite(self.metrics.get("loss") or 0)
         self.validated = None if trainer["validation"] is None else Validation(**trainer["validation"])
+        self.curve = trainer.get("curve", [])
         say(f"resuming {self.path} after step {self.step} of {self.plan.steps}")
 
     def take(self, batch: Vectors) -> None:
@@ -136,7 +144,7 @@ class Trainer:
                 out=self._gradients(),
             )
             self._window.add(layer, standardized, result)
-            clip = self.plan.config.optimizer.clip_norm
+            clip = self.plan.chosen.clip_norm or None
             self._optimizer.step(result.gradients, lr=self._lr(self.step), step=self.updates + 1, clip=clip)
             self.updates += 1
             if self._average is not None:
@@ -170,6 +178,11 @@ class Trainer:
         """The autoencoder that is validated and saved."""
         return self._sae if self._average is None else self._average.sae
 
+    def look(self, validated: Validation) -> None:
+        """Add a point to the curve."""
+        numbers = {name: getattr(validated, name) for name in NUMBERS}
+        self.curve.append({"step": self.step, "vectors": self.vectors, **numbers})
+
     def record(self, validated: Validation) -> None:
         """Keep and write the result of a validation."""
         self.validated = validated
@@ -193,6 +206,7 @@ class Trainer:
             "surroundings": surroundings(self.plan.device, self.plan.kernels, self.plan.product_dtype),
             "metrics": self.metrics,
             "validation": None if self.validated is None else self.validated._asdict(),
+            "curve": self.curve,
             "silent": self._dead.silent.cpu(),
             "statistics": {n: value.cpu() for n, value in self._statistics._asdict().items() if value is not None},
         }
@@ -204,11 +218,11 @@ class Trainer:
         return trainer
 
     def _lr(self, step: int) -> float:
-        return learning_rate(step, self.plan.steps, self.plan.lr, self.plan.config.optimizer)
+        return learning_rate(step, self.plan.steps, self.plan.chosen)
 
     def _streamed(self) -> int:
         """Vectors of the stream so far; the last batch may be short."""
-        return min(self.step * self.plan.config.data.batch_size, self.plan.vectors)
+        return min(self.step * self.plan.chosen.batch_size, self.plan.vectors)
 
     def _progress(self) -> dict[str, Any]:
         """Where the run is, by step, vectors, tokens and epochs."""

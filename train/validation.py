@@ -16,6 +16,7 @@ from torch import Tensor
 
 from store.activations import ActivationStore
 from store.shuffle import permutation
+from train.convergence import Spread
 from train.data import VectorSource
 from train.model import MLSAE
 from train.objective.losses import FIRING_THRESHOLD
@@ -39,6 +40,10 @@ class Validation(NamedTuple):
     l0_per_layer: list[float]
     fired: float
     """Share of the latents that fired on any of these vectors."""
+    ratio: float | None = None
+    """Aggregate over token-level variance of layers, by mass; None for a single layer, or from before it was kept."""
+    stays_on: float | None = None
+    """Share of the active (token, layer, latent) whose latent is active at the next layer too."""
 
     def metrics(self) -> dict[str, Any]:
         """The keys of a validation line."""
@@ -107,6 +112,7 @@ class _Sums:
         device = target.sae.W_enc.device
         self._errors, self._active = torch.zeros(2, self._n_layers, dtype=torch.float64, device=device)
         self._fired = torch.zeros(target.sae.config.n_latents, dtype=torch.bool, device=device)
+        self._spread = Spread.zeros(target.sae.config.n_latents, device)
 
     def add(self, x: Tensor) -> None:
         """Count tokens `x` [t, L, D]."""
@@ -116,6 +122,8 @@ class _Sums:
         self._errors += (rows - out.x_hat).double().square().sum(dim=1).view(by_layer).sum(dim=0)
         self._active += (out.codes.values > 0).sum(dim=1).view(by_layer).sum(dim=0)
         self._fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
+        if self._n_layers > 1:
+            self._spread = self._spread.add(out.codes, self._n_layers)
 
     def _rows_layer(self, n_tokens: int) -> Tensor | None:
         """Each row's layer, of `n_tokens` tokens, where the autoencoder standardises by layer."""
@@ -137,4 +145,5 @@ class _Sums:
             l0=self._active.sum().item() / (tokens * self._n_layers),
             l0_per_layer=(self._active / tokens).tolist(),
             fired=self._fired.double().mean().item(),
+            **self._spread.numbers(),
         )

@@ -8,6 +8,8 @@ from analysis.baselines.nulls import NULLS
 from analysis.results.words import shown, table, with_interval
 
 Run = Mapping[str, Any]
+UNLIKE = 1.5
+"""Times the training of another run, from which on they are said to be unlike."""
 Columns = Mapping[str, Callable[[Run], str]]
 """Of a table, by heading: what stands there for a run."""
 
@@ -27,8 +29,19 @@ def compare_words(runs: Sequence[Run]) -> str:
             "Along the layers of a token, by mass: layers on, longest run, share that stays on at the next layer; "
             "and observed / null model, 1: chance explains it",
             *_table(runs, PERSISTENCE),
+            *unlike_training(runs),
         ]
     )
+
+
+def unlike_training(runs: Sequence[Run]) -> list[str]:
+    """A note where runs saw unlike amounts of training, or their numbers had not settled."""
+    lengths = [run["trained_tokens"] for run in runs if run["trained_tokens"]]
+    notes = [f"{run['run']}: its ratio had not settled when training ended." for run in runs if run["settled"] is False]
+    if lengths and max(lengths) > UNLIKE * min(lengths):
+        seen = ", ".join(f"{run['run']} {run['trained_tokens']:,}" for run in runs if run["trained_tokens"])
+        notes.append(f"Unlike training, in tokens: {seen}. Numbers that have not settled differ by that alone.")
+    return ["", *notes] if notes else []
 
 
 def _table(runs: Sequence[Run], columns: Columns) -> list[str]:

@@ -39,6 +39,9 @@ def page_header(results: Results) -> str:
         token=show(results.number("variance", "mass", "within_token")),
         reference=other,
         tokens=escape(str(results.get("split", "text") or f"{integer(results.get('n_tokens'))} tokens.")),
+        settled=f'<p class="{"note" if results.get("convergence", "tripled", "settled") else "warning"}">{settled}</p>'
+        if (settled := escape(results.get("convergence", "text") or ""))
+        else "",
         warnings="".join(f'<p class="warning">{words}</p>' for words in warnings),
         tiles=tiles(_main_numbers(results)),
     )
@@ -87,7 +90,7 @@ def _warnings(results: Results) -> list[str]:
 
 SECTIONS = (
     *("variance", "layers", "persistence", "nulls", "kinds", "redundancy", "contexts"),
-    *("reconstruction", "downstream", "latents", "prompt", "provenance", "method"),
+    *("reconstruction", "downstream", "latents", "prompt", "training", "provenance", "method"),
 )
 """The page in order. Each name is a module of analysis/report/sections, whose `section` makes it, and its anchor."""
 

@@ -31,6 +31,7 @@ from residscope.console import counted
 from residscope.names import versions
 from store.meta import config_hash
 from train.checkpoint import Checkpoint
+from train.convergence import foretold, in_words, is_curve
 
 SCHEMA_VERSION = 1
 HASH = "content_hash"
@@ -95,6 +96,7 @@ def build(found: Findings) -> dict[str, Any]:
         "reconstruction": _reconstruction(found),
         "layers": layer_rows(found),
         "variance": variance,
+        "convergence": _convergence(found.inputs.checkpoint),
         "persistence": persistence,
         "nulls": _nulls(found, variance, persistence) if found.sums.nulls else None,
         "profiles": _profiles(found.table),
@@ -120,6 +122,13 @@ def build(found: Findings) -> dict[str, Any]:
 def content_hash(summary: Mapping[str, Any]) -> str:
     """XXH3-128 of a summary but for the hash itself and `seconds`, which differ between runs that found the same."""
     return config_hash(json.loads(json.dumps({k: v for k, v in summary.items() if k not in (HASH, "seconds")})))
+
+
+def _convergence(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How settled the numbers are, by the curve of the training; None where it kept none."""
+    curve = checkpoint.trainer.get("curve")
+    found = foretold(curve) if is_curve(curve) else None
+    return None if found is None else {"tripled": found, "text": in_words(found), "curve": curve}
 
 
 def _reconstruction(found: Findings) -> dict[str, Any]:

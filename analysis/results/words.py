@@ -52,6 +52,7 @@ def words(summary: Mapping[str, Any]) -> str:
         ),
         "",
         *_headline(variance["mass"]["aggregate_over_token"], compat["rel_var_t"]),
+        *filter(None, [(summary.get("convergence") or {}).get("text")]),
         "",
         *_persistence_words(summary["persistence"]["mass"]),
         *_null_words(summary),

@@ -326,6 +326,14 @@ def _summary(
             "text": "30,214 kept tokens of 412 documents: every kept token of the store; "
             "the SAE was trained on 28,703 of them.",
         },
+        "convergence": {
+            "tripled": {"fvu": -0.08, "ratio": -0.12, "stays_on": 0.01, "settled": False},
+            "text": "Not settled: three times the training would move the ratio by about -12.0% and FVU by -8.0%.",
+            "curve": [
+                {"step": 100 * i, "vectors": 204_800 * i, "fvu": 0.3 - 0.02 * i, "ratio": 1.9, "stays_on": 0.8}
+                for i in (2, 4)
+            ],
+        },
         "warnings": ["95 % of these tokens were trained on: use --split validation for held-out numbers."],
         "n_tokens": N_TOKENS,
         "n_layers": n_layers,

@@ -23,7 +23,6 @@ def plan_of(store: ActivationStore, **flags: object) -> RunPlan:
 def test_defaults_by_hand(store: ActivationStore) -> None:
     plan = plan_of(store, batch_size=100)
     assert plan.model.n_latents == 16 * 12
-    assert plan.lr == pytest.approx(2e-4 / (192 / 2**14) ** 0.5)
     assert plan.vectors == plan.vectors_per_epoch == 8 * 15 * 3
     assert (plan.steps, plan.epochs) == (4, 1)
     assert plan.layers == (3, 5, 8)

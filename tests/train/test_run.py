@@ -129,7 +129,7 @@ def test_a_run_whose_weights_alone_are_nan_has_diverged(
     config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A JumpReLU threshold that becomes NaN silences its latent, and the loss stays a number."""
-    of_jumprelu = with_values(config, activation="jumprelu", lr=1e3, warmup_fraction=0.0)
+    of_jumprelu = with_values(config, activation="jumprelu", recipe="gao", lr=1e3, warmup_fraction=0.0)
     with pytest.raises(ResidscopeError, match=r"step \d+ of 34: diverged, the loss or a weight is NaN or infinite"):
         train(of_jumprelu)
     results = train_all(with_values(of_jumprelu, sweep=("lr=0.001,1e3",)))
@@ -272,8 +272,8 @@ def test_auxk_brings_planted_dead_latents_back(config: TrainConfig, monkeypatch:
     """Half the encoder starts pointing away from the data: without AuxK those latents never fire."""
     initialize = MLSAE.initialize
 
-    def plant(sae: MLSAE, seed: int, b_pre: torch.Tensor | None = None) -> None:
-        initialize(sae, seed, b_pre)
+    def plant(sae: MLSAE, seed: int, b_pre: torch.Tensor | None = None, **scale: float) -> None:
+        initialize(sae, seed, b_pre, **scale)
         sae.W_enc.data[20:] *= 0.02  # never among the four largest
 
     monkeypatch.setattr(MLSAE, "initialize", plant)

@@ -63,7 +63,6 @@ class WeightGradients(NamedTuple):
 class AdamStep(NamedTuple):
     """How `Kernels.adam_rows` moves a weight."""
 
-    BETAS = (0.9, 0.999)
     EPSILON = 6.25e-10  # Gao et al. 2024, appendix A.1; small, because gradients of single latents are
 
     lr: float
@@ -74,15 +73,17 @@ class AdamStep(NamedTuple):
     to unit norm after it (Gao et al. 2024, appendix A.3), so that what is saved is always on the sphere."""
     grad_scale: float = 1.0
     """Multiplies the gradient first, as clipping by norm needs."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
 
     @property
     def step_size(self) -> float:
-        return self.lr / (1 - self.BETAS[0] ** self.step)
+        return self.lr / (1 - self.betas[0] ** self.step)
 
     @property
     def correction(self) -> float:
         """What the root of the second moment is divided by."""
-        return math.sqrt(1 - self.BETAS[1] ** self.step)
+        return math.sqrt(1 - self.betas[1] ** self.step)
 
 
 TopK = Callable[[Tensor, int], SparseCodes]

@@ -78,7 +78,7 @@ class PlainKernels(Kernels):
 
     def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         """On a CPU a few rows at a time, so that the five passes over them find them in the cache."""
-        beta1, beta2 = how.BETAS
+        beta1, beta2 = how.betas
         cached = max(1, _CPU_GATHER_BYTES // (4 * weight.shape[1] * weight.element_size()))
         rows = len(weight) if weight.is_cuda else cached
         for start in range(0, len(weight), rows):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.config import OptimizerConfig
 from train.kernels.interface import AdamStep, Kernels
 from train.model import MLSAE
 from train.objective.weights import TRAINED, Weights
+from train.recipes import Recipe
 
 THRESHOLD_LR_FACTOR = 10
 """log_threshold's learning rate over the others'. Adam moves each number by about the rate: a pre-activation sums
@@ -31,8 +31,10 @@ d_model such moves, and a threshold with one would lag behind in runs of some th
 class SphereAdam:
     """Adam for an autoencoder's trained tensors; W_dec's rows stay on the unit sphere."""
 
-    def __init__(self, sae: MLSAE, kernels: Kernels, *, free_norms: bool = False) -> None:
-        self._kernels = kernels
+    def __init__(
+        self, sae: MLSAE, kernels: Kernels, *, free_norms: bool = False, betas: tuple[float, float] = (0.9, 0.999)
+    ) -> None:
+        self._kernels, self._betas = kernels, betas
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""
         self.exp_avg, self.exp_avg_sq = (
@@ -59,7 +61,8 @@ class SphereAdam:
             rows = [t.view(-1, t.shape[-1]) for t in (weight, grad, m, v)]  # b_pre [D] as one row
             rate = lr * THRESHOLD_LR_FACTOR if name == "log_threshold" else lr
             unit_rows = name == "W_dec" and self.norms is None
-            self._kernels.adam_rows(*rows, how=AdamStep(lr=rate, step=step, unit_rows=unit_rows, grad_scale=scale))
+            how = AdamStep(lr=rate, step=step, unit_rows=unit_rows, grad_scale=scale, betas=self._betas)
+            self._kernels.adam_rows(*rows, how=how)
         if self.norms is not None:
             torch.linalg.vector_norm(self.weights.W_dec, dim=1, out=self.norms)
             _rescale(self.weights, self.norms)
@@ -132,17 +135,12 @@ class WeightAverage:
         self.sae.W_dec.div_(self.sae.W_dec.norm(dim=1, keepdim=True))
 
 
-def scaling_law_lr(n_latents: int) -> float:
-    """After Gao et al. 2024, figure 3: the best learning rate falls with the square root of the dictionary's size."""
-    return 2e-4 / (n_latents / 2**14) ** 0.5
-
-
-def learning_rate(step: int, steps: int, peak: float, shares: OptimizerConfig) -> float:
-    """Rate of step number `step` (from 0) of `steps`: a linear rise to `peak`, flat, then a linear fall towards zero.
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Rate of step number `step` (from 0) of `steps`: a linear rise to its peak, flat, then a linear fall towards zero.
 
     The first step already moves and so does the last: the rise ends and the fall starts on whole steps.
     """
-    warmup, decay = round(shares.warmup_fraction * steps), round(shares.decay_fraction * steps)
+    warmup, decay = round(recipe.warmup_fraction * steps), round(recipe.decay_fraction * steps)
     rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
     fall = (steps - step) / (decay + 1) if step >= steps - decay else 1.0
-    return peak * min(rise, fall)
+    return recipe.lr * min(rise, fall)

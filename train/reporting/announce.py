@@ -28,7 +28,7 @@ def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | Non
     n_latents, k = (spread([getattr(p.model, name) for p in plans]) for name in ("n_latents", "k"))
     say(
         f"{many}{n_latents} latents, k {k}, {len(plan.stream_layers or plan.layers)} layers of d_model "
-        f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.config.data.batch_size:,} vectors "
+        f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "
         f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g})"
     )
     machine = f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads"

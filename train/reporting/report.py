@@ -10,13 +10,17 @@ from typing import Any
 from residscope.console import aligned, counted, human_seconds
 from residscope.errors import UsageError
 from residscope.reading import reading
+from train.convergence import foretold, in_words
 from train.grid import RunSpec, as_written
-from train.objective.optimizer import scaling_law_lr
+from train.recipes import best_lr
 from train.resolve import RunPlan
 from train.validation import Validation
 
-_HIGH = 30
+_HIGH = 10
 """Times the default: a learning rate above this is more likely too high than the run too short for it."""
+
+_MANY_DEAD = 0.1
+"""Share of dead latents that is worth a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,8 @@ class TrainResult:
     """The last line of training metrics, or what the checkpoint says of it."""
     validation: Validation | None
     """On held-out documents; None if none were held out."""
+    curve: list[dict[str, Any]]
+    """Of held-out numbers over the run's steps (`train.convergence`)."""
     seconds: float
     """Time of this invocation, from the start to the last checkpoint."""
 
@@ -82,15 +88,34 @@ def describe(result: TrainResult) -> str:
             "better, 1 is no better than the layer's mean; mean over layers; "
             f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
         )
-        default = scaling_law_lr(plan.model.n_latents)
-        if held_out.fvu > 1 and plan.lr > _HIGH * default:
-            lines.append(f"an FVU above 1, at {plan.lr / default:.2g} times the default rate: lower --lr {plan.lr:.2g}")
-        elif held_out.fvu > 1:
-            lines.append(
-                "an FVU above 1 mostly means a run too short for its learning rate: train longer (--epochs, or a "
-                f"larger store), or with a higher --lr than {plan.lr:.2g}; `train --help` says what short runs need"
-            )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_advice(result)])
+
+
+def _advice(result: TrainResult) -> list[str]:
+    """What in the numbers looks badly chosen, and what to try: a line each."""
+    plan, metrics, held_out = result.plan, result.metrics, result.validation
+    lines = [words] if (words := in_words(foretold(result.curve))) else []
+    lr = plan.chosen.lr
+    times = lr / best_lr(plan.model.n_latents, plan.chosen.batch_size, plan.vectors)
+    if held_out is not None and held_out.fvu > 1 and times > _HIGH:
+        lines.append(f"an FVU above 1, at {times:.2g} times the default rate: lower --lr {lr:.2g}")
+    elif held_out is not None and held_out.fvu > 1:
+        lines.append(
+            "an FVU above 1 mostly means a run too short for its learning rate: train longer (--epochs, or a larger "
+            f"store), with smaller batches than --batch-size {plan.chosen.batch_size}, or with a higher --lr than "
+            f"{lr:.2g}"
+        )
+    if metrics["dead_fraction"] > _MANY_DEAD:
+        lines.append(
+            f"{metrics['dead_fraction']:.0%} of the latents are dead: train longer, lower --lr {lr:.2g}, or ask for "
+            f"fewer latents than --n-latents {plan.model.n_latents}"
+        )
+    if held_out is not None and metrics["fvu"] is not None and plan.epochs > 1 and held_out.fvu > 2 * metrics["fvu"]:
+        lines.append(
+            f"held-out FVU is {held_out.fvu / metrics['fvu']:.1f} times that of training: harvest more text rather "
+            f"than train on the same for {plan.epochs} epochs"
+        )
+    return lines
 
 
 def table_of(results: Sequence[TrainResult]) -> str:

@@ -129,13 +129,13 @@ def test_all_numbers_of_persistence_nulls_kinds_and_redundancy_are_shown(html: s
 
 def test_an_analysis_without_them_says_so(tmp_path: Path) -> None:
     def old(summary: dict[str, Any]) -> None:
-        for name in ("persistence", "nulls", "profiles", "redundancy"):
+        for name in ("convergence", "persistence", "nulls", "profiles", "redundancy"):
             del summary[name]
 
     folder = write_results(tmp_path, n_layers=3, n_latents=20, change=old)
     (folder / "redundancy.parquet").unlink()
     text = Page(render_report(load_results(folder))).text
-    assert text.count("Not shown: ") == 5
+    assert text.count("Not shown: ") == 6
 
 
 def test_every_column_has_its_method(html: str) -> None:

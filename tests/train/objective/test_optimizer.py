@@ -7,16 +7,16 @@ import torch
 
 from residscope.errors import IncompatibleError
 from tests.support.training import step_options
-from train.config import OptimizerConfig
 from train.kernels.choose import choose_kernels
 from train.kernels.interface import AdamStep
 from train.kernels.plain import TORCH
 from train.model import MLSAE, SAEConfig
 from train.objective.losses import DeadLatents, row_weights
-from train.objective.optimizer import SphereAdam, WeightAverage, gradient_norm, learning_rate, scaling_law_lr
+from train.objective.optimizer import SphereAdam, WeightAverage, gradient_norm, learning_rate
 from train.objective.step import training_step
 from train.objective.variants import TopK
 from train.objective.weights import TRAINED, Weights
+from train.recipes import Recipe
 
 
 def make_optimizer() -> SphereAdam:
@@ -25,18 +25,17 @@ def make_optimizer() -> SphereAdam:
     return SphereAdam(sae, TORCH)
 
 
+def recipe(lr: float, warmup: float, decay: float) -> Recipe:
+    return Recipe(recipe="gao", batch_size=1, lr=lr, warmup_fraction=warmup, decay_fraction=decay)
+
+
 def random_gradients(seed: int) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     return Weights(*(torch.randn(shape, generator=generator) for shape in ((6, 4), (6, 4), (4,))))
 
 
-def test_the_scaling_law() -> None:
-    assert scaling_law_lr(2**14) == pytest.approx(2e-4)
-    assert scaling_law_lr(2**16) == pytest.approx(1e-4)
-
-
 def test_the_rate_rises_stays_and_falls() -> None:
-    rates = [learning_rate(s, 10, 1.0, OptimizerConfig(warmup_fraction=0.3, decay_fraction=0.4)) for s in range(10)]
+    rates = [learning_rate(s, 10, recipe(1.0, 0.3, 0.4)) for s in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
@@ -44,15 +43,13 @@ def test_the_rate_rises_stays_and_falls() -> None:
 def test_the_rate_is_the_formula_of_method_md(steps: int) -> None:
     w, d = round(0.02 * steps), round(0.2 * steps)
     expected = [3e-4 * min((s + 1) / (w + 1), 1, (steps - s) / (d + 1)) for s in range(steps)]
-    shares = OptimizerConfig(warmup_fraction=0.02, decay_fraction=0.2)
-    rates = [learning_rate(s, steps, 3e-4, shares) for s in range(steps)]
+    rates = [learning_rate(s, steps, recipe(3e-4, 0.02, 0.2)) for s in range(steps)]
     assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
 def test_no_step_has_a_rate_of_zero(steps: int) -> None:
-    shares = OptimizerConfig(warmup_fraction=0.05, decay_fraction=1.0)
-    rates = [learning_rate(s, steps, 2.0, shares) for s in range(steps)]
+    rates = [learning_rate(s, steps, recipe(2.0, 0.05, 1.0)) for s in range(steps)]
     assert min(rates) > 0
     assert max(rates) <= 2.0
 
@@ -131,7 +128,7 @@ class FreeDecoder:
     def __init__(self, sae: MLSAE, lr: float, k: int, clip: float | None) -> None:
         weights = [t for t in sae.weights[:4] if t is not None]
         self.trained = [t.clone().requires_grad_() for t in weights]
-        self.adam = torch.optim.Adam(self.trained, lr=lr, betas=AdamStep.BETAS, eps=AdamStep.EPSILON)
+        self.adam = torch.optim.Adam(self.trained, lr=lr, betas=(0.9, 0.999), eps=AdamStep.EPSILON)
         self.k, self.clip = k, clip
 
     def step(self, x: torch.Tensor) -> None:

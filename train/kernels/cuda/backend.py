@@ -114,7 +114,7 @@ class CudaKernels(Kernels):
                 raise ValueError(f"{name}: expected contiguous memory; it is written in place")
         # Where rows mean nothing, the numbers are cut into pieces of a size that suits: a bias is one row of M of them.
         d = weight.shape[1] if how.unit_rows else min(weight.numel(), _PIECE)
-        beta1, beta2 = how.BETAS
+        beta1, beta2 = how.betas
         numbers = (how.grad_scale, how.step_size, 1 - beta1, beta2, 1 - beta2, how.correction, how.EPSILON)
         # As memory, because arguments are rounded to float32.
         memory = (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight.new_tensor(numbers, dtype=torch.float64))

@@ -1,0 +1,121 @@
+"""How far a run's numbers have settled: a curve over its steps on one sample of held-out tokens, and what it foretells.
+
+The ratio and the share that stays on are those of docs/method.md, mass-weighted and with every active pair counting
+once, of a few hundred tokens: their movement is meant, not their value, which `analyze` measures.
+
+Shapes: T tokens, L layers, k active latents a vector.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from train.kernels.interface import SparseCodes
+
+NUMBERS = ("fvu", "ratio", "stays_on")
+"""Of a point of the curve, beside step and vectors; None where not defined."""
+
+SETTLED = 0.05
+"""A number is settled that three times the training is expected to move by less than this share of it."""
+
+
+class Spread(NamedTuple):
+    """Sums over tokens of how latents spread over layers; add over batches of whole tokens."""
+
+    per_latent: Tensor
+    """float64 [3, M]: mass, its first moment over layers, and the sum over tokens of mass times variance over layers;
+    layers count from 0 at the lowest one."""
+    followed: int
+    """Active (token, layer, latent) with the latent active at the token's next layer too."""
+    before_last: int
+    """Active (token, layer, latent) at any layer but the last."""
+    second: Tensor
+    """float64 scalar: the second moment of mass over layers."""
+
+    @classmethod
+    def zeros(cls, n_latents: int, device: torch.device) -> "Spread":
+        """No tokens yet."""
+        per_latent = torch.zeros(3, n_latents, dtype=torch.float64, device=device)
+        return cls(per_latent, 0, 0, per_latent.new_zeros(()))
+
+    def add(self, codes: SparseCodes, n_layers: int) -> "Spread":
+        """With codes [T L, k] of whole tokens added, layer by layer within a token."""
+        n_latents = self.per_latent.shape[1]
+        row = torch.arange(len(codes.values), device=codes.values.device).unsqueeze(1).expand_as(codes.indices)
+        on = codes.values > 0
+        mass, row, latent = codes.values[on].double(), row[on], codes.indices[on]
+        layer = (row % n_layers).double()
+        pair, inverse = torch.unique(row // n_layers * n_latents + latent, return_inverse=True)  # (token, latent)
+        of_pair = mass.new_zeros(3, len(pair)).index_add_(
+            1, inverse, torch.stack([mass, mass * layer, mass * layer.square()])
+        )
+        within = (of_pair[2] - of_pair[1].square() / of_pair[0]).clamp(min=0)
+        sums = torch.stack([of_pair[0], of_pair[1], within])
+        place = row * n_latents + latent  # that of the next layer is n_latents further, unless the token ends
+        inner = row % n_layers < n_layers - 1
+        return Spread(
+            self.per_latent.index_add(1, pair % n_latents, sums),
+            self.followed + int(torch.isin(place[inner] + n_latents, place).sum()),
+            self.before_last + int(inner.sum()),
+            self.second + of_pair[2].sum(),
+        )
+
+    def numbers(self) -> dict[str, float | None]:
+        """`ratio`: aggregate over token-level variance, by mass; `stays_on`: a share; None where not defined."""
+        mass, first, within = self.per_latent
+        live = mass > 0
+        between_latents = (first[live].square() / mass[live]).sum()
+        token, aggregate = within.sum(), self.second - between_latents
+        return {
+            "ratio": (aggregate / token).item() if token > 0 else None,
+            "stays_on": self.followed / self.before_last if self.before_last else None,
+        }
+
+
+def is_curve(found: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether it is a list of points as a trainer makes them, in order."""
+    if not isinstance(found, list) or not all(isinstance(point, dict) for point in found):
+        return False
+    for before, point in itertools.pairwise([{"step": 0, "vectors": 0}, *found]):
+        numbers = [number for name in NUMBERS if (number := point.get(name)) is not None]
+        if not all(type(number) is float and 0 <= number < math.inf for number in numbers):
+            return False
+        if not all(type(point.get(n)) is int and point[n] > before[n] for n in ("step", "vectors")):
+            return False
+    return True
+
+
+def in_words(found: Mapping[str, Any] | None) -> str:
+    """`foretold` as a sentence to stand beside the ratio; empty where there is nothing to say."""
+    if found is None or found["ratio"] is None:
+        return ""
+    moves = [f"the ratio by about {found['ratio']:+.1%}"]
+    moves += [] if found["fvu"] is None else [f"FVU by {found['fvu']:+.1%}"]
+    return (
+        f"{'Settled' if found['settled'] else 'Not settled'}: three times the training would move "
+        f"{' and '.join(moves)} "
+        "(from how they moved over the second half of the run, on a sample of held-out tokens)."
+    )
+
+
+def foretold(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What three times the training would change, from the curve's last point and that nearest half its training.
+
+    Numbers are taken to move linearly in the logarithm of the vectors seen. `fvu`, `ratio` and `stays_on`: the expected
+    change as a share of the last value, None where not defined; `settled`: whether the ratio's is below `SETTLED`.
+    None where the curve has less than two points.
+    """
+    if len(curve) < 2:
+        return None
+    last = curve[-1]
+    half = min(curve[:-1], key=lambda point: abs(math.log(point["vectors"] / last["vectors"] * 2)))
+    triplings = math.log(3) / math.log(last["vectors"] / half["vectors"])
+    found: dict[str, Any] = {
+        name: (1 - half[name] / last[name]) * triplings if half.get(name) and last.get(name) else None
+        for name in NUMBERS
+    }
+    return found | {"settled": None if found["ratio"] is None else abs(found["ratio"]) < SETTLED}

@@ -1,0 +1,89 @@
+"""What the flags stand for that a run leaves open: batches, learning rate, its schedule, Adam's memory, initial scale.
+
+A flag that is given counts; else, on a resume, what the checkpoint was begun with; else the recipe's. How the laws of
+`best` were found: benchmarks/results/2026-11-28-defaults.md. Imports nothing heavy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from residscope.options import to_flat, with_values
+from train.config import RecipeName, TrainConfig
+
+USUAL_BATCH = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a run is trained: the flags of the same names, none of them open."""
+
+    recipe: RecipeName
+    batch_size: int
+    lr: float
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float | None = None
+    """None: never."""
+    encoder_scale: float = 1.0
+    loss_space: Literal["standardized", "raw"] = "standardized"
+
+
+BEFORE_RECIPES: dict[str, Any] = {"recipe": "gao"} | {
+    name: Recipe.__dataclass_fields__[name].default for name in ("beta1", "beta2", "clip_norm", "encoder_scale")
+}
+"""What checkpoints were begun with that do not record it."""
+
+
+def recorded_flags(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's flags, as the record of a checkpoint has them."""
+    found = {field.name: record.get(field.name, BEFORE_RECIPES.get(field.name)) for field in fields(Recipe)}
+    return found | {"clip_norm": found["clip_norm"] or 0.0}
+
+
+def fill(config: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
+    """`config` with `flags` where it leaves them open."""
+    given = to_flat(config)
+    return with_values(config, **{name: value for name, value in flags.items() if given[name] is None})
+
+
+def batch_size(config: TrainConfig, vectors_per_epoch: int) -> int:
+    """Vectors in a step, of a run over a store that has `vectors_per_epoch` to train on."""
+    if config.data.batch_size is not None:
+        return config.data.batch_size
+    if config.data.steps is not None or config.recipe not in (None, "best"):
+        return USUAL_BATCH
+    return best_batch((config.data.epochs or 1) * vectors_per_epoch)
+
+
+def best_batch(vectors: int) -> int:
+    """Vectors in a step of a run of so many: the power of two, from 128, that makes 500 to 1,000 steps; from 4,096 on
+    it grows with the square root of the run, as far as 65,536."""
+    batch = 128
+    while batch < 65_536 and vectors > 1000 * batch * max(1, batch / 4096):
+        batch *= 2
+    return batch
+
+
+def best_lr(n_latents: int, batch_size: int, vectors: int) -> float:
+    """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432
+    latents."""
+    return 2.2e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
+
+
+def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int) -> Recipe:
+    """The recipe of a run whose batches and length are known, with the flags that `config` gives."""
+    name = config.recipe or "best"
+    if name == "best":
+        lr = best_lr(n_latents, batch_size, vectors)
+        values: dict[str, Any] = {"lr": lr, "beta1": 0.8, "beta2": 0.95, "encoder_scale": 0.4}
+    elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
+        values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
+    else:  # Lawson et al. 2025 and its code
+        values = {"lr": 1e-4, "warmup_fraction": 0.0, "decay_fraction": 0.0, "loss_space": "raw"}
+    given = to_flat(config)
+    values |= {field.name: given[field.name] for field in fields(Recipe) if given[field.name] is not None}
+    values |= {"recipe": name, "batch_size": batch_size, "clip_norm": values.get("clip_norm") or None}
+    return Recipe(**values)
