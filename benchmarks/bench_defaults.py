@@ -1,0 +1,191 @@
+"""What one gets with default flags: FVU on held-out text against vectors and seconds, beside other trainers' defaults.
+
+    python benchmarks/bench_defaults.py [--json] [--vectors 1e5 1e6] [--latents 4608] [--seeds 3] [--grid]
+
+For each number of vectors a store is harvested (SmolLM2-135M; 5 % of the documents held out; tokens of outlying norm
+left out, which would decide FVU) and one pass made over it by `train` with no flag but the size of the dictionary, by
+`--recipe gao` and `--recipe paper`, and by the peers of default_peers.py with their own defaults, in batches of
+the size that ours chose: their own are so large that runs of this length would have a few dozen steps. All reconstruct the same
+held-out vectors: FVU is the mean over layers, in raw space, as `train` reports it. Seconds are those of the steps alone
+for the peers, and of the whole command for ours. `--grid`: 40 other settings of ours at each size, whose best is given.
+
+Ratios: `fvu_over_best_peer` (1.005 counts as equal), `seconds_over_best_peer`, of the whole command over the best
+peer's steps, and `fvu_over_best_of_grid`. Lower is better in all.
+"""
+# ruff: noqa: E402  (torch reads its environment once, when it is loaded)
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+from default_peers import PEERS
+
+from store.activations import ActivationStore
+from train.checkpoint import load_checkpoint
+from train.config import ValidationConfig
+from train.data import split_tokens
+from train.model import standardize
+
+HELD_OUT_TOKENS = 512
+GRID = {
+    "lr": (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
+    "clip_norm": (0, 0.001),
+    "encoder_scale": (0.4, 1),
+    "beta2": (0.95, 0.999),
+}
+"""Of flags: 5 x 2 x 2 x 2 settings."""
+
+
+class Held:
+    """The data that all have in common, in a folder: standardised training vectors, and held-out ones."""
+
+    def __init__(self, path: Path, folder: Path, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        with ActivationStore.open(path) as store:
+            split, d = split_tokens(store, ValidationConfig.validation_fraction, seed), store.meta.d_model
+            self.n_layers = len(store.meta.layers)
+            held = np.flatnonzero(split.validation)
+            held = np.sort(rng.choice(held, min(HELD_OUT_TOKENS, len(held)), replace=False))
+            self.raw = torch.from_numpy(
+                np.concatenate([store.read(slice(t, t + 1)) for t in held.tolist()])
+            )  # [t, L, D]
+            train = np.flatnonzero(split.train)
+            places = rng.permutation(len(train) * self.n_layers).reshape(len(train), -1)
+            self.vectors = places.size
+            x = np.lib.format.open_memmap(folder / "train.npy", "w+", np.float16, (self.vectors, d))
+            for start in range(0, len(train), 2048):
+                part = train[start : start + 2048]
+                raw = store.read(slice(int(part[0]), int(part[-1]) + 1))[part - part[0]]
+                x[places[start : start + 2048].ravel()] = standardize(torch.from_numpy(raw).flatten(0, 1)).x.numpy()
+        self.standardized = standardize(self.raw.flatten(0, 1))
+        np.save(folder / "held_out.npy", self.standardized.x.numpy())
+
+    def fvu(self, x_hat: torch.Tensor) -> float:
+        """Mean over layers, in raw space, of standardised reconstructions [t L, D]."""
+        missed = (self.standardized.x - x_hat).double().square().sum(dim=1) * self.standardized.std[
+            :, 0
+        ].double().square()
+        spread = (self.raw - self.raw.double().mean(dim=0)).square().sum(dim=(0, 2))
+        return (missed.view(-1, self.n_layers).sum(dim=0) / spread).mean().item()
+
+
+def ours(path: Path, out: Path, held: Held, *flags: str) -> dict[str, float]:
+    """One run of `train`."""
+    command = [sys.executable, "-m", "residscope", "train", "--store", str(path), "--out", str(out), "--json", *flags]
+    started = time.perf_counter()
+    answer = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    seconds, sae = time.perf_counter() - started, load_checkpoint(out).sae
+    x, one = held.standardized.x, torch.ones(len(held.standardized.x), 1)
+    parts = [
+        sae.decode(sae.encode_standardized(part), 0 * one[: len(part)], one[: len(part)]) for part in x.split(2048)
+    ]
+    trained = json.loads(answer.stdout)["training"]
+    return {"fvu": held.fvu(torch.cat(parts)), "seconds": seconds, "dead": trained["dead_fraction"]}
+
+
+def peer(python: Path, name: str, folder: Path, held: Held, words: list[str]) -> dict[str, float]:
+    """One run of another trainer."""
+    command = [str(python), str(ROOT / "benchmarks/default_peers.py"), name, "--folder", str(folder), *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    found = torch.from_numpy(np.load(folder / "reconstructed.npy"))
+    return {"fvu": held.fvu(found), "seconds": json.loads(done.stdout)["seconds"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Held-out FVU of our defaults beside other trainers' defaults.")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON last")
+    parser.add_argument("--vectors", type=float, nargs="+", default=[1e5, 1e6], help="vectors of one pass, about")
+    parser.add_argument("--latents", type=int, default=4608, help="size of the dictionary")
+    parser.add_argument("--k", type=int, default=32, help="active latents on a vector")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds; the median counts")
+    parser.add_argument("--dataset", default="pydoc", help="text, as `harvest --dataset` takes it")
+    parser.add_argument("--grid", action="store_true", help="also 40 other settings of ours")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has the peers")
+    options = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="bench-defaults-") as name:
+        for vectors in options.vectors:
+            results[f"{vectors:g}"] = compare(options, vectors, Path(name))
+    if options.json:
+        print(json.dumps(results))
+
+
+def compare(options: argparse.Namespace, vectors: float, folder: Path) -> dict[str, float]:
+    """Everything at one size; prints a table, returns the ratios."""
+    path = folder / f"{vectors:g}.zarr"
+    harvest = ["harvest", "--model", "smollm2-135m", "--dataset", options.dataset, "--context-length", "256"]
+    harvest += [
+        "--batch-size",
+        "8",
+        "--mask-norm",
+        "10",
+        "--max-tokens",
+        str(int(vectors / 30 / 0.94)),
+        "--out",
+        str(path),
+    ]
+    subprocess.run([sys.executable, "-m", "residscope", *harvest], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+    size = ["--n-latents", str(options.latents), "--k", str(options.k), "--threads", str(options.threads)]
+    runs: dict[str, list[dict[str, float]]] = {}
+    for seed in range(options.seeds):
+        held, flags = Held(path, folder, seed), [*size, "--seed", str(seed), "--overwrite"]
+        for recipe in ("gao", "paper", "best"):  # the last one's checkpoint says the batch size
+            runs.setdefault(f"ours, {recipe}", []).append(
+                ours(path, folder / "ckpt.pt", held, *flags, "--recipe", recipe)
+            )
+        rows = load_checkpoint(folder / "ckpt.pt").trainer["config"]["batch_size"]
+        for name in PEERS if options.peers.exists() else ():
+            words = ["--latents", str(options.latents), "--k", str(options.k), "--rows", str(rows)]
+            words += ["--seed", str(seed), "--threads", str(options.threads)]
+            runs.setdefault(name, []).append(peer(options.peers, name, folder, held, words))
+        if options.grid and seed == 0:
+            for values in itertools.product(*GRID.values()):
+                given = [w for n, v in zip(GRID, values, strict=True) for w in (f"--{n.replace('_', '-')}", f"{v:g}")]
+                runs[f"grid: {' '.join(given)}"] = [ours(path, folder / "ckpt.pt", held, *flags, *given)]
+    return table(runs, held.vectors, rows)
+
+
+def table(runs: dict[str, list[dict[str, float]]], vectors: int, rows: int) -> dict[str, float]:
+    """Print medians over seeds; the ratios."""
+    print(
+        f"\n{vectors:,} vectors in one pass, batches of {rows:,}; medians over seeds; FVU and seconds: lower is better"
+    )
+    median = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+    }
+    for name, found in runs.items():
+        spread = " ".join(f"{run['fvu']:.4f}" for run in found)
+        dead = f", {median[name]['dead']:.1%} dead" if "dead" in median[name] else ""
+        print(
+            f"  {name:<70} FVU {median[name]['fvu']:.4f} ({spread}) {median[name]['seconds']:7.1f} s{dead}", flush=True
+        )
+    best, grid = median["ours, best"], [found["fvu"] for name, found in median.items() if name.startswith("grid")]
+    ratios = {"fvu_over_paper_recipe": best["fvu"] / median["ours, paper"]["fvu"]}
+    if peers := [median[name] for name in PEERS if name in median]:
+        winner = min(peers, key=lambda found: found["fvu"])
+        ratios |= {
+            "fvu_over_best_peer": best["fvu"] / winner["fvu"],
+            "seconds_over_best_peer": best["seconds"] / winner["seconds"],
+        }
+    if grid:
+        ratios["fvu_over_best_of_grid"] = runs["ours, best"][0]["fvu"] / min(grid)
+    print("  " + ", ".join(f"{name} {value:.3f}" for name, value in ratios.items()), flush=True)
+    return ratios
+
+
+if __name__ == "__main__":
+    main()
