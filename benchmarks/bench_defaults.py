@@ -4,10 +4,11 @@
 
 For each number of vectors a store is harvested (SmolLM2-135M; 5 % of the documents held out; tokens of outlying norm
 left out, which would decide FVU) and one pass made over it by `train` with no flag but the size of the dictionary, by
-`--recipe gao` and `--recipe paper`, and by the peers of default_peers.py with their own defaults, in batches of
-the size that ours chose: their own are so large that runs of this length would have a few dozen steps. All reconstruct the same
-held-out vectors: FVU is the mean over layers, in raw space, as `train` reports it. Seconds are those of the steps alone
-for the peers, and of the whole command for ours. `--grid`: 40 other settings of ours at each size, whose best is given.
+`--recipe gao` and `--recipe paper`, and by the peers of default_peers.py with their own defaults, in batches of the
+size that ours chose: their own are so large that runs of this length would have a few dozen steps. All reconstruct the
+same held-out vectors: FVU is the mean over layers, in raw space, as `train` reports it. Seconds are those of the steps
+alone for the peers, and of the whole command for ours. `--grid`: 40 other settings of ours at each size, whose best is
+given.
 
 Ratios: `fvu_over_best_peer` (1.005 counts as equal), `seconds_over_best_peer`, of the whole command over the best
 peer's steps, and `fvu_over_best_of_grid`. Lower is better in all.

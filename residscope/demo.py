@@ -24,11 +24,6 @@ CONTEXT_LENGTH = 256
 # Batches of 2,048 tokens stay in the cache of a small machine; larger ones are slower there.
 # The openings of many documents rather than the whole of few: intervals need at least 20 of them.
 HARVEST_FLAGS: tuple[str, ...] = ("--context-length", str(CONTEXT_LENGTH), "--batch-size", "8", "--no-pack")
-# Six times the scaling law, which is made for runs of 10^5 steps: in one of a few hundred it moves too little.
-TRAIN_FLAGS: tuple[str, ...] = (
-    *("--expansion-factor", "16", "--k", "32", "--epochs", "1", "--lr", "0.0016"),
-    *("--validation-fraction", "0.1", "--validation-tokens", "1024"),
-)
 # One sequence: half a minute on two cores, half of the default.
 ANALYZE_FLAGS: tuple[str, ...] = ("--downstream-tokens", "254")
 
@@ -57,7 +52,7 @@ def stages(config: DemoConfig) -> dict[str, tuple[str, ...]]:
     text = ("--model", config.model, "--dataset", config.dataset, "--max-tokens", str(config.tokens))
     return {
         "harvest": (*text, "--out", store, *HARVEST_FLAGS),
-        "train": ("--store", store, "--out", sae, "--resume", *TRAIN_FLAGS),
+        "train": ("--store", store, "--out", sae, "--resume"),
         "analyze": ("--store", store, "--sae", sae, "--out", str(config.out), *ANALYZE_FLAGS),
     }
 

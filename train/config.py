@@ -282,7 +282,8 @@ class TrainConfig:
     dry_run: bool = False
     """Print steps, memory, disk and time, measured with a few steps that are discarded; write nothing."""
     resume: bool = False
-    """Continue from the checkpoint if there is one, else start; bit for bit the result of an uninterrupted run."""
+    """Continue from the checkpoint if there is one, else start; bit for bit the result of an uninterrupted run. A
+    finished run is lengthened by more --steps or --epochs: from its weights, with a rate that rises and falls again."""
     overwrite: bool = False
     """Start again even if there is a checkpoint, and replace it."""
     json: bool = False

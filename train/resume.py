@@ -87,7 +87,7 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan) ->
         raise IncompatibleError(f"{path} has no training state, so it cannot be resumed; {_START_AGAIN}")
     with reading(f"{path}: its training state is damaged", _START_AGAIN):
         _check_state(path, saved.trainer, saved.config.n_latents)
-    warnings = compare_plans(saved.trainer["config"], plan)
+    warnings = compare_plans(saved.trainer["config"], plan, longer=is_longer(plan, saved))
     now = surroundings(plan.device, plan.kernels, plan.product_dtype)
     if changed := differences(saved.trainer.get("surroundings", {}), now):
         warnings.append(f"since {path} was saved: {changed}: {_NOT_BIT_FOR_BIT}")
@@ -101,18 +101,27 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan) ->
         )
 
 
+def is_longer(plan: RunPlan, saved: Checkpoint) -> bool:
+    """Whether the checkpoint is that of a finished run, which is to go on for more steps: from its weights, with the
+    schedule and Adam's memory anew."""
+    return saved.trainer["finished"] and plan.steps > saved.trainer["step"]
+
+
 _START_AGAIN = "use --overwrite to start again"
 _NOT_BIT_FOR_BIT = "the result will not be bit for bit that of an uninterrupted run"
 _REPORTED_ONLY = ("device", "kernels", "tile_mb")
 """What changes the last bits of a run, not its meaning: a resume that differs in it is warned of."""
 
 
-def compare_plans(saved: dict[str, Any], plan: RunPlan) -> list[str]:
+_LENGTH = ("steps", "vectors", "epochs", "dead_vectors")
+
+
+def compare_plans(saved: dict[str, Any], plan: RunPlan, *, longer: bool = False) -> list[str]:
     """Warnings about a checkpoint's record; raises `IncompatibleError` naming what differs from this plan."""
     warnings, now = [], plan.to_dict()
     for name in RECORDED:
         before, after = saved.get(name, ADDED_LATER.get(name)), now[name]
-        if before == after:
+        if before == after or (longer and name in _LENGTH):
             continue
         found = f"{name} was {before} when {plan.config.out} was saved and is {after} now"
         if name not in _REPORTED_ONLY:
@@ -155,6 +164,8 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         silent = trainer.get("silent")
         whole["silent"] = isinstance(silent, Tensor) and silent.shape == (n_latents,)
         whole |= {name: isinstance(trainer.get(name), dict) for name in ("statistics", "optimizer", "window")}
+    begun = trainer.get("begun", [0, 0])
+    whole["begun"] = isinstance(begun, list) and len(begun) == 2 and all(type(n) is int and n >= 0 for n in begun)
     whole["surroundings"] = isinstance(trainer.get("surroundings", {}), dict)
     for name, good in whole.items():
         if not good:

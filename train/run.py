@@ -42,7 +42,7 @@ from train.reporting.dry_run import DryRun, foresee, time_steps
 from train.reporting.outputs import check_publish, push, write_outputs
 from train.reporting.report import TrainResult, table_path
 from train.resolve import RunPlan, make_plan, memory_estimate
-from train.resume import as_begun, check_resumable, load_saved, set_threads
+from train.resume import as_begun, check_resumable, is_longer, load_saved, set_threads
 from train.trainer import Trainer
 from train.validation import INTERIM_TOKENS, Validation, ValidationData, ValidationTarget
 
@@ -72,7 +72,10 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
             if checkpoint is not None:
                 check_resumable(checkpoint, store, plan)
         set_threads(config.hardware.threads, saved)
-        finished = [one.trainer if one is not None and one.trainer["finished"] else None for one in saved]
+        finished = [
+            one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
+            for plan, one in zip(plans, saved, strict=True)
+        ]
         records = _train_unfinished(data, plans, saved, finished)
     seconds = time.perf_counter() - began
     results = []

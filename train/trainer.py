@@ -48,6 +48,7 @@ class Trainer:
         self._kernels = choose_kernels(torch.empty(0, device=data.device), plan.kernels)
         self.step = 0  # batches of the stream taken
         self.updates = 0  # steps of the optimiser: fewer where a batch held no vector of this run's layer
+        self.begun = (0, 0)  # step and updates at which the schedule and Adam's memory begin: that of a longer run anew
         self.vectors = 0  # trained on
         self.metrics: dict[str, Any] = {}  # the last line
         self.validated: Validation | None = None  # the last validation
@@ -88,7 +89,7 @@ class Trainer:
         self._sae = MLSAE(plan.model) if saved is None else saved.sae
         self._sae.to(device).requires_grad_(False)
         self._average = None if optimizer.ema_decay is None else WeightAverage(self._sae, optimizer.ema_decay)
-        if self._average is not None and saved is not None:
+        if self._average is not None and saved is not None and not saved.trainer["finished"]:
             self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean
         self._dead = DeadLatents(plan.model.n_latents, plan.dead_vectors, device)
         if isinstance(start, Checkpoint):
@@ -120,9 +121,13 @@ class Trainer:
         self.step = trainer["step"]
         self.updates = trainer.get("updates", self.step)
         self.vectors = trainer.get("vectors", self._streamed())
-        self._optimizer.load_state_dict(trainer.pop("optimizer"))  # pop: it is twice as large as the weights
+        self.begun = tuple(trainer.get("begun", (0, 0)))
         self._dead.silent.copy_(trainer["silent"])
-        self._window.load_state_dict(trainer["window"])
+        if trainer["finished"]:  # to be lengthened
+            self.begun = (self.step, self.updates)
+        else:
+            self._optimizer.load_state_dict(trainer.pop("optimizer"))  # pop: it is twice as large as the weights
+            self._window.load_state_dict(trainer["window"])
         self.metrics = trainer["metrics"]
         self.diverged = not math.isfinite(self.metrics.get("loss") or 0)
         self.validated = None if trainer["validation"] is None else Validation(**trainer["validation"])
@@ -145,8 +150,9 @@ class Trainer:
             )
             self._window.add(layer, standardized, result)
             clip = self.plan.chosen.clip_norm or None
-            self._optimizer.step(result.gradients, lr=self._lr(self.step), step=self.updates + 1, clip=clip)
             self.updates += 1
+            step = self.updates - self.begun[1]
+            self._optimizer.step(result.gradients, lr=self._lr(self.step), step=step, clip=clip)
             if self._average is not None:
                 self._average.update(self._sae, self.updates)
             self.vectors += len(x)
@@ -199,6 +205,7 @@ class Trainer:
         trainer: dict[str, Any] = {
             "step": self.step,
             "updates": self.updates,
+            "begun": list(self.begun),
             "vectors": self.vectors,
             "finished": finished,
             "config": self.plan.to_dict(),
@@ -218,7 +225,7 @@ class Trainer:
         return trainer
 
     def _lr(self, step: int) -> float:
-        return learning_rate(step, self.plan.steps, self.plan.chosen)
+        return learning_rate(step - self.begun[0], self.plan.steps - self.begun[0], self.plan.chosen)
 
     def _streamed(self) -> int:
         """Vectors of the stream so far; the last batch may be short."""

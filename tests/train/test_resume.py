@@ -69,7 +69,7 @@ def test_an_existing_checkpoint_is_not_touched_unasked(config: TrainConfig) -> N
         ({"n_latents": 50}, "n_latents was 40"),
         ({"lr": 0.5}, "lr was"),
         ({"batch_size": 32}, "batch_size was 64"),
-        ({"epochs": 3}, "steps was 33"),
+        ({"steps": 20}, "steps was 33"),
         ({"layers": (0, 1)}, "layers was"),
         ({"seed": 9}, "seed was 0"),
         ({"loss_space": "raw"}, "loss_space was standardized"),
@@ -107,7 +107,7 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
         with pytest.raises(KeyboardInterrupt):
             train(with_values(config, checkpoint_every=5))
     whole = torch.load(config.out, weights_only=True)
-    left_out = {"updates", "vectors", "threads", "surroundings", "curve"}  # which older checkpoints lack
+    left_out = {"updates", "vectors", "threads", "surroundings", "curve", "begun"}  # which older checkpoints lack
     for name in whole["trainer"]:
         for value in ("missing", None, "x", [], -1, 10**9, torch.zeros(3)):
             trainer = {**whole["trainer"], name: value}

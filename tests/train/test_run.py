@@ -184,6 +184,32 @@ def test_resuming_a_finished_run_changes_nothing(config: TrainConfig) -> None:
     assert again.metrics == result.metrics
 
 
+def test_a_finished_run_goes_on_from_its_weights_when_it_is_lengthened(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate rises and falls again over the new steps; stopped on the way, it ends with the same bytes."""
+    short = train(config)
+    before, files = config.out.read_bytes(), [config.out, config.out.with_suffix(".metrics.jsonl")]
+    lines = files[1].read_bytes()
+    longer = with_values(config, epochs=4, resume=True)
+    result = train(longer)
+    assert result.metrics["step"] == result.plan.steps == 68
+    assert result.metrics["fvu"] < short.metrics["fvu"]
+    rates = {line["step"]: line["lr"] for line in metrics_lines(config.out) if "lr" in line}
+    assert rates[34] < rates[40] == result.plan.chosen.lr > rates[68]
+    whole = config.out.read_bytes()
+    for file, content in zip(files, (before, lines), strict=True):
+        file.write_bytes(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_on_signals", lambda: StopAt(7))
+        with pytest.raises(Interrupted, match="stopped after step 41 of 68"):
+            train(longer)
+    train(longer)
+    assert config.out.read_bytes() == whole
+    with pytest.raises(IncompatibleError, match="steps was 68"):
+        train(with_values(config, epochs=2, resume=True))
+
+
 def test_what_is_no_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
     config.out.write_text("a text")
     for flag in ("overwrite", "resume"):
