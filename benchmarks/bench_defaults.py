@@ -128,17 +128,11 @@ def main() -> None:
 def compare(options: argparse.Namespace, vectors: float, folder: Path) -> dict[str, float]:
     """Everything at one size; prints a table, returns the ratios."""
     path = folder / f"{vectors:g}.zarr"
-    harvest = ["harvest", "--model", "smollm2-135m", "--dataset", options.dataset, "--context-length", "256"]
-    harvest += [
-        "--batch-size",
-        "8",
-        "--mask-norm",
-        "10",
-        "--max-tokens",
-        str(int(vectors / 30 / 0.94)),
-        "--out",
-        str(path),
-    ]
+    tokens = int(vectors / 30 / 0.94)
+    harvest = (
+        f"harvest --model smollm2-135m --max-tokens {tokens} --context-length 256 --batch-size 8 --no-pack".split()
+    )
+    harvest += ["--mask-norm", "10", "--dataset", options.dataset, "--out", str(path)]
     subprocess.run([sys.executable, "-m", "residscope", *harvest], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
     size = ["--n-latents", str(options.latents), "--k", str(options.k), "--threads", str(options.threads)]
     runs: dict[str, list[dict[str, float]]] = {}

@@ -23,7 +23,7 @@ ALLOWED = {
         "store",
         "train.checkpoint",
         "train.compare.pca",
-        "train.convergence",
+        "train.reporting.convergence",
         "train.model",
         "train.kernels.interface",
         "train.formats.files",

@@ -21,7 +21,7 @@ from store.loader import Batch, WindowLoader
 from store.shuffle import validation_documents
 from train.config import TrainConfig
 from train.hardware import resolve_device
-from train.recipes import batch_size
+from train.objective.recipes import batch_size
 
 
 class Vectors(NamedTuple):

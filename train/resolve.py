@@ -21,8 +21,8 @@ from train.hardware import resolve_device, resolve_product_dtype
 from train.kernels.choose import choose_kernels
 from train.model_config import THRESHOLDED, SAEConfig, default_prefixes
 from train.objective.losses import dead_threshold
+from train.objective.recipes import BEFORE_RECIPES, Recipe, complete, fill, recorded_flags
 from train.objective.variants import StepOptions, variant_of
-from train.recipes import BEFORE_RECIPES, Recipe, complete, fill, recorded_flags
 
 RECORDED = (
     *("d_model", "layers", "stream_layers", "n_latents", "k", "aux_k", "aux_coef"),

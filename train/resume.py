@@ -16,11 +16,11 @@ from store.activations import ActivationStore
 from store.folder import refuse_inside_store
 from train.checkpoint import Checkpoint, config_path, load_checkpoint, refuse_anothers
 from train.config import TrainConfig
-from train.convergence import is_curve
 from train.determinism import differences, surroundings
 from train.grid import RunSpec
-from train.recipes import fill, recorded_flags
+from train.objective.recipes import fill, recorded_flags
 from train.reporting.announce import say
+from train.reporting.convergence import is_curve
 from train.resolve import ADDED_LATER, RECORDED, RunPlan
 from train.validation import Validation
 

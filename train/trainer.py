@@ -16,7 +16,6 @@ from residscope.errors import UsageError
 from residscope.options import to_toml
 from residscope.reading import reading
 from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
-from train.convergence import NUMBERS
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
 from train.kernels.choose import choose_kernels
@@ -29,6 +28,7 @@ from train.objective.optimizer import SphereAdam, WeightAverage, learning_rate
 from train.objective.statistics import FixedStatistics, View
 from train.objective.step import training_step
 from train.reporting.announce import say
+from train.reporting.convergence import NUMBERS
 from train.reporting.loss_figure import figure_path
 from train.reporting.trackers import Tracker, numbers_of, open_trackers
 from train.resolve import RunPlan
@@ -186,6 +186,8 @@ class Trainer:
 
     def look(self, validated: Validation) -> None:
         """Add a point to the curve."""
+        if not math.isfinite(validated.fvu):
+            return  # diverged
         numbers = {name: getattr(validated, name) for name in NUMBERS}
         self.curve.append({"step": self.step, "vectors": self.vectors, **numbers})
 

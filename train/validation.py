@@ -16,11 +16,11 @@ from torch import Tensor
 
 from store.activations import ActivationStore
 from store.shuffle import permutation
-from train.convergence import Spread
 from train.data import VectorSource
 from train.model import MLSAE
 from train.objective.losses import FIRING_THRESHOLD
 from train.objective.statistics import LayerVariance
+from train.reporting.convergence import Spread
 
 INTERIM_TOKENS = 256
 """Held-out tokens of a validation during training: enough to see a trend, at hardly any cost."""

@@ -31,7 +31,7 @@ from residscope.console import counted
 from residscope.names import versions
 from store.meta import config_hash
 from train.checkpoint import Checkpoint
-from train.convergence import foretold, in_words, is_curve
+from train.reporting.convergence import foretold, in_words, is_curve
 
 SCHEMA_VERSION = 1
 HASH = "content_hash"

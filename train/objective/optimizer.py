@@ -20,8 +20,8 @@ from torch import Tensor
 from residscope.errors import IncompatibleError
 from train.kernels.interface import AdamStep, Kernels
 from train.model import MLSAE
+from train.objective.recipes import Recipe
 from train.objective.weights import TRAINED, Weights
-from train.recipes import Recipe
 
 THRESHOLD_LR_FACTOR = 10
 """log_threshold's learning rate over the others'. Adam moves each number by about the rate: a pre-activation sums

@@ -10,9 +10,9 @@ from typing import Any
 from residscope.console import aligned, counted, human_seconds
 from residscope.errors import UsageError
 from residscope.reading import reading
-from train.convergence import foretold, in_words
 from train.grid import RunSpec, as_written
-from train.recipes import best_lr
+from train.objective.recipes import best_lr
+from train.reporting.convergence import foretold, in_words
 from train.resolve import RunPlan
 from train.validation import Validation
 
@@ -33,7 +33,7 @@ class TrainResult:
     validation: Validation | None
     """On held-out documents; None if none were held out."""
     curve: list[dict[str, Any]]
-    """Of held-out numbers over the run's steps (`train.convergence`)."""
+    """Of held-out numbers over the run's steps (`train.reporting.convergence`)."""
     seconds: float
     """Time of this invocation, from the start to the last checkpoint."""
 

@@ -80,9 +80,9 @@ def test_such_a_store_is_continued_and_repaired_to_the_same_bytes(
         crash_after(patch, 2)
         with pytest.raises(RuntimeError, match="crash"):
             harvest(options)
-    with pytest.raises(IncompatibleError, match="mask_norm is 4"):
+    with pytest.raises(IncompatibleError, match="--mask-norm is 4"):
         harvest(config(model=with_sinks, mask_norm=5))
-    with pytest.raises(IncompatibleError, match="mask_norm is 4"):
+    with pytest.raises(IncompatibleError, match="--mask-norm is 4"):
         harvest(config(model=with_sinks))
 
     def never(*args: object) -> object:

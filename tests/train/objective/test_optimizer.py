@@ -13,10 +13,10 @@ from train.kernels.plain import TORCH
 from train.model import MLSAE, SAEConfig
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam, WeightAverage, gradient_norm, learning_rate
+from train.objective.recipes import Recipe
 from train.objective.step import training_step
 from train.objective.variants import TopK
 from train.objective.weights import TRAINED, Weights
-from train.recipes import Recipe
 
 
 def make_optimizer() -> SphereAdam:

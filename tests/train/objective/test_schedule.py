@@ -63,7 +63,7 @@ def test_the_defaults_of_a_variant(store: ActivationStore) -> None:
         ({"prefixes": (3, 40)}, "--prefixes is for --activation matryoshka, not for topk"),
         ({"decoder_norm": "free", "activation": "relu"}, "--decoder-norm free is for .* found relu"),
         ({"ema_decay": 1.0}, r"--ema-decay should be in \[0, 1\), found 1.0"),
-        ({"clip_norm": 0.0}, "--clip-norm should be above 0"),
+        ({"clip_norm": -1.0}, "--clip-norm should be 0 or more"),
         ({"k_start": 41}, "k is 41, but there are only 40 latents"),
         ({"activation": "matryoshka", "prefixes": (3, 2, 40)}, "prefixes should increase .* found 3 2 40"),
         ({"activation": "matryoshka", "prefixes": (3,)}, "from at least 1 to n_latents 40, found 3"),

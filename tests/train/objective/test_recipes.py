@@ -7,7 +7,7 @@ import pytest
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from tests.support.training import plan_of, train_config
-from train.recipes import Recipe, batch_size, best_batch, best_lr, complete, fill, recorded_flags
+from train.objective.recipes import Recipe, batch_size, best_batch, best_lr, complete, fill, recorded_flags
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 
 from analysis.moments import LayerMoments, variance_numbers
 from analysis.persistence import persistence_summary
-from train.convergence import Spread, foretold, in_words, is_curve
 from train.kernels.interface import SparseCodes
+from train.reporting.convergence import Spread, foretold, in_words, is_curve
 
 
 def codes(n_tokens: int, n_layers: int, k: int, n_latents: int, seed: int) -> SparseCodes:
