@@ -136,6 +136,7 @@ def compare(options: argparse.Namespace, vectors: float, folder: Path) -> dict[s
     subprocess.run([sys.executable, "-m", "residscope", *harvest], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
     size = ["--n-latents", str(options.latents), "--k", str(options.k), "--threads", str(options.threads)]
     runs: dict[str, list[dict[str, float]]] = {}
+    held, rows = None, 0
     for seed in range(options.seeds):
         held, flags = Held(path, folder, seed), [*size, "--seed", str(seed), "--overwrite"]
         for recipe in ("gao", "paper", "best"):  # the last one's checkpoint says the batch size
@@ -151,6 +152,7 @@ def compare(options: argparse.Namespace, vectors: float, folder: Path) -> dict[s
             for values in itertools.product(*GRID.values()):
                 given = [w for n, v in zip(GRID, values, strict=True) for w in (f"--{n.replace('_', '-')}", f"{v:g}")]
                 runs[f"grid: {' '.join(given)}"] = [ours(path, folder / "ckpt.pt", held, *flags, *given)]
+    assert held is not None
     return table(runs, held.vectors, rows)
 
 
