@@ -133,7 +133,7 @@ def commands(run: Run, out: Path) -> list[tuple[Path, tuple[str, ...]]]:
     sae, analysis = out / f"{name}.pt", out / f"{name}-fresh.analysis"
     lr = PEAK / (run.expansion_factor * run.d_model) ** 0.5
     lens = run.harvest if "--lens" in run.harvest else ()  # a store knows its lens by name, not where it is
-    flags = ("--expansion-factor", str(run.expansion_factor), "--lr", f"{lr:.3g}", *TRAIN)
+    flags = ("--recipe", "gao", "--expansion-factor", str(run.expansion_factor), "--lr", f"{lr:.3g}", *TRAIN)
     harvest = ("harvest", "--model", run.model, *run.harvest)
     text = ("--dataset", str(out / "fresh.jsonl"), "--max-tokens", "61440", *CONTEXT)
     held_out = sae.with_suffix(".analysis")

@@ -120,15 +120,15 @@ class OptimizerConfig:
     during the step they may take any norm, which is then moved to the encoder's row, so that latents reach their scale
     sooner (topk, batchtopk, matryoshka); in the first hundreds of steps FVU is 1 to 3 % lower."""
     clip_norm: float | None = None
-    """Scale all gradients down if their joint norm exceeds this; 0: never; default: the recipe's, 0.001, which nearly
-    every gradient exceeds: all steps then weigh the same in Adam's moments, though gradients shrink with the error."""
+    """Scale all gradients down if their joint norm exceeds this; 0.001 does so in most steps; 0: never; default: the
+    recipe's, never."""
     beta1: float | None = None
-    """Adam's decay of the running mean of gradients; default: the recipe's, B1."""
+    """Adam's decay of the running mean of gradients; default: the recipe's, 0.8."""
     beta2: float | None = None
-    """Adam's decay of the running mean of their squares; default: the recipe's, B2: gradients shrink with the error,
-    and a longer memory of larger ones makes steps too small."""
+    """Adam's decay of the running mean of their squares; default: the recipe's, 0.95: gradients shrink with the
+    error, and a longer memory of larger ones makes steps too small."""
     encoder_scale: float | None = None
-    """The encoder's rows start as the decoder's times this; default: the recipe's, SCALE."""
+    """The encoder's rows start as the decoder's times this; default: the recipe's, 0.4."""
     ema_decay: float | None = None
     """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
     default: the weights themselves."""
@@ -266,10 +266,10 @@ class TrainConfig:
     validation: ValidationConfig = ValidationConfig()
 
     recipe: RecipeName | None = None
-    """What the flags stand for that are left out (lr, warmup_fraction, decay_fraction, clip_norm, encoder_scale,
-    loss_space, batch_size). best: the lowest FVU that was found for runs of this length; gao: the scaling law of Gao et
-    al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss in raw space, made for
-    1e9 tokens. Default: best."""
+    """What the flags stand for that are left out (lr, batch_size, beta1, beta2, encoder_scale, warmup_fraction,
+    decay_fraction, clip_norm, loss_space). best: the lowest FVU that was found for runs of this length; gao: the scaling
+    law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss in raw
+    space, made for 1e9 tokens. Default: best."""
     sweep: tuple[str, ...] | None = None
     """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
     point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with

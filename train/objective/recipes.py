@@ -67,17 +67,18 @@ def best_batch(vectors: int) -> int:
     return batch
 
 
-def best_lr(n_latents: int, batch_size: int, vectors: int) -> float:
+def best_lr(n_latents: int, batch_size: float, vectors: float) -> float:
     """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432
     latents."""
     return 2.2e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
 
 
-def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int) -> Recipe:
-    """The recipe of a run whose batches and length are known, with the flags that `config` gives."""
+def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int, share: float = 1) -> Recipe:
+    """The recipe of a run over a stream of known batches and length, with the flags that `config` gives; share: of the
+    stream, that it is trained on."""
     name = config.recipe or "best"
     if name == "best":
-        lr = best_lr(n_latents, batch_size, vectors)
+        lr = best_lr(n_latents, batch_size * share, vectors * share)
         values: dict[str, Any] = {"lr": lr, "beta1": 0.8, "beta2": 0.95, "encoder_scale": 0.4}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
