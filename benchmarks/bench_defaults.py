@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds; the median counts")
     parser.add_argument("--dataset", default="pydoc", help="text, as `harvest --dataset` takes it")
     parser.add_argument("--grid", action="store_true", help="also 40 other settings of ours")
+    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), help="peers that are run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has the peers")
     options = parser.parse_args()
@@ -144,7 +145,7 @@ def compare(options: argparse.Namespace, vectors: float, folder: Path) -> dict[s
                 ours(path, folder / "ckpt.pt", held, *flags, "--recipe", recipe)
             )
         rows = load_checkpoint(folder / "ckpt.pt").trainer["config"]["batch_size"]
-        for name in PEERS if options.peers.exists() else ():
+        for name in options.only if options.peers.exists() else ():
             words = ["--latents", str(options.latents), "--k", str(options.k), "--rows", str(rows)]
             words += ["--seed", str(seed), "--threads", str(options.threads)]
             runs.setdefault(name, []).append(peer(options.peers, name, folder, held, words))

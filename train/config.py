@@ -267,9 +267,9 @@ class TrainConfig:
 
     recipe: RecipeName | None = None
     """What the flags stand for that are left out (lr, batch_size, beta1, beta2, encoder_scale, warmup_fraction,
-    decay_fraction, clip_norm, loss_space). best: the lowest FVU that was found for runs of this length; gao: the scaling
-    law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss in raw
-    space, made for 1e9 tokens. Default: best."""
+    decay_fraction, clip_norm, loss_space). best: the lowest FVU that was found for runs of this length; gao: the
+    scaling law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss
+    in raw space, made for 1e9 tokens. Default: best."""
     sweep: tuple[str, ...] | None = None
     """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
     point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with
