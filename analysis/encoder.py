@@ -9,17 +9,15 @@ rows of one matrix.
 """
 
 import copy
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from train.kernels.interface import SparseCodes
-from train.model import MLSAE, SAEConfig, Standardized
+from train.model import MLSAE, SAEConfig, Standardized, sae_hash
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 """Type of weights and codes; with bfloat16 the encoder's product alone is made in that type."""
@@ -59,15 +57,6 @@ class Encoder:
         product = "float32" if self._product_dtype is None else "bfloat16"
         dtype = self.numpy_dtype.name
         return {"sae_hash": sae_hash(self._sae), "dtype": dtype, "product": product if dtype == "float32" else dtype}
-
-
-def sae_hash(sae: MLSAE) -> str:
-    """A hash of an autoencoder's configuration and weights: the same for the same one, whatever its file."""
-    digest = xxhash.xxh3_128(repr(sorted(asdict(sae.config).items())).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def kept_places(config: SAEConfig) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.config import StatisticsOptions, TokenOptions
-from analysis.encoder import Encoder, kept_places, sae_hash
+from analysis.encoder import Encoder, kept_places
 from analysis.selection import Selection, held_out_documents, select
 from analysis.tiles import Coder
 from residscope.errors import IncompatibleError
@@ -24,7 +24,7 @@ from store.activations import ActivationStore
 from store.codes import KeptCodes
 from train.checkpoint import Checkpoint
 from train.formats.files import read_checkpoint, read_sae
-from train.model import MLSAE
+from train.model import MLSAE, sae_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from analysis import jobs
 from analysis.config import AnalyzeConfig
-from analysis.encoder import kept_places, sae_hash
+from analysis.encoder import kept_places
 from analysis.inputs import Inputs, TaskSpec, open_data, open_inputs, opened_here
 from analysis.latents.redundancy import find_redundancy
 from analysis.latents.table import latent_table
@@ -32,6 +32,7 @@ from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.care.outliers import few_tokens
 from store.folder import refuse_inside_store
+from train.model import sae_hash
 
 
 def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, Any]:

@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis import jobs
 from analysis.config import StatisticsOptions, TokenOptions
-from analysis.encoder import sae_hash
 from analysis.inputs import TaskSpec
 from analysis.task import Sums, measure
 from store.activations import ActivationStore
@@ -40,7 +39,7 @@ from store.arrays import TokenTable
 from store.meta import StoreMeta, config_hash
 from train.checkpoint import save_checkpoint
 from train.formats.files import read_sae
-from train.model import MLSAE, SAEConfig, standardize
+from train.model import MLSAE, SAEConfig, sae_hash, standardize
 
 N_LAYERS, D_MODEL, K = 30, 576, 32
 CHUNK = 64

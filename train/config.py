@@ -270,6 +270,9 @@ class TrainConfig:
     decay_fraction, clip_norm, loss_space). best: the lowest FVU that was found for runs of this length; gao: the
     scaling law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss
     in raw space, made for 1e9 tokens. Default: best."""
+    start_from: Path | None = None
+    """Start from the weights of this autoencoder (anything that `analyze --sae` takes), of the same kind and sizes but
+    for k, instead of random ones."""
     sweep: tuple[str, ...] | None = None
     """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
     point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with

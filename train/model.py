@@ -12,9 +12,11 @@ never holds more than a tile of the [N, n_latents] pre-activations (`train.kerne
 Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
 """
 
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch import dtype as DType
 
@@ -196,3 +198,12 @@ def standardize_by_layer(x: Tensor, layer: Tensor, layer_mean: Tensor, layer_sca
     """Each row of `x` [N, D] minus its layer's mean, divided by its layer's scale: layer int64 [N], [L, D], [L]."""
     mean, std = layer_mean[layer], layer_scale[layer].unsqueeze(1)
     return Standardized((x - mean).div_(std), mean, std)
+
+
+def sae_hash(sae: MLSAE) -> str:
+    """A hash of an autoencoder's configuration and weights: the same for the same one, whatever its file."""
+    digest = xxhash.xxh3_128(repr(sorted(asdict(sae.config).items())).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()

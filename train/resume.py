@@ -164,7 +164,8 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         silent = trainer.get("silent")
         whole["silent"] = isinstance(silent, Tensor) and silent.shape == (n_latents,)
         whole |= {name: isinstance(trainer.get(name), dict) for name in ("statistics", "optimizer", "window")}
-    begun = trainer.get("begun", [0, 0])
+    begun, source = trainer.get("begun", [0, 0]), trainer.get("started_from")
+    whole["started_from"] = source is None or (isinstance(source, dict) and set(source) == {"name", "hash"})
     whole["begun"] = isinstance(begun, list) and len(begun) == 2 and all(type(n) is int and n >= 0 for n in begun)
     whole["surroundings"] = isinstance(trainer.get("surroundings", {}), dict)
     for name, good in whole.items():

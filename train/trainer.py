@@ -8,6 +8,7 @@ run out and nothing can follow. Not here: where batches come from, and which run
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from residscope.reading import reading
 from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
+from train.formats.files import read_sae
 from train.kernels.choose import choose_kernels
 from train.kernels.interface import WeightGradients
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
-from train.model import MLSAE
+from train.model import MLSAE, sae_hash
 from train.model_config import THRESHOLDED
 from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam, WeightAverage, learning_rate
@@ -52,6 +54,7 @@ class Trainer:
         self.vectors = 0  # trained on
         self.metrics: dict[str, Any] = {}  # the last line
         self.validated: Validation | None = None  # the last validation
+        self.started_from: dict[str, str] | None = None  # the autoencoder whose weights were the first
         self.curve: list[dict[str, Any]] = []  # of validations on one sample of tokens
         self.diverged = False  # a logged loss, or a weight then, was not finite
         self._trackers: list[Tracker] = []
@@ -100,6 +103,8 @@ class Trainer:
         else:
             self._statistics = start
             self._sae.initialize(plan.config.data.seed, start.b_pre, encoder_scale=plan.chosen.encoder_scale)
+            if plan.config.start_from is not None:
+                self._start_from(str(plan.config.start_from))
             if plan.model.standardize == "layer":
                 assert start.layer_mean is not None
                 self._sae.layer_mean.copy_(start.layer_mean)
@@ -117,6 +122,14 @@ class Trainer:
             with reading(f"{self.path}: its training state is damaged", "use --overwrite to start again"):
                 self._continue(saved.trainer)
 
+    def _start_from(self, source: str) -> None:
+        """Take another autoencoder's weights; raises `UsageError` where it is of another kind or size."""
+        other, wanted = read_sae(source)[0], self.plan.model
+        if replace(other.config, k=wanted.k) != wanted:
+            raise UsageError(f"--start-from {source}: it is {other.config}, and this run trains {wanted}")
+        self._sae.load_state_dict(other.state_dict())
+        self.started_from = {"name": source, "hash": sae_hash(other)}
+
     def _continue(self, trainer: dict[str, Any]) -> None:
         self.step = trainer["step"]
         self.updates = trainer.get("updates", self.step)
@@ -131,7 +144,7 @@ class Trainer:
         self.metrics = trainer["metrics"]
         self.diverged = not math.isfinite(self.metrics.get("loss") or 0)
         self.validated = None if trainer["validation"] is None else Validation(**trainer["validation"])
-        self.curve = trainer.get("curve", [])
+        self.curve, self.started_from = trainer.get("curve", []), trainer.get("started_from")
         say(f"resuming {self.path} after step {self.step} of {self.plan.steps}")
 
     def take(self, batch: Vectors) -> None:
@@ -216,6 +229,7 @@ class Trainer:
             "metrics": self.metrics,
             "validation": None if self.validated is None else self.validated._asdict(),
             "curve": self.curve,
+            "started_from": self.started_from,
             "silent": self._dead.silent.cpu(),
             "statistics": {n: value.cpu() for n, value in self._statistics._asdict().items() if value is not None},
         }

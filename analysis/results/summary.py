@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from analysis.baselines.nulls import null_numbers
 from analysis.config import AnalyzeConfig
-from analysis.encoder import sae_hash
 from analysis.inputs import Inputs
 from analysis.latents.redundancy import MAX_OVERLAP, Redundancy
 from analysis.latents.table import KINDS, LatentTable
@@ -31,6 +30,7 @@ from residscope.console import counted
 from residscope.names import versions
 from store.meta import config_hash
 from train.checkpoint import Checkpoint
+from train.model import sae_hash
 from train.reporting.convergence import foretold, in_words, is_curve
 
 SCHEMA_VERSION = 1

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from analysis import inputs, jobs, run
-from analysis.encoder import sae_hash
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from tests.support.small import Small, make_small, run_small, save_small
 from tests.support.stores import make_store, random_activations
-from train.model import MLSAE, SAEConfig
+from train.model import MLSAE, SAEConfig, sae_hash
 
 NUMBERS = ("variance", "reconstruction", "layers", "validation", "baseline", "provenance")
 

@@ -20,7 +20,7 @@ from train import trainer
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import Vectors
-from train.model import MLSAE
+from train.model import MLSAE, sae_hash
 from train.reporting.report import describe
 from train.resolve import RunPlan
 from train.run import train, train_all
@@ -208,6 +208,19 @@ def test_a_finished_run_goes_on_from_its_weights_when_it_is_lengthened(
     assert config.out.read_bytes() == whole
     with pytest.raises(IncompatibleError, match="steps was 68"):
         train(with_values(config, epochs=2, resume=True))
+
+
+def test_a_run_may_start_from_anothers_weights(config: TrainConfig, tmp_path: Path) -> None:
+    train(config)
+    first = load_checkpoint(config.out)
+    other = with_values(config, out=tmp_path / "other.pt", start_from=config.out, k=3, epochs=None, steps=1, lr=1e-30)
+    train(other)
+    second = load_checkpoint(other.out)
+    torch.testing.assert_close(second.sae.W_enc, first.sae.W_enc)
+    torch.testing.assert_close(second.sae.W_dec, first.sae.W_dec)
+    assert second.trainer["started_from"] == {"name": str(config.out), "hash": sae_hash(first.sae)}
+    with pytest.raises(UsageError, match=r"--start-from .*ckpt.pt: it is SAEConfig.*n_latents=40.* trains .*=50"):
+        train(with_values(other, n_latents=50, expansion_factor=None, overwrite=True))
 
 
 def test_what_is_no_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
