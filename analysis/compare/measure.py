@@ -152,7 +152,7 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "n_tokens": summary["n_tokens"],
         "trained_on": summary["split"]["trained_on"],
         "trained_tokens": sae.get("trained_tokens"),
-        "settled": ((summary.get("convergence") or {}).get("tripled") or {}).get("settled"),
+        "settled": ((summary.get("convergence") or {}).get("last_quarter") or {}).get("settled"),
         "live_latents": summary["latents"]["active"],
         **quality,
         "validation_fvu": summary["validation_fvu"],

@@ -39,12 +39,16 @@ def page_header(results: Results) -> str:
         token=show(results.number("variance", "mass", "within_token")),
         reference=other,
         tokens=escape(str(results.get("split", "text") or f"{integer(results.get('n_tokens'))} tokens.")),
-        settled=f'<p class="{"note" if results.get("convergence", "tripled", "settled") else "warning"}">{settled}</p>'
-        if (settled := escape(results.get("convergence", "text") or ""))
-        else "",
+        settled=_settled(results),
         warnings="".join(f'<p class="warning">{words}</p>' for words in warnings),
         tiles=tiles(_main_numbers(results)),
     )
+
+
+def _settled(results: Results) -> str:
+    words = escape(results.get("convergence", "text") or "")
+    kind = "note" if results.get("convergence", "last_quarter", "settled") else "warning"
+    return words and f'<p class="{kind}">{words}</p>'
 
 
 def headline(results: Results) -> str:

@@ -31,7 +31,7 @@ from residscope.names import versions
 from store.meta import config_hash
 from train.checkpoint import Checkpoint
 from train.model import sae_hash
-from train.reporting.convergence import foretold, in_words, is_curve
+from train.reporting.convergence import in_words, is_curve, last_quarter
 
 SCHEMA_VERSION = 1
 HASH = "content_hash"
@@ -127,8 +127,8 @@ def content_hash(summary: Mapping[str, Any]) -> str:
 def _convergence(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """How settled the numbers are, by the curve of the training; None where it kept none."""
     curve = checkpoint.trainer.get("curve")
-    found = foretold(curve) if is_curve(curve) else None
-    return None if found is None else {"tripled": found, "text": in_words(found), "curve": curve}
+    moved = last_quarter(curve) if is_curve(curve) else None
+    return None if moved is None else {"last_quarter": moved, "text": in_words(moved), "curve": curve}
 
 
 def _reconstruction(found: Findings) -> dict[str, Any]:

@@ -327,8 +327,8 @@ def _summary(
             "the SAE was trained on 28,703 of them.",
         },
         "convergence": {
-            "tripled": {"fvu": -0.08, "ratio": -0.12, "stays_on": 0.01, "settled": False},
-            "text": "Not settled: three times the training would move the ratio by about -12.0% and FVU by -8.0%.",
+            "last_quarter": {"steps": 200, "fvu": -0.08, "ratio": -0.12, "stays_on": 0.01, "settled": False},
+            "text": "Not settled: over the last 200 steps of the training the ratio moved by -12.0% and FVU by -8.0%.",
             "curve": [
                 {"step": 100 * i, "vectors": 204_800 * i, "fvu": 0.3 - 0.02 * i, "ratio": 1.9, "stays_on": 0.8}
                 for i in (2, 4)

@@ -1,4 +1,4 @@
-"""How far a run's numbers have settled: a curve over its steps on one sample of held-out tokens, and what it foretells.
+"""How far a run's numbers have settled: a curve over its steps on one sample of held-out tokens.
 
 The ratio and the share that stays on are those of docs/method.md, mass-weighted and with every active pair counting
 once, of a few hundred tokens: their movement is meant, not their value, which `analyze` measures.
@@ -19,8 +19,8 @@ from train.kernels.interface import SparseCodes
 NUMBERS = ("fvu", "ratio", "stays_on")
 """Of a point of the curve, beside step and vectors; None where not defined."""
 
-SETTLED = 0.05
-"""A number is settled that three times the training is expected to move by less than this share of it."""
+SETTLED = 0.01
+"""A ratio is settled that moved by less than this share of it over the last quarter of the training."""
 
 
 class Spread(NamedTuple):
@@ -89,33 +89,28 @@ def is_curve(found: Any) -> TypeGuard[list[dict[str, Any]]]:
     return True
 
 
-def in_words(found: Mapping[str, Any] | None) -> str:
-    """`foretold` as a sentence to stand beside the ratio; empty where there is nothing to say."""
-    if found is None or found["ratio"] is None:
-        return ""
-    moves = [f"the ratio by about {found['ratio']:+.1%}"]
-    moves += [] if found["fvu"] is None else [f"FVU by {found['fvu']:+.1%}"]
-    return (
-        f"{'Settled' if found['settled'] else 'Not settled'}: three times the training would move "
-        f"{' and '.join(moves)} "
-        "(from how they moved over the second half of the run, on a sample of held-out tokens)."
-    )
+def last_quarter(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How the numbers moved from the point nearest three quarters of the training to its end.
 
-
-def foretold(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What three times the training would change, from the curve's last point and that nearest half its training.
-
-    Numbers are taken to move linearly in the logarithm of the vectors seen. `fvu`, `ratio` and `stays_on`: the expected
-    change as a share of the last value, None where not defined; `settled`: whether the ratio's is below `SETTLED`.
-    None where the curve has less than two points.
+    `steps` between the two; `fvu`, `ratio` and `stays_on`: the change as a share of the last value, None where not
+    defined; `settled`: whether the ratio's is below `SETTLED`. None where the curve has no point to start from.
     """
-    if len(curve) < 2:
+    early = [point for point in curve if point["vectors"] < 0.9 * curve[-1]["vectors"]]
+    if not early:
         return None
     last = curve[-1]
-    half = min(curve[:-1], key=lambda point: abs(math.log(point["vectors"] / last["vectors"] * 2)))
-    triplings = math.log(3) / math.log(last["vectors"] / half["vectors"])
-    found: dict[str, Any] = {
-        name: (1 - half[name] / last[name]) * triplings if half.get(name) and last.get(name) else None
-        for name in NUMBERS
-    }
-    return found | {"settled": None if found["ratio"] is None else abs(found["ratio"]) < SETTLED}
+    start = min(early, key=lambda point: abs(point["vectors"] - 0.75 * last["vectors"]))
+    moved = {name: 1 - start[name] / last[name] if start.get(name) and last.get(name) else None for name in NUMBERS}
+    settled = None if moved["ratio"] is None else abs(moved["ratio"]) < SETTLED
+    return {"steps": last["step"] - start["step"], **moved, "settled": settled}
+
+
+def in_words(moved: Mapping[str, Any] | None) -> str:
+    """`last_quarter` as a sentence to stand beside the ratio; empty where there is nothing to say."""
+    if moved is None or moved["ratio"] is None:
+        return ""
+    fvu = "" if moved["fvu"] is None else f" and FVU by {moved['fvu']:+.1%}"
+    return (
+        f"{'Settled' if moved['settled'] else 'Not settled'}: over the last {moved['steps']:,} steps of the training "
+        f"the ratio moved by {moved['ratio']:+.1%}{fvu}, on a sample of held-out tokens."
+    )

@@ -12,7 +12,7 @@ from residscope.errors import UsageError
 from residscope.reading import reading
 from train.grid import RunSpec, as_written
 from train.objective.recipes import best_lr
-from train.reporting.convergence import foretold, in_words
+from train.reporting.convergence import in_words, last_quarter
 from train.resolve import RunPlan
 from train.validation import Validation
 
@@ -94,7 +94,7 @@ def describe(result: TrainResult) -> str:
 def _advice(result: TrainResult) -> list[str]:
     """What in the numbers looks badly chosen, and what to try: a line each."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
-    lines = [words] if (words := in_words(foretold(result.curve))) else []
+    lines = [words] if (words := in_words(last_quarter(result.curve))) else []
     lr = plan.chosen.lr
     times = lr / best_lr(plan.model.n_latents, plan.chosen.batch_size, plan.vectors)
     if held_out is not None and held_out.fvu > 1 and times > _HIGH:

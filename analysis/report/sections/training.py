@@ -9,7 +9,7 @@ TITLE = "Over the training"
 
 
 def section(results: Results) -> Section:
-    """The curve as a table, and what it foretells."""
+    """The curve as a table, and how the numbers moved at its end."""
     curve = results.get("convergence", "curve")
     if not curve:
         return Section(TITLE, "<p>Not shown: the checkpoint keeps no numbers from during its training.</p>")

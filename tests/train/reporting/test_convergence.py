@@ -1,4 +1,4 @@
-"""The spread of latents over layers against the analysis' own sums, by hand, and what a curve foretells."""
+"""The spread of latents over layers against the analysis' own sums, by hand."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from analysis.moments import LayerMoments, variance_numbers
 from analysis.persistence import persistence_summary
 from train.kernels.interface import SparseCodes
-from train.reporting.convergence import Spread, foretold, in_words, is_curve
+from train.reporting.convergence import Spread, in_words, is_curve, last_quarter
 
 
 def codes(n_tokens: int, n_layers: int, k: int, n_latents: int, seed: int) -> SparseCodes:
@@ -51,27 +51,29 @@ def point(vectors: int, **numbers: Any) -> dict[str, Any]:
     return {"step": vectors // 10, "vectors": vectors, "fvu": 0.5, "ratio": None, "stays_on": None, **numbers}
 
 
-def test_numbers_are_taken_to_move_with_the_logarithm_of_the_training() -> None:
-    curve = [point(v, ratio=2 - 0.1 * math.log2(v / 100), fvu=0.5) for v in (100, 200, 300, 400)]
-    found = foretold(curve)
-    assert found is not None
-    assert found["ratio"] == pytest.approx(-0.1 * math.log2(3) / 1.8)  # from 1.8 at 400
-    assert (found["fvu"], found["stays_on"], found["settled"]) == (pytest.approx(0), None, False)
-    still = foretold([point(200, ratio=1.51), point(400, ratio=1.5)])
+def test_the_last_quarter_is_from_the_point_nearest_three_quarters() -> None:
+    curve = [point(v, ratio=r, fvu=f) for v, r, f in ((100, 9, 9), (290, 2.2, 0.4), (380, 2.0, 0.3), (400, 2.0, 0.32))]
+    moved = last_quarter(curve)
+    assert moved == {"steps": 11, "fvu": pytest.approx(-0.25), "ratio": pytest.approx(-0.1)} | {
+        "stays_on": None,
+        "settled": False,
+    }
+    still = last_quarter([point(300, ratio=1.51), point(400, ratio=1.5)])
     assert still is not None
     assert still["settled"] is True
 
 
-def test_one_point_foretells_nothing() -> None:
-    assert foretold([]) is foretold([point(100)]) is None
+def test_without_a_point_before_the_end_nothing_is_said() -> None:
+    assert last_quarter([]) is last_quarter([point(100)]) is last_quarter([point(95), point(100)]) is None
 
 
-def test_in_words_it_says_what_would_move_and_by_how_much() -> None:
-    assert in_words(foretold([point(100, ratio=2.0), point(300, ratio=1.6)])).startswith(
-        "Not settled: three times the training would move the ratio by about -25.0% and FVU by +0.0% ("
+def test_in_words_it_says_what_moved_and_by_how_much() -> None:
+    assert in_words(last_quarter([point(300, ratio=2.0), point(400, ratio=1.6)])) == (
+        "Not settled: over the last 10 steps of the training the ratio moved by -25.0% and FVU by +0.0%, "
+        "on a sample of held-out tokens."
     )
-    assert in_words(foretold([point(100, ratio=1.0), point(300, ratio=1.01)])).startswith("Settled: ")
-    assert in_words(None) == in_words(foretold([point(100), point(200)])) == ""
+    assert in_words(last_quarter([point(300, ratio=1.0), point(400, ratio=1.001)])).startswith("Settled: ")
+    assert in_words(None) == in_words(last_quarter([point(100), point(200)])) == ""
 
 
 @pytest.mark.parametrize(
