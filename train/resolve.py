@@ -33,7 +33,7 @@ RECORDED = (
     *("k_start", "k_warmup_fraction", "multi_topk"),
     *("sparsity_loss", "sparsity_coef", "sparsity_warmup_fraction", "bandwidth"),
     *("decoder_norm", "clip_norm", "ema_decay", "tile_mb"),
-    *("recipe", "beta1", "beta2", "encoder_scale"),
+    *("recipe", "beta1", "beta2", "encoder_scale", "start_from"),
 )
 """What a checkpoint keeps of a plan, in this order: all that the result depends on, apart from the store's content."""
 
@@ -53,6 +53,7 @@ ADDED_LATER: dict[str, Any] = {
     "bandwidth": 1.0,
     "decoder_norm": "fixed",
     "ema_decay": None,
+    "start_from": None,
     "tile_mb": 16,
     **BEFORE_RECIPES,
 }
@@ -119,6 +120,7 @@ class RunPlan:
         """Plain values by name, as a checkpoint keeps them."""
         own = {field.name: getattr(self, field.name) for field in fields(self)} | asdict(self.chosen)
         values = {**to_flat(self.config), **asdict(self.model), **own, "window_bytes": self.window_bytes}
+        values["start_from"] = None if self.config.start_from is None else str(self.config.start_from)
         return {name: list(v) if isinstance(v := values[name], tuple) else v for name in RECORDED}
 
     def options_at(self, step: int) -> StepOptions:

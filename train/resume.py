@@ -71,7 +71,8 @@ def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> li
         config, record = spec.config, None if one is None else one.trainer.get("config")
         if isinstance(record, dict):
             with reading(f"{config.out}: its training state is damaged", _START_AGAIN):
-                config = fill(config, recorded_flags(record))
+                source = config.start_from or record.get("start_from")
+                config = with_values(fill(config, recorded_flags(record)), start_from=source and Path(source))
             batch_size = batch_size or config.data.batch_size
         begun.append(replace(spec, config=config))
     return [replace(spec, config=with_values(spec.config, batch_size=batch_size)) for spec in begun]

@@ -97,6 +97,8 @@ def try_run(config: TrainConfig) -> DryRun:
         set_threads(config.hardware.threads, [])
         data = TrainingData.open(config, store)
         trainers = [Trainer(make_plan(spec, data), data) for spec in _specs(config, store)]
+        for trainer in trainers:
+            trainer.read_source()
         return _Stream(data, dict.fromkeys(trainers), len(trainers)).measure()
 
 
@@ -123,7 +125,9 @@ def _train_unfinished(
     left: dict[Trainer, Checkpoint | None] = {}
     for plan, checkpoint, record in zip(plans, saved, finished, strict=True):
         if record is None:
-            left[Trainer(plan, data, memory)] = checkpoint
+            left[trainer := Trainer(plan, data, memory)] = checkpoint
+            if checkpoint is None:
+                trainer.read_source()
         else:
             tell_finished(plan, record["metrics"])
     done = iter(_Stream(data, left, len(plans)).execute() if left else ())
@@ -154,7 +158,7 @@ class _Stream:
                 stack.enter_context(trainer.files(self.saved[trainer]))
             stopped = stack.enter_context(stop_on_signals())
             for trainer in self.trainers:
-                trainer.claim(fresh=self.saved[trainer] is None)
+                trainer.claim(self.saved[trainer])
             self._start()
             loader = self.data.loader(
                 self.config.data.seed, self.plan.window_bytes, epochs=self.plan.epochs, start_batch=self.step

@@ -8,7 +8,7 @@ run out and nothing can follow. Not here: where batches come from, and which run
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ class Trainer:
         self.vectors = 0  # trained on
         self.metrics: dict[str, Any] = {}  # the last line
         self.validated: Validation | None = None  # the last validation
-        self.started_from: dict[str, str] | None = None  # the autoencoder whose weights were the first
+        self._source: MLSAE | None = None  # the autoencoder whose weights are the first
+        self.started_from: dict[str, str] | None = None  # its name and hash
         self.curve: list[dict[str, Any]] = []  # of validations on one sample of tokens
         self.diverged = False  # a logged loss, or a weight then, was not finite
         self._trackers: list[Tracker] = []
@@ -78,10 +79,13 @@ class Trainer:
         if saved is None and self.path.exists() and not self.plan.config.overwrite:
             raise UsageError(f"{self.path} exists by now: use --resume to continue it or --overwrite to replace it")
 
-    def claim(self, *, fresh: bool) -> None:
-        """Write the run's flags beside its checkpoint; fresh: remove what an earlier run left there."""
-        if fresh:
-            for path in (self.path, safetensors_path(self.path), figure_path(self.path)):
+    def claim(self, saved: Checkpoint | None) -> None:
+        """Write the run's flags beside its checkpoint, and remove what an earlier run left there: all but what `saved`,
+        from which this one continues, holds."""
+        if saved is None:
+            self.path.unlink(missing_ok=True)
+        if saved is None or saved.trainer["finished"]:  # which is to be lengthened
+            for path in (safetensors_path(self.path), figure_path(self.path)):
                 path.unlink(missing_ok=True)
         config_path(self.path).write_text(to_toml(self.plan.flags()), encoding="utf-8")
 
@@ -103,8 +107,8 @@ class Trainer:
         else:
             self._statistics = start
             self._sae.initialize(plan.config.data.seed, start.b_pre, encoder_scale=plan.chosen.encoder_scale)
-            if plan.config.start_from is not None:
-                self._start_from(str(plan.config.start_from))
+            if self._source is not None:
+                self._sae.load_state_dict(self._source.state_dict())
             if plan.model.standardize == "layer":
                 assert start.layer_mean is not None
                 self._sae.layer_mean.copy_(start.layer_mean)
@@ -122,13 +126,22 @@ class Trainer:
             with reading(f"{self.path}: its training state is damaged", "use --overwrite to start again"):
                 self._continue(saved.trainer)
 
-    def _start_from(self, source: str) -> None:
-        """Take another autoencoder's weights; raises `UsageError` where it is of another kind or size."""
-        other, wanted = read_sae(source)[0], self.plan.model
-        if replace(other.config, k=wanted.k) != wanted:
-            raise UsageError(f"--start-from {source}: it is {other.config}, and this run trains {wanted}")
-        self._sae.load_state_dict(other.state_dict())
-        self.started_from = {"name": source, "hash": sae_hash(other)}
+    def read_source(self) -> None:
+        """Read the autoencoder that a new run starts from; raises `UsageError` where it is the run's own output, or of
+        another kind or size."""
+        source, wanted = self.plan.config.start_from, self.plan.model
+        if source is None:
+            return
+        if source.exists() and self.path.exists() and source.samefile(self.path):
+            raise UsageError(
+                f"--start-from {source} would be replaced by the run's own checkpoint: choose another --out"
+            )
+        self._source = read_sae(str(source))[0]
+        there, here = asdict(self._source.config), asdict(wanted)
+        if differing := [name for name in here if name != "k" and there[name] != here[name]]:
+            found = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in differing)
+            raise UsageError(f"--start-from {source}: {found}; give the flags of that autoencoder")
+        self.started_from = {"name": str(source), "hash": sae_hash(self._source)}
 
     def _continue(self, trainer: dict[str, Any]) -> None:
         self.step = trainer["step"]
@@ -157,7 +170,7 @@ class Trainer:
                 standardized.x,
                 row_weights(layer, standardized.std, self._denominators, raw=self._raw),
                 self._dead,
-                self.plan.options_at(self.step),
+                self.plan.options_at(self.plan.steps if self.begun[0] else self.step),  # lengthened: as it ended
                 self._kernels,
                 out=self._gradients(),
             )
@@ -199,8 +212,8 @@ class Trainer:
 
     def look(self, validated: Validation) -> None:
         """Add a point to the curve."""
-        if not math.isfinite(validated.fvu):
-            return  # diverged
+        if not math.isfinite(validated.fvu) or self.vectors == 0:
+            return  # diverged, or nothing of this run's layer came yet
         numbers = {name: getattr(validated, name) for name in NUMBERS}
         self.curve.append({"step": self.step, "vectors": self.vectors, **numbers})
 

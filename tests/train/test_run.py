@@ -219,8 +219,18 @@ def test_a_run_may_start_from_anothers_weights(config: TrainConfig, tmp_path: Pa
     torch.testing.assert_close(second.sae.W_enc, first.sae.W_enc)
     torch.testing.assert_close(second.sae.W_dec, first.sae.W_dec)
     assert second.trainer["started_from"] == {"name": str(config.out), "hash": sae_hash(first.sae)}
-    with pytest.raises(UsageError, match=r"--start-from .*ckpt.pt: it is SAEConfig.*n_latents=40.* trains .*=50"):
-        train(with_values(other, n_latents=50, expansion_factor=None, overwrite=True))
+    before = other.out.read_bytes()
+    for wrong, words in (
+        ({"n_latents": 50, "expansion_factor": None}, "ckpt.pt: n_latents is 40 there and 50 here"),
+        ({"start_from": other.out}, "would be replaced by the run's own checkpoint"),
+        ({"start_from": tmp_path / "none.pt"}, "none.pt: no such file or folder"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            train(with_values(other, overwrite=True, **wrong))
+        assert other.out.read_bytes() == before
+    assert train(with_values(other, start_from=None, resume=True)).plan.config.start_from == config.out
+    with pytest.raises(IncompatibleError, match="start_from was"):
+        train(with_values(other, start_from=other.out, resume=True))
 
 
 def test_what_is_no_checkpoint_is_not_overwritten(config: TrainConfig) -> None:

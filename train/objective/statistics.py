@@ -143,6 +143,7 @@ class _Sums:
     def __init__(self, view: View) -> None:
         self.view = view
         self._variances: tuple[LayerVariance, LayerVariance] | None = None  # standardised, raw
+        self._sampled = 0
         self._sample: list[Vectors] = []  # standardised, or raw where that waits for the end
 
     def add(self, x: Tensor, layer: Tensor) -> None:
@@ -154,8 +155,9 @@ class _Sums:
             self._variances = zeros, zeros
         standardized, raw = self._variances
         self._variances = standardized.add(x_std, layer), raw.add(x, layer)
-        if (room := MEDIAN_VECTORS - sum(len(vectors.x) for vectors in self._sample)) > 0:
+        if (room := MEDIAN_VECTORS - self._sampled) > 0:
             self._sample.append(Vectors(x_std[:room], layer[:room]))
+            self._sampled += min(room, len(x_std))
 
     def finish(self) -> FixedStatistics:
         """The statistics; raises `IncompatibleError` naming a layer whose vectors are all equal."""

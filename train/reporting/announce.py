@@ -29,7 +29,8 @@ def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | Non
     say(
         f"{many}{n_latents} latents, k {k}, {len(plan.stream_layers or plan.layers)} layers of d_model "
         f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "
-        f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g})"
+        f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g}), learning rate "
+        f"{spread([p.chosen.lr for p in plans], '.2g')} (recipe {plan.chosen.recipe})"
     )
     machine = f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads"
     if memory is not None:

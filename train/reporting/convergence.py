@@ -80,11 +80,13 @@ def is_curve(found: Any) -> TypeGuard[list[dict[str, Any]]]:
     """Whether it is a list of points as a trainer makes them, in order."""
     if not isinstance(found, list) or not all(isinstance(point, dict) for point in found):
         return False
-    for before, point in itertools.pairwise([{"step": 0, "vectors": 0}, *found]):
+    for before, point in itertools.pairwise([{"step": 0, "vectors": 1}, *found]):
         numbers = [number for name in NUMBERS if (number := point.get(name)) is not None]
         if not all(type(number) is float and 0 <= number < math.inf for number in numbers):
             return False
-        if not all(type(point.get(n)) is int and point[n] > before[n] for n in ("step", "vectors")):
+        if not all(type(point.get(n)) is int for n in ("step", "vectors")):
+            return False
+        if point["step"] <= before["step"] or point["vectors"] < before["vectors"]:
             return False
     return True
 
@@ -111,6 +113,7 @@ def in_words(moved: Mapping[str, Any] | None) -> str:
         return ""
     fvu = "" if moved["fvu"] is None else f" and FVU by {moved['fvu']:+.1%}"
     return (
-        f"{'Settled' if moved['settled'] else 'Not settled'}: over the last {moved['steps']:,} steps of the training "
-        f"the ratio moved by {moved['ratio']:+.1%}{fvu}, on a sample of held-out tokens."
+        f"The ratio has {'' if moved['settled'] else 'not '}settled: over the last {moved['steps']:,} steps of the "
+        f"training it moved by {moved['ratio']:+.1%}{fvu}, on a sample of held-out tokens (settled: below "
+        f"{SETTLED:.0%})."
     )

@@ -67,6 +67,7 @@ def summary(result: TrainResult) -> dict[str, Any]:
         "plan": result.plan.to_dict(),
         "training": {key: value for key, value in result.metrics.items() if key != "fvu_per_layer"},
         "validation": None if result.validation is None else result.validation.metrics(),
+        "convergence": last_quarter(result.curve),
     }
 
 

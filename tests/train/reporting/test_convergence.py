@@ -69,10 +69,12 @@ def test_without_a_point_before_the_end_nothing_is_said() -> None:
 
 def test_in_words_it_says_what_moved_and_by_how_much() -> None:
     assert in_words(last_quarter([point(300, ratio=2.0), point(400, ratio=1.6)])) == (
-        "Not settled: over the last 10 steps of the training the ratio moved by -25.0% and FVU by +0.0%, "
-        "on a sample of held-out tokens."
+        "The ratio has not settled: over the last 10 steps of the training it moved by -25.0% and FVU by +0.0%, "
+        "on a sample of held-out tokens (settled: below 1%)."
     )
-    assert in_words(last_quarter([point(300, ratio=1.0), point(400, ratio=1.001)])).startswith("Settled: ")
+    assert in_words(last_quarter([point(300, ratio=1.0), point(400, ratio=1.001)])).startswith(
+        "The ratio has settled: "
+    )
     assert in_words(None) == in_words(last_quarter([point(100), point(200)])) == ""
 
 
@@ -81,4 +83,4 @@ def test_in_words_it_says_what_moved_and_by_how_much() -> None:
 )
 def test_what_no_trainer_writes_is_no_curve(curve: object) -> None:
     assert not is_curve(curve)
-    assert is_curve([point(100), point(200, ratio=None)])
+    assert is_curve([point(100), {**point(100), "step": 11}, point(200, ratio=None)])
