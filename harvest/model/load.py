@@ -25,7 +25,13 @@ from harvest.model.adapters import NOT_BY_TRANSFORMERS, with_adapter
 from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of, reset_rope
 from harvest.model.hub import passing_on, warn
 from harvest.model.names import ModelSpec, model_files, resolve_model
-from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
+from harvest.model.sanity import (
+    refuse_damaged_cache,
+    refuse_missing,
+    refuse_more_blocks,
+    refuse_not_causal,
+    refuse_too_large,
+)
 from harvest.model.tokenizer import Tokenizer
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError, is_out_of_memory, said
 from residscope.first_calls import settle_first_calls
@@ -36,7 +42,7 @@ settle_first_calls(torch)  # before anything is computed, wherever a model is
 
 T = TypeVar("T")
 _DAMAGED = (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError, pickle.UnpicklingError, EOFError)
-_MOST_BLOCKS = 10_000
+_MOST_BLOCKS, _COUNTS = 10_000, ("layer", "layers", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +115,10 @@ def load_config(spec: ModelSpec) -> Any:
 
 
 def _refuse_endless(name: str, config: dict[str, Any]) -> None:
-    """`IncompatibleError` for more blocks than any model has: the library would make them until the memory is full."""
+    """`IncompatibleError` for more blocks or experts than any model has, which would be made until memory is full."""
     parts = [part for part in (config, *config.values()) if isinstance(part, dict)]  # a model of images, its text model
     for key, value in (item for part in parts for item in part.items()):
-        if "layer" in key and isinstance(value, int) and value > _MOST_BLOCKS:
+        if key.endswith(_COUNTS) and isinstance(value, int) and value > _MOST_BLOCKS:
             wanted = f"{key} should be at most {_MOST_BLOCKS:,}, found {value:,}"
             raise IncompatibleError(f"{name}: its config.json is damaged ({wanted}): save or download it again")
 
@@ -141,7 +147,7 @@ def load_model(
         keep_freed_memory()  # Layer after layer makes the same temporaries.
     config = load_config(spec)
     model: Any
-    model, missing, unused = _loading(spec, "model", lambda: _weights(spec.base or spec, config, dtype))
+    model, missing, unused = _loading(spec, "model", lambda: _weights(spec.base or spec, config, dtype, device))
     if spec.adapter:
         model = _loading(spec, "adapter", lambda bare=model: with_adapter(spec.name, bare, spec.location, spec.place))
     model = _loading(spec, "model", lambda: _own_memory(model.to(device))).eval().requires_grad_(False)
@@ -202,7 +208,9 @@ def _own_memory(model: nn.Module) -> nn.Module:
     return model
 
 
-def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str], list[str]]:
+def _weights(
+    spec: ModelSpec, config: Any, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, list[str], list[str]]:
     """The model, and the names of weights that its files lack, and of those that they have and it does not use."""
     # Fused kernels may leave out the soft-capping of scores; otherwise transformers chooses.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
@@ -217,6 +225,14 @@ def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Modul
             )
     if code := getattr(config, "auto_map", None):
         warn(spec.name, f"code of its own ({', '.join(map(str, code.values()))}) is not run, but transformers' class")
+    files = model_files(Path(spec.location)) if spec.source != "hub" and not spec.random_init else []
+    refuse_too_large(
+        spec.name,
+        lambda: auto.from_config(config, **arguments),
+        [file for file in files if file.suffix in (".safetensors", ".bin")],
+        4 if spec.random_init else dtype.itemsize if device.type == "cpu" else 0,
+        "" if spec.random_init or dtype.itemsize < 4 else "; try --dtype bfloat16",
+    )
     if not spec.random_init:
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
         model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)

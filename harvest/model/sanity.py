@@ -1,13 +1,13 @@
 """Whether what transformers loaded is the model that the files hold, and a causal one.
 
-How: without a word, transformers gives random values to weights that the files lack, leaves out those that the
-configuration does not ask for, and loads encoders as causal models; each is found here.
+How: without a word, transformers makes whatever a configuration declares, gives random values to weights that the
+files lack, leaves out those that it does not ask for, and loads encoders as causal models; each is found here.
 """
 
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,45 @@ import torch
 from torch import nn
 
 from harvest.model.hashes import add_file
-from residscope.console import counted
+from residscope.console import counted, human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, said
+from residscope.memory import free_memory
 
 _TRIED_TOKENS = 16
 _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}
 """By the length of a cached file's name: git's hash of a small file, SHA-256 of a large one."""
+
+_PER_BYTE, _SMALL = 2, 2**25
+"""Numbers that a byte of weights may stand for (4-bit ones), and that any model may have beyond (masks, tables)."""
+
+
+def refuse_too_large(
+    model: str, build: Callable[[], nn.Module], files: Sequence[Path], itemsize: int, way_out: str
+) -> None:
+    """`IncompatibleError` where a configuration declares more numbers than its weights' `files` (if there are any) can
+    hold, `ResidscopeError` where these, of `itemsize` bytes each (0: do not look), do not fit the free memory.
+
+    build: makes the model of the configuration, here without memory.
+    """
+    try:
+        with torch.device("meta"):
+            made = build()
+    except Exception as error:  # Of any kind; most are said when the model itself is made.
+        if "overflow" in str(error):
+            raise IncompatibleError(f"{model}: its config.json declares too large a model ({said(error)})") from None
+        return
+    n = sum(tensor.numel() for tensor in (*made.parameters(), *made.buffers()))
+    held = sum(file.stat().st_size for file in files)
+    if files and n > _PER_BYTE * held + _SMALL:
+        largest, tensor = max(made.named_parameters(), key=lambda named: named[1].numel())
+        found = f"its weights have {human_bytes(held)}, its config.json declares {n:.3g} numbers"
+        shape = " x ".join(map(str, tensor.shape))
+        way_out = "check that config.json belongs to the weights, or save or download the model again"
+        raise IncompatibleError(f"{model}: {found} ({largest} alone {shape}): {way_out}")
+    free = free_memory()
+    if free is not None and n * itemsize > free:
+        sizes = f"it takes {human_bytes(n * itemsize)}, {human_bytes(free)} are free"
+        raise ResidscopeError(f"{model}: out of memory: {sizes}{way_out}")
 
 
 def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None:
