@@ -12,7 +12,6 @@ stays as it is. Other allocators and systems, and memory that CUDA manages, are 
 import contextlib
 import ctypes
 import functools
-import os
 import resource
 from pathlib import Path
 
@@ -49,8 +48,6 @@ def free_memory() -> int | None:
     with contextlib.suppress(OSError, KeyError, ValueError):
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
 
 

@@ -5,7 +5,6 @@ import functools
 import torch
 
 from residscope.errors import UsageError
-from residscope.memory import free_memory
 
 
 def resolve_device(name: str) -> torch.device:
@@ -63,10 +62,3 @@ def has_byte_products() -> bool:
 
 def _has_amx() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # torch has no public function for it
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had now, or None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_memory()

@@ -112,7 +112,7 @@ def passing_on(model: str) -> Iterator[None]:
     """While something of `model` is loaded, turn what libraries warn of into `warning:` lines on stderr, each once.
 
     Dropped are what other libraries say, what the calling code should change (deprecations), what concerns text
-    generation, and what `harvest.model.sanity` tells in a line: weights that are missing or not used, encoders.
+    generation, and what `harvest.model.sanity` tells in a line.
     """
     logger, listener = logging.getLogger("transformers"), logging.handlers.BufferingHandler(1000)
     before, level = logger.handlers, logger.level

@@ -49,7 +49,7 @@ def report(words: list[str]) -> int:
 
     def write() -> None:
         with reading(words[0]):
-            render_report(load_results(Path(*words)))
+            render_report(load_results(Path(*words))).encode(errors="replace")
 
     return run_command("analyze", write)
 

@@ -54,17 +54,15 @@ def test_an_encoder_is_refused_and_the_same_model_as_a_decoder_is_not(
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("of", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"])
-@pytest.mark.parametrize("size", [50_000, 2**40])
+@pytest.mark.parametrize("size", [2**20, 2**28])
 def test_a_model_larger_than_its_files_is_refused_before_it_is_made(
     architecture: str, of: str, size: int, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(model_folder(architecture), tmp_path / "copy"))
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
-    size = 200 if (of, size) == ("num_hidden_layers", 50_000) else size  # Blocks take time.
     name = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "intermediate_size": "n_inner"}.get(of, of)
     file = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | file | {name if architecture == "gpt2" else of: size}))
-    monkeypatch.setattr(sanity, "_SMALL", 0)
 
     def built(*_: object, **__: object) -> None:
         raise AssertionError("made")
@@ -77,7 +75,7 @@ def test_a_model_larger_than_its_files_is_refused_before_it_is_made(
 def test_random_weights_that_do_not_fit_the_memory_are_one_line(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = resolve_model(str(gpt2), random_init=True)
     monkeypatch.setattr(sanity, "free_memory", lambda: 10_000)
-    with pytest.raises(ResidscopeError, match=r"^copy: out of memory: it takes \d+ kB, 10 kB are free$"):
+    with pytest.raises(ResidscopeError, match=r"^copy: out of memory: it takes \d+ kB, 10 kB are free; give --d"):
         load_model(spec)
     monkeypatch.setattr(sanity, "free_memory", lambda: None)
     load_model(spec)
