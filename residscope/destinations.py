@@ -27,13 +27,14 @@ def held_alone(folder: Path, out: Path, flag: str = "--out", *, wait: bool = Fal
 
     The lock ends with the process, however it ends. A file system without locks keeps nobody out.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # One that has just ended removed the folder: what is locked then is no place any more.
-            gone = not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat())
-        except BlockingIOError:
+            gone = not os.path.samestat(os.fstat(descriptor), folder.stat())
+        except (BlockingIOError, FileNotFoundError):
             gone = True
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
@@ -42,8 +43,6 @@ def held_alone(folder: Path, out: Path, flag: str = "--out", *, wait: bool = Fal
         if gone:
             raise ResidscopeError(f"{flag} {out}: another process is writing there; wait for it, or choose another")
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -203,12 +202,9 @@ def require_folder(out: Path, flag: str = "--out") -> None:
 def refuse_comparison_of(command: str, out: Path, member: str) -> None:
     """`UsageError` where the folder `out` holds the compare.json of `command`, which has `member`: two commands
     compare, and give their files the same names."""
-    try:
-        found = read_json(out / "compare.json")
-    except (OSError, IncompatibleError):
-        return
-    if isinstance(found, dict) and member in found:
-        raise UsageError(f"--out {out} already contains a comparison by `{command}`: choose another folder")
+    with contextlib.suppress(OSError, IncompatibleError, TypeError):
+        if member in read_json(out / "compare.json"):
+            raise UsageError(f"--out {out} already contains a comparison by `{command}`: choose another folder")
 
 
 def nearest_folder(path: Path) -> Path:

@@ -9,9 +9,11 @@ then faulted in page by page: on 2 cores that was 12 % of a float32 forward pass
 stays as it is. Other allocators and systems, and memory that CUDA manages, are left as they are.
 """
 
+import contextlib
 import ctypes
 import functools
 import resource
+from pathlib import Path
 
 from residscope.errors import ResidscopeError
 
@@ -39,6 +41,14 @@ def require_address_space(command: str) -> None:
             f"not enough memory: the limit of the address space (`ulimit -v`) is {limit / 1e9:.3g} GB, and {command} "
             f"needs at least {needed} GB on the smallest model: raise it (`ulimit -v unlimited`)"
         )
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that can be had now, or None where the system does not tell."""
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return None
 
 
 @functools.cache

@@ -1,9 +1,6 @@
 """What the machine offers: device, fast product type, free memory. Nothing here is looked at on import."""
 
-import contextlib
 import functools
-import os
-from pathlib import Path
 
 import torch
 
@@ -65,15 +62,3 @@ def has_byte_products() -> bool:
 
 def _has_amx() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # torch has no public function for it
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had now, or None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, KeyError, ValueError):
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None

@@ -109,7 +109,7 @@ def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str
         from analysis.report.page import render_report
 
         with reading(f"{out}: the analysis there is damaged", "run `analyze` again"):
-            atomic_write(out / REPORT, [render_report(load_results(out)).encode()])
+            atomic_write(out / REPORT, [render_report(load_results(out)).encode(errors="replace")])
 
 
 def _table(views: Sequence[PromptView]) -> pa.Table:

@@ -108,7 +108,7 @@ def write_report(out_dir: Path) -> Path:
     results = load_results(out_dir)
     write_figures(results, out_dir)
     path = out_dir / "report.html"
-    path.write_text(render_report(results), encoding="utf-8")
+    path.write_text(render_report(results), encoding="utf-8", errors="replace")
     return path
 
 

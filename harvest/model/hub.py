@@ -27,7 +27,8 @@ _KINDS = {
 _LONGEST = 500
 """Characters of a warning that is passed on."""
 _DROPPED = re.compile(
-    r"LOAD REPORT|weights of .* were not (used|initialized)|is deprecated|generation.(flags|config)", re.IGNORECASE
+    r"LOAD REPORT|weights of .* were not (used|initialized)|is deprecated|generation.(flags|config)|as a standalone",
+    re.IGNORECASE,
 )
 _OF_FILES = re.compile("transformers|tokenizers|sentencepiece|peft|safetensors")
 """Libraries that read a model's files, in the paths of their modules; others warn of how they are called."""
@@ -111,7 +112,7 @@ def passing_on(model: str) -> Iterator[None]:
     """While something of `model` is loaded, turn what libraries warn of into `warning:` lines on stderr, each once.
 
     Dropped are what other libraries say, what the calling code should change (deprecations), what concerns text
-    generation, and the table of weights that are missing or not used, which `harvest.model.sanity` tells in a line.
+    generation, and what `harvest.model.sanity` tells in a line.
     """
     logger, listener = logging.getLogger("transformers"), logging.handlers.BufferingHandler(1000)
     before, level = logger.handlers, logger.level

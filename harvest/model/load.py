@@ -21,11 +21,11 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from harvest.model import sanity
 from harvest.model.adapters import NOT_BY_TRANSFORMERS, with_adapter
 from harvest.model.blocks import d_model_of, final_norm, find_blocks, longest_context, n_layers_of, name_of, reset_rope
 from harvest.model.hub import passing_on, warn
 from harvest.model.names import ModelSpec, model_files, resolve_model
-from harvest.model.sanity import refuse_damaged_cache, refuse_missing, refuse_more_blocks, refuse_not_causal
 from harvest.model.tokenizer import Tokenizer
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError, is_out_of_memory, said
 from residscope.first_calls import settle_first_calls
@@ -36,7 +36,7 @@ settle_first_calls(torch)  # before anything is computed, wherever a model is
 
 T = TypeVar("T")
 _DAMAGED = (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError, pickle.UnpicklingError, EOFError)
-_MOST_BLOCKS = 10_000
+_MOST_BLOCKS, _COUNTS = 10_000, ("layer", "layers", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +109,10 @@ def load_config(spec: ModelSpec) -> Any:
 
 
 def _refuse_endless(name: str, config: dict[str, Any]) -> None:
-    """`IncompatibleError` for more blocks than any model has: the library would make them until the memory is full."""
+    """`IncompatibleError` for more blocks or experts than any model has, which would be made until memory is full."""
     parts = [part for part in (config, *config.values()) if isinstance(part, dict)]  # a model of images, its text model
     for key, value in (item for part in parts for item in part.items()):
-        if "layer" in key and isinstance(value, int) and value > _MOST_BLOCKS:
+        if key.endswith(_COUNTS) and isinstance(value, int) and value > _MOST_BLOCKS:
             wanted = f"{key} should be at most {_MOST_BLOCKS:,}, found {value:,}"
             raise IncompatibleError(f"{name}: its config.json is damaged ({wanted}): save or download it again")
 
@@ -141,28 +141,27 @@ def load_model(
         keep_freed_memory()  # Layer after layer makes the same temporaries.
     config = load_config(spec)
     model: Any
-    model, missing, unused = _loading(spec, "model", lambda: _weights(spec.base or spec, config, dtype))
+    bytes_each = 4 if spec.random_init else dtype.itemsize if device.type == "cpu" else 0
+    model, missing, unused = _loading(spec, "model", lambda: _weights(spec.base or spec, config, dtype, bytes_each))
     if spec.adapter:
         model = _loading(spec, "adapter", lambda bare=model: with_adapter(spec.name, bare, spec.location, spec.place))
     model = _loading(spec, "model", lambda: _own_memory(model.to(device))).eval().requires_grad_(False)
-    architecture = type(model).__name__
+    kind = type(model).__name__
     # Llama 4 misnames its own.
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
     base = getattr(model, prefix, None)
     if not isinstance(base, nn.Module):
-        raise IncompatibleError(
-            f"{spec.name} ({architecture}): it has no part that is the model without its LM head; where it is of"
-            " images and text, save its text model alone, and give that"
-        )
-    refuse_missing(spec.name, missing, f"{prefix}.")
+        way_out = "where it is of images and text, save its text model alone, and give that"
+        raise IncompatibleError(f"{spec.name} ({kind}): no part of it is the model without its LM head; {way_out}")
+    sanity.refuse_missing(spec.name, missing, f"{prefix}.")
     # A model of images and text may have as many blocks for images.
     text = base if config.get_text_config() is config else model.get_decoder()
     blocks = find_blocks(text, n_layers_of(config))
     for rotary in base.modules():
         if hasattr(rotary, "max_seq_len_cached"):
             rotary.register_forward_pre_hook(reset_rope)
-    refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
-    _loading(spec, "forward pass", lambda: refuse_not_causal(spec.name, architecture, base, longest_context(config)))
+    sanity.refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
+    _loading(spec, "forward pass", lambda: sanity.refuse_not_causal(spec.name, kind, base, longest_context(config)))
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
     refuse_exchanged(spec)
     return LoadedModel(
@@ -172,7 +171,7 @@ def load_model(
         tokenizer=tokenizer,
         blocks=blocks,
         d_model=d_model_of(config),
-        architecture=architecture,
+        architecture=kind,
         device=device,
         dtype=dtype,
         without_head=bool(missing),
@@ -202,8 +201,10 @@ def _own_memory(model: nn.Module) -> nn.Module:
     return model
 
 
-def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Module, list[str], list[str]]:
+def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype, bytes_each: int) -> tuple[nn.Module, Any, Any]:
     """The model, and the names of weights that its files lack, and of those that they have and it does not use."""
+    from huggingface_hub import try_to_load_from_cache
+
     # Fused kernels may leave out the soft-capping of scores; otherwise transformers chooses.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     arguments: dict[str, Any] = {"attn_implementation": "eager"} if capped else {}
@@ -217,25 +218,19 @@ def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[nn.Modul
             )
     if code := getattr(config, "auto_map", None):
         warn(spec.name, f"code of its own ({', '.join(map(str, code.values()))}) is not run, but transformers' class")
+    files = model_files(Path(spec.location)) if spec.source != "hub" and not spec.random_init else []
+    held = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
+    sanity.refuse_too_large(spec.name, lambda: auto.from_config(config, **arguments), held, bytes_each)
     if not spec.random_init:
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
         model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
-        if spec.source == "hub":
-            _check_cache(spec)
+        if spec.source == "hub":  # A commit says nothing of what is on this disk.
+            file = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)
+            sanity.refuse_damaged_cache(spec.name, model_files(Path(file).parent) if isinstance(file, str) else ())
         return model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         return auto.from_config(config, dtype=torch.float32, **arguments).to(dtype), [], []
-
-
-def _check_cache(spec: ModelSpec) -> None:
-    """Refuse files of the hub's cache that were damaged there: a commit says nothing of what is on this disk."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)
-    if isinstance(config, str):
-        snapshot = Path(config).parent
-        refuse_damaged_cache(spec.name, model_files(snapshot))
 
 
 def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
@@ -280,11 +275,9 @@ def _way_out(spec: ModelSpec, error: BaseException | None) -> str:
 
 def _is_damaged(file: Path) -> bool:
     """Whether a file of weights or JSON cannot be read."""
+    reads = {".json": read_json, ".safetensors": lambda path: safetensors.safe_open(path, "pt").__enter__()}
     try:
-        if file.suffix == ".json":
-            json.loads(file.read_bytes())
-        elif file.suffix == ".safetensors":
-            safetensors.safe_open(file, "pt").__enter__()
-    except (*_DAMAGED, RecursionError):
+        reads.get(file.suffix, str)(file)
+    except (*_DAMAGED, IncompatibleError):
         return True
     return False

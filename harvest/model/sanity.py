@@ -1,13 +1,13 @@
 """Whether what transformers loaded is the model that the files hold, and a causal one.
 
-How: without a word, transformers gives random values to weights that the files lack, leaves out those that the
-configuration does not ask for, and loads encoders as causal models; each is found here.
+How: without a word, transformers makes whatever a configuration declares, gives random values to weights that the
+files lack, leaves out those that it does not ask for, and loads encoders as causal models; each is found here.
 """
 
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,33 @@ import torch
 from torch import nn
 
 from harvest.model.hashes import add_file
-from residscope.console import counted
+from residscope.console import counted, human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, said
+from residscope.memory import free_memory
 
 _TRIED_TOKENS = 16
 _HASHES = {40: hashlib.sha1, 64: hashlib.sha256}
 """By the length of a cached file's name: git's hash of a small file, SHA-256 of a large one."""
+
+
+def refuse_too_large(model: str, build: Callable[[], nn.Module], held: int, bytes_each: int) -> None:
+    """`IncompatibleError` where a configuration declares more numbers than weights of `held` bytes are (0: there are
+    none), `ResidscopeError` where these, of `bytes_each` (0: not here), do not fit the free memory.
+
+    build: makes the model of the configuration, here without memory.
+    """
+    try:
+        with torch.device("meta"):
+            made = build()
+    except Exception:  # Of any kind; it is said when the model itself is made.
+        return
+    n, free = sum(tensor.numel() for tensor in (*made.parameters(), *made.buffers())), free_memory()
+    if held and n > 2 * held + 2**25:  # A weight may have 4 bits, and any model masks and tables.
+        found = f"its weights have {human_bytes(held)}, its config.json declares {n:.3g} numbers"
+        raise IncompatibleError(f"{model}: {found}: check that config.json belongs to the weights")
+    if free is not None and n * bytes_each > free:
+        found = f"takes {human_bytes(n * bytes_each)}, {human_bytes(free)} are free"
+        raise ResidscopeError(f"{model}: out of memory: it {found}; give --dtype bfloat16 or a smaller model")
 
 
 def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None:

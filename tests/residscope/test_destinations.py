@@ -159,3 +159,11 @@ def test_a_link_to_what_is_not_there_is_called_that(tmp_path: Path) -> None:
         together(tmp_path / "link", ["a"], ["a"], replace=False),
     ):
         raise AssertionError("not reached")
+
+
+def test_a_folder_that_a_run_beside_this_one_removed_is_that_runs(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ResidscopeError, match=r"out: another process is writing there; wait for it, or choose another"),
+        held_alone(tmp_path / "gone", tmp_path / "out"),
+    ):
+        pass

@@ -13,6 +13,7 @@ from residscope.escape import figure_text, markdown, printable, printable_stream
 def test_what_steers_a_terminal_is_shown_as_one_writes_it() -> None:
     assert printable("a\x1b[31m\x07\x9b\u202eb\r\tc\n") == "a\\x1b[31m\\x07\\x9b\\u202eb\\r\tc\n"
     assert printable("日本語 é") == "日本語 é"
+    assert printable("\ud800") == "\\ud800"  # half of a pair, which JSON and pickles may hold and no file takes
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from residscope.console import counted, human_bytes
 from residscope.errors import ResidscopeError
+from residscope.memory import free_memory
 from train.data import TrainingData
-from train.hardware import free_bytes
 from train.resolve import MemoryEstimate, RunPlan
 
 
@@ -47,7 +47,7 @@ def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) 
     if device.type == "cpu":
         needed = {device: memory.shuffle + memory.device}
     for place, size in needed.items():
-        free = free_bytes(place)
+        free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
         if free is not None and size > free:
             sizes = f"needs about {human_bytes(size)} on {place.type}, {human_bytes(free)} are free"
             raise ResidscopeError(f"out of memory: this run {sizes}: {way_out}")

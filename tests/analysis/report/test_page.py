@@ -260,3 +260,11 @@ def test_the_page_files_travel_with_the_package() -> None:
     used = {name for path in modules for name in re.findall(r'"([a-z_]+\.(?:html|css|js))"', path.read_text())}
     assert used - {"report.html"} <= names
     assert names == used | {"report.html"}
+
+
+def test_half_of_a_pair_of_characters_is_written(tmp_path: Path) -> None:
+    def name(summary: dict[str, Any]) -> None:
+        summary["provenance"]["store"]["model"] = "a name \ud800"
+
+    folder = write_results(tmp_path, n_layers=2, n_latents=30, change=name)
+    assert "a name ?" in write_report(folder).read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from harvest.model import load as models
+from harvest.model import sanity
 from harvest.model.load import load_model
 from harvest.model.names import ModelSpec, resolve_model
 from harvest.model.tokenizer import Tokenizer
@@ -39,13 +40,45 @@ def bert(*, is_decoder: bool) -> Any:
         return transformers.BertLMHeadModel(config)
 
 
-def test_an_encoder_is_refused_and_the_same_model_as_a_decoder_is_not(tmp_path: Path) -> None:
+def test_an_encoder_is_refused_and_the_same_model_as_a_decoder_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = save(tmp_path / "encoder", bert(is_decoder=False))
     with pytest.raises(
         IncompatibleError, match=r"encoder \(BertLMHeadModel\): later tokens change .* not a causal language model"
     ):
         load_model(resolve_model(str(folder)))
+    assert "is_decoder" not in capsys.readouterr().err  # of which the library says that it should be set
     assert load_model(resolve_model(str(save(tmp_path / "decoder", bert(is_decoder=True))))).n_layers == 2
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("of", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"])
+@pytest.mark.parametrize("size", [2**20, 2**28])
+def test_a_model_larger_than_its_files_is_refused_before_it_is_made(
+    architecture: str, of: str, size: int, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(model_folder(architecture), tmp_path / "copy"))
+    config = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    name = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "intermediate_size": "n_inner"}.get(of, of)
+    file = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | file | {name if architecture == "gpt2" else of: size}))
+
+    def built(*_: object, **__: object) -> None:
+        raise AssertionError("made")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", built)
+    with pytest.raises(IncompatibleError, match=r"^copy: .*config\.json .*(declares|should be at most)"):
+        load_model(resolve_model(str(folder)))
+
+
+def test_random_weights_that_do_not_fit_the_memory_are_one_line(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = resolve_model(str(gpt2), random_init=True)
+    monkeypatch.setattr(sanity, "free_memory", lambda: 10_000)
+    with pytest.raises(ResidscopeError, match=r"^copy: out of memory: it takes \d+ kB, 10 kB are free; give --d"):
+        load_model(spec)
+    monkeypatch.setattr(sanity, "free_memory", lambda: None)
+    load_model(spec)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
