@@ -120,8 +120,9 @@ def build(found: Findings) -> dict[str, Any]:
 
 
 def content_hash(summary: Mapping[str, Any]) -> str:
-    """XXH3-128 of a summary but for the hash itself and `seconds`, which differ between runs that found the same."""
-    return config_hash(json.loads(json.dumps({k: v for k, v in summary.items() if k not in (HASH, "seconds")})))
+    """XXH3-128 of a summary but for the hash itself and all `seconds`, which differ where runs found the same."""
+    text = json.dumps({key: value for key, value in summary.items() if key != HASH})
+    return config_hash(json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if k != "seconds"}))
 
 
 def _convergence(checkpoint: Checkpoint) -> dict[str, Any] | None:
