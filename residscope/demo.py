@@ -24,8 +24,6 @@ CONTEXT_LENGTH = 256
 # Batches of 2,048 tokens stay in the cache of a small machine; larger ones are slower there.
 # The openings of many documents rather than the whole of few: intervals need at least 20 of them.
 HARVEST_FLAGS: tuple[str, ...] = ("--context-length", str(CONTEXT_LENGTH), "--batch-size", "8", "--no-pack")
-# A tenth of 148 documents: a twentieth would be too few to measure on.
-TRAIN_FLAGS: tuple[str, ...] = ("--validation-fraction", "0.1")
 # One sequence: half a minute on two cores, half of the default.
 ANALYZE_FLAGS: tuple[str, ...] = ("--downstream-tokens", "254")
 
@@ -54,7 +52,8 @@ def stages(config: DemoConfig) -> dict[str, tuple[str, ...]]:
     text = ("--model", config.model, "--dataset", config.dataset, "--max-tokens", str(config.tokens))
     return {
         "harvest": (*text, "--out", store, *HARVEST_FLAGS),
-        "train": ("--store", store, "--out", sae, "--resume", *TRAIN_FLAGS),
+        # Of 148 documents the twentieth that is held out by default would be too few to measure on.
+        "train": ("--store", store, "--out", sae, "--resume", "--validation-fraction", "0.1"),
         "analyze": ("--store", store, "--sae", sae, "--out", str(config.out), *ANALYZE_FLAGS),
     }
 
