@@ -52,8 +52,7 @@ def stages(config: DemoConfig) -> dict[str, tuple[str, ...]]:
     text = ("--model", config.model, "--dataset", config.dataset, "--max-tokens", str(config.tokens))
     return {
         "harvest": (*text, "--out", store, *HARVEST_FLAGS),
-        # Of 148 documents the twentieth that is held out by default would be too few to measure on.
-        "train": ("--store", store, "--out", sae, "--resume", "--validation-fraction", "0.1"),
+        "train": ("--store", store, "--out", sae, "--resume", "--validation-fraction", "0.1"),  # of 148 documents
         "analyze": ("--store", store, "--sae", sae, "--out", str(config.out), *ANALYZE_FLAGS),
     }
 
