@@ -8,7 +8,24 @@ Importing this is cheap: what needs torch is loaded when it is first asked for.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from train.config import TrainConfig
+    from train.model import MLSAE, SAEConfig
+    from train.run import TrainResult, train
+
+__all__ = [
+    "MLSAE",
+    "Checkpoint",
+    "SAEConfig",
+    "TrainConfig",
+    "TrainResult",
+    "load_checkpoint",
+    "save_checkpoint",
+    "train",
+]
 
 _MODULES = {
     "MLSAE": "train.model",
@@ -20,7 +37,6 @@ _MODULES = {
     "save_checkpoint": "train.checkpoint",
     "train": "train.run",
 }
-__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -88,7 +88,7 @@ class ObjectiveConfig:
     """Share of the steps in which the sparsity term's weight rises linearly from 0."""
     bandwidth: float = 1.0
     """jumprelu: width of the window about a threshold in which pre-activations move it; a pre-activation's standard
-    deviation is about 1 at the start."""
+    deviation is about encoder_scale at the start."""
     aux_k: int | None = None
     """Dead latents that AuxK may use on one vector; default: the power of two nearest d_model / 2."""
     aux_coef: float = 1 / 32
@@ -109,7 +109,7 @@ class OptimizerConfig:
     """How the weights move."""
 
     lr: float | None = None
-    """Peak learning rate; default: the recipe's, which depends on n_latents, batch size and steps."""
+    """Peak learning rate; default: the recipe's, which depends on n_latents, batch size and vectors."""
     warmup_fraction: float | None = None
     """Share of the steps in which the learning rate rises linearly to its peak; default: the recipe's, 0.02."""
     decay_fraction: float | None = None

@@ -175,9 +175,8 @@ class Trainer:
                 out=self._gradients(),
             )
             self._window.add(layer, standardized, result)
-            clip = self.plan.chosen.clip_norm or None
             self.updates += 1
-            step = self.updates - self.begun[1]
+            step, clip = self.updates - self.begun[1], self.plan.chosen.clip_norm
             self._optimizer.step(result.gradients, lr=self._lr(self.step), step=step, clip=clip)
             if self._average is not None:
                 self._average.update(self._sae, self.updates)

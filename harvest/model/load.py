@@ -275,9 +275,11 @@ def _way_out(spec: ModelSpec, error: BaseException | None) -> str:
 
 def _is_damaged(file: Path) -> bool:
     """Whether a file of weights or JSON cannot be read."""
-    reads = {".json": read_json, ".safetensors": lambda path: safetensors.safe_open(path, "pt").__enter__()}
     try:
-        reads.get(file.suffix, str)(file)
+        if file.suffix == ".json":
+            read_json(file)
+        elif file.suffix == ".safetensors":
+            safetensors.safe_open(file, "pt").__enter__()
     except (*_DAMAGED, IncompatibleError):
         return True
     return False

@@ -12,6 +12,7 @@ from residscope.options import to_flat, with_values
 from train.config import RecipeName, TrainConfig
 
 USUAL_BATCH = 2048
+"""Vectors in a step where no law says how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
