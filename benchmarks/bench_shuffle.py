@@ -112,7 +112,7 @@ def loader_order(mask: np.ndarray, n_layers: int, chunk_tokens: int, blocks: int
     epoch = served.epoch(0)
     order = []
     for window in range(len(epoch.row_ends)):
-        chunk, layer = served.window(epoch, window)
+        chunk, layer = epoch.window(window)
         token = place[chunk]  # [W, C]
         rows = (token * n_layers + layer[:, None])[token >= 0]
         order.append(served.shuffled(rows, 0, window))

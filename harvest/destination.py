@@ -10,10 +10,12 @@ from residscope.destinations import nearest_folder, refuse_shared, require_name,
 from residscope.errors import IncompatibleError, ResidscopeError
 from store.folder import is_store, refuse_inside_store
 from store.manifest import WriterLock
+from store.meta import chunk_and_shard_tokens
 
 # Token columns, statistics and folders beside the vectors, with room to spare.
 _SPARE_BYTES = 16 << 20
 _TOKEN_BYTES = 13
+_LINE_BYTES = 32  # of one number or hash in a line of the manifest
 
 
 def has_begun(out: Path) -> bool:
@@ -35,13 +37,22 @@ def has_begun(out: Path) -> bool:
 def require_room(out: Path, settings: Settings, n_tokens: int) -> None:
     """`ResidscopeError` where the disk has no room for a store of `n_tokens`, saying how many tokens would fit."""
     freed = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
-    per_token = settings.bytes_per_token + _TOKEN_BYTES
+    needed = disk_bytes(settings, n_tokens)
     try:
-        require_space(out, n_tokens * per_token + _SPARE_BYTES - freed)
+        require_space(out, needed - freed)
     except ResidscopeError as error:
         room = shutil.disk_usage(nearest_folder(out.absolute())).free + freed - _SPARE_BYTES
-        fitting = max(room // per_token, 0)
+        fitting = max(room * n_tokens // (needed - _SPARE_BYTES), 0)
         raise ResidscopeError(f"{error}. {fitting:,} tokens would fit; nothing was written") from error
+
+
+def disk_bytes(settings: Settings, n_tokens: int) -> int:
+    """What a store of `n_tokens` takes on the disk: vectors, token columns, and moments and a line of every shard."""
+    n_layers, per_token = len(settings.layers), settings.bytes_per_token
+    values = n_layers * settings.d_model
+    _, shard = chunk_and_shard_tokens(n_tokens, n_layers, settings.d_model, per_token // values)
+    of_shards = -(-n_tokens // shard) * (2 * 8 * values + _LINE_BYTES * (10 + n_layers))
+    return n_tokens * (per_token + _TOKEN_BYTES) + of_shards + _SPARE_BYTES
 
 
 def remove_store(out: Path) -> None:

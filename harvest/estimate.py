@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from harvest.config import HarvestConfig
+from harvest.destination import disk_bytes
 from harvest.fill import BatchRunner
 from harvest.result import ranges
 from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
@@ -101,7 +102,7 @@ def estimate(config: HarvestConfig) -> Estimate:
         bytes_per_token=settings.bytes_per_token,
         bytes=n_bytes,
         free_bytes=free,
-        fits=n_bytes < free,
+        fits=disk_bytes(settings, tokens) < free,
         tokens_per_second=speed,
         seconds=tokens / speed * (2 if config.mask_norm else 1),
     )

@@ -9,6 +9,7 @@ opens every sequence. Nothing is padded.
 Shapes: T tokens of the table, n tokens of the stream (T without openings).
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from residscope.errors import IncompatibleError, UsageError
 from store.arrays import TokenTable
 
 _SORTED_DOCUMENTS = 4096
+_PIECE = 1 << 22
+"""Tokens that are worked on at once, so that memory goes into the table and not into what it is made of."""
 
 
 class Packing(NamedTuple):
@@ -121,22 +124,26 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
     more = packing.document_extra
     limit = packing.stream_length(max_tokens)
     found: list[np.ndarray] = []
+    lengths = array("q")
     n = 0
     for document in documents:
         if n >= limit - (not packing.packed) * more:  # No sequence of nothing but its opening.
             break
-        found.append(document[: packing.longest_document])
-        n += len(found[-1]) + more
+        ids = document[: packing.longest_document]
+        lengths.append(len(ids))
+        n += len(ids) + more
+        found += [ids, extra] if packing.packed else [ids]
     n = min(n, limit)
     if n == 0:
         way_out = "check --dataset, --split and --text-column (or --token-column), or raise --max-tokens"
         raise IncompatibleError(f"no text found: there are no documents, or all are empty; {way_out}")
     if not packing.packed:
         return _one_each(found, packing, n)
-    own = [len(ids) for ids in found]
-    stream = np.concatenate([part for ids in found for part in (ids, extra)])[:n]  # [n]
-    owner = np.repeat(np.arange(len(found), dtype=np.int32), np.add(own, more))[:n]  # [n]
-    is_text = np.repeat(np.tile([True, False], len(found)), [part for length in own for part in (length, more)])[:n]
+    stream = np.concatenate(found)[:n]  # [n]
+    found.clear()
+    own = np.frombuffer(lengths, np.int64)
+    owner = np.repeat(np.arange(len(own), dtype=np.int32), own + more)[:n]  # [n]
+    is_text = np.repeat(np.tile([True, False], len(own)), np.stack([own, np.full_like(own, more)], 1).ravel())[:n]
     return _cut(stream, owner, is_text, packing)
 
 
@@ -149,36 +156,43 @@ def _one_each(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> T
         for start in range(0, len(rows), _SORTED_DOCUMENTS)
         for row in sorted(rows[start : start + _SORTED_DOCUMENTS], key=len, reverse=True)  # Stable.
     ]
-    lengths = np.array([len(row) for row in rows])
     token_id = np.concatenate(rows)
-    position = np.arange(n_tokens) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    document = np.repeat(np.arange(len(rows), dtype=np.int32), lengths)
-    return _with_mask(token_id, document, position.astype(np.int32), np.ones(n_tokens, bool), packing)
+    position = np.concatenate([np.arange(len(row), dtype=np.int32) for row in rows])
+    document = np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows])
+    return _with_mask(token_id, document, position, np.ones(n_tokens, bool), packing)
 
 
 def _cut(stream: np.ndarray, owner: np.ndarray, is_text: np.ndarray, packing: Packing) -> TokenTable:
     """Cut a stream (token ids and document ids, int32 [n], and which are no separators, bool [n]) into sequences."""
-    n, per_sequence, opening = len(stream), packing.stream_per_sequence, len(packing.opening)
-    n_sequences = -(-n // per_sequence)
-    index = np.arange(n)
-    place = index + opening * (index // per_sequence + 1)  # [n]: where each token of the stream goes
-    starts = np.arange(n_sequences)[:, None] * packing.context_length + np.arange(opening)  # [sequences, opening]
-    n_tokens = n + starts.size
-    token_id, document = np.empty(n_tokens, np.int32), np.empty(n_tokens, np.int32)
-    token_id[starts] = packing.opening
-    document[starts] = owner[np.arange(n_sequences) * per_sequence, None]
-    token_id[place], document[place] = stream, owner
-    keep = np.ones(n_tokens, bool)
-    keep[place] = is_text
-    position = (np.arange(n_tokens) % packing.context_length).astype(np.int32)
+    per_sequence, opening = packing.stream_per_sequence, len(packing.opening)
+    n_sequences = -(-len(stream) // per_sequence)
+    n_tokens = len(stream) + n_sequences * opening
+
+    def with_openings(column: np.ndarray, opened: np.ndarray) -> np.ndarray:
+        """`column` [n] with `opened` [sequences or 1, opening] put before each sequence's part: [T]."""
+        full = len(column) // per_sequence
+        out = np.empty(n_tokens, column.dtype)
+        whole = out[: full * packing.context_length].reshape(full, packing.context_length)
+        whole[:, :opening] = opened[:full]
+        whole[:, opening:] = column[: full * per_sequence].reshape(full, per_sequence)
+        if full < n_sequences:
+            rest = out[full * packing.context_length :]
+            rest[:opening], rest[opening:] = opened[-1], column[full * per_sequence :]
+        return out
+
+    token_id = with_openings(stream, np.array([packing.opening], np.int32))
+    document = with_openings(owner, owner[::per_sequence, None])
+    keep = with_openings(is_text, np.ones((1, 1), bool))
+    position = np.resize(np.arange(packing.context_length, dtype=np.int32), n_tokens)
     return _with_mask(token_id, document, position, keep, packing)
 
 
 def _with_mask(
     token_id: np.ndarray, document: np.ndarray, position: np.ndarray, keep: np.ndarray, packing: Packing
 ) -> TokenTable:
-    """The table of these columns (int32 [T]), with what is kept of what is text (bool [T])."""
-    keep = keep & (position >= len(packing.opening)) & ~np.isin(token_id, packing.special_ids)
-    if not packing.keep_first_position:
-        keep &= position != 0
+    """The table of these columns (int32 [T]), with what is kept of what is text (bool [T], changed in place)."""
+    first = max(len(packing.opening), int(not packing.keep_first_position))
+    for start in range(0, len(keep), _PIECE):
+        piece = slice(start, start + _PIECE)
+        keep[piece] &= (position[piece] >= first) & ~np.isin(token_id[piece], packing.special_ids)
     return TokenTable(token_id, document, position, keep)

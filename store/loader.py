@@ -101,8 +101,7 @@ class WindowLoader:
         )
         if self._order.rows_per_epoch == 0:
             raise UsageError(f"{store.path}: no rows: the mask excludes all tokens of rank {rank}")
-        self._mask = np.zeros((meta.n_chunks, meta.chunk_tokens), bool)
-        self._mask.reshape(-1)[: meta.n_tokens] = row_mask
+        self._mask = row_mask
         self.wait_seconds = 0.0
         """Time that the caller has waited for windows to be read."""
 
@@ -187,10 +186,10 @@ class WindowLoader:
         buffers = itertools.cycle([np.empty(self.buffer_shape, dtype) for _ in range(2)])
         start = self._order.locate(first_row)
         for epoch in range(start.epoch, self._epochs):
-            blocks = self._order.epoch(epoch)
+            blocks = start.blocks if epoch == start.epoch else self._order.epoch(epoch)
             for window in range(start.window if epoch == start.epoch else 0, len(blocks.row_ends)):
                 skip = start.row if (epoch, window) == (start.epoch, start.window) else 0
-                chunk, layer = self._order.window(blocks, window)
+                chunk, layer = blocks.window(window)
                 out = next(buffers)[: len(chunk)]
                 read = reader.submit(self._store.read_blocks, chunk, layer, out, self._threads)
                 order = helper.submit(self._served_rows, chunk, epoch, window, skip)
@@ -198,7 +197,9 @@ class WindowLoader:
 
     def _served_rows(self, chunk: np.ndarray, epoch: int, window: int, skip: int) -> np.ndarray:
         """The rows of a window in the order in which they are served, without the first `skip`."""
-        return self._order.shuffled(np.flatnonzero(self._mask[chunk]), epoch, window)[skip:]
+        token = chunk[:, None] * self._store.meta.chunk_tokens + np.arange(self._store.meta.chunk_tokens)
+        is_served = self._mask.take(token, mode="clip") & (token < len(self._mask))
+        return self._order.shuffled(np.flatnonzero(is_served), epoch, window)[skip:]
 
 
 def _gather(rows: np.ndarray, picked: np.ndarray, out: np.ndarray) -> None:

@@ -28,7 +28,9 @@ LARGEST_SHARD = 1 << 30
 
 _CHUNK_BYTES = 512 * 1024
 _SHARD_BYTES = 64 * 1024 * 1024
-_SHARD_BYTES_LIMIT = 2 * _SHARD_BYTES
+_CHUNK_BYTES_LIMIT = 2 * _SHARD_BYTES
+_SHARD_TOKENS = 512
+_MOST_SHARDS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +173,9 @@ def chunk_and_shard_tokens(n_tokens: int, n_layers: int, d_model: int, itemsize:
     """Tokens in a chunk (C) and in a shard (S) for a store of these sizes.
 
     C is the largest power of two whose chunk of one layer is at most 512 KiB, within 64..512, and no more than a small
-    store needs. S: the largest multiple of C whose shard is at most 64 MiB. C shrinks until one of every layer is at
-    most 128 MiB.
+    store needs; it shrinks until one of every layer is at most 128 MiB. S: the largest multiple of C whose shard is at
+    most 64 MiB, or more, up to 1 GiB: at least 512 tokens, since a shard's moments are 8 / S of its data, and so much
+    that there are at most 8,192 shards, since each is a file and a line of the manifest.
     """
     chunk = 64
     while chunk < 512 and 2 * chunk * d_model * itemsize <= _CHUNK_BYTES:
@@ -180,7 +183,8 @@ def chunk_and_shard_tokens(n_tokens: int, n_layers: int, d_model: int, itemsize:
     while chunk // 2 >= max(n_tokens, 1):
         chunk //= 2
     token_bytes = n_layers * d_model * itemsize
-    while chunk > 1 and chunk * token_bytes > _SHARD_BYTES_LIMIT:
+    while chunk > 1 and chunk * token_bytes > _CHUNK_BYTES_LIMIT:
         chunk //= 2
-    shard = max(_SHARD_BYTES // (chunk * token_bytes), 1) * chunk
-    return chunk, min(shard, -(-n_tokens // chunk) * chunk)
+    n_chunks, chunk_bytes = -(-n_tokens // chunk), chunk * token_bytes
+    wanted = max(_SHARD_BYTES // chunk_bytes, _SHARD_TOKENS // chunk, -(-n_chunks // _MOST_SHARDS))
+    return chunk, min(max(min(wanted, LARGEST_SHARD // chunk_bytes), 1), n_chunks) * chunk

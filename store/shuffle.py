@@ -19,19 +19,52 @@ import numpy as np
 
 from residscope.errors import UsageError
 
+_PIECE = 1 << 22  # Blocks that are looked at together.
+
 # Each use of random numbers has a stream of its own, so that no two of one seed coincide.
 _RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
 
 
-class EpochOrder(NamedTuple):
-    """The blocks of one rank's epoch, in order."""
+class EpochOrder:
+    """The blocks of one rank's epoch, in order, worked out where they are asked for: an epoch of 1e9 tokens has 10^8."""
 
-    chunk: np.ndarray
-    """int64 [B]: token chunk of the store."""
-    layer: np.ndarray
-    """int64 [B]: stored layer."""
-    row_ends: np.ndarray
-    """int64 [windows]: rows served in the epoch when each window is done."""
+    def __init__(self, order: "RowOrder", epoch: int) -> None:
+        self._order, self._epoch = order, epoch
+        n_layers, self.n_blocks = len(order.layers), order.n_blocks
+        n_steps = self.n_blocks // n_layers
+        self._steps = spread_order(n_steps, order.seed, _CHUNKS, order.rank, epoch)
+        starts = permutation(n_layers, order.seed, _STARTS, order.rank, epoch)
+        self._starts = starts * n_steps // n_layers
+        per_window, rows = min(order.blocks_per_window, self.n_blocks), 0  # which may be beyond int64
+        window_ends = np.append(np.arange(per_window, self.n_blocks, per_window), self.n_blocks)
+        self.row_ends = np.empty_like(window_ends)
+        """int64 [windows]: rows served in the epoch when each window is done."""
+        for start in range(0, self.n_blocks, _PIECE):
+            sums = rows + np.cumsum(order.chunk_rows[self.blocks(start, start + _PIECE)[0]])
+            here = slice(*np.searchsorted(window_ends, [start + 1, start + len(sums) + 1]))
+            self.row_ends[here] = sums[window_ends[here] - start - 1]
+            rows = sums[-1]
+
+    def window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token chunk and stored layer, each int64, of a window's blocks."""
+        size = self._order.blocks_per_window
+        return self.blocks(window * size, (window + 1) * size)
+
+    def blocks(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token chunk of the store, and stored layer, each int64, of the epoch's blocks from `start` to `stop`."""
+        order, n_layers, n_steps = self._order, len(self._order.layers), len(self._steps)
+        first, last = start // n_layers, -(-min(stop, self.n_blocks) // n_layers)
+        step, wanted = np.arange(first, last), slice(start - first * n_layers, stop - first * n_layers)
+        chunk = np.empty((len(step), n_layers), np.int64)
+        for i, (begin, chunks) in enumerate(zip(self._starts.tolist(), order.own_chunks, strict=True)):
+            chunk[:, i] = chunks[self._steps[(step + begin) % n_steps]]
+        # Four numbers of each count of Philox.
+        skipped = first * n_layers % 4
+        bits = _bits(order.seed, _LAYERS, order.rank, self._epoch).advance(first * n_layers // 4)
+        draws = np.asarray(bits.random_raw(skipped + chunk.size), np.uint64)[skipped:]
+        mix = np.argsort(draws.reshape(chunk.shape), axis=1)
+        layer = np.array(order.layers, np.int64)[mix]
+        return np.take_along_axis(chunk, mix, axis=1).reshape(-1)[wanted], layer.reshape(-1)[wanted]
 
 
 class Position(NamedTuple):
@@ -41,14 +74,16 @@ class Position(NamedTuple):
     window: int
     row: int
     """Rows of the window that were served before."""
+    blocks: EpochOrder
+    """Those of the epoch."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowOrder:
     """The order of one rank's rows in every epoch."""
 
-    chunk_rows: tuple[int, ...]
-    """Rows that the mask keeps in each token chunk of the store, per layer."""
+    chunk_rows: np.ndarray
+    """int64 [chunks of the store]: rows that the mask keeps in each, per layer."""
     layers: tuple[int, ...]
     """Stored layers to serve."""
     blocks_per_window: int
@@ -71,66 +106,43 @@ class RowOrder:
             raise UsageError(f"loader: layers should be at least one, without repeats, found {list(self.layers)}")
 
     @cached_property
-    def _counts(self) -> np.ndarray:
-        return np.array(self.chunk_rows, np.int64)
-
-    @cached_property
-    def _own_chunks(self) -> list[np.ndarray]:
+    def own_chunks(self) -> list[np.ndarray]:
         """This rank's share of the chunks with rows, of each layer, ascending, the same in every epoch."""
-        used = np.flatnonzero(self._counts)
-        shares = []
-        for layer in self.layers:
-            order = permutation(len(used), self.seed, _RANKS, layer) if self.world_size > 1 else np.arange(len(used))
-            shares.append(used[np.sort(order[self.rank :: self.world_size])])
-        return shares
+        used = np.flatnonzero(self.chunk_rows)
+        if self.world_size == 1:
+            return [used] * len(self.layers)
+        orders = (permutation(len(used), self.seed, _RANKS, layer) for layer in self.layers)
+        return [used[np.sort(order[self.rank :: self.world_size])] for order in orders]
 
     @cached_property
     def rows_per_epoch(self) -> int:
         """Rows of this rank in every epoch."""
-        return int(sum(self._counts[chunks].sum() for chunks in self._own_chunks))
+        return int(sum(self.chunk_rows[chunks].sum() for chunks in self.own_chunks))
 
     @property
     def n_blocks(self) -> int:
         """Blocks of this rank in every epoch (B)."""
-        return sum(len(chunks) for chunks in self._own_chunks)
+        return sum(len(chunks) for chunks in self.own_chunks)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """The blocks of an epoch, in order, and where its windows end."""
-        n_layers = len(self.layers)
-        n_steps = len(self._own_chunks[0])
-        steps = spread_order(n_steps, self.seed, _CHUNKS, self.rank, epoch)
-        starts = permutation(n_layers, self.seed, _STARTS, self.rank, epoch) * n_steps // n_layers
-        order = np.empty((n_steps, n_layers), np.int64)
-        for i, (start, chunks) in enumerate(zip(starts.tolist(), self._own_chunks, strict=True)):
-            order[:, i] = chunks[np.roll(steps, -start)]
-        draws = _random(n_steps * n_layers, self.seed, _LAYERS, self.rank, epoch)
-        mix = np.argsort(draws.reshape(n_steps, n_layers), axis=1)
-        chunk = np.take_along_axis(order, mix, axis=1).reshape(-1)
-        layer = np.array(self.layers, np.int64)[mix].reshape(-1)
-        per_window = min(self.blocks_per_window, len(chunk))  # which may be beyond int64
-        window_ends = np.append(np.arange(per_window, len(chunk), per_window), len(chunk))
-        return EpochOrder(chunk, layer, np.cumsum(self._counts[chunk])[window_ends - 1])
+        return EpochOrder(self, epoch)
 
     def locate(self, row: int) -> Position:
         """Where the row-th row of the rank's stream (from 0, over all epochs) is."""
         epoch, rest = divmod(row, self.rows_per_epoch)
-        ends = self.epoch(epoch).row_ends
-        window = int(np.searchsorted(ends, rest, side="right"))
-        return Position(epoch, window, rest - (int(ends[window - 1]) if window else 0))
-
-    def window(self, blocks: EpochOrder, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token chunk and stored layer, each int64, of a window's blocks."""
-        cut = slice(window * self.blocks_per_window, (window + 1) * self.blocks_per_window)
-        return blocks.chunk[cut], blocks.layer[cut]
+        blocks = self.epoch(epoch)
+        window = int(np.searchsorted(blocks.row_ends, rest, side="right"))
+        return Position(epoch, window, rest - (int(blocks.row_ends[window - 1]) if window else 0), blocks)
 
     def shuffled(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
         """`rows` (any int array) of a window in the order in which they are served."""
         return np.random.Generator(_bits(self.seed, _ROWS, self.rank, epoch, window)).permutation(rows)
 
 
-def chunk_row_counts(row_mask: np.ndarray, chunk_tokens: int) -> tuple[int, ...]:
-    """How many tokens of each token chunk the mask (bool [T]) keeps."""
-    return tuple(np.add.reduceat(row_mask.astype(np.int64), np.arange(0, len(row_mask), chunk_tokens)).tolist())
+def chunk_row_counts(row_mask: np.ndarray, chunk_tokens: int) -> np.ndarray:
+    """How many tokens of each token chunk the mask (bool [T]) keeps: int64 [chunks]."""
+    return np.add.reduceat(row_mask, np.arange(0, len(row_mask), chunk_tokens), dtype=np.int64)
 
 
 def validation_documents(n_documents: int, fraction: float, seed: int) -> np.ndarray:

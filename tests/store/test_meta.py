@@ -15,22 +15,36 @@ from tests.support.stores import make_meta
         (30, 576, (256, 1792)),  # SmolLM2-135M: 256 * 576 * 2 = 295 kB; 7 * 256 tokens * 34,560 B = 61.9 MB
         (6, 512, (512, 10752)),  # pythia-70m: 512 * 512 * 2 = 512 KiB exactly
         (16, 2048, (128, 1024)),  # pythia-1b: 1,024 tokens * 65,536 B = 64 MiB exactly
-        (80, 8192, (64, 64)),  # a shard of one chunk: 84 MB
-        (126, 16384, (32, 32)),  # 64 tokens would be 264 MB a shard
+        (32, 4096, (64, 512)),  # 64 MiB would be 256 tokens
+        (80, 8192, (64, 512)),  # 671 MB, with 10 MB of moments
+        (126, 16384, (32, 256)),  # 64 tokens would be 264 MB a chunk, and 512 tokens 2.1 GB a shard
     ],
 )
 def test_chunks_and_shards_of_known_models(n_layers: int, d_model: int, expected: tuple[int, int]) -> None:
-    assert chunk_and_shard_tokens(10**7, n_layers, d_model, 2) == expected
+    assert chunk_and_shard_tokens(10**6, n_layers, d_model, 2) == expected
 
 
-@given(st.integers(1, 10**6), st.integers(1, 100), st.integers(1, 20000), st.sampled_from([2, 4]))
+@pytest.mark.parametrize(
+    ("n_tokens", "expected"),
+    [
+        (8192 * 1024, 1024),  # 8,192 shards of 64 MiB: 550 GB
+        (10**8, 12288),  # 96 chunks of 128 tokens: 8,139 shards
+        (10**9, 16384),  # 1 GiB: 61,036 shards of 65.5 TB
+    ],
+)
+def test_large_stores_have_larger_shards(n_tokens: int, expected: int) -> None:
+    assert chunk_and_shard_tokens(n_tokens, 16, 2048, 2) == (128, expected)
+
+
+@given(st.integers(1, 10**10), st.integers(1, 100), st.integers(1, 20000), st.sampled_from([2, 4]))
 def test_chunks_and_shards_keep_the_rules(n_tokens: int, n_layers: int, d_model: int, itemsize: int) -> None:
     chunk, shard = chunk_and_shard_tokens(n_tokens, n_layers, d_model, itemsize)
     assert chunk & (chunk - 1) == 0
     assert chunk <= 512
     assert shard % chunk == 0
     assert shard <= -(-n_tokens // chunk) * chunk
-    assert shard * n_layers * d_model * itemsize <= 128 * 2**20 or chunk == 1
+    assert chunk * n_layers * d_model * itemsize <= 128 * 2**20 or chunk == 1
+    assert shard * n_layers * d_model * itemsize <= 2**30
 
 
 def test_attributes_round_trip_through_json() -> None:

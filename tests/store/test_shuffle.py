@@ -4,12 +4,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residscope.errors import UsageError
+from store import shuffle
 from store.shuffle import RowOrder, chunk_row_counts, permutation, spread_order, validation_documents
 
 
 def row_order(**changes) -> RowOrder:  # type: ignore[no-untyped-def]
     defaults = {"chunk_rows": (4, 0, 3, 4, 1, 4, 2, 4), "layers": (0, 1, 2), "blocks_per_window": 5, "seed": 7}
-    return RowOrder(**(defaults | changes))
+    options = defaults | changes
+    return RowOrder(**options | {"chunk_rows": np.array(options["chunk_rows"])})
+
+
+def all_blocks(order: RowOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    return order.epoch(epoch).blocks(0, order.n_blocks)
 
 
 @given(st.integers(1, 30), st.integers(0, 3), st.integers(1, 4), st.integers(0, 2**64 - 1))
@@ -20,13 +26,14 @@ def test_every_block_with_rows_comes_once_in_an_epoch(window: int, epoch: int, w
     for rank in range(world_size):
         one = row_order(blocks_per_window=window, seed=seed, rank=rank, world_size=world_size)
         blocks = one.epoch(epoch)
-        seen += zip(blocks.chunk.tolist(), blocks.layer.tolist(), strict=True)
-        assert one.n_blocks == len(blocks.chunk)
+        chunks, layers = all_blocks(one, epoch)
+        seen += zip(chunks.tolist(), layers.tolist(), strict=True)
+        assert one.n_blocks == len(chunks)
         assert len(blocks.row_ends) == -(-one.n_blocks // window)
         assert blocks.row_ends[-1] == one.rows_per_epoch
         rows += one.rows_per_epoch
-        parts = [one.window(blocks, i) for i in range(len(blocks.row_ends))]
-        assert np.array_equal(np.concatenate([chunk for chunk, _ in parts]), blocks.chunk)
+        parts = [blocks.window(i) for i in range(len(blocks.row_ends))]
+        assert np.array_equal(np.concatenate([chunk for chunk, _ in parts]), chunks)
     assert sorted(seen) == [(c, layer) for c in (0, 2, 3, 4, 5, 6, 7) for layer in (0, 1, 2)]
     assert rows == 22 * 3
 
@@ -35,9 +42,9 @@ def test_windows_and_ranks_hold_all_layers_evenly() -> None:
     for rank in range(3):
         one = row_order(chunk_rows=(1,) * 100, layers=(0, 1, 2, 3), blocks_per_window=10, rank=rank, world_size=3)
         blocks = one.epoch(0)
-        assert len(set(np.bincount(blocks.layer).tolist())) == 1
+        assert len(set(np.bincount(all_blocks(one, 0)[1]).tolist())) == 1
         for i in range(len(blocks.row_ends)):
-            _, layer = one.window(blocks, i)
+            _, layer = blocks.window(i)
             assert np.bincount(layer, minlength=4).max() <= -(-len(layer) // 4) + 1
 
 
@@ -69,7 +76,7 @@ def test_windows_hold_every_chunk_at_about_as_many_layers() -> None:
         one = row_order(chunk_rows=(1,) * 48, layers=layers, blocks_per_window=144, rank=rank, world_size=world_size)
         blocks = one.epoch(0)
         for i in range(len(blocks.row_ends)):
-            chunk, _ = one.window(blocks, i)
+            chunk, _ = blocks.window(i)
             times = np.bincount(chunk, minlength=48)
             if world_size == 1:  # A quarter of all blocks; ranks have other chunks at every layer.
                 assert set(times.tolist()) <= {2, 3, 4}
@@ -79,15 +86,28 @@ def test_windows_hold_every_chunk_at_about_as_many_layers() -> None:
 
 def test_orders_differ_by_epoch_seed_layer_and_window() -> None:
     one = row_order(chunk_rows=(1,) * 40)
-    first, second = one.epoch(0), one.epoch(1)
-    assert np.array_equal(first.chunk, row_order(chunk_rows=(1,) * 40).epoch(0).chunk)
-    assert not np.array_equal(first.chunk, second.chunk)
-    assert not np.array_equal(first.chunk, row_order(chunk_rows=(1,) * 40, seed=8).epoch(0).chunk)
-    assert not np.array_equal(first.chunk[first.layer == 0], first.chunk[first.layer == 1])
+    chunk, layer = all_blocks(one, 0)
+    assert np.array_equal(chunk, all_blocks(row_order(chunk_rows=(1,) * 40), 0)[0])
+    assert not np.array_equal(chunk, all_blocks(one, 1)[0])
+    assert not np.array_equal(chunk, all_blocks(row_order(chunk_rows=(1,) * 40, seed=8), 0)[0])
+    assert not np.array_equal(chunk[layer == 0], chunk[layer == 1])
     rows = np.arange(100)
     orders = [one.shuffled(rows, epoch, window) for epoch, window in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(order) == rows.tolist() for order in orders)
     assert len({tuple(order) for order in orders}) == 3
+
+
+@pytest.mark.parametrize("piece", [1, 4, 7])
+def test_blocks_are_the_same_however_they_are_asked_for(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = row_order()
+    chunk, layer = all_blocks(one, 1)
+    ends = np.cumsum(one.chunk_rows[chunk])[[4, 9, 14, 19, 20]]
+    monkeypatch.setattr(shuffle, "_PIECE", piece)
+    blocks = one.epoch(1)
+    assert np.array_equal(blocks.row_ends, ends)
+    for start in range(len(chunk)):
+        found = blocks.blocks(start, start + piece)
+        assert np.array_equal(found, (chunk[start : start + piece], layer[start : start + piece]))
 
 
 @given(st.integers(0, 131))
@@ -101,7 +121,7 @@ def test_locate_is_where_the_row_is(row: int) -> None:
 
 
 def test_chunk_row_counts() -> None:
-    assert chunk_row_counts(np.array([1, 1, 0, 0, 0, 0, 1], bool), 3) == (2, 0, 1)
+    assert chunk_row_counts(np.array([1, 1, 0, 0, 0, 0, 1], bool), 3).tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("changes", [{"rank": 2, "world_size": 2}, {"seed": -1}, {"layers": ()}, {"layers": (1, 1)}])
