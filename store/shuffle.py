@@ -26,7 +26,7 @@ _RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
 
 
 class EpochOrder:
-    """The blocks of one rank's epoch, in order, worked out where they are asked for: an epoch of 1e9 tokens has 10^8."""
+    """The blocks of one rank's epoch, in order, worked out when asked for: 1e9 tokens have 10^8 of them."""
 
     def __init__(self, order: "RowOrder", epoch: int) -> None:
         self._order, self._epoch = order, epoch
@@ -35,15 +35,19 @@ class EpochOrder:
         self._steps = spread_order(n_steps, order.seed, _CHUNKS, order.rank, epoch)
         starts = permutation(n_layers, order.seed, _STARTS, order.rank, epoch)
         self._starts = starts * n_steps // n_layers
-        per_window, rows = min(order.blocks_per_window, self.n_blocks), 0  # which may be beyond int64
-        window_ends = np.append(np.arange(per_window, self.n_blocks, per_window), self.n_blocks)
-        self.row_ends = np.empty_like(window_ends)
+        before = np.zeros(n_steps + 1, np.int64)  # rows served before each step
+        for begin, chunks in zip(self._starts.tolist(), order.own_chunks, strict=True):
+            before[1:] += np.roll(order.chunk_rows[chunks][self._steps], -begin)
+        np.cumsum(before, out=before)
+        per_window = min(order.blocks_per_window, self.n_blocks)  # which may be beyond int64
+        ends = np.append(np.arange(per_window, self.n_blocks, per_window), self.n_blocks)
+        self.row_ends = before[ends // n_layers]
         """int64 [windows]: rows served in the epoch when each window is done."""
-        for start in range(0, self.n_blocks, _PIECE):
-            sums = rows + np.cumsum(order.chunk_rows[self.blocks(start, start + _PIECE)[0]])
-            here = slice(*np.searchsorted(window_ends, [start + 1, start + len(sums) + 1]))
-            self.row_ends[here] = sums[window_ends[here] - start - 1]
-            rows = sums[-1]
+        for start in range(0, len(ends), size := max(_PIECE // per_window, 1)):
+            step, rest = np.divmod(ends[start : start + size], n_layers)
+            chunk, _ = self._mixed(np.minimum(step, n_steps - 1))
+            of_step = order.chunk_rows[chunk] * (np.arange(n_layers) < rest[:, None])
+            self.row_ends[start : start + size] += of_step.sum(axis=1)
 
     def window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Token chunk and stored layer, each int64, of a window's blocks."""
@@ -52,19 +56,24 @@ class EpochOrder:
 
     def blocks(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Token chunk of the store, and stored layer, each int64, of the epoch's blocks from `start` to `stop`."""
-        order, n_layers, n_steps = self._order, len(self._order.layers), len(self._steps)
+        n_layers = len(self._order.layers)
         first, last = start // n_layers, -(-min(stop, self.n_blocks) // n_layers)
-        step, wanted = np.arange(first, last), slice(start - first * n_layers, stop - first * n_layers)
+        chunk, layer = self._mixed(np.arange(first, last))
+        wanted = slice(start - first * n_layers, stop - first * n_layers)
+        return chunk.reshape(-1)[wanted], layer.reshape(-1)[wanted]
+
+    def _mixed(self, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token chunk and stored layer, each int64 [n, L], of the blocks of some steps, int64 [n], ascending."""
+        order, n_layers = self._order, len(self._order.layers)
         chunk = np.empty((len(step), n_layers), np.int64)
         for i, (begin, chunks) in enumerate(zip(self._starts.tolist(), order.own_chunks, strict=True)):
-            chunk[:, i] = chunks[self._steps[(step + begin) % n_steps]]
-        # Four numbers of each count of Philox.
-        skipped = first * n_layers % 4
-        bits = _bits(order.seed, _LAYERS, order.rank, self._epoch).advance(first * n_layers // 4)
-        draws = np.asarray(bits.random_raw(skipped + chunk.size), np.uint64)[skipped:]
-        mix = np.argsort(draws.reshape(chunk.shape), axis=1)
-        layer = np.array(order.layers, np.int64)[mix]
-        return np.take_along_axis(chunk, mix, axis=1).reshape(-1)[wanted], layer.reshape(-1)[wanted]
+            chunk[:, i] = chunks[self._steps[(step + begin) % len(self._steps)]]
+        first, end = (int(edge) * n_layers for edge in (step[0], step[-1] + 1))
+        # Each count of Philox gives four numbers.
+        bits = _bits(order.seed, _LAYERS, order.rank, self._epoch).advance(first // 4)
+        draws = np.asarray(bits.random_raw(end - first + first % 4), np.uint64)[first % 4 :]
+        mix = np.argsort(draws.reshape(-1, n_layers)[step - step[0]], axis=1)
+        return np.take_along_axis(chunk, mix, axis=1), np.array(order.layers, np.int64)[mix]
 
 
 class Position(NamedTuple):
