@@ -33,8 +33,12 @@ from analysis.tiles import keep_going, stop_tasks
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, is_out_of_memory, said
 from residscope.reading import reading
 
-MAX_TASKS = 256
-"""Groups of shards that a store is cut into at most: enough for many workers, few enough that merging costs nothing."""
+TASKS = 256
+"""Groups of shards that a store is cut into at most, where they are small: enough for many workers, few enough that
+merging costs nothing."""
+
+TASK_SHARDS = 16
+"""Shards of a group at most, 1 to 17 GB: what a worker that dies takes with it."""
 
 MERGE_WIDTH = 8
 """Sums that one node of the tree merges."""
@@ -90,8 +94,8 @@ def run(total: ShardSum[R], pool: "Pool") -> R:
 
 
 def shard_groups(n_shards: int) -> list[slice]:
-    """Runs of consecutive shards, all of one length but the last, at most `MAX_TASKS` of them."""
-    size = max(1, -(-n_shards // MAX_TASKS))
+    """Runs of consecutive shards, all of one length but the last."""
+    size = max(1, min(-(-n_shards // TASKS), TASK_SHARDS))
     return [slice(start, min(start + size, n_shards)) for start in range(0, n_shards, size)]
 
 

@@ -17,12 +17,15 @@ from store.arrays import TokenTable
 from store.shuffle import validation_documents
 
 MAX_GROUPS = 100
-"""Document groups that sums are kept for: enough for 95 % intervals, few enough that the sums stay small."""
+"""Document groups that sums are kept for: enough for 95 % intervals, few enough that the sums stay small, and for a
+byte of each token."""
 
 GROUP_BYTES = 512 * 2**20
 """Memory that the sums of all document groups may take; many latents get fewer groups, at least `MIN_GROUPS`."""
 
 MIN_GROUPS = 16
+
+_PIECE = 1 << 22  # Tokens that are looked at together.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Selection:
     """[T] tokens of held-out documents, if any, for validation FVU and the PCA baseline's."""
     fit: NDArray[np.bool_]
     """[T] tokens that the PCA baseline is fitted on: of documents not held out; none if nothing is held out."""
-    group: NDArray[np.int64]
+    group: NDArray[np.int8]
     """[T] document group of an analysed token, 0 .. n_groups - 1, not descending; -1 elsewhere."""
     held_out: NDArray[np.bool_]
     """[documents of the store] whether the autoencoder was not trained on it."""
@@ -66,7 +69,7 @@ def select(tokens: TokenTable, held_out: NDArray[np.bool_], options: TokenOption
         raise IncompatibleError(f"no tokens to analyse: {_EMPTY[options.split]}")
     if not of_split["validation"].any():
         of_split["train"] = of_split["validation"]  # nothing is held out, so PCA is not fitted either
-    group, n_documents, n_groups = _document_groups(tokens.document, analysed, n_latents)
+    group, n_documents, n_groups = _document_groups(tokens.document, analysed, len(held_out), n_latents)
     return Selection(
         analysed=analysed,
         validation=_first(of_split["validation"], options.max_tokens),
@@ -108,20 +111,34 @@ def held_out_documents(tokens: TokenTable, validation: Mapping | None, *, same_s
 
 def _first(mask: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]:
     """`mask` with only its first `limit` True entries."""
-    return mask if limit is None else mask & (np.cumsum(mask) <= limit)
+    left = len(mask) if limit is None else limit
+    for start in range(0, len(mask), _PIECE):
+        found = np.flatnonzero(mask[start : start + _PIECE])
+        if len(found) > left:
+            end = start + int(found[left])
+            return np.concatenate([mask[:end], np.zeros(len(mask) - end, bool)])
+        left -= len(found)
+    return mask
 
 
 def _document_groups(
-    document: NDArray[np.integer], analysed: NDArray[np.bool_], n_latents: int
-) -> tuple[NDArray[np.int64], int, int]:
+    document: NDArray[np.integer], analysed: NDArray[np.bool_], n_documents: int, n_latents: int
+) -> tuple[NDArray[np.int8], int, int]:
     """Group of each token (-1 where not analysed), documents with an analysed token, and groups.
 
     A document goes to the group that the middle of its tokens falls in, the analysed tokens cut into equal parts.
     """
-    present, first, size = np.unique(document[analysed], return_index=True, return_counts=True)
+    size = np.zeros(n_documents, np.int64)
+    for start in range(0, len(document), _PIECE):
+        piece = slice(start, start + _PIECE)
+        size += np.bincount(document[piece][analysed[piece]], minlength=n_documents)
+    present = np.flatnonzero(size)
+    middle = np.cumsum(size[present]) - size[present] / 2
     limit = int(np.clip(GROUP_BYTES // (8 * 8 * n_latents), MIN_GROUPS, MAX_GROUPS))
-    wanted = ((first + size / 2) * min(limit, len(present)) / size.sum()).astype(np.int64)
-    _, of_document = np.unique(wanted, return_inverse=True)
-    group = np.full(len(document), -1, np.int64)
-    group[analysed] = np.repeat(of_document, size)
-    return group, len(present), int(of_document[-1]) + 1
+    wanted = (middle * min(limit, len(present)) / size.sum()).astype(np.int64)
+    _, of_present = np.unique(wanted, return_inverse=True)
+    of_document = np.full(n_documents, -1, np.int8)
+    of_document[present] = of_present
+    group = of_document[document]
+    np.putmask(group, ~analysed, -1)
+    return group, len(present), int(of_present[-1]) + 1

@@ -49,7 +49,7 @@ def contexts_per_layer(n_latents: int, n_layers: int) -> int:
     return max(2, min(N_CONTEXTS, MAX_CONTEXTS // (n_latents * n_layers)))
 
 
-def context_agreement(token: NDArray[np.int32], n_tokens: NDArray[np.int64]) -> ContextAgreement:
+def context_agreement(token: NDArray[np.int64], n_tokens: NDArray[np.int64]) -> ContextAgreement:
     """From the top contexts token [M, L, n] (-1: fewer) and the tokens at which a latent fired at any layer [M]."""
     n_latents, n_layers, n = token.shape
     shared = np.zeros(n_latents, np.int64)
@@ -87,7 +87,7 @@ def agreement_summary(found: ContextAgreement) -> dict[str, Any]:
 def _count_shared(tokens, shared, pairs, shared_by_distance):
     """Count the tokens that each two layers' top contexts share.
 
-    tokens int32 [M, L, n], each [n] ascending, -1 where there are fewer: such a layer is left out. Added to in place,
+    tokens int64 [M, L, n], each [n] ascending, -1 where there are fewer: such a layer is left out. Added to in place,
     int64: shared [M], pairs of layers [M, L] and shared_by_distance [L] by their distance.
     """
     n_latents, n_layers, n = tokens.shape

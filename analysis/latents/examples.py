@@ -47,14 +47,14 @@ class TopExamples:
     """The most active tokens of each latent at each layer, in no order; each array [M, L, n]."""
 
     activation: NDArray[np.float32]
-    token: NDArray[np.int32]
+    token: NDArray[np.int64]
     """Place in the store, -1 where there is none."""
     document: NDArray[np.int32]
 
     @classmethod
     def zeros(cls, n_latents: int, n_layers: int, n: int) -> "TopExamples":
         none = np.zeros((n_latents, n_layers, n), np.int32)
-        return cls(activation=none.astype(np.float32), token=none - 1, document=none)
+        return cls(activation=none.astype(np.float32), token=none.astype(np.int64) - 1, document=none)
 
     def add(self, codes: CodeTile, document: NDArray[np.integer]) -> None:
         """Offer tokens, in place; document: [T] theirs. A token must be offered once."""
@@ -132,7 +132,7 @@ def _insert(values, indices, token, document, best, best_token, best_document):
     """Offer the positive activations of T tokens to the examples of their (latent, layer).
 
     values float32 or float64 [T, L, k]; indices int64 [T, L, k]; token, document int64 [T]. Changed in place: best
-    float32, best_token int32 (-1: none), best_document int32, each [M, L, n].
+    float32, best_token int64 (-1: none), best_document int32, each [M, L, n].
     """
     n_tokens, n_layers, k = values.shape
     floor = np.empty(best.shape[:2], np.float32)  # most activations are below it, and cost no more than this look

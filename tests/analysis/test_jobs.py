@@ -74,7 +74,7 @@ def test_results_are_merged_in_the_order_of_shards(n_workers, n_shards):
 def test_groups_cover_every_shard_once_and_are_no_more_than_the_limit(n_shards):
     groups = jobs.shard_groups(n_shards)
     assert [i for group in groups for i in range(n_shards)[group]] == list(range(n_shards))
-    assert len(groups) <= jobs.MAX_TASKS
+    assert len(groups) <= max(jobs.TASKS, -(-n_shards // jobs.TASK_SHARDS))
 
 
 def test_a_task_that_fails_is_tried_again(tmp_path):
@@ -86,7 +86,7 @@ def test_a_task_that_fails_is_tried_again(tmp_path):
 def test_a_task_that_always_fails_names_its_shards(monkeypatch):
     with pytest.raises(ResidscopeError, match=r"shard 6 failed 3 times, last with RuntimeError: a lasting trouble"):
         jobs.run(shard_sum(fail_always), jobs.Threads(2))
-    monkeypatch.setattr(jobs, "MAX_TASKS", 5)
+    monkeypatch.setattr(jobs, "TASKS", 5)
     with pytest.raises(ResidscopeError, match=r"shards 0 to 6 failed 3 times"):
         jobs.run(shard_sum(fail_always), jobs.Threads(2))
 

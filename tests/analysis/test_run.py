@@ -236,7 +236,7 @@ def test_the_numbers_are_the_same_bits_with_any_number_of_threads_and_grouping_c
     one = run(small, tmp_path / "a", n_workers=1)
     three = run(small, tmp_path / "b", n_workers=3)
     assert numbers(one) == numbers(three)
-    monkeypatch.setattr("analysis.jobs.MAX_TASKS", 2)
+    monkeypatch.setattr("analysis.jobs.TASKS", 2)
     grouped = run(small, tmp_path / "c")
     np.testing.assert_allclose(numbers(grouped), numbers(one), rtol=1e-12)
 

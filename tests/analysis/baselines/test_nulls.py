@@ -133,7 +133,7 @@ def test_the_summary_holds_ratios_that_no_grouping_of_shards_changes(tmp_path, m
     mass = nulls["tokens_permuted"]["variance"]["mass"]
     assert mass["aggregate"] == pytest.approx(summary["variance"]["mass"]["aggregate"], rel=1e-9)
 
-    monkeypatch.setattr("analysis.jobs.MAX_TASKS", 2)
+    monkeypatch.setattr("analysis.jobs.TASKS", 2)
     other = run(make_small(tmp_path / "b", shard_tokens=16), tmp_path / "out_b")["nulls"]
     for name in NULLS:
         for part in ("variance", "persistence"):

@@ -135,6 +135,14 @@ def test_examples_are_the_best_of_different_documents_in_any_grouping(
     np.testing.assert_array_equal(found.document, document[found.token])
 
 
+def test_tokens_beyond_int32_are_kept() -> None:
+    """A store of 3e9 tokens."""
+    top, token = TopExamples.zeros(M, L, 1), np.array([2**31, 2**33 + 1])
+    codes = CodeTile(token, np.ones((2, L, 1), np.float32), np.repeat([[[0]], [[1]]], L, axis=1))
+    top.add(codes, np.zeros(2, np.int32))
+    assert set(top.found().token.tolist()) == set(token.tolist())
+
+
 def test_windows_end_at_documents_and_at_sequences() -> None:
     document = np.repeat([0, 1, 2], [30, 20, 50]).astype(np.int32)
     position = (np.arange(100) % 40).astype(np.int32)
