@@ -5,8 +5,7 @@ Libraries abort in native code, or fail in ways of their own, where they are ref
 command that starts under a limit (`ulimit -v`) is refused below what it takes on the smallest of models.
 
 By default glibc's malloc returns freed memory of some megabytes at once, and each layer's or step's temporaries are
-then faulted in page by page: on 2 cores that was 12 % of a float32 forward pass and 6 % of a training step. The peak
-stays as it is. Other allocators and systems, and memory that CUDA manages, are left as they are.
+then faulted in page by page: on 2 cores that was 12 % of a float32 forward pass and 6 % of a training step. Other allocators and systems, and memory that CUDA manages, are left as they are.
 """
 
 import contextlib
@@ -20,8 +19,8 @@ from residscope.errors import ResidscopeError
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Names of malloc.h."""
 
-_MMAP_BYTES = (2**30, 2**25)
-"""Larger blocks come straight from the system and go straight back; the second is the most before glibc 2.35."""
+_OLDEST_BYTES = 2**25
+"""The largest block that is kept before glibc 2.35."""
 
 _TRIM_BYTES = 2**31 - 1
 """The largest that an int holds: what is free beyond it is given back."""
@@ -52,11 +51,12 @@ def free_memory() -> int | None:
 
 
 @functools.cache
-def keep_freed_memory() -> bool:
-    """Set it for this process, once; gives whether the allocator took it."""
+def keep_freed_memory(largest: int = 2**30) -> bool:
+    """Set it for this process; gives whether the allocator took it. Blocks above `largest` come straight from the
+    system and go straight back: those whose size changes from step to step would leave holes that none fits into."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl and macOS have no such function, Windows no such handle.
         return False
-    taken = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP_BYTES)
+    taken = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (largest, _OLDEST_BYTES))
     return taken and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES))

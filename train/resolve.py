@@ -22,6 +22,7 @@ from train.kernels.choose import choose_kernels
 from train.model_config import THRESHOLDED, SAEConfig, default_prefixes
 from train.objective.losses import dead_threshold
 from train.objective.recipes import BEFORE_RECIPES, Recipe, complete, fill, recorded_flags
+from train.objective.statistics import MEDIAN_VECTORS
 from train.objective.variants import StepOptions, variant_of
 
 RECORDED = (
@@ -228,14 +229,16 @@ class MemoryEstimate(NamedTuple):
 
 
 def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore) -> MemoryEstimate:
-    """How much memory runs of `plans` take over one stream: each its weights and moments; the rest is shared."""
+    """How much memory runs of `plans` take over one stream: each its weights and moments; the rest is shared. AuxK is
+    counted with half of the latents dead."""
     meta = store.meta
     held = sum(weight_copies(plan) * 4 * _weights(plan) for plan in plans)
     gradients = sum({plan.model.n_latents: 4 * _weights(plan) for plan in plans}.values())
     plan = plans[0]
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
     window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.stream_layers or plan.layers) * block)
-    return MemoryEstimate(held + gradients + max(_working(plan) for plan in plans), 2 * window)
+    statistics = 4 * MEDIAN_VECTORS * meta.d_model * 4  # the sample, its parts, and what the median makes of it
+    return MemoryEstimate(held + gradients + max(statistics, *(_working(plan) for plan in plans)), 2 * window)
 
 
 def weight_copies(plan: RunPlan) -> int:
@@ -257,4 +260,5 @@ def _working(plan: RunPlan) -> int:
     nested = blocks * n * 4 * d + 4 * _weights(plan) if blocks else 0
     casts = _weights(plan) if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK
     tiles = (10 if plan.model.activation in THRESHOLDED else 4) * plan.tile_bytes
-    return 2 * casts + batch + nested + tiles
+    auxk = 2 * 4 * _weights(plan) + casts if objective.aux_coef else 0  # of all latents: copies, gradients, casts
+    return 2 * casts + batch + nested + tiles + auxk // 2

@@ -58,6 +58,7 @@ def test_memory_counts_what_a_variant_needs_beside(store: ActivationStore) -> No
 def test_memory_grows_with_what_it_should(store: ActivationStore) -> None:
     small, large = (plan_of(store, n_latents=n, dtype="float32") for n in (100, 1100))
     growth = memory_estimate([large], store).device - memory_estimate([small], store).device
-    assert growth == 4 * 2 * 1000 * 12 * 4  # weights, gradients and two moments of W_enc and W_dec in float32
+    # Weights, gradients and two moments of W_enc and W_dec in float32, and AuxK's copies and gradients of half of each.
+    assert growth == 5 * 2 * 1000 * 12 * 4
     # The whole store, one chunk a layer, twice.
     assert memory_estimate([small], store).shuffle == 2 * 256 * 3 * 12 * 2

@@ -23,7 +23,7 @@ def choose_kernels(like: Tensor, name: str = "auto") -> Kernels:
     on does not fit, `ResidscopeError` where it is not installed.
     """
     if like.device.type == "cpu":
-        keep_freed_memory()  # What follows is step after step of the same temporaries.
+        keep_freed_memory(2**26)  # Each step makes the same temporaries, but for AuxK's of the dead latents.
     compiled = _COMPILED.get(like.device.type)
     applies = like.dtype in (torch.float32, torch.float64)
     if name == "auto":
