@@ -5,7 +5,8 @@ Libraries abort in native code, or fail in ways of their own, where they are ref
 command that starts under a limit (`ulimit -v`) is refused below what it takes on the smallest of models.
 
 By default glibc's malloc returns freed memory of some megabytes at once, and each layer's or step's temporaries are
-then faulted in page by page: on 2 cores that was 12 % of a float32 forward pass and 6 % of a training step. Other allocators and systems, and memory that CUDA manages, are left as they are.
+then faulted in page by page: on 2 cores that was 12 % of a float32 forward pass and 6 % of a training step. Other
+allocators and systems, and memory that CUDA manages, are left as they are.
 """
 
 import contextlib

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,8 +12,9 @@ from store.shuffle import RowOrder, chunk_row_counts, permutation, spread_order,
 
 def row_order(**changes) -> RowOrder:  # type: ignore[no-untyped-def]
     defaults = {"chunk_rows": (4, 0, 3, 4, 1, 4, 2, 4), "layers": (0, 1, 2), "blocks_per_window": 5, "seed": 7}
-    options = defaults | changes
-    return RowOrder(**options | {"chunk_rows": np.array(options["chunk_rows"])})
+    options: dict[str, Any] = defaults | changes
+    options["chunk_rows"] = np.array(options["chunk_rows"])
+    return RowOrder(**options)
 
 
 def all_blocks(order: RowOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
