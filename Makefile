@@ -10,7 +10,7 @@ STAMP := $(VENV)/.residscope-installed
 # Two pools of spinning threads starve each other on a small machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test explore test-interop bench-peers lint types check setup clean
+.PHONY: demo test explore test-interop bench-peers bench-gpu lint types check setup clean
 
 demo: setup
 	$(BIN)/residscope demo --out demo
@@ -36,6 +36,10 @@ $(INTEROP_VENV)/.installed: tests/interop/requirements.txt
 # Speed and FVU of a training step beside other trainers', which live in an environment of their own.
 bench-peers: setup $(PEERS_VENV)/.installed
 	$(BIN)/python benchmarks/bench_step.py --peers $(PEERS_VENV)/bin/python --json
+
+# Whatever a GPU can tell: tests of CUDA and Triton code, and speed at pythia-1b's and pythia-160m's sizes.
+bench-gpu: setup
+	$(BIN)/python benchmarks/bench_gpu.py --peers $(PEERS_VENV)/bin/python --json
 
 # torchvision comes with one of them, is built for another torch than this one, and is used by none.
 $(PEERS_VENV)/.installed: benchmarks/peers-requirements.txt

@@ -91,7 +91,7 @@ def main() -> None:
             print_table(options, data.shape[1], n_latents, times)
             print_parts(measure_parts(options, data, init))
             if compared:
-                results |= ratios(times)
+                results |= {"milliseconds": times, **ratios(times)}
                 results |= compare_fvu(options, data, init, workers) if options.fvu_steps else {}
             else:
                 results[f"step_over_encoder_product_{n_latents}"] = ratios(times)["step_over_encoder_product"]
