@@ -1,4 +1,4 @@
-"""The order in which a store's rows are served: a window shuffle, a pure function of (seed, epoch, rank, world size).
+"""The order in which a store's rows are served: a window shuffle, a pure function of (seed, epoch).
 
 A row is one vector: a token at a layer. A block is one inner chunk: C tokens at one layer. How: an epoch has one order
 of the chunks, random, but such that every run of it comes from all over the store (`spread_order`), because
@@ -8,7 +8,7 @@ all layers and all parts of the store evenly, and each chunk about as often as a
 common at all layers cancels out. Compared to a random order for each layer, that halves what windows add to the
 variance of batch means (benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted.
 
-Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch of one rank.
+Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ import numpy as np
 from residscope.errors import UsageError
 
 # Each use of random numbers has a stream of its own, so that no two of one seed coincide.
-_RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
+_, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
 
 
 class EpochOrder(NamedTuple):
-    """The blocks of one rank's epoch, in order."""
+    """The blocks of an epoch, in order."""
 
     chunk: np.ndarray
     """int64 [B]: token chunk of the store."""
@@ -35,7 +35,7 @@ class EpochOrder(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place in a rank's stream of rows."""
+    """A place in the stream of rows."""
 
     epoch: int
     window: int
@@ -45,7 +45,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RowOrder:
-    """The order of one rank's rows in every epoch."""
+    """The order of the rows in every epoch."""
 
     chunk_rows: tuple[int, ...]
     """Rows that the mask keeps in each token chunk of the store, per layer."""
@@ -55,14 +55,8 @@ class RowOrder:
     """Blocks that are in memory, and mixed, at once."""
     seed: int
     """Seed of every permutation; not negative."""
-    rank: int = 0
-    """This process among `world_size`; each serves rows of its own."""
-    world_size: int = 1
-    """Processes that share the rows."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise UsageError(f"loader: rank should be within 0..{self.world_size - 1}, found {self.rank}")
         if self.seed < 0:
             raise UsageError(f"loader: seed should not be negative, found {self.seed}")
         if self.blocks_per_window < 1:
@@ -75,35 +69,30 @@ class RowOrder:
         return np.array(self.chunk_rows, np.int64)
 
     @cached_property
-    def _own_chunks(self) -> list[np.ndarray]:
-        """This rank's share of the chunks with rows, of each layer, ascending, the same in every epoch."""
-        used = np.flatnonzero(self._counts)
-        shares = []
-        for layer in self.layers:
-            order = permutation(len(used), self.seed, _RANKS, layer) if self.world_size > 1 else np.arange(len(used))
-            shares.append(used[np.sort(order[self.rank :: self.world_size])])
-        return shares
+    def _used(self) -> np.ndarray:
+        """The chunks with rows, ascending."""
+        return np.flatnonzero(self._counts)
 
     @cached_property
     def rows_per_epoch(self) -> int:
-        """Rows of this rank in every epoch."""
-        return int(sum(self._counts[chunks].sum() for chunks in self._own_chunks))
+        """Rows of every epoch."""
+        return int(self._counts.sum()) * len(self.layers)
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of this rank in every epoch (B)."""
-        return sum(len(chunks) for chunks in self._own_chunks)
+        """Blocks of every epoch (B)."""
+        return len(self._used) * len(self.layers)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """The blocks of an epoch, in order, and where its windows end."""
         n_layers = len(self.layers)
-        n_steps = len(self._own_chunks[0])
-        steps = spread_order(n_steps, self.seed, _CHUNKS, self.rank, epoch)
-        starts = permutation(n_layers, self.seed, _STARTS, self.rank, epoch) * n_steps // n_layers
+        n_steps = len(self._used)
+        steps = self._used[spread_order(n_steps, self.seed, _CHUNKS, 0, epoch)]
+        starts = permutation(n_layers, self.seed, _STARTS, 0, epoch) * n_steps // n_layers
         order = np.empty((n_steps, n_layers), np.int64)
-        for i, (start, chunks) in enumerate(zip(starts.tolist(), self._own_chunks, strict=True)):
-            order[:, i] = chunks[np.roll(steps, -start)]
-        draws = _random(n_steps * n_layers, self.seed, _LAYERS, self.rank, epoch)
+        for i, start in enumerate(starts.tolist()):
+            order[:, i] = np.roll(steps, -start)
+        draws = _random(n_steps * n_layers, self.seed, _LAYERS, 0, epoch)
         mix = np.argsort(draws.reshape(n_steps, n_layers), axis=1)
         chunk = np.take_along_axis(order, mix, axis=1).reshape(-1)
         layer = np.array(self.layers, np.int64)[mix].reshape(-1)
@@ -112,7 +101,7 @@ class RowOrder:
         return EpochOrder(chunk, layer, np.cumsum(self._counts[chunk])[window_ends - 1])
 
     def locate(self, row: int) -> Position:
-        """Where the row-th row of the rank's stream (from 0, over all epochs) is."""
+        """Where the row-th row of the stream (from 0, over all epochs) is."""
         epoch, rest = divmod(row, self.rows_per_epoch)
         ends = self.epoch(epoch).row_ends
         window = int(np.searchsorted(ends, rest, side="right"))
@@ -125,7 +114,7 @@ class RowOrder:
 
     def shuffled(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
         """`rows` (any int array) of a window in the order in which they are served."""
-        return np.random.Generator(_bits(self.seed, _ROWS, self.rank, epoch, window)).permutation(rows)
+        return np.random.Generator(_bits(self.seed, _ROWS, 0, epoch, window)).permutation(rows)
 
 
 def chunk_row_counts(row_mask: np.ndarray, chunk_tokens: int) -> tuple[int, ...]:
