@@ -191,7 +191,7 @@ class ActivationStore:
         are zero. Raises where a shard is missing or damaged.
         """
         order = np.lexsort((layer, chunk))
-        target = out.reshape(len(out), -1).view(np.uint8)
+        target = out.reshape(len(out), out.shape[1] * out.shape[2]).view(np.uint8)  # of no blocks too
         sorted_chunk, sorted_layer = chunk[order], layer[order]
         within = sorted_chunk % self.meta.chunks_per_shard
 

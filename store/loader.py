@@ -6,6 +6,9 @@ crc32c, while batches are gathered from the other. The stream of rows is cut int
 epochs, so that batch b is the same bytes whatever came before it, whatever the number of threads, and wherever a run
 was resumed. Memory: two windows of blocks, and the batch that is being made.
 
+Where several processes (ranks) share the stream, each reads every so many-th block of each window, and serves the rows
+of each batch that are in them: a batch is the same rows, whatever their number, and each rank reads its share once.
+
 Shapes: N rows in a batch, D = d_model, C tokens in a chunk, W blocks in a window, T tokens.
 """
 
@@ -34,6 +37,8 @@ class Batch(NamedTuple):
     """int64 [N]: stored layer of each row."""
     token: np.ndarray
     """int64 [N]: token of the store of each row."""
+    of_layer: np.ndarray
+    """int64 [stored layers]: rows of each layer, in all ranks together."""
 
 
 class _Window(NamedTuple):
@@ -44,10 +49,11 @@ class _Window(NamedTuple):
     layer: np.ndarray
     """int64 [W]: stored layer of each block."""
     rows: np.ndarray
-    """[W * C, words]: the rows of its buffer, as wide integers."""
+    """[W' * C, words]: the rows of its buffer, of this rank's blocks alone, as wide integers."""
     read: "Future[None]"
     order: "Future[np.ndarray]"
-    """int64 [rows served]: which of `rows` are served, in order; made by a thread of its own, in a tenth of `read`."""
+    """int64 [rows served]: which of the blocks' rows are served, in order; made by a thread of its own, in a tenth of
+    `read`."""
 
 
 class WindowLoader:
@@ -75,7 +81,8 @@ class WindowLoader:
 
         row_mask: bool [T], tokens to serve. window_bytes: size of one window; two are held. layers: stored layers,
         default all. threads: readers of a window. start_batch: batches of the stream to leave out, such as those that
-        an interrupted run has seen. Raises `UsageError` when there is no row to serve.
+        an interrupted run has seen. rank: this process among the `world_size` that share each batch. Raises
+        `UsageError` when there is no row to serve.
         """
         meta = store.meta
         row_mask = np.asarray(row_mask, bool)
@@ -91,16 +98,15 @@ class WindowLoader:
         self._epochs = epochs
         self._threads = threads
         self._next = start_batch
+        self._rank, self._world_size = rank, world_size
         self._order = RowOrder(
             chunk_rows=chunk_row_counts(row_mask, meta.chunk_tokens),
             layers=tuple(range(meta.n_layers)) if layers is None else tuple(int(layer) for layer in layers),
             blocks_per_window=max(window_bytes // (meta.chunk_tokens * meta.d_model * meta.itemsize), 1),
             seed=seed,
-            rank=rank,
-            world_size=world_size,
         )
         if self._order.rows_per_epoch == 0:
-            raise UsageError(f"{store.path}: no rows: the mask excludes all tokens of rank {rank}")
+            raise UsageError(f"{store.path}: no rows: the mask excludes all tokens")
         self._mask = row_mask
         self.wait_seconds = 0.0
         """Time that the caller has waited for windows to be read."""
@@ -117,9 +123,9 @@ class WindowLoader:
 
     @property
     def buffer_shape(self) -> tuple[int, int, int]:
-        """(W, C, D) of each of the two windows in memory."""
-        meta = self._store.meta
-        return min(self._order.blocks_per_window, self._order.n_blocks), meta.chunk_tokens, meta.d_model
+        """(W', C, D) of each of the two windows in memory."""
+        meta, blocks = self._store.meta, min(self._order.blocks_per_window, self._order.n_blocks)
+        return -(-blocks // self._world_size), meta.chunk_tokens, meta.d_model
 
     def __iter__(self) -> Generator[Batch, None, None]:
         meta = self._store.meta
@@ -130,35 +136,44 @@ class WindowLoader:
             while window is not None and self._next < self.n_batches:
                 wanted = min(self._batch_size, self.n_rows - self._next * self._batch_size)
                 rows = np.empty((wanted, meta.d_model), STORAGE_DTYPE[meta.stored_dtype])
-                batch = Batch(rows, np.empty(wanted, np.int64), np.empty(wanted, np.int64))
-                filled = 0
+                layer, token = np.empty((2, wanted), np.int64)
+                batch = Batch(rows, layer, token, np.zeros(meta.n_layers, np.int64))
+                passed = filled = 0
                 while True:
                     # While nothing is read, there is a core for a second thread.
                     idle = self._threads > 1 and (ahead is None or ahead.read.done())
-                    n = self._fill(batch, filled, window, served, helper if idle else None)
-                    filled, served = filled + n, served + n
-                    if filled == wanted:
+                    picked = window.order.result()[served : served + wanted - passed]
+                    filled += self._fill(batch, filled, window, picked, helper if idle else None)
+                    passed, served = passed + len(picked), served + len(picked)
+                    if passed == wanted:
                         break
                     # The window is spent; its buffer may be written over once it is let go.
                     (window, ahead), served = next(windows), 0
                 self._next += 1
-                yield batch
+                yield Batch(rows[:filled], layer[:filled], token[:filled], batch.of_layer)
         finally:
             windows.close()
             helper.shutdown()
 
-    def _fill(self, batch: Batch, filled: int, window: _Window, served: int, helper: ThreadPoolExecutor | None) -> int:
-        """Gather the window's rows from the one at `served` on into the batch; gives how many it had room for."""
-        picked = window.order.result()[served : served + len(batch.rows) - filled]
+    def _fill(
+        self, batch: Batch, filled: int, window: _Window, picked: np.ndarray, helper: ThreadPoolExecutor | None
+    ) -> int:
+        """Gather those of the window's rows `picked` that are this rank's into the batch; gives how many they are."""
+        chunk_tokens, ranks = self._store.meta.chunk_tokens, self._world_size
+        block, row = np.divmod(picked, chunk_tokens)
+        batch.of_layer[:] += np.bincount(window.layer[block], minlength=len(batch.of_layer))
+        if ranks > 1:
+            own = block % ranks == self._rank
+            block, row = block[own], row[own]
+            picked = block // ranks * chunk_tokens + row
         n = len(picked)
         target = slice(filled, filled + n)
         rows = _wide(batch.rows)[target]
         half = n // 2 if helper else n
         rest = helper.submit(_gather, window.rows, picked[half:], rows[half:]) if helper and half < n else None
         _gather(window.rows, picked[:half], rows[:half])
-        block, row = np.divmod(picked, self._store.meta.chunk_tokens)
         batch.layer[target] = window.layer[block]
-        batch.token[target] = window.chunk[block] * self._store.meta.chunk_tokens + row
+        batch.token[target] = window.chunk[block] * chunk_tokens + row
         if rest is not None:
             rest.result()
         return n
@@ -190,8 +205,9 @@ class WindowLoader:
             for window in range(start.window if epoch == start.epoch else 0, len(blocks.row_ends)):
                 skip = start.row if (epoch, window) == (start.epoch, start.window) else 0
                 chunk, layer = blocks.window(window)
-                out = next(buffers)[: len(chunk)]
-                read = reader.submit(self._store.read_blocks, chunk, layer, out, self._threads)
+                own = slice(self._rank, None, self._world_size)
+                out = next(buffers)[: len(chunk[own])]
+                read = reader.submit(self._store.read_blocks, chunk[own], layer[own], out, self._threads)
                 order = helper.submit(self._served_rows, chunk, epoch, window, skip)
                 yield _Window(chunk, layer, _wide(out.reshape(-1, out.shape[-1])), read, order)
 

@@ -1,4 +1,4 @@
-"""The order in which a store's rows are served: a window shuffle, a pure function of (seed, epoch, rank, world size).
+"""The order in which a store's rows are served: a window shuffle, a pure function of (seed, epoch).
 
 A row is one vector: a token at a layer. A block is one inner chunk: C tokens at one layer. How: an epoch has one order
 of the chunks, random, but such that every run of it comes from all over the store (`spread_order`), because
@@ -8,7 +8,7 @@ all layers and all parts of the store evenly, and each chunk about as often as a
 common at all layers cancels out. Compared to a random order for each layer, that halves what windows add to the
 variance of batch means (benchmarks/bench_shuffle.py). Runs of blocks are windows; the rows of a window are permuted.
 
-Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch of one rank.
+Shapes: T tokens, C tokens in a chunk, L layers served, B blocks in an epoch.
 """
 
 from dataclasses import dataclass
@@ -22,22 +22,23 @@ from residscope.errors import UsageError
 _PIECE = 1 << 22  # Blocks that are looked at together.
 
 # Each use of random numbers has a stream of its own, so that no two of one seed coincide.
-_RANKS, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
+_, _CHUNKS, _LAYERS, _ROWS, _DOCUMENTS, _STARTS = range(6)
 
 
 class EpochOrder:
-    """The blocks of one rank's epoch, in order, worked out when asked for: 1e9 tokens have 10^8 of them."""
+    """The blocks of an epoch, in order, worked out when asked for: 1e9 tokens have 10^8 of them."""
 
     def __init__(self, order: "RowOrder", epoch: int) -> None:
         self._order, self._epoch = order, epoch
         n_layers, self.n_blocks = len(order.layers), order.n_blocks
         n_steps = self.n_blocks // n_layers
-        self._steps = spread_order(n_steps, order.seed, _CHUNKS, order.rank, epoch)
-        starts = permutation(n_layers, order.seed, _STARTS, order.rank, epoch)
+        self._steps = spread_order(n_steps, order.seed, _CHUNKS, 0, epoch)
+        starts = permutation(n_layers, order.seed, _STARTS, 0, epoch)
         self._starts = starts * n_steps // n_layers
         before = np.zeros(n_steps + 1, np.int64)  # rows served before each step
-        for begin, chunks in zip(self._starts.tolist(), order.own_chunks, strict=True):
-            before[1:] += np.roll(order.chunk_rows[chunks][self._steps], -begin)
+        of_step = order.chunk_rows[order.used][self._steps]
+        for begin in self._starts.tolist():
+            before[1:] += np.roll(of_step, -begin)
         np.cumsum(before, out=before)
         per_window = min(order.blocks_per_window, self.n_blocks)  # which may be beyond int64
         ends = np.append(np.arange(per_window, self.n_blocks, per_window), self.n_blocks)
@@ -65,19 +66,17 @@ class EpochOrder:
     def _mixed(self, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token chunk and stored layer, each int64 [n, L], of the blocks of some steps, int64 [n], ascending."""
         order, n_layers = self._order, len(self._order.layers)
-        chunk = np.empty((len(step), n_layers), np.int64)
-        for i, (begin, chunks) in enumerate(zip(self._starts.tolist(), order.own_chunks, strict=True)):
-            chunk[:, i] = chunks[self._steps[(step + begin) % len(self._steps)]]
+        chunk = order.used[self._steps[(step[:, None] + self._starts) % len(self._steps)]]
         first, end = (int(edge) * n_layers for edge in (step[0], step[-1] + 1))
         # Each count of Philox gives four numbers.
-        bits = _bits(order.seed, _LAYERS, order.rank, self._epoch).advance(first // 4)
+        bits = _bits(order.seed, _LAYERS, 0, self._epoch).advance(first // 4)
         draws = np.asarray(bits.random_raw(end - first + first % 4), np.uint64)[first % 4 :]
         mix = np.argsort(draws.reshape(-1, n_layers)[step - step[0]], axis=1)
         return np.take_along_axis(chunk, mix, axis=1), np.array(order.layers, np.int64)[mix]
 
 
 class Position(NamedTuple):
-    """A place in a rank's stream of rows."""
+    """A place in the stream of rows."""
 
     epoch: int
     window: int
@@ -89,7 +88,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowOrder:
-    """The order of one rank's rows in every epoch."""
+    """The order of the rows in every epoch."""
 
     chunk_rows: np.ndarray
     """int64 [chunks of the store]: rows that the mask keeps in each, per layer."""
@@ -99,14 +98,8 @@ class RowOrder:
     """Blocks that are in memory, and mixed, at once."""
     seed: int
     """Seed of every permutation; not negative."""
-    rank: int = 0
-    """This process among `world_size`; each serves rows of its own."""
-    world_size: int = 1
-    """Processes that share the rows."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise UsageError(f"loader: rank should be within 0..{self.world_size - 1}, found {self.rank}")
         if self.seed < 0:
             raise UsageError(f"loader: seed should not be negative, found {self.seed}")
         if self.blocks_per_window < 1:
@@ -115,30 +108,26 @@ class RowOrder:
             raise UsageError(f"loader: layers should be at least one, without repeats, found {list(self.layers)}")
 
     @cached_property
-    def own_chunks(self) -> list[np.ndarray]:
-        """This rank's share of the chunks with rows, of each layer, ascending, the same in every epoch."""
-        used = np.flatnonzero(self.chunk_rows)
-        if self.world_size == 1:
-            return [used] * len(self.layers)
-        orders = (permutation(len(used), self.seed, _RANKS, layer) for layer in self.layers)
-        return [used[np.sort(order[self.rank :: self.world_size])] for order in orders]
+    def used(self) -> np.ndarray:
+        """The chunks with rows, ascending."""
+        return np.flatnonzero(self.chunk_rows)
 
     @cached_property
     def rows_per_epoch(self) -> int:
-        """Rows of this rank in every epoch."""
-        return int(sum(self.chunk_rows[chunks].sum() for chunks in self.own_chunks))
+        """Rows of every epoch."""
+        return int(self.chunk_rows.sum()) * len(self.layers)
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of this rank in every epoch (B)."""
-        return sum(len(chunks) for chunks in self.own_chunks)
+        """Blocks of every epoch (B)."""
+        return len(self.used) * len(self.layers)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """The blocks of an epoch, in order, and where its windows end."""
         return EpochOrder(self, epoch)
 
     def locate(self, row: int) -> Position:
-        """Where the row-th row of the rank's stream (from 0, over all epochs) is."""
+        """Where the row-th row of the stream (from 0, over all epochs) is."""
         epoch, rest = divmod(row, self.rows_per_epoch)
         blocks = self.epoch(epoch)
         window = int(np.searchsorted(blocks.row_ends, rest, side="right"))
@@ -146,7 +135,7 @@ class RowOrder:
 
     def shuffled(self, rows: np.ndarray, epoch: int, window: int) -> np.ndarray:
         """`rows` (any int array) of a window in the order in which they are served."""
-        return np.random.Generator(_bits(self.seed, _ROWS, self.rank, epoch, window)).permutation(rows)
+        return np.random.Generator(_bits(self.seed, _ROWS, 0, epoch, window)).permutation(rows)
 
 
 def chunk_row_counts(row_mask: np.ndarray, chunk_tokens: int) -> np.ndarray:

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Train one multi-layer sparse autoencoder on a store of residual stream activations.",
             epilog=_EPILOG,
         )
+        from train.parallel.launch import joined
         from train.reporting.report import describe, summary, table_of, write_table
         from train.run import train_all, try_run
 
@@ -45,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = try_run(config)
             print(json.dumps(asdict(found)) if config.json else describe_dry_run(found))
             return
-        results = train_all(config)
+        with joined(config.n_procs, config.hardware.device, words) as ranks:
+            results = train_all(config, ranks)
+        if not ranks.first:
+            return
         print(describe(results[0]) if len(results) == 1 else table_of(results), file=sys.stderr)
         table = write_table(config.out, results) if config.sweep or config.per_layer else None
         if table is not None:
@@ -54,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = [summary(result) for result in results]
             print(json.dumps({"table": str(table), "runs": runs} if table else runs[0]))
 
-    return run_command("train", command)
+    from train.parallel.launch import silent_beside_the_first
+
+    with silent_beside_the_first():
+        return run_command("train", command)
 
 
 if __name__ == "__main__":

@@ -291,6 +291,9 @@ class TrainConfig:
     """Start again even if there is a checkpoint, and replace it."""
     json: bool = False
     """Print a summary of the run as JSON on stdout."""
+    n_procs: int = 1
+    """Processes on this machine that share each batch: the same training, to rounding, with less time and memory for
+    each; on CUDA one for each card. `torchrun` starts them on several machines (docs/training.md)."""
 
     def __post_init__(self) -> None:
         activation = self.model.activation
@@ -301,12 +304,15 @@ class TrainConfig:
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "
                 f"depend on the norms that it changes; found {activation}"
             )
+        _check(self, positive="n_procs")
+        if self.dry_run and self.n_procs > 1:
+            raise UsageError("--dry-run is of one process: leave out --n-procs")
         if self.resume and self.overwrite:
             raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give only one")
 
     def flags(self) -> dict[str, Any]:
         """The flags that make this run, in the order of `ckpt.config.toml`, which is older than the groups."""
-        own = ("dry_run", "resume", "overwrite", "json")  # of the invocation
+        own = ("dry_run", "resume", "overwrite", "json", "n_procs")  # of the invocation
         flags = {name: value for name, value in to_flat(self).items() if name not in own}
         names = list(flags)
         for name, follower in _PLACES.items():

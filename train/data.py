@@ -22,6 +22,7 @@ from store.shuffle import validation_documents
 from train.config import TrainConfig
 from train.hardware import resolve_device
 from train.objective.recipes import batch_size
+from train.parallel.ranks import ALONE, Ranks
 
 
 class Vectors(NamedTuple):
@@ -31,19 +32,27 @@ class Vectors(NamedTuple):
     """float32 [N, D], raw."""
     layer: Tensor
     """int64 [N], position among the layers trained on."""
+    of_layer: np.ndarray | None = None
+    """int64 [L]: rows of each layer in all ranks together; None where all are here."""
+
+    @property
+    def n(self) -> int:
+        """Rows in all ranks together."""
+        return len(self.x) if self.of_layer is None else int(self.of_layer.sum())
 
 
 class VectorSource:
     """Turns the loader's batches into tensors; `layers` are the stored layers that are trained on, ascending."""
 
     def __init__(self, layers: Sequence[int], stored_dtype: str, device: torch.device) -> None:
-        self._stored_dtype, self.device = stored_dtype, device
+        self._stored_dtype, self._layers, self.device = stored_dtype, list(layers), device
         self._position = torch.full((max(layers) + 1,), -1, dtype=torch.int64)
         self._position[list(layers)] = torch.arange(len(layers))
 
     def __call__(self, batch: Batch) -> Vectors:
         """One batch; it is converted to float32 on the device, so that half the bytes travel."""
-        return Vectors(self.to_float32(batch.rows), self._position[torch.from_numpy(batch.layer)].to(self.device))
+        layer = self._position[torch.from_numpy(batch.layer)].to(self.device)
+        return Vectors(self.to_float32(batch.rows), layer, batch.of_layer[self._layers])
 
     def to_float32(self, rows: np.ndarray) -> Tensor:
         """Rows in the store's type, of any shape, as float32 on the device."""
@@ -101,9 +110,11 @@ class TrainingData:
     config: TrainConfig
     batch_size: int
     """Vectors in a step of the stream."""
+    ranks: Ranks = ALONE
+    """The processes that share each batch."""
 
     @classmethod
-    def open(cls, config: TrainConfig, store: ActivationStore) -> "TrainingData":
+    def open(cls, config: TrainConfig, store: ActivationStore, ranks: Ranks = ALONE) -> "TrainingData":
         stored, device = stored_layers(store, config.data.layers), resolve_device(config.hardware.device)
         split = split_tokens(store, config.validation.validation_fraction, config.data.seed)
         return cls(
@@ -114,6 +125,7 @@ class TrainingData:
             device=device,
             config=config,
             batch_size=batch_size(config, int(split.train.sum()) * len(stored)),
+            ranks=ranks,
         )
 
     @property
@@ -140,8 +152,10 @@ class TrainingData:
             },
         }
 
-    def loader(self, seed: int, window_bytes: int, *, epochs: int, start_batch: int = 0) -> WindowLoader:
-        """Batches of training rows in a seeded order."""
+    def loader(
+        self, seed: int, window_bytes: int, *, epochs: int, start_batch: int = 0, ranks: Ranks = ALONE
+    ) -> WindowLoader:
+        """Batches of training rows in a seeded order; of each, this rank's share."""
         return WindowLoader(
             self.store,
             self.split.train,
@@ -151,6 +165,8 @@ class TrainingData:
             layers=self.stored,
             epochs=epochs,
             start_batch=start_batch,
+            rank=ranks.rank,
+            world_size=ranks.size,
         )
 
 

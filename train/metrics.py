@@ -23,6 +23,7 @@ from residscope.names import beside
 from residscope.reading import read_whole, reading
 from train.model import Standardized
 from train.objective.step import StepResult
+from train.parallel.ranks import ALONE, Ranks
 
 _MOST_BYTES = 1 << 30
 """Of a file of metrics."""
@@ -33,9 +34,10 @@ _NUMBERS = ("vectors", "loss", "fvu", "l0", "dead_fraction")
 class MetricsWindow:
     """Sums over the steps since the last logged one."""
 
-    def __init__(self, raw_denominators: Tensor, *, sparsity: bool = False) -> None:
-        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space, as FVU is. sparsity: whether it has a term."""
-        self._raw_denominators = raw_denominators
+    def __init__(self, raw_denominators: Tensor, *, sparsity: bool = False, ranks: Ranks = ALONE) -> None:
+        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space, as FVU is. sparsity: whether it has a term.
+        ranks: each adds up its rows' part; they are joined where a line or a state is asked for."""
+        self._raw_denominators, self._ranks = raw_denominators, ranks
         self._means = ("loss", "auxk", "sparsity") if sparsity else ("loss", "auxk")
         self._sums: dict[str, Tensor] = {}
         self._unknown: set[str] = set()  # means whose beginning a checkpoint lacks
@@ -58,11 +60,17 @@ class MetricsWindow:
         sums["vectors"].index_add_(0, layer, torch.ones_like(raw_error))
         sums["error"].index_add_(0, layer, raw_error)
 
+    def _joined(self) -> dict[str, Tensor]:
+        joined = {name: value.clone() for name, value in self._sums.items()}
+        self._ranks.sum_(*(value for name, value in joined.items() if name != "steps"))
+        return joined
+
     def line(self) -> dict[str, Any]:
-        """Means over the window: loss, fvu, fvu_per_layer (null for a layer without rows), l0, auxk, sparsity."""
-        sums = self._sums
+        """Means over the window: loss, fvu, fvu_per_layer (null for a layer without rows), l0, auxk, sparsity; and
+        `seen`, its vectors."""
+        sums = self._joined()
         if not sums["steps"]:  # one layer alone, and none of its vectors came
-            nothing = dict.fromkeys(self._means)
+            nothing = dict.fromkeys(self._means) | {"seen": 0}
             return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, **nothing}
         means = {n: None if n in self._unknown else (sums[n] / sums["steps"]).item() for n in self._means}
         fvu, seen = sums["error"] / sums["vectors"] / self._raw_denominators, sums["vectors"] > 0
@@ -72,22 +80,18 @@ class MetricsWindow:
             "fvu_per_layer": [value if there else None for value, there in zip(fvu.tolist(), seen, strict=True)],
             "l0": (sums["active"] / sums["vectors"].sum()).item(),
             **means,
+            "seen": int(sums["vectors"].sum()),
         }
-
-    @property
-    def vectors(self) -> int:
-        """Vectors in the window."""
-        return int(self._sums["vectors"].sum())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, for a checkpoint."""
-        return {name: value.cpu() for name, value in self._sums.items() if name not in self._unknown}
+        return {name: value.cpu() for name, value in self._joined().items() if name not in self._unknown}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's sums."""
         if state["steps"]:  # checkpoints from before the sparsity term was counted lack it
             self._unknown = {name for name in self._means if name not in state}
-        for name in self._sums.keys() & state.keys():
+        for name in self._sums.keys() & state.keys() if self._ranks.first else ("steps",):
             self._sums[name].copy_(state[name])
 
 

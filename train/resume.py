@@ -19,6 +19,7 @@ from train.config import TrainConfig
 from train.determinism import differences, surroundings
 from train.grid import RunSpec
 from train.objective.recipes import fill, recorded_flags
+from train.parallel.ranks import ALONE, Ranks
 from train.reporting.announce import say
 from train.reporting.convergence import is_curve
 from train.resolve import ADDED_LATER, RECORDED, RunPlan
@@ -78,7 +79,7 @@ def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> li
     return [replace(spec, config=with_values(spec.config, batch_size=batch_size)) for spec in begun]
 
 
-def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan) -> None:
+def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, processes: int = 1) -> None:
     """Raise `IncompatibleError` unless the checkpoint is a run of this plan over this store."""
     path = plan.config.out
     if saved.config.d_model != plan.model.d_model:
@@ -89,7 +90,7 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan) ->
     with reading(f"{path}: its training state is damaged", _START_AGAIN):
         _check_state(path, saved.trainer, saved.config.n_latents)
     warnings = compare_plans(saved.trainer["config"], plan, longer=is_longer(plan, saved))
-    now = surroundings(plan.device, plan.kernels, plan.product_dtype)
+    now = surroundings(plan.device, plan.kernels, plan.product_dtype, processes)
     if changed := differences(saved.trainer.get("surroundings", {}), now):
         warnings.append(f"since {path} was saved: {changed}: {_NOT_BIT_FOR_BIT}")
     if not saved.trainer["finished"]:
@@ -175,10 +176,13 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
             raise IncompatibleError(f"{path}: {reason}; use another checkpoint, or {_START_AGAIN}")
 
 
-def set_threads(asked: int | None, saved: Sequence[Checkpoint | None]) -> None:
-    """Use the asked number of CPU threads, or the checkpoints': sums are split by thread, so the last bits differ."""
-    before = next((one.trainer.get("threads") for one in saved if one is not None), None)
-    if (threads := asked or before) is not None:
+def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ranks = ALONE) -> None:
+    """Use the asked number of CPU threads, or the checkpoints': sums are split by thread, so the last bits differ.
+    Where other processes of this training run on this machine, the default is a share of the cores."""
+    records = [one.trainer for one in saved if one is not None]
+    processes = [record.get("surroundings", {}).get("processes", "1") for record in records]
+    before = next((record.get("threads") for record in records), None) if {*processes} <= {str(ranks.size)} else None
+    if (threads := asked or before or ranks.share_of_cores()) is not None:
         torch.set_num_threads(threads)
     if before is not None and threads != before:
         say(f"warning: {before} threads before, {threads} now: {_NOT_BIT_FOR_BIT}")

@@ -28,6 +28,7 @@ from train.grid import RunSpec, expand
 from train.hardware import resolve_device
 from train.kernels.interface import WeightGradients
 from train.objective.statistics import statistics_of
+from train.parallel.ranks import ALONE, Ranks
 from train.reporting.announce import (
     announce,
     bar_words,
@@ -56,8 +57,9 @@ def train(config: TrainConfig) -> TrainResult:
     return result
 
 
-def train_all(config: TrainConfig) -> list[TrainResult]:
-    """As `train`, for all the runs of a sweep or of single layers, in one pass over the data."""
+def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
+    """As `train`, for all the runs of a sweep or of single layers, in one pass over the data; by all of `ranks`, of
+    which the first alone speaks and writes."""
     began = time.perf_counter()
     check_publish(config.publish)
     with _opened(config) as store:
@@ -66,12 +68,12 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
         if config.sweep or config.per_layer:
             table_path(config.out, specs[0].config.out)
         specs = as_begun(specs, saved)
-        data = TrainingData.open(with_values(config, batch_size=specs[0].config.data.batch_size), store)
+        data = TrainingData.open(with_values(config, batch_size=specs[0].config.data.batch_size), store, ranks)
         plans = [make_plan(spec, data) for spec in specs]
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
-                check_resumable(checkpoint, store, plan)
-        set_threads(config.hardware.threads, saved)
+                check_resumable(checkpoint, store, plan, ranks.size)
+        set_threads(config.hardware.threads, saved, ranks)
         finished = [
             one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
             for plan, one in zip(plans, saved, strict=True)
@@ -84,9 +86,9 @@ def train_all(config: TrainConfig) -> list[TrainResult]:
         curve = record.get("curve", [])
         result = TrainResult(plan=plan, metrics=record["metrics"], validation=held_out, curve=curve, seconds=seconds)
         results.append(result)
-        if not result.diverged:  # its weights would be useless
+        if not result.diverged and ranks.first:  # its weights would be useless
             write_outputs(result, anew=before is None)
-    if config.publish.push_to_hub is not None:
+    if config.publish.push_to_hub is not None and ranks.first:
         say(f"uploaded to {push(results, config.publish)}")
     return results
 
@@ -139,7 +141,7 @@ class _Stream:
 
     def __init__(self, data: TrainingData, saved: dict[Trainer, Checkpoint | None], n_runs: int) -> None:
         """saved: the trainers, and the checkpoints they continue from; n_runs: of all, finished ones included."""
-        self.config, self.data, self.saved, self.n_runs = data.config, data, saved, n_runs
+        self.config, self.data, self.saved, self.n_runs, self.ranks = data.config, data, saved, n_runs, data.ranks
         self.trainers = list(saved)
         self.plans = [trainer.plan for trainer in self.trainers]
         self.plan = self.plans[0]  # of which only what all plans share is used here
@@ -153,6 +155,7 @@ class _Stream:
         refuse_too_large(self.memory, self.data.device, self.n_runs)
         if few := few_tokens(self.data.store, self.data.split.train):
             say(f"warning: {few.words}")
+        self.ranks.any(False)  # all have read what there is before it is changed
         with contextlib.ExitStack() as stack:
             for trainer in self.trainers:
                 stack.enter_context(trainer.files(self.saved[trainer]))
@@ -160,9 +163,8 @@ class _Stream:
             for trainer in self.trainers:
                 trainer.claim(self.saved[trainer])
             self._start()
-            loader = self.data.loader(
-                self.config.data.seed, self.plan.window_bytes, epochs=self.plan.epochs, start_batch=self.step
-            )
+            whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks}
+            loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
             batches = stack.enter_context(closing_batches(loader))
             bar = stack.enter_context(progress_bar(self.step, self.plan.steps))
             self.began = time.perf_counter()
@@ -176,7 +178,7 @@ class _Stream:
                 if self.step % self.config.logging.log_every == 0 or last:
                     bar.set_postfix_str(self._log(taking, loader), refresh=False)
                 if not last:
-                    self._between_steps(taking, bar, stop=stopped())
+                    self._between_steps(taking, bar, stop=self.ranks.any(stopped()))
             self._validate(self.trainers, bar, last=True)
             return [trainer.save(finished=True) for trainer in self.trainers]
 
@@ -226,6 +228,8 @@ class _Stream:
         try:
             yield
         except IncompatibleError as error:
+            if self.ranks.size > 1:  # the others wait elsewhere
+                raise
             raise IncompatibleError(f"{error}. Training {self._stopped(taking)}") from None
 
     def _stopped(self, taking: Sequence[Trainer]) -> str:

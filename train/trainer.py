@@ -42,7 +42,7 @@ class Trainer:
 
     def __init__(self, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None) -> None:
         """memory: for gradients, by n_latents, shared by all trainers and steps: fresh costs as much as its sums."""
-        self.plan, self._data = plan, data
+        self.plan, self._data, self._ranks = plan, data, data.ranks
         self.path = plan.config.out  # the checkpoint
         position = None if plan.stream_layers is None else data.layers.index(plan.layers[0])
         self.view = View(plan.model.standardize, plan.layers, position)
@@ -59,10 +59,14 @@ class Trainer:
         self.curve: list[dict[str, Any]] = []  # of validations on one sample of tokens
         self.diverged = False  # a logged loss, or a weight then, was not finite
         self._trackers: list[Tracker] = []
+        self._file: MetricsFile | None = None  # of the first rank
 
     @contextlib.contextmanager
     def files(self, saved: Checkpoint | None) -> Iterator[None]:
         """Hold the metrics file, locked, and the trackers."""
+        if not self._ranks.first:
+            yield
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
@@ -82,6 +86,8 @@ class Trainer:
     def claim(self, saved: Checkpoint | None) -> None:
         """Write the run's flags beside its checkpoint, and remove what an earlier run left there: all but what `saved`,
         from which this one continues, holds."""
+        if not self._ranks.first:
+            return
         if saved is None:
             self.path.unlink(missing_ok=True)
         if saved is None or saved.trainer["finished"]:  # which is to be lengthened
@@ -118,10 +124,14 @@ class Trainer:
             self._kernels,
             free_norms=optimizer.decoder_norm == "free",
             betas=(plan.chosen.beta1, plan.chosen.beta2),
+            ranks=self._ranks,
         )
+        self._ranks.same_(*self._sae.state_dict().values(), *(part for part in self._statistics if part is not None))
         self._raw = plan.chosen.loss_space == "raw"
         self._denominators = self._statistics.raw if self._raw else self._statistics.standardized
-        self._window = MetricsWindow(self._statistics.raw, sparsity=plan.model.activation in THRESHOLDED)
+        self._window = MetricsWindow(
+            self._statistics.raw, sparsity=plan.model.activation in THRESHOLDED, ranks=self._ranks
+        )
         if saved is not None:
             with reading(f"{self.path}: its training state is damaged", "use --overwrite to start again"):
                 self._continue(saved.trainer)
@@ -162,17 +172,20 @@ class Trainer:
 
     def take(self, batch: Vectors) -> None:
         """One step on a batch of the stream."""
-        x, layer = self.view.own(batch)
-        if len(x) > 0:
+        own = self.view.own(batch)
+        x, layer, n = own.x, own.layer, own.n
+        if n > 0:
             standardized = self._sae.standardize(x, layer)
             result = training_step(
                 self._optimizer.weights,
                 standardized.x,
-                row_weights(layer, standardized.std, self._denominators, raw=self._raw),
+                row_weights(layer, standardized.std, self._denominators, raw=self._raw, n=n),
                 self._dead,
                 self.plan.options_at(self.plan.steps if self.begun[0] else self.step),  # lengthened: as it ended
                 self._kernels,
                 out=self._gradients(),
+                n=n,
+                ranks=self._ranks,
             )
             self._window.add(layer, standardized, result)
             self.updates += 1
@@ -180,7 +193,7 @@ class Trainer:
             self._optimizer.step(result.gradients, lr=self._lr(self.step), step=step, clip=clip)
             if self._average is not None:
                 self._average.update(self._sae, self.updates)
-            self.vectors += len(x)
+            self.vectors += n
         self.step += 1
 
     def _gradients(self) -> WeightGradients:
@@ -193,13 +206,15 @@ class Trainer:
     def log(self, *, seconds: float, waited: float) -> dict[str, Any]:
         """Write and return the metrics since the last line; seconds: time since then, waited: of it for data."""
         window = self._window
-        self.metrics = self._progress() | window.line()
+        line = window.line()
+        seen = line.pop("seen")
+        self.metrics = self._progress() | line
         self.metrics |= {"dead_fraction": self._dead.fraction(), "lr": self._lr(self.step - 1)}
         trained = (weight for weight in self._sae.weights if weight is not None)
         if any((w.isnan().any() if w.ndim < 2 else ~torch.linalg.vector_norm(w).isfinite()) for w in trained):
             self.metrics["loss"] = math.nan  # that of the next step
         self.diverged = self.diverged or not math.isfinite(self.metrics["loss"] or 0)
-        speed = {"vectors_per_second": window.vectors / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
+        speed = {"vectors_per_second": seen / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
         window.clear()
         self._write(self.metrics | speed)
         return self.metrics | speed
@@ -222,13 +237,16 @@ class Trainer:
         self._write(self._progress() | validated.metrics())
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(line)
+        if self._file is not None:
+            self._file.write(line)
         for tracker in self._trackers:
             tracker.log(numbers_of(line, self.plan.layers), self.step)
 
     def save(self, *, finished: bool) -> dict[str, Any]:
-        """Write the checkpoint; its `trainer` entry. It holds no times, so that equal runs give equal files."""
-        self._file.sync()
+        """Write the checkpoint (the first rank does); its `trainer` entry. It holds no times, so that equal runs give
+        equal files."""
+        if self._file is not None:
+            self._file.sync()
         trainer: dict[str, Any] = {
             "step": self.step,
             "updates": self.updates,
@@ -237,7 +255,9 @@ class Trainer:
             "finished": finished,
             "config": self.plan.to_dict(),
             "threads": torch.get_num_threads(),
-            "surroundings": surroundings(self.plan.device, self.plan.kernels, self.plan.product_dtype),
+            "surroundings": surroundings(
+                self.plan.device, self.plan.kernels, self.plan.product_dtype, self._ranks.size
+            ),
             "metrics": self.metrics,
             "validation": None if self.validated is None else self.validated._asdict(),
             "curve": self.curve,
@@ -249,7 +269,9 @@ class Trainer:
             trainer |= {"optimizer": self._optimizer.state_dict(), "window": self._window.state_dict()}
             if self._average is not None:
                 trainer["live"] = {name: tensor.cpu() for name, tensor in self._sae.state_dict().items()}
-        save_checkpoint(self.path, self.sae, store=self._data.record(self.plan.layers), trainer=trainer)
+        if self._ranks.first:
+            save_checkpoint(self.path, self.sae, store=self._data.record(self.plan.layers), trainer=trainer)
+        self._ranks.any(False)  # what a rank has been told is saved is on the disk
         return trainer
 
     def _lr(self, step: int) -> float:

@@ -27,7 +27,8 @@ def raw(store: ActivationStore) -> np.ndarray:
 
 
 def joined(batches: list[Batch]) -> Batch:
-    return Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+    parts = [np.concatenate(parts) for parts in list(zip(*batches, strict=True))[:3]]
+    return Batch(*parts, sum(batch.of_layer for batch in batches))  # type: ignore[arg-type]
 
 
 def equal(a: list[Batch], b: list[Batch]) -> bool:
@@ -60,7 +61,7 @@ def test_every_row_comes_once_in_each_epoch(
     mask = np.random.default_rng(mask_seed).random(150) < 0.5
     mask[40:100] &= mask_seed > 2  # Some chunks have no rows.
     expected = sorted((t, layer) for t in np.flatnonzero(mask).tolist() for layer in layers or range(3))
-    seen: list[list[tuple[int, int]]] = [[] for _ in range(epochs)]
+    parts: list[list[Batch]] = []  # by rank
     for rank in range(world_size):
         loader = WindowLoader(
             store,
@@ -74,15 +75,20 @@ def test_every_row_comes_once_in_each_epoch(
             world_size=world_size,
             threads=2,
         )
-        batches = list(loader)
-        assert len(batches) == loader.n_batches
-        assert [len(b.rows) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
-        all_rows = joined(batches)
-        assert len(all_rows.rows) == loader.n_rows
-        assert np.array_equal(all_rows.rows, raw[all_rows.token, all_rows.layer])
-        for epoch, part in enumerate(np.split(np.stack([all_rows.token, all_rows.layer], 1), epochs)):
-            seen[epoch] += map(tuple, part.tolist())
-    assert all(sorted(rows) == expected for rows in seen)
+        parts.append(list(loader))
+        assert len(parts[-1]) == loader.n_batches
+    batches = [joined(list(ranks)) for ranks in zip(*parts, strict=True)]
+    whole = list(WindowLoader(store, mask, batch_size, seed, window * BLOCK_BYTES, layers=layers, epochs=epochs))
+    for found, one in zip(batches, whole, strict=True):  # of one rank or of several: the same batches
+        assert sorted(zip(found.token, found.layer, strict=True)) == sorted(zip(one.token, one.layer, strict=True))
+        assert np.array_equal(found.of_layer, world_size * np.bincount(one.layer, minlength=3))
+    assert [len(b.rows) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    all_rows = joined(whole)
+    assert len(all_rows.rows) == len(expected) * epochs
+    for each in (*batches, all_rows):
+        assert np.array_equal(each.rows, raw[each.token, each.layer])
+    for part in np.split(np.stack([all_rows.token, all_rows.layer], 1), epochs):
+        assert sorted(map(tuple, part.tolist())) == expected
 
 
 @given(start=st.integers(0, 40), window=st.sampled_from([1, 7, 1000]), threads=st.integers(1, 5))

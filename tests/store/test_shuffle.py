@@ -21,34 +21,28 @@ def all_blocks(order: RowOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return order.epoch(epoch).blocks(0, order.n_blocks)
 
 
-@given(st.integers(1, 30), st.integers(0, 3), st.integers(1, 4), st.integers(0, 2**64 - 1))
+@given(st.integers(1, 30), st.integers(0, 3), st.integers(0, 2**64 - 1))
 @settings(max_examples=50)
-def test_every_block_with_rows_comes_once_in_an_epoch(window: int, epoch: int, world_size: int, seed: int) -> None:
-    seen = []
-    rows = 0
-    for rank in range(world_size):
-        one = row_order(blocks_per_window=window, seed=seed, rank=rank, world_size=world_size)
-        blocks = one.epoch(epoch)
-        chunks, layers = all_blocks(one, epoch)
-        seen += zip(chunks.tolist(), layers.tolist(), strict=True)
-        assert one.n_blocks == len(chunks)
-        assert len(blocks.row_ends) == -(-one.n_blocks // window)
-        assert blocks.row_ends[-1] == one.rows_per_epoch
-        rows += one.rows_per_epoch
-        parts = [blocks.window(i) for i in range(len(blocks.row_ends))]
-        assert np.array_equal(np.concatenate([chunk for chunk, _ in parts]), chunks)
+def test_every_block_with_rows_comes_once_in_an_epoch(window: int, epoch: int, seed: int) -> None:
+    one = row_order(blocks_per_window=window, seed=seed)
+    blocks = one.epoch(epoch)
+    chunks, layers = all_blocks(one, epoch)
+    seen = zip(chunks.tolist(), layers.tolist(), strict=True)
     assert sorted(seen) == [(c, layer) for c in (0, 2, 3, 4, 5, 6, 7) for layer in (0, 1, 2)]
-    assert rows == 22 * 3
+    assert one.n_blocks == len(chunks)
+    assert len(blocks.row_ends) == -(-one.n_blocks // window)
+    assert blocks.row_ends[-1] == one.rows_per_epoch == 22 * 3
+    parts = [blocks.window(i) for i in range(len(blocks.row_ends))]
+    assert np.array_equal(np.concatenate([chunk for chunk, _ in parts]), chunks)
 
 
-def test_windows_and_ranks_hold_all_layers_evenly() -> None:
-    for rank in range(3):
-        one = row_order(chunk_rows=(1,) * 100, layers=(0, 1, 2, 3), blocks_per_window=10, rank=rank, world_size=3)
-        blocks = one.epoch(0)
-        assert len(set(np.bincount(all_blocks(one, 0)[1]).tolist())) == 1
-        for i in range(len(blocks.row_ends)):
-            _, layer = blocks.window(i)
-            assert np.bincount(layer, minlength=4).max() <= -(-len(layer) // 4) + 1
+def test_windows_hold_all_layers_evenly() -> None:
+    one = row_order(chunk_rows=(1,) * 100, layers=(0, 1, 2, 3), blocks_per_window=10)
+    blocks = one.epoch(0)
+    assert len(set(np.bincount(all_blocks(one, 0)[1]).tolist())) == 1
+    for i in range(len(blocks.row_ends)):
+        _, layer = blocks.window(i)
+        assert np.bincount(layer, minlength=4).max() <= -(-len(layer) // 4) + 1
 
 
 @given(st.integers(0, 300), st.integers(0, 1000), st.data())
@@ -74,17 +68,14 @@ def test_spread_orders_put_every_number_everywhere() -> None:
 
 
 def test_windows_hold_every_chunk_at_about_as_many_layers() -> None:
-    for rank, world_size in ((0, 1), (1, 2)):
-        layers = tuple(range(12))
-        one = row_order(chunk_rows=(1,) * 48, layers=layers, blocks_per_window=144, rank=rank, world_size=world_size)
-        blocks = one.epoch(0)
-        for i in range(len(blocks.row_ends)):
-            chunk, _ = blocks.window(i)
-            times = np.bincount(chunk, minlength=48)
-            if world_size == 1:  # A quarter of all blocks; ranks have other chunks at every layer.
-                assert set(times.tolist()) <= {2, 3, 4}
-            quarters = times.reshape(4, 12).sum(axis=1)
-            assert abs(quarters - len(chunk) / 4).max() <= 12
+    one = row_order(chunk_rows=(1,) * 48, layers=tuple(range(12)), blocks_per_window=144)
+    blocks = one.epoch(0)
+    for i in range(len(blocks.row_ends)):
+        chunk, _ = blocks.window(i)
+        times = np.bincount(chunk, minlength=48)
+        assert set(times.tolist()) <= {2, 3, 4}  # a quarter of all blocks
+        quarters = times.reshape(4, 12).sum(axis=1)
+        assert abs(quarters - len(chunk) / 4).max() <= 12
 
 
 def test_orders_differ_by_epoch_seed_layer_and_window() -> None:
@@ -127,7 +118,7 @@ def test_chunk_row_counts() -> None:
     assert chunk_row_counts(np.array([1, 1, 0, 0, 0, 0, 1], bool), 3).tolist() == [2, 0, 1]
 
 
-@pytest.mark.parametrize("changes", [{"rank": 2, "world_size": 2}, {"seed": -1}, {"layers": ()}, {"layers": (1, 1)}])
+@pytest.mark.parametrize("changes", [{"seed": -1}, {"layers": ()}, {"layers": (1, 1)}])
 def test_senseless_orders_are_refused(changes: dict) -> None:
     with pytest.raises(UsageError):
         row_order(**changes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from train.hardware import dense_dtype
 from train.kernels.interface import Kernels
+from train.parallel.ranks import ALONE, Ranks
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -33,9 +34,12 @@ class RowWeights(NamedTuple):
     """[N] c_n = w_n scale_n^2, the weight of the squared standardised error."""
 
 
-def row_weights(layer: Tensor, std: Tensor, denominators: Tensor, *, raw: bool) -> RowWeights:
-    """The rows' weights: layer int64 [N] indexes denominators [L], E|x - mean_l|^2 in the loss's space; std [N, 1]."""
-    share = denominators.to(std.dtype).reciprocal()[layer] / len(layer)
+def row_weights(layer: Tensor, std: Tensor, denominators: Tensor, *, raw: bool, n: int | None = None) -> RowWeights:
+    """The rows' weights: layer int64 [N] indexes denominators [L], E|x - mean_l|^2 in the loss's space; std [N, 1].
+
+    n: rows of the batch where they are not all here.
+    """
+    share = denominators.to(std.dtype).reciprocal()[layer] / (len(layer) if n is None else n)
     scale = std.squeeze(1) if raw else torch.ones_like(share)
     return RowWeights(share, scale, share * scale.square())
 
@@ -65,6 +69,7 @@ def auxk(
     product_dtype: torch.dtype,
     tile_bytes: int,
     kernels: Kernels,
+    ranks: Ranks = ALONE,
 ) -> AuxOutput:
     """AuxK of Gao et al. 2024, appendix A.2: each row's k largest dead latents reconstruct what the rest missed.
 
@@ -75,7 +80,7 @@ def auxk(
     hides it), so that a divergence is seen.
 
     Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D, of as
-    many rows as fit `tile_bytes` at a time.
+    many rows as fit `tile_bytes` at a time. Several ranks each give their rows' part of every sum.
     """
     dtype = dense_dtype(product_dtype)
     encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)
@@ -99,16 +104,19 @@ def auxk(
         sums.W_enc.add_(grad_z.t() @ inputs)
         sums.W_dec.add_(active.t() @ grad_out)
         sums.latent_sums.add_(grad_z.sum(dim=0))
-    scale = _inverse_variance(error, rows)
+    scale = _inverse_variance(error, rows, ranks)
     return AuxOutput(*(total.mul_(scale) for total in sums))
 
 
-def _inverse_variance(error: Tensor, rows: RowWeights) -> Tensor:
+def _inverse_variance(error: Tensor, rows: RowWeights, ranks: Ranks) -> Tensor:
     """The inverse of AuxK's denominator, a constant for its gradient: 1 / sum_n w_n |s_n - mean|^2, s_n the errors in
     the loss's space, about their mean weighted by w_n; 0 where that is zero up to rounding."""
     scaled = error * rows.scale.unsqueeze(1)  # [N, D]
-    mean = rows.share @ scaled / rows.share.sum()
+    total, share = rows.share @ scaled, rows.share.sum()
+    ranks.sum_(total, share)
+    mean = total / share
     variance, second_moment = rows.share @ _squared(scaled - mean), rows.share @ _squared(scaled)
+    ranks.sum_(variance, second_moment)
     rounding = torch.finfo(error.dtype).eps * second_moment
     return torch.where(variance > rounding, 1 / variance, 0).to(error.dtype)
 
@@ -127,9 +135,14 @@ class DeadLatents:
         self.silent = torch.zeros(n_latents, dtype=torch.int64, device=device)
         """[M] vectors since each latent last fired."""
 
-    def count(self, n: int, fired: Tensor) -> None:
-        """Count `n` rows; fired: bool [M], or the numbers of the latents above `FIRING_THRESHOLD`, repeats allowed."""
+    def count(self, n: int, fired: Tensor, ranks: Ranks = ALONE) -> None:
+        """Count `n` rows; fired: bool [M], or the numbers of the latents above `FIRING_THRESHOLD`, repeats allowed, in
+        the rows that are here; `n` are those of all ranks."""
         self.silent += n
+        if ranks.size > 1:
+            everywhere = torch.zeros_like(self.silent, dtype=torch.bool)
+            everywhere[fired] = True
+            ranks.any_(fired := everywhere)
         self.silent[fired] = 0
 
     def dead_latents(self) -> Tensor:

@@ -21,7 +21,8 @@ from residscope.errors import IncompatibleError
 from train.kernels.interface import AdamStep, Kernels
 from train.model import MLSAE
 from train.objective.recipes import Recipe
-from train.objective.weights import TRAINED, Weights
+from train.objective.weights import BY_LATENT, TRAINED, Weights
+from train.parallel.ranks import ALONE, Ranks
 
 THRESHOLD_LR_FACTOR = 10
 """log_threshold's learning rate over the others'. Adam moves each number by about the rate: a pre-activation sums
@@ -32,31 +33,44 @@ class SphereAdam:
     """Adam for an autoencoder's trained tensors; W_dec's rows stay on the unit sphere."""
 
     def __init__(
-        self, sae: MLSAE, kernels: Kernels, *, free_norms: bool = False, betas: tuple[float, float] = (0.9, 0.999)
+        self,
+        sae: MLSAE,
+        kernels: Kernels,
+        *,
+        free_norms: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._kernels, self._betas = kernels, betas
+        self._kernels, self._betas, self._ranks = kernels, betas, ranks
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""
-        self.exp_avg, self.exp_avg_sq = (
-            Weights(**{name: torch.zeros_like(t) for name, t in _trained(self.weights).items()}) for _ in range(2)
+        self._own = Weights(
+            **{name: t[ranks.own(len(t))] if name in BY_LATENT else t for name, t in _trained(self.weights).items()}
         )
-        self.norms = torch.ones_like(self.weights.W_dec[:, 0]) if free_norms else None
-        """[M] n, where the decoder's rows are trained free."""
+        """Of them what this rank moves: its latents, and b_pre."""
+        self.exp_avg, self.exp_avg_sq = (
+            Weights(**{name: torch.zeros_like(t) for name, t in _trained(self._own).items()}) for _ in range(2)
+        )
+        self.norms = torch.ones_like(self._own.W_dec[:, 0]) if free_norms else None
+        """[M] n of this rank's latents, where the decoder's rows are trained free."""
 
     def step(self, gradients: Weights, *, lr: float, step: int, clip: float | None = None) -> None:
-        """Move the weights by one step; `step` counts from 1; the gradients are overwritten.
+        """Move the weights by one step; `step` counts from 1; the gradients, of this rank's rows, are overwritten.
 
         clip: the largest joint norm of all gradients, without the component along W_dec's rows unless norms are free;
         larger ones are scaled down.
         """
+        ranks, own = self._ranks, self._own
+        ranks.sum_(gradients.b_pre)
+        gradients = Weights(**{n: ranks.sum_rows_(t) if n in BY_LATENT else t for n, t in _trained(gradients).items()})
         if self.norms is not None:
             _rescale(gradients, self.norms)
-            _rescale(self.weights, 1 / self.norms)
+            _rescale(own, 1 / self.norms)
         scale = 1.0
         if clip is not None:
-            norm = gradient_norm(gradients, self.weights.W_dec if self.norms is None else None)
+            norm = gradient_norm(gradients, own.W_dec if self.norms is None else None, ranks)
             scale = clip / norm if norm > clip else 1.0
-        for name, weight in _trained(self.weights).items():
+        for name, weight in _trained(own).items():
             grad, m, v = (getattr(tensors, name) for tensors in (gradients, self.exp_avg, self.exp_avg_sq))
             rows = [t.view(-1, t.shape[-1]) for t in (weight, grad, m, v)]  # b_pre [D] as one row
             rate = lr * THRESHOLD_LR_FACTOR if name == "log_threshold" else lr
@@ -64,36 +78,43 @@ class SphereAdam:
             how = AdamStep(lr=rate, step=step, unit_rows=unit_rows, grad_scale=scale, betas=self._betas)
             self._kernels.adam_rows(*rows, how=how)
         if self.norms is not None:
-            torch.linalg.vector_norm(self.weights.W_dec, dim=1, out=self.norms)
-            _rescale(self.weights, self.norms)
+            torch.linalg.vector_norm(own.W_dec, dim=1, out=self.norms)
+            _rescale(own, self.norms)
+        ranks.share_rows_(*(tensor for name, tensor in _trained(self.weights).items() if name in BY_LATENT))
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         found = {"exp_avg": _trained(self.exp_avg), "exp_avg_sq": _trained(self.exp_avg_sq)}
         return found if self.norms is None else found | {"norms": {"W_dec": self.norms}}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The moments by parameter, and free norms, for a checkpoint."""
-        return {kind: {name: t.cpu() for name, t in tensors.items()} for kind, tensors in self._state().items()}
+        """The moments by parameter, and free norms, for a checkpoint: whole ones on the first rank alone."""
+        m = len(self.weights.W_enc)
+        return {
+            kind: {n: self._ranks.gathered(t, m) if n in BY_LATENT else t.cpu() for n, t in tensors.items()}
+            for kind, tensors in self._state().items()
+        }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take the moments back; raises `IncompatibleError` if they are of another shape."""
         for kind, tensors in self._state().items():
             for name, tensor in tensors.items():
                 found = state.get(kind, {}).get(name)
-                if found is None or found.shape != tensor.shape:
+                whole = [len(self.weights.W_enc), *tensor.shape[1:]] if name in BY_LATENT else list(tensor.shape)
+                if found is None or list(found.shape) != whole:
                     shown = None if found is None else list(found.shape)
-                    raise IncompatibleError(
-                        f"optimiser state {kind}.{name}: expected {list(tensor.shape)}, found {shown}"
-                    )
-                tensor.copy_(found)
+                    raise IncompatibleError(f"optimiser state {kind}.{name}: expected {whole}, found {shown}")
+                tensor.copy_(found[self._ranks.own(whole[0])] if name in BY_LATENT else found)
 
 
-def gradient_norm(gradients: Weights, W_dec: Tensor | None) -> float:
-    """The norm of all gradients together, without the component of W_dec's along its own unit rows [M, D], if given."""
-    squares = [torch.linalg.vector_norm(grad).double().square() for grad in _trained(gradients).values()]
-    total = torch.stack(squares).sum()
+def gradient_norm(gradients: Weights, W_dec: Tensor | None, ranks: Ranks = ALONE) -> float:
+    """The norm of all gradients together, without the component of W_dec's along its own unit rows [M, D], if given;
+    all ranks' latents count, and b_pre, which all have, once."""
+    squares = {n: torch.linalg.vector_norm(grad).double().square() for n, grad in _trained(gradients).items()}
+    squares["b_pre"] *= ranks.first
+    total = torch.stack([*squares.values()]).sum()
     if W_dec is not None:
         total -= (gradients.W_dec * W_dec).sum(dim=1).double().square().sum()
+    ranks.sum_(total)
     return total.clamp(min=0).sqrt().item()
 
 

@@ -22,6 +22,7 @@ from train.kernels.encode import tiles
 from train.kernels.interface import Kernels, SparseCodes, WeightGradients
 from train.objective.losses import FIRING_THRESHOLD
 from train.objective.weights import Weights
+from train.parallel.ranks import Ranks
 
 SparsityTerm = Literal["l1", "l0", "target"]
 
@@ -44,6 +45,9 @@ class PassInputs:
     kernels: Kernels
     out: WeightGradients | None
     """Memory for the weights' gradients."""
+    n: int
+    """Rows of the batch, in all ranks together."""
+    ranks: Ranks
 
 
 class MainPass(NamedTuple):
@@ -148,7 +152,7 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
     dtype, raw = dense_dtype(given.product_dtype), given.inputs.dtype
     inputs, decoder = given.inputs.to(dtype), weights.W_dec.to(dtype)
     threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
-    count_weight = c if kind == "l0" else torch.full_like(c, 1 / len(inputs))  # [N]
+    count_weight = c if kind == "l0" else torch.full_like(c, 1 / given.n)  # [N]
     out = _zeroed(given)
     error, grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
     # Sums over the pairs in the rectangle, of g, and of what an active pair adds to the sparsity term.
@@ -177,9 +181,11 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
         fired |= (h > FIRING_THRESHOLD).any(dim=0)
 
     # The sparsity term, and its derivative by the rows' counts, weighted as `count_weight` has them.
-    excess = l0.mean() / k - 1
-    term, slope = {
-        "target": (coefficient * excess.square(), 2 * coefficient * excess / k),
+    mean = l0.sum()
+    given.ranks.sum_(mean)
+    excess = mean / given.n / k - 1
+    term, slope = {  # each rank's part of the term
+        "target": (coefficient * excess.square() / given.ranks.size, 2 * coefficient * excess / k),
         "l0": (coefficient * (c @ l0), coefficient),
         "l1": (coefficient * l1, 0),
     }[kind]

@@ -110,7 +110,8 @@ class View(NamedTuple):
         if self.position is None:
             return batch
         rows = (batch.layer == self.position).nonzero().squeeze(1)
-        return Vectors(batch.x[rows], torch.zeros_like(rows))
+        of_layer = None if batch.of_layer is None else batch.of_layer[[self.position]]
+        return Vectors(batch.x[rows], torch.zeros_like(rows), of_layer)
 
 
 def statistics_of(views: Iterable[View], data: TrainingData, window_bytes: int) -> dict[View, FixedStatistics]:
@@ -130,7 +131,7 @@ def gather(views: Iterable[View], batches: Iterable[Vectors]) -> dict[View, Fixe
     seen = 0
     for batch in batches:
         for each in sums:
-            each.add(*each.view.own(batch))
+            each.add(*each.view.own(batch)[:2])
         seen += len(batch.x)
         if seen >= DENOMINATOR_VECTORS:
             break
@@ -179,7 +180,7 @@ class _Sums:
                 raise IncompatibleError(f"layer {layer}: its vectors are only {spread:.1e} from their mean, {what}")
         variance = raw.deviation / raw.vectors
         found = FixedStatistics(raw.mean[0], standardized.deviation / standardized.vectors, variance, raw.mean)
-        x, layer = (torch.cat(parts) for parts in zip(*self._sample, strict=True))
+        x, layer = torch.cat([part.x for part in self._sample]), torch.cat([part.layer for part in self._sample])
         if self.view.standardize == "layer":
             mean, scale = raw.mean.to(x.dtype), found.layer_scale.to(x.dtype)
             x = standardize_by_layer(x, layer, mean, scale).x

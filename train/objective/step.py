@@ -29,6 +29,7 @@ from train.objective.losses import DeadLatents, RowWeights, auxk
 from train.objective.passes import PassInputs
 from train.objective.variants import StepOptions
 from train.objective.weights import Weights
+from train.parallel.ranks import ALONE, Ranks
 
 
 class StepResult(NamedTuple):
@@ -60,12 +61,16 @@ def training_step(
     kernels: Kernels,
     *,
     out: WeightGradients | None = None,
+    n: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """Loss and gradients of standardised rows `x` [N, D] that count as `rows` says.
 
     Counts firings in `dead`, and measures `weights.threshold` where the variant has one; changes nothing else. out:
-    memory for the weights' gradients, which the next call overwrites.
+    memory for the weights' gradients, which the next call overwrites. n: rows of the batch in all `ranks`; the result
+    is then this rank's part of every sum over rows.
     """
+    n = len(x) if n is None else n
     centred = x - weights.b_pre
     inputs = centred if options.variant.config.apply_b_dec_to_input else x
     main = options.variant.train(
@@ -78,10 +83,12 @@ def training_step(
             tile_bytes=options.tile_bytes,
             kernels=kernels,
             out=out,
+            n=n,
+            ranks=ranks,
         ),
         options,
     )
-    dead.count(len(x), main.fired)
+    dead.count(n, main.fired, ranks)
     grads, aux_loss = main.gradients, main.loss.new_zeros(())
     coefficient = options.objective.aux_coef
     if coefficient > 0 and len(latents := dead.dead_latents()) > 0:
@@ -96,6 +103,7 @@ def training_step(
             product_dtype=options.product_dtype,
             tile_bytes=options.tile_bytes,
             kernels=kernels,
+            ranks=ranks,
         )
         grads.W_enc.index_add_(0, latents, aux.W_enc, alpha=coefficient)
         grads.W_dec.index_add_(0, latents, aux.W_dec, alpha=coefficient)

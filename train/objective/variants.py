@@ -27,6 +27,7 @@ from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
 from train.objective.passes import Block, MainPass, PassInputs, dense_pass, nested_pass, sparse_pass
 from train.objective.weights import Weights
+from train.parallel.selection import batch_codes
 
 THRESHOLD_RATE = 0.05
 """Share of a batch's smallest kept activation in the running mean that becomes the threshold of inference: the mean
@@ -195,7 +196,7 @@ def _encoder(given: PassInputs) -> ReadyEncoder:
 
 def _batch_codes(given: PassInputs, k: int) -> BatchCodes:
     """BatchTopK's codes of a training batch."""
-    return _encoder(given).batch(given.inputs, k * len(given.inputs))
+    return batch_codes(_encoder(given), given.inputs, k * given.n, given.ranks)
 
 
 def _only(codes: SparseCodes, mask: Tensor) -> SparseCodes:

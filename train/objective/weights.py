@@ -27,3 +27,6 @@ class Weights(NamedTuple):
 
 TRAINED = ("W_enc", "W_dec", "b_pre", "b_enc", "log_threshold")
 """The fields of `Weights` that an optimiser moves, in the order in which it does."""
+
+BY_LATENT = ("W_enc", "W_dec", "b_enc", "log_threshold")
+"""Those of them that have a row, or a number, for each latent."""

@@ -55,14 +55,14 @@ def statistics(batches: Iterable[Vectors], layers: tuple[int, ...]) -> FixedStat
 def test_b_pre_is_the_median_of_standardised_vectors() -> None:
     """Mistake 4: b_pre computed on raw vectors and used on standardised ones."""
     found = statistics(vectors(), (0, 1))
-    everything = torch.cat([standardize(x).x for x, _ in vectors()])
+    everything = torch.cat([standardize(x).x for x, *_ in vectors()])
     torch.testing.assert_close(found.b_pre, geometric_median(everything))
     assert found.b_pre.norm() < 8**0.5 + 1e-3  # a standardised vector's norm is sqrt(D - 1); raw ones are thousands
 
 
 def test_denominators_are_variances_about_each_layer_mean() -> None:
     found = statistics(vectors(), (0, 1))
-    x, layer = (torch.cat(parts) for parts in zip(*vectors(), strict=True))
+    x, layer = (torch.cat(parts) for parts in list(zip(*vectors(), strict=True))[:2])
     for index in range(2):
         raw = x[layer == index].double()
         std = standardize(x).x[layer == index].double()
@@ -90,9 +90,9 @@ def test_vectors_that_float32_cannot_square_are_not_said_to_be_equal(
 ) -> None:
     view = View(standardize_by, (0, 1))
     with pytest.raises(ResidscopeError, match=line):
-        gather([view], [Vectors(x * size, layer) for x, layer in vectors()])
+        gather([view], [Vectors(x * size, layer) for x, layer, _ in vectors()])
     by_layer = View("layer", (0, 1))
-    found = gather([by_layer], [Vectors(x * size, layer) for x, layer in vectors()])[by_layer]
+    found = gather([by_layer], [Vectors(x * size, layer) for x, layer, _ in vectors()])[by_layer]
     torch.testing.assert_close(found.standardized, torch.full((2,), 8.0, dtype=torch.float64))
 
 
