@@ -95,7 +95,7 @@ def plan(n_tokens: int) -> Callable[[], object]:
 
     def run() -> object:
         order = RowOrder(chunk_rows=rows, layers=tuple(range(N_LAYERS)), blocks_per_window=511, seed=0)
-        found = order.locate(order.rows_per_epoch * 3 // 2)
+        found = order.locate(int(order.row_ends[-1]) * 3 // 2)
         return found.blocks.window(found.window)
 
     return run

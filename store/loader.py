@@ -14,7 +14,7 @@ Shapes: N rows in a batch, D = d_model, C tokens in a chunk, W blocks in a windo
 
 import itertools
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from store.dtypes import STORAGE_DTYPE
 from store.shuffle import RowOrder, chunk_row_counts
 
 DEFAULT_WINDOW_BYTES = 256 * 1024 * 1024
+_POLL_SECONDS = 0.1
 
 
 class Batch(NamedTuple):
@@ -76,13 +77,16 @@ class WindowLoader:
         epochs: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        shard_part: np.ndarray | None = None,
+        ready: Callable[[int], bool] = lambda _: True,
     ) -> None:
         """Fix the order of rows; nothing is read before the first batch is asked for.
 
         row_mask: bool [T], tokens to serve. window_bytes: size of one window; two are held. layers: stored layers,
         default all. threads: readers of a window. start_batch: batches of the stream to leave out, such as those that
-        an interrupted run has seen. rank: this process among the `world_size` that share each batch. Raises
-        `UsageError` when there is no row to serve.
+        an interrupted run has seen. rank: this process among the `world_size` that share each batch.
+        shard_part: int64 [shards], the part of the store that each is in, where one part after another is served in
+        each epoch; ready: whether a part can be read yet. Raises `UsageError` when there is no row to serve.
         """
         meta = store.meta
         row_mask = np.asarray(row_mask, bool)
@@ -104,8 +108,10 @@ class WindowLoader:
             layers=tuple(range(meta.n_layers)) if layers is None else tuple(int(layer) for layer in layers),
             blocks_per_window=max(window_bytes // (meta.chunk_tokens * meta.d_model * meta.itemsize), 1),
             seed=seed,
+            part=None if shard_part is None else np.repeat(shard_part, meta.chunks_per_shard)[: meta.n_chunks],
         )
-        if self._order.rows_per_epoch == 0:
+        self._ready = ready
+        if self._order.row_ends[-1] == 0:
             raise UsageError(f"{store.path}: no rows: the mask excludes all tokens")
         self._mask = row_mask
         self.wait_seconds = 0.0
@@ -114,7 +120,7 @@ class WindowLoader:
     @property
     def n_rows(self) -> int:
         """Rows of the whole stream (all epochs, from batch 0)."""
-        return self._order.rows_per_epoch * self._epochs
+        return int(self._order.row_ends[-1]) * self._epochs
 
     @property
     def n_batches(self) -> int:
@@ -185,22 +191,31 @@ class WindowLoader:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
             reading = self._reading(first_row, reader, helper)
-            window = next(reading, None)
-            while window is not None:
-                ahead = next(reading, None)
+            ahead = None
+            while True:
                 began = time.perf_counter()
+                while (window := ahead or next(reading, self)) is None:
+                    time.sleep(_POLL_SECONDS)
+                if window is self:
+                    return
+                assert isinstance(window, _Window)
+                ahead = next(reading, None)
                 window.read.result()
                 window.order.result()
                 self.wait_seconds += time.perf_counter() - began
                 yield window, ahead
-                window = ahead
 
-    def _reading(self, first_row: int, reader: ThreadPoolExecutor, helper: ThreadPoolExecutor) -> Iterator[_Window]:
-        """Windows from that of row `first_row` of the stream on, each as soon as `reader` is told to read it."""
+    def _reading(
+        self, first_row: int, reader: ThreadPoolExecutor, helper: ThreadPoolExecutor
+    ) -> Iterator[_Window | None]:
+        """Windows from that of row `first_row` of the stream on, each as soon as `reader` is told to read it, and None
+        as long as the next one is not ready."""
         dtype = STORAGE_DTYPE[self._store.meta.stored_dtype]
         buffers = itertools.cycle([np.empty(self.buffer_shape, dtype) for _ in range(2)])
         start = self._order.locate(first_row)
-        for epoch in range(start.epoch, self._epochs):
+        for epoch in range(start.epoch, self._epochs * self._order.n_parts):
+            while not self._ready(epoch % self._order.n_parts):
+                yield None
             blocks = start.blocks if epoch == start.epoch else self._order.epoch(epoch)
             for window in range(start.window if epoch == start.epoch else 0, len(blocks.row_ends)):
                 skip = start.row if (epoch, window) == (start.epoch, start.window) else 0

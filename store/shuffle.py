@@ -30,13 +30,14 @@ class EpochOrder:
 
     def __init__(self, order: "RowOrder", epoch: int) -> None:
         self._order, self._epoch = order, epoch
-        n_layers, self.n_blocks = len(order.layers), order.n_blocks
-        n_steps = self.n_blocks // n_layers
+        self._used = order.used(epoch)
+        n_layers, n_steps = len(order.layers), len(self._used)
+        self.n_blocks = n_steps * n_layers
         self._steps = spread_order(n_steps, order.seed, _CHUNKS, 0, epoch)
         starts = permutation(n_layers, order.seed, _STARTS, 0, epoch)
         self._starts = starts * n_steps // n_layers
         before = np.zeros(n_steps + 1, np.int64)  # rows served before each step
-        of_step = order.chunk_rows[order.used][self._steps]
+        of_step = order.chunk_rows[self._used][self._steps]
         for begin in self._starts.tolist():
             before[1:] += np.roll(of_step, -begin)
         np.cumsum(before, out=before)
@@ -66,7 +67,7 @@ class EpochOrder:
     def _mixed(self, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token chunk and stored layer, each int64 [n, L], of the blocks of some steps, int64 [n], ascending."""
         order, n_layers = self._order, len(self._order.layers)
-        chunk = order.used[self._steps[(step[:, None] + self._starts) % len(self._steps)]]
+        chunk = self._used[self._steps[(step[:, None] + self._starts) % len(self._steps)]]
         first, end = (int(edge) * n_layers for edge in (step[0], step[-1] + 1))
         # Each count of Philox gives four numbers.
         bits = _bits(order.seed, _LAYERS, 0, self._epoch).advance(first // 4)
@@ -98,6 +99,9 @@ class RowOrder:
     """Blocks that are in memory, and mixed, at once."""
     seed: int
     """Seed of every permutation; not negative."""
+    part: np.ndarray | None = None
+    """int64 [chunks of the store]: the part of the store that each chunk is in, where one part after another is served,
+    each as an epoch of its own; every part has rows."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -107,20 +111,28 @@ class RowOrder:
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise UsageError(f"loader: layers should be at least one, without repeats, found {list(self.layers)}")
 
-    @cached_property
-    def used(self) -> np.ndarray:
-        """The chunks with rows, ascending."""
-        return np.flatnonzero(self.chunk_rows)
+    def used(self, epoch: int) -> np.ndarray:
+        """The chunks with rows in an epoch, ascending."""
+        served = self.chunk_rows > 0
+        return np.flatnonzero(served if self.part is None else served & (self.part == epoch % self.n_parts))
 
     @cached_property
-    def rows_per_epoch(self) -> int:
-        """Rows of every epoch."""
-        return int(self.chunk_rows.sum()) * len(self.layers)
+    def n_parts(self) -> int:
+        """Parts that the store is served in."""
+        return 1 if self.part is None else int(self.part.max()) + 1
+
+    @cached_property
+    def row_ends(self) -> np.ndarray:
+        """int64 [parts]: rows served when each part is done, of those of all parts."""
+        part = np.zeros(len(self.chunk_rows), np.int64) if self.part is None else self.part
+        rows = np.bincount(part, weights=self.chunk_rows, minlength=self.n_parts)
+        return np.cumsum(rows.astype(np.int64)) * len(self.layers)
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of every epoch (B)."""
-        return len(self.used) * len(self.layers)
+        """Blocks of the largest epoch."""
+        part = np.zeros(len(self.chunk_rows), np.int64) if self.part is None else self.part
+        return int(np.bincount(part, weights=self.chunk_rows > 0).max()) * len(self.layers)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """The blocks of an epoch, in order, and where its windows end."""
@@ -128,7 +140,10 @@ class RowOrder:
 
     def locate(self, row: int) -> Position:
         """Where the row-th row of the stream (from 0, over all epochs) is."""
-        epoch, rest = divmod(row, self.rows_per_epoch)
+        times, rest = divmod(row, int(self.row_ends[-1]))
+        part = int(np.searchsorted(self.row_ends, rest, side="right"))
+        rest -= int(self.row_ends[part - 1]) if part else 0
+        epoch = times * self.n_parts + part
         blocks = self.epoch(epoch)
         window = int(np.searchsorted(blocks.row_ends, rest, side="right"))
         return Position(epoch, window, rest - (int(blocks.row_ends[window - 1]) if window else 0), blocks)

@@ -31,7 +31,7 @@ def test_every_block_with_rows_comes_once_in_an_epoch(window: int, epoch: int, s
     assert sorted(seen) == [(c, layer) for c in (0, 2, 3, 4, 5, 6, 7) for layer in (0, 1, 2)]
     assert one.n_blocks == len(chunks)
     assert len(blocks.row_ends) == -(-one.n_blocks // window)
-    assert blocks.row_ends[-1] == one.rows_per_epoch == 22 * 3
+    assert blocks.row_ends[-1] == one.row_ends[-1] == 22 * 3
     parts = [blocks.window(i) for i in range(len(blocks.row_ends))]
     assert np.array_equal(np.concatenate([chunk for chunk, _ in parts]), chunks)
 
@@ -112,6 +112,20 @@ def test_locate_is_where_the_row_is(row: int) -> None:
     ends = [0, *one.epoch(found.epoch).row_ends.tolist()]
     assert ends[found.window] + found.row == row % 66
     assert ends[found.window] <= row % 66 < ends[found.window + 1]
+
+
+def test_parts_are_served_one_after_another() -> None:
+    part = np.array([1, 0, 0, 2, 1, 1, 2, 0])
+    one = row_order(part=part, blocks_per_window=2)
+    assert one.n_parts == 3
+    assert one.row_ends.tolist() == [3 * 7, 3 * 16, 3 * 22]
+    for epoch in range(6):
+        chunk, layer = one.epoch(epoch).blocks(0, 10**6)
+        expected = [(c, at) for c in np.flatnonzero(part == epoch % 3).tolist() if c != 1 for at in range(3)]
+        assert sorted(zip(chunk.tolist(), layer.tolist(), strict=True)) == expected
+    found = one.locate(66 + 48)
+    assert (found.epoch, found.window, found.row) == (5, 0, 0)
+    assert one.locate(66 + 47).epoch == 4
 
 
 def test_chunk_row_counts() -> None:
