@@ -128,6 +128,30 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """How many processes fill the store; its bytes do not depend on it."""
+
+    n_workers: int | None = None
+    """Processes of this machine that fill shards at once, each with its share of the cores; where there are several
+    GPUs, each takes the next one. By default this process alone."""
+    scheduler: str | None = None
+    """Address of a running Dask scheduler (tcp://HOST:8786) whose workers fill the shards; all must see the store and
+    the model at the same paths."""
+
+    def __post_init__(self) -> None:
+        require_positive(n_workers=self.n_workers)
+        if self.scheduler is not None and ":" not in self.scheduler:
+            raise UsageError(f"--scheduler should be an address such as tcp://HOST:8786, found {self.scheduler!r}")
+        if self.scheduler is not None and self.n_workers is not None:
+            raise UsageError("--n-workers has no effect with --scheduler, whose workers count; leave one of them out")
+
+    @property
+    def many(self) -> bool:
+        """Whether other processes than this one fill the store."""
+        return self.n_workers is not None or self.scheduler is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class HarvestConfig:
     """Options of `harvest`."""
 
@@ -147,6 +171,7 @@ class HarvestConfig:
     sequences: SequenceConfig = SequenceConfig()
     storage: StorageConfig = StorageConfig()
     control: ControlConfig = ControlConfig()
+    workers: WorkerConfig = WorkerConfig()
     mask_norm: float | None = None
     """Do not train on or analyse tokens whose norm, at any stored layer, exceeds this many times that layer's median:
     attention sinks in mid-sequence. Runs the model twice. 10 is usual."""

@@ -3,7 +3,7 @@
 How: batches of sequences are fixed by the store's positions and the batch size alone, so that a run that was stopped
 computes the same batches again and the bytes do not depend on where it stopped; only batches that overlap a missing
 shard are run. Each batch is rounded into one of two host buffers, which the writer cuts into shards, checks and writes
-while the next batch is computed.
+while the next batch is computed. Worker processes (`harvest.workers`) do the same with some of the shards.
 
 Host memory for activations: two batches and about three shards (one being put together, its encoded copy, its
 statistics).
@@ -12,8 +12,10 @@ Shapes: B sequences, N positions, L stored layers, D = d_model, n = B * N tokens
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +27,13 @@ from harvest.residual import EndOfPass, ResidualRecorder
 from harvest.sequences import SequenceBatch, batches_for, sequence_batches, token_ids
 from harvest.settings import TORCH_DTYPES, Settings
 from harvest.stored_values import HostBuffer, not_finite_error
+from residscope.cluster import n_cores
 from residscope.console import progress, stop_on_signals
 from residscope.errors import Interrupted, ResidscopeError
 from store.activations import ActivationStore
 from store.meta import StoreMeta
+
+_WRITER_THREADS = 8
 
 
 class Filled(NamedTuple):
@@ -46,12 +51,13 @@ class BatchRunner:
 
     def __init__(self, model: LoadedModel, settings: Settings) -> None:
         self.layers = settings.layers
+        self.on_cuda = model.device.type == "cuda"
         self._model = model
         self._recorder = ResidualRecorder(model, settings.layers)
         self._lens = settings.lens
         self._dtype = TORCH_DTYPES[settings.store_dtype]
         # Copies to the host go over a stream of their own, so that the next block's work does not wait for them.
-        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(model.device) if self.on_cuda else None
 
     def buffer(self, n_tokens: int) -> HostBuffer:
         """Room for batches of up to `n_tokens`."""
@@ -145,11 +151,10 @@ class ShardAssembler:
 
 
 class _Writer:
-    """What the second thread does with each batch: check it, cut it into shards, and write these."""
+    """What the second thread does with each batch: check it, cut it into shards, and hand these on."""
 
-    def __init__(self, store: ActivationStore, missing: Collection[int], raw_dtype: np.dtype) -> None:
-        self._store = store
-        self._assembler = ShardAssembler(store.meta, missing, self._write_shard, raw_dtype)
+    def __init__(self, assembler: ShardAssembler) -> None:
+        self._assembler = assembler
         self._failed = False
         self.not_finite: SequenceBatch | None = None
         """The batch, if there was one, that holds a value which is not finite in the stored dtype."""
@@ -166,9 +171,54 @@ class _Writer:
         self._assembler.add(batch.start, buffer.array(batch.stop - batch.start))
         self._failed = False
 
-    def _write_shard(self, shard: int, data: np.ndarray) -> None:
-        first, last = self._store.meta.shard_bounds(shard)
-        self._store.write_shard(shard, data, self._store.tokens.keep[first:last])
+
+class Filler:
+    """Makes the vectors of a store's shards, of any of them and as often as it is asked to."""
+
+    def __init__(self, store: ActivationStore, runner: BatchRunner, batch_size: int, cores: int | None = None) -> None:
+        """store: open at least for reading, its shards may be missing. cores: those for this process, default all."""
+        self._store, self._runner = store, runner
+        self.writer_threads = max(min((cores or n_cores()) - 1, _WRITER_THREADS), 1) if runner.on_cuda else 1
+        """For packing a shard: on a CPU the model needs the cores."""
+        self.batches = sequence_batches(store.tokens.position, batch_size * store.meta.context_length)
+        self._buffers: list[HostBuffer] = []
+
+    def run(
+        self,
+        shards: Collection[int],
+        write: Callable[[int, np.ndarray], object],
+        stopped: Callable[[], bool],
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> int:
+        """Call `write(shard, data [t, L, D])` in a second thread for each of `shards`, ascending, until `stopped()` or
+        a value that is not finite, for which it raises `ResidscopeError`; gives the number of tokens that were run.
+
+        advance: called with the number of tokens of each batch.
+        """
+        store = self._store
+        batches = batches_for(self.batches, shards, store.meta.shard_tokens)
+        if not self._buffers:
+            longest = max(b.stop - b.start for b in self.batches)
+            self._buffers = [self._runner.buffer(longest) for _ in range(min(2, len(self.batches)))]
+        writer = _Writer(ShardAssembler(store.meta, shards, write, self._buffers[0].array(0).dtype))
+        done, pending = 0, list[Future[None]]()
+        with ThreadPoolExecutor(1, "writer") as thread:
+            for number, batch in enumerate(batches):
+                if len(pending) == len(self._buffers):
+                    pending.pop(0).result()
+                buffer = self._buffers[number % len(self._buffers)]
+                ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
+                if writer.not_finite or not self._runner.run(ids, buffer, stopped):
+                    break
+                pending.append(thread.submit(writer.take, batch, buffer))
+                done += batch.stop - batch.start
+                advance(batch.stop - batch.start)
+            for future in pending:
+                future.result()
+        if bad := writer.not_finite:
+            ids = torch.from_numpy(token_ids(store.tokens.token_id, bad))
+            raise self._runner.explain_not_finite(ids, bad.start)
+        return done
 
 
 def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled:
@@ -177,55 +227,34 @@ def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled
     A first SIGINT or SIGTERM gives up the batch in flight and raises `Interrupted`; what is written is whole. Values
     that are not finite raise `ResidscopeError` and are not written; so does whatever the disk raises.
     """
-    meta, tokens = store.meta, store.tokens
-    missing = store.missing_shards()
-    batches = sequence_batches(tokens.position, batch_size * meta.context_length)
-    batches = batches_for(batches, missing, meta.shard_tokens)
-    buffers = [runner.buffer(max(b.stop - b.start for b in batches)) for _ in range(min(2, len(batches)))]
-    writer = _Writer(store, missing, buffers[0].array(0).dtype)
-    begin = time.perf_counter()
-    done = _run_all(store, runner, batches, buffers, writer)
-    if bad := writer.not_finite:
-        raise runner.explain_not_finite(torch.from_numpy(token_ids(tokens.token_id, bad)), bad.start)
-    left = len(store.missing_shards())
-    if left:
-        done_of = f"{meta.n_shards - left} of {meta.n_shards} shards complete"
-        raise Interrupted(f"stopped with {done_of}; run the same command to continue")
+    missing, filler, begin = store.missing_shards(), Filler(store, runner, batch_size), time.perf_counter()
+    write = partial(store.write_shard, threads=filler.writer_threads)
+    with progressing(store) as (stopped, advance):
+        done = filler.run(missing, write, stopped, advance)
     return Filled(len(missing), done, time.perf_counter() - begin)
 
 
-def _run_all(
-    store: ActivationStore,
-    runner: BatchRunner,
-    batches: list[SequenceBatch],
-    buffers: list[HostBuffer],
-    writer: _Writer,
-) -> int:
-    """Run `batches`, and have the writer take them, until a signal or a value that is not finite; tokens run."""
+@contextmanager
+def progressing(store: ActivationStore) -> Iterator[tuple[Callable[[], bool], Callable[[int], None]]]:
+    """Within, the store's missing shards are filled: gives a function that tells of a first SIGINT or SIGTERM, and one
+    that moves the progress bar on by some tokens. At the end `Interrupted` where shards are still missing."""
     meta = store.meta
-    todo = sum(b.stop - b.start for b in batches)
+    bounds = [meta.shard_bounds(shard) for shard in store.missing_shards()]
+    there = meta.n_tokens - sum(stop - start for start, stop in bounds)
     begin, done = time.perf_counter(), 0
-    pending: list[Future[None]] = []
-    with (
-        stop_on_signals() as stopped,
-        ThreadPoolExecutor(1, "writer") as thread,
-        progress("harvest", "tok", meta.n_tokens, done=meta.n_tokens - todo) as bar,
-    ):
-        for number, batch in enumerate(batches):
-            if len(pending) == len(buffers):
-                pending.pop(0).result()
-            buffer = buffers[number % len(buffers)]
-            ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
-            if writer.not_finite or not runner.run(ids, buffer, stopped):
-                break
-            pending.append(thread.submit(writer.take, batch, buffer))
-            done += batch.stop - batch.start
-            rate = done * meta.bytes_per_token / (time.perf_counter() - begin)
-            bar.set_postfix_str(f"{rate / 1e9:.3f} GB/s", refresh=False)
-            bar.update(batch.stop - batch.start)
-        for future in pending:
-            future.result()
-    return done
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        rate = done * meta.bytes_per_token / (time.perf_counter() - begin)
+        bar.set_postfix_str(f"{rate / 1e9:.3f} GB/s", refresh=False)
+        bar.update(min(n, meta.n_tokens - bar.n))  # A batch may also have tokens of shards that were there.
+
+    with stop_on_signals() as stopped, progress("harvest", "tok", meta.n_tokens, done=there) as bar:
+        yield stopped, advance
+    if left := len(store.missing_shards()):
+        done_of = f"{meta.n_shards - left} of {meta.n_shards} shards complete"
+        raise Interrupted(f"stopped with {done_of}; run the same command to continue")
 
 
 def host_bytes(meta: StoreMeta, batch_size: int) -> int:

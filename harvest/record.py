@@ -151,12 +151,17 @@ def make_provenance(
     }
 
 
+def surroundings(settings: Settings) -> dict[str, Any]:
+    """What the last bits depend on beside the options that a store records."""
+    found = {"device": settings.device.type, **versions(*_PACKAGES)}
+    return {name: found[name] for name in ("device", "torch", "transformers")}
+
+
 def changed_surroundings(provenance: Mapping[str, Any], settings: Settings) -> str:
     """What has changed since the store was started and may change the last bits; empty where nothing has."""
-    now = {"device": settings.device.type, **versions(*_PACKAGES)}
     then = {"device": provenance.get("device"), **provenance.get("versions", {})}
-    names = ("device", "torch", "transformers")
-    return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in names if then.get(name) != now[name])
+    now = surroundings(settings)
+    return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
 
 
 def _shown(value: Any) -> str:
