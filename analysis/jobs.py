@@ -23,17 +23,7 @@ from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
 from analysis.tiles import keep_going, stop_tasks
-from residscope.cluster import (
-    ATTEMPTS,
-    POLL_SECONDS,
-    code_hash,
-    connected,
-    failed,
-    n_cores,
-    require_worker,
-    this_worker,
-    with_our_code,
-)
+from residscope import cluster
 from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory, said
 
 MAX_TASKS = 256
@@ -73,7 +63,7 @@ def run(total: ShardSum[R], pool: "Pool") -> R:
         key = f"{name}-{number:05d}"
         tokens[key] = sum(total.tokens[group])
         arguments = (attempt, total.task, total.arguments, total.shards[group], tokens[key])
-        leaves.append(delayed(with_our_code)(code_hash(), *arguments, dask_key_name=key))
+        leaves.append(delayed(cluster.with_our_code)(cluster.code_hash(), *arguments, dask_key_name=key))
     with tqdm(total=sum(tokens.values()), desc=total.name, unit=" tokens", unit_scale=True, disable=None) as bar:
         try:
             return pool.compute(_tree(leaves, total.merge, name), tokens, bar)
@@ -92,8 +82,8 @@ def _tree(nodes: list[Delayed], merge: Callable[..., Any], name: str) -> Delayed
     while len(nodes) > 1:
         level += 1
         nodes = [
-            delayed(with_our_code)(
-                code_hash(), merge, nodes[i : i + MERGE_WIDTH], dask_key_name=f"{name}-merge-{level}-{i:05d}"
+            delayed(cluster.with_our_code)(
+                cluster.code_hash(), merge, nodes[i : i + MERGE_WIDTH], dask_key_name=f"{name}-merge-{level}-{i:05d}"
             )
             for i in range(0, len(nodes), MERGE_WIDTH)
         ]
@@ -102,10 +92,10 @@ def _tree(nodes: list[Delayed], merge: Callable[..., Any], name: str) -> Delayed
 
 def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[int, ...], tokens: int) -> R:
     """task(*arguments, shards), tried up to `ATTEMPTS` times; an error that the user must act on is not tried again."""
-    worker = this_worker()
+    worker = cluster.this_worker()
     if worker is not None:
         torch.set_num_threads(1)
-    for left in reversed(range(ATTEMPTS)):
+    for left in reversed(range(cluster.ATTEMPTS)):
         try:
             result = task(*arguments, shards)
         except ResidscopeError:
@@ -114,7 +104,7 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
             if left == 0:
                 if is_out_of_memory(error):
                     raise
-                raise failed(shards, f"{type(error).__name__}: {error}") from error
+                raise cluster.failed(shards, f"{type(error).__name__}: {error}") from error
         else:
             if worker is not None:
                 worker.log_event(_TOPIC, tokens)
@@ -132,14 +122,12 @@ def open_pool(scheduler: str, n_workers: int | None, n_tasks: int, report: Path 
         raise ResidscopeError("--performance-report needs bokeh: pip install 'residscope[dashboard]', or leave it out")
     if scheduler == "threads":
         with _profile(report) if report else nullcontext():
-            yield Threads(n_workers or min(n_cores(), n_tasks))
+            yield Threads(n_workers or min(cluster.n_cores(), n_tasks))
     else:
         from distributed import performance_report
 
         with (
-            connected(
-                None if scheduler == "processes" else scheduler, n_workers or n_cores(), "--scheduler processes"
-            ) as client,
+            cluster.connected(scheduler, n_workers or cluster.n_cores()) as client,
             performance_report(filename=str(report)) if report else nullcontext(),
         ):
             yield Cluster(client)
@@ -196,9 +184,9 @@ class Cluster:
         future = self.client.compute(root, optimize_graph=False)
         try:
             while not future.done():
-                require_worker(self.client)
+                cluster.require_worker(self.client)
                 with suppress(TimeoutError):
-                    wait(future, timeout=POLL_SECONDS)
+                    wait(future, timeout=cluster.POLL_SECONDS)
             return future.result()
         except KilledWorker as error:
             raise ResidscopeError(f"the workers of task {error.task} were killed repeatedly: {_FEWER}") from None

@@ -133,7 +133,8 @@ class WorkerConfig:
 
     n_workers: int | None = None
     """Processes of this machine that fill shards at once, each with its share of the cores; where there are several
-    GPUs, each takes the next one. By default this process alone."""
+    GPUs, each takes the next one. By default this process alone; with a scheduler's address its workers count
+    instead."""
     scheduler: str | None = None
     """Address of a running Dask scheduler (tcp://HOST:8786) whose workers fill the shards; all must see the store and
     the model at the same paths."""
@@ -142,13 +143,6 @@ class WorkerConfig:
         require_positive(n_workers=self.n_workers)
         if self.scheduler is not None and ":" not in self.scheduler:
             raise UsageError(f"--scheduler should be an address such as tcp://HOST:8786, found {self.scheduler!r}")
-        if self.scheduler is not None and self.n_workers is not None:
-            raise UsageError("--n-workers has no effect with --scheduler, whose workers count; leave one of them out")
-
-    @property
-    def many(self) -> bool:
-        """Whether other processes than this one fill the store."""
-        return self.n_workers is not None or self.scheduler is not None
 
 
 @dataclass(frozen=True, kw_only=True)

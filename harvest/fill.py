@@ -150,38 +150,16 @@ class ShardAssembler:
                 self._write(shard, partial[: last - first])
 
 
-class _Writer:
-    """What the second thread does with each batch: check it, cut it into shards, and hand these on."""
-
-    def __init__(self, assembler: ShardAssembler) -> None:
-        self._assembler = assembler
-        self._failed = False
-        self.not_finite: SequenceBatch | None = None
-        """The batch, if there was one, that holds a value which is not finite in the stored dtype."""
-
-    def take(self, batch: SequenceBatch, buffer: HostBuffer) -> None:
-        """Take the next batch, or nothing once one has failed: the shards of those in line behind it have a hole."""
-        if self._failed:
-            return
-        self._failed = True
-        buffer.wait()
-        if not bool(buffer.finite.all()):
-            self.not_finite = batch
-            return
-        self._assembler.add(batch.start, buffer.array(batch.stop - batch.start))
-        self._failed = False
-
-
 class Filler:
-    """Makes the vectors of a store's shards, of any of them and as often as it is asked to."""
+    """Makes the vectors of any of a store's shards, as often as it is asked to."""
 
     def __init__(self, store: ActivationStore, runner: BatchRunner, batch_size: int, cores: int | None = None) -> None:
-        """store: open at least for reading, its shards may be missing. cores: those for this process, default all."""
+        """store: open at least for reading. cores: those for this process, default all."""
         self._store, self._runner = store, runner
+        self._batches = sequence_batches(store.tokens.position, batch_size * store.meta.context_length)
+        self._buffers: list[HostBuffer] = []
         self.writer_threads = max(min((cores or n_cores()) - 1, _WRITER_THREADS), 1) if runner.on_cuda else 1
         """For packing a shard: on a CPU the model needs the cores."""
-        self.batches = sequence_batches(store.tokens.position, batch_size * store.meta.context_length)
-        self._buffers: list[HostBuffer] = []
 
     def run(
         self,
@@ -190,17 +168,31 @@ class Filler:
         stopped: Callable[[], bool],
         advance: Callable[[int], object] = lambda n: None,
     ) -> int:
-        """Call `write(shard, data [t, L, D])` in a second thread for each of `shards`, ascending, until `stopped()` or
-        a value that is not finite, for which it raises `ResidscopeError`; gives the number of tokens that were run.
+        """Call `write(shard, data [t, L, D])` in a second thread for each of `shards`, ascending, until `stopped()`;
+        gives the number of tokens that went through the model.
 
-        advance: called with the number of tokens of each batch.
+        advance: called with the tokens of each batch. `ResidscopeError` for a value that is not finite.
         """
         store = self._store
-        batches = batches_for(self.batches, shards, store.meta.shard_tokens)
+        batches = batches_for(self._batches, shards, store.meta.shard_tokens)
         if not self._buffers:
-            longest = max(b.stop - b.start for b in self.batches)
-            self._buffers = [self._runner.buffer(longest) for _ in range(min(2, len(self.batches)))]
-        writer = _Writer(ShardAssembler(store.meta, shards, write, self._buffers[0].array(0).dtype))
+            longest = max(b.stop - b.start for b in self._batches)
+            self._buffers = [self._runner.buffer(longest) for _ in range(min(2, len(self._batches)))]
+        assembler = ShardAssembler(store.meta, shards, write, self._buffers[0].array(0).dtype)
+        failed, not_finite = list[SequenceBatch](), list[SequenceBatch]()
+
+        def take(batch: SequenceBatch, buffer: HostBuffer) -> None:
+            """The next batch, or nothing once one has failed: the shards of those in line behind it have a hole."""
+            if failed:
+                return
+            failed.append(batch)
+            buffer.wait()
+            if not bool(buffer.finite.all()):
+                not_finite.append(batch)
+                return
+            assembler.add(batch.start, buffer.array(batch.stop - batch.start))
+            failed.clear()
+
         done, pending = 0, list[Future[None]]()
         with ThreadPoolExecutor(1, "writer") as thread:
             for number, batch in enumerate(batches):
@@ -208,16 +200,16 @@ class Filler:
                     pending.pop(0).result()
                 buffer = self._buffers[number % len(self._buffers)]
                 ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
-                if writer.not_finite or not self._runner.run(ids, buffer, stopped):
+                if not_finite or not self._runner.run(ids, buffer, stopped):
                     break
-                pending.append(thread.submit(writer.take, batch, buffer))
+                pending.append(thread.submit(take, batch, buffer))
                 done += batch.stop - batch.start
                 advance(batch.stop - batch.start)
             for future in pending:
                 future.result()
-        if bad := writer.not_finite:
-            ids = torch.from_numpy(token_ids(store.tokens.token_id, bad))
-            raise self._runner.explain_not_finite(ids, bad.start)
+        for batch in not_finite:
+            ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
+            raise self._runner.explain_not_finite(ids, batch.start)
         return done
 
 

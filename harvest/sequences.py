@@ -1,7 +1,7 @@
 """Which sequences of a token table go through the model together; from positions alone, without a model or a disk."""
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -40,33 +40,24 @@ def batches_for(batches: list[SequenceBatch], missing: Collection[int], shard_to
 
 
 def shard_groups(
-    batches: list[SequenceBatch], missing: Sequence[int], shard_tokens: int, n_workers: int
+    batches: list[SequenceBatch], missing: list[int], shard_tokens: int, n_workers: int
 ) -> list[list[int]]:
-    """`missing` shards (ascending) as groups for `n_workers`, in order, each to be filled at once.
+    """`missing` shards (ascending) in groups, each of which one of `n_workers` is to fill at once.
 
-    A batch that lies across two groups is run for both. So groups end where a batch does, if there is such a place
-    within half and twice of their size: a 16th of a worker's share, but at least 8 batches, and at most 16 batches or
-    shards, whichever is more; without such a place at that size.
+    A batch that lies across two groups is run for both. So a group ends where a batch does, if there is such a place
+    within half and twice its size: a 16th of a worker's share, but at least 8 batches (if the share has them), and at
+    most 16 batches or shards, whichever is more.
     """
-    starts = np.array([batch.start for batch in batches])
-    longest = max(batch.stop - batch.start for batch in batches)
-    share = len(missing) * shard_tokens // n_workers
-    wanted = min(max(share // 16, 8 * longest), 16 * max(longest, shard_tokens), share)
-    size = max(round(wanted / shard_tokens), 1)
-    first = np.searchsorted(starts, np.array(missing) * shard_tokens, side="right") - 1
-    end = np.array([min((shard + 1) * shard_tokens, batches[-1].stop) - 1 for shard in missing])
-    last = np.searchsorted(starts, end, side="right") - 1
-    whole = np.append(last[:-1] < first[1:], True)  # Whether no batch goes on from this shard to the next missing one.
+    longest, share = max(b.stop - b.start for b in batches), len(missing) * shard_tokens // n_workers
+    size = round(min(max(share // 16, 8 * longest), 16 * max(longest, shard_tokens), share) / shard_tokens) or 1
+    ends = {b.stop for b in batches}
+    clean = [i for i, shard in enumerate(missing, 1) if (shard + 1) * shard_tokens in ends or shard + 1 not in missing]
     groups, at = [], 0
     while at < len(missing):
-        places = range(at + max(size // 2, 1), min(at + 2 * size, len(missing)) + 1)
-        stop = min(
-            (stop for stop in places if whole[stop - 1]),
-            key=lambda stop: abs(stop - at - size),
-            default=min(at + size, len(missing)),
-        )
-        groups.append(list(missing[at:stop]))
-        at = stop
+        places = [i for i in clean if size <= 2 * (i - at) <= 4 * size] or [at + size]
+        end = min(places, key=lambda i: abs(i - at - size))
+        groups.append(missing[at:end])
+        at = end
     return groups
 
 

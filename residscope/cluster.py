@@ -10,10 +10,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 import residscope
 from residscope.errors import IncompatibleError, ResidscopeError
@@ -44,30 +46,26 @@ def n_cores() -> int:
 
 
 @contextmanager
-def connected(scheduler: str | None, n_workers: int, flag: str, **settings: Any) -> Iterator[Any]:
-    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread processes for None.
-
-    flag: that which asked for processes. settings: of Dask (`distributed.scheduler...`), for new processes.
-    """
-    import dask
+def connected(scheduler: str, n_workers: int, **settings: Any) -> Iterator[Any]:
+    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread "processes" with these
+    settings of Dask."""
+    from dask import config
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its tracebacks; what they say is said in one line
-    if scheduler is None:
-        options: Any = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-        fewer = "perhaps for want of memory: use fewer with --n-workers, or leave the flag out"
-        with dask.config.set(settings), reading(f"{flag}: a worker died at its start", fewer, ResidscopeError):
-            local = LocalCluster(n_workers=n_workers, preload=PRELOAD, **options)
-        with local, Client(local) as client:
-            _say_dashboard(client)
-            yield client
-        return
-    silent = f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s"
-    with reading(silent, "start one with `dask scheduler`, or leave --scheduler out", ResidscopeError):
-        client = Client(scheduler, timeout=CONNECT_SECONDS)
-    with client:
-        _say_dashboard(client)
-        _require_our_code(client)
+    with ExitStack() as stack:
+        if scheduler == "processes":
+            options: Any = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+            fewer = "perhaps for want of memory: use fewer with --n-workers"
+            with config.set(settings), reading("a worker process died at its start", fewer, ResidscopeError):
+                local = stack.enter_context(LocalCluster(n_workers=n_workers, preload=PRELOAD, **options))
+            client = stack.enter_context(Client(local))
+        else:
+            silent = f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s"
+            with reading(silent, "start one with `dask scheduler`, or leave --scheduler out", ResidscopeError):
+                client = stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS))
+            _require_our_code(client)
+        tqdm.write(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
         yield client
 
 
@@ -85,7 +83,7 @@ def require_worker(client: Any) -> int:
         if seconds >= GIVE_UP_AFTER:
             raise ResidscopeError(f"the Dask scheduler has {text}, then run the command again")
         if seconds == SAY_AFTER:
-            _say(f"the Dask scheduler has {text}; waiting {GIVE_UP_AFTER} s")
+            tqdm.write(f"the Dask scheduler has {text}; waiting {GIVE_UP_AFTER} s", file=sys.stderr)
         time.sleep(POLL_SECONDS)
         seconds += POLL_SECONDS
     return found
@@ -147,13 +145,3 @@ def _other_code(where: str, found: Any, expected: str) -> IncompatibleError:
         f"the Dask worker {where} has another version of residscope, or none: the hash of its sources should be "
         f"{expected}, found {found}: start workers from the environment of this command"
     )
-
-
-def _say_dashboard(client: Any) -> None:
-    _say(f"Dask dashboard: {client.dashboard_link}")
-
-
-def _say(line: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)

@@ -15,7 +15,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from residscope.errors import IncompatibleError, UsageError
 from store import arrays
 from store.arrays import TokenTable
 from store.dtypes import STORAGE_DTYPE, to_float32
-from store.files import INCOMING, atomic_write, remove_incoming, remove_leftovers
+from store.files import TEMPORARY, atomic_write, remove_leftovers
 from store.folder import make_folder, read_meta, require_store
 from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest, sort_lines
 from store.meta import StoreMeta
@@ -50,7 +50,7 @@ class ActivationStore:
         self._intact: set[int] = set()  # Shards whose whole files were hashed.
         self._locks: dict[int, threading.Lock] = {}
         self._files = ShardFiles(path, meta)
-        self._writer = ShardWriter(path, meta, manifest, lock) if lock else None
+        self._writer = ShardWriter(path, manifest, lock) if lock else None
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], meta: StoreMeta, tokens: TokenTable) -> "ActivationStore":
@@ -262,27 +262,29 @@ class ActivationStore:
         writer.commit(put)
 
     def adopt_shard(self, shard: int) -> None:
-        """Take in a shard's file that another Zarr writer has put in its place, as if `write_shard` had written it."""
-        writer = self._open_writer()
-        writer.require_missing(shard)
-        writer.commit(self._files.adopt(shard, self._keep_of(shard)))
+        """Take in a shard's file that another Zarr writer has put in its place: it is written again, as `write_shard`
+        does."""
+        start, stop = self.meta.shard_bounds(shard)
+        path = self.path / shard_name(shard)
+        with ShardReader(path, self.meta, path.stat().st_size) as reader:
+            raw = reader.read_shard(stop - start)
+        self.write_shard(shard, raw)
 
     @contextmanager
     def incoming(self) -> Iterator[str]:
         """A folder below the store, open for writing, for what other processes put into it; removed at the end, or by
         whoever opens the store for writing next. From then on a process that was left over cannot write."""
-        self._open_writer()
-        folder = self.path / f"{INCOMING}{uuid.uuid4().hex}"
+        folder = self.path / f"incoming-{uuid.uuid4().hex}{TEMPORARY}"
         folder.mkdir()
         try:
             yield folder.name
         finally:
-            with suppress(FileNotFoundError):
-                remove_incoming(folder)
+            if folder.exists():  # Else another store may be at the path.
+                remove_leftovers(self.path)
 
     def put_shard(self, shard: int, data: np.ndarray, folder: str, *, threads: int = 1) -> PutShard:
-        """Put a shard, data as for `write_shard`, into a folder that a process which may write the store has made
-        (`incoming`), for this process to commit. Raises as `write_shard`, `FileNotFoundError` without the folder."""
+        """Put a shard, data as for `write_shard`, into the folder of the process that writes the store (`incoming`).
+        Raises as `write_shard`, `FileNotFoundError` without the folder."""
         return self._files.put(shard, data, self._keep_of(shard), folder=folder, threads=threads)
 
     def commit_shard(self, put: PutShard) -> None:

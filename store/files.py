@@ -13,8 +13,6 @@ from pathlib import Path
 from residscope.destinations import sync
 
 TEMPORARY = ".tmp"
-INCOMING = ".incoming-"
-"""Begins the name of a folder for what worker processes write, one for each run."""
 
 
 def atomic_write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
@@ -68,15 +66,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a crash left in the folders directly below `folder`, and folders for such."""
-    for path in folder.glob(f"{INCOMING}*"):
-        remove_incoming(path)
+    """Remove temporary folders that a crash left in `folder`, and temporary files in other folders there."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        # First under another name, so that a process that still writes into it finds none.
+        shutil.rmtree(path.replace(path.with_name(path.name + TEMPORARY)))
     for path in folder.glob(f"*/*{TEMPORARY}"):
         path.unlink(missing_ok=True)
-
-
-def remove_incoming(folder: Path) -> None:
-    """Remove a folder of temporary files, into which others may still write: they find none there from now on."""
-    gone = folder.with_name(folder.name.removesuffix(TEMPORARY) + TEMPORARY)
-    folder.replace(gone)
-    shutil.rmtree(gone)

@@ -35,10 +35,9 @@ from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
 from store.files import TEMPORARY, removed_on_error, sync, write_synced
 from store.manifest import Manifest, ManifestWriter, ShardRecord, WriterLock
 from store.meta import ZSTD_LEVEL, StoreMeta
-from store.moments import ShardMoments
 
 if TYPE_CHECKING:
-    from store.pack import PackedShard, ShardPacker
+    from store.pack import ShardPacker
 
 _ABSENT = -1
 """Offset and length of a chunk that is left out: 2^64 - 1, read as signed."""
@@ -217,8 +216,8 @@ class ShardFiles:
     ) -> PutShard:
         """Put a shard, data [t, L, D], float32 or the stored format; keep: bool [t], the store's own mask.
 
-        folder: one below the store that was made for this (`ActivationStore.incoming`); names in it are never used
-        twice. Without it they are those of a process that holds the lock, `NAME.tmp`.
+        folder: one below the store for files that another process commits, whose names are never used twice. Without
+        it they are those of the process that holds the lock, `NAME.tmp`.
         """
         meta = self._meta
         start, stop = meta.shard_bounds(shard)
@@ -227,37 +226,15 @@ class ShardFiles:
             raise UsageError(f"shard {shard} should have shape {expected} (token, layer, d_model), found {data.shape}")
         if data.dtype not in (np.float32, STORAGE_DTYPE[meta.stored_dtype]):
             raise UsageError(f"shard {shard} should be float32 or {meta.stored_dtype}, found {data.dtype}")
-        try:
-            packed = self._pack(data, keep, threads)
-        except ValueError:
-            raise self._unstorable(shard, data) from None
-        return self._put(shard, seal_slots(packed.slots, meta), packed.moments, folder, sealed=False)
-
-    def adopt(self, shard: int, keep: np.ndarray) -> PutShard:
-        """Put the moments of a shard whose file is in its place already; keep: bool [t], the store's own mask."""
-        start, stop = self._meta.shard_bounds(shard)
-        path = self._path / shard_name(shard)
-        data = path.read_bytes()
-        with ShardReader(path, self._meta, len(data)) as reader:
-            raw = reader.read_shard(stop - start)
-        if first_unstorable(raw, self._meta.stored_dtype) is not None:
-            raise self._unstorable(shard, raw)
-        sync(path)
-        sync(path.parent)
-        return self._put(shard, [memoryview(data)], self._pack(raw, keep).moments, None, sealed=True)
-
-    def _pack(self, data: np.ndarray, keep: np.ndarray, threads: int = 1) -> "PackedShard":
         if self._packer is None:
             from store.pack import ShardPacker  # Imports numba, which readers do without.
 
-            self._packer = ShardPacker(self._meta)
-        return self._packer.pack(data, keep, threads)
-
-    def _put(
-        self, shard: int, parts: list[memoryview], moments: ShardMoments, folder: str | None, *, sealed: bool
-    ) -> PutShard:
-        """Write the shard's file, `parts`, unless it is in its place (`sealed`), and its moments."""
-        start, stop = self._meta.shard_bounds(shard)
+            self._packer = ShardPacker(meta)
+        try:
+            slots, moments = self._packer.pack(data, keep, threads)
+        except ValueError:
+            raise self._unstorable(shard, data) from None
+        parts = seal_slots(slots, meta)
         numbers = arrays.encode_numbers(np.stack([moments.mean, moments.m2]))
         digest = xxhash.xxh3_128()
         for part in parts:
@@ -270,17 +247,13 @@ class ShardFiles:
             xxh3_128=digest.hexdigest(),
             moments_xxh3_128=xxhash.xxh3_128_hexdigest(numbers),
             norm_sums=moments.norm_sums.tolist(),
-            config_hash=self._meta.config_hash,
+            config_hash=meta.config_hash,
         )
-        contents = {arrays.moments_name(shard): [memoryview(numbers)]}
-        if not sealed:
-            contents = {shard_name(shard): parts, **contents}
-        unique = uuid.uuid4().hex
-        names = {f"{folder}/{unique}-{i}" if folder else name: name for i, name in enumerate(contents)}
-        files = {temporary + TEMPORARY: name for temporary, name in names.items()}
+        names, unique = (shard_name(shard), arrays.moments_name(shard)), uuid.uuid4().hex
+        files = {(f"{folder}/{unique}-{i}" if folder else name) + TEMPORARY: name for i, name in enumerate(names)}
         with removed_on_error(*(self._path / temporary for temporary in files)):
-            for temporary, name in files.items():
-                write_synced(self._path / temporary, contents[name])
+            for temporary, content in zip(files, (parts, [numbers]), strict=True):
+                write_synced(self._path / temporary, content)
         return PutShard(record, files)
 
     def _unstorable(self, shard: int, data: np.ndarray) -> ResidscopeError:
@@ -300,9 +273,9 @@ class ShardFiles:
 class ShardWriter:
     """Makes shards of one store count, whose lock it holds until it is closed."""
 
-    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock) -> None:
+    def __init__(self, path: Path, manifest: Manifest, lock: WriterLock) -> None:
         """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is committed."""
-        self._path, self._meta, self._manifest, self._lock = path, meta, manifest, lock
+        self._path, self._manifest, self._lock = path, manifest, lock
         self._lines = ManifestWriter(path, manifest.intact_bytes)
 
     def require_missing(self, shard: int) -> None:
@@ -325,9 +298,8 @@ class ShardWriter:
         except FileNotFoundError as error:
             self._lock.require_here(self._path)
             raise ResidscopeError(f"shard {record.shard}: {error.filename} is gone; {_AGAIN}") from None
-        if (found, self._meta.config_hash) != (record.bytes, record.config_hash):
-            wanted = f"{record.bytes} bytes of the store {record.config_hash}"
-            raise ResidscopeError(f"{path} should have {wanted}, found {found} of {self._meta.config_hash}; {_AGAIN}")
+        if found != record.bytes:
+            raise ResidscopeError(f"{path} should have {record.bytes} bytes, found {found}; {_AGAIN}")
         for folder in {(self._path / name).parent for name in put.files.values()}:
             sync(folder)
         self._lock.require_here(self._path)

@@ -1,0 +1,191 @@
+"""Fill the shards that a store lacks by worker processes.
+
+How: groups of shards become Dask tasks, as many at once as there are workers. A worker resolves the options for itself,
+refuses if that gives another model, lens, device or library, and loads the model once. A shard's bytes depend on its
+tokens alone, so it does not matter who fills what, or how often: of a group whose worker was killed, or that failed,
+each shard is tried by itself.
+
+The command, which holds the store's lock, alone commits shards, each once. A worker writes only into a folder of random
+name that the command makes in the store, and that is gone once the command has ended or another opens the store for
+writing. So a worker that outlives its command, or sees another store, can write nothing, and stops at the next block.
+"""
+
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from harvest.config import HarvestConfig
+from harvest.fill import BatchRunner, Filled, Filler, progressing
+from harvest.options_file import options_in_full
+from harvest.record import dependences
+from harvest.sequences import sequence_batches, shard_groups
+from harvest.settings import Settings, load_weights, resolve
+from residscope import cluster
+from residscope.console import DISK_ERRORS
+from residscope.errors import IncompatibleError, ResidscopeError, is_out_of_memory, said
+from residscope.options import from_flat
+from store.activations import ActivationStore
+from store.shards import PutShard
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillSpec:
+    """What all tasks of a harvest share; small, and able to travel."""
+
+    store: str
+    folder: str
+    """Where shards are put, below the store."""
+    options: dict[str, Any]
+    """The harvest's, by their flags' names, with local paths in full."""
+    needed: dict[str, Any]
+    """What the vectors depend on (`harvest.record.dependences`), as the command has it."""
+    cores: int | None
+    """Of each worker of this machine; None for workers that were there, which know theirs."""
+
+
+def fill_by_workers(store: ActivationStore, config: HarvestConfig, settings: Settings) -> Filled:
+    """Fill every missing shard of a store that is open for writing, as `harvest.fill.fill` does.
+
+    Raises as that does; `ResidscopeError` where a shard failed three times, no worker comes or the scheduler goes.
+    """
+    begin, missing, tokens = time.perf_counter(), store.missing_shards(), 0
+    scheduler, n_workers = config.workers.scheduler, config.workers.n_workers or 1
+    options = {**options_in_full(config), "batch_size": settings.batch_size}
+    if settings.spec.source == "hub":
+        options["revision"] = settings.spec.revision
+
+    def take(put: PutShard) -> None:
+        nonlocal tokens
+        store.commit_shard(put)
+        tokens += put.record.tokens
+        advance(put.record.tokens)
+
+    with (
+        progressing(store) as (stopped, advance),
+        # Dask's own count of a task's killed workers blames all tasks that they had; ours is by shard.
+        cluster.connected(
+            scheduler or "processes", n_workers, **{"distributed.scheduler.allowed-failures": 0}
+        ) as client,
+        store.incoming() as folder,
+    ):
+        spec = FillSpec(
+            store=str(store.path.resolve()),
+            folder=folder,
+            options=options,
+            needed=dependences(settings),
+            cores=None if scheduler else max(cluster.n_cores() // n_workers, 1),
+        )
+        n_workers = max(cluster.require_worker(client), n_workers)
+        batches = sequence_batches(store.tokens.position, settings.batch_size * store.meta.context_length)
+        try:
+            run_tasks(client, spec, shard_groups(batches, missing, store.meta.shard_tokens, n_workers), take, stopped)
+        finally:
+            with suppress(Exception):
+                client.run(forget)
+    return Filled(len(missing), tokens, time.perf_counter() - begin)
+
+
+def run_tasks(
+    client: Any,
+    spec: FillSpec,
+    groups: Sequence[list[int]],
+    take: Callable[[PutShard], object],
+    stopped: Callable[[], bool],
+) -> None:
+    """Have each group of shards filled by a worker; `take` what becomes of each shard, until `stopped()`."""
+    from distributed import CancelledError, Future, KilledWorker, wait
+    from distributed.comm.core import CommClosedError
+
+    waiting, running, failures = deque(groups), dict[Future, list[int]](), Counter[int]()
+
+    def submit() -> None:
+        while waiting and len(running) < cluster.require_worker(client):
+            task = cluster.with_our_code, cluster.code_hash(), fill_shards, spec, waiting[0]
+            running[client.submit(*task, key=f"harvest-{uuid.uuid4().hex}")] = waiting.popleft()
+
+    def try_again(shards: list[int], times: int, why: str) -> None:
+        failures.update(dict.fromkeys(shards, times))
+        if worst := [shard for shard in shards if failures[shard] >= cluster.ATTEMPTS]:
+            raise cluster.failed(worst, why)
+        waiting.extendleft([shard] for shard in reversed(shards))
+
+    while (waiting or running) and not stopped():
+        submit()
+        with suppress(TimeoutError):
+            wait(list(running), timeout=cluster.POLL_SECONDS, return_when="FIRST_COMPLETED")
+        finished = [(future, running.pop(future)) for future in list(running) if future.done()]
+        submit()  # Before anything is committed, so that workers need not wait for that.
+        for future, shards in finished:
+            try:
+                puts = future.result()
+            except KilledWorker as error:
+                try_again(shards, error.allowed_failures + 1, "the death of its worker, perhaps for want of memory")
+            except (CancelledError, CommClosedError) as error:
+                way_out = "start it again, and run the same command to continue"
+                raise ResidscopeError(f"the Dask scheduler went away ({said(error)}): {way_out}") from None
+            except Exception as error:
+                lasting = isinstance(error, OSError) and error.errno in DISK_ERRORS
+                if lasting or isinstance(error, ResidscopeError) or is_out_of_memory(error):
+                    raise
+                try_again(shards, 1, f"{type(error).__name__}: {said(error)}")
+            else:
+                for put in puts:
+                    take(put)
+
+
+def fill_shards(spec: FillSpec, shards: list[int]) -> list[PutShard]:
+    """The task: put `shards` (ascending) into the folder. Raises what `harvest.fill` raises, and `IncompatibleError`
+    where this process would make other vectors, or folder or store are gone."""
+    with _one_at_a_time:  # A worker may have several threads, and the model has one place for hooks.
+        store, filler = _opened(spec)
+        folder, puts = store.path / spec.folder, list[PutShard]()
+
+        def put(shard: int, data: np.ndarray) -> None:
+            puts.append(store.put_shard(shard, data, folder=spec.folder, threads=filler.writer_threads))
+
+        with suppress(FileNotFoundError):
+            filler.run(shards, put, stopped=lambda: not folder.exists())
+        if len(puts) < len(shards):
+            raise IncompatibleError(f"{folder} is gone: another store was put in its place, or the harvest has ended")
+        return puts
+
+
+def forget() -> None:
+    """Give the memory of the model back."""
+    _last.clear()
+
+
+_one_at_a_time = threading.Lock()
+_last: dict[str, tuple[ActivationStore, Filler]] = {}
+
+
+def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
+    """The store, and what fills its shards; made at a worker's first task of a harvest."""
+    worker = cluster.this_worker()
+    cores = spec.cores or worker.state.nthreads
+    torch.set_num_threads(cores)
+    if spec.folder in _last:
+        return _last[spec.folder]
+    forget()
+    options = dict(spec.options)
+    if spec.cores and options["device"] in ("auto", "cuda") and (n_cards := torch.cuda.device_count()) > 1:
+        options["device"] = f"cuda:{worker.name % n_cards}"
+    settings = resolve(from_flat(HarvestConfig, options))
+    found = dependences(settings)
+    for name in (name for name in found if found[name] != spec.needed[name]):
+        raise IncompatibleError(
+            f"the Dask worker at {worker.address} would give other vectors: {name} is {found[name]} there, "
+            f"{spec.needed[name]} here; do not change the model meanwhile, and run workers and this command on like "
+            "machines and from one environment"
+        )
+    store, runner = ActivationStore.open(spec.store, partial=True), BatchRunner(load_weights(settings), settings)
+    _last[spec.folder] = store, Filler(store, runner, settings.batch_size, cores)
+    return _last[spec.folder]
