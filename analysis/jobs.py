@@ -166,7 +166,6 @@ class Threads:
 
 
 _TOPIC = "residscope-analysis"
-_FEWER = "perhaps for want of memory: use fewer with --n-workers, or leave --scheduler out"
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,8 @@ class Cluster:
                     wait(future, timeout=cluster.POLL_SECONDS)
             return future.result()
         except KilledWorker as error:
-            raise ResidscopeError(f"the workers of task {error.task} were killed repeatedly: {_FEWER}") from None
+            fewer = "perhaps for want of memory: use fewer with --n-workers, or leave --scheduler out"
+            raise ResidscopeError(f"the workers of task {error.task} were killed repeatedly: {fewer}") from None
         except (CancelledError, CommClosedError) as error:
             raise ResidscopeError(f"the Dask scheduler went away ({said(error)}): start it again") from None
         finally:

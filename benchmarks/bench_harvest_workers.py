@@ -2,20 +2,19 @@
 
     python benchmarks/bench_harvest_workers.py [--only speed workers commands] [--kills N] [--rounds N] [--seed N]
 
-How: a random Llama (8 blocks, d_model 512) is harvested into small shards by `harvest --n-workers N` in a process of its
-own, with one torch thread a worker, however many cores there are.
+How: a random Llama (8 blocks, d_model 512) is harvested into small shards by forks of this process, which has loaded
+all that is slow. Each worker has one torch thread, however many cores there are.
 
-speed: tokens per second of one worker and of two, which take turns; from the first shard that is committed to the last,
-so that the start of processes and the loading of the model (their seconds stand beside it) are left out.
-workers: at random moments between the start of the workers and the end, one of two is killed.
-commands: at random moments of the whole run the command is killed; then the same command is run again.
+speed: tokens per second of `--n-workers 1` and `--n-workers 2`, which take turns; from the first shard that is committed
+to the last, so that the start of processes and the loading of the model are left out (their seconds are printed).
+workers: `--scheduler`, of a Dask LocalCluster of two workers that stays; at a random moment one of them is killed.
+commands: `--n-workers 2`; the command is killed at a random moment, and then run again, with 2, 1 or no workers.
 
 Exit code 1 where a store has not the bytes of one that a single process filled, a process is left over, or two workers
 are less than 1.7 times as fast as one.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -27,57 +26,98 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Its threads would be missing in our forks, which would wait for them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
 import psutil
 import torch
 import transformers
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
+import harvest.cli
+import harvest.run
+from residscope import cluster
+from store.activations import ActivationStore
+from store.shards import PutShard
 from tests.support.models import tiny_tokenizer
 
-CHILD = """
-import json, sys, time
-import harvest.run, residscope.cluster
-from harvest.cli import main
-from store.activations import ActivationStore
+CLUSTER = """
+import sys, dask, residscope
+from distributed import LocalCluster
+from residscope.cluster import PRELOAD
 
-n_cores, n_shard, *words = sys.argv[1:]
-harvest.run.chunk_and_shard_tokens = lambda *sizes: (64, int(n_shard))
-residscope.cluster.n_cores = lambda: int(n_cores)
-began, times = time.perf_counter(), []
-commit = ActivationStore.commit_shard
-
-def timed(store, put):
-    commit(store, put)
-    times.append((time.perf_counter(), put.record.tokens))
-
-ActivationStore.commit_shard = timed
-code = main(words)
-if len(times) > 1:
-    rate = sum(n for _, n in times[1:]) / (times[-1][0] - times[0][0])
-    print(json.dumps({"rate": rate, "start": times[0][0] - began}))
-sys.exit(code)
+if __name__ == "__main__":
+    dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    with LocalCluster(n_workers=2, threads_per_worker=1, preload=PRELOAD, dashboard_address=":0") as local:
+        print(local.scheduler_address, flush=True)
+        sys.stdin.read()
 """
 
 
+class Command:
+    """A harvest in a fork of this process."""
+
+    def __init__(self, bench: "Bench", out: str, tokens: int, flags: list[str], n_cores: int) -> None:
+        folder, self.times = bench.folder, bench.folder / "times"
+        self.words, self.manifest = folder / "words", folder / out / "manifest/0.jsonl"
+        self.times.write_text("", encoding="utf-8")
+        self.words.write_text("", encoding="utf-8")
+        words = [f"--model={folder / 'model'}", f"--dataset={folder / 'texts'}", f"--out={folder / out}", *flags]
+        words += ["--context-length=256", "--batch-size=2", "--device=cpu", f"--max-tokens={tokens}"]
+        self.pid = os.fork()
+        if self.pid == 0:
+            stderr = os.open(self.words, os.O_WRONLY)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(stderr, 2)
+            cluster.n_cores = lambda: n_cores
+            commit = ActivationStore.commit_shard
+
+            def timed(store: ActivationStore, put: PutShard) -> None:
+                commit(store, put)
+                with self.times.open("a", encoding="utf-8") as file:
+                    file.write(f"{time.perf_counter()} {put.record.tokens}\n")
+
+            ActivationStore.commit_shard = timed  # type: ignore[method-assign]
+            code = 99
+            try:
+                code = harvest.cli.main(words)
+            finally:
+                os._exit(code)
+
+    def running(self) -> bool:
+        return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+
+    def wait_for(self, word: str, shards: int = 0) -> None:
+        """Until it has said this, and committed so many shards, or has ended."""
+        while self.running() and (word not in self.words.read_text(encoding="utf-8") or self.committed() < shards):
+            time.sleep(0.02)
+
+    def committed(self) -> int:
+        """Shards that count; -1 where there is no store yet."""
+        return len(self.manifest.read_bytes().splitlines()) - 1 if self.manifest.exists() else -1
+
+    def end(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def rate(self) -> tuple[float, float]:
+        """When the first shard was committed, and tokens per second from then on."""
+        lines = [line.split() for line in self.times.read_text(encoding="utf-8").splitlines()]
+        first, last = float(lines[0][0]), float(lines[-1][0])
+        return first, sum(int(tokens) for _, tokens in lines[1:]) / (last - first)
+
+
 class Bench:
-    """A model, a text, and the store that one process made of them."""
+    """A model, a text, and what went wrong."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng, self.failures = folder, random.Random(seed), list[str]()
-        self.loading = self.filling = 0.0  # Seconds of an undisturbed run, from the start of its workers.
-        config = transformers.LlamaConfig(
-            vocab_size=260,
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            max_position_embeddings=256,
-            bos_token_id=257,
-            eos_token_id=256,
-        )
+        torch.set_num_threads(1)
         torch.manual_seed(0)
+        harvest.run.chunk_and_shard_tokens = lambda *sizes: (64, 320)
+        sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+        ids = {"vocab_size": 260, "bos_token_id": 257, "eos_token_id": 256}
+        config = transformers.LlamaConfig(**sizes, **ids, max_position_embeddings=256)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
         tiny_tokenizer(bos=True).save_pretrained(folder / "model")
         (folder / "texts").mkdir()
@@ -85,145 +125,104 @@ class Bench:
             text = "".join(chr(97 + (i * 7 + j * j) % 26) for j in range(10_000))
             (folder / "texts" / f"{i:02}.txt").write_text(text, encoding="utf-8")
 
-    def start(self, out: str, tokens: int, n_workers: int | None, n_cores: int = 1) -> subprocess.Popen[str]:
-        flags = [f"--model={self.folder / 'model'}", f"--dataset={self.folder / 'texts'}", f"--max-tokens={tokens}"]
-        flags += [f"--out={self.folder / out}", "--context-length=256", "--batch-size=2", "--device=cpu"]
-        flags += [f"--n-workers={n_workers}"] if n_workers else []
-        command = [sys.executable, "-c", CHILD, str(n_cores), "320", *flags]
-        # Files, since a pipe would stay open in what is left over.
-        with (self.folder / "out").open("w") as stdout, (self.folder / "err").open("w") as stderr:
-            return subprocess.Popen(command, env=environment(), stdout=stdout, stderr=stderr, text=True)
+    def start(self, out: str, tokens: int, *flags: str, n_cores: int = 1) -> Command:
+        return Command(self, out, tokens, list(flags), n_cores)
 
-    def end(self, process: subprocess.Popen[str]) -> int:
-        """Wait; gives the exit code, and takes note of processes that are left over a few seconds later."""
-        code = process.wait()
-        deadline = time.monotonic() + 10
-        while left := self.processes():
-            if time.monotonic() > deadline:
-                self.failures.append(f"left over: {left}")
-                break
-            time.sleep(0.2)
-        return code
-
-    def processes(self) -> list[int]:
-        """Those that look at our folder: workers have its path in their environment."""
-        mine = f"{MARK}={self.folder}"
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if mine in "\0".join(f"{k}={v}" for k, v in process.environ().items()).split("\0"):
-                    found.append(process.pid)
-            except (psutil.Error, OSError):
-                continue
-        return [pid for pid in found if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-
-    def workers(self, process: subprocess.Popen[str]) -> list[psutil.Process]:
-        try:
-            children = psutil.Process(process.pid).children()
-            return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        except psutil.Error:
-            return []
-
-    def workers_started(self, process: subprocess.Popen[str]) -> None:
-        while "Dask dashboard" not in self.words() and process.poll() is None:
-            time.sleep(0.05)
-
-    def committed(self) -> int:
-        """Shards that count in the store that is killed; -1 where there is none yet."""
-        manifest = self.folder / "killed.zarr/manifest/0.jsonl"
-        return len(manifest.read_bytes().splitlines()) - 1 if manifest.exists() else -1
-
-    def words(self) -> str:
-        return (self.folder / "err").read_text()
-
-    def result(self) -> dict[str, float]:
-        return {k: v for line in (self.folder / "out").read_text().splitlines() if line.startswith("{")
-                for k, v in json.loads(line).items()}  # fmt: skip
+    def must(self, command: Command, what: str) -> None:
+        if code := command.end():
+            self.failures.append(f"{what}: exit code {code}: {command.words.read_text(encoding='utf-8')[-300:]}")
 
     def compare(self, out: str, whole: str, what: str) -> bool:
-        found, expected = (
-            {p.relative_to(self.folder / name).as_posix(): p.read_bytes()
-             for p in (self.folder / name).rglob("*") if p.is_file()}
-            for name in (out, whole)
-        )  # fmt: skip
-        if found != expected:
-            differing = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
+        """Whether two stores have the same files; the first is removed."""
+        found, expected = files(self.folder / out), files(self.folder / whole)
+        differing = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
+        if differing:
             self.failures.append(f"{what}: other bytes in {differing[:4]}")
         shutil.rmtree(self.folder / out)
-        return found == expected
-
-    def must(self, code: int, what: str) -> None:
-        if code:
-            self.failures.append(f"{what}: exit code {code}: {self.words()[-300:]}")
+        return not differing
 
 
-MARK = "RESIDSCOPE_BENCH"
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", MARK: FOLDER[0], "HF_HUB_OFFLINE": "1"}
-
-
-FOLDER = [""]
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def speed(bench: Bench, tokens: int, rounds: int) -> None:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(rounds):
         for n in (1, 2):
-            bench.must(bench.end(bench.start("speed.zarr", tokens, n, n_cores=n)), f"{n} workers")
-            found = bench.result()
-            rates[n].append(found["rate"])
-            load = os.getloadavg()[0]
-            print(f"round {number}: {n} worker(s) {found['rate']:8,.0f} tok/s, first shard after {found['start']:.0f} s,"
-                  f" load {load:.1f}", flush=True)  # fmt: skip
-            if n == 1 and number == 0:
-                (bench.folder / "speed.zarr").rename(bench.folder / "one.zarr")
-            else:
+            began = time.perf_counter()
+            command = bench.start("speed.zarr", tokens, f"--n-workers={n}", n_cores=n)
+            bench.must(command, f"{n} workers")
+            first, rate = command.rate()
+            rates[n].append(rate)
+            load = f"load of the machine {os.getloadavg()[0]:.1f}"
+            print(
+                f"round {number}: --n-workers {n} {rate:8,.0f} tok/s, first shard after {first - began:.0f} s, {load}"
+            )
+            if (bench.folder / "one.zarr").exists():
                 bench.compare("speed.zarr", "one.zarr", f"{n} workers")
+            else:
+                (bench.folder / "speed.zarr").rename(bench.folder / "one.zarr")
     ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     print(f"2 workers over 1: {', '.join(f'{r:.2f}' for r in ratios)}; median {statistics.median(ratios):.2f}")
-    if max(ratios) < 1.7:
-        bench.failures.append(f"2 workers are {max(ratios):.2f} times as fast as 1, at best")
+    if statistics.median(ratios) < 1.7:
+        bench.failures.append("2 workers are less than 1.7 times as fast as 1")
 
 
-def workers(bench: Bench, tokens: int, kills: int) -> None:
+def kill_workers(bench: Bench, tokens: int, kills: int) -> None:
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    script = bench.folder / "cluster.py"
+    script.write_text(CLUSTER, encoding="utf-8")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    local = subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **pipes)  # type: ignore[call-overload]
+    address = f"--scheduler={local.stdout.readline().strip()}"
     same, moments = 0, []
-    for number in range(kills):
-        process = bench.start("killed.zarr", tokens, 2, n_cores=2)
-        bench.workers_started(process)
-        if number % 2:  # Most of the time is that of loading; so every second kill is after the first shards.
-            while process.poll() is None and bench.committed() < 1:
-                time.sleep(0.02)
-        time.sleep(bench.rng.uniform(0, bench.filling if number % 2 else bench.loading))
-        victims = bench.workers(process)
-        while process.poll() is None and not victims:
-            victims = bench.workers(process)
-        if process.poll() is None:
-            bench.rng.choice(victims).kill()
-            moments.append(bench.committed())
-        bench.must(bench.end(process), f"worker killed, run {number}")
-        same += bench.compare("killed.zarr", "whole.zarr", f"worker killed, run {number}")
-    print(f"a worker killed with -9, shards committed by then {moments}: {same} of {kills} stores have the same bytes")
+    try:
+        bench.must(bench.start("first.zarr", tokens, address), "a cluster's first harvest")
+        bench.compare("first.zarr", "whole.zarr", "a cluster")
+        for number in range(kills):
+            began = time.monotonic()
+            command = bench.start("killed.zarr", tokens, address)
+            command.wait_for("Dask dashboard", shards=bench.rng.choice([0, 1, 10, 20, 30, 40]))
+            time.sleep(bench.rng.uniform(0, 2))
+            children = [p for p in psutil.Process(local.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+            moments.append(command.committed())
+            bench.rng.choice(children).kill()
+            bench.must(command, f"worker killed, run {number}")
+            same += bench.compare("killed.zarr", "whole.zarr", f"worker killed, run {number}")
+            print(f"worker killed after {moments[-1]} shards, {time.monotonic() - began:.0f} s", flush=True)
+    finally:
+        local.communicate("")
+    print(f"a worker killed with -9, after {sorted(moments)} shards: {same} of {kills} stores have the same bytes")
 
 
-def commands(bench: Bench, tokens: int, kills: int) -> None:
-    same, moments = 0, []
+def kill_commands(bench: Bench, tokens: int, kills: int) -> None:
+    same, moments, left = 0, [], 0
     for number in range(kills):
-        process = bench.start("killed.zarr", tokens, 2, n_cores=2)
-        if number % 2:
-            while process.poll() is None and bench.committed() < 1:
-                time.sleep(0.02)
-        time.sleep(bench.rng.uniform(0, bench.filling if number % 2 else bench.loading))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        bench.end(process)
-        moments.append(bench.committed())
-        n_workers = bench.rng.choice([None, 1, 2])
-        bench.must(bench.end(bench.start("killed.zarr", tokens, n_workers, n_cores=1)), f"continued, run {number}")
+        command = bench.start("killed.zarr", tokens, "--n-workers=2", n_cores=2)
+        if number % 4:
+            command.wait_for("Dask dashboard", shards=bench.rng.choice([0, 0, 1, 10, 30]))
+        time.sleep(bench.rng.uniform(0, 2))
+        children = psutil.Process(command.pid).children(recursive=True)
+        moments.append(command.committed())
+        os.kill(command.pid, signal.SIGKILL)
+        command.end()
+        psutil.wait_procs(children, timeout=20)
+        left += len(alive(children))
+        flags, n = bench.rng.choice([([], 1), (["--n-workers=1"], 1), (["--n-workers=2"], 2)])
+        bench.must(bench.start("killed.zarr", tokens, *flags, n_cores=n), f"continued, run {number}")
         same += bench.compare("killed.zarr", "whole.zarr", f"command killed, run {number}")
-    print(f"the command killed with -9, shards committed by then {moments}: {same} of {kills} have the same bytes")
+        print(
+            f"command killed after {moments[-1]} shards, with {len(children)} processes; went on: {flags}", flush=True
+        )
+    print(f"the command killed with -9, after {sorted(moments)} shards: {same} of {kills} stores have the same bytes")
+    if left:
+        bench.failures.append(f"{left} processes were left over")
 
 
 def main() -> int:
@@ -231,32 +230,19 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=["speed", "workers", "commands"])
     parser.add_argument("--kills", type=int, default=20, help="of workers; half as many of commands")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=100_000, help="for speed; kills take a fifth")
+    parser.add_argument("--tokens", type=int, default=80_000, help="for speed; kills take a quarter")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        FOLDER[0] = name
         bench = Bench(Path(name), args.seed)
         if "speed" in args.only:
             speed(bench, args.tokens, args.rounds)
-        few = args.tokens // 5
-        if {"workers", "commands"} & set(args.only):
-            bench.must(bench.end(bench.start("whole.zarr", few, None)), "one process")
-            began, process = time.monotonic(), bench.start("two.zarr", few, 2, n_cores=2)
-            bench.workers_started(process)
-            started = time.monotonic()
-            bench.must(bench.end(process), "two workers")
-            seconds = time.monotonic() - began
-            bench.filling = seconds - bench.result()["start"]
-            bench.loading = time.monotonic() - started - bench.filling
-            bench.compare("two.zarr", "whole.zarr", "two workers")
-            print(
-                f"undisturbed, two workers: {seconds:.0f} s, loading {bench.loading:.0f}, filling {bench.filling:.0f}"
-            )
+        few = args.tokens // 4
+        bench.must(bench.start("whole.zarr", few), "one process")
         if "workers" in args.only:
-            workers(bench, few, args.kills)
+            kill_workers(bench, few, args.kills)
         if "commands" in args.only:
-            commands(bench, few, args.kills // 2)
+            kill_commands(bench, few, args.kills // 2)
         for failure in bench.failures:
             print("FAILED", failure)
         return bool(bench.failures)

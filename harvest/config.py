@@ -132,12 +132,10 @@ class WorkerConfig:
     """How many processes fill the store; its bytes do not depend on it."""
 
     n_workers: int | None = None
-    """Processes of this machine that fill shards at once, each with its share of the cores; where there are several
-    GPUs, each takes the next one. By default this process alone; with a scheduler's address its workers count
-    instead."""
+    """Processes of this machine that fill shards at once, each with its share of the cores and, where there are
+    several, a GPU. By default this process alone; with a scheduler's address its workers count instead."""
     scheduler: str | None = None
-    """Address of a running Dask scheduler (tcp://HOST:8786) whose workers fill the shards; all must see the store and
-    the model at the same paths."""
+    """Address of a Dask scheduler (tcp://HOST:8786) whose workers fill the shards; they see the same paths."""
 
     def __post_init__(self) -> None:
         require_positive(n_workers=self.n_workers)

@@ -12,10 +12,8 @@ Shapes: B sequences, N positions, L stored layers, D = d_model, n = B * N tokens
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -35,15 +33,18 @@ from store.meta import StoreMeta
 
 _WRITER_THREADS = 8
 
+Write = Callable[[int, np.ndarray], object]
+"""Takes a shard's index and its data [t, L, D]; a view that is only valid during the call."""
+
 
 class Filled(NamedTuple):
     """What was added to a store."""
 
     shards: int
     tokens: int
-    """Tokens that went through the model."""
+    """Tokens of these shards."""
     seconds: float
-    """Time from the first forward pass to the last write."""
+    """Time that it took."""
 
 
 class BatchRunner:
@@ -117,10 +118,7 @@ class BatchRunner:
 class ShardAssembler:
     """Cuts batches, which come in order, into the missing shards, and hands each whole one on."""
 
-    def __init__(
-        self, meta: StoreMeta, missing: Collection[int], write: Callable[[int, np.ndarray], object], raw_dtype: np.dtype
-    ) -> None:
-        """write: called with a shard's index and its data [t, L, D]; a view that is only valid during the call."""
+    def __init__(self, meta: StoreMeta, missing: Collection[int], write: Write, raw_dtype: np.dtype) -> None:
         self._meta = meta
         self._missing = frozenset(missing)
         self._write = write
@@ -153,31 +151,19 @@ class ShardAssembler:
 class Filler:
     """Makes the vectors of any of a store's shards, as often as it is asked to."""
 
-    def __init__(self, store: ActivationStore, runner: BatchRunner, batch_size: int, cores: int | None = None) -> None:
-        """store: open at least for reading. cores: those for this process, default all."""
+    def __init__(self, store: ActivationStore, runner: BatchRunner, batch_size: int, cores: int) -> None:
+        """store: open at least for reading. cores: those for this process."""
         self._store, self._runner = store, runner
         self._batches = sequence_batches(store.tokens.position, batch_size * store.meta.context_length)
-        self._buffers: list[HostBuffer] = []
-        self.writer_threads = max(min((cores or n_cores()) - 1, _WRITER_THREADS), 1) if runner.on_cuda else 1
+        longest = max(b.stop - b.start for b in self._batches)
+        self._buffers = [runner.buffer(longest) for _ in range(min(2, len(self._batches)))]
+        self.writer_threads = max(min(cores - 1, _WRITER_THREADS), 1) if runner.on_cuda else 1
         """For packing a shard: on a CPU the model needs the cores."""
 
-    def run(
-        self,
-        shards: Collection[int],
-        write: Callable[[int, np.ndarray], object],
-        stopped: Callable[[], bool],
-        advance: Callable[[int], object] = lambda n: None,
-    ) -> int:
-        """Call `write(shard, data [t, L, D])` in a second thread for each of `shards`, ascending, until `stopped()`;
-        gives the number of tokens that went through the model.
-
-        advance: called with the tokens of each batch. `ResidscopeError` for a value that is not finite.
-        """
+    def run(self, shards: Collection[int], write: Write, stopped: Callable[[], bool]) -> None:
+        """Call `write(shard, data [t, L, D])` in a second thread for each of `shards`, ascending, until `stopped()`.
+        `ResidscopeError` for a value that is not finite."""
         store = self._store
-        batches = batches_for(self._batches, shards, store.meta.shard_tokens)
-        if not self._buffers:
-            longest = max(b.stop - b.start for b in self._batches)
-            self._buffers = [self._runner.buffer(longest) for _ in range(min(2, len(self._batches)))]
         assembler = ShardAssembler(store.meta, shards, write, self._buffers[0].array(0).dtype)
         failed, not_finite = list[SequenceBatch](), list[SequenceBatch]()
 
@@ -193,9 +179,9 @@ class Filler:
             assembler.add(batch.start, buffer.array(batch.stop - batch.start))
             failed.clear()
 
-        done, pending = 0, list[Future[None]]()
+        pending: list[Future[None]] = []
         with ThreadPoolExecutor(1, "writer") as thread:
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(batches_for(self._batches, shards, store.meta.shard_tokens)):
                 if len(pending) == len(self._buffers):
                     pending.pop(0).result()
                 buffer = self._buffers[number % len(self._buffers)]
@@ -203,50 +189,46 @@ class Filler:
                 if not_finite or not self._runner.run(ids, buffer, stopped):
                     break
                 pending.append(thread.submit(take, batch, buffer))
-                done += batch.stop - batch.start
-                advance(batch.stop - batch.start)
             for future in pending:
                 future.result()
         for batch in not_finite:
             ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
             raise self._runner.explain_not_finite(ids, batch.start)
-        return done
 
 
 def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled:
-    """Write every missing shard of a store that is open for writing.
+    """Write every missing shard of a store that is open for writing; raises what `Filler.run` and `filled` raise."""
+    filler = Filler(store, runner, batch_size, n_cores())
 
-    A first SIGINT or SIGTERM gives up the batch in flight and raises `Interrupted`; what is written is whole. Values
-    that are not finite raise `ResidscopeError` and are not written; so does whatever the disk raises.
+    def work(missing: list[int], stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
+        def write(shard: int, data: np.ndarray) -> None:
+            store.write_shard(shard, data, threads=filler.writer_threads)
+            advance(len(data))
+
+        filler.run(missing, write, stopped)
+
+    return filled(store, work)
+
+
+def filled(store: ActivationStore, work: Callable[..., object]) -> Filled:
+    """Have `work(missing, stopped, advance)` fill the missing shards, and call `advance` with the tokens of each.
+
+    A first SIGINT or SIGTERM makes `stopped()` true. `Interrupted` where shards are still missing in the end.
     """
-    missing, filler, begin = store.missing_shards(), Filler(store, runner, batch_size), time.perf_counter()
-    write = partial(store.write_shard, threads=filler.writer_threads)
-    with progressing(store) as (stopped, advance):
-        done = filler.run(missing, write, stopped, advance)
-    return Filled(len(missing), done, time.perf_counter() - begin)
-
-
-@contextmanager
-def progressing(store: ActivationStore) -> Iterator[tuple[Callable[[], bool], Callable[[int], None]]]:
-    """Within, the store's missing shards are filled: gives a function that tells of a first SIGINT or SIGTERM, and one
-    that moves the progress bar on by some tokens. At the end `Interrupted` where shards are still missing."""
-    meta = store.meta
-    bounds = [meta.shard_bounds(shard) for shard in store.missing_shards()]
-    there = meta.n_tokens - sum(stop - start for start, stop in bounds)
-    begin, done = time.perf_counter(), 0
+    meta, missing, begin = store.meta, store.missing_shards(), time.perf_counter()
+    todo = sum(stop - start for start, stop in map(meta.shard_bounds, missing))
 
     def advance(n: int) -> None:
-        nonlocal done
-        done += n
-        rate = done * meta.bytes_per_token / (time.perf_counter() - begin)
+        bar.update(n)
+        rate = (bar.n - bar.initial) * meta.bytes_per_token / (time.perf_counter() - begin)
         bar.set_postfix_str(f"{rate / 1e9:.3f} GB/s", refresh=False)
-        bar.update(min(n, meta.n_tokens - bar.n))  # A batch may also have tokens of shards that were there.
 
-    with stop_on_signals() as stopped, progress("harvest", "tok", meta.n_tokens, done=there) as bar:
-        yield stopped, advance
+    with stop_on_signals() as stopped, progress("harvest", "tok", meta.n_tokens, done=meta.n_tokens - todo) as bar:
+        work(missing, stopped, advance)
     if left := len(store.missing_shards()):
         done_of = f"{meta.n_shards - left} of {meta.n_shards} shards complete"
         raise Interrupted(f"stopped with {done_of}; run the same command to continue")
+    return Filled(len(missing), todo, time.perf_counter() - begin)
 
 
 def host_bytes(meta: StoreMeta, batch_size: int) -> int:

@@ -50,12 +50,12 @@ def shard_groups(
     """
     longest, share = max(b.stop - b.start for b in batches), len(missing) * shard_tokens // n_workers
     size = round(min(max(share // 16, 8 * longest), 16 * max(longest, shard_tokens), share) / shard_tokens) or 1
-    ends = {b.stop for b in batches}
-    clean = [i for i, shard in enumerate(missing, 1) if (shard + 1) * shard_tokens in ends or shard + 1 not in missing]
+    ends, wanted = {b.stop for b in batches}, set(missing)
+    clean = {i for i, shard in enumerate(missing, 1) if (shard + 1) * shard_tokens in ends or shard + 1 not in wanted}
     groups, at = [], 0
     while at < len(missing):
-        places = [i for i in clean if size <= 2 * (i - at) <= 4 * size] or [at + size]
-        end = min(places, key=lambda i: abs(i - at - size))
+        places = clean.intersection(range(at + (size + 1) // 2, at + 2 * size + 1)) or {at + size}
+        end = min(places, key=lambda i, middle=at + size: (abs(i - middle), i))
         groups.append(missing[at:end])
         at = end
     return groups

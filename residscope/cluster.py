@@ -1,7 +1,6 @@
 """Dask workers, of this machine or of a running scheduler: how they are started or found, and held to our own code.
 
-Not here: what they do (`analysis.jobs`, `harvest.workers`). As a preload of worker processes it has them leave Ctrl-C
-to the process that started them.
+Not here: what they do (`analysis.jobs`, `harvest.workers`). Worker processes import it first.
 """
 
 import logging
@@ -46,9 +45,11 @@ def n_cores() -> int:
 
 
 @contextmanager
-def connected(scheduler: str, n_workers: int, **settings: Any) -> Iterator[Any]:
-    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread "processes" with these
-    settings of Dask."""
+def connected(scheduler: str, n_workers: int, may_die: int = ATTEMPTS) -> Iterator[Any]:
+    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread "processes".
+
+    may_die: how often these, with whatever tasks they have, before Dask gives the tasks up.
+    """
     from dask import config
     from distributed import Client, LocalCluster
 
@@ -57,6 +58,7 @@ def connected(scheduler: str, n_workers: int, **settings: Any) -> Iterator[Any]:
         if scheduler == "processes":
             options: Any = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
             fewer = "perhaps for want of memory: use fewer with --n-workers"
+            settings = {"distributed.scheduler.allowed-failures": may_die}
             with config.set(settings), reading("a worker process died at its start", fewer, ResidscopeError):
                 local = stack.enter_context(LocalCluster(n_workers=n_workers, preload=PRELOAD, **options))
             client = stack.enter_context(Client(local))
@@ -70,7 +72,7 @@ def connected(scheduler: str, n_workers: int, **settings: Any) -> Iterator[Any]:
 
 
 def dask_setup(worker: Any) -> None:
-    """Called by Dask in each worker process. A terminal sends Ctrl-C to all processes of a command."""
+    """Called in each worker process: Ctrl-C, which a terminal sends to all, is for the process that started them."""
     if getattr(worker, "nanny", None):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 

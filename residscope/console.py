@@ -94,7 +94,6 @@ DISK_ERRORS = {
     errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then run the same command again",
     errno.EIO: "The disk reports a fault: check it before you trust what is on it",
 }
-"""What the operating system says of the disk, and a way out."""
 
 
 def _fail(name: str, message: str, exit_code: int) -> int:

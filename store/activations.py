@@ -262,8 +262,7 @@ class ActivationStore:
         writer.commit(put)
 
     def adopt_shard(self, shard: int) -> None:
-        """Take in a shard's file that another Zarr writer has put in its place: it is written again, as `write_shard`
-        does."""
+        """Take in a shard that another Zarr writer has put in its place: its vectors are written as a shard of ours."""
         start, stop = self.meta.shard_bounds(shard)
         path = self.path / shard_name(shard)
         with ShardReader(path, self.meta, path.stat().st_size) as reader:
@@ -283,9 +282,8 @@ class ActivationStore:
                 remove_leftovers(self.path)
 
     def put_shard(self, shard: int, data: np.ndarray, folder: str, *, threads: int = 1) -> PutShard:
-        """Put a shard, data as for `write_shard`, into the folder of the process that writes the store (`incoming`).
-        Raises as `write_shard`, `FileNotFoundError` without the folder."""
-        return self._files.put(shard, data, self._keep_of(shard), folder=folder, threads=threads)
+        """As `write_shard`, but into a folder of the process that writes the store (`incoming`), which commits it."""
+        return self._files.put(shard, data, self._keep_of(shard), folder, threads)
 
     def commit_shard(self, put: PutShard) -> None:
         """Make a shard count that another process has put; `ResidscopeError` where its files are not there."""
@@ -312,8 +310,8 @@ class ActivationStore:
         return arrays.read_statistics(self.path, self.meta, count, norm_sums) or self.merged_statistics()
 
     def finalize(self) -> None:
-        """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time, and the manifest's lines in the
-        order of the shards. Every shard must be there."""
+        """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time, and put the manifest in order.
+        Every shard must be there."""
         self._open_writer()
         self._require_all_shards()
         for name, data in arrays.statistics_chunks(self.merged_statistics()).items():

@@ -198,7 +198,6 @@ class PutShard(NamedTuple):
     """A shard that is on the disk and does not count yet."""
 
     record: ShardRecord
-    """What the manifest is to say of it."""
     files: dict[str, str]
     """Its temporary files, and their names once it is committed; all below the store."""
 
@@ -207,17 +206,14 @@ class ShardFiles:
     """Puts shards of one store on the disk, under temporary names."""
 
     def __init__(self, path: Path, meta: StoreMeta) -> None:
-        """For the store at `path`."""
         self._path, self._meta = path, meta
         self._packer: ShardPacker | None = None
 
-    def put(
-        self, shard: int, data: np.ndarray, keep: np.ndarray, *, folder: str | None = None, threads: int = 1
-    ) -> PutShard:
+    def put(self, shard: int, data: np.ndarray, keep: np.ndarray, folder: str = "", threads: int = 1) -> PutShard:
         """Put a shard, data [t, L, D], float32 or the stored format; keep: bool [t], the store's own mask.
 
-        folder: one below the store for files that another process commits, whose names are never used twice. Without
-        it they are those of the process that holds the lock, `NAME.tmp`.
+        folder: one below the store, where names are never used twice; without it they are `NAME.tmp`, which only the
+        process that holds the lock may use.
         """
         meta = self._meta
         start, stop = meta.shard_bounds(shard)

@@ -11,19 +11,17 @@ writing. So a worker that outlives its command, or sees another store, can write
 """
 
 import threading
-import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from harvest.config import HarvestConfig
-from harvest.fill import BatchRunner, Filled, Filler, progressing
+from harvest.fill import BatchRunner, Filled, Filler, filled
 from harvest.options_file import options_in_full
 from harvest.record import dependences
 from harvest.sequences import sequence_batches, shard_groups
@@ -36,67 +34,50 @@ from store.activations import ActivationStore
 from store.shards import PutShard
 
 
-@dataclass(frozen=True, kw_only=True)
-class FillSpec:
+class FillSpec(NamedTuple):
     """What all tasks of a harvest share; small, and able to travel."""
 
     store: str
     folder: str
     """Where shards are put, below the store."""
     options: dict[str, Any]
-    """The harvest's, by their flags' names, with local paths in full."""
+    """By their flags' names, with local paths in full, and what they gave (`harvest.record.dependences`):"""
     needed: dict[str, Any]
-    """What the vectors depend on (`harvest.record.dependences`), as the command has it."""
     cores: int | None
-    """Of each worker of this machine; None for workers that were there, which know theirs."""
+    """Of each worker of this machine; None for others, which know theirs."""
 
 
 def fill_by_workers(store: ActivationStore, config: HarvestConfig, settings: Settings) -> Filled:
-    """Fill every missing shard of a store that is open for writing, as `harvest.fill.fill` does.
+    """Write every missing shard of a store that is open for writing.
 
-    Raises as that does; `ResidscopeError` where a shard failed three times, no worker comes or the scheduler goes.
+    Raises what `harvest.fill.fill` does; `ResidscopeError` where a shard failed three times, or there is no worker.
     """
-    begin, missing, tokens = time.perf_counter(), store.missing_shards(), 0
     scheduler, n_workers = config.workers.scheduler, config.workers.n_workers or 1
-    options = {**options_in_full(config), "batch_size": settings.batch_size}
-    if settings.spec.source == "hub":
-        options["revision"] = settings.spec.revision
+    options = {**options_in_full(config), "batch_size": settings.batch_size, "revision": settings.spec.revision}
+    cores = None if scheduler else max(cluster.n_cores() // n_workers, 1)
+    batches = sequence_batches(store.tokens.position, settings.batch_size * store.meta.context_length)
 
-    def take(put: PutShard) -> None:
-        nonlocal tokens
-        store.commit_shard(put)
-        tokens += put.record.tokens
-        advance(put.record.tokens)
+    def work(missing: list[int], stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
+        def take(put: PutShard) -> None:
+            store.commit_shard(put)
+            advance(put.record.tokens)
 
-    with (
-        progressing(store) as (stopped, advance),
-        # Dask's own count of a task's killed workers blames all tasks that they had; ours is by shard.
-        cluster.connected(
-            scheduler or "processes", n_workers, **{"distributed.scheduler.allowed-failures": 0}
-        ) as client,
-        store.incoming() as folder,
-    ):
-        spec = FillSpec(
-            store=str(store.path.resolve()),
-            folder=folder,
-            options=options,
-            needed=dependences(settings),
-            cores=None if scheduler else max(cluster.n_cores() // n_workers, 1),
-        )
-        n_workers = max(cluster.require_worker(client), n_workers)
-        batches = sequence_batches(store.tokens.position, settings.batch_size * store.meta.context_length)
-        try:
-            run_tasks(client, spec, shard_groups(batches, missing, store.meta.shard_tokens, n_workers), take, stopped)
-        finally:
-            with suppress(Exception):
-                client.run(forget)
-    return Filled(len(missing), tokens, time.perf_counter() - begin)
+        with cluster.connected(scheduler or "processes", n_workers, 0) as client, store.incoming() as folder:
+            spec = FillSpec(str(store.path.resolve()), folder, options, dependences(settings), cores)
+            groups = shard_groups(batches, missing, store.meta.shard_tokens, cluster.require_worker(client))
+            try:
+                run_tasks(client, spec, groups, take, stopped)
+            finally:
+                with suppress(Exception):
+                    client.run(forget)
+
+    return filled(store, work)
 
 
 def run_tasks(
     client: Any,
     spec: FillSpec,
-    groups: Sequence[list[int]],
+    groups: Iterable[list[int]],
     take: Callable[[PutShard], object],
     stopped: Callable[[], bool],
 ) -> None:
@@ -154,17 +135,17 @@ def fill_shards(spec: FillSpec, shards: list[int]) -> list[PutShard]:
         with suppress(FileNotFoundError):
             filler.run(shards, put, stopped=lambda: not folder.exists())
         if len(puts) < len(shards):
-            raise IncompatibleError(f"{folder} is gone: another store was put in its place, or the harvest has ended")
+            raise IncompatibleError(f"{folder} is gone: the harvest has ended, or another store was put in its place")
         return puts
+
+
+_one_at_a_time = threading.Lock()
+_last: dict[str, tuple[ActivationStore, Filler]] = {}
 
 
 def forget() -> None:
     """Give the memory of the model back."""
     _last.clear()
-
-
-_one_at_a_time = threading.Lock()
-_last: dict[str, tuple[ActivationStore, Filler]] = {}
 
 
 def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
@@ -174,7 +155,7 @@ def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
     torch.set_num_threads(cores)
     if spec.folder in _last:
         return _last[spec.folder]
-    forget()
+    _last.clear()
     options = dict(spec.options)
     if spec.cores and options["device"] in ("auto", "cuda") and (n_cards := torch.cuda.device_count()) > 1:
         options["device"] = f"cuda:{worker.name % n_cards}"
@@ -183,8 +164,7 @@ def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
     for name in (name for name in found if found[name] != spec.needed[name]):
         raise IncompatibleError(
             f"the Dask worker at {worker.address} would give other vectors: {name} is {found[name]} there, "
-            f"{spec.needed[name]} here; do not change the model meanwhile, and run workers and this command on like "
-            "machines and from one environment"
+            f"{spec.needed[name]} here; let the model be, and use like machines and one environment"
         )
     store, runner = ActivationStore.open(spec.store, partial=True), BatchRunner(load_weights(settings), settings)
     _last[spec.folder] = store, Filler(store, runner, settings.batch_size, cores)
