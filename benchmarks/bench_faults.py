@@ -103,9 +103,9 @@ class Child:
             enter("fill")
             return store
 
-        def marked_write(*given):  # type: ignore[no-untyped-def]
+        def marked_write(*given, **options):  # type: ignore[no-untyped-def]
             enter("commit")
-            write_shard(*given)
+            write_shard(*given, **options)
             enter("fill")
 
         ActivationStore.create, ActivationStore.write_shard = marked_create, marked_write  # type: ignore[method-assign]

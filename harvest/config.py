@@ -128,6 +128,22 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """How many processes fill the store; its bytes do not depend on it."""
+
+    n_workers: int | None = None
+    """Processes of this machine that fill shards at once, each with its share of the cores and, where there are
+    several, a GPU. By default this process alone; with a scheduler's address its workers count instead."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler (tcp://HOST:8786) whose workers fill the shards; they see the same paths."""
+
+    def __post_init__(self) -> None:
+        require_positive(n_workers=self.n_workers)
+        if self.scheduler is not None and ":" not in self.scheduler:
+            raise UsageError(f"--scheduler should be an address such as tcp://HOST:8786, found {self.scheduler!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HarvestConfig:
     """Options of `harvest`."""
 
@@ -147,6 +163,7 @@ class HarvestConfig:
     sequences: SequenceConfig = SequenceConfig()
     storage: StorageConfig = StorageConfig()
     control: ControlConfig = ControlConfig()
+    workers: WorkerConfig = WorkerConfig()
     mask_norm: float | None = None
     """Do not train on or analyse tokens whose norm, at any stored layer, exceeds this many times that layer's median:
     attention sinks in mid-sequence. Runs the model twice. 10 is usual."""

@@ -44,6 +44,8 @@ class Estimate(NamedTuple):
     context_length: int
     batch_size: int
     """Sequences in a forward pass."""
+    workers: int | str
+    """Processes that would fill the store, or the address of their scheduler; the speed is that of one process."""
     tokens: int
     """Tokens that would be stored: --max-tokens, or what the text is thought to have."""
     tokens_available: int | None
@@ -67,6 +69,7 @@ class Estimate(NamedTuple):
         return [
             ("model", f"{self.model} ({self.architecture}), layers {ranges(self.layers)}, d_model {self.d_model}"),
             ("compute", f"{self.dtype} on {self.device}, {self.batch_size} x {self.context_length} tokens a batch"),
+            ("workers", str(self.workers)),
             ("text", f"tokens available: {available}"),
             ("store", f"{stored} = {human_bytes(self.bytes)}"),
             ("disk", f"{human_bytes(self.free_bytes)} free: {'fits' if self.fits else verdict}"),
@@ -97,6 +100,7 @@ def estimate(config: HarvestConfig) -> Estimate:
         store_dtype=settings.store_dtype,
         context_length=settings.packing.context_length,
         batch_size=settings.batch_size,
+        workers=config.workers.scheduler or config.workers.n_workers or 1,
         tokens=tokens,
         tokens_available=available,
         bytes_per_token=settings.bytes_per_token,

@@ -3,7 +3,7 @@
 How: batches of sequences are fixed by the store's positions and the batch size alone, so that a run that was stopped
 computes the same batches again and the bytes do not depend on where it stopped; only batches that overlap a missing
 shard are run. Each batch is rounded into one of two host buffers, which the writer cuts into shards, checks and writes
-while the next batch is computed.
+while the next batch is computed. Worker processes (`harvest.workers`) do the same with some of the shards.
 
 Host memory for activations: two batches and about three shards (one being put together, its encoded copy, its
 statistics).
@@ -25,10 +25,16 @@ from harvest.residual import EndOfPass, ResidualRecorder
 from harvest.sequences import SequenceBatch, batches_for, sequence_batches, token_ids
 from harvest.settings import TORCH_DTYPES, Settings
 from harvest.stored_values import HostBuffer, not_finite_error
+from residscope.cluster import n_cores
 from residscope.console import progress, stop_on_signals
 from residscope.errors import Interrupted, ResidscopeError
 from store.activations import ActivationStore
 from store.meta import StoreMeta
+
+_WRITER_THREADS = 8
+
+Write = Callable[[int, np.ndarray], object]
+"""Takes a shard's index and its data [t, L, D]; a view that is only valid during the call."""
 
 
 class Filled(NamedTuple):
@@ -36,9 +42,9 @@ class Filled(NamedTuple):
 
     shards: int
     tokens: int
-    """Tokens that went through the model."""
+    """Tokens of these shards."""
     seconds: float
-    """Time from the first forward pass to the last write."""
+    """Time that it took."""
 
 
 class BatchRunner:
@@ -46,12 +52,13 @@ class BatchRunner:
 
     def __init__(self, model: LoadedModel, settings: Settings) -> None:
         self.layers = settings.layers
+        self.on_cuda = model.device.type == "cuda"
         self._model = model
         self._recorder = ResidualRecorder(model, settings.layers)
         self._lens = settings.lens
         self._dtype = TORCH_DTYPES[settings.store_dtype]
         # Copies to the host go over a stream of their own, so that the next block's work does not wait for them.
-        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(model.device) if self.on_cuda else None
 
     def buffer(self, n_tokens: int) -> HostBuffer:
         """Room for batches of up to `n_tokens`."""
@@ -111,10 +118,7 @@ class BatchRunner:
 class ShardAssembler:
     """Cuts batches, which come in order, into the missing shards, and hands each whole one on."""
 
-    def __init__(
-        self, meta: StoreMeta, missing: Collection[int], write: Callable[[int, np.ndarray], object], raw_dtype: np.dtype
-    ) -> None:
-        """write: called with a shard's index and its data [t, L, D]; a view that is only valid during the call."""
+    def __init__(self, meta: StoreMeta, missing: Collection[int], write: Write, raw_dtype: np.dtype) -> None:
         self._meta = meta
         self._missing = frozenset(missing)
         self._write = write
@@ -144,88 +148,87 @@ class ShardAssembler:
                 self._write(shard, partial[: last - first])
 
 
-class _Writer:
-    """What the second thread does with each batch: check it, cut it into shards, and write these."""
+class Filler:
+    """Makes the vectors of any of a store's shards, as often as it is asked to."""
 
-    def __init__(self, store: ActivationStore, missing: Collection[int], raw_dtype: np.dtype) -> None:
-        self._store = store
-        self._assembler = ShardAssembler(store.meta, missing, self._write_shard, raw_dtype)
-        self._failed = False
-        self.not_finite: SequenceBatch | None = None
-        """The batch, if there was one, that holds a value which is not finite in the stored dtype."""
+    def __init__(self, store: ActivationStore, runner: BatchRunner, batch_size: int, cores: int) -> None:
+        """store: open at least for reading. cores: those for this process."""
+        self._store, self._runner = store, runner
+        self._batches = sequence_batches(store.tokens.position, batch_size * store.meta.context_length)
+        longest = max(b.stop - b.start for b in self._batches)
+        self._buffers = [runner.buffer(longest) for _ in range(min(2, len(self._batches)))]
+        self.writer_threads = max(min(cores - 1, _WRITER_THREADS), 1) if runner.on_cuda else 1
+        """For packing a shard: on a CPU the model needs the cores."""
 
-    def take(self, batch: SequenceBatch, buffer: HostBuffer) -> None:
-        """Take the next batch, or nothing once one has failed: the shards of those in line behind it have a hole."""
-        if self._failed:
-            return
-        self._failed = True
-        buffer.wait()
-        if not bool(buffer.finite.all()):
-            self.not_finite = batch
-            return
-        self._assembler.add(batch.start, buffer.array(batch.stop - batch.start))
-        self._failed = False
+    def run(self, shards: Collection[int], write: Write, stopped: Callable[[], bool]) -> None:
+        """Call `write(shard, data [t, L, D])` in a second thread for each of `shards`, ascending, until `stopped()`.
+        `ResidscopeError` for a value that is not finite."""
+        store = self._store
+        assembler = ShardAssembler(store.meta, shards, write, self._buffers[0].array(0).dtype)
+        failed, not_finite = list[SequenceBatch](), list[SequenceBatch]()
 
-    def _write_shard(self, shard: int, data: np.ndarray) -> None:
-        first, last = self._store.meta.shard_bounds(shard)
-        self._store.write_shard(shard, data, self._store.tokens.keep[first:last])
+        def take(batch: SequenceBatch, buffer: HostBuffer) -> None:
+            """The next batch, or nothing once one has failed: the shards of those in line behind it have a hole."""
+            if failed:
+                return
+            failed.append(batch)
+            buffer.wait()
+            if not bool(buffer.finite.all()):
+                not_finite.append(batch)
+                return
+            assembler.add(batch.start, buffer.array(batch.stop - batch.start))
+            failed.clear()
+
+        pending: list[Future[None]] = []
+        with ThreadPoolExecutor(1, "writer") as thread:
+            for number, batch in enumerate(batches_for(self._batches, shards, store.meta.shard_tokens)):
+                if len(pending) == len(self._buffers):
+                    pending.pop(0).result()
+                buffer = self._buffers[number % len(self._buffers)]
+                ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
+                if not_finite or not self._runner.run(ids, buffer, stopped):
+                    break
+                pending.append(thread.submit(take, batch, buffer))
+            for future in pending:
+                future.result()
+        for batch in not_finite:
+            ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
+            raise self._runner.explain_not_finite(ids, batch.start)
 
 
 def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled:
-    """Write every missing shard of a store that is open for writing.
+    """Write every missing shard of a store that is open for writing; raises what `Filler.run` and `filled` raise."""
+    filler = Filler(store, runner, batch_size, n_cores())
 
-    A first SIGINT or SIGTERM gives up the batch in flight and raises `Interrupted`; what is written is whole. Values
-    that are not finite raise `ResidscopeError` and are not written; so does whatever the disk raises.
+    def work(missing: list[int], stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
+        def write(shard: int, data: np.ndarray) -> None:
+            store.write_shard(shard, data, threads=filler.writer_threads)
+            advance(len(data))
+
+        filler.run(missing, write, stopped)
+
+    return filled(store, work)
+
+
+def filled(store: ActivationStore, work: Callable[..., object]) -> Filled:
+    """Have `work(missing, stopped, advance)` fill the missing shards, and call `advance` with the tokens of each.
+
+    A first SIGINT or SIGTERM makes `stopped()` true. `Interrupted` where shards are still missing in the end.
     """
-    meta, tokens = store.meta, store.tokens
-    missing = store.missing_shards()
-    batches = sequence_batches(tokens.position, batch_size * meta.context_length)
-    batches = batches_for(batches, missing, meta.shard_tokens)
-    buffers = [runner.buffer(max(b.stop - b.start for b in batches)) for _ in range(min(2, len(batches)))]
-    writer = _Writer(store, missing, buffers[0].array(0).dtype)
-    begin = time.perf_counter()
-    done = _run_all(store, runner, batches, buffers, writer)
-    if bad := writer.not_finite:
-        raise runner.explain_not_finite(torch.from_numpy(token_ids(tokens.token_id, bad)), bad.start)
-    left = len(store.missing_shards())
-    if left:
+    meta, missing, begin = store.meta, store.missing_shards(), time.perf_counter()
+    todo = sum(stop - start for start, stop in map(meta.shard_bounds, missing))
+
+    def advance(n: int) -> None:
+        bar.update(n)
+        rate = (bar.n - bar.initial) * meta.bytes_per_token / (time.perf_counter() - begin)
+        bar.set_postfix_str(f"{rate / 1e9:.3f} GB/s", refresh=False)
+
+    with stop_on_signals() as stopped, progress("harvest", "tok", meta.n_tokens, done=meta.n_tokens - todo) as bar:
+        work(missing, stopped, advance)
+    if left := len(store.missing_shards()):
         done_of = f"{meta.n_shards - left} of {meta.n_shards} shards complete"
         raise Interrupted(f"stopped with {done_of}; run the same command to continue")
-    return Filled(len(missing), done, time.perf_counter() - begin)
-
-
-def _run_all(
-    store: ActivationStore,
-    runner: BatchRunner,
-    batches: list[SequenceBatch],
-    buffers: list[HostBuffer],
-    writer: _Writer,
-) -> int:
-    """Run `batches`, and have the writer take them, until a signal or a value that is not finite; tokens run."""
-    meta = store.meta
-    todo = sum(b.stop - b.start for b in batches)
-    begin, done = time.perf_counter(), 0
-    pending: list[Future[None]] = []
-    with (
-        stop_on_signals() as stopped,
-        ThreadPoolExecutor(1, "writer") as thread,
-        progress("harvest", "tok", meta.n_tokens, done=meta.n_tokens - todo) as bar,
-    ):
-        for number, batch in enumerate(batches):
-            if len(pending) == len(buffers):
-                pending.pop(0).result()
-            buffer = buffers[number % len(buffers)]
-            ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
-            if writer.not_finite or not runner.run(ids, buffer, stopped):
-                break
-            pending.append(thread.submit(writer.take, batch, buffer))
-            done += batch.stop - batch.start
-            rate = done * meta.bytes_per_token / (time.perf_counter() - begin)
-            bar.set_postfix_str(f"{rate / 1e9:.3f} GB/s", refresh=False)
-            bar.update(batch.stop - batch.start)
-        for future in pending:
-            future.result()
-    return done
+    return Filled(len(missing), todo, time.perf_counter() - begin)
 
 
 def host_bytes(meta: StoreMeta, batch_size: int) -> int:

@@ -8,6 +8,7 @@ tests/harvest/test_run.py and tests/analysis/model/test_findings.py.
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from harvest.config import HarvestConfig
 from harvest.text.sources import is_on_disk
@@ -24,8 +25,8 @@ def options_file(store: Path) -> Path:
     return beside(store, ".harvest.toml")
 
 
-def save_options(config: HarvestConfig) -> None:
-    """Write the options beside the store, for --config, repairs and analyses; `UsageError` over another store's."""
+def options_in_full(config: HarvestConfig) -> dict[str, Any]:
+    """The options by their flags' names, those that say what is in the store, with local names in full."""
     texts = [
         _in_full(choice.name) + word.strip()[len(choice.name) :] if is_on_disk(choice.name) else word
         for choice, word in zip(config.text.choices, config.text.dataset, strict=True)
@@ -34,11 +35,16 @@ def save_options(config: HarvestConfig) -> None:
     for name in ("model", "lens"):
         if values[name] is not None and _is_here(values[name]):
             values[name] = _in_full(values[name])
-    for name in ("overwrite", "dry_run", "json"):
+    for name in ("overwrite", "dry_run", "json", "n_workers", "scheduler"):
         del values[name]
+    return values
+
+
+def save_options(config: HarvestConfig) -> None:
+    """Write the options beside the store, for --config, repairs and analyses; `UsageError` over another store's."""
     with held_alone(config.out.absolute().parent, config.out, wait=True):  # acts and acts.zarr share the file
         refuse_shared(config.out, options_file(config.out))
-        atomic_write(options_file(config.out), [to_toml(values).encode()])
+        atomic_write(options_file(config.out), [to_toml(options_in_full(config)).encode()])
 
 
 def recorded_place(store: Path, what: str) -> str | None:

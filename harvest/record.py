@@ -151,11 +151,18 @@ def make_provenance(
     }
 
 
+def dependences(settings: Settings) -> dict[str, Any]:
+    """What the vectors depend on beside the words of the options, to the last bit, as plain JSON."""
+    spec, lens = settings.spec, settings.lens
+    given = {"model": spec.fingerprint or spec.revision, "adapter": spec.adapter, "dtype": settings.dtype}
+    given |= {"lens": lens.fingerprint if lens else None, "device": settings.device.type}
+    return given | {name: versions(name)[name] for name in ("torch", "transformers")}
+
+
 def changed_surroundings(provenance: Mapping[str, Any], settings: Settings) -> str:
     """What has changed since the store was started and may change the last bits; empty where nothing has."""
-    now = {"device": settings.device.type, **versions(*_PACKAGES)}
     then = {"device": provenance.get("device"), **provenance.get("versions", {})}
-    names = ("device", "torch", "transformers")
+    now, names = dependences(settings), ("device", "torch", "transformers")
     return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in names if then.get(name) != now[name])
 
 

@@ -11,9 +11,10 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import xxhash
 
-from harvest.config import HarvestConfig
+from harvest.config import HarvestConfig, WorkerConfig
 from harvest.destination import has_begun, remove_store, require_room
 from harvest.fill import BatchRunner, Filled, fill, host_bytes
 from harvest.model.load import LoadedModel
@@ -24,6 +25,7 @@ from harvest.result import HarvestResult
 from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
+from harvest.workers.fill import fill_by_workers
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
@@ -72,10 +74,15 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             raise
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
-            settings = job.settings
-            model = model or load_weights(settings)
-            _say(f"host memory for activations: at most {human_bytes(host_bytes(store.meta, settings.batch_size))}")
-            filled = fill(store, BatchRunner(model, settings), settings.batch_size)
+            settings, memory = job.settings, human_bytes(host_bytes(store.meta, job.settings.batch_size))
+            by_workers = config.workers != WorkerConfig()
+            _say(f"host memory for activations: at most {memory}" + " a worker" * by_workers)
+            if by_workers:
+                model = None  # Workers load it again, and need the memory.
+                torch.cuda.empty_cache()
+                filled = fill_by_workers(store, config, settings)
+            else:
+                filled = fill(store, BatchRunner(model or load_weights(settings), settings), settings.batch_size)
         store.finalize()
         if filled.shards and (few := few_tokens(store, store.tokens.keep, job.settings.tokenizer.text)):
             _say(f"warning: {few.words}")

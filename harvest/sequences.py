@@ -39,6 +39,28 @@ def batches_for(batches: list[SequenceBatch], missing: Collection[int], shard_to
     return [b for b in batches if not wanted.isdisjoint(range(b.start // size, (b.stop - 1) // size + 1))]
 
 
+def shard_groups(
+    batches: list[SequenceBatch], missing: list[int], shard_tokens: int, n_workers: int
+) -> list[list[int]]:
+    """`missing` shards (ascending) in groups, each of which one of `n_workers` is to fill at once.
+
+    A batch that lies across two groups is run for both. So a group ends where a batch does, if there is such a place
+    within half and twice its size: a 16th of a worker's share, but at least 8 batches (if the share has them), and at
+    most 16 batches or shards, whichever is more.
+    """
+    longest, share = max(b.stop - b.start for b in batches), len(missing) * shard_tokens // n_workers
+    size = round(min(max(share // 16, 8 * longest), 16 * max(longest, shard_tokens), share) / shard_tokens) or 1
+    ends, wanted = {b.stop for b in batches}, set(missing)
+    clean = {i for i, shard in enumerate(missing, 1) if (shard + 1) * shard_tokens in ends or shard + 1 not in wanted}
+    groups, at = [], 0
+    while at < len(missing):
+        places = clean.intersection(range(at + (size + 1) // 2, at + 2 * size + 1)) or {at + size}
+        end = min(places, key=lambda i, middle=at + size: (abs(i - middle), i))
+        groups.append(missing[at:end])
+        at = end
+    return groups
+
+
 def token_ids(token_id: np.ndarray, batch: SequenceBatch) -> np.ndarray:
     """The batch's token ids, int64 [B, N], of those of the table (int [T])."""
     return token_id[batch.start : batch.stop].astype(np.int64).reshape(-1, batch.length)

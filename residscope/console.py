@@ -56,7 +56,7 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
         if is_out_of_memory(error):
             first = said(error)
             return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
-        if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+        if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
             raise
         # A full folder of temporary files names no file, or is Python's FileNotFoundError, which names the folders.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "temporary directory" in str(error.strerror)
@@ -68,7 +68,7 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
         if error.filename == getattr(sys.stdout, "name", None):
             _silence_stdout()
         where = f": {error.filename}" if error.filename else ""
-        return _fail(name, f"{error.strerror}{where}. {_DISK_ERRORS[error.errno]}", 1)
+        return _fail(name, f"{error.strerror}{where}. {DISK_ERRORS[error.errno]}", 1)
 
 
 def _silence_stdout() -> None:
@@ -78,7 +78,7 @@ def _silence_stdout() -> None:
 
 _AGAIN = "run the same command again: `harvest` and `train --resume` continue where they stopped"
 
-_DISK_ERRORS = {
+DISK_ERRORS = {
     errno.ENOSPC: f"Free some space, then {_AGAIN}",
     errno.EDQUOT: f"Free some of the quota, then {_AGAIN}",
     errno.EROFS: "The file system is read-only: choose another place to write to",

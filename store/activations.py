@@ -12,8 +12,10 @@ Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens an
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,12 @@ from residscope.errors import IncompatibleError, UsageError
 from store import arrays
 from store.arrays import TokenTable
 from store.dtypes import STORAGE_DTYPE, to_float32
-from store.files import atomic_write, remove_leftovers
+from store.files import TEMPORARY, atomic_write, remove_leftovers
 from store.folder import make_folder, read_meta, require_store
-from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest
+from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest, sort_lines
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
-from store.shards import ShardReader, ShardWriter, shard_name
+from store.shards import PutShard, ShardFiles, ShardReader, ShardWriter, shard_name
 
 _FILL = "run the same `harvest` command again to fill"
 
@@ -47,7 +49,8 @@ class ActivationStore:
         self._indexes: dict[int, np.ndarray] = {}  # Of shards whose files were found to be theirs.
         self._intact: set[int] = set()  # Shards whose whole files were hashed.
         self._locks: dict[int, threading.Lock] = {}
-        self._writer = ShardWriter(path, meta, manifest, lock) if lock else None
+        self._files = ShardFiles(path, meta)
+        self._writer = ShardWriter(path, manifest, lock) if lock else None
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], meta: StoreMeta, tokens: TokenTable) -> "ActivationStore":
@@ -247,11 +250,44 @@ class ActivationStore:
         value that is not finite or too large for the stored format, `ResidscopeError` names its layer and token, and
         nothing is written.
         """
-        self._open_writer().write(shard, data, self._keep_of(shard), claimed=keep, threads=threads)
+        writer = self._open_writer()
+        writer.require_missing(shard)
+        if keep is not None and not np.array_equal(keep, self._keep_of(shard)):
+            raise UsageError(f"shard {shard}: keep differs from the store's own mask")
+        try:
+            put = self._files.put(shard, data, self._keep_of(shard), threads=threads)
+        except FileNotFoundError:
+            writer.require_missing(shard)
+            raise
+        writer.commit(put)
 
     def adopt_shard(self, shard: int) -> None:
-        """Take in a shard's file that another Zarr writer has put in its place, as if `write_shard` had written it."""
-        self._open_writer().adopt(shard, self._keep_of(shard))
+        """Take in a shard that another Zarr writer has put in its place: its vectors are written as a shard of ours."""
+        start, stop = self.meta.shard_bounds(shard)
+        path = self.path / shard_name(shard)
+        with ShardReader(path, self.meta, path.stat().st_size) as reader:
+            raw = reader.read_shard(stop - start)
+        self.write_shard(shard, raw)
+
+    @contextmanager
+    def incoming(self) -> Iterator[str]:
+        """A folder below the store, open for writing, for what other processes put into it; removed at the end, or by
+        whoever opens the store for writing next. From then on a process that was left over cannot write."""
+        folder = self.path / f"incoming-{uuid.uuid4().hex}{TEMPORARY}"
+        folder.mkdir()
+        try:
+            yield folder.name
+        finally:
+            if folder.exists():  # Else another store may be at the path.
+                remove_leftovers(self.path)
+
+    def put_shard(self, shard: int, data: np.ndarray, folder: str, *, threads: int = 1) -> PutShard:
+        """As `write_shard`, but into a folder of the process that writes the store (`incoming`), which commits it."""
+        return self._files.put(shard, data, self._keep_of(shard), folder, threads)
+
+    def commit_shard(self, put: PutShard) -> None:
+        """Make a shard count that another process has put; `ResidscopeError` where its files are not there."""
+        self._open_writer().commit(put)
 
     def _open_writer(self) -> ShardWriter:
         if self._writer is None:
@@ -274,11 +310,14 @@ class ActivationStore:
         return arrays.read_statistics(self.path, self.meta, count, norm_sums) or self.merged_statistics()
 
     def finalize(self) -> None:
-        """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time. Every shard must be there."""
+        """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time, and put the manifest in order.
+        Every shard must be there."""
         self._open_writer()
         self._require_all_shards()
         for name, data in arrays.statistics_chunks(self.merged_statistics()).items():
             atomic_write(self.path / name, [data])
+        if list(self._manifest.lines) != sorted(self._manifest.lines):
+            sort_lines(self.path)
 
     def merged_statistics(self) -> LayerStatistics:
         """As `statistics`, but always merged from the shards' moments, in shard order."""

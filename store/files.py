@@ -6,7 +6,8 @@ recognised. Tested in tests/store/test_faults.py, which stops at every single st
 
 import contextlib
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from residscope.destinations import sync
@@ -17,21 +18,34 @@ TEMPORARY = ".tmp"
 def atomic_write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     """Write `parts`, one after another, as the file `path`: durable when this returns, and no file on an error."""
     temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            for part in parts:
-                write_all(descriptor, memoryview(part).cast("B"), temporary)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with removed_on_error(temporary):
+        write_synced(temporary, parts)
         temporary.replace(path)
+    sync(path.parent)
+
+
+def write_synced(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write `parts`, one after another, into the file `path`, and sync its content."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        for part in parts:
+            write_all(descriptor, memoryview(part).cast("B"), path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def removed_on_error(*paths: Path) -> Iterator[None]:
+    """Whatever is raised within, none of the files stay."""
+    try:
+        yield
     except BaseException:
         # The error that stopped the write is the one to tell; a read-only disk would refuse the removal too.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def write_all(descriptor: int, data: memoryview, path: Path) -> None:
@@ -52,6 +66,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a crash left in the folders directly below `folder`."""
+    """Remove temporary folders that a crash left in `folder`, and temporary files in other folders there."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        # First under another name, so that a process that still writes into it finds none.
+        shutil.rmtree(path.replace(path.with_name(path.name + TEMPORARY)))
     for path in folder.glob(f"*/*{TEMPORARY}"):
         path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +141,15 @@ def forget_lines(store: Path, shards: Collection[int]) -> None:
         kept = {shard_of(line): line for line in intact if shard_of(line) not in shards}
         if b"".join(kept.values()) != data:
             atomic_write(path, list(kept.values()))
+
+
+def sort_lines(store: Path, order: Sequence[int] = ()) -> None:
+    """Sort the manifest's lines as those of `order`, then the rest; all by shard where those were."""
+    header, *lines = (store / FILE).read_bytes().splitlines(keepends=True)
+    place = {} if list(order) == sorted(order) else {shard: i for i, shard in enumerate(order)}
+    ordered = sorted(lines, key=lambda line: (place.get(shard_of(line) or 0, len(place)), shard_of(line)))
+    if ordered != lines:
+        atomic_write(store / FILE, [header, *ordered])
 
 
 def write_header(store: Path, config_hash: str, checksums: Mapping[str, str]) -> None:

@@ -11,16 +11,18 @@ these layers, where the hash takes 0.25 s for a GB of the file. Two, since a len
 model of which only later blocks were trained further leaves the first. The checksums that all the file's chunks have
 then are kept in memory, and whatever is read later is held to these, whichever file has the name by then.
 
-A shard is committed in three steps, each on the disk before the next begins: its file, which is written under a
-temporary name, synced and renamed (`files.atomic_write`); its moments, in the same way; its line in the manifest. Only
-a shard with a line is there for readers, so a crash loses at most the shard in flight. pack.py makes the chunks.
+A shard is first put on the disk: its file and its moments, under temporary names, synced (`ShardFiles`). Then it is
+committed, each step on the disk before the next begins: both files get their names; the manifest gets its line. Only a
+shard with a line is there for readers, so a crash loses at most the shard in flight. Any process may put a shard, and
+only the one that holds the store's lock commits it (`ShardWriter`). pack.py makes the chunks.
 
 Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 """
 
 import os
+import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xxhash
@@ -30,10 +32,9 @@ from residscope.errors import ResidscopeError, UsageError
 from store import arrays
 from store.checksums import CRC_BYTES, DamagedError, checksum, crc32c
 from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
-from store.files import atomic_write, sync
+from store.files import TEMPORARY, removed_on_error, sync, write_synced
 from store.manifest import Manifest, ManifestWriter, ShardRecord, WriterLock
 from store.meta import ZSTD_LEVEL, StoreMeta
-from store.moments import ShardMoments
 
 if TYPE_CHECKING:
     from store.pack import ShardPacker
@@ -47,6 +48,7 @@ _TOLERANCE = 1e-9
 """Relative, of a sum of norms: another order of adding up changes 10^-15 of it for 30,000 vectors."""
 _ANOTHER = "a valid file of another shard or store, or a rewritten one"
 _READ_BYTES = 4 * 1024 * 1024
+_AGAIN = "run the same command to write it again"
 
 
 def shard_name(shard: int) -> str:
@@ -192,22 +194,27 @@ def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:
     return [*parts, memoryview(index_bytes + checksum(index_bytes))]
 
 
-class ShardWriter:
-    """Writes shards of one store, whose lock it holds until it is closed."""
+class PutShard(NamedTuple):
+    """A shard that is on the disk and does not count yet."""
 
-    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock) -> None:
-        """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is written."""
-        self._path, self._meta, self._manifest, self._lock = path, meta, manifest, lock
-        self._lines = ManifestWriter(path, manifest.intact_bytes)
+    record: ShardRecord
+    files: dict[str, str]
+    """Its temporary files, and their names once it is committed; all below the store."""
+
+
+class ShardFiles:
+    """Puts shards of one store on the disk, under temporary names."""
+
+    def __init__(self, path: Path, meta: StoreMeta) -> None:
+        self._path, self._meta = path, meta
         self._packer: ShardPacker | None = None
 
-    def write(
-        self, shard: int, data: np.ndarray, keep: np.ndarray, *, claimed: np.ndarray | None = None, threads: int = 1
-    ) -> None:
-        """Write one shard: data [t, L, D], float32 or the stored format; keep: bool [t], the store's own mask, and
-        `claimed`, what the caller takes it for."""
-        self._lock.require_here(self._path)
-        packer = self._packer_for(shard)
+    def put(self, shard: int, data: np.ndarray, keep: np.ndarray, folder: str = "", threads: int = 1) -> PutShard:
+        """Put a shard, data [t, L, D], float32 or the stored format; keep: bool [t], the store's own mask.
+
+        folder: one below the store, where names are never used twice; without it they are `NAME.tmp`, which only the
+        process that holds the lock may use.
+        """
         meta = self._meta
         start, stop = meta.shard_bounds(shard)
         expected = (stop - start, meta.n_layers, meta.d_model)
@@ -215,54 +222,16 @@ class ShardWriter:
             raise UsageError(f"shard {shard} should have shape {expected} (token, layer, d_model), found {data.shape}")
         if data.dtype not in (np.float32, STORAGE_DTYPE[meta.stored_dtype]):
             raise UsageError(f"shard {shard} should be float32 or {meta.stored_dtype}, found {data.dtype}")
-        if claimed is not None and not np.array_equal(claimed, keep):
-            raise UsageError(f"shard {shard}: keep differs from the store's own mask")
-        try:
-            packed = packer.pack(data, keep, threads)
-        except ValueError:
-            raise self._unstorable(shard, data) from None
-        parts = seal_slots(packed.slots, meta)
-        try:
-            atomic_write(self._path / shard_name(shard), parts)
-            self._commit(shard, packed.moments, parts)
-        except FileNotFoundError:
-            self._lock.require_here(self._path)
-            raise
-
-    def adopt(self, shard: int, keep: np.ndarray) -> None:
-        """Take in the file of a shard that is in its place already; keep: bool [t], the store's own mask."""
-        packer = self._packer_for(shard)
-        start, stop = self._meta.shard_bounds(shard)
-        path = self._path / shard_name(shard)
-        data = path.read_bytes()
-        with ShardReader(path, self._meta, len(data)) as reader:
-            raw = reader.read_shard(stop - start)
-        if first_unstorable(raw, self._meta.stored_dtype) is not None:
-            raise self._unstorable(shard, raw)
-        sync(path)
-        sync(path.parent)
-        self._commit(shard, packer.pack(raw, keep).moments, [memoryview(data)])
-
-    def close(self) -> None:
-        """Give up the lock."""
-        self._lines.close()
-        self._lock.release()
-
-    def _packer_for(self, shard: int) -> "ShardPacker":
-        """The packer, for a shard that may be written."""
-        if shard in self._manifest.lines:
-            raise UsageError(f"{self._path}: shard {shard} is written already")
         if self._packer is None:
             from store.pack import ShardPacker  # Imports numba, which readers do without.
 
-            self._packer = ShardPacker(self._meta)
-        return self._packer
-
-    def _commit(self, shard: int, moments: ShardMoments, parts: list[memoryview]) -> None:
-        """Make a shard whose file, `parts`, is in place count: its moments, then its line."""
-        start, stop = self._meta.shard_bounds(shard)
+            self._packer = ShardPacker(meta)
+        try:
+            slots, moments = self._packer.pack(data, keep, threads)
+        except ValueError:
+            raise self._unstorable(shard, data) from None
+        parts = seal_slots(slots, meta)
         numbers = arrays.encode_numbers(np.stack([moments.mean, moments.m2]))
-        atomic_write(self._path / arrays.moments_name(shard), [numbers])
         digest = xxhash.xxh3_128()
         for part in parts:
             digest.update(part)
@@ -274,10 +243,14 @@ class ShardWriter:
             xxh3_128=digest.hexdigest(),
             moments_xxh3_128=xxhash.xxh3_128_hexdigest(numbers),
             norm_sums=moments.norm_sums.tolist(),
-            config_hash=self._meta.config_hash,
+            config_hash=meta.config_hash,
         )
-        self._lock.require_here(self._path)
-        self._manifest.lines[shard] = self._lines.append(record)
+        names, unique = (shard_name(shard), arrays.moments_name(shard)), uuid.uuid4().hex
+        files = {(f"{folder}/{unique}-{i}" if folder else name) + TEMPORARY: name for i, name in enumerate(names)}
+        with removed_on_error(*(self._path / temporary for temporary in files)):
+            for temporary, content in zip(files, (parts, [numbers]), strict=True):
+                write_synced(self._path / temporary, content)
+        return PutShard(record, files)
 
     def _unstorable(self, shard: int, data: np.ndarray) -> ResidscopeError:
         """The error for a value that the stored format cannot hold."""
@@ -291,3 +264,44 @@ class ShardWriter:
             f"{dimension}: the value {value} is not finite in {meta.stored_dtype}. Shard {shard} was not written. "
             "Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
         )
+
+
+class ShardWriter:
+    """Makes shards of one store count, whose lock it holds until it is closed."""
+
+    def __init__(self, path: Path, manifest: Manifest, lock: WriterLock) -> None:
+        """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is committed."""
+        self._path, self._manifest, self._lock = path, manifest, lock
+        self._lines = ManifestWriter(path, manifest.intact_bytes)
+
+    def require_missing(self, shard: int) -> None:
+        """Raise `UsageError` for a shard that is there, `IncompatibleError` where another folder is at the path."""
+        if shard in self._manifest.lines:
+            raise UsageError(f"{self._path}: shard {shard} is written already")
+        self._lock.require_here(self._path)
+
+    def commit(self, put: PutShard) -> None:
+        """Give the files of a shard their names, and make it count. Raises as `require_missing`, `ResidscopeError`
+        where its file is not there as a whole."""
+        record = put.record
+        self.require_missing(record.shard)
+        path = self._path / shard_name(record.shard)
+        try:
+            with removed_on_error(*(self._path / temporary for temporary in put.files)):
+                for temporary, name in put.files.items():
+                    (self._path / temporary).replace(self._path / name)
+            found = path.stat().st_size
+        except FileNotFoundError as error:
+            self._lock.require_here(self._path)
+            raise ResidscopeError(f"shard {record.shard}: {error.filename} is gone; {_AGAIN}") from None
+        if found != record.bytes:
+            raise ResidscopeError(f"{path} should have {record.bytes} bytes, found {found}; {_AGAIN}")
+        for folder in {(self._path / name).parent for name in put.files.values()}:
+            sync(folder)
+        self._lock.require_here(self._path)
+        self._manifest.lines[record.shard] = self._lines.append(record)
+
+    def close(self) -> None:
+        """Give up the lock."""
+        self._lines.close()
+        self._lock.release()

@@ -16,7 +16,7 @@ from store.activations import ActivationStore
 from store.care.verify import BadShard, check_shard, verify
 from store.files import atomic_write, sync
 from store.folder import require_store
-from store.manifest import FILE, FOLDER, Manifest, WriterLock, forget_lines, is_intact, read_manifest, shard_of
+from store.manifest import FOLDER, Manifest, WriterLock, forget_lines, is_intact, read_manifest, shard_of, sort_lines
 
 JOURNAL = f"{FOLDER}/.repair"
 
@@ -66,7 +66,7 @@ def repair(
             raise ResidscopeError(f"{path}: {broken[0]}, right after it was written: check the disk")
         differing = [shard for shard, line in old.items() if manifest.lines.get(shard) != line]
         forget_lines(path, differing)
-        _put_in_order(path, list(old))
+        sort_lines(path, list(old))
         (path / JOURNAL).unlink()
         sync(path / FOLDER)
     if differing:
@@ -85,12 +85,3 @@ def _keep_lines(path: Path, manifest: Manifest) -> dict[int, bytes]:
         atomic_write(journal, [line + b"\n" for line in manifest.lines.values()])
     lines = [line for line in journal.read_bytes().splitlines() if is_intact(line)]
     return {shard: line for line in lines if (shard := shard_of(line)) is not None}
-
-
-def _put_in_order(path: Path, order: list[int]) -> None:
-    """Sort the manifest's lines as those of `order`, then the rest; all by shard where those were."""
-    header, *lines = (path / FILE).read_bytes().splitlines(keepends=True)
-    place = {} if order == sorted(order) else {shard: i for i, shard in enumerate(order)}
-    ordered = sorted(lines, key=lambda line: (place.get(shard_of(line) or 0, len(place)), shard_of(line)))
-    if ordered != lines:
-        atomic_write(path / FILE, [header, *ordered])

@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_written(command: Harvest, tmp_path: Path) -> No
 def test_a_disk_that_fills_up_while_writing(command: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
-    def full(self: Any, *args: Any) -> None:
+    def full(self: Any, *args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "acts.zarr/resid_post/c.0.0.0")
 
     with pytest.MonkeyPatch.context() as patch:

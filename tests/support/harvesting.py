@@ -33,10 +33,10 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     original = ActivationStore.write_shard
     calls: list[int] = []
 
-    def write(self: ActivationStore, shard: int, data: np.ndarray, keep: np.ndarray) -> None:
+    def write(self: ActivationStore, shard: int, data: np.ndarray, **options: Any) -> None:
         calls.append(shard)
         if len(calls) > n:
             raise RuntimeError("crash")
-        original(self, shard, data, keep)
+        original(self, shard, data, **options)
 
     monkeypatch.setattr(ActivationStore, "write_shard", write)

@@ -1,0 +1,149 @@
+"""Dask workers, of this machine or of a running scheduler: how they are started or found, and held to our own code.
+
+Not here: what they do (`analysis.jobs`, `harvest.workers`). Worker processes import it first.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+import residscope
+from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.reading import reading
+
+CONNECT_SECONDS = 10
+"""How long a scheduler may take to answer."""
+
+SAY_AFTER, GIVE_UP_AFTER = 10, 300
+"""Seconds without a worker after which the user is told, and after which the command fails."""
+
+POLL_SECONDS = 1
+
+ATTEMPTS = 3
+"""How often a task is tried."""
+
+PACKAGES = ("residscope", "store", "harvest", "train", "analysis")
+
+PRELOAD = ["residscope", "residscope.cluster"]
+"""What worker processes import first, so that they find our packages whatever files lie on PYTHONPATH."""
+
+R = TypeVar("R")
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def connected(scheduler: str, n_workers: int, may_die: int = ATTEMPTS) -> Iterator[Any]:
+    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread "processes".
+
+    may_die: how often these, with whatever tasks they have, before Dask gives the tasks up.
+    """
+    from dask import config
+    from distributed import Client, LocalCluster
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its tracebacks; what they say is said in one line
+    with ExitStack() as stack:
+        if scheduler == "processes":
+            options: Any = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+            fewer = "perhaps for want of memory: use fewer with --n-workers"
+            settings = {"distributed.scheduler.allowed-failures": may_die}
+            with config.set(settings), reading("a worker process died at its start", fewer, ResidscopeError):
+                local = stack.enter_context(LocalCluster(n_workers=n_workers, preload=PRELOAD, **options))
+            client = stack.enter_context(Client(local))
+        else:
+            silent = f"--scheduler {scheduler}: no Dask scheduler answers there within {CONNECT_SECONDS} s"
+            with reading(silent, "start one with `dask scheduler`, or leave --scheduler out", ResidscopeError):
+                client = stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS))
+            _require_our_code(client)
+        tqdm.write(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
+        yield client
+
+
+def dask_setup(worker: Any) -> None:
+    """Called in each worker process: Ctrl-C, which a terminal sends to all, is for the process that started them."""
+    if getattr(worker, "nanny", None):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def require_worker(client: Any) -> int:
+    """The number of workers, once there are any; `ResidscopeError` where none comes."""
+    seconds: float = 0
+    while not (found := len(client.nthreads())):
+        text = f"no worker since {seconds} s: start some with `dask worker {client.scheduler.address}`"
+        if seconds >= GIVE_UP_AFTER:
+            raise ResidscopeError(f"the Dask scheduler has {text}, then run the command again")
+        if seconds == SAY_AFTER:
+            tqdm.write(f"the Dask scheduler has {text}; waiting {GIVE_UP_AFTER} s", file=sys.stderr)
+        time.sleep(POLL_SECONDS)
+        seconds += POLL_SECONDS
+    return found
+
+
+def failed(shards: Sequence[int], why: str) -> ResidscopeError:
+    """The error for shards whose task was tried often enough."""
+    which = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
+    return ResidscopeError(f"{which} failed {ATTEMPTS} times, last with {why}")
+
+
+def this_worker() -> Any:
+    """The Dask worker that runs this task, or None in a thread of the user's own process."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return None
+    try:
+        return distributed.get_worker()
+    except ValueError:
+        return None
+
+
+@cache
+def code_hash() -> str:
+    """A hash of the sources that this process runs: workers of another version would give other numbers."""
+    import xxhash
+
+    home = Path(residscope.__file__).parent.parent
+    digest = xxhash.xxh3_128()
+    for package in PACKAGES:
+        for path in sorted((home / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(home)}:".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def with_our_code(code: str, function: Callable[..., R], *arguments: Any) -> R:
+    """function(*arguments), unless this process has other sources than the one with this `code_hash`."""
+    if code != code_hash():
+        raise _other_code(f"in {Path(residscope.__file__).parent}", code_hash(), code)
+    return function(*arguments)
+
+
+def _require_our_code(client: Any) -> None:
+    """`IncompatibleError` where a worker has other sources than this process. One that comes later refuses its tasks
+    (`with_our_code`), or, of a version that does not know them, dies of them."""
+
+    def find() -> str:  # Travels by value, so that any version can run it.
+        from importlib import import_module
+
+        return import_module("residscope.cluster").code_hash()
+
+    for address, found in client.run(find, on_error="return").items():
+        if found != code_hash():
+            raise _other_code(f"at {address}", found, code_hash())
+
+
+def _other_code(where: str, found: Any, expected: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"the Dask worker {where} has another version of residscope, or none: the hash of its sources should be "
+        f"{expected}, found {found}: start workers from the environment of this command"
+    )
