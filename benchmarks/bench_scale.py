@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis.config import TokenOptions
 from analysis.selection import select
-from harvest.table import Packing, pack
+from harvest.table import pack
+from harvest.text.packing import Packing
 from store.arrays import TokenTable
 from store.manifest import FILE, FOLDER, ShardRecord, read_manifest, sealed, write_header
 from store.meta import StoreMeta, chunk_and_shard_tokens

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from harvest.text.config import TextConfig
+from residscope.console import parse_bytes
 from residscope.errors import UsageError
 from residscope.options import require_seed
 
@@ -109,9 +110,14 @@ class StorageConfig:
     """Number format on the disk. float16 overflows on some models; then the run stops."""
     codec: Literal["none", "zstd"] = "none"
     """Compression of the store: zstd saves about a quarter of the disk and is slower to read."""
+    rolling: str | None = None
+    """Most that the store may take of the disk, such as 50GB: it is filled part by part, and a part is removed once all
+    trainers that run beside it (`train --follow`) have used it."""
 
     def __post_init__(self) -> None:
         parse_layers(self.layers)
+        if self.rolling is not None and parse_bytes(self.rolling) is None:
+            raise UsageError(f"--rolling should be a size such as 50GB, found {self.rolling!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,3 +189,8 @@ class HarvestConfig:
             raise UsageError(f"--mask-norm should be above 1, in medians of a layer's norms, found {self.mask_norm}")
         if self.sequences.document_separator and not self.documents.pack:
             raise UsageError("--document-separator has no effect with --no-pack; leave it out")
+        if self.storage.rolling and (self.workers != WorkerConfig() or not self.documents.pack):
+            raise UsageError(
+                "--rolling fills the store in this process, and packs documents: leave --n-workers,"
+                " --scheduler and --no-pack out"
+            )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from harvest.options_file import options_file
@@ -34,10 +35,11 @@ def has_begun(out: Path) -> bool:
     return True
 
 
-def require_room(out: Path, settings: Settings, n_tokens: int) -> None:
-    """`ResidscopeError` where the disk has no room for a store of `n_tokens`, saying how many tokens would fit."""
+def require_room(out: Path, settings: Settings, n_tokens: int, most: int | None = None) -> None:
+    """`ResidscopeError` where the disk has no room for a store of `n_tokens`, saying how many tokens would fit. most:
+    bytes that it never exceeds."""
     freed = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
-    needed = disk_bytes(settings, n_tokens)
+    needed = min(disk_bytes(settings, n_tokens), most or sys.maxsize)
     try:
         require_space(out, needed - freed)
     except ResidscopeError as error:

@@ -25,6 +25,7 @@ from harvest.residual import EndOfPass, ResidualRecorder
 from harvest.sequences import SequenceBatch, batches_for, sequence_batches, token_ids
 from harvest.settings import TORCH_DTYPES, Settings
 from harvest.stored_values import HostBuffer, not_finite_error
+from harvest.workers.rolling import parts_to_fill
 from residscope.cluster import n_cores
 from residscope.console import progress, stop_on_signals
 from residscope.errors import Interrupted, ResidscopeError
@@ -224,7 +225,8 @@ def filled(store: ActivationStore, work: Callable[..., object]) -> Filled:
         bar.set_postfix_str(f"{rate / 1e9:.3f} GB/s", refresh=False)
 
     with stop_on_signals() as stopped, progress("harvest", "tok", meta.n_tokens, done=meta.n_tokens - todo) as bar:
-        work(missing, stopped, advance)
+        for shards in parts_to_fill(store, stopped):
+            work(shards, stopped, advance)
     if left := len(store.missing_shards()):
         done_of = f"{meta.n_shards - left} of {meta.n_shards} shards complete"
         raise Interrupted(f"stopped with {done_of}; run the same command to continue")

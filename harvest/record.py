@@ -64,6 +64,7 @@ def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[Tex
         "document_separator": settings.packing.separator,
         "keep_first_position": config.sequences.keep_first_position,
         **({"mask_norm": config.mask_norm} if config.mask_norm else {}),
+        **({"rolling": config.storage.rolling} if config.storage.rolling else {}),
         "lens": lens.name if lens else None,
         "lens_hash": lens.fingerprint if lens else None,
         "lens_indexing": lens.indexing if lens else None,

@@ -26,6 +26,7 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from harvest.workers.fill import fill_by_workers
+from harvest.workers.rolling import Rolling, cut
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
@@ -84,7 +85,11 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             else:
                 filled = fill(store, BatchRunner(model or load_weights(settings), settings), settings.batch_size)
         store.finalize()
-        if filled.shards and (few := few_tokens(store, store.tokens.keep, job.settings.tokenizer.text)):
+        if (
+            filled.shards
+            and not store.ring
+            and (few := few_tokens(store, store.tokens.keep, job.settings.tokenizer.text))
+        ):
             _say(f"warning: {few.words}")
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 
@@ -123,11 +128,13 @@ def _reopen(job: Job) -> ActivationStore:
 def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     """Make the store with its token table and without shards."""
     config, settings, sources, record = job
-    tokens, mixture = make_table(sources, settings.tokenizer, settings.packing, config.max_tokens)
+    rolling = Rolling.of(config, settings)
+    first = rolling.first if rolling else None
+    tokens, mixture = make_table(sources, settings.tokenizer, settings.packing, config.max_tokens, first)
     require_in_vocabulary(settings, tokens.token_id)
     for line in mixture.shortfalls([source.dataset for source in sources]):
         _say(line)
-    require_room(config.out, settings, len(tokens.token_id))
+    require_room(config.out, settings, len(tokens.token_id), rolling and rolling.size)
     provenance = make_provenance(settings, sources, mixture, record, model.architecture)
     if config.mask_norm:
         batch_tokens = settings.batch_size * settings.packing.context_length
@@ -139,6 +146,10 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     _warn_of_little_text(tokens, config.max_tokens, settings.packing.context_length)
     n_tokens, n_layers, d_model = len(tokens.token_id), len(settings.layers), settings.d_model
     chunk, shard = chunk_and_shard_tokens(n_tokens, n_layers, d_model, settings.bytes_per_token // n_layers // d_model)
+    if rolling:
+        batch = settings.batch_size * settings.packing.context_length
+        shard, ring = cut(tokens, rolling, chunk=chunk, shard=shard, batch=batch, token_bytes=settings.bytes_per_token)
+        provenance["ring"] = ring._asdict()
     meta = StoreMeta(
         n_tokens=n_tokens,
         layers=settings.layers,

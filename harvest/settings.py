@@ -13,7 +13,7 @@ from harvest.model.blocks import d_model_of, longest_context, n_layers_of
 from harvest.model.load import LoadedModel, load_config, load_model, load_tokenizer
 from harvest.model.names import ModelSpec, resolve_model
 from harvest.model.tokenizer import Tokenizer
-from harvest.table import Packing, make_packing
+from harvest.text.packing import Packing, make_packing
 from residscope.errors import IncompatibleError, UsageError, said
 from store.meta import ITEMSIZE
 

@@ -10,8 +10,7 @@ Shapes: T tokens of the table, n tokens of the stream (T without openings).
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -19,8 +18,9 @@ from tqdm import tqdm
 from harvest.model.tokenizer import Tokenizer
 from harvest.text.encode import encode_documents
 from harvest.text.mixing import Mixture
+from harvest.text.packing import Packing
 from harvest.text.sources import TextSource
-from residscope.errors import IncompatibleError, UsageError
+from residscope.errors import IncompatibleError
 from store.arrays import TokenTable
 
 _SORTED_DOCUMENTS = 4096
@@ -28,83 +28,15 @@ _PIECE = 1 << 22
 """Tokens that are worked on at once, so that memory goes into the table and not into what it is made of."""
 
 
-class Packing(NamedTuple):
-    """How sequences are made of documents."""
-
-    separator: str
-    """Text put after each document; empty for none."""
-    separator_ids: tuple[int, ...]
-    """Its tokens."""
-    opening: tuple[int, ...]
-    """Tokens that open every sequence, as the tokenizer opens a text: BOS, often none."""
-    special_ids: tuple[int, ...]
-    """Tokens that are neither trained on nor analysed."""
-    context_length: int
-    """Tokens in a sequence, its opening included."""
-    keep_first_position: bool
-    """Whether position 0 is trained on and analysed."""
-    packed: bool = True
-    """Whether documents follow each other within a sequence; else each sequence is the beginning of one."""
-
-    @property
-    def document_extra(self) -> int:
-        """Tokens of the stream that go with each document: its separator, or the opening of a sequence of its own."""
-        return len(self.separator_ids if self.packed else self.opening)
-
-    @property
-    def longest_document(self) -> int | None:
-        """Tokens that are taken of a document, None for all."""
-        return None if self.packed else self.stream_per_sequence
-
-    @property
-    def stream_per_sequence(self) -> int:
-        """Tokens of the stream in a full sequence."""
-        return self.context_length - len(self.opening)
-
-    def stream_length(self, n_tokens: int) -> int:
-        """Tokens of the stream that a table of at most `n_tokens` holds."""
-        if not self.packed:
-            return n_tokens
-        full, rest = divmod(n_tokens, self.context_length)
-        return full * self.stream_per_sequence + max(rest - len(self.opening), 0)
-
-
-def make_packing(
-    tokenizer: Tokenizer,
-    *,
-    context_length: int,
-    separator: str | None = None,
-    keep_first_position: bool = False,
-    packed: bool = True,
-) -> Packing:
-    """How this tokenizer's model wants its sequences.
-
-    separator: None for the model's end-of-text token; not used without packing. Raises `UsageError` where there is
-    none, or where the separator or the context makes no sense.
-    """
-    if not packed:
-        separator = ""
-    if separator is None:
-        separator = tokenizer.end_of_text
-    if separator is None:
-        raise UsageError(
-            "the tokenizer has no end-of-text token to put between documents; name one with --document-separator, or"
-            ' give "" for none'
-        )
-    ids, opening = tokenizer.separator_ids(separator), tokenizer.opening
-    if context_length <= len(opening):
-        raise UsageError(
-            f"--context-length {context_length} leaves no token after those that the tokenizer opens a text with; use"
-            f" at least {len(opening) + 1}"
-        )
-    special = tuple(sorted(tokenizer.masked_ids(separator)))
-    return Packing(separator, ids, opening, special, context_length, keep_first_position, packed)
-
-
 def make_table(
-    sources: Sequence[TextSource], tokenizer: Tokenizer, packing: Packing, max_tokens: int
+    sources: Sequence[TextSource],
+    tokenizer: Tokenizer,
+    packing: Packing,
+    max_tokens: int,
+    first: Callable[[int], np.ndarray] | None = None,
 ) -> tuple[TokenTable, Mixture]:
-    """The table of at most `max_tokens` tokens of some texts, and what each gave; `ResidscopeError` without text."""
+    """The table of at most `max_tokens` tokens of some texts, and what each gave; `ResidscopeError` without text.
+    first: as of `pack`."""
     limit = packing.stream_length(max_tokens)
     streams = [encode_documents(source.documents(), tokenizer, limit, packing.longest_document) for source in sources]
     mixture = Mixture(streams, [source.choice.weight for source in sources], limit, packing.document_extra)
@@ -115,11 +47,17 @@ def make_table(
                 bar.update(len(ids))
                 yield ids
 
-        return pack(watched(), packing, max_tokens), mixture
+        return pack(watched(), packing, max_tokens, first), mixture
 
 
-def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> TokenTable:
-    """The table of at most `max_tokens` tokens, fewer where documents run out; `IncompatibleError` without text."""
+def pack(
+    documents: Iterable[np.ndarray],
+    packing: Packing,
+    max_tokens: int,
+    first: Callable[[int], np.ndarray] | None = None,
+) -> TokenTable:
+    """The table of at most `max_tokens` tokens, fewer where documents run out; `IncompatibleError` without text. first:
+    which of so many documents, bool [n_documents], are put before the others; only where documents are packed."""
     extra = np.array(packing.separator_ids if packing.packed else (), np.int32)
     more = packing.document_extra
     limit = packing.stream_length(max_tokens)
@@ -132,17 +70,23 @@ def pack(documents: Iterable[np.ndarray], packing: Packing, max_tokens: int) -> 
         ids = document[: packing.longest_document]
         lengths.append(len(ids))
         n += len(ids) + more
-        found += [ids, extra] if packing.packed else [ids]
+        found.append(ids)
     n = min(n, limit)
     if n == 0:
         way_out = "check --dataset, --split and --text-column (or --token-column), or raise --max-tokens"
         raise IncompatibleError(f"no text found: there are no documents, or all are empty; {way_out}")
     if not packing.packed:
         return _one_each(found, packing, n)
-    stream = np.concatenate(found)[:n]  # [n]
-    found.clear()
     own = np.frombuffer(lengths, np.int64)
-    owner = np.repeat(np.arange(len(own), dtype=np.int32), own + more)[:n]  # [n]
+    order = np.arange(len(own), dtype=np.int32)
+    if first is not None:
+        found[-1] = found[-1][: max(n - int((own + more)[:-1].sum()) - more, 1)]  # The last one is cut where it ends.
+        own[-1] = len(found[-1])
+        order = order[np.argsort(~first(len(own)), kind="stable")]
+        own = own[order]
+    stream = np.concatenate([part for i in order.tolist() for part in (found[i], extra)])[:n]  # [n]
+    found.clear()
+    owner = np.repeat(order, own + more)[:n]  # [n]
     is_text = np.repeat(np.tile([True, False], len(own)), np.stack([own, np.full_like(own, more)], 1).ravel())[:n]
     return _cut(stream, owner, is_text, packing)
 

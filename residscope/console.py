@@ -6,6 +6,7 @@ Progress and words go to stderr, results to stdout, so that `--json` can be pipe
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -133,7 +134,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             previous[signum] = signal.getsignal(signum)  # First, because a signal may come as soon as `note` is set.
             signal.signal(signum, note)
     except ValueError:
-        pass
+        previous.clear()
     try:
         yield lambda: bool(received)
     finally:
@@ -174,6 +175,12 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} PB"
+
+
+def parse_bytes(text: str) -> int | None:
+    """The bytes that a size means, in decimal units as `human_bytes` gives them (50GB, 1.5 TB); None if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGTP]?)B", text.strip())
+    return None if match is None else int(float(match[1]) * 1000 ** " kMGTP".index(match[2] or " "))
 
 
 def human_seconds(seconds: float) -> str:

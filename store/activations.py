@@ -26,6 +26,7 @@ import xxhash
 from residscope.errors import IncompatibleError, UsageError
 from store import arrays
 from store.arrays import TokenTable
+from store.care.ring import ring_of
 from store.dtypes import STORAGE_DTYPE, to_float32
 from store.files import TEMPORARY, atomic_write, remove_leftovers
 from store.folder import make_folder, read_meta, require_store
@@ -40,8 +41,13 @@ _FILL = "run the same `harvest` command again to fill"
 class ActivationStore:
     """An open store, made by `create` or `open`. Pickles as its path and content hash; unpickled open for reading."""
 
-    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock | None) -> None:
+    def __init__(
+        self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock | None, *, follow: bool = False
+    ) -> None:
         """For `create` and `open`; with `lock` the store is open for writing."""
+        self.ring = ring_of(meta)
+        """How it is cut, where it is on the disk in part at a time."""
+        self._kept_alone = self.ring is not None and not (lock or follow)
         self.path = path
         self.meta = meta
         self._manifest = manifest
@@ -74,29 +80,31 @@ class ActivationStore:
         *,
         partial: bool = False,
         writable: bool = False,
+        follow: bool = False,
         content_hash: str | None = None,
     ) -> "ActivationStore":
         """Open a store for reading, or with `writable` for filling what is missing.
 
         partial: also open a store that lacks shards (reading one of those raises). writable: take the writer's lock,
-        cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. content_hash:
-        that of the store as it was opened before. Raises `UsageError` when there is nothing, `IncompatibleError` when
-        that is no store, or one of another version or content, not all of it, or its metadata or manifest is damaged;
-        `ResidscopeError` when another process is writing it.
+        cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. follow: of a
+        store whose parts come and go (`store.care.ring`), serve all tokens, be they there or not, beside those that stay.
+        content_hash: that of the store as it was opened before. Raises `UsageError` when there is nothing,
+        `IncompatibleError` when that is no store, or one of another version or content, not all of it, or its metadata
+        or manifest is damaged; `ResidscopeError` when another process is writing it.
         """
         path = Path(path)
         require_store(path)
         lock = WriterLock(path, path) if writable else None
         try:
             manifest = read_manifest(path)
-            store = cls(path, read_meta(path, manifest), manifest, lock)
+            store = cls(path, read_meta(path, manifest), manifest, lock, follow=follow)
             if content_hash not in (None, store.content_hash):
                 raise IncompatibleError(
                     f"{path} is not the store that was opened first: its content hash should be {content_hash}, found "
                     f"{store.content_hash}; put that store back, or run the command again"
                 )
-            if not (partial or writable):
-                store._require_all_shards()
+            if not (partial or writable or (follow and store.ring)):
+                store._require_all_shards(store.ring and store.ring.kept_shards)
             if writable:
                 remove_leftovers(path)
             return store
@@ -125,14 +133,27 @@ class ActivationStore:
     @cached_property
     def tokens(self) -> TokenTable:
         """Token ids, documents, positions and the keep mask, each [T]; read once, read-only."""
-        return arrays.read_tokens(self.path, self.meta, self._manifest.checksums)
+        tokens = arrays.read_tokens(self.path, self.meta, self._manifest.checksums)
+        if not self._kept_alone:
+            return tokens
+        assert self.ring is not None
+        return tokens._replace(
+            keep=tokens.keep & (np.arange(len(tokens.keep)) < self.ring.kept_shards * self.meta.shard_tokens)
+        )
 
     def missing_shards(self) -> list[int]:
         """Shards that the manifest lacks, ascending."""
         return [shard for shard in range(self.meta.n_shards) if shard not in self._manifest.lines]
 
-    def _require_all_shards(self) -> None:
-        if missing := self.missing_shards():
+    def refresh(self) -> None:
+        """Look for shards that have come since the store was opened for reading."""
+        manifest = read_manifest(self.path)
+        if manifest.checksums != self._manifest.checksums:
+            raise IncompatibleError(f"{self.path} was exchanged for another store while it was in use; put it back")
+        self._manifest = manifest
+
+    def _require_all_shards(self, first: int | None = None) -> None:
+        if missing := [shard for shard in self.missing_shards() if first is None or shard < first]:
             found = f"{len(missing)} of {self.meta.n_shards} shards are missing"
             raise IncompatibleError(f"{self.path}: {found}; {_FILL} them")
 
@@ -148,8 +169,11 @@ class ActivationStore:
 
     @property
     def content_hash(self) -> str:
-        """Identifies the data: a hash over the config hash and the hashes of the shards that are there."""
+        """Identifies the data: a hash over the config hash and the hashes of the shards that are there; over the config
+        hash alone where shards come and go."""
         digest = xxhash.xxh3_128(self.meta.config_hash.encode())
+        if self.ring:
+            return digest.hexdigest()
         for shard in sorted(self._manifest.lines):
             digest.update(f"{shard}:{self.record(shard).xxh3_128};".encode())
         return digest.hexdigest()

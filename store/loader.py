@@ -128,6 +128,11 @@ class WindowLoader:
         return -(-self.n_rows // self._batch_size)
 
     @property
+    def part_ends(self) -> np.ndarray:
+        """int64 [parts]: rows of an epoch served when each part is done."""
+        return self._order.row_ends
+
+    @property
     def buffer_shape(self) -> tuple[int, int, int]:
         """(W', C, D) of each of the two windows in memory."""
         meta, blocks = self._store.meta, min(self._order.blocks_per_window, self._order.n_blocks)

@@ -291,6 +291,8 @@ class TrainConfig:
     """Start again even if there is a checkpoint, and replace it."""
     json: bool = False
     """Print a summary of the run as JSON on stdout."""
+    follow: bool = False
+    """Wait until the store is begun. One that is filled part by part (`harvest --rolling`) is followed in any case."""
     n_procs: int = 1
     """Processes on this machine that share each batch: the same training, to rounding, with less time and memory for
     each; on CUDA one for each card. `torchrun` starts them on several machines (docs/training.md)."""
@@ -312,7 +314,7 @@ class TrainConfig:
 
     def flags(self) -> dict[str, Any]:
         """The flags that make this run, in the order of `ckpt.config.toml`, which is older than the groups."""
-        own = ("dry_run", "resume", "overwrite", "json", "n_procs")  # of the invocation
+        own = ("dry_run", "resume", "overwrite", "json", "n_procs", "follow")  # of the invocation
         flags = {name: value for name, value in to_flat(self).items() if name not in own}
         names = list(flags)
         for name, follower in _PLACES.items():

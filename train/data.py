@@ -22,6 +22,7 @@ from store.shuffle import validation_documents
 from train.config import TrainConfig
 from train.hardware import resolve_device
 from train.objective.recipes import batch_size
+from train.parallel.follow import Follower
 from train.parallel.ranks import ALONE, Ranks
 
 
@@ -110,13 +111,20 @@ class TrainingData:
     config: TrainConfig
     batch_size: int
     """Vectors in a step of the stream."""
+    held_out: dict[str, Any]
+    """How the held-out documents were drawn: fraction, seed, n_documents."""
     ranks: Ranks = ALONE
     """The processes that share each batch."""
+    follower: Follower | None = None
+    """Of a store that is filled meanwhile."""
 
     @classmethod
     def open(cls, config: TrainConfig, store: ActivationStore, ranks: Ranks = ALONE) -> "TrainingData":
         stored, device = stored_layers(store, config.data.layers), resolve_device(config.hardware.device)
-        split = split_tokens(store, config.validation.validation_fraction, config.data.seed)
+        fraction, seed = config.validation.validation_fraction, config.data.seed
+        if store.ring:
+            fraction, seed = store.ring.fraction, store.ring.seed
+        split = split_tokens(store, fraction, seed)
         return cls(
             store=store,
             split=split,
@@ -126,6 +134,8 @@ class TrainingData:
             config=config,
             batch_size=batch_size(config, int(split.train.sum()) * len(stored)),
             ranks=ranks,
+            held_out={"fraction": fraction, "seed": seed, "n_documents": split.n_documents},
+            follower=Follower(store, str(config.out.resolve())) if store.ring else None,
         )
 
     @property
@@ -145,20 +155,30 @@ class TrainingData:
             "dataset": provenance.get("dataset"),
             "random_init": bool(provenance.get("random_init")),
             "lens": meta.lens,
-            "validation": {
-                "fraction": self.config.validation.validation_fraction,
-                "seed": self.config.data.seed,
-                "n_documents": self.split.n_documents,
-            },
+            "validation": self.held_out,
         }
 
     def loader(
-        self, seed: int, window_bytes: int, *, epochs: int, start_batch: int = 0, ranks: Ranks = ALONE
+        self,
+        seed: int,
+        window_bytes: int,
+        *,
+        epochs: int = 1,
+        start_batch: int = 0,
+        ranks: Ranks = ALONE,
+        first_part: bool = False,
     ) -> WindowLoader:
-        """Batches of training rows in a seeded order; of each, this rank's share."""
+        """Batches of training rows in a seeded order; of each, this rank's share. first_part: of a store that is filled
+        meanwhile, only those of its first part."""
+        mask, parts = self.split.train, {}
+        if self.follower:
+            parts = {"shard_part": self.follower.part_of, "ready": self.follower.ready}
+            if first_part:
+                mask = mask & (np.repeat(self.follower.part_of, self.store.meta.shard_tokens)[: len(mask)] == 0)
+                parts = {}
         return WindowLoader(
             self.store,
-            self.split.train,
+            mask,
             self.batch_size,
             seed,
             window_bytes,
@@ -167,6 +187,7 @@ class TrainingData:
             start_batch=start_batch,
             rank=ranks.rank,
             world_size=ranks.size,
+            **parts,
         )
 
 

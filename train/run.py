@@ -15,10 +15,11 @@ from typing import Any
 from tqdm import tqdm
 
 from residscope.console import counted, stop_on_signals
-from residscope.errors import IncompatibleError, Interrupted
+from residscope.errors import IncompatibleError, Interrupted, UsageError
 from residscope.options import with_values
 from store.activations import ActivationStore
 from store.care.outliers import few_tokens
+from store.folder import is_store
 from store.loader import Batch, WindowLoader
 from train.checkpoint import Checkpoint
 from train.config import TrainConfig
@@ -70,6 +71,11 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         specs = as_begun(specs, saved)
         data = TrainingData.open(with_values(config, batch_size=specs[0].config.data.batch_size), store, ranks)
         plans = [make_plan(spec, data) for spec in specs]
+        if data.follower and (plans[0].epochs > 1 or ranks.size > 1):
+            most = f"at most {plans[0].vectors_per_epoch // data.batch_size} steps, and one process"
+            raise UsageError(
+                f"{config.store} is filled and removed part by part, so each token is trained on once: {most}"
+            )
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
                 check_resumable(checkpoint, store, plan, ranks.size)
@@ -108,7 +114,12 @@ def try_run(config: TrainConfig) -> DryRun:
 def _opened(config: TrainConfig) -> Iterator[ActivationStore]:
     """The store, in torch's deterministic mode where that is wanted."""
     device = resolve_device(config.hardware.device)
-    with ActivationStore.open(config.store) as store, deterministic(device, config.hardware.deterministic):
+    while config.follow and not is_store(config.store):
+        time.sleep(1)
+    with (
+        ActivationStore.open(config.store, follow=True) as store,
+        deterministic(device, config.hardware.deterministic),
+    ):
         yield store
 
 
@@ -153,7 +164,10 @@ class _Stream:
         """Train to the end; the `trainer` entry of each run's last checkpoint."""
         announce(self.plans, self.n_runs, self.memory)
         refuse_too_large(self.memory, self.data.device, self.n_runs)
-        if few := few_tokens(self.data.store, self.data.split.train):
+        split, follower = self.data.split, self.data.follower
+        while follower and not follower.ready(0):
+            time.sleep(0.1)
+        if few := few_tokens(self.data.store, split.validation if follower else split.train):
             say(f"warning: {few.words}")
         self.ranks.any(False)  # all have read what there is before it is changed
         with contextlib.ExitStack() as stack:
@@ -162,8 +176,14 @@ class _Stream:
             stopped = stack.enter_context(stop_on_signals())
             for trainer in self.trainers:
                 trainer.claim(self.saved[trainer])
+            whole = {"epochs": self.plan.epochs, "ranks": self.ranks}
+            if follower:
+                ends = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole).part_ends
+                steps = [0 if one is None else one.trainer["step"] for one in self.saved.values()]
+                follower.begin(ends, self.data.batch_size, min(steps))
+                follower.stopped = stopped
             self._start()
-            whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks}
+            whole["start_batch"] = self.step
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
             batches = stack.enter_context(closing_batches(loader))
             bar = stack.enter_context(progress_bar(self.step, self.plan.steps))
@@ -180,7 +200,10 @@ class _Stream:
                 if not last:
                     self._between_steps(taking, bar, stop=self.ranks.any(stopped()))
             self._validate(self.trainers, bar, last=True)
-            return [trainer.save(finished=True) for trainer in self.trainers]
+            records = [trainer.save(finished=True) for trainer in self.trainers]
+            if follower:
+                follower.publish(self.step)
+            return records
 
     def measure(self) -> DryRun:
         """Time some steps without writing anything."""
@@ -217,9 +240,13 @@ class _Stream:
             self._validate(taking, bar)
         if stop:
             raise Interrupted(self._stopped(taking))
-        if self._due(self.config.logging.checkpoint_every):
+        follower = self.data.follower
+        part_used = follower is not None and follower.is_due(self.step)
+        if self._due(self.config.logging.checkpoint_every) or part_used:
             for trainer in taking:
                 trainer.save(finished=False)
+        if follower and part_used:
+            follower.publish(self.step)
         self.began += time.perf_counter() - paused
 
     @contextlib.contextmanager
@@ -227,6 +254,8 @@ class _Stream:
         """Save what there is where the store is found damaged or exchanged for another: nothing of that was used."""
         try:
             yield
+        except Interrupted:
+            raise Interrupted(self._stopped(taking)) from None
         except IncompatibleError as error:
             if self.ranks.size > 1:  # the others wait elsewhere
                 raise

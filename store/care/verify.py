@@ -13,6 +13,7 @@ from pathlib import Path
 
 from store import arrays
 from store.activations import ActivationStore
+from store.care.ring import Readers, ring_of
 from store.checksums import DamagedError, read_checked, read_small
 from store.folder import read_meta, require_store
 from store.manifest import Manifest, read_manifest
@@ -51,9 +52,16 @@ def verify(
     if any(found.lasting for found in bad) or not manifest.checksums:
         return bad  # Without its metadata nothing says what the shards should be.
     meta = read_meta(path, Manifest(checksums=manifest.checksums))
+    ring = ring_of(meta)
+    gone = set[int]()
+    if ring:
+        removed = Readers(path, ring).removed()
+        gone = {int(i) for part in ring.parts(meta.n_shards)[:removed] for i in part if i >= ring.kept_shards}
     torn = "; its last line is incomplete" if manifest.torn else ""
     with ThreadPoolExecutor(threads) as pool:
-        checks = pool.map(lambda shard: check_shard(path, meta, manifest, shard), range(meta.n_shards))
+        checks = pool.map(
+            lambda shard: None if shard in gone else check_shard(path, meta, manifest, shard), range(meta.n_shards)
+        )
         for shard, reason in enumerate(checks):
             if reason:
                 bad.append(BadShard(shard, reason + (torn if shard not in manifest.lines else "")))

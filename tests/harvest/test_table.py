@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harvest.model.tokenizer import Tokenizer
-from harvest.table import Packing, make_packing, pack
+from harvest.table import pack
+from harvest.text.packing import Packing, make_packing
 from residscope.errors import ResidscopeError, UsageError
 from tests.support.models import BOS, EOS, tiny_tokenizer
 from tests.support.tokenizers import KINDS

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -210,3 +211,16 @@ def test_off_a_terminal_a_bar_is_a_plain_line_now_and_then(
     assert "\r" not in err
     assert err.splitlines()[0].startswith("harvest: 0 %, 0.00 of 2.00k tok, ")
     assert err.splitlines()[-1].startswith("harvest: 50 %, 1.00k of 2.00k tok, ")
+
+
+def test_signals_are_not_taken_in_another_thread() -> None:
+    found = []
+
+    def work() -> None:
+        with stop_on_signals() as stopped:
+            found.append(stopped())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]

@@ -119,7 +119,7 @@ def statistics_of(views: Iterable[View], data: TrainingData, window_bytes: int) 
     if not (views := list(dict.fromkeys(views))):
         return {}
     sample_bytes = DENOMINATOR_VECTORS * data.store.meta.d_model * data.store.meta.itemsize
-    loader = data.loader(data.config.data.seed + _SEED, min(window_bytes, sample_bytes), epochs=1)
+    loader = data.loader(data.config.data.seed + _SEED, min(window_bytes, sample_bytes), first_part=True)
     with closing_batches(loader) as batches:
         return gather(views, map(data.source, batches))
 

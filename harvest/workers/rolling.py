@@ -1,0 +1,112 @@
+"""`harvest --rolling SIZE`: a store that never takes more of the disk than SIZE, filled as fast as trainers use it.
+
+What is on the disk when, and what a crash leaves: `store.care.ring`. Here: how a store is cut into parts for a size,
+and waiting for trainers.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from harvest.config import HarvestConfig
+from harvest.settings import Settings
+from residscope.console import counted, human_bytes, human_seconds, parse_bytes
+from residscope.errors import UsageError
+from store.activations import ActivationStore
+from store.arrays import TokenTable
+from store.care.ring import Readers, Ring
+from store.meta import LARGEST_SHARD
+from store.shuffle import validation_documents
+
+_HELD_OUT = 0.01
+"""Share of the documents that is set aside, as far as an eighth of the size holds them."""
+
+_SHARDS = 64
+"""Shards that the size holds at least, where a chunk of all layers is small enough: parts of few shards mix badly."""
+
+_POLL_SECONDS = 0.2
+
+
+class Rolling(NamedTuple):
+    """A size, and what is set aside of a store of that size."""
+
+    size: int
+    """Bytes that the store may take."""
+    fraction: float
+    seed: int
+    """Of the draw of documents, `fraction` of them, and of the order of the shards."""
+
+    @classmethod
+    def of(cls, config: HarvestConfig, settings: Settings) -> "Rolling | None":
+        """What `--rolling` says, if it is given."""
+        size = config.storage.rolling and parse_bytes(config.storage.rolling)
+        if not size:
+            return None
+        fraction = min(_HELD_OUT, size / 8 / (config.max_tokens * settings.bytes_per_token))
+        return cls(size, fraction, config.control.seed)
+
+    def first(self, n_documents: int) -> np.ndarray:
+        """Which documents come first: bool [n_documents]."""
+        return validation_documents(n_documents, self.fraction, self.seed)
+
+
+def cut(
+    tokens: TokenTable, rolling: Rolling, *, chunk: int, shard: int, batch: int, token_bytes: int
+) -> tuple[int, Ring]:
+    """Tokens of a shard, and the parts, of a store in which the documents that are held out come first. chunk, shard,
+    batch: tokens of a chunk, of a shard at most, and of a forward pass; token_bytes: of a token at all layers.
+
+    Raises `UsageError` where there is no room for two shards beside what stays, or nothing to train on.
+    """
+    n_tokens, size = len(tokens.document), rolling.size
+    # Whole batches, where that makes no giants of them: a batch that two parts need is computed twice.
+    whole = math.lcm(chunk, batch)
+    chunk = whole if _SHARDS // 4 * whole * token_bytes <= size and whole * token_bytes <= LARGEST_SHARD else chunk
+    shard = max(min(shard, size // (_SHARDS * token_bytes)) // chunk, 1) * chunk
+    n_shards = -(-n_tokens // shard)
+    aside = np.flatnonzero(rolling.first(int(tokens.document.max()) + 1)[tokens.document])
+    kept = 0 if len(aside) == 0 else int(aside[-1]) // shard + 1
+    if kept >= n_shards:
+        raise UsageError(
+            f"--rolling: {counted(n_shards, 'shard')} of text leave nothing to train on: harvest more text"
+        )
+    of_tokens, of_shards = 13 * n_tokens, n_shards * 16 * token_bytes  # token columns; moments and lines
+    fixed = of_tokens + of_shards + kept * shard * token_bytes
+    part = (size - fixed) // (2 * shard * token_bytes)
+    if part < 1:
+        what = f"{human_bytes(fixed)} for token columns, moments and documents that are set aside, and two shards"
+        needed = human_bytes(fixed + 2 * shard * token_bytes)
+        raise UsageError(f"--rolling {human_bytes(size)}: this store needs at least {needed}: {what}")
+    ring = Ring(kept, int(min(part, n_shards - kept)), rolling.fraction, rolling.seed)
+    words = f"{counted(len(ring.parts(n_shards)), 'part')} of {counted(ring.part_shards, 'shard')}, in turn"
+    print(f"{words}; {kept} with held-out documents stay", file=sys.stderr)
+    return shard, ring
+
+
+def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterator[list[int]]:
+    """The shards that a store lacks; where it is cut into parts, those of one part after another, as soon as there is
+    room for it, until `stopped()`."""
+    missing = set(store.missing_shards())
+    if store.ring is None:
+        yield sorted(missing)
+        return
+    readers, waited = Readers(store.path, store.ring), 0.0
+    for number, part in enumerate(store.ring.parts(store.meta.n_shards)):
+        if todo := [shard for shard in part.tolist() if shard in missing]:
+            while number > 1 and min((used := readers.used()).values(), default=0) < number - 1:
+                if stopped():
+                    return
+                if not waited:
+                    names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
+                    print(f"waiting for {names}, as often as it is slower", file=sys.stderr)
+                time.sleep(_POLL_SECONDS)
+                waited += _POLL_SECONDS
+            if number > 1:
+                readers.remove(number - 1, store.meta.n_shards)
+            yield todo
+    if waited:
+        print(f"waited {human_seconds(waited)} for trainers", file=sys.stderr)

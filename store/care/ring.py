@@ -1,0 +1,109 @@
+"""A store that is on the disk in part at a time: harvested part by part, each removed once all trainers have used it.
+
+How: the parts are fixed when the store is made, from its metadata alone. The first shards hold the documents that are
+set aside for validation, and stay. The others follow in a spread order, as many in a part as half of the disk
+space takes; the store is trained on part by part (`store.loader`), so that rows mix within a part. A shard keeps its
+line and its moments when its file is removed. Beside the manifest lie
+
+    readers/NAME.json   how many parts a trainer has used, written after its checkpoint is on the disk
+    removed.json        how many parts are removed, written before the first of their files goes
+
+and part p is filled once part p - 2 is removed: so at most two are on the disk, and whatever is killed, at whatever
+moment, finds what it needs. Content is that of the options and token ids (`config_hash`): the hash of a store whose
+shards come and go cannot be a hash of shards.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from residscope.errors import IncompatibleError
+from residscope.reading import read_json
+from store.files import atomic_write
+from store.manifest import FOLDER
+from store.meta import StoreMeta
+from store.shards import shard_name
+from store.shuffle import spread_order
+
+_READERS, _REMOVED = f"{FOLDER}/readers", f"{FOLDER}/removed.json"
+_SHARDS = 6  # The stream of random numbers, beside those of `store.shuffle`.
+
+
+class Ring(NamedTuple):
+    """How a store is cut into parts; `provenance["ring"]` of its metadata."""
+
+    kept_shards: int
+    """The first ones, which stay."""
+    part_shards: int
+    """Shards of every other part but the last."""
+    fraction: float
+    """Share of the documents that is set aside for validation, as `store.shuffle.validation_documents` draws it ..."""
+    seed: int
+    """... with this seed, which is also that of the order of the shards."""
+
+    def parts(self, n_shards: int) -> list[np.ndarray]:
+        """The shards of each part, ascending; the first one begins with those that are kept."""
+        order = self.kept_shards + spread_order(n_shards - self.kept_shards, self.seed, _SHARDS)
+        cuts = range(self.part_shards, len(order), self.part_shards)
+        parts = [np.sort(part) for part in np.split(order, cuts)]
+        return [np.concatenate([np.arange(self.kept_shards), parts[0]]), *parts[1:]]
+
+    def part_of(self, n_shards: int) -> np.ndarray:
+        """int64 [shards]: the part that each is in."""
+        found = np.empty(n_shards, np.int64)
+        for number, shards in enumerate(self.parts(n_shards)):
+            found[shards] = number
+        return found
+
+
+def ring_of(meta: StoreMeta) -> Ring | None:
+    """How the store is cut, where it is one of this kind."""
+    found = meta.provenance.get("ring")
+    return None if found is None else Ring(**found)
+
+
+class Readers:
+    """The trainers of a store, and what is removed of it."""
+
+    def __init__(self, store: Path, ring: Ring) -> None:
+        self._store, self._ring = store, ring
+
+    def used(self) -> dict[str, int]:
+        """Parts that each trainer has used, by its name."""
+        files = sorted((self._store / _READERS).glob("*.json"))
+        found = [read_json(file, "remove it, if its trainer is not to go on") for file in files]
+        return {str(one["name"]): int(one["parts"]) for one in found}
+
+    def publish(self, name: str, parts: int) -> None:
+        """Say that a trainer, called by its checkpoint's path, has used this many parts, and has saved what it made of
+        them."""
+        path = self._store / _READERS / f"{re.sub(r'[^A-Za-z0-9.-]', '_', name)[-100:]}.json"
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, [json.dumps({"name": name, "parts": parts}).encode()])
+
+    def removed(self) -> int:
+        """Parts that are removed, or are being removed."""
+        path = self._store / _REMOVED
+        return int(read_json(path, "it should hold a number")["parts"]) if path.exists() else 0
+
+    def require(self, name: str, part: int) -> None:
+        """`IncompatibleError` where a trainer comes too late for `part`."""
+        if part < (gone := self.removed()):
+            raise IncompatibleError(
+                f"{self._store}: {name} needs part {part + 1} of it, and the first {gone} are removed, since all"
+                " trainers that had begun have used them: harvest again with --overwrite, and start it earlier"
+            )
+
+    def remove(self, parts: int, n_shards: int) -> None:
+        """Remove the shards of the first `parts` parts that are still there; the caller holds the store's lock."""
+        gone = self.removed()
+        if parts > gone:
+            atomic_write(self._store / _REMOVED, [json.dumps({"parts": parts}).encode()])
+        for shards in self._ring.parts(n_shards)[
+            max(gone - 1, 0) : parts
+        ]:  # A crash may have come in the midst of one.
+            for shard in shards[shards >= self._ring.kept_shards].tolist():
+                (self._store / shard_name(shard)).unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""Stores that take no more of the disk than they may."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harvest import run
+from harvest.workers import rolling
+from harvest.workers.rolling import Rolling, cut, parts_to_fill
+from residscope.errors import Interrupted, UsageError
+from store.activations import ActivationStore
+from store.care.ring import Readers, Ring
+from store.shuffle import validation_documents
+from tests.support.harvesting import MakeConfig
+from tests.support.stores import make_meta, token_table
+
+SIZE = 120_000
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses, and shards of 32 tokens, smaller than a batch."""
+    monkeypatch.setattr(rolling, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(run, "chunk_and_shard_tokens", lambda *sizes: (32, 32))
+    monkeypatch.setattr(rolling, "LARGEST_SHARD", 0)
+
+
+def test_a_store_never_takes_more_than_it_may(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a trainer that uses a part between two looks, in a store whose vectors alone are 113 kB."""
+    run.harvest(config(rolling="1GB"))
+    whole = ActivationStore.open(config().out, follow=True)
+    hashes = [whole.record(shard).xxh3_128 for shard in range(19)]
+    sizes, write = list[int](), ActivationStore.write_shard
+
+    def watched(store: ActivationStore, *arguments: object, **options: object) -> None:
+        write(store, *arguments, **options)  # type: ignore[arg-type]
+        sizes.append(disk_bytes(store.path))
+
+    monkeypatch.setattr(ActivationStore, "write_shard", watched)
+    looks = iter(range(-1, 99))
+    monkeypatch.setattr(Readers, "used", lambda _: {"a.pt": next(looks)})
+    run.harvest(config(rolling="120kB", overwrite=True))
+    store = ActivationStore.open(config().out, follow=True)
+    assert store.ring is not None
+    assert SIZE // 2 < max(sizes) <= SIZE
+    assert [store.record(shard).xxh3_128 for shard in range(19)] == hashes
+    assert Readers(store.path, store.ring).removed() == len(store.ring.parts(19)) - 2 > 1
+
+
+def test_held_out_documents_stay(config: MakeConfig) -> None:
+    run.harvest(config(rolling="1GB"))
+    store = ActivationStore.open(config().out)
+    assert store.ring is not None
+    document = store.tokens.document
+    held_out = validation_documents(4, store.ring.fraction, store.ring.seed)[document]
+    assert 0 < held_out.sum() < len(held_out)
+    assert np.flatnonzero(held_out)[-1] + 1 == held_out.sum() <= store.ring.kept_shards * 32
+
+
+def test_it_waits_for_every_trainer_and_ends_when_it_is_stopped(tmp_path: Path) -> None:
+    ring = Ring(kept_shards=1, part_shards=2, fraction=0.2, seed=0)
+    sizes = {"chunk_tokens": 16, "shard_tokens": 32, "provenance": {"ring": ring._asdict()}}
+    with ActivationStore.create(tmp_path / "a.zarr", make_meta(9 * 32, 3, 12, **sizes), token_table(9 * 32)) as store:
+        readers, looks = Readers(store.path, ring), iter([False, False, True])
+        readers.publish("/a.pt", 2)
+        readers.publish("/b.pt", 0)
+        filled = list(parts_to_fill(store, lambda: next(looks)))
+        assert [sorted(shards) for shards in filled] == [part.tolist() for part in ring.parts(9)[:2]]
+        assert readers.removed() == 0
+        readers.publish("/b.pt", 1)
+        assert len(list(parts_to_fill(store, lambda: True))) == 3
+        assert readers.removed() == 1
+
+
+def test_a_harvest_without_a_trainer_stops_when_it_is_told_to(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Readers, "used", lambda _: {})
+
+    def sleep(_: float) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(rolling.time, "sleep", sleep)
+    with pytest.raises(Interrupted, match="stopped with 7 of 19 shards complete"):
+        run.harvest(config(rolling="120kB"))
+
+
+SIZES = {"chunk": 32, "shard": 4096, "batch": 64, "token_bytes": 1000}
+
+
+def test_shards_hold_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rolling, "LARGEST_SHARD", 10**6)
+    held_out = validation_documents(1000, 0.01, 0)
+    tokens = token_table(100_000, document=np.repeat(np.argsort(~held_out, kind="stable"), 100))
+    shard, ring = cut(tokens, Rolling(20_000_000, 0.01, 0), **SIZES)
+    assert shard == 20_000_000 // 64 // 1000 // 64 * 64  # of 64 shards in all, in whole batches
+    fixed = 13 * 100_000 + -(-100_000 // shard) * 16_000 + ring.kept_shards * shard * 1000
+    assert ring.part_shards == (20_000_000 - fixed) // (2 * shard * 1000)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "size", "words"),
+    [
+        (100_000, 2_000_000, r"--rolling 2 MB: this store needs at least \S+ MB: \S+ MB for token columns, moments"),
+        (20, 10_000_000, "1 shard of text leave nothing to train on"),
+    ],
+)
+def test_sizes_that_hold_too_little_are_refused(n_tokens: int, size: int, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        cut(token_table(n_tokens, context_length=10), Rolling(size, 0.01, 0), **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"rolling": "50"}, "--rolling should be a size such as 50GB, found '50'"),
+        ({"rolling": "1GB", "n_workers": 2}, "leave --n-workers"),
+        ({"rolling": "1GB", "pack": False}, "--no-pack"),
+    ],
+)
+def test_senseless_flags_are_refused(flags: dict, words: str, config: MakeConfig) -> None:
+    with pytest.raises(UsageError, match=words):
+        config(**flags)

@@ -1,0 +1,108 @@
+"""Stores of which a part at a time is on the disk."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from residscope.errors import IncompatibleError
+from store.activations import ActivationStore
+from store.care.ring import Readers, Ring
+from store.care.verify import verify
+from store.shards import shard_name
+from tests.support.stores import make_meta, make_store, random_activations, token_table
+
+RING = Ring(kept_shards=1, part_shards=2, fraction=0.2, seed=0)
+
+
+def ring_store(path: Path) -> ActivationStore:
+    """A whole one, of 7 shards: the one that stays, and three parts of two."""
+    activations = random_activations(n_tokens=7 * 32)
+    sizes = {"chunk_tokens": 16, "shard_tokens": 32, "provenance": {"ring": RING._asdict()}}
+    return make_store(path, activations, **sizes)
+
+
+@given(st.integers(1, 60), st.integers(0, 10), st.integers(1, 20), st.integers(0, 99))
+def test_parts_hold_each_shard_once(n_shards: int, kept: int, size: int, seed: int) -> None:
+    kept = min(kept, n_shards - 1)
+    ring = Ring(kept, size, 0.1, seed)
+    parts = ring.parts(n_shards)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(n_shards))
+    assert parts[0][:kept].tolist() == list(range(kept))
+    assert [len(part) for part in parts[1:-1]] == [size] * (len(parts) - 2)
+    of = ring.part_of(n_shards)
+    assert all((of[part] == number).all() for number, part in enumerate(parts))
+
+
+def test_only_what_stays_is_served_unless_it_is_followed(tmp_path: Path) -> None:
+    ring_store(tmp_path / "a.zarr")
+    keep = ActivationStore.open(tmp_path / "a.zarr").tokens.keep
+    assert keep[:32].sum() == 30
+    assert not keep[32:].any()
+    assert ActivationStore.open(tmp_path / "a.zarr", follow=True).tokens.keep.sum() == 7 * 30
+
+
+def test_removed_shards_are_no_damage_and_content_stays_the_same(tmp_path: Path) -> None:
+    store = ring_store(tmp_path / "a.zarr")
+    before, statistics = store.content_hash, store.statistics()
+    readers = Readers(store.path, RING)
+    for _ in range(2):  # as after a crash
+        readers.remove(2, 7)
+    gone = {shard for part in RING.parts(7)[:2] for shard in part.tolist()} - {0}
+    assert {i for i in range(7) if not (store.path / shard_name(i)).exists()} == gone
+    assert verify(store.path) == []
+    again = ActivationStore.open(store.path)
+    assert again.content_hash == before
+    assert again.statistics().mean.tobytes() == statistics.mean.tobytes()
+    (store.path / shard_name(0)).unlink()
+    assert [bad.index for bad in verify(store.path)] == [0]
+
+
+def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ring_store(tmp_path / "a.zarr")
+    readers, unlink, calls = Readers(store.path, RING), Path.unlink, list[Path]()
+
+    def crash(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == "resid_post":
+            calls.append(path)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", crash)
+    with pytest.raises(KeyboardInterrupt):
+        readers.remove(1, 7)
+    assert readers.removed() == 1
+    readers.remove(1, 7)
+    assert not any((store.path / shard_name(i)).exists() for i in RING.parts(7)[0].tolist() if i)
+
+
+def test_a_trainer_that_comes_too_late_is_told(tmp_path: Path) -> None:
+    store = ring_store(tmp_path / "a.zarr")
+    readers = Readers(store.path, RING)
+    readers.publish("/x/a.pt", 0)
+    readers.publish("/x/b.pt", 2)
+    assert readers.used() == {"/x/a.pt": 0, "/x/b.pt": 2}
+    readers.require("/x/c.pt", 0)
+    readers.remove(1, 7)
+    with pytest.raises(IncompatibleError, match=r"c\.pt needs part 1 of it, and the first 1 are removed"):
+        readers.require("/x/c.pt", 0)
+    readers.require("/x/c.pt", 1)
+
+
+def test_a_store_is_followed_while_shards_come(tmp_path: Path) -> None:
+    activations, sizes = random_activations(n_tokens=64), {"chunk_tokens": 16, "shard_tokens": 32}
+    meta = make_meta(64, 3, 12, **sizes, provenance={"ring": RING._asdict()})
+    tokens = token_table(64)
+    with ActivationStore.create(tmp_path / "a.zarr", meta, tokens) as writer:
+        with pytest.raises(IncompatibleError, match="1 of 2 shards are missing"):
+            ActivationStore.open(writer.path)
+        reader = ActivationStore.open(writer.path, follow=True)
+        assert reader.missing_shards() == [0, 1]
+        writer.write_shard(0, activations[:32])
+        reader.refresh()
+        assert reader.missing_shards() == [1]
+        ActivationStore.open(writer.path)
+        assert reader.content_hash == writer.content_hash

@@ -1,0 +1,72 @@
+"""Training beside a harvest, on a store of which a part at a time is on the disk (`store.care.ring`).
+
+How: the stream of batches goes through the store part by part. Before a part is read, its shards must be there; when a
+step has used the last row of one, the runs are saved, and then the harvest is told that it may remove the part. So
+whatever is killed, the last checkpoint finds the rows that come next.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from residscope.errors import Interrupted, UsageError
+from store.activations import ActivationStore
+from store.care.ring import Readers
+
+_REFRESH_SECONDS = 0.5
+
+
+class Follower:
+    """What a training tells the harvest that it follows, and waits for."""
+
+    def __init__(self, store: ActivationStore, name: str) -> None:
+        """name: what other trainings of this store are not called."""
+        assert store.ring is not None
+        self._store, self._name = store, name
+        self._readers = Readers(store.path, store.ring)
+        self._parts = store.ring.parts(store.meta.n_shards)
+        self.part_of = store.ring.part_of(store.meta.n_shards)
+        """int64 [shards]: the part of each."""
+        self.stopped: Callable[[], bool] = lambda: False
+        """Whether waiting should end."""
+        self._used, self._told, self._looked = 0, False, 0.0
+
+    def begin(self, row_ends: np.ndarray, batch_size: int, step: int) -> None:
+        """Before the batch `step` is read: let the harvest know of this training. row_ends: int64 [parts], rows of the
+        stream served when each part is done. Raises where the training comes too late, or parts are too small."""
+        if np.diff(row_ends, prepend=0).min() < batch_size:
+            raise UsageError(f"--batch-size {batch_size} is more than a part of {self._store.path} holds: lower it")
+        self._row_ends, self._batch_size = row_ends, batch_size
+        self._used = self.parts_used(step)
+        self._readers.require(self._name, self._used)
+        self._readers.publish(self._name, self._used)
+
+    def parts_used(self, step: int) -> int:
+        """Parts of which the first `step` batches have used all rows."""
+        return int(np.searchsorted(self._row_ends, step * self._batch_size, side="right"))
+
+    def is_due(self, step: int) -> bool:
+        """Whether a part has been used since the last one that was told of."""
+        return self.parts_used(step) > self._used
+
+    def publish(self, step: int) -> None:
+        """Tell the harvest what is used; `step` is on the disk."""
+        self._used = self.parts_used(step)
+        self._readers.publish(self._name, self._used)
+
+    def ready(self, part: int) -> bool:
+        """Whether all shards of a part are there; raises `Interrupted` where the wait should end."""
+        if self.stopped():
+            raise Interrupted("stopped")
+        missing = set(self._store.missing_shards())
+        if missing.isdisjoint(self._parts[part].tolist()):
+            return True
+        if not self._told:
+            self._told = True
+            print(f"train: waiting for the harvest of {self._store.path}, as often as it is slower", file=sys.stderr)
+        if time.monotonic() - self._looked > _REFRESH_SECONDS:
+            self._store.refresh()
+            self._looked = time.monotonic()
+        return False
