@@ -114,7 +114,7 @@ class OptimizerConfig:
     """Share of the steps in which the learning rate rises linearly to its peak; default: the recipe's, 0.02."""
     decay_fraction: float | None = None
     """Share of the steps, the last ones, in which the learning rate falls linearly towards zero; default: the
-    recipe's, 0.2."""
+    recipe's, 0.5."""
     decoder_norm: Literal["fixed", "free"] = "fixed"
     """Decoder rows are of unit norm after every step. fixed: the gradient's component along them is left out; free:
     during the step they may take any norm, which is then moved to the encoder's row, so that latents reach their scale

@@ -71,7 +71,7 @@ def best_batch(vectors: int) -> int:
 def best_lr(n_latents: int, batch_size: float, vectors: float) -> float:
     """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432
     latents."""
-    return 2.2e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
+    return 2.75e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
 
 
 def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int, share: float = 1) -> Recipe:
@@ -80,7 +80,7 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
     name = config.recipe or "best"
     if name == "best":
         lr = best_lr(n_latents, batch_size * share, vectors * share)
-        values: dict[str, Any] = {"lr": lr, "beta1": 0.8, "beta2": 0.95, "encoder_scale": 0.4}
+        values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": 0.4}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
     else:  # Lawson et al. 2025 and its code
