@@ -1,12 +1,13 @@
-"""Harvest by worker processes: tokens per second of one and of two, and what kill -9 of a worker or of the command does.
+"""Harvest by worker processes: tokens per second of one and of two, and what kill -9 of a worker or the command does.
 
     python benchmarks/bench_harvest_workers.py [--only speed workers commands] [--kills N] [--rounds N] [--seed N]
 
-How: a random Llama (8 blocks, d_model 512) is harvested into small shards by forks of this process, which has loaded
+How: a random Llama (8 blocks, d_model 512; 128 for kills) is harvested into small shards by forks of this process, which has loaded
 all that is slow. Each worker has one torch thread, however many cores there are.
 
-speed: tokens per second of `--n-workers 1` and `--n-workers 2`, which take turns; from the first shard that is committed
-to the last, so that the start of processes and the loading of the model are left out (their seconds are printed).
+speed: tokens per second of `--n-workers 1` and `--n-workers 2`, which take turns; from the first shard that is
+committed to the last, so that the start of processes and the loading of the model are left out (their seconds are
+printed).
 workers: `--scheduler`, of a Dask LocalCluster of two workers that stays; at a random moment one of them is killed.
 commands: `--n-workers 2`; the command is killed at a random moment, and then run again, with 2, 1 or no workers.
 
@@ -28,8 +29,7 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Its threads would be missing in our forks, which would wait for them.
 os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import psutil
 import torch
@@ -42,6 +42,7 @@ from store.activations import ActivationStore
 from store.shards import PutShard
 from tests.support.models import tiny_tokenizer
 
+ROOT = Path(__file__).parent.parent
 CLUSTER = """
 import sys, dask, residscope
 from distributed import LocalCluster
@@ -63,7 +64,8 @@ class Command:
         self.words, self.manifest = folder / "words", folder / out / "manifest/0.jsonl"
         self.times.write_text("", encoding="utf-8")
         self.words.write_text("", encoding="utf-8")
-        words = [f"--model={folder / 'model'}", f"--dataset={folder / 'texts'}", f"--out={folder / out}", *flags]
+        model = folder / ("large" if out == "speed.zarr" else "small")
+        words = [f"--model={model}", f"--dataset={folder / 'texts'}", f"--out={folder / out}", *flags]
         words += ["--context-length=256", "--batch-size=2", "--device=cpu", f"--max-tokens={tokens}"]
         self.pid = os.fork()
         if self.pid == 0:
@@ -115,11 +117,12 @@ class Bench:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         harvest.run.chunk_and_shard_tokens = lambda *sizes: (64, 320)
-        sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-        ids = {"vocab_size": 260, "bos_token_id": 257, "eos_token_id": 256}
-        config = transformers.LlamaConfig(**sizes, **ids, max_position_embeddings=256)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-        tiny_tokenizer(bos=True).save_pretrained(folder / "model")
+        for name, d_model in (("large", 512), ("small", 128)):
+            sizes = {"hidden_size": d_model, "intermediate_size": 3 * d_model, "num_hidden_layers": 8}
+            ids = {"vocab_size": 260, "bos_token_id": 257, "eos_token_id": 256}
+            config = transformers.LlamaConfig(**sizes, **ids, num_attention_heads=8, max_position_embeddings=256)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+            tiny_tokenizer(bos=True).save_pretrained(folder / name)
         (folder / "texts").mkdir()
         for i in range(40):
             text = "".join(chr(97 + (i * 7 + j * j) % 26) for j in range(10_000))
