@@ -93,8 +93,7 @@ def run_tasks(
         failures.update(dict.fromkeys(shards, times))
         if worst := [shard for shard in shards if failures[shard] >= cluster.ATTEMPTS]:
             raise cluster.failed(worst, why)
-        last = failures[shards[0]] == cluster.ATTEMPTS - 1  # Each by itself, so that the one at fault is named.
-        waiting.extendleft([[shard] for shard in reversed(shards)] if last else [shards])
+        waiting.extendleft([shard] for shard in reversed(shards))  # Each by itself, to name the one at fault.
 
     while (waiting or running) and not stopped():
         submit()
