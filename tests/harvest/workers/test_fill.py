@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from harvest.config import HarvestConfig
+from harvest.options_file import options_in_full
 from harvest.run import harvest
 from harvest.workers import fill
 from harvest.workers.fill import FillSpec, fill_shards, run_tasks
@@ -17,7 +19,7 @@ from residscope import cluster
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
 from store.activations import ActivationStore
 from store.shards import PutShard
-from tests.support.harvesting import MakeConfig, tree
+from tests.support.harvesting import MakeConfig, harvest_config, tree
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +227,26 @@ def test_processes_make_the_bytes_of_one_also_when_one_is_killed(
     harvest(config(n_workers=2))
     assert len(set(killed)) == 2
     assert tree(tmp_path / "acts.zarr") == whole
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "expected"),
+    [("auto", 2, "cuda:1"), ("cuda", 2, "cuda:1"), ("cuda:0", 2, "cuda:0"), ("auto", None, "auto")],
+)
+def test_each_worker_of_this_machine_takes_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int | None, expected: str
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def resolve(config: HarvestConfig) -> None:
+        raise Asked(config.weights.device)
+
+    worker = SimpleNamespace(name=3, state=SimpleNamespace(nthreads=1))
+    monkeypatch.setattr(cluster, "this_worker", lambda: worker)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.set_num_threads", lambda n: None)
+    monkeypatch.setattr(fill, "resolve", resolve)
+    options = options_in_full(harvest_config(device=device))
+    with pytest.raises(Asked, match=f"^{expected}$"):
+        fill_shards(FillSpec("a.zarr", "incoming", options, {}, cores), [0])
