@@ -2,8 +2,8 @@
 
     python benchmarks/bench_harvest_workers.py [--only speed workers commands] [--kills N] [--rounds N] [--seed N]
 
-How: a random Llama (8 blocks, d_model 512; 128 for kills) is harvested into small shards by forks of this process, which has loaded
-all that is slow. Each worker has one torch thread, however many cores there are.
+How: a random Llama (8 blocks, d_model 512; 128 for kills) is harvested into small shards by forks of this process, which
+has loaded all that is slow. Each worker has one torch thread, however many cores there are.
 
 speed: tokens per second of `--n-workers 1` and `--n-workers 2`, which take turns; from the first shard that is
 committed to the last, so that the start of processes and the loading of the model are left out (their seconds are
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Its threads would be missing in our forks, which would wait for them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -118,8 +119,8 @@ class Bench:
         torch.manual_seed(0)
         harvest.run.chunk_and_shard_tokens = lambda *sizes: (64, 320)
         for name, d_model in (("large", 512), ("small", 128)):
-            sizes = {"hidden_size": d_model, "intermediate_size": 3 * d_model, "num_hidden_layers": 8}
-            ids = {"vocab_size": 260, "bos_token_id": 257, "eos_token_id": 256}
+            sizes: dict[str, Any] = {"hidden_size": d_model, "intermediate_size": 3 * d_model, "num_hidden_layers": 8}
+            ids: dict[str, Any] = {"vocab_size": 260, "bos_token_id": 257, "eos_token_id": 256}
             config = transformers.LlamaConfig(**sizes, **ids, num_attention_heads=8, max_position_embeddings=256)
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
             tiny_tokenizer(bos=True).save_pretrained(folder / name)
@@ -181,8 +182,8 @@ def kill_workers(bench: Bench, tokens: int, kills: int) -> None:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script = bench.folder / "cluster.py"
     script.write_text(CLUSTER, encoding="utf-8")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    local = subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **pipes)  # type: ignore[call-overload]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    local: Any = subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **pipes)
     address = f"--scheduler={local.stdout.readline().strip()}"
     same, moments = 0, []
     try:
