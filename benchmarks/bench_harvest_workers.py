@@ -2,8 +2,8 @@
 
     python benchmarks/bench_harvest_workers.py [--only speed workers commands] [--kills N] [--rounds N] [--seed N]
 
-How: a random Llama (8 blocks, d_model 512; 128 for kills) is harvested into small shards by forks of this process, which
-has loaded all that is slow. Each worker has one torch thread, however many cores there are.
+How: a random Llama (8 blocks, d_model 512; 128 for kills) is harvested into small shards by forks of this process,
+which has loaded all that is slow. Each worker has one torch thread, however many cores there are.
 
 speed: tokens per second of `--n-workers 1` and `--n-workers 2`, which take turns; from the first shard that is
 committed to the last, so that the start of processes and the loading of the model are left out (their seconds are
