@@ -5,8 +5,8 @@
 How: a random Llama (8 blocks, d_model 512; 128 for kills) is harvested into small shards by forks of this process,
 which has loaded all that is slow. Each worker has one torch thread, however many cores there are.
 
-speed: tokens per second of `--n-workers 1` and `--n-workers 2`, which take turns; from the first shard that is
-committed to the last, so that the start of processes and the loading of the model are left out (their seconds are
+speed: tokens per second of `--n-workers 1` and `--n-workers 2`, which take turns; from when each worker has
+done its first task to the end, so that the start of processes and the loading of the model are left out (their seconds are
 printed). On a busy machine the tokens per second of processors say what they would be on a free one.
 workers: `--scheduler`, of a Dask LocalCluster of two workers that stays; at a random moment one of them is killed.
 commands: `--n-workers 2`; the command is killed at a random moment, and then run again, with 2, 1 or no workers.
@@ -38,6 +38,7 @@ import transformers
 
 import harvest.cli
 import harvest.run
+from harvest.workers import fill as workers
 from residscope import cluster
 from store.activations import ActivationStore
 from store.shards import PutShard
@@ -67,20 +68,28 @@ class Command:
         self.words.write_text("", encoding="utf-8")
         model = folder / ("large" if out == "speed.zarr" else "small")
         words = [f"--model={model}", f"--dataset={folder / 'texts'}", f"--out={folder / out}", *flags]
-        words += ["--context-length=256", "--batch-size=2", "--device=cpu", f"--max-tokens={tokens}"]
+        words += ["--context-length=256", "--batch-size=1", "--device=cpu", f"--max-tokens={tokens}"]
         self.pid = os.fork()
         if self.pid == 0:
             stderr = os.open(self.words, os.O_WRONLY)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(stderr, 2)
             cluster.n_cores = lambda: n_cores
-            commit = ActivationStore.commit_shard
+            commit, groups = ActivationStore.commit_shard, workers.shard_groups
+            sizes: list[int] = []
+
+            def noted(*given: Any) -> list[list[int]]:
+                found = groups(*given)
+                sizes.append(len(found[0]))
+                return found
+
+            workers.shard_groups = noted
 
             def timed(store: ActivationStore, put: PutShard) -> None:
                 commit(store, put)
                 used = [sum(child.cpu_times()[:2]) for child in psutil.Process().children()]
                 with self.times.open("a", encoding="utf-8") as file:
-                    file.write(f"{time.perf_counter()} {sum(used)} {put.record.tokens}\n")
+                    file.write(f"{time.perf_counter()} {sum(used)} {put.record.tokens} {sizes[0]}\n")
 
             ActivationStore.commit_shard = timed  # type: ignore[method-assign]
             code = 99
@@ -104,11 +113,13 @@ class Command:
     def end(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
-    def rate(self) -> tuple[float, float, float]:
-        """When the first shard was committed, and from then on tokens per second, and per second of processors."""
+    def rate(self, n_workers: int) -> tuple[float, float, float]:
+        """When the first shard was committed; and once each worker has done a group of shards (all are of one size),
+        tokens per second, and per second of processors."""
         lines = [[float(word) for word in line.split()] for line in self.times.read_text(encoding="utf-8").splitlines()]
-        tokens = sum(n for _, _, n in lines[1:])
-        return lines[0][0], tokens / (lines[-1][0] - lines[0][0]), tokens / (lines[-1][1] - lines[0][1])
+        first, lines = lines[0][0], lines[n_workers * int(lines[0][3]) - 1 :]
+        tokens = sum(line[2] for line in lines[1:])
+        return first, tokens / (lines[-1][0] - lines[0][0]), tokens / (lines[-1][1] - lines[0][1])
 
 
 class Bench:
@@ -163,7 +174,7 @@ def speed(bench: Bench, tokens: int, rounds: int) -> None:
             began = time.perf_counter()
             command = bench.start("speed.zarr", tokens, f"--n-workers={n}", n_cores=n)
             bench.must(command, f"{n} workers")
-            first, rate, cpu = command.rate()
+            first, rate, cpu = command.rate(n)
             rates[n].append(rate)
             by_cpu[n].append(cpu)
             after = f"first shard after {first - began:.0f} s, load {os.getloadavg()[0]:.1f}"
