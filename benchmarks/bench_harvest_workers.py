@@ -6,8 +6,8 @@ How: a random Llama (8 blocks, d_model 512; 128 for kills) is harvested into sma
 which has loaded all that is slow. Each worker has one torch thread, however many cores there are.
 
 speed: tokens per second of `--n-workers 1` and `--n-workers 2`, which take turns; from when each worker has
-done its first task to the end, so that the start of processes and the loading of the model are left out (their seconds are
-printed). On a busy machine the tokens per second of processors say what they would be on a free one.
+done its first task to the end, so that the start of processes and the loading of the model are left out (their seconds
+are printed). On a busy machine the tokens per second of processors say what they would be on a free one.
 workers: `--scheduler`, of a Dask LocalCluster of two workers that stays; at a random moment one of them is killed.
 commands: `--n-workers 2`; the command is killed at a random moment, and then run again, with 2, 1 or no workers.
 
