@@ -135,7 +135,7 @@ class ControlConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """How many processes fill the store; its bytes do not depend on it."""
+    """Processes that fill the store. Who fills what does not change its bytes; how many threads each has may."""
 
     n_workers: int | None = None
     """Processes of this machine that fill shards at once, each with its share of the cores and, where there are

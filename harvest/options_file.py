@@ -26,7 +26,7 @@ def options_file(store: Path) -> Path:
 
 
 def options_in_full(config: HarvestConfig) -> dict[str, Any]:
-    """The options by their flags' names, those that say what is in the store, with local names in full."""
+    """The options that say what is in the store, by their flags' names, with local names in full."""
     texts = [
         _in_full(choice.name) + word.strip()[len(choice.name) :] if is_on_disk(choice.name) else word
         for choice, word in zip(config.text.choices, config.text.dataset, strict=True)

@@ -44,9 +44,8 @@ def shard_groups(
 ) -> list[list[int]]:
     """`missing` shards (ascending) in groups, each of which one of `n_workers` is to fill at once.
 
-    A batch that lies across two groups is run for both. So a group ends where a batch does, if there is such a place
-    within half and twice its size: a 16th of a worker's share, but at least 8 batches (if the share has them), and at
-    most 16 batches or shards, whichever is more.
+    A batch across two groups is run for both, so a group ends where a batch does, if one does so within half and twice
+    its size: a 16th of a worker's share, at least 8 batches, at most the share and the larger of 16 batches and shards.
     """
     longest, share = max(b.stop - b.start for b in batches), len(missing) * shard_tokens // n_workers
     size = round(min(max(share // 16, 8 * longest), 16 * max(longest, shard_tokens), share) / shard_tokens) or 1

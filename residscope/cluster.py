@@ -23,10 +23,8 @@ from residscope.reading import reading
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 
-SAY_AFTER, GIVE_UP_AFTER = 10, 300
-"""Seconds without a worker after which the user is told, and after which the command fails."""
-
-POLL_SECONDS = 1
+SAY_AFTER, GIVE_UP_AFTER, POLL_SECONDS = 10, 300, 1
+"""Seconds without a worker after which the user is told, and after which the command fails; between two looks."""
 
 ATTEMPTS = 3
 """How often a task is tried."""
@@ -46,10 +44,8 @@ def n_cores() -> int:
 
 @contextmanager
 def connected(scheduler: str, n_workers: int, may_die: int = ATTEMPTS) -> Iterator[Any]:
-    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread "processes".
-
-    may_die: how often these, with whatever tasks they have, before Dask gives the tasks up.
-    """
+    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread "processes", whose tasks
+    Dask gives up once more than `may_die` of them died of one."""
     from dask import config
     from distributed import Client, LocalCluster
 

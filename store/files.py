@@ -68,7 +68,7 @@ def sync_tree(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary folders that a crash left in `folder`, and temporary files in other folders there."""
     for path in folder.glob(f"*{TEMPORARY}"):
-        # First under another name, so that a process that still writes into it finds none.
+        # Renamed first, so that who still writes into it finds none.
         shutil.rmtree(path.replace(path.with_name(path.name + TEMPORARY)))
     for path in folder.glob(f"*/*{TEMPORARY}"):
         path.unlink(missing_ok=True)

@@ -2,8 +2,7 @@
 
 How: groups of shards become Dask tasks, as many at once as there are workers. A worker resolves the options for itself,
 refuses if that gives another model, lens, device or library, and loads the model once. A shard's bytes depend on its
-tokens alone, so it does not matter who fills what, or how often: of a group whose worker was killed, or that failed,
-each shard is tried by itself.
+tokens alone, so it does not matter who fills what, or how often.
 
 The command, which holds the store's lock, alone commits shards, each once. A worker writes only into a folder of random
 name that the command makes in the store, and that is gone once the command has ended or another opens the store for
@@ -48,10 +47,8 @@ class FillSpec(NamedTuple):
 
 
 def fill_by_workers(store: ActivationStore, config: HarvestConfig, settings: Settings) -> Filled:
-    """Write every missing shard of a store that is open for writing.
-
-    Raises what `harvest.fill.fill` does; `ResidscopeError` where a shard failed three times, or there is no worker.
-    """
+    """Write every missing shard of a store that is open for writing; raises what `harvest.fill.fill` does, and
+    `ResidscopeError` where a shard failed three times, or there is no worker."""
     scheduler, n_workers = config.workers.scheduler, config.workers.n_workers or 1
     options = {**options_in_full(config), "batch_size": settings.batch_size, "revision": settings.spec.revision}
     cores = None if scheduler else max(cluster.n_cores() // n_workers, 1)
@@ -96,7 +93,7 @@ def run_tasks(
         failures.update(dict.fromkeys(shards, times))
         if worst := [shard for shard in shards if failures[shard] >= cluster.ATTEMPTS]:
             raise cluster.failed(worst, why)
-        waiting.extendleft([shard] for shard in reversed(shards))
+        waiting.extendleft([shard] for shard in reversed(shards))  # Each by itself, to name the one at fault.
 
     while (waiting or running) and not stopped():
         submit()
@@ -123,8 +120,7 @@ def run_tasks(
 
 
 def fill_shards(spec: FillSpec, shards: list[int]) -> list[PutShard]:
-    """The task: put `shards` (ascending) into the folder. Raises what `harvest.fill` raises, and `IncompatibleError`
-    where this process would make other vectors, or folder or store are gone."""
+    """The task: put `shards` (ascending) into the folder; `IncompatibleError` where that, or the model, is another."""
     with _one_at_a_time:  # A worker may have several threads, and the model has one place for hooks.
         store, filler = _opened(spec)
         folder, puts = store.path / spec.folder, list[PutShard]()

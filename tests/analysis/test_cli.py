@@ -163,7 +163,7 @@ def test_an_empty_split(tmp_path, capsys):
 
 
 def test_a_scheduler_that_does_not_answer(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("analysis.jobs.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("residscope.cluster.CONNECT_SECONDS", 1)
     fails(capsys, options(small, tmp_path / "out", scheduler="tcp://127.0.0.1:9"), 1, "no Dask scheduler answers")
     fails(capsys, options(small, tmp_path / "out", scheduler="cluster"), 2, "--scheduler should be")
 

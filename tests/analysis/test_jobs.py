@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from analysis import jobs
-from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
+from residscope.errors import Interrupted, ResidscopeError
 
 
 def add(parts):
@@ -132,25 +131,9 @@ def test_a_cluster_at_an_address_gives_the_same_and_its_errors_arrive():
             jobs.run(shard_sum(fail_always, n_shards=4), pool)
 
 
-def test_a_worker_of_another_version_is_refused():
-    """At the start by what it says of itself, in whatever way it fails to; one that comes later by itself."""
-    for found in ("another", ImportError("No module named 'analysis'")):
-        client = SimpleNamespace(
-            run=lambda find, on_error, found=found: {"tcp://a:1": jobs.code_hash(), "tcp://b:2": found}
-        )
-        with pytest.raises(
-            IncompatibleError, match=r"the Dask worker at tcp://b:2 has another version .* start workers"
-        ):
-            jobs._require_our_code(client)
-    jobs._require_our_code(SimpleNamespace(run=lambda find, on_error: {"tcp://a:1": find()}))
-    assert jobs.with_our_code(jobs.code_hash(), max, 1, 2) == 2
-    with pytest.raises(IncompatibleError, match="another version of residscope"):
-        jobs.with_our_code("of another version", max, 1, 2)
-
-
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x:1"])
 def test_an_address_that_does_not_answer_is_one_clear_error(address, monkeypatch):
-    monkeypatch.setattr(jobs, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr("residscope.cluster.CONNECT_SECONDS", 1)
     with (
         pytest.raises(ResidscopeError, match=f"--scheduler {address}: no Dask scheduler answers"),
         jobs.open_pool(address, None, 1),
@@ -187,41 +170,6 @@ with jobs.open_pool("processes", 1, 2) as pool:
         text=True,
     )
     assert done.stdout.strip() == "[3, 5]", done.stderr[-2000:]
-
-
-class NoWorkers:
-    """A client of a scheduler that has no worker until the `n`-th time it is asked."""
-
-    scheduler = SimpleNamespace(address="tcp://here:1")
-
-    def __init__(self, n: float) -> None:
-        self.left = n
-
-    def nthreads(self) -> dict[str, int]:
-        self.left -= 1
-        return {} if self.left > 0 else {"a": 1}
-
-
-def test_a_cluster_without_workers_is_said_to_be_one_and_given_up(monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.5)
-    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
-    jobs.Cluster(NoWorkers(9), say_after=2, give_up_after=5)._require_worker()
-    said = capsys.readouterr().err
-    assert said.count("no worker since 2.0 s: start some with `dask worker tcp://here:1`; waiting 5 s") == 1
-    with pytest.raises(ResidscopeError, match=r"no worker since 5\.0 s: start some with `dask worker tcp://here:1`"):
-        jobs.Cluster(NoWorkers(float("inf")), say_after=2, give_up_after=5)._require_worker()
-
-
-def test_a_worker_process_that_dies_at_its_start_is_one_line(monkeypatch):
-    def start(**_):
-        raise RuntimeError("Nanny failed to start.")
-
-    monkeypatch.setattr("distributed.LocalCluster", start)
-    with (
-        pytest.raises(ResidscopeError, match=r"^--scheduler processes: a worker died at its start \(Nanny failed"),
-        jobs.open_pool("processes", 2, 8),
-    ):
-        pass
 
 
 def test_memory_that_a_task_is_refused_is_no_fault_of_its_shards():

@@ -49,6 +49,8 @@ def test_words_that_are_no_layers_are_refused(word: str) -> None:
         {"pack": False, "document_separator": "x"},
         {"shuffle_documents": -1},
         {"seed": -1},
+        {"n_workers": 0},
+        {"scheduler": "processes"},
         {"seed": 2**63},
         {"layers": ("0-99999999999",)},
     ],

@@ -1,13 +1,18 @@
 """Shards: each is assembled from its own tokens, whichever are missing."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.fill import ShardAssembler
+from harvest.fill import Filler, ShardAssembler
 from harvest.sequences import batches_for, sequence_batches
 from store.meta import StoreMeta
+from tests.support.stores import make_store, random_activations
 
 SIZES = st.tuples(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5))
 
@@ -75,3 +80,12 @@ def test_a_shard_of_which_a_part_was_not_taken_is_never_written() -> None:
     with pytest.raises(AssertionError, match="shard 3: tokens before 34 were not taken"):
         assembler.add(34, rows)
     assert written == [0]
+
+
+@pytest.mark.parametrize(("on_cuda", "cores", "threads"), [(True, 6, 5), (True, 1, 1), (True, 64, 8), (False, 64, 1)])
+def test_shards_are_packed_by_the_cores_that_the_model_leaves(
+    tmp_path: Path, on_cuda: bool, cores: int, threads: int
+) -> None:
+    store = make_store(tmp_path / "a.zarr", random_activations(8, 2, 4), chunk_tokens=8, shard_tokens=8)
+    runner: Any = SimpleNamespace(on_cuda=on_cuda, buffer=lambda n_tokens: None)
+    assert Filler(store, runner, 1, cores).writer_threads == threads

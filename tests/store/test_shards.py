@@ -16,6 +16,7 @@ from store.dtypes import from_float32, to_float32
 from store.loader import WindowLoader
 from store.manifest import FILE
 from store.shards import ShardReader, shard_name
+from tests.support.faults import files_of
 from tests.support.stores import make_meta, make_store, random_activations, token_table
 from tests.support.training import train_config
 from train.compare.cli import main as compare
@@ -273,3 +274,66 @@ def test_train_and_compare_find_swapped_shards(
     words = ["--store", str(store.path), "--sae", str(config.out), "--out", str(tmp_path / "compared")]
     assert compare(words) == 3
     assert "a valid file of another shard or store" in capsys.readouterr().err
+
+
+def begun(path: Path) -> tuple[ActivationStore, np.ndarray]:
+    """A store of 3 shards, open for writing, none there; and its vectors."""
+    values = random_activations(40, 2, 5)
+    return ActivationStore.create(path, make_meta(40, 2, 5, chunk_tokens=8, shard_tokens=16), token_table(40)), values
+
+
+def test_shards_that_others_put_count_once_they_are_committed(tmp_path: Path) -> None:
+    """By a process that has the store open for reading, in any order: the files are those of a writer alone."""
+    whole, values = begun(tmp_path / "whole.zarr")
+    store, _ = begun(tmp_path / "a.zarr")
+    with whole, store, store.incoming() as folder:
+        for shard in range(3):
+            whole.write_shard(shard, values[16 * shard : 16 * shard + 16])
+        whole.finalize()
+        reader = ActivationStore.open(tmp_path / "a.zarr", partial=True)
+        puts = {shard: reader.put_shard(shard, values[16 * shard : 16 * shard + 16], folder) for shard in (2, 0, 1)}
+        assert store.missing_shards() == [0, 1, 2]
+        for shard in (1, 2, 0):
+            store.commit_shard(puts[shard])
+        with pytest.raises(UsageError, match="shard 1 is written already"):
+            store.commit_shard(puts[1])
+        assert (tmp_path / "a.zarr" / folder).exists()
+        store.finalize()
+    assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "whole.zarr")
+    assert sorted(p.name for p in (tmp_path / "a.zarr").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole.zarr").iterdir()
+    )
+
+
+def test_a_shard_whose_file_is_not_there_is_not_committed(tmp_path: Path) -> None:
+    store, values = begun(tmp_path / "a.zarr")
+    with store, store.incoming() as folder:
+        gone, cut, sound = (store.put_shard(0, values[:16], folder) for _ in range(3))
+        (tmp_path / "a.zarr" / next(iter(gone.files))).unlink()
+        os.truncate(tmp_path / "a.zarr" / next(iter(cut.files)), 100)
+        with pytest.raises(ResidscopeError, match=r"shard 0: .*incoming-.* is gone; run the same command"):
+            store.commit_shard(gone)
+        with pytest.raises(ResidscopeError, match=r"c\.0\.0\.0 should have \d+ bytes, found 100; run the same command"):
+            store.commit_shard(cut)
+        assert store.missing_shards() == [0, 1, 2]
+        store.commit_shard(sound)
+        assert store.missing_shards() == [1, 2]
+    assert np.array_equal(
+        ActivationStore.open(tmp_path / "a.zarr", partial=True).read(slice(16)),
+        to_float32(from_float32(values[:16], "bfloat16"), "bfloat16"),
+    )
+
+
+def test_who_was_left_over_can_put_nothing_once_another_writes(tmp_path: Path) -> None:
+    store, values = begun(tmp_path / "a.zarr")
+    with store.incoming() as folder:
+        stale = ActivationStore.open(tmp_path / "a.zarr", partial=True)
+        stale.put_shard(0, values[:16], folder)
+        store.close()  # As a process that is killed gives up its lock.
+        with ActivationStore.open(tmp_path / "a.zarr", writable=True) as second:
+            before = files_of(tmp_path / "a.zarr")
+            with pytest.raises(FileNotFoundError):
+                stale.put_shard(0, values[:16], folder)
+            assert files_of(tmp_path / "a.zarr") == before
+            assert not (tmp_path / "a.zarr" / folder).exists()
+            assert second.missing_shards() == [0, 1, 2]
