@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = try_run(config)
             print(json.dumps(asdict(found)) if config.json else describe_dry_run(found))
             return
-        with joined(config.n_procs, config.hardware.device, words) as ranks:
+        with joined(config, words) as ranks:
             results = train_all(config, ranks)
         if not ranks.first:
             return

@@ -295,8 +295,16 @@ class TrainConfig:
     """Processes on this machine that share each batch: the same training, to rounding, with less time and memory for
     each; on CUDA one for each card. `torchrun` starts them on several machines (docs/training.md)."""
 
+    shard_latents: int = 1
+    """Of the processes, so many divide the latents of one dictionary among them, where one process cannot hold it
+    (topk); the others share the batches."""
+
     def __post_init__(self) -> None:
         activation = self.model.activation
+        if self.shard_latents > 1:
+            one = "is for --activation topk without --multi-topk, --ema-decay and --sweep"
+            if activation != "topk" or self.objective.multi_topk or self.optimizer.ema_decay or self.sweep:
+                raise UsageError(f"--shard-latents {self.shard_latents} {one}")
         if self.objective.multi_topk and activation != "topk":
             raise UsageError(f"--multi-topk is for --activation topk, not for {activation}")
         if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:
@@ -304,7 +312,7 @@ class TrainConfig:
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "
                 f"depend on the norms that it changes; found {activation}"
             )
-        _check(self, positive="n_procs")
+        _check(self, positive="n_procs shard_latents")
         if self.dry_run and self.n_procs > 1:
             raise UsageError("--dry-run is of one process: leave out --n-procs")
         if self.resume and self.overwrite:
@@ -312,7 +320,7 @@ class TrainConfig:
 
     def flags(self) -> dict[str, Any]:
         """The flags that make this run, in the order of `ckpt.config.toml`, which is older than the groups."""
-        own = ("dry_run", "resume", "overwrite", "json", "n_procs")  # of the invocation
+        own = ("dry_run", "resume", "overwrite", "json", "n_procs", "shard_latents")  # of the invocation
         flags = {name: value for name, value in to_flat(self).items() if name not in own}
         names = list(flags)
         for name, follower in _PLACES.items():

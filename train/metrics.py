@@ -62,7 +62,8 @@ class MetricsWindow:
 
     def _joined(self) -> dict[str, Tensor]:
         joined = {name: value.clone() for name, value in self._sums.items()}
-        self._ranks.sum_(*(value for name, value in joined.items() if name != "steps"))
+        self._ranks.rows.sum_(*(value for name, value in joined.items() if name != "steps"))
+        self._ranks.latents.sum_(joined["active"])
         return joined
 
     def line(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class MetricsWindow:
         """Go on from a checkpoint's sums."""
         if state["steps"]:  # checkpoints from before the sparsity term was counted lack it
             self._unknown = {name for name in self._means if name not in state}
-        for name in self._sums.keys() & state.keys() if self._ranks.first else ("steps",):
+        for name in self._sums.keys() & state.keys() if self._ranks.rows.first else ("steps",):
             self._sums[name].copy_(state[name])
 
 

@@ -72,7 +72,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         plans = [make_plan(spec, data) for spec in specs]
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
-                check_resumable(checkpoint, store, plan, ranks.size)
+                check_resumable(checkpoint, store, plan, ranks)
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
             one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
@@ -163,7 +163,7 @@ class _Stream:
             for trainer in self.trainers:
                 trainer.claim(self.saved[trainer])
             self._start()
-            whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks}
+            whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
             batches = stack.enter_context(closing_batches(loader))
             bar = stack.enter_context(progress_bar(self.step, self.plan.steps))

@@ -18,6 +18,7 @@ from torch import Tensor
 from train.hardware import dense_dtype
 from train.kernels.interface import Kernels
 from train.parallel.ranks import ALONE, Ranks
+from train.parallel.selection import keep_largest
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -86,7 +87,9 @@ def auxk(
     encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)
     bias = None if b_enc is None else b_enc.to(dtype)
     sums = AuxOutput(error.new_zeros(()), torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(len(W_enc)))
-    tile_rows = max(1, min(len(centred), tile_bytes // (len(W_enc) * centred.element_size())))
+    latents = torch.tensor(len(W_enc))
+    ranks.latents.sum_(latents)
+    tile_rows = max(1, min(len(centred), tile_bytes // (int(latents) * centred.element_size())))
     # One memory for all tiles: fresh memory costs page faults.
     z_memory, grad_memory = (centred.new_empty(tile_rows, len(W_enc), dtype=dtype) for _ in range(2))
     decoded_memory = centred.new_empty(tile_rows, centred.shape[1], dtype=dtype)
@@ -95,8 +98,10 @@ def auxk(
         inputs = centred[part].to(dtype)
         n = len(inputs)
         z = torch.mm(inputs, encoder.t(), out=z_memory[:n])
-        active = kernels.keep_largest(z if bias is None else z.add_(bias), k)  # [n, A]
-        missed = error[part] - torch.mm(active, decoder, out=decoded_memory[:n])  # [n, D]
+        active = keep_largest(z if bias is None else z.add_(bias), k, kernels, ranks.latents)  # [n, A]
+        decoded = torch.mm(active, decoder, out=decoded_memory[:n])
+        ranks.latents.sum_(decoded)
+        missed = error[part] - decoded  # [n, D]
         sums.loss.add_(rows.total[part] @ _squared(missed))
         grad_out = (missed * (-2 * rows.total[part]).unsqueeze(1)).to(dtype)  # d loss / d e_hat
         grad_z = torch.mm(grad_out, decoder.t(), out=grad_memory[:n])  # [n, A]
@@ -104,7 +109,7 @@ def auxk(
         sums.W_enc.add_(grad_z.t() @ inputs)
         sums.W_dec.add_(active.t() @ grad_out)
         sums.latent_sums.add_(grad_z.sum(dim=0))
-    scale = _inverse_variance(error, rows, ranks)
+    scale = _inverse_variance(error, rows, ranks.rows)
     return AuxOutput(*(total.mul_(scale) for total in sums))
 
 
@@ -142,16 +147,16 @@ class DeadLatents:
         if ranks.size > 1:
             everywhere = torch.zeros_like(self.silent, dtype=torch.bool)
             everywhere[fired] = True
-            ranks.any_(fired := everywhere)
+            ranks.rows.any_(fired := everywhere)
         self.silent[fired] = 0
 
     def dead_latents(self) -> Tensor:
         """int64 [A], ascending: the latents that have been silent for at least `threshold` vectors."""
         return (self.silent >= self.threshold).nonzero().squeeze(1)
 
-    def fraction(self) -> float:
-        """Share of the latents that are dead."""
-        return (self.silent >= self.threshold).double().mean().item()
+    def fraction(self, latents: Ranks = ALONE) -> float:
+        """Share of the latents that are dead, of all ranks'."""
+        return latents.mean((self.silent >= self.threshold).double().mean()).item()
 
 
 def dead_threshold(run_tokens: int, n_layers: int, dead_tokens: int | None) -> int:

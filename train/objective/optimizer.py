@@ -45,7 +45,10 @@ class SphereAdam:
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""
         self._own = Weights(
-            **{name: t[ranks.own(len(t))] if name in BY_LATENT else t for name, t in _trained(self.weights).items()}
+            **{
+                name: t[ranks.rows.own(len(t))] if name in BY_LATENT else t
+                for name, t in _trained(self.weights).items()
+            }
         )
         """Of them what this rank moves: its latents, and b_pre."""
         self.exp_avg, self.exp_avg_sq = (
@@ -60,7 +63,7 @@ class SphereAdam:
         clip: the largest joint norm of all gradients, without the component along W_dec's rows unless norms are free;
         larger ones are scaled down.
         """
-        ranks, own = self._ranks, self._own
+        ranks, own = self._ranks.rows, self._own
         ranks.sum_(gradients.b_pre)
         gradients = Weights(**{n: ranks.sum_rows_(t) if n in BY_LATENT else t for n, t in _trained(gradients).items()})
         if self.norms is not None:
@@ -68,7 +71,7 @@ class SphereAdam:
             _rescale(own, 1 / self.norms)
         scale = 1.0
         if clip is not None:
-            norm = gradient_norm(gradients, own.W_dec if self.norms is None else None, ranks)
+            norm = gradient_norm(gradients, own.W_dec if self.norms is None else None, self._ranks)
             scale = clip / norm if norm > clip else 1.0
         for name, weight in _trained(own).items():
             grad, m, v = (getattr(tensors, name) for tensors in (gradients, self.exp_avg, self.exp_avg_sq))
@@ -81,6 +84,7 @@ class SphereAdam:
             torch.linalg.vector_norm(own.W_dec, dim=1, out=self.norms)
             _rescale(own, self.norms)
         ranks.share_rows_(*(tensor for name, tensor in _trained(self.weights).items() if name in BY_LATENT))
+        self._ranks.latents.same_(self.weights.b_pre)  # equal but for rounding
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         found = {"exp_avg": _trained(self.exp_avg), "exp_avg_sq": _trained(self.exp_avg_sq)}
@@ -88,9 +92,9 @@ class SphereAdam:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The moments by parameter, and free norms, for a checkpoint: whole ones on the first rank alone."""
-        m = len(self.weights.W_enc)
+        m = len(self.weights.W_enc) * self._ranks.latents.size
         return {
-            kind: {n: self._ranks.gathered(t, m) if n in BY_LATENT else t.cpu() for n, t in tensors.items()}
+            kind: {n: self._ranks.whole(t, m) if n in BY_LATENT else t.cpu() for n, t in tensors.items()}
             for kind, tensors in self._state().items()
         }
 
@@ -99,11 +103,12 @@ class SphereAdam:
         for kind, tensors in self._state().items():
             for name, tensor in tensors.items():
                 found = state.get(kind, {}).get(name)
-                whole = [len(self.weights.W_enc), *tensor.shape[1:]] if name in BY_LATENT else list(tensor.shape)
+                m = len(self.weights.W_enc) * self._ranks.latents.size
+                whole = [m, *tensor.shape[1:]] if name in BY_LATENT else list(tensor.shape)
                 if found is None or list(found.shape) != whole:
                     shown = None if found is None else list(found.shape)
                     raise IncompatibleError(f"optimiser state {kind}.{name}: expected {whole}, found {shown}")
-                tensor.copy_(found[self._ranks.own(whole[0])] if name in BY_LATENT else found)
+                tensor.copy_(found[self._ranks.held(m)] if name in BY_LATENT else found)
 
 
 def gradient_norm(gradients: Weights, W_dec: Tensor | None, ranks: Ranks = ALONE) -> float:

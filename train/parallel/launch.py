@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from residscope.errors import ResidscopeError, UsageError, said
 
 if TYPE_CHECKING:
+    from train.config import TrainConfig
     from train.parallel.ranks import Ranks
 
 _GRACE = 20.0
@@ -43,29 +44,29 @@ def silent_beside_the_first() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def joined(n_procs: int, device: str, words: Sequence[str]) -> Iterator["Ranks"]:
+def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
     """The processes that train together; words: of the command line, for those that are started here."""
     from train.parallel.ranks import ALONE, Lost, Ranks
 
-    size = _started("WORLD_SIZE")
+    size, n_procs, device = _started("WORLD_SIZE"), config.n_procs, config.hardware.device
     if size <= 1 and n_procs == 1:
+        ALONE.split(config.shard_latents, "cpu")
         yield ALONE
         return
     if size > 1 and n_procs not in (1, size):
         raise UsageError(f"--n-procs {n_procs}: torchrun has started {size} processes: leave it out")
     # Here, because loading them takes a second.
     import torch
-    from torch import distributed
-    from torch.distributed import distributed_c10d as c10d
     from torch.distributed.rendezvous import rendezvous
 
+    distributed: Any = torch.distributed  # whose stores are not declared
     children: list[subprocess.Popen[bytes]] = []
     try:
         if size > 1:
             store, rank, size = next(rendezvous("env://"))
             store.add("here", 1)
         else:
-            store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             rank, size = 0, n_procs
             children += _start(n_procs, store.port, words)
             while store.add("here", 0) < size - 1:
@@ -78,10 +79,11 @@ def joined(n_procs: int, device: str, words: Sequence[str]) -> Iterator["Ranks"]
                 raise UsageError(f"--device {device}: each process takes a card of its own, and there are {cards}")
             torch.cuda.set_device(card)
         backend = "cpu:gloo,cuda:nccl" if on_card else "gloo"
-        group = c10d.PrefixStore("group", store)
+        group = distributed.PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=size)
         ranks = Ranks(rank, size, local=_started("LOCAL_WORLD_SIZE") or size, store=store)
         try:
+            ranks.split(config.shard_latents, "cuda" if on_card else "cpu")
             yield ranks
         except BaseException as error:
             if not isinstance(error, Lost):
