@@ -301,10 +301,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         activation = self.model.activation
-        if self.shard_latents > 1:
-            one = "is for --activation topk without --multi-topk, --ema-decay and --sweep"
-            if activation != "topk" or self.objective.multi_topk or self.optimizer.ema_decay or self.sweep:
-                raise UsageError(f"--shard-latents {self.shard_latents} {one}")
+        other = activation != "topk" or self.objective.multi_topk or self.optimizer.ema_decay or self.sweep
+        if self.shard_latents > 1 and other:
+            raise UsageError("--shard-latents is for --activation topk without --multi-topk, --ema-decay and --sweep")
         if self.objective.multi_topk and activation != "topk":
             raise UsageError(f"--multi-topk is for --activation topk, not for {activation}")
         if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:

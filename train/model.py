@@ -118,8 +118,10 @@ class MLSAE(nn.Module):
         """The share of its latents that this one of the ranks has; itself where there is only one."""
         if latents.size == 1:
             return self
-        own = latents.own(self.config.n_latents)
-        part = MLSAE(replace(self.config, n_latents=own.stop - own.start))
+        own, m, k = latents.own(self.config.n_latents), self.config.n_latents, self.config.k
+        if m % latents.size or k > m // latents.size:
+            raise UsageError(f"--shard-latents {latents.size}: {m} latents do not make as many parts of {k} or more")
+        part = MLSAE(replace(self.config, n_latents=m // latents.size))
         part.latents = latents
         part.load_state_dict({n: t[own] if n in BY_LATENT else t for n, t in self.state_dict().items()})
         return part

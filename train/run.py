@@ -157,10 +157,10 @@ class _Stream:
             say(f"warning: {few.words}")
         self.ranks.any(False)  # all have read what there is before it is changed
         with contextlib.ExitStack() as stack:
-            for trainer in self.trainers:
+            for trainer in self.trainers if self.ranks.first else ():
                 stack.enter_context(trainer.files(self.saved[trainer]))
             stopped = stack.enter_context(stop_on_signals())
-            for trainer in self.trainers:
+            for trainer in self.trainers if self.ranks.first else ():
                 trainer.claim(self.saved[trainer])
             self._start()
             whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}

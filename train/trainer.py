@@ -64,10 +64,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def files(self, saved: Checkpoint | None) -> Iterator[None]:
-        """Hold the metrics file, locked, and the trackers."""
-        if not self._ranks.first:
-            yield
-            return
+        """Hold the metrics file, locked, and the trackers: only who does so writes anything."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
@@ -87,8 +84,6 @@ class Trainer:
     def claim(self, saved: Checkpoint | None) -> None:
         """Write the run's flags beside its checkpoint, and remove what an earlier run left there: all but what `saved`,
         from which this one continues, holds."""
-        if not self._ranks.first:
-            return
         if saved is None:
             self.path.unlink(missing_ok=True)
         if saved is None or saved.trainer["finished"]:  # which is to be lengthened
@@ -130,9 +125,8 @@ class Trainer:
         self._ranks.same_(self._sae.b_pre.data, *(part for part in self._statistics if part is not None))
         self._raw = plan.chosen.loss_space == "raw"
         self._denominators = self._statistics.raw if self._raw else self._statistics.standardized
-        self._window = MetricsWindow(
-            self._statistics.raw, sparsity=plan.model.activation in THRESHOLDED, ranks=self._ranks
-        )
+        sparsity = plan.model.activation in THRESHOLDED
+        self._window = MetricsWindow(self._statistics.raw, sparsity=sparsity, ranks=self._ranks)
         if saved is not None:
             with reading(f"{self.path}: its training state is damaged", "use --overwrite to start again"):
                 self._continue(saved.trainer)
@@ -173,8 +167,8 @@ class Trainer:
 
     def take(self, batch: Vectors) -> None:
         """One step on a batch of the stream."""
-        own = self.view.own(batch)
-        x, layer, n = own.x, own.layer, own.n
+        x, layer, of_layer = self.view.own(batch)
+        n = len(x) if of_layer is None else int(of_layer.sum())
         if n > 0:
             standardized = self._sae.standardize(x, layer)
             result = training_step(
@@ -207,16 +201,14 @@ class Trainer:
     def log(self, *, seconds: float, waited: float) -> dict[str, Any]:
         """Write and return the metrics since the last line; seconds: time since then, waited: of it for data."""
         window = self._window
-        line = window.line()
-        seen = line.pop("seen")
-        self.metrics = self._progress() | line
+        self.metrics = self._progress() | window.line()
         self.metrics |= {"dead_fraction": self._dead.fraction(self._ranks.latents), "lr": self._lr(self.step - 1)}
         trained = (weight for weight in self._sae.weights if weight is not None)
         bad = any((w.isnan().any() if w.ndim < 2 else ~torch.linalg.vector_norm(w).isfinite()) for w in trained)
         if self._ranks.any(bad):
             self.metrics["loss"] = math.nan  # that of the next step
         self.diverged = self.diverged or not math.isfinite(self.metrics["loss"] or 0)
-        speed = {"vectors_per_second": seen / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
+        speed = {"vectors_per_second": window.vectors / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
         window.clear()
         self._write(self.metrics | speed)
         return self.metrics | speed
@@ -269,23 +261,17 @@ class Trainer:
             trainer |= {"optimizer": self._optimizer.state_dict(), "window": self._window.state_dict()}
             if self._average is not None:
                 trainer["live"] = {name: tensor.cpu() for name, tensor in self._sae.state_dict().items()}
-        sae = self._whole() if self._ranks.rows.first else self.sae
+        sae, latents, m = self.sae, self._ranks.latents, self.plan.model.n_latents
+        if latents.size > 1 and self._ranks.rows.first:
+            state = {n: latents.gathered(t, m) if n in BY_LATENT else t.cpu() for n, t in sae.state_dict().items()}
+            with torch.device("meta"):
+                sae = MLSAE(self.plan.model)
+            if latents.first:
+                sae.load_state_dict(state, assign=True)
         if self._ranks.first:
             save_checkpoint(self.path, sae, store=self._data.record(self.plan.layers), trainer=trainer)
         self._ranks.any(False)  # what a rank has been told is saved is on the disk
         return trainer
-
-    def _whole(self) -> MLSAE:
-        """The autoencoder with the latents of all ranks, on the first; `sae` where they have none."""
-        latents, m = self._ranks.latents, self.plan.model.n_latents
-        if latents.size == 1:
-            return self.sae
-        state = {n: latents.gathered(t, m) if n in BY_LATENT else t.cpu() for n, t in self.sae.state_dict().items()}
-        with torch.device("meta"):
-            whole = MLSAE(self.plan.model)
-        if latents.first:
-            whole.load_state_dict(state, assign=True)
-        return whole
 
     def _lr(self, step: int) -> float:
         return learning_rate(step - self.begun[0], self.plan.steps - self.begun[0], self.plan.chosen)

@@ -36,10 +36,8 @@ class RowWeights(NamedTuple):
 
 
 def row_weights(layer: Tensor, std: Tensor, denominators: Tensor, *, raw: bool, n: int | None = None) -> RowWeights:
-    """The rows' weights: layer int64 [N] indexes denominators [L], E|x - mean_l|^2 in the loss's space; std [N, 1].
-
-    n: rows of the batch where they are not all here.
-    """
+    """The rows' weights: layer int64 [N] indexes denominators [L], E|x - mean_l|^2 in the loss's space; std [N, 1]; n:
+    rows of the batch where they are not all here."""
     share = denominators.to(std.dtype).reciprocal()[layer] / (len(layer) if n is None else n)
     scale = std.squeeze(1) if raw else torch.ones_like(share)
     return RowWeights(share, scale, share * scale.square())
@@ -141,8 +139,7 @@ class DeadLatents:
         """[M] vectors since each latent last fired."""
 
     def count(self, n: int, fired: Tensor, ranks: Ranks = ALONE) -> None:
-        """Count `n` rows; fired: bool [M], or the numbers of the latents above `FIRING_THRESHOLD`, repeats allowed, in
-        the rows that are here; `n` are those of all ranks."""
+        """Count all ranks' `n` rows; fired: bool [M], or the numbers of the latents that fired in those here."""
         self.silent += n
         if ranks.size > 1:
             everywhere = torch.zeros_like(self.silent, dtype=torch.bool)
@@ -156,7 +153,8 @@ class DeadLatents:
 
     def fraction(self, latents: Ranks = ALONE) -> float:
         """Share of the latents that are dead, of all ranks'."""
-        return latents.mean((self.silent >= self.threshold).double().mean()).item()
+        latents.sum_(dead := (self.silent >= self.threshold).double().mean())
+        return dead.item() / latents.size
 
 
 def dead_threshold(run_tokens: int, n_layers: int, dead_tokens: int | None) -> int:

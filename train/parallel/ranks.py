@@ -3,13 +3,11 @@
 Every sum over the rows of a batch is a sum of the ranks' own sums. Of the weights' gradients each rank gets the sums
 for its share of the latents, moves these by the optimiser, whose state it holds for them alone, and gives their new
 weights to the others. Sums are made in one order, so that a run is a function of its seed and the number of ranks.
-Where one process trains alone, nothing is done.
-
 For dictionaries that are too large for one, ranks are a grid (`split`): those of a column share batches as above, those
-of a row see the same batch, and each has a share of the latents for good; the k largest, and the reconstructions, are
-joined (`train.parallel.selection`).
+of a row see the same rows, and each has a share of the latents for good; the k largest and reconstructions are joined.
 
-All ranks have to call the same methods in the same order. Where one ends early, the others' next call raises `Lost`.
+One process alone does nothing of this. All have to call the same methods in the same order; where one ends early, the
+others' next call raises `Lost`.
 
 Shapes: M n_latents, R ranks.
 """
@@ -17,7 +15,6 @@ Shapes: M n_latents, R ranks.
 import contextlib
 import json
 import os
-from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -46,8 +43,7 @@ class Ranks:
         """Of all, those that see the same rows, and have other latents."""
 
     def split(self, latents: int, device: str) -> None:
-        """Give each of so many ranks a share of the latents, the others other rows; raises `UsageError` where they are
-        not a grid."""
+        """Let so many ranks share the latents, and the others rows; raises `UsageError` where they are no grid."""
         if latents == 1:
             return
         if self.size % latents:
@@ -75,11 +71,6 @@ class Ranks:
         """Make each of `tensors` its sum over ranks."""
         for tensor in tensors if self.size > 1 else ():
             self._do("all_reduce", tensor)
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of the ranks' values."""
-        self.sum_(value)
-        return value / self.size
 
     def any_(self, mask: Tensor) -> None:
         """Make `mask` (bool) true wherever it is on any rank."""
@@ -110,12 +101,6 @@ class Ranks:
         share, rank = m // self.size, self.rank if rank is None else rank
         return slice(rank * share, m if rank == self.size - 1 else (rank + 1) * share)
 
-    def held(self, m: int) -> slice:
-        """Of all M latents those whose optimiser's state this rank has."""
-        latents = self.latents.own(m)
-        rows = self.rows.own(latents.stop - latents.start)
-        return slice(latents.start + rows.start, latents.start + rows.stop)
-
     def sum_rows_(self, tensor: Tensor) -> Tensor:
         """This rank's rows of `tensor` [M, ...], summed over ranks, in its memory; the others are left undefined."""
         own, even = tensor[self.own(len(tensor))], len(tensor) // self.size * self.size
@@ -138,28 +123,24 @@ class Ranks:
         if not self.first:
             self._do("send", own.contiguous(), group_dst=0)
             return own
-        whole = torch.empty(m, *own.shape[1:], dtype=own.dtype)
-        for rank in range(self.size):
-            there = self.own(m, rank)
-            part = own if rank == 0 else own.new_empty(there.stop - there.start, *own.shape[1:])
-            if rank > 0:
-                self._do("recv", part, group_src=rank)
-            whole[there] = part
-        return whole
+        whole = own.new_empty(m, *own.shape[1:])
+        whole[self.own(m)] = own
+        for rank in range(1, self.size):
+            self._do("recv", whole[self.own(m, rank)], group_src=rank)
+        return whole.cpu()
 
     def whole(self, held: Tensor, m: int) -> Tensor:
-        """`gathered`, of what each rank has of `held`."""
-        latents = self.latents.own(m)
-        column = self.rows.gathered(held, latents.stop - latents.start)
+        """`gathered`, of the share that each rank has of its own latents."""
+        column = self.rows.gathered(held, m // self.latents.size)
         return self.latents.gathered(column, m) if self.rows.first else column
 
     def _do(self, name: str, *arguments: Any, **options: Any) -> None:
         from torch import distributed
 
         older = {"reduce_scatter_single": "reduce_scatter_tensor", "all_gather_single": "all_gather_into_tensor"}
-        collective: Callable[..., Any] = getattr(distributed, name, None) or getattr(distributed, older[name])
+        call = getattr(distributed, name if hasattr(distributed, name) else older[name])
         try:
-            collective(*arguments, group=self._group, **options)
+            call(*arguments, group=self._group, **options)
         except RuntimeError as error:  # what gloo and nccl raise where a connection ends
             raise self._lost() from error
 

@@ -66,8 +66,7 @@ class Spread(NamedTuple):
         )
 
     def numbers(self, latents: Ranks = ALONE) -> dict[str, float | None]:
-        """`ratio`: aggregate over token-level variance, by mass; `stays_on`: a share; None where not defined. Of the
-        latents of all ranks."""
+        """`ratio`: aggregate over token-level variance, by mass; `stays_on`: a share; None where not defined."""
         mass, first, within = self.per_latent
         live = mass > 0
         between_latents = (first[live].square() / mass[live]).sum()
