@@ -107,7 +107,7 @@ class MLSAE(nn.Module):
         rows = torch.randn(self.W_dec.shape, generator=generator)
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec.copy_(rows)
-        self.W_enc.copy_(rows * encoder_scale)
+        self.W_enc.copy_(rows.mul_(encoder_scale))
         for name, value in self.variant.extra_state().items():
             getattr(self, name).copy_(value)
         if self.config.encoder_bias:
