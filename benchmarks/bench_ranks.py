@@ -297,31 +297,34 @@ def _loopback() -> int:
 
 
 def table(root: Path, options: argparse.Namespace) -> bool:
-    """Memory of a card and bytes that it sends in a step, for 16,384 vectors a step in all, k 32."""
-    n, k = options.vectors, 32
+    """The table of docs/training.md."""
+    n, k, cards = options.vectors, 32, (8, 64)
     print(
-        f"{n:,} vectors a step in all, k {k}; GB of weights, gradients and moments on a card; GB sent a card and step,"
+        "| n_latents | d_model | alone | "
+        + " | ".join(f"rows over {r} | latents over {r}" for r in cards)
+        + " | default |"
     )
-    print("and its time at 450 GB/s (NVLink) and 12.5 GB/s (100 Gb Ethernet)\n")
-    print("| n_latents | d_model | cards | rows: GB, sent, NVLink, Ethernet | latents: the same | default |")
-    print("|---:|---:|---:|---|---|---|")
+    print("|---:|---:|---:|" + "---:|---:|" * len(cards) + "---|")
     for m in options.sizes:
         for d in (768, 2048, 4096):
-            for ranks in (1, 8, 64):
-                weights = 4 * 2 * m * d
-                by_rows = weights * (2 + 2 / ranks), rows_step(m, d, ranks)
-                by_latents = 4 * weights / ranks, latents_step(n, d, k, ranks)
-                cells = [
-                    f"{a / 1e9:.3g}, {b / 1e9:.3g}, {_ms(b / 450e9)}, {_ms(b / 12.5e9)}"
-                    for a, b in (by_rows, by_latents)
-                ]
-                fits = "rows" if by_rows[0] < 0.75 * 80e9 else "latents" if by_latents[0] < 0.75 * 80e9 else "neither"
-                print(f"| {m:,} | {d:,} | {ranks} | {cells[0]} | {cells[1] if ranks > 1 else ''} | {fits} |")
+            weights, cells, choice = 4 * 2 * m * d, [], "neither"
+            for ranks in cards:
+                by_rows, by_latents = weights * (2 + 2 / ranks), 4 * weights / ranks
+                cells.append(_cell(by_rows, rows_step(m, d, ranks)))
+                cells.append(_cell(by_latents, latents_step(n, d, k, ranks)))
+            if weights * (2 + 2 / cards[0]) < options.card:
+                choice = "rows"
+            elif weights * 4 / cards[0] < options.card:
+                choice = f"latents over {next(r for r in (2, 4, 8) if weights * 4 / r < options.card)}"
+            elif weights * 4 / cards[1] < options.card:
+                choice = f"latents over {next(r for r in (16, 32, 64) if weights * 4 / r < options.card)}"
+            print(f"| {m:,} | {d:,} | {weights * 4 / 1e9:.3g} | {' | '.join(cells)} | {choice} |")
     return True
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+def _cell(held: float, moved: float) -> str:
+    """GB held; GB sent (ms at 450 GB/s, NVLink; at 12.5 GB/s, Ethernet)."""
+    return f"{held / 1e9:.3g}; {moved / 1e9:.2g} ({1e3 * moved / 450e9:.2g}; {1e3 * moved / 12.5e9:.2g})"
 
 
 TASKS = {"equal": equal, "speed": speed, "kills": kills, "memory": memory, "bytes": count_bytes, "table": table}
@@ -336,6 +339,9 @@ def main() -> None:
     parser.add_argument("--n-latents", type=int, help="of speed (9,216) and memory (131,072)")
     parser.add_argument("--d-model", type=int, default=576, help="of speed and memory")
     parser.add_argument("--vectors", type=int, default=16_384, help="of the table: in a step")
+    parser.add_argument(
+        "--card", type=float, default=60e9, help="of the table: bytes of a card for weights and moments"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[16_384, 131_072, 1_048_576], help="of the table")
     options = parser.parse_args()
     options.n_latents = options.n_latents or (131_072 if options.task == "memory" else 9216)

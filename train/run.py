@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from residscope.console import counted, stop_on_signals
-from residscope.errors import IncompatibleError, Interrupted
+from residscope.errors import IncompatibleError, Interrupted, UsageError
 from residscope.options import with_values
 from store.activations import ActivationStore
 from store.care.outliers import few_tokens
@@ -61,6 +61,8 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
     """As `train`, for all the runs of a sweep or of single layers, in one pass over the data; by all of `ranks`, of
     which the first alone speaks and writes."""
     began = time.perf_counter()
+    if max(config.n_procs, config.shard_latents) > ranks.size:
+        raise UsageError("--n-procs and --shard-latents are for the command `train`, which starts the processes")
     check_publish(config.publish)
     with _opened(config) as store:
         specs = _specs(config, store)
