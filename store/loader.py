@@ -53,8 +53,7 @@ class _Window(NamedTuple):
     """[W' * C, words]: the rows of its buffer, of this rank's blocks alone, as wide integers."""
     read: "Future[None]"
     order: "Future[np.ndarray]"
-    """int64 [rows served]: which of the blocks' rows are served, in order; made by a thread of its own, in a tenth of
-    `read`."""
+    """int64 [rows served]: which of the blocks' rows are served, in order; made in a tenth of `read`."""
 
 
 class WindowLoader:

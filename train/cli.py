@@ -1,6 +1,8 @@
 """The command `train`: flags in, one line per error out, the summary on stdout with --json."""
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = try_run(config)
             print(json.dumps(asdict(found)) if config.json else describe_dry_run(found))
             return
-        with joined(config.n_procs, config.hardware.device, words) as ranks:
+        with joined(config, words) as ranks:
             results = train_all(config, ranks)
         if not ranks.first:
             return
@@ -58,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = [summary(result) for result in results]
             print(json.dumps({"table": str(table), "runs": runs} if table else runs[0]))
 
-    from train.parallel.launch import silent_beside_the_first
-
-    with silent_beside_the_first():
+    silent = int(os.environ.get("RANK", "0")) > 0  # of several processes the first alone speaks
+    out, err = (None, None) if silent else (sys.stdout, sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         return run_command("train", command)
 
 

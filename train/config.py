@@ -297,8 +297,15 @@ class TrainConfig:
     """Processes on this machine that share each batch: the same training, to rounding, with less time and memory for
     each; on CUDA one for each card. `torchrun` starts them on several machines (docs/training.md)."""
 
+    shard_latents: int = 1
+    """Of the processes, so many divide the latents of one dictionary among them, where one process cannot hold it
+    (topk); the others share the batches."""
+
     def __post_init__(self) -> None:
         activation = self.model.activation
+        other = activation != "topk" or self.objective.multi_topk or self.optimizer.ema_decay or self.sweep
+        if self.shard_latents > 1 and other:
+            raise UsageError("--shard-latents is for --activation topk without --multi-topk, --ema-decay and --sweep")
         if self.objective.multi_topk and activation != "topk":
             raise UsageError(f"--multi-topk is for --activation topk, not for {activation}")
         if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:
@@ -306,7 +313,7 @@ class TrainConfig:
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "
                 f"depend on the norms that it changes; found {activation}"
             )
-        _check(self, positive="n_procs")
+        _check(self, positive="n_procs shard_latents")
         if self.dry_run and self.n_procs > 1:
             raise UsageError("--dry-run is of one process: leave out --n-procs")
         if self.resume and self.overwrite:
@@ -314,7 +321,7 @@ class TrainConfig:
 
     def flags(self) -> dict[str, Any]:
         """The flags that make this run, in the order of `ckpt.config.toml`, which is older than the groups."""
-        own = ("dry_run", "resume", "overwrite", "json", "n_procs", "follow")  # of the invocation
+        own = ("dry_run", "resume", "overwrite", "json", "n_procs", "shard_latents", "follow")  # of the invocation
         flags = {name: value for name, value in to_flat(self).items() if name not in own}
         names = list(flags)
         for name, follower in _PLACES.items():

@@ -36,11 +36,6 @@ class Vectors(NamedTuple):
     of_layer: np.ndarray | None = None
     """int64 [L]: rows of each layer in all ranks together; None where all are here."""
 
-    @property
-    def n(self) -> int:
-        """Rows in all ranks together."""
-        return len(self.x) if self.of_layer is None else int(self.of_layer.sum())
-
 
 class VectorSource:
     """Turns the loader's batches into tensors; `layers` are the stored layers that are trained on, ascending."""

@@ -14,6 +14,7 @@ import torch
 
 from residscope.names import versions
 from train.hardware import dense_dtype
+from train.parallel.ranks import ALONE, Ranks
 
 
 @contextlib.contextmanager
@@ -36,13 +37,13 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[None]:
         memory.fill_uninitialized_memory = filled
 
 
-def surroundings(device: str, kernels: str, product_dtype: str, processes: int = 1) -> dict[str, str]:
-    """Versions of this program and of what computes, what the processor has, and how many processes share each batch
+def surroundings(device: str, kernels: str, product_dtype: str, ranks: Ranks = ALONE) -> dict[str, str]:
+    """Versions of this program and of what computes, what the processor has, and how many processes train together
     where there are several."""
     found = versions("residscope", "torch", kernels)
     del found["python"]
-    if processes > 1:
-        found["processes"] = str(processes)
+    if ranks.size > 1:
+        found["processes"] = str(ranks)
     if product_dtype == "int8":
         found["products beside the screen"] = str(dense_dtype(torch.int8)).removeprefix("torch.")
     if device == "cuda":

@@ -62,15 +62,15 @@ class MetricsWindow:
 
     def _joined(self) -> dict[str, Tensor]:
         joined = {name: value.clone() for name, value in self._sums.items()}
-        self._ranks.sum_(*(value for name, value in joined.items() if name != "steps"))
+        self._ranks.rows.sum_(*(value for name, value in joined.items() if name != "steps"))
+        self._ranks.latents.sum_(joined["active"])
         return joined
 
     def line(self) -> dict[str, Any]:
-        """Means over the window: loss, fvu, fvu_per_layer (null for a layer without rows), l0, auxk, sparsity; and
-        `seen`, its vectors."""
+        """Means over the window: loss, fvu, fvu_per_layer (null for a layer without rows), l0, auxk, sparsity."""
         sums = self._joined()
         if not sums["steps"]:  # one layer alone, and none of its vectors came
-            nothing = dict.fromkeys(self._means) | {"seen": 0}
+            nothing = dict.fromkeys(self._means)
             return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, **nothing}
         means = {n: None if n in self._unknown else (sums[n] / sums["steps"]).item() for n in self._means}
         fvu, seen = sums["error"] / sums["vectors"] / self._raw_denominators, sums["vectors"] > 0
@@ -80,8 +80,12 @@ class MetricsWindow:
             "fvu_per_layer": [value if there else None for value, there in zip(fvu.tolist(), seen, strict=True)],
             "l0": (sums["active"] / sums["vectors"].sum()).item(),
             **means,
-            "seen": int(sums["vectors"].sum()),
         }
+
+    @property
+    def vectors(self) -> int:
+        """Vectors in the window."""
+        return int(self._joined()["vectors"].sum())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, for a checkpoint."""
@@ -91,7 +95,7 @@ class MetricsWindow:
         """Go on from a checkpoint's sums."""
         if state["steps"]:  # checkpoints from before the sparsity term was counted lack it
             self._unknown = {name for name in self._means if name not in state}
-        for name in self._sums.keys() & state.keys() if self._ranks.first else ("steps",):
+        for name in self._sums.keys() & state.keys() if self._ranks.rows.first else ("steps",):
             self._sums[name].copy_(state[name])
 
 

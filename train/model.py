@@ -12,7 +12,7 @@ never holds more than a tile of the [N, n_latents] pre-activations (`train.kerne
 Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,9 @@ from train.kernels.encode import ReadyEncoder
 from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
 from train.objective.variants import variant_of
-from train.objective.weights import TRAINED, Weights
+from train.objective.weights import BY_LATENT, TRAINED, Weights
+from train.parallel.ranks import ALONE, Ranks
+from train.parallel.selection import row_codes
 
 settle_first_calls(torch)  # before anything is computed, wherever an autoencoder is
 
@@ -71,6 +73,8 @@ class MLSAE(nn.Module):
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.latents: Ranks = ALONE
+        """Those that have the other latents of a larger one, of which this is a part."""
         self.variant = variant_of(config)
         m, d = config.n_latents, config.d_model
         self.W_enc = nn.Parameter(torch.zeros(m, d))  # [M, D]
@@ -103,12 +107,24 @@ class MLSAE(nn.Module):
         rows = torch.randn(self.W_dec.shape, generator=generator)
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec.copy_(rows)
-        self.W_enc.copy_(rows * encoder_scale)
+        self.W_enc.copy_(rows.mul_(encoder_scale))
         for name, value in self.variant.extra_state().items():
             getattr(self, name).copy_(value)
         if self.config.encoder_bias:
             self.b_enc.zero_()
         self.b_pre.copy_(torch.zeros_like(self.b_pre) if b_pre is None else b_pre)
+
+    def part(self, latents: Ranks) -> "MLSAE":
+        """The share of its latents that this one of the ranks has; itself where there is only one."""
+        if latents.size == 1:
+            return self
+        own, m, k = latents.own(self.config.n_latents), self.config.n_latents, self.config.k
+        if m % latents.size or k > m // latents.size:
+            raise UsageError(f"--shard-latents {latents.size}: {m} latents do not make as many parts of {k} or more")
+        part = MLSAE(replace(self.config, n_latents=m // latents.size))
+        part.latents = latents
+        part.load_state_dict({n: t[own] if n in BY_LATENT else t for n, t in self.state_dict().items()})
+        return part
 
     def rows_of_layer(self, number: int, n: int) -> Tensor | None:
         """The argument `layer` of `standardize` for `n` vectors of the model's layer `number`; None if not needed."""
@@ -162,14 +178,15 @@ class MLSAE(nn.Module):
             raise IncompatibleError(f"the autoencoder has d_model {self.config.d_model}, the vectors have {found}")
         inputs = x_std - self.b_pre if self.config.apply_b_dec_to_input else x_std
         encoder = encoder or self.ready_encoder(product_dtype=product_dtype)
-        return self.variant.encode(inputs, self.weights, encoder)
+        return row_codes(self.variant.encode(inputs, self.weights, encoder), self.latents)
 
     @torch.no_grad()
     def decode(self, codes: SparseCodes, mean: Tensor, std: Tensor) -> Tensor:
         """Raw reconstruction [N, D] from codes and the mean and scale that `standardize` gave."""
         kernels = choose_kernels(self.W_dec)
-        x_hat_std = kernels.decode(codes.values, codes.indices, self.W_dec).add_(self.b_pre)
-        return x_hat_std.mul_(std).add_(mean)
+        x_hat_std = kernels.decode(codes.values, codes.indices, self.W_dec)
+        self.latents.sum_(x_hat_std)
+        return x_hat_std.add_(self.b_pre).mul_(std).add_(mean)
 
     @torch.no_grad()
     def forward(self, x: Tensor, layer: Tensor | None = None, *, product_dtype: DType | None = None) -> ForwardOutput:

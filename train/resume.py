@@ -79,7 +79,7 @@ def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> li
     return [replace(spec, config=with_values(spec.config, batch_size=batch_size)) for spec in begun]
 
 
-def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, processes: int = 1) -> None:
+def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ranks: Ranks = ALONE) -> None:
     """Raise `IncompatibleError` unless the checkpoint is a run of this plan over this store."""
     path = plan.config.out
     if saved.config.d_model != plan.model.d_model:
@@ -90,7 +90,7 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, pr
     with reading(f"{path}: its training state is damaged", _START_AGAIN):
         _check_state(path, saved.trainer, saved.config.n_latents)
     warnings = compare_plans(saved.trainer["config"], plan, longer=is_longer(plan, saved))
-    now = surroundings(plan.device, plan.kernels, plan.product_dtype, processes)
+    now = surroundings(plan.device, plan.kernels, plan.product_dtype, ranks)
     if changed := differences(saved.trainer.get("surroundings", {}), now):
         warnings.append(f"since {path} was saved: {changed}: {_NOT_BIT_FOR_BIT}")
     if not saved.trainer["finished"]:
@@ -181,7 +181,7 @@ def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ra
     Where other processes of this training run on this machine, the default is a share of the cores."""
     records = [one.trainer for one in saved if one is not None]
     processes = [record.get("surroundings", {}).get("processes", "1") for record in records]
-    before = next((record.get("threads") for record in records), None) if {*processes} <= {str(ranks.size)} else None
+    before = next((record.get("threads") for record in records), None) if {*processes} <= {str(ranks)} else None
     if (threads := asked or before or ranks.share_of_cores()) is not None:
         torch.set_num_threads(threads)
     if before is not None and threads != before:

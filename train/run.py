@@ -62,6 +62,8 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
     """As `train`, for all the runs of a sweep or of single layers, in one pass over the data; by all of `ranks`, of
     which the first alone speaks and writes."""
     began = time.perf_counter()
+    if max(config.n_procs, config.shard_latents) > ranks.size:
+        raise UsageError("--n-procs and --shard-latents are for the command `train`, which starts the processes")
     check_publish(config.publish)
     with _opened(config) as store:
         specs = _specs(config, store)
@@ -78,7 +80,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
             )
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
-                check_resumable(checkpoint, store, plan, ranks.size)
+                check_resumable(checkpoint, store, plan, ranks)
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
             one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
@@ -171,12 +173,12 @@ class _Stream:
             say(f"warning: {few.words}")
         self.ranks.any(False)  # all have read what there is before it is changed
         with contextlib.ExitStack() as stack:
-            for trainer in self.trainers:
+            for trainer in self.trainers if self.ranks.first else ():
                 stack.enter_context(trainer.files(self.saved[trainer]))
             stopped = stack.enter_context(stop_on_signals())
-            for trainer in self.trainers:
+            for trainer in self.trainers if self.ranks.first else ():
                 trainer.claim(self.saved[trainer])
-            whole = {"epochs": self.plan.epochs, "ranks": self.ranks}
+            whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
             if follower:
                 ends = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole).part_ends
                 steps = [0 if one is None else one.trainer["step"] for one in self.saved.values()]

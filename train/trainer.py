@@ -29,6 +29,7 @@ from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam, WeightAverage, learning_rate
 from train.objective.statistics import FixedStatistics, View
 from train.objective.step import training_step
+from train.objective.weights import BY_LATENT
 from train.reporting.announce import say
 from train.reporting.convergence import NUMBERS
 from train.reporting.loss_figure import figure_path
@@ -63,10 +64,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def files(self, saved: Checkpoint | None) -> Iterator[None]:
-        """Hold the metrics file, locked, and the trackers."""
-        if not self._ranks.first:
-            yield
-            return
+        """Hold the metrics file, locked, and the trackers: only who does so writes anything."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
@@ -86,8 +84,6 @@ class Trainer:
     def claim(self, saved: Checkpoint | None) -> None:
         """Write the run's flags beside its checkpoint, and remove what an earlier run left there: all but what `saved`,
         from which this one continues, holds."""
-        if not self._ranks.first:
-            return
         if saved is None:
             self.path.unlink(missing_ok=True)
         if saved is None or saved.trainer["finished"]:  # which is to be lengthened
@@ -99,12 +95,7 @@ class Trainer:
         """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
         plan, device, optimizer = self.plan, self._data.device, self.plan.config.optimizer
         saved = start if isinstance(start, Checkpoint) else None
-        self._sae = MLSAE(plan.model) if saved is None else saved.sae
-        self._sae.to(device).requires_grad_(False)
-        self._average = None if optimizer.ema_decay is None else WeightAverage(self._sae, optimizer.ema_decay)
-        if self._average is not None and saved is not None and not saved.trainer["finished"]:
-            self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean
-        self._dead = DeadLatents(plan.model.n_latents, plan.dead_vectors, device)
+        sae = MLSAE(plan.model) if saved is None else saved.sae
         if isinstance(start, Checkpoint):
             with reading(f"{self.path}: its training state is damaged"):
                 self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
@@ -112,13 +103,18 @@ class Trainer:
                     raise ValueError("statistics of other layers")
         else:
             self._statistics = start
-            self._sae.initialize(plan.config.data.seed, start.b_pre, encoder_scale=plan.chosen.encoder_scale)
+            sae.initialize(plan.config.data.seed, start.b_pre, encoder_scale=plan.chosen.encoder_scale)
             if self._source is not None:
-                self._sae.load_state_dict(self._source.state_dict())
+                sae.load_state_dict(self._source.state_dict())
             if plan.model.standardize == "layer":
                 assert start.layer_mean is not None
-                self._sae.layer_mean.copy_(start.layer_mean)
-                self._sae.layer_scale.copy_(start.layer_scale)
+                sae.layer_mean.copy_(start.layer_mean)
+                sae.layer_scale.copy_(start.layer_scale)
+        self._sae = sae.part(self._ranks.latents).to(device).requires_grad_(False)
+        self._average = None if optimizer.ema_decay is None else WeightAverage(self._sae, optimizer.ema_decay)
+        if self._average is not None and saved is not None and not saved.trainer["finished"]:
+            self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean
+        self._dead = DeadLatents(self._sae.config.n_latents, plan.dead_vectors, device)
         self._optimizer = SphereAdam(
             self._sae,
             self._kernels,
@@ -126,12 +122,11 @@ class Trainer:
             betas=(plan.chosen.beta1, plan.chosen.beta2),
             ranks=self._ranks,
         )
-        self._ranks.same_(*self._sae.state_dict().values(), *(part for part in self._statistics if part is not None))
+        self._ranks.same_(self._sae.b_pre.data, *(part for part in self._statistics if part is not None))
         self._raw = plan.chosen.loss_space == "raw"
         self._denominators = self._statistics.raw if self._raw else self._statistics.standardized
-        self._window = MetricsWindow(
-            self._statistics.raw, sparsity=plan.model.activation in THRESHOLDED, ranks=self._ranks
-        )
+        sparsity = plan.model.activation in THRESHOLDED
+        self._window = MetricsWindow(self._statistics.raw, sparsity=sparsity, ranks=self._ranks)
         if saved is not None:
             with reading(f"{self.path}: its training state is damaged", "use --overwrite to start again"):
                 self._continue(saved.trainer)
@@ -158,7 +153,7 @@ class Trainer:
         self.updates = trainer.get("updates", self.step)
         self.vectors = trainer.get("vectors", self._streamed())
         self.begun = tuple(trainer.get("begun", (0, 0)))
-        self._dead.silent.copy_(trainer["silent"])
+        self._dead.silent.copy_(trainer["silent"][self._ranks.latents.own(self.plan.model.n_latents)])
         if trainer["finished"]:  # to be lengthened
             self.begun = (self.step, self.updates)
         else:
@@ -172,8 +167,8 @@ class Trainer:
 
     def take(self, batch: Vectors) -> None:
         """One step on a batch of the stream."""
-        own = self.view.own(batch)
-        x, layer, n = own.x, own.layer, own.n
+        x, layer, of_layer = self.view.own(batch)
+        n = len(x) if of_layer is None else int(of_layer.sum())
         if n > 0:
             standardized = self._sae.standardize(x, layer)
             result = training_step(
@@ -197,7 +192,7 @@ class Trainer:
         self.step += 1
 
     def _gradients(self) -> WeightGradients:
-        n_latents, d_model, device = self.plan.model.n_latents, self.plan.model.d_model, self._data.device
+        n_latents, d_model, device = self._sae.config.n_latents, self.plan.model.d_model, self._data.device
         if n_latents not in self._memory:
             W_enc, W_dec = (torch.empty(n_latents, d_model, device=device) for _ in range(2))
             self._memory[n_latents] = WeightGradients(W_enc, W_dec, torch.empty(n_latents, device=device))
@@ -206,15 +201,14 @@ class Trainer:
     def log(self, *, seconds: float, waited: float) -> dict[str, Any]:
         """Write and return the metrics since the last line; seconds: time since then, waited: of it for data."""
         window = self._window
-        line = window.line()
-        seen = line.pop("seen")
-        self.metrics = self._progress() | line
-        self.metrics |= {"dead_fraction": self._dead.fraction(), "lr": self._lr(self.step - 1)}
+        self.metrics = self._progress() | window.line()
+        self.metrics |= {"dead_fraction": self._dead.fraction(self._ranks.latents), "lr": self._lr(self.step - 1)}
         trained = (weight for weight in self._sae.weights if weight is not None)
-        if any((w.isnan().any() if w.ndim < 2 else ~torch.linalg.vector_norm(w).isfinite()) for w in trained):
+        bad = any((w.isnan().any() if w.ndim < 2 else ~torch.linalg.vector_norm(w).isfinite()) for w in trained)
+        if self._ranks.any(bad):
             self.metrics["loss"] = math.nan  # that of the next step
         self.diverged = self.diverged or not math.isfinite(self.metrics["loss"] or 0)
-        speed = {"vectors_per_second": seen / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
+        speed = {"vectors_per_second": window.vectors / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
         window.clear()
         self._write(self.metrics | speed)
         return self.metrics | speed
@@ -255,22 +249,27 @@ class Trainer:
             "finished": finished,
             "config": self.plan.to_dict(),
             "threads": torch.get_num_threads(),
-            "surroundings": surroundings(
-                self.plan.device, self.plan.kernels, self.plan.product_dtype, self._ranks.size
-            ),
+            "surroundings": surroundings(self.plan.device, self.plan.kernels, self.plan.product_dtype, self._ranks),
             "metrics": self.metrics,
             "validation": None if self.validated is None else self.validated._asdict(),
             "curve": self.curve,
             "started_from": self.started_from,
-            "silent": self._dead.silent.cpu(),
+            "silent": self._ranks.latents.gathered(self._dead.silent, self.plan.model.n_latents),
             "statistics": {n: value.cpu() for n, value in self._statistics._asdict().items() if value is not None},
         }
         if not finished:
             trainer |= {"optimizer": self._optimizer.state_dict(), "window": self._window.state_dict()}
             if self._average is not None:
                 trainer["live"] = {name: tensor.cpu() for name, tensor in self._sae.state_dict().items()}
+        sae, latents, m = self.sae, self._ranks.latents, self.plan.model.n_latents
+        if latents.size > 1 and self._ranks.rows.first:
+            state = {n: latents.gathered(t, m) if n in BY_LATENT else t.cpu() for n, t in sae.state_dict().items()}
+            with torch.device("meta"):
+                sae = MLSAE(self.plan.model)
+            if latents.first:
+                sae.load_state_dict(state, assign=True)
         if self._ranks.first:
-            save_checkpoint(self.path, self.sae, store=self._data.record(self.plan.layers), trainer=trainer)
+            save_checkpoint(self.path, sae, store=self._data.record(self.plan.layers), trainer=trainer)
         self._ranks.any(False)  # what a rank has been told is saved is on the disk
         return trainer
 

@@ -137,13 +137,14 @@ class _Sums:
 
     def finish(self, tokens: int, deviation: Tensor) -> Validation:
         """The result; deviation: float64 [L], sum of |x - mean_l|^2 over the same tokens."""
-        fvu = self._errors / deviation[self._layers]
+        latents, fvu = self._target.sae.latents, self._errors / deviation[self._layers]
+        latents.sum_(self._active, fired := self._fired.double().mean())
         return Validation(
             tokens=tokens,
             fvu=fvu.mean().item(),
             fvu_per_layer=fvu.tolist(),
             l0=self._active.sum().item() / (tokens * self._n_layers),
             l0_per_layer=(self._active / tokens).tolist(),
-            fired=self._fired.double().mean().item(),
-            **self._spread.numbers(),
+            fired=fired.item() / latents.size,
+            **self._spread.numbers(latents),
         )

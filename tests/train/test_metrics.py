@@ -82,8 +82,8 @@ def test_window_by_hand() -> None:
         )
         for each in (window, plain):
             each.add(torch.tensor([0, 1]), standardized, result)
+    assert window.vectors == 4
     line = window.line()
-    assert line["seen"] == 4
     assert line["fvu_per_layer"] == pytest.approx([2 / 4, 25 / 100])
     assert line["fvu"] == pytest.approx(0.375)
     assert line["loss"] == pytest.approx(1.0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from train.hardware import dense_dtype
 from train.kernels.interface import Kernels
 from train.parallel.ranks import ALONE, Ranks
+from train.parallel.selection import keep_largest
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
@@ -35,10 +36,8 @@ class RowWeights(NamedTuple):
 
 
 def row_weights(layer: Tensor, std: Tensor, denominators: Tensor, *, raw: bool, n: int | None = None) -> RowWeights:
-    """The rows' weights: layer int64 [N] indexes denominators [L], E|x - mean_l|^2 in the loss's space; std [N, 1].
-
-    n: rows of the batch where they are not all here.
-    """
+    """The rows' weights: layer int64 [N] indexes denominators [L], E|x - mean_l|^2 in the loss's space; std [N, 1]; n:
+    rows of the batch where they are not all here."""
     share = denominators.to(std.dtype).reciprocal()[layer] / (len(layer) if n is None else n)
     scale = std.squeeze(1) if raw else torch.ones_like(share)
     return RowWeights(share, scale, share * scale.square())
@@ -86,7 +85,9 @@ def auxk(
     encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)
     bias = None if b_enc is None else b_enc.to(dtype)
     sums = AuxOutput(error.new_zeros(()), torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(len(W_enc)))
-    tile_rows = max(1, min(len(centred), tile_bytes // (len(W_enc) * centred.element_size())))
+    latents = torch.tensor(len(W_enc))
+    ranks.latents.sum_(latents)
+    tile_rows = max(1, min(len(centred), tile_bytes // (int(latents) * centred.element_size())))
     # One memory for all tiles: fresh memory costs page faults.
     z_memory, grad_memory = (centred.new_empty(tile_rows, len(W_enc), dtype=dtype) for _ in range(2))
     decoded_memory = centred.new_empty(tile_rows, centred.shape[1], dtype=dtype)
@@ -95,8 +96,10 @@ def auxk(
         inputs = centred[part].to(dtype)
         n = len(inputs)
         z = torch.mm(inputs, encoder.t(), out=z_memory[:n])
-        active = kernels.keep_largest(z if bias is None else z.add_(bias), k)  # [n, A]
-        missed = error[part] - torch.mm(active, decoder, out=decoded_memory[:n])  # [n, D]
+        active = keep_largest(z if bias is None else z.add_(bias), k, kernels, ranks.latents)  # [n, A]
+        decoded = torch.mm(active, decoder, out=decoded_memory[:n])
+        ranks.latents.sum_(decoded)
+        missed = error[part] - decoded  # [n, D]
         sums.loss.add_(rows.total[part] @ _squared(missed))
         grad_out = (missed * (-2 * rows.total[part]).unsqueeze(1)).to(dtype)  # d loss / d e_hat
         grad_z = torch.mm(grad_out, decoder.t(), out=grad_memory[:n])  # [n, A]
@@ -104,7 +107,7 @@ def auxk(
         sums.W_enc.add_(grad_z.t() @ inputs)
         sums.W_dec.add_(active.t() @ grad_out)
         sums.latent_sums.add_(grad_z.sum(dim=0))
-    scale = _inverse_variance(error, rows, ranks)
+    scale = _inverse_variance(error, rows, ranks.rows)
     return AuxOutput(*(total.mul_(scale) for total in sums))
 
 
@@ -136,22 +139,22 @@ class DeadLatents:
         """[M] vectors since each latent last fired."""
 
     def count(self, n: int, fired: Tensor, ranks: Ranks = ALONE) -> None:
-        """Count `n` rows; fired: bool [M], or the numbers of the latents above `FIRING_THRESHOLD`, repeats allowed, in
-        the rows that are here; `n` are those of all ranks."""
+        """Count all ranks' `n` rows; fired: bool [M], or the numbers of the latents that fired in those here."""
         self.silent += n
         if ranks.size > 1:
             everywhere = torch.zeros_like(self.silent, dtype=torch.bool)
             everywhere[fired] = True
-            ranks.any_(fired := everywhere)
+            ranks.rows.any_(fired := everywhere)
         self.silent[fired] = 0
 
     def dead_latents(self) -> Tensor:
         """int64 [A], ascending: the latents that have been silent for at least `threshold` vectors."""
         return (self.silent >= self.threshold).nonzero().squeeze(1)
 
-    def fraction(self) -> float:
-        """Share of the latents that are dead."""
-        return (self.silent >= self.threshold).double().mean().item()
+    def fraction(self, latents: Ranks = ALONE) -> float:
+        """Share of the latents that are dead, of all ranks'."""
+        latents.sum_(dead := (self.silent >= self.threshold).double().mean())
+        return dead.item() / latents.size
 
 
 def dead_threshold(run_tokens: int, n_layers: int, dead_tokens: int | None) -> int:

@@ -13,6 +13,7 @@ Shapes: D d_model, M n_latents.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,10 +45,9 @@ class SphereAdam:
         self._kernels, self._betas, self._ranks = kernels, betas, ranks
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""
-        self._own = Weights(
-            **{name: t[ranks.own(len(t))] if name in BY_LATENT else t for name, t in _trained(self.weights).items()}
-        )
+        self._own = _by_latent(self.weights, lambda t: t[ranks.rows.own(len(t))])
         """Of them what this rank moves: its latents, and b_pre."""
+        self._n_latents = len(self.weights.W_enc) * ranks.latents.size
         self.exp_avg, self.exp_avg_sq = (
             Weights(**{name: torch.zeros_like(t) for name, t in _trained(self._own).items()}) for _ in range(2)
         )
@@ -60,15 +60,15 @@ class SphereAdam:
         clip: the largest joint norm of all gradients, without the component along W_dec's rows unless norms are free;
         larger ones are scaled down.
         """
-        ranks, own = self._ranks, self._own
+        ranks, own = self._ranks.rows, self._own
         ranks.sum_(gradients.b_pre)
-        gradients = Weights(**{n: ranks.sum_rows_(t) if n in BY_LATENT else t for n, t in _trained(gradients).items()})
+        gradients = _by_latent(gradients, ranks.sum_rows_)
         if self.norms is not None:
             _rescale(gradients, self.norms)
             _rescale(own, 1 / self.norms)
         scale = 1.0
         if clip is not None:
-            norm = gradient_norm(gradients, own.W_dec if self.norms is None else None, ranks)
+            norm = gradient_norm(gradients, own.W_dec if self.norms is None else None, self._ranks)
             scale = clip / norm if norm > clip else 1.0
         for name, weight in _trained(own).items():
             grad, m, v = (getattr(tensors, name) for tensors in (gradients, self.exp_avg, self.exp_avg_sq))
@@ -81,6 +81,7 @@ class SphereAdam:
             torch.linalg.vector_norm(own.W_dec, dim=1, out=self.norms)
             _rescale(own, self.norms)
         ranks.share_rows_(*(tensor for name, tensor in _trained(self.weights).items() if name in BY_LATENT))
+        self._ranks.latents.same_(self.weights.b_pre)  # equal but for rounding
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         found = {"exp_avg": _trained(self.exp_avg), "exp_avg_sq": _trained(self.exp_avg_sq)}
@@ -88,9 +89,9 @@ class SphereAdam:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The moments by parameter, and free norms, for a checkpoint: whole ones on the first rank alone."""
-        m = len(self.weights.W_enc)
+        whole, m = self._ranks.whole, self._n_latents
         return {
-            kind: {n: self._ranks.gathered(t, m) if n in BY_LATENT else t.cpu() for n, t in tensors.items()}
+            kind: {name: whole(t, m) if name in BY_LATENT else t.cpu() for name, t in tensors.items()}
             for kind, tensors in self._state().items()
         }
 
@@ -99,11 +100,13 @@ class SphereAdam:
         for kind, tensors in self._state().items():
             for name, tensor in tensors.items():
                 found = state.get(kind, {}).get(name)
-                whole = [len(self.weights.W_enc), *tensor.shape[1:]] if name in BY_LATENT else list(tensor.shape)
+                whole = [self._n_latents, *tensor.shape[1:]] if name in BY_LATENT else list(tensor.shape)
                 if found is None or list(found.shape) != whole:
                     shown = None if found is None else list(found.shape)
                     raise IncompatibleError(f"optimiser state {kind}.{name}: expected {whole}, found {shown}")
-                tensor.copy_(found[self._ranks.own(whole[0])] if name in BY_LATENT else found)
+                if name in BY_LATENT:
+                    found = found[self._ranks.latents.own(len(found))][self._ranks.rows.own(len(self.weights.W_enc))]
+                tensor.copy_(found)
 
 
 def gradient_norm(gradients: Weights, W_dec: Tensor | None, ranks: Ranks = ALONE) -> float:
@@ -129,6 +132,11 @@ def _rescale(tensors: Weights, factor: Tensor) -> None:
 def _trained(tensors: Weights) -> dict[str, Tensor]:
     """Those that the optimiser moves, by name."""
     return {name: tensor for name in TRAINED if (tensor := getattr(tensors, name)) is not None}
+
+
+def _by_latent(tensors: Weights, change: Callable[[Tensor], Tensor]) -> Weights:
+    """Those that the optimiser moves, with those that have a row for each latent changed."""
+    return Weights(**{name: change(t) if name in BY_LATENT else t for name, t in _trained(tensors).items()})
 
 
 class WeightAverage:

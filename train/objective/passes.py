@@ -77,8 +77,12 @@ class MainPass(NamedTuple):
 
 def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
     """Loss and gradients of codes [N, w]."""
-    kernels, W_dec = given.kernels, given.weights.W_dec
-    main = kernels.reconstruct(codes, W_dec, given.target, given.row_weight)
+    kernels, W_dec, target, latents = given.kernels, given.weights.W_dec, given.target, given.ranks.latents
+    if latents.size > 1:  # what the others' latents add up to is none of this rank's
+        whole = (own := kernels.decode(*codes, W_dec)).clone()
+        latents.sum_(whole)
+        target = target - (whole - own)
+    main = kernels.reconstruct(codes, W_dec, target, given.row_weight)
     memory = WeightGradients.zeros_like(W_dec) if given.out is None else given.out
     gradients = kernels.weight_gradients(codes, main.value_grads, main.grad_out, given.inputs, memory)
     return _of_codes(codes, given.row_weight @ main.squared, main.error, main.squared, main.grad_out, gradients)
@@ -182,10 +186,10 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
 
     # The sparsity term, and its derivative by the rows' counts, weighted as `count_weight` has them.
     mean = l0.sum()
-    given.ranks.sum_(mean)
+    given.ranks.rows.sum_(mean)
     excess = mean / given.n / k - 1
     term, slope = {  # each rank's part of the term
-        "target": (coefficient * excess.square() / given.ranks.size, 2 * coefficient * excess / k),
+        "target": (coefficient * excess.square() / given.ranks.rows.size, 2 * coefficient * excess / k),
         "l0": (coefficient * (c @ l0), coefficient),
         "l1": (coefficient * l1, 0),
     }[kind]

@@ -91,7 +91,7 @@ def training_step(
     dead.count(n, main.fired, ranks)
     grads, aux_loss = main.gradients, main.loss.new_zeros(())
     coefficient = options.objective.aux_coef
-    if coefficient > 0 and len(latents := dead.dead_latents()) > 0:
+    if coefficient > 0 and ranks.latents.any(len(latents := dead.dead_latents()) > 0):
         aux = auxk(
             inputs,
             main.error,
@@ -111,7 +111,9 @@ def training_step(
         aux_loss = aux.loss
     b_pre = main.grad_out.sum(dim=0)
     if options.variant.config.apply_b_dec_to_input:
-        b_pre = b_pre - grads.latent_sums @ weights.W_enc
+        centring = grads.latent_sums @ weights.W_enc
+        ranks.latents.sum_(centring)
+        b_pre = b_pre - centring
     b_enc = None if weights.b_enc is None else grads.latent_sums
     gradients = Weights(grads.W_enc, grads.W_dec, b_pre, b_enc, main.log_threshold)
     return StepResult(gradients, main.codes, main.squared, main.loss, aux_loss, main.active, main.sparsity)

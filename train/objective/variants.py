@@ -27,7 +27,7 @@ from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
 from train.objective.passes import Block, MainPass, PassInputs, dense_pass, nested_pass, sparse_pass
 from train.objective.weights import Weights
-from train.parallel.selection import batch_codes
+from train.parallel.selection import batch_codes, row_codes
 
 THRESHOLD_RATE = 0.05
 """Share of a batch's smallest kept activation in the running mean that becomes the threshold of inference: the mean
@@ -92,7 +92,7 @@ class TopK(Variant):
         wide = min(factor * options.k, n_latents) if options.objective.multi_topk else options.k
         codes = _encoder(given).topk(given.inputs, wide)
         if not options.objective.multi_topk:
-            return sparse_pass(codes, given)
+            return sparse_pass(row_codes(codes, given.ranks.latents), given)
         if wide == options.k:  # all latents are among the k already
             return nested_pass([Block(codes, 1 + weight)], 0, codes, given)
         first, rest = (
@@ -196,7 +196,7 @@ def _encoder(given: PassInputs) -> ReadyEncoder:
 
 def _batch_codes(given: PassInputs, k: int) -> BatchCodes:
     """BatchTopK's codes of a training batch."""
-    return batch_codes(_encoder(given), given.inputs, k * given.n, given.ranks)
+    return batch_codes(_encoder(given), given.inputs, k * given.n, given.ranks.rows)
 
 
 def _only(codes: SparseCodes, mask: Tensor) -> SparseCodes:

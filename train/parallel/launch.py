@@ -4,8 +4,8 @@
 words. They meet as torchrun's do, at a store of torch.distributed whose address is in the environment. gloo connects
 them on CPUs, nccl between cards.
 
-The first one alone speaks. What ends another is told to it through the store, so that a fault is one line. Where a
-process is killed its connections close: every other one fails in its next sum, and ends.
+The first one alone speaks. What ends another is told to it through the store: a fault is one line. Where a process is
+killed its connections close, and every other one fails in its next sum, and ends.
 """
 
 import contextlib
@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from residscope.errors import ResidscopeError, UsageError, said
 
 if TYPE_CHECKING:
+    from train.config import TrainConfig
     from train.parallel.ranks import Ranks
 
 _GRACE = 20.0
@@ -32,44 +33,33 @@ def _started(name: str) -> int:
 
 
 @contextlib.contextmanager
-def silent_beside_the_first() -> Iterator[None]:
-    """Words of any process but the first go nowhere."""
-    if _started("RANK") > 0:
-        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (in the next line)
-        with nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
-    else:
-        yield
-
-
-@contextlib.contextmanager
-def joined(n_procs: int, device: str, words: Sequence[str]) -> Iterator["Ranks"]:
+def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
     """The processes that train together; words: of the command line, for those that are started here."""
     from train.parallel.ranks import ALONE, Lost, Ranks
 
-    size = _started("WORLD_SIZE")
+    size, n_procs, device = _started("WORLD_SIZE"), config.n_procs, config.hardware.device
     if size <= 1 and n_procs == 1:
+        ALONE.split(config.shard_latents, "cpu")
         yield ALONE
         return
     if size > 1 and n_procs not in (1, size):
         raise UsageError(f"--n-procs {n_procs}: torchrun has started {size} processes: leave it out")
-    # Here, because loading them takes a second.
     import torch
-    from torch import distributed
-    from torch.distributed import distributed_c10d as c10d
     from torch.distributed.rendezvous import rendezvous
 
+    distributed: Any = torch.distributed  # whose stores are not declared
     children: list[subprocess.Popen[bytes]] = []
     try:
         if size > 1:
             store, rank, size = next(rendezvous("env://"))
             store.add("here", 1)
         else:
-            store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             rank, size = 0, n_procs
             children += _start(n_procs, store.port, words)
             while store.add("here", 0) < size - 1:
-                _refuse_ended(children)
+                if any(child.poll() is not None for child in children):
+                    raise ResidscopeError("--n-procs: a process ended as it started, perhaps for lack of memory")
                 time.sleep(0.05)
         on_card = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         if on_card:
@@ -78,10 +68,11 @@ def joined(n_procs: int, device: str, words: Sequence[str]) -> Iterator["Ranks"]
                 raise UsageError(f"--device {device}: each process takes a card of its own, and there are {cards}")
             torch.cuda.set_device(card)
         backend = "cpu:gloo,cuda:nccl" if on_card else "gloo"
-        group = c10d.PrefixStore("group", store)
+        group = distributed.PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=size)
         ranks = Ranks(rank, size, local=_started("LOCAL_WORLD_SIZE") or size, store=store)
         try:
+            ranks.split(config.shard_latents, "cuda" if on_card else "cpu")
             yield ranks
         except BaseException as error:
             if not isinstance(error, Lost):
@@ -95,24 +86,12 @@ def joined(n_procs: int, device: str, words: Sequence[str]) -> Iterator["Ranks"]
 
 def _start(n: int, port: int, words: Sequence[str]) -> list[subprocess.Popen[bytes]]:
     """The processes 1 to n - 1."""
-    found = os.environ.get("PYTHONPATH")
-    root = str(Path(__file__).parents[2])
+    root = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    shared |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "PYTHONPATH": f"{root}:{found}" if found else root}
+    shared = {**os.environ, **shared, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "PYTHONPATH": root}
     command = [sys.executable, "-m", "residscope", "train", *words]
-    return [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": str(i), "LOCAL_RANK": str(i)}, stdin=subprocess.DEVNULL
-        )
-        for i in range(1, n)
-    ]
-
-
-def _refuse_ended(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Raise `ResidscopeError` where one has ended before it was there."""
-    for rank, child in enumerate(children, 1):
-        if (code := child.poll()) is not None:
-            raise ResidscopeError(f"process {rank} of {len(children) + 1} ended at its start, with exit code {code}")
+    each = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(1, n)]
+    return [subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL) for own in each]
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -3,9 +3,11 @@
 Every sum over the rows of a batch is a sum of the ranks' own sums. Of the weights' gradients each rank gets the sums
 for its share of the latents, moves these by the optimiser, whose state it holds for them alone, and gives their new
 weights to the others. Sums are made in one order, so that a run is a function of its seed and the number of ranks.
-Where one process trains alone, nothing is done.
+For dictionaries that are too large for one, ranks are a grid (`split`): those of a column share batches as above, those
+of a row see the same rows, and each has a share of the latents for good; the k largest and reconstructions are joined.
 
-All ranks have to call the same methods in the same order. Where one ends early, the others' next call raises `Lost`.
+One process alone does nothing of this. All have to call the same methods in the same order; where one ends early, the
+others' next call raises `Lost`.
 
 Shapes: M n_latents, R ranks.
 """
@@ -13,13 +15,12 @@ Shapes: M n_latents, R ranks.
 import contextlib
 import json
 import os
-from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from residscope.errors import ResidscopeError
+from residscope.errors import ResidscopeError, UsageError
 
 _ERROR = "error"
 
@@ -32,10 +33,30 @@ class Lost(ResidscopeError):
 class Ranks:
     """The processes that train together, and which of them this is."""
 
-    def __init__(self, rank: int = 0, size: int = 1, *, local: int = 1, store: Any = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, *, local: int = 1, store: Any = None, group: Any = None) -> None:
         """local: how many of them this machine has; store: torch.distributed's, through which a rank that fails tells
-        the first one why."""
-        self.rank, self.size, self._local, self._store = rank, size, local, store
+        the first one why; group: torch.distributed's, of some of all."""
+        self.rank, self.size, self._local, self._store, self._group = rank, size, local, store, group
+        self.rows: Ranks = self
+        """Of all, those that share each batch with this one, and have the same latents."""
+        self.latents: Ranks = ALONE if size > 1 else self
+        """Of all, those that see the same rows, and have other latents."""
+
+    def split(self, latents: int, device: str) -> None:
+        """Let so many ranks share the latents, and the others rows; raises `UsageError` where they are no grid."""
+        if latents == 1:
+            return
+        if self.size % latents:
+            raise UsageError(f"--shard-latents {latents} does not divide the number of processes, {self.size}")
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh(device, (self.size // latents, latents), mesh_dim_names=("rows", "latents"))
+        self.rows, self.latents = (
+            Ranks(mesh.get_local_rank(i), mesh.size(i), store=self._store, group=mesh.get_group(i)) for i in range(2)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.size}" if self.latents.size == 1 else f"{self.size}, latents over {self.latents.size}"
 
     @property
     def first(self) -> bool:
@@ -64,22 +85,21 @@ class Ranks:
         self.any_(mask)
         return bool(mask)
 
-    def before(self, n: Tensor) -> Tensor:
-        """The sum of `n` (any shape) over the ranks before this one."""
-        parts = [torch.zeros_like(n) for _ in range(self.size)]
-        if self.size > 1:
-            self._do("all_gather", parts, n)
-        return sum(parts[: self.rank], torch.zeros_like(n))
+    def all_of(self, tensor: Tensor) -> Tensor:
+        """[R, ...] every rank's `tensor`."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        self._do("all_gather", parts, tensor.contiguous())
+        return torch.stack(parts)
 
     def same_(self, *tensors: Tensor) -> None:
         """Make each of `tensors` the first rank's."""
         for tensor in tensors if self.size > 1 else ():
-            self._do("broadcast", tensor, src=0)
+            self._do("broadcast", tensor, group_src=0)
 
-    def own(self, m: int) -> slice:
-        """This rank's share of M latents; the last one has what remains."""
-        share = m // self.size
-        return slice(self.rank * share, m if self.rank == self.size - 1 else (self.rank + 1) * share)
+    def own(self, m: int, rank: int | None = None) -> slice:
+        """This rank's share of M latents, or another's; the last one has what remains."""
+        share, rank = m // self.size, self.rank if rank is None else rank
+        return slice(rank * share, m if rank == self.size - 1 else (rank + 1) * share)
 
     def sum_rows_(self, tensor: Tensor) -> Tensor:
         """This rank's rows of `tensor` [M, ...], summed over ranks, in its memory; the others are left undefined."""
@@ -94,29 +114,33 @@ class Ranks:
         for tensor in tensors if self.size > 1 else ():
             even = len(tensor) // self.size * self.size
             self._do("all_gather_single", tensor[:even], tensor[self.own(len(tensor))][: even // self.size])
-            self._do("broadcast", tensor[even:], src=self.size - 1)
+            self._do("broadcast", tensor[even:], group_src=self.size - 1)
 
     def gathered(self, own: Tensor, m: int) -> Tensor:
-        """[M, ...] on the CPU, put together from the ranks' own rows; on the first rank alone, else `own`."""
+        """[M, ...] on the CPU, put together from the ranks' own rows; on the first rank alone, else something else."""
         if self.size == 1:
             return own.cpu()
-        share = m // self.size
-        whole = own.new_empty(m, *own.shape[1:]) if self.first else own
-        parts = list(whole[: share * self.size].split(share)) if self.first else None
-        self._do("gather", own[:share].contiguous(), parts)
-        rest = own[share:].contiguous() if self.rank == self.size - 1 else own.new_empty(m % self.size, *own.shape[1:])
-        self._do("broadcast", rest, src=self.size - 1)
-        if self.first:
-            whole[share * self.size :] = rest
+        if not self.first:
+            self._do("send", own.contiguous(), group_dst=0)
+            return own
+        whole = own.new_empty(m, *own.shape[1:])
+        whole[self.own(m)] = own
+        for rank in range(1, self.size):
+            self._do("recv", whole[self.own(m, rank)], group_src=rank)
         return whole.cpu()
+
+    def whole(self, held: Tensor, m: int) -> Tensor:
+        """`gathered`, of the share that each rank has of its own latents."""
+        column = self.rows.gathered(held, m // self.latents.size)
+        return self.latents.gathered(column, m) if self.rows.first else column
 
     def _do(self, name: str, *arguments: Any, **options: Any) -> None:
         from torch import distributed
 
         older = {"reduce_scatter_single": "reduce_scatter_tensor", "all_gather_single": "all_gather_into_tensor"}
-        collective: Callable[..., Any] = getattr(distributed, name, None) or getattr(distributed, older[name])
+        call = getattr(distributed, name if hasattr(distributed, name) else older[name])
         try:
-            collective(*arguments, **options)
+            call(*arguments, group=self._group, **options)
         except RuntimeError as error:  # what gloo and nccl raise where a connection ends
             raise self._lost() from error
 

@@ -1,13 +1,14 @@
-"""The largest pre-activations of a batch whose rows are spread over several ranks.
+"""The largest pre-activations of a batch whose rows, or whose latents, are spread over several ranks.
 
-Shapes: N rows of this rank, D d_model, w active latents a row at most.
+Shapes: N rows of this rank, D d_model, w active latents a row at most, R ranks, A dead latents of this rank.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train.kernels.encode import BatchCodes, ReadyEncoder
-from train.kernels.interface import SparseCodes
+from train.kernels.interface import Kernels, SparseCodes
 from train.parallel.ranks import Ranks
 
 _BITS = 8
@@ -31,10 +32,8 @@ def batch_codes(encoder: ReadyEncoder, inputs: Tensor, count: int, ranks: Ranks)
             break
         sought = min(4 * sought, count)
     above, equal = codes.values > smallest, codes.values == smallest
-    counts = torch.stack([above.sum(), equal.sum()])
-    before = ranks.before(counts)
-    ranks.sum_(counts)
-    room = count - counts[0] - before[1]
+    counts = ranks.all_of(torch.stack([above.sum(), equal.sum()]))  # [R, 2]
+    room = count - counts[:, 0].sum() - counts[: ranks.rank, 1].sum()
     keep = above | (equal & (equal.view(-1).cumsum(0).view_as(equal) <= room))
     return BatchCodes(SparseCodes(codes.values.masked_fill(~keep, 0), codes.indices), smallest)
 
@@ -58,3 +57,25 @@ def _nth_largest(values: Tensor, n: int, ranks: Ranks) -> Tensor | None:
         n -= int(at_least[digit + 1]) if digit + 1 < len(at_least) else 0
         found = (found << _BITS) + digit
     return torch.tensor(found, dtype=torch.int32, device=values.device).view(torch.float32).to(values.dtype)
+
+
+def row_codes(codes: SparseCodes, latents: Ranks) -> SparseCodes:
+    """Of the k largest of this rank's latents, `codes` [N, k], those that are among the k largest of all ranks'."""
+    if latents.size == 1:
+        return codes
+    n, k = codes.values.shape
+    values = latents.all_of(codes.values).transpose(0, 1).reshape(n, -1)  # [N, R k]
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]  # of equal ones the first latents
+    chosen = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)
+    own = chosen[:, latents.rank * k : (latents.rank + 1) * k]
+    return SparseCodes(codes.values.masked_fill(~own, 0), codes.indices)
+
+
+def keep_largest(z: Tensor, k: int, kernels: Kernels, latents: Ranks) -> Tensor:
+    """ReLU of `z` [N, A] with all but the k largest of each row, of all ranks' latents, set to zero."""
+    if latents.size == 1:
+        return kernels.keep_largest(z, k)
+    width = min(k, z.shape[1])
+    values, indices = kernels.topk_relu(z, width) if width else SparseCodes(z.float(), z.long())
+    kept = row_codes(SparseCodes(F.pad(values, (0, k - width)), indices), latents).values[:, :width]
+    return torch.zeros_like(z).scatter_(1, indices, kept.to(z.dtype))

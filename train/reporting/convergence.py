@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from train.kernels.interface import SparseCodes
+from train.parallel.ranks import ALONE, Ranks
 
 NUMBERS = ("fvu", "ratio", "stays_on")
 """Of a point of the curve, beside step and vectors; None where not defined."""
@@ -64,15 +65,18 @@ class Spread(NamedTuple):
             self.second + of_pair[2].sum(),
         )
 
-    def numbers(self) -> dict[str, float | None]:
+    def numbers(self, latents: Ranks = ALONE) -> dict[str, float | None]:
         """`ratio`: aggregate over token-level variance, by mass; `stays_on`: a share; None where not defined."""
         mass, first, within = self.per_latent
         live = mass > 0
         between_latents = (first[live].square() / mass[live]).sum()
+        counts = torch.tensor([self.followed, self.before_last], dtype=torch.float64)
         token, aggregate = within.sum(), self.second - between_latents
+        latents.sum_(token, aggregate, counts)
+        followed, before_last = counts.tolist()
         return {
             "ratio": (aggregate / token).item() if token > 0 else None,
-            "stays_on": self.followed / self.before_last if self.before_last else None,
+            "stays_on": followed / before_last if before_last else None,
         }
 
 

@@ -1,0 +1,67 @@
+"""`train --n-procs` as a process: what ends one of several, in one line, and going on after a kill."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from residscope.errors import UsageError
+from tests.support.training import train_config
+from train.parallel.launch import joined
+
+ROOT = Path(__file__).parents[3]
+FLAGS = ["--n-latents=41", "--k=4", "--batch-size=64", "--threads=1", "--kernels=torch", "--window-gb=1e-5"]
+FLAGS += ["--dtype=float32", "--lr=0.002", "--dead-tokens=20", "--log-every=4", "--steps=17"]
+FLAGS += ["--n-procs=2", "--checkpoint-every=5"]
+"""Those of `base`."""
+
+KILLING = """
+import os, signal
+from pathlib import Path
+from train import trainer
+save, children = trainer.save_checkpoint, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+
+def killing(*arguments, **options):
+    save(*arguments, **options)
+    for child in children.read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+
+trainer.save_checkpoint = killing
+from train.cli import main
+raise SystemExit(main())
+"""
+
+
+def run(store: Path, out: Path, *flags: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "residscope", "train"] if script is None else ["-c", script]
+    words = [sys.executable, *start, "--store", str(store), "--out", str(out), *FLAGS, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "error" in line or "Traceback" in line]
+
+
+def test_after_a_kill_there_is_one_line_and_a_resume_ends_with_the_same_bits(
+    store: Path, tmp_path: Path, two: tuple[Path, Any]
+) -> None:
+    broken = tmp_path / "broken.pt"
+    killed = run(store, broken, script=KILLING)
+    assert killed.returncode == 1
+    line = "another process of this training has ended (killed?): --resume goes on from the last checkpoint"
+    assert errors(killed.stderr) == [f"train: error: {line}"]
+    done = run(store, broken, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("validation on") == 1  # the first alone speaks
+    assert broken.read_bytes() == (two[0] / "topk.pt").read_bytes()
+
+
+def test_another_number_than_torchrun_started_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    started = joined(train_config(store=store, n_procs=3), [])
+    with pytest.raises(UsageError, match="--n-procs 3: torchrun has started 2 processes: leave it out"), started:
+        pass
