@@ -87,8 +87,8 @@ class ActivationStore:
 
         partial: also open a store that lacks shards (reading one of those raises). writable: take the writer's lock,
         cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. follow: of a
-        store whose parts come and go (`store.care.ring`), serve all tokens, be they there or not, beside those that stay.
-        content_hash: that of the store as it was opened before. Raises `UsageError` when there is nothing,
+        store whose parts come and go (`store.care.ring`), serve all tokens, be they there or not. content_hash: that of
+        the store as it was opened before. Raises `UsageError` when there is nothing,
         `IncompatibleError` when that is no store, or one of another version or content, not all of it, or its metadata
         or manifest is damaged; `ResidscopeError` when another process is writing it.
         """
