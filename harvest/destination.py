@@ -8,8 +8,9 @@ from harvest.options_file import options_file
 from harvest.settings import Settings
 from residscope.destinations import nearest_folder, refuse_shared, require_name, require_space
 from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.urls import URL
 from store.folder import is_store, refuse_inside_store
-from store.manifest import WriterLock
+from store.manifest import FILE, WriterLock
 
 # Token columns, statistics and folders beside the vectors, with room to spare.
 _SPARE_BYTES = 16 << 20
@@ -21,6 +22,8 @@ def has_begun(out: Path) -> bool:
     refuse_inside_store(out, may_be_one=True)
     require_name(out)
     refuse_shared(out, options_file(out))
+    if isinstance(out, URL) and (not out.exists() or (out / FILE).is_file()):
+        return is_store(out)  # If not, of a run that was killed before the store was one.
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         parent = nearest_folder(out.absolute().parent)
         if not os.access(parent, os.W_OK | os.X_OK):
@@ -34,6 +37,8 @@ def has_begun(out: Path) -> bool:
 
 def require_room(out: Path, settings: Settings, n_tokens: int) -> None:
     """`ResidscopeError` where the disk has no room for a store of `n_tokens`, saying how many tokens would fit."""
+    if isinstance(out, URL):
+        return
     freed = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
     per_token = settings.bytes_per_token + _TOKEN_BYTES
     try:
@@ -46,6 +51,10 @@ def require_room(out: Path, settings: Settings, n_tokens: int) -> None:
 
 def remove_store(out: Path) -> None:
     """Remove a store so that a crash on the way leaves none there: renamed first, to where `create` clears up."""
+    if isinstance(out, URL):
+        for path in sorted(out.objects(), key=lambda path: path != out / FILE):
+            path.unlink()
+        return
     out = out.resolve() if out.is_symlink() else out  # What a link points at goes, and the link stays.
     lock = WriterLock(out, out)
     try:

@@ -5,7 +5,6 @@ at the run's own batch size. The whole text is not read, so that the number of t
 unknown. Tested in tests/harvest/test_run.py.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from harvest.table import pack
 from harvest.text.encode import Document, encode_documents
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes, human_seconds
-from residscope.destinations import nearest_folder
+from residscope.destinations import free_bytes
 
 _SAMPLE_CHARACTERS = 200_000
 _MEASURE_SECONDS = 2.0
@@ -85,7 +84,7 @@ def estimate(config: HarvestConfig) -> Estimate:
     model = load_weights(settings)
     speed = _measure(BatchRunner(model, settings), settings, sample)
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
-    n_bytes, free = tokens * settings.bytes_per_token, shutil.disk_usage(nearest_folder(config.out.absolute())).free
+    n_bytes, free = tokens * settings.bytes_per_token, free_bytes(config.out)
     return Estimate(
         model=settings.spec.name,
         architecture=model.architecture,

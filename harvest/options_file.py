@@ -7,6 +7,7 @@ tests/harvest/test_run.py and tests/analysis/model/test_findings.py.
 """
 
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 from harvest.config import HarvestConfig
@@ -16,6 +17,7 @@ from residscope.errors import IncompatibleError
 from residscope.names import beside
 from residscope.options import to_flat, to_toml
 from residscope.reading import CONFIG_BYTES, read_whole, reading
+from residscope.urls import URL
 from store.files import atomic_write
 
 
@@ -36,8 +38,11 @@ def save_options(config: HarvestConfig) -> None:
             values[name] = _in_full(values[name])
     for name in ("overwrite", "dry_run", "json"):
         del values[name]
-    with held_alone(config.out.absolute().parent, config.out, wait=True):  # acts and acts.zarr share the file
-        refuse_shared(config.out, options_file(config.out))
+    folder = config.out.absolute().parent
+    with (
+        nullcontext() if isinstance(folder, URL) else held_alone(folder, config.out, wait=True)
+    ):  # acts and acts.zarr share the file
+        refuse_shared(config.out, options_file(config.out))  # acts and acts.zarr share the file
         atomic_write(options_file(config.out), [to_toml(values).encode()])
 
 

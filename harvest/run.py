@@ -26,6 +26,7 @@ from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
+from residscope.urls import URL
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.care.outliers import few_tokens
@@ -68,7 +69,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             save_options(config)  # On continuing too: a crash may have come between the store and this file.
         except UsageError:
             if not begun:
-                shutil.rmtree(store.path)
+                remove_store(store.path) if isinstance(store.path, URL) else shutil.rmtree(store.path)
             raise
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():

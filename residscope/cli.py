@@ -15,6 +15,7 @@ from typing import Any
 from residscope.console import counted, run_command
 from residscope.info import info
 from residscope.options import CommandParser
+from residscope.urls import as_path
 
 COMMANDS = {
     "harvest": ("harvest.cli", "write the residual stream of a model into a store"),
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = info
     else:
         run = _repair if arguments.repair else _verify
-    return run_command(f"residscope {arguments.command}", lambda: run(arguments.store, arguments.json))
+    return run_command(f"residscope {arguments.command}", lambda: run(as_path(arguments.store), arguments.json))
 
 
 def _command(name: str) -> Callable[[], int]:
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "check every file of a store; exit code 1 and a list when something is damaged or missing"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
+        command.add_argument("store", metavar="STORE", help="folder or URL of the store")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of words")
         if name == "verify":
             text = "recompute bad and missing shards with the model, and compare their hashes with the old ones"

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import tomllib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.names import stem
 from residscope.reading import CONFIG_BYTES, read_json, read_whole
+from residscope.urls import URL, as_path
 
 
 @contextlib.contextmanager
@@ -212,9 +214,14 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
+def free_bytes(path: Path) -> int:
+    """Room on the disk that `path` is, or will be, on; a bucket has no end."""
+    return sys.maxsize if isinstance(path, URL) else shutil.disk_usage(nearest_folder(path.absolute())).free
+
+
 def require_space(path: str | os.PathLike[str], n_bytes: int) -> None:
     """Raise `ResidscopeError` when the disk that `path` is, or will be, on has less than `n_bytes` free."""
-    free = shutil.disk_usage(nearest_folder(Path(path).absolute())).free
+    free = free_bytes(as_path(path))
     if free < n_bytes:
         raise ResidscopeError(
             f"{path}: needs {human_bytes(n_bytes)}, but its disk has {human_bytes(free)} free. Use fewer tokens "

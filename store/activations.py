@@ -22,14 +22,17 @@ import numpy as np
 import xxhash
 
 from residscope.errors import IncompatibleError, UsageError
+from residscope.urls import URL, as_path
 from store import arrays
 from store.arrays import TokenTable
 from store.dtypes import STORAGE_DTYPE, to_float32
 from store.files import atomic_write, remove_leftovers
 from store.folder import make_folder, read_meta, require_store
-from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest
+from store.manifest import Manifest, ShardRecord, read_manifest
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
+from store.objects.commit import Lock, take_lock
+from store.objects.ranges import THREADS
 from store.shards import ShardReader, ShardWriter, shard_name
 
 _FILL = "run the same `harvest` command again to fill"
@@ -38,7 +41,7 @@ _FILL = "run the same `harvest` command again to fill"
 class ActivationStore:
     """An open store, made by `create` or `open`. Pickles as its path and content hash; unpickled open for reading."""
 
-    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock | None) -> None:
+    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: Lock | None) -> None:
         """For `create` and `open`; with `lock` the store is open for writing."""
         self.path = path
         self.meta = meta
@@ -47,6 +50,7 @@ class ActivationStore:
         self._indexes: dict[int, np.ndarray] = {}  # Of shards whose files were found to be theirs.
         self._intact: set[int] = set()  # Shards whose whole files were hashed.
         self._locks: dict[int, threading.Lock] = {}
+        self._objects: dict[Any, Any] = {}  # At a URL, what readers keep for later ones.
         self._writer = ShardWriter(path, meta, manifest, lock) if lock else None
 
     @classmethod
@@ -57,7 +61,7 @@ class ActivationStore:
         `tokens` do not fit `meta`, `IncompatibleError` when there is something at `path`, `ResidscopeError` when
         another process is making it.
         """
-        path, lock = make_folder(Path(path), meta, arrays.checked_tokens(tokens, meta.n_tokens))
+        path, lock = make_folder(as_path(path), meta, arrays.checked_tokens(tokens, meta.n_tokens))
         try:
             return cls(path, meta, read_manifest(path), lock)
         except BaseException:
@@ -81,9 +85,9 @@ class ActivationStore:
         that is no store, or one of another version or content, not all of it, or its metadata or manifest is damaged;
         `ResidscopeError` when another process is writing it.
         """
-        path = Path(path)
+        path = as_path(path)
         require_store(path)
-        lock = WriterLock(path, path) if writable else None
+        lock = take_lock(path, path) if writable else None
         try:
             manifest = read_manifest(path)
             store = cls(path, read_meta(path, manifest), manifest, lock)
@@ -95,7 +99,8 @@ class ActivationStore:
             if not (partial or writable):
                 store._require_all_shards()
             if writable:
-                remove_leftovers(path)
+                names = {name(shard) for shard in manifest.lines for name in (shard_name, arrays.moments_name)}
+                remove_leftovers(path, names)
             return store
         except BaseException:
             if lock:
@@ -172,6 +177,8 @@ class ActivationStore:
         chunks = np.arange(start // size, -(-stop // size)) if start < stop else np.arange(0)
         for shard, group in self._by_shard(chunks):
             with self._reader(shard) as reader:
+                within = chunks[group] % meta.chunks_per_shard
+                reader.fetch((within[:, None] * meta.n_layers + chosen).reshape(-1))
                 for chunk in chunks[group].tolist():
                     first, end = max(chunk * size, start), min((chunk + 1) * size, stop)
                     rows = block[first - chunk * size : end - chunk * size]
@@ -197,9 +204,12 @@ class ActivationStore:
 
         def fill(shard: int, group: slice) -> None:
             with self._reader(shard) as reader:
+                reader.fetch(within[group] * self.meta.n_layers + sorted_layer[group])
                 for where, at, row in zip(*(a[group].tolist() for a in (within, sorted_layer, order)), strict=True):
                     reader.read_chunk(where, at, target[row])
 
+        if isinstance(self.path, URL):
+            threads = max(threads, THREADS)  # which wait for answers, most of the time
         # A part is at most a thread's share, so that a window out of one shard is read by all threads too.
         share, groups = max(-(-len(order) // threads), 1), self._by_shard(sorted_chunk)
         parts = [(s, slice(i, min(i + share, g.stop))) for s, g in groups for i in range(g.start, g.stop, share)]
@@ -227,7 +237,7 @@ class ActivationStore:
         record, path = self.record(shard), self.path / shard_name(shard)
         with self._locks.setdefault(shard, threading.Lock()):
             index = None if whole else self._indexes.get(shard)
-            reader = ShardReader(path, self.meta, record.bytes, index)
+            reader = ShardReader(path, self.meta, record.bytes, index, self._objects)
             if index is None:
                 try:
                     reader.require_own(record, None if whole else self._keep_of(shard))

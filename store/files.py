@@ -6,16 +6,20 @@ recognised. Tested in tests/store/test_faults.py, which stops at every single st
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from residscope.destinations import sync
+from residscope.urls import URL
 
 TEMPORARY = ".tmp"
 
 
 def atomic_write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     """Write `parts`, one after another, as the file `path`: durable when this returns, and no file on an error."""
+    if isinstance(path, URL):
+        path.put(b"".join(parts))
+        return
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -51,7 +55,13 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a crash left in the folders directly below `folder`."""
+def remove_leftovers(folder: Path, listed: Collection[str]) -> None:
+    """Remove temporary files that a crash left in the folders directly below `folder`; at a URL, where there are none,
+    what lies beside the objects `listed` in the folders of these."""
+    if isinstance(folder, URL):
+        for path in (path for name in ("resid_post", "shard_moments") for path in (folder / name).glob("c.*")):
+            if str(path.relative_to(folder)) not in listed:
+                path.unlink()
+        return
     for path in folder.glob(f"*/*{TEMPORARY}"):
         path.unlink(missing_ok=True)

@@ -6,21 +6,26 @@ that says something of it has the hash that the manifest's header gives.
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from residscope.console import stop_on_signals
 from residscope.errors import IncompatibleError, UsageError
 from residscope.reading import reading
+from residscope.urls import URL
 from store import arrays
 from store.arrays import TokenTable
 from store.checksums import file_hashes, read_checked
 from store.files import sync, sync_tree
-from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, write_header
+from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, header
 from store.meta import StoreMeta
+from store.objects.commit import Lock, ObjectLock
 
 
 def is_store(path: Path) -> bool:
     """Whether an activation store, whole or not, is at `path`."""
+    if isinstance(path, URL):  # The manifest's header, which comes last, makes it one.
+        return (path / FILE).is_file() and bytes((path / FILE).get(0, 1).data) == b"{"
     return (path / "zarr.json").is_file() and (path / FILE).is_file()
 
 
@@ -55,12 +60,40 @@ def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
     return meta
 
 
-def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, WriterLock]:
+def make_objects(path: URL, meta: StoreMeta, tokens: TokenTable) -> tuple[URL, ObjectLock]:
+    """As `make_folder`, at a URL: the manifest's header comes last; what a crash left before it is removed first."""
+    begun = (path / FILE).is_file()
+    lock = ObjectLock(path) if begun or not path.exists() else None
+    if lock is None or is_store(path):
+        raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another name")
+    for left in path.objects() if begun else ():
+        if left != path / FILE:
+            left.unlink()
+    with tempfile.TemporaryDirectory(prefix="residscope-") as name:
+        folder = Path(name)
+        _make_arrays(folder, meta, tokens)
+        hashes = file_hashes(folder)
+        for file, xxh3 in hashes.items():
+            lock.write(path / file, [(folder / file).read_bytes()], xxh3)
+    lock.append(header(meta.config_hash, hashes))
+    return path, lock
+
+
+def _make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
+    with stop_on_signals() as stopped:  # zarr's event loop prints pages to stderr when a signal interrupts it.
+        arrays.make_arrays(folder, meta, tokens)
+    if stopped():
+        raise KeyboardInterrupt
+
+
+def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, Lock]:
     """Make a store without shards; gives where it is, and its writer's lock.
 
     It is built in the folder `PATH.planning` and renamed as a whole. What a crash left there is cleared first. Where
     `path` is a link, the store is made where it points, because a folder cannot be renamed over a link.
     """
+    if isinstance(path, URL):
+        return make_objects(path, meta, tokens)
     path = path.resolve() if path.is_symlink() else path
     building = path.with_name(path.name + ".planning")
     lock = WriterLock(building, path)
@@ -70,11 +103,8 @@ def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, 
         for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
             if entry not in (building / FOLDER, building / LOCK):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        with stop_on_signals() as stopped:  # zarr's event loop prints pages to stderr when a signal interrupts it.
-            arrays.make_arrays(building, meta, tokens)
-        if stopped():
-            raise KeyboardInterrupt
-        write_header(building, meta.config_hash, file_hashes(building))
+        _make_arrays(building, meta, tokens)
+        (building / FILE).write_bytes(header(meta.config_hash, file_hashes(building)))
         sync_tree(building)
         building.replace(path)
         sync(path.parent)

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,8 @@ def read_manifest(store: Path) -> Manifest:
         except ValueError as error:
             manifest.problems.append(f"{name} {error}")
             continue
+        while data.endswith(b"\n\n") or data == b"\n":  # what `ObjectLock` adds
+            data = data[:-1]
         *lines, rest = data.split(b"\n")
         intact_bytes = len(data) - len(rest)
         if lines and not is_intact(lines[-1]):
@@ -143,9 +145,9 @@ def forget_lines(store: Path, shards: Collection[int]) -> None:
             atomic_write(path, list(kept.values()))
 
 
-def write_header(store: Path, config_hash: str, checksums: Mapping[str, str]) -> None:
-    """Start the manifest of a new store, in its folder."""
-    (store / FILE).write_bytes(sealed({"config_hash": config_hash, "checksums": dict(checksums)}))
+def header(config_hash: str, checksums: Mapping[str, str]) -> bytes:
+    """The first line of a new store's manifest."""
+    return sealed({"config_hash": config_hash, "checksums": dict(checksums)})
 
 
 class ManifestWriter:
@@ -162,15 +164,13 @@ class ManifestWriter:
             self.close()
             raise
 
-    def append(self, record: ShardRecord) -> bytes:
-        """Append the record's line, once what a failed append left is cut off; gives the line without its newline."""
-        line = sealed(record._asdict())
+    def append(self, line: bytes) -> None:
+        """Append a line, once what a failed append left is cut off."""
         self._cut()
         os.lseek(self._descriptor, self._end, os.SEEK_SET)
         write_all(self._descriptor, memoryview(line), self._path)
         os.fsync(self._descriptor)
         self._end += len(line)
-        return line[:-1]
 
     def _cut(self) -> None:
         if os.fstat(self._descriptor).st_size != self._end:
@@ -204,6 +204,10 @@ class WriterLock:
                 raise
             what = "so a second writer could not be stopped; write to a local disk and copy the store from there"
             raise ResidscopeError(f"{name}: its file system has no file locks ({error.strerror}), {what}") from None
+
+    def write(self, path: Path, parts: Sequence[bytes | memoryview], xxh3: str) -> None:
+        """Write a file of a shard (`atomic_write`). xxh3: its hash, of which a disk has no use."""
+        atomic_write(path, parts)
 
     def require_here(self, store: Path) -> None:
         """`IncompatibleError` where the folder at `store` is no longer the one that is locked."""
