@@ -52,7 +52,7 @@ def require_room(out: Path, settings: Settings, n_tokens: int) -> None:
 def remove_store(out: Path) -> None:
     """Remove a store so that a crash on the way leaves none there: renamed first, to where `create` clears up."""
     if isinstance(out, URL):
-        for path in sorted(out.objects(), key=lambda path: path != out / FILE):
+        for path in sorted(out.glob("*"), key=lambda path: path != out / FILE):
             path.unlink()
         return
     out = out.resolve() if out.is_symlink() else out  # What a link points at goes, and the link stays.

@@ -28,11 +28,10 @@ from store.arrays import TokenTable
 from store.dtypes import STORAGE_DTYPE, to_float32
 from store.files import atomic_write, remove_leftovers
 from store.folder import make_folder, read_meta, require_store
-from store.manifest import Manifest, ShardRecord, read_manifest
+from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
-from store.objects.commit import Lock, take_lock
-from store.objects.ranges import THREADS
+from store.remote.objects import THREADS, Lock, ObjectLock
 from store.shards import ShardReader, ShardWriter, shard_name
 
 _FILL = "run the same `harvest` command again to fill"
@@ -87,7 +86,7 @@ class ActivationStore:
         """
         path = as_path(path)
         require_store(path)
-        lock = take_lock(path, path) if writable else None
+        lock = (ObjectLock(path) if isinstance(path, URL) else WriterLock(path, path)) if writable else None
         try:
             manifest = read_manifest(path)
             store = cls(path, read_meta(path, manifest), manifest, lock)
@@ -177,8 +176,8 @@ class ActivationStore:
         chunks = np.arange(start // size, -(-stop // size)) if start < stop else np.arange(0)
         for shard, group in self._by_shard(chunks):
             with self._reader(shard) as reader:
-                within = chunks[group] % meta.chunks_per_shard
-                reader.fetch((within[:, None] * meta.n_layers + chosen).reshape(-1))
+                within = np.repeat(chunks[group] % meta.chunks_per_shard, len(chosen))
+                reader.fetch(within, np.resize(chosen, len(within)))
                 for chunk in chunks[group].tolist():
                     first, end = max(chunk * size, start), min((chunk + 1) * size, stop)
                     rows = block[first - chunk * size : end - chunk * size]
@@ -204,7 +203,7 @@ class ActivationStore:
 
         def fill(shard: int, group: slice) -> None:
             with self._reader(shard) as reader:
-                reader.fetch(within[group] * self.meta.n_layers + sorted_layer[group])
+                reader.fetch(within[group], sorted_layer[group])
                 for where, at, row in zip(*(a[group].tolist() for a in (within, sorted_layer, order)), strict=True):
                     reader.read_chunk(where, at, target[row])
 

@@ -19,7 +19,7 @@ from store.checksums import file_hashes, read_checked
 from store.files import sync, sync_tree
 from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, header
 from store.meta import StoreMeta
-from store.objects.commit import Lock, ObjectLock
+from store.remote.objects import Lock, ObjectLock
 
 
 def is_store(path: Path) -> bool:
@@ -66,15 +66,15 @@ def make_objects(path: URL, meta: StoreMeta, tokens: TokenTable) -> tuple[URL, O
     lock = ObjectLock(path) if begun or not path.exists() else None
     if lock is None or is_store(path):
         raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another name")
-    for left in path.objects() if begun else ():
+    for left in path.glob("*") if begun else ():
         if left != path / FILE:
             left.unlink()
     with tempfile.TemporaryDirectory(prefix="residscope-") as name:
         folder = Path(name)
         _make_arrays(folder, meta, tokens)
         hashes = file_hashes(folder)
-        for file, xxh3 in hashes.items():
-            lock.write(path / file, [(folder / file).read_bytes()], xxh3)
+        for file in hashes:
+            lock.write(path / file, [(folder / file).read_bytes()])
     lock.append(header(meta.config_hash, hashes))
     return path, lock
 

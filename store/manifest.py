@@ -10,7 +10,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,13 +164,15 @@ class ManifestWriter:
             self.close()
             raise
 
-    def append(self, line: bytes) -> None:
-        """Append a line, once what a failed append left is cut off."""
+    def append(self, record: ShardRecord) -> bytes:
+        """Append the record's line, once what a failed append left is cut off; gives the line without its newline."""
+        line = sealed(record._asdict())
         self._cut()
         os.lseek(self._descriptor, self._end, os.SEEK_SET)
         write_all(self._descriptor, memoryview(line), self._path)
         os.fsync(self._descriptor)
         self._end += len(line)
+        return line[:-1]
 
     def _cut(self) -> None:
         if os.fstat(self._descriptor).st_size != self._end:
@@ -205,9 +207,7 @@ class WriterLock:
             what = "so a second writer could not be stopped; write to a local disk and copy the store from there"
             raise ResidscopeError(f"{name}: its file system has no file locks ({error.strerror}), {what}") from None
 
-    def write(self, path: Path, parts: Sequence[bytes | memoryview], xxh3: str) -> None:
-        """Write a file of a shard (`atomic_write`). xxh3: its hash, of which a disk has no use."""
-        atomic_write(path, parts)
+    write = staticmethod(atomic_write)
 
     def require_here(self, store: Path) -> None:
         """`IncompatibleError` where the folder at `store` is no longer the one that is locked."""

@@ -18,7 +18,7 @@ a shard with a line is there for readers, so a crash loses at most the shard in 
 Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 """
 
-from collections.abc import Iterable
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,15 @@ import xxhash
 from numcodecs.zstd import Zstd
 
 from residscope.errors import ResidscopeError, UsageError
+from residscope.urls import URL
 from store import arrays
 from store.checksums import CRC_BYTES, DamagedError, checksum, crc32c
 from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
 from store.files import sync
-from store.manifest import Manifest, ManifestWriter, ShardRecord, sealed
+from store.manifest import Manifest, ManifestWriter, ShardRecord
 from store.meta import ZSTD_LEVEL, StoreMeta
 from store.moments import ShardMoments
-from store.objects.commit import Lock, ObjectLock
-from store.objects.ranges import ObjectFile, open_file
+from store.remote.objects import Lock, ObjectFile, ObjectLock
 
 if TYPE_CHECKING:
     from store.pack import ShardPacker
@@ -60,27 +60,25 @@ class ShardReader:
     """Reads inner chunks of one shard's file; several threads may use it at once, until it is closed."""
 
     def __init__(
-        self,
-        path: Path,
-        meta: StoreMeta,
-        n_bytes: int,
-        index: np.ndarray | None = None,
-        known: dict[Any, Any] | None = None,
+        self, path: Path, meta: StoreMeta, n_bytes: int, index: np.ndarray | None = None, known: Any = None
     ) -> None:
-        """Open the file; check its size and read its index, unless the `index` of an earlier reader is given. known: of
-        one store, what its readers keep for later ones (`open_file`)."""
-        self._path, self._meta, self._n_bytes = path, meta, n_bytes
+        """Open the file; check its size and read its index, unless the `index` of an earlier reader is given. known: a
+        store's own, for `ObjectFile`."""
+        self._path, self._meta, self._n_bytes, self._object = path, meta, n_bytes, None
         self._exchanged = "" if index is None else ": it is damaged, or was exchanged while it was in use"
         try:
-            self._file = open_file(path, n_bytes, known)
+            if isinstance(path, URL):
+                self._object = ObjectFile(path, n_bytes, {} if known is None else known)
+            else:
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
         except FileNotFoundError:
             raise DamagedError(path, "the shard is missing") from None
         try:
-            if self._file.size != n_bytes:
-                raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {self._file.size}")
+            found = self._object.size if self._object else os.fstat(self._descriptor).st_size
+            if found != n_bytes:
+                raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {found}")
             self.index = self._read_index() if index is None else index
-            """int64 [P * L, 3]: offset (-1: left out), length and crc32c of each inner chunk; -1 for the crc32c that is
-            behind the chunk, of an object, which its tag keeps from being exchanged."""
+            """int64 [P * L, 3]: offset (-1: left out), length and crc32c (-1: that behind it) of each inner chunk."""
         except BaseException:
             self.close()
             raise
@@ -88,7 +86,7 @@ class ShardReader:
     def _read_index(self) -> np.ndarray:
         size = self._meta.chunks_per_shard * self._meta.n_layers * _INDEX_ENTRY_BYTES
         start = self._n_bytes - size - CRC_BYTES
-        data = bytes(self._file.read(size + CRC_BYTES, start)) if start >= 0 else b""
+        data = bytes(self._read(size + CRC_BYTES, start)) if start >= 0 else b""
         if len(data) != size + CRC_BYTES or checksum(data[:size]) != data[size:]:
             raise DamagedError(self._path, "the checksum of the shard's index does not match")
         index = np.zeros((size // _INDEX_ENTRY_BYTES, 3), np.int64)
@@ -97,29 +95,34 @@ class ShardReader:
             offset, end = index[entry, 0], int(index[entry, 0]) + int(index[entry, 1])
             if not (0 <= offset <= end - CRC_BYTES and end <= start):
                 raise DamagedError(self._path, "the shard's index does not fit its file")
-            index[entry, 2] = -1 if isinstance(self._file, ObjectFile) else self._crc_before(end)
+            index[entry, 2] = -1 if self._object else self._crc_before(end)
         return index
 
-    def _crc_before(self, end: int) -> int:
-        return int.from_bytes(bytes(self._file.read(CRC_BYTES, end - CRC_BYTES)), "little")
+    def _read(self, n_bytes: int, start: int) -> Any:
+        return self._object.read(n_bytes, start) if self._object else os.pread(self._descriptor, n_bytes, start)
 
-    def fetch(self, entries: Iterable[int]) -> None:
-        """Be told of inner chunks (in the index's order) that will be read, of an object by few requests."""
-        ranges = self.index[np.fromiter(entries, np.int64)] if isinstance(self._file, ObjectFile) else self.index[:0]
-        self._file.fetch((start, start + size) for start, size, _ in ranges.tolist() if start != _ABSENT)
+    def _crc_before(self, end: int) -> int:
+        return int.from_bytes(bytes(self._read(CRC_BYTES, end - CRC_BYTES)), "little")
+
+    def fetch(self, chunk: np.ndarray, layer: np.ndarray) -> None:
+        """Be told of inner chunks that will be read, so that an object's come by few requests."""
+        if self._object:
+            ranges = self.index[chunk * self._meta.n_layers + layer].tolist()
+            self._object.fetch((start, start + size) for start, size, _ in ranges if start != _ABSENT)
 
     def require_own(self, record: ShardRecord, keep: np.ndarray | None = None) -> None:
         """Raise `DamagedError` unless the file is the one of the manifest line `record`. keep: bool [t], the store's
-        mask; without it the file is hashed, however many layers there are. With it, an object is known by the hash that
-        its writer noted beside it, since both are exchanged together."""
+        mask; without it the file is hashed, however many layers there are. An object may also be known by the hash that
+        its writer noted with it."""
         n_layers = self._meta.n_layers
-        if keep is not None and self._file.noted == record.xxh3_128:
+        if keep is not None and self._object and self._object.noted == record.xxh3_128:
             return
-        if keep is None or n_layers <= _HASHED_LAYERS or isinstance(self._file, ObjectFile):
-            self._file.fetch([(0, self._n_bytes)])
+        if keep is None or n_layers <= _HASHED_LAYERS or self._object:
+            if keep is None and self._object:
+                self._object.fetch([(0, self._n_bytes)])
             digest = xxhash.xxh3_128()
             for start in range(0, self._n_bytes, _READ_BYTES):
-                digest.update(self._file.read(_READ_BYTES, start))
+                digest.update(self._read(_READ_BYTES, start))
             if digest.hexdigest() != record.xxh3_128:
                 self.read_shard(self._meta.shard_tokens)  # Raises where a chunk is damaged.
                 raise DamagedError(self._path, f"wrong hash: {_ANOTHER}")
@@ -152,19 +155,27 @@ class ShardReader:
             return
         packed = self._meta.codec == "zstd"
         data = np.empty(length - CRC_BYTES, np.uint8) if packed else out
-        fits = data.nbytes + CRC_BYTES == length and self._file.fill(data, offset)
+        fits = data.nbytes + CRC_BYTES == length and self._fill(data, offset)
         if not fits or crc32c(data) != (self._crc_before(offset + length) if check < 0 else check):
             which = f"token chunk {chunk} at stored layer {layer}"
             raise DamagedError(self._path, f"the checksum of {which} does not match{self._exchanged}")
         if packed:
             Zstd().decode(data, out)
 
+    def _fill(self, out: np.ndarray, offset: int) -> bool:
+        """Fill `out`; gives whether there were bytes enough. macOS before 11 has no preadv."""
+        if hasattr(os, "preadv") and not self._object:
+            return os.preadv(self._descriptor, [out.data], offset) == out.nbytes
+        data = self._read(out.nbytes, offset)
+        if len(data) == out.nbytes:
+            out[:] = np.frombuffer(data, np.uint8)
+        return len(data) == out.nbytes
+
     def read_shard(self, n_tokens: int) -> np.ndarray:
         """The shard's first `n_tokens` tokens: [n_tokens, L, D] in the stored format."""
         meta = self._meta
         out = np.empty((n_tokens, meta.n_layers, meta.d_model), STORAGE_DTYPE[meta.stored_dtype])
         block = np.empty((meta.chunk_tokens, meta.d_model), out.dtype)
-        self._file.fetch([(0, self._n_bytes)])
         for start in range(0, n_tokens, meta.chunk_tokens):
             rows = out[start : start + meta.chunk_tokens]
             for layer in range(meta.n_layers):
@@ -173,7 +184,8 @@ class ShardReader:
         return out
 
     def close(self) -> None:
-        self._file.close()
+        if not self._object:
+            os.close(self._descriptor)
 
     def __enter__(self) -> "ShardReader":
         return self
@@ -238,9 +250,8 @@ class ShardWriter:
             raise self._unstorable(shard, data) from None
         parts = seal_slots(packed.slots, meta)
         try:
-            digest = _hash(parts)
-            self._lock.write(self._path / shard_name(shard), parts, digest)
-            self._commit(shard, packed.moments, parts, digest)
+            self._lock.write(self._path / shard_name(shard), parts)
+            self._commit(shard, packed.moments, parts)
         except FileNotFoundError:
             self._lock.require_here(self._path)
             raise
@@ -257,7 +268,7 @@ class ShardWriter:
             raise self._unstorable(shard, raw)
         sync(path)
         sync(path.parent)
-        self._commit(shard, packer.pack(raw, keep).moments, [memoryview(data)], _hash([memoryview(data)]))
+        self._commit(shard, packer.pack(raw, keep).moments, [memoryview(data)])
 
     def close(self) -> None:
         """Give up the lock."""
@@ -274,26 +285,26 @@ class ShardWriter:
             self._packer = ShardPacker(self._meta)
         return self._packer
 
-    def _commit(self, shard: int, moments: ShardMoments, parts: list[memoryview], xxh3: str) -> None:
-        """Make a shard whose file, `parts` of this hash, is in place count: its moments, then its line."""
+    def _commit(self, shard: int, moments: ShardMoments, parts: list[memoryview]) -> None:
+        """Make a shard whose file, `parts`, is in place count: its moments, then its line."""
         start, stop = self._meta.shard_bounds(shard)
         numbers = arrays.encode_numbers(np.stack([moments.mean, moments.m2]))
-        moments_xxh3 = xxhash.xxh3_128_hexdigest(numbers)
-        self._lock.write(self._path / arrays.moments_name(shard), [numbers], moments_xxh3)
+        self._lock.write(self._path / arrays.moments_name(shard), [numbers])
+        digest = xxhash.xxh3_128()
+        for part in parts:
+            digest.update(part)
         record = ShardRecord(
             shard=shard,
             tokens=stop - start,
             kept=moments.count,
             bytes=sum(part.nbytes for part in parts),
-            xxh3_128=xxh3,
-            moments_xxh3_128=moments_xxh3,
+            xxh3_128=digest.hexdigest(),
+            moments_xxh3_128=xxhash.xxh3_128_hexdigest(numbers),
             norm_sums=moments.norm_sums.tolist(),
             config_hash=self._meta.config_hash,
         )
         self._lock.require_here(self._path)
-        line = sealed(record._asdict())
-        self._lines.append(line)
-        self._manifest.lines[shard] = line[:-1]
+        self._manifest.lines[shard] = self._lines.append(record)
 
     def _unstorable(self, shard: int, data: np.ndarray) -> ResidscopeError:
         """The error for a value that the stored format cannot hold."""
@@ -307,10 +318,3 @@ class ShardWriter:
             f"{dimension}: the value {value} is not finite in {meta.stored_dtype}. Shard {shard} was not written. "
             "Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
         )
-
-
-def _hash(parts: list[memoryview]) -> str:
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
