@@ -24,7 +24,7 @@ def has_begun(out: Path) -> bool:
     refuse_shared(out, options_file(out))
     if isinstance(out, URL) and (not out.exists() or (out / FILE).is_file()):
         return is_store(out)  # If not, of a run that was killed before the store was one.
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and not any(out.glob("*"))):
         parent = nearest_folder(out.absolute().parent)
         if not os.access(parent, os.W_OK | os.X_OK):
             raise ResidscopeError(f"--out {out}: {parent} cannot be written to; choose another place")

@@ -5,6 +5,7 @@ at the run's own batch size. The whole text is not read, so that the number of t
 unknown. Tested in tests/harvest/test_run.py.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from harvest.table import pack
 from harvest.text.encode import Document, encode_documents
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes, human_seconds
-from residscope.destinations import free_bytes
+from residscope.destinations import nearest_folder
+from residscope.urls import URL
 
 _SAMPLE_CHARACTERS = 200_000
 _MEASURE_SECONDS = 2.0
@@ -84,7 +86,8 @@ def estimate(config: HarvestConfig) -> Estimate:
     model = load_weights(settings)
     speed = _measure(BatchRunner(model, settings), settings, sample)
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
-    n_bytes, free = tokens * settings.bytes_per_token, free_bytes(config.out)
+    n_bytes, at_url = tokens * settings.bytes_per_token, isinstance(config.out, URL)  # A bucket has no end.
+    free = sys.maxsize if at_url else shutil.disk_usage(nearest_folder(config.out.absolute())).free
     return Estimate(
         model=settings.spec.name,
         architecture=model.architecture,

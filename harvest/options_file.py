@@ -7,7 +7,6 @@ tests/harvest/test_run.py and tests/analysis/model/test_findings.py.
 """
 
 import tomllib
-from contextlib import nullcontext
 from pathlib import Path
 
 from harvest.config import HarvestConfig
@@ -17,7 +16,6 @@ from residscope.errors import IncompatibleError
 from residscope.names import beside
 from residscope.options import to_flat, to_toml
 from residscope.reading import CONFIG_BYTES, read_whole, reading
-from residscope.urls import URL
 from store.files import atomic_write
 
 
@@ -38,11 +36,8 @@ def save_options(config: HarvestConfig) -> None:
             values[name] = _in_full(values[name])
     for name in ("overwrite", "dry_run", "json"):
         del values[name]
-    folder = config.out.absolute().parent
-    with (
-        nullcontext() if isinstance(folder, URL) else held_alone(folder, config.out, wait=True)
-    ):  # acts and acts.zarr share the file
-        refuse_shared(config.out, options_file(config.out))  # acts and acts.zarr share the file
+    with held_alone(config.out.absolute().parent, config.out, wait=True):  # acts and acts.zarr share the file
+        refuse_shared(config.out, options_file(config.out))
         atomic_write(options_file(config.out), [to_toml(values).encode()])
 
 

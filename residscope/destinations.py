@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import tomllib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -20,15 +19,18 @@ from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.names import stem
 from residscope.reading import CONFIG_BYTES, read_json, read_whole
-from residscope.urls import URL, as_path
+from residscope.urls import URL
 
 
 @contextlib.contextmanager
 def held_alone(folder: Path, out: Path, flag: str = "--out", *, wait: bool = False) -> Iterator[None]:
     """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does, unless `wait`.
 
-    The lock ends with the process, however it ends. A file system without locks keeps nobody out.
+    The lock ends with the process, however it ends. A file system without locks, and a URL, keeps nobody out.
     """
+    if isinstance(folder, URL):
+        yield
+        return
     with contextlib.ExitStack() as stack:
         try:
             descriptor = os.open(folder, os.O_RDONLY)
@@ -214,14 +216,9 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def free_bytes(path: Path) -> int:
-    """Room on the disk that `path` is, or will be, on; a bucket has no end."""
-    return sys.maxsize if isinstance(path, URL) else shutil.disk_usage(nearest_folder(path.absolute())).free
-
-
 def require_space(path: str | os.PathLike[str], n_bytes: int) -> None:
     """Raise `ResidscopeError` when the disk that `path` is, or will be, on has less than `n_bytes` free."""
-    free = free_bytes(as_path(path))
+    free = shutil.disk_usage(nearest_folder(Path(path).absolute())).free
     if free < n_bytes:
         raise ResidscopeError(
             f"{path}: needs {human_bytes(n_bytes)}, but its disk has {human_bytes(free)} free. Use fewer tokens "

@@ -1,5 +1,4 @@
-"""Objects in a bucket as files: `as_path` makes of s3://, gs:// and az:// URLs a `URL`, a `Path` whose methods are
-requests (obstore), and of all else, file:// too, a path of the disk.
+"""Objects in a bucket as files: `URL` is a `Path` whose methods are requests (obstore).
 
 How: what asks a path for bytes, size or names works for both. What hands one to the operating system gets `UsageError`.
 An object is whole or absent. A request without an answer is made again for `RETRY_SECONDS`. Credentials come from the
@@ -20,34 +19,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path, PosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError, said
 from residscope.reading import reading
 
 RETRY_SECONDS = 60.0
-_T = TypeVar("_T")
 
 
 class ConflictError(ResidscopeError):
     """An object is not in the state that a conditional request named."""
 
 
-class _NoAnswerError(ResidscopeError):
-    """A request that may work a moment later."""
-
-
 class Got(NamedTuple):
-    """An object, or a range of one, at one moment."""
+    """An object, or a range of one: its bytes, its size, a tag of its state, the XXH3-128 that its writer noted."""
 
     data: Any
     size: int
-    """Bytes of the whole object."""
     tag: dict[str, Any]
-    """Changes with every change of the object; names its state in a conditional request."""
     xxh3: str | None
-    """XXH3-128 of the whole object as its writer noted it."""
 
 
 def as_path(place: str | os.PathLike[str]) -> Path:
@@ -59,8 +50,7 @@ def as_path(place: str | os.PathLike[str]) -> Path:
     if scheme == "file" and bucket in ("", "localhost") and rest:
         return Path(unquote(rest))
     if "@" in bucket or re.search(r"[?#]", match[0]):
-        way_out = "give credentials in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        raise UsageError(f"{scheme}://...: a URL should hold no user, password or signature (@ ? #); {way_out}")
+        raise UsageError(f"{scheme}://...: secrets (user:password@, ?key) belong in the environment, not in a URL")
     if scheme not in ("s3", "gs", "az", "memory") or not bucket:
         raise UsageError(f"{place}: should be a path, s3://BUCKET/NAME, gs://BUCKET/NAME or az://CONTAINER/NAME")
     return URL(match[0])
@@ -73,7 +63,7 @@ class URL(PosixPath):
         return super().__str__().replace(":/", "://", 1)
 
     def __fspath__(self) -> str:
-        raise UsageError(f"{self}: should be on a disk; of what is written, only a store may be at a URL")
+        raise UsageError(f"{self}: should be on a disk: only stores and autoencoders are read at URLs, and stores made")
 
     @property
     def parents(self) -> Sequence["URL"]:  # type: ignore[override]
@@ -84,23 +74,20 @@ class URL(PosixPath):
 
     resolve = absolute  # type: ignore[assignment]
 
-    def get(self, start: int = 0, stop: int | None = None, tag: dict[str, Any] | None = None) -> Got:
+    def get(
+        self, start: int = 0, stop: int | None = None, tag: dict[str, Any] | None = None, head: bool = False
+    ) -> Got:
         """The object, or its bytes from `start` to before `stop`, fewer where it ends sooner; as long as it has `tag`.
 
-        Raises `FileNotFoundError`, `ConflictError` where it has another, `ResidscopeError`.
+        head: all but bytes. Raises `FileNotFoundError`, `ConflictError` where it has another tag, `ResidscopeError`.
         """
-        options: dict[str, Any] = {"if_match": tag["e_tag"]} if tag else {}
-        return self._got(options if stop is None else {**options, "range": (start, stop)})
+        options: dict[str, Any] = {"head": True} if head else {}
+        options |= ({"if_match": tag["e_tag"]} if tag else {}) | ({} if stop is None else {"range": (start, stop)})
 
-    def head(self) -> Got:
-        """What is known of the object, without its bytes; raises as `get`."""
-        return self._got({"head": True})
-
-    def _got(self, options: dict[str, Any]) -> Got:
         def ask(obstore: Any, client: Any) -> Got:
             found = obstore.get(client, self._key, options=options)
-            data = None if "head" in options else found.bytes()
-            return Got(data, found.meta["size"], _tag(found.meta), found.attributes.get("xxh3"))
+            data, size = None if head else found.bytes(), found.meta["size"]
+            return Got(data, size, _tag(found.meta), found.attributes.get("xxh3"))
 
         if not self._key:
             raise FileNotFoundError(errno.ENOENT, "No such object", str(self))
@@ -114,7 +101,7 @@ class URL(PosixPath):
             return _tag(self._asked(lambda obstore, client: obstore.put(client, self._key, data, **options)))
         except ConflictError:
             with contextlib.suppress(FileNotFoundError):
-                found = self.head() if xxh3 else self.get()
+                found = self.get(head=True) if xxh3 else self.get()
                 if found.xxh3 == xxh3 if xxh3 else found.data == data:
                     return found.tag
             raise
@@ -126,19 +113,18 @@ class URL(PosixPath):
         return (path for path in paths if path.match(pattern))
 
     def stat(self, **_: Any) -> os.stat_result:
-        return os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, self.head().size, 0, 0, 0))
+        return os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, self.get(head=True).size, 0, 0, 0))
 
     def is_file(self, **_: Any) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return self.head().size >= 0
+            return self.get(head=True).size >= 0
         return False
 
-    def is_dir(self, **_: Any) -> bool:
-        some = {"prefix": self._key or None, "chunk_size": 1}
-        return self._asked(lambda obstore, client: any(len(part) for part in obstore.list(client, **some)))
-
     def exists(self, **_: Any) -> bool:
-        return self.is_file() or self.is_dir()
+        some = {"prefix": self._key or None, "chunk_size": 1}
+        return self.is_file() or self._asked(lambda obstore, client: any(map(len, obstore.list(client, **some))))
+
+    is_dir = exists
 
     def read_bytes(self) -> bytes:
         return bytes(self.get().data)
@@ -150,7 +136,7 @@ class URL(PosixPath):
     def _key(self) -> str:
         return "/".join(self.parts[2:])
 
-    def _asked(self, ask: Callable[[Any, Any], _T]) -> _T:
+    def _asked(self, ask: Callable[[Any, Any], Any]) -> Any:
         """What a request gives, which is made again while there is no answer."""
         client = _client(*self.parts[:2])
         import obstore
@@ -159,17 +145,14 @@ class URL(PosixPath):
         while True:
             try:
                 return ask(obstore, client)
-            except obstore.exceptions.BaseError as error:
-                told = self._told(error, str(error))
-            except FileNotFoundError as error:
-                told = self._told(error, str(error))
-            if not isinstance(told, _NoAnswerError) or time.monotonic() + pause > end:
+            except (obstore.exceptions.BaseError, FileNotFoundError) as error:
+                told = self._told(error, str(error), last=time.monotonic() + pause > end)
+            if told:
                 raise told
-            time.sleep(pause)
-            pause = min(2 * pause, 5)
+            time.sleep(pause := min(2 * pause, 5))
 
-    def _told(self, error: Exception, text: str) -> Exception:
-        """The error that a user, or who handles files, knows."""
+    def _told(self, error: Exception, text: str, last: bool) -> Exception | None:
+        """The error that a user, or who handles files, knows; None for what may work a moment later, unless `last`."""
         from obstore import exceptions as raised
 
         code = (re.findall(r"<Code>(\w+)</Code>", text) or [type(error).__name__.removesuffix("Error")])[0]
@@ -188,8 +171,8 @@ class URL(PosixPath):
             return IncompatibleError(f"{self}: the object is smaller than it should be")
         # What failed is at the end of the first part; behind a "?" a signature may stand.
         reason = said(ValueError(re.sub(r"\?\S*", "", text.partition("Debug source")[0]).rpartition(" - ")[2]))
-        way_out = "check the network and AWS_ENDPOINT_URL, then run the same command again"
-        return _NoAnswerError(f"{self}: no answer in {RETRY_SECONDS:.0f} s ({reason}); {way_out}")
+        where = f"{self}: no answer in {RETRY_SECONDS:.0f} s ({reason})"
+        return ResidscopeError(f"{where}; check the network and AWS_ENDPOINT_URL, then run it again") if last else None
 
 
 def _tag(of: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from store.folder import make_folder, read_meta, require_store
 from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
-from store.remote.objects import THREADS, Lock, ObjectLock
+from store.remote.objects import THREADS, ObjectLock, StoreLock
 from store.shards import ShardReader, ShardWriter, shard_name
 
 _FILL = "run the same `harvest` command again to fill"
@@ -40,7 +40,7 @@ _FILL = "run the same `harvest` command again to fill"
 class ActivationStore:
     """An open store, made by `create` or `open`. Pickles as its path and content hash; unpickled open for reading."""
 
-    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: Lock | None) -> None:
+    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: StoreLock | None) -> None:
         """For `create` and `open`; with `lock` the store is open for writing."""
         self.path = path
         self.meta = meta
@@ -98,8 +98,7 @@ class ActivationStore:
             if not (partial or writable):
                 store._require_all_shards()
             if writable:
-                names = {name(shard) for shard in manifest.lines for name in (shard_name, arrays.moments_name)}
-                remove_leftovers(path, names)
+                remove_leftovers(path, manifest.lines)
             return store
         except BaseException:
             if lock:

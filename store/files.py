@@ -55,13 +55,9 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def remove_leftovers(folder: Path, listed: Collection[str]) -> None:
-    """Remove temporary files that a crash left in the folders directly below `folder`; at a URL, where there are none,
-    what lies beside the objects `listed` in the folders of these."""
-    if isinstance(folder, URL):
-        for path in (path for name in ("resid_post", "shard_moments") for path in (folder / name).glob("c.*")):
-            if str(path.relative_to(folder)) not in listed:
-                path.unlink()
-        return
-    for path in folder.glob(f"*/*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, shards: Collection[int]) -> None:
+    """Remove temporary files that a crash left in the folders directly below `folder`; at a URL, those of other shards
+    than `shards`."""
+    for path in folder.glob("c.*.0.0*" if isinstance(folder, URL) else f"*/*{TEMPORARY}"):
+        if not isinstance(folder, URL) or int(path.name.split(".")[1]) not in shards:
+            path.unlink(missing_ok=True)

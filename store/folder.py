@@ -17,15 +17,15 @@ from store import arrays
 from store.arrays import TokenTable
 from store.checksums import file_hashes, read_checked
 from store.files import sync, sync_tree
-from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, header
+from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, read_manifest, write_header
 from store.meta import StoreMeta
-from store.remote.objects import Lock, ObjectLock
+from store.remote.objects import ObjectLock, StoreLock
 
 
 def is_store(path: Path) -> bool:
     """Whether an activation store, whole or not, is at `path`."""
     if isinstance(path, URL):  # The manifest's header, which comes last, makes it one.
-        return (path / FILE).is_file() and bytes((path / FILE).get(0, 1).data) == b"{"
+        return (path / FILE).is_file() and (path / FILE).get(0, 1).data == b"{"
     return (path / "zarr.json").is_file() and (path / FILE).is_file()
 
 
@@ -70,23 +70,15 @@ def make_objects(path: URL, meta: StoreMeta, tokens: TokenTable) -> tuple[URL, O
         if left != path / FILE:
             left.unlink()
     with tempfile.TemporaryDirectory(prefix="residscope-") as name:
-        folder = Path(name)
-        _make_arrays(folder, meta, tokens)
-        hashes = file_hashes(folder)
-        for file in hashes:
+        folder, of_folder = make_folder(Path(name) / "store", meta, tokens)
+        of_folder.release()
+        for file in read_manifest(folder).checksums:
             lock.write(path / file, [(folder / file).read_bytes()])
-    lock.append(header(meta.config_hash, hashes))
+        lock.append((folder / FILE).read_bytes())
     return path, lock
 
 
-def _make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
-    with stop_on_signals() as stopped:  # zarr's event loop prints pages to stderr when a signal interrupts it.
-        arrays.make_arrays(folder, meta, tokens)
-    if stopped():
-        raise KeyboardInterrupt
-
-
-def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, Lock]:
+def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, StoreLock]:
     """Make a store without shards; gives where it is, and its writer's lock.
 
     It is built in the folder `PATH.planning` and renamed as a whole. What a crash left there is cleared first. Where
@@ -103,8 +95,11 @@ def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, 
         for entry in (*building.iterdir(), *(building / FOLDER).iterdir()):
             if entry not in (building / FOLDER, building / LOCK):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        _make_arrays(building, meta, tokens)
-        (building / FILE).write_bytes(header(meta.config_hash, file_hashes(building)))
+        with stop_on_signals() as stopped:  # zarr's event loop prints pages to stderr when a signal interrupts it.
+            arrays.make_arrays(building, meta, tokens)
+        if stopped():
+            raise KeyboardInterrupt
+        write_header(building, meta.config_hash, file_hashes(building))
         sync_tree(building)
         building.replace(path)
         sync(path.parent)

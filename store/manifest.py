@@ -145,9 +145,9 @@ def forget_lines(store: Path, shards: Collection[int]) -> None:
             atomic_write(path, list(kept.values()))
 
 
-def header(config_hash: str, checksums: Mapping[str, str]) -> bytes:
-    """The first line of a new store's manifest."""
-    return sealed({"config_hash": config_hash, "checksums": dict(checksums)})
+def write_header(store: Path, config_hash: str, checksums: Mapping[str, str]) -> None:
+    """Start the manifest of a new store, in its folder."""
+    (store / FILE).write_bytes(sealed({"config_hash": config_hash, "checksums": dict(checksums)}))
 
 
 class ManifestWriter:

@@ -35,7 +35,7 @@ from store.files import sync
 from store.manifest import Manifest, ManifestWriter, ShardRecord
 from store.meta import ZSTD_LEVEL, StoreMeta
 from store.moments import ShardMoments
-from store.remote.objects import Lock, ObjectFile, ObjectLock
+from store.remote.objects import ObjectFile, ObjectLock, StoreLock
 
 if TYPE_CHECKING:
     from store.pack import ShardPacker
@@ -62,8 +62,7 @@ class ShardReader:
     def __init__(
         self, path: Path, meta: StoreMeta, n_bytes: int, index: np.ndarray | None = None, known: Any = None
     ) -> None:
-        """Open the file; check its size and read its index, unless the `index` of an earlier reader is given. known: a
-        store's own, for `ObjectFile`."""
+        """Open the file; check its size and read its index, unless the `index` of an earlier reader is given."""
         self._path, self._meta, self._n_bytes, self._object = path, meta, n_bytes, None
         self._exchanged = "" if index is None else ": it is damaged, or was exchanged while it was in use"
         try:
@@ -222,7 +221,7 @@ def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:
 class ShardWriter:
     """Writes shards of one store, whose lock it holds until it is closed."""
 
-    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: Lock) -> None:
+    def __init__(self, path: Path, meta: StoreMeta, manifest: Manifest, lock: StoreLock) -> None:
         """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is written."""
         self._path, self._meta, self._manifest, self._lock = path, meta, manifest, lock
         self._lines = lock if isinstance(lock, ObjectLock) else ManifestWriter(path, manifest.intact_bytes)

@@ -1,19 +1,14 @@
-"""A store's objects at a URL: reading parts of a shard's by long ranges, and writing by conditional requests.
+"""A store's objects at a URL: reading parts of a shard's, and writing by conditional requests.
 
-How, reading: what will be needed is told first (`fetch`): ranges that touch are one, long ones are cut, and parts are
-asked for in parallel. The first look at an object takes its tag; later requests hold for this tag alone, so that
-nothing of an exchanged object is used.
-
-How, writing: the manifest is in objects of at most 256 lines, of which the last is replaced on condition that it is as
-this writer left it. Who opens a store for writing puts a blank line at its end (or begins the next), so that every
-earlier writer fails at its next line, and is told. A shard's object is put on condition that none is there, so that the
-late upload of such a writer exchanges nothing that counts. What a killed writer left without a line is removed on
-opening. A server that knows no conditions takes every writer.
+Reading: ranges that touch are one, long ones are cut, parts are asked for in parallel. The first look at an object
+takes its tag; later requests hold for this tag alone, so that nothing of an exchanged one is used. Writing: the
+manifest is in objects of at most 256 lines, of which the last is replaced if it is as this writer left it. Who opens a
+store for writing puts a blank line at its end (or begins the next), so that an earlier writer fails at its next line. A
+shard is put only where none is, so that the late upload of such a writer exchanges nothing that counts.
 """
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -28,6 +23,7 @@ from store.manifest import FOLDER, ShardRecord, WriterLock, is_intact, sealed
 
 THREADS = 32
 """Requests under way at once."""
+_REQUESTS = ThreadPoolExecutor(THREADS, "request")
 _LONGEST = 8 << 20
 _TAIL_BYTES = 1 << 16
 _MOST_LINES = 256
@@ -52,7 +48,7 @@ class ObjectFile:
         """Read these ranges (start, stop)."""
         for start, stop in merged(range_ for range_ in ranges if self._at(*range_) is None):
             parts = [(i, min(i + _LONGEST, stop)) for i in range(start, stop, _LONGEST)]
-            found = [*(_requests().map(self._get, parts) if len(parts) > 1 else map(self._get, parts))]
+            found = [*(_REQUESTS.map(self._get, parts) if len(parts) > 1 else map(self._get, parts))]
             self._held.append((start, found[0] if len(found) == 1 else np.concatenate(found)))
             if stop - start == self.size:  # Who hashes a shard reads it next, in the same thread.
                 self._known[get_ident()] = self._url, self._held[-1][1]
@@ -84,11 +80,6 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-@cache
-def _requests() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(THREADS, "request")
-
-
 class ObjectLock:
     """The right to write a store at a URL, and its manifest's writer: a `WriterLock` and a `ManifestWriter`."""
 
@@ -118,29 +109,26 @@ class ObjectLock:
     def append(self, record: ShardRecord | bytes) -> bytes:
         """As that of `ManifestWriter`, of a line too; `ResidscopeError` where another process has taken over."""
         self._data = b"".join(line for line in self._data.splitlines(keepends=True) if is_intact(line[:-1]))
-        line = record if isinstance(record, bytes) else sealed(record._asdict())
-        self._add(line)
+        self._add(line := record if isinstance(record, bytes) else sealed(record._asdict()))
         return line[:-1]
 
-    def write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    def write(self, path: Any, parts: Sequence[bytes | memoryview]) -> None:
         """Make an object that does not count yet, and note its hash with it."""
-        assert isinstance(path, URL)
         data = b"".join(parts)
         xxh3 = xxhash.xxh3_128_hexdigest(data)
         try:
             path.put(data, "create", xxh3)
         except ConflictError:  # Put by who had the store before, after this one had looked for such.
             self.require_here(self._store)
-            path.put(data, path.head().tag, xxh3)
+            path.put(data, path.get(head=True).tag, xxh3)
 
     def require_here(self, store: Path) -> None:
         """`ResidscopeError` where another process has taken over, or the store is gone."""
-        if not self._segment.is_file() or self._segment.head().tag["e_tag"] != self._tag["e_tag"]:
+        if not self._segment.is_file() or self._segment.get(head=True).tag["e_tag"] != self._tag["e_tag"]:
             raise self._lost()
 
     def _lost(self) -> ResidscopeError:
-        what = "another process has begun to write this store; wait until it ends, then run the same command again"
-        return ResidscopeError(f"{self._store}: {what}")
+        return ResidscopeError(f"{self._store}: another process is writing this store now; wait until it ends")
 
     def release(self) -> None:
         """Does nothing: who opens the store next takes over."""
@@ -148,4 +136,4 @@ class ObjectLock:
     close = release
 
 
-Lock = WriterLock | ObjectLock
+StoreLock = WriterLock | ObjectLock
