@@ -86,8 +86,8 @@ def estimate(config: HarvestConfig) -> Estimate:
     model = load_weights(settings)
     speed = _measure(BatchRunner(model, settings), settings, sample)
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
-    n_bytes, at_url = tokens * settings.bytes_per_token, isinstance(config.out, URL)  # A bucket has no end.
-    free = sys.maxsize if at_url else shutil.disk_usage(nearest_folder(config.out.absolute())).free
+    n_bytes = tokens * settings.bytes_per_token  # A bucket has no end.
+    free = sys.maxsize if isinstance(config.out, URL) else shutil.disk_usage(nearest_folder(config.out.absolute())).free
     return Estimate(
         model=settings.spec.name,
         architecture=model.architecture,

@@ -28,10 +28,6 @@ from residscope.reading import reading
 RETRY_SECONDS = 60.0
 
 
-class ConflictError(ResidscopeError):
-    """An object is not in the state that a conditional request named."""
-
-
 class Got(NamedTuple):
     """An object, or a range of one: its bytes, its size, a tag of its state, the XXH3-128 that its writer noted."""
 
@@ -51,7 +47,7 @@ def as_path(place: str | os.PathLike[str]) -> Path:
         return Path(unquote(rest))
     if "@" in bucket or re.search(r"[?#]", match[0]):
         raise UsageError(f"{scheme}://...: secrets (user:password@, ?key) belong in the environment, not in a URL")
-    if scheme not in ("s3", "gs", "az", "memory") or not bucket:
+    if scheme not in ("s3", "gs", "az") or not bucket:
         raise UsageError(f"{place}: should be a path, s3://BUCKET/NAME, gs://BUCKET/NAME or az://CONTAINER/NAME")
     return URL(match[0])
 
@@ -74,20 +70,18 @@ class URL(PosixPath):
 
     resolve = absolute  # type: ignore[assignment]
 
-    def get(
-        self, start: int = 0, stop: int | None = None, tag: dict[str, Any] | None = None, head: bool = False
-    ) -> Got:
+    def get(self, start: int = 0, stop: int | None = None, tag: Any = None, *, head: bool = False) -> Got:
         """The object, or its bytes from `start` to before `stop`, fewer where it ends sooner; as long as it has `tag`.
 
-        head: all but bytes. Raises `FileNotFoundError`, `ConflictError` where it has another tag, `ResidscopeError`.
+        head: all but bytes. Raises `FileNotFoundError`, `FileExistsError` where it has another tag, `ResidscopeError`.
         """
         options: dict[str, Any] = {"head": True} if head else {}
         options |= ({"if_match": tag["e_tag"]} if tag else {}) | ({} if stop is None else {"range": (start, stop)})
 
         def ask(obstore: Any, client: Any) -> Got:
             found = obstore.get(client, self._key, options=options)
-            data, size = None if head else found.bytes(), found.meta["size"]
-            return Got(data, size, _tag(found.meta), found.attributes.get("xxh3"))
+            tag = {name: found.meta[name] for name in ("e_tag", "version")}
+            return Got(None if head else found.bytes(), found.meta["size"], tag, found.attributes.get("xxh3"))
 
         if not self._key:
             raise FileNotFoundError(errno.ENOENT, "No such object", str(self))
@@ -95,11 +89,12 @@ class URL(PosixPath):
 
     def put(self, data: bytes, mode: Any = "overwrite", xxh3: str | None = None) -> dict[str, Any]:
         """Make the object, and give its tag. mode: "create" where none should be there, or the tag of the one to
-        replace; `ConflictError` where there is another, unless it has these bytes: an answer was lost."""
+        replace; `FileExistsError` where there is another, unless it has these bytes: an answer was lost."""
+        mode = mode if isinstance(mode, str) else {name: mode[name] for name in mode if mode[name] is not None}
         options = {"mode": mode, "attributes": {"xxh3": xxh3} if xxh3 else {}, "use_multipart": False}
         try:
-            return _tag(self._asked(lambda obstore, client: obstore.put(client, self._key, data, **options)))
-        except ConflictError:
+            return dict(self._asked(lambda obstore, client: obstore.put(client, self._key, data, **options)))
+        except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
                 found = self.get(head=True) if xxh3 else self.get()
                 if found.xxh3 == xxh3 if xxh3 else found.data == data:
@@ -138,30 +133,27 @@ class URL(PosixPath):
 
     def _asked(self, ask: Callable[[Any, Any], Any]) -> Any:
         """What a request gives, which is made again while there is no answer."""
-        client = _client(*self.parts[:2])
-        import obstore
-
+        obstore, client = _client(*self.parts[:2])
         end, pause = time.monotonic() + RETRY_SECONDS, 0.25
         while True:
             try:
                 return ask(obstore, client)
             except (obstore.exceptions.BaseError, FileNotFoundError) as error:
-                told = self._told(error, str(error), last=time.monotonic() + pause > end)
+                told = self._told(error, obstore.exceptions, last=time.monotonic() + pause > end)
             if told:
                 raise told
             time.sleep(pause := min(2 * pause, 5))
 
-    def _told(self, error: Exception, text: str, last: bool) -> Exception | None:
+    def _told(self, error: Exception, raised: Any, last: bool) -> Exception | None:
         """The error that a user, or who handles files, knows; None for what may work a moment later, unless `last`."""
-        from obstore import exceptions as raised
-
+        text = str(error)
         code = (re.findall(r"<Code>(\w+)</Code>", text) or [type(error).__name__.removesuffix("Error")])[0]
         if code in ("NoSuchBucket", "ContainerNotFound") or "specified bucket does not exist" in text:
             return UsageError(f"{self}: there is no bucket {self.parts[1]!r}; make it, or correct the URL")
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(errno.ENOENT, "No such object", str(self))
         if isinstance(error, (raised.AlreadyExistsError, raised.PreconditionError)):
-            return ConflictError(f"{self}: another process has changed it meanwhile; run the same command again")
+            return FileExistsError(errno.EEXIST, "Another process has changed it meanwhile", str(self))
         keys = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what the provider's are called), or ~/.aws"
         if isinstance(error, (raised.PermissionDeniedError, raised.UnauthenticatedError)):
             return ResidscopeError(f"{self}: access denied ({code}); {keys}, and what they may do in this bucket")
@@ -171,23 +163,19 @@ class URL(PosixPath):
             return IncompatibleError(f"{self}: the object is smaller than it should be")
         # What failed is at the end of the first part; behind a "?" a signature may stand.
         reason = said(ValueError(re.sub(r"\?\S*", "", text.partition("Debug source")[0]).rpartition(" - ")[2]))
-        where = f"{self}: no answer in {RETRY_SECONDS:.0f} s ({reason})"
-        return ResidscopeError(f"{where}; check the network and AWS_ENDPOINT_URL, then run it again") if last else None
-
-
-def _tag(of: Any) -> dict[str, Any]:
-    return {name: of[name] for name in ("e_tag", "version") if of[name] is not None}
+        told = (
+            f"no answer in {RETRY_SECONDS:.0f} s ({reason}); check the network and AWS_ENDPOINT_URL, then run it again"
+        )
+        return ResidscopeError(f"{self}: {told}") if last else None
 
 
 @functools.cache
-def _client(scheme: str, bucket: str) -> Any:
-    """The connection to a bucket, one in a process."""
+def _client(scheme: str, bucket: str) -> tuple[Any, Any]:
+    """The library, and the connection to a bucket, one in a process."""
     try:
-        from obstore import store
+        import obstore.store
     except ImportError:
         raise UsageError(f"{scheme}//{bucket}: needs obstore; pip install 'residscope[s3]'") from None
-    if scheme == "memory:":
-        return store.MemoryStore()
     options: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": "120s"}
     options = {"client_options": options, "retry_config": {"max_retries": 2, "retry_timeout": timedelta(seconds=5)}}
     if scheme == "s3:" and "AWS_ACCESS_KEY_ID" not in os.environ:  # obstore reads no file of AWS'.
@@ -197,7 +185,7 @@ def _client(scheme: str, bucket: str) -> Any:
         keys = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
         options |= {key: parser[profile][key] for key in keys if parser.has_option(profile, key)}
     with reading(f"{scheme}//{bucket}: the provider's settings are wrong", "correct the environment", UsageError):
-        return store.from_url(f"{scheme}//{bucket}", **options)
+        return obstore, obstore.store.from_url(f"{scheme}//{bucket}", **options)
 
 
 @functools.cache

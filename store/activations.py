@@ -175,8 +175,7 @@ class ActivationStore:
         chunks = np.arange(start // size, -(-stop // size)) if start < stop else np.arange(0)
         for shard, group in self._by_shard(chunks):
             with self._reader(shard) as reader:
-                within = np.repeat(chunks[group] % meta.chunks_per_shard, len(chosen))
-                reader.fetch(within, np.resize(chosen, len(within)))
+                reader.fetch((chunks[group] % meta.chunks_per_shard)[:, None], np.array(chosen, np.int64))
                 for chunk in chunks[group].tolist():
                     first, end = max(chunk * size, start), min((chunk + 1) * size, stop)
                     rows = block[first - chunk * size : end - chunk * size]
@@ -206,8 +205,7 @@ class ActivationStore:
                 for where, at, row in zip(*(a[group].tolist() for a in (within, sorted_layer, order)), strict=True):
                     reader.read_chunk(where, at, target[row])
 
-        if isinstance(self.path, URL):
-            threads = max(threads, THREADS)  # which wait for answers, most of the time
+        threads = THREADS if isinstance(self.path, URL) else threads  # which wait for answers, most of the time
         # A part is at most a thread's share, so that a window out of one shard is read by all threads too.
         share, groups = max(-(-len(order) // threads), 1), self._by_shard(sorted_chunk)
         parts = [(s, slice(i, min(i + share, g.stop))) for s, g in groups for i in range(g.start, g.stop, share)]

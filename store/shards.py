@@ -59,17 +59,13 @@ def shard_name(shard: int) -> str:
 class ShardReader:
     """Reads inner chunks of one shard's file; several threads may use it at once, until it is closed."""
 
-    def __init__(
-        self, path: Path, meta: StoreMeta, n_bytes: int, index: np.ndarray | None = None, known: Any = None
-    ) -> None:
+    def __init__(self, path: Path, meta: StoreMeta, n_bytes: int, index: Any = None, known: Any = None) -> None:
         """Open the file; check its size and read its index, unless the `index` of an earlier reader is given."""
-        self._path, self._meta, self._n_bytes, self._object = path, meta, n_bytes, None
+        self._path, self._meta, self._n_bytes = path, meta, n_bytes
         self._exchanged = "" if index is None else ": it is damaged, or was exchanged while it was in use"
         try:
-            if isinstance(path, URL):
-                self._object = ObjectFile(path, n_bytes, {} if known is None else known)
-            else:
-                self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
+            self._object = ObjectFile(path, n_bytes, {} if known is None else known) if isinstance(path, URL) else None
+            self._descriptor = -1 if self._object else os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
         except FileNotFoundError:
             raise DamagedError(path, "the shard is missing") from None
         try:
@@ -106,7 +102,7 @@ class ShardReader:
     def fetch(self, chunk: np.ndarray, layer: np.ndarray) -> None:
         """Be told of inner chunks that will be read, so that an object's come by few requests."""
         if self._object:
-            ranges = self.index[chunk * self._meta.n_layers + layer].tolist()
+            ranges = self.index[(chunk * self._meta.n_layers + layer).reshape(-1)].tolist()
             self._object.fetch((start, start + size) for start, size, _ in ranges if start != _ABSENT)
 
     def require_own(self, record: ShardRecord, keep: np.ndarray | None = None) -> None:

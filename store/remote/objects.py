@@ -17,16 +17,13 @@ import numpy as np
 import xxhash
 
 from residscope.errors import ResidscopeError
-from residscope.urls import URL, ConflictError
+from residscope.urls import URL
 from store.checksums import DamagedError
 from store.manifest import FOLDER, ShardRecord, WriterLock, is_intact, sealed
 
-THREADS = 32
-"""Requests under way at once."""
+THREADS = 32  # requests under way at once
 _REQUESTS = ThreadPoolExecutor(THREADS, "request")
-_LONGEST = 8 << 20
-_TAIL_BYTES = 1 << 16
-_MOST_LINES = 256
+_LONGEST, _TAIL_BYTES, _MOST_LINES = 8 << 20, 1 << 16, 256
 
 
 class ObjectFile:
@@ -66,7 +63,7 @@ class ObjectFile:
     def _get(self, range_: tuple[int, int]) -> np.ndarray:
         try:
             return np.frombuffer(self._url.get(*range_, self._known[self._url]).data, np.uint8)
-        except (FileNotFoundError, ConflictError):
+        except (FileNotFoundError, FileExistsError):
             raise DamagedError(self._url, "it was removed or exchanged while it was in use") from None
 
 
@@ -102,7 +99,7 @@ class ObjectLock:
             self._number, self._tag, self._data = self._number + 1, "create", b""
         try:
             self._tag = self._segment.put(self._data + line, self._tag)
-        except ConflictError:
+        except FileExistsError:
             raise self._lost() from None
         self._data += line
 
@@ -118,7 +115,7 @@ class ObjectLock:
         xxh3 = xxhash.xxh3_128_hexdigest(data)
         try:
             path.put(data, "create", xxh3)
-        except ConflictError:  # Put by who had the store before, after this one had looked for such.
+        except FileExistsError:  # Put by who had the store before, after this one had looked for such.
             self.require_here(self._store)
             path.put(data, path.get(head=True).tag, xxh3)
 
