@@ -1,4 +1,4 @@
-"""ActivationStore: make, open, read, write and summarise a store of residual stream vectors on a local disk.
+"""ActivationStore: make, open, read, write and summarise a store of residual stream vectors, on a disk or at a URL.
 
 How: the arrays are Zarr v3 (docs/store-format.md has the format); shards go to and from the disk directly (shards.py),
 and count once the manifest has their line (manifest.py). A reader checks all that it gives out against the manifest as
