@@ -20,6 +20,7 @@ from analysis.encoder import Encoder, kept_places
 from analysis.selection import Selection, held_out_documents, select
 from analysis.tiles import Coder
 from residscope.errors import IncompatibleError
+from residscope.urls import as_path
 from store.activations import ActivationStore
 from store.codes import KeptCodes
 from train.checkpoint import Checkpoint
@@ -186,7 +187,7 @@ def _open_data(spec: TaskSpec) -> TaskData:
 
 
 def _open_again(spec: TaskSpec) -> tuple[ActivationStore, MLSAE, Selection]:
-    store, (sae, _) = ActivationStore.open(spec.store, content_hash=spec.content_hash), read_sae(Path(spec.sae))
+    store, (sae, _) = ActivationStore.open(spec.store, content_hash=spec.content_hash), read_sae(as_path(spec.sae))
     if (found := sae_hash(sae)) != spec.sae_hash:
         raise IncompatibleError(
             f"{spec.sae} is not the autoencoder that was opened first: its hash should be {spec.sae_hash}, found "

@@ -34,8 +34,8 @@ from store.arrays import TokenTable
 from store.checksums import CRC_BYTES
 from store.loader import WindowLoader
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
-from store.pack import ShardPacker
-from store.shards import seal_slots, shard_name
+from store.pack import ShardPacker, seal_slots
+from store.shards import shard_name
 
 N_LAYERS, D_MODEL = 30, 576  # SmolLM2-135M
 BATCH_ROWS = 8192

@@ -12,6 +12,7 @@ from harvest.text.config import TextConfig
 from residscope.console import parse_bytes
 from residscope.errors import UsageError
 from residscope.options import require_seed
+from residscope.urls import URL
 
 _MOST_LAYERS = 100_000
 """A range of more is a typing error, and would fill the memory before the model is asked how many it has."""
@@ -189,6 +190,10 @@ class HarvestConfig:
             raise UsageError(f"--mask-norm should be above 1, in medians of a layer's norms, found {self.mask_norm}")
         if self.sequences.document_separator and not self.documents.pack:
             raise UsageError("--document-separator has no effect with --no-pack; leave it out")
+        if isinstance(self.out, URL) and (self.storage.rolling or self.workers != WorkerConfig()):
+            raise UsageError(
+                f"--out {self.out}: workers and --rolling fill a store on a disk: choose one, or leave them out"
+            )
         if self.storage.rolling and (self.workers != WorkerConfig() or not self.documents.pack):
             raise UsageError(
                 "--rolling fills the store in this process, and packs documents: leave --n-workers,"

@@ -9,8 +9,9 @@ from harvest.options_file import options_file
 from harvest.settings import Settings
 from residscope.destinations import nearest_folder, refuse_shared, require_name, require_space
 from residscope.errors import IncompatibleError, ResidscopeError
+from residscope.urls import URL
 from store.folder import is_store, refuse_inside_store
-from store.manifest import WriterLock
+from store.manifest import FILE, WriterLock
 from store.meta import chunk_and_shard_tokens
 
 # Token columns, statistics and folders beside the vectors, with room to spare.
@@ -24,7 +25,9 @@ def has_begun(out: Path) -> bool:
     refuse_inside_store(out, may_be_one=True)
     require_name(out)
     refuse_shared(out, options_file(out))
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if isinstance(out, URL) and (not out.exists() or (out / FILE).is_file()):
+        return is_store(out)  # If not, of a run that was killed before the store was one.
+    if not out.exists() or (out.is_dir() and not any(out.glob("*"))):
         parent = nearest_folder(out.absolute().parent)
         if not os.access(parent, os.W_OK | os.X_OK):
             raise ResidscopeError(f"--out {out}: {parent} cannot be written to; choose another place")
@@ -38,6 +41,8 @@ def has_begun(out: Path) -> bool:
 def require_room(out: Path, settings: Settings, n_tokens: int, most: int | None = None) -> None:
     """`ResidscopeError` where the disk has no room for a store of `n_tokens`, saying how many tokens would fit. most:
     bytes that it never exceeds."""
+    if isinstance(out, URL):
+        return
     freed = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
     needed = min(disk_bytes(settings, n_tokens), most or sys.maxsize)
     try:
@@ -59,6 +64,10 @@ def disk_bytes(settings: Settings, n_tokens: int) -> int:
 
 def remove_store(out: Path) -> None:
     """Remove a store so that a crash on the way leaves none there: renamed first, to where `create` clears up."""
+    if isinstance(out, URL):
+        for path in sorted(out.glob("*"), key=lambda path: path != out / FILE):
+            path.unlink()
+        return
     out = out.resolve() if out.is_symlink() else out  # What a link points at goes, and the link stays.
     lock = WriterLock(out, out)
     try:

@@ -24,6 +24,7 @@ from harvest.text.encode import Document, encode_documents
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes, human_seconds
 from residscope.destinations import nearest_folder
+from residscope.urls import URL
 
 _SAMPLE_CHARACTERS = 200_000
 _MEASURE_SECONDS = 2.0
@@ -89,7 +90,8 @@ def estimate(config: HarvestConfig) -> Estimate:
     model = load_weights(settings)
     speed = _measure(BatchRunner(model, settings), settings, sample)
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
-    n_bytes, free = tokens * settings.bytes_per_token, shutil.disk_usage(nearest_folder(config.out.absolute())).free
+    n_bytes = tokens * settings.bytes_per_token  # A bucket has no end.
+    free = sys.maxsize if isinstance(config.out, URL) else shutil.disk_usage(nearest_folder(config.out.absolute())).free
     return Estimate(
         model=settings.spec.name,
         architecture=model.architecture,

@@ -231,9 +231,3 @@ def filled(store: ActivationStore, work: Callable[..., object]) -> Filled:
         done_of = f"{meta.n_shards - left} of {meta.n_shards} shards complete"
         raise Interrupted(f"stopped with {done_of}; run the same command to continue")
     return Filled(len(missing), todo, time.perf_counter() - begin)
-
-
-def host_bytes(meta: StoreMeta, batch_size: int) -> int:
-    """Most bytes of host memory that activations take during `fill`, beside the model's own."""
-    batch = min(batch_size * meta.context_length, meta.n_tokens) * meta.bytes_per_token
-    return 2 * batch + 3 * meta.shard_tokens * meta.bytes_per_token

@@ -16,19 +16,21 @@ import xxhash
 
 from harvest.config import HarvestConfig, WorkerConfig
 from harvest.destination import has_begun, remove_store, require_room
-from harvest.fill import BatchRunner, Filled, fill, host_bytes
+from harvest.fill import BatchRunner, Filled, fill
 from harvest.model.load import LoadedModel
 from harvest.model.norms import mask_by_norm
 from harvest.options_file import save_options
 from harvest.record import changed_surroundings, make_provenance, make_record, refuse_differences
 from harvest.result import HarvestResult
 from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
+from harvest.stored_values import host_bytes
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from harvest.workers.fill import fill_by_workers
 from harvest.workers.rolling import Rolling, cut
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
+from residscope.urls import URL
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.care.outliers import few_tokens
@@ -71,7 +73,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             save_options(config)  # On continuing too: a crash may have come between the store and this file.
         except UsageError:
             if not begun:
-                shutil.rmtree(store.path)
+                remove_store(store.path) if isinstance(store.path, URL) else shutil.rmtree(store.path)
             raise
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
@@ -85,11 +87,8 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             else:
                 filled = fill(store, BatchRunner(model or load_weights(settings), settings), settings.batch_size)
         store.finalize()
-        if (
-            filled.shards
-            and not store.ring
-            and (few := few_tokens(store, store.tokens.keep, job.settings.tokenizer.text))
-        ):
+        keep, names = store.tokens.keep, job.settings.tokenizer.text
+        if filled.shards and not store.ring and (few := few_tokens(store, keep, names)):
             _say(f"warning: {few.words}")
         return HarvestResult.of(config.out, store, filled, time.perf_counter() - start)
 

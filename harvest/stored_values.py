@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from residscope.errors import ResidscopeError
+from store.meta import StoreMeta
 
 
 def all_finite(values: Tensor) -> Tensor:
@@ -76,3 +77,9 @@ def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token
         )
     way_out = "try --dtype float32, and check the model's weights"
     return ResidscopeError(f"{where}: the model gives {value}. It was not stored; {way_out}")
+
+
+def host_bytes(meta: StoreMeta, batch_size: int) -> int:
+    """Most bytes of host memory that activations take during `fill`, beside the model's own."""
+    batch = min(batch_size * meta.context_length, meta.n_tokens) * meta.bytes_per_token
+    return 2 * batch + 3 * meta.shard_tokens * meta.bytes_per_token

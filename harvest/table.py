@@ -18,12 +18,11 @@ from tqdm import tqdm
 from harvest.model.tokenizer import Tokenizer
 from harvest.text.encode import encode_documents
 from harvest.text.mixing import Mixture
-from harvest.text.packing import Packing
+from harvest.text.packing import Packing, sequences
 from harvest.text.sources import TextSource
 from residscope.errors import IncompatibleError
 from store.arrays import TokenTable
 
-_SORTED_DOCUMENTS = 4096
 _PIECE = 1 << 22
 """Tokens that are worked on at once, so that memory goes into the table and not into what it is made of."""
 
@@ -93,13 +92,7 @@ def pack(
 
 def _one_each(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> TokenTable:
     """A sequence for each document, the last cut: `n_tokens` in all. Documents are numbered in the table's order."""
-    rows = [np.concatenate([np.array(packing.opening, np.int32), ids]) for ids in documents]
-    rows[-1] = rows[-1][: n_tokens - sum(map(len, rows[:-1]))]
-    rows = [
-        row
-        for start in range(0, len(rows), _SORTED_DOCUMENTS)
-        for row in sorted(rows[start : start + _SORTED_DOCUMENTS], key=len, reverse=True)  # Stable.
-    ]
+    rows = sequences(documents, packing, n_tokens)
     token_id = np.concatenate(rows)
     position = np.concatenate([np.arange(len(row), dtype=np.int32) for row in rows])
     document = np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows])

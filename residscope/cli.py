@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from residscope.commands.info import info
 from residscope.console import counted, run_command
-from residscope.info import info
 from residscope.options import CommandParser
+from residscope.urls import as_path
 
 COMMANDS = {
     "harvest": ("harvest.cli", "write the residual stream of a model into a store"),
@@ -23,7 +24,7 @@ COMMANDS = {
     "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
     "fit-lens": ("harvest.lens.cli", "fit a tuned lens: a map per layer into the last layer's basis"),
     "convert": ("train.formats.cli", "read and write autoencoders in the formats of other tools"),
-    "demo": ("residscope.demo", "all three on a small model, start to end"),
+    "demo": ("residscope.commands.demo", "all three on a small model, start to end"),
 }
 
 REFILL = ("harvest.refill", "prepare")
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = info
     else:
         run = _repair if arguments.repair else _verify
-    return run_command(f"residscope {arguments.command}", lambda: run(arguments.store, arguments.json))
+    return run_command(f"residscope {arguments.command}", lambda: run(as_path(arguments.store), arguments.json))
 
 
 def _command(name: str) -> Callable[[], int]:
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "check every file of a store; exit code 1 and a list when something is damaged or missing"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
+        command.add_argument("store", metavar="STORE", help="folder or URL of the store")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of words")
         if name == "verify":
             text = "recompute bad and missing shards with the model, and compare their hashes with the old ones"

@@ -19,14 +19,18 @@ from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.names import stem
 from residscope.reading import CONFIG_BYTES, read_json, read_whole
+from residscope.urls import URL
 
 
 @contextlib.contextmanager
 def held_alone(folder: Path, out: Path, flag: str = "--out", *, wait: bool = False) -> Iterator[None]:
     """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does, unless `wait`.
 
-    The lock ends with the process, however it ends. A file system without locks keeps nobody out.
+    The lock ends with the process, however it ends. A file system without locks, and a URL, keeps nobody out.
     """
+    if isinstance(folder, URL):
+        yield
+        return
     with contextlib.ExitStack() as stack:
         try:
             descriptor = os.open(folder, os.O_RDONLY)

@@ -32,6 +32,7 @@ from typing import Any, NoReturn, TypeVar
 from residscope.errors import UsageError
 from residscope.memory import require_address_space
 from residscope.reading import reading
+from residscope.urls import as_path
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ def parse_options(
     config_file = given.pop("config")
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not _UNSET}
     if config_file is not None:
-        values = {**_read_toml(Path(config_file), fields), **values}
+        values = {**_read_toml(as_path(config_file), fields), **values}
     missing = [f for f in fields.values() if f.required and f.name not in values]
     if missing:
         parser.error("missing " + ", ".join(f.flag for f in missing))
@@ -262,8 +263,8 @@ def _reader(annotation: Any) -> dict[str, Any]:
 
 
 def home_path(word: str) -> Path:
-    """A path; a leading `~/` is the home folder, which no shell puts in behind `--out=` or in a file of options."""
-    return Path(word).expanduser() if word.startswith("~/") else Path(word)
+    """A path or URL; a leading `~/` is the home folder, which no shell puts in behind `--out=` or in a TOML file."""
+    return Path(word).expanduser() if word.startswith("~/") else as_path(word)
 
 
 def read_word(word: str, annotation: Any, what: str) -> Any:

@@ -1,4 +1,4 @@
-"""Activation stores: the residual stream of every token at every layer, as a Zarr v3 group on a local disk.
+"""Activation stores: the residual stream of every token at every layer, as a Zarr v3 group on a disk or at a URL.
 
 `ActivationStore.open(path)` is where a reader begins; `docs/store-format.md` defines what is on the disk. The names
 below are loaded when first used, so that importing `store` is quick.

@@ -1,4 +1,4 @@
-"""ActivationStore: make, open, read, write and summarise a store of residual stream vectors on a local disk.
+"""ActivationStore: make, open, read, write and summarise a store of residual stream vectors, on a disk or at a URL.
 
 How: the arrays are Zarr v3 (docs/store-format.md has the format); shards go to and from the disk directly (shards.py),
 and count once the manifest has their line (manifest.py). A reader checks all that it gives out against the manifest as
@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from residscope.errors import IncompatibleError, UsageError
+from residscope.urls import URL, as_path
 from store import arrays
 from store.arrays import TokenTable
 from store.care.ring import ring_of
@@ -33,6 +34,7 @@ from store.folder import make_folder, read_meta, require_store
 from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest, sort_lines
 from store.meta import StoreMeta
 from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
+from store.remote.objects import THREADS, ObjectLock, StoreLock
 from store.shards import PutShard, ShardFiles, ShardReader, ShardWriter, shard_name
 
 _FILL = "run the same `harvest` command again to fill"
@@ -42,7 +44,7 @@ class ActivationStore:
     """An open store, made by `create` or `open`. Pickles as its path and content hash; unpickled open for reading."""
 
     def __init__(
-        self, path: Path, meta: StoreMeta, manifest: Manifest, lock: WriterLock | None, *, follow: bool = False
+        self, path: Path, meta: StoreMeta, manifest: Manifest, lock: StoreLock | None, *, follow: bool = False
     ) -> None:
         """For `create` and `open`; with `lock` the store is open for writing."""
         self.ring = ring_of(meta)
@@ -55,7 +57,8 @@ class ActivationStore:
         self._indexes: dict[int, np.ndarray] = {}  # Of shards whose files were found to be theirs.
         self._intact: set[int] = set()  # Shards whose whole files were hashed.
         self._locks: dict[int, threading.Lock] = {}
-        self._files = ShardFiles(path, meta)
+        self._objects: dict[Any, Any] = {}  # At a URL, what readers keep for later ones.
+        self._files = ShardFiles(path, meta, lock)
         self._writer = ShardWriter(path, manifest, lock) if lock else None
 
     @classmethod
@@ -66,7 +69,7 @@ class ActivationStore:
         `tokens` do not fit `meta`, `IncompatibleError` when there is something at `path`, `ResidscopeError` when
         another process is making it.
         """
-        path, lock = make_folder(Path(path), meta, arrays.checked_tokens(tokens, meta.n_tokens))
+        path, lock = make_folder(as_path(path), meta, arrays.checked_tokens(tokens, meta.n_tokens))
         try:
             return cls(path, meta, read_manifest(path), lock)
         except BaseException:
@@ -92,9 +95,9 @@ class ActivationStore:
         `IncompatibleError` when that is no store, or one of another version or content, not all of it, or its metadata
         or manifest is damaged; `ResidscopeError` when another process is writing it.
         """
-        path = Path(path)
+        path = as_path(path)
         require_store(path)
-        lock = WriterLock(path, path) if writable else None
+        lock = (ObjectLock(path) if isinstance(path, URL) else WriterLock(path, path)) if writable else None
         try:
             manifest = read_manifest(path)
             store = cls(path, read_meta(path, manifest), manifest, lock, follow=follow)
@@ -106,7 +109,7 @@ class ActivationStore:
             if not (partial or writable or (follow and store.ring)):
                 store._require_all_shards(store.ring and store.ring.kept_shards)
             if writable:
-                remove_leftovers(path)
+                remove_leftovers(path, manifest.lines)
             return store
         except BaseException:
             if lock:
@@ -199,6 +202,7 @@ class ActivationStore:
         chunks = np.arange(start // size, -(-stop // size)) if start < stop else np.arange(0)
         for shard, group in self._by_shard(chunks):
             with self._reader(shard) as reader:
+                reader.fetch((chunks[group] % meta.chunks_per_shard)[:, None], np.array(chosen, np.int64))
                 for chunk in chunks[group].tolist():
                     first, end = max(chunk * size, start), min((chunk + 1) * size, stop)
                     rows = block[first - chunk * size : end - chunk * size]
@@ -224,9 +228,11 @@ class ActivationStore:
 
         def fill(shard: int, group: slice) -> None:
             with self._reader(shard) as reader:
+                reader.fetch(within[group], sorted_layer[group])
                 for where, at, row in zip(*(a[group].tolist() for a in (within, sorted_layer, order)), strict=True):
                     reader.read_chunk(where, at, target[row])
 
+        threads = THREADS if isinstance(self.path, URL) else threads  # which wait for answers, most of the time
         # A part is at most a thread's share, so that a window out of one shard is read by all threads too.
         share, groups = max(-(-len(order) // threads), 1), self._by_shard(sorted_chunk)
         parts = [(s, slice(i, min(i + share, g.stop))) for s, g in groups for i in range(g.start, g.stop, share)]
@@ -254,7 +260,7 @@ class ActivationStore:
         record, path = self.record(shard), self.path / shard_name(shard)
         with self._locks.setdefault(shard, threading.Lock()):
             index = None if whole else self._indexes.get(shard)
-            reader = ShardReader(path, self.meta, record.bytes, index)
+            reader = ShardReader(path, self.meta, record.bytes, index, self._objects)
             if index is None:
                 try:
                     reader.require_own(record, None if whole else self._keep_of(shard))
@@ -284,14 +290,6 @@ class ActivationStore:
             writer.require_missing(shard)
             raise
         writer.commit(put)
-
-    def adopt_shard(self, shard: int) -> None:
-        """Take in a shard that another Zarr writer has put in its place: its vectors are written as a shard of ours."""
-        start, stop = self.meta.shard_bounds(shard)
-        path = self.path / shard_name(shard)
-        with ShardReader(path, self.meta, path.stat().st_size) as reader:
-            raw = reader.read_shard(stop - start)
-        self.write_shard(shard, raw)
 
     @contextmanager
     def incoming(self) -> Iterator[str]:
@@ -340,7 +338,7 @@ class ActivationStore:
         self._require_all_shards()
         for name, data in arrays.statistics_chunks(self.merged_statistics()).items():
             atomic_write(self.path / name, [data])
-        if list(self._manifest.lines) != sorted(self._manifest.lines):
+        if list(self._manifest.lines) != sorted(self._manifest.lines) and not isinstance(self.path, URL):
             sort_lines(self.path)
 
     def merged_statistics(self) -> LayerStatistics:

@@ -7,16 +7,20 @@ recognised. Tested in tests/store/test_faults.py, which stops at every single st
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from residscope.destinations import sync
+from residscope.urls import URL
 
 TEMPORARY = ".tmp"
 
 
 def atomic_write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     """Write `parts`, one after another, as the file `path`: durable when this returns, and no file on an error."""
+    if isinstance(path, URL):
+        path.put(b"".join(parts))
+        return
     temporary = path.with_name(path.name + TEMPORARY)
     with removed_on_error(temporary):
         write_synced(temporary, parts)
@@ -65,8 +69,14 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders that a crash left in `folder`, and temporary files in other folders there."""
+def remove_leftovers(folder: Path, shards: Collection[int] = ()) -> None:
+    """Remove temporary folders that a crash left in `folder`, and temporary files in other folders there; at a URL, the
+    objects of other shards than `shards`."""
+    if isinstance(folder, URL):
+        for path in folder.glob("c.*.0.0*"):
+            if int(path.name.split(".")[1]) not in shards:
+                path.unlink(missing_ok=True)
+        return
     for path in folder.glob(f"*{TEMPORARY}"):
         # Renamed first, so that who still writes into it finds none.
         shutil.rmtree(path.replace(path.with_name(path.name + TEMPORARY)))

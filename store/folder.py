@@ -6,21 +6,26 @@ that says something of it has the hash that the manifest's header gives.
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from residscope.console import stop_on_signals
 from residscope.errors import IncompatibleError, UsageError
 from residscope.reading import reading
+from residscope.urls import URL
 from store import arrays
 from store.arrays import TokenTable
 from store.checksums import file_hashes, read_checked
 from store.files import sync, sync_tree
-from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, write_header
+from store.manifest import FILE, FOLDER, LOCK, Manifest, WriterLock, read_manifest, write_header
 from store.meta import StoreMeta
+from store.remote.objects import ObjectLock, StoreLock
 
 
 def is_store(path: Path) -> bool:
     """Whether an activation store, whole or not, is at `path`."""
+    if isinstance(path, URL):  # The manifest's header, which comes last, makes it one.
+        return (path / FILE).is_file() and (path / FILE).get(0, 1).data == b"{"
     return (path / "zarr.json").is_file() and (path / FILE).is_file()
 
 
@@ -55,12 +60,31 @@ def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
     return meta
 
 
-def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, WriterLock]:
+def make_objects(path: URL, meta: StoreMeta, tokens: TokenTable) -> tuple[URL, ObjectLock]:
+    """As `make_folder`, at a URL: the manifest's header comes last; what a crash left before it is removed first."""
+    begun = (path / FILE).is_file()
+    lock = ObjectLock(path) if begun or not path.exists() else None
+    if lock is None or is_store(path):
+        raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another name")
+    for left in (found for found in path.glob("*") if begun and found != path / FILE):
+        left.unlink()
+    with tempfile.TemporaryDirectory(prefix="residscope-") as name:
+        folder, of_folder = make_folder(Path(name) / "store", meta, tokens)
+        of_folder.release()
+        for file in read_manifest(folder).checksums:
+            lock.write(path / file, [(folder / file).read_bytes()])
+        lock.append((folder / FILE).read_bytes())
+    return path, lock
+
+
+def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, StoreLock]:
     """Make a store without shards; gives where it is, and its writer's lock.
 
     It is built in the folder `PATH.planning` and renamed as a whole. What a crash left there is cleared first. Where
     `path` is a link, the store is made where it points, because a folder cannot be renamed over a link.
     """
+    if isinstance(path, URL):
+        return make_objects(path, meta, tokens)
     path = path.resolve() if path.is_symlink() else path
     building = path.with_name(path.name + ".planning")
     lock = WriterLock(building, path)

@@ -94,6 +94,7 @@ def read_manifest(store: Path) -> Manifest:
         except ValueError as error:
             manifest.problems.append(f"{name} {error}")
             continue
+        data = data.rstrip(b"\n") + b"\n" * data.endswith(b"\n")  # without what `ObjectLock` adds
         *lines, rest = data.split(b"\n")
         intact_bytes = len(data) - len(rest)
         if lines and not is_intact(lines[-1]):

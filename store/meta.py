@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODECS = ("none", "zstd")
 ZSTD_LEVEL = 1
+ABSENT = -1
+"""Offset and length, in a shard's index, of a chunk that is left out: 2^64 - 1, read as signed."""
 
 LARGEST_SHARD = 1 << 30
 """Bytes of the largest shard that is made or read, before compression."""

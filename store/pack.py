@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numcodecs.zstd import Zstd
 
-from store.checksums import CRC_BYTES
+from store.checksums import CRC_BYTES, checksum
 from store.dtypes import OVERFLOW_BITS, from_float32, to_float32
-from store.meta import StoreMeta
+from store.meta import ABSENT, ZSTD_LEVEL, StoreMeta
 from store.moments import ShardMoments
 
 _FINITE = np.uint32(0x7FFFFFFF)
@@ -176,3 +177,28 @@ def pack_bfloat16(bits, shift, slots, layer, chunk_tokens, keep, pivot, sums, sq
         if keep[token]:
             norms += _add_row(row, pivot, sums, squares, work)
     return norms, largest
+
+
+def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:
+    """The bytes of a shard's file, in parts to be written one after another.
+
+    slots: uint8 [P * L, C * D * itemsize + 4], inner chunks in the index's order; their checksums are written here.
+    """
+    index = np.full((meta.chunks_per_shard * meta.n_layers, 2), ABSENT, "<i8")
+    parts: list[memoryview] = []
+    if meta.codec == "zstd":
+        codec = Zstd(level=ZSTD_LEVEL)
+        offset = 0
+        for position, slot in enumerate(slots):
+            packed = bytes(codec.encode(slot[:-CRC_BYTES]))
+            parts.append(memoryview(packed + checksum(packed)))
+            index[position] = offset, parts[-1].nbytes
+            offset += parts[-1].nbytes
+    else:
+        for slot in slots:
+            slot[-CRC_BYTES:] = np.frombuffer(checksum(slot[:-CRC_BYTES]), np.uint8)
+        index[: len(slots), 0] = np.arange(len(slots)) * slots.shape[1]
+        index[: len(slots), 1] = slots.shape[1]
+        parts.append(slots.data.cast("B"))
+    index_bytes = index.tobytes()
+    return [*parts, memoryview(index_bytes + checksum(index_bytes))]

@@ -22,25 +22,25 @@ Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a c
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numcodecs.zstd import Zstd
 
 from residscope.errors import ResidscopeError, UsageError
+from residscope.urls import URL
 from store import arrays
 from store.checksums import CRC_BYTES, DamagedError, checksum, crc32c
 from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
 from store.files import TEMPORARY, removed_on_error, sync, write_synced
-from store.manifest import Manifest, ManifestWriter, ShardRecord, WriterLock
-from store.meta import ZSTD_LEVEL, StoreMeta
+from store.manifest import Manifest, ManifestWriter, ShardRecord
+from store.meta import ABSENT, StoreMeta
+from store.remote.objects import ObjectFile, ObjectLock, StoreLock
 
 if TYPE_CHECKING:
     from store.pack import ShardPacker
 
-_ABSENT = -1
-"""Offset and length of a chunk that is left out: 2^64 - 1, read as signed."""
 _INDEX_ENTRY_BYTES = 16
 _HASHED_LAYERS = 6
 """With this many layers or fewer a file is held against its line by its hash."""
@@ -59,20 +59,21 @@ def shard_name(shard: int) -> str:
 class ShardReader:
     """Reads inner chunks of one shard's file; several threads may use it at once, until it is closed."""
 
-    def __init__(self, path: Path, meta: StoreMeta, n_bytes: int, index: np.ndarray | None = None) -> None:
+    def __init__(self, path: Path, meta: StoreMeta, n_bytes: int, index: Any = None, known: Any = None) -> None:
         """Open the file; check its size and read its index, unless the `index` of an earlier reader is given."""
         self._path, self._meta, self._n_bytes = path, meta, n_bytes
         self._exchanged = "" if index is None else ": it is damaged, or was exchanged while it was in use"
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
+            self._object = ObjectFile(path, n_bytes, {} if known is None else known) if isinstance(path, URL) else None
+            self._descriptor = -1 if self._object else os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
         except FileNotFoundError:
             raise DamagedError(path, "the shard is missing") from None
         try:
-            found = os.fstat(self._descriptor).st_size
+            found = self._object.size if self._object else os.fstat(self._descriptor).st_size
             if found != n_bytes:
                 raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {found}")
             self.index = self._read_index() if index is None else index
-            """int64 [P * L, 3]: offset (-1: left out), length and crc32c of each inner chunk."""
+            """int64 [P * L, 3]: offset (-1: left out), length and crc32c (-1: that behind it) of each inner chunk."""
         except BaseException:
             self.close()
             raise
@@ -80,26 +81,43 @@ class ShardReader:
     def _read_index(self) -> np.ndarray:
         size = self._meta.chunks_per_shard * self._meta.n_layers * _INDEX_ENTRY_BYTES
         start = self._n_bytes - size - CRC_BYTES
-        data = os.pread(self._descriptor, size + CRC_BYTES, start) if start >= 0 else b""
+        data = bytes(self._read(size + CRC_BYTES, start)) if start >= 0 else b""
         if len(data) != size + CRC_BYTES or checksum(data[:size]) != data[size:]:
             raise DamagedError(self._path, "the checksum of the shard's index does not match")
         index = np.zeros((size // _INDEX_ENTRY_BYTES, 3), np.int64)
         index[:, :2] = np.frombuffer(data, "<i8", size // 8).reshape(-1, 2)
-        for entry in np.flatnonzero(index[:, 0] != _ABSENT).tolist():
+        for entry in np.flatnonzero(index[:, 0] != ABSENT).tolist():
             offset, end = index[entry, 0], int(index[entry, 0]) + int(index[entry, 1])
             if not (0 <= offset <= end - CRC_BYTES and end <= start):
                 raise DamagedError(self._path, "the shard's index does not fit its file")
-            index[entry, 2] = int.from_bytes(os.pread(self._descriptor, CRC_BYTES, end - CRC_BYTES), "little")
+            index[entry, 2] = -1 if self._object else self._crc_before(end)
         return index
+
+    def _read(self, n_bytes: int, start: int) -> Any:
+        return self._object.read(n_bytes, start) if self._object else os.pread(self._descriptor, n_bytes, start)
+
+    def _crc_before(self, end: int) -> int:
+        return int.from_bytes(bytes(self._read(CRC_BYTES, end - CRC_BYTES)), "little")
+
+    def fetch(self, chunk: np.ndarray, layer: np.ndarray) -> None:
+        """Be told of inner chunks that will be read, so that an object's come by few requests."""
+        if self._object:
+            ranges = self.index[(chunk * self._meta.n_layers + layer).reshape(-1)].tolist()
+            self._object.fetch((start, start + size) for start, size, _ in ranges if start != ABSENT)
 
     def require_own(self, record: ShardRecord, keep: np.ndarray | None = None) -> None:
         """Raise `DamagedError` unless the file is the one of the manifest line `record`. keep: bool [t], the store's
-        mask; without it the file is hashed, however many layers there are."""
+        mask; without it the file is hashed, however many layers there are. An object may also be known by the hash that
+        its writer noted with it."""
         n_layers = self._meta.n_layers
-        if keep is None or n_layers <= _HASHED_LAYERS:
+        if keep is not None and self._object and self._object.noted == record.xxh3_128:
+            return
+        if keep is None or n_layers <= _HASHED_LAYERS or self._object:
+            if keep is None and self._object:
+                self._object.fetch([(0, self._n_bytes)])
             digest = xxhash.xxh3_128()
             for start in range(0, self._n_bytes, _READ_BYTES):
-                digest.update(os.pread(self._descriptor, _READ_BYTES, start))
+                digest.update(self._read(_READ_BYTES, start))
             if digest.hexdigest() != record.xxh3_128:
                 self.read_shard(self._meta.shard_tokens)  # Raises where a chunk is damaged.
                 raise DamagedError(self._path, f"wrong hash: {_ANOTHER}")
@@ -127,12 +145,13 @@ class ShardReader:
         Raises `DamagedError` when its bytes are not those that were written.
         """
         offset, length, check = self.index[chunk * self._meta.n_layers + layer].tolist()
-        if offset == _ABSENT:
+        if offset == ABSENT:
             out[:] = 0
             return
         packed = self._meta.codec == "zstd"
         data = np.empty(length - CRC_BYTES, np.uint8) if packed else out
-        if data.nbytes + CRC_BYTES != length or not self._fill(data, offset) or crc32c(data) != check:
+        fits = data.nbytes + CRC_BYTES == length and self._fill(data, offset)
+        if not fits or crc32c(data) != (self._crc_before(offset + length) if check < 0 else check):
             which = f"token chunk {chunk} at stored layer {layer}"
             raise DamagedError(self._path, f"the checksum of {which} does not match{self._exchanged}")
         if packed:
@@ -140,9 +159,9 @@ class ShardReader:
 
     def _fill(self, out: np.ndarray, offset: int) -> bool:
         """Fill `out`; gives whether there were bytes enough. macOS before 11 has no preadv."""
-        if hasattr(os, "preadv"):
+        if hasattr(os, "preadv") and not self._object:
             return os.preadv(self._descriptor, [out.data], offset) == out.nbytes
-        data = os.pread(self._descriptor, out.nbytes, offset)
+        data = self._read(out.nbytes, offset)
         if len(data) == out.nbytes:
             out[:] = np.frombuffer(data, np.uint8)
         return len(data) == out.nbytes
@@ -160,7 +179,8 @@ class ShardReader:
         return out
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if not self._object:
+            os.close(self._descriptor)
 
     def __enter__(self) -> "ShardReader":
         return self
@@ -169,44 +189,21 @@ class ShardReader:
         self.close()
 
 
-def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:
-    """The bytes of a shard's file, in parts to be written one after another.
-
-    slots: uint8 [P * L, C * D * itemsize + 4], inner chunks in the index's order; their checksums are written here.
-    """
-    index = np.full((meta.chunks_per_shard * meta.n_layers, 2), _ABSENT, "<i8")
-    parts: list[memoryview] = []
-    if meta.codec == "zstd":
-        codec = Zstd(level=ZSTD_LEVEL)
-        offset = 0
-        for position, slot in enumerate(slots):
-            packed = bytes(codec.encode(slot[:-CRC_BYTES]))
-            parts.append(memoryview(packed + checksum(packed)))
-            index[position] = offset, parts[-1].nbytes
-            offset += parts[-1].nbytes
-    else:
-        for slot in slots:
-            slot[-CRC_BYTES:] = np.frombuffer(checksum(slot[:-CRC_BYTES]), np.uint8)
-        index[: len(slots), 0] = np.arange(len(slots)) * slots.shape[1]
-        index[: len(slots), 1] = slots.shape[1]
-        parts.append(slots.data.cast("B"))
-    index_bytes = index.tobytes()
-    return [*parts, memoryview(index_bytes + checksum(index_bytes))]
-
-
 class PutShard(NamedTuple):
     """A shard that is on the disk and does not count yet."""
 
     record: ShardRecord
     files: dict[str, str]
-    """Its temporary files, and their names once it is committed; all below the store."""
+    """Its temporary files, and their names once it is committed; all below the store. None at a URL, where nothing is
+    renamed: what has no line does not count."""
 
 
 class ShardFiles:
     """Puts shards of one store on the disk, under temporary names."""
 
-    def __init__(self, path: Path, meta: StoreMeta) -> None:
-        self._path, self._meta = path, meta
+    def __init__(self, path: Path, meta: StoreMeta, lock: StoreLock | None = None) -> None:
+        """lock: that of a store at a URL, to put anything there."""
+        self._path, self._meta, self._lock = path, meta, lock
         self._packer: ShardPacker | None = None
 
     def put(self, shard: int, data: np.ndarray, keep: np.ndarray, folder: str = "", threads: int = 1) -> PutShard:
@@ -223,7 +220,7 @@ class ShardFiles:
         if data.dtype not in (np.float32, STORAGE_DTYPE[meta.stored_dtype]):
             raise UsageError(f"shard {shard} should be float32 or {meta.stored_dtype}, found {data.dtype}")
         if self._packer is None:
-            from store.pack import ShardPacker  # Imports numba, which readers do without.
+            from store.pack import ShardPacker, seal_slots  # Imports numba, which readers do without.
 
             self._packer = ShardPacker(meta)
         try:
@@ -246,6 +243,10 @@ class ShardFiles:
             config_hash=meta.config_hash,
         )
         names, unique = (shard_name(shard), arrays.moments_name(shard)), uuid.uuid4().hex
+        if isinstance(self._lock, ObjectLock):
+            for name, content in zip(names, (parts, [numbers]), strict=True):
+                self._lock.write(self._path / name, content)
+            return PutShard(record, {})
         files = {(f"{folder}/{unique}-{i}" if folder else name) + TEMPORARY: name for i, name in enumerate(names)}
         with removed_on_error(*(self._path / temporary for temporary in files)):
             for temporary, content in zip(files, (parts, [numbers]), strict=True):
@@ -269,10 +270,10 @@ class ShardFiles:
 class ShardWriter:
     """Makes shards of one store count, whose lock it holds until it is closed."""
 
-    def __init__(self, path: Path, manifest: Manifest, lock: WriterLock) -> None:
+    def __init__(self, path: Path, manifest: Manifest, lock: StoreLock) -> None:
         """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is committed."""
         self._path, self._manifest, self._lock = path, manifest, lock
-        self._lines = ManifestWriter(path, manifest.intact_bytes)
+        self._lines = lock if isinstance(lock, ObjectLock) else ManifestWriter(path, manifest.intact_bytes)
 
     def require_missing(self, shard: int) -> None:
         """Raise `UsageError` for a shard that is there, `IncompatibleError` where another folder is at the path."""

@@ -37,7 +37,7 @@ ALLOWED = {
         "harvest.lens.translators",
     },
 }
-COMMANDS = ("residscope.cli", "residscope.info", "residscope.demo", "residscope.__main__")
+COMMANDS = ("residscope.cli", "residscope.commands.info", "residscope.commands.demo", "residscope.__main__")
 """The top of the house, which may import the other packages; everything else in `residscope` is its ground floor."""
 HEAVY = ("torch", "dask", "distributed", "transformers", "datasets", "zarr", "numpy", "pandas", "numba", "matplotlib")
 
@@ -128,7 +128,7 @@ def test_a_room_is_no_larger_than_one_can_take_in() -> None:
     folders = {path.parent for path in files}
     crowded = {str(f.relative_to(ROOT)): n for f in folders if (n := sum(path.parent == f for path in files)) > 16}
     assert not crowded, "files in one folder"
-    assert sum(lines.values()) <= 27_900
+    assert sum(lines.values()) <= 28_350
 
 
 def test_text_files_are_utf8_whatever_the_locale() -> None:

@@ -1,7 +1,7 @@
 """Whether a run may write its checkpoint, and continue from the one that is there; and with how many threads."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from store.folder import refuse_inside_store
 from train.checkpoint import Checkpoint, config_path, load_checkpoint, refuse_anothers
 from train.config import TrainConfig
 from train.determinism import differences, surroundings
+from train.formats.files import read_sae
 from train.grid import RunSpec
+from train.model import MLSAE
 from train.objective.recipes import fill, recorded_flags
 from train.parallel.ranks import ALONE, Ranks
 from train.reporting.announce import say
@@ -186,3 +188,18 @@ def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ra
         torch.set_num_threads(threads)
     if before is not None and threads != before:
         say(f"warning: {before} threads before, {threads} now: {_NOT_BIT_FOR_BIT}")
+
+
+def read_source(plan: RunPlan) -> MLSAE:
+    """The autoencoder at --start-from; raises `UsageError` where it is the run's own output, or of another kind or
+    size."""
+    source, out = plan.config.start_from, plan.config.out
+    assert source is not None
+    if source.exists() and out.exists() and source.samefile(out):
+        raise UsageError(f"--start-from {source} would be replaced by the run's own checkpoint: choose another --out")
+    sae = read_sae(str(source))[0]
+    there, here = asdict(sae.config), asdict(plan.model)
+    if differing := [name for name in here if name != "k" and there[name] != here[name]]:
+        found = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in differing)
+        raise UsageError(f"--start-from {source}: {found}; give the flags of that autoencoder")
+    return sae

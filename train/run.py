@@ -73,11 +73,8 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         specs = as_begun(specs, saved)
         data = TrainingData.open(with_values(config, batch_size=specs[0].config.data.batch_size), store, ranks)
         plans = [make_plan(spec, data) for spec in specs]
-        if data.follower and (plans[0].epochs > 1 or ranks.size > 1):
-            most = f"at most {plans[0].vectors_per_epoch // data.batch_size} steps, and one process"
-            raise UsageError(
-                f"{config.store} is filled and removed part by part, so each token is trained on once: {most}"
-            )
+        if data.follower:
+            data.follower.require_once(plans[0], ranks.size)
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
                 check_resumable(checkpoint, store, plan, ranks)
@@ -118,10 +115,8 @@ def _opened(config: TrainConfig) -> Iterator[ActivationStore]:
     device = resolve_device(config.hardware.device)
     while config.follow and not is_store(config.store):
         time.sleep(1)
-    with (
-        ActivationStore.open(config.store, follow=True) as store,
-        deterministic(device, config.hardware.deterministic),
-    ):
+    only_deterministic = deterministic(device, config.hardware.deterministic)
+    with ActivationStore.open(config.store, follow=True) as store, only_deterministic:
         yield store
 
 
@@ -167,8 +162,8 @@ class _Stream:
         announce(self.plans, self.n_runs, self.memory)
         refuse_too_large(self.memory, self.data.device, self.n_runs)
         split, follower = self.data.split, self.data.follower
-        while follower and not follower.ready(0):
-            time.sleep(0.1)
+        if follower:
+            follower.wait()
         if few := few_tokens(self.data.store, split.validation if follower else split.train):
             say(f"warning: {few.words}")
         self.ranks.any(False)  # all have read what there is before it is changed
@@ -178,14 +173,10 @@ class _Stream:
             stopped = stack.enter_context(stop_on_signals())
             for trainer in self.trainers if self.ranks.first else ():
                 trainer.claim(self.saved[trainer])
-            whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
             if follower:
-                ends = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole).part_ends
-                steps = [0 if one is None else one.trainer["step"] for one in self.saved.values()]
-                follower.begin(ends, self.data.batch_size, min(steps))
-                follower.stopped = stopped
+                follower.begin(self.data, list(self.saved.values()), stopped)
             self._start()
-            whole["start_batch"] = self.step
+            whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
             batches = stack.enter_context(closing_batches(loader))
             bar = stack.enter_context(progress_bar(self.step, self.plan.steps))

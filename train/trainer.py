@@ -8,7 +8,6 @@ run out and nothing can follow. Not here: where batches come from, and which run
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from residscope.reading import reading
 from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
-from train.formats.files import read_sae
 from train.kernels.choose import choose_kernels
 from train.kernels.interface import WeightGradients
 from train.metrics import MetricsFile, MetricsWindow, metrics_path
@@ -35,6 +33,7 @@ from train.reporting.convergence import NUMBERS
 from train.reporting.loss_figure import figure_path
 from train.reporting.trackers import Tracker, numbers_of, open_trackers
 from train.resolve import RunPlan
+from train.resume import read_source
 from train.validation import Validation
 
 
@@ -132,21 +131,10 @@ class Trainer:
                 self._continue(saved.trainer)
 
     def read_source(self) -> None:
-        """Read the autoencoder that a new run starts from; raises `UsageError` where it is the run's own output, or of
-        another kind or size."""
-        source, wanted = self.plan.config.start_from, self.plan.model
-        if source is None:
-            return
-        if source.exists() and self.path.exists() and source.samefile(self.path):
-            raise UsageError(
-                f"--start-from {source} would be replaced by the run's own checkpoint: choose another --out"
-            )
-        self._source = read_sae(str(source))[0]
-        there, here = asdict(self._source.config), asdict(wanted)
-        if differing := [name for name in here if name != "k" and there[name] != here[name]]:
-            found = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in differing)
-            raise UsageError(f"--start-from {source}: {found}; give the flags of that autoencoder")
-        self.started_from = {"name": str(source), "hash": sae_hash(self._source)}
+        """Read the autoencoder that a new run starts from, if there is one."""
+        if self.plan.config.start_from is not None:
+            self._source = read_source(self.plan)
+            self.started_from = {"name": str(self.plan.config.start_from), "hash": sae_hash(self._source)}
 
     def _continue(self, trainer: dict[str, Any]) -> None:
         self.step = trainer["step"]

@@ -2,8 +2,12 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from harvest.model.tokenizer import Tokenizer
 from residscope.errors import UsageError
+
+_SORTED_DOCUMENTS = 4096
 
 
 class Packing(NamedTuple):
@@ -77,3 +81,15 @@ def make_packing(
         )
     special = tuple(sorted(tokenizer.masked_ids(separator)))
     return Packing(separator, ids, opening, special, context_length, keep_first_position, packed)
+
+
+def sequences(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> list[np.ndarray]:
+    """Each document (token ids, int32) as a sequence of its own, opened, `n_tokens` in all: the last one is cut. Of
+    every 4,096 the longest come first."""
+    rows = [np.concatenate([np.array(packing.opening, np.int32), ids]) for ids in documents]
+    rows[-1] = rows[-1][: n_tokens - sum(map(len, rows[:-1]))]
+    return [
+        row
+        for start in range(0, len(rows), _SORTED_DOCUMENTS)
+        for row in sorted(rows[start : start + _SORTED_DOCUMENTS], key=len, reverse=True)  # Stable.
+    ]

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from residscope.urls import as_path
 from store import arrays
 from store.activations import ActivationStore
 from store.care.ring import Readers, ring_of
@@ -40,7 +41,7 @@ def verify(
 
     progress: called with the number of checked shards and of all. `IncompatibleError` for no store or another version.
     """
-    path = Path(path)
+    path = as_path(path)
     require_store(path)
     manifest = read_manifest(path)
     bad = [BadShard(None, problem, lasting=not manifest.checksums) for problem in manifest.problems]

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 
 from residscope.errors import IncompatibleError, UsageError
 from residscope.names import stem
+from residscope.urls import as_path, local_copy
 from store.activations import ActivationStore
 from store.meta import StoreMeta
 from store.shuffle import validation_documents
@@ -131,11 +131,11 @@ def compare(config: TrainCompareConfig) -> Comparison:
 
 def _read(source: str) -> list[tuple[str, Checkpoint]]:
     """The checkpoint `source`, or those of single layers in the folder `source`, with names."""
-    path = Path(source)
+    path = local_copy(as_path(source))
     inside = sorted(path.glob("*layer=*.pt")) if path.is_dir() else []
     if inside:
         return [(f"{path.name}/{file.stem}", read_checkpoint(file)) for file in inside]
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(path if path.exists() else source)
     for note in checkpoint.notes:
         print(f"train compare: note: {note}", file=sys.stderr)
     return [(stem(path) if path.is_file() else source, checkpoint)]

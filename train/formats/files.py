@@ -25,6 +25,7 @@ from torch import Tensor
 from residscope.destinations import together
 from residscope.errors import IncompatibleError, UsageError, said
 from residscope.reading import read_json, reading
+from residscope.urls import as_path, local_copy
 from store.files import atomic_write
 from train.checkpoint import Checkpoint, check_records, check_weights, load_checkpoint, save_checkpoint
 from train.formats import layouts
@@ -92,7 +93,7 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
     tag or commit on the hub. Raises `UsageError` where nothing is found, or several and none was chosen,
     `ResidscopeError` where the hub does not answer, `IncompatibleError` for what cannot be represented or is damaged.
     """
-    path = Path(source)
+    path = local_copy(as_path(source))
     on_hub = not path.exists()
     if on_hub:
         if path.suffix in _FILE_KINDS or not HUB_ID.fullmatch(str(source)):

@@ -9,7 +9,7 @@ import pytest
 
 from analysis.config import AnalyzeConfig
 from harvest.config import HarvestConfig
-from residscope import demo
+from residscope.commands import demo
 from residscope.options import parse_options
 from tests.support.results import write_results
 from train.config import TrainConfig

@@ -1,0 +1,1 @@
+"""Commands of `residscope` that stand for themselves."""

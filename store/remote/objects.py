@@ -1,0 +1,136 @@
+"""A store's objects at a URL: reading parts of a shard's, and writing by conditional requests.
+
+Reading: ranges that touch are one, long ones are cut, parts are asked for in parallel. The first look at an object
+takes its tag; later requests hold for this tag alone, so that nothing of an exchanged one is used. Writing: the
+manifest is in objects of at most 256 lines, of which the last is replaced if it is as this writer left it. Who opens a
+store for writing puts a blank line at its end (or begins the next), so that an earlier writer fails at its next line. A
+shard is put only where none is, so that the late upload of such a writer exchanges nothing that counts.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import get_ident
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from residscope.errors import ResidscopeError
+from residscope.urls import URL
+from store.checksums import DamagedError
+from store.manifest import FOLDER, ShardRecord, WriterLock, is_intact, sealed
+
+THREADS = 32  # requests under way at once
+_REQUESTS = ThreadPoolExecutor(THREADS, "request")
+_LONGEST, _TAIL_BYTES, _MOST_LINES = 8 << 20, 1 << 16, 256
+
+
+class ObjectFile:
+    """Reads an object; what has been fetched is held as long as this."""
+
+    def __init__(self, url: URL, n_bytes: int, known: dict[Any, Any]) -> None:
+        """Look at it, unless `known` has its tag. n_bytes: its size by the manifest. known: what the readers of one
+        store keep for later ones: an object's tag by its URL, the last whole one by the thread."""
+        self._url, self._known, self.size = url, known, n_bytes
+        self.noted: str | None = None  # XXH3-128 that its writer noted with it
+        whole, data = known.get(get_ident(), (None, b""))
+        self._held = [(0, data)] if whole == url else []
+        if url not in known:  # The index is at its end.
+            start = max(n_bytes - _TAIL_BYTES, 0)
+            data, self.size, known[url], self.noted = url.get(start, n_bytes)
+            self._held = [(start, np.frombuffer(data, np.uint8))]
+
+    def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Read these ranges (start, stop)."""
+        for start, stop in merged(range_ for range_ in ranges if self._at(*range_) is None):
+            parts = [(i, min(i + _LONGEST, stop)) for i in range(start, stop, _LONGEST)]
+            found = [*(_REQUESTS.map(self._get, parts) if len(parts) > 1 else map(self._get, parts))]
+            self._held.append((start, found[0] if len(found) == 1 else np.concatenate(found)))
+            if stop - start == self.size:  # Who hashes a shard reads it next, in the same thread.
+                self._known[get_ident()] = self._url, self._held[-1][1]
+
+    def read(self, n_bytes: int, start: int) -> np.ndarray:
+        """uint8, fewer at the end."""
+        range_ = start, min(start + n_bytes, self.size)
+        found = self._at(*range_)
+        return self._get(range_) if found is None else found
+
+    def _at(self, start: int, stop: int) -> np.ndarray | None:
+        found = (data[start - at : stop - at] for at, data in self._held if at <= start and stop <= at + len(data))
+        return next(found, None)
+
+    def _get(self, range_: tuple[int, int]) -> np.ndarray:
+        try:
+            return np.frombuffer(self._url.get(*range_, self._known[self._url]).data, np.uint8)
+        except (FileNotFoundError, FileExistsError):
+            raise DamagedError(self._url, "it was removed or exchanged while it was in use") from None
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges (start, stop) in order, as one where they touch."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            start, stop = found[-1][0], max(stop, found.pop()[1])
+        found.append((start, stop))
+    return found
+
+
+class ObjectLock:
+    """The right to write a store at a URL, and its manifest's writer: a `WriterLock` and a `ManifestWriter`."""
+
+    def __init__(self, store: URL) -> None:
+        """Take over from earlier writers, who cannot commit any more."""
+        numbers = [int(path.stem) for path in (store / FOLDER).glob("*.jsonl") if path.stem.isdigit()]
+        self._store, self._number, self._data = store, max(numbers, default=0), b""
+        self._tag: Any = "create"
+        if numbers:
+            data, _, self._tag, _ = self._segment.get()
+            self._data = bytes(data)
+        self._add(b"\n")
+
+    @property
+    def _segment(self) -> URL:
+        return self._store / FOLDER / f"{self._number}.jsonl"
+
+    def _add(self, line: bytes) -> None:
+        if self._data.count(b"\n") >= _MOST_LINES:
+            self._number, self._tag, self._data = self._number + 1, "create", b""
+        try:
+            self._tag = self._segment.put(self._data + line, self._tag)
+        except FileExistsError:
+            raise self._lost() from None
+        self._data += line
+
+    def append(self, record: ShardRecord | bytes) -> bytes:
+        """As that of `ManifestWriter`, of a line too; `ResidscopeError` where another process has taken over."""
+        self._data = b"".join(line for line in self._data.splitlines(keepends=True) if is_intact(line[:-1]))
+        self._add(line := record if isinstance(record, bytes) else sealed(record._asdict()))
+        return line[:-1]
+
+    def write(self, path: Any, parts: Sequence[bytes | memoryview]) -> None:
+        """Make an object that does not count yet, and note its hash with it."""
+        data = b"".join(parts)
+        xxh3 = xxhash.xxh3_128_hexdigest(data)
+        try:
+            path.put(data, "create", xxh3)
+        except FileExistsError:  # Put by who had the store before, after this one had looked for such.
+            self.require_here(self._store)
+            path.put(data, path.get(head=True).tag, xxh3)
+
+    def require_here(self, store: Path) -> None:
+        """`ResidscopeError` where another process has taken over, or the store is gone."""
+        if not self._segment.is_file() or self._segment.get(head=True).tag["e_tag"] != self._tag["e_tag"]:
+            raise self._lost()
+
+    def _lost(self) -> ResidscopeError:
+        return ResidscopeError(f"{self._store}: another process is writing this store now; wait until it ends")
+
+    def release(self) -> None:
+        """Does nothing: who opens the store next takes over."""
+
+    close = release
+
+
+StoreLock = WriterLock | ObjectLock
