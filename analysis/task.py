@@ -108,7 +108,7 @@ def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_t
     token, values, indices = tile
     if spec.codes_folder:
         write_codes(spec.codes_folder, tile)
-    group = data.selection.group[token]
+    group = data.selection.group[token].astype(np.int64)
     try:
         sums.moments.add(values, indices, group, errors=per_token)
     except ValueError:

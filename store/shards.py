@@ -219,10 +219,9 @@ class ShardFiles:
             raise UsageError(f"shard {shard} should have shape {expected} (token, layer, d_model), found {data.shape}")
         if data.dtype not in (np.float32, STORAGE_DTYPE[meta.stored_dtype]):
             raise UsageError(f"shard {shard} should be float32 or {meta.stored_dtype}, found {data.dtype}")
-        if self._packer is None:
-            from store.pack import ShardPacker, seal_slots  # Imports numba, which readers do without.
+        from store.pack import ShardPacker, seal_slots  # Imports numba, which readers do without.
 
-            self._packer = ShardPacker(meta)
+        self._packer = self._packer or ShardPacker(meta)
         try:
             slots, moments = self._packer.pack(data, keep, threads)
         except ValueError:

@@ -74,7 +74,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         data = TrainingData.open(with_values(config, batch_size=specs[0].config.data.batch_size), store, ranks)
         plans = [make_plan(spec, data) for spec in specs]
         if data.follower:
-            data.follower.require_once(plans[0], ranks.size)
+            data.follower.require_once(plans[0].epochs, ranks.size)
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
                 check_resumable(checkpoint, store, plan, ranks)
@@ -174,7 +174,8 @@ class _Stream:
             for trainer in self.trainers if self.ranks.first else ():
                 trainer.claim(self.saved[trainer])
             if follower:
-                follower.begin(self.data, list(self.saved.values()), stopped)
+                done = min(0 if one is None else one.trainer["step"] for one in self.saved.values())
+                follower.begin(self.data.part_ends(), self.data.batch_size, done, stopped)
             self._start()
             whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)

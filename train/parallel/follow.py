@@ -7,19 +7,13 @@ whatever is killed, the last checkpoint finds the rows that come next.
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers
-
-if TYPE_CHECKING:
-    from train.checkpoint import Checkpoint
-    from train.data import TrainingData
-    from train.resolve import RunPlan
 
 _REFRESH_SECONDS = 0.5
 
@@ -38,23 +32,22 @@ class Follower:
         self.stopped: Callable[[], bool] = lambda: False
         self._used, self._told, self._looked = 0, False, 0.0
 
-    def require_once(self, plan: "RunPlan", processes: int) -> None:
+    def require_once(self, epochs: int, processes: int) -> None:
         """`UsageError` where rows would be needed twice, or by several processes."""
-        if plan.epochs > 1 or processes > 1:
-            most = f"at most {plan.vectors_per_epoch // plan.chosen.batch_size} steps, and one process"
-            what = "is filled and removed part by part, so each token is trained on once"
-            raise UsageError(f"{self._store.path} {what}: {most}")
+        if epochs > 1 or processes > 1:
+            what = "is filled and removed part by part, so each token is trained on once, by one process"
+            raise UsageError(f"{self._store.path} {what}: lower --steps or --epochs, and leave --n-procs out")
 
     def wait(self) -> None:
         """Until the first part is there."""
         while not self.ready(0):
             time.sleep(_REFRESH_SECONDS / 5)
 
-    def begin(self, data: "TrainingData", saved: Sequence["Checkpoint | None"], stopped: Callable[[], bool]) -> None:
-        """Before the first batch is read: let the harvest know of this training. saved: the checkpoints that runs go on
-        from. stopped: whether waiting should end. Raises where the training comes too late, or parts are too small."""
-        self._row_ends, self._batch_size = data.part_ends(), data.batch_size
-        step = min(0 if one is None else one.trainer["step"] for one in saved)
+    def begin(self, row_ends: np.ndarray, batch_size: int, step: int, stopped: Callable[[], bool]) -> None:
+        """Before the batch `step` is read: let the harvest know of this training. row_ends: int64 [parts], rows of the
+        stream served when each part is done. stopped: whether waiting should end. Raises where the training comes too
+        late, or parts are too small."""
+        self._row_ends, self._batch_size = row_ends, batch_size
         self.stopped = stopped
         if np.diff(self._row_ends, prepend=0).min() < self._batch_size:
             raise UsageError(

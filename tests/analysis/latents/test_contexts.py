@@ -74,7 +74,7 @@ def test_chance_is_the_mean_over_permutations() -> None:
 
 
 def test_nothing_to_compare_is_null() -> None:
-    found = context_agreement(np.full((2, 1, 3), -1, np.int32), np.array([0, 0]))
+    found = context_agreement(np.full((2, 1, 3), -1), np.array([0, 0]))
     assert agreement_summary(found) == {
         "n": 3,
         "latents": 0,

@@ -14,7 +14,7 @@ from store.checksums import DamagedError
 from store.folder import is_store
 from store.manifest import FILE
 from store.remote import objects
-from store.remote.objects import merged
+from store.remote.objects import ObjectLock, merged
 from tests.support.stores import make_meta, make_store, random_activations, token_table
 
 X = random_activations(200, 8, 16)
@@ -114,9 +114,10 @@ def test_a_late_upload_exchanges_nothing_that_counts(s3: str) -> None:
     first = ActivationStore.create(s3, META, token_table(200))
     second = ActivationStore.open(s3, writable=True)
     write(second, range(1))
-    assert first._writer
+    lock = first._writer and first._writer._lock
+    assert isinstance(lock, ObjectLock)
     with pytest.raises(ResidscopeError, match="another process"):
-        first._writer._lock.write(at(s3, "resid_post/c.0.0.0"), [b"of a writer that hung"])
+        lock.write(at(s3, "resid_post/c.0.0.0"), [b"of a writer that hung"])
     assert open_url(s3).read(slice(0, 32)).shape == (32, 8, 16)
 
 
