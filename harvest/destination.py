@@ -65,7 +65,8 @@ def disk_bytes(settings: Settings, n_tokens: int) -> int:
 def remove_store(out: Path) -> None:
     """Remove a store so that a crash on the way leaves none there: renamed first, to where `create` clears up."""
     if isinstance(out, URL):
-        for path in sorted(out.glob("*"), key=lambda path: path != out / FILE):
+        (out / FILE).put(b"\n")  # as of one that is being made, which whoever comes next goes on with
+        for path in sorted(out.glob("*"), key=lambda path: path == out / FILE):
             path.unlink()
         return
     out = out.resolve() if out.is_symlink() else out  # What a link points at goes, and the link stays.

@@ -39,13 +39,15 @@ class Got(NamedTuple):
 
 def as_path(place: str | os.PathLike[str]) -> Path:
     """The path that a word names; `UsageError` for a URL of another scheme, and for one that holds a secret."""
-    match = re.fullmatch(r"(\w+)://([^/]*)(/.*)?", "" if isinstance(place, Path) else os.fspath(place), re.DOTALL)
+    match = re.fullmatch(
+        r"([A-Za-z][\w+.-]*)://([^/]*)(/.*)?", "" if isinstance(place, Path) else os.fspath(place), re.DOTALL
+    )
     if match is None:
         return place if isinstance(place, Path) else Path(place)
     scheme, bucket, rest = match.groups()
     if scheme == "file" and bucket in ("", "localhost") and rest:
         return Path(unquote(rest))
-    if "@" in bucket or re.search(r"[?#]", match[0]):
+    if "@" in (bucket or rest or "") or re.search(r"[?#]", match[0]):
         raise UsageError(f"{scheme}://...: secrets (user:password@, ?key) belong in the environment, not in a URL")
     if scheme not in ("s3", "gs", "az") or not bucket:
         raise UsageError(f"{place}: should be a path, s3://BUCKET/NAME, gs://BUCKET/NAME or az://CONTAINER/NAME")
@@ -85,6 +87,8 @@ class URL(PosixPath):
 
         if not self._key:
             raise FileNotFoundError(errno.ENOENT, "No such object", str(self))
+        if stop is not None and stop <= start and not head:  # which servers refuse
+            return self.get(tag=tag, head=True)._replace(data=b"")
         return self._asked(ask)
 
     def put(self, data: bytes, mode: Any = "overwrite", xxh3: str | None = None) -> dict[str, Any]:

@@ -74,10 +74,10 @@ def remove_leftovers(folder: Path, shards: Collection[int] = ()) -> None:
     objects of other shards than `shards`."""
     if isinstance(folder, URL):
         for path in folder.glob("c.*.0.0*"):
-            if int(path.name.split(".")[1]) not in shards:
+            if (number := path.name.split(".")[1]).isdigit() and int(number) not in shards:
                 path.unlink(missing_ok=True)
         return
-    for path in folder.glob(f"*{TEMPORARY}"):
+    for path in (found for found in folder.glob(f"incoming-*{TEMPORARY}") if found.is_dir()):
         # Renamed first, so that who still writes into it finds none.
         shutil.rmtree(path.replace(path.with_name(path.name + TEMPORARY)))
     for path in folder.glob(f"*/*{TEMPORARY}"):

@@ -96,7 +96,8 @@ class MetricsWindow:
         if state["steps"]:  # checkpoints from before the sparsity term was counted lack it
             self._unknown = {name for name in self._means if name not in state}
         for name in self._sums.keys() & state.keys() if self._ranks.rows.first else ("steps",):
-            self._sums[name].copy_(state[name])
+            if name != "active" or self._ranks.latents.first:  # which is a sum over both
+                self._sums[name].copy_(state[name])
 
 
 class MetricsFile:

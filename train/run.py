@@ -196,7 +196,7 @@ class _Stream:
             self._validate(self.trainers, bar, last=True)
             records = [trainer.save(finished=True) for trainer in self.trainers]
             if follower:
-                follower.publish(self.step)
+                follower.end()
             return records
 
     def measure(self) -> DryRun:

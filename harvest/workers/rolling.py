@@ -97,14 +97,17 @@ def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterat
     readers, waited = Readers(store.path, store.ring), 0.0
     for number, part in enumerate(store.ring.parts(store.meta.n_shards)):
         if todo := [shard for shard in part.tolist() if shard in missing]:
-            while number > 1 and min((used := readers.used()).values(), default=0) < number - 1:
-                if stopped():
-                    return
-                if not waited:
-                    names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
-                    print(f"waiting for {names}, as often as it is slower", file=sys.stderr)
-                time.sleep(_POLL_SECONDS)
-                waited += _POLL_SECONDS
+            for last_look in (False, True) if number > 1 else ():
+                while min((used := readers.used()).values(), default=0) < number - 1:
+                    if stopped():
+                        return
+                    if not waited:
+                        names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
+                        print(f"waiting for {names}, as often as it is slower", file=sys.stderr)
+                    time.sleep(_POLL_SECONDS)
+                    waited += _POLL_SECONDS
+                if not last_look:  # One that begins meanwhile is seen at the second look, or told that it is late.
+                    readers.announce(number - 1)
             if number > 1:
                 readers.remove(number - 1, store.meta.n_shards)
             yield todo

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from residscope.errors import IncompatibleError
 from residscope.reading import read_json
@@ -80,30 +81,39 @@ class Readers:
     def publish(self, name: str, parts: int) -> None:
         """Say that a trainer, called by its checkpoint's path, has used this many parts, and has saved what it made of
         them."""
-        path = self._store / _READERS / f"{re.sub(r'[^A-Za-z0-9.-]', '_', name)[-100:]}.json"
+        path = self._file(name)
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, [json.dumps({"name": name, "parts": parts}).encode()])
+
+    def _file(self, name: str) -> Path:
+        words = re.sub(r"[^A-Za-z0-9.-]", "_", name)[-100:]
+        return self._store / _READERS / f"{words}-{xxhash.xxh3_64_hexdigest(name.encode())}.json"
 
     def removed(self) -> int:
         """Parts that are removed, or are being removed."""
         path = self._store / _REMOVED
         return int(read_json(path, "it should hold a number")["parts"]) if path.exists() else 0
 
-    def require(self, name: str, part: int) -> None:
-        """`IncompatibleError` where a trainer comes too late for `part`."""
+    def register(self, name: str, part: int) -> None:
+        """Make a trainer known that needs `part` next; `IncompatibleError` where it comes too late."""
+        self.publish(name, part)  # First: what is removed after this is removed with a look at it.
         if part < (gone := self.removed()):
+            self._file(name).unlink()
             raise IncompatibleError(
                 f"{self._store}: {name} needs part {part + 1} of it, and the first {gone} are removed, since all"
                 " trainers that had begun have used them: harvest again with --overwrite, and start it earlier"
             )
 
-    def remove(self, parts: int, n_shards: int) -> None:
-        """Remove the shards of the first `parts` parts that are still there; the caller holds the store's lock."""
-        gone = self.removed()
-        if parts > gone:
+    def announce(self, parts: int) -> None:
+        """Say that the first `parts` parts are about to be removed: no trainer that needs them can begin any more. The
+        caller holds the store's lock, and looks once more at those that have begun."""
+        if parts > self.removed():
             atomic_write(self._store / _REMOVED, [json.dumps({"parts": parts}).encode()])
+
+    def remove(self, parts: int, n_shards: int) -> None:
+        """Remove the shards of the first `parts` parts, once that is announced."""
         for shards in self._ring.parts(n_shards)[
-            max(gone - 1, 0) : parts
+            max(parts - 2, 0) : parts
         ]:  # A crash may have come in the midst of one.
             for shard in shards[shards >= self._ring.kept_shards].tolist():
                 (self._store / shard_name(shard)).unlink(missing_ok=True)

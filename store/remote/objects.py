@@ -7,6 +7,7 @@ store for writing puts a blank line at its end (or begins the next), so that an 
 shard is put only where none is, so that the late upload of such a writer exchanges nothing that counts.
 """
 
+import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,14 +89,15 @@ class ObjectLock:
         if numbers:
             data, _, self._tag, _ = self._segment.get()
             self._data = bytes(data)
-        self._add(b"\n")
+        # As many as no other that opens it at the same moment, whose bytes would be taken for these.
+        self._add(b"\n" * (1 + secrets.randbelow(4096)))
 
     @property
     def _segment(self) -> URL:
         return self._store / FOLDER / f"{self._number}.jsonl"
 
     def _add(self, line: bytes) -> None:
-        if self._data.count(b"\n") >= _MOST_LINES:
+        if sum(map(is_intact, self._data.splitlines())) >= _MOST_LINES:
             self._number, self._tag, self._data = self._number + 1, "create", b""
         try:
             self._tag = self._segment.put(self._data + line, self._tag)

@@ -12,6 +12,7 @@ from train.kernels.interface import SparseCodes
 from train.metrics import MetricsFile, MetricsWindow, metrics_path, read_metrics
 from train.model import Standardized
 from train.objective.step import StepResult, Weights
+from train.parallel.ranks import ALONE, Ranks
 
 
 def write_lines(path: Path, steps: list[int], tail: str = "") -> None:
@@ -127,3 +128,15 @@ def test_a_step_that_is_no_number_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": "2", "loss": 1.0}\n')
     assert [line["step"] for line in read_metrics(path)] == [1]
+
+
+def test_of_ranks_that_have_other_latents_one_goes_on_with_what_is_a_sum_over_all() -> None:
+    state = {name: torch.ones(()).double() * 6 for name in ("steps", "loss", "auxk", "active")}
+    state |= {name: torch.ones(2).double() for name in ("vectors", "error")}
+    for rank, active in ((0, 6), (1, 0)):
+        ranks = Ranks(rank, 2)
+        ranks.rows, ranks.latents = ALONE, ranks  # each has all rows, and half of the latents
+        window = MetricsWindow(torch.ones(2).double(), ranks=ranks)
+        window.load_state_dict(state)
+        assert window._sums["active"] == active
+        assert window._sums["loss"] == 6

@@ -54,8 +54,7 @@ class Follower:
                 f"--batch-size {self._batch_size} is more than a part of {self._store.path} holds: lower it"
             )
         self._used = self.parts_used(step)
-        self._readers.require(self._name, self._used)
-        self._readers.publish(self._name, self._used)
+        self._readers.register(self._name, self._used)
 
     def parts_used(self, step: int) -> int:
         """Parts of which the first `step` batches have used all rows."""
@@ -69,6 +68,10 @@ class Follower:
         """Tell the harvest what is used; `step` is on the disk."""
         self._used = self.parts_used(step)
         self._readers.publish(self._name, self._used)
+
+    def end(self) -> None:
+        """Tell the harvest that nothing more is needed, be the run shorter than the store."""
+        self._readers.publish(self._name, len(self._parts))
 
     def ready(self, part: int) -> bool:
         """Whether all shards of a part are there; raises `Interrupted` where the wait should end."""

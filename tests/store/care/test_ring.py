@@ -49,6 +49,7 @@ def test_removed_shards_are_no_damage_and_content_stays_the_same(tmp_path: Path)
     before, statistics = store.content_hash, store.statistics()
     readers = Readers(store.path, RING)
     for _ in range(2):  # as after a crash
+        readers.announce(2)
         readers.remove(2, 7)
     gone = {shard for part in RING.parts(7)[:2] for shard in part.tolist()} - {0}
     assert {i for i in range(7) if not (store.path / shard_name(i)).exists()} == gone
@@ -72,6 +73,7 @@ def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: p
         unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", crash)
+    readers.announce(1)
     with pytest.raises(KeyboardInterrupt):
         readers.remove(1, 7)
     assert readers.removed() == 1
@@ -85,11 +87,19 @@ def test_a_trainer_that_comes_too_late_is_told(tmp_path: Path) -> None:
     readers.publish("/x/a.pt", 0)
     readers.publish("/x/b.pt", 2)
     assert readers.used() == {"/x/a.pt": 0, "/x/b.pt": 2}
-    readers.require("/x/c.pt", 0)
-    readers.remove(1, 7)
+    readers.announce(1)
     with pytest.raises(IncompatibleError, match=r"c\.pt needs part 1 of it, and the first 1 are removed"):
-        readers.require("/x/c.pt", 0)
-    readers.require("/x/c.pt", 1)
+        readers.register("/x/c.pt", 0)
+    assert "/x/c.pt" not in readers.used()
+    readers.register("/x/c.pt", 1)
+
+
+def test_trainers_of_like_names_are_told_apart(tmp_path: Path) -> None:
+    readers = Readers(ring_store(tmp_path / "a.zarr").path, RING)
+    names = ("/x/run/a_b.pt", "/x/run/a/b.pt", "/y" + "/deep" * 40, "/z" + "/deep" * 40)
+    for parts, name in enumerate(names):
+        readers.publish(name, parts)
+    assert readers.used() == {name: parts for parts, name in enumerate(names)}
 
 
 def test_a_store_is_followed_while_shards_come(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from harvest.destination import remove_store
 from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.urls import URL, as_path
 from store.activations import ActivationStore
@@ -108,6 +109,36 @@ def test_who_opens_a_store_for_writing_takes_it_over(s3: str, tmp_path: Path) ->
     second.finalize()
     assert second.content_hash == make_store(tmp_path / "a.zarr", X, **SIZES).content_hash
     assert verify(s3) == []
+
+
+def test_many_takeovers_begin_no_new_object(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only lines count: else the first writer's object would stay as it was, and take its lines."""
+    monkeypatch.setattr(objects, "_MOST_LINES", 4)
+    first = ActivationStore.create(s3, META, token_table(200))
+    write(first, range(2))  # three lines, with the header
+    for _ in range(5):
+        last = ActivationStore.open(s3, writable=True)
+    with pytest.raises(ResidscopeError, match="another process is writing this store now"):
+        write(first, range(2, 3))
+    write(last, range(2, META.n_shards))
+    assert open_url(s3).missing_shards() == []
+
+
+def test_a_removal_that_was_killed_is_gone_on_with(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(s3, X, **SIZES)
+    left, unlink = iter(range(3)), URL.unlink
+
+    def killed(path: URL, missing_ok: bool = False) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(URL, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_store(as_path(s3))
+    assert not is_store(as_path(s3))
+    assert make_store(s3, X, **SIZES).read().shape == X.shape
 
 
 def test_a_late_upload_exchanges_nothing_that_counts(s3: str) -> None:

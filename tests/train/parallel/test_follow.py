@@ -116,6 +116,14 @@ def test_rows_come_once_part_by_part(tmp_path: Path) -> None:
     assert asked == list(range(len(RING.parts(N_SHARDS))))
 
 
+def test_a_run_that_is_shorter_than_the_store_lets_the_harvest_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    begin(path).close()
+    with harvest_beside(path):
+        train(train_config(store=path, out=tmp_path / "a.pt", steps=3, **FLAGS))
+    assert list(Readers(path, RING).used().values()) == [len(RING.parts(N_SHARDS))]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
