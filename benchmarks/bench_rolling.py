@@ -32,6 +32,7 @@ import transformers
 
 from residscope.console import parse_bytes
 from store.activations import ActivationStore
+from store.shuffle import validation_documents
 from tests.support.models import tiny_tokenizer
 from train.checkpoint import load_checkpoint
 from train.model import sae_hash
@@ -194,7 +195,10 @@ def main() -> None:
             failed.append("the broken run ended with other weights")
         if abs(results["rolling"]["fvu"] / results["whole"]["fvu"] - 1) > 0.02:
             failed.append("FVU is not within 2 %")
-        if results["rolling"]["vectors"] != results["whole"]["vectors"]:
+        store = ActivationStore.open(rolling / "a.zarr", follow=True)
+        n_documents = int(store.tokens.document.max()) + 1
+        held_out = validation_documents(n_documents, fraction, 0)[store.tokens.document]
+        if results["rolling"]["vectors"] != int((store.tokens.keep & ~held_out).sum()) * store.meta.n_layers:
             failed.append("not every token was used once")
         if options.json:
             print(json.dumps({"seconds": seconds, "ratio": ratio, "disk": disk.most / most, "results": results}))
