@@ -116,8 +116,7 @@ def test_many_takeovers_begin_no_new_object(s3: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(objects, "_MOST_LINES", 4)
     first = ActivationStore.create(s3, META, token_table(200))
     write(first, range(2))  # three lines, with the header
-    for _ in range(5):
-        last = ActivationStore.open(s3, writable=True)
+    *_, last = (ActivationStore.open(s3, writable=True) for _ in range(5))
     with pytest.raises(ResidscopeError, match="another process is writing this store now"):
         write(first, range(2, 3))
     write(last, range(2, META.n_shards))
