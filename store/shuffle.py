@@ -111,28 +111,29 @@ class RowOrder:
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise UsageError(f"loader: layers should be at least one, without repeats, found {list(self.layers)}")
 
+    @cached_property
+    def _part(self) -> np.ndarray:
+        return np.zeros(len(self.chunk_rows), np.int64) if self.part is None else self.part
+
     def used(self, epoch: int) -> np.ndarray:
         """The chunks with rows in an epoch, ascending."""
-        served = self.chunk_rows > 0
-        return np.flatnonzero(served if self.part is None else served & (self.part == epoch % self.n_parts))
+        return np.flatnonzero((self.chunk_rows > 0) & (self._part == epoch % self.n_parts))
 
     @cached_property
     def n_parts(self) -> int:
         """Parts that the store is served in."""
-        return 1 if self.part is None else int(self.part.max()) + 1
+        return int(self._part.max()) + 1
 
     @cached_property
     def row_ends(self) -> np.ndarray:
         """int64 [parts]: rows served when each part is done, of those of all parts."""
-        part = np.zeros(len(self.chunk_rows), np.int64) if self.part is None else self.part
-        rows = np.bincount(part, weights=self.chunk_rows, minlength=self.n_parts)
+        rows = np.bincount(self._part, weights=self.chunk_rows, minlength=self.n_parts)
         return np.cumsum(rows.astype(np.int64)) * len(self.layers)
 
     @property
     def n_blocks(self) -> int:
         """Blocks of the largest epoch."""
-        part = np.zeros(len(self.chunk_rows), np.int64) if self.part is None else self.part
-        return int(np.bincount(part, weights=self.chunk_rows > 0).max()) * len(self.layers)
+        return int(np.bincount(self._part, weights=self.chunk_rows > 0).max()) * len(self.layers)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """The blocks of an epoch, in order, and where its windows end."""
