@@ -37,6 +37,10 @@ STD_EPSILON = 1e-5
 """Added to a vector's standard deviation before the division, as the reference does, so that its models carry over."""
 
 
+_DRAWN = 4096
+"""Rows of an initialisation that are drawn at once: a multiple of the 16 numbers that torch draws together, so that as
+many calls give what one would."""
+
 TOO_LONG = "overflow float32 when they are squared: check the model's weights, or harvest without that layer (--layers)"
 
 
@@ -101,28 +105,41 @@ class MLSAE(nn.Module):
         """Random unit rows in the decoder, the same times `encoder_scale` in the encoder (tied: Gao et al. 2024,
         appendix A.1), and `b_pre` [D] or zero.
 
-        The draw is made on the CPU in float32, so that a seed means the same weights on every device.
+        The draw is made on the CPU in float32, so that a seed means the same weights on every device, and some thousand
+        rows at a time: of a part of a larger autoencoder (`latents`), memory holds its own rows alone.
         """
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(self.W_dec.shape, generator=generator)
-        rows /= rows.norm(dim=1, keepdim=True)
-        self.W_dec.copy_(rows)
-        self.W_enc.copy_(rows.mul_(encoder_scale))
+        m = self.config.n_latents * self.latents.size
+        own, starts = self.latents.own(m), range(0, max(m - _DRAWN, 0) + 1, _DRAWN)
+        for start in starts:
+            stop = m if start == starts[-1] else start + _DRAWN
+            rows = torch.randn(stop - start, self.config.d_model, generator=generator)
+            rows = rows[max(own.start - start, 0) : max(own.stop - start, 0)]
+            rows /= rows.norm(dim=1, keepdim=True)
+            here = max(start - own.start, 0)
+            self.W_dec[here : here + len(rows)] = rows
+            self.W_enc[here : here + len(rows)] = rows.mul_(encoder_scale)
         for name, value in self.variant.extra_state().items():
             getattr(self, name).copy_(value)
         if self.config.encoder_bias:
             self.b_enc.zero_()
         self.b_pre.copy_(torch.zeros_like(self.b_pre) if b_pre is None else b_pre)
 
+    @classmethod
+    def share(cls, config: SAEConfig, latents: Ranks) -> "MLSAE":
+        """A new one of the latents of `config` that this one of the ranks has: of all where there is only one."""
+        m, k, size = config.n_latents, config.k, latents.size
+        if m % size or k > m // size:
+            raise UsageError(f"--shard-latents {size}: {m} latents do not make as many parts of {k} or more")
+        sae = cls(config if size == 1 else replace(config, n_latents=m // size))
+        sae.latents = latents
+        return sae
+
     def part(self, latents: Ranks) -> "MLSAE":
         """The share of its latents that this one of the ranks has; itself where there is only one."""
         if latents.size == 1:
             return self
-        own, m, k = latents.own(self.config.n_latents), self.config.n_latents, self.config.k
-        if m % latents.size or k > m // latents.size:
-            raise UsageError(f"--shard-latents {latents.size}: {m} latents do not make as many parts of {k} or more")
-        part = MLSAE(replace(self.config, n_latents=m // latents.size))
-        part.latents = latents
+        part, own = MLSAE.share(self.config, latents), latents.own(self.config.n_latents)
         part.load_state_dict({n: t[own] if n in BY_LATENT else t for n, t in self.state_dict().items()})
         return part
 

@@ -106,7 +106,11 @@ class RunPlan:
     @property
     def tile_bytes(self) -> int:
         """Pre-activations held at once."""
-        return int(self.config.hardware.tile_mb * 1e6)
+        return int(self.tile_mb * 1e6)
+
+    @property
+    def tile_mb(self) -> float:
+        return self.config.hardware.tile_mb or (256 if self.device == "cuda" else 16)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -121,6 +125,7 @@ class RunPlan:
         """Plain values by name, as a checkpoint keeps them."""
         own = {field.name: getattr(self, field.name) for field in fields(self)} | asdict(self.chosen)
         values = {**to_flat(self.config), **asdict(self.model), **own, "window_bytes": self.window_bytes}
+        values["tile_mb"] = self.tile_mb
         values["start_from"] = None if self.config.start_from is None else str(self.config.start_from)
         return {name: list(v) if isinstance(v := values[name], tuple) else v for name in RECORDED}
 

@@ -94,22 +94,24 @@ class Trainer:
         """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
         plan, device, optimizer = self.plan, self._data.device, self.plan.config.optimizer
         saved = start if isinstance(start, Checkpoint) else None
-        sae = MLSAE(plan.model) if saved is None else saved.sae
+        latents = self._ranks.latents
         if isinstance(start, Checkpoint):
             with reading(f"{self.path}: its training state is damaged"):
                 self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
                 if any(part.shape != (len(plan.layers),) for part in self._statistics[1:3]):
                     raise ValueError("statistics of other layers")
+            sae = start.sae.part(latents)
         else:
             self._statistics = start
+            sae = MLSAE.share(plan.model, latents)
             sae.initialize(plan.config.data.seed, start.b_pre, encoder_scale=plan.chosen.encoder_scale)
             if self._source is not None:
-                sae.load_state_dict(self._source.state_dict())
+                sae.load_state_dict(self._source.part(latents).state_dict())
             if plan.model.standardize == "layer":
                 assert start.layer_mean is not None
                 sae.layer_mean.copy_(start.layer_mean)
                 sae.layer_scale.copy_(start.layer_scale)
-        self._sae = sae.part(self._ranks.latents).to(device).requires_grad_(False)
+        self._sae = sae.to(device).requires_grad_(False)
         self._average = None if optimizer.ema_decay is None else WeightAverage(self._sae, optimizer.ema_decay)
         if self._average is not None and saved is not None and not saved.trainer["finished"]:
             self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean

@@ -5,6 +5,7 @@ import torch
 
 from residscope.errors import IncompatibleError, UsageError
 from train.model import MLSAE, SAEConfig, standardize
+from train.parallel.ranks import Ranks
 
 
 @pytest.fixture
@@ -27,6 +28,19 @@ def test_the_scale_is_the_unbiased_standard_deviation(dtype: torch.dtype) -> Non
     x = 1e4 + 3 * torch.randn(50, 100, dtype=dtype)
     torch.testing.assert_close(standardize(x).std, x.std(dim=1, keepdim=True) + 1e-5)
     torch.testing.assert_close(standardize(x).mean, x.mean(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize(("m", "d"), [(8192, 5), (12_292, 3), (20_000, 7)])
+def test_parts_of_a_dictionary_are_made_as_the_whole_is(m: int, d: int) -> None:
+    """Rows are drawn some thousand at a time: as one call of torch draws them, wherever a part begins."""
+    config = SAEConfig(d_model=d, n_latents=m, k=3)
+    rows = torch.randn(m, d, generator=torch.Generator().manual_seed(7))
+    rows /= rows.norm(dim=1, keepdim=True)
+    parts = [MLSAE.share(config, Ranks(rank, 4)) for rank in range(4)]
+    for part in parts:
+        part.initialize(7, encoder_scale=0.5)
+    assert torch.equal(torch.cat([part.W_dec for part in parts]), rows)
+    assert torch.equal(torch.cat([part.W_enc for part in parts]), rows * 0.5)
 
 
 def test_forward_equals_the_formulas(sae: MLSAE) -> None:

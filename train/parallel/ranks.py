@@ -121,13 +121,13 @@ class Ranks:
         if self.size == 1:
             return own.cpu()
         if not self.first:
-            self._do("send", own.contiguous(), group_dst=0)
+            self._do("send", own.cpu().contiguous(), group_dst=0)
             return own
-        whole = own.new_empty(m, *own.shape[1:])
-        whole[self.own(m)] = own
+        whole = torch.empty(m, *own.shape[1:], dtype=own.dtype)
+        whole[self.own(m)] = own.cpu()
         for rank in range(1, self.size):
             self._do("recv", whole[self.own(m, rank)], group_src=rank)
-        return whole.cpu()
+        return whole
 
     def whole(self, held: Tensor, m: int) -> Tensor:
         """`gathered`, of the share that each rank has of its own latents."""
