@@ -24,6 +24,7 @@ COMMANDS = {
     "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
     "fit-lens": ("harvest.lens.cli", "fit a tuned lens: a map per layer into the last layer's basis"),
     "convert": ("train.formats.cli", "read and write autoencoders in the formats of other tools"),
+    "plan": ("residscope.commands.plan", "bytes, memory and hours of a run before it is made"),
     "demo": ("residscope.commands.demo", "all three on a small model, start to end"),
 }
 

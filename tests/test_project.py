@@ -14,7 +14,16 @@ PACKAGES = ("residscope", "store", "harvest", "train", "analysis")
 
 # What each package may import of the others: a package, or a module of it.
 ALLOWED = {
-    "residscope": {"store"},  # in the functions of its commands; see the test below
+    "residscope": {  # in the functions of its commands; see the test below
+        "store",
+        "harvest.model.blocks",
+        "harvest.model.load",
+        "harvest.model.names",
+        "harvest.settings",
+        "train.config",
+        "train.objective.recipes",
+        "train.run",
+    },
     "store": {"residscope"},
     "harvest": {"residscope", "store"},
     "train": {"residscope", "store"},
@@ -37,7 +46,8 @@ ALLOWED = {
         "harvest.lens.translators",
     },
 }
-COMMANDS = ("residscope.cli", "residscope.commands.info", "residscope.commands.demo", "residscope.__main__")
+COMMAND_MODULES = ("info", "demo", "plan", "calibrate")
+COMMANDS = ("residscope.cli", "residscope.__main__", *(f"residscope.commands.{n}" for n in COMMAND_MODULES))
 """The top of the house, which may import the other packages; everything else in `residscope` is its ground floor."""
 HEAVY = ("torch", "dask", "distributed", "transformers", "datasets", "zarr", "numpy", "pandas", "numba", "matplotlib")
 
@@ -128,7 +138,7 @@ def test_a_room_is_no_larger_than_one_can_take_in() -> None:
     folders = {path.parent for path in files}
     crowded = {str(f.relative_to(ROOT)): n for f in folders if (n := sum(path.parent == f for path in files)) > 16}
     assert not crowded, "files in one folder"
-    assert sum(lines.values()) <= 28_700
+    assert sum(lines.values()) <= 30_600
 
 
 def test_text_files_are_utf8_whatever_the_locale() -> None:

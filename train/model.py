@@ -27,7 +27,7 @@ from train.kernels.encode import ReadyEncoder
 from train.kernels.interface import SparseCodes
 from train.model_config import SAEConfig
 from train.objective.variants import variant_of
-from train.objective.weights import BY_LATENT, TRAINED, Weights
+from train.objective.weights import BY_LATENT, TRAINED, Weights, unit_rows
 from train.parallel.ranks import ALONE, Ranks
 from train.parallel.selection import row_codes
 
@@ -35,11 +35,6 @@ settle_first_calls(torch)  # before anything is computed, wherever an autoencode
 
 STD_EPSILON = 1e-5
 """Added to a vector's standard deviation before the division, as the reference does, so that its models carry over."""
-
-
-_DRAWN = 4096
-"""Rows of an initialisation that are drawn at once: a multiple of the 16 numbers that torch draws together, so that as
-many calls give what one would."""
 
 TOO_LONG = "overflow float32 when they are squared: check the model's weights, or harvest without that layer (--layers)"
 
@@ -105,20 +100,12 @@ class MLSAE(nn.Module):
         """Random unit rows in the decoder, the same times `encoder_scale` in the encoder (tied: Gao et al. 2024,
         appendix A.1), and `b_pre` [D] or zero.
 
-        The draw is made on the CPU in float32, so that a seed means the same weights on every device, and some thousand
-        rows at a time: of a part of a larger autoencoder (`latents`), memory holds its own rows alone.
+        The draw is made on the CPU in float32, so that a seed means the same weights on every device.
         """
-        generator = torch.Generator().manual_seed(seed)
         m = self.config.n_latents * self.latents.size
-        own, starts = self.latents.own(m), range(0, max(m - _DRAWN, 0) + 1, _DRAWN)
-        for start in starts:
-            stop = m if start == starts[-1] else start + _DRAWN
-            rows = torch.randn(stop - start, self.config.d_model, generator=generator)
-            rows = rows[max(own.start - start, 0) : max(own.stop - start, 0)]
-            rows /= rows.norm(dim=1, keepdim=True)
-            here = max(start - own.start, 0)
-            self.W_dec[here : here + len(rows)] = rows
-            self.W_enc[here : here + len(rows)] = rows.mul_(encoder_scale)
+        for start, rows in unit_rows(m, self.config.d_model, seed, self.latents.own(m)):
+            self.W_dec[start : start + len(rows)] = rows
+            self.W_enc[start : start + len(rows)] = rows.mul_(encoder_scale)
         for name, value in self.variant.extra_state().items():
             getattr(self, name).copy_(value)
         if self.config.encoder_bias:
@@ -128,10 +115,10 @@ class MLSAE(nn.Module):
     @classmethod
     def share(cls, config: SAEConfig, latents: Ranks) -> "MLSAE":
         """A new one of the latents of `config` that this one of the ranks has: of all where there is only one."""
-        m, k, size = config.n_latents, config.k, latents.size
-        if m % size or k > m // size:
-            raise UsageError(f"--shard-latents {size}: {m} latents do not make as many parts of {k} or more")
-        sae = cls(config if size == 1 else replace(config, n_latents=m // size))
+        m, size = config.n_latents, latents.size
+        if m % size or config.k > m // size:
+            raise UsageError(f"--shard-latents {size}: {m} latents do not make as many parts of {config.k} or more")
+        sae = cls(replace(config, n_latents=m // size))
         sae.latents = latents
         return sae
 
@@ -148,10 +135,8 @@ class MLSAE(nn.Module):
         if not self.config.layers:
             return None
         if number not in self.config.layers:
-            raise IncompatibleError(
-                f"the autoencoder standardises by layer and was not trained on layer {number}, only on "
-                f"{' '.join(map(str, self.config.layers))}"
-            )
+            what = f"was not trained on layer {number}, only on {' '.join(map(str, self.config.layers))}"
+            raise IncompatibleError(f"the autoencoder standardises by layer and {what}")
         return torch.full((n,), self.config.layers.index(number), device=self.W_enc.device)
 
     def standardize(self, x: Tensor, layer: Tensor | None = None) -> Standardized:
@@ -190,8 +175,7 @@ class MLSAE(nn.Module):
 
         encoder: of `ready_encoder`, for callers that encode many batches; default: one for this batch.
         """
-        if x_std.shape[-1] != self.config.d_model:
-            found = x_std.shape[-1]
+        if (found := x_std.shape[-1]) != self.config.d_model:
             raise IncompatibleError(f"the autoencoder has d_model {self.config.d_model}, the vectors have {found}")
         inputs = x_std - self.b_pre if self.config.apply_b_dec_to_input else x_std
         encoder = encoder or self.ready_encoder(product_dtype=product_dtype)
@@ -200,8 +184,7 @@ class MLSAE(nn.Module):
     @torch.no_grad()
     def decode(self, codes: SparseCodes, mean: Tensor, std: Tensor) -> Tensor:
         """Raw reconstruction [N, D] from codes and the mean and scale that `standardize` gave."""
-        kernels = choose_kernels(self.W_dec)
-        x_hat_std = kernels.decode(codes.values, codes.indices, self.W_dec)
+        x_hat_std = choose_kernels(self.W_dec).decode(codes.values, codes.indices, self.W_dec)
         self.latents.sum_(x_hat_std)
         return x_hat_std.add_(self.b_pre).mul_(std).add_(mean)
 

@@ -92,9 +92,8 @@ class Trainer:
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
         """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
-        plan, device, optimizer = self.plan, self._data.device, self.plan.config.optimizer
+        plan, device, optimizer, latents = self.plan, self._data.device, self.plan.config.optimizer, self._ranks.latents
         saved = start if isinstance(start, Checkpoint) else None
-        latents = self._ranks.latents
         if isinstance(start, Checkpoint):
             with reading(f"{self.path}: its training state is damaged"):
                 self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})

@@ -3,9 +3,14 @@
 Shapes: D d_model, M n_latents.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+_DRAWN = 4096
+"""Rows that are drawn at once: a multiple of the 16 numbers that torch draws together."""
 
 
 class Weights(NamedTuple):
@@ -30,3 +35,15 @@ TRAINED = ("W_enc", "W_dec", "b_pre", "b_enc", "log_threshold")
 
 BY_LATENT = ("W_enc", "W_dec", "b_enc", "log_threshold")
 """Those of them that have a row, or a number, for each latent."""
+
+
+def unit_rows(m: int, d: int, seed: int, own: slice) -> Iterator[tuple[int, Tensor]]:
+    """Random rows of unit norm, float32 [M, D]: those of `own`, some at a time, and where in `own` they begin.
+
+    All M are drawn, as one call of torch would draw them; few are in memory.
+    """
+    generator, starts = torch.Generator().manual_seed(seed), range(0, max(m - _DRAWN, 0) + 1, _DRAWN)
+    for start in starts:
+        rows = torch.randn((m if start == starts[-1] else start + _DRAWN) - start, d, generator=generator)
+        rows = rows[max(own.start - start, 0) : max(own.stop - start, 0)]
+        yield max(start - own.start, 0), rows.div_(rows.norm(dim=1, keepdim=True))

@@ -1,0 +1,105 @@
+"""What harvest and training take on the machine at hand, from some seconds of both on made-up data."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from residscope.commands.costs import Model, Training
+
+SECONDS, ROUNDS = 3.0, 20
+"""For which, or so often, a pass is repeated; the fastest counts, since a first one compiles and others share cores."""
+
+
+def token_seconds(config: Any, model: Model) -> float:
+    """Of a token's way through all blocks: one with random weights is timed, in batches as `harvest` makes them.
+
+    config: the model's own, of transformers.
+    """
+    import copy
+
+    import torch
+    import transformers
+
+    from harvest.settings import default_batch_size
+
+    small = copy.deepcopy(config.get_text_config())
+    small.num_hidden_layers, small.vocab_size = 1, 256
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, name, None)
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    with torch.random.fork_rng(devices=[]):
+        block = transformers.AutoModel.from_config(small, dtype=torch.float32).eval()
+    batch = default_batch_size(model.context, model.token_bytes, "cpu")
+    ids = torch.zeros(batch, model.context, dtype=torch.int64)
+    with torch.inference_mode():
+        return model.n_layers * _fastest(lambda: block(ids, use_cache=False)) / ids.numel()
+
+
+def step_seconds(run: Training, layers: int) -> tuple[float, int]:
+    """Of a training step, and bytes of memory: `train --dry-run` on a store of random vectors."""
+    import numpy as np
+
+    from store.activations import ActivationStore
+    from store.arrays import TokenTable
+    from store.meta import StoreMeta, chunk_and_shard_tokens
+    from train.config import DataConfig, ModelConfig, TrainConfig, ValidationConfig
+    from train.run import try_run
+
+    tokens = max(6 * run.batch // layers, 64)
+    chunk, shard = chunk_and_shard_tokens(tokens, layers, run.d_model, 2)
+    meta = StoreMeta(
+        n_tokens=tokens,
+        layers=tuple(range(layers)),
+        n_model_layers=layers,
+        d_model=run.d_model,
+        stored_dtype="bfloat16",
+        codec="none",
+        chunk_tokens=chunk,
+        shard_tokens=shard,
+        context_length=64,
+        lens=None,
+        provenance={"model": "made up"},
+        config_hash="0" * 16,
+    )
+    index, rng = np.arange(tokens, dtype=np.int32), np.random.default_rng(0)
+    table = TokenTable(token_id=index % 256, document=index // 64, position=index % 64, keep=np.ones(tokens, bool))
+    with tempfile.TemporaryDirectory(prefix="residscope-plan-") as name:
+        path = Path(name, "acts.zarr")
+        with ActivationStore.create(path, meta, table) as store:
+            for number in range(meta.n_shards):
+                start, stop = meta.shard_bounds(number)
+                x = rng.standard_normal((stop - start, layers, run.d_model), dtype=np.float32)
+                store.write_shard(number, x, table.keep[start:stop])
+            store.finalize()
+        config = TrainConfig(
+            store=path,
+            model=ModelConfig(n_latents=run.n_latents, k=run.k),
+            data=DataConfig(batch_size=run.batch, epochs=1),
+            validation=ValidationConfig(validation_fraction=0),
+        )
+        found = try_run(config)
+    return found.seconds_per_step, found.memory_bytes + found.shuffle_bytes
+
+
+def disk_speed(folder: Path) -> float:
+    """Bytes/s that a file in `folder` is written with, to the disk."""
+    import os
+
+    block, began = os.urandom(2**24), time.perf_counter()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(16):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return 16 * len(block) / (time.perf_counter() - began)
+
+
+def _fastest(work: Any) -> float:
+    began, seconds = time.perf_counter(), []
+    while len(seconds) < 2 or (time.perf_counter() - began < SECONDS and len(seconds) < ROUNDS):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
