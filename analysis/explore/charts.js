@@ -4,6 +4,7 @@ import { button, h, svg } from "./core.js";
 
 const DASHES = ["", "7 4", "2 4", "10 3 2 3", "1 3", "14 4"];
 const LEVELS = 12;
+const room = () => (innerWidth < 600 ? 330 : 620);
 
 /** A picture under its title with what it says to a reader, and its exports. rows: its numbers, the first row their
     names. `drawing` is an SVG, or several, which are put into one file. */
@@ -63,7 +64,7 @@ export function heatMap(cells, rows, columns, { label, title = "", say, pick, re
 
 /** Lines over layers. series: {name, values}, told apart by dash, marker and a name at their highest point as well as by
     colour; values that are null leave a gap. */
-export function lines(series, layers, { label, unit, format, width = 620, height = 190 }) {
+export function lines(series, layers, { label, unit, format, width = room(), height = 190 }) {
   const top = Math.max(...series.flatMap((one) => one.values), 0) || 1, low = Math.min(...series.flatMap((one) => one.values), 0);
   const x = (i) => 44 + ((width - 60) * i) / Math.max(layers.length - 1, 1), y = (v) => 14 + (height - 48) * (1 - (v - low) / (top - low));
   const ticks = [...new Set([0, 1, 2, 3].map((i) => Math.round((i * (layers.length - 1)) / 3)))];
@@ -87,7 +88,7 @@ function marker(k, x, y) {
 
 /** Latents as lines from the layer where they switch on (a filled dot) to where they are on for the last time (a ring).
     rows: {name, on: Map of the layer's place to activation, chosen, pick}. */
-export function switches(rows, layers, { label, width = 620, left = 210 }) {
+export function switches(rows, layers, { label, width = room(), left = width / 3 }) {
   const high = 20, x = (i) => left + ((width - left - 14) * i) / Math.max(layers.length - 1, 1), height = rows.length * high + 34;
   const every = Math.ceil(layers.length / 10);
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "group", "aria-label": label },
@@ -98,7 +99,7 @@ export function switches(rows, layers, { label, width = 620, left = 210 }) {
       const runs = places.filter((i) => !on.has(i - 1)).map((first) => { let last = first; while (on.has(last + 1)) last++; return [first, last]; });
       const act = (event) => { if (!event.key || event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(); } };
       return svg("g", { class: chosen ? "switch chosen" : "switch", role: "button", tabindex: 0, onclick: act, onkeydown: act, "aria-label": `${name}: on at layers ${runs.map(([a, b]) => (a === b ? layers[a] : `${layers[a]} to ${layers[b]}`)).join(", ")}` },
-        svg("path", { class: "touch", d: `M0 ${y - 10}H${width}V${y + 10}H0z` }), svg("text", { class: "name", x: left - 12, y: y + 4, "text-anchor": "end" }, words),
+        svg("path", { class: "touch", d: `M0 ${y - 10}H${width}V${y + 10}H0z` }), svg("text", { class: "name", x: left - 12, y: y + 4, "text-anchor": "end" }, words.slice(0, left / 6.5)),
         runs.map(([first, last]) => [
           ...Array.from({ length: last - first }, (_, i) => svg("path", { class: "span", d: `M${x(first + i)} ${y}H${x(first + i + 1)}`, "stroke-width": (1 + (5 * on.get(first + i)) / top).toFixed(1) })),
           svg("circle", { class: "ring", cx: x(last), cy: y, r: 4 }), svg("circle", { class: "start", cx: x(first), cy: y, r: first === last ? 2 : 4 })]));

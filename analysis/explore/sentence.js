@@ -61,7 +61,7 @@ function switching(found, token, word) {
     for (const { one, on } of rows) if (on.has(i) || on.has(i + 1)) kinds[!on.has(i) ? "switch on" : on.has(i + 1) ? "stay" : "switch off"].push(one.latent);
     read.replaceChildren(...Object.entries(kinds).map(([kind, who]) => h("span", {}, h("b", {}, `${who.length} ${kind} `), who.map((latent) => [link(String(latent), { latent, layer: layers[i + 1] }), " "]))));
   }
-  const drawn = switches(rows.map(({ one, on }) => ({ name: `Latent ${one.latent}`, words: `${one.latent}  ${one.fires_on.slice(0, 3).map(visible).join(" ")}`.slice(0, 30), on,
+  const drawn = switches(rows.map(({ one, on }) => ({ name: `Latent ${one.latent}`, words: `${one.latent}  ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, on,
     chosen: state.latent === String(one.latent), pick: () => set({ latent: one.latent, layer: layers[Math.min(...on.keys())] }) })), layers, { label: `Latents on at ${word}, by layer` });
   if (layers.length > 1) tell();
   return figure(`Switching on and off over the layers at ${word}`, "switches", drawn,

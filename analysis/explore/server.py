@@ -82,20 +82,21 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
-        self._waiting = 0
+        self.waiting = 0
+        """Requests that have come and are not answered."""
 
     async def take(self, request: Request | None, work: Callable[[], Any]) -> Any:
         """What `work` returns, in a thread. Not begun if the browser has gone by the time that its turn comes."""
-        if self._waiting >= MOST_WAITING:
-            raise Refused(429, f"{self._waiting} requests wait already; try again when they are answered")
-        self._waiting += 1
+        if self.waiting >= MOST_WAITING:
+            raise Refused(429, f"{self.waiting} requests wait already; try again when they are answered")
+        self.waiting += 1
         try:
             async with self._lock:
                 if request is not None and await request.is_disconnected():
                     raise ClientDisconnect
                 return await run_in_threadpool(work)
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
 
 
 class Guard:
@@ -115,7 +116,7 @@ class Guard:
         await (refusal or self._app)(scope, receive, with_headers)
 
     def _refusal(self, request: Request) -> Response | None:
-        if (host := request.headers.get("host", "").rpartition(":")[0]) not in HOSTS:
+        if (host := request.headers.get("host", "").partition(":")[0]) not in HOSTS:
             return _error(403, f"this server answers to {' and '.join(HOSTS)} only, not to {host[:80]!r}")
         page = request.url.path == "/"
         given = (request.query_params.get("token") if page else request.headers.get("x-token")) or ""
@@ -135,7 +136,7 @@ def make_app(analysis: Any, token: str) -> Starlette:
         loading.cancel()
 
     async def about(_: Request) -> Response:
-        return _json(_about(analysis))
+        return _json({**_about(analysis), "waiting": live.waiting})
 
     async def model(request: Request) -> Response:
         return _json({"missing": await live.take(request, lambda: _missing(analysis))})
