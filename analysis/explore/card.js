@@ -1,7 +1,7 @@
 // A latent's card: what it fires on, its layers, its strongest examples, its neighbours.
 
 import { bars, figure, heatMap } from "./charts.js";
-import { ask, button, code, find, h, link, pins, say, set, state, visible, watch } from "./core.js";
+import { ask, button, code, fill, find, h, link, pins, say, set, state, visible, watch } from "./core.js";
 
 const known = new Map();
 
@@ -79,15 +79,16 @@ async function draw() {
   place.hidden = latent === "" || state.view === "compare";
   document.body.classList.toggle("with-card", !place.hidden);
   if (place.hidden) return;
-  const title = h("h2", { tabindex: -1 }, `Latent ${latent}`), body = h("div", { role: "status" }, "Loading \u2026");
-  place.replaceChildren(h("div", { class: "title" }, title, button("Close", () => set({ latent: "", layer: "" }), { "aria-label": "Close the card" })), body);
+  const body = h("div", { role: "status" }, "Loading \u2026");
+  const head = h("div", { class: "title" }, h("h2", {}, `Latent ${latent}`), button("Close", () => set({ latent: "", layer: "" }), { "aria-label": "Close the card" }));
+  if (find("card").dataset.latent !== latent) place.replaceChildren(head, body);
+  place.dataset.latent = latent;
   try {
     const card = await cardOf(Number(latent));
-    if (latent !== state.latent) return;
-    body.removeAttribute("role");
-    body.replaceChildren(...h("div", {}, cardBody(card)).childNodes);
+    if (latent === state.latent) fill(place, head, ...cardBody(card).filter(Boolean));
   } catch (error) {
     say(body, error.message, true);
+    place.replaceChildren(head, body);
   }
 }
 

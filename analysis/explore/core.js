@@ -24,12 +24,13 @@ function arrive(next, first) {
   for (const [keys, react] of watchers) if (keys.some((key) => changed.includes(key))) react();
 }
 
-/** Change the state: a new entry of the browser's history, or `quiet`, in place of the present one. */
+/** Change the state: a new entry of the browser's history, or `quiet`, in place of the present one. Whether it changed. */
 export function set(changes, quiet = false) {
   const next = { ...state, ...Object.fromEntries(Object.entries(changes).map(([key, value]) => [key, String(value)])) };
-  if (Object.keys(DEFAULTS).every((key) => state[key] === next[key])) return;
+  if (Object.keys(DEFAULTS).every((key) => state[key] === next[key])) return false;
   history[quiet ? "replaceState" : "pushState"](null, "", address(next));
   arrive(next);
+  return true;
 }
 
 /** Take the state from the address; `first`: as if all of it were new. */
@@ -97,6 +98,14 @@ const maker = (create) => (name, props = {}, ...children) => {
 };
 export const h = maker((name) => document.createElement(name));
 export const svg = maker((name) => document.createElementNS("http://www.w3.org/2000/svg", name));
+
+/** New content for a place; what had the focus there has it again. */
+export function fill(place, ...content) {
+  const parts = () => [...place.querySelectorAll("button, a, input, select, [tabindex]")], at = parts().indexOf(document.activeElement);
+  place.replaceChildren(...content);
+  if (at >= 0) parts()[at]?.focus({ preventScroll: true });
+}
+
 export const find = (id) => document.getElementById(id);
 export const button = (words, onclick, props = {}) => h("button", { type: "button", onclick, ...props }, words);
 

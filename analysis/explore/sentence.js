@@ -1,7 +1,7 @@
 // A sentence: where its latents are on, over layers and tokens; what switches at one token; what follows from a change.
 
 import { figure, heatMap, switches } from "./charts.js";
-import { button, code, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
+import { button, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
 
 let prompt = null;
 const ask = latest("prompt", find("sentence-status"), (found) => {
@@ -34,7 +34,7 @@ function draw() {
   const { tokens, layers } = prompt, { total, found } = chosen(), token = state.token === "" ? -1 : Number(state.token);
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or go to a map and use the arrow keys. Rows are layers, the first at the bottom; columns are tokens.");
   const word = (c) => `token ${c} ${quoted(tokens[c].token)}`;
-  find("tokens").replaceChildren(h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),
+  fill(find("tokens"), h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),
     () => set({ token: token === i ? "" : i }), { "aria-pressed": String(i === token), disabled: !kept, "aria-label": `token ${i}: ${visible(text)}` })));
   const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value]) => [c, layers.indexOf(layer), value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
     label: `Latent ${one.latent}, mean layer ${show(one.layer_mean)}, fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
@@ -45,7 +45,7 @@ function draw() {
   const where = token < 0 ? "in the sentence" : `at ${word(token)}`;
   const rows = () => [["latent", "position", "token", "layer", "activation"], ...found.flatMap((one) => one.cells.map(([c, layer, value]) => [one.latent, c, tokens[c].token, layer, value]))];
   const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : total)} latents on ${where}`, "latents", maps, rows, read);
-  find("maps").replaceChildren(...(token < 0 ? [] : [switching(found, token, word(token))]), picture);
+  fill(find("maps"), ...(token < 0 ? [] : [switching(found, token, word(token))]), picture);
   const next = prompt.next.map(({ token: text, p_true }) => [visible(text), percent(p_true)]);
   find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next.map(([text, p]) => [h("code", {}, text), ` ${p}  `])));
 }
@@ -82,7 +82,7 @@ function editor() {
   const write = (list) => set({ changes: list.map((one) => [one.kind, one.latent, [one.layers].flat().join("."), ...(one.kind === "steer" ? [one.coefficient ?? 8] : [])].join(":")).join(" ") });
   const list = changes(), edit = (i, key, value) => write(list.map((one, k) => (k === i ? { ...one, [key]: value } : one)));
   const layersOf = (text) => (/\d/.test(text) ? text.match(/\d+/g).map(Number) : "all");
-  find("changes").replaceChildren(...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
+  fill(find("changes"), ...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
     h("select", { "aria-label": "Kind", onchange: (e) => edit(i, "kind", e.target.value) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
     h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: (e) => edit(i, "latent", Number(e.target.value)) })),
     h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: (e) => edit(i, "layers", layersOf(e.target.value)) })),
@@ -100,7 +100,6 @@ function outcome(found, asked) {
     asked.continue_tokens > 0 && h("div", { class: "columns narrow" }, said("Goes on, before", found.text_true), said("Goes on, after", found.text_changed))];
 }
 
-find("sentence-form").addEventListener("submit", (event) => { event.preventDefault(); set({ text: find("text").value }); });
 find("text").addEventListener("input", () => set({ text: find("text").value, token: "" }, true));
 find("text").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); ask({ text: state.text }); } });
 for (const name of ["sort", "shown"]) find(name).addEventListener("change", (event) => set({ [name]: event.target.value }));

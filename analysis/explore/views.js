@@ -15,8 +15,7 @@ const search = latest("search", find("search-status"), (found) => {
 
 find("search-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  set(Object.fromEntries(FIELDS.map((name) => [name, find(`search-${name}`).value])));
-  asked();
+  if (!set(Object.fromEntries(FIELDS.map((name) => [name, find(`search-${name}`).value])))) asked();
 });
 function asked() {
   for (const name of FIELDS) find(`search-${name}`).value = state[name];
