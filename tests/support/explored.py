@@ -1,4 +1,4 @@
-"""`residscope explore`'s server in a thread, over any object with the methods of an `Analysis`; and a stand-in for one."""
+"""The server of `residscope explore` in a thread, over any object with the methods of an `Analysis`; and stand-ins."""
 
 import http.client
 import json
@@ -33,7 +33,11 @@ class Served(NamedTuple):
 
     def ask(self, path: str, body: Any = None, **changes: str | None) -> Answer:
         """GET, or POST of a body: bytes, or an object as JSON. changes: of the headers, None for none."""
-        given = {"Host": f"127.0.0.1:{self.port}", "X-Token": TOKEN, **{k.replace("_", "-"): v for k, v in changes.items()}}
+        given = {
+            "Host": f"127.0.0.1:{self.port}",
+            "X-Token": TOKEN,
+            **{k.replace("_", "-"): v for k, v in changes.items()},
+        }
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         headers = {name: value for name, value in given.items() if value is not None}
@@ -113,7 +117,11 @@ class Planted(Stub):
         if latent not in WORDS:
             raise UsageError(f"the latents are 7 to 10, found {latent}")
         counts = [[3, 2, 1, 1, 1], [0, 5, 5, 5, 0], [1, 1, 1, 1, 1], [0] * 5][latent - 7]
-        tokens = [{"text": " be", "activation": 0.0}, {"text": "fore\n", "activation": 1.5}, {"text": "</p>", "activation": 0.5}]
+        tokens = [
+            {"text": " be", "activation": 0.0},
+            {"text": "fore\n", "activation": 1.5},
+            {"text": "</p>", "activation": 0.5},
+        ]
         example = {"layer": 3, "layers": [3, 4], "activation": 1.5, "tokens": tokens, "position": 1, "document": 0}
         promoted = [{"token": " up", "cosine": 0.25}, {"token": "\n", "cosine": 0.125}]
         return {

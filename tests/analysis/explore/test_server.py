@@ -51,7 +51,12 @@ def test_localhost_is_this_machine(served: Served) -> None:
 
 def test_the_page_runs_its_own_files_alone(served: Served) -> None:
     page = served.ask(f"/?token={TOKEN}")
-    for found in (page, served.ask("/api/about"), served.ask("/api/about", X_Token=None), served.ask("/assets/core.js")):
+    for found in (
+        page,
+        served.ask("/api/about"),
+        served.ask("/api/about", X_Token=None),
+        served.ask("/assets/core.js"),
+    ):
         policy = found.headers["content-security-policy"]
         assert policy.startswith("default-src 'self';")
         assert "unsafe" not in policy
@@ -69,7 +74,9 @@ def test_the_page_runs_its_own_files_alone(served: Served) -> None:
     assert TOKEN not in page.body
 
 
-@pytest.mark.parametrize("name", ["server.py", "__init__.py", "..%2freport%2fpage.py", "%2e%2e/cli.py", "", "page", "a" * 9999])
+@pytest.mark.parametrize(
+    "name", ["server.py", "__init__.py", "..%2freport%2fpage.py", "%2e%2e/cli.py", "", "page", "a" * 9999]
+)
 def test_no_other_file_is_given(served: Served, name: str) -> None:
     assert served.ask(f"/assets/{name}").status == 404
 
@@ -79,7 +86,11 @@ def test_what_is_asked_reaches_the_analysis(served: Served) -> None:
     search = {"tokens": "a b", "promotes": "", "from_layer": 2.5, "to_layer": None, "profile": "late"}
     expected = {"asked": "search", "tokens": "a b", "from_layer": 2.5, "profile": "late"}
     assert served.ask("/api/search", search).body["found"] == expected
-    assert served.ask("/api/prompt", {"text": "a"}).body["found"] == {"asked": "prompt", "text": "a", "most": MOST_LATENTS}
+    assert served.ask("/api/prompt", {"text": "a"}).body["found"] == {
+        "asked": "prompt",
+        "text": "a",
+        "most": MOST_LATENTS,
+    }
     steer = {"kind": "steer", "latent": 0, "layers": [1, 2], "coefficient": -2.5}
     asked = {"text": "a", "changes": [ABLATE, steer], "continue_tokens": 5}
     assert served.ask("/api/intervene", asked).body["found"] == {"asked": "intervene", **asked}
