@@ -1,6 +1,7 @@
 """The `residscope explore` command."""
 
 import asyncio
+import os
 import secrets
 import socket
 import sys
@@ -95,15 +96,10 @@ def explore(config: ExploreConfig) -> None:
 
 def _listening(port: int) -> socket.socket:
     """A socket of this machine alone."""
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(("127.0.0.1", port))
+        return socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        listening.close()
-        raise ResidscopeError(f"--port {port} cannot be used ({error.strerror}); take another, or 0 for any") from None
-    listening.listen()  # what is asked before the server runs waits
-    return listening
+        raise ResidscopeError(f"--port {port} cannot be used ({os.strerror(error.errno or 0)}); take another, or 0 for any") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

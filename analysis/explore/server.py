@@ -213,8 +213,8 @@ def _checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if not isinstance(value, KINDS[key]) or isinstance(value, bool):
             raise Refused(400, f"{key} has a value of another type than it should, {type(value).__name__}")
-        size = value if isinstance(value, (int, float)) else len(value)
-        most = MOST["text"] if isinstance(value, str) else MOST.get(key, 2**31 - 1)
+        size: float = value if isinstance(value, (int, float)) else len(value)
+        most: float = MOST["text"] if isinstance(value, str) else MOST.get(key) or 2**31
         if not 0 <= size <= most:  # NaN too
             raise Refused(400, f"{key} should be from 0 to {most:,}, found {size:,}")
     for change in given.get("changes", []):

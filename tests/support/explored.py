@@ -113,7 +113,8 @@ class Planted(Stub):
         }
         self.asked: list[dict[str, Any]] = []
 
-    def card(self, latent: int) -> Any:
+    def card(self, **given: Any) -> Any:
+        latent: int = given["latent"]
         if latent not in WORDS:
             raise UsageError(f"the latents are 7 to 10, found {latent}")
         counts = [[3, 2, 1, 1, 1], [0, 5, 5, 5, 0], [1, 1, 1, 1, 1], [0] * 5][latent - 7]
@@ -154,7 +155,8 @@ class Planted(Stub):
             if any(words and words in one for one in found)
         ]
 
-    def prompt(self, text: str, most: int) -> Any:
+    def prompt(self, **given: Any) -> Any:
+        text: str = given["text"]
         if text == "too long":
             raise UsageError("the text has 900 tokens: the model takes at most 256")
         self._work("prompt", {"text": text})

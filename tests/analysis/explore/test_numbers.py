@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(BINARY is None, reason="no chromium or google-ch
 TEXT = "mary and john"
 
 
-def printed(words: str, value: float | None, times: int = 1) -> bool:
+def printed(words: str, value: Any, times: int = 1) -> bool:
     """Whether the words are the value (times so much), rounded to as many decimals as they have."""
     if value is None:
         return words == "\u2013"

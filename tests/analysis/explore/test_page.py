@@ -56,7 +56,8 @@ def test_a_latent_that_moves_up_a_layer_per_token_is_seen_to_move(tab: Explored)
       map.focus(); for (let r = 0; r < 9; r++) key(map, "ArrowDown");
       for (let c = 0; c < 9; c++) key(map, "ArrowLeft");
       for (let t = 0; t < 5; t++) { for (let r = 0; r < 5; r++) { const said = text("#maps .readout");
-        if (!said.endsWith("activation 0.")) found.push(said.match(/token (\\d).*layer (\\d): activation (.*)\\.$/).slice(1));
+        if (!said.endsWith("activation 0."))
+          found.push(said.match(/token (\\d).*layer (\\d): activation (.*)\\.$/).slice(1));
         key(map, "ArrowUp"); }
         for (let r = 0; r < 5; r++) key(map, "ArrowDown"); key(map, "ArrowRight"); }
       return found;""")
