@@ -128,7 +128,7 @@ def test_a_room_is_no_larger_than_one_can_take_in() -> None:
     folders = {path.parent for path in files}
     crowded = {str(f.relative_to(ROOT)): n for f in folders if (n := sum(path.parent == f for path in files)) > 16}
     assert not crowded, "files in one folder"
-    assert sum(lines.values()) <= 28_350
+    assert sum(lines.values()) <= 29_446
 
 
 def test_text_files_are_utf8_whatever_the_locale() -> None:
@@ -147,7 +147,9 @@ def test_text_files_are_utf8_whatever_the_locale() -> None:
             assert not builtin, f"{path.relative_to(ROOT)} line {node.lineno}: open without an encoding"
 
 
-@pytest.mark.parametrize("module", ["harvest.cli", "harvest.lens.cli", "train.cli", "analysis.cli", "residscope.cli"])
+@pytest.mark.parametrize(
+    "module", ["harvest.cli", "harvest.lens.cli", "train.cli", "analysis.cli", "analysis.explore.cli", "residscope.cli"]
+)
 def test_help_loads_nothing_heavy(module: str) -> None:
     code = (
         f"import sys; import {module} as cli\n"

@@ -99,7 +99,8 @@ def _listening(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        raise ResidscopeError(f"--port {port} cannot be used ({os.strerror(error.errno or 0)}); take another, or 0 for any") from None
+        reason = os.strerror(error.errno or 0)
+        raise ResidscopeError(f"--port {port} cannot be used ({reason}); take another, or 0 for any") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
