@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.chromium import Page, find_chromium
+from tests.support.chromium import Page, find_chromium
 
 SIZES = {"desktop": (1200, 900), "phone": (390, 844)}
 MAX_BYTES = 15_000_000

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("train.cli", "train a multi-layer sparse autoencoder on a store"),
     "compare": ("train.compare.cli", "autoencoders and PCA side by side on held-out tokens, FVU by layer"),
     "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
+    "explore": ("analysis.explore.cli", "look at an analysis and its model on a page in the browser"),
     "fit-lens": ("harvest.lens.cli", "fit a tuned lens: a map per layer into the last layer's basis"),
     "convert": ("train.formats.cli", "read and write autoencoders in the formats of other tools"),
     "plan": ("residscope.commands.plan", "bytes, memory and hours of a run before it is made"),

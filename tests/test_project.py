@@ -157,7 +157,9 @@ def test_text_files_are_utf8_whatever_the_locale() -> None:
             assert not builtin, f"{path.relative_to(ROOT)} line {node.lineno}: open without an encoding"
 
 
-@pytest.mark.parametrize("module", ["harvest.cli", "harvest.lens.cli", "train.cli", "analysis.cli", "residscope.cli"])
+@pytest.mark.parametrize(
+    "module", ["harvest.cli", "harvest.lens.cli", "train.cli", "analysis.cli", "analysis.explore.cli", "residscope.cli"]
+)
 def test_help_loads_nothing_heavy(module: str) -> None:
     code = (
         f"import sys; import {module} as cli\n"

@@ -40,7 +40,7 @@ function integer(x) {
 function show(x) {
   if (!Number.isFinite(x)) return DASH;
   if (x === 0) return "0";
-  const exponent = Math.floor(Math.log10(Math.abs(x)));
+  const exponent = Number(x.toExponential(2).split("e")[1]);
   if (exponent < -4 || exponent > 6) return x.toExponential(2).replace("e", "\u00d710^").replaceAll("-", "\u2212");
   const digits = Math.max(0, 2 - exponent);
   return x.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });

@@ -18,9 +18,11 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     *("--headless", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-component-update", "--remote-debugging-port=0", "--host-resolver-rules=MAP * ~NOTFOUND"),
+    *("--disable-component-update", "--remote-debugging-port=0"),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
-"""No name resolves, so that a request that gets past the page's policy fails, and is still recorded."""
+"""No name resolves but this machine's address, so that a request that gets past the page's policy fails, and is still
+recorded."""
 
 
 def find_chromium() -> str | None:
@@ -74,7 +76,9 @@ class Page:
 
     def run(self, script: str) -> Any:
         """The value of a script, its promise awaited. Raises RuntimeError where it throws."""
-        answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:800])
         return answer["result"].get("value")

@@ -1,0 +1,31 @@
+// The page: loads its parts, says what is explored, shows one view at a time.
+
+import { ask, find, h, read, say, set, state, watch } from "./core.js";
+import "./card.js";
+import "./sentence.js";
+import { drawLayers } from "./views.js";
+
+const VIEWS = ["sentence", "search", "compare", "layers"];
+
+watch(["view"], () => {
+  for (const view of VIEWS) {
+    find(view).hidden = state.view !== view;
+    find(`to-${view}`).toggleAttribute("aria-current", state.view === view);
+  }
+});
+for (const view of VIEWS) find(`to-${view}`).addEventListener("click", () => set({ view }));
+
+try {
+  const about = await ask("about");
+  find("about").textContent = `${about.model}: ${about.n_layers} layers, ${integer(about.n_latents)} latents of ${about.sae}, analysed on ${integer(about.n_tokens)} tokens of ${about.dataset}.`;
+  document.title = `${about.model}: explore`;
+  find("text").maxLength = about.most.text;
+  find("search-profile").append(...about.profiles.map((name) => h("option", { value: name }, name)));
+  drawLayers(about);
+  read(true);
+  say(find("model"), "The model is loading \u2026");
+  const { missing } = await ask("model");
+  say(find("model"), missing ? `No sentence can be looked at: ${missing}` : "", Boolean(missing));
+} catch (error) {
+  say(find("model"), error.message, true);
+}

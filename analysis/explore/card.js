@@ -1,0 +1,95 @@
+// A latent's card: what it fires on, its layers, its strongest examples, its neighbours.
+
+import { bars, figure, heatMap } from "./charts.js";
+import { ask, button, code, fill, find, h, link, pins, say, set, state, visible, watch } from "./core.js";
+
+const known = new Map();
+
+/** A latent's data, asked for once. */
+export function cardOf(latent) {
+  if (!known.has(latent)) {
+    known.set(latent, ask("card", { latent }).then((answer) => answer.found));
+    known.get(latent).catch(() => known.delete(latent));
+  }
+  return known.get(latent);
+}
+
+/** A button that pins a latent to the comparison, or takes it away. */
+export function pinButton(latent) {
+  const pinned = pins().includes(latent), rest = pins().filter((one) => one !== latent);
+  return button(pinned ? "Unpin" : "Pin", () => set({ pins: pinned ? rest : [...rest, latent] }),
+    { "aria-pressed": String(pinned), "aria-label": `${pinned ? "Unpin" : "Pin"} latent ${latent}` });
+}
+
+/** One more change for the interventions, in the words of the state. */
+const change = (words) => set({ view: "sentence", changes: [state.changes, words].filter(Boolean).join(" ") });
+
+/** The card as elements. */
+export function cardBody(card) {
+  const { latent, layers } = card, layer = state.layer, facts = {
+    Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread, layers": show(card.layer_std),
+    Firings: integer(card.count), Tokens: integer(card.n_tokens), "Layers active": card.n_layers_active,
+  };
+  if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
+  const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or use the arrow keys.");
+  const chart = (name, title, format) => figure(title, `latent-${latent}-${name}`, bars(card[name], layers, {
+    label: `${title}, latent ${latent}, layers ${layers[0]} to ${layers.at(-1)}; highest ${format(Math.max(...card[name]))} at layer ${layers[card[name].indexOf(Math.max(...card[name]))]}`,
+    say: (i) => `layer ${layers[i]}: ${format(card[name][i])}`,
+  }), () => [["layer", name], ...layers.map((one, i) => [one, card[name][i]])]);
+  return [
+    h("p", {}, h("b", {}, "Fires on "), code(card.fires_on)),
+    h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`)),
+      layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button("Steer\u2026", () => change(`steer:${latent}:${layer || "all"}:8`))),
+    h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+    chart("probs", "Share of its activation mass", percent), chart("counts", "Tokens at which it fired", integer), chart("means", "Mean activation where it fired", show),
+    h("h3", {}, "Most active at"), examples(card),
+    card.histogram && figure("Activations by layer", `latent-${latent}-histogram`, histogram(card, read), () => [["layer", "activation_from", "activation_to", "tokens"],
+      ...card.histogram.rows.flatMap(([one, first, ...counts]) => counts.map((n, i) => [one, card.histogram.edges[first + i], card.histogram.edges[first + i + 1], n]))], read),
+    words("Promotes", card.promotes), words("Suppresses", card.suppresses),
+    card.promotes?.length > 0 && !card.logits_above_chance && h("p", { class: "note" }, "These cosines are no higher than those of random directions: they say nothing."),
+    card.neighbours?.length > 0 && h("p", {}, h("b", {}, "Neighbours "), "(cosine of decoder rows) ",
+      card.neighbours.map(({ latent: other, cosine }) => [link(String(other), { latent: other, layer: "" }), ` ${cosine.toFixed(2)}  `])),
+  ];
+}
+
+function words(name, tokens) {
+  return tokens?.length ? h("p", {}, h("b", {}, `${name} `), code(tokens.map((one) => one.token))) : null;
+}
+
+/** Its examples, each token marked by its activation; the layers at which it is one of the strongest stand before. */
+function examples({ examples: found }) {
+  if (!found.length) return h("p", {}, "No examples were kept.");
+  const top = Math.max(...found.map((one) => one.activation));
+  const marked = ({ text, activation }, own) => (activation || own ? h(own ? "mark" : "i", { title: `activation ${show(activation)}`,
+    class: activation > 0.55 * top ? "hot" : null, style: { background: `rgb(230 159 0 / ${(activation / top).toFixed(2)})` } }, visible(text)) : visible(text));
+  return h("ol", { class: "examples" }, found.map((one) => h("li", {},
+    h("span", { class: "soft" }, `${show(one.activation)} at layer ${one.layer}${one.layers.length > 1 ? `, also ${one.layers.filter((l) => l !== one.layer).join(" ")}` : ""}`),
+    h("p", { class: "text" }, one.tokens.map((token, i) => marked(token, i === one.position))))));
+}
+
+function histogram({ histogram: { edges, rows }, layers, latent }, read) {
+  const first = Math.min(...rows.map((row) => row[1])), n = Math.max(...rows.map((row) => row[1] + row.length - 2)) - first;
+  const cells = rows.flatMap(([layer, low, ...counts]) => counts.map((count, i) => [low + i - first, layers.indexOf(layer), Math.log1p(count)]).filter((cell) => cell[2]));
+  return heatMap(cells, layers, Array.from({ length: n }), { read, label: `Latent ${latent}: tokens by layer and activation`, width: 300,
+    say: (c, r, v) => `Layer ${layers[r]}, activation ${show(edges[first + c])} to ${show(edges[first + c + 1])}: ${integer(Math.expm1(v))} tokens.` });
+}
+
+async function draw() {
+  const [place, latent] = [find("card"), state.latent];
+  place.hidden = latent === "" || state.view === "compare";
+  document.body.classList.toggle("with-card", !place.hidden);
+  if (place.hidden) return;
+  const body = h("div", { role: "status" }, "Loading \u2026");
+  const head = h("div", { class: "title" }, h("h2", {}, `Latent ${latent}`), button("Close", () => set({ latent: "", layer: "" }), { "aria-label": "Close the card" }));
+  if (find("card").dataset.latent !== latent) place.replaceChildren(head, body);
+  place.dataset.latent = latent;
+  try {
+    const card = await cardOf(Number(latent));
+    if (latent === state.latent) fill(place, head, ...cardBody(card).filter(Boolean));
+  } catch (error) {
+    say(body, error.message, true);
+    place.replaceChildren(head, body);
+  }
+}
+
+watch(["latent", "layer", "pins", "view"], draw);

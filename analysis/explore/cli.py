@@ -1,0 +1,113 @@
+"""The `residscope explore` command."""
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import ClassVar
+
+from analysis.config import AnalyzeConfig
+from analysis.results.folder import SUMMARY
+from residscope.console import run_command
+from residscope.errors import ResidscopeError, UsageError
+from residscope.options import parse_options
+
+DESCRIPTION = """Open a page in the browser, served to this machine alone, over a finished analysis and its model:
+type text, see its latents over layers and tokens, take them out, search them, compare them.
+
+  residscope explore --store acts.zarr --sae ckpt.pt
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """Where the page is."""
+
+    port: int = 0
+    """Port on 127.0.0.1; 0 for one that is free."""
+    browser: bool = True
+    """Open the page in the default browser."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise UsageError(f"--port should be from 0 to 65535, found {self.port}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploreConfig:
+    """An analysis to look at."""
+
+    FIRST_FLAGS: ClassVar = ("store", "sae", "out", "model")
+
+    store: Path
+    """Folder of the activation store, as for `analyze`."""
+    sae: Path
+    """The autoencoder, as for `analyze`."""
+    out: Path | None = None
+    """Folder of the analysis. By default CHECKPOINT.analysis beside the checkpoint, as for `analyze`."""
+    model: str | None = None
+    """Where the store's model is, as for `analyze`."""
+    page: PageOptions = PageOptions()
+
+
+def explore(config: ExploreConfig) -> None:
+    """Serve the page until Ctrl-C."""
+    folder = AnalyzeConfig(store=config.store, sae=config.sae, out=config.out).out_dir
+    if not (folder / SUMMARY).is_file():
+        way_out = f"run `analyze --store {config.store} --sae {config.sae}` first, or name its folder with --out"
+        raise UsageError(f"{folder}: no analysis is there; {way_out}")
+    try:
+        import uvicorn
+
+        from analysis.explore.server import make_app
+    except ModuleNotFoundError as error:
+        if error.name not in ("uvicorn", "starlette"):
+            raise
+        what = f"the package {error.name} is missing: install the extra with pip install 'residscope[explore]'"
+        raise ResidscopeError(what) from None
+    analysis = import_module("analysis.live.analysis").Analysis.open(
+        folder, store=config.store, sae=config.sae, model=config.model
+    )
+    token = secrets.token_urlsafe(18)
+    with _listening(config.page.port) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"
+        print(f"Explore {folder} at\n  {address}\nCtrl-C ends it.", flush=True)
+        options = uvicorn.Config(
+            make_app(analysis, token),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=1,
+            ws="none",
+            proxy_headers=False,
+        )
+        if config.page.browser:
+            webbrowser.open(address)
+        try:
+            asyncio.run(uvicorn.Server(options).serve(sockets=[listening]))
+        except KeyboardInterrupt:  # how it is meant to end
+            print("\nEnded.", file=sys.stderr)
+
+
+def _listening(port: int) -> socket.socket:
+    """A socket of this machine alone."""
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ResidscopeError(f"--port {port} cannot be used ({reason}); take another, or 0 for any") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `residscope explore`; returns the exit code."""
+    name = "residscope explore"
+    return run_command(name, lambda: explore(parse_options(ExploreConfig, argv, prog=name, description=DESCRIPTION)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

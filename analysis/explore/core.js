@@ -1,0 +1,133 @@
+// What all parts of the page share: its state, kept in the address; requests; elements; words. Uses show, integer and
+// percent of report.js.
+
+/** Everything that a view depends on, as text; an address holds what differs from this. */
+const DEFAULTS = {
+  view: "sentence", text: "", latent: "", layer: "", token: "", sort: "layer_mean", shown: "24", pins: "", measure: "probs",
+  changes: "", continued: "16", tokens: "", promotes: "", on: "", off: "", from_layer: "", to_layer: "", profile: "",
+};
+export const state = { ...DEFAULTS };
+const watchers = [];
+
+/** Call `react` whenever one of the keys of the state has changed. */
+export function watch(keys, react) { watchers.push([keys, react]); }
+
+/** The address of the page with some of its state changed. */
+export function address(changes) {
+  const other = Object.entries({ ...state, ...changes }).filter(([key, value]) => value !== DEFAULTS[key]);
+  return `${location.pathname}${location.search}#${new URLSearchParams(other)}`;
+}
+
+function arrive(next, first) {
+  const changed = Object.keys(DEFAULTS).filter((key) => first || state[key] !== next[key]);
+  Object.assign(state, next);
+  for (const [keys, react] of watchers) if (keys.some((key) => changed.includes(key))) react();
+}
+
+/** Change the state: a new entry of the browser's history, or `quiet`, in place of the present one. Whether it changed. */
+export function set(changes, quiet = false) {
+  const next = { ...state, ...Object.fromEntries(Object.entries(changes).map(([key, value]) => [key, String(value)])) };
+  if (Object.keys(DEFAULTS).every((key) => state[key] === next[key])) return false;
+  history[quiet ? "replaceState" : "pushState"](null, "", address(next));
+  arrive(next);
+  return true;
+}
+
+/** Take the state from the address; `first`: as if all of it were new. */
+export function read(first = false) {
+  const given = [...new URLSearchParams(location.hash.slice(1))].filter(([key]) => key in DEFAULTS);
+  arrive({ ...DEFAULTS, ...Object.fromEntries(given) }, first);
+}
+addEventListener("popstate", () => read());
+
+export const pins = () => state.pins.split(",").filter(Boolean).map(Number);
+export const number = (text) => (text === "" ? null : Number(text));
+
+/** The answer of /api/NAME, with `body` as a POST; an Error of one line where there is none. */
+export async function ask(name, body) {
+  const headers = { "X-Token": new URLSearchParams(location.search).get("token") ?? "", "Content-Type": "application/json" };
+  const request = body ? { method: "POST", headers, body: JSON.stringify(body) } : { headers };
+  const response = await fetch(`/api/${name}`, request).catch(() => {
+    throw new Error("the server does not answer: is `residscope explore` still running?");
+  });
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.error);
+  return answer;
+}
+
+/** A function that asks with a body, one request at a time: of those that wait the newest is sent, and an answer is shown
+    only if no newer one has been. `status`: the element that says what goes on. */
+export function latest(name, status, show) {
+  let n = 0, busy = false, next = null;
+  return async (body) => {
+    next = body && { ...body, n: ++n };
+    if (busy) return;
+    busy = true;
+    while (next) {
+      const mine = next, began = performance.now();
+      next = null;
+      say(status, "Computing \u2026");
+      try {
+        const answer = await ask(name, mine);
+        if (answer.n !== mine.n) throw new Error("an answer came to another question");
+        const words = show(answer.found, mine);
+        if (!next) say(status, `${words} ${((performance.now() - began) / 1000).toFixed(2)} s.`);
+      } catch (error) {
+        if (!next) say(status, error.message, true);
+      }
+    }
+    busy = false;
+  };
+}
+
+export function say(place, words, wrong = false) {
+  place.textContent = words;
+  place.classList.toggle("warning", wrong);
+}
+
+/** An element: properties that begin with "on" are listeners, `style` is an object; children may be nested lists. */
+const maker = (create) => (name, props = {}, ...children) => {
+  const made = create(name);
+  for (const [key, value] of Object.entries(props)) {
+    if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+    else if (key === "style") Object.assign(made.style, value);
+    else if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value === true ? "" : value);
+  }
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return made;
+};
+export const h = maker((name) => document.createElement(name));
+export const svg = maker((name) => document.createElementNS("http://www.w3.org/2000/svg", name));
+
+/** New content for a place; what had the focus there has it again. */
+export function fill(place, ...content) {
+  const parts = () => [...place.querySelectorAll("button, a, input, select, [tabindex]")], at = parts().indexOf(document.activeElement);
+  place.replaceChildren(...content);
+  if (at >= 0) parts()[at]?.focus({ preventScroll: true });
+}
+
+export const find = (id) => document.getElementById(id);
+export const button = (words, onclick, props = {}) => h("button", { type: "button", onclick, ...props }, words);
+
+/** A link to the page with some of its state changed; a plain click changes it here. */
+export function link(words, changes, props = {}) {
+  const onclick = (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    set(changes);
+  };
+  return h("a", { href: address(changes), onclick, ...props }, words);
+}
+
+/** Text with what cannot be seen made visible. */
+export const visible = (text) => (text === "" ? "\u00b7" : text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
+export const quoted = (text) => `\u201c${visible(text)}\u201d`;
+export const code = (words) => words.map((word) => [h("code", {}, visible(word)), " "]);
+
+/** A table of numbers; the first column names the rows. */
+export function table(head, rows, caption) {
+  const line = (cells, first) => h("tr", {}, cells.map((cell, i) => h(first || i === 0 ? "th" : "td",
+    { scope: first ? "col" : i === 0 ? "row" : null }, cell)));
+  return h("div", { class: "scroll" }, h("table", { class: "numbers" }, h("caption", { class: "soft" }, caption),
+    h("thead", {}, line(head, true)), h("tbody", {}, rows.map((cells) => line(cells, false)))));
+}

@@ -1,0 +1,119 @@
+// A sentence: where its latents are on, over layers and tokens; what switches at one token; what follows from a change.
+
+import { figure, heatMap, switches } from "./charts.js";
+import { button, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
+
+let prompt = null;
+const ask = latest("prompt", find("sentence-status"), (found) => {
+  prompt = found;
+  draw();
+  const n = found.tokens.filter((token) => token.kept).length;
+  return `${n} tokens, ${integer(found.n_active_latents)} latents on.`;
+});
+const change = latest("intervene", find("change-status"), (found, asked) => {
+  find("outcome").replaceChildren(...outcome(found, asked));
+  return `KL divergence at the last token ${show(found.kl_last)} nats, mean over tokens ${show(found.kl_mean)}.`;
+});
+const ORDERS = {
+  layer_mean: (a, b) => a.layer_mean - b.layer_mean, mass: (a, b) => b.mass - a.mass, specificity: (a, b) => b.specificity - a.specificity,
+};
+
+/** The latents that are shown: those on at the chosen token, or anywhere; the foremost, then in the order of mean layer. */
+function chosen() {
+  const token = state.token === "" ? null : Number(state.token), many = Number(state.shown);
+  const here = (one) => token === null || one.cells.some((cell) => cell[0] === token);
+  const at = (one) => (token === null ? one.mass : one.cells.reduce((sum, cell) => sum + (cell[0] === token ? cell[2] : 0), 0));
+  const foremost = state.sort === "specificity" ? (a, b) => b.specificity - a.specificity : (a, b) => at(b) - at(a);
+  const found = prompt.latents.filter(here);
+  return { total: found.length, found: found.sort(foremost).slice(0, many).sort(ORDERS[state.sort]) };
+}
+
+function draw() {
+  find("sentence-found").hidden = !prompt;
+  if (!prompt) return;
+  const { tokens, layers } = prompt, { total, found } = chosen(), token = state.token === "" ? -1 : Number(state.token);
+  const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or go to a map and use the arrow keys. Rows are layers, the first at the bottom; columns are tokens.");
+  const word = (c) => `token ${c} ${quoted(tokens[c].token)}`;
+  fill(find("tokens"), h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),
+    () => set({ token: token === i ? "" : i }), { "aria-pressed": String(i === token), disabled: !kept, "aria-label": `token ${i}: ${visible(text)}` })));
+  const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value]) => [c, layers.indexOf(layer), value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
+    label: `Latent ${one.latent}, mean layer ${show(one.layer_mean)}, fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
+    title: `${one.latent}  ${one.fires_on.slice(0, 3).map(visible).join(" ")}`.slice(0, 34),
+    say: (c, r, v) => `Latent ${one.latent} (mean layer ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
+    pick: (c, r) => set({ latent: one.latent, token: tokens[c].kept ? c : "", layer: layers[r] }),
+  }));
+  const where = token < 0 ? "in the sentence" : `at ${word(token)}`;
+  const rows = () => [["latent", "position", "token", "layer", "activation"], ...found.flatMap((one) => one.cells.map(([c, layer, value]) => [one.latent, c, tokens[c].token, layer, value]))];
+  const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : total)} latents on ${where}`, "latents", maps, rows, read);
+  fill(find("maps"), ...(token < 0 ? [] : [switching(found, token, word(token))]), picture);
+  const next = prompt.next.map(({ token: text, p_true }) => [visible(text), percent(p_true)]);
+  find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next.map(([text, p]) => [h("code", {}, text), ` ${p}  `])));
+}
+
+/** Which latents switch on, stay and switch off from layer to layer at a token. */
+function switching(found, token, word) {
+  const { layers } = prompt, read = h("p", { class: "readout", role: "status" });
+  const rows = found.map((one) => ({ one, on: new Map(one.cells.filter((cell) => cell[0] === token).map(([, layer, value]) => [layers.indexOf(layer), value])) }))
+    .sort((a, b) => Math.min(...a.on.keys()) - Math.min(...b.on.keys()) || Math.max(...a.on.keys()) - Math.max(...b.on.keys()));
+  const step = h("select", { id: "switch-step", onchange: tell }, layers.slice(1).map((layer, i) => h("option", { value: i }, `${layers[i]} \u2192 ${layer}`)));
+  function tell() {
+    const i = Number(step.value), kinds = { "switch on": [], stay: [], "switch off": [] };
+    for (const { one, on } of rows) if (on.has(i) || on.has(i + 1)) kinds[!on.has(i) ? "switch on" : on.has(i + 1) ? "stay" : "switch off"].push(one.latent);
+    read.replaceChildren(...Object.entries(kinds).map(([kind, who]) => h("span", {}, h("b", {}, `${who.length} ${kind} `), who.map((latent) => [link(String(latent), { latent, layer: layers[i + 1] }), " "]))));
+  }
+  const drawn = switches(rows.map(({ one, on }) => ({ name: `Latent ${one.latent}`, words: `${one.latent}  ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, on,
+    chosen: state.latent === String(one.latent), pick: () => set({ latent: one.latent, layer: layers[Math.min(...on.keys())] }) })), layers, { label: `Latents on at ${word}, by layer` });
+  if (layers.length > 1) tell();
+  return figure(`Switching on and off over the layers at ${word}`, "switches", drawn,
+    () => [["latent", "layer", "activation"], ...rows.flatMap(({ one, on }) => [...on].map(([i, value]) => [one.latent, layers[i], value]))],
+    h("p", { class: "note" }, "\u25cf on from here, \u25cb on for the last time; the line is as thick as the activation is high."), layers.length > 1 && h("label", {}, "From layer to layer ", step), read);
+}
+
+/** The changes in the address: KIND:LATENT:LAYERS[:COEFFICIENT], layers as 3.4.5 or "all". */
+function changes() {
+  return state.changes.split(" ").filter(Boolean).map((words) => {
+    const [kind, latent, layers, coefficient] = words.split(":");
+    return { kind, latent: Number(latent), layers: layers === "all" ? layers : layers.split(".").map(Number), coefficient: kind === "steer" ? Number(coefficient) : null };
+  });
+}
+
+/** The rows in which changes are edited. */
+function editor() {
+  const write = (list) => set({ changes: list.map((one) => [one.kind, one.latent, [one.layers].flat().join("."), ...(one.kind === "steer" ? [one.coefficient ?? 8] : [])].join(":")).join(" ") });
+  const list = changes(), edit = (i, key, value) => write(list.map((one, k) => (k === i ? { ...one, [key]: value } : one)));
+  const layersOf = (text) => (/\d/.test(text) ? text.match(/\d+/g).map(Number) : "all");
+  fill(find("changes"), ...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
+    h("select", { "aria-label": "Kind", onchange: (e) => edit(i, "kind", e.target.value) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
+    h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: (e) => edit(i, "latent", Number(e.target.value)) })),
+    h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: (e) => edit(i, "layers", layersOf(e.target.value)) })),
+    one.kind === "steer" && h("label", {}, "add ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: (e) => edit(i, "coefficient", Number(e.target.value)) })),
+    button("Remove", () => write(list.filter((_, k) => k !== i)), { "aria-label": `Remove change ${i + 1}` }))));
+  find("run").disabled = !list.length;
+}
+
+function outcome(found, asked) {
+  const list = (name, tokens) => h("div", {}, h("h4", {}, name), h("ol", { class: "next" }, tokens.map(({ token, p }) => h("li", {}, h("i", { style: { width: `${(8 * p).toFixed(2)}rem` } }), h("code", {}, visible(token)), ` ${percent(p)}`))));
+  const moved = (sign, tokens) => tokens.map((one) => [`${sign} `, h("code", {}, visible(one.token)), ` ${percent(one.p_true)} \u2192 ${percent(one.p_changed)}  `]);
+  const said = (name, text) => h("div", {}, h("h4", {}, name), h("p", { class: "text" }, h("span", { class: "soft" }, asked.text.slice(-60)), h("b", {}, text)));
+  return [h("div", { class: "columns narrow" }, list("Next token, before", found.next_true), list("Next token, after", found.next_changed)),
+    h("p", {}, moved("\u25b2", found.increased)), h("p", {}, moved("\u25bc", found.decreased)),
+    asked.continue_tokens > 0 && h("div", { class: "columns narrow" }, said("Goes on, before", found.text_true), said("Goes on, after", found.text_changed))];
+}
+
+find("text").addEventListener("input", () => set({ text: find("text").value, token: "" }, true));
+find("text").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); ask({ text: state.text }); } });
+for (const name of ["sort", "shown"]) find(name).addEventListener("change", (event) => set({ [name]: event.target.value }));
+find("continued").addEventListener("change", (event) => set({ continued: event.target.value }, true));
+find("add").addEventListener("click", () => set({ changes: `${state.changes} ablate:${state.latent || pins()[0] || prompt?.latents[0]?.latent || 0}:all`.trim() }));
+find("run").addEventListener("click", () => change({ text: state.text, changes: changes(), continue_tokens: Number(state.continued) }));
+watch(["text"], () => {
+  if (find("text").value !== state.text) find("text").value = state.text;
+  find("outcome").replaceChildren();
+  if (state.text.trim()) ask({ text: state.text });
+  else { prompt = null; ask(null); draw(); say(find("sentence-status"), ""); }
+});
+watch(["token", "sort", "shown", "latent", "layer", "continued"], () => {
+  for (const name of ["sort", "shown", "continued"]) find(name).value = state[name];
+  draw();
+});
+watch(["changes"], editor);

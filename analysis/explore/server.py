@@ -1,0 +1,266 @@
+"""The server of `residscope explore`: a page's files, and an analysis as JSON, for browsers on this machine only.
+
+What it answers is what the methods of `analysis.live.analysis.Analysis` return, and nothing else: numbers are made
+there. Every answer of the API needs the token of the page's address in a header, which no page of another site knows
+or may send, and a Host that names this machine, so that no other name can be made to point here (DNS rebinding). The
+page may load nothing but this server's files, and runs no script that is not one of them.
+
+    GET  /?token=T                    the page
+    GET  /assets/NAME                 its scripts and styles; they hold nothing of the analysis
+    GET  /api/about, /api/model       what is explored; why no model can be run, once that is known
+    POST /api/{card,search,prompt,intervene}    a JSON object of the method's arguments, and "n", a number that
+                                      comes back with the answer
+
+Errors are {"error": one line, "n": ...}. Requests that run the model take turns, in the order in which they came, as
+do those that only read tables: `Turns`.
+"""
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from residscope.errors import ResidscopeError, is_out_of_memory, said
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",  # the address holds the token
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+HOSTS = ("127.0.0.1", "localhost")
+
+MOST_BYTES = 64 * 1024
+"""Of a request's body."""
+
+MOST_WAITING = 16
+"""Requests that may wait for their turn; the next is refused."""
+
+MOST_LATENTS = 2_000
+"""Latents of a text that are sent, by mass."""
+
+MOST = {"text": 4_000, "changes": 16, "continue_tokens": 64, "limit": 500}
+"""Characters of a text, changes of the residual stream at once, tokens that a text is continued by, latents found."""
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("latent", "continue_tokens", "limit"), int),
+    **dict.fromkeys(("text", "tokens", "promotes", "on", "off", "profile"), str),
+    **dict.fromkeys(("from_layer", "to_layer"), (int, float)),
+    "changes": list,
+}
+ARGUMENTS = {
+    "card": ("latent",),
+    "search": ("tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile", "limit"),
+    "prompt": ("text",),
+    "intervene": ("text", "changes", "continue_tokens"),
+}
+REQUIRED = {"latent", "text", "changes"}
+
+
+class Refused(Exception):
+    """A request that is not answered: HTTP status and one line."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Turns:
+    """One request at a time, in the order in which they came; few may wait."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self.waiting = 0
+        """Requests that have come and are not answered."""
+
+    async def take(self, request: Request | None, work: Callable[[], Any]) -> Any:
+        """What `work` returns, in a thread. Not begun if the browser has gone by the time that its turn comes."""
+        if self.waiting >= MOST_WAITING:
+            raise Refused(429, f"{self.waiting} requests wait already; try again when they are answered")
+        self.waiting += 1
+        try:
+            async with self._lock:
+                if request is not None and await request.is_disconnected():
+                    raise ClientDisconnect
+                return await run_in_threadpool(work)
+        finally:
+            self.waiting -= 1
+
+
+class Guard:
+    """Lets in requests to this machine by those who know the token, and puts the headers on every answer."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                named = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *named]}
+            await send(message)
+
+        refusal = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, with_headers)
+
+    def _refusal(self, request: Request) -> Response | None:
+        if (host := request.headers.get("host", "").partition(":")[0]) not in HOSTS:
+            return _error(403, f"this server answers to {' and '.join(HOSTS)} only, not to {host[:80]!r}")
+        page = request.url.path == "/"
+        given = (request.query_params.get("token") if page else request.headers.get("x-token")) or ""
+        if request.url.path.startswith("/assets/") or secrets.compare_digest(given.encode(), self._token.encode()):
+            return None
+        return _error(403, "open the address that `residscope explore` printed: it ends with a token")
+
+
+def make_app(analysis: Any, token: str) -> Starlette:
+    """The server's application over an `Analysis`, which loads its model once the server runs."""
+    tables, live = Turns(), Turns()
+
+    @asynccontextmanager
+    async def warm(_: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(live.take(None, lambda: _missing(analysis)))
+        yield
+        loading.cancel()
+
+    async def about(_: Request) -> Response:
+        return _json({**_about(analysis), "waiting": live.waiting})
+
+    async def model(request: Request) -> Response:
+        return _json({"missing": await live.take(request, lambda: _missing(analysis))})
+
+    async def call(request: Request) -> Response:
+        if (name := request.path_params["name"]) not in ARGUMENTS:
+            raise Refused(404, f"there is no /api/{name[:40]}")
+        body = await _body(request)
+        request.state.n = n = body.pop("n", None)
+        given = _checked(name, body)
+        turns = live if "text" in given or {"on", "off"} & given.keys() else tables
+        return _json({"n": n, "found": await turns.take(request, lambda: _call(analysis, name, given))})
+
+    routes = [
+        Route("/", lambda _: _file("page.html")),
+        Route("/assets/{name}", lambda request: _file(request.path_params["name"])),
+        Route("/api/about", about),
+        Route("/api/model", model),
+        Route("/api/{name}", call, methods=["POST"]),
+    ]
+    kinds = (Refused, ResidscopeError, ClientDisconnect, Exception)  # the last is raised again, for the terminal
+    app = Starlette(routes=routes, lifespan=warm, exception_handlers=dict.fromkeys(kinds, _failed))
+    app.add_middleware(Guard, token=token)
+    return app
+
+
+def _call(analysis: Any, name: str, given: dict[str, Any]) -> Any:
+    return analysis.prompt(**given, most=MOST_LATENTS).data if name == "prompt" else getattr(analysis, name)(**given)
+
+
+def _missing(analysis: Any) -> str | None:
+    """Load the model; why there is none, or None."""
+    try:
+        analysis.live  # noqa: B018
+    except ResidscopeError as error:
+        return str(error)
+    return None
+
+
+def _about(analysis: Any) -> dict[str, Any]:
+    """What the page says before anything is asked for, of summary.json."""
+    summary = analysis.summary
+    return {
+        **{name: summary["provenance"]["store"].get(name) for name in ("model", "dataset")},
+        "sae": summary["provenance"]["sae"].get("name"),
+        **{name: summary[name] for name in ("n_tokens", "n_layers", "n_latents", "layers")},
+        "profiles": list(summary.get("profiles") or {}),
+        "most": MOST,
+    }
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    data = b""
+    async for part in request.stream():
+        data += part
+        if len(data) > MOST_BYTES:
+            raise Refused(413, f"a request may have {MOST_BYTES:,} bytes")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise Refused(400, "the request should be a JSON object")
+    return body
+
+
+def _checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a request, those that are null or empty left out."""
+    given = {key: value for key, value in body.items() if value not in (None, "")}
+    if unknown := sorted(given.keys() - set(ARGUMENTS[name])):
+        raise Refused(400, f"/api/{name} takes {', '.join(ARGUMENTS[name])}, found {unknown[0][:40]!r}")
+    if missing := sorted((REQUIRED & set(ARGUMENTS[name])) - given.keys()):
+        raise Refused(400, f"/api/{name} needs {missing[0]}")
+    for key, value in given.items():
+        if not isinstance(value, KINDS[key]) or isinstance(value, bool):
+            raise Refused(400, f"{key} has a value of another type than it should, {type(value).__name__}")
+        size: float = value if isinstance(value, (int, float)) else len(value)
+        most: float = MOST["text"] if isinstance(value, str) else MOST.get(key) or 2**31
+        if not 0 <= size <= most:  # NaN too
+            raise Refused(400, f"{key} should be from 0 to {most:,}, found {size:,}")
+    for change in given.get("changes", []):
+        _check(change)
+    return given
+
+
+def _check(change: Any) -> None:
+    """A change of the residual stream; whether its latent and layers are there, the analysis says."""
+    whole: dict[str, Any] = change if isinstance(change, dict) else {}
+    kind, latent, layers, coefficient = (whole.get(key) for key in ("kind", "latent", "layers", "coefficient"))
+    listed = isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)
+    if kind not in ("ablate", "steer") or type(latent) is not int or not (layers == "all" or listed):
+        wanted = 'a change should be {"kind": "ablate" or "steer", "latent": 17, "layers": [10] or "all"}'
+        raise Refused(400, f"{wanted}, found {json.dumps(change)[:80]}")
+    if kind == "steer" and not (isinstance(coefficient, int | float) and abs(coefficient) < 1e6):
+        raise Refused(400, f"steering needs a coefficient, the activation to add, found {json.dumps(coefficient)[:40]}")
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    n = getattr(request.state, "n", None)
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    if isinstance(error, Refused | ResidscopeError):
+        return _error(error.status if isinstance(error, Refused) else 400, str(error), n)
+    if is_out_of_memory(error):
+        return _error(500, f"not enough memory ({said(error)}); give a shorter text", n)
+    return _error(500, f"a fault of this program, whose traceback is at its terminal: {said(error)}", n)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(json.dumps(content, allow_nan=False), status, media_type="application/json")
+
+
+def _error(status: int, reason: str, n: Any = None) -> Response:
+    return _json({"error": " ".join(reason.split()), "n": n}, status)
+
+
+_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+_FILES = {path.name: path for path in files("analysis.explore").iterdir()} | {
+    name: files("analysis.report").joinpath("assets", name) for name in ("report.css", "report.js")
+}
+
+
+def _file(name: str) -> Response:
+    kind = _TYPES.get(name[name.rfind(".") :])
+    if kind is None or name not in _FILES:
+        raise Refused(404, f"there is no file {name[:40]!r}")
+    return Response(_FILES[name].read_bytes(), media_type=kind)

@@ -1,0 +1,106 @@
+"""The command `residscope explore`: what it says when it cannot begin, and that Ctrl-C is how it ends."""
+
+import http.client
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from analysis.explore.cli import main
+
+STUBBED = """
+import sys, types
+from tests.support.explored import Stub
+class Analysis(Stub):
+    @classmethod
+    def open(cls, folder, **given): return cls()
+sys.modules["analysis.live"] = types.ModuleType("analysis.live")
+sys.modules["analysis.live.analysis"] = types.ModuleType("analysis.live.analysis")
+sys.modules["analysis.live.analysis"].Analysis = Analysis
+from residscope.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """Of a folder where an analysis is."""
+    (tmp_path / "ckpt.analysis").mkdir()
+    (tmp_path / "ckpt.analysis/summary.json").write_text("{}")
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    return ["--store", str(tmp_path / "acts.zarr"), "--sae", str(tmp_path / "ckpt.pt"), "--no-browser"]
+
+
+def test_without_an_analysis_the_way_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    for out, folder in ((None, "ckpt.analysis"), ("other", "other")):
+        words = [
+            "--store",
+            "acts.zarr",
+            "--sae",
+            str(tmp_path / "ckpt.pt"),
+            *(["--out", str(tmp_path / out)] if out else []),
+        ]
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{tmp_path / folder}: no analysis is there; run `analyze --store acts.zarr --sae" in line
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "starlette"])
+def test_a_missing_package_names_its_extra(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == missing or name == "analysis.explore.server":
+            monkeypatch.delitem(sys.modules, name)
+    finder: Any = ModuleType("finder")
+
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == missing:
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    finder.find_spec = find_spec
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    assert main(flags) == 1
+    assert (
+        f"package {missing} is missing: install the extra with pip install 'residscope[explore]'"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_port_that_is_no_port_or_taken(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*flags, "--port", "70000"]) == 2
+    assert "--port should be from 0 to 65535, found 70000" in capsys.readouterr().err
+    live: Any = ModuleType("analysis.live.analysis")
+    live.Analysis = type("Analysis", (), {"open": lambda *given, **named: None})
+    monkeypatch.setitem(sys.modules, "analysis.live", ModuleType("analysis.live"))
+    monkeypatch.setitem(sys.modules, "analysis.live.analysis", live)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main([*flags, "--port", port]) == 1
+        assert f"--port {port} cannot be used (Address already in use); take another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_this_machine_until_it_is_stopped(flags: list[str], stop: signal.Signals) -> None:
+    command = [sys.executable, "-c", STUBBED, "explore", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        found = re.fullmatch(r"  http://127\.0\.0\.1:(\d+)/\?token=([\w-]{24})\n", process.stdout.readline())
+        assert found
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+        connection.request("GET", "/api/about", headers={"X-Token": found[2]})
+        assert connection.getresponse().status == 200
+        process.send_signal(stop)  # with the connection open
+        assert process.wait(60) == 0
+        assert process.stderr.read() == "\nEnded.\n"
