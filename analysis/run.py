@@ -95,6 +95,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             redundancy=redundancy,
             views=views,
             model=model,
+            few=few.words if few else None,
             seconds=time.monotonic() - started,
         )
         summary = write_results(findings, folder)

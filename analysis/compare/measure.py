@@ -139,6 +139,8 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     quality = {}
     for column, part in QUALITY.items():
         quality |= _with_ends({column: None, "ci95": {}} | (summary.get(part) or {}), [column])
+    together = ((summary.get("downstream") or {}).get("together") or {}).get("groups") or [{}]
+    quality |= {f"{name}_all_layers": together[0].get(name) for name in ("delta_ce", "kl")}
     return {
         "run": name,
         "model": store.get("model"),

@@ -104,6 +104,7 @@ QUALITY: Columns = {
     "delta CE": _bounded("delta_ce"),
     "KL": _bounded("kl"),
     "loss recovered": _bounded("loss_recovered_mean"),
+    "delta CE, all layers at once": _number("delta_ce_all_layers"),
 }
 PERSISTENCE: Columns = {
     "layers on": _number("persistence", "mass", "n_layers_active"),

@@ -89,6 +89,16 @@ class Examples(NamedTuple):
     document: NDArray[np.int64]
 
 
+class Windows(NamedTuple):
+    """What is around each example, R of them."""
+
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    """[R] the window's tokens, start .. stop - 1 of the store."""
+    activations: NDArray[np.float32]
+    """[R, W] of the example's latent and layer; NaN beyond the window and where a token was not analysed."""
+
+
 def examples_per_layer(n_latents: int, n_layers: int) -> int:
     """How many are kept of each latent at each layer."""
     return max(1, min(PER_LAYER, MAX_EXAMPLES // (n_latents * n_layers)))
@@ -103,10 +113,9 @@ def window_bounds(tokens: TokenTable, token: NDArray[np.int64]) -> tuple[NDArray
     return np.maximum(token - REACH, starts[run]), np.minimum(token + REACH + 1, stops[run])
 
 
-def window_activations(
-    found: Examples, start: NDArray[np.int64], stop: NDArray[np.int64], codes: CodesOf, analysed: NDArray[np.bool_]
-) -> NDArray[np.float32]:
-    """[R, W] activation of each example's latent and layer in its window [start, stop); NaN beyond and not analysed."""
+def windows_of(found: Examples, tokens: TokenTable, codes: CodesOf, analysed: NDArray[np.bool_]) -> Windows:
+    """The windows of examples among the analysed tokens [tokens of the store]; `codes` is called once."""
+    start, stop = window_bounds(tokens, found.token)
     order = np.argsort(found.token, kind="stable")
     width = int((stop - start).max(initial=0))
     out = np.full((len(order), width), np.nan, np.float32)
@@ -124,7 +133,7 @@ def window_activations(
         _fill_windows(values, indices, first, row_of_token, *examples)
     activations = np.empty_like(out)
     activations[order] = out
-    return activations
+    return Windows(start, stop, activations)
 
 
 @compiled()
@@ -249,17 +258,14 @@ class Contexts(NamedTuple):
 def write_found(
     path: Path,
     found: Examples,
+    windows: Windows,
     tokens: TokenTable,
     tokenizer: Tokenizer | None,
-    codes: CodesOf,
-    analysed: NDArray[np.bool_],
     layer_numbers: Sequence[int],
 ) -> int:
-    """Write examples.parquet of examples that were found among the analysed tokens [tokens of the store]; the number of
-    rows. tokenizer: None where there is none. layer_numbers: [L] the model's block indices of the codes' layers.
-    `codes` is called once."""
-    start, stop = window_bounds(tokens, found.token)
-    activations = window_activations(found, start, stop, codes, analysed)
+    """Write examples.parquet of examples that were found; the number of rows. tokenizer: None where there is none.
+    layer_numbers: [L] the model's block indices of the codes' layers."""
+    start, stop, activations = windows
     shown, place = np.unique(found.token, return_inverse=True)
     contexts = contexts_of(tokens, tokenizer, shown)
     numbers = np.asarray(layer_numbers, np.int64)

@@ -167,6 +167,9 @@ class LatentTokens(NamedTuple):
     """Median over random directions of the highest cosine to what a token's logit reads."""
     chance_embedding: float
     """The same to a token's embedding."""
+    chance_99: float
+    """What one random direction in a hundred exceeds, to what a token's logit reads: promoted tokens of a latent above
+    it say more than chance."""
 
     def summary(self) -> dict[str, Any]:
         """The medians over live latents, for summary.json."""
@@ -174,6 +177,8 @@ class LatentTokens(NamedTuple):
             "norm_folded": self.logits.norm_folded,
             "unembedding_cosine": float(np.median(self.logits.cosine)),
             "unembedding_chance": self.chance_unembedding,
+            "unembedding_chance_99": self.chance_99,
+            "above_chance": int((self.logits.cosine > self.chance_99).sum()),
             "embedding_cosine": float(np.median(self.embedding.cosine)),
             "embedding_chance": self.chance_embedding,
         }
@@ -185,13 +190,14 @@ def find_latent_tokens(
     """Of `latents` [J], one at least. `IncompatibleError` if the model's embedding or unembedding is not found."""
     directions = sae.W_dec.detach()[latents]
     random = torch.randn(N_RANDOM, model.d_model, generator=torch.Generator().manual_seed(seed))
-    embedding = embedding_rows(model, lens)
+    embedding, by_chance = embedding_rows(model, lens), latent_logits(random, model).cosine
     nearest = nearest_rows(directions, embedding)
     return LatentTokens(
         latents=latents,
         logits=latent_logits(directions, model),
         embedding=nearest._replace(token=model.token_ids[nearest.token]),
-        chance_unembedding=float(np.median(latent_logits(random, model).cosine)),
+        chance_unembedding=float(np.median(by_chance)),
+        chance_99=float(np.quantile(by_chance, 0.99)),
         chance_embedding=float(np.median(nearest_rows(random, embedding).cosine)),
     )
 

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from analysis.inputs import Inputs, TaskSpec
 from analysis.latents.contexts import agreement_summary, context_agreement, contexts_per_layer
-from analysis.latents.examples import REACH, TopExamples, examples_per_layer, write_found
+from analysis.latents.examples import REACH, TopExamples, examples_per_layer, windows_of, write_found
 from analysis.latents.table import LatentTable
+from analysis.latents.words import find_words
 from analysis.loops import compiled
 from analysis.model.transformer import spec_of_store
 from analysis.results.folder import EXAMPLES, HISTOGRAMS
@@ -53,8 +54,8 @@ class LatentViews(NamedTuple):
 
     summary: dict[str, Any]
     """The key `examples` of summary.json."""
-    columns: dict[str, NDArray[np.float64]]
-    """[M] each: columns of latents.parquet; NaN for what is not defined."""
+    columns: dict[str, pa.Array]
+    """[M] each: columns of latents.parquet."""
 
 
 def view_latents(
@@ -74,17 +75,24 @@ def view_latents(
     write_histograms(folder / HISTOGRAMS, counts, layer_numbers)
     tokenizer = reason = None
     try:
-        found = spec_of_store(inputs.store, model, offline=True)
-        loaded = load_tokenizer(found)
-        refuse_exchanged(found)
+        place = spec_of_store(inputs.store, model, offline=True)
+        loaded = load_tokenizer(place)
+        refuse_exchanged(place)
         tokenizer = loaded
     except ResidscopeError as error:
         reason = str(error)
-    n_rows = write_found(folder / EXAMPLES, top.found(), tokens, tokenizer, codes, selection.analysed, layer_numbers)
+    found = top.found()
+    windows = windows_of(found, tokens, codes, selection.analysed)
+    words = find_words(found, windows, tokens, selection.analysed, tokenizer, layer_numbers, n_latents)
+    n_rows = write_found(folder / EXAMPLES, found, windows, tokens, tokenizer, layer_numbers)
     agreement = context_agreement(strongest.token, table.n_tokens)
     summary = {"rows": n_rows, "per_layer": n, "tokens_around": REACH, "no_text": reason}
     summary["agreement"] = agreement_summary(agreement)
-    return LatentViews(summary, {"context_overlap": agreement.overlap, "context_chance": agreement.chance})
+    shares = {"context_overlap": agreement.overlap, "context_chance": agreement.chance}
+    columns = {name: pa.array(values, mask=np.isnan(values)) for name, values in shares.items()}
+    columns["fires_on"] = pa.array(words.words, pa.list_(pa.string()))
+    columns["fires_on_layers"] = pa.array(words.layers, pa.list_(pa.list_(pa.int64())))
+    return LatentViews(summary, columns)
 
 
 def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequence[int]) -> None:

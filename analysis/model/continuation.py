@@ -8,7 +8,7 @@ residual stream (shared keys and values); `can_skip` tells by trying. The model 
 Shapes: B sequences, N positions, D d_model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -59,6 +59,18 @@ def can_skip(model: LoadedModel, input_ids: Tensor) -> bool:
         return torch.equal(last_output(model, few, before, skip=True), last_output(model, few))
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError):
         return False  # a later block missed something that a skipped one should have left
+
+
+@contextmanager
+def changed(model: LoadedModel, layers: Sequence[int], change: Callable[[Any, int], Any]) -> Iterator[None]:
+    """While it lasts, the output of each of the blocks `layers` is what `change(output, layer)` makes of it."""
+    hooks = [(lambda module, arguments, output, n=layer: change(output, n), layer) for layer in layers]
+    handles = [model.blocks[layer].register_forward_hook(hook) for hook, layer in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

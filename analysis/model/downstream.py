@@ -1,5 +1,5 @@
-"""What reconstruction errors cost the model: each layer's residual stream is replaced alone, and the rest of the model
-runs on.
+"""What reconstruction errors cost the model: each layer's residual stream is replaced alone, or those of several at
+once (`analysis.model.together`), and the rest of the model runs on.
 
 For a layer l the output of block l is replaced by its reconstruction, by the layer's mean, or by zero, and the logits
 are compared with those of the untouched model, which goes through neither autoencoder nor lens:
@@ -12,7 +12,8 @@ all as means over tokens. *Replaced* are the kept tokens of a sequence; special 
 because no autoencoder was trained on them. *Counted* are the kept tokens of the chosen documents that have a next token
 in their sequence: what is predicted at a kept token. The mean is that of the store's kept tokens at the layer.
 
-How: the model runs on from a block's given output (`analysis.model.continuation`). Logits are made from the last
+How: the model runs on from a block's given output (`analysis.model.continuation`); of several layers, the later ones'
+are replaced on the way, as they come out of what was replaced before. Logits are made from the last
 block's output, a tile of tokens at a time, in float32, so that memory does not grow with tokens x vocabulary.
 
 Shapes: B sequences, N positions, D d_model, V vocabulary, L layers, C conditions, G documents, n counted tokens.
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.model.continuation import Before, block_output, can_skip, last_output
+from analysis.model.continuation import Before, block_output, can_skip, changed, last_output
 from analysis.model.downstream_numbers import Downstream
 from analysis.model.sequences import SequenceBatch, batches_to_measure
 from harvest.lens.translators import TunedLens
@@ -69,11 +70,13 @@ def measure_downstream(
     *,
     lens: TunedLens | None,
     layers: Sequence[int] | None = None,
+    groups: Sequence[tuple[int, ...]] | None = None,
     counted: NDArray[np.bool_] | None = None,
     max_tokens: int = 16_384,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Downstream:
-    """Replace each of `layers` (the model's block indices; default the store's) alone, on the store's own sequences.
+    """Replace each of `layers` (the model's block indices; default the store's) alone, on the store's own sequences; or
+    the layers of each of `groups` (some of `layers`, ascending) at once, of which there is one number each, then.
 
     lens: what the store's vectors went through (`analysis.model.transformer.lens_of_store`); the layers' means are
     taken back through it. counted: bool [T], default all; of these, kept ones with a next token count. max_tokens:
@@ -99,8 +102,10 @@ def measure_downstream(
         )
     check_logits(model, batches[0].input_ids)
     skip = can_skip(model, batches[0].input_ids)
-    with tqdm(total=len(batches) * len(chosen), desc="downstream", unit=" layers", disable=None) as bar:
-        parts = [_measure(model, batch, chosen, conditions, skip, bar) for batch in batches]
+    groups = [(layer,) for layer in chosen] if groups is None else groups
+    name = "downstream" if max(map(len, groups)) == 1 else "several layers"
+    with tqdm(total=len(batches) * len(groups), desc=name, unit=" layers", disable=None) as bar:
+        parts = [_measure(model, batch, groups, conditions, skip, bar) for batch in batches]
     true_ce, ce, kl = (torch.cat(part, dim=-1).numpy() for part in zip(*parts, strict=True))
     documents, member = np.unique(np.concatenate([batch.document for batch in batches]), return_inverse=True)
 
@@ -111,7 +116,7 @@ def measure_downstream(
         return found.reshape(*losses.shape[:-1], len(documents))
 
     return Downstream(
-        layers=np.asarray(chosen, np.int64),
+        layers=np.array([group[0] for group in groups], np.int64),
         documents=documents,
         n_tokens=np.bincount(member),
         true_ce=sums(true_ce),
@@ -124,26 +129,34 @@ def measure_downstream(
 def _measure(
     model: LoadedModel,
     batch: SequenceBatch,
-    layers: tuple[int, ...],
+    groups: Sequence[tuple[int, ...]],
     conditions: Sequence[Replace],
     skip: bool,
     bar: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """At a batch's counted tokens: cross-entropy [n] of the true run, and [L, C, n] and KL of the others; float64."""
+    """At a batch's counted tokens: cross-entropy [n] of the true run, and [L, C, n] and KL of the others, a group each;
+    float64."""
     kept, counted = batch.kept.to(model.device), batch.counted.to(model.device)
     target = batch.input_ids[:, 1:][batch.counted[:, :-1]].to(model.device)  # [n]
     true = last_output(model, batch.input_ids)[counted]  # [n, D]
     true_ce = torch.empty(len(target), dtype=torch.float64)
-    ce = torch.empty(len(layers), len(conditions), len(target), dtype=torch.float64)
+    ce = torch.empty(len(groups), len(conditions), len(target), dtype=torch.float64)
     kl = torch.empty_like(ce)
     known = TrueRun(model.logits, true)
     before: Before | None = None
-    for i, layer in enumerate(layers):
-        before = block_output(model, batch.input_ids, layer, before if skip else None)
+    for i in sorted(range(len(groups)), key=lambda i: groups[i][0]):
+        first, *others = groups[i]
+        if before is None or before.layer != first:
+            before = block_output(model, batch.input_ids, first, before if skip else None)
         replaced = []
         for condition in conditions:
-            output = with_residual(before.output, lambda x, c=condition, n=layer: c(x, n), kept)
-            replaced.append(last_output(model, batch.input_ids, Before(layer, output), skip=skip)[counted])
+
+            def change(output: Any, layer: int, c: Replace = condition) -> Any:
+                return with_residual(output, lambda x: c(x, layer), kept)
+
+            with changed(model, others, change):
+                start = Before(first, change(before.output, first))
+                replaced.append(last_output(model, batch.input_ids, start, skip=skip)[counted])
         true_ce[:], ce[i], kl[i] = compare(known, replaced, target)
         bar.update()
     return true_ce, ce, kl

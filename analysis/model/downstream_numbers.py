@@ -23,7 +23,7 @@ class Downstream:
     """Sums over the counted tokens of each document, and the numbers that they give."""
 
     layers: NDArray[np.int64]
-    """[L] the model's block indices."""
+    """[L] the model's block indices; of groups of layers each one's first."""
     documents: NDArray[np.int64]
     """[G] documents with a counted token, ascending."""
     n_tokens: NDArray[np.int64]

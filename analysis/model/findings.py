@@ -8,6 +8,7 @@ this part of the analysis is skipped and the reason is given.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from analysis.inputs import Inputs
 from analysis.latents.logits import LatentTokens, find_latent_tokens, write_latent_tokens
 from analysis.model.downstream import measure_downstream, sae_reconstruction
 from analysis.model.downstream_numbers import Downstream, downstream_summary
+from analysis.model.together import groups_of, together_summary
 from analysis.model.transformer import lens_of_store, load_of_store, spec_of_store
 from analysis.results.folder import LATENT_LOGITS
 from analysis.selection import Selection
@@ -36,6 +38,9 @@ DOWNSTREAM_FLOPS = 7.5e12
 
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 """Bounds of the default number."""
+
+TOGETHER_SHARE = 0.5
+"""Of these tokens, at which several layers are replaced at once."""
 
 
 class FoundModel(NamedTuple):
@@ -56,6 +61,8 @@ class ModelFindings:
     """Of `Downstream.intervals`."""
     which: str = ""
     """Of which tokens downstream quality was measured: "validation" or "analysed"."""
+    together: dict[str, Any] | None = None
+    """Of several layers replaced at once, for the summary."""
     tokens: LatentTokens | None = None
     reason: str | None = None
     """Why there is none of a part that was not turned off; None if all is there."""
@@ -63,9 +70,10 @@ class ModelFindings:
 
     def summary(self) -> dict[str, Any]:
         """The keys of summary.json that the transformer gave."""
+        found = downstream_summary(self.downstream, self.intervals, self.which)
         return {
             "transformer": {"reason": self.reason, "seconds": self.seconds},
-            "downstream": downstream_summary(self.downstream, self.intervals, self.which),
+            "downstream": found and found | {"together": self.together},
             "latent_logits": self.tokens.summary() if self.tokens else None,
         }
 
@@ -107,22 +115,28 @@ def run_model(
     if found.spec is None:
         return ModelFindings(reason=found.reason)
     started, options = time.monotonic(), config.transformer
-    tokens, downstream, held_out = None, None, bool(selection.validation.any())
+    tokens, downstream, together, held_out = None, None, None, bool(selection.validation.any())
     try:
         model = load_of_store(inputs.store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
         if options.latent_logits and len(live):
             tokens = find_latent_tokens(inputs.sae, live, model, found.lens, config.statistics.seed)
             write_latent_tokens(folder / LATENT_LOGITS, tokens, model.tokenizer)
         if options.downstream_tokens != 0:
-            downstream = measure_downstream(
+            n_tokens = options.downstream_tokens or default_tokens(model, len(inputs.layers))
+            measured = partial(
+                measure_downstream,
                 inputs.store,
                 model,
                 sae_reconstruction(inputs.sae.to(model.device), found.lens),
                 lens=found.lens,
                 layers=inputs.layer_numbers,
                 counted=selection.validation if held_out else selection.analysed,
-                max_tokens=options.downstream_tokens or default_tokens(model, len(inputs.layers)),
             )
+            downstream = measured(max_tokens=n_tokens)
+            if groups := groups_of(inputs.layer_numbers):
+                sample = max(min(n_tokens, FEWEST_TOKENS), int(TOGETHER_SHARE * n_tokens))
+                several = measured(groups=[group.layers for group in groups], max_tokens=sample)
+                together = together_summary(groups, several, downstream)
     except ResidscopeError as error:
         if options.asked_for:
             raise
@@ -130,6 +144,7 @@ def run_model(
         return ModelFindings(reason=_sentence(error))
     return ModelFindings(
         downstream=downstream,
+        together=together,
         intervals=downstream.intervals() if downstream and config.statistics.intervals else {},
         which="validation" if held_out else "analysed",
         tokens=tokens,

@@ -23,9 +23,9 @@ from analysis.inputs import open_inputs
 from analysis.model.findings import locate
 from analysis.model.transformer import load_of_store
 from analysis.prompt.intervene import PromptedModel, TokenChange, parse_ablate, parse_steer
-from analysis.prompt.view import PromptView, check_interventions, read_prompt, view_prompt
+from analysis.prompt.view import PromptView, Usual, check_interventions, read_prompt, view_prompt
 from analysis.prompt.words import prompt_words
-from analysis.results.folder import PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
+from analysis.results.folder import LATENTS, PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
 from analysis.results.summary import SCHEMA_VERSION
 from analysis.run import analyze
 from harvest.model.checks import check_logits, check_model
@@ -38,7 +38,7 @@ from store.activations import ActivationStore
 from store.files import atomic_write
 
 MOST_LATENTS = 256
-"""Latents of a prompt that prompt.json lists, by falling mass; prompt.parquet has all."""
+"""Latents of a prompt that prompt.json lists, by falling specificity; prompt.parquet has all."""
 
 COLUMNS = pa.schema(
     [
@@ -70,7 +70,8 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     check_logits(model, torch.from_numpy(tokens[0].ids)[None])
     prompted = PromptedModel(model, sae.to(model.device), found.lens, store.meta.stored_dtype)
     read = zip(prompts.prompt, tokens, strict=True)
-    views = [view_prompt(prompted, text, ids, layers, interventions) for text, ids in read]
+    usual = usual_of(config.out_dir)
+    views = [view_prompt(prompted, text, ids, layers, interventions, usual) for text, ids in read]
     plain = [_plain(view, model.tokenizer) for view in views]
     content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
     if not has_analysis(config.out_dir, store, sae_hash(sae)):
@@ -83,6 +84,13 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     if config.output.json:
         print(json.dumps(content, allow_nan=False))
     return content
+
+
+def usual_of(folder: Path) -> Usual:
+    """How active each latent is in the analysis in a folder."""
+    with reading(f"{folder}: the analysis there is damaged", "run `analyze` again"):
+        total = np.asarray(pq.read_table(folder / LATENTS, columns=["total"])["total"].to_numpy())
+        return Usual(total, int(read_json(folder / SUMMARY)["n_tokens"]))
 
 
 def has_analysis(out: Path, store: ActivationStore, sae_hash: str) -> bool:

@@ -49,8 +49,16 @@ class Activations(NamedTuple):
     activation: NDArray[np.float32]
 
 
+class Usual(NamedTuple):
+    """How active latents are in an analysis, to tell what is special about a prompt."""
+
+    total: NDArray[np.float64]
+    """[M] sum of each latent's activations."""
+    n_tokens: int
+
+
 class PromptLatents(NamedTuple):
-    """The latents active in a prompt, each column [J], by falling mass."""
+    """The latents active in a prompt, each column [J], by falling specificity."""
 
     latent: NDArray[np.int64]
     mass: NDArray[np.float64]
@@ -63,6 +71,8 @@ class PromptLatents(NamedTuple):
     """Its highest activation."""
     peak_position: NDArray[np.int64]
     """Where that is."""
+    specificity: NDArray[np.float64]
+    """mass ln(mass / expected mass): a latent that is always on has little, however strong it is."""
 
 
 class Result(NamedTuple):
@@ -141,8 +151,9 @@ def activations_of(prompted: PromptedModel, tokens: Tokens, layers: Sequence[int
     return Activations(position[order], layer[order], latent[order], activation[order])
 
 
-def latents_of(found: Activations) -> PromptLatents:
-    """The latents of a prompt, summed up."""
+def latents_of(found: Activations, usual: Usual, n_tokens: int) -> PromptLatents:
+    """The latents of a prompt of so many kept tokens, summed up. The mass expected of a latent is what it has on
+    average at as many tokens of the analysis and the prompt together."""
     latent, member = np.unique(found.latent, return_inverse=True)
     activation = found.activation.astype(np.float64)
     layers, at = np.unique(found.layer, return_inverse=True)
@@ -150,7 +161,9 @@ def latents_of(found: Activations) -> PromptLatents:
     np.add.at(by_layer, (member, at), activation)
     mass = by_layer.sum(axis=1)
     peak_row = np.lexsort((-found.activation, member))[np.unique(np.sort(member), return_index=True)[1]]
-    order = np.lexsort((latent, -mass))
+    expected = (usual.total[latent] + mass) * n_tokens / (usual.n_tokens + n_tokens)
+    specificity = mass * np.log(mass / expected)
+    order = np.lexsort((latent, -specificity))
     columns = (
         latent,
         mass,
@@ -158,18 +171,24 @@ def latents_of(found: Activations) -> PromptLatents:
         layers[by_layer.argmax(axis=1)] if len(layers) else layers,
         found.activation[peak_row],
         found.position[peak_row],
+        specificity,
     )
     ordered: list[Any] = [column[order] for column in columns]
     return PromptLatents(*ordered)
 
 
 def view_prompt(
-    prompted: PromptedModel, text: str, tokens: Tokens, layers: Sequence[int], interventions: Sequence[Intervention]
+    prompted: PromptedModel,
+    text: str,
+    tokens: Tokens,
+    layers: Sequence[int],
+    interventions: Sequence[Intervention],
+    usual: Usual,
 ) -> PromptView:
     """Look at one prompt. layers: the model's block indices. interventions: where none are asked for, each of the
-    `N_ABLATED` strongest latents is ablated at its strongest layer."""
+    `N_ABLATED` most specific latents is ablated at its strongest layer. usual: of the same autoencoder."""
     found = activations_of(prompted, tokens, layers)
-    latents = latents_of(found)
+    latents = latents_of(found, usual, int(tokens.kept.sum()))
     strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
     if not interventions:
         shown = list(strongest.items())[:N_ABLATED]

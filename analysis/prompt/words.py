@@ -17,7 +17,8 @@ def prompt_words(content: Mapping[str, Any]) -> str:
             "",
             f"Prompt {quoted(prompt['text'])}: {len(prompt['tokens'])} tokens, {prompt['n_active_latents']:,} latents "
             f"active; most likely next tokens: {likely}.",
-            "Strongest latents (mass: sum of activations over tokens and layers)",
+            "Latents most specific to it (mass: sum of activations over tokens and layers; specificity: mass times the "
+            "log of how many times its usual mass that is)",
             *_latents(prompt),
         ]
         if prompt["interventions"]:
@@ -33,8 +34,17 @@ def _latents(prompt: Mapping[str, Any]) -> list[str]:
     rows = []
     for one in prompt["latents"][:N_LATENTS]:
         numbers = (shown(one["mass"]), shown(one["layer_mean"]), str(one["peak_layer"]), shown(one["peak"]))
-        rows.append((str(one["latent"]), *numbers, quoted(prompt["tokens"][one["peak_position"]]["token"])))
-    return table(("latent", "mass", "mean layer", "strongest at layer", "highest activation", "at token"), rows)
+        rows.append(
+            (
+                str(one["latent"]),
+                shown(one["specificity"]),
+                *numbers,
+                quoted(prompt["tokens"][one["peak_position"]]["token"]),
+            )
+        )
+    return table(
+        ("latent", "specificity", "mass", "mean layer", "strongest at layer", "highest activation", "at token"), rows
+    )
 
 
 def _effects(prompt: Mapping[str, Any]) -> list[str]:

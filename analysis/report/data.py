@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.report.examples import example_blocks
 from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.reading import read_json, reading
 
@@ -63,8 +62,8 @@ class Results:
     """`PROMPT_COLUMNS` of prompt.parquet."""
     pairs: list[dict[str, Any]] = field(default_factory=list)
     """The first `MAX_PAIRS` near-parallel pairs of latents, as in redundancy.parquet."""
-    examples: str = ""
-    """Blocks of `analysis.report.examples`; empty where the folder has no examples."""
+    folder: Path = Path()
+    """Where the files are."""
 
     @property
     def layer_numbers(self) -> list[int]:
@@ -145,7 +144,7 @@ def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
         prompts=read_json(prompt) if has_prompts else None,
         prompt_rows=_columns(pq.read_table(out_dir / "prompt.parquet", columns=PROMPT_COLUMNS)) if has_prompts else {},
         pairs=pq.read_table(pairs).slice(0, MAX_PAIRS).to_pylist() if pairs.is_file() else [],
-        examples=example_blocks(out_dir, np.asarray(latents["latent"])),
+        folder=out_dir,
     )
 
 

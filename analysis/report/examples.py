@@ -1,154 +1,39 @@
-"""What the report shows of an opened latent (examples, histogram, neighbours), packed so that a page opens at once.
+"""What the report shows of an opened latent (contexts, histogram, neighbours), packed so that a page opens at once.
 
-Blocks of `PER_BLOCK` live latents, each base64 of deflated JSON, which report.js unpacks when a latent of it is opened.
-Where all would take more than `BUDGET`, less is kept, by the first of `PLANS` that fits, and the page says what.
-
-One more block is the index of the search: for each word, in lower case, the rows of the latents that promote it or have
-a shown example at it.
+Blocks of `PER_BLOCK` live latents, each base64 of deflated JSON, which report.js unpacks when a latent of it is opened,
+or all of them when a text is searched for. Where all would take more than there is room for, less is kept, by the first
+of `PLANS` that fits, and the page says what. One more block has the words that each latent fires on, for the table.
 
 Content of a latent, empty keys left out: `histogram` (for each layer: its number, the first bin with a count, counts
-from there on), `near` (latent and cosine of its neighbours), `promoted`, `suppressed`, and
+from there on), `near` (latent and cosine of its neighbours), `promoted`, `suppressed` (only where its decoder row is
+nearer to a token than random directions are), and of its contexts (`analysis.latents.windows`), in their order,
 
-    texts      [text, lengths, index of its token]: a window; one character per token, whose code is its length plus 48
-    examples   columns layer, rank, activation, text (its number) and levels: one digit per token, base 36, for its
-               activation: 0 to 35, where 35 is the latent's strongest example, rounded up
-
-A window is shown from `BEFORE` characters before its token to `AFTER` after it, whole tokens only. A token that only
-continues a character has length 0 and is shown with the token that begins it.
-
-Shapes: R rows, W tokens of all their windows.
+    texts      [text, lengths, index of its token] of each
+    contexts   columns layer, layers (as "3-7, 9"), activation and levels, and `foremost`: how many of them, the first
+               ones, are the strongest of some layer
 """
 
 import base64
 import json
 import zlib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-BEFORE, AFTER = 36, 26
-"""Characters shown around an example's token, at most."""
-
-LEVELS = 36
-"""Levels of an activation, including 0."""
-
-_ROWS_AT_ONCE = 2**16
-_DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8).astype("<u4")
-
-
-class Example(NamedTuple):
-    """One example of a latent, ready to be packed."""
-
-    strength: int
-    """0 for the layer at which the latent's strongest example is its most active, 1 for the next, ..."""
-    layer: int
-    rank: int
-    activation: float
-    window: tuple[str, str, int]
-    """Text, lengths, index of the token."""
-    levels: str
-
-
-def read_examples(path: Path, more: int) -> dict[int, list[Example]]:
-    """By latent the strongest example at each layer, all at the `more` strongest, by layer and rank; none, no file."""
-    found: dict[int, list[Example]] = {}
-    if not path.is_file():
-        return found
-    numbers = pq.read_table(path, columns=["latent", "layer", "rank", "activation"])
-    latent, layer, rank, activation = (np.asarray(numbers[name].to_numpy()) for name in numbers.column_names)
-    if not len(latent):
-        return found
-    strength = strengths(latent, rank, activation)
-    top = pd.Series(activation).groupby(latent).transform("max").to_numpy()
-    keep = (rank == 0) | (strength < more)
-    columns = ["text_token", "marked", "texts", "activations"]
-    start = 0
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-        rows = start + np.flatnonzero(keep[start : start + batch.num_rows])
-        shown = _windows(batch.filter(pa.array(keep[start : start + batch.num_rows])), top[rows])
-        values = (of[rows].tolist() for of in (latent, strength, layer, rank, activation))
-        for who, s, la, ra, a, (window, levels) in zip(*values, shown, strict=True):
-            found.setdefault(who, []).append(Example(s, la, ra, float(f"{a:.3g}"), window, levels))
-        start += batch.num_rows
-    return found
-
-
-def strengths(latent: np.ndarray, rank: np.ndarray, activation: np.ndarray) -> np.ndarray:
-    """[R] the rank, from 0, of a row's layer among its latent's layers, by their strongest examples.
-
-    Rows are sorted by latent, layer, rank."""
-    first = rank == 0
-    strongest = pd.Series(activation[first]).groupby(latent[first])
-    place = strongest.rank(method="first", ascending=False).to_numpy(np.int64) - 1
-    return place[np.cumsum(first) - 1]
-
-
-def add_texts(examples: list[Example]) -> dict[str, Any]:
-    """`texts` and `examples` of a latent, as columns because they compress better; {} without any."""
-    if not examples:
-        return {}
-    number: dict[tuple[str, str, int], int] = {}
-    texts = [number.setdefault(e.window, len(number)) for e in examples]
-    columns = {name: [getattr(e, name) for e in examples] for name in ("layer", "rank", "activation")}
-    levels = [e.levels for e in examples]
-    return {"texts": list(number), "examples": {**columns, "text": texts, "levels": levels}}
-
-
-def marked_token(text: str, lengths: str, place: int) -> str:
-    """The example's own token in a packed window."""
-    sizes = [ord(sign) - 48 for sign in lengths[: place + 1]]
-    start = sum(sizes[:-1])
-    return text[start : start + sizes[-1]]
-
-
-def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[tuple[tuple[str, str, int], str]]:
-    """Window and levels of each row, as shown. top: [R] activation of level 35."""
-    lists, activations = batch["texts"], batch["activations"]
-    if not batch.num_rows:
-        return []
-    sizes = np.asarray(pc.list_value_length(lists))  # pyright: ignore[reportAttributeAccessIssue]
-    starts = np.cumsum(sizes) - sizes  # [R] of each row's window among all W tokens
-    marked = starts + np.asarray(batch["marked"])
-    tokens = lists.flatten().fill_null("")
-    lengths = np.asarray(pc.utf8_length(tokens)).astype(np.int64)  # [W]  # pyright: ignore[reportAttributeAccessIssue]
-    texts: list[str] = []
-    for i, row in enumerate(pc.binary_join(lists, "").to_pylist()):  # pyright: ignore[reportAttributeAccessIssue]
-        if lengths[marked[i]] == 0:  # it continues a character: mark the token that begins it, or, if cut off, itself
-            owner = next((j for j in range(marked[i], starts[i] - 1, -1) if lengths[j]), None)
-            if owner is None:
-                token = batch["text_token"][i].as_py()
-                lengths[marked[i]] = len(token)
-                row = token + row
-            else:
-                marked[i] = owner
-        texts.append(row)
-    ends = np.cumsum(lengths)
-    begins = ends - lengths
-    first = np.maximum(starts, np.searchsorted(begins, begins[marked] - BEFORE))
-    stop = np.minimum(starts + sizes, np.searchsorted(ends, ends[marked] + AFTER, side="right"))
-    values = np.asarray(activations.flatten().fill_null(0.0), np.float32)
-    level = np.ceil(values / np.repeat(top, sizes) * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
-    length_signs = (lengths + 48).astype("<u4").tobytes().decode("utf-32-le")
-    level_signs = _DIGITS[level].tobytes().decode("utf-32-le")
-    low, high = begins[first] - begins[starts], ends[stop - 1] - begins[starts]
-    places = (of.tolist() for of in (first, stop, marked - first, low, high))
-    return [
-        ((text[low:high], length_signs[i:j], place), level_signs[i:j])
-        for text, i, j, place, low, high in zip(texts, *places, strict=True)
-    ]
-
+from analysis.latents.windows import CONTEXTS, Context, read_contexts
 
 PER_BLOCK = 64
 """Live latents in a block."""
 
 BUDGET = 12_600_000
-"""Characters that all blocks together may take: with the rest of a page of 10,000 latents, below 15 MB."""
+"""Characters that all blocks together may take, if there is room in the page."""
+
+MAX_CONTEXTS = 2**19
+"""Contexts of all latents that are read."""
 
 _SAMPLED = 16
 """One block in so many is packed first, to see whether a plan can fit."""
@@ -157,17 +42,17 @@ _SAMPLED = 16
 class Plan(NamedTuple):
     """How much of each latent is kept."""
 
-    layers: int
-    """Layers whose strongest example is kept: those at which the latent is most active."""
-    more: int
-    """Layers, of these, of which the other examples are kept too."""
+    contexts: int
     histogram: bool
+    neighbours: int
+    share: float = 1.0
+    """Of the latents, those that fire most, that have contexts and neighbours at all."""
 
 
-EVERY = 10**6
 PLANS = (
-    *(Plan(EVERY, 2, True), Plan(EVERY, 1, True), Plan(EVERY, 0, True), Plan(18, 1, True), Plan(12, 1, True)),
-    *(Plan(6, 0, True), Plan(6, 0, False), Plan(3, 0, False), Plan(1, 0, False)),
+    *(Plan(CONTEXTS, True, 5), Plan(18, True, 5), Plan(12, True, 5), Plan(8, True, 5), Plan(6, False, 5)),
+    *(Plan(4, False, 3), Plan(2, False, 1), Plan(1, False, 1), Plan(1, False, 0)),
+    *(Plan(1, False, 0, share) for share in (0.75, 0.5, 0.25, 0.1, 0.0)),
 )
 """Tried in turn until the blocks fit; the last is used even if it does not."""
 
@@ -176,42 +61,51 @@ PLANS = (
 class _Found:
     """Everything about one latent that the first plan keeps."""
 
-    examples: list[Example]
+    contexts: list[Context]
+    order: int
+    """Its place among the latents, the one that fires most first."""
+    words: list[str] = field(default_factory=list)
     histogram: list[list[int]] = field(default_factory=list)
-    rest: dict[str, Any] = field(default_factory=dict)
+    near: list[list[float]] = field(default_factory=list)
+    tokens: dict[str, Any] = field(default_factory=dict)
 
 
-def example_blocks(folder: Path, latents: np.ndarray) -> str:
-    """The blocks as HTML, by `latents` [J] (ascending), after one of a note and the edges; empty with none to show."""
-    examples = read_examples(folder / "examples.parquet", PLANS[0].more)
-    of = {latent: _Found(examples.get(latent, [])) for latent in latents.tolist()}
+def example_blocks(
+    folder: Path, latents: np.ndarray, fired: np.ndarray, *, chance: float | None = None, budget: int = BUDGET
+) -> str:
+    """The blocks as HTML, by `latents` [J] (ascending), after one of a note and the edges; empty with none to show.
+
+    fired: [J] how often. chance: cosine to a token's logit above which tokens are told. budget: characters at most.
+    """
+    contexts = read_contexts(folder / "examples.parquet", max(1, min(CONTEXTS, MAX_CONTEXTS // max(1, len(latents)))))
+    order = np.argsort(np.argsort(-fired, kind="stable"), kind="stable").tolist()
+    of = {j: _Found(contexts.get(j, []), order[i]) for i, j in enumerate(latents.tolist())}
     edges = _add_histograms(folder / "histograms.parquet", of)
-    _add_neighbours(folder / "latents.parquet", of)
-    if (tokens := folder / "latent_logits.parquet").is_file():
-        for row in pq.read_table(tokens, columns=["latent", "promoted", "suppressed"]).to_pylist():
-            of[row.pop("latent")].rest |= row
+    _add_columns(folder / "latents.parquet", of)
+    told = _add_tokens(folder / "latent_logits.parquet", of, chance)
     found = list(of.values())
-    if not any(one.examples or one.histogram or one.rest for one in found):
+    if not any(one.contexts or one.histogram or one.near or one.tokens for one in found):
         return ""
-    blocks, plan = _fitting(found)
-    note = f'<script type="text/plain" id="latent-note" data-edges="{json.dumps(edges)}">{_note(plan, found)}</script>'
-    return "\n".join([note, *blocks])
+    blocks, plan = _fitting(found, min(budget, BUDGET))
+    data = f'data-edges="{json.dumps(edges)}"' + (f' data-chance="{chance:.3g}"' if told and chance else "")
+    return "\n".join([f'<script type="text/plain" id="latent-note" {data}>{_note(plan, found)}</script>', *blocks])
 
 
-def _fitting(found: list[_Found]) -> tuple[list[str], Plan]:
+def _fitting(found: list[_Found], budget: int) -> tuple[list[str], Plan]:
     """The blocks by the first plan that fits."""
     groups = [found[start : start + PER_BLOCK] for start in range(0, len(found), PER_BLOCK)]
     sample = groups[_SAMPLED // 2 :: _SAMPLED]
+    words = [_packed("latent-words", [one.words for one in found])] if any(one.words for one in found) else []
+    budget -= sum(map(len, words))
     for plan in PLANS:
-        last = plan is PLANS[-1]
-        size = sum(len(_packed("latent-block-0", [_content(one, plan) for one in group])) for group in sample)
-        if not last and size * len(groups) > 0.98 * BUDGET * max(1, len(sample)):
+        kept, last = round(plan.share * len(found)), plan is PLANS[-1]
+        size = sum(len(_packed("latent-block-0", [_content(one, plan, kept) for one in group])) for group in sample)
+        if not last and size * len(groups) > 0.98 * budget * max(1, len(sample)):
             continue
-        contents = [[_content(one, plan) for one in group] for group in groups]
+        contents = ([_content(one, plan, kept) for one in group] for group in groups)
         blocks = [_packed(f"latent-block-{i}", content) for i, content in enumerate(contents)]
-        blocks.append(_packed("latent-words", _rows_of_words([latent for content in contents for latent in content])))
-        if last or sum(map(len, blocks)) <= BUDGET:
-            return blocks, plan
+        if last or sum(map(len, blocks)) <= budget:
+            return [*words, *blocks], plan
     raise AssertionError("the last plan always returns")
 
 
@@ -220,34 +114,42 @@ def _packed(block_id: str, content: Any) -> str:
     return f'<script type="text/plain" id="{block_id}">{base64.b64encode(data).decode()}</script>'
 
 
-def _rows_of_words(contents: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """By word, the first row of its latents, then each next one's distance: small numbers deflate well."""
-    rows: dict[str, list[int]] = {}
-    for row, content in enumerate(contents):
-        words = {word.lower() for word in content.get("promoted", ())}
-        words |= {marked_token(*window).lower() for window in content.get("texts", ())}
-        for word in words:
-            rows.setdefault(word, []).append(row)
-    return {word: np.diff(of, prepend=0).tolist() for word, of in sorted(rows.items())}
-
-
-def _content(one: _Found, plan: Plan) -> dict[str, Any]:
-    examples = [e for e in one.examples if e.strength < (plan.layers if e.rank == 0 else min(plan.layers, plan.more))]
-    content = add_texts(examples) | one.rest
+def _content(one: _Found, plan: Plan, kept: int) -> dict[str, Any]:
+    """What a plan keeps of a latent; of those from place `kept` on, only its tokens."""
+    content: dict[str, Any] = dict(one.tokens)
+    own, near = one.contexts[: plan.contexts], one.near[: plan.neighbours]
+    if one.order >= kept:
+        return content
+    if own:
+        content["texts"] = [context[:3] for context in own]
+        columns = {name: [getattr(context, name) for context in own] for name in ("layer", "activation", "levels")}
+        columns["layers"] = [runs(context.layers) for context in own]
+        content["contexts"] = columns | {"foremost": sum(context.foremost for context in own)}
+    if near:
+        content["near"] = near
     return content | {"histogram": one.histogram} if plan.histogram and one.histogram else content
+
+
+def runs(layers: list[int]) -> str:
+    """Ascending numbers in few words: 3-7, 9."""
+    starts = [0, *(i for i, (a, b) in enumerate(pairwise(layers), 1) if b != a + 1), len(layers)]
+    parts = [layers[a:b] for a, b in pairwise(starts)]
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _note(plan: Plan, found: list[_Found]) -> str:
     """What is left out, in one sentence; empty where nothing is."""
     left = []
-    n_layers = max((1 + max((e.strength for e in one.examples), default=-1) for one in found), default=0)
-    if plan.layers < n_layers:
-        left.append(f"the strongest example of the {plan.layers} layers at which a latent is most active")
-    if any(e.rank for one in found for e in one.examples) and n_layers > plan.more:
-        layers = "1 layer" if plan.more == 1 else f"{plan.more} layers"
-        left.append(f"further examples of {layers}" if plan.more else "no further examples")
+    if any(len(one.contexts) > plan.contexts for one in found):
+        left.append(
+            f"the first {plan.contexts} contexts of a latent" if plan.contexts > 1 else "one context of a latent"
+        )
+    if plan.share < 1:
+        left.append(f"of the {round(plan.share * len(found)):,} latents that fire most only")
     if any(one.histogram for one in found) and not plan.histogram:
         left.append("no histogram")
+    if any(len(one.near) > plan.neighbours for one in found):
+        left.append(f"{plan.neighbours or 'no'} neighbour{'s' * (plan.neighbours != 1)}")
     return f"To keep this page small: {', '.join(left)}; the parquet files hold all." if left else ""
 
 
@@ -266,13 +168,23 @@ def _add_histograms(path: Path, of: dict[int, _Found]) -> list[float]:
     return [float(f"{edge:.4g}") for edge in edges]
 
 
-def _add_neighbours(path: Path, of: dict[int, _Found]) -> None:
-    """Those that latents.parquet has; older ones have none."""
-    names = ["latent", "neighbours", "neighbour_cosines"]
-    if not set(names) <= set(pq.read_schema(path).names):
-        return
-    table = pq.read_table(path, columns=names)
-    for latent, others, cosines in zip(*(table[name].to_pylist() for name in names), strict=True):
-        if others and latent in of:
-            near = [[other, float(f"{cosine:.3g}")] for other, cosine in zip(others, cosines, strict=True)]
-            of[latent].rest["near"] = near
+def _add_columns(path: Path, of: dict[int, _Found]) -> None:
+    """Neighbours and words, if latents.parquet has them."""
+    known = set(pq.read_schema(path).names)
+    names = [name for name in ("neighbours", "neighbour_cosines", "fires_on") if name in known]
+    for row in pq.read_table(path, columns=["latent", *names]).to_pylist():
+        if one := of.get(row["latent"]):
+            pairs = zip(row.get("neighbours") or (), row.get("neighbour_cosines") or (), strict=True)
+            one.near = [[other, float(f"{cosine:.3g}")] for other, cosine in pairs]
+            one.words = row.get("fires_on") or []
+
+
+def _add_tokens(path: Path, of: dict[int, _Found], chance: float | None) -> bool:
+    """Tokens that latents promote and suppress, of those nearer to one than chance; whether there is such a file."""
+    if not path.is_file():
+        return False
+    for row in pq.read_table(path, columns=["latent", "promoted", "suppressed", "unembedding_cosine"]).to_pylist():
+        cosine = row.pop("unembedding_cosine")
+        if (one := of.get(row.pop("latent"))) and (chance is None or cosine > chance):
+            one.tokens = row
+    return True

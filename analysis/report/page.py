@@ -66,9 +66,11 @@ def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
     held_out = results.number("validation_fvu")
     ratio_words = f"95 % interval {between(ratio_bounds)}" if ratio_bounds else why_no_ratio(results)
     live_words = f"of {integer(n_latents)}" + (f" ({percent(live / n_latents)})" if n_latents else "")
+    without_few = results.number("reconstruction", "fvu_without_few")
     fvu_words = (
         "lower is better"
         + (f"; 95 % interval {between(fvu_bounds)}" if fvu_bounds else "")
+        + (f"; without few tokens {show(without_few)}" if without_few is not None else "")
         + (f"; held-out text {show(held_out)}" if held_out is not None else "")
     )
     k_words = f"active latents per vector; k = {integer(results.get('provenance', 'sae', 'k'))}"
@@ -93,8 +95,8 @@ def _warnings(results: Results) -> list[str]:
 
 
 SECTIONS = (
-    *("variance", "layers", "persistence", "nulls", "kinds", "redundancy", "contexts"),
-    *("reconstruction", "downstream", "latents", "prompt", "training", "provenance", "method"),
+    *("variance", "latents", "prompt", "layers", "persistence", "nulls", "kinds", "redundancy", "contexts"),
+    *("reconstruction", "downstream", "training", "provenance", "method"),
 )
 """The page in order. Each name is a module of analysis/report/sections, whose `section` makes it, and its anchor."""
 
@@ -116,7 +118,7 @@ def render_report(results: Results) -> str:
     """The complete page as text; the same text for the same results."""
     modules = {name: import_module(f"analysis.report.sections.{name}") for name in SECTIONS}
     sections: dict[str, Section] = {name: module.section(results) for name, module in modules.items()}
-    script = page_file("report.js") + page_file("latent.js") + page_file("prompt.js")
+    script = "".join(map(page_file, ("report.js", "search.js", "latent.js", "prompt.js")))
     model = results.get("provenance", "store", "model") or "unnamed model"
     return fill(
         "report.html",

@@ -63,6 +63,8 @@ class Findings:
     redundancy: Redundancy | None
     views: LatentViews | None
     model: ModelFindings
+    few: str | None
+    """Few tokens that carry much of a layer's variance, in words."""
     seconds: float
 
     @property
@@ -136,6 +138,7 @@ def _reconstruction(found: Findings) -> dict[str, Any]:
     names, intervals = ("fvu", "mse", "l0"), found.intervals.reconstruction
     result: dict[str, Any] = {name: defined(getattr(found.sums.analysed, name).mean()) for name in names}
     result["fvu_without_few"] = found.without_few and defined(found.without_few.fvu.mean())
+    result["few_tokens"] = found.few
     result["ci95"] = _plain({name: getattr(intervals, name) for name in names}) if intervals else {}
     return result
 

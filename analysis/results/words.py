@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.baselines.nulls import NULLS
+from analysis.model.together import group_words
 from analysis.moments import VARIANCE_NAMES
 from residscope.console import aligned
 
@@ -175,7 +176,17 @@ def _downstream_words(summary: Mapping[str, Any]) -> list[str]:
         *table(head, _layer_rows(summary, *names)),
         f"Mean over layers: delta CE {with_interval(found, 'delta_ce')}, KL {with_interval(found, 'kl')}, "
         f"loss recovered {with_interval(found, 'loss_recovered_mean')} against mean ablation.",
+        *_together_words(found.get("together")),
     ]
+
+
+def _together_words(found: Mapping[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    names = ("delta_ce", "sum_alone_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean")
+    head = ("replaced together", "delta CE", "sum of single layers", "KL", "sum of single layers", "loss recovered")
+    rows = [(group_words(one["kind"], one["n"]), *(shown(one[name]) for name in names)) for one in found["groups"]]
+    return table(head, rows)
 
 
 def _token_words(found: Mapping[str, Any] | None) -> list[str]:

@@ -36,7 +36,7 @@ LAYER_COLUMNS = pa.schema(
 
 
 def write_latents(
-    path: Path, moments: LayerMoments, table: LatentTable, redundancy: Redundancy | None, extra: Mapping[str, NDArray]
+    path: Path, moments: LayerMoments, table: LatentTable, redundancy: Redundancy | None, extra: Mapping[str, pa.Array]
 ) -> None:
     """One row for each latent, dead ones too; lists have one entry per layer. extra: [M] more columns."""
     none = (moments.n_latents, N_NEIGHBOURS)
@@ -55,7 +55,7 @@ def write_latents(
         "nearest_cosine": _nullable(cosines[:, 0]),
         "neighbours": _known(neighbours, neighbours >= 0),
         "neighbour_cosines": _known(cosines, neighbours >= 0),
-        **{name: _nullable(values) for name, values in extra.items()},
+        **extra,
         **{name: _lists(found[name]) for name in ("counts", "totals", "means", "probs")},
     }
     pq.write_table(pa.table(columns), path, compression="zstd")

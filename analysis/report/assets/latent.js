@@ -1,8 +1,8 @@
-// What an opened latent shows: examples by layer, activations by layer, neighbours, tokens. Functions of data that return HTML.
+// What an opened latent shows: contexts, activations by layer, neighbours, tokens. Functions of data that return HTML.
 
 const PER_BLOCK = 64; // as in analysis/report/examples.py
 const contents = new Map();
-let showAll = false; // further examples of a layer
+let showAll = false; // contexts that are not the strongest of a layer
 
 /** What analysis/report/examples.py packed under a name, unpacked once; null where there is none. */
 function content(name) {
@@ -19,7 +19,7 @@ function escaped(text) {
 
 /** Text with line ends made visible. */
 function visible(text) {
-  return escaped(text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
+  return escaped(text.replace(/[\n\t]/g, (sign) => SHOWN[sign]));
 }
 
 /** The tokens of a packed window: [text, lengths, place of its token] and a level for each; see analysis/report/examples.py. */
@@ -46,24 +46,29 @@ function windowHtml(window, levels, top) {
   }).join("");
 }
 
-/** The tokens that a latent promotes and suppresses, and its examples, those of a layer together. */
+/** The tokens that a latent promotes and suppresses, and its contexts, each once, with the layers at which it is strong there. */
 function examplesHtml(latent) {
-  const { texts, examples, promoted, suppressed } = latent;
+  const { texts, contexts, promoted, suppressed } = latent, about = document.getElementById("latent-note");
   const words = (name, list) => (list ? `<p><b>${name}</b> ${list.map((word) => `<code>${visible(word)}</code>`).join(" ")}</p>` : "");
   const tokens = words("Promotes", promoted) + words("Suppresses", suppressed);
-  if (!examples) return tokens;
-  const top = Math.max(...examples.activation), further = examples.rank.some((rank) => rank > 0);
-  const lines = examples.layer.map((layer, i) => {
-    const first = examples.rank[i] === 0, activation = examples.activation[i];
-    const name = `<th${first ? "" : ' class="soft"'}>${layer}</th>`;
-    return `<tr${first ? "" : ' class="further"'}>${name}<td class="size"><b style="width:${(100 * activation) / top}%"></b>${show(activation)}</td><td class="text">${windowHtml(texts[examples.text[i]], examples.levels[i], top)}</td></tr>`;
+  const chance = about?.dataset.chance && !promoted ? `<p class="note">What it promotes is at the level of chance, and not shown: it is no nearer to a token's logit than random directions are (cosine ${about.dataset.chance}).</p>` : "";
+  if (!contexts) return tokens + chance + (about?.textContent ? `<p class="note">${escaped(about.textContent)}</p>` : "");
+  const top = Math.max(...contexts.activation), further = texts.length > contexts.foremost;
+  const lines = texts.map((window, i) => {
+    const activation = contexts.activation[i];
+    return `<tr${i < contexts.foremost ? "" : ' class="further"'}><th title="most active there at layer ${contexts.layer[i]}">${contexts.layers[i].replaceAll("-", "\u2013")}</th><td class="size"><b style="width:${(100 * activation) / top}%"></b>${show(activation)}</td><td class="text">${windowHtml(window, contexts.levels[i], top)}</td></tr>`;
   });
-  const more = further ? `<button type="button" class="more" aria-pressed="${showAll}">${showAll ? "Only the strongest of each layer" : "More examples of a layer"}</button>` : "";
-  const note = document.getElementById("latent-note")?.textContent ?? "";
-  return `${tokens}<h4>Most active at, by layer</h4>
+  const more = further ? `<button type="button" class="more" aria-pressed="${showAll}">${showAll ? "Only the strongest of a layer" : "More contexts"}</button>` : "";
+  return `${tokens}<h4>Most active at, each context once</h4>
     <div class="key"><span>activation 0</span><i></i><span>${show(top)} (units of the standardised residual stream)</span>${more}</div>
-    <table class="examples${showAll ? " all" : ""}"><thead><tr><th>Layer</th><th>Activation</th><th>Strongest example, its token framed</th></tr></thead><tbody>${lines.join("")}</tbody></table>
-    ${note ? `<p class="note">${escaped(note)}</p>` : ""}`;
+    <table class="examples${showAll ? " all" : ""}"><thead><tr><th title="at which it is among the latent's strongest contexts">Layers</th><th>Highest activation</th><th>Context, its token framed</th></tr></thead><tbody>${lines.join("")}</tbody></table>
+    ${chance}${about?.textContent ? `<p class="note">${escaped(about.textContent)}</p>` : ""}`;
+}
+
+/** Links to the prompts in which a latent is among the strongest. */
+function promptLinks(latent) {
+  const found = [...document.querySelectorAll("[id^=prompt-data-]")].flatMap((block, i) => (JSON.parse(block.dataset.latents).some(([one]) => one === latent) ? [`<a href="#prompt-${i}">prompt ${i + 1}</a>`] : []));
+  return found.length ? `<span>Active in ${found.join(", ")}</span>` : "";
 }
 
 /** Heat map, layer x activation, of the number of tokens, into `place`. rows: for each layer at which the latent fired its
@@ -93,12 +98,14 @@ function neighboursHtml(near, data, kinds) {
   return `<div class="near"><h4>Neighbours, by cosine of decoder rows (\u22121 to 1)</h4><ol>${lines.join("")}</ol></div>`;
 }
 
-/** For each row whether a promoted token, or the marked token of an example, contains the text. */
-async function textTest(text, n) {
-  const wanted = text.toLowerCase(), found = new Uint8Array(n);
-  for (const [word, steps] of Object.entries((await content("words")) ?? {})) {
-    let row = 0;
-    if (word.includes(wanted)) for (const step of steps) found[(row += step)] = 1;
-  }
-  return (i) => found[i];
+/** The latents that a query finds, by place in the table: those that fire on it, or that promote it, the most specific first. */
+async function findText(query, promoted, n) {
+  const blocks = await Promise.all(Array.from({ length: Math.ceil(n / PER_BLOCK) }, (_, i) => content(`block-${i}`)));
+  const contents = blocks.flatMap((block) => block ?? []);
+  if (!promoted) return rank(contents, query);
+  const terms = termsOf(query);
+  return contents.flatMap((one, latent) => {
+    const place = (one.promoted ?? []).findIndex((word) => terms.some((term) => folded(word).join("").trim().startsWith(term)));
+    return place < 0 ? [] : [{ latent, score: 1 - place / one.promoted.length }];
+  });
 }

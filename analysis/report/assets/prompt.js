@@ -103,6 +103,7 @@ async function promptView(view) {
     return byMeanLayer(ranks.slice(0, n));
   };
   const ofLatent = (rank) => sparse((i) => data.latent[i] === rank, (i) => data.layer[i] * tokens.length + data.position[i], layers.length * tokens.length);
+  const link = (rank) => Object.assign(element("a", "", `latent ${latents[rank][0]}`), { href: `#latent-${latents[rank][0]}` });
   const say = (words) => { readout.textContent = words; };
   const name = (token) => `\u201c${shown(tokens[token])}\u201d`;
 
@@ -118,7 +119,7 @@ async function promptView(view) {
       pick: (c) => { state.latent = ranks[c]; draw(); },
       say: (r, c, value) => say(`latent ${latents[ranks[c]]?.[0]} (mean layer ${show(latents[ranks[c]]?.[1])}), layer ${layers[r]}: activation ${show(value)}`),
     });
-    find("tokens-title").textContent = latents.length ? `Layer \u00d7 token: latent ${latents[state.latent][0]}` : "No latent is active";
+    find("tokens-title").replaceChildren(...(latents.length ? ["Layer \u00d7 token: ", link(state.latent)] : ["No latent is active"]));
     heatMap(find("by-token"), ofLatent(state.latent), layers, tokens.map(shown), colours, {
       name: "layer by token", chosen: state.token, pick: (c) => { state.token = state.token === c ? -1 : c; draw(); },
       say: (r, c, value) => say(`token ${c} ${name(c)}, layer ${layers[r]}: activation ${show(value)}`),
@@ -133,7 +134,9 @@ async function promptView(view) {
   atLatent.addEventListener("change", () => { state.latent = Number(atLatent.value); draw(); });
   for (const rank of byMeanLayer(latents.slice(0, 12).map((_, i) => i))) {
     const panel = element("div", ""), map = element("div", "map");
-    panel.append(element("h4", "", `latent ${latents[rank][0]}, mean layer ${show(latents[rank][1])}`), map);
+    const title = element("h4", "");
+    title.append(link(rank), `, mean layer ${show(latents[rank][1])}`);
+    panel.append(title, map);
     find("maps").append(panel);
     heatMap(map, ofLatent(rank), layers, tokens.map(shown), colours, {
       name: `latent ${latents[rank][0]}`, labels: false, pick: () => { state.latent = rank; draw(); },

@@ -7,7 +7,7 @@ const PAGE = 50;
 /** The arrays of one data block: base64 of a zlib stream of little-endian arrays, described by data-index. */
 async function unpack(block) {
   const buffer = await inflate(block);
-  const types = { u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array, f2: Uint16Array };
+  const types = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array, f2: Uint16Array };
   return Object.fromEntries(JSON.parse(block.dataset.index).map(([name, type, start, end]) => {
     const values = new types[type](buffer.slice(start, end));
     return [name, type === "f2" ? fromHalf(values) : values];
@@ -23,13 +23,23 @@ async function inflate(block) {
   return new Response(stream).arrayBuffer();
 }
 
-/** 16-bit floats from 0 to 1 as 32-bit floats. */
+/** 16-bit floats from 0 on as 32-bit floats; NaN for what is none. */
 function fromHalf(bits) {
-  const table = new Float32Array(0x3c01);
-  for (let b = 0; b < table.length; b++) {
+  const table = new Float32Array(0x10000).fill(NaN);
+  for (let b = 0; b < 0x7c00; b++) {
     table[b] = b < 1024 ? b * 2 ** -24 : (1 + (b & 1023) / 1024) * 2 ** ((b >> 10) - 15);
   }
   return Float32Array.from(bits, (b) => table[b]);
+}
+
+/** Rows of parts of the row's highest as rows that sum to 1. */
+function toShares(parts, width) {
+  const shares = Float32Array.from(parts);
+  for (let start = 0; start < shares.length; start += width) {
+    const row = shares.subarray(start, start + width), sum = row.reduce((a, b) => a + b, 0);
+    row.forEach((part, i) => { row[i] = part / sum; });
+  }
+  return shares;
 }
 
 function integer(x) {
@@ -54,6 +64,8 @@ function percent(p) {
 /** The numbers of a latent, in the table, when it is opened, and to sort by. `wide`: not on a phone; `rest`: not in the table. */
 const COLUMNS = [
   { key: "latent", name: "Latent", format: String },
+  { key: "match", name: "Match", hint: "share of its contexts that are about what was asked, 0 to 1", format: show },
+  { key: null, name: "Fires on", hint: "words that set its top contexts apart from the text as a whole", words: true },
   { key: "kind", name: "Kind", hint: "of its layer profile", wide: true },
   { key: null, name: "P(layer | latent)", hint: "first layer at the left; each row scaled to its own highest layer" },
   { key: "count", name: "Firings", hint: "(token, layer) pairs at which it fired", format: integer },
@@ -94,17 +106,18 @@ function layerPanel(title, values, format, layers) {
 
 /** The charts of an opened row. */
 function panelsHtml(row, data, layers) {
-  const [probs, counts] = [profile(data.probs, row, layers), profile(data.counts, row, layers)];
+  const probs = profile(data.probs, row, layers), shares = layerPanel("P(layer | latent), share of activation mass", probs, percent, layers);
+  if (!data.counts) return shares;
+  const counts = profile(data.counts, row, layers);
   const total = data.mean[row] * data.count[row];
   const means = probs.map((p, i) => (counts[i] ? (p * total) / counts[i] : 0));
-  return layerPanel("P(layer | latent), share of activation mass", probs, percent, layers)
-    + layerPanel("Firings (tokens at the layer)", counts, integer, layers)
+  return shares + layerPanel("Firings (tokens at the layer)", counts, integer, layers)
     + layerPanel("Mean activation where it fired (standardised units)", means, show, layers);
 }
 
 /** All numbers of an opened row. */
 function factsHtml(columns, row, data) {
-  const facts = columns.filter((c) => c.key && c.key !== "latent").map((c) => [c.name, c.format(data[c.key][row]), c.hint]);
+  const facts = columns.filter((c) => c.key && !["latent", "match"].includes(c.key)).map((c) => [c.name, c.format(data[c.key][row]), c.hint]);
   facts.push(["Within a token", `${show(data.within_token[row])} layers\u00b2`, "part of the variance of its layer"]);
   facts.push(["Between tokens", `${show(data.between_tokens[row])} layers\u00b2`, "part of the variance of its layer"]);
   if (data.context_chance) facts.push(["Context overlap by chance", show(data.context_chance[row]), "0 to 1"]);
@@ -130,7 +143,7 @@ function numberTest(text) {
 async function latentTable(block) {
   const find = (id) => document.getElementById(id);
   const [table, status, pages, filters, search] = ["table", "status", "pages", "filters", "search"].map((id) => find(`latent-${id}`));
-  const [kind, from, to, sort, order] = ["kind", "from", "to", "sort", "order"].map((id) => find(`latent-${id}`));
+  const [kind, from, to, sort, order, within] = ["kind", "from", "to", "sort", "order", "in"].map((id) => find(`latent-${id}`));
   if (typeof DecompressionStream === "undefined") {
     status.textContent = "This browser cannot unpack the table (it has no DecompressionStream); the numbers are in latents.parquet.";
     return;
@@ -138,21 +151,30 @@ async function latentTable(block) {
   const data = await unpack(block);
   const [layers, kinds, colours] = [block.dataset.layers, block.dataset.kinds, block.dataset.colours].map((text) => JSON.parse(text));
   const edges = JSON.parse(find("latent-note")?.dataset.edges ?? "[]");
-  const columns = COLUMNS.filter((c) => c.key === null || c.key === "ratio" || data[c.key]);
+  const words = await content("words"), prompted = document.querySelector("[id^=prompt-data-]");
+  if (data.probs instanceof Uint8Array) data.probs = toShares(data.probs, layers.length);
+  const columns = COLUMNS.filter((c) => (c.words ? words : c.key === null || ["ratio", "match"].includes(c.key) || data[c.key]));
   columns.filter((c) => c.key === "kind").forEach((c) => { c.format = (i) => kinds[i]; });
-  const shownColumns = columns.filter((c) => !c.rest);
   const n = data.latent.length;
+  let shownColumns = [];
   data.ratio = Float32Array.from(data.within_token, (within, i) => (within + data.between_tokens[i]) / within);
-  const state = { key: "count", down: true, page: 0, rows: [], open: new Set() };
+  const state = { key: "count", down: true, page: 0, rows: [], open: new Set(), asked: "" };
   const [head, body] = [table.tHead, table.tBodies[0]];
   const limits = [...filters.querySelectorAll("[data-column]")];
 
   let asking = 0;
   async function select() {
     const text = search.value.trim(), mine = ++asking;
-    const byText = /[^\d\s,\u2013-]/.test(text) ? await textTest(text, n) : null;
+    const isText = /[^\d\s,\u2013-]/.test(text), query = isText ? `${within.value} ${text}` : "";
+    if (isText && query !== state.asked) status.textContent = "Searching \u2026";
+    const hits = isText ? await findText(text, within.value === "promoted", n) : [];
     if (mine !== asking) return; // overtaken by a newer selection
-    const asked = byText ? null : numberTest(text);
+    if (!isText && state.key === "match") state.key = "count";
+    if (query && query !== state.asked) [state.key, state.down] = ["match", true];
+    state.asked = query;
+    data.match = new Float32Array(isText ? n : 0);
+    for (const hit of hits) data.match[hit.latent] = hit.score;
+    const byText = isText ? (i) => data.match[i] > 0 : null, asked = byText ? null : numberTest(text);
     const bounds = limits.filter((input) => input.value !== "").map((input) => [data[input.dataset.column], input.dataset.end === "low" ? 1 : -1, Number(input.value)]);
     const rows = [], range = from.value !== "" || to.value !== "", wanted = kind.value && kinds.indexOf(kind.value);
     const [low, high] = [from.value === "" ? -Infinity : Number(from.value), to.value === "" ? Infinity : Number(to.value)];
@@ -171,6 +193,7 @@ async function latentTable(block) {
   function rowHtml(i) {
     const open = state.open.has(i);
     const cells = shownColumns.map((c) => {
+      if (c.words) return `<td class="words">${words[i].map((word) => `<code>${visible(word)}</code>`).join(" ")}</td>`;
       if (!c.key) return `<td class="profile">${bars(profile(data.probs, i, layers))}</td>`;
       const value = c.format(data[c.key][i]);
       return c.key === "latent" ? `<td><button class="open" aria-expanded="${open}">${value}</button></td>` : `<td${c.wide ? ' class="wide"' : ""}>${value}</td>`;
@@ -183,7 +206,7 @@ async function latentTable(block) {
     const latent = data.latent[i], known = data.kind ? `${kinds[data.kind[i]]}, ` : "";
     return `<tr class="detail" data-detail="${i}"><td colspan="${shownColumns.length}"><div class="head"><b>Latent ${latent}</b>
       <span>${known}mean layer ${show(data.layer_mean[i])}, spread ${show(data.layer_std[i])} layers, ${integer(data.count[i])} firings</span>
-      <a href="#latent-${latent}">Link</a><button type="button" class="close" aria-label="Close latent ${latent}">Close</button></div>
+      <a href="#latent-${latent}">Link</a>${prompted ? promptLinks(latent) : ""}<button type="button" class="close" aria-label="Close latent ${latent}">Close</button></div>
       <div class="sides"><div class="looks"></div><div class="panels"><div class="near-place"></div><div class="map-place"></div>${panelsHtml(i, data, layers)}</div></div>
       ${factsHtml(columns, i, data)}</td></tr>`;
   }
@@ -199,6 +222,7 @@ async function latentTable(block) {
   }
 
   function draw() {
+    shownColumns = columns.filter((c) => !c.rest && (c.key !== "match" || state.asked));
     const from = state.page * PAGE, shown = state.rows.slice(from, from + PAGE);
     head.innerHTML = `<tr>${shownColumns.map((c) => {
       const sort = c.key === state.key ? ` aria-sort="${state.down ? "descending" : "ascending"}"` : "";
@@ -211,7 +235,10 @@ async function latentTable(block) {
     sort.value = state.key;
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
-    if (n && !state.rows.length) status.textContent = "No live latent matches: it is either dead in these tokens or filtered out.";
+    if (state.asked && state.key === "match") status.textContent += ", the most specific to it first";
+    if (n && !state.rows.length) status.textContent = state.asked
+      ? "No latent has it among the contexts on this page, where each has its strongest; one that fires on it more weakly may be there all the same."
+      : "No live latent matches: it is either dead in these tokens or filtered out.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
     pages.querySelector("span").textContent = shown.length ? `${integer(from + 1)} to ${integer(from + shown.length)} of ${integer(state.rows.length)}` : "";
     for (const button of pages.querySelectorAll("button")) {
@@ -232,7 +259,7 @@ async function latentTable(block) {
   }
 
   function reset() {
-    for (const input of [search, kind, from, to, ...limits]) input.value = "";
+    for (const input of [search, kind, from, to, within, ...limits]) input.value = "";
   }
 
   head.addEventListener("click", (event) => {
@@ -263,7 +290,7 @@ async function latentTable(block) {
     draw();
     body.querySelector(`[data-row="${i}"] .open`).focus({ preventScroll: true });
   });
-  sort.append(...columns.filter((c) => c.key).map((c) => new Option(c.name, c.key)));
+  sort.append(...columns.filter((c) => c.key && c.key !== "match").map((c) => new Option(c.name, c.key)));
   filters.addEventListener("input", (event) => { if (event.target !== sort) select(); });
   sort.addEventListener("change", () => { state.key = sort.value; state.down = sort.value !== "latent"; select(); });
   order.addEventListener("click", () => { state.down = !state.down; select(); });

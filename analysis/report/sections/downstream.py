@@ -4,9 +4,10 @@ from html import escape
 
 import numpy as np
 
+from analysis.model.together import group_words
 from analysis.report.charts import layer_chart, lines_chart
 from analysis.report.data import Results
-from analysis.report.markup import Section, columns, figure, integer, layer_table, show
+from analysis.report.markup import Section, columns, figure, integer, layer_table, show, table
 
 TITLE = "Downstream: what the errors cost the model"
 DRAWN_FROM = -0.5
@@ -64,6 +65,7 @@ def section(results: Results) -> Section:
                 "Values below &minus;0.5 are drawn there.",
             ),
         )
+        + _together(results)
         + _tokens(results)
         + "<details><summary>Table by layer</summary>"
         + layer_table(results, [(name, words, show) for name, words in COLUMNS])
@@ -88,6 +90,27 @@ def recovered_lines(results: Results) -> list[tuple[np.ndarray, str, str]]:
     ]
 
 
+TOGETHER = """<h3>Several layers at once</h3>
+<p>The reconstruction takes the place of the stream at all layers of a group, each acting on what those below it left,
+at {tokens} of the tokens (cross-entropy {true_ce}). Beside it the sum of what these layers cost one at a time: the two
+agree only where errors neither grow nor undo each other on the way.</p>"""
+
+
+def _together(results: Results) -> str:
+    """The table of groups of layers, or nothing."""
+    found = results.get("downstream", "together")
+    if not found:
+        return ""
+    head = ("Layers replaced", "delta CE, nats", "sum of single layers", "KL, nats", "sum of single layers")
+    names = ("delta_ce", "sum_alone_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean", "mean_ablation_delta_ce")
+    rows = [
+        (escape(group_words(one["kind"], one["n"])), *(show(one.get(name)) for name in names))
+        for one in found["groups"]
+    ]
+    introduction = TOGETHER.format(tokens=integer(found["n_tokens"]), true_ce=show(found["true_ce"]))
+    return introduction + table((*head, "loss recovered, mean ablation", "mean ablation's delta CE"), rows)
+
+
 def _tokens(results: Results) -> str:
     """How close decoder rows are to tokens: a sentence, or nothing."""
     found = results.get("latent_logits")
@@ -98,4 +121,9 @@ def _tokens(results: Results) -> str:
         f"(random directions: {show(found.get(f'{name}_chance'))})"
         for name in ("embedding", "unembedding")
     ]
+    if found.get("above_chance") is not None:
+        parts[-1] += (
+            f"; {integer(found['above_chance'])} latents are above {show(found['unembedding_chance_99'])}, which one "
+            "random direction in a hundred exceeds: only of these the page tells what they promote"
+        )
     return f"<p>Are latents tokens? The highest cosine of a live latent's decoder row, median: {', '.join(parts)}.</p>"

@@ -5,30 +5,54 @@ import numpy as np
 from analysis.latents.table import KINDS
 from analysis.report.charts import VIRIDIS
 from analysis.report.data import OPTIONAL_SCALARS, Results
+from analysis.report.examples import example_blocks
 from analysis.report.markup import Section, fill, pack_arrays
 
 WHOLE = ("latent", "count", "n_tokens", "n_layers_active")
 REAL = ("mean", "layer_mean", "layer_std", "within_token", "between_tokens", "entropy")
 
+MOST_NUMBERS = 5_000_000
+"""Characters of the table's numbers, above which they are rounded."""
+
+ROOM = 14_400_000
+"""Characters for all about latents, so that a page stays below 15 MB."""
+
+ROUNDED = """ With so many latents the numbers are rounded here (three digits), shares by layer to 1/255 of the
+highest, and firings by layer are left out: latents.parquet has all."""
+
 
 def section(results: Results) -> Section:
-    """The filters and the empty table; its numbers and examples as data."""
-    if len(results.counts) == 0:
-        return Section("Latents", "<p>No latent fired in these tokens, so there is none to show.</p>", results.examples)
+    """The filters and the empty table; its numbers and contexts as data."""
+    fired = results.latents["count"]
+    if len(fired) == 0:
+        return Section("Latents", "<p>No latent fired in these tokens, so there is none to show.</p>")
     kinds = "".join(f"<option>{kind}</option>" for kind in KINDS) if len(results.kinds) else ""
-    return Section("Latents", fill("latents.html", kinds=kinds), _numbers(results) + results.examples)
+    numbers = _numbers(results)
+    rounded = len(numbers) > MOST_NUMBERS
+    if rounded:
+        numbers = _numbers(results, rounded=True)
+    chance = results.number("latent_logits", "unembedding_chance_99")
+    chance = results.number("latent_logits", "unembedding_chance") if chance is None else chance
+    budget = ROOM - len(numbers)
+    blocks = example_blocks(results.folder, results.latents["latent"], fired, chance=chance, budget=budget)
+    body = fill("latents.html", kinds=kinds, rounded=ROUNDED if rounded else "")
+    return Section("Latents", body, numbers + blocks)
 
 
-def _numbers(results: Results) -> str:
-    """The numbers of the table. Whole numbers are exact, others have 32 bits, shares by layer 16: within 0.05 %."""
+def _numbers(results: Results, *, rounded: bool = False) -> str:
+    """The numbers of the table. Whole numbers are exact, others have 32 bits, shares by layer 16: within 0.05 %;
+    rounded 16 bits, and 8 for shares as parts of the row's highest, so that none becomes 0."""
     arrays = {name: unsigned(results.latents[name]) for name in WHOLE}
     real = [*REAL, *(name for name in OPTIONAL_SCALARS if name in results.latents)]
-    arrays |= {name: results.latents[name].astype("<f4") for name in real}
+    arrays |= {name: results.latents[name].astype("<f2" if rounded else "<f4") for name in real}
     mass = results.latents["total"]
     arrays["mass_share"] = (mass / mass.sum()).astype("<f4")
     if len(results.kinds):
         arrays["kind"] = np.array([KINDS.index(kind) for kind in results.kinds], "<u2")
-    arrays |= {"probs": results.probs.astype("<f2"), "counts": unsigned(results.counts)}
+    if rounded:
+        arrays["probs"] = np.ceil(255 * results.probs / results.probs.max(axis=1, keepdims=True)).astype("u1")
+    else:
+        arrays |= {"probs": results.probs.astype("<f2"), "counts": unsigned(results.counts)}
     return pack_arrays("latent-data", arrays, layers=results.layer_numbers, kinds=KINDS, colours=VIRIDIS)
 
 

@@ -12,14 +12,15 @@ from analysis.report.data import Results
 from analysis.report.markup import Section, fill, integer, pack_arrays, percent, show, table
 
 MOST_DRAWN = 256
-"""Latents of a prompt whose activations are in the page, by falling mass; prompt.parquet has all."""
+"""Latents of a prompt whose activations are in the page, by falling specificity; prompt.parquet has all."""
 
 N_ROWS = 12
 """Latents in the table."""
 
 INTRODUCTION = """<p>Texts that the user gave, seen through the autoencoder. Activations are in units of the
-standardised residual stream; a map's colours go from 0 to its own highest value. Greyed tokens are left out: the start
-of the sequence, and special tokens.</p>"""
+standardised residual stream; a map's colours go from 0 to its own highest value. Latents come by specificity:
+activation against what is usual for the latent, so that one that is on in any text comes late, however strong. Greyed
+tokens are left out: the start of the sequence, and special tokens.</p>"""
 
 
 def section(results: Results) -> Section:
@@ -62,7 +63,7 @@ def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
         for token in prompt["tokens"]
     )
     drawn, silent = prompt["latents"], ", ".join(map(str, prompt["silent"]))
-    fewer = f" The maps hold the {len(drawn)} with the most mass." if prompt["n_active_latents"] > len(drawn) else ""
+    fewer = f" The maps hold the {len(drawn)} most specific to it." if prompt["n_active_latents"] > len(drawn) else ""
     return fill(
         "prompt.html",
         i=str(i),
@@ -78,12 +79,31 @@ def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
 
 
 def _latents(prompt: Mapping[str, Any]) -> str:
-    head = ("Latent", "Mass: sum of activations", "Mean layer", "Strongest at layer", "Highest activation", "At token")
+    head = (
+        "Latent",
+        "Specificity",
+        "Mass: sum of activations",
+        "Mean layer",
+        "Strongest at layer",
+        "Highest activation",
+        "At token",
+    )
     rows = []
     for one in prompt["latents"][:N_ROWS]:
-        numbers = (show(one["mass"]), show(one["layer_mean"]), str(one["peak_layer"]), show(one["peak"]))
-        rows.append((str(one["latent"]), *numbers, _token(prompt["tokens"][one["peak_position"]]["token"])))
+        numbers = (
+            show(one.get("specificity")),
+            show(one["mass"]),
+            show(one["layer_mean"]),
+            str(one["peak_layer"]),
+            show(one["peak"]),
+        )
+        rows.append((link(one["latent"]), *numbers, _token(prompt["tokens"][one["peak_position"]]["token"])))
     return table(head, rows)
+
+
+def link(latent: int) -> str:
+    """A latent's number as a link to its row in the table."""
+    return f'<a href="#latent-{int(latent)}">{int(latent)}</a>'
 
 
 def _effects(prompt: Mapping[str, Any]) -> str:
@@ -91,7 +111,14 @@ def _effects(prompt: Mapping[str, Any]) -> str:
     rows = []
     for one in prompt["interventions"]:
         numbers = (show(one["kl_last"]), show(one["kl_mean"]))
-        rows.append((escape(name_of(one)), *numbers, _changes(one["increased"]), _changes(one["decreased"])))
+        rows.append(
+            (
+                name_of(one).replace(f"latent {one['latent']}", f"latent {link(one['latent'])}"),
+                *numbers,
+                _changes(one["increased"]),
+                _changes(one["decreased"]),
+            )
+        )
     return table(("Change after one block, at every kept token", *kl, "Rises most", "Falls most"), rows, "effects")
 
 

@@ -1,5 +1,7 @@
 """Section: FVU by layer beside held-out text and PCA, and L0."""
 
+from html import escape
+
 from analysis.report.charts import layer_chart
 from analysis.report.data import Results
 from analysis.report.markup import Section, columns, figure, integer, layer_table, percent, show
@@ -23,6 +25,9 @@ WITH_FEW = (COLUMNS[0], ("fvu_without_few", "FVU without few tokens", show), *CO
 INTRODUCTION = """<p>FVU, the fraction of variance unexplained, is 0 for a perfect reconstruction and 1 for one that is
 no better than the layer's mean vector. Lower is better.</p>"""
 
+FEW = """<p class="warning">{words}. FVU is a ratio of sums of squares, so at such layers it says how well these few
+tokens are reconstructed; the line and column without them say it of the others.</p>"""
+
 ABOUT_L0 = """TopK keeps k latents of each vector; fewer are active where a kept value is not positive. With other
 activations, L0 varies from vector to vector, and k, where used, is its mean or its target."""
 
@@ -37,8 +42,10 @@ def section(results: Results) -> Section:
     l0_title = f"On average {show(results.number('reconstruction', 'l0'))} latents are active in a vector"
     fvu_chart = layer_chart(results, fvu_lines(results), "FVU (no unit, lower is better)")
     l0_chart = layer_chart(results, [("l0", "latents per vector", "ours")], "L0 (active latents per vector)")
+    few = results.get("reconstruction", "few_tokens")
     body = (
         INTRODUCTION
+        + (FEW.format(words=escape(str(few))) if few else "")
         + columns(figure(reconstruction_title(results), fvu_chart), figure(l0_title, l0_chart, ABOUT_L0))
         + "<details open><summary>Table by layer</summary>"
         + layer_table(results, COLUMNS if results.number("reconstruction", "fvu_without_few") is None else WITH_FEW)
@@ -55,6 +62,7 @@ def reconstruction_title(results: Results) -> str:
         return "The reconstruction error is not defined in these tokens"
     pca_k = integer(results.get("baseline", "pca", "k"))
     beside = {f"PCA of {pca_k} components": results.number("baseline", "pca", "fvu")}
+    beside = {"without few tokens": results.number("reconstruction", "fvu_without_few")} | beside
     if results.get("split", "name") != "validation":
         beside = {"held-out text": results.number("validation_fvu")} | beside
     known = "; ".join(f"{name} {percent(value)}" for name, value in beside.items() if value is not None)
@@ -66,5 +74,7 @@ def fvu_lines(results: Results) -> list[tuple[str, str, str]]:
     lines = [("fvu", "SAE", "ours")]
     if results.get("split", "name") != "validation":
         lines.append(("validation_fvu", "SAE, held-out text", "ours dotted"))
+    if results.number("reconstruction", "fvu_without_few") is not None:
+        lines.append(("fvu_without_few", "SAE, without few tokens", "other dashed"))
     components = integer(results.get("baseline", "pca", "k"))
     return [*lines, ("pca_fvu", f"PCA of {components} components, held-out text", "base dashed")]

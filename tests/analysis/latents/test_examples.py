@@ -20,6 +20,7 @@ from analysis.latents.examples import (
     TopExamples,
     examples_per_layer,
     window_bounds,
+    windows_of,
     write_found,
 )
 from analysis.latents.views import EDGES
@@ -47,7 +48,9 @@ def write_examples(
     top = TopExamples.zeros(M, L, n)
     for tile in codes(analysed):
         top.add(tile, tokens.document[tile.token])
-    return write_found(path, top.found(), tokens, tokenizer and Tokenizer(tokenizer), codes, analysed, layer_numbers)
+    found = top.found()
+    windows = windows_of(found, tokens, codes, analysed)
+    return write_found(path, found, windows, tokens, tokenizer and Tokenizer(tokenizer), layer_numbers)
 
 
 class Planted:

@@ -25,13 +25,13 @@ def test_all_codes_are_seen_again_and_the_files_come_and_go_with_the_flag(tmp_pa
             seen.append(float(tile.values.sum()))
             yield tile
 
-    def rows_of_the_table(path, found, *rest):
+    def after_the_first_pass(found, *rest):
         totals.append(sum(seen))
-        return original(path, found, *rest)
+        return original(found, *rest)
 
-    totals, original = [], views.write_found
+    totals, original = [], views.windows_of
     monkeypatch.setattr(views, "codes_again", watched)
-    monkeypatch.setattr(views, "write_found", rows_of_the_table)
+    monkeypatch.setattr(views, "windows_of", after_the_first_pass)
     small, out = make_small(tmp_path), tmp_path / "out"
     run_small(small, out)
     assert totals == [pytest.approx(pd.read_parquet(out / "latents.parquet")["total"].sum())]

@@ -55,10 +55,11 @@ def through(lens: TunedLens | None) -> downstream.Replace:
 
 
 def by_hand(
-    made: Harvested, change: Callable[[Tensor, Tensor], Tensor] | None = None, layer: int = 0
+    made: Harvested, change: Callable[..., Tensor] | None = None, *layers: int, by_layer: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log probabilities [n, V] at, and next tokens [n] of, the counted tokens: each sequence alone, through the whole
-    model with its head; `change` (residual [N, D], kept [N]) makes the output of block `layer`."""
+    model with its head; `change` (residual [N, D], kept [N], and the layer if `by_layer`) makes the output of each of
+    the blocks `layers`."""
     tokens = made.store.tokens
     log_probs, targets = [], []
     for start, stop in zip(*sequence_bounds(tokens.position), strict=True):
@@ -68,13 +69,14 @@ def by_hand(
         def hook(module: Any, arguments: Any, output: Any, keep: Tensor = keep) -> Any:
             assert change is not None
             residual = output[0] if isinstance(output, tuple) else output
-            changed = change(residual[0], keep)[None]
+            which = [list(made.model.blocks).index(module)] if by_layer else []
+            changed = change(residual[0], keep, *which)[None]
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        handle = made.model.blocks[layer].register_forward_hook(hook) if change else None
+        handles = [made.model.blocks[layer].register_forward_hook(hook) for layer in layers]
         with torch.no_grad():
             logits = made.model.causal_lm(ids[None]).logits[0]
-        if handle:
+        for handle in handles:
             handle.remove()
         log_probs.append(logits[:-1][keep[:-1]].log_softmax(-1))
         targets.append(ids[1:][keep[:-1]])
@@ -365,3 +367,30 @@ def test_logits_that_are_not_norm_and_unembedding_are_refused(make: Make, monkey
 
 def test_numbers_with_columns_for_intervals_are_among_those_by_layer() -> None:
     assert set(BOUNDED) <= set(PER_LAYER)
+
+
+@pytest.mark.parametrize("with_lens", [False, True], ids=["bare", "lens"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_several_layers_are_replaced_one_on_top_of_the_other(make: Make, architecture: str, with_lens: bool) -> None:
+    made, sae = make(architecture, with_lens=with_lens), make_sae(d=D_MODEL, m=96, k=8)
+    replace, n_layers = sae_reconstruction(sae, made.lens), N_LAYERS[architecture]
+    groups = [(1, n_layers - 1), tuple(range(n_layers)), (1,), (0, 1)]
+    found = measure_downstream(made.store, made.model, replace, lens=made.lens, groups=groups).result()
+    alone = measure_downstream(made.store, made.model, replace, lens=made.lens).result()
+    assert found.delta_ce[2] == pytest.approx(alone.delta_ce[1], abs=1e-6)
+    assert found.kl[2] == pytest.approx(alone.kl[1], abs=1e-6)
+    true, target = by_hand(made)
+
+    def reconstructed(x: Tensor, keep: Tensor, layer: int) -> Tensor:
+        return torch.where(keep[:, None], replace(x, layer), x)
+
+    for i, group in enumerate(groups):
+        other, _ = by_hand(made, reconstructed, *group, by_layer=True)
+        expected = cross_entropy(other, target).item() - cross_entropy(true, target).item()
+        assert found.delta_ce[i] == pytest.approx(expected, rel=1e-3, abs=1e-4), group
+        kl = kl_div(other, true, log_target=True, reduction="batchmean").item()
+        assert found.kl[i] == pytest.approx(kl, rel=1e-3, abs=1e-4), group
+    zeroed, _ = by_hand(made, lambda x, keep: torch.where(keep[:, None], 0.0, x), *groups[1])
+    expected = cross_entropy(zeroed, target).item() - cross_entropy(true, target).item()
+    assert found.zero_ablation_delta_ce[1] == pytest.approx(expected, abs=2e-4)
+    assert not any(block._forward_hooks for block in made.model.blocks)

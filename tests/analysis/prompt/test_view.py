@@ -16,7 +16,7 @@ from torch import Tensor
 
 from analysis.cli import main
 from analysis.prompt.intervene import Effect, Intervention, PromptedModel, PromptRun, parse_ablate, parse_steer
-from analysis.prompt.view import Activations, activations_of, latents_of, read_prompt
+from analysis.prompt.view import Activations, Usual, activations_of, latents_of, read_prompt
 from residscope.errors import UsageError
 from tests.support.harvested import Harvested, make_checkpoint, make_harvested
 from tests.support.models import ARCHITECTURES, N_LAYERS
@@ -122,20 +122,26 @@ def test_an_opening_is_read_from_stores_of_before_and_may_have_any_length(make: 
 
 
 def test_latents_are_summed_up_as_by_hand() -> None:
-    found = latents_of(
-        Activations(
-            position=np.array([1, 1, 2, 2, 3]),
-            layer=np.array([0, 2, 0, 5, 5]),
-            latent=np.array([7, 7, 3, 7, 9]),
-            activation=np.array([1.0, 3.0, 2.5, 4.0, 2.5], np.float32),
-        )
+    activations = Activations(
+        position=np.array([1, 1, 2, 2, 3]),
+        layer=np.array([0, 2, 0, 5, 5]),
+        latent=np.array([7, 7, 3, 7, 9]),
+        activation=np.array([1.0, 3.0, 2.5, 4.0, 2.5], np.float32),
     )
+    found = latents_of(activations, Usual(np.zeros(10), 97), 3)  # none of them ever fired
     assert found.latent.tolist() == [7, 3, 9]
     assert found.mass.tolist() == [8, 2.5, 2.5]
     assert found.layer_mean.tolist() == pytest.approx([(0 * 1 + 2 * 3 + 5 * 4) / 8, 0, 5])
     assert found.peak_layer.tolist() == [5, 0, 5]
     assert found.peak.tolist() == [4, 2.5, 2.5]
     assert found.peak_position.tolist() == [2, 2, 3]
+    assert found.specificity.tolist() == pytest.approx([mass * np.log(100 / 3) for mass in (8, 2.5, 2.5)])
+    total = np.zeros(10)
+    total[7], total[3] = 792, 10  # one that is on in any text, and one that is not
+    found = latents_of(activations, Usual(total, 97), 3)
+    assert found.latent.tolist() == [9, 3, 7]
+    expected = [2.5 * np.log(100 / 3), 2.5 * np.log(2.5 / (12.5 * 0.03)), 8 * np.log(8 / (800 * 0.03))]
+    assert found.specificity.tolist() == pytest.approx(expected)
 
 
 def by_hand(setting: Setting, tokens: Any, layer: int, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -183,7 +189,7 @@ def test_interventions_are_what_one_computes_by_hand(make: Make, architecture: s
     setting = make(architecture, with_lens=with_lens)
     sae, lens, layer = setting.sae, setting.made.lens, 1
     tokens = read(setting)
-    latents = latents_of(activations_of(setting.subject, tokens, [layer]))
+    latents = latents_of(activations_of(setting.subject, tokens, [layer]), Usual(np.zeros(96), 1), 1)
     latent = int(latents.latent[0])
     run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
 
@@ -273,8 +279,13 @@ def test_the_command_adds_prompts_to_an_analysis_and_keeps_it(
     first, second = content["prompts"]
     assert [first["text"], second["text"]] == [TEXT, "second"]
     assert [one["kind"] for one in first["interventions"]] == ["ablate"] * 8
-    masses = [one["mass"] for one in first["latents"]]
-    assert masses == sorted(masses, reverse=True)
+    analysis = json.loads((tmp_path / "summary.json").read_text())
+    total, n = pd.read_parquet(tmp_path / "latents.parquet")["total"], len(TEXT)
+    for one in first["latents"]:
+        usual = (total[one["latent"]] + one["mass"]) * n / (analysis["n_tokens"] + n)
+        assert one["specificity"] == pytest.approx(one["mass"] * np.log(one["mass"] / usual))
+    order = [one["specificity"] for one in first["latents"]]
+    assert order == sorted(order, reverse=True)
     assert [one["latent"] for one in first["interventions"]] == [one["latent"] for one in first["latents"][:8]]
     table = pd.read_parquet(tmp_path / "prompt.parquet")
     expected = activations_of(setting.subject, read(setting), setting.layers)

@@ -70,6 +70,7 @@ def test_every_section_is_there_and_linked(html: str) -> None:
     assert tuple(anchors) == SECTIONS
     modules = [item.name for item in files("analysis.report.sections").iterdir() if item.name.endswith(".py")]
     assert sorted(modules) == sorted(["__init__.py", *(f"{name}.py" for name in SECTIONS)])
+    assert SECTIONS.index("latents") == 1
     links = {a["href"] for tag, a in page.attributes if tag == "a"}
     assert links == {f"#{anchor}" for anchor in anchors}
     assert not re.search(r"\$[a-z]", page.text)
@@ -190,7 +191,7 @@ def test_the_script_reads_every_type_that_is_packed() -> None:
     script = page_file("report.js")
     types = re.search(r"const types = \{([^}]*)\}", script)
     assert types is not None
-    assert set(re.findall(r"(\w\d):", types.group(1))) == {"u2", "u4", "f4", "f8", "f2"}
+    assert set(re.findall(r"(\w\d):", types.group(1))) == {"u1", "u2", "u4", "f4", "f8", "f2"}
 
 
 def test_nothing_that_comes_from_the_files_is_markup(tmp_path: Path) -> None:
