@@ -100,8 +100,7 @@ class MLSAE(nn.Module):
         """Random unit rows in the decoder, the same times `encoder_scale` in the encoder (tied: Gao et al. 2024,
         appendix A.1), and `b_pre` [D] or zero.
 
-        The draw is made on the CPU in float32, so that a seed means the same weights on every device.
-        """
+        The draw is made on the CPU in float32, so that a seed means the same weights on every device."""
         m = self.config.n_latents * self.latents.size
         for start, rows in unit_rows(m, self.config.d_model, seed, self.latents.own(m)):
             self.W_dec[start : start + len(rows)] = rows
@@ -110,7 +109,7 @@ class MLSAE(nn.Module):
             getattr(self, name).copy_(value)
         if self.config.encoder_bias:
             self.b_enc.zero_()
-        self.b_pre.copy_(torch.zeros_like(self.b_pre) if b_pre is None else b_pre)
+        self.b_pre.copy_(torch.tensor(0.0) if b_pre is None else b_pre)
 
     @classmethod
     def share(cls, config: SAEConfig, latents: Ranks) -> "MLSAE":
