@@ -38,8 +38,10 @@ class StatisticsOptions:
     """How numbers are computed and what they are compared with."""
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Number format of the encoder's product; float32 gives the same numbers on every machine, bfloat16 is several
-    times faster where the hardware has it. Sums are float64 always."""
+    """Number format of the encoder's product; float32 gives the same numbers on every CPU, bfloat16 is several times
+    faster where the hardware has it. Sums are float64 always, and made on the CPU."""
+    device: str = "auto"
+    """Where vectors are encoded: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
     pca: bool = True
     """Fit PCA with k components on the training documents and show its FVU on the validation documents beside the
     autoencoder's."""

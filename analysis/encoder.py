@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.hardware import resolve_device
 from train.kernels.interface import SparseCodes
 from train.model import MLSAE, SAEConfig, Standardized, sae_hash
 
@@ -27,36 +28,45 @@ PLACES_UNKNOWN = 256
 
 
 class Encoder:
-    """A copy of an autoencoder, ready to encode; several threads may use it."""
+    """A copy of an autoencoder, ready to encode; several threads may use it. Tensors come and go on the CPU, wherever
+    the work is done."""
 
-    def __init__(self, sae: MLSAE, dtype: str) -> None:
+    def __init__(self, sae: MLSAE, dtype: str, device: str = "cpu") -> None:
+        """device: as of `analyze --device`."""
+        self._device = resolve_device(device)
         self.config = sae.config
         self.dtype = DTYPES[dtype]
         self.numpy_dtype = np.dtype(np.float64 if dtype == "float64" else np.float32)
         self._product_dtype = torch.bfloat16 if dtype == "bfloat16" else None
-        self._sae = copy.deepcopy(sae).to(self.dtype).eval()
+        self._sae = copy.deepcopy(sae).to(self._device, self.dtype).eval()
         self._encoder = self._sae.ready_encoder(product_dtype=self._product_dtype, screened=dtype == "float32")
 
     def standardize(self, x: Tensor) -> Standardized:
         """Raw vectors [N, D] of any float type to the dictionary's space; of whole tokens, layer by layer."""
         n_layers = len(self.config.layers)  # known where they are standardised by layer
-        layer = torch.arange(n_layers).repeat(len(x) // n_layers) if n_layers else None
-        return self._sae.standardize(x.to(self.dtype), layer)
+        layer = torch.arange(n_layers, device=self._device).repeat(len(x) // n_layers) if n_layers else None
+        return Standardized(*_to("cpu", *self._sae.standardize(x.to(self._device, self.dtype), layer)))
 
     def encode(self, standardized: Standardized) -> SparseCodes:
         """Codes of standardised vectors: values [N, k] >= 0, indices int64 [N, k]; 0 is padding."""
-        return self._sae.encode_standardized(standardized.x, self._encoder)
+        return SparseCodes(*_to("cpu", *self._sae.encode_standardized(standardized.x.to(self._device), self._encoder)))
 
     def decode(self, codes: SparseCodes, standardized: Standardized) -> Tensor:
         """Reconstructions [N, D] in raw space."""
-        return self._sae.decode(codes, standardized.mean, standardized.std)
+        there = SparseCodes(*_to(self._device, *codes)), *_to(self._device, standardized.mean, standardized.std)
+        return self._sae.decode(*there).cpu()
 
     @cached_property
     def origin(self) -> dict[str, Any]:
         """What codes depend on beside the vectors: the autoencoder, and the number formats."""
         product = "float32" if self._product_dtype is None else "bfloat16"
-        dtype = self.numpy_dtype.name
-        return {"sae_hash": sae_hash(self._sae), "dtype": dtype, "product": product if dtype == "float32" else dtype}
+        dtype, card = self.numpy_dtype.name, {} if self._device.type == "cpu" else {"device": self._device.type}
+        product = product if dtype == "float32" else dtype
+        return {"sae_hash": sae_hash(self._sae), "dtype": dtype, "product": product, **card}
+
+
+def _to(device: torch.device | str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(device) for tensor in tensors)
 
 
 def kept_places(config: SAEConfig) -> int:

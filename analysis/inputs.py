@@ -179,7 +179,7 @@ _opened_here: dict[TaskSpec, tuple[ActivationStore, MLSAE, Selection]] = {}
 @lru_cache(maxsize=2)
 def _open_data(spec: TaskSpec) -> TaskData:
     store, sae, selection = _opened_here.get(spec) or _open_again(spec)
-    encoder = Encoder(sae, spec.statistics.dtype)
+    encoder = Encoder(sae, spec.statistics.dtype, spec.statistics.device)
     make = KeptCodes.create if spec.save_latents else KeptCodes.open
     origin = {**encoder.origin, "layers": [store.meta.layers[i] for i in spec.layers]}
     kept = make(store, origin, kept_places(encoder.config))

@@ -34,7 +34,12 @@ from store.loader import WindowLoader
 from train.data import VectorSource
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["tests/train/kernels/cuda", "tests/train/kernels/test_encode.py", "tests/train/objective"]
+TESTS = [
+    "tests/analysis/test_tiles.py",
+    "tests/train/kernels/cuda",
+    "tests/train/kernels/test_encode.py",
+    "tests/train/objective",
+]
 
 
 class Size(NamedTuple):

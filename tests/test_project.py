@@ -31,6 +31,7 @@ ALLOWED = {
         "residscope",
         "store",
         "train.checkpoint",
+        "train.hardware",
         "train.compare.pca",
         "train.reporting.convergence",
         "train.model",

@@ -30,6 +30,7 @@ from residscope.console import counted
 from residscope.names import versions
 from store.meta import config_hash
 from train.checkpoint import Checkpoint
+from train.hardware import resolve_device
 from train.model import sae_hash
 from train.reporting.convergence import in_words, is_curve, last_quarter
 
@@ -235,6 +236,7 @@ def _provenance(found: Findings) -> dict[str, Any]:
         },
         "analysis": {
             "dtype": config.statistics.dtype,
+            "device": resolve_device(config.statistics.device).type,
             "split": config.tokens.split,
             "max_tokens": config.tokens.max_tokens,
             "seed": config.statistics.seed,

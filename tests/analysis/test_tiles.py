@@ -10,6 +10,7 @@ import zarr
 from analysis import encoder as latents
 from analysis.encoder import PLACES_UNKNOWN, Encoder, kept_places
 from analysis.run import analyze
+from residscope.errors import UsageError
 from store.activations import ActivationStore
 from store.care.verify import verify
 from store.codes import KeptCodes
@@ -172,3 +173,26 @@ def test_codes_whose_metadata_are_damaged_are_made_anew(tmp_path, content):
     (chunks(small)[0].parents[1] / "zarr.json").write_text(content)
     assert run(small, tmp_path / "b", save_latents=True) == plain
     assert {path: path.read_bytes() for path in chunks(small)} == before
+
+
+def test_where_vectors_are_encoded_is_recorded_and_must_exist(tmp_path):
+    small = make_small(tmp_path)
+    config = {"report": False, "device": "cpu"}
+    summary = analyze(analyze_config(store=small.store, sae=small.sae, out=tmp_path / "a", **config))
+    assert summary["provenance"]["analysis"]["device"] == "cpu"
+    with pytest.raises(UsageError, match="--device cuda:99: this machine has"):
+        run(small, tmp_path / "b", device="cuda:99")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_card_gives_the_codes_of_the_cpu(tmp_path):
+    small = make_small(tmp_path)
+    x = torch.from_numpy(ActivationStore.open(small.store).read(slice(0, 40), LAYERS)).flatten(0, 1)
+    here, there = (Encoder(small.weights, "float64", device) for device in ("cpu", "cuda"))
+    vectors = here.standardize(x)
+    for ours, its in zip(
+        (*vectors, here.decode(here.encode(vectors), vectors)),
+        (*there.standardize(x), there.decode(there.encode(vectors), vectors)),
+        strict=True,
+    ):
+        torch.testing.assert_close(its, ours)

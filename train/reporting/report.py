@@ -16,6 +16,7 @@ from train.reporting.convergence import in_words, last_quarter
 from train.resolve import RunPlan
 from train.validation import Validation
 
+_SETTLED = {True: "yes", False: "no", None: "-"}
 _HIGH = 10
 """Times the default: a learning rate above this is more likely too high than the run too short for it."""
 
@@ -96,8 +97,8 @@ def _advice(result: TrainResult) -> list[str]:
     """What in the numbers looks badly chosen, and what to try: a line each."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
     lines = [words] if (words := in_words(last_quarter(result.curve))) else []
-    lr = plan.chosen.lr
-    times = lr / best_lr(plan.model.n_latents, plan.chosen.batch_size, plan.vectors)
+    lr, share = plan.chosen.lr, len(plan.layers) / len(plan.stream_layers or plan.layers)
+    times = lr / best_lr(plan.model.n_latents, plan.chosen.batch_size * share, plan.vectors * share)
     if held_out is not None and held_out.fvu > 1 and times > _HIGH:
         lines.append(f"an FVU above 1, at {times:.2g} times the default rate: lower --lr {lr:.2g}")
     elif held_out is not None and held_out.fvu > 1:
@@ -124,7 +125,7 @@ def table_of(results: Sequence[TrainResult]) -> str:
     swept = list(results[0].spec.settings)
     per_layer = results[0].spec.layer is not None
     head = [*swept, *(["layer"] if per_layer else []), "latents", "FVU", "worst FVU", "at layer", "L0", "dead"]
-    lines = [[*head, "checkpoint"]]
+    lines = [[*head, "settled", "checkpoint"]]
     for result in results:
         lines.append(
             [
@@ -133,13 +134,15 @@ def table_of(results: Sequence[TrainResult]) -> str:
                 str(result.plan.model.n_latents),
                 *_held_out_cells(result),
                 _number(result.metrics["dead_fraction"], ".1%"),
+                _SETTLED[(last_quarter(result.curve) or {}).get("settled")],
                 result.checkpoint.name,
             ]
         )
     tokens = max(result.validation.tokens if result.validation else 0 for result in results)
     title = (
         f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
-        "tokens of held-out documents, mean over layers; dead: share of the latents"
+        "tokens of held-out documents, mean over layers; dead: share of the latents; settled: the ratio of variances "
+        "moved by less than 1 % in the last quarter"
     )
     return "\n".join([title, *aligned(lines)])
 
