@@ -234,7 +234,7 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
         """change("#search-tokens", "zebra"); find("#search-form button").click(); await until(() =>
           text("#search-status").includes("No live latent"));"""
     )
-    tab.run(r"""change("#search-tokens", "\n"); find("#search-form button").click();
+    tab.run(r"""change("#search-tokens", "\\n"); find("#search-form button").click();
       await until(() => text("#search-status").includes("1 latents"));""")
     assert tab.planted.asked[-1]["tokens"] == "\n"
 
