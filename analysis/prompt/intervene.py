@@ -8,9 +8,9 @@ and d_j the latent's row of W_dec, at every kept position
     steer     x' = x + c s d_j                as if its activation were higher by c; c may be negative
 
 Changes of one block add up, each worked out from the block's own output; a later block's is worked out from what the
-earlier changes made of it. The reconstruction's own error stays as it is, so that an intervention of nothing changes nothing. In a store that went
-through a lens the sum is made in the lens's basis and taken back through its inverse. The true run goes through neither
-autoencoder nor lens.
+earlier changes made of it. The reconstruction's own error stays as it is, so that an intervention of nothing changes
+nothing. In a store that went through a lens the sum is made in the lens's basis and taken back through its inverse. The
+true run goes through neither autoencoder nor lens.
 
 The results, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at
 the last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
@@ -37,7 +37,7 @@ from train.kernels.interface import SparseCodes
 from train.model import MLSAE
 
 N_SHOWN = 8
-"""Tokens shown at each end."""
+"""Tokens shown at each end, and of a prediction."""
 
 LARGEST = 1e38
 """Coefficients of steering must be smaller, to fit into float32."""
@@ -82,6 +82,8 @@ class Effect(NamedTuple):
     increased: list[TokenChange]
     """Tokens whose probability rises most, the foremost first; fewer than `N_SHOWN` where fewer rise."""
     decreased: list[TokenChange]
+    next_changed: list[tuple[int, float]]
+    """Token and probability, the likeliest first, after the prompt in the changed run."""
 
 
 class PromptedModel(NamedTuple):
@@ -154,8 +156,8 @@ def changing(
 ) -> Iterator[None]:
     """Within it the blocks' outputs are changed, by hooks and nothing else.
 
-    kept: bool [B, N], where, in passes over N positions; by default everywhere but at a sequence's first position, which
-    no autoencoder is trained on. A pass over one position, as generation makes them, is changed there."""
+    kept: bool [B, N], where, in passes over N positions; by default everywhere but at a sequence's first position, on
+    which no autoencoder is trained. A pass over one position, as generation makes them, is changed there."""
 
     def hook(module: nn.Module, arguments: Any, output: Any, *, layer: int, own: Sequence[Intervention]) -> Any:
         shape = (output[0] if isinstance(output, tuple | list) else output).shape[:2]
@@ -169,7 +171,7 @@ def changing(
     handles = []
     try:
         for layer, block in enumerate(blocks):
-            if own := [one for one in interventions if layer in (one.layers or ())]:
+            if own := [one for one in interventions if one.layers == "all" or layer in (one.layers or ())]:
                 handles.append(block.register_forward_hook(partial(hook, layer=layer, own=own)))
         yield
     finally:
@@ -188,7 +190,8 @@ class PromptRun:
         true = last_output(prompted.model, input_ids)
         self._known = TrueRun(prompted.model.logits, true[self._kept])
         self._last_logits = prompted.model.logits(true[0, -1]).float()  # [V]
-        self.next_probabilities = self._last_logits.softmax(dim=-1)  # [V] of the token after the prompt
+        self.next_tokens = likeliest(self._last_logits.softmax(dim=-1))
+        """Of the token after the prompt."""
 
     @torch.inference_mode()
     def effect(self, interventions: Sequence[Intervention]) -> Effect:
@@ -209,11 +212,12 @@ class PromptRun:
             kl_mean=float(kl.mean()),
             increased=_foremost(self._last_logits, logits, 1),
             decreased=_foremost(self._last_logits, logits, -1),
+            next_changed=likeliest(logits.softmax(dim=-1)),
         )
 
     @torch.inference_mode()
     def continued(self, n_tokens: int, interventions: Sequence[Intervention] = ()) -> list[int]:
-        """At most so many tokens that the model goes on with, each the likeliest, with the changes at the new ones too."""
+        """At most so many tokens that the model goes on with, each the likeliest; new ones are changed too."""
         model = self.prompted.model
         ids = self._ids.to(model.device)
         with changing(self.prompted, model.blocks, interventions, self._kept):
@@ -221,6 +225,12 @@ class PromptRun:
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n_tokens, pad_token_id=0
             )
         return made[0, ids.shape[1] :].tolist()
+
+
+def likeliest(p: Tensor) -> list[tuple[int, float]]:
+    """The `N_SHOWN` likeliest tokens and their probabilities, of p [V]."""
+    probability, token = p.topk(min(N_SHOWN, len(p)))
+    return list(zip(token.tolist(), probability.tolist(), strict=True))
 
 
 def _foremost(true: Tensor, changed: Tensor, sign: int) -> list[TokenChange]:

@@ -129,7 +129,12 @@ def plain_effect(effect: Effect, tokenizer: Tokenizer) -> dict[str, Any]:
         return [{"token": tokenizer.text([change.token_id])[0], **change._asdict()} for change in found]
 
     ends = {"increased": changes(effect.increased), "decreased": changes(effect.decreased)}
-    return {**effect._asdict(), **ends}
+    return {**effect._asdict(), **ends, "next_changed": plain_tokens(effect.next_changed, tokenizer, "p_changed")}
+
+
+def plain_tokens(found: Sequence[tuple[int, float]], tokenizer: Tokenizer, name: str) -> list[dict[str, Any]]:
+    """Tokens and their probabilities, as prompt.json has them."""
+    return [{"token": tokenizer.text([i])[0], "token_id": i, name: p} for i, p in found]
 
 
 def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENTS) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENT
             {"token": token, "token_id": int(i), "kept": bool(kept)}
             for token, i, kept in zip(tokens.texts, tokens.ids, tokens.kept, strict=True)
         ],
-        "next": [{"token": tokenizer.text([i])[0], "token_id": i, "p_true": p} for i, p in view.next_tokens],
+        "next": plain_tokens(view.next_tokens, tokenizer, "p_true"),
         "n_active_latents": len(latents.latent),
         "latents": [
             {name: values[i].item() for name, values in latents._asdict().items()}

@@ -26,9 +26,6 @@ from store.activations import ActivationStore
 N_ABLATED = 8
 """Latents that are ablated where nothing else is asked for."""
 
-N_NEXT = 8
-"""Tokens told of the true run's prediction."""
-
 
 class Tokens(NamedTuple):
     """A prompt as the model reads it, [N] each."""
@@ -170,8 +167,8 @@ def view_prompt(
     layers: Sequence[int],
     interventions: Sequence[Intervention] | None,
 ) -> PromptView:
-    """Look at one prompt. layers: the model's block indices. interventions: one at a time; where it is None, each of the
-    `N_ABLATED` strongest latents is ablated at its strongest layer."""
+    """Look at one prompt. layers: the model's block indices. interventions: one at a time; where it is None, the
+    `N_ABLATED` strongest latents are ablated, each at its strongest layer."""
     found = activations_of(prompted, tokens, layers)
     latents = latents_of(found)
     strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
@@ -185,13 +182,12 @@ def view_prompt(
             results.append(Result(placed, run.effect([placed])))
         else:
             silent.append(intervention.latent)
-    probability, token = run.next_probabilities.topk(N_NEXT)
     return PromptView(
         text=text,
         tokens=tokens,
         activations=found,
         latents=latents,
-        next_tokens=list(zip(token.tolist(), probability.tolist(), strict=True)),
+        next_tokens=run.next_tokens,
         results=results,
         silent=silent,
     )
