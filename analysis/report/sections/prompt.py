@@ -92,7 +92,7 @@ def _effects(prompt: Mapping[str, Any]) -> str:
     for one in prompt["interventions"]:
         numbers = (show(one["kl_last"]), show(one["kl_mean"]))
         rows.append((escape(name_of(one)), *numbers, _changes(one["increased"]), _changes(one["decreased"])))
-    return table(("Change after one block, at every kept token", *kl, "Rises most", "Falls most"), rows, "effects")
+    return table(("Change at every kept token", *kl, "Rises most", "Falls most"), rows, "effects")
 
 
 def _changes(found: Sequence[Mapping[str, Any]]) -> str:

@@ -1,0 +1,101 @@
+"""Search for latents by the text that they fire on, ranked by how specific a latent is to it.
+
+A query is one or more terms between commas: words, parts of words or phrases; a context counts for the query where it
+counts for any of them. For a context c of a latent (`analysis.latents.windows`), r_c = its activation / the highest of
+the latent's contexts, and
+
+    h_c    1 where a term, whatever its case, begins where a word or a token begins, ends where a word or a token ends,
+           and touches the token that the latent fires on; 1/2 where it ends inside a word; 0 elsewhere
+    score  sum_c r_c h_c / (sum_c r_c + DOUBT)
+    times  score / the mean score of all latents
+
+so the score is the share of the latent's contexts that are about the query, weighted by activation, as if it had
+`DOUBT` more contexts that are not: one context out of one says less than 20 out of 22. report.html ranks by the same
+rule (analysis/report/assets/search.js): change both.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from analysis.latents.windows import Context
+
+DOUBT = 2
+SHOWN = {"\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW}", "\r": " "}
+"""What is searched for, and shown, in place of a sign that cannot be seen."""
+
+_TABLE = str.maketrans(SHOWN)
+
+
+class Hit(NamedTuple):
+    """A latent that a query finds."""
+
+    latent: int
+    score: float
+    """0 to 1."""
+    times: float
+    """How many times as specific as the average latent."""
+    hits: int
+    """Contexts that count."""
+    contexts: int
+    """Of so many."""
+
+    @property
+    def why(self) -> str:
+        """In words."""
+        return f"fires on it in {self.hits} of its {self.contexts} contexts, {self.times:.3g} times the average latent"
+
+
+def search(contexts: Mapping[int, Sequence[Context]], query: str, limit: int | None = None) -> list[Hit]:
+    """Latents whose contexts the query finds, the most specific first. contexts: by latent, of `read_contexts`."""
+    wanted, found, total = terms(query), [], 0.0
+    for latent, own in contexts.items():
+        top = max((context.activation for context in own), default=0.0)
+        shares = [(context.activation / top, strength(context, wanted)) for context in own]
+        if hits := sum(h > 0 for _, h in shares):
+            score = sum(r * h for r, h in shares) / (sum(r for r, _ in shares) + DOUBT)
+            total += score
+            found.append((latent, score, hits, len(own)))
+    found.sort(key=lambda one: (-one[1], one[0]))
+    mean = total / max(1, len(contexts))
+    return [Hit(latent, score, score / mean, hits, n) for latent, score, hits, n in found[:limit]]
+
+
+def terms(query: str) -> list[str]:
+    """The terms of a query, as text is searched. A line end may be written as \\n."""
+    parts = folded(query.replace("\\n", "\n")).split(",")
+    return [term for part in parts if (term := " ".join(part.split()))]
+
+
+def folded(text: str) -> str:
+    """Text in lower case, with the characters of `SHOWN`; every character stays one."""
+    if text.isascii():
+        return text.lower().translate(_TABLE)
+    small = (SHOWN.get(sign) or sign.lower() for sign in text)
+    return "".join(low if len(low) == 1 else sign for low, sign in zip(small, text, strict=True))
+
+
+def strength(context: Context, wanted: Sequence[str]) -> float:
+    """h of a context."""
+    text, best = folded(context.text), 0.0
+    for term in wanted:
+        if term not in text:
+            continue
+        edges = {0, *_ends(context.lengths)}
+        low, high = context.span
+        for found in re.finditer(f"(?={re.escape(term)})", text):
+            start, end = found.start(), found.start() + len(term)
+            if start < high and end > low and (start in edges or _between_words(text, start)):
+                best = max(best, 1.0 if end in edges or _between_words(text, end) else 0.5)
+    return best
+
+
+def _ends(lengths: str) -> list[int]:
+    """Where each token of a window ends."""
+    at = 0
+    return [at := at + ord(sign) - 48 for sign in lengths]
+
+
+def _between_words(text: str, at: int) -> bool:
+    """Whether no word goes on at a place."""
+    return not re.fullmatch(r"\w\w", text[at - 1 : at + 1])

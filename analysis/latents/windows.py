@@ -1,0 +1,137 @@
+"""The distinct contexts of each latent, as they are shown and searched: a token at which it is among the most active at
+several layers is one context, with its layers.
+
+Order of a latent's contexts: those that are the strongest of some layer first, then the others; each by the highest
+activation, then by token. So the first few speak for all layers.
+
+A window is shown from `BEFORE` characters before its token to `AFTER` after it, whole tokens only. A token that only
+continues a character has length 0 and is shown with the token that begins it.
+
+Shapes: R rows of examples.parquet, C contexts, W tokens of all windows.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+CONTEXTS = 24
+"""Contexts of a latent that are looked at, at most."""
+
+BEFORE, AFTER = 36, 26
+"""Characters shown around an example's token, at most."""
+
+LEVELS = 36
+"""Levels of an activation, including 0."""
+
+_ROWS_AT_ONCE = 2**16
+_DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8).astype("<u4")
+
+
+class Context(NamedTuple):
+    """A token at which a latent is strongly active, with what is around it."""
+
+    text: str
+    """Of the window."""
+    lengths: str
+    """One character per token of the window, whose code is the token's length plus 48."""
+    place: int
+    """Index of the token in the window."""
+    levels: str
+    """One digit per token, base 36, for its activation: 0 to 35, where 35 is the latent's highest, rounded up."""
+    activation: float
+    """The highest over the layers, three digits."""
+    layer: int
+    """Where that is."""
+    layers: list[int]
+    """Layers at which the token is among the latent's examples, ascending."""
+    foremost: bool
+    """Whether it is the strongest of some layer."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First character of the token in the text, and one past its last."""
+        start = sum(ord(sign) - 48 for sign in self.lengths[: self.place])
+        return start, start + ord(self.lengths[self.place]) - 48
+
+
+def read_contexts(path: Path, most: int = CONTEXTS) -> dict[int, list[Context]]:
+    """By latent its first `most` contexts, from examples.parquet; none without the file."""
+    found: dict[int, list[Context]] = {}
+    if not path.is_file() or not (table := pq.read_table(path, columns=_NUMBERS)).num_rows:
+        return found
+    latent, layer, rank, activation, token = (np.asarray(table[name].to_numpy()) for name in _NUMBERS)
+    order = np.lexsort((layer, -activation, token, latent))  # the rows of a context, the strongest first
+    starts = np.flatnonzero(np.r_[True, (np.diff(latent[order]) != 0) | (np.diff(token[order]) != 0)])
+    foremost = np.minimum.reduceat(rank[order], starts) == 0
+    head = order[starts]  # [C] of each context the row at its strongest layer
+    top = np.maximum.reduceat(activation, np.flatnonzero(np.r_[True, np.diff(latent) != 0]))
+    top = np.repeat(top, np.diff(np.flatnonzero(np.r_[True, np.diff(latent) != 0, True])))  # [R]
+    place = np.lexsort((token[head], -activation[head], ~foremost, latent[head]))
+    number = np.arange(len(place)) - np.searchsorted(latent[head][place], latent[head][place])
+    kept = place[number < most]
+    layers = np.split(layer[order], starts[1:])
+    windows = _windows_of_rows(path, head[kept], top)
+    for at, (window, levels) in zip(kept.tolist(), windows, strict=True):
+        row = head[at]
+        size = float(f"{activation[row]:.3g}")
+        context = Context(*window, levels, size, int(layer[row]), sorted(layers[at].tolist()), bool(foremost[at]))
+        found.setdefault(int(latent[row]), []).append(context)
+    return found
+
+
+_NUMBERS = ["latent", "layer", "rank", "activation", "token"]
+_Window = tuple[tuple[str, str, int], str]
+
+
+def _windows_of_rows(path: Path, rows: np.ndarray, top: np.ndarray) -> list[_Window]:
+    """Windows and levels of `rows`, in their order. top: [R] activation of the highest level."""
+    wanted, back = np.unique(rows, return_inverse=True)
+    found: list[_Window] = []
+    columns = ["text_token", "marked", "texts", "activations"]
+    start = 0
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+        here = wanted[slice(*np.searchsorted(wanted, [start, start + batch.num_rows]))]
+        found += _windows(batch.take(pa.array(here - start)), top[here])
+        start += batch.num_rows
+    return [found[i] for i in back]
+
+
+def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[_Window]:
+    """Window and levels of each row, as shown. top: [R] activation of level 35."""
+    lists, activations = batch["texts"], batch["activations"]
+    if not batch.num_rows:
+        return []
+    sizes = np.asarray(pc.list_value_length(lists))  # pyright: ignore[reportAttributeAccessIssue]
+    starts = np.cumsum(sizes) - sizes  # [R] of each row's window among all W tokens
+    marked = starts + np.asarray(batch["marked"])
+    tokens = lists.flatten().fill_null("")
+    lengths = np.asarray(pc.utf8_length(tokens)).astype(np.int64)  # [W]  # pyright: ignore[reportAttributeAccessIssue]
+    texts: list[str] = []
+    for i, row in enumerate(pc.binary_join(lists, "").to_pylist()):  # pyright: ignore[reportAttributeAccessIssue]
+        if lengths[marked[i]] == 0:  # it continues a character: mark the token that begins it, or, if cut off, itself
+            owner = next((j for j in range(marked[i], starts[i] - 1, -1) if lengths[j]), None)
+            if owner is None:
+                token = batch["text_token"][i].as_py()
+                lengths[marked[i]] = len(token)
+                row = token + row
+            else:
+                marked[i] = owner
+        texts.append(row)
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    first = np.maximum(starts, np.searchsorted(begins, begins[marked] - BEFORE))
+    stop = np.minimum(starts + sizes, np.searchsorted(ends, ends[marked] + AFTER, side="right"))
+    values = np.asarray(activations.flatten().fill_null(0.0), np.float32)
+    level = np.ceil(values / np.repeat(top, sizes) * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
+    length_signs = (lengths + 48).astype("<u4").tobytes().decode("utf-32-le")
+    level_signs = _DIGITS[level].tobytes().decode("utf-32-le")
+    low, high = begins[first] - begins[starts], ends[stop - 1] - begins[starts]
+    places = (of.tolist() for of in (first, stop, marked - first, low, high))
+    return [
+        ((text[low:high], length_signs[i:j], place), level_signs[i:j])
+        for text, i, j, place, low, high in zip(texts, *places, strict=True)
+    ]
