@@ -113,10 +113,11 @@ class PromptOptions:
     """Texts to look at through the autoencoder: adds to the report which latents are active at which token and layer.
     An analysis of the same store and autoencoder that is in the output folder is kept."""
     ablate: tuple[str, ...] = ()
-    """With --prompt: take a latent out, LATENT or LATENT:LAYER, and tell how the next token changes. Without a layer:
-    where it is strongest. By default the strongest latents of the prompt, one at a time."""
+    """With --prompt: take a latent out, LATENT or LATENT:LAYER, and tell how the next token changes. Layers may be
+    several, 17:3,4,5, or 17:all. Without a layer: where it is strongest. By default the strongest latents of the
+    prompt, one at a time."""
     steer: tuple[str, ...] = ()
-    """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation."""
+    """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation; layers as for --ablate."""
 
     def __post_init__(self) -> None:
         if (self.ablate or self.steer) and not self.prompt:

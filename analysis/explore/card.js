@@ -22,7 +22,10 @@ export function pinButton(latent) {
 }
 
 /** One more change for the interventions, in the words of the state. */
-const change = (words) => set({ view: "sentence", changes: [state.changes, words].filter(Boolean).join(" ") });
+function change(words) {
+  set({ view: "sentence", changes: [state.changes, words].filter(Boolean).join(" ") });
+  find("changes").scrollIntoView({ block: "center" });
+}
 
 /** The card as elements. */
 export function cardBody(card) {

@@ -32,7 +32,7 @@ class PageOptions:
     port: int = 0
     """Port on 127.0.0.1; 0 for one that is free."""
     browser: bool = True
-    """Open the page in the default browser."""
+    """Open the page in the default browser, where there is a screen."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -86,7 +86,8 @@ def explore(config: ExploreConfig) -> None:
             ws="none",
             proxy_headers=False,
         )
-        if config.page.browser:
+        screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+        if config.page.browser and screen:  # one that runs in the terminal would take it over
             webbrowser.open(address)
         try:
             asyncio.run(uvicorn.Server(options).serve(sockets=[listening]))

@@ -19,7 +19,7 @@ find("search-form").addEventListener("submit", (event) => {
 });
 function asked() {
   for (const name of FIELDS) find(`search-${name}`).value = state[name];
-  const body = Object.fromEntries(FIELDS.map((name) => [name, name.endsWith("layer") ? number(state[name]) : state[name]]));
+  const body = Object.fromEntries(FIELDS.map((name) => [name, name.endsWith("layer") ? number(state[name]) : state[name].replaceAll("\\n", "\n")]));
   if (state.view === "search" && FIELDS.some((name) => state[name])) search(body);
 }
 watch(FIELDS, asked);

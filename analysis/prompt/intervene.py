@@ -1,5 +1,5 @@
-"""What a latent does to the model's predictions: it is taken out of the residual stream after one block, or added to
-it, and the rest of the model runs on.
+"""What latents do to the model's predictions: they are taken out of the residual stream after one, some or all blocks,
+or added to it, while the model runs.
 
 With a_j the latent's activation at a vector x of layer l, s the scale that x was divided by when it was standardised,
 and d_j the latent's row of W_dec, at every kept position
@@ -7,9 +7,10 @@ and d_j the latent's row of W_dec, at every kept position
     ablate    x' = x - a_j s d_j              what the latent contributed to the reconstruction is missing
     steer     x' = x + c s d_j                as if its activation were higher by c; c may be negative
 
-The reconstruction's own error stays as it is, so that an intervention of nothing changes nothing. In a store that went
-through a lens the sum is made in the lens's basis and taken back through its inverse. The true run goes through neither
-autoencoder nor lens.
+Changes of one block add up, each worked out from the block's own output; a later block's is worked out from what the
+earlier changes made of it. The reconstruction's own error stays as it is, so that an intervention of nothing changes
+nothing. In a store that went through a lens the sum is made in the lens's basis and taken back through its inverse. The
+true run goes through neither autoencoder nor lens.
 
 The results, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at
 the last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
@@ -18,14 +19,16 @@ most; and by how much their logits change, less the mean change over the vocabul
 Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from analysis.model.continuation import Before, block_output, can_skip, last_output
+from analysis.model.continuation import last_output
 from analysis.model.downstream import TrueRun, compare, with_residual
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
@@ -34,7 +37,7 @@ from train.kernels.interface import SparseCodes
 from train.model import MLSAE
 
 N_SHOWN = 8
-"""Tokens shown at each end."""
+"""Tokens shown at each end, and of a prediction."""
 
 LARGEST = 1e38
 """Coefficients of steering must be smaller, to fit into float32."""
@@ -42,14 +45,21 @@ LARGEST = 1e38
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """One change of the residual stream."""
+    """A change of the residual stream, the same after each of some blocks."""
 
     kind: Literal["ablate", "steer"]
     latent: int
-    layer: int | None
-    """The model's block index; None: where the latent is strongest on the prompt."""
+    layers: tuple[int, ...] | Literal["all"] | None
+    """The model's block indices; None: where the latent is strongest on the prompt."""
     coefficient: float | None = None
     """Activation that steering adds."""
+
+    def at(self, every: Sequence[int], strongest: int | None = None) -> "Intervention":
+        """The same with its layers by number. every: those trained on."""
+        found = () if strongest is None else (strongest,)
+        return replace(
+            self, layers=tuple(every) if self.layers == "all" else found if self.layers is None else self.layers
+        )
 
 
 class TokenChange(NamedTuple):
@@ -72,6 +82,8 @@ class Effect(NamedTuple):
     increased: list[TokenChange]
     """Tokens whose probability rises most, the foremost first; fewer than `N_SHOWN` where fewer rise."""
     decreased: list[TokenChange]
+    next_changed: list[tuple[int, float]]
+    """Token and probability, the likeliest first, after the prompt in the changed run."""
 
 
 class PromptedModel(NamedTuple):
@@ -94,41 +106,77 @@ class PromptedModel(NamedTuple):
 
 
 def parse_steer(text: str) -> Intervention:
-    """LATENT:LAYER:COEF."""
+    """LATENT:LAYERS:COEF."""
     try:
-        latent, layer, coefficient = text.split(":")
+        latent, layers, coefficient = text.split(":")
         if not abs(float(coefficient)) < LARGEST:  # NaN too
             raise ValueError(coefficient)
-        return Intervention(kind="steer", latent=int(latent), layer=int(layer), coefficient=float(coefficient))
+        return Intervention(kind="steer", latent=int(latent), layers=_layers(layers), coefficient=float(coefficient))
     except ValueError:
-        wanted = "LATENT:LAYER:COEFFICIENT, such as 17:10:8 (the coefficient is the activation to add)"
+        wanted = "LATENT:LAYER:COEFFICIENT, such as 17:10:8, 17:3,4:8 or 17:all:8 (the coefficient is what is added)"
         raise UsageError(f"--steer should be {wanted}, found {text!r}") from None
 
 
 def parse_ablate(text: str) -> Intervention:
-    """LATENT or LATENT:LAYER."""
-    latent, _, layer = text.partition(":")
+    """LATENT or LATENT:LAYERS."""
+    latent, _, layers = text.partition(":")
     try:
-        return Intervention(kind="ablate", latent=int(latent), layer=int(layer) if layer else None)
+        return Intervention(kind="ablate", latent=int(latent), layers=_layers(layers) if layers else None)
     except ValueError:
-        raise UsageError(f"--ablate should be LATENT or LATENT:LAYER, such as 17:10, found {text!r}") from None
+        wanted = "LATENT or LATENT:LAYER, such as 17, 17:10, 17:3,4 or 17:all"
+        raise UsageError(f"--ablate should be {wanted}, found {text!r}") from None
 
 
-@torch.inference_mode()
-def changed_vectors(prompted: PromptedModel, intervention: Intervention, x: Tensor, layer: int) -> Tensor:
+def _layers(text: str) -> tuple[int, ...] | Literal["all"]:
+    return "all" if text == "all" else tuple(sorted({int(layer) for layer in text.split(",")}))
+
+
+@torch.no_grad()
+def changed_vectors(prompted: PromptedModel, interventions: Sequence[Intervention], x: Tensor, layer: int) -> Tensor:
     """The block's outputs x [n, D] at the kept positions, changed; float32."""
     sae, y = prompted.sae, prompted.seen(x, layer)
     std = sae.standardize(y.clone(), sae.rows_of_layer(layer, len(y))).std  # [n, 1]
-    if intervention.kind == "steer":
-        amount = torch.full((len(x), 1), intervention.coefficient or 0.0, device=x.device)
-    else:
-        values, indices = prompted.codes(x, layer)
-        amount = -values.where(indices == intervention.latent, 0).sum(dim=1, keepdim=True)  # [n, 1]
-    shift = amount * std * sae.W_dec[intervention.latent]  # [n, D]
+    shift = torch.zeros_like(y)  # [n, D]
+    values, indices = prompted.codes(x, layer) if any(one.kind == "ablate" for one in interventions) else (y, y)
+    for one in interventions:
+        if one.kind == "steer":
+            amount = torch.full((len(x), 1), one.coefficient or 0.0, device=x.device)
+        else:
+            amount = -values.where(indices == one.latent, 0).sum(dim=1, keepdim=True)  # [n, 1]
+        shift += amount * std * sae.W_dec[one.latent]
     if prompted.lens is None:
         return x.float() + shift
     # The inverse is affine: of a difference it is the difference of inverses.
     return x.float() + (prompted.lens.invert(shift, layer) - prompted.lens.invert(torch.zeros_like(shift), layer))
+
+
+@contextmanager
+def changing(
+    prompted: PromptedModel, blocks: nn.ModuleList, interventions: Sequence[Intervention], kept: Tensor | None = None
+) -> Iterator[None]:
+    """Within it the blocks' outputs are changed, by hooks and nothing else.
+
+    kept: bool [B, N], where, in passes over N positions; by default everywhere but at a sequence's first position, on
+    which no autoencoder is trained. A pass over one position, as generation makes them, is changed there."""
+
+    def hook(module: nn.Module, arguments: Any, output: Any, *, layer: int, own: Sequence[Intervention]) -> Any:
+        shape = (output[0] if isinstance(output, tuple | list) else output).shape[:2]
+        if kept is not None and kept.shape == shape:
+            where = kept
+        else:
+            where = torch.ones(shape, dtype=torch.bool, device=prompted.sae.W_dec.device)
+            where[:, 0] = shape[1] == 1
+        return with_residual(output, partial(changed_vectors, prompted, own, layer=layer), where)
+
+    handles = []
+    try:
+        for layer, block in enumerate(blocks):
+            if own := [one for one in interventions if one.layers == "all" or layer in (one.layers or ())]:
+                handles.append(block.register_forward_hook(partial(hook, layer=layer, own=own)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class PromptRun:
@@ -139,34 +187,50 @@ class PromptRun:
         """input_ids: int64 [1, N]; kept: bool [1, N]."""
         self.prompted = prompted
         self._ids, self._kept = input_ids, kept.to(prompted.model.device)
-        self._skip = can_skip(prompted.model, input_ids)
         true = last_output(prompted.model, input_ids)
         self._known = TrueRun(prompted.model.logits, true[self._kept])
         self._last_logits = prompted.model.logits(true[0, -1]).float()  # [V]
-        self.next_probabilities = self._last_logits.softmax(dim=-1)  # [V] of the token after the prompt
+        self.next_tokens = likeliest(self._last_logits.softmax(dim=-1))
+        """Of the token after the prompt."""
 
     @torch.inference_mode()
-    def effect(self, intervention: Intervention, layer: int) -> Effect:
-        """Change block `layer` and run on."""
+    def effect(self, interventions: Sequence[Intervention]) -> Effect:
+        """Run again with all of these changes; their layers are numbers."""
         model = self.prompted.model
-        before = block_output(model, self._ids, layer)
-        change = partial(changed_vectors, self.prompted, intervention, layer=layer)
-        output = with_residual(before.output, change, self._kept)
-        changed = last_output(model, self._ids, Before(layer, output), skip=self._skip)
+        with changing(self.prompted, model.blocks, interventions, self._kept):
+            changed = last_output(model, self._ids)
         replaced = changed[self._kept]
         target = torch.zeros(len(replaced), dtype=torch.int64, device=model.device)  # cross-entropies are not used
         kl = compare(self._known, [replaced], target)[2]
         logits = model.logits(changed[0, -1]).float()
         if logits.isnan().any():
-            what = "the model's predictions become NaN; use a smaller coefficient"
-            raise UsageError(f"--{intervention.kind} at latent {intervention.latent}, layer {layer}: {what}")
+            what = ", ".join(f"{one.kind} latent {one.latent}" for one in interventions)
+            raise UsageError(f"{what}: the model's predictions become NaN; use a smaller coefficient")
         log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         return Effect(
             kl_last=float((log_p.exp() * (log_p - log_q)).sum()),
             kl_mean=float(kl.mean()),
             increased=_foremost(self._last_logits, logits, 1),
             decreased=_foremost(self._last_logits, logits, -1),
+            next_changed=likeliest(logits.softmax(dim=-1)),
         )
+
+    @torch.inference_mode()
+    def continued(self, n_tokens: int, interventions: Sequence[Intervention] = ()) -> list[int]:
+        """At most so many tokens that the model goes on with, each the likeliest; new ones are changed too."""
+        model = self.prompted.model
+        ids = self._ids.to(model.device)
+        with changing(self.prompted, model.blocks, interventions, self._kept):
+            made = model.causal_lm.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n_tokens, pad_token_id=0
+            )
+        return made[0, ids.shape[1] :].tolist()
+
+
+def likeliest(p: Tensor) -> list[tuple[int, float]]:
+    """The `N_SHOWN` likeliest tokens and their probabilities, of p [V]."""
+    probability, token = p.topk(min(N_SHOWN, len(p)))
+    return list(zip(token.tolist(), probability.tolist(), strict=True))
 
 
 def _foremost(true: Tensor, changed: Tensor, sign: int) -> list[TokenChange]:

@@ -22,7 +22,7 @@ from analysis.encoder import sae_hash
 from analysis.inputs import open_inputs
 from analysis.model.findings import locate
 from analysis.model.transformer import load_of_store
-from analysis.prompt.intervene import PromptedModel, TokenChange, parse_ablate, parse_steer
+from analysis.prompt.intervene import Effect, PromptedModel, TokenChange, parse_ablate, parse_steer
 from analysis.prompt.view import PromptView, Usual, check_interventions, read_prompt, view_prompt
 from analysis.prompt.words import prompt_words
 from analysis.results.folder import LATENTS, PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
@@ -71,8 +71,8 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     prompted = PromptedModel(model, sae.to(model.device), found.lens, store.meta.stored_dtype)
     read = zip(prompts.prompt, tokens, strict=True)
     usual = usual_of(config.out_dir)
-    views = [view_prompt(prompted, text, ids, layers, interventions, usual) for text, ids in read]
-    plain = [_plain(view, model.tokenizer) for view in views]
+    views = [view_prompt(prompted, text, ids, layers, interventions or None, usual) for text, ids in read]
+    plain = [plain_prompt(view, model.tokenizer) for view in views]
     content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
     if not has_analysis(config.out_dir, store, sae_hash(sae)):
         raise IncompatibleError(f"{config.out_dir}: another analysis was put there in the meantime; give another --out")
@@ -130,15 +130,23 @@ def _table(views: Sequence[PromptView]) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def _plain(view: PromptView, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A prompt's part of prompt.json."""
-
-    def text(token: int) -> str:
-        return tokenizer.text([token])[0]
+def plain_effect(effect: Effect, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What interventions did, as prompt.json has it."""
 
     def changes(found: list[TokenChange]) -> list[dict[str, Any]]:
-        return [{"token": text(change.token_id), **change._asdict()} for change in found]
+        return [{"token": tokenizer.text([change.token_id])[0], **change._asdict()} for change in found]
 
+    ends = {"increased": changes(effect.increased), "decreased": changes(effect.decreased)}
+    return {**effect._asdict(), **ends, "next_changed": plain_tokens(effect.next_changed, tokenizer, "p_changed")}
+
+
+def plain_tokens(found: Sequence[tuple[int, float]], tokenizer: Tokenizer, name: str) -> list[dict[str, Any]]:
+    """Tokens and their probabilities, as prompt.json has them."""
+    return [{"token": tokenizer.text([i])[0], "token_id": i, name: p} for i, p in found]
+
+
+def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENTS) -> dict[str, Any]:
+    """A prompt's part of prompt.json, with so many latents at most."""
     tokens, latents = view.tokens, view.latents
     return {
         "text": view.text,
@@ -146,21 +154,15 @@ def _plain(view: PromptView, tokenizer: Tokenizer) -> dict[str, Any]:
             {"token": token, "token_id": int(i), "kept": bool(kept)}
             for token, i, kept in zip(tokens.texts, tokens.ids, tokens.kept, strict=True)
         ],
-        "next": [{"token": text(i), "token_id": i, "p_true": p} for i, p in view.next_tokens],
+        "next": plain_tokens(view.next_tokens, tokenizer, "p_true"),
         "n_active_latents": len(latents.latent),
         "latents": [
             {name: values[i].item() for name, values in latents._asdict().items()}
-            for i in range(min(MOST_LATENTS, len(latents.latent)))
+            for i in range(min(most, len(latents.latent)))
         ],
         "interventions": [
-            {
-                **asdict(intervention),
-                "layer": layer,
-                **effect._asdict(),
-                "increased": changes(effect.increased),
-                "decreased": changes(effect.decreased),
-            }
-            for intervention, layer, effect in view.results
+            {**asdict(intervention), "layers": list(intervention.layers or ()), **plain_effect(effect, tokenizer)}
+            for intervention, effect in view.results
         ],
         "silent": view.silent,
     }

@@ -26,9 +26,6 @@ from store.activations import ActivationStore
 N_ABLATED = 8
 """Latents that are ablated where nothing else is asked for."""
 
-N_NEXT = 8
-"""Tokens told of the true run's prediction."""
-
 
 class Tokens(NamedTuple):
     """A prompt as the model reads it, [N] each."""
@@ -79,7 +76,7 @@ class Result(NamedTuple):
     """An intervention that was made."""
 
     intervention: Intervention
-    layer: int
+    """Its layers by number."""
     effect: Effect
 
 
@@ -113,21 +110,21 @@ def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"--prompt {text!r} is not valid UTF-8") from None
+        raise UsageError(f"prompt {text!r} is not valid UTF-8") from None
     (own,) = tokenizer.encode([text])
     if not own:
-        raise UsageError(f"--prompt {text!r}: the tokenizer returns no tokens for it")
+        raise UsageError(f"prompt {text!r}: the tokenizer returns no tokens for it")
     ids = np.array(opening + own, np.int64)
     limit = longest_context(config)
     if limit is not None and len(ids) > limit:
-        raise UsageError(f"--prompt of {len(ids)} tokens: the model takes at most {limit}; give a shorter text")
+        raise UsageError(f"the prompt has {len(ids)} tokens: the model takes at most {limit}; give a shorter text")
     rows = config.get_text_config().vocab_size
     if ids.max() >= rows:
-        raise UsageError(f"--prompt {text!r}: the model has no token {ids.max()}: its embedding has {rows} rows")
+        raise UsageError(f"prompt {text!r}: the model has no token {ids.max()}: its embedding has {rows} rows")
     kept = ~np.isin(ids, list(tokenizer.masked_ids(store.meta.provenance.get("separator") or "")))
     kept[: len(opening)] = False
     if not kept.any():
-        raise UsageError(f"--prompt {text!r}: all its tokens are special; give a text with others")
+        raise UsageError(f"prompt {text!r}: all its tokens are special; give a text with others")
     return Tokens(ids, tokenizer.texts(ids), kept)
 
 
@@ -182,32 +179,30 @@ def view_prompt(
     text: str,
     tokens: Tokens,
     layers: Sequence[int],
-    interventions: Sequence[Intervention],
+    interventions: Sequence[Intervention] | None,
     usual: Usual,
 ) -> PromptView:
-    """Look at one prompt. layers: the model's block indices. interventions: where none are asked for, each of the
-    `N_ABLATED` most specific latents is ablated at its strongest layer. usual: of the same autoencoder."""
+    """Look at one prompt. layers: the model's block indices. interventions: one at a time; where it is None, each of
+    the `N_ABLATED` most specific latents is ablated at its strongest layer. usual: of the same autoencoder."""
     found = activations_of(prompted, tokens, layers)
     latents = latents_of(found, usual, int(tokens.kept.sum()))
     strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
-    if not interventions:
-        shown = list(strongest.items())[:N_ABLATED]
-        interventions = [Intervention(kind="ablate", latent=latent, layer=layer) for latent, layer in shown]
+    if interventions is None:
+        interventions = [Intervention(kind="ablate", latent=one, layers=None) for one in list(strongest)[:N_ABLATED]]
     run = PromptRun(prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
     results, silent = [], []
     for intervention in interventions:
-        layer = strongest.get(intervention.latent) if intervention.layer is None else intervention.layer
-        if layer is None:
-            silent.append(intervention.latent)
+        placed = intervention.at(layers, strongest.get(intervention.latent))
+        if placed.layers:
+            results.append(Result(placed, run.effect([placed])))
         else:
-            results.append(Result(intervention, layer, run.effect(intervention, layer)))
-    probability, token = run.next_probabilities.topk(N_NEXT)
+            silent.append(intervention.latent)
     return PromptView(
         text=text,
         tokens=tokens,
         activations=found,
         latents=latents,
-        next_tokens=list(zip(token.tolist(), probability.tolist(), strict=True)),
+        next_tokens=run.next_tokens,
         results=results,
         silent=silent,
     )
@@ -217,7 +212,8 @@ def check_interventions(interventions: Sequence[Intervention], n_latents: int, l
     """`UsageError` where one names a latent or a layer that is not there."""
     for one in interventions:
         if not 0 <= one.latent < n_latents:
-            raise UsageError(f"--{one.kind}: the autoencoder has latents 0 to {n_latents - 1}, found {one.latent}")
-        if one.layer is not None and one.layer not in layers:
+            raise UsageError(f"{one.kind}: the autoencoder has latents 0 to {n_latents - 1}, found {one.latent}")
+        other = [] if one.layers in (None, "all") else [layer for layer in one.layers if layer not in layers]
+        if other:
             trained = " ".join(map(str, layers))
-            raise UsageError(f"--{one.kind}: the autoencoder was trained on layers {trained}, found {one.layer}")
+            raise UsageError(f"{one.kind}: the autoencoder was trained on layers {trained}, found {other[0]}")

@@ -57,7 +57,8 @@ def _effects(prompt: Mapping[str, Any]) -> list[str]:
 
 def name_of(intervention: Mapping[str, Any]) -> str:
     """An intervention in a few words."""
-    where = f"latent {intervention['latent']} at layer {intervention['layer']}"
+    layers = intervention.get("layers") or [intervention["layer"]]  # of before: one, by itself
+    where = f"latent {intervention['latent']} at layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
     by = "" if intervention["kind"] == "ablate" else f" by {intervention['coefficient']:+g}"
     return f"{intervention['kind']} {where}{by}"
 

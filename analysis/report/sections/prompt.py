@@ -113,13 +113,13 @@ def _effects(prompt: Mapping[str, Any]) -> str:
         numbers = (show(one["kl_last"]), show(one["kl_mean"]))
         rows.append(
             (
-                name_of(one).replace(f"latent {one['latent']}", f"latent {link(one['latent'])}"),
+                escape(name_of(one)).replace(f"latent {one['latent']}", f"latent {link(one['latent'])}"),
                 *numbers,
                 _changes(one["increased"]),
                 _changes(one["decreased"]),
             )
         )
-    return table(("Change after one block, at every kept token", *kl, "Rises most", "Falls most"), rows, "effects")
+    return table(("Change at every kept token", *kl, "Rises most", "Falls most"), rows, "effects")
 
 
 def _changes(found: Sequence[Mapping[str, Any]]) -> str:

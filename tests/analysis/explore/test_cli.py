@@ -1,6 +1,7 @@
 """The command `residscope explore`: what it says when it cannot begin, and that Ctrl-C is how it ends."""
 
 import http.client
+import os
 import re
 import signal
 import socket
@@ -89,14 +90,24 @@ def test_a_port_that_is_no_port_or_taken(
         assert f"--port {port} cannot be used (Address already in use); take another" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_it_serves_this_machine_until_it_is_stopped(flags: list[str], stop: signal.Signals) -> None:
-    command = [sys.executable, "-c", STUBBED, "explore", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize(("stop", "screen"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_it_serves_this_machine_until_it_is_stopped(
+    flags: list[str], tmp_path: Path, stop: signal.Signals, screen: bool
+) -> None:
+    """And opens a browser where there is a screen."""
+    opened, browser = tmp_path / "opened", tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("DISPLAY")}
+    environment |= {"BROWSER": f"{browser} %s", **({"DISPLAY": ":99"} if screen else {})}
+    command = [sys.executable, "-c", STUBBED, "explore", *flags[:-1]]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         assert process.stdout
         assert process.stderr
         process.stdout.readline()
-        found = re.fullmatch(r"  http://127\.0\.0\.1:(\d+)/\?token=([\w-]{24})\n", process.stdout.readline())
+        address = process.stdout.readline().strip()
+        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]{24})", address)
         assert found
         connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
         connection.request("GET", "/api/about", headers={"X-Token": found[2]})
@@ -104,3 +115,5 @@ def test_it_serves_this_machine_until_it_is_stopped(flags: list[str], stop: sign
         process.send_signal(stop)  # with the connection open
         assert process.wait(60) == 0
         assert process.stderr.read() == "\nEnded.\n"
+    assert opened.is_file() == screen
+    assert not screen or opened.read_text().strip() == address

@@ -204,7 +204,7 @@ def test_pinned_latents_are_compared(tab: Explored) -> None:
 def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab: Explored) -> None:
     tab.open()
     tab.run("""find("#to-search").click(); const fields = { tokens: "up", promotes: " on", on: "a b", off: "c",
-      from_layer: "2.5", to_layer: "4", profile: "early" };
+      from_layer: "2", to_layer: "4", profile: "early" };
       for (const [name, value] of Object.entries(fields)) find(`#search-${name}`).value = value;
       find("#search-form button").click(); await until(() => text("#search-status").includes("1 latents"));""")
     assert tab.planted.asked == [
@@ -213,7 +213,7 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
             "promotes": " on",
             "on": "a b",
             "off": "c",
-            "from_layer": 2.5,
+            "from_layer": 2,
             "to_layer": 4,
             "profile": "early",
         }
@@ -234,6 +234,9 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
         """change("#search-tokens", "zebra"); find("#search-form button").click(); await until(() =>
           text("#search-status").includes("No live latent"));"""
     )
+    tab.run(r"""change("#search-tokens", "\\n"); find("#search-form button").click();
+      await until(() => text("#search-status").includes("1 latents"));""")
+    assert tab.planted.asked[-1]["tokens"] == "\n"
 
 
 def test_the_layer_that_costs_most_is_one_click_away(tab: Explored) -> None:

@@ -207,9 +207,9 @@ def test_interventions_are_what_one_computes_by_hand(make: Make, architecture: s
         return y_changed if lens is None else lens.invert(y_changed, layer)
 
     with torch.no_grad():
-        ablated = run.effect(Intervention(kind="ablate", latent=latent, layer=layer), layer)
+        ablated = run.effect([Intervention(kind="ablate", latent=latent, layers=(layer,))])
         expect(ablated, *by_hand(setting, tokens, layer, without), tokens)
-        steered = run.effect(Intervention(kind="steer", latent=latent, layer=layer, coefficient=4.5), layer)
+        steered = run.effect([Intervention(kind="steer", latent=latent, layers=(layer,), coefficient=4.5)])
         expect(steered, *by_hand(setting, tokens, layer, pushed), tokens)
     assert ablated.kl_last > 0
     assert steered.kl_mean > 0
@@ -223,22 +223,77 @@ def test_an_intervention_of_nothing_changes_nothing(make: Make, architecture: st
     run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
     active = set(activations_of(setting.subject, tokens, setting.layers).latent.tolist())
     silent = next(latent for latent in range(96) if latent not in active) if len(active) < 96 else None
-    for layer in range(N_LAYERS[architecture]):
+    every = tuple(range(N_LAYERS[architecture]))
+    for layers in (*((layer,) for layer in every), every):
         for one in (
-            Intervention(kind="steer", latent=3, layer=layer, coefficient=0.0),
-            *([Intervention(kind="ablate", latent=silent, layer=layer)] if silent is not None else []),
+            Intervention(kind="steer", latent=3, layers=layers, coefficient=0.0),
+            *([Intervention(kind="ablate", latent=silent, layers=layers)] if silent is not None else []),
         ):
-            effect = run.effect(one, layer)
+            effect = run.effect([one])
             assert effect.kl_last == effect.kl_mean == 0
             assert effect.increased == effect.decreased == []
+
+
+def test_changes_of_several_layers_are_those_of_hooks_written_out(make: Make) -> None:
+    setting = make("llama")
+    model, sae, tokens = setting.made.model, setting.sae, read(setting)
+    ids, kept = torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None]
+    first, second = latents_of(activations_of(setting.subject, tokens, setting.layers)).latent[:2].tolist()
+
+    def hook(module: Any, arguments: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        found = sae(x[0].float())
+        gone = torch.where(found.codes.indices == first, found.codes.values, 0.0).sum(1, keepdim=True)
+        x[0, 1:] += (found.std * (3.0 * sae.W_dec[second] - gone * sae.W_dec[first]))[1:]
+
+    with torch.no_grad():
+        true = model.causal_lm(ids).logits[0]
+        handles = [block.register_forward_hook(hook) for block in model.blocks]
+        other = model.causal_lm(ids).logits[0]
+        for handle in handles:
+            handle.remove()
+    both = [
+        Intervention(kind="ablate", latent=first, layers="all").at(setting.layers),
+        Intervention(kind="steer", latent=second, layers=tuple(setting.layers), coefficient=3.0),
+    ]
+    run = PromptRun(setting.subject, ids, kept)
+    expect(run.effect(both), true, other, tokens)
+    assert run.effect(both[::-1]) == run.effect(both)
+    assert not any(block._forward_hooks for block in model.blocks)
+
+
+def test_what_the_model_goes_on_with_is_changed_at_new_tokens_too(make: Make) -> None:
+    setting = make("llama")
+    model, sae, tokens = setting.made.model, setting.sae, read(setting)
+    ids, kept = torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None]
+
+    def hook(module: Any, arguments: Any, output: Any) -> None:
+        x = output[0] if isinstance(output, tuple) else output
+        x[0, 1:] += (60.0 * sae(x[0].float()).std * sae.W_dec[3])[1:]
+
+    def greedy(n: int) -> list[int]:
+        grown = ids
+        with torch.no_grad():
+            for _ in range(n):
+                grown = torch.cat([grown, model.causal_lm(grown, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        return grown[0, ids.shape[1] :].tolist()
+
+    run = PromptRun(setting.subject, ids, kept)
+    true = greedy(6)
+    assert run.continued(6) == true[: len(run.continued(6))]
+    handle = model.blocks[1].register_forward_hook(hook)
+    pushed = greedy(6)
+    handle.remove()
+    found = run.continued(6, [Intervention(kind="steer", latent=3, layers=(1,), coefficient=60.0)])
+    assert found == pushed[: len(found)] != true[: len(found)]
 
 
 def test_predictions_that_are_no_numbers_are_refused(make: Make) -> None:
     setting = make("llama", with_lens=False)
     tokens = read(setting)
     run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
-    with pytest.raises(UsageError, match=r"--steer at latent 3, layer 1: .* smaller coefficient"):
-        run.effect(Intervention(kind="steer", latent=3, layer=1, coefficient=float("nan")), 1)
+    with pytest.raises(UsageError, match=r"steer latent 3: .* smaller coefficient"):
+        run.effect([Intervention(kind="steer", latent=3, layers=(1,), coefficient=float("nan"))])
 
 
 @pytest.mark.parametrize("text", ["17:3", "17", "a:1:2", "17:1:x", "1:2:3:4", "", "1:1:nan", "1:1:-inf", "1:1:1e300"])
@@ -253,9 +308,11 @@ def test_a_prompt_of_no_text_is_refused(make: Make) -> None:
 
 
 def test_interventions_are_read() -> None:
-    assert parse_steer("17:3:-2.5") == Intervention(kind="steer", latent=17, layer=3, coefficient=-2.5)
-    assert parse_ablate("17") == Intervention(kind="ablate", latent=17, layer=None)
-    assert parse_ablate("17:3") == Intervention(kind="ablate", latent=17, layer=3)
+    assert parse_steer("17:3:-2.5") == Intervention(kind="steer", latent=17, layers=(3,), coefficient=-2.5)
+    assert parse_ablate("17") == Intervention(kind="ablate", latent=17, layers=None)
+    assert parse_ablate("17:3") == Intervention(kind="ablate", latent=17, layers=(3,))
+    assert parse_ablate("17:5,3,5") == Intervention(kind="ablate", latent=17, layers=(3, 5))
+    assert parse_steer("17:all:1") == Intervention(kind="steer", latent=17, layers="all", coefficient=1.0)
     with pytest.raises(UsageError, match="LATENT or LATENT:LAYER"):
         parse_ablate("17:3:1")
 

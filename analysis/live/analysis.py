@@ -1,0 +1,311 @@
+"""An analysis opened again: its tables, what is known of each latent, and, where the model is at hand, live answers.
+
+    analysis = residscope.open("ckpt.analysis")
+    analysis.latents, analysis.layers                 pandas tables
+    analysis.latent(17)                               a card, which a notebook shows
+    analysis.prompt("def f():\\n    return")           its latents over layers and tokens
+
+Numbers are those of the files, as they are. Each file is read when it is first needed, and then kept; the model is
+loaded at the first question that needs it.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from analysis.encoder import sae_hash
+from analysis.inputs import open_inputs
+from analysis.latents.search import search
+from analysis.latents.windows import Context, read_contexts
+from analysis.live.model import LiveModel
+from analysis.live.shown import Card, Prompt
+from analysis.model.findings import locate
+from analysis.prompt.run import has_analysis, usual_of
+from analysis.report.data import finite
+from analysis.results.folder import CONFIG, EXAMPLES, HISTOGRAMS, LATENT_LOGITS, LATENTS, LAYERS, SUMMARY
+from residscope.errors import IncompatibleError, UsageError
+from residscope.reading import read_json, reading
+from residscope.urls import as_path
+
+CONTEXTS = 24
+"""Contexts of a latent that are shown and searched, at most."""
+
+SHARE = 0.5
+"""Of a latent's activation mass that must be at the layers asked for."""
+
+_AGAIN = "run `analyze` again"
+
+
+class Analysis:
+    """What `analyze` left in a folder, with the store, autoencoder and model that it came from."""
+
+    def __init__(self, folder: Path, store: Path | None, sae: Path | None, model: str | None, lens: str | None) -> None:
+        self.folder, self._places, self._model, self._lens = folder, (store, sae), model, lens
+        self.summary: dict[str, Any] = read_json(folder / SUMMARY, _AGAIN)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        store: str | Path | None = None,
+        sae: str | Path | None = None,
+        model: str | None = None,
+        lens: str | None = None,
+    ) -> "Analysis":
+        """The analysis in `folder`. store, sae: where they are now, by default where `analyze` read them, or beside the
+        folder; model, lens: as for `analyze`. Raises `UsageError` where there is no analysis."""
+        place = as_path(folder)
+        if not (place / SUMMARY).is_file():
+            raise UsageError(f"{folder}: no analysis there (no {SUMMARY}); give the folder that `analyze` wrote")
+        at = [None if one is None else as_path(one) for one in (store, sae)]
+        return cls(place, at[0], at[1], model, lens)
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """The model's block indices of the lists by layer, such as `probs`."""
+        return [int(layer) for layer in self.summary["layer_numbers"]]
+
+    @cached_property
+    def latents(self) -> pd.DataFrame:
+        """latents.parquet: a row for each latent, dead ones too."""
+        return self._table.to_pandas()
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """layers.parquet: a row for each layer."""
+        with reading(f"{self.folder / LAYERS}: cannot be read", _AGAIN):
+            return pq.read_table(self.folder / LAYERS).to_pandas()
+
+    @cached_property
+    def contexts(self) -> dict[int, list[Context]]:
+        """By latent its distinct contexts; what `search` reads."""
+        with reading(f"{self.folder / EXAMPLES}: cannot be read", _AGAIN):
+            return read_contexts(self.folder / EXAMPLES, CONTEXTS)
+
+    @cached_property
+    def live(self) -> LiveModel:
+        """The model, loaded at the first call. `ResidscopeError`, with the way out, where something is not found or is
+        not what was analysed."""
+        with reading(f"{self.folder / CONFIG}: cannot be read", "give store and sae"):
+            recorded = tomllib.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        found = []
+        for name, given in zip(("store", "sae"), self._places, strict=True):
+            before = as_path(str(recorded.get(name)))
+            candidates = [given] if given else [before, self.folder.parent / before.name]
+            there = next((one for one in candidates if one.exists()), None)
+            if there is None:
+                where = " or ".join(map(str, candidates))
+                raise UsageError(f"{self.folder}: its {name} was not found at {where}; say where it is: {name}=...")
+            found.append(there)
+        inputs = open_inputs(*found)
+        if not has_analysis(self.folder, inputs.store, sae_hash(inputs.sae)):
+            what = f"is not of {found[0]} and {found[1]} by this version"
+            raise IncompatibleError(f"{self.folder}: the analysis {what}; give the store and sae of it, or {_AGAIN}")
+        where = locate(inputs.store, self._model, self._lens, offline=self._model is None)
+        return LiveModel(inputs, where, usual_of(self.folder))
+
+    def card(self, latent: int) -> dict[str, Any]:
+        """All that is known of a latent, in plain values; not defined is None. `UsageError` if there is no such one."""
+        row = self._row(latent)
+        names = ("latent", "count", "n_tokens", "profile", "layer_mean", "layer_std", "n_layers_active")
+        near = zip(row.get("neighbours") or [], row.get("neighbour_cosines") or [], strict=True)
+        return _plain(
+            {
+                **{name: row.get(name) for name in names},
+                "fires_on": row.get("fires_on") or [],
+                "layers": self.layer_numbers,
+                **{name: row[name] for name in ("counts", "means", "probs")},
+                "histogram": self._histogram(latent),
+                "examples": self._examples(latent),
+                **self._ends(latent),
+                "neighbours": [{"latent": other, "cosine": cosine} for other, cosine in near],
+            }
+        )
+
+    def latent(self, latent: int) -> Card:
+        """The card, as an object that a notebook shows; `.data` is that of `card`."""
+        return Card(self.card(latent))
+
+    def prompt(self, text: str, most: int = 60) -> Prompt:
+        """The latents of a text; a notebook shows their map. most: the most specific so many. `.data` is in plain
+        values: prompt.json's, and of each latent its `cells` [[position, layer, activation]]."""
+        data = self.live.prompt(text, most)
+        for one in data["latents"]:
+            one["fires_on"] = self._row(one["latent"]).get("fires_on") or []
+        return Prompt(_plain(data))
+
+    def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], continue_tokens: int = 0) -> dict[str, Any]:
+        """What changes do to the token after a text, all together, and how the text goes on with and without them.
+
+        changes: {"kind": "ablate" or "steer", "latent", "layers": [int] or "all", "coefficient" of steer: the
+        activation that is added}. continue_tokens: at most 64."""
+        return _plain(self.live.intervene(text, changes, continue_tokens))
+
+    def search(
+        self,
+        *,
+        tokens: str | Sequence[str] | None = None,
+        promotes: str | None = None,
+        on: str | None = None,
+        off: str | None = None,
+        from_layer: int | None = None,
+        to_layer: int | None = None,
+        profile: str | None = None,
+        limit: int = 50,
+    ) -> list[dict[str, Any]]:
+        """Latents that meet all that is asked for, the best first: by the product of what each condition gives.
+
+        tokens: words or phrases, of which one is enough, by how specific a latent is to them
+        (`analysis.latents.search`); promotes: a token, by its place among those promoted; on, off: active somewhere in
+        one text and nowhere in the other, by mass (needs the model); from_layer, to_layer: by the share of its mass
+        there, at least `SHARE`; profile: the kind of its profile over layers, as in the table."""
+        found: list[dict[int, tuple[float, str]]] = []
+        if tokens:
+            wanted = tokens if isinstance(tokens, str) else ", ".join(tokens)
+            found.append({hit.latent: (hit.score, hit.why) for hit in search(self.contexts, wanted)})
+        if promotes:
+            found.append(self._promoting(promotes.strip().lower()))
+        if on or off:
+            found.append(self._on_and_off(on, off))
+        numbers, live = np.array(self.layer_numbers), np.flatnonzero(self.latents["count"] > 0)
+        if from_layer is not None or to_layer is not None:
+            low, high = (
+                (numbers[0] if from_layer is None else from_layer),
+                (numbers[-1] if to_layer is None else to_layer),
+            )
+            there = (numbers >= low) & (numbers <= high)
+            share = np.array(self.latents["probs"].to_list())[live][:, there].sum(axis=1)
+            words = f"of its activation at layers {low} to {high}"
+            pairs = zip(live.tolist(), share.tolist(), strict=True)
+            found.append({i: (s, f"{100 * s:.0f} % {words}") for i, s in pairs if s >= SHARE})
+        if profile:
+            same = live[self.latents["profile"].to_numpy()[live] == profile]
+            found.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
+        if not found:
+            return []
+        common = set(found[0]).intersection(*found[1:])
+        scores = {latent: float(np.prod([one[latent][0] for one in found])) for latent in common}
+        best = sorted(common, key=lambda latent: (-scores[latent], latent))[:limit]
+        return [
+            _plain(
+                {
+                    "latent": latent,
+                    "fires_on": (row := self._row(latent)).get("fires_on") or [],
+                    "count": row["count"],
+                    "layer_mean": row["layer_mean"],
+                    "score": scores[latent],
+                    "why": "; ".join(one[latent][1] for one in found),
+                }
+            )
+            for latent in best
+        ]
+
+    @cached_property
+    def _table(self) -> Any:
+        with reading(f"{self.folder / LATENTS}: cannot be read", _AGAIN):
+            return pq.read_table(self.folder / LATENTS).combine_chunks()
+
+    def _row(self, latent: int) -> dict[str, Any]:
+        if not 0 <= latent < self._table.num_rows:
+            raise UsageError(f"there are latents 0 to {self._table.num_rows - 1}, found {latent}")
+        return self._table.slice(latent, 1).to_pylist()[0]
+
+    def _rows(self, name: str, latent: int) -> list[dict[str, Any]]:
+        """A latent's rows of a file that an analysis may lack."""
+        path = self.folder / name
+        with reading(f"{path}: cannot be read", _AGAIN):
+            return pq.read_table(path, filters=[("latent", "=", latent)]).to_pylist() if path.is_file() else []
+
+    def _histogram(self, latent: int) -> dict[str, Any] | None:
+        """Sizes of activations: the bins' edges, and for each layer its number, the first bin with a count, counts."""
+        if not (rows := self._rows(HISTOGRAMS, latent)):
+            return None
+        edges = json.loads((pq.read_schema(self.folder / HISTOGRAMS).metadata or {}).get(b"edges", b"[]"))
+        found = []
+        for row in rows:
+            some = np.flatnonzero(row["counts"])
+            found.append([row["layer"], int(some[0]), *row["counts"][some[0] : some[-1] + 1]])
+        return {"edges": edges, "rows": found}
+
+    def _examples(self, latent: int) -> list[dict[str, Any]]:
+        """Distinct contexts: each at its strongest layer, with the layers at which it is an example; those that are the
+        strongest of some layer first."""
+        contexts: dict[int, list[dict[str, Any]]] = {}
+        for row in self._rows(EXAMPLES, latent):
+            contexts.setdefault(row["token"], []).append(row)
+        found = []
+        for rows in contexts.values():
+            top = max(rows, key=lambda row: (row["activation"], -row["layer"]))
+            pairs = zip(top["texts"], top["activations"], strict=True)
+            example = {
+                "layer": top["layer"],
+                "layers": sorted(row["layer"] for row in rows),
+                "activation": top["activation"],
+                "tokens": [{"text": text or "", "activation": a or 0.0} for text, a in pairs],
+                "position": top["marked"],
+                "document": top["document"],
+            }
+            found.append((all(row["rank"] for row in rows), -top["activation"], top["token"], example))
+        return [example for *_, example in sorted(found, key=lambda one: one[:3])[:CONTEXTS]]
+
+    def _ends(self, latent: int) -> dict[str, Any]:
+        """The tokens that it promotes and suppresses by the direct path, and whether that is more than chance."""
+        rows = self._rows(LATENT_LOGITS, latent)
+        above = bool(rows) and (rows[0]["unembedding_cosine"] or 0.0) > self._chance
+        ends = {"promotes": "promoted", "suppresses": "suppressed"}
+        return {"logits_above_chance": above} | {
+            name: [
+                {"token": token, "logit": logit}
+                for row in rows
+                for token, logit in zip(row[column], row[f"{column}_logits"], strict=True)
+            ]
+            for name, column in ends.items()
+        }
+
+    @property
+    def _chance(self) -> float:
+        logits = self.summary.get("latent_logits") or {}
+        return logits.get("unembedding_chance_99") or logits.get("unembedding_chance") or 0.0
+
+    def _promoting(self, token: str) -> dict[int, tuple[float, str]]:
+        path = self.folder / LATENT_LOGITS
+        if not path.is_file():
+            raise UsageError(f"{self.folder} does not say what latents promote: {_AGAIN} where the model is at hand")
+        found = {}
+        for row in pq.read_table(path, columns=["latent", "promoted", "unembedding_cosine"]).to_pylist():
+            places = [i for i, text in enumerate(row["promoted"]) if text.strip().lower() == token]
+            if places and (row["unembedding_cosine"] or 0.0) > self._chance:
+                why = f"promotes it, place {places[0] + 1} of {len(row['promoted'])}"
+                found[row["latent"]] = (row["unembedding_cosine"] / (places[0] + 1), why)
+        return found
+
+    def _on_and_off(self, on: str | None, off: str | None) -> dict[int, tuple[float, str]]:
+        off_latents = set(self.live.activations(off).latent.tolist()) if off else set()
+        if on is None:
+            live = np.flatnonzero(self.latents["count"] > 0).tolist()
+            return {latent: (1.0, "off") for latent in live if latent not in off_latents}
+        found = self.live.activations(on)
+        mass = np.bincount(found.latent, found.activation.astype(np.float64))
+        active = np.unique(found.latent).tolist()
+        return {i: (float(mass[i]), f"mass {mass[i]:.3g} in the text") for i in active if i not in off_latents}
+
+
+def _plain(value: Any) -> Any:
+    """Plain values with None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return finite(value) if isinstance(value, float) else value
+
+
+open = Analysis.open
+"""`residscope.open`."""

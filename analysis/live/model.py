@@ -1,0 +1,113 @@
+"""The model and the autoencoder of an analysis, loaded once and asked many times.
+
+The numbers are those of `analyze --prompt`: the same functions make them (`analysis.prompt`).
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis.inputs import Inputs
+from analysis.model.findings import FoundModel
+from analysis.model.transformer import load_of_store
+from analysis.prompt.intervene import LARGEST, Intervention, PromptedModel, PromptRun
+from analysis.prompt.run import plain_effect, plain_prompt, plain_tokens
+from analysis.prompt.view import (
+    Activations,
+    PromptView,
+    Tokens,
+    Usual,
+    activations_of,
+    check_interventions,
+    latents_of,
+    read_prompt,
+)
+from harvest.model.checks import check_logits, check_model
+from residscope.errors import UsageError
+
+MOST_NEW_TOKENS = 64
+
+
+class LiveModel:
+    """What answers for a text of the user's own."""
+
+    def __init__(self, inputs: Inputs, found: FoundModel, usual: Usual) -> None:
+        """Load the weights; usual: how active latents are in the analysis. Raises `ResidscopeError` where model, store
+        and autoencoder do not fit."""
+        assert found.spec is not None
+        self.store, self.layers, self._usual = inputs.store, inputs.layer_numbers, usual
+        model = load_of_store(self.store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
+        check_model(self.store, model, found.lens)
+        self.prompted = PromptedModel(model, inputs.sae.to(model.device), found.lens, self.store.meta.stored_dtype)
+        self.tokenizer = model.tokenizer
+        check_logits(model, torch.from_numpy(self.tokens("a").ids)[None])
+        self.run = lru_cache(maxsize=8)(self._run)
+
+    def tokens(self, text: str) -> Tokens:
+        """As `analyze --prompt` reads it; `UsageError` for a text that is empty or too long."""
+        return read_prompt(self.store, self.tokenizer, self.prompted.model.causal_lm.config, text)
+
+    def _run(self, text: str) -> PromptRun:
+        tokens = self.tokens(text)
+        return PromptRun(self.prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
+
+    def activations(self, text: str) -> Activations:
+        """All activations above zero, at kept positions."""
+        return activations_of(self.prompted, self.tokens(text), self.layers)
+
+    def prompt(self, text: str, most: int) -> dict[str, Any]:
+        """A prompt's part of prompt.json, with at most so many latents, each with its activations in `cells`."""
+        tokens, found, run = self.tokens(text), self.activations(text), self.run(text)
+        view = PromptView(
+            text=text,
+            tokens=tokens,
+            activations=found,
+            latents=latents_of(found, self._usual, int(tokens.kept.sum())),
+            next_tokens=run.next_tokens,
+            results=[],
+            silent=[],
+        )
+        data = plain_prompt(view, self.tokenizer, most)
+        del data["interventions"], data["silent"]
+        order = np.argsort(found.latent, kind="stable")
+        cells = list(zip(*(c[order].tolist() for c in (found.position, found.layer, found.activation)), strict=True))
+        for one in data["latents"]:
+            low, high = np.searchsorted(found.latent[order], [one["latent"], one["latent"] + 1])
+            one["cells"] = [list(cell) for cell in cells[low:high]]
+        return {**data, "layers": self.layers}
+
+    def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], n_tokens: int) -> dict[str, Any]:
+        """What all the changes together do to the next token, and how the text goes on by n_tokens at most."""
+        interventions = [intervention_of(one) for one in changes]
+        check_interventions(interventions, self.prompted.sae.config.n_latents, self.layers)
+        if not 0 <= n_tokens <= MOST_NEW_TOKENS:
+            raise UsageError(f"continue_tokens should be 0 to {MOST_NEW_TOKENS}, found {n_tokens}")
+        placed, run = [one.at(self.layers) for one in interventions], self.run(text)
+        effect = plain_effect(run.effect(placed), self.tokenizer)
+        for token in effect["next_changed"]:
+            token["p"] = token.pop("p_changed")
+        going_on = (run.continued(n_tokens, made) if n_tokens else [] for made in ([], placed))
+        true, changed = ("".join(self.tokenizer.texts(ids)) for ids in going_on)
+        next_true = plain_tokens(run.next_tokens, self.tokenizer, "p")
+        return {**effect, "next_true": next_true, "text_true": true, "text_changed": changed}
+
+
+def intervention_of(change: Mapping[str, Any]) -> Intervention:
+    """An intervention from {kind, latent, layers: [int] or "all", coefficient}; `UsageError` for other values."""
+    kind, latent, layers = change.get("kind"), change.get("latent"), change.get("layers")
+    coefficient = change.get("coefficient") if kind == "steer" else None
+    numbers = [latent, *(layers if isinstance(layers, list | tuple) else [])]
+    if (
+        kind not in ("ablate", "steer")
+        or not all(isinstance(one, int) and not isinstance(one, bool) for one in numbers)
+        or not (layers == "all" or (isinstance(layers, list | tuple) and layers))
+        or (kind == "steer" and not (isinstance(coefficient, int | float) and abs(coefficient) < LARGEST))
+    ):
+        wanted = '{"kind": "ablate" or "steer", "latent": 17, "layers": [3, 4] or "all"}, and for steer a "coefficient"'
+        raise UsageError(f"a change should be {wanted}, found {dict(change)!r:.200}")
+    assert latent is not None
+    layers = "all" if layers == "all" else tuple(sorted(set(layers)))
+    return Intervention(kind=kind, latent=latent, layers=layers, coefficient=coefficient)
