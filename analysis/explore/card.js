@@ -40,7 +40,7 @@ export function cardBody(card) {
     say: (i) => `layer ${layers[i]}: ${format(card[name][i])}`,
   }), () => [["layer", name], ...layers.map((one, i) => [one, card[name][i]])]);
   return [
-    h("p", {}, h("b", {}, "Fires on "), code(card.fires_on)),
+    h("p", {}, h("b", {}, "Fires on "), card.fires_on.length ? code(card.fires_on) : "nothing in particular"),
     h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`)),
       layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button("Steer\u2026", () => change(`steer:${latent}:${layer || "all"}:8`))),
     h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),

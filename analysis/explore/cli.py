@@ -8,7 +8,6 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -71,9 +70,9 @@ def explore(config: ExploreConfig) -> None:
             raise
         what = f"the package {error.name} is missing: install the extra with pip install 'residscope[explore]'"
         raise ResidscopeError(what) from None
-    analysis = import_module("analysis.live.analysis").Analysis.open(
-        folder, store=config.store, sae=config.sae, model=config.model
-    )
+    from analysis.live.analysis import Analysis
+
+    analysis = Analysis.open(folder, store=config.store, sae=config.sae, model=config.model)
     token = secrets.token_urlsafe(18)
     with _listening(config.page.port) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from analysis.live.analysis import Analysis
 from analysis.prompt.run import analyze_prompts
 from tests.support.browser import Tab
 from tests.support.chromium import Page, find_chromium
@@ -47,15 +48,16 @@ class Explored:
 
 @pytest.fixture(scope="module")
 def explored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explored]:
-    live = pytest.importorskip("analysis.live.analysis")
     assert BINARY is not None
     root = tmp_path_factory.mktemp("numbers")
     made = make_harvested(root, "gpt2")
     make_checkpoint(root / "ckpt.pt", made.store)
     where: dict[str, Any] = {"store": made.store.path, "sae": root / "ckpt.pt", "model": str(made.model_folder)}
     options = {"report": False, "downstream_tokens": 40}
-    analyze_prompts(analyze_config(**where, **options, out=root / "out", prompt=(TEXT,), ablate=("5:1", "7:0")))
-    with serving(live.Analysis.open(root / "out", **where)) as served, Page(BINARY, 1200, 900) as page:
+    analyze_prompts(
+        analyze_config(**where, **options, out=root / "out", prompt=(TEXT,), ablate=("5:1", "7:0", "5:all"))
+    )
+    with serving(Analysis.open(root / "out", **where)) as served, Page(BINARY, 1200, 900) as page:
         yield Explored(root / "out", Tab(page, served, tmp_path_factory.mktemp("saved")))
         assert page.console == []
 
@@ -83,7 +85,7 @@ def test_every_activation_and_the_next_tokens_are_those_of_the_prompt(explored: 
 def test_what_a_change_does_is_what_analyze_says(explored: Explored) -> None:
     tab = explored.tab
     for one in explored.prompt["interventions"]:
-        tab.open(f"#text={TEXT}&continued=0&changes=ablate:{one['latent']}:{one['layer']}")
+        tab.open(f"#text={TEXT}&continued=0&changes=ablate:{one['latent']}:{'.'.join(map(str, one['layers']))}")
         said = tab.run("""await until(() => find(".heat")); find("#run").click();
           await until(() => text("#change-status").startsWith("KL")); return text("#change-status");""")
         last, mean = said.removeprefix("KL divergence at the last token ").split(" nats, mean over tokens ")
