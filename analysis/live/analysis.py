@@ -65,8 +65,8 @@ class Analysis:
         place = as_path(folder)
         if not (place / SUMMARY).is_file():
             raise UsageError(f"{folder}: no analysis there (no {SUMMARY}); give the folder that `analyze` wrote")
-        at = [None if one is None else as_path(one) for one in (store, sae)]
-        return cls(place, at[0], at[1], model, lens)
+        places = [None if one is None else as_path(one) for one in (store, sae)]
+        return cls(place, places[0], places[1], model, lens)
 
     @property
     def layer_numbers(self) -> list[int]:
