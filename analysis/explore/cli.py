@@ -70,7 +70,7 @@ def explore(config: ExploreConfig) -> None:
             raise
         what = f"the package {error.name} is missing: install the extra with pip install 'residscope[explore]'"
         raise ResidscopeError(what) from None
-    from analysis.live.analysis import Analysis
+    from analysis.live.opened import Analysis
 
     analysis = Analysis.open(folder, store=config.store, sae=config.sae, model=config.model)
     token = secrets.token_urlsafe(18)

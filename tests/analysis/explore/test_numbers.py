@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.live.analysis import Analysis
+from analysis.live.opened import Analysis
 from analysis.prompt.run import analyze_prompts
 from tests.support.browser import Tab
 from tests.support.chromium import Page, find_chromium

@@ -238,7 +238,8 @@ def test_changes_of_several_layers_are_those_of_hooks_written_out(make: Make) ->
     setting = make("llama")
     model, sae, tokens = setting.made.model, setting.sae, read(setting)
     ids, kept = torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None]
-    first, second = latents_of(activations_of(setting.subject, tokens, setting.layers)).latent[:2].tolist()
+    found = latents_of(activations_of(setting.subject, tokens, setting.layers), Usual(np.zeros(96), 1), 1)
+    first, second = found.latent[:2].tolist()
 
     def hook(module: Any, arguments: Any, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
@@ -352,7 +353,7 @@ def test_the_command_adds_prompts_to_an_analysis_and_keeps_it(
     np.testing.assert_allclose(rows["activation"], expected.activation, rtol=1e-5)
     assert set(rows["token"]) == set(TEXT)
     docs = (DOCS / "outputs.md").read_text(encoding="utf-8").split("## `analyze --prompt")[1].split("\n## ")[0]
-    effect = first["interventions"][0]
+    effect = next(one for one in first["interventions"] if one["increased"])
     changes = [*effect["increased"], *effect["decreased"]][0]
     for name in (*table.columns, *content, *first, *first["tokens"][0], *first["latents"][0], *effect, *changes):
         assert name in docs, name
