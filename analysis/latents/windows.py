@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-CONTEXTS = 24
+CONTEXTS = 16
 """Contexts of a latent that are looked at, at most."""
 
 BEFORE, AFTER = 36, 26

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 PLANS = (
-    *(Plan(CONTEXTS, True, 5), Plan(18, True, 5), Plan(12, True, 5), Plan(8, True, 5), Plan(6, False, 5)),
+    *(Plan(CONTEXTS, True, 5), Plan(12, True, 5), Plan(8, True, 5), Plan(6, False, 5)),
     *(Plan(4, False, 3), Plan(2, False, 1), Plan(1, False, 1), Plan(1, False, 0)),
     *(Plan(1, False, 0, share) for share in (0.75, 0.5, 0.25, 0.1, 0.0)),
 )
