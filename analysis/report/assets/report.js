@@ -34,12 +34,9 @@ function fromHalf(bits) {
 
 /** Rows of parts of the row's highest as rows that sum to 1. */
 function toShares(parts, width) {
-  const shares = Float32Array.from(parts);
-  for (let start = 0; start < shares.length; start += width) {
-    const row = shares.subarray(start, start + width), sum = row.reduce((a, b) => a + b, 0);
-    row.forEach((part, i) => { row[i] = part / sum; });
-  }
-  return shares;
+  const sums = new Float32Array(parts.length / width);
+  parts.forEach((part, i) => { sums[Math.floor(i / width)] += part; });
+  return Float32Array.from(parts, (part, i) => part / sums[Math.floor(i / width)]);
 }
 
 function integer(x) {
@@ -156,13 +153,12 @@ async function latentTable(block) {
   const columns = COLUMNS.filter((c) => (c.words ? words : c.key === null || ["ratio", "match"].includes(c.key) || data[c.key]));
   columns.filter((c) => c.key === "kind").forEach((c) => { c.format = (i) => kinds[i]; });
   const n = data.latent.length;
-  let shownColumns = [];
   data.ratio = Float32Array.from(data.within_token, (within, i) => (within + data.between_tokens[i]) / within);
   const state = { key: "count", down: true, page: 0, rows: [], open: new Set(), asked: "" };
   const [head, body] = [table.tHead, table.tBodies[0]];
   const limits = [...filters.querySelectorAll("[data-column]")];
 
-  let asking = 0;
+  let asking = 0, shownColumns = [];
   async function select() {
     const text = search.value.trim(), mine = ++asking;
     const isText = /[^\d\s,\u2013-]/.test(text), query = isText ? `${within.value} ${text}` : "";
