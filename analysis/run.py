@@ -38,9 +38,8 @@ from train.model import sae_hash
 def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, Any]:
     """Run an analysis, write its files to `config.out_dir`, print its words, and return summary.json's content.
 
-    inputs: what `open_inputs` gave of the configuration's store and autoencoder, if they are open already. Raises
-    `ResidscopeError` or a subclass for what a user can act on: no such or broken store or checkpoint, one that does not
-    fit the other, nothing to analyse, a scheduler that does not answer, a folder that cannot be written.
+    inputs: of `open_inputs`, if they are open already. Raises `ResidscopeError` or a subclass for what a user can act
+    on: store or checkpoint missing, broken or not fitting, nothing to analyse, no answer of a scheduler, a full disk.
     """
     started, workers = time.monotonic(), config.workers
     for path, flag in ((config.out_dir, "--out"), (workers.performance_report, "--performance-report")):

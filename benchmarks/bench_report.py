@@ -108,17 +108,16 @@ await until(() => status.textContent !== before && / of /.test(status.textConten
 
 OPEN = """find('#latent-table .open').click(); await until(() => find('.examples tbody tr'));
 document.documentElement.style.scrollBehavior = 'auto'; find('.detail').scrollIntoView();
-const layers = () => new Set(all('.examples tbody th').map((th) => th.textContent)).size;
-return { example_layers: layers() };"""
+return { contexts: all('.examples tbody tr').length };"""
 
 USE = """const shown = (choice) => all(choice).filter((part) => part.offsetParent).length, state = {};
 state.coloured_tokens = all('.examples i, .examples mark').length;
 const rows = shown('.examples tbody tr'); find('.more')?.click(); await new Promise((next) => setTimeout(next, 300));
-state.further_examples = shown('.examples tbody tr') - rows;
-state.histogram_cells = all('.histogram rect').length;
-const plot = find('.histogram .plot');
+state.further_contexts = shown('.examples tbody tr') - rows;
+state.histogram_cells = all(".map-place canvas").length;
+const plot = find(".map-place canvas");
 plot?.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowUp', bubbles: true, cancelable: true }));
-state.histogram_reads = find('.histogram .readout')?.textContent ?? '';
+state.histogram_reads = find(".map-place .readout")?.textContent ?? '';
 const near = all('.near a'); state.neighbours = near.length;
 if (near.length) { const wanted = near[0].textContent; near[0].click();
   await until(() => find('.detail .head b')?.textContent === `Latent ${wanted}` && find('.examples tbody tr')); }
@@ -153,7 +152,7 @@ def _made(folder: Path, copy: Path) -> Path:
 def _good(found: dict[str, Any]) -> bool:
     silent = not found["console"] and not found["requests"]
     fits = found["fits_width"] and found["header_stays"]
-    return silent and fits and found["first_view_s"] < MAX_SECONDS and found["example_layers"] > 0
+    return silent and fits and found["first_view_s"] < MAX_SECONDS and found["contexts"] > 0
 
 
 def _cell(value: Any) -> str:

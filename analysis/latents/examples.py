@@ -92,11 +92,9 @@ class Examples(NamedTuple):
 class Windows(NamedTuple):
     """What is around each example, R of them."""
 
-    start: NDArray[np.int64]
-    stop: NDArray[np.int64]
-    """[R] the window's tokens, start .. stop - 1 of the store."""
-    activations: NDArray[np.float32]
-    """[R, W] of the example's latent and layer; NaN beyond the window and where a token was not analysed."""
+    start: NDArray[np.int64]  # [R]
+    stop: NDArray[np.int64]  # [R] one past the last token
+    activations: NDArray[np.float32]  # [R, W] of its latent and layer; NaN beyond and where a token was not analysed
 
 
 def examples_per_layer(n_latents: int, n_layers: int) -> int:

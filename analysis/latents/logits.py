@@ -168,8 +168,7 @@ class LatentTokens(NamedTuple):
     chance_embedding: float
     """The same to a token's embedding."""
     chance_99: float
-    """What one random direction in a hundred exceeds, to what a token's logit reads: promoted tokens of a latent above
-    it say more than chance."""
+    """What one random direction in a hundred exceeds, to what a token's logit reads."""
 
     def summary(self) -> dict[str, Any]:
         """The medians over live latents, for summary.json."""

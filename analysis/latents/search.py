@@ -1,29 +1,20 @@
 """Search for latents by the text that they fire on, ranked by how specific a latent is to it.
 
-A query is one or more terms between commas: words, parts of words or phrases; a context counts for the query where it
-counts for any of them. For a context c of a latent (`analysis.latents.windows`), r_c = its activation / the highest of
-the latent's contexts, and
-
-    h_c    1 where a term, whatever its case, begins where a word or a token begins, ends where a word or a token ends,
-           and touches the token that the latent fires on; 1/2 where it ends inside a word; 0 elsewhere
-    score  sum_c r_c h_c / (sum_c r_c + DOUBT)
-    times  score / the mean score of all latents
-
-so the score is the share of the latent's contexts that are about the query, weighted by activation, as if it had
-`DOUBT` more contexts that are not: one context out of one says less than 20 out of 22. report.html ranks by the same
-rule (analysis/report/assets/search.js): change both.
+A query is one or more terms between commas: words, parts of words or phrases. The score of a latent is the share of its
+contexts (`analysis.latents.windows`) that are about the query, weighted by activation, as if it had `DOUBT` more that
+are not: one context out of one says less than 20 out of 22. Exactly: docs/method.md. report.html ranks by the same rule
+(analysis/report/assets/search.js): change both.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from analysis.latents.windows import Context
 
 DOUBT = 2
-SHOWN = {"\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW}", "\r": " "}
-"""What is searched for, and shown, in place of a sign that cannot be seen."""
-
+SHOWN = {"\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW}", "\r": " "}  # in place of what cannot be seen
 _TABLE = str.maketrans(SHOWN)
 
 
@@ -31,14 +22,10 @@ class Hit(NamedTuple):
     """A latent that a query finds."""
 
     latent: int
-    score: float
-    """0 to 1."""
-    times: float
-    """How many times as specific as the average latent."""
-    hits: int
-    """Contexts that count."""
-    contexts: int
-    """Of so many."""
+    score: float  # 0 to 1
+    times: float  # the mean score of all latents
+    hits: int  # contexts that count
+    contexts: int  # of so many
 
     @property
     def why(self) -> str:
@@ -81,21 +68,11 @@ def strength(context: Context, wanted: Sequence[str]) -> float:
     for term in wanted:
         if term not in text:
             continue
-        edges = {0, *_ends(context.lengths)}
+        edges = {*accumulate(ord(sign) - 48 for sign in context.lengths)}  # of tokens, and of words
+        edges.update(found.start() for found in re.finditer(r"(?<!\w)|(?!\w)", text))
         low, high = context.span
         for found in re.finditer(f"(?={re.escape(term)})", text):
             start, end = found.start(), found.start() + len(term)
-            if start < high and end > low and (start in edges or _between_words(text, start)):
-                best = max(best, 1.0 if end in edges or _between_words(text, end) else 0.5)
+            if start < high and end > low and start in edges:
+                best = max(best, 1.0 if end in edges else 0.5)
     return best
-
-
-def _ends(lengths: str) -> list[int]:
-    """Where each token of a window ends."""
-    at = 0
-    return [at := at + ord(sign) - 48 for sign in lengths]
-
-
-def _between_words(text: str, at: int) -> bool:
-    """Whether no word goes on at a place."""
-    return not re.fullmatch(r"\w\w", text[at - 1 : at + 1])

@@ -1,11 +1,10 @@
 """The distinct contexts of each latent, as they are shown and searched: a token at which it is among the most active at
 several layers is one context, with its layers.
 
-Order of a latent's contexts: those that are the strongest of some layer first, then the others; each by the highest
-activation, then by token. So the first few speak for all layers.
-
-A window is shown from `BEFORE` characters before its token to `AFTER` after it, whole tokens only. A token that only
-continues a character has length 0 and is shown with the token that begins it.
+Those that are the strongest of some layer come first, so that few speak for all layers; each by the highest
+activation, then by token. A window is shown from `BEFORE` characters before its token to
+`AFTER` after it, whole tokens only. A token that only continues a character has length 0 and is shown with the token
+that begins it.
 
 Shapes: R rows of examples.parquet, C contexts, W tokens of all windows.
 """
@@ -18,15 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-CONTEXTS = 24
-"""Contexts of a latent that are looked at, at most."""
-
-BEFORE, AFTER = 36, 26
-"""Characters shown around an example's token, at most."""
-
-LEVELS = 36
-"""Levels of an activation, including 0."""
-
+CONTEXTS = 16  # of a latent, at most
+BEFORE, AFTER = 36, 26  # characters shown around a token, at most
+LEVELS = 36  # of an activation, including 0
 _ROWS_AT_ONCE = 2**16
 _DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8).astype("<u4")
 
@@ -34,22 +27,14 @@ _DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8).astyp
 class Context(NamedTuple):
     """A token at which a latent is strongly active, with what is around it."""
 
-    text: str
-    """Of the window."""
-    lengths: str
-    """One character per token of the window, whose code is the token's length plus 48."""
-    place: int
-    """Index of the token in the window."""
-    levels: str
-    """One digit per token, base 36, for its activation: 0 to 35, where 35 is the latent's highest, rounded up."""
-    activation: float
-    """The highest over the layers, three digits."""
-    layer: int
-    """Where that is."""
-    layers: list[int]
-    """Layers at which the token is among the latent's examples, ascending."""
-    foremost: bool
-    """Whether it is the strongest of some layer."""
+    text: str  # of the window
+    lengths: str  # one character per token of the window, whose code is the token's length plus 48
+    place: int  # index of the token in the window
+    levels: str  # a digit per token, base 36, for its activation: 35 is the latent's highest; rounded up
+    activation: float  # the highest over the layers, three digits
+    layer: int  # where that is
+    layers: list[int]  # at which the token is among the latent's examples, ascending
+    foremost: bool  # whether it is the strongest of some layer
 
     @property
     def span(self) -> tuple[int, int]:

@@ -64,8 +64,8 @@ def can_skip(model: LoadedModel, input_ids: Tensor) -> bool:
 @contextmanager
 def changed(model: LoadedModel, layers: Sequence[int], change: Callable[[Any, int], Any]) -> Iterator[None]:
     """While it lasts, the output of each of the blocks `layers` is what `change(output, layer)` makes of it."""
-    hooks = [(lambda module, arguments, output, n=layer: change(output, n), layer) for layer in layers]
-    handles = [model.blocks[layer].register_forward_hook(hook) for hook, layer in hooks]
+    hooks = {layer: lambda module, arguments, output, n=layer: change(output, n) for layer in layers}
+    handles = [model.blocks[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
     try:
         yield
     finally:

@@ -12,9 +12,9 @@ all as means over tokens. *Replaced* are the kept tokens of a sequence; special 
 because no autoencoder was trained on them. *Counted* are the kept tokens of the chosen documents that have a next token
 in their sequence: what is predicted at a kept token. The mean is that of the store's kept tokens at the layer.
 
-How: the model runs on from a block's given output (`analysis.model.continuation`); of several layers, the later ones'
-are replaced on the way, as they come out of what was replaced before. Logits are made from the last
-block's output, a tile of tokens at a time, in float32, so that memory does not grow with tokens x vocabulary.
+How: the model runs on from a block's given output (`analysis.model.continuation`); later layers of a group are replaced
+on the way. Logits are made from the last block's output, a tile of tokens at a time, in float32, so that memory does
+not grow with tokens x vocabulary.
 
 Shapes: B sequences, N positions, D d_model, V vocabulary, L layers, C conditions, G documents, n counted tokens.
 """

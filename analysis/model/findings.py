@@ -39,8 +39,8 @@ DOWNSTREAM_FLOPS = 7.5e12
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 """Bounds of the default number."""
 
-TOGETHER_SHARE = 0.5
-"""Of these tokens, at which several layers are replaced at once."""
+TOGETHER_TOKENS, TOGETHER_SHARE = 128, 0.25
+"""Several layers are replaced at once at this share of the tokens, and at so many at least, where there are."""
 
 
 class FoundModel(NamedTuple):
@@ -61,8 +61,7 @@ class ModelFindings:
     """Of `Downstream.intervals`."""
     which: str = ""
     """Of which tokens downstream quality was measured: "validation" or "analysed"."""
-    together: dict[str, Any] | None = None
-    """Of several layers replaced at once, for the summary."""
+    together: dict[str, Any] | None = None  # of several layers replaced at once, for the summary
     tokens: LatentTokens | None = None
     reason: str | None = None
     """Why there is none of a part that was not turned off; None if all is there."""
@@ -134,7 +133,7 @@ def run_model(
             )
             downstream = measured(max_tokens=n_tokens)
             if groups := groups_of(inputs.layer_numbers):
-                sample = max(min(n_tokens, FEWEST_TOKENS), int(TOGETHER_SHARE * n_tokens))
+                sample = max(min(n_tokens, TOGETHER_TOKENS), int(TOGETHER_SHARE * n_tokens))
                 several = measured(groups=[group.layers for group in groups], max_tokens=sample)
                 together = together_summary(groups, several, downstream)
     except ResidscopeError as error:

@@ -1,9 +1,7 @@
 """Several layers replaced at once: which, and what it costs beside the sum of what each costs alone.
 
-A reconstruction at one layer acts on the true residual stream below it; at several, each acts on what those below it
-made of the stream, so that errors add up, or undo each other: numbers of single layers do not tell (ReSAE, arXiv
-2605.27819). The groups of layers are all, every 2nd, 4th and 8th from the first on, and the first and the last quarter,
-half and three quarters.
+Each reconstruction acts on what those below it made of the stream, so that errors add up, or undo each other, which
+numbers of single layers do not tell (ReSAE, arXiv 2605.27819). Groups: `groups_of`, and docs/method.md.
 """
 
 from collections.abc import Sequence
@@ -21,12 +19,9 @@ NUMBERS = ("delta_ce", "kl", "loss_recovered_mean", "mean_ablation_delta_ce", "m
 class Group(NamedTuple):
     """Layers that are replaced together."""
 
-    kind: str
-    """all, every, first or last."""
-    n: int
-    """Every n-th layer; the first or last n; or the number of all."""
-    layers: tuple[int, ...]
-    """The model's block indices, ascending."""
+    kind: str  # all, every, first or last
+    n: int  # every n-th layer; the first or last n; the number of all
+    layers: tuple[int, ...]  # the model's block indices, ascending
 
 
 def group_words(kind: str, n: int) -> str:
@@ -50,10 +45,10 @@ def together_summary(groups: Sequence[Group], found: Downstream, alone: Downstre
     """`downstream.together` of summary.json. found: of the groups, alone: of each layer by itself."""
     result, single = found.result(), alone.result()
     rows: list[dict[str, Any]] = []
-    for i, group in enumerate(groups):
-        own = np.isin(alone.layers, group.layers)
+    for i, (kind, n, layers) in enumerate(groups):
+        own = np.isin(alone.layers, layers)
         numbers = {name: defined(getattr(result, name)[i]) for name in NUMBERS}
         sums = {f"sum_alone_{name}": defined(getattr(single, name)[own].sum()) for name in ("delta_ce", "kl")}
-        rows.append({"kind": group.kind, "n": group.n, "layers": list(group.layers), **numbers, **sums})
-    sizes = {"n_tokens": int(result.n_tokens), "n_documents": len(found.documents)}
-    return {**sizes, "true_ce": defined(result.true_ce), "groups": rows}
+        rows.append({"kind": kind, "n": n, "layers": list(layers), **numbers, **sums})
+    whole = {"n_tokens": int(result.n_tokens), "n_documents": len(found.documents)}
+    return {**whole, "true_ce": defined(result.true_ce), "groups": rows}

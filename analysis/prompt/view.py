@@ -49,8 +49,7 @@ class Activations(NamedTuple):
 class Usual(NamedTuple):
     """How active latents are in an analysis, to tell what is special about a prompt."""
 
-    total: NDArray[np.float64]
-    """[M] sum of each latent's activations."""
+    total: NDArray[np.float64]  # [M] sum of each latent's activations
     n_tokens: int
 
 

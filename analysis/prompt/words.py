@@ -17,8 +17,7 @@ def prompt_words(content: Mapping[str, Any]) -> str:
             "",
             f"Prompt {quoted(prompt['text'])}: {len(prompt['tokens'])} tokens, {prompt['n_active_latents']:,} latents "
             f"active; most likely next tokens: {likely}.",
-            "Latents most specific to it (mass: sum of activations over tokens and layers; specificity: mass times the "
-            "log of how many times its usual mass that is)",
+            "Most specific latents (specificity: mass, the sum of activations, times the log of how unusual it is)",
             *_latents(prompt),
         ]
         if prompt["interventions"]:
@@ -31,20 +30,13 @@ def prompt_words(content: Mapping[str, Any]) -> str:
 
 
 def _latents(prompt: Mapping[str, Any]) -> list[str]:
+    head = ("latent", "specificity", "mass", "mean layer", "highest activation", "strongest at layer", "at token")
     rows = []
     for one in prompt["latents"][:N_LATENTS]:
-        numbers = (shown(one["mass"]), shown(one["layer_mean"]), str(one["peak_layer"]), shown(one["peak"]))
-        rows.append(
-            (
-                str(one["latent"]),
-                shown(one["specificity"]),
-                *numbers,
-                quoted(prompt["tokens"][one["peak_position"]]["token"]),
-            )
-        )
-    return table(
-        ("latent", "specificity", "mass", "mean layer", "strongest at layer", "highest activation", "at token"), rows
-    )
+        numbers = (shown(one[name]) for name in ("specificity", "mass", "layer_mean", "peak"))
+        where = (str(one["peak_layer"]), quoted(prompt["tokens"][one["peak_position"]]["token"]))
+        rows.append((str(one["latent"]), *numbers, *where))
+    return table(head, rows)
 
 
 def _effects(prompt: Mapping[str, Any]) -> list[str]:

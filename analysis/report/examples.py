@@ -5,12 +5,9 @@ or all of them when a text is searched for. Where all would take more than there
 of `PLANS` that fits, and the page says what. One more block has the words that each latent fires on, for the table.
 
 Content of a latent, empty keys left out: `histogram` (for each layer: its number, the first bin with a count, counts
-from there on), `near` (latent and cosine of its neighbours), `promoted`, `suppressed` (only where its decoder row is
-nearer to a token than random directions are), and of its contexts (`analysis.latents.windows`), in their order,
-
-    texts      [text, lengths, index of its token] of each
-    contexts   columns layer, layers (as "3-7, 9"), activation and levels, and `foremost`: how many of them, the first
-               ones, are the strongest of some layer
+from there on), `near` (latent and cosine of its neighbours), `promoted`, `suppressed` (only where nearer to a token
+than random directions are), and of its contexts (`analysis.latents.windows`) `texts` (text, lengths, place) and
+`contexts` (columns layer, layers, activation, levels; `foremost`: how many, the first, are the strongest of a layer).
 """
 
 import base64
@@ -26,17 +23,10 @@ import pyarrow.parquet as pq
 
 from analysis.latents.windows import CONTEXTS, Context, read_contexts
 
-PER_BLOCK = 64
-"""Live latents in a block."""
-
-BUDGET = 12_600_000
-"""Characters that all blocks together may take, if there is room in the page."""
-
-MAX_CONTEXTS = 2**19
-"""Contexts of all latents that are read."""
-
-_SAMPLED = 16
-"""One block in so many is packed first, to see whether a plan can fit."""
+PER_BLOCK = 64  # live latents
+BUDGET = 12_600_000  # characters of all blocks together, if there is room in the page
+MAX_CONTEXTS = 2**19  # read of all latents
+_SAMPLED = 16  # one block in so many is packed first, to see whether a plan can fit
 
 
 class Plan(NamedTuple):
@@ -45,12 +35,11 @@ class Plan(NamedTuple):
     contexts: int
     histogram: bool
     neighbours: int
-    share: float = 1.0
-    """Of the latents, those that fire most, that have contexts and neighbours at all."""
+    share: float = 1.0  # of the latents, those that fire most, that have any of these
 
 
 PLANS = (
-    *(Plan(CONTEXTS, True, 5), Plan(18, True, 5), Plan(12, True, 5), Plan(8, True, 5), Plan(6, False, 5)),
+    *(Plan(CONTEXTS, True, 5), Plan(12, True, 5), Plan(8, True, 5), Plan(6, False, 5)),
     *(Plan(4, False, 3), Plan(2, False, 1), Plan(1, False, 1), Plan(1, False, 0)),
     *(Plan(1, False, 0, share) for share in (0.75, 0.5, 0.25, 0.1, 0.0)),
 )
@@ -62,8 +51,7 @@ class _Found:
     """Everything about one latent that the first plan keeps."""
 
     contexts: list[Context]
-    order: int
-    """Its place among the latents, the one that fires most first."""
+    order: int  # its place among the latents, the one that fires most first
     words: list[str] = field(default_factory=list)
     histogram: list[list[int]] = field(default_factory=list)
     near: list[list[float]] = field(default_factory=list)
@@ -141,9 +129,7 @@ def _note(plan: Plan, found: list[_Found]) -> str:
     """What is left out, in one sentence; empty where nothing is."""
     left = []
     if any(len(one.contexts) > plan.contexts for one in found):
-        left.append(
-            f"the first {plan.contexts} contexts of a latent" if plan.contexts > 1 else "one context of a latent"
-        )
+        left.append(f"{plan.contexts} context{'s' * (plan.contexts != 1)} of a latent")
     if plan.share < 1:
         left.append(f"of the {round(plan.share * len(found)):,} latents that fire most only")
     if any(one.histogram for one in found) and not plan.histogram:

@@ -66,11 +66,11 @@ def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
     held_out = results.number("validation_fvu")
     ratio_words = f"95 % interval {between(ratio_bounds)}" if ratio_bounds else why_no_ratio(results)
     live_words = f"of {integer(n_latents)}" + (f" ({percent(live / n_latents)})" if n_latents else "")
-    without_few = results.number("reconstruction", "fvu_without_few")
+    few = results.number("reconstruction", "fvu_without_few")
     fvu_words = (
         "lower is better"
         + (f"; 95 % interval {between(fvu_bounds)}" if fvu_bounds else "")
-        + (f"; without few tokens {show(without_few)}" if without_few is not None else "")
+        + (f"; without few tokens {show(few)}" if few is not None else "")
         + (f"; held-out text {show(held_out)}" if held_out is not None else "")
     )
     k_words = f"active latents per vector; k = {integer(results.get('provenance', 'sae', 'k'))}"

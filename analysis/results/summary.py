@@ -64,8 +64,7 @@ class Findings:
     redundancy: Redundancy | None
     views: LatentViews | None
     model: ModelFindings
-    few: str | None
-    """Few tokens that carry much of a layer's variance, in words."""
+    few: str | None  # tokens that carry much of a layer's variance, in words
     seconds: float
 
     @property

@@ -387,6 +387,8 @@ def _summary(
             "norm_folded": True,
             "unembedding_cosine": 0.31,
             "unembedding_chance": 0.2,
+            "unembedding_chance_99": 0.25,
+            "above_chance": 12,
             "embedding_cosine": 0.27,
             "embedding_chance": 0.19,
         },

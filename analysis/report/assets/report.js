@@ -34,12 +34,9 @@ function fromHalf(bits) {
 
 /** Rows of parts of the row's highest as rows that sum to 1. */
 function toShares(parts, width) {
-  const shares = Float32Array.from(parts);
-  for (let start = 0; start < shares.length; start += width) {
-    const row = shares.subarray(start, start + width), sum = row.reduce((a, b) => a + b, 0);
-    row.forEach((part, i) => { row[i] = part / sum; });
-  }
-  return shares;
+  const sums = new Float32Array(parts.length / width);
+  parts.forEach((part, i) => { sums[Math.floor(i / width)] += part; });
+  return Float32Array.from(parts, (part, i) => part / sums[Math.floor(i / width)]);
 }
 
 function integer(x) {
@@ -70,14 +67,14 @@ const COLUMNS = [
   { key: null, name: "P(layer | latent)", hint: "first layer at the left; each row scaled to its own highest layer" },
   { key: "count", name: "Firings", hint: "(token, layer) pairs at which it fired", format: integer },
   { key: "n_tokens", name: "Tokens", hint: "tokens at which it fired at at least one layer", format: integer, rest: true },
-  { key: "mass_share", name: "Share of mass", hint: "of the activation mass of all latents", format: percent, wide: true },
-  { key: "mean", name: "Mean activation", hint: "units of the standardised residual stream", format: show, wide: true },
+  { key: "mass_share", name: "Share of mass", hint: "of the activation mass of all latents", format: percent, rest: true },
+  { key: "mean", name: "Mean activation", hint: "units of the standardised residual stream", format: show, rest: true },
   { key: "layer_mean", name: "Mean layer", hint: "mean of P(layer | latent)", format: show },
   { key: "layer_std", name: "Spread", hint: "standard deviation of P(layer | latent), in layers", format: show },
   { key: "ratio", name: "Aggregate / token", hint: "variance over all tokens / variance within a token", format: show, wide: true },
   { key: "context_overlap", name: "Context overlap", hint: "share of its top contexts that two layers have in common, 0 to 1", format: show, wide: true },
   { key: "entropy", name: "Entropy, bits", hint: "of P(layer | latent)", format: show, rest: true },
-  { key: "n_layers_active", name: "Layers active", hint: "layers at which it fired at least once", format: integer, wide: true },
+  { key: "n_layers_active", name: "Layers active", hint: "layers at which it fired at least once", format: integer, rest: true },
 ];
 
 /** Bars over layers as SVG shapes, 1000 x 1000; with `tips`, each layer says its value when pointed at. */
@@ -156,13 +153,12 @@ async function latentTable(block) {
   const columns = COLUMNS.filter((c) => (c.words ? words : c.key === null || ["ratio", "match"].includes(c.key) || data[c.key]));
   columns.filter((c) => c.key === "kind").forEach((c) => { c.format = (i) => kinds[i]; });
   const n = data.latent.length;
-  let shownColumns = [];
   data.ratio = Float32Array.from(data.within_token, (within, i) => (within + data.between_tokens[i]) / within);
   const state = { key: "count", down: true, page: 0, rows: [], open: new Set(), asked: "" };
   const [head, body] = [table.tHead, table.tBodies[0]];
   const limits = [...filters.querySelectorAll("[data-column]")];
 
-  let asking = 0;
+  let asking = 0, shownColumns = [];
   async function select() {
     const text = search.value.trim(), mine = ++asking;
     const isText = /[^\d\s,\u2013-]/.test(text), query = isText ? `${within.value} ${text}` : "";
@@ -193,7 +189,7 @@ async function latentTable(block) {
   function rowHtml(i) {
     const open = state.open.has(i);
     const cells = shownColumns.map((c) => {
-      if (c.words) return `<td class="words">${words[i].map((word) => `<code>${visible(word)}</code>`).join(" ")}</td>`;
+      if (c.words) return `<td class="words">${words[i].map((word) => `<code>${word.trim() ? visible(word) : visible(word).replaceAll(" ", "\u00b7")}</code>`).join(" ")}</td>`;
       if (!c.key) return `<td class="profile">${bars(profile(data.probs, i, layers))}</td>`;
       const value = c.format(data[c.key][i]);
       return c.key === "latent" ? `<td><button class="open" aria-expanded="${open}">${value}</button></td>` : `<td${c.wide ? ' class="wide"' : ""}>${value}</td>`;
@@ -228,7 +224,7 @@ async function latentTable(block) {
       const sort = c.key === state.key ? ` aria-sort="${state.down ? "descending" : "ascending"}"` : "";
       const arrow = sort ? (state.down ? " \u2193" : " \u2191") : "";
       const name = c.key ? `<button type="button" data-key="${c.key}">${c.name}${arrow}</button>` : c.name;
-      return `<th${c.wide ? ' class="wide"' : ""}${sort} title="${c.hint ?? ""}">${name}</th>`;
+      return `<th${c.wide || c.words ? ` class="${c.words ? "words" : "wide"}"` : ""}${sort} title="${c.hint ?? ""}">${name}</th>`;
     }).join("")}</tr>`;
     body.innerHTML = shown.map(rowHtml).join("");
     for (const place of body.querySelectorAll(".detail")) fillDetail(place).catch(console.error);
@@ -290,7 +286,7 @@ async function latentTable(block) {
     draw();
     body.querySelector(`[data-row="${i}"] .open`).focus({ preventScroll: true });
   });
-  sort.append(...columns.filter((c) => c.key && c.key !== "match").map((c) => new Option(c.name, c.key)));
+  sort.append(...columns.filter((c) => c.key).map((c) => new Option(c.name, c.key)));
   filters.addEventListener("input", (event) => { if (event.target !== sort) select(); });
   sort.addEventListener("change", () => { state.key = sort.value; state.down = sort.value !== "latent"; select(); });
   order.addEventListener("click", () => { state.down = !state.down; select(); });

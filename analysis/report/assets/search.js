@@ -15,24 +15,19 @@ function termsOf(query) {
   return folded(query.replaceAll("\\n", "\n")).join("").split(",").map((part) => part.split(/\s+/).filter(Boolean).join(" ")).filter(Boolean);
 }
 
-/** Whether no word goes on at a place of a list of characters. */
-function betweenWords(signs, at) {
-  const word = (sign) => sign !== undefined && /[\p{L}\p{N}_]/u.test(sign);
-  return !(word(signs[at - 1]) && word(signs[at]));
-}
-
 /** How much a window counts for the terms: 1, 1/2 or 0. */
 function strength([text, lengths, place], terms) {
-  const signs = folded(text), whole = signs.join(""), edges = [0];
+  const plain = /^[\x20-\x7e]*$/.test(text) && text.toLowerCase();
+  if (plain && !terms.some((term) => plain.includes(term))) return 0; // most of them
+  const signs = folded(text), ends = [0], word = (sign) => /[\p{L}\p{N}_]/u.test(sign ?? " ");
+  for (const sign of lengths) ends.push(ends.at(-1) + sign.codePointAt(0) - 48);
+  const edge = (at) => ends.includes(at) || !(word(signs[at - 1]) && word(signs[at])); // of a token or a word
   let best = 0;
-  for (const sign of lengths) edges.push(edges.at(-1) + sign.codePointAt(0) - 48);
-  for (const term of terms.filter((one) => whole.includes(one))) {
+  for (const term of terms) {
     const wanted = [...term];
-    for (let start = Math.max(0, edges[place] - wanted.length + 1); start < edges[place + 1]; start++) {
-      const end = start + wanted.length;
-      if (!wanted.every((sign, i) => signs[start + i] === sign)) continue;
-      if (!edges.includes(start) && !betweenWords(signs, start)) continue;
-      best = Math.max(best, edges.includes(end) || betweenWords(signs, end) ? 1 : 0.5);
+    for (let start = Math.max(0, ends[place] - wanted.length + 1); start < ends[place + 1]; start++) {
+      if (!wanted.every((sign, i) => signs[start + i] === sign) || !edge(start)) continue;
+      best = Math.max(best, edge(start + wanted.length) ? 1 : 0.5);
     }
   }
   return best;
@@ -46,7 +41,7 @@ function rank(contents, query) {
     const sizes = contexts?.activation ?? [], top = Math.max(...sizes);
     let mass = 0, share = 0, hits = 0;
     texts.forEach((window, i) => {
-      const h = quick(window[0], terms) ? strength(window, terms) : 0;
+      const h = strength(window, terms);
       mass += sizes[i] / top;
       share += (sizes[i] / top) * h;
       hits += h > 0;
@@ -58,11 +53,4 @@ function rank(contents, query) {
   });
   for (const hit of found) hit.times = hit.score / (total / contents.length);
   return found.sort((a, b) => b.score - a.score || a.latent - b.latent);
-}
-
-/** Whether a text may hold a term: it surely does not if plain, and without it. */
-function quick(text, terms) {
-  if (/[^\x20-\x7e]/.test(text)) return true;
-  const low = text.toLowerCase();
-  return terms.some((term) => low.includes(term));
 }

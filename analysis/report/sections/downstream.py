@@ -103,10 +103,7 @@ def _together(results: Results) -> str:
         return ""
     head = ("Layers replaced", "delta CE, nats", "sum of single layers", "KL, nats", "sum of single layers")
     names = ("delta_ce", "sum_alone_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean", "mean_ablation_delta_ce")
-    rows = [
-        (escape(group_words(one["kind"], one["n"])), *(show(one.get(name)) for name in names))
-        for one in found["groups"]
-    ]
+    rows = [(escape(group_words(g["kind"], g["n"])), *(show(g.get(name)) for name in names)) for g in found["groups"]]
     introduction = TOGETHER.format(tokens=integer(found["n_tokens"]), true_ce=show(found["true_ce"]))
     return introduction + table((*head, "loss recovered, mean ablation", "mean ablation's delta CE"), rows)
 
@@ -122,8 +119,6 @@ def _tokens(results: Results) -> str:
         for name in ("embedding", "unembedding")
     ]
     if found.get("above_chance") is not None:
-        parts[-1] += (
-            f"; {integer(found['above_chance'])} latents are above {show(found['unembedding_chance_99'])}, which one "
-            "random direction in a hundred exceeds: only of these the page tells what they promote"
-        )
+        level = f"{show(found['unembedding_chance_99'])}, as 1 % of random directions"
+        parts[-1] += f"; {integer(found['above_chance'])} latents are above {level}: only what these promote is shown"
     return f"<p>Are latents tokens? The highest cosine of a live latent's decoder row, median: {', '.join(parts)}.</p>"

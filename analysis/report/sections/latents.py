@@ -11,11 +11,8 @@ from analysis.report.markup import Section, fill, pack_arrays
 WHOLE = ("latent", "count", "n_tokens", "n_layers_active")
 REAL = ("mean", "layer_mean", "layer_std", "within_token", "between_tokens", "entropy")
 
-MOST_NUMBERS = 5_000_000
-"""Characters of the table's numbers, above which they are rounded."""
-
-ROOM = 14_400_000
-"""Characters for all about latents, so that a page stays below 15 MB."""
+MOST_NUMBERS = 5_000_000  # characters of the table's numbers, above which they are rounded
+ROOM = 14_400_000  # characters for all about latents: a page stays below 15 MB
 
 ROUNDED = """ With so many latents the numbers are rounded here (three digits), shares by layer to 1/255 of the
 highest, and firings by layer are left out: latents.parquet has all."""
@@ -28,12 +25,10 @@ def section(results: Results) -> Section:
         return Section("Latents", "<p>No latent fired in these tokens, so there is none to show.</p>")
     kinds = "".join(f"<option>{kind}</option>" for kind in KINDS) if len(results.kinds) else ""
     numbers = _numbers(results)
-    rounded = len(numbers) > MOST_NUMBERS
-    if rounded:
+    if rounded := len(numbers) > MOST_NUMBERS:
         numbers = _numbers(results, rounded=True)
-    chance = results.number("latent_logits", "unembedding_chance_99")
-    chance = results.number("latent_logits", "unembedding_chance") if chance is None else chance
-    budget = ROOM - len(numbers)
+    levels = (results.number("latent_logits", f"unembedding_chance{kind}") for kind in ("_99", ""))
+    chance, budget = next((level for level in levels if level is not None), None), ROOM - len(numbers)
     blocks = example_blocks(results.folder, results.latents["latent"], fired, chance=chance, budget=budget)
     body = fill("latents.html", kinds=kinds, rounded=ROUNDED if rounded else "")
     return Section("Latents", body, numbers + blocks)
@@ -50,7 +45,7 @@ def _numbers(results: Results, *, rounded: bool = False) -> str:
     if len(results.kinds):
         arrays["kind"] = np.array([KINDS.index(kind) for kind in results.kinds], "<u2")
     if rounded:
-        arrays["probs"] = np.ceil(255 * results.probs / results.probs.max(axis=1, keepdims=True)).astype("u1")
+        arrays["probs"] = np.ceil(255 * (results.probs / results.probs.max(axis=1, keepdims=True))).astype("u1")
     else:
         arrays |= {"probs": results.probs.astype("<f2"), "counts": unsigned(results.counts)}
     return pack_arrays("latent-data", arrays, layers=results.layer_numbers, kinds=KINDS, colours=VIRIDIS)

@@ -17,6 +17,7 @@ MOST_DRAWN = 256
 N_ROWS = 12
 """Latents in the table."""
 
+LINK = '<a href="#latent-{0:d}">{0:d}</a>'  # to a latent's row in the table
 INTRODUCTION = """<p>Texts that the user gave, seen through the autoencoder. Activations are in units of the
 standardised residual stream; a map's colours go from 0 to its own highest value. Latents come by specificity:
 activation against what is usual for the latent, so that one that is on in any text comes late, however strong. Greyed
@@ -79,31 +80,12 @@ def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
 
 
 def _latents(prompt: Mapping[str, Any]) -> str:
-    head = (
-        "Latent",
-        "Specificity",
-        "Mass: sum of activations",
-        "Mean layer",
-        "Strongest at layer",
-        "Highest activation",
-        "At token",
-    )
-    rows = []
+    head = ("Latent", "Specificity", "Mass", "Mean layer", "Highest activation", "Strongest at layer", "At token")
+    names, rows = ("specificity", "mass", "layer_mean", "peak"), []
     for one in prompt["latents"][:N_ROWS]:
-        numbers = (
-            show(one.get("specificity")),
-            show(one["mass"]),
-            show(one["layer_mean"]),
-            str(one["peak_layer"]),
-            show(one["peak"]),
-        )
-        rows.append((link(one["latent"]), *numbers, _token(prompt["tokens"][one["peak_position"]]["token"])))
+        where = (str(one["peak_layer"]), _token(prompt["tokens"][one["peak_position"]]["token"]))
+        rows.append((LINK.format(one["latent"]), *(show(one.get(name)) for name in names), *where))
     return table(head, rows)
-
-
-def link(latent: int) -> str:
-    """A latent's number as a link to its row in the table."""
-    return f'<a href="#latent-{int(latent)}">{int(latent)}</a>'
 
 
 def _effects(prompt: Mapping[str, Any]) -> str:
@@ -111,14 +93,8 @@ def _effects(prompt: Mapping[str, Any]) -> str:
     rows = []
     for one in prompt["interventions"]:
         numbers = (show(one["kl_last"]), show(one["kl_mean"]))
-        rows.append(
-            (
-                escape(name_of(one)).replace(f"latent {one['latent']}", f"latent {link(one['latent'])}"),
-                *numbers,
-                _changes(one["increased"]),
-                _changes(one["decreased"]),
-            )
-        )
+        name = escape(name_of(one)).replace(f"latent {one['latent']}", f"latent {LINK.format(one['latent'])}")
+        rows.append((name, *numbers, _changes(one["increased"]), _changes(one["decreased"])))
     return table(("Change at every kept token", *kl, "Rises most", "Falls most"), rows, "effects")
 
 

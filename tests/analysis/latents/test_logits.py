@@ -86,7 +86,9 @@ def test_a_direction_is_named_as_the_model_itself_reads_it(models: dict[str, Loa
     np.testing.assert_array_equal(found.promoted, own.topk(3).indices.numpy())
     path = tmp_path / "latent_logits.parquet"
     embedding = Nearest(np.array([0.5, 0.25, 1], np.float32), np.array([65, 66, 200]))
-    tokens = LatentTokens(np.array([4, 7, 9]), found, embedding, 0.1, 0.15, 0.2)
+    tokens = LatentTokens(np.array([4, 7, 9]), found, embedding, 0.1, 0.2, float(np.median(found.cosine)))
+    assert tokens.summary()["above_chance"] == 1  # of three
+    assert tokens.summary()["unembedding_chance_99"] == tokens.chance_99
     write_latent_tokens(path, tokens, model.tokenizer)
     table = pq.read_table(path)
     assert table.schema.equals(COLUMNS)

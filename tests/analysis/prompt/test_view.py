@@ -353,8 +353,8 @@ def test_the_command_adds_prompts_to_an_analysis_and_keeps_it(
     np.testing.assert_allclose(rows["activation"], expected.activation, rtol=1e-5)
     assert set(rows["token"]) == set(TEXT)
     docs = (DOCS / "outputs.md").read_text(encoding="utf-8").split("## `analyze --prompt")[1].split("\n## ")[0]
-    effect = next(one for one in first["interventions"] if one["increased"])
-    changes = [*effect["increased"], *effect["decreased"]][0]
+    effect = first["interventions"][0]
+    changes = next(one for found in first["interventions"] for one in (*found["increased"], *found["decreased"]))
     for name in (*table.columns, *content, *first, *first["tokens"][0], *first["latents"][0], *effect, *changes):
         assert name in docs, name
     report = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -126,7 +126,7 @@ def test_where_it_does_not_fit_the_foremost_contexts_stay_and_the_page_says_so(
         for rank in range(2)
     ] + [row(9, 0, 0, 1.0, ["nine"], 0)]
     write(tmp_path, rows)
-    plans = (Plan(30, True, 5), Plan(3, True, 1), Plan(1, False, 0, 0.7), Plan(0, False, 0, 0.0))
+    plans = (Plan(16, True, 5), Plan(3, True, 1), Plan(1, False, 0, 0.7), Plan(0, False, 0, 0.0))
     monkeypatch.setattr(report_examples, "PLANS", plans)
     counts = np.zeros((10, 9, N_BINS), np.uint32)
     counts[3, 4, 7:10] = [2, 0, 5]
@@ -135,7 +135,7 @@ def test_where_it_does_not_fit_the_foremost_contexts_stay_and_the_page_says_so(
     assert f'data-edges="{json.dumps([float(f"{edge:.4g}") for edge in EDGES])}"' in html
     note, (latent, *_) = unpacked(html)
     contexts = latent["contexts"]
-    assert contexts["layer"] == [4, 3, 5, 2, 6, 1, 7, 0, 8, 4, 3, 5, 2, 6, 1, 7, 0, 8]
+    assert contexts["layer"] == [4, 3, 5, 2, 6, 1, 7, 0, 8, 4, 3, 5, 2, 6, 1, 7]  # 16 are read
     assert contexts["foremost"] == 9
     assert note == ""
     assert latent["histogram"] == [[4, 7, 2, 0, 5]]
@@ -145,13 +145,13 @@ def test_where_it_does_not_fit_the_foremost_contexts_stay_and_the_page_says_so(
     note, (latent, *_) = unpacked(example_blocks(tmp_path, LATENTS, FIRED, budget=room))
     assert latent["contexts"]["layer"] == [4, 3, 5]
     assert len(latent["near"]) == 1
-    assert "the first 3 contexts of a latent, 1 neighbour; the parquet files" in note
+    assert "3 contexts of a latent, 1 neighbour; the parquet files" in note
 
     monkeypatch.setattr(report_examples, "PLANS", plans[2:3])  # latent 3 fires least
     note, (latent, _, ninth) = unpacked(example_blocks(tmp_path, LATENTS, FIRED, budget=10))
     assert latent == {}
     assert ninth["texts"] == [["nine", "4", 0]]
-    assert "one context of a latent, of the 2 latents that fire most only, no histogram, no neighbours" in note
+    assert "1 context of a latent, of the 2 latents that fire most only, no histogram, no neighbours" in note
 
 
 def test_nothing_to_show_no_block(tmp_path: Path) -> None:

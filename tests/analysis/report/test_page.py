@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from analysis.latents.table import KINDS
 from analysis.report.data import Results, load_results
 from analysis.report.markup import EN_DASH, pack_arrays, page_file, show
 from analysis.report.page import SECTIONS, render_report, write_report
-from analysis.report.sections import nulls, persistence, reconstruction
+from analysis.report.sections import latents, nulls, persistence, reconstruction
 from analysis.report.sections.latents import unsigned
 from tests.support.page import Page, unpack
 from tests.support.results import write_results
@@ -252,6 +253,66 @@ def test_layers_carry_the_numbers_of_the_model(tmp_path: Path) -> None:
 def test_a_large_dictionary_stays_small(tmp_path: Path) -> None:
     path = write_results(tmp_path, n_layers=30, n_latents=9216)
     assert len(render_report(load_results(path))) < 3_000_000
+
+
+def test_with_very_many_latents_numbers_are_rounded_and_the_page_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents, "MOST_NUMBERS", 1000)
+    results = load_results(write_results(tmp_path, n_layers=6, n_latents=300))
+    page = Page(render_report(results))
+    assert "the numbers are rounded here" in page.text
+    data = unpack(page, "latent-data")
+    assert "counts" not in data
+    np.testing.assert_array_equal(data["latent"], results.latents["latent"])
+    np.testing.assert_array_equal(data["count"], results.latents["count"])
+    np.testing.assert_allclose(data["layer_mean"], results.latents["layer_mean"], rtol=1e-3)
+    shares = data["probs"].reshape(results.probs.shape).astype(np.float64)
+    np.testing.assert_array_equal(shares > 0, results.probs > 0)
+    np.testing.assert_allclose(shares / shares.sum(axis=1, keepdims=True), results.probs, atol=6 / 255)
+
+
+def test_numbers_and_contexts_share_the_room_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+
+    def blocks(folder: Path, numbers: np.ndarray, fired: np.ndarray, **options: Any) -> str:
+        given.update(options)
+        return "<b></b>"
+
+    monkeypatch.setattr(latents, "example_blocks", blocks)
+    results = load_results(write_results(tmp_path, n_layers=3, n_latents=40))
+    section = latents.section(results)
+    assert given == {"chance": 0.25, "budget": latents.ROOM - len(section.data) + len("<b></b>")}
+    del results.summary["latent_logits"]["unembedding_chance_99"]  # of an earlier version
+    latents.section(results)
+    assert given["chance"] == results.summary["latent_logits"]["unembedding_chance"]
+
+
+def test_few_tokens_are_named_beside_fvu(tmp_path: Path) -> None:
+    def few(summary: dict[str, Any]) -> None:
+        summary["reconstruction"] |= {"few_tokens": "89 % of it is in 3 tokens: ' <loop>'", "fvu_without_few": 0.4375}
+
+    folder = write_results(tmp_path, n_layers=3, n_latents=40, change=few)
+    table = pq.read_table(folder / "layers.parquet")
+    pq.write_table(table.append_column("fvu_without_few", table["fvu"]), folder / "layers.parquet")
+    text = Page(render_report(load_results(folder))).text
+    assert "89 % of it is in 3 tokens: ' <loop>'. FVU is a ratio" in text
+    assert "without few tokens 0.438" in text
+    assert text.count("without few tokens") > 2
+
+
+def test_several_layers_at_once_stand_beside_the_sum_of_single_ones(tmp_path: Path) -> None:
+    numbers = {"delta_ce": 7.125, "kl": 6.5, "loss_recovered_mean": -0.125, "mean_ablation_delta_ce": 6.25}
+    numbers |= {"sum_alone_delta_ce": 5.75, "sum_alone_kl": 9.5}
+    groups = [{"kind": kind, "n": n, **numbers} for kind, n in (("all", 30), ("every", 2), ("last", 7))]
+    found = {"n_tokens": 1234, "true_ce": 2.5, "groups": groups}
+    folder = write_results(
+        tmp_path, n_layers=3, n_latents=40, change=lambda summary: summary["downstream"].update(together=found)
+    )
+    text = Page(render_report(load_results(folder))).text
+    assert "at 1,234 of the tokens" in text
+    for name in ("all 30", "every 2nd", "last 7"):
+        assert f"{name}7.125.756.509.50\N{MINUS SIGN}0.1256.25" in text
 
 
 def test_the_page_files_travel_with_the_package() -> None:
