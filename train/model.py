@@ -6,8 +6,7 @@ on its own or by its layer, then
     z = W_enc (x_std - b_pre) + b_enc   h = the active ones of z, the k largest or as the variant has it
     x_hat_std = W_dec^T h + b_pre       x_hat = x_hat_std * (std + eps) + mean
 
-Both weights are stored as [n_latents, d_model], so that a latent is a row of each and gathers read whole rows. Encoding
-never holds more than a tile of the [N, n_latents] pre-activations (`train.kernels.encode`).
+Both weights are [n_latents, d_model]: a latent is a row of each. Encoding holds a tile of pre-activations at a time.
 
 Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
 """
