@@ -146,7 +146,7 @@ def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:
     ],
 )
 def test_a_change_that_makes_no_sense_is_refused(opened: Analysis, change: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="a change should be|has latents 0 to 95|trained on layers"):
+    with pytest.raises(UsageError, match=r"a change should be|has latents 0 to 95|trained on layers"):
         opened.intervene(TEXT, [change])
     with pytest.raises(UsageError, match="0 to 64, found 65"):
         opened.intervene(TEXT, [], 65)
