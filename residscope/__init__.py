@@ -26,9 +26,12 @@ _MODULES = {
     "WindowLoader": "store.loader",
     "analyze": "analysis.run",
     "dask_array": "store.dask_arrays",
+    "from_flat": "residscope.options",
     "harvest": "harvest.run",
     "load_checkpoint": "train.checkpoint",
+    "open": "analysis.live.analysis",
     "read_sae": "train.formats.files",
+    "steer": "analysis.live.model",
     "train": "train.run",
 }
 __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -65,8 +65,8 @@ class Analysis:
         place = as_path(folder)
         if not (place / SUMMARY).is_file():
             raise UsageError(f"{folder}: no analysis there (no {SUMMARY}); give the folder that `analyze` wrote")
-        places = (None if one is None else as_path(one) for one in (store, sae))
-        return cls(place, *places, model, lens)
+        places = [None if one is None else as_path(one) for one in (store, sae)]
+        return cls(place, places[0], places[1], model, lens)
 
     @property
     def layer_numbers(self) -> list[int]:
@@ -185,7 +185,7 @@ class Analysis:
                 (numbers[-1] if to_layer is None else to_layer),
             )
             there = (numbers >= low) & (numbers <= high)
-            share = np.stack(self.latents["probs"].to_numpy()[live])[:, there].sum(axis=1)
+            share = np.stack(self.latents["probs"].tolist())[live][:, there].sum(axis=1)
             words = f"of its activation at layers {low} to {high}"
             pairs = zip(live.tolist(), share.tolist(), strict=True)
             found.append({i: (s, f"{100 * s:.0f} % {words}") for i, s in pairs if s >= SHARE})

@@ -3,7 +3,8 @@
 The numbers are those of `analyze --prompt`: the same functions make them (`analysis.prompt`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from analysis.inputs import Inputs
 from analysis.model.findings import FoundModel
 from analysis.model.transformer import load_of_store
-from analysis.prompt.intervene import LARGEST, Intervention, PromptedModel, PromptRun
+from analysis.prompt.intervene import LARGEST, Intervention, PromptedModel, PromptRun, changing
 from analysis.prompt.run import plain_effect, plain_prompt, plain_tokens
 from analysis.prompt.view import (
     Activations,
@@ -24,8 +25,11 @@ from analysis.prompt.view import (
     latents_of,
     read_prompt,
 )
+from harvest.lens.translators import TunedLens
+from harvest.model.blocks import find_blocks, n_layers_of
 from harvest.model.checks import check_logits, check_model
 from residscope.errors import UsageError
+from train.model import MLSAE
 
 MOST_NEW_TOKENS = 64
 
@@ -91,6 +95,23 @@ class LiveModel:
         true, changed = ("".join(self.tokenizer.texts(ids)) for ids in going_on)
         next_true = plain_tokens(run.next_tokens, self.tokenizer, "p")
         return {**effect, "next_true": next_true, "text_true": true, "text_changed": changed}
+
+
+@contextmanager
+def steer(
+    model: Any, sae: MLSAE, changes: Sequence[Mapping[str, Any]], *, lens: TunedLens | None = None
+) -> Iterator[None]:
+    """Within it a `transformers` model runs and generates with `changes`, which are as of `Analysis.intervene`.
+
+    By hooks on its blocks, nothing else: so they work under nnsight and TransformerLens too, given the module inside.
+    All positions are changed but the first of a longer sequence. lens: what the autoencoder's store went through."""
+    blocks = find_blocks(model, n_layers_of(model.config))
+    every = sae.config.layers or range(len(blocks))
+    interventions = [intervention_of(one).at(every) for one in changes]
+    check_interventions(interventions, sae.config.n_latents, every)
+    prompted = PromptedModel(model, sae.to(next(blocks.parameters()).device), lens, "float32")
+    with changing(prompted, blocks, interventions):
+        yield
 
 
 def intervention_of(change: Mapping[str, Any]) -> Intervention:

@@ -1,0 +1,152 @@
+"""An analysis opened again: its numbers are those of the files, its search's those of a search written out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from analysis.live.analysis import Analysis
+from residscope.errors import IncompatibleError, UsageError
+from tests.support.harvested import make_checkpoint
+from tests.support.live import TEXT, Live, make_live
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Live:
+    return make_live(tmp_path_factory.mktemp("live"))
+
+
+@pytest.fixture(scope="module")
+def opened(live: Live) -> Analysis:
+    return live.open()
+
+
+def test_a_card_has_the_numbers_of_the_files(live: Live, opened: Analysis) -> None:
+    table = pd.read_parquet(live.folder / "latents.parquet")
+    examples = pd.read_parquet(live.folder / "examples.parquet")
+    logits = {row["latent"]: row for row in pq.read_table(live.folder / "latent_logits.parquet").to_pylist()}
+    histograms = pd.read_parquet(live.folder / "histograms.parquet")
+    for latent in table["latent"][table["count"] > 0].tolist()[:20]:
+        card, row = opened.card(latent), table.iloc[latent]
+        json.dumps(card, allow_nan=False)
+        for name in ("latent", "count", "layer_mean", "n_layers_active"):
+            assert card[name] == row[name]
+        for name in ("counts", "means", "probs"):
+            expected = [None if np.isnan(value) else value for value in row[name].tolist()]
+            assert card[name] == expected
+        own = examples[examples["latent"] == latent]
+        assert {(one["document"], tuple(one["layers"])) for one in card["examples"]} == {
+            (rows["document"].iloc[0], tuple(sorted(rows["layer"]))) for _, rows in own.groupby("token")
+        }
+        assert max(one["activation"] for one in card["examples"]) == own["activation"].max()
+        for one in card["examples"]:
+            assert one["tokens"][one["position"]]["activation"] == pytest.approx(one["activation"])
+        assert [one["token"] for one in card["promotes"]] == logits[latent]["promoted"]
+        assert [one["logit"] for one in card["suppresses"]] == logits[latent]["suppressed_logits"]
+        counts = histograms[histograms["latent"] == latent]["counts"]
+        assert sum(sum(row[2:]) for row in card["histogram"]["rows"]) == sum(map(sum, counts)) == row["count"]
+    dead = int(table["latent"][table["count"] == 0].iloc[0]) if (table["count"] == 0).any() else None
+    if dead is not None:
+        card = opened.card(dead)
+        assert (card["layer_mean"], card["histogram"], card["examples"]) == (None, None, [])
+    with pytest.raises(UsageError, match="there are latents 0 to 95, found 96"):
+        opened.card(96)
+
+
+def test_tables_are_the_files(live: Live, opened: Analysis) -> None:
+    pd.testing.assert_frame_equal(opened.latents, pd.read_parquet(live.folder / "latents.parquet"))
+    pd.testing.assert_frame_equal(opened.layers, pd.read_parquet(live.folder / "layers.parquet"))
+    assert opened.summary == json.loads((live.folder / "summary.json").read_text())
+
+
+def test_a_prompt_has_the_numbers_of_the_command(live: Live, opened: Analysis) -> None:
+    first = opened.prompt(TEXT, 300).data
+    latent = first["latents"][0]["latent"]
+    words = ["--ablate", f"{latent}:all", "--steer", f"{latent}:0,2:3.5", "--json"]
+    written = live.analyze("--prompt", TEXT, *words)["prompts"][0]
+    for name in ("text", "tokens", "next", "n_active_latents"):
+        assert first[name] == written[name]
+    mine = {one["latent"]: one for one in first["latents"]}
+    for one in written["latents"]:
+        assert {name: mine[one["latent"]][name] for name in one} == one
+    rows = pd.read_parquet(live.folder / "prompt.parquet")
+    for one in first["latents"]:
+        own = rows[rows["latent"] == one["latent"]]
+        assert one["cells"] == [list(cell) for cell in zip(own.position, own.layer, own.activation, strict=True)]
+    changes: list[dict[str, Any]] = [
+        {"kind": "ablate", "latent": latent, "layers": "all"},
+        {"kind": "steer", "latent": latent, "layers": [0, 2], "coefficient": 3.5},
+    ]
+    for change, expected in zip(changes, written["interventions"], strict=True):
+        effect = opened.intervene(TEXT, [change])
+        for name in ("kl_last", "kl_mean", "increased", "decreased"):
+            assert effect[name] == expected[name]
+        assert [one["p"] for one in effect["next_changed"]] == [one["p_changed"] for one in expected["next_changed"]]
+        assert [one["p"] for one in effect["next_true"]] == [one["p_true"] for one in written["next"]]
+    assert opened.prompt(TEXT, 2).data["latents"] == first["latents"][:2]
+
+
+def test_search_by_text_layers_and_profile(live: Live, opened: Analysis) -> None:
+    table = opened.latents
+    found = opened.search(tokens="a", limit=200)
+    assert found
+    assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
+    late = opened.search(from_layer=1, to_layer=2, limit=200)
+    assert {one["latent"] for one in late} == {
+        i for i in table["latent"][table["count"] > 0] if sum(table["probs"][i][1:3]) >= 0.5
+    }
+    kind = table["profile"][table["count"] > 0].iloc[0]
+    same = {one["latent"] for one in opened.search(profile=kind, limit=200)}
+    assert same == set(table["latent"][(table["profile"] == kind) & (table["count"] > 0)])
+    both = {one["latent"] for one in opened.search(tokens="a", profile=kind, limit=200)}
+    assert both == same & {one["latent"] for one in found}
+    assert opened.search() == []
+    on, off = (set(opened.live.activations(text).latent.tolist()) for text in (TEXT, "zzz"))
+    assert {one["latent"] for one in opened.search(on=TEXT, off="zzz", limit=200)} == on - off
+
+
+def test_search_by_what_is_promoted(live: Live, opened: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(opened.summary, "latent_logits", {"unembedding_chance": -1.0})
+    rows = pq.read_table(live.folder / "latent_logits.parquet").to_pylist()
+    token = rows[3]["promoted"][0].strip().lower()
+    expected = {row["latent"] for row in rows if token in [one.strip().lower() for one in row["promoted"]]}
+    assert {one["latent"] for one in opened.search(promotes=token, limit=200)} == expected
+    monkeypatch.setitem(opened.summary, "latent_logits", {"unembedding_chance_99": 2.0})
+    assert opened.search(promotes=token) == []
+
+
+def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no analysis there"):
+        Analysis.open(tmp_path)
+    with pytest.raises(UsageError, match=r"its store was not found at .*nowhere; say where it is: store="):
+        _ = Analysis.open(live.folder, store=tmp_path / "nowhere").live
+    make_checkpoint(tmp_path / "other.pt", live.made.store, k=4)
+    with pytest.raises(IncompatibleError, match="give the store and sae of it"):
+        _ = Analysis.open(live.folder, sae=tmp_path / "other.pt").live
+    with pytest.raises(UsageError, match="give its path with --model"):
+        _ = Analysis.open(live.folder).live
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"kind": "push", "latent": 3, "layers": [1]},
+        {"kind": "ablate", "latent": True, "layers": [1]},
+        {"kind": "ablate", "latent": 3, "layers": []},
+        {"kind": "ablate", "latent": 3, "layers": ["1"]},
+        {"kind": "steer", "latent": 3, "layers": [1]},
+        {"kind": "steer", "latent": 3, "layers": [1], "coefficient": float("nan")},
+        {"kind": "ablate", "latent": 96, "layers": [1]},
+        {"kind": "ablate", "latent": 3, "layers": [7]},
+    ],
+)
+def test_a_change_that_makes_no_sense_is_refused(opened: Analysis, change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"a change should be|has latents 0 to 95|trained on layers"):
+        opened.intervene(TEXT, [change])
+    with pytest.raises(UsageError, match="0 to 64, found 65"):
+        opened.intervene(TEXT, [], 65)
