@@ -29,7 +29,7 @@ _MODULES = {
     "from_flat": "residscope.options",
     "harvest": "harvest.run",
     "load_checkpoint": "train.checkpoint",
-    "open": "analysis.live.analysis",
+    "open": "analysis.live.opened",
     "read_sae": "train.formats.files",
     "steer": "analysis.live.model",
     "train": "train.run",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.cli import main
-from analysis.live.analysis import Analysis
+from analysis.live.opened import Analysis
 from tests.support.harvested import Harvested, make_checkpoint, make_harvested
 from train.model import MLSAE
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.live.analysis import Analysis
+from analysis.live.opened import Analysis
 from residscope.errors import IncompatibleError, UsageError
 from tests.support.harvested import make_checkpoint
 from tests.support.live import TEXT, Live, make_live
