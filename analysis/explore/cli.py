@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import residscope
 from analysis.config import AnalyzeConfig
 from analysis.results.folder import SUMMARY
 from residscope.console import run_command
@@ -70,9 +71,7 @@ def explore(config: ExploreConfig) -> None:
             raise
         what = f"the package {error.name} is missing: install the extra with pip install 'residscope[explore]'"
         raise ResidscopeError(what) from None
-    from analysis.live.opened import Analysis
-
-    analysis = Analysis.open(folder, store=config.store, sae=config.sae, model=config.model)
+    analysis = residscope.open(folder, store=config.store, sae=config.sae, model=config.model)
     token = secrets.token_urlsafe(18)
     with _listening(config.page.port) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"

@@ -6,6 +6,10 @@ const DEFAULTS = {
   view: "sentence", text: "", latent: "", layer: "", token: "", sort: "layer_mean", shown: "24", pins: "", measure: "probs",
   changes: "", continued: "16", tokens: "", promotes: "", on: "", off: "", from_layer: "", to_layer: "", profile: "",
 };
+const KNOWN = {
+  view: ["sentence", "search", "compare", "layers"], sort: ["layer_mean", "mass", "specificity"],
+  shown: ["12", "24", "48", "96"], measure: ["probs", "counts", "means"],
+};
 export const state = { ...DEFAULTS };
 const watchers = [];
 
@@ -35,7 +39,7 @@ export function set(changes, quiet = false) {
 
 /** Take the state from the address; `first`: as if all of it were new. */
 export function read(first = false) {
-  const given = [...new URLSearchParams(location.hash.slice(1))].filter(([key]) => key in DEFAULTS);
+  const given = [...new URLSearchParams(location.hash.slice(1))].filter(([key, value]) => key in DEFAULTS && (KNOWN[key]?.includes(value) ?? true));
   arrive({ ...DEFAULTS, ...Object.fromEntries(given) }, first);
 }
 addEventListener("popstate", () => read());

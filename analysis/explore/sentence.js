@@ -18,11 +18,14 @@ const ORDERS = {
   layer_mean: (a, b) => a.layer_mean - b.layer_mean, mass: (a, b) => b.mass - a.mass, specificity: (a, b) => b.specificity - a.specificity,
 };
 
+/** The place of the chosen token, or -1. */
+const tokenChosen = () => (state.token !== "" && prompt.tokens[state.token]?.kept ? Number(state.token) : -1);
+
 /** The latents that are shown: those on at the chosen token, or anywhere; the foremost, then in the order of mean layer. */
 function chosen() {
-  const token = state.token === "" ? null : Number(state.token), many = Number(state.shown);
-  const here = (one) => token === null || one.cells.some((cell) => cell[0] === token);
-  const at = (one) => (token === null ? one.mass : one.cells.reduce((sum, cell) => sum + (cell[0] === token ? cell[2] : 0), 0));
+  const token = tokenChosen(), many = Number(state.shown);
+  const here = (one) => token < 0 || one.cells.some((cell) => cell[0] === token);
+  const at = (one) => (token < 0 ? one.mass : one.cells.reduce((sum, cell) => sum + (cell[0] === token ? cell[2] : 0), 0));
   const foremost = state.sort === "specificity" ? (a, b) => b.specificity - a.specificity : (a, b) => at(b) - at(a);
   const found = prompt.latents.filter(here);
   return { total: found.length, found: found.sort(foremost).slice(0, many).sort(ORDERS[state.sort]) };
@@ -31,7 +34,7 @@ function chosen() {
 function draw() {
   find("sentence-found").hidden = !prompt;
   if (!prompt) return;
-  const { tokens, layers } = prompt, { total, found } = chosen(), token = state.token === "" ? -1 : Number(state.token);
+  const { tokens, layers } = prompt, { total, found } = chosen(), token = tokenChosen();
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or go to a map and use the arrow keys. Rows are layers, the first at the bottom; columns are tokens.");
   const word = (c) => `token ${c} ${quoted(tokens[c].token)}`;
   fill(find("tokens"), h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),

@@ -1,6 +1,6 @@
 """The server of `residscope explore`: a page's files, and an analysis as JSON, for browsers on this machine only.
 
-What it answers is what the methods of `analysis.live.opened.Analysis` return, and nothing else: numbers are made
+What it answers is what the methods of `residscope.open`'s analysis return, and nothing else: numbers are made
 there. Every answer of the API needs the token of the page's address in a header, which no page of another site knows
 or may send, and a Host that names this machine, so that no other name can be made to point here (DNS rebinding). The
 page may load nothing but this server's files, and runs no script that is not one of them.

@@ -13,17 +13,13 @@ from typing import Any
 
 import pytest
 
+import residscope
 from analysis.explore.cli import main
 
 STUBBED = """
-import sys, types
+import sys, residscope
 from tests.support.explored import Stub
-class Analysis(Stub):
-    @classmethod
-    def open(cls, folder, **given): return cls()
-sys.modules["analysis.live"] = types.ModuleType("analysis.live")
-sys.modules["analysis.live.opened"] = types.ModuleType("analysis.live.opened")
-sys.modules["analysis.live.opened"].Analysis = Analysis
+residscope.open = lambda folder, **given: Stub()
 from residscope.cli import main
 raise SystemExit(main(sys.argv[1:]))
 """
@@ -80,10 +76,7 @@ def test_a_port_that_is_no_port_or_taken(
 ) -> None:
     assert main([*flags, "--port", "70000"]) == 2
     assert "--port should be from 0 to 65535, found 70000" in capsys.readouterr().err
-    live: Any = ModuleType("analysis.live.opened")
-    live.Analysis = type("Analysis", (), {"open": lambda *given, **named: None})
-    monkeypatch.setitem(sys.modules, "analysis.live", ModuleType("analysis.live"))
-    monkeypatch.setitem(sys.modules, "analysis.live.opened", live)
+    monkeypatch.setattr(residscope, "open", lambda *given, **named: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main([*flags, "--port", port]) == 1

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.live.opened import Analysis
+import residscope
 from analysis.prompt.run import analyze_prompts
 from tests.support.browser import Tab
 from tests.support.chromium import Page, find_chromium
@@ -57,7 +57,7 @@ def explored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explored]:
     analyze_prompts(
         analyze_config(**where, **options, out=root / "out", prompt=(TEXT,), ablate=("5:1", "7:0", "5:all"))
     )
-    with serving(Analysis.open(root / "out", **where)) as served, Page(BINARY, 1200, 900) as page:
+    with serving(residscope.open(root / "out", **where)) as served, Page(BINARY, 1200, 900) as page:
         yield Explored(root / "out", Tab(page, served, tmp_path_factory.mktemp("saved")))
         assert page.console == []
 

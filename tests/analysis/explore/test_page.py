@@ -295,6 +295,12 @@ def test_every_view_is_in_the_address_and_back_goes_back(tab: Explored) -> None:
       return link.href;""").startswith(tab.served.address)
 
 
+def test_an_address_that_makes_no_sense_breaks_nothing(tab: Explored) -> None:
+    tab.open(f"{SENTENCE}&token=99&sort=x&shown=-1&latent=a&layer=z&pins=b,7&measure=y&changes=a:b&nothing=1&view=evil")
+    tab.run("""await until(() => all(".heat").length === 3 && text("#card").includes("latent"));
+      find("#to-compare").click(); await until(() => all("#compared article").length === 1);""")
+
+
 def test_of_ten_sentences_typed_in_a_row_the_last_is_shown(tab: Explored) -> None:
     tab.open()
     tab.planted._work = lambda name, given: time.sleep(0.02)

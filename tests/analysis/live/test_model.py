@@ -1,0 +1,41 @@
+"""Steering a plain model: the same as hooks written out, at each new token too, and nothing is left behind."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.live.model import steer
+from residscope.errors import UsageError
+from tests.support.harvested import make_checkpoint, make_harvested
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_plain_model_is_steered(tmp_path: Path, architecture: str) -> None:
+    made = make_harvested(tmp_path, architecture)
+    sae, model = make_checkpoint(tmp_path / "a.pt", made.store), made.model.causal_lm
+    ids = torch.tensor([[5, 9, 30, 44, 12]])
+    changes = [{"kind": "steer", "latent": 3, "layers": [1], "coefficient": 60.0}]
+
+    def hook(module, arguments, output):  # type: ignore[no-untyped-def]
+        x = output[0] if isinstance(output, tuple) else output
+        x[0, 1:] += (60.0 * sae(x[0]).std * sae.W_dec[3])[1:]
+
+    with torch.no_grad():
+        true = model(ids).logits
+        handle = made.model.blocks[1].register_forward_hook(hook)
+        pushed = model(ids).logits
+        grown = ids
+        for _ in range(5):
+            grown = torch.cat([grown, model(grown, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        handle.remove()
+        with steer(model, sae, changes):
+            torch.testing.assert_close(model(ids).logits, pushed, rtol=1e-4, atol=1e-5)
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+        assert found.tolist()[0] == grown[0, : found.shape[1]].tolist()
+        torch.testing.assert_close(model(ids).logits, true, rtol=0, atol=0)
+        with pytest.raises(ZeroDivisionError), steer(model, sae, changes):
+            _ = 1 / 0
+    assert not any(block._forward_hooks for block in made.model.blocks)
+    with pytest.raises(UsageError, match="trained on layers 0 1 2"), steer(model, sae, [{**changes[0], "layers": [9]}]):
+        pass
