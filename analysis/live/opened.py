@@ -120,7 +120,7 @@ class Analysis:
         return _plain(
             {
                 **{name: row.get(name) for name in names},
-                "fires_on": row.get("fires_on") or [],
+                "fires_on": self._fires_on[latent],
                 "layers": self.layer_numbers,
                 **{name: row[name] for name in ("counts", "means", "probs")},
                 "histogram": self._histogram(latent),
@@ -139,7 +139,7 @@ class Analysis:
         values: prompt.json's, and of each latent its `cells` [[position, layer, activation]]."""
         data = self.live.prompt(text, most)
         for one in data["latents"]:
-            one["fires_on"] = self._row(one["latent"]).get("fires_on") or []
+            one["fires_on"] = self._fires_on[one["latent"]]
         return Prompt(_plain(data))
 
     def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], continue_tokens: int = 0) -> dict[str, Any]:
@@ -198,9 +198,9 @@ class Analysis:
             _plain(
                 {
                     "latent": latent,
-                    "fires_on": (row := self._row(latent)).get("fires_on") or [],
-                    "count": row["count"],
-                    "layer_mean": row["layer_mean"],
+                    "fires_on": self._fires_on[latent],
+                    "count": int(self.latents["count"].iloc[latent]),
+                    "layer_mean": float(self.latents["layer_mean"].iloc[latent]),
                     "score": scores[latent],
                     "why": "; ".join(one[latent][1] for one in found),
                 }
@@ -212,6 +212,15 @@ class Analysis:
     def _table(self) -> Any:
         with reading(f"{self.folder / LATENTS}: cannot be read", _AGAIN):
             return pq.read_table(self.folder / LATENTS).combine_chunks()
+
+    @cached_property
+    def _total(self) -> Any:
+        return np.nan_to_num(self._table["total"].to_numpy())
+
+    @cached_property
+    def _fires_on(self) -> list[list[str]]:
+        has_any = "fires_on" in self._table.column_names
+        return [words or [] for words in self._table["fires_on"].to_pylist()] if has_any else [[]] * len(self._total)
 
     def _row(self, latent: int) -> dict[str, Any]:
         if not 0 <= latent < self._table.num_rows:

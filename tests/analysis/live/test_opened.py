@@ -26,7 +26,7 @@ def opened(live: Live) -> Analysis:
 
 
 def test_a_card_has_the_numbers_of_the_files(live: Live, opened: Analysis) -> None:
-    table = pd.read_parquet(live.folder / "latents.parquet")
+    table: Any = pd.read_parquet(live.folder / "latents.parquet")
     examples = pd.read_parquet(live.folder / "examples.parquet")
     logits = {row["latent"]: row for row in pq.read_table(live.folder / "latent_logits.parquet").to_pylist()}
     histograms = pd.read_parquet(live.folder / "histograms.parquet")
@@ -91,7 +91,7 @@ def test_a_prompt_has_the_numbers_of_the_command(live: Live, opened: Analysis) -
 
 
 def test_search_by_text_layers_and_profile(live: Live, opened: Analysis) -> None:
-    table = opened.latents
+    table: Any = opened.latents
     found = opened.search(tokens="a", limit=200)
     assert found
     assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
