@@ -24,6 +24,7 @@ COMMANDS = {
     "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
     "fit-lens": ("harvest.lens.cli", "fit a tuned lens: a map per layer into the last layer's basis"),
     "convert": ("train.formats.cli", "read and write autoencoders in the formats of other tools"),
+    "run": ("residscope.commands.run", "harvest and train at the same time, within a size of the disk"),
     "demo": ("residscope.commands.demo", "all three on a small model, start to end"),
 }
 
