@@ -26,6 +26,7 @@ COMMANDS = {
     "fit-lens": ("harvest.lens.cli", "fit a tuned lens: a map per layer into the last layer's basis"),
     "convert": ("train.formats.cli", "read and write autoencoders in the formats of other tools"),
     "plan": ("residscope.commands.plan", "bytes, memory and hours of a run before it is made"),
+    "run": ("residscope.commands.run", "harvest and train at the same time, within a size of the disk"),
     "demo": ("residscope.commands.demo", "all three on a small model, start to end"),
 }
 

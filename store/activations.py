@@ -57,7 +57,7 @@ class ActivationStore:
         self._indexes: dict[int, np.ndarray] = {}  # Of shards whose files were found to be theirs.
         self._intact: set[int] = set()  # Shards whose whole files were hashed.
         self._locks: dict[int, threading.Lock] = {}
-        self._objects: dict[Any, Any] = {}  # At a URL, what readers keep for later ones.
+        self.objects: dict[Any, Any] = {}  # At a URL, what readers keep for later ones.
         self._files = ShardFiles(path, meta, lock)
         self._writer = ShardWriter(path, manifest, lock) if lock else None
 
@@ -260,7 +260,7 @@ class ActivationStore:
         record, path = self.record(shard), self.path / shard_name(shard)
         with self._locks.setdefault(shard, threading.Lock()):
             index = None if whole else self._indexes.get(shard)
-            reader = ShardReader(path, self.meta, record.bytes, index, self._objects)
+            reader = ShardReader(path, self.meta, record.bytes, index, self.objects)
             if index is None:
                 try:
                     reader.require_own(record, None if whole else self._keep_of(shard))

@@ -64,6 +64,7 @@ def test_every_key_is_named(run: Run) -> None:
         "residscope convert": [run("residscope.cli", "convert a.pt out --to saelens")],
         "residscope fit-lens": [run("harvest.lens.cli", "--model model --store acts.zarr --method ridge --out lens")],
     }
+    printed["residscope plan"] = [run("residscope.cli", "plan --model model --tokens 600 --gpus 2 --n-latents 64")]
     shard = Path("acts.zarr/resid_post/c.0.0.0")
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
     printed["residscope verify"] = [

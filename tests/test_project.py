@@ -21,6 +21,7 @@ ALLOWED = {
         "harvest.model.names",
         "harvest.settings",
         "train.config",
+        "harvest.config",
         "train.objective.recipes",
         "train.run",
     },
@@ -47,7 +48,7 @@ ALLOWED = {
         "harvest.lens.translators",
     },
 }
-COMMAND_MODULES = ("info", "demo", "plan", "calibrate")
+COMMAND_MODULES = ("info", "demo", "plan", "calibrate", "run")
 COMMANDS = ("residscope.cli", "residscope.__main__", *(f"residscope.commands.{n}" for n in COMMAND_MODULES))
 """The top of the house, which may import the other packages; everything else in `residscope` is its ground floor."""
 HEAVY = ("torch", "dask", "distributed", "transformers", "datasets", "zarr", "numpy", "pandas", "numba", "matplotlib")

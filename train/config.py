@@ -294,6 +294,9 @@ class TrainConfig:
     """Print a summary of the run as JSON on stdout."""
     follow: bool = False
     """Wait until the store is begun. One that is filled part by part (`harvest --rolling`) is followed in any case."""
+    cache_gb: float = 0
+    """Memory for whole shards of a store at a URL, which are then fetched once, by long requests (GB); the result is
+    the same."""
     n_procs: int = 1
     """Processes on this machine that share each batch: the same training, to rounding, with less time and memory for
     each; on CUDA one for each card. `torchrun` starts them on several machines (docs/training.md)."""
@@ -314,7 +317,7 @@ class TrainConfig:
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "
                 f"depend on the norms that it changes; found {activation}"
             )
-        _check(self, positive="n_procs shard_latents")
+        _check(self, positive="n_procs shard_latents", not_negative="cache_gb")
         if self.dry_run and self.n_procs > 1:
             raise UsageError("--dry-run is of one process: leave out --n-procs")
         if self.resume and self.overwrite:
@@ -322,7 +325,8 @@ class TrainConfig:
 
     def flags(self) -> dict[str, Any]:
         """The flags that make this run, in the order of `ckpt.config.toml`, which is older than the groups."""
-        own = ("dry_run", "resume", "overwrite", "json", "n_procs", "shard_latents", "follow")  # of the invocation
+        # Of the invocation:
+        own = ("dry_run", "resume", "overwrite", "json", "n_procs", "shard_latents", "follow", "cache_gb")
         flags = {name: value for name, value in to_flat(self).items() if name not in own}
         names = list(flags)
         for name, follower in _PLACES.items():

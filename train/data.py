@@ -18,6 +18,7 @@ from torch import Tensor
 from residscope.errors import IncompatibleError, UsageError
 from store.activations import ActivationStore
 from store.loader import Batch, WindowLoader
+from store.remote.held import hold
 from store.shuffle import validation_documents
 from train.config import TrainConfig
 from train.hardware import resolve_device
@@ -120,6 +121,7 @@ class TrainingData:
         if store.ring:
             fraction, seed = store.ring.fraction, store.ring.seed
         split = split_tokens(store, fraction, seed)
+        hold(store, int(config.cache_gb * 1e9))
         return cls(
             store=store,
             split=split,

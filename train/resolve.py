@@ -14,6 +14,7 @@ import torch
 from residscope.errors import UsageError
 from residscope.options import to_flat
 from store.activations import ActivationStore
+from store.remote.held import held_bytes
 from train.config import DEFAULT_EXPANSION_FACTOR, TrainConfig
 from train.data import TrainingData
 from train.grid import RunSpec
@@ -230,7 +231,7 @@ class MemoryEstimate(NamedTuple):
     device: int
     """Weights, gradients, moments, a batch and its gradients, and tiles, on the training device."""
     shuffle: int
-    """The loader's two windows, in the machine's memory."""
+    """The loader's two windows, and what is kept of a store at a URL, in the machine's memory."""
 
 
 def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore) -> MemoryEstimate:
@@ -243,7 +244,9 @@ def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore) -> MemoryE
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
     window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.stream_layers or plan.layers) * block)
     statistics = 4 * MEDIAN_VECTORS * meta.d_model * 4  # the sample, its parts, and what the median makes of it
-    return MemoryEstimate(held + gradients + max(statistics, *(_working(plan) for plan in plans)), 2 * window)
+    return MemoryEstimate(
+        held + gradients + max(statistics, *(_working(plan) for plan in plans)), 2 * window + held_bytes(store)
+    )
 
 
 def weight_copies(plan: RunPlan) -> int:

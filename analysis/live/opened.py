@@ -214,13 +214,9 @@ class Analysis:
             return pq.read_table(self.folder / LATENTS).combine_chunks()
 
     @cached_property
-    def _total(self) -> Any:
-        return np.nan_to_num(self._table["total"].to_numpy())
-
-    @cached_property
     def _fires_on(self) -> list[list[str]]:
-        has_any = "fires_on" in self._table.column_names
-        return [words or [] for words in self._table["fires_on"].to_pylist()] if has_any else [[]] * len(self._total)
+        known = self._table["fires_on"].to_pylist() if "fires_on" in self._table.column_names else []
+        return [words or [] for words in known] or [[]] * self._table.num_rows
 
     def _row(self, latent: int) -> dict[str, Any]:
         if not 0 <= latent < self._table.num_rows:

@@ -38,7 +38,9 @@ class PlanConfig:
     tokens: float = 1e6
     """Tokens to harvest, such as 1e9."""
     n_latents: int | None = None
-    """Size of the dictionary; default 16 times d_model."""
+    """Size of the dictionary; default --expansion-factor times d_model."""
+    expansion_factor: float | None = None
+    """Latents for each dimension of the residual stream; default 16."""
     k: int = 32
     """Active latents on a vector."""
     batch_size: int | None = None
@@ -80,7 +82,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     model = shape_of(transformer, config.context_length)
     vectors = config.tokens * model.n_layers
     batch = config.batch_size or best_batch(int(vectors * config.epochs))
-    n_latents = config.n_latents or 16 * model.d_model
+    n_latents = config.n_latents or round((config.expansion_factor or 16) * model.d_model)
     if config.k > n_latents:
         raise UsageError(f"--k {config.k}: there are only {n_latents} latents")
     run = Training(n_latents, config.k, batch, -(-int(vectors) // batch), model.d_model)
@@ -188,7 +190,7 @@ def _ways(config: PlanConfig, model: Model, way: Any) -> dict[str, Cost]:
     return {
         "stored": way(True, config.tokens * model.token_bytes, False),
         "rolling": way(True, bounded, True),
-        "in memory": way(False, bounded, True),
+        "in_memory": way(False, bounded, True),
     }
 
 
@@ -209,7 +211,7 @@ def words(found: dict[str, Any]) -> str:
         on += f" (--shard-latents {shared})" if shared > 1 else ""
         held = [human_bytes(way[key]) if way[key] else "-" for key in ("disk", "host_memory", "card_memory")]
         times = [human_seconds(way[key]) for key in ("harvest", "train", "together")]
-        table.append([name, *held, *times, way["bound"] + on])
+        table.append([name.replace("_", " "), *held, *times, way["bound"] + on])
     lines += aligned(table)
     if found["analyze"] is not None:
         lines += ["", f"analyze, of all that is stored: about {human_seconds(found['analyze'])}"]

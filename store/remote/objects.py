@@ -23,6 +23,7 @@ from store.checksums import DamagedError
 from store.manifest import FOLDER, ShardRecord, WriterLock, is_intact, sealed
 
 THREADS = 32  # requests under way at once
+HELD = "held"  # In `known`: the objects that are fetched whole and stay in memory.
 _REQUESTS = ThreadPoolExecutor(THREADS, "request")
 _LONGEST, _TAIL_BYTES, _MOST_LINES = 8 << 20, 1 << 16, 256
 
@@ -32,7 +33,7 @@ class ObjectFile:
 
     def __init__(self, url: URL, n_bytes: int, known: dict[Any, Any]) -> None:
         """Look at it, unless `known` has its tag. n_bytes: its size by the manifest. known: what the readers of one
-        store keep for later ones: an object's tag by its URL, the last whole one by the thread."""
+        store keep for later ones: an object's tag by its URL, the last whole one by the thread, and those `HELD`."""
         self._url, self._known, self.size = url, known, n_bytes
         self.noted: str | None = None  # XXH3-128 that its writer noted with it
         whole, data = known.get(get_ident(), (None, b""))
@@ -41,6 +42,11 @@ class ObjectFile:
             start = max(n_bytes - _TAIL_BYTES, 0)
             data, self.size, known[url], self.noted = url.get(start, n_bytes)
             self._held = [(start, np.frombuffer(data, np.uint8))]
+        if url in known.get(HELD, ()):  # By the caller one at a time for each object.
+            if (url, HELD) not in known:
+                self.fetch([(0, self.size)])
+                known[url, HELD] = self._held[-1][1]
+            self._held = [(0, known[url, HELD])]
 
     def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Read these ranges (start, stop)."""

@@ -34,6 +34,7 @@ class Server:
         self._folder = folder
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
         ports = {name: found.getsockname()[1] for name, found in zip(PORTS, sockets, strict=True)}
+        self._ports = ports
         for found in sockets:
             found.close()
         actions = {"writer": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read:data", "List:data"]}
@@ -87,3 +88,5 @@ class Server:
         """Kill it; `start` brings it back."""
         self._process.kill()
         self._process.wait()
+        for name, port in self._ports.items():  # which it makes beside its ports, and leaves when it is killed
+            Path(f"/tmp/seaweedfs-{name.partition('.')[0]}-{port}.sock").unlink(missing_ok=True)

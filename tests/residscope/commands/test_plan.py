@@ -31,7 +31,7 @@ def test_the_papers_run_on_eight_cards(capsys: pytest.CaptureFixture[str]) -> No
     assert found["stored_bytes"] == 65_536 * 10**9
     assert found["vectors"] == 16 * 10**9
     assert found["flops"]["train"] == 2.0 * 16e9 * 131_072 * 2048
-    stored, rolling, memory = (found["ways"][name] for name in ("stored", "rolling", "in memory"))
+    stored, rolling, memory = (found["ways"][name] for name in ("stored", "rolling", "in_memory"))
     assert (stored["disk"], rolling["disk"], memory["disk"]) == (65.536e12, 50e9, 0)
     assert stored["together"] == pytest.approx(stored["harvest"] + stored["train"])
     assert rolling["together"] == max(rolling["harvest"], rolling["train"])

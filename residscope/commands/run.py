@@ -1,0 +1,138 @@
+"""`residscope run`: harvest and train at the same time, within a size of the disk, by one command.
+
+How: two child processes, `harvest --rolling` and `train --follow --resume`, whose lines and bars share stderr. Either
+one's failure ends both, as does a signal; the same command continues. Not here: what the two tell each other
+(`store.care.ring`).
+"""
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from residscope.console import human_seconds, run_command
+from residscope.errors import ResidscopeError, UsageError
+from residscope.options import CommandParser, parse_options
+
+_POLL_SECONDS = 0.2
+_RESERVED = ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--dry-run")
+"""Flags of `train` that are set here, or make no sense beside a harvest."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; `train` holds the words that are passed on."""
+    parser = CommandParser(
+        prog="residscope run",
+        description="Harvest and train at the same time, never holding more than --disk of activations. Other flags are"
+        " those of `train`. Run the same command again to continue.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="as `harvest --model` takes it")
+    parser.add_argument("--dataset", required=True, nargs="+", help="as `harvest --dataset` takes it")
+    parser.add_argument("--tokens", required=True, help="tokens to harvest, such as 1e9 or 1_000_000_000")
+    parser.add_argument("--disk", required=True, help="most bytes that the store may take, such as 50GB")
+    parser.add_argument("--out", type=Path, default=Path("run"), help="folder for ckpt.pt and acts.zarr (run)")
+    parser.add_argument("--store", type=Path, help="where the store lies (OUT/acts.zarr); below /dev/shm: in memory")
+    parser.add_argument("--harvest-flags", default="", help="further flags of `harvest`, as one word")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="bytes, hours and which side bounds it; nothing is written"
+    )
+    options, options.train = parser.parse_known_args(argv)
+    if taken := [word for word in options.train if word.partition("=")[0] in _RESERVED]:
+        raise UsageError(f"residscope run sets {taken[0]} of `train` itself: leave it out")
+    try:
+        options.tokens = int(float(options.tokens.replace("_", "")))
+    except (ValueError, OverflowError):
+        raise UsageError(f"--tokens should be a number such as 1e9, found {options.tokens!r}") from None
+    return options
+
+
+def sides(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The two commands and their flags."""
+    store = str(options.store or options.out / "acts.zarr")
+    harvest = ["--model", options.model, "--dataset", *options.dataset, "--max-tokens", str(options.tokens)]
+    harvest += ["--rolling", options.disk, "--out", store, *shlex.split(options.harvest_flags)]
+    train = ["--store", store, "--out", str(options.out / "ckpt.pt"), "--follow", "--resume", *options.train]
+    return {"harvest": harvest, "train": train}
+
+
+def foretold(options: argparse.Namespace, commands: Mapping[str, Sequence[str]]) -> str:
+    """Bytes, hours and which side takes longer, as `residscope plan` says them of this machine."""
+    from harvest.config import HarvestConfig
+    from residscope.commands.plan import PlanConfig, plan, words
+    from train.config import TrainConfig
+
+    harvest = parse_options(HarvestConfig, commands["harvest"], prog="harvest", description="")
+    train = parse_options(TrainConfig, commands["train"], prog="train", description="")
+    size, latents = train.model.expansion_factor, train.model.n_latents
+    config = PlanConfig(
+        model=options.model,
+        tokens=options.tokens,
+        n_latents=latents,
+        expansion_factor=size,
+        k=train.model.k,
+        batch_size=train.data.batch_size,
+        context_length=harvest.sequences.context_length or PlanConfig.context_length,
+        disk=options.disk,
+    )
+    found = plan(config)
+    found["ways"] = {"rolling": found["ways"]["rolling"]}
+    return words(found | {"analyze": None})
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run both to their ends. Raises `ResidscopeError` with the exit code of the first that fails."""
+    commands, began = sides(options), time.monotonic()
+    if options.dry_run:
+        print(foretold(options, commands))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, flags in commands.items():
+            print(f"$ {shlex.join((name, *flags))}", file=sys.stderr, flush=True)
+            # In a session of its own, so that Ctrl-C comes to it once, from here.
+            command = [sys.executable, "-m", "residscope", name, *flags]
+            running[name] = subprocess.Popen(command, start_new_session=True)
+        while None in (codes := {name: side.poll() for name, side in running.items()}).values():
+            _require(codes)
+            time.sleep(_POLL_SECONDS)
+        _require(codes)
+    finally:
+        _end(running)
+    taken = human_seconds(time.monotonic() - began)
+    print(f"{options.out / 'ckpt.pt'}: trained on {options.tokens:,} tokens within {options.disk} in {taken}")
+
+
+def _require(codes: Mapping[str, int | None]) -> None:
+    """`ResidscopeError` with the exit code of one that failed."""
+    for name, code in codes.items():
+        if code:
+            message = f"{name} ended with exit code {code}; once that is mended, the same command continues both"
+            error = ResidscopeError(message)
+            error.exit_code = 128 - code if code < 0 else code  # a signal's number, as a shell gives it
+            raise error
+
+
+def _end(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """Tell those that still run to stop, as Ctrl-C does, and wait; a second Ctrl-C kills them."""
+    try:
+        for side in running.values():
+            if side.poll() is None:
+                side.send_signal(signal.SIGINT)
+        for side in running.values():
+            side.wait()
+    except KeyboardInterrupt:
+        for side in running.values():
+            side.kill()
+            side.wait()
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `residscope run`; returns the exit code."""
+    return run_command("residscope run", lambda: run(parse(argv)))

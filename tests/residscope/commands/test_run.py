@@ -1,0 +1,102 @@
+"""`residscope run`: its two commands are ones that the parsers take, and one's failure or a signal ends both."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harvest.config import HarvestConfig
+from residscope.commands import calibrate, run
+from residscope.errors import ResidscopeError, UsageError
+from residscope.options import parse_options, to_flat
+from tests.support.models import tiny_model
+from train.checkpoint import load_checkpoint
+from train.config import TrainConfig
+
+ASKED = ["--model", "m", "--dataset", "pydoc", "--tokens", "1e6", "--disk", "50GB"]
+FOREVER = "import time; time.sleep(600)"
+POPEN = subprocess.Popen
+
+
+def test_the_commands_are_valid_and_fit_each_other() -> None:
+    options = run.parse([*ASKED, "--out", "there", "--k", "16", "--harvest-flags", "--context-length 64"])
+    commands = run.sides(options)
+    harvested = parse_options(HarvestConfig, commands["harvest"], prog="harvest", description="")
+    trained = parse_options(TrainConfig, commands["train"], prog="train", description="")
+    assert (harvested.max_tokens, harvested.storage.rolling, to_flat(harvested)["context_length"]) == (
+        10**6,
+        "50GB",
+        64,
+    )
+    assert harvested.out == trained.store == Path("there/acts.zarr")
+    assert (trained.out, trained.follow, trained.resume) == (Path("there/ckpt.pt"), True, True)
+    in_memory = run.sides(run.parse([*ASKED, "--store", "/dev/shm/a.zarr"]))
+    assert all("/dev/shm/a.zarr" in flags for flags in in_memory.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--tokens", "many"], "--tokens should be a number"), (["--overwrite"], "sets --overwrite of `train` itself")],
+)
+def test_what_makes_no_sense_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run.parse([*ASKED, *words])
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, **scripts: str) -> list[Any]:
+    """Run these scripts in the places of the two commands; gives the processes, once they are started."""
+    started: list[Any] = []
+
+    def popen(command: list[str], **options: Any) -> Any:
+        started.append(POPEN([sys.executable, "-c", scripts[command[3]]], stderr=subprocess.DEVNULL, **options))
+        return started[-1]
+
+    monkeypatch.setattr(run.subprocess, "Popen", popen)
+    return started
+
+
+@pytest.mark.parametrize("failing", ["harvest", "train"])
+def test_who_fails_ends_the_other(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = {"harvest": FOREVER, "train": FOREVER, failing: "raise SystemExit(3)"}
+    started = stand_in(monkeypatch, **scripts)
+    with pytest.raises(ResidscopeError, match=f"{failing} ended with exit code 3; .* the same command") as caught:
+        run.run(run.parse([*ASKED, "--out", str(tmp_path)]))
+    assert caught.value.exit_code == 3
+    assert all(side.poll() is not None for side in started)
+
+
+def test_a_signal_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    started = stand_in(monkeypatch, harvest=FOREVER, train=FOREVER)
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.time, "sleep", interrupt)
+    assert run.main([*ASKED, "--out", str(tmp_path)]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert [side.poll() is not None for side in started] == [True, True]
+
+
+def test_both_halves_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    model = tiny_model("gpt_neox", tmp_path / "model")
+    words = ["--model", str(model), "--dataset", "pydoc", "--tokens", "6000", "--disk", "1MB"]
+    words += ["--out", str(tmp_path / "out"), "--harvest-flags", "--context-length 32", "--n-latents", "32", "--k", "4"]
+    assert run.main([*words, "--batch-size", "128", "--window-gb", "0.0001", "--threads", "1"]) == 0
+    assert "ckpt.pt: trained on 6,000 tokens within 1MB in " in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt").trainer["finished"]
+
+
+def test_a_dry_run_says_how_long_and_which_side_bounds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """1 ms a token, 2 s a step: 1,000 s of harvest, and ten steps of a tenth of the 6e6 vectors."""
+    monkeypatch.setattr(calibrate, "token_seconds", lambda config, model: 1e-3)
+    monkeypatch.setattr(calibrate, "step_seconds", lambda run, layers: (2.0, 10**9))
+    words = ["--model", "pythia-14m", "--dataset", "pydoc", "--tokens", "1e6", "--disk", "1GB", "--dry-run"]
+    assert run.main([*words, "--out", str(tmp_path / "out"), "--batch-size", "600_000", "--n-latents", "64"]) == 0
+    said = capsys.readouterr().out
+    for expected in ("10 steps of 600,000 vectors", "16 min 50 s", "30 s", "harvest: the model's forward pass", "1 GB"):
+        assert expected in said
+    assert not (tmp_path / "out").exists()
