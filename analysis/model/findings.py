@@ -39,7 +39,7 @@ DOWNSTREAM_FLOPS = 7.5e12
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096
 """Bounds of the default number."""
 
-TOGETHER_TOKENS, TOGETHER_SHARE = 128, 0.25
+TOGETHER_TOKENS, TOGETHER_SHARE = 64, 0.25
 """Several layers are replaced at once at this share of the tokens, and at so many at least, where there are."""
 
 

@@ -7,7 +7,6 @@ one's failure ends both, as does a signal; the same command continues. Not here:
 
 import argparse
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -119,11 +118,12 @@ def _require(codes: Mapping[str, int | None]) -> None:
 
 
 def _end(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """Tell those that still run to stop, as Ctrl-C does, and wait; a second Ctrl-C kills them."""
+    """Tell those that still run to stop, and wait; a second Ctrl-C kills them. SIGTERM does to them what Ctrl-C does,
+    which a process that was started in the background ignores."""
     try:
         for side in running.values():
             if side.poll() is None:
-                side.send_signal(signal.SIGINT)
+                side.terminate()
         for side in running.values():
             side.wait()
     except KeyboardInterrupt:

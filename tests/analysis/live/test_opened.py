@@ -40,7 +40,7 @@ def test_a_card_has_the_numbers_of_the_files(live: Live, opened: Analysis) -> No
             assert card[name] == expected
         own = examples[examples["latent"] == latent]
         assert {(one["document"], tuple(one["layers"])) for one in card["examples"]} == {
-            (rows["document"].to_numpy()[0], tuple(sorted(rows["layer"]))) for _, rows in own.groupby("token")
+            (next(iter(rows["document"])), tuple(sorted(rows["layer"]))) for _, rows in own.groupby("token")
         }
         assert max(one["activation"] for one in card["examples"]) == own["activation"].max()
         for one in card["examples"]:
