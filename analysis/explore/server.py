@@ -19,7 +19,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Any
 
@@ -131,7 +131,12 @@ def make_app(analysis: Any, token: str) -> Starlette:
 
     @asynccontextmanager
     async def warm(_: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(live.take(None, lambda: _missing(analysis)))
+        async def load() -> None:
+            await live.take(None, lambda: _missing(analysis))
+            with suppress(ResidscopeError):  # which a search then says
+                await run_in_threadpool(lambda: getattr(analysis, "contexts", None))
+
+        loading = asyncio.create_task(load())
         yield
         loading.cancel()
 
