@@ -38,7 +38,10 @@ def require_store(path: Path) -> None:
 
 
 def refuse_inside_store(out: Path, flag: str = "--out", *, may_be_one: bool = False) -> None:
-    """`UsageError` where `out`, of the flag `flag`, is inside a store (links followed), or is one unless it may."""
+    """`UsageError` where `out`, of the flag `flag`, is inside a store (links followed), or is one unless it may, or at
+    a URL, where stores alone are made."""
+    if isinstance(out, URL) and not may_be_one:
+        raise UsageError(f"{flag} {out} should be on a disk: write {out.name} there, then copy it to the URL")
     real = out.resolve()
     for folder in (real, *real.parents):
         if is_store(folder) and not (may_be_one and folder == real):

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import xxhash
 
-from residscope.errors import IncompatibleError
+from residscope.errors import IncompatibleError, UsageError
+from residscope.urls import as_path
 from store.activations import ActivationStore
 from store.care.verify import verify
+from store.folder import refuse_inside_store
 from store.manifest import FILE, sealed
 from tests.support.faults import everything, fill
 
@@ -74,3 +76,9 @@ def test_attributes_that_are_no_json_object_are_refused(store: Path) -> None:
     claim(store, lambda attributes: attributes.clear())
     with pytest.raises(IncompatibleError, match="not an activation store"):
         ActivationStore.open(store)
+
+
+def test_what_is_no_store_is_refused_at_a_url_before_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("residscope.urls._client", lambda *_: pytest.fail("asked the bucket"))
+    with pytest.raises(UsageError, match=r"--out s3://b/ckpt.pt should be on a disk: write ckpt.pt there, then copy"):
+        refuse_inside_store(as_path("s3://b/ckpt.pt"))
