@@ -104,7 +104,8 @@ def run(options: argparse.Namespace) -> None:
     finally:
         _end(running)
     taken = human_seconds(time.monotonic() - began)
-    print(f"{options.out / 'ckpt.pt'}: trained on {options.tokens:,} tokens within {options.disk} in {taken}")
+    made = ", ".join(map(str, sorted(options.out.glob("ckpt*.pt"))))  # of a sweep several
+    print(f"{made}: trained on {options.tokens:,} tokens within {options.disk} in {taken}")
 
 
 def _require(codes: Mapping[str, int | None]) -> None:
