@@ -7,6 +7,7 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -87,10 +88,9 @@ def explore(config: ExploreConfig) -> None:
         screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
         if config.page.browser and screen:  # one that runs in the terminal would take it over
             webbrowser.open(address)
-        try:
+        with suppress(KeyboardInterrupt):  # how it is meant to end, where SIGINT is not ignored from the start
             asyncio.run(uvicorn.Server(options).serve(sockets=[listening]))
-        except KeyboardInterrupt:  # how it is meant to end
-            print("\nEnded.", file=sys.stderr)
+        print("\nEnded.", file=sys.stderr)
 
 
 def _listening(port: int) -> socket.socket:

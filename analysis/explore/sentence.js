@@ -4,13 +4,15 @@ import { figure, heatMap, switches } from "./charts.js";
 import { button, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
 
 let prompt = null;
-const ask = latest("prompt", find("sentence-status"), (found) => {
+const ask = latest("prompt", find("sentence-status"), (found, asked) => {
+  if (asked.text !== state.text) return "";
   prompt = found;
   draw();
   const n = found.tokens.filter((token) => token.kept).length;
   return `${n} tokens, ${integer(found.n_active_latents)} latents on.`;
 });
 const change = latest("intervene", find("change-status"), (found, asked) => {
+  if (asked.text !== state.text) return "The text has changed meanwhile.";
   find("outcome").replaceChildren(...outcome(found, asked));
   return `KL divergence at the last token ${show(found.kl_last)} nats, mean over tokens ${show(found.kl_mean)}.`;
 });
@@ -76,15 +78,21 @@ function switching(found, token, word) {
 function changes() {
   return state.changes.split(" ").filter(Boolean).map((words) => {
     const [kind, latent, layers, coefficient] = words.split(":");
-    return { kind, latent: Number(latent), layers: layers === "all" ? layers : layers.split(".").map(Number), coefficient: kind === "steer" ? Number(coefficient) : null };
+    return { kind, latent: Number(latent), layers: layers === "all" || !layers ? "all" : layers.split(".").map(Number), coefficient: kind === "steer" ? Number(coefficient) : null };
   });
+}
+
+/** The layers of "4" or "4-7". */
+function span(words) {
+  const [first, last = first] = words.match(/\d+/g).map(Number);
+  return Array.from({ length: Math.max(1, Math.min(last - first + 1, 1000)) }, (_, i) => first + i);
 }
 
 /** The rows in which changes are edited. */
 function editor() {
   const write = (list) => set({ changes: list.map((one) => [one.kind, one.latent, [one.layers].flat().join("."), ...(one.kind === "steer" ? [one.coefficient ?? 8] : [])].join(":")).join(" ") });
   const list = changes(), edit = (i, key, value) => write(list.map((one, k) => (k === i ? { ...one, [key]: value } : one)));
-  const layersOf = (text) => (/\d/.test(text) ? text.match(/\d+/g).map(Number) : "all");
+  const layersOf = (text) => (/\d/.test(text) ? text.match(/\d+(\s*[-\u2013]\s*\d+)?/g).flatMap(span) : "all");
   fill(find("changes"), ...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
     h("select", { "aria-label": "Kind", onchange: (e) => edit(i, "kind", e.target.value) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
     h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: (e) => edit(i, "latent", Number(e.target.value)) })),

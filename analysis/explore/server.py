@@ -17,6 +17,7 @@ do those that only read tables: `Turns`.
 
 import asyncio
 import json
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -49,7 +50,7 @@ MOST_WAITING = 16
 """Requests that may wait for their turn; the next is refused."""
 
 MOST_LATENTS = 2_000
-"""Latents of a text that are sent, by mass."""
+"""Latents of a text that are sent, the most specific to it."""
 
 MOST = {"text": 4_000, "changes": 16, "continue_tokens": 64, "limit": 500}
 """Characters of a text, changes of the residual stream at once, tokens that a text is continued by, latents found."""
@@ -112,15 +113,17 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *named]}
             await send(message)
 
-        refusal = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        refusal = self._refusal(Request(scope), scope["path"]) if scope["type"] == "http" else None
         await (refusal or self._app)(scope, receive, with_headers)
 
-    def _refusal(self, request: Request) -> Response | None:
-        if (host := request.headers.get("host", "").partition(":")[0]) not in HOSTS:
+    def _refusal(self, request: Request, path: str) -> Response | None:
+        """path: as it was asked for; that of `request.url` is made with the Host header, which may say anything."""
+        if not re.fullmatch(
+            rf"({'|'.join(map(re.escape, HOSTS))})(:\d{{1,5}})?", host := request.headers.get("host", "")
+        ):
             return _error(403, f"this server answers to {' and '.join(HOSTS)} only, not to {host[:80]!r}")
-        page = request.url.path == "/"
-        given = (request.query_params.get("token") if page else request.headers.get("x-token")) or ""
-        if request.url.path.startswith("/assets/") or secrets.compare_digest(given.encode(), self._token.encode()):
+        given = (request.query_params.get("token") if path == "/" else request.headers.get("x-token")) or ""
+        if path.startswith("/assets/") or secrets.compare_digest(given.encode(), self._token.encode()):
             return None
         return _error(403, "open the address that `residscope explore` printed: it ends with a token")
 
@@ -200,12 +203,16 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(data) > MOST_BYTES:
             raise Refused(413, f"a request may have {MOST_BYTES:,} bytes")
     try:
-        body = json.loads(data)
+        body = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise Refused(400, "the request should be a JSON object")
     return body
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
 
 
 def _checked(name: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from analysis.prompt.view import (
     read_prompt,
 )
 from harvest.lens.translators import TunedLens
-from harvest.model.blocks import find_blocks, n_layers_of
+from harvest.model.blocks import find_blocks, longest_context, n_layers_of
 from harvest.model.checks import check_logits, check_model
 from residscope.errors import UsageError
 from train.model import MLSAE
@@ -90,6 +90,9 @@ class LiveModel:
         if not 0 <= n_tokens <= MOST_NEW_TOKENS:
             raise UsageError(f"continue_tokens should be 0 to {MOST_NEW_TOKENS}, found {n_tokens}")
         placed, run = [one.at(self.layers) for one in interventions], self.run(text)
+        limit, n = longest_context(self.prompted.model.causal_lm.config), len(self.tokens(text).ids)
+        if limit is not None and n + n_tokens > limit:
+            raise UsageError(f"{n} tokens and {n_tokens} new ones: the model takes at most {limit}; ask for fewer")
         effect = plain_effect(run.effect(placed), self.tokenizer)
         for token in effect["next_changed"]:
             token["p"] = token.pop("p_changed")
@@ -101,14 +104,21 @@ class LiveModel:
 
 @contextmanager
 def steer(
-    model: Any, sae: MLSAE, changes: Sequence[Mapping[str, Any]], *, lens: TunedLens | None = None
+    model: Any,
+    sae: MLSAE,
+    changes: Sequence[Mapping[str, Any]],
+    *,
+    layers: Sequence[int] | None = None,
+    lens: TunedLens | None = None,
 ) -> Iterator[None]:
     """Within it a `transformers` model runs and generates with `changes`, which are as of `Analysis.intervene`.
 
     By hooks on its blocks, nothing else: so they work under nnsight and TransformerLens too, given the module inside.
-    All positions are changed but the first of a longer sequence. lens: what the autoencoder's store went through."""
+    All positions are changed but the first of a longer sequence. layers: that the autoencoder was trained on, which
+    "all" means; default all blocks, unless it standardises by layer and so knows them. lens: what its store went
+    through."""
     blocks = find_blocks(model, n_layers_of(model.config))
-    every = sae.config.layers or range(len(blocks))
+    every = layers or sae.config.layers or range(len(blocks))
     interventions = [intervention_of(one).at(every) for one in changes]
     check_interventions(interventions, sae.config.n_latents, every)
     prompted = PromptedModel(model, sae.to(next(blocks.parameters()).device), lens, "float32")

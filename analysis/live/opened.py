@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from analysis.encoder import sae_hash
 from analysis.inputs import open_inputs
 from analysis.latents.search import search
-from analysis.latents.windows import Context, read_contexts
+from analysis.latents.windows import CONTEXTS, Context, read_contexts
 from analysis.live.model import LiveModel
 from analysis.live.shown import Card, Prompt
 from analysis.model.findings import locate
@@ -33,9 +33,6 @@ from analysis.results.folder import CONFIG, EXAMPLES, HISTOGRAMS, LATENT_LOGITS,
 from residscope.errors import IncompatibleError, UsageError
 from residscope.reading import read_json, reading
 from residscope.urls import as_path
-
-CONTEXTS = 24
-"""Contexts of a latent that are shown and searched, at most."""
 
 SHARE = 0.5
 """Of a latent's activation mass that must be at the layers asked for."""

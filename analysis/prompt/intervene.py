@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from analysis.model.continuation import last_output
 from analysis.model.downstream import TrueRun, compare, with_residual
@@ -221,9 +222,10 @@ class PromptRun:
         model = self.prompted.model
         ids = self._ids.to(model.device)
         with changing(self.prompted, model.blocks, interventions, self._kept):
-            made = model.causal_lm.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n_tokens, pad_token_id=0
-            )
+            # The model's own configuration may ask for penalties, with which the likeliest is not taken.
+            end = model.causal_lm.generation_config.eos_token_id
+            how = GenerationConfig(do_sample=False, max_new_tokens=n_tokens, pad_token_id=0, eos_token_id=end)
+            made = model.causal_lm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
         return made[0, ids.shape[1] :].tolist()
 
 

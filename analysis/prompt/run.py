@@ -161,7 +161,12 @@ def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENT
             for i in range(min(most, len(latents.latent)))
         ],
         "interventions": [
-            {**asdict(intervention), "layers": list(intervention.layers or ()), **plain_effect(effect, tokenizer)}
+            {
+                **asdict(intervention),
+                "layers": (layers := [int(layer) for layer in intervention.layers or ()]),
+                "layer": layers[0] if len(layers) == 1 else None,  # as before there could be several
+                **plain_effect(effect, tokenizer),
+            }
             for intervention, effect in view.results
         ],
         "silent": view.silent,

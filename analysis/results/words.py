@@ -186,7 +186,10 @@ def _together_words(found: Mapping[str, Any] | None) -> list[str]:
     names = ("delta_ce", "sum_alone_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean")
     head = ("replaced together", "delta CE", "sum of single layers", "KL", "sum of single layers", "loss recovered")
     rows = [(group_words(one["kind"], one["n"]), *(shown(one[name]) for name in names)) for one in found["groups"]]
-    return table(head, rows)
+    return [
+        f"Several layers at once, at {found['n_tokens']:,} of these tokens (sums: at all of them):",
+        *table(head, rows),
+    ]
 
 
 def _token_words(found: Mapping[str, Any] | None) -> list[str]:

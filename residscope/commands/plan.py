@@ -63,9 +63,19 @@ class PlanConfig:
     """Print one JSON object on stdout."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "k", "epochs", "context_length", "threads"):
-            if not 1 <= getattr(self, name) < 1e18:
-                raise UsageError(f"--{name.replace('_', '-')} should be at least 1, found {getattr(self, name):g}")
+        for name in (
+            "tokens",
+            "k",
+            "epochs",
+            "context_length",
+            "threads",
+            "n_latents",
+            "expansion_factor",
+            "batch_size",
+        ):
+            value, least = getattr(self, name), 1e-3 if name == "expansion_factor" else 1
+            if value is not None and not least <= value < 1e18:
+                raise UsageError(f"--{name.replace('_', '-')} should be at least {least:g}, found {value:g}")
         if self.gpus < 0:
             raise UsageError(f"--gpus should be at least 0, found {self.gpus}")
         for name in ("disk", "disk_speed"):

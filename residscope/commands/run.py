@@ -47,6 +47,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.tokens = int(float(options.tokens.replace("_", "")))
     except (ValueError, OverflowError):
         raise UsageError(f"--tokens should be a number such as 1e9, found {options.tokens!r}") from None
+    own = ("--model", "--dataset", "--max-tokens", "--rolling", "--out", "--overwrite", "--dry-run")
+    try:
+        options.harvest = shlex.split(options.harvest_flags)
+    except ValueError as error:
+        raise UsageError(f"--harvest-flags {options.harvest_flags!r}: {str(error).lower()}") from None
+    if taken := [word for word in options.harvest if word.partition("=")[0] in own]:
+        raise UsageError(f"residscope run sets {taken[0]} of `harvest` itself: leave it out")
     return options
 
 
@@ -54,7 +61,7 @@ def sides(options: argparse.Namespace) -> dict[str, list[str]]:
     """The two commands and their flags."""
     store = str(options.store or options.out / "acts.zarr")
     harvest = ["--model", options.model, "--dataset", *options.dataset, "--max-tokens", str(options.tokens)]
-    harvest += ["--rolling", options.disk, "--out", store, *shlex.split(options.harvest_flags)]
+    harvest += ["--rolling", options.disk, "--out", store, *options.harvest]
     train = ["--store", store, "--out", str(options.out / "ckpt.pt"), "--follow", "--resume", *options.train]
     return {"harvest": harvest, "train": train}
 

@@ -92,8 +92,9 @@ def recovered_lines(results: Results) -> list[tuple[np.ndarray, str, str]]:
 
 TOGETHER = """<h3>Several layers at once</h3>
 <p>The reconstruction takes the place of the stream at all layers of a group, each acting on what those below it left,
-at {tokens} of the tokens (cross-entropy {true_ce}). Beside it the sum of what these layers cost one at a time: the two
-agree only where errors neither grow nor undo each other on the way.</p>"""
+at {tokens} of the tokens (cross-entropy {true_ce}). Beside it the sum of what these layers cost one at a time,
+at all the tokens above: the two agree only where errors neither grow nor undo each other on the way, and but for
+sampling.</p>"""
 
 
 def _together(results: Results) -> str:

@@ -45,6 +45,12 @@ def test_a_name_that_was_made_to_point_here_is_refused(served: Served, host: str
         assert served.ask(path, Host=host).status in (400, 403)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:1/assets/app.js?", "127.0.0.1/assets/", "localhost:80/?token=x"])
+def test_a_host_with_a_path_opens_nothing(served: Served, host: str) -> None:
+    """Of which a server might take the path for that of the request, and let it in without a token."""
+    assert served.ask("/api/about", Host=host, X_Token=None).status in (400, 403)
+
+
 def test_localhost_is_this_machine(served: Served) -> None:
     assert served.ask("/api/about", Host=f"localhost:{served.port}").status == 200
 
@@ -113,7 +119,7 @@ def test_what_is_asked_reaches_the_analysis(served: Served) -> None:
         ("card", {"latent": 10**40}, 400, "latent should be"),
         ("card", {"latent": True}, 400, "another type"),
         ("card", {"latent": 1.5}, 400, "another type"),
-        ("search", b'{"from_layer": NaN}', 400, "found nan"),
+        ("search", b'{"from_layer": NaN}', 400, "should be a JSON object"),
         ("search", {"tokens": ["a"]}, 400, "another type"),
         ("search", {"limit": 10**6}, 400, "limit should be"),
         ("intervene", {"text": "a", "changes": [ABLATE] * 17}, 400, "changes should be from 0 to 16, found 17"),

@@ -71,6 +71,8 @@ def test_what_is_timed_is_real(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--tokens 0", "--tokens should be at least 1, found 0"),
         ("--disk much", "--disk should be bytes such as 50GB, found 'much'"),
+        ("--batch-size -5", "--batch-size should be at least 1, found -5"),
+        ("--expansion-factor 0", "--expansion-factor should be at least 0.001, found 0"),
         ("--gpus -1", "--gpus should be at least 0, found -1"),
         ("--k 99 --n-latents 9 --gpus 1", "--k 99: there are only 9 latents"),
         ("--n-latents 1000000000 --gpus 2", "--n-latents 1,000,000,000: takes"),

@@ -38,7 +38,12 @@ def test_the_commands_are_valid_and_fit_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--tokens", "many"], "--tokens should be a number"), (["--overwrite"], "sets --overwrite of `train` itself")],
+    [
+        (["--tokens", "many"], "--tokens should be a number"),
+        (["--overwrite"], "sets --overwrite of `train` itself"),
+        (["--harvest-flags=--out=elsewhere"], "sets --out=elsewhere of `harvest` itself"),
+        (["--harvest-flags", "--text-column it's"], "--harvest-flags .*: no closing quotation"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
