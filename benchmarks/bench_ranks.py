@@ -62,28 +62,12 @@ raise SystemExit(main())
 
 def make_store(path: Path, tokens: int, d_model: int) -> Path:
     """Eight layers of vectors with a hundred directions that are active now and then."""
+    from residscope.commands.calibrate import made_up
     from store.activations import ActivationStore
-    from store.arrays import TokenTable
-    from store.meta import StoreMeta, chunk_and_shard_tokens
 
     rng, n_layers = np.random.default_rng(0), 8
-    chunk, shard = chunk_and_shard_tokens(tokens, n_layers, d_model, 2)
-    meta = StoreMeta(
-        n_tokens=tokens,
-        layers=tuple(range(n_layers)),
-        n_model_layers=n_layers,
-        d_model=d_model,
-        stored_dtype="bfloat16",
-        codec="none",
-        chunk_tokens=chunk,
-        shard_tokens=shard,
-        context_length=64,
-        lens=None,
-        provenance={"model": "made up"},
-        config_hash="0" * 16,
-    )
-    index, directions = np.arange(tokens, dtype=np.int32), rng.normal(size=(100, d_model)).astype(np.float32)
-    table = TokenTable(token_id=index % 999, document=index // 64, position=index % 64, keep=index % 64 != 0)
+    meta, table = made_up(tokens, n_layers, d_model)
+    directions = rng.normal(size=(100, d_model)).astype(np.float32)
     with ActivationStore.create(path, meta, table) as store:
         for number in range(meta.n_shards):
             start, stop = meta.shard_bounds(number)

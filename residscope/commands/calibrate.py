@@ -42,29 +42,11 @@ def step_seconds(run: Training, layers: int) -> tuple[float, int]:
     import numpy as np
 
     from store.activations import ActivationStore
-    from store.arrays import TokenTable
-    from store.meta import StoreMeta, chunk_and_shard_tokens
     from train.config import DataConfig, ModelConfig, TrainConfig, ValidationConfig
     from train.run import try_run
 
-    tokens = max(6 * run.batch // layers, 64)
-    chunk, shard = chunk_and_shard_tokens(tokens, layers, run.d_model, 2)
-    meta = StoreMeta(
-        n_tokens=tokens,
-        layers=tuple(range(layers)),
-        n_model_layers=layers,
-        d_model=run.d_model,
-        stored_dtype="bfloat16",
-        codec="none",
-        chunk_tokens=chunk,
-        shard_tokens=shard,
-        context_length=64,
-        lens=None,
-        provenance={"model": "made up"},
-        config_hash="0" * 16,
-    )
-    index, rng = np.arange(tokens, dtype=np.int32), np.random.default_rng(0)
-    table = TokenTable(token_id=index % 256, document=index // 64, position=index % 64, keep=np.ones(tokens, bool))
+    meta, table = made_up(max(6 * run.batch // layers, 64), layers, run.d_model)
+    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="residscope-plan-") as name:
         path = Path(name, "acts.zarr")
         with ActivationStore.create(path, meta, table) as store:
@@ -81,6 +63,32 @@ def step_seconds(run: Training, layers: int) -> tuple[float, int]:
         )
         found = try_run(config)
     return found.seconds_per_step, found.memory_bytes + found.shuffle_bytes
+
+
+def made_up(tokens: int, layers: int, d_model: int) -> tuple[Any, Any]:
+    """`StoreMeta` and `TokenTable` of a store of no model, in bfloat16: documents of 64 tokens, without their first."""
+    import numpy as np
+
+    from store.arrays import TokenTable
+    from store.meta import StoreMeta, chunk_and_shard_tokens
+
+    chunk, shard = chunk_and_shard_tokens(tokens, layers, d_model, 2)
+    meta = StoreMeta(
+        n_tokens=tokens,
+        layers=tuple(range(layers)),
+        n_model_layers=layers,
+        d_model=d_model,
+        stored_dtype="bfloat16",
+        codec="none",
+        chunk_tokens=chunk,
+        shard_tokens=shard,
+        context_length=64,
+        lens=None,
+        provenance={"model": "made up"},
+        config_hash="0" * 16,
+    )
+    index = np.arange(tokens, dtype=np.int32)
+    return meta, TokenTable(token_id=index % 999, document=index // 64, position=index % 64, keep=index % 64 != 0)
 
 
 def disk_speed(folder: Path) -> float:
