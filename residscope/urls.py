@@ -1,4 +1,4 @@
-"""Objects in a bucket as files: `URL` is a `Path` whose methods are requests (obstore).
+"""Objects in a bucket as files: `URL` is a `Path` whose methods are requests (by obstore: bench_object_libraries.py).
 
 How: what asks a path for bytes, size or names works for both. What hands one to the operating system gets `UsageError`.
 An object is whole or absent. A request without an answer is made again for `RETRY_SECONDS`. Credentials come from the

@@ -30,8 +30,7 @@ def test_the_commands_give_what_they_give_on_a_disk(
         assert run(["residscope", "verify"][1], place)["bad"] == []
         sae = tmp_path / name / "ckpt.pt"
         small = ["--n-latents", "64", "--k", "4", "--steps", "5", "--batch-size", "256"]
-        cache = ["--cache-gb", "1"] if name == "url" else []
-        run("train", "--store", place, "--out", str(sae), *small, *cache, "--device", "cpu")
+        run("train", "--store", place, "--out", str(sae), *small, "--device", "cpu")
         if name == "url":  # The autoencoder from there too.
             there = as_path(f"{s3}/ckpt.pt")
             assert isinstance(there, URL)

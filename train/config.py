@@ -294,9 +294,9 @@ class TrainConfig:
     """Print a summary of the run as JSON on stdout."""
     follow: bool = False
     """Wait until the store is begun. One that is filled part by part (`harvest --rolling`) is followed in any case."""
-    cache_gb: float = 0
+    cache_gb: float | None = None
     """Memory for whole shards of a store at a URL, which are then fetched once, by long requests (GB); the result is
-    the same."""
+    the same. Default: a third of what is free, shared by the processes of this machine; 0: none."""
     n_procs: int = 1
     """Processes on this machine that share each batch: the same training, to rounding, with less time and memory for
     each; on CUDA one for each card. `torchrun` starts them on several machines (docs/training.md)."""

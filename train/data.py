@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError, UsageError
+from residscope.memory import free_memory
 from store.activations import ActivationStore
 from store.loader import Batch, WindowLoader
 from store.remote.held import hold
@@ -121,7 +122,8 @@ class TrainingData:
         if store.ring:
             fraction, seed = store.ring.fraction, store.ring.seed
         split = split_tokens(store, fraction, seed)
-        hold(store, int(config.cache_gb * 1e9))
+        spare = (free_memory() or 0) // (3 * ranks.local)
+        hold(store, spare if config.cache_gb is None else int(config.cache_gb * 1e9))
         return cls(
             store=store,
             split=split,

@@ -52,8 +52,11 @@ class ObjectFile:
         """Read these ranges (start, stop)."""
         for start, stop in merged(range_ for range_ in ranges if self._at(*range_) is None):
             parts = [(i, min(i + _LONGEST, stop)) for i in range(start, stop, _LONGEST)]
-            found = [*(_REQUESTS.map(self._get, parts) if len(parts) > 1 else map(self._get, parts))]
-            self._held.append((start, found[0] if len(found) == 1 else np.concatenate(found)))
+            found = self._get(parts[0]) if len(parts) == 1 else np.empty(stop - start, np.uint8)
+            if len(parts) > 1:  # Each is copied as it comes, so that there are not two of the object in memory.
+                targets = [found[a - start : b - start] for a, b in parts]
+                list(_REQUESTS.map(lambda part, target: np.copyto(target, self._get(part)), parts, targets))
+            self._held.append((start, found))
             if stop - start == self.size:  # Who hashes a shard reads it next, in the same thread.
                 self._known[get_ident()] = self._url, self._held[-1][1]
 

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from residscope.urls import as_path
+from store.activations import ActivationStore
 from store.dtypes import to_float32
 from store.loader import Batch, WindowLoader
+from store.remote.held import held_bytes
 from tests.support.stores import make_store, random_activations
-from train.data import VectorSource, split_tokens
+from train.config import TrainConfig
+from train.data import TrainingData, VectorSource, split_tokens
+from train.parallel.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")
 
@@ -47,3 +52,13 @@ def test_no_document_is_on_both_sides(tmp_path: Path) -> None:
     assert not set(document[split.train]) & set(document[split.validation])
     assert np.array_equal(split.train | split.validation, store.tokens.keep)
     assert not np.array_equal(split.train, split_tokens(store, 0.3, seed=2).train)
+
+
+def test_of_a_store_at_a_url_a_third_of_the_free_memory_is_kept(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(s3, random_activations(200, 2, 16), chunk_tokens=16, shard_tokens=32)
+    store = ActivationStore.open(s3)
+    sizes = [store.record(shard).bytes for shard in range(store.meta.n_shards)]
+    monkeypatch.setattr("train.data.free_memory", lambda: 2 * 3 * sum(sizes[:4]))
+    for ranks, flag, kept in ((Ranks(0, 2, local=2), None, 4), (ALONE, None, 7), (ALONE, 0.0, 0)):
+        TrainingData.open(TrainConfig(store=as_path(s3), cache_gb=flag), store, ranks)
+        assert held_bytes(store) == sum(sizes[:kept])

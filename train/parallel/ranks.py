@@ -36,7 +36,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, *, local: int = 1, store: Any = None, group: Any = None) -> None:
         """local: how many of them this machine has; store: torch.distributed's, through which a rank that fails tells
         the first one why; group: torch.distributed's, of some of all."""
-        self.rank, self.size, self._local, self._store, self._group = rank, size, local, store, group
+        self.rank, self.size, self.local, self._store, self._group = rank, size, local, store, group
         self.rows: Ranks = self
         """Of all, those that share each batch with this one, and have the same latents."""
         self.latents: Ranks = ALONE if size > 1 else self
@@ -65,7 +65,7 @@ class Ranks:
 
     def share_of_cores(self) -> int | None:
         """Threads for this process; None of one alone: as many as torch chooses."""
-        return None if self.size == 1 else max(1, len(os.sched_getaffinity(0)) // self._local)
+        return None if self.size == 1 else max(1, len(os.sched_getaffinity(0)) // self.local)
 
     def sum_(self, *tensors: Tensor) -> None:
         """Make each of `tensors` its sum over ranks."""
