@@ -56,6 +56,8 @@ class VectorSource:
         """Rows in the store's type, of any shape, as float32 on the device."""
         bfloat16 = self._stored_dtype == "bfloat16"  # which numpy does not know
         tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(rows)
+        if self.device.type == "cuda":  # From pinned memory the copy goes on while the next batch is gathered.
+            return tensor.pin_memory().to(self.device, non_blocking=True).float()
         return tensor.to(self.device).float()
 
 
