@@ -20,10 +20,11 @@ try {
   find("about").textContent = `${about.model}: ${about.n_layers} layers, ${integer(about.n_latents)} latents of ${about.sae}, analysed on ${integer(about.n_tokens)} tokens of ${about.dataset}.`;
   document.title = `${about.model}: explore`;
   find("text").maxLength = about.most.text;
+  find("most-text").textContent = integer(about.most.text);
   find("search-profile").append(...about.profiles.map((name) => h("option", { value: name }, name)));
   drawLayers(about);
   read(true);
-  say(find("model"), "The model is loading \u2026");
+  say(find("model"), "The model is loading, or busy with another text \u2026");
   const { missing } = await ask("model");
   say(find("model"), missing ? `No sentence can be looked at: ${missing}` : "", Boolean(missing));
 } catch (error) {

@@ -4,6 +4,7 @@ import { bars, figure, heatMap } from "./charts.js";
 import { ask, button, code, fill, find, h, link, pins, say, set, state, visible, watch } from "./core.js";
 
 const known = new Map();
+const DENSE = 0.1; // share of the tokens
 
 /** A latent's data, asked for once. */
 export function cardOf(latent) {
@@ -29,12 +30,13 @@ function change(words) {
 
 /** The card as elements. */
 export function cardBody(card) {
-  const { latent, layers } = card, layer = state.layer, facts = {
+  const { latent, layers } = card, layer = state.layer, share = card.n_tokens / card.of_tokens, facts = {
     Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread, layers": show(card.layer_std),
-    Firings: integer(card.count), Tokens: integer(card.n_tokens), "Layers active": card.n_layers_active,
+    Firings: integer(card.count), "Tokens it fires at": `${integer(card.n_tokens)}, ${percent(share)}`, "Layers active": card.n_layers_active,
   };
   if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or use the arrow keys.");
+  const strongest = layers.indexOf(Number(layer)) < 0 || layer === "" ? card.counts.indexOf(Math.max(...card.counts)) : layers.indexOf(Number(layer));
   const chart = (name, title, format) => figure(title, `latent-${latent}-${name}`, bars(card[name], layers, {
     label: `${title}, latent ${latent}, layers ${layers[0]} to ${layers.at(-1)}; highest ${format(Math.max(...card[name]))} at layer ${layers[card[name].indexOf(Math.max(...card[name]))]}`,
     say: (i) => `layer ${layers[i]}: ${format(card[name][i])}`,
@@ -42,14 +44,15 @@ export function cardBody(card) {
   return [
     h("p", {}, h("b", {}, "Fires on "), card.fires_on.length ? code(card.fires_on) : "nothing in particular"),
     h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`)),
-      layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button("Steer\u2026", () => change(`steer:${latent}:${layer || "all"}:8`))),
+      layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button(`Steer at layer ${layers[strongest]}\u2026`, () => change(`steer:${latent}:${layers[strongest]}:${card.means[strongest].toPrecision(3)}`))),
+    share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, so that being on says little of a token.`),
     h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     chart("probs", "Share of its activation mass", percent), chart("counts", "Tokens at which it fired", integer), chart("means", "Mean activation where it fired", show),
     h("h3", {}, "Most active at"), examples(card),
     card.histogram && figure("Activations by layer", `latent-${latent}-histogram`, histogram(card, read), () => [["layer", "activation_from", "activation_to", "tokens"],
       ...card.histogram.rows.flatMap(([one, first, ...counts]) => counts.map((n, i) => [one, card.histogram.edges[first + i], card.histogram.edges[first + i + 1], n]))], read),
-    words("Promotes", card.promotes), words("Suppresses", card.suppresses),
-    card.promotes?.length > 0 && !card.logits_above_chance && h("p", { class: "note" }, "These cosines are no higher than those of random directions: they say nothing."),
+    card.promotes?.length > 0 && !card.logits_above_chance ? h("p", { class: "note" }, "What it promotes is chance: the cosines with tokens are no higher than those of random directions.")
+      : [words("Promotes", card.promotes), words("Suppresses", card.suppresses)],
     card.neighbours?.length > 0 && h("p", {}, h("b", {}, "Neighbours "), "(cosine of decoder rows) ",
       card.neighbours.map(({ latent: other, cosine }) => [link(String(other), { latent: other, layer: "" }), ` ${cosine.toFixed(2)}  `])),
   ];
@@ -84,15 +87,16 @@ async function draw() {
   if (place.hidden) return;
   const body = h("div", { role: "status" }, "Loading \u2026");
   const head = h("div", { class: "title" }, h("h2", {}, `Latent ${latent}`), button("Close", () => set({ latent: "", layer: "" }), { "aria-label": "Close the card" }));
-  if (find("card").dataset.latent !== latent) place.replaceChildren(head, body);
+  if (place.dataset.latent !== latent) place.replaceChildren(head, body);
   place.dataset.latent = latent;
   try {
     const card = await cardOf(Number(latent));
-    if (latent === state.latent) fill(place, head, ...cardBody(card).filter(Boolean));
+    if (latent === state.latent) fill(place, head, ...cardBody(card).flat().filter(Boolean));
   } catch (error) {
     say(body, error.message, true);
     place.replaceChildren(head, body);
   }
 }
 
+addEventListener("keydown", (event) => { if (event.key === "Escape" && state.latent !== "") set({ latent: "", layer: "" }); });
 watch(["latent", "layer", "pins", "view"], draw);

@@ -65,6 +65,7 @@ export function latest(name, status, show) {
   let n = 0, busy = false, next = null;
   return async (body) => {
     next = body && { ...body, n: ++n };
+    if (busy && next) say(status, "Waiting for the answer before \u2026");
     if (busy) return;
     busy = true;
     while (next) {
@@ -103,11 +104,13 @@ const maker = (create) => (name, props = {}, ...children) => {
 export const h = maker((name) => document.createElement(name));
 export const svg = maker((name) => document.createElementNS("http://www.w3.org/2000/svg", name));
 
-/** New content for a place; what had the focus there has it again. */
+/** New content for a place; what had the focus there has it again, and its text is selected, as when one tabs to it. */
 export function fill(place, ...content) {
   const parts = () => [...place.querySelectorAll("button, a, input, select, [tabindex]")], at = parts().indexOf(document.activeElement);
   place.replaceChildren(...content);
-  if (at >= 0) parts()[at]?.focus({ preventScroll: true });
+  if (at < 0) return;
+  parts()[at]?.focus({ preventScroll: true });
+  parts()[at]?.select?.();
 }
 
 export const find = (id) => document.getElementById(id);
@@ -124,8 +127,9 @@ export function link(words, changes, props = {}) {
 }
 
 /** Text with what cannot be seen made visible. */
-export const visible = (text) => (text === "" ? "\u00b7" : text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
+export const visible = (text) => (/^ *$/.test(text) ? "\u00b7".repeat(text.length || 1) : text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
 export const quoted = (text) => `\u201c${visible(text)}\u201d`;
+export const counted = (n, word) => `${integer(n)} ${word}${n === 1 ? "" : "s"}`;
 export const code = (words) => words.map((word) => [h("code", {}, visible(word)), " "]);
 
 /** A table of numbers; the first column names the rows. */

@@ -1,21 +1,35 @@
 // A sentence: where its latents are on, over layers and tokens; what switches at one token; what follows from a change.
 
 import { figure, heatMap, switches } from "./charts.js";
-import { button, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
+import { button, counted, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
 
-let prompt = null;
+const MUCH = 5; // nats
+let prompt = null, answered = null; // answered: the changes of which the outcome is shown; null before any were run
 const ask = latest("prompt", find("sentence-status"), (found, asked) => {
   if (asked.text !== state.text) return "";
   prompt = found;
+  find("sentence-found").classList.remove("outdated");
   draw();
+  if (answered === null && changes().length) run(); // those of an address that was shared
   const n = found.tokens.filter((token) => token.kept).length;
-  return `${n} tokens, ${integer(found.n_active_latents)} latents on.`;
+  return `${counted(n, "token")}, ${counted(found.n_active_latents, "latent")} on.`;
 });
 const change = latest("intervene", find("change-status"), (found, asked) => {
   if (asked.text !== state.text) return "The text has changed meanwhile.";
+  answered = key(asked);
   find("outcome").replaceChildren(...outcome(found, asked));
   return `KL divergence at the last token ${show(found.kl_last)} nats, mean over tokens ${show(found.kl_mean)}.`;
 });
+const asking = () => ({ text: state.text, changes: changes(), continue_tokens: Number(state.continued) });
+const key = ({ text, changes: of, continue_tokens: n }) => JSON.stringify([text, of, n]);
+const run = () => { answered ??= ""; change(asking()); };
+
+/** Mark what is shown of other changes than those that are listed now. */
+function age() {
+  const old = find("outcome").childNodes.length > 0 && answered !== key(asking());
+  find("outcome").classList.toggle("outdated", old);
+  if (old) say(find("change-status"), "What is below is of the changes before: press Run.", true);
+}
 const ORDERS = {
   layer_mean: (a, b) => a.layer_mean - b.layer_mean, mass: (a, b) => b.mass - a.mass, specificity: (a, b) => b.specificity - a.specificity,
 };
@@ -23,14 +37,15 @@ const ORDERS = {
 /** The place of the chosen token, or -1. */
 const tokenChosen = () => (state.token !== "" && prompt.tokens[state.token]?.kept ? Number(state.token) : -1);
 
-/** The latents that are shown: those on at the chosen token, or anywhere; the foremost, then in the order of mean layer. */
+/** The latents that are shown: those on at the chosen token, or anywhere; of them the most specific to the text, or those
+    with the most mass there, in their order. */
 function chosen() {
   const token = tokenChosen(), many = Number(state.shown);
   const here = (one) => token < 0 || one.cells.some((cell) => cell[0] === token);
   const at = (one) => (token < 0 ? one.mass : one.cells.reduce((sum, cell) => sum + (cell[0] === token ? cell[2] : 0), 0));
-  const foremost = state.sort === "specificity" ? (a, b) => b.specificity - a.specificity : (a, b) => at(b) - at(a);
+  const foremost = state.sort === "mass" ? (a, b) => at(b) - at(a) : ORDERS.specificity;
   const found = prompt.latents.filter(here);
-  return { total: found.length, found: found.sort(foremost).slice(0, many).sort(ORDERS[state.sort]) };
+  return { total: found.length, found: found.sort(foremost).slice(0, many).sort(state.sort === "mass" ? foremost : ORDERS[state.sort]) };
 }
 
 function draw() {
@@ -42,14 +57,14 @@ function draw() {
   fill(find("tokens"), h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),
     () => set({ token: token === i ? "" : i }), { "aria-pressed": String(i === token), disabled: !kept, "aria-label": `token ${i}: ${visible(text)}` })));
   const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value]) => [c, layers.indexOf(layer), value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
-    label: `Latent ${one.latent}, mean layer ${show(one.layer_mean)}, fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
+    label: `Latent ${one.latent}, mean layer in this text ${show(one.layer_mean)}, fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
     title: `${one.latent}  ${one.fires_on.slice(0, 3).map(visible).join(" ")}`.slice(0, 34),
-    say: (c, r, v) => `Latent ${one.latent} (mean layer ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
+    say: (c, r, v) => `Latent ${one.latent} (mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
     pick: (c, r) => set({ latent: one.latent, token: tokens[c].kept ? c : "", layer: layers[r] }),
   }));
   const where = token < 0 ? "in the sentence" : `at ${word(token)}`;
   const rows = () => [["latent", "position", "token", "layer", "activation"], ...found.flatMap((one) => one.cells.map(([c, layer, value]) => [one.latent, c, tokens[c].token, layer, value]))];
-  const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : total)} latents on ${where}`, "latents", maps, rows, read);
+  const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : total)} latents on ${where}: ${state.sort === "mass" ? "the most active" : "the most specific to the text"}`, "latents", maps, rows, read);
   fill(find("maps"), ...(token < 0 ? [] : [switching(found, token, word(token))]), picture);
   const next = prompt.next.map(({ token: text, p_true }) => [visible(text), percent(p_true)]);
   find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next.map(([text, p]) => [h("code", {}, text), ` ${p}  `])));
@@ -71,7 +86,7 @@ function switching(found, token, word) {
   if (layers.length > 1) tell();
   return figure(`Switching on and off over the layers at ${word}`, "switches", drawn,
     () => [["latent", "layer", "activation"], ...rows.flatMap(({ one, on }) => [...on].map(([i, value]) => [one.latent, layers[i], value]))],
-    h("p", { class: "note" }, "\u25cf on from here, \u25cb on for the last time; the line is as thick as the activation is high."), layers.length > 1 && h("label", {}, "From layer to layer ", step), read);
+    h("p", { class: "note" }, "\u25cf a run of layers begins, \u25cb it ends; the line is as thick as the activation is high."), layers.length > 1 && h("label", {}, "From layer to layer ", step), read);
 }
 
 /** The changes in the address: KIND:LATENT:LAYERS[:COEFFICIENT], layers as 3.4.5 or "all". */
@@ -90,36 +105,46 @@ function span(words) {
 
 /** The rows in which changes are edited. */
 function editor() {
-  const write = (list) => set({ changes: list.map((one) => [one.kind, one.latent, [one.layers].flat().join("."), ...(one.kind === "steer" ? [one.coefficient ?? 8] : [])].join(":")).join(" ") });
+  const write = (list) => set({ changes: list.map((one) => [one.kind, one.latent, [one.layers].flat().join("."), ...(one.kind === "steer" ? [one.coefficient ?? 1] : [])].join(":")).join(" ") });
   const list = changes(), edit = (i, key, value) => write(list.map((one, k) => (k === i ? { ...one, [key]: value } : one)));
-  const layersOf = (text) => (/\d/.test(text) ? text.match(/\d+(\s*[-\u2013]\s*\d+)?/g).flatMap(span) : "all");
+  const layersOf = (text) => (text.trim() === "all" ? "all" : /^\s*\d+(\s*[-\u2013]\s*\d+|[\s,;]+\d+)*\s*$/.test(text) ? text.match(/\d+(\s*[-\u2013]\s*\d+)?/g).flatMap(span) : null);
+  const layersTo = (i, text) => {
+    if (layersOf(text)) edit(i, "layers", layersOf(text));
+    else say(find("change-status"), `layers should be all, or numbers such as 3 4 5 or 3-5, found \u201c${text}\u201d`, true);
+  };
+  // After the focus has moved on: the fields are made anew.
+  const later = (act) => (event) => setTimeout(act, 0, event.target.value);
   fill(find("changes"), ...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
-    h("select", { "aria-label": "Kind", onchange: (e) => edit(i, "kind", e.target.value) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
-    h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: (e) => edit(i, "latent", Number(e.target.value)) })),
-    h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: (e) => edit(i, "layers", layersOf(e.target.value)) })),
-    one.kind === "steer" && h("label", {}, "add ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: (e) => edit(i, "coefficient", Number(e.target.value)) })),
+    h("select", { "aria-label": "Kind", onchange: later((value) => edit(i, "kind", value)) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
+    h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: later((value) => edit(i, "latent", Number(value))) })),
+    h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((value) => layersTo(i, value)) })),
+    one.kind === "steer" && h("label", {}, "add activation ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: later((value) => edit(i, "coefficient", Number(value))) })),
     button("Remove", () => write(list.filter((_, k) => k !== i)), { "aria-label": `Remove change ${i + 1}` }))));
   find("run").disabled = !list.length;
+  age();
 }
 
 function outcome(found, asked) {
   const list = (name, tokens) => h("div", {}, h("h4", {}, name), h("ol", { class: "next" }, tokens.map(({ token, p }) => h("li", {}, h("i", { style: { width: `${(8 * p).toFixed(2)}rem` } }), h("code", {}, visible(token)), ` ${percent(p)}`))));
   const moved = (sign, tokens) => tokens.map((one) => [`${sign} `, h("code", {}, visible(one.token)), ` ${percent(one.p_true)} \u2192 ${percent(one.p_changed)}  `]);
   const said = (name, text) => h("div", {}, h("h4", {}, name), h("p", { class: "text" }, h("span", { class: "soft" }, asked.text.slice(-60)), h("b", {}, text)));
-  return [h("div", { class: "columns narrow" }, list("Next token, before", found.next_true), list("Next token, after", found.next_changed)),
-    h("p", {}, moved("\u25b2", found.increased)), h("p", {}, moved("\u25bc", found.decreased)),
+  const words = asked.changes.map((one) => `${one.kind} ${one.latent} at ${one.layers === "all" ? "all layers" : `layer ${one.layers.join(" ")}`}${one.kind === "steer" ? ` by ${one.coefficient}` : ""}`);
+  return [h("h3", {}, words.join(", ")), found.kl_last > MUCH && h("p", { class: "warning" }, `A KL divergence above ${MUCH} nats: little of the model's own prediction is left. A smaller change says more.`),
+    h("div", { class: "columns narrow" }, list("Next token, before", found.next_true), list("Next token, after", found.next_changed)),
+    h("p", {}, h("span", { class: "soft" }, "Logit rose most: "), moved("\u25b2", found.increased)), h("p", {}, h("span", { class: "soft" }, "fell most: "), moved("\u25bc", found.decreased)),
     asked.continue_tokens > 0 && h("div", { class: "columns narrow" }, said("Goes on, before", found.text_true), said("Goes on, after", found.text_changed))];
 }
 
 find("text").addEventListener("input", () => set({ text: find("text").value, token: "" }, true));
-find("text").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); ask({ text: state.text }); } });
 for (const name of ["sort", "shown"]) find(name).addEventListener("change", (event) => set({ [name]: event.target.value }));
 find("continued").addEventListener("change", (event) => set({ continued: event.target.value }, true));
-find("add").addEventListener("click", () => set({ changes: `${state.changes} ablate:${state.latent || pins()[0] || prompt?.latents[0]?.latent || 0}:all`.trim() }));
-find("run").addEventListener("click", () => change({ text: state.text, changes: changes(), continue_tokens: Number(state.continued) }));
+find("add").addEventListener("click", () => set({ changes: `${state.changes} ablate:${state.latent || pins()[0] || (prompt && chosen().found.sort(ORDERS.specificity)[0]?.latent) || 0}:all`.trim() }));
+find("run").addEventListener("click", run);
 watch(["text"], () => {
   if (find("text").value !== state.text) find("text").value = state.text;
   find("outcome").replaceChildren();
+  find("sentence-found").classList.add("outdated");
+  say(find("change-status"), "");
   if (state.text.trim()) ask({ text: state.text });
   else { prompt = null; ask(null); draw(); say(find("sentence-status"), ""); }
 });
@@ -127,4 +152,5 @@ watch(["token", "sort", "shown", "latent", "layer", "continued"], () => {
   for (const name of ["sort", "shown", "continued"]) find(name).value = state[name];
   draw();
 });
+watch(["continued"], age);
 watch(["changes"], editor);

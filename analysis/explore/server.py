@@ -192,6 +192,8 @@ def _about(analysis: Any) -> dict[str, Any]:
         "sae": summary["provenance"]["sae"].get("name"),
         **{name: summary[name] for name in ("n_tokens", "n_layers", "n_latents", "layers")},
         "profiles": list(summary.get("profiles") or {}),
+        "warnings": summary.get("warnings") or [],
+        "downstream": summary.get("downstream"),
         "most": MOST,
     }
 

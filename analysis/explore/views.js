@@ -2,15 +2,16 @@
 
 import { cardBody, cardOf } from "./card.js";
 import { figure, lines } from "./charts.js";
-import { code, find, h, latest, link, number, pins, set, state, table, watch } from "./core.js";
+import { code, counted, find, h, latest, link, number, pins, set, state, table, watch } from "./core.js";
 
+const FIRST = 50; // that the server sends
 const FIELDS = ["tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile"];
 const search = latest("search", find("search-status"), (found) => {
   const rows = found.map((one) => [link(String(one.latent), { latent: one.latent, layer: "" }), code(one.fires_on), show(one.layer_mean), integer(one.count), show(one.score), one.why]);
   const names = ["latent", "fires_on", "layer_mean", "count", "score", "why"];
   find("search-found").replaceChildren(rows.length ? figure("Latents found, the most specific first", "search",
     table(["Latent", "Fires on", "Mean layer", "Firings", "Score", "Why"], rows, "Choose a number to see its card."), () => [names, ...found.map((one) => names.map((name) => one[name]))]) : "");
-  return rows.length ? `${rows.length} latents.` : "No live latent fits all of this.";
+  return rows.length ? `${counted(rows.length, "latent")}${rows.length === FIRST ? ", the first that fit; there may be more" : ""}.` : "No live latent fits all of this.";
 });
 
 find("search-form").addEventListener("submit", (event) => {
@@ -21,6 +22,7 @@ function asked() {
   for (const name of FIELDS) find(`search-${name}`).value = state[name];
   const body = Object.fromEntries(FIELDS.map((name) => [name, name.endsWith("layer") ? number(state[name]) : state[name].replaceAll("\\n", "\n")]));
   if (state.view === "search" && FIELDS.some((name) => state[name])) search(body);
+  else if (!FIELDS.some((name) => state[name])) { search(null); find("search-found").replaceChildren(); find("search-status").textContent = ""; }
 }
 watch(FIELDS, asked);
 watch(["view"], () => { if (!find("search-found").childNodes.length) asked(); });
@@ -41,17 +43,19 @@ watch(["pins", "view", "measure"], async () => {
 });
 find("measure").addEventListener("change", (event) => set({ measure: event.target.value }));
 
-const COLUMNS = { fvu: "FVU", validation_fvu: "FVU, held-out text", delta_ce: "Delta cross-entropy, nats", kl: "KL, nats", l0: "L0", mean_norm: "Mean norm", active_latents: "Latents active" };
+const COLUMNS = { fvu: "FVU", fvu_without_few: "FVU without few tokens", validation_fvu: "FVU, held-out text", delta_ce: "Delta cross-entropy, nats", kl: "KL, nats", l0: "L0", mean_norm: "Mean norm", active_latents: "Latents active" };
 
 /** FVU and cost to the model by layer, from summary.json. */
 export function drawLayers(about) {
   const rows = about.layers, there = Object.keys(COLUMNS).filter((name) => rows.some((row) => Number.isFinite(row[name])));
   const worst = (name) => rows.reduce((a, b) => ((b[name] ?? -Infinity) > (a[name] ?? -Infinity) ? b : a));
+  const of = about.downstream, few = rows.some((row) => Number.isFinite(row.fvu_without_few));
+  const sample = of ? ` Delta cross-entropy and KL are of ${counted(of.n_tokens, `${of.tokens} token`)} of ${counted(of.n_documents, "document")}, with this layer alone replaced.` : "";
   const words = there.includes("delta_ce") ? `Replacing layer ${worst("delta_ce").layer} by its reconstruction costs the model most: its cross-entropy rises by ${show(worst("delta_ce").delta_ce)} nats a token. ` : "What reconstructions cost the model was not computed (analyze --downstream-tokens). ";
   const charts = ["fvu", "delta_ce"].filter((name) => there.includes(name)).map((name) => figure(`${COLUMNS[name]} (lower is better)`, name,
     lines([{ name: COLUMNS[name], values: rows.map((row) => row[name] ?? null) }], rows.map((row) => row.layer), { label: `${COLUMNS[name]}; highest ${show(worst(name)[name])} at layer ${worst(name).layer}`, unit: COLUMNS[name], format: show }),
     () => [["layer", name], ...rows.map((row) => [row.layer, row[name]])]));
-  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${words}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), h("div", { class: "columns" }, charts),
-    figure("All layers", "layers", table(["Layer", ...there.map((name) => COLUMNS[name])], rows.map((row) => [String(row.layer), ...there.map((name) => show(row[name]))]), "Means over the analysed tokens; delta cross-entropy and KL with this layer alone replaced."),
+  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${words}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), ...about.warnings.map((one) => h("p", { class: "warning" }, one)), h("div", { class: "columns" }, charts),
+    figure("All layers", "layers", table(["Layer", ...there.map((name) => COLUMNS[name])], rows.map((row) => [String(row.layer), ...there.map((name) => show(row[name]))]), `FVU, L0 and mean norm are of the ${integer(about.n_tokens)} analysed tokens.${sample}${few ? " Without few tokens: those that carry most of a layer's variance are left out." : ""}`),
       () => [["layer", ...there], ...rows.map((row) => [row.layer, ...there.map((name) => row[name])])]));
 }

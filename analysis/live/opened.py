@@ -117,6 +117,7 @@ class Analysis:
         return _plain(
             {
                 **{name: row.get(name) for name in names},
+                "of_tokens": self.summary["n_tokens"],
                 "fires_on": self._fires_on[latent],
                 "layers": self.layer_numbers,
                 **{name: row[name] for name in ("counts", "means", "probs")},

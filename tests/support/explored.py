@@ -106,6 +106,8 @@ class Planted(Stub):
         self.summary |= {
             "n_layers": len(LAYERS),
             "profiles": {"early": {}, "late": {}},
+            "warnings": ["89 % of the variance of layer 4 is in 3 tokens"],
+            "downstream": {"tokens": "validation", "n_tokens": 254, "n_documents": 1},
             "layers": [
                 {"layer": layer, "fvu": 0.09996 + i / 1e3, "delta_ce": 1.25 if layer == 4 else 0.5, "kl": None}
                 for i, layer in enumerate(LAYERS)
@@ -129,6 +131,7 @@ class Planted(Stub):
             "latent": latent,
             "count": sum(counts),
             "n_tokens": max(counts),
+            "of_tokens": 40,
             "fires_on": WORDS[latent],
             "profile": "early",
             "layer_mean": 3.14159,

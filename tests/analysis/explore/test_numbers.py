@@ -72,7 +72,9 @@ def test_every_activation_and_the_next_tokens_are_those_of_the_prompt(explored: 
     keys = zip(table["position"], table["layer"], table["latent"], strict=True)
     assert found == dict(zip(keys, map(float, table["activation"]), strict=True))
     n = len(explored.prompt["latents"])
-    assert tab.run('return text("#maps h3");') == f"{n} of {n} latents on in the sentence"
+    assert (
+        tab.run('return text("#maps h3");') == f"{n} of {n} latents on in the sentence: the most specific to the text"
+    )
     assert explored.prompt["n_active_latents"] == n
     shown = tab.run(
         'return [...find("#next").querySelectorAll("code")].map((at) => at.nextSibling.textContent.trim());'
@@ -125,9 +127,9 @@ def test_a_card_has_the_numbers_of_the_table_of_latents(explored: Explored) -> N
             ("Mean layer", "layer_mean"),
             ("Spread, layers", "layer_std"),
             ("Firings", "count"),
-            ("Tokens", "n_tokens"),
+            ("Tokens it fires at", "n_tokens"),
         ):
-            assert printed(facts[name], row[column])
+            assert printed(facts[name].split(", ")[0] if column == "n_tokens" else facts[name], row[column])
         explored.tab.run("""named("Save Share of its").click();""")
         rows = list(csv.reader(explored.tab.saved(f"latent-{latent}-probs.csv").decode().splitlines()))[1:]
         assert [float(value) for _, value in rows] == list(row["probs"])

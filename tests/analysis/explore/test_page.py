@@ -84,8 +84,14 @@ def test_a_cell_opens_the_card_of_its_latent_and_what_it_holds_is_text(tab: Expl
     ):
         assert words in card
     assert "no higher than those of random directions" in card
+    assert "Promotes" not in card
+    assert "Tokens it fires at5, 12.5 %" in card
+    assert "Dense: it fires at 12.5 %" in card
     assert tab.run('return text("#card mark");') == "fore\u23ce"
     tab.run("""named("Close").click(); await until(() => find("#card").hidden);""")
+    tab.open("#latent=8")
+    tab.run("""await until(() => text("#card").includes("Fires on")); key(find("#card"), "Escape");
+      await until(() => find("#card").hidden);""")
     tab.open("#latent=9")
     tab.run("""await until(() => text("#card").includes("Fires on"));""")
     assert tab.run('return [all("#card code")[0].textContent, all("main img, aside img").length];') == [
@@ -138,7 +144,7 @@ def test_latents_are_ordered_and_cut(tab: Explored) -> None:
     assert orders == ["8 9 7", "8 7 9", "9 8 7"]
     tab.run("""change("#shown", "12");""")
     assert tab.state == "text=all is going up&sort=specificity&shown=12"
-    assert tab.run('return text("#maps h3");') == "3 of 3 latents on in the sentence"
+    assert tab.run('return text("#maps h3");') == "3 of 3 latents on in the sentence: the most specific to the text"
     assert "\u23ce" in tab.run('return text("#next");')
     assert "50.0 %" in tab.run('return text("#next");')
 
@@ -147,14 +153,17 @@ def test_latents_are_changed_and_the_model_goes_on(tab: Explored) -> None:
     tab.open(f"{SENTENCE}&latent=7&layer=4")
     tab.run(
         """(await until(() => named("Ablate at all layers"))).click(); named("Ablate at layer 4").click();
-          named("Steer").click(); find("#add").click();"""
+          named("Steer at layer 4").click(); find("#add").click();"""
     )
-    assert tab.state.endswith("changes=ablate:7:all ablate:7:4 steer:7:4:8 ablate:7:all")
+    assert tab.state.endswith("changes=ablate:7:all ablate:7:4 steer:7:4:0.250 ablate:7:all")
     tab.run("""named("Remove change 4").click(); const input = (i, k) =>
       all("#changes fieldset")[i].querySelectorAll("input, select")[k];
-      const edit = (i, k, value) => { input(i, k).value = value; input(i, k).dispatchEvent(new Event("change", {
-        bubbles: true })); };
-      edit(0, 0, "steer"); edit(0, 3, "-2.5"); edit(0, 1, "8"); edit(1, 2, "3, 5"); edit(2, 2, "all of them");
+      const edit = async (i, k, value) => { const before = input(i, k); before.value = value;
+        before.dispatchEvent(new Event("change", { bubbles: true })); await new Promise((r) => setTimeout(r, 5)); };
+      await edit(0, 0, "steer"); await edit(0, 3, "-2.5"); await edit(0, 1, "8"); await edit(1, 2, "3, 5");
+      await edit(2, 2, "allx");
+      if (!text("#change-status").includes("found \u201callx\u201d")) throw new Error(text("#change-status"));
+      await edit(2, 2, "all");
       change("#continued", "5"); find("#run").click(); await until(() => text("#outcome").includes("Goes on"));""")
     (asked,) = [one for one in tab.planted.asked if "changes" in one]
     assert asked == {
@@ -163,15 +172,38 @@ def test_latents_are_changed_and_the_model_goes_on(tab: Explored) -> None:
         "changes": [
             {"kind": "steer", "latent": 8, "layers": "all", "coefficient": -2.5},
             {"kind": "ablate", "latent": 7, "layers": [3, 5], "coefficient": None},
-            {"kind": "steer", "latent": 7, "layers": "all", "coefficient": 8},
+            {"kind": "steer", "latent": 7, "layers": "all", "coefficient": 0.25},
         ],
     }
     outcome = tab.run('return text("#outcome");')
-    for words in ("and on", "and off", "75.0 %", "12.5 % \u2192 75.0 %"):
+    for words in (
+        "steer 8 at all layers by -2.5, ablate 7 at layer 3 5",
+        "and on",
+        "and off",
+        "75.0 %",
+        "12.5 % \u2192 75.0 %",
+    ):
         assert words in outcome
     assert "0.123 nats, mean over tokens 0" in tab.run('return text("#change-status");')
-    tab.run("""for (let i = 0; i < 3; i++) named("Remove change 1").click();""")
+    tab.run("""if (find("#outcome.outdated")) throw new Error("marked too early"); named("Remove change 1").click();""")
+    assert tab.run('return find("#outcome.outdated") !== null;')
+    assert "of the changes before: press Run" in tab.run('return text("#change-status");')
+    tab.run("""for (let i = 0; i < 2; i++) named("Remove change 1").click();""")
     assert tab.run('return find("#run").disabled;')
+
+
+def test_the_changes_of_a_shared_address_are_run_at_once(tab: Explored) -> None:
+    tab.open(f"{SENTENCE}&changes=steer:7:3.4:2.5&continued=3")
+    tab.run("""await until(() => text("#outcome").includes("Goes on"));""")
+    assert [one["continue_tokens"] for one in tab.planted.asked if "changes" in one] == [3]
+
+
+def test_a_field_that_is_left_by_tab_leaves_the_focus_in_the_next(tab: Explored) -> None:
+    tab.open(f"{SENTENCE}&changes=ablate:7:all")
+    tab.run("""const fields = () => all("#changes input"); await until(() => find(".heat")); fields()[0].focus();
+      fields()[0].value = "8"; fields()[0].dispatchEvent(new Event("change", { bubbles: true })); fields()[1].focus();
+      await until(() => location.hash.includes("ablate%3A8")); if (document.activeElement !== fields()[1])
+        throw new Error(document.activeElement.outerHTML);""")
 
 
 def test_pinned_latents_are_compared(tab: Explored) -> None:
@@ -206,7 +238,7 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
     tab.run("""find("#to-search").click(); const fields = { tokens: "up", promotes: " on", on: "a b", off: "c",
       from_layer: "2", to_layer: "4", profile: "early" };
       for (const [name, value] of Object.entries(fields)) find(`#search-${name}`).value = value;
-      find("#search-form button").click(); await until(() => text("#search-status").includes("1 latents"));""")
+      find("#search-form button").click(); await until(() => text("#search-status").includes("1 latent."));""")
     assert tab.planted.asked == [
         {
             "tokens": "up",
@@ -228,14 +260,16 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
     )
     shared = tab.page.run("location.hash")
     tab.open(shared)
-    tab.run("""await until(() => text("#search-status").includes("1 latents") && text("#card h2") === "Latent 7");""")
+    tab.run("""await until(() => text("#search-status").includes("1 latent.") && text("#card h2") === "Latent 7");""")
     assert tab.run('return [find("#search-on").value, find("#search-profile").value];') == ["a b", "early"]
     tab.run(
         """change("#search-tokens", "zebra"); find("#search-form button").click(); await until(() =>
           text("#search-status").includes("No live latent"));"""
     )
+    tab.run("""for (const at of all("#search-form input, #search-form select")) at.value = "";
+      find("#search-form button").click(); await until(() => text("#search-status") === "");""")
     tab.run(r"""change("#search-tokens", "\\n"); find("#search-form button").click();
-      await until(() => text("#search-status").includes("1 latents"));""")
+      await until(() => text("#search-status").includes("1 latent."));""")
     assert tab.planted.asked[-1]["tokens"] == "\n"
 
 
@@ -246,6 +280,9 @@ def test_the_layer_that_costs_most_is_one_click_away(tab: Explored) -> None:
         "Replacing layer 4 by its reconstruction costs the model most: its cross-entropy rises by 1.25 nats a token. "
         "FVU is highest at layer 6: 0.104."
     )
+    said = tab.run('return text("#layers-found");')
+    assert "89 % of the variance of layer 4 is in 3 tokens" in said
+    assert "of 254 validation tokens of 1 document, with this layer alone replaced" in said
     assert tab.run('return all("#layers-found tbody tr")[0].textContent;') == "20.1000.500"  # 0.09996 to three digits
     tab.run("""named("Save All layers as CSV").click();""")
     assert tab.saved("layers.csv").decode().splitlines()[:2] == ["layer,fvu,delta_ce", "2,0.09996,0.5"]
