@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from analysis.tiles import keep_going, stop_tasks
 from residscope import cluster
+from residscope.console import progress
 from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory, said
 
 TASKS = 256
@@ -68,7 +69,7 @@ def run(total: ShardSum[R], pool: "Pool") -> R:
         tokens[key] = sum(total.tokens[group])
         arguments = (attempt, total.task, total.arguments, total.shards[group], tokens[key])
         leaves.append(delayed(cluster.with_our_code)(cluster.code_hash(), *arguments, dask_key_name=key))
-    with tqdm(total=sum(tokens.values()), desc=total.name, unit=" tokens", unit_scale=True, disable=None) as bar:
+    with progress(total.name, "tok", sum(tokens.values())) as bar:
         try:
             return pool.compute(_tree(leaves, total.merge, name), tokens, bar)
         except KeyboardInterrupt:
