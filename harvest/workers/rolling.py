@@ -13,13 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from harvest.config import HarvestConfig
-from harvest.settings import Settings
+from harvest.settings import ROLLING_BATCHES, Settings
 from residscope.console import counted, human_bytes, human_seconds, parse_bytes
 from residscope.errors import UsageError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.care.ring import Readers, Ring
-from store.meta import LARGEST_SHARD
 from store.shuffle import validation_documents
 
 _HELD_OUT = 0.01
@@ -28,7 +27,7 @@ _HELD_OUT = 0.01
 _SHARDS = 64
 """Shards that the size holds at least, where a chunk of all layers is small enough: parts of few shards mix badly."""
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.02
 
 
 class Rolling(NamedTuple):
@@ -63,25 +62,27 @@ def cut(
     Raises `UsageError` where there is no room for two shards beside what stays, or nothing to train on.
     """
     n_tokens, size = len(tokens.document), rolling.size
-    # Whole batches, where that makes no giants of them: a batch that two parts need is computed twice.
+    # Whole batches in a shard or in a run of shards, if the size holds enough: one that two parts need is computed twice.
     whole = math.lcm(chunk, batch)
-    chunk = whole if _SHARDS // 4 * whole * token_bytes <= size and whole * token_bytes <= LARGEST_SHARD else chunk
-    shard = max(min(shard, size // (_SHARDS * token_bytes)) // chunk, 1) * chunk
-    n_shards = -(-n_tokens // shard)
+    whole = whole if ROLLING_BATCHES * whole * token_bytes <= size else chunk
+    most = max(min(shard, size // (_SHARDS * token_bytes)), chunk)
+    divisors = (n * chunk for n in range(1, whole // chunk + 1) if whole % (n * chunk) == 0)
+    shard = most // whole * whole or max(size for size in divisors if size <= most)
+    n_shards, run = -(-n_tokens // shard), max(whole // shard, 1)
     aside = np.flatnonzero(rolling.first(int(tokens.document.max()) + 1)[tokens.document])
-    kept = 0 if len(aside) == 0 else int(aside[-1]) // shard + 1
+    kept = 0 if len(aside) == 0 else (int(aside[-1]) // (run * shard) + 1) * run
     if kept >= n_shards:
         raise UsageError(
             f"--rolling: {counted(n_shards, 'shard')} of text leave nothing to train on: harvest more text"
         )
     of_tokens, of_shards = 13 * n_tokens, n_shards * 16 * token_bytes  # token columns; moments and lines
     fixed = of_tokens + of_shards + kept * shard * token_bytes
-    part = (size - fixed) // (2 * shard * token_bytes)
+    part = (size - fixed) // (2 * run * shard * token_bytes) * run
     if part < 1:
-        what = f"{human_bytes(fixed)} for token columns, moments and documents that are set aside, and two shards"
-        needed = human_bytes(fixed + 2 * shard * token_bytes)
+        what = f"{human_bytes(fixed)} for token columns, moments and documents that are set aside, and two parts"
+        needed = human_bytes(fixed + 2 * run * shard * token_bytes)
         raise UsageError(f"--rolling {human_bytes(size)}: this store needs at least {needed}: {what}")
-    ring = Ring(kept, int(min(part, n_shards - kept)), rolling.fraction, rolling.seed)
+    ring = Ring(kept, int(min(part, -(-(n_shards - kept) // run) * run)), rolling.fraction, rolling.seed, run)
     words = f"{counted(len(ring.parts(n_shards)), 'part')} of {counted(ring.part_shards, 'shard')}, in turn"
     print(f"{words}; {kept} with held-out documents stay", file=sys.stderr)
     return shard, ring

@@ -44,13 +44,18 @@ class Ring(NamedTuple):
     """Share of the documents that is set aside for validation, as `store.shuffle.validation_documents` draws it ..."""
     seed: int
     """... with this seed, which is also that of the order of the shards."""
+    run_shards: int = 1
+    """Neighbours that come one after another, as one, in that order: they are filled by whole forward passes."""
 
     def parts(self, n_shards: int) -> list[np.ndarray]:
         """The shards of each part, ascending; the first one begins with those that are kept."""
-        order = self.kept_shards + spread_order(n_shards - self.kept_shards, self.seed, _SHARDS)
-        cuts = range(self.part_shards, len(order), self.part_shards)
-        parts = [np.sort(part) for part in np.split(order, cuts)]
-        return [np.concatenate([np.arange(self.kept_shards), parts[0]]), *parts[1:]]
+        first, size = self.kept_shards, self.run_shards
+        runs = spread_order(-(-(n_shards - first) // size), self.seed, _SHARDS)
+        found, per_part = [np.arange(first)], self.part_shards // size
+        for part in np.split(runs, range(per_part, len(runs), per_part)):
+            shards = (first + np.sort(part)[:, None] * size + np.arange(size)).reshape(-1)
+            found.append(shards[shards < n_shards])
+        return [np.concatenate(found[:2]), *found[2:]]
 
     def part_of(self, n_shards: int) -> np.ndarray:
         """int64 [shards]: the part that each is in."""

@@ -15,7 +15,7 @@ from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers
 
-_REFRESH_SECONDS = 0.5
+_REFRESH_SECONDS = 0.02
 
 
 class Follower:

@@ -29,7 +29,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses, and shards of 32 tokens, smaller than a batch."""
     monkeypatch.setattr(rolling, "_POLL_SECONDS", 0.0)
     monkeypatch.setattr(run, "chunk_and_shard_tokens", lambda *sizes: (32, 32))
-    monkeypatch.setattr(rolling, "LARGEST_SHARD", 0)
 
 
 def test_a_store_never_takes_more_than_it_may(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +95,6 @@ SIZES = {"chunk": 32, "shard": 4096, "batch": 64, "token_bytes": 1000}
 
 
 def test_shards_hold_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rolling, "LARGEST_SHARD", 10**6)
     held_out = validation_documents(1000, 0.01, 0)
     tokens = token_table(100_000, document=np.repeat(np.argsort(~held_out, kind="stable"), 100))
     shard, ring = cut(tokens, Rolling(20_000_000, 0.01, 0), **SIZES)
