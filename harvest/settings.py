@@ -115,8 +115,8 @@ def resolve(config: HarvestConfig) -> Settings:
 
 
 def default_batch_size(context_length: int, bytes_per_token: int, device_type: str, rolling: str | None = None) -> int:
-    """Sequences in a pass, at least one: as 256 MiB of stored vectors and 8192 tokens (on a CPU 1024) hold; in a store of
-    the size `rolling` a power of two of which that holds some."""
+    """Sequences in a pass, at least one: as 256 MiB of stored vectors and 8192 tokens (on a CPU 1024) hold; in a store
+    of the size `rolling` a power of two, of which that holds some."""
     tokens = _BATCH_TOKENS_ON_CPU if device_type == "cpu" else _BATCH_TOKENS
     most = min(_BATCH_BYTES, (parse_bytes(rolling or "") or math.inf) // ROLLING_BATCHES)
     found = int(max(min(most // (context_length * bytes_per_token), tokens // context_length), 1))

@@ -114,7 +114,7 @@ def _opened(config: TrainConfig) -> Iterator[ActivationStore]:
     """The store, in torch's deterministic mode where that is wanted."""
     device = resolve_device(config.hardware.device)
     while config.follow and not is_store(config.store):
-        time.sleep(1)
+        time.sleep(0.1)
     only_deterministic = deterministic(device, config.hardware.deterministic)
     with ActivationStore.open(config.store, follow=True) as store, only_deterministic:
         yield store

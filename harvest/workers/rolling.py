@@ -62,7 +62,7 @@ def cut(
     Raises `UsageError` where there is no room for two shards beside what stays, or nothing to train on.
     """
     n_tokens, size = len(tokens.document), rolling.size
-    # Whole batches in a shard or in a run of shards, if the size holds enough: one that two parts need is computed twice.
+    # Whole batches in a shard or a run of shards, if the size holds enough: one that two parts need is computed twice.
     whole = math.lcm(chunk, batch)
     whole = whole if ROLLING_BATCHES * whole * token_bytes <= size else chunk
     most = max(min(shard, size // (_SHARDS * token_bytes)), chunk)

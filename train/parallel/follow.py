@@ -14,8 +14,9 @@ import numpy as np
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers
+from store.manifest import FILE
 
-_REFRESH_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 
 
 class Follower:
@@ -30,7 +31,8 @@ class Follower:
         self.part_of = store.ring.part_of(store.meta.n_shards)
         """int64 [shards]: the part of each."""
         self.stopped: Callable[[], bool] = lambda: False
-        self._used, self._told, self._looked = 0, False, 0.0
+        self._used, self._told, self._missing = 0, False, set[int]()
+        self._seen: tuple[int, int] | None = (0, 0)  # inode and size of the manifest, when it was read
 
     def require_once(self, epochs: int, processes: int) -> None:
         """`UsageError` where rows would be needed twice, or by several processes."""
@@ -41,7 +43,7 @@ class Follower:
     def wait(self) -> None:
         """Until the first part is there."""
         while not self.ready(0):
-            time.sleep(_REFRESH_SECONDS / 5)
+            time.sleep(_POLL_SECONDS)
 
     def begin(self, row_ends: np.ndarray, batch_size: int, step: int, stopped: Callable[[], bool]) -> None:
         """Before the batch `step` is read: let the harvest know of this training. row_ends: int64 [parts], rows of the
@@ -77,13 +79,14 @@ class Follower:
         """Whether all shards of a part are there; raises `Interrupted` where the wait should end."""
         if self.stopped():
             raise Interrupted("stopped")
-        missing = set(self._store.missing_shards())
-        if missing.isdisjoint(self._parts[part].tolist()):
+        file = self._store.path / FILE
+        seen = (file.stat().st_ino, file.stat().st_size) if file.exists() else None
+        if seen != self._seen:  # It may be long: it is only read when it has grown, or is another.
+            self._store.refresh()
+            self._seen, self._missing = seen, set(self._store.missing_shards())
+        if self._missing.isdisjoint(self._parts[part].tolist()):
             return True
         if not self._told:
             self._told = True
             print(f"train: waiting for the harvest of {self._store.path}, as often as it is slower", file=sys.stderr)
-        if time.monotonic() - self._looked > _REFRESH_SECONDS:
-            self._store.refresh()
-            self._looked = time.monotonic()
         return False
