@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -343,10 +343,14 @@ class ActivationStore:
 
     def merged_statistics(self) -> LayerStatistics:
         """As `statistics`, but always merged from the shards' moments, in shard order."""
+        return statistics(self.moments(self._manifest.lines))
+
+    def moments(self, shards: Iterable[int]) -> ShardMoments:
+        """Those of some shards together, merged in shard order; they may be removed."""
         total = no_moments(self.meta.n_layers, self.meta.d_model)
-        for shard in sorted(self._manifest.lines):
+        for shard in sorted(shards):
             record = self.record(shard)
             name = arrays.moments_name(shard)
             mean, m2 = arrays.read_numbers(self.path / name, (2, *total.mean.shape), record.moments_xxh3_128)
             total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
-        return statistics(total)
+        return total

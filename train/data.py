@@ -21,6 +21,7 @@ from store.loader import Batch, WindowLoader
 from store.remote.held import hold
 from store.shuffle import validation_documents
 from train.config import TrainConfig
+from train.grid import run_path
 from train.hardware import resolve_device
 from train.objective.recipes import batch_size
 from train.parallel.follow import Follower
@@ -122,6 +123,8 @@ class TrainingData:
             fraction, seed = store.ring.fraction, store.ring.seed
         split = split_tokens(store, fraction, seed)
         hold(store, int(config.cache_gb * 1e9))
+        name = config.out.resolve()  # of several runs that of all their checkpoints
+        name = run_path(name, "*") if config.sweep or config.per_layer else name
         return cls(
             store=store,
             split=split,
@@ -132,7 +135,7 @@ class TrainingData:
             batch_size=batch_size(config, int(split.train.sum()) * len(stored)),
             ranks=ranks,
             held_out={"fraction": fraction, "seed": seed, "n_documents": split.n_documents},
-            follower=Follower(store, str(config.out.resolve())) if store.ring else None,
+            follower=Follower(store, str(name)) if store.ring else None,
         )
 
     @property

@@ -71,6 +71,9 @@ def cut(
     n_shards, run = -(-n_tokens // shard), max(whole // shard, 1)
     aside = np.flatnonzero(rolling.first(int(tokens.document.max()) + 1)[tokens.document])
     kept = 0 if len(aside) == 0 else (int(aside[-1]) // (run * shard) + 1) * run
+    if kept == 0:
+        what = "the text is one document, so none is held out for validation and `analyze`"
+        print(f"warning: {what}: give it in several files, or as lines or rows", file=sys.stderr)
     if kept >= n_shards:
         raise UsageError(
             f"--rolling: {counted(n_shards, 'shard')} of text leave nothing to train on: harvest more text"

@@ -1,12 +1,14 @@
 """`residscope run`: harvest and train at the same time, within a size of the disk, by one command.
 
 How: two child processes, `harvest --rolling` and `train --follow --resume`, whose lines and bars share stderr. Either
-one's failure ends both, as does a signal; the same command continues. Not here: what the two tell each other
-(`store.care.ring`).
+one's failure ends both, as does a signal or, on Linux, whatever ends this process; the same command continues. Not
+here: what the two tell each other (`store.care.ring`).
 """
 
 import argparse
+import ctypes
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from residscope.errors import ResidscopeError, UsageError
 from residscope.options import CommandParser, parse_options
 
 _POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _RESERVED = ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--dry-run")
 """Flags of `train` that are set here, or make no sense beside a harvest."""
 
@@ -103,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"$ {shlex.join((name, *flags))}", file=sys.stderr, flush=True)
             # In a session of its own, so that Ctrl-C comes to it once, from here.
             command = [sys.executable, "-m", "residscope", name, *flags]
-            running[name] = subprocess.Popen(command, start_new_session=True)
+            running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
         while None in (codes := {name: side.poll() for name, side in running.items()}).values():
             _require(codes)
             time.sleep(_POLL_SECONDS)
@@ -113,6 +116,12 @@ def run(options: argparse.Namespace) -> None:
     taken = human_seconds(time.monotonic() - began)
     made = ", ".join(map(str, sorted(options.out.glob("ckpt*.pt"))))  # of a sweep several
     print(f"{made}: trained on {options.tokens:,} tokens within {options.disk} in {taken}")
+
+
+def _end_with_parent() -> None:
+    """In a new process: get SIGTERM when this one is gone, however it ended. Elsewhere than on Linux, go on alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _require(codes: Mapping[str, int | None]) -> None:

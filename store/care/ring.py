@@ -13,8 +13,10 @@ moment, finds what it needs. Content is that of the options and token ids (`conf
 shards come and go cannot be a hash of shards.
 """
 
+import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from residscope.reading import read_json
 from store.files import atomic_write
 from store.manifest import FOLDER
 from store.meta import StoreMeta
+from store.moments import ShardMoments, merge
 from store.shards import shard_name
 from store.shuffle import spread_order
 
@@ -69,6 +72,18 @@ def ring_of(meta: StoreMeta) -> Ring | None:
     """How the store is cut, where it is one of this kind."""
     found = meta.provenance.get("ring")
     return None if found is None else Ring(**found)
+
+
+def design_effect(parts: Sequence[ShardMoments], rows: float) -> float:
+    """Of batches that are each drawn from one of `parts`: the variance of a batch's mean over that of as many vectors
+    drawn from all parts; 1 is as well mixed. Of `rows` vectors of a layer in a batch; the mean over layers and
+    dimensions, and parts count as one sample of all that there could be."""
+    total = functools.reduce(merge, parts)
+    within = np.sum([part.m2 for part in parts], axis=0)
+    between = (total.m2 - within) / (total.count * (1 - 1 / len(parts)))
+    within *= (1 - rows * len(parts) / total.count) / (total.count - len(parts))
+    varies = total.m2 > 0
+    return float(np.mean((rows * between + within)[varies] / total.m2[varies]) * total.count)
 
 
 class Readers:

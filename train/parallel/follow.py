@@ -8,15 +8,17 @@ whatever is killed, the last checkpoint finds the rows that come next.
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
-from store.care.ring import Readers
+from store.care.ring import Readers, design_effect
 from store.manifest import FILE
 
 _POLL_SECONDS = 0.02
+_PARTS = 32
 
 
 class Follower:
@@ -30,6 +32,8 @@ class Follower:
         self._parts = store.ring.parts(store.meta.n_shards)
         self.part_of = store.ring.part_of(store.meta.n_shards)
         """int64 [shards]: the part of each."""
+        kept = store.ring.kept_shards
+        self._moments = lru_cache(_PARTS)(lambda part: store.moments(i for i in self._parts[part] if i >= kept))
         self.stopped: Callable[[], bool] = lambda: False
         self._used, self._told, self._missing = 0, False, set[int]()
         self._seen: tuple[int, int] | None = (0, 0)  # inode and size of the manifest, when it was read
@@ -70,6 +74,12 @@ class Follower:
         """Tell the harvest what is used; `step` is on the disk."""
         self._used = self.parts_used(step)
         self._readers.publish(self._name, self._used)
+
+    def design_effect(self, step: int, rows: float) -> float | None:
+        """That of batches of `rows` vectors of a layer (`store.care.ring.design_effect`), from the last `_PARTS` parts
+        that the first `step` batches have used; None of fewer than two. Held-out documents do not count."""
+        used = self.parts_used(step)
+        return design_effect([self._moments(part) for part in range(used)[-_PARTS:]], rows) if used > 1 else None
 
     def end(self) -> None:
         """Tell the harvest that nothing more is needed, be the run shorter than the store."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from harvest import run
+from harvest.sequences import SequenceBatch, batches_for
 from harvest.workers import rolling
 from harvest.workers.rolling import Rolling, cut, parts_to_fill
 from residscope.errors import Interrupted, UsageError
@@ -94,13 +95,21 @@ def test_a_harvest_without_a_trainer_stops_when_it_is_told_to(
 SIZES = {"chunk": 32, "shard": 4096, "batch": 64, "token_bytes": 1000}
 
 
-def test_shards_hold_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("batch", "shard", "run", "times"),
+    [(64, 256, 1, 1.0), (960, 192, 5, 1.0), (6400, 288, 1, 20.0)],  # the last: fewer than 16 batches in the size
+)
+def test_parts_hold_whole_batches(batch: int, shard: int, run: int, times: float) -> None:
     held_out = validation_documents(1000, 0.01, 0)
     tokens = token_table(100_000, document=np.repeat(np.argsort(~held_out, kind="stable"), 100))
-    shard, ring = cut(tokens, Rolling(20_000_000, 0.01, 0), **SIZES)
-    assert shard == 20_000_000 // 64 // 1000 // 64 * 64  # of 64 shards in all, in whole batches
-    fixed = 13 * 100_000 + -(-100_000 // shard) * 16_000 + ring.kept_shards * shard * 1000
-    assert ring.part_shards == (20_000_000 - fixed) // (2 * shard * 1000)
+    found, ring = cut(tokens, Rolling(20_000_000, 0.01, 0), **{**SIZES, "batch": batch})
+    assert (found, ring.run_shards) == (shard, run)  # of 64 shards in all
+    n_shards = -(-100_000 // shard)
+    fixed = 13 * 100_000 + n_shards * 16_000 + ring.kept_shards * shard * 1000
+    assert ring.part_shards == (20_000_000 - fixed) // (2 * run * shard * 1000) * run
+    batches = [SequenceBatch(at, min(at + batch, 100_000), 32) for at in range(0, 100_000, batch)]
+    passes = sum(len(batches_for(batches, part.tolist(), shard)) for part in ring.parts(n_shards))
+    assert 1 <= passes / len(batches) <= times
 
 
 @pytest.mark.parametrize(
@@ -113,6 +122,12 @@ def test_shards_hold_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_that_hold_too_little_are_refused(n_tokens: int, size: int, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         cut(token_table(n_tokens, context_length=10), Rolling(size, 0.01, 0), **SIZES)
+
+
+def test_a_text_that_cannot_be_split_is_warned_of(capsys: pytest.CaptureFixture) -> None:
+    tokens = token_table(100_000, document=np.zeros(100_000, np.int64))
+    assert cut(tokens, Rolling(20_000_000, 0.01, 0), **SIZES)[1].kept_shards == 0
+    assert "warning: the text is one document, so none is held out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

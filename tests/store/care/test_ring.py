@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
-from store.care.ring import Readers, Ring
+from store.care.ring import Readers, Ring, design_effect
 from store.care.verify import verify
+from store.moments import ShardMoments
 from store.shards import shard_name
 from tests.support.stores import make_meta, make_store, random_activations, token_table
 
@@ -24,16 +25,31 @@ def ring_store(path: Path) -> ActivationStore:
     return make_store(path, activations, **sizes)
 
 
-@given(st.integers(1, 60), st.integers(0, 10), st.integers(1, 20), st.integers(0, 99))
-def test_parts_hold_each_shard_once(n_shards: int, kept: int, size: int, seed: int) -> None:
-    kept = min(kept, n_shards - 1)
-    ring = Ring(kept, size, 0.1, seed)
+@given(st.integers(1, 60), st.integers(0, 10), st.integers(1, 20), st.integers(0, 99), st.integers(1, 4))
+def test_parts_hold_each_shard_once(n_shards: int, kept: int, runs: int, seed: int, run: int) -> None:
+    kept, size = min(kept, n_shards - 1), runs * run
+    ring = Ring(kept, size, 0.1, seed, run)
     parts = ring.parts(n_shards)
     assert sorted(np.concatenate(parts).tolist()) == list(range(n_shards))
     assert parts[0][:kept].tolist() == list(range(kept))
-    assert [len(part) for part in parts[1:-1]] == [size] * (len(parts) - 2)
+    short = -(n_shards - kept) % run  # of the last run, wherever it is
+    assert sum(size - len(part) for part in parts[1:-1]) in (0, short)
+    runs_of = [{(shard - kept) // run for shard in part.tolist() if shard >= kept} for part in parts]
+    assert sum(map(len, runs_of)) == len(set.union(*runs_of))
     of = ring.part_of(n_shards)
     assert all((of[part] == number).all() for number, part in enumerate(parts))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+def test_the_design_effect_is_what_batches_show(spread: float) -> None:
+    """Of rows at 2 layers and 5 dimensions; each part's mean is off by some standard deviations."""
+    rng, rows = np.random.default_rng(0), 50
+    parts = [rng.normal(size=(400, 2, 5)) + spread * rng.normal(size=(2, 5)) for _ in range(200)]
+    moments = [ShardMoments(400, x.mean(axis=0), ((x - x.mean(axis=0)) ** 2).sum(axis=0), np.zeros(2)) for x in parts]
+    means = np.concatenate([x.reshape(-1, rows, 2, 5).mean(axis=1) for x in parts])
+    shown = (means.var(axis=0, ddof=1) * rows / np.concatenate(parts).var(axis=0)).mean()
+    assert design_effect(moments, rows) == pytest.approx(shown, rel=0.05)
+    assert design_effect(moments, rows) == pytest.approx(1 + rows * spread**2 / (1 + spread**2), rel=0.1)
 
 
 def test_only_what_stays_is_served_unless_it_is_followed(tmp_path: Path) -> None:
