@@ -146,8 +146,7 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     n_tokens, n_layers, d_model = len(tokens.token_id), len(settings.layers), settings.d_model
     chunk, shard = chunk_and_shard_tokens(n_tokens, n_layers, d_model, settings.bytes_per_token // n_layers // d_model)
     if rolling:
-        batch = settings.batch_size * settings.packing.context_length
-        shard, ring = cut(tokens, rolling, chunk=chunk, shard=shard, batch=batch, token_bytes=settings.bytes_per_token)
+        shard, ring = cut(tokens, rolling, chunk, shard)
         provenance["ring"] = ring._asdict()
     meta = StoreMeta(
         n_tokens=n_tokens,

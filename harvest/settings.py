@@ -21,8 +21,7 @@ from store.meta import ITEMSIZE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
-ROLLING_BATCHES = 16
-"""Forward passes that the size of a rolling store holds at least, where a sequence is not too large."""
+_ROLLING_BATCHES = 64  # in a rolling store's size, so that parts of whole batches mix well
 _BATCH_BYTES = 256 * 1024 * 1024
 _BATCH_TOKENS = 8192
 # A block's inputs and outputs then stay in the cache: a sixth faster than 8192 tokens (benchmarks/bench_harvest.py).
@@ -118,7 +117,7 @@ def default_batch_size(context_length: int, bytes_per_token: int, device_type: s
     """Sequences in a pass, at least one: as 256 MiB of stored vectors and 8192 tokens (on a CPU 1024) hold; in a store
     of the size `rolling` a power of two, of which that holds some."""
     tokens = _BATCH_TOKENS_ON_CPU if device_type == "cpu" else _BATCH_TOKENS
-    most = min(_BATCH_BYTES, (parse_bytes(rolling or "") or math.inf) // ROLLING_BATCHES)
+    most = min(_BATCH_BYTES, (parse_bytes(rolling or "") or math.inf) // _ROLLING_BATCHES)
     found = int(max(min(most // (context_length * bytes_per_token), tokens // context_length), 1))
     return 1 << found.bit_length() - 1 if rolling else found
 

@@ -158,6 +158,10 @@ class TrainingData:
             "validation": self.held_out,
         }
 
+    def mixing(self, step: int) -> dict[str, float | None]:
+        """For the metrics after a step: how well batches mix, where the store is filled meanwhile."""
+        return {"design_effect": self.follower.design_effect(step, len(self.stored))} if self.follower else {}
+
     def part_ends(self) -> np.ndarray:
         """int64 [parts]: rows of the stream served when each part is done, of a store that is filled meanwhile."""
         return self.loader(0, 1).part_ends

@@ -3,10 +3,12 @@
 How: the parts are fixed when the store is made, from its metadata alone. The first shards hold the documents that are
 set aside for validation, and stay. The others follow in a spread order, as many in a part as half of the disk
 space takes; the store is trained on part by part (`store.loader`), so that rows mix within a part. A shard keeps its
-line and its moments when its file is removed. Beside the manifest lie
+line when its files are removed; the moments of a part are then kept as one, since those of all shards of a store may be
+larger than a part. Beside the manifest lie
 
     readers/NAME.json   how many parts a trainer has used, written after its checkpoint is on the disk
     removed.json        how many parts are removed, written before the first of their files goes
+    moments/PART        the moments of a part that is removed, written after that and before the first goes
 
 and part p is filled once part p - 2 is removed: so at most two are on the disk, and whatever is killed, at whatever
 moment, finds what it needs. Content is that of the options and token ids (`config_hash`): the hash of a store whose
@@ -16,7 +18,7 @@ shards come and go cannot be a hash of shards.
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +27,18 @@ import xxhash
 
 from residscope.errors import IncompatibleError
 from residscope.reading import read_json
+from store.arrays import encode_numbers, moments_name, read_numbers
+from store.checksums import DamagedError
 from store.files import atomic_write
-from store.manifest import FOLDER
+from store.manifest import FOLDER, ShardRecord
 from store.meta import StoreMeta
-from store.moments import ShardMoments, merge
+from store.moments import ShardMoments, merge, no_moments
 from store.shards import shard_name
 from store.shuffle import spread_order
 
-_READERS, _REMOVED = f"{FOLDER}/readers", f"{FOLDER}/removed.json"
+_READERS, _REMOVED, _MOMENTS = f"{FOLDER}/readers", f"{FOLDER}/removed.json", f"{FOLDER}/moments"
+
+
 _SHARDS = 6  # The stream of random numbers, beside those of `store.shuffle`.
 
 
@@ -86,6 +92,42 @@ def design_effect(parts: Sequence[ShardMoments], rows: float) -> float:
     return float(np.mean((rows * between + within)[varies] / total.m2[varies]) * total.count)
 
 
+class Moments:
+    """The moments of a store's shards: merged in shard order; in a store of parts, first those that stay."""
+
+    def __init__(self, path: Path, meta: StoreMeta, records: Mapping[int, ShardRecord]) -> None:
+        """records: lines of the shards that have come."""
+        self._path, self._records, self._shape, ring = path, records, (meta.n_layers, meta.d_model), ring_of(meta)
+        there = [i for i in range(meta.n_shards) if i in records]
+        self._stay = [i for i in there if ring is None or i < ring.kept_shards]
+        parts = ring.parts(meta.n_shards) if ring else []
+        self._parts = [[i for i in part.tolist() if i in records and i >= len(self._stay)] for part in parts]
+
+    def all(self) -> ShardMoments:
+        """Those of all shards that have come."""
+        return functools.reduce(merge, map(self.of_part, range(len(self._parts))), self._merged(self._stay))
+
+    def of_part(self, part: int) -> ShardMoments:
+        """Those of a part, without shards that stay; also once it is removed."""
+        if not (file := self._path / _MOMENTS / str(part)).exists():
+            try:
+                return self._merged(self._parts[part])
+            except DamagedError:
+                if not file.exists():  # else it was removed meanwhile
+                    raise
+        mean, m2 = read_numbers(file, (2, *self._shape))
+        records = [self._records[shard] for shard in self._parts[part]]
+        norm_sums = sum((np.array(record.norm_sums) for record in records), np.zeros(self._shape[0]))
+        return ShardMoments(sum(record.kept for record in records), mean, m2, norm_sums)
+
+    def _merged(self, shards: Sequence[int]) -> ShardMoments:
+        total = no_moments(*self._shape)
+        for record in (self._records[shard] for shard in shards):
+            mean, m2 = read_numbers(self._path / moments_name(record.shard), (2, *self._shape), record.moments_xxh3_128)
+            total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
+        return total
+
+
 class Readers:
     """The trainers of a store, and what is removed of it."""
 
@@ -130,10 +172,13 @@ class Readers:
         if parts > self.removed():
             atomic_write(self._store / _REMOVED, [json.dumps({"parts": parts}).encode()])
 
-    def remove(self, parts: int, n_shards: int) -> None:
+    def remove(self, parts: int, n_shards: int, moments: Moments) -> None:
         """Remove the shards of the first `parts` parts, once that is announced."""
-        for shards in self._ring.parts(n_shards)[
-            max(parts - 2, 0) : parts
-        ]:  # A crash may have come in the midst of one.
+        for part, shards in list(enumerate(self._ring.parts(n_shards)))[max(parts - 2, 0) : parts]:  # after a crash two
+            if not (file := self._store / _MOMENTS / str(part)).exists():
+                file.parent.mkdir(exist_ok=True)
+                found = moments.of_part(part)
+                atomic_write(file, [encode_numbers(np.stack([found.mean, found.m2]))])
             for shard in shards[shards >= self._ring.kept_shards].tolist():
-                (self._store / shard_name(shard)).unlink(missing_ok=True)
+                for name in (shard_name(shard), moments_name(shard)):
+                    (self._store / name).unlink(missing_ok=True)

@@ -32,8 +32,7 @@ class Follower:
         self._parts = store.ring.parts(store.meta.n_shards)
         self.part_of = store.ring.part_of(store.meta.n_shards)
         """int64 [shards]: the part of each."""
-        kept = store.ring.kept_shards
-        self._moments = lru_cache(_PARTS)(lambda part: store.moments(i for i in self._parts[part] if i >= kept))
+        self._moments = lru_cache(_PARTS)(lambda part: store.moments.of_part(part))
         self.stopped: Callable[[], bool] = lambda: False
         self._used, self._told, self._missing = 0, False, set[int]()
         self._seen: tuple[int, int] | None = (0, 0)  # inode and size of the manifest, when it was read
@@ -75,10 +74,10 @@ class Follower:
         self._used = self.parts_used(step)
         self._readers.publish(self._name, self._used)
 
-    def design_effect(self, step: int, rows: float) -> float | None:
-        """That of batches of `rows` vectors of a layer (`store.care.ring.design_effect`), from the last `_PARTS` parts
-        that the first `step` batches have used; None of fewer than two. Held-out documents do not count."""
-        used = self.parts_used(step)
+    def design_effect(self, step: int, n_layers: int) -> float | None:
+        """That of batches of vectors of `n_layers` layers (`store.care.ring.design_effect`), from the last `_PARTS`
+        parts that the first `step` batches have used; None of fewer than two. Documents that are set aside are out."""
+        used, rows = self.parts_used(step), self._batch_size / n_layers
         return design_effect([self._moments(part) for part in range(used)[-_PARTS:]], rows) if used > 1 else None
 
     def end(self) -> None:

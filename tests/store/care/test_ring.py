@@ -66,7 +66,7 @@ def test_removed_shards_are_no_damage_and_content_stays_the_same(tmp_path: Path)
     readers = Readers(store.path, RING)
     for _ in range(2):  # as after a crash
         readers.announce(2)
-        readers.remove(2, 7)
+        readers.remove(2, 7, store.moments)
     gone = {shard for part in RING.parts(7)[:2] for shard in part.tolist()} - {0}
     assert {i for i in range(7) if not (store.path / shard_name(i)).exists()} == gone
     assert verify(store.path) == []
@@ -91,9 +91,9 @@ def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "unlink", crash)
     readers.announce(1)
     with pytest.raises(KeyboardInterrupt):
-        readers.remove(1, 7)
+        readers.remove(1, 7, store.moments)
     assert readers.removed() == 1
-    readers.remove(1, 7)
+    readers.remove(1, 7, store.moments)
     assert not any((store.path / shard_name(i)).exists() for i in RING.parts(7)[0].tolist() if i)
 
 
