@@ -1,10 +1,10 @@
 """`harvest --rolling` with `train` beside it: disk, time, FVU, and what kill -9 of either side does.
 
     python benchmarks/bench_rolling.py [--tokens N] [--part 20] [--kills N] [--seed N] [--json]
-    python benchmarks/bench_rolling.py --width 512 --latents 2048 --tokens 200_000 --part 4 --kills 0
+    python benchmarks/bench_rolling.py --width 384 --latents 2048 --tokens 700_000 --part 4.5 --kills 0
 
-A random model of GPT-NeoX's architecture on Python's documentation; each side has one core, the same one alone and
-beside the other, and one thread. First both halves alone: a whole store, and a training from it. Then both at once,
+A random model of GPT-NeoX's architecture on the sources of Python's standard library, 4,096 characters a document;
+each side has one core, the same one alone and beside the other, and one thread. First both halves alone: a whole store, and a training from it. Then both at once,
 with a `part`-th of the disk that the whole store takes. Then, with --kills, the same with a kill -9 of one side or the
 other at random moments, each started again by the same command. The second line is a size at which a part takes each
 side half a minute, so that starting and finishing do not rule.
@@ -64,6 +64,14 @@ def make_model(folder: Path, width: int) -> None:
     tiny_tokenizer(bos=False).save_pretrained(folder)
 
 
+def write_text(path: Path) -> None:
+    """A line of JSON for each document."""
+    sources = sorted(Path(os.__file__).parent.glob("*.py")) + sorted(Path(os.__file__).parent.glob("[a-z]*/*.py"))
+    texts = [source.read_text(errors="replace") for source in sources if "site-packages" not in source.parts]
+    rows = [json.dumps({"text": text[at : at + 4096]}) for text in texts for at in range(0, len(text), 4096)]
+    path.write_text("\n".join(random.Random(0).sample(rows, len(rows))))
+
+
 class Side:
     """One of the two commands, which may be killed and started again."""
 
@@ -121,7 +129,15 @@ class Disk(threading.Thread):
 
 def commands(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The words of both commands."""
-    harvest = ["harvest", "--model", str(options.model), "--dataset", "pydoc", "--max-tokens", str(options.tokens)]
+    harvest = [
+        "harvest",
+        "--model",
+        str(options.model),
+        "--dataset",
+        str(options.text),
+        "--max-tokens",
+        str(options.tokens),
+    ]
     harvest += ["--context-length", str(CONTEXT), "--out", "a.zarr"]
     train = ["train", "--store", "a.zarr", "--out", "a.pt", "--n-latents", str(options.latents), "--k", "8"]
     return harvest, [*train, "--threads", "1", "--window-gb", "0.01", "--batch-size", "512"]
@@ -166,8 +182,9 @@ def main() -> None:
     options = parser.parse_args()
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bench-rolling-") as name:
-        options.model = Path(name) / "model"
+        options.model, options.text = Path(name) / "model", Path(name) / "text.jsonl"
         make_model(options.model, options.width)
+        write_text(options.text)
         folders = [Path(name) / part for part in ("whole", "rolling", "killed")][: 3 if options.kills else 2]
         for folder in folders:
             folder.mkdir()

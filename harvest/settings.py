@@ -1,7 +1,6 @@
 """From a HarvestConfig to settings with no "auto" and no default left open. Loads no weights and reads no text."""
 
 import contextlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,8 +116,8 @@ def default_batch_size(context_length: int, bytes_per_token: int, device_type: s
     """Sequences in a pass, at least one: as 256 MiB of stored vectors and 8192 tokens (on a CPU 1024) hold; in a store
     of the size `rolling` a power of two, of which that holds some."""
     tokens = _BATCH_TOKENS_ON_CPU if device_type == "cpu" else _BATCH_TOKENS
-    most = min(_BATCH_BYTES, (parse_bytes(rolling or "") or math.inf) // _ROLLING_BATCHES)
-    found = int(max(min(most // (context_length * bytes_per_token), tokens // context_length), 1))
+    most = min(_BATCH_BYTES, (parse_bytes(rolling) or 0) // _ROLLING_BATCHES) if rolling else _BATCH_BYTES
+    found = max(min(most // (context_length * bytes_per_token), tokens // context_length), 1)
     return 1 << found.bit_length() - 1 if rolling else found
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from residscope.console import human_seconds, run_command
@@ -101,12 +102,14 @@ def run(options: argparse.Namespace) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    on_death = prctl and partial(prctl, _PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         for name, flags in commands.items():
             print(f"$ {shlex.join((name, *flags))}", file=sys.stderr, flush=True)
-            # In a session of its own, so that Ctrl-C comes to it once, from here.
+            # In a session of its own, so that Ctrl-C comes to it once, from here; SIGTERM where this process is killed.
             command = [sys.executable, "-m", "residscope", name, *flags]
-            running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+            running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=on_death)
         while None in (codes := {name: side.poll() for name, side in running.items()}).values():
             _require(codes)
             time.sleep(_POLL_SECONDS)
@@ -116,12 +119,6 @@ def run(options: argparse.Namespace) -> None:
     taken = human_seconds(time.monotonic() - began)
     made = ", ".join(map(str, sorted(options.out.glob("ckpt*.pt"))))  # of a sweep several
     print(f"{made}: trained on {options.tokens:,} tokens within {options.disk} in {taken}")
-
-
-def _end_with_parent() -> None:
-    """In a new process: get SIGTERM when this one is gone, however it ended. Elsewhere than on Linux, go on alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _require(codes: Mapping[str, int | None]) -> None:

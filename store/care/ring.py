@@ -98,10 +98,9 @@ class Moments:
     def __init__(self, path: Path, meta: StoreMeta, records: Mapping[int, ShardRecord]) -> None:
         """records: lines of the shards that have come."""
         self._path, self._records, self._shape, ring = path, records, (meta.n_layers, meta.d_model), ring_of(meta)
-        there = [i for i in range(meta.n_shards) if i in records]
-        self._stay = [i for i in there if ring is None or i < ring.kept_shards]
-        parts = ring.parts(meta.n_shards) if ring else []
-        self._parts = [[i for i in part.tolist() if i in records and i >= len(self._stay)] for part in parts]
+        stay, parts = (ring.kept_shards, ring.parts(meta.n_shards)) if ring else (meta.n_shards, [])
+        self._stay = [i for i in range(stay) if i in records]
+        self._parts = [[i for i in part.tolist() if i >= stay and i in records] for part in parts]
 
     def all(self) -> ShardMoments:
         """Those of all shards that have come."""
@@ -109,15 +108,14 @@ class Moments:
 
     def of_part(self, part: int) -> ShardMoments:
         """Those of a part, without shards that stay; also once it is removed."""
-        if not (file := self._path / _MOMENTS / str(part)).exists():
-            try:
-                return self._merged(self._parts[part])
-            except DamagedError:
-                if not file.exists():  # else it was removed meanwhile
-                    raise
-        mean, m2 = read_numbers(file, (2, *self._shape))
         records = [self._records[shard] for shard in self._parts[part]]
+        try:
+            return self._merged(self._parts[part])
+        except DamagedError:
+            if not (file := self._path / _MOMENTS / str(part)).exists():
+                raise
         norm_sums = sum((np.array(record.norm_sums) for record in records), np.zeros(self._shape[0]))
+        mean, m2 = read_numbers(file, (2, *self._shape))
         return ShardMoments(sum(record.kept for record in records), mean, m2, norm_sums)
 
     def _merged(self, shards: Sequence[int]) -> ShardMoments:
