@@ -1,13 +1,13 @@
 """`harvest --rolling` with `train` beside it: disk, time, FVU, and what kill -9 of either side does.
 
     python benchmarks/bench_rolling.py [--tokens N] [--part 20] [--kills N] [--seed N] [--json]
-    python benchmarks/bench_rolling.py --width 384 --latents 2048 --tokens 700_000 --part 4.5 --kills 0
+    python benchmarks/bench_rolling.py --width 384 --latents 2048 --tokens 600_000 --part 9 --kills 0
 
 A random model of GPT-NeoX's architecture on the sources of Python's standard library, 4,096 characters a document;
-each side has one core, the same one alone and beside the other, and one thread. First both halves alone: a whole store, and a training from it. Then both at once,
-with a `part`-th of the disk that the whole store takes. Then, with --kills, the same with a kill -9 of one side or the
+each side has one core, the same one alone and beside the other, and one thread. First both halves alone: a whole
+store, and a training from it. Then both at once, with a `part`-th of the disk that the whole store takes. Then, with --kills, the same with a kill -9 of one side or the
 other at random moments, each started again by the same command. The second line is a size at which a part takes each
-side half a minute, so that starting and finishing do not rule.
+side some five seconds, so that starting and finishing do not rule.
 
 Promised, exit code 1 where not: the disk sampled 20 times a second never holds more than the size; the checkpoint of
 the broken run has the tensors of the undisturbed one; FVU on the same held-out documents is within 2 % of that of the
@@ -155,12 +155,15 @@ ALONE, BOTH = ("harvest alone", "train alone"), ("harvest of both", "train of bo
 
 
 def timed(*sides: Side) -> list[Timed]:
-    """Wait for sides that have just been started; wall time is that of all."""
-    began = time.perf_counter()
-    for side in sides:
-        side.end()
-    wall = time.perf_counter() - began
-    return [Timed(wall, side.busy) for side in sides]
+    """Wait for sides that have just been started."""
+    began, walls = time.perf_counter(), dict[Side, float]()
+    while len(walls) < len(sides):
+        time.sleep(0.02)
+        for side in sides:
+            if side not in walls and os.waitid(os.P_PID, side.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                walls[side] = time.perf_counter() - began
+                side.end()
+    return [Timed(walls[side], side.busy) for side in sides]
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -223,7 +226,10 @@ def main() -> None:
         print(f"{options.tokens:,} tokens, {n_bytes / 1e6:.1f} MB as a whole; rolling in {size}; {kills} kills")
         for key, one in times.items():
             print(f"  {key:<16} {one.wall:7.1f} s, busy {one.busy:7.1f} s")
-        ratio, parts = times[BOTH[0]].wall / max(times[key].wall for key in ALONE), len(ring.parts(store.meta.n_shards))
+        ratio, parts = (
+            max(times[key].wall for key in BOTH) / max(times[key].wall for key in ALONE),
+            len(ring.parts(store.meta.n_shards)),
+        )
         print(f"  {parts} parts; both at once over the slower alone: {ratio:.2f}")
         for log in sorted(rolling.glob("*.log")):
             print("".join(f"  {line}\n" for line in re.split(r"[\n\r]", log.read_text()) if "wait" in line), end="")

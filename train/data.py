@@ -123,8 +123,7 @@ class TrainingData:
             fraction, seed = store.ring.fraction, store.ring.seed
         split = split_tokens(store, fraction, seed)
         hold(store, int(config.cache_gb * 1e9))
-        name = config.out.resolve()  # of several runs that of all their checkpoints
-        name = run_path(name, "*") if config.sweep or config.per_layer else name
+        several, out = config.sweep or config.per_layer, config.out.resolve()
         return cls(
             store=store,
             split=split,
@@ -135,7 +134,7 @@ class TrainingData:
             batch_size=batch_size(config, int(split.train.sum()) * len(stored)),
             ranks=ranks,
             held_out={"fraction": fraction, "seed": seed, "n_documents": split.n_documents},
-            follower=Follower(store, str(name)) if store.ring else None,
+            follower=Follower(store, str(run_path(out, "*") if several else out), len(stored)) if store.ring else None,
         )
 
     @property
@@ -157,10 +156,6 @@ class TrainingData:
             "lens": meta.lens,
             "validation": self.held_out,
         }
-
-    def mixing(self, step: int) -> dict[str, float | None]:
-        """For the metrics after a step: how well batches mix, where the store is filled meanwhile."""
-        return {"design_effect": self.follower.design_effect(step, len(self.stored))} if self.follower else {}
 
     def part_ends(self) -> np.ndarray:
         """int64 [parts]: rows of the stream served when each part is done, of a store that is filled meanwhile."""

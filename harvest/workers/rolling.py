@@ -76,12 +76,9 @@ def cut(tokens: TokenTable, rolling: Rolling, chunk: int, shard: int) -> tuple[i
     aside = np.flatnonzero(rolling.first(int(tokens.document.max()) + 1)[tokens.document])
     kept = 0 if len(aside) == 0 else (int(aside[-1]) // (run * shard) + 1) * run
     if kept == 0:
-        what = "the text is one document, so none is held out for validation and `analyze`"
-        print(f"warning: {what}: give it in several files, or as lines or rows", file=sys.stderr)
+        print("warning: of one document none is held out, for validation and analysis: give several", file=sys.stderr)
     if kept >= n_shards:
-        raise UsageError(
-            f"--rolling: {counted(n_shards, 'shard')} of text leave nothing to train on: harvest more text"
-        )
+        raise UsageError(f"--rolling: {counted(n_shards, 'shard')} leave nothing to train on: harvest more text")
     # A part's moments, as of a shard: two float64 for each value of a token, of two bytes at least.
     moments = 8 * token_bytes
     shard_bytes = shard * (token_bytes + -(-20 * n_layers // chunk)) + moments  # with the index of its chunks

@@ -22,8 +22,11 @@ from residscope.options import CommandParser, parse_options
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-_RESERVED = ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--dry-run")
-"""Flags of `train` that are set here, or make no sense beside a harvest."""
+_RESERVED = {
+    "train": ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--dry-run"),
+    "harvest": ("--model", "--dataset", "--max-tokens", "--rolling", "--out", "--overwrite", "--dry-run"),
+}
+"""Flags of each side that are set here, or make no sense beside the other."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,19 +48,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="bytes, hours and which side bounds it; nothing is written"
     )
     options, options.train = parser.parse_known_args(argv)
-    if taken := [word for word in options.train if word.partition("=")[0] in _RESERVED]:
-        raise UsageError(f"residscope run sets {taken[0]} of `train` itself: leave it out")
     try:
         options.tokens = int(float(options.tokens.replace("_", "")))
     except (ValueError, OverflowError):
         raise UsageError(f"--tokens should be a number such as 1e9, found {options.tokens!r}") from None
-    own = ("--model", "--dataset", "--max-tokens", "--rolling", "--out", "--overwrite", "--dry-run")
     try:
         options.harvest = shlex.split(options.harvest_flags)
     except ValueError as error:
         raise UsageError(f"--harvest-flags {options.harvest_flags!r}: {str(error).lower()}") from None
-    if taken := [word for word in options.harvest if word.partition("=")[0] in own]:
-        raise UsageError(f"residscope run sets {taken[0]} of `harvest` itself: leave it out")
+    for side, flags in _RESERVED.items():
+        if taken := [word for word in getattr(options, side) if word.partition("=")[0] in flags]:
+            raise UsageError(f"residscope run sets {taken[0]} of `{side}` itself: leave it out")
     return options
 
 
@@ -132,12 +133,11 @@ def _require(codes: Mapping[str, int | None]) -> None:
 
 
 def _end(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """Tell those that still run to stop, and wait; a second Ctrl-C kills them. SIGTERM does to them what Ctrl-C does,
-    which a process that was started in the background ignores."""
+    """Stop those that still run, and wait; a second Ctrl-C kills them. By SIGTERM: who is in the background ignores
+    Ctrl-C."""
     try:
         for side in running.values():
-            if side.poll() is None:
-                side.terminate()
+            side.terminate()
         for side in running.values():
             side.wait()
     except KeyboardInterrupt:

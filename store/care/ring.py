@@ -60,18 +60,14 @@ class Ring(NamedTuple):
         """The shards of each part, ascending; the first one begins with those that are kept."""
         first, size = self.kept_shards, self.run_shards
         runs = spread_order(-(-(n_shards - first) // size), self.seed, _SHARDS)
-        found, per_part = [np.arange(first)], self.part_shards // size
-        for part in np.split(runs, range(per_part, len(runs), per_part)):
-            shards = (first + np.sort(part)[:, None] * size + np.arange(size)).reshape(-1)
-            found.append(shards[shards < n_shards])
-        return [np.concatenate(found[:2]), *found[2:]]
+        parts = np.split(runs, range(self.part_shards // size, len(runs), self.part_shards // size))
+        shards = [(first + np.sort(part)[:, None] * size + np.arange(size)).reshape(-1) for part in parts]
+        return [np.append(np.arange(first), shards[0][shards[0] < n_shards]), *(p[p < n_shards] for p in shards[1:])]
 
     def part_of(self, n_shards: int) -> np.ndarray:
         """int64 [shards]: the part that each is in."""
-        found = np.empty(n_shards, np.int64)
-        for number, shards in enumerate(self.parts(n_shards)):
-            found[shards] = number
-        return found
+        parts = self.parts(n_shards)
+        return np.repeat(np.arange(len(parts)), [len(part) for part in parts])[np.argsort(np.concatenate(parts))]
 
 
 def ring_of(meta: StoreMeta) -> Ring | None:

@@ -24,10 +24,10 @@ _PARTS = 32
 class Follower:
     """What a training tells the harvest that it follows, and waits for."""
 
-    def __init__(self, store: ActivationStore, name: str) -> None:
-        """name: what other trainings of this store are not called."""
+    def __init__(self, store: ActivationStore, name: str, n_layers: int) -> None:
+        """name: what other trainings of this store are not called. n_layers: in each batch."""
         assert store.ring is not None
-        self._store, self._name = store, name
+        self._store, self._name, self._n_layers = store, name, n_layers
         self._readers = Readers(store.path, store.ring)
         self._parts = store.ring.parts(store.meta.n_shards)
         self.part_of = store.ring.part_of(store.meta.n_shards)
@@ -74,11 +74,11 @@ class Follower:
         self._used = self.parts_used(step)
         self._readers.publish(self._name, self._used)
 
-    def design_effect(self, step: int, n_layers: int) -> float | None:
-        """That of batches of vectors of `n_layers` layers (`store.care.ring.design_effect`), from the last `_PARTS`
-        parts that the first `step` batches have used; None of fewer than two. Documents that are set aside are out."""
-        used, rows = self.parts_used(step), self._batch_size / n_layers
-        return design_effect([self._moments(part) for part in range(used)[-_PARTS:]], rows) if used > 1 else None
+    def mixing(self, step: int) -> dict[str, float | None]:
+        """For the metrics: the design effect of batches (`store.care.ring`), from the last parts that the first `step`
+        have used; None of fewer than two."""
+        parts = [self._moments(part) for part in range(self.parts_used(step))[-_PARTS:]]
+        return {"design_effect": design_effect(parts, self._batch_size / self._n_layers) if parts[1:] else None}
 
     def end(self) -> None:
         """Tell the harvest that nothing more is needed, be the run shorter than the store."""

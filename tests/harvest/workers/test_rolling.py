@@ -121,7 +121,7 @@ def test_parts_hold_whole_batches(batch: int, shard: int, run: int, times: float
             2_000_000,
             r"--rolling 2 MB: this store needs at least \S+ MB: \S+ MB for token columns, the manifest",
         ),
-        (20, 10_000_000, "1 shard of text leave nothing to train on"),
+        (20, 10_000_000, "1 shard leave nothing to train on"),
     ],
 )
 def test_sizes_that_hold_too_little_are_refused(n_tokens: int, size: int, words: str) -> None:
@@ -132,7 +132,7 @@ def test_sizes_that_hold_too_little_are_refused(n_tokens: int, size: int, words:
 def test_a_text_that_cannot_be_split_is_warned_of(capsys: pytest.CaptureFixture) -> None:
     tokens = token_table(100_000, document=np.zeros(100_000, np.int64))
     assert cut(tokens, Rolling(20_000_000, batch=64, **REST), 32, 4096)[1].kept_shards == 0
-    assert "warning: the text is one document, so none is held out" in capsys.readouterr().err
+    assert "warning: of one document none is held out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
