@@ -5,9 +5,9 @@
 
 A random model of GPT-NeoX's architecture on the sources of Python's standard library, 4,096 characters a document;
 each side has one core, the same one alone and beside the other, and one thread. First both halves alone: a whole
-store, and a training from it. Then both at once, with a `part`-th of the disk that the whole store takes. Then, with --kills, the same with a kill -9 of one side or the
-other at random moments, each started again by the same command. The second line is a size at which a part takes each
-side some five seconds, so that starting and finishing do not rule.
+store, and a training from it. Then both at once, with a `part`-th of the disk that the whole store takes. Then, with
+--kills, the same with a kill -9 of one side or the other at random moments, each started again by the same command. The
+second line is a size at which a part takes each side some seconds, so that starting and finishing do not rule.
 
 Promised, exit code 1 where not: the disk sampled 20 times a second never holds more than the size; the checkpoint of
 the broken run has the tensors of the undisturbed one; FVU on the same held-out documents is within 2 % of that of the

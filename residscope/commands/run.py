@@ -21,7 +21,6 @@ from residscope.errors import ResidscopeError, UsageError
 from residscope.options import CommandParser, parse_options
 
 _POLL_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _RESERVED = {
     "train": ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--dry-run"),
     "harvest": ("--model", "--dataset", "--max-tokens", "--rolling", "--out", "--overwrite", "--dry-run"),
@@ -79,20 +78,18 @@ def foretold(options: argparse.Namespace, commands: Mapping[str, Sequence[str]])
 
     harvest = parse_options(HarvestConfig, commands["harvest"], prog="harvest", description="")
     train = parse_options(TrainConfig, commands["train"], prog="train", description="")
-    size, latents = train.model.expansion_factor, train.model.n_latents
     config = PlanConfig(
         model=options.model,
         tokens=options.tokens,
-        n_latents=latents,
-        expansion_factor=size,
+        n_latents=train.model.n_latents,
+        expansion_factor=train.model.expansion_factor,
         k=train.model.k,
         batch_size=train.data.batch_size,
         context_length=harvest.sequences.context_length or PlanConfig.context_length,
         disk=options.disk,
     )
     found = plan(config)
-    found["ways"] = {"rolling": found["ways"]["rolling"]}
-    return words(found | {"analyze": None})
+    return words(found | {"ways": {"rolling": found["ways"]["rolling"]}, "analyze": None})
 
 
 def run(options: argparse.Namespace) -> None:
@@ -104,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-    on_death = prctl and partial(prctl, _PR_SET_PDEATHSIG, signal.SIGTERM)
+    on_death = prctl and partial(prctl, 1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     try:
         for name, flags in commands.items():
             print(f"$ {shlex.join((name, *flags))}", file=sys.stderr, flush=True)
@@ -133,8 +130,7 @@ def _require(codes: Mapping[str, int | None]) -> None:
 
 
 def _end(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """Stop those that still run, and wait; a second Ctrl-C kills them. By SIGTERM: who is in the background ignores
-    Ctrl-C."""
+    """Stop those that still run (by SIGTERM: one in the background ignores Ctrl-C); a second Ctrl-C kills them."""
     try:
         for side in running.values():
             side.terminate()

@@ -93,33 +93,30 @@ class Moments:
 
     def __init__(self, path: Path, meta: StoreMeta, records: Mapping[int, ShardRecord]) -> None:
         """records: lines of the shards that have come."""
-        self._path, self._records, self._shape, ring = path, records, (meta.n_layers, meta.d_model), ring_of(meta)
+        self._path, self._shape, ring = path, (meta.n_layers, meta.d_model), ring_of(meta)
         stay, parts = (ring.kept_shards, ring.parts(meta.n_shards)) if ring else (meta.n_shards, [])
-        self._stay = [i for i in range(stay) if i in records]
-        self._parts = [[i for i in part.tolist() if i >= stay and i in records] for part in parts]
+        groups = [range(stay), *(part[part >= stay].tolist() for part in parts)]
+        self._records = [[records[shard] for shard in group if shard in records] for group in groups]
 
     def all(self) -> ShardMoments:
         """Those of all shards that have come."""
-        return functools.reduce(merge, map(self.of_part, range(len(self._parts))), self._merged(self._stay))
+        return functools.reduce(merge, map(self.of_part, range(-1, len(self._records) - 1)))
 
     def of_part(self, part: int) -> ShardMoments:
-        """Those of a part, without shards that stay; also once it is removed."""
-        records = [self._records[shard] for shard in self._parts[part]]
+        """Those of a part, without shards that stay, which are part -1; also once it is removed."""
+        records, file, total = self._records[part + 1], self._path / _MOMENTS / str(part), no_moments(*self._shape)
         try:
-            return self._merged(self._parts[part])
+            for record in records:
+                path = self._path / moments_name(record.shard)
+                mean, m2 = read_numbers(path, (2, *self._shape), record.moments_xxh3_128)
+                total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
+            return total
         except DamagedError:
-            if not (file := self._path / _MOMENTS / str(part)).exists():
+            if not file.exists():
                 raise
-        norm_sums = sum((np.array(record.norm_sums) for record in records), np.zeros(self._shape[0]))
         mean, m2 = read_numbers(file, (2, *self._shape))
+        norm_sums = sum((np.array(record.norm_sums) for record in records), np.zeros(self._shape[0]))
         return ShardMoments(sum(record.kept for record in records), mean, m2, norm_sums)
-
-    def _merged(self, shards: Sequence[int]) -> ShardMoments:
-        total = no_moments(*self._shape)
-        for record in (self._records[shard] for shard in shards):
-            mean, m2 = read_numbers(self._path / moments_name(record.shard), (2, *self._shape), record.moments_xxh3_128)
-            total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
-        return total
 
 
 class Readers:

@@ -6,7 +6,6 @@ whatever is killed, the last checkpoint finds the rows that come next.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -17,7 +16,6 @@ from store.activations import ActivationStore
 from store.care.ring import Readers, design_effect
 from store.manifest import FILE
 
-_POLL_SECONDS = 0.02
 _PARTS = 32
 
 
@@ -34,19 +32,13 @@ class Follower:
         """int64 [shards]: the part of each."""
         self._moments = lru_cache(_PARTS)(lambda part: store.moments.of_part(part))
         self.stopped: Callable[[], bool] = lambda: False
-        self._used, self._told, self._missing = 0, False, set[int]()
-        self._seen: tuple[int, int] | None = (0, 0)  # inode and size of the manifest, when it was read
+        self._used, self._told, self._read, self._missing = 0, False, 0, set[int]()
 
     def require_once(self, epochs: int, processes: int) -> None:
         """`UsageError` where rows would be needed twice, or by several processes."""
         if epochs > 1 or processes > 1:
             what = "is filled and removed part by part, so each token is trained on once, by one process"
             raise UsageError(f"{self._store.path} {what}: lower --steps or --epochs, and leave --n-procs out")
-
-    def wait(self) -> None:
-        """Until the first part is there."""
-        while not self.ready(0):
-            time.sleep(_POLL_SECONDS)
 
     def begin(self, row_ends: np.ndarray, batch_size: int, step: int, stopped: Callable[[], bool]) -> None:
         """Before the batch `step` is read: let the harvest know of this training. row_ends: int64 [parts], rows of the
@@ -89,10 +81,11 @@ class Follower:
         if self.stopped():
             raise Interrupted("stopped")
         file = self._store.path / FILE
-        seen = (file.stat().st_ino, file.stat().st_size) if file.exists() else None
-        if seen != self._seen:  # It may be long: it is only read when it has grown, or is another.
+        if (
+            size := file.stat().st_size if file.exists() else -1
+        ) != self._read:  # It may be long: only when it has grown.
             self._store.refresh()
-            self._seen, self._missing = seen, set(self._store.missing_shards())
+            self._read, self._missing = size, set(self._store.missing_shards())
         if self._missing.isdisjoint(self._parts[part].tolist()):
             return True
         if not self._told:
