@@ -17,6 +17,8 @@ import xxhash
 from harvest.config import HarvestConfig, WorkerConfig
 from harvest.destination import has_begun, remove_store, require_room
 from harvest.fill import BatchRunner, Filled, fill
+from harvest.filling.rolling import Rolling, cut
+from harvest.filling.workers import fill_by_workers
 from harvest.model.load import LoadedModel
 from harvest.model.norms import mask_by_norm
 from harvest.options_file import save_options
@@ -26,8 +28,6 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.stored_values import host_bytes
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
-from harvest.workers.fill import fill_by_workers
-from harvest.workers.rolling import Rolling, cut
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
 from residscope.urls import URL

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.workers.rolling import parts_to_fill
+from harvest.filling.rolling import parts_to_fill
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers, Ring

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from harvest import run
+from harvest.filling import rolling
+from harvest.filling.rolling import Rolling, cut, parts_to_fill
 from harvest.sequences import SequenceBatch, batches_for
-from harvest.workers import rolling
-from harvest.workers.rolling import Rolling, cut, parts_to_fill
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers, Ring
