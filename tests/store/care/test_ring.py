@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
+from store.arrays import moments_name
 from store.care.ring import Readers, Ring, design_effect
 from store.care.verify import verify
+from store.checksums import DamagedError
 from store.moments import ShardMoments
 from store.shards import shard_name
 from tests.support.stores import make_meta, make_store, random_activations, token_table
@@ -68,11 +70,18 @@ def test_removed_shards_are_no_damage_and_content_stays_the_same(tmp_path: Path)
         readers.announce(2)
         readers.remove(2, 7, store.moments)
     gone = {shard for part in RING.parts(7)[:2] for shard in part.tolist()} - {0}
-    assert {i for i in range(7) if not (store.path / shard_name(i)).exists()} == gone
+    for name in (shard_name, moments_name):
+        assert {i for i in range(7) if not (store.path / name(i)).exists()} == gone
     assert verify(store.path) == []
     again = ActivationStore.open(store.path)
     assert again.content_hash == before
     assert again.statistics().mean.tobytes() == statistics.mean.tobytes()
+    assert again.merged_statistics().norm.tobytes() == store.merged_statistics().norm.tobytes()
+    kept, whole = store.path / "manifest/moments/1", (store.path / "manifest/moments/1").read_bytes()
+    kept.write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
+    with pytest.raises(DamagedError, match="moments/1: its checksum does not match"):
+        again.merged_statistics()
+    kept.write_bytes(whole)
     (store.path / shard_name(0)).unlink()
     assert [bad.index for bad in verify(store.path)] == [0]
 
