@@ -38,7 +38,7 @@ import transformers
 
 import harvest.cli
 import harvest.run
-from harvest.workers import fill as workers
+from harvest.filling import workers
 from residscope import cluster
 from store.activations import ActivationStore
 from store.shards import PutShard

@@ -2,9 +2,9 @@
 
     python benchmarks/simulate_workers.py [--workers 64] [--shards 61036] [--seeds 5] [--json]
 
-The rules are those of harvest/workers/fill.py: groups of shards (`shard_groups`, the very function) wait in line; each
-worker has one; the command hands the next one out, then commits what has come back, a shard at a time, and hands out
-nothing while it does; what a killed worker had is lost whole and comes back in single shards, and one that is lost
+The rules are those of harvest/filling/workers.py: groups of shards (`shard_groups`, the very function) wait in line;
+each worker has one; the command hands the next one out, then commits what has come back, a shard at a time, and hands
+out nothing while it does; what a killed worker had is lost whole and comes back in single shards, and one that is lost
 three times ends the run. Default sizes: 1e9 tokens of pythia-1b in shards of 16,384 tokens.
 
 Each line changes one thing: how long a commit takes, how often workers die, how many are slow, what the storage takes.

@@ -3,7 +3,7 @@
 How: batches of sequences are fixed by the store's positions and the batch size alone, so that a run that was stopped
 computes the same batches again and the bytes do not depend on where it stopped; only batches that overlap a missing
 shard are run. Each batch is rounded into one of two host buffers, which the writer cuts into shards, checks and writes
-while the next batch is computed. Worker processes (`harvest.workers`) do the same with some of the shards.
+while the next batch is computed. Worker processes (`harvest.filling.workers`) do the same with some of the shards.
 
 Host memory for activations: two batches and about three shards (one being put together, its encoded copy, its
 statistics).
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harvest.filling.rolling import parts_to_fill
 from harvest.model.load import LoadedModel
 from harvest.residual import EndOfPass, ResidualRecorder
 from harvest.sequences import SequenceBatch, batches_for, sequence_batches, token_ids
 from harvest.settings import TORCH_DTYPES, Settings
 from harvest.stored_values import HostBuffer, not_finite_error
-from harvest.workers.rolling import parts_to_fill
 from residscope.cluster import n_cores
 from residscope.console import progress, stop_on_signals
 from residscope.errors import Interrupted, ResidscopeError

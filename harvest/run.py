@@ -17,6 +17,8 @@ import xxhash
 from harvest.config import HarvestConfig, WorkerConfig
 from harvest.destination import has_begun, remove_store, require_room
 from harvest.fill import BatchRunner, Filled, fill
+from harvest.filling.rolling import Rolling, cut
+from harvest.filling.workers import fill_by_workers
 from harvest.model.load import LoadedModel
 from harvest.model.norms import mask_by_norm
 from harvest.options_file import save_options
@@ -26,8 +28,6 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.stored_values import host_bytes
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
-from harvest.workers.fill import fill_by_workers
-from harvest.workers.rolling import Rolling, cut
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
 from residscope.urls import URL
@@ -146,8 +146,7 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     n_tokens, n_layers, d_model = len(tokens.token_id), len(settings.layers), settings.d_model
     chunk, shard = chunk_and_shard_tokens(n_tokens, n_layers, d_model, settings.bytes_per_token // n_layers // d_model)
     if rolling:
-        batch = settings.batch_size * settings.packing.context_length
-        shard, ring = cut(tokens, rolling, chunk=chunk, shard=shard, batch=batch, token_bytes=settings.bytes_per_token)
+        shard, ring = cut(tokens, rolling, chunk, shard)
         provenance["ring"] = ring._asdict()
     meta = StoreMeta(
         n_tokens=n_tokens,

@@ -14,11 +14,13 @@ from harvest.model.load import LoadedModel, load_config, load_model, load_tokeni
 from harvest.model.names import ModelSpec, resolve_model
 from harvest.model.tokenizer import Tokenizer
 from harvest.text.packing import Packing, make_packing
+from residscope.console import parse_bytes
 from residscope.errors import IncompatibleError, UsageError, said
 from store.meta import ITEMSIZE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
+_ROLLING_BATCHES = 64  # in a rolling store's size, so that parts of whole batches mix well
 _BATCH_BYTES = 256 * 1024 * 1024
 _BATCH_TOKENS = 8192
 # A block's inputs and outputs then stay in the cache: a sixth faster than 8192 tokens (benchmarks/bench_harvest.py).
@@ -86,6 +88,7 @@ def resolve(config: HarvestConfig) -> Settings:
     dtype, dtype_note = _dtype(config.weights.dtype, device)
     lens, lens_note = _lens(config.storage, spec, n_layers, d_model, device)
     store_dtype = config.storage.store_dtype
+    token_bytes = len(layers) * d_model * ITEMSIZE[store_dtype]
     return Settings(
         spec=spec,
         tokenizer=tokenizer,
@@ -100,8 +103,7 @@ def resolve(config: HarvestConfig) -> Settings:
         layers=layers,
         d_model=d_model,
         vocabulary=int(model_config.get_text_config().vocab_size),
-        batch_size=config.batch_size
-        or default_batch_size(context, len(layers) * d_model * ITEMSIZE[store_dtype], device.type),
+        batch_size=config.batch_size or default_batch_size(context, token_bytes, device.type, config.storage.rolling),
         dtype=dtype,
         store_dtype=store_dtype,
         device=device,
@@ -110,10 +112,13 @@ def resolve(config: HarvestConfig) -> Settings:
     )
 
 
-def default_batch_size(context_length: int, bytes_per_token: int, device_type: str) -> int:
-    """Sequences in a pass, at least one: as 256 MiB of stored vectors and 8192 tokens (on a CPU 1024) hold."""
+def default_batch_size(context_length: int, bytes_per_token: int, device_type: str, rolling: str | None = None) -> int:
+    """Sequences in a pass, at least one: as 256 MiB of stored vectors and 8192 tokens (on a CPU 1024) hold; in a store
+    of the size `rolling` a power of two, of which that holds some."""
     tokens = _BATCH_TOKENS_ON_CPU if device_type == "cpu" else _BATCH_TOKENS
-    return max(min(_BATCH_BYTES // (context_length * bytes_per_token), tokens // context_length), 1)
+    most = min(_BATCH_BYTES, (parse_bytes(rolling) or 0) // _ROLLING_BATCHES) if rolling else _BATCH_BYTES
+    found = max(min(most // (context_length * bytes_per_token), tokens // context_length), 1)
+    return 1 << found.bit_length() - 1 if rolling else found
 
 
 def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Dask workers, of this machine or of a running scheduler: how they are started or found, and held to our own code.
 
-Not here: what they do (`analysis.jobs`, `harvest.workers`). Worker processes import it first.
+Not here: what they do (`analysis.jobs`, `harvest.filling.workers`). Worker processes import it first.
 """
 
 import logging

@@ -27,13 +27,13 @@ from residscope.errors import IncompatibleError, UsageError
 from residscope.urls import URL, as_path
 from store import arrays
 from store.arrays import TokenTable
-from store.care.ring import ring_of
+from store.care.ring import Moments, ring_of
 from store.dtypes import STORAGE_DTYPE, to_float32
 from store.files import TEMPORARY, atomic_write, remove_leftovers
 from store.folder import make_folder, read_meta, require_store
 from store.manifest import Manifest, ShardRecord, WriterLock, read_manifest, sort_lines
 from store.meta import StoreMeta
-from store.moments import LayerStatistics, ShardMoments, merge, no_moments, statistics
+from store.moments import LayerStatistics, statistics
 from store.remote.objects import THREADS, ObjectLock, StoreLock
 from store.shards import PutShard, ShardFiles, ShardReader, ShardWriter, shard_name
 
@@ -342,11 +342,10 @@ class ActivationStore:
             sort_lines(self.path)
 
     def merged_statistics(self) -> LayerStatistics:
-        """As `statistics`, but always merged from the shards' moments, in shard order."""
-        total = no_moments(self.meta.n_layers, self.meta.d_model)
-        for shard in sorted(self._manifest.lines):
-            record = self.record(shard)
-            name = arrays.moments_name(shard)
-            mean, m2 = arrays.read_numbers(self.path / name, (2, *total.mean.shape), record.moments_xxh3_128)
-            total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
-        return statistics(total)
+        """As `statistics`, but always merged from the shards' moments, as `store.care.ring.Moments` says."""
+        return statistics(self.moments.all())
+
+    @property
+    def moments(self) -> Moments:
+        """Those of the shards that have come, be they removed or not."""
+        return Moments(self.path, self.meta, {shard: self.record(shard) for shard in self._manifest.lines})

@@ -26,7 +26,7 @@ from store.dtypes import STORAGE_DTYPE
 from store.shuffle import RowOrder, chunk_row_counts
 
 DEFAULT_WINDOW_BYTES = 256 * 1024 * 1024
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.02
 
 
 class Batch(NamedTuple):

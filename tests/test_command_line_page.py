@@ -47,10 +47,13 @@ def keys(found: Any, closed: tuple[str, ...]) -> set[str]:
     return set(found).union(*inner)
 
 
-def test_every_key_is_named(run: Run) -> None:
+def test_every_key_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     harvest = "--model model --dataset *.txt --context-length 32 --max-tokens 600 --out acts.zarr"
     train = "--store acts.zarr --n-latents 64 --k 4 --batch-size 256 --kernels torch --threads 1"
     train += " --validation-fraction 0.3"
+    with monkeypatch.context() as patch:
+        patch.setattr("harvest.run.chunk_and_shard_tokens", lambda *sizes: (32, 32))
+        run("harvest.cli", f"{harvest.replace('acts', 'rolling')} --rolling 1GB --batch-size 1")
     printed = {
         "harvest --dry-run": [run("harvest.cli", f"{harvest} --dry-run")],
         "harvest": [run("harvest.cli", harvest)],
@@ -59,6 +62,7 @@ def test_every_key_is_named(run: Run) -> None:
         "train": [
             run("train.cli", f"{train} --out a.pt --activation jumprelu"),
             run("train.cli", f"{train} --out b.pt --sweep k=2,3"),
+            run("train.cli", f"{train.replace('acts', 'rolling')} --out c.pt".replace("256", "64")),
         ],
         "train compare": [run("train.cli", "compare --store acts.zarr --sae a.pt --tokens 64 --fit-tokens 64")],
         "residscope convert": [run("residscope.cli", "convert a.pt out --to saelens")],

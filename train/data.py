@@ -22,6 +22,7 @@ from store.loader import Batch, WindowLoader
 from store.remote.held import hold
 from store.shuffle import validation_documents
 from train.config import TrainConfig
+from train.grid import run_path
 from train.hardware import resolve_device
 from train.objective.recipes import batch_size
 from train.parallel.follow import Follower
@@ -126,6 +127,7 @@ class TrainingData:
         split = split_tokens(store, fraction, seed)
         spare = (free_memory() or 0) // (3 * ranks.local)
         hold(store, spare if config.cache_gb is None else int(config.cache_gb * 1e9))
+        several, out = config.sweep or config.per_layer, config.out.resolve()
         return cls(
             store=store,
             split=split,
@@ -136,7 +138,7 @@ class TrainingData:
             batch_size=batch_size(config, int(split.train.sum()) * len(stored)),
             ranks=ranks,
             held_out={"fraction": fraction, "seed": seed, "n_documents": split.n_documents},
-            follower=Follower(store, str(config.out.resolve())) if store.ring else None,
+            follower=Follower(store, str(run_path(out, "*") if several else out), len(stored)) if store.ring else None,
         )
 
     @property

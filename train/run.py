@@ -114,7 +114,7 @@ def _opened(config: TrainConfig) -> Iterator[ActivationStore]:
     """The store, in torch's deterministic mode where that is wanted."""
     device = resolve_device(config.hardware.device)
     while config.follow and not is_store(config.store):
-        time.sleep(1)
+        time.sleep(0.1)
     only_deterministic = deterministic(device, config.hardware.deterministic)
     with ActivationStore.open(config.store, follow=True) as store, only_deterministic:
         yield store
@@ -162,8 +162,8 @@ class _Stream:
         announce(self.plans, self.n_runs, self.memory)
         refuse_too_large(self.memory, self.data.device, self.n_runs)
         split, follower = self.data.split, self.data.follower
-        if follower:
-            follower.wait()
+        while follower and not follower.ready(0):
+            time.sleep(0.05)
         if few := few_tokens(self.data.store, split.validation if follower else split.train):
             say(f"warning: {few.words}")
         self.ranks.any(False)  # all have read what there is before it is changed

@@ -191,6 +191,7 @@ class Trainer:
         """Write and return the metrics since the last line; seconds: time since then, waited: of it for data."""
         window = self._window
         self.metrics = self._progress() | window.line()
+        self.metrics |= self._data.follower.mixing(self.step) if self._data.follower else {}
         self.metrics |= {"dead_fraction": self._dead.fraction(self._ranks.latents), "lr": self._lr(self.step - 1)}
         trained = (weight for weight in self._sae.weights if weight is not None)
         bad = any((w.isnan().any() if w.ndim < 2 else ~torch.linalg.vector_norm(w).isfinite()) for w in trained)

@@ -1,16 +1,19 @@
 """`residscope run`: harvest and train at the same time, within a size of the disk, by one command.
 
 How: two child processes, `harvest --rolling` and `train --follow --resume`, whose lines and bars share stderr. Either
-one's failure ends both, as does a signal; the same command continues. Not here: what the two tell each other
-(`store.care.ring`).
+one's failure ends both, as does a signal or, on Linux, whatever ends this process; the same command continues. Not
+here: what the two tell each other (`store.care.ring`).
 """
 
 import argparse
+import ctypes
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from residscope.console import human_seconds, run_command
@@ -18,8 +21,11 @@ from residscope.errors import ResidscopeError, UsageError
 from residscope.options import CommandParser, parse_options
 
 _POLL_SECONDS = 0.2
-_RESERVED = ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--dry-run")
-"""Flags of `train` that are set here, or make no sense beside a harvest."""
+_RESERVED = {
+    "train": ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--dry-run"),
+    "harvest": ("--model", "--dataset", "--max-tokens", "--rolling", "--out", "--overwrite", "--dry-run"),
+}
+"""Flags of each side that are set here, or make no sense beside the other."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,19 +47,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="bytes, hours and which side bounds it; nothing is written"
     )
     options, options.train = parser.parse_known_args(argv)
-    if taken := [word for word in options.train if word.partition("=")[0] in _RESERVED]:
-        raise UsageError(f"residscope run sets {taken[0]} of `train` itself: leave it out")
     try:
         options.tokens = int(float(options.tokens.replace("_", "")))
     except (ValueError, OverflowError):
         raise UsageError(f"--tokens should be a number such as 1e9, found {options.tokens!r}") from None
-    own = ("--model", "--dataset", "--max-tokens", "--rolling", "--out", "--overwrite", "--dry-run")
     try:
         options.harvest = shlex.split(options.harvest_flags)
     except ValueError as error:
         raise UsageError(f"--harvest-flags {options.harvest_flags!r}: {str(error).lower()}") from None
-    if taken := [word for word in options.harvest if word.partition("=")[0] in own]:
-        raise UsageError(f"residscope run sets {taken[0]} of `harvest` itself: leave it out")
+    for side, flags in _RESERVED.items():
+        if taken := [word for word in getattr(options, side) if word.partition("=")[0] in flags]:
+            raise UsageError(f"residscope run sets {taken[0]} of `{side}` itself: leave it out")
     return options
 
 
@@ -74,20 +78,18 @@ def foretold(options: argparse.Namespace, commands: Mapping[str, Sequence[str]])
 
     harvest = parse_options(HarvestConfig, commands["harvest"], prog="harvest", description="")
     train = parse_options(TrainConfig, commands["train"], prog="train", description="")
-    size, latents = train.model.expansion_factor, train.model.n_latents
     config = PlanConfig(
         model=options.model,
         tokens=options.tokens,
-        n_latents=latents,
-        expansion_factor=size,
+        n_latents=train.model.n_latents,
+        expansion_factor=train.model.expansion_factor,
         k=train.model.k,
         batch_size=train.data.batch_size,
         context_length=harvest.sequences.context_length or PlanConfig.context_length,
         disk=options.disk,
     )
     found = plan(config)
-    found["ways"] = {"rolling": found["ways"]["rolling"]}
-    return words(found | {"analyze": None})
+    return words(found | {"ways": {"rolling": found["ways"]["rolling"]}, "analyze": None})
 
 
 def run(options: argparse.Namespace) -> None:
@@ -98,12 +100,14 @@ def run(options: argparse.Namespace) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    on_death = prctl and partial(prctl, 1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     try:
         for name, flags in commands.items():
             print(f"$ {shlex.join((name, *flags))}", file=sys.stderr, flush=True)
-            # In a session of its own, so that Ctrl-C comes to it once, from here.
+            # In a session of its own, so that Ctrl-C comes to it once, from here; SIGTERM where this process is killed.
             command = [sys.executable, "-m", "residscope", name, *flags]
-            running[name] = subprocess.Popen(command, start_new_session=True)
+            running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=on_death)
         while None in (codes := {name: side.poll() for name, side in running.items()}).values():
             _require(codes)
             time.sleep(_POLL_SECONDS)
@@ -126,12 +130,10 @@ def _require(codes: Mapping[str, int | None]) -> None:
 
 
 def _end(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """Tell those that still run to stop, and wait; a second Ctrl-C kills them. SIGTERM does to them what Ctrl-C does,
-    which a process that was started in the background ignores."""
+    """Stop those that still run (by SIGTERM: one in the background ignores Ctrl-C); a second Ctrl-C kills them."""
     try:
         for side in running.values():
-            if side.poll() is None:
-                side.terminate()
+            side.terminate()
         for side in running.values():
             side.wait()
     except KeyboardInterrupt:

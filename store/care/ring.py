@@ -3,18 +3,22 @@
 How: the parts are fixed when the store is made, from its metadata alone. The first shards hold the documents that are
 set aside for validation, and stay. The others follow in a spread order, as many in a part as half of the disk
 space takes; the store is trained on part by part (`store.loader`), so that rows mix within a part. A shard keeps its
-line and its moments when its file is removed. Beside the manifest lie
+line when its files are removed; the moments of a part are then kept as one, since those of all shards of a store may be
+larger than a part. Beside the manifest lie
 
     readers/NAME.json   how many parts a trainer has used, written after its checkpoint is on the disk
     removed.json        how many parts are removed, written before the first of their files goes
+    moments/PART        the moments of a part that is removed, written after that and before the first goes
 
 and part p is filled once part p - 2 is removed: so at most two are on the disk, and whatever is killed, at whatever
 moment, finds what it needs. Content is that of the options and token ids (`config_hash`): the hash of a store whose
 shards come and go cannot be a hash of shards.
 """
 
+import functools
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +27,18 @@ import xxhash
 
 from residscope.errors import IncompatibleError
 from residscope.reading import read_json
+from store.arrays import encode_numbers, moments_name, read_numbers
+from store.checksums import DamagedError
 from store.files import atomic_write
-from store.manifest import FOLDER
+from store.manifest import FOLDER, ShardRecord
 from store.meta import StoreMeta
+from store.moments import ShardMoments, merge, no_moments
 from store.shards import shard_name
 from store.shuffle import spread_order
 
-_READERS, _REMOVED = f"{FOLDER}/readers", f"{FOLDER}/removed.json"
+_READERS, _REMOVED, _MOMENTS = f"{FOLDER}/readers", f"{FOLDER}/removed.json", f"{FOLDER}/moments"
+
+
 _SHARDS = 6  # The stream of random numbers, beside those of `store.shuffle`.
 
 
@@ -44,26 +53,70 @@ class Ring(NamedTuple):
     """Share of the documents that is set aside for validation, as `store.shuffle.validation_documents` draws it ..."""
     seed: int
     """... with this seed, which is also that of the order of the shards."""
+    run_shards: int = 1
+    """Neighbours that come one after another, as one, in that order: they are filled by whole forward passes."""
 
     def parts(self, n_shards: int) -> list[np.ndarray]:
         """The shards of each part, ascending; the first one begins with those that are kept."""
-        order = self.kept_shards + spread_order(n_shards - self.kept_shards, self.seed, _SHARDS)
-        cuts = range(self.part_shards, len(order), self.part_shards)
-        parts = [np.sort(part) for part in np.split(order, cuts)]
-        return [np.concatenate([np.arange(self.kept_shards), parts[0]]), *parts[1:]]
+        first, size = self.kept_shards, self.run_shards
+        runs = spread_order(-(-(n_shards - first) // size), self.seed, _SHARDS)
+        parts = np.split(runs, range(self.part_shards // size, len(runs), self.part_shards // size))
+        shards = [(first + np.sort(part)[:, None] * size + np.arange(size)).reshape(-1) for part in parts]
+        return [np.append(np.arange(first), shards[0][shards[0] < n_shards]), *(p[p < n_shards] for p in shards[1:])]
 
     def part_of(self, n_shards: int) -> np.ndarray:
         """int64 [shards]: the part that each is in."""
-        found = np.empty(n_shards, np.int64)
-        for number, shards in enumerate(self.parts(n_shards)):
-            found[shards] = number
-        return found
+        parts = self.parts(n_shards)
+        return np.repeat(np.arange(len(parts)), [len(part) for part in parts])[np.argsort(np.concatenate(parts))]
 
 
 def ring_of(meta: StoreMeta) -> Ring | None:
     """How the store is cut, where it is one of this kind."""
     found = meta.provenance.get("ring")
     return None if found is None else Ring(**found)
+
+
+def design_effect(parts: Sequence[ShardMoments], rows: float) -> float:
+    """Of batches that are each drawn from one of `parts`: the variance of a batch's mean over that of as many vectors
+    drawn from all parts; 1 is as well mixed. Of `rows` vectors of a layer in a batch; the mean over layers and
+    dimensions, and parts count as one sample of all that there could be."""
+    total = functools.reduce(merge, parts)
+    within = np.sum([part.m2 for part in parts], axis=0)
+    between = (total.m2 - within) / (total.count * (1 - 1 / len(parts)))
+    within *= (1 - rows * len(parts) / total.count) / (total.count - len(parts))
+    varies = total.m2 > 0
+    return float(np.mean((rows * between + within)[varies] / total.m2[varies]) * total.count)
+
+
+class Moments:
+    """The moments of a store's shards: merged in shard order; in a store of parts, first those that stay."""
+
+    def __init__(self, path: Path, meta: StoreMeta, records: Mapping[int, ShardRecord]) -> None:
+        """records: lines of the shards that have come."""
+        self._path, self._shape, ring = path, (meta.n_layers, meta.d_model), ring_of(meta)
+        stay, parts = (ring.kept_shards, ring.parts(meta.n_shards)) if ring else (meta.n_shards, [])
+        groups = [range(stay), *(part[part >= stay].tolist() for part in parts)]
+        self._records = [[records[shard] for shard in group if shard in records] for group in groups]
+
+    def all(self) -> ShardMoments:
+        """Those of all shards that have come."""
+        return functools.reduce(merge, map(self.of_part, range(-1, len(self._records) - 1)))
+
+    def of_part(self, part: int) -> ShardMoments:
+        """Those of a part, without shards that stay, which are part -1; also once it is removed."""
+        records, file, total = self._records[part + 1], self._path / _MOMENTS / str(part), no_moments(*self._shape)
+        try:
+            for record in records:
+                path = self._path / moments_name(record.shard)
+                mean, m2 = read_numbers(path, (2, *self._shape), record.moments_xxh3_128)
+                total = merge(total, ShardMoments(record.kept, mean, m2, np.array(record.norm_sums)))
+            return total
+        except DamagedError:
+            if not file.exists():
+                raise
+        mean, m2 = read_numbers(file, (2, *self._shape))
+        norm_sums = sum((np.array(record.norm_sums) for record in records), np.zeros(self._shape[0]))
+        return ShardMoments(sum(record.kept for record in records), mean, m2, norm_sums)
 
 
 class Readers:
@@ -110,10 +163,13 @@ class Readers:
         if parts > self.removed():
             atomic_write(self._store / _REMOVED, [json.dumps({"parts": parts}).encode()])
 
-    def remove(self, parts: int, n_shards: int) -> None:
+    def remove(self, parts: int, n_shards: int, moments: Moments) -> None:
         """Remove the shards of the first `parts` parts, once that is announced."""
-        for shards in self._ring.parts(n_shards)[
-            max(parts - 2, 0) : parts
-        ]:  # A crash may have come in the midst of one.
+        for part, shards in list(enumerate(self._ring.parts(n_shards)))[max(parts - 2, 0) : parts]:  # after a crash two
+            if not (file := self._store / _MOMENTS / str(part)).exists():
+                file.parent.mkdir(exist_ok=True)
+                found = moments.of_part(part)
+                atomic_write(file, [encode_numbers(np.stack([found.mean, found.m2]))])
             for shard in shards[shards >= self._ring.kept_shards].tolist():
-                (self._store / shard_name(shard)).unlink(missing_ok=True)
+                for name in (shard_name(shard), moments_name(shard)):
+                    (self._store / name).unlink(missing_ok=True)

@@ -9,3 +9,5 @@ def test_the_default_batch_keeps_within_its_bounds() -> None:
     assert default_batch_size(131_072, 10**6, "cuda") == 1
     assert default_batch_size(256, 6_144, "cpu") == 4
     assert default_batch_size(2048, 6_144, "cpu") == 1
+    assert default_batch_size(2048, 34_560, "cuda", "50GB") == 2
+    assert default_batch_size(128, 4_608, "cpu", "256MB") == 4  # 6 are a 64th of it

@@ -6,42 +6,39 @@ whatever is killed, the last checkpoint finds the rows that come next.
 """
 
 import sys
-import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
-from store.care.ring import Readers
+from store.care.ring import Readers, design_effect
+from store.manifest import FILE
 
-_REFRESH_SECONDS = 0.5
+_PARTS = 32
 
 
 class Follower:
     """What a training tells the harvest that it follows, and waits for."""
 
-    def __init__(self, store: ActivationStore, name: str) -> None:
-        """name: what other trainings of this store are not called."""
+    def __init__(self, store: ActivationStore, name: str, n_layers: int) -> None:
+        """name: what other trainings of this store are not called. n_layers: in each batch."""
         assert store.ring is not None
-        self._store, self._name = store, name
+        self._store, self._name, self._n_layers = store, name, n_layers
         self._readers = Readers(store.path, store.ring)
         self._parts = store.ring.parts(store.meta.n_shards)
         self.part_of = store.ring.part_of(store.meta.n_shards)
         """int64 [shards]: the part of each."""
+        self._moments = lru_cache(_PARTS)(lambda part: store.moments.of_part(part))
         self.stopped: Callable[[], bool] = lambda: False
-        self._used, self._told, self._looked = 0, False, 0.0
+        self._used, self._told, self._read, self._missing = 0, False, 0, set[int]()
 
     def require_once(self, epochs: int, processes: int) -> None:
         """`UsageError` where rows would be needed twice, or by several processes."""
         if epochs > 1 or processes > 1:
             what = "is filled and removed part by part, so each token is trained on once, by one process"
             raise UsageError(f"{self._store.path} {what}: lower --steps or --epochs, and leave --n-procs out")
-
-    def wait(self) -> None:
-        """Until the first part is there."""
-        while not self.ready(0):
-            time.sleep(_REFRESH_SECONDS / 5)
 
     def begin(self, row_ends: np.ndarray, batch_size: int, step: int, stopped: Callable[[], bool]) -> None:
         """Before the batch `step` is read: let the harvest know of this training. row_ends: int64 [parts], rows of the
@@ -69,6 +66,12 @@ class Follower:
         self._used = self.parts_used(step)
         self._readers.publish(self._name, self._used)
 
+    def mixing(self, step: int) -> dict[str, float | None]:
+        """For the metrics: the design effect of batches (`store.care.ring`), from the last parts that the first `step`
+        have used; None of fewer than two."""
+        parts = [self._moments(part) for part in range(self.parts_used(step))[-_PARTS:]]
+        return {"design_effect": design_effect(parts, self._batch_size / self._n_layers) if parts[1:] else None}
+
     def end(self) -> None:
         """Tell the harvest that nothing more is needed, be the run shorter than the store."""
         self._readers.publish(self._name, len(self._parts))
@@ -77,13 +80,15 @@ class Follower:
         """Whether all shards of a part are there; raises `Interrupted` where the wait should end."""
         if self.stopped():
             raise Interrupted("stopped")
-        missing = set(self._store.missing_shards())
-        if missing.isdisjoint(self._parts[part].tolist()):
+        file = self._store.path / FILE
+        if (
+            size := file.stat().st_size if file.exists() else -1
+        ) != self._read:  # It may be long: only when it has grown.
+            self._store.refresh()
+            self._read, self._missing = size, set(self._store.missing_shards())
+        if self._missing.isdisjoint(self._parts[part].tolist()):
             return True
         if not self._told:
             self._told = True
             print(f"train: waiting for the harvest of {self._store.path}, as often as it is slower", file=sys.stderr)
-        if time.monotonic() - self._looked > _REFRESH_SECONDS:
-            self._store.refresh()
-            self._looked = time.monotonic()
         return False

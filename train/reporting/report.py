@@ -90,6 +90,8 @@ def describe(result: TrainResult) -> str:
             "better, 1 is no better than the layer's mean; mean over layers; "
             f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
         )
+    if effect := metrics.get("design_effect"):
+        lines.append(f"each batch came from one part of the store: design effect {effect:.3g} (1: as from all of it)")
     return "\n".join([*lines, *_advice(result)])
 
 

@@ -84,6 +84,21 @@ def test_a_signal_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert [side.poll() is not None for side in started] == [True, True]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_both_end_when_it_is_killed(tmp_path: Path) -> None:
+    """They share its stdout, which ends with the last of them."""
+    side = tmp_path / "side"
+    side.write_text("#!/bin/sh\necho begun\nexec sleep 600\n")
+    side.chmod(0o700)
+    code = f"import sys; from residscope.commands import run; sys.executable = {str(side)!r}; run.main(sys.argv[1:])"
+    words = [sys.executable, "-c", code, *ASKED, "--out", str(tmp_path / "out")]
+    with POPEN(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        assert [parent.stdout.readline() for _ in range(2)] == [b"begun\n"] * 2
+        parent.kill()
+        assert parent.communicate(timeout=60) == (b"", None)
+
+
 def test_both_halves_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     model = tiny_model("gpt_neox", tmp_path / "model")
     words = ["--model", str(model), "--dataset", "pydoc", "--tokens", "6000", "--disk", "1MB"]

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
-from store.care.ring import Readers, Ring
+from store.arrays import moments_name
+from store.care.ring import Readers, Ring, design_effect
 from store.care.verify import verify
+from store.checksums import DamagedError
+from store.moments import ShardMoments
 from store.shards import shard_name
 from tests.support.stores import make_meta, make_store, random_activations, token_table
 
@@ -24,16 +27,31 @@ def ring_store(path: Path) -> ActivationStore:
     return make_store(path, activations, **sizes)
 
 
-@given(st.integers(1, 60), st.integers(0, 10), st.integers(1, 20), st.integers(0, 99))
-def test_parts_hold_each_shard_once(n_shards: int, kept: int, size: int, seed: int) -> None:
-    kept = min(kept, n_shards - 1)
-    ring = Ring(kept, size, 0.1, seed)
+@given(st.integers(1, 60), st.integers(0, 10), st.integers(1, 20), st.integers(0, 99), st.integers(1, 4))
+def test_parts_hold_each_shard_once(n_shards: int, kept: int, runs: int, seed: int, run: int) -> None:
+    kept, size = min(kept, n_shards - 1), runs * run
+    ring = Ring(kept, size, 0.1, seed, run)
     parts = ring.parts(n_shards)
     assert sorted(np.concatenate(parts).tolist()) == list(range(n_shards))
     assert parts[0][:kept].tolist() == list(range(kept))
-    assert [len(part) for part in parts[1:-1]] == [size] * (len(parts) - 2)
+    short = -(n_shards - kept) % run  # of the last run, wherever it is
+    assert sum(size - len(part) for part in parts[1:-1]) in (0, short)
+    runs_of = [{(shard - kept) // run for shard in part.tolist() if shard >= kept} for part in parts]
+    assert sum(map(len, runs_of)) == len(set.union(*runs_of))
     of = ring.part_of(n_shards)
     assert all((of[part] == number).all() for number, part in enumerate(parts))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+def test_the_design_effect_is_what_batches_show(spread: float) -> None:
+    """Of rows at 2 layers and 5 dimensions; each part's mean is off by some standard deviations."""
+    rng, rows = np.random.default_rng(0), 50
+    parts = [rng.normal(size=(400, 2, 5)) + spread * rng.normal(size=(2, 5)) for _ in range(200)]
+    moments = [ShardMoments(400, x.mean(axis=0), ((x - x.mean(axis=0)) ** 2).sum(axis=0), np.zeros(2)) for x in parts]
+    means = np.concatenate([x.reshape(-1, rows, 2, 5).mean(axis=1) for x in parts])
+    shown = (means.var(axis=0, ddof=1) * rows / np.concatenate(parts).var(axis=0)).mean()
+    assert design_effect(moments, rows) == pytest.approx(shown, rel=0.05)
+    assert design_effect(moments, rows) == pytest.approx(1 + rows * spread**2 / (1 + spread**2), rel=0.1)
 
 
 def test_only_what_stays_is_served_unless_it_is_followed(tmp_path: Path) -> None:
@@ -50,13 +68,20 @@ def test_removed_shards_are_no_damage_and_content_stays_the_same(tmp_path: Path)
     readers = Readers(store.path, RING)
     for _ in range(2):  # as after a crash
         readers.announce(2)
-        readers.remove(2, 7)
+        readers.remove(2, 7, store.moments)
     gone = {shard for part in RING.parts(7)[:2] for shard in part.tolist()} - {0}
-    assert {i for i in range(7) if not (store.path / shard_name(i)).exists()} == gone
+    for name in (shard_name, moments_name):
+        assert {i for i in range(7) if not (store.path / name(i)).exists()} == gone
     assert verify(store.path) == []
     again = ActivationStore.open(store.path)
     assert again.content_hash == before
     assert again.statistics().mean.tobytes() == statistics.mean.tobytes()
+    assert again.merged_statistics().norm.tobytes() == store.merged_statistics().norm.tobytes()
+    kept, whole = store.path / "manifest/moments/1", (store.path / "manifest/moments/1").read_bytes()
+    kept.write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
+    with pytest.raises(DamagedError, match="moments/1: its checksum does not match"):
+        again.merged_statistics()
+    kept.write_bytes(whole)
     (store.path / shard_name(0)).unlink()
     assert [bad.index for bad in verify(store.path)] == [0]
 
@@ -75,9 +100,9 @@ def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "unlink", crash)
     readers.announce(1)
     with pytest.raises(KeyboardInterrupt):
-        readers.remove(1, 7)
+        readers.remove(1, 7, store.moments)
     assert readers.removed() == 1
-    readers.remove(1, 7)
+    readers.remove(1, 7, store.moments)
     assert not any((store.path / shard_name(i)).exists() for i in RING.parts(7)[0].tolist() if i)
 
 

@@ -1,5 +1,6 @@
 """Training beside a harvest: the same bits as from the whole store, each row once, and nothing used too early."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from harvest.workers.rolling import parts_to_fill
+from harvest.filling.rolling import parts_to_fill
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers, Ring
@@ -83,6 +84,9 @@ def test_the_same_bits_as_from_the_whole_store(tmp_path: Path, expected: dict[st
     readers = Readers(path, RING)
     assert readers.removed() == len(parts) - 2
     assert list(readers.used().values()) == [len(parts)]
+    lines = [json.loads(line) for line in (tmp_path / "a.metrics.jsonl").read_text().splitlines()]
+    effects = [line["design_effect"] for line in lines if "split" not in line]
+    assert effects[-1] == pytest.approx(1, abs=0.5)  # independent vectors
 
 
 def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bits(
@@ -114,6 +118,15 @@ def test_rows_come_once_part_by_part(tmp_path: Path) -> None:
     assert (np.diff(parts) >= 0).all()
     assert np.cumsum(np.bincount(parts)).tolist() == loader.part_ends.tolist()
     assert asked == list(range(len(RING.parts(N_SHARDS))))
+
+
+def test_a_sweep_is_known_by_what_it_makes(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    begin(path).close()
+    with harvest_beside(path):
+        train(train_config(store=path, out=tmp_path / "a.pt", steps=3, sweep=("k=2",), **FLAGS))
+    assert list(Readers(path, RING).used()) == [str(tmp_path / "a.*.pt")]
+    assert [made.name for made in tmp_path.glob("a.*.pt")] == ["a.k=2.pt"]
 
 
 def test_a_run_that_is_shorter_than_the_store_lets_the_harvest_end(tmp_path: Path) -> None:

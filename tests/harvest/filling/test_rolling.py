@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from harvest import run
-from harvest.workers import rolling
-from harvest.workers.rolling import Rolling, cut, parts_to_fill
+from harvest.filling import rolling
+from harvest.filling.rolling import Rolling, cut, parts_to_fill
+from harvest.sequences import SequenceBatch, batches_for
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers, Ring
@@ -29,7 +30,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses, and shards of 32 tokens, smaller than a batch."""
     monkeypatch.setattr(rolling, "_POLL_SECONDS", 0.0)
     monkeypatch.setattr(run, "chunk_and_shard_tokens", lambda *sizes: (32, 32))
-    monkeypatch.setattr(rolling, "LARGEST_SHARD", 0)
 
 
 def test_a_store_never_takes_more_than_it_may(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,33 +88,51 @@ def test_a_harvest_without_a_trainer_stops_when_it_is_told_to(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(rolling.time, "sleep", sleep)
-    with pytest.raises(Interrupted, match="stopped with 7 of 19 shards complete"):
+    with pytest.raises(Interrupted, match="stopped with 9 of 19 shards complete"):
         run.harvest(config(rolling="120kB"))
 
 
-SIZES = {"chunk": 32, "shard": 4096, "batch": 64, "token_bytes": 1000}
+REST = {"fraction": 0.01, "seed": 0, "token_bytes": 1000, "n_layers": 2}
 
 
-def test_shards_hold_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rolling, "LARGEST_SHARD", 10**6)
+@pytest.mark.parametrize(
+    ("batch", "shard", "run", "times"),
+    [(64, 256, 1, 1.0), (960, 192, 5, 1.0), (6400, 288, 1, 20.0)],  # the last: fewer than 16 batches in the size
+)
+def test_parts_hold_whole_batches(batch: int, shard: int, run: int, times: float) -> None:
     held_out = validation_documents(1000, 0.01, 0)
     tokens = token_table(100_000, document=np.repeat(np.argsort(~held_out, kind="stable"), 100))
-    shard, ring = cut(tokens, Rolling(20_000_000, 0.01, 0), **SIZES)
-    assert shard == 20_000_000 // 64 // 1000 // 64 * 64  # of 64 shards in all, in whole batches
-    fixed = 13 * 100_000 + -(-100_000 // shard) * 16_000 + ring.kept_shards * shard * 1000
-    assert ring.part_shards == (20_000_000 - fixed) // (2 * shard * 1000)
+    found, ring = cut(tokens, Rolling(20_000_000, batch=batch, **REST), 32, 4096)
+    assert (found, ring.run_shards) == (shard, run)  # of 64 shards in all
+    n_shards = -(-100_000 // shard)
+    parts = len(ring.parts(n_shards))
+    least = 13 * 100_000 + parts * 8000 + (ring.kept_shards + 2 * ring.part_shards) * shard * 1000
+    assert 18_000_000 - 2 * run * shard * 1000 < least < 20_000_000
+    batches = [SequenceBatch(at, min(at + batch, 100_000), 32) for at in range(0, 100_000, batch)]
+    passes = sum(len(batches_for(batches, part.tolist(), shard)) for part in ring.parts(n_shards))
+    assert 1 <= passes / len(batches) <= times
 
 
 @pytest.mark.parametrize(
     ("n_tokens", "size", "words"),
     [
-        (100_000, 2_000_000, r"--rolling 2 MB: this store needs at least \S+ MB: \S+ MB for token columns, moments"),
-        (20, 10_000_000, "1 shard of text leave nothing to train on"),
+        (
+            100_000,
+            2_000_000,
+            r"--rolling 2 MB: this store needs at least \S+ MB: \S+ MB for token columns, the manifest",
+        ),
+        (20, 10_000_000, "1 shard leave nothing to train on"),
     ],
 )
 def test_sizes_that_hold_too_little_are_refused(n_tokens: int, size: int, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        cut(token_table(n_tokens, context_length=10), Rolling(size, 0.01, 0), **SIZES)
+        cut(token_table(n_tokens, context_length=10), Rolling(size, batch=64, **REST), 32, 4096)
+
+
+def test_a_text_that_cannot_be_split_is_warned_of(capsys: pytest.CaptureFixture) -> None:
+    tokens = token_table(100_000, document=np.zeros(100_000, np.int64))
+    assert cut(tokens, Rolling(20_000_000, batch=64, **REST), 32, 4096)[1].kept_shards == 0
+    assert "warning: of one document none is held out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from residscope.errors import UsageError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.care.ring import Readers, Ring
-from store.meta import LARGEST_SHARD
 from store.shuffle import validation_documents
 
 _HELD_OUT = 0.01
@@ -28,7 +27,7 @@ _HELD_OUT = 0.01
 _SHARDS = 64
 """Shards that the size holds at least, where a chunk of all layers is small enough: parts of few shards mix badly."""
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.02
 
 
 class Rolling(NamedTuple):
@@ -39,6 +38,11 @@ class Rolling(NamedTuple):
     fraction: float
     seed: int
     """Of the draw of documents, `fraction` of them, and of the order of the shards."""
+    batch: int
+    """Tokens of a forward pass."""
+    token_bytes: int
+    """Of a token at all layers."""
+    n_layers: int
 
     @classmethod
     def of(cls, config: HarvestConfig, settings: Settings) -> "Rolling | None":
@@ -47,41 +51,45 @@ class Rolling(NamedTuple):
         if not size:
             return None
         fraction = min(_HELD_OUT, size / 8 / (config.max_tokens * settings.bytes_per_token))
-        return cls(size, fraction, config.control.seed)
+        batch, layers = settings.batch_size * settings.packing.context_length, len(settings.layers)
+        return cls(size, fraction, config.control.seed, batch, settings.bytes_per_token, layers)
 
     def first(self, n_documents: int) -> np.ndarray:
         """Which documents come first: bool [n_documents]."""
         return validation_documents(n_documents, self.fraction, self.seed)
 
 
-def cut(
-    tokens: TokenTable, rolling: Rolling, *, chunk: int, shard: int, batch: int, token_bytes: int
-) -> tuple[int, Ring]:
-    """Tokens of a shard, and the parts, of a store in which the documents that are held out come first. chunk, shard,
-    batch: tokens of a chunk, of a shard at most, and of a forward pass; token_bytes: of a token at all layers.
+def cut(tokens: TokenTable, rolling: Rolling, chunk: int, shard: int) -> tuple[int, Ring]:
+    """Tokens of a shard, and the parts, of a store in which the documents that are held out come first. chunk, shard:
+    tokens of a chunk, and of a shard at most.
 
-    Raises `UsageError` where there is no room for two shards beside what stays, or nothing to train on.
+    Raises `UsageError` where there is no room for two parts beside what stays, or nothing to train on.
     """
-    n_tokens, size = len(tokens.document), rolling.size
-    # Whole batches, where that makes no giants of them: a batch that two parts need is computed twice.
+    n_tokens, (size, _, _, batch, token_bytes, n_layers) = len(tokens.document), rolling
+    # Whole batches in a shard or a run of shards, if the size holds enough: one that two parts need is computed twice.
     whole = math.lcm(chunk, batch)
-    chunk = whole if _SHARDS // 4 * whole * token_bytes <= size and whole * token_bytes <= LARGEST_SHARD else chunk
-    shard = max(min(shard, size // (_SHARDS * token_bytes)) // chunk, 1) * chunk
-    n_shards = -(-n_tokens // shard)
+    whole = whole if _SHARDS // 4 * whole * token_bytes <= size else chunk
+    most = max(min(shard, size // (_SHARDS * token_bytes)), chunk)
+    divisors = (n * chunk for n in range(1, whole // chunk + 1) if whole % (n * chunk) == 0)
+    shard = most // whole * whole or max(size for size in divisors if size <= most)
+    n_shards, run = -(-n_tokens // shard), max(whole // shard, 1)
     aside = np.flatnonzero(rolling.first(int(tokens.document.max()) + 1)[tokens.document])
-    kept = 0 if len(aside) == 0 else int(aside[-1]) // shard + 1
+    kept = 0 if len(aside) == 0 else (int(aside[-1]) // (run * shard) + 1) * run
+    if kept == 0:
+        print("warning: of one document none is held out, for validation and analysis: give several", file=sys.stderr)
     if kept >= n_shards:
-        raise UsageError(
-            f"--rolling: {counted(n_shards, 'shard')} of text leave nothing to train on: harvest more text"
-        )
-    of_tokens, of_shards = 13 * n_tokens, n_shards * 16 * token_bytes  # token columns; moments and lines
-    fixed = of_tokens + of_shards + kept * shard * token_bytes
-    part = (size - fixed) // (2 * shard * token_bytes)
-    if part < 1:
-        what = f"{human_bytes(fixed)} for token columns, moments and documents that are set aside, and two shards"
-        needed = human_bytes(fixed + 2 * shard * token_bytes)
-        raise UsageError(f"--rolling {human_bytes(size)}: this store needs at least {needed}: {what}")
-    ring = Ring(kept, int(min(part, n_shards - kept)), rolling.fraction, rolling.seed)
+        raise UsageError(f"--rolling: {counted(n_shards, 'shard')} leave nothing to train on: harvest more text")
+    # A part's moments, as of a shard: two float64 for each value of a token, of two bytes at least.
+    moments = 8 * token_bytes
+    shard_bytes = shard * (token_bytes + -(-20 * n_layers // chunk)) + moments  # with the index of its chunks
+    fixed = 13 * n_tokens + 2 * n_shards * (400 + 25 * n_layers) + kept * shard_bytes + 4 * moments  # columns, lines
+    part = max((size - fixed) // (2 * shard_bytes * run), 1) * run
+    while (needed := fixed + 2 * part * shard_bytes - (kept - n_shards) // part * moments) > size and part > run:
+        part -= run
+    if needed > size:
+        what = f"{human_bytes(fixed)} for token columns, the manifest and documents that are set aside, and two parts"
+        raise UsageError(f"--rolling {human_bytes(size)}: this store needs at least {human_bytes(needed)}: {what}")
+    ring = Ring(kept, int(min(part, -(-(n_shards - kept) // run) * run)), rolling.fraction, rolling.seed, run)
     words = f"{counted(len(ring.parts(n_shards)), 'part')} of {counted(ring.part_shards, 'shard')}, in turn"
     print(f"{words}; {kept} with held-out documents stay", file=sys.stderr)
     return shard, ring
@@ -109,7 +117,7 @@ def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterat
                 if not last_look:  # One that begins meanwhile is seen at the second look, or told that it is late.
                     readers.announce(number - 1)
             if number > 1:
-                readers.remove(number - 1, store.meta.n_shards)
+                readers.remove(number - 1, store.meta.n_shards, store.moments)
             yield todo
     if waited:
         print(f"waited {human_seconds(waited)} for trainers", file=sys.stderr)

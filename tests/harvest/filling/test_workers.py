@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from harvest.config import HarvestConfig
+from harvest.filling import workers
+from harvest.filling.workers import FillSpec, fill_shards, run_tasks
 from harvest.options_file import options_in_full
 from harvest.run import harvest
-from harvest.workers import fill
-from harvest.workers.fill import FillSpec, fill_shards, run_tasks
 from residscope import cluster
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
 from store.activations import ActivationStore
@@ -55,12 +55,12 @@ def test_workers_make_the_bytes_of_one_process(
 ) -> None:
     """Also where tasks end out of order, and where some shards are there."""
     groups = [[4], [0, 1], [6], [2, 3, 5]]
-    monkeypatch.setattr(fill, "shard_groups", lambda *_: groups)
+    monkeypatch.setattr(workers, "shard_groups", lambda *_: groups)
     found = harvest(config(scheduler=address))
     assert tree(tmp_path / "acts.zarr") == whole
     assert (found.shards_written, found.tokens) == (7, 591)
     assert "scheduler" not in (tmp_path / "acts.harvest.toml").read_text(encoding="utf-8")
-    assert not fill._last
+    assert not workers._last
     monkeypatch.undo()
     assert harvest(config(scheduler=address)).shards_written == 0
 
@@ -115,7 +115,7 @@ def test_an_error_that_the_user_must_act_on_stops_at_once(
         raise error
 
     put_with(monkeypatch, fail)
-    monkeypatch.setattr(fill, "shard_groups", lambda *_: [list(range(7))])
+    monkeypatch.setattr(workers, "shard_groups", lambda *_: [list(range(7))])
     with pytest.raises(type(error), match=str(error.args[-1])[:20]):
         harvest(config(scheduler=address))
     assert tried == [0]
@@ -124,8 +124,8 @@ def test_an_error_that_the_user_must_act_on_stops_at_once(
 def test_an_interrupted_harvest_is_continued(
     config: MakeConfig, whole: dict[str, bytes], address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fill, "shard_groups", lambda *_: [[3], [0, 1, 2], [4, 5, 6]])
-    original = fill.run_tasks
+    monkeypatch.setattr(workers, "shard_groups", lambda *_: [[3], [0, 1, 2], [4, 5, 6]])
+    original = workers.run_tasks
 
     def run(client: Any, spec: FillSpec, groups: Any, take: Callable[[PutShard], object], stopped: Any) -> None:
         done: list[PutShard] = []
@@ -136,7 +136,7 @@ def test_an_interrupted_harvest_is_continued(
 
         original(client, spec, groups, take_and_note, lambda: bool(done))
 
-    monkeypatch.setattr(fill, "run_tasks", run)
+    monkeypatch.setattr(workers, "run_tasks", run)
     with pytest.raises(Interrupted, match=r"stopped with [1-6] of 7 shards complete; run the same command"):
         harvest(config(scheduler=address))
     monkeypatch.undo()
@@ -149,7 +149,7 @@ def test_a_worker_that_outlives_its_command_writes_nothing(
 ) -> None:
     """As it is when the command was killed, and another run has opened the store for writing."""
     specs: list[FillSpec] = []
-    monkeypatch.setattr(fill, "run_tasks", lambda client, spec, *_: specs.append(spec))
+    monkeypatch.setattr(workers, "run_tasks", lambda client, spec, *_: specs.append(spec))
     with pytest.raises(Interrupted):
         harvest(config(scheduler=address))
     before = tree(tmp_path / "acts.zarr")
@@ -157,15 +157,15 @@ def test_a_worker_that_outlives_its_command_writes_nothing(
     with pytest.raises(IncompatibleError, match=r"incoming-\w+\.tmp is gone: the harvest has ended"):
         fill_shards(specs[0], [0, 1])
     assert tree(tmp_path / "acts.zarr") == before
-    fill.forget()
+    workers.forget()
 
 
 def test_a_worker_that_would_give_other_vectors_is_refused(
     config: MakeConfig, small_shards: None, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = fill.dependences
+    original = workers.dependences
     answers = iter([{"torch": "0.1"}])  # Of the command, which asks first.
-    monkeypatch.setattr(fill, "dependences", lambda settings: {**original(settings), **next(answers, {})})
+    monkeypatch.setattr(workers, "dependences", lambda settings: {**original(settings), **next(answers, {})})
     with pytest.raises(
         IncompatibleError, match=r"the Dask worker at .* would give other vectors: torch is .*, 0\.1 here"
     ):
@@ -212,7 +212,7 @@ def test_a_shard_whose_workers_die_is_named_and_the_others_of_its_group_are_fill
 def test_processes_make_the_bytes_of_one_also_when_one_is_killed(
     config: MakeConfig, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, killed = fill.run_tasks, []
+    original, killed = workers.run_tasks, []
 
     def run(client: Any, spec: FillSpec, groups: Any, take: Callable[[PutShard], object], stopped: Any) -> None:
         def kill_then_take(put: PutShard) -> None:
@@ -223,7 +223,7 @@ def test_processes_make_the_bytes_of_one_also_when_one_is_killed(
 
         original(client, spec, [[shard] for shard in range(7)], kill_then_take, stopped)
 
-    monkeypatch.setattr(fill, "run_tasks", run)
+    monkeypatch.setattr(workers, "run_tasks", run)
     harvest(config(n_workers=2))
     assert len(set(killed)) == 2
     assert tree(tmp_path / "acts.zarr") == whole
@@ -246,7 +246,7 @@ def test_each_worker_of_this_machine_takes_a_gpu(
     monkeypatch.setattr(cluster, "this_worker", lambda: worker)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.set_num_threads", lambda n: None)
-    monkeypatch.setattr(fill, "resolve", resolve)
+    monkeypatch.setattr(workers, "resolve", resolve)
     options = options_in_full(harvest_config(device=device))
     with pytest.raises(Asked, match=f"^{expected}$"):
         fill_shards(FillSpec("a.zarr", "incoming", options, {}, cores), [0])
