@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
         if config.prompts.prompt:
             from analysis.prompt.run import analyze_prompts as run
+        elif config.delphi.export_delphi or config.delphi.delphi_scores:
+            from analysis.delphi.exchange import exchange_with_delphi as run
         else:
             from analysis.run import analyze as run
         run(config)

@@ -60,7 +60,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         inputs = replace(inputs, notes=[*inputs.notes, f"{few.words}."])
     found_model = find_model(config.transformer, inputs.store)
     with together(config.out_dir, FILES, [SUMMARY], replace=may_be_replaced(config)) as folder:
-        spec = replace(_task_spec(config, inputs, selection, folder), few=few.tokens if few else ())
+        spec = replace(task_spec(config, inputs, selection, folder), few=few.tokens if few else ())
         needed = selection.needed if spec.pca else selection.analysed | selection.validation
         n_shards = len(shards_with(inputs.store, needed))
         with (
@@ -110,7 +110,8 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     return summary
 
 
-def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path) -> TaskSpec:
+def task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path | None) -> TaskSpec:
+    """What the tasks are told. folder: where codes may be kept while the analysis lasts; None: nowhere."""
     validation, split = None, inputs.validation
     if split and selection.held_out.any():
         validation = split["fraction"], split["seed"], len(selection.held_out)
@@ -127,7 +128,7 @@ def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, fold
         same_store=inputs.same_store,
         pca=config.statistics.pca and bool(selection.fit.any()),
         save_latents=config.latents.save_latents,
-        codes_folder=codes_folder(folder, config, selection.n_analysed, len(inputs.layers), places),
+        codes_folder=folder and codes_folder(folder, config, selection.n_analysed, len(inputs.layers), places),
     )
 
 
