@@ -25,12 +25,14 @@ from analysis.prompt.view import PromptView, Usual, check_interventions, read_pr
 from analysis.prompt.words import prompt_words
 from analysis.results.added import make_unless_there, require_there, write_report_again
 from analysis.results.folder import LATENTS, PROMPT_JSON, PROMPT_TABLE, SUMMARY
-from analysis.results.summary import SCHEMA_VERSION
 from harvest.model.checks import check_logits, check_model
 from harvest.model.tokenizer import Tokenizer
 from residscope.destinations import partial_folder
 from residscope.reading import read_json, reading
 from store.files import atomic_write
+
+VERSION = 2
+"""Of prompt.json; in 1 `latents` were those of most mass, not the most specific ones."""
 
 MOST_LATENTS = 256
 """Latents of a prompt that prompt.json lists, by falling specificity; prompt.parquet has all."""
@@ -66,7 +68,7 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     usual = usual_of(config.out_dir)
     views = [view_prompt(prompted, text, ids, layers, interventions or None, usual) for text, ids in read]
     plain = [plain_prompt(view, model.tokenizer) for view in views]
-    content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
+    content = {"schema_version": VERSION, "layers": layers, "prompts": plain}
     require_there(config, inputs)
     with partial_folder(config.out_dir):
         _write(config, views, content)

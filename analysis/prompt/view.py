@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from analysis.prompt.intervene import Effect, Intervention, PromptedModel, PromptRun
 from harvest.model.blocks import longest_context
 from harvest.model.tokenizer import Tokenizer
-from harvest.residual import ResidualRecorder
 from residscope.errors import UsageError
 from store.activations import ActivationStore
 
@@ -128,23 +127,23 @@ def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text:
 
 
 @torch.inference_mode()
-def activations_of(prompted: PromptedModel, tokens: Tokens, layers: Sequence[int]) -> Activations:
-    """Of the kept positions at `layers`, the model's block indices."""
-    ids = torch.from_numpy(tokens.ids)[None]
+def run_prompt(prompted: PromptedModel, tokens: Tokens, layers: Sequence[int]) -> tuple[PromptRun, Activations]:
+    """The model's run on a prompt, and the activations at kept positions and `layers`, the model's block indices."""
     place = np.flatnonzero(tokens.kept)
     kept = torch.from_numpy(place).to(prompted.model.device)
     parts: list[list[NDArray[Any]]] = []
 
-    def consume(i: int, residual: torch.Tensor) -> None:
-        values, indices = prompted.codes(residual[0][kept], layers[i])
-        row, column = (values > 0).nonzero(as_tuple=True)
-        found = [place[row.cpu().numpy()], np.full(len(row), layers[i])]
-        parts.append([*found, indices[row, column].cpu().numpy(), values[row, column].float().cpu().numpy()])
+    def consume(layer: int, residual: torch.Tensor) -> None:
+        if layer in layers:
+            values, indices = prompted.codes(residual[0][kept], layer)
+            row, column = (values > 0).nonzero(as_tuple=True)
+            found = [place[row.cpu().numpy()], np.full(len(row), layer)]
+            parts.append([*found, indices[row, column].cpu().numpy(), values[row, column].float().cpu().numpy()])
 
-    ResidualRecorder(prompted.model, layers).stream(ids, consume)
+    run = PromptRun(prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None], consume)
     position, layer, latent, activation = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((-activation, layer, position))
-    return Activations(position[order], layer[order], latent[order], activation[order])
+    return run, Activations(position[order], layer[order], latent[order], activation[order])
 
 
 def latents_of(found: Activations, usual: Usual, n_tokens: int) -> PromptLatents:
@@ -183,12 +182,11 @@ def view_prompt(
 ) -> PromptView:
     """Look at one prompt. layers: the model's block indices. interventions: one at a time; where it is None, each of
     the `N_ABLATED` most specific latents is ablated at its strongest layer. usual: of the same autoencoder."""
-    found = activations_of(prompted, tokens, layers)
+    run, found = run_prompt(prompted, tokens, layers)
     latents = latents_of(found, usual, int(tokens.kept.sum()))
     strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
     if interventions is None:
         interventions = [Intervention(kind="ablate", latent=one, layers=None) for one in list(strongest)[:N_ABLATED]]
-    run = PromptRun(prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
     results, silent = [], []
     for intervention in interventions:
         placed = intervention.at(layers, strongest.get(intervention.latent))
