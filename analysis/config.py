@@ -198,10 +198,6 @@ class AnalyzeConfig:
     output: OutputOptions = OutputOptions()
     workers: WorkerOptions = WorkerOptions()
 
-    def __post_init__(self) -> None:
-        if self.prompts.prompt and (self.delphi.export_delphi or self.delphi.delphi_scores):
-            raise UsageError("--prompt and delphi's flags: one after the other, please; each adds to the same analysis")
-
     @property
     def out_dir(self) -> Path:
         """Where results go."""

@@ -1,14 +1,8 @@
 """`analyze --export-delphi` and `--delphi-scores`: latents handed to EleutherAI's delphi (github.com/EleutherAI/delphi,
-version 0.1.3), and what it says of them added to the analysis in the output folder. How to use both: docs/delphi.md.
+version 0.1.3), and what it says of them added to the analysis in the output folder. Files and use: docs/delphi.md.
 
-    DIR/latents/MODULE/0_LAST.safetensors    locations uint32 [n, 3]: row, position in it, latent; in the order of rows
-                                             activations float32 [n]; tokens int32 [R, C]
-    DIR/latents/MODULE/config.json           what the tokens are, and under "residscope" of which autoencoder
-
-A module is a layer (`layers.07`) or `all_layers`: at each token the latent's highest activation over the layers. Rows
-are pieces of the store's sequences of which every kept token was analysed, since delphi takes a token without an
-activation for one at which the latent is silent. Activations are float32: delphi itself writes float16, which ends at
-65,504 and would make infinities of some autoencoders' activations; it reads both.
+delphi takes a token without an activation for one at which the latent is silent, so rows are pieces of sequences of
+which every kept token was analysed. Activations are float32: in delphi's own float16 some would be infinite.
 
 Shapes: T tokens of a tile, L layers, R rows, C tokens of a row, n activations.
 """
@@ -79,12 +73,10 @@ def exchange_with_delphi(config: AnalyzeConfig) -> dict[str, Any]:
     if found:
         require_there(config, inputs)
         with partial_folder(config.out_dir) as folder:
-            write_explanations(folder / EXPLANATIONS, found)
+            done["read"] = write_explanations(folder / EXPLANATIONS, found)
             (folder / EXPLANATIONS).replace(config.out_dir / EXPLANATIONS)
             write_report_again(config)
-        done["read"] = {"explanations": sum(row["explanation"] is not None for row in found.rows)}
-        done["read"] |= {"scores": sum(len(row["scores"]) for row in found.rows), "left_out": found.left_out}
-        say(summary_words(found))
+        say(summary_words(found, done["read"]))
         say(f"Written to {config.out_dir}: {EXPLANATIONS}" + (", report.html." if config.output.report else "."))
     if config.output.json:
         print(json.dumps(done, allow_nan=False))
@@ -123,11 +115,12 @@ def _export(config: AnalyzeConfig, inputs: Inputs, latents: NDArray[np.int64], o
             found[-1].append(highest(cells))
             for i, parts in enumerate(found[:-1]):
                 parts.append(tuple(column[layer == i] for column in cells))
-            size += len(t) + len(found[-1][-1][0])
-            if size > MOST:
-                wanted_less = "fewer latents (--delphi-latents) or tokens (--max-tokens)"
-                raise UsageError(f"--export-delphi {out}: more than {MOST:,} activations; export {wanted_less}")
-    modules = modules_of(inputs.layer_numbers)
+            if (size := size + len(t) + len(found[-1][-1][0])) > MOST:
+                less = "export fewer latents (--delphi-latents) or tokens (--max-tokens)"
+                raise UsageError(f"--export-delphi {out}: more than {MOST:,} activations; {less}")
+    modules, provenance = modules_of(inputs.layer_numbers), inputs.store.meta.provenance
+    origin = {"model_name": provenance.get("model"), "dataset_repo": provenance.get("dataset"), "dataset_column": ""}
+    origin |= {"ctx_len": rows.shape[1], "dataset_split": provenance.get("split") or "", "dataset_name": ""}
     with partial_folder(out, "--export-delphi") as folder:
         for (module, layer), parts in zip(modules.items(), found, strict=True):
             (there := folder / "latents" / module).mkdir(parents=True)
@@ -135,7 +128,7 @@ def _export(config: AnalyzeConfig, inputs: Inputs, latents: NDArray[np.int64], o
             locations = np.stack([*np.divmod(where, np.uint32(rows.shape[1])), latent], axis=1)
             data = {"locations": locations, "activations": activations, "tokens": tokens.token_id[rows]}
             save_file(data, there / f"0_{n_latents - 1}.safetensors")
-            record = _record(inputs, rows) | {"residscope": {"sae_hash": spec.sae_hash, "layer": layer}}
+            record = origin | {"residscope": {"sae_hash": spec.sae_hash, "layer": layer}}
             (there / "config.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "latents").rename(out / "latents")
     sizes = {"latents": len(latents), "activations": size, "rows": len(rows), "context_length": rows.shape[1]}
@@ -155,8 +148,8 @@ def rows_of(tokens: TokenTable, analysed: NDArray[np.bool_]) -> NDArray[np.int64
     rows = np.concatenate(first)[:, None] + np.arange(context)
     rows = rows[analysed[rows].any(axis=1) & ~(tokens.keep & ~analysed)[rows].any(axis=1)]
     if not rows.size:
-        found = f"no {context} tokens of a sequence in a row are analysed as a whole"
-        raise UsageError(f"--export-delphi: {found}: harvest with a longer --context-length, or analyse more tokens")
+        way_out = "harvest with a longer --context-length, or analyse more tokens"
+        raise UsageError(f"--export-delphi: no {context} tokens of a sequence in a row are all analysed: {way_out}")
     return rows
 
 
@@ -166,18 +159,3 @@ def highest(cells: _Cells) -> _Cells:
     place, latent, activation = (column[order] for column in cells)
     new = np.append(True, (np.diff(place) != 0) | (np.diff(latent) != 0))[: len(place)]
     return place[new], latent[new], activation[new]
-
-
-def _record(inputs: Inputs, rows: NDArray[np.int64]) -> dict[str, Any]:
-    """What delphi keeps of a model and its text, in a module's config.json."""
-    origin = inputs.store.meta.provenance
-    text = {"dataset_name": "dataset_config", "dataset_column": "text_column"}
-    return {
-        "model_name": origin.get("model"),
-        "dataset_repo": origin.get("dataset"),
-        "dataset_split": origin.get("split") or "",
-        **{name: (origin.get("config") or {}).get(ours) or "" for name, ours in text.items()},
-        "ctx_len": rows.shape[1],
-        "cache_ctx_len": rows.shape[1],
-        "n_tokens": rows.size,
-    }

@@ -1,14 +1,5 @@
 """What delphi says of latents: explanations and their scores, read from the folders that it leaves, and kept in an
-analysis as explanations.parquet.
-
-    DIR/explanations/MODULE_latentN.txt      JSON: a text
-    DIR/scores/SCORER/MODULE_latentN.txt     JSON: of fuzz and detection a list of examples, each with whether the
-                                             latent was on (`activating`), what the scorer took it for (`prediction`;
-                                             null: no answer) and its `probability` of that; of simulation a list of
-                                             groups, of which the one at `distance` 0 has all examples
-
-Definitions of the numbers: docs/delphi.md. Other scorers' files are named and left out.
-"""
+analysis as explanations.parquet. Formats and definitions: docs/delphi.md. Files of unknown scorers are left out."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -61,10 +52,8 @@ def read_results(folder: Path, layers: Sequence[int], n_latents: int, sae_hash: 
             wanted = f"MODULE_latentN.txt with MODULE one of {', '.join(modules)} and N below {n_latents}"
             raise IncompatibleError(f"{path}: should be {wanted}, as --export-delphi named them")
         latent, layer, content = int(number), modules[module], read_json(path)
-        row = rows.setdefault(
-            (latent, -1 if layer is None else layer),
-            {"latent": latent, "layer": layer, "explanation": None, "scores": []},
-        )
+        row = {"latent": latent, "layer": layer, "explanation": None, "scores": []}
+        row = rows.setdefault((latent, -1 if layer is None else layer), row)
         with reading(f"{path}: not as delphi writes it"):
             if path.parent.parent == folder:
                 row["explanation"] = str(content)
@@ -99,9 +88,11 @@ def _score(content: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def write_explanations(path: Path, found: Found) -> None:
-    """explanations.parquet."""
+def write_explanations(path: Path, found: Found) -> dict[str, Any]:
+    """Write explanations.parquet; how much it holds."""
     pq.write_table(pa.Table.from_pylist(found.rows, schema=COLUMNS), path, compression="zstd")
+    sizes = {"explanations": sum(row["explanation"] is not None for row in found.rows)}
+    return sizes | {"scores": sum(len(row["scores"]) for row in found.rows), "left_out": found.left_out}
 
 
 def read_explanations(path: Path, latent: int | None = None) -> dict[int, list[dict[str, Any]]]:
@@ -123,15 +114,12 @@ def _score_words(score: Mapping[str, Any]) -> str:
     return f"{score['scorer']}: {', '.join(numbers) or 'not defined'} ({score['examples']:.0f} examples)"
 
 
-def summary_words(found: Found) -> str:
+def summary_words(found: Found, sizes: Mapping[str, Any]) -> str:
     """How much was read, and the mean numbers of each scorer."""
     scores: Any = pd.DataFrame(
         [score for row in found.rows for score in row["scores"]], columns=[f.name for f in _SCORE]
     )
     means = scores.astype(dict.fromkeys(MEASURES, float)).groupby("scorer").mean().reset_index().to_dict("records")
-    n, latents = sum(row["explanation"] is not None for row in found.rows), {row["latent"] for row in found.rows}
-    lines = [f"Read {n:,} explanations and {len(scores):,} scores of {len(latents):,} latents."]
-    lines += [f"  Means of {_score_words(one)}" for one in means]
-    if found.left_out:
-        lines.append(f"Left out, of no known kind: {', '.join(found.left_out)}.")
-    return "\n".join(lines)
+    left_out = [f"Left out, of no known kind: {', '.join(found.left_out)}."] * bool(found.left_out)
+    first = f"Read {sizes['explanations']:,} explanations and {sizes['scores']:,} scores."
+    return "\n".join([first, *(f"  Means of {_score_words(one)}" for one in means), *left_out])

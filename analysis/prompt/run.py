@@ -131,7 +131,7 @@ def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENT
             {"token": token, "token_id": int(i), "kept": bool(kept)}
             for token, i, kept in zip(tokens.texts, tokens.ids, tokens.kept, strict=True)
         ],
-        "next": plain_tokens(view.next_tokens, tokenizer, "p_true"),
+        "next": plain_tokens(view.run.next_tokens, tokenizer, "p_true"),
         "n_active_latents": len(latents.latent),
         "latents": [
             {name: values[i].item() for name, values in latents._asdict().items()}

@@ -86,8 +86,8 @@ class PromptView:
     tokens: Tokens
     activations: Activations
     latents: PromptLatents
-    next_tokens: list[tuple[int, float]]
-    """Token and probability, the likeliest first, after the prompt in the true run."""
+    run: PromptRun
+    """The true one."""
     results: list[Result]
     silent: list[int]
     """Latents that were to be ablated where they are strongest, but are not active in the prompt."""
@@ -199,7 +199,7 @@ def view_prompt(
         tokens=tokens,
         activations=found,
         latents=latents,
-        next_tokens=run.next_tokens,
+        run=run,
         results=results,
         silent=silent,
     )

@@ -113,7 +113,7 @@ def test_they_are_added_to_the_analysis_and_shown(live: Live, tmp_path: Path, ca
     read = live.analyze("--report", "--delphi-scores", results)["read"]
     assert read == {"explanations": 2, "scores": 3, "left_out": ["embedding"]}
     said = capsys.readouterr().err
-    assert "Read 2 explanations and 3 scores of 2 latents." in said
+    assert "Read 2 explanations and 3 scores." in said
     assert "Means of detection: balanced accuracy 0.58, AUC 0.42 (5 examples)" in said
     assert "Left out, of no known kind: embedding." in said
     table = pd.read_parquet(live.folder / "explanations.parquet")
