@@ -79,7 +79,8 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             views = None
             if config.latents.examples:
                 views = view_latents(spec, inputs, selection, table, config.transformer.model, folder)
-        model = run_model(config, found_model, inputs, selection, np.flatnonzero(table.n_fired), folder)
+        live, pca = np.flatnonzero(table.n_fired), baseline and baseline.sae
+        model = run_model(config, found_model, inputs, selection, live, folder, pca)
         intervals = NO_INTERVALS
         if config.statistics.intervals:
             intervals = all_intervals(sums.moments, sums.analysed)
@@ -165,6 +166,7 @@ def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Su
     arguments = (spec, components)
     errors = _over_shards("pca", pca_error, arguments, sum_in_order, inputs.store, selection.validation, pool)
     return Baseline(
+        sae=components.autoencoder() if inputs.sae.config.standardize == "vector" else None,
         k=len(components.directions),
         n_train_vectors=sums.pca.n,
         n_validation_vectors=int(sums.quality.n_tokens[VALIDATION]) * len(inputs.layers),

@@ -183,11 +183,22 @@ def _downstream_words(summary: Mapping[str, Any]) -> list[str]:
 def _together_words(found: Mapping[str, Any] | None) -> list[str]:
     if not found:
         return []
-    names = ("delta_ce", "sum_alone_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean")
-    head = ("replaced together", "delta CE", "sum of single layers", "KL", "sum of single layers", "loss recovered")
-    rows = [(group_words(one["kind"], one["n"]), *(shown(one[name]) for name in names)) for one in found["groups"]]
+    names = ("sum_alone_delta_ce", "pca_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean")
+    head = (
+        "replaced together",
+        "delta CE",
+        "sum of single layers",
+        "by PCA",
+        "KL",
+        "sum of single layers",
+        "recovered",
+    )
+    rows = [
+        (group_words(one["kind"], one["n"]), with_interval(one, "delta_ce"), *(shown(one[name]) for name in names))
+        for one in found["groups"]
+    ]
     return [
-        f"Several layers at once, at {found['n_tokens']:,} of these tokens (sums: at all of them):",
+        f"Several layers at once, at {found['n_tokens']:,} of these tokens:",
         *table(head, rows),
     ]
 
@@ -216,7 +227,7 @@ def shown(value: float | None) -> str:
 
 def with_interval(variance: Mapping[str, Any], name: str) -> str:
     """A number with its 95 % interval, where it has one."""
-    interval = variance["ci95"].get(name)
+    interval = (variance.get("ci95") or {}).get(name)
     value = shown(variance[name])
     return f"{value} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else value
 
