@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from analysis.config import AnalyzeConfig
-from analysis.delphi.scores import modules_of, read_results, summary_words, write_explanations
+from analysis.delphi.scores import COLUMNS, modules_of, read_results, summary_words
 from analysis.encoder import sae_hash
 from analysis.inputs import Inputs, open_inputs, opened_here
 from analysis.model.sequences import sequence_bounds
@@ -35,14 +36,9 @@ from residscope.reading import reading
 from store.arrays import TokenTable
 from store.folder import refuse_inside_store
 
-WINDOW = 32
-"""Tokens of an example that delphi shows; a row is a whole number of such."""
-
-LEAST_TOKENS = 200
-"""Latents that fired at fewer are exported only where they are asked for."""
-
-MOST = 2**27
-"""Activations exported, about 30 bytes of memory each."""
+WINDOW = 32  # tokens of an example that delphi shows; a row is a whole number of such
+LEAST_TOKENS = 200  # at which a latent fired that is exported without being asked for
+MOST = 2**27  # activations exported, about 30 bytes of memory each
 
 _Cells = tuple[NDArray[Any], ...]  # of activations above zero [n]: row * C + position, latent, activation
 
@@ -67,16 +63,16 @@ def exchange_with_delphi(config: AnalyzeConfig) -> dict[str, Any]:
         done["exported"] = made = _export(config, inputs, _chosen(config), out)
         say(
             f"Exported {made['activations']:,} activations of {made['latents']:,} latents at {made['rows']:,} rows of "
-            f"{made['context_length']} tokens to {out / 'latents'}: {made['modules'][0]} to {made['modules'][-2]}, and "
-            f"{made['modules'][-1]}. {made['tokens_left_out']:,} analysed tokens are in no row that is whole."
+            f"{made['context_length']} tokens to {out / 'latents'}; {made['tokens_left_out']:,} tokens are in none."
         )
     if found:
         require_there(config, inputs)
         with partial_folder(config.out_dir) as folder:
-            done["read"] = write_explanations(folder / EXPLANATIONS, found)
+            pq.write_table(pa.Table.from_pylist(found, schema=COLUMNS), folder / EXPLANATIONS, compression="zstd")
             (folder / EXPLANATIONS).replace(config.out_dir / EXPLANATIONS)
             write_report_again(config)
-        say(summary_words(found, done["read"]))
+        done["read"] = {"rows": len(found), "scores": sum(len(row["scores"]) for row in found)}
+        say(summary_words(found))
         say(f"Written to {config.out_dir}: {EXPLANATIONS}" + (", report.html." if config.output.report else "."))
     if config.output.json:
         print(json.dumps(done, allow_nan=False))

@@ -4,7 +4,7 @@ analysis as explanations.parquet. Formats and definitions: docs/delphi.md. Files
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,13 +23,6 @@ COLUMNS = pa.schema(
 """explanations.parquet: a row for each latent and layer that delphi has a text or score of; layer null: all layers."""
 
 
-class Found(NamedTuple):
-    """What was read."""
-
-    rows: list[dict[str, Any]]  # of `COLUMNS`, sorted; all layers before single ones
-    left_out: list[str]  # scorers whose files are of no known kind
-
-
 def modules_of(layers: Sequence[int]) -> dict[str, int | None]:
     """What delphi calls the layers (the model's block indices), and last all of them at once (None). Numbers have the
     same number of digits, because delphi finds a module's results by parts of names."""
@@ -37,15 +30,14 @@ def modules_of(layers: Sequence[int]) -> dict[str, int | None]:
     return {**{f"layers.{layer:0{digits}d}": layer for layer in layers}, "all_layers": None}
 
 
-def read_results(folder: Path, layers: Sequence[int], n_latents: int, sae_hash: str) -> Found:
-    """Explanations and scores in a folder; `UsageError` where there are none, `IncompatibleError` where they are of
-    another autoencoder or a file is damaged."""
+def read_results(folder: Path, layers: Sequence[int], n_latents: int, sae_hash: str) -> list[dict[str, Any]]:
+    """Rows of explanations.parquet, sorted, all layers before single ones, of what is in a folder. `UsageError` where
+    there is nothing, `IncompatibleError` where it is of another autoencoder or damaged."""
     for path in sorted(folder.glob("latents/*/config.json")):
         with reading(f"{path}: not as --export-delphi writes it"):
             if (of := read_json(path).get("residscope", {}).get("sae_hash", sae_hash)) != sae_hash:
                 raise IncompatibleError(f"{path}: should be of the autoencoder {sae_hash}, found {of}: give its folder")
-    modules, left_out = modules_of(layers), set[str]()
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    modules, rows = modules_of(layers), dict[tuple[int, int], dict[str, Any]]()
     for path in sorted([*folder.glob("explanations/*.txt"), *folder.glob("scores/*/*.txt")]):
         module, _, number = path.stem.rpartition("_latent")
         if module not in modules or not re.fullmatch(r"\d+", number) or int(number) >= n_latents:
@@ -57,18 +49,16 @@ def read_results(folder: Path, layers: Sequence[int], n_latents: int, sae_hash: 
         with reading(f"{path}: not as delphi writes it"):
             if path.parent.parent == folder:
                 row["explanation"] = str(content)
-            elif score := _score(content):
-                row["scores"].append({"scorer": path.parent.name, **score})
             else:
-                left_out.add(path.parent.name)
+                row["scores"].append({"scorer": path.parent.name, **_score(content)})
     if not rows:
         wanted = "explanations/*.txt and scores/*/*.txt, as delphi leaves them"
         raise UsageError(f"--delphi-scores {folder}: nothing to read there; it should have {wanted}")
-    return Found([rows[key] for key in sorted(rows)], sorted(left_out))
+    return [rows[key] for key in sorted(rows)]
 
 
-def _score(content: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The numbers of a score's file; None where it is of no known kind."""
+def _score(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers of a score's file; none where it is of no known kind."""
     if all({"activating", "prediction"} <= one.keys() for one in content):
 
         def of(name: str) -> list[np.ndarray]:
@@ -77,22 +67,14 @@ def _score(content: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             return [np.array([float(x) for on, x in pairs if on == side and x is not None]) for side in (True, False)]
 
         (hits, alarms), (on, off) = of("prediction"), of("probability")
-        right = [hits.mean(), 1 - alarms.mean()] if hits.size and alarms.size else None
+        right = (hits.mean() + 1 - alarms.mean()) / 2 if hits.size and alarms.size else None
         wins = (on[:, None] > off).mean() + (on[:, None] == off).mean() / 2 if on.size and off.size else None
-        return {"examples": hits.size + alarms.size, "balanced_accuracy": right and sum(right) / 2, "auc": wins}
+        return {"examples": hits.size + alarms.size, "balanced_accuracy": right, "auc": wins}
     if all("ev_correlation_score" in one for one in content):
         (every,) = [one for one in content if one["distance"] == 0]
-        value = float(every["ev_correlation_score"])  # "nan" where one side does not vary
         n = len(every["scored_sequence_simulations"])
-        return {"examples": n, "correlation": value if np.isfinite(value) else None}
-    return None
-
-
-def write_explanations(path: Path, found: Found) -> dict[str, Any]:
-    """Write explanations.parquet; how much it holds."""
-    pq.write_table(pa.Table.from_pylist(found.rows, schema=COLUMNS), path, compression="zstd")
-    sizes = {"explanations": sum(row["explanation"] is not None for row in found.rows)}
-    return sizes | {"scores": sum(len(row["scores"]) for row in found.rows), "left_out": found.left_out}
+        return {"examples": n, "correlation": finite(float(every["ev_correlation_score"]))}  # "nan" where one is flat
+    return {}
 
 
 def read_explanations(path: Path, latent: int | None = None) -> dict[int, list[dict[str, Any]]]:
@@ -111,15 +93,12 @@ def read_explanations(path: Path, latent: int | None = None) -> dict[int, list[d
 def _score_words(score: Mapping[str, Any]) -> str:
     known = [name for name in MEASURES if finite(score.get(name)) is not None]
     numbers = [f"{MEASURES[name]} {score[name]:.2f}" for name in known]
-    return f"{score['scorer']}: {', '.join(numbers) or 'not defined'} ({score['examples']:.0f} examples)"
+    return f"{score['scorer']}: {', '.join(numbers) or 'not defined, or of no known kind'}"
 
 
-def summary_words(found: Found, sizes: Mapping[str, Any]) -> str:
+def summary_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """How much was read, and the mean numbers of each scorer."""
-    scores: Any = pd.DataFrame(
-        [score for row in found.rows for score in row["scores"]], columns=[f.name for f in _SCORE]
-    )
+    scores: Any = pd.DataFrame([score for row in rows for score in row["scores"]], columns=["scorer", *MEASURES])
     means = scores.astype(dict.fromkeys(MEASURES, float)).groupby("scorer").mean().reset_index().to_dict("records")
-    left_out = [f"Left out, of no known kind: {', '.join(found.left_out)}."] * bool(found.left_out)
-    first = f"Read {sizes['explanations']:,} explanations and {sizes['scores']:,} scores."
-    return "\n".join([first, *(f"  Means of {_score_words(one)}" for one in means), *left_out])
+    lines = [f"Read what delphi says of {len(rows):,} latents and layers, and {len(scores):,} scores."]
+    return "\n".join([*lines, *(f"  Means of {_score_words(one)}" for one in means)])

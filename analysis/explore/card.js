@@ -41,7 +41,7 @@ export function cardBody(card) {
   }), () => [["layer", name], ...layers.map((one, i) => [one, card[name][i]])]);
   return [
     h("p", {}, h("b", {}, "Fires on "), card.fires_on.length ? code(card.fires_on) : "nothing in particular"),
-    ...(card.explanations ?? []).map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "no explanation", " ", h("small", {}, one.said))),
+    ...(card.explanations ?? []).map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "-", " ", h("small", {}, one.said))),
     h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`)),
       layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button("Steer\u2026", () => change(`steer:${latent}:${layer || "all"}:8`))),
     h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),

@@ -176,10 +176,8 @@ class Analysis:
             found.append(self._on_and_off(on, off))
         numbers, live = np.array(self.layer_numbers), np.flatnonzero(self.latents["count"] > 0)
         if from_layer is not None or to_layer is not None:
-            low, high = (
-                (numbers[0] if from_layer is None else from_layer),
-                (numbers[-1] if to_layer is None else to_layer),
-            )
+            low = numbers[0] if from_layer is None else from_layer
+            high = numbers[-1] if to_layer is None else to_layer
             there = (numbers >= low) & (numbers <= high)
             share = np.array(self.latents["probs"].to_list())[live][:, there].sum(axis=1)
             words = f"of its activation at layers {low} to {high}"

@@ -11,6 +11,7 @@ from analysis.report.markup import integer, show
 
 N_EXAMPLES, N_LATENTS = 8, 20
 CELL = 10
+SAID, SAID_OF = "<p>Explained, {}: {} <small>{}</small></p>", ("where", "explanation", "said")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Card:
             f"{of['n_layers_active']} layers; mean layer {show(of['layer_mean'])}, standard deviation "
             f"{show(of['layer_std'])}{'; profile: ' + escape(of['profile']) if of['profile'] else ''}.</p>",
             f"<p>Fires on {escape(words)}</p>" if words else "",
-            *(f"<p>Explained, {one['where']}: {explained(one)}</p>" for one in of.get("explanations", ())),
+            *(SAID.format(*(escape(one[name] or "-") for name in SAID_OF)) for one in of["explanations"]),
             _bars(of["layers"], of["probs"]),
             *(_example(one) for one in of["examples"][:N_EXAMPLES]),
         ]
@@ -64,11 +65,6 @@ class Prompt:
             f"The {len(best)} latents most specific to it, by mean layer:</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
-
-
-def explained(one: Mapping[str, Any]) -> str:
-    """An explanation and its scores, as HTML."""
-    return f"{escape(one['explanation'] or 'no explanation')} <small>{escape(one['said'])}</small>"
 
 
 def _bars(layers: Sequence[int], shares: Sequence[float | None]) -> str:

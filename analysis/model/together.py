@@ -48,14 +48,12 @@ def together_summary(groups: Sequence[Group], found: Downstream, pca: bool, inte
     was measured."""
     result, bounds = found.result(), found.intervals() if intervals else {}
     rows: list[dict[str, Any]] = []
-    names = dict(zip(NUMBERS, NUMBERS, strict=True)) | PCA_NUMBERS
+    names = dict(zip(NUMBERS, NUMBERS, strict=True)) | (PCA_NUMBERS if pca else {})
     for i, (kind, n, layers) in enumerate(groups):
         own = np.append(np.zeros(len(groups), bool), np.isin(found.layers[len(groups) :], layers))
-        values = {name: defined(getattr(result, of)[i]) for name, of in names.items()}
-        sums = {f"sum_alone_{name}": defined(getattr(result, name)[own].sum()) for name in ("delta_ce", "kl")}
-        ends = {name: list(bounds[of][i] or ()) or None for name, of in names.items() if bounds}
-        unknown: dict[str, Any] = {} if pca else dict.fromkeys(PCA_NUMBERS)
-        row = {"kind": kind, "n": n, "layers": list(layers), **values, **unknown, **sums}
-        rows.append(row | {"ci95": ends | ({} if pca or not ends else unknown)})
+        row = {"kind": kind, "n": n, "layers": list(layers), **dict.fromkeys(PCA_NUMBERS)}
+        row |= {name: defined(getattr(result, of)[i]) for name, of in names.items()}
+        row |= {f"sum_alone_{name}": defined(getattr(result, name)[own].sum()) for name in ("delta_ce", "kl")}
+        rows.append(row | {"ci95": {name: list(bounds[of][i] or ()) or None for name, of in names.items() if bounds}})
     whole = {"n_tokens": int(result.n_tokens), "n_documents": len(found.documents)}
     return {**whole, "true_ce": defined(result.true_ce), "groups": rows}

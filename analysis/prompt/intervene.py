@@ -19,7 +19,7 @@ most; and by how much their logits change, less the mean change over the vocabul
 Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,6 @@ from analysis.model.continuation import last_output
 from analysis.model.downstream import TrueRun, compare, with_residual
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
-from harvest.residual import ResidualRecorder
 from residscope.errors import UsageError
 from train.kernels.interface import SparseCodes
 from train.model import MLSAE
@@ -185,25 +184,11 @@ class PromptRun:
     """A prompt that went through the untouched model, ready for interventions."""
 
     @torch.inference_mode()
-    def __init__(
-        self,
-        prompted: PromptedModel,
-        input_ids: Tensor,
-        kept: Tensor,
-        consume: Callable[[int, Tensor], object] = lambda layer, x: None,
-    ) -> None:
-        """input_ids: int64 [1, N]; kept: bool [1, N]. consume: called on the way with each layer and the block's
-        output [1, N, D], not to be changed."""
+    def __init__(self, prompted: PromptedModel, input_ids: Tensor, kept: Tensor, true: Tensor | None = None) -> None:
+        """input_ids: int64 [1, N]; kept: bool [1, N]; true: the last block's output [1, N, D], if it is known."""
         self.prompted = prompted
         self._ids, self._kept = input_ids, kept.to(prompted.model.device)
-        last: list[Tensor] = []
-
-        def see(layer: int, x: Tensor) -> None:
-            consume(layer, x)
-            last[:] = [x]
-
-        ResidualRecorder(prompted.model).stream(input_ids, see)
-        true = last[0].clone()
+        true = last_output(prompted.model, input_ids) if true is None else true
         self._known = TrueRun(prompted.model.logits, true[self._kept])
         self._last_logits = prompted.model.logits(true[0, -1]).float()  # [V]
         self.next_tokens = likeliest(self._last_logits.softmax(dim=-1))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from analysis.prompt.intervene import Effect, Intervention, PromptedModel, PromptRun
 from harvest.model.blocks import longest_context
 from harvest.model.tokenizer import Tokenizer
+from harvest.residual import ResidualRecorder
 from residscope.errors import UsageError
 from store.activations import ActivationStore
 
@@ -129,21 +130,19 @@ def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text:
 @torch.inference_mode()
 def run_prompt(prompted: PromptedModel, tokens: Tokens, layers: Sequence[int]) -> tuple[PromptRun, Activations]:
     """The model's run on a prompt, and the activations at kept positions and `layers`, the model's block indices."""
-    place = np.flatnonzero(tokens.kept)
+    ids, place = torch.from_numpy(tokens.ids)[None], np.flatnonzero(tokens.kept)
+    streams = ResidualRecorder(prompted.model).record(ids)
     kept = torch.from_numpy(place).to(prompted.model.device)
     parts: list[list[NDArray[Any]]] = []
-
-    def consume(layer: int, residual: torch.Tensor) -> None:
-        if layer in layers:
-            values, indices = prompted.codes(residual[0][kept], layer)
-            row, column = (values > 0).nonzero(as_tuple=True)
-            found = [place[row.cpu().numpy()], np.full(len(row), layer)]
-            parts.append([*found, indices[row, column].cpu().numpy(), values[row, column].float().cpu().numpy()])
-
-    run = PromptRun(prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None], consume)
+    for number in layers:
+        values, indices = prompted.codes(streams[number][0][kept], number)
+        row, column = (values > 0).nonzero(as_tuple=True)
+        found = [place[row.cpu().numpy()], np.full(len(row), number)]
+        parts.append([*found, indices[row, column].cpu().numpy(), values[row, column].float().cpu().numpy()])
     position, layer, latent, activation = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((-activation, layer, position))
-    return run, Activations(position[order], layer[order], latent[order], activation[order])
+    found = Activations(position[order], layer[order], latent[order], activation[order])
+    return PromptRun(prompted, ids, torch.from_numpy(tokens.kept)[None], streams[-1]), found
 
 
 def latents_of(found: Activations, usual: Usual, n_tokens: int) -> PromptLatents:
@@ -195,13 +194,7 @@ def view_prompt(
         else:
             silent.append(intervention.latent)
     return PromptView(
-        text=text,
-        tokens=tokens,
-        activations=found,
-        latents=latents,
-        run=run,
-        results=results,
-        silent=silent,
+        text=text, tokens=tokens, activations=found, latents=latents, run=run, results=results, silent=silent
     )
 
 

@@ -75,8 +75,7 @@ def example_blocks(
     told = _add_tokens(folder / "latent_logits.parquet", of, chance)
     for j, rows in read_explanations(folder / "explanations.parquet").items():
         if j in of:
-            said = [(row["where"], row["explanation"] or "no explanation", row["said"]) for row in rows]
-            of[j].tokens = of[j].tokens | {"explained": said}
+            of[j].tokens |= {"explained": [(row["where"], row["explanation"] or "-", row["said"]) for row in rows]}
     found = list(of.values())
     if not any(one.contexts or one.histogram or one.near or one.tokens for one in found):
         return ""

@@ -56,18 +56,18 @@ def make_results(folder: Path) -> Path:
 
 def test_numbers_are_those_by_hand(tmp_path: Path) -> None:
     found = read_results(make_results(tmp_path), [0, 1, 2], 96, "hash")
-    assert [(row["latent"], row["layer"], row["explanation"]) for row in found.rows] == [
+    assert [(row["latent"], row["layer"], row["explanation"]) for row in found] == [
         (3, None, None),
         (17, None, "of all"),
         (17, 1, TEXT),
     ]
-    assert found.rows[0]["scores"] == [{"scorer": "fuzz", "examples": 1, "balanced_accuracy": None, "auc": None}]
-    detection, simulation = found.rows[2]["scores"]
+    assert found[0]["scores"] == [{"scorer": "fuzz", "examples": 1, "balanced_accuracy": None, "auc": None}]
+    detection, embedding, simulation = found[2]["scores"]
     assert (detection["scorer"], detection["examples"]) == ("detection", 5)
     assert detection["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert detection["auc"] == pytest.approx(2.5 / 6)
     assert simulation == {"scorer": "simulation", "examples": 4, "correlation": 0.25}
-    assert found.left_out == ["embedding"]
+    assert embedding == {"scorer": "embedding"}
 
 
 def test_modules_of_many_layers_are_no_parts_of_each_other() -> None:
@@ -111,11 +111,11 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Live:
 def test_they_are_added_to_the_analysis_and_shown(live: Live, tmp_path: Path, capsys: Any) -> None:
     results = str(make_results(tmp_path))
     read = live.analyze("--report", "--delphi-scores", results)["read"]
-    assert read == {"explanations": 2, "scores": 3, "left_out": ["embedding"]}
+    assert read == {"rows": 3, "scores": 4}
     said = capsys.readouterr().err
-    assert "Read 2 explanations and 3 scores." in said
-    assert "Means of detection: balanced accuracy 0.58, AUC 0.42 (5 examples)" in said
-    assert "Left out, of no known kind: embedding." in said
+    assert "Read what delphi says of 3 latents and layers, and 4 scores." in said
+    assert "Means of detection: balanced accuracy 0.58, AUC 0.42" in said
+    assert "Means of embedding: not defined, or of no known kind" in said
     table = pd.read_parquet(live.folder / "explanations.parquet")
     assert table["latent"].tolist() == [3, 17, 17]
     outputs = (Path(__file__).parents[3] / "docs" / "outputs.md").read_text(encoding="utf-8")
@@ -123,9 +123,8 @@ def test_they_are_added_to_the_analysis_and_shown(live: Live, tmp_path: Path, ca
     card = live.open().latent(17)
     first, second = card.data["explanations"]
     assert (first["where"], second["where"], second["explanation"]) == ("all layers", "layer 1", TEXT)
-    assert second["said"].startswith(
-        "detection: balanced accuracy 0.58, AUC 0.42 (5 examples); simulation: correlation"
-    )
+    told = "detection: balanced accuracy 0.58, AUC 0.42; embedding: not defined, or of no known kind; simulation: "
+    assert second["said"].startswith(told)
     shown = card._repr_html_()
     assert "Explained, layer 1: ends of &lt;clauses&gt; <small>detection: balanced accuracy 0.58" in shown
     assert live.open().card(18)["explanations"] == []
