@@ -22,7 +22,7 @@ from analysis.quality import ratio, sum_in_order
 from analysis.results.folder import FILES, REPORT, SUMMARY, may_be_replaced
 from analysis.results.summary import Baseline, Findings
 from analysis.results.write import tell, write_report_of, write_results
-from analysis.selection import Selection, held_out_documents, select
+from analysis.selection import Selection
 from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
@@ -49,9 +49,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     if report and (report.name in FILES or (report.exists() and report.suffix != ".html")):
         raise UsageError(f"--performance-report {report} is, or has the name of, another file: choose another")
     inputs = inputs or open_inputs(config.store, config.sae)
-    tokens = inputs.store.tokens
-    held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
-    selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
+    selection = inputs.select(config.tokens)
     store, model_path = inputs.store, config.transformer.model
     few = few_tokens(
         store, selection.analysed, lambda ids: load_tokenizer(spec_of_store(store, model_path, offline=True)).text(ids)

@@ -28,7 +28,6 @@ from analysis.model.sequences import sequence_bounds
 from analysis.results.added import make_unless_there, require_there, write_report_again
 from analysis.results.folder import EXPLANATIONS, LATENTS
 from analysis.run import task_spec
-from analysis.selection import held_out_documents, select
 from analysis.task import codes_again
 from residscope.destinations import partial_folder
 from residscope.errors import UsageError
@@ -93,9 +92,7 @@ def _chosen(config: AnalyzeConfig) -> NDArray[np.int64]:
 
 def _export(config: AnalyzeConfig, inputs: Inputs, latents: NDArray[np.int64], out: Path) -> dict[str, Any]:
     """Write the activations of `latents` of the tokens that `config` chooses; what was written."""
-    tokens, n_latents = inputs.store.tokens, inputs.sae.config.n_latents
-    held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
-    selection = select(tokens, held_out, config.tokens, n_latents)
+    tokens, n_latents, selection = inputs.store.tokens, inputs.sae.config.n_latents, inputs.select(config.tokens)
     rows = rows_of(tokens, selection.analysed)
     place = np.full(len(tokens.keep), -1, np.int64)
     place[rows] = np.arange(rows.size).reshape(rows.shape)
