@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from analysis.config import AnalyzeConfig, CompareConfig
 from residscope.console import run_command
+from residscope.errors import UsageError
 from residscope.options import parse_options
 
 DESCRIPTION = """Measure how the latents of a multi-layer sparse autoencoder spread over layers, and how well it
@@ -36,8 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
+        delphi = config.delphi.export_delphi or config.delphi.delphi_scores
+        if delphi and config.prompts.prompt:
+            raise UsageError("--prompt and delphi's flags: one after the other, please; each adds to the same analysis")
         if config.prompts.prompt:
             from analysis.prompt.run import analyze_prompts as run
+        elif delphi:
+            from analysis.delphi.exchange import exchange_with_delphi as run
         else:
             from analysis.run import analyze as run
         run(config)

@@ -125,6 +125,24 @@ class PromptOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DelphiOptions:
+    """Latents explained and scored by language models, with EleutherAI's delphi."""
+
+    export_delphi: Path | None = None
+    """New folder for the activations of latents, as delphi reads them: see docs/delphi.md. An analysis of the same
+    store and autoencoder that is in the output folder is kept."""
+    delphi_latents: tuple[int, ...] = ()
+    """With --export-delphi: of which latents. By default those that fired at 200 tokens or more; delphi explains no
+    latent with fewer examples."""
+    delphi_scores: Path | None = None
+    """Folder with what delphi made of it, `explanations` and `scores`: adds these to the analysis and its report."""
+
+    def __post_init__(self) -> None:
+        if self.delphi_latents and self.export_delphi is None:
+            raise UsageError("--delphi-latents says what to export: give a folder with --export-delphi")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """What is written and printed."""
 
@@ -176,6 +194,7 @@ class AnalyzeConfig:
     latents: LatentOptions = LatentOptions()
     transformer: TransformerOptions = TransformerOptions()
     prompts: PromptOptions = PromptOptions()
+    delphi: DelphiOptions = DelphiOptions()
     output: OutputOptions = OutputOptions()
     workers: WorkerOptions = WorkerOptions()
 

@@ -58,6 +58,11 @@ class Inputs:
         """The checkpoint's own split of documents: {fraction, seed, n_documents}; None if nothing was held out."""
         return self.checkpoint.store.get("validation")
 
+    def select(self, options: TokenOptions) -> Selection:
+        """The tokens that `options` choose; raises as `analysis.selection.select`."""
+        held_out = held_out_documents(self.store.tokens, self.validation, same_store=self.same_store)
+        return select(self.store.tokens, held_out, options, self.sae.config.n_latents)
+
 
 def open_inputs(store_path: Path, sae_path: Path) -> Inputs:
     """Open both; raises `ResidscopeError` or a subclass where one is missing or broken, or where they do not fit."""

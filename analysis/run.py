@@ -22,7 +22,7 @@ from analysis.quality import ratio, sum_in_order
 from analysis.results.folder import FILES, REPORT, SUMMARY, may_be_replaced
 from analysis.results.summary import Baseline, Findings
 from analysis.results.write import tell, write_report_of, write_results
-from analysis.selection import Selection, held_out_documents, select
+from analysis.selection import Selection
 from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
@@ -49,9 +49,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     if report and (report.name in FILES or (report.exists() and report.suffix != ".html")):
         raise UsageError(f"--performance-report {report} is, or has the name of, another file: choose another")
     inputs = inputs or open_inputs(config.store, config.sae)
-    tokens = inputs.store.tokens
-    held_out = held_out_documents(tokens, inputs.validation, same_store=inputs.same_store)
-    selection = select(tokens, held_out, config.tokens, inputs.sae.config.n_latents)
+    selection = inputs.select(config.tokens)
     store, model_path = inputs.store, config.transformer.model
     few = few_tokens(
         store, selection.analysed, lambda ids: load_tokenizer(spec_of_store(store, model_path, offline=True)).text(ids)
@@ -60,7 +58,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         inputs = replace(inputs, notes=[*inputs.notes, f"{few.words}."])
     found_model = find_model(config.transformer, inputs.store)
     with together(config.out_dir, FILES, [SUMMARY], replace=may_be_replaced(config)) as folder:
-        spec = replace(_task_spec(config, inputs, selection, folder), few=few.tokens if few else ())
+        spec = replace(task_spec(config, inputs, selection, folder), few=few.tokens if few else ())
         needed = selection.needed if spec.pca else selection.analysed | selection.validation
         n_shards = len(shards_with(inputs.store, needed))
         with (
@@ -79,7 +77,8 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             views = None
             if config.latents.examples:
                 views = view_latents(spec, inputs, selection, table, config.transformer.model, folder)
-        model = run_model(config, found_model, inputs, selection, np.flatnonzero(table.n_fired), folder)
+        live, pca = np.flatnonzero(table.n_fired), baseline and baseline.sae
+        model = run_model(config, found_model, inputs, selection, live, folder, pca)
         intervals = NO_INTERVALS
         if config.statistics.intervals:
             intervals = all_intervals(sums.moments, sums.analysed)
@@ -110,7 +109,8 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     return summary
 
 
-def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path) -> TaskSpec:
+def task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path | None) -> TaskSpec:
+    """What the tasks are told. folder: where codes may be kept while the analysis lasts; None: nowhere."""
     validation, split = None, inputs.validation
     if split and selection.held_out.any():
         validation = split["fraction"], split["seed"], len(selection.held_out)
@@ -127,7 +127,7 @@ def _task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, fold
         same_store=inputs.same_store,
         pca=config.statistics.pca and bool(selection.fit.any()),
         save_latents=config.latents.save_latents,
-        codes_folder=codes_folder(folder, config, selection.n_analysed, len(inputs.layers), places),
+        codes_folder=folder and codes_folder(folder, config, selection.n_analysed, len(inputs.layers), places),
     )
 
 
@@ -164,6 +164,7 @@ def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Su
     arguments = (spec, components)
     errors = _over_shards("pca", pca_error, arguments, sum_in_order, inputs.store, selection.validation, pool)
     return Baseline(
+        sae=components.autoencoder() if inputs.sae.config.standardize == "vector" else None,
         k=len(components.directions),
         n_train_vectors=sums.pca.n,
         n_validation_vectors=int(sums.quality.n_tokens[VALIDATION]) * len(inputs.layers),

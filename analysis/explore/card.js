@@ -43,6 +43,7 @@ export function cardBody(card) {
   }), () => [["layer", name], ...layers.map((one, i) => [one, card[name][i]])]);
   return [
     h("p", {}, h("b", {}, "Fires on "), card.fires_on.length ? code(card.fires_on) : "nothing in particular"),
+    ...(card.explanations ?? []).map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "-", " ", h("small", {}, one.said))),
     h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`)),
       layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button(`Steer at layer ${layers[strongest]}\u2026`, () => change(`steer:${latent}:${layers[strongest]}:${card.means[strongest].toPrecision(3)}`))),
     share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, so that being on says little of a token.`),

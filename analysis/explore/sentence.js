@@ -17,7 +17,7 @@ const ask = latest("prompt", find("sentence-status"), (found, asked) => {
 const change = latest("intervene", find("change-status"), (found, asked) => {
   if (asked.text !== state.text) return "The text has changed meanwhile.";
   answered = key(asked);
-  find("outcome").replaceChildren(...outcome(found, asked));
+  find("outcome").replaceChildren(...outcome(found, asked).filter(Boolean));
   return `KL divergence at the last token ${show(found.kl_last)} nats, mean over tokens ${show(found.kl_mean)}.`;
 });
 const asking = () => ({ text: state.text, changes: changes(), continue_tokens: Number(state.continued) });
@@ -129,7 +129,7 @@ function outcome(found, asked) {
   const moved = (sign, tokens) => tokens.map((one) => [`${sign} `, h("code", {}, visible(one.token)), ` ${percent(one.p_true)} \u2192 ${percent(one.p_changed)}  `]);
   const said = (name, text) => h("div", {}, h("h4", {}, name), h("p", { class: "text" }, h("span", { class: "soft" }, asked.text.slice(-60)), h("b", {}, text)));
   const words = asked.changes.map((one) => `${one.kind} ${one.latent} at ${one.layers === "all" ? "all layers" : `layer ${one.layers.join(" ")}`}${one.kind === "steer" ? ` by ${one.coefficient}` : ""}`);
-  return [h("h3", {}, words.join(", ")), found.kl_last > MUCH && h("p", { class: "warning" }, `A KL divergence above ${MUCH} nats: little of the model's own prediction is left. A smaller change says more.`),
+  return [h("h3", {}, words.join(", ")), ...(found.notes ?? []).map((note) => h("p", { class: "note" }, note)), found.kl_last > MUCH && h("p", { class: "warning" }, `A KL divergence above ${MUCH} nats: little of the model's own prediction is left. A smaller change says more.`),
     h("div", { class: "columns narrow" }, list("Next token, before", found.next_true), list("Next token, after", found.next_changed)),
     h("p", {}, h("span", { class: "soft" }, "Logit rose most: "), moved("\u25b2", found.increased)), h("p", {}, h("span", { class: "soft" }, "fell most: "), moved("\u25bc", found.decreased)),
     asked.continue_tokens > 0 && h("div", { class: "columns narrow" }, said("Goes on, before", found.text_true), said("Goes on, after", found.text_changed))];

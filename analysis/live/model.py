@@ -14,18 +14,9 @@ import torch
 from analysis.inputs import Inputs
 from analysis.model.findings import FoundModel
 from analysis.model.transformer import load_of_store
-from analysis.prompt.intervene import LARGEST, Intervention, PromptedModel, PromptRun, changing
+from analysis.prompt.intervene import LARGEST, Intervention, PromptedModel, changing
 from analysis.prompt.run import plain_effect, plain_prompt, plain_tokens
-from analysis.prompt.view import (
-    Activations,
-    PromptView,
-    Tokens,
-    Usual,
-    activations_of,
-    check_interventions,
-    latents_of,
-    read_prompt,
-)
+from analysis.prompt.view import Activations, PromptView, Tokens, Usual, check_interventions, read_prompt, view_prompt
 from harvest.lens.translators import TunedLens
 from harvest.model.blocks import find_blocks, longest_context, n_layers_of
 from harvest.model.checks import check_logits, check_model
@@ -48,33 +39,22 @@ class LiveModel:
         self.prompted = PromptedModel(model, inputs.sae.to(model.device), found.lens, self.store.meta.stored_dtype)
         self.tokenizer = model.tokenizer
         check_logits(model, torch.from_numpy(self.tokens("a").ids)[None])
-        self.run = lru_cache(maxsize=8)(self._run)
+        self._read = lru_cache(maxsize=8)(self._read_anew)
 
     def tokens(self, text: str) -> Tokens:
         """As `analyze --prompt` reads it; `UsageError` for a text that is empty or too long."""
         return read_prompt(self.store, self.tokenizer, self.prompted.model.causal_lm.config, text)
 
-    def _run(self, text: str) -> PromptRun:
-        tokens = self.tokens(text)
-        return PromptRun(self.prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
+    def _read_anew(self, text: str) -> PromptView:
+        return view_prompt(self.prompted, text, self.tokens(text), self.layers, [], self._usual)
 
     def activations(self, text: str) -> Activations:
         """All activations above zero, at kept positions."""
-        return activations_of(self.prompted, self.tokens(text), self.layers)
+        return self._read(text).activations
 
     def prompt(self, text: str, most: int) -> dict[str, Any]:
         """A prompt's part of prompt.json, with at most so many latents, each with its activations in `cells`."""
-        tokens, found, run = self.tokens(text), self.activations(text), self.run(text)
-        view = PromptView(
-            text=text,
-            tokens=tokens,
-            activations=found,
-            latents=latents_of(found, self._usual, int(tokens.kept.sum())),
-            next_tokens=run.next_tokens,
-            results=[],
-            silent=[],
-        )
-        data = plain_prompt(view, self.tokenizer, most)
+        data, found = plain_prompt(self._read(text), self.tokenizer, most), self.activations(text)
         del data["interventions"], data["silent"]
         order = np.argsort(found.latent, kind="stable")
         cells = list(zip(*(c[order].tolist() for c in (found.position, found.layer, found.activation)), strict=True))
@@ -89,17 +69,23 @@ class LiveModel:
         check_interventions(interventions, self.prompted.sae.config.n_latents, self.layers)
         if not 0 <= n_tokens <= MOST_NEW_TOKENS:
             raise UsageError(f"continue_tokens should be 0 to {MOST_NEW_TOKENS}, found {n_tokens}")
-        placed, run = [one.at(self.layers) for one in interventions], self.run(text)
-        limit, n = longest_context(self.prompted.model.causal_lm.config), len(self.tokens(text).ids)
+        placed, view = [one.at(self.layers) for one in interventions], self._read(text)
+        limit, n = longest_context(self.prompted.model.causal_lm.config), len(view.tokens.ids)
         if limit is not None and n + n_tokens > limit:
             raise UsageError(f"{n} tokens and {n_tokens} new ones: the model takes at most {limit}; ask for fewer")
-        effect = plain_effect(run.effect(placed), self.tokenizer)
+        effect = plain_effect(view.run.effect(placed), self.tokenizer)
         for token in effect["next_changed"]:
             token["p"] = token.pop("p_changed")
-        going_on = (run.continued(n_tokens, made) if n_tokens else [] for made in ([], placed))
+        going_on = (view.run.continued(n_tokens, made) if n_tokens else [] for made in ([], placed))
         true, changed = ("".join(self.tokenizer.texts(ids)) for ids in going_on)
-        next_true = plain_tokens(run.next_tokens, self.tokenizer, "p")
-        return {**effect, "next_true": next_true, "text_true": true, "text_changed": changed}
+        next_true = plain_tokens(view.run.next_tokens, self.tokenizer, "p")
+        on = {*zip(view.activations.latent.tolist(), view.activations.layer.tolist(), strict=True)}
+        silent = [
+            f"Latent {one.latent} is not on at any of these layers in this text."
+            for one in placed
+            if one.kind == "ablate" and not on & {(one.latent, layer) for layer in one.layers or ()}
+        ]
+        return {**effect, "notes": silent, "next_true": next_true, "text_true": true, "text_changed": changed}
 
 
 @contextmanager

@@ -20,16 +20,17 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from analysis.encoder import sae_hash
+from analysis.delphi.scores import read_explanations
 from analysis.inputs import open_inputs
 from analysis.latents.search import search
 from analysis.latents.windows import CONTEXTS, Context, read_contexts
 from analysis.live.model import LiveModel
 from analysis.live.shown import Card, Prompt
 from analysis.model.findings import locate
-from analysis.prompt.run import has_analysis, usual_of
+from analysis.prompt.run import usual_of
 from analysis.report.data import finite
-from analysis.results.folder import CONFIG, EXAMPLES, HISTOGRAMS, LATENT_LOGITS, LATENTS, LAYERS, SUMMARY
+from analysis.results.added import has_analysis
+from analysis.results.folder import CONFIG, EXAMPLES, EXPLANATIONS, HISTOGRAMS, LATENT_LOGITS, LATENTS, LAYERS, SUMMARY
 from residscope.errors import IncompatibleError, UsageError
 from residscope.reading import read_json, reading
 from residscope.urls import as_path
@@ -103,7 +104,7 @@ class Analysis:
                 raise UsageError(f"{self.folder}: its {name} was not found at {where}; say where it is: {name}=...")
             found.append(there)
         inputs = open_inputs(*found)
-        if not has_analysis(self.folder, inputs.store, sae_hash(inputs.sae)):
+        if not has_analysis(self.folder, inputs):
             what = f"is not of {found[0]} and {found[1]} by this version"
             raise IncompatibleError(f"{self.folder}: the analysis {what}; give the store and sae of it, or {_AGAIN}")
         where = locate(inputs.store, self._model, self._lens, offline=self._model is None)
@@ -124,6 +125,7 @@ class Analysis:
                 "histogram": self._histogram(latent),
                 "examples": self._examples(latent),
                 **self._ends(latent),
+                "explanations": read_explanations(self.folder / EXPLANATIONS, latent).get(latent, []),
                 "neighbours": [{"latent": other, "cosine": cosine} for other, cosine in near],
             }
         )
@@ -175,10 +177,8 @@ class Analysis:
             found.append(self._on_and_off(on, off))
         numbers, live = np.array(self.layer_numbers), np.flatnonzero(self.latents["count"] > 0)
         if from_layer is not None or to_layer is not None:
-            low, high = (
-                (numbers[0] if from_layer is None else from_layer),
-                (numbers[-1] if to_layer is None else to_layer),
-            )
+            low = numbers[0] if from_layer is None else from_layer
+            high = numbers[-1] if to_layer is None else to_layer
             there = (numbers >= low) & (numbers <= high)
             share = np.array(self.latents["probs"].to_list())[live][:, there].sum(axis=1)
             words = f"of its activation at layers {low} to {high}"

@@ -11,6 +11,7 @@ from analysis.report.markup import integer, show
 
 N_EXAMPLES, N_LATENTS = 8, 20
 CELL = 10
+SAID, SAID_OF = "<p>Explained, {}: {} <small>{}</small></p>", ("where", "explanation", "said")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Card:
             f"{of['n_layers_active']} layers; mean layer {show(of['layer_mean'])}, standard deviation "
             f"{show(of['layer_std'])}{'; profile: ' + escape(of['profile']) if of['profile'] else ''}.</p>",
             f"<p>Fires on {escape(words)}</p>" if words else "",
+            *(SAID.format(*(escape(one[name] or "-") for name in SAID_OF)) for one in of["explanations"]),
             _bars(of["layers"], of["probs"]),
             *(_example(one) for one in of["examples"][:N_EXAMPLES]),
         ]

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from analysis.model.continuation import Before, block_output, can_skip, changed, last_output
 from analysis.model.downstream_numbers import Downstream
@@ -34,6 +33,7 @@ from analysis.model.sequences import SequenceBatch, batches_to_measure
 from harvest.lens.translators import TunedLens
 from harvest.model.checks import check_logits, check_model
 from harvest.model.load import LoadedModel
+from residscope.console import progress
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from train.model import MLSAE
@@ -69,14 +69,17 @@ def measure_downstream(
     replace: Replace,
     *,
     lens: TunedLens | None,
+    pca: Replace | None = None,
     layers: Sequence[int] | None = None,
     groups: Sequence[tuple[int, ...]] | None = None,
+    n_lean: int = 0,
     counted: NDArray[np.bool_] | None = None,
     max_tokens: int = 16_384,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Downstream:
     """Replace each of `layers` (the model's block indices; default the store's) alone, on the store's own sequences; or
-    the layers of each of `groups` (some of `layers`, ascending) at once, of which there is one number each, then.
+    the layers of each of `groups` (some of `layers`, ascending) at once, of which there is one number each, then; the
+    last `n_lean` of them by the reconstruction alone. pca: what takes the place of zero ablation.
 
     lens: what the store's vectors went through (`analysis.model.transformer.lens_of_store`); the layers' means are
     taken back through it. counted: bool [T], default all; of these, kept ones with a next token count. max_tokens:
@@ -91,7 +94,7 @@ def measure_downstream(
     conditions: tuple[Replace, ...] = (  # in the order of `RECONSTRUCTED`, `MEAN`, `ZERO`
         replace,
         lambda x, layer: means[chosen.index(layer)].to(x).expand_as(x),
-        lambda x, layer: torch.zeros_like(x),
+        pca or (lambda x, layer: torch.zeros_like(x)),
     )
     everything = np.ones(store.meta.n_tokens, bool)
     batches = batches_to_measure(store.tokens, everything if counted is None else counted, max_tokens, batch_tokens)
@@ -104,8 +107,9 @@ def measure_downstream(
     skip = can_skip(model, batches[0].input_ids)
     groups = [(layer,) for layer in chosen] if groups is None else groups
     name = "downstream" if max(map(len, groups)) == 1 else "several layers"
-    with tqdm(total=len(batches) * len(groups), desc=name, unit=" layers", disable=None) as bar:
-        parts = [_measure(model, batch, groups, conditions, skip, bar) for batch in batches]
+    with progress(name, "layers", len(batches) * len(groups)) as bar:
+        many = [conditions if i < len(groups) - n_lean else conditions[:1] for i in range(len(groups))]
+        parts = [_measure(model, batch, groups, many, skip, bar) for batch in batches]
     true_ce, ce, kl = (torch.cat(part, dim=-1).numpy() for part in zip(*parts, strict=True))
     documents, member = np.unique(np.concatenate([batch.document for batch in batches]), return_inverse=True)
 
@@ -130,18 +134,18 @@ def _measure(
     model: LoadedModel,
     batch: SequenceBatch,
     groups: Sequence[tuple[int, ...]],
-    conditions: Sequence[Replace],
+    conditions: Sequence[Sequence[Replace]],
     skip: bool,
     bar: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """At a batch's counted tokens: cross-entropy [n] of the true run, and [L, C, n] and KL of the others, a group each;
-    float64."""
+    float64; NaN for conditions that a group has not."""
     kept, counted = batch.kept.to(model.device), batch.counted.to(model.device)
     target = batch.input_ids[:, 1:][batch.counted[:, :-1]].to(model.device)  # [n]
     true = last_output(model, batch.input_ids)[counted]  # [n, D]
     true_ce = torch.empty(len(target), dtype=torch.float64)
-    ce = torch.empty(len(groups), len(conditions), len(target), dtype=torch.float64)
-    kl = torch.empty_like(ce)
+    ce = torch.full((len(groups), len(conditions[0]), len(target)), torch.nan, dtype=torch.float64)
+    kl = ce.clone()
     known = TrueRun(model.logits, true)
     before: Before | None = None
     for i in sorted(range(len(groups)), key=lambda i: groups[i][0]):
@@ -149,7 +153,7 @@ def _measure(
         if before is None or before.layer != first:
             before = block_output(model, batch.input_ids, first, before if skip else None)
         replaced = []
-        for condition in conditions:
+        for condition in conditions[i]:
 
             def change(output: Any, layer: int, c: Replace = condition) -> Any:
                 return with_residual(output, lambda x: c(x, layer), kept)
@@ -157,7 +161,7 @@ def _measure(
             with changed(model, others, change):
                 start = Before(first, change(before.output, first))
                 replaced.append(last_output(model, batch.input_ids, start, skip=skip)[counted])
-        true_ce[:], ce[i], kl[i] = compare(known, replaced, target)
+        true_ce[:], ce[i, : len(replaced)], kl[i, : len(replaced)] = compare(known, replaced, target)
         bar.update()
     return true_ce, ce, kl
 

@@ -32,6 +32,7 @@ from harvest.model.names import ModelSpec
 from harvest.options_file import recorded_place
 from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
+from train.model import MLSAE
 
 DOWNSTREAM_FLOPS = 7.5e12
 """Arithmetic that the default number of downstream tokens may take: about a minute on two cores."""
@@ -106,10 +107,11 @@ def run_model(
     selection: Selection,
     live: NDArray[np.int64],
     folder: Path,
+    pca: MLSAE | None,
 ) -> ModelFindings:
     """Load the model and measure; latent_logits.parquet is written into `folder`.
 
-    live: latents that fired. Raises as `find_model` does.
+    live: latents that fired. pca: the baseline as an autoencoder, if there is one. Raises as `find_model` does.
     """
     if found.spec is None:
         return ModelFindings(reason=found.reason)
@@ -134,8 +136,11 @@ def run_model(
             downstream = measured(max_tokens=n_tokens)
             if groups := groups_of(inputs.layer_numbers):
                 sample = max(min(n_tokens, TOGETHER_TOKENS), int(TOGETHER_SHARE * n_tokens))
-                several = measured(groups=[group.layers for group in groups], max_tokens=sample)
-                together = together_summary(groups, several, downstream)
+                alone = [(layer,) for layer in inputs.layer_numbers]
+                linear = pca and sae_reconstruction(pca.to(model.device), found.lens)
+                asked = [*(group.layers for group in groups), *alone]
+                several = measured(groups=asked, n_lean=len(alone), pca=linear, max_tokens=sample)
+                together = together_summary(groups, several, pca is not None, config.statistics.intervals)
     except ResidscopeError as error:
         if options.asked_for:
             raise

@@ -14,6 +14,8 @@ from analysis.quality import defined
 
 EVERY, PARTS = (2, 4, 8), (0.25, 0.5, 0.75)
 NUMBERS = ("delta_ce", "kl", "loss_recovered_mean", "mean_ablation_delta_ce", "mean_ablation_kl")
+PCA_NUMBERS = {"pca_delta_ce": "zero_ablation_delta_ce", "pca_kl": "zero_ablation_kl"}
+"""PCA's numbers stand in the place of zero ablation's (`measure_downstream`)."""
 
 
 class Group(NamedTuple):
@@ -41,14 +43,17 @@ def groups_of(layers: Sequence[int]) -> list[Group]:
     return found if n > 1 else []
 
 
-def together_summary(groups: Sequence[Group], found: Downstream, alone: Downstream) -> dict[str, Any]:
-    """`downstream.together` of summary.json. found: of the groups, alone: of each layer by itself."""
-    result, single = found.result(), alone.result()
+def together_summary(groups: Sequence[Group], found: Downstream, pca: bool, intervals: bool) -> dict[str, Any]:
+    """`downstream.together` of summary.json. found: of the groups, and then of each layer by itself. pca: whether PCA
+    was measured."""
+    result, bounds = found.result(), found.intervals() if intervals else {}
     rows: list[dict[str, Any]] = []
+    names = dict(zip(NUMBERS, NUMBERS, strict=True)) | (PCA_NUMBERS if pca else {})
     for i, (kind, n, layers) in enumerate(groups):
-        own = np.isin(alone.layers, layers)
-        numbers = {name: defined(getattr(result, name)[i]) for name in NUMBERS}
-        sums = {f"sum_alone_{name}": defined(getattr(single, name)[own].sum()) for name in ("delta_ce", "kl")}
-        rows.append({"kind": kind, "n": n, "layers": list(layers), **numbers, **sums})
+        own = np.append(np.zeros(len(groups), bool), np.isin(found.layers[len(groups) :], layers))
+        row = {"kind": kind, "n": n, "layers": list(layers), **dict.fromkeys(PCA_NUMBERS)}
+        row |= {name: defined(getattr(result, of)[i]) for name, of in names.items()}
+        row |= {f"sum_alone_{name}": defined(getattr(result, name)[own].sum()) for name in ("delta_ce", "kl")}
+        rows.append(row | {"ci95": {name: list(bounds[of][i] or ()) or None for name, of in names.items() if bounds}})
     whole = {"n_tokens": int(result.n_tokens), "n_documents": len(found.documents)}
     return {**whole, "true_ce": defined(result.true_ce), "groups": rows}

@@ -184,11 +184,11 @@ class PromptRun:
     """A prompt that went through the untouched model, ready for interventions."""
 
     @torch.inference_mode()
-    def __init__(self, prompted: PromptedModel, input_ids: Tensor, kept: Tensor) -> None:
-        """input_ids: int64 [1, N]; kept: bool [1, N]."""
+    def __init__(self, prompted: PromptedModel, input_ids: Tensor, kept: Tensor, true: Tensor | None = None) -> None:
+        """input_ids: int64 [1, N]; kept: bool [1, N]; true: the last block's output [1, N, D], if it is known."""
         self.prompted = prompted
         self._ids, self._kept = input_ids, kept.to(prompted.model.device)
-        true = last_output(prompted.model, input_ids)
+        true = last_output(prompted.model, input_ids) if true is None else true
         self._known = TrueRun(prompted.model.logits, true[self._kept])
         self._last_logits = prompted.model.logits(true[0, -1]).float()  # [V]
         self.next_tokens = likeliest(self._last_logits.softmax(dim=-1))

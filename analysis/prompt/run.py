@@ -3,7 +3,6 @@
 The model reads the prompts; prompt.parquet and prompt.json are written, and report.html again, with them.
 """
 
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,24 +17,22 @@ import pyarrow.parquet as pq
 import torch
 
 from analysis.config import AnalyzeConfig
-from analysis.encoder import sae_hash
 from analysis.inputs import open_inputs
 from analysis.model.findings import locate
 from analysis.model.transformer import load_of_store
 from analysis.prompt.intervene import Effect, PromptedModel, TokenChange, parse_ablate, parse_steer
 from analysis.prompt.view import PromptView, Usual, check_interventions, read_prompt, view_prompt
 from analysis.prompt.words import prompt_words
-from analysis.results.folder import LATENTS, PROMPT_JSON, PROMPT_TABLE, REPORT, SUMMARY
-from analysis.results.summary import SCHEMA_VERSION
-from analysis.run import analyze
+from analysis.results.added import make_unless_there, require_there, write_report_again
+from analysis.results.folder import LATENTS, PROMPT_JSON, PROMPT_TABLE, SUMMARY
 from harvest.model.checks import check_logits, check_model
 from harvest.model.tokenizer import Tokenizer
 from residscope.destinations import partial_folder
-from residscope.errors import IncompatibleError
-from residscope.options import with_values
 from residscope.reading import read_json, reading
-from store.activations import ActivationStore
 from store.files import atomic_write
+
+VERSION = 2
+"""Of prompt.json; in 1 `latents` were those of most mass, not the most specific ones."""
 
 MOST_LATENTS = 256
 """Latents of a prompt that prompt.json lists, by falling specificity; prompt.parquet has all."""
@@ -61,9 +58,7 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     found = locate(store, config.transformer.model, config.transformer.lens, offline=False)
     assert found.spec is not None
     say = partial(print, file=sys.stderr) if config.output.json else print
-    if not has_analysis(config.out_dir, store, sae_hash(sae)):
-        with contextlib.redirect_stdout(sys.stderr) if config.output.json else contextlib.nullcontext():
-            analyze(with_values(config, json=False), inputs)
+    make_unless_there(config, inputs)
     model = load_of_store(store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
     check_model(store, model, found.lens)
     tokens = [read_prompt(store, model.tokenizer, model.causal_lm.config, text) for text in prompts.prompt]
@@ -73,9 +68,8 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     usual = usual_of(config.out_dir)
     views = [view_prompt(prompted, text, ids, layers, interventions or None, usual) for text, ids in read]
     plain = [plain_prompt(view, model.tokenizer) for view in views]
-    content = {"schema_version": SCHEMA_VERSION, "layers": layers, "prompts": plain}
-    if not has_analysis(config.out_dir, store, sae_hash(sae)):
-        raise IncompatibleError(f"{config.out_dir}: another analysis was put there in the meantime; give another --out")
+    content = {"schema_version": VERSION, "layers": layers, "prompts": plain}
+    require_there(config, inputs)
     with partial_folder(config.out_dir):
         _write(config, views, content)
     say(prompt_words(content))
@@ -93,18 +87,6 @@ def usual_of(folder: Path) -> Usual:
         return Usual(total, int(read_json(folder / SUMMARY)["n_tokens"]))
 
 
-def has_analysis(out: Path, store: ActivationStore, sae_hash: str) -> bool:
-    """Whether `out` holds a whole analysis of this store and autoencoder, of this version."""
-    try:
-        summary = read_json(out / SUMMARY)
-        with reading(out / SUMMARY):
-            provenance = summary["provenance"]
-            found = (summary["schema_version"], provenance["store"]["content_hash"], provenance["sae"]["hash"])
-    except (OSError, IncompatibleError):
-        return False
-    return found == (SCHEMA_VERSION, store.content_hash, sae_hash)
-
-
 def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str, Any]) -> None:
     out = config.out_dir
     (out / PROMPT_JSON).unlink(missing_ok=True)  # no reader takes it for that of the table below
@@ -112,12 +94,7 @@ def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str
     pq.write_table(_table(views), sink, compression="zstd")
     atomic_write(out / PROMPT_TABLE, [memoryview(sink.getvalue())])
     atomic_write(out / PROMPT_JSON, [json.dumps(content, indent=2, allow_nan=False).encode()])
-    if config.output.report:
-        from analysis.report.data import load_results
-        from analysis.report.page import render_report
-
-        with reading(f"{out}: the analysis there is damaged", "run `analyze` again"):
-            atomic_write(out / REPORT, [render_report(load_results(out)).encode(errors="replace")])
+    write_report_again(config)
 
 
 def _table(views: Sequence[PromptView]) -> pa.Table:
@@ -154,7 +131,7 @@ def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENT
             {"token": token, "token_id": int(i), "kept": bool(kept)}
             for token, i, kept in zip(tokens.texts, tokens.ids, tokens.kept, strict=True)
         ],
-        "next": plain_tokens(view.next_tokens, tokenizer, "p_true"),
+        "next": plain_tokens(view.run.next_tokens, tokenizer, "p_true"),
         "n_active_latents": len(latents.latent),
         "latents": [
             {name: values[i].item() for name, values in latents._asdict().items()}

@@ -87,8 +87,8 @@ class PromptView:
     tokens: Tokens
     activations: Activations
     latents: PromptLatents
-    next_tokens: list[tuple[int, float]]
-    """Token and probability, the likeliest first, after the prompt in the true run."""
+    run: PromptRun
+    """The true one."""
     results: list[Result]
     silent: list[int]
     """Latents that were to be ablated where they are strongest, but are not active in the prompt."""
@@ -128,23 +128,21 @@ def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text:
 
 
 @torch.inference_mode()
-def activations_of(prompted: PromptedModel, tokens: Tokens, layers: Sequence[int]) -> Activations:
-    """Of the kept positions at `layers`, the model's block indices."""
-    ids = torch.from_numpy(tokens.ids)[None]
-    place = np.flatnonzero(tokens.kept)
+def run_prompt(prompted: PromptedModel, tokens: Tokens, layers: Sequence[int]) -> tuple[PromptRun, Activations]:
+    """The model's run on a prompt, and the activations at kept positions and `layers`, the model's block indices."""
+    ids, place = torch.from_numpy(tokens.ids)[None], np.flatnonzero(tokens.kept)
+    streams = ResidualRecorder(prompted.model).record(ids)
     kept = torch.from_numpy(place).to(prompted.model.device)
     parts: list[list[NDArray[Any]]] = []
-
-    def consume(i: int, residual: torch.Tensor) -> None:
-        values, indices = prompted.codes(residual[0][kept], layers[i])
+    for number in layers:
+        values, indices = prompted.codes(streams[number][0][kept], number)
         row, column = (values > 0).nonzero(as_tuple=True)
-        found = [place[row.cpu().numpy()], np.full(len(row), layers[i])]
+        found = [place[row.cpu().numpy()], np.full(len(row), number)]
         parts.append([*found, indices[row, column].cpu().numpy(), values[row, column].float().cpu().numpy()])
-
-    ResidualRecorder(prompted.model, layers).stream(ids, consume)
     position, layer, latent, activation = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((-activation, layer, position))
-    return Activations(position[order], layer[order], latent[order], activation[order])
+    found = Activations(position[order], layer[order], latent[order], activation[order])
+    return PromptRun(prompted, ids, torch.from_numpy(tokens.kept)[None], streams[-1]), found
 
 
 def latents_of(found: Activations, usual: Usual, n_tokens: int) -> PromptLatents:
@@ -183,12 +181,11 @@ def view_prompt(
 ) -> PromptView:
     """Look at one prompt. layers: the model's block indices. interventions: one at a time; where it is None, each of
     the `N_ABLATED` most specific latents is ablated at its strongest layer. usual: of the same autoencoder."""
-    found = activations_of(prompted, tokens, layers)
+    run, found = run_prompt(prompted, tokens, layers)
     latents = latents_of(found, usual, int(tokens.kept.sum()))
     strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
     if interventions is None:
         interventions = [Intervention(kind="ablate", latent=one, layers=None) for one in list(strongest)[:N_ABLATED]]
-    run = PromptRun(prompted, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
     results, silent = [], []
     for intervention in interventions:
         placed = intervention.at(layers, strongest.get(intervention.latent))
@@ -197,13 +194,7 @@ def view_prompt(
         else:
             silent.append(intervention.latent)
     return PromptView(
-        text=text,
-        tokens=tokens,
-        activations=found,
-        latents=latents,
-        next_tokens=run.next_tokens,
-        results=results,
-        silent=silent,
+        text=text, tokens=tokens, activations=found, latents=latents, run=run, results=results, silent=silent
     )
 
 

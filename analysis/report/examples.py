@@ -6,8 +6,9 @@ of `PLANS` that fits, and the page says what. One more block has the words that 
 
 Content of a latent, empty keys left out: `histogram` (for each layer: its number, the first bin with a count, counts
 from there on), `near` (latent and cosine of its neighbours), `promoted`, `suppressed` (only where nearer to a token
-than random directions are), and of its contexts (`analysis.latents.windows`) `texts` (text, lengths, place) and
-`contexts` (columns layer, layers, activation, levels; `foremost`: how many, the first, are the strongest of a layer).
+than random directions are), `explained` (layer, text, scores), and of its contexts (`analysis.latents.windows`)
+`texts` (text, lengths, place) and `contexts` (columns layer, layers, activation, levels; `foremost`: how many, the
+first, are the strongest of a layer).
 """
 
 import base64
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
+from analysis.delphi.scores import read_explanations
 from analysis.latents.windows import CONTEXTS, Context, read_contexts
 
 PER_BLOCK = 64  # live latents
@@ -71,6 +73,9 @@ def example_blocks(
     edges = _add_histograms(folder / "histograms.parquet", of)
     _add_columns(folder / "latents.parquet", of)
     told = _add_tokens(folder / "latent_logits.parquet", of, chance)
+    for j, rows in read_explanations(folder / "explanations.parquet").items():
+        if j in of:
+            of[j].tokens |= {"explained": [(row["where"], row["explanation"] or "-", row["said"]) for row in rows]}
     found = list(of.values())
     if not any(one.contexts or one.histogram or one.near or one.tokens for one in found):
         return ""

@@ -10,12 +10,15 @@ LATENT_LOGITS, EXAMPLES, HISTOGRAMS = "latent_logits.parquet", "examples.parquet
 PROMPT_JSON, PROMPT_TABLE = "prompt.json", "prompt.parquet"
 """What `analyze --prompt` adds to an analysis."""
 
+EXPLANATIONS = "explanations.parquet"
+"""What `analyze --delphi-scores` adds."""
+
 FIGURES = ("layer_profile", "variance", "reconstruction", "downstream")
 """Of each a PNG and an SVG, which `analysis.report.page` may write beside report.html."""
 
 FILES = {
     *(SUMMARY, LATENTS, LAYERS, CONFIG, REDUNDANCY, LATENT_LOGITS, EXAMPLES, HISTOGRAMS, REPORT),
-    *(PROMPT_JSON, PROMPT_TABLE),
+    *(PROMPT_JSON, PROMPT_TABLE, EXPLANATIONS),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 }
 

@@ -31,7 +31,7 @@ from residscope.names import versions
 from store.meta import config_hash
 from train.checkpoint import Checkpoint
 from train.hardware import resolve_device
-from train.model import sae_hash
+from train.model import MLSAE, sae_hash
 from train.reporting.convergence import in_words, is_curve, last_quarter
 
 SCHEMA_VERSION = 1
@@ -48,6 +48,8 @@ class Baseline:
     n_validation_vectors: int
     fvu: NDArray[np.float64]
     """[L] on the validation vectors."""
+    sae: MLSAE | None
+    """As an autoencoder; None where vectors are not each standardised by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ def _persistence_words(means: Mapping[str, Any]) -> list[str]:
     lines = [
         "Along the layers of a token, by mass: a latent is on at "
         f"{with_interval(means, 'n_layers_active')} layers, first at {shown(means['onset'])} and last at "
-        f"{shown(means['offset'])}; its longest run is {with_interval(means, 'run_length')} layers.",
+        f"{shown(means['offset'])}; its longest run is {with_interval(means, 'run_length')} layers."
     ]
     single, unbroken = means["single_layer"], means["unbroken_multi"]
     if unbroken is not None:
@@ -183,13 +183,11 @@ def _downstream_words(summary: Mapping[str, Any]) -> list[str]:
 def _together_words(found: Mapping[str, Any] | None) -> list[str]:
     if not found:
         return []
-    names = ("delta_ce", "sum_alone_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean")
-    head = ("replaced together", "delta CE", "sum of single layers", "KL", "sum of single layers", "loss recovered")
-    rows = [(group_words(one["kind"], one["n"]), *(shown(one[name]) for name in names)) for one in found["groups"]]
-    return [
-        f"Several layers at once, at {found['n_tokens']:,} of these tokens (sums: at all of them):",
-        *table(head, rows),
-    ]
+    names = ("delta_ce", "sum_alone_delta_ce", "pca_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean")
+    head = ("replaced together", "delta CE", "single layers' sum", "by PCA", "KL", "single layers' sum", "recovered")
+    groups = found["groups"]
+    rows = [(group_words(one["kind"], one["n"]), *(with_interval(one, name) for name in names)) for one in groups]
+    return [f"Several layers at once, at {found['n_tokens']:,} of these tokens:", *table(head, rows)]
 
 
 def _token_words(found: Mapping[str, Any] | None) -> list[str]:
@@ -216,7 +214,7 @@ def shown(value: float | None) -> str:
 
 def with_interval(variance: Mapping[str, Any], name: str) -> str:
     """A number with its 95 % interval, where it has one."""
-    interval = variance["ci95"].get(name)
+    interval = (variance.get("ci95") or {}).get(name)
     value = shown(variance[name])
     return f"{value} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else value
 

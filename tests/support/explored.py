@@ -147,6 +147,7 @@ class Planted(Stub):
             "suppresses": promoted[:1],
             "logits_above_chance": latent == 7,
             "neighbours": [{"latent": 8, "cosine": 0.5}],
+            "explanations": [{"where": "layer 3", "explanation": "of <ends>", "said": "fuzz: AUC 0.75 (8 examples)"}],
         }
 
     def search(self, **given: Any) -> Any:

@@ -34,9 +34,9 @@ class Live(NamedTuple):
         return Analysis.open(self.folder, model=str(self.made.model_folder))
 
 
-def make_live(root: Path) -> Live:
-    """Harvest, make an autoencoder, and analyze, in `root`."""
-    made = make_harvested(root, "llama")
+def make_live(root: Path, **options: Any) -> Live:
+    """Harvest, make an autoencoder, and analyze, in `root`. options: of `make_harvested`."""
+    made = make_harvested(root, "llama", **options)
     live = Live(made, make_checkpoint(root / "ckpt.pt", made.store), root / "ckpt.pt", root / "ckpt.analysis")
     live.analyze()
     return live

@@ -48,9 +48,10 @@ function windowHtml(window, levels, top) {
 
 /** The tokens that a latent promotes and suppresses, and its contexts, each once, with the layers at which it is strong there. */
 function examplesHtml(latent) {
-  const { texts, contexts, promoted, suppressed } = latent, about = document.getElementById("latent-note");
+  const { texts, contexts, promoted, suppressed, explained } = latent, about = document.getElementById("latent-note");
   const words = (name, list) => (list ? `<p><b>${name}</b> ${list.map((word) => `<code>${visible(word)}</code>`).join(" ")}</p>` : "");
-  const tokens = words("Promotes", promoted) + words("Suppresses", suppressed);
+  const said = (explained ?? []).map(([where, words, scores]) => `<p><b>Explained, ${where}</b> ${escaped(words)} <small>${escaped(scores)}</small></p>`).join("");
+  const tokens = said + words("Promotes", promoted) + words("Suppresses", suppressed);
   const chance = about?.dataset.chance && !promoted ? `<p class="note">What it promotes is at the level of chance, and not shown: it is no nearer to a token's logit than random directions are (cosine ${about.dataset.chance}).</p>` : "";
   if (!contexts) return tokens + chance + (about?.textContent ? `<p class="note">${escaped(about.textContent)}</p>` : "");
   const top = Math.max(...contexts.activation), further = texts.length > contexts.foremost;

@@ -1,13 +1,15 @@
 """Section: what each layer's reconstruction error costs the model, and how close decoder rows are to tokens."""
 
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 import numpy as np
 
 from analysis.model.together import group_words
 from analysis.report.charts import layer_chart, lines_chart
 from analysis.report.data import Results
-from analysis.report.markup import Section, columns, figure, integer, layer_table, show, table
+from analysis.report.markup import Section, columns, figure, integer, layer_table, show, small, table
 
 TITLE = "Downstream: what the errors cost the model"
 DRAWN_FROM = -0.5
@@ -92,9 +94,9 @@ def recovered_lines(results: Results) -> list[tuple[np.ndarray, str, str]]:
 
 TOGETHER = """<h3>Several layers at once</h3>
 <p>The reconstruction takes the place of the stream at all layers of a group, each acting on what those below it left,
-at {tokens} of the tokens (cross-entropy {true_ce}). Beside it the sum of what these layers cost one at a time,
-at all the tokens above: the two agree only where errors neither grow nor undo each other on the way, and but for
-sampling.</p>"""
+at {tokens} of the tokens (cross-entropy {true_ce}). Beside it the sum of what these layers cost one at a time at the
+same tokens: the two agree only where errors neither grow nor undo each other on the way. PCA has as many components as
+a vector has active latents. Small numbers: 95 % intervals over documents.</p>"""
 
 
 def _together(results: Results) -> str:
@@ -102,11 +104,17 @@ def _together(results: Results) -> str:
     found = results.get("downstream", "together")
     if not found:
         return ""
-    head = ("Layers replaced", "delta CE, nats", "sum of single layers", "KL, nats", "sum of single layers")
-    names = ("delta_ce", "sum_alone_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean", "mean_ablation_delta_ce")
-    rows = [(escape(group_words(g["kind"], g["n"])), *(show(g.get(name)) for name in names)) for g in found["groups"]]
+    head = ("Layers replaced", "delta CE, nats", "sum of single layers", "PCA's delta CE", "KL, nats")
+    names = ("delta_ce", "sum_alone_delta_ce", "pca_delta_ce", "kl", "sum_alone_kl", "pca_kl", "loss_recovered_mean")
+
+    def row(group: Mapping[str, Any]) -> list[str]:
+        bounds = group.get("ci95") or {}
+        numbers = [show(group.get(name)) + small(bounds.get(name)) for name in (*names, "mean_ablation_delta_ce")]
+        return [escape(group_words(group["kind"], group["n"])), *numbers]
+
     introduction = TOGETHER.format(tokens=integer(found["n_tokens"]), true_ce=show(found["true_ce"]))
-    return introduction + table((*head, "loss recovered, mean ablation", "mean ablation's delta CE"), rows)
+    more = ("sum of single layers", "PCA's KL", "loss recovered, mean ablation", "mean ablation's delta CE")
+    return introduction + table((*head, *more), map(row, found["groups"]))
 
 
 def _tokens(results: Results) -> str:

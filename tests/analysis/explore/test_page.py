@@ -288,6 +288,14 @@ def test_the_layer_that_costs_most_is_one_click_away(tab: Explored) -> None:
     assert tab.saved("layers.csv").decode().splitlines()[:2] == ["layer,fvu,delta_ce", "2,0.09996,0.5"]
 
 
+def test_what_delphi_said_is_on_the_card(tab: Explored) -> None:
+    tab.open("#latent=7")
+    assert (
+        tab.run('return (await until(() => find("#card .explained"))).textContent;')
+        == "Explained, layer 3 of <ends> fuzz: AUC 0.75 (8 examples)"
+    )
+
+
 PICTURES = {
     "Switching on and off": "switches",
     "3 of 3 latents": "latents",

@@ -8,6 +8,7 @@ import torch
 from analysis.live.model import steer
 from residscope.errors import UsageError
 from tests.support.harvested import make_checkpoint, make_harvested
+from tests.support.live import make_live
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -39,3 +40,17 @@ def test_a_plain_model_is_steered(tmp_path: Path, architecture: str) -> None:
     assert not any(block._forward_hooks for block in made.model.blocks)
     with pytest.raises(UsageError, match="trained on layers 0 1 2"), steer(model, sae, [{**changes[0], "layers": [9]}]):
         pass
+
+
+def test_a_text_is_read_and_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis = make_live(tmp_path).open()
+    model, runs, read = analysis.live, list[int](), list[str]()
+    model.prompted.model.base.register_forward_hook(lambda *_: runs.append(1))  # not where a pass ends early
+    model.prompted.model.blocks[0].register_forward_hook(lambda *_: runs.append(0))
+    tokens = model.tokens
+    monkeypatch.setattr(model, "tokens", lambda text: read.append(text) or tokens(text))
+    first = analysis.prompt("mary and john").data
+    analysis.search(on="mary and john")
+    analysis.prompt("mary and john")
+    assert (runs, read) == ([0], ["mary and john"])
+    assert first == analysis.prompt("mary and john").data

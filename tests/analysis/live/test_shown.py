@@ -29,6 +29,7 @@ def card() -> dict[str, Any]:
         "examples": [{"layer": 3, "layers": [3, 5], "activation": 2.0, "tokens": [token, token], "position": 1}],
         "promotes": [{"token": EVIL, "logit": 1.0}],
         "suppresses": [],
+        "explanations": [{"where": "all layers", "explanation": EVIL, "said": ""}],
     }
 
 
@@ -46,7 +47,7 @@ def test_a_card() -> None:
     text = "".join(root.itertext())
     assert "Latent 17" in text
     assert "1,234 vectors of 99 tokens, at 2 layers; mean layer 3.25" in text
-    assert text.count("alert") == 4  # fires on, two tokens of an example, promotes
+    assert text.count("alert") == 5  # fires on, two tokens of an example, promotes, explained
     heights = [float(bar.attrib["height"]) for bar in root.iter("rect")]
     assert heights == [20, 60]
     assert "Promotes" not in "".join(shown(Card({**card(), "logits_above_chance": False})).itertext())

@@ -393,4 +393,9 @@ def test_several_layers_are_replaced_one_on_top_of_the_other(make: Make, archite
     zeroed, _ = by_hand(made, lambda x, keep: torch.where(keep[:, None], 0.0, x), *groups[1])
     expected = cross_entropy(zeroed, target).item() - cross_entropy(true, target).item()
     assert found.zero_ablation_delta_ce[1] == pytest.approx(expected, abs=2e-4)
+    asked: dict[str, Any] = {"groups": groups, "n_lean": 2, "pca": replace}  # which says of PCA what is true of it
+    lean = measure_downstream(made.store, made.model, replace, lens=made.lens, **asked).result()
+    np.testing.assert_allclose(lean.delta_ce, found.delta_ce, atol=1e-9)
+    np.testing.assert_allclose(lean.zero_ablation_kl[:2], found.kl[:2], atol=1e-9)
+    assert np.isnan([lean.zero_ablation_kl[2:], lean.mean_ablation_delta_ce[2:], lean.loss_recovered_mean[2:]]).all()
     assert not any(block._forward_hooks for block in made.model.blocks)

@@ -26,6 +26,7 @@ from tests.support.harvesting import harvest_config
 from tests.support.models import tiny_model
 from tests.support.small import analyze_config, save_small
 from tests.support.stores import make_store
+from train.compare.pca import Components
 from train.model import MLSAE
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -102,6 +103,32 @@ def test_the_files_hold_what_was_measured_on_held_out_tokens(setting: Setting, t
         "suppressed_logits",
     ):
         assert f"`{name}`" in method, name
+
+
+def test_several_layers_at_once_stand_beside_pca_fitted_on_training_documents(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[MLSAE] = []
+    original = Components.autoencoder
+    monkeypatch.setattr(Components, "autoencoder", lambda self: kept.append(original(self)) or kept[-1])
+    made = setting.made
+    found = run(setting, tmp_path, **found_by(setting), pca=True)["downstream"]["together"]
+    split = held_out_documents(made.store.tokens, {"fraction": 0.2, "seed": 5}, same_store=True)
+    counted: dict[str, Any] = {
+        "counted": split[made.store.tokens.document],
+        "lens": made.lens,
+        "max_tokens": found["n_tokens"],
+    }
+    layers = [tuple(group["layers"]) for group in found["groups"]]
+    linear = sae_reconstruction(kept[0], made.lens)
+    by_pca = measure_downstream(made.store, made.model, linear, groups=layers, **counted).result()
+    assert kept[0].config.k == 8
+    assert [group["pca_delta_ce"] for group in found["groups"]] == pytest.approx(by_pca.delta_ce.tolist(), abs=1e-4)
+    assert [group["pca_kl"] for group in found["groups"]] == pytest.approx(by_pca.kl.tolist(), abs=1e-4)
+    alone = measure_downstream(made.store, made.model, sae_reconstruction(setting.sae, made.lens), **counted).result()
+    assert found["groups"][0]["sum_alone_kl"] == pytest.approx(alone.kl.sum(), rel=1e-4)
+    outputs = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    assert all(name in outputs for name in found["groups"][0])
 
 
 def test_intervals_are_given_where_there_are_documents_enough(

@@ -31,22 +31,28 @@ def test_groups_are_all_every_nth_and_both_ends() -> None:
     assert groups_of([3]) == []
 
 
-def test_numbers_stand_beside_the_sum_of_single_layers() -> None:
-    groups = groups_of([3, 4])
-    rng = np.random.default_rng(0)
-
-    def sums(n: int) -> Downstream:
-        one = np.full(2, 10)
-        ce, kl = rng.random((2, n, 3, 2)) * 10
-        first = np.arange(3, 3 + n)
-        return Downstream(layers=first, documents=np.arange(2), n_tokens=one, true_ce=one * 0.5, ce=ce, kl=kl)
-
-    several, alone = sums(3), sums(2)
-    found = together_summary(groups, several, alone)
-    assert (found["n_tokens"], found["n_documents"], found["true_ce"]) == (20, 2, 0.5)
+def test_numbers_stand_beside_pca_and_the_sum_of_single_layers_at_the_same_tokens() -> None:
+    groups, n = groups_of([3, 4]), 25
+    ce, kl = np.random.default_rng(0).random((2, 5, 3, n)) * 10  # all, first 1, last 1; then layers 3 and 4
+    one = np.full(n, 10)
+    first = np.array([3, 3, 4, 3, 4])
+    several = Downstream(layers=first, documents=np.arange(n), n_tokens=one, true_ce=one * 0.5, ce=ce, kl=kl)
+    found = together_summary(groups, several, True, True)
+    assert (found["n_tokens"], found["n_documents"], found["true_ce"]) == (10 * n, n, 0.5)
     every, first, last = found["groups"]
-    assert every["delta_ce"] == pytest.approx(several.ce[0, 0].sum() / 20 - 0.5)
-    assert every["mean_ablation_kl"] == pytest.approx(several.kl[0, 1].sum() / 20)
-    assert every["sum_alone_delta_ce"] == pytest.approx(alone.ce[:, 0].sum() / 20 - 1)
-    assert first["sum_alone_kl"] == pytest.approx(alone.kl[0, 0].sum() / 20)
+    assert every["delta_ce"] == pytest.approx(ce[0, 0].sum() / (10 * n) - 0.5)
+    assert every["mean_ablation_kl"] == pytest.approx(kl[0, 1].sum() / (10 * n))
+    assert (every["pca_delta_ce"], every["pca_kl"]) == pytest.approx(
+        (ce[0, 2].sum() / (10 * n) - 0.5, kl[0, 2].sum() / (10 * n))
+    )
+    assert every["sum_alone_delta_ce"] == pytest.approx(ce[3:, 0].sum() / (10 * n) - 1)
+    assert first["sum_alone_kl"] == pytest.approx(kl[3, 0].sum() / (10 * n))
     assert last["layers"] == [4]
+    bounds = several.intervals()
+    for i, group in enumerate(found["groups"]):
+        for name, of in (("delta_ce", "delta_ce"), ("kl", "kl"), ("pca_kl", "zero_ablation_kl")):
+            assert group["ci95"][name] == list(bounds[of][i] or ())
+            assert group["ci95"][name][0] <= group[name] <= group["ci95"][name][1]
+    without = together_summary(groups, several, False, False)["groups"][0]
+    assert (without["pca_kl"], without["pca_delta_ce"], without["ci95"]) == (None, None, {})
+    assert "pca_kl" not in together_summary(groups, several, False, True)["groups"][0]["ci95"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from analysis.cli import main
 from analysis.prompt.intervene import Effect, Intervention, PromptedModel, PromptRun, parse_ablate, parse_steer
-from analysis.prompt.view import Activations, Usual, activations_of, latents_of, read_prompt
+from analysis.prompt.view import Activations, Usual, latents_of, read_prompt, run_prompt
 from residscope.errors import UsageError
 from tests.support.harvested import Harvested, make_checkpoint, make_harvested
 from tests.support.models import ARCHITECTURES, N_LAYERS
@@ -71,8 +71,8 @@ def test_codes_are_those_of_the_same_text_in_the_store(make: Make, architecture:
     store, table = setting.made.store, setting.made.store.tokens
     n = 20  # of the first sequence, which opens with BOS or with the first document's first token
     ids = table.token_id[:n].astype(np.int64)
-    tokens = read(setting)._replace(ids=ids, kept=table.keep[:n])
-    found = activations_of(setting.subject, tokens, setting.layers)
+    tokens = read(setting)._replace(ids=ids, kept=table.keep[:n].copy())
+    found = run_prompt(setting.subject, tokens, setting.layers)[1]
     x = torch.from_numpy(store.read(slice(0, n), None))  # [n, L, D]
     expected = {}
     for i, layer in enumerate(setting.layers):
@@ -189,7 +189,7 @@ def test_interventions_are_what_one_computes_by_hand(make: Make, architecture: s
     setting = make(architecture, with_lens=with_lens)
     sae, lens, layer = setting.sae, setting.made.lens, 1
     tokens = read(setting)
-    latents = latents_of(activations_of(setting.subject, tokens, [layer]), Usual(np.zeros(96), 1), 1)
+    latents = latents_of(run_prompt(setting.subject, tokens, [layer])[1], Usual(np.zeros(96), 1), 1)
     latent = int(latents.latent[0])
     run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
 
@@ -221,7 +221,7 @@ def test_an_intervention_of_nothing_changes_nothing(make: Make, architecture: st
     setting = make(architecture, with_lens=with_lens)
     tokens = read(setting)
     run = PromptRun(setting.subject, torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None])
-    active = set(activations_of(setting.subject, tokens, setting.layers).latent.tolist())
+    active = set(run_prompt(setting.subject, tokens, setting.layers)[1].latent.tolist())
     silent = next(latent for latent in range(96) if latent not in active) if len(active) < 96 else None
     every = tuple(range(N_LAYERS[architecture]))
     for layers in (*((layer,) for layer in every), every):
@@ -238,7 +238,7 @@ def test_changes_of_several_layers_are_those_of_hooks_written_out(make: Make) ->
     setting = make("llama")
     model, sae, tokens = setting.made.model, setting.sae, read(setting)
     ids, kept = torch.from_numpy(tokens.ids)[None], torch.from_numpy(tokens.kept)[None]
-    found = latents_of(activations_of(setting.subject, tokens, setting.layers), Usual(np.zeros(96), 1), 1)
+    found = latents_of(run_prompt(setting.subject, tokens, setting.layers)[1], Usual(np.zeros(96), 1), 1)
     first, second = found.latent[:2].tolist()
 
     def hook(module: Any, arguments: Any, output: Any) -> Any:
@@ -334,6 +334,7 @@ def test_the_command_adds_prompts_to_an_analysis_and_keeps_it(
     assert main(command(setting, tmp_path, "--prompt", TEXT, "second", "--json")) == 0
     content = json.loads(capsys.readouterr().out)
     assert content == json.loads((tmp_path / "prompt.json").read_text())
+    assert content["schema_version"] == 2
     first, second = content["prompts"]
     assert [first["text"], second["text"]] == [TEXT, "second"]
     assert [one["kind"] for one in first["interventions"]] == ["ablate"] * 8
@@ -346,7 +347,7 @@ def test_the_command_adds_prompts_to_an_analysis_and_keeps_it(
     assert order == sorted(order, reverse=True)
     assert [one["latent"] for one in first["interventions"]] == [one["latent"] for one in first["latents"][:8]]
     table = pd.read_parquet(tmp_path / "prompt.parquet")
-    expected = activations_of(setting.subject, read(setting), setting.layers)
+    expected = run_prompt(setting.subject, read(setting), setting.layers)[1]
     rows = table[table["prompt"] == 0]
     for name in ("position", "layer", "latent"):
         assert rows[name].tolist() == getattr(expected, name).tolist()

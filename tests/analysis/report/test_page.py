@@ -303,7 +303,8 @@ def test_few_tokens_are_named_beside_fvu(tmp_path: Path) -> None:
 
 def test_several_layers_at_once_stand_beside_the_sum_of_single_ones(tmp_path: Path) -> None:
     numbers = {"delta_ce": 7.125, "kl": 6.5, "loss_recovered_mean": -0.125, "mean_ablation_delta_ce": 6.25}
-    numbers |= {"sum_alone_delta_ce": 5.75, "sum_alone_kl": 9.5}
+    numbers |= {"sum_alone_delta_ce": 5.75, "sum_alone_kl": 9.5, "pca_delta_ce": 8.25, "pca_kl": 8.5}
+    numbers |= {"ci95": {"delta_ce": [6.5, 8.0], "kl": None}}
     groups = [{"kind": kind, "n": n, **numbers} for kind, n in (("all", 30), ("every", 2), ("last", 7))]
     found = {"n_tokens": 1234, "true_ce": 2.5, "groups": groups}
     folder = write_results(
@@ -312,7 +313,7 @@ def test_several_layers_at_once_stand_beside_the_sum_of_single_ones(tmp_path: Pa
     text = Page(render_report(load_results(folder))).text
     assert "at 1,234 of the tokens" in text
     for name in ("all 30", "every 2nd", "last 7"):
-        assert f"{name}7.125.756.509.50\N{MINUS SIGN}0.1256.25" in text
+        assert f"{name}7.126.50 to 8.005.758.256.509.508.50\N{MINUS SIGN}0.1256.25" in text
 
 
 def test_the_page_files_travel_with_the_package() -> None:

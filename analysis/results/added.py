@@ -1,0 +1,53 @@
+"""What is added to a finished analysis later (prompts, explanations): the analysis is made first if there is none of
+the same store and autoencoder, and its report is written again after."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+from analysis.config import AnalyzeConfig
+from analysis.encoder import sae_hash
+from analysis.inputs import Inputs
+from analysis.results.folder import REPORT, SUMMARY
+from analysis.results.summary import SCHEMA_VERSION
+from analysis.run import analyze
+from residscope.errors import IncompatibleError
+from residscope.options import with_values
+from residscope.reading import read_json, reading
+from store.files import atomic_write
+
+
+def make_unless_there(config: AnalyzeConfig, inputs: Inputs) -> None:
+    """Make the analysis of `inputs` in the output folder, if it does not hold it."""
+    if not has_analysis(config.out_dir, inputs):
+        with contextlib.redirect_stdout(sys.stderr) if config.output.json else contextlib.nullcontext():
+            analyze(with_values(config, json=False), inputs)
+
+
+def require_there(config: AnalyzeConfig, inputs: Inputs) -> None:
+    """`IncompatibleError` where the output folder no longer holds that analysis."""
+    if not has_analysis(config.out_dir, inputs):
+        raise IncompatibleError(f"{config.out_dir}: another analysis was put there in the meantime; give another --out")
+
+
+def has_analysis(out: Path, inputs: Inputs) -> bool:
+    """Whether `out` holds a whole analysis of this store and autoencoder, of this version."""
+    try:
+        summary = read_json(out / SUMMARY)
+        with reading(out / SUMMARY):
+            provenance = summary["provenance"]
+            found = (summary["schema_version"], provenance["store"]["content_hash"], provenance["sae"]["hash"])
+    except (OSError, IncompatibleError):
+        return False
+    return found == (SCHEMA_VERSION, inputs.store.content_hash, sae_hash(inputs.sae))
+
+
+def write_report_again(config: AnalyzeConfig) -> None:
+    """report.html with what was added, unless none is wanted."""
+    if config.output.report:
+        from analysis.report.data import load_results
+        from analysis.report.page import render_report
+
+        with reading(f"{config.out_dir}: the analysis there is damaged", "run `analyze` again"):
+            page = render_report(load_results(config.out_dir))
+            atomic_write(config.out_dir / REPORT, [page.encode(errors="replace")])
