@@ -13,6 +13,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,8 @@ class Analysis:
             pairs = zip(live.tolist(), share.tolist(), strict=True)
             found.append({i: (s, f"{100 * s:.0f} % {words}") for i, s in pairs if s >= SHARE})
         if profile:
+            if profile not in (kinds := list(self.summary.get("profiles") or {})):
+                raise UsageError(f"profile should be one of {', '.join(kinds)}, found {profile!r}")
             same = live[self.latents["profile"].to_numpy()[live] == profile]
             found.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
         if not found:
@@ -217,8 +220,8 @@ class Analysis:
         return [words or [] for words in known] or [[]] * self._table.num_rows
 
     def _row(self, latent: int) -> dict[str, Any]:
-        if not 0 <= latent < self._table.num_rows:
-            raise UsageError(f"there are latents 0 to {self._table.num_rows - 1}, found {latent}")
+        if not isinstance(latent, Integral) or not 0 <= latent < self._table.num_rows:
+            raise UsageError(f"there are latents 0 to {self._table.num_rows - 1}, found {latent!r}")
         return self._table.slice(latent, 1).to_pylist()[0]
 
     def _rows(self, name: str, latent: int) -> list[dict[str, Any]]:

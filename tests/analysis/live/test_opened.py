@@ -55,6 +55,10 @@ def test_a_card_has_the_numbers_of_the_files(live: Live, opened: Analysis) -> No
         assert (card["layer_mean"], card["histogram"], card["examples"]) == (None, None, [])
     with pytest.raises(UsageError, match="there are latents 0 to 95, found 96"):
         opened.card(96)
+    with pytest.raises(UsageError, match="found '5'"):
+        opened.card("5")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"profile should be one of .*, found 'x'"):
+        opened.search(profile="x")
 
 
 def test_tables_are_the_files(live: Live, opened: Analysis) -> None:
