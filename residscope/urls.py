@@ -1,8 +1,8 @@
-"""Objects in a bucket as files: `URL` is a `Path` whose methods are requests (by obstore: bench_object_libraries.py).
+"""Objects in a bucket as files: `URL` is a `Path` whose methods are requests (obstore).
 
 How: what asks a path for bytes, size or names works for both. What hands one to the operating system gets `UsageError`.
 An object is whole or absent. A request without an answer is made again for `RETRY_SECONDS`. Credentials come from the
-environment and the usual files, never from a URL, and are in no message.
+environment and the usual files, never from a URL, and are in no message. Why obstore: bench_object_libraries.py.
 """
 
 import atexit

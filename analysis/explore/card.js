@@ -36,16 +36,16 @@ export function cardBody(card) {
   };
   if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or use the arrow keys.");
-  const strongest = layers.indexOf(Number(layer)) < 0 || layer === "" ? card.counts.indexOf(Math.max(...card.counts)) : layers.indexOf(Number(layer));
+  const chosen = layer === "" ? -1 : layers.indexOf(Number(layer)), at = chosen < 0 ? card.probs.indexOf(Math.max(...card.probs)) : chosen;
   const chart = (name, title, format) => figure(title, `latent-${latent}-${name}`, bars(card[name], layers, {
     label: `${title}, latent ${latent}, layers ${layers[0]} to ${layers.at(-1)}; highest ${format(Math.max(...card[name]))} at layer ${layers[card[name].indexOf(Math.max(...card[name]))]}`,
     say: (i) => `layer ${layers[i]}: ${format(card[name][i])}`,
   }), () => [["layer", name], ...layers.map((one, i) => [one, card[name][i]])]);
   return [
     h("p", {}, h("b", {}, "Fires on "), card.fires_on.length ? code(card.fires_on) : "nothing in particular"),
-    ...(card.explanations ?? []).map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "-", " ", h("small", {}, one.said))),
+    card.explanations.map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "-", " ", h("small", {}, one.said))),
     h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`)),
-      layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button(`Steer at layer ${layers[strongest]}\u2026`, () => change(`steer:${latent}:${layers[strongest]}:${card.means[strongest].toPrecision(3)}`))),
+      layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button(`Steer at layer ${layers[at]}\u2026`, () => change(`steer:${latent}:${layers[at]}:${(card.means[at] || 1).toPrecision(3)}`))),
     share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, so that being on says little of a token.`),
     h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     chart("probs", "Share of its activation mass", percent), chart("counts", "Tokens at which it fired", integer), chart("means", "Mean activation where it fired", show),

@@ -31,7 +31,7 @@ function age() {
   if (old) say(find("change-status"), "What is below is of the changes before: press Run.", true);
 }
 const ORDERS = {
-  layer_mean: (a, b) => a.layer_mean - b.layer_mean, mass: (a, b) => b.mass - a.mass, specificity: (a, b) => b.specificity - a.specificity,
+  layer_mean: (a, b) => a.layer_mean - b.layer_mean, specificity: (a, b) => b.specificity - a.specificity,
 };
 
 /** The place of the chosen token, or -1. */
@@ -43,9 +43,9 @@ function chosen() {
   const token = tokenChosen(), many = Number(state.shown);
   const here = (one) => token < 0 || one.cells.some((cell) => cell[0] === token);
   const at = (one) => (token < 0 ? one.mass : one.cells.reduce((sum, cell) => sum + (cell[0] === token ? cell[2] : 0), 0));
-  const foremost = state.sort === "mass" ? (a, b) => at(b) - at(a) : ORDERS.specificity;
-  const found = prompt.latents.filter(here);
-  return { total: found.length, found: found.sort(foremost).slice(0, many).sort(state.sort === "mass" ? foremost : ORDERS[state.sort]) };
+  const orders = { ...ORDERS, mass: (a, b) => at(b) - at(a) };
+  const found = prompt.latents.filter(here).sort(orders[state.sort === "mass" ? "mass" : "specificity"]);
+  return { total: found.length, found: found.slice(0, many).sort(orders[state.sort]) };
 }
 
 function draw() {
@@ -129,7 +129,7 @@ function outcome(found, asked) {
   const moved = (sign, tokens) => tokens.map((one) => [`${sign} `, h("code", {}, visible(one.token)), ` ${percent(one.p_true)} \u2192 ${percent(one.p_changed)}  `]);
   const said = (name, text) => h("div", {}, h("h4", {}, name), h("p", { class: "text" }, h("span", { class: "soft" }, asked.text.slice(-60)), h("b", {}, text)));
   const words = asked.changes.map((one) => `${one.kind} ${one.latent} at ${one.layers === "all" ? "all layers" : `layer ${one.layers.join(" ")}`}${one.kind === "steer" ? ` by ${one.coefficient}` : ""}`);
-  return [h("h3", {}, words.join(", ")), ...(found.notes ?? []).map((note) => h("p", { class: "note" }, note)), found.kl_last > MUCH && h("p", { class: "warning" }, `A KL divergence above ${MUCH} nats: little of the model's own prediction is left. A smaller change says more.`),
+  return [h("h3", {}, words.join(", ")), ...found.notes.map((note) => h("p", { class: "note" }, note)), found.kl_last > MUCH && h("p", { class: "warning" }, `A KL divergence above ${MUCH} nats: little of the model's own prediction is left. A smaller change says more.`),
     h("div", { class: "columns narrow" }, list("Next token, before", found.next_true), list("Next token, after", found.next_changed)),
     h("p", {}, h("span", { class: "soft" }, "Logit rose most: "), moved("\u25b2", found.increased)), h("p", {}, h("span", { class: "soft" }, "fell most: "), moved("\u25bc", found.decreased)),
     asked.continue_tokens > 0 && h("div", { class: "columns narrow" }, said("Goes on, before", found.text_true), said("Goes on, after", found.text_changed))];

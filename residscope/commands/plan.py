@@ -63,16 +63,8 @@ class PlanConfig:
     """Print one JSON object on stdout."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "tokens",
-            "k",
-            "epochs",
-            "context_length",
-            "threads",
-            "n_latents",
-            "expansion_factor",
-            "batch_size",
-        ):
+        numbers = ("tokens", "k", "epochs", "context_length", "threads", "n_latents", "expansion_factor", "batch_size")
+        for name in numbers:
             value, least = getattr(self, name), 1e-3 if name == "expansion_factor" else 1
             if value is not None and not least <= value < 1e18:
                 raise UsageError(f"--{name.replace('_', '-')} should be at least {least:g}, found {value:g}")

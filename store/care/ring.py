@@ -37,8 +37,6 @@ from store.shards import shard_name
 from store.shuffle import spread_order
 
 _READERS, _REMOVED, _MOMENTS = f"{FOLDER}/readers", f"{FOLDER}/removed.json", f"{FOLDER}/moments"
-
-
 _SHARDS = 6  # The stream of random numbers, beside those of `store.shuffle`.
 
 

@@ -205,6 +205,7 @@ class Planted(Stub):
         return {
             "kl_last": 0.123456,
             "kl_mean": 0.0,
+            "notes": [],
             "next_true": true,
             "next_changed": changed,
             "increased": [moved],

@@ -81,9 +81,8 @@ class Follower:
         if self.stopped():
             raise Interrupted("stopped")
         file = self._store.path / FILE
-        if (
-            size := file.stat().st_size if file.exists() else -1
-        ) != self._read:  # It may be long: only when it has grown.
+        size = file.stat().st_size if file.exists() else -1
+        if size != self._read:  # It may be long, so it is read only when it has grown.
             self._store.refresh()
             self._read, self._missing = size, set(self._store.missing_shards())
         if self._missing.isdisjoint(self._parts[part].tolist()):
