@@ -15,6 +15,7 @@ Shapes: M n_latents, R ranks.
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any, final
 
 import torch
@@ -102,19 +103,33 @@ class Ranks:
         return slice(rank * share, m if rank == self.size - 1 else (rank + 1) * share)
 
     def sum_rows_(self, tensor: Tensor) -> Tensor:
-        """This rank's rows of `tensor` [M, ...], summed over ranks, in its memory; the others are left undefined."""
-        own, even = tensor[self.own(len(tensor))], len(tensor) // self.size * self.size
-        if self.size > 1:
-            self._do("reduce_scatter_single", own[: even // self.size], tensor[:even])
-            self.sum_(tensor[even:])
-        return own
+        """This rank's rows of `tensor` [M, ...], summed over ranks, in its memory; the others are left as they are."""
+        rows = [tensor[self.own(len(tensor), rank)] for rank in range(self.size)]
+        parts = [torch.empty_like(rows[self.rank]) for _ in range(self.size - 1)]
+        self._exchange(rows, parts)
+        for part in parts:
+            rows[self.rank].add_(part)
+        return rows[self.rank]
 
     def share_rows_(self, *tensors: Tensor) -> None:
         """Give all rows of each of `tensors` [M, ...] what the rank has to which they belong."""
-        for tensor in tensors if self.size > 1 else ():
-            even = len(tensor) // self.size * self.size
-            self._do("all_gather_single", tensor[:even], tensor[self.own(len(tensor))][: even // self.size])
-            self._do("broadcast", tensor[even:], group_src=self.size - 1)
+        for tensor in tensors:
+            rows = [tensor[self.own(len(tensor), rank)] for rank in range(self.size)]
+            self._exchange([rows[self.rank]] * self.size, rows[: self.rank] + rows[self.rank + 1 :])
+
+    def _exchange(self, given: list[Tensor], received: list[Tensor]) -> None:
+        """Send each other rank its one of `given` [R], and fill `received` [R - 1] with what they send. All pairs at
+        once: the bytes of a reduce_scatter or all_gather, for which gloo's own send up to twice as many."""
+        if self.size == 1:
+            return
+        from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
+
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        ops = [P2POp(isend, given[rank], group=self._group, group_peer=rank) for rank in others]
+        ops += [P2POp(irecv, t, group=self._group, group_peer=r) for r, t in zip(others, received, strict=True)]
+        with self._heard():
+            for work in batch_isend_irecv(ops):
+                work.wait()
 
     def gathered(self, own: Tensor, m: int) -> Tensor:
         """[M, ...] on the CPU, put together from the ranks' own rows; on the first rank alone, else something else."""
@@ -137,10 +152,13 @@ class Ranks:
     def _do(self, name: str, *arguments: Any, **options: Any) -> None:
         from torch import distributed
 
-        older = {"reduce_scatter_single": "reduce_scatter_tensor", "all_gather_single": "all_gather_into_tensor"}
-        call = getattr(distributed, name if hasattr(distributed, name) else older[name])
+        with self._heard():
+            getattr(distributed, name)(*arguments, group=self._group, **options)
+
+    @contextlib.contextmanager
+    def _heard(self) -> Iterator[None]:
         try:
-            call(*arguments, group=self._group, **options)
+            yield
         except RuntimeError as error:  # what gloo and nccl raise where a connection ends
             raise self._lost() from error
 
