@@ -4,7 +4,7 @@ import { bars, figure, heatMap } from "./charts.js";
 import { ask, button, code, fill, find, h, link, pins, say, set, state, visible, watch } from "./core.js";
 
 const known = new Map();
-const DENSE = 0.1; // share of the tokens
+export const DENSE = 0.1; // share of the tokens
 
 /** A latent's data, asked for once. */
 export function cardOf(latent) {
@@ -39,7 +39,7 @@ export function cardBody(card) {
   const chosen = layer === "" ? -1 : layers.indexOf(Number(layer)), at = chosen < 0 ? card.probs.indexOf(Math.max(...card.probs)) : chosen;
   const chart = (name, title, format) => figure(title, `latent-${latent}-${name}`, bars(card[name], layers, {
     label: `${title}, latent ${latent}, layers ${layers[0]} to ${layers.at(-1)}; highest ${format(Math.max(...card[name]))} at layer ${layers[card[name].indexOf(Math.max(...card[name]))]}`,
-    say: (i) => `layer ${layers[i]}: ${format(card[name][i])}`,
+    say: (i) => `layer ${layers[i]}: ${format(card[name][i])}`, top: format(Math.max(...card[name])),
   }), () => [["layer", name], ...layers.map((one, i) => [one, card[name][i]])]);
   return [
     h("p", {}, h("b", {}, "Fires on "), card.fires_on.length ? code(card.fires_on) : "nothing in particular"),

@@ -11,8 +11,8 @@ const room = () => (innerWidth < 600 ? 330 : 620);
 export function figure(title, name, drawing, rows, ...below) {
   const drawings = [drawing].flat(), exports = { CSV: () => save(csv(rows()), "text/csv", `${name}.csv`) };
   if (drawings[0]?.viewBox) {
-    exports.SVG = () => save(source(collage(drawings)), "image/svg+xml", `${name}.svg`);
-    exports.PNG = () => savePng(collage(drawings), name);
+    exports.SVG = () => save(source(collage(drawings, title)), "image/svg+xml", `${name}.svg`);
+    exports.PNG = () => savePng(collage(drawings, title), name);
   }
   return h("figure", {}, h("div", { class: "title" }, h("h3", {}, title), h("span", { class: "exports" },
     Object.entries(exports).map(([kind, act]) => button(kind, act, { "aria-label": `Save ${title} as ${kind}` })))),
@@ -35,7 +35,7 @@ export function heatMap(cells, rows, columns, { label, title = "", say, pick, re
   const named = [0, rows.length - 1].map((r) => svg("text", { class: "tick", x: left - 4, y: above + (rows.length - r - 0.5) * size[1] + 4, "text-anchor": "end" }, String(rows[r])));
   const marks = [chosen[0] >= 0 && box(chosen[0], 0, 1, rows.length), chosen[1] >= 0 && box(0, chosen[1], columns.length)].filter(Boolean);
   const under = columns.length > 16 ? [] : columns.map((name, c) => name && svg("text", { class: "tick under", x: left + (c + 0.5) * size[0], y: height + above + 9, "text-anchor": "middle" }, String(name).slice(0, size[0] / 4.6)));
-  const map = svg("svg", { viewBox: `0 0 ${width} ${height + above + (under.length ? 12 : 2)}`, class: "heat", role: "img", tabindex: 0, "aria-label": `${label}. Arrow keys read its cells, Enter chooses one.` },
+  const map = svg("svg", { viewBox: `0 0 ${width} ${height + above + (under.length ? 12 : 2)}`, class: "heat", role: "img", "data-legend": "Rows: layers, the first at the bottom. Columns: from left to right. Colour: share of the map's highest value.", tabindex: 0, "aria-label": `${label}. Arrow keys read its cells, Enter chooses one.` },
     title && svg("text", { class: "name", x: left, y: 11 }, title), svg("path", { class: "field", d: box(0, 0, columns.length, rows.length) }),
     paths.map((d, i) => d && svg("path", { class: "hot", d, "fill-opacity": ((i + 1) / LEVELS).toFixed(2) })), named,
     marks.map((d) => svg("path", { class: "mark", d })), cursor, under);
@@ -91,7 +91,7 @@ function marker(k, x, y) {
 export function switches(rows, layers, { label, width = room(), left = width / 3 }) {
   const high = 20, x = (i) => left + ((width - left - 14) * i) / Math.max(layers.length - 1, 1), height = rows.length * high + 34;
   const every = Math.ceil(layers.length / 10);
-  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "group", "aria-label": label },
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "group", "aria-label": label, "data-legend": "Dot: a run of layers begins. Ring: it ends. The line is as thick as the activation is high." },
     layers.map((layer, i) => i % every === 0 && [svg("path", { class: "grid", d: `M${x(i)} 4V${height - 30}` }), svg("text", { class: "tick", x: x(i), y: height - 18, "text-anchor": "middle" }, String(layer))]),
     svg("text", { class: "tick", x: (left + width) / 2, y: height - 3, "text-anchor": "middle" }, "layer (after block)"),
     rows.map(({ name, words, on, chosen, pick }, k) => {
@@ -106,33 +106,37 @@ export function switches(rows, layers, { label, width = room(), left = width / 3
     }));
 }
 
-/** Values as bars side by side, each with its words. */
-export function bars(values, names, { label, say, width = 300, height = 90 }) {
-  const top = Math.max(...values, 0) || 1, step = (width - 8) / values.length, ticks = [0, Math.floor((names.length - 1) / 2), names.length - 1];
+/** Values as bars side by side, each with its words. names: layers; top: the highest value in words. */
+export function bars(values, names, { label, say, top: words, width = 300, height = 102 }) {
+  const top = Math.max(...values, 0) || 1, peak = values.indexOf(Math.max(...values)), step = (width - 8) / values.length, ticks = [0, Math.floor((names.length - 1) / 2), names.length - 1];
   return svg("svg", { viewBox: `0 0 ${width} ${height + 16}`, class: "bars", role: "img", "aria-label": label },
     svg("path", { class: "grid", d: `M4 ${height}H${width - 4}` }),
-    values.map((v, i) => svg("path", { class: "bar-of", d: `M${4 + i * step} ${height}v${(-(height - 4) * v) / top}h${step * 0.86}V${height}z` }, svg("title", {}, say(i)))),
-    [...new Set(ticks)].map((i) => svg("text", { class: "tick", x: 4 + (i + 0.43) * step, y: height + 13, "text-anchor": "middle" }, String(names[i]))));
+    values.map((v, i) => svg("path", { class: "bar-of", d: `M${4 + i * step} ${height}v${(-(height - 14) * v) / top}h${step * 0.86}V${height}z` }, svg("title", {}, say(i)))),
+    svg("text", { class: "tick", x: 4 + (peak + 0.43) * step, y: 10, "text-anchor": peak < values.length / 2 ? "start" : "end" }, words),
+    [...new Set(ticks)].map((i) => svg("text", { class: "tick", x: 4 + (i + 0.43) * step, y: height + 13, "text-anchor": "middle" }, i === ticks[1] ? `layer ${names[i]}` : String(names[i]))));
 }
 
 const PAINT = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "fill-opacity", "font-size", "font-family", "font-weight"];
 
-/** Drawings side by side in one SVG, that looks as it does here wherever it is opened. */
-function collage(drawings) {
+/** Drawings side by side in one SVG under their title and what their marks mean, that looks as it does here wherever it is
+    opened. */
+function collage(drawings, title) {
   const boxes = drawings.map((one) => one.viewBox.baseVal), across = drawings.length > 1 ? Math.min(4, drawings.length) : 1;
   const [w, t] = [Math.max(...boxes.map((b) => b.width)) + 12, Math.max(...boxes.map((b) => b.height)) + 12];
-  const size = [w * across, t * Math.ceil(drawings.length / across)];
+  const { legend } = drawings[0].dataset, above = legend ? 40 : 24, words = Math.max(title.length * 7.4, (legend ?? "").length * 5.2) + 12;
+  const size = [Math.max(w * across, words), t * Math.ceil(drawings.length / across) + above], { color, fontFamily } = getComputedStyle(document.body);
+  const line = (y, px, text) => svg("text", { x: 6, y, fill: color, "font-size": px, "font-family": fontFamily }, text);
   const copies = drawings.map((one, i) => {
     const copy = one.cloneNode(true), from = [one, ...one.querySelectorAll("*")];
     [copy, ...copy.querySelectorAll("*")].forEach((part, k) => {
       const seen = getComputedStyle(from[k]);
       for (const name of PAINT) part.setAttribute(name, seen.getPropertyValue(name));
     });
-    for (const [name, value] of Object.entries({ x: (i % across) * w + 6, y: Math.floor(i / across) * t + 6, width: boxes[i].width, height: boxes[i].height })) copy.setAttribute(name, value);
+    for (const [name, value] of Object.entries({ x: (i % across) * w + 6, y: Math.floor(i / across) * t + 6 + above, width: boxes[i].width, height: boxes[i].height })) copy.setAttribute(name, value);
     return copy;
   });
   return svg("svg", { xmlns: "http://www.w3.org/2000/svg", viewBox: `0 0 ${size[0]} ${size[1]}`, width: size[0], height: size[1] },
-    svg("path", { d: `M0 0H${size[0]}V${size[1]}H0z`, fill: getComputedStyle(document.body).backgroundColor }), copies);
+    svg("path", { d: `M0 0H${size[0]}V${size[1]}H0z`, fill: getComputedStyle(document.body).backgroundColor }), line(18, 14, title), legend && line(34, 10, legend), copies);
 }
 
 const source = (drawing) => new XMLSerializer().serializeToString(drawing);

@@ -1,5 +1,6 @@
 // A sentence: where its latents are on, over layers and tokens; what switches at one token; what follows from a change.
 
+import { DENSE } from "./card.js";
 import { figure, heatMap, switches } from "./charts.js";
 import { button, counted, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
 
@@ -56,18 +57,21 @@ function draw() {
   const word = (c) => `token ${c} ${quoted(tokens[c].token)}`;
   fill(find("tokens"), h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),
     () => set({ token: token === i ? "" : i }), { "aria-pressed": String(i === token), disabled: !kept, "aria-label": `token ${i}: ${visible(text)}` })));
+  const dense = (one) => (one.share_of_tokens > DENSE ? `dense, fires at ${percent(one.share_of_tokens)} of the analysed tokens; ` : "");
   const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value]) => [c, layers.indexOf(layer), value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
-    label: `Latent ${one.latent}, mean layer in this text ${show(one.layer_mean)}, fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
-    title: `${one.latent}  ${one.fires_on.slice(0, 3).map(visible).join(" ")}`.slice(0, 34),
-    say: (c, r, v) => `Latent ${one.latent} (mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
+    label: `Latent ${one.latent}, mean layer in this text ${show(one.layer_mean)}, ${dense(one)}fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
+    title: `${one.latent}  ${dense(one) ? "dense  " : ""}${one.fires_on.slice(0, 3).map(visible).join(" ")}`.slice(0, 34),
+    say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
     pick: (c, r) => set({ latent: one.latent, token: tokens[c].kept ? c : "", layer: layers[r] }),
   }));
   const where = token < 0 ? "in the sentence" : `at ${word(token)}`;
   const rows = () => [["latent", "position", "token", "layer", "activation"], ...found.flatMap((one) => one.cells.map(([c, layer, value]) => [one.latent, c, tokens[c].token, layer, value]))];
   const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : total)} latents on ${where}: ${state.sort === "mass" ? "the most active" : "the most specific to the text"}`, "latents", maps, rows, read);
   fill(find("maps"), ...(token < 0 ? [] : [switching(found, token, word(token))]), picture);
-  const next = prompt.next.map(({ token: text, p_true }) => [visible(text), percent(p_true)]);
-  find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next.map(([text, p]) => [h("code", {}, text), ` ${p}  `])));
+  const next = (list) => list.map(({ token: text, p_true }) => [h("code", {}, visible(text)), ` ${percent(p_true)}  `]);
+  const before = tokens.slice(tokens.findIndex((one) => one.kept), token + 1).map((one) => one.token).join("");
+  find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next(prompt.next)), ...(token < 0 ? [] : [h("p", {}, h("b", {}, `After ${word(token)}: `), next(tokens[token].next),
+    prompt.text.startsWith(before) && before !== prompt.text && link("Cut the text here, to change what follows", { text: before, token: "" }))]));
 }
 
 /** Which latents switch on, stay and switch off from layer to layer at a token. */

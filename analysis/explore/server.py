@@ -172,7 +172,12 @@ def make_app(analysis: Any, token: str) -> Starlette:
 
 
 def _call(analysis: Any, name: str, given: dict[str, Any]) -> Any:
-    return analysis.prompt(**given, most=MOST_LATENTS).data if name == "prompt" else getattr(analysis, name)(**given)
+    if name == "prompt":
+        return analysis.prompt(**given, most=MOST_LATENTS).data
+    found = getattr(analysis, name)(**given)
+    if name == "search":
+        return found.astype(object).where(found.notna(), None).to_dict("records")
+    return found
 
 
 def _missing(analysis: Any) -> str | None:

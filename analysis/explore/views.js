@@ -7,10 +7,10 @@ import { code, counted, find, h, latest, link, number, pins, set, state, table, 
 const FIRST = 50; // that the server sends
 const FIELDS = ["tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile"];
 const search = latest("search", find("search-status"), (found) => {
-  const rows = found.map((one) => [link(String(one.latent), { latent: one.latent, layer: "" }), code(one.fires_on), show(one.layer_mean), integer(one.count), show(one.score), one.why]);
-  const names = ["latent", "fires_on", "layer_mean", "count", "score", "why"];
+  const rows = found.map((one) => [link(String(one.latent), { latent: one.latent, layer: "" }), code(one.fires_on), one.profile ?? "\u2013", show(one.layer_mean), percent(one.share_of_tokens), one.why]);
+  const names = ["latent", "fires_on", "profile", "layer_mean", "share_of_tokens", "count", "score", "why"];
   find("search-found").replaceChildren(rows.length ? figure("Latents found, the most specific first", "search",
-    table(["Latent", "Fires on", "Mean layer", "Firings", "Score", "Why"], rows, "Choose a number to see its card."), () => [names, ...found.map((one) => names.map((name) => one[name]))]) : "");
+    table(["Latent", "Fires on", "Profile", "Mean layer", "Tokens it fires at", "Why"], rows, "Choose a number to see its card."), () => [names, ...found.map((one) => names.map((name) => one[name]))]) : "");
   return rows.length ? `${counted(rows.length, "latent")}${rows.length === FIRST ? ", the first that fit; there may be more" : ""}.` : "No live latent fits all of this.";
 });
 

@@ -39,6 +39,9 @@ from residscope.urls import as_path
 SHARE = 0.5
 """Of a latent's activation mass that must be at the layers asked for."""
 
+FOUND = ("latent", "fires_on", "profile", "layer_mean", "share_of_tokens", "count", "score", "why")
+"""Columns of what `search` finds. share_of_tokens: of the analysed ones, those at which it fires, 0 to 1."""
+
 _AGAIN = "run `analyze` again"
 
 
@@ -137,10 +140,12 @@ class Analysis:
 
     def prompt(self, text: str, most: int = 60) -> Prompt:
         """The latents of a text; a notebook shows their map. most: the most specific so many. `.data` is in plain
-        values: prompt.json's, and of each latent its `cells` [[position, layer, activation]]."""
+        values: prompt.json's, and of each latent its `cells` [[position, layer, activation]], what it fires on, and the
+        share of the analysed tokens at which it fires (0 to 1)."""
         data = self.live.prompt(text, most)
         for one in data["latents"]:
             one["fires_on"] = self._fires_on[one["latent"]]
+            one["share_of_tokens"] = self._share_of_tokens(one["latent"])
         return Prompt(_plain(data))
 
     def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], continue_tokens: int = 0) -> dict[str, Any]:
@@ -161,8 +166,9 @@ class Analysis:
         to_layer: int | None = None,
         profile: str | None = None,
         limit: int = 50,
-    ) -> list[dict[str, Any]]:
-        """Latents that meet all that is asked for, the best first: by the product of what each condition gives.
+    ) -> pd.DataFrame:
+        """Latents that meet all that is asked for, the best first: by the product of what each condition gives
+        (`score`, comparable only within one search; `why` says it in words).
 
         tokens: words or phrases, of which one is enough, by how specific a latent is to them
         (`analysis.latents.search`); promotes: a token, by its place among those promoted; on, off: active somewhere in
@@ -191,23 +197,31 @@ class Analysis:
             same = live[self.latents["profile"].to_numpy()[live] == profile]
             found.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
         if not found:
-            return []
+            return pd.DataFrame(columns=FOUND)
         common = set(found[0]).intersection(*found[1:])
         scores = {latent: float(np.prod([one[latent][0] for one in found])) for latent in common}
         best = sorted(common, key=lambda latent: (-scores[latent], latent))[:limit]
-        return [
-            _plain(
-                {
-                    "latent": latent,
-                    "fires_on": self._fires_on[latent],
-                    "count": int(self.latents["count"].iloc[latent]),
-                    "layer_mean": float(self.latents["layer_mean"].iloc[latent]),
-                    "score": scores[latent],
-                    "why": "; ".join(one[latent][1] for one in found),
-                }
-            )
-            for latent in best
-        ]
+        table = self.latents.iloc[best]
+        columns = {
+            "latent": best,
+            "fires_on": [self._fires_on[latent] for latent in best],
+            "profile": table["profile"].to_list() if "profile" in table else None,
+            "layer_mean": table["layer_mean"].to_list(),
+            "share_of_tokens": [self._share_of_tokens(latent) for latent in best],
+            "count": table["count"].to_list(),
+            "score": [scores[latent] for latent in best],
+            "why": ["; ".join(one[latent][1] for one in found) for latent in best],
+        }
+        return pd.DataFrame(columns, columns=FOUND)
+
+    def __repr__(self) -> str:
+        of = self.summary["provenance"]["store"].get("model") or "unnamed model"
+        return (
+            f"Analysis({str(self.folder)!r}: {of}, {self.summary['n_layers']} layers, {self._table.num_rows:,} latents)"
+        )
+
+    def _share_of_tokens(self, latent: int) -> float:
+        return float(self.latents["n_tokens"].iloc[latent]) / self.summary["n_tokens"]
 
     @cached_property
     def _table(self) -> Any:

@@ -14,12 +14,17 @@ CELL = 10
 SAID, SAID_OF = "<p>Explained, {}: {} <small>{}</small></p>", ("where", "explanation", "said")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Card:
     """What is known of a latent."""
 
     data: dict[str, Any]
     """As of `Analysis.card`."""
+
+    def __repr__(self) -> str:
+        of = self.data
+        where = f"mean layer {show(of['layer_mean'])}; {integer(of['count'])} firings"
+        return f"Latent {of['latent']}: fires on {_words(of)}; {where} (.data has all)"
 
     def _repr_html_(self) -> str:
         of = self.data
@@ -41,12 +46,18 @@ class Card:
         return f'<div style="font-family:sans-serif">{"".join(lines)}</div>'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prompt:
     """The latents of a text."""
 
     data: dict[str, Any]
     """As of `Analysis.prompt`."""
+
+    def __repr__(self) -> str:
+        lines = [f"{quoted(self.data['text'])}: {integer(self.data['n_active_latents'])} latents active, first of all"]
+        for one in self.data["latents"][:N_EXAMPLES]:
+            lines.append(f"  {one['latent']}, mean layer {show(one['layer_mean'])}, fires on {_words(one)}")
+        return "\n".join([*lines, "(.data has all)"])
 
     def _repr_html_(self) -> str:
         of = self.data
@@ -65,6 +76,10 @@ class Prompt:
             f"The {len(best)} latents most specific to it, by mean layer:</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
+
+
+def _words(of: Mapping[str, Any]) -> str:
+    return ", ".join(map(quoted, of["fires_on"])) or "nothing in particular"
 
 
 def _bars(layers: Sequence[int], shares: Sequence[float | None]) -> str:

@@ -37,8 +37,11 @@ from residscope.errors import UsageError
 from train.kernels.interface import SparseCodes
 from train.model import MLSAE
 
-N_SHOWN = 8
-"""Tokens shown at each end, and of a prediction."""
+N_SHOWN, N_AT_TOKEN = 8, 3
+"""Tokens shown at each end, and of the prediction after the text; of the prediction at each token of it."""
+
+TILE = 64
+"""Positions whose logits are held at a time."""
 
 LARGEST = 1e38
 """Coefficients of steering must be smaller, to fit into float32."""
@@ -193,6 +196,9 @@ class PromptRun:
         self._last_logits = prompted.model.logits(true[0, -1]).float()  # [V]
         self.next_tokens = likeliest(self._last_logits.softmax(dim=-1))
         """Of the token after the prompt."""
+        logits = (prompted.model.logits(part).float() for part in true[0].split(TILE))
+        self.next_at = [likeliest(p, N_AT_TOKEN) for part in logits for p in part.softmax(dim=-1)]
+        """[N] of the token after each."""
 
     @torch.inference_mode()
     def effect(self, interventions: Sequence[Intervention]) -> Effect:
@@ -229,9 +235,9 @@ class PromptRun:
         return made[0, ids.shape[1] :].tolist()
 
 
-def likeliest(p: Tensor) -> list[tuple[int, float]]:
-    """The `N_SHOWN` likeliest tokens and their probabilities, of p [V]."""
-    probability, token = p.topk(min(N_SHOWN, len(p)))
+def likeliest(p: Tensor, most: int = N_SHOWN) -> list[tuple[int, float]]:
+    """The likeliest tokens and their probabilities, of p [V]."""
+    probability, token = p.topk(min(most, len(p)))
     return list(zip(token.tolist(), probability.tolist(), strict=True))
 
 

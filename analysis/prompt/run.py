@@ -128,8 +128,8 @@ def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENT
     return {
         "text": view.text,
         "tokens": [
-            {"token": token, "token_id": int(i), "kept": bool(kept)}
-            for token, i, kept in zip(tokens.texts, tokens.ids, tokens.kept, strict=True)
+            {"token": token, "token_id": int(i), "kept": bool(kept), "next": plain_tokens(after, tokenizer, "p_true")}
+            for token, i, kept, after in zip(tokens.texts, tokens.ids, tokens.kept, view.run.next_at, strict=True)
         ],
         "next": plain_tokens(view.run.next_tokens, tokenizer, "p_true"),
         "n_active_latents": len(latents.latent),

@@ -6,6 +6,7 @@ What is not defined (null, NaN, infinite) is shown as an en dash. Functions take
 import base64
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -73,6 +74,11 @@ def small(bounds: tuple[float, float] | None) -> str:
 def with_interval(results: Results, *keys: str) -> str:
     """The number at a path of keys in the summary, and its interval in small print."""
     return show(results.number(*keys)) + small(results.bounds(*keys))
+
+
+def prose(text: str) -> str:
+    """A message as HTML, with flags and what stands between backticks as code, so that no line ends inside a flag."""
+    return re.sub(r"`([^`]+)`|(--[\w-]+)", r"<code>\1\2</code>", escape(text))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:

@@ -7,14 +7,13 @@ top stand the finding in one sentence, the tokens that it holds for, warnings, a
 
 import base64
 import hashlib
-import re
 from html import escape
 from importlib import import_module
 from pathlib import Path
 
 from analysis.report.data import Results, load_results
 from analysis.report.figures import write_figures
-from analysis.report.markup import Section, between, fill, integer, page_file, percent, show, tiles
+from analysis.report.markup import Section, between, fill, integer, page_file, percent, prose, show, tiles
 from analysis.report.sections.variance import why_no_ratio
 
 RATIO = ("variance", "mass", "aggregate_over_token")
@@ -28,8 +27,6 @@ def page_header(results: Results) -> str:
             f"The reference's formula gives {show(results.reference_ratio)} on the same codes, but what it divides are "
             'not variances: <a href="#variance">why they differ</a>.'
         )
-    # Flags of the command line as code, so that no line ends inside one.
-    warnings = [re.sub(r"--[\w-]+", r"<code>\g<0></code>", escape(warning)) for warning in _warnings(results)]
     return fill(
         "header.html",
         model=escape(str(results.get("provenance", "store", "model") or "unnamed model")),
@@ -40,7 +37,7 @@ def page_header(results: Results) -> str:
         reference=other,
         tokens=escape(str(results.get("split", "text") or f"{integer(results.get('n_tokens'))} tokens.")),
         settled=_settled(results),
-        warnings="".join(f'<p class="warning">{words}</p>' for words in warnings),
+        warnings="".join(f'<p class="warning">{prose(words)}</p>' for words in _warnings(results)),
         tiles=tiles(_main_numbers(results)),
     )
 

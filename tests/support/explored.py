@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import pandas as pd
 import uvicorn
 
 from analysis.explore.server import make_app
+from analysis.live.opened import FOUND
 from residscope.errors import UsageError
 
 TOKEN = "token-of-the-tests"
@@ -83,7 +85,7 @@ class Stub:
         return self._answer("card", given)
 
     def search(self, **given: Any) -> Any:
-        return self._answer("search", given)
+        return pd.DataFrame([self._answer("search", given)])
 
     def prompt(self, **given: Any) -> Any:
         return SimpleNamespace(data=self._answer("prompt", given))
@@ -153,11 +155,12 @@ class Planted(Stub):
     def search(self, **given: Any) -> Any:
         self.asked.append(given)
         words = given.get("tokens", "")
-        return [
-            {"latent": j, "fires_on": found, "count": 8, "layer_mean": 3.5, "score": 0.75, "why": f"fires on {words}"}
+        rows = [
+            (j, found, None, 3.5, 0.25, 8, 0.75, f"fires on {words}")
             for j, found in WORDS.items()
             if any(words and words in one for one in found)
         ]
+        return pd.DataFrame(rows, columns=FOUND)
 
     def prompt(self, **given: Any) -> Any:
         text: str = given["text"]
@@ -181,11 +184,14 @@ class Planted(Stub):
                 "peak_position": n - 1,
                 "fires_on": WORDS[latent],
                 "specificity": float(latent),
+                "share_of_tokens": 0.125 if latent == 9 else 0.0625,
                 "cells": cells,
             }
             for latent, cells in on.items()
         ]
-        tokens = [{"token": word, "token_id": t, "kept": t > 0} for t, word in enumerate(words)]
+        tokens: list[dict[str, Any]] = [{"token": word, "token_id": t, "kept": t > 0} for t, word in enumerate(words)]
+        for token in tokens:
+            token["next"] = [{"token": f"{token['token']}?", "token_id": 5, "p_true": 0.25}]
         chances = [{"token": " on", "token_id": 3, "p_true": 0.5}, {"token": "\n", "token_id": 4, "p_true": 0.0625}]
         return SimpleNamespace(
             data={

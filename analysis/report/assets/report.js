@@ -250,8 +250,7 @@ async function latentTable(block) {
     search.value = asked[1];
     const row = data.latent.indexOf(Number(asked[1]));
     if (row >= 0) state.open.add(row);
-    select();
-    find("latents").scrollIntoView();
+    select().then(() => (body.querySelector(`[data-row="${row}"]`) ?? find("latents")).scrollIntoView());
   }
 
   function reset() {

@@ -1,10 +1,8 @@
 """Section: FVU by layer beside held-out text and PCA, and L0."""
 
-from html import escape
-
 from analysis.report.charts import layer_chart
 from analysis.report.data import Results
-from analysis.report.markup import Section, columns, figure, integer, layer_table, percent, show
+from analysis.report.markup import Section, columns, figure, integer, layer_table, percent, prose, show
 
 COLUMNS = (
     ("fvu", "FVU", show),
@@ -45,7 +43,7 @@ def section(results: Results) -> Section:
     few = results.get("reconstruction", "few_tokens")
     body = (
         INTRODUCTION
-        + (FEW.format(words=escape(str(few))) if few else "")
+        + (FEW.format(words=prose(str(few))) if few else "")
         + columns(figure(reconstruction_title(results), fvu_chart), figure(l0_title, l0_chart, ABOUT_L0))
         + "<details open><summary>Table by layer</summary>"
         + layer_table(results, COLUMNS if results.number("reconstruction", "fvu_without_few") is None else WITH_FEW)

@@ -136,12 +136,25 @@ def test_a_token_shows_what_switches_on_stays_and_switches_off(tab: Explored) ->
     assert tab.run('return named("token 0").disabled;')
 
 
+def test_what_the_model_expects_after_a_token_and_the_text_up_to_it(tab: Explored) -> None:
+    tab.open(SENTENCE)
+    tab.run("""(await until(() => named("token 4: up"))).click(); await until(() => text("#next").includes("up?"));""")
+    assert "After token 4 \u201cup\u201d: up? 25.0 %" in tab.run('return text("#next");')
+    assert not tab.run('return find("#next a");')  # these tokens do not make the text
+    tab.run("""named("token 1: all").click(); await until(() => text("#next").includes("all?"));
+      find("#next a").click(); await until(() => text("#sentence-status").includes("1 token"));""")
+    assert tab.state == "text=all"
+
+
 def test_latents_are_ordered_and_cut(tab: Explored) -> None:
     tab.open(SENTENCE)
     tab.run("""await until(() => all(".heat").length === 3);""")
     orders = tab.run("""return ["layer_mean", "mass", "specificity"].map((order) => { change("#sort", order);
       return all(".heat").map((at) => at.getAttribute("aria-label").match(/\\d+/)[0]).join(" "); });""")
     assert orders == ["8 9 7", "8 7 9", "9 8 7"]
+    assert tab.run('return all(".heat").map((at) => at.getAttribute("aria-label").includes("dense"));') == [
+        *(True, False, False),
+    ]
     tab.run("""change("#shown", "12");""")
     assert tab.state == "text=all is going up&sort=specificity&shown=12"
     assert tab.run('return text("#maps h3");') == "3 of 3 latents on in the sentence: the most specific to the text"
@@ -255,8 +268,8 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
           text("#card h2") === "Latent 7");"""
     )
     assert (
-        tab.saved("search.csv").decode()
-        == 'latent,fires_on,layer_mean,count,score,why\n7,"up,\n",3.5,8,0.75,fires on up\n'
+        tab.saved("search.csv").decode() == "latent,fires_on,profile,layer_mean,share_of_tokens,count,score,why\n"
+        '7,"up,\n",,3.5,0.25,8,0.75,fires on up\n'
     )
     shared = tab.page.run("location.hash")
     tab.open(shared)
@@ -315,6 +328,15 @@ def test_pictures_are_saved_as_they_are_seen(tab: Explored) -> None:
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert " style=" not in drawing
         assert "var(" not in drawing
+        words = [part.text or "" for part in root.findall("{http://www.w3.org/2000/svg}text")]
+        assert words[0].startswith(title)
+        legends = {
+            "switches": "Dot: a run of layers begins",
+            "latents": "Rows: layers",
+            "latent-7-histogram": "Rows: layers",
+        }
+        assert len(words) == 1 + (name in legends)
+        assert words[-1].startswith(legends.get(name, title))
         assert tab.saved(f"{name}.png")[:8] == b"\x89PNG\r\n\x1a\n"
         rows = list(csv.reader(tab.saved(f"{name}.csv").decode().splitlines()))
         assert len(rows) > 2

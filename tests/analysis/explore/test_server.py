@@ -91,7 +91,7 @@ def test_what_is_asked_reaches_the_analysis(served: Served) -> None:
     assert served.ask("/api/card", {"latent": 3, "n": 7}).body == {"n": 7, "found": {"asked": "card", "latent": 3}}
     search = {"tokens": "a b", "promotes": "", "from_layer": 2.5, "to_layer": None, "profile": "late"}
     expected = {"asked": "search", "tokens": "a b", "from_layer": 2.5, "profile": "late"}
-    assert served.ask("/api/search", search).body["found"] == expected
+    assert served.ask("/api/search", search).body["found"] == [expected]
     assert served.ask("/api/prompt", {"text": "a"}).body["found"] == {
         "asked": "prompt",
         "text": "a",

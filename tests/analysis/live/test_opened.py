@@ -53,6 +53,7 @@ def test_a_card_has_the_numbers_of_the_files(live: Live, opened: Analysis) -> No
     if dead is not None:
         card = opened.card(dead)
         assert (card["layer_mean"], card["histogram"], card["examples"]) == (None, None, [])
+    assert repr(opened).endswith(f"{opened.summary['n_layers']} layers, 96 latents)")
     with pytest.raises(UsageError, match="there are latents 0 to 95, found 96"):
         opened.card(96)
     with pytest.raises(UsageError, match="found '5'"):
@@ -97,20 +98,20 @@ def test_a_prompt_has_the_numbers_of_the_command(live: Live, opened: Analysis) -
 def test_search_by_text_layers_and_profile(live: Live, opened: Analysis) -> None:
     table: Any = opened.latents
     found = opened.search(tokens="a", limit=200)
-    assert found
-    assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
+    assert len(found) > 0
+    assert found["score"].is_monotonic_decreasing
+    n_tokens = table["n_tokens"][found["latent"]].to_numpy()
+    assert found["share_of_tokens"].tolist() == (n_tokens / opened.summary["n_tokens"]).tolist()
     late = opened.search(from_layer=1, to_layer=2, limit=200)
-    assert {one["latent"] for one in late} == {
-        i for i in table["latent"][table["count"] > 0] if sum(table["probs"][i][1:3]) >= 0.5
-    }
+    assert set(late["latent"]) == {i for i in table["latent"][table["count"] > 0] if sum(table["probs"][i][1:3]) >= 0.5}
     kind = table["profile"][table["count"] > 0].iloc[0]
-    same = {one["latent"] for one in opened.search(profile=kind, limit=200)}
+    same = set(opened.search(profile=kind, limit=200)["latent"])
     assert same == set(table["latent"][(table["profile"] == kind) & (table["count"] > 0)])
-    both = {one["latent"] for one in opened.search(tokens="a", profile=kind, limit=200)}
-    assert both == same & {one["latent"] for one in found}
-    assert opened.search() == []
+    both = set(opened.search(tokens="a", profile=kind, limit=200)["latent"])
+    assert both == same & set(found["latent"])
+    assert opened.search().empty
     on, off = (set(opened.live.activations(text).latent.tolist()) for text in (TEXT, "zzz"))
-    assert {one["latent"] for one in opened.search(on=TEXT, off="zzz", limit=200)} == on - off
+    assert set(opened.search(on=TEXT, off="zzz", limit=200)["latent"]) == on - off
 
 
 def test_search_by_what_is_promoted(live: Live, opened: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,9 +119,9 @@ def test_search_by_what_is_promoted(live: Live, opened: Analysis, monkeypatch: p
     rows = pq.read_table(live.folder / "latent_logits.parquet").to_pylist()
     token = rows[3]["promoted"][0].strip().lower()
     expected = {row["latent"] for row in rows if token in [one.strip().lower() for one in row["promoted"]]}
-    assert {one["latent"] for one in opened.search(promotes=token, limit=200)} == expected
+    assert set(opened.search(promotes=token, limit=200)["latent"]) == expected
     monkeypatch.setitem(opened.summary, "latent_logits", {"unembedding_chance_99": 2.0})
-    assert opened.search(promotes=token) == []
+    assert opened.search(promotes=token).empty
 
 
 def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:

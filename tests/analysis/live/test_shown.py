@@ -48,6 +48,8 @@ def test_a_card() -> None:
     assert "Latent 17" in text
     assert "1,234 vectors of 99 tokens, at 2 layers; mean layer 3.25" in text
     assert text.count("alert") == 5  # fires on, two tokens of an example, promotes, explained
+    assert repr(Card(card())).startswith("Latent 17: fires on ")
+    assert repr(Card(card())).endswith("; mean layer 3.25; 1,234 firings (.data has all)")
     heights = [float(bar.attrib["height"]) for bar in root.iter("rect")]
     assert heights == [20, 60]
     assert "Promotes" not in "".join(shown(Card({**card(), "logits_above_chance": False})).itertext())
@@ -77,3 +79,6 @@ def test_a_prompt() -> None:
     first = [rect.attrib["fill"] for rect in root.iter("rect")][:2]
     assert first == ["#21918c", "#fde725"]
     assert "25 latents active" in "".join(root.itertext())
+    lines = repr(Prompt(data)).splitlines()
+    assert "25 latents active" in lines[0]
+    assert [line.split(",")[0].strip() for line in lines[1:9]] == [str(i) for i in range(8)]

@@ -15,7 +15,15 @@ import transformers
 from torch import Tensor
 
 from analysis.cli import main
-from analysis.prompt.intervene import Effect, Intervention, PromptedModel, PromptRun, parse_ablate, parse_steer
+from analysis.prompt.intervene import (
+    N_AT_TOKEN,
+    Effect,
+    Intervention,
+    PromptedModel,
+    PromptRun,
+    parse_ablate,
+    parse_steer,
+)
 from analysis.prompt.view import Activations, Usual, latents_of, read_prompt, run_prompt
 from residscope.errors import UsageError
 from tests.support.harvested import Harvested, make_checkpoint, make_harvested
@@ -211,6 +219,11 @@ def test_interventions_are_what_one_computes_by_hand(make: Make, architecture: s
         expect(ablated, *by_hand(setting, tokens, layer, without), tokens)
         steered = run.effect([Intervention(kind="steer", latent=latent, layers=(layer,), coefficient=4.5)])
         expect(steered, *by_hand(setting, tokens, layer, pushed), tokens)
+    p = by_hand(setting, tokens, layer, without)[0].softmax(dim=-1)
+    assert len(run.next_at) == len(p)
+    for after, row in zip(run.next_at, p, strict=True):
+        assert [chance for _, chance in after] == pytest.approx(row.topk(N_AT_TOKEN).values.tolist(), abs=1e-5)
+        assert all(row[token].item() == pytest.approx(chance, abs=1e-5) for token, chance in after)
     assert ablated.kl_last > 0
     assert steered.kl_mean > 0
 

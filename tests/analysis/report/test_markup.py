@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from analysis.report.markup import EN_DASH, percent, show
+from analysis.report.markup import EN_DASH, percent, prose, show
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,9 @@ def test_percentages() -> None:
         *("27 %", "3.1 %", "0.040 %", "0 %", "100 %"),
         EN_DASH,
     ]
+
+
+def test_flags_and_what_is_quoted_in_messages_are_code() -> None:
+    assert prose("a < b: `harvest --mask-norm 10`, or --split train") == (
+        "a &lt; b: <code>harvest --mask-norm 10</code>, or <code>--split</code> train"
+    )

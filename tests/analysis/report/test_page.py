@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,6 +20,7 @@ from analysis.report.markup import EN_DASH, pack_arrays, page_file, show
 from analysis.report.page import SECTIONS, render_report, write_report
 from analysis.report.sections import latents, nulls, persistence, reconstruction
 from analysis.report.sections.latents import unsigned
+from tests.support import chromium
 from tests.support.page import Page, unpack
 from tests.support.results import write_results
 
@@ -331,3 +333,21 @@ def test_half_of_a_pair_of_characters_is_written(tmp_path: Path) -> None:
 
     folder = write_results(tmp_path, n_layers=2, n_latents=30, change=name)
     assert "a name ?" in write_report(folder).read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(chromium.find_chromium() is None, reason="there is no browser here")
+def test_on_a_phone_the_link_of_a_latent_shows_it_within_the_window(tmp_path: Path) -> None:
+    latent = pq.read_table((folder := write_results(tmp_path, n_latents=100)) / "latents.parquet")
+    (row,) = latent.filter(pc.field("count") > 0).slice(40, 1).to_pylist()
+    address = f"{write_report(folder).as_uri()}#latent-{row['latent']}"
+    with chromium.Page(chromium.find_chromium() or "", 360, 780) as page:
+        page.open(address)
+        where = page.run("""(async () => { for (;;) { const row = document.querySelector("tr[data-row]:has(+ .detail)");
+          const box = row?.getBoundingClientRect();
+          if (box && Math.abs(box.top) < 2 && row.nextSibling.querySelector(".looks")?.textContent !== "") {
+            const parts = [...row.nextSibling.querySelectorAll(".head, .looks, .panels, dl")];
+            return [row.textContent, ...parts.map((one) => one.getBoundingClientRect().right)]; }
+          await new Promise((next) => setTimeout(next, 5)); } })()""")
+    assert where[0].startswith(str(row["latent"]))
+    assert len(where) > 3
+    assert max(where[1:]) <= 360
