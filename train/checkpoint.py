@@ -32,16 +32,24 @@ BESIDE = (".safetensors", ".metrics.jsonl", ".loss.png", ".tensorboard", ".wandb
 class Checkpoint:
     """What a checkpoint file holds."""
 
-    config: SAEConfig
     sae: MLSAE
     """The autoencoder, float32, on the CPU."""
     store: dict[str, Any]
     """Which data it was trained on: content_hash, path (the store's name), d_model, layers, model, lens,
-    validation {fraction, seed, n_documents}."""
+    validation {fraction, seed, n_documents}; of a foreign model only what is known of model, layers, d_model."""
     trainer: dict[str, Any]
-    """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs."""
+    """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs; of a
+    foreign model where it came from."""
     notes: tuple[str, ...] = ()
     """Of a file of another format: what a user has to know and the weights do not say."""
+    format: str = "residscope"
+    """Which format it was in: residscope, mlsae, saelens or sparsify."""
+    path: str = ""
+    """The file or hub repository, as given, with the sub-folder where there was one."""
+
+    @property
+    def config(self) -> SAEConfig:
+        return self.sae.config
 
 
 def safetensors_path(checkpoint: Path) -> Path:
@@ -129,7 +137,7 @@ def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
     if finite:
         check_weights(sae.state_dict(), str(path))
     check_records(store, trainer, str(path))
-    return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
+    return Checkpoint(sae=sae, store=store, trainer=trainer, path=str(path))
 
 
 def _read_safely(path: Path) -> dict[str, Any]:

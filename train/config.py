@@ -324,15 +324,7 @@ class TrainConfig:
             raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give only one")
 
     def flags(self) -> dict[str, Any]:
-        """The flags that make this run, in the order of `ckpt.config.toml`, which is older than the groups."""
+        """The flags that make this run."""
         # Of the invocation:
         own = ("dry_run", "resume", "overwrite", "json", "n_procs", "shard_latents", "follow", "cache_gb")
-        flags = {name: value for name, value in to_flat(self).items() if name not in own}
-        names = list(flags)
-        for name, follower in _PLACES.items():
-            names.remove(name)
-            names.insert(names.index(follower), name)
-        return {name: flags[name] for name in names}
-
-
-_PLACES = {"window_gb": "log_every", "dead_tokens": "sweep", "loss_space": "sweep", "deterministic": "tensorboard"}
+        return {name: value for name, value in to_flat(self).items() if name not in own}

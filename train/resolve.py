@@ -119,7 +119,7 @@ class RunPlan:
         return getattr(torch, self.product_dtype)
 
     def flags(self) -> dict[str, Any]:
-        """The flags that make this run, none left to a recipe, in the order of `ckpt.config.toml`."""
+        """The flags that make this run, none left to a recipe."""
         return fill(self.config, recorded_flags(asdict(self.chosen))).flags()
 
     def to_dict(self) -> dict[str, Any]:

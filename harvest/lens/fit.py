@@ -3,13 +3,12 @@ measurement, and the lens's folder, made whole or not at all.
 
 How: one pass over the text takes the regression sums of every translator (ridge.py); then, if asked for, KL training
 from there or from zero on a random part of the same tokens (kl.py); then both are made invertible and measured on
-documents that took no part (measure.py), always through the model itself. Everything is written into the folder
-`OUT.fitting`, which is renamed last. A fit that was stopped begins again.
+documents that took no part (measure.py), always through the model itself. The files appear together. A fit that was
+stopped begins again.
 
 Shapes: L = n_layers translators, D = d_model; T tokens; translator i takes the input of block i.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -34,13 +33,13 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.table import make_table
 from harvest.text.sources import open_sources
 from residscope.console import human_bytes, progress
-from residscope.destinations import held_alone, require_name
+from residscope.destinations import refuse_taken, require_name, together
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.arrays import TokenTable
-from store.files import sync
 from store.folder import refuse_inside_store
 
+_FILES = ("config.json", "params.pt", "fit.json")
 _WINDOW_BYTES = 512 << 20
 _ROUND_TRIP_VECTORS = 512
 _KL_SHARE = 0.25
@@ -84,30 +83,20 @@ def fit_lens(config: FitLensConfig) -> FitResult:
         require_in_vocabulary(settings, tokens.token_id)
     role = data.roles(tokens, config.validation_fraction, config.seed)
     data.require_tokens(role, settings.d_model)
-    building = config.out.with_name(config.out.name + ".fitting")
-    building.mkdir(parents=True, exist_ok=True)
-    with held_alone(building, config.out):
-        try:
-            _refuse_existing(config)  # A fit that ran beside this one may have just ended.
-            for left in building.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            fit = _start(config, settings, store, tokens, role)
-            saved, result = _fit(fit)
-            extra = {"fit.json": {**asdict(result), "options": config.for_record()}}
-            write_lens(building, fit.model, saved, extra=extra)
-            building.rename(config.out)
-            sync(config.out.absolute().parent)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
+    with together(config.out, _FILES, _FILES[:1], replace=False) as folder:
+        fit = _start(config, settings, store, tokens, role)
+        saved, result = _fit(fit)
+        write_lens(folder, fit.model, saved, extra={"fit.json": {**asdict(result), "options": config.for_record()}})
     return result
 
 
 def _refuse_existing(config: FitLensConfig) -> None:
     refuse_inside_store(config.out)
     require_name(config.out)
-    if config.out.exists():
+    names = {path.name for path in config.out.iterdir()} if config.out.is_dir() else {""}
+    if config.out.exists() and names - {*_FILES, ".partial"}:
         raise UsageError(f"--out {config.out} exists and will not be overwritten. Choose another --out, or remove it")
+    refuse_taken(config.out, _FILES, replace=False)
 
 
 def _open_store(config: FitLensConfig) -> ActivationStore | None:

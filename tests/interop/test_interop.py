@@ -123,7 +123,7 @@ def test_sparsify_in_ours(tmp_path: Path) -> None:
         theirs.b_dec.data += layer
         theirs.save_to_disk(tmp_path / f"layers.{layer}")
         sae, origin = read_sae(tmp_path, subfolder=f"layers.{layer}")
-        assert origin.layers == (layer,)
+        assert origin.store["layers"] == [layer]
         with torch.no_grad():
             assert_same(sae(x).x_hat, theirs(x).sae_out)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from residscope.errors import IncompatibleError, ResidscopeError
-from train.kernels.interface import SparseCodes
 from train.metrics import MetricsFile, MetricsWindow, metrics_path, read_metrics
 from train.model import Standardized
 from train.objective.step import StepResult, Weights
@@ -73,13 +72,12 @@ def test_window_by_hand() -> None:
     """Two layers of raw denominators 4 and 100; a standardised error counts times the row's own variance."""
     denominators = torch.tensor([4.0, 100.0], dtype=torch.float64)
     window, plain = MetricsWindow(denominators, sparsity=True), MetricsWindow(denominators)
-    codes = SparseCodes(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.zeros(2, 2, dtype=torch.int64))
     nothing = Weights(*(torch.zeros(1),) * 3)
     sparsity = torch.tensor(0.7)
     for loss in (0.5, 1.5):
         standardized = Standardized(torch.zeros(2, 3), torch.zeros(2, 1), torch.tensor([[1.0], [10.0]]))
         result = StepResult(
-            nothing, codes, torch.tensor([2.0, 0.25]), torch.tensor(loss), torch.tensor(0.1), torch.tensor(3), sparsity
+            nothing, torch.tensor([2.0, 0.25]), torch.tensor(loss), torch.tensor(0.1), torch.tensor(3), sparsity
         )
         for each in (window, plain):
             each.add(torch.tensor([0, 1]), standardized, result)
@@ -104,9 +102,8 @@ def test_window_by_hand() -> None:
 
 def test_a_layer_without_rows_is_null() -> None:
     window = MetricsWindow(torch.ones(2, dtype=torch.float64))
-    codes = SparseCodes(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
     one, nought = torch.tensor(1), torch.tensor(0.0)
-    result = StepResult(Weights(*(torch.zeros(1),) * 3), codes, torch.ones(1), torch.tensor(1.0), nought, one, nought)
+    result = StepResult(Weights(*(torch.zeros(1),) * 3), torch.ones(1), torch.tensor(1.0), nought, one, nought)
     window.add(torch.tensor([1]), Standardized(torch.zeros(1, 2), torch.zeros(1, 1), torch.ones(1, 1)), result)
     assert window.line()["fvu_per_layer"] == [None, 1.0]
     assert window.line()["fvu"] == 1.0

@@ -59,7 +59,6 @@ def _convert(options: argparse.Namespace) -> None:
     from residscope.errors import UsageError
     from residscope.names import beside
     from store.folder import refuse_inside_store
-    from train.checkpoint import Checkpoint
     from train.formats import files, hub
 
     refuse_inside_store(options.destination, "DST")
@@ -70,7 +69,6 @@ def _convert(options: argparse.Namespace) -> None:
                 raise UsageError(f"{there} is there, in another format: choose another folder, or remove it")
     refuse_taken(options.destination, [*weights, *others, files.CARD], options.overwrite, files.OVERWRITE)
     sae, origin = files.read_sae(options.source, subfolder=options.subfolder, revision=options.revision)
-    checkpoint = Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer)
     metrics = hub.last_metrics(beside(source, ".metrics.jsonl")) if source.is_file() else {}
     written = files.write_sae(
         sae,
@@ -80,7 +78,7 @@ def _convert(options: argparse.Namespace) -> None:
         trainer=origin.trainer,
         hookpoints=options.hookpoints,
         overwrite=options.overwrite,
-        card=lambda notes: hub.model_card(checkpoint, metrics, notes=(*origin.notes, *notes)),
+        card=lambda notes: hub.model_card(origin, metrics, notes=(*origin.notes, *notes)),
     )
     notes, paths = (*origin.notes, *written.notes), [*map(str, written.files)]
     address = None

@@ -12,7 +12,7 @@ sparsify and SAELens write them, `subfolder` says which. Reconstructions are kep
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -52,28 +52,6 @@ _HASH = "xxh3_128"
 """Key in the export's header."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where an autoencoder was read from, and what the folder said of it."""
-
-    format: Format
-    """Which format it was in."""
-    path: str
-    """The file or hub repository, as given, with the sub-folder where there was one."""
-    stored_dtype: str
-    """Type of the weights in the file; in memory they are float32."""
-    model: str | None = None
-    """Id of the transformer, where it is recorded."""
-    layers: tuple[int, ...] | None = None
-    """Blocks whose outputs it was trained on, where that is recorded."""
-    store: dict[str, Any] = field(default_factory=dict)
-    """As in `Checkpoint.store`; for a foreign model only what is known of model, layers, d_model."""
-    trainer: dict[str, Any] = field(default_factory=dict)
-    """As in `Checkpoint.trainer`; for a foreign model where it came from."""
-    notes: tuple[str, ...] = ()
-    """What a user has to know and the weights do not say."""
-
-
 class Written(NamedTuple):
     """What `write_sae` wrote."""
 
@@ -86,8 +64,16 @@ _FILE_KINDS = (".pt", ".safetensors")
 """Endings of files: `demo/ckpt.pt` looks like OWNER/NAME and is not."""
 
 
-def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> tuple[MLSAE, Origin]:
-    """The autoencoder in `source`: a checkpoint file, a folder in any known format, or a hub id (`owner/name`).
+def read_sae(
+    source: str | Path, *, subfolder: str | None = None, revision: str | None = None
+) -> tuple[MLSAE, Checkpoint]:
+    """The autoencoder in `source`, and what is known of it: see `read_checkpoint`."""
+    found = read_checkpoint(source, subfolder=subfolder, revision=revision)
+    return found.sae, found
+
+
+def read_checkpoint(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Checkpoint:
+    """What is in `source`: a checkpoint file, a folder in any known format, or a hub id (`owner/name`).
 
     subfolder: which of several, such as sparsify's "layers.3"; may be left out where there is one. revision: branch,
     tag or commit on the hub. Raises `UsageError` where nothing is found, or several and none was chosen,
@@ -116,12 +102,6 @@ def read_sae(source: str | Path, *, subfolder: str | None = None, revision: str 
         names = ", ".join(file.name for file in found)
         raise UsageError(f"{name} contains several autoencoders ({names}): give the path of one file")
     return _read_file(found[0], shown=name)
-
-
-def read_checkpoint(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Checkpoint:
-    """As `read_sae`, as a `Checkpoint`; a foreign one's `store` is {} but for model, layers and d_model where known."""
-    sae, origin = read_sae(source, subfolder=subfolder, revision=revision)
-    return Checkpoint(config=sae.config, sae=sae, store=origin.store, trainer=origin.trainer, notes=origin.notes)
 
 
 def write_sae(
@@ -253,32 +233,20 @@ def read_safetensors(path: Path) -> Checkpoint:
             raise IncompatibleError(f"{path}: damaged, or by another version: {said(error)}") from None
     check_weights(sae.state_dict(), str(path))
     check_records(store, trainer, str(path))
-    return Checkpoint(config=config, sae=sae, store=store, trainer=trainer)
+    return Checkpoint(sae=sae, store=store, trainer=trainer, path=str(path))
 
 
-def _read_file(path: Path, shown: str | None = None) -> tuple[MLSAE, Origin]:
+def _read_file(path: Path, shown: str | None = None) -> Checkpoint:
     """One weights file, whose name says its format; `shown` is what the user calls it."""
-    name, dtype = shown or str(path), "float32"
-    foreign: ForeignFormat | None = next((f for f, layout in LAYOUTS.items() if path.name == layout.weights_file), None)
-    if foreign:
-        found, dtype = _read_foreign(path, foreign, name)
-    else:
-        found = read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
-    layers = found.store.get("layers")
-    return found.sae, Origin(
-        format=foreign or "residscope",
-        path=name,
-        stored_dtype=dtype,
-        model=found.store.get("model"),
-        layers=tuple(layers) if layers else None,
-        store=found.store,
-        trainer=found.trainer,
-        notes=found.notes,
-    )
+    for name, layout in LAYOUTS.items():
+        if path.name == layout.weights_file:
+            return _read_foreign(path, name, shown or str(path))
+    found = read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+    return replace(found, path=shown) if shown else found
 
 
-def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpoint, str]:
-    """A foreign folder's autoencoder, whose weights are `path`, and their type in the file."""
+def _read_foreign(path: Path, format: ForeignFormat, name: str) -> Checkpoint:
+    """A foreign folder's autoencoder, whose weights are `path`; `name` is what the user calls it."""
     layout = LAYOUTS[format]
     config = _read_json(path.with_name(layout.config_file))
     try:
@@ -300,11 +268,10 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> tuple[Checkpo
     check_weights(parsed.sae.state_dict(), name)
     if format == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):
         notes += (f"{name}: by its name, its vectors went through a tuned lens: use a store with that --lens",)
-    known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers and [*parsed.layers]}
+    known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers}
     store = mapping(ours.get("store")) or {key: value for key, value in known.items() if value is not None}
     trainer = {"finished": True, "converted_from": {"format": format, "path": name}}
-    checkpoint = Checkpoint(config=parsed.sae.config, sae=parsed.sae, store=store, trainer=trainer, notes=notes)
-    return checkpoint, parsed.stored_dtype
+    return Checkpoint(sae=parsed.sae, store=store, trainer=trainer, notes=notes, format=format, path=name)
 
 
 def known_files() -> tuple[str, ...]:

@@ -45,11 +45,9 @@ class Parsed:
 
     sae: MLSAE
     """The autoencoder, float32, on the CPU."""
-    stored_dtype: str
-    """Type of the encoder's weights in the file, such as "bfloat16"."""
     model: str | None = None
     """Which transformer it was trained on, where the folder says so."""
-    layers: tuple[int, ...] | None = None
+    layers: list[int] | None = None
     """Which blocks' outputs it was trained on, where the folder says so."""
     ours: Mapping[str, Any] = field(default_factory=dict)
     """What is kept under `OURS`, where one of our own autoencoders was converted."""
@@ -175,9 +173,9 @@ def key_notes(config: Mapping[str, Any], known: Collection[str], taken: Mapping,
     return notes
 
 
-def layer_numbers(found: Any) -> tuple[int, ...] | None:
-    """A list of layers as a tuple; None for anything else, and for an empty one."""
-    return tuple(int(layer) for layer in found) or None if isinstance(found, list | tuple) else None
+def layer_numbers(found: Any) -> list[int] | None:
+    """A list of layers; None for anything else, and for an empty one."""
+    return [int(layer) for layer in found] or None if isinstance(found, list) else None
 
 
 def mapping(found: Any) -> dict[str, Any]:
@@ -201,7 +199,6 @@ def parse_mlsae(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     W_dec, b_pre = reader.get("decoder.weight", d, m).T, reader.get("pre_encoder_bias", d)
     return Parsed(
         sae=assemble(our_config, W_enc=W_enc, W_dec=W_dec, b_pre=b_pre),
-        stored_dtype=str(W_enc.dtype).removeprefix("torch."),
         model=config.get("model_name"),
         layers=layer_numbers(config.get("layers")),
         ours=mapping(config.get(OURS)),
@@ -232,7 +229,6 @@ def parse_sparsify(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     W_dec, b_pre, b_enc = reader.get("W_dec", m, d), reader.get("b_dec", d), reader.get("encoder.bias", m)
     return Parsed(
         sae=assemble(our_config, W_enc=W_enc, W_dec=W_dec, b_pre=b_pre, b_enc=b_enc),
-        stored_dtype=str(W_enc.dtype).removeprefix("torch."),
         layers=layer_numbers(re.findall(r"(?:layers|h)[._](\d+)$", where)),  # the folder is named after the hookpoint
         ours=ours,
         notes=notes,

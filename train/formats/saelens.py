@@ -61,10 +61,10 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
         layouts.key_notes(part, keys, {}, where)
     ours = mapping(metadata.get(OURS))
     reader.require_only(("W_enc", "W_dec", "b_enc", "b_dec", *(("threshold",) if activation == "jumprelu" else ())))
-    stored = reader.get("W_enc", None, None)
-    d, m = stored.shape
+    W_enc = reader.get("W_enc", None, None).float().T
+    m, d = W_enc.shape
     layouts.check_sizes(config, where, d_in=d, d_sae=m)
-    W_enc, W_dec = stored.float().T, reader.get("W_dec", m, d).float()
+    W_dec = reader.get("W_dec", m, d).float()
     b_enc, b_dec = reader.get("b_enc", m).float(), reader.get("b_dec", d).float()
     if activation == "topk":
         k = layouts.checked_k(config.get("k", options.get("k")), m, where)
@@ -97,7 +97,6 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     )
     return Parsed(
         sae=layouts.assemble(our_config, W_enc=W_enc, W_dec=W_dec, b_pre=b_dec, b_enc=b_enc, **extra),
-        stored_dtype=str(stored.dtype).removeprefix("torch."),
         model=metadata.get("model_name"),
         layers=layouts.layer_numbers(re.findall(r"^blocks\.(\d+)\.hook_resid_post$", hook)),
         ours=ours,

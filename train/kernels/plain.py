@@ -77,22 +77,17 @@ class PlainKernels(Kernels):
         return WeightGradients(sum_rows(value_grads, centred), sum_rows(codes.values, grad_out), latent_sums)
 
     def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
-        """On a CPU a few rows at a time, so that the five passes over them find them in the cache."""
         beta1, beta2 = how.betas
-        cached = max(1, _CPU_GATHER_BYTES // (4 * weight.shape[1] * weight.element_size()))
-        rows = len(weight) if weight.is_cuda else cached
-        for start in range(0, len(weight), rows):
-            w, g, m, v = (t[start : start + rows] for t in (weight, grad, exp_avg, exp_avg_sq))
-            if how.grad_scale != 1:
-                g.mul_(how.grad_scale)
-            if how.unit_rows:
-                g.addcmul_((g * w).sum(dim=1, keepdim=True), w, value=-1)
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            denominator = v.sqrt().div_(how.correction).add_(how.EPSILON)
-            w.addcdiv_(m, denominator, value=-how.step_size)
-            if how.unit_rows:
-                w.div_(w.norm(dim=1, keepdim=True))
+        if how.grad_scale != 1:
+            grad.mul_(how.grad_scale)
+        if how.unit_rows:
+            grad.addcmul_((grad * weight).sum(dim=1, keepdim=True), weight, value=-1)
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = exp_avg_sq.sqrt().div_(how.correction).add_(how.EPSILON)
+        weight.addcdiv_(exp_avg, denominator, value=-how.step_size)
+        if how.unit_rows:
+            weight.div_(weight.norm(dim=1, keepdim=True))
 
 
 TORCH = PlainKernels()

@@ -67,8 +67,6 @@ class MainPass(NamedTuple):
     """W_enc, W_dec, and for each latent the sum over rows of d loss / d z."""
     log_threshold: Tensor | None
     """[M] gradient, where there is one."""
-    codes: SparseCodes | None
-    """Active latents of the rows; None of a dense pass."""
     active: Tensor
     """int64 scalar: active pairs."""
     fired: Tensor
@@ -133,7 +131,6 @@ def _of_codes(
         grad_out=grad_out,
         gradients=gradients,
         log_threshold=None,
-        codes=codes,
         active=codes.values.count_nonzero(),
         fired=codes.indices[codes.values > FIRING_THRESHOLD],
     )
@@ -205,7 +202,6 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
         grad_out=grad_out,
         gradients=out,
         log_threshold=log_threshold,
-        codes=None,
         active=l0.sum().long(),
         fired=fired,
     )

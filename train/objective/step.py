@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.kernels.interface import Kernels, SparseCodes, WeightGradients
+from train.kernels.interface import Kernels, WeightGradients
 from train.objective.losses import DeadLatents, RowWeights, auxk
 from train.objective.passes import PassInputs
 from train.objective.variants import StepOptions
@@ -37,8 +37,6 @@ class StepResult(NamedTuple):
 
     gradients: Weights
     """d (loss + sparsity + aux_coef * auxk) / d weights."""
-    codes: SparseCodes | None
-    """Active latents of the rows; None where they may be dense."""
     squared_error: Tensor
     """[N] |x - x_hat|^2 in standardised space."""
     loss: Tensor
@@ -116,4 +114,4 @@ def training_step(
         b_pre = b_pre - centring
     b_enc = None if weights.b_enc is None else grads.latent_sums
     gradients = Weights(grads.W_enc, grads.W_dec, b_pre, b_enc, main.log_threshold)
-    return StepResult(gradients, main.codes, main.squared, main.loss, aux_loss, main.active, main.sparsity)
+    return StepResult(gradients, main.squared, main.loss, aux_loss, main.active, main.sparsity)

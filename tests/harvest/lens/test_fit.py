@@ -179,8 +179,8 @@ def test_a_layer_without_an_inverse_and_one_that_is_no_better_are_named(options:
 
 
 def test_nothing_half_made_stays(options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "lens.fitting").mkdir()
-    (tmp_path / "lens.fitting" / "params.pt").write_text("left by a kill")
+    (tmp_path / "lens" / ".partial").mkdir(parents=True)
+    (tmp_path / "lens" / ".partial" / "params.pt").write_text("left by a kill")
 
     def fail(*args: Any, **named: Any) -> None:
         raise RuntimeError("crash")
@@ -189,10 +189,11 @@ def test_nothing_half_made_stays(options: Options, monkeypatch: pytest.MonkeyPat
         patch.setattr(module, "write_lens", fail)
         with pytest.raises(RuntimeError, match="crash"):
             fit_lens(from_flat(FitLensConfig, options(method="ridge")))
-    assert not list(tmp_path.glob("lens*"))
+    assert not list(tmp_path.glob("lens/*"))
     fit_lens(from_flat(FitLensConfig, options(method="ridge")))
     assert sorted(path.name for path in (tmp_path / "lens").iterdir()) == ["config.json", "fit.json", "params.pt"]
-    assert not (tmp_path / "lens.fitting").exists()
+    with pytest.raises(UsageError, match=r"config.json exists already"):
+        fit_lens(from_flat(FitLensConfig, options(method="ridge")))
 
 
 def command(capsys: pytest.CaptureFixture[str], values: dict[str, Any]) -> tuple[int, str, str]:
@@ -230,7 +231,6 @@ def test_mistakes_are_one_line(
         assert error.startswith("residscope fit-lens: error: ")
         assert words in error
         assert not (tmp_path / "lens").exists()
-        assert not (tmp_path / "lens.fitting").exists()
 
     texts = tmp_path / "documents"
     refused(options(out=texts), 2, "documents exists and will not be overwritten")
@@ -256,7 +256,7 @@ def test_vectors_that_are_not_finite_are_one_line(
     code, out, error = command(capsys, options())
     assert (code, out) == (1, "")
     assert "its vectors are not all finite; try --dtype float32" in error
-    assert not (tmp_path / "lens.fitting").exists()
+    assert not (tmp_path / "lens").exists()
 
 
 @pytest.mark.parametrize(
@@ -278,8 +278,8 @@ def test_options_that_cannot_work(options: Options, changes: dict[str, Any], wor
 
 
 def test_two_fits_of_one_lens_do_not_mix(options: Options, tmp_path: Path) -> None:
-    making = tmp_path / "lens.fitting"
-    making.mkdir()
+    making = tmp_path / "lens" / ".partial"
+    making.mkdir(parents=True)
     (making / "mine").touch()
     with held_alone(making, tmp_path / "lens"), pytest.raises(ResidscopeError, match="another process is writing"):
         fit_lens(from_flat(FitLensConfig, options()))

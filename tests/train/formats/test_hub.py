@@ -78,7 +78,7 @@ def test_one_hookpoint_of_a_hub_repository(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(fetched) == ["layers.0/cfg.json", "layers.1/cfg.json"]
     sae, origin = read_sae("someone/saes", subfolder="layers.1")
     assert_equal(sae, make_sae())
-    assert (origin.path, origin.layers) == ("someone/saes/layers.1", (1,))
+    assert (origin.path, origin.store["layers"]) == ("someone/saes/layers.1", [1])
     assert sorted(fetched[2:]) == ["layers.1/cfg.json", "layers.1/sae.safetensors"]
     with pytest.raises(IncompatibleError, match=r"someone/saes/layers.7: no autoencoder found"):
         read_sae("someone/saes", subfolder="layers.7")
@@ -86,7 +86,7 @@ def test_one_hookpoint_of_a_hub_repository(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_model_card_states_data_store_and_metrics() -> None:
     sae = make_sae()
-    checkpoint = Checkpoint(config=sae.config, sae=sae, store=STORE, trainer={"step": 12})
+    checkpoint = Checkpoint(sae=sae, store=STORE, trainer={"step": 12})
     validation = {"fvu": 0.34567, "fvu_per_layer": [0.1, None, 0.5]}
     card = hub.model_card(checkpoint, {"fvu": 0.3, "l0": 31.5, "vectors": 1000, "validation": validation})
     assert card.startswith("---\nlibrary_name: ")
@@ -111,7 +111,7 @@ def test_a_model_card_takes_no_markup_from_records_or_notes() -> None:
     sae, evil = make_sae(), "a\n---\n# x | <img src=x onerror=alert(1)> [y](http://z.org) `c`\x1b[0m"
     names = ("model", "lens", "dataset", "path", "content_hash")
     store = dict.fromkeys(names, evil) | {"validation": {"fraction": 0.1, "n_documents": evil, "seed": evil}}
-    checkpoint = Checkpoint(config=sae.config, sae=sae, store=store | {"layers": [evil]}, trainer={"step": evil})
+    checkpoint = Checkpoint(sae=sae, store=store | {"layers": [evil]}, trainer={"step": evil})
     card = hub.model_card(checkpoint, {"vectors": evil}, notes=[evil], license='a"\nb: c')
     plain = hub.model_card(replace(checkpoint, store={}, trainer={}), {}, notes=["a"], license="a")
     for mark in ("<img", "[y]", "http:", "\n---\n# x", "`c`", "\x1b", "\nb: c", "x |"):

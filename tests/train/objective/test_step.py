@@ -48,7 +48,7 @@ def dense_step(weights: Weights, x: Tensor, rows: RowWeights, dead: Tensor, opti
     (loss + options.objective.aux_coef * aux).backward()
     grads = Weights(*(torch.zeros_like(w) if w.grad is None else w.grad for w in (W_enc, W_dec, b_pre)))
     error, active = (x - x_hat).detach(), (values > 0).sum()
-    return StepResult(grads, None, error.square().sum(1), loss.detach(), aux.detach(), active, torch.tensor(0.0))
+    return StepResult(grads, error.square().sum(1), loss.detach(), aux.detach(), active, torch.tensor(0.0))
 
 
 def planted(n_latents: int, dead: list[int]) -> DeadLatents:
