@@ -55,8 +55,8 @@ class Estimate(NamedTuple):
     """Bytes of one token at all layers."""
     bytes: int
     """Bytes of the store's vectors, before compression."""
-    free_bytes: int
-    """On the disk of --out."""
+    free_bytes: int | None
+    """On the disk of --out; None of a bucket, which has no end."""
     fits: bool
     tokens_per_second: float
     seconds: float
@@ -65,7 +65,10 @@ class Estimate(NamedTuple):
     def rows(self) -> list[tuple[str, str]]:
         """Headings and texts, a line each."""
         available = "unknown" if self.tokens_available is None else f"about {self.tokens_available:,}"
-        verdict = "DOES NOT FIT: fewer --max-tokens, fewer --layers, --codec zstd, or another disk"
+        verdict = (
+            "fits" if self.fits else "DOES NOT FIT: fewer --max-tokens, fewer --layers, --codec zstd, or another disk"
+        )
+        room = "a bucket, not checked" if self.free_bytes is None else f"{human_bytes(self.free_bytes)} free: {verdict}"
         stored = f"{self.tokens:,} tokens x {self.bytes_per_token:,} bytes ({self.store_dtype})"
         return [
             ("model", f"{self.model} ({self.architecture}), layers {ranges(self.layers)}, d_model {self.d_model}"),
@@ -73,7 +76,7 @@ class Estimate(NamedTuple):
             ("workers", str(self.workers)),
             ("text", f"tokens available: {available}"),
             ("store", f"{stored} = {human_bytes(self.bytes)}"),
-            ("disk", f"{human_bytes(self.free_bytes)} free: {'fits' if self.fits else verdict}"),
+            ("disk", room),
             ("time", f"about {human_seconds(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s (measured)"),
             ("", "nothing was written"),
         ]
@@ -90,8 +93,8 @@ def estimate(config: HarvestConfig) -> Estimate:
     model = load_weights(settings)
     speed = _measure(BatchRunner(model, settings), settings, sample)
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
-    n_bytes = tokens * settings.bytes_per_token  # A bucket has no end.
-    free = sys.maxsize if isinstance(config.out, URL) else shutil.disk_usage(nearest_folder(config.out.absolute())).free
+    n_bytes = tokens * settings.bytes_per_token
+    free = None if isinstance(config.out, URL) else shutil.disk_usage(nearest_folder(config.out.absolute())).free
     return Estimate(
         model=settings.spec.name,
         architecture=model.architecture,
@@ -108,7 +111,7 @@ def estimate(config: HarvestConfig) -> Estimate:
         bytes_per_token=settings.bytes_per_token,
         bytes=n_bytes,
         free_bytes=free,
-        fits=disk_bytes(settings, tokens) < free,
+        fits=free is None or disk_bytes(settings, tokens) < free,
         tokens_per_second=speed,
         seconds=tokens / speed * (2 if config.mask_norm else 1),
     )

@@ -41,6 +41,8 @@ def test_the_commands_give_what_they_give_on_a_disk(
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         found[name] = made["content_hash"], made["shards"], sae.read_bytes(), summary["content_hash"]
         if name == "url":
+            asked = run("harvest", *flags, "--out", f"{s3}/other.zarr", "--dry-run")
+            assert (asked["fits"], asked["free_bytes"]) == (True, None)
             assert main(["train", "--store", place, "--out", f"{s3}/other.pt"]) == 2
             assert "should be on a disk" in capsys.readouterr().err
             assert main(["harvest", *flags, "--out", s3]) == 3
