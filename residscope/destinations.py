@@ -150,7 +150,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-RESERVED = (".tmp", ".planning", ".fitting", ".harvest.toml", ".config.toml", ".metrics.jsonl", ".loss.png")
+RESERVED = (".tmp", ".planning", ".harvest.toml", ".config.toml", ".metrics.jsonl", ".loss.png")
 
 
 def require_name(out: Path) -> None:

@@ -7,8 +7,25 @@
 Importing this is cheap: what needs torch is loaded when it is first asked for.
 """
 
-from importlib import import_module
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from train.config import TrainConfig
+    from train.model import MLSAE, SAEConfig
+    from train.run import TrainResult, train
+
+__all__ = [
+    "MLSAE",
+    "Checkpoint",
+    "SAEConfig",
+    "TrainConfig",
+    "TrainResult",
+    "load_checkpoint",
+    "save_checkpoint",
+    "train",
+]
 
 _MODULES = {
     "MLSAE": "train.model",
@@ -20,10 +37,9 @@ _MODULES = {
     "save_checkpoint": "train.checkpoint",
     "train": "train.run",
 }
-__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
