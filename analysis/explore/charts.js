@@ -35,7 +35,7 @@ export function heatMap(cells, rows, columns, { label, title = "", say, pick, re
   const named = [0, rows.length - 1].map((r) => svg("text", { class: "tick", x: left - 4, y: above + (rows.length - r - 0.5) * size[1] + 4, "text-anchor": "end" }, String(rows[r])));
   const marks = [chosen[0] >= 0 && box(chosen[0], 0, 1, rows.length), chosen[1] >= 0 && box(0, chosen[1], columns.length)].filter(Boolean);
   const under = columns.length > 16 ? [] : columns.map((name, c) => name && svg("text", { class: "tick under", x: left + (c + 0.5) * size[0], y: height + above + 9, "text-anchor": "middle" }, String(name).slice(0, size[0] / 4.6)));
-  const map = svg("svg", { viewBox: `0 0 ${width} ${height + above + (under.length ? 12 : 2)}`, class: "heat", role: "img", "data-legend": "Rows: layers, the first at the bottom. Columns: from left to right. Colour: share of the map's highest value.", tabindex: 0, "aria-label": `${label}. Arrow keys read its cells, Enter chooses one.` },
+  const map = svg("svg", { viewBox: `0 0 ${width} ${height + above + (under.length ? 12 : 2)}`, class: "heat", role: "img", "data-legend": "Rows: layers, the first at the bottom. The darker, the nearer to the map's own highest value.", tabindex: 0, "aria-label": `${label}. Arrow keys read its cells, Enter chooses one.` },
     title && svg("text", { class: "name", x: left, y: 11 }, title), svg("path", { class: "field", d: box(0, 0, columns.length, rows.length) }),
     paths.map((d, i) => d && svg("path", { class: "hot", d, "fill-opacity": ((i + 1) / LEVELS).toFixed(2) })), named,
     marks.map((d) => svg("path", { class: "mark", d })), cursor, under);

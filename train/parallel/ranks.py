@@ -119,7 +119,7 @@ class Ranks:
 
     def _exchange(self, given: list[Tensor], received: list[Tensor]) -> None:
         """Send each other rank its one of `given` [R], and fill `received` [R - 1] with what they send. All pairs at
-        once: the bytes of a reduce_scatter or all_gather, for which gloo's own send up to twice as many."""
+        once: gloo's reduce_scatter sends twice the bytes that are needed."""
         if self.size == 1:
             return
         from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
