@@ -140,7 +140,7 @@ def commands(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     ]
     harvest += ["--context-length", str(CONTEXT), "--out", "a.zarr"]
     train = ["train", "--store", "a.zarr", "--out", "a.pt", "--n-latents", str(options.latents), "--k", "8"]
-    return harvest, [*train, "--threads", "1", "--window-gb", "0.01", "--batch-size", "512"]
+    return harvest, [*train, "--threads", "1", "--batch-size", "512"]
 
 
 class Timed(NamedTuple):

@@ -1,20 +1,26 @@
-"""Tensors and plain values out of a file that `torch.save` wrote, of which no byte is used that was not checked.
+"""Tensors and plain values in files of `torch.save`'s format: written piece by piece, read with no byte unchecked.
 
-`torch.load` compares no check sum, believes a damaged directory (a member that claims to be a folder becomes
-uninitialised memory) and lets a tensor claim more numbers than its storage has. Here each member is read once, from one
-open file; its check sum and sizes are compared; then these same bytes become the tensor. Only tensors, mappings and
-plain values can be made, so that a file from a stranger cannot run code. Memory: the tensors, and twice the largest.
+`torch.save` wants each tensor whole in memory. `torch.load` compares no check sum, believes a damaged directory (a
+member that claims to be a folder becomes uninitialised memory) and lets a tensor claim more numbers than its storage
+has. Here each member is read from one open file; its check sum and sizes are compared; then it becomes the tensor.
+Only tensors, mappings and plain values can be made, so that a file from a stranger cannot run code.
 """
 
 import io
 import math
+import mmap
+import os
 import pickle
 import pickletools
+import struct
 import zipfile
-from typing import Any, BinaryIO
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
 
 from residscope.errors import IncompatibleError
 from residscope.reading import reading
@@ -22,15 +28,101 @@ from residscope.reading import reading
 _DTYPES = (torch.double, torch.float, torch.half, torch.bfloat16, torch.long, torch.int, torch.uint8, torch.bool)
 _STORAGES = [f"{word}Storage" for word in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")]
 
+PIECE = 2**24
+"""Bytes that are read, written or sent at once."""
 
-def load_tensors(file: BinaryIO, where: str) -> Any:
+_ALIGNED = 64  # bytes, as torch.save's
+
+
+class Pieces(NamedTuple):
+    """A tensor that is written as it comes, and so need not be whole in this process's memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Callable[[], Iterable[Tensor]]
+    """Its numbers in order, for one time."""
+
+
+def save_tensors(content: Any, file: BinaryIO | None) -> None:
+    """Write tensors of any device, `Pieces`, dicts, lists, tuples and plain values; equal content is equal bytes.
+
+    Without a file all pieces are asked for in the same order, for processes that only send theirs."""
+    pickled = io.BytesIO()
+    pickler = _Pickler(pickled)
+    pickler.dump(content)
+    if file is None:
+        for storage in pickler.storages:
+            for _ in storage.parts():
+                pass
+        return
+    members: list[tuple[str, Iterable[bytes | memoryview]]] = [("data.pkl", [pickled.getvalue()])]
+    members += [("byteorder", [b"little"]), ("version", [b"3\n"])]
+    members += [(f"data/{i}", _as_bytes(storage)) for i, storage in enumerate(pickler.storages)]
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, parts in members:
+            info = zipfile.ZipInfo(f"archive/{name}")  # of a fixed date
+            before = file.tell() + 30 + len(info.filename) + 20  # the header, the name, and the sizes in 64 bits
+            n = -(before + 4) % _ALIGNED
+            info.extra = struct.pack("<2sH", b"FB", n) + bytes(n)
+            with archive.open(info, mode="w", force_zip64=True) as member:
+                for part in parts:
+                    member.write(part)
+
+
+def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Parts of `tensor` [M, ...], in order, on the CPU, of about `PIECE` bytes; nothing of an empty one."""
+    if tensor.numel():
+        rows = tensor.reshape(-1) if tensor.ndim == 0 else tensor
+        for part in rows.split(max(1, PIECE * len(rows) // rows.nbytes)):
+            yield (part if part.is_meta else part.cpu()).contiguous()
+
+
+def _as_bytes(storage: Pieces) -> Iterator[memoryview]:
+    for part in storage.parts():
+        yield part.view(-1).view(torch.uint8).numpy().data
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves the tensors' numbers to members of their own, in the order in which they are met."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, protocol=2)
+        self.storages: list[Pieces] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            found = Pieces(tuple(value.shape), value.dtype, lambda: in_pieces(value.detach()))
+        elif isinstance(value, Pieces):
+            found = value
+        else:
+            return NotImplemented
+        stride = torch.empty(found.shape, device="meta").stride()
+        return _rebuild_tensor_v2, (_Storage(found), 0, found.shape, stride, False, OrderedDict())
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        self.storages.append(value.of)
+        kind = getattr(torch, _STORAGES[_DTYPES.index(value.of.dtype)])
+        return "storage", kind, str(len(self.storages) - 1), "cpu", math.prod(value.of.shape)
+
+
+class _Storage:
+    """Stands for the numbers of a tensor."""
+
+    def __init__(self, of: Pieces) -> None:
+        self.of = of
+
+
+def load_tensors(file: BinaryIO, where: str, *, mapped: bool = False) -> Any:
     """What the file holds: tensors on the CPU, dicts, lists, tuples, strings, numbers.
 
-    where: its name. `IncompatibleError` if it is damaged, is no archive of `torch.save`, or holds anything else.
+    where: its name. mapped: tensors are views of the file, of which only what is used comes into memory; it must not be
+    changed in place. `IncompatibleError` if it is damaged, is no archive of `torch.save`, or holds anything else.
     """
     may_be = "it was cut short, damaged, or is no archive of torch.save (bare pickle files are never loaded)"
     with reading(f"{where}: cannot be read as plain tensors", may_be), zipfile.ZipFile(file) as archive:
-        return _Unpickler(archive, where).load()
+        return _Unpickler(archive, where, file.fileno() if mapped else None).load()
 
 
 class _Mapping(dict[Any, Any]):
@@ -43,8 +135,8 @@ class _Mapping(dict[Any, Any]):
 class _Unpickler(pickle.Unpickler):
     """Makes nothing but plain values, `_Mapping` and tensors out of the archive's members."""
 
-    def __init__(self, archive: zipfile.ZipFile, where: str) -> None:
-        self._where = where
+    def __init__(self, archive: zipfile.ZipFile, where: str, descriptor: int | None) -> None:
+        self._where, self._descriptor = where, descriptor
         self._archive, names = archive, archive.namelist()
         if len(set(names)) < len(names):
             raise ValueError("it has two members of one name")
@@ -63,7 +155,24 @@ class _Unpickler(pickle.Unpickler):
         info = self._archive.getinfo(self._root + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name} is compressed")
-        return bytearray(self._archive.read(info))
+        data = bytearray()
+        with self._archive.open(info) as member:
+            while part := member.read(PIECE):  # the check sum is compared at its end
+                data += part
+        return data
+
+    def _view(self, name: str, descriptor: int) -> memoryview | bytearray:
+        """The same, as a part of the file, each with a mapping of its own; what is not aligned is read."""
+        info = self._archive.getinfo(self._root + name)
+        with self._archive.open(info) as member:
+            while member.read(PIECE):
+                pass
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", os.pread(descriptor, 4, info.header_offset + 26)))
+        page = start - start % mmap.ALLOCATIONGRANULARITY
+        if start % _ALIGNED or info.compress_type != zipfile.ZIP_STORED or not info.file_size:
+            return self._member(name)
+        view = mmap.mmap(descriptor, start - page + info.file_size, access=mmap.ACCESS_COPY, offset=page)
+        return memoryview(view)[start - page :]
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
@@ -78,7 +187,8 @@ class _Unpickler(pickle.Unpickler):
         """A storage, as a flat tensor; its memory is a buffer, so that it cannot be resized."""
         _, dtype, key, _, n = pid
         if key not in self._storages:
-            data = self._member(f"data/{key}")
+            name = f"data/{key}"
+            data = self._member(name) if self._descriptor is None else self._view(name, self._descriptor)
             if type(n) is not int or n * dtype.itemsize != len(data):
                 raise ValueError(f"data/{key} should have {n} numbers of {dtype}, it has {len(data)} bytes")
             self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)

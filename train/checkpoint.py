@@ -4,11 +4,10 @@ What is read is checked: check sums (`residscope.tensors`), shapes against the c
 records; so that damage is one clear error and not NaN results. Other file formats: `train.formats.files`.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ from torch import Tensor
 from residscope.destinations import refuse_shared
 from residscope.errors import IncompatibleError, UsageError
 from residscope.names import beside
-from residscope.tensors import load_tensors
-from store.files import sync
+from residscope.tensors import load_tensors, save_tensors
+from store.files import TEMPORARY, removed_on_error, sync
 from train.model import MLSAE
 from train.model_config import SAEConfig
+from train.objective.weights import BY_LATENT
+from train.parallel.ranks import ALONE, Ranks
 
 CHECKPOINT_FORMAT = 1
 BESIDE = (".safetensors", ".metrics.jsonl", ".loss.png", ".tensorboard", ".wandb-id")
@@ -67,34 +68,35 @@ def config_path(checkpoint: Path) -> Path:
     return beside(checkpoint, ".config.toml")
 
 
-def save_checkpoint(path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any]) -> None:
-    """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder.
+def save_checkpoint(
+    path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any], ranks: Ranks = ALONE
+) -> None:
+    """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder. All of the ranks call
+    this, and the first one writes what it has of the others, piece by piece.
 
     Raises `OSError` if writing fails; the old checkpoint is kept.
     """
+    m = sae.config.n_latents * ranks.latents.size
     content = {
         "format": CHECKPOINT_FORMAT,
-        "config": asdict(sae.config),
-        "state_dict": {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()},
+        "config": asdict(replace(sae.config, n_latents=m)),
+        "state_dict": {n: ranks.pieces(t, m) if n in BY_LATENT else t for n, t in sae.state_dict().items()},
         "store": store,
         "trainer": trainer,
     }
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(_interned(content), file)
-            file.flush()
-            os.fsync(file.fileno())
+    if not ranks.first:
+        save_tensors(content, None)
+        return
+    temporary = path.with_name(path.name + TEMPORARY)
+    with removed_on_error(temporary):  # on a full disk it would be in the way
+        try:
+            with temporary.open("wb") as file:
+                save_tensors(_interned(content), file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
-        reason: BaseException | None = error
-        while isinstance(reason, RuntimeError):
-            reason = reason.__context__  # torch says "unexpected pos" and hides what the disk said
-        if not isinstance(reason, OSError):
-            raise
-        raise OSError(reason.errno, reason.strerror, str(path)) from None
     sync(path.parent)
 
 
@@ -109,21 +111,21 @@ def _interned(value: Any) -> Any:
     return value
 
 
-def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
+def load_checkpoint(path: Path, *, finite: bool = True, mapped: bool = False) -> Checkpoint:
     """Read a checkpoint; only tensors and plain values are accepted, so that a file from a stranger cannot run code.
 
-    finite: refuse weights that are not finite. Raises `UsageError` if there is no such file, `IncompatibleError`
-    if it is not a whole checkpoint of this format.
+    finite: refuse weights that are not finite. mapped: as in `load_tensors`. Raises `UsageError` if there is no such
+    file, `IncompatibleError` if it is not a whole checkpoint of this format.
     """
-    content = _read_safely(Path(path))
+    content = _read_safely(Path(path), mapped)
     version = content.get("format")
     if version != CHECKPOINT_FORMAT:
         ours = f"this version reads {CHECKPOINT_FORMAT}"
         raise IncompatibleError(f"{path}: checkpoint format {version}, {ours}: use the version that wrote it")
     config, state = _config_of(content["config"], path), content["state_dict"]
     with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
-        expected = MLSAE(config).state_dict()
-    for name, tensor in expected.items():
+        sae = MLSAE(config)
+    for name, tensor in sae.state_dict().items():
         found = state.get(name) if isinstance(state, dict) else None
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shown = list(found.shape) if isinstance(found, Tensor) else None
@@ -131,8 +133,7 @@ def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
             raise IncompatibleError(f"{path}: {name} should have {wanted}, found {shown}")
         if not found.dtype.is_floating_point:
             raise IncompatibleError(f"{path}: {name} should hold floats, found {str(found.dtype)[6:]}")
-    sae = MLSAE(config)
-    sae.load_state_dict({name: state[name] for name in expected})
+    sae.load_state_dict({name: state[name].float().contiguous() for name in sae.state_dict()}, assign=True)
     store, trainer = content.get("store") or {}, content.get("trainer") or {}
     if finite:
         check_weights(sae.state_dict(), str(path))
@@ -140,11 +141,11 @@ def load_checkpoint(path: Path, *, finite: bool = True) -> Checkpoint:
     return Checkpoint(sae=sae, store=store, trainer=trainer, path=str(path))
 
 
-def _read_safely(path: Path) -> dict[str, Any]:
+def _read_safely(path: Path, mapped: bool) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; `train --store STORE --out {path}` makes one")
     with path.open("rb") as file:
-        content = load_tensors(file, str(path))
+        content = load_tensors(file, str(path), mapped=mapped)
     if not isinstance(content, dict) or not {"state_dict", "config"} <= set(content):
         raise IncompatibleError(f"{path}: not a checkpoint of this project: it should hold config and state_dict")
     return content

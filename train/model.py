@@ -121,8 +121,8 @@ class MLSAE(nn.Module):
         return sae
 
     def part(self, latents: Ranks) -> "MLSAE":
-        """The share of its latents that this one of the ranks has; itself where there is only one."""
-        if latents.size == 1:
+        """The share of its latents that this one of the ranks has; itself where there is only one, or it is that."""
+        if latents.size == 1 or self.latents is latents:
             return self
         part, own = MLSAE.share(self.config, latents), latents.own(self.config.n_latents)
         part.load_state_dict({n: t[own] if n in BY_LATENT else t for n, t in self.state_dict().items()})

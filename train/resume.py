@@ -14,7 +14,7 @@ from residscope.options import with_values
 from residscope.reading import reading
 from store.activations import ActivationStore
 from store.folder import refuse_inside_store
-from train.checkpoint import Checkpoint, config_path, load_checkpoint, refuse_anothers
+from train.checkpoint import Checkpoint, check_weights, config_path, load_checkpoint, refuse_anothers
 from train.config import TrainConfig
 from train.determinism import differences, surroundings
 from train.formats.files import read_sae
@@ -49,20 +49,26 @@ def _check_output(config: TrainConfig) -> None:
                 raise UsageError(f"--out {out} exists, is no checkpoint and will not be overwritten: choose another")
 
 
-def load_saved(specs: Sequence[RunSpec]) -> list[Checkpoint | None]:
+def load_saved(specs: Sequence[RunSpec], ranks: Ranks = ALONE) -> list[Checkpoint | None]:
     """The checkpoints to resume; raises `UsageError` where one may not be written. Among several runs one that diverged
-    must not stop the others, so its weights may be NaN."""
+    must not stop the others, so its weights may be NaN. Of ranks that share the latents each reads its own."""
     for spec in specs:
         _check_output(spec.config)
-    found: list[Checkpoint | None] = []
-    for spec in specs:
-        there = spec.config.resume and spec.config.out.exists()
-        try:
-            found.append(load_checkpoint(spec.config.out, finite=len(specs) == 1) if there else None)
-        except IncompatibleError as error:
-            again = "delete that file and run the same command to train it again with the others"
-            raise IncompatibleError(f"{error}; {again if len(specs) > 1 else _START_AGAIN}") from None
-    return found
+    return [_load(spec.config, ranks, several=len(specs) > 1) for spec in specs]
+
+
+def _load(config: TrainConfig, ranks: Ranks, *, several: bool) -> Checkpoint | None:
+    if not (config.resume and config.out.exists()):
+        return None
+    try:
+        saved = load_checkpoint(config.out, finite=False, mapped=ranks.latents.size > 1)
+        saved = replace(saved, sae=saved.sae.part(ranks.latents))
+        if not several:
+            check_weights(saved.sae.state_dict(), str(config.out))
+    except IncompatibleError as error:
+        again = "delete that file and run the same command to train it again with the others"
+        raise IncompatibleError(f"{error}; {again if several else _START_AGAIN}") from None
+    return saved
 
 
 def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> list[RunSpec]:
@@ -81,8 +87,16 @@ def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> li
     return [replace(spec, config=with_values(spec.config, batch_size=batch_size)) for spec in begun]
 
 
-def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ranks: Ranks = ALONE) -> None:
-    """Raise `IncompatibleError` unless the checkpoint is a run of this plan over this store."""
+def check_resumable(
+    plans: Sequence[RunPlan], saved: Sequence[Checkpoint | None], store: ActivationStore, ranks: Ranks = ALONE
+) -> None:
+    """Raise `IncompatibleError` unless each checkpoint is a run of its plan over this store."""
+    for plan, one in zip(plans, saved, strict=True):
+        if one is not None:
+            _check_one(one, store, plan, ranks)
+
+
+def _check_one(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ranks: Ranks) -> None:
     path = plan.config.out
     if saved.config.d_model != plan.model.d_model:
         what = f"{store.path} has {plan.model.d_model}; name the store that it was trained on, or {_START_AGAIN}"
@@ -90,7 +104,7 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ra
     if not {"step", "finished", "config"} <= set(saved.trainer):
         raise IncompatibleError(f"{path} has no training state, so it cannot be resumed; {_START_AGAIN}")
     with reading(f"{path}: its training state is damaged", _START_AGAIN):
-        _check_state(path, saved.trainer, saved.config.n_latents)
+        _check_state(path, saved.trainer, saved.config.n_latents * ranks.latents.size)
     warnings = compare_plans(saved.trainer["config"], plan, longer=is_longer(plan, saved))
     now = surroundings(plan.device, plan.kernels, plan.product_dtype, ranks)
     if changed := differences(saved.trainer.get("surroundings", {}), now):

@@ -67,7 +67,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
     check_publish(config.publish)
     with _opened(config) as store:
         specs = _specs(config, store)
-        saved = load_saved(specs)
+        saved = load_saved(specs, ranks)
         if config.sweep or config.per_layer:
             table_path(config.out, specs[0].config.out)
         specs = as_begun(specs, saved)
@@ -75,9 +75,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         plans = [make_plan(spec, data) for spec in specs]
         if data.follower:
             data.follower.require_once(plans[0].epochs, ranks.size)
-        for plan, checkpoint in zip(plans, saved, strict=True):
-            if checkpoint is not None:
-                check_resumable(checkpoint, store, plan, ranks)
+        check_resumable(plans, saved, store, ranks)
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
             one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
@@ -127,19 +125,22 @@ def _specs(config: TrainConfig, store: ActivationStore) -> list[RunSpec]:
 def _train_unfinished(
     data: TrainingData,
     plans: Sequence[RunPlan],
-    saved: Sequence[Checkpoint | None],
+    saved: list[Checkpoint | None],
     finished: Sequence[dict[str, Any] | None],
 ) -> list[dict[str, Any]]:
-    """Train all runs to their end; the `trainer` entry of each one's last checkpoint, as `finished` has it of some."""
+    """Train all runs to their end; the `trainer` entry of each one's last checkpoint, as `finished` has it of some.
+    `saved` is emptied: a checkpoint is in memory until its run has taken what it needs."""
     memory: dict[int, WeightGradients] = {}
     left: dict[Trainer, Checkpoint | None] = {}
-    for plan, checkpoint, record in zip(plans, saved, finished, strict=True):
+    for plan, record in zip(plans, finished, strict=True):
+        checkpoint = saved.pop(0)
         if record is None:
             left[trainer := Trainer(plan, data, memory)] = checkpoint
             if checkpoint is None:
                 trainer.read_source()
         else:
             tell_finished(plan, record["metrics"])
+    checkpoint = None  # nothing else holds it
     done = iter(_Stream(data, left, len(plans)).execute() if left else ())
     return [next(done) if record is None else record for record in finished]
 

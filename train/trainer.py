@@ -27,7 +27,6 @@ from train.objective.losses import DeadLatents, row_weights
 from train.objective.optimizer import SphereAdam, WeightAverage, learning_rate
 from train.objective.statistics import FixedStatistics, View
 from train.objective.step import training_step
-from train.objective.weights import BY_LATENT
 from train.reporting.announce import say
 from train.reporting.convergence import NUMBERS
 from train.reporting.loss_figure import figure_path
@@ -227,7 +226,7 @@ class Trainer:
             tracker.log(numbers_of(line, self.plan.layers), self.step)
 
     def save(self, *, finished: bool) -> dict[str, Any]:
-        """Write the checkpoint (the first rank does); its `trainer` entry. It holds no times, so that equal runs give
+        """Write the checkpoint; its `trainer` entry. It holds no times, so that equal runs give
         equal files."""
         if self._file is not None:
             self._file.sync()
@@ -244,22 +243,15 @@ class Trainer:
             "validation": None if self.validated is None else self.validated._asdict(),
             "curve": self.curve,
             "started_from": self.started_from,
-            "silent": self._ranks.latents.gathered(self._dead.silent, self.plan.model.n_latents),
-            "statistics": {n: value.cpu() for n, value in self._statistics._asdict().items() if value is not None},
+            "silent": self._ranks.pieces(self._dead.silent, self.plan.model.n_latents),
+            "statistics": {n: value for n, value in self._statistics._asdict().items() if value is not None},
         }
         if not finished:
             trainer |= {"optimizer": self._optimizer.state_dict(), "window": self._window.state_dict()}
             if self._average is not None:
-                trainer["live"] = {name: tensor.cpu() for name, tensor in self._sae.state_dict().items()}
-        sae, latents, m = self.sae, self._ranks.latents, self.plan.model.n_latents
-        if latents.size > 1 and self._ranks.rows.first:
-            state = {n: latents.gathered(t, m) if n in BY_LATENT else t.cpu() for n, t in sae.state_dict().items()}
-            with torch.device("meta"):
-                sae = MLSAE(self.plan.model)
-            if latents.first:
-                sae.load_state_dict(state, assign=True)
-        if self._ranks.first:
-            save_checkpoint(self.path, sae, store=self._data.record(self.plan.layers), trainer=trainer)
+                trainer["live"] = dict(self._sae.state_dict())
+        record = self._data.record(self.plan.layers)
+        save_checkpoint(self.path, self.sae, store=record, trainer=trainer, ranks=self._ranks)
         self._ranks.any(False)  # what a rank has been told is saved is on the disk
         return trainer
 

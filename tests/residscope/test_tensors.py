@@ -4,6 +4,9 @@ import io
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from residscope import tensors
 from residscope.errors import IncompatibleError
-from residscope.tensors import load_tensors
+from residscope.tensors import Pieces, load_tensors, save_tensors
 
 CONTENT = {
     "weights": torch.arange(12.0).reshape(3, 4).T,
@@ -55,6 +59,40 @@ def test_what_was_saved_comes_back() -> None:
     assert equal(load(rewritten(dict)), CONTENT)
     module = torch.nn.Linear(2, 3)
     assert equal(load(saved(module.state_dict())), dict(module.state_dict()))
+
+
+def test_torch_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "PIECE", 20)  # of a row and a part of another
+    path = tmp_path / "a.pt"
+    content = {**CONTENT, "bits": torch.tensor([True, False]), "of a larger one": torch.arange(100)[3:5]}
+    with path.open("wb") as file:
+        save_tensors(content, file)
+    for found in (load(path.read_bytes()), *(torch.load(path, weights_only=True, mmap=mmap) for mmap in (False, True))):
+        assert equal(found, content)
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        assert [info.file_size for info in archive.infolist()][3:] == [48, 8, 0, 4, 2, 16]
+        for info in archive.infolist():
+            file.seek(info.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+            assert (file.tell() + name + extra) % 64 == 0  # where torch.save puts it
+
+
+def test_a_tensor_is_written_as_it_comes() -> None:
+    order: list[str] = []
+
+    def parts(name: str) -> Iterator[Tensor]:
+        for i in range(3):
+            order.append(f"{name}{i}")
+            yield torch.full((2, 2), float(i))
+
+    content = {name: Pieces((6, 2), torch.float32, partial(parts, name)) for name in "ab"}
+    file = io.BytesIO()
+    save_tensors(content, file)
+    found = load(file.getvalue())
+    assert found["a"].tolist() == found["b"].tolist() == [[i, i] for i in (0, 0, 1, 1, 2, 2)]
+    assert order == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    save_tensors(content, None)
+    assert order[6:] == order[:6]
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from residscope import tensors
 from residscope.errors import Interrupted
 from residscope.options import with_values
 from tests.support.training import StopAt
@@ -113,8 +114,18 @@ def _told(ranks: Ranks) -> dict[str, Any]:
         "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
         "own": part.tolist(),
         "shared": mine.tolist(),
-        "gathered": ranks.gathered(part, 5).tolist(),
+        "gathered": _gathered(ranks, part),
     }
+
+
+def _gathered(ranks: Ranks, part: Tensor) -> list[Any]:
+    """What the first rank is given of a tensor [5] to write, one number at a time."""
+    pieces = ranks.pieces(part, 5, moved=True)
+    assert isinstance(pieces, tensors.Pieces)
+    before, tensors.PIECE = tensors.PIECE, part.itemsize
+    found = [part.tolist() for part in pieces.parts()]
+    tensors.PIECE = before
+    return [pieces.shape, found]
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(sae: MLSAE, tmp_path: Path, mo
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", no_space)
+    monkeypatch.setattr("train.checkpoint.save_tensors", no_space)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, sae, store={"turn": 2}, trainer={})
     assert load_checkpoint(path).store == {"turn": 1}

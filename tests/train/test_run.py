@@ -68,7 +68,7 @@ def test_the_decoder_has_unit_norm_in_every_checkpoint(
     """Mistake 3: saved and evaluated weights that are off-norm."""
     save, seen = trainer.save_checkpoint, []
 
-    def check(path: Path, sae: MLSAE, **rest: dict) -> None:
+    def check(path: Path, sae: MLSAE, **rest: Any) -> None:
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
         seen.append(rest["trainer"]["step"])
         save(path, sae, **rest)

@@ -181,9 +181,17 @@ def write_safetensors(
         "store": json.dumps(_plain(store or {})),
         "trainer": json.dumps(_plain(trainer or {})),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    tensors = {name: tensor.float().cpu().contiguous() for name, tensor in sorted(sae.state_dict().items())}
     header[_HASH] = _content_hash(header, tensors)
-    atomic_write(path, [_ordered(to_safetensors(tensors, header))])
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(header.items()))}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    # The library's own order of the header's keys differs from one time to the next, and it copies all tensors.
+    text = json.dumps(dict(sorted(entries.items())), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    atomic_write(path, [len(text).to_bytes(8, "little"), text, *map(_as_bytes, tensors.values())])
 
 
 def _content_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -191,23 +199,17 @@ def _content_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> s
     digest = xxhash.xxh3_128("\0".join(header[name] for name in ("config", "store", "trainer")).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_as_bytes(tensor))
     return digest.hexdigest()
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _folder_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """The same of a foreign layout's two files."""
     return _content_hash({"config": json.dumps(config, sort_keys=True), "store": "", "trainer": ""}, tensors)
-
-
-def _ordered(data: bytes) -> bytes:
-    """A safetensors file with its header's keys in order: the library's order differs from one time to the next."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(dict(sorted(header.items())), separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def read_safetensors(path: Path) -> Checkpoint:

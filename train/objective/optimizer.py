@@ -14,6 +14,8 @@ Shapes: D d_model, M n_latents.
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,19 +89,19 @@ class SphereAdam:
         found = {"exp_avg": _trained(self.exp_avg), "exp_avg_sq": _trained(self.exp_avg_sq)}
         return found if self.norms is None else found | {"norms": {"W_dec": self.norms}}
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The moments by parameter, and free norms, for a checkpoint: whole ones on the first rank alone."""
-        whole, m = self._ranks.whole, self._n_latents
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The moments by parameter, and free norms, for a checkpoint: of several ranks to be written piece by piece."""
+        pieces = partial(self._ranks.pieces, m=self._n_latents, moved=True)
         return {
-            kind: {name: whole(t, m) if name in BY_LATENT else t.cpu() for name, t in tensors.items()}
+            kind: {name: pieces(t) if name in BY_LATENT else t for name, t in tensors.items()}
             for kind, tensors in self._state().items()
         }
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take the moments back; raises `IncompatibleError` if they are of another shape."""
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Take the moments back, out of `state`; raises `IncompatibleError` if they are of another shape."""
         for kind, tensors in self._state().items():
             for name, tensor in tensors.items():
-                found = state.get(kind, {}).get(name)
+                found = state.get(kind, {}).pop(name, None)  # one at a time in memory
                 whole = [self._n_latents, *tensor.shape[1:]] if name in BY_LATENT else list(tensor.shape)
                 if found is None or list(found.shape) != whole:
                     shown = None if found is None else list(found.shape)

@@ -16,12 +16,15 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from residscope.errors import ResidscopeError, UsageError
+from residscope.tensors import Pieces, in_pieces
 
 _ERROR = "error"
 
@@ -131,23 +134,27 @@ class Ranks:
             for work in batch_isend_irecv(ops):
                 work.wait()
 
-    def gathered(self, own: Tensor, m: int) -> Tensor:
-        """[M, ...] on the CPU, put together from the ranks' own rows; on the first rank alone, else something else."""
+    def pieces(self, own: Tensor, m: int, *, moved: bool = False) -> Tensor | Pieces:
+        """A tensor [M, ...] for the first rank to write, of which every rank has its share of the latents, or of that
+        (`moved`) what it moves; to be asked for by all ranks, of which the others send theirs."""
         if self.size == 1:
-            return own.cpu()
-        if not self.first:
-            self._do("send", own.cpu().contiguous(), group_dst=0)
             return own
-        whole = torch.empty(m, *own.shape[1:], dtype=own.dtype)
-        whole[self.own(m)] = own.cpu()
-        for rank in range(1, self.size):
-            self._do("recv", whole[self.own(m, rank)], group_src=rank)
-        return whole
+        return Pieces((m, *own.shape[1:]), own.dtype, partial(self._parts, own, m, moved))
 
-    def whole(self, held: Tensor, m: int) -> Tensor:
-        """`gathered`, of the share that each rank has of its own latents."""
-        column = self.rows.gathered(held, m // self.latents.size)
-        return self.latents.gathered(column, m) if self.rows.first else column
+    def _parts(self, own: Tensor, m: int, moved: bool) -> Iterator[Tensor]:
+        if not self.first:
+            for part in in_pieces(own) if moved or self.rows.first else ():
+                self._do("send", part, group_dst=0)
+            return
+        for place, row in product(range(self.latents.size), range(self.rows.size if moved else 1)):
+            if place == row == 0:
+                yield from in_pieces(own)
+                continue
+            rows = self.rows.own(m // self.latents.size, row) if moved else self.latents.own(m, place)
+            shape, rank = (rows.stop - rows.start, *own.shape[1:]), row * self.latents.size + place
+            for part in in_pieces(torch.empty(shape, dtype=own.dtype, device="meta")):
+                self._do("recv", found := torch.empty(part.shape, dtype=own.dtype), group_src=rank)
+                yield found
 
     def _do(self, name: str, *arguments: Any, **options: Any) -> None:
         from torch import distributed

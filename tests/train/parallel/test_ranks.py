@@ -84,7 +84,8 @@ def test_what_ranks_tell_each_other(two: tuple[Path, list[dict[str, Any]]]) -> N
         assert each["any"] == [True, False]
         assert each["shared"] == [1, 1, 2, 2, 2]
     assert (first["own"], second["own"]) == ([0, 2], [4, 6, 8])
-    assert first["gathered"] == [0, 2, 4, 6, 8]
+    assert first["gathered"] == [(5,), [[0], [2], [4], [6], [8]]]
+    assert second["gathered"] == [(5,), []]
 
 
 def test_why_another_ended_is_said_by_the_first(two: tuple[Path, list[dict[str, Any]]]) -> None:
