@@ -4,7 +4,7 @@
 /** Everything that a view depends on, as text; an address holds what differs from this. */
 const DEFAULTS = {
   view: "sentence", text: "", latent: "", layer: "", token: "", sort: "layer_mean", shown: "24", pins: "", measure: "probs",
-  changes: "", continued: "16", tokens: "", promotes: "", on: "", off: "", from_layer: "", to_layer: "", profile: "",
+  changes: "", continued: "16", tokens: "", promotes: "", on: "", off: "", from_layer: "", to_layer: "", profile: "", explained: "",
 };
 const KNOWN = {
   view: ["sentence", "search", "compare", "layers"], sort: ["layer_mean", "mass", "specificity"],
@@ -47,12 +47,14 @@ addEventListener("popstate", () => read());
 export const pins = () => state.pins.split(",").filter(Boolean).map(Number);
 export const number = (text) => (text === "" ? null : Number(text));
 
+const LONG = 2000; // ms
+
 /** The answer of /api/NAME, with `body` as a POST; an Error of one line where there is none. */
-export async function ask(name, body) {
+export async function ask(name, body, signal) {
   const headers = { "X-Token": new URLSearchParams(location.search).get("token") ?? "", "Content-Type": "application/json" };
-  const request = body ? { method: "POST", headers, body: JSON.stringify(body) } : { headers };
+  const request = body ? { method: "POST", headers, body: JSON.stringify(body), signal } : { headers };
   const response = await fetch(`/api/${name}`, request).catch(() => {
-    throw new Error("the server does not answer: is `residscope explore` still running?");
+    throw new Error(signal?.aborted ? "Stopped." : "the server does not answer: is `residscope explore` still running?");
   });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
@@ -60,28 +62,32 @@ export async function ask(name, body) {
 }
 
 /** A function that asks with a body, one request at a time: of those that wait the newest is sent, and an answer is shown
-    only if no newer one has been. `status`: the element that says what goes on. */
+    only if no newer one has been. What takes long can be stopped, and a newer one does so. `status`: the element that says
+    what goes on. */
 export function latest(name, status, show) {
-  let n = 0, busy = false, next = null;
+  let n = 0, running = null, next = null;
   return async (body) => {
     next = body && { ...body, n: ++n };
-    if (busy && next) say(status, "Waiting for the answer before \u2026");
-    if (busy) return;
-    busy = true;
+    if (running && next) say(status, "Waiting for the answer before \u2026");
+    if (running && (!next || performance.now() - running.began > LONG)) running.abort();
+    if (running) return;
     while (next) {
-      const mine = next, began = performance.now();
+      const mine = next, abort = new AbortController(), began = performance.now();
       next = null;
+      running = { began, abort: () => abort.abort() };
       say(status, "Computing \u2026");
+      const offer = setTimeout(() => status.append(" ", button("Stop", running.abort)), LONG / 2);
       try {
-        const answer = await ask(name, mine);
+        const answer = await ask(name, mine, abort.signal);
         if (answer.n !== mine.n) throw new Error("an answer came to another question");
         const words = show(answer.found, mine);
         if (!next) say(status, `${words} ${((performance.now() - began) / 1000).toFixed(2)} s.`);
       } catch (error) {
         if (!next) say(status, error.message, true);
       }
+      clearTimeout(offer);
+      running = null;
     }
-    busy = false;
   };
 }
 

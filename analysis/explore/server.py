@@ -22,6 +22,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
+from threading import Event
 from typing import Any
 
 from starlette.applications import Starlette
@@ -49,6 +50,9 @@ MOST_BYTES = 64 * 1024
 MOST_WAITING = 16
 """Requests that may wait for their turn; the next is refused."""
 
+LOOK = 0.2
+"""Seconds between looks at whether the browser still waits for an answer."""
+
 MOST_LATENTS = 2_000
 """Latents of a text that are sent, the most specific to it."""
 
@@ -57,13 +61,13 @@ MOST = {"text": 4_000, "changes": 16, "continue_tokens": 64, "limit": 500}
 
 KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("latent", "continue_tokens", "limit"), int),
-    **dict.fromkeys(("text", "tokens", "promotes", "on", "off", "profile"), str),
+    **dict.fromkeys(("text", "tokens", "promotes", "on", "off", "profile", "explained"), str),
     **dict.fromkeys(("from_layer", "to_layer"), (int, float)),
     "changes": list,
 }
 ARGUMENTS = {
     "card": ("latent",),
-    "search": ("tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile", "limit"),
+    "search": ("tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile", "explained", "limit"),
     "prompt": ("text",),
     "intervene": ("text", "changes", "continue_tokens"),
 }
@@ -81,13 +85,15 @@ class Refused(Exception):
 class Turns:
     """One request at a time, in the order in which they came; few may wait."""
 
-    def __init__(self) -> None:
-        self._lock = asyncio.Lock()
+    def __init__(self, stop: Event) -> None:
+        """stop: what ends the work of a request soon."""
+        self._lock, self._stop = asyncio.Lock(), stop
         self.waiting = 0
         """Requests that have come and are not answered."""
 
     async def take(self, request: Request | None, work: Callable[[], Any]) -> Any:
-        """What `work` returns, in a thread. Not begun if the browser has gone by the time that its turn comes."""
+        """What `work` returns, in a thread. Not begun if the browser has gone by the time that its turn comes, and
+        stopped if it goes."""
         if self.waiting >= MOST_WAITING:
             raise Refused(429, f"{self.waiting} requests wait already; try again when they are answered")
         self.waiting += 1
@@ -95,7 +101,12 @@ class Turns:
             async with self._lock:
                 if request is not None and await request.is_disconnected():
                     raise ClientDisconnect
-                return await run_in_threadpool(work)
+                self._stop.clear()
+                running = asyncio.ensure_future(run_in_threadpool(work))
+                while not (await asyncio.wait({running}, timeout=LOOK))[0]:
+                    if request is not None and await request.is_disconnected():
+                        self._stop.set()
+                return running.result()
         finally:
             self.waiting -= 1
 
@@ -130,7 +141,7 @@ class Guard:
 
 def make_app(analysis: Any, token: str) -> Starlette:
     """The server's application over an `Analysis`, which loads its model once the server runs."""
-    tables, live = Turns(), Turns()
+    tables, live = Turns(Event()), Turns(analysis.stop)
 
     @asynccontextmanager
     async def warm(_: Starlette) -> AsyncIterator[None]:

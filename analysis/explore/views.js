@@ -5,7 +5,7 @@ import { figure, lines } from "./charts.js";
 import { code, counted, find, h, latest, link, number, pins, set, state, table, watch } from "./core.js";
 
 const FIRST = 50; // that the server sends
-const FIELDS = ["tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile"];
+const FIELDS = ["tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile", "explained"];
 const search = latest("search", find("search-status"), (found) => {
   const rows = found.map((one) => [link(String(one.latent), { latent: one.latent, layer: "" }), code(one.fires_on), one.profile ?? "\u2013", show(one.layer_mean), percent(one.share_of_tokens), one.why]);
   const names = ["latent", "fires_on", "profile", "layer_mean", "share_of_tokens", "count", "score", "why"];

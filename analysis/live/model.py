@@ -6,6 +6,7 @@ The numbers are those of `analyze --prompt`: the same functions make them (`anal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from analysis.prompt.view import Activations, PromptView, Tokens, Usual, check_i
 from harvest.lens.translators import TunedLens
 from harvest.model.blocks import find_blocks, longest_context, n_layers_of
 from harvest.model.checks import check_logits, check_model
-from residscope.errors import UsageError
+from residscope.errors import ResidscopeError, UsageError
 from train.model import MLSAE
 
 MOST_NEW_TOKENS = 64
@@ -29,17 +30,25 @@ MOST_NEW_TOKENS = 64
 class LiveModel:
     """What answers for a text of the user's own."""
 
-    def __init__(self, inputs: Inputs, found: FoundModel, usual: Usual) -> None:
-        """Load the weights; usual: how active latents are in the analysis. Raises `ResidscopeError` where model, store
-        and autoencoder do not fit."""
+    def __init__(self, inputs: Inputs, found: FoundModel, usual: Usual, stop: Event) -> None:
+        """Load the weights; usual: how active latents are in the analysis; stop: while it is set, no answer is made.
+        Raises `ResidscopeError` where model, store and autoencoder do not fit."""
         assert found.spec is not None
         self.store, self.layers, self._usual = inputs.store, inputs.layer_numbers, usual
         model = load_of_store(self.store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
         check_model(self.store, model, found.lens)
-        self.prompted = PromptedModel(model, inputs.sae.to(model.device), found.lens, self.store.meta.stored_dtype)
+        sae, dtype = inputs.sae.to(model.device), self.store.meta.stored_dtype
+        self._stop = stop
+        self.prompted = PromptedModel(model, sae, found.lens, dtype, self._check)
+        for block in model.blocks:
+            block.register_forward_pre_hook(self._check)
         self.tokenizer = model.tokenizer
         check_logits(model, torch.from_numpy(self.tokens("a").ids)[None])
         self._read = lru_cache(maxsize=8)(self._read_anew)
+
+    def _check(self, *_: object) -> None:
+        if self._stop.is_set():
+            raise ResidscopeError("stopped: nobody waits for the answer")
 
     def tokens(self, text: str) -> Tokens:
         """As `analyze --prompt` reads it; `UsageError` for a text that is empty or too long."""
@@ -57,10 +66,10 @@ class LiveModel:
         data, found = plain_prompt(self._read(text), self.tokenizer, most), self.activations(text)
         del data["interventions"], data["silent"]
         order = np.argsort(found.latent, kind="stable")
-        cells = list(zip(*(c[order].tolist() for c in (found.position, found.layer, found.activation)), strict=True))
+        latent, *columns = (c[order] for c in (found.latent, found.position, found.layer, found.activation))
         for one in data["latents"]:
-            low, high = np.searchsorted(found.latent[order], [one["latent"], one["latent"] + 1])
-            one["cells"] = [list(cell) for cell in cells[low:high]]
+            own = slice(*np.searchsorted(latent, [one["latent"], one["latent"] + 1]))
+            one["cells"] = [list(cell) for cell in zip(*(c[own].tolist() for c in columns), strict=True)]
         return {**data, "layers": self.layers}
 
     def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], n_tokens: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ class Analysis:
     def __init__(self, folder: Path, store: Path | None, sae: Path | None, model: str | None, lens: str | None) -> None:
         self.folder, self._places, self._model, self._lens = folder, (store, sae), model, lens
         self.summary: dict[str, Any] = read_json(folder / SUMMARY, _AGAIN)
+        self.stop = Event()
+        """Where another thread sets it, an answer that the model is making ends with a `ResidscopeError`."""
 
     @classmethod
     def open(
@@ -112,7 +115,7 @@ class Analysis:
             what = f"is not of {found[0]} and {found[1]} by this version"
             raise IncompatibleError(f"{self.folder}: the analysis {what}; give the store and sae of it, or {_AGAIN}")
         where = locate(inputs.store, self._model, self._lens, offline=self._model is None)
-        return LiveModel(inputs, where, usual_of(self.folder))
+        return LiveModel(inputs, where, usual_of(self.folder), self.stop)
 
     def card(self, latent: int) -> dict[str, Any]:
         """All that is known of a latent, in plain values; not defined is None. `UsageError` if there is no such one."""
@@ -146,7 +149,7 @@ class Analysis:
         for one in data["latents"]:
             one["fires_on"] = self._fires_on[one["latent"]]
             one["share_of_tokens"] = self._share_of_tokens(one["latent"])
-        return Prompt(_plain(data))
+        return Prompt(data)
 
     def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], continue_tokens: int = 0) -> dict[str, Any]:
         """What changes do to the token after a text, all together, and how the text goes on with and without them.
@@ -165,6 +168,7 @@ class Analysis:
         from_layer: int | None = None,
         to_layer: int | None = None,
         profile: str | None = None,
+        explained: str | None = None,
         limit: int = 50,
     ) -> pd.DataFrame:
         """Latents that meet all that is asked for, the best first: by the product of what each condition gives
@@ -173,7 +177,8 @@ class Analysis:
         tokens: words or phrases, of which one is enough, by how specific a latent is to them
         (`analysis.latents.search`); promotes: a token, by its place among those promoted; on, off: active somewhere in
         one text and nowhere in the other, by mass (needs the model); from_layer, to_layer: by the share of its mass
-        there, at least `SHARE`; profile: the kind of its profile over layers, as in the table."""
+        there, at least `SHARE`; profile: the kind of its profile over layers, as in the table; explained: words that
+        all stand in one of its explanations by delphi, where those were read back."""
         found: list[dict[int, tuple[float, str]]] = []
         if tokens:
             wanted = tokens if isinstance(tokens, str) else ", ".join(tokens)
@@ -196,6 +201,8 @@ class Analysis:
                 raise UsageError(f"profile should be one of {', '.join(kinds)}, found {profile!r}")
             same = live[self.latents["profile"].to_numpy()[live] == profile]
             found.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
+        if explained:
+            found.append(self._explained(explained.lower().split()))
         if not found:
             return pd.DataFrame(columns=FOUND)
         common = set(found[0]).intersection(*found[1:])
@@ -219,6 +226,16 @@ class Analysis:
         return (
             f"Analysis({str(self.folder)!r}: {of}, {self.summary['n_layers']} layers, {self._table.num_rows:,} latents)"
         )
+
+    def _explained(self, words: Sequence[str]) -> dict[int, tuple[float, str]]:
+        if not (self.folder / EXPLANATIONS).is_file():
+            raise UsageError("no explanations were read into this analysis: give `analyze` --delphi-scores")
+        return {
+            latent: (1.0, f"explained, {row['where']}: {row['explanation']}")
+            for latent, rows in read_explanations(self.folder / EXPLANATIONS).items()
+            for row in reversed(rows)  # of several the first is named
+            if all(word in (row["explanation"] or "").lower() for word in words)
+        }
 
     def _share_of_tokens(self, latent: int) -> float:
         return float(self.latents["n_tokens"].iloc[latent]) / self.summary["n_tokens"]

@@ -19,7 +19,7 @@ most; and by how much their logits change, less the mean change over the vocabul
 Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,9 +98,12 @@ class PromptedModel(NamedTuple):
     """On the model's device."""
     lens: TunedLens | None
     stored_dtype: str
+    check: Callable[[], object] = bool
+    """Called at each layer; what it raises ends the work."""
 
     def seen(self, x: Tensor, layer: int) -> Tensor:
         """Block outputs [n, D] as the autoencoder would get them from the store: through the lens, rounded."""
+        self.check()
         y = x.float() if self.lens is None else self.lens.apply(x, layer)
         return y.to(getattr(torch, self.stored_dtype)).float()
 

@@ -75,7 +75,7 @@ class Stub:
             **dict.fromkeys(("n_tokens", "n_layers", "n_latents"), 4),
             "layers": [],
         }
-        self.live = None
+        self.live, self.stop = None, threading.Event()
 
     def _answer(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
         self._work(name, given)

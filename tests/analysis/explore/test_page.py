@@ -4,10 +4,12 @@ import csv
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from residscope.errors import ResidscopeError
 from tests.support.browser import Tab
 from tests.support.chromium import Page, find_chromium
 from tests.support.explored import Planted, Served, serving
@@ -249,7 +251,7 @@ def test_pinned_latents_are_compared(tab: Explored) -> None:
 def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab: Explored) -> None:
     tab.open()
     tab.run("""find("#to-search").click(); const fields = { tokens: "up", promotes: " on", on: "a b", off: "c",
-      from_layer: "2", to_layer: "4", profile: "early" };
+      from_layer: "2", to_layer: "4", profile: "early", explained: "ends" };
       for (const [name, value] of Object.entries(fields)) find(`#search-${name}`).value = value;
       find("#search-form button").click(); await until(() => text("#search-status").includes("1 latent."));""")
     assert tab.planted.asked == [
@@ -261,6 +263,7 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
             "from_layer": 2,
             "to_layer": 4,
             "profile": "early",
+            "explained": "ends",
         }
     ]
     tab.run(
@@ -382,6 +385,26 @@ def test_of_ten_sentences_typed_in_a_row_the_last_is_shown(tab: Explored) -> Non
     tab.run("""change("#text", "too long", "input"); await until(() => text("#sentence-status").includes("900 tokens"));
       key(find("#text"), "Enter"); await until(() => find("#sentence-status.warning"));""")
     tab.run("""change("#text", "", "input"); await until(() => find("#sentence-found").hidden);""")
+
+
+def test_what_takes_long_is_stopped_by_hand_and_by_a_newer_text(tab: Explored) -> None:
+    stopped: list[str] = []
+
+    def work(name: str, given: dict[str, Any]) -> None:
+        if given.get("text", "").startswith("slow"):
+            assert tab.planted.stop.wait(60)
+            stopped.append(given["text"])
+            raise ResidscopeError("stopped")
+
+    tab.planted._work = work
+    tab.open("#text=slow+one")
+    tab.run("""await until(() => named("Stop")); named("Stop").click();
+      await until(() => text("#sentence-status") === "Stopped.");
+      change("#text", "slow two", "input"); await until(() => named("Stop"));
+      await new Promise((r) => setTimeout(r, 1100));
+      change("#text", "all is up", "input"); await until(() => text("#sentence-status").startsWith("3 tokens"));""")
+    tab.planted._work = lambda name, given: None
+    assert stopped == ["slow one", "slow two"]
 
 
 def test_a_page_with_a_wrong_token_says_what_to_do(tab: Explored) -> None:

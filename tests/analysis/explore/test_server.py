@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from analysis.explore.server import MOST, MOST_BYTES, MOST_LATENTS, MOST_WAITING
-from residscope.errors import UsageError
+from residscope.errors import ResidscopeError, UsageError
 from tests.support.explored import TOKEN, Served, Stub, serving
 
 ABLATE = {"kind": "ablate", "latent": 3, "layers": "all"}
@@ -218,3 +218,23 @@ def test_a_long_queue_is_refused_and_a_killed_tab_takes_no_turn() -> None:
         assert served.ask("/api/prompt", {"text": "again"}).status == 200
     assert "gone" not in gate.began
     assert len(gate.began) == MOST_WAITING
+
+
+def test_work_for_a_browser_that_has_gone_is_stopped() -> None:
+    ended: list[str] = []
+
+    def work(name: str, given: dict[str, Any]) -> None:
+        if given["text"] == "long":
+            assert stub.stop.wait(60)
+            ended.append("stopped")
+            raise ResidscopeError("stopped")
+
+    stub = Stub(work)
+    with serving(stub) as served:
+        gone = http.client.HTTPConnection("127.0.0.1", served.port)
+        gone.request("POST", "/api/prompt", json.dumps({"text": "long"}), {"X-Token": TOKEN})
+        until_waiting(served, 1)
+        gone.close()
+        assert served.ask("/api/prompt", {"text": "next"}).status == 200
+        assert ended == ["stopped"]
+        assert not stub.stop.is_set()

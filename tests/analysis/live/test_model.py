@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from analysis.live.model import steer
-from residscope.errors import UsageError
+from residscope.errors import ResidscopeError, UsageError
 from tests.support.harvested import make_checkpoint, make_harvested
 from tests.support.live import make_live
 
@@ -54,3 +54,26 @@ def test_a_text_is_read_and_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     analysis.prompt("mary and john")
     assert (runs, read) == ([0], ["mary and john"])
     assert first == analysis.prompt("mary and john").data
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_an_answer_is_given_up_at_the_next_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """In the model's pass, and where vectors are encoded."""
+    analysis = make_live(tmp_path).open()
+    model, check, looks = analysis.live, analysis.live._check, list[int]()
+
+    def stopping(*_: object) -> None:
+        looks.append(1)
+        if len(looks) > after:
+            analysis.stop.set()
+        check()
+
+    monkeypatch.setattr(model, "prompted", model.prompted._replace(check=stopping))
+    for block in model.prompted.model.blocks:
+        block.register_forward_pre_hook(stopping)
+    with pytest.raises(ResidscopeError, match="stopped"):
+        analysis.prompt("mary and john")
+    assert len(looks) == after + 1
+    analysis.stop.clear()
+    after = 99
+    assert analysis.prompt("mary and john").data["n_active_latents"] > 0

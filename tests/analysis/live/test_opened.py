@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from analysis.delphi.scores import COLUMNS
 from analysis.live.opened import Analysis
 from residscope.errors import IncompatibleError, UsageError
 from tests.support.harvested import make_checkpoint
@@ -122,6 +124,20 @@ def test_search_by_what_is_promoted(live: Live, opened: Analysis, monkeypatch: p
     assert set(opened.search(promotes=token, limit=200)["latent"]) == expected
     monkeypatch.setitem(opened.summary, "latent_logits", {"unembedding_chance_99": 2.0})
     assert opened.search(promotes=token).empty
+
+
+def test_search_by_the_words_of_an_explanation(tmp_path: Path) -> None:
+    opened = make_live(tmp_path).open()
+    with pytest.raises(UsageError, match="--delphi-scores"):
+        opened.search(explained="line")
+    said = [(3, None, "Ends of lines"), (3, 1, "lines that end"), (5, None, "ends of words"), (7, 2, None)]
+    rows = [{"latent": j, "layer": layer, "explanation": text, "scores": []} for j, layer, text in said]
+    pq.write_table(pa.Table.from_pylist(rows, schema=COLUMNS), opened.folder / "explanations.parquet")
+    found = opened.search(explained="LINES end")
+    assert list(found["latent"]) == [3]
+    assert list(found["why"]) == ["explained, all layers: Ends of lines"]
+    assert set(opened.search(explained="ends")["latent"]) == {3, 5}
+    assert opened.search(explained="ends zebra").empty
 
 
 def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:
