@@ -22,10 +22,11 @@ export function pinButton(latent) {
     { "aria-pressed": String(pinned), "aria-label": `${pinned ? "Unpin" : "Pin"} latent ${latent}` });
 }
 
-/** One more change for the interventions, in the words of the state. */
-function change(words) {
+/** One more change for the interventions, in the words of the state; `now`: it is made at once. */
+function change(words, now) {
   set({ view: "sentence", changes: [state.changes, words].filter(Boolean).join(" ") });
   find("changes").scrollIntoView({ block: "center" });
+  if (now) find("run").click();
 }
 
 /** The card as elements. */
@@ -33,6 +34,7 @@ export function cardBody(card) {
   const { latent, layers } = card, layer = state.layer, share = card.n_tokens / card.of_tokens, facts = {
     Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread, layers": show(card.layer_std),
     Firings: integer(card.count), "Tokens it fires at": `${integer(card.n_tokens)}, ${percent(share)}`, "Layers active": card.n_layers_active,
+    "Layers on at such a token, mean": (card.count / card.n_tokens).toFixed(1),
   };
   if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or use the arrow keys.");
@@ -44,8 +46,8 @@ export function cardBody(card) {
   return [
     h("p", {}, h("b", {}, "Fires on "), card.fires_on.length ? code(card.fires_on) : "nothing in particular"),
     card.explanations.map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "-", " ", h("small", {}, one.said))),
-    h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`)),
-      layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`)), button(`Steer at layer ${layers[at]}\u2026`, () => change(`steer:${latent}:${layers[at]}:${(card.means[at] || 1).toPrecision(3)}`))),
+    h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`, true)),
+      layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`, true)), button(`Steer at layer ${layers[at]}\u2026`, () => change(`steer:${latent}:${layers[at]}:${(card.means[at] || 1).toPrecision(3)}`))),
     share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, so that being on says little of a token.`),
     h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     chart("probs", "Share of its activation mass", percent), chart("counts", "Tokens at which it fired", integer), chart("means", "Mean activation where it fired", show),

@@ -97,9 +97,10 @@ export function switches(rows, layers, { label, width = room(), left = width / 3
     rows.map(({ name, words, on, chosen, pick }, k) => {
       const places = [...on.keys()].sort((a, b) => a - b), top = Math.max(...on.values()), y = 14 + k * high;
       const runs = places.filter((i) => !on.has(i - 1)).map((first) => { let last = first; while (on.has(last + 1)) last++; return [first, last]; });
+      const where = `${name}: on at layers ${runs.map(([a, b]) => (a === b ? layers[a] : `${layers[a]} to ${layers[b]}`)).join(", ")}`;
       const act = (event) => { if (!event.key || event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(); } };
-      return svg("g", { class: chosen ? "switch chosen" : "switch", role: "button", tabindex: 0, onclick: act, onkeydown: act, "aria-label": `${name}: on at layers ${runs.map(([a, b]) => (a === b ? layers[a] : `${layers[a]} to ${layers[b]}`)).join(", ")}` },
-        svg("path", { class: "touch", d: `M0 ${y - 10}H${width}V${y + 10}H0z` }), svg("text", { class: "name", x: left - 12, y: y + 4, "text-anchor": "end" }, words.slice(0, left / 6.5)),
+      return svg("g", { class: chosen ? "switch chosen" : "switch", role: "button", tabindex: 0, onclick: act, onkeydown: act, "aria-label": where },
+        svg("title", {}, where), svg("path", { class: "touch", d: `M0 ${y - 10}H${width}V${y + 10}H0z` }), svg("text", { class: "name", x: left - 12, y: y + 4, "text-anchor": "end" }, words.slice(0, left / 6.5)),
         runs.map(([first, last]) => [
           ...Array.from({ length: last - first }, (_, i) => svg("path", { class: "span", d: `M${x(first + i)} ${y}H${x(first + i + 1)}`, "stroke-width": (1 + (5 * on.get(first + i)) / top).toFixed(1) })),
           svg("circle", { class: "ring", cx: x(last), cy: y, r: 4 }), svg("circle", { class: "start", cx: x(first), cy: y, r: first === last ? 2 : 4 })]));

@@ -18,6 +18,7 @@ from analysis.results.folder import SUMMARY
 from residscope.console import run_command
 from residscope.errors import ResidscopeError, UsageError
 from residscope.options import parse_options
+from residscope.reading import read_json, reading
 
 DESCRIPTION = """Open a page in the browser, served to this machine alone, over a finished analysis and its model:
 type text, see its latents over layers and tokens, take them out, search them, compare them.
@@ -51,7 +52,8 @@ class ExploreConfig:
     sae: Path
     """The autoencoder, as for `analyze`."""
     out: Path | None = None
-    """Folder of the analysis. By default CHECKPOINT.analysis beside the checkpoint, as for `analyze`."""
+    """Folder of the analysis. By default CHECKPOINT.analysis beside the checkpoint, as for `analyze`, else the
+    checkpoint's own folder."""
     model: str | None = None
     """Where the store's model is, as for `analyze`."""
     page: PageOptions = PageOptions()
@@ -60,6 +62,8 @@ class ExploreConfig:
 def explore(config: ExploreConfig) -> None:
     """Serve the page until Ctrl-C."""
     folder = AnalyzeConfig(store=config.store, sae=config.sae, out=config.out).out_dir
+    if config.out is None and not (folder / SUMMARY).is_file() and _is_of(config.sae.parent, config.sae):
+        folder = config.sae.parent  # as the demo leaves them
     if not (folder / SUMMARY).is_file():
         way_out = f"run `analyze --store {config.store} --sae {config.sae}` first, or name its folder with --out"
         raise UsageError(f"{folder}: no analysis is there; {way_out}")
@@ -91,6 +95,14 @@ def explore(config: ExploreConfig) -> None:
         with suppress(KeyboardInterrupt):  # how it is meant to end, where SIGINT is not ignored from the start
             asyncio.run(uvicorn.Server(options).serve(sockets=[listening]))
         print("\nEnded.", file=sys.stderr)
+
+
+def _is_of(folder: Path, sae: Path) -> bool:
+    """Whether the analysis in a folder, if there is one, says that it is of a checkpoint of this name."""
+    if not (folder / SUMMARY).is_file():
+        return False
+    with reading(f"{folder / SUMMARY}: cannot be read", "run `analyze` again"):
+        return read_json(folder / SUMMARY).get("provenance", {}).get("sae", {}).get("name") == sae.name
 
 
 def _listening(port: int) -> socket.socket:

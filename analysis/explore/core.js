@@ -81,7 +81,7 @@ export function latest(name, status, show) {
         const answer = await ask(name, mine, abort.signal);
         if (answer.n !== mine.n) throw new Error("an answer came to another question");
         const words = show(answer.found, mine);
-        if (!next) say(status, `${words} ${((performance.now() - began) / 1000).toFixed(2)} s.`);
+        if (!next && words !== null) say(status, `${words} ${((performance.now() - began) / 1000).toFixed(2)} s.`);
       } catch (error) {
         if (!next) say(status, error.message, true);
       }
@@ -133,7 +133,7 @@ export function link(words, changes, props = {}) {
 }
 
 /** Text with what cannot be seen made visible. */
-export const visible = (text) => (/^ *$/.test(text) ? "\u00b7".repeat(text.length || 1) : text.replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192"));
+export const visible = (text) => (text.trim() ? text : text.replaceAll(" ", "\u00b7") || "\u00b7").replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192");
 export const quoted = (text) => `\u201c${visible(text)}\u201d`;
 export const counted = (n, word) => `${integer(n)} ${word}${n === 1 ? "" : "s"}`;
 export const code = (words) => words.map((word) => [h("code", {}, visible(word)), " "]);

@@ -13,46 +13,50 @@ const ask = latest("prompt", find("sentence-status"), (found, asked) => {
   draw();
   if (answered === null && changes().length) run(); // those of an address that was shared
   const n = found.tokens.filter((token) => token.kept).length;
-  return `${counted(n, "token")}, ${counted(found.n_active_latents, "latent")} on.`;
+  const full = asked.text.length >= find("text").maxLength ? " The text is as long as it may be: more was cut off." : "";
+  return `${counted(n, "token")}, ${counted(found.n_active_latents, "latent")} on.${full}`;
 });
 const change = latest("intervene", find("change-status"), (found, asked) => {
   if (asked.text !== state.text) return "The text has changed meanwhile.";
   answered = key(asked);
   find("outcome").replaceChildren(...outcome(found, asked).filter(Boolean));
+  find("outcome").scrollIntoView({ block: "nearest" });
+  if (age()) return null;
   return `KL divergence at the last token ${show(found.kl_last)} nats, mean over tokens ${show(found.kl_mean)}.`;
 });
 const asking = () => ({ text: state.text, changes: changes(), continue_tokens: Number(state.continued) });
 const key = ({ text, changes: of, continue_tokens: n }) => JSON.stringify([text, of, n]);
-const run = () => { answered ??= ""; change(asking()); };
+const run = () => { answered ??= ""; if (prompt) change(asking()); };
 
-/** Mark what is shown of other changes than those that are listed now. */
+/** Mark what is shown of other changes than those that are listed now; whether it is. */
 function age() {
   const old = find("outcome").childNodes.length > 0 && answered !== key(asking());
   find("outcome").classList.toggle("outdated", old);
   if (old) say(find("change-status"), "What is below is of the changes before: press Run.", true);
+  return old;
 }
-const ORDERS = {
-  layer_mean: (a, b) => a.layer_mean - b.layer_mean, specificity: (a, b) => b.specificity - a.specificity,
-};
 
 /** The place of the chosen token, or -1. */
 const tokenChosen = () => (state.token !== "" && prompt.tokens[state.token]?.kept ? Number(state.token) : -1);
 
-/** The latents that are shown: those on at the chosen token, or anywhere; of them the most specific to the text, or those
-    with the most mass there, in their order. */
+/** The latents that are on at the chosen token, or anywhere (`all`), and those of them that are shown (`found`): the most
+    specific to it, or those with the most mass there, in their order. At a token specificity is m ln(m / expected mass) as
+    in the text, with the latent's mass m at the token and a token's share of the mass that is expected. */
 function chosen() {
-  const token = tokenChosen(), many = Number(state.shown);
-  const here = (one) => token < 0 || one.cells.some((cell) => cell[0] === token);
-  const at = (one) => (token < 0 ? one.mass : one.cells.reduce((sum, cell) => sum + (cell[0] === token ? cell[2] : 0), 0));
-  const orders = { ...ORDERS, mass: (a, b) => at(b) - at(a) };
-  const found = prompt.latents.filter(here).sort(orders[state.sort === "mass" ? "mass" : "specificity"]);
-  return { total: found.length, found: found.slice(0, many).sort(orders[state.sort]) };
+  const token = tokenChosen(), many = Number(state.shown), n = prompt.tokens.filter((one) => one.kept).length;
+  const mass = (one) => (token < 0 ? one.mass : one.cells.reduce((sum, cell) => sum + (cell[0] === token ? cell[2] : 0), 0));
+  const specific = (one, m) => (token < 0 ? one.specificity : m * (Math.log((n * m) / one.mass) + one.specificity / one.mass));
+  const rows = prompt.latents.map((one) => ({ one, mass: mass(one) })).filter((row) => row.mass > 0);
+  for (const row of rows) row.specificity = specific(row.one, row.mass);
+  const by = { layer_mean: (a, b) => a.one.layer_mean - b.one.layer_mean, mass: (a, b) => b.mass - a.mass, specificity: (a, b) => b.specificity - a.specificity };
+  const first = rows.sort(by[state.sort === "mass" ? "mass" : "specificity"]).slice(0, many), strongest = first[0]?.one.latent;
+  return { all: rows.map((row) => row.one), found: first.sort(by[state.sort]).map((row) => row.one), strongest };
 }
 
 function draw() {
   find("sentence-found").hidden = !prompt;
   if (!prompt) return;
-  const { tokens, layers } = prompt, { total, found } = chosen(), token = tokenChosen();
+  const { tokens, layers } = prompt, { all, found } = chosen(), token = tokenChosen();
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or go to a map and use the arrow keys. Rows are layers, the first at the bottom; columns are tokens.");
   const word = (c) => `token ${c} ${quoted(tokens[c].token)}`;
   fill(find("tokens"), h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),
@@ -66,31 +70,32 @@ function draw() {
   }));
   const where = token < 0 ? "in the sentence" : `at ${word(token)}`;
   const rows = () => [["latent", "position", "token", "layer", "activation"], ...found.flatMap((one) => one.cells.map(([c, layer, value]) => [one.latent, c, tokens[c].token, layer, value]))];
-  const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : total)} latents on ${where}: ${state.sort === "mass" ? "the most active" : "the most specific to the text"}`, "latents", maps, rows, read);
-  fill(find("maps"), ...(token < 0 ? [] : [switching(found, token, word(token))]), picture);
+  const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : all.length)} latents on ${where}: ${state.sort === "mass" ? "the most active" : "the most specific"} ${token < 0 ? "in it" : "there"}`, "latents", maps, rows, read);
+  fill(find("maps"), ...(token < 0 ? [] : [switching(found, all, token, word(token), dense)]), picture);
   const next = (list) => list.map(({ token: text, p_true }) => [h("code", {}, visible(text)), ` ${percent(p_true)}  `]);
   const before = tokens.slice(tokens.findIndex((one) => one.kept), token + 1).map((one) => one.token).join("");
   find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next(prompt.next)), ...(token < 0 ? [] : [h("p", {}, h("b", {}, `After ${word(token)}: `), next(tokens[token].next),
     prompt.text.startsWith(before) && before !== prompt.text && link("Cut the text here, to change what follows", { text: before, token: "" }))]));
 }
 
-/** Which latents switch on, stay and switch off from layer to layer at a token. */
-function switching(found, token, word) {
-  const { layers } = prompt, read = h("p", { class: "readout", role: "status" });
-  const rows = found.map((one) => ({ one, on: new Map(one.cells.filter((cell) => cell[0] === token).map(([, layer, value]) => [layers.indexOf(layer), value])) }))
-    .sort((a, b) => Math.min(...a.on.keys()) - Math.min(...b.on.keys()) || Math.max(...a.on.keys()) - Math.max(...b.on.keys()));
+/** Which latents switch on, stay and switch off from layer to layer at a token: drawn of some, counted of all. */
+function switching(found, all, token, word, dense) {
+  const { layers } = prompt, read = h("p", { class: "readout told", role: "status" });
+  const of = (some) => some.map((one) => ({ one, on: new Map(one.cells.filter((cell) => cell[0] === token).map(([, layer, value]) => [layers.indexOf(layer), value])) }));
+  const rows = of(found).sort((a, b) => Math.min(...a.on.keys()) - Math.min(...b.on.keys()) || Math.max(...a.on.keys()) - Math.max(...b.on.keys()));
   const step = h("select", { id: "switch-step", onchange: tell }, layers.slice(1).map((layer, i) => h("option", { value: i }, `${layers[i]} \u2192 ${layer}`)));
   function tell() {
     const i = Number(step.value), kinds = { "switch on": [], stay: [], "switch off": [] };
-    for (const { one, on } of rows) if (on.has(i) || on.has(i + 1)) kinds[!on.has(i) ? "switch on" : on.has(i + 1) ? "stay" : "switch off"].push(one.latent);
-    read.replaceChildren(...Object.entries(kinds).map(([kind, who]) => h("span", {}, h("b", {}, `${who.length} ${kind} `), who.map((latent) => [link(String(latent), { latent, layer: layers[i + 1] }), " "]))));
+    for (const { one, on } of of(all)) if (on.has(i) || on.has(i + 1)) kinds[!on.has(i) ? "switch on" : on.has(i + 1) ? "stay" : "switch off"].push(one.latent);
+    read.replaceChildren(...Object.entries(kinds).map(([kind, who]) => h("span", {}, h("b", {}, `${who.length} ${kind} `),
+      who.slice(0, 24).map((latent) => [link(String(latent), { latent, layer: layers[i + 1] }), " "]), who.length > 24 && `and ${who.length - 24} more`)));
   }
-  const drawn = switches(rows.map(({ one, on }) => ({ name: `Latent ${one.latent}`, words: `${one.latent}  ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, on,
+  const drawn = switches(rows.map(({ one, on }) => ({ name: `Latent ${one.latent}`, words: `${one.latent}  ${dense(one) && "dense  "}${one.fires_on.slice(0, 3).map(visible).join(" ")}`, on,
     chosen: state.latent === String(one.latent), pick: () => set({ latent: one.latent, layer: layers[Math.min(...on.keys())] }) })), layers, { label: `Latents on at ${word}, by layer` });
   if (layers.length > 1) tell();
   return figure(`Switching on and off over the layers at ${word}`, "switches", drawn,
     () => [["latent", "layer", "activation"], ...rows.flatMap(({ one, on }) => [...on].map(([i, value]) => [one.latent, layers[i], value]))],
-    h("p", { class: "note" }, "\u25cf a run of layers begins, \u25cb it ends; the line is as thick as the activation is high."), layers.length > 1 && h("label", {}, "From layer to layer ", step), read);
+    h("p", { class: "note" }, "\u25cf a run of layers begins, \u25cb it ends; the line is as thick as the activation is high."), layers.length > 1 && h("label", {}, `Of all ${all.length} latents that are on there, from layer to layer `, step), read);
 }
 
 /** The changes in the address: KIND:LATENT:LAYERS[:COEFFICIENT], layers as 3.4.5 or "all". */
@@ -135,15 +140,20 @@ function outcome(found, asked) {
   const words = asked.changes.map((one) => `${one.kind} ${one.latent} at ${one.layers === "all" ? "all layers" : `layer ${one.layers.join(" ")}`}${one.kind === "steer" ? ` by ${one.coefficient}` : ""}`);
   return [h("h3", {}, words.join(", ")), ...found.notes.map((note) => h("p", { class: "note" }, note)), found.kl_last > MUCH && h("p", { class: "warning" }, `A KL divergence above ${MUCH} nats: little of the model's own prediction is left. A smaller change says more.`),
     h("div", { class: "columns narrow" }, list("Next token, before", found.next_true), list("Next token, after", found.next_changed)),
-    h("p", {}, h("span", { class: "soft" }, "Logit rose most: "), moved("\u25b2", found.increased)), h("p", {}, h("span", { class: "soft" }, "fell most: "), moved("\u25bc", found.decreased)),
+    h("p", {}, h("span", { class: "soft" }, "Probability rose most: "), moved("\u25b2", found.increased)), h("p", {}, h("span", { class: "soft" }, "fell most: "), moved("\u25bc", found.decreased)),
     asked.continue_tokens > 0 && h("div", { class: "columns narrow" }, said("Goes on, before", found.text_true), said("Goes on, after", found.text_changed))];
 }
 
 find("text").addEventListener("input", () => set({ text: find("text").value, token: "" }, true));
 for (const name of ["sort", "shown"]) find(name).addEventListener("change", (event) => set({ [name]: event.target.value }));
 find("continued").addEventListener("change", (event) => set({ continued: event.target.value }, true));
-find("add").addEventListener("click", () => set({ changes: `${state.changes} ablate:${state.latent || pins()[0] || (prompt && chosen().found.sort(ORDERS.specificity)[0]?.latent) || 0}:all`.trim() }));
-find("run").addEventListener("click", run);
+find("add").addEventListener("click", () => set({ changes: `${state.changes} ablate:${state.latent || pins()[0] || (prompt && chosen().strongest) || 0}:all`.trim() }));
+find("run").addEventListener("click", () => setTimeout(run)); // after what a field that was just left had to say
+find("changes").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.target.tagName !== "INPUT") return;
+  find("run").focus();
+  find("run").click();
+});
 watch(["text"], () => {
   if (find("text").value !== state.text) find("text").value = state.text;
   find("outcome").replaceChildren();

@@ -53,8 +53,8 @@ MOST_WAITING = 16
 LOOK = 0.2
 """Seconds between looks at whether the browser still waits for an answer."""
 
-MOST_LATENTS = 2_000
-"""Latents of a text that are sent, the most specific to it."""
+MOST_LATENTS = 100_000
+"""Latents of a text that are sent, the most specific to it: all, but for very large dictionaries."""
 
 MOST = {"text": 4_000, "changes": 16, "continue_tokens": 64, "limit": 500}
 """Characters of a text, changes of the residual stream at once, tokens that a text is continued by, latents found."""

@@ -51,7 +51,7 @@ export function drawLayers(about) {
   const worst = (name) => rows.reduce((a, b) => ((b[name] ?? -Infinity) > (a[name] ?? -Infinity) ? b : a));
   const of = about.downstream, few = rows.some((row) => Number.isFinite(row.fvu_without_few));
   const sample = of ? ` Delta cross-entropy and KL are of ${counted(of.n_tokens, `${of.tokens} token`)} of ${counted(of.n_documents, "document")}, with this layer alone replaced.` : "";
-  const words = there.includes("delta_ce") ? `Replacing layer ${worst("delta_ce").layer} by its reconstruction costs the model most: its cross-entropy rises by ${show(worst("delta_ce").delta_ce)} nats a token. ` : "What reconstructions cost the model was not computed (analyze --downstream-tokens). ";
+  const words = there.includes("delta_ce") ? `Replacing layer ${worst("delta_ce").layer} by its reconstruction costs the model most: its cross-entropy rises by ${show(worst("delta_ce").delta_ce)} nats a token${of ? `, over ${counted(of.n_tokens, "token")} of ${counted(of.n_documents, "document")}` : ""}. ` : "What reconstructions cost the model was not computed (analyze --downstream-tokens). ";
   const charts = ["fvu", "delta_ce"].filter((name) => there.includes(name)).map((name) => figure(`${COLUMNS[name]} (lower is better)`, name,
     lines([{ name: COLUMNS[name], values: rows.map((row) => row[name] ?? null) }], rows.map((row) => row.layer), { label: `${COLUMNS[name]}; highest ${show(worst(name)[name])} at layer ${worst(name).layer}`, unit: COLUMNS[name], format: show }),
     () => [["layer", name], ...rows.map((row) => [row.layer, row[name]])]));

@@ -128,7 +128,7 @@ class Planted(Stub):
             {"text": "</p>", "activation": 0.5},
         ]
         example = {"layer": 3, "layers": [3, 4], "activation": 1.5, "tokens": tokens, "position": 1, "document": 0}
-        promoted = [{"token": " up", "cosine": 0.25}, {"token": "\n", "cosine": 0.125}]
+        promoted = [{"token": " up", "cosine": 0.25}, {"token": "\n  ", "cosine": 0.125}]
         return {
             "latent": latent,
             "count": sum(counts),

@@ -1,6 +1,7 @@
 """The command `residscope explore`: what it says when it cannot begin, and that Ctrl-C is how it ends."""
 
 import http.client
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 import residscope
 from analysis.explore.cli import main
+from residscope.errors import UsageError
 
 STUBBED = """
 import sys, residscope
@@ -47,6 +49,25 @@ def test_without_an_analysis_the_way_out_is_named(tmp_path: Path, capsys: pytest
         assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{tmp_path / folder}: no analysis is there; run `analyze --store acts.zarr --sae" in line
+
+
+def test_an_analysis_beside_its_checkpoint_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    opened: list[Path] = []
+
+    def stop(folder: Path, **_: Any) -> None:
+        opened.append(folder)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(residscope, "open", stop)
+    words = ["--store", "acts.zarr", "--sae", str(tmp_path / "ckpt.pt")]
+    for provenance in ({"sae": {"name": "other.pt"}}, {}, {"sae": {"name": "ckpt.pt"}}):
+        (tmp_path / "summary.json").write_text(json.dumps({"provenance": provenance}))
+        assert main(words) == 2
+    assert opened == [tmp_path]
+    assert capsys.readouterr().err.count("no analysis is there") == 2
 
 
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette"])

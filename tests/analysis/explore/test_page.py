@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from residscope.errors import ResidscopeError
@@ -102,7 +103,9 @@ def test_a_cell_opens_the_card_of_its_latent_and_what_it_holds_is_text(tab: Expl
     ]
     tab.open("#latent=7")
     tab.run("""await until(() => text("#card").includes("Fires on")); key(find("#card .heat"), "ArrowRight");""")
-    assert "no higher" not in tab.run('return text("#card");')
+    card = tab.run('return text("#card");')
+    assert "no higher" not in card
+    assert "Promotes  up \u23ce\u00b7\u00b7" in card  # spaces are seen where there is nothing else
     assert tab.run('return text("#card .readout");') == "Layer 2, activation 0.500 to 1.00: 0 tokens."
     tab.run("""key(find("#card .heat"), "ArrowUp");""")
     assert tab.run('return text("#card .readout");') == "Layer 3, activation 0.500 to 1.00: 4 tokens."
@@ -126,6 +129,18 @@ def test_a_token_shows_what_switches_on_stays_and_switches_off(tab: Explored) ->
     steps = tab.run("""return [0, 1, 3].map((i) => { change("#switch-step", String(i));
       return [...find("#switch-step").closest("figure").querySelectorAll(".readout span")].map((at) =>
         at.textContent.trim()); });""")
+    tab.run("""change("#shown", "12"); change("#sort", "specificity");""")
+    n = 4  # tokens; by latent its mass at the last one, in the text, and its specificity to that
+    known = {7: (5.0, 14.0, 7.0), 8: (6.0, 24.0, 8.0), 9: (0.373456789, 0.373456789, 9.0)}
+    expected = {j: mass / np.exp(specificity / mass) / n for j, (_, mass, specificity) in known.items()}
+    there = {j: at * np.log(at / expected[j]) for j, (at, _, _) in known.items()}
+    maps = tab.run('return all(".heat").map((at) => Number(at.getAttribute("aria-label").match(/\\d+/)[0]));')
+    assert maps == sorted(there, key=lambda j: -there[j]) == [9, 7, 8]
+    assert tab.run('return all("#maps h3").at(-1).textContent;').endswith("the most specific there")
+    assert tab.run('return [...find(".switch").querySelectorAll("title, text")].map((at) => at.textContent);') == [
+        "Latent 9: on at layers 2, 6",
+        "9  dense  <img src=x onerror=al",
+    ]
     assert steps == [
         ["1 switch on 8", "0 stay", "1 switch off 9"],
         ["0 switch on", "1 stay 8", "0 switch off"],
@@ -159,7 +174,7 @@ def test_latents_are_ordered_and_cut(tab: Explored) -> None:
     ]
     tab.run("""change("#shown", "12");""")
     assert tab.state == "text=all is going up&sort=specificity&shown=12"
-    assert tab.run('return text("#maps h3");') == "3 of 3 latents on in the sentence: the most specific to the text"
+    assert tab.run('return text("#maps h3");') == "3 of 3 latents on in the sentence: the most specific in it"
     assert "\u23ce" in tab.run('return text("#next");')
     assert "50.0 %" in tab.run('return text("#next");')
 
@@ -168,7 +183,8 @@ def test_latents_are_changed_and_the_model_goes_on(tab: Explored) -> None:
     tab.open(f"{SENTENCE}&latent=7&layer=4")
     tab.run(
         """(await until(() => named("Ablate at all layers"))).click(); named("Ablate at layer 4").click();
-          named("Steer at layer 4").click(); find("#add").click();"""
+          named("Steer at layer 4").click(); find("#add").click(); await until(() =>
+          text("#outcome").includes("Goes on") && !find("#outcome.outdated"));"""
     )
     assert tab.state.endswith("changes=ablate:7:all ablate:7:4 steer:7:4:0.250 ablate:7:all")
     tab.run("""named("Remove change 4").click(); const input = (i, k) =>
@@ -179,9 +195,11 @@ def test_latents_are_changed_and_the_model_goes_on(tab: Explored) -> None:
       await edit(2, 2, "allx");
       if (!text("#change-status").includes("found \u201callx\u201d")) throw new Error(text("#change-status"));
       await edit(2, 2, "all");
-      change("#continued", "5"); find("#run").click(); await until(() => text("#outcome").includes("Goes on"));""")
-    (asked,) = [one for one in tab.planted.asked if "changes" in one]
-    assert asked == {
+      change("#continued", "5"); find("#run").click();
+      await until(() => !find("#outcome.outdated") && text("#outcome").includes("Goes on"));""")
+    asked = [one for one in tab.planted.asked if "changes" in one]
+    assert len(asked) > 1  # the first by the card's own button
+    assert asked[-1] == {
         "text": "all is going up",
         "continue_tokens": 5,
         "changes": [
@@ -190,9 +208,22 @@ def test_latents_are_changed_and_the_model_goes_on(tab: Explored) -> None:
             {"kind": "steer", "latent": 7, "layers": "all", "coefficient": 0.25},
         ],
     }
+    assert tab.run("""const edit = (at, value) => { at.value = value;
+      at.dispatchEvent(new Event("change", { bubbles: true })); }, field = () => all("#changes input")[1];
+      const other = async (than) => { await until(() => text("#outcome h3") !== than && !find("#outcome.outdated"));
+        return text("#outcome h3"); };
+      const before = text("#outcome h3");
+      edit(field(), "3 4"); find("#run").click(); const first = await other(before); // with no time between
+      field().addEventListener("blur", ({ target }) => edit(target, "all")); field().focus(); // as a key's own change
+      key(field(), "Enter"); await other(first);
+      return [first, document.activeElement.id];""") == [
+        "steer 8 at layer 3 4 by -2.5, ablate 7 at layer 3 5, steer 7 at all layers by 0.25",
+        "run",
+    ]
     outcome = tab.run('return text("#outcome");')
     for words in (
         "steer 8 at all layers by -2.5, ablate 7 at layer 3 5",
+        "Probability rose most",
         "and on",
         "and off",
         "75.0 %",
@@ -293,7 +324,8 @@ def test_the_layer_that_costs_most_is_one_click_away(tab: Explored) -> None:
     tab.open()
     tab.run('find("#to-layers").click();')
     assert tab.run('return text("#layers-found p");') == (
-        "Replacing layer 4 by its reconstruction costs the model most: its cross-entropy rises by 1.25 nats a token. "
+        "Replacing layer 4 by its reconstruction costs the model most: its cross-entropy rises by 1.25 nats a token, "
+        "over 254 tokens of 1 document. "
         "FVU is highest at layer 6: 0.104."
     )
     said = tab.run('return text("#layers-found");')
