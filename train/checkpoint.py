@@ -133,7 +133,10 @@ def load_checkpoint(path: Path, *, finite: bool = True, mapped: bool = False) ->
             raise IncompatibleError(f"{path}: {name} should have {wanted}, found {shown}")
         if not found.dtype.is_floating_point:
             raise IncompatibleError(f"{path}: {name} should hold floats, found {str(found.dtype)[6:]}")
-    sae.load_state_dict({name: state[name].float().contiguous() for name in sae.state_dict()}, assign=True)
+    for name in sae.state_dict():  # Into memory that torch aligns, on which products' last bits depend; one at a time.
+        weight = state.pop(name).float()
+        weight = weight if mapped else weight.clone(memory_format=torch.contiguous_format)
+        sae.load_state_dict({name: weight.contiguous()}, strict=False, assign=True)
     store, trainer = content.get("store") or {}, content.get("trainer") or {}
     if finite:
         check_weights(sae.state_dict(), str(path))

@@ -77,6 +77,25 @@ def test_torch_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.Monkey
             assert (file.tell() + name + extra) % 64 == 0  # where torch.save puts it
 
 
+@pytest.mark.parametrize("data", [saved(CONTENT), rewritten(dict)], ids=["aligned", "not aligned"])
+def test_a_mapped_file_is_checked_too_and_never_changed(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.pt"
+
+    def mapped() -> Any:
+        with path.open("rb") as file:
+            return load_tensors(file, "a.pt", mapped=True)
+
+    path.write_bytes(data)
+    found = mapped()
+    assert equal(found, CONTENT)
+    found["weights"].add_(1)
+    assert path.read_bytes() == data
+    at = data.index(CONTENT["weights"].T.numpy().tobytes())
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(IncompatibleError, match="Bad CRC"):
+        mapped()
+
+
 def test_a_tensor_is_written_as_it_comes() -> None:
     order: list[str] = []
 

@@ -168,6 +168,7 @@ def test_a_checkpoint_gives_back_what_went_in(sae: MLSAE, tmp_path: Path) -> Non
     assert found.store == {"content_hash": "abc"}
     assert found.trainer["step"] == 3
     assert torch.equal(found.trainer["silent"], torch.arange(12))
+    assert {tensor.data_ptr() % 64 for tensor in found.sae.state_dict().values()} == {0}  # as torch aligns its own
     x = torch.randn(4, 5)
     assert torch.equal(found.sae(x).x_hat, sae(x).x_hat)
     assert os.listdir(tmp_path) == ["ckpt.pt"]  # noqa: PTH208 (no temporary file stays)

@@ -88,7 +88,7 @@ def test_a_cell_opens_the_card_of_its_latent_and_what_it_holds_is_text(tab: Expl
         assert words in card
     assert "no higher than those of random directions" in card
     assert "Promotes" not in card
-    assert "Tokens it fires at5, 12.5 %" in card
+    assert "Tokens it fires at5, 12.5 %Layers on at such a token, mean3.0" in card
     assert "Dense: it fires at 12.5 %" in card
     assert tab.run('return text("#card mark");') == "fore\u23ce"
     tab.run("""named("Close").click(); await until(() => find("#card").hidden);""")
