@@ -13,7 +13,7 @@ const ask = latest("prompt", find("sentence-status"), (found, asked) => {
   draw();
   if (answered === null && changes().length) run(); // those of an address that was shared
   const n = found.tokens.filter((token) => token.kept).length;
-  const full = asked.text.length >= find("text").maxLength ? " The text is as long as it may be: more was cut off." : "";
+  const full = asked.text.length >= find("text").maxLength ? " The text is as long as it may be; more is cut off." : "";
   return `${counted(n, "token")}, ${counted(found.n_active_latents, "latent")} on.${full}`;
 });
 const change = latest("intervene", find("change-status"), (found, asked) => {
