@@ -122,7 +122,10 @@ def load_tensors(file: BinaryIO, where: str, *, mapped: bool = False) -> Any:
     """
     may_be = "it was cut short, damaged, or is no archive of torch.save (bare pickle files are never loaded)"
     with reading(f"{where}: cannot be read as plain tensors", may_be), zipfile.ZipFile(file) as archive:
-        return _Unpickler(archive, where, file.fileno() if mapped else None).load()
+        unpickler = _Unpickler(archive, where, file.fileno() if mapped else None)
+        found = unpickler.load()
+        unpickler.memo.clear()  # It holds its own method, and by that all tensors, until the next full collection.
+        return found
 
 
 class _Mapping(dict[Any, Any]):

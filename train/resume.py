@@ -1,6 +1,7 @@
 """Whether a run may write its checkpoint, and continue from the one that is there; and with how many threads."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def _load(config: TrainConfig, ranks: Ranks, *, several: bool) -> Checkpoint | N
         return None
     try:
         saved = load_checkpoint(config.out, finite=False, mapped=ranks.latents.size > 1)
-        saved = replace(saved, sae=saved.sae.part(ranks.latents))
+        with suppress(UsageError):  # Of another size than the flags say, which is refused later.
+            saved = replace(saved, sae=saved.sae.part(ranks.latents))
         if not several:
             check_weights(saved.sae.state_dict(), str(config.out))
     except IncompatibleError as error:
@@ -104,7 +106,7 @@ def _check_one(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ranks: 
     if not {"step", "finished", "config"} <= set(saved.trainer):
         raise IncompatibleError(f"{path} has no training state, so it cannot be resumed; {_START_AGAIN}")
     with reading(f"{path}: its training state is damaged", _START_AGAIN):
-        _check_state(path, saved.trainer, saved.config.n_latents * ranks.latents.size)
+        _check_state(path, saved.trainer, saved.config.n_latents * saved.sae.latents.size)
     warnings = compare_plans(saved.trainer["config"], plan, longer=is_longer(plan, saved))
     now = surroundings(plan.device, plan.kernels, plan.product_dtype, ranks)
     if changed := differences(saved.trainer.get("surroundings", {}), now):

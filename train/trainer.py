@@ -95,7 +95,8 @@ class Trainer:
         saved = start if isinstance(start, Checkpoint) else None
         if isinstance(start, Checkpoint):
             with reading(f"{self.path}: its training state is damaged"):
-                self._statistics = FixedStatistics(**{k: v.to(device) for k, v in start.trainer["statistics"].items()})
+                found = start.trainer["statistics"]
+                self._statistics = FixedStatistics(**{k: v.to(device, copy=True) for k, v in found.items()})
                 if any(part.shape != (len(plan.layers),) for part in self._statistics[1:3]):
                     raise ValueError("statistics of other layers")
             sae = start.sae.part(latents)

@@ -34,7 +34,7 @@ export function cardBody(card) {
   const { latent, layers } = card, layer = state.layer, share = card.n_tokens / card.of_tokens, facts = {
     Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread, layers": show(card.layer_std),
     Firings: integer(card.count), "Tokens it fires at": `${integer(card.n_tokens)}, ${percent(share)}`,
-    "Layers on at such a token, mean": (card.count / card.n_tokens).toFixed(1), "Layers active": card.n_layers_active,
+    "Layers it is on at, per such token": (card.count / card.n_tokens).toFixed(1), "Layers active": card.n_layers_active,
   };
   if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or use the arrow keys.");

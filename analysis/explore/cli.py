@@ -16,7 +16,7 @@ import residscope
 from analysis.config import AnalyzeConfig
 from analysis.results.folder import SUMMARY
 from residscope.console import run_command
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.options import parse_options
 from residscope.reading import read_json, reading
 
@@ -53,7 +53,7 @@ class ExploreConfig:
     """The autoencoder, as for `analyze`."""
     out: Path | None = None
     """Folder of the analysis. By default CHECKPOINT.analysis beside the checkpoint, as for `analyze`, else the
-    checkpoint's own folder."""
+    checkpoint's own folder where there is one of it."""
     model: str | None = None
     """Where the store's model is, as for `analyze`."""
     page: PageOptions = PageOptions()
@@ -99,10 +99,9 @@ def explore(config: ExploreConfig) -> None:
 
 def _is_of(folder: Path, sae: Path) -> bool:
     """Whether the analysis in a folder, if there is one, says that it is of a checkpoint of this name."""
-    if not (folder / SUMMARY).is_file():
-        return False
-    with reading(f"{folder / SUMMARY}: cannot be read", "run `analyze` again"):
-        return read_json(folder / SUMMARY).get("provenance", {}).get("sae", {}).get("name") == sae.name
+    with suppress(OSError, IncompatibleError), reading(folder / SUMMARY):
+        return read_json(folder / SUMMARY)["provenance"]["sae"]["name"] == sae.name
+    return False
 
 
 def _listening(port: int) -> socket.socket:

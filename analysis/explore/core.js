@@ -62,21 +62,21 @@ export async function ask(name, body, signal) {
 }
 
 /** A function that asks with a body, one request at a time: of those that wait the newest is sent, and an answer is shown
-    only if no newer one has been. What takes long can be stopped, and a newer one does so. `status`: the element that says
-    what goes on. */
+    only if no newer one has been. A request that takes long can be stopped by hand, and is stopped by a newer one.
+    `status`: the element that says what goes on. */
 export function latest(name, status, show) {
   let n = 0, running = null, next = null;
   return async (body) => {
     next = body && { ...body, n: ++n };
     if (running && next) say(status, "Waiting for the answer before \u2026");
-    if (running && (!next || performance.now() - running.began > LONG)) running.abort();
+    if (running && (!next || performance.now() - running.began > LONG)) running.stop();
     if (running) return;
     while (next) {
-      const mine = next, abort = new AbortController(), began = performance.now();
+      const mine = next, abort = new AbortController(), began = performance.now(), stop = () => abort.abort();
       next = null;
-      running = { began, abort: () => abort.abort() };
+      running = { began, stop };
       say(status, "Computing \u2026");
-      const offer = setTimeout(() => status.append(" ", button("Stop", running.abort)), LONG / 2);
+      const offer = button("Stop", stop), timers = [setTimeout(() => status.after(offer), LONG / 2), setTimeout(() => next && stop(), LONG)];
       try {
         const answer = await ask(name, mine, abort.signal);
         if (answer.n !== mine.n) throw new Error("an answer came to another question");
@@ -85,7 +85,8 @@ export function latest(name, status, show) {
       } catch (error) {
         if (!next) say(status, error.message, true);
       }
-      clearTimeout(offer);
+      timers.forEach(clearTimeout);
+      offer.remove();
       running = null;
     }
   };

@@ -26,7 +26,12 @@ const change = latest("intervene", find("change-status"), (found, asked) => {
 });
 const asking = () => ({ text: state.text, changes: changes(), continue_tokens: Number(state.continued) });
 const key = ({ text, changes: of, continue_tokens: n }) => JSON.stringify([text, of, n]);
-const run = () => { answered ??= ""; if (prompt) change(asking()); };
+function run() {
+  if (!state.text.trim()) return say(find("sentence-status"), "Type a sentence: the changes are made once it is read.");
+  if (!prompt) return; // they are made when it has been read
+  answered ??= "";
+  change(asking());
+}
 
 /** Mark what is shown of other changes than those that are listed now; whether it is. */
 function age() {

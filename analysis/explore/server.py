@@ -103,9 +103,13 @@ class Turns:
                     raise ClientDisconnect
                 self._stop.clear()
                 running = asyncio.ensure_future(run_in_threadpool(work))
-                while not (await asyncio.wait({running}, timeout=LOOK))[0]:
-                    if request is not None and await request.is_disconnected():
-                        self._stop.set()
+                try:
+                    while not (await asyncio.wait({running}, timeout=LOOK))[0]:
+                        if request is not None and await request.is_disconnected():
+                            self._stop.set()
+                except asyncio.CancelledError:  # the server ends
+                    self._stop.set()
+                    raise
                 return running.result()
         finally:
             self.waiting -= 1

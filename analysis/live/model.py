@@ -31,7 +31,7 @@ class LiveModel:
     """What answers for a text of the user's own."""
 
     def __init__(self, inputs: Inputs, found: FoundModel, usual: Usual, stop: Event) -> None:
-        """Load the weights; usual: how active latents are in the analysis; stop: while it is set, no answer is made.
+        """Load the weights; usual: how active latents are in the analysis; stop: while it is set, no text is run.
         Raises `ResidscopeError` where model, store and autoencoder do not fit."""
         assert found.spec is not None
         self.store, self.layers, self._usual = inputs.store, inputs.layer_numbers, usual

@@ -177,8 +177,8 @@ class Analysis:
         tokens: words or phrases, of which one is enough, by how specific a latent is to them
         (`analysis.latents.search`); promotes: a token, by its place among those promoted; on, off: active somewhere in
         one text and nowhere in the other, by mass (needs the model); from_layer, to_layer: by the share of its mass
-        there, at least `SHARE`; profile: the kind of its profile over layers, as in the table; explained: words that
-        all stand in one of its explanations by delphi, where those were read back."""
+        there, at least `SHARE`; profile: the kind of its profile over layers, as in the table; explained: words, or
+        parts of them, that all stand in one of its explanations by delphi, where those were read back."""
         found: list[dict[int, tuple[float, str]]] = []
         if tokens:
             wanted = tokens if isinstance(tokens, str) else ", ".join(tokens)
@@ -201,7 +201,7 @@ class Analysis:
                 raise UsageError(f"profile should be one of {', '.join(kinds)}, found {profile!r}")
             same = live[self.latents["profile"].to_numpy()[live] == profile]
             found.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
-        if explained:
+        if explained and explained.strip():
             found.append(self._explained(explained.lower().split()))
         if not found:
             return pd.DataFrame(columns=FOUND)

@@ -1,8 +1,10 @@
 """Files of torch.save: no byte is used that was not checked, and no size is believed before it was compared."""
 
+import gc
 import io
 import pickle
 import struct
+import weakref
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -75,6 +77,19 @@ def test_torch_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.Monkey
             file.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", file.read(4))
             assert (file.tell() + name + extra) % 64 == 0  # where torch.save puts it
+
+
+def test_what_is_let_go_leaves_the_memory_at_once() -> None:
+    """Without a collection of cycles: a checkpoint's optimiser is as large as twice the weights."""
+    gc.disable()
+    try:
+        found = load(saved(CONTENT))
+        storage = weakref.ref(found["weights"]._base)
+        assert storage() is not None
+        del found["weights"]
+        assert storage() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("data", [saved(CONTENT), rewritten(dict)], ids=["aligned", "not aligned"])

@@ -88,7 +88,7 @@ def test_a_cell_opens_the_card_of_its_latent_and_what_it_holds_is_text(tab: Expl
         assert words in card
     assert "no higher than those of random directions" in card
     assert "Promotes" not in card
-    assert "Tokens it fires at5, 12.5 %Layers on at such a token, mean3.0" in card
+    assert "Tokens it fires at5, 12.5 %Layers it is on at, per such token3.0" in card
     assert "Dense: it fires at 12.5 %" in card
     assert tab.run('return text("#card mark");') == "fore\u23ce"
     tab.run("""named("Close").click(); await until(() => find("#card").hidden);""")
@@ -236,6 +236,14 @@ def test_latents_are_changed_and_the_model_goes_on(tab: Explored) -> None:
     assert "of the changes before: press Run" in tab.run('return text("#change-status");')
     tab.run("""for (let i = 0; i < 2; i++) named("Remove change 1").click();""")
     assert tab.run('return find("#run").disabled;')
+
+
+def test_a_card_s_button_before_there_is_a_text(tab: Explored) -> None:
+    tab.open("#view=search&latent=7")
+    tab.run("""(await until(() => named("Ablate at all layers"))).click();
+      await until(() => text("#sentence-status").startsWith("Type a sentence"));
+      change("#text", "all is up", "input"); await until(() => text("#outcome").includes("Goes on"));""")
+    assert [one["text"] for one in tab.planted.asked if "changes" in one] == ["all is up"]
 
 
 def test_the_changes_of_a_shared_address_are_run_at_once(tab: Explored) -> None:
@@ -434,9 +442,16 @@ def test_what_takes_long_is_stopped_by_hand_and_by_a_newer_text(tab: Explored) -
       await until(() => text("#sentence-status") === "Stopped.");
       change("#text", "slow two", "input"); await until(() => named("Stop"));
       await new Promise((r) => setTimeout(r, 1100));
-      change("#text", "all is up", "input"); await until(() => text("#sentence-status").startsWith("3 tokens"));""")
+      change("#text", "all is up", "input"); await until(() => text("#sentence-status").startsWith("3 tokens"));
+      change("#text", "slow three", "input"); await new Promise((r) => setTimeout(r, 100));
+      change("#text", "all is up too", "input"); await until(() => text("#sentence-status").startsWith("Waiting")
+        && named("Stop")); await until(() => text("#sentence-status").startsWith("4 tokens"));""")
+    assert (
+        tab.run('return [...document.querySelectorAll("button")].filter((at) => at.textContent === "Stop").length;')
+        == 0
+    )
     tab.planted._work = lambda name, given: None
-    assert stopped == ["slow one", "slow two"]
+    assert stopped == ["slow one", "slow two", "slow three"]
 
 
 def test_a_page_with_a_wrong_token_says_what_to_do(tab: Explored) -> None:

@@ -138,6 +138,7 @@ def test_search_by_the_words_of_an_explanation(tmp_path: Path) -> None:
     assert list(found["why"]) == ["explained, all layers: Ends of lines"]
     assert set(opened.search(explained="ends")["latent"]) == {3, 5}
     assert opened.search(explained="ends zebra").empty
+    assert opened.search(explained="  ").empty
 
 
 def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:
