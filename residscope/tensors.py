@@ -167,13 +167,13 @@ class _Unpickler(pickle.Unpickler):
     def _view(self, name: str, descriptor: int) -> memoryview | bytearray:
         """The same, as a part of the file, each with a mapping of its own; what is not aligned is read."""
         info = self._archive.getinfo(self._root + name)
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", os.pread(descriptor, 4, info.header_offset + 26)))
+        if start % _ALIGNED or info.compress_type != zipfile.ZIP_STORED or not info.file_size:
+            return self._member(name)
         with self._archive.open(info) as member:
             while member.read(PIECE):
                 pass
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", os.pread(descriptor, 4, info.header_offset + 26)))
         page = start - start % mmap.ALLOCATIONGRANULARITY
-        if start % _ALIGNED or info.compress_type != zipfile.ZIP_STORED or not info.file_size:
-            return self._member(name)
         view = mmap.mmap(descriptor, start - page + info.file_size, access=mmap.ACCESS_COPY, offset=page)
         return memoryview(view)[start - page :]
 

@@ -133,14 +133,13 @@ def _train_unfinished(
     memory: dict[int, WeightGradients] = {}
     left: dict[Trainer, Checkpoint | None] = {}
     for plan, record in zip(plans, finished, strict=True):
-        checkpoint = saved.pop(0)
-        if record is None:
-            left[trainer := Trainer(plan, data, memory)] = checkpoint
-            if checkpoint is None:
-                trainer.read_source()
-        else:
+        if record is not None:
+            saved.pop(0)
             tell_finished(plan, record["metrics"])
-    checkpoint = None  # nothing else holds it
+            continue
+        left[trainer := Trainer(plan, data, memory)] = saved.pop(0)
+        if left[trainer] is None:
+            trainer.read_source()
     done = iter(_Stream(data, left, len(plans)).execute() if left else ())
     return [next(done) if record is None else record for record in finished]
 

@@ -227,8 +227,7 @@ class Trainer:
             tracker.log(numbers_of(line, self.plan.layers), self.step)
 
     def save(self, *, finished: bool) -> dict[str, Any]:
-        """Write the checkpoint; its `trainer` entry. It holds no times, so that equal runs give
-        equal files."""
+        """Write the checkpoint; its `trainer` entry. It holds no times, so that equal runs give equal files."""
         if self._file is not None:
             self._file.sync()
         trainer: dict[str, Any] = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.chromium import Page
-from tests.support.explored import Served
+from tests.support.explored import Planted, Served
 
 SCRIPT = """(async () => {
 const find = (choice) => document.querySelector(choice), all = (choice) => [...document.querySelectorAll(choice)];
@@ -53,3 +53,14 @@ class Tab:
                 return data
             time.sleep(0.01)
         raise AssertionError(f"no {name} was saved")
+
+
+SENTENCE = "#text=all+is+going+up"
+
+
+class PlantedTab(Tab):
+    """A tab over the planted analysis."""
+
+    def __init__(self, page: Page, served: Served, folder: Path, planted: Planted) -> None:
+        super().__init__(page, served, folder)
+        self.planted = planted
