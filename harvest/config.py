@@ -177,6 +177,9 @@ class HarvestConfig:
     batch_size: int | None = None
     """Sequences in a forward pass; default as many as 256 MiB of stored vectors and 8192 tokens hold, or 1024 tokens
     on a CPU. Another size may change the last bits, so the size is recorded, and a continued store keeps it."""
+    device_map: Literal["auto"] | None = None
+    """auto: spread a model that is larger than a GPU over all GPUs, and what they do not hold over memory and disk
+    (slow). Needs accelerate."""
     overwrite: bool = False
     """Remove the store at --out and start again."""
     dry_run: bool = False
@@ -188,6 +191,8 @@ class HarvestConfig:
         require_positive(max_tokens=self.max_tokens, batch_size=self.batch_size)
         if self.mask_norm is not None and not 1 < self.mask_norm < float("inf"):
             raise UsageError(f"--mask-norm should be above 1, in medians of a layer's norms, found {self.mask_norm}")
+        if self.device_map and self.workers != WorkerConfig():
+            raise UsageError("--device-map spreads one model over all GPUs: leave --n-workers and --scheduler out")
         if self.sequences.document_separator and not self.documents.pack:
             raise UsageError("--document-separator has no effect with --no-pack; leave it out")
         if isinstance(self.out, URL) and (self.storage.rolling or self.workers != WorkerConfig()):

@@ -77,7 +77,7 @@ class ResidualRecorder:
                 shape = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
                 wanted = f"the block's output should be {expected}"
                 raise IncompatibleError(f"layer {self.layers[index]}: {wanted}, found {shape}")
-            consume(index, residual)
+            consume(index, residual.to(self._model.device))  # of a model that is spread, it may be elsewhere
             seen.append(index)
             if index == len(self.layers) - 1:
                 raise EndOfPass

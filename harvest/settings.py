@@ -1,6 +1,7 @@
 """From a HarvestConfig to settings with no "auto" and no default left open. Loads no weights and reads no text."""
 
 import contextlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class Settings:
     """Of the computation."""
     store_dtype: str
     device: torch.device
+    spread: bool
+    """Whether the model lies on other devices too, and its first block on this one."""
     lens: TunedLens | None
     """Lens to apply, on the device."""
     notes: tuple[str, ...]
@@ -66,13 +69,15 @@ class Settings:
 def resolve(config: HarvestConfig) -> Settings:
     """Resolve names, defaults and "auto". Raises as what it calls does; `UsageError` for what the model cannot do."""
     wanted = parse_layers(config.storage.layers)
-    device = _device(config.weights.device)
+    spread, device = config.device_map is not None, _device(config.weights.device)
     spec = resolve_model(
         config.weights.model,
         revision=config.weights.revision,
         random_init=config.control.random_init,
         seed=config.control.seed,
     )
+    if spread:
+        _require_spreadable(spec, device)
     model_config = load_config(spec)
     n_layers, d_model = n_layers_of(model_config), d_model_of(model_config)
     if n_layers < 1:
@@ -107,6 +112,7 @@ def resolve(config: HarvestConfig) -> Settings:
         dtype=dtype,
         store_dtype=store_dtype,
         device=device,
+        spread=spread,
         lens=lens,
         notes=tuple(note for note in (dtype_note, lens_note) if note),
     )
@@ -130,8 +136,19 @@ def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:
 
 def load_weights(settings: Settings) -> LoadedModel:
     """The model's weights."""
-    dtype = TORCH_DTYPES[settings.dtype]
-    return load_model(settings.spec, dtype=dtype, device=settings.device, tokenizer=settings.tokenizer)
+    where = {"dtype": TORCH_DTYPES[settings.dtype], "device": settings.device, "spread": settings.spread}
+    return load_model(settings.spec, **where, tokenizer=settings.tokenizer)
+
+
+def _require_spreadable(spec: ModelSpec, device: torch.device) -> None:
+    """`UsageError` for what accelerate cannot spread."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise UsageError("--device-map needs accelerate: pip install accelerate")
+    if device.index:
+        raise UsageError(f"--device-map begins at the first GPU: give it without --device, found {device}")
+    if spec.random_init or spec.adapter:
+        what = "random weights" if spec.random_init else "an adapter: merge it into the weights first"
+        raise UsageError(f"--device-map takes weights as they lie in files, not {what}")
 
 
 def _device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,9 +129,13 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    spread: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
     """The model's weights in `dtype` on `device`, in evaluation mode, and its tokenizer unless one is given.
+
+    spread: over all GPUs from `device` on, then memory and disk, by accelerate: each block runs where it lies, one that
+    lies on no GPU on `device`.
 
     Random weights are drawn in float32 and then rounded, so that they do not depend on `dtype`. Raises
     `IncompatibleError` where anything is missing, damaged or no longer what the spec's hash says, or the blocks are not
@@ -141,11 +146,13 @@ def load_model(
         keep_freed_memory()  # Layer after layer makes the same temporaries.
     config = load_config(spec)
     model: Any
-    bytes_each = 4 if spec.random_init else dtype.itemsize if device.type == "cpu" else 0
-    model, missing, unused = _loading(spec, "model", lambda: _weights(spec.base or spec, config, dtype, bytes_each))
+    bytes_each = 4 if spec.random_init else dtype.itemsize if device.type == "cpu" and not spread else 0
+    load = partial(_weights, spec.base or spec, config, dtype, bytes_each, spread)
+    model, missing, unused = _loading(spec, "model", load)
     if spec.adapter:
         model = _loading(spec, "adapter", lambda bare=model: with_adapter(spec.name, bare, spec.location, spec.place))
-    model = _loading(spec, "model", lambda: _own_memory(model.to(device))).eval().requires_grad_(False)
+    place = (lambda: model) if spread else lambda: _own_memory(model.to(device))
+    model = _loading(spec, "model", place).eval().requires_grad_(False)
     kind = type(model).__name__
     # Llama 4 misnames its own.
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
@@ -201,7 +208,9 @@ def _own_memory(model: nn.Module) -> nn.Module:
     return model
 
 
-def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype, bytes_each: int) -> tuple[nn.Module, Any, Any]:
+def _weights(
+    spec: ModelSpec, config: Any, dtype: torch.dtype, bytes_each: int, spread: bool
+) -> tuple[nn.Module, Any, Any]:
     """The model, and the names of weights that its files lack, and of those that they have and it does not use."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -222,6 +231,7 @@ def _weights(spec: ModelSpec, config: Any, dtype: torch.dtype, bytes_each: int) 
     held = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
     sanity.refuse_too_large(spec.name, lambda: auto.from_config(config, **arguments), held, bytes_each)
     if not spec.random_init:
+        arguments |= {"device_map": "auto"} if spread else {}
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
         model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
         if spec.source == "hub":  # A commit says nothing of what is on this disk.

@@ -84,8 +84,9 @@ def refuse_not_causal(model: str, architecture: str, base: Any, longest: int | N
     if n == 0 or not isinstance(embedding, nn.Embedding):
         return
     weight = embedding.weight
-    ids = torch.arange(n, device=weight.device)[None] * 7 % len(weight)
-    changed = torch.where(torch.arange(n, device=weight.device) < n // 2, ids, (ids + 1) % len(weight))
+    place = torch.arange(n, device="cpu" if weight.is_meta else weight.device)  # meta: it lies on a disk until it runs
+    ids = place[None] * 7 % len(weight)
+    changed = torch.where(place < n // 2, ids, (ids + 1) % len(weight))
     one, other = (base(input_ids=given, use_cache=False)[0][0, : n // 2].float() for given in (ids, changed))
     error = ((one - other).norm(dim=-1) / one.norm(dim=-1)).median().item()
     if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):

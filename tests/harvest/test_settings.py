@@ -1,6 +1,18 @@
-"""Defaults that depend on the model and the device."""
+"""Defaults that depend on the model and the device; a model that is spread over several."""
 
-from harvest.settings import default_batch_size
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers.integrations.accelerate as spreading
+
+from harvest.run import harvest
+from harvest.settings import default_batch_size, load_weights, resolve
+from residscope.errors import UsageError
+from store.activations import ActivationStore
+from tests.support.harvesting import MakeConfig
+from tests.support.models import ARCHITECTURES
 
 
 def test_the_default_batch_keeps_within_its_bounds() -> None:
@@ -11,3 +23,35 @@ def test_the_default_batch_keeps_within_its_bounds() -> None:
     assert default_batch_size(2048, 6_144, "cpu") == 1
     assert default_batch_size(2048, 34_560, "cuda", "50GB") == 2
     assert default_batch_size(128, 4_608, "cpu", "256MB") == 4  # 6 are a 64th of it
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_larger_than_the_memory_is_spread_and_gives_the_same_vectors(
+    architecture: str, config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = harvest(config(architecture, max_tokens=120, out=tmp_path / "whole.zarr")).content_hash
+    embedding = load_weights(resolve(config(architecture))).base.get_input_embeddings().weight
+    # There is one device here, so that what does not fit lies on the disk.
+    monkeypatch.setattr(spreading, "accelerate_max_memory", lambda given: {"cpu": embedding.nbytes // 2})
+    model = load_weights(resolve(config(architecture, device_map="auto")))
+    assert any(weight.is_meta for weight in model.blocks.parameters())
+    assert harvest(config(architecture, max_tokens=120, device_map="auto")).content_hash == whole
+    assert ActivationStore.open(tmp_path / "acts.zarr").content_hash == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"n_workers": 2}, "--device-map spreads one model over all GPUs: leave --n-workers and --scheduler out"),
+        ({"random_init": True}, "--device-map takes weights as they lie in files, not random weights"),
+    ],
+)
+def test_what_is_not_spread_is_said(flags: dict[str, Any], said: str, config: MakeConfig) -> None:
+    with pytest.raises(UsageError, match=said):
+        resolve(config(device_map="auto", **flags))
+
+
+def test_spreading_needs_accelerate(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs accelerate: pip install accelerate"):
+        resolve(config(device_map="auto"))
