@@ -5,6 +5,11 @@ import { ask, button, code, fill, find, h, link, pins, say, set, state, visible,
 
 const known = new Map();
 export const DENSE = 0.1; // share of the tokens
+const PROFILES = { persistent: "its mass is spread over two thirds of the layers or more", bimodal: "its mass is in two groups of layers",
+  early: "its mean layer is in the first third", middle: "its mean layer is in the middle third", late: "its mean layer is in the last third" };
+
+/** A mark for a latent that is on at so many tokens that being on says little. */
+export const denseMark = (share) => share > DENSE && h("small", { class: "dense", title: `fires at ${percent(share)} of the analysed tokens` }, "dense");
 
 /** A latent's data, asked for once. */
 export function cardOf(latent) {
@@ -32,9 +37,9 @@ function change(words, now) {
 /** The card as elements. */
 export function cardBody(card) {
   const { latent, layers } = card, layer = state.layer, share = card.n_tokens / card.of_tokens, facts = {
-    Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread, layers": show(card.layer_std),
+    Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread (standard deviation), layers": show(card.layer_std),
     Firings: integer(card.count), "Tokens it fires at": `${integer(card.n_tokens)}, ${percent(share)}`,
-    "Layers it is on at, per such token": (card.count / card.n_tokens).toFixed(1), "Layers active": card.n_layers_active,
+    "Layers on at per such token, mean": (card.count / card.n_tokens).toFixed(1), "Layers it was ever on at": `${card.n_layers_active} of ${layers.length}`,
   };
   if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or use the arrow keys.");
@@ -48,10 +53,12 @@ export function cardBody(card) {
     card.explanations.map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "-", " ", h("small", {}, one.said))),
     h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`, true)),
       layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`, true)), button(`Steer at layer ${layers[at]}\u2026`, () => change(`steer:${latent}:${layers[at]}:${(card.means[at] || 1).toPrecision(3)}`))),
-    share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, so that being on says little of a token.`),
+    share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, which says little of a token, unless what it stands for is as common.`),
     h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-    chart("probs", "Share of its activation mass", percent), chart("counts", "Tokens at which it fired", integer), chart("means", "Mean activation where it fired", show),
-    h("h3", {}, "Most active at"), examples(card),
+    card.profile && h("p", { class: "note" }, `${card.profile}: ${PROFILES[card.profile]}.`),
+    chart("probs", "Share of its activation mass", percent), h("h3", {}, "Most active at"), examples(card.examples, card),
+    card.random_examples.length > 0 && [h("h3", {}, "Active at, drawn at random"), examples(card.random_examples, card)],
+    chart("counts", "Tokens at which it fired", integer), chart("means", "Mean activation where it fired", show),
     card.histogram && figure("Activations by layer", `latent-${latent}-histogram`, histogram(card, read), () => [["layer", "activation_from", "activation_to", "tokens"],
       ...card.histogram.rows.flatMap(([one, first, ...counts]) => counts.map((n, i) => [one, card.histogram.edges[first + i], card.histogram.edges[first + i + 1], n]))], read),
     card.promotes?.length > 0 && !card.logits_above_chance ? h("p", { class: "note" }, "What it promotes is chance: the cosines with tokens are no higher than those of random directions.")
@@ -65,10 +72,10 @@ function words(name, tokens) {
   return tokens?.length ? h("p", {}, h("b", {}, `${name} `), code(tokens.map((one) => one.token))) : null;
 }
 
-/** Its examples, each token marked by its activation; the layers at which it is one of the strongest stand before. */
-function examples({ examples: found }) {
+/** Examples, each token marked by its activation; the layers at which it is one of them stand before. */
+function examples(found, card) {
   if (!found.length) return h("p", {}, "No examples were kept.");
-  const top = Math.max(...found.map((one) => one.activation));
+  const top = Math.max(...card.examples.map((one) => one.activation));
   const marked = ({ text, activation }, own) => (activation || own ? h(own ? "mark" : "i", { title: `activation ${show(activation)}`,
     class: activation > 0.55 * top ? "hot" : null, style: { background: `rgb(230 159 0 / ${(activation / top).toFixed(2)})` } }, visible(text)) : visible(text));
   return h("ol", { class: "examples" }, found.map((one) => h("li", {},

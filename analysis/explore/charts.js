@@ -21,8 +21,8 @@ export function figure(title, name, drawing, rows, ...below) {
 
 /** A map of cells [column, row, value] (row 0 at the bottom), each coloured by its share of the highest. `say(column,
     row, value)` gives the words for a cell, `pick(column, row)` is called where one is chosen. `rows` and `columns` name
-    them; `chosen`: [column, row], either may be -1. */
-export function heatMap(cells, rows, columns, { label, title = "", say, pick, read, chosen = [-1, -1], height = 90, width = 220 }) {
+    them; `chosen`: [column, row], either may be -1; `top` gives the words for the highest value. */
+export function heatMap(cells, rows, columns, { label, title = "", top: most, say, pick, read, chosen = [-1, -1], height = 90, width = 220 }) {
   const top = Math.max(...cells.map((cell) => cell[2]), 0), left = 24, above = title ? 16 : 2;
   const size = [(width - left) / columns.length, height / rows.length];
   const box = (c, r, w = 1, n = 1) => `M${(left + c * size[0]).toFixed(2)} ${(above + (rows.length - r - n) * size[1]).toFixed(2)}h${(w * size[0]).toFixed(2)}v${(n * size[1]).toFixed(2)}h${(-w * size[0]).toFixed(2)}z`;
@@ -36,7 +36,7 @@ export function heatMap(cells, rows, columns, { label, title = "", say, pick, re
   const marks = [chosen[0] >= 0 && box(chosen[0], 0, 1, rows.length), chosen[1] >= 0 && box(0, chosen[1], columns.length)].filter(Boolean);
   const under = columns.length > 16 ? [] : columns.map((name, c) => name && svg("text", { class: "tick under", x: left + (c + 0.5) * size[0], y: height + above + 9, "text-anchor": "middle" }, String(name).slice(0, size[0] / 4.6)));
   const map = svg("svg", { viewBox: `0 0 ${width} ${height + above + (under.length ? 12 : 2)}`, class: "heat", role: "img", "data-legend": "Rows: layers, the first at the bottom. The darker, the nearer to the map's own highest value.", tabindex: 0, "aria-label": `${label}. Arrow keys read its cells, Enter chooses one.` },
-    title && svg("text", { class: "name", x: left, y: 11 }, title), svg("path", { class: "field", d: box(0, 0, columns.length, rows.length) }),
+    title && svg("text", { class: "name", x: left, y: 11 }, title), most && svg("text", { class: "tick", x: width, y: 11, "text-anchor": "end" }, most(top)), svg("path", { class: "field", d: box(0, 0, columns.length, rows.length) }),
     paths.map((d, i) => d && svg("path", { class: "hot", d, "fill-opacity": ((i + 1) / LEVELS).toFixed(2) })), named,
     marks.map((d) => svg("path", { class: "mark", d })), cursor, under);
   const at = [Math.max(chosen[0], 0), Math.max(chosen[1], 0)];
@@ -89,18 +89,20 @@ function marker(k, x, y) {
 /** Latents as lines from the layer where they switch on (a filled dot) to where they are on for the last time (a ring).
     rows: {name, on: Map of the layer's place to activation, chosen, pick}. */
 export function switches(rows, layers, { label, width = room(), left = width / 3 }) {
-  const high = 20, x = (i) => left + ((width - left - 14) * i) / Math.max(layers.length - 1, 1), height = rows.length * high + 34;
+  const high = 20, x = (i) => left + ((width - left - 74) * i) / Math.max(layers.length - 1, 1), height = rows.length * high + 34;
   const every = Math.ceil(layers.length / 10);
-  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "group", "aria-label": label, "data-legend": "Dot: a run of layers begins. Ring: it ends. The line is as thick as the activation is high." },
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "group", "aria-label": label, "data-legend": "Dot: first layer of a run. Ring: its last. The line is as thick as the activation is high, for each latent by itself. Right: its highest activation." },
     layers.map((layer, i) => i % every === 0 && [svg("path", { class: "grid", d: `M${x(i)} 4V${height - 30}` }), svg("text", { class: "tick", x: x(i), y: height - 18, "text-anchor": "middle" }, String(layer))]),
-    svg("text", { class: "tick", x: (left + width) / 2, y: height - 3, "text-anchor": "middle" }, "layer (after block)"),
+    svg("text", { class: "tick", x: (left + width - 74) / 2, y: height - 3, "text-anchor": "middle" }, "layer (after block)"),
     rows.map(({ name, words, on, chosen, pick }, k) => {
       const places = [...on.keys()].sort((a, b) => a - b), top = Math.max(...on.values()), y = 14 + k * high;
       const runs = places.filter((i) => !on.has(i - 1)).map((first) => { let last = first; while (on.has(last + 1)) last++; return [first, last]; });
-      const where = `${name}: on at layers ${runs.map(([a, b]) => (a === b ? layers[a] : `${layers[a]} to ${layers[b]}`)).join(", ")}`;
+      const peak = places.find((i) => on.get(i) === top), highest = `${show(top)} at ${layers[peak]}`;
+      const where = `${name}: on at layers ${runs.map(([a, b]) => (a === b ? layers[a] : `${layers[a]} to ${layers[b]}`)).join(", ")}; highest ${highest}`;
       const act = (event) => { if (!event.key || event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(); } };
       return svg("g", { class: chosen ? "switch chosen" : "switch", role: "button", tabindex: 0, onclick: act, onkeydown: act, "aria-label": where },
         svg("title", {}, where), svg("path", { class: "touch", d: `M0 ${y - 10}H${width}V${y + 10}H0z` }), svg("text", { class: "name", x: left - 12, y: y + 4, "text-anchor": "end" }, words.slice(0, left / 6.5)),
+        svg("text", { class: "tick", x: width, y: y + 4, "text-anchor": "end" }, highest),
         runs.map(([first, last]) => [
           ...Array.from({ length: last - first }, (_, i) => svg("path", { class: "span", d: `M${x(first + i)} ${y}H${x(first + i + 1)}`, "stroke-width": (1 + (5 * on.get(first + i)) / top).toFixed(1) })),
           svg("circle", { class: "ring", cx: x(last), cy: y, r: 4 }), svg("circle", { class: "start", cx: x(first), cy: y, r: first === last ? 2 : 4 })]));
@@ -114,7 +116,7 @@ export function bars(values, names, { label, say, top: words, width = 300, heigh
     svg("path", { class: "grid", d: `M4 ${height}H${width - 4}` }),
     values.map((v, i) => svg("path", { class: "bar-of", d: `M${4 + i * step} ${height}v${(-(height - 14) * v) / top}h${step * 0.86}V${height}z` }, svg("title", {}, say(i)))),
     svg("text", { class: "tick", x: 4 + (peak + 0.43) * step, y: 10, "text-anchor": peak < values.length / 2 ? "start" : "end" }, words),
-    [...new Set(ticks)].map((i) => svg("text", { class: "tick", x: 4 + (i + 0.43) * step, y: height + 13, "text-anchor": "middle" }, i === ticks[1] ? `layer ${names[i]}` : String(names[i]))));
+    [...new Set(ticks)].map((i) => svg("text", { class: "tick", x: 4 + (i + 0.43) * step, y: height + 13, "text-anchor": i ? "middle" : "start" }, i ? String(names[i]) : `layer ${names[i]}`)));
 }
 
 const PAINT = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "fill-opacity", "font-size", "font-family", "font-weight"];

@@ -1,6 +1,6 @@
 // A sentence: where its latents are on, over layers and tokens; what switches at one token; what follows from a change.
 
-import { DENSE } from "./card.js";
+import { DENSE, denseMark } from "./card.js";
 import { figure, heatMap, switches } from "./charts.js";
 import { button, counted, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
 
@@ -11,6 +11,7 @@ const ask = latest("prompt", find("sentence-status"), (found, asked) => {
   prompt = found;
   find("sentence-found").classList.remove("outdated");
   draw();
+  editor(); // names the latents
   if (answered === null && changes().length) run(); // those of an address that was shared
   const n = found.tokens.filter((token) => token.kept).length;
   const full = asked.text.length >= find("text").maxLength ? " The text is as long as it may be; more is cut off." : "";
@@ -22,7 +23,7 @@ const change = latest("intervene", find("change-status"), (found, asked) => {
   find("outcome").replaceChildren(...outcome(found, asked).filter(Boolean));
   find("outcome").scrollIntoView({ block: "nearest" });
   if (age()) return null;
-  return `KL divergence at the last token ${show(found.kl_last)} nats, mean over tokens ${show(found.kl_mean)}.`;
+  return `KL(before \u2016 after) at the last token ${show(found.kl_last)} nats, mean over tokens ${show(found.kl_mean)}.`;
 });
 const asking = () => ({ text: state.text, changes: changes(), continue_tokens: Number(state.continued) });
 const key = ({ text, changes: of, continue_tokens: n }) => JSON.stringify([text, of, n]);
@@ -69,7 +70,7 @@ function draw() {
   const dense = (one) => (one.share_of_tokens > DENSE ? `dense, fires at ${percent(one.share_of_tokens)} of the analysed tokens; ` : "");
   const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value]) => [c, layers.indexOf(layer), value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
     label: `Latent ${one.latent}, mean layer in this text ${show(one.layer_mean)}, ${dense(one)}fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
-    title: `${one.latent}  ${dense(one) ? "dense  " : ""}${one.fires_on.slice(0, 3).map(visible).join(" ")}`.slice(0, 34),
+    title: `${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`.slice(0, 28), top: (value) => `to ${show(value)}`,
     say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
     pick: (c, r) => set({ latent: one.latent, token: tokens[c].kept ? c : "", layer: layers[r] }),
   }));
@@ -77,17 +78,18 @@ function draw() {
   const rows = () => [["latent", "position", "token", "layer", "activation"], ...found.flatMap((one) => one.cells.map(([c, layer, value]) => [one.latent, c, tokens[c].token, layer, value]))];
   const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : all.length)} latents on ${where}: ${state.sort === "mass" ? "the most active" : "the most specific"} ${token < 0 ? "in it" : "there"}`, "latents", maps, rows, read);
   fill(find("maps"), ...(token < 0 ? [] : [switching(found, all, token, word(token), dense)]), picture);
-  const next = (list) => list.map(({ token: text, p_true }) => [h("code", {}, visible(text)), ` ${percent(p_true)}  `]);
+  const next = (list) => list.map(({ token: text, p_true }) => [h("span", {}, h("code", {}, visible(text)), ` ${percent(p_true)}`), "  "]);
   const before = tokens.slice(tokens.findIndex((one) => one.kept), token + 1).map((one) => one.token).join("");
   find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next(prompt.next)), ...(token < 0 ? [] : [h("p", {}, h("b", {}, `After ${word(token)}: `), next(tokens[token].next),
-    prompt.text.startsWith(before) && before !== prompt.text && link("Cut the text here, to change what follows", { text: before, token: "" }))]));
+    prompt.text.startsWith(before) && before !== prompt.text && link("Cut the text here, to change what follows", { text: before, token }))]));
 }
 
 /** Which latents switch on, stay and switch off from layer to layer at a token: drawn of some, counted of all. */
 function switching(found, all, token, word, dense) {
   const { layers } = prompt, read = h("p", { class: "readout told", role: "status" });
   const of = (some) => some.map((one) => ({ one, on: new Map(one.cells.filter((cell) => cell[0] === token).map(([, layer, value]) => [layers.indexOf(layer), value])) }));
-  const rows = of(found).sort((a, b) => Math.min(...a.on.keys()) - Math.min(...b.on.keys()) || Math.max(...a.on.keys()) - Math.max(...b.on.keys()));
+  const rows = of(found); // in the order that was chosen; by default from where each switches on
+  if (state.sort === "layer_mean") rows.sort((a, b) => Math.min(...a.on.keys()) - Math.min(...b.on.keys()) || Math.max(...a.on.keys()) - Math.max(...b.on.keys()));
   const step = h("select", { id: "switch-step", onchange: tell }, layers.slice(1).map((layer, i) => h("option", { value: i }, `${layers[i]} \u2192 ${layer}`)));
   function tell() {
     const i = Number(step.value), kinds = { "switch on": [], stay: [], "switch off": [] };
@@ -95,12 +97,12 @@ function switching(found, all, token, word, dense) {
     read.replaceChildren(...Object.entries(kinds).map(([kind, who]) => h("span", {}, h("b", {}, `${who.length} ${kind} `),
       who.slice(0, 24).map((latent) => [link(String(latent), { latent, layer: layers[i + 1] }), " "]), who.length > 24 && `and ${who.length - 24} more`)));
   }
-  const drawn = switches(rows.map(({ one, on }) => ({ name: `Latent ${one.latent}`, words: `${one.latent}  ${dense(one) && "dense  "}${one.fires_on.slice(0, 3).map(visible).join(" ")}`, on,
+  const drawn = switches(rows.map(({ one, on }) => ({ name: `Latent ${one.latent}`, words: `${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, on,
     chosen: state.latent === String(one.latent), pick: () => set({ latent: one.latent, layer: layers[Math.min(...on.keys())] }) })), layers, { label: `Latents on at ${word}, by layer` });
   if (layers.length > 1) tell();
-  return figure(`Switching on and off over the layers at ${word}`, "switches", drawn,
+  return figure(`Switching on and off over the layers at ${word}: ${found.length} of ${all.length} latents, the most ${state.sort === "mass" ? "active" : "specific"} there`, "switches", drawn,
     () => [["latent", "layer", "activation"], ...rows.flatMap(({ one, on }) => [...on].map(([i, value]) => [one.latent, layers[i], value]))],
-    h("p", { class: "note" }, "\u25cf a run of layers begins, \u25cb it ends; the line is as thick as the activation is high."), layers.length > 1 && h("label", {}, `Of all ${all.length} latents that are on there, from layer to layer `, step), read);
+    h("p", { class: "note" }, "\u25cf first layer of a run, \u25cb its last, \u25c9 both; the line is as thick as the activation is high, for each latent by itself. Right: its highest activation there, and at which layer."), layers.length > 1 && h("label", {}, `Of all ${all.length} latents that are on there, from layer to layer `, step), read);
 }
 
 /** The changes in the address: KIND:LATENT:LAYERS[:COEFFICIENT], layers as 3.4.5 or "all". */
@@ -126,12 +128,13 @@ function editor() {
     if (layersOf(text)) edit(i, "layers", layersOf(text));
     else say(find("change-status"), `layers should be all, or numbers such as 3 4 5 or 3-5, found \u201c${text}\u201d`, true);
   };
+  const label = (latent) => prompt?.latents.filter((one) => one.latent === latent).map((one) => h("span", { class: "soft" }, one.fires_on.slice(0, 3).map(visible).join(" "), " ", denseMark(one.share_of_tokens)));
   // After the focus has moved on: the fields are made anew.
   const later = (act) => (event) => setTimeout(act, 0, event.target.value);
   fill(find("changes"), ...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
     h("select", { "aria-label": "Kind", onchange: later((value) => edit(i, "kind", value)) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
     h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: later((value) => edit(i, "latent", Number(value))) })),
-    h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((value) => layersTo(i, value)) })),
+    label(one.latent), h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((value) => layersTo(i, value)) })),
     one.kind === "steer" && h("label", {}, "add activation ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: later((value) => edit(i, "coefficient", Number(value))) })),
     button("Remove", () => write(list.filter((_, k) => k !== i)), { "aria-label": `Remove change ${i + 1}` }))));
   find("run").disabled = !list.length;

@@ -1,7 +1,7 @@
-"""What one looks at of a latent: its maximally activating examples at each layer, the sizes of its activations, and
-whether its top contexts agree between layers.
+"""What one looks at of a latent: its maximally activating examples at each layer, others drawn at random, the sizes of
+its activations, and whether its top contexts agree between layers.
 
-How: one pass over the codes fills what the three need, a second one reads the examples' windows. Text needs the
+How: one pass over the codes fills what these need, a second one reads the examples' windows. Text needs the
 tokenizer of the store's model, looked for on this machine only; where it is not found, ids are written, and the reason
 is in summary.json.
 
@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 
 from analysis.inputs import Inputs, TaskSpec
 from analysis.latents.contexts import agreement_summary, context_agreement, contexts_per_layer
-from analysis.latents.examples import REACH, TopExamples, examples_per_layer, windows_of, write_found
+from analysis.latents.examples import REACH, Examples, TopExamples, Windows, examples_per_layer, windows_of, write_found
+from analysis.latents.sampled import SampledTokens
 from analysis.latents.table import LatentTable
 from analysis.latents.words import find_words
 from analysis.loops import compiled
 from analysis.model.transformer import spec_of_store
-from analysis.results.folder import EXAMPLES, HISTOGRAMS
+from analysis.results.folder import EXAMPLES, HISTOGRAMS, RANDOM_EXAMPLES
 from analysis.selection import Selection
 from analysis.task import codes_again
 from harvest.model.load import load_tokenizer, refuse_exchanged
@@ -67,10 +68,11 @@ def view_latents(
     n = examples_per_layer(n_latents, n_layers)
     top = TopExamples.zeros(n_latents, n_layers, n)
     strongest = TopExamples.zeros(n_latents, n_layers, contexts_per_layer(n_latents, n_layers))
-    counts = np.zeros((n_latents, n_layers, N_BINS), np.uint32)
+    sample, counts = SampledTokens.zeros(n_latents), np.zeros((n_latents, n_layers, N_BINS), np.uint32)
     for tile in codes(selection.analysed):
         top.add(tile, tokens.document[tile.token])
         strongest.add(tile, tile.token)  # each token its own document: simply the most active
+        sample.add(tile)
         add_counts(counts, tile.values, tile.indices)
     write_histograms(folder / HISTOGRAMS, counts, layer_numbers)
     tokenizer = reason = None
@@ -81,12 +83,16 @@ def view_latents(
         tokenizer = loaded
     except ResidscopeError as error:
         reason = str(error)
-    found = top.found()
-    windows = windows_of(found, tokens, codes, selection.analysed)
+    found, drawn = top.found(), sample.found(tokens.document)
+    both, cut = Examples(*map(np.concatenate, zip(found, drawn, strict=True))), len(found.latent)
+    parts = windows_of(both, tokens, codes, selection.analysed)
+    windows, around_drawn = Windows(*(part[:cut] for part in parts)), Windows(*(part[cut:] for part in parts))
     words = find_words(found, windows, tokens, selection.analysed, tokenizer, layer_numbers, n_latents)
     n_rows = write_found(folder / EXAMPLES, found, windows, tokens, tokenizer, layer_numbers)
+    write_found(folder / RANDOM_EXAMPLES, drawn, around_drawn, tokens, tokenizer, layer_numbers)
     agreement = context_agreement(strongest.token, table.n_tokens)
-    summary = {"rows": n_rows, "per_layer": n, "tokens_around": REACH, "no_text": reason}
+    summary = {"rows": n_rows, "per_layer": n, "random": sample.token.shape[1], "tokens_around": REACH}
+    summary["no_text"] = reason
     summary["agreement"] = agreement_summary(agreement)
     shares = {"context_overlap": agreement.overlap, "context_chance": agreement.chance}
     columns = {name: pa.array(values, mask=np.isnan(values)) for name, values in shares.items()}

@@ -32,7 +32,17 @@ from analysis.model.findings import locate
 from analysis.prompt.run import usual_of
 from analysis.report.data import finite
 from analysis.results.added import has_analysis
-from analysis.results.folder import CONFIG, EXAMPLES, EXPLANATIONS, HISTOGRAMS, LATENT_LOGITS, LATENTS, LAYERS, SUMMARY
+from analysis.results.folder import (
+    CONFIG,
+    EXAMPLES,
+    EXPLANATIONS,
+    HISTOGRAMS,
+    LATENT_LOGITS,
+    LATENTS,
+    LAYERS,
+    RANDOM_EXAMPLES,
+    SUMMARY,
+)
 from residscope.errors import IncompatibleError, UsageError
 from residscope.reading import read_json, reading
 from residscope.urls import as_path
@@ -130,7 +140,8 @@ class Analysis:
                 "layers": self.layer_numbers,
                 **{name: row[name] for name in ("counts", "means", "probs")},
                 "histogram": self._histogram(latent),
-                "examples": self._examples(latent),
+                "examples": self._examples(EXAMPLES, latent),
+                "random_examples": self._examples(RANDOM_EXAMPLES, latent),
                 **self._ends(latent),
                 "explanations": read_explanations(self.folder / EXPLANATIONS, latent).get(latent, []),
                 "neighbours": [{"latent": other, "cosine": cosine} for other, cosine in near],
@@ -272,11 +283,11 @@ class Analysis:
             found.append([row["layer"], int(some[0]), *row["counts"][some[0] : some[-1] + 1]])
         return {"edges": edges, "rows": found}
 
-    def _examples(self, latent: int) -> list[dict[str, Any]]:
+    def _examples(self, file: str, latent: int) -> list[dict[str, Any]]:
         """Distinct contexts: each at its strongest layer, with the layers at which it is an example; those that are the
         strongest of some layer first."""
         contexts: dict[int, list[dict[str, Any]]] = {}
-        for row in self._rows(EXAMPLES, latent):
+        for row in self._rows(file, latent):
             contexts.setdefault(row["token"], []).append(row)
         found = []
         for rows in contexts.values():

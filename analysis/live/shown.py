@@ -38,6 +38,8 @@ class Card:
             *(SAID.format(*(escape(one[name] or "-") for name in SAID_OF)) for one in of["explanations"]),
             _bars(of["layers"], of["probs"]),
             *(_example(one) for one in of["examples"][:N_EXAMPLES]),
+            "<p>Drawn at random:</p>" * bool(of["random_examples"]),
+            *(_example(one) for one in of["random_examples"]),
         ]
         for name in ("promotes", "suppresses"):
             tokens = ", ".join(quoted(one["token"]) for one in of[name])

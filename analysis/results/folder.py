@@ -6,7 +6,8 @@ from residscope.destinations import refuse_shared
 
 SUMMARY, CONFIG, REPORT = "summary.json", "analyze.config.toml", "report.html"
 LATENTS, LAYERS, REDUNDANCY = "latents.parquet", "layers.parquet", "redundancy.parquet"
-LATENT_LOGITS, EXAMPLES, HISTOGRAMS = "latent_logits.parquet", "examples.parquet", "histograms.parquet"
+LATENT_LOGITS, HISTOGRAMS = "latent_logits.parquet", "histograms.parquet"
+EXAMPLES, RANDOM_EXAMPLES = "examples.parquet", "random_examples.parquet"
 PROMPT_JSON, PROMPT_TABLE = "prompt.json", "prompt.parquet"
 """What `analyze --prompt` adds to an analysis."""
 
@@ -17,7 +18,7 @@ FIGURES = ("layer_profile", "variance", "reconstruction", "downstream")
 """Of each a PNG and an SVG, which `analysis.report.page` may write beside report.html."""
 
 FILES = {
-    *(SUMMARY, LATENTS, LAYERS, CONFIG, REDUNDANCY, LATENT_LOGITS, EXAMPLES, HISTOGRAMS, REPORT),
+    *(SUMMARY, LATENTS, LAYERS, CONFIG, REDUNDANCY, LATENT_LOGITS, EXAMPLES, RANDOM_EXAMPLES, HISTOGRAMS, REPORT),
     *(PROMPT_JSON, PROMPT_TABLE, EXPLANATIONS),
     *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
 }

@@ -67,6 +67,7 @@ def test_a_run_writes_its_files_and_exits_0(small, tmp_path, capsys):
         "layers.parquet",
         "redundancy.parquet",
         "examples.parquet",
+        "random_examples.parquet",
         "histograms.parquet",
         "analyze.config.toml",
     }

@@ -337,6 +337,7 @@ def test_default_folder_is_beside_the_checkpoint_and_an_earlier_result_is_replac
         "latents.parquet",
         "layers.parquet",
         "notes.txt",
+        "random_examples.parquet",
         "redundancy.parquet",
         "summary.json",
     ]

@@ -109,7 +109,16 @@ class Planted(Stub):
             "n_layers": len(LAYERS),
             "profiles": {"early": {}, "late": {}},
             "warnings": ["89 % of the variance of layer 4 is in 3 tokens"],
-            "downstream": {"tokens": "validation", "n_tokens": 254, "n_documents": 1},
+            "downstream": {
+                "tokens": "validation",
+                "n_tokens": 254,
+                "n_documents": 1,
+                "true_ce": 2.5,
+                "together": {
+                    "n_tokens": 64,
+                    "groups": [{"kind": "all", "n": 5, "delta_ce": 3.0, "mean_ablation_delta_ce": 4.0}],
+                },
+            },
             "layers": [
                 {"layer": layer, "fvu": 0.09996 + i / 1e3, "delta_ce": 1.25 if layer == 4 else 0.5, "kl": None}
                 for i, layer in enumerate(LAYERS)
@@ -145,6 +154,7 @@ class Planted(Stub):
             "probs": [c / max(sum(counts), 1) for c in counts],
             "histogram": {"edges": [0.0, 0.5, 1.0, 2.0], "rows": [[3, 1, 4, 5], [4, 0, 6]]},
             "examples": [example],
+            "random_examples": [{**example, "activation": 0.5}],
             "promotes": promoted,
             "suppresses": promoted[:1],
             "logits_above_chance": latent == 7,

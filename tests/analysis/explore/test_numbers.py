@@ -88,7 +88,7 @@ def test_what_a_change_does_is_what_analyze_says(explored: Explored) -> None:
         tab.open(f"#text={TEXT}&continued=0&changes=ablate:{one['latent']}:{'.'.join(map(str, one['layers']))}")
         said = tab.run("""await until(() => find(".heat")); find("#run").click();
           await until(() => text("#change-status").startsWith("KL")); return text("#change-status");""")
-        last, mean = said.removeprefix("KL divergence at the last token ").split(" nats, mean over tokens ")
+        last, mean = said.removeprefix("KL(before \u2016 after) at the last token ").split(" nats, mean over tokens ")
         assert printed(last, one["kl_last"])
         assert printed(mean.split(". ")[0], one["kl_mean"])
         shown = tab.run('return [...find("#outcome").querySelectorAll("p")].map((at) => at.textContent);')
@@ -123,7 +123,7 @@ def test_a_card_has_the_numbers_of_the_table_of_latents(explored: Explored) -> N
         )
         for name, column in (
             ("Mean layer", "layer_mean"),
-            ("Spread, layers", "layer_std"),
+            ("Spread (standard deviation), layers", "layer_std"),
             ("Firings", "count"),
             ("Tokens it fires at", "n_tokens"),
         ):

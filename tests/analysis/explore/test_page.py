@@ -24,12 +24,13 @@ def test_a_cell_opens_the_card_of_its_latent_and_what_it_holds_is_text(tab: Plan
         "Mean layer3.14",
         "Firings15",
         "1.50 at layer 3, also 4",
+        "Active at, drawn at random",
         "fore\u23ce",
     ):
         assert words in card
     assert "no higher than those of random directions" in card
     assert "Promotes" not in card
-    assert "Tokens it fires at5, 12.5 %Layers it is on at, per such token3.0" in card
+    assert "Tokens it fires at5, 12.5 %Layers on at per such token, mean3.0" in card
     assert "Dense: it fires at 12.5 %" in card
     assert tab.run('return text("#card mark");') == "fore\u23ce"
     tab.run("""named("Close").click(); await until(() => find("#card").hidden);""")
@@ -112,7 +113,11 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
         tab.saved("search.csv").decode() == "latent,fires_on,profile,layer_mean,share_of_tokens,count,score,why\n"
         '7,"up,\n",,3.5,0.25,8,0.75,fires on up\n'
     )
+    assert tab.run('return [text("#search-found .dense"), find("#search-found.outdated")];') == ["dense", None]
     shared = tab.page.run("location.hash")
+    tab.run("""find("#to-layers").click(); find("#to-search").click();
+      await until(() => !find("#search").hidden); await new Promise((r) => setTimeout(r, 50));""")
+    assert len(tab.planted.asked) == 1  # what is there is not asked for again
     tab.open(shared)
     tab.run("""await until(() => text("#search-status").includes("1 latent.") && text("#card h2") === "Latent 7");""")
     assert tab.run('return [find("#search-on").value, find("#search-profile").value];') == ["a b", "early"]
@@ -136,6 +141,8 @@ def test_the_layer_that_costs_most_is_one_click_away(tab: PlantedTab) -> None:
         "FVU is highest at layer 6: 0.104."
     )
     said = tab.run('return text("#layers-found");')
+    assert "The model's own cross-entropy there is 2.50 nats. All 5 layers replaced at once cost 3.00 nats, " in said
+    assert "each by its mean vector 4.00 (over 64 tokens)." in said
     assert "89 % of the variance of layer 4 is in 3 tokens" in said
     assert "of 254 validation tokens of 1 document, with this layer alone replaced" in said
     assert tab.run('return all("#layers-found tbody tr")[0].textContent;') == "20.1000.500"  # 0.09996 to three digits
@@ -173,7 +180,7 @@ def test_pictures_are_saved_as_they_are_seen(tab: PlantedTab) -> None:
         words = [part.text or "" for part in root.findall("{http://www.w3.org/2000/svg}text")]
         assert words[0].startswith(title)
         legends = {
-            "switches": "Dot: a run of layers begins",
+            "switches": "Dot: first layer of a run",
             "latents": "Rows: layers",
             "latent-7-histogram": "Rows: layers",
         }

@@ -29,9 +29,9 @@ def test_a_token_shows_what_switches_on_stays_and_switches_off(tab: PlantedTab) 
     tab.open(SENTENCE)
     tab.run("""(await until(() => named("token 4: up"))).click(); await until(() => find(".switch"));""")
     assert tab.run('return all(".switch").map((at) => at.getAttribute("aria-label"));') == [
-        "Latent 9: on at layers 2, 6",
-        "Latent 8: on at layers 3 to 5",
-        "Latent 7: on at layers 6",
+        "Latent 9: on at layers 2, 6; highest 0.250 at 6",
+        "Latent 8: on at layers 3 to 5; highest 2.00 at 3",
+        "Latent 7: on at layers 6; highest 5.00 at 6",
     ]
     steps = tab.run("""return [0, 1, 3].map((i) => { change("#switch-step", String(i));
       return [...find("#switch-step").closest("figure").querySelectorAll(".readout span")].map((at) =>
@@ -45,8 +45,9 @@ def test_a_token_shows_what_switches_on_stays_and_switches_off(tab: PlantedTab) 
     assert maps == sorted(there, key=lambda j: -there[j]) == [9, 7, 8]
     assert tab.run('return all("#maps h3").at(-1).textContent;').endswith("the most specific there")
     assert tab.run('return [...find(".switch").querySelectorAll("title, text")].map((at) => at.textContent);') == [
-        "Latent 9: on at layers 2, 6",
-        "9  dense  <img src=x onerror=al",
+        "Latent 9: on at layers 2, 6; highest 0.250 at 6",
+        "9 (dense): <img src=x onerror=a",
+        "0.250 at 6",
     ]
     assert steps == [
         ["1 switch on 8", "0 stay", "1 switch off 9"],
@@ -67,7 +68,7 @@ def test_what_the_model_expects_after_a_token_and_the_text_up_to_it(tab: Planted
     assert not tab.run('return find("#next a");')  # these tokens do not make the text
     tab.run("""named("token 1: all").click(); await until(() => text("#next").includes("all?"));
       find("#next a").click(); await until(() => text("#sentence-status").includes("1 token"));""")
-    assert tab.state == "text=all"
+    assert tab.state == "text=all&token=1"
 
 
 def test_latents_are_ordered_and_cut(tab: PlantedTab) -> None:
@@ -104,6 +105,10 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
       await edit(2, 2, "all");
       change("#continued", "5"); find("#run").click();
       await until(() => !find("#outcome.outdated") && text("#outcome").includes("Goes on"));""")
+    assert (
+        tab.run('return [...all("#changes fieldset")[1].childNodes].map((at) => at.textContent.trim());')[3]
+        == "up \u23ce"
+    )
     asked = [one for one in tab.planted.asked if "changes" in one]
     assert len(asked) > 1  # the first by the card's own button
     assert asked[-1] == {

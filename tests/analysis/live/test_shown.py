@@ -27,6 +27,7 @@ def card() -> dict[str, Any]:
         "neighbours": [],
         "logits_above_chance": True,
         "examples": [{"layer": 3, "layers": [3, 5], "activation": 2.0, "tokens": [token, token], "position": 1}],
+        "random_examples": [{"layer": 5, "layers": [5], "activation": 1.0, "tokens": [token], "position": 0}],
         "promotes": [{"token": EVIL, "logit": 1.0}],
         "suppresses": [],
         "explanations": [{"where": "all layers", "explanation": EVIL, "said": ""}],
@@ -47,7 +48,8 @@ def test_a_card() -> None:
     text = "".join(root.itertext())
     assert "Latent 17" in text
     assert "1,234 vectors of 99 tokens, at 2 layers; mean layer 3.25" in text
-    assert text.count("alert") == 5  # fires on, two tokens of an example, promotes, explained
+    assert text.count("alert") == 6  # fires on, two tokens of an example, one of another, promotes, explained
+    assert "Drawn at random:layer 5, 1.00:" in text
     assert repr(Card(card())).startswith("Latent 17: fires on ")
     assert repr(Card(card())).endswith("; mean layer 3.25; 1,234 firings (.data has all)")
     heights = [float(bar.attrib["height"]) for bar in root.iter("rect")]

@@ -1,0 +1,86 @@
+"""A random sample of the tokens at which each latent is active: what it means when it is not at its strongest.
+
+The most active examples make a latent look more specific than it is; these are drawn alike from all tokens where it is
+active at some layer, each shown at the layer where it is most active there.
+
+How: each token has a random number, the same in every run; kept are the tokens with the smallest, so that what is
+kept does not depend on how tokens are grouped.
+
+Shapes: T tokens, L layers, k active latents a vector, M n_latents, n sampled tokens of a latent.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.baselines.nulls import random_keys
+from analysis.latents.examples import MAX_EXAMPLES, Examples
+from analysis.loops import compiled
+from analysis.tiles import CodeTile
+
+PER_LATENT = 8
+"""Sampled tokens of a latent; fewer where there would be more than `MAX_EXAMPLES` of all latents."""
+
+_NONE = np.iinfo(np.uint64).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTokens:
+    """Sampled tokens of each latent, in no order; each array [M, n]."""
+
+    key: NDArray[np.uint64]
+    activation: NDArray[np.float32]
+    layer: NDArray[np.int64]
+    token: NDArray[np.int64]
+    """Place in the store, -1 where there is none."""
+
+    @classmethod
+    def zeros(cls, n_latents: int) -> "SampledTokens":
+        none = np.zeros((n_latents, max(1, min(PER_LATENT, MAX_EXAMPLES // n_latents))), np.int64)
+        key, activation = np.full_like(none, _NONE, np.uint64), none.astype(np.float32)
+        return cls(key=key, activation=activation, layer=none, token=none - 1)
+
+    def add(self, codes: CodeTile) -> None:
+        """Offer tokens, in place. A token must be offered once."""
+        values, indices = np.ascontiguousarray(codes.values), np.ascontiguousarray(codes.indices)
+        keys = random_keys(0, 2, codes.token, 1)[:, 0]
+        _draw(values, indices, codes.token, keys, self.key, self.activation, self.layer, self.token)
+
+    def found(self, document: NDArray[np.integer]) -> Examples:
+        """What is there, sorted by latent and rank: by activation, then by token. document: [T] of the store's."""
+        latent, place = np.nonzero(self.token >= 0)
+        activation, token, layer = (a[latent, place] for a in (self.activation, self.token, self.layer))
+        order = np.lexsort((token, -activation, latent))
+        rank = np.arange(len(order)) - np.searchsorted(latent, latent)  # latents ascend, in either order
+        token = token[order]
+        return Examples(latent, layer[order], rank, activation[order], token, document[token].astype(np.int64))
+
+
+@compiled()
+def _draw(values, indices, token, keys, best, activation, layer, kept):
+    """Offer the positive activations of T tokens, of which `keys` uint64 [T] are random numbers, to their latents.
+
+    values float32 or float64 [T, L, k]; indices int64 [T, L, k]; token int64 [T]. Changed in place, each [M, n]: best
+    uint64 (their keys), activation float32, layer int64, kept int64 (-1: none).
+    """
+    n_tokens, n_layers, k = values.shape
+    for t in range(n_tokens):
+        for at in range(n_layers):
+            for i in range(k):
+                value, j = np.float32(values[t, at, i]), indices[t, at, i]
+                if value <= 0:
+                    continue
+                place = -1  # of the token, else of the largest key
+                for o in range(best.shape[1]):
+                    if kept[j, o] == token[t]:
+                        place = o
+                        break
+                    if place < 0 or best[j, o] > best[j, place]:
+                        place = o
+                if kept[j, place] == token[t]:
+                    if value > activation[j, place]:
+                        activation[j, place], layer[j, place] = value, at
+                elif keys[t] < best[j, place]:
+                    best[j, place], kept[j, place] = keys[t], token[t]
+                    activation[j, place], layer[j, place] = value, at
