@@ -96,6 +96,10 @@ class Windows(NamedTuple):
     stop: NDArray[np.int64]  # [R] one past the last token
     activations: NDArray[np.float32]  # [R, W] of its latent and layer; NaN beyond and where a token was not analysed
 
+    def rows(self, some: slice) -> "Windows":
+        """Those of some examples."""
+        return Windows(self.start[some], self.stop[some], self.activations[some])
+
 
 def examples_per_layer(n_latents: int, n_layers: int) -> int:
     """How many are kept of each latent at each layer."""

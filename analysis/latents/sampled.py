@@ -50,7 +50,7 @@ class SampledTokens:
     def found(self, document: NDArray[np.integer]) -> Examples:
         """What is there, sorted by latent and rank: by activation, then by token. document: [T] of the store's."""
         latent, place = np.nonzero(self.token >= 0)
-        activation, token, layer = (a[latent, place] for a in (self.activation, self.token, self.layer))
+        activation, token, layer = self.activation[latent, place], self.token[latent, place], self.layer[latent, place]
         order = np.lexsort((token, -activation, latent))
         rank = np.arange(len(order)) - np.searchsorted(latent, latent)  # latents ascend, in either order
         token = token[order]

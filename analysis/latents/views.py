@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from analysis.inputs import Inputs, TaskSpec
 from analysis.latents.contexts import agreement_summary, context_agreement, contexts_per_layer
-from analysis.latents.examples import REACH, Examples, TopExamples, Windows, examples_per_layer, windows_of, write_found
+from analysis.latents.examples import REACH, Examples, TopExamples, examples_per_layer, windows_of, write_found
 from analysis.latents.sampled import SampledTokens
 from analysis.latents.table import LatentTable
 from analysis.latents.words import find_words
@@ -84,9 +84,9 @@ def view_latents(
     except ResidscopeError as error:
         reason = str(error)
     found, drawn = top.found(), sample.found(tokens.document)
-    both, cut = Examples(*map(np.concatenate, zip(found, drawn, strict=True))), len(found.latent)
-    parts = windows_of(both, tokens, codes, selection.analysed)
-    windows, around_drawn = Windows(*(part[:cut] for part in parts)), Windows(*(part[cut:] for part in parts))
+    both: Any = map(np.concatenate, zip(found, drawn, strict=True))
+    all_windows, cut = windows_of(Examples(*both), tokens, codes, selection.analysed), len(found.latent)
+    windows, around_drawn = all_windows.rows(slice(cut)), all_windows.rows(slice(cut, None))
     words = find_words(found, windows, tokens, selection.analysed, tokenizer, layer_numbers, n_latents)
     n_rows = write_found(folder / EXAMPLES, found, windows, tokens, tokenizer, layer_numbers)
     write_found(folder / RANDOM_EXAMPLES, drawn, around_drawn, tokens, tokenizer, layer_numbers)

@@ -1,6 +1,7 @@
 """Tokens drawn at random: those of a naive draw, whatever the grouping, all alike, each at its strongest layer."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,7 +66,8 @@ def test_every_token_is_drawn_alike() -> None:
 def test_the_file_has_windows_and_few_are_among_the_strongest(tmp_path: Path) -> None:
     small, out = make_small(tmp_path), tmp_path / "out"
     assert run_small(small, out)["examples"]["random"] == PER_LATENT
-    drawn, strongest = pd.read_parquet(out / RANDOM_EXAMPLES), pd.read_parquet(out / EXAMPLES)
+    drawn: Any = pd.read_parquet(out / RANDOM_EXAMPLES)
+    strongest: Any = pd.read_parquet(out / EXAMPLES)
     n_tokens = pd.read_parquet(out / "latents.parquet")["n_tokens"].to_numpy()
     counts = drawn.groupby("latent").size().reindex(range(len(n_tokens)), fill_value=0)
     np.testing.assert_array_equal(counts, np.minimum(n_tokens, PER_LATENT))
