@@ -39,18 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             epilog=_EPILOG,
         )
         from train.parallel.launch import joined
+        from train.reporting import dry_run
         from train.reporting.report import describe, summary, table_of, write_table
         from train.run import train_all, try_run
 
-        if config.dry_run:
-            from train.reporting.dry_run import describe as describe_dry_run
-
-            found = try_run(config)
-            print(json.dumps(asdict(found)) if config.json else describe_dry_run(found))
-            return
         with joined(config, words) as ranks:
-            results = train_all(config, ranks)
+            foreseen = try_run(config, ranks) if config.dry_run else None
+            results = [] if foreseen else train_all(config, ranks)
         if not ranks.first:
+            return
+        if foreseen:
+            print(json.dumps(asdict(foreseen)) if config.json else dry_run.describe(foreseen))
             return
         print(describe(results[0]) if len(results) == 1 else table_of(results), file=sys.stderr)
         table = write_table(config.out, results) if config.sweep or config.per_layer else None

@@ -318,8 +318,6 @@ class TrainConfig:
                 f"depend on the norms that it changes; found {activation}"
             )
         _check(self, positive="n_procs shard_latents", not_negative="cache_gb")
-        if self.dry_run and self.n_procs > 1:
-            raise UsageError("--dry-run is of one process: leave out --n-procs")
         if self.resume and self.overwrite:
             raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give only one")
 

@@ -25,6 +25,7 @@ from train.objective.losses import dead_threshold
 from train.objective.recipes import BEFORE_RECIPES, Recipe, complete, fill, recorded_flags
 from train.objective.statistics import MEDIAN_VECTORS
 from train.objective.variants import StepOptions, variant_of
+from train.parallel.ranks import ALONE, Ranks
 
 RECORDED = (
     *("d_model", "layers", "stream_layers", "n_latents", "k", "aux_k", "aux_coef"),
@@ -226,26 +227,33 @@ def default_aux_k(d_model: int) -> int:
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes that runs need beside the interpreter."""
+    """Bytes that runs need in each process, beside the interpreter."""
 
     device: int
     """Weights, gradients, moments, a batch and its gradients, and tiles, on the training device."""
     shuffle: int
     """The loader's two windows, and what is kept of a store at a URL, in the machine's memory."""
+    local: int = 1
+    """Processes of this machine that each take as much; on CUDA each has a card of its own."""
 
 
-def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore) -> MemoryEstimate:
+def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, ranks: Ranks = ALONE) -> MemoryEstimate:
     """How much memory runs of `plans` take over one stream: each its weights and moments; the rest is shared. AuxK is
-    counted with half of the latents dead."""
-    meta = store.meta
-    held = sum(weight_copies(plan) * 4 * _weights(plan) for plan in plans)
-    gradients = sum({plan.model.n_latents: 4 * _weights(plan) for plan in plans}.values())
+    counted with half of the latents dead. Of `ranks` each has its latents' weights, moments of its own share of those,
+    and what the others send of their gradients."""
+    meta, rows, latents = store.meta, ranks.rows.size, ranks.latents.size
+    sizes = {plan.model.n_latents: 4 * _weights(plan) // latents for plan in plans}
+    whole = [weight_copies(plan) - 2 for plan in plans]  # all but the moments
+    held = sum(sizes[plan.model.n_latents] * (n + 2 / rows) for plan, n in zip(plans, whole, strict=True))
+    gradients = sum(sizes.values()) + max(sizes.values()) * (rows - 1) // (2 * rows)  # W_enc's, then W_dec's
     plan = plans[0]
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
     window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.stream_layers or plan.layers) * block)
     statistics = 4 * MEDIAN_VECTORS * meta.d_model * 4  # the sample, its parts, and what the median makes of it
     return MemoryEstimate(
-        held + gradients + max(statistics, *(_working(plan) for plan in plans)), 2 * window + held_bytes(store)
+        int(held) + gradients + max(statistics, *(_working(plan, rows, latents) for plan in plans)),
+        2 * window + held_bytes(store),
+        ranks.local,
     )
 
 
@@ -258,15 +266,16 @@ def _weights(plan: RunPlan) -> int:
     return 2 * plan.model.n_latents * plan.model.d_model
 
 
-def _working(plan: RunPlan) -> int:
-    n, d, objective = plan.chosen.batch_size, plan.model.d_model, plan.config.objective
+def _working(plan: RunPlan, rows: int, latents: int) -> int:
+    n, d, objective = -(-plan.chosen.batch_size // rows), plan.model.d_model, plan.config.objective
+    weights = _weights(plan) // latents
     k = max(plan.model.k, objective.k_start or 0) * (4 if objective.multi_topk else 1)
     batch = n * (6 * 4 * d + 48 * k)  # six float32 [N, D]; codes, gradients, sorted pairs
     batch += int(n * k * d * choose_kernels(torch.empty(0, device=plan.device), plan.kernels).pair_bytes)
     # Nested reconstructions: an error of each, and one's gradients by themselves.
     blocks = 2 if objective.multi_topk else len(plan.model.prefixes)
-    nested = blocks * n * 4 * d + 4 * _weights(plan) if blocks else 0
-    casts = _weights(plan) if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK
+    nested = blocks * n * 4 * d + 4 * weights if blocks else 0
+    casts = weights if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK
     tiles = (10 if plan.model.activation in THRESHOLDED else 4) * plan.tile_bytes
-    auxk = 2 * 4 * _weights(plan) + casts if objective.aux_coef else 0  # of all latents: copies, gradients, casts
+    auxk = 2 * 4 * weights + casts if objective.aux_coef else 0  # of all latents: copies, gradients, casts
     return 2 * casts + batch + nested + tiles + auxk // 2

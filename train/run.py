@@ -96,11 +96,11 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
     return results
 
 
-def try_run(config: TrainConfig) -> DryRun:
+def try_run(config: TrainConfig, ranks: Ranks = ALONE) -> DryRun:
     """What `train_all` would take: a few of its steps are timed, and nothing is written."""
     with _opened(config) as store:
-        set_threads(config.hardware.threads, [])
-        data = TrainingData.open(config, store)
+        set_threads(config.hardware.threads, [], ranks)
+        data = TrainingData.open(config, store, ranks)
         trainers = [Trainer(make_plan(spec, data), data) for spec in _specs(config, store)]
         for trainer in trainers:
             trainer.read_source()
@@ -155,7 +155,7 @@ class _Stream:
         self.plan = self.plans[0]  # of which only what all plans share is used here
         self.validation = ValidationData(data.store, data.split.validation, data.stored, self.config.data.seed)
         self.waited, self.step = 0.0, 0
-        self.memory = memory_estimate(self.plans, data.store)
+        self.memory = memory_estimate(self.plans, data.store, data.ranks)
 
     def execute(self) -> list[dict[str, Any]]:
         """Train to the end; the `trainer` entry of each run's last checkpoint."""
@@ -204,9 +204,10 @@ class _Stream:
         announce(self.plans, self.n_runs, None)  # the result says how much memory
         refuse_too_large(self.memory, self.data.device, self.n_runs)
         self._start()
-        loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, epochs=self.plan.epochs)
-        with closing_batches(loader) as batches:
-            seconds = time_steps(lambda: self._train_on(next(batches), self.trainers), self.plan, self.data.device)
+        whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
+        with closing_batches(self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)) as batches:
+            ends = self.plan, self.data.device, self.ranks
+            seconds = time_steps(lambda: self._train_on(next(batches), self.trainers), *ends)
         return foresee(self.plans, self.data.store, self.memory, seconds)
 
     def _start(self) -> None:

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from tests.support.training import plan_of as resolved
+from train.kernels.choose import choose_kernels
+from train.parallel.ranks import ALONE, Ranks
 from train.resolve import RunPlan, default_aux_k, memory_estimate
 
 
@@ -53,6 +56,22 @@ def test_memory_counts_what_a_variant_needs_beside(store: ActivationStore) -> No
     assert device(k=8, activation="matryoshka", prefixes=(10, 100)) - plain == 2 * 50 * 12 * 4 + own_gradients
     assert device(k=2, multi_topk=True) - plain == 2 * 50 * 12 * 4 + own_gradients  # its codes are as wide
     assert device(k=2, k_start=8) == plain
+
+
+def test_of_several_processes_each_needs_less(store: ActivationStore) -> None:
+    plan = plan_of(store, n_latents=100_000, dtype="float32", batch_size=64, kernels="torch", aux_coef=0)
+    weights, half = 2 * 100_000 * 12 * 4, 64 // 2 * (6 * 4 * 12 + (48 + int(12 * plan_bytes(plan))) * plan.model.k)
+    alone = memory_estimate([plan], store)
+    sharing, sharding = Ranks(0, 2, local=2), Ranks(0, 2, local=2)
+    sharding.rows, sharding.latents = ALONE, sharding
+    found = [memory_estimate([plan], store, ranks) for ranks in (sharing, sharding)]
+    assert alone.device - found[0].device == weights - weights // 4 + half  # half of the moments, less a tensor's half
+    assert alone.device - found[1].device == 4 * weights // 2
+    assert [one.local for one in (alone, *found)] == [1, 2, 2]
+
+
+def plan_bytes(plan: RunPlan) -> float:
+    return choose_kernels(torch.empty(0), plan.kernels).pair_bytes
 
 
 def test_memory_grows_with_what_it_should(store: ActivationStore) -> None:

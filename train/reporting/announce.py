@@ -35,6 +35,7 @@ def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | Non
     machine = f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads"
     if memory is not None:
         machine += f"; memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
+        machine += f", in each of {memory.local} processes" * (memory.local > 1)
     say(machine)
 
 
@@ -43,9 +44,9 @@ def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) 
     way_out = "lower --expansion-factor, --batch-size, --tile-mb or --window-gb"
     if n_runs > 1:
         way_out += ", or do fewer runs at once"
-    needed = {torch.device("cpu"): memory.shuffle, device: memory.device}
+    needed = {torch.device("cpu"): memory.local * memory.shuffle, device: memory.device}
     if device.type == "cpu":
-        needed = {device: memory.shuffle + memory.device}
+        needed = {device: memory.local * (memory.shuffle + memory.device)}
     for place, size in needed.items():
         free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
         if free is not None and size > free:

@@ -12,6 +12,7 @@ import torch
 
 from residscope.console import human_bytes, human_seconds
 from store.activations import ActivationStore
+from train.parallel.ranks import Ranks
 from train.resolve import MemoryEstimate, RunPlan, weight_copies
 
 MEASURED_STEPS, MEASURED_SECONDS, WARM_STEPS = 20, 10.0, 2
@@ -30,10 +31,12 @@ class DryRun:
     """Of the stream, over all epochs."""
     bytes_read: int
     """Of the store, over all epochs."""
+    processes: int
+    """Of this machine."""
     memory_bytes: int
-    """On the training device."""
+    """Of each process, on its training device."""
     shuffle_bytes: int
-    """Memory for the shuffle, in the machine."""
+    """Memory for the shuffle of each process, in the machine."""
     checkpoint_bytes: int
     """Disk for the finished checkpoints of all runs and their safetensors."""
     interim_bytes: int
@@ -45,11 +48,11 @@ class DryRun:
     """Time of all steps at that speed."""
 
 
-def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device) -> list[float]:
-    """Make some of a run's steps; the seconds that each took once everything was compiled."""
+def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device, ranks: Ranks) -> list[float]:
+    """Make some of a run's steps, as many by all ranks; the seconds that each took once everything was compiled."""
     seconds: list[float] = []
     for number in range(1, plan.steps + 1):
-        if len(seconds) >= MEASURED_STEPS or sum(seconds) >= MEASURED_SECONDS:
+        if ranks.any(len(seconds) >= MEASURED_STEPS or sum(seconds) >= MEASURED_SECONDS):
             break
         began = time.perf_counter()
         one_step()
@@ -72,6 +75,7 @@ def foresee(
         steps=plan.steps,
         vectors=plan.vectors,
         bytes_read=plan.vectors * meta.d_model * meta.itemsize,
+        processes=memory.local,
         memory_bytes=memory.device,
         shuffle_bytes=memory.shuffle,
         checkpoint_bytes=2 * sum(weights),
@@ -85,10 +89,12 @@ def foresee(
 def describe(found: DryRun) -> str:
     """What `--dry-run` prints without --json."""
     runs = "" if found.runs == 1 else f"{found.runs} autoencoders at once, "
+    each = "" if found.processes == 1 else f", in each of {found.processes} processes"
     read, interim = human_bytes(found.bytes_read), human_bytes(found.interim_bytes)
+    memory, shuffle = human_bytes(found.memory_bytes), human_bytes(found.shuffle_bytes)
     return (
         f"{runs}{found.steps:,} steps, {found.vectors:,} vectors; {read} of the store to read\n"
-        f"memory: {human_bytes(found.memory_bytes)} to train, {human_bytes(found.shuffle_bytes)} for the shuffle\n"
+        f"memory: {memory} to train, {shuffle} for the shuffle{each}\n"
         f"disk: {human_bytes(found.checkpoint_bytes)} at the end, up to {interim} during training\n"
         f"time: about {human_seconds(found.seconds)} ({found.seconds_per_step:.3g} s a step, mean of "
         f"{found.measured_steps}), AuxK not counted\n"

@@ -1,5 +1,6 @@
 """`train --n-procs` as a process: what ends one of several, in one line, and going on after a kill."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,3 +66,15 @@ def test_another_number_than_torchrun_started_is_refused(store: Path, monkeypatc
     started = joined(train_config(store=store, n_procs=3), [])
     with pytest.raises(UsageError, match="--n-procs 3: torchrun has started 2 processes: leave it out"), started:
         pass
+
+
+def test_a_dry_run_of_two_is_of_what_two_take(store: Path, tmp_path: Path) -> None:
+    large = ["--n-latents=20000", "--tile-mb=1"]
+    done = run(store, tmp_path / "a.pt", "--dry-run", "--json", *large, "--shard-latents=2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["processes"], found["steps"], found["measured_steps"]) == (2, 17, 15)
+    assert not [*tmp_path.iterdir()]
+    alone = run(store, tmp_path / "a.pt", "--dry-run", "--json", *large, "--n-procs=1")
+    half = 20_000 * 12 * 4  # of the bytes of W_enc and W_dec; and so of their gradients and both moments
+    assert json.loads(alone.stdout)["memory_bytes"] - found["memory_bytes"] == 4 * half

@@ -56,6 +56,10 @@ def test_runs_are_announced_together_and_memory_only_where_it_is_given(
 
 def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
     words.refuse_too_large(MemoryEstimate(device=1000, shuffle=1000), torch.device("cpu"), 1)
+    free = words.free_memory()
+    assert free is not None
+    with pytest.raises(ResidscopeError, match="out of memory"):  # two processes share what is free
+        words.refuse_too_large(MemoryEstimate(device=free * 2 // 3, shuffle=0, local=2), torch.device("cpu"), 1)
     huge = MemoryEstimate(device=2**60, shuffle=1)
     with pytest.raises(ResidscopeError, match=r"lower --expansion-factor, --batch-size, --tile-mb or --window-gb$"):
         words.refuse_too_large(huge, torch.device("cpu"), 1)
