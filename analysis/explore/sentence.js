@@ -74,6 +74,7 @@ function draw() {
     say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
     pick: (c, r) => set({ latent: one.latent, token: tokens[c].kept ? c : "", layer: layers[r] }),
   }));
+  ofSentence(maps[0]);
   const where = token < 0 ? "in the sentence" : `at ${word(token)}`;
   const rows = () => [["latent", "position", "token", "layer", "activation"], ...found.flatMap((one) => one.cells.map(([c, layer, value]) => [one.latent, c, tokens[c].token, layer, value]))];
   const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : all.length)} latents on ${where}: ${state.sort === "mass" ? "the most active" : "the most specific"} ${token < 0 ? "in it" : "there"}`, "latents", maps, rows, read);
@@ -82,6 +83,12 @@ function draw() {
   const before = tokens.slice(tokens.findIndex((one) => one.kept), token + 1).map((one) => one.token).join("");
   find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next(prompt.next)), ...(token < 0 ? [] : [h("p", {}, h("b", {}, `After ${word(token)}: `), next(tokens[token].next),
     prompt.text.startsWith(before) && before !== prompt.text && link("Cut the text here, to change what follows", { text: before, token }))]));
+}
+
+/** A drawing that names the sentence where it is saved. */
+function ofSentence(drawing) {
+  if (drawing) drawing.dataset.legend = `${quoted(prompt.text.slice(0, 80))} ${drawing.dataset.legend}`;
+  return drawing;
 }
 
 /** Which latents switch on, stay and switch off from layer to layer at a token: drawn of some, counted of all. */
@@ -100,7 +107,7 @@ function switching(found, all, token, word, dense) {
   const drawn = switches(rows.map(({ one, on }) => ({ name: `Latent ${one.latent}`, words: `${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, on,
     chosen: state.latent === String(one.latent), pick: () => set({ latent: one.latent, layer: layers[Math.min(...on.keys())] }) })), layers, { label: `Latents on at ${word}, by layer` });
   if (layers.length > 1) tell();
-  return figure(`Switching on and off over the layers at ${word}: ${found.length} of ${all.length} latents, the most ${state.sort === "mass" ? "active" : "specific"} there`, "switches", drawn,
+  return figure(`Switching on and off over the layers at ${word}: ${found.length} of ${all.length} latents, the most ${state.sort === "mass" ? "active" : "specific"} there`, "switches", ofSentence(drawn),
     () => [["latent", "layer", "activation"], ...rows.flatMap(({ one, on }) => [...on].map(([i, value]) => [one.latent, layers[i], value]))],
     h("p", { class: "note" }, "\u25cf first layer of a run, \u25cb its last, \u25c9 both; the line is as thick as the activation is high, for each latent by itself. Right: its highest activation there, and at which layer."), layers.length > 1 && h("label", {}, `Of all ${all.length} latents that are on there, from layer to layer `, step), read);
 }
@@ -168,7 +175,12 @@ watch(["text"], () => {
   find("sentence-found").classList.add("outdated");
   say(find("change-status"), "");
   if (state.text.trim()) ask({ text: state.text });
-  else { prompt = null; ask(null); draw(); say(find("sentence-status"), ""); }
+  else {
+    prompt = null;
+    ask(null);
+    draw();
+    find("sentence-status").replaceChildren("Type, or begin with ", link(find("text").placeholder, { text: find("text").placeholder }), ". Search finds latents without a sentence.");
+  }
 });
 watch(["token", "sort", "shown", "latent", "layer", "continued"], () => {
   for (const name of ["sort", "shown", "continued"]) find(name).value = state[name];

@@ -30,7 +30,8 @@ class Hit(NamedTuple):
     @property
     def why(self) -> str:
         """In words."""
-        return f"fires on it in {self.hits} of its {self.contexts} contexts, {self.times:.3g} times the average latent"
+        hits = f"{self.hits} of its {self.contexts} strongest contexts"
+        return f"fires on it in {hits}, {self.times:.3g} times as specific to it as the average latent"
 
 
 def search(contexts: Mapping[int, Sequence[Context]], query: str, limit: int | None = None) -> list[Hit]:

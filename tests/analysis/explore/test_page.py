@@ -180,8 +180,8 @@ def test_pictures_are_saved_as_they_are_seen(tab: PlantedTab) -> None:
         words = [part.text or "" for part in root.findall("{http://www.w3.org/2000/svg}text")]
         assert words[0].startswith(title)
         legends = {
-            "switches": "Dot: first layer of a run",
-            "latents": "Rows: layers",
+            "switches": "\u201call is going up\u201d Dot: first layer of a run",
+            "latents": "\u201call is going up\u201d Rows: layers",
             "latent-7-histogram": "Rows: layers",
         }
         assert len(words) == 1 + (name in legends)

@@ -213,3 +213,13 @@ def test_what_takes_long_is_stopped_by_hand_and_by_a_newer_text(tab: PlantedTab)
     )
     tab.planted._work = lambda name, given: None
     assert stopped == ["slow one", "slow two", "slow three"]
+
+
+def test_an_empty_page_offers_a_sentence(tab: PlantedTab) -> None:
+    tab.open()
+    tab.run("""(await until(() => find("#sentence-status a"))).click();
+      await until(() => text("#sentence-status").includes("latents on"));""")
+    assert tab.run('return [find("#text").value, find("#sentence-status a")];') == [
+        "def area(width, height): return",
+        None,
+    ]

@@ -56,7 +56,7 @@ def test_the_most_specific_comes_first_and_one_context_says_little() -> None:
     assert found[0].times == pytest.approx(scores[0] / (sum(scores) / 5))
     assert (found[0].hits, found[0].contexts) == (9, 10)
     assert search(contexts, "asyncio", 1) == found[:1]
-    assert found[0].why.startswith("fires on it in 9 of its 10 contexts")
+    assert found[0].why.startswith("fires on it in 9 of its 10 strongest contexts")
     assert search(contexts, " , ") == search({}, "x") == search(contexts, "coroutine") == []
 
 
