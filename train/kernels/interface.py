@@ -112,12 +112,12 @@ class Kernels(ABC):
         For k a large share of M, where sorted codes cost more than they save.
         """
 
-    @abstractmethod
     def screen(self, W_enc: Tensor, k: int) -> TopK | None:
         """A way to the k largest of the float32 products with W_enc [M, D] that does not make them all.
 
         None where there is none, or none that pays. The weights must not change while it is used.
         """
+        return None
 
     @abstractmethod
     def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:

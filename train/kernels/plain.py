@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, TopK, WeightGradients
+from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, WeightGradients
 
 _CPU_GATHER_BYTES = 2**20  # a core's own cache
 _CUDA_GATHER_BYTES = 2**28  # enough to fill the device
@@ -35,9 +35,6 @@ class PlainKernels(Kernels):
             return z.relu_()
         values, indices = torch.topk(z, k, dim=-1, sorted=False)
         return z.zero_().scatter_(1, indices, values.relu_())
-
-    def screen(self, W_enc: Tensor, k: int) -> TopK | None:
-        return None
 
     def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from train.kernels.cuda import row_programs
-from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, TopK, WeightGradients
+from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, WeightGradients
 from train.kernels.plain import TORCH
 
 _CANDIDATES = 4096  # entries of a row that are looked at closely, at most: k groups
@@ -62,9 +62,6 @@ class CudaKernels(Kernels):
 
     def keep_largest(self, z: Tensor, k: int) -> Tensor:
         return TORCH.keep_largest(z, k)
-
-    def screen(self, W_enc: Tensor, k: int) -> TopK | None:
-        return None
 
     def decode(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         (n, k), d = values.shape, W_dec.shape[1]
