@@ -7,7 +7,7 @@
     jumprelu    all above a threshold of the latent's own, which is trained (Rajamanoharan et al. 2024)
     relu        all that are positive, kept few by an L1 penalty (Bricken et al. 2023, with unit-norm decoder rows)
 
-Everything else asks `variant_of(config)`. A new one is a subclass with the three methods of `Variant`, a line in
+Everything else asks `variant_of(config)`. A new one is a subclass with the methods of `Variant`, a line in
 `VARIANTS`, and its word where CONTRIBUTING.md says.
 
 Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has.
@@ -43,9 +43,9 @@ class Variant(ABC):
     def __init__(self, config: SAEConfig) -> None:
         self.config = config
 
-    @abstractmethod
     def extra_state(self) -> Mapping[str, Tensor]:
         """Initial values of what this variant has beside the weights: fields of `train.objective.weights.Weights`."""
+        return {}
 
     @abstractmethod
     def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
@@ -79,9 +79,6 @@ class StepOptions:
 @final
 class TopK(Variant):
     """The k largest, then ReLU."""
-
-    def extra_state(self) -> Mapping[str, Tensor]:
-        return {}
 
     def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
         return encoder.topk(inputs, self.config.k)
@@ -168,9 +165,6 @@ class JumpReLU(Variant):
 @final
 class ReLU(Variant):
     """All that are positive."""
-
-    def extra_state(self) -> Mapping[str, Tensor]:
-        return {}
 
     def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
         return encoder.above(inputs, inputs.new_zeros(()))
