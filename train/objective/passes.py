@@ -43,8 +43,8 @@ class PassInputs:
     tile_bytes: int
     """Pre-activations held at once."""
     kernels: Kernels
-    out: WeightGradients | None
-    """Memory for the weights' gradients."""
+    out: WeightGradients
+    """Memory for the weights' gradients, which a pass overwrites."""
     n: int
     """Rows of the batch, in all ranks together."""
     ranks: Ranks
@@ -81,8 +81,7 @@ def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
         latents.sum_(whole)
         target = target - (whole - own)
     main = kernels.reconstruct(codes, W_dec, target, given.row_weight)
-    memory = WeightGradients.zeros_like(W_dec) if given.out is None else given.out
-    gradients = kernels.weight_gradients(codes, main.value_grads, main.grad_out, given.inputs, memory)
+    gradients = kernels.weight_gradients(codes, main.value_grads, main.grad_out, given.inputs, given.out)
     return _of_codes(codes, given.row_weight @ main.squared, main.error, main.squared, main.grad_out, gradients)
 
 
@@ -107,7 +106,7 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
     loss = given.row_weight.new_zeros(())
     for block, squared in zip(blocks, squares, strict=True):
         loss = loss + block.weight * (given.row_weight @ squared)
-    gradients, memory = _zeroed(given), WeightGradients.zeros_like(W_dec)
+    gradients, memory = WeightGradients(*map(torch.zero_, given.out)), WeightGradients.zeros_like(W_dec)
     grad_out = torch.zeros_like(given.target)
     for block, error in zip(reversed(blocks), reversed(errors), strict=True):
         grad_out = grad_out + error * (-2 * block.weight * given.row_weight).unsqueeze(1)
@@ -154,7 +153,7 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
     inputs, decoder = given.inputs.to(dtype), weights.W_dec.to(dtype)
     threshold = None if weights.log_threshold is None else weights.log_threshold.exp()  # [M]
     count_weight = c if kind == "l0" else torch.full_like(c, 1 / given.n)  # [N]
-    out = _zeroed(given)
+    out = WeightGradients(*map(torch.zero_, given.out))
     error, grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
     # Sums over the pairs in the rectangle, of g, and of what an active pair adds to the sparsity term.
     by_value, by_count = (torch.zeros(len(decoder), dtype=raw, device=c.device) for _ in range(2))
@@ -205,10 +204,3 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
         active=l0.sum().long(),
         fired=fired,
     )
-
-
-def _zeroed(given: PassInputs) -> WeightGradients:
-    """Gradients of zero, in the memory given for them if there is some."""
-    if given.out is None:
-        return WeightGradients.zeros_like(given.weights.W_dec)
-    return WeightGradients(*(tensor.zero_() for tensor in given.out))

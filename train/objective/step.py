@@ -80,7 +80,7 @@ def training_step(
             product_dtype=options.product_dtype,
             tile_bytes=options.tile_bytes,
             kernels=kernels,
-            out=out,
+            out=WeightGradients.zeros_like(weights.W_enc) if out is None else out,
             n=n,
             ranks=ranks,
         ),
