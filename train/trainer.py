@@ -181,10 +181,9 @@ class Trainer:
         self.step += 1
 
     def _gradients(self) -> WeightGradients:
-        n_latents, d_model, device = self._sae.config.n_latents, self.plan.model.d_model, self._data.device
+        n_latents = self._sae.config.n_latents
         if n_latents not in self._memory:
-            W_enc, W_dec = (torch.empty(n_latents, d_model, device=device) for _ in range(2))
-            self._memory[n_latents] = WeightGradients(W_enc, W_dec, torch.empty(n_latents, device=device))
+            self._memory[n_latents] = WeightGradients.zeros_like(self._sae.W_dec.data)
         return self._memory[n_latents]
 
     def log(self, *, seconds: float, waited: float) -> dict[str, Any]:
