@@ -119,7 +119,9 @@ class ShardReader:
             for start in range(0, self._n_bytes, _READ_BYTES):
                 digest.update(self._read(_READ_BYTES, start))
             if digest.hexdigest() != record.xxh3_128:
-                self.read_shard(self._meta.shard_tokens)  # Raises where a chunk is damaged.
+                chunk = np.empty(self._meta.chunk_tokens * self._meta.d_model * self._meta.itemsize, np.uint8)
+                for entry in range(len(self.index)):  # Raises where a chunk is damaged.
+                    self.read_chunk(*divmod(entry, n_layers), chunk)
                 raise DamagedError(self._path, f"wrong hash: {_ANOTHER}")
             return
         for layer in (n_layers // 2, n_layers - 1):
@@ -165,18 +167,6 @@ class ShardReader:
         if len(data) == out.nbytes:
             out[:] = np.frombuffer(data, np.uint8)
         return len(data) == out.nbytes
-
-    def read_shard(self, n_tokens: int) -> np.ndarray:
-        """The shard's first `n_tokens` tokens: [n_tokens, L, D] in the stored format."""
-        meta = self._meta
-        out = np.empty((n_tokens, meta.n_layers, meta.d_model), STORAGE_DTYPE[meta.stored_dtype])
-        block = np.empty((meta.chunk_tokens, meta.d_model), out.dtype)
-        for start in range(0, n_tokens, meta.chunk_tokens):
-            rows = out[start : start + meta.chunk_tokens]
-            for layer in range(meta.n_layers):
-                self.read_chunk(start // meta.chunk_tokens, layer, block.reshape(-1).view(np.uint8))
-                rows[:, layer] = block[: len(rows)]
-        return out
 
     def close(self) -> None:
         if not self._object:
