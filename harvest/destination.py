@@ -78,4 +78,4 @@ def remove_store(out: Path) -> None:
         out.rename(removed)
         shutil.rmtree(removed)
     finally:
-        lock.release()
+        lock.close()

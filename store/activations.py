@@ -73,7 +73,7 @@ class ActivationStore:
         try:
             return cls(path, meta, read_manifest(path), lock)
         except BaseException:
-            lock.release()
+            lock.close()
             raise
 
     @classmethod
@@ -113,7 +113,7 @@ class ActivationStore:
             return store
         except BaseException:
             if lock:
-                lock.release()
+                lock.close()
             raise
 
     def close(self) -> None:

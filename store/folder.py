@@ -73,7 +73,7 @@ def make_objects(path: URL, meta: StoreMeta, tokens: TokenTable) -> tuple[URL, O
         left.unlink()
     with tempfile.TemporaryDirectory(prefix="residscope-") as name:
         folder, of_folder = make_folder(Path(name) / "store", meta, tokens)
-        of_folder.release()
+        of_folder.close()
         for file in read_manifest(folder).checksums:
             lock.write(path / file, [(folder / file).read_bytes()])
         lock.append((folder / FILE).read_bytes())
@@ -107,6 +107,6 @@ def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, 
         sync(path.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
-        lock.release()
+        lock.close()
         raise
     return path, lock

@@ -205,11 +205,11 @@ class WriterLock:
             if not os.path.samestat(os.fstat(self._descriptor), path.stat()):
                 raise FileNotFoundError
         except (BlockingIOError, FileNotFoundError):
-            self.release()
+            self.close()
             way_out = "wait until it ends, or stop it, then run the same command again"
             raise ResidscopeError(f"{name}: another process is writing this store; {way_out}") from None
         except OSError as error:
-            self.release()
+            self.close()
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
             what = "so a second writer could not be stopped; write to a local disk and copy the store from there"
@@ -224,11 +224,5 @@ class WriterLock:
                 "same command again"
             )
 
-    def release(self) -> None:
+    def close(self) -> None:
         os.close(self._descriptor)
-
-    def __enter__(self) -> "WriterLock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()

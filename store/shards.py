@@ -294,4 +294,4 @@ class ShardWriter:
     def close(self) -> None:
         """Give up the lock."""
         self._lines.close()
-        self._lock.release()
+        self._lock.close()

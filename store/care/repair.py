@@ -8,6 +8,7 @@ tokens, the manifest's header) cannot be repaired.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def repair(
     and when a shard gets other bytes than it had (it is left missing then, and a plain `harvest` takes the new bytes).
     """
     require_store(path)
-    with WriterLock(path, path):
+    with closing(WriterLock(path, path)):
         found = verify(path, progress=progress)
         lost = [bad.reason for bad in found if bad.lasting]
         if lost:

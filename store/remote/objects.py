@@ -138,10 +138,8 @@ class ObjectLock:
     def _lost(self) -> ResidscopeError:
         return ResidscopeError(f"{self._store}: another process is writing this store now; wait until it ends")
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Does nothing: who opens the store next takes over."""
-
-    close = release
 
 
 StoreLock = WriterLock | ObjectLock

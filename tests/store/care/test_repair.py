@@ -5,6 +5,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,7 @@ def test_nothing_is_changed_before_there_is_something_to_fill_it_with(path: Path
 
 
 def test_one_at_a_time(path: Path, tmp_path: Path) -> None:
-    with WriterLock(path, path), pytest.raises(ResidscopeError, match="another process is writing"):
+    with closing(WriterLock(path, path)), pytest.raises(ResidscopeError, match="another process is writing"):
         repair(path, filler)
     with pytest.raises(IncompatibleError, match="no activation store"):
         repair(tmp_path, filler)
