@@ -18,7 +18,7 @@ from store.remote.held import held_bytes
 from train.config import DEFAULT_EXPANSION_FACTOR, TrainConfig
 from train.data import TrainingData
 from train.grid import RunSpec
-from train.hardware import resolve_device, resolve_product_dtype
+from train.hardware import resolve_product_dtype
 from train.kernels.choose import choose_kernels
 from train.model_config import THRESHOLDED, SAEConfig, default_prefixes
 from train.objective.losses import dead_threshold
@@ -164,7 +164,6 @@ def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
     vectors_per_epoch = int(data.split.train.sum()) * len(streamed)
     epochs, steps = config.data.epochs or 1, config.data.steps
     vectors = epochs * vectors_per_epoch if steps is None else steps * data.batch_size
-    device = resolve_device(config.hardware.device)
     return RunPlan(
         spec=spec,
         model=model,
@@ -184,9 +183,9 @@ def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
         vectors_per_epoch=vectors_per_epoch,
         epochs=-(-vectors // vectors_per_epoch),
         dead_vectors=dead_threshold(vectors // len(streamed), len(layers), config.objective.dead_tokens),
-        product_dtype=resolve_product_dtype(config.hardware.dtype, device),
-        device=device.type,
-        kernels=choose_kernels(torch.empty(0, device=device), config.hardware.kernels).name,
+        product_dtype=resolve_product_dtype(config.hardware.dtype, data.device),
+        device=data.device.type,
+        kernels=choose_kernels(torch.empty(0, device=data.device), config.hardware.kernels).name,
     )
 
 
