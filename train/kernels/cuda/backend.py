@@ -1,8 +1,7 @@
 """The sparse pieces of a training step for CUDA, in Triton: `train.kernels.interface`.
 
-The programs are in `train.kernels.cuda.row_programs` (selection) and `train.kernels.cuda.row_programs` (everything by
-rows). The fixed order of all sums costs a stable sort of the N * k latent numbers and nothing else. First use compiles
-(seconds, once: Triton keeps its code in ~/.triton).
+The programs are in `train.kernels.cuda.row_programs`. The fixed order of all sums costs a stable sort of the N * k
+latent numbers and nothing else. First use compiles (seconds, once: Triton keeps its code in ~/.triton).
 
 With TRITON_INTERPRET=1 in the environment before the import the programs run on the CPU, slowly, for tests.
 

@@ -7,7 +7,6 @@
   latent's pairs in a chunk; a latent that lies within the chunk is written, the sums of one that does not go to
   scratch memory: first [c, 0] where its pairs began before the chunk, [c, 1] where they begin in it and go on after.
   `join_chunks` adds those up in order, and writes zeros for latents without pairs.
-
 - The k largest of each row, exactly, in one pass over the row: `group_maxima` gives the largest of each group of
   neighbouring latents, as an ordered integer; of `select`, a program a row, the k-th largest maximum bounds the k-th
   largest latent from below, and k groups, those above it and the first of those equal to it, hold the answer (a later
@@ -25,9 +24,6 @@ latents a group, GROUPS a power of two of groups, K one of winners.
 
 import triton
 import triton.language as tl
-
-# tl.static_range is declared as never returning:
-# pyright: reportGeneralTypeIssues=false
 
 
 @triton.jit
