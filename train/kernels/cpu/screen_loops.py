@@ -19,6 +19,7 @@ from numba.cpython.unsafe.numbers import trailing_zeros
 
 from train.kernels.cpu.compiling import compiled, inlined
 from train.kernels.cpu.screen_instructions import PANEL, ROWS, collect_block, greater, lesser
+from train.kernels.cpu.sparse_loops import dot
 
 GROUP = 24
 """Blocks that a thread takes through all panels: so many that reading a panel is a small part of using it."""
@@ -74,7 +75,7 @@ def pack_latents(start, stop, weights, order, signs, blocks, panels, scale, norm
     for place in range(start * PANEL, stop * PANEL):
         if place < m:
             row = weights[order[place]]
-            norm[place] = np.sqrt(_dot(row, row))
+            norm[place] = np.sqrt(dot(row, row))
             _rotate(row, signs, blocks, rotated)
         else:
             norm[place] = 0
@@ -96,7 +97,7 @@ def pack_rows(start, stop, rows, signs, blocks, packed, scale, square, offset):
     rotated, line = np.empty(d, np.float32), np.empty(d, np.int8)
     quads = line.view(np.int32)
     for r in range(start * ROWS, stop * ROWS):
-        square[r] = _dot(rows[r], rows[r]) if r < n else np.float32(0)
+        square[r] = dot(rows[r], rows[r]) if r < n else np.float32(0)
         if 0 < square[r] < np.inf:
             _rotate(rows[r], signs, blocks, rotated)
         else:
@@ -105,14 +106,6 @@ def pack_rows(start, stop, rows, signs, blocks, packed, scale, square, offset):
         scale[r], offset[r] = unit * largest, np.int32(-128) * total
         for quad in range(quads.size):
             packed[r // ROWS, quad, r % ROWS] = quads[quad]
-
-
-@inlined
-def _dot(a, b):
-    total = np.float32(0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
 
 
 @compiled

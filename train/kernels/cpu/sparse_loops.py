@@ -38,7 +38,7 @@ def _bag(coefficients, picked, first, last, rows, out):
 
 
 @inlined
-def _dot(a, b):
+def dot(a, b):
     """<a, b> of two rows [D]."""
     total = a.dtype.type(0)
     for i in range(a.size):
@@ -60,7 +60,7 @@ def _dots(row, picked, first, last, rows, out):
             d += row[i] * row_d[i]
         out[p - first], out[p + 1 - first], out[p + 2 - first], out[p + 3 - first] = a, b, c, d
     for p in range(fours, last):
-        out[p - first] = _dot(row, rows[picked[p]])
+        out[p - first] = dot(row, rows[picked[p]])
 
 
 @compiled
@@ -97,7 +97,7 @@ def reconstruct_rows(start, stop, values, indices, W_dec, centred, weight, error
             difference = centred[n, i] - row_error[i]
             row_error[i] = difference
             row_grad[i] = scale * difference
-        squared[n] = _dot(row_error, row_error)
+        squared[n] = dot(row_error, row_error)
         _dots(row_grad, flat_indices, n * k, n * k + width, W_dec, value_grads[n])
         for i in range(k):
             if values[n, i] <= 0:
@@ -153,13 +153,13 @@ def adam_rows(
     correction, epsilon = number(correction), number(epsilon)
     for j in range(start, stop):
         w, m, v = weight[j], exp_avg[j], exp_avg_sq[j]
-        along = scale * _dot(grad[j], w) if unit_rows else number(0)
+        along = scale * dot(grad[j], w) if unit_rows else number(0)
         for i in range(w.size):
             g = scale * grad[j, i] - along * w[i]
             m[i] += new_1 * (g - m[i])
             v[i] = keep_2 * v[i] + new_2 * (g * g)
             w[i] -= step_size * m[i] / (np.sqrt(v[i]) / correction + epsilon)
         if unit_rows:
-            norm = np.sqrt(_dot(w, w))
+            norm = np.sqrt(dot(w, w))
             for i in range(w.size):
                 w[i] /= norm
