@@ -89,16 +89,8 @@ def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> li
     return [replace(spec, config=with_values(spec.config, batch_size=batch_size)) for spec in begun]
 
 
-def check_resumable(
-    plans: Sequence[RunPlan], saved: Sequence[Checkpoint | None], store: ActivationStore, ranks: Ranks = ALONE
-) -> None:
-    """Raise `IncompatibleError` unless each checkpoint is a run of its plan over this store."""
-    for plan, one in zip(plans, saved, strict=True):
-        if one is not None:
-            _check_one(one, store, plan, ranks)
-
-
-def _check_one(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ranks: Ranks) -> None:
+def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ranks: Ranks) -> None:
+    """Raise `IncompatibleError` unless the checkpoint is a run of the plan over this store."""
     path = plan.config.out
     if saved.config.d_model != plan.model.d_model:
         what = f"{store.path} has {plan.model.d_model}; name the store that it was trained on, or {_START_AGAIN}"

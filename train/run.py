@@ -75,7 +75,9 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         plans = [make_plan(spec, data) for spec in specs]
         if data.follower:
             data.follower.require_once(plans[0].epochs, ranks.size)
-        check_resumable(plans, saved, store, ranks)
+        for plan, one in zip(plans, saved, strict=True):
+            if one is not None:
+                check_resumable(one, store, plan, ranks)
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
             one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
