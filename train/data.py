@@ -161,10 +161,6 @@ class TrainingData:
             "validation": self.held_out,
         }
 
-    def part_ends(self) -> np.ndarray:
-        """int64 [parts]: rows of the stream served when each part is done, of a store that is filled meanwhile."""
-        return self.loader(0, 1).part_ends
-
     def loader(
         self,
         seed: int,

@@ -177,7 +177,7 @@ class _Stream:
                 trainer.claim(self.saved[trainer])
             if follower:
                 done = min(0 if one is None else one.trainer["step"] for one in self.saved.values())
-                follower.begin(self.data.part_ends(), self.data.batch_size, done, stopped)
+                follower.begin(self.data.loader(0, 1).part_ends, self.data.batch_size, done, stopped)
             self._start()
             whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
