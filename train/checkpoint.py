@@ -53,11 +53,6 @@ class Checkpoint:
         return self.sae.config
 
 
-def safetensors_path(checkpoint: Path) -> Path:
-    """Where a checkpoint's weights are for others to read: ckpt.pt -> ckpt.safetensors."""
-    return beside(checkpoint, ".safetensors")
-
-
 def refuse_anothers(checkpoint: Path) -> None:
     """`UsageError` where what `train` writes beside `checkpoint` belongs to another one, or to no run."""
     refuse_shared(checkpoint, config_path(checkpoint), [beside(checkpoint, ending) for ending in BESIDE])

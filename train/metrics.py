@@ -19,7 +19,6 @@ from torch import Tensor
 
 from residscope.console import counted
 from residscope.errors import IncompatibleError, ResidscopeError
-from residscope.names import beside
 from residscope.reading import read_whole, reading
 from train.model import Standardized
 from train.objective.step import StepResult
@@ -136,11 +135,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def metrics_path(checkpoint: Path) -> Path:
-    """Where the metrics of a checkpoint are: ckpt.pt -> ckpt.metrics.jsonl."""
-    return beside(checkpoint, ".metrics.jsonl")
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from residscope.errors import UsageError
+from residscope.names import beside
 from residscope.options import to_toml
 from residscope.reading import reading
-from train.checkpoint import Checkpoint, config_path, refuse_anothers, safetensors_path, save_checkpoint
+from train.checkpoint import Checkpoint, config_path, refuse_anothers, save_checkpoint
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
 from train.kernels.choose import choose_kernels
 from train.kernels.interface import WeightGradients
-from train.metrics import MetricsFile, MetricsWindow, metrics_path
+from train.metrics import MetricsFile, MetricsWindow
 from train.model import MLSAE, sae_hash
 from train.model_config import THRESHOLDED
 from train.objective.losses import DeadLatents, row_weights
@@ -29,7 +30,6 @@ from train.objective.statistics import FixedStatistics, View
 from train.objective.step import training_step
 from train.reporting.announce import say
 from train.reporting.convergence import NUMBERS
-from train.reporting.loss_figure import figure_path
 from train.reporting.trackers import Tracker, numbers_of, open_trackers
 from train.resolve import RunPlan
 from train.resume import read_source
@@ -66,7 +66,8 @@ class Trainer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
-            file = MetricsFile(metrics_path(self.path), resume_step=step, check=lambda: self._refuse_newer(saved))
+            metrics = beside(self.path, ".metrics.jsonl")
+            file = MetricsFile(metrics, resume_step=step, check=lambda: self._refuse_newer(saved))
             self._file = stack.enter_context(contextlib.closing(file))
             for tracker in open_trackers(self.plan, step):
                 stack.callback(tracker.close)
@@ -85,8 +86,8 @@ class Trainer:
         if saved is None:
             self.path.unlink(missing_ok=True)
         if saved is None or saved.trainer["finished"]:  # which is to be lengthened
-            for path in (safetensors_path(self.path), figure_path(self.path)):
-                path.unlink(missing_ok=True)
+            for ending in (".safetensors", ".loss.png"):
+                beside(self.path, ending).unlink(missing_ok=True)
         config_path(self.path).write_text(to_toml(self.plan.flags()), encoding="utf-8")
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from residscope.errors import IncompatibleError, ResidscopeError
-from train.metrics import MetricsFile, MetricsWindow, metrics_path, read_metrics
+from train.metrics import MetricsFile, MetricsWindow, read_metrics
 from train.model import Standardized
 from train.objective.step import StepResult, Weights
 from train.parallel.ranks import ALONE, Ranks
@@ -24,8 +24,7 @@ def steps_in(path: Path) -> list[int]:
 
 @pytest.mark.parametrize("tail", ["", '{"step": 50, "lo', "\0\0\0"])
 def test_lines_after_the_checkpoint_are_cut(tmp_path: Path, tail: str) -> None:
-    path = metrics_path(tmp_path / "ckpt.pt")
-    assert path.name == "ckpt.metrics.jsonl"
+    path = tmp_path / "ckpt.metrics.jsonl"
     write_lines(path, [10, 20, 20, 30, 40], tail)
     file = MetricsFile(path, resume_step=20)
     file.write({"step": 30})

@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from residscope.escape import figure_text
-from residscope.names import beside
 from store.files import atomic_write
 from train.metrics import read_metrics
-
-
-def figure_path(checkpoint: Path) -> Path:
-    """Where the picture of a checkpoint is: ckpt.pt -> ckpt.loss.png."""
-    return beside(checkpoint, ".loss.png")
 
 
 def write_loss_figure(metrics: Path, path: Path, title: str) -> None:

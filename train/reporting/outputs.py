@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
-from residscope.names import stem
-from train.checkpoint import Checkpoint, load_checkpoint, safetensors_path
+from residscope.names import beside, stem
+from train.checkpoint import Checkpoint, load_checkpoint
 from train.config import PublishConfig
-from train.metrics import metrics_path
-from train.reporting.loss_figure import figure_path, write_loss_figure
+from train.reporting.loss_figure import write_loss_figure
 from train.reporting.report import TrainResult
 
 
@@ -44,12 +43,12 @@ def write_outputs(result: TrainResult, *, anew: bool) -> None:
     """Write the weights as safetensors and the loss figure; anew: also where they are there already."""
     from train.formats.files import write_safetensors
 
-    target, picture = safetensors_path(result.checkpoint), figure_path(result.checkpoint)
+    target, picture = beside(result.checkpoint, ".safetensors"), beside(result.checkpoint, ".loss.png")
     if anew or not target.exists():
         saved = _saved(result)
         write_safetensors(saved.sae, target, store=saved.store, trainer=saved.trainer)
     if anew or not picture.exists():
-        metrics = metrics_path(result.checkpoint)
+        metrics = beside(result.checkpoint, ".metrics.jsonl")
         title = f"{stem(result.checkpoint)}: {result.plan.model.n_latents} latents, k {result.plan.model.k}"
         if metrics.exists():
             write_loss_figure(metrics, picture, title)
@@ -73,11 +72,11 @@ def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
         for result in results:
             folder = root / result.spec.name
             folder.mkdir(exist_ok=True)
-            saved, metrics = _saved(result), metrics_path(result.checkpoint)
-            shutil.copyfile(safetensors_path(result.checkpoint), folder / "ckpt.safetensors")
-            for source, copy in ((metrics, "ckpt.metrics.jsonl"), (figure_path(result.checkpoint), "ckpt.loss.png")):
-                if source.exists():
-                    shutil.copyfile(source, folder / copy)
+            saved, metrics = _saved(result), beside(result.checkpoint, ".metrics.jsonl")
+            shutil.copyfile(beside(result.checkpoint, ".safetensors"), folder / "ckpt.safetensors")
+            for ending in (".metrics.jsonl", ".loss.png"):
+                if (source := beside(result.checkpoint, ending)).exists():
+                    shutil.copyfile(source, folder / f"ckpt{ending}")
             about = {"license": config.hub_license, "repo_id": config.push_to_hub, "subfolder": result.spec.name}
             card = model_card(saved, last_metrics(metrics), **about)
             (folder / "README.md").write_text(card, encoding="utf-8")
