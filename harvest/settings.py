@@ -144,8 +144,8 @@ def _require_spreadable(spec: ModelSpec, device: torch.device) -> None:
     """`UsageError` for what accelerate cannot spread."""
     if importlib.util.find_spec("accelerate") is None:
         raise UsageError("--device-map needs accelerate: pip install accelerate")
-    if device.index:
-        raise UsageError(f"--device-map begins at the first GPU: give it without --device, found {device}")
+    if device.index or (device.type != "cuda" and torch.cuda.is_available()):
+        raise UsageError(f"--device-map takes all GPUs: leave --device {device} out")
     if spec.random_init or spec.adapter:
         what = "random weights" if spec.random_init else "an adapter: merge it into the weights first"
         raise UsageError(f"--device-map takes weights as they lie in files, not {what}")

@@ -269,7 +269,8 @@ def _working(plan: RunPlan, rows: int, latents: int) -> int:
     n, d, objective = -(-plan.chosen.batch_size // rows), plan.model.d_model, plan.config.objective
     weights = _weights(plan) // latents
     k = max(plan.model.k, objective.k_start or 0) * (4 if objective.multi_topk else 1)
-    batch = n * (6 * 4 * d + 48 * k)  # six float32 [N, D]; codes, gradients, sorted pairs
+    # Float32 [N, D], three more where a reconstruction is a sum over ranks; codes, gradients, sorted pairs.
+    batch = n * ((6 if latents == 1 else 9) * 4 * d + 48 * k)
     batch += int(n * k * d * choose_kernels(torch.empty(0, device=plan.device), plan.kernels).pair_bytes)
     # Nested reconstructions: an error of each, and one's gradients by themselves.
     blocks = 2 if objective.multi_topk else len(plan.model.prefixes)

@@ -62,10 +62,8 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
     """As `train`, for all the runs of a sweep or of single layers, in one pass over the data; by all of `ranks`, of
     which the first alone speaks and writes."""
     began = time.perf_counter()
-    if max(config.n_procs, config.shard_latents) > ranks.size:
-        raise UsageError("--n-procs and --shard-latents are for the command `train`, which starts the processes")
     check_publish(config.publish)
-    with _opened(config) as store:
+    with _opened(config, ranks) as store:
         specs = _specs(config, store)
         saved = load_saved(specs, ranks)
         if config.sweep or config.per_layer:
@@ -100,18 +98,20 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
 
 def try_run(config: TrainConfig, ranks: Ranks = ALONE) -> DryRun:
     """What `train_all` would take: a few of its steps are timed, and nothing is written."""
-    with _opened(config) as store:
+    with _opened(config, ranks) as store:
         set_threads(config.hardware.threads, [], ranks)
-        data = TrainingData.open(config, store, ranks)
-        trainers = [Trainer(make_plan(spec, data), data) for spec in _specs(config, store)]
+        data, memory = TrainingData.open(config, store, ranks), dict[int, WeightGradients]()
+        trainers = [Trainer(make_plan(spec, data), data, memory) for spec in _specs(config, store)]
         for trainer in trainers:
             trainer.read_source()
         return _Stream(data, dict.fromkeys(trainers), len(trainers)).measure()
 
 
 @contextlib.contextmanager
-def _opened(config: TrainConfig) -> Iterator[ActivationStore]:
+def _opened(config: TrainConfig, ranks: Ranks) -> Iterator[ActivationStore]:
     """The store, in torch's deterministic mode where that is wanted."""
+    if max(config.n_procs, config.shard_latents) > ranks.size:
+        raise UsageError("--n-procs and --shard-latents are for the command `train`, which starts the processes")
     device = resolve_device(config.hardware.device)
     while config.follow and not is_store(config.store):
         time.sleep(0.1)
@@ -168,7 +168,7 @@ class _Stream:
             time.sleep(0.05)
         if few := few_tokens(self.data.store, split.validation if follower else split.train):
             say(f"warning: {few.words}")
-        self.ranks.any(False)  # all have read what there is before it is changed
+        self.ranks.any(False)  # all have seen what there is, and what memory is free, before that is changed
         with contextlib.ExitStack() as stack:
             for trainer in self.trainers if self.ranks.first else ():
                 stack.enter_context(trainer.files(self.saved[trainer]))
@@ -205,6 +205,7 @@ class _Stream:
         """Time some steps without writing anything."""
         announce(self.plans, self.n_runs, None)  # the result says how much memory
         refuse_too_large(self.memory, self.data.device, self.n_runs)
+        self.ranks.any(False)  # all have seen what memory is free before it is taken
         self._start()
         whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
         with closing_batches(self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)) as batches:

@@ -56,12 +56,12 @@ NULLS: Mapping[str, Callable[[int, NDArray[np.int64], int, int], Rows]] = {
 
 def random_keys(seed: int, stream: int, token: NDArray[np.int64], n_layers: int) -> NDArray[np.uint64]:
     """[T, L] numbers that look random: SplitMix64 (Steele et al. 2014) over seed, stream, token and layer in turn."""
-    state = _mixed(np.full(1, (2 * seed + stream) % 2**64, np.uint64))
-    state = _mixed(state ^ token.astype(np.uint64))
-    return _mixed(state[:, None] ^ np.arange(n_layers, dtype=np.uint64))
+    state = mixed(np.full(1, (2 * seed + stream) % 2**64, np.uint64))
+    state = mixed(state ^ token.astype(np.uint64))
+    return mixed(state[:, None] ^ np.arange(n_layers, dtype=np.uint64))
 
 
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

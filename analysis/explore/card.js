@@ -39,7 +39,7 @@ export function cardBody(card) {
   const { latent, layers } = card, layer = state.layer, share = card.n_tokens / card.of_tokens, facts = {
     Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread (standard deviation), layers": show(card.layer_std),
     Firings: integer(card.count), "Tokens it fires at": `${integer(card.n_tokens)}, ${percent(share)}`,
-    "Layers on at per such token, mean": (card.count / card.n_tokens).toFixed(1), "Layers it was ever on at": `${card.n_layers_active} of ${layers.length}`,
+    "Mean number of layers it is on at, per such token": (card.count / card.n_tokens).toFixed(1), "Layers at which it was ever on": `${card.n_layers_active} of ${layers.length}`,
   };
   if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or use the arrow keys.");
@@ -53,7 +53,7 @@ export function cardBody(card) {
     card.explanations.map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "-", " ", h("small", {}, one.said))),
     h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`, true)),
       layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`, true)), button(`Steer at layer ${layers[at]}\u2026`, () => change(`steer:${latent}:${layers[at]}:${(card.means[at] || 1).toPrecision(3)}`))),
-    share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, which says little of a token, unless what it stands for is as common.`),
+    share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, so its being on says little about a token, unless what it stands for is just as common.`),
     h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     card.profile && h("p", { class: "note" }, `${card.profile}: ${PROFILES[card.profile]}.`),
     chart("probs", "Share of its activation mass", percent), h("h3", {}, "Most active at"), examples(card.examples, card),

@@ -1,6 +1,6 @@
 // Pictures as SVG: maps of layers by columns, lines over layers, bars; and their export as PNG, SVG and CSV.
 
-import { button, h, svg } from "./core.js";
+import { button, cut, h, svg } from "./core.js";
 
 const DASHES = ["", "7 4", "2 4", "10 3 2 3", "1 3", "14 4"];
 const LEVELS = 12;
@@ -101,7 +101,7 @@ export function switches(rows, layers, { label, width = room(), left = width / 3
       const where = `${name}: on at layers ${runs.map(([a, b]) => (a === b ? layers[a] : `${layers[a]} to ${layers[b]}`)).join(", ")}; highest ${highest}`;
       const act = (event) => { if (!event.key || event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(); } };
       return svg("g", { class: chosen ? "switch chosen" : "switch", role: "button", tabindex: 0, onclick: act, onkeydown: act, "aria-label": where },
-        svg("title", {}, where), svg("path", { class: "touch", d: `M0 ${y - 10}H${width}V${y + 10}H0z` }), svg("text", { class: "name", x: left - 12, y: y + 4, "text-anchor": "end" }, words.slice(0, left / 6.5)),
+        svg("title", {}, where), svg("path", { class: "touch", d: `M0 ${y - 10}H${width}V${y + 10}H0z` }), svg("text", { class: "name", x: left - 12, y: y + 4, "text-anchor": "end" }, cut(words, Math.floor(left / 6.5))),
         svg("text", { class: "tick", x: width, y: y + 4, "text-anchor": "end" }, highest),
         runs.map(([first, last]) => [
           ...Array.from({ length: last - first }, (_, i) => svg("path", { class: "span", d: `M${x(first + i)} ${y}H${x(first + i + 1)}`, "stroke-width": (1 + (5 * on.get(first + i)) / top).toFixed(1) })),

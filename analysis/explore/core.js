@@ -65,8 +65,9 @@ export async function ask(name, body, signal) {
     only if no newer one has been. A request that takes long can be stopped by hand, and is stopped by a newer one.
     `status`: the element that says what goes on. */
 export function latest(name, status, show) {
-  let n = 0, running = null, next = null;
+  let n = 0, running = null, next = null, wanted = true;
   return async (body) => {
+    wanted = Boolean(body);
     next = body && { ...body, n: ++n };
     if (running && next) say(status, "Waiting for the answer before \u2026");
     if (running && (!next || performance.now() - running.began > LONG)) running.stop();
@@ -81,9 +82,9 @@ export function latest(name, status, show) {
         const answer = await ask(name, mine, abort.signal);
         if (answer.n !== mine.n) throw new Error("an answer came to another question");
         const words = show(answer.found, mine);
-        if (!next && words !== null) say(status, `${words} ${((performance.now() - began) / 1000).toFixed(2)} s.`);
+        if (!next && wanted && words !== null) say(status, `${words} ${((performance.now() - began) / 1000).toFixed(2)} s.`);
       } catch (error) {
-        if (!next) say(status, error.message, true);
+        if (!next && wanted) say(status, error.message, true);
       }
       timers.forEach(clearTimeout);
       offer.remove();
@@ -138,6 +139,9 @@ export const visible = (text) => (text.trim() ? text : text.replaceAll(" ", "\u0
 export const quoted = (text) => `\u201c${visible(text)}\u201d`;
 export const counted = (n, word) => `${integer(n)} ${word}${n === 1 ? "" : "s"}`;
 export const code = (words) => words.map((word) => [h("code", {}, visible(word)), " "]);
+
+/** The first n characters of a text. */
+export const cut = (text, n) => { const signs = [...text]; return signs.length > n ? `${signs.slice(0, n - 1).join("")}\u2026` : text; };
 
 /** A table of numbers; the first column names the rows. */
 export function table(head, rows, caption) {

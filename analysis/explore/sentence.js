@@ -2,7 +2,7 @@
 
 import { DENSE, denseMark } from "./card.js";
 import { figure, heatMap, switches } from "./charts.js";
-import { button, counted, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
+import { button, counted, cut, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
 
 const MUCH = 5; // nats
 let prompt = null, answered = null; // answered: the changes of which the outcome is shown; null before any were run
@@ -11,7 +11,7 @@ const ask = latest("prompt", find("sentence-status"), (found, asked) => {
   prompt = found;
   find("sentence-found").classList.remove("outdated");
   draw();
-  editor(); // names the latents
+  nameLatents();
   if (answered === null && changes().length) run(); // those of an address that was shared
   const n = found.tokens.filter((token) => token.kept).length;
   const full = asked.text.length >= find("text").maxLength ? " The text is as long as it may be; more is cut off." : "";
@@ -70,7 +70,7 @@ function draw() {
   const dense = (one) => (one.share_of_tokens > DENSE ? `dense, fires at ${percent(one.share_of_tokens)} of the analysed tokens; ` : "");
   const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value]) => [c, layers.indexOf(layer), value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
     label: `Latent ${one.latent}, mean layer in this text ${show(one.layer_mean)}, ${dense(one)}fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
-    title: `${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`.slice(0, 28), top: (value) => `to ${show(value)}`,
+    title: cut(`${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, 28), top: (value) => `to ${show(value)}`,
     say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
     pick: (c, r) => set({ latent: one.latent, token: tokens[c].kept ? c : "", layer: layers[r] }),
   }));
@@ -87,7 +87,7 @@ function draw() {
 
 /** A drawing that names the sentence where it is saved. */
 function ofSentence(drawing) {
-  if (drawing) drawing.dataset.legend = `${quoted(prompt.text.slice(0, 80))} ${drawing.dataset.legend}`;
+  if (drawing) drawing.dataset.legend = `${quoted(cut(prompt.text, 80))} ${drawing.dataset.legend}`;
   return drawing;
 }
 
@@ -135,17 +135,25 @@ function editor() {
     if (layersOf(text)) edit(i, "layers", layersOf(text));
     else say(find("change-status"), `layers should be all, or numbers such as 3 4 5 or 3-5, found \u201c${text}\u201d`, true);
   };
-  const label = (latent) => prompt?.latents.filter((one) => one.latent === latent).map((one) => h("span", { class: "soft" }, one.fires_on.slice(0, 3).map(visible).join(" "), " ", denseMark(one.share_of_tokens)));
   // After the focus has moved on: the fields are made anew.
   const later = (act) => (event) => setTimeout(act, 0, event.target.value);
   fill(find("changes"), ...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
     h("select", { "aria-label": "Kind", onchange: later((value) => edit(i, "kind", value)) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
     h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: later((value) => edit(i, "latent", Number(value))) })),
-    label(one.latent), h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((value) => layersTo(i, value)) })),
+    h("span", { class: "soft", "data-latent": one.latent }), h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((value) => layersTo(i, value)) })),
     one.kind === "steer" && h("label", {}, "add activation ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: later((value) => edit(i, "coefficient", Number(value))) })),
     button("Remove", () => write(list.filter((_, k) => k !== i)), { "aria-label": `Remove change ${i + 1}` }))));
   find("run").disabled = !list.length;
+  nameLatents();
   age();
+}
+
+/** Say beside each change what its latent fires on, where the text has it. */
+function nameLatents() {
+  for (const place of find("changes").querySelectorAll("[data-latent]")) {
+    const one = prompt?.latents.find((other) => String(other.latent) === place.dataset.latent);
+    place.replaceChildren(...(one ? [`${one.fires_on.slice(0, 3).map(visible).join(" ")} `, denseMark(one.share_of_tokens) || ""] : []));
+  }
 }
 
 function outcome(found, asked) {
@@ -179,6 +187,7 @@ watch(["text"], () => {
     prompt = null;
     ask(null);
     draw();
+    say(find("sentence-status"), "");
     find("sentence-status").replaceChildren("Type, or begin with ", link(find("text").placeholder, { text: find("text").placeholder }), ". Search finds latents without a sentence.");
   }
 });

@@ -22,7 +22,6 @@ find("search-form").addEventListener("submit", (event) => {
 });
 let last = null; // what was asked for, so that a view that is come back to does not ask again
 function asked() {
-  for (const name of FIELDS) find(`search-${name}`).value = state[name];
   const body = Object.fromEntries(FIELDS.map((name) => [name, name.endsWith("layer") ? number(state[name]) : state[name].replaceAll("\\n", "\n")]));
   if (state.view === "search" && FIELDS.some((name) => state[name])) {
     if (last === (last = JSON.stringify(body))) return;
@@ -31,6 +30,7 @@ function asked() {
   }
   else if (!FIELDS.some((name) => state[name])) { search(null); find("search-found").replaceChildren(); find("search-status").textContent = ""; last = null; }
 }
+watch(FIELDS, () => { for (const name of FIELDS) find(`search-${name}`).value = state[name]; });
 watch([...FIELDS, "view"], asked);
 
 const MEASURES = { probs: ["Share of activation mass", percent], counts: ["Tokens at which it fired", integer], means: ["Mean activation where it fired", show] };
@@ -57,13 +57,13 @@ export function drawLayers(about) {
   const worst = (name) => rows.reduce((a, b) => ((b[name] ?? -Infinity) > (a[name] ?? -Infinity) ? b : a));
   const of = about.downstream, few = rows.some((row) => Number.isFinite(row.fvu_without_few));
   const sample = of ? ` Delta cross-entropy and KL are of ${counted(of.n_tokens, `${of.tokens} token`)} of ${counted(of.n_documents, "document")}, with this layer alone replaced.` : "";
-  const all = of?.together?.groups?.find((one) => one.kind === "all"), own = Number.isFinite(of?.true_ce) ? ` The model's own cross-entropy there is ${show(of.true_ce)} nats.` : "";
-  const together = all ? ` All ${all.n} layers replaced at once cost ${show(all.delta_ce)} nats, each by its mean vector ${show(all.mean_ablation_delta_ce)} (over ${counted(of.together.n_tokens, "token")}).` : "";
+  const all = of?.together?.groups?.find((one) => one.kind === "all"), own = Number.isFinite(of?.true_ce) ? `On those tokens the model's own cross-entropy is ${show(of.true_ce)} nats. ` : "";
+  const together = all ? `Replacing all ${all.n} layers at once by their reconstructions costs ${show(all.delta_ce)} nats a token, by their mean vectors ${show(all.mean_ablation_delta_ce)} (over ${counted(of.together.n_tokens, "token")}).` : "";
   const words = there.includes("delta_ce") ? `Replacing layer ${worst("delta_ce").layer} by its reconstruction costs the model most: its cross-entropy rises by ${show(worst("delta_ce").delta_ce)} nats a token${of ? `, over ${counted(of.n_tokens, "token")} of ${counted(of.n_documents, "document")}` : ""}. ` : "What reconstructions cost the model was not computed (analyze --downstream-tokens). ";
   const charts = ["fvu", "delta_ce"].filter((name) => there.includes(name)).map((name) => figure(`${COLUMNS[name]} (lower is better)`, name,
     lines([{ name: COLUMNS[name], values: rows.map((row) => row[name] ?? null) }], rows.map((row) => row.layer), { label: `${COLUMNS[name]}; highest ${show(worst(name)[name])} at layer ${worst(name).layer}`, unit: COLUMNS[name], format: show }),
     () => [["layer", name], ...rows.map((row) => [row.layer, row[name]])]));
-  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${words}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), h("p", {}, own + together), ...about.warnings.map((one) => h("p", { class: "warning" }, one)), h("div", { class: "columns" }, charts),
+  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${words}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), own + together ? h("p", {}, own + together) : "", ...about.warnings.map((one) => h("p", { class: "warning" }, one)), h("div", { class: "columns" }, charts),
     figure("All layers", "layers", table(["Layer", ...there.map((name) => COLUMNS[name])], rows.map((row) => [String(row.layer), ...there.map((name) => show(row[name]))]), `FVU, L0 and mean norm are of the ${integer(about.n_tokens)} analysed tokens.${sample}${few ? " Without few tokens: those that carry most of a layer's variance are left out." : ""}`),
       () => [["layer", ...there], ...rows.map((row) => [row.layer, ...there.map((name) => row[name])])]));
 }

@@ -3,8 +3,8 @@
 The most active examples make a latent look more specific than it is; these are drawn alike from all tokens where it is
 active at some layer, each shown at the layer where it is most active there.
 
-How: each token has a random number, the same in every run; kept are the tokens with the smallest, so that what is
-kept does not depend on how tokens are grouped.
+How: each token has a random number for each latent, the same in every run; kept are the tokens with the smallest, so
+that what is kept does not depend on how tokens are grouped.
 
 Shapes: T tokens, L layers, k active latents a vector, M n_latents, n sampled tokens of a latent.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.baselines.nulls import random_keys
+from analysis.baselines.nulls import mixed, random_keys
 from analysis.latents.examples import MAX_EXAMPLES, Examples
 from analysis.loops import compiled
 from analysis.tiles import CodeTile
@@ -23,6 +23,7 @@ PER_LATENT = 8
 """Sampled tokens of a latent; fewer where there would be more than `MAX_EXAMPLES` of all latents."""
 
 _NONE = np.iinfo(np.uint64).max
+_mixed = compiled()(mixed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class SampledTokens:
 
 @compiled()
 def _draw(values, indices, token, keys, best, activation, layer, kept):
-    """Offer the positive activations of T tokens, of which `keys` uint64 [T] are random numbers, to their latents.
+    """Offer the positive activations of T tokens, each with a random number of `keys` uint64 [T], to their latents.
 
     values float32 or float64 [T, L, k]; indices int64 [T, L, k]; token int64 [T]. Changed in place, each [M, n]: best
     uint64 (their keys), activation float32, layer int64, kept int64 (-1: none).
@@ -78,9 +79,10 @@ def _draw(values, indices, token, keys, best, activation, layer, kept):
                         break
                     if place < 0 or best[j, o] > best[j, place]:
                         place = o
+                key = _mixed(keys[t] ^ np.uint64(j))
                 if kept[j, place] == token[t]:
                     if value > activation[j, place]:
                         activation[j, place], layer[j, place] = value, at
-                elif keys[t] < best[j, place]:
-                    best[j, place], kept[j, place] = keys[t], token[t]
+                elif key < best[j, place]:
+                    best[j, place], kept[j, place] = key, token[t]
                     activation[j, place], layer[j, place] = value, at

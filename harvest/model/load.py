@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -231,9 +232,11 @@ def _weights(
     held = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))
     sanity.refuse_too_large(spec.name, lambda: auto.from_config(config, **arguments), held, bytes_each)
     if not spec.random_init:
-        arguments |= {"device_map": "auto"} if spread else {}
+        folder = TemporaryDirectory(prefix="residscope-", ignore_cleanup_errors=True) if spread else None
+        arguments |= {"device_map": "auto", "offload_folder": folder.name} if folder else {}
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
         model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
+        model.offload_folder = folder  # with what accelerate puts there, it goes when the model does
         if spec.source == "hub":  # A commit says nothing of what is on this disk.
             file = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)
             sanity.refuse_damaged_cache(spec.name, model_files(Path(file).parent) if isinstance(file, str) else ())
@@ -251,7 +254,7 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], T]) -> T:
     except ResidscopeError:
         raise
     except torch.OutOfMemoryError as error:
-        way_out = "try --dtype bfloat16 or --device cpu"
+        way_out = "try --dtype bfloat16, harvest's --device-map auto, or --device cpu"
         raise ResidscopeError(f"{spec.name}: out of memory: the model does not fit on the device; {way_out}") from error
     except Exception as error:
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):

@@ -1,18 +1,25 @@
 """Defaults that depend on the model and the device; a model that is spread over several."""
 
+import gc
 import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers.integrations.accelerate as spreading
+from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from harvest.run import harvest
 from harvest.settings import default_batch_size, load_weights, resolve
 from residscope.errors import UsageError
 from store.activations import ActivationStore
 from tests.support.harvesting import MakeConfig
-from tests.support.models import ARCHITECTURES
+from tests.support.models import ARCHITECTURES, tiny_config, tiny_model
 
 
 def test_the_default_batch_keeps_within_its_bounds() -> None:
@@ -23,6 +30,37 @@ def test_the_default_batch_keeps_within_its_bounds() -> None:
     assert default_batch_size(2048, 6_144, "cpu") == 1
     assert default_batch_size(2048, 34_560, "cuda", "50GB") == 2
     assert default_batch_size(128, 4_608, "cpu", "256MB") == 4  # 6 are a 64th of it
+
+
+def experts(folder: Path) -> Path:
+    """A model with experts, whose files have another layout than its tensors."""
+    shutil.copytree(tiny_model("llama", folder / "llama"), folder / "experts")
+    config = MixtralConfig(**tiny_config("llama").to_diff_dict() | {"num_local_experts": 2, "model_type": "mixtral"})
+    MixtralForCausalLM(config).save_pretrained(folder / "experts")
+    return folder / "experts"
+
+
+def pickled(folder: Path) -> Path:
+    """A model whose weights are in no safetensors file."""
+    shutil.copytree(tiny_model("llama", folder / "llama"), folder / "pickled")
+    weights = folder / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    return folder / "pickled"
+
+
+@pytest.mark.parametrize("make", [experts, pickled])
+def test_weights_that_must_be_laid_out_anew_are_spread_and_leave_nothing(
+    make: Callable[[Path], Path], config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": str(make(tmp_path)), "max_tokens": 120}
+    whole = harvest(config(**options, out=tmp_path / "whole.zarr")).content_hash
+    (tmp_path / "left").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "left"))
+    monkeypatch.setattr(spreading, "accelerate_max_memory", lambda given: {"cpu": 20_000})
+    assert harvest(config(**options, device_map="auto")).content_hash == whole
+    gc.collect()
+    assert not [*(tmp_path / "left").iterdir()]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

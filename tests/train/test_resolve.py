@@ -66,7 +66,8 @@ def test_of_several_processes_each_needs_less(store: ActivationStore) -> None:
     sharding.rows, sharding.latents = ALONE, sharding
     found = [memory_estimate([plan], store, ranks) for ranks in (sharing, sharding)]
     assert alone.device - found[0].device == weights - weights // 4 + half  # half of the moments, less a tensor's half
-    assert alone.device - found[1].device == 4 * weights // 2
+    more = 64 * 3 * 4 * 12  # float32 [N, D] of a reconstruction that is a sum over ranks
+    assert alone.device - found[1].device == 4 * weights // 2 - more
     assert [one.local for one in (alone, *found)] == [1, 2, 2]
 
 

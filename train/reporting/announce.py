@@ -44,6 +44,10 @@ def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) 
     way_out = "lower --expansion-factor, --batch-size, --tile-mb or --window-gb"
     if n_runs > 1:
         way_out += ", or do fewer runs at once"
+    if device.type == "cuda":
+        way_out += ", or divide the latents over cards (--n-procs, --shard-latents)"
+    elif memory.local > 1:
+        way_out += ", or use fewer processes"
     needed = {torch.device("cpu"): memory.local * memory.shuffle, device: memory.device}
     if device.type == "cpu":
         needed = {device: memory.local * (memory.shuffle + memory.device)}

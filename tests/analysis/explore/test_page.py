@@ -30,7 +30,7 @@ def test_a_cell_opens_the_card_of_its_latent_and_what_it_holds_is_text(tab: Plan
         assert words in card
     assert "no higher than those of random directions" in card
     assert "Promotes" not in card
-    assert "Tokens it fires at5, 12.5 %Layers on at per such token, mean3.0" in card
+    assert "Tokens it fires at5, 12.5 %Mean number of layers it is on at, per such token3.0" in card
     assert "Dense: it fires at 12.5 %" in card
     assert tab.run('return text("#card mark");') == "fore\u23ce"
     tab.run("""named("Close").click(); await until(() => find("#card").hidden);""")
@@ -115,9 +115,10 @@ def test_search_asks_for_all_that_is_filled_in_and_finds_the_planted_latent(tab:
     )
     assert tab.run('return [text("#search-found .dense"), find("#search-found.outdated")];') == ["dense", None]
     shared = tab.page.run("location.hash")
-    tab.run("""find("#to-layers").click(); find("#to-search").click();
+    tab.run("""find("#search-promotes").value = "typed"; find("#to-layers").click(); find("#to-search").click();
       await until(() => !find("#search").hidden); await new Promise((r) => setTimeout(r, 50));""")
     assert len(tab.planted.asked) == 1  # what is there is not asked for again
+    assert tab.run('return find("#search-promotes").value;') == "typed"
     tab.open(shared)
     tab.run("""await until(() => text("#search-status").includes("1 latent.") && text("#card h2") === "Latent 7");""")
     assert tab.run('return [find("#search-on").value, find("#search-profile").value];') == ["a b", "early"]
@@ -141,8 +142,10 @@ def test_the_layer_that_costs_most_is_one_click_away(tab: PlantedTab) -> None:
         "FVU is highest at layer 6: 0.104."
     )
     said = tab.run('return text("#layers-found");')
-    assert "The model's own cross-entropy there is 2.50 nats. All 5 layers replaced at once cost 3.00 nats, " in said
-    assert "each by its mean vector 4.00 (over 64 tokens)." in said
+    assert (
+        "On those tokens the model's own cross-entropy is 2.50 nats. Replacing all 5 layers at once by their " in said
+    )
+    assert "reconstructions costs 3.00 nats a token, by their mean vectors 4.00 (over 64 tokens)." in said
     assert "89 % of the variance of layer 4 is in 3 tokens" in said
     assert "of 254 validation tokens of 1 document, with this layer alone replaced" in said
     assert tab.run('return all("#layers-found tbody tr")[0].textContent;') == "20.1000.500"  # 0.09996 to three digits

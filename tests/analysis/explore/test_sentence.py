@@ -46,7 +46,7 @@ def test_a_token_shows_what_switches_on_stays_and_switches_off(tab: PlantedTab) 
     assert tab.run('return all("#maps h3").at(-1).textContent;').endswith("the most specific there")
     assert tab.run('return [...find(".switch").querySelectorAll("title, text")].map((at) => at.textContent);') == [
         "Latent 9: on at layers 2, 6; highest 0.250 at 6",
-        "9 (dense): <img src=x onerror=a",
+        "9 (dense): <img src=x onerror=\u2026",
         "0.250 at 6",
     ]
     assert steps == [
@@ -223,3 +223,14 @@ def test_an_empty_page_offers_a_sentence(tab: PlantedTab) -> None:
         "def area(width, height): return",
         None,
     ]
+    tab.run("""change("#text", "all is", "input"); change("#text", "", "input");
+      await until(() => find("#sentence-status a")); await new Promise((r) => setTimeout(r, 300));""")
+    assert tab.run('return [text("#sentence-status").slice(0, 4), find("#sentence-status.warning")];') == ["Type", None]
+
+
+def test_what_is_typed_into_a_change_stays_when_an_answer_comes(tab: PlantedTab) -> None:
+    tab.open(f"{SENTENCE}&changes=steer:7:3:1")
+    tab.run("""await until(() => find("#changes input")); change("#text", "all is up", "input");
+      const field = all("#changes input").at(-1); field.focus(); field.value = "12";
+      await until(() => text("#sentence-status").includes("3 tokens"));""")
+    assert tab.run('return all("#changes input").at(-1).value;') == "12"

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from analysis.baselines.nulls import random_keys
+from analysis.baselines.nulls import mixed, random_keys
 from analysis.latents.sampled import PER_LATENT, SampledTokens
 from analysis.results.folder import EXAMPLES, RANDOM_EXAMPLES
 from analysis.tiles import CodeTile
@@ -44,26 +44,26 @@ def test_they_are_those_of_a_naive_draw(sizes: list[int]) -> None:
     keys, expected = random_keys(0, 2, np.arange(T), 1)[:, 0], []
     for latent in range(M):
         tokens = np.flatnonzero(dense[:, :, latent].any(axis=1))
-        drawn = tokens[np.argsort(keys[tokens])][:PER_LATENT]
+        drawn = tokens[np.argsort(mixed(keys[tokens] ^ np.uint64(latent)))][:PER_LATENT]
         rows = sorted(((dense[t, :, latent].max(), -t) for t in drawn), reverse=True)
         expected += [(latent, dense[-t, :, latent].argmax(), rank, a, -t, -t // 10) for rank, (a, t) in enumerate(rows)]
     assert [tuple(row) for row in zip(*found, strict=True)] == expected
     assert np.bincount(found.latent, minlength=M).tolist() == [PER_LATENT] * 3 + [0, 3]
 
 
-def test_every_token_is_drawn_alike() -> None:
-    # One latent, active at every token: which are drawn says nothing of the activation, and nothing of the place.
-    times = np.zeros(10)
-    for seed in range(200):
-        token = np.arange(seed * 1000, seed * 1000 + 1000)
-        sample, rising = SampledTokens.zeros(1), np.linspace(1, 2, 1000, dtype=np.float32)
-        sample.add(CodeTile(token, rising[:, None, None], np.zeros((1000, 1, 1), np.int64)))
-        times += np.histogram(sample.token[0] - seed * 1000, np.arange(0, 1001, 100))[0]
-    expected = 200 * PER_LATENT / 10
+def test_every_token_is_drawn_with_equal_probability_and_for_each_latent_by_itself() -> None:
+    # 200 latents, active at every token: which are drawn says nothing of the activation, of the place, or of another's.
+    n, latents = 1000, 200
+    rising = np.repeat(np.linspace(1, 2, n, dtype=np.float32)[:, None, None], latents, axis=2)
+    sample = SampledTokens.zeros(latents)
+    sample.add(CodeTile(np.arange(n), rising, np.tile(np.arange(latents), (n, 1, 1))))
+    times = np.histogram(sample.token, np.arange(0, n + 1, n // 10))[0]
+    expected = latents * PER_LATENT / 10
     assert ((times - expected) ** 2 / expected).sum() < 27.9  # chi-square of 9 degrees of freedom, 1 in 1000
+    assert np.bincount(sample.token.ravel()).max() < 10  # of 1.6 on average
 
 
-def test_the_file_has_windows_and_few_are_among_the_strongest(tmp_path: Path) -> None:
+def test_the_file_has_windows_and_most_are_not_among_the_strongest(tmp_path: Path) -> None:
     small, out = make_small(tmp_path), tmp_path / "out"
     assert run_small(small, out)["examples"]["random"] == PER_LATENT
     drawn: Any = pd.read_parquet(out / RANDOM_EXAMPLES)
@@ -75,4 +75,8 @@ def test_the_file_has_windows_and_few_are_among_the_strongest(tmp_path: Path) ->
         assert row["activations"][row["marked"]] == row["activation"]
     tops = strongest.groupby("latent")["activation"].max()
     assert (drawn["activation"] <= tops.loc[drawn["latent"]].to_numpy()).all()
-    assert drawn["activation"].mean() < tops.mean()
+    frequent = drawn[n_tokens[drawn["latent"]] > 100]
+    known = set(zip(strongest["latent"], strongest["token"], strict=True))
+    among = [pair in known for pair in zip(frequent["latent"], frequent["token"], strict=True)]
+    assert len(among) > 100
+    assert np.mean(among) < 0.3

@@ -69,7 +69,7 @@ def test_another_number_than_torchrun_started_is_refused(store: Path, monkeypatc
 
 
 def test_a_dry_run_of_two_is_of_what_two_take(store: Path, tmp_path: Path) -> None:
-    large = ["--n-latents=20000", "--tile-mb=1"]
+    large = ["--n-latents=20000", "--tile-mb=1", "--aux-coef=0", "--device=cpu"]
     done = run(store, tmp_path / "a.pt", "--dry-run", "--json", *large, "--shard-latents=2")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
