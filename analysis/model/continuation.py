@@ -9,7 +9,7 @@ Shapes: B sequences, N positions, D d_model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +42,9 @@ def last_output(model: LoadedModel, input_ids: Tensor, before: Before | None = N
 def block_output(model: LoadedModel, input_ids: Tensor, layer: int, before: Before | None = None) -> Before:
     """The output of block `layer`, as it gives it; on from that of an earlier block, skipping, if `before` is given."""
     found: list[Any] = []
-    with _given(model, before, skip=True):
-        handle = model.blocks[layer].register_forward_hook(lambda module, arguments, output: found.append(output))
-        try:
-            ResidualRecorder(model, [layer]).stream(input_ids, lambda i, residual: None)
-        finally:
-            handle.remove()
+    hook = model.blocks[layer].register_forward_hook(lambda module, arguments, output: found.append(output))
+    with hook, _given(model, before, skip=True):
+        ResidualRecorder(model, [layer]).stream(input_ids, lambda i, residual: None)
     return Before(layer, found[0])
 
 
@@ -65,12 +62,10 @@ def can_skip(model: LoadedModel, input_ids: Tensor) -> bool:
 def changed(model: LoadedModel, layers: Sequence[int], change: Callable[[Any, int], Any]) -> Iterator[None]:
     """While it lasts, the output of each of the blocks `layers` is what `change(output, layer)` makes of it."""
     hooks = {layer: lambda module, arguments, output, n=layer: change(output, n) for layer in layers}
-    handles = [model.blocks[layer].register_forward_hook(hook) for layer, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for layer, hook in hooks.items():
+            stack.enter_context(model.blocks[layer].register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

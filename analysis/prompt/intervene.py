@@ -20,7 +20,7 @@ Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -175,15 +175,11 @@ def changing(
             where[:, 0] = shape[1] == 1
         return with_residual(output, partial(changed_vectors, prompted, own, layer=layer), where)
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for layer, block in enumerate(blocks):
             if own := [one for one in interventions if one.layers == "all" or layer in (one.layers or ())]:
-                handles.append(block.register_forward_hook(partial(hook, layer=layer, own=own)))
+                stack.enter_context(block.register_forward_hook(partial(hook, layer=layer, own=own)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class PromptRun:

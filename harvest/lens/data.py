@@ -166,8 +166,5 @@ def _first_input(model: LoadedModel, found: list[Tensor], *, stop: bool = False)
         if stop:
             raise EndOfPass
 
-    handle = model.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with model.blocks[0].register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
