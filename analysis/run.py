@@ -19,9 +19,10 @@ from analysis.latents.views import view_latents
 from analysis.model.findings import find_model, run_model
 from analysis.model.transformer import spec_of_store
 from analysis.quality import ratio, sum_in_order
+from analysis.report.page import write_report
 from analysis.results.folder import FILES, REPORT, SUMMARY, may_be_replaced
 from analysis.results.summary import Baseline, Findings
-from analysis.results.write import tell, write_report_of, write_results
+from analysis.results.write import tell, write_results
 from analysis.selection import Selection
 from analysis.task import VALIDATION, Sums, measure, pca_error
 from analysis.tiles import codes_folder, lasting, shards_with
@@ -97,15 +98,16 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             seconds=time.monotonic() - started,
         )
         summary = write_results(findings, folder)
-        missing = failed = None
+        failed = None
         try:
-            missing = write_report_of(folder) if config.output.report else None
+            if config.output.report:
+                write_report(folder)
         except Exception as error:  # The numbers stay, whatever becomes of their report.
             (folder / REPORT).unlink(missing_ok=True)
             failed = error
     if failed:
         raise failed
-    tell(config, summary, missing)
+    tell(config, summary)
     return summary
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from analysis.config import AnalyzeConfig
 from analysis.encoder import sae_hash
 from analysis.inputs import Inputs
+from analysis.report.data import load_results
+from analysis.report.page import render_report
 from analysis.results.folder import REPORT, SUMMARY
 from analysis.results.summary import SCHEMA_VERSION
 from analysis.run import analyze
@@ -45,9 +47,6 @@ def has_analysis(out: Path, inputs: Inputs) -> bool:
 def write_report_again(config: AnalyzeConfig) -> None:
     """report.html with what was added, unless none is wanted."""
     if config.output.report:
-        from analysis.report.data import load_results
-        from analysis.report.page import render_report
-
         with reading(f"{config.out_dir}: the analysis there is damaged", "run `analyze` again"):
             page = render_report(load_results(config.out_dir))
             atomic_write(config.out_dir / REPORT, [page.encode(errors="replace")])

@@ -110,25 +110,10 @@ def write_results(found: Findings, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def write_report_of(folder: Path) -> str | None:
-    """Figures and report.html of what is in `folder`; the reason if there are none."""
-    try:
-        from analysis.report.page import write_report
-
-        write_report(folder)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        return "No figures, no report.html: they need matplotlib; get the plots extra: pip install 'residscope[plots]'."
-    return None
-
-
-def tell(config: AnalyzeConfig, summary: dict[str, Any], missing: str | None) -> None:
-    """Print the findings; with --json on stderr, and summary.json on stdout. missing: what `write_report_of` gave."""
+def tell(config: AnalyzeConfig, summary: dict[str, Any]) -> None:
+    """Print the findings; with --json on stderr, and summary.json on stdout."""
     say = partial(print, file=sys.stderr) if config.output.json else print
     say(words(summary))
-    if missing:
-        say(missing)
     written = sorted(path.name for path in config.out_dir.iterdir() if path.name in files.FILES)
     say(f"Written to {config.out_dir}: {', '.join(written)}.")
     if config.output.json:
