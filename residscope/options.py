@@ -109,7 +109,7 @@ def parse_options(
             raise UsageError(f"{word!a}: should be UTF-8; rename the file, or set the terminal to UTF-8") from None
     given = vars(parser.parse_args(argv))
     config_file = given.pop("config")
-    values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not _UNSET}
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     if config_file is not None:
         values = {**_read_toml(as_path(config_file), fields), **values}
     missing = [f for f in fields.values() if f.required and f.name not in values]
@@ -169,9 +169,6 @@ def require_seed(seed: int) -> None:
         raise UsageError(f"--seed should be at least 0 and below 2^63, found {seed}")
 
 
-_UNSET: Any = object()
-
-
 @dataclasses.dataclass(frozen=True)
 class _Field:
     """What the command line needs to know of one field."""
@@ -221,15 +218,8 @@ def _add_flags(parser: argparse.ArgumentParser, config_class: type, fields: Mapp
         if title and title not in sections:
             sections[title] = parser.add_argument_group(title)
         section = sections[title] if title else parser
-        section.add_argument(field.flag, default=_UNSET, help=field.help, dest=field.name, **_reader(field.annotation))
-
-
-class _Add(argparse.Action):
-    """`--steer A --steer B` is `--steer A B`; argparse's own "extend" would add the words to the default."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*([] if before is _UNSET else before), *values])
+        how = {"default": argparse.SUPPRESS, **_reader(field.annotation)}  # a flag that is not given has no value
+        section.add_argument(field.flag, help=field.help, dest=field.name, **how)
 
 
 def _shown(value: Any) -> str:
@@ -255,7 +245,7 @@ def _reader(annotation: Any) -> dict[str, Any]:
     if origin is tuple:
         (item, *_) = typing.get_args(annotation)
         kind = home_path if item is Path else item
-        return {"nargs": "+", "type": kind, "metavar": item.__name__.upper(), "action": _Add}
+        return {"nargs": "+", "type": kind, "metavar": item.__name__.upper(), "action": "extend"}
     return {
         "type": home_path if annotation is Path else annotation,
         "metavar": {"str": "TEXT", "Path": "PATH"}.get(annotation.__name__, annotation.__name__.upper()),
