@@ -35,7 +35,7 @@ class LiveModel:
         Raises `ResidscopeError` where model, store and autoencoder do not fit."""
         assert found.spec is not None
         self.store, self.layers, self._usual = inputs.store, inputs.layer_numbers, usual
-        model = load_of_store(self.store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
+        model = load_of_store(self.store, found.spec)
         check_model(self.store, model, found.lens)
         sae, dtype = inputs.sae.to(model.device), self.store.meta.stored_dtype
         self._stop = stop

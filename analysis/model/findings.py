@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from analysis.config import AnalyzeConfig, TransformerOptions
@@ -118,7 +117,7 @@ def run_model(
     started, options = time.monotonic(), config.transformer
     tokens, downstream, together, held_out = None, None, None, bool(selection.validation.any())
     try:
-        model = load_of_store(inputs.store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
+        model = load_of_store(inputs.store, found.spec)
         if options.latent_logits and len(live):
             tokens = find_latent_tokens(inputs.sae, live, model, found.lens, config.statistics.seed)
             write_latent_tokens(folder / LATENT_LOGITS, tokens, model.tokenizer)

@@ -19,12 +19,13 @@ from harvest.model.names import ModelSpec, resolve_model
 from harvest.options_file import options_file, recorded_place
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
+from train.hardware import resolve_device
 
 
-def load_of_store(store: ActivationStore, spec: ModelSpec, *, device: torch.device | str = "cpu") -> LoadedModel:
+def load_of_store(store: ActivationStore, spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
     """The weights of `spec` of `spec_of_store`, in the format of the harvest; `IncompatibleError` for other sizes."""
     dtype = getattr(torch, store.meta.provenance.get("compute_dtype", "float32"))
-    model = load_model(spec, dtype=dtype, device=device)
+    model = load_model(spec, dtype=dtype, device=resolve_device(device))
     refuse_other_sizes(store, model)
     return model
 

@@ -59,7 +59,7 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     assert found.spec is not None
     say = partial(print, file=sys.stderr) if config.output.json else print
     make_unless_there(config, inputs)
-    model = load_of_store(store, found.spec, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = load_of_store(store, found.spec)
     check_model(store, model, found.lens)
     tokens = [read_prompt(store, model.tokenizer, model.causal_lm.config, text) for text in prompts.prompt]
     check_logits(model, torch.from_numpy(tokens[0].ids)[None])

@@ -65,7 +65,8 @@ def make_harvested(
     options_file(out).unlink()
     store = ActivationStore.open(out)
     lens = lens_of_store(store, str(lens_folder)) if lens_folder else lens_of_store(store)
-    return Harvested(store, load_of_store(store, spec_of_store(store, str(folder))), lens, folder, lens_folder)
+    model = load_of_store(store, spec_of_store(store, str(folder)), device="cpu")
+    return Harvested(store, model, lens, folder, lens_folder)
 
 
 def make_checkpoint(path: Path, store: ActivationStore, *, k: int = 8) -> MLSAE:
