@@ -22,7 +22,7 @@ from dask.callbacks import Callback
 from dask.delayed import Delayed, delayed
 from tqdm import tqdm
 
-from analysis.tiles import keep_going, stop_tasks
+from analysis.tiles import STOPPING
 from residscope import cluster
 from residscope.console import progress
 from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory, said
@@ -159,12 +159,12 @@ class Threads:
         """The value of `root`; advances the bar by `tokens[key]` when the task of that key is done."""
         before = torch.get_num_threads()
         torch.set_num_threads(max(1, before // self.n_workers))
-        keep_going()
+        STOPPING.clear()
         try:
             with Callback(posttask=lambda key, *_: bar.update(tokens.get(key, 0))):
                 return compute(root, scheduler="threads", num_workers=self.n_workers, optimize_graph=False)[0]
         except BaseException:
-            stop_tasks()
+            STOPPING.set()
             raise
         finally:
             torch.set_num_threads(before)

@@ -36,7 +36,8 @@ BYTES_PER_CODE = {"float32": 8, "bfloat16": 8, "float64": 12}
 SHARE_OF_DISK = 0.25
 """Of the free space, that the codes of an analysis may use while it lasts."""
 
-_stopping = threading.Event()
+STOPPING = threading.Event()
+"""While set, tasks in threads of this process end at their next tile, so that an interrupted run does not linger."""
 
 
 class CodeTile(NamedTuple):
@@ -48,16 +49,6 @@ class CodeTile(NamedTuple):
     """[T, L, k] >= 0."""
     indices: NDArray[np.int64]
     """[T, L, k]"""
-
-
-def stop_tasks() -> None:
-    """Make the tasks in threads of this process end at their next tile, so that an interrupted run does not linger."""
-    _stopping.set()
-
-
-def keep_going() -> None:
-    """Undo `stop_tasks`."""
-    _stopping.clear()
 
 
 def shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:
@@ -77,7 +68,7 @@ def vector_tiles(
         store.require_intact(shard)
         first, last = store.meta.shard_bounds(shard)
         for start in range(first, last, size):
-            if _stopping.is_set():
+            if STOPPING.is_set():
                 raise Interrupted("the analysis was stopped")
             stop = min(start + size, last)
             token = start + np.flatnonzero(needed[start:stop])
