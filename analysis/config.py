@@ -2,21 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from residscope.errors import UsageError
 from residscope.names import beside
-from residscope.options import require_seed
+from residscope.options import require_at_least, require_seed
 
 DocumentSplit = Literal["all", "train", "validation"]
-
-
-def _at_least(options: Any, least: int, name: str) -> None:
-    """`UsageError` where the option is given and is less."""
-    value = getattr(options, name)
-    if value is not None and value < least:
-        wanted = "not be negative" if least == 0 else f"be at least {least}"
-        raise UsageError(f"--{name.replace('_', '-')} should {wanted}, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +22,7 @@ class TokenOptions:
     applies to the validation tokens and to the training tokens of PCA."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "max_tokens")
+        require_at_least(1, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +89,7 @@ class TransformerOptions:
     """Where the store's tuned lens is, if it came from a folder and acts.harvest.toml does not say so."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "downstream_tokens")
+        require_at_least(0, downstream_tokens=self.downstream_tokens)
 
     @property
     def asked_for(self) -> bool:
@@ -166,7 +158,7 @@ class WorkerOptions:
     """HTML file for Dask's account of which task ran where and when; needs the `dashboard` extra."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "n_workers")
+        require_at_least(1, n_workers=self.n_workers)
         if self.scheduler not in ("threads", "processes") and ":" not in self.scheduler:
             wanted = "threads, processes or an address such as tcp://HOST:8786"
             raise UsageError(f"--scheduler should be {wanted}, found {self.scheduler!r}")

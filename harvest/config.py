@@ -11,18 +11,11 @@ from typing import ClassVar, Literal
 from harvest.text.config import TextConfig
 from residscope.console import parse_bytes
 from residscope.errors import UsageError
-from residscope.options import require_seed
+from residscope.options import require_at_least, require_seed
 from residscope.urls import URL
 
 _MOST_LAYERS = 100_000
 """A range of more is a typing error, and would fill the memory before the model is asked how many it has."""
-
-
-def require_positive(**values: int | None) -> None:
-    """`UsageError` for an option that is given and below 1."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} should be at least 1, found {value}")
 
 
 def parse_layers(words: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -73,7 +66,7 @@ class SequenceConfig:
     it they are stored but masked."""
 
     def __post_init__(self) -> None:
-        require_positive(context_length=self.context_length)
+        require_at_least(1, context_length=self.context_length)
         if self.context_length == 1 and not self.keep_first_position:
             way_out = "use 2 or more, or --keep-first-position"
             raise UsageError(f"--context-length 1 leaves no position but the first, which is masked: {way_out}")
@@ -91,8 +84,7 @@ class DocumentConfig:
     one document, cut at the context length, and no separator."""
 
     def __post_init__(self) -> None:
-        if self.shuffle_documents is not None and self.shuffle_documents < 0:
-            raise UsageError(f"--shuffle-documents should be at least 0, found {self.shuffle_documents}")
+        require_at_least(0, shuffle_documents=self.shuffle_documents)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +137,7 @@ class WorkerConfig:
     """Address of a Dask scheduler (tcp://HOST:8786) whose workers fill the shards; they see the same paths."""
 
     def __post_init__(self) -> None:
-        require_positive(n_workers=self.n_workers)
+        require_at_least(1, n_workers=self.n_workers)
         if self.scheduler is not None and ":" not in self.scheduler:
             raise UsageError(f"--scheduler should be an address such as tcp://HOST:8786, found {self.scheduler!r}")
 
@@ -188,7 +180,7 @@ class HarvestConfig:
     """Print one JSON line on stdout."""
 
     def __post_init__(self) -> None:
-        require_positive(max_tokens=self.max_tokens, batch_size=self.batch_size)
+        require_at_least(1, max_tokens=self.max_tokens, batch_size=self.batch_size)
         if self.mask_norm is not None and not 1 < self.mask_norm < float("inf"):
             raise UsageError(f"--mask-norm should be above 1, in medians of a layer's norms, found {self.mask_norm}")
         if self.device_map and self.workers != WorkerConfig():

@@ -163,6 +163,13 @@ def to_toml(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def require_at_least(least: int, **values: int | None) -> None:
+    """`UsageError` for an option that is given and below `least`."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} should be at least {least}, found {value}")
+
+
 def require_seed(seed: int) -> None:
     """`UsageError` for a seed that torch does not take."""
     if not 0 <= seed < 2**63:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from harvest.config import HarvestConfig, ModelConfig, SequenceConfig, require_positive
+from harvest.config import HarvestConfig, ModelConfig, SequenceConfig
 from harvest.text.config import TextConfig
 from residscope.errors import UsageError
-from residscope.options import require_seed, to_flat
+from residscope.options import require_at_least, require_seed, to_flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class FittingConfig:
     not drown in rounding. 0: as fitted."""
 
     def __post_init__(self) -> None:
-        require_positive(kl_steps=self.kl_steps, kl_batch=self.kl_batch)
+        require_at_least(1, kl_steps=self.kl_steps, kl_batch=self.kl_batch)
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise UsageError(f"--lr should be a finite number above 0, found {self.lr}")
         if not 0 <= self.weight_decay < math.inf:
@@ -73,7 +73,7 @@ class FitLensConfig:
     """Print one JSON line on stdout."""
 
     def __post_init__(self) -> None:
-        require_positive(eval_tokens=self.eval_tokens, max_tokens=self.max_tokens)
+        require_at_least(1, eval_tokens=self.eval_tokens, max_tokens=self.max_tokens)
         require_seed(self.seed)
         if not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction should be between 0 and 1, found {self.validation_fraction}")

@@ -15,7 +15,7 @@ from residscope.commands.costs import CARDS, TABLE, Cost, Model, Training, cost,
 from residscope.commands.costs import card_memory as memory_of_card
 from residscope.console import aligned, human_bytes, human_seconds, parse_bytes, run_command
 from residscope.errors import UsageError
-from residscope.options import parse_options
+from residscope.options import parse_options, require_at_least
 
 PYTHIA = dict(
     zip(
@@ -68,8 +68,7 @@ class PlanConfig:
             value, least = getattr(self, name), 1e-3 if name == "expansion_factor" else 1
             if value is not None and not least <= value < 1e18:
                 raise UsageError(f"--{name.replace('_', '-')} should be at least {least:g}, found {value:g}")
-        if self.gpus < 0:
-            raise UsageError(f"--gpus should be at least 0, found {self.gpus}")
+        require_at_least(0, gpus=self.gpus)
         for name in ("disk", "disk_speed"):
             text = getattr(self, name)
             if text is not None and not parse_bytes(text):
