@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from dask.base import compute
@@ -40,38 +40,32 @@ MERGE_WIDTH = 8
 R = TypeVar("R")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardSum(Generic[R]):
-    """A sum over shards, described."""
+def run(
+    pool: "Pool",
+    name: str,
+    task: Callable[..., R],
+    arguments: tuple[Any, ...],
+    merge: Callable[[Sequence[R]], R],
+    shards: tuple[int, ...],
+    tokens: tuple[int, ...],
+) -> R:
+    """The sum of `task(*arguments, shards) -> R` over shards, ascending; name: what the progress bar says.
 
-    name: str
-    """What the progress bar says."""
-    task: Callable[..., R]
-    """task(*arguments, shards) -> R, importable by workers."""
-    arguments: tuple[Any, ...]
-    """Small, and able to travel."""
-    merge: Callable[[Sequence[R]], R]
-    """Adds results, in order."""
-    shards: tuple[int, ...]
-    """Shards to sum over, ascending."""
-    tokens: tuple[int, ...]
-    """Tokens of each of `shards` that count, for progress."""
-
-
-def run(total: ShardSum[R], pool: "Pool") -> R:
-    """The sum over all shards."""
-    groups = shard_groups(len(total.shards))
+    Workers import task and merge, which adds results in order; arguments are small, and able to travel. tokens: of each
+    of `shards`, those that count, for progress.
+    """
+    groups = shard_groups(len(shards))
     # A scheduler takes tasks of one key for the same task, and may serve several analyses at once.
-    name = f"{total.name}-{uuid.uuid4().hex}"
-    leaves, tokens = [], {}
+    prefix = f"{name}-{uuid.uuid4().hex}"
+    leaves, tokens_of = [], {}
     for number, group in enumerate(groups):
-        key = f"{name}-{number:05d}"
-        tokens[key] = sum(total.tokens[group])
-        arguments = (attempt, total.task, total.arguments, total.shards[group], tokens[key])
-        leaves.append(delayed(cluster.with_our_code)(cluster.code_hash(), *arguments, dask_key_name=key))
-    with progress(total.name, "tok", sum(tokens.values())) as bar:
+        key = f"{prefix}-{number:05d}"
+        tokens_of[key] = sum(tokens[group])
+        attempted = (attempt, task, arguments, shards[group], tokens_of[key])
+        leaves.append(delayed(cluster.with_our_code)(cluster.code_hash(), *attempted, dask_key_name=key))
+    with progress(name, "tok", sum(tokens)) as bar:
         try:
-            return pool.compute(_tree(leaves, total.merge, name), tokens, bar)
+            return pool.compute(_tree(leaves, merge, prefix), tokens_of, bar)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; nothing was written. Run the same command to start again") from None
 

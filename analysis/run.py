@@ -154,8 +154,7 @@ def _over_shards(
     """The sum of a task over the shards that hold a needed token."""
     shards = shards_with(store, needed)
     tokens = tuple(int(needed[slice(*store.meta.shard_bounds(shard))].sum()) for shard in shards)
-    total = jobs.ShardSum(name=name, task=task, arguments=arguments, merge=merge, shards=shards, tokens=tokens)
-    return jobs.run(total, pool)
+    return jobs.run(pool, name, task, arguments, merge, shards, tokens)
 
 
 def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Sums, pool: jobs.Pool) -> Baseline:

@@ -189,25 +189,19 @@ def dense(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def time_workers(store: Path, sae: Path, dtype: str, rounds: int) -> dict[str, float]:
     """Seconds by the clock of one one-thread worker, of two, and of two processes with and without their start."""
     meta = ActivationStore.open(store).meta
-    total = jobs.ShardSum(
-        name="bench",
-        task=measure,
-        arguments=(work_of(store, sae, dtype),),
-        merge=Sums.merged,
-        shards=tuple(range(meta.n_shards)),
-        tokens=(CHUNK,) * meta.n_shards,
-    )
+    shards, tokens = tuple(range(meta.n_shards)), (CHUNK,) * meta.n_shards
+    work = "bench", measure, (work_of(store, sae, dtype),), Sums.merged, shards, tokens
     seconds = {1: float("inf"), 2: float("inf")}
     for _ in range(rounds):
         for n_workers in seconds:
             start = time.perf_counter()
-            jobs.run(total, jobs.Threads(n_workers))
+            jobs.run(jobs.Threads(n_workers), *work)
             seconds[n_workers] = min(seconds[n_workers], time.perf_counter() - start)
     start = time.perf_counter()
     with jobs.open_pool("processes", 2, meta.n_shards) as pool:
-        jobs.run(total, pool)  # loads torch and compiled code, and the weights
+        jobs.run(pool, *work)  # loads torch and compiled code, and the weights
         warm = time.perf_counter()
-        jobs.run(total, pool)
+        jobs.run(pool, *work)
         warm = time.perf_counter() - warm
     return {
         "two_workers_over_one": seconds[1] / seconds[2],

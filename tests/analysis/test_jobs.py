@@ -18,15 +18,12 @@ def add(parts):
     return [item for part in parts for item in part]
 
 
-def shard_sum(task, arguments=(), n_shards=20):
-    return jobs.ShardSum(
-        name="test",
-        task=task,
-        arguments=arguments,
-        merge=add,
-        shards=tuple(range(0, 2 * n_shards, 2)),
-        tokens=(3,) * n_shards,
-    )
+def shards(n):
+    return list(range(0, 2 * n, 2))
+
+
+def run(pool, task, arguments=(), n_shards=20):
+    return jobs.run(pool, "test", task, arguments, add, tuple(shards(n_shards)), (3,) * n_shards)
 
 
 def echo(shards):
@@ -65,8 +62,7 @@ def die_once(folder, shards):
 @pytest.mark.parametrize("n_workers", [1, 3])
 @pytest.mark.parametrize("n_shards", [1, 2, 8, 9, 65, 300])
 def test_results_are_merged_in_the_order_of_shards(n_workers, n_shards):
-    total = shard_sum(echo, n_shards=n_shards)
-    assert jobs.run(total, jobs.Threads(n_workers)) == list(total.shards)
+    assert run(jobs.Threads(n_workers), echo, n_shards=n_shards) == shards(n_shards)
 
 
 @pytest.mark.parametrize("n_shards", [1, 255, 256, 257, 5000])
@@ -77,22 +73,21 @@ def test_groups_cover_every_shard_once_and_are_no_more_than_the_limit(n_shards):
 
 
 def test_a_task_that_fails_is_tried_again(tmp_path):
-    total = shard_sum(fail_first, (str(tmp_path),))
-    assert jobs.run(total, jobs.Threads(2)) == list(total.shards)
+    assert run(jobs.Threads(2), fail_first, (str(tmp_path),)) == shards(20)
     assert len(list(tmp_path.iterdir())) == 10
 
 
 def test_a_task_that_always_fails_names_its_shards(monkeypatch):
     with pytest.raises(ResidscopeError, match=r"shard 6 failed 3 times, last with RuntimeError: a lasting trouble"):
-        jobs.run(shard_sum(fail_always), jobs.Threads(2))
+        run(jobs.Threads(2), fail_always)
     monkeypatch.setattr(jobs, "TASKS", 5)
     with pytest.raises(ResidscopeError, match=r"shards 0 to 6 failed 3 times"):
-        jobs.run(shard_sum(fail_always), jobs.Threads(2))
+        run(jobs.Threads(2), fail_always)
 
 
 def test_an_error_that_the_user_must_act_on_is_not_tried_again(tmp_path):
     with pytest.raises(ResidscopeError, match="shard 0 is damaged"):
-        jobs.run(shard_sum(refuse, (str(tmp_path),), n_shards=1), jobs.Threads(1))
+        run(jobs.Threads(1), refuse, (str(tmp_path),), n_shards=1)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -101,21 +96,20 @@ def test_an_interrupt_is_said_to_be_one():
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="Run the same command to start again"):
-        jobs.run(shard_sum(interrupt), jobs.Threads(1))
+        run(jobs.Threads(1), interrupt)
 
 
 def test_workers_share_the_cores_and_leave_torch_as_it_was():
     before = torch.get_num_threads()
-    seen = jobs.run(shard_sum(lambda shards: [torch.get_num_threads()]), jobs.Threads(max(2, before)))
+    seen = run(jobs.Threads(max(2, before)), lambda shards: [torch.get_num_threads()])
     assert set(seen) == {1}
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_changes_nothing_in_the_result(tmp_path):
-    total = shard_sum(die_once, (str(tmp_path),), n_shards=8)
     with jobs.open_pool("processes", 2, 8) as pool:
-        assert jobs.run(total, pool) == list(total.shards)
+        assert run(pool, die_once, (str(tmp_path),), n_shards=8) == shards(8)
     assert (tmp_path / "died").exists()
 
 
@@ -125,10 +119,9 @@ def test_a_cluster_at_an_address_gives_the_same_and_its_errors_arrive():
 
     local: Any = LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0")
     with local as cluster, jobs.open_pool(cluster.scheduler_address, None, 4) as pool:
-        total = shard_sum(echo, n_shards=4)
-        assert jobs.run(total, pool) == list(total.shards)
+        assert run(pool, echo, n_shards=4) == shards(4)
         with pytest.raises(ResidscopeError, match="shard 6 failed 3 times"):
-            jobs.run(shard_sum(fail_always, n_shards=4), pool)
+            run(pool, fail_always, n_shards=4)
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x:1"])
@@ -156,9 +149,8 @@ def echo(shards):
 def merge(parts):
     return sum(parts, [])
 
-total = jobs.ShardSum(name="test", task=echo, arguments=(), merge=merge, shards=(3, 5), tokens=(1, 1))
 with jobs.open_pool("processes", 1, 2) as pool:
-    print(jobs.run(total, pool))
+    print(jobs.run(pool, "test", echo, (), merge, (3, 5), (1, 1)))
 """
     root = str(Path(jobs.__file__).parents[1])
     path = os.pathsep.join([str(tmp_path), root])
@@ -177,4 +169,4 @@ def test_memory_that_a_task_is_refused_is_no_fault_of_its_shards():
         raise MemoryError("10 GiB")
 
     with pytest.raises(MemoryError, match="10 GiB"):
-        jobs.run(shard_sum(refused, n_shards=1), jobs.Threads(1))
+        run(jobs.Threads(1), refused, n_shards=1)
