@@ -50,7 +50,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     comparing = any(word.partition("=")[0] == "--compare" for word in words)
     return run_command("analyze", compare_command if comparing else command)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

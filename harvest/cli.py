@@ -33,7 +33,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return run_command("harvest", command, interrupted="interrupted; run the same command to continue")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

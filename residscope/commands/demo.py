@@ -117,7 +117,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "residscope demo"
     description = "Harvest, train and analyze on a small model and Python's own documentation; needs no network."
     return run_command(name, lambda: demo(parse_options(DemoConfig, argv, prog=name, description=description)))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
