@@ -10,7 +10,7 @@ the last block's output.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from enum import IntEnum
 from typing import Any
 
@@ -108,13 +108,20 @@ def model_reader(model: LoadedModel, token_id: np.ndarray, store: ActivationStor
 
     def read(batch: SequenceBatch) -> list[Tensor]:
         ids, first = torch.from_numpy(token_ids(token_id, batch)), list[Tensor]()
-        if store is None:
-            with _first_input(model, first):
+
+        def keep(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            """Take what enters the first block, [B, N, D]; with a store the pass then ends."""
+            first.append(arguments[0] if arguments else keywords["hidden_states"])
+            if store is not None:
+                raise EndOfPass
+
+        with model.blocks[0].register_forward_pre_hook(keep, with_kwargs=True):
+            if store is None:
                 outputs = recorder.record(ids)
-        else:
-            with _first_input(model, first, stop=True), torch.inference_mode(), suppress(EndOfPass):
-                model.base(input_ids=ids.to(model.device), use_cache=False)
-            outputs = torch.from_numpy(store.read(slice(batch.start, batch.stop))).to(model.device).unbind(1)
+            else:
+                with torch.inference_mode(), suppress(EndOfPass):
+                    model.base(input_ids=ids.to(model.device), use_cache=False)
+                outputs = torch.from_numpy(store.read(slice(batch.start, batch.stop))).to(model.device).unbind(1)
         vectors = (v.reshape(-1, model.d_model).float() for v in (*first, *outputs))
         # Copies, because tensors made in inference mode take no part in autograd.
         return [v.clone() if v.is_inference() else v for v in vectors]
@@ -155,16 +162,3 @@ def chosen_vectors(read: Reader, batch: SequenceBatch, chosen: np.ndarray) -> li
     """The vectors of a batch's chosen tokens (bool [T]); None, and nothing is read, where there are none."""
     rows = torch.from_numpy(np.flatnonzero(chosen[batch.start : batch.stop]))
     return [v[rows.to(v.device)] for v in read(batch)] if len(rows) else None
-
-
-@contextmanager
-def _first_input(model: LoadedModel, found: list[Tensor], *, stop: bool = False) -> Iterator[None]:
-    """Within, a forward pass puts what enters the first block, [B, N, D], into `found`; with `stop` it then ends."""
-
-    def hook(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        found.append(arguments[0] if arguments else keywords["hidden_states"])
-        if stop:
-            raise EndOfPass
-
-    with model.blocks[0].register_forward_pre_hook(hook, with_kwargs=True):
-        yield
