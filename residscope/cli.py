@@ -30,9 +30,6 @@ COMMANDS = {
     "demo": ("residscope.commands.demo", "all three on a small model, start to end"),
 }
 
-REFILL = ("harvest.refill", "prepare")
-"""Who can fill the missing shards of a store at a path, for `verify --repair`."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's); gives the exit code."""
@@ -93,8 +90,7 @@ def _repair(path: Path, as_json: bool) -> int:
     from store.care.repair import repair
 
     def prepare(store: Path) -> Callable[[], object]:
-        module, function = REFILL
-        return getattr(importlib.import_module(module), function)(store)
+        return importlib.import_module("harvest.refill").prepare(store)  # with torch, once there is something to fill
 
     with _progress() as show:
         done = repair(path, prepare, progress=show)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residscope.cli import REFILL, main
+from residscope.cli import main
 from residscope.errors import IncompatibleError, ResidscopeError
 from store.activations import ActivationStore
 from store.care.repair import JOURNAL, repair
@@ -170,8 +170,7 @@ def test_one_at_a_time(path: Path, tmp_path: Path) -> None:
 def test_the_command(
     path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, function = REFILL
-    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{function: filler}))
+    monkeypatch.setitem(sys.modules, "harvest.refill", types.SimpleNamespace(prepare=filler))
     flip(path / SHARD, 50)
     assert main(["verify", str(path), "--repair"]) == 0
     assert capsys.readouterr().out.splitlines() == [
