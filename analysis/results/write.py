@@ -47,12 +47,12 @@ def write_latents(
     found |= {"count": table.n_fired, "counts": moments.counts, "totals": moments.totals}
     columns = {
         **{name: pa.array(found[name]) for name in ("latent", "count", "n_tokens", "total")},
-        **{name: _nullable(found[name]) for name in scalars},
+        **{name: pa.array(found[name], from_pandas=True) for name in scalars},  # NaN as null
         "n_layers_active": pa.array(table.n_layers_active),
-        **{name: _nullable(values) for name, values in table.persistence._asdict().items()},
+        **{name: pa.array(values, from_pandas=True) for name, values in table.persistence._asdict().items()},
         "profile": pa.array(table.kinds, pa.string()),
         "nearest": pa.array(neighbours[:, 0], mask=neighbours[:, 0] < 0),
-        "nearest_cosine": _nullable(cosines[:, 0]),
+        "nearest_cosine": pa.array(cosines[:, 0], from_pandas=True),
         "neighbours": _known(neighbours, neighbours >= 0),
         "neighbour_cosines": _known(cosines, neighbours >= 0),
         **extra,
@@ -79,10 +79,6 @@ def write_redundancy(path: Path, redundancy: Redundancy, table: LatentTable) -> 
         "layer_mean_b": pa.array(table.layer_mean[pairs.b]),
     }
     pq.write_table(pa.table(columns), path, compression="zstd")
-
-
-def _nullable(values: NDArray[np.float64]) -> pa.Array:
-    return pa.array(values, mask=np.isnan(values))
 
 
 def _lists(values: NDArray[Any]) -> pa.Array:
