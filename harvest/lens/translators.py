@@ -147,14 +147,9 @@ def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing
         if not (folder / file).is_file():
             raise IncompatibleError(f"--lens {name}: the folder has no {file}; a lens has {' and '.join(_FILES)}")
     lens = _read(folder, shown, n_layers, d_model, indexing)
-    if lens.fingerprint != _fingerprint(folder):
+    if lens.fingerprint != hash_of(xxhash.xxh3_128(), *(folder / file for file in _FILES)):
         raise IncompatibleError(f"--lens {name}: its files were changed while they were read; run the command again")
     return lens
-
-
-def _fingerprint(folder: Path) -> str:
-    """Hash of a lens's files."""
-    return hash_of(xxhash.xxh3_128(), *(folder / file for file in _FILES))
 
 
 def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexing) -> TunedLens:
