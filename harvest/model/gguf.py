@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,9 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
         return folder
     _check_readable(file)
     try:
-        with _locked(folder.parent / f"{key}.lock"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f"{key}.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # so that two processes do not unpack the same file at once
             if not _is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 _unpack(file, folder, size, digest)
@@ -160,12 +161,3 @@ def _is_whole(folder: Path) -> bool:
         return bool(seal) and all(hash_of(xxhash.xxh3_128(), folder / name) == found for name, found in seal.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock, so that two processes do not unpack the same file at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
