@@ -186,7 +186,7 @@ def cost(
         tokens = token(harvesters)
         harvest = START + n_tokens / harvesters * max(tokens.values())
         train = START + run.steps * step_seconds(parts)
-        together = max(harvest, train) if len(ways) > 1 or harvesters != trainers else harvest + train
+        together = max(harvest, train) if at_once and n_cards > 1 else harvest + train
         longest = tokens if harvest > train else parts
         bound = max(longest, key=lambda name: longest[name])
         how = (harvesters, trainers), latents, harvest, train, together

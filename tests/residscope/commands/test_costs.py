@@ -93,3 +93,5 @@ def test_cards_are_divided_so_that_both_end_as_early_as_can_be() -> None:
     alone = cost(100, run, 1, step=step, at_once=True, **how)
     assert alone.together == pytest.approx(2 * START + 60 + 240)
     assert alone.bound == "train: product"
+    two = cost(100, run, 2, step=step, at_once=True, **how)
+    assert (two.cards, two.together) == ((1, 1), START + 240)
