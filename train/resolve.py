@@ -197,7 +197,9 @@ def _model(config: TrainConfig, d_model: int, layers: tuple[int, ...], *, n_runs
     largest_k = max(asked.k, config.objective.k_start or 0)
     if largest_k > n_latents:
         raise UsageError(
-            f"k is {largest_k}, but there are only {n_latents} latents: lower k, or raise the expansion factor"
+            f"k is {largest_k}, but there are only {n_latents} latents: "
+            + "lower k, or " * (n_latents > 0)
+            + "raise the expansion factor"
         )
     return SAEConfig(
         d_model=d_model,

@@ -30,14 +30,14 @@ Rows = NDArray[np.int64]
 
 def permute_layers(seed: int, token: NDArray[np.int64], n_layers: int, chunk_tokens: int) -> Rows:
     """[T, L] which of the T * L vectors stands at a token and layer: one of the same token, by a random permutation."""
-    order = np.argsort(random_keys(seed, 0, token, n_layers), axis=1)
+    order = np.argsort(_keys(seed, 0, token, n_layers), axis=1)
     return order + n_layers * np.arange(len(token))[:, None]
 
 
 def permute_tokens(seed: int, token: NDArray[np.int64], n_layers: int, chunk_tokens: int) -> Rows:
     """[T, L] which of the T * L vectors stands at a token and layer: one of the same layer, of another token of the
     chunk, by a random cycle of the chunk's tokens at each layer. A token that is alone in its chunk keeps its own."""
-    keys = random_keys(seed, 1, token, n_layers)
+    keys = _keys(seed, 1, token, n_layers)
     source = np.empty(keys.shape, np.int64)
     chunk = token // chunk_tokens
     edges = [0, *(np.flatnonzero(np.diff(chunk)) + 1), len(token)]
@@ -54,7 +54,7 @@ NULLS: Mapping[str, Callable[[int, NDArray[np.int64], int, int], Rows]] = {
 """name -> rows(seed, token [T] ascending places in the store, n_layers, tokens of a chunk)."""
 
 
-def random_keys(seed: int, stream: int, token: NDArray[np.int64], n_layers: int) -> NDArray[np.uint64]:
+def _keys(seed: int, stream: int, token: NDArray[np.int64], n_layers: int) -> NDArray[np.uint64]:
     """[T, L] numbers that look random: SplitMix64 (Steele et al. 2014) over seed, stream, token and layer in turn."""
     state = mixed(np.full(1, (2 * seed + stream) % 2**64, np.uint64))
     state = mixed(state ^ token.astype(np.uint64))
@@ -62,6 +62,7 @@ def random_keys(seed: int, stream: int, token: NDArray[np.int64], n_layers: int)
 
 
 def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A step of SplitMix64: of each number one that looks random."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -250,7 +250,8 @@ def _checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
         size: float = value if isinstance(value, (int, float)) else len(value)
         most: float = MOST["text"] if isinstance(value, str) else MOST.get(key) or 2**31
         if not 0 <= size <= most:  # NaN too
-            raise Refused(400, f"{key} should be from 0 to {most:,}, found {size:,}")
+            what = key if isinstance(value, int | float) else f"the length of {key}"
+            raise Refused(400, f"{what} should be from 0 to {most:,}, found {size:,}")
     if not all(isinstance(change, dict) for change in given.get("changes", [])):
         raise Refused(400, "changes should be a list of objects; the analysis says of what kind")
     return given

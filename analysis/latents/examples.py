@@ -247,6 +247,8 @@ where the token was not analysed."""
 class Contexts(NamedTuple):
     """Text of some tokens and of what is around them."""
 
+    place: NDArray[np.int64]
+    """Theirs in the store, ascending."""
     before: pa.StringArray
     """Text of a token's window before it."""
     token: pa.StringArray
@@ -261,17 +263,16 @@ def write_found(
     path: Path,
     found: Examples,
     windows: Windows,
-    tokens: TokenTable,
-    tokenizer: Tokenizer | None,
+    contexts: Contexts,
+    kind: str,
     layer_numbers: Sequence[int],
 ) -> int:
-    """Write examples.parquet of examples that were found; the number of rows. tokenizer: None where there is none.
-    layer_numbers: [L] the model's block indices of the codes' layers."""
+    """Write examples.parquet of examples that were found; the number of rows. contexts: of their tokens, and perhaps of
+    others; kind: "tokens", or "ids" where these are no text. layer_numbers: [L] the model's block indices of the codes'
+    layers."""
     start, stop, activations = windows
-    shown, place = np.unique(found.token, return_inverse=True)
-    contexts = contexts_of(tokens, tokenizer, shown)
-    numbers = np.asarray(layer_numbers, np.int64)
-    metadata = {"texts": "tokens" if tokenizer is not None else "ids"}
+    place, numbers = np.searchsorted(contexts.place, found.token), np.asarray(layer_numbers, np.int64)
+    metadata = {"texts": kind}
     with pq.ParquetWriter(path, COLUMNS.with_metadata(metadata), compression="zstd") as writer:
         for low in range(0, len(found.latent), _ROWS_AT_ONCE):
             rows = slice(low, low + _ROWS_AT_ONCE)
@@ -320,4 +321,4 @@ def contexts_of(tokens: TokenTable, tokenizer: Tokenizer | None, token: NDArray[
                 before += texts[owner][:-1] if owner >= low else ""
             rows.append((before, shown, "".join(texts[t + 1 : high])))
     before, shown, after = (pa.array([row[i] for row in rows], pa.string()) for i in range(3))
-    return Contexts(before, shown, after, pa.array(all_texts, pa.string()))
+    return Contexts(token, before, shown, after, pa.array(all_texts, pa.string()))

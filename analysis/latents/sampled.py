@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.baselines.nulls import mixed, random_keys
+from analysis.baselines.nulls import mixed
 from analysis.latents.examples import MAX_EXAMPLES, Examples
 from analysis.loops import compiled
 from analysis.tiles import CodeTile
@@ -45,7 +45,7 @@ class SampledTokens:
     def add(self, codes: CodeTile) -> None:
         """Offer tokens, in place. A token must be offered once."""
         values, indices = np.ascontiguousarray(codes.values), np.ascontiguousarray(codes.indices)
-        keys = random_keys(0, 2, codes.token, 1)[:, 0]
+        keys = mixed(codes.token.astype(np.uint64))
         _draw(values, indices, codes.token, keys, self.key, self.activation, self.layer, self.token)
 
     def found(self, document: NDArray[np.integer]) -> Examples:

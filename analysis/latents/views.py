@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 
 from analysis.inputs import Inputs, TaskSpec
 from analysis.latents.contexts import agreement_summary, context_agreement, contexts_per_layer
-from analysis.latents.examples import REACH, Examples, TopExamples, examples_per_layer, windows_of, write_found
+from analysis.latents.examples import (
+    REACH,
+    Examples,
+    TopExamples,
+    contexts_of,
+    examples_per_layer,
+    windows_of,
+    write_found,
+)
 from analysis.latents.sampled import SampledTokens
 from analysis.latents.table import LatentTable
 from analysis.latents.words import find_words
@@ -88,8 +96,9 @@ def view_latents(
     all_windows, cut = windows_of(Examples(*both), tokens, codes, selection.analysed), len(found.latent)
     windows, around_drawn = all_windows.rows(slice(cut)), all_windows.rows(slice(cut, None))
     words = find_words(found, windows, tokens, selection.analysed, tokenizer, layer_numbers, n_latents)
-    n_rows = write_found(folder / EXAMPLES, found, windows, tokens, tokenizer, layer_numbers)
-    write_found(folder / RANDOM_EXAMPLES, drawn, around_drawn, tokens, tokenizer, layer_numbers)
+    texts = contexts_of(tokens, tokenizer, np.unique(np.r_[found.token, drawn.token])), "tokens" if tokenizer else "ids"
+    n_rows = write_found(folder / EXAMPLES, found, windows, *texts, layer_numbers)
+    write_found(folder / RANDOM_EXAMPLES, drawn, around_drawn, *texts, layer_numbers)
     agreement = context_agreement(strongest.token, table.n_tokens)
     summary = {"rows": n_rows, "per_layer": n, "random": sample.token.shape[1], "tokens_around": REACH}
     summary["no_text"] = reason

@@ -169,7 +169,8 @@ def load_model(
         if hasattr(rotary, "max_seq_len_cached"):
             rotary.register_forward_pre_hook(reset_rope)
     sanity.refuse_more_blocks(spec.name, unused, prefix, name_of(blocks, base), len(blocks))
-    _loading(spec, "forward pass", lambda: sanity.refuse_not_causal(spec.name, kind, base, longest_context(config)))
+    tried = base, blocks[0], model.get_input_embeddings(), d_model_of(config), longest_context(config)
+    _loading(spec, "forward pass", lambda: sanity.refuse_unknown_stream(f"{spec.name} ({kind})", *tried))
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(spec)
     refuse_exchanged(spec)
     return LoadedModel(

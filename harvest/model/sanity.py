@@ -73,13 +73,15 @@ def refuse_more_blocks(model: str, unused: Iterable[str], base_prefix: str, bloc
 
 
 @torch.inference_mode()
-def refuse_not_causal(model: str, architecture: str, base: Any, longest: int | None) -> None:
-    """`IncompatibleError` where later tokens change the residual stream of earlier ones: an encoder.
+def refuse_unknown_stream(
+    model: str, base: Any, block: nn.Module, embedding: Any, d_model: int, longest: int | None
+) -> None:
+    """`IncompatibleError` where a block gives no vector of `d_model` for each token, as where several streams run side
+    by side, or later tokens change the residual stream of earlier ones: an encoder.
 
-    longest: positions that the model takes. Other tokens in the second half of a short sequence must leave the first
-    half as it was, but for rounding (experts compute together what falls to them).
+    model: its name and class; longest: positions that the model takes. Other tokens in the second half of a short
+    sequence must leave the first half as it was, but for rounding (experts compute together what falls to them).
     """
-    embedding = base.get_input_embeddings()
     n = min(_TRIED_TOKENS, longest or _TRIED_TOKENS) // 2 * 2
     if n == 0 or not isinstance(embedding, nn.Embedding):
         return
@@ -87,11 +89,21 @@ def refuse_not_causal(model: str, architecture: str, base: Any, longest: int | N
     place = torch.arange(n, device="cpu" if weight.is_meta else weight.device)  # meta: it lies on a disk until it runs
     ids = place[None] * 7 % len(weight)
     changed = torch.where(place < n // 2, ids, (ids + 1) % len(weight))
-    one, other = (base(input_ids=given, use_cache=False)[0][0, : n // 2].float() for given in (ids, changed))
+    shapes: list[list[int]] = []
+
+    def look(module: Any, arguments: Any, output: Any) -> None:
+        shapes.append(list(getattr(output[0] if isinstance(output, tuple | list) else output, "shape", ())))
+
+    with block.register_forward_hook(look):
+        one, other = (base(input_ids=given, use_cache=False)[0][0, : n // 2].float() for given in (ids, changed))
+    if shapes and shapes[0] != [1, n, d_model]:
+        what = f"a block's output should be [sequences, tokens, d_model], here {[1, n, d_model]}, found {shapes[0]}"
+        why = "it has no single residual stream; this architecture is not supported"
+        raise IncompatibleError(f"{model}: {what}: {why}")
     error = ((one - other).norm(dim=-1) / one.norm(dim=-1)).median().item()
     if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):
         raise IncompatibleError(
-            f"{model} ({architecture}): later tokens change the residual stream of earlier ones (by {error:.1g} of its"
+            f"{model}: later tokens change the residual stream of earlier ones (by {error:.1g} of its"
             " norm), so this is an encoder, not a causal language model; give a model that predicts the next token"
         )
 

@@ -70,7 +70,8 @@ def best_batch(vectors: int) -> int:
 
 def best_lr(n_latents: int, batch_size: float, vectors: float) -> float:
     """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432
-    latents."""
+    latents. A batch that is larger than the run counts as no larger."""
+    batch_size = min(batch_size, vectors)
     return 2.75e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
 
 

@@ -51,7 +51,9 @@ class Ranks:
         if latents == 1:
             return
         if self.size % latents:
-            raise UsageError(f"--shard-latents {latents} does not divide the number of processes, {self.size}")
+            raise UsageError(
+                f"--shard-latents {latents} does not divide the number of processes, {self.size}: give --n-procs"
+            )
         from torch.distributed.device_mesh import init_device_mesh
 
         mesh = init_device_mesh(device, (self.size // latents, latents), mesh_dim_names=("rows", "latents"))

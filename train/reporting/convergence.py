@@ -20,8 +20,9 @@ from train.parallel.ranks import ALONE, Ranks
 NUMBERS = ("fvu", "ratio", "stays_on")
 """Of a point of the curve, beside step and vectors; None where not defined."""
 
-SETTLED = 0.01
-"""A ratio is settled that moved by less than this share of it over the last quarter of the training."""
+SETTLED, FVU_SETTLED, LEAST_STEPS = 0.01, 0.1, 20
+"""A ratio is settled that moved by less than this share of it over the last quarter of the training, while FVU moved by
+less than that share of it, where so many steps lie between."""
 
 
 class Spread(NamedTuple):
@@ -99,7 +100,7 @@ def last_quarter(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How the numbers moved from the point nearest three quarters of the training to its end.
 
     `steps` between the two; `fvu`, `ratio` and `stays_on`: the change as a share of the last value, None where not
-    defined; `settled`: whether the ratio's is below `SETTLED`. None where the curve has no point to start from.
+    defined; `settled`: by `SETTLED` and what stands beside it. None where the curve has no point to start from.
     """
     early = [point for point in curve if point["vectors"] < 0.9 * curve[-1]["vectors"]]
     if not early:
@@ -107,8 +108,9 @@ def last_quarter(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     last = curve[-1]
     start = min(early, key=lambda point: abs(point["vectors"] - 0.75 * last["vectors"]))
     moved = {name: 1 - start[name] / last[name] if start.get(name) and last.get(name) else None for name in NUMBERS}
-    settled = None if moved["ratio"] is None else abs(moved["ratio"]) < SETTLED
-    return {"steps": last["step"] - start["step"], **moved, "settled": settled}
+    steps, still = last["step"] - start["step"], abs(moved["fvu"] or 0.0) < FVU_SETTLED
+    settled = None if moved["ratio"] is None else abs(moved["ratio"]) < SETTLED and still and steps >= LEAST_STEPS
+    return {"steps": steps, **moved, "settled": settled}
 
 
 def in_words(moved: Mapping[str, Any] | None) -> str:
@@ -116,8 +118,9 @@ def in_words(moved: Mapping[str, Any] | None) -> str:
     if moved is None or moved["ratio"] is None:
         return ""
     fvu = "" if moved["fvu"] is None else f" and FVU by {moved['fvu']:+.1%}"
+    last = "step" if moved["steps"] == 1 else f"{moved['steps']:,} steps"
     return (
-        f"The ratio has {'' if moved['settled'] else 'not '}settled: over the last {moved['steps']:,} steps of the "
-        f"training it moved by {moved['ratio']:+.1%}{fvu}, on a sample of held-out tokens (settled: below "
-        f"{SETTLED:.0%})."
+        f"The ratio has {'' if moved['settled'] else 'not '}settled: over the last {last} of the training it moved by "
+        f"{moved['ratio']:+.1%}{fvu}, on a sample of held-out tokens (settled: below {SETTLED:.0%}, FVU below "
+        f"{FVU_SETTLED:.0%}, over {LEAST_STEPS} steps or more)."
     )

@@ -20,6 +20,9 @@ _SETTLED = {True: "yes", False: "no", None: "-"}
 _HIGH = 10
 """Times the default: a learning rate above this is more likely too high than the run too short for it."""
 
+_LOW, _SMALL_BATCH = 0.5, 128
+"""Times the default: only a learning rate below this is called low; batches of so many vectors are small enough."""
+
 _MANY_DEAD = 0.1
 """Share of dead latents that is worth a word."""
 
@@ -104,14 +107,16 @@ def _advice(result: TrainResult) -> list[str]:
     if held_out is not None and held_out.fvu > 1 and times > _HIGH:
         lines.append(f"an FVU above 1, at {times:.2g} times the default rate: lower --lr {lr:.2g}")
     elif held_out is not None and held_out.fvu > 1:
-        lines.append(
-            "an FVU above 1 mostly means a run too short for its learning rate: train longer (--epochs, or a larger "
-            f"store), with smaller batches than --batch-size {plan.chosen.batch_size}, or with a higher --lr than "
-            f"{lr:.2g}"
-        )
+        ways = ["train longer (--epochs, or a larger store)"]
+        if plan.chosen.batch_size > _SMALL_BATCH:
+            ways.append(f"with smaller batches than --batch-size {plan.chosen.batch_size}")
+        if times < _LOW:
+            ways.append(f"with a higher --lr than {lr:.2g}, {times:.2g} times the default rate")
+        lines.append(f"an FVU above 1 after {counted(plan.steps, 'step')} mostly means too few: {', or '.join(ways)}")
     if metrics["dead_fraction"] > _MANY_DEAD:
+        lower = f"lower --lr {lr:.2g}, " * (times >= _LOW)
         lines.append(
-            f"{metrics['dead_fraction']:.0%} of the latents are dead: train longer, lower --lr {lr:.2g}, or ask for "
+            f"{metrics['dead_fraction']:.0%} of the latents are dead: train longer, {lower}or ask for "
             f"fewer latents than --n-latents {plan.model.n_latents}"
         )
     if held_out is not None and metrics["fvu"] is not None and plan.epochs > 1 and held_out.fvu > 2 * metrics["fvu"]:
@@ -143,8 +148,8 @@ def table_of(results: Sequence[TrainResult]) -> str:
     tokens = max(result.validation.tokens if result.validation else 0 for result in results)
     title = (
         f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
-        "tokens of held-out documents, mean over layers; dead: share of the latents; settled: the ratio of variances "
-        "moved by less than 1 % in the last quarter"
+        "tokens of held-out documents, mean over layers; dead: share of the latents; settled: in the last quarter, of 20 "
+        "steps or more, the ratio of variances moved by less than 1 % and FVU by less than 10 %"
     )
     return "\n".join([title, *aligned(lines)])
 

@@ -18,6 +18,7 @@ from analysis.latents.examples import (
     MAX_EXAMPLES,
     REACH,
     TopExamples,
+    contexts_of,
     examples_per_layer,
     window_bounds,
     windows_of,
@@ -50,7 +51,8 @@ def write_examples(
         top.add(tile, tokens.document[tile.token])
     found = top.found()
     windows = windows_of(found, tokens, codes, analysed)
-    return write_found(path, found, windows, tokens, tokenizer and Tokenizer(tokenizer), layer_numbers)
+    texts = contexts_of(tokens, tokenizer and Tokenizer(tokenizer), np.unique(found.token))
+    return write_found(path, found, windows, texts, "tokens" if tokenizer else "ids", layer_numbers)
 
 
 class Planted:

@@ -52,6 +52,41 @@ def test_an_encoder_is_refused_and_the_same_model_as_a_decoder_is_not(
     assert load_model(resolve_model(str(save(tmp_path / "decoder", bert(is_decoder=True))))).n_layers == 2
 
 
+def test_a_decoder_without_embeddings_of_its_own_is_loaded(tmp_path: Path) -> None:
+    """The base model of BART's decoder answers `get_input_embeddings` with an error."""
+    sizes = {
+        "d_model": D_MODEL,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 64,
+    }
+    config = transformers.BartConfig(vocab_size=260, max_position_embeddings=64, is_decoder=True, **sizes)
+    config.is_encoder_decoder = False
+    assert load_model(resolve_model(str(save(tmp_path / "bart", transformers.BartForCausalLM(config))))).n_layers == 2
+
+
+def test_several_residual_streams_are_refused() -> None:
+    class Streams(torch.nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.n, self.embedding, self.block = n, torch.nn.Embedding(260, 8), torch.nn.Identity()
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+            streams = self.block(
+                self.embedding(input_ids).expand(self.n, -1, -1, -1) if self.n > 1 else self.embedding(input_ids)
+            )
+            return (streams.reshape(-1, *streams.shape[-2:])[:1],)
+
+    one, four = Streams(1), Streams(4)
+    sanity.refuse_unknown_stream("one", one, one.block, one.embedding, 8, None)
+    with pytest.raises(
+        IncompatibleError,
+        match=r"^four: a block's output .* here \[1, (\d+), 8\], found \[4, 1, \1, 8\]: .* not supported",
+    ):
+        sanity.refuse_unknown_stream("four", four, four.block, four.embedding, 8, None)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("of", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"])
 @pytest.mark.parametrize("size", [2**20, 2**28])

@@ -58,9 +58,20 @@ def test_the_last_quarter_is_from_the_point_nearest_three_quarters() -> None:
         "stays_on": None,
         "settled": False,
     }
-    still = last_quarter([point(300, ratio=1.51), point(400, ratio=1.5)])
-    assert still is not None
-    assert still["settled"] is True
+
+
+def test_settled_means_that_the_ratio_stays_and_that_there_was_time_to_see_it() -> None:
+    def settled(*points: dict[str, Any]) -> bool | None:
+        moved = last_quarter(points)
+        assert moved is not None
+        return moved["settled"]
+
+    assert settled(point(600, ratio=1.51), point(800, ratio=1.5)) is True
+    assert settled(point(600, ratio=1.52), point(800, ratio=1.5)) is False
+    assert settled(point(600, ratio=1.5), point(790, ratio=1.5)) is False  # 19 steps
+    assert settled(point(600, ratio=1.5, fvu=0.56), point(800, ratio=1.5)) is False  # FVU fell by 12 %
+    assert settled(point(600, ratio=1.5, fvu=None), point(800, ratio=1.5, fvu=None)) is True
+    assert settled(point(600), point(800)) is None
 
 
 def test_without_a_point_before_the_end_nothing_is_said() -> None:
@@ -70,11 +81,12 @@ def test_without_a_point_before_the_end_nothing_is_said() -> None:
 def test_in_words_it_says_what_moved_and_by_how_much() -> None:
     assert in_words(last_quarter([point(300, ratio=2.0), point(400, ratio=1.6)])) == (
         "The ratio has not settled: over the last 10 steps of the training it moved by -25.0% and FVU by +0.0%, "
-        "on a sample of held-out tokens (settled: below 1%)."
+        "on a sample of held-out tokens (settled: below 1%, FVU below 10%, over 20 steps or more)."
     )
-    assert in_words(last_quarter([point(300, ratio=1.0), point(400, ratio=1.001)])).startswith(
-        "The ratio has settled: "
+    assert in_words(last_quarter([point(600, ratio=1.0), point(800, ratio=1.001)])).startswith(
+        "The ratio has settled: over the last 20 steps"
     )
+    assert "not settled: over the last step of" in in_words(last_quarter([point(30, ratio=1.0), point(40, ratio=1.0)]))
     assert in_words(None) == in_words(last_quarter([point(100), point(200)])) == ""
 
 
