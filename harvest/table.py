@@ -20,7 +20,7 @@ from harvest.text.encode import encode_documents
 from harvest.text.mixing import Mixture
 from harvest.text.packing import Packing, sequences
 from harvest.text.sources import TextSource
-from residscope.errors import IncompatibleError
+from residscope.errors import IncompatibleError, UsageError
 from store.arrays import TokenTable
 
 _PIECE = 1 << 22
@@ -72,7 +72,9 @@ def pack(
         found.append(ids)
     n = min(n, limit)
     if n == 0:
-        way_out = "check --dataset, --split and --text-column (or --token-column), or raise --max-tokens"
+        if limit <= more:
+            raise UsageError(f"--max-tokens {max_tokens} leaves no room for text: raise it")
+        way_out = "check --dataset, --split and --text-column (or --token-column)"
         raise IncompatibleError(f"no text found: there are no documents, or all are empty; {way_out}")
     if not packing.packed:
         return _one_each(found, packing, n)

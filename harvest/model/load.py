@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +39,8 @@ settle_first_calls(torch)  # before anything is computed, wherever a model is
 
 T = TypeVar("T")
 _DAMAGED = (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError, pickle.UnpicklingError, EOFError)
+_PATCHED = Lock()
+"""While weights are loaded, some versions of transformers patch what all threads make."""
 _MOST_BLOCKS, _COUNTS = 10_000, ("layer", "layers", "experts")
 
 
@@ -236,7 +239,8 @@ def _weights(
         folder = TemporaryDirectory(prefix="residscope-", ignore_cleanup_errors=True) if spread else None
         arguments |= {"device_map": "auto", "offload_folder": folder.name} if folder else {}
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
-        model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
+        with _PATCHED:
+            model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
         model.offload_folder = folder  # with what accelerate puts there, it goes when the model does
         if spec.source == "hub":  # A commit says nothing of what is on this disk.
             file = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)

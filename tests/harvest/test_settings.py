@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,14 @@ def test_the_default_batch_keeps_within_its_bounds() -> None:
     assert default_batch_size(2048, 6_144, "cpu") == 1
     assert default_batch_size(2048, 34_560, "cuda", "50GB") == 2
     assert default_batch_size(128, 4_608, "cpu", "256MB") == 4  # 6 are a 64th of it
+
+
+def leave_memory(n_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a GPU that has so much memory."""
+    if hasattr(spreading, "accelerate_max_memory"):
+        monkeypatch.setattr(spreading, "accelerate_max_memory", lambda given: {"cpu": n_bytes})
+    else:  # transformers before 5
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=n_bytes))
 
 
 def experts(folder: Path) -> Path:
@@ -57,7 +66,7 @@ def test_weights_that_must_be_laid_out_anew_are_spread_and_leave_nothing(
     whole = harvest(config(**options, out=tmp_path / "whole.zarr")).content_hash
     (tmp_path / "left").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "left"))
-    monkeypatch.setattr(spreading, "accelerate_max_memory", lambda given: {"cpu": 20_000})
+    leave_memory(20_000, monkeypatch)
     assert harvest(config(**options, device_map="auto")).content_hash == whole
     gc.collect()
     assert not [*(tmp_path / "left").iterdir()]
@@ -70,7 +79,7 @@ def test_a_model_larger_than_the_memory_is_spread_and_gives_the_same_vectors(
     whole = harvest(config(architecture, max_tokens=120, out=tmp_path / "whole.zarr")).content_hash
     embedding = load_weights(resolve(config(architecture))).base.get_input_embeddings().weight
     # There is one device here, so that what does not fit lies on the disk.
-    monkeypatch.setattr(spreading, "accelerate_max_memory", lambda given: {"cpu": embedding.nbytes // 2})
+    leave_memory(embedding.nbytes // 2, monkeypatch)
     model = load_weights(resolve(config(architecture, device_map="auto")))
     assert any(weight.is_meta for weight in model.blocks.parameters())
     assert harvest(config(architecture, max_tokens=120, device_map="auto")).content_hash == whole
