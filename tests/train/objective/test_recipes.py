@@ -47,9 +47,11 @@ def test_clipping_at_zero_is_none(store: ActivationStore) -> None:
 
 def test_best_is_the_default_and_its_rate_falls_with_size_and_length() -> None:
     assert (recipe_of().recipe, recipe_of().decay_fraction) == ("best", 0.5)
+    assert [recipe_of(activation=name).encoder_scale for name in ("topk", "batchtopk", "relu")] == [0.1, 0.4, 0.4]
     assert best_lr(4608, 1024, 500_000) == 2.75e-3
     assert best_lr(16 * 4608, 1024, 500_000) == pytest.approx(1.375e-3)
     assert best_lr(4608, 1024, 16 * 500_000) == pytest.approx(1.375e-3)
+    assert best_lr(4608, 10**6, 500_000) == best_lr(4608, 500_000, 500_000)  # no batch is larger than the run
 
 
 def test_batches_grow_with_the_run() -> None:
