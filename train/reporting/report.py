@@ -148,8 +148,8 @@ def table_of(results: Sequence[TrainResult]) -> str:
     tokens = max(result.validation.tokens if result.validation else 0 for result in results)
     title = (
         f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
-        "tokens of held-out documents, mean over layers; dead: share of the latents; settled: in the last quarter, of 20 "
-        "steps or more, the ratio of variances moved by less than 1 % and FVU by less than 10 %"
+        "tokens of held-out documents, mean over layers; dead: share of the latents; settled: in the last quarter, of "
+        "20 steps or more, the ratio of variances moved by less than 1 % and FVU by less than 10 %"
     )
     return "\n".join([title, *aligned(lines)])
 

@@ -16,7 +16,7 @@ from train.run import train
 def base(store: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """17 steps, in which latents die; 41 latents, which two do not share evenly."""
     flags: dict[str, Any] = {"n_latents": 41, "k": 4, "batch_size": 64, "dead_tokens": 20, "dtype": "float32"}
-    flags |= {"window_gb": 1e-5, "log_every": 4, "threads": 1, "kernels": "torch", "lr": 0.002}
+    flags |= {"window_gb": 1e-5, "log_every": 4, "threads": 1, "kernels": "torch", "lr": 0.002, "encoder_scale": 1.0}
     return train_config(store=store, out=tmp_path_factory.mktemp("one") / "ckpt.pt", **flags)
 
 

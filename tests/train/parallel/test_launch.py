@@ -15,7 +15,7 @@ from train.parallel.launch import joined
 
 ROOT = Path(__file__).parents[3]
 FLAGS = ["--n-latents=41", "--k=4", "--batch-size=64", "--threads=1", "--kernels=torch", "--window-gb=1e-5"]
-FLAGS += ["--dtype=float32", "--lr=0.002", "--dead-tokens=20", "--log-every=4", "--steps=17"]
+FLAGS += ["--dtype=float32", "--lr=0.002", "--encoder-scale=1", "--dead-tokens=20", "--log-every=4", "--steps=17"]
 FLAGS += ["--n-procs=2", "--checkpoint-every=5"]
 """Those of `base`."""
 
