@@ -98,8 +98,7 @@ def refuse_unknown_stream(
         one, other = (base(input_ids=given, use_cache=False)[0][0, : n // 2].float() for given in (ids, changed))
     if shapes and shapes[0] != [1, n, d_model]:
         what = f"a block's output should be [sequences, tokens, d_model], here {[1, n, d_model]}, found {shapes[0]}"
-        why = "it has no single residual stream; this architecture is not supported"
-        raise IncompatibleError(f"{model}: {what}: {why}")
+        raise IncompatibleError(f"{model}: {what}: this architecture is not supported")
     error = ((one - other).norm(dim=-1) / one.norm(dim=-1)).median().item()
     if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):
         raise IncompatibleError(

@@ -27,12 +27,13 @@ def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | Non
     many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "
     n_latents, k = (spread([getattr(p.model, name) for p in plans]) for name in ("n_latents", "k"))
     say(
-        f"{many}{n_latents} latents, k {k}, {len(plan.stream_layers or plan.layers)} layers of d_model "
+        f"{many}{n_latents} latents, k {k}, {counted(len(plan.stream_layers or plan.layers), 'layer')} of d_model "
         f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "
         f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g}), learning rate "
         f"{spread([p.chosen.lr for p in plans], '.2g')} (recipe {plan.chosen.recipe})"
     )
-    machine = f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {torch.get_num_threads()} threads"
+    threads = counted(torch.get_num_threads(), "thread")
+    machine = f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {threads}"
     if memory is not None:
         machine += f"; memory about {human_bytes(memory.device)} and {human_bytes(memory.shuffle)} for the shuffle"
         machine += f", in each of {memory.local} processes" * (memory.local > 1)
