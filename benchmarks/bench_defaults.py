@@ -44,7 +44,7 @@ HELD_OUT_TOKENS = 512
 GRID = {
     "lr": (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
     "clip_norm": (0, 0.001),
-    "encoder_scale": (0.4, 1),
+    "encoder_scale": (0.1, 0.4),
     "beta2": (0.95, 0.999),
 }
 """Of flags: 5 x 2 x 2 x 2 settings."""

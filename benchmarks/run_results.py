@@ -293,7 +293,7 @@ QUANTITIES: list[tuple[str, Any]] = [
     ("FVU", _interval("reconstruction", "fvu")),
     ("tokens trained on", _plain("provenance", "sae", "trained_tokens")),
     ("change of the ratio over the last quarter of the training", _plain("convergence", "last_quarter", "ratio")),
-    ("settled (a change below 1 %)", lambda summary: str(_get(summary, "convergence", "last_quarter", "settled"))),
+    ("settled", lambda summary: str(_get(summary, "convergence", "last_quarter", "settled"))),
     *((f"held-out documents: {label}", _plain("held_out", *keys)) for label, keys in HELD_OUT_ROWS),
 ]
 """Rows of the first table: label, and how a cell is read from summary.json."""

@@ -55,16 +55,20 @@ def pack(
     max_tokens: int,
     first: Callable[[int], np.ndarray] | None = None,
 ) -> TokenTable:
-    """The table of at most `max_tokens` tokens, fewer where documents run out; `IncompatibleError` without text. first:
-    which of so many documents, bool [n_documents], are put before the others; only where documents are packed."""
+    """The table of at most `max_tokens` tokens, fewer where documents run out; `IncompatibleError` without text,
+    `UsageError` without room for any. first: which of so many documents, bool [n_documents], are put before the others;
+    only where documents are packed."""
     extra = np.array(packing.separator_ids if packing.packed else (), np.int32)
     more = packing.document_extra
     limit = packing.stream_length(max_tokens)
+    room = limit - (not packing.packed) * more  # No sequence of nothing but its opening.
+    if room <= 0:
+        raise UsageError(f"--max-tokens {max_tokens} leaves no room for text: raise it")
     found: list[np.ndarray] = []
     lengths = array("q")
     n = 0
     for document in documents:
-        if n >= limit - (not packing.packed) * more:  # No sequence of nothing but its opening.
+        if n >= room:
             break
         ids = document[: packing.longest_document]
         lengths.append(len(ids))
@@ -72,8 +76,6 @@ def pack(
         found.append(ids)
     n = min(n, limit)
     if n == 0:
-        if limit <= more:
-            raise UsageError(f"--max-tokens {max_tokens} leaves no room for text: raise it")
         way_out = "check --dataset, --split and --text-column (or --token-column)"
         raise IncompatibleError(f"no text found: there are no documents, or all are empty; {way_out}")
     if not packing.packed:

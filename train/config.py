@@ -128,7 +128,7 @@ class OptimizerConfig:
     """Adam's decay of the running mean of their squares; default: the recipe's, 0.95: gradients shrink with the
     error, and a longer memory of larger ones makes steps too small."""
     encoder_scale: float | None = None
-    """The encoder's rows start as the decoder's times this; default: the recipe's, 0.1 (0.4 but for topk)."""
+    """The encoder's rows start as the decoder's times this; default: the recipe's, 0.1 for topk and otherwise 0.4."""
     ema_decay: float | None = None
     """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
     default: the weights themselves."""

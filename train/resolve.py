@@ -196,11 +196,7 @@ def _model(config: TrainConfig, d_model: int, layers: tuple[int, ...], *, n_runs
     n_latents = n_latents if n_runs == 1 else max(1, n_latents // n_runs)
     largest_k = max(asked.k, config.objective.k_start or 0)
     if largest_k > n_latents:
-        raise UsageError(
-            f"k is {largest_k}, but there are only {n_latents} latents: "
-            + "lower k, or " * (n_latents > 0)
-            + "raise the expansion factor"
-        )
+        raise UsageError(f"k is {largest_k}, but there are only {n_latents} latents: lower k, or give more latents")
     return SAEConfig(
         d_model=d_model,
         n_latents=n_latents,

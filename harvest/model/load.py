@@ -39,8 +39,8 @@ settle_first_calls(torch)  # before anything is computed, wherever a model is
 
 T = TypeVar("T")
 _DAMAGED = (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError, pickle.UnpicklingError, EOFError)
-_PATCHED = Lock()
-"""While weights are loaded, some versions of transformers patch what all threads make."""
+_MAKING = Lock()
+"""While it makes a model, transformers changes torch's default dtype and initialisers for all threads."""
 _MOST_BLOCKS, _COUNTS = 10_000, ("layer", "layers", "experts")
 
 
@@ -152,7 +152,8 @@ def load_model(
     model: Any
     bytes_each = 4 if spec.random_init else dtype.itemsize if device.type == "cpu" and not spread else 0
     load = partial(_weights, spec.base or spec, config, dtype, bytes_each, spread)
-    model, missing, unused = _loading(spec, "model", load)
+    with _MAKING:
+        model, missing, unused = _loading(spec, "model", load)
     if spec.adapter:
         model = _loading(spec, "adapter", lambda bare=model: with_adapter(spec.name, bare, spec.location, spec.place))
     place = (lambda: model) if spread else lambda: _own_memory(model.to(device))
@@ -239,8 +240,7 @@ def _weights(
         folder = TemporaryDirectory(prefix="residscope-", ignore_cleanup_errors=True) if spread else None
         arguments |= {"device_map": "auto", "offload_folder": folder.name} if folder else {}
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
-        with _PATCHED:
-            model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
+        model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
         model.offload_folder = folder  # with what accelerate puts there, it goes when the model does
         if spec.source == "hub":  # A commit says nothing of what is on this disk.
             file = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)

@@ -84,7 +84,7 @@ def test_a_last_sequence_of_nothing_but_bos_is_left_out() -> None:
 
 def test_no_text_is_refused() -> None:
     with pytest.raises(ResidscopeError, match="no text"):
-        pack(iter([]), packing(8), 100)
+        pack(iter([]), packing(8), 1)
     with pytest.raises(UsageError, match=r"^--max-tokens 1 leaves no room for text: raise it$"):
         pack(iter([np.arange(5, dtype=np.int32)]), packing(8, bos=True), 1)
 

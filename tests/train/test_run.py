@@ -137,11 +137,14 @@ def test_a_run_whose_weights_alone_are_nan_has_diverged(
 
 
 def test_a_rate_that_is_far_too_high_is_to_be_lowered_and_a_short_run_lengthened(config: TrainConfig) -> None:
-    for lr, words in ((1e3, "times the default rate: lower --lr 1e+03"), (1e-30, "with a higher --lr than 1e-30, ")):
+    for lr, words in (
+        (1e3, "times the default rate: lower --lr 1e+03"),
+        (1e-30, "with a higher --lr than 1e-30, which is "),
+    ):
         result = train(with_values(config, lr=lr, overwrite=True))
         assert result.validation is not None
-        if result.validation.fvu > 1:
-            assert words in describe(result)
+        assert result.validation.fvu > 1
+        assert words in describe(result)
 
 
 def test_validation_and_logging_do_not_touch_the_run(config: TrainConfig) -> None:

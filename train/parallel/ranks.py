@@ -52,7 +52,7 @@ class Ranks:
             return
         if self.size % latents:
             raise UsageError(
-                f"--shard-latents {latents} does not divide the number of processes, {self.size}: give --n-procs"
+                f"--shard-latents {latents} does not divide the number of processes, {self.size}: start a multiple"
             )
         from torch.distributed.device_mesh import init_device_mesh
 

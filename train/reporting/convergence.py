@@ -21,8 +21,8 @@ NUMBERS = ("fvu", "ratio", "stays_on")
 """Of a point of the curve, beside step and vectors; None where not defined."""
 
 SETTLED, FVU_SETTLED, LEAST_STEPS = 0.01, 0.1, 20
-"""A ratio is settled that moved by less than this share of it over the last quarter of the training, while FVU moved by
-less than that share of it, where so many steps lie between."""
+"""A ratio is settled if, over the last quarter of the training, it moved by less than `SETTLED` of its last value and
+FVU by less than `FVU_SETTLED` of its own, and that quarter has `LEAST_STEPS` or more."""
 
 
 class Spread(NamedTuple):
@@ -100,7 +100,7 @@ def last_quarter(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How the numbers moved from the point nearest three quarters of the training to its end.
 
     `steps` between the two; `fvu`, `ratio` and `stays_on`: the change as a share of the last value, None where not
-    defined; `settled`: by `SETTLED` and what stands beside it. None where the curve has no point to start from.
+    defined; `settled`: see `SETTLED`. None where the curve has no point to start from.
     """
     early = [point for point in curve if point["vectors"] < 0.9 * curve[-1]["vectors"]]
     if not early:

@@ -12,7 +12,7 @@ from residscope.errors import UsageError
 from residscope.reading import reading
 from train.grid import RunSpec, as_written
 from train.objective.recipes import best_lr
-from train.reporting.convergence import in_words, last_quarter
+from train.reporting.convergence import FVU_SETTLED, LEAST_STEPS, SETTLED, in_words, last_quarter
 from train.resolve import RunPlan
 from train.validation import Validation
 
@@ -107,12 +107,14 @@ def _advice(result: TrainResult) -> list[str]:
     if held_out is not None and held_out.fvu > 1 and times > _HIGH:
         lines.append(f"an FVU above 1, at {times:.2g} times the default rate: lower --lr {lr:.2g}")
     elif held_out is not None and held_out.fvu > 1:
-        ways = ["train longer (--epochs, or a larger store)"]
+        ways = [f"train longer ({'--epochs, or a larger store' if plan.config.data.steps is None else '--steps'})"]
         if plan.chosen.batch_size > _SMALL_BATCH:
             ways.append(f"with smaller batches than --batch-size {plan.chosen.batch_size}")
         if times < _LOW:
-            ways.append(f"with a higher --lr than {lr:.2g}, {times:.2g} times the default rate")
-        lines.append(f"an FVU above 1 after {counted(plan.steps, 'step')} mostly means too few: {', or '.join(ways)}")
+            ways.append(f"with a higher --lr than {lr:.2g}, which is {times:.2g} times the default rate")
+        lines.append(
+            f"an FVU above 1 after {counted(plan.steps, 'step')} mostly means too few steps: {', or '.join(ways)}"
+        )
     if metrics["dead_fraction"] > _MANY_DEAD:
         lower = f"lower --lr {lr:.2g}, " * (times >= _LOW)
         lines.append(
@@ -148,8 +150,9 @@ def table_of(results: Sequence[TrainResult]) -> str:
     tokens = max(result.validation.tokens if result.validation else 0 for result in results)
     title = (
         f"{len(results)} runs in {human_seconds(results[0].seconds)}; FVU (lower is better) and L0 on {tokens:,} "
-        "tokens of held-out documents, mean over layers; dead: share of the latents; settled: in the last quarter, of "
-        "20 steps or more, the ratio of variances moved by less than 1 % and FVU by less than 10 %"
+        "tokens of held-out documents, mean over layers; dead: share of the latents; settled: over the last quarter, "
+        f"of {LEAST_STEPS} steps or more, the ratio of variances moved by less than {SETTLED:.0%} and FVU by less than "
+        f"{FVU_SETTLED:.0%}"
     )
     return "\n".join([title, *aligned(lines)])
 

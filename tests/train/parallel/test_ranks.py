@@ -112,7 +112,7 @@ def test_shares_cover_all_latents_once() -> None:
 
 def test_latents_that_cannot_be_shared_are_refused(base: TrainConfig) -> None:
     with pytest.raises(
-        UsageError, match="--shard-latents 2 does not divide the number of processes, 1: give --n-procs"
+        UsageError, match="--shard-latents 2 does not divide the number of processes, 1: start a multiple"
     ):
         ALONE.split(2, "cpu")
     with pytest.raises(UsageError, match="--n-procs and --shard-latents are for the command `train`"):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from residscope.console import counted
 from residscope.errors import ResidscopeError
 from tests.support.stores import make_store, random_activations
 from tests.support.training import plan_of, train_config
@@ -47,11 +48,11 @@ def test_runs_are_announced_together_and_memory_only_where_it_is_given(
         "train: 2 of 3 runs to do in one pass: 20 to 40 latents, k 4, 3 layers of d_model 12; 5 steps of 64 vectors "
         f"(epochs: {320 / (3 * int(store.tokens.keep.sum())):.3g}), learning rate 0.001 to 0.002 (recipe best)"
     )
-    assert second == f"train: cpu, float32 product, torch kernels, {torch.get_num_threads()} threads"
+    assert second == f"train: cpu, float32 product, torch kernels, {counted(torch.get_num_threads(), 'thread')}"
     words.announce(plans[:1], 1, MemoryEstimate(device=5_000_000, shuffle=2_000))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("train: 20 latents, k 4, 3 layers")
-    assert second.endswith("threads; memory about 5 MB and 2 kB for the shuffle")
+    assert second.endswith("; memory about 5 MB and 2 kB for the shuffle")
 
 
 def test_what_does_not_fit_is_refused_with_a_way_out() -> None:

@@ -72,13 +72,23 @@ def test_an_fvu_above_one_comes_with_a_way_out(config: TrainConfig) -> None:
     good, bad = (describe(replace(result, validation=result.validation._replace(fvu=fvu))) for fvu in (0.9, 1.1))
     assert "after 1 step (64 vectors of 3 layers)" in good
     assert "above 1" not in good
-    assert "an FVU above 1 after 1 step mostly means too few: train longer (--epochs, or a larger store), or" in bad
-    assert re.search(r"or with a higher --lr than 1e-06, \S+ times the default rate$", bad)
+    assert "an FVU above 1 after 1 step mostly means too few steps: train longer (--steps), or" in bad
+    assert re.search(r"or with a higher --lr than 1e-06, which is \S+ times the default rate$", bad)
     assert "--batch-size" not in bad  # 64 is small
-    usual = train(with_values(config, steps=1, overwrite=True))
+    usual = train(with_values(config, batch_size=256, overwrite=True))
     assert usual.validation is not None
     bad = describe(replace(usual, validation=usual.validation._replace(fvu=1.1)))
-    assert bad.endswith("train longer (--epochs, or a larger store)")
+    assert bad.endswith("(--epochs, or a larger store), or with smaller batches than --batch-size 256")
+
+
+def test_many_dead_latents_come_with_a_way_out(config: TrainConfig) -> None:
+    for lr, lower in ((1e-6, ""), (0.1, "lower --lr 0.1, ")):
+        result = train(with_values(config, steps=1, lr=lr, overwrite=True))
+        few, many = (
+            describe(replace(result, metrics={**result.metrics, "dead_fraction": dead})) for dead in (0.1, 0.5)
+        )
+        assert f"50% of the latents are dead: train longer, {lower}or ask for fewer latents than --n-latents" in many
+        assert "are dead" not in few
 
 
 def test_other_weights_replace_the_export(config: TrainConfig) -> None:
