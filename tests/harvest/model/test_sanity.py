@@ -54,7 +54,7 @@ def test_an_encoder_is_refused_and_the_same_model_as_a_decoder_is_not(
 
 def test_a_decoder_without_embeddings_of_its_own_is_loaded(tmp_path: Path) -> None:
     """The base model of BART's decoder answers `get_input_embeddings` with an error."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "d_model": D_MODEL,
         "encoder_layers": 2,
         "decoder_layers": 2,
