@@ -117,10 +117,10 @@ def in_words(moved: Mapping[str, Any] | None) -> str:
     """`last_quarter` as a sentence to stand beside the ratio; empty where there is nothing to say."""
     if moved is None or moved["ratio"] is None:
         return ""
-    fvu = "" if moved["fvu"] is None else f" and FVU by {moved['fvu']:+.1%}"
+    fvu = "" if moved["fvu"] is None else f" and FVU by {moved['fvu']:+.2%}"
     last = "step" if moved["steps"] == 1 else f"{moved['steps']:,} steps"
     return (
         f"The ratio has {'' if moved['settled'] else 'not '}settled: over the last {last} of the training it moved by "
-        f"{moved['ratio']:+.1%}{fvu}, on a sample of held-out tokens (settled: below {SETTLED:.0%}, FVU below "
+        f"{moved['ratio']:+.2%}{fvu}, on a sample of held-out tokens (settled: below {SETTLED:.0%}, FVU below "
         f"{FVU_SETTLED:.0%}, over {LEAST_STEPS} steps or more)."
     )

@@ -80,7 +80,7 @@ def test_without_a_point_before_the_end_nothing_is_said() -> None:
 
 def test_in_words_it_says_what_moved_and_by_how_much() -> None:
     assert in_words(last_quarter([point(300, ratio=2.0), point(400, ratio=1.6)])) == (
-        "The ratio has not settled: over the last 10 steps of the training it moved by -25.0% and FVU by +0.0%, "
+        "The ratio has not settled: over the last 10 steps of the training it moved by -25.00% and FVU by +0.00%, "
         "on a sample of held-out tokens (settled: below 1%, FVU below 10%, over 20 steps or more)."
     )
     assert in_words(last_quarter([point(600, ratio=1.0), point(800, ratio=1.001)])).startswith(
