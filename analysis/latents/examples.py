@@ -272,8 +272,7 @@ def write_found(
     layers."""
     start, stop, activations = windows
     place, numbers = np.searchsorted(contexts.place, found.token), np.asarray(layer_numbers, np.int64)
-    metadata = {"texts": kind}
-    with pq.ParquetWriter(path, COLUMNS.with_metadata(metadata), compression="zstd") as writer:
+    with pq.ParquetWriter(path, COLUMNS.with_metadata({"texts": kind}), compression="zstd") as writer:
         for low in range(0, len(found.latent), _ROWS_AT_ONCE):
             rows = slice(low, low + _ROWS_AT_ONCE)
             inside = np.arange(activations.shape[1]) < (stop - start)[rows, None]  # [rows, W]

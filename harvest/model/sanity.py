@@ -102,8 +102,8 @@ def refuse_unknown_stream(
     error = ((one - other).norm(dim=-1) / one.norm(dim=-1)).median().item()
     if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):
         raise IncompatibleError(
-            f"{model}: later tokens change the residual stream of earlier ones (by {error:.1g} of its"
-            " norm), so this is an encoder, not a causal language model; give a model that predicts the next token"
+            f"{model}: later tokens change the residual stream of earlier ones (by {error:.1g} of its norm), so this"
+            " is an encoder, not a causal language model; give a model that predicts the next token"
         )
 
 

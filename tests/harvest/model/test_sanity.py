@@ -54,14 +54,9 @@ def test_an_encoder_is_refused_and_the_same_model_as_a_decoder_is_not(
 
 def test_a_decoder_without_embeddings_of_its_own_is_loaded(tmp_path: Path) -> None:
     """The base model of BART's decoder answers `get_input_embeddings` with an error."""
-    sizes: dict[str, Any] = {
-        "d_model": D_MODEL,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "decoder_attention_heads": 4,
-        "decoder_ffn_dim": 64,
-    }
-    config = transformers.BartConfig(vocab_size=260, max_position_embeddings=64, is_decoder=True, **sizes)
+    sizes: dict[str, Any] = {"d_model": D_MODEL, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    sizes |= {"encoder_layers": 2, "decoder_layers": 2}  # its `num_hidden_layers` is the first of these
+    config = transformers.BartConfig(vocab_size=260, is_decoder=True, **sizes)
     config.is_encoder_decoder = False
     assert load_model(resolve_model(str(save(tmp_path / "bart", transformers.BartForCausalLM(config))))).n_layers == 2
 
@@ -73,9 +68,8 @@ def test_several_residual_streams_are_refused() -> None:
             self.n, self.embedding, self.block = n, torch.nn.Embedding(260, 8), torch.nn.Identity()
 
         def forward(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
-            streams = self.block(
-                self.embedding(input_ids).expand(self.n, -1, -1, -1) if self.n > 1 else self.embedding(input_ids)
-            )
+            one = self.embedding(input_ids)
+            streams = self.block(one.expand(self.n, -1, -1, -1) if self.n > 1 else one)
             return (streams.reshape(-1, *streams.shape[-2:])[:1],)
 
     one, four = Streams(1), Streams(4)
