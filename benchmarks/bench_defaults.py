@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -67,10 +68,14 @@ class Held:
             places = rng.permutation(len(train) * self.n_layers).reshape(len(train), -1)
             self.vectors = places.size
             x = np.lib.format.open_memmap(folder / "train.npy", "w+", np.float16, (self.vectors, d))
-            for start in range(0, len(train), 2048):
+
+            def put(start: int) -> None:
                 part = train[start : start + 2048]
                 raw = store.read(slice(int(part[0]), int(part[-1]) + 1))[part - part[0]]
                 x[places[start : start + 2048].ravel()] = standardize(torch.from_numpy(raw).flatten(0, 1)).x.numpy()
+
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(put, range(0, len(train), 2048)))
         self.standardized = standardize(self.raw.flatten(0, 1))
         np.save(folder / "held_out.npy", self.standardized.x.numpy())
 
@@ -109,58 +114,81 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Held-out FVU of our defaults beside other trainers' defaults.")
     parser.add_argument("--json", action="store_true", help="print one line of JSON last")
     parser.add_argument("--vectors", type=float, nargs="+", default=[1e5, 1e6], help="vectors of one pass, about")
-    parser.add_argument("--latents", type=int, default=4608, help="size of the dictionary")
+    parser.add_argument("--latents", type=int, nargs="+", default=[4608], help="sizes of the dictionary")
     parser.add_argument("--k", type=int, default=32, help="active latents on a vector")
     parser.add_argument("--seeds", type=int, default=3, help="seeds; the median counts")
     parser.add_argument("--dataset", default="pydoc", help="text, as `harvest --dataset` takes it")
     parser.add_argument("--grid", action="store_true", help="also 40 other settings of ours")
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), help="peers that are run")
+    parser.add_argument("--recipes", nargs="+", choices=["gao", "paper", "best"], default=["gao", "paper", "best"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has the peers")
     options = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory(prefix="bench-defaults-") as name:
         for vectors in options.vectors:
-            results[f"{vectors:g}"] = compare(options, vectors, Path(name))
+            results |= compare(options, vectors, Path(name))
     if options.json:
         print(json.dumps(results))
 
 
-def compare(options: argparse.Namespace, vectors: float, folder: Path) -> dict[str, float]:
-    """Everything at one size; prints a table, returns the ratios."""
+def compare(options: argparse.Namespace, vectors: float, folder: Path) -> dict[str, dict[str, float]]:
+    """Everything on one store; prints a table, and returns the ratios, of each size of dictionary."""
     path = folder / f"{vectors:g}.zarr"
     tokens = int(vectors / 30 / 0.94)
     harvest = (
         f"harvest --model smollm2-135m --max-tokens {tokens} --context-length 256 --batch-size 8 --no-pack".split()
     )
-    harvest += ["--mask-norm", "10", "--dataset", options.dataset, "--out", str(path)]
+    harvest += ["--mask-norm", "10", "--dataset", options.dataset, "--device", options.device, "--out", str(path)]
     subprocess.run([sys.executable, "-m", "residscope", *harvest], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
-    size = ["--n-latents", str(options.latents), "--k", str(options.k), "--threads", str(options.threads)]
-    runs: dict[str, list[dict[str, float]]] = {}
+    runs: dict[int, dict[str, list[dict[str, float]]]] = {latents: {} for latents in options.latents}
     held, rows = None, 0
     for seed in range(options.seeds):
-        held, flags = Held(path, folder, seed), [*size, "--seed", str(seed), "--overwrite"]
-        for recipe in ("gao", "paper", "best"):  # the last one's checkpoint says the batch size
-            runs.setdefault(f"ours, {recipe}", []).append(
-                ours(path, folder / "ckpt.pt", held, *flags, "--recipe", recipe)
-            )
-        rows = load_checkpoint(folder / "ckpt.pt").trainer["config"]["batch_size"]
-        for name in options.only if options.peers.exists() else ():
-            words = ["--latents", str(options.latents), "--k", str(options.k), "--rows", str(rows)]
-            words += ["--seed", str(seed), "--threads", str(options.threads)]
-            runs.setdefault(name, []).append(peer(options.peers, name, folder, held, words))
-        if options.grid and seed == 0:
-            for values in itertools.product(*GRID.values()):
-                given = [w for n, v in zip(GRID, values, strict=True) for w in (f"--{n.replace('_', '-')}", f"{v:g}")]
-                runs[f"grid: {' '.join(given)}"] = [ours(path, folder / "ckpt.pt", held, *flags, *given)]
+        held = Held(path, folder, seed)
+        for latents in options.latents:
+            rows = compare_runs(options, path, held, latents, seed, runs[latents])
     assert held is not None
-    return table(runs, held.vectors, rows)
+    return {f"{vectors:g}, {m} latents": table(found, held.vectors, m, rows) for m, found in runs.items()}
 
 
-def table(runs: dict[str, list[dict[str, float]]], vectors: int, rows: int) -> dict[str, float]:
+def compare_runs(
+    options: argparse.Namespace,
+    path: Path,
+    held: Held,
+    latents: int,
+    seed: int,
+    runs: dict[str, list[dict[str, float]]],
+) -> int:
+    """Add a run of each contender; gives the batch size of ours."""
+    out, size = path.parent / "ckpt.pt", ["--k", str(options.k), "--threads", str(options.threads)]
+    size += ["--seed", str(seed), "--device", options.device]
+    flags = ["--n-latents", str(latents), "--overwrite", *size]
+
+    def add(name: str, found: dict[str, float]) -> None:
+        print(
+            f"{held.vectors:,} vectors, {latents:,} latents, seed {seed}, {name}: {found}", file=sys.stderr, flush=True
+        )
+        runs.setdefault(name, []).append(found)
+
+    for recipe in options.recipes:
+        add(f"ours, {recipe}", ours(path, out, held, *flags, "--recipe", recipe))
+    rows = load_checkpoint(out).trainer["config"]["batch_size"]  # of the last recipe
+    for name in options.only if options.peers.exists() else ():
+        words = ["--latents", str(latents), "--rows", str(rows), *size]
+        add(name, peer(options.peers, name, path.parent, held, words))
+    if options.grid and seed == 0:
+        for values in itertools.product(*GRID.values()):
+            given = [w for n, v in zip(GRID, values, strict=True) for w in (f"--{n.replace('_', '-')}", f"{v:g}")]
+            add(f"grid: {' '.join(given)}", ours(path, out, held, *flags, *given))
+    return rows
+
+
+def table(runs: dict[str, list[dict[str, float]]], vectors: int, latents: int, rows: int) -> dict[str, float]:
     """Print medians over seeds; the ratios."""
     print(
-        f"\n{vectors:,} vectors in one pass, batches of {rows:,}; medians over seeds; FVU and seconds: lower is better"
+        f"\n{vectors:,} vectors in one pass, batches of {rows:,}, {latents:,} latents; medians over seeds; "
+        "FVU and seconds: lower is better"
     )
     median = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
@@ -172,7 +200,8 @@ def table(runs: dict[str, list[dict[str, float]]], vectors: int, rows: int) -> d
             f"  {name:<70} FVU {median[name]['fvu']:.4f} ({spread}) {median[name]['seconds']:7.1f} s{dead}", flush=True
         )
     best, grid = median["ours, best"], [found["fvu"] for name, found in median.items() if name.startswith("grid")]
-    ratios = {"fvu_over_paper_recipe": best["fvu"] / median["ours, paper"]["fvu"]}
+    paper = median.get("ours, paper")
+    ratios = {} if paper is None else {"fvu_over_paper_recipe": best["fvu"] / paper["fvu"]}
     if peers := [median[name] for name in PEERS if name in median]:
         winner = min(peers, key=lambda found: found["fvu"])
         ratios |= {

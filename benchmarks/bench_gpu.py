@@ -14,6 +14,7 @@ Exit code 1 where a test fails. Not measured: several cards.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -171,7 +172,8 @@ def main() -> None:
         sys.exit("bench_gpu: torch finds no CUDA device here (`--device cpu --sizes tiny` tries the benchmark itself)")
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     tests = [sys.executable, "-m", "pytest", "-q", *TESTS]
-    passed = options.skip_tests or subprocess.run(tests, cwd=ROOT).returncode == 0
+    with_card = {**os.environ, "RESIDSCOPE_TEST_CARD": "1"}
+    passed = options.skip_tests or subprocess.run(tests, cwd=ROOT, env=with_card).returncode == 0
     results: dict[str, Any] = {
         "card": card,
         "torch": torch.__version__,

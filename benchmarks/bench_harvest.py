@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import harvest.run
 from harvest.config import HarvestConfig
+from harvest.fill import n_writers
 from harvest.model.hub import quiet
 from harvest.model.load import LoadedModel
 from harvest.sequences import sequence_batches, token_ids
@@ -38,6 +39,7 @@ from harvest.settings import load_weights, resolve
 from harvest.stored_values import host_bytes
 from harvest.table import make_table
 from harvest.text.sources import open_sources
+from residscope.cluster import n_cores
 from residscope.console import human_bytes
 from residscope.options import from_flat, with_values
 from store.activations import ActivationStore
@@ -132,7 +134,7 @@ def compare(config: HarvestConfig, rounds: int) -> dict[str, float]:
     print(
         f"  harvest over forward {ratio:.3f}, fill over forward {fill:.3f}; peak memory {human_bytes(peak_bytes())},"
         f" after forward passes alone {human_bytes(after_forward)}; stated for activations at most"
-        f" {human_bytes(host_bytes(meta, settings.batch_size))}"
+        f" {human_bytes(host_bytes(meta, settings.batch_size, n_writers(settings.device, n_cores())))}"
     )
     name = config.weights.dtype
     return {

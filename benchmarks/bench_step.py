@@ -23,6 +23,7 @@ into a temporary folder first. Times in milliseconds, lower is better. Not measu
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8"], help="of our product"
     )
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="beside ours")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python", help="python that has the peers")
     options = parser.parse_args()
     options.fvu_steps = sorted(filter(None, options.fvu_steps))
@@ -293,8 +295,8 @@ def _worker(command: list[str], log: Path) -> Iterator[Worker]:
 def start_peers(stack: ExitStack, options: argparse.Namespace, folder: Path) -> dict[str, Worker]:
     """A process for each contender and mode; of peers, only where their environment is."""
     workers = {}
-    for name, (_, modes) in CONTENDERS.items():
-        python = Path(sys.executable) if name == "dense" else options.peers
+    for name in options.contenders:
+        modes, python = CONTENDERS[name][1], Path(sys.executable) if name == "dense" else options.peers
         if not python.exists():
             print(f"{name}: left out, {python} is not there: `make bench-peers` makes it", file=sys.stderr)
             continue
@@ -311,8 +313,9 @@ def start_peers(stack: ExitStack, options: argparse.Namespace, folder: Path) -> 
 
 
 def faster(times: dict[str, float], name: str) -> float:
-    """Milliseconds of a contender in its faster mode; NaN where it was left out."""
-    return min((value for key, value in times.items() if key.startswith(f"{name}, ")), default=float("nan"))
+    """Milliseconds of a contender in its faster mode; NaN where it was left out, or ran out of memory."""
+    found = (value for key, value in times.items() if key.startswith(f"{name}, ") and not math.isnan(value))
+    return min(found, default=math.nan)
 
 
 def ratios(times: dict[str, float]) -> dict[str, float]:

@@ -39,7 +39,7 @@ def sparsify(d: int, m: int, k: int, steps: int, mean: Tensor, optimizer: str) -
     from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
     from transformers import get_linear_schedule_with_warmup
 
-    sae: Any = SparseCoder(d, SparseCoderConfig(num_latents=m, k=k), device="cpu", dtype=torch.float32)
+    sae: Any = SparseCoder(d, SparseCoderConfig(num_latents=m, k=k), device=mean.device, dtype=torch.float32)
     sae.b_dec.data.copy_(mean)
     warm_up, size = min(1000, steps // 10), (m / 2**14) ** 0.5
     made: list[Any] = []
@@ -86,6 +86,7 @@ def saelens(d: int, m: int, k: int, steps: int, mean: Tensor, _: str) -> Trainer
     )
 
     sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=m, k=k, use_sparse_activations=False))
+    sae.to(mean.device)
     sae.b_dec.data.copy_(mean)
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-4, betas=(0.9, 0.999))
 
@@ -109,7 +110,7 @@ def dictionary_learning(d: int, m: int, k: int, steps: int, mean: Tensor, _: str
     warm_up, falling = min(1000, steps // 10), int(0.8 * steps)
     trainer: Any = TopKTrainer(
         steps=steps, activation_dim=d, dict_size=m, k=k, layer=0, lm_name="none", warmup_steps=warm_up,
-        decay_start=falling, device="cpu",
+        decay_start=falling, device=str(mean.device),
     )  # fmt: skip
     trainer.ae.b_dec.data.copy_(mean)
     count = iter(range(1, steps + 1))  # not 0, which would set the bias anew
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     for name in ("latents", "k", "rows", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the peers print is no answer
@@ -139,19 +141,21 @@ def main() -> None:
     data = np.load(options.folder / "train.npy", mmap_mode="r")
     order = np.random.default_rng(options.seed).permutation(-(-len(data) // options.rows))
     make, variant = PEERS[options.name]
-    mean = torch.from_numpy(np.array(data[:8192])).float().mean(dim=0)
+    mean = torch.from_numpy(np.array(data[:8192])).float().mean(dim=0).to(options.device)
     step, finish, reconstruct = make(data.shape[1], options.latents, options.k, len(order), mean, variant)
     seconds = 0.0
     for i in order.tolist():
-        x = torch.from_numpy(np.array(data[i * options.rows : (i + 1) * options.rows])).float()
+        x = torch.from_numpy(np.array(data[i * options.rows : (i + 1) * options.rows])).to(options.device).float()
         started = time.perf_counter()
         step(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
         seconds += time.perf_counter() - started
     finish()
-    held_out = torch.from_numpy(np.load(options.folder / "held_out.npy"))
+    held_out = torch.from_numpy(np.load(options.folder / "held_out.npy")).to(options.device)
     with torch.no_grad():
         found = torch.cat([reconstruct(part).float() for part in held_out.split(1024)])
-    np.save(options.folder / "reconstructed.npy", found.numpy())
+    np.save(options.folder / "reconstructed.npy", found.cpu().numpy())
     print(json.dumps({"seconds": seconds, "steps": len(order)}), file=answers, flush=True)
 
 

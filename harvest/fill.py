@@ -2,19 +2,20 @@
 
 How: batches of sequences are fixed by the store's positions and the batch size alone, so that a run that was stopped
 computes the same batches again and the bytes do not depend on where it stopped; only batches that overlap a missing
-shard are run. Each batch is rounded into one of two host buffers, which the writer cuts into shards, checks and writes
-while the next batch is computed. Worker processes (`harvest.filling.workers`) do the same with some of the shards.
+shard are run. Each batch is rounded into one of two host buffers, which a second thread cuts into shards, and others
+check and write while the next batch is computed. Worker processes (`harvest.filling.workers`) do the same with some of
+the shards.
 
-Host memory for activations: two batches and about three shards (one being put together, its encoded copy, its
-statistics).
+Host memory for activations: `harvest.stored_values.host_bytes`.
 
 Shapes: B sequences, N positions, L stored layers, D = d_model, n = B * N tokens of a batch.
 """
 
+import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +33,15 @@ from residscope.errors import Interrupted, ResidscopeError
 from store.activations import ActivationStore
 from store.meta import StoreMeta
 
-_WRITER_THREADS = 8
+_WRITERS = 8
 
 Write = Callable[[int, np.ndarray], object]
 """Takes a shard's index and its data [t, L, D]; a view that is only valid during the call."""
+
+
+def n_writers(device: torch.device, cores: int) -> int:
+    """Shards that are written at once: a card computes them faster than a core packs them; a CPU needs its cores."""
+    return max(min(cores - 1, _WRITERS), 1) if device.type == "cuda" else 1
 
 
 class Filled(NamedTuple):
@@ -53,13 +59,13 @@ class BatchRunner:
 
     def __init__(self, model: LoadedModel, settings: Settings) -> None:
         self.layers = settings.layers
-        self.on_cuda = model.device.type == "cuda"
+        self.device = model.device
         self._model = model
         self._recorder = ResidualRecorder(model, settings.layers)
         self._lens = settings.lens
         self._dtype = TORCH_DTYPES[settings.store_dtype]
         # Copies to the host go over a stream of their own, so that the next block's work does not wait for them.
-        self._stream = torch.cuda.Stream(model.device) if self.on_cuda else None
+        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     def buffer(self, n_tokens: int) -> HostBuffer:
         """Room for batches of up to `n_tokens`."""
@@ -120,6 +126,7 @@ class ShardAssembler:
     """Cuts batches, which come in order, into the missing shards, and hands each whole one on."""
 
     def __init__(self, meta: StoreMeta, missing: Collection[int], write: Write, raw_dtype: np.dtype) -> None:
+        """write: may use its view for as long as the batch that it came with is there."""
         self._meta = meta
         self._missing = frozenset(missing)
         self._write = write
@@ -127,9 +134,10 @@ class ShardAssembler:
         self._partial: np.ndarray | None = None  # [L, S, D]: the one shard that has begun and is not whole
         self._next = 0  # The token that the partial shard goes on with.
 
-    def add(self, start: int, data: np.ndarray) -> None:
-        """Take tokens from `start` on, [n, L, D]. A shard of which an earlier part was not taken is never written."""
-        size = self._meta.shard_tokens
+    def add(self, start: int, data: np.ndarray) -> list[Any]:
+        """Take tokens from `start` on, [n, L, D]; what `write` gave of each shard that is whole by them. A shard of
+        which an earlier part was not taken is never written."""
+        size, written = self._meta.shard_tokens, []
         for shard in range(start // size, (start + len(data) - 1) // size + 1):
             if shard not in self._missing:
                 continue
@@ -137,7 +145,7 @@ class ShardAssembler:
             low, high = max(first, start), min(last, start + len(data))
             piece = data[low - start : high - start]
             if (low, high) == (first, last):
-                self._write(shard, piece)
+                written.append(self._write(shard, piece))
                 continue
             if self._partial is None:
                 self._partial = np.empty((self._meta.n_layers, size, self._meta.d_model), self._raw_dtype)
@@ -146,7 +154,9 @@ class ShardAssembler:
             partial[low - first : high - first] = piece
             self._next = high
             if high == last:
-                self._write(shard, partial[: last - first])
+                self._partial = None
+                written.append(self._write(shard, partial[: last - first]))
+        return written
 
 
 class Filler:
@@ -157,41 +167,47 @@ class Filler:
         self._store, self._runner = store, runner
         self._batches = sequence_batches(store.tokens.position, batch_size * store.meta.context_length)
         longest = max(b.stop - b.start for b in self._batches)
+        self._writers = n_writers(runner.device, cores)
         self._buffers = [runner.buffer(longest) for _ in range(min(2, len(self._batches)))]
-        self.writer_threads = max(min(cores - 1, _WRITER_THREADS), 1) if runner.on_cuda else 1
-        """For packing a shard: on a CPU the model needs the cores."""
 
     def run(self, shards: Collection[int], write: Write, stopped: Callable[[], bool]) -> None:
-        """Call `write(shard, data [t, L, D])` in a second thread for each of `shards`, ascending, until `stopped()`.
-        `ResidscopeError` for a value that is not finite."""
+        """Call `write(shard, data [t, L, D])` for each of `shards`, begun in ascending order, in other threads, until
+        `stopped()`. `ResidscopeError` for a value that is not finite."""
         store = self._store
-        assembler = ShardAssembler(store.meta, shards, write, self._buffers[0].array(0).dtype)
         failed, not_finite = list[SequenceBatch](), list[SequenceBatch]()
 
-        def take(batch: SequenceBatch, buffer: HostBuffer) -> None:
+        def take(batch: SequenceBatch, buffer: HostBuffer) -> list[Future[object]]:
             """The next batch, or nothing once one has failed: the shards of those in line behind it have a hole."""
             if failed:
-                return
+                return []
             failed.append(batch)
             buffer.wait()
             if not bool(buffer.finite.all()):
                 not_finite.append(batch)
-                return
-            assembler.add(batch.start, buffer.array(batch.stop - batch.start))
+                return []
+            begun = assembler.add(batch.start, buffer.array(batch.stop - batch.start))
             failed.clear()
+            return begun
 
-        pending: list[Future[None]] = []
-        with ThreadPoolExecutor(1, "writer") as thread:
+        def finish(taken: Future[list[Future[object]]]) -> None:
+            """Wait until nothing of a batch is in use any more."""
+            for written in taken.result():
+                written.result()
+
+        pending: list[Future[list[Future[object]]]] = []
+        with ThreadPoolExecutor(1, "assembler") as thread, ThreadPoolExecutor(self._writers, "writer") as writers:
+            dtype = self._buffers[0].array(0).dtype
+            assembler = ShardAssembler(store.meta, shards, lambda *given: writers.submit(write, *given), dtype)
             for number, batch in enumerate(batches_for(self._batches, shards, store.meta.shard_tokens)):
                 if len(pending) == len(self._buffers):
-                    pending.pop(0).result()
+                    finish(pending.pop(0))
                 buffer = self._buffers[number % len(self._buffers)]
                 ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
                 if not_finite or not self._runner.run(ids, buffer, stopped):
                     break
                 pending.append(thread.submit(take, batch, buffer))
-            for future in pending:
-                future.result()
+            for taken in pending:
+                finish(taken)
         for batch in not_finite:
             ids = torch.from_numpy(token_ids(store.tokens.token_id, batch))
             raise self._runner.explain_not_finite(ids, batch.start)
@@ -199,12 +215,13 @@ class Filler:
 
 def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled:
     """Write every missing shard of a store that is open for writing; raises what `Filler.run` and `filled` raise."""
-    filler = Filler(store, runner, batch_size, n_cores())
+    filler, lock = Filler(store, runner, batch_size, n_cores()), threading.Lock()
 
     def work(missing: list[int], stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
         def write(shard: int, data: np.ndarray) -> None:
-            store.write_shard(shard, data, threads=filler.writer_threads)
-            advance(len(data))
+            store.write_shard(shard, data)
+            with lock:
+                advance(len(data))
 
         filler.run(missing, write, stopped)
 

@@ -16,7 +16,7 @@ import xxhash
 
 from harvest.config import HarvestConfig, WorkerConfig
 from harvest.destination import has_begun, remove_store, require_room
-from harvest.fill import BatchRunner, Filled, fill
+from harvest.fill import BatchRunner, Filled, fill, n_writers
 from harvest.filling.rolling import Rolling, cut
 from harvest.filling.workers import fill_by_workers
 from harvest.model.load import LoadedModel
@@ -28,6 +28,7 @@ from harvest.settings import Settings, load_weights, require_in_vocabulary, reso
 from harvest.stored_values import host_bytes
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
+from residscope.cluster import n_cores
 from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, UsageError
 from residscope.urls import URL
@@ -77,8 +78,9 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             raise
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
-            settings, memory = job.settings, human_bytes(host_bytes(store.meta, job.settings.batch_size))
-            by_workers = config.workers != WorkerConfig()
+            settings, by_workers = job.settings, config.workers != WorkerConfig()
+            writers = n_writers(settings.device, n_cores() // (config.workers.n_workers or 1))
+            memory = human_bytes(host_bytes(store.meta, settings.batch_size, writers))
             _say(f"host memory for activations: at most {memory}" + " a worker" * by_workers)
             if by_workers:
                 model = None  # Workers load it again, and need the memory.

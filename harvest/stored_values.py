@@ -79,7 +79,8 @@ def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token
     return ResidscopeError(f"{where}: the model gives {value}. It was not stored; {way_out}")
 
 
-def host_bytes(meta: StoreMeta, batch_size: int) -> int:
-    """Most bytes of host memory that activations take during `fill`, beside the model's own."""
-    batch = min(batch_size * meta.context_length, meta.n_tokens) * meta.bytes_per_token
-    return 2 * batch + 3 * meta.shard_tokens * meta.bytes_per_token
+def host_bytes(meta: StoreMeta, batch_size: int, writers: int) -> int:
+    """Most bytes of host memory that activations take during `fill`, beside the model's own: two batches, a shard that
+    is put together of each, and each writer's encoded copy of a shard."""
+    batch = min(batch_size * meta.context_length, meta.n_tokens)
+    return (2 * batch + (2 + writers) * meta.shard_tokens) * meta.bytes_per_token

@@ -272,8 +272,8 @@ class ActivationStore:
 
     # Writing
 
-    def write_shard(self, shard: int, data: np.ndarray, keep: np.ndarray | None = None, *, threads: int = 1) -> None:
-        """Write one shard durably; it counts once this returns (shards.py).
+    def write_shard(self, shard: int, data: np.ndarray, keep: np.ndarray | None = None) -> None:
+        """Write one shard durably; it counts once this returns (shards.py). Several threads may do so at once.
 
         data: [t, L, D], t the shard's valid tokens, float32 or the stored format; fastest when each layer's [t, D] is
         contiguous, as in a transposed [L, t, D] array. keep: bool [t], the store's own mask, checked when given. For a
@@ -285,7 +285,7 @@ class ActivationStore:
         if keep is not None and not np.array_equal(keep, self._keep_of(shard)):
             raise UsageError(f"shard {shard}: keep differs from the store's own mask")
         try:
-            put = self._files.put(shard, data, self._keep_of(shard), threads=threads)
+            put = self._files.put(shard, data, self._keep_of(shard))
         except FileNotFoundError:
             writer.require_missing(shard)
             raise
@@ -303,9 +303,9 @@ class ActivationStore:
             if folder.exists():  # Else another store may be at the path.
                 remove_leftovers(self.path)
 
-    def put_shard(self, shard: int, data: np.ndarray, folder: str, *, threads: int = 1) -> PutShard:
+    def put_shard(self, shard: int, data: np.ndarray, folder: str) -> PutShard:
         """As `write_shard`, but into a folder of the process that writes the store (`incoming`), which commits it."""
-        return self._files.put(shard, data, self._keep_of(shard), folder, threads)
+        return self._files.put(shard, data, self._keep_of(shard), folder)
 
     def commit_shard(self, put: PutShard) -> None:
         """Make a shard count that another process has put; `ResidscopeError` where its files are not there."""

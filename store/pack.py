@@ -3,14 +3,13 @@
 How: values (float32 ones rounded on the way) go straight into slots (an inner chunk with room for its checksum), a
 layer at a time, and added up on the way, in float64. The loops are compiled by numba. The order of every addition is
 fixed (no fast-math), so that the same values give the same bytes on every processor; the interpreter's lock is
-released, so that threads can share out the layers.
+released, so that threads can pack several shards at once.
 
 Shapes: t valid tokens of the shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 Arrays are contiguous in the compiled loops.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numba
@@ -47,11 +46,10 @@ class ShardPacker:
         n_slots = min(meta.chunks_per_shard, meta.n_chunks) * meta.n_layers
         self._slots = np.empty((n_slots, meta.chunk_tokens * self._row_bytes + CRC_BYTES), np.uint8)
 
-    def pack(self, data: np.ndarray, keep: np.ndarray, threads: int = 1) -> PackedShard:
+    def pack(self, data: np.ndarray, keep: np.ndarray) -> PackedShard:
         """Pack [t, L, D] vectors, float32 or in the stored format; keep: bool [t].
 
-        Fastest when each layer's [t, D] is contiguous. `threads` share out the layers; the result does not depend on
-        them. `ValueError` where a value does not fit the stored format.
+        Fastest when each layer's [t, D] is contiguous. `ValueError` where a value does not fit the stored format.
         """
         meta = self._meta
         n_present = -(-len(data) // meta.chunk_tokens)
@@ -59,14 +57,8 @@ class ShardPacker:
         slots[-1, :, (len(data) - (n_present - 1) * meta.chunk_tokens) * self._row_bytes :] = 0
         kept = np.ascontiguousarray(keep, bool)
 
-        def run(layer: int) -> tuple[np.ndarray, np.ndarray, float]:
-            return _pack_layer(np.ascontiguousarray(data[:, layer]), kept, slots, layer, meta)
-
-        if threads == 1:
-            layers = [run(layer) for layer in range(meta.n_layers)]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                layers = list(pool.map(run, range(meta.n_layers)))
+        each = (np.ascontiguousarray(data[:, layer]) for layer in range(meta.n_layers))
+        layers = [_pack_layer(values, kept, slots, layer, meta) for layer, values in enumerate(each)]
         mean, m2, norm_sums = (np.stack(parts) for parts in zip(*layers, strict=True))
         moments = ShardMoments(int(kept.sum()), mean, m2, norm_sums)
         return PackedShard(slots.reshape(n_present * meta.n_layers, -1), moments)

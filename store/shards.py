@@ -20,9 +20,10 @@ Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a c
 """
 
 import os
+import threading
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -37,9 +38,6 @@ from store.files import TEMPORARY, removed_on_error, sync, write_synced
 from store.manifest import Manifest, ManifestWriter, ShardRecord
 from store.meta import ABSENT, StoreMeta
 from store.remote.objects import ObjectFile, ObjectLock, StoreLock
-
-if TYPE_CHECKING:
-    from store.pack import ShardPacker
 
 _INDEX_ENTRY_BYTES = 16
 _HASHED_LAYERS = 6
@@ -189,14 +187,14 @@ class PutShard(NamedTuple):
 
 
 class ShardFiles:
-    """Puts shards of one store on the disk, under temporary names."""
+    """Puts shards of one store on the disk, under temporary names; each thread in memory of its own."""
 
     def __init__(self, path: Path, meta: StoreMeta, lock: StoreLock | None = None) -> None:
         """lock: that of a store at a URL, to put anything there."""
         self._path, self._meta, self._lock = path, meta, lock
-        self._packer: ShardPacker | None = None
+        self._own = threading.local()
 
-    def put(self, shard: int, data: np.ndarray, keep: np.ndarray, folder: str = "", threads: int = 1) -> PutShard:
+    def put(self, shard: int, data: np.ndarray, keep: np.ndarray, folder: str = "") -> PutShard:
         """Put a shard, data [t, L, D], float32 or the stored format; keep: bool [t], the store's own mask.
 
         folder: one below the store, where names are never used twice; without it they are `NAME.tmp`, which only the
@@ -211,9 +209,10 @@ class ShardFiles:
             raise UsageError(f"shard {shard} should be float32 or {meta.stored_dtype}, found {data.dtype}")
         from store.pack import ShardPacker, seal_slots  # Imports numba, which readers do without.
 
-        self._packer = self._packer or ShardPacker(meta)
+        if not hasattr(self._own, "packer"):
+            self._own.packer = ShardPacker(meta)
         try:
-            slots, moments = self._packer.pack(data, keep, threads)
+            slots, moments = self._own.packer.pack(data, keep)
         except ValueError:
             raise self._unstorable(shard, data) from None
         parts = seal_slots(slots, meta)
@@ -261,7 +260,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, manifest: Manifest, lock: StoreLock) -> None:
         """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is committed."""
-        self._path, self._manifest, self._lock = path, manifest, lock
+        self._path, self._manifest, self._lock, self._appending = path, manifest, lock, threading.Lock()
         self._lines = lock if isinstance(lock, ObjectLock) else ManifestWriter(path, manifest.intact_bytes)
 
     def require_missing(self, shard: int) -> None:
@@ -288,8 +287,9 @@ class ShardWriter:
             raise ResidscopeError(f"{path} should have {record.bytes} bytes, found {found}; {_AGAIN}")
         for folder in {(self._path / name).parent for name in put.files.values()}:
             sync(folder)
-        self._lock.require_here(self._path)
-        self._manifest.lines[record.shard] = self._lines.append(record)
+        with self._appending:
+            self._lock.require_here(self._path)
+            self._manifest.lines[record.shard] = self._lines.append(record)
 
     def close(self) -> None:
         """Give up the lock."""

@@ -9,6 +9,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+if "RESIDSCOPE_TEST_CARD" not in os.environ:  # So that the answers are the same where there is a card: make bench-gpu.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import hypothesis
 import pytest
 import torch

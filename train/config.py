@@ -186,7 +186,7 @@ class HardwareConfig:
     """CPU threads; default: all cores, or on --resume as many as before, because the last bits depend on it."""
     tile_mb: float | None = None
     """Pre-activations held at once, in MB. Default: 16 on a CPU, where a tile that fits the last-level cache is
-    fastest; 256 on CUDA, where each tile reads all weights again."""
+    fastest; 512 on CUDA, where each tile reads all weights again."""
     deterministic: bool | None = None
     """Insist on the same bits from the same run. Default: on a CPU, where it costs nothing; on CUDA it makes steps some
     per cent slower, more where AuxK is busy, and a resume is bit for bit only with it."""

@@ -7,7 +7,8 @@ Shapes: N rows, D d_model, T tokens of the store, L layers trained on.
 """
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -57,7 +58,7 @@ class VectorSource:
         """Rows in the store's type, of any shape, as float32 on the device."""
         bfloat16 = self._stored_dtype == "bfloat16"  # which numpy does not know
         tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(rows)
-        if self.device.type == "cuda":  # From pinned memory the copy goes on while the next batch is gathered.
+        if self.device.type == "cuda":  # From pinned memory the copy waits for nobody.
             return tensor.pin_memory().to(self.device, non_blocking=True).float()
         return tensor.to(self.device).float()
 
@@ -194,6 +195,21 @@ class TrainingData:
         )
 
 
-def closing_batches(loader: WindowLoader) -> contextlib.closing[Generator[Batch]]:
-    """The loader's batches; on leaving, its reading thread is told to stop."""
-    return contextlib.closing(cast("Generator[Batch]", iter(loader)))
+@contextlib.contextmanager
+def arriving(loader: WindowLoader, source: VectorSource) -> Iterator[Iterator[Vectors]]:
+    """The loader's batches on the device; on leaving, the threads behind them end. A card is sent the next batch while
+    it is trained on one."""
+    with contextlib.closing(cast("Generator[Batch]", iter(loader))) as batches:
+        vectors = map(source, batches)
+        if source.device.type == "cpu":
+            yield vectors
+            return
+        with ThreadPoolExecutor(1, "batch") as thread:
+            yield _ahead(vectors, thread)
+
+
+def _ahead(vectors: Iterator[Vectors], thread: ThreadPoolExecutor) -> Iterator[Vectors]:
+    following = thread.submit(next, vectors, None)
+    while (found := following.result()) is not None:
+        following = thread.submit(next, vectors, None)
+        yield found

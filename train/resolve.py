@@ -112,7 +112,7 @@ class RunPlan:
 
     @property
     def tile_mb(self) -> float:
-        return self.config.hardware.tile_mb or (256 if self.device == "cuda" else 16)
+        return self.config.hardware.tile_mb or (512 if self.device == "cuda" else 16)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -20,10 +20,10 @@ from residscope.options import with_values
 from store.activations import ActivationStore
 from store.care.outliers import few_tokens
 from store.folder import is_store
-from store.loader import Batch, WindowLoader
+from store.loader import WindowLoader
 from train.checkpoint import Checkpoint
 from train.config import TrainConfig
-from train.data import TrainingData, closing_batches, stored_layers
+from train.data import TrainingData, Vectors, arriving, stored_layers
 from train.determinism import deterministic
 from train.grid import RunSpec, expand
 from train.hardware import resolve_device
@@ -156,7 +156,7 @@ class _Stream:
         self.plans = [trainer.plan for trainer in self.trainers]
         self.plan = self.plans[0]  # of which only what all plans share is used here
         self.validation = ValidationData(data.store, data.split.validation, data.stored, self.config.data.seed)
-        self.waited, self.step = 0.0, 0
+        self.waited, self.stood, self.step = 0.0, 0.0, 0
         self.memory = memory_estimate(self.plans, data.store, data.ranks)
 
     def execute(self) -> list[dict[str, Any]]:
@@ -181,14 +181,16 @@ class _Stream:
             self._start()
             whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
-            batches = stack.enter_context(closing_batches(loader))
+            batches = stack.enter_context(arriving(loader, self.data.source))
             bar = stack.enter_context(progress_bar(self.step, self.plan.steps))
             self.began = time.perf_counter()
             while self.step < self.plan.steps:
                 taking = [trainer for trainer in self.trainers if trainer.step == self.step]
                 with self._keeping(taking):
-                    batch = next(batches)
-                self._train_on(batch, taking)
+                    asked = time.perf_counter()
+                    vectors = next(batches)
+                    self.stood += time.perf_counter() - asked
+                self._train_on(vectors, taking)
                 bar.update()
                 last = self.step == self.plan.steps
                 if self.step % self.config.logging.log_every == 0 or last:
@@ -208,7 +210,8 @@ class _Stream:
         self.ranks.any(False)  # all have seen what memory is free before it is taken
         self._start()
         whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
-        with closing_batches(self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)) as batches:
+        loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
+        with arriving(loader, self.data.source) as batches:
             ends = self.plan, self.data.device, self.ranks
             seconds = time_steps(lambda: self._train_on(next(batches), self.trainers), *ends)
         return foresee(self.plans, self.data.store, self.memory, seconds)
@@ -224,9 +227,8 @@ class _Stream:
             self._stop_or_warn(self.trainers)
         self.step = self.logged = min(trainer.step for trainer in self.trainers)
 
-    def _train_on(self, batch: Batch, taking: Sequence[Trainer]) -> None:
+    def _train_on(self, vectors: Vectors, taking: Sequence[Trainer]) -> None:
         """One step of each of the trainers `taking`; `self.step` counts it."""
-        vectors = self.data.source(batch)
         for trainer in taking:
             trainer.take(vectors)
         self.step += 1
@@ -275,7 +277,8 @@ class _Stream:
     def _log(self, taking: Sequence[Trainer], loader: WindowLoader) -> str:
         """Write the metrics since the last line, and start a new window; words for the progress bar."""
         seconds = time.perf_counter() - self.began
-        waited, self.waited = loader.wait_seconds - self.waited, loader.wait_seconds
+        # What a window is waited for in another thread keeps nobody here waiting.
+        waited, self.waited, self.stood = min(loader.wait_seconds - self.waited, self.stood), loader.wait_seconds, 0.0
         sound = [trainer for trainer in taking if not trainer.diverged]
         lines = [trainer.log(seconds=seconds, waited=waited) for trainer in taking]
         self._stop_or_warn([trainer for trainer in sound if trainer.diverged])

@@ -126,7 +126,7 @@ def fill_shards(spec: FillSpec, shards: list[int]) -> list[PutShard]:
         folder, puts = store.path / spec.folder, list[PutShard]()
 
         def put(shard: int, data: np.ndarray) -> None:
-            puts.append(store.put_shard(shard, data, folder=spec.folder, threads=filler.writer_threads))
+            puts.append(store.put_shard(shard, data, folder=spec.folder))
 
         with suppress(FileNotFoundError):
             filler.run(shards, put, stopped=lambda: not folder.exists())

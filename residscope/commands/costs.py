@@ -1,8 +1,9 @@
 """What a run costs by arithmetic: bytes, seconds and memory of harvest and training, and which part bounds them.
 
-Parts of a token's harvest overlap (a thread packs while the card computes), so the longest decides. Those of a training
-step follow each other on the card, but for reading the store. Nothing here is measured: `residscope.commands.plan` puts
+Parts of a token's harvest overlap (threads pack while the card computes), so the longest decides. Those of a training
+step follow each other on the card; meanwhile the next batch is read, gathered and sent. `residscope.commands.plan` puts
 in what was measured on the machine at hand, or a card's data sheet, whose figures count with the shares of `SHARES`.
+Shares and host speeds are those of one H200 (benchmarks/results/2026-11-29-gpu.md).
 
 Symbols: L layers, D d_model, M n_latents, N vectors a step, k active latents, T tokens, G cards, R cards that share the
 latents.
@@ -43,13 +44,16 @@ CARDS = {
 }
 
 SHARES = {"forward": 0.4, "product": 0.6, "bandwidth": 0.8}
-"""Of a data sheet's figures, that a model's forward pass, the encoder's product and passes over memory are taken to
-reach: assumed, not measured."""
+"""Of a data sheet's figures, what a model's forward pass, the encoder's product and passes over memory are taken to
+reach; an H200 reached 0.44, 0.67 and 0.8."""
 
-PACKING, GATHERING = 1.5e9, 6.7e9
-"""Bytes/s that a thread packs into shards, and that rows are gathered from memory: measured on a server's CPU."""
-TILE, TABLE = 256e6, 25
+PACKING, GATHERING = 0.44e9, 6.7e9
+"""Bytes/s that each of eight threads makes into shards and writes into memory, and that rows are gathered from it."""
+TILE, TABLE = 512e6, 25
 """Bytes of pre-activations at once on a card, and of a token while text is packed."""
+
+_READING = "reading from the disk"
+_SENDING = ("gathering of rows in the machine's memory", "copies to the card")
 
 
 class Model(NamedTuple):
@@ -105,17 +109,16 @@ def step_parts(run: Training, card: Card, n_cards: int, latents: int, *, disk: f
         "weights and pre-activations in the card's memory": (2 * tiles * m * d + 4 * n * m) / bandwidth,
         "the optimiser's passes over memory": (56 * m * d / rows + (16 * m * d if rows > 1 else 0)) / bandwidth,
         "decoder and sparse gradients": 16 * n * run.k * d / bandwidth,
-        "gathering of rows in the machine's memory": 2 * n * d / GATHERING,
-        "copies to the card": 2 * n * d / card.bus,
         "sums between cards": sent / card.link,
+        **dict(zip(_SENDING, (2 * n * d / GATHERING, 2 * n * d / card.bus), strict=True)),
     }
-    return parts if disk is None else parts | {"reading from the disk": 2 * run.batch * d / disk}
+    return parts if disk is None else parts | {_READING: 2 * run.batch * d / disk}
 
 
 def step_seconds(parts: Parts) -> float:
-    """Of a step: its parts one after the other, while the next is read."""
-    reading = parts.get("reading from the disk", 0.0)
-    return max(sum(parts.values()) - reading, reading)
+    """Of a step: the card's parts one after the other, while the next batch is gathered and sent, and others read."""
+    reading, sending = parts.get(_READING, 0.0), sum(parts.get(name, 0.0) for name in _SENDING)
+    return max(sum(parts.values()) - reading - sending, sending, reading)
 
 
 def card_memory(run: Training, n_cards: int, latents: int) -> float:

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,7 @@ class ObjectLock:
         numbers = [int(path.stem) for path in (store / FOLDER).glob("*.jsonl") if path.stem.isdigit()]
         self._store, self._number, self._data = store, max(numbers, default=0), b""
         self._tag: Any = "create"
+        self._busy = Lock()  # several threads may put shards
         if numbers:
             data, _, self._tag, _ = self._segment.get()
             self._data = bytes(data)
@@ -116,8 +117,9 @@ class ObjectLock:
 
     def append(self, record: ShardRecord | bytes) -> bytes:
         """As that of `ManifestWriter`, of a line too; `ResidscopeError` where another process has taken over."""
-        self._data = b"".join(line for line in self._data.splitlines(keepends=True) if is_intact(line[:-1]))
-        self._add(line := record if isinstance(record, bytes) else sealed(record._asdict()))
+        with self._busy:
+            self._data = b"".join(line for line in self._data.splitlines(keepends=True) if is_intact(line[:-1]))
+            self._add(line := record if isinstance(record, bytes) else sealed(record._asdict()))
         return line[:-1]
 
     def write(self, path: Any, parts: Sequence[bytes | memoryview]) -> None:
@@ -132,8 +134,9 @@ class ObjectLock:
 
     def require_here(self, store: Path) -> None:
         """`ResidscopeError` where another process has taken over, or the store is gone."""
-        if not self._segment.is_file() or self._segment.get(head=True).tag["e_tag"] != self._tag["e_tag"]:
-            raise self._lost()
+        with self._busy:
+            if not self._segment.is_file() or self._segment.get(head=True).tag["e_tag"] != self._tag["e_tag"]:
+                raise self._lost()
 
     def _lost(self) -> ResidscopeError:
         return ResidscopeError(f"{self._store}: another process is writing this store now; wait until it ends")

@@ -1,18 +1,14 @@
 """Shards: each is assembled from its own tokens, whichever are missing."""
 
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.fill import Filler, ShardAssembler
+from harvest.fill import ShardAssembler, n_writers
 from harvest.sequences import batches_for, sequence_batches
 from store.meta import StoreMeta
-from tests.support.stores import make_store, random_activations
 
 SIZES = st.tuples(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5))
 
@@ -82,10 +78,6 @@ def test_a_shard_of_which_a_part_was_not_taken_is_never_written() -> None:
     assert written == [0]
 
 
-@pytest.mark.parametrize(("on_cuda", "cores", "threads"), [(True, 6, 5), (True, 1, 1), (True, 64, 8), (False, 64, 1)])
-def test_shards_are_packed_by_the_cores_that_the_model_leaves(
-    tmp_path: Path, on_cuda: bool, cores: int, threads: int
-) -> None:
-    store = make_store(tmp_path / "a.zarr", random_activations(8, 2, 4), chunk_tokens=8, shard_tokens=8)
-    runner: Any = SimpleNamespace(on_cuda=on_cuda, buffer=lambda n_tokens: None)
-    assert Filler(store, runner, 1, cores).writer_threads == threads
+@pytest.mark.parametrize(("device", "cores", "n"), [("cuda", 6, 5), ("cuda:1", 1, 1), ("cuda", 64, 8), ("cpu", 64, 1)])
+def test_as_many_shards_are_written_at_once_as_the_model_leaves_cores_for(device: str, cores: int, n: int) -> None:
+    assert n_writers(torch.device(device), cores) == n

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,44 @@ WAYS = [
 ]
 
 
-def test_layer_major_data_and_threads_give_the_same_bytes(tmp_path: Path) -> None:
+def test_layer_major_data_gives_the_same_bytes(tmp_path: Path) -> None:
     x = random_activations(100, 3, 9)
     forms = {
-        "plain": (x, 1),
-        "threads": (x, 2),
-        "layer_major": (np.ascontiguousarray(x.transpose(1, 0, 2)).transpose(1, 0, 2), 1),
-        "strided": (np.repeat(x, 2, axis=2)[:, :, ::2], 5),
-        "rounded": (from_float32(x, "bfloat16"), 2),
+        "plain": x,
+        "layer_major": np.ascontiguousarray(x.transpose(1, 0, 2)).transpose(1, 0, 2),
+        "strided": np.repeat(x, 2, axis=2)[:, :, ::2],
+        "rounded": from_float32(x, "bfloat16"),
     }
     meta, tokens = make_meta(100, 3, 9, chunk_tokens=16, shard_tokens=112), token_table(100)
     files = {}
-    for name, (data, threads) in forms.items():
+    for name, data in forms.items():
         with ActivationStore.create(tmp_path / name, meta, tokens) as store:
-            store.write_shard(0, data, tokens.keep, threads=threads)
+            store.write_shard(0, data, tokens.keep)
         files[name] = [
             (tmp_path / name / file).read_bytes() for file in ("resid_post/c.0.0.0", "shard_moments/c.0.0.0.0", FILE)
         ]
     assert all(found == files["plain"] for found in files.values())
+
+
+def test_shards_that_several_threads_write_at_once_are_those_of_one(tmp_path: Path) -> None:
+    x, hashes = random_activations(900, 3, 9), []
+    meta, tokens = make_meta(900, 3, 9, chunk_tokens=8, shard_tokens=16), token_table(900)
+    for threads in (1, 8):
+        with (
+            ActivationStore.create(tmp_path / f"{threads}", meta, tokens) as store,
+            ThreadPoolExecutor(threads) as pool,
+        ):
+            parts = ((shard, x[slice(*meta.shard_bounds(shard))]) for shard in range(meta.n_shards))
+            for written in [pool.submit(store.write_shard, *part) for part in parts]:
+                written.result()
+            store.finalize()
+        with ActivationStore.open(tmp_path / f"{threads}") as store:
+            assert not store.missing_shards()
+            hashes.append(store.content_hash)
+            np.testing.assert_array_equal(
+                store.read(slice(0, 900)), to_float32(from_float32(x, "bfloat16"), "bfloat16")
+            )
+    assert hashes[0] == hashes[1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What reaches the trainer is what is in the store: each row once an epoch, layers numbered as they are trained."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from store.loader import Batch, WindowLoader
 from store.remote.held import held_bytes
 from tests.support.stores import make_store, random_activations
 from train.config import TrainConfig
-from train.data import TrainingData, VectorSource, split_tokens
+from train.data import TrainingData, Vectors, VectorSource, arriving, split_tokens
 from train.parallel.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")
@@ -33,6 +34,50 @@ def test_every_training_row_comes_once_as_it_is_stored(tmp_path: Path, stored_dt
         ours = x[layer == position].numpy()
         theirs = expected[:, position]
         assert np.array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)])
+
+
+class ForACard(VectorSource):
+    """Vectors of a source that says it is for a card; they stay where they are."""
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__(range(n_layers), "bfloat16", CPU)
+        self._own, self.taken = VectorSource(range(n_layers), "bfloat16", CPU), 0
+        self.device = torch.device("cuda")
+
+    def __call__(self, batch: Batch) -> Vectors:
+        self.taken += 1
+        return self._own(batch)
+
+
+def test_batches_that_are_sent_ahead_are_the_same_in_the_same_order(small_store: Path) -> None:
+    with ActivationStore.open(small_store) as store:
+        before, source, ahead = threading.active_count(), VectorSource(range(3), "bfloat16", CPU), ForACard(3)
+        with (
+            arriving(WindowLoader(store, store.tokens.keep, 50, 0), source) as here,
+            arriving(WindowLoader(store, store.tokens.keep, 50, 0), ahead) as there,
+        ):
+            for number, (ours, its) in enumerate(zip(here, there, strict=True)):
+                assert torch.equal(ours.x, its.x)
+                assert torch.equal(ours.layer, its.layer)
+                if number == 3:
+                    break
+        assert 5 <= ahead.taken <= 6  # those seen and the next, of which one may be under way
+        assert threading.active_count() == before
+        whole = WindowLoader(store, store.tokens.keep, 50, 0)
+        with arriving(whole, ForACard(3)) as there:
+            assert len(list(there)) == whole.n_batches
+
+
+def test_a_fault_in_a_batch_that_is_sent_ahead_is_raised(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ActivationStore.open(small_store) as store:
+        loader = WindowLoader(store, store.tokens.keep, 50, 0)
+
+        def broken(*_: object) -> None:
+            raise OSError("the disk is gone")
+
+        monkeypatch.setattr(store, "read_blocks", broken)
+        with pytest.raises(OSError, match="the disk is gone"), arriving(loader, ForACard(3)) as batches:
+            next(batches)
 
 
 def test_bfloat16_bits_become_the_same_numbers_as_the_store_reads() -> None:

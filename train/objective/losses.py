@@ -13,6 +13,7 @@ Shapes: N rows, D d_model, M n_latents, k active latents a row, L layers, A dead
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train.hardware import dense_dtype
@@ -22,6 +23,10 @@ from train.parallel.selection import keep_largest
 
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
+
+
+_ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
+"""Rows of AuxK's weights by kind of device: an odd number of them makes products on a card three times as slow."""
 
 
 class RowWeights(NamedTuple):
@@ -81,9 +86,11 @@ def auxk(
     Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D, of as
     many rows as fit `tile_bytes` at a time. Several ranks each give their rows' part of every sum.
     """
-    dtype = dense_dtype(product_dtype)
+    dtype, n_dead = dense_dtype(product_dtype), len(W_enc)
+    unused = -n_dead % _ROW_MULTIPLE[error.device.type]  # rows of zeros: their latents are never positive
+    W_enc, W_dec = (F.pad(weight, (0, 0, 0, unused)) for weight in (W_enc, W_dec))
     encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)
-    bias = None if b_enc is None else b_enc.to(dtype)
+    bias = None if b_enc is None else F.pad(b_enc, (0, unused)).to(dtype)
     sums = AuxOutput(error.new_zeros(()), torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(len(W_enc)))
     latents = torch.tensor(len(W_enc))
     ranks.latents.sum_(latents)
@@ -108,7 +115,7 @@ def auxk(
         sums.W_dec.add_(active.t() @ grad_out)
         sums.latent_sums.add_(grad_z.sum(dim=0))
     scale = _inverse_variance(error, rows, ranks.rows)
-    return AuxOutput(*(total.mul_(scale) for total in sums))
+    return AuxOutput(sums.loss.mul_(scale), *(total[:n_dead].mul_(scale) for total in sums[1:]))
 
 
 def _inverse_variance(error: Tensor, rows: RowWeights, ranks: Ranks) -> Tensor:

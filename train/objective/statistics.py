@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.data import TrainingData, Vectors, closing_batches
+from train.data import TrainingData, Vectors, arriving
 from train.model import TOO_LONG, standardize, standardize_by_layer
 from train.model_config import Standardize
 
@@ -120,8 +120,8 @@ def statistics_of(views: Iterable[View], data: TrainingData, window_bytes: int) 
         return {}
     sample_bytes = DENOMINATOR_VECTORS * data.store.meta.d_model * data.store.meta.itemsize
     loader = data.loader(data.config.data.seed + _SEED, min(window_bytes, sample_bytes), first_part=True)
-    with closing_batches(loader) as batches:
-        return gather(views, map(data.source, batches))
+    with arriving(loader, data.source) as batches:
+        return gather(views, batches)
 
 
 def gather(views: Iterable[View], batches: Iterable[Vectors]) -> dict[View, FixedStatistics]:

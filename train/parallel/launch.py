@@ -48,6 +48,12 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
     from torch.distributed.rendezvous import rendezvous
 
     distributed: Any = torch.distributed  # whose stores are not declared
+    on_card = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    local, cards = _started("LOCAL_WORLD_SIZE") or max(size, n_procs), torch.cuda.device_count()
+    if on_card and (":" in device or local > cards):  # before any waits for another
+        way_out = "use --device cuda" if local <= cards else "start fewer, or use --device cpu"
+        found = f"this machine's {local} processes each take a card of their own, of {cards}: {way_out}"
+        raise UsageError(f"--device {device}: {found}")
     children: list[subprocess.Popen[bytes]] = []
     try:
         if size > 1:
@@ -61,12 +67,8 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
                 if any(child.poll() is not None for child in children):
                     raise ResidscopeError("--n-procs: a process ended as it started, perhaps for lack of memory")
                 time.sleep(0.05)
-        on_card = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         if on_card:
-            card, cards = _started("LOCAL_RANK"), torch.cuda.device_count()
-            if ":" in device or card >= cards:
-                raise UsageError(f"--device {device}: each process takes a card of its own, and there are {cards}")
-            torch.cuda.set_device(card)
+            torch.cuda.set_device(_started("LOCAL_RANK"))
         backend = "cpu:gloo,cuda:nccl" if on_card else "gloo"
         group = distributed.PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=size)

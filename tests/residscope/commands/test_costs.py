@@ -56,7 +56,9 @@ def test_a_step_on_one_card_by_hand() -> None:
     )
     assert step_seconds(parts) == 0.2  # the rest is done meanwhile
     rest = {name: s for name, s in parts.items() if name != "reading from the disk"}
-    assert step_seconds(rest) == pytest.approx(sum(rest.values()))
+    own = 2e9 / 0.6e12 + (2e6 + 4e7 + 56e6 + 1.6e7) / 0.8e11
+    assert step_seconds(rest) == pytest.approx(own)
+    assert step_seconds({**rest, "copies to the card": 1.0}) == pytest.approx(1 + 2e5 / GATHERING)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_what_four_cards_send_each_other(latents: int, bytes_sent: float) -> Non
 
 
 def test_latents_are_shared_by_as_few_cards_as_hold_them() -> None:
-    assert card_memory(RUN, 1, 1) == 24e6 + 1000 * (2400 + 480) + 4 * 256e6
+    assert card_memory(RUN, 1, 1) == 24e6 + 1000 * (2400 + 480) + 4 * 512e6
     large = RUN._replace(n_latents=5_000_000)  # 24 x 5e8 = 12 GB on one card of 10
     with pytest.raises(UsageError, match="--n-latents 5,000,000"):
         share_latents(large, CARD, 1)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from train.kernels.choose import choose_kernels
+from train.objective import losses
 from train.objective.losses import (
     FIRING_THRESHOLD,
     AuxOutput,
@@ -40,14 +41,14 @@ def test_the_loss_of_predicting_each_layer_mean_is_one() -> None:
     assert loss.item() == pytest.approx(1.0, rel=1e-12)
 
 
-def auxk_case(dtype: torch.dtype, product_dtype: torch.dtype, error: Tensor | None = None) -> AuxOutput:
-    """All 90 dead latents, so that no close call counts; error [300, 64], default random."""
+def auxk_case(dtype: torch.dtype, product_dtype: torch.dtype, error: Tensor | None = None, k: int = 90) -> AuxOutput:
+    """90 dead latents, by default all, so that no close call counts; error [300, 64], default random."""
     generator = torch.Generator().manual_seed(0)
     x, drawn, W = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (300, 300, 90))
     error = drawn if error is None else error.to(dtype)
     rows = row_weights(torch.zeros(300, dtype=torch.int64), x.new_ones(300, 1), x.new_ones(1), raw=False)
     return auxk(
-        x, error, rows, W, W / 8, k=90, product_dtype=product_dtype, tile_bytes=30_000, kernels=choose_kernels(W)
+        x, error, rows, W, W / 8, k=k, product_dtype=product_dtype, tile_bytes=30_000, kernels=choose_kernels(W)
     )
 
 
@@ -55,6 +56,15 @@ def test_gradients_of_auxk_in_bfloat16_are_near_those_in_float64() -> None:
     rounded, exact = auxk_case(torch.float32, torch.bfloat16), auxk_case(torch.float64, torch.float64)
     for one, other in zip(rounded, exact, strict=True):
         assert (one - other).norm() < 1e-2 * other.norm()
+
+
+@pytest.mark.parametrize("k", [7, 90])
+@pytest.mark.parametrize("multiple", [1, 64, 90])
+def test_rows_that_fill_up_a_multiple_change_nothing(monkeypatch: pytest.MonkeyPatch, multiple: int, k: int) -> None:
+    plain = auxk_case(torch.float64, torch.float64, k=k)
+    monkeypatch.setitem(losses._ROW_MULTIPLE, "cpu", multiple)
+    for found, expected in zip(auxk_case(torch.float64, torch.float64, k=k), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_equal_errors_have_no_variance_and_auxk_no_gradient() -> None:

@@ -163,19 +163,25 @@ def make_case(config: SAEConfig, n: int, seed: int, how: str) -> tuple[Weights, 
 
 
 def check(
-    config: SAEConfig, case: tuple[Weights, Tensor, RowWeights], dead: list[int], options: StepOptions, kernels: Kernels
+    config: SAEConfig,
+    case: tuple[Weights, Tensor, RowWeights],
+    dead: list[int],
+    options: StepOptions,
+    kernels: Kernels,
+    device: str = "cpu",
 ) -> None:
     weights, x, rows = case
-    counter = DeadLatents(config.n_latents, threshold=10**6, device=x.device)
+    counter = DeadLatents(config.n_latents, threshold=10**6, device=torch.device(device))
     counter.silent[dead] = 10**9
-    fast = training_step(weights, x, rows, counter, options, kernels)
-    slow = dense_step(weights, x, rows, counter.dead_latents(), options)  # after the counter saw this batch
+    there = (Weights(*(None if t is None else t.to(device) for t in weights)), x.to(device))
+    fast = training_step(*there, RowWeights(*(t.to(device) for t in rows)), counter, options, kernels)
+    slow = dense_step(weights, x, rows, counter.dead_latents().cpu(), options)  # after the counter saw this batch
     for name in ("loss", "sparsity", "auxk"):
-        torch.testing.assert_close(getattr(fast, name), getattr(slow, name), rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(fast.squared_error, slow.error.square().sum(1), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(getattr(fast, name).cpu(), getattr(slow, name), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(fast.squared_error.cpu(), slow.error.square().sum(1), rtol=1e-10, atol=1e-10)
     assert fast.active == slow.active
     for name, expected in slow.gradients.items():
-        found = getattr(fast.gradients, name)
+        found = getattr(fast.gradients, name).cpu()
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
     assert fast.gradients.threshold is None
 
@@ -214,11 +220,11 @@ def test_gradients_equal_dense_autograd(data: st.DataObject, activation: Any, ch
     tile_bytes = data.draw(st.sampled_from([1, 300, 2**20]), label="tile_bytes")
     case = make_case(config, n, data.draw(st.integers(0, 2**31), label="seed"), how)
     options = make_options(config, aux_k=aux_k, tile_bytes=tile_bytes, **changes)
-    # Of equal pre-activations the compiled kernels take the first, as the dense step does; torch takes any.
-    exact_ties = how in ("grid", "twins")
-    names = ["torch"] if device == "cuda" else ["numba"] if exact_ties else ["numba", "torch"]
-    for name in names:
-        check(config, case, dead, options, choose_kernels(torch.empty(0, dtype=torch.float64), name))
+    # Of equal pre-activations the dense step takes the first; torch takes any, and in float64 so do those for CUDA.
+    compiled, exact_ties = "triton" if device == "cuda" else "numba", how in ("grid", "twins")
+    for name in [compiled] * (device == "cpu" or not exact_ties) + ["torch"] * (not exact_ties):
+        kernels = choose_kernels(torch.empty(0, dtype=torch.float64, device=device), name)
+        check(config, case, dead, options, kernels, device)
 
 
 def test_a_matryoshka_step_by_hand() -> None:

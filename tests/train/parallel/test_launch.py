@@ -68,6 +68,17 @@ def test_another_number_than_torchrun_started_is_refused(store: Path, monkeypatc
         pass
 
 
+@pytest.mark.parametrize(("device", "cards", "way_out"), [("auto", 1, "start fewer"), ("cuda:1", 2, "use --device")])
+def test_more_processes_than_cards_are_refused_before_one_waits_for_another(
+    store: Path, monkeypatch: pytest.MonkeyPatch, device: str, cards: int, way_out: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
+    started = joined(train_config(store=store, n_procs=2, device=device), [])
+    with pytest.raises(UsageError, match=f"2 processes each take a card of their own, of {cards}: {way_out}"), started:
+        pass
+
+
 def test_a_dry_run_of_two_is_of_what_two_take(store: Path, tmp_path: Path) -> None:
     large = ["--n-latents=20000", "--tile-mb=1", "--aux-coef=0", "--device=cpu"]
     done = run(store, tmp_path / "a.pt", "--dry-run", "--json", *large, "--shard-latents=2")

@@ -19,9 +19,6 @@ Sums are made in the numbers' own type. Shapes: N rows, D d_model, M n_latents, 
 latents a group, GROUPS a power of two of groups, K one of winners.
 """
 
-# tl.static_range is declared as never returning:
-# pyright: reportGeneralTypeIssues=false
-
 import triton
 import triton.language as tl
 
@@ -40,9 +37,10 @@ def _kth_largest(keys, k, LOWEST_BIT: tl.constexpr):
     """The k-th largest of the keys; places that hold none should hold the smallest integer."""
     enough = tl.sum((keys >= 0).to(tl.int32)) >= k
     bound = tl.where(enough, 0, -0x80000000).to(tl.int32)
-    for step in tl.static_range(31 - LOWEST_BIT):
-        trial = bound | (1 << (30 - step))
-        bound = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= k, trial, bound)
+    bit = tl.full([], 1 << 30, tl.int32)
+    for _ in range(31 - LOWEST_BIT):  # unrolled, it takes seconds to compile
+        bound = tl.where(tl.sum((keys >= (bound | bit)).to(tl.int32)) >= k, bound | bit, bound)
+        bit = bit >> 1
     return bound
 
 
