@@ -173,8 +173,8 @@ def check(
     weights, x, rows = case
     counter = DeadLatents(config.n_latents, threshold=10**6, device=torch.device(device))
     counter.silent[dead] = 10**9
-    there = (Weights(*(None if t is None else t.to(device) for t in weights)), x.to(device))
-    fast = training_step(*there, RowWeights(*(t.to(device) for t in rows)), counter, options, kernels)
+    there = weights._replace(**{name: t.to(device) for name, t in weights._asdict().items() if t is not None})
+    fast = training_step(there, x.to(device), RowWeights(*(t.to(device) for t in rows)), counter, options, kernels)
     slow = dense_step(weights, x, rows, counter.dead_latents().cpu(), options)  # after the counter saw this batch
     for name in ("loss", "sparsity", "auxk"):
         torch.testing.assert_close(getattr(fast, name).cpu(), getattr(slow, name), rtol=1e-10, atol=1e-11)
