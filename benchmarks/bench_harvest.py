@@ -31,12 +31,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import harvest.run
 from harvest.config import HarvestConfig
-from harvest.fill import n_writers
 from harvest.model.hub import quiet
 from harvest.model.load import LoadedModel
 from harvest.sequences import sequence_batches, token_ids
 from harvest.settings import load_weights, resolve
-from harvest.stored_values import host_bytes
+from harvest.stored_values import host_bytes, n_writers
 from harvest.table import make_table
 from harvest.text.sources import open_sources
 from residscope.cluster import n_cores

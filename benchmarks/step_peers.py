@@ -8,9 +8,9 @@ their steps as their own trainers do: loss, backward, clipping where they clip, 
 
 Requests are lines on stdin, answers lines of JSON on stdout: `time` makes a step on the next batch -> seconds;
 `fvu ROWS STEPS...` starts anew and makes steps of ROWS vectors -> FVU of the vectors held out (lower is better) after
-each number of STEPS, ascending. Either is NaN where memory is too small. For FVU hyperparameters are the same for all:
-an encoder bias, and gradients clipped to norm 1, which SAELens and dictionary-learning always have (`alike`). Whether
-decoder rows keep unit norm is a matter of method: all keep it but SAELens.
+each number of STEPS, ascending. Either is NaN where torch cannot do it, or memory is too small. For FVU hyperparameters
+are the same for all: an encoder bias, and gradients clipped to norm 1, which SAELens and dictionary-learning always
+have (`alike`). Whether decoder rows keep unit norm is a matter of method: all keep it but SAELens.
 
 Shapes: N rows, D d_model, M n_latents, V vectors.
 """
@@ -256,7 +256,8 @@ def main() -> None:
                 fresh, reconstruct = make(init, options.k, options.lr, options.mode, alike=True)
                 held_out = torch.from_numpy(np.array(data[-HELD_OUT:])).to(options.device)
                 answer = fvu_after(steps, fresh, reconstruct, batches(data, rows, options.device), held_out)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # out of memory, or an operation that torch lacks
+            print(f"{options.name}, {options.mode}: {error}", file=sys.stderr)
             answer = [math.nan for _ in steps] or math.nan
         if options.device != "cpu":
             torch.cuda.empty_cache()  # the others are in processes of their own

@@ -1,4 +1,4 @@
-"""Fill the shards that a store lacks: forward passes in the main thread, writing in a second one.
+"""Fill the shards that a store lacks: forward passes in the main thread, writing in others.
 
 How: batches of sequences are fixed by the store's positions and the batch size alone, so that a run that was stopped
 computes the same batches again and the bytes do not depend on where it stopped; only batches that overlap a missing
@@ -26,22 +26,15 @@ from harvest.model.load import LoadedModel
 from harvest.residual import EndOfPass, ResidualRecorder
 from harvest.sequences import SequenceBatch, batches_for, sequence_batches, token_ids
 from harvest.settings import TORCH_DTYPES, Settings
-from harvest.stored_values import HostBuffer, not_finite_error
+from harvest.stored_values import HostBuffer, n_writers, not_finite_error
 from residscope.cluster import n_cores
 from residscope.console import progress, stop_on_signals
 from residscope.errors import Interrupted, ResidscopeError
 from store.activations import ActivationStore
 from store.meta import StoreMeta
 
-_WRITERS = 8
-
 Write = Callable[[int, np.ndarray], object]
-"""Takes a shard's index and its data [t, L, D]; a view that is only valid during the call."""
-
-
-def n_writers(device: torch.device, cores: int) -> int:
-    """Shards that are written at once: a card computes them faster than a core packs them; a CPU needs its cores."""
-    return max(min(cores - 1, _WRITERS), 1) if device.type == "cuda" else 1
+"""Takes a shard's index and its data [t, L, D]; a view that is valid as long as the batch that it came with."""
 
 
 class Filled(NamedTuple):
@@ -126,7 +119,6 @@ class ShardAssembler:
     """Cuts batches, which come in order, into the missing shards, and hands each whole one on."""
 
     def __init__(self, meta: StoreMeta, missing: Collection[int], write: Write, raw_dtype: np.dtype) -> None:
-        """write: may use its view for as long as the batch that it came with is there."""
         self._meta = meta
         self._missing = frozenset(missing)
         self._write = write

@@ -16,7 +16,7 @@ import xxhash
 
 from harvest.config import HarvestConfig, WorkerConfig
 from harvest.destination import has_begun, remove_store, require_room
-from harvest.fill import BatchRunner, Filled, fill, n_writers
+from harvest.fill import BatchRunner, Filled, fill
 from harvest.filling.rolling import Rolling, cut
 from harvest.filling.workers import fill_by_workers
 from harvest.model.load import LoadedModel
@@ -25,7 +25,7 @@ from harvest.options_file import save_options
 from harvest.record import changed_surroundings, make_provenance, make_record, refuse_differences
 from harvest.result import HarvestResult
 from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
-from harvest.stored_values import host_bytes
+from harvest.stored_values import host_bytes, n_writers
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.cluster import n_cores

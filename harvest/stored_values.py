@@ -79,8 +79,13 @@ def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token
     return ResidscopeError(f"{where}: the model gives {value}. It was not stored; {way_out}")
 
 
+def n_writers(device: torch.device, cores: int) -> int:
+    """Shards that are written at once: a card computes them faster than a core packs them; a CPU needs its cores."""
+    return max(min(cores - 1, 8), 1) if device.type == "cuda" else 1
+
+
 def host_bytes(meta: StoreMeta, batch_size: int, writers: int) -> int:
-    """Most bytes of host memory that activations take during `fill`, beside the model's own: two batches, a shard that
-    is put together of each, and each writer's encoded copy of a shard."""
+    """Most bytes of host memory that activations take during `fill`, beside the model's own: two batches, three shards
+    that are put together of several, and each writer's encoded copy of a shard and what that is made with."""
     batch = min(batch_size * meta.context_length, meta.n_tokens)
-    return (2 * batch + (2 + writers) * meta.shard_tokens) * meta.bytes_per_token
+    return (2 * batch + (3 + 2 * writers) * meta.shard_tokens) * meta.bytes_per_token

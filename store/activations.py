@@ -273,7 +273,7 @@ class ActivationStore:
     # Writing
 
     def write_shard(self, shard: int, data: np.ndarray, keep: np.ndarray | None = None) -> None:
-        """Write one shard durably; it counts once this returns (shards.py). Several threads may do so at once.
+        """Write one shard durably; it counts once this returns (shards.py). Threads may write different ones at once.
 
         data: [t, L, D], t the shard's valid tokens, float32 or the stored format; fastest when each layer's [t, D] is
         contiguous, as in a transposed [L, t, D] array. keep: bool [t], the store's own mask, checked when given. For a

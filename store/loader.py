@@ -113,8 +113,6 @@ class WindowLoader:
         if self._order.row_ends[-1] == 0:
             raise UsageError(f"{store.path}: no rows: the mask excludes all tokens")
         self._mask = row_mask
-        self.wait_seconds = 0.0
-        """Time that the caller has waited for windows to be read."""
 
     @property
     def n_rows(self) -> int:
@@ -197,7 +195,6 @@ class WindowLoader:
             reading = self._reading(first_row, reader, helper)
             ahead = None
             while True:
-                began = time.perf_counter()
                 while (window := ahead or next(reading, self)) is None:
                     time.sleep(_POLL_SECONDS)
                 if window is self:
@@ -206,7 +203,6 @@ class WindowLoader:
                 ahead = next(reading, None)
                 window.read.result()
                 window.order.result()
-                self.wait_seconds += time.perf_counter() - began
                 yield window, ahead
 
     def _reading(

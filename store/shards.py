@@ -13,7 +13,7 @@ then are kept in memory, and whatever is read later is held to these, whichever 
 
 A shard is first put on the disk: its file and its moments, under temporary names, synced (`ShardFiles`). Then it is
 committed, each step on the disk before the next begins: both files get their names; the manifest gets its line. Only a
-shard with a line is there for readers, so a crash loses at most the shard in flight. Any process may put a shard, and
+shard with a line is there for readers, so a crash loses at most the shards in flight. Any process may put a shard, and
 only the one that holds the store's lock commits it (`ShardWriter`). pack.py makes the chunks.
 
 Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.

@@ -51,16 +51,19 @@ class VectorSource:
 
     def __call__(self, batch: Batch) -> Vectors:
         """One batch; it is converted to float32 on the device, so that half the bytes travel."""
-        layer = self._position[torch.from_numpy(batch.layer)].to(self.device)
-        return Vectors(self.to_float32(batch.rows), layer, batch.of_layer[self._layers])
+        x, layer = self.to_float32(batch.rows), self._position[torch.from_numpy(batch.layer)]
+        return Vectors(x, self._sent(layer), batch.of_layer[self._layers])
 
     def to_float32(self, rows: np.ndarray) -> Tensor:
         """Rows in the store's type, of any shape, as float32 on the device."""
         bfloat16 = self._stored_dtype == "bfloat16"  # which numpy does not know
         tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(rows)
-        if self.device.type == "cuda":  # From pinned memory the copy waits for nobody.
-            return tensor.pin_memory().to(self.device, non_blocking=True).float()
-        return tensor.to(self.device).float()
+        return self._sent(tensor).float()
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # From pinned memory nobody waits for the copy.
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
 
 class DocumentSplit(NamedTuple):
@@ -143,6 +146,11 @@ class TrainingData:
         )
 
     @property
+    def ahead(self) -> bool:
+        """Whether batches are gathered ahead: for a card, but not where the next one may never be there."""
+        return self.device.type == "cuda" and self.follower is None
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The model's numbers of the layers of the stream."""
         return tuple(self.store.meta.layers[position] for position in self.stored)
@@ -196,16 +204,22 @@ class TrainingData:
 
 
 @contextlib.contextmanager
-def arriving(loader: WindowLoader, source: VectorSource) -> Iterator[Iterator[Vectors]]:
-    """The loader's batches on the device; on leaving, the threads behind them end. A card is sent the next batch while
-    it is trained on one."""
+def arriving(loader: WindowLoader, source: VectorSource, *, ahead: bool) -> Iterator[Iterator[Vectors]]:
+    """The loader's batches on the device; on leaving, the threads behind them end. ahead: each is gathered while that
+    before it is trained on."""
     with contextlib.closing(cast("Generator[Batch]", iter(loader))) as batches:
         vectors = map(source, batches)
-        if source.device.type == "cpu":
+        if not ahead:
             yield vectors
             return
-        with ThreadPoolExecutor(1, "batch") as thread:
+        card = torch.cuda.current_device() if source.device.type == "cuda" else None
+        with ThreadPoolExecutor(1, "batch", _use_card, (card,)) as thread:
             yield _ahead(vectors, thread)
+
+
+def _use_card(card: int | None) -> None:
+    if card is not None:  # which every thread has to be told
+        torch.cuda.set_device(card)
 
 
 def _ahead(vectors: Iterator[Vectors], thread: ThreadPoolExecutor) -> Iterator[Vectors]:

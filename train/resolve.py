@@ -269,6 +269,7 @@ def _working(plan: RunPlan, rows: int, latents: int) -> int:
     k = max(plan.model.k, objective.k_start or 0) * (4 if objective.multi_topk else 1)
     # Float32 [N, D], three more where a reconstruction is a sum over ranks; codes, gradients, sorted pairs.
     batch = n * ((6 if latents == 1 else 9) * 4 * d + 48 * k)
+    batch += n * 6 * d if plan.device == "cuda" else 0  # the next one, and its 16-bit copy
     batch += int(n * k * d * choose_kernels(torch.empty(0, device=plan.device), plan.kernels).pair_bytes)
     # Nested reconstructions: an error of each, and one's gradients by themselves.
     blocks = 2 if objective.multi_topk else len(plan.model.prefixes)

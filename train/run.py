@@ -20,7 +20,6 @@ from residscope.options import with_values
 from store.activations import ActivationStore
 from store.care.outliers import few_tokens
 from store.folder import is_store
-from store.loader import WindowLoader
 from train.checkpoint import Checkpoint
 from train.config import TrainConfig
 from train.data import TrainingData, Vectors, arriving, stored_layers
@@ -156,7 +155,7 @@ class _Stream:
         self.plans = [trainer.plan for trainer in self.trainers]
         self.plan = self.plans[0]  # of which only what all plans share is used here
         self.validation = ValidationData(data.store, data.split.validation, data.stored, self.config.data.seed)
-        self.waited, self.stood, self.step = 0.0, 0.0, 0
+        self.waited, self.step = 0.0, 0
         self.memory = memory_estimate(self.plans, data.store, data.ranks)
 
     def execute(self) -> list[dict[str, Any]]:
@@ -181,7 +180,7 @@ class _Stream:
             self._start()
             whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
-            batches = stack.enter_context(arriving(loader, self.data.source))
+            batches = stack.enter_context(arriving(loader, self.data.source, ahead=self.data.ahead))
             bar = stack.enter_context(progress_bar(self.step, self.plan.steps))
             self.began = time.perf_counter()
             while self.step < self.plan.steps:
@@ -189,12 +188,12 @@ class _Stream:
                 with self._keeping(taking):
                     asked = time.perf_counter()
                     vectors = next(batches)
-                    self.stood += time.perf_counter() - asked
+                    self.waited += time.perf_counter() - asked
                 self._train_on(vectors, taking)
                 bar.update()
                 last = self.step == self.plan.steps
                 if self.step % self.config.logging.log_every == 0 or last:
-                    bar.set_postfix_str(self._log(taking, loader), refresh=False)
+                    bar.set_postfix_str(self._log(taking), refresh=False)
                 if not last:
                     self._between_steps(taking, bar, stop=self.ranks.any(stopped()))
             self._validate(self.trainers, bar, last=True)
@@ -211,7 +210,7 @@ class _Stream:
         self._start()
         whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
         loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
-        with arriving(loader, self.data.source) as batches:
+        with arriving(loader, self.data.source, ahead=self.data.ahead) as batches:
             ends = self.plan, self.data.device, self.ranks
             seconds = time_steps(lambda: self._train_on(next(batches), self.trainers), *ends)
         return foresee(self.plans, self.data.store, self.memory, seconds)
@@ -274,11 +273,9 @@ class _Stream:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _log(self, taking: Sequence[Trainer], loader: WindowLoader) -> str:
+    def _log(self, taking: Sequence[Trainer]) -> str:
         """Write the metrics since the last line, and start a new window; words for the progress bar."""
-        seconds = time.perf_counter() - self.began
-        # What a window is waited for in another thread keeps nobody here waiting.
-        waited, self.waited, self.stood = min(loader.wait_seconds - self.waited, self.stood), loader.wait_seconds, 0.0
+        seconds, waited, self.waited = time.perf_counter() - self.began, self.waited, 0.0
         sound = [trainer for trainer in taking if not trainer.diverged]
         lines = [trainer.log(seconds=seconds, waited=waited) for trainer in taking]
         self._stop_or_warn([trainer for trainer in sound if trainer.diverged])

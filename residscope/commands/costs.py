@@ -1,8 +1,9 @@
 """What a run costs by arithmetic: bytes, seconds and memory of harvest and training, and which part bounds them.
 
 Parts of a token's harvest overlap (threads pack while the card computes), so the longest decides. Those of a training
-step follow each other on the card; meanwhile the next batch is read, gathered and sent. `residscope.commands.plan` puts
-in what was measured on the machine at hand, or a card's data sheet, whose figures count with the shares of `SHARES`.
+step follow each other on the card; meanwhile the next batch is gathered, and others read. `residscope.commands.plan`
+puts in what was measured on the machine at hand, or a card's data sheet, whose figures count with the shares of
+`SHARES`.
 Shares and host speeds are those of one H200 (benchmarks/results/2026-11-29-gpu.md).
 
 Symbols: L layers, D d_model, M n_latents, N vectors a step, k active latents, T tokens, G cards, R cards that share the
@@ -45,15 +46,14 @@ CARDS = {
 
 SHARES = {"forward": 0.4, "product": 0.6, "bandwidth": 0.8}
 """Of a data sheet's figures, what a model's forward pass, the encoder's product and passes over memory are taken to
-reach; an H200 reached 0.44, 0.67 and 0.8."""
+reach; an H200 reached 0.44, 0.67, and 0.76 to 0.83 in Adam's passes."""
 
 PACKING, GATHERING = 0.44e9, 6.7e9
 """Bytes/s that each of eight threads makes into shards and writes into memory, and that rows are gathered from it."""
 TILE, TABLE = 512e6, 25
 """Bytes of pre-activations at once on a card, and of a token while text is packed."""
 
-_READING = "reading from the disk"
-_SENDING = ("gathering of rows in the machine's memory", "copies to the card")
+_MEANWHILE = ("reading from the disk", "gathering of rows in the machine's memory")
 
 
 class Model(NamedTuple):
@@ -92,7 +92,7 @@ def token_parts(model: Model, card: Card, n_cards: int, *, disk: float | None, t
     parts = {
         "the model's forward pass": model.token_flops / (SHARES["forward"] * card.flops),
         "copies from the card": size / card.bus,
-        "packing of shards": size / (PACKING * threads),
+        "packing of shards": size / (PACKING * min(threads, 8)),
     }
     return parts if disk is None else parts | {"writing to the disk": size * n_cards / disk}
 
@@ -109,16 +109,17 @@ def step_parts(run: Training, card: Card, n_cards: int, latents: int, *, disk: f
         "weights and pre-activations in the card's memory": (2 * tiles * m * d + 4 * n * m) / bandwidth,
         "the optimiser's passes over memory": (56 * m * d / rows + (16 * m * d if rows > 1 else 0)) / bandwidth,
         "decoder and sparse gradients": 16 * n * run.k * d / bandwidth,
+        _MEANWHILE[1]: 2 * n * d / GATHERING,
+        "copies to the card": 2 * n * d / card.bus,
         "sums between cards": sent / card.link,
-        **dict(zip(_SENDING, (2 * n * d / GATHERING, 2 * n * d / card.bus), strict=True)),
     }
-    return parts if disk is None else parts | {_READING: 2 * run.batch * d / disk}
+    return parts if disk is None else parts | {_MEANWHILE[0]: 2 * run.batch * d / disk}
 
 
 def step_seconds(parts: Parts) -> float:
-    """Of a step: the card's parts one after the other, while the next batch is gathered and sent, and others read."""
-    reading, sending = parts.get(_READING, 0.0), sum(parts.get(name, 0.0) for name in _SENDING)
-    return max(sum(parts.values()) - reading - sending, sending, reading)
+    """Of a step: the card's parts one after the other, while the next batch is gathered, and others are read."""
+    reading, gathering = (parts.get(name, 0.0) for name in _MEANWHILE)
+    return max(sum(parts.values()) - reading - gathering, gathering, reading)
 
 
 def card_memory(run: Training, n_cards: int, latents: int) -> float:

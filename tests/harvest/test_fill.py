@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.fill import ShardAssembler, n_writers
+from harvest.fill import ShardAssembler
 from harvest.sequences import batches_for, sequence_batches
+from harvest.stored_values import n_writers
 from store.meta import StoreMeta
 
 SIZES = st.tuples(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5))

@@ -132,17 +132,18 @@ def test_a_lens_is_applied_before_storing_and_inverts(config: MakeConfig, tmp_pa
 
 
 @pytest.mark.usefixtures("small_shards")
-@pytest.mark.usefixtures("small_shards")
 def test_shards_that_are_written_at_once_are_those_of_one_writer(
     config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harvest(config())
+    large = {"batch_size": 20}  # 400 tokens: four shards of 96 in a batch
+    harvest(config(**large))
     monkeypatch.setattr(fill, "n_writers", lambda *_: 4)
-    harvest(config(out=tmp_path / "other.zarr"))
+    harvest(config(out=tmp_path / "other.zarr", **large))
     one, several = (ActivationStore.open(tmp_path / name) for name in ("acts.zarr", "other.zarr"))
     assert several.content_hash == one.content_hash
 
 
+@pytest.mark.usefixtures("small_shards")
 def test_the_control_has_the_same_tokens_and_other_vectors(config: MakeConfig, tmp_path: Path) -> None:
     trained = ActivationStore.open(harvest(config()).out)
     random = ActivationStore.open(harvest(config(random_init=True, out=tmp_path / "random.zarr")).out)

@@ -141,7 +141,7 @@ def test_a_rate_that_is_far_too_high_is_to_be_lowered_and_a_short_run_lengthened
         (1e3, "times the default rate: lower --lr 1e+03"),
         (1e-30, "with a higher --lr than 1e-30, which is "),
     ):
-        result = train(with_values(config, lr=lr, overwrite=True))
+        result = train(with_values(config, lr=lr, encoder_scale=0.1, overwrite=True))
         assert result.validation is not None
         assert result.validation.fvu > 1
         assert words in describe(result)

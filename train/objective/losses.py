@@ -24,7 +24,6 @@ from train.parallel.selection import keep_largest
 FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
 
-
 _ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
 """Rows of AuxK's weights by kind of device: an odd number of them makes products on a card three times as slow."""
 
@@ -88,9 +87,11 @@ def auxk(
     """
     dtype, n_dead = dense_dtype(product_dtype), len(W_enc)
     unused = -n_dead % _ROW_MULTIPLE[error.device.type]  # rows of zeros: their latents are never positive
-    W_enc, W_dec = (F.pad(weight, (0, 0, 0, unused)) for weight in (W_enc, W_dec))
+    if unused:
+        W_enc, W_dec = (F.pad(weight, (0, 0, 0, unused)) for weight in (W_enc, W_dec))
+        b_enc = None if b_enc is None else F.pad(b_enc, (0, unused))
     encoder, decoder = W_enc.to(dtype), W_dec.to(dtype)
-    bias = None if b_enc is None else F.pad(b_enc, (0, unused)).to(dtype)
+    bias = None if b_enc is None else b_enc.to(dtype)
     sums = AuxOutput(error.new_zeros(()), torch.zeros_like(W_enc), torch.zeros_like(W_dec), W_enc.new_zeros(len(W_enc)))
     latents = torch.tensor(len(W_enc))
     ranks.latents.sum_(latents)

@@ -81,7 +81,8 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
     name = config.recipe or "best"
     if name == "best":
         lr = best_lr(n_latents, batch_size * share, vectors * share)
-        scale = 0.1 if config.model.activation == "topk" else 0.4  # with the others 0.1 is no better, or worse
+        small = config.model.activation == "topk" and vectors >= 60 * batch_size  # elsewhere no better, or worse
+        scale = 0.1 if small else 0.4
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}

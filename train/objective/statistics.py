@@ -120,7 +120,7 @@ def statistics_of(views: Iterable[View], data: TrainingData, window_bytes: int) 
         return {}
     sample_bytes = DENOMINATOR_VECTORS * data.store.meta.d_model * data.store.meta.itemsize
     loader = data.loader(data.config.data.seed + _SEED, min(window_bytes, sample_bytes), first_part=True)
-    with arriving(loader, data.source) as batches:
+    with arriving(loader, data.source, ahead=data.ahead) as batches:
         return gather(views, batches)
 
 

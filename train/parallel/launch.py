@@ -49,8 +49,9 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
 
     distributed: Any = torch.distributed  # whose stores are not declared
     on_card = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    local, cards = _started("LOCAL_WORLD_SIZE") or max(size, n_procs), torch.cuda.device_count()
-    if on_card and (":" in device or local > cards):  # before any waits for another
+    local = _started("LOCAL_WORLD_SIZE") or (_started("LOCAL_RANK") + 1 if size > 1 else n_procs)  # or at least so many
+    cards = torch.cuda.device_count()
+    if on_card and (":" in device or local > cards):  # before any of this machine waits for another
         way_out = "use --device cuda" if local <= cards else "start fewer, or use --device cpu"
         found = f"this machine's {local} processes each take a card of their own, of {cards}: {way_out}"
         raise UsageError(f"--device {device}: {found}")

@@ -56,9 +56,9 @@ def test_a_step_on_one_card_by_hand() -> None:
     )
     assert step_seconds(parts) == 0.2  # the rest is done meanwhile
     rest = {name: s for name, s in parts.items() if name != "reading from the disk"}
-    own = 2e9 / 0.6e12 + (2e6 + 4e7 + 56e6 + 1.6e7) / 0.8e11
+    own = 2e9 / 0.6e12 + (2e6 + 4e7 + 56e6 + 1.6e7) / 0.8e11 + 2e-4
     assert step_seconds(rest) == pytest.approx(own)
-    assert step_seconds({**rest, "copies to the card": 1.0}) == pytest.approx(1 + 2e5 / GATHERING)
+    assert step_seconds({**rest, "gathering of rows in the machine's memory": 1.0}) == 1.0
 
 
 @pytest.mark.parametrize(

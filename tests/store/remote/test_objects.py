@@ -1,5 +1,6 @@
 """Stores at URLs, on a real S3 server: what is read is what is read from a disk, and who may write."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def at(url: str, name: str) -> URL:
     path = as_path(url) / name
     assert isinstance(path, URL)
     return path
+
+
+def test_shards_that_several_threads_put_at_once_are_all_there(s3: str, tmp_path: Path) -> None:
+    disk = make_store(tmp_path / "a.zarr", X, **SIZES)
+    with ActivationStore.create(as_path(s3), META, token_table(200)) as store, ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda shard: write(store, range(shard, shard + 1)), range(META.n_shards)):
+            pass
+        store.finalize()
+    assert ActivationStore.open(s3).content_hash == disk.content_hash
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])

@@ -1,5 +1,7 @@
 """Row weights, AuxK, dead latents and layer moments, against numbers worked out by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,15 +43,16 @@ def test_the_loss_of_predicting_each_layer_mean_is_one() -> None:
     assert loss.item() == pytest.approx(1.0, rel=1e-12)
 
 
-def auxk_case(dtype: torch.dtype, product_dtype: torch.dtype, error: Tensor | None = None, k: int = 90) -> AuxOutput:
+def auxk_case(
+    dtype: torch.dtype, product_dtype: torch.dtype, error: Tensor | None = None, *, k: int = 90, bias: bool = False
+) -> AuxOutput:
     """90 dead latents, by default all, so that no close call counts; error [300, 64], default random."""
     generator = torch.Generator().manual_seed(0)
     x, drawn, W = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (300, 300, 90))
     error = drawn if error is None else error.to(dtype)
     rows = row_weights(torch.zeros(300, dtype=torch.int64), x.new_ones(300, 1), x.new_ones(1), raw=False)
-    return auxk(
-        x, error, rows, W, W / 8, k=k, product_dtype=product_dtype, tile_bytes=30_000, kernels=choose_kernels(W)
-    )
+    how: dict[str, Any] = {"k": k, "b_enc": W[:, 0] if bias else None, "product_dtype": product_dtype}
+    return auxk(x, error, rows, W, W / 8, tile_bytes=30_000, kernels=choose_kernels(W), **how)
 
 
 def test_gradients_of_auxk_in_bfloat16_are_near_those_in_float64() -> None:
@@ -58,12 +61,14 @@ def test_gradients_of_auxk_in_bfloat16_are_near_those_in_float64() -> None:
         assert (one - other).norm() < 1e-2 * other.norm()
 
 
-@pytest.mark.parametrize("k", [7, 90])
-@pytest.mark.parametrize("multiple", [1, 64, 90])
-def test_rows_that_fill_up_a_multiple_change_nothing(monkeypatch: pytest.MonkeyPatch, multiple: int, k: int) -> None:
-    plain = auxk_case(torch.float64, torch.float64, k=k)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("multiple", [7, 64])
+def test_rows_that_fill_up_a_multiple_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, multiple: int, bias: bool
+) -> None:
+    plain = auxk_case(torch.float64, torch.float64, k=7, bias=bias)
     monkeypatch.setitem(losses._ROW_MULTIPLE, "cpu", multiple)
-    for found, expected in zip(auxk_case(torch.float64, torch.float64, k=k), plain, strict=True):
+    for found, expected in zip(auxk_case(torch.float64, torch.float64, k=7, bias=bias), plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 

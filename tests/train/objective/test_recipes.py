@@ -48,6 +48,9 @@ def test_clipping_at_zero_is_none(store: ActivationStore) -> None:
 def test_best_is_the_default_and_its_rate_falls_with_size_and_length() -> None:
     assert (recipe_of().recipe, recipe_of().decay_fraction) == ("best", 0.5)
     assert [recipe_of(activation=name).encoder_scale for name in ("topk", "batchtopk", "relu")] == [0.1, 0.4, 0.4]
+    flags = {"n_latents": 2**12, "batch_size": 100}
+    scales = [complete(train_config(store=Path("s")), vectors=n, **flags).encoder_scale for n in (5999, 6000)]
+    assert scales == [0.4, 0.1]  # 60 steps
     assert best_lr(4608, 1024, 500_000) == 2.75e-3
     assert best_lr(16 * 4608, 1024, 500_000) == pytest.approx(1.375e-3)
     assert best_lr(4608, 1024, 16 * 500_000) == pytest.approx(1.375e-3)

@@ -5,8 +5,8 @@ latent numbers and nothing else. First use compiles (seconds, once: Triton keeps
 
 With TRITON_INTERPRET=1 in the environment before the import the programs run on the CPU, slowly, for tests.
 
-Block sizes are reasoned, not tuned: on an H200 these programs reach half to four fifths of its memory's speed
-(benchmarks/results/2026-11-29-gpu.md). Not here: the encoder's product, which is torch's.
+Block sizes are reasoned, not tuned; what they give on an H200: benchmarks/results/2026-11-29-gpu.md. Not here: the
+encoder's product, which is torch's.
 
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P = N * k pairs.
 """
