@@ -207,14 +207,18 @@ class TrainingData:
 def arriving(loader: WindowLoader, source: VectorSource, *, ahead: bool) -> Iterator[Iterator[Vectors]]:
     """The loader's batches on the device; on leaving, the threads behind them end. ahead: each is gathered while that
     before it is trained on."""
-    with contextlib.closing(cast("Generator[Batch]", iter(loader))) as batches:
-        vectors = map(source, batches)
+    batches = cast("Generator[Batch]", iter(loader))
+    vectors = map(source, batches)
+    try:
         if not ahead:
             yield vectors
             return
         card = torch.cuda.current_device() if source.device.type == "cuda" else None
         with ThreadPoolExecutor(1, "batch", _use_card, (card,)) as thread:
             yield _ahead(vectors, thread)
+    finally:
+        with contextlib.suppress(ValueError):  # after one interrupt more, the thread may still be at it
+            batches.close()
 
 
 def _use_card(card: int | None) -> None:

@@ -96,6 +96,7 @@ class ObjectLock:
         self._store, self._number, self._data = store, max(numbers, default=0), b""
         self._tag: Any = "create"
         self._busy = Lock()  # several threads may put shards
+        self._fault: ResidscopeError | None = None
         if numbers:
             data, _, self._tag, _ = self._segment.get()
             self._data = bytes(data)
@@ -113,6 +114,9 @@ class ObjectLock:
             self._tag = self._segment.put(self._data + line, self._tag)
         except FileExistsError:
             raise self._lost() from None
+        except ResidscopeError as error:  # which other threads are to tell, whatever is there now
+            self._fault = error
+            raise
         self._data += line
 
     def append(self, record: ShardRecord | bytes) -> bytes:
@@ -135,6 +139,8 @@ class ObjectLock:
     def require_here(self, store: Path) -> None:
         """`ResidscopeError` where another process has taken over, or the store is gone."""
         with self._busy:
+            if self._fault:
+                raise self._fault
             if not self._segment.is_file() or self._segment.get(head=True).tag["e_tag"] != self._tag["e_tag"]:
                 raise self._lost()
 

@@ -1,6 +1,7 @@
 """What reaches the trainer is what is in the store: each row once an epoch, layers numbered as they are trained."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,26 @@ def test_batches_that_are_sent_ahead_are_the_same_in_the_same_order(small_store:
         whole = WindowLoader(store, store.tokens.keep, 50, 0)
         with arriving(whole, Counted(range(3), "bfloat16", CPU), ahead=True) as there:
             assert len(list(there)) == whole.n_batches
+
+
+def test_an_interrupt_that_waits_for_no_thread_is_raised_as_it_is(
+    small_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, begun = threading.Event(), threading.Event()
+
+    class Interrupted(ThreadPoolExecutor):
+        def __exit__(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    with ActivationStore.open(small_store) as store:
+        read = store.read_blocks
+        monkeypatch.setattr(store, "read_blocks", lambda *given: (begun.set(), going.wait(), read(*given)))
+        monkeypatch.setattr("train.data.ThreadPoolExecutor", Interrupted)
+        loader, source = WindowLoader(store, store.tokens.keep, 50, 0), VectorSource(range(3), "bfloat16", CPU)
+        with pytest.raises(KeyboardInterrupt), arriving(loader, source, ahead=True) as batches:  # noqa: PT012
+            threading.Thread(target=next, args=(batches, None), daemon=True).start()
+            begun.wait()
+        going.set()
 
 
 def test_a_fault_in_a_batch_that_is_sent_ahead_is_raised(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

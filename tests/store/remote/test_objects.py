@@ -48,6 +48,23 @@ def test_shards_that_several_threads_put_at_once_are_all_there(s3: str, tmp_path
     assert ActivationStore.open(s3).content_hash == disk.content_hash
 
 
+def test_after_a_line_without_an_answer_all_writers_say_so(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has made the line: the manifest is not as this process knows it."""
+    put = URL.put
+
+    def unanswered(path: URL, *given: Any) -> Any:
+        found = put(path, *given)
+        if path.suffix == ".jsonl":
+            raise ResidscopeError(f"{path}: no answer")
+        return found
+
+    with ActivationStore.create(as_path(s3), META, token_table(200)) as store:
+        monkeypatch.setattr(URL, "put", unanswered)
+        for shard in range(2):
+            with pytest.raises(ResidscopeError, match=r"0\.jsonl: no answer"):
+                write(store, range(shard, shard + 1))
+
+
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_a_store_is_the_same_as_on_a_disk(s3: str, tmp_path: Path, codec: str) -> None:
     disk = make_store(tmp_path / "a.zarr", X, codec=codec, **SIZES)
