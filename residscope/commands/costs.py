@@ -3,8 +3,7 @@
 Parts of a token's harvest overlap (threads pack while the card computes), so the longest decides. Those of a training
 step follow each other on the card; meanwhile the next batch is gathered, and others read. `residscope.commands.plan`
 puts in what was measured on the machine at hand, or a card's data sheet, whose figures count with the shares of
-`SHARES`.
-Shares and host speeds are those of one H200 (benchmarks/results/2026-11-29-gpu.md).
+`SHARES`; these, and speeds of the host, are one H200's (benchmarks/results/2026-11-29-gpu.md).
 
 Symbols: L layers, D d_model, M n_latents, N vectors a step, k active latents, T tokens, G cards, R cards that share the
 latents.
@@ -53,7 +52,7 @@ PACKING, GATHERING = 0.44e9, 6.7e9
 TILE, TABLE = 512e6, 25
 """Bytes of pre-activations at once on a card, and of a token while text is packed."""
 
-_MEANWHILE = ("reading from the disk", "gathering of rows in the machine's memory")
+_READ, _GATHER = "reading from the disk", "gathering of rows in the machine's memory"
 
 
 class Model(NamedTuple):
@@ -109,16 +108,16 @@ def step_parts(run: Training, card: Card, n_cards: int, latents: int, *, disk: f
         "weights and pre-activations in the card's memory": (2 * tiles * m * d + 4 * n * m) / bandwidth,
         "the optimiser's passes over memory": (56 * m * d / rows + (16 * m * d if rows > 1 else 0)) / bandwidth,
         "decoder and sparse gradients": 16 * n * run.k * d / bandwidth,
-        _MEANWHILE[1]: 2 * n * d / GATHERING,
+        _GATHER: 2 * n * d / GATHERING,
         "copies to the card": 2 * n * d / card.bus,
         "sums between cards": sent / card.link,
     }
-    return parts if disk is None else parts | {_MEANWHILE[0]: 2 * run.batch * d / disk}
+    return parts if disk is None else parts | {_READ: 2 * run.batch * d / disk}
 
 
 def step_seconds(parts: Parts) -> float:
     """Of a step: the card's parts one after the other, while the next batch is gathered, and others are read."""
-    reading, gathering = (parts.get(name, 0.0) for name in _MEANWHILE)
+    reading, gathering = parts.get(_READ, 0.0), parts.get(_GATHER, 0.0)
     return max(sum(parts.values()) - reading - gathering, gathering, reading)
 
 
