@@ -97,8 +97,9 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
     assert tab.state.endswith("changes=ablate:7:all ablate:7:4 steer:7:4:0.250 ablate:7:all")
     tab.run("""named("Remove change 4").click(); const input = (i, k) =>
       all("#changes fieldset")[i].querySelectorAll("input, select")[k];
-      const edit = async (i, k, value) => { const before = input(i, k); before.value = value;
-        before.dispatchEvent(new Event("change", { bubbles: true })); await new Promise((r) => setTimeout(r, 5)); };
+      const edit = async (i, k, value) => { const before = input(i, k), said = text("#change-status");
+        before.value = value; before.dispatchEvent(new Event("change", { bubbles: true }));
+        await until(() => !before.isConnected || text("#change-status") !== said); };
       await edit(0, 0, "steer"); await edit(0, 3, "-2.5"); await edit(0, 1, "8"); await edit(1, 2, "3, 5");
       await edit(2, 2, "allx");
       if (!text("#change-status").includes("found \u201callx\u201d")) throw new Error(text("#change-status"));
