@@ -146,11 +146,6 @@ class TrainingData:
         )
 
     @property
-    def ahead(self) -> bool:
-        """Whether batches are gathered ahead: for a card, but not where the next one may never be there."""
-        return self.device.type == "cuda" and self.follower is None
-
-    @property
     def layers(self) -> tuple[int, ...]:
         """The model's numbers of the layers of the stream."""
         return tuple(self.store.meta.layers[position] for position in self.stored)
@@ -201,6 +196,10 @@ class TrainingData:
             world_size=ranks.size,
             **parts,
         )
+
+    def arriving(self, loader: WindowLoader) -> contextlib.AbstractContextManager[Iterator[Vectors]]:
+        """The loader's batches; for a card they are gathered ahead, but not where the next may never be there."""
+        return arriving(loader, self.source, ahead=self.device.type == "cuda" and self.follower is None)
 
 
 @contextlib.contextmanager

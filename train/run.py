@@ -22,7 +22,7 @@ from store.care.outliers import few_tokens
 from store.folder import is_store
 from train.checkpoint import Checkpoint
 from train.config import TrainConfig
-from train.data import TrainingData, Vectors, arriving, stored_layers
+from train.data import TrainingData, Vectors, stored_layers
 from train.determinism import deterministic
 from train.grid import RunSpec, expand
 from train.hardware import resolve_device
@@ -180,7 +180,7 @@ class _Stream:
             self._start()
             whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
-            batches = stack.enter_context(arriving(loader, self.data.source, ahead=self.data.ahead))
+            batches = stack.enter_context(self.data.arriving(loader))
             bar = stack.enter_context(progress_bar(self.step, self.plan.steps))
             self.began = time.perf_counter()
             while self.step < self.plan.steps:
@@ -210,7 +210,7 @@ class _Stream:
         self._start()
         whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
         loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
-        with arriving(loader, self.data.source, ahead=self.data.ahead) as batches:
+        with self.data.arriving(loader) as batches:
             ends = self.plan, self.data.device, self.ranks
             seconds = time_steps(lambda: self._train_on(next(batches), self.trainers), *ends)
         return foresee(self.plans, self.data.store, self.memory, seconds)

@@ -184,7 +184,7 @@ def test_where_vectors_are_encoded_is_recorded_and_must_exist(tmp_path):
         run(small, tmp_path / "b", device="cuda:99")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or hidden: see tests/conftest.py")
 def test_a_card_gives_the_codes_of_the_cpu(tmp_path):
     small = make_small(tmp_path)
     x = torch.from_numpy(ActivationStore.open(small.store).read(slice(0, 40))).flatten(0, 1)

@@ -47,7 +47,7 @@ class Counted(VectorSource):
         return super().__call__(batch)
 
 
-def test_batches_that_are_sent_ahead_are_the_same_in_the_same_order(small_store: Path) -> None:
+def test_batches_that_are_gathered_ahead_are_the_same_in_the_same_order(small_store: Path) -> None:
     with ActivationStore.open(small_store) as store:
         before = threading.active_count()
         source, ahead = (Counted(range(3), "bfloat16", CPU) for _ in range(2))
@@ -87,7 +87,9 @@ def test_an_interrupt_that_waits_for_no_thread_is_raised_as_it_is(
         going.set()
 
 
-def test_a_fault_in_a_batch_that_is_sent_ahead_is_raised(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_a_batch_that_is_gathered_ahead_is_raised(
+    small_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ActivationStore.open(small_store) as store:
         loader = WindowLoader(store, store.tokens.keep, 50, 0)
 

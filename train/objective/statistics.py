@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from residscope.errors import IncompatibleError
-from train.data import TrainingData, Vectors, arriving
+from train.data import TrainingData, Vectors
 from train.model import TOO_LONG, standardize, standardize_by_layer
 from train.model_config import Standardize
 
@@ -120,7 +120,7 @@ def statistics_of(views: Iterable[View], data: TrainingData, window_bytes: int) 
         return {}
     sample_bytes = DENOMINATOR_VECTORS * data.store.meta.d_model * data.store.meta.itemsize
     loader = data.loader(data.config.data.seed + _SEED, min(window_bytes, sample_bytes), first_part=True)
-    with arriving(loader, data.source, ahead=data.ahead) as batches:
+    with data.arriving(loader) as batches:
         return gather(views, batches)
 
 

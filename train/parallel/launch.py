@@ -52,9 +52,8 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
     local = _started("LOCAL_WORLD_SIZE") or (_started("LOCAL_RANK") + 1 if size > 1 else n_procs)  # or at least so many
     cards = torch.cuda.device_count()
     if on_card and (":" in device or local > cards):  # before any of this machine waits for another
-        way_out = "use --device cuda" if local <= cards else "start fewer, or use --device cpu"
-        found = f"this machine's {local} processes each take a card of their own, of {cards}: {way_out}"
-        raise UsageError(f"--device {device}: {found}")
+        found = f"this machine's {local} processes each take a card of their own, and there are {cards}"
+        raise UsageError(f"--device {device}: {found}: start fewer, with --device cuda, or use --device cpu")
     children: list[subprocess.Popen[bytes]] = []
     try:
         if size > 1:
