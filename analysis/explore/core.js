@@ -7,7 +7,7 @@ const DEFAULTS = {
   changes: "", continued: "16", tokens: "", promotes: "", on: "", off: "", from_layer: "", to_layer: "", profile: "", explained: "",
 };
 const KNOWN = {
-  view: ["sentence", "search", "compare", "layers"], sort: ["layer_mean", "mass", "specificity"],
+  view: ["sentence", "search", "compare", "layers"], sort: ["layer_mean", "mass", "specificity", "effect"],
   shown: ["12", "24", "48", "96"], measure: ["probs", "counts", "means"],
 };
 export const state = { ...DEFAULTS };

@@ -45,10 +45,23 @@ function age() {
 /** The place of the chosen token, or -1. */
 const tokenChosen = () => (state.token !== "" && prompt.tokens[state.token]?.kept ? Number(state.token) : -1);
 
+/** What a prediction's effects are of, where latents are ordered by them. */
+const effects = () => (state.sort === "effect" ? prompt.effects : undefined);
+
+/** Ask for the effects on what comes after the chosen token, or after the text, unless they are there. */
+function askForEffects() {
+  const after = tokenChosen() < 0 ? prompt.tokens.length - 1 : tokenChosen();
+  if (state.sort === "effect" && prompt.text === state.text && prompt.effects?.after !== after) ask({ text: state.text, effects_after: after });
+}
+
 /** The latents that are on at the chosen token, or anywhere (`all`), and those of them that are shown (`found`): the most
-    specific to it, or those with the most mass there, in their order. At a token specificity is m ln(m / expected mass) as
+    specific to it, or those with the most mass there, in their order; by effect, of all. At a token specificity is m ln(m / expected mass) as
     in the text, with the latent's mass m at the token and a token's share of the mass that is expected. */
 function chosen() {
+  if (effects()) {
+    const found = prompt.latents.toSorted((a, b) => Math.abs(b.effect) - Math.abs(a.effect)).slice(0, Number(state.shown));
+    return { all: prompt.latents, found, strongest: found[0]?.latent };
+  }
   const token = tokenChosen(), many = Number(state.shown), n = prompt.tokens.filter((one) => one.kept).length;
   const mass = (one) => (token < 0 ? one.mass : one.cells.reduce((sum, cell) => sum + (cell[0] === token ? cell[2] : 0), 0));
   const specific = (one, m) => (token < 0 ? one.specificity : m * (Math.log((n * m) / one.mass) + one.specificity / one.mass));
@@ -62,23 +75,31 @@ function chosen() {
 function draw() {
   find("sentence-found").hidden = !prompt;
   if (!prompt) return;
-  const { tokens, layers } = prompt, { all, found } = chosen(), token = tokenChosen();
+  askForEffects();
+  const { tokens, layers } = prompt, { all, found } = chosen(), token = tokenChosen(), of = effects();
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or go to a map and use the arrow keys. Rows are layers, the first at the bottom; columns are tokens.");
   const word = (c) => `token ${c} ${quoted(tokens[c].token)}`;
   fill(find("tokens"), h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),
     () => set({ token: token === i ? "" : i }), { "aria-pressed": String(i === token), disabled: !kept, "aria-label": `token ${i}: ${visible(text)}` })));
   const dense = (one) => (one.share_of_tokens > DENSE ? `dense, fires at ${percent(one.share_of_tokens)} of the analysed tokens; ` : "");
+  const nats = (value) => `${value > 0 ? "+" : ""}${show(value)} nats`;
+  const effectAt = (one, c, layer) => {
+    const cell = of && one.cells.find(([position, at]) => position === c && at === layer);
+    return cell ? `, effect ${nats(cell[3])}` : "";
+  };
   const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value]) => [c, layers.indexOf(layer), value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
     label: `Latent ${one.latent}, mean layer in this text ${show(one.layer_mean)}, ${dense(one)}fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
-    title: cut(`${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, 28), top: (value) => `to ${show(value)}`,
-    say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}.`,
+    title: of ? `${one.latent}: ${nats(one.effect)}` : cut(`${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, 28), top: (value) => (of ? `layer ${one.effect_layer}` : `to ${show(value)}`),
+    say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}${effectAt(one, c, layers[r])}.`,
     pick: (c, r) => set({ latent: one.latent, token: tokens[c].kept ? c : "", layer: layers[r] }),
   }));
   ofSentence(maps[0]);
-  const where = token < 0 ? "in the sentence" : `at ${word(token)}`;
-  const rows = () => [["latent", "position", "token", "layer", "activation"], ...found.flatMap((one) => one.cells.map(([c, layer, value]) => [one.latent, c, tokens[c].token, layer, value]))];
-  const picture = figure(`${found.length} of ${integer(token < 0 ? prompt.n_active_latents : all.length)} latents on ${where}: ${state.sort === "mass" ? "the most active" : "the most specific"} ${token < 0 ? "in it" : "there"}`, "latents", maps, rows, read);
-  fill(find("maps"), ...(token < 0 ? [] : [switching(found, all, token, word(token), dense)]), picture);
+  const where = of || token < 0 ? "in the sentence" : `at ${word(token)}`;
+  const rows = () => [["latent", "position", "token", "layer", "activation", ...(of ? ["effect_nats"] : [])], ...found.flatMap((one) => one.cells.map(([c, layer, ...values]) => [one.latent, c, tokens[c].token, layer, ...values]))];
+  const foremost = of ? `the largest effects on ${quoted(of.token)} after ${word(of.after)}` : `the most ${state.sort === "mass" ? "active" : "specific"} ${token < 0 ? "in it" : "there"}`;
+  const picture = figure(`${found.length} of ${integer(of || token < 0 ? prompt.n_active_latents : all.length)} latents on ${where}: ${foremost}`, "latents", maps, rows, of && h("p", { class: "note" },
+    "Effect: what the log probability of that token would lose, to first order, if the latent were taken out after one layer: summed over tokens, at the layer where it is furthest from 0. Ablate it to see the whole effect."), read);
+  fill(find("maps"), ...(of || token < 0 ? [] : [switching(found, all, token, word(token), dense)]), picture);
   const next = (list) => list.map(({ token: text, p_true }) => [h("span", {}, h("code", {}, visible(text)), ` ${percent(p_true)}`), "  "]);
   const before = tokens.slice(tokens.findIndex((one) => one.kept), token + 1).map((one) => one.token).join("");
   find("next").replaceChildren(h("p", {}, h("b", {}, "The model's next token: "), next(prompt.next)), ...(token < 0 ? [] : [h("p", {}, h("b", {}, `After ${word(token)}: `), next(tokens[token].next),

@@ -60,7 +60,7 @@ MOST = {"text": 4_000, "changes": 16, "continue_tokens": 64, "limit": 500}
 """Characters of a text, changes of the residual stream at once, tokens that a text is continued by, latents found."""
 
 KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("latent", "continue_tokens", "limit"), int),
+    **dict.fromkeys(("latent", "continue_tokens", "limit", "effects_after"), int),
     **dict.fromkeys(("text", "tokens", "promotes", "on", "off", "profile", "explained"), str),
     **dict.fromkeys(("from_layer", "to_layer"), (int, float)),
     "changes": list,
@@ -68,7 +68,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 ARGUMENTS = {
     "card": ("latent",),
     "search": ("tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile", "explained", "limit"),
-    "prompt": ("text",),
+    "prompt": ("text", "effects_after"),
     "intervene": ("text", "changes", "continue_tokens"),
 }
 REQUIRED = {"latent", "text", "changes"}

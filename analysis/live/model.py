@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from analysis.inputs import Inputs
 from analysis.model.findings import FoundModel
 from analysis.model.transformer import load_of_store
+from analysis.prompt.attribution import attribute
 from analysis.prompt.intervene import LARGEST, Intervention, PromptedModel, changing
 from analysis.prompt.run import plain_effect, plain_prompt, plain_tokens
 from analysis.prompt.view import Activations, PromptView, Tokens, Usual, check_interventions, read_prompt, view_prompt
@@ -25,6 +27,20 @@ from residscope.errors import ResidscopeError, UsageError
 from train.model import MLSAE
 
 MOST_NEW_TOKENS = 64
+
+
+class Attributed(NamedTuple):
+    """Effects on a prediction."""
+
+    activations: Activations
+    effect: NDArray[np.float64]
+    """Of each of them, nats."""
+    texts: list[str]
+    """Of the text's tokens."""
+    position: int
+    """After which the prediction is."""
+    token: str
+    """The predicted one."""
 
 
 class LiveModel:
@@ -61,15 +77,45 @@ class LiveModel:
         """All activations above zero, at kept positions."""
         return self._read(text).activations
 
-    def prompt(self, text: str, most: int) -> dict[str, Any]:
-        """A prompt's part of prompt.json, with at most so many latents, each with its activations in `cells`."""
+    def effects(self, text: str, token: str | None, against: str | None, position: int | None) -> Attributed:
+        """Of each activation on a prediction, as `Analysis.attribute` asks for it."""
+        view = self._read(text)
+        n = len(view.tokens.ids)
+        place = n - 1 if position is None else position
+        if not 0 <= place < n:
+            raise UsageError(f"position should be 0 to {n - 1}, found {place}")
+        target = view.run.next_at[place][0][0] if token is None else self._token_id(token)
+        other = None if against is None else self._token_id(against)
+        ids = torch.from_numpy(view.tokens.ids)[None]
+        effect = attribute(self.prompted, ids, view.activations, place, target, other)
+        return Attributed(view.activations, effect, view.tokens.texts, place, self.tokenizer.text([target])[0])
+
+    def _token_id(self, text: str) -> int:
+        ids = self.tokenizer.encode([text])[0]
+        if len(ids) != 1:
+            parts = ", ".join(map(repr, self.tokenizer.texts(ids)))
+            raise UsageError(f"{text!r} should be one token, such as ' the', found {len(ids)}: {parts}")
+        return ids[0]
+
+    def prompt(self, text: str, most: int, effects_after: int | None = None) -> dict[str, Any]:
+        """A prompt's part of prompt.json, with at most so many latents, each with its activations in `cells`; as
+        `Analysis.prompt` says."""
         data, found = plain_prompt(self._read(text), self.tokenizer, most), self.activations(text)
         del data["interventions"], data["silent"]
         order = np.argsort(found.latent, kind="stable")
         latent, *columns = (c[order] for c in (found.latent, found.position, found.layer, found.activation))
+        if effects_after is not None:
+            attributed = self.effects(text, None, None, effects_after)
+            columns.append(attributed.effect[order])
+            data["effects"] = {"after": effects_after, "token": attributed.token}
         for one in data["latents"]:
             own = slice(*np.searchsorted(latent, [one["latent"], one["latent"] + 1]))
             one["cells"] = [list(cell) for cell in zip(*(c[own].tolist() for c in columns), strict=True)]
+            if effects_after is not None:
+                layers, at = np.unique(columns[1][own], return_inverse=True)
+                of_layer = np.bincount(at, columns[3][own])
+                best = np.abs(of_layer).argmax()
+                one["effect"], one["effect_layer"] = float(of_layer[best]), int(layers[best])
         return {**data, "layers": self.layers}
 
     def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], n_tokens: int) -> dict[str, Any]:

@@ -152,11 +152,15 @@ class Analysis:
         """The card, as an object that a notebook shows; `.data` is that of `card`."""
         return Card(self.card(latent))
 
-    def prompt(self, text: str, most: int = 60) -> Prompt:
+    def prompt(self, text: str, most: int = 60, effects_after: int | None = None) -> Prompt:
         """The latents of a text; a notebook shows their map. most: the most specific so many. `.data` is in plain
         values: prompt.json's, and of each latent its `cells` [[position, layer, activation]], what it fires on, and the
-        share of the analysed tokens at which it fires (0 to 1)."""
-        data = self.live.prompt(text, most)
+        share of the analysed tokens at which it fires (0 to 1).
+
+        effects_after: a position of the text; each cell then ends with its effect on the log probability of the token
+        that is likeliest after that (`attribute`), and each latent has `effect`, the sum at one layer, nats, and
+        `effect_layer`, that where it is furthest from 0."""
+        data = self.live.prompt(text, most, effects_after)
         for one in data["latents"]:
             one["fires_on"] = self._fires_on[one["latent"]]
             one["share_of_tokens"] = self._share_of_tokens(one["latent"])
@@ -168,6 +172,24 @@ class Analysis:
         changes: {"kind": "ablate" or "steer", "latent", "layers": [int] or "all", "coefficient" of steer: the
         activation that is added}. continue_tokens: at most 64."""
         return _plain(self.live.intervene(text, changes, continue_tokens))
+
+    def attribute(
+        self, text: str, token: str | None = None, *, against: str | None = None, position: int | None = None
+    ) -> pd.DataFrame:
+        """How much each activation in a text adds to a prediction, to first order (`analysis.prompt.attribution`): a
+        row for each, the largest effect first, with what its latent fires on.
+
+        token: the one predicted, as text with its space (" the"); default the likeliest. against: another token.
+        position: of the text's token after which it is predicted, from 0, the opening counted; default the last.
+        `effect`: nats that the token's log probability would lose if the latent were taken out at this position after
+        this layer alone, or, with `against`, that its logit would lose on that of the other. `.attrs` has the predicted
+        token and the position."""
+        found = self.live.effects(text, token, against, position)
+        table = pd.DataFrame({**found.activations._asdict(), "effect": found.effect})
+        table.insert(1, "token", [found.texts[place] for place in table["position"]])
+        table["fires_on"] = [self._fires_on[latent] for latent in table["latent"]]
+        table.attrs = {"token": found.token, "position": found.position}
+        return table.sort_values("effect", key=np.abs, ascending=False, kind="stable", ignore_index=True)
 
     def search(
         self,

@@ -202,9 +202,21 @@ class Planted(Stub):
         tokens: list[dict[str, Any]] = [{"token": word, "token_id": t, "kept": t > 0} for t, word in enumerate(words)]
         for token in tokens:
             token["next"] = [{"token": f"{token['token']}?", "token_id": 5, "p_true": 0.25}]
+        after, effects = given.get("effects_after"), {}
+        if after is not None:
+            self.asked.append(given)
+            effects = {"effects": {"after": after, "token": " on"}}
+            for latent in latents:
+                of_layer = dict.fromkeys(LAYERS, 0.0)
+                for cell in latent["cells"]:
+                    cell.append((-1 if latent["latent"] == 8 else 0.5) * cell[2] * (cell[0] <= after))
+                    of_layer[cell[1]] += cell[3]
+                latent["effect_layer"] = max(of_layer, key=lambda layer: abs(of_layer[layer]))
+                latent["effect"] = of_layer[latent["effect_layer"]]
         chances = [{"token": " on", "token_id": 3, "p_true": 0.5}, {"token": "\n", "token_id": 4, "p_true": 0.0625}]
         return SimpleNamespace(
             data={
+                **effects,
                 "text": text,
                 "tokens": tokens,
                 "layers": LAYERS,

@@ -87,6 +87,27 @@ def test_latents_are_ordered_and_cut(tab: PlantedTab) -> None:
     assert "50.0 %" in tab.run('return text("#next");')
 
 
+def test_the_largest_effects_on_a_prediction(tab: PlantedTab) -> None:
+    tab.open(SENTENCE)
+    tab.run("""await until(() => all(".heat").length === 3); change("#sort", "effect");
+      await until(() => text("#maps h3").includes("effects on"));""")
+    assert tab.run('return text("#maps h3");') == (
+        "3 of 3 latents on in the sentence: the largest effects on \u201c on\u201d after token 4 \u201cup\u201d"
+    )
+    above = """return all(".heat text").map((at) => at.textContent).filter((at) => /nats|layer/.test(at));"""
+    assert tab.run(above) == ["8: -8.00 nats", "layer 3", "7: +2.50 nats", "layer 6", "9: +0.125 nats", "layer 6"]
+    tab.run("""named("token 2: is").click(); await until(() => text("#maps h3").includes("after token 2"));""")
+    assert not tab.run('return find(".switch");')
+    read = """const map = all(".heat")[0]; map.focus(); for (let c = 0; c < 9; c++) key(map, "ArrowLeft");
+      for (let r = 0; r < 9; r++) key(map, "ArrowDown"); const found = [text("#maps .readout")];
+      key(map, "ArrowRight"); key(map, "ArrowUp"); return [...found, text("#maps .readout")];"""
+    empty, first = tab.run(read)
+    assert empty.endswith("layer 2: activation 0.")
+    assert first.endswith("layer 3: activation 2.00, effect -2.00 nats.")
+    assert [one["effects_after"] for one in tab.planted.asked] == [4, 2]
+    tab.run("""change("#sort", "mass"); await until(() => find(".switch"));""")
+
+
 def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
     tab.open(f"{SENTENCE}&latent=7&layer=4")
     tab.run(

@@ -9,9 +9,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from analysis.delphi.scores import COLUMNS
 from analysis.live.opened import Analysis
+from analysis.prompt.attribution import attribute
 from residscope.errors import IncompatibleError, UsageError
 from tests.support.harvested import make_checkpoint
 from tests.support.live import TEXT, Live, make_live
@@ -95,6 +97,35 @@ def test_a_prompt_has_the_numbers_of_the_command(live: Live, opened: Analysis) -
         assert [one["p"] for one in effect["next_changed"]] == [one["p_changed"] for one in expected["next_changed"]]
         assert [one["p"] for one in effect["next_true"]] == [one["p_true"] for one in written["next"]]
     assert opened.prompt(TEXT, 2).data["latents"] == first["latents"][:2]
+
+
+def test_effects_on_a_prediction(opened: Analysis) -> None:
+    live, tokens = opened.live, opened.live.tokens(TEXT)
+    (n,), (m,) = live.tokenizer.encode(["n", "m"])
+    ids, found = torch.from_numpy(tokens.ids)[None], opened.live.activations(TEXT)
+    table: Any = opened.attribute(TEXT, "n", against="m", position=6)
+    expected = attribute(live.prompted, ids, found, 6, n, m)
+    assert table.attrs == {"token": "n", "position": 6}
+    assert table["effect"].tolist() == expected[np.argsort(-np.abs(expected), kind="stable")].tolist()
+    one = table.iloc[0]
+    same = (found.position == one.position) & (found.layer == one.layer) & (found.latent == one.latent)
+    assert expected[same].tolist() == [one.effect]
+    assert one.token == tokens.texts[one.position]
+    assert opened.attribute(TEXT).attrs == {
+        "token": opened.prompt(TEXT).data["next"][0]["token"],
+        "position": len(tokens.ids) - 1,
+    }
+    data = opened.prompt(TEXT, 300, effects_after=6).data
+    rows: Any = opened.attribute(TEXT, position=6)
+    assert data["effects"] == {"after": 6, "token": rows.attrs["token"]}
+    for latent in data["latents"]:
+        by_layer = rows[rows["latent"] == latent["latent"]].groupby("layer")["effect"].sum()
+        assert latent["effect"] == pytest.approx(by_layer[latent["effect_layer"]], rel=1e-9, abs=1e-15)
+        assert abs(latent["effect"]) == pytest.approx(by_layer.abs().max(), rel=1e-9, abs=1e-15)
+    with pytest.raises(UsageError, match="'mary' should be one token, such as ' the', found 4: 'm', 'a', 'r', 'y'"):
+        opened.attribute(TEXT, "mary")
+    with pytest.raises(UsageError, match="position should be 0 to 13, found 14"):
+        opened.attribute(TEXT, position=14)
 
 
 def test_search_by_text_layers_and_profile(live: Live, opened: Analysis) -> None:

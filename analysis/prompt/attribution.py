@@ -1,0 +1,91 @@
+"""How much each active latent adds to one of the model's predictions, to first order.
+
+With m the log probability of a token after position p (or the difference of two tokens' logits), g its gradient with
+respect to the output of block l at position t, and a_j, s and d_j as in intervene.py,
+
+    effect = a_j s (d_j . g)
+
+is what m would lose if the latent's part were taken out there alone, as far as m is linear: attribution by the
+gradient (Nanda 2023, "attribution patching"; Marks et al. 2025, "Sparse feature circuits", section 3.1), here against
+zero. One forward and one backward pass give it for all latents, layers and positions. Effects of a latent at several
+layers do not add up: what is taken out after one block is missing after the later ones too. In a store that went
+through a lens, d_j is taken back through its inverse.
+
+Shapes: N positions, D d_model, V vocabulary, A activations that are not zero.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analysis.model.continuation import changed
+from analysis.model.downstream import with_residual
+from analysis.prompt.intervene import PromptedModel
+from analysis.prompt.view import Activations
+from residscope.errors import IncompatibleError, is_out_of_memory
+
+ROWS = 8192
+"""Activations that are worked on at a time."""
+
+
+def attribute(
+    prompted: PromptedModel, input_ids: Tensor, found: Activations, position: int, token: int, against: int | None
+) -> NDArray[np.float64]:
+    """The effect [A] of each of the activations `found` of a text, int64 [1, N], on the prediction after `position`:
+    on the log probability of `token`, nats, or on its logit less that of `against`.
+
+    Raises `IncompatibleError` where the model has no backward pass.
+    """
+    model, layers = prompted.model, sorted({*found.layer.tolist()})
+    everywhere = torch.ones(input_ids.shape, dtype=torch.bool, device=model.device)
+    if not layers:
+        return np.zeros(0)
+    streams: dict[int, Tensor] = {}  # [N, D]
+    shifts: dict[int, Tensor] = {}  # zeros, whose gradient is that with respect to the stream
+    last: list[Tensor] = []
+
+    def shifted(x: Tensor, layer: int) -> Tensor:
+        streams[layer], shifts[layer] = x.detach(), torch.zeros_like(x, requires_grad=True)
+        last[:] = [x + shifts[layer]]
+        return last[0]
+
+    def look(output: Any, layer: int) -> Any:
+        return with_residual(output, lambda x: shifted(x, layer), everywhere)
+
+    with torch.enable_grad(), changed(model, sorted({*layers, model.n_layers - 1}), look):
+        model.base(input_ids=input_ids.to(model.device), use_cache=False)
+        logits = model.logits(last[0][position]).float()  # [V]
+        measure = logits.log_softmax(dim=-1)[token] if against is None else logits[token] - logits[against]
+        try:
+            gradients = torch.autograd.grad(measure, [shifts[layer] for layer in layers])
+        except RuntimeError as error:  # NotImplementedError is one
+            if is_out_of_memory(error):
+                raise
+            raise IncompatibleError(f"{model.spec.name}: its backward pass failed ({error})") from error
+    effect = np.zeros(len(found.latent))
+    for layer, gradient in zip(layers, gradients, strict=True):
+        own = np.flatnonzero(found.layer == layer)
+        for rows in np.split(own, range(ROWS, len(own), ROWS)):
+            effect[rows] = _effects(prompted, streams[layer], gradient, layer, found, rows)
+    return effect
+
+
+@torch.no_grad()
+def _effects(
+    prompted: PromptedModel, x: Tensor, gradient: Tensor, layer: int, found: Activations, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Of some activations at one layer; x: the block's output [N, D], and the gradient there."""
+    sae, device = prompted.sae, gradient.device
+    position = torch.from_numpy(found.position[rows]).to(device)
+    place, of = position.unique(return_inverse=True)
+    y, g = prompted.seen(x[place], layer), gradient[place].float()
+    std = sae.standardize(y, sae.rows_of_layer(layer, len(y))).std  # [places, 1]
+    if prompted.lens is not None:
+        # Of an affine inverse: the gradient goes back through its linear part.
+        lens = prompted.lens
+        g = torch.func.vjp(lambda vectors: lens.invert(vectors, layer), torch.zeros_like(g))[1](g)[0]
+    along = (sae.W_dec[torch.from_numpy(found.latent[rows]).to(device)] * (std * g)[of]).sum(dim=-1)
+    return found.activation[rows].astype(np.float64) * along.double().cpu().numpy()

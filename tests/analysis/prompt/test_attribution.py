@@ -1,0 +1,47 @@
+"""Effects by the gradient: against steering a little at one position of one layer, and what they should leave out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.model.continuation import last_output
+from analysis.prompt.attribution import attribute
+from analysis.prompt.intervene import Intervention, PromptedModel, changing
+from analysis.prompt.view import read_prompt, run_prompt
+from tests.support.harvested import make_checkpoint, make_harvested
+
+TEXT, POSITION, TOKEN, OTHER = "mary and john", 9, 110, 101
+
+
+@pytest.mark.parametrize(("architecture", "with_lens"), [("llama", False), ("gpt2", True), ("gemma", False)])
+def test_it_is_the_slope_of_steering(tmp_path: Path, architecture: str, with_lens: bool) -> None:
+    made = make_harvested(tmp_path, architecture, with_lens=with_lens)
+    sae, model = make_checkpoint(tmp_path / "ckpt.pt", made.store), made.model
+    prompted = PromptedModel(model, sae, made.lens, made.store.meta.stored_dtype)
+    tokens = read_prompt(made.store, model.tokenizer, model.causal_lm.config, TEXT)
+    ids = torch.from_numpy(tokens.ids)[None]
+    found = run_prompt(prompted, tokens, list(made.store.meta.layers))[1]
+    effect = {against: attribute(prompted, ids, found, POSITION, TOKEN, against) for against in (None, OTHER)}
+
+    def measures(i: int, coefficient: float) -> tuple[float, float]:
+        here = torch.zeros(ids.shape, dtype=torch.bool)
+        here[0, found.position[i]] = True
+        change = Intervention(
+            kind="steer", latent=int(found.latent[i]), layers=(int(found.layer[i]),), coefficient=coefficient
+        )
+        with changing(prompted, model.blocks, [change], here):
+            logits = model.logits(last_output(model, ids)[0, POSITION]).double()
+        return float(logits.log_softmax(dim=-1)[TOKEN]), float(logits[TOKEN] - logits[OTHER])
+
+    assert not effect[None][found.position > POSITION].any()  # what comes later cannot matter
+    before = np.flatnonzero(found.position <= POSITION)
+    chosen = before[np.argsort(-np.abs(effect[None][before]))[:: max(len(before) // 12, 1)]]
+    step = 0.01
+    for which, against in enumerate((None, OTHER)):
+        slopes = [(measures(i, step)[which] - measures(i, -step)[which]) / (2 * step) for i in chosen.tolist()]
+        expected = np.array(slopes) * found.activation[chosen]
+        largest = np.abs(effect[against]).max()
+        assert largest > 0
+        np.testing.assert_allclose(effect[against][chosen], expected, atol=2e-3 * largest, rtol=2e-2)
