@@ -5,10 +5,11 @@
 3. Only blocks that reach the bound are looked at again, for the latents that reach it: a few more than k.
 4. Those are sorted, and the first k are the answer.
 
-Numbers are compared as integers: the bits of floats that are not negative, read as an integer, are in the floats'
-order. A row in which fewer than k block maxima are positive, or which holds a NaN, is first mapped to integers that are
-in order for every float and take NaN for the largest (as torch.topk does), and its bound is found over the latents
-themselves. Bounds are built bit by bit from the top, by counting the entries that reach them.
+Where k is more than half of the blocks, a bound is found over the latents themselves. Numbers are compared as integers:
+the bits of floats that are not negative, read as an integer, are in the floats' order. A row in which no positive bound
+is found, or which holds a NaN, is first mapped to integers that are in order for every float and take NaN for the
+largest (as torch.topk does), and its bound is the k-th largest latent. Bounds are built bit by bit from the top, by
+counting the entries that reach them.
 
 Order of the result: largest first, equal values by ascending latent (-0 equals +0, and one NaN another).
 
@@ -23,8 +24,6 @@ from numba.cpython.unsafe.numbers import trailing_zeros
 from train.kernels.cpu.compiling import compiled, inlined
 
 _BLOCK = 64  # one bit of a 64-bit mask a latent
-_GROUP = 8  # latents of a group, where blocks are too few: those of one lane in a block
-_RUN = 64  # keys that are sorted by counting rather than by merging
 
 
 @compiled
@@ -40,22 +39,17 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
     largest = bits.dtype.type((1 << sign_bit) - 1)
     shift = 8 * (values.itemsize - bits.itemsize)
     maxima = np.empty(n_blocks, bits.dtype)
-    groups = np.empty(n_latents // _GROUP + _BLOCK, bits.dtype)
     ordered = np.empty(n_latents, bits.dtype)
-    keys = np.empty(n_latents + _RUN, bits.dtype)
+    keys = np.empty(n_latents, bits.dtype)
     latents = np.empty(n_latents, np.int32)
-    sorted_keys = np.empty(n_latents, bits.dtype)
-    sorted_latents = np.empty(n_latents, np.int32)
 
     for n in range(start, stop):
         row = bits[n]
         magnitude = _block_maxima(row, largest, maxima)
         bound = bits.dtype.type(0)
-        if magnitude <= infinity and k <= n_latents // _GROUP:
-            parts, n_parts = maxima, n_blocks
-            if k > n_blocks // 2:
-                parts, n_parts = groups, _group_maxima(row, groups)
-            bound = _kth_largest(parts, n_parts, k, sign_bit, k >> 3)
+        if magnitude <= infinity:
+            few = k <= n_blocks // 2
+            bound = _kth_largest(maxima if few else row, n_blocks if few else n_latents, k, sign_bit, k >> 3)
         if bound <= 0:
             for j in range(n_latents):
                 size = bits.dtype.type(row[j] & largest)
@@ -69,14 +63,11 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
         for b in range(n_blocks):
             if maxima[b] >= bound:
                 found = _take_block(row, b * _BLOCK, bound, keys, latents, found)
-        if found > k and found > _RUN:
-            found = _cut_to_largest(keys, latents, found, k, _kth_largest(keys, found, k, sign_bit, 0))
-        _sort_runs(keys, latents, found, sorted_keys, sorted_latents)
-        _merge_runs(sorted_keys, sorted_latents, found, keys, latents)
+        order = np.argsort(np.invert(keys[:found]), kind="mergesort")  # largest first; a stable sort
         for i in range(k):
-            key = sorted_keys[i]
+            key = keys[order[i]]
             values[n, i] = values.dtype.type(key if key > 0 else 0) << shift
-            indices[n, i] = sorted_latents[i]
+            indices[n, i] = latents[order[i]]
 
 
 @compiled
@@ -136,26 +127,6 @@ def _block_maxima(row, largest, maxima):
 
 
 @inlined
-def _group_maxima(row, groups):
-    """Fill groups with the largest key of every eighth latent of each whole block, then with the rest of the row."""
-    whole = row.size // _BLOCK
-    for b in range(whole):
-        block = row[b * _BLOCK : (b + 1) * _BLOCK]
-        lanes = groups[b * _GROUP : (b + 1) * _GROUP]
-        for i in range(_GROUP):
-            best = block[i]
-            for step in range(_GROUP, _BLOCK, _GROUP):
-                key = block[step + i]
-                best = key if key > best else best
-            lanes[i] = best
-    filled = whole * _GROUP
-    for j in range(whole * _BLOCK, row.size):
-        groups[filled] = row[j]
-        filled += 1
-    return filled
-
-
-@inlined
 def _kth_largest(keys, n, k, sign_bit, slack):
     """A bound that at least k of keys[:n] reach: the k-th largest key, or less if at most k + slack reach it."""
     one = keys.dtype.type(1)
@@ -200,69 +171,3 @@ def _take_block(row, start, bound, keys, latents, found):
         found += 1
         hits &= hits - np.uint64(1)
     return found
-
-
-@inlined
-def _cut_to_largest(keys, latents, n, k, bound):
-    """Keep the k largest of keys[:n] in place, `bound` being the k-th; of those equal to it, the first. Returns k."""
-    spare = k
-    for i in range(n):
-        spare -= keys[i] > bound
-    kept = 0
-    for i in range(n):
-        if keys[i] > bound or (keys[i] == bound and spare > 0):
-            spare -= keys[i] == bound
-            keys[kept] = keys[i]
-            latents[kept] = latents[i]
-            kept += 1
-    return kept
-
-
-@inlined
-def _sort_runs(keys, latents, n, sorted_keys, sorted_latents):
-    """Sort each run of 64, largest first, ties in order: a key's place is how many keys of its run go before it.
-
-    keys has room for whole runs, and what lies beyond n is overwritten.
-    """
-    smallest = keys.dtype.type(keys.dtype.type(1) << (8 * keys.itemsize - 1))
-    equals_placed = np.empty(_RUN, np.int32)  # by place
-    for start in range(0, n, _RUN):
-        size = min(_RUN, n - start)
-        run = keys[start : start + _RUN]
-        for i in range(_RUN):
-            equals_placed[i] = 0
-        for i in range(size, _RUN):
-            run[i] = smallest
-        for i in range(size):
-            key = run[i]
-            place = np.int32(0)
-            for j in range(_RUN):  # a fixed length, which compilers vectorise whole
-                place = np.int32(place + np.int32(run[j] > key))
-            equals_placed[place] += 1
-            place += equals_placed[place] - 1
-            sorted_keys[start + place] = key
-            sorted_latents[start + place] = latents[start + i]
-
-
-@inlined
-def _merge_runs(keys, latents, n, spare_keys, spare_latents):
-    """Merge sorted runs of 64 into one, in place; of equal keys, those of the earlier run first."""
-    width = _RUN
-    while width < n:
-        for start in range(0, n, 2 * width):
-            middle = min(start + width, n)
-            end = min(start + 2 * width, n)
-            left, right = start, middle
-            for out in range(start, end):
-                if right >= end or (left < middle and keys[left] >= keys[right]):
-                    spare_keys[out] = keys[left]
-                    spare_latents[out] = latents[left]
-                    left += 1
-                else:
-                    spare_keys[out] = keys[right]
-                    spare_latents[out] = latents[right]
-                    right += 1
-        for i in range(n):
-            keys[i] = spare_keys[i]
-            latents[i] = spare_latents[i]
-        width *= 2

@@ -56,7 +56,7 @@ def test_topk_is_the_start_of_a_stable_sort(
 
 @pytest.mark.parametrize("k", [1, 20, 100, 600, 2000])
 def test_topk_of_wide_rows(k: int) -> None:
-    """Each way to a bound: over blocks, over groups, over the latents; and candidates that fill many runs."""
+    """Each way to a bound: over blocks and over the latents; and many candidates."""
     z = rows_of_kind("normal", 6, 5000, seed=k).float()
     z[1].round_()
     z[2] = z[2].sort().values
