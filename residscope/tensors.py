@@ -87,6 +87,7 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)
+        self.fast = True  # each value as often as it is met, whether or not it is the same object: by content alone
         self.storages: list[Pieces] = []
 
     def reducer_override(self, value: Any) -> Any:

@@ -5,7 +5,6 @@ records; so that damage is one clear error and not NaN results. Other file forma
 """
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -86,24 +85,13 @@ def save_checkpoint(
     with removed_on_error(temporary):  # on a full disk it would be in the way
         try:
             with temporary.open("wb") as file:
-                save_tensors(_interned(content), file)
+                save_tensors(content, file)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
         temporary.replace(path)
     sync(path.parent)
-
-
-def _interned(value: Any) -> Any:
-    """`value` with equal strings made one object: pickle writes such a string once, so equal content is equal bytes."""
-    if isinstance(value, str):
-        return sys.intern(value)
-    if isinstance(value, dict):
-        return {_interned(key): _interned(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_interned, value))
-    return value
 
 
 def load_checkpoint(path: Path, *, finite: bool = True, mapped: bool = False) -> Checkpoint:

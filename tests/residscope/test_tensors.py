@@ -129,6 +129,13 @@ def test_a_tensor_is_written_as_it_comes() -> None:
     assert order[6:] == order[:6]
 
 
+def test_equal_content_is_equal_bytes_whether_or_not_it_is_the_same_object() -> None:
+    one, other, shared = io.BytesIO(), io.BytesIO(), [1.5, "a word"]
+    save_tensors({"a word": shared, "b": shared}, one)
+    save_tensors({"".join(["a ", "word"]): list(shared), "b": [1.5, "".join(["a w", "ord"])]}, other)
+    assert one.getvalue() == other.getvalue()
+
+
 def test_a_flipped_bit_is_refused_or_changes_nothing() -> None:
     data = saved(CONTENT)
     directory = data.index(b"PK\x01\x02")
