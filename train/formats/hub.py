@@ -116,7 +116,7 @@ def model_card(
         "## Its data\n\n" + _table(_data(checkpoint, metrics)),
         "## How well it does\n\n" + _metrics_table(metrics),
         *(["## Mind\n\n" + "\n".join(f"- {markdown(note)}" for note in notes)] if notes else []),
-        "## Use\n\n```python\nfrom train.formats import read_sae\n\n"
+        "## Use\n\n```python\nfrom residscope import read_sae\n\n"
         f"sae, origin = read_sae({where})  # or a folder\n"
         "out = sae(vectors)  # raw block outputs [N, d_model]; out.codes, out.x_hat\n```\n\n"
         f"`analyze --store acts.zarr --sae {repo_id}` measures how its latents spread over layers.",
