@@ -4,7 +4,7 @@
 results, for half a page of a paper. Without matplotlib (`pip install residscope[plots]`) nothing is written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, cast
@@ -203,68 +203,57 @@ def no_left_axis(axes: Any) -> None:
 
 
 def _reconstruction(results: Results) -> "Figure":
-    """FVU by layer with the baseline, and L0 below, on one layer axis."""
-    figure = new_figure(6.4, 4.0)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
-    for name, words, kind in fvu_lines(results):
-        _curve(upper, results.layers[name], words, kind)
-    _band(upper, results, "fvu", BLUE, "95 % interval")
-    upper.set_title(fill(reconstruction_title(results), 70))
-    upper.set_ylabel("FVU (lower is better)")
-    upper.set_ylim(0, 1.25 * max([0.1, *(float(np.nanmax(line.get_ydata())) for line in upper.lines)]))
-    if upper.lines:
-        upper.legend(loc="upper left", ncols=3, fontsize=8.5, handlelength=2.2, columnspacing=1.4, borderaxespad=0.1)
-    _curve(lower, results.layers["l0"], "", "ours")
-    lower.set_ylim(0, 1.2 * max(1.0, float(np.nanmax(results.layers["l0"], initial=0))))
-    lower.set_ylabel("L0 (latents\nper vector)")
-    _finish_layers(upper, lower, results, AFTER_BLOCK)
-    return figure
+    """FVU by layer with the baseline, and L0 below."""
+    upper = "FVU (lower is better)", _with_bounds(results, fvu_lines(results))
+    lower = "L0 (latents\nper vector)", [(results.layers["l0"], "", "ours")]
+    return _over_layers(results, reconstruction_title(results), AFTER_BLOCK, upper, lower)
 
 
 def _downstream(results: Results) -> "Figure | None":
-    """Delta CE and KL by layer, and loss recovered below, on one layer axis; None where it was not measured."""
+    """Delta CE and KL by layer, and loss recovered below; None where it was not measured."""
     if not results.get("downstream"):
         return None
-    figure = new_figure(6.4, 4.4)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.6, 1])
-    for name, words, kind in COSTS:
-        _curve(upper, results.layers[name], words, kind)
-        _band(upper, results, name, CURVES[kind][0])
-    for line in recovered_lines(results):
-        _curve(lower, *line)
-    for axes in (upper, lower):
-        axes.legend(loc="best", fontsize=8.5, handlelength=2.2)
-    upper.set_title(fill(downstream_title(results), 70))
-    bands = "bands: 95 % intervals; " if results.bounds("downstream", "kl") else ""
-    upper.set_ylabel(f"nats per token\n({bands}lower is better)")
-    upper.set_ylim(bottom=min(0.0, upper.get_ylim()[0]))
-    lower.set_ylim(min(0.0, float(np.nanmin([line.get_ydata() for line in lower.lines], initial=0)) - 0.05), 1.05)
-    lower.set_ylabel("loss recovered\n(higher is better)")
-    _finish_layers(upper, lower, results, X_NAME)
-    return figure
+    upper = "nats per token\n(lower is better)", _with_bounds(results, COSTS)
+    lower = "loss recovered\n(higher is better)", recovered_lines(results)
+    return _over_layers(results, downstream_title(results), X_NAME, upper, lower)
 
 
-def _curve(axes: Any, values: np.ndarray, words: str, kind: str) -> None:
-    """A line over the layers [L] as the page draws it: words of the legend, `kind` a class of report.css."""
-    colour, dash = CURVES[kind]
-    if np.isfinite(values).any():
-        axes.plot(values, dash, color=colour, label=words, linewidth=1.8, marker="o", markersize=2.5)
+def _with_bounds(results: Results, lines: Sequence[tuple[str, str, str]]) -> list[Any]:
+    """Columns of layers.parquet as `_over_layers` takes lines, with the bounds that the file has of them."""
+    ends, columns = ("low", "high"), results.layers
+    return [
+        (columns[name], words, kind, *(columns[key] for end in ends if (key := f"{name}_{end}") in columns))
+        for name, words, kind in lines
+    ]
 
 
-def _band(axes: Any, results: Results, name: str, colour: str, label: str | None = None) -> None:
-    """The 95 % interval of a column of layers.parquet, where all layers have one."""
-    low, high = (results.layers.get(f"{name}_{end}") for end in ("low", "high"))
-    if low is not None and high is not None and np.isfinite(low).all():
-        axes.fill_between(np.arange(len(low)), low, high, color=colour, alpha=0.2, linewidth=0, label=label)
+def _over_layers(results: Results, title: str, x_name: str, *panels: tuple[str, Sequence[Any]]) -> "Figure":
+    """Two plots, one above the other, on one axis of layers.
 
-
-def _finish_layers(upper: Any, lower: Any, results: Results, x_name: str) -> None:
-    """What two plots on one axis of layers have in common."""
-    lower.set_xlabel(x_name)
-    _set_layer_ticks(lower.xaxis, results)
-    for axes in (upper, lower):
+    panels: the y axis' name and lines: values [L], words of the legend, class of report.css, perhaps the bounds [L] of
+    their 95 % intervals.
+    """
+    figure = new_figure(6.4, 4.2)
+    upper, lower = plots = figure.subplots(2, 1, sharex=True, height_ratios=[1.9, 1])
+    for axes, (label, lines) in zip(plots, panels, strict=True):
+        for values, words, kind, *bounds in lines:
+            colour, dash = CURVES[kind]
+            if np.isfinite(values).any():
+                axes.plot(values, dash, color=colour, label=words, linewidth=1.8, marker="o", markersize=2.5)
+            if bounds and np.isfinite(bounds).all():
+                style: dict[str, Any] = {"alpha": 0.2, "linewidth": 0, "label": "95 % interval"}
+                axes.fill_between(np.arange(len(values)), *bounds, color=colour, **style)
+        lowest, highest = axes.dataLim.intervaly  # inf and -inf where nothing is drawn
+        axes.set_ylim(min(0.0, 1.1 * lowest), 1.4 * highest if highest > 0 else 1.0)  # with room for the legend
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", ncols=2, fontsize=8.5, handlelength=2.2, borderaxespad=0.1)
+        axes.set_ylabel(label)
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
+    upper.set_title(fill(title, 70))
+    lower.set_xlabel(x_name)
+    _set_layer_ticks(lower.xaxis, results)
+    return figure
 
 
 def _set_layer_ticks(axis: Any, results: Results) -> None:
