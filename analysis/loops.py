@@ -34,15 +34,6 @@ FIRST, LAST, ACTIVE, RUNS, RUN, LONGEST = range(6)
 
 
 @compiled()
-def first_bad(values):
-    """The flat position of the first value that is negative or not finite, else -1."""
-    for position, value in enumerate(values.flat):
-        if not (value >= 0.0 and value < np.inf):
-            return position
-    return -1
-
-
-@compiled()
 def add_codes(values, indices, rows, layers, group_of_token, sums, counts, totals, histograms, shape, latents):
     """Add the codes of T whole tokens.
 

@@ -101,26 +101,18 @@ class LayerMoments:
         rows: NDArray[np.int64] | None = None,
         errors: NDArray[np.float64] | None = None,
     ) -> None:
-        """Add whole tokens, in place: values [T, L, k] >= 0, indices [T, L, k], group [T] (default: all in the first).
+        """Add whole tokens, in place: finite values [T, L, k] >= 0, indices [T, L, k], group [T] (default: the first).
 
         rows [T, L]: which of the T * L vectors, counted token by token, is taken to stand at a token and layer; default
-        each at its own (`analysis.baselines.nulls` has others). errors [3, T, L]: what `LayerQuality.add` gave for the
-        tokens. Raises `ValueError` on a value that is negative or not finite, naming token and layer.
+        each at its own (`analysis.baselines.nulls` has others). errors [3, T, L]: of these tokens, what
+        `LayerQuality.add` gave.
         """
         from analysis import loops
 
-        values = np.ascontiguousarray(values)
-        bad = loops.first_bad(values)
-        if bad >= 0:
-            token, layer, _ = np.unravel_index(bad, values.shape)
-            raise ValueError(
-                f"activation {values.reshape(-1)[bad]} at token {token} of the tile, layer {self.layers[layer]}: "
-                "it should be finite and at least 0; check the store with `residscope verify`"
-            )
         n_tokens, n_layers, k = values.shape
         row = np.zeros(n_tokens, np.int64) if group is None else np.searchsorted(self.groups, group)
         own = np.arange(n_tokens * n_layers).reshape(n_tokens, n_layers) if rows is None else rows
-        codes = values.reshape(-1, k), np.ascontiguousarray(indices).reshape(-1, k)
+        codes = [np.ascontiguousarray(part).reshape(-1, k) for part in (values, indices)]
         sums = self.sums, self.counts, self.totals, self.histograms, self.run_sums, self.latent_sums
         loops.add_codes(*codes, own, self.layers - self.centre, row, *sums)
         np.add.at(self.n_tokens, row, 1)

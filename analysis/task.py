@@ -106,18 +106,17 @@ def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
 def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_token: NDArray[np.float64]) -> None:
     """Add the codes of analysed tokens; per_token [3, T, L] is theirs of `LayerQuality.add`."""
     token, values, indices = tile
-    if spec.codes_folder:
-        write_codes(spec.codes_folder, tile)
-    group = data.selection.group[token].astype(np.int64)
-    try:
-        sums.moments.add(values, indices, group, errors=per_token)
-    except ValueError:
-        where = tuple(int(i) for i in np.argwhere(~((values >= 0) & np.isfinite(values)))[0])
+    sound = (values >= 0) & (values < np.inf)
+    if not sound.all():
+        where = tuple(np.argwhere(~sound)[0])
         raise IncompatibleError(
             f"{spec.sae} on {spec.store}: the activation is {values[where]} at layer {sums.moments.layers[where[1]]}, "
             f"token {token[where[0]]} of the store: it should be finite and at least 0; check the store with "
             "`residscope verify`, and the autoencoder's weights"
-        ) from None
+        )
+    if spec.codes_folder:
+        write_codes(spec.codes_folder, tile)
+    sums.moments.add(values, indices, data.selection.group[token].astype(np.int64), errors=per_token)
     for name, null in sums.nulls.items():
         rows = NULLS[name](spec.statistics.seed, token, values.shape[1], data.store.meta.chunk_tokens)
         null.add(values, indices, rows=rows)

@@ -151,18 +151,19 @@ def test_sound_shards_that_were_swapped_are_found(tmp_path):
         run(small, tmp_path / "out")
 
 
-def test_an_activation_that_overflows_is_named_by_its_place_in_the_store(tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e-3])
+def test_a_value_that_is_no_activation_is_named_by_its_place_in_the_store(tmp_path, monkeypatch, value):
     small = make_small(tmp_path)
     token = int(np.flatnonzero(small.keep)[200])
     original = Encoder.encode
 
     def encode(self, standardized):
         codes = original(self, standardized)
-        codes.values[(standardized.mean.flatten() == np.float64(small.x[token, 1].astype(np.float64).mean()))] = np.inf
+        codes.values[(standardized.mean.flatten() == np.float64(small.x[token, 1].astype(np.float64).mean()))] = value
         return codes
 
     monkeypatch.setattr(Encoder, "encode", encode)
-    with pytest.raises(ResidscopeError, match=f"activation is inf at layer 3, token {token} of the store"):
+    with pytest.raises(ResidscopeError, match=f"activation is {value} at layer 3, token {token} of the store"):
         run(small, tmp_path / "out")
 
 
