@@ -7,8 +7,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def _verify(path: Path, as_json: bool) -> int:
     from store.care.verify import verify
 
-    with _progress() as show:
-        bad = verify(path, progress=show)
+    bad = verify(path)
     if as_json:
         print(json.dumps({"path": str(path), "bad": _as_json(bad)}))
         return 1 if bad else 0
@@ -92,8 +90,7 @@ def _repair(path: Path, as_json: bool) -> int:
     def prepare(store: Path) -> Callable[[], object]:
         return importlib.import_module("harvest.refill").prepare(store)  # with torch, once there is something to fill
 
-    with _progress() as show:
-        done = repair(path, prepare, progress=show)
+    done = repair(path, prepare)
     if as_json:
         found = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
         print(json.dumps({"path": str(path), **found}))
@@ -111,17 +108,3 @@ def _as_json(bad: Sequence[Any]) -> list[dict[str, Any]]:
 def _print_faults(bad: Sequence[Any]) -> None:
     for found in bad:
         print(found.reason if found.index is None else f"shard {found.index}: {found.reason}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar for shards that are checked: a function that is told how many are done, and of how many."""
-    from tqdm import tqdm
-
-    with tqdm(unit="shard", leave=False, disable=None, desc="verify") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show

@@ -34,19 +34,17 @@ class Repaired:
     """Those of them whose files have the hashes that the manifest had; for the others it had no intact line."""
 
 
-def repair(
-    path: Path, prepare: Callable[[Path], Callable[[], object]], *, progress: Callable[[int, int], None] | None = None
-) -> Repaired:
+def repair(path: Path, prepare: Callable[[Path], Callable[[], object]]) -> Repaired:
     """Make the store at `path` complete and intact again.
 
     prepare: called with `path` before anything is changed; gives a function that fills the shards that the manifest
-    lacks. progress: as for `verify`. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when
-    another process is writing it, when something is damaged that cannot be computed again (nothing is changed then),
-    and when a shard gets other bytes than it had (it is left missing then, and a plain `harvest` takes the new bytes).
+    lacks. Raises `IncompatibleError` when there is no store, and `ResidscopeError` when another process is writing it,
+    when something is damaged that cannot be computed again (nothing is changed then), and when a shard gets other bytes
+    than it had (it is left missing then, and a plain `harvest` takes the new bytes).
     """
     require_store(path)
     with closing(WriterLock(path, path)):
-        found = verify(path, progress=progress)
+        found = verify(path)
         lost = [bad.reason for bad in found if bad.lasting]
         if lost:
             way_out = "This cannot be computed again: copy the file from a backup, or harvest into a new store"

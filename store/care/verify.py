@@ -6,11 +6,11 @@ several at once. Tested in tests/store/test_faults.py and tests/residscope/test_
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from residscope.console import progress
 from residscope.urls import as_path
 from store import arrays
 from store.activations import ActivationStore
@@ -34,12 +34,10 @@ class BadShard:
     """Whether it cannot be computed again: it is metadata, tokens, or the manifest's header."""
 
 
-def verify(
-    path: str | os.PathLike[str], *, threads: int = 4, progress: Callable[[int, int], None] | None = None
-) -> list[BadShard]:
+def verify(path: str | os.PathLike[str], *, threads: int = 4) -> list[BadShard]:
     """Everything that is missing or damaged in the store at `path`; empty when the store is whole.
 
-    progress: called with the number of checked shards and of all. `IncompatibleError` for no store or another version.
+    Raises `IncompatibleError` for no store or another version.
     """
     path = as_path(path)
     require_store(path)
@@ -59,15 +57,14 @@ def verify(
         removed = Readers(path, ring).removed()
         gone = {int(i) for part in ring.parts(meta.n_shards)[:removed] for i in part if i >= ring.kept_shards}
     torn = "; its last line is incomplete" if manifest.torn else ""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, progress("verify", "shard", meta.n_shards) as bar:
         checks = pool.map(
             lambda shard: None if shard in gone else check_shard(path, meta, manifest, shard), range(meta.n_shards)
         )
         for shard, reason in enumerate(checks):
             if reason:
                 bad.append(BadShard(shard, reason + (torn if shard not in manifest.lines else "")))
-            if progress:
-                progress(shard + 1, meta.n_shards)
+            bar.update()
     bad += [BadShard(shard, "the store has no such shard") for shard in manifest.lines if shard >= meta.n_shards]
     if bad:
         return bad
