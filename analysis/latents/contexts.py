@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.loops import compiled
 from analysis.quality import defined, ratio
 
 N_CONTEXTS = 5
@@ -52,17 +51,20 @@ def contexts_per_layer(n_latents: int, n_layers: int) -> int:
 def context_agreement(token: NDArray[np.int64], n_tokens: NDArray[np.int64]) -> ContextAgreement:
     """From the top contexts token [M, L, n] (-1: fewer) and the tokens at which a latent fired at any layer [M]."""
     n_latents, n_layers, n = token.shape
-    shared = np.zeros(n_latents, np.int64)
-    pairs = np.zeros((n_latents, n_layers), np.int64)  # by distance; column 0 is never used
-    shared_by_distance = np.zeros(n_layers, np.int64)
-    _count_shared(np.sort(token, axis=2), shared, pairs, shared_by_distance)
+    shared, pairs = np.zeros((2, n_latents, n_layers), np.int64)  # tokens, pairs of layers by distance; column 0: 0
+    has = np.all(token >= 0, axis=2)
+    for distance in range(1, n_layers):
+        both = has[:, :-distance] & has[:, distance:]
+        same = token[:, :-distance, :, None] == token[:, distance:, None]  # [M, L - distance, n, n]
+        shared[:, distance] = (both * np.count_nonzero(same, axis=(2, 3))).sum(axis=1)
+        pairs[:, distance] = both.sum(axis=1)
     of_latent, of_distance = pairs.sum(axis=1), pairs.sum(axis=0)
     chance = ratio(np.full(n_latents, float(n)), n_tokens)
     expected = np.where(pairs > 0, pairs * chance[:, None], 0.0).sum(axis=0)
     return ContextAgreement(
-        overlap=ratio(shared / n, of_latent),
+        overlap=ratio(shared.sum(axis=1) / n, of_latent),
         chance=np.where(of_latent > 0, chance, np.nan),
-        by_distance=ratio(shared_by_distance / n, of_distance)[1:],
+        by_distance=ratio(shared.sum(axis=0) / n, of_distance)[1:],
         chance_by_distance=ratio(expected, of_distance)[1:],
         n=n,
     )
@@ -81,29 +83,3 @@ def agreement_summary(found: ContextAgreement) -> dict[str, Any]:
         "overlap_by_distance": [defined(x) for x in found.by_distance],
         "chance_by_distance": [defined(x) for x in found.chance_by_distance],
     }
-
-
-@compiled()
-def _count_shared(tokens, shared, pairs, shared_by_distance):
-    """Count the tokens that each two layers' top contexts share.
-
-    tokens int64 [M, L, n], each [n] ascending, -1 where there are fewer: such a layer is left out. Added to in place,
-    int64: shared [M], pairs of layers [M, L] and shared_by_distance [L] by their distance.
-    """
-    n_latents, n_layers, n = tokens.shape
-    for j in range(n_latents):
-        for layer in range(n_layers):
-            if tokens[j, layer, 0] < 0:
-                continue
-            for other in range(layer + 1, n_layers):
-                if tokens[j, other, 0] < 0:
-                    continue
-                common, a, b = 0, 0, 0
-                while a < n and b < n:
-                    first, second = tokens[j, layer, a], tokens[j, other, b]
-                    common += first == second
-                    a += first <= second
-                    b += second <= first
-                shared[j] += common
-                pairs[j, other - layer] += 1
-                shared_by_distance[other - layer] += common
