@@ -134,9 +134,8 @@ class TaskSpec:
     """As in `Inputs`."""
     tokens: TokenOptions
     statistics: StatisticsOptions
-    validation: tuple[float, int, int] | None
-    """Fraction, seed and number of documents of the checkpoint's validation split."""
-    same_store: bool
+    validation: tuple[tuple[str, Any], ...]
+    """Fraction and seed of the checkpoint's validation split, with their names; empty where it holds nothing out."""
     pca: bool
     """Whether to sum what the PCA baseline needs: wanted, and there is something to fit it on."""
     few: tuple[int, ...] = ()
@@ -198,8 +197,5 @@ def _open_again(spec: TaskSpec) -> tuple[ActivationStore, MLSAE, Selection]:
             f"{spec.sae} is not the autoencoder that was opened first: its hash should be {spec.sae_hash}, found "
             f"{found}; do not write to it while it is analysed, or analyse in threads, which do not open it again"
         )
-    split: dict[str, Any] | None = None
-    if spec.validation:
-        split = dict(zip(("fraction", "seed", "n_documents"), spec.validation, strict=True))
-    held_out = held_out_documents(store.tokens, split, same_store=spec.same_store)
+    held_out = held_out_documents(store.tokens, dict(spec.validation), same_store=True)  # the first process looked
     return store, sae, select(store.tokens, held_out, spec.tokens, sae.config.n_latents)

@@ -113,9 +113,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
 
 def task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path | None) -> TaskSpec:
     """What the tasks are told. folder: where codes may be kept while the analysis lasts; None: nowhere."""
-    validation, split = None, inputs.validation
-    if split and selection.held_out.any():
-        validation = split["fraction"], split["seed"], len(selection.held_out)
+    split = inputs.validation if selection.held_out.any() else None
     places = kept_places(inputs.sae.config)
     return TaskSpec(
         store=str(config.store.resolve()),
@@ -125,8 +123,7 @@ def task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folde
         layers=inputs.layers,
         tokens=config.tokens,
         statistics=config.statistics,
-        validation=validation,
-        same_store=inputs.same_store,
+        validation=tuple((name, split[name]) for name in ("fraction", "seed")) if split else (),
         pca=config.statistics.pca and bool(selection.fit.any()),
         save_latents=config.latents.save_latents,
         codes_folder=folder and codes_folder(folder, config, selection.n_analysed, len(inputs.layers), places),

@@ -138,8 +138,7 @@ def work_of(store: Path, sae: Path, dtype: str, *, nulls: bool = False, save_lat
         layers=tuple(range(N_LAYERS)),
         tokens=TokenOptions(),
         statistics=StatisticsOptions(dtype=dtype, nulls=nulls),  # type: ignore[arg-type]
-        validation=None,
-        same_store=False,
+        validation=(),
         pca=False,
         save_latents=save_latents,
     )

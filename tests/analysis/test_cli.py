@@ -194,8 +194,7 @@ def test_a_store_that_was_made_anew_while_a_worker_looks_is_refused(small):
         layers=tuple(range(store.meta.n_layers)),
         tokens=TokenOptions(),
         statistics=StatisticsOptions(),
-        validation=None,
-        same_store=True,
+        validation=(),
         pca=False,
     )
     with pytest.raises(IncompatibleError, match="content hash should be of another store"):
