@@ -17,11 +17,12 @@ for (const view of VIEWS) find(`to-${view}`).addEventListener("click", () => set
 
 try {
   const about = await ask("about");
-  find("about").textContent = `${about.model}: ${about.n_layers} layers, ${integer(about.n_latents)} latents of ${about.sae}, analysed on ${integer(about.n_tokens)} tokens of ${about.dataset}.`;
-  document.title = `${about.model}: explore`;
+  const { store, sae } = about.provenance;
+  find("about").textContent = `${store.model}: ${about.n_layers} layers, ${integer(about.n_latents)} latents of ${sae.name}, analysed on ${integer(about.n_tokens)} tokens of ${store.dataset}.`;
+  document.title = `${store.model}: explore`;
   find("text").maxLength = about.most.text;
   find("most-text").textContent = integer(about.most.text);
-  find("search-profile").append(...about.profiles.map((name) => h("option", { value: name }, name)));
+  find("search-profile").append(...Object.keys(about.profiles ?? {}).map((name) => h("option", { value: name }, name)));
   drawLayers(about);
   read(true);
   say(find("model"), "The model is loading, or busy with another text \u2026");

@@ -59,6 +59,9 @@ MOST_LATENTS = 100_000
 MOST = {"text": 4_000, "changes": 16, "continue_tokens": 64, "limit": 500}
 """Characters of a text, changes of the residual stream at once, tokens that a text is continued by, latents found."""
 
+SHOWN = ("provenance", "n_tokens", "n_layers", "n_latents", "layers", "profiles", "warnings", "downstream")
+"""Of summary.json, what the page says at first; not `transformer`, whose reason may name folders of this machine."""
+
 KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("latent", "continue_tokens", "limit", "effects_after"), int),
     **dict.fromkeys(("text", "tokens", "promotes", "on", "off", "profile", "explained"), str),
@@ -159,7 +162,7 @@ def make_app(analysis: Any, token: str) -> Starlette:
         loading.cancel()
 
     async def about(_: Request) -> Response:
-        return _json({**_about(analysis), "waiting": live.waiting})
+        return _json({**{name: analysis.summary.get(name) for name in SHOWN}, "most": MOST, "waiting": live.waiting})
 
     async def model(request: Request) -> Response:
         return _json({"missing": await live.take(request, lambda: _missing(analysis))})
@@ -202,20 +205,6 @@ def _missing(analysis: Any) -> str | None:
     except ResidscopeError as error:
         return str(error)
     return None
-
-
-def _about(analysis: Any) -> dict[str, Any]:
-    """What the page says before anything is asked for, of summary.json."""
-    summary = analysis.summary
-    return {
-        **{name: summary["provenance"]["store"].get(name) for name in ("model", "dataset")},
-        "sae": summary["provenance"]["sae"].get("name"),
-        **{name: summary[name] for name in ("n_tokens", "n_layers", "n_latents", "layers")},
-        "profiles": list(summary.get("profiles") or {}),
-        "warnings": summary.get("warnings") or [],
-        "downstream": summary.get("downstream"),
-        "most": MOST,
-    }
 
 
 async def _body(request: Request) -> dict[str, Any]:
