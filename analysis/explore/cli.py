@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import residscope
 from analysis.config import AnalyzeConfig
@@ -28,24 +27,8 @@ type text, see its latents over layers and tokens, take them out, search them, c
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageOptions:
-    """Where the page is."""
-
-    port: int = 0
-    """Port on 127.0.0.1; 0 for one that is free."""
-    browser: bool = True
-    """Open the page in the default browser, where there is a screen."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 2**16:
-            raise UsageError(f"--port should be from 0 to 65535, found {self.port}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExploreConfig:
     """An analysis to look at."""
-
-    FIRST_FLAGS: ClassVar = ("store", "sae", "out", "model")
 
     store: Path
     """Folder of the activation store, as for `analyze`."""
@@ -56,7 +39,14 @@ class ExploreConfig:
     checkpoint's own folder where there is one of it."""
     model: str | None = None
     """Where the store's model is, as for `analyze`."""
-    page: PageOptions = PageOptions()
+    port: int = 0
+    """Port on 127.0.0.1; 0 for one that is free."""
+    browser: bool = True
+    """Open the page in the default browser, where there is a screen."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise UsageError(f"--port should be from 0 to 65535, found {self.port}")
 
 
 def explore(config: ExploreConfig) -> None:
@@ -78,7 +68,7 @@ def explore(config: ExploreConfig) -> None:
         raise ResidscopeError(what) from None
     analysis = residscope.open(folder, store=config.store, sae=config.sae, model=config.model)
     token = secrets.token_urlsafe(18)
-    with _listening(config.page.port) as listening:
+    with _listening(config.port) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"
         print(f"Explore {folder} at\n  {address}\nCtrl-C ends it.", flush=True)
         options = uvicorn.Config(
@@ -90,7 +80,7 @@ def explore(config: ExploreConfig) -> None:
             proxy_headers=False,
         )
         screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-        if config.page.browser and screen:  # one that runs in the terminal would take it over
+        if config.browser and screen:  # one that runs in the terminal would take it over
             webbrowser.open(address)
         with suppress(KeyboardInterrupt):  # how it is meant to end, where SIGINT is not ignored from the start
             asyncio.run(uvicorn.Server(options).serve(sockets=[listening]))
