@@ -55,7 +55,7 @@ class Results:
     probs: np.ndarray
     """P(layer | latent), the share of the latent's activation mass at each layer, float64 [J, L]; rows sum to 1."""
     kinds: np.ndarray = field(default_factory=lambda: np.empty(0, object))
-    """Kind of each live latent's profile, [J]; empty where the file has none."""
+    """Kind of each live latent's profile, [J]."""
     prompts: dict[str, Any] | None = None
     """prompt.json, which `analyze --prompt` adds; None without it."""
     prompt_rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -123,8 +123,7 @@ def load_results(out_dir: Path) -> Results:
 def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
     names = pq.read_schema(out_dir / "latents.parquet").names
     scalars = [*SCALARS, *(name for name in OPTIONAL_SCALARS if name in names)]
-    kinds = ["profile"] if "profile" in names else []
-    latents = pq.read_table(out_dir / "latents.parquet", columns=[*scalars, *kinds, "counts", "probs"])
+    latents = pq.read_table(out_dir / "latents.parquet", columns=[*scalars, "profile", "counts", "probs"])
     latents = latents.filter(pc.field("count") > 0)
     layers = _columns(pq.read_table(out_dir / "layers.parquet"))
     prompt, pairs = out_dir / "prompt.json", out_dir / "redundancy.parquet"
@@ -140,7 +139,7 @@ def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
         latents=_columns(latents.select(scalars)),
         counts=matrix("counts"),
         probs=matrix("probs"),
-        kinds=np.array(latents["profile"].to_pylist() if kinds else [], object),
+        kinds=np.array(latents["profile"].to_pylist(), object),
         prompts=read_json(prompt) if has_prompts else None,
         prompt_rows=_columns(pq.read_table(out_dir / "prompt.parquet", columns=PROMPT_COLUMNS)) if has_prompts else {},
         pairs=pq.read_table(pairs).slice(0, MAX_PAIRS).to_pylist() if pairs.is_file() else [],

@@ -37,7 +37,7 @@ def page_header(results: Results) -> str:
         reference=other,
         tokens=escape(str(results.get("split", "text") or f"{integer(results.get('n_tokens'))} tokens.")),
         settled=_settled(results),
-        warnings="".join(f'<p class="warning">{prose(words)}</p>' for words in _warnings(results)),
+        warnings="".join(f'<p class="warning">{prose(words)}</p>' for words in results.summary["warnings"]),
         tiles=tiles(_main_numbers(results)),
     )
 
@@ -79,16 +79,6 @@ def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
         ("FVU, mean over layers", show(results.number("reconstruction", "fvu")), fvu_words),
         ("L0", show(results.number("reconstruction", "l0")), k_words),
     ]
-
-
-def _warnings(results: Results) -> list[str]:
-    """The summary's own warnings, and one about training tokens where it has none."""
-    trained_on = results.get("split", "trained_on")
-    if results.get("warnings"):
-        return [str(warning) for warning in results.get("warnings")]
-    if trained_on in ("some", "all"):
-        return ["The SAE was trained on some of these tokens: numbers on held-out text may be worse."]
-    return ["It is not known whether the SAE was trained on these tokens."] if trained_on == "unknown" else []
 
 
 SECTIONS = (

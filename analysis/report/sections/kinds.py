@@ -14,8 +14,8 @@ depth apart. Early, middle, late: the mean layer lies in the first, second or la
 
 def section(results: Results) -> Section:
     """Mean profiles, and numbers of latents."""
-    if not results.get("profiles") or len(results.kinds) == 0:
-        return Section(TITLE, "<p>Not shown: this analysis has no kinds of latents, or no latent fired.</p>")
+    if len(results.kinds) == 0:
+        return Section(TITLE, "<p>Not shown: no latent fired in these tokens.</p>")
     numbers = {kind: results.number("profiles", kind, "latents") or 0 for kind in KINDS}
     shares = {kind: percent(number / len(results.kinds)) for kind, number in numbers.items()}
     members = {kind: results.probs[results.kinds == kind] for kind in KINDS}

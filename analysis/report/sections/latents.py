@@ -23,7 +23,7 @@ def section(results: Results) -> Section:
     fired = results.latents["count"]
     if len(fired) == 0:
         return Section("Latents", "<p>No latent fired in these tokens, so there is none to show.</p>")
-    kinds = "".join(f"<option>{kind}</option>" for kind in KINDS) if len(results.kinds) else ""
+    kinds = "".join(f"<option>{kind}</option>" for kind in KINDS)
     numbers = _numbers(results)
     if rounded := len(numbers) > MOST_NUMBERS:
         numbers = _numbers(results, rounded=True)
@@ -42,8 +42,7 @@ def _numbers(results: Results, *, rounded: bool = False) -> str:
     arrays |= {name: results.latents[name].astype("<f2" if rounded else "<f4") for name in real}
     mass = results.latents["total"]
     arrays["mass_share"] = (mass / mass.sum()).astype("<f4")
-    if len(results.kinds):
-        arrays["kind"] = np.array([KINDS.index(kind) for kind in results.kinds], "<u2")
+    arrays["kind"] = np.array([KINDS.index(kind) for kind in results.kinds], "<u2")
     if rounded:
         arrays["probs"] = np.ceil(255 * (results.probs / results.probs.max(axis=1, keepdims=True))).astype("u1")
     else:

@@ -28,9 +28,7 @@ is 1. A (token, latent) pair counts by its activation mass, or once.</p>"""
 def section(results: Results) -> Section:
     """Two figures of distributions over layers, and the means as a table."""
     if results.number("persistence", "mass", "n_layers_active") is None:
-        found = results.get("persistence")
-        reason = "no latent fired in these tokens" if found else "this analysis has no such numbers"
-        return Section(TITLE, f"<p>Not shown: {reason}.</p>")
+        return Section(TITLE, "<p>Not shown: no latent fired in these tokens.</p>")
     unbroken = results.number("persistence", "mass", "unbroken_multi")
     single = percent(results.number("persistence", "mass", "single_layer"))
     onset, offset = (show(results.number("persistence", "mass", name)) for name in ("onset", "offset"))
