@@ -9,6 +9,7 @@ true effect of those 40 and of 40 others, nats; seconds for all effects, and wha
 
 import argparse
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def compare(analysis: Analysis, text: str, token: str | None, against: str | Non
     ids = torch.from_numpy(live.tokens(text).ids)[None]
     live.prompt(text, 1)  # read before the time is taken
     began = time.perf_counter()
-    table = analysis.attribute(text, token, against=against)
+    table: Any = analysis.attribute(text, token, against=against)
     seconds = time.perf_counter() - began
     wanted = live.tokenizer.encode([table.attrs["token"], against or table.attrs["token"]])
 
@@ -60,7 +61,7 @@ def compare(analysis: Analysis, text: str, token: str | None, against: str | Non
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Effects by the gradient beside ablations.")
     parser.add_argument("analysis", help="folder of `analyze`; the model of its store is needed")
     opened = residscope.open(parser.parse_args().analysis)
     print("| text, token | correlation | equal signs | of these, nats | of others, nats | s | s by ablating |")
