@@ -6,6 +6,7 @@ import { button, counted, cut, fill, find, h, latest, link, pins, quoted, say, s
 
 const MUCH = 5; // nats
 let prompt = null, answered = null; // answered: the changes of which the outcome is shown; null before any were run
+let wrong = ""; // what is said of a field until it is right, whatever answer comes
 const ask = latest("prompt", find("sentence-status"), (found, asked) => {
   if (asked.text !== state.text) return "";
   prompt = found;
@@ -34,12 +35,12 @@ function run() {
   change(asking());
 }
 
-/** Mark what is shown of other changes than those that are listed now; whether it is. */
+/** Mark what is shown of other changes than those that are listed now; whether it is, or a field is wrong. */
 function age() {
   const old = find("outcome").childNodes.length > 0 && answered !== key(asking());
   find("outcome").classList.toggle("outdated", old);
-  if (old) say(find("change-status"), "What is below is of the changes before: press Run.", true);
-  return old;
+  if (old || wrong) say(find("change-status"), wrong || "What is below is of the changes before: press Run.", true);
+  return old || Boolean(wrong);
 }
 
 /** The place of the chosen token, or -1. */
@@ -153,8 +154,10 @@ function editor() {
   const list = changes(), edit = (i, key, value) => write(list.map((one, k) => (k === i ? { ...one, [key]: value } : one)));
   const layersOf = (text) => (text.trim() === "all" ? "all" : /^\s*\d+(\s*[-\u2013]\s*\d+|[\s,;]+\d+)*\s*$/.test(text) ? text.match(/\d+(\s*[-\u2013]\s*\d+)?/g).flatMap(span) : null);
   const layersTo = (i, text) => {
-    if (layersOf(text)) edit(i, "layers", layersOf(text));
-    else say(find("change-status"), `layers should be all, or numbers such as 3 4 5 or 3-5, found \u201c${text}\u201d`, true);
+    if (wrong) say(find("change-status"), "");
+    wrong = layersOf(text) ? "" : `layers should be all, or numbers such as 3 4 5 or 3-5, found \u201c${text}\u201d`;
+    if (wrong) age();
+    else edit(i, "layers", layersOf(text));
   };
   // After the focus has moved on: the fields are made anew.
   const later = (act) => (event) => setTimeout(act, 0, event.target.value);
@@ -165,6 +168,7 @@ function editor() {
     one.kind === "steer" && h("label", {}, "add activation ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: later((value) => edit(i, "coefficient", Number(value))) })),
     button("Remove", () => write(list.filter((_, k) => k !== i)), { "aria-label": `Remove change ${i + 1}` }))));
   find("run").disabled = !list.length;
+  wrong = "";
   nameLatents();
   age();
 }

@@ -154,6 +154,13 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
         "steer 8 at layer 3 4 by -2.5, ablate 7 at layer 3 5, steer 7 at all layers by 0.25",
         "run",
     ]
+    said = tab.run("""const edit = (at, value) => { at.value = value;
+      at.dispatchEvent(new Event("change", { bubbles: true })); }, field = () => all("#changes input")[1];
+      const before = find("#outcome h3"), kept = field().value; find("#run").click(); edit(field(), "x");
+      await until(() => find("#outcome h3") !== before); const wrong = text("#change-status"); edit(field(), kept);
+      await until(() => text("#change-status") === ""); find("#run").click();
+      await until(() => text("#change-status").startsWith("KL")); return wrong;""")
+    assert said == "layers should be all, or numbers such as 3 4 5 or 3-5, found \u201cx\u201d"  # the answer came later
     outcome = tab.run('return text("#outcome");')
     for words in (
         "steer 8 at all layers by -2.5, ablate 7 at layer 3 5",
