@@ -30,11 +30,11 @@ def compare(analysis: Analysis, text: str, token: str | None, against: str | Non
     """Print the row of one text."""
     live, model = analysis.live, analysis.live.prompted.model
     ids = torch.from_numpy(live.tokens(text).ids)[None]
-    live.prompt(text, 1)  # read before the time is taken
+    analysis.prompt(text, 1)  # read before the time is taken, the words of latents too
     began = time.perf_counter()
     table: Any = analysis.attribute(text, token, against=against)
     seconds = time.perf_counter() - began
-    wanted = live.tokenizer.encode([table.attrs["token"], against or table.attrs["token"]])
+    target, other = (live._token_id(one) for one in (table.attrs["token"], against or table.attrs["token"]))
 
     def measure(row: int | None) -> float:
         """Of the model with one activation taken out."""
@@ -45,12 +45,11 @@ def compare(analysis: Analysis, text: str, token: str | None, against: str | Non
             changes = [Intervention(kind="ablate", latent=latent, layers=(layer,))]
         with changing(live.prompted, model.blocks, changes, here):
             logits = model.logits(last_output(model, ids)[0, -1]).double()
-        target, other = (one[0] for one in wanted)
         return float(logits.log_softmax(dim=-1)[target] if against is None else logits[target] - logits[other])
 
-    began, true = time.perf_counter(), measure(None)
-    each = time.perf_counter() - began
+    true, began = measure(None), time.perf_counter()
     first = np.array([true - measure(row) for row in range(40)])
+    each = (time.perf_counter() - began) / 40
     rest = [true - measure(row) for row in np.linspace(40, len(table) - 1, 40).astype(int).tolist()]
     effect = table["effect"].to_numpy()[:40]
     print(
@@ -64,7 +63,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Effects by the gradient beside ablations.")
     parser.add_argument("analysis", help="folder of `analyze`; the model of its store is needed")
     opened = residscope.open(parser.parse_args().analysis)
-    print("| text, token | correlation | equal signs | of these, nats | of others, nats | s | s by ablating |")
+    print("| text, token | correlation | equal signs | of the 40, nats | of others, nats | s | s by ablating each |")
     print("|---|---|---|---|---|---|---|")
     for asked in ASKED:
         compare(opened, *asked)

@@ -6,10 +6,12 @@ import { button, counted, cut, fill, find, h, latest, link, pins, quoted, say, s
 
 const MUCH = 5; // nats
 let prompt = null, answered = null; // answered: the changes of which the outcome is shown; null before any were run
+let effectsAsked = ""; // of which they were asked for last
 let wrong = ""; // what is said of a field until it is right, whatever answer comes
 const ask = latest("prompt", find("sentence-status"), (found, asked) => {
   if (asked.text !== state.text) return "";
   prompt = found;
+  if (!found.effects) effectsAsked = "";
   find("sentence-found").classList.remove("outdated");
   draw();
   nameLatents();
@@ -49,10 +51,11 @@ const tokenChosen = () => (state.token !== "" && prompt.tokens[state.token]?.kep
 /** What a prediction's effects are of, where latents are ordered by them. */
 const effects = () => (state.sort === "effect" ? prompt.effects : undefined);
 
-/** Ask for the effects on what comes after the chosen token, or after the text, unless they are there. */
+/** Ask once for the effects on what comes after the chosen token, or after the text, where latents are ordered by them. */
 function askForEffects() {
-  const after = tokenChosen() < 0 ? prompt.tokens.length - 1 : tokenChosen();
-  if (state.sort === "effect" && prompt.text === state.text && prompt.effects?.after !== after) ask({ text: state.text, effects_after: after });
+  const after = tokenChosen() < 0 ? prompt.tokens.length - 1 : tokenChosen(), one = state.sort === "effect" ? `${after} ${state.text}` : "";
+  if (one && one !== effectsAsked && prompt.text === state.text && prompt.effects?.after !== after) ask({ text: state.text, effects_after: after });
+  effectsAsked = one;
 }
 
 /** The latents that are on at the chosen token, or anywhere (`all`), and those of them that are shown (`found`): the most
@@ -84,22 +87,19 @@ function draw() {
     () => set({ token: token === i ? "" : i }), { "aria-pressed": String(i === token), disabled: !kept, "aria-label": `token ${i}: ${visible(text)}` })));
   const dense = (one) => (one.share_of_tokens > DENSE ? `dense, fires at ${percent(one.share_of_tokens)} of the analysed tokens; ` : "");
   const nats = (value) => `${value > 0 ? "+" : ""}${show(value)} nats`;
-  const effectAt = (one, c, layer) => {
-    const cell = of && one.cells.find(([position, at]) => position === c && at === layer);
-    return cell ? `, effect ${nats(cell[3])}` : "";
-  };
-  const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value]) => [c, layers.indexOf(layer), value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
-    label: `Latent ${one.latent}, mean layer in this text ${show(one.layer_mean)}, ${dense(one)}fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
-    title: of ? `${one.latent}: ${nats(one.effect)}` : cut(`${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, 28), top: (value) => (of ? `layer ${one.effect_layer}` : `to ${show(value)}`),
-    say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(v)}${effectAt(one, c, layers[r])}.`,
-    pick: (c, r) => set({ latent: one.latent, token: tokens[c].kept ? c : "", layer: layers[r] }),
+  const cellAt = (one, c, layer) => one.cells.find(([position, at]) => position === c && at === layer) ?? [c, layer, 0, 0];
+  const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value, effect]) => [c, layers.indexOf(layer), of ? Math.abs(effect) : value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
+    label: `Latent ${one.latent}, ${of ? `effect ${nats(one.effect)} at layer ${one.effect_layer}, ` : ""}mean layer in this text ${show(one.layer_mean)}, ${dense(one)}fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
+    title: of ? `${one.latent}${dense(one) && " (dense)"}: ${nats(one.effect)}` : cut(`${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, 28), top: (value) => (of ? `layer ${one.effect_layer}` : `to ${show(value)}`),
+    say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(cellAt(one, c, layers[r])[2])}${of ? `, effect ${nats(cellAt(one, c, layers[r])[3])}` : ""}.`,
+    pick: (c, r) => set({ latent: one.latent, layer: layers[r], ...(of ? {} : { token: tokens[c].kept ? c : "" }) }),
   }));
   ofSentence(maps[0]);
   const where = of || token < 0 ? "in the sentence" : `at ${word(token)}`;
-  const rows = () => [["latent", "position", "token", "layer", "activation", ...(of ? ["effect_nats"] : [])], ...found.flatMap((one) => one.cells.map(([c, layer, ...values]) => [one.latent, c, tokens[c].token, layer, ...values]))];
+  const rows = () => [["latent", "position", "token", "layer", "activation", ...(of ? ["effect_nats"] : [])], ...found.flatMap((one) => one.cells.map(([c, layer, value, effect]) => [one.latent, c, tokens[c].token, layer, value, ...(of ? [effect] : [])]))];
   const foremost = of ? `the largest effects on ${quoted(of.token)} after ${word(of.after)}` : `the most ${state.sort === "mass" ? "active" : "specific"} ${token < 0 ? "in it" : "there"}`;
   const picture = figure(`${found.length} of ${integer(of || token < 0 ? prompt.n_active_latents : all.length)} latents on ${where}: ${foremost}`, "latents", maps, rows, of && h("p", { class: "note" },
-    "Effect: what the log probability of that token would lose, to first order, if the latent were taken out after one layer: summed over tokens, at the layer where it is furthest from 0. Ablate it to see the whole effect."), read);
+    "Effect: what the log probability of that token would lose, to first order, if the latent were taken out after one layer; below 0 the latent works against the token. Above a map: summed over tokens, at the layer where it is furthest from 0. The darker a cell, the larger its own effect. Ablate a latent to see its whole effect."), read);
   fill(find("maps"), ...(of || token < 0 ? [] : [switching(found, all, token, word(token), dense)]), picture);
   const next = (list) => list.map(({ token: text, p_true }) => [h("span", {}, h("code", {}, visible(text)), ` ${percent(p_true)}`), "  "]);
   const before = tokens.slice(tokens.findIndex((one) => one.kept), token + 1).map((one) => one.token).join("");

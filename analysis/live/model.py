@@ -6,6 +6,7 @@ The numbers are those of `analyze --prompt`: the same functions make them (`anal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from numbers import Integral
 from threading import Event
 from typing import Any, NamedTuple
 
@@ -82,28 +83,36 @@ class LiveModel:
         view = self._read(text)
         n = len(view.tokens.ids)
         place = n - 1 if position is None else position
-        if not 0 <= place < n:
-            raise UsageError(f"position should be 0 to {n - 1}, found {place}")
+        if not isinstance(place, Integral) or isinstance(place, bool) or not 0 <= place < n:
+            raise UsageError(f"position should be 0 to {n - 1}, found {place!r}")
         target = view.run.next_at[place][0][0] if token is None else self._token_id(token)
         other = None if against is None else self._token_id(against)
+        if target == other:
+            raise UsageError(f"against should be another token than the predicted one, found {against!r} for both")
         ids = torch.from_numpy(view.tokens.ids)[None]
         effect = attribute(self.prompted, ids, view.activations, place, target, other)
         return Attributed(view.activations, effect, view.tokens.texts, place, self.tokenizer.text([target])[0])
 
     def _token_id(self, text: str) -> int:
-        ids = self.tokenizer.encode([text])[0]
-        if len(ids) != 1:
-            parts = ", ".join(map(repr, self.tokenizer.texts(ids)))
-            raise UsageError(f"{text!r} should be one token, such as ' the', found {len(ids)}: {parts}")
-        return ids[0]
+        """The token that reads as `text` after another one."""
+        own, rows = self.tokenizer.encode([text])[0], self.prompted.model.causal_lm.config.get_text_config().vocab_size
+        for ids in (own, sorted(self.tokenizer.ids)) if text else ():  # a tokenizer may put a space in front of a text
+            for i, read in zip(ids, self.tokenizer.text(ids), strict=True):
+                if read == text and i < rows:
+                    return i
+        parts = ", ".join(map(repr, self.tokenizer.texts(own))) or "none"
+        raise UsageError(f"{text!r} should be one token of the model, such as ' the', found {parts}")
 
     def prompt(self, text: str, most: int, effects_after: int | None = None) -> dict[str, Any]:
         """A prompt's part of prompt.json, with at most so many latents, each with its activations in `cells`; as
         `Analysis.prompt` says."""
-        data, found = plain_prompt(self._read(text), self.tokenizer, most), self.activations(text)
+        found = self.activations(text)
+        n_latents = most if effects_after is None else len(found.latent)
+        data = plain_prompt(self._read(text), self.tokenizer, n_latents)
         del data["interventions"], data["silent"]
         order = np.argsort(found.latent, kind="stable")
-        latent, *columns = (c[order] for c in (found.latent, found.position, found.layer, found.activation))
+        latent = found.latent[order]
+        columns: list[NDArray[Any]] = [c[order] for c in (found.position, found.layer, found.activation)]
         if effects_after is not None:
             attributed = self.effects(text, None, None, effects_after)
             columns.append(attributed.effect[order])
@@ -116,6 +125,8 @@ class LiveModel:
                 of_layer = np.bincount(at, columns[3][own])
                 best = np.abs(of_layer).argmax()
                 one["effect"], one["effect_layer"] = float(of_layer[best]), int(layers[best])
+        if effects_after is not None:
+            data["latents"] = sorted(data["latents"], key=lambda one: -abs(one["effect"]))[:most]
         return {**data, "layers": self.layers}
 
     def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], n_tokens: int) -> dict[str, Any]:
@@ -174,12 +185,13 @@ def intervention_of(change: Mapping[str, Any]) -> Intervention:
     numbers = [latent, *(layers if isinstance(layers, list | tuple) else [])]
     if (
         kind not in ("ablate", "steer")
-        or not all(isinstance(one, int) and not isinstance(one, bool) for one in numbers)
+        or change.keys() - {"kind", "latent", "layers", "coefficient"}
+        or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in numbers)
         or not (layers == "all" or (isinstance(layers, list | tuple) and layers))
         or (kind == "steer" and not (isinstance(coefficient, int | float) and abs(coefficient) < LARGEST))
     ):
         wanted = '{"kind": "ablate" or "steer", "latent": 17, "layers": [3, 4] or "all"}, and for steer a "coefficient"'
         raise UsageError(f"a change should be {wanted}, found {dict(change)!r:.200}")
     assert latent is not None
-    layers = "all" if layers == "all" else tuple(sorted(set(layers)))
-    return Intervention(kind=kind, latent=latent, layers=layers, coefficient=coefficient)
+    layers = "all" if layers == "all" else tuple(sorted({int(layer) for layer in layers}))
+    return Intervention(kind=kind, latent=int(latent), layers=layers, coefficient=coefficient)

@@ -159,7 +159,7 @@ class Analysis:
 
         effects_after: a position of the text; each cell then ends with its effect on the log probability of the token
         that is likeliest after that (`attribute`), and each latent has `effect`, the sum at one layer, nats, and
-        `effect_layer`, that where it is furthest from 0."""
+        `effect_layer`, that where it is furthest from 0. The latents are then those of the largest effects."""
         data = self.live.prompt(text, most, effects_after)
         for one in data["latents"]:
             one["fires_on"] = self._fires_on[one["latent"]]
@@ -182,13 +182,13 @@ class Analysis:
         token: the one predicted, as text with its space (" the"); default the likeliest. against: another token.
         position: of the text's token after which it is predicted, from 0, the opening counted; default the last.
         `effect`: nats that the token's log probability would lose if the latent were taken out at this position after
-        this layer alone, or, with `against`, that its logit would lose on that of the other. `.attrs` has the predicted
-        token and the position."""
+        this layer alone, or, with `against`, that its logit would lose on that of the other. Below 0 the latent works
+        against the token. `.attrs` has what was asked."""
         found = self.live.effects(text, token, against, position)
         table = pd.DataFrame({**found.activations._asdict(), "effect": found.effect})
         table.insert(1, "token", [found.texts[place] for place in table["position"]])
         table["fires_on"] = [self._fires_on[latent] for latent in table["latent"]]
-        table.attrs = {"token": found.token, "position": found.position}
+        table.attrs = {"text": text, "token": found.token, "against": against, "position": found.position}
         return table.sort_values("effect", key=np.abs, ascending=False, kind="stable", ignore_index=True)
 
     def search(

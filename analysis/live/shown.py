@@ -99,7 +99,7 @@ def _bars(layers: Sequence[int], shares: Sequence[float | None]) -> str:
 def _strip(layers: Sequence[int], cells: Sequence[Sequence[float]]) -> str:
     """The highest activation over the tokens, layer by layer."""
     best = dict.fromkeys(layers, 0.0)
-    for _, layer, activation in cells:
+    for _, layer, activation, *_ in cells:
         best[int(layer)] = max(best[int(layer)], activation)
     top = max(best.values()) or 1.0
     rects = "".join(

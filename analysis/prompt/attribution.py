@@ -25,12 +25,14 @@ from analysis.model.continuation import changed
 from analysis.model.downstream import with_residual
 from analysis.prompt.intervene import PromptedModel
 from analysis.prompt.view import Activations
-from residscope.errors import IncompatibleError, is_out_of_memory
+from residscope.errors import IncompatibleError, is_out_of_memory, said
 
 ROWS = 8192
 """Activations that are worked on at a time."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def attribute(
     prompted: PromptedModel, input_ids: Tensor, found: Activations, position: int, token: int, against: int | None
 ) -> NDArray[np.float64]:
@@ -55,7 +57,7 @@ def attribute(
     def look(output: Any, layer: int) -> Any:
         return with_residual(output, lambda x: shifted(x, layer), everywhere)
 
-    with torch.enable_grad(), changed(model, sorted({*layers, model.n_layers - 1}), look):
+    with changed(model, sorted({*layers, model.n_layers - 1}), look):
         model.base(input_ids=input_ids.to(model.device), use_cache=False)
         logits = model.logits(last[0][position]).float()  # [V]
         measure = logits.log_softmax(dim=-1)[token] if against is None else logits[token] - logits[against]
@@ -64,7 +66,7 @@ def attribute(
         except RuntimeError as error:  # NotImplementedError is one
             if is_out_of_memory(error):
                 raise
-            raise IncompatibleError(f"{model.spec.name}: its backward pass failed ({error})") from error
+            raise IncompatibleError(f"{model.spec.name}: its backward pass failed ({said(error)})") from error
     effect = np.zeros(len(found.latent))
     for layer, gradient in zip(layers, gradients, strict=True):
         own = np.flatnonzero(found.layer == layer)

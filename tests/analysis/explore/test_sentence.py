@@ -95,17 +95,34 @@ def test_the_largest_effects_on_a_prediction(tab: PlantedTab) -> None:
         "3 of 3 latents on in the sentence: the largest effects on \u201c on\u201d after token 4 \u201cup\u201d"
     )
     above = """return all(".heat text").map((at) => at.textContent).filter((at) => /nats|layer/.test(at));"""
-    assert tab.run(above) == ["8: -8.00 nats", "layer 3", "7: +2.50 nats", "layer 6", "9: +0.125 nats", "layer 6"]
+    assert tab.run(above) == [
+        "8: -8.00 nats",
+        "layer 3",
+        "7: +2.50 nats",
+        "layer 6",
+        "9 (dense): +0.125 nats",
+        "layer 6",
+    ]
     tab.run("""named("token 2: is").click(); await until(() => text("#maps h3").includes("after token 2"));""")
     assert not tab.run('return find(".switch");')
     read = """const map = all(".heat")[0]; map.focus(); for (let c = 0; c < 9; c++) key(map, "ArrowLeft");
       for (let r = 0; r < 9; r++) key(map, "ArrowDown"); const found = [text("#maps .readout")];
       key(map, "ArrowRight"); key(map, "ArrowUp"); return [...found, text("#maps .readout")];"""
     empty, first = tab.run(read)
-    assert empty.endswith("layer 2: activation 0.")
+    assert empty.endswith("layer 2: activation 0, effect 0 nats.")
     assert first.endswith("layer 3: activation 2.00, effect -2.00 nats.")
+    tab.run("""named("Save 3 of 3").click();""")
+    assert tab.saved("latents.csv").decode().splitlines()[:2] == [
+        "latent,position,token,layer,activation,effect_nats",
+        "8,1,all,3,2,-2",
+    ]
+    tab.run("""key(all(".heat")[0], "Enter"); await until(() => text("#card h2") === "Latent 8");
+      change("#shown", "12"); await until(() => text("#maps h3").includes("after token 2"));""")
+    assert "&token=2" in tab.state  # a cell that is opened does not change what is explained
     assert [one["effects_after"] for one in tab.planted.asked] == [4, 2]
-    tab.run("""change("#sort", "mass"); await until(() => find(".switch"));""")
+    tab.run("""change("#sort", "mass"); await until(() => find(".switch")); all("#maps figure")[1].querySelector(
+      ".exports button").click();""")
+    assert tab.saved("latents.csv").decode().splitlines()[0] == "latent,position,token,layer,activation"
 
 
 def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:

@@ -1,11 +1,13 @@
 """Steering a plain model: the same as hooks written out, at each new token too, and nothing is left behind."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from analysis.live.model import steer
+from analysis.live.model import LiveModel, steer
 from residscope.errors import ResidscopeError, UsageError
 from tests.support.harvested import make_checkpoint, make_harvested
 from tests.support.live import make_live
@@ -40,6 +42,24 @@ def test_a_plain_model_is_steered(tmp_path: Path, architecture: str) -> None:
     assert not any(block._forward_hooks for block in made.model.blocks)
     with pytest.raises(UsageError, match="trained on layers 0 1 2"), steer(model, sae, [{**changes[0], "layers": [9]}]):
         pass
+
+
+def test_a_token_is_named_as_it_reads_after_another() -> None:
+    texts = {5: "", 6: " the", 7: "the", 8: " a", 9: "b", 300: "c"}
+    model: Any = LiveModel.__new__(LiveModel)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=256))
+    model.prompted = SimpleNamespace(model=SimpleNamespace(causal_lm=SimpleNamespace(config=config)))
+    encoded = {" the": [5, 6], "the": [6], " ab": [8, 9], "c": [300], "": []}  # a space is put in front
+    model.tokenizer = SimpleNamespace(
+        encode=lambda one: [encoded[one[0]]],
+        text=lambda ids: [texts[i] for i in ids],
+        texts=lambda ids: [texts[i] for i in ids],
+        ids=set(texts),
+    )
+    assert (model._token_id(" the"), model._token_id("the")) == (6, 7)
+    for text, found in ((" ab", "' a', 'b'"), ("c", "'c'"), ("", "none")):
+        with pytest.raises(UsageError, match=f"should be one token of the model, such as ' the', found {found}"):
+            model._token_id(text)
 
 
 def test_a_text_is_read_and_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

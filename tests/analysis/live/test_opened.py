@@ -105,25 +105,38 @@ def test_effects_on_a_prediction(opened: Analysis) -> None:
     ids, found = torch.from_numpy(tokens.ids)[None], opened.live.activations(TEXT)
     table: Any = opened.attribute(TEXT, "n", against="m", position=6)
     expected = attribute(live.prompted, ids, found, 6, n, m)
-    assert table.attrs == {"token": "n", "position": 6}
+    assert table.attrs == {"text": TEXT, "token": "n", "against": "m", "position": 6}
     assert table["effect"].tolist() == expected[np.argsort(-np.abs(expected), kind="stable")].tolist()
     one = table.iloc[0]
     same = (found.position == one.position) & (found.layer == one.layer) & (found.latent == one.latent)
     assert expected[same].tolist() == [one.effect]
     assert one.token == tokens.texts[one.position]
-    assert opened.attribute(TEXT).attrs == {
-        "token": opened.prompt(TEXT).data["next"][0]["token"],
-        "position": len(tokens.ids) - 1,
-    }
-    data = opened.prompt(TEXT, 300, effects_after=6).data
+    attrs, likeliest = opened.attribute(TEXT).attrs, opened.prompt(TEXT).data["next"][0]["token"]
+    assert (attrs["token"], attrs["against"], attrs["position"]) == (likeliest, None, len(tokens.ids) - 1)
+    shown = opened.prompt(TEXT, 300, effects_after=6)
+    assert "<svg" in shown._repr_html_()
+    data = shown.data
     rows: Any = opened.attribute(TEXT, position=6)
     assert data["effects"] == {"after": 6, "token": rows.attrs["token"]}
+    assert opened.prompt(TEXT, 2, effects_after=6).data["latents"] == data["latents"][:2]
+    assert len(data["latents"]) == data["n_active_latents"]
     for latent in data["latents"]:
         by_layer = rows[rows["latent"] == latent["latent"]].groupby("layer")["effect"].sum()
         assert latent["effect"] == pytest.approx(by_layer[latent["effect_layer"]], rel=1e-9, abs=1e-15)
         assert abs(latent["effect"]) == pytest.approx(by_layer.abs().max(), rel=1e-9, abs=1e-15)
-    with pytest.raises(UsageError, match="'mary' should be one token, such as ' the', found 4: 'm', 'a', 'r', 'y'"):
+    with pytest.raises(
+        UsageError, match="'mary' should be one token of the model, such as ' the', found 'm', 'a', 'r', 'y'"
+    ):
         opened.attribute(TEXT, "mary")
+    with pytest.raises(UsageError, match="against should be another token than the predicted one, found 'n' for both"):
+        opened.attribute(TEXT, "n", against="n")
+    with pytest.raises(UsageError, match=r"position should be 0 to 13, found 9\.0"):
+        opened.attribute(TEXT, position=9.0)  # type: ignore[arg-type]
+    change = {"kind": "ablate", "latent": table["latent"][0], "layers": [table["layer"][0]]}  # numpy's integers
+    plain = {"kind": "ablate", "latent": int(table["latent"][0]), "layers": [int(table["layer"][0])]}
+    assert opened.intervene(TEXT, [change]) == opened.intervene(TEXT, [plain])
+    with pytest.raises(UsageError, match=r"a change should be .*, found .*'positions'"):
+        opened.intervene(TEXT, [{**plain, "positions": [3]}])
     with pytest.raises(UsageError, match="position should be 0 to 13, found 14"):
         opened.attribute(TEXT, position=14)
 

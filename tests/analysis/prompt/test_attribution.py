@@ -7,12 +7,29 @@ import pytest
 import torch
 
 from analysis.model.continuation import last_output
+from analysis.prompt import attribution
 from analysis.prompt.attribution import attribute
 from analysis.prompt.intervene import Intervention, PromptedModel, changing
-from analysis.prompt.view import read_prompt, run_prompt
+from analysis.prompt.view import Activations, read_prompt, run_prompt
 from tests.support.harvested import make_checkpoint, make_harvested
 
 TEXT, POSITION, TOKEN, OTHER = "mary and john", 9, 110, 101
+
+
+def test_an_opening_alone_has_no_effects_and_tiles_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_harvested(tmp_path, "llama")
+    prompted = PromptedModel(made.model, make_checkpoint(tmp_path / "ckpt.pt", made.store), None, "float32")
+    tokens = read_prompt(made.store, made.model.tokenizer, made.model.causal_lm.config, TEXT)
+    ids = torch.from_numpy(tokens.ids)[None]
+    found = run_prompt(prompted, tokens, list(made.store.meta.layers))[1]
+    none = Activations(*[column[:0] for column in found])  # type: ignore[arg-type]
+    assert attribute(prompted, ids, none, POSITION, TOKEN, None).shape == (0,)
+    whole = attribute(prompted, ids, found, POSITION, TOKEN, None)
+    monkeypatch.setattr(attribution, "ROWS", 7)
+    with torch.inference_mode():  # of the caller
+        np.testing.assert_allclose(attribute(prompted, ids, found, POSITION, TOKEN, None), whole, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("architecture", "with_lens"), [("llama", False), ("gpt2", True), ("gemma", False)])

@@ -63,6 +63,8 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
         for b in range(n_blocks):
             if maxima[b] >= bound:
                 found = _take_block(row, b * _BLOCK, bound, keys, latents, found)
+        if found > 2 * k:  # many are equal, or lie in few blocks
+            found = _cut_to_largest(keys, latents, found, k, _kth_largest(keys, found, k, sign_bit, 0))
         order = np.argsort(np.invert(keys[:found]), kind="mergesort")  # largest first; a stable sort
         for i in range(k):
             key = keys[order[i]]
@@ -171,3 +173,19 @@ def _take_block(row, start, bound, keys, latents, found):
         found += 1
         hits &= hits - np.uint64(1)
     return found
+
+
+@inlined
+def _cut_to_largest(keys, latents, n, k, bound):
+    """Keep the k largest of keys[:n] in place, `bound` being the k-th; of those equal to it, the first. Returns k."""
+    spare = k
+    for i in range(n):
+        spare -= keys[i] > bound
+    kept = 0
+    for i in range(n):
+        if keys[i] > bound or (keys[i] == bound and spare > 0):
+            spare -= keys[i] == bound
+            keys[kept] = keys[i]
+            latents[kept] = latents[i]
+            kept += 1
+    return kept
