@@ -86,18 +86,18 @@ function draw() {
   fill(find("tokens"), h("span", { class: "soft" }, "Choose a token:"), ...tokens.map(({ token: text, kept }, i) => button(visible(text),
     () => set({ token: token === i ? "" : i }), { "aria-pressed": String(i === token), disabled: !kept, "aria-label": `token ${i}: ${visible(text)}` })));
   const dense = (one) => (one.share_of_tokens > DENSE ? `dense, fires at ${percent(one.share_of_tokens)} of the analysed tokens; ` : "");
-  const nats = (value) => `${value > 0 ? "+" : ""}${show(value)} nats`;
+  const signed = (value) => `${value > 0 ? "+" : ""}${show(value)}`, nats = (value) => `${signed(value)} nats`;
   const cellAt = (one, c, layer) => one.cells.find(([position, at]) => position === c && at === layer) ?? [c, layer, 0, 0];
   const maps = found.map((one) => heatMap(one.cells.map(([c, layer, value, effect]) => [c, layers.indexOf(layer), of ? Math.abs(effect) : value]), layers, tokens.map((token) => visible(token.token.trim() || token.token)), {
     label: `Latent ${one.latent}, ${of ? `effect ${nats(one.effect)} at layer ${one.effect_layer}, ` : ""}mean layer in this text ${show(one.layer_mean)}, ${dense(one)}fires on ${one.fires_on.join(" ")}`, read, chosen: [token, state.latent === String(one.latent) && state.layer ? layers.indexOf(Number(state.layer)) : -1],
-    title: of ? `${one.latent}${dense(one) && " (dense)"}: ${nats(one.effect)}` : cut(`${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, 28), top: (value) => (of ? `layer ${one.effect_layer}` : `to ${show(value)}`),
+    title: of ? `${one.latent}${dense(one) && " (dense)"}: ${signed(one.effect)}` : cut(`${one.latent}${dense(one) && " (dense)"}: ${one.fires_on.slice(0, 3).map(visible).join(" ")}`, 28), top: (value) => (of ? `layer ${one.effect_layer}` : `to ${show(value)}`),
     say: (c, r, v) => `Latent ${one.latent} (${dense(one)}mean layer in this text ${show(one.layer_mean)}), ${word(c)}, layer ${layers[r]}: activation ${show(cellAt(one, c, layers[r])[2])}${of ? `, effect ${nats(cellAt(one, c, layers[r])[3])}` : ""}.`,
     pick: (c, r) => set({ latent: one.latent, layer: layers[r], ...(of ? {} : { token: tokens[c].kept ? c : "" }) }),
   }));
   ofSentence(maps[0]);
   const where = of || token < 0 ? "in the sentence" : `at ${word(token)}`;
   const rows = () => [["latent", "position", "token", "layer", "activation", ...(of ? ["effect_nats"] : [])], ...found.flatMap((one) => one.cells.map(([c, layer, value, effect]) => [one.latent, c, tokens[c].token, layer, value, ...(of ? [effect] : [])]))];
-  const foremost = of ? `the largest effects on ${quoted(of.token)} after ${word(of.after)}` : `the most ${state.sort === "mass" ? "active" : "specific"} ${token < 0 ? "in it" : "there"}`;
+  const foremost = of ? `the largest effects, in nats, on ${quoted(of.token)} after ${word(of.after)}` : `the most ${state.sort === "mass" ? "active" : "specific"} ${token < 0 ? "in it" : "there"}`;
   const picture = figure(`${found.length} of ${integer(of || token < 0 ? prompt.n_active_latents : all.length)} latents on ${where}: ${foremost}`, "latents", maps, rows, of && h("p", { class: "note" },
     "Effect: what the log probability of that token would lose, to first order, if the latent were taken out after one layer; below 0 the latent works against the token. Above a map: summed over tokens, at the layer where it is furthest from 0. The darker a cell, the larger its own effect. Ablate a latent to see its whole effect."), read);
   fill(find("maps"), ...(of || token < 0 ? [] : [switching(found, all, token, word(token), dense)]), picture);
