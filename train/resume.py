@@ -170,15 +170,19 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         ),
         "curve": is_curve(trainer.get("curve", [])),
     }
-    whole |= {name: type(trainer.get(name, 1)) is int for name in ("updates", "vectors", "threads")}
-    whole["threads"] = whole["threads"] and 1 <= trainer.get("threads", 1) <= 4096  # more would take all memory
+    ranges = {"updates": (0, step), "vectors": (0, 2**63), "threads": (1, 4096)}  # more threads would take all memory
+    numbers = {name: trainer.get(name, least) for name, (least, _) in ranges.items()}
+    whole |= {n: type(x) is int and whole["step"] and ranges[n][0] <= x <= ranges[n][1] for n, x in numbers.items()}
     if finished is False:
         silent = trainer.get("silent")
         whole["silent"] = isinstance(silent, Tensor) and silent.shape == (n_latents,)
         whole |= {name: isinstance(trainer.get(name), dict) for name in ("statistics", "optimizer", "window")}
     begun, source = trainer.get("begun", [0, 0]), trainer.get("started_from")
     whole["started_from"] = source is None or (isinstance(source, dict) and set(source) == {"name", "hash"})
-    whole["begun"] = isinstance(begun, list) and len(begun) == 2 and all(type(n) is int and n >= 0 for n in begun)
+    latest = (step, trainer.get("updates", step))
+    whole["begun"] = (whole["step"] and whole["updates"] and isinstance(begun, list) and len(begun) == 2) and all(
+        type(n) is int and 0 <= n <= most for n, most in zip(begun, latest, strict=True)
+    )
     whole["surroundings"] = isinstance(trainer.get("surroundings", {}), dict)
     for name, good in whole.items():
         if not good:

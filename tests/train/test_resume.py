@@ -121,7 +121,7 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
             trainer = {**whole["trainer"], name: value}
             if (value is None and name in ("validation", "started_from")) or (value == [] and name == "curve"):
                 continue
-            if isinstance(value, int) and name in left_out:
+            if (name, value if isinstance(value, int) else None) == ("vectors", 10**9):
                 continue
             if value == "missing":
                 if name in left_out | {"validation"}:
