@@ -3,7 +3,7 @@
 
 /** Everything that a view depends on, as text; an address holds what differs from this. */
 const DEFAULTS = {
-  view: "sentence", text: "", latent: "", layer: "", token: "", sort: "layer_mean", shown: "24", pins: "", measure: "probs",
+  view: "sentence", text: "", latent: "", layer: "", token: "", sort: "layer_mean", against: "", shown: "24", pins: "", measure: "probs",
   changes: "", continued: "16", tokens: "", promotes: "", on: "", off: "", from_layer: "", to_layer: "", profile: "", explained: "",
 };
 const KNOWN = {

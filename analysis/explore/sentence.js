@@ -53,8 +53,12 @@ const effects = () => (state.sort === "effect" ? prompt.effects : undefined);
 
 /** Ask once for the effects on what comes after the chosen token, or after the text, where latents are ordered by them. */
 function askForEffects() {
-  const after = tokenChosen() < 0 ? prompt.tokens.length - 1 : tokenChosen(), one = state.sort === "effect" ? `${after} ${state.text}` : "";
-  if (one && one !== effectsAsked && prompt.text === state.text && prompt.effects?.after !== after) ask({ text: state.text, effects_after: after });
+  const at = tokenChosen(), after = at < 0 ? prompt.tokens.length - 1 : at, others = (at < 0 ? prompt.next : prompt.tokens[at].next).slice(1).map((one) => one.token);
+  const against = others.includes(state.against) ? state.against : "", one = state.sort === "effect" ? JSON.stringify([after, against, state.text]) : "";
+  find("against-label").hidden = !one;
+  fill(find("against"), ...["", ...others].map((token) => h("option", { value: token, selected: token === against }, token ? quoted(visible(token)) : "no other token")));
+  const there = prompt.effects?.after === after && (prompt.effects.against ?? "") === against;
+  if (one && one !== effectsAsked && prompt.text === state.text && !there) ask({ text: state.text, effects_after: after, effects_against: against });
   effectsAsked = one;
 }
 
@@ -97,9 +101,9 @@ function draw() {
   ofSentence(maps[0]);
   const where = of || token < 0 ? "in the sentence" : `at ${word(token)}`;
   const rows = () => [["latent", "position", "token", "layer", "activation", ...(of ? ["effect_nats"] : [])], ...found.flatMap((one) => one.cells.map(([c, layer, value, effect]) => [one.latent, c, tokens[c].token, layer, value, ...(of ? [effect] : [])]))];
-  const foremost = of ? `the largest effects, in nats, on ${quoted(of.token)} after ${word(of.after)}` : `the most ${state.sort === "mass" ? "active" : "specific"} ${token < 0 ? "in it" : "there"}`;
+  const foremost = of ? `the largest effects, in nats, on ${quoted(visible(of.token))}${of.against ? ` against ${quoted(visible(of.against))}` : ""} after ${word(of.after)}` : `the most ${state.sort === "mass" ? "active" : "specific"} ${token < 0 ? "in it" : "there"}`;
   const picture = figure(`${found.length} of ${integer(of || token < 0 ? prompt.n_active_latents : all.length)} latents on ${where}: ${foremost}`, "latents", maps, rows, of && h("p", { class: "note" },
-    "Effect: what the log probability of that token would lose, to first order, if the latent were taken out after one layer; below 0 the latent works against the token. Above a map: summed over tokens, at the layer where it is furthest from 0. The darker a cell, the larger its own effect. Ablate a latent to see its whole effect."), read);
+    `Effect: what the log probability of that token${of.against ? ", less the other's," : ""} would lose, to first order, if the latent were taken out after one layer; below 0 the latent works against the token. Above a map: summed over tokens, at the layer where it is furthest from 0. The darker a cell, the larger its own effect. Ablate a latent to see its whole effect.`), read);
   fill(find("maps"), ...(of || token < 0 ? [] : [switching(found, all, token, word(token), dense)]), picture);
   const next = (list) => list.map(({ token: text, p_true }) => [h("span", {}, h("code", {}, visible(text)), ` ${percent(p_true)}`), "  "]);
   const before = tokens.slice(tokens.findIndex((one) => one.kept), token + 1).map((one) => one.token).join("");
@@ -193,7 +197,7 @@ function outcome(found, asked) {
 }
 
 find("text").addEventListener("input", () => set({ text: find("text").value, token: "" }, true));
-for (const name of ["sort", "shown"]) find(name).addEventListener("change", (event) => set({ [name]: event.target.value }));
+for (const name of ["sort", "shown", "against"]) find(name).addEventListener("change", (event) => set({ [name]: event.target.value }));
 find("continued").addEventListener("change", (event) => set({ continued: event.target.value }, true));
 find("add").addEventListener("click", () => set({ changes: `${state.changes} ablate:${state.latent || pins()[0] || (prompt && chosen().strongest) || 0}:all`.trim() }));
 find("run").addEventListener("click", () => setTimeout(run)); // after what a field that was just left had to say
@@ -216,7 +220,7 @@ watch(["text"], () => {
     find("sentence-status").replaceChildren("Type, or begin with ", link(find("text").placeholder, { text: find("text").placeholder }), ". Search finds latents without a sentence.");
   }
 });
-watch(["token", "sort", "shown", "latent", "layer", "continued"], () => {
+watch(["token", "sort", "against", "shown", "latent", "layer", "continued"], () => {
   for (const name of ["sort", "shown", "continued"]) find(name).value = state[name];
   draw();
 });

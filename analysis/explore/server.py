@@ -64,14 +64,14 @@ SHOWN = ("provenance", "n_tokens", "n_layers", "n_latents", "layers", "profiles"
 
 KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("latent", "continue_tokens", "limit", "effects_after"), int),
-    **dict.fromkeys(("text", "tokens", "promotes", "on", "off", "profile", "explained"), str),
+    **dict.fromkeys(("text", "tokens", "promotes", "on", "off", "profile", "explained", "effects_against"), str),
     **dict.fromkeys(("from_layer", "to_layer"), (int, float)),
     "changes": list,
 }
 ARGUMENTS = {
     "card": ("latent",),
     "search": ("tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile", "explained", "limit"),
-    "prompt": ("text", "effects_after"),
+    "prompt": ("text", "effects_after", "effects_against"),
     "intervene": ("text", "changes", "continue_tokens"),
 }
 REQUIRED = {"latent", "text", "changes"}

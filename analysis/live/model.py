@@ -103,7 +103,9 @@ class LiveModel:
         parts = ", ".join(map(repr, self.tokenizer.texts(own))) or "none"
         raise UsageError(f"{text!r} should be one token of the model, such as ' the', found {parts}")
 
-    def prompt(self, text: str, most: int, effects_after: int | None = None) -> dict[str, Any]:
+    def prompt(
+        self, text: str, most: int, effects_after: int | None = None, effects_against: str | None = None
+    ) -> dict[str, Any]:
         """A prompt's part of prompt.json, with at most so many latents, each with its activations in `cells`; as
         `Analysis.prompt` says."""
         found = self.activations(text)
@@ -114,9 +116,9 @@ class LiveModel:
         latent = found.latent[order]
         columns: list[NDArray[Any]] = [c[order] for c in (found.position, found.layer, found.activation)]
         if effects_after is not None:
-            attributed = self.effects(text, None, None, effects_after)
+            attributed = self.effects(text, None, effects_against, effects_after)
             columns.append(attributed.effect[order])
-            data["effects"] = {"after": effects_after, "token": attributed.token}
+            data["effects"] = {"after": effects_after, "token": attributed.token, "against": effects_against}
         for one in data["latents"]:
             own = slice(*np.searchsorted(latent, [one["latent"], one["latent"] + 1]))
             one["cells"] = [list(cell) for cell in zip(*(c[own].tolist() for c in columns), strict=True)]

@@ -152,15 +152,18 @@ class Analysis:
         """The card, as an object that a notebook shows; `.data` is that of `card`."""
         return Card(self.card(latent))
 
-    def prompt(self, text: str, most: int = 60, effects_after: int | None = None) -> Prompt:
+    def prompt(
+        self, text: str, most: int = 60, effects_after: int | None = None, effects_against: str | None = None
+    ) -> Prompt:
         """The latents of a text; a notebook shows their map. most: the most specific so many. `.data` is in plain
         values: prompt.json's, and of each latent its `cells` [[position, layer, activation]], what it fires on, and the
         share of the analysed tokens at which it fires (0 to 1).
 
         effects_after: a position of the text; each cell then ends with its effect on the log probability of the token
-        that is likeliest after that (`attribute`), and each latent has `effect`, the sum at one layer, nats, and
-        `effect_layer`, that where it is furthest from 0. The latents are then those of the largest effects."""
-        data = self.live.prompt(text, most, effects_after)
+        that is likeliest after that, or less that of `effects_against` (as in `attribute`). Each latent has `effect`,
+        the sum at one layer, nats, and `effect_layer`, that where it is furthest from 0; those with the largest come
+        first."""
+        data = self.live.prompt(text, most, effects_after, effects_against)
         for one in data["latents"]:
             one["fires_on"] = self._fires_on[one["latent"]]
             one["share_of_tokens"] = self._share_of_tokens(one["latent"])

@@ -205,7 +205,7 @@ class Planted(Stub):
         after, effects = given.get("effects_after"), {}
         if after is not None:
             self.asked.append(given)
-            effects = {"effects": {"after": after, "token": " on"}}
+            effects = {"effects": {"after": after, "token": " on", "against": given.get("effects_against")}}
             for latent in latents:
                 of_layer = dict.fromkeys(LAYERS, 0.0)
                 for cell in latent["cells"]:

@@ -114,8 +114,20 @@ def test_the_largest_effects_on_a_prediction(tab: PlantedTab) -> None:
       change("#shown", "12"); await until(() => text("#maps h3").includes("after token 2"));""")
     assert "&token=2" in tab.state  # a cell that is opened does not change what is explained
     assert [one["effects_after"] for one in tab.planted.asked] == [4, 2]
-    tab.run("""change("#sort", "mass"); await until(() => find(".switch")); all("#maps figure")[1].querySelector(
-      ".exports button").click();""")
+    tab.run("""named("token 2: is").click(); change("#against", "\\n");
+      await until(() => text("#maps h3").includes("against"));""")
+    assert tab.run('return text("#maps h3");').endswith(
+        "on \u201c on\u201d against \u201c\u23ce\u201d after token 4 \u201cup\u201d"
+    )
+    assert tab.planted.asked[-1] == {
+        "text": "all is going up",
+        "most": 100_000,
+        "effects_after": 4,
+        "effects_against": "\n",
+    }
+    tab.run("""change("#sort", "mass"); await until(() => !text("#maps h3").includes("effects"));
+      find("#maps .exports button").click();""")
+    assert tab.run('return find("#against-label").hidden;')
     assert tab.saved("latents.csv").decode().splitlines()[0] == "latent,position,token,layer,activation"
 
 

@@ -119,7 +119,7 @@ def test_what_is_asked_reaches_the_analysis(served: Served) -> None:
             400,
             "the length of text should be from 0 to 4,000, found 4,001",
         ),
-        ("prompt", {"text": "a", "most": 10**9}, 400, "takes text, effects_after, found 'most'"),
+        ("prompt", {"text": "a", "most": 10**9}, 400, "takes text, effects_after, effects_against, found 'most'"),
         ("card", {"latent": -1}, 400, "found -1"),
         ("card", {"latent": 10**40}, 400, "latent should be"),
         ("card", {"latent": True}, 400, "another type"),

@@ -117,7 +117,12 @@ def test_effects_on_a_prediction(opened: Analysis) -> None:
     assert "<svg" in shown._repr_html_()
     data = shown.data
     rows: Any = opened.attribute(TEXT, position=6)
-    assert data["effects"] == {"after": 6, "token": rows.attrs["token"]}
+    assert data["effects"] == {"after": 6, "token": rows.attrs["token"], "against": None}
+    other = opened.prompt(TEXT, 1, effects_after=6, effects_against="m").data
+    assert other["effects"]["against"] == "m"
+    rows_against: Any = opened.attribute(TEXT, against="m", position=6)
+    sums = rows_against.groupby(["latent", "layer"])["effect"].sum()
+    assert abs(other["latents"][0]["effect"]) == pytest.approx(sums.abs().max(), rel=1e-9)
     assert opened.prompt(TEXT, 2, effects_after=6).data["latents"] == data["latents"][:2]
     assert len(data["latents"]) == data["n_active_latents"]
     for latent in data["latents"]:
