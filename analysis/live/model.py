@@ -94,9 +94,10 @@ class LiveModel:
         return Attributed(view.activations, effect, view.tokens.texts, place, self.tokenizer.text([target])[0])
 
     def _token_id(self, text: str) -> int:
-        """The token that reads as `text` after another one."""
+        """The token that reads as `text` after another one; a part of a character is none that can be told apart."""
         own, rows = self.tokenizer.encode([text])[0], self.prompted.model.causal_lm.config.get_text_config().vocab_size
-        for ids in (own, sorted(self.tokenizer.ids)) if text else ():  # a tokenizer may put a space in front of a text
+        whole = text and "\ufffd" not in text
+        for ids in (own, sorted(self.tokenizer.ids)) if whole else ():  # a tokenizer may put a space in front of a text
             for i, read in zip(ids, self.tokenizer.text(ids), strict=True):
                 if read == text and i < rows:
                     return i

@@ -45,11 +45,11 @@ def test_a_plain_model_is_steered(tmp_path: Path, architecture: str) -> None:
 
 
 def test_a_token_is_named_as_it_reads_after_another() -> None:
-    texts = {5: "", 6: " the", 7: "the", 8: " a", 9: "b", 300: "c"}
+    texts = {5: "", 6: " the", 7: "the", 8: " a", 9: "b", 300: "c", 10: "\ufffd"}
     model: Any = LiveModel.__new__(LiveModel)
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=256))
     model.prompted = SimpleNamespace(model=SimpleNamespace(causal_lm=SimpleNamespace(config=config)))
-    encoded = {" the": [5, 6], "the": [6], " ab": [8, 9], "c": [300], "": []}  # a space is put in front
+    encoded = {" the": [5, 6], "the": [6], " ab": [8, 9], "c": [300], "\ufffd": [10], "": []}  # a space is put in front
     model.tokenizer = SimpleNamespace(
         encode=lambda one: [encoded[one[0]]],
         text=lambda ids: [texts[i] for i in ids],
@@ -57,7 +57,7 @@ def test_a_token_is_named_as_it_reads_after_another() -> None:
         ids=set(texts),
     )
     assert (model._token_id(" the"), model._token_id("the")) == (6, 7)
-    for text, found in ((" ab", "' a', 'b'"), ("c", "'c'"), ("", "none")):
+    for text, found in ((" ab", "' a', 'b'"), ("c", "'c'"), ("\ufffd", "'\ufffd'"), ("", "none")):
         with pytest.raises(UsageError, match=f"should be one token of the model, such as ' the', found {found}"):
             model._token_id(text)
 
