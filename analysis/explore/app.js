@@ -22,7 +22,7 @@ try {
   document.title = `${store.model}: explore`;
   find("text").maxLength = about.most.text;
   find("most-text").textContent = integer(about.most.text);
-  find("search-profile").append(...Object.keys(about.profiles ?? {}).map((name) => h("option", { value: name }, name)));
+  find("search-profile").append(...Object.keys(about.profiles).map((name) => h("option", { value: name }, name)));
   drawLayers(about);
   read(true);
   say(find("model"), "The model is loading, or busy with another text \u2026");

@@ -63,7 +63,7 @@ export function drawLayers(about) {
   const charts = ["fvu", "delta_ce"].filter((name) => there.includes(name)).map((name) => figure(`${COLUMNS[name]} (lower is better)`, name,
     lines([{ name: COLUMNS[name], values: rows.map((row) => row[name] ?? null) }], rows.map((row) => row.layer), { label: `${COLUMNS[name]}; highest ${show(worst(name)[name])} at layer ${worst(name).layer}`, unit: COLUMNS[name], format: show }),
     () => [["layer", name], ...rows.map((row) => [row.layer, row[name]])]));
-  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${words}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), own + together ? h("p", {}, own + together) : "", ...(about.warnings ?? []).map((one) => h("p", { class: "warning" }, one)), h("div", { class: "columns" }, charts),
+  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${words}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), own + together ? h("p", {}, own + together) : "", ...about.warnings.map((one) => h("p", { class: "warning" }, one)), h("div", { class: "columns" }, charts),
     figure("All layers", "layers", table(["Layer", ...there.map((name) => COLUMNS[name])], rows.map((row) => [String(row.layer), ...there.map((name) => show(row[name]))]), `FVU, L0 and mean norm are of the ${integer(about.n_tokens)} analysed tokens.${sample}${few ? " Without few tokens: those that carry most of a layer's variance are left out." : ""}`),
       () => [["layer", ...there], ...rows.map((row) => [row.layer, ...there.map((name) => row[name])])]));
 }

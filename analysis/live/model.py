@@ -110,8 +110,8 @@ class LiveModel:
         """A prompt's part of prompt.json, with at most so many latents, each with its activations in `cells`; as
         `Analysis.prompt` says."""
         found = self.activations(text)
-        n_latents = most if effects_after is None else len(found.latent)
-        data = plain_prompt(self._read(text), self.tokenizer, n_latents)
+        candidates = most if effects_after is None else len(found.latent)  # all, where effects choose among them
+        data = plain_prompt(self._read(text), self.tokenizer, candidates)
         del data["interventions"], data["silent"]
         order = np.argsort(found.latent, kind="stable")
         latent = found.latent[order]

@@ -248,7 +248,7 @@ class Analysis:
         columns = {
             "latent": best,
             "fires_on": [self._fires_on[latent] for latent in best],
-            "profile": table["profile"].to_list() if "profile" in table else None,
+            "profile": table["profile"].to_list(),
             "layer_mean": table["layer_mean"].to_list(),
             "share_of_tokens": [self._share_of_tokens(latent) for latent in best],
             "count": table["count"].to_list(),

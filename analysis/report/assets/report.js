@@ -175,7 +175,7 @@ async function latentTable(block) {
     const rows = [], range = from.value !== "" || to.value !== "", wanted = kind.value && kinds.indexOf(kind.value);
     const [low, high] = [from.value === "" ? -Infinity : Number(from.value), to.value === "" ? Infinity : Number(to.value)];
     for (let i = 0; i < n; i++) {
-      if (wanted !== "" && data.kind?.[i] !== wanted) continue;
+      if (wanted !== "" && data.kind[i] !== wanted) continue;
       if (range && massBetween(data.probs, i, layers, low, high) < 0.5) continue;
       if ((!asked || asked(data.latent[i])) && (!byText || byText(i)) && bounds.every(([values, sign, bound]) => sign * (values[i] - bound) >= 0)) rows.push(i);
     }
@@ -199,9 +199,9 @@ async function latentTable(block) {
 
   /** An opened latent: a line that stays in sight, its examples (filled in when they are unpacked), its charts. */
   function detailHtml(i) {
-    const latent = data.latent[i], known = data.kind ? `${kinds[data.kind[i]]}, ` : "";
+    const latent = data.latent[i];
     return `<tr class="detail" data-detail="${i}"><td colspan="${shownColumns.length}"><div class="head"><b>Latent ${latent}</b>
-      <span>${known}mean layer ${show(data.layer_mean[i])}, spread ${show(data.layer_std[i])} layers, ${integer(data.count[i])} firings</span>
+      <span>${kinds[data.kind[i]]}, mean layer ${show(data.layer_mean[i])}, spread ${show(data.layer_std[i])} layers, ${integer(data.count[i])} firings</span>
       <a href="#latent-${latent}">Link</a>${prompted ? promptLinks(latent) : ""}<button type="button" class="close" aria-label="Close latent ${latent}">Close</button></div>
       <div class="sides"><div class="looks"></div><div class="panels"><div class="near-place"></div><div class="map-place"></div>${panelsHtml(i, data, layers)}</div></div>
       ${factsHtml(columns, i, data)}</td></tr>`;
