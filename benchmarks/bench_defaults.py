@@ -43,12 +43,11 @@ from train.model import standardize
 
 HELD_OUT_TOKENS = 512
 GRID = {
-    "lr": (1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3),
-    "clip_norm": (0, 0.001),
-    "encoder_scale": (0.1, 0.4),
-    "beta2": (0.95, 0.999),
+    "lr": (1.5e-3, 2.5e-3, 3.5e-3, 5e-3, 7e-3),
+    "encoder_lr": (0.2, 0.33, 0.5, 1),
+    "second_moment": ("latent", "weight"),
 }
-"""Of flags: 5 x 2 x 2 x 2 settings."""
+"""Of flags: 5 x 4 x 2 settings."""
 
 
 class Held:
@@ -179,7 +178,7 @@ def compare_runs(
         add(name, peer(options.peers, name, path.parent, held, words))
     if options.grid and seed == 0:
         for values in itertools.product(*GRID.values()):
-            given = [w for n, v in zip(GRID, values, strict=True) for w in (f"--{n.replace('_', '-')}", f"{v:g}")]
+            given = [w for n, v in zip(GRID, values, strict=True) for w in (f"--{n.replace('_', '-')}", f"{v}")]
             add(f"grid: {' '.join(given)}", ours(path, out, held, *flags, *given))
     return rows
 

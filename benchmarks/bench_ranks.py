@@ -325,16 +325,16 @@ def table(root: Path, options: argparse.Namespace) -> bool:
         for d in (768, 2048, 4096):
             weights, cells, choice = 4 * 2 * m * d, [], "neither"
             for ranks in cards:
-                by_rows, by_latents = weights * (2 + 2 / ranks), 4 * weights / ranks
+                by_rows, by_latents = weights * (2 + 1 / ranks), 3 * weights / ranks
                 cells.append(_cell(by_rows, rows_step(m, d, ranks)))
                 cells.append(_cell(by_latents, latents_step(n, d, k, ranks)))
-            if weights * (2 + 2 / cards[0]) < options.card:
+            if weights * (2 + 1 / cards[0]) < options.card:
                 choice = "rows"
-            elif weights * 4 / cards[0] < options.card:
-                choice = f"latents over {next(r for r in (2, 4, 8) if weights * 4 / r < options.card)}"
-            elif weights * 4 / cards[1] < options.card:
-                choice = f"latents over {next(r for r in (16, 32, 64) if weights * 4 / r < options.card)}"
-            print(f"| {m:,} | {d:,} | {weights * 4 / 1e9:.3g} | {' | '.join(cells)} | {choice} |")
+            elif weights * 3 / cards[0] < options.card:
+                choice = f"latents over {next(r for r in (2, 4, 8) if weights * 3 / r < options.card)}"
+            elif weights * 3 / cards[1] < options.card:
+                choice = f"latents over {next(r for r in (16, 32, 64) if weights * 3 / r < options.card)}"
+            print(f"| {m:,} | {d:,} | {weights * 3 / 1e9:.3g} | {' | '.join(cells)} | {choice} |")
     return True
 
 

@@ -15,6 +15,7 @@ from residscope.options import require_seed, to_flat
 from train.model_config import THRESHOLDED, Activation, Standardize
 
 RecipeName = Literal["best", "gao", "paper"]
+SecondMoment = Literal["weight", "latent"]
 DEFAULT_EXPANSION_FACTOR = 16
 """Where neither it nor a number of latents is given."""
 
@@ -129,12 +130,22 @@ class OptimizerConfig:
     error, and a longer memory of larger ones makes steps too small."""
     encoder_scale: float | None = None
     """The encoder's rows start as the decoder's times this; default: the recipe's, 0.1 for topk and otherwise 0.4."""
+    encoder_lr: float | None = None
+    """Learning rate of W_enc over that of all else; default: the recipe's, a third with 4,608 latents."""
+    second_moment: SecondMoment | None = None
+    """What Adam keeps a mean square of gradients of: each weight, or each latent, in the encoder in the proportion of
+    the inputs' variances, which takes half the optimiser's memory; default: the recipe's, latent."""
     ema_decay: float | None = None
     """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
     default: the weights themselves."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="lr encoder_scale", not_negative="clip_norm", shares="warmup_fraction decay_fraction")
+        _check(
+            self,
+            positive="lr encoder_scale encoder_lr",
+            not_negative="clip_norm",
+            shares="warmup_fraction decay_fraction",
+        )
         for name in ("beta1", "beta2", "ema_decay"):
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} should be in [0, 1), found {value}")
@@ -267,10 +278,10 @@ class TrainConfig:
     validation: ValidationConfig = ValidationConfig()
 
     recipe: RecipeName | None = None
-    """What the flags stand for that are left out (lr, batch_size, beta1, beta2, encoder_scale, warmup_fraction,
-    decay_fraction, clip_norm, loss_space). best: the lowest FVU that was found for runs of this length; gao: the
-    scaling law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss
-    in raw space, made for 1e9 tokens. Default: best."""
+    """What the flags stand for that are left out (lr, batch_size, beta1, beta2, encoder_scale, encoder_lr,
+    second_moment, warmup_fraction, decay_fraction, clip_norm, loss_space). best: the lowest FVU that was found for runs
+    of this length; gao: the scaling law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant
+    rate of 1e-4 and a loss in raw space, made for 1e9 tokens. Default: best."""
     start_from: Path | None = None
     """Start from the weights of this autoencoder (anything that `analyze --sae` takes), of the same kind and sizes but
     for k, instead of random ones."""

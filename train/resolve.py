@@ -36,7 +36,7 @@ RECORDED = (
     *("k_start", "k_warmup_fraction", "multi_topk"),
     *("sparsity_loss", "sparsity_coef", "sparsity_warmup_fraction", "bandwidth"),
     *("decoder_norm", "clip_norm", "ema_decay", "tile_mb"),
-    *("recipe", "beta1", "beta2", "encoder_scale", "start_from"),
+    *("recipe", "beta1", "beta2", "encoder_scale", "start_from", "encoder_lr", "second_moment"),
 )
 """What a checkpoint keeps of a plan, in this order: all that the result depends on, apart from the store's content."""
 
@@ -240,8 +240,8 @@ def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, ranks: Ran
     and what the others send of their gradients."""
     meta, rows, latents = store.meta, ranks.rows.size, ranks.latents.size
     sizes = {plan.model.n_latents: 4 * _weights(plan) // latents for plan in plans}
-    whole = [weight_copies(plan) - 2 for plan in plans]  # all but the moments
-    held = sum(sizes[plan.model.n_latents] * (n + 2 / rows) for plan, n in zip(plans, whole, strict=True))
+    copies = ((plan, weight_copies(plan), _moments(plan)) for plan in plans)
+    held = sum(sizes[plan.model.n_latents] * (n - moments + moments / rows) for plan, n, moments in copies)
     gradients = sum(sizes.values()) + max(sizes.values()) * (rows - 1) // (2 * rows)  # W_enc's, then W_dec's
     plan = plans[0]
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
@@ -255,8 +255,12 @@ def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, ranks: Ran
 
 
 def weight_copies(plan: RunPlan) -> int:
-    """Tensors of the weights' size that a run holds and saves: weights, two moments, and a running mean."""
-    return 3 if plan.config.optimizer.ema_decay is None else 4
+    """Tensors of the weights' size that a run holds and saves: weights, one or two moments, and a running mean."""
+    return 1 + _moments(plan) + (plan.config.optimizer.ema_decay is not None)
+
+
+def _moments(plan: RunPlan) -> int:
+    return 1 if plan.chosen.second_moment == "latent" else 2
 
 
 def _weights(plan: RunPlan) -> int:

@@ -98,8 +98,9 @@ class Trainer:
             with reading(f"{self.path}: its training state is damaged"):
                 found = start.trainer["statistics"]
                 self._statistics = FixedStatistics(**{k: v.to(device, copy=True) for k, v in found.items()})
-                if any(part.shape != (len(plan.layers),) for part in self._statistics[1:3]):
-                    raise ValueError("statistics of other layers")
+                sizes = {"standardized": len(plan.layers), "raw": len(plan.layers), "variance": plan.model.d_model}
+                if any(found[name].shape != (size,) for name, size in sizes.items() if name in found):
+                    raise ValueError("statistics of other layers, or of another model")
             sae = start.sae.part(latents)
         else:
             self._statistics = start
@@ -121,6 +122,8 @@ class Trainer:
             self._kernels,
             free_norms=optimizer.decoder_norm == "free",
             betas=(plan.chosen.beta1, plan.chosen.beta2),
+            encoder_lr=plan.chosen.encoder_lr,
+            variance=self._statistics.variance if plan.chosen.second_moment == "latent" else None,
             ranks=self._ranks,
         )
         self._ranks.same_(self._sae.b_pre.data, *(part for part in self._statistics if part is not None))

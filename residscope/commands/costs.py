@@ -106,7 +106,7 @@ def step_parts(run: Training, card: Card, n_cards: int, latents: int, *, disk: f
     parts = {
         "the encoder's product": 2 * n * m * d / (SHARES["product"] * card.flops),
         "weights and pre-activations in the card's memory": (2 * tiles * m * d + 4 * n * m) / bandwidth,
-        "the optimiser's passes over memory": (56 * m * d / rows + (16 * m * d if rows > 1 else 0)) / bandwidth,
+        "the optimiser's passes over memory": (40 * m * d / rows + (16 * m * d if rows > 1 else 0)) / bandwidth,
         "decoder and sparse gradients": 16 * n * run.k * d / bandwidth,
         _GATHER: 2 * n * d / GATHERING,
         "copies to the card": 2 * n * d / card.bus,

@@ -331,7 +331,7 @@ def test_auxk_brings_planted_dead_latents_back(config: TrainConfig, monkeypatch:
     monkeypatch.setattr(MLSAE, "initialize", plant)
     dead = {}
     for coefficient in (0.0, 1 / 32):
-        run = with_values(config, aux_coef=coefficient, aux_k=20, epochs=8, lr=3e-3, overwrite=True)
+        run = with_values(config, aux_coef=coefficient, aux_k=20, epochs=8, lr=3e-3, encoder_lr=1.0, overwrite=True)
         dead[coefficient] = train(run).metrics["dead_fraction"]
     assert dead[0.0] > 0.4
     assert dead[1 / 32] < 0.2

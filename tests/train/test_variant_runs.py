@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "k falls": {"k_start": 20, "k_warmup_fraction": 0.5},
     "clipped": {"clip_norm": 0.05},
     "mean": {"ema_decay": 0.9},
+    "mean squares by weight": {"second_moment": "weight"},
     "free norms": {"decoder_norm": "free", "encoder_bias": True, "clip_norm": 0.05},
     "all": {
         "activation": "matryoshka",
@@ -63,7 +64,9 @@ def make_config(store: Path, out: Path, **changes: Any) -> TrainConfig:
         "dead_tokens": 20,
         "window_gb": 1e-5,
     }
-    return train_config(store=store, out=out, **{**fixed, "log_every": 4, "threads": 1, "lr": 3e-3, **changes})
+    return train_config(
+        store=store, out=out, **{**fixed, "log_every": 4, "threads": 1, "lr": 3e-3, "encoder_lr": 1.0, **changes}
+    )
 
 
 @pytest.mark.parametrize("name", OPTIONS)

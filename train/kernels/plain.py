@@ -80,8 +80,12 @@ class PlainKernels(Kernels):
         if how.unit_rows:
             grad.addcmul_((grad * weight).sum(dim=1, keepdim=True), weight, value=-1)
         exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = exp_avg_sq.sqrt().div_(how.correction).add_(how.EPSILON)
+        if how.columns is None:
+            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        else:
+            exp_avg_sq.lerp_(grad.square().mean(dim=1, keepdim=True), 1 - beta2)
+        root = exp_avg_sq.sqrt().div_(how.correction)
+        denominator = root.mul(1 if how.columns is None else how.columns).add_(how.EPSILON)
         weight.addcdiv_(exp_avg, denominator, value=-how.step_size)
         if how.unit_rows:
             weight.div_(weight.norm(dim=1, keepdim=True))

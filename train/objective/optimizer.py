@@ -9,6 +9,10 @@ and b, one autoencoder is
 Adam moves w, b and d, with gradients n dW_enc, n db_enc and dW_dec / n; all other code sees the right-hand side. So a
 latent finds its scale in two ways at once. How one row is stepped: `train.kernels.interface.Kernels.adam_rows`.
 
+Adam's mean squares are kept for each weight or for each latent: a latent's gradients share their scale, and those of
+one weight are few where latents are rarely active. In the encoder, whose gradients are sums of inputs, they then stand
+in the proportion of the inputs' variances by dimension. It is Adafactor (Shazeer & Stern 2018) with fixed columns.
+
 Shapes: D d_model, M n_latents.
 """
 
@@ -31,6 +35,9 @@ THRESHOLD_LR_FACTOR = 10
 """log_threshold's learning rate over the others'. Adam moves each number by about the rate: a pre-activation sums
 d_model such moves, and a threshold with one would lag behind in runs of some thousand steps."""
 
+_LEAST_VARIANCE = 1e-2
+"""Of a dimension over the mean: one that hardly varies in the sample may do so in a batch."""
+
 
 class SphereAdam:
     """Adam for an autoencoder's trained tensors; W_dec's rows stay on the unit sphere."""
@@ -42,17 +49,25 @@ class SphereAdam:
         *,
         free_norms: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
+        encoder_lr: float = 1.0,
+        variance: Tensor | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._kernels, self._betas, self._ranks = kernels, betas, ranks
+        """encoder_lr: W_enc's rate over others; variance: [D] of the encoder's inputs, for mean squares by latent."""
+        self._kernels, self._betas, self._encoder_lr, self._ranks = kernels, betas, encoder_lr, ranks
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""
         self._own = _by_latent(self.weights, lambda t: t[ranks.rows.own(len(t))])
         """Of them what this rank moves: its latents, and b_pre."""
         self._n_latents = len(self.weights.W_enc) * ranks.latents.size
-        self.exp_avg, self.exp_avg_sq = (
-            Weights(**{name: torch.zeros_like(t) for name, t in _trained(self._own).items()}) for _ in range(2)
-        )
+        self._columns: dict[str, Tensor] = {}  # of what has mean squares by latent
+        if variance is not None:
+            columns = (variance / variance.mean()).clamp_min(_LEAST_VARIANCE).sqrt().to(self._own.W_enc)
+            self._columns = {"W_enc": columns, "W_dec": torch.ones_like(columns)}
+        own = _trained(self._own)
+        self.exp_avg = Weights(**{name: torch.zeros_like(t) for name, t in own.items()})
+        squares = {name: t[:, :1] if name in self._columns else t for name, t in own.items()}
+        self.exp_avg_sq = Weights(**{name: torch.zeros_like(t) for name, t in squares.items()})
         self.norms = torch.ones_like(self._own.W_dec[:, 0]) if free_norms else None
         """[M] n of this rank's latents, where the decoder's rows are trained free."""
 
@@ -75,9 +90,14 @@ class SphereAdam:
         for name, weight in _trained(own).items():
             grad, m, v = (getattr(tensors, name) for tensors in (gradients, self.exp_avg, self.exp_avg_sq))
             rows = [t.view(-1, t.shape[-1]) for t in (weight, grad, m, v)]  # b_pre [D] as one row
-            rate = lr * THRESHOLD_LR_FACTOR if name == "log_threshold" else lr
-            unit_rows = name == "W_dec" and self.norms is None
-            how = AdamStep(lr=rate, step=step, unit_rows=unit_rows, grad_scale=scale, betas=self._betas)
+            how = AdamStep(
+                lr=lr * {"log_threshold": THRESHOLD_LR_FACTOR, "W_enc": self._encoder_lr}.get(name, 1),
+                step=step,
+                unit_rows=name == "W_dec" and self.norms is None,
+                grad_scale=scale,
+                betas=self._betas,
+                columns=self._columns.get(name),
+            )
             self._kernels.adam_rows(*rows, how=how)
         if self.norms is not None:
             torch.linalg.vector_norm(own.W_dec, dim=1, out=self.norms)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from residscope.options import to_flat, with_values
-from train.config import RecipeName, TrainConfig
+from train.config import RecipeName, SecondMoment, TrainConfig
 
 USUAL_BATCH = 2048
 """Vectors in a step where no law says how many."""
@@ -29,11 +29,14 @@ class Recipe:
     clip_norm: float | None = None
     """None: never."""
     encoder_scale: float = 1.0
+    encoder_lr: float = 1.0
+    second_moment: SecondMoment = "weight"
     loss_space: Literal["standardized", "raw"] = "standardized"
 
 
 BEFORE_RECIPES: dict[str, Any] = {"recipe": "gao"} | {
-    name: Recipe.__dataclass_fields__[name].default for name in ("beta1", "beta2", "clip_norm", "encoder_scale")
+    name: Recipe.__dataclass_fields__[name].default
+    for name in ("beta1", "beta2", "clip_norm", "encoder_scale", "encoder_lr", "second_moment")
 }
 """What checkpoints were begun with that do not record it."""
 
@@ -72,7 +75,7 @@ def best_lr(n_latents: int, batch_size: float, vectors: float) -> float:
     """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432
     latents. A batch that is larger than the run counts as no larger."""
     batch_size = min(batch_size, vectors)
-    return 2.75e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
+    return 5e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
 
 
 def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int, share: float = 1) -> Recipe:
@@ -83,7 +86,9 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
         lr = best_lr(n_latents, batch_size * share, vectors * share)
         small = config.model.activation == "topk" and vectors >= 60 * batch_size  # elsewhere no better, or worse
         scale = 0.1 if small else 0.4
+        encoder_lr = (n_latents / 4608) ** 0.25 / 3  # so that the encoder's rate is one for all sizes
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}
+        values |= {"encoder_lr": encoder_lr, "second_moment": "latent"}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
     else:  # Lawson et al. 2025 and its code

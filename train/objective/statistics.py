@@ -77,6 +77,8 @@ class FixedStatistics(NamedTuple):
     """float64 [L]: E|x - mean_l|^2 of the same vectors in raw space."""
     layer_mean: Tensor | None = None
     """float64 [L, D]: mean_l, in raw space."""
+    variance: Tensor | None = None
+    """float32 [D]: mean of (x_std - b_pre)^2 over the vectors of b_pre; checkpoints of before have none."""
 
     @property
     def layer_scale(self) -> Tensor:
@@ -185,7 +187,8 @@ class _Sums:
             mean, scale = raw.mean.to(x.dtype), found.layer_scale.to(x.dtype)
             x = standardize_by_layer(x, layer, mean, scale).x
             found = found._replace(standardized=variance / found.layer_scale.square())  # d_model, by its definition
-        return found._replace(b_pre=geometric_median(x))
+        b_pre = geometric_median(x)
+        return found._replace(b_pre=b_pre, variance=(x - b_pre).square().mean(dim=0))
 
 
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

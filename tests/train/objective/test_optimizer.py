@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from residscope.errors import IncompatibleError
 from tests.support.training import step_options
@@ -19,10 +20,10 @@ from train.objective.variants import TopK
 from train.objective.weights import TRAINED, Weights
 
 
-def make_optimizer() -> SphereAdam:
+def make_optimizer(**options: Any) -> SphereAdam:
     sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2))
     sae.initialize(0)
-    return SphereAdam(sae, TORCH)
+    return SphereAdam(sae, TORCH, **options)
 
 
 def recipe(lr: float, warmup: float, decay: float) -> Recipe:
@@ -72,17 +73,42 @@ def test_steps_change_the_autoencoder_in_place() -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, sae.parameters(), strict=True))
 
 
-def test_state_goes_through_a_checkpoint_unchanged() -> None:
-    one, two = make_optimizer(), make_optimizer()
+@pytest.mark.parametrize("variance", [None, torch.ones(4)])
+def test_state_goes_through_a_checkpoint_unchanged(variance: Tensor | None) -> None:
+    one, two = make_optimizer(variance=variance), make_optimizer(variance=variance)
     one.step(random_gradients(1), lr=0.1, step=1)
     two.step(random_gradients(1), lr=0.1, step=1)
-    fresh = make_optimizer()
+    fresh = make_optimizer(variance=variance)
     fresh.load_state_dict(one.state_dict())
     for name in TRAINED[:3]:
         getattr(fresh.weights, name).copy_(getattr(one.weights, name))
     fresh.step(random_gradients(2), lr=0.1, step=2)
     two.step(random_gradients(2), lr=0.1, step=2)
     assert all(torch.equal(a, b) for a, b in zip(fresh.weights[:3], two.weights[:3], strict=True))
+
+
+def test_mean_squares_by_latent_stand_in_the_encoder_as_its_inputs_variances() -> None:
+    """With variances 4, 1, 1, 2 (mean 2) and one gradient of 3 everywhere, the first step of an encoder's weight is the
+    rate over the root of its share: 2, 1/2, 1/2, 1. The decoder's are all the rate, before rows are normalised."""
+    sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2))
+    sae.initialize(0)
+    sae.W_dec.data[:] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    before = sae.W_enc.data.clone()
+    optimizer = SphereAdam(sae, TORCH, encoder_lr=0.5, variance=torch.tensor([4.0, 1.0, 1.0, 2.0]))
+    gradients = Weights(*(torch.full_like(t, 3.0) for t in sae.weights[:3]))
+    optimizer.step(gradients, lr=0.1, step=1)
+    moved = 0.05 / torch.tensor([2.0, 0.5, 0.5, 1.0]).sqrt()
+    torch.testing.assert_close(before - sae.W_enc, moved.expand(6, 4))
+    row = torch.tensor([1.0, *[-0.1 * (4 / 3) ** 0.5] * 3])  # of the gradient (0, 3, 3, 3)
+    torch.testing.assert_close(sae.W_dec.data, (row / row.norm()).expand(6, 4))
+    assert [len(t[0]) for t in optimizer.exp_avg_sq[:2]] == [1, 1]
+
+
+def test_an_input_that_hardly_varies_is_not_moved_a_thousandfold() -> None:
+    sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2))
+    optimizer = SphereAdam(sae, TORCH, variance=torch.tensor([4.0, 0.0, 0.0, 0.0]))
+    optimizer.step(Weights(*(torch.ones_like(t) for t in sae.weights[:3])), lr=0.1, step=1)
+    torch.testing.assert_close(sae.W_enc.data[0], -0.1 / torch.tensor([4.0, 0.01, 0.01, 0.01]).sqrt())
 
 
 def test_state_of_another_shape_is_refused() -> None:

@@ -24,6 +24,7 @@ def test_gao_is_the_scaling_law_with_warm_up_and_decay() -> None:
     gao = Recipe(recipe="gao", batch_size=64, lr=4e-4)
     assert (gao.warmup_fraction, gao.decay_fraction, gao.beta1, gao.beta2) == (0.02, 0.2, 0.9, 0.999)
     assert (gao.clip_norm, gao.encoder_scale, gao.loss_space) == (None, 1.0, "standardized")
+    assert (gao.encoder_lr, gao.second_moment) == (1.0, "weight")
 
 
 def test_paper_is_a_constant_rate_and_a_loss_in_raw_space() -> None:
@@ -51,9 +52,11 @@ def test_best_is_the_default_and_its_rate_falls_with_size_and_length() -> None:
     flags = {"n_latents": 2**12, "batch_size": 100}
     scales = [complete(train_config(store=Path("s")), vectors=n, **flags).encoder_scale for n in (5999, 6000)]
     assert scales == [0.4, 0.1]  # 60 steps
-    assert best_lr(4608, 1024, 500_000) == 2.75e-3
-    assert best_lr(16 * 4608, 1024, 500_000) == pytest.approx(1.375e-3)
-    assert best_lr(4608, 1024, 16 * 500_000) == pytest.approx(1.375e-3)
+    assert best_lr(4608, 1024, 500_000) == 5e-3
+    assert best_lr(16 * 4608, 1024, 500_000) == pytest.approx(2.5e-3)
+    assert best_lr(4608, 1024, 16 * 500_000) == pytest.approx(2.5e-3)
+    larger = complete(train_config(store=Path("s")), n_latents=16 * 4608, batch_size=100, vectors=10**6)
+    assert (larger.encoder_lr, larger.second_moment) == (pytest.approx(2 / 3), "latent")
     assert best_lr(4608, 10**6, 500_000) == best_lr(4608, 500_000, 500_000)  # no batch is larger than the run
 
 

@@ -240,7 +240,7 @@ def test_a_dry_run_tells_and_writes_nothing(config: TrainConfig, capsys: pytest.
     assert (found["runs"], found["steps"], found["vectors"]) == (2, 9, 172 * 3)
     assert found["bytes_read"] == 172 * 3 * 12 * 2
     assert found["checkpoint_bytes"] == 2 * 2 * (2 * 40 * 12 * 4)
-    assert found["interim_bytes"] == 3 * (2 + 1) * (2 * 40 * 12 * 4)
+    assert found["interim_bytes"] == 3 * (1 + 1) * (2 * 40 * 12 * 4)
     assert found["measured_steps"] == 7
     assert found["seconds"] == pytest.approx(9 * found["seconds_per_step"])
     assert main(command) == 0

@@ -94,8 +94,11 @@ class CpuKernels(Kernels):
     def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         m, d = weight.shape
         numbers = (float(how.grad_scale), how.step_size, *how.betas, how.correction, how.EPSILON)
-        named = {"weight": weight, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        arrays = (array_of(t, name, m, d, like=weight, written=name != "grad") for name, t in named.items())
+        columns = weight.new_empty(0) if how.columns is None else how.columns
+        named = {"weight": weight, "grad": grad, "exp_avg": exp_avg}
+        arrays = [array_of(t, name, m, d, like=weight, written=name != "grad") for name, t in named.items()]
+        arrays.append(array_of(exp_avg_sq, "exp_avg_sq", m, 1 if len(columns) else d, like=weight, written=True))
+        arrays.append(array_of(columns, "columns", d if len(columns) else 0, like=weight))
         run_chunks(loops.adam_rows, even_chunks(m, 1 + CHUNK // (4 * d)), *arrays, *numbers, how.unit_rows)
 
 

@@ -144,21 +144,33 @@ def weight_rows(start, stop, starts, order, k, coefficients, rows, out, sums):
 
 @compiled
 def adam_rows(
-    start, stop, weight, grad, exp_avg, exp_avg_sq, scale, step_size, beta1, beta2, correction, epsilon, unit_rows
+    start, stop, weight, grad, exp_avg, exp_avg_sq, columns, scale, size, beta1, beta2, correction, epsilon, unit_rows
 ):
-    """Adam on rows start..stop, in place; the numbers are those of `train.kernels.interface.AdamStep`."""
+    """Adam on rows start..stop, in place; the numbers are those of `train.kernels.interface.AdamStep`, size its step
+    size; columns are none where each weight has its own mean square."""
     number = weight.dtype.type
     new_1, keep_2, new_2 = number(1 - beta1), number(beta2), number(1 - beta2)
-    scale, step_size = number(scale), number(step_size)
+    scale, size = number(scale), number(size)
     correction, epsilon = number(correction), number(epsilon)
     for j in range(start, stop):
         w, m, v = weight[j], exp_avg[j], exp_avg_sq[j]
         along = scale * dot(grad[j], w) if unit_rows else number(0)
-        for i in range(w.size):
-            g = scale * grad[j, i] - along * w[i]
-            m[i] += new_1 * (g - m[i])
-            v[i] = keep_2 * v[i] + new_2 * (g * g)
-            w[i] -= step_size * m[i] / (np.sqrt(v[i]) / correction + epsilon)
+        if columns.size == 0:
+            for i in range(w.size):
+                g = scale * grad[j, i] - along * w[i]
+                m[i] += new_1 * (g - m[i])
+                v[i] = keep_2 * v[i] + new_2 * (g * g)
+                w[i] -= size * m[i] / (np.sqrt(v[i]) / correction + epsilon)
+        else:
+            square = number(0)
+            for i in range(w.size):
+                g = scale * grad[j, i] - along * w[i]
+                m[i] += new_1 * (g - m[i])
+                square += g * g
+            v[0] = keep_2 * v[0] + new_2 * (square / number(w.size))
+            root = np.sqrt(v[0]) / correction
+            for i in range(w.size):
+                w[i] -= size * m[i] / (root * columns[i] + epsilon)
         if unit_rows:
             norm = np.sqrt(dot(w, w))
             for i in range(w.size):

@@ -110,13 +110,15 @@ class CudaKernels(Kernels):
             if not tensor.is_contiguous():
                 raise ValueError(f"{name}: expected contiguous memory; it is written in place")
         # Where rows mean nothing, the numbers are cut into pieces of a size that suits: a bias is one row of M of them.
-        d = weight.shape[1] if how.unit_rows else min(weight.numel(), _PIECE)
+        by_row = how.columns is not None
+        d = weight.shape[1] if how.unit_rows or by_row else min(weight.numel(), _PIECE)
         beta1, beta2 = how.betas
         numbers = (how.grad_scale, how.step_size, 1 - beta1, beta2, 1 - beta2, how.correction, how.EPSILON)
         # As memory, because arguments are rounded to float32.
-        memory = (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight.new_tensor(numbers, dtype=torch.float64))
-        size = weight.numel()
-        row_programs.adam[(-(-size // d),)](*memory, d, size, UNIT_ROWS=how.unit_rows, **_row_block(d))
+        memory = (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight if how.columns is None else how.columns)
+        numbers, size = weight.new_tensor(numbers, dtype=torch.float64), weight.numel()
+        kind = {"UNIT_ROWS": how.unit_rows, "BY_ROW": by_row}
+        row_programs.adam[(-(-size // d),)](*memory, numbers, d, size, **kind, **_row_block(d))
 
 
 def _group_size(m: int, k: int) -> int | None:

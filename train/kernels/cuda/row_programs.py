@@ -243,8 +243,20 @@ def join_chunks(
 
 
 @triton.jit
-def adam(weight, grad, exp_avg, exp_avg_sq, numbers, d, total, UNIT_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Adam on d of `total` numbers (with UNIT_ROWS a whole row), in place.
+def adam(
+    weight,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    columns,
+    numbers,
+    d,
+    total,
+    UNIT_ROWS: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adam on d of `total` numbers (with UNIT_ROWS or BY_ROW a whole row), in place; columns are read with BY_ROW.
 
     numbers float64 [7]: scale, step size, 1 - beta1, beta2, 1 - beta2, correction, eps.
     """
@@ -257,13 +269,18 @@ def adam(weight, grad, exp_avg, exp_avg_sq, numbers, d, total, UNIT_ROWS: tl.con
     if UNIT_ROWS:
         g -= tl.sum(g * w) * w
     m = tl.load(exp_avg + j * d + at, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq + j * d + at, mask=inside, other=0.0)
     m += tl.load(numbers + 2).to(kind) * (g - m)
-    v = tl.load(numbers + 3).to(kind) * v + tl.load(numbers + 4).to(kind) * (g * g)
-    denominator = tl.sqrt(v) / tl.load(numbers + 5).to(kind) + tl.load(numbers + 6).to(kind)
-    w -= tl.load(numbers + 1).to(kind) * m / denominator
+    keep, new, correction = tl.load(numbers + 3).to(kind), tl.load(numbers + 4).to(kind), tl.load(numbers + 5).to(kind)
+    if BY_ROW:
+        v = keep * tl.load(exp_avg_sq + j) + new * (tl.sum(g * g) / d)
+        tl.store(exp_avg_sq + j, v)
+        root = tl.sqrt(v) / correction * tl.load(columns + at, mask=inside, other=1.0)
+    else:
+        v = keep * tl.load(exp_avg_sq + j * d + at, mask=inside, other=0.0) + new * (g * g)
+        tl.store(exp_avg_sq + j * d + at, v, mask=inside)
+        root = tl.sqrt(v) / correction
+    w -= tl.load(numbers + 1).to(kind) * m / (root + tl.load(numbers + 6).to(kind))
     if UNIT_ROWS:
         w = w / tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0)))
     tl.store(weight + j * d + at, w, mask=inside)
     tl.store(exp_avg + j * d + at, m, mask=inside)
-    tl.store(exp_avg_sq + j * d + at, v, mask=inside)

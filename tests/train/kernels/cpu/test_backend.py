@@ -171,6 +171,29 @@ def test_adam_equals_torchs_with_projection_and_normalisation(
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(300, dtype=dtype), rtol=1e-6, atol=0)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("unit_rows", [True, False])
+def test_adam_with_mean_squares_by_row_equals_a_naive_one(
+    kernels: Kernels, dtype: torch.dtype, unit_rows: bool
+) -> None:
+    weight = torch.nn.functional.normalize(torch.randn(300, 37, dtype=dtype))
+    columns, naive = torch.rand(37, dtype=dtype) + 0.5, weight.clone()
+    m, v = torch.zeros_like(weight), weight.new_zeros(300, 1)
+    mean, square = torch.zeros_like(weight), weight.new_zeros(300, 1)
+    for step in range(1, 8):
+        grad = torch.randn_like(weight) * (torch.rand(300, 1) > 0.3)
+        how = AdamStep(lr=0.01, step=step, unit_rows=unit_rows, grad_scale=0.5, betas=(0.8, 0.95), columns=columns)
+        kernels.adam_rows(weight, grad.clone(), m, v, how)
+        g = 0.5 * grad - (0.5 * grad * naive).sum(1, keepdim=True) * naive * unit_rows
+        mean, square = 0.8 * mean + 0.2 * g, 0.95 * square + 0.05 * g.square().mean(1, keepdim=True)
+        root = (square / (1 - 0.95**step)).sqrt() * columns + AdamStep.EPSILON
+        naive = naive - 0.01 * mean / (1 - 0.8**step) / root
+        naive = naive / naive.norm(dim=1, keepdim=True) if unit_rows else naive
+    for found, expected in ((weight, naive), (m, mean), (v, square)):
+        assert_near(found, expected, FLOATS[dtype])
+
+
 def test_adam_scales_the_gradient_and_leaves_it() -> None:
     grad = torch.randn(20, 9)
     results = []

@@ -122,15 +122,19 @@ else:
         assert again is found
         close(tuple(found), tuple(expected))
 
+    @pytest.mark.parametrize("by_row", [True, False])
     @pytest.mark.parametrize("unit_rows", [True, False])
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-    def test_adam_equals_torch_one(unit_rows: bool, dtype: torch.dtype, tolerance: float) -> None:
+    def test_adam_equals_torch_one(by_row: bool, unit_rows: bool, dtype: torch.dtype, tolerance: float) -> None:
         state = [torch.nn.functional.normalize(randn(6, 5, dtype=dtype)), *(randn(6, 5, dtype=dtype) * 0 for _ in "mv")]
+        state[2] = state[2][:, :1].clone() if by_row else state[2]
+        columns = randn(5, seed=9, dtype=dtype).abs() if by_row else None
         other = [t.clone() for t in state]
         for step in (1, 2, 3):
             grad = randn(6, 5, seed=step, dtype=dtype)
             for kernels, (w, m, v) in ((TRITON, state), (TORCH, other)):
-                kernels.adam_rows(w, grad.clone(), m, v, AdamStep(lr=0.01, step=step, unit_rows=unit_rows))
+                how = AdamStep(lr=0.01, step=step, unit_rows=unit_rows, columns=columns)
+                kernels.adam_rows(w, grad.clone(), m, v, how)
         for found, expected in zip(state, other, strict=True):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
