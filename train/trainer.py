@@ -1,8 +1,8 @@
 """One autoencoder in training: its weights, optimiser, counters, metrics file and checkpoint.
 
 A step is a function of the weights, the optimiser's moments, the counters of dead latents and the batch: all but the
-last are in the checkpoint. The last checkpoint drops the moments, two thirds of its size, because the learning rate has
-run out and nothing can follow. Not here: where batches come from, and which runs share them (`train.run`).
+last are in the checkpoint. The last checkpoint drops the moments, half or more of its size, because the learning rate
+has run out and nothing can follow. Not here: where batches come from, and which runs share them (`train.run`).
 """
 
 import contextlib
@@ -113,6 +113,7 @@ class Trainer:
                 sae.layer_mean.copy_(start.layer_mean)
                 sae.layer_scale.copy_(start.layer_scale)
         self._sae = sae.to(device).requires_grad_(False)
+        self._ranks.same_(self._sae.b_pre.data, *(part for part in self._statistics if part is not None))
         self._average = None if optimizer.ema_decay is None else WeightAverage(self._sae, optimizer.ema_decay)
         if self._average is not None and saved is not None and not saved.trainer["finished"]:
             self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean
@@ -126,7 +127,6 @@ class Trainer:
             variance=self._statistics.variance if plan.chosen.second_moment == "latent" else None,
             ranks=self._ranks,
         )
-        self._ranks.same_(self._sae.b_pre.data, *(part for part in self._statistics if part is not None))
         self._raw = plan.chosen.loss_space == "raw"
         self._denominators = self._statistics.raw if self._raw else self._statistics.standardized
         sparsity = plan.model.activation in THRESHOLDED

@@ -81,12 +81,10 @@ class PlainKernels(Kernels):
             grad.addcmul_((grad * weight).sum(dim=1, keepdim=True), weight, value=-1)
         exp_avg.lerp_(grad, 1 - beta1)
         if how.columns is None:
-            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            root = exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2).sqrt()
         else:
-            exp_avg_sq.lerp_(grad.square().mean(dim=1, keepdim=True), 1 - beta2)
-        root = exp_avg_sq.sqrt().div_(how.correction)
-        denominator = root.mul(1 if how.columns is None else how.columns).add_(how.EPSILON)
-        weight.addcdiv_(exp_avg, denominator, value=-how.step_size)
+            root = exp_avg_sq.lerp_(grad.square().mean(dim=1, keepdim=True), 1 - beta2).sqrt() * how.columns
+        weight.addcdiv_(exp_avg, root.div_(how.correction).add_(how.EPSILON), value=-how.step_size)
         if how.unit_rows:
             weight.div_(weight.norm(dim=1, keepdim=True))
 

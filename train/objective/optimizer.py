@@ -10,8 +10,8 @@ Adam moves w, b and d, with gradients n dW_enc, n db_enc and dW_dec / n; all oth
 latent finds its scale in two ways at once. How one row is stepped: `train.kernels.interface.Kernels.adam_rows`.
 
 Adam's mean squares are kept for each weight or for each latent: a latent's gradients share their scale, and those of
-one weight are few where latents are rarely active. In the encoder, whose gradients are sums of inputs, they then stand
-in the proportion of the inputs' variances by dimension. It is Adafactor (Shazeer & Stern 2018) with fixed columns.
+one weight are few where it is rarely active. In the encoder, whose gradients are sums of inputs, a weight's is then in
+proportion to the variance of its input. It is Adafactor (Shazeer & Stern 2018) with fixed columns.
 
 Shapes: D d_model, M n_latents.
 """

@@ -1,7 +1,7 @@
 """What the flags stand for that a run leaves open: batches, learning rate, its schedule, Adam's memory, initial scale.
 
 A flag that is given counts; else, on a resume, what the checkpoint was begun with; else the recipe's. How the laws of
-`best` were found: benchmarks/results/2026-11-28-defaults.md. Imports nothing heavy.
+`best` were found: benchmarks/results/2026-11-28-defaults.md and 2026-11-30-defaults.md. Imports nothing heavy.
 """
 
 from collections.abc import Mapping
@@ -86,9 +86,9 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
         lr = best_lr(n_latents, batch_size * share, vectors * share)
         small = config.model.activation == "topk" and vectors >= 60 * batch_size  # elsewhere no better, or worse
         scale = 0.1 if small else 0.4
-        encoder_lr = (n_latents / 4608) ** 0.25 / 3  # so that the encoder's rate is one for all sizes
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}
-        values |= {"encoder_lr": encoder_lr, "second_moment": "latent"}
+        # The encoder's rate does not depend on n_latents.
+        values |= {"encoder_lr": (n_latents / 4608) ** 0.25 / 3, "second_moment": "latent"}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
     else:  # Lawson et al. 2025 and its code

@@ -75,8 +75,8 @@ def test_adam_equals_torch_adam() -> None:
 
 
 def test_adam_with_mean_squares_by_row_by_hand() -> None:
-    """Gradient (3, 4): its mean square is 12.5, so the first step of rate 0.5 is 0.5 g / sqrt(12.5), and in the
-    proportion of columns 1 and 2 half of that in the second. A second gradient (0, 0) leaves means of 0.8 and 0.9."""
+    """Gradient (3, 4): its mean square is 12.5, so the first step of rate 0.5 is 0.5 g / sqrt(12.5); the second column
+    counts double, so there it is half of that. A gradient of 0 then leaves 0.8 and 0.9 of the running means."""
     weight, m, v = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 1)
     columns = torch.tensor([1.0, 2.0])
     how = AdamStep(lr=0.5, step=1, unit_rows=False, betas=(0.8, 0.9), columns=columns)
