@@ -84,8 +84,9 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
     name = config.recipe or "best"
     if name == "best":
         lr = best_lr(n_latents, batch_size * share, vectors * share)
-        small = config.model.activation == "topk" and vectors >= 60 * batch_size  # elsewhere no better, or worse
-        scale = 0.1 if small else 0.4
+        # A small start lowers FVU, but a short run has no time to wake the latents that it leaves dead.
+        small = config.model.activation in ("topk", "batchtopk", "jumprelu")
+        scale = min(max(20 * batch_size / vectors, 0.1), 0.4) if small else 0.4
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}
         # The encoder's rate does not depend on n_latents.
         values |= {"encoder_lr": (n_latents / 4608) ** 0.25 / 3, "second_moment": "latent"}

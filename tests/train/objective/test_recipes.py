@@ -48,10 +48,12 @@ def test_clipping_at_zero_is_none(store: ActivationStore) -> None:
 
 def test_best_is_the_default_and_its_rate_falls_with_size_and_length() -> None:
     assert (recipe_of().recipe, recipe_of().decay_fraction) == ("best", 0.5)
-    assert [recipe_of(activation=name).encoder_scale for name in ("topk", "batchtopk", "relu")] == [0.1, 0.4, 0.4]
+    names = ("topk", "batchtopk", "jumprelu", "matryoshka", "relu")
+    assert [recipe_of(activation=name).encoder_scale for name in names] == [0.1, 0.1, 0.1, 0.4, 0.4]
+    steps = (1, 50, 80, 160, 200, 1000)
     flags = {"n_latents": 2**12, "batch_size": 100}
-    scales = [complete(train_config(store=Path("s")), vectors=n, **flags).encoder_scale for n in (5999, 6000)]
-    assert scales == [0.4, 0.1]  # 60 steps
+    scales = [complete(train_config(store=Path("s")), vectors=100 * n, **flags).encoder_scale for n in steps]
+    assert scales == [0.4, 0.4, 0.25, 0.125, 0.1, 0.1]
     assert best_lr(4608, 1024, 500_000) == 5e-3
     assert best_lr(16 * 4608, 1024, 500_000) == pytest.approx(2.5e-3)
     assert best_lr(4608, 1024, 16 * 500_000) == pytest.approx(2.5e-3)
