@@ -129,9 +129,9 @@ class OptimizerConfig:
     """Adam's decay of the running mean of their squares; default: the recipe's, 0.95: gradients shrink with the
     error, and a longer memory of larger ones makes steps too small."""
     encoder_scale: float | None = None
-    """The encoder's rows start as the decoder's times this; default: the recipe's, 0.1 for topk and otherwise 0.4."""
+    """The encoder's rows start as the decoder's times this; default: the recipe's, 0.1 in most runs and at most 0.4."""
     encoder_lr: float | None = None
-    """Learning rate of W_enc over that of all else; default: the recipe's, a third with 4,608 latents."""
+    """Learning rate of W_enc, as a multiple of --lr; default: the recipe's, a third with up to 4,608 latents."""
     second_moment: SecondMoment | None = None
     """What Adam keeps a mean square of gradients of: each weight, or each latent, in the encoder in the proportion of
     the inputs' variances, which takes half the optimiser's memory; default: the recipe's, latent."""

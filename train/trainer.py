@@ -44,7 +44,7 @@ class Trainer:
         self.plan, self._data, self._ranks = plan, data, data.ranks
         self.path = plan.config.out  # the checkpoint
         position = None if plan.stream_layers is None else data.layers.index(plan.layers[0])
-        self.view = View(plan.model.standardize, plan.layers, position)
+        self.view = View(plan.model.standardize, plan.layers, position, plan.model.apply_b_dec_to_input)
         self._memory = {} if memory is None else memory
         self._kernels = choose_kernels(torch.empty(0, device=data.device), plan.kernels)
         self.step = 0  # batches of the stream taken
@@ -98,8 +98,9 @@ class Trainer:
             with reading(f"{self.path}: its training state is damaged"):
                 found = start.trainer["statistics"]
                 self._statistics = FixedStatistics(**{k: v.to(device, copy=True) for k, v in found.items()})
-                sizes = {"standardized": len(plan.layers), "raw": len(plan.layers), "variance": plan.model.d_model}
-                if any(found[name].shape != (size,) for name, size in sizes.items() if name in found):
+                sizes = {"standardized": len(plan.layers), "raw": len(plan.layers)}
+                sizes |= {"variance": plan.model.d_model} if plan.chosen.second_moment == "latent" else {}
+                if any(found[name].shape != (size,) for name, size in sizes.items()):
                     raise ValueError("statistics of other layers, or of another model")
             sae = start.sae.part(latents)
         else:
@@ -150,7 +151,9 @@ class Trainer:
         if trainer["finished"]:  # to be lengthened
             self.begun = (self.step, self.updates)
         else:
-            self._optimizer.load_state_dict(trainer.pop("optimizer"))  # pop: it is twice as large as the weights
+            self._optimizer.load_state_dict(
+                trainer.pop("optimizer")
+            )  # pop: it is as large as the weights, or twice that
             self._window.load_state_dict(trainer["window"])
         self.metrics = trainer["metrics"]
         self.diverged = not math.isfinite(self.metrics.get("loss") or 0)

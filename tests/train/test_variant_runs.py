@@ -90,6 +90,27 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(
     torch.testing.assert_close(load_checkpoint(config.out).sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
 
 
+def test_a_run_moves_the_encoder_at_its_own_rate(store: Path, tmp_path: Path) -> None:
+    def after_one_step(rate: float) -> torch.Tensor:
+        train(make_config(store, tmp_path / "ckpt.pt", steps=1, encoder_lr=rate, overwrite=True))
+        return load_checkpoint(tmp_path / "ckpt.pt").sae.W_enc
+
+    start, half, whole = (after_one_step(rate) for rate in (1e-30, 0.5, 1.0))
+    assert (whole - start).abs().max() > 1e-3
+    torch.testing.assert_close(2 * (half - start), whole - start, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("flags", "columns"), [({}, 1), ({"second_moment": "weight"}, 12), ({"recipe": "gao"}, 12)])
+def test_a_run_keeps_the_mean_squares_of_its_recipe(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], columns: int
+) -> None:
+    monkeypatch.setattr(loop, "stop_on_signals", lambda: StopAt(1))
+    with pytest.raises(Interrupted):
+        train(make_config(store, tmp_path / "ckpt.pt", epochs=1, **flags))
+    kept = load_checkpoint(tmp_path / "ckpt.pt").trainer["optimizer"]["exp_avg_sq"]
+    assert kept["W_enc"].shape == kept["W_dec"].shape == (40, columns)
+
+
 @pytest.mark.skipif(not has_byte_products(), reason="this processor has no fast products of bytes (AVX512-VNNI)")
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "matryoshka"])
 def test_screened_runs_learn_what_float32_ones_do_and_resume_to_the_same_bytes(

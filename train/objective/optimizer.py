@@ -9,9 +9,9 @@ and b, one autoencoder is
 Adam moves w, b and d, with gradients n dW_enc, n db_enc and dW_dec / n; all other code sees the right-hand side. So a
 latent finds its scale in two ways at once. How one row is stepped: `train.kernels.interface.Kernels.adam_rows`.
 
-Adam's mean squares are kept for each weight or for each latent: a latent's gradients share their scale, and those of
-one weight are few where it is rarely active. In the encoder, whose gradients are sums of inputs, a weight's is then in
-proportion to the variance of its input. It is Adafactor (Shazeer & Stern 2018) with fixed columns.
+Adam's mean squares are kept for each weight or for each latent: a latent's gradients share their scale, and a single
+weight has few of them where its latent is rarely active. In the encoder, whose gradients are sums of inputs, a weight's
+is then in proportion to the variance of its input. It is Adafactor (Shazeer & Stern 2018) with fixed columns.
 
 Shapes: D d_model, M n_latents.
 """
@@ -32,7 +32,7 @@ from train.objective.weights import BY_LATENT, TRAINED, Weights
 from train.parallel.ranks import ALONE, Ranks
 
 THRESHOLD_LR_FACTOR = 10
-"""log_threshold's learning rate over the others'. Adam moves each number by about the rate: a pre-activation sums
+"""log_threshold's learning rate over --lr. Adam moves each number by about the rate: a pre-activation sums
 d_model such moves, and a threshold with one would lag behind in runs of some thousand steps."""
 
 _LEAST_VARIANCE = 1e-2
@@ -53,7 +53,7 @@ class SphereAdam:
         variance: Tensor | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """encoder_lr: W_enc's rate over others; variance: [D] of the encoder's inputs, for mean squares by latent."""
+        """encoder_lr: W_enc's rate over lr; variance: [D] of the encoder's inputs, for mean squares by latent."""
         self._kernels, self._betas, self._encoder_lr, self._ranks = kernels, betas, encoder_lr, ranks
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""

@@ -88,8 +88,8 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
         small = config.model.activation in ("topk", "batchtopk", "jumprelu")
         scale = min(max(20 * batch_size / vectors, 0.1), 0.4) if small else 0.4
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}
-        # The encoder's rate does not depend on n_latents.
-        values |= {"encoder_lr": (n_latents / 4608) ** 0.25 / 3, "second_moment": "latent"}
+        # From 4,608 latents on the encoder's rate does not depend on their number.
+        values |= {"encoder_lr": max(n_latents / 4608, 1) ** 0.25 / 3, "second_moment": "latent"}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
     else:  # Lawson et al. 2025 and its code

@@ -78,7 +78,8 @@ class FixedStatistics(NamedTuple):
     layer_mean: Tensor | None = None
     """float64 [L, D]: mean_l, in raw space."""
     variance: Tensor | None = None
-    """float32 [D]: mean of (x_std - b_pre)^2 over the vectors of b_pre; checkpoints of before have none."""
+    """float32 [D]: mean square of the encoder's inputs, x_std - b_pre or x_std, over the vectors of b_pre; checkpoints
+    of before have none."""
 
     @property
     def layer_scale(self) -> Tensor:
@@ -106,6 +107,8 @@ class View(NamedTuple):
     """The model's numbers of the layers trained on."""
     position: int | None = None
     """Of a run on one layer alone, that layer's position in the stream."""
+    apply_b_dec_to_input: bool = True
+    """Whether b_pre is subtracted from what the encoder takes."""
 
     def own(self, batch: Vectors) -> Vectors:
         """The vectors of a batch that are trained on."""
@@ -188,7 +191,8 @@ class _Sums:
             x = standardize_by_layer(x, layer, mean, scale).x
             found = found._replace(standardized=variance / found.layer_scale.square())  # d_model, by its definition
         b_pre = geometric_median(x)
-        return found._replace(b_pre=b_pre, variance=(x - b_pre).square().mean(dim=0))
+        inputs = x - b_pre if self.view.apply_b_dec_to_input else x
+        return found._replace(b_pre=b_pre, variance=inputs.square().mean(dim=0))
 
 
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

@@ -30,7 +30,8 @@ def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | Non
         f"{many}{n_latents} latents, k {k}, {counted(len(plan.stream_layers or plan.layers), 'layer')} of d_model "
         f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "
         f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g}), learning rate "
-        f"{spread([p.chosen.lr for p in plans], '.2g')} (recipe {plan.chosen.recipe})"
+        f"{spread([p.chosen.lr for p in plans], '.2g')}, of the encoder "
+        f"{spread([p.chosen.lr * p.chosen.encoder_lr for p in plans], '.2g')} (recipe {plan.chosen.recipe})"
     )
     threads = counted(torch.get_num_threads(), "thread")
     machine = f"{plan.device}, {plan.product_dtype} product, {plan.kernels} kernels, {threads}"

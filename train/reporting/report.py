@@ -116,7 +116,7 @@ def _advice(result: TrainResult) -> list[str]:
             f"an FVU above 1 after {counted(plan.steps, 'step')} mostly means too few steps: {', or '.join(ways)}"
         )
     if metrics["dead_fraction"] > _MANY_DEAD:
-        lower = f"lower --lr {lr:.2g}, " * (times >= _LOW)
+        lower = f"lower --lr {lr:.2g}, " * (times > 1 / _LOW)
         lines.append(
             f"{metrics['dead_fraction']:.0%} of the latents are dead: train longer, {lower}or ask for "
             f"fewer latents than --n-latents {plan.model.n_latents}"

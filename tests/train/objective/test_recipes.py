@@ -59,6 +59,7 @@ def test_best_is_the_default_and_its_rate_falls_with_size_and_length() -> None:
     assert best_lr(4608, 1024, 16 * 500_000) == pytest.approx(2.5e-3)
     larger = complete(train_config(store=Path("s")), n_latents=16 * 4608, batch_size=100, vectors=10**6)
     assert (larger.encoder_lr, larger.second_moment) == (pytest.approx(2 / 3), "latent")
+    assert recipe_of().encoder_lr == 1 / 3  # of 4,096 latents
     assert best_lr(4608, 10**6, 500_000) == best_lr(4608, 500_000, 500_000)  # no batch is larger than the run
 
 

@@ -59,6 +59,8 @@ def test_b_pre_is_the_median_of_standardised_vectors() -> None:
     torch.testing.assert_close(found.b_pre, geometric_median(everything))
     assert found.variance is not None
     torch.testing.assert_close(found.variance, (everything - found.b_pre).square().mean(dim=0))
+    whole = View("vector", (0, 1), apply_b_dec_to_input=False)
+    torch.testing.assert_close(gather([whole], vectors())[whole].variance, everything.square().mean(dim=0))
     assert found.b_pre.norm() < 8**0.5 + 1e-3  # a standardised vector's norm is sqrt(D - 1); raw ones are thousands
 
 

@@ -46,7 +46,8 @@ def test_runs_are_announced_together_and_memory_only_where_it_is_given(
     first, second = capsys.readouterr().err.splitlines()
     assert first == (
         "train: 2 of 3 runs to do in one pass: 20 to 40 latents, k 4, 3 layers of d_model 12; 5 steps of 64 vectors "
-        f"(epochs: {320 / (3 * int(store.tokens.keep.sum())):.3g}), learning rate 0.001 to 0.002 (recipe best)"
+        f"(epochs: {320 / (3 * int(store.tokens.keep.sum())):.3g}), learning rate 0.001 to 0.002, "
+        "of the encoder 0.00033 to 0.00067 (recipe best)"
     )
     assert second == f"train: cpu, float32 product, torch kernels, {counted(torch.get_num_threads(), 'thread')}"
     words.announce(plans[:1], 1, MemoryEstimate(device=5_000_000, shuffle=2_000))

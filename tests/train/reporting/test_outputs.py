@@ -82,7 +82,7 @@ def test_an_fvu_above_one_comes_with_a_way_out(config: TrainConfig) -> None:
 
 
 def test_many_dead_latents_come_with_a_way_out(config: TrainConfig) -> None:
-    for lr, lower in ((1e-6, ""), (0.1, "lower --lr 0.1, ")):
+    for lr, lower in ((1e-6, ""), (None, ""), (0.1, "lower --lr 0.1, ")):
         result = train(with_values(config, steps=1, lr=lr, overwrite=True))
         few, many = (
             describe(replace(result, metrics={**result.metrics, "dead_fraction": dead})) for dead in (0.1, 0.5)
