@@ -44,8 +44,7 @@ def write(result: Comparison, folder: Path) -> list[str]:
 
     pd.DataFrame(_rows(result)).to_parquet(folder / "compare.parquet", index=False)
     (folder / "compare.json").write_text(json.dumps(as_json(result), indent=2), encoding="utf-8")
-    if (figure := _figure(result)) is not None:
-        (folder / "compare.png").write_bytes(figure)
+    _draw(result, folder / "compare.png")
     return sorted(path.name for path in folder.glob("compare.*"))
 
 
@@ -104,14 +103,12 @@ def _rows(result: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _figure(result: Comparison) -> bytes | None:
-    """FVU against the layer as a PNG; None where matplotlib is not installed."""
+def _draw(result: Comparison, path: Path) -> None:
+    """FVU against the layer as a PNG, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None
-    import io
-
+        return
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     styles: dict[str, Any] = {
@@ -128,9 +125,7 @@ def _figure(result: Comparison) -> bytes | None:
     axes.set_title(f"Held-out reconstruction by layer, {result.tokens:,} tokens", fontsize=10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    return data.getvalue()
+    figure.savefig(path, dpi=150)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
