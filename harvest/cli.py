@@ -21,7 +21,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `harvest` with `argv` (default the process's own); gives the exit code (residscope.errors)."""
 
-    def command() -> int:
+    def command() -> None:
         config = parse_options(HarvestConfig, argv, prog="harvest", description=DESCRIPTION, epilog=EPILOG)
         if config.dry_run:
             from harvest.estimate import estimate as run
@@ -30,6 +30,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         from harvest.result import print_result
 
         print_result(run(config), dry_run=config.dry_run, as_json=config.json)
-        return 0
 
     return run_command("harvest", command, interrupted="interrupted; run the same command to continue")

@@ -84,7 +84,7 @@ def _verify(path: Path, as_json: bool) -> int:
     return 1 if bad else 0
 
 
-def _repair(path: Path, as_json: bool) -> int:
+def _repair(path: Path, as_json: bool) -> None:
     from store.care.repair import repair
 
     def prepare(store: Path) -> Callable[[], object]:
@@ -94,11 +94,10 @@ def _repair(path: Path, as_json: bool) -> int:
     if as_json:
         found = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
         print(json.dumps({"path": str(path), **found}))
-        return 0
+        return
     _print_faults(done.found)
     recomputed = f"{counted(len(done.refilled), 'shard')} recomputed"
     print(f"{path}: complete; {recomputed}, {len(done.proven)} of them with the same hashes as before")
-    return 0
 
 
 def _as_json(bad: Sequence[Any]) -> list[dict[str, Any]]:

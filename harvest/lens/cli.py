@@ -24,13 +24,12 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command on `argv` (default: the process's own); the exit code."""
 
-    def command() -> int:
+    def command() -> None:
         config = parse_options(FitLensConfig, argv, prog=COMMAND, description=DESCRIPTION, epilog=EPILOG)
         from harvest.lens.fit import fit_lens
         from harvest.lens.result import print_fit
 
         print_fit(fit_lens(config), as_json=config.json)
-        return 0
 
     interrupted = "interrupted; nothing was written. Run the same command to start again"
     return run_command(COMMAND, command, interrupted=interrupted)

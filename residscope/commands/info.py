@@ -8,16 +8,15 @@ from typing import Any
 from residscope.console import counted, human_bytes
 
 
-def info(path: Path, as_json: bool) -> int:
-    """Print what the store at `path` holds; gives the exit code."""
+def info(path: Path, as_json: bool) -> None:
+    """Print what the store at `path` holds."""
     found = facts(path)
     if as_json:
         print(json.dumps(found))
-        return 0
+        return
     print(path)
     for name, value in in_words(found).items():
         print(f"  {name:<10} {value}")
-    return 0
 
 
 def facts(path: Path) -> dict[str, Any]:
