@@ -64,7 +64,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, err = (None, None) if silent else (sys.stdout, sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         return run_command("train", command)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -107,7 +107,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `residscope explore`; returns the exit code."""
     name = "residscope explore"
     return run_command(name, lambda: explore(parse_options(ExploreConfig, argv, prog=name, description=DESCRIPTION)))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
