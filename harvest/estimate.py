@@ -17,12 +17,11 @@ import torch
 from harvest.config import HarvestConfig
 from harvest.destination import disk_bytes
 from harvest.fill import BatchRunner
-from harvest.result import ranges
 from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
 from harvest.table import pack
 from harvest.text.encode import Document, encode_documents
 from harvest.text.sources import TextSource, open_sources, require_local_texts
-from residscope.console import human_bytes, human_seconds
+from residscope.console import human_bytes, human_seconds, ranges
 from residscope.destinations import nearest_folder
 from residscope.urls import URL
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harvest.fill import Filled
-from residscope.console import counted, human_bytes, human_seconds
+from residscope.console import counted, human_bytes, human_seconds, ranges
 from store.activations import ActivationStore
 
 
@@ -80,10 +80,3 @@ def print_result(result: Any, *, dry_run: bool, as_json: bool) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
-
-
-def ranges(layers: list[int]) -> str:
-    """Ascending indices as ranges: 0-5,11."""
-    first = [layer for layer in layers if layer - 1 not in layers]
-    last = [layer for layer in layers if layer + 1 not in layers]
-    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(first, last, strict=True))

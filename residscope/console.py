@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory, said
@@ -196,6 +197,13 @@ def human_seconds(seconds: float) -> str:
 def counted(n: int, noun: str) -> str:
     """A number with its noun: 1 document, 2,000 documents."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def ranges(numbers: Sequence[int], separator: str = ",") -> str:
+    """Ascending whole numbers as ranges: 0-5,11."""
+    starts = [0, *(i for i, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1), len(numbers)]
+    parts = [numbers[a:b] for a, b in pairwise(starts)]
+    return separator.join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -15,7 +15,6 @@ import base64
 import json
 import zlib
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 
 from analysis.delphi.scores import read_explanations
 from analysis.latents.windows import CONTEXTS, Context, read_contexts
+from residscope.console import ranges
 
 PER_BLOCK = 64  # live latents
 BUDGET = 12_600_000  # characters of all blocks together, if there is room in the page
@@ -116,18 +116,11 @@ def _content(one: _Found, plan: Plan, kept: int) -> dict[str, Any]:
     if own:
         content["texts"] = [context[:3] for context in own]
         columns = {name: [getattr(context, name) for context in own] for name in ("layer", "activation", "levels")}
-        columns["layers"] = [runs(context.layers) for context in own]
+        columns["layers"] = [ranges(context.layers, ", ") for context in own]
         content["contexts"] = columns | {"foremost": sum(context.foremost for context in own)}
     if near:
         content["near"] = near
     return content | {"histogram": one.histogram} if plan.histogram and one.histogram else content
-
-
-def runs(layers: list[int]) -> str:
-    """Ascending numbers in few words: 3-7, 9."""
-    starts = [0, *(i for i, (a, b) in enumerate(pairwise(layers), 1) if b != a + 1), len(layers)]
-    parts = [layers[a:b] for a, b in pairwise(starts)]
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _note(plan: Plan, found: list[_Found]) -> str:

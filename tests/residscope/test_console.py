@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from residscope import console
-from residscope.console import counted, human_bytes, human_seconds, progress, run_command, stop_on_signals
+from residscope.console import counted, human_bytes, human_seconds, progress, ranges, run_command, stop_on_signals
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 
 
@@ -166,6 +166,12 @@ def test_the_first_signal_asks_and_the_second_acts(signum: signal.Signals) -> No
         assert signal.getsignal(signum) is signal.default_int_handler
     finally:
         signal.signal(signum, before)
+
+
+def test_ranges() -> None:
+    assert ranges([3]) == "3"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert ranges([0, 1, 2, 5, 7, 8], ", ") == "0-2, 5, 7-8"
 
 
 def test_units() -> None:

@@ -16,7 +16,7 @@ from analysis.latents import windows
 from analysis.latents.examples import COLUMNS
 from analysis.latents.views import EDGES, N_BINS, write_histograms
 from analysis.report import examples as report_examples
-from analysis.report.examples import Plan, example_blocks, runs
+from analysis.report.examples import Plan, example_blocks
 from analysis.report.markup import page_file
 
 
@@ -110,11 +110,6 @@ def test_windows_are_cut_between_tokens(tmp_path: Path) -> None:
     before, after = windows.BEFORE // 4, windows.AFTER // 4
     assert [token for token, _ in shown(latent, 0)] == words[30 - before : 31 + after]
     assert latent["texts"][0][2] == before
-
-
-def test_layers_in_few_words() -> None:
-    assert runs([3]) == "3"
-    assert runs([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
 
 def test_where_it_does_not_fit_the_foremost_contexts_stay_and_the_page_says_so(
