@@ -236,10 +236,6 @@ class ActivationStore:
         # A part is at most a thread's share, so that a window out of one shard is read by all threads too.
         share, groups = max(-(-len(order) // threads), 1), self._by_shard(sorted_chunk)
         parts = [(s, slice(i, min(i + share, g.stop))) for s, g in groups for i in range(g.start, g.stop, share)]
-        if threads == 1:
-            for part in parts:
-                fill(*part)
-            return
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda part: fill(*part), parts))
 
