@@ -168,8 +168,7 @@ def _read(folder: Path, name: str, n_layers: int, d_model: int, indexing: Indexi
     if not isinstance(base_model, str | None):
         raise IncompatibleError(f"lens {name}: config.json: the base model should be a name, found {base_model!r}")
     with (folder / "params.pt").open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+        hashlib.file_digest(file, lambda: digest)
         parameters = load_tensors(file, f"lens {name}: params.pt")
     weights = torch.stack([_parameter(parameters, name, f"{i}.weight", (d_model, d_model)) for i in range(n_layers)])
     if config.get("bias", True):
