@@ -17,6 +17,7 @@ Shapes: T tokens, L layers, D d_model, k active latents a vector, S subsets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,8 +135,5 @@ def defined(value: Any) -> float | None:
 
 
 def sum_in_order(arrays: Sequence[NDArray]) -> NDArray:
-    """The sum of arrays, first to last, in a new array."""
-    total = arrays[0].copy()
-    for array in arrays[1:]:
-        total += array
-    return total
+    """The sum of arrays, first to last."""
+    return reduce(np.add, arrays)
