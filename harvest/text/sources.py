@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,7 @@ def _open(choice: TextChoice, seed: int | None, known: np.ndarray | None, conten
             documents=lambda: _hub_documents(choice, revision, seed, known),
             check=lambda: next(_hub_documents(choice, revision, None, known), None),
         )
-
-    def documents() -> Iterator[Document]:
-        return file_documents(files, column, known)
-
+    documents = partial(file_documents, files, column, known)
     plain = known is None and all(suffix_of(path) in (".txt", ".jsonl") for path in files)
     return TextSource(
         dataset=Path(choice.name).resolve().name,
