@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from harvest.options_file import options_file
@@ -70,12 +71,9 @@ def remove_store(out: Path) -> None:
             path.unlink()
         return
     out = out.resolve() if out.is_symlink() else out  # What a link points at goes, and the link stays.
-    lock = WriterLock(out, out)
-    try:
+    with closing(WriterLock(out, out)):
         removed = out.with_name(out.name + ".planning")
         if removed.exists():
             shutil.rmtree(removed)
         out.rename(removed)
         shutil.rmtree(removed)
-    finally:
-        lock.close()
