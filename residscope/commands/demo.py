@@ -16,8 +16,8 @@ from typing import Any
 
 from residscope.console import human_seconds, run_command
 from residscope.destinations import require_folder
-from residscope.errors import ResidscopeError, UsageError
-from residscope.options import parse_options
+from residscope.errors import ResidscopeError
+from residscope.options import parse_options, require_at_least
 
 # The demo's size: chosen so that two cores finish all stages in under six minutes.
 CONTEXT_LENGTH = 256
@@ -42,8 +42,7 @@ class DemoConfig:
     """Text, as `harvest --dataset` takes it."""
 
     def __post_init__(self) -> None:
-        if self.tokens < CONTEXT_LENGTH:
-            raise UsageError(f"--tokens should be at least {CONTEXT_LENGTH}, found {self.tokens}")
+        require_at_least(CONTEXT_LENGTH, tokens=self.tokens)
 
 
 def stages(config: DemoConfig) -> dict[str, tuple[str, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residscope.errors import UsageError
+from residscope.options import require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,6 @@ class TrainCompareConfig:
     """Print the result as JSON on stdout instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "fit_tokens"):
-            if getattr(self, name) < 2:
-                raise UsageError(f"--{name.replace('_', '-')} should be at least 2, found {getattr(self, name)}")
+        require_at_least(2, tokens=self.tokens, fit_tokens=self.fit_tokens)
         if not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction should be in (0, 1), found {self.validation_fraction}")
