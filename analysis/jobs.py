@@ -97,12 +97,10 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
     for left in reversed(range(cluster.ATTEMPTS)):
         try:
             result = task(*arguments, shards)
-        except ResidscopeError:
-            raise
         except Exception as error:
+            if isinstance(error, ResidscopeError) or (left == 0 and is_out_of_memory(error)):
+                raise
             if left == 0:
-                if is_out_of_memory(error):
-                    raise
                 raise cluster.failed(shards, f"{type(error).__name__}: {error}") from error
         else:
             if worker is not None:
