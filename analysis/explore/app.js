@@ -1,19 +1,17 @@
 // The page: loads its parts, says what is explored, shows one view at a time.
 
-import { ask, find, h, read, say, set, state, watch } from "./core.js";
+import { ask, find, h, KNOWN, read, say, set, state, watch } from "./core.js";
 import "./card.js";
 import "./sentence.js";
 import { drawLayers } from "./views.js";
 
-const VIEWS = ["sentence", "search", "compare", "layers"];
-
 watch(["view"], () => {
-  for (const view of VIEWS) {
+  for (const view of KNOWN.view) {
     find(view).hidden = state.view !== view;
     find(`to-${view}`).toggleAttribute("aria-current", state.view === view);
   }
 });
-for (const view of VIEWS) find(`to-${view}`).addEventListener("click", () => set({ view }));
+for (const view of KNOWN.view) find(`to-${view}`).addEventListener("click", () => set({ view }));
 
 try {
   const about = await ask("about");

@@ -6,7 +6,8 @@ const DEFAULTS = {
   view: "sentence", text: "", latent: "", layer: "", token: "", sort: "layer_mean", against: "", shown: "24", pins: "", measure: "probs",
   changes: "", continued: "16", tokens: "", promotes: "", on: "", off: "", from_layer: "", to_layer: "", profile: "", explained: "",
 };
-const KNOWN = {
+/** The values that keys of the state may have, where not every text is one. */
+export const KNOWN = {
   view: ["sentence", "search", "compare", "layers"], sort: ["layer_mean", "mass", "specificity", "effect"],
   shown: ["12", "24", "48", "96"], measure: ["probs", "counts", "means"],
 };
