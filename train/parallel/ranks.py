@@ -14,7 +14,6 @@ Shapes: M n_latents, R ranks.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -23,6 +22,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from residscope.cluster import n_cores
 from residscope.errors import ResidscopeError, UsageError
 from residscope.tensors import Pieces, in_pieces
 
@@ -71,7 +71,7 @@ class Ranks:
 
     def share_of_cores(self) -> int | None:
         """Threads for this process; None of one alone: as many as torch chooses."""
-        return None if self.size == 1 else max(1, len(os.sched_getaffinity(0)) // self.local)
+        return None if self.size == 1 else max(1, n_cores() // self.local)
 
     def sum_(self, *tensors: Tensor) -> None:
         """Make each of `tensors` its sum over ranks."""
