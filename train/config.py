@@ -133,8 +133,8 @@ class OptimizerConfig:
     encoder_lr: float | None = None
     """Learning rate of W_enc, as a multiple of --lr; default: the recipe's, a third with up to 4,608 latents."""
     second_moment: SecondMoment | None = None
-    """What Adam keeps a mean square of gradients of: each weight, or each latent, in the encoder in the proportion of
-    the inputs' variances, which takes half the optimiser's memory; default: the recipe's, latent."""
+    """What Adam keeps a mean square of gradients of: each weight, or each latent, in the encoder as though all inputs
+    had one variance, which takes half the optimiser's memory; default: the recipe's, latent."""
     ema_decay: float | None = None
     """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
     default: the weights themselves."""

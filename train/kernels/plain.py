@@ -83,7 +83,8 @@ class PlainKernels(Kernels):
         if how.columns is None:
             root = exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2).sqrt()
         else:
-            root = exp_avg_sq.lerp_(grad.square().mean(dim=1, keepdim=True), 1 - beta2).sqrt() * how.columns
+            squares = (grad / how.columns).square().mean(dim=1, keepdim=True)
+            root = exp_avg_sq.lerp_(squares, 1 - beta2).sqrt() * how.columns
         weight.addcdiv_(exp_avg, root.div_(how.correction).add_(how.EPSILON), value=-how.step_size)
         if how.unit_rows:
             weight.div_(weight.norm(dim=1, keepdim=True))

@@ -75,15 +75,16 @@ def test_adam_equals_torch_adam() -> None:
 
 
 def test_adam_with_mean_squares_by_row_by_hand() -> None:
-    """Gradient (3, 4): its mean square is 12.5, so the first step of rate 0.5 is 0.5 g / sqrt(12.5); the second column
-    counts double, so there it is half of that. A gradient of 0 then leaves 0.8 and 0.9 of the running means."""
+    """Gradient (3, 4), of which the second column is taken to be twice as large: (3, 2) has the mean square 6.5, so the
+    first step of rate 0.5 is 0.5 g / sqrt(6.5), and half of that in the second column. A gradient of 0 then leaves 0.8
+    and 0.9 of the running means."""
     weight, m, v = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 1)
     columns = torch.tensor([1.0, 2.0])
     how = AdamStep(lr=0.5, step=1, unit_rows=False, betas=(0.8, 0.9), columns=columns)
     kernels.adam_rows(weight, torch.tensor([[3.0, 4.0]]), m, v, how)
-    root = 12.5**0.5
+    root = 6.5**0.5
     assert weight.tolist() == [pytest.approx([-1.5 / root, -1 / root])]
-    assert v.item() == pytest.approx(1.25)
+    assert v.item() == pytest.approx(0.65)
     kernels.adam_rows(weight, torch.zeros(1, 2), m, v, how._replace(step=2))
     share = 0.8 * 0.2 / (1 - 0.8**2) / (0.9 * 0.1 / (1 - 0.9**2)) ** 0.5
     assert weight.tolist() == [pytest.approx([-1.5 / root * (1 + share), -1 / root * (1 + share)])]

@@ -88,8 +88,9 @@ def test_state_goes_through_a_checkpoint_unchanged(variance: Tensor | None) -> N
 
 
 def test_mean_squares_by_latent_stand_in_the_encoder_as_its_inputs_variances() -> None:
-    """With variances 4, 1, 1, 2 (mean 2) and one gradient of 3 everywhere, the first step of an encoder's weight is the
-    rate over the root of its share: 2, 1/2, 1/2, 1. The decoder's are all the rate, before rows are normalised."""
+    """With variances 4, 1, 1, 2 (mean 2) the shares are 2, 1/2, 1/2, 1. One gradient of 3 everywhere has the mean
+    square 9 (1/2 + 2 + 2 + 1) / 4 over them, and the first step of an encoder's weight is the rate times 3 over the
+    roots of that and of its share. The decoder's are all the rate, before rows are normalised."""
     sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2))
     sae.initialize(0)
     sae.W_dec.data[:] = torch.tensor([1.0, 0.0, 0.0, 0.0])
@@ -97,7 +98,7 @@ def test_mean_squares_by_latent_stand_in_the_encoder_as_its_inputs_variances() -
     optimizer = SphereAdam(sae, TORCH, encoder_lr=0.5, variance=torch.tensor([4.0, 1.0, 1.0, 2.0]))
     gradients = Weights(*(torch.full_like(t, 3.0) for t in sae.weights[:3]))
     optimizer.step(gradients, lr=0.1, step=1)
-    moved = 0.05 / torch.tensor([2.0, 0.5, 0.5, 1.0]).sqrt()
+    moved = 0.05 / (5.5 / 4 * torch.tensor([2.0, 0.5, 0.5, 1.0])).sqrt()
     torch.testing.assert_close(before - sae.W_enc, moved.expand(6, 4))
     row = torch.tensor([1.0, *[-0.1 * (4 / 3) ** 0.5] * 3])  # of the gradient (0, 3, 3, 3)
     torch.testing.assert_close(sae.W_dec.data, (row / row.norm()).expand(6, 4))
@@ -108,7 +109,8 @@ def test_an_input_that_hardly_varies_is_not_moved_a_thousandfold() -> None:
     sae = MLSAE(SAEConfig(d_model=4, n_latents=6, k=2))
     optimizer = SphereAdam(sae, TORCH, variance=torch.tensor([4.0, 0.0, 0.0, 0.0]))
     optimizer.step(Weights(*(torch.ones_like(t) for t in sae.weights[:3])), lr=0.1, step=1)
-    torch.testing.assert_close(sae.W_enc.data[0], -0.1 / torch.tensor([4.0, 0.01, 0.01, 0.01]).sqrt())
+    shares, mean = torch.tensor([4.0, 0.01, 0.01, 0.01]), (1 / 4 + 3 * 100) / 4
+    torch.testing.assert_close(sae.W_enc.data[0], -0.1 / (mean * shares).sqrt())
 
 
 def test_state_of_another_shape_is_refused() -> None:

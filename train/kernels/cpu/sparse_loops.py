@@ -166,7 +166,8 @@ def adam_rows(
             for i in range(w.size):
                 g = scale * grad[j, i] - along * w[i]
                 m[i] += new_1 * (g - m[i])
-                square += g * g
+                share = g / columns[i]
+                square += share * share
             v[0] = keep_2 * v[0] + new_2 * (square / number(w.size))
             root = np.sqrt(v[0]) / correction
             for i in range(w.size):

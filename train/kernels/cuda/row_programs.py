@@ -272,9 +272,11 @@ def adam(
     m += tl.load(numbers + 2).to(kind) * (g - m)
     keep, new, correction = tl.load(numbers + 3).to(kind), tl.load(numbers + 4).to(kind), tl.load(numbers + 5).to(kind)
     if BY_ROW:
-        v = keep * tl.load(exp_avg_sq + j) + new * (tl.sum(g * g) / d)
+        column = tl.load(columns + at, mask=inside, other=1.0)
+        share = g / column
+        v = keep * tl.load(exp_avg_sq + j) + new * (tl.sum(share * share) / d)
         tl.store(exp_avg_sq + j, v)
-        root = tl.sqrt(v) / correction * tl.load(columns + at, mask=inside, other=1.0)
+        root = tl.sqrt(v) / correction * column
     else:
         v = keep * tl.load(exp_avg_sq + j * d + at, mask=inside, other=0.0) + new * (g * g)
         tl.store(exp_avg_sq + j * d + at, v, mask=inside)

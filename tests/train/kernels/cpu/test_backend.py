@@ -186,7 +186,7 @@ def test_adam_with_mean_squares_by_row_equals_a_naive_one(
         how = AdamStep(lr=0.01, step=step, unit_rows=unit_rows, grad_scale=0.5, betas=(0.8, 0.95), columns=columns)
         kernels.adam_rows(weight, grad.clone(), m, v, how)
         g = 0.5 * grad - (0.5 * grad * naive).sum(1, keepdim=True) * naive * unit_rows
-        mean, square = 0.8 * mean + 0.2 * g, 0.95 * square + 0.05 * g.square().mean(1, keepdim=True)
+        mean, square = 0.8 * mean + 0.2 * g, 0.95 * square + 0.05 * (g / columns).square().mean(1, keepdim=True)
         root = (square / (1 - 0.95**step)).sqrt() * columns + AdamStep.EPSILON
         naive = naive - 0.01 * mean / (1 - 0.8**step) / root
         naive = naive / naive.norm(dim=1, keepdim=True) if unit_rows else naive
