@@ -151,9 +151,7 @@ class Trainer:
         if trainer["finished"]:  # to be lengthened
             self.begun = (self.step, self.updates)
         else:
-            self._optimizer.load_state_dict(
-                trainer.pop("optimizer")
-            )  # pop: it is as large as the weights, or twice that
+            self._optimizer.load_state_dict(trainer.pop("optimizer"))  # pop: one or two times the weights' size
             self._window.load_state_dict(trainer["window"])
         self.metrics = trainer["metrics"]
         self.diverged = not math.isfinite(self.metrics.get("loss") or 0)

@@ -76,8 +76,8 @@ class AdamStep(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
     columns: Tensor | None = None
-    """[D] roots of the mean squares that a row's gradient is taken to have by column, as shares; None where each weight
-    has its own running mean."""
+    """[D] roots of the mean squares that a row's gradient is taken to have by column, up to a factor; None where each
+    weight has its own running mean."""
 
     @property
     def step_size(self) -> float:
@@ -152,6 +152,6 @@ class Kernels(ABC):
     def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
         """One Adam step (Kingma & Ba 2015) on `weight` [M, D], in place; `grad` may be used up.
 
-        exp_avg_sq: [M, D], or [M, 1] of the mean square of a row over `how.columns`, by which it is then multiplied
-        again: the gradient alone of a first step moves every row by the rate, in the root of the mean square.
+        exp_avg_sq: [M, D], or with `how.columns` [M, 1] of a row's mean of (gradient / columns)^2, of which column i is
+        taken to have columns_i^2 times as much.
         """

@@ -10,8 +10,8 @@ Adam moves w, b and d, with gradients n dW_enc, n db_enc and dW_dec / n; all oth
 latent finds its scale in two ways at once. How one row is stepped: `train.kernels.interface.Kernels.adam_rows`.
 
 Adam's mean squares are kept for each weight or for each latent: a latent's gradients share their scale, and a single
-weight has few of them where its latent is rarely active. The encoder's gradients are sums of inputs, so that a
-latent's is taken as though all inputs had one variance. It is Adafactor (Shazeer & Stern 2018) with fixed columns.
+weight has few of them where its latent is rarely active. The encoder's gradients are sums of inputs, and are first
+divided by the roots of their inputs' variances. It is Adafactor (Shazeer & Stern 2018) with fixed columns.
 
 Shapes: D d_model, M n_latents.
 """

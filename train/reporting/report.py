@@ -21,7 +21,8 @@ _HIGH = 10
 """Times the default: a learning rate above this is more likely too high than the run too short for it."""
 
 _LOW, _SMALL_BATCH = 0.5, 128
-"""Times the default: only a learning rate below this is too low; no smaller batch than this is proposed."""
+"""Times the default: only a learning rate below this is too low, and only one above its inverse too high for latents to
+stay alive; no smaller batch than this is proposed."""
 
 _MANY_DEAD = 0.1
 """Share of dead latents that is worth a word."""
