@@ -18,7 +18,7 @@ class TokenOptions:
     split: DocumentSplit = "all"
     """Which documents: every one, or the checkpoint's own training or validation documents."""
     max_tokens: int | None = None
-    """Stop after so many kept tokens of the split, in store order. By default all of them. The same limit
+    """Stop after this many kept tokens of the split, in store order. By default all of them. The same limit
     applies to the validation tokens and to the training tokens of PCA."""
 
     def __post_init__(self) -> None:
@@ -51,11 +51,11 @@ class StatisticsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentOptions:
-    """What is found of each latent."""
+    """What is found about each latent."""
 
     redundancy: bool = True
-    """Compare all decoder rows with each other: nearest latents, MMCS, near-parallel pairs; takes time with the square
-    of the number of live latents."""
+    """Compare all decoder rows with each other: nearest latents, MMCS, near-parallel pairs; the time grows with the
+    square of the number of live latents."""
     redundancy_cosine: float = 0.9
     """Cosine of decoder rows above which two latents are near-parallel."""
     examples: bool = True
@@ -64,7 +64,7 @@ class LatentOptions:
     save_latents: bool = False
     """Keep the sparse codes inside the store (latents/KEY: Zarr arrays of values and indices), 8 * k bytes for each
     vector, four times that where the number of active latents varies. Later analyses of this autoencoder on this store
-    take kept codes, without this flag too, and encode nothing again."""
+    use them, even without this flag, and encode nothing again."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.redundancy_cosine < 1:
@@ -76,17 +76,17 @@ class TransformerOptions:
     """What the store's transformer is run for and where it is."""
 
     downstream_tokens: int | None = None
-    """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at so many
-    tokens of held-out documents (else of the analysed ones); 0 for none. By default as many as take about a minute on
-    two cores, if the store's model is on this machine; otherwise this step is skipped."""
+    """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at this
+    many tokens of held-out documents (or else of the analysed ones); 0 for none. By default as many as take about a
+    minute on two cores, if the store's model is on this machine; otherwise this step is skipped."""
     latent_logits: bool = True
     """Find the tokens that each latent promotes, suppresses and is nearest to, if the store's model is on this
     machine."""
     model: str | None = None
     """Where the store's model is, a folder or a GGUF file, if neither the store nor the file with the harvest's options
-    beside it (acts.harvest.toml) says so."""
+    beside it (acts.harvest.toml) says where."""
     lens: str | None = None
-    """Where the store's tuned lens is, if it came from a folder and acts.harvest.toml does not say so."""
+    """Where the store's tuned lens is, if it came from a folder and acts.harvest.toml does not say where."""
 
     def __post_init__(self) -> None:
         require_at_least(0, downstream_tokens=self.downstream_tokens)
@@ -103,9 +103,9 @@ class PromptOptions:
 
     prompt: tuple[str, ...] = ()
     """Texts to look at through the autoencoder: adds to the report which latents are active at which token and layer.
-    An analysis of the same store and autoencoder that is in the output folder is kept."""
+    An analysis of the same store and autoencoder already in the output folder is kept."""
     ablate: tuple[str, ...] = ()
-    """With --prompt: take a latent out, LATENT or LATENT:LAYER, and tell how the next token changes. Layers may be
+    """With --prompt: take a latent out, LATENT or LATENT:LAYER, and show how the next token changes. Layers may be
     several, 17:3,4,5, or 17:all. Without a layer: where it is strongest. By default the strongest latents of the
     prompt, one at a time."""
     steer: tuple[str, ...] = ()
@@ -122,12 +122,12 @@ class DelphiOptions:
 
     export_delphi: Path | None = None
     """New folder for the activations of latents, as delphi reads them: see docs/delphi.md. An analysis of the same
-    store and autoencoder that is in the output folder is kept."""
+    store and autoencoder already in the output folder is kept."""
     delphi_latents: tuple[int, ...] = ()
-    """With --export-delphi: of which latents. By default those that fired at 200 tokens or more; delphi explains no
+    """With --export-delphi: which latents. By default those that fired at 200 tokens or more; delphi explains no
     latent with fewer examples."""
     delphi_scores: Path | None = None
-    """Folder with what delphi made of it, `explanations` and `scores`: adds these to the analysis and its report."""
+    """Folder with what delphi made of that, `explanations` and `scores`: adds these to the analysis and its report."""
 
     def __post_init__(self) -> None:
         if self.delphi_latents and self.export_delphi is None:
@@ -152,10 +152,10 @@ class WorkerOptions:
     """Where tasks run: `threads` of this process, `processes` of this machine (a Dask LocalCluster), or the address of
     a Dask scheduler (tcp://HOST:8786) whose workers see the same paths."""
     n_workers: int | None = None
-    """Threads or processes that work at once. By default one per core; with a scheduler's address its workers count
+    """Threads or processes that work at once. By default one per core; with a scheduler's address, its workers
     instead."""
     performance_report: Path | None = None
-    """HTML file for Dask's account of which task ran where and when; needs the `dashboard` extra."""
+    """HTML file for Dask's report on which task ran where and when; needs the `dashboard` extra."""
 
     def __post_init__(self) -> None:
         require_at_least(1, n_workers=self.n_workers)

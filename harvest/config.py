@@ -104,7 +104,7 @@ class StorageConfig:
     codec: Literal["none", "zstd"] = "none"
     """Compression of the store: zstd saves about a quarter of the disk and is slower to read."""
     rolling: str | None = None
-    """Most that the store may take of the disk, such as 50GB: it is filled part by part, and a part is removed once all
+    """Most disk that the store may take, such as 50GB: it is filled part by part, and a part is removed once all
     trainers that run beside it (`train --follow`) have used it."""
 
     def __post_init__(self) -> None:
@@ -131,8 +131,8 @@ class WorkerConfig:
     """Processes that fill the store. Who fills what does not change its bytes; how many threads each has may."""
 
     n_workers: int | None = None
-    """Processes of this machine that fill shards at once, each with its share of the cores and, where there are
-    several, a GPU. By default this process alone; with a scheduler's address its workers count instead."""
+    """Processes on this machine that fill shards at once, each with its share of the cores and, where there are
+    several, a GPU. By default this process alone; with --scheduler, that scheduler's workers instead."""
     scheduler: str | None = None
     """Address of a Dask scheduler (tcp://HOST:8786) whose workers fill the shards; they see the same paths."""
 
@@ -153,7 +153,7 @@ class HarvestConfig:
 
     weights: ModelConfig
     out: Path
-    """Store to make, or to continue: a folder that ends in .zarr by custom."""
+    """Store to make, or to continue: a folder whose name ends in .zarr by custom."""
     text: TextConfig = field(default_factory=TextConfig)
     documents: DocumentConfig = DocumentConfig()
     max_tokens: int = 1_000_000
@@ -167,10 +167,10 @@ class HarvestConfig:
     """Do not train on or analyse tokens whose norm, at any stored layer, exceeds this many times that layer's median:
     attention sinks in mid-sequence. Runs the model twice. 10 is usual."""
     batch_size: int | None = None
-    """Sequences in a forward pass; default as many as 256 MiB of stored vectors and 8192 tokens hold, or 1024 tokens
+    """Sequences in a forward pass; default as many as fit in 256 MiB of stored vectors and in 8192 tokens, or 1024
     on a CPU. Another size may change the last bits, so the size is recorded, and a continued store keeps it."""
     device_map: Literal["auto"] | None = None
-    """auto: spread a model that is larger than a GPU over all GPUs, and what they do not hold over memory and disk
+    """auto: spread a model that is larger than one GPU over all GPUs, and what they cannot hold over memory and disk
     (slow). Needs accelerate."""
     overwrite: bool = False
     """Remove the store at --out and start again."""

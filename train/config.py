@@ -43,9 +43,9 @@ class ModelConfig:
     n_latents: int | None = None
     """Number of latents, instead of an expansion factor."""
     k: int = 32
-    """Active latents on one vector: at most (topk), in the mean (batchtopk, matryoshka), aimed at (jumprelu)."""
+    """Active latents on one vector: at most (topk), on average (batchtopk, matryoshka), aimed at (jumprelu)."""
     activation: Activation = "topk"
-    """Which latents are active: topk: the k largest of a vector; batchtopk: the N k largest of a batch of N;
+    """Which latents are active: topk: the k largest of a vector; batchtopk: the N * k largest of a batch of N;
     matryoshka: the same with nested dictionaries; jumprelu: those above a trained threshold; relu: all positive, with
     an L1 term."""
     standardize: Standardize = "vector"
@@ -56,8 +56,8 @@ class ModelConfig:
     apply_b_dec_to_input: bool = True
     """Subtract b_pre, which the decoder adds, from the encoder's input too."""
     prefixes: tuple[int, ...] | None = None
-    """matryoshka: the first so many latents must reconstruct on their own; the last is n_latents; default: 1/32, 3/32,
-    7/32, 15/32 and all of them."""
+    """matryoshka: how many of the first latents must reconstruct on their own, increasing; the last is n_latents;
+    default: 1/32, 3/32, 7/32, 15/32 and all of them."""
 
     def __post_init__(self) -> None:
         _check(self, positive="expansion_factor n_latents k")
@@ -79,7 +79,7 @@ class ObjectiveConfig:
     k_warmup_fraction: float = 0.1
     """Share of the steps in which k goes from k_start to k."""
     multi_topk: bool = False
-    """topk: add an eighth of the loss with 4 k active latents, so that k may be changed afterwards (Gao et al.)."""
+    """topk: add an eighth of the loss with 4 * k active latents, so that k may be changed afterwards (Gao et al.)."""
     sparsity_loss: Literal["target", "penalty"] = "target"
     """jumprelu: target, sparsity_coef * (L0 / k - 1)^2; penalty, sparsity_coef for every active latent, k unused."""
     sparsity_coef: float | None = None
@@ -88,7 +88,7 @@ class ObjectiveConfig:
     sparsity_warmup_fraction: float = 0.1
     """Share of the steps in which the sparsity term's weight rises linearly from 0."""
     bandwidth: float = 1.0
-    """jumprelu: width of the window about a threshold in which pre-activations move it; a pre-activation's standard
+    """jumprelu: width of the window around a threshold in which pre-activations move it; a pre-activation's standard
     deviation is about encoder_scale at the start."""
     aux_k: int | None = None
     """Dead latents that AuxK may use on one vector; default: the power of two nearest d_model / 2."""
@@ -119,7 +119,7 @@ class OptimizerConfig:
     decoder_norm: Literal["fixed", "free"] = "fixed"
     """Decoder rows are of unit norm after every step. fixed: the gradient's component along them is left out; free:
     during the step they may take any norm, which is then moved to the encoder's row, so that latents reach their scale
-    sooner (topk, batchtopk, matryoshka); in the first hundreds of steps FVU is 1 to 3 % lower."""
+    sooner (topk, batchtopk, matryoshka); in the first few hundred steps FVU is 1 to 3 % lower."""
     clip_norm: float | None = None
     """Scale all gradients down if their joint norm exceeds this; 0.001 does so in most steps; 0: never; default: the
     recipe's, never."""
@@ -133,10 +133,10 @@ class OptimizerConfig:
     encoder_lr: float | None = None
     """Learning rate of W_enc, as a multiple of --lr; default: the recipe's, a third with up to 4,608 latents."""
     second_moment: SecondMoment | None = None
-    """What Adam keeps a mean square of gradients of: each weight, or each latent, in the encoder as though all inputs
-    had one variance, which takes half the optimiser's memory; default: the recipe's, latent."""
+    """For what Adam keeps a mean square of gradients: each weight, or each latent (in the encoder as though all inputs
+    had one variance), which halves the optimiser's memory; default: the recipe's, latent."""
     ema_decay: float | None = None
-    """Save and validate a running mean of the weights, in which those of a step ago count this much, such as 0.999;
+    """Save and validate a running mean of the weights that decays by this factor each step, such as 0.999;
     default: the weights themselves."""
 
     def __post_init__(self) -> None:
@@ -278,13 +278,13 @@ class TrainConfig:
     validation: ValidationConfig = ValidationConfig()
 
     recipe: RecipeName | None = None
-    """What the flags stand for that are left out (lr, batch_size, beta1, beta2, encoder_scale, encoder_lr,
-    second_moment, warmup_fraction, decay_fraction, clip_norm, loss_space). best: the lowest FVU that was found for runs
-    of this length; gao: the scaling law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant
+    """What sets flags that are left out (lr, batch_size, beta1, beta2, encoder_scale, encoder_lr, second_moment,
+    warmup_fraction, decay_fraction, clip_norm, loss_space). best: the lowest FVU found for runs of this
+    length; gao: the scaling law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant
     rate of 1e-4 and a loss in raw space, made for 1e9 tokens. Default: best."""
     start_from: Path | None = None
-    """Start from the weights of this autoencoder (anything that `analyze --sae` takes), of the same kind and sizes but
-    for k, instead of random ones."""
+    """Start from the weights of this autoencoder (anything that `analyze --sae` takes), of the same kind and sizes
+    except for k, instead of random ones."""
     sweep: tuple[str, ...] | None = None
     """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
     point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with
@@ -297,8 +297,8 @@ class TrainConfig:
     dry_run: bool = False
     """Print steps, memory, disk and time, measured with a few steps that are discarded; write nothing."""
     resume: bool = False
-    """Continue from the checkpoint if there is one, else start; bit for bit the result of an uninterrupted run. A
-    finished run is lengthened by more --steps or --epochs: from its weights, with a rate that rises and falls again."""
+    """Continue from the checkpoint if there is one, else start; bit for bit the result of an uninterrupted run. More
+    --steps or --epochs lengthen a finished run: from its weights, with a learning rate that rises and falls again."""
     overwrite: bool = False
     """Start again even if there is a checkpoint, and replace it."""
     json: bool = False
@@ -306,15 +306,15 @@ class TrainConfig:
     follow: bool = False
     """Wait until the store is begun. One that is filled part by part (`harvest --rolling`) is followed in any case."""
     cache_gb: float | None = None
-    """Memory for whole shards of a store at a URL, which are then fetched once, by long requests (GB); the result is
+    """Memory, in GB, for whole shards of a store at a URL, which are then fetched once, by long requests; the result is
     the same. Default: a third of what is free, shared by the processes of this machine; 0: none."""
     n_procs: int = 1
     """Processes on this machine that share each batch: the same training, to rounding, with less time and memory for
-    each; on CUDA one for each card. `torchrun` starts them on several machines (docs/training.md)."""
+    each; on CUDA one for each GPU. `torchrun` starts them on several machines (docs/training.md)."""
 
     shard_latents: int = 1
-    """Of the processes, so many divide the latents of one dictionary among them, where one process cannot hold it
-    (topk); the others share the batches."""
+    """How many of the processes divide the latents of one dictionary among them, where one cannot hold it (topk);
+    groups of that size share the batches."""
 
     def __post_init__(self) -> None:
         activation = self.model.activation

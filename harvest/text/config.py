@@ -30,13 +30,13 @@ class TextConfig:
     """Which text."""
 
     dataset: tuple[str, ...] = ("monology/pile-uncopyrighted",)
-    """Text, one or several: a hub data set (streamed), a local .txt, .jsonl (.gz, .zst) or .parquet file, a folder or
+    """One text or several: a hub data set (streamed), a local .txt, .jsonl (.gz, .zst) or .parquet file, a folder or
     "glob*" of such files, pydoc (Python's documentation) or stdlib (its library's source), both offline. NAME:WEIGHT
     sets a text's share of the tokens; by default all have the same (pydoc:2 logs.jsonl:1). A .txt file is one
     document."""
     dataset_config: tuple[str, ...] = ()
-    """Configuration (subset) of a hub data set that has several. This and the next three: one for all texts, or one
-    for each, with "" for the default."""
+    """Configuration (subset) of a hub data set that has several. This and the next three: one value for all texts, or
+    one for each, with "" for the default."""
     dataset_revision: tuple[str, ...] = ()
     """Branch, tag or commit of a hub data set; default its newest."""
     split: tuple[str, ...] = (DEFAULT_SPLIT,)
@@ -45,7 +45,7 @@ class TextConfig:
     """Column that holds the text."""
     token_column: tuple[str, ...] = ()
     """Column that holds token ids of this model, lists of whole numbers, instead of text: they are taken as they are.
-    One for all texts, or one for each, with "" for one that is text."""
+    One for all texts, or one for each, with "" for those that are text."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
