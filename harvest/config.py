@@ -55,7 +55,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
-    """How text becomes sequences of tokens."""
+    """Length and separators of sequences, and their first position."""
 
     context_length: int | None = None
     """Tokens in a packed sequence; default 2048, or the model's longest if that is less."""
@@ -74,7 +74,7 @@ class SequenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentConfig:
-    """How documents are put into sequences."""
+    """Order and packing of documents."""
 
     shuffle_documents: int | None = None
     """Seed of a random order of each text's documents; default: their own order. Local text is shuffled completely

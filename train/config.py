@@ -121,8 +121,8 @@ class OptimizerConfig:
     during the step they may take any norm, which is then moved to the encoder's row, so that latents reach their scale
     sooner (topk, batchtopk, matryoshka); in the first few hundred steps FVU is 1 to 3 % lower."""
     clip_norm: float | None = None
-    """Scale all gradients down if their joint norm exceeds this; 0.001 does so in most steps; 0: never; default: the
-    recipe's, never."""
+    """Scale all gradients down if their joint norm exceeds this; 0.001 does so in most steps; 0: never; default: never
+    in any recipe."""
     beta1: float | None = None
     """Adam's decay of the running mean of gradients; default: the recipe's, 0.8."""
     beta2: float | None = None
@@ -279,9 +279,9 @@ class TrainConfig:
 
     recipe: RecipeName | None = None
     """What sets flags that are left out (lr, batch_size, beta1, beta2, encoder_scale, encoder_lr, second_moment,
-    warmup_fraction, decay_fraction, clip_norm, loss_space). best: the lowest FVU found for runs of this
-    length; gao: the scaling law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant
-    rate of 1e-4 and a loss in raw space, made for 1e9 tokens. Default: best."""
+    warmup_fraction, decay_fraction, loss_space). best: the lowest FVU found for runs of this length; gao: the scaling
+    law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss in raw
+    space, made for 1e9 tokens. Default: best."""
     start_from: Path | None = None
     """Start from the weights of this autoencoder (anything that `analyze --sae` takes), of the same kind and sizes
     except for k, instead of random ones."""
