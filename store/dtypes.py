@@ -1,8 +1,8 @@
 """Conversion between float32 and the stored number formats: bfloat16 (as uint16), float16, float32.
 
-How: integer arithmetic on the bits, in blocks that stay in the cache, so that no large temporary is made; rounding is
-to nearest, ties to even. A value that is not finite, or that the stored format would turn into an infinity, is never
-stored: conversion refuses it, and `first_unstorable` finds it. pack.py rounds whole shards faster, to the same bits.
+How: rounding is to nearest, ties to even, by integer arithmetic on the bits. A value that is not finite, or that the
+stored format would turn into an infinity, is never stored: conversion refuses it, and `first_unstorable` finds it.
+pack.py rounds whole shards to bfloat16 faster, to the same bits.
 """
 
 import numpy as np
@@ -12,8 +12,6 @@ STORAGE_DTYPE = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float
 
 OVERFLOW_BITS = {"bfloat16": 0x7F7F8000, "float16": 0x477FF000, "float32": 0x7F800000}
 """The least magnitude, as float32 bits, that rounds to an infinity; infinities and NaN are above it."""
-
-_BLOCK = 1 << 16
 
 
 def to_float32(raw: np.ndarray, stored_dtype: str, out: np.ndarray | None = None) -> np.ndarray:
@@ -33,25 +31,12 @@ def from_float32(values: np.ndarray, stored_dtype: str) -> np.ndarray:
     Raises `ValueError` where a value is not finite or would overflow.
     """
     values = np.ascontiguousarray(values, np.float32)
-    out = np.empty(values.shape, STORAGE_DTYPE[stored_dtype])
-    flat, bits, result = values.reshape(-1), values.reshape(-1).view(np.uint32), out.reshape(-1)
-    scratch = np.empty(min(_BLOCK, flat.size), np.uint32)
-    for start in range(0, flat.size, _BLOCK):
-        block = bits[start : start + _BLOCK]
-        target = result[start : start + _BLOCK]
-        work = scratch[: block.size]
-        np.bitwise_and(block, 0x7FFFFFFF, out=work)
-        if work.max() >= OVERFLOW_BITS[stored_dtype]:
-            raise ValueError(f"a value is not finite or too large for {stored_dtype}")
-        if stored_dtype == "bfloat16":
-            np.right_shift(block, 16, out=work)
-            np.bitwise_and(work, 1, out=work)
-            np.add(work, 0x7FFF, out=work)
-            np.add(work, block, out=work)
-            np.right_shift(work, 16, out=target, casting="unsafe")
-        else:
-            target[...] = flat[start : start + _BLOCK]
-    return out
+    bits = values.view(np.uint32)
+    if (bits & 0x7FFFFFFF).max(initial=0) >= OVERFLOW_BITS[stored_dtype]:
+        raise ValueError(f"a value is not finite or too large for {stored_dtype}")
+    if stored_dtype == "bfloat16":
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(STORAGE_DTYPE["bfloat16"])
+    return values.astype(STORAGE_DTYPE[stored_dtype])
 
 
 def first_unstorable(values: np.ndarray, stored_dtype: str) -> tuple[int, ...] | None:
