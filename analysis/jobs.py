@@ -9,7 +9,7 @@ start. With several workers each has one torch thread, or its share of the cores
 """
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,24 +46,23 @@ def run(
     task: Callable[..., R],
     arguments: tuple[Any, ...],
     merge: Callable[[Sequence[R]], R],
-    shards: tuple[int, ...],
-    tokens: tuple[int, ...],
+    tokens: Mapping[int, int],
 ) -> R:
     """The sum of `task(*arguments, shards) -> R` over shards, ascending; name: what the progress bar says.
 
-    Workers import task and merge, which adds results in order; arguments are small, and able to travel. tokens: of each
-    of `shards`, those that count, for progress.
+    Workers import task and merge, which adds results in order; arguments are small, and able to travel. tokens: by
+    shard those that count, for progress.
     """
-    groups = shard_groups(len(shards))
+    shards = tuple(tokens)
     # A scheduler takes tasks of one key for the same task, and may serve several analyses at once.
     prefix = f"{name}-{uuid.uuid4().hex}"
     leaves, tokens_of = [], {}
-    for number, group in enumerate(groups):
+    for number, group in enumerate(shard_groups(len(shards))):
         key = f"{prefix}-{number:05d}"
-        tokens_of[key] = sum(tokens[group])
+        tokens_of[key] = sum(tokens[shard] for shard in shards[group])
         attempted = (attempt, task, arguments, shards[group], tokens_of[key])
         leaves.append(delayed(cluster.with_our_code)(cluster.code_hash(), *attempted, dask_key_name=key))
-    with progress(name, "tok", sum(tokens)) as bar:
+    with progress(name, "tok", sum(tokens.values())) as bar:
         try:
             return pool.compute(_tree(leaves, merge, prefix), tokens_of, bar)
         except KeyboardInterrupt:

@@ -1,13 +1,11 @@
 """One analysis, from options to files: check, sum over shards, fit PCA, look at latents, run the model, write."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from analysis import jobs
 from analysis.config import AnalyzeConfig
@@ -61,15 +59,15 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     with together(config.out_dir, FILES, [SUMMARY], replace=may_be_replaced(config)) as folder:
         spec = replace(task_spec(config, inputs, selection, folder), few=few.tokens if few else ())
         needed = selection.needed if spec.pca else selection.analysed | selection.validation
-        n_shards = len(shards_with(inputs.store, needed))
+        shards = shards_with(inputs.store, needed)
         with (
             opened_here(spec, inputs, selection),
             lasting(spec.codes_folder),
-            jobs.open_pool(workers.scheduler, workers.n_workers, n_shards, workers.performance_report) as pool,
+            jobs.open_pool(workers.scheduler, workers.n_workers, len(shards), workers.performance_report) as pool,
         ):
             if spec.save_latents:
                 _make_codes(spec, inputs.store)
-            sums: Sums = _over_shards("encode", measure, (spec,), Sums.merged, inputs.store, needed, pool)
+            sums = jobs.run(pool, "encode", measure, (spec,), Sums.merged, shards)
             baseline = _pca_baseline(spec, inputs, selection, sums, pool) if sums.pca else None
             table = latent_table(sums.moments)
             redundancy = None
@@ -139,28 +137,13 @@ def _make_codes(spec: TaskSpec, store: ActivationStore) -> None:
         raise ResidscopeError(f"--save-latents: {found}: leave the flag out, or copy the store") from None
 
 
-def _over_shards(
-    name: str,
-    task: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    merge: Callable[..., Any],
-    store: ActivationStore,
-    needed: NDArray[np.bool_],
-    pool: jobs.Pool,
-) -> Any:
-    """The sum of a task over the shards that hold a needed token."""
-    shards = shards_with(store, needed)
-    tokens = tuple(int(needed[slice(*store.meta.shard_bounds(shard))].sum()) for shard in shards)
-    return jobs.run(pool, name, task, arguments, merge, shards, tokens)
-
-
 def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Sums, pool: jobs.Pool) -> Baseline:
     """PCA with as many components as the autoencoder has active latents, on the validation tokens."""
     assert sums.pca is not None
     measured = max(1, round(float(sums.analysed.l0.mean())))
     components = sums.pca.fit(inputs.sae.config.k or measured)  # a foreign autoencoder whose k is not known has k 0
-    arguments = (spec, components)
-    errors = _over_shards("pca", pca_error, arguments, sum_in_order, inputs.store, selection.validation, pool)
+    shards = shards_with(inputs.store, selection.validation)
+    errors = jobs.run(pool, "pca", pca_error, (spec, components), sum_in_order, shards)
     return Baseline(
         sae=components.autoencoder() if inputs.sae.config.standardize == "vector" else None,
         k=len(components.directions),

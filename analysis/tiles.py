@@ -10,7 +10,7 @@ Shapes: T tokens of a tile, L analysed layers, D d_model, k active latents a vec
 
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,14 +51,14 @@ class CodeTile(NamedTuple):
     """[T, L, k]"""
 
 
-def shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> tuple[int, ...]:
-    """Shards that hold a token `needed` [tokens of the store]."""
+def shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> dict[int, int]:
+    """Shards that hold a token `needed` [tokens of the store], ascending, and how many such."""
     bounds = (store.meta.shard_bounds(shard) for shard in range(store.meta.n_shards))
-    return tuple(shard for shard, (start, stop) in enumerate(bounds) if needed[start:stop].any())
+    return {shard: n for shard, (start, stop) in enumerate(bounds) if (n := int(needed[start:stop].sum()))}
 
 
 def vector_tiles(
-    store: ActivationStore, layers: tuple[int, ...], shards: Sequence[int], needed: NDArray[np.bool_]
+    store: ActivationStore, layers: tuple[int, ...], shards: Iterable[int], needed: NDArray[np.bool_]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """The needed tokens of some shards, a tile at a time: their positions in the store [T] and their vectors float32
     [T, L, D]. `IncompatibleError` where a number is not finite."""
@@ -106,7 +106,7 @@ class Coder:
                 return SparseCodes(values, indices)
         return self._encoder.encode(vectors)
 
-    def tiles(self, shards: Sequence[int], needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
+    def tiles(self, shards: Iterable[int], needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
         """Codes of the tokens `needed` [tokens of the store] that lie in these shards, a tile at a time, in order."""
         for token, x in vector_tiles(self._store, self._layers, shards, needed):
             values, indices = self.codes(token, self._encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1])))

@@ -188,8 +188,8 @@ def dense(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def time_workers(store: Path, sae: Path, dtype: str, rounds: int) -> dict[str, float]:
     """Seconds by the clock of one one-thread worker, of two, and of two processes with and without their start."""
     meta = ActivationStore.open(store).meta
-    shards, tokens = tuple(range(meta.n_shards)), (CHUNK,) * meta.n_shards
-    work = "bench", measure, (work_of(store, sae, dtype),), Sums.merged, shards, tokens
+    tokens = dict.fromkeys(range(meta.n_shards), CHUNK)
+    work = "bench", measure, (work_of(store, sae, dtype),), Sums.merged, tokens
     seconds = {1: float("inf"), 2: float("inf")}
     for _ in range(rounds):
         for n_workers in seconds:

@@ -23,7 +23,7 @@ def shards(n):
 
 
 def run(pool, task, arguments=(), n_shards=20):
-    return jobs.run(pool, "test", task, arguments, add, tuple(shards(n_shards)), (3,) * n_shards)
+    return jobs.run(pool, "test", task, arguments, add, dict.fromkeys(shards(n_shards), 3))
 
 
 def echo(shards):
@@ -150,7 +150,7 @@ def merge(parts):
     return sum(parts, [])
 
 with jobs.open_pool("processes", 1, 2) as pool:
-    print(jobs.run(pool, "test", echo, (), merge, (3, 5), (1, 1)))
+    print(jobs.run(pool, "test", echo, (), merge, {3: 1, 5: 1}))
 """
     root = str(Path(jobs.__file__).parents[1])
     path = os.pathsep.join([str(tmp_path), root])
