@@ -29,16 +29,7 @@ from train.hardware import resolve_device
 from train.kernels.interface import WeightGradients
 from train.objective.statistics import statistics_of
 from train.parallel.ranks import ALONE, Ranks
-from train.reporting.announce import (
-    announce,
-    bar_words,
-    progress_bar,
-    refuse_too_large,
-    say,
-    tell_diverged,
-    tell_finished,
-    tell_validation,
-)
+from train.reporting import announce
 from train.reporting.dry_run import DryRun, foresee, time_steps
 from train.reporting.outputs import check_publish, push, write_outputs
 from train.reporting.report import TrainResult, table_path
@@ -91,7 +82,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         if not result.diverged and ranks.first:  # its weights would be useless
             write_outputs(result, anew=before is None)
     if config.publish.push_to_hub is not None and ranks.first:
-        say(f"uploaded to {push(results, config.publish)}")
+        announce.say(f"uploaded to {push(results, config.publish)}")
     return results
 
 
@@ -136,7 +127,7 @@ def _train_unfinished(
     for plan, record in zip(plans, finished, strict=True):
         if record is not None:
             saved.pop(0)
-            tell_finished(plan, record["metrics"])
+            announce.tell_finished(plan, record["metrics"])
             continue
         left[trainer := Trainer(plan, data, memory)] = saved.pop(0)
         if left[trainer] is None:
@@ -160,13 +151,13 @@ class _Stream:
 
     def execute(self) -> list[dict[str, Any]]:
         """Train to the end; the `trainer` entry of each run's last checkpoint."""
-        announce(self.plans, self.n_runs, self.memory)
-        refuse_too_large(self.memory, self.data.device, self.n_runs)
+        announce.announce(self.plans, self.n_runs, self.memory)
+        announce.refuse_too_large(self.memory, self.data.device, self.n_runs)
         split, follower = self.data.split, self.data.follower
         while follower and not follower.ready(0):
             time.sleep(0.05)
         if few := few_tokens(self.data.store, split.validation if follower else split.train):
-            say(f"warning: {few.words}")
+            announce.say(f"warning: {few.words}")
         self.ranks.any(False)  # all have seen what there is, and what memory is free, before that is changed
         with contextlib.ExitStack() as stack:
             for trainer in self.trainers if self.ranks.first else ():
@@ -181,7 +172,7 @@ class _Stream:
             whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
             batches = stack.enter_context(self.data.arriving(loader))
-            bar = stack.enter_context(progress_bar(self.step, self.plan.steps))
+            bar = stack.enter_context(announce.progress_bar(self.step, self.plan.steps))
             self.began = time.perf_counter()
             while self.step < self.plan.steps:
                 taking = [trainer for trainer in self.trainers if trainer.step == self.step]
@@ -204,8 +195,8 @@ class _Stream:
 
     def measure(self) -> DryRun:
         """Time some steps without writing anything."""
-        announce(self.plans, self.n_runs, None)  # the result says how much memory
-        refuse_too_large(self.memory, self.data.device, self.n_runs)
+        announce.announce(self.plans, self.n_runs, None)  # the result says how much memory
+        announce.refuse_too_large(self.memory, self.data.device, self.n_runs)
         self.ranks.any(False)  # all have seen what memory is free before it is taken
         self._start()
         whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
@@ -281,12 +272,12 @@ class _Stream:
         self._stop_or_warn([trainer for trainer in sound if trainer.diverged])
         streamed, self.logged = (self.step - self.logged) * self.data.batch_size, self.step
         self.began = time.perf_counter()
-        return bar_words(lines, self.data, vectors=streamed, seconds=seconds, waited=waited)
+        return announce.bar_words(lines, self.data, vectors=streamed, seconds=seconds, waited=waited)
 
     def _stop_or_warn(self, diverged: Sequence[Trainer]) -> None:
         """Warn of runs that have just diverged; raise when none is left."""
         where, left = f"step {self.step} of {self.plan.steps}", any(not trainer.diverged for trainer in self.trainers)
-        tell_diverged(where, [trainer.path for trainer in diverged], any_left=left)
+        announce.tell_diverged(where, [trainer.path for trainer in diverged], any_left=left)
 
     def _validate(self, taking: Sequence[Trainer], bar: tqdm, *, last: bool = False) -> None:
         """Look at a sample of held-out tokens, the same each time, and at the end at as many as are asked for."""
@@ -301,4 +292,4 @@ class _Stream:
         for trainer, looked, validated in zip(taking, sample, found, strict=True):
             trainer.look(looked)
             trainer.record(validated)
-        tell_validation(bar, f"step {self.step} of {self.plan.steps}", [validated.fvu for validated in found])
+        announce.tell_validation(bar, f"step {self.step} of {self.plan.steps}", [validated.fvu for validated in found])

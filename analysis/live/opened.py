@@ -31,18 +31,8 @@ from analysis.live.shown import Card, Prompt
 from analysis.model.findings import locate
 from analysis.prompt.run import usual_of
 from analysis.report.data import finite
+from analysis.results import folder as files
 from analysis.results.added import has_analysis
-from analysis.results.folder import (
-    CONFIG,
-    EXAMPLES,
-    EXPLANATIONS,
-    HISTOGRAMS,
-    LATENT_LOGITS,
-    LATENTS,
-    LAYERS,
-    RANDOM_EXAMPLES,
-    SUMMARY,
-)
 from residscope.errors import IncompatibleError, UsageError
 from residscope.reading import read_json, reading
 from residscope.urls import as_path
@@ -61,7 +51,7 @@ class Analysis:
 
     def __init__(self, folder: Path, store: Path | None, sae: Path | None, model: str | None, lens: str | None) -> None:
         self.folder, self._places, self._model, self._lens = folder, (store, sae), model, lens
-        self.summary: dict[str, Any] = read_json(folder / SUMMARY, _AGAIN)
+        self.summary: dict[str, Any] = read_json(folder / files.SUMMARY, _AGAIN)
         self.stop = Event()
         """Where another thread sets it, an answer that the model is making ends with a `ResidscopeError`."""
 
@@ -78,8 +68,8 @@ class Analysis:
         """The analysis in `folder`. store, sae: where they are now, by default where `analyze` read them, or beside the
         folder; model, lens: as for `analyze`. Raises `UsageError` where there is no analysis."""
         place = as_path(folder)
-        if not (place / SUMMARY).is_file():
-            raise UsageError(f"{folder}: no analysis there (no {SUMMARY}); give the folder that `analyze` wrote")
+        if not (place / files.SUMMARY).is_file():
+            raise UsageError(f"{folder}: no analysis there (no {files.SUMMARY}); give the folder that `analyze` wrote")
         places = [None if one is None else as_path(one) for one in (store, sae)]
         return cls(place, places[0], places[1], model, lens)
 
@@ -96,21 +86,21 @@ class Analysis:
     @cached_property
     def layers(self) -> pd.DataFrame:
         """layers.parquet: a row for each layer."""
-        with reading(f"{self.folder / LAYERS}: cannot be read", _AGAIN):
-            return pq.read_table(self.folder / LAYERS).to_pandas()
+        with reading(f"{self.folder / files.LAYERS}: cannot be read", _AGAIN):
+            return pq.read_table(self.folder / files.LAYERS).to_pandas()
 
     @cached_property
     def contexts(self) -> dict[int, list[Context]]:
         """By latent its distinct contexts; what `search` reads."""
-        with reading(f"{self.folder / EXAMPLES}: cannot be read", _AGAIN):
-            return read_contexts(self.folder / EXAMPLES, CONTEXTS)
+        with reading(f"{self.folder / files.EXAMPLES}: cannot be read", _AGAIN):
+            return read_contexts(self.folder / files.EXAMPLES, CONTEXTS)
 
     @cached_property
     def live(self) -> LiveModel:
         """The model, loaded at the first call. `ResidscopeError`, with the way out, where something is not found or is
         not what was analysed."""
-        with reading(f"{self.folder / CONFIG}: cannot be read", "give store and sae"):
-            recorded = tomllib.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        with reading(f"{self.folder / files.CONFIG}: cannot be read", "give store and sae"):
+            recorded = tomllib.loads((self.folder / files.CONFIG).read_text(encoding="utf-8"))
         found = []
         for name, given in zip(("store", "sae"), self._places, strict=True):
             before = as_path(str(recorded.get(name)))
@@ -140,10 +130,10 @@ class Analysis:
                 "layers": self.layer_numbers,
                 **{name: row[name] for name in ("counts", "means", "probs")},
                 "histogram": self._histogram(latent),
-                "examples": self._examples(EXAMPLES, latent),
-                "random_examples": self._examples(RANDOM_EXAMPLES, latent),
+                "examples": self._examples(files.EXAMPLES, latent),
+                "random_examples": self._examples(files.RANDOM_EXAMPLES, latent),
                 **self._ends(latent),
-                "explanations": read_explanations(self.folder / EXPLANATIONS, latent).get(latent, []),
+                "explanations": read_explanations(self.folder / files.EXPLANATIONS, latent).get(latent, []),
                 "neighbours": [{"latent": other, "cosine": cosine} for other, cosine in near],
             }
         )
@@ -264,11 +254,11 @@ class Analysis:
         )
 
     def _explained(self, words: Sequence[str]) -> dict[int, tuple[float, str]]:
-        if not (self.folder / EXPLANATIONS).is_file():
+        if not (self.folder / files.EXPLANATIONS).is_file():
             raise UsageError("no explanations were read into this analysis: give `analyze` --delphi-scores")
         return {
             latent: (1.0, f"explained, {row['where']}: {row['explanation']}")
-            for latent, rows in read_explanations(self.folder / EXPLANATIONS).items()
+            for latent, rows in read_explanations(self.folder / files.EXPLANATIONS).items()
             for row in reversed(rows)  # of several the first is named
             if all(word in (row["explanation"] or "").lower() for word in words)
         }
@@ -278,8 +268,8 @@ class Analysis:
 
     @cached_property
     def _table(self) -> Any:
-        with reading(f"{self.folder / LATENTS}: cannot be read", _AGAIN):
-            return pq.read_table(self.folder / LATENTS).combine_chunks()
+        with reading(f"{self.folder / files.LATENTS}: cannot be read", _AGAIN):
+            return pq.read_table(self.folder / files.LATENTS).combine_chunks()
 
     @cached_property
     def _fires_on(self) -> list[list[str]]:
@@ -299,9 +289,9 @@ class Analysis:
 
     def _histogram(self, latent: int) -> dict[str, Any] | None:
         """Sizes of activations: the bins' edges, and for each layer its number, the first bin with a count, counts."""
-        if not (rows := self._rows(HISTOGRAMS, latent)):
+        if not (rows := self._rows(files.HISTOGRAMS, latent)):
             return None
-        edges = json.loads((pq.read_schema(self.folder / HISTOGRAMS).metadata or {}).get(b"edges", b"[]"))
+        edges = json.loads((pq.read_schema(self.folder / files.HISTOGRAMS).metadata or {}).get(b"edges", b"[]"))
         found = []
         for row in rows:
             some = np.flatnonzero(row["counts"])
@@ -331,7 +321,7 @@ class Analysis:
 
     def _ends(self, latent: int) -> dict[str, Any]:
         """The tokens that it promotes and suppresses by the direct path, and whether that is more than chance."""
-        rows = self._rows(LATENT_LOGITS, latent)
+        rows = self._rows(files.LATENT_LOGITS, latent)
         above = bool(rows) and (rows[0]["unembedding_cosine"] or 0.0) > self._chance
         ends = {"promotes": "promoted", "suppresses": "suppressed"}
         return {"logits_above_chance": above} | {
@@ -349,7 +339,7 @@ class Analysis:
         return logits.get("unembedding_chance_99") or logits.get("unembedding_chance") or 0.0
 
     def _promoting(self, token: str) -> dict[int, tuple[float, str]]:
-        path = self.folder / LATENT_LOGITS
+        path = self.folder / files.LATENT_LOGITS
         if not path.is_file():
             raise UsageError(f"{self.folder} does not say what latents promote: {_AGAIN} where the model is at hand")
         found = {}
