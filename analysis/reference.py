@@ -8,39 +8,29 @@ tokens are one batch, because a number should not depend on a batch size, nor on
 is small: on a made-up process, batches of 2,048 tokens gave a rel_var_t of 0.0917 where all 9,563 tokens give 0.0910.
 """
 
-from typing import NamedTuple
-
 from analysis.moments import LayerMoments
 
 
-class CompatVariances(NamedTuple):
-    """The reference's numbers, under its names."""
+def mlsae_compat(moments: LayerMoments) -> dict[str, float | None]:
+    """What the reference would say of these tokens, under its names.
 
-    exp_var_l_tf: float
-    exp_var_l_f: float
-    var_l: float
-    rel_var_f: float | None
-    """exp_var_l_f / var_l; None if var_l is 0."""
-    rel_var_t: float | None
-    """exp_var_l_tf / exp_var_l_f, the reference's share of token-level variance; None if exp_var_l_f is 0."""
-
-
-def mlsae_compat(moments: LayerMoments) -> CompatVariances:
-    """What the reference would say of these tokens."""
+    rel_var_f: exp_var_l_f / var_l. rel_var_t: exp_var_l_tf / exp_var_l_f, its share of token-level variance. None where
+    the denominator is 0.
+    """
     _, _, _, _, pairs, linear, spread, square = moments.pooled()
     cells = float(moments.n_tokens.sum())
     if cells == 0:
-        return CompatVariances(0.0, 0.0, 0.0, None, None)
+        return {"exp_var_l_tf": 0.0, "exp_var_l_f": 0.0, "var_l": 0.0, "rel_var_f": None, "rel_var_t": None}
     c = moments.centre
     first = (linear + c * pairs) / cells  # [M] sum_l l mean_t p
     second = (spread + square + 2 * c * linear + c * c * pairs) / cells  # [M] sum_l l^2 mean_t p
     exp_var_l_tf = float(spread.mean()) / cells
     exp_var_l_f = float((second - first**2).mean())
     var_l = float(second.mean() - first.mean() ** 2)
-    return CompatVariances(
-        exp_var_l_tf,
-        exp_var_l_f,
-        var_l,
-        exp_var_l_f / var_l if var_l > 0 else None,
-        exp_var_l_tf / exp_var_l_f if exp_var_l_f > 0 else None,
-    )
+    return {
+        "exp_var_l_tf": exp_var_l_tf,
+        "exp_var_l_f": exp_var_l_f,
+        "var_l": var_l,
+        "rel_var_f": exp_var_l_f / var_l if var_l > 0 else None,
+        "rel_var_t": exp_var_l_tf / exp_var_l_f if exp_var_l_f > 0 else None,
+    }

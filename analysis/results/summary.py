@@ -261,7 +261,7 @@ def trained_tokens(checkpoint: Checkpoint) -> int | None:
 def _variance(found: Findings) -> dict[str, Any]:
     result: dict[str, Any] = variance_numbers(found.sums.moments.pooled())
     _add_intervals(result, found.intervals.variance)
-    return {**result, "mlsae_compat": mlsae_compat(found.sums.moments)._asdict()}
+    return {**result, "mlsae_compat": mlsae_compat(found.sums.moments)}
 
 
 def _persistence(found: Findings) -> dict[str, Any]:
