@@ -7,7 +7,7 @@ error. The weights are changed once, after loading, so that whatever reads a wei
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.reading import CONFIG_BYTES, read_whole, reading
@@ -17,17 +17,10 @@ NOT_BY_TRANSFORMERS = {"subfolder": "applied-by-harvest.model.adapters"}
 """`adapter_kwargs` of `from_pretrained` that keep transformers from applying an adapter itself."""
 
 
-class Adapter(NamedTuple):
-    """What an adapter's configuration says of it."""
-
-    described: str
-    """Its kind and peft's version, for the store's record."""
-    base: str
-    """The model that it was made for, by folder or hub id; empty where that is not said."""
-
-
-def read_adapter(model: str, config: Path) -> Adapter:
-    """What `config`, an adapter_config.json, says; `IncompatibleError` if damaged, `ResidscopeError` without peft."""
+def read_adapter(model: str, config: Path) -> tuple[str, str]:
+    """Of `config`, an adapter_config.json, the kind with peft's version, for the store's record; and the folder or hub
+    id of the model that it was made for, empty where that is not said. `IncompatibleError` if damaged,
+    `ResidscopeError` without peft."""
     way_out = "save the adapter again, or remove the file to use the weights without it"
     with reading(f"{model}: {ADAPTER} is not an adapter's configuration", way_out):
         found = json.loads(read_whole(config, CONFIG_BYTES))
@@ -37,7 +30,7 @@ def read_adapter(model: str, config: Path) -> Adapter:
     except importlib.metadata.PackageNotFoundError:
         what = "and peft is not installed: `pip install peft`, or give the model without its adapter"
         raise ResidscopeError(f"{model}: it has an adapter ({ADAPTER}, {kind}), which peft applies, {what}") from None
-    return Adapter(f"{kind}, peft {version}", str(base))
+    return f"{kind}, peft {version}", str(base)
 
 
 def with_adapter(model: str, causal_lm: Any, location: str, arguments: dict[str, Any]) -> Any:

@@ -136,13 +136,13 @@ def _with_adapter(spec: ModelSpec, files: Collection[str]) -> ModelSpec:
             raise ResidscopeError(f"{spec.name}: {ADAPTER} cannot be downloaded ({said(error)})") from error
     else:
         file = Path(spec.location, ADAPTER)
-    adapter = read_adapter(spec.name, file)
+    adapter, base_name = read_adapter(spec.name, file)
     if any(map(_is_weight, files)):
-        return replace(spec, adapter=adapter.described)
+        return replace(spec, adapter=adapter)
     try:
-        if not adapter.base:
+        if not base_name:
             raise UsageError(f"{ADAPTER} has no base_model_name_or_path")
-        base = resolve_model(adapter.base, as_base=True)
+        base = resolve_model(base_name, as_base=True)
     except ResidscopeError as error:
         raise type(error)(
             f"{spec.name} is an adapter alone, and the model that it belongs to was not found ({error}); put the"
@@ -150,7 +150,7 @@ def _with_adapter(spec: ModelSpec, files: Collection[str]) -> ModelSpec:
         ) from None
     hashed = xxhash.xxh3_128(f"{spec.fingerprint} on {base.fingerprint or base.revision}".encode()).hexdigest()
     own = any(_is(_TOKENIZER, name) for name in files)
-    return replace(spec, adapter=adapter.described, base=base, own_tokenizer=own, fingerprint=hashed)
+    return replace(spec, adapter=adapter, base=base, own_tokenizer=own, fingerprint=hashed)
 
 
 def _is_weight(name: str) -> bool:
