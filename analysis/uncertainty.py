@@ -151,36 +151,32 @@ def persistence_intervals(moments: LayerMoments) -> Intervals:
     return intervals
 
 
-class ReconstructionIntervals(NamedTuple):
-    """Of the means over layers, and of FVU by layer [L]; None where a number is not defined in every replicate."""
-
-    fvu: Interval | None
-    mse: Interval | None
-    l0: Interval | None
-    fvu_by_layer: list[Interval | None]
-
-
 class SumIntervals(NamedTuple):
-    """Of all numbers that the sums give; empty or None where none are given."""
+    """Of all numbers that the sums give; empty where none are given, None as in `Intervals`."""
 
     variance: Intervals
     persistence: Intervals
-    reconstruction: ReconstructionIntervals | None
+    reconstruction: dict[str, Interval | None]
+    """Of the means over layers of fvu, mse and l0."""
+    fvu_by_layer: list[Interval | None]
+    """[L]"""
 
 
-NO_INTERVALS = SumIntervals({}, {}, None)
+NO_INTERVALS = SumIntervals({}, {}, {}, [])
 
 
 def all_intervals(moments: LayerMoments, found: QualityResult) -> SumIntervals:
     """Of the variances, persistence and reconstruction of the analysed tokens; none with too few document groups."""
     if len(moments.groups) < MIN_INTERVAL_GROUPS:
         return NO_INTERVALS
-    reconstruction = reconstruction_intervals(moments, found)
-    return SumIntervals(variance_intervals(moments), persistence_intervals(moments), reconstruction)
+    means, by_layer = reconstruction_intervals(moments, found)
+    return SumIntervals(variance_intervals(moments), persistence_intervals(moments), means, by_layer)
 
 
-def reconstruction_intervals(moments: LayerMoments, found: QualityResult) -> ReconstructionIntervals:
-    """As `variance_intervals`, of the numbers of `analysis.quality`.
+def reconstruction_intervals(
+    moments: LayerMoments, found: QualityResult
+) -> tuple[dict[str, Interval | None], list[Interval | None]]:
+    """`reconstruction` and `fvu_by_layer` of `SumIntervals`.
 
     A replicate's FVU is its squared error over its squared deviation from one fixed vector by layer, times a constant
     that gives the found FVU where every group is taken: so the layers' means need not be kept by group.
@@ -195,5 +191,4 @@ def reconstruction_intervals(moments: LayerMoments, found: QualityResult) -> Rec
     l0 = drawn[:, 2].mean(axis=1) / tokens
     values = np.array([found.fvu.mean(), found.mse.mean(), found.l0.mean(), *found.fvu])
     intervals = jackknife_intervals(values, np.stack([fvu.mean(axis=1), mse, l0, *fvu.T]))
-    fvu_mean, mse_mean, l0_mean, *by_layer = intervals
-    return ReconstructionIntervals(fvu_mean, mse_mean, l0_mean, by_layer)
+    return dict(zip(("fvu", "mse", "l0"), intervals, strict=False)), intervals[3:]

@@ -137,12 +137,10 @@ def _convergence(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _reconstruction(found: Findings) -> dict[str, Any]:
-    names, intervals = ("fvu", "mse", "l0"), found.intervals.reconstruction
-    result: dict[str, Any] = {name: defined(getattr(found.sums.analysed, name).mean()) for name in names}
+    result: dict[str, Any] = {n: defined(getattr(found.sums.analysed, n).mean()) for n in ("fvu", "mse", "l0")}
     result["fvu_without_few"] = found.without_few and defined(found.without_few.fvu.mean())
     result["few_tokens"] = found.few
-    result["ci95"] = _plain({name: getattr(intervals, name) for name in names}) if intervals else {}
-    return result
+    return {**result, "ci95": _plain(found.intervals.reconstruction)}
 
 
 def layer_rows(found: Findings) -> list[dict[str, Any]]:
@@ -151,9 +149,8 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
     mass = moments.totals.sum(axis=0)
     share = np.divide(mass, mass.sum(), out=np.zeros_like(mass), where=mass.sum() > 0)
     active = (moments.counts > 0).sum(axis=0)
-    intervals = found.intervals.reconstruction
     downstream = layer_columns(found.model.downstream, found.model.intervals, len(moments.layers))
-    by_layer = [i or (None, None) for i in (intervals.fvu_by_layer if intervals else [None] * len(moments.layers))]
+    by_layer = [i or (None, None) for i in found.intervals.fvu_by_layer or [None] * len(moments.layers)]
     return [
         {
             "layer": int(layer),

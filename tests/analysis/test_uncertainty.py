@@ -120,7 +120,7 @@ def test_intervals_of_the_reconstruction_are_those_of_groups_left_out():
     indices = np.broadcast_to(np.arange(4), values.shape)
     moments.add(values, indices, group, errors=quality.add(x, x_hat, values, shift, np.ones((1, 240), bool)))
     result = quality.result(0)
-    found = reconstruction_intervals(moments, result)
+    found, by_layer = reconstruction_intervals(moments, result)
     error, deviation = ((x - x_hat) ** 2).sum(-1), ((x - shift) ** 2).sum(-1)
     left = [group != g for g in range(24)]
     fvu = np.array([error[i].sum(0) / deviation[i].sum(0) for i in left])  # [G, L]
@@ -130,8 +130,10 @@ def test_intervals_of_the_reconstruction_are_those_of_groups_left_out():
         "l0": [(values[i] > 0).sum(-1).mean() for i in left],
     }
     for name, numbers in replicates.items():
-        np.testing.assert_allclose(getattr(found, name), by_hand(getattr(result, name).mean(), numbers), rtol=1e-7)
-    for layer, interval in enumerate(found.fvu_by_layer):
+        interval = found[name]
+        assert interval is not None
+        np.testing.assert_allclose(interval, by_hand(getattr(result, name).mean(), numbers), rtol=1e-7)
+    for layer, interval in enumerate(by_layer):
         assert interval is not None
         np.testing.assert_allclose(interval, by_hand(result.fvu[layer], fvu[:, layer]), rtol=1e-7)
     parts = [LayerMoments.zeros(range(3), 4, [g]) for g in range(24)]
