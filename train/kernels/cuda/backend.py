@@ -13,7 +13,7 @@ Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P = N
 # Launches take more than a program's own parameters:
 # pyright: reportArgumentType=false, reportCallIssue=false
 
-from typing import final
+from typing import Any, final
 
 import torch
 import triton
@@ -130,7 +130,7 @@ def _group_size(m: int, k: int) -> int | None:
     return None
 
 
-def _row_block(d: int) -> dict[str, int]:
+def _row_block(d: int) -> dict[str, Any]:
     """A program holds a whole row: a power of two of numbers, and warps enough that a thread has few of them."""
     block = triton.next_power_of_2(d)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
