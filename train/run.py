@@ -151,7 +151,7 @@ class _Stream:
 
     def execute(self) -> list[dict[str, Any]]:
         """Train to the end; the `trainer` entry of each run's last checkpoint."""
-        announce.announce(self.plans, self.n_runs, self.memory)
+        announce.tell_plans(self.plans, self.n_runs, self.memory)
         announce.refuse_too_large(self.memory, self.data.device, self.n_runs)
         split, follower = self.data.split, self.data.follower
         while follower and not follower.ready(0):
@@ -195,7 +195,7 @@ class _Stream:
 
     def measure(self) -> DryRun:
         """Time some steps without writing anything."""
-        announce.announce(self.plans, self.n_runs, None)  # the result says how much memory
+        announce.tell_plans(self.plans, self.n_runs, None)  # the result says how much memory
         announce.refuse_too_large(self.memory, self.data.device, self.n_runs)
         self.ranks.any(False)  # all have seen what memory is free before it is taken
         self._start()

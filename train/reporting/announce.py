@@ -21,7 +21,7 @@ def say(text: str) -> None:
     print(f"train: {text}", file=sys.stderr, flush=True)
 
 
-def announce(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | None) -> None:
+def tell_plans(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | None) -> None:
     """Say once what will run, on what, and how much memory it takes; `plans` are those left of the `n_runs` in all."""
     plan = plans[0]  # of which only what all plans share is used here
     many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "

@@ -42,7 +42,7 @@ def test_runs_are_announced_together_and_memory_only_where_it_is_given(
     store = make_store(tmp_path / "a.zarr", random_activations(n_tokens=400))
     flags = {"dtype": "float32", "k": 4, "batch_size": 64, "steps": 5, "validation_fraction": 0.0, "kernels": "torch"}
     plans = [plan_of(store, n_latents=n, lr=lr, **flags) for n, lr in ((20, 1e-3), (40, 2e-3))]
-    words.announce(plans, 3, None)
+    words.tell_plans(plans, 3, None)
     first, second = capsys.readouterr().err.splitlines()
     assert first == (
         "train: 2 of 3 runs to do in one pass: 20 to 40 latents, k 4, 3 layers of d_model 12; 5 steps of 64 vectors "
@@ -50,7 +50,7 @@ def test_runs_are_announced_together_and_memory_only_where_it_is_given(
         "of the encoder 0.00033 to 0.00067 (recipe best)"
     )
     assert second == f"train: cpu, float32 product, torch kernels, {counted(torch.get_num_threads(), 'thread')}"
-    words.announce(plans[:1], 1, MemoryEstimate(device=5_000_000, shuffle=2_000))
+    words.tell_plans(plans[:1], 1, MemoryEstimate(device=5_000_000, shuffle=2_000))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("train: 20 latents, k 4, 3 layers")
     assert second.endswith("; memory about 5 MB and 2 kB for the shuffle")

@@ -85,7 +85,7 @@ def select(
     n = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     largest = tl.load(maxima + n * n_groups + groups, mask=groups < n_groups, other=-0x80000000)
-    taken, place = _places(largest, _kth_largest(largest, k, LOWEST_BIT), k)  # type: ignore # NoReturn by Triton 3.7
+    taken, place = _places(largest, _kth_largest(largest, k, LOWEST_BIT), k)  # type: ignore # NoReturn to Triton 3.7
     tl.store(chosen + n * K + place, groups, mask=taken)
     tl.debug_barrier()  # what other threads stored is loaded next
 
