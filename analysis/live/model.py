@@ -132,9 +132,11 @@ class LiveModel:
             data["latents"] = sorted(data["latents"], key=lambda one: -abs(one["effect"]))[:most]
         return {**data, "layers": self.layers}
 
-    def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], n_tokens: int) -> dict[str, Any]:
+    def intervene(
+        self, text: str, changes: Sequence[Mapping[str, Any]], n_tokens: int, tokens: Sequence[str]
+    ) -> dict[str, Any]:
         """What all the changes together do to the next token, and how the text goes on by n_tokens at most."""
-        interventions = [intervention_of(one) for one in changes]
+        interventions, watched = [intervention_of(one) for one in changes], [self._token_id(one) for one in tokens]
         check_interventions(interventions, self.prompted.sae.config.n_latents, self.layers)
         if not 0 <= n_tokens <= MOST_NEW_TOKENS:
             raise UsageError(f"continue_tokens should be 0 to {MOST_NEW_TOKENS}, found {n_tokens}")
@@ -142,18 +144,19 @@ class LiveModel:
         limit, n = longest_context(self.prompted.model.causal_lm.config), len(view.tokens.ids)
         if limit is not None and n + n_tokens > limit:
             raise UsageError(f"{n} tokens and {n_tokens} new ones: the model takes at most {limit}; ask for fewer")
-        effect = plain_effect(view.run.effect(placed), self.tokenizer)
+        effect = plain_effect(view.run.effect(placed, watched), self.tokenizer)
         for token in effect["next_changed"]:
             token["p"] = token.pop("p_changed")
         going_on = (view.run.continued(n_tokens, made) if n_tokens else [] for made in ([], placed))
         true, changed = ("".join(self.tokenizer.texts(ids)) for ids in going_on)
         next_true = plain_tokens(view.run.next_tokens, self.tokenizer, "p")
-        on = {*zip(view.activations.latent.tolist(), view.activations.layer.tolist(), strict=True)}
-        silent = [
-            f"Latent {one.latent} is not on at any of these layers in this text."
-            for one in placed
-            if one.kind == "ablate" and not on & {(one.latent, layer) for layer in one.layers or ()}
-        ]
+        found, silent = view.activations, []
+        for one in placed:
+            there = (found.latent == one.latent) & np.isin(found.layer, one.layers or ())
+            at = there if one.positions is None else there & np.isin(found.position, one.positions)
+            if one.kind == "ablate" and not at.any():
+                where = "layers" if one.positions is None else "layers and positions"
+                silent.append(f"Latent {one.latent} is not on at any of these {where} in this text.")
         return {**effect, "notes": silent, "next_true": next_true, "text_true": true, "text_changed": changed}
 
 
@@ -182,19 +185,22 @@ def steer(
 
 
 def intervention_of(change: Mapping[str, Any]) -> Intervention:
-    """An intervention from {kind, latent, layers: [int] or "all", coefficient}; `UsageError` for other values."""
-    kind, latent, layers = change.get("kind"), change.get("latent"), change.get("layers")
+    """An intervention from {kind, latent, layers: [int] or "all", coefficient, positions}; `UsageError` for others."""
+    kind, latent, layers, positions = (change.get(name) for name in ("kind", "latent", "layers", "positions"))
     coefficient = change.get("coefficient") if kind == "steer" else None
-    numbers = [latent, *(layers if isinstance(layers, list | tuple) else [])]
+    numbers = [latent, *(one for found in (layers, positions) if isinstance(found, list | tuple) for one in found)]
     if (
         kind not in ("ablate", "steer")
-        or change.keys() - {"kind", "latent", "layers", "coefficient"}
+        or change.keys() - {"kind", "latent", "layers", "coefficient", "positions"}
         or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in numbers)
         or not (layers == "all" or (isinstance(layers, list | tuple) and layers))
+        or not (positions is None or (isinstance(positions, list | tuple) and positions))
         or (kind == "steer" and not (isinstance(coefficient, int | float) and abs(coefficient) < LARGEST))
     ):
         wanted = '{"kind": "ablate" or "steer", "latent": 17, "layers": [3, 4] or "all"}, and for steer a "coefficient"'
+        wanted += ', or also "positions": [5]'
         raise UsageError(f"a change should be {wanted}, found {dict(change)!r:.200}")
     assert latent is not None
     layers = "all" if layers == "all" else tuple(sorted({int(layer) for layer in layers}))
-    return Intervention(kind=kind, latent=int(latent), layers=layers, coefficient=coefficient)
+    at = None if positions is None else tuple(int(position) for position in positions)
+    return Intervention(kind=kind, latent=int(latent), layers=layers, coefficient=coefficient, positions=at)

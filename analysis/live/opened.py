@@ -159,12 +159,15 @@ class Analysis:
             one["share_of_tokens"] = self._share_of_tokens(one["latent"])
         return Prompt(data)
 
-    def intervene(self, text: str, changes: Sequence[Mapping[str, Any]], continue_tokens: int = 0) -> dict[str, Any]:
+    def intervene(
+        self, text: str, changes: Sequence[Mapping[str, Any]], continue_tokens: int = 0, tokens: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """What changes do to the token after a text, all together, and how the text goes on with and without them.
 
         changes: {"kind": "ablate" or "steer", "latent", "layers": [int] or "all", "coefficient" of steer: the
-        activation that is added}. continue_tokens: at most 64."""
-        return _plain(self.live.intervene(text, changes, continue_tokens))
+        activation that is added, "positions": [int], the text's, from 0, or none for all}. continue_tokens: at most 64.
+        tokens: as text with its space; `watched` has their probabilities and change of logit (less the mean one)."""
+        return _plain(self.live.intervene(text, changes, continue_tokens, tokens))
 
     def attribute(
         self, text: str, token: str | None = None, *, against: str | None = None, position: int | None = None

@@ -57,6 +57,8 @@ class Intervention:
     """The model's block indices; None: where the latent is strongest on the prompt."""
     coefficient: float | None = None
     """Activation that steering adds."""
+    positions: tuple[int, ...] | None = None
+    """Those of the text at which it is made, from 0; None: all kept ones, and new tokens too."""
 
     def at(self, every: Sequence[int], strongest: int | None = None) -> "Intervention":
         """The same with its layers by number. every: those trained on."""
@@ -88,6 +90,8 @@ class Effect(NamedTuple):
     decreased: list[TokenChange]
     next_changed: list[tuple[int, float]]
     """Token and probability, the likeliest first, after the prompt in the changed run."""
+    watched: list[TokenChange]
+    """Tokens that were asked for."""
 
 
 class PromptedModel(NamedTuple):
@@ -113,34 +117,48 @@ class PromptedModel(NamedTuple):
 
 
 def parse_steer(text: str) -> Intervention:
-    """LATENT:LAYERS:COEF."""
+    """LATENT:LAYERS:COEF or LATENT:LAYERS:COEF@POSITIONS."""
+    what, at, positions = text.partition("@")
     try:
-        latent, layers, coefficient = text.split(":")
-        if not abs(float(coefficient)) < LARGEST:  # NaN too
+        latent, layers, coefficient = what.split(":")
+        if not abs(amount := float(coefficient)) < LARGEST:  # NaN too
             raise ValueError(coefficient)
-        return Intervention(kind="steer", latent=int(latent), layers=_layers(layers), coefficient=float(coefficient))
+        where = _numbers(positions) if at else None
+        return Intervention(
+            kind="steer", latent=int(latent), layers=_layers(layers), coefficient=amount, positions=where
+        )
     except ValueError:
-        wanted = "LATENT:LAYER:COEFFICIENT, such as 17:10:8, 17:3,4:8 or 17:all:8 (the coefficient is what is added)"
-        raise UsageError(f"--steer should be {wanted}, found {text!r}") from None
+        wanted = "such as 17:10:8, 17:3,4:8, 17:all:8 or, at position 5 alone, 17:10:8@5 (8 is what is added)"
+        raise UsageError(f"--steer should be LATENT:LAYER:COEFFICIENT, {wanted}, found {text!r}") from None
 
 
 def parse_ablate(text: str) -> Intervention:
-    """LATENT or LATENT:LAYERS."""
-    latent, _, layers = text.partition(":")
+    """LATENT, LATENT:LAYERS, or one of them and @POSITIONS."""
+    what, at, positions = text.partition("@")
+    latent, _, layers = what.partition(":")
     try:
-        return Intervention(kind="ablate", latent=int(latent), layers=_layers(layers) if layers else None)
+        where = _numbers(positions) if at else None
+        return Intervention(
+            kind="ablate", latent=int(latent), layers=_layers(layers) if layers else None, positions=where
+        )
     except ValueError:
-        wanted = "LATENT or LATENT:LAYER, such as 17, 17:10, 17:3,4 or 17:all"
-        raise UsageError(f"--ablate should be {wanted}, found {text!r}") from None
+        wanted = "such as 17, 17:10, 17:3,4, 17:all or, at position 5 alone, 17:10@5"
+        raise UsageError(f"--ablate should be LATENT or LATENT:LAYER, {wanted}, found {text!r}") from None
 
 
 def _layers(text: str) -> tuple[int, ...] | Literal["all"]:
-    return "all" if text == "all" else tuple(sorted({int(layer) for layer in text.split(",")}))
+    return "all" if text == "all" else _numbers(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted({int(number) for number in text.split(",")}))
 
 
 @torch.no_grad()
-def changed_vectors(prompted: PromptedModel, interventions: Sequence[Intervention], x: Tensor, layer: int) -> Tensor:
-    """The block's outputs x [n, D] at the kept positions, changed; float32."""
+def changed_vectors(
+    prompted: PromptedModel, interventions: Sequence[Intervention], x: Tensor, layer: int, position: Tensor
+) -> Tensor:
+    """The block's outputs x [n, D] at the kept positions, int64 [n], changed; float32."""
     sae, y = prompted.sae, prompted.seen(x, layer)
     std = sae.standardize(y.clone(), sae.rows_of_layer(layer, len(y))).std  # [n, 1]
     shift = torch.zeros_like(y)  # [n, D]
@@ -150,6 +168,8 @@ def changed_vectors(prompted: PromptedModel, interventions: Sequence[Interventio
             amount = torch.full((len(x), 1), one.coefficient or 0.0, device=x.device)
         else:
             amount = -values.where(indices == one.latent, 0).sum(dim=1, keepdim=True)  # [n, 1]
+        if one.positions is not None:
+            amount = amount * torch.isin(position, position.new_tensor(one.positions)).unsqueeze(1)
         shift += amount * std * sae.W_dec[one.latent]
     if prompted.lens is None:
         return x.float() + shift
@@ -173,7 +193,8 @@ def changing(
         else:
             where = torch.ones(shape, dtype=torch.bool, device=prompted.sae.W_dec.device)
             where[:, 0] = shape[1] == 1
-        return with_residual(output, partial(changed_vectors, prompted, own, layer=layer), where)
+        position = where.nonzero()[:, 1] - int(shape[1] == 1)  # -1, that of no intervention, for a new token
+        return with_residual(output, partial(changed_vectors, prompted, own, layer=layer, position=position), where)
 
     with ExitStack() as stack:
         for layer, block in enumerate(blocks):
@@ -200,9 +221,13 @@ class PromptRun:
         """[N] of the token after each."""
 
     @torch.inference_mode()
-    def effect(self, interventions: Sequence[Intervention]) -> Effect:
-        """Run again with all of these changes; their layers are numbers."""
-        model = self.prompted.model
+    def effect(self, interventions: Sequence[Intervention], watched: Sequence[int] = ()) -> Effect:
+        """Run again with all of these changes, whose layers are numbers. watched: tokens whose own change is wanted."""
+        model, kept = self.prompted.model, self._kept[0].nonzero()[:, 0].tolist()
+        for one in interventions:
+            if other := set(one.positions or ()).difference(kept):
+                what = f"{kept[0]} to {kept[-1]}, and not of special tokens"
+                raise UsageError(f"{one.kind}: positions in the text should be {what}, found {min(other)}")
         with changing(self.prompted, model.blocks, interventions, self._kept):
             changed = last_output(model, self._ids)
         replaced = changed[self._kept]
@@ -213,12 +238,23 @@ class PromptRun:
             what = ", ".join(f"{one.kind} latent {one.latent}" for one in interventions)
             raise UsageError(f"{what}: the model's predictions become NaN; use a smaller coefficient")
         log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+        p, q, logit_change = self._last_logits.softmax(dim=-1), logits.softmax(dim=-1), logits - self._last_logits
+        logit_change -= logit_change.mean()
+
+        def changes(tokens: Sequence[int]) -> list[TokenChange]:
+            return [TokenChange(i, float(p[i]), float(q[i]), float(logit_change[i])) for i in tokens]
+
+        def foremost(rise: Tensor) -> list[TokenChange]:
+            found = rise.topk(min(N_SHOWN, len(rise))).indices.tolist()
+            return changes([i for i in found if rise[i] > 0])
+
         return Effect(
             kl_last=float((log_p.exp() * (log_p - log_q)).sum()),
             kl_mean=float(kl.mean()),
-            increased=_foremost(self._last_logits, logits, 1),
-            decreased=_foremost(self._last_logits, logits, -1),
-            next_changed=likeliest(logits.softmax(dim=-1)),
+            increased=foremost(q - p),
+            decreased=foremost(p - q),
+            next_changed=likeliest(q),
+            watched=changes(watched),
         )
 
     @torch.inference_mode()
@@ -238,12 +274,3 @@ def likeliest(p: Tensor, most: int = N_SHOWN) -> list[tuple[int, float]]:
     """The likeliest tokens and their probabilities, of p [V]."""
     probability, token = p.topk(min(most, len(p)))
     return list(zip(token.tolist(), probability.tolist(), strict=True))
-
-
-def _foremost(true: Tensor, changed: Tensor, sign: int) -> list[TokenChange]:
-    """Tokens whose probability rises (sign 1) or falls (-1) most, of logits [V]."""
-    p, q, logit_change = true.softmax(dim=-1), changed.softmax(dim=-1), changed - true
-    logit_change -= logit_change.mean()
-    rise = sign * (q - p)
-    found = [i for i in rise.topk(min(N_SHOWN, len(rise))).indices.tolist() if rise[i] > 0]
-    return [TokenChange(i, float(p[i]), float(q[i]), float(logit_change[i])) for i in found]

@@ -113,7 +113,7 @@ def plain_effect(effect: Effect, tokenizer: Tokenizer) -> dict[str, Any]:
     def changes(found: list[TokenChange]) -> list[dict[str, Any]]:
         return [{"token": tokenizer.text([change.token_id])[0], **change._asdict()} for change in found]
 
-    ends = {"increased": changes(effect.increased), "decreased": changes(effect.decreased)}
+    ends = {name: changes(getattr(effect, name)) for name in ("increased", "decreased", "watched")}
     return {**effect._asdict(), **ends, "next_changed": plain_tokens(effect.next_changed, tokenizer, "p_changed")}
 
 

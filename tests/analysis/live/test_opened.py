@@ -14,6 +14,7 @@ import torch
 from analysis.delphi.scores import COLUMNS
 from analysis.live.opened import Analysis
 from analysis.prompt.attribution import attribute
+from analysis.prompt.intervene import Intervention
 from residscope.errors import IncompatibleError, UsageError
 from tests.support.harvested import make_checkpoint
 from tests.support.live import TEXT, Live, make_live
@@ -140,8 +141,21 @@ def test_effects_on_a_prediction(opened: Analysis) -> None:
     change = {"kind": "ablate", "latent": table["latent"][0], "layers": [table["layer"][0]]}  # numpy's integers
     plain = {"kind": "ablate", "latent": int(table["latent"][0]), "layers": [int(table["layer"][0])]}
     assert opened.intervene(TEXT, [change]) == opened.intervene(TEXT, [plain])
-    with pytest.raises(UsageError, match=r"a change should be .*, found .*'positions'"):
-        opened.intervene(TEXT, [{**plain, "positions": [3]}])
+    here, (other,) = int(table["position"][0]), live.tokenizer.encode(["m"])[0]
+    asked = opened.intervene(TEXT, [{**plain, "positions": [here]}], tokens=["n", "m"])
+    run = live._read(TEXT).run
+    (placed,) = [Intervention(**{**plain, "layers": tuple(plain["layers"]), "positions": (here,)})]
+    assert [one["token"] for one in asked["watched"]] == ["n", "m"]
+    assert asked["watched"][1].items() >= run.effect([placed], [other]).watched[0]._asdict().items()
+    assert asked["notes"] == []
+    off = next(p for p in range(1, 14) if not ((found.position == p) & (found.latent == plain["latent"])).any())
+    nothing = opened.intervene(TEXT, [{**plain, "positions": [off]}])
+    assert nothing["kl_mean"] == 0
+    assert nothing["notes"] == [
+        f"Latent {plain['latent']} is not on at any of these layers and positions in this text."
+    ]
+    with pytest.raises(UsageError, match="'mary' should be one token"):
+        opened.intervene(TEXT, [plain], tokens=["mary"])
     with pytest.raises(UsageError, match="position should be 0 to 13, found 14"):
         opened.attribute(TEXT, position=14)
 
@@ -214,10 +228,18 @@ def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:
         {"kind": "steer", "latent": 3, "layers": [1], "coefficient": float("nan")},
         {"kind": "ablate", "latent": 96, "layers": [1]},
         {"kind": "ablate", "latent": 3, "layers": [7]},
+        {"kind": "ablate", "latent": 3, "layers": [1], "positions": []},
+        {"kind": "ablate", "latent": 3, "layers": [1], "positions": 3},
+        {"kind": "ablate", "latent": 3, "layers": [1], "positions": [0]},
+        {"kind": "ablate", "latent": 3, "layers": [1], "positions": [3, 14]},
+        {"kind": "ablate", "latent": 3, "layers": [1], "position": [3]},
     ],
 )
 def test_a_change_that_makes_no_sense_is_refused(opened: Analysis, change: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"a change should be|has latents 0 to 95|trained on layers"):
+    with pytest.raises(
+        UsageError,
+        match=r"a change should be|has latents 0 to 95|trained on layers|should be 1 to 13, and not of special",
+    ):
         opened.intervene(TEXT, [change])
     with pytest.raises(UsageError, match="0 to 64, found 65"):
         opened.intervene(TEXT, [], 65)

@@ -86,10 +86,11 @@ def test_a_layer_that_does_not_vary_is_named() -> None:
         ("vector", 1e30, "vectors as long as .* overflow float32"),
         ("none", 1e30, "layer 0: vectors .* from their mean overflow float32"),
         ("vector", 1e-30, "layer 0: its vectors are only .* from their mean"),
+        ("vector", 1e-7, "layer 0: its vectors are only .* too little for --standardize vector"),
         ("none", 1e-30, "layer 0: its vectors are only .* from their mean"),
     ],
 )
-def test_vectors_that_float32_cannot_square_are_not_said_to_be_equal(
+def test_vectors_too_large_or_too_small_are_named_and_not_said_to_be_equal(
     standardize_by: Any, size: float, line: str
 ) -> None:
     view = View(standardize_by, (0, 1))
