@@ -12,12 +12,9 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 import residscope
 from analysis.live.opened import Analysis
-from analysis.model.continuation import last_output
-from analysis.prompt.intervene import Intervention, changing
 
 ASKED = (
     ("The capital of France is", " Paris", None),
@@ -28,29 +25,25 @@ ASKED = (
 
 def compare(analysis: Analysis, text: str, token: str | None, against: str | None) -> None:
     """Print the row of one text."""
-    live, model = analysis.live, analysis.live.prompted.model
-    ids = torch.from_numpy(live.tokens(text).ids)[None]
     analysis.prompt(text, 1)  # read before the time is taken, the words of latents too
     began = time.perf_counter()
     table: Any = analysis.attribute(text, token, against=against)
     seconds = time.perf_counter() - began
-    target, other = (live._token_id(one) for one in (table.attrs["token"], against or table.attrs["token"]))
+    names = [table.attrs["token"], *([against] if against else [])]
 
-    def measure(row: int | None) -> float:
-        """Of the model with one activation taken out."""
-        here, changes = torch.zeros(ids.shape, dtype=torch.bool), []
-        if row is not None:
-            latent, layer, position = (int(table[name][row]) for name in ("latent", "layer", "position"))
-            here[0, position] = True
-            changes = [Intervention(kind="ablate", latent=latent, layers=(layer,))]
-        with changing(live.prompted, model.blocks, changes, here):
-            logits = model.logits(last_output(model, ids)[0, -1]).double()
-        return float(logits.log_softmax(dim=-1)[target] if against is None else logits[target] - logits[other])
+    def lost(row: int) -> float:
+        """By the measure, if one activation is taken out."""
+        latent, layer, position = (int(table[name][row]) for name in ("latent", "layer", "position"))
+        change = {"kind": "ablate", "latent": latent, "layers": [layer], "positions": [position]}
+        target, *other = analysis.intervene(text, [change], tokens=names)["watched"]
+        if other:
+            return other[0]["logit_change"] - target["logit_change"]
+        return float(np.log(target["p_true"] / target["p_changed"]))
 
-    true, began = measure(None), time.perf_counter()
-    first = np.array([true - measure(row) for row in range(40)])
+    began = time.perf_counter()
+    first = np.array([lost(row) for row in range(40)])
     each = (time.perf_counter() - began) / 40
-    rest = [true - measure(row) for row in np.linspace(40, len(table) - 1, 40).astype(int).tolist()]
+    rest = [lost(row) for row in np.linspace(40, len(table) - 1, 40).astype(int).tolist()]
     effect = table["effect"].to_numpy()[:40]
     print(
         f"| {text!r}: {table.attrs['token']!r}{f' against {against!r}' if against else ''} | "

@@ -42,6 +42,8 @@ class Attributed(NamedTuple):
     """After which the prediction is."""
     token: str
     """The predicted one."""
+    missed: dict[int, float]
+    """By layer, the effect of the reconstruction's error."""
 
 
 class LiveModel:
@@ -89,9 +91,8 @@ class LiveModel:
         other = None if against is None else self._token_id(against)
         if target == other:
             raise UsageError(f"against should be another token than the predicted one, found {against!r} for both")
-        ids = torch.from_numpy(view.tokens.ids)[None]
-        effect = attribute(self.prompted, ids, view.activations, place, target, other)
-        return Attributed(view.activations, effect, view.tokens.texts, place, self.tokenizer.text([target])[0])
+        effect, missed = attribute(self.prompted, view.tokens, view.activations, place, target, other)
+        return Attributed(view.activations, effect, view.tokens.texts, place, self.tokenizer.text([target])[0], missed)
 
     def _token_id(self, text: str) -> int:
         """The token that reads as `text` after another one; a part of a character is none that can be told apart."""

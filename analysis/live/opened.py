@@ -65,8 +65,8 @@ class Analysis:
         model: str | None = None,
         lens: str | None = None,
     ) -> "Analysis":
-        """The analysis in `folder`. store, sae: where they are now, by default where `analyze` read them, or beside the
-        folder; model, lens: as for `analyze`. Raises `UsageError` where there is no analysis."""
+        """The analysis in `folder`. store, sae: where they are now, by default where `analyze` read them, or in the
+        folder or beside it; model, lens: as for `analyze`. Raises `UsageError` where there is no analysis."""
         place = as_path(folder)
         if not (place / files.SUMMARY).is_file():
             raise UsageError(f"{folder}: no analysis there (no {files.SUMMARY}); give the folder that `analyze` wrote")
@@ -104,7 +104,7 @@ class Analysis:
         found = []
         for name, given in zip(("store", "sae"), self._places, strict=True):
             before = as_path(str(recorded.get(name)))
-            candidates = [given] if given else [before, self.folder.parent / before.name]
+            candidates = [given] if given else [before, self.folder / before.name, self.folder.parent / before.name]
             there = next((one for one in candidates if one.exists()), None)
             if there is None:
                 where = " or ".join(map(str, candidates))
@@ -179,12 +179,14 @@ class Analysis:
         position: of the text's token after which it is predicted, from 0, the opening counted; default the last.
         `effect`: nats that the token's log probability would lose if the latent were taken out at this position after
         this layer alone, or, with `against`, that its logit would lose on that of the other. Below 0 the latent works
-        against the token. `.attrs` has what was asked."""
+        against the token. `.attrs` has what was asked, and `missed`: by layer, the effect of all that the autoencoder
+        misses there, its error at the kept positions."""
         found = self.live.effects(text, token, against, position)
         table = pd.DataFrame({**found.activations._asdict(), "effect": found.effect})
         table.insert(1, "token", [found.texts[place] for place in table["position"]])
         table["fires_on"] = [self._fires_on[latent] for latent in table["latent"]]
-        table.attrs = {"text": text, "token": found.token, "against": against, "position": found.position}
+        asked = {"text": text, "token": found.token, "against": against, "position": found.position}
+        table.attrs = {**asked, "missed": found.missed}
         return table.sort_values("effect", key=np.abs, ascending=False, kind="stable", ignore_index=True)
 
     def search(

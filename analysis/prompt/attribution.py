@@ -9,7 +9,8 @@ is what m would lose if the latent's part were taken out there alone, as far as 
 gradient (Nanda 2023, "attribution patching"; Marks et al. 2025, "Sparse feature circuits", section 3.1), here against
 zero. One forward and one backward pass give it for all latents, layers and positions. Effects of a latent at several
 layers do not add up: what is taken out after one block is missing after the later ones too. In a store that went
-through a lens, d_j is taken back through its inverse.
+through a lens, d_j is taken back through its inverse. The effect of what the autoencoder misses at a layer is e . g
+over the kept positions, e the reconstruction's error: the error nodes of Marks et al.
 
 Shapes: N positions, D d_model, V vocabulary, A activations that are not zero.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from analysis.model.continuation import changed
 from analysis.model.downstream import with_residual
 from analysis.prompt.intervene import PromptedModel
-from analysis.prompt.view import Activations
+from analysis.prompt.view import Activations, Tokens
 from residscope.errors import IncompatibleError, is_out_of_memory, said
 
 ROWS = 8192
@@ -34,17 +35,18 @@ ROWS = 8192
 @torch.inference_mode(False)
 @torch.enable_grad()
 def attribute(
-    prompted: PromptedModel, input_ids: Tensor, found: Activations, position: int, token: int, against: int | None
-) -> NDArray[np.float64]:
-    """The effect [A] of each of the activations `found` of a text, int64 [1, N], on the prediction after `position`:
-    on the log probability of `token`, nats, or on its logit less that of `against`.
+    prompted: PromptedModel, tokens: Tokens, found: Activations, position: int, token: int, against: int | None
+) -> tuple[NDArray[np.float64], dict[int, float]]:
+    """The effect [A] of each of the activations `found` of a text on the prediction after `position`: on the log
+    probability of `token`, nats, or on its logit less that of `against`; and by layer that of what is missed there.
 
     Raises `IncompatibleError` where the model has no backward pass.
     """
     model, layers = prompted.model, sorted({*found.layer.tolist()})
+    input_ids = torch.from_numpy(tokens.ids)[None].to(model.device)
     everywhere = torch.ones(input_ids.shape, dtype=torch.bool, device=model.device)
     if not layers:
-        return np.zeros(0)
+        return np.zeros(0), {}
     streams: dict[int, Tensor] = {}  # [N, D]
     shifts: dict[int, Tensor] = {}  # zeros, whose gradient is that with respect to the stream
     last: list[Tensor] = []
@@ -58,7 +60,7 @@ def attribute(
         return with_residual(output, lambda x: shifted(x, layer), everywhere)
 
     with changed(model, sorted({*layers, model.n_layers - 1}), look):
-        model.base(input_ids=input_ids.to(model.device), use_cache=False)
+        model.base(input_ids=input_ids, use_cache=False)
         logits = model.logits(last[0][position]).float()  # [V]
         measure = logits.log_softmax(dim=-1)[token] if against is None else logits[token] - logits[against]
         try:
@@ -67,27 +69,26 @@ def attribute(
             if is_out_of_memory(error):
                 raise
             raise IncompatibleError(f"{model.spec.name}: its backward pass failed ({said(error)})") from error
-    effect = np.zeros(len(found.latent))
+    effect, missed, kept = np.zeros(len(found.latent)), {}, np.flatnonzero(tokens.kept)
     for layer, gradient in zip(layers, gradients, strict=True):
-        own = np.flatnonzero(found.layer == layer)
+        own, place = np.flatnonzero(found.layer == layer), torch.from_numpy(kept).to(model.device)
+        x, along = _along(prompted, streams[layer][place], gradient[place], layer)
         for rows in np.split(own, range(ROWS, len(own), ROWS)):
-            effect[rows] = _effects(prompted, streams[layer], gradient, layer, found, rows)
-    return effect
+            latent, of = found.latent[rows], np.searchsorted(kept, found.position[rows])
+            dot = (prompted.sae.W_dec.detach()[latent] * along[of]).sum(dim=-1).double().cpu().numpy()
+            effect[rows] = found.activation[rows] * dot
+        missed[layer] = float((x.double() * along).sum()) - effect[own].sum()
+    return effect, missed
 
 
 @torch.no_grad()
-def _effects(
-    prompted: PromptedModel, x: Tensor, gradient: Tensor, layer: int, found: Activations, rows: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Of some activations at one layer; x: the block's output [N, D], and the gradient there."""
-    sae, device = prompted.sae, gradient.device
-    position = torch.from_numpy(found.position[rows]).to(device)
-    place, of = position.unique(return_inverse=True)
-    y, g = prompted.seen(x[place], layer), gradient[place].float()
-    std = sae.standardize(y, sae.rows_of_layer(layer, len(y))).std  # [places, 1]
+def _along(prompted: PromptedModel, x: Tensor, gradient: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Of a block's outputs [n, D] and the gradient there: the standardised ones less b_pre, and the gradient with
+    respect to these."""
+    y, g = prompted.seen(x, layer), gradient.float()
     if prompted.lens is not None:
         # Of an affine inverse: the gradient goes back through its linear part.
         lens = prompted.lens
         g = torch.func.vjp(lambda vectors: lens.invert(vectors, layer), torch.zeros_like(g))[1](g)[0]
-    along = (sae.W_dec[torch.from_numpy(found.latent[rows]).to(device)] * (std * g)[of]).sum(dim=-1)
-    return found.activation[rows].astype(np.float64) * along.double().cpu().numpy()
+    y_std, _, std = prompted.sae.standardize(y, prompted.sae.rows_of_layer(layer, len(y)))
+    return y_std - prompted.sae.b_pre, std * g

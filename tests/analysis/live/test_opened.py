@@ -9,7 +9,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from analysis.delphi.scores import COLUMNS
 from analysis.live.opened import Analysis
@@ -103,10 +102,10 @@ def test_a_prompt_has_the_numbers_of_the_command(live: Live, opened: Analysis) -
 def test_effects_on_a_prediction(opened: Analysis) -> None:
     live, tokens = opened.live, opened.live.tokens(TEXT)
     (n,), (m,) = live.tokenizer.encode(["n", "m"])
-    ids, found = torch.from_numpy(tokens.ids)[None], opened.live.activations(TEXT)
+    found = opened.live.activations(TEXT)
     table: Any = opened.attribute(TEXT, "n", against="m", position=6)
-    expected = attribute(live.prompted, ids, found, 6, n, m)
-    assert table.attrs == {"text": TEXT, "token": "n", "against": "m", "position": 6}
+    expected, missed = attribute(live.prompted, tokens, found, 6, n, m)
+    assert table.attrs == {"text": TEXT, "token": "n", "against": "m", "position": 6, "missed": missed}
     assert table["effect"].tolist() == expected[np.argsort(-np.abs(expected), kind="stable")].tolist()
     one = table.iloc[0]
     same = (found.position == one.position) & (found.layer == one.layer) & (found.latent == one.latent)
@@ -202,6 +201,17 @@ def test_search_by_the_words_of_an_explanation(tmp_path: Path) -> None:
     assert set(opened.search(explained="ends")["latent"]) == {3, 5}
     assert opened.search(explained="ends zebra").empty
     assert opened.search(explained="  ").empty
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_was_moved_along_is_found(tmp_path: Path, inside: bool) -> None:
+    live, place = make_live(tmp_path), tmp_path / "moved"
+    place.mkdir()
+    folder = live.folder.rename(place / "ckpt.analysis")
+    for one in (live.checkpoint, live.made.store.path):
+        one.rename((folder if inside else place) / one.name)
+    opened = Analysis.open(folder, model=str(live.made.model_folder))
+    assert opened.live.layers == opened.layer_numbers
 
 
 def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Effects by the gradient: against steering a little at one position of one layer, and what they should leave out."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +23,16 @@ def test_an_opening_alone_has_no_effects_and_tiles_change_nothing(
     made = make_harvested(tmp_path, "llama")
     prompted = PromptedModel(made.model, make_checkpoint(tmp_path / "ckpt.pt", made.store), None, "float32")
     tokens = read_prompt(made.store, made.model.tokenizer, made.model.causal_lm.config, TEXT)
-    ids = torch.from_numpy(tokens.ids)[None]
     found = run_prompt(prompted, tokens, list(made.store.meta.layers))[1]
     none = Activations(*[column[:0] for column in found])  # type: ignore[arg-type]
-    assert attribute(prompted, ids, none, POSITION, TOKEN, None).shape == (0,)
-    whole = attribute(prompted, ids, found, POSITION, TOKEN, None)
+    nothing, missed = attribute(prompted, tokens, none, POSITION, TOKEN, None)
+    assert (nothing.shape, missed) == ((0,), {})
+    whole, missed = attribute(prompted, tokens, found, POSITION, TOKEN, None)
     monkeypatch.setattr(attribution, "ROWS", 7)
     with torch.inference_mode():  # of the caller
-        np.testing.assert_allclose(attribute(prompted, ids, found, POSITION, TOKEN, None), whole, rtol=1e-5, atol=1e-7)
+        again = attribute(prompted, tokens, found, POSITION, TOKEN, None)
+    np.testing.assert_allclose(again[0], whole, rtol=1e-5, atol=1e-7)
+    assert again[1] == pytest.approx(missed, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize(("architecture", "with_lens"), [("llama", False), ("gpt2", True), ("gemma", False)])
@@ -40,7 +43,8 @@ def test_it_is_the_slope_of_steering(tmp_path: Path, architecture: str, with_len
     tokens = read_prompt(made.store, model.tokenizer, model.causal_lm.config, TEXT)
     ids = torch.from_numpy(tokens.ids)[None]
     found = run_prompt(prompted, tokens, list(made.store.meta.layers))[1]
-    effect = {against: attribute(prompted, ids, found, POSITION, TOKEN, against) for against in (None, OTHER)}
+    both = {against: attribute(prompted, tokens, found, POSITION, TOKEN, against) for against in (None, OTHER)}
+    effect = {against: of_latents for against, (of_latents, _) in both.items()}
 
     def measures(i: int, coefficient: float) -> tuple[float, float]:
         here = torch.zeros(ids.shape, dtype=torch.bool)
@@ -62,3 +66,25 @@ def test_it_is_the_slope_of_steering(tmp_path: Path, architecture: str, with_len
         largest = np.abs(effect[against]).max()
         assert largest > 0
         np.testing.assert_allclose(effect[against][chosen], expected, atol=2e-3 * largest, rtol=2e-2)
+
+    def without(layer: int, share: float) -> tuple[float, float]:
+        """The measures with so much of the reconstruction's error added after a block, at the kept positions."""
+
+        def hook(module: Any, arguments: Any, output: Any) -> None:
+            x = output[0] if isinstance(output, tuple) else output
+            own = x[0, tokens.kept]
+            y = own.float() if made.lens is None else made.lens.apply(own.float(), layer)
+            error = share * (y - sae(y).x_hat)
+            x[0, tokens.kept] += error if made.lens is None else made.lens.invert(y + error, layer) - own
+
+        handle = model.blocks[layer].register_forward_hook(hook)
+        with torch.no_grad():
+            logits = model.logits(last_output(model, ids)[0, POSITION]).double()
+        handle.remove()
+        return float(logits.log_softmax(dim=-1)[TOKEN]), float(logits[TOKEN] - logits[OTHER])
+
+    for which, against in enumerate((None, OTHER)):
+        missed = both[against][1]
+        assert list(missed) == list(made.store.meta.layers)
+        slopes = [(without(layer, step)[which] - without(layer, -step)[which]) / (2 * step) for layer in missed]
+        np.testing.assert_allclose([*missed.values()], slopes, atol=2e-3 * max(map(abs, slopes)), rtol=2e-2)
