@@ -5,7 +5,7 @@ documents (`analysis.selection`), all of about the same size; a replicate is eve
 groups but one. No token is looked at again.
 
 From the replicates the jackknife (Tukey 1958) gives a number's bias, which is taken off, and its standard error; on the
-logarithm where the number is positive. Documents differ much and a few weigh much, so the interval is the wider, at
+logarithm where the number is positive by nature. Documents differ much and a few weigh much, so the interval is the wider, at
 each end, of two: the symmetric one of Student's t, with the degrees of freedom that the replicates' kurtosis leaves
 (Satterthwaite 1946), and one corrected for their skewness (Hall 1992). Chosen because it held the truth more often than
 the basic, percentile and BCa bootstrap on samples of a known process (`benchmarks/bench_intervals.py`): those are too
@@ -58,15 +58,18 @@ def without_each(sums: NDArray[Any]) -> NDArray[np.float64]:
     return found
 
 
-def jackknife_intervals(values: NDArray[np.float64], replicates: NDArray[np.float64]) -> list[Interval | None]:
-    """The interval of each value [N] from its replicates [N, G], and holding it; None where one is not finite."""
-    return [_interval(float(value), row) for value, row in zip(values, replicates, strict=True)]
+def jackknife_intervals(
+    values: NDArray[np.float64], replicates: NDArray[np.float64], *, signed: bool = False
+) -> list[Interval | None]:
+    """The interval of each value [N] from its replicates [N, G], and holding it; None where one is not finite. signed:
+    the numbers may be negative by nature, so that no logarithm is taken of those that happen to be positive."""
+    return [_interval(float(value), row, signed) for value, row in zip(values, replicates, strict=True)]
 
 
-def _interval(value: float, replicates: NDArray[np.float64]) -> Interval | None:
+def _interval(value: float, replicates: NDArray[np.float64], signed: bool) -> Interval | None:
     if not (np.isfinite(value) and np.isfinite(replicates).all()):
         return None
-    if value > 0 and (replicates > 0).all():
+    if not signed and value > 0 and (replicates > 0).all():
         low, high = np.exp(_bounds(np.log(value), np.log(replicates)))
     else:
         low, high = _bounds(value, replicates)

@@ -79,7 +79,7 @@ class ValidationData:
         n_layers = len(self._layers)
         device = targets[0].sae.W_enc.device
         variance = LayerVariance.zeros(n_layers, self._store.meta.d_model, device)
-        sums = [_Sums(target, n_layers) for target in targets]
+        sums = [_Sums(target, self._layers) for target in targets]
         seen = 0
         for raw in self.read(tokens):
             x = source.to_float32(raw)  # [t, L, D]
@@ -105,10 +105,11 @@ class ValidationData:
 class _Sums:
     """What is added up over tokens for one autoencoder."""
 
-    def __init__(self, target: ValidationTarget, n_layers: int) -> None:
+    def __init__(self, target: ValidationTarget, layers: Sequence[int]) -> None:
         self._target = target
         self._layers = slice(None) if target.position is None else slice(target.position, target.position + 1)
-        self._n_layers = n_layers if target.position is None else 1
+        self._numbers = layers[self._layers]
+        self._n_layers = len(self._numbers)
         device = target.sae.W_enc.device
         self._errors, self._active = torch.zeros(2, self._n_layers, dtype=torch.float64, device=device)
         self._fired = torch.zeros(target.sae.config.n_latents, dtype=torch.bool, device=device)
@@ -123,7 +124,7 @@ class _Sums:
         self._active += (out.codes.values > 0).sum(dim=1).view(by_layer).sum(dim=0)
         self._fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
         if self._n_layers > 1:
-            self._spread = self._spread.add(out.codes, self._n_layers)
+            self._spread = self._spread.add(out.codes, self._numbers)
 
     def _rows_layer(self, n_tokens: int) -> Tensor | None:
         """Each row's layer, of `n_tokens` tokens, where the autoencoder standardises by layer."""

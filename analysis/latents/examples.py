@@ -220,7 +220,8 @@ def _fill_windows(values, indices, first, row_of_token, latent, layer, start, st
             if row >= 0:
                 found = np.float32(0)
                 for i in range(k):
-                    if indices[row, layer[r], i] == latent[r]:
+                    # Places that hold nothing have index 0.
+                    if indices[row, layer[r], i] == latent[r] and values[row, layer[r], i] > 0:
                         found = np.float32(values[row, layer[r], i])
                 out[r, token - start[r]] = found
 

@@ -49,7 +49,7 @@ class Downstream:
             return {}
         value, drawn = self.result(), _result(*map(without_each, self._sums()))
         numbers = ((name, *(_with_mean(getattr(of, name)) for of in (value, drawn))) for name in PER_LAYER)
-        return {name: jackknife_intervals(*pair) for name, *pair in numbers}
+        return {name: jackknife_intervals(*pair, signed=not name.endswith("kl")) for name, *pair in numbers}
 
     def _sums(self) -> tuple[Any, ...]:
         return self.n_tokens, self.true_ce, self.ce, self.kl

@@ -101,6 +101,20 @@ def test_nine_in_ten_intervals_hold_a_skewed_mean():
     assert np.mean([i is not None and i.low <= np.exp(0.5) <= i.high for i in found]) > 0.9
 
 
+def test_a_number_that_may_be_negative_has_no_interval_by_its_logarithm():
+    """Of a mean of 1.5 standard errors, which is mostly positive."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(1.5 / np.sqrt(30), 1, (1000, 30))
+    replicates = x @ leave_one_out(30) / 29
+    held, width = {}, {}
+    for signed in (False, True):
+        found = [i for i in jackknife_intervals(x.mean(axis=1), replicates, signed=signed) if i is not None]
+        held[signed] = np.mean([i.low <= 1.5 / np.sqrt(30) <= i.high for i in found])
+        width[signed] = max(i.high - i.low for i in found)
+    assert held[False] < 0.92 < 0.94 < held[True] < 0.98
+    assert width[True] < 2 < 100 < width[False]
+
+
 def test_replicates_made_in_small_pieces_are_the_same(monkeypatch):
     moments = grouped_moments(24)
     whole = variance_intervals(moments)

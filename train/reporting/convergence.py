@@ -30,7 +30,7 @@ class Spread(NamedTuple):
 
     per_latent: Tensor
     """float64 [3, M]: mass, its first moment over layers, and the sum over tokens of mass times variance over layers;
-    layers count from 0 at the lowest one."""
+    layers count from 0 at the lowest one, with the gaps that the model's numbers have."""
     followed: int
     """Active (token, layer, latent) with the latent active at the token's next layer too."""
     before_last: int
@@ -44,13 +44,13 @@ class Spread(NamedTuple):
         per_latent = torch.zeros(3, n_latents, dtype=torch.float64, device=device)
         return cls(per_latent, 0, 0, per_latent.new_zeros(()))
 
-    def add(self, codes: SparseCodes, n_layers: int) -> "Spread":
-        """With codes [T L, k] of whole tokens added, layer by layer within a token."""
-        n_latents = self.per_latent.shape[1]
+    def add(self, codes: SparseCodes, layers: Sequence[int]) -> "Spread":
+        """With codes [T L, k] of whole tokens added, layer by layer within a token. layers: the model's [L]."""
+        n_latents, n_layers = self.per_latent.shape[1], len(layers)
         row = torch.arange(len(codes.values), device=codes.values.device).unsqueeze(1).expand_as(codes.indices)
         on = codes.values > 0
         mass, row, latent = codes.values[on].double(), row[on], codes.indices[on]
-        layer = (row % n_layers).double()
+        layer = (torch.tensor(layers, device=row.device) - layers[0])[row % n_layers].double()
         pair, inverse = torch.unique(row // n_layers * n_latents + latent, return_inverse=True)  # (token, latent)
         of_pair = mass.new_zeros(3, len(pair)).index_add_(
             1, inverse, torch.stack([mass, mass * layer, mass * layer.square()])

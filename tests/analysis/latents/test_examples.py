@@ -65,7 +65,8 @@ class Planted:
 
     def tile(self, token: NDArray[np.int64]) -> CodeTile:
         indices = np.argsort(-self.dense[token], axis=-1, kind="stable")[:, :, :K]
-        return CodeTile(token, np.take_along_axis(self.dense[token], indices, axis=-1), indices)
+        values = np.take_along_axis(self.dense[token], indices, axis=-1)
+        return CodeTile(token, values, np.where(values > 0, indices, 0))  # as where their number varies
 
     def __call__(self, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
         self.asked.append(needed)

@@ -20,12 +20,13 @@ def codes(n_tokens: int, n_layers: int, k: int, n_latents: int, seed: int) -> Sp
     return SparseCodes(torch.from_numpy(values.astype(np.float32)), torch.from_numpy(indices))
 
 
-def test_it_is_what_the_analysis_measures() -> None:
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3], [2, 3, 7, 9]])
+def test_it_is_what_the_analysis_measures(layers: list[int]) -> None:
     n_layers, n_latents = 4, 7
-    found, moments = Spread.zeros(n_latents, torch.device("cpu")), LayerMoments.zeros(range(n_layers), n_latents)
+    found, moments = Spread.zeros(n_latents, torch.device("cpu")), LayerMoments.zeros(layers, n_latents)
     for seed, n_tokens in ((0, 50), (1, 3)):
         part = codes(n_tokens, n_layers, 3, n_latents, seed)
-        found = found.add(part, n_layers)
+        found = found.add(part, layers)
         moments.add(*(t.numpy().reshape(n_tokens, n_layers, 3) for t in part))
     numbers = found.numbers()
     assert numbers["ratio"] == pytest.approx(variance_numbers(moments.pooled())["mass"]["aggregate_over_token"])
@@ -37,14 +38,14 @@ def test_by_hand() -> None:
     values = torch.ones(3, 2)
     values[1, 1] = values[2, 1] = 0
     part = SparseCodes(values, torch.tensor([[0, 1], [0, 2], [1, 2]]))
-    numbers = Spread.zeros(3, torch.device("cpu")).add(part, 3).numbers()
+    numbers = Spread.zeros(3, torch.device("cpu")).add(part, range(3)).numbers()
     # Each latent has one token, so all its variance is within it: (1 / 4 + 1) / 2 for both.
     assert numbers == {"ratio": pytest.approx(1), "stays_on": pytest.approx(1 / 3)}
 
 
 def test_nothing_active_is_not_defined() -> None:
     part = SparseCodes(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64))
-    assert Spread.zeros(2, torch.device("cpu")).add(part, 3).numbers() == {"ratio": None, "stays_on": None}
+    assert Spread.zeros(2, torch.device("cpu")).add(part, range(3)).numbers() == {"ratio": None, "stays_on": None}
 
 
 def point(vectors: int, **numbers: Any) -> dict[str, Any]:
