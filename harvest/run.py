@@ -19,6 +19,7 @@ from harvest.destination import has_begun, remove_store, require_room
 from harvest.fill import BatchRunner, Filled, fill
 from harvest.filling.rolling import Rolling, cut
 from harvest.filling.workers import fill_by_workers
+from harvest.model.checks import check_length
 from harvest.model.load import LoadedModel
 from harvest.model.norms import mask_by_norm
 from harvest.options_file import save_options
@@ -133,6 +134,9 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     first = rolling.first if rolling else None
     tokens, mixture = make_table(sources, settings.tokenizer, settings.packing, config.max_tokens, first)
     require_in_vocabulary(settings, tokens.token_id)
+    last = int(tokens.position.argmax())  # of a longest sequence
+    longest = tokens.token_id[last - int(tokens.position[last]) : last + 1]
+    check_length(model, torch.from_numpy(longest.astype(np.int64)))
     for line in mixture.shortfalls([source.dataset for source in sources]):
         _say(line)
     require_room(config.out, settings, len(tokens.token_id), rolling and rolling.size)

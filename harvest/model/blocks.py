@@ -11,13 +11,16 @@ from torch import nn
 from residscope.errors import IncompatibleError
 
 _FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "norm_f", "final_norm")
+_FINAL_NORM_NAMES += ("layer_norm", "layernorm", "embedding_norm", "ln_out", "out_norm")
+_LONGEST_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The transformer blocks of a model: its unique shallowest ModuleList of length `n_layers`. `IncompatibleError`
-    where there is none, or more than one."""
+    """The transformer blocks of a model: its unique shallowest ModuleList of length `n_layers` that has weights.
+    `IncompatibleError` where there is none, or more than one."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    fitting = [name for name, module in lists.items() if len(module) == n_layers]
+    # Some models have a list of rotary embeddings beside it, one for each block and without weights.
+    fitting = [name for name, one in lists.items() if len(one) == n_layers and [*one.parameters()]]
     depth = min((name.count(".") for name in fitting), default=0)
     shallowest = [name for name in fitting if name.count(".") == depth]
     if len(shallowest) == 1:
@@ -60,8 +63,8 @@ def d_model_of(config: Any) -> int:
 
 def longest_context(config: Any) -> int | None:
     """Most positions that the model takes, or None where it sets no limit."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found and found > 0 else None  # XLNet has -1 for no limit.
+    found = next((n for name in _LONGEST_NAMES if (n := getattr(config.get_text_config(), name, None))), 0)
+    return int(found) if found > 0 else None  # XLNet has -1 for no limit.
 
 
 def reset_rope(rotary: Any, _: Any = None) -> None:

@@ -12,7 +12,7 @@ from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
 from harvest.model.names import ModelSpec
 from harvest.residual import ResidualRecorder
-from residscope.errors import IncompatibleError
+from residscope.errors import IncompatibleError, ResidscopeError, said
 from store.activations import ActivationStore
 
 _CHECKED_TOKENS = 32
@@ -69,6 +69,18 @@ def check_model(store: ActivationStore, model: LoadedModel, lens: TunedLens | No
             )
 
     ResidualRecorder(model, meta.layers).stream(input_ids, compare)
+
+
+def check_length(model: LoadedModel, input_ids: torch.Tensor) -> None:
+    """`IncompatibleError` where the first block does not take a sequence of ids int64 [N]: not all configurations say
+    how many positions the model has."""
+    try:
+        ResidualRecorder(model, [0]).stream(input_ids[None], lambda *_: None)
+    except ResidscopeError:
+        raise
+    except Exception as error:  # Of any kind, by the model's own code.
+        what = f"it fails on a sequence of {len(input_ids)} tokens ({type(error).__name__}: {said(error)})"
+        raise IncompatibleError(f"{model.spec.name} ({model.architecture}): {what}; try --context-length") from error
 
 
 @torch.inference_mode()

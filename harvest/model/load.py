@@ -97,20 +97,37 @@ class LoadedModel:
         """Logits [..., V] of vectors [..., D] as if the last block's output (logit lens), scaled and soft-capped."""
         config = self.causal_lm.config.get_text_config()
         logits = self.unembedding(self.final_norm(residual.to(self.dtype)))
-        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        up, down = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+        logits = logits * up / down if isinstance(up, float | int) else logits  # MPT has a name, and does not use it
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def load_config(spec: ModelSpec) -> Any:
-    """The model's transformers configuration."""
+    """The model's transformers configuration; `IncompatibleError` where it is not of a causal language model."""
     load, spec = transformers.AutoConfig.from_pretrained, spec.base or spec
     if spec.source == "folder":
         found = None
         with suppress(OSError, IncompatibleError):  # of which the library says more
             found = read_json(Path(spec.location, "config.json"))
         _refuse_endless(spec.name, found if isinstance(found, dict) else {})
-    return _loading(spec, "configuration", lambda: load(spec.location, **spec.load_arguments))
+    config = _loading(spec, "configuration", lambda: load(spec.location, **spec.load_arguments))
+    kind, way_out = type(config).__name__, "give a model that predicts the next token"
+    if config.is_encoder_decoder:
+        raise IncompatibleError(f"{spec.name}: {kind} is of an encoder and a decoder that needs it; {way_out}")
+    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not any(type(config) in models for models in known):
+        what = f"no causal language model for {kind}, by itself or in a model of images and text"
+        raise IncompatibleError(f"{spec.name}: transformers has {what}; {way_out}")
+    if getattr(config, "attention_type", None) == "block_sparse":  # BigBird
+        raise IncompatibleError(f"{spec.name}: its block_sparse attention looks at later tokens; {way_out}")
+    try:
+        text = config.get_text_config()
+        _ = [int(getattr(text, name)) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    except (AttributeError, TypeError, ValueError) as error:
+        what = "should have num_hidden_layers, hidden_size and vocab_size of one text model"
+        raise IncompatibleError(f"{spec.name}: {kind} {what} ({said(error)}); {way_out}") from None
+    return config
 
 
 def _refuse_endless(name: str, config: dict[str, Any]) -> None:
@@ -226,11 +243,6 @@ def _weights(
     auto: Any = transformers.AutoModelForCausalLM
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         auto = transformers.AutoModelForImageTextToText
-        if config.is_encoder_decoder or type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise IncompatibleError(
-                f"{spec.name}: transformers has no causal language model for {type(config).__name__}, by itself or in a"
-                " model of images and text; give a model that predicts the next token"
-            )
     if code := getattr(config, "auto_map", None):
         warn(spec.name, f"code of its own ({', '.join(map(str, code.values()))}) is not run, but transformers' class")
     files = model_files(Path(spec.location)) if spec.source != "hub" and not spec.random_init else []
@@ -240,7 +252,11 @@ def _weights(
         folder = TemporaryDirectory(prefix="residscope-", ignore_cleanup_errors=True) if spread else None
         arguments |= {"device_map": "auto", "offload_folder": folder.name} if folder else {}
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
+        arguments |= {"ignore_mismatched_sizes": True}  # They are named below, which the library's error does not do.
         model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
+        for weight, held, wanted in sorted(found["mismatched_keys"]):
+            what = f"{weight} should have shape {list(wanted)} by its config.json, has {list(held)} in its files"
+            raise IncompatibleError(f"{spec.name}: {what}: check that config.json belongs to the weights")
         model.offload_folder = folder  # with what accelerate puts there, it goes when the model does
         if spec.source == "hub":  # A commit says nothing of what is on this disk.
             file = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)

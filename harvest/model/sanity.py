@@ -89,15 +89,18 @@ def refuse_unknown_stream(
     place = torch.arange(n, device="cpu" if weight.is_meta else weight.device)  # meta: it lies on a disk until it runs
     ids = place[None] * 7 % len(weight)
     changed = torch.where(place < n // 2, ids, (ids + 1) % len(weight))
-    shapes: list[list[int]] = []
+    streams: list[list[list[int]]] = []  # shapes of what a block gives, as far as they are that of the first
 
     def look(module: Any, arguments: Any, output: Any) -> None:
-        shapes.append(list(getattr(output[0] if isinstance(output, tuple | list) else output, "shape", ())))
+        parts = output if isinstance(output, tuple | list) else [output]
+        shapes: list[list[int]] = [list(getattr(part, "shape", ())) for part in parts]
+        streams.append([shape for shape in shapes if shape == shapes[0]])
 
     with block.register_forward_hook(look):
         one, other = (base(input_ids=given, use_cache=False)[0][0, : n // 2].float() for given in (ids, changed))
-    if shapes and shapes[0] != [1, n, d_model]:
-        what = f"a block's output should be [sequences, tokens, d_model], here {[1, n, d_model]}, found {shapes[0]}"
+    if streams and streams[0] != [[1, n, d_model]]:
+        found = ", ".join(map(str, streams[0]))
+        what = f"a block's output should be one [sequences, tokens, d_model], here {[1, n, d_model]}, found {found}"
         raise IncompatibleError(f"{model}: {what}: this architecture is not supported")
     error = ((one - other).norm(dim=-1) / one.norm(dim=-1)).median().item()
     if error > (1e-4 if weight.dtype == torch.float32 else 2e-2):

@@ -10,13 +10,14 @@ from residscope.errors import ResidscopeError
 
 
 def stack(n: int) -> nn.ModuleList:
-    return nn.ModuleList([nn.Identity() for _ in range(n)])
+    return nn.ModuleList([nn.Linear(1, 1) for _ in range(n)])
 
 
 def test_the_blocks_are_the_unique_shallowest_list_of_that_length() -> None:
     model = nn.Module()
     model.decoder = nn.Module()
     model.decoder.layers = stack(3)
+    model.decoder.rotary = nn.ModuleList([nn.Identity()] * 3)
     model.decoder.layers[0].experts = stack(3)
     model.vision = stack(4)
     assert find_blocks(model, 3) is model.decoder.layers

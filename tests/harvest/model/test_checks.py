@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers
 
-from harvest.model.checks import check_model, refuse_other_weights
+from harvest.model.checks import check_length, check_model, refuse_other_weights
 from harvest.model.load import load_model
 from harvest.model.names import resolve_model
 from harvest.residual import ResidualRecorder
 from harvest.run import harvest
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
-from tests.support.harvesting import MakeConfig
+from tests.support.harvesting import MakeConfig, ModelFolder
 from tests.support.models import tiny_tokenizer
 
 LONG_FACTORS = [4.0, 16.0, 32.0, 64.0]
@@ -99,3 +99,12 @@ def test_a_store_from_before_more_files_counted_knows_its_model(config: MakeConf
     store.meta.provenance["model_fingerprint"] = first[:-1] + "?"
     with pytest.raises(IncompatibleError, match="its content hash should be"):
         refuse_other_weights(spec, store)
+
+
+def test_a_sequence_longer_than_the_model_takes_is_one_line(model_folder: ModelFolder) -> None:
+    """As of configurations that do not say how long it may be."""
+    model = load_model(resolve_model(str(model_folder("gpt2"))))
+    check_length(model, torch.arange(64))
+    line = r"\(GPT2LMHeadModel\): it fails on a sequence of 65 tokens \(IndexError: .*\); try --context-length"
+    with pytest.raises(IncompatibleError, match=line):
+        check_length(model, torch.arange(65))

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from harvest.model import load as models
-from harvest.model.load import load_model
+from harvest.model.load import load_config, load_model
 from harvest.model.names import resolve_model
 from harvest.residual import ResidualRecorder
 from residscope.errors import IncompatibleError, ResidscopeError
@@ -203,8 +203,40 @@ def test_a_model_of_images_and_text_is_taken_for_its_text_model(kind: str, tmp_p
 
 def test_a_model_that_is_no_language_model_is_named(gpt2: Path) -> None:
     transformers.T5Config(vocab_size=260).save_pretrained(gpt2)
-    with pytest.raises(IncompatibleError, match="copy: transformers has no causal language model for T5Config, by"):
+    with pytest.raises(IncompatibleError, match="copy: T5Config is of an encoder and a decoder"):
         load_model(resolve_model(str(gpt2)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("Whisper", "copy: WhisperConfig is of an encoder and a decoder that needs it"),
+        ("ViT", "copy: transformers has no causal language model for ViTConfig"),
+        ("Blt", "copy: BltConfig should have num_hidden_layers, hidden_size and vocab_size of one"),
+        ("BigBird", "copy: its block_sparse attention looks at later tokens"),
+    ],
+)
+def test_a_configuration_of_something_else_is_named(gpt2: Path, kind: str, line: str) -> None:
+    getattr(transformers, f"{kind}Config")().save_pretrained(gpt2)
+    with pytest.raises(IncompatibleError, match=line):
+        load_config(resolve_model(str(gpt2)))
+
+
+def test_weights_of_another_shape_are_named(gpt2: Path) -> None:
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps(config | {"n_inner": 24}))
+    line = r"copy: .*h\.0\.mlp\.c_fc\.\w+ should have shape \[.*24\] by its config.json, has \[.*128\] in its files"
+    with pytest.raises(IncompatibleError, match=line):
+        load_model(resolve_model(str(gpt2)))
+
+
+@pytest.mark.parametrize("scale", [None, "inv_sqrt_d_model", 0.5])
+def test_logits_are_scaled_by_a_number_alone(model_folder: ModelFolder, scale: Any) -> None:
+    model = load_model(resolve_model(str(model_folder("llama"))))
+    x = torch.ones(1, model.d_model)
+    plain = model.logits(x)
+    model.causal_lm.config.logit_scale = scale
+    torch.testing.assert_close(model.logits(x), plain * (0.5 if scale == 0.5 else 1))
 
 
 def exchange(folder: Path, other: Path) -> None:

@@ -69,11 +69,15 @@ def test_several_residual_streams_are_refused() -> None:
 
         def forward(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
             one = self.embedding(input_ids)
+            if self.n == 2:
+                return (self.block((one, one))[0],)
             streams = self.block(one.expand(self.n, -1, -1, -1) if self.n > 1 else one)
             return (streams.reshape(-1, *streams.shape[-2:])[:1],)
 
-    one, four = Streams(1), Streams(4)
+    one, two, four = Streams(1), Streams(2), Streams(4)
     sanity.refuse_unknown_stream("one", one, one.block, one.embedding, 8, None)
+    with pytest.raises(IncompatibleError, match=r"^two: a block's output .* found \[1, (\d+), 8\], \[1, \1, 8\]: "):
+        sanity.refuse_unknown_stream("two", two, two.block, two.embedding, 8, None)  # as of a reversible model
     with pytest.raises(
         IncompatibleError,
         match=r"^four: a block's output .* here \[1, (\d+), 8\], found \[4, 1, \1, 8\]: .* not supported",
