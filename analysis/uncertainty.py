@@ -5,11 +5,11 @@ documents (`analysis.selection`), all of about the same size; a replicate is eve
 groups but one. No token is looked at again.
 
 From the replicates the jackknife (Tukey 1958) gives a number's bias, which is taken off, and its standard error; on the
-logarithm where the number is positive by nature. Documents differ much and a few weigh much, so the interval is the wider, at
-each end, of two: the symmetric one of Student's t, with the degrees of freedom that the replicates' kurtosis leaves
-(Satterthwaite 1946), and one corrected for their skewness (Hall 1992). Chosen because it held the truth more often than
-the basic, percentile and BCa bootstrap on samples of a known process (`benchmarks/bench_intervals.py`): those are too
-narrow with few documents.
+logarithm where the number is positive by nature. Documents differ much and a few weigh much, so the interval is the
+wider, at each end, of two: the symmetric one of Student's t, with the degrees of freedom that the replicates' kurtosis
+leaves (Satterthwaite 1946), and one corrected for their skewness (Hall 1992). Chosen because it held the truth more
+often than the basic, percentile and BCa bootstrap on samples of a known process (`benchmarks/bench_intervals.py`):
+those are too narrow with few documents.
 
 Shapes: G document groups, N numbers, M n_latents.
 """

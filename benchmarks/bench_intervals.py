@@ -7,7 +7,9 @@ latents are active; a latent has a centre and a width over the layers; a token h
 each active where noise lets it. So tokens of a document are alike, and an interval over tokens would be too narrow.
 The truth is that of 32,000 documents. Codes go straight into the sums: what reads and encodes
 a store is not part of the question. For every number that has an interval, the share of samples whose interval holds
-the truth should be near 0.95; 200 samples tell it to about 0.03.
+the truth should be near 0.95; 200 samples tell it to about 0.03. Then the same of a mean over documents that may be
+negative, as delta cross-entropies, whose truth is 0 to 5 standard errors: on its own scale, and by its logarithm where
+all replicates are positive, as those that are positive by nature have it.
 """
 
 import argparse
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS, LayerMoments, variances
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, persistence_numbers
-from analysis.uncertainty import persistence_intervals, variance_intervals
+from analysis.uncertainty import jackknife_intervals, leave_one_out, persistence_intervals, variance_intervals
 
 N_LAYERS, N_LATENTS, N_TOPICS, PER_TOKEN = 8, 24, 6, 4
 DOCUMENT_TOKENS = 24
@@ -52,6 +54,9 @@ def main() -> None:
         for name, share in coverage.items():
             print(f"  {name:<32} {share:.3f}")
         print("  " + "  ".join(f"{name} {value:.3f}" for name, value in found[str(n_documents)].items()))
+        for errors in (0, 0.5, 1, 2, 5):
+            signed, positive = (near_zero(errors, n_documents, signed) for signed in (True, False))
+            print(f"  a mean of {errors} standard errors: {signed:.3f}, by its logarithm {positive:.3f}")
     if options.json:
         each = list(found.values())
         keys = {
@@ -72,6 +77,14 @@ def cover(truth: dict[tuple[str, str], float], n_documents: int, n_samples: int)
                     value = truth[weighting, name]
                     hits[weighting, name] += interval is not None and interval.low <= value <= interval.high
     return {f"{weighting} {name}": count / n_samples for (weighting, name), count in hits.items()}
+
+
+def near_zero(errors: float, n_documents: int, signed: bool) -> float:
+    """The share of 2000 samples whose interval holds a mean over documents of so many standard errors."""
+    truth = errors / np.sqrt(n_documents)
+    x = np.random.default_rng(0).normal(truth, 1, (2000, n_documents))
+    found = jackknife_intervals(x.mean(axis=1), x @ leave_one_out(n_documents) / (n_documents - 1), signed=signed)
+    return float(np.mean([one is not None and one.low <= truth <= one.high for one in found]))
 
 
 def pooled(moments: LayerMoments) -> LayerMoments:

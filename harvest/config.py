@@ -138,6 +138,8 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, n_workers=self.n_workers)
+        if (self.n_workers or 0) > 1024:  # as many processes as are asked for are started at once
+            raise UsageError(f"--n-workers should be at most 1024, found {self.n_workers}")
         if self.scheduler is not None and ":" not in self.scheduler:
             raise UsageError(f"--scheduler should be an address such as tcp://HOST:8786, found {self.scheduler!r}")
 

@@ -54,7 +54,7 @@ def partial_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
     """An empty folder inside `out` to make results in, held alone, and gone at the end; made before the work, so that a
     folder that cannot be written stops the run at once."""
     require_folder(out, flag)
-    folder, fresh = out / ".partial", not out.exists()
+    folder, fresh = out.absolute() / ".partial", not out.exists()  # pyarrow takes a relative a:b for a URL
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

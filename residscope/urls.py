@@ -49,7 +49,7 @@ def as_path(place: str | os.PathLike[str]) -> Path:
         return Path(unquote(rest))
     if "@" in (bucket or rest or "") or re.search(r"[?#]", match[0]):
         raise UsageError(f"{scheme}://...: secrets (user:password@, ?key) belong in the environment, not in a URL")
-    if scheme not in ("s3", "gs", "az") or not bucket:
+    if scheme not in ("s3", "gs", "az") or not bucket or {".", ".."} & {*(rest or "").split("/")}:
         raise UsageError(f"{place}: should be a path, s3://BUCKET/NAME, gs://BUCKET/NAME or az://CONTAINER/NAME")
     return URL(match[0])
 

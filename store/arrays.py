@@ -39,6 +39,9 @@ class TokenTable(NamedTuple):
     """bool [T]: False for tokens that are neither trained on nor analysed."""
 
 
+_DOCUMENTS = 2**24
+"""Documents that a store of few tokens may count, empty ones too: readers hold a number for each."""
+
 _TOKEN_DTYPES = {name: np.dtype(bool) if name == "keep" else np.dtype("<i4") for name in TokenTable._fields}
 
 
@@ -52,6 +55,10 @@ def checked_tokens(tokens: TokenTable, n_tokens: int) -> TokenTable:
         columns[name] = np.ascontiguousarray(column, dtype)
         if not np.array_equal(columns[name], column):
             raise UsageError(f"store: {name} has values that {dtype} cannot hold")
+        low, high, most = (int(x) for x in (column.min(initial=0), column.max(initial=0), max(n_tokens, _DOCUMENTS)))
+        if low < 0 or (name == "document" and high >= most):
+            wanted = f"count from 0 to below {most:,}" if name == "document" else "be 0 or more"
+            raise UsageError(f"store: {name} should {wanted}, found {low if low < 0 else high}")
     return TokenTable(**columns)
 
 

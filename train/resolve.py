@@ -194,6 +194,8 @@ def _model(config: TrainConfig, d_model: int, layers: tuple[int, ...], *, n_runs
     asked = config.model
     n_latents = asked.n_latents or round((asked.expansion_factor or DEFAULT_EXPANSION_FACTOR) * d_model)
     n_latents = n_latents if n_runs == 1 else max(1, n_latents // n_runs)
+    if d_model == 1 and asked.standardize == "vector":
+        raise UsageError("d_model is 1, and one number has no standard deviation: use --standardize layer")
     largest_k = max(asked.k, config.objective.k_start or 0)
     if largest_k > n_latents:
         raise UsageError(f"k is {largest_k}, but there are only {n_latents} latents: lower k, or give more latents")

@@ -171,7 +171,8 @@ def make_app(analysis: Any, token: str) -> Starlette:
         if (name := request.path_params["name"]) not in ARGUMENTS:
             raise Refused(404, f"there is no /api/{name[:40]}")
         body = await _body(request)
-        request.state.n = n = body.pop("n", None)
+        n = body.pop("n", None)
+        request.state.n = n = n if isinstance(n, int) else None
         given = _checked(name, body)
         turns = live if "text" in given or {"on", "off"} & given.keys() else tables
         return _json({"n": n, "found": await turns.take(request, lambda: _call(analysis, name, given))})

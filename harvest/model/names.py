@@ -24,9 +24,9 @@ from residscope.reading import read_json
 _UNREAD = (
     "readme* license* *.md *.log *.out *.jsonl *.csv *.parquet *.zst *.gz events.out.* *.png *.jpg *.jpeg *.gif *.svg"
     " *.webp *.pdf trainer_state.json training_args.bin *.pt *.pth *.h5 *.msgpack *.onnx *.ot *.gguf *.tflite *.tmp"
-    " *.lock *~ .*"
+    " *.lock *~ .* *.harvest.toml *.config.toml *.html summary.json compare.json prompt.json"
 )
-"""Names, in lower case, of files in a model's folder that transformers does not read."""
+"""Names, in lower case, of files in a model's folder that transformers does not read; the last are Residscope's."""
 _FIRST = (
     "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json special_tokens_map.json"
 )
@@ -164,6 +164,8 @@ def _is(patterns: str, name: str) -> bool:
 def model_files(folder: Path) -> list[Path]:
     """Files of a model's folder that may decide what is loaded, by name; of weights in two formats the safetensors."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not _is(_UNREAD, path.name))
+    # An autoencoder of `train`, which writes its options beside it.
+    names = [name for name in names if not folder.joinpath(name).with_suffix(".config.toml").exists()]
     safe = {name.startswith("adapter_") for name in names if name in _TAKEN_FIRST}
     return [folder / name for name in names if not (name.endswith(".bin") and name.startswith("adapter_") in safe)]
 

@@ -7,6 +7,7 @@ import pytest
 
 from residscope.destinations import (
     held_alone,
+    partial_folder,
     refuse_comparison_of,
     refuse_shared,
     require_name,
@@ -167,3 +168,10 @@ def test_a_folder_that_a_run_beside_this_one_removed_is_that_runs(tmp_path: Path
         held_alone(tmp_path / "gone", tmp_path / "out"),
     ):
         pass
+
+
+def test_the_folder_for_unfinished_results_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries take a relative a:b for a URL."""
+    monkeypatch.chdir(tmp_path)
+    with partial_folder(Path("a:b")) as folder:
+        assert folder == tmp_path / "a:b" / ".partial"

@@ -48,7 +48,7 @@ def test_a_secret_is_refused_and_not_repeated(word: str) -> None:
     assert "=secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("word", ["http://host/a", "s3://", "s3:///a", "file://host/a"])
+@pytest.mark.parametrize("word", ["http://host/a", "s3://", "s3:///a", "file://host/a", "s3://b/../a", "s3://b/."])
 def test_other_urls_are_refused(word: str) -> None:
     with pytest.raises(UsageError, match="should be a path, s3://BUCKET/NAME"):
         as_path(word)

@@ -144,4 +144,8 @@ def test_token_columns_must_fit(tmp_path: Path) -> None:
         ActivationStore.create(tmp_path / "a.zarr", meta, tokens._replace(position=np.arange(19)))
     with pytest.raises(UsageError, match="token_id has values"):
         ActivationStore.create(tmp_path / "a.zarr", meta, tokens._replace(token_id=np.arange(20) + 2**31))
+    for name, found in (("token_id", -1), ("position", -1), ("document", -1), ("document", 2**24)):
+        column = np.array([found, *getattr(tokens, name)[1:]])
+        with pytest.raises(UsageError, match=f"store: {name} should .*, found {found}"):
+            ActivationStore.create(tmp_path / "a.zarr", meta, tokens._replace(**{name: column}))
     assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from residscope.errors import UsageError
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from tests.support.training import plan_of as resolved
@@ -84,3 +85,10 @@ def test_memory_grows_with_what_it_should(store: ActivationStore) -> None:
     assert growth == 4 * 2 * 1000 * 12 * 4
     # The whole store, one chunk a layer, twice.
     assert memory_estimate([small], store).shuffle == 2 * 256 * 3 * 12 * 2
+
+
+def test_one_dimension_is_not_standardised_by_its_own_deviation(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "d1.zarr", random_activations(n_tokens=160, d_model=1), layers=(3, 5, 8))
+    with pytest.raises(UsageError, match=r"d_model is 1, .* use --standardize layer"):
+        plan_of(store, n_latents=8)
+    assert plan_of(store, n_latents=8, standardize="layer").model.d_model == 1

@@ -273,6 +273,7 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> Checkpoint:
     known = {"d_model": parsed.sae.config.d_model, "model": parsed.model, "layers": parsed.layers}
     store = mapping(ours.get("store")) or {key: value for key, value in known.items() if value is not None}
     trainer = {"finished": True, "converted_from": {"format": format, "path": name}}
+    check_records(store, trainer, name)
     return Checkpoint(sae=parsed.sae, store=store, trainer=trainer, notes=notes, format=format, path=name)
 
 

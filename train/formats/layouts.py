@@ -143,7 +143,7 @@ def check_sizes(config: Mapping[str, Any], where: str, **sizes: int) -> None:
     for name, size in sizes.items():
         found = config.get(name)
         if found not in (None, 0, size):  # 0 or nothing: left to the weights
-            raise IncompatibleError(f"{where}: the configuration says {name} {found}, the weights have {size}")
+            raise IncompatibleError(f"{where}: the configuration says {name} {found!r}, the weights have {size}")
 
 
 def flag(config: Mapping[str, Any], name: str, default: bool, where: str) -> bool:

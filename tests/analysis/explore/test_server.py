@@ -89,6 +89,7 @@ def test_no_other_file_is_given(served: Served, name: str) -> None:
 
 def test_what_is_asked_reaches_the_analysis(served: Served) -> None:
     assert served.ask("/api/card", {"latent": 3, "n": 7}).body == {"n": 7, "found": {"asked": "card", "latent": 3}}
+    assert served.ask("/api/card", {"latent": 3, "n": 1e308}).body["n"] is None
     search = {"tokens": "a b", "promotes": "", "from_layer": 2.5, "to_layer": None, "profile": "late"}
     expected = {"asked": "search", "tokens": "a b", "from_layer": 2.5, "profile": "late"}
     assert served.ask("/api/search", search).body["found"] == [expected]

@@ -243,6 +243,7 @@ def break_tensors(name: str, **changes: Tensor | None) -> Any:
         ("mlsae", break_config("config.json", k=None), "None"),
         ("mlsae", break_config("config.json", n_latents=40), "says n_latents 40, the weights have 48"),
         ("saelens", break_config("cfg.json", d_in=17), "says d_in 17, the weights have 16"),
+        ("saelens", break_config("cfg.json", metadata={"model_name": 5}), "model and lens should be names, found 5"),
         ("sparsify", break_config("cfg.json", num_latents=99), "says num_latents 99, the weights have 48"),
         ("mlsae", break_config("config.json", layers=["last"]), "config.json is invalid"),
         ("mlsae", lambda folder: (folder / "config.json").unlink(), "config.json: missing"),

@@ -86,7 +86,7 @@ def test_what_decides_and_is_not_said_is_named(tmp_path: Path, to: Any, key: str
         ("mlsae", {"standardize": 1}, "standardize should be true or false"),
         ("saelens", {"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input should be true or false"),
         ("saelens", {"rescale_acts_by_decoder_norm": 1}, "rescale_acts_by_decoder_norm should be true or false"),
-        ("sparsify", {"d_in": "16"}, "says d_in 16"),
+        ("sparsify", {"d_in": "16"}, "says d_in '16', the weights have 16"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(tmp_path: Path, to: Any, damage: dict[str, Any], message: str) -> None:
