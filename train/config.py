@@ -19,13 +19,13 @@ SecondMoment = Literal["weight", "latent"]
 DEFAULT_EXPANSION_FACTOR = 16
 """Where neither it nor a number of latents is given."""
 _MOST = 1e12
-"""Of counts and sizes; larger ones overflow somewhere, and no run needs them."""
+"""Of what should be above 0: larger numbers overflow somewhere, and no run needs them."""
 
 
 def _check(config: Any, *, positive: str = "", not_negative: str = "", shares: str = "") -> None:
     """`UsageError` for the first of these fields whose value is given and out of its range."""
     for names, wanted, good in (
-        (positive, "above 0", lambda value: 0 < value < _MOST),
+        (positive, f"above 0 and below {_MOST:.0e}", lambda value: 0 < value < _MOST),
         (not_negative, "0 or more", lambda value: 0 <= value < math.inf),
         (shares, "in [0, 1]", lambda value: 0 <= value <= 1),
     ):
@@ -33,7 +33,6 @@ def _check(config: Any, *, positive: str = "", not_negative: str = "", shares: s
             value = getattr(config, name)
             if value is not None and not good(value):
                 expected = "a finite number" if value == math.inf and names != shares else wanted
-                expected = f"below {_MOST:.0e}" if math.inf > value >= _MOST and names == positive else expected
                 raise UsageError(f"--{name.replace('_', '-')} should be {expected}, found {value}")
 
 

@@ -20,7 +20,16 @@ from analysis.model.transformer import load_of_store
 from analysis.prompt.attribution import attribute
 from analysis.prompt.intervene import LARGEST, Intervention, PromptedModel, changing
 from analysis.prompt.run import plain_effect, plain_prompt, plain_tokens
-from analysis.prompt.view import Activations, PromptView, Tokens, Usual, check_interventions, read_prompt, view_prompt
+from analysis.prompt.view import (
+    Activations,
+    PromptView,
+    Tokens,
+    Usual,
+    check_interventions,
+    check_positions,
+    read_prompt,
+    view_prompt,
+)
 from harvest.lens.translators import TunedLens
 from harvest.model.blocks import find_blocks, longest_context, n_layers_of
 from harvest.model.checks import check_logits, check_model
@@ -91,7 +100,7 @@ class LiveModel:
         other = None if against is None else self._token_id(against)
         if target == other:
             raise UsageError(f"against should be another token than the predicted one, found {against!r} for both")
-        effect, missed = attribute(self.prompted, view.tokens, view.activations, place, target, other)
+        effect, missed = attribute(self.prompted, view.tokens, self.layers, view.activations, place, target, other)
         return Attributed(view.activations, effect, view.tokens.texts, place, self.tokenizer.text([target])[0], missed)
 
     def _token_id(self, text: str) -> int:
@@ -142,6 +151,7 @@ class LiveModel:
         if not 0 <= n_tokens <= MOST_NEW_TOKENS:
             raise UsageError(f"continue_tokens should be 0 to {MOST_NEW_TOKENS}, found {n_tokens}")
         placed, view = [one.at(self.layers) for one in interventions], self._read(text)
+        check_positions(interventions, text, view.tokens)
         limit, n = longest_context(self.prompted.model.causal_lm.config), len(view.tokens.ids)
         if limit is not None and n + n_tokens > limit:
             raise UsageError(f"{n} tokens and {n_tokens} new ones: the model takes at most {limit}; ask for fewer")
@@ -153,9 +163,9 @@ class LiveModel:
         next_true = plain_tokens(view.run.next_tokens, self.tokenizer, "p")
         found, silent = view.activations, []
         for one in placed:
-            there = (found.latent == one.latent) & np.isin(found.layer, one.layers or ())
-            at = there if one.positions is None else there & np.isin(found.position, one.positions)
-            if one.kind == "ablate" and not at.any():
+            on = (found.latent == one.latent) & np.isin(found.layer, one.layers or ())
+            on &= one.positions is None or np.isin(found.position, one.positions)
+            if one.kind == "ablate" and not on.any():
                 where = "layers" if one.positions is None else "layers and positions"
                 silent.append(f"Latent {one.latent} is not on at any of these {where} in this text.")
         return {**effect, "notes": silent, "next_true": next_true, "text_true": true, "text_changed": changed}
@@ -173,9 +183,10 @@ def steer(
     """Within it a `transformers` model runs and generates with `changes`, which are as of `Analysis.intervene`.
 
     By hooks on its blocks, nothing else: so they work under nnsight and TransformerLens too, given the module inside.
-    All positions are changed but the first of a longer sequence. layers: that the autoencoder was trained on, which
-    "all" means; default all blocks, unless it standardises by layer and so knows them. lens: what its store went
-    through."""
+    All positions are changed but the first of a longer sequence; with `positions`, those of a pass over several
+    tokens, padding included, and no token that is generated alone, after a cache. layers: that the autoencoder was
+    trained on, which "all" means; default all blocks, unless it standardises by layer and so knows them. lens: what its
+    store went through."""
     blocks = find_blocks(model, n_layers_of(model.config))
     every = layers or sae.config.layers or range(len(blocks))
     interventions = [intervention_of(one).at(every) for one in changes]
@@ -190,16 +201,18 @@ def intervention_of(change: Mapping[str, Any]) -> Intervention:
     kind, latent, layers, positions = (change.get(name) for name in ("kind", "latent", "layers", "positions"))
     coefficient = change.get("coefficient") if kind == "steer" else None
     numbers = [latent, *(one for found in (layers, positions) if isinstance(found, list | tuple) for one in found)]
+    places = positions if isinstance(positions, list | tuple) else []
     if (
         kind not in ("ablate", "steer")
         or change.keys() - {"kind", "latent", "layers", "coefficient", "positions"}
         or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in numbers)
         or not (layers == "all" or (isinstance(layers, list | tuple) and layers))
-        or not (positions is None or (isinstance(positions, list | tuple) and positions))
+        or not (positions is None or places)
+        or not all(0 < place < 2**31 for place in places)
         or (kind == "steer" and not (isinstance(coefficient, int | float) and abs(coefficient) < LARGEST))
     ):
-        wanted = '{"kind": "ablate" or "steer", "latent": 17, "layers": [3, 4] or "all"}, and for steer a "coefficient"'
-        wanted += ', or also "positions": [5]'
+        wanted = '{"kind": "ablate" or "steer", "latent": 17, "layers": [3, 4] or "all"}, for steer a "coefficient"'
+        wanted += ', and "positions": [5] where it is not for all'
         raise UsageError(f"a change should be {wanted}, found {dict(change)!r:.200}")
     assert latent is not None
     layers = "all" if layers == "all" else tuple(sorted({int(layer) for layer in layers}))

@@ -15,6 +15,7 @@ over the kept positions, e the reconstruction's error: the error nodes of Marks 
 Shapes: N positions, D d_model, V vocabulary, A activations that are not zero.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,18 +36,22 @@ ROWS = 8192
 @torch.inference_mode(False)
 @torch.enable_grad()
 def attribute(
-    prompted: PromptedModel, tokens: Tokens, found: Activations, position: int, token: int, against: int | None
+    prompted: PromptedModel,
+    tokens: Tokens,
+    layers: Sequence[int],
+    found: Activations,
+    position: int,
+    token: int,
+    against: int | None,
 ) -> tuple[NDArray[np.float64], dict[int, float]]:
-    """The effect [A] of each of the activations `found` of a text on the prediction after `position`: on the log
-    probability of `token`, nats, or on its logit less that of `against`; and by layer that of what is missed there.
+    """The effect [A] of each of the activations `found` of a text, at `layers`, on the prediction after `position`: on
+    the log probability of `token`, nats, or on its logit less that of `against`; and by layer that of what is missed.
 
     Raises `IncompatibleError` where the model has no backward pass.
     """
-    model, layers = prompted.model, sorted({*found.layer.tolist()})
+    model = prompted.model
     input_ids = torch.from_numpy(tokens.ids)[None].to(model.device)
     everywhere = torch.ones(input_ids.shape, dtype=torch.bool, device=model.device)
-    if not layers:
-        return np.zeros(0), {}
     streams: dict[int, Tensor] = {}  # [N, D]
     shifts: dict[int, Tensor] = {}  # zeros, whose gradient is that with respect to the stream
     last: list[Tensor] = []
@@ -77,7 +82,7 @@ def attribute(
             latent, of = found.latent[rows], np.searchsorted(kept, found.position[rows])
             dot = (prompted.sae.W_dec.detach()[latent] * along[of]).sum(dim=-1).double().cpu().numpy()
             effect[rows] = found.activation[rows] * dot
-        missed[layer] = float((x.double() * along).sum()) - effect[own].sum()
+        missed[layer] = float((x.double() * along).sum() - effect[own].sum())
     return effect, missed
 
 

@@ -158,7 +158,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def changed_vectors(
     prompted: PromptedModel, interventions: Sequence[Intervention], x: Tensor, layer: int, position: Tensor
 ) -> Tensor:
-    """The block's outputs x [n, D] at the kept positions, int64 [n], changed; float32."""
+    """The block's outputs x [n, D] at `position`, int64 [n], changed; float32."""
     sae, y = prompted.sae, prompted.seen(x, layer)
     std = sae.standardize(y.clone(), sae.rows_of_layer(layer, len(y))).std  # [n, 1]
     shift = torch.zeros_like(y)  # [n, D]
@@ -223,11 +223,7 @@ class PromptRun:
     @torch.inference_mode()
     def effect(self, interventions: Sequence[Intervention], watched: Sequence[int] = ()) -> Effect:
         """Run again with all of these changes, whose layers are numbers. watched: tokens whose own change is wanted."""
-        model, kept = self.prompted.model, self._kept[0].nonzero()[:, 0].tolist()
-        for one in interventions:
-            if other := set(one.positions or ()).difference(kept):
-                what = f"{kept[0]} to {kept[-1]}, and not of special tokens"
-                raise UsageError(f"{one.kind}: positions in the text should be {what}, found {min(other)}")
+        model = self.prompted.model
         with changing(self.prompted, model.blocks, interventions, self._kept):
             changed = last_output(model, self._ids)
         replaced = changed[self._kept]

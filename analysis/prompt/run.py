@@ -21,7 +21,7 @@ from analysis.inputs import open_inputs
 from analysis.model.findings import locate
 from analysis.model.transformer import load_of_store
 from analysis.prompt.intervene import Effect, PromptedModel, TokenChange, parse_ablate, parse_steer
-from analysis.prompt.view import PromptView, Usual, check_interventions, read_prompt, view_prompt
+from analysis.prompt.view import PromptView, Usual, check_interventions, check_positions, read_prompt, view_prompt
 from analysis.prompt.words import prompt_words
 from analysis.results.added import make_unless_there, require_there, write_report_again
 from analysis.results.folder import LATENTS, PROMPT_JSON, PROMPT_TABLE, SUMMARY
@@ -62,6 +62,8 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
     model = load_of_store(store, found.spec)
     check_model(store, model, found.lens)
     tokens = [read_prompt(store, model.tokenizer, model.causal_lm.config, text) for text in prompts.prompt]
+    for text, ids in zip(prompts.prompt, tokens, strict=True):
+        check_positions(interventions, text, ids)
     check_logits(model, torch.from_numpy(tokens[0].ids)[None])
     prompted = PromptedModel(model, sae.to(model.device), found.lens, store.meta.stored_dtype)
     read = zip(prompts.prompt, tokens, strict=True)

@@ -207,3 +207,12 @@ def check_interventions(interventions: Sequence[Intervention], n_latents: int, l
         if other:
             trained = " ".join(map(str, layers))
             raise UsageError(f"{one.kind}: the autoencoder was trained on layers {trained}, found {other[0]}")
+
+
+def check_positions(interventions: Sequence[Intervention], text: str, tokens: Tokens) -> None:
+    """`UsageError` where one names a position that the text does not have, or that is left out."""
+    kept = np.flatnonzero(tokens.kept)
+    for one in interventions:
+        if other := set(one.positions or ()).difference(kept.tolist()):
+            wanted = f"positions should be {kept[0]} to {kept[-1]}, and not of special tokens"
+            raise UsageError(f"prompt {text!r}: {one.kind}: {wanted}, found {min(other)}")

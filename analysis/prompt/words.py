@@ -52,7 +52,7 @@ def name_of(intervention: Mapping[str, Any]) -> str:
     layers = intervention.get("layers") or [intervention["layer"]]  # of before: one, by itself
     where = f"latent {intervention['latent']} at layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
     by = "" if intervention["kind"] == "ablate" else f" by {intervention['coefficient']:+g}"
-    at = f" at position {', '.join(map(str, p))}" if (p := intervention.get("positions")) else ""
+    at = f" at position{'s' * (len(p) > 1)} {', '.join(map(str, p))}" if (p := intervention.get("positions")) else ""
     return f"{intervention['kind']} {where}{by}{at}"
 
 

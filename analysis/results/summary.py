@@ -189,7 +189,7 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
     if trained_on in ("some", "all"):
         share = 100 * (n - n_held_out) / n
         shown = "All" if share == 100 else f"{share:.0f} %"
-        one = "harvest several documents" if selection.n_documents == 1 else "train with --validation-fraction above 0"
+        one = "harvest several documents" if len(held_out) == 1 else "train with --validation-fraction above 0"
         way_out = "use --split validation" if held_out.any() else one
         warnings.append(f"{shown} of these tokens are of training documents: {way_out} for held-out numbers.")
     if trained_on == "unknown":

@@ -10,8 +10,10 @@ from torch import nn
 
 from residscope.errors import IncompatibleError
 
-_FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "norm_f", "final_norm")
-_FINAL_NORM_NAMES += ("layer_norm", "layernorm", "embedding_norm", "ln_out", "out_norm")
+_FINAL_NORM_NAMES = (
+    *("norm", "final_layer_norm", "ln_f", "final_layernorm", "norm_f", "final_norm"),
+    *("layer_norm", "layernorm", "embedding_norm", "ln_out", "out_norm"),
+)
 _LONGEST_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
@@ -29,7 +31,7 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
         reason = f"{', '.join(shallowest)} all have {n_layers} modules; this architecture is not supported"
         raise IncompatibleError(f"{type(model).__name__}: the transformer blocks cannot be told from others: {reason}")
     seen = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
-    what = f"as many as its configuration says, found {seen}; this architecture is not supported"
+    what = f"as many as its configuration says and with weights, found {seen}; this architecture is not supported"
     raise IncompatibleError(f"{type(model).__name__}: no list of {n_layers} transformer blocks, {what}")
 
 

@@ -12,7 +12,7 @@ from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
 from harvest.model.names import ModelSpec
 from harvest.residual import ResidualRecorder
-from residscope.errors import IncompatibleError, ResidscopeError, said
+from residscope.errors import IncompatibleError, ResidscopeError, is_out_of_memory, said
 from store.activations import ActivationStore
 
 _CHECKED_TOKENS = 32
@@ -75,10 +75,12 @@ def check_length(model: LoadedModel, input_ids: torch.Tensor) -> None:
     """`IncompatibleError` where the first block does not take a sequence of ids int64 [N]: not all configurations say
     how many positions the model has."""
     try:
-        ResidualRecorder(model, [0]).stream(input_ids[None], lambda *_: None)
+        ResidualRecorder(model, [0]).stream(input_ids[None], lambda _, x: x.sum().item())  # waits for a GPU
     except ResidscopeError:
         raise
     except Exception as error:  # Of any kind, by the model's own code.
+        if is_out_of_memory(error):
+            raise
         what = f"it fails on a sequence of {len(input_ids)} tokens ({type(error).__name__}: {said(error)})"
         raise IncompatibleError(f"{model.spec.name} ({model.architecture}): {what}; try --context-length") from error
 

@@ -114,16 +114,15 @@ def load_config(spec: ModelSpec) -> Any:
     config = _loading(spec, "configuration", lambda: load(spec.location, **spec.load_arguments))
     kind, way_out = type(config).__name__, "give a model that predicts the next token"
     if config.is_encoder_decoder:
-        raise IncompatibleError(f"{spec.name}: {kind} is of an encoder and a decoder that needs it; {way_out}")
+        raise IncompatibleError(f"{spec.name}: {kind} is of an encoder-decoder model; {way_out}")
     known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not any(type(config) in models for models in known):
         what = f"no causal language model for {kind}, by itself or in a model of images and text"
         raise IncompatibleError(f"{spec.name}: transformers has {what}; {way_out}")
-    if getattr(config, "attention_type", None) == "block_sparse":  # BigBird
+    if config.model_type == "big_bird" and config.attention_type == "block_sparse":
         raise IncompatibleError(f"{spec.name}: its block_sparse attention looks at later tokens; {way_out}")
     try:
-        text = config.get_text_config()
-        _ = [int(getattr(text, name)) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+        _ = n_layers_of(config), d_model_of(config), int(config.get_text_config().vocab_size)
     except (AttributeError, TypeError, ValueError) as error:
         what = "should have num_hidden_layers, hidden_size and vocab_size of one text model"
         raise IncompatibleError(f"{spec.name}: {kind} {what} ({said(error)}); {way_out}") from None
@@ -254,8 +253,10 @@ def _weights(
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
         arguments |= {"ignore_mismatched_sizes": True}  # They are named below, which the library's error does not do.
         model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
-        for weight, held, wanted in sorted(found["mismatched_keys"]):
-            what = f"{weight} should have shape {list(wanted)} by its config.json, has {list(held)} in its files"
+        for one in sorted(found["mismatched_keys"]):
+            weight, *shapes = [one] if isinstance(one, str) else one  # a name alone before transformers 5
+            sizes = f", {list(shapes[0])} in its files, {list(shapes[1])} by its config.json" if shapes else ""
+            what = f"{weight} has another shape than it should{sizes}"
             raise IncompatibleError(f"{spec.name}: {what}: check that config.json belongs to the weights")
         model.offload_folder = folder  # with what accelerate puts there, it goes when the model does
         if spec.source == "hub":  # A commit says nothing of what is on this disk.

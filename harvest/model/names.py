@@ -19,6 +19,7 @@ from harvest.model.aliases import hub_id, suggestions
 from harvest.model.hashes import add_file
 from harvest.model.hub import pin, quiet
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError, said
+from residscope.names import beside
 from residscope.reading import read_json
 
 _UNREAD = (
@@ -164,10 +165,15 @@ def _is(patterns: str, name: str) -> bool:
 def model_files(folder: Path) -> list[Path]:
     """Files of a model's folder that may decide what is loaded, by name; of weights in two formats the safetensors."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not _is(_UNREAD, path.name))
-    # An autoencoder of `train`, which writes its options beside it.
-    names = [name for name in names if not folder.joinpath(name).with_suffix(".config.toml").exists()]
+    names = [name for name in names if not _is_ours(folder / name)]
     safe = {name.startswith("adapter_") for name in names if name in _TAKEN_FIRST}
     return [folder / name for name in names if not (name.endswith(".bin") and name.startswith("adapter_") in safe)]
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether it is an autoencoder of `train`, which writes its options beside it."""
+    other = file.suffix != ".safetensors" or file.name in _TAKEN_FIRST
+    return not other and beside(file, ".config.toml").exists()
 
 
 def _uncounted(files: dict[str, Path]) -> Iterator[str]:
@@ -180,7 +186,8 @@ def _uncounted(files: dict[str, Path]) -> Iterator[str]:
         found = found if isinstance(found, dict) else {}
         shards, whole = found.get("weight_map"), found.get("transformers_weights")
         named = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
-        yield from sorted(shard for shard in named if "/" in shard or _is(_UNREAD, shard))
+        unread = (one for one in named if "/" in one or _is(_UNREAD, one) or _is_ours(file.with_name(one)))
+        yield from sorted(unread)
         if whole is not None and str(whole) not in files:
             yield str(whole)
 

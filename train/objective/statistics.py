@@ -13,7 +13,7 @@ from torch import Tensor
 
 from residscope.errors import IncompatibleError
 from train.data import TrainingData, Vectors
-from train.model import STD_EPSILON, TOO_LONG, standardize, standardize_by_layer
+from train.model import TOO_LONG, standardize, standardize_by_layer
 from train.model_config import Standardize
 
 DENOMINATOR_VECTORS = 2**16
@@ -180,10 +180,10 @@ class _Sums:
                     f"layer {layer}: its {n} training vectors are all equal{' once standardised' * (spread > 0)}, so "
                     "FVU is not defined: harvest more text, or leave the layer out with --layers"
                 )
-            # Below, the constant that standardising adds is most of what a vector is divided by.
-            smallest = {"vector": STD_EPSILON * raw.mean.shape[1] ** 0.5, "none": 1 / _LARGEST, "layer": 0}[by]
-            if spread < smallest:
-                what = f"too little for --standardize {by}: use --standardize layer, or leave it out with --layers"
+            # Of vectors with a standard deviation below a ninth of what is added to it. Otherwise their length is 1.
+            length = (inside**2 + standardized.mean[position].square().sum().item()) / max(raw.mean.shape[1] - 1, 1)
+            if (by != "layer" and inside < 1 / _LARGEST) or (by == "vector" and length < 0.01):
+                what = f"too little for --standardize {by}: use --standardize layer, or leave the layer out (--layers)"
                 raise IncompatibleError(f"layer {layer}: its vectors are only {spread:.1e} from their mean, {what}")
         variance = raw.deviation / raw.vectors
         found = FixedStatistics(raw.mean[0], standardized.deviation / standardized.vectors, variance, raw.mean)

@@ -44,6 +44,35 @@ def test_a_plain_model_is_steered(tmp_path: Path, architecture: str) -> None:
         pass
 
 
+def test_a_plain_model_is_steered_at_positions_of_its_text_alone(tmp_path: Path) -> None:
+    made = make_harvested(tmp_path, "llama")
+    sae, model = make_checkpoint(tmp_path / "a.pt", made.store), made.model.causal_lm
+    ids = torch.tensor([[5, 9, 30, 44, 12]])
+    change = {"kind": "steer", "latent": 3, "layers": [1], "coefficient": 60.0, "positions": [2]}
+
+    def hook(module, arguments, output):  # type: ignore[no-untyped-def]
+        x = output[0] if isinstance(output, tuple) else output
+        if x.shape[1] > 1:
+            x[0, 2] += (60.0 * sae(x[0]).std * sae.W_dec[3])[2]
+
+    def grown() -> list[int]:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0].tolist()
+
+    handle = made.model.blocks[1].register_forward_hook(hook)
+    with torch.no_grad():
+        pushed, made_so = model(ids).logits, grown()
+    handle.remove()
+    with torch.no_grad(), steer(model, sae, [change]):
+        torch.testing.assert_close(model(ids).logits, pushed, rtol=1e-4, atol=1e-5)
+        assert grown() == made_so
+    for position in (0, -1, 2**31):
+        with (
+            pytest.raises(UsageError, match="a change should be"),
+            steer(model, sae, [{**change, "positions": [position]}]),
+        ):
+            pass
+
+
 def test_a_token_is_named_as_it_reads_after_another() -> None:
     texts = {5: "", 6: " the", 7: "the", 8: " a", 9: "b", 300: "c", 10: "\ufffd"}
     model: Any = LiveModel.__new__(LiveModel)

@@ -104,7 +104,7 @@ def test_effects_on_a_prediction(opened: Analysis) -> None:
     (n,), (m,) = live.tokenizer.encode(["n", "m"])
     found = opened.live.activations(TEXT)
     table: Any = opened.attribute(TEXT, "n", against="m", position=6)
-    expected, missed = attribute(live.prompted, tokens, found, 6, n, m)
+    expected, missed = attribute(live.prompted, tokens, live.layers, found, 6, n, m)
     assert table.attrs == {"text": TEXT, "token": "n", "against": "m", "position": 6, "missed": missed}
     assert table["effect"].tolist() == expected[np.argsort(-np.abs(expected), kind="stable")].tolist()
     one = table.iloc[0]

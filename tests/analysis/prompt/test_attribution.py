@@ -23,14 +23,17 @@ def test_an_opening_alone_has_no_effects_and_tiles_change_nothing(
     made = make_harvested(tmp_path, "llama")
     prompted = PromptedModel(made.model, make_checkpoint(tmp_path / "ckpt.pt", made.store), None, "float32")
     tokens = read_prompt(made.store, made.model.tokenizer, made.model.causal_lm.config, TEXT)
-    found = run_prompt(prompted, tokens, list(made.store.meta.layers))[1]
+    layers = list(made.store.meta.layers)
+    found = run_prompt(prompted, tokens, layers)[1]
     none = Activations(*[column[:0] for column in found])  # type: ignore[arg-type]
-    nothing, missed = attribute(prompted, tokens, none, POSITION, TOKEN, None)
-    assert (nothing.shape, missed) == ((0,), {})
-    whole, missed = attribute(prompted, tokens, found, POSITION, TOKEN, None)
+    nothing, all_missed = attribute(prompted, tokens, layers, none, POSITION, TOKEN, None)
+    assert nothing.shape == (0,)
+    whole, missed = attribute(prompted, tokens, layers, found, POSITION, TOKEN, None)
+    for layer in layers:  # where nothing is active all but b_pre and the mean is missed
+        assert all_missed[layer] == pytest.approx(missed[layer] + whole[found.layer == layer].sum(), rel=1e-5, abs=1e-7)
     monkeypatch.setattr(attribution, "ROWS", 7)
     with torch.inference_mode():  # of the caller
-        again = attribute(prompted, tokens, found, POSITION, TOKEN, None)
+        again = attribute(prompted, tokens, layers, found, POSITION, TOKEN, None)
     np.testing.assert_allclose(again[0], whole, rtol=1e-5, atol=1e-7)
     assert again[1] == pytest.approx(missed, rel=1e-5, abs=1e-7)
 
@@ -42,8 +45,9 @@ def test_it_is_the_slope_of_steering(tmp_path: Path, architecture: str, with_len
     prompted = PromptedModel(model, sae, made.lens, made.store.meta.stored_dtype)
     tokens = read_prompt(made.store, model.tokenizer, model.causal_lm.config, TEXT)
     ids = torch.from_numpy(tokens.ids)[None]
-    found = run_prompt(prompted, tokens, list(made.store.meta.layers))[1]
-    both = {against: attribute(prompted, tokens, found, POSITION, TOKEN, against) for against in (None, OTHER)}
+    layers = list(made.store.meta.layers)
+    found = run_prompt(prompted, tokens, layers)[1]
+    both = {against: attribute(prompted, tokens, layers, found, POSITION, TOKEN, against) for against in (None, OTHER)}
     effect = {against: of_latents for against, (of_latents, _) in both.items()}
 
     def measures(i: int, coefficient: float) -> tuple[float, float]:
@@ -85,6 +89,6 @@ def test_it_is_the_slope_of_steering(tmp_path: Path, architecture: str, with_len
 
     for which, against in enumerate((None, OTHER)):
         missed = both[against][1]
-        assert list(missed) == list(made.store.meta.layers)
+        assert list(missed) == layers
         slopes = [(without(layer, step)[which] - without(layer, -step)[which]) / (2 * step) for layer in missed]
         np.testing.assert_allclose([*missed.values()], slopes, atol=2e-3 * max(map(abs, slopes)), rtol=2e-2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from analysis.prompt.intervene import N_AT_TOKEN, Effect, Intervention, PromptRun, parse_ablate, parse_steer
-from analysis.prompt.view import Usual, latents_of, run_prompt
+from analysis.prompt.view import Usual, check_positions, latents_of, run_prompt
 from residscope.errors import UsageError
 from tests.support.models import ARCHITECTURES, N_LAYERS
 from tests.support.prompted import TEXT, Make, Setting, read
@@ -199,8 +199,9 @@ def test_a_change_at_some_positions_is_that_of_a_hook_there(make: Make) -> None:
     at_first = Intervention(kind="steer", latent=3, layers=(1,), coefficient=60.0, positions=(0,))
     assert run.continued(6, [at_first]) == run.continued(6)
     for position in (0, -1, len(tokens.ids)):
-        with pytest.raises(UsageError, match=f"positions in the text should be 1 to {len(TEXT)}, .* found {position}"):
-            run.effect([Intervention(kind="ablate", latent=latent, layers=(1,), positions=(3, position))])
+        wrong = Intervention(kind="ablate", latent=latent, layers=(1,), positions=(3, position))
+        with pytest.raises(UsageError, match=f"prompt .*: positions should be 1 to {len(TEXT)}, .* found {position}"):
+            check_positions([*both, wrong], TEXT, tokens)
 
 
 def test_predictions_that_are_no_numbers_are_refused(make: Make) -> None:

@@ -97,7 +97,12 @@ def test_weights_that_do_not_count_for_the_hash_are_not_loaded(tmp_path: Path) -
     (folder / "sub").mkdir()
     shutil.copy(folder / "model.safetensors", folder / "sub/x.safetensors")
     shutil.copy(folder / "model.safetensors", folder / "x.pt")
-    for name in ("sub/x.safetensors", "../x.safetensors", "x.pt"):
+    before = resolve_model(str(folder)).fingerprint
+    shutil.copy(folder / "model.safetensors", folder / "ckpt.safetensors")
+    for name in ("ckpt", "model"):  # as `train` leaves them
+        (folder / f"{name}.config.toml").touch()
+    assert resolve_model(str(folder)).fingerprint == before
+    for name in ("sub/x.safetensors", "../x.safetensors", "x.pt", "ckpt.safetensors"):
         index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(IncompatibleError, match=f"weights are in {re.escape(name)}, by the folder's own files"):

@@ -117,3 +117,10 @@ def test_layer_variances_merge_as_if_all_came_at_once(seed: int, cuts: list[int]
         if len(rows):
             torch.testing.assert_close(sums.mean[index], rows.mean(0))
             torch.testing.assert_close(sums.deviation[index], (rows - rows.mean(0)).square().sum())
+
+
+def test_vectors_that_differ_little_from_one_pattern_are_not_too_small() -> None:
+    """Their own standard deviation is what counts, not their distance from each other."""
+    x = torch.linspace(-1, 1, 8) + 9e-6 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    found = statistics([Vectors(x, torch.zeros(64, dtype=torch.int64))], (7,))
+    assert 0 < found.standardized.item() < 1e-8
