@@ -19,13 +19,14 @@ SecondMoment = Literal["weight", "latent"]
 DEFAULT_EXPANSION_FACTOR = 16
 """Where neither it nor a number of latents is given."""
 _MOST = 1e12
-"""Of what should be above 0: larger numbers overflow somewhere, and no run needs them."""
+"""Of counts and sizes: larger ones overflow somewhere, and no run needs them."""
 
 
-def _check(config: Any, *, positive: str = "", not_negative: str = "", shares: str = "") -> None:
+def _check(config: Any, *, counts: str = "", positive: str = "", not_negative: str = "", shares: str = "") -> None:
     """`UsageError` for the first of these fields whose value is given and out of its range."""
     for names, wanted, good in (
-        (positive, f"above 0 and below {_MOST:.0e}", lambda value: 0 < value < _MOST),
+        (counts, f"above 0 and below {_MOST:.0e}", lambda value: 0 < value < _MOST),
+        (positive, "above 0", lambda value: 0 < value < math.inf),
         (not_negative, "0 or more", lambda value: 0 <= value < math.inf),
         (shares, "in [0, 1]", lambda value: 0 <= value <= 1),
     ):
@@ -62,7 +63,7 @@ class ModelConfig:
     default: 1/32, 3/32, 7/32, 15/32 and all of them."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="expansion_factor n_latents k")
+        _check(self, counts="expansion_factor n_latents k")
         if self.prefixes is not None and self.activation != "matryoshka":
             raise UsageError(f"--prefixes is for --activation matryoshka, not for {self.activation}")
         if self.n_latents is not None and self.expansion_factor is not None:
@@ -103,7 +104,7 @@ class ObjectiveConfig:
     default: the recipe's, standardized."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="aux_k dead_tokens k_start bandwidth", not_negative="aux_coef sparsity_coef")
+        _check(self, counts="aux_k dead_tokens k_start", positive="bandwidth", not_negative="aux_coef sparsity_coef")
         _check(self, shares="k_warmup_fraction sparsity_warmup_fraction")
 
 
@@ -172,7 +173,7 @@ class DataConfig:
     """Memory for the shuffle, in GB: two windows of the store, one served while the other is read."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="batch_size steps epochs window_gb")
+        _check(self, counts="batch_size steps epochs window_gb")
         require_seed(self.seed)
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs both set the length of the run: give only one")
@@ -205,7 +206,7 @@ class HardwareConfig:
     per cent slower, more where AuxK is busy, and a resume is bit for bit only with it."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="threads tile_mb")
+        _check(self, counts="threads tile_mb")
         if self.threads is not None and self.threads > 1024:  # with 100,000 the process dies without a message
             raise UsageError(f"--threads should be at most 1024, found {self.threads}")
 
