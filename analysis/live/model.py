@@ -200,13 +200,13 @@ def intervention_of(change: Mapping[str, Any]) -> Intervention:
     """An intervention from {kind, latent, layers: [int] or "all", coefficient, positions}; `UsageError` for others."""
     kind, latent, layers, positions = (change.get(name) for name in ("kind", "latent", "layers", "positions"))
     coefficient = change.get("coefficient") if kind == "steer" else None
-    numbers = [latent, *(one for found in (layers, positions) if isinstance(found, list | tuple) for one in found)]
-    places = positions if isinstance(positions, list | tuple) else []
+    chosen, places = (found if isinstance(found, list | tuple) else () for found in (layers, positions))
+    numbers = [latent, *chosen, *places]
     if (
         kind not in ("ablate", "steer")
         or change.keys() - {"kind", "latent", "layers", "coefficient", "positions"}
         or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in numbers)
-        or not (layers == "all" or (isinstance(layers, list | tuple) and layers))
+        or not (layers == "all" or chosen)
         or not (positions is None or places)
         or not all(0 < place < 2**31 for place in places)
         or (kind == "steer" and not (isinstance(coefficient, int | float) and abs(coefficient) < LARGEST))
@@ -215,6 +215,6 @@ def intervention_of(change: Mapping[str, Any]) -> Intervention:
         wanted += ', and "positions": [5] where it is not for all'
         raise UsageError(f"a change should be {wanted}, found {dict(change)!r:.200}")
     assert latent is not None
-    layers = "all" if layers == "all" else tuple(sorted({int(layer) for layer in layers}))
-    at = None if positions is None else tuple(int(position) for position in positions)
+    layers = tuple(sorted({int(layer) for layer in chosen})) or "all"
+    at = tuple(int(place) for place in places) or None
     return Intervention(kind=kind, latent=int(latent), layers=layers, coefficient=coefficient, positions=at)

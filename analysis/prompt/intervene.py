@@ -118,15 +118,12 @@ class PromptedModel(NamedTuple):
 
 def parse_steer(text: str) -> Intervention:
     """LATENT:LAYERS:COEF or LATENT:LAYERS:COEF@POSITIONS."""
-    what, at, positions = text.partition("@")
     try:
+        what, at = _parts(text)
         latent, layers, coefficient = what.split(":")
         if not abs(amount := float(coefficient)) < LARGEST:  # NaN too
             raise ValueError(coefficient)
-        where = _numbers(positions) if at else None
-        return Intervention(
-            kind="steer", latent=int(latent), layers=_layers(layers), coefficient=amount, positions=where
-        )
+        return Intervention(kind="steer", latent=int(latent), layers=_layers(layers), coefficient=amount, positions=at)
     except ValueError:
         wanted = "such as 17:10:8, 17:3,4:8, 17:all:8 or, at position 5 alone, 17:10:8@5 (8 is what is added)"
         raise UsageError(f"--steer should be LATENT:LAYER:COEFFICIENT, {wanted}, found {text!r}") from None
@@ -134,16 +131,18 @@ def parse_steer(text: str) -> Intervention:
 
 def parse_ablate(text: str) -> Intervention:
     """LATENT, LATENT:LAYERS, or one of them and @POSITIONS."""
-    what, at, positions = text.partition("@")
-    latent, _, layers = what.partition(":")
     try:
-        where = _numbers(positions) if at else None
-        return Intervention(
-            kind="ablate", latent=int(latent), layers=_layers(layers) if layers else None, positions=where
-        )
+        what, at = _parts(text)
+        latent, _, layers = what.partition(":")
+        return Intervention(kind="ablate", latent=int(latent), layers=_layers(layers) if layers else None, positions=at)
     except ValueError:
         wanted = "such as 17, 17:10, 17:3,4, 17:all or, at position 5 alone, 17:10@5"
         raise UsageError(f"--ablate should be LATENT or LATENT:LAYER, {wanted}, found {text!r}") from None
+
+
+def _parts(text: str) -> tuple[str, tuple[int, ...] | None]:
+    what, at, positions = text.partition("@")
+    return what, _numbers(positions) if at else None
 
 
 def _layers(text: str) -> tuple[int, ...] | Literal["all"]:

@@ -95,9 +95,7 @@ def _effects(prompt: Mapping[str, Any]) -> str:
         numbers = (show(one["kl_last"]), show(one["kl_mean"]))
         name = escape(name_of(one)).replace(f"latent {one['latent']}", f"latent {LINK.format(one['latent'])}")
         rows.append((name, *numbers, _changes(one["increased"]), _changes(one["decreased"])))
-    return table(
-        ("Change (at every kept token, unless positions are given)", *kl, "Rises most", "Falls most"), rows, "effects"
-    )
+    return table(("Change at every kept token or the positions", *kl, "Rises most", "Falls most"), rows, "effects")
 
 
 def _changes(found: Sequence[Mapping[str, Any]]) -> str:
