@@ -60,9 +60,9 @@ class Encoder:
     def origin(self) -> dict[str, Any]:
         """What codes depend on beside the vectors: the autoencoder, and the number formats."""
         product = "float32" if self._product_dtype is None else "bfloat16"
-        dtype, card = self.numpy_dtype.name, {} if self._device.type == "cpu" else {"device": self._device.type}
+        dtype, device = self.numpy_dtype.name, {} if self._device.type == "cpu" else {"device": self._device.type}
         product = product if dtype == "float32" else dtype
-        return {"sae_hash": sae_hash(self._sae), "dtype": dtype, "product": product, **card}
+        return {"sae_hash": sae_hash(self._sae), "dtype": dtype, "product": product, **device}
 
 
 def _to(device: torch.device | str, *tensors: Tensor) -> tuple[Tensor, ...]:

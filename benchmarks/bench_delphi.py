@@ -8,7 +8,7 @@
 
 How: a store of some thousand tokens of SmolLM2-135M and an autoencoder of a few steps are made, unless they are given.
 delphi's `process_cache` reads the export, explains and scores some latents at a layer and at all layers; the language
-model is a stand-in that answers as the format demands, by a hash of what it is asked, so that no card and no network
+model is a stand-in that answers as the format demands, by a hash of what it is asked, so that no GPU and no network
 are needed (vllm, sentence-transformers and bitsandbytes, which delphi imports, are empty modules here). Held against
 each other: activations and tokens that delphi's loader gives with those of the autoencoder on the store's vectors; our
 accuracy and AUC of each latent and scorer with those of delphi's `result_analysis`; texts with what was read back.
@@ -56,8 +56,8 @@ class _Empty(types.ModuleType):
         return type(name, (), {})
 
 
-def without_what_needs_a_card() -> None:
-    """Let what delphi imports for models on cards be empty."""
+def without_what_needs_a_gpu() -> None:
+    """Let what delphi imports for models on GPUs be empty."""
     names = ("vllm", "vllm.distributed", "vllm.distributed.parallel_state", "vllm.inputs", "sentence_transformers")
     for absent in (*names, "bitsandbytes"):
         sys.modules[absent] = _Empty(absent)
@@ -119,7 +119,7 @@ def main() -> int:
 
 def exchange(work: Path, place: Path, sae_path: Path) -> int:
     """There and back; the exit code."""
-    without_what_needs_a_card()
+    without_what_needs_a_gpu()
     os.environ["OPENROUTER_API_KEY"] = "none"
     import delphi.__main__ as delphi_main  # pyright: ignore[reportMissingImports]
     from delphi.config import (  # pyright: ignore[reportMissingImports]

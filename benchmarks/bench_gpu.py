@@ -4,12 +4,12 @@
 
 Needs no network: models have random weights and SmolLM2's tokenizer, text is Python's documentation. For each size:
 whole harvest over bare forward passes (bench_harvest.py); GB/s of the loader alone and of batches that arrive as
-float32 on the card, and of a bare copy from pinned memory, which is the ceiling; a training step over the time of its
+float32 on the GPU, and of a bare copy from pinned memory, which is the ceiling; a training step over the time of its
 encoder product in bfloat16 plus one pass of the optimiser's traffic (three reads and three writes of both weights'
-numbers, one read of the gradients) at the card's measured copy speed; sparsify and SAELens on the same vectors where
+numbers, one read of the gradients) at the GPU's measured copy speed; sparsify and SAELens on the same vectors where
 `make bench-peers` has made their environment, and the FVU of all (bench_step.py). Ratios: higher is better for
-harvest and loading, lower for the step. Before that, every test of CUDA and Triton code runs on the card.
-Exit code 1 where a test fails. Not measured: several cards.
+harvest and loading, lower for the step. Before that, every test of CUDA and Triton code runs on the GPU.
+Exit code 1 where a test fails. Not measured: several GPUs.
 """
 
 import argparse
@@ -170,12 +170,12 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_gpu: torch finds no CUDA device here (`--device cpu --sizes tiny` tries the benchmark itself)")
-    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     tests = [sys.executable, "-m", "pytest", "-q", *TESTS]
-    with_card = {**os.environ, "RESIDSCOPE_TEST_CARD": "1"}
-    passed = options.skip_tests or subprocess.run(tests, cwd=ROOT, env=with_card).returncode == 0
+    with_gpu = {**os.environ, "RESIDSCOPE_TEST_GPU": "1"}
+    passed = options.skip_tests or subprocess.run(tests, cwd=ROOT, env=with_gpu).returncode == 0
     results: dict[str, Any] = {
-        "card": card,
+        "gpu": gpu,
         "torch": torch.__version__,
         "tests_passed": passed and not options.skip_tests,
     }
@@ -184,14 +184,14 @@ def main() -> None:
             results[name] = measure(SIZES[name], device, Path(folder), options.peers)
     keys = list(dict.fromkeys(key for name in options.sizes for key in results[name]))
     verdict = "skipped" if options.skip_tests else "passed" if passed else "FAILED"
-    print(f"{card}, torch {torch.__version__}, tests {verdict}")
+    print(f"{gpu}, torch {torch.__version__}, tests {verdict}")
     print(f"{'':<60}", *(f"{name:>14}" for name in options.sizes))
     for key in keys:
         print(f"{key:<60}", *(f"{results[name].get(key, np.nan):14.4g}" for name in options.sizes))
     if options.json:
         print(json.dumps(results))
     if not passed:
-        sys.exit("bench_gpu: a test failed on this card")
+        sys.exit("bench_gpu: a test failed on this GPU")
 
 
 if __name__ == "__main__":

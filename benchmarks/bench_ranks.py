@@ -6,7 +6,7 @@
     python benchmarks/bench_ranks.py memory     # the peak of a process with --shard-latents 2 over one, with saves
     python benchmarks/bench_ranks.py bytes      # counted in the collectives of a step, against the table's formula
         (and on the loopback device: of this benchmark alone under `unshare -n sh -c "ip link set lo up; ..."`)
-    python benchmarks/bench_ranks.py table      # docs/training.md: memory and bytes by dictionary and cards
+    python benchmarks/bench_ranks.py table      # docs/training.md: memory and bytes by dictionary and GPUs
 
 Each prints a table; exit code 1 where a promise fails. `speed` compares runs that take turns on the same machine; on
 one that others use too, both get their share of it.
@@ -314,26 +314,26 @@ def _loopback() -> int:
 
 def table(root: Path, options: argparse.Namespace) -> bool:
     """The table of docs/training.md."""
-    n, k, cards = options.vectors, 32, (8, 64)
+    n, k, gpus = options.vectors, 32, (8, 64)
     print(
         "| n_latents | d_model | alone | "
-        + " | ".join(f"rows over {r} | latents over {r}" for r in cards)
+        + " | ".join(f"rows over {r} | latents over {r}" for r in gpus)
         + " | default |"
     )
-    print("|---:|---:|---:|" + "---:|---:|" * len(cards) + "---|")
+    print("|---:|---:|---:|" + "---:|---:|" * len(gpus) + "---|")
     for m in options.sizes:
         for d in (768, 2048, 4096):
             weights, cells, choice = 4 * 2 * m * d, [], "neither"
-            for ranks in cards:
+            for ranks in gpus:
                 by_rows, by_latents = weights * (2 + 1 / ranks), 3 * weights / ranks
                 cells.append(_cell(by_rows, rows_step(m, d, ranks)))
                 cells.append(_cell(by_latents, latents_step(n, d, k, ranks)))
-            if weights * (2 + 1 / cards[0]) < options.card:
+            if weights * (2 + 1 / gpus[0]) < options.gpu:
                 choice = "rows"
-            elif weights * 3 / cards[0] < options.card:
-                choice = f"latents over {next(r for r in (2, 4, 8) if weights * 3 / r < options.card)}"
-            elif weights * 3 / cards[1] < options.card:
-                choice = f"latents over {next(r for r in (16, 32, 64) if weights * 3 / r < options.card)}"
+            elif weights * 3 / gpus[0] < options.gpu:
+                choice = f"latents over {next(r for r in (2, 4, 8) if weights * 3 / r < options.gpu)}"
+            elif weights * 3 / gpus[1] < options.gpu:
+                choice = f"latents over {next(r for r in (16, 32, 64) if weights * 3 / r < options.gpu)}"
             print(f"| {m:,} | {d:,} | {weights * 3 / 1e9:.3g} | {' | '.join(cells)} | {choice} |")
     return True
 
@@ -355,9 +355,7 @@ def main() -> None:
     parser.add_argument("--n-latents", type=int, help="of speed (9,216) and memory (131,072)")
     parser.add_argument("--d-model", type=int, default=576, help="of speed and memory")
     parser.add_argument("--vectors", type=int, default=16_384, help="of the table: in a step")
-    parser.add_argument(
-        "--card", type=float, default=60e9, help="of the table: bytes of a card for weights and moments"
-    )
+    parser.add_argument("--gpu", type=float, default=60e9, help="of the table: bytes of a GPU for weights and moments")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16_384, 131_072, 1_048_576], help="of the table")
     options = parser.parse_args()
     options.n_latents = options.n_latents or (131_072 if options.task == "memory" else 9216)

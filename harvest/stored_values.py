@@ -80,7 +80,7 @@ def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token
 
 
 def n_writers(device: torch.device, cores: int) -> int:
-    """Shards that are written at once: a card computes them faster than a core packs them; a CPU needs its cores."""
+    """Shards that are written at once: a GPU computes them faster than a core packs them; a CPU needs its cores."""
     return max(min(cores - 1, 8), 1) if device.type == "cuda" else 1
 
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-if "RESIDSCOPE_TEST_CARD" not in os.environ:  # So that the answers are the same where there is a card: make bench-gpu.
+if "RESIDSCOPE_TEST_GPU" not in os.environ:  # So that the answers are the same where there is a GPU: make bench-gpu.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import hypothesis

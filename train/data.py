@@ -198,7 +198,7 @@ class TrainingData:
         )
 
     def arriving(self, loader: WindowLoader) -> contextlib.AbstractContextManager[Iterator[Vectors]]:
-        """The loader's batches; for a card they are gathered ahead, but not where the next may never be there."""
+        """The loader's batches; for a GPU they are gathered ahead, but not where the next may never be there."""
         return arriving(loader, self.source, ahead=self.device.type == "cuda" and self.follower is None)
 
 
@@ -212,17 +212,17 @@ def arriving(loader: WindowLoader, source: VectorSource, *, ahead: bool) -> Iter
         if not ahead:
             yield vectors
             return
-        card = torch.cuda.current_device() if source.device.type == "cuda" else None
-        with ThreadPoolExecutor(1, "batch", _use_card, (card,)) as thread:
+        gpu = torch.cuda.current_device() if source.device.type == "cuda" else None
+        with ThreadPoolExecutor(1, "batch", _use_gpu, (gpu,)) as thread:
             yield _ahead(vectors, thread)
     finally:
         with contextlib.suppress(ValueError):  # after one interrupt more, the thread may still be at it
             batches.close()
 
 
-def _use_card(card: int | None) -> None:
-    if card is not None:  # which every thread has to be told
-        torch.cuda.set_device(card)
+def _use_gpu(gpu: int | None) -> None:
+    if gpu is not None:  # which every thread has to be told
+        torch.cuda.set_device(gpu)
 
 
 def _ahead(vectors: Iterator[Vectors], thread: ThreadPoolExecutor) -> Iterator[Vectors]:

@@ -233,7 +233,7 @@ class MemoryEstimate(NamedTuple):
     shuffle: int
     """The loader's two windows, and what is kept of a store at a URL, in the machine's memory."""
     local: int = 1
-    """Processes of this machine that each take as much; on CUDA each has a card of its own."""
+    """Processes of this machine that each take as much; on CUDA each has a GPU of its own."""
 
 
 def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, ranks: Ranks = ALONE) -> MemoryEstimate:

@@ -153,8 +153,8 @@ def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
         return _last[spec.folder]
     _last.clear()
     options = dict(spec.options)
-    if spec.cores and options["device"] in ("auto", "cuda") and (n_cards := torch.cuda.device_count()) > 1:
-        options["device"] = f"cuda:{worker.name % n_cards}"
+    if spec.cores and options["device"] in ("auto", "cuda") and (n_gpus := torch.cuda.device_count()) > 1:
+        options["device"] = f"cuda:{worker.name % n_gpus}"
     settings = resolve(from_flat(HarvestConfig, options))
     found = dependences(settings)
     for name in (name for name in found if found[name] != spec.needed[name]):

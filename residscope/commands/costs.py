@@ -1,11 +1,11 @@
 """What a run costs by arithmetic: bytes, seconds and memory of harvest and training, and which part bounds them.
 
-Parts of a token's harvest overlap (threads pack while the card computes), so the longest decides. Those of a training
-step follow each other on the card; meanwhile the next batch is gathered, and others read. `residscope.commands.plan`
-puts in what was measured on the machine at hand, or a card's data sheet, whose figures count with the shares of
+Parts of a token's harvest overlap (threads pack while the GPU computes), so the longest decides. Those of a training
+step follow each other on the GPU; meanwhile the next batch is gathered, and others read. `residscope.commands.plan`
+puts in what was measured on the machine at hand, or a GPU's data sheet, whose figures count with the shares of
 `SHARES`; these, and speeds of the host, are one H200's (benchmarks/results/2026-11-29-gpu.md).
 
-Symbols: L layers, D d_model, M n_latents, N vectors a step, k active latents, T tokens, G cards, R cards that share the
+Symbols: L layers, D d_model, M n_latents, N vectors a step, k active latents, T tokens, G GPUs, R GPUs that share the
 latents.
 """
 
@@ -19,7 +19,7 @@ Parts = Mapping[str, float]
 """Seconds by what takes them."""
 
 
-class Card(NamedTuple):
+class Gpu(NamedTuple):
     """Figures of a data sheet."""
 
     flops: float
@@ -29,18 +29,18 @@ class Card(NamedTuple):
     memory: float
     """Bytes."""
     link: float
-    """To other cards of its machine, bytes/s in one direction."""
+    """To other GPUs of its machine, bytes/s in one direction."""
     bus: float
     """To the machine's memory, bytes/s."""
 
 
-CARDS = {
-    "a100": Card(312e12, 2.04e12, 80e9, 300e9, 25e9),
-    "h100": Card(989e12, 3.35e12, 80e9, 450e9, 50e9),
-    "h200": Card(989e12, 4.8e12, 141e9, 450e9, 50e9),
-    "b200": Card(2250e12, 8e12, 180e9, 900e9, 50e9),
-    "l40s": Card(362e12, 0.864e12, 48e9, 25e9, 25e9),
-    "rtx4090": Card(165e12, 1.008e12, 24e9, 12e9, 25e9),
+GPUS = {
+    "a100": Gpu(312e12, 2.04e12, 80e9, 300e9, 25e9),
+    "h100": Gpu(989e12, 3.35e12, 80e9, 450e9, 50e9),
+    "h200": Gpu(989e12, 4.8e12, 141e9, 450e9, 50e9),
+    "b200": Gpu(2250e12, 8e12, 180e9, 900e9, 50e9),
+    "l40s": Gpu(362e12, 0.864e12, 48e9, 25e9, 25e9),
+    "rtx4090": Gpu(165e12, 1.008e12, 24e9, 12e9, 25e9),
 }
 
 SHARES = {"forward": 0.4, "product": 0.6, "bandwidth": 0.8}
@@ -50,7 +50,7 @@ reach; an H200 reached 0.44, 0.67, and 0.76 to 0.83 in Adam's passes."""
 PACKING, GATHERING = 0.44e9, 6.7e9
 """Bytes/s that each of eight threads makes into shards and writes into memory, and that rows are gathered from it."""
 TILE, TABLE = 512e6, 25
-"""Bytes of pre-activations at once on a card, and of a token while text is packed."""
+"""Bytes of pre-activations at once on a GPU, and of a token while text is packed."""
 
 _READ, _GATHER = "reading from the disk", "gathering of rows in the machine's memory"
 
@@ -85,57 +85,57 @@ class Training(NamedTuple):
     d_model: int
 
 
-def token_parts(model: Model, card: Card, n_cards: int, *, disk: float | None, threads: int) -> dict[str, float]:
-    """Seconds that a token takes one of `n_cards`; disk: its bytes/s, which all share; None: vectors stay in memory."""
+def token_parts(model: Model, gpu: Gpu, n_gpus: int, *, disk: float | None, threads: int) -> dict[str, float]:
+    """Seconds that a token takes one of `n_gpus`; disk: its bytes/s, which all share; None: vectors stay in memory."""
     size = model.token_bytes
     parts = {
-        "the model's forward pass": model.token_flops / (SHARES["forward"] * card.flops),
-        "copies from the card": size / card.bus,
+        "the model's forward pass": model.token_flops / (SHARES["forward"] * gpu.flops),
+        "copies from the GPU": size / gpu.bus,
         "packing of shards": size / (PACKING * min(threads, 8)),
     }
-    return parts if disk is None else parts | {"writing to the disk": size * n_cards / disk}
+    return parts if disk is None else parts | {"writing to the disk": size * n_gpus / disk}
 
 
-def step_parts(run: Training, card: Card, n_cards: int, latents: int, *, disk: float | None) -> dict[str, float]:
-    """Seconds of a training step on `n_cards`, of which each `latents` share the dictionary."""
-    m, d, rows = run.n_latents / latents, run.d_model, n_cards // latents
+def step_parts(run: Training, gpu: Gpu, n_gpus: int, latents: int, *, disk: float | None) -> dict[str, float]:
+    """Seconds of a training step on `n_gpus`, of which each `latents` share the dictionary."""
+    m, d, rows = run.n_latents / latents, run.d_model, n_gpus // latents
     n = run.batch / rows
-    bandwidth = SHARES["bandwidth"] * card.bandwidth
+    bandwidth = SHARES["bandwidth"] * gpu.bandwidth
     tiles = math.ceil(2 * n * m / TILE)
     sent = 16 * m * d * (rows - 1) / rows + (4 * run.k * latents + 8 * d) * n * (latents - 1) / latents
     parts = {
-        "the encoder's product": 2 * n * m * d / (SHARES["product"] * card.flops),
-        "weights and pre-activations in the card's memory": (2 * tiles * m * d + 4 * n * m) / bandwidth,
+        "the encoder's product": 2 * n * m * d / (SHARES["product"] * gpu.flops),
+        "weights and pre-activations in the GPU's memory": (2 * tiles * m * d + 4 * n * m) / bandwidth,
         "the optimiser's passes over memory": (40 * m * d / rows + (16 * m * d if rows > 1 else 0)) / bandwidth,
         "decoder and sparse gradients": 16 * n * run.k * d / bandwidth,
         _GATHER: 2 * n * d / GATHERING,
-        "copies to the card": 2 * n * d / card.bus,
-        "sums between cards": sent / card.link,
+        "copies to the GPU": 2 * n * d / gpu.bus,
+        "sums between GPUs": sent / gpu.link,
     }
     return parts if disk is None else parts | {_READ: 2 * run.batch * d / disk}
 
 
 def step_seconds(parts: Parts) -> float:
-    """Of a step: the card's parts one after the other, while the next batch is gathered, and others are read."""
+    """Of a step: the GPU's parts one after the other, while the next batch is gathered, and others are read."""
     reading, gathering = parts.get(_READ, 0.0), parts.get(_GATHER, 0.0)
     return max(sum(parts.values()) - reading - gathering, gathering, reading)
 
 
-def card_memory(run: Training, n_cards: int, latents: int) -> float:
-    """Bytes on a card: weights, gradients, and moments, of its own latents; a batch; tiles."""
-    m, rows = run.n_latents / latents, n_cards // latents
+def gpu_memory(run: Training, n_gpus: int, latents: int) -> float:
+    """Bytes on a GPU: weights, gradients, and moments, of its own latents; a batch; tiles."""
+    m, rows = run.n_latents / latents, n_gpus // latents
     held = (16 + 8 / rows) * m * run.d_model
     return held + run.batch / rows * (24 * run.d_model + 48 * run.k) + 4 * TILE
 
 
-def share_latents(run: Training, card: Card, n_cards: int) -> int:
-    """The fewest cards that have to share the latents; `UsageError` where all together have too little memory."""
-    for latents in range(1, n_cards + 1):
-        if n_cards % latents == 0 and card_memory(run, n_cards, latents) <= 0.9 * card.memory:
+def share_latents(run: Training, gpu: Gpu, n_gpus: int) -> int:
+    """The fewest GPUs that have to share the latents; `UsageError` where all together have too little memory."""
+    for latents in range(1, n_gpus + 1):
+        if n_gpus % latents == 0 and gpu_memory(run, n_gpus, latents) <= 0.9 * gpu.memory:
             return latents
-    needed, there = card_memory(run, n_cards, n_cards) / 1e9, card.memory / 1e9
+    needed, there = gpu_memory(run, n_gpus, n_gpus) / 1e9, gpu.memory / 1e9
     raise UsageError(
-        f"--n-latents {run.n_latents:,}: takes {needed:,.0f} GB on each of {n_cards} cards that share it, which have "
+        f"--n-latents {run.n_latents:,}: takes {needed:,.0f} GB on each of {n_gpus} GPUs that share it, which have "
         f"{there:.0f}: give more --gpus, fewer latents or a smaller --batch-size"
     )
 
@@ -146,16 +146,16 @@ class Cost(NamedTuple):
     disk: float
     """Bytes of vectors on the disk at once."""
     host_memory: float
-    card_memory: float
-    """0 without cards."""
-    cards: tuple[int, int]
+    gpu_memory: float
+    """0 without GPUs."""
+    gpus: tuple[int, int]
     """That harvest, and that train; all of them in turn where both are all."""
     shard_latents: int
     harvest: float
     """Seconds."""
     train: float
     together: float
-    """One after the other on the same cards, or at the same time on their own."""
+    """One after the other on the same GPUs, or at the same time on their own."""
     bound: str
     """What takes longest of the longer of the two."""
 
@@ -167,7 +167,7 @@ START = 10.0
 def cost(
     n_tokens: float,
     run: Training,
-    n_cards: int,
+    n_gpus: int,
     *,
     token: Callable[[int], Parts],
     step: Callable[[int], tuple[Parts, int, float]],
@@ -175,9 +175,9 @@ def cost(
     host_memory: float,
     at_once: bool,
 ) -> Cost:
-    """token: the parts of a token on so many cards; step: of a step, the cards that share latents, memory of a card;
-    at_once: both at the same time, on cards of their own where there are several."""
-    ways = [(n, n_cards - n) for n in range(1, n_cards)] if at_once and n_cards > 1 else [(n_cards, n_cards)]
+    """token: the parts of a token on so many GPUs; step: of a step, the GPUs that share latents, memory of a GPU;
+    at_once: both at the same time, on GPUs of their own where there are several."""
+    ways = [(n, n_gpus - n) for n in range(1, n_gpus)] if at_once and n_gpus > 1 else [(n_gpus, n_gpus)]
     found = []
     for harvesters, trainers in ways:
         try:
@@ -189,7 +189,7 @@ def cost(
         tokens = token(harvesters)
         harvest = START + n_tokens / harvesters * max(tokens.values())
         train = START + run.steps * step_seconds(parts)
-        together = max(harvest, train) if at_once and n_cards > 1 else harvest + train
+        together = max(harvest, train) if at_once and n_gpus > 1 else harvest + train
         longest = tokens if harvest > train else parts
         bound = max(longest, key=lambda name: longest[name])
         how = (harvesters, trainers), latents, harvest, train, together

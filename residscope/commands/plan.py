@@ -1,6 +1,6 @@
 """`residscope plan`: bytes, memory and hours of a run before anything is downloaded, written or bought.
 
-For cards by their data sheets (`residscope.commands.costs`); without, for the machine at hand, on which a block of the
+For GPUs by their data sheets (`residscope.commands.costs`); without, for the machine at hand, on which a block of the
 model and some training steps are timed. Three ways: all vectors stored, then trained on; harvest and training at the
 same time over a bounded part on a disk (`harvest --rolling`, `train --follow`); and the same over one in memory.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from residscope.commands.costs import CARDS, TABLE, Cost, Model, Training, cost, share_latents, step_parts, token_parts
-from residscope.commands.costs import card_memory as memory_of_card
+from residscope.commands.costs import GPUS, TABLE, Cost, Model, Training, cost, share_latents, step_parts, token_parts
+from residscope.commands.costs import gpu_memory as memory_of_gpu
 from residscope.console import aligned, human_bytes, human_seconds, parse_bytes, run_command
 from residscope.errors import UsageError
 from residscope.options import parse_options, require_at_least
@@ -50,15 +50,15 @@ class PlanConfig:
     context_length: int = 2048
     """Tokens in a sequence."""
     gpus: int = 0
-    """Cards, of one machine; 0: the machine at hand, on which parts of both are timed for some seconds."""
+    """GPUs, of one machine; 0: the machine at hand, on which parts of both are timed for some seconds."""
     gpu: Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090"] = "h100"
     """Their kind: figures of its data sheet."""
     threads: int = 8
-    """Processor threads for each card."""
+    """Processor threads for each GPU."""
     disk: str = "50GB"
     """Size of the part that is on the disk where it is bounded."""
     disk_speed: str | None = None
-    """Bytes that the disk writes in a second, such as 2GB; default 2GB beside cards, else measured."""
+    """Bytes that the disk writes in a second, such as 2GB; default 2GB beside GPUs, else measured."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -88,7 +88,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         raise UsageError(f"--k {config.k}: there are only {n_latents} latents")
     run = Training(n_latents, config.k, batch, -(-int(vectors) // batch), model.d_model)
     measured = config.gpus == 0
-    ways = on_this_machine(config, transformer, model, run) if measured else on_cards(config, model, run)
+    ways = on_this_machine(config, transformer, model, run) if measured else on_gpus(config, model, run)
     # It encodes each vector once, and runs the model for about a minute: on the demo, as long as an epoch of training.
     analyze = ways["stored"].train / config.epochs + 60 if measured else None
     return {
@@ -137,21 +137,21 @@ def shape_of(config: Any, context: int) -> Model:
     return Model(len(blocks), d_model_of(config), parameters, context)
 
 
-def on_cards(config: PlanConfig, model: Model, run: Training) -> dict[str, Cost]:
+def on_gpus(config: PlanConfig, model: Model, run: Training) -> dict[str, Cost]:
     """By data sheets."""
-    card, speed = CARDS[config.gpu], float(parse_bytes(config.disk_speed or "2GB") or 0)
+    gpu, speed = GPUS[config.gpu], float(parse_bytes(config.disk_speed or "2GB") or 0)
 
     def way(disk: float | None, held: float, *, at_once: bool) -> Cost:
         def step(n: int) -> tuple[dict[str, float], int, float]:
-            latents = share_latents(run, card, n)
-            return step_parts(run, card, n, latents, disk=disk), latents, memory_of_card(run, n, latents)
+            latents = share_latents(run, gpu, n)
+            return step_parts(run, gpu, n, latents, disk=disk), latents, memory_of_gpu(run, n, latents)
 
         epochs = 1 if at_once else config.epochs
         return cost(
             config.tokens,
             run._replace(steps=run.steps * epochs),
             config.gpus,
-            token=lambda n: token_parts(model, card, n, disk=disk, threads=config.threads),
+            token=lambda n: token_parts(model, gpu, n, disk=disk, threads=config.threads),
             step=step,
             disk=held if disk else 0.0,
             host_memory=TABLE * config.tokens + 1e9 + (0 if disk else held),
@@ -205,12 +205,12 @@ def words(found: dict[str, Any]) -> str:
         f"epoch; FLOPs: {flops['harvest']:.3g} to harvest, {flops['train']:.3g} for the encoder's products",
         "",
     ]
-    table = [["", "on the disk", "memory", "of a card", "harvest", "train", "together", "longest part of the longer"]]
+    table = [["", "on the disk", "memory", "of a GPU", "harvest", "train", "together", "longest part of the longer"]]
     for name, way in found["ways"].items():
-        (harvesters, trainers), shared = way["cards"], way["shard_latents"]
-        on = f" (on {harvesters} and {trainers} cards)" if harvesters != trainers else ""
+        (harvesters, trainers), shared = way["gpus"], way["shard_latents"]
+        on = f" (on {harvesters} and {trainers} GPUs)" if harvesters != trainers else ""
         on += f" (--shard-latents {shared})" if shared > 1 else ""
-        held = [human_bytes(way[key]) if way[key] else "-" for key in ("disk", "host_memory", "card_memory")]
+        held = [human_bytes(way[key]) if way[key] else "-" for key in ("disk", "host_memory", "gpu_memory")]
         times = [human_seconds(way[key]) for key in ("harvest", "train", "together")]
         table.append([name.replace("_", " "), *held, *times, way["bound"] + on])
     lines += aligned(table)

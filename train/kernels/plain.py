@@ -2,7 +2,7 @@
 
 The decoder gathers k rows of W_dec, and both weight gradients are sums of outer products over the N * k active (row,
 latent) pairs. Sorted by latent, those sums are bags of rows, which `embedding_bag` adds in a fixed order: no [N, M]
-gradient and no [N, k, D] temporary. Only `torch.topk` may choose differently among equal entries on another card or
+gradient and no [N, k, D] temporary. Only `torch.topk` may choose differently among equal entries on another GPU or
 version.
 
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.

@@ -25,7 +25,7 @@ FIRING_THRESHOLD = 1e-3
 """An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
 
 _ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
-"""Rows of AuxK's weights by kind of device: with an odd number products on a card take three to five times as long."""
+"""Rows of AuxK's weights by kind of device: with an odd number products on a GPU take three to five times as long."""
 
 
 class RowWeights(NamedTuple):

@@ -2,7 +2,7 @@
 
 `torchrun` starts them, or `train --n-procs N` does: this process is the first, and starts the others with the same
 words. They meet as torchrun's do, at a store of torch.distributed whose address is in the environment. gloo connects
-them on CPUs, nccl between cards.
+them on CPUs, nccl between GPUs.
 
 The first one alone speaks. What ends another is told to it through the store: a fault is one line. Where a process is
 killed its connections close, and every other one fails in its next sum, and ends.
@@ -48,11 +48,11 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
     from torch.distributed.rendezvous import rendezvous
 
     distributed: Any = torch.distributed  # whose stores are not declared
-    on_card = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     local = _started("LOCAL_WORLD_SIZE") or (_started("LOCAL_RANK") + 1 if size > 1 else n_procs)  # or at least so many
-    cards = torch.cuda.device_count()
-    if on_card and (":" in device or local > cards):  # before any of this machine waits for another
-        found = f"this machine's {local} processes each take a card of their own, and there are {cards}"
+    gpus = torch.cuda.device_count()
+    if on_gpu and (":" in device or local > gpus):  # before any of this machine waits for another
+        found = f"this machine's {local} processes each take a GPU of their own, and there are {gpus}"
         raise UsageError(f"--device {device}: {found}: start fewer, with --device cuda, or use --device cpu")
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -67,14 +67,14 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
                 if any(child.poll() is not None for child in children):
                     raise ResidscopeError("--n-procs: a process ended as it started, perhaps for lack of memory")
                 time.sleep(0.05)
-        if on_card:
+        if on_gpu:
             torch.cuda.set_device(_started("LOCAL_RANK"))
-        backend = "cpu:gloo,cuda:nccl" if on_card else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         group = distributed.PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=size)
         ranks = Ranks(rank, size, local=_started("LOCAL_WORLD_SIZE") or size, store=store)
         try:
-            ranks.split(config.shard_latents, "cuda" if on_card else "cpu")
+            ranks.split(config.shard_latents, "cuda" if on_gpu else "cpu")
             yield ranks
         except BaseException as error:
             if not isinstance(error, Lost):

@@ -47,7 +47,7 @@ def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) 
     if n_runs > 1:
         way_out += ", or do fewer runs at once"
     if device.type == "cuda":
-        way_out += ", or divide the latents over cards (--n-procs, --shard-latents)"
+        way_out += ", or divide the latents over GPUs (--n-procs, --shard-latents)"
     elif memory.local > 1:
         way_out += ", or use fewer processes"
     needed = {torch.device("cpu"): memory.local * memory.shuffle, device: memory.device}

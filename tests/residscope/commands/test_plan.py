@@ -10,7 +10,7 @@ from residscope.commands.costs import Training
 from residscope.commands.plan import PlanConfig, plan
 
 
-def test_the_papers_run_on_eight_cards(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_papers_run_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     """pythia-1b: 16 blocks of 12 d^2 + 13 d parameters (with norms and biases), 64 KiB a token; without a network."""
     command = [
         "plan",
@@ -35,7 +35,7 @@ def test_the_papers_run_on_eight_cards(capsys: pytest.CaptureFixture[str]) -> No
     assert (stored["disk"], rolling["disk"], memory["disk"]) == (65.536e12, 50e9, 0)
     assert stored["together"] == pytest.approx(stored["harvest"] + stored["train"])
     assert rolling["together"] == max(rolling["harvest"], rolling["train"])
-    assert sum(memory["cards"]) == 8
+    assert sum(memory["gpus"]) == 8
     assert main(command) == 0
     said = capsys.readouterr().out
     for words in ("not measured", "65.5 TB", "train: reading from the disk"):

@@ -68,15 +68,15 @@ def test_another_number_than_torchrun_started_is_refused(store: Path, monkeypatc
         pass
 
 
-@pytest.mark.parametrize(("device", "cards"), [("auto", 1), ("cuda:1", 2)])
-def test_more_processes_than_cards_are_refused_before_one_waits_for_another(
-    store: Path, monkeypatch: pytest.MonkeyPatch, device: str, cards: int
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda:1", 2)])
+def test_more_processes_than_gpus_are_refused_before_one_waits_for_another(
+    store: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     started = joined(train_config(store=store, n_procs=2, device=device), [])
     with (
-        pytest.raises(UsageError, match=f"--device {device}: .* 2 processes .* there are {cards}: start fewer"),
+        pytest.raises(UsageError, match=f"--device {device}: .* 2 processes .* there are {gpus}: start fewer"),
         started,
     ):
         pass

@@ -1,6 +1,6 @@
-"""The CUDA kernels against the plain torch ones and float64: on a card where there is one, else under the interpreter.
+"""The CUDA kernels against the plain torch ones and float64: on a GPU where there is one, else under the interpreter.
 
-Triton reads TRITON_INTERPRET when it is first imported, so without a card the tests below run in a process of their
+Triton reads TRITON_INTERPRET when it is first imported, so without a GPU the tests below run in a process of their
 own, which `test_under_the_interpreter` starts.
 """
 
@@ -172,7 +172,7 @@ else:
         for found, expected in zip(first, plain, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
-    def test_they_are_what_a_card_gets() -> None:
+    def test_they_are_what_a_gpu_gets() -> None:
         if DEVICE == "cuda":
             assert choose_kernels(torch.empty(0, device="cuda")).name == "triton"
         assert choose_kernels(torch.empty(0), "torch").name == "torch"
