@@ -4,7 +4,8 @@ How: transformers unpacks a GGUF file (slow: it parses and dequantises everythin
 config, tokenizer and safetensors under `$XDG_CACHE_HOME/residscope/gguf` (default `~/.cache`), by the file's SHA-256
 and transformers' version. The folder is built under a temporary name and renamed; the files' hashes are checked at
 each use, and a damaged folder is built again. Weights are kept in float32, which is exact, up to a billion
-parameters and in bfloat16 above. The cache is never cleared; it may be deleted at any time.
+parameters and in bfloat16 above. What transformers leaves out without a word, the scaling of a rotary embedding and
+tensors that it knows no place for, is put in or refused. The cache is never cleared; it may be deleted at any time.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from harvest.model.aliases import PACKAGED
@@ -31,7 +33,7 @@ from residscope.reading import CONFIG_BYTES, read_whole
 
 _BLOCK = 1 << 22
 _EXACT_PARAMETERS = 1_000_000_000
-_SEAL = "residscope.json"
+_SEAL, _FORM = "residscope.json", 2  # Folders of an earlier form are not used.
 _READERS = ("gguf", "accelerate")  # What transformers needs for it.
 
 
@@ -72,7 +74,7 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
     import transformers
 
     size = sum(part.stat().st_size for part in file.parts)
-    key = f"{file.name.removesuffix('.gguf')}-{size}-{digest[:16]}-transformers-{transformers.__version__}"
+    key = f"{file.name.removesuffix('.gguf')}-{size}-{digest[:16]}-transformers-{transformers.__version__}-{_FORM}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "residscope" / "gguf" / key
     if _is_whole(folder):
         return folder
@@ -130,6 +132,7 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **arguments)
             model, info = loaded
             refuse_missing(file.name, sorted(info["missing_keys"]), "")
+            _add_left_out(source, file.name, model)
             if sum(p.numel() for p in model.parameters()) > _EXACT_PARAMETERS:
                 model = model.bfloat16()
             model.save_pretrained(folder)
@@ -141,6 +144,48 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
             f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {said(error)}). "
             "It may be damaged, or of an architecture that transformers does not take from GGUF"
         ) from error
+
+
+def _add_left_out(source: Path, name: str, model: Any) -> None:
+    """Scale the model's rotary embedding as the file says; `IncompatibleError` where it cannot be said in transformers'
+    terms, and where tensors of the file are not in the model."""
+    from gguf import GGUFReader
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    reader, config, way_out = GGUFReader(source), model.config, "give the model's folder, or its id on the hub"
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    values = {key.partition(".rope.")[2]: _value(field) for key, field in reader.fields.items() if ".rope." in key}
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if "freq_base" in values and "rope_theta" in rope:
+        rope["rope_theta"] = float(values["freq_base"])
+    kind, factor = values.get("scaling.type", "none"), values.get("scaling.factor")
+    length = values.get("scaling.original_context_length")
+    if (llama3 := tensors.pop("rope_freqs.weight", None)) is not None:  # what its four numbers make, but not these
+        kind, factor, length = "llama3", llama3.data.max(), 8192
+    if kind != "none" and rope.get("rope_type", "default") == "default":  # else transformers has read it
+        if not rope or factor is None or kind not in ("linear", "yarn", "llama3"):
+            raise IncompatibleError(f"{name}: transformers leaves out its rope scaling, {kind}: {way_out}")
+        rope |= {"rope_type": kind, "factor": float(factor)}
+        rope |= {"original_max_position_embeddings": int(length)} if length else {}
+    if llama3 is not None:
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        made, n = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy(), len(llama3.data)
+        if not np.allclose(made * llama3.data, rope["rope_theta"] ** -(np.arange(n) / n), rtol=1e-4, atol=0):
+            raise IncompatibleError(f"{name}: its rope_freqs.weight is not that of Llama 3: {way_out}")
+    if config.tie_word_embeddings:
+        tensors.pop("output.weight", None)
+    there = sum(int(tensor.n_elements) for tensor in tensors.values())
+    taken = sum(t.numel() for t in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    if there > taken:
+        what = f"transformers leaves out {there - taken:,} of its {there:,} numbers"
+        raise IncompatibleError(f"{name}: {what}: {way_out}")
+
+
+def _value(field: Any) -> Any:
+    """A number or a word of a GGUF file's metadata, the first of a list."""
+    part = field.parts[field.data[0]]
+    return bytes(part).decode() if part.dtype == np.uint8 else part[0]
 
 
 def _check_readable(file: GgufFile) -> None:

@@ -2,10 +2,13 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from harvest.model import gguf
 from harvest.model.blocks import n_layers_of
@@ -140,15 +143,9 @@ def test_a_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest
     assert packaged_gguf("pythia-1b") is None
 
 
-def test_a_real_gguf_file_gives_the_weights_it_was_made_of(
-    cache: Path, model_folder: ModelFolder, tmp_path: Path
-) -> None:
-    """Write a Llama as GGUF, unquantised, as llama.cpp does, and load it by path."""
-    writer_module = pytest.importorskip("gguf")
-    model: Any = load_model(resolve_model(str(model_folder("llama")))).causal_lm
-    config, state = model.config, model.state_dict()
-    path = tmp_path / "tiny.gguf"
-    writer = writer_module.GGUFWriter(path, "llama")
+def write_llama(path: Path, model: Any, names: list[str], extra: Callable[[Any], None] = lambda _: None) -> None:
+    """A Llama as a GGUF file, unquantised, as llama.cpp writes it. names: its tokens; extra: adds to the writer."""
+    config, state, writer = model.config, model.state_dict(), pytest.importorskip("gguf").GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -158,9 +155,7 @@ def test_a_real_gguf_file_gives_the_weights_it_was_made_of(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    tokens = load_tokenizer(resolve_model(str(model_folder("llama")))).vocabulary
-    names = sorted(tokens, key=lambda token: tokens[token])
-    names += ["ab", *(f"<unused{i}>" for i in range(config.vocab_size - len(names) - 1))]
+    names = [*names, "ab", *(f"<unused{i}>" for i in range(config.vocab_size - len(names) - 1))]
     writer.add_token_list(names)
     writer.add_token_types([3 if name.startswith("<") and len(name) > 1 else 1 for name in names])
     writer.add_token_merges(["a b"])
@@ -184,21 +179,107 @@ def test_a_real_gguf_file_gives_the_weights_it_was_made_of(
     }
     for name, tensor in state.items():
         if name not in known:
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            known[name] = f"blk.{layer}.{parts[part]}.weight"
+            part, _, kind = name.rpartition(".")
+            _, _, layer, part = part.split(".", 3)
+            known[name] = f"blk.{layer}.{parts[part]}.{kind}"
         values = tensor.float().numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for part, n_heads in heads.items():
             if part in name:  # llama.cpp pairs neighbouring dimensions in its rotary embedding.
-                values = values.reshape(n_heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape).copy()
+                values = values.reshape(n_heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape).copy()
         writer.add_tensor(known[name], values)
+    extra(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    loaded: Any = load_model(resolve_model(str(path))).causal_lm
+
+
+@pytest.fixture
+def names(model_folder: ModelFolder) -> list[str]:
+    """The tokens of a small tokenizer, by number."""
+    tokens = load_tokenizer(resolve_model(str(model_folder("llama")))).vocabulary
+    return sorted(tokens, key=lambda token: tokens[token])
+
+
+def test_a_real_gguf_file_gives_the_weights_it_was_made_of(
+    cache: Path, model_folder: ModelFolder, names: list[str], tmp_path: Path
+) -> None:
+    model: Any = load_model(resolve_model(str(model_folder("llama")))).causal_lm
+    write_llama(tmp_path / "tiny.gguf", model, names)
+    loaded: Any = load_model(resolve_model(str(tmp_path / "tiny.gguf"))).causal_lm
+    state = model.state_dict()
     for name, tensor in loaded.state_dict().items():
         assert (tensor == state[name]).all(), name
+
+
+def small_llama(**config: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=300, **sizes, **config)).eval()
+
+
+LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512},
+        {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_scaled_rotary_embedding_is_taken_from_the_file(
+    cache: Path, names: list[str], tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    """transformers takes the base alone: every vector behind the first attention would be another."""
+    model = small_llama(rope_parameters=rope, max_position_embeddings=2048)
+
+    def extra(writer: Any) -> None:
+        writer.add_rope_freq_base(rope["rope_theta"])
+        if rope["rope_type"] == "llama3":  # what the frequencies are divided by, and no word of why
+            default = rope["rope_theta"] ** -(torch.arange(8) / 8)
+            writer.add_tensor("rope_freqs.weight", (default / model.model.rotary_emb.inv_freq).numpy())
+        elif rope["rope_type"] != "default":
+            writer.add_string("llama.rope.scaling.type", rope["rope_type"])
+            writer.add_rope_scaling_factor(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+    write_llama(tmp_path / "tiny.gguf", model, names, extra)
+    loaded: Any = load_model(resolve_model(str(tmp_path / "tiny.gguf"))).causal_lm
+    ids = torch.arange(64)[None]
+    with torch.inference_mode():
+        wanted, found = (m(ids, output_hidden_states=True).hidden_states[-1] for m in (model, loaded))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra", "config", "error"),
+    [
+        (lambda _: None, {"attention_bias": True}, r"leaves out 256 of its [0-9,]+ numbers: give the model's folder"),
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", torch.arange(1, 9).float().numpy()),
+            {},
+            r"rope_freqs\.weight is not that of Llama 3",
+        ),
+        (
+            lambda writer: writer.add_string("llama.rope.scaling.type", "longrope"),
+            {},
+            "leaves out its rope scaling, longrope",
+        ),
+    ],
+)
+def test_what_transformers_would_leave_out_is_refused(
+    cache: Path, names: list[str], tmp_path: Path, extra: Callable[[Any], None], config: dict[str, Any], error: str
+) -> None:
+    write_llama(tmp_path / "tiny.gguf", small_llama(**config), names, extra)
+    with pytest.raises(IncompatibleError, match=rf"tiny\.gguf: .*{error}"):
+        load_model(resolve_model(str(tmp_path / "tiny.gguf")))
+    assert not list(cache.glob("tiny-*/*"))
 
 
 @pytest.mark.slow
@@ -215,8 +296,6 @@ def test_the_packaged_smollm2_resolves_and_knows_its_separator() -> None:
 def test_weights_that_the_file_lacks_are_not_made_up(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import transformers
-
     file = make(tmp_path / "m.gguf", b"GGUF")
     for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
         found = object(), {"missing_keys": {"model.norm.weight"}}
