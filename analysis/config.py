@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from residscope.errors import UsageError
 from residscope.names import beside
-from residscope.options import require_at_least, require_seed
+from residscope.options import require_at_least, require_seed, require_workers
 
 DocumentSplit = Literal["all", "train", "validation"]
 
@@ -159,7 +159,7 @@ class WorkerOptions:
     """HTML file for Dask's report on which task ran where and when; needs the `dashboard` extra."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, n_workers=self.n_workers)
+        require_workers(n_workers=self.n_workers)
         if self.scheduler not in ("threads", "processes") and ":" not in self.scheduler:
             wanted = "threads, processes or an address such as tcp://HOST:8786"
             raise UsageError(f"--scheduler should be {wanted}, found {self.scheduler!r}")

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from harvest.text.config import TextConfig
 from residscope.console import parse_bytes
 from residscope.errors import UsageError
-from residscope.options import require_at_least, require_seed
+from residscope.options import require_at_least, require_seed, require_workers
 from residscope.urls import URL
 
 _MOST_LAYERS = 100_000
@@ -137,9 +137,7 @@ class WorkerConfig:
     """Address of a Dask scheduler (tcp://HOST:8786) whose workers fill the shards; they see the same paths."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, n_workers=self.n_workers)
-        if (self.n_workers or 0) > 1024:  # as many processes as are asked for are started at once
-            raise UsageError(f"--n-workers should be at most 1024, found {self.n_workers}")
+        require_workers(n_workers=self.n_workers)
         if self.scheduler is not None and ":" not in self.scheduler:
             raise UsageError(f"--scheduler should be an address such as tcp://HOST:8786, found {self.scheduler!r}")
 

@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import os
 import sys
 import tomllib
 import types
@@ -168,6 +169,16 @@ def require_at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} should be at least {least}, found {value}")
+
+
+def require_workers(**values: int | None) -> None:
+    """`UsageError` for an option that is given and below 1, or more processes or threads, which are all started at
+    once, than a machine of this size bears."""
+    require_at_least(1, **values)
+    most = max(32, 4 * (os.cpu_count() or 1))
+    for name, value in values.items():
+        if value is not None and value > most:
+            raise UsageError(f"--{name.replace('_', '-')} should be at most {most} on this machine, found {value}")
 
 
 def require_seed(seed: int) -> None:

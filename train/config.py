@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from residscope.errors import UsageError
-from residscope.options import require_seed, to_flat
+from residscope.options import require_seed, require_workers, to_flat
 from train.model_config import THRESHOLDED, Activation, Standardize
 
 RecipeName = Literal["best", "gao", "paper"]
@@ -331,7 +331,8 @@ class TrainConfig:
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "
                 f"depend on the norms that it changes; found {activation}"
             )
-        _check(self, positive="n_procs shard_latents", not_negative="cache_gb")
+        _check(self, positive="shard_latents", not_negative="cache_gb")
+        require_workers(n_procs=self.n_procs)
         if self.resume and self.overwrite:
             raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give only one")
 

@@ -111,6 +111,7 @@ def test_wrong_input_gets_one_line_and_its_exit_code(
     cases = [
         ((store, out, "--k", "601"), 2, "k is 601, but there are only 600 latents"),
         ((store, out, "--batch-size", "0"), 2, "--batch-size should be above 0"),
+        ((store, out, "--n-procs", "1000000"), 2, "on this machine, found 1000000"),
         ((store, out, "--threads", "100000"), 2, "--threads should be at most 1024"),
         ((store, out, "--window-gb", "1e308"), 2, "--window-gb should be above 0 and below 1e+12"),
         ((store, out, "--dead-tokens", str(2**63)), 2, "--dead-tokens should be above 0 and below 1e+12"),
