@@ -156,6 +156,9 @@ class _Stream:
         split, follower = self.data.split, self.data.follower
         while follower and not follower.ready(0):
             time.sleep(0.05)
+        if follower:  # It may come too late, and then replaces nothing.
+            done = min(0 if one is None else one.trainer["step"] for one in self.saved.values())
+            follower.expect(self.data.loader(0, 1).part_ends, self.data.batch_size, done)
         if few := few_tokens(self.data.store, split.validation if follower else split.train):
             announce.say(f"warning: {few.words}")
         self.ranks.any(False)  # all have seen what there is, and what memory is free, before that is changed
@@ -166,8 +169,7 @@ class _Stream:
             for trainer in self.trainers if self.ranks.first else ():
                 trainer.claim(self.saved[trainer])
             if follower:
-                done = min(0 if one is None else one.trainer["step"] for one in self.saved.values())
-                follower.begin(self.data.loader(0, 1).part_ends, self.data.batch_size, done, stopped)
+                follower.begin(stopped)
             self._start()
             whole = {"epochs": self.plan.epochs, "start_batch": self.step, "ranks": self.ranks.rows}
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)

@@ -16,6 +16,7 @@ from residscope.errors import UsageError
 from residscope.names import beside
 from residscope.options import to_toml
 from residscope.reading import reading
+from store.files import atomic_write
 from train.checkpoint import Checkpoint, config_path, refuse_anothers, save_checkpoint
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
@@ -83,12 +84,12 @@ class Trainer:
     def claim(self, saved: Checkpoint | None) -> None:
         """Write the run's flags beside its checkpoint, and remove what an earlier run left there: all but what `saved`,
         from which this one continues, holds."""
+        atomic_write(config_path(self.path), [to_toml(self.plan.flags()).encode()])
         if saved is None:
             self.path.unlink(missing_ok=True)
         if saved is None or saved.trainer["finished"]:  # which is to be lengthened
             for ending in (".safetensors", ".loss.png"):
                 beside(self.path, ending).unlink(missing_ok=True)
-        config_path(self.path).write_text(to_toml(self.plan.flags()), encoding="utf-8")
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
         """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""

@@ -29,7 +29,7 @@ from residscope.errors import IncompatibleError
 from residscope.reading import read_json
 from store.arrays import encode_numbers, moments_name, read_numbers
 from store.checksums import DamagedError
-from store.files import atomic_write
+from store.files import atomic_write, removed_on_error
 from store.manifest import FOLDER, ShardRecord
 from store.meta import StoreMeta
 from store.moments import ShardMoments, merge, no_moments
@@ -148,8 +148,12 @@ class Readers:
     def register(self, name: str, part: int) -> None:
         """Make a trainer known that needs `part` next; `IncompatibleError` where it comes too late."""
         self.publish(name, part)  # First: what is removed after this is removed with a look at it.
+        with removed_on_error(self._file(name)):
+            self.require(name, part)
+
+    def require(self, name: str, part: int) -> None:
+        """`IncompatibleError` where a trainer that needs `part` next comes too late."""
         if part < (gone := self.removed()):
-            self._file(name).unlink()
             raise IncompatibleError(
                 f"{self._store}: {name} needs part {part + 1} of it, and the first {gone} are removed, since all"
                 " trainers that had begun have used them: harvest again with --overwrite, and start it earlier"

@@ -1,5 +1,7 @@
 """Whole runs on tiny stores: what they write, what they refuse, and that a broken run ends as an unbroken one."""
 
+import errno
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -59,6 +61,26 @@ def test_a_run_learns_and_leaves_what_others_read(config: TrainConfig) -> None:
     assert [line["step"] for line in validations] == [9, 18, 27, 34]
     assert len(validations[-1]["fvu_per_layer"]) == 3
     assert tomllib.loads(config.out.with_name("ckpt.config.toml").read_text())["k"] == 4
+
+
+def test_a_disk_that_is_full_at_the_start_stops_nothing_for_good(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, _: memoryview, path: Path) -> None:
+        os.write(descriptor, b"k = ")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("store.files.write_all", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*ckpt\.config\.toml"):
+            train(config)
+    train(config)
+    first = config.out.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("store.files.write_all", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(with_values(config, overwrite=True))
+    assert config.out.read_bytes() == first
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss_space": "raw"}, {"aux_coef": 0.0}, {"layers": (2, 0)}])

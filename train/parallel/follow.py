@@ -40,17 +40,20 @@ class Follower:
             what = "is filled and removed part by part, so each token is trained on once, by one process"
             raise UsageError(f"{self._store.path} {what}: lower --steps or --epochs, and leave --n-procs out")
 
-    def begin(self, row_ends: np.ndarray, batch_size: int, step: int, stopped: Callable[[], bool]) -> None:
-        """Before the batch `step` is read: let the harvest know of this training. row_ends: int64 [parts], rows of the
-        stream served when each part is done. stopped: whether waiting should end. Raises where the training comes too
-        late, or parts are too small."""
+    def expect(self, row_ends: np.ndarray, batch_size: int, step: int) -> None:
+        """What the training, which goes on at `step`, needs. row_ends: int64 [parts], rows of the stream served when
+        each part is done. Raises where it comes too late, or parts are too small."""
         self._row_ends, self._batch_size = row_ends, batch_size
-        self.stopped = stopped
         if np.diff(self._row_ends, prepend=0).min() < self._batch_size:
             raise UsageError(
                 f"--batch-size {self._batch_size} is more than a part of {self._store.path} holds: lower it"
             )
         self._used = self.parts_used(step)
+        self._readers.require(self._name, self._used)
+
+    def begin(self, stopped: Callable[[], bool]) -> None:
+        """Let the harvest know of this training, before anything is read. stopped: whether waiting should end."""
+        self.stopped = stopped
         self._readers.register(self._name, self._used)
 
     def parts_used(self, step: int) -> int:

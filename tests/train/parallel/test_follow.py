@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harvest.filling.rolling import parts_to_fill
-from residscope.errors import Interrupted, UsageError
+from residscope.errors import IncompatibleError, Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers, Ring
 from store.loader import WindowLoader
@@ -135,6 +135,19 @@ def test_a_run_that_is_shorter_than_the_store_lets_the_harvest_end(tmp_path: Pat
     with harvest_beside(path):
         train(train_config(store=path, out=tmp_path / "a.pt", steps=3, **FLAGS))
     assert list(Readers(path, RING).used().values()) == [len(RING.parts(N_SHARDS))]
+
+
+def test_who_comes_too_late_replaces_nothing(tmp_path: Path) -> None:
+    path, config = tmp_path / "a.zarr", {"store": tmp_path / "a.zarr", "out": tmp_path / "a.pt", **FLAGS}
+    begin(path).close()
+    with harvest_beside(path):
+        train(train_config(**config))
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("a.*") if file.is_file()}
+    used = Readers(path, RING).used()
+    with pytest.raises(IncompatibleError, match="needs part 1 of it"):
+        train(train_config(**config, overwrite=True))
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("a.*") if file.is_file()} == before
+    assert Readers(path, RING).used() == used
 
 
 @pytest.mark.parametrize(
