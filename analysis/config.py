@@ -107,7 +107,7 @@ class PromptOptions:
     ablate: tuple[str, ...] = ()
     """With --prompt: take a latent out, LATENT or LATENT:LAYER, and show how the next token changes. Layers may be
     several, 17:3,4,5, or 17:all. Without a layer: where it is strongest. At some of the text's positions alone, counted
-    from 0 with the opening: 17:3@5,6. By default the strongest latents of the prompt, one at a time."""
+    from 0 with the opening: 17:3@5,6. By default the prompt's eight most specific latents, one at a time."""
     steer: tuple[str, ...] = ()
     """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation; layers and
     positions (17:3:8@5) as for --ablate."""

@@ -59,7 +59,7 @@ class HarvestResult(NamedTuple):
         """Headings and texts, a line each."""
         written = f"nothing to do: the store is complete, {counted(self.shards, 'shard')}"
         if self.shards_written:
-            speed = f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
+            speed = f" (filling: {self.tokens_per_second:,.0f} tokens/s)" if self.tokens_per_second else ""
             took = human_seconds(self.seconds)
             written = f"{self.shards_written} of {counted(self.shards, 'shard')} in {took}{speed}"
         documents = counted(self.documents, "document")

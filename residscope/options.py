@@ -32,7 +32,7 @@ from typing import Any, NoReturn, TypeVar
 
 from residscope.errors import UsageError
 from residscope.memory import require_address_space
-from residscope.reading import reading
+from residscope.reading import CONFIG_BYTES, read_whole, reading
 from residscope.urls import as_path
 
 T = TypeVar("T")
@@ -295,18 +295,24 @@ def read_word(word: str, annotation: Any, what: str) -> Any:
 def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
     try:
         with reading(f"--config {path}: not valid TOML", kind=UsageError):
-            found = tomllib.loads(path.read_bytes().decode())
+            found = tomllib.loads(read_whole(path, CONFIG_BYTES).decode())
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     tables = {field.group for field in fields.values()} - fields.keys()
-    values: dict[str, Any] = {}
-    flat: dict[str, Any] = {}
+    given: list[tuple[str, str, Any]] = []
     for key, value in found.items():
-        flat |= value if key in tables and isinstance(value, dict) else {key: value}
-    for key, value in flat.items():
+        in_table = key in tables and isinstance(value, dict)
+        given += [(key, *pair) for pair in value.items()] if in_table else [("", key, value)]
+    values: dict[str, Any] = {}
+    for table, key, value in given:
         name = key.replace("-", "_")
         if name not in fields:
             raise UsageError(f"--config {path}: unknown option {key!r}; the options are {', '.join(sorted(fields))}")
+        if table not in ("", group := fields[name].group):
+            where = f"in [{group}] or above all tables" if group else "above all tables"
+            raise UsageError(f"--config {path}: {key} is no option of [{table}]: it belongs {where}")
+        if name in values:
+            raise UsageError(f"--config {path}: {name} is given twice; keep one")
         values[name] = _from_toml(value, fields[name].annotation, f"--config {path}: {name}")
     return values
 

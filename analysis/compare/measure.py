@@ -7,7 +7,6 @@ kind by expansion factor and k, so that a sweep reads as one table.
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from analysis.compare.words import compare_words
 from analysis.config import CompareConfig
 from analysis.moments import VARIANCE_NAMES, WEIGHTINGS
 from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES
-from analysis.results.summary import HASH, SCHEMA_VERSION, content_hash
+from analysis.results.summary import SCHEMA_VERSION, read_summary
 from residscope.destinations import comparison, refuse_comparison_of
 from residscope.errors import IncompatibleError, UsageError
-from residscope.reading import read_json, reading
+from residscope.reading import reading
 from store.folder import refuse_inside_store
 
 PARTS = VARIANCE_NAMES[:5]
@@ -74,17 +73,7 @@ def _load(path: Path) -> dict[str, Any]:
     if not file.is_file():
         way_out = "give folders that `analyze` wrote, or their summary.json"
         raise IncompatibleError(f"--compare {path}: no summary.json there: {way_out}")
-    summary = read_json(file, _AGAIN)
-    version = summary.get("schema_version") if isinstance(summary, dict) else None
-    if version != SCHEMA_VERSION:
-        raise IncompatibleError(f"--compare {file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
-    if HASH not in summary:
-        print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
-        return summary
-    with reading(f"--compare {file}: damaged", _AGAIN):  # NaN is no number of a summary
-        if summary[HASH] != content_hash(summary):
-            raise ValueError("changed after `analyze` wrote it")
-    return summary
+    return read_summary(file)
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:

@@ -40,7 +40,7 @@ def unlike_training(runs: Sequence[Run]) -> list[str]:
     notes = [f"{run['run']}: its ratio had not settled when training ended." for run in runs if run["settled"] is False]
     if lengths and max(lengths) > UNLIKE * min(lengths):
         seen = ", ".join(f"{run['run']} {run['trained_tokens']:,}" for run in runs if run["trained_tokens"])
-        notes.append(f"Unlike training, in tokens: {seen}. Numbers that have not settled differ by that alone.")
+        notes.append(f"Trained on unlike amounts of text, in tokens: {seen}; that alone may change their numbers.")
     return ["", *notes] if notes else []
 
 
@@ -108,7 +108,7 @@ QUALITY: Columns = {
 }
 PERSISTENCE: Columns = {
     "layers on": _number("persistence", "mass", "n_layers_active"),
-    "run": _number("persistence", "mass", "run_length"),
+    "longest run": _number("persistence", "mass", "run_length"),
     "stays on": _number("persistence", "mass", "stays_on"),
 } | {
     f"{name}, {null}".replace("_", " "): _number("null_ratio", null, part, "mass", name)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from analysis.inputs import Inputs, open_inputs, opened_here
 from analysis.model.sequences import sequence_bounds
 from analysis.results.added import make_unless_there, require_there, write_report_again
 from analysis.results.folder import EXPLANATIONS, LATENTS
+from analysis.results.tables import read_table, write_table
 from analysis.run import task_spec
 from analysis.task import codes_again
 from residscope.destinations import partial_folder
@@ -67,7 +67,7 @@ def exchange_with_delphi(config: AnalyzeConfig) -> dict[str, Any]:
     if found:
         require_there(config, inputs)
         with partial_folder(config.out_dir) as folder:
-            pq.write_table(pa.Table.from_pylist(found, schema=COLUMNS), folder / EXPLANATIONS, compression="zstd")
+            write_table(pa.Table.from_pylist(found, schema=COLUMNS), folder / EXPLANATIONS)
             (folder / EXPLANATIONS).replace(config.out_dir / EXPLANATIONS)
             write_report_again(config)
         done["read"] = {"rows": len(found), "scores": sum(len(row["scores"]) for row in found)}
@@ -84,7 +84,7 @@ def _chosen(config: AnalyzeConfig) -> NDArray[np.int64]:
         return np.unique(config.delphi.delphi_latents)
     path = config.out_dir / LATENTS
     with reading(f"{path}: cannot be read", "run `analyze` again"):
-        fired = np.asarray(pq.read_table(path, columns=["n_tokens"])["n_tokens"])
+        fired = np.asarray(read_table(path, columns=["n_tokens"])["n_tokens"])
     if not (latents := np.flatnonzero(fired >= LEAST_TOKENS)).size:
         raise UsageError(f"--export-delphi: no latent fired at {LEAST_TOKENS} tokens; name some with --delphi-latents")
     return latents

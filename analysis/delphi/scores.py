@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from analysis.report.data import finite
+from analysis.results.tables import read_table
 from residscope.errors import IncompatibleError, UsageError
 from residscope.reading import read_json, reading
 
@@ -83,7 +83,7 @@ def read_explanations(path: Path, latent: int | None = None) -> dict[int, list[d
     found: dict[int, list[dict[str, Any]]] = {}
     if path.is_file():
         with reading(f"{path}: cannot be read", "give --delphi-scores again"):
-            for row in pq.read_table(path, filters=None if latent is None else [("latent", "=", latent)]).to_pylist():
+            for row in read_table(path, filters=None if latent is None else [("latent", "=", latent)]).to_pylist():
                 where = "all layers" if row["layer"] is None else f"layer {row['layer']}"
                 row |= {"where": where, "said": "; ".join(map(_score_words, row["scores"]))}
                 found.setdefault(row.pop("latent"), []).append(row)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from analysis.loops import compiled
 from analysis.model.sequences import sequence_bounds
+from analysis.results.tables import CHECKED
 from analysis.tiles import CodeTile
 from harvest.model.tokenizer import PARTIAL, Tokenizer
 from store.arrays import TokenTable
@@ -273,7 +274,7 @@ def write_found(
     layers."""
     start, stop, activations = windows
     place, numbers = np.searchsorted(contexts.place, found.token), np.asarray(layer_numbers, np.int64)
-    with pq.ParquetWriter(path, COLUMNS.with_metadata({"texts": kind}), compression="zstd") as writer:
+    with pq.ParquetWriter(path, COLUMNS.with_metadata({"texts": kind}), **CHECKED) as writer:
         for low in range(0, len(found.latent), _ROWS_AT_ONCE):
             rows = slice(low, low + _ROWS_AT_ONCE)
             inside = np.arange(activations.shape[1]) < (stop - start)[rows, None]  # [rows, W]

@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from analysis.results.tables import write_table
 from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel
 from harvest.model.tokenizer import Tokenizer
@@ -238,4 +238,4 @@ def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Tokenizer) -
     ]
     table = pa.table(dict(zip(COLUMNS.names, columns, strict=True)), schema=COLUMNS)
     metadata = {"norm_folded": str(logits.norm_folded).lower()}
-    pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
+    write_table(table.replace_schema_metadata(metadata), path)

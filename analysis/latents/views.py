@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analysis.inputs import Inputs, TaskSpec
@@ -41,6 +40,7 @@ from analysis.latents.words import find_words
 from analysis.loops import compiled
 from analysis.model.transformer import spec_of_store
 from analysis.results.folder import EXAMPLES, HISTOGRAMS, RANDOM_EXAMPLES
+from analysis.results.tables import write_table
 from analysis.selection import Selection
 from analysis.task import codes_again
 from harvest.model.load import load_tokenizer, refuse_exchanged
@@ -116,7 +116,7 @@ def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequ
     rows = pa.FixedSizeListArray.from_arrays(pa.array(counts[latent, layer].astype(np.int64).ravel()), N_BINS)
     columns = [pa.array(latent), pa.array(np.asarray(layer_numbers, np.int64)[layer]), rows]
     table = pa.table(dict(zip(COLUMNS.names, columns, strict=True)), schema=COLUMNS)
-    pq.write_table(table.replace_schema_metadata({"edges": repr(list(EDGES))}), path, compression="zstd")
+    write_table(table.replace_schema_metadata({"edges": repr(list(EDGES))}), path)
 
 
 @compiled()

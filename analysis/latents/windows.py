@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+
+from analysis.results.tables import read_file, read_table
 
 CONTEXTS = 16  # of a latent, at most
 BEFORE, AFTER = 36, 26  # characters shown around a token, at most
@@ -46,7 +47,7 @@ class Context(NamedTuple):
 def read_contexts(path: Path, most: int = CONTEXTS) -> dict[int, list[Context]]:
     """By latent its first `most` contexts, from examples.parquet; none without the file."""
     found: dict[int, list[Context]] = {}
-    if not path.is_file() or not (table := pq.read_table(path, columns=_NUMBERS)).num_rows:
+    if not path.is_file() or not (table := read_table(path, columns=_NUMBERS)).num_rows:
         return found
     latent, layer, rank, activation, token = (np.asarray(table[name].to_numpy()) for name in _NUMBERS)
     order = np.lexsort((layer, -activation, token, latent))  # the rows of a context, the strongest first
@@ -76,9 +77,8 @@ def _windows_of_rows(path: Path, rows: np.ndarray, top: np.ndarray) -> list[_Win
     """Windows and levels of `rows`, in their order. top: [R] activation of the highest level."""
     wanted, back = np.unique(rows, return_inverse=True)
     found: list[_Window] = []
-    columns = ["text_token", "marked", "texts", "activations"]
-    start = 0
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+    columns, file, start = ["text_token", "marked", "texts", "activations"], read_file(path), 0
+    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
         here = wanted[slice(*np.searchsorted(wanted, [start, start + batch.num_rows]))]
         found += _windows(batch.take(pa.array(here - start)), top[here])
         start += batch.num_rows

@@ -33,8 +33,10 @@ from analysis.prompt.run import usual_of
 from analysis.report.data import finite
 from analysis.results import folder as files
 from analysis.results.added import has_analysis
+from analysis.results.summary import read_summary
+from analysis.results.tables import read_table
 from residscope.errors import IncompatibleError, UsageError
-from residscope.reading import read_json, reading
+from residscope.reading import reading
 from residscope.urls import as_path
 
 SHARE = 0.5
@@ -51,7 +53,7 @@ class Analysis:
 
     def __init__(self, folder: Path, store: Path | None, sae: Path | None, model: str | None, lens: str | None) -> None:
         self.folder, self._places, self._model, self._lens = folder, (store, sae), model, lens
-        self.summary: dict[str, Any] = read_json(folder / files.SUMMARY, _AGAIN)
+        self.summary = read_summary(folder / files.SUMMARY)
         self.stop = Event()
         """Where another thread sets it, an answer that the model is making ends with a `ResidscopeError`."""
 
@@ -87,7 +89,7 @@ class Analysis:
     def layers(self) -> pd.DataFrame:
         """layers.parquet: a row for each layer."""
         with reading(f"{self.folder / files.LAYERS}: cannot be read", _AGAIN):
-            return pq.read_table(self.folder / files.LAYERS).to_pandas()
+            return read_table(self.folder / files.LAYERS).to_pandas()
 
     @cached_property
     def contexts(self) -> dict[int, list[Context]]:
@@ -122,21 +124,22 @@ class Analysis:
         row = self._row(latent)
         names = ("latent", "count", "n_tokens", "profile", "layer_mean", "layer_std", "n_layers_active")
         near = zip(row.get("neighbours") or [], row.get("neighbour_cosines") or [], strict=True)
-        return _plain(
-            {
-                **{name: row.get(name) for name in names},
-                "of_tokens": self.summary["n_tokens"],
-                "fires_on": self._fires_on[latent],
-                "layers": self.layer_numbers,
-                **{name: row[name] for name in ("counts", "means", "probs")},
-                "histogram": self._histogram(latent),
-                "examples": self._examples(files.EXAMPLES, latent),
-                "random_examples": self._examples(files.RANDOM_EXAMPLES, latent),
-                **self._ends(latent),
-                "explanations": read_explanations(self.folder / files.EXPLANATIONS, latent).get(latent, []),
-                "neighbours": [{"latent": other, "cosine": cosine} for other, cosine in near],
-            }
-        )
+        with reading(f"{self.folder}: a table is damaged, or of another version", _AGAIN):
+            return _plain(
+                {
+                    **{name: row.get(name) for name in names},
+                    "of_tokens": self.summary["n_tokens"],
+                    "fires_on": self._fires_on[latent],
+                    "layers": self.layer_numbers,
+                    **{name: row[name] for name in ("counts", "means", "probs")},
+                    "histogram": self._histogram(latent),
+                    "examples": self._examples(files.EXAMPLES, latent),
+                    "random_examples": self._examples(files.RANDOM_EXAMPLES, latent),
+                    **self._ends(latent),
+                    "explanations": read_explanations(self.folder / files.EXPLANATIONS, latent).get(latent, []),
+                    "neighbours": [{"latent": other, "cosine": cosine} for other, cosine in near],
+                }
+            )
 
     def latent(self, latent: int) -> Card:
         """The card, as an object that a notebook shows; `.data` is that of `card`."""
@@ -212,7 +215,8 @@ class Analysis:
         parts of them, that all stand in one of its explanations by delphi, where those were read back."""
         found: list[dict[int, tuple[float, str]]] = []
         if tokens:
-            wanted = tokens if isinstance(tokens, str) else ", ".join(tokens)
+            with reading("tokens should be a text or a list of texts", kind=UsageError):
+                wanted = tokens if isinstance(tokens, str) else ", ".join(tokens)
             found.append({hit.latent: (hit.score, hit.why) for hit in search(self.contexts, wanted)})
         if promotes:
             found.append(self._promoting(promotes.strip().lower()))
@@ -274,7 +278,7 @@ class Analysis:
     @cached_property
     def _table(self) -> Any:
         with reading(f"{self.folder / files.LATENTS}: cannot be read", _AGAIN):
-            return pq.read_table(self.folder / files.LATENTS).combine_chunks()
+            return read_table(self.folder / files.LATENTS).combine_chunks()
 
     @cached_property
     def _fires_on(self) -> list[list[str]]:
@@ -290,7 +294,7 @@ class Analysis:
         """A latent's rows of a file that an analysis may lack."""
         path = self.folder / name
         with reading(f"{path}: cannot be read", _AGAIN):
-            return pq.read_table(path, filters=[("latent", "=", latent)]).to_pylist() if path.is_file() else []
+            return read_table(path, filters=[("latent", "=", latent)]).to_pylist() if path.is_file() else []
 
     def _histogram(self, latent: int) -> dict[str, Any] | None:
         """Sizes of activations: the bins' edges, and for each layer its number, the first bin with a count, counts."""
@@ -348,7 +352,7 @@ class Analysis:
         if not path.is_file():
             raise UsageError(f"{self.folder} does not say what latents promote: {_AGAIN} where the model is at hand")
         found = {}
-        for row in pq.read_table(path, columns=["latent", "promoted", "unembedding_cosine"]).to_pylist():
+        for row in read_table(path, columns=["latent", "promoted", "unembedding_cosine"]).to_pylist():
             places = [i for i, text in enumerate(row["promoted"]) if text.strip().lower() == token]
             if places and (row["unembedding_cosine"] or 0.0) > self._chance:
                 why = f"promotes it, place {places[0] + 1} of {len(row['promoted'])}"

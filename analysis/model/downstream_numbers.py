@@ -125,9 +125,8 @@ def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np
     """Means from sums: n_tokens [...], true_ce [...], ce and kl [L, C, ...]; ... is empty or replicates."""
     true_ce, ce, kl = true_ce / n_tokens, ce / n_tokens, kl / n_tokens
     delta = ce - true_ce  # [L, C, ...]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        recovered = 1 - delta[:, :1] / delta[:, 1:]
-    recovered = np.where(np.isfinite(recovered), recovered, np.nan)
+    # Where an ablation costs nothing, there is nothing to recover.
+    recovered = 1 - delta[:, :1] / np.where(delta[:, 1:] > 0, delta[:, 1:], np.nan)
     return DownstreamResult(
         n_tokens=n_tokens,
         true_ce=true_ce,

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from analysis.config import AnalyzeConfig
@@ -25,10 +24,12 @@ from analysis.prompt.view import PromptView, Usual, check_interventions, check_p
 from analysis.prompt.words import prompt_words
 from analysis.results.added import make_unless_there, require_there, write_report_again
 from analysis.results.folder import LATENTS, PROMPT_JSON, PROMPT_TABLE, SUMMARY
+from analysis.results.summary import read_summary
+from analysis.results.tables import read_table, write_table
 from harvest.model.checks import check_logits, check_model
 from harvest.model.tokenizer import Tokenizer
 from residscope.destinations import partial_folder
-from residscope.reading import read_json, reading
+from residscope.reading import reading
 from store.files import atomic_write
 
 VERSION = 2
@@ -85,15 +86,15 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
 def usual_of(folder: Path) -> Usual:
     """How active each latent is in the analysis in a folder."""
     with reading(f"{folder}: the analysis there is damaged", "run `analyze` again"):
-        total = np.asarray(pq.read_table(folder / LATENTS, columns=["total"])["total"].to_numpy())
-        return Usual(total, int(read_json(folder / SUMMARY)["n_tokens"]))
+        total = np.asarray(read_table(folder / LATENTS, columns=["total"])["total"].to_numpy())
+        return Usual(total, int(read_summary(folder / SUMMARY)["n_tokens"]))
 
 
 def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str, Any]) -> None:
     out = config.out_dir
     (out / PROMPT_JSON).unlink(missing_ok=True)  # no reader takes it for that of the table below
     sink = pa.BufferOutputStream()
-    pq.write_table(_table(views), sink, compression="zstd")
+    write_table(_table(views), sink)
     atomic_write(out / PROMPT_TABLE, [memoryview(sink.getvalue())])
     atomic_write(out / PROMPT_JSON, [json.dumps(content, indent=2, allow_nan=False).encode()])
     write_report_again(config)

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from residscope.errors import IncompatibleError, ResidscopeError
+from analysis.results.summary import read_summary
+from analysis.results.tables import read_table
+from residscope.errors import ResidscopeError
 from residscope.reading import read_json, reading
 
 SCHEMA_VERSION = 1
@@ -111,11 +113,7 @@ def load_results(out_dir: Path) -> Results:
     for name in ("summary.json", "layers.parquet", "latents.parquet"):
         if not (out_dir / name).is_file():
             raise ResidscopeError(f"{out_dir} has no {name}: the report is made from what `analyze --out` writes")
-    summary = read_json(out_dir / "summary.json", _AGAIN)
-    version = summary.get("schema_version") if isinstance(summary, dict) else None
-    if version != SCHEMA_VERSION:
-        reason = f"schema_version is {version}, this report reads {SCHEMA_VERSION}: {_AGAIN} with this version"
-        raise IncompatibleError(f"{out_dir / 'summary.json'}: {reason}")
+    summary = read_summary(out_dir / "summary.json")
     with reading(f"{out_dir}: a table cannot be read", _AGAIN):
         return _load_tables(out_dir, summary)
 
@@ -123,9 +121,9 @@ def load_results(out_dir: Path) -> Results:
 def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
     names = pq.read_schema(out_dir / "latents.parquet").names
     scalars = [*SCALARS, *(name for name in OPTIONAL_SCALARS if name in names)]
-    latents = pq.read_table(out_dir / "latents.parquet", columns=[*scalars, "profile", "counts", "probs"])
+    latents = read_table(out_dir / "latents.parquet", columns=[*scalars, "profile", "counts", "probs"])
     latents = latents.filter(pc.field("count") > 0)
-    layers = _columns(pq.read_table(out_dir / "layers.parquet"))
+    layers = _columns(read_table(out_dir / "layers.parquet"))
     prompt, pairs = out_dir / "prompt.json", out_dir / "redundancy.parquet"
     has_prompts = prompt.is_file() and (out_dir / "prompt.parquet").is_file()
 
@@ -141,8 +139,8 @@ def _load_tables(out_dir: Path, summary: dict[str, Any]) -> Results:
         probs=matrix("probs"),
         kinds=np.array(latents["profile"].to_pylist(), object),
         prompts=read_json(prompt) if has_prompts else None,
-        prompt_rows=_columns(pq.read_table(out_dir / "prompt.parquet", columns=PROMPT_COLUMNS)) if has_prompts else {},
-        pairs=pq.read_table(pairs).slice(0, MAX_PAIRS).to_pylist() if pairs.is_file() else [],
+        prompt_rows=_columns(read_table(out_dir / "prompt.parquet", columns=PROMPT_COLUMNS)) if has_prompts else {},
+        pairs=read_table(pairs).slice(0, MAX_PAIRS).to_pylist() if pairs.is_file() else [],
         folder=out_dir,
     )
 

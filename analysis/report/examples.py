@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from analysis.delphi.scores import read_explanations
 from analysis.latents.windows import CONTEXTS, Context, read_contexts
+from analysis.results.tables import read_table
 from residscope.console import ranges
 
 PER_BLOCK = 64  # live latents
@@ -139,7 +140,7 @@ def _note(plan: Plan, found: list[_Found]) -> str:
 
 def _add_histograms(path: Path, of: dict[int, _Found]) -> list[float]:
     """Counts by layer, without the empty bins at either end; returns the bins' edges."""
-    if not path.is_file() or (table := pq.read_table(path)).num_rows == 0:
+    if not path.is_file() or (table := read_table(path)).num_rows == 0:
         return []
     lists: Any = table["counts"].combine_chunks()
     counts = np.asarray(lists.flatten()).reshape(table.num_rows, -1)  # [R, B]
@@ -156,7 +157,7 @@ def _add_columns(path: Path, of: dict[int, _Found]) -> None:
     """Neighbours and words, if latents.parquet has them."""
     known = set(pq.read_schema(path).names)
     names = [name for name in ("neighbours", "neighbour_cosines", "fires_on") if name in known]
-    for row in pq.read_table(path, columns=["latent", *names]).to_pylist():
+    for row in read_table(path, columns=["latent", *names]).to_pylist():
         if one := of.get(row["latent"]):
             pairs = zip(row.get("neighbours") or (), row.get("neighbour_cosines") or (), strict=True)
             one.near = [[other, float(f"{cosine:.3g}")] for other, cosine in pairs]
@@ -167,7 +168,7 @@ def _add_tokens(path: Path, of: dict[int, _Found], chance: float | None) -> bool
     """Tokens that latents promote and suppress, of those nearer to one than chance; whether there is such a file."""
     if not path.is_file():
         return False
-    for row in pq.read_table(path, columns=["latent", "promoted", "suppressed", "unembedding_cosine"]).to_pylist():
+    for row in read_table(path, columns=["latent", "promoted", "suppressed", "unembedding_cosine"]).to_pylist():
         cosine = row.pop("unembedding_cosine")
         if (one := of.get(row.pop("latent"))) and (chance is None or cosine > chance):
             one.tokens = row

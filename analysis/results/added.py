@@ -11,11 +11,11 @@ from analysis.inputs import Inputs
 from analysis.report.data import load_results
 from analysis.report.page import render_report
 from analysis.results.folder import REPORT, SUMMARY
-from analysis.results.summary import SCHEMA_VERSION
+from analysis.results.summary import read_summary
 from analysis.run import analyze
 from residscope.errors import IncompatibleError
 from residscope.options import with_values
-from residscope.reading import read_json, reading
+from residscope.reading import reading
 from store.files import atomic_write
 
 
@@ -35,13 +35,12 @@ def require_there(config: AnalyzeConfig, inputs: Inputs) -> None:
 def has_analysis(out: Path, inputs: Inputs) -> bool:
     """Whether `out` holds a whole analysis of this store and autoencoder, of this version."""
     try:
-        summary = read_json(out / SUMMARY)
+        summary = read_summary(out / SUMMARY)
         with reading(out / SUMMARY):
-            provenance = summary["provenance"]
-            found = (summary["schema_version"], provenance["store"]["content_hash"], provenance["sae"]["hash"])
+            found = (summary["provenance"]["store"]["content_hash"], summary["provenance"]["sae"]["hash"])
     except (OSError, IncompatibleError):
         return False
-    return found == (SCHEMA_VERSION, inputs.store.content_hash, sae_hash(inputs.sae))
+    return found == (inputs.store.content_hash, sae_hash(inputs.sae))
 
 
 def write_report_again(config: AnalyzeConfig) -> None:

@@ -4,8 +4,10 @@ Nothing is computed here but means over layers; a number that is not defined is 
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ from analysis.selection import Selection
 from analysis.task import VALIDATION, WITHOUT_FEW, Sums
 from analysis.uncertainty import METHOD, MIN_INTERVAL_GROUPS, Interval, Intervals, SumIntervals
 from residscope.console import counted
+from residscope.errors import IncompatibleError
 from residscope.names import versions
+from residscope.reading import read_json, reading
 from store.meta import config_hash
 from train.checkpoint import Checkpoint
 from train.hardware import resolve_device
@@ -35,6 +39,7 @@ from train.model import MLSAE, sae_hash
 from train.reporting.convergence import in_words, is_curve, last_quarter
 
 SCHEMA_VERSION = 1
+_AGAIN = "run `analyze` again"
 HASH = "content_hash"
 """Key of what `content_hash` gives."""
 
@@ -123,6 +128,21 @@ def build(found: Findings) -> dict[str, Any]:
     return {**summary, HASH: content_hash(summary)}
 
 
+def read_summary(file: Path) -> dict[str, Any]:
+    """summary.json of this version as `analyze` wrote it; `IncompatibleError` for any other."""
+    summary = read_json(file, _AGAIN)
+    version = summary.get("schema_version") if isinstance(summary, dict) else None
+    if version != SCHEMA_VERSION:
+        raise IncompatibleError(f"{file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
+    if HASH not in summary:
+        print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
+        return summary
+    with reading(f"{file}: damaged", _AGAIN):  # NaN is no number of a summary
+        if summary[HASH] != content_hash(summary):
+            raise ValueError("changed after `analyze` wrote it")
+    return summary
+
+
 def content_hash(summary: Mapping[str, Any]) -> str:
     """XXH3-128 of a summary but for the hash itself and all `seconds`, which differ where runs found the same."""
     text = json.dumps({key: value for key, value in summary.items() if key != HASH})
@@ -193,13 +213,13 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
         way_out = "use --split validation" if held_out.any() else one
         warnings.append(f"{shown} of these tokens are of training documents: {way_out} for held-out numbers.")
     if trained_on == "unknown":
-        warnings.append("It is not known whether the autoencoder, trained on another store, was trained on this text.")
+        warnings.append("It is not known whether the autoencoder, not trained on this store, was trained on this text.")
     if not inputs.checkpoint.trainer.get("finished", True):
         warnings.append(f"Training was not finished: this is its step {inputs.checkpoint.trainer.get('step')}.")
     if not found.intervals.variance and found.config.statistics.intervals:
         warnings.append(
-            f"No 95 % intervals: {counted(selection.n_documents, 'document')}, which make "
-            f"{counted(selection.n_groups, 'group')} of about the same size: too few, {MIN_INTERVAL_GROUPS} are needed."
+            f"No 95 % intervals: {counted(selection.n_documents, 'document')} in "
+            f"{counted(selection.n_groups, 'group')} of about the same size; {MIN_INTERVAL_GROUPS} groups are needed."
         )
     return {
         "name": split,

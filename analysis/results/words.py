@@ -95,7 +95,7 @@ def _persistence_words(means: Mapping[str, Any]) -> list[str]:
     single, unbroken = means["single_layer"], means["unbroken_multi"]
     if unbroken is not None:
         lines.append(
-            f"At one layer only: {100 * single:.0f} %. Of the rest {100 * unbroken:.0f} % switch on once and "
+            f"At one layer only: {100 * single:.0f} %. Of the others {100 * unbroken:.0f} % switch on once and "
             f"stay on until they go off (contiguity {with_interval(means, 'contiguity_multi')})."
         )
     return lines

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analysis.config import AnalyzeConfig
@@ -22,6 +21,7 @@ from analysis.model.downstream_numbers import COLUMNS as DOWNSTREAM_COLUMNS
 from analysis.moments import LayerMoments
 from analysis.results import folder as files
 from analysis.results.summary import Findings, build
+from analysis.results.tables import write_table
 from analysis.results.words import words
 from residscope.options import to_flat, to_toml
 
@@ -58,12 +58,12 @@ def write_latents(
         **extra,
         **{name: _lists(found[name]) for name in ("counts", "totals", "means", "probs")},
     }
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    write_table(pa.table(columns), path)
 
 
 def write_layers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One row for each layer, as in summary.json."""
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=LAYER_COLUMNS), path, compression="zstd")
+    write_table(pa.Table.from_pylist(list(rows), schema=LAYER_COLUMNS), path)
 
 
 def write_redundancy(path: Path, redundancy: Redundancy, table: LatentTable) -> None:
@@ -78,7 +78,7 @@ def write_redundancy(path: Path, redundancy: Redundancy, table: LatentTable) -> 
         "layer_mean_a": pa.array(table.layer_mean[pairs.a]),
         "layer_mean_b": pa.array(table.layer_mean[pairs.b]),
     }
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    write_table(pa.table(columns), path)
 
 
 def _lists(values: NDArray[Any]) -> pa.Array:

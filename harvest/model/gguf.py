@@ -126,8 +126,7 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             config = transformers.AutoConfig.from_pretrained(source.parent, **arguments)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, config=config, **arguments)
-            if hasattr(transformers, "GgufConfig"):
-                arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
             arguments |= {"config": config, "dtype": torch.float32, "output_loading_info": True}
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **arguments)
             model, info = loaded

@@ -253,10 +253,9 @@ def _weights(
         arguments |= {"output_loading_info": True, "adapter_kwargs": dict(NOT_BY_TRANSFORMERS), **spec.load_arguments}
         arguments |= {"ignore_mismatched_sizes": True}  # They are named below, which the library's error does not do.
         model, found = auto.from_pretrained(spec.location, config=config, dtype=dtype, **arguments)
-        for one in sorted(found["mismatched_keys"]):
-            weight, *shapes = [one] if isinstance(one, str) else one  # a name alone before transformers 5
-            sizes = f", {list(shapes[0])} in its files, {list(shapes[1])} by its config.json" if shapes else ""
-            what = f"{weight} has another shape than it should{sizes}"
+        for weight, there, wanted in sorted(found["mismatched_keys"]):
+            sizes = f"{list(there)} in its files, {list(wanted)} by its config.json"
+            what = f"{weight} has another shape than it should, {sizes}"
             raise IncompatibleError(f"{spec.name}: {what}: check that config.json belongs to the weights")
         model.offload_folder = folder  # with what accelerate puts there, it goes when the model does
         if spec.source == "hub":  # A commit says nothing of what is on this disk.

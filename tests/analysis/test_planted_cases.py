@@ -123,4 +123,4 @@ def test_of_a_single_token_everything_is_within_it_and_no_interval_is_given(tmp_
     assert tokens["variance"]["mass"]["within_token"] == mass["within_token"]  # alone in its chunk, it stays
     assert mass["ci95"] == {}
     assert summary["uncertainty"] is None
-    assert any("1 document" in warning and "too few" in warning for warning in summary["warnings"])
+    assert any("1 document in 1 group" in warning for warning in summary["warnings"])

@@ -273,7 +273,7 @@ def test_another_store_of_the_same_model_is_analysed_and_said_to_be_another(smal
     other = make_small(tmp_path, n_tokens=200)
     summary = analyze(analyze_config(store=other.store, sae=small.sae, out=tmp_path / "out", report=False))
     assert summary["split"]["trained_on"] == "unknown"
-    assert "another store" in " ".join(summary["warnings"])
+    assert "not trained on this store" in " ".join(summary["warnings"])
 
 
 def test_an_autoencoder_of_some_layers_is_analysed_on_those(small, tmp_path):

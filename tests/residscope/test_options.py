@@ -128,6 +128,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
         ("model = 'm'\ndtype = 'int8'", "dtype should be 'float32' | 'bfloat16'"),
         ("model = 'm'\nlayers = [1, 'a']", "layers should be int, found 'a'"),
         ("model = 'm'\nlayers = [true]", "layers should be int, found True"),
+        ("model = 'm'\nmax_tokens = 1\nmax-tokens = 2", "max_tokens is given twice"),
         ("model = ", "not valid TOML"),
         ("model = '\xff'", "not valid TOML"),
     ],
@@ -206,9 +207,14 @@ def test_a_file_may_use_tables_or_flat_names_and_flags_win(tmp_path: Path) -> No
     path.write_text('name = "n"\ndepth = 7\n[size]\nwidth = 8\n')
     assert parse_nested("--config", str(path)) == Nested(name="n", size=Size(width=8, depth=7))
     assert parse_nested("--config", str(path), "--width", "1").size == Size(width=1, depth=7)
-    path.write_text("[size]\nheight = 1\n")
-    with pytest.raises(UsageError, match="unknown option 'height'"):
-        parse_nested("--config", str(path))
+    for text, said in (
+        ("[size]\nheight = 1\n", "unknown option 'height'"),
+        ("[size]\nname = 'n'\n", r"name is no option of \[size\]: it belongs above all tables"),
+        ("width = 1\n[size]\nwidth = 2\n", "width is given twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            parse_nested("--config", str(path))
 
 
 def test_help_shows_the_first_flags_and_then_the_groups(capsys: pytest.CaptureFixture[str]) -> None:

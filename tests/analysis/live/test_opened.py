@@ -1,6 +1,7 @@
 """An analysis opened again: its numbers are those of the files, its search's those of a search written out."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,21 @@ def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:
         _ = Analysis.open(live.folder, sae=tmp_path / "other.pt").live
     with pytest.raises(UsageError, match="give its path with --model"):
         _ = Analysis.open(live.folder).live
+
+
+def test_damaged_files_are_refused(live: Live, tmp_path: Path) -> None:
+    folder = tmp_path / "an"
+    shutil.copytree(live.folder, folder)
+    rows = pq.read_table(folder / "random_examples.parquet")
+    pq.write_table(rows.drop_columns("texts"), folder / "random_examples.parquet")
+    with pytest.raises(IncompatibleError, match=r"a table is damaged, or of another version .*: run `analyze` again"):
+        Analysis.open(folder).latent(int(rows["latent"][0].as_py()))
+    summary = (folder / "summary.json").read_text()
+    (folder / "summary.json").write_text(summary.replace('"n_tokens": ', '"n_tokens": 1', 1))
+    with pytest.raises(IncompatibleError, match=r"summary\.json: damaged \(changed after `analyze` wrote it\)"):
+        Analysis.open(folder)
+    with pytest.raises(UsageError, match="tokens should be a text or a list of texts"):
+        live.open().search(tokens=5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
