@@ -30,12 +30,13 @@ from harvest.stored_values import host_bytes, n_writers
 from harvest.table import make_table
 from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.cluster import n_cores
-from residscope.console import human_bytes
+from residscope.console import counted, human_bytes
 from residscope.errors import IncompatibleError, UsageError
 from residscope.urls import URL
 from store.activations import ActivationStore
 from store.arrays import TokenTable
 from store.care.outliers import few_tokens
+from store.care.verify import lost_shards
 from store.folder import is_store
 from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
 
@@ -124,6 +125,10 @@ def _reopen(job: Job) -> ActivationStore:
     if store.meta != reader.meta:
         store.close()
         raise IncompatibleError(f"{out} was exchanged for another store while it was opened; run the command again")
+    if lost := lost_shards(store):
+        what = f"the files of {counted(len(lost), 'shard')} are gone or cut off, the first of shard {lost[0]}"
+        store.close()
+        raise IncompatibleError(f"{out}: {what}: `residscope verify --repair` computes them again")
     return store
 
 

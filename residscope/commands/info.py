@@ -22,6 +22,7 @@ def info(path: Path, as_json: bool) -> None:
 def facts(path: Path) -> dict[str, Any]:
     """All that is known of a store, plain JSON: its attributes, then what was counted."""
     from store.activations import ActivationStore
+    from store.care.verify import lost_shards
 
     store = ActivationStore.open(path, partial=True)
     meta, tokens, missing, statistics = store.meta, store.tokens, store.missing_shards(), store.statistics()
@@ -32,6 +33,7 @@ def facts(path: Path) -> dict[str, Any]:
         "n_documents": int(tokens.document.max()) + 1,
         "n_shards": meta.n_shards,
         "missing_shards": missing,
+        "lost_shards": lost_shards(store),
         "bytes": sum(store.record(shard).bytes for shard in range(meta.n_shards) if shard not in missing),
         "content_hash": store.content_hash,
         "layer_norm": statistics.norm.tolist() if statistics.count else None,
@@ -44,7 +46,9 @@ def in_words(found: Mapping[str, Any]) -> dict[str, str]:
     random = ", random weights" if provenance.get("random_init") else ""
     n_shards = counted(found["n_shards"], "shard")
     missing = f"{counted(n_missing, 'shard')} {'is' if n_missing == 1 else 'are'} missing"
-    fill = "run the same `harvest` command again to fill what is missing"
+    state = f"{missing}; run the same `harvest` command again to fill what is missing" if n_missing else "complete"
+    if lost := found["lost_shards"]:
+        state = f"damaged: files of {counted(len(lost), 'shard')} are gone or cut off; see `residscope verify`"
     return {
         "model": provenance.get("model", "unknown") + random,
         "text": _texts(provenance),
@@ -56,7 +60,7 @@ def in_words(found: Mapping[str, Any]) -> dict[str, str]:
         "size": f"{human_bytes(found['bytes'])} in {found['n_shards'] - n_missing} of {n_shards} "
         f"of {found['shard_tokens']:,} tokens",
         "mean norm": _norms(found["layers"], found["layer_norm"]),
-        "state": f"{missing}; {fill}" if n_missing else "complete",
+        "state": state,
     }
 
 

@@ -26,11 +26,11 @@ import numpy as np
 import xxhash
 
 from residscope.errors import IncompatibleError
-from residscope.reading import read_json
+from residscope.reading import CONFIG_BYTES, read_whole, reading
 from store.arrays import encode_numbers, moments_name, read_numbers
 from store.checksums import DamagedError
 from store.files import atomic_write, removed_on_error
-from store.manifest import FOLDER, ShardRecord
+from store.manifest import FOLDER, ShardRecord, is_intact, sealed
 from store.meta import StoreMeta
 from store.moments import ShardMoments, merge, no_moments
 from store.shards import shard_name
@@ -126,15 +126,14 @@ class Readers:
     def used(self) -> dict[str, int]:
         """Parts that each trainer has used, by its name."""
         files = sorted((self._store / _READERS).glob("*.json"))
-        found = [read_json(file, "remove it, if its trainer is not to go on") for file in files]
-        return {str(one["name"]): int(one["parts"]) for one in found}
+        return dict(self._read(file, "remove it, if its trainer is not to go on") for file in files)
 
     def publish(self, name: str, parts: int) -> None:
         """Say that a trainer, called by its checkpoint's path, has used this many parts, and has saved what it made of
         them."""
         path = self._file(name)
         path.parent.mkdir(exist_ok=True)
-        atomic_write(path, [json.dumps({"name": name, "parts": parts}).encode()])
+        atomic_write(path, [sealed({"name": name, "parts": parts})])
 
     def _file(self, name: str) -> Path:
         words = re.sub(r"[^A-Za-z0-9.-]", "_", name)[-100:]
@@ -143,7 +142,17 @@ class Readers:
     def removed(self) -> int:
         """Parts that are removed, or are being removed."""
         path = self._store / _REMOVED
-        return int(read_json(path, "it should hold a number")["parts"]) if path.exists() else 0
+        return self._read(path, "harvest again with --overwrite")[1] if path.exists() else 0
+
+    def _read(self, path: Path, way_out: str) -> tuple[str, int]:
+        """A trainer's name ("": none), and parts of this store."""
+        with reading(f"{path}: damaged", way_out):
+            data = read_whole(path, CONFIG_BYTES)
+            found = json.loads(data)
+            earlier = not {*found} - {"name", "parts"}  # versions wrote no check sum
+            if type(found["parts"]) is not int or not (earlier or is_intact(data[:-1])):
+                raise ValueError("wrong check sum, or no number")
+            return str(found.get("name", "")), found["parts"]
 
     def register(self, name: str, part: int) -> None:
         """Make a trainer known that needs `part` next; `IncompatibleError` where it comes too late."""
@@ -163,7 +172,7 @@ class Readers:
         """Say that the first `parts` parts are about to be removed: no trainer that needs them can begin any more. The
         caller holds the store's lock, and looks once more at those that have begun."""
         if parts > self.removed():
-            atomic_write(self._store / _REMOVED, [json.dumps({"parts": parts}).encode()])
+            atomic_write(self._store / _REMOVED, [sealed({"parts": parts})])
 
     def remove(self, parts: int, n_shards: int, moments: Moments) -> None:
         """Remove the shards of the first `parts` parts, once that is announced."""

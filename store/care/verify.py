@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residscope.console import progress
-from residscope.urls import as_path
+from residscope.urls import URL, as_path
 from store import arrays
 from store.activations import ActivationStore
 from store.care.ring import Readers, ring_of
@@ -74,6 +74,15 @@ def verify(path: str | os.PathLike[str], *, threads: int = 4) -> list[BadShard]:
         for name, data in expected.items()
         if (path / name).exists() and not _holds(path / name, data)
     ]
+
+
+def lost_shards(store: ActivationStore) -> list[int]:
+    """Shards of a store on a disk that were written, and whose files are gone or of another size; none is read."""
+    if store.ring or isinstance(store.path, URL):
+        return []
+    written = {*range(store.meta.n_shards)} - {*store.missing_shards()}
+    files = ((shard, store.path / shard_name(shard)) for shard in sorted(written))
+    return [i for i, file in files if not file.is_file() or file.stat().st_size != store.record(i).bytes]
 
 
 def _holds(file: Path, data: bytes) -> bool:

@@ -17,10 +17,12 @@ from harvest.options_file import options_file
 from harvest.record import make_record
 from harvest.refill import prepare
 from harvest.run import harvest
+from residscope.commands.info import facts, in_words
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
 from store.activations import ActivationStore
 from store.care.repair import repair
 from store.care.verify import verify
+from store.shards import shard_name
 from tests.support.harvesting import MakeConfig, ModelFolder, crash_after, tree
 from tests.support.lenses import write_lens
 from tests.support.models import D_MODEL, tiny_model
@@ -81,6 +83,21 @@ def test_a_hub_data_set_is_not_asked_for_again(config: MakeConfig, monkeypatch: 
             patch.setattr("harvest.text.sources.pin", None)
             assert harvest(options).tokens == 602
         assert ActivationStore.open(options.out).meta.provenance["dataset_revision"] == "c0ffee"
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_shard_whose_file_is_gone_is_no_whole_store(config: MakeConfig) -> None:
+    made = config()
+    harvest(made)
+    file = made.out / shard_name(1)
+    whole = file.read_bytes()
+    for damage in (file.unlink, lambda: file.write_bytes(whole[:-1])):
+        damage()
+        with pytest.raises(IncompatibleError, match="the files of 1 shard are gone or cut off, the first of shard 1: "):
+            harvest(made)
+        assert "files of 1 shard are gone" in in_words(facts(made.out))["state"]
+    file.write_bytes(whole)
+    harvest(made)
 
 
 @pytest.mark.usefixtures("small_shards")

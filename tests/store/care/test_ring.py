@@ -119,6 +119,33 @@ def test_a_trainer_that_comes_too_late_is_told(tmp_path: Path) -> None:
     readers.register("/x/c.pt", 1)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "5", '{"parts": "x"}', '{"parts": null}', '{"parts": 1e400}', ""])
+def test_what_is_no_number_of_parts_is_refused(tmp_path: Path, content: str) -> None:
+    store = ring_store(tmp_path / "a.zarr")
+    readers, removed = Readers(store.path, RING), store.path / "manifest" / "removed.json"
+    removed.write_text(content)
+    with pytest.raises(IncompatibleError, match=r"removed\.json: damaged"):
+        readers.removed()
+    with pytest.raises(IncompatibleError, match=r"removed\.json: damaged"):
+        verify(store.path)
+    removed.write_text('{"parts": 1}')  # as earlier versions wrote it
+    assert readers.removed() == 1
+
+
+def test_a_flipped_bit_says_of_no_part_that_it_was_used(tmp_path: Path) -> None:
+    store = ring_store(tmp_path / "a.zarr")
+    readers = Readers(store.path, RING)
+    readers.publish("/x/a.pt", 0)
+    (file,) = (store.path / "manifest" / "readers").iterdir()
+    whole = file.read_bytes()
+    for bit in range(8 * (len(whole) - 1)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        with pytest.raises(IncompatibleError, match="damaged"):
+            readers.used()
+
+
 def test_trainers_of_like_names_are_told_apart(tmp_path: Path) -> None:
     readers = Readers(ring_store(tmp_path / "a.zarr").path, RING)
     names = ("/x/run/a_b.pt", "/x/run/a/b.pt", "/y" + "/deep" * 40, "/z" + "/deep" * 40)
