@@ -46,6 +46,8 @@ class Checkpoint:
     """Which format it was in: residscope, mlsae, saelens or sparsify."""
     path: str = ""
     """The file or hub repository, as given, with the sub-folder where there was one."""
+    changed: int = 0
+    """As of `changed_at`, just before it was read."""
 
     @property
     def config(self) -> SAEConfig:
@@ -55,6 +57,11 @@ class Checkpoint:
 def refuse_anothers(checkpoint: Path) -> None:
     """`UsageError` where what `train` writes beside `checkpoint` belongs to another one, or to no run."""
     refuse_shared(checkpoint, config_path(checkpoint), [beside(checkpoint, ending) for ending in BESIDE])
+
+
+def changed_at(checkpoint: Path) -> int:
+    """When the file was last written, in nanoseconds; 0 where there is none."""
+    return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
 
 def config_path(checkpoint: Path) -> Path:
@@ -100,7 +107,7 @@ def load_checkpoint(path: Path, *, finite: bool = True, mapped: bool = False) ->
     finite: refuse weights that are not finite. mapped: as in `load_tensors`. Raises `UsageError` if there is no such
     file, `IncompatibleError` if it is not a whole checkpoint of this format.
     """
-    content = _read_safely(Path(path), mapped)
+    changed, content = changed_at(Path(path)), _read_safely(Path(path), mapped)
     version = content.get("format")
     if version != CHECKPOINT_FORMAT:
         ours = f"this version reads {CHECKPOINT_FORMAT}"
@@ -124,7 +131,7 @@ def load_checkpoint(path: Path, *, finite: bool = True, mapped: bool = False) ->
     if finite:
         check_weights(sae.state_dict(), str(path))
     check_records(store, trainer, str(path))
-    return Checkpoint(sae=sae, store=store, trainer=trainer, path=str(path))
+    return Checkpoint(sae=sae, store=store, trainer=trainer, path=str(path), changed=changed)
 
 
 def _read_safely(path: Path, mapped: bool) -> dict[str, Any]:

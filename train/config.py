@@ -26,7 +26,7 @@ def _check(config: Any, *, counts: str = "", positive: str = "", not_negative: s
     """`UsageError` for the first of these fields whose value is given and out of its range."""
     for names, wanted, good in (
         (counts, f"above 0 and below {_MOST:.0e}", lambda value: 0 < value < _MOST),
-        (positive, "above 0", lambda value: 0 < value < math.inf),
+        (positive, "above 0 and below 1e+38", lambda value: 0 < value < 1e38),  # the largest float32
         (not_negative, "0 or more", lambda value: 0 <= value < math.inf),
         (shares, "in [0, 1]", lambda value: 0 <= value <= 1),
     ):

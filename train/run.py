@@ -176,6 +176,9 @@ class _Stream:
             batches = stack.enter_context(self.data.arriving(loader))
             bar = stack.enter_context(announce.progress_bar(self.step, self.plan.steps))
             self.began = time.perf_counter()
+            behind = [each for each in self.trainers if each.step == self.step and each.last_looked < self.step]
+            if behind and self.step < self.plan.steps and self._validation_is_due():
+                self._validate(behind, bar)  # A fault of the store may have cut it short.
             while self.step < self.plan.steps:
                 taking = [trainer for trainer in self.trainers if trainer.step == self.step]
                 with self._keeping(taking):
@@ -227,8 +230,8 @@ class _Stream:
 
     def _between_steps(self, taking: Sequence[Trainer], bar: tqdm, *, stop: bool) -> None:
         """Validate and save where that is due, and stop if a signal has come; none of it counts as training time."""
-        paused, validate_every = time.perf_counter(), self.config.validation.validate_every
-        if self._due(-(-self.plan.steps // 4) if validate_every is None else validate_every):
+        paused = time.perf_counter()
+        if self._validation_is_due():
             self._validate(taking, bar)
         if stop:
             raise Interrupted(self._stopped(taking))
@@ -262,6 +265,10 @@ class _Stream:
             trainer.save(finished=False)
         saved = f"{self.config.out} is" if self.n_runs == 1 else f"{counted(self.n_runs, 'checkpoint')} are"
         return f"{where}; {saved} saved. Continue with the same command and --resume"
+
+    def _validation_is_due(self) -> bool:
+        every = self.config.validation.validate_every
+        return self._due(-(-self.plan.steps // 4) if every is None else every)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

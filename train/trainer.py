@@ -17,7 +17,7 @@ from residscope.names import beside
 from residscope.options import to_toml
 from residscope.reading import reading
 from store.files import atomic_write
-from train.checkpoint import Checkpoint, config_path, refuse_anothers, save_checkpoint
+from train.checkpoint import Checkpoint, changed_at, config_path, refuse_anothers, save_checkpoint
 from train.data import TrainingData, Vectors
 from train.determinism import surroundings
 from train.kernels.choose import choose_kernels
@@ -80,6 +80,8 @@ class Trainer:
         refuse_anothers(self.path)
         if saved is None and self.path.exists() and not self.plan.config.overwrite:
             raise UsageError(f"{self.path} exists by now: use --resume to continue it or --overwrite to replace it")
+        if saved is not None and saved.changed != changed_at(self.path):
+            raise UsageError(f"{self.path} was written since it was read: run the same command again")
 
     def claim(self, saved: Checkpoint | None) -> None:
         """Write the run's flags beside its checkpoint, and remove what an earlier run left there: all but what `saved`,
@@ -212,6 +214,11 @@ class Trainer:
     def sae(self) -> MLSAE:
         """The autoencoder that is validated and saved."""
         return self._sae if self._average is None else self._average.sae
+
+    @property
+    def last_looked(self) -> int:
+        """The step of the curve's last point."""
+        return self.curve[-1]["step"] if self.curve else 0
 
     def look(self, validated: Validation) -> None:
         """Add a point to the curve."""

@@ -1,6 +1,7 @@
 """What a resume refuses by name, what it warns of, and plans of checkpoints from before an option was there."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from residscope.options import with_values
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from tests.support.training import plan_of
+from train import run
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.resolve import ADDED_LATER, RECORDED, RunPlan
 from train.resume import compare_plans
@@ -137,6 +140,24 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
         torch.save({**finished, "trainer": {**finished["trainer"], "metrics": metrics}}, config.out)
         with pytest.raises(IncompatibleError, match="metrics is not what"):
             train(with_values(config, checkpoint_every=5, resume=True))
+
+
+def test_what_another_run_has_written_since_is_not_replaced(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_values(config, epochs=None, steps=3)
+    train(config)
+    as_begun = run.as_begun
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(run, "as_begun", as_begun)
+        train(with_values(config, steps=9, resume=True))
+        return as_begun(*arguments)
+
+    monkeypatch.setattr(run, "as_begun", meanwhile)
+    with pytest.raises(UsageError, match=r"ckpt\.pt was written since it was read: run the same command again"):
+        train(with_values(config, steps=6, resume=True))
+    assert load_checkpoint(config.out).trainer["step"] == 9
 
 
 def test_two_checkpoints_do_not_share_the_files_beside_them(config: TrainConfig) -> None:

@@ -27,6 +27,7 @@ from train.reporting.report import describe
 from train.resolve import RunPlan
 from train.run import train, train_all
 from train.trainer import Trainer
+from train.validation import ValidationData
 
 
 @pytest.fixture
@@ -370,6 +371,27 @@ def test_values_that_are_not_finite_are_named_before_the_training(
     with pytest.raises(ResidscopeError, match="layer 1: the store contains NaN or infinite values"):
         train(with_values(config, store=path))
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("nth", [1, 3, 4])
+def test_a_validation_that_was_cut_short_is_made_up_for(
+    config: TrainConfig, tmp_path: Path, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(with_values(config, out=tmp_path / "whole.pt"))
+    evaluate, calls = ValidationData.evaluate, iter(range(1, 9))
+
+    def fail(self: ValidationData, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == nth:
+            raise IncompatibleError("damaged")
+        return evaluate(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ValidationData, "evaluate", fail)
+        with pytest.raises(IncompatibleError, match=r"damaged\. Training stopped after step"):
+            train(config)
+    train(with_values(config, resume=True))
+    assert config.out.with_suffix(".safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert timeless(metrics_lines(config.out)) == timeless(metrics_lines(tmp_path / "whole.pt"))
 
 
 @pytest.mark.parametrize("steps", [1, 20])
