@@ -462,12 +462,13 @@ def died_at(run: Callable[[], int], calls: int, how: str) -> tuple[int, int]:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+        write = os.write  # Below, where it is not one of the calls that fail.
         left = count_down(calls, act, lambda name, call: setattr(os, name, call))
         try:
             code = run()
         except BaseException:
             code = 99
-        os.write(writer, str(calls - left[0]).encode())
+        write(writer, str(calls - left[0]).encode())
         os._exit(code)
     os.close(writer)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
