@@ -137,7 +137,7 @@ def compare_plans(saved: dict[str, Any], plan: RunPlan, *, longer: bool = False)
             continue
         found = f"{name} was {before} when {plan.config.out} was saved and is {after} now"
         if name not in _REPORTED_ONLY:
-            same = "the same flags"
+            same = f"the same flags (--config {config_path(plan.config.out)} has them)"
             if name == "product_dtype":  # what "auto" stands for depends on the machine
                 if before in ("float16", "int16"):
                     raise IncompatibleError(f"{found}; {before} products are no longer supported: {_START_AGAIN}")

@@ -59,7 +59,8 @@ def words(summary: Mapping[str, Any]) -> str:
         *_null_words(summary),
         *_latent_words(summary),
         "",
-        "Reconstruction by layer (FVU and MSE: lower is better; FVU 1 is no better than the layer's mean)",
+        f"Reconstruction by layer{_left_out(summary)} "
+        "(FVU and MSE: lower is better; FVU 1 is no better than the layer's mean)",
         *table(("layer", *columns.values()), _layer_rows(summary, *columns)),
         *_fvu_words(summary),
         *_model_words(summary),
@@ -198,6 +199,11 @@ def _token_words(found: Mapping[str, Any] | None) -> list[str]:
         f"{shown(found['embedding_cosine'])} ({shown(found['embedding_chance'])}), unembedding "
         f"{shown(found['unembedding_cosine'])} ({shown(found['unembedding_chance'])})."
     ]
+
+
+def _left_out(summary: Mapping[str, Any]) -> str:
+    layers = summary["layers"]
+    return f", {len(some(layers))} of {len(layers)}, all in layers.parquet" if len(some(layers)) < len(layers) else ""
 
 
 def some(rows: Sequence[Any], limit: int = 12) -> list[Any]:

@@ -96,7 +96,7 @@ TOGETHER = """<h3>Several layers at once</h3>
 <p>The reconstruction takes the place of the stream at all layers of a group, each acting on what those below it left,
 at {tokens} of the tokens (cross-entropy {true_ce}). Beside it the sum of what these layers cost one at a time at the
 same tokens: the two agree only where errors neither grow nor undo each other on the way. PCA has as many components as
-a vector has active latents. Small numbers: 95 % intervals over documents.</p>"""
+a vector has active latents. Small numbers, where given: 95 % intervals over documents.</p>"""
 
 
 def _together(results: Results) -> str:

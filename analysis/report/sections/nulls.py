@@ -35,8 +35,8 @@ def section(results: Results) -> Section:
         INTRODUCTION.format(chunk=integer(results.get("nulls", "chunk_tokens")))
         + figure(title, _chart(results), "Share of the pairs, by mass, by the length of the longest run.")
         + table(head, [_row(results, *row) for row in ROWS])
-        + "<p class=\"note\">Small numbers: the ends of the observed number's 95 % interval over the null's value, "
-        "whose own error is not counted.</p>"
+        + '<p class="note">Small numbers, where given: the ends of the observed number\'s 95 % interval over the '
+        "null's value, whose own error is not counted.</p>"
     )
     return Section(TITLE, body)
 

@@ -54,9 +54,9 @@ def section(results: Results) -> Section:
             ),
         )
         + table(("Mean over (token, latent) pairs", "activation mass", "equal pairs", "unit"), rows)
-        + f'<p class="note">{integer(results.get("persistence", "n_pairs"))} pairs. Small numbers: 95 % intervals over '
-        "documents. A pair that is active at one layer only is unbroken and has contiguity 1 by definition; the rows "
-        f'on "the others" leave it out. {note}</p>'
+        + f'<p class="note">{integer(results.get("persistence", "n_pairs"))} pairs. Small numbers, where given: 95 % '
+        "intervals over documents. A pair that is active at one layer only is unbroken and has contiguity 1 by "
+        f'definition; the rows on "the others" leave it out. {note}</p>'
     )
     return Section(TITLE, body)
 
