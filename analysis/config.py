@@ -159,7 +159,8 @@ class WorkerOptions:
     """HTML file for Dask's report on which task ran where and when; needs the `dashboard` extra."""
 
     def __post_init__(self) -> None:
-        require_workers(n_workers=self.n_workers)
+        require_workers(n_workers=None if ":" in self.scheduler else self.n_workers)
+        require_at_least(1, n_workers=self.n_workers)
         if self.scheduler not in ("threads", "processes") and ":" not in self.scheduler:
             wanted = "threads, processes or an address such as tcp://HOST:8786"
             raise UsageError(f"--scheduler should be {wanted}, found {self.scheduler!r}")

@@ -137,7 +137,8 @@ class WorkerConfig:
     """Address of a Dask scheduler (tcp://HOST:8786) whose workers fill the shards; they see the same paths."""
 
     def __post_init__(self) -> None:
-        require_workers(n_workers=self.n_workers)
+        require_workers(n_workers=None if self.scheduler else self.n_workers)
+        require_at_least(1, n_workers=self.n_workers)
         if self.scheduler is not None and ":" not in self.scheduler:
             raise UsageError(f"--scheduler should be an address such as tcp://HOST:8786, found {self.scheduler!r}")
 

@@ -78,6 +78,9 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             if not begun:
                 remove_store(store.path) if isinstance(store.path, URL) else shutil.rmtree(store.path)
             raise
+        if lost := lost_shards(store):  # After the options, which their repair needs.
+            what = f"the files of {counted(len(lost), 'shard')} are gone or cut off, the first of shard {lost[0]}"
+            raise IncompatibleError(f"{config.out}: {what}: `residscope verify --repair` computes them again")
         filled = Filled(0, 0, 0.0)
         if store.missing_shards():
             settings, by_workers = job.settings, config.workers != WorkerConfig()
@@ -125,10 +128,6 @@ def _reopen(job: Job) -> ActivationStore:
     if store.meta != reader.meta:
         store.close()
         raise IncompatibleError(f"{out} was exchanged for another store while it was opened; run the command again")
-    if lost := lost_shards(store):
-        what = f"the files of {counted(len(lost), 'shard')} are gone or cut off, the first of shard {lost[0]}"
-        store.close()
-        raise IncompatibleError(f"{out}: {what}: `residscope verify --repair` computes them again")
     return store
 
 

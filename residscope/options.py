@@ -32,7 +32,7 @@ from typing import Any, NoReturn, TypeVar
 
 from residscope.errors import UsageError
 from residscope.memory import require_address_space
-from residscope.reading import CONFIG_BYTES, read_whole, reading
+from residscope.reading import CONFIG_BYTES, reading
 from residscope.urls import as_path
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ def require_at_least(least: int, **values: int | None) -> None:
 
 def require_workers(**values: int | None) -> None:
     """`UsageError` for an option that is given and below 1, or more processes or threads, which are all started at
-    once, than a machine of this size bears."""
+    once, than a machine of this size can bear."""
     require_at_least(1, **values)
     most = max(32, 4 * (os.cpu_count() or 1))
     for name, value in values.items():
@@ -294,8 +294,8 @@ def read_word(word: str, annotation: Any, what: str) -> Any:
 
 def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
     try:
-        with reading(f"--config {path}: not valid TOML", kind=UsageError):
-            found = tomllib.loads(read_whole(path, CONFIG_BYTES).decode())
+        with reading(f"--config {path}: not valid TOML", kind=UsageError), path.open("rb") as file:
+            found = tomllib.loads(file.read(CONFIG_BYTES).decode())  # of a device without an end no more
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     tables = {field.group for field in fields.values()} - fields.keys()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from residscope.errors import UsageError
-from residscope.options import require_seed, require_workers, to_flat
+from residscope.options import require_seed, to_flat
 from train.model_config import THRESHOLDED, Activation, Standardize
 
 RecipeName = Literal["best", "gao", "paper"]
@@ -26,7 +26,7 @@ def _check(config: Any, *, counts: str = "", positive: str = "", not_negative: s
     """`UsageError` for the first of these fields whose value is given and out of its range."""
     for names, wanted, good in (
         (counts, f"above 0 and below {_MOST:.0e}", lambda value: 0 < value < _MOST),
-        (positive, "above 0 and below 1e+38", lambda value: 0 < value < 1e38),  # the largest float32
+        (positive, "above 0 and below 1e+38", lambda value: 0 < value < 1e38),  # what a float32 holds
         (not_negative, "0 or more", lambda value: 0 <= value < math.inf),
         (shares, "in [0, 1]", lambda value: 0 <= value <= 1),
     ):
@@ -331,8 +331,7 @@ class TrainConfig:
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "
                 f"depend on the norms that it changes; found {activation}"
             )
-        _check(self, positive="shard_latents", not_negative="cache_gb")
-        require_workers(n_procs=self.n_procs)
+        _check(self, positive="n_procs shard_latents", not_negative="cache_gb")
         if self.resume and self.overwrite:
             raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give only one")
 

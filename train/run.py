@@ -175,10 +175,10 @@ class _Stream:
             loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
             batches = stack.enter_context(self.data.arriving(loader))
             bar = stack.enter_context(announce.progress_bar(self.step, self.plan.steps))
-            self.began = time.perf_counter()
             behind = [each for each in self.trainers if each.step == self.step and each.last_looked < self.step]
             if behind and self.step < self.plan.steps and self._validation_is_due():
                 self._validate(behind, bar)  # A fault of the store may have cut it short.
+            self.began = time.perf_counter()
             while self.step < self.plan.steps:
                 taking = [trainer for trainer in self.trainers if trainer.step == self.step]
                 with self._keeping(taking):

@@ -40,7 +40,7 @@ def unlike_training(runs: Sequence[Run]) -> list[str]:
     notes = [f"{run['run']}: its ratio had not settled when training ended." for run in runs if run["settled"] is False]
     if lengths and max(lengths) > UNLIKE * min(lengths):
         seen = ", ".join(f"{run['run']} {run['trained_tokens']:,}" for run in runs if run["trained_tokens"])
-        notes.append(f"Trained on unlike amounts of text, in tokens: {seen}; that alone may change their numbers.")
+        notes.append(f"Trained on different amounts of text, in tokens: {seen}; that alone may change their numbers.")
     return ["", *notes] if notes else []
 
 

@@ -20,7 +20,6 @@ from analysis.results.tables import read_table
 from residscope.errors import ResidscopeError
 from residscope.reading import read_json, reading
 
-SCHEMA_VERSION = 1
 WEIGHTINGS = {"mass": "activation mass", "equal": "equal pairs (token, latent)", "latent": "equal latents"}
 """The three weightings of the decomposition and what each counts as one."""
 

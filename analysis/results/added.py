@@ -11,7 +11,7 @@ from analysis.inputs import Inputs
 from analysis.report.data import load_results
 from analysis.report.page import render_report
 from analysis.results.folder import REPORT, SUMMARY
-from analysis.results.summary import read_summary
+from analysis.results.summary import SCHEMA_VERSION, read_summary, version_of
 from analysis.run import analyze
 from residscope.errors import IncompatibleError
 from residscope.options import with_values
@@ -33,13 +33,13 @@ def require_there(config: AnalyzeConfig, inputs: Inputs) -> None:
 
 
 def has_analysis(out: Path, inputs: Inputs) -> bool:
-    """Whether `out` holds a whole analysis of this store and autoencoder, of this version."""
-    try:
-        summary = read_summary(out / SUMMARY)
-        with reading(out / SUMMARY):
-            found = (summary["provenance"]["store"]["content_hash"], summary["provenance"]["sae"]["hash"])
-    except (OSError, IncompatibleError):
+    """Whether `out` holds a whole analysis of this store and autoencoder, of this version. `IncompatibleError` where it
+    is damaged: who adds to it would have it made again, without what was added before."""
+    if not (out / SUMMARY).is_file() or version_of(out / SUMMARY) != SCHEMA_VERSION:
         return False
+    provenance = read_summary(out / SUMMARY)["provenance"]
+    with reading(f"{out / SUMMARY}: damaged", "run `analyze` again"):
+        found = (provenance["store"]["content_hash"], provenance["sae"]["hash"])
     return found == (inputs.store.content_hash, sae_hash(inputs.sae))
 
 

@@ -130,10 +130,9 @@ def build(found: Findings) -> dict[str, Any]:
 
 def read_summary(file: Path) -> dict[str, Any]:
     """summary.json of this version as `analyze` wrote it; `IncompatibleError` for any other."""
-    summary = read_json(file, _AGAIN)
-    version = summary.get("schema_version") if isinstance(summary, dict) else None
-    if version != SCHEMA_VERSION:
+    if (version := version_of(file)) != SCHEMA_VERSION:
         raise IncompatibleError(f"{file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
+    summary = read_json(file, _AGAIN)
     if HASH not in summary:
         print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
         return summary
@@ -141,6 +140,12 @@ def read_summary(file: Path) -> dict[str, Any]:
         if summary[HASH] != content_hash(summary):
             raise ValueError("changed after `analyze` wrote it")
     return summary
+
+
+def version_of(file: Path) -> Any:
+    """The `schema_version` of a summary.json; None where it has none."""
+    summary = read_json(file, _AGAIN)
+    return summary.get("schema_version") if isinstance(summary, dict) else None
 
 
 def content_hash(summary: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from residscope.reading import CONFIG_BYTES, read_whole
 _BLOCK = 1 << 22
 _EXACT_PARAMETERS = 1_000_000_000
 _SEAL, _FORM = "residscope.json", 2  # Folders of an earlier form are not used.
+_ADDED = "rope"  # An empty file beside a model whose rotary embedding transformers alone would not have made.
 _READERS = ("gguf", "accelerate")  # What transformers needs for it.
 
 
@@ -64,6 +65,11 @@ def packaged_gguf(alias: str) -> GgufFile | None:
 def sha256(file: GgufFile) -> str:
     """SHA-256 (hex) of the whole file."""
     return hash_of(hashlib.sha256(), *file.parts)
+
+
+def fingerprint(digest: str, folder: Path) -> str:
+    """What tells the model in `folder` from others, whatever versions before today's made of the file."""
+    return digest + "-rope" * (folder / _ADDED).exists()
 
 
 def unpacked_folder(file: GgufFile, digest: str) -> Path:
@@ -131,7 +137,8 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source.parent, **arguments)
             model, info = loaded
             refuse_missing(file.name, sorted(info["missing_keys"]), "")
-            _add_left_out(source, file.name, model)
+            if _add_left_out(source, file.name, model):
+                (folder / _ADDED).touch()
             if sum(p.numel() for p in model.parameters()) > _EXACT_PARAMETERS:
                 model = model.bfloat16()
             model.save_pretrained(folder)
@@ -145,9 +152,9 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
         ) from error
 
 
-def _add_left_out(source: Path, name: str, model: Any) -> None:
-    """Scale the model's rotary embedding as the file says; `IncompatibleError` where it cannot be said in transformers'
-    terms, and where tensors of the file are not in the model."""
+def _add_left_out(source: Path, name: str, model: Any) -> bool:
+    """Scale the model's rotary embedding as the file says, and give whether that changed it; `IncompatibleError` where
+    it cannot be said in transformers' terms, and where tensors of the file are not in the model."""
     from gguf import GGUFReader
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -156,6 +163,7 @@ def _add_left_out(source: Path, name: str, model: Any) -> None:
     values = {key.partition(".rope.")[2]: _value(field) for key, field in reader.fields.items() if ".rope." in key}
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
+    before = dict(rope)
     if "freq_base" in values and "rope_theta" in rope:
         rope["rope_theta"] = float(values["freq_base"])
     kind, factor = values.get("scaling.type", "none"), values.get("scaling.factor")
@@ -163,15 +171,16 @@ def _add_left_out(source: Path, name: str, model: Any) -> None:
     if (llama3 := tensors.pop("rope_freqs.weight", None)) is not None:  # what its four numbers make, but not these
         kind, factor, length = "llama3", llama3.data.max(), 8192
     if kind != "none" and rope.get("rope_type", "default") == "default":  # else transformers has read it
-        if not rope or factor is None or kind not in ("linear", "yarn", "llama3"):
+        known = rope is getattr(config, "rope_parameters", None) or kind == "linear"
+        if not rope or factor is None or not known or kind not in ("linear", "yarn", "llama3"):
             raise IncompatibleError(f"{name}: transformers leaves out its rope scaling, {kind}: {way_out}")
         rope |= {"rope_type": kind, "factor": float(factor)}
         rope |= {"original_max_position_embeddings": int(length)} if length else {}
-    if llama3 is not None:
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        made, n = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy(), len(llama3.data)
-        if not np.allclose(made * llama3.data, rope["rope_theta"] ** -(np.arange(n) / n), rtol=1e-4, atol=0):
-            raise IncompatibleError(f"{name}: its rope_freqs.weight is not that of Llama 3: {way_out}")
+        if llama3 is not None:
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            made, n = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy(), len(llama3.data)
+            if not np.allclose(made * llama3.data, rope["rope_theta"] ** -(np.arange(n) / n), rtol=1e-4, atol=0):
+                raise IncompatibleError(f"{name}: its rope_freqs.weight is not that of Llama 3: {way_out}")
     if config.tie_word_embeddings:
         tensors.pop("output.weight", None)
     there = sum(int(tensor.n_elements) for tensor in tensors.values())
@@ -179,6 +188,7 @@ def _add_left_out(source: Path, name: str, model: Any) -> None:
     if there > taken:
         what = f"transformers leaves out {there - taken:,} of its {there:,} numbers"
         raise IncompatibleError(f"{name}: {what}: {way_out}")
+    return rope != before
 
 
 def _value(field: Any) -> Any:

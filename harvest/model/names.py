@@ -225,5 +225,5 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def _gguf_spec(file: gguf.GgufFile, name: str) -> ModelSpec:
-    digest = gguf.sha256(file)
-    return ModelSpec(name=name, source="gguf", location=str(gguf.unpacked_folder(file, digest)), fingerprint=digest)
+    folder = gguf.unpacked_folder(file, digest := gguf.sha256(file))
+    return ModelSpec(name=name, source="gguf", location=str(folder), fingerprint=gguf.fingerprint(digest, folder))

@@ -146,9 +146,9 @@ class Cost(NamedTuple):
     disk: float
     """Bytes of vectors on the disk at once."""
     host_memory: float
-    gpu_memory: float
+    card_memory: float
     """0 without GPUs."""
-    gpus: tuple[int, int]
+    cards: tuple[int, int]
     """That harvest, and that train; all of them in turn where both are all."""
     shard_latents: int
     harvest: float

@@ -11,8 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from residscope.commands.costs import GPUS, TABLE, Cost, Model, Training, cost, share_latents, step_parts, token_parts
-from residscope.commands.costs import gpu_memory as memory_of_gpu
+from residscope.commands.costs import (
+    GPUS,
+    TABLE,
+    Cost,
+    Model,
+    Training,
+    cost,
+    gpu_memory,
+    share_latents,
+    step_parts,
+    token_parts,
+)
 from residscope.console import aligned, human_bytes, human_seconds, parse_bytes, run_command
 from residscope.errors import UsageError
 from residscope.options import parse_options, require_at_least
@@ -144,7 +154,7 @@ def on_gpus(config: PlanConfig, model: Model, run: Training) -> dict[str, Cost]:
     def way(disk: float | None, held: float, *, at_once: bool) -> Cost:
         def step(n: int) -> tuple[dict[str, float], int, float]:
             latents = share_latents(run, gpu, n)
-            return step_parts(run, gpu, n, latents, disk=disk), latents, memory_of_gpu(run, n, latents)
+            return step_parts(run, gpu, n, latents, disk=disk), latents, gpu_memory(run, n, latents)
 
         epochs = 1 if at_once else config.epochs
         return cost(
@@ -207,10 +217,10 @@ def words(found: dict[str, Any]) -> str:
     ]
     table = [["", "on the disk", "memory", "of a GPU", "harvest", "train", "together", "longest part of the longer"]]
     for name, way in found["ways"].items():
-        (harvesters, trainers), shared = way["gpus"], way["shard_latents"]
+        (harvesters, trainers), shared = way["cards"], way["shard_latents"]
         on = f" (on {harvesters} and {trainers} GPUs)" if harvesters != trainers else ""
         on += f" (--shard-latents {shared})" if shared > 1 else ""
-        held = [human_bytes(way[key]) if way[key] else "-" for key in ("disk", "host_memory", "gpu_memory")]
+        held = [human_bytes(way[key]) if way[key] else "-" for key in ("disk", "host_memory", "card_memory")]
         times = [human_seconds(way[key]) for key in ("harvest", "train", "together")]
         table.append([name.replace("_", " "), *held, *times, way["bound"] + on])
     lines += aligned(table)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residscope.errors import ResidscopeError, UsageError, said
+from residscope.options import require_workers
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
@@ -44,6 +45,7 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
         return
     if size > 1 and n_procs not in (1, size):
         raise UsageError(f"--n-procs {n_procs}: torchrun has started {size} processes: leave it out")
+    require_workers(n_procs=n_procs if size <= 1 else None)
     import torch
     from torch.distributed.rendezvous import rendezvous
 

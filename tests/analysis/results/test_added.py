@@ -25,7 +25,16 @@ def test_an_analysis_is_made_once_and_another_one_is_told_from_it(tmp_path: Path
     other = make_small(tmp_path / "b", n_tokens=110)
     run_small(other, tmp_path / "b" / "out", examples=False)
     assert not has_analysis(tmp_path / "b" / "out", inputs)
-    for damaged in ("{", "{}", json.dumps({"schema_version": 1, "provenance": []})):
+    whole = (tmp_path / "out" / "summary.json").read_text()
+    changed = whole.replace('"n_tokens": ', '"n_tokens": 1', 1)
+    for damaged, said in (
+        ("{", "not valid JSON"),
+        ("{}", "another analysis was put there"),
+        (json.dumps({"schema_version": 1, "provenance": []}), "damaged"),
+        (changed, "changed after `analyze` wrote it"),
+    ):
         (tmp_path / "out" / "summary.json").write_text(damaged)
-        with pytest.raises(IncompatibleError, match="another analysis was put there"):
+        with pytest.raises(IncompatibleError, match=said):
             require_there(config, inputs)
+    with pytest.raises(IncompatibleError, match="changed after"):  # and not made again, without what was added
+        make_unless_there(config, inputs)

@@ -251,10 +251,31 @@ def test_a_scaled_rotary_embedding_is_taken_from_the_file(
 
     write_llama(tmp_path / "tiny.gguf", model, names, extra)
     loaded: Any = load_model(resolve_model(str(tmp_path / "tiny.gguf"))).causal_lm
+    digest = sha256(GgufFile("tiny.gguf", (tmp_path / "tiny.gguf",)))
+    is_scaled = rope["rope_type"] != "default"  # A store of what was made before is not continued with this.
+    assert resolve_model(str(tmp_path / "tiny.gguf")).fingerprint == digest + "-rope" * is_scaled
     ids = torch.arange(64)[None]
     with torch.inference_mode():
         wanted, found = (m(ids, output_hidden_states=True).hidden_states[-1] for m in (model, loaded))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_rope_freqs_of_another_embedding_are_no_llama3s(tmp_path: Path) -> None:
+    """Gemma 4's are of an embedding that transformers makes by itself."""
+    writer = pytest.importorskip("gguf").GGUFWriter(tmp_path / "g.gguf", "gemma4")
+    writer.add_tensor("rope_freqs.weight", torch.ones(8).numpy())
+    writer.add_rope_freq_base(1e6)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    rope = {"full_attention": {"rope_type": "proportional", "rope_theta": 1e6}, "sliding_attention": {}}
+    model = small_llama()
+    model.config.rope_parameters = rope
+    assert not gguf._add_left_out(tmp_path / "g.gguf", "g.gguf", model)
+    rope["full_attention"]["rope_type"] = "default"
+    with pytest.raises(IncompatibleError, match="leaves out its rope scaling, llama3"):
+        gguf._add_left_out(tmp_path / "g.gguf", "g.gguf", model)
 
 
 @pytest.mark.parametrize(

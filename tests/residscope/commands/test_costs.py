@@ -88,12 +88,12 @@ def test_gpus_are_divided_so_that_both_end_as_early_as_can_be() -> None:
         return {"product": 6.0 / n}, 1, 5.0
 
     both = cost(100, run, 6, step=step, at_once=True, **how)
-    assert (both.gpus, both.together, both.bound) == ((1, 5), START + 60, "harvest: forward")
+    assert (both.cards, both.together, both.bound) == ((1, 5), START + 60, "harvest: forward")
     one_after_the_other = cost(100, run, 6, step=step, at_once=False, **how)
-    assert one_after_the_other.gpus == (6, 6)
+    assert one_after_the_other.cards == (6, 6)
     assert one_after_the_other.together == pytest.approx(2 * START + 10 + 40)
     alone = cost(100, run, 1, step=step, at_once=True, **how)
     assert alone.together == pytest.approx(2 * START + 60 + 240)
     assert alone.bound == "train: product"
     two = cost(100, run, 2, step=step, at_once=True, **how)
-    assert (two.gpus, two.together) == ((1, 1), START + 240)
+    assert (two.cards, two.together) == ((1, 1), START + 240)

@@ -35,7 +35,7 @@ def test_the_papers_run_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> Non
     assert (stored["disk"], rolling["disk"], memory["disk"]) == (65.536e12, 50e9, 0)
     assert stored["together"] == pytest.approx(stored["harvest"] + stored["train"])
     assert rolling["together"] == max(rolling["harvest"], rolling["train"])
-    assert sum(memory["gpus"]) == 8
+    assert sum(memory["cards"]) == 8
     assert main(command) == 0
     said = capsys.readouterr().out
     for words in ("not measured", "65.5 TB", "train: reading from the disk"):

@@ -42,7 +42,7 @@ def test_they_are_named_with_their_share(tmp_path: Path) -> None:
     share, ratio = 100 * d[far].sum() / d.sum(), norm[far].min() / np.median(norm)
     assert found(store, lambda ids: [{7: " because"}[i] for i in ids]) == (
         f"{share:.0f} % of the variance of layer 5 is in 3 tokens of {len(x):,}, probably attention sinks: ' because'"
-        f" 3 x. FVU is mostly theirs (norms of at least {ratio:.3g} times the median); `harvest --mask-norm"
+        f" 3 x. FVU depends strongly on them (norms of at least {ratio:.3g} times the median); `harvest --mask-norm"
         " 10` leaves out tokens of more than 10 times the median norm"
     )
     assert ": id 7 3 x." in str(found(store))
