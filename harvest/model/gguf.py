@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from harvest.model.aliases import PACKAGED
+from harvest.model.blocks import n_layers_of
 from harvest.model.hashes import hash_of
 from harvest.model.sanity import refuse_missing
 from residscope.console import human_bytes
@@ -183,6 +184,11 @@ def _add_left_out(source: Path, name: str, model: Any) -> bool:
                 raise IncompatibleError(f"{name}: its rope_freqs.weight is not that of Llama 3: {way_out}")
     if config.tie_word_embeddings:
         tensors.pop("output.weight", None)
+    if any(
+        key.endswith(".nextn_predict_layers") for key in reader.fields
+    ):  # behind the stream
+        extra = f"blk.{n_layers_of(config)}."
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(extra)}
     there = sum(int(tensor.n_elements) for tensor in tensors.values())
     taken = sum(t.numel() for t in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     if there > taken:

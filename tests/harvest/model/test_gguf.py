@@ -1,5 +1,6 @@
 """GGUF files: found in packages, unpacked once into a cache, rebuilt when that is damaged."""
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -276,6 +277,23 @@ def test_rope_freqs_of_another_embedding_are_no_llama3s(tmp_path: Path) -> None:
     rope["full_attention"]["rope_type"] = "default"
     with pytest.raises(IncompatibleError, match="leaves out its rope scaling, llama3"):
         gguf._add_left_out(tmp_path / "g.gguf", "g.gguf", model)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_block_that_predicts_a_further_token_is_left_out(
+    cache: Path, names: list[str], tmp_path: Path, declared: bool
+) -> None:
+    """As Qwen 3.5's, of which transformers has no part; other tensors that it has no place for change the result."""
+
+    def extra(writer: Any) -> None:
+        writer.add_tensor("blk.2.attn_q.weight", torch.ones(32, 32).numpy())
+        if declared:
+            writer.add_uint32("llama.nextn_predict_layers", 1)
+
+    write_llama(tmp_path / "tiny.gguf", small_llama(), names, extra)
+    refused = pytest.raises(IncompatibleError, match="leaves out 1,024 of its")
+    with contextlib.nullcontext() if declared else refused:
+        assert n_layers_of(load_config(resolve_model(str(tmp_path / "tiny.gguf")))) == 2
 
 
 @pytest.mark.parametrize(
