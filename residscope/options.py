@@ -295,7 +295,7 @@ def read_word(word: str, annotation: Any, what: str) -> Any:
 def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
     try:
         with reading(f"--config {path}: not valid TOML", kind=UsageError), path.open("rb") as file:
-            found = tomllib.loads(file.read(CONFIG_BYTES).decode())  # of a device without an end no more
+            found = tomllib.loads(file.read(CONFIG_BYTES).decode())  # a device has no end
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     tables = {field.group for field in fields.values()} - fields.keys()

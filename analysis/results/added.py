@@ -15,7 +15,7 @@ from analysis.results.summary import SCHEMA_VERSION, read_summary, version_of
 from analysis.run import analyze
 from residscope.errors import IncompatibleError
 from residscope.options import with_values
-from residscope.reading import reading
+from residscope.reading import read_json, reading
 from store.files import atomic_write
 
 
@@ -35,7 +35,7 @@ def require_there(config: AnalyzeConfig, inputs: Inputs) -> None:
 def has_analysis(out: Path, inputs: Inputs) -> bool:
     """Whether `out` holds a whole analysis of this store and autoencoder, of this version. `IncompatibleError` where it
     is damaged: who adds to it would have it made again, without what was added before."""
-    if not (out / SUMMARY).is_file() or version_of(out / SUMMARY) != SCHEMA_VERSION:
+    if not (out / SUMMARY).is_file() or version_of(read_json(out / SUMMARY)) != SCHEMA_VERSION:
         return False
     provenance = read_summary(out / SUMMARY)["provenance"]
     with reading(f"{out / SUMMARY}: damaged", "run `analyze` again"):

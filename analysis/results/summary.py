@@ -130,9 +130,9 @@ def build(found: Findings) -> dict[str, Any]:
 
 def read_summary(file: Path) -> dict[str, Any]:
     """summary.json of this version as `analyze` wrote it; `IncompatibleError` for any other."""
-    if (version := version_of(file)) != SCHEMA_VERSION:
-        raise IncompatibleError(f"{file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
     summary = read_json(file, _AGAIN)
+    if (version := version_of(summary)) != SCHEMA_VERSION:
+        raise IncompatibleError(f"{file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
     if HASH not in summary:
         print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
         return summary
@@ -142,9 +142,8 @@ def read_summary(file: Path) -> dict[str, Any]:
     return summary
 
 
-def version_of(file: Path) -> Any:
-    """The `schema_version` of a summary.json; None where it has none."""
-    summary = read_json(file, _AGAIN)
+def version_of(summary: Any) -> Any:
+    """The `schema_version` of what a summary.json holds; None where it has none."""
     return summary.get("schema_version") if isinstance(summary, dict) else None
 
 

@@ -184,9 +184,7 @@ def _add_left_out(source: Path, name: str, model: Any) -> bool:
                 raise IncompatibleError(f"{name}: its rope_freqs.weight is not that of Llama 3: {way_out}")
     if config.tie_word_embeddings:
         tensors.pop("output.weight", None)
-    if any(
-        key.endswith(".nextn_predict_layers") for key in reader.fields
-    ):  # behind the stream
+    if any(key.endswith(".nextn_predict_layers") for key in reader.fields):  # behind the stream
         extra = f"blk.{n_layers_of(config)}."
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(extra)}
     there = sum(int(tensor.n_elements) for tensor in tensors.values())

@@ -11,18 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from residscope.commands.costs import (
-    GPUS,
-    TABLE,
-    Cost,
-    Model,
-    Training,
-    cost,
-    gpu_memory,
-    share_latents,
-    step_parts,
-    token_parts,
-)
+from residscope.commands.costs import GPUS, TABLE, Cost, Model, Training, cost, share_latents, step_parts, token_parts
+from residscope.commands.costs import gpu_memory as memory_of_gpu
 from residscope.console import aligned, human_bytes, human_seconds, parse_bytes, run_command
 from residscope.errors import UsageError
 from residscope.options import parse_options, require_at_least
@@ -154,7 +144,7 @@ def on_gpus(config: PlanConfig, model: Model, run: Training) -> dict[str, Cost]:
     def way(disk: float | None, held: float, *, at_once: bool) -> Cost:
         def step(n: int) -> tuple[dict[str, float], int, float]:
             latents = share_latents(run, gpu, n)
-            return step_parts(run, gpu, n, latents, disk=disk), latents, gpu_memory(run, n, latents)
+            return step_parts(run, gpu, n, latents, disk=disk), latents, memory_of_gpu(run, n, latents)
 
         epochs = 1 if at_once else config.epochs
         return cost(

@@ -149,7 +149,7 @@ class Readers:
         with reading(f"{path}: damaged", way_out):
             data = read_whole(path, CONFIG_BYTES)
             found = json.loads(data)
-            earlier = not {*found} - {"name", "parts"}  # versions wrote no check sum
+            earlier = not {*found} - {"name", "parts"}  # versions, which wrote no check sum
             if type(found["parts"]) is not int or not (earlier or is_intact(data[:-1])):
                 raise ValueError("wrong check sum, or no number")
             return str(found.get("name", "")), found["parts"]
