@@ -101,7 +101,7 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
     if missing:
         raise IncompatibleError(
             f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, "
-            f"the store does not have layers {missing}: harvest them too"
+            f"the store does not have layers {missing}: harvest them too (`train compare` takes it as it is)"
         )
     return tuple(meta.layers.index(layer) for layer in layers)
 

@@ -162,7 +162,7 @@ def compare_runs(
     """Add a run of each contender; gives the batch size of ours."""
     out, size = path.parent / "ckpt.pt", ["--k", str(options.k), "--threads", str(options.threads)]
     size += ["--seed", str(seed), "--device", options.device]
-    flags = ["--n-latents", str(latents), "--overwrite", *size]
+    flags = ["--n-latents", str(latents), "--overwrite", *size, "--validation-seed", str(seed)]
 
     def add(name: str, found: dict[str, float]) -> None:
         print(

@@ -134,6 +134,7 @@ def commands(run: Run, out: Path) -> list[tuple[Path, tuple[str, ...]]]:
     sae, analysis = out / f"{name}.pt", out / f"{name}-fresh.analysis"
     lens = run.harvest if "--lens" in run.harvest else ()  # a store knows its lens by name, not where it is
     flags = ("--expansion-factor", str(run.expansion_factor), "--seed", str(run.seed), *TRAIN)
+    flags += ("--validation-seed", str(run.seed))
     harvest = ("harvest", "--model", run.model, *run.harvest)
     text = ("--dataset", str(out / "fresh.jsonl"), "--max-tokens", "61440", *CONTEXT)
     held_out = sae.with_suffix(".analysis")

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from harvest.model.names import ModelSpec, resolve_model
 from harvest.model.tokenizer import Tokenizer
 from harvest.text.packing import Packing, make_packing
 from residscope.console import parse_bytes
-from residscope.errors import IncompatibleError, UsageError, said
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError, said
 from store.meta import ITEMSIZE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,10 +86,7 @@ def resolve(config: HarvestConfig) -> Settings:
     layers = tuple(range(n_layers)) if wanted is None else wanted
     if layers[-1] >= n_layers:
         raise UsageError(f"--layers: {spec.name} has layers 0 to {n_layers - 1}, found {layers[-1]}")
-    longest = longest_context(model_config)
-    context = config.sequences.context_length or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
-    if longest is not None and context > longest:
-        raise UsageError(f"--context-length {context}: {spec.name} takes at most {longest} tokens")
+    context = context_length(model_config, config.sequences.context_length, spec.name)
     tokenizer = load_tokenizer(spec)
     dtype, dtype_note = _dtype(config.weights.dtype, device)
     lens, lens_note = _lens(config.storage, spec, n_layers, d_model, device)
@@ -140,10 +138,19 @@ def load_weights(settings: Settings) -> LoadedModel:
     return load_model(settings.spec, **where, tokenizer=settings.tokenizer)
 
 
+def context_length(config: Any, asked: int | None, name: str) -> int:
+    """Tokens of a sequence; `UsageError` where the model called `name` does not take so many."""
+    longest = longest_context(config)
+    context = asked or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    if longest is not None and context > longest:
+        raise UsageError(f"--context-length {context}: {name} takes at most {longest} tokens")
+    return context
+
+
 def _require_spreadable(spec: ModelSpec, device: torch.device) -> None:
     """`UsageError` for what accelerate cannot spread."""
     if importlib.util.find_spec("accelerate") is None:
-        raise UsageError("--device-map needs accelerate: pip install accelerate")
+        raise ResidscopeError("--device-map needs accelerate: pip install accelerate")
     if device.index or (device.type != "cuda" and torch.cuda.is_available()):
         raise UsageError(f"--device-map takes all GPUs: leave --device {device} out")
     if spec.random_init or spec.adapter:

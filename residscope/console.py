@@ -49,10 +49,12 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
         return _fail(name, str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(name, interrupted, Interrupted.exit_code)
-    except BrokenPipeError:
-        _silence_stdout()  # its reader went away (`| head`)
-        return 0
     except Exception as error:
+        if getattr(error, "filename", None) and error.filename == getattr(sys.stdout, "name", None):  # type: ignore[attr-defined]
+            # Point it elsewhere, so that the interpreter's last flush does not fail too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):  # its reader went away (`| head`)
+                return 0
         if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib before 3.13
             error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(error)[19:-1])
         if is_out_of_memory(error):
@@ -67,15 +69,8 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
             return _fail(name, f"{where}. Free some space, or set TMPDIR to a folder with room, then {_AGAIN}", 1)
         if error.errno == errno.ENOENT and error.filename is None:
             raise
-        if error.filename == getattr(sys.stdout, "name", None):
-            _silence_stdout()
         where = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{where}. {DISK_ERRORS[error.errno]}", 1)
-
-
-def _silence_stdout() -> None:
-    """Point it elsewhere, so that the interpreter's last flush does not fail too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _AGAIN = "run the same command again: `harvest` and `train --resume` continue where they stopped"
@@ -94,6 +89,7 @@ DISK_ERRORS = {
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.EFBIG: "The file system or a limit (`ulimit -f`) allows no larger file: choose another place to write to",
     errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then run the same command again",
+    errno.EPIPE: f"What it was written to has ended: {_AGAIN}",
     errno.EIO: "The disk reports a fault: check it before you trust what is on it",
 }
 

@@ -157,6 +157,8 @@ def require_name(out: Path) -> None:
     """`UsageError` where `out` has no name of its own, one of files that lie beside other outputs, or no folder."""
     if out.name in ("", ".."):
         raise UsageError(f"--out {out}: give the name of what is to be made, such as {out / 'out'}")
+    if len(os.fsencode(out.name)) > 220:
+        raise UsageError(f"--out {out.name}: longer names are made of it for files beside it: at most 220 bytes")
     if out.name.endswith(RESERVED):
         raise UsageError(f"--out {out}: such names are for files beside other outputs: choose another")
     if any(above.exists() and not above.is_dir() for above in out.parents):

@@ -35,7 +35,8 @@ def figure_text(text: str) -> str:
 
 @contextlib.contextmanager
 def printable_streams() -> Iterator[None]:
-    """Have stdout and stderr take `printable` text only, whoever writes; one that is closed (`>&-`) takes all."""
+    """Have stdout and stderr take `printable` text only, whoever writes; one that is closed (`>&-`) takes all, and so
+    does a stderr that fails (a full disk, `| head`): no work is lost for want of a place to talk of it."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (  # type: ignore[assignment]
         _Printable(stream or Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
@@ -65,7 +66,10 @@ class _Printable:
         try:
             return do()
         except OSError as error:
-            raise OSError(error.errno, error.strerror, getattr(self._stream, "name", None)) from None
+            if self is not sys.stderr:
+                raise OSError(error.errno, error.strerror, getattr(self._stream, "name", None)) from None
+            self._stream = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
+            return 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

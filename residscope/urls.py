@@ -179,7 +179,7 @@ def _client(scheme: str, bucket: str) -> tuple[Any, Any]:
     try:
         import obstore.store
     except ImportError:
-        raise UsageError(f"{scheme}//{bucket}: needs obstore; pip install 'residscope[s3]'") from None
+        raise ResidscopeError(f"{scheme}//{bucket}: needs obstore; pip install 'residscope[s3]'") from None
     options: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": "120s"}
     options = {"client_options": options, "retry_config": {"max_retries": 2, "retry_timeout": timedelta(seconds=5)}}
     if scheme == "s3:" and "AWS_ACCESS_KEY_ID" not in os.environ:  # obstore reads no file of AWS'.

@@ -21,6 +21,14 @@ DEFAULT_EXPANSION_FACTOR = 16
 _MOST = 1e12
 """Of counts and sizes: larger ones overflow somewhere, and no run needs them."""
 
+_ONLY_FOR = {
+    "multi_topk": ("topk",),
+    "sparsity_loss": ("jumprelu",),
+    "sparsity_coef": ("jumprelu", "relu"),
+    "bandwidth": ("jumprelu",),
+}
+"""Of `ObjectiveConfig`, what only some activation functions use."""
+
 
 def _check(config: Any, *, counts: str = "", positive: str = "", not_negative: str = "", shares: str = "") -> None:
     """`UsageError` for the first of these fields whose value is given and out of its range."""
@@ -168,7 +176,7 @@ class DataConfig:
     layers: tuple[int, ...] | None = None
     """Train on these layers only (the model's own numbers, as stored); default: all that are stored."""
     seed: int = 0
-    """Seed of the initial weights, of the order of the data, and of the choice of validation documents."""
+    """Seed of the initial weights and of the order of the data."""
     window_gb: float = 1.0
     """Memory for the shuffle, in GB: two windows of the store, one served while the other is read."""
 
@@ -232,11 +240,13 @@ class ValidationConfig:
     """Steps between two short validations during training; 0: only at the end; default: a quarter of the run."""
     validation_fraction: float = 0.05
     """Share of the documents that are held out of training, and on which validation runs."""
+    validation_seed: int | None = None
+    """Seed of the choice of these documents; default: 0 whatever --seed is, so that runs of several seeds compare."""
     validation_tokens: int = 4096
     """Held-out tokens, at most, for the validation at the end; those during training use up to 256."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="validation_tokens", not_negative="validate_every")
+        _check(self, positive="validation_tokens", not_negative="validate_every validation_seed")
         if self.validation_tokens < 2:
             raise UsageError("--validation-tokens should be at least 2 (FVU is not defined for one token), found 1")
         if not 0 <= self.validation_fraction < 1:
@@ -324,8 +334,10 @@ class TrainConfig:
         other = activation != "topk" or self.objective.multi_topk or self.optimizer.ema_decay or self.sweep
         if self.shard_latents > 1 and other:
             raise UsageError("--shard-latents is for --activation topk without --multi-topk, --ema-decay and --sweep")
-        if self.objective.multi_topk and activation != "topk":
-            raise UsageError(f"--multi-topk is for --activation topk, not for {activation}")
+        for name, kinds in _ONLY_FOR.items():
+            if activation not in kinds and getattr(self.objective, name) != getattr(ObjectiveConfig, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is for --activation {' and '.join(kinds)}, not for {activation}")
         if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:
             raise UsageError(
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "

@@ -125,7 +125,7 @@ class TrainingData:
     @classmethod
     def open(cls, config: TrainConfig, store: ActivationStore, ranks: Ranks = ALONE) -> "TrainingData":
         stored, device = stored_layers(store, config.data.layers), resolve_device(config.hardware.device)
-        fraction, seed = config.validation.validation_fraction, config.data.seed
+        fraction, seed = config.validation.validation_fraction, config.validation.validation_seed or 0
         if store.ring:
             fraction, seed = store.ring.fraction, store.ring.seed
         split = split_tokens(store, fraction, seed)

@@ -15,7 +15,10 @@ from residscope.errors import UsageError
 from residscope.options import read_word, with_values
 from train.config import HardwareConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
-STREAM_FIELDS = ("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb", "validation_fraction")
+STREAM_FIELDS = (
+    *("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb"),
+    *("validation_fraction", "validation_seed"),
+)
 """What the stream of batches depends on: the same for all runs."""
 
 _NOT_SWEPT = ("device", "threads", "deterministic")

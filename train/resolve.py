@@ -30,7 +30,7 @@ from train.parallel.ranks import ALONE, Ranks
 RECORDED = (
     *("d_model", "layers", "stream_layers", "n_latents", "k", "aux_k", "aux_coef"),
     *("lr", "warmup_fraction", "decay_fraction", "batch_size", "steps", "vectors", "vectors_per_epoch", "epochs"),
-    *("seed", "validation_fraction", "dead_vectors", "loss_space", "window_bytes"),
+    *("seed", "validation_fraction", "validation_seed", "dead_vectors", "loss_space", "window_bytes"),
     *("product_dtype", "device", "kernels"),
     *("activation", "standardize", "encoder_bias", "apply_b_dec_to_input", "prefixes"),
     *("k_start", "k_warmup_fraction", "multi_topk"),
@@ -127,7 +127,7 @@ class RunPlan:
         """Plain values by name, as a checkpoint keeps them."""
         own = {field.name: getattr(self, field.name) for field in fields(self)} | asdict(self.chosen)
         values = {**to_flat(self.config), **asdict(self.model), **own, "window_bytes": self.window_bytes}
-        values["tile_mb"] = self.tile_mb
+        values |= {"tile_mb": self.tile_mb, "validation_seed": self.config.validation.validation_seed or 0}
         values["start_from"] = None if self.config.start_from is None else str(self.config.start_from)
         return {name: list(v) if isinstance(v := values[name], tuple) else v for name in RECORDED}
 

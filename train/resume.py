@@ -17,6 +17,7 @@ from store.activations import ActivationStore
 from store.folder import refuse_inside_store
 from train.checkpoint import Checkpoint, check_weights, config_path, load_checkpoint, refuse_anothers
 from train.config import TrainConfig
+from train.data import TrainingData
 from train.determinism import differences, surroundings
 from train.formats.files import read_sae
 from train.grid import RunSpec
@@ -74,19 +75,19 @@ def _load(config: TrainConfig, ranks: Ranks, *, several: bool) -> Checkpoint | N
 
 
 def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> list[RunSpec]:
-    """The runs, with what their flags leave to the recipe taken from the checkpoints that they continue: its laws may
-    be others since. Batches are the same for all runs."""
-    begun = []
-    batch_size = specs[0].config.data.batch_size
+    """The runs, with what their flags leave to defaults taken from the checkpoints that they continue: the defaults may
+    be others since. Batches and held-out documents are the same for all runs."""
+    begun, stream = list[RunSpec](), dict[str, int | None]()
     for spec, one in zip(specs, saved, strict=True):
         config, record = spec.config, None if one is None else one.trainer.get("config")
         if isinstance(record, dict):
             with reading(f"{config.out}: its training state is damaged", _START_AGAIN):
                 source = config.start_from or record.get("start_from")
                 config = with_values(fill(config, recorded_flags(record)), start_from=source and Path(source))
-            batch_size = batch_size or config.data.batch_size
+            first = {"batch_size": config.data.batch_size, "validation_seed": config.validation.validation_seed}
+            stream = stream or first
         begun.append(replace(spec, config=config))
-    return [replace(spec, config=with_values(spec.config, batch_size=batch_size)) for spec in begun]
+    return [replace(spec, config=with_values(spec.config, **stream)) for spec in begun]
 
 
 def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ranks: Ranks) -> None:
@@ -99,7 +100,10 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ra
         raise IncompatibleError(f"{path} has no training state, so it cannot be resumed; {_START_AGAIN}")
     with reading(f"{path}: its training state is damaged", _START_AGAIN):
         _check_state(path, saved.trainer, saved.config.n_latents * saved.sae.latents.size)
-    warnings = compare_plans(saved.trainer["config"], plan, longer=is_longer(plan, saved))
+    warnings = compare_plans(saved.trainer["config"], plan, longer=(longer := is_longer(plan, saved)))
+    if longer and plan.steps < 1.5 * (done := saved.trainer["step"]):
+        more = "FVU may end higher than it was; twice the steps make up for it"
+        say(f"note: {path} goes on from step {done} to {plan.steps}, and its learning rate rises again first: {more}")
     now = surroundings(plan.device, plan.kernels, plan.product_dtype, ranks)
     if changed := differences(saved.trainer.get("surroundings", {}), now):
         warnings.append(f"since {path} was saved: {changed}: {_NOT_BIT_FOR_BIT}")
@@ -131,8 +135,9 @@ _LENGTH = ("steps", "vectors", "epochs", "dead_vectors")
 def compare_plans(saved: dict[str, Any], plan: RunPlan, *, longer: bool = False) -> list[str]:
     """Warnings about a checkpoint's record; raises `IncompatibleError` naming what differs from this plan."""
     warnings, now = [], plan.to_dict()
+    saved = {**ADDED_LATER, "validation_seed": saved.get("seed"), **saved}  # which were one in earlier versions
     for name in RECORDED:
-        before, after = saved.get(name, ADDED_LATER.get(name)), now[name]
+        before, after = saved.get(name), now[name]
         if before == after or (longer and name in _LENGTH):
             continue
         found = f"{name} was {before} when {plan.config.out} was saved and is {after} now"
@@ -202,16 +207,23 @@ def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ra
         say(f"warning: {before} threads before, {threads} now: {_NOT_BIT_FOR_BIT}")
 
 
-def read_source(plan: RunPlan) -> MLSAE:
-    """The autoencoder at --start-from; raises `UsageError` where it is the run's own output, or of another kind or
-    size."""
+def read_source(plan: RunPlan, data: TrainingData) -> MLSAE:
+    """The autoencoder at --start-from; raises `UsageError` where it is the run's own output, of another kind or size,
+    or was trained on documents that are held out here."""
     source, out = plan.config.start_from, plan.config.out
     assert source is not None
     if source.exists() and out.exists() and source.samefile(out):
         raise UsageError(f"--start-from {source} would be replaced by the run's own checkpoint: choose another --out")
-    sae = read_sae(str(source))[0]
+    sae, known = read_sae(str(source))
     there, here = asdict(sae.config), asdict(plan.model)
     if differing := [name for name in here if name != "k" and there[name] != here[name]]:
         found = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in differing)
         raise UsageError(f"--start-from {source}: {found}; give the flags of that autoencoder")
+    if data.split.validation.any():
+        split = known.store.get("validation") if known.store.get("content_hash") == data.store.content_hash else None
+        if not split:
+            say(f"note: {source} does not record training on this store: it may have seen the documents held out here")
+        elif split != data.held_out:
+            flags = f"--validation-fraction {split['fraction']} --validation-seed {split['seed']}"
+            raise UsageError(f"--start-from {source} was trained on documents that are held out here: give {flags}")
     return sae

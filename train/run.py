@@ -59,7 +59,9 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         if config.sweep or config.per_layer:
             table_path(config.out, specs[0].config.out)
         specs = as_begun(specs, saved)
-        data = TrainingData.open(with_values(config, batch_size=specs[0].config.data.batch_size), store, ranks)
+        first = specs[0].config
+        stream = {"batch_size": first.data.batch_size, "validation_seed": first.validation.validation_seed}
+        data = TrainingData.open(with_values(config, **stream), store, ranks)
         plans = [make_plan(spec, data) for spec in specs]
         if data.follower:
             data.follower.require_once(plans[0].epochs, ranks.size)
@@ -145,7 +147,8 @@ class _Stream:
         self.trainers = list(saved)
         self.plans = [trainer.plan for trainer in self.trainers]
         self.plan = self.plans[0]  # of which only what all plans share is used here
-        self.validation = ValidationData(data.store, data.split.validation, data.stored, self.config.data.seed)
+        seed = self.config.validation.validation_seed or 0
+        self.validation = ValidationData(data.store, data.split.validation, data.stored, seed)
         self.waited, self.step = 0.0, 0
         self.memory = memory_estimate(self.plans, data.store, data.ranks)
 
@@ -159,7 +162,7 @@ class _Stream:
         if follower:  # It may come too late, and then replaces nothing.
             done = min(0 if one is None else one.trainer["step"] for one in self.saved.values())
             follower.expect(self.data.loader(0, 1).part_ends, self.data.batch_size, done)
-        if few := few_tokens(self.data.store, split.validation if follower else split.train):
+        if few := few_tokens(self.data.store, split.validation if follower else split.train | split.validation):
             announce.say(f"warning: {few.words}")
         self.ranks.any(False)  # all have seen what there is, and what memory is free, before that is changed
         with contextlib.ExitStack() as stack:
@@ -301,4 +304,4 @@ class _Stream:
         for trainer, looked, validated in zip(taking, sample, found, strict=True):
             trainer.look(looked)
             trainer.record(validated)
-        announce.tell_validation(bar, f"step {self.step} of {self.plan.steps}", [validated.fvu for validated in found])
+        announce.tell_validation(bar, f"step {self.step} of {self.plan.steps}", [looked.fvu for looked in sample])

@@ -142,7 +142,7 @@ class Trainer:
     def read_source(self) -> None:
         """Read the autoencoder that a new run starts from, if there is one."""
         if self.plan.config.start_from is not None:
-            self._source = read_source(self.plan)
+            self._source = read_source(self.plan, self._data)
             self.started_from = {"name": str(self.plan.config.start_from), "hash": sae_hash(self._source)}
 
     def _continue(self, trainer: dict[str, Any]) -> None:

@@ -74,8 +74,16 @@ class ValidationData:
         """Whether there is anything to measure: FVU is not defined for one token."""
         return bool(np.count_nonzero(self._mask) > 1)
 
-    def evaluate(self, targets: Sequence[ValidationTarget], source: VectorSource, *, tokens: int) -> list[Validation]:
-        """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them."""
+    def evaluate(
+        self,
+        targets: Sequence[ValidationTarget],
+        source: VectorSource,
+        *,
+        tokens: int,
+        fired: list[Tensor] | None = None,
+    ) -> list[Validation]:
+        """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them.
+        fired: takes, for each, which latents fired on them, bool [M]."""
         n_layers = len(self._layers)
         device = targets[0].sae.W_enc.device
         variance = LayerVariance.zeros(n_layers, self._store.meta.d_model, device)
@@ -88,6 +96,8 @@ class ValidationData:
             for each in sums:
                 each.add(x)
             seen += len(x)
+        if fired is not None:
+            fired += [each.fired for each in sums]
         return [each.finish(seen, variance.deviation) for each in sums]
 
     def read(self, tokens: int) -> Iterator[np.ndarray]:
@@ -112,7 +122,7 @@ class _Sums:
         self._n_layers = len(self._numbers)
         device = target.sae.W_enc.device
         self._errors, self._active = torch.zeros(2, self._n_layers, dtype=torch.float64, device=device)
-        self._fired = torch.zeros(target.sae.config.n_latents, dtype=torch.bool, device=device)
+        self.fired = torch.zeros(target.sae.config.n_latents, dtype=torch.bool, device=device)
         self._spread = Spread.zeros(target.sae.config.n_latents, device)
 
     def add(self, x: Tensor) -> None:
@@ -122,7 +132,7 @@ class _Sums:
         by_layer = (len(x), self._n_layers)
         self._errors += (rows - out.x_hat).double().square().sum(dim=1).view(by_layer).sum(dim=0)
         self._active += (out.codes.values > 0).sum(dim=1).view(by_layer).sum(dim=0)
-        self._fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
+        self.fired[out.codes.indices[out.codes.values > FIRING_THRESHOLD]] = True
         if self._n_layers > 1:
             self._spread = self._spread.add(out.codes, self._numbers)
 
@@ -139,7 +149,7 @@ class _Sums:
     def finish(self, tokens: int, deviation: Tensor) -> Validation:
         """The result; deviation: float64 [L], sum of |x - mean_l|^2 over the same tokens."""
         latents, fvu = self._target.sae.latents, self._errors / deviation[self._layers]
-        latents.sum_(self._active, fired := self._fired.double().mean())
+        latents.sum_(self._active, fired := self.fired.double().mean())
         return Validation(
             tokens=tokens,
             fvu=fvu.mean().item(),

@@ -138,6 +138,7 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "n_layers": summary["n_layers"],
         "layers": summary["layer_numbers"],
         "n_latents": summary["n_latents"],
+        "activation": sae.get("activation"),
         "k": sae.get("k"),
         "expansion_factor": sae.get("expansion_factor"),
         "n_tokens": summary["n_tokens"],

@@ -47,6 +47,8 @@ def unlike_training(runs: Sequence[Run]) -> list[str]:
 def _table(runs: Sequence[Run], columns: Columns) -> list[str]:
     """A table whose first columns tell runs apart."""
     first: Columns = {"run": itemgetter("run"), "R": _number("expansion_factor"), "k": _number("k")}
+    if len({run["activation"] for run in runs}) > 1:
+        first = {**first, "activation": lambda run: run["activation"] or "-"}
     columns = first | dict(columns)
     return table(tuple(columns), [tuple(cell(run) for cell in columns.values()) for run in runs])
 

@@ -189,7 +189,7 @@ def view_prompt(
     results, silent = [], []
     for intervention in interventions:
         placed = intervention.at(layers, strongest.get(intervention.latent))
-        if placed.layers:
+        if placed.layers and (intervention.kind != "ablate" or intervention.latent in strongest):
             results.append(Result(placed, run.effect([placed])))
         else:
             silent.append(intervention.latent)

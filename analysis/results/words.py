@@ -33,7 +33,7 @@ def words(summary: Mapping[str, Any]) -> str:
     columns = {name: head for name, head in _COLUMNS.items() if few or name != "fvu_without_few"}
     lines = [
         f"{sae['name']} on {summary['provenance']['store']['name']}: {summary['n_layers']} layers, "
-        f"{summary['n_latents']:,} latents, k {sae['k']}; "
+        f"{summary['n_latents']:,} latents, {sae['activation']}, k {sae['k']}; "
         f"{latents['active']:,} fired, {latents['dead']:,} never did.",
         summary["split"]["text"],
         *(f"warning: {warning}" for warning in summary["warnings"]),

@@ -73,6 +73,10 @@ def cut(tokens: TokenTable, rolling: Rolling, chunk: int, shard: int) -> tuple[i
     divisors = (n * chunk for n in range(1, whole // chunk + 1) if whole % (n * chunk) == 0)
     shard = most // whole * whole or max(size for size in divisors if size <= most)
     n_shards, run = -(-n_tokens // shard), max(whole // shard, 1)
+    if (fits := _SHARDS // 4 * batch * token_bytes) > size:
+        often = f"a forward pass of {batch:,} tokens up to {-(-batch // shard)} times, since fewer than 16 fit: slow"
+        way_out = f"--rolling {human_bytes(fits)}, or a smaller --batch-size or --context-length, avoids it"
+        print(f"warning: --rolling {human_bytes(size)} makes {often}; {way_out}", file=sys.stderr)
     aside = np.flatnonzero(rolling.first(int(tokens.document.max()) + 1)[tokens.document])
     kept = 0 if len(aside) == 0 else (int(aside[-1]) // (run * shard) + 1) * run
     if kept == 0:

@@ -47,8 +47,8 @@ class PlanConfig:
     """Vectors in a step; default that of `train` for a run of this length."""
     epochs: int = 1
     """Passes over the tokens, where all are stored."""
-    context_length: int = 2048
-    """Tokens in a sequence."""
+    context_length: int | None = None
+    """Tokens in a sequence; default: 2048, or what the model takes."""
     gpus: int = 0
     """GPUs, of one machine; 0: the machine at hand, on which parts of both are timed for some seconds."""
     gpu: Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090"] = "h100"
@@ -77,10 +77,11 @@ class PlanConfig:
 
 def plan(config: PlanConfig) -> dict[str, Any]:
     """What each of the three ways takes; plain JSON."""
+    from harvest.settings import context_length
     from train.objective.recipes import best_batch
 
     transformer = model_config(config.model)
-    model = shape_of(transformer, config.context_length)
+    model = shape_of(transformer, context_length(transformer, config.context_length, config.model))
     vectors = config.tokens * model.n_layers
     batch = config.batch_size or best_batch(int(vectors * config.epochs))
     n_latents = config.n_latents or round((config.expansion_factor or 16) * model.d_model)

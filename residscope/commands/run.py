@@ -85,7 +85,7 @@ def foretold(options: argparse.Namespace, commands: Mapping[str, Sequence[str]])
         expansion_factor=train.model.expansion_factor,
         k=train.model.k,
         batch_size=train.data.batch_size,
-        context_length=harvest.sequences.context_length or PlanConfig.context_length,
+        context_length=harvest.sequences.context_length,
         disk=options.disk,
     )
     found = plan(config)

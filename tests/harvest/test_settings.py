@@ -17,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from harvest.run import harvest
 from harvest.settings import default_batch_size, load_weights, resolve
-from residscope.errors import UsageError
+from residscope.errors import ResidscopeError, UsageError
 from store.activations import ActivationStore
 from tests.support.harvesting import MakeConfig
 from tests.support.models import ARCHITECTURES, tiny_config, tiny_model
@@ -100,5 +100,5 @@ def test_what_is_not_spread_is_said(flags: dict[str, Any], said: str, config: Ma
 
 def test_spreading_needs_accelerate(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs accelerate: pip install accelerate"):
+    with pytest.raises(ResidscopeError, match="needs accelerate: pip install accelerate"):
         resolve(config(device_map="auto"))

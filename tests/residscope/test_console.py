@@ -51,6 +51,45 @@ def test_a_full_standard_output_is_named(unbuffered: str) -> None:
     assert done.stderr.startswith("tool: error: No space left on device: <stdout>. Free some space")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")  # noqa: PTH110
+@pytest.mark.parametrize("where", ["full", "gone"])
+def test_no_work_is_lost_where_standard_error_fails(where: str) -> None:
+    code = """if True:
+        import sys
+        from tqdm import tqdm
+        from residscope.console import run_command
+        from residscope.errors import UsageError
+        def command():
+            for _ in tqdm(range(5), mininterval=0):
+                print("words", file=sys.stderr)
+            print("done")
+            raise UsageError("it failed")
+        raise SystemExit(run_command("tool", command))
+    """
+    read, gone = os.pipe()
+    os.close(read)
+    with open("/dev/full" if where == "full" else gone, "w", encoding="utf-8") as stderr:  # noqa: PTH123
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, text=True)
+    assert (done.returncode, done.stdout) == (2, "done\n")
+
+
+def test_a_pipe_that_breaks_is_no_success_but_that_of_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert run_command("tool", command) == 1
+    assert capsys.readouterr().err.startswith("tool: error: Broken pipe. What it was written to has ended: run the")
+    code = (
+        "from residscope.console import run_command; raise SystemExit(run_command('tool', lambda: print('x' * 10**6)))"
+    )
+    shown = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" | head -c 1; echo ${{PIPESTATUS[0]}}'],
+        capture_output=True,
+        text=True,
+    )
+    assert (shown.stdout, shown.stderr) == ("x0\n", "")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_results_print_on_a_terminal_of_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it cannot show is escaped; \\udcff is a byte of a file name that is not UTF-8."""

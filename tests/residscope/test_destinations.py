@@ -140,7 +140,9 @@ def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
     refuse_shared(other / "x", other / "x.config.toml", [other / "x.safetensors"])  # a file where a folder should be
 
 
-@pytest.mark.parametrize("name", [".", "a/..", "a.metrics.jsonl", "acts.zarr.planning", "a.pt.tmp"])
+@pytest.mark.parametrize(
+    "name", [".", "a/..", "a.metrics.jsonl", "acts.zarr.planning", "a.pt.tmp", "\u65e5" * 74 + ".pt"]
+)
 def test_an_output_has_a_name_of_its_own(name: str) -> None:
     with pytest.raises(UsageError, match="--out"):
         require_name(Path(name))

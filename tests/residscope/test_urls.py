@@ -143,5 +143,5 @@ def test_a_server_that_pauses_costs_nothing(s3: str, s3_server: Server) -> None:
 def test_without_obstore_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     urls._client.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
-    with pytest.raises(UsageError, match=r"needs obstore; pip install 'residscope\[s3\]'"):
+    with pytest.raises(ResidscopeError, match=r"needs obstore; pip install 'residscope\[s3\]'"):
         at("s3://bucket/a").is_file()

@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batchtopk": {"activation": "batchtopk"},
     "matryoshka": {"activation": "matryoshka"},
     "jumprelu": {"activation": "jumprelu"},
-    "relu": {"activation": "relu", "sparsity_loss": "penalty"},
+    "relu": {"activation": "relu"},
     "all": {"multi_topk": True, "clip_norm": 0.01, "decoder_norm": "free", "encoder_bias": True, "ema_decay": 0.9},
     "tiny": {"batch_size": 2, "steps": 12, "dead_tokens": 1},
 }

@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from residscope.errors import IncompatibleError, UsageError
+from residscope.errors import IncompatibleError, Interrupted, UsageError
 from residscope.options import with_values
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
-from tests.support.training import plan_of
+from tests.support.training import StopAt, plan_of
 from train import run
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
+from train.model import sae_hash
 from train.resolve import ADDED_LATER, RECORDED, RunPlan
 from train.resume import compare_plans
 from train.run import train
@@ -53,7 +54,7 @@ def test_a_plan_from_before_an_option_was_there_is_that_of_its_default(store: Pa
     old = {name: value for name, value in plan.to_dict().items() if name not in ADDED_LATER}
     assert len(old) == len(RECORDED) - len(ADDED_LATER)
     assert compare_plans(old, plan) == []
-    for name in old.keys() - {"device", "kernels"}:
+    for name in old.keys() - {"device", "kernels", "validation_seed"}:
         with pytest.raises(IncompatibleError, match=f"{name} was None"):
             compare_plans({key: value for key, value in old.items() if key != name}, plan)
 
@@ -140,6 +141,30 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
         torch.save({**finished, "trainer": {**finished["trainer"], "metrics": metrics}}, config.out)
         with pytest.raises(IncompatibleError, match="metrics is not what"):
             train(with_values(config, checkpoint_every=5, resume=True))
+
+
+def test_every_seed_holds_out_the_same_documents_but_in_runs_of_earlier_versions(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(with_values(config, seed=1))
+    assert load_checkpoint(config.out).store["validation"]["seed"] == 0
+    config = with_values(config, seed=1, checkpoint_every=5)
+    train(with_values(config, validation_seed=1, overwrite=True))
+    undisturbed = load_checkpoint(config.out)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "stop_on_signals", lambda: StopAt(5))
+        with pytest.raises(Interrupted):
+            train(with_values(config, validation_seed=1, overwrite=True))
+    stopped = torch.load(config.out, weights_only=True)
+    del stopped["trainer"]["config"]["validation_seed"]
+    torch.save(stopped, config.out)
+    with pytest.raises(IncompatibleError, match=r"validation_seed was 1 .* and is 0 now"):
+        train(with_values(config, validation_seed=0, resume=True))
+    train(with_values(config, resume=True))
+    resumed = load_checkpoint(config.out)
+    assert sae_hash(resumed.sae) == sae_hash(undisturbed.sae)
+    assert resumed.store["validation"] == undisturbed.store["validation"]
+    assert resumed.trainer["validation"] == undisturbed.trainer["validation"]
 
 
 def test_what_another_run_has_written_since_is_not_replaced(

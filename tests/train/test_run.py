@@ -211,7 +211,7 @@ def test_resuming_a_finished_run_changes_nothing(config: TrainConfig) -> None:
 
 
 def test_a_finished_run_goes_on_from_its_weights_when_it_is_lengthened(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The rate rises and falls again over the new steps; stopped on the way, it ends with the same bytes."""
     short = train(config)
@@ -232,7 +232,10 @@ def test_a_finished_run_goes_on_from_its_weights_when_it_is_lengthened(
             train(longer)
     train(longer)
     assert config.out.read_bytes() == whole
-    with pytest.raises(IncompatibleError, match="steps was 68"):
+    assert "rises again first" not in capsys.readouterr().err
+    train(with_values(config, epochs=5, resume=True))
+    assert "goes on from step 68 to 85, and its learning rate rises again first: FVU may" in capsys.readouterr().err
+    with pytest.raises(IncompatibleError, match="steps was 85"):
         train(with_values(config, epochs=2, resume=True))
 
 
@@ -250,6 +253,10 @@ def test_a_run_may_start_from_anothers_weights(config: TrainConfig, tmp_path: Pa
         ({"n_latents": 50, "expansion_factor": None}, "ckpt.pt: n_latents is 40 there and 50 here"),
         ({"start_from": other.out}, "would be replaced by the run's own checkpoint"),
         ({"start_from": tmp_path / "none.pt"}, "none.pt: no such file or folder"),
+        (
+            {"validation_seed": 1},
+            "was trained on documents that are held out here: give --validation-fraction 0.05 --validation-seed 0",
+        ),
     ):
         with pytest.raises(UsageError, match=words):
             train(with_values(other, overwrite=True, **wrong))

@@ -18,7 +18,8 @@ class TrainCompareConfig:
     """Store of activations that they are measured on."""
     sae: tuple[str, ...]
     """Checkpoints, folders or hub ids, in any format that `residscope convert` reads. Checkpoints of single layers
-    whose names differ in layer=N alone (as --per-layer writes them) count as one set; a folder may hold such sets."""
+    whose names differ in layer=N alone (as --per-layer writes them) count as one set; a folder may hold such sets, or
+    the runs of a --sweep."""
     out: Path = Path("comparison")
     """Folder for compare.parquet, compare.json and the figure."""
     pca: bool = True
@@ -30,7 +31,7 @@ class TrainCompareConfig:
     """Held-out tokens to measure on, at most."""
     fit_tokens: int = 8192
     """Training tokens that the principal components are fitted on, at most."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.5
     """Share of the documents that count as held out where no checkpoint says which were."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""

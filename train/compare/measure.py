@@ -7,12 +7,13 @@ as held out when no checkpoint was trained on them. FVU is that of `train.valida
 Shapes: T tokens of the store, t tokens read, L layers of the store, D d_model.
 """
 
+import itertools
 import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from residscope.errors import IncompatibleError, UsageError
 from residscope.names import stem
 from residscope.urls import as_path, local_copy
 from store.activations import ActivationStore
+from store.care.outliers import few_tokens
 from store.meta import StoreMeta
 from store.shuffle import validation_documents
 from train.checkpoint import Checkpoint
@@ -35,6 +37,9 @@ from train.reporting.announce import say
 from train.validation import Validation, ValidationData, ValidationTarget
 
 _LAYER = re.compile(r"\.?layer=\d+")
+
+FOUND = 0.7
+"""Cosine above which a latent counts as found in another autoencoder."""
 
 
 @dataclass(kw_only=True)
@@ -60,8 +65,8 @@ class Entrant:
         return total // 2 if self.kind == "pca" else total
 
     def k(self) -> int:
-        """Latents that may be active on one vector."""
-        return max(sae.config.k for sae in self.members.values())
+        """Latents that may be active on one vector; 0 where nothing limits them."""
+        return max(0 if sae.config.activation == "relu" else sae.config.k for sae in self.members.values())
 
     def own_layers(self, layers: Sequence[int]) -> list[int]:
         """Those of `layers` that a member was trained on; all of them where that is not recorded."""
@@ -73,6 +78,17 @@ class Entrant:
         """`fvu_per_layer` or `l0_per_layer`, each layer's by its own member; None where there is none."""
         found = [self.found.get(layer, self.found.get(None)) for layer in layers]
         return [None if each is None else getattr(each, name)[i] for i, each in enumerate(found)]
+
+
+class Match(NamedTuple):
+    """How far the latents of one autoencoder are found in another, of those that fired on the tokens measured on."""
+
+    run: str
+    other: str
+    mmcs: float
+    """Mean over the latents of `run` of the highest cosine between its decoder row and one of `other`."""
+    found: float
+    """Share of them for which that is above `FOUND`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +103,8 @@ class Comparison:
     """Held-out tokens measured on."""
     store: dict[str, Any]
     """Which data: path and content_hash."""
+    matches: list[Match]
+    """Each autoencoder for several layers with each other one."""
 
 
 def compare(config: TrainCompareConfig) -> Comparison:
@@ -107,6 +125,8 @@ def compare(config: TrainCompareConfig) -> Comparison:
                     f"{' '.join(map(str, store.meta.layers))}: harvest the layers that it was trained on"
                 )
         held_out, trained = _split(store, [checkpoint for _, checkpoint in checkpoints], config.validation_fraction)
+        if few := few_tokens(store, held_out):
+            say(f"warning: {few.words}")
         positions = list(range(store.meta.n_layers))
         source = VectorSource(positions, store.meta.stored_dtype, device)
         if config.pca:
@@ -118,7 +138,8 @@ def compare(config: TrainCompareConfig) -> Comparison:
         own = [_only_position(*member, store.meta.layers, config.cross) for member in members]
         saes = [sae.to(device) for *_, sae in members]
         targets = [ValidationTarget(sae, torch.float32, place) for sae, place in zip(saes, own, strict=True)]
-        measured = data.evaluate(targets, source, tokens=config.tokens)
+        fired = list[torch.Tensor]()
+        measured = data.evaluate(targets, source, tokens=config.tokens, fired=fired)
         for (entrant, layer, _), position, found in zip(members, own, measured, strict=True):
             entrant.found[layer] = found if position is None else _at(found, position, len(positions))
         return Comparison(
@@ -126,13 +147,30 @@ def compare(config: TrainCompareConfig) -> Comparison:
             layers=store.meta.layers,
             tokens=next(iter(entrants[0].found.values())).tokens,
             store={"path": store.path.name, "content_hash": store.content_hash},
+            matches=_matches(
+                [
+                    (m[0].name, m[2].W_dec[on])
+                    for m, on in zip(members, fired, strict=True)
+                    if m[0].kind == "multi-layer"
+                ]
+            ),
         )
 
 
+def _matches(runs: Sequence[tuple[str, torch.Tensor]]) -> list[Match]:
+    """Of names and decoder rows [J, D], each with each other."""
+    units = [(name, torch.nn.functional.normalize(rows.detach().float(), dim=1)) for name, rows in runs if len(rows)]
+    found = []
+    for (name, rows), (other, others) in itertools.permutations(units, 2):
+        best = torch.cat([(part @ others.T).amax(dim=1) for part in rows.split(1024)])
+        found.append(Match(name, other, best.mean().item(), (best > FOUND).double().mean().item()))
+    return found
+
+
 def _read(source: str) -> list[tuple[str, Checkpoint]]:
-    """The checkpoint `source`, or those of single layers in the folder `source`, with names."""
+    """The checkpoint `source`, or those of a sweep or of single layers in the folder `source`, with names."""
     path = local_copy(as_path(source))
-    inside = sorted(path.glob("*layer=*.pt")) if path.is_dir() else []
+    inside = sorted(path.glob("*=*.pt")) if path.is_dir() else []
     if inside:
         return [(f"{path.name}/{file.stem}", read_checkpoint(file)) for file in inside]
     checkpoint = read_checkpoint(path if path.exists() else source)
@@ -201,7 +239,7 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
     if np.count_nonzero(held_out) < 2:
         raise UsageError(
             f"{store.path}: no document with at least two tokens was held out from all of these checkpoints: train "
-            "them with the same --validation-fraction (above 0) and --seed"
+            "them with the same --validation-fraction (above 0) and --validation-seed"
         )
     return held_out, trained
 

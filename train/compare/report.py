@@ -11,7 +11,7 @@ from typing import Any
 
 from residscope.console import aligned
 from residscope.escape import figure_text
-from train.compare.measure import Comparison, Entrant
+from train.compare.measure import FOUND, Comparison, Entrant
 
 
 def as_json(result: Comparison) -> dict[str, Any]:
@@ -20,12 +20,13 @@ def as_json(result: Comparison) -> dict[str, Any]:
         "store": result.store,
         "tokens": result.tokens,
         "layers": list(result.layers),
+        "matches": [match._asdict() for match in result.matches],
         "runs": [
             {
                 "run": entrant.name,
                 "kind": entrant.kind,
                 "n_latents": entrant.n_latents(),
-                "k": entrant.k(),
+                "k": entrant.k() or None,
                 "vectors": entrant.vectors,
                 "fvu": mean(entrant.by_layer(result.layers, "fvu_per_layer")),
                 "trained_layers": entrant.own_layers(result.layers),
@@ -67,7 +68,14 @@ def words(result: Comparison) -> str:
         *([] if everywhere else [["mean, own", *map(number, of_own)]]),
         ["over the best", *(number(None if value is None else value / best) for value in shared)],
         ["latents", *(f"{entrant.n_latents():,}" for entrant in result.entrants)],
-        ["k", *(str(entrant.k()) for entrant in result.entrants)],
+        ["k", *(str(entrant.k() or "-") for entrant in result.entrants)],
+        [
+            "L0",
+            *(
+                "-" if (l0 := own_mean(e, result.layers, "l0_per_layer")) is None else f"{l0:.1f}"
+                for e in result.entrants
+            ),
+        ],
         ["vectors", *("-" if entrant.vectors is None else f"{entrant.vectors:,}" for entrant in result.entrants)],
     ]
     title = f"FVU (lower is better) by layer, on {result.tokens:,} held-out tokens; "
@@ -77,7 +85,24 @@ def words(result: Comparison) -> str:
             "; (in brackets): a layer that it was not trained on; mean, own: over those that it was trained on; over "
             f"the best: on layers {' '.join(map(str, common)) or '-'}, which all were trained on"
         )
-    return "\n".join([title, *aligned(lines)])
+    return "\n".join([title, *aligned(lines), *_found_again(result)])
+
+
+def _found_again(result: Comparison) -> list[str]:
+    """The second table on the terminal, of autoencoders for several layers."""
+    names = list(dict.fromkeys(match.run for match in result.matches))
+    cells = {(match.run, match.other): f"{match.mmcs:.3f} ({match.found:.0%})" for match in result.matches}
+    if not names:
+        return []
+    title = (
+        "the row's latents found in the column's autoencoder: mean over those that fired of the highest cosine of "
+        f"decoder rows (1: all are there), and the share above {FOUND}"
+    )
+    return [
+        "",
+        title,
+        *aligned([["", *names], *([row, *(cells.get((row, name), "") for name in names)] for row in names)]),
+    ]
 
 
 def _rows(result: Comparison) -> list[dict[str, Any]]:
@@ -87,7 +112,7 @@ def _rows(result: Comparison) -> list[dict[str, Any]]:
             "run": entrant.name,
             "kind": entrant.kind,
             "n_latents": entrant.n_latents(),
-            "active_at_most": entrant.k(),
+            "active_at_most": entrant.k() or None,
             "vectors": entrant.vectors,
             "trained_layer": trained,
             "layer": layer,
@@ -134,9 +159,9 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(there) / len(there) if there and len(there) == len(values) else None
 
 
-def own_mean(entrant: Entrant, layers: Sequence[int]) -> float | None:
-    """Mean FVU over those of the store's `layers` that the entrant was trained on."""
-    values = entrant.by_layer(layers, "fvu_per_layer")
+def own_mean(entrant: Entrant, layers: Sequence[int], name: str = "fvu_per_layer") -> float | None:
+    """Mean FVU, or another number, over those of the store's `layers` that the entrant was trained on."""
+    values = entrant.by_layer(layers, name)
     return mean([values[list(layers).index(layer)] for layer in entrant.own_layers(layers)])
 
 

@@ -42,8 +42,10 @@ BEFORE_RECIPES: dict[str, Any] = {"recipe": "gao"} | {
 
 
 def recorded_flags(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's flags, as the record of a checkpoint has them."""
+    """A recipe's flags, as the record of a checkpoint has them, and the seed of the held-out documents, for which
+    earlier versions took that of the run."""
     found = {field.name: record.get(field.name, BEFORE_RECIPES.get(field.name)) for field in fields(Recipe)}
+    found["validation_seed"] = record.get("validation_seed", record.get("seed"))
     return found | {"clip_norm": found["clip_norm"] or 0.0}
 
 

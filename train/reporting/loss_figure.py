@@ -31,9 +31,12 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
     x = _column(training, "vectors", 1e-6)
     above.plot(x, _column(training, "fvu"), label="FVU, training", color="tab:blue")
     above.plot(x, _column(training, "loss"), label="loss, training", color="tab:gray", linewidth=0.9)
-    if validation:
-        at, held_out = _column(validation, "vectors", 1e-6), _column(validation, "fvu")
-        above.plot(at, held_out, "o", label="FVU, held-out documents", color="tab:orange")
+    for tokens in sorted({line.get("validation_tokens", 0) for line in validation}):  # more at the end
+        of_size = [line for line in validation if line.get("validation_tokens", 0) == tokens]
+        at, held_out = _column(of_size, "vectors", 1e-6), _column(of_size, "fvu")
+        above.plot(
+            at, held_out, "o", label=f"FVU, {tokens:,} held-out tokens", fillstyle="full" if tokens > 256 else "none"
+        )
     above.set(yscale="log", ylabel="share of variance, lower is better")
     above.set_title(figure_text(title), fontsize=10)
     above.grid(alpha=0.3, which="both")

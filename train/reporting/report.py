@@ -14,7 +14,7 @@ from train.grid import RunSpec, as_written
 from train.objective.recipes import best_lr
 from train.reporting.convergence import FVU_SETTLED, LEAST_STEPS, SETTLED, in_words, last_quarter
 from train.resolve import RunPlan
-from train.validation import Validation
+from train.validation import INTERIM_TOKENS, Validation
 
 _SETTLED = {True: "yes", False: "no", None: "-"}
 _HIGH = 10
@@ -89,8 +89,9 @@ def describe(result: TrainResult) -> str:
     if held_out is None or (worst := result.worst_layer) is None:
         lines.append("validation: no document was held out, or one of a single token")
     else:
+        few = "" if held_out.tokens >= INTERIM_TOKENS else " (so few say little: raise --validation-fraction)"
         lines.append(
-            f"validation on {held_out.tokens:,} tokens of held-out documents: FVU {held_out.fvu:.3f} (lower is "
+            f"validation on {held_out.tokens:,} tokens of held-out documents{few}: FVU {held_out.fvu:.3f} (lower is "
             "better, 1 is no better than the layer's mean; mean over layers; "
             f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
         )

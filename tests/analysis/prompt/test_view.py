@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from analysis.cli import main
-from analysis.prompt.view import Activations, Usual, latents_of, read_prompt, run_prompt
+from analysis.prompt.intervene import Intervention
+from analysis.prompt.view import Activations, Usual, latents_of, read_prompt, run_prompt, view_prompt
 from residscope.errors import UsageError
 from tests.support.harvested import make_harvested
 from tests.support.models import ARCHITECTURES
@@ -40,6 +41,20 @@ def test_codes_are_those_of_the_same_text_in_the_store(make: Make, architecture:
                     expected[int(t), layer, latent] = value
     rows = zip(*(column.tolist() for column in found), strict=True)
     assert {(t, layer, latent): a for t, layer, latent, a in rows} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_latent_that_is_active_nowhere_is_not_ablated_but_named(make: Make) -> None:
+    setting = make("llama")
+    tokens = read(setting)
+    active = {*run_prompt(setting.subject, tokens, setting.layers)[1].latent.tolist()}
+    silent = next(latent for latent in range(96) if latent not in active)
+    wanted = [
+        Intervention(kind="ablate", latent=silent, layers=(0,)),
+        Intervention(kind="steer", latent=silent, layers=(0,), coefficient=2.0),
+    ]
+    found = view_prompt(setting.subject, TEXT, tokens, setting.layers, wanted, Usual(np.zeros(96), 1))
+    assert found.silent == [silent]
+    assert [result.intervention.kind for result in found.results] == ["steer"]
 
 
 def test_a_prompt_is_opened_as_the_stores_sequences_and_documents_are(make: Make) -> None:

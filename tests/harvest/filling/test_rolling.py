@@ -99,7 +99,9 @@ REST = {"fraction": 0.01, "seed": 0, "token_bytes": 1000, "n_layers": 2}
     ("batch", "shard", "run", "times"),
     [(64, 256, 1, 1.0), (960, 192, 5, 1.0), (6400, 288, 1, 20.0)],  # the last: fewer than 16 batches in the size
 )
-def test_parts_hold_whole_batches(batch: int, shard: int, run: int, times: float) -> None:
+def test_parts_hold_whole_batches(
+    batch: int, shard: int, run: int, times: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     held_out = validation_documents(1000, 0.01, 0)
     tokens = token_table(100_000, document=np.repeat(np.argsort(~held_out, kind="stable"), 100))
     found, ring = cut(tokens, Rolling(20_000_000, batch=batch, **REST), 32, 4096)
@@ -111,6 +113,10 @@ def test_parts_hold_whole_batches(batch: int, shard: int, run: int, times: float
     batches = [SequenceBatch(at, min(at + batch, 100_000), 32) for at in range(0, 100_000, batch)]
     passes = sum(len(batches_for(batches, part.tolist(), shard)) for part in ring.parts(n_shards))
     assert 1 <= passes / len(batches) <= times
+    slow = (
+        "warning: --rolling 20 MB makes a forward pass of 6,400 tokens up to 23 times, since fewer than 16 fit: slow;"
+    )
+    assert (f"{slow} --rolling 102 MB, or a" in capsys.readouterr().err) == (times > 1)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """`residscope plan`, and what it times on this machine (residscope/commands/calibrate.py)."""
 
 import json
+from pathlib import Path
 
 import pytest
+import transformers
 
 from residscope.cli import main
 from residscope.commands import calibrate
 from residscope.commands.costs import Training
 from residscope.commands.plan import PlanConfig, plan
+from residscope.errors import UsageError
+from tests.support.models import tiny_tokenizer
 
 
 def test_the_papers_run_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +68,18 @@ def test_what_is_timed_is_real(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, memory = calibrate.step_seconds(Training(256, 4, 128, 5, 32), 3)
     assert 0 < seconds < 60
     assert memory > 24 * 256 * 32
+
+
+def test_sequences_are_no_longer_than_the_model_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 has 1,024 positions."""
+    monkeypatch.setattr(calibrate, "step_seconds", lambda run, layers: (2.0, 10**9))
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    config = transformers.GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=10)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer(bos=False).save_pretrained(tmp_path)
+    assert plan(PlanConfig(model=str(tmp_path), disk_speed="1GB"))["model"]["context"] == 1024
+    with pytest.raises(UsageError, match=r"--context-length 1025: \S+ takes at most 1024 tokens"):
+        plan(PlanConfig(model=str(tmp_path), context_length=1025))
 
 
 @pytest.mark.parametrize(

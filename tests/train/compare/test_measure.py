@@ -18,6 +18,7 @@ from train.checkpoint import load_checkpoint
 from train.cli import main
 from train.compare.config import TrainCompareConfig
 from train.compare.measure import compare
+from train.compare.report import as_json, words
 from train.run import train, train_all
 
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     train(config)
     train_all(with_values(config, per_layer="total", out=root / "layers"))
-    train(with_values(config, seed=1, out=root / "other-split.pt"))
+    train(with_values(config, validation_seed=1, out=root / "other-split.pt"))
     return root
 
 
@@ -93,6 +94,47 @@ def test_every_number_is_that_of_a_naive_computation(folder: Path) -> None:
         for name, x_hat in expected.items():
             found = named[name].by_layer(result.layers, "fvu_per_layer")[position]
             assert found == pytest.approx(naive_fvu(x[:, position], x_hat), rel=1e-4), (name, layer)
+
+
+def test_a_folder_may_hold_a_sweep(folder: Path, tmp_path: Path) -> None:
+    sizes = {"n_latents": 30, "batch_size": 64, "steps": 2, "threads": 1}
+    train_all(train_config(store=folder / "acts.zarr", out=tmp_path / "grid", sweep=("k=2,3",), **sizes))
+    config = TrainCompareConfig(store=folder / "acts.zarr", sae=(str(tmp_path / "grid"),), pca=False)
+    assert [(one.name, one.k()) for one in compare(config).entrants] == [("grid/ckpt.k=2", 2), ("grid/ckpt.k=3", 3)]
+
+
+def test_latents_are_matched_over_autoencoders(folder: Path, tmp_path: Path) -> None:
+    sources = (str(folder / "all.pt"), str(tmp_path / "other.pt"))
+    sizes = {"n_latents": 40, "k": 3, "batch_size": 64, "threads": 1, "seed": 1, "validation_fraction": 0.2}
+    train(train_config(store=folder / "acts.zarr", out=tmp_path / "other.pt", **sizes))
+    result = compare(TrainCompareConfig(store=folder / "acts.zarr", sae=sources, pca=False))
+    x, units = torch.from_numpy(held_out(folder)[0]).flatten(0, 1), []
+    for source in sources:
+        sae = load_checkpoint(Path(source)).sae
+        codes = sae(x).codes
+        fired = sorted({*codes.indices[codes.values > 1e-3].tolist()})
+        units.append((sae.W_dec[fired] / sae.W_dec[fired].norm(dim=1, keepdim=True)).detach())
+    cosines = units[0] @ units[1].T
+    for match, best in zip(result.matches, (cosines.amax(1), cosines.amax(0)), strict=True):
+        assert (match.mmcs, match.found) == (pytest.approx(best.mean().item()), (best > 0.7).double().mean().item())
+    assert [(match.run, match.other) for match in result.matches] == [("all", "other"), ("other", "all")]
+    there, back = (f"{match.mmcs:.3f} ({match.found:.0%})" for match in result.matches)
+    assert [line.split() for line in words(result).splitlines()[-3:]] == [
+        ["all", "other"],
+        ["all", *there.split()],
+        ["other", *back.split()],
+    ]
+
+
+def test_relu_has_no_k_and_every_run_its_l0(folder: Path, tmp_path: Path) -> None:
+    sizes = {"n_latents": 30, "batch_size": 64, "k": 3, "steps": 2, "threads": 1, "activation": "relu"}
+    train(train_config(store=folder / "acts.zarr", out=tmp_path / "relu.pt", validation_fraction=0.2, **sizes))
+    sources = (str(folder / "all.pt"), str(tmp_path / "relu.pt"))
+    result = compare(TrainCompareConfig(store=folder / "acts.zarr", sae=sources, pca=False))
+    assert [run["k"] for run in as_json(result)["runs"]] == [3, None]
+    table = {line.split()[0]: line.split()[1:] for line in words(result).splitlines() if line}
+    assert table["k"] == ["3", "-"]
+    assert table["L0"] == [f"{np.mean(run['l0_per_layer']):.1f}" for run in as_json(result)["runs"]]
 
 
 def test_the_command_writes_a_row_for_each_autoencoder_and_layer(
@@ -184,7 +226,7 @@ def test_sets_that_standardise_by_layer_are_measured_where_they_can_be(folder: P
 
 
 def test_documents_must_be_held_out_from_all(folder: Path) -> None:
-    """Two seeds hold out other documents: only those that both leave out are measured on."""
+    """Two seeds of the split hold out other documents: only those that both leave out are measured on."""
     pair = (str(folder / "all.pt"), str(folder / "other-split.pt"))
     both = validation_documents(25, 0.2, 0) & validation_documents(25, 0.2, 1)
     config = TrainCompareConfig(store=folder / "acts.zarr", sae=pair, pca=False)

@@ -60,6 +60,12 @@ def test_the_defaults_of_a_variant(store: ActivationStore) -> None:
     ("changes", "message"),
     [
         ({"multi_topk": True, "activation": "relu"}, "--multi-topk is for --activation topk, not for relu"),
+        ({"bandwidth": 0.5}, "--bandwidth is for --activation jumprelu, not for topk"),
+        ({"sparsity_coef": 0.5}, "--sparsity-coef is for --activation jumprelu and relu, not for topk"),
+        (
+            {"sparsity_loss": "penalty", "activation": "relu"},
+            "--sparsity-loss is for --activation jumprelu, not for relu",
+        ),
         ({"prefixes": (3, 40)}, "--prefixes is for --activation matryoshka, not for topk"),
         ({"decoder_norm": "free", "activation": "relu"}, "--decoder-norm free is for .* found relu"),
         ({"ema_decay": 1.0}, r"--ema-decay should be in \[0, 1\), found 1.0"),

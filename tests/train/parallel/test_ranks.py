@@ -24,10 +24,11 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def close(path: Path, other: Path) -> None:
-    """Whether two checkpoints have the same weights and metrics, to rounding."""
+    """Whether two checkpoints have the same weights and metrics, to rounding: Adam divides a gradient by its size, so
+    the rounding of one that is nearly nothing moves a weight by a few per cent of a step of 0.002."""
     a, b = load_checkpoint(path), load_checkpoint(other)
     for (name, ours), theirs in zip(a.sae.state_dict().items(), b.sae.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")
     assert torch.equal(a.trainer["silent"], b.trainer["silent"])
     for name in ("loss", "fvu", "auxk", "l0", "dead_fraction", "vectors"):
         assert a.trainer["metrics"][name] == pytest.approx(b.trainer["metrics"][name], rel=1e-4)
@@ -49,7 +50,7 @@ def test_two_train_single_layers_and_shares_of_the_latents(base: TrainConfig, tw
     train_all(with_values(base, out=base.out.with_name("layers"), per_layer="total", steps=17))
     for layer in range(3):
         a, b = (load_checkpoint(f / f"layers/ckpt.layer={layer}.pt") for f in (base.out.parent, two[0]))
-        torch.testing.assert_close(a.sae.W_enc, b.sae.W_enc, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(a.sae.W_enc, b.sae.W_enc, rtol=1e-4, atol=2e-4)
     one = with_values(base, out=base.out.with_name("sharded.pt"), n_latents=40, decoder_norm="free", steps=17)
     train(one)
     close(one.out, two[0] / "sharded.pt")

@@ -50,8 +50,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         LOG.warning("compiled code cannot be cached: no folder can be written; set NUMBA_CACHE_DIR to one that can")
         return numba.njit(fastmath=_SUMS, **_OPTIONS)(function)
     # numba compiles again when the function's own file has changed; its helpers may be in another file of loops.
-    file = dispatcher._cache._cache_file
-    file._source_stamp = (file._source_stamp, _loops_hash())
+    if hasattr(dispatcher, "_cache"):  # not with NUMBA_DISABLE_JIT
+        file = dispatcher._cache._cache_file
+        file._source_stamp = (file._source_stamp, _loops_hash())
     return dispatcher
 
 
