@@ -64,7 +64,9 @@ def test_every_key_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
             run("train.cli", f"{train} --out b.pt --sweep k=2,3"),
             run("train.cli", f"{train.replace('acts', 'rolling')} --out c.pt".replace("256", "64")),
         ],
-        "train compare": [run("train.cli", "compare --store acts.zarr --sae a.pt b.k=2.pt --tokens 64 --fit-tokens 64")],
+        "train compare": [
+            run("train.cli", "compare --store acts.zarr --sae a.pt b.k=2.pt --tokens 64 --fit-tokens 64")
+        ],
         "residscope convert": [run("residscope.cli", "convert a.pt out --to saelens")],
         "residscope fit-lens": [run("harvest.lens.cli", "--model model --store acts.zarr --method ridge --out lens")],
     }
