@@ -21,7 +21,7 @@ DEFAULT_EXPANSION_FACTOR = 16
 _MOST = 1e12
 """Of counts and sizes: larger ones overflow somewhere, and no run needs them."""
 
-_ONLY_FOR = {
+ONLY_FOR = {
     "multi_topk": ("topk",),
     "sparsity_loss": ("jumprelu",),
     "sparsity_coef": ("jumprelu", "relu"),
@@ -241,7 +241,8 @@ class ValidationConfig:
     validation_fraction: float = 0.05
     """Share of the documents that are held out of training, and on which validation runs."""
     validation_seed: int | None = None
-    """Seed of the choice of these documents; default: 0 whatever --seed is, so that runs of several seeds compare."""
+    """Seed of the choice of these documents; default: 0 whatever --seed is, so that runs of several seeds compare. Of
+    a store that is filled part by part, `harvest` has chosen them."""
     validation_tokens: int = 4096
     """Held-out tokens, at most, for the validation at the end; those during training use up to 256."""
 
@@ -334,8 +335,13 @@ class TrainConfig:
         other = activation != "topk" or self.objective.multi_topk or self.optimizer.ema_decay or self.sweep
         if self.shard_latents > 1 and other:
             raise UsageError("--shard-latents is for --activation topk without --multi-topk, --ema-decay and --sweep")
-        for name, kinds in _ONLY_FOR.items():
-            if activation not in kinds and getattr(self.objective, name) != getattr(ObjectiveConfig, name):
+        swept = any(word.startswith("activation=") for word in self.sweep or ())  # each run is looked at
+        for name, kinds in ONLY_FOR.items():
+            if (
+                not swept
+                and activation not in kinds
+                and getattr(self.objective, name) != getattr(ObjectiveConfig, name)
+            ):
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is for --activation {' and '.join(kinds)}, not for {activation}")
         if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:

@@ -16,7 +16,7 @@ from residscope.reading import reading
 from store.activations import ActivationStore
 from store.folder import refuse_inside_store
 from train.checkpoint import Checkpoint, check_weights, config_path, load_checkpoint, refuse_anothers
-from train.config import TrainConfig
+from train.config import ONLY_FOR, TrainConfig
 from train.data import TrainingData
 from train.determinism import differences, surroundings
 from train.formats.files import read_sae
@@ -100,10 +100,7 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ra
         raise IncompatibleError(f"{path} has no training state, so it cannot be resumed; {_START_AGAIN}")
     with reading(f"{path}: its training state is damaged", _START_AGAIN):
         _check_state(path, saved.trainer, saved.config.n_latents * saved.sae.latents.size)
-    warnings = compare_plans(saved.trainer["config"], plan, longer=(longer := is_longer(plan, saved)))
-    if longer and plan.steps < 1.5 * (done := saved.trainer["step"]):
-        more = "FVU may end higher than it was; twice the steps make up for it"
-        say(f"note: {path} goes on from step {done} to {plan.steps}, and its learning rate rises again first: {more}")
+    warnings = compare_plans(saved.trainer["config"], plan, longer=is_longer(plan, saved))
     now = surroundings(plan.device, plan.kernels, plan.product_dtype, ranks)
     if changed := differences(saved.trainer.get("surroundings", {}), now):
         warnings.append(f"since {path} was saved: {changed}: {_NOT_BIT_FOR_BIT}")
@@ -123,6 +120,13 @@ def is_longer(plan: RunPlan, saved: Checkpoint) -> bool:
     return saved.trainer["finished"] and plan.steps > saved.trainer["step"]
 
 
+def rise(plan: RunPlan, saved: Checkpoint) -> str:
+    """A warning where a finished run goes on for too few steps to gain by it ("": none)."""
+    done = saved.trainer["step"]
+    more = "the learning rate rises again first, and FVU may end higher than it was; twice the steps make up for it"
+    return f"from {done} to {plan.steps} steps: {more}" if is_longer(plan, saved) and plan.steps < 1.5 * done else ""
+
+
 _START_AGAIN = "use --overwrite to start again"
 _NOT_BIT_FOR_BIT = "the result will not be bit for bit that of an uninterrupted run"
 _REPORTED_ONLY = ("device", "kernels", "tile_mb")
@@ -138,7 +142,8 @@ def compare_plans(saved: dict[str, Any], plan: RunPlan, *, longer: bool = False)
     saved = {**ADDED_LATER, "validation_seed": saved.get("seed"), **saved}  # which were one in earlier versions
     for name in RECORDED:
         before, after = saved.get(name), now[name]
-        if before == after or (longer and name in _LENGTH):
+        used = plan.model.activation in ONLY_FOR.get(name, (plan.model.activation,))
+        if before == after or not used or (longer and name in _LENGTH):
             continue
         found = f"{name} was {before} when {plan.config.out} was saved and is {after} now"
         if name not in _REPORTED_ONLY:
@@ -207,9 +212,9 @@ def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ra
         say(f"warning: {before} threads before, {threads} now: {_NOT_BIT_FOR_BIT}")
 
 
-def read_source(plan: RunPlan, data: TrainingData) -> MLSAE:
-    """The autoencoder at --start-from; raises `UsageError` where it is the run's own output, of another kind or size,
-    or was trained on documents that are held out here."""
+def read_source(plan: RunPlan, data: TrainingData) -> tuple[MLSAE, str]:
+    """The autoencoder at --start-from, and a warning ("": none); raises `UsageError` where it is the run's own output,
+    of another kind or size, or was trained on documents that are held out here."""
     source, out = plan.config.start_from, plan.config.out
     assert source is not None
     if source.exists() and out.exists() and source.samefile(out):
@@ -219,11 +224,13 @@ def read_source(plan: RunPlan, data: TrainingData) -> MLSAE:
     if differing := [name for name in here if name != "k" and there[name] != here[name]]:
         found = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in differing)
         raise UsageError(f"--start-from {source}: {found}; give the flags of that autoencoder")
-    if data.split.validation.any():
-        split = known.store.get("validation") if known.store.get("content_hash") == data.store.content_hash else None
-        if not split:
-            say(f"note: {source} does not record training on this store: it may have seen the documents held out here")
-        elif split != data.held_out:
-            flags = f"--validation-fraction {split['fraction']} --validation-seed {split['seed']}"
-            raise UsageError(f"--start-from {source} was trained on documents that are held out here: give {flags}")
-    return sae
+    if not data.split.validation.any():
+        return sae, ""
+    split = known.store.get("validation") if known.store.get("content_hash") == data.store.content_hash else None
+    if not split:
+        return sae, f"{source} does not record training on this store: it may have seen the documents held out here"
+    here = data.held_out  # Of one seed, a smaller fraction is part of a larger one.
+    if split["seed"] != here["seed"] or split["fraction"] < here["fraction"]:
+        flags = f"--validation-fraction {split['fraction']} --validation-seed {split['seed']}"
+        raise UsageError(f"--start-from {source} was trained on documents that are held out here: give {flags}")
+    return sae, ""

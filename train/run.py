@@ -34,7 +34,7 @@ from train.reporting.dry_run import DryRun, foresee, time_steps
 from train.reporting.outputs import check_publish, push, write_outputs
 from train.reporting.report import TrainResult, table_path
 from train.resolve import RunPlan, make_plan, memory_estimate
-from train.resume import as_begun, check_resumable, is_longer, load_saved, set_threads
+from train.resume import as_begun, check_resumable, is_longer, load_saved, rise, set_threads
 from train.trainer import Trainer
 from train.validation import INTERIM_TOKENS, Validation, ValidationData, ValidationTarget
 
@@ -58,16 +58,13 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         saved = load_saved(specs, ranks)
         if config.sweep or config.per_layer:
             table_path(config.out, specs[0].config.out)
-        specs = as_begun(specs, saved)
-        first = specs[0].config
-        stream = {"batch_size": first.data.batch_size, "validation_seed": first.validation.validation_seed}
-        data = TrainingData.open(with_values(config, **stream), store, ranks)
-        plans = [make_plan(spec, data) for spec in specs]
+        data, plans = _planned(config, store, as_begun(specs, saved), ranks)
         if data.follower:
             data.follower.require_once(plans[0].epochs, ranks.size)
         for plan, one in zip(plans, saved, strict=True):
             if one is not None:
                 check_resumable(one, store, plan, ranks)
+        announce.warn({rise(plan, one) for plan, one in zip(plans, saved, strict=True) if one is not None})
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
             one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
@@ -92,10 +89,12 @@ def try_run(config: TrainConfig, ranks: Ranks = ALONE) -> DryRun:
     """What `train_all` would take: a few of its steps are timed, and nothing is written."""
     with _opened(config, ranks) as store:
         set_threads(config.hardware.threads, [], ranks)
-        data, memory = TrainingData.open(config, store, ranks), dict[int, WeightGradients]()
-        trainers = [Trainer(make_plan(spec, data), data, memory) for spec in _specs(config, store)]
-        for trainer in trainers:
-            trainer.read_source()
+        specs, memory = _specs(config, store), dict[int, WeightGradients]()
+        saved = load_saved(specs, ranks) if config.resume else [None] * len(specs)
+        data, plans = _planned(config, store, as_begun(specs, saved), ranks)
+        trainers, begun = [Trainer(plan, data, memory) for plan in plans], [one is not None for one in saved]
+        del saved
+        announce.warn({each.read_source() for each, resumed in zip(trainers, begun, strict=True) if not resumed})
         return _Stream(data, dict.fromkeys(trainers), len(trainers)).measure()
 
 
@@ -116,6 +115,16 @@ def _specs(config: TrainConfig, store: ActivationStore) -> list[RunSpec]:
     return expand(config, [store.meta.layers[i] for i in stored_layers(store, config.data.layers)])
 
 
+def _planned(
+    config: TrainConfig, store: ActivationStore, specs: Sequence[RunSpec], ranks: Ranks
+) -> tuple[TrainingData, list[RunPlan]]:
+    """The data of all runs, which are on one stream, and their plans."""
+    first = specs[0].config
+    stream = {"batch_size": first.data.batch_size, "validation_seed": first.validation.validation_seed}
+    data = TrainingData.open(with_values(config, **stream), store, ranks)
+    return data, [make_plan(spec, data) for spec in specs]
+
+
 def _train_unfinished(
     data: TrainingData,
     plans: Sequence[RunPlan],
@@ -124,7 +133,7 @@ def _train_unfinished(
 ) -> list[dict[str, Any]]:
     """Train all runs to their end; the `trainer` entry of each one's last checkpoint, as `finished` has it of some.
     `saved` is emptied: a checkpoint is in memory until its run has taken what it needs."""
-    memory: dict[int, WeightGradients] = {}
+    memory, warnings = dict[int, WeightGradients](), set[str]()
     left: dict[Trainer, Checkpoint | None] = {}
     for plan, record in zip(plans, finished, strict=True):
         if record is not None:
@@ -133,7 +142,8 @@ def _train_unfinished(
             continue
         left[trainer := Trainer(plan, data, memory)] = saved.pop(0)
         if left[trainer] is None:
-            trainer.read_source()
+            warnings |= {trainer.read_source()}
+    announce.warn(warnings)
     done = iter(_Stream(data, left, len(plans)).execute() if left else ())
     return [next(done) if record is None else record for record in finished]
 

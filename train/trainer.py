@@ -139,11 +139,13 @@ class Trainer:
             with reading(f"{self.path}: its training state is damaged", "use --overwrite to start again"):
                 self._continue(saved.trainer)
 
-    def read_source(self) -> None:
-        """Read the autoencoder that a new run starts from, if there is one."""
+    def read_source(self) -> str:
+        """Read the autoencoder that a new run starts from, if there is one; a warning ("": none)."""
+        warning = ""
         if self.plan.config.start_from is not None:
-            self._source = read_source(self.plan, self._data)
+            self._source, warning = read_source(self.plan, self._data)
             self.started_from = {"name": str(self.plan.config.start_from), "hash": sae_hash(self._source)}
+        return warning
 
     def _continue(self, trainer: dict[str, Any]) -> None:
         self.step = trainer["step"]

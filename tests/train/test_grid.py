@@ -169,6 +169,12 @@ def test_a_field_is_named_once(config: TrainConfig) -> None:
         expand(with_values(config, sweep=("k=2", "k=4")), [0])
 
 
+def test_a_flag_of_some_activation_functions_is_refused_for_the_others_of_a_sweep(config: TrainConfig) -> None:
+    expand(with_values(config, sweep=("activation=jumprelu,relu",), sparsity_coef=0.5), [0])
+    with pytest.raises(UsageError, match="--sparsity-coef is for --activation jumprelu and relu, not for topk"):
+        expand(with_values(config, sweep=("activation=jumprelu,topk",), sparsity_coef=0.5), [0])
+
+
 def test_checkpoints_are_named_after_what_differs(config: TrainConfig, tmp_path: Path) -> None:
     specs = expand(with_values(config, sweep=("lr=1e-3",), per_layer="each"), [3, 5])
     assert [spec.name for spec in specs] == ["lr=0.001.layer=3", "lr=0.001.layer=5"]

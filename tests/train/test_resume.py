@@ -13,7 +13,7 @@ from tests.support.stores import make_store, random_activations
 from tests.support.training import StopAt, plan_of
 from train import run
 from train.checkpoint import load_checkpoint
-from train.config import TrainConfig
+from train.config import ONLY_FOR, TrainConfig
 from train.model import sae_hash
 from train.resolve import ADDED_LATER, RECORDED, RunPlan
 from train.resume import compare_plans
@@ -32,7 +32,13 @@ def plan(store: Path) -> RunPlan:
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_every_difference_between_plans_is_named(plan: RunPlan, name: str) -> None:
+def test_every_difference_between_plans_is_named(store: Path, name: str) -> None:
+    """Of what the activation function uses; earlier versions took flags that it does not, and kept them."""
+    activation = ONLY_FOR.get(name, ("topk",))[0]
+    plan = plan_of(ActivationStore.open(store), k=2, activation=activation)
+    if name in ONLY_FOR:
+        unlike = plan_of(ActivationStore.open(store), k=2, activation="matryoshka")
+        assert compare_plans(unlike.to_dict() | {name: "other"}, unlike) == []
     other = plan.to_dict() | {name: "other"}
     if name in ("device", "kernels", "tile_mb"):
         assert compare_plans(other, plan)[0].startswith(f"{name} was other when")

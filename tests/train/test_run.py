@@ -234,7 +234,7 @@ def test_a_finished_run_goes_on_from_its_weights_when_it_is_lengthened(
     assert config.out.read_bytes() == whole
     assert "rises again first" not in capsys.readouterr().err
     train(with_values(config, epochs=5, resume=True))
-    assert "goes on from step 68 to 85, and its learning rate rises again first: FVU may" in capsys.readouterr().err
+    assert "from 68 to 85 steps: the learning rate rises again first, and FVU may" in capsys.readouterr().err
     with pytest.raises(IncompatibleError, match="steps was 85"):
         train(with_values(config, epochs=2, resume=True))
 
@@ -261,6 +261,12 @@ def test_a_run_may_start_from_anothers_weights(config: TrainConfig, tmp_path: Pa
         with pytest.raises(UsageError, match=words):
             train(with_values(other, overwrite=True, **wrong))
         assert other.out.read_bytes() == before
+    smaller = with_values(other, validation_fraction=0.01, overwrite=True)  # part of what was held out
+    train(smaller)
+    with pytest.raises(UsageError, match=r"held out here: give --validation-fraction 0.01 --validation-seed 0"):
+        train(with_values(other, out=tmp_path / "third.pt", start_from=other.out))
+    loop.try_run(with_values(smaller, overwrite=False, resume=True, validation_fraction=0.01))
+    train(with_values(other, overwrite=True))
     assert train(with_values(other, start_from=None, resume=True)).plan.config.start_from == config.out
     with pytest.raises(IncompatibleError, match="start_from was"):
         train(with_values(other, start_from=other.out, resume=True))

@@ -33,7 +33,6 @@ from train.formats.files import read_checkpoint
 from train.hardware import resolve_device
 from train.model import MLSAE, standardize
 from train.objective.statistics import require_finite
-from train.reporting.announce import say
 from train.validation import Validation, ValidationData, ValidationTarget
 
 _LAYER = re.compile(r"\.?layer=\d+")
@@ -126,7 +125,7 @@ def compare(config: TrainCompareConfig) -> Comparison:
                 )
         held_out, trained = _split(store, [checkpoint for _, checkpoint in checkpoints], config.validation_fraction)
         if few := few_tokens(store, held_out):
-            say(f"warning: {few.words}")
+            _say(f"warning: {few.words}")
         positions = list(range(store.meta.n_layers))
         source = VectorSource(positions, store.meta.stored_dtype, device)
         if config.pca:
@@ -159,12 +158,21 @@ def compare(config: TrainCompareConfig) -> Comparison:
 
 def _matches(runs: Sequence[tuple[str, torch.Tensor]]) -> list[Match]:
     """Of names and decoder rows [J, D], each with each other."""
-    units = [(name, torch.nn.functional.normalize(rows.detach().float(), dim=1)) for name, rows in runs if len(rows)]
-    found = []
-    for (name, rows), (other, others) in itertools.permutations(units, 2):
-        best = torch.cat([(part @ others.T).amax(dim=1) for part in rows.split(1024)])
-        found.append(Match(name, other, best.mean().item(), (best > FOUND).double().mean().item()))
-    return found
+    found = dict[tuple[str, str], Match]()
+    for (name, rows), (other, others) in itertools.combinations([run for run in runs if len(run[1])], 2):
+        rows, others = (torch.nn.functional.normalize(x.detach().float(), dim=1) for x in (rows, others))
+        there, back = [], others.new_full((len(others),), -1.0)
+        for part in rows.split(1024):
+            cosines = part @ others.T
+            there.append(cosines.amax(dim=1))
+            back = torch.maximum(back, cosines.amax(dim=0))
+        for one, two, best in ((name, other, torch.cat(there)), (other, name, back)):
+            found[one, two] = Match(one, two, best.mean().item(), (best > FOUND).double().mean().item())
+    return [found[pair] for pair in itertools.permutations((name for name, _ in runs), 2) if pair in found]
+
+
+def _say(text: str) -> None:
+    print(f"train compare: {text}", file=sys.stderr)
 
 
 def _read(source: str) -> list[tuple[str, Checkpoint]]:
@@ -175,7 +183,7 @@ def _read(source: str) -> list[tuple[str, Checkpoint]]:
         return [(f"{path.name}/{file.stem}", read_checkpoint(file)) for file in inside]
     checkpoint = read_checkpoint(path if path.exists() else source)
     for note in checkpoint.notes:
-        print(f"train compare: note: {note}", file=sys.stderr)
+        _say(f"note: {note}")
     return [(stem(path) if path.is_file() else source, checkpoint)]
 
 
@@ -228,7 +236,7 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
             known.append(validation_documents(n_documents, float(split["fraction"]), int(split["seed"])))
     if len(known) < len(checkpoints):
         other = len(checkpoints) - len(known)
-        say(
+        _say(
             f"note: {other} of {len(checkpoints)} autoencoders do not record that they were trained on this store: its "
             "held-out documents may be in their training text"
         )
@@ -248,7 +256,7 @@ def _baselines(
     training: ValidationData, source: VectorSource, meta: StoreMeta, budgets: Sequence[int], tokens: int
 ) -> list[Entrant]:
     """For each k of `budgets` k principal components for all layers together, and k for each layer."""
-    if not training:
+    if not training or not budgets:
         return []
     pooled, *single = (PCASums.zeros(meta.d_model, source.device) for _ in range(1 + meta.n_layers))
     for x in map(source.to_float32, training.read(tokens)):  # [t, L, D]

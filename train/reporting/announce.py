@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from train.resolve import MemoryEstimate, RunPlan
 def say(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
     print(f"train: {text}", file=sys.stderr, flush=True)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Say each of them, but for "" (none); what several runs give, once."""
+    for warning in sorted(filter(None, {*warnings})):
+        say(f"warning: {warning}")
 
 
 def tell_plans(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from residscope.escape import figure_text
 from store.files import atomic_write
 from train.metrics import read_metrics
+from train.validation import INTERIM_TOKENS
 
 
 def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
@@ -34,9 +35,8 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
     for tokens in sorted({line.get("validation_tokens", 0) for line in validation}):  # more at the end
         of_size = [line for line in validation if line.get("validation_tokens", 0) == tokens]
         at, held_out = _column(of_size, "vectors", 1e-6), _column(of_size, "fvu")
-        above.plot(
-            at, held_out, "o", label=f"FVU, {tokens:,} held-out tokens", fillstyle="full" if tokens > 256 else "none"
-        )
+        style: dict[str, Any] = {"color": "tab:orange", "fillstyle": "full" if tokens > INTERIM_TOKENS else "none"}
+        above.plot(at, held_out, "o", label=f"FVU, {tokens:,} held-out tokens", **style)
     above.set(yscale="log", ylabel="share of variance, lower is better")
     above.set_title(figure_text(title), fontsize=10)
     above.grid(alpha=0.3, which="both")

@@ -89,7 +89,11 @@ def describe(result: TrainResult) -> str:
     if held_out is None or (worst := result.worst_layer) is None:
         lines.append("validation: no document was held out, or one of a single token")
     else:
-        few = "" if held_out.tokens >= INTERIM_TOKENS else " (so few say little: raise --validation-fraction)"
+        few = (
+            ""
+            if held_out.tokens >= min(INTERIM_TOKENS, plan.config.validation.validation_tokens)
+            else " (so few say little: raise --validation-fraction)"
+        )
         lines.append(
             f"validation on {held_out.tokens:,} tokens of held-out documents{few}: FVU {held_out.fvu:.3f} (lower is "
             "better, 1 is no better than the layer's mean; mean over layers; "

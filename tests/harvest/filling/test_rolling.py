@@ -97,7 +97,8 @@ REST = {"fraction": 0.01, "seed": 0, "token_bytes": 1000, "n_layers": 2}
 
 @pytest.mark.parametrize(
     ("batch", "shard", "run", "times"),
-    [(64, 256, 1, 1.0), (960, 192, 5, 1.0), (6400, 288, 1, 20.0)],  # the last: fewer than 16 batches in the size
+    # The last two: fewer than 16 batches in the size, and of the smallest number of tokens of whole batches and chunks.
+    [(64, 256, 1, 1.0), (960, 192, 5, 1.0), (6400, 288, 1, 20.0), (1300, 288, 1, 6.0)],
 )
 def test_parts_hold_whole_batches(
     batch: int, shard: int, run: int, times: float, capsys: pytest.CaptureFixture[str]
@@ -113,10 +114,9 @@ def test_parts_hold_whole_batches(
     batches = [SequenceBatch(at, min(at + batch, 100_000), 32) for at in range(0, 100_000, batch)]
     passes = sum(len(batches_for(batches, part.tolist(), shard)) for part in ring.parts(n_shards))
     assert 1 <= passes / len(batches) <= times
-    slow = (
-        "warning: --rolling 20 MB makes a forward pass of 6,400 tokens up to 23 times, since fewer than 16 fit: slow;"
-    )
-    assert (f"{slow} --rolling 102 MB, or a" in capsys.readouterr().err) == (times > 1)
+    slow = f"warning: --rolling 20 MB makes a forward pass of {batch:,} tokens up to {-(-batch // shard)} times, since"
+    slow += f" no 16 of them fit: slow; --rolling {'102' if batch == 6400 else '166'} MB, or a"
+    assert (slow in capsys.readouterr().err) == (times > 1)
 
 
 @pytest.mark.parametrize(
