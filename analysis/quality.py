@@ -102,8 +102,9 @@ class LayerQuality:
 
     def spread(self, subset: int) -> NDArray[np.float64]:
         """[L] sum |x - mean_l|^2 with mean_l the mean of the same vectors: the denominator of FVU."""
-        n = max(int(self.n_tokens[subset]), 1)
-        return np.maximum(self.squared_deviation[subset] - (self.deviation[subset] ** 2).sum(axis=-1) / n, 0.0)
+        n, total = max(int(self.n_tokens[subset]), 1), self.squared_deviation[subset]
+        spread = total - (self.deviation[subset] ** 2).sum(axis=-1) / n
+        return np.where(spread > 1e-12 * total, spread, 0.0)  # less is rounding: all vectors are equal
 
 
 class QualityResult(NamedTuple):

@@ -120,7 +120,7 @@ class MetricsFile:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line and flush it; NaN and infinities are null, because JSON has neither."""
-        self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
+        self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -131,9 +131,12 @@ class MetricsFile:
         self._file.close()
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
+def finite(value: Any) -> Any:
+    """Plain values for JSON, which has no NaN and no infinity: None in their place."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

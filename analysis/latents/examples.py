@@ -320,6 +320,8 @@ def contexts_of(tokens: TokenTable, tokenizer: Tokenizer | None, token: NDArray[
             if owner < t and texts[owner]:
                 shown = texts[owner][-1]
                 before += texts[owner][:-1] if owner >= low else ""
+            elif tokenizer and not shown:  # the space that a text is opened with
+                shown = tokenizer.text([ids[t]])[0]
             rows.append((before, shown, "".join(texts[t + 1 : high])))
     before, shown, after = (pa.array([row[i] for row in rows], pa.string()) for i in range(3))
     return Contexts(token, before, shown, after, pa.array(all_texts, pa.string()))

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.latents.examples import Examples, Windows
-from harvest.model.tokenizer import Tokenizer
+from harvest.model.tokenizer import PARTIAL, Tokenizer
 from store.arrays import TokenTable
 
 MOST_WORDS = 5
@@ -53,6 +53,7 @@ def find_words(
         counts += np.bincount(tokens.token_id[part][analysed[part]], minlength=len(counts))
     ids = np.flatnonzero(counts)
     texts = [str(i) for i in ids] if tokenizer is None else [text.strip() or text for text in tokenizer.text(ids)]
+    texts = [f"{text} ({i})" if PARTIAL in text else text for text, i in zip(texts, ids.tolist(), strict=True)]
     names, member = np.unique(np.array(texts, object), return_inverse=True)
     word_of_id = np.full(len(counts), -1, np.int64)
     word_of_id[ids] = member

@@ -212,7 +212,7 @@ def intervention_of(change: Mapping[str, Any]) -> Intervention:
         or (kind == "steer" and not (isinstance(coefficient, int | float) and abs(coefficient) < LARGEST))
     ):
         wanted = '{"kind": "ablate" or "steer", "latent": 17, "layers": [3, 4] or "all"}, for steer a "coefficient"'
-        wanted += ', and "positions": [5] where it is not for all'
+        wanted += ', and "positions": [5], above 0, where it is not for all'
         raise UsageError(f"a change should be {wanted}, found {dict(change)!r:.200}")
     assert latent is not None
     layers = tuple(sorted({int(layer) for layer in chosen})) or "all"

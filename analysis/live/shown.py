@@ -117,10 +117,15 @@ def _svg(width: int, height: int, name: str, body: str) -> str:
 
 def _example(one: Mapping[str, Any]) -> str:
     top = max([token["activation"] for token in one["tokens"]], default=0.0) or 1.0
+    pieces: list[tuple[str, float, bool]] = []  # a token that only continues a character is shown as that one
+    for i, token in enumerate(one["tokens"]):
+        before = ("", 0.0, False) if token["text"] or not pieces else pieces.pop()
+        activation, own = max(before[1], token["activation"]), before[2] or i == one["position"]
+        pieces.append((before[0] + token["text"], activation, own))
     text = "".join(
-        f'<span style="background:rgba(253,231,37,{token["activation"] / top:.2f})'
-        f'{";font-weight:bold" if i == one["position"] else ""}">{escape(token["text"])}</span>'
-        for i, token in enumerate(one["tokens"])
+        f'<span style="background:rgba(253,231,37,{activation / top:.2f})'
+        f'{";font-weight:bold" if own else ""}">{escape(words)}</span>'
+        for words, activation, own in pieces
     )
     layers = ", ".join(map(str, one["layers"]))
     return (

@@ -143,8 +143,9 @@ def run_model(
     except ResidscopeError as error:
         if options.asked_for:
             raise
-        (folder / LATENT_LOGITS).unlink(missing_ok=True)
-        return ModelFindings(reason=_sentence(error))
+        if tokens is None:
+            return ModelFindings(reason=_sentence(error))
+        return ModelFindings(reason=_sentence(error), tokens=tokens, seconds=time.monotonic() - started)
     return ModelFindings(
         downstream=downstream,
         together=together,

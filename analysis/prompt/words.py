@@ -29,12 +29,18 @@ def prompt_words(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def token_at(prompt: Mapping[str, Any], position: int) -> str:
+    """The text of a token; of one that only continues a character, that of the one which begins it."""
+    texts = [one["token"] for one in prompt["tokens"][: position + 1]]
+    return next(filter(None, reversed(texts)), "")
+
+
 def _latents(prompt: Mapping[str, Any]) -> list[str]:
     head = ("latent", "specificity", "mass", "mean layer", "highest activation", "strongest at layer", "at token")
     rows = []
     for one in prompt["latents"][:N_LATENTS]:
         numbers = (shown(one[name]) for name in ("specificity", "mass", "layer_mean", "peak"))
-        where = (str(one["peak_layer"]), quoted(prompt["tokens"][one["peak_position"]]["token"]))
+        where = (str(one["peak_layer"]), quoted(token_at(prompt, one["peak_position"])))
         rows.append((str(one["latent"]), *numbers, *where))
     return table(head, rows)
 

@@ -154,6 +154,8 @@ def _layer_rows(summary: Mapping[str, Any], *names: str) -> list[tuple[str, ...]
 
 def _model_words(summary: Mapping[str, Any]) -> list[str]:
     reason = summary["transformer"]["reason"]
+    if reason and summary["latent_logits"]:
+        return ["", f"No downstream quality: {reason}.", *_token_words(summary["latent_logits"])]
     if reason:
         return [
             "",

@@ -73,6 +73,8 @@ def test_what_is_not_defined_is_nan_and_not_a_number():
     assert np.isnan(found.fvu).all()
     assert np.isnan(found.cosine_to_next).all()
     np.testing.assert_allclose(found.mean_norm, 3**0.5)
+    equal = np.full((50, 2, 3), 0.1) * np.arange(1, 7).reshape(2, 3)  # whose sums of squares leave rounding
+    assert np.isnan(quality_of(equal, equal * 1.5, np.full((2, 3), 0.7)).result(0).fvu).all()
     empty = LayerQuality.zeros(1, 2, 3).result(0)
     assert np.isnan([*empty.fvu, *empty.mse, *empty.l0, *empty.mean_norm]).all()
 

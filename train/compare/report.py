@@ -12,31 +12,34 @@ from typing import Any
 from residscope.console import aligned
 from residscope.escape import figure_text
 from train.compare.measure import FOUND, Comparison, Entrant
+from train.metrics import finite
 
 
 def as_json(result: Comparison) -> dict[str, Any]:
     """Plain values."""
-    return {
-        "store": result.store,
-        "tokens": result.tokens,
-        "layers": list(result.layers),
-        "matches": [match._asdict() for match in result.matches],
-        "runs": [
-            {
-                "run": entrant.name,
-                "kind": entrant.kind,
-                "n_latents": entrant.n_latents(),
-                "k": entrant.k() or None,
-                "vectors": entrant.vectors,
-                "fvu": mean(entrant.by_layer(result.layers, "fvu_per_layer")),
-                "trained_layers": entrant.own_layers(result.layers),
-                "fvu_trained_layers": own_mean(entrant, result.layers),
-                "fvu_per_layer": entrant.by_layer(result.layers, "fvu_per_layer"),
-                "l0_per_layer": entrant.by_layer(result.layers, "l0_per_layer"),
-            }
-            for entrant in result.entrants
-        ],
-    }
+    return finite(
+        {
+            "store": result.store,
+            "tokens": result.tokens,
+            "layers": list(result.layers),
+            "matches": [match._asdict() for match in result.matches],
+            "runs": [
+                {
+                    "run": entrant.name,
+                    "kind": entrant.kind,
+                    "n_latents": entrant.n_latents(),
+                    "k": entrant.k() or None,
+                    "vectors": entrant.vectors,
+                    "fvu": mean(entrant.by_layer(result.layers, "fvu_per_layer")),
+                    "trained_layers": entrant.own_layers(result.layers),
+                    "fvu_trained_layers": own_mean(entrant, result.layers),
+                    "fvu_per_layer": entrant.by_layer(result.layers, "fvu_per_layer"),
+                    "l0_per_layer": entrant.by_layer(result.layers, "l0_per_layer"),
+                }
+                for entrant in result.entrants
+            ],
+        }
+    )
 
 
 def write(result: Comparison, folder: Path) -> list[str]:

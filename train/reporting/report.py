@@ -11,6 +11,7 @@ from residscope.console import aligned, counted, human_seconds
 from residscope.errors import UsageError
 from residscope.reading import reading
 from train.grid import RunSpec, as_written
+from train.metrics import finite
 from train.objective.recipes import best_lr
 from train.reporting.convergence import FVU_SETTLED, LEAST_STEPS, SETTLED, in_words, last_quarter
 from train.resolve import RunPlan
@@ -65,15 +66,17 @@ class TrainResult:
 
 def summary(result: TrainResult) -> dict[str, Any]:
     """Plain values of a run, for JSON."""
-    return {
-        "checkpoint": str(result.checkpoint),
-        "seconds": result.seconds,
-        **({"name": result.spec.name} if result.spec.name else {}),
-        "plan": result.plan.to_dict(),
-        "training": {key: value for key, value in result.metrics.items() if key != "fvu_per_layer"},
-        "validation": None if result.validation is None else result.validation.metrics(),
-        "convergence": last_quarter(result.curve),
-    }
+    return finite(
+        {
+            "checkpoint": str(result.checkpoint),
+            "seconds": result.seconds,
+            **({"name": result.spec.name} if result.spec.name else {}),
+            "plan": result.plan.to_dict(),
+            "training": {key: value for key, value in result.metrics.items() if key != "fvu_per_layer"},
+            "validation": None if result.validation is None else result.validation.metrics(),
+            "convergence": last_quarter(result.curve),
+        }
+    )
 
 
 def describe(result: TrainResult) -> str:
@@ -88,6 +91,8 @@ def describe(result: TrainResult) -> str:
     ]
     if held_out is None or (worst := result.worst_layer) is None:
         lines.append("validation: no document was held out, or one of a single token")
+    elif math.isinf(held_out.fvu):
+        lines.append(f"validation on {held_out.tokens:,} tokens of held-out documents: no FVU, their vectors are equal")
     else:
         few = (
             ""
@@ -110,9 +115,9 @@ def _advice(result: TrainResult) -> list[str]:
     lines = [words] if (words := in_words(last_quarter(result.curve))) else []
     lr, share = plan.chosen.lr, len(plan.layers) / len(plan.stream_layers or plan.layers)
     times = lr / best_lr(plan.model.n_latents, plan.chosen.batch_size * share, plan.vectors * share)
-    if held_out is not None and held_out.fvu > 1 and times > _HIGH:
+    if held_out is not None and 1 < held_out.fvu < math.inf and times > _HIGH:
         lines.append(f"an FVU above 1, at {times:.2g} times the default rate: lower --lr {lr:.2g}")
-    elif held_out is not None and held_out.fvu > 1:
+    elif held_out is not None and 1 < held_out.fvu < math.inf:
         ways = [f"train longer ({'--epochs, or a larger store' if plan.config.data.steps is None else '--steps'})"]
         if plan.chosen.batch_size > _SMALL_BATCH:
             ways.append(f"with smaller batches than --batch-size {plan.chosen.batch_size}")

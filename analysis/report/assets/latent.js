@@ -19,7 +19,7 @@ function escaped(text) {
 
 /** Text with line ends made visible. */
 function visible(text) {
-  return escaped(text.replace(/[\n\t]/g, (sign) => SHOWN[sign]));
+  return escaped(text.replace(/[\n\t]/g, (sign) => SHOWN[sign]).replaceAll("\0", "\u2400"));
 }
 
 /** The tokens of a packed window: [text, lengths, place of its token] and a level for each; see analysis/report/examples.py. */

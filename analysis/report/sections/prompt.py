@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.prompt.words import name_of, quoted
+from analysis.prompt.words import name_of, quoted, token_at
 from analysis.report.charts import VIRIDIS
 from analysis.report.data import Results
 from analysis.report.markup import Section, fill, integer, pack_arrays, percent, show, table
@@ -83,7 +83,7 @@ def _latents(prompt: Mapping[str, Any]) -> str:
     head = ("Latent", "Specificity", "Mass", "Mean layer", "Highest activation", "Strongest at layer", "At token")
     names, rows = ("specificity", "mass", "layer_mean", "peak"), []
     for one in prompt["latents"][:N_ROWS]:
-        where = (str(one["peak_layer"]), _token(prompt["tokens"][one["peak_position"]]["token"]))
+        where = (str(one["peak_layer"]), _token(token_at(prompt, one["peak_position"])))
         rows.append((LINK.format(one["latent"]), *(show(one.get(name)) for name in names), *where))
     return table(head, rows)
 

@@ -57,6 +57,14 @@ def test_a_card() -> None:
     assert "Promotes" not in "".join(shown(Card({**card(), "logits_above_chance": False})).itertext())
 
 
+def test_a_piece_of_a_character_is_shown_with_its_beginning() -> None:
+    tokens = [{"text": text, "activation": a} for text, a in (("x", 1.0), ("\U0001f308", 0.0), ("", 4.0), ("", 2.0))]
+    example = {"layer": 5, "layers": [5], "activation": 4.0, "tokens": tokens, "position": 2}
+    spans = {span.text: span.attrib["style"] for span in shown(Card({**card(), "examples": [example]})).iter("span")}
+    assert spans["x"].endswith("0.25)")
+    assert spans["\U0001f308"].endswith("1.00);font-weight:bold")
+
+
 def test_a_prompt() -> None:
     latents = [
         {

@@ -14,6 +14,7 @@ import transformers
 from analysis.cli import main
 from analysis.prompt.intervene import Intervention
 from analysis.prompt.view import Activations, Usual, latents_of, read_prompt, run_prompt, view_prompt
+from analysis.prompt.words import token_at
 from residscope.errors import UsageError
 from tests.support.harvested import make_harvested
 from tests.support.models import ARCHITECTURES
@@ -41,6 +42,11 @@ def test_codes_are_those_of_the_same_text_in_the_store(make: Make, architecture:
                     expected[int(t), layer, latent] = value
     rows = zip(*(column.tolist() for column in found), strict=True)
     assert {(t, layer, latent): a for t, layer, latent, a in rows} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_piece_of_a_character_is_named_by_its_beginning() -> None:
+    prompt = {"tokens": [{"token": token} for token in ("", "a", "\u4f60", "", "")]}
+    assert [token_at(prompt, position) for position in range(5)] == ["", "a", "\u4f60", "\u4f60", "\u4f60"]
 
 
 def test_a_latent_that_is_active_nowhere_is_not_ablated_but_named(make: Make) -> None:

@@ -79,6 +79,7 @@ def test_contexts_come_once_with_their_layers_and_levels_and_neighbours(tmp_path
     assert third["contexts"]["activation"] == [3.14, 1.5]
     # A token that only continues a character: the one that begins it is marked; cut off from it, itself.
     assert [token for token, _ in shown(third, 0)] == ["caf", "é", "", " \U0001f600"]
+    assert shown(third, 0)[1][1] == "z"  # with the activation of its last piece
     assert third["texts"][0][2] == 1
     assert [token for token, _ in shown(third, 1)] == ["ü", "x"]
 

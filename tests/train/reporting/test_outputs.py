@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoint, on the hub and with trackers; hub and trackers are played by fakes."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from train.checkpoint import load_checkpoint
 from train.cli import main
 from train.config import TrainConfig
 from train.formats.files import read_sae, read_safetensors
-from train.reporting.report import describe
+from train.reporting.report import describe, summary
 from train.reporting.trackers import numbers_of
 from train.run import train, train_all
 
@@ -77,6 +78,10 @@ def test_an_fvu_above_one_comes_with_a_way_out(config: TrainConfig) -> None:
     assert "--batch-size" not in bad  # 64 is small
     usual = train(with_values(config, batch_size=256, overwrite=True))
     assert usual.validation is not None
+    equal = replace(usual, validation=usual.validation._replace(fvu=math.inf, fvu_per_layer=[math.inf, 0.5, 0.5]))
+    assert "tokens of held-out documents: no FVU, their vectors are equal" in describe(equal)
+    assert "above 1" not in describe(equal)
+    assert json.loads(json.dumps(summary(equal), allow_nan=False))["validation"]["fvu_per_layer"] == [None, 0.5, 0.5]
     bad = describe(replace(usual, validation=usual.validation._replace(fvu=1.1)))
     assert bad.endswith("(--epochs, or a larger store), or with smaller batches than --batch-size 256")
 
