@@ -337,11 +337,8 @@ class TrainConfig:
             raise UsageError("--shard-latents is for --activation topk without --multi-topk, --ema-decay and --sweep")
         swept = any(word.startswith("activation=") for word in self.sweep or ())  # each run is looked at
         for name, kinds in ONLY_FOR.items():
-            if (
-                not swept
-                and activation not in kinds
-                and getattr(self.objective, name) != getattr(ObjectiveConfig, name)
-            ):
+            given = getattr(self.objective, name) != getattr(ObjectiveConfig, name)
+            if given and not swept and activation not in kinds:
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is for --activation {' and '.join(kinds)}, not for {activation}")
         if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:

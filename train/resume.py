@@ -120,7 +120,7 @@ def is_longer(plan: RunPlan, saved: Checkpoint) -> bool:
     return saved.trainer["finished"] and plan.steps > saved.trainer["step"]
 
 
-def rise(plan: RunPlan, saved: Checkpoint) -> str:
+def restart_warning(plan: RunPlan, saved: Checkpoint) -> str:
     """A warning where a finished run goes on for too few steps to gain by it ("": none)."""
     done = saved.trainer["step"]
     more = "the learning rate rises again first, and FVU may end higher than it was; twice the steps make up for it"

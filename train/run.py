@@ -34,7 +34,7 @@ from train.reporting.dry_run import DryRun, foresee, time_steps
 from train.reporting.outputs import check_publish, push, write_outputs
 from train.reporting.report import TrainResult, table_path
 from train.resolve import RunPlan, make_plan, memory_estimate
-from train.resume import as_begun, check_resumable, is_longer, load_saved, rise, set_threads
+from train.resume import as_begun, check_resumable, is_longer, load_saved, restart_warning, set_threads
 from train.trainer import Trainer
 from train.validation import INTERIM_TOKENS, Validation, ValidationData, ValidationTarget
 
@@ -64,7 +64,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         for plan, one in zip(plans, saved, strict=True):
             if one is not None:
                 check_resumable(one, store, plan, ranks)
-        announce.warn({rise(plan, one) for plan, one in zip(plans, saved, strict=True) if one is not None})
+        announce.warn({restart_warning(plan, one) for plan, one in zip(plans, saved, strict=True) if one is not None})
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
             one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
@@ -157,8 +157,7 @@ class _Stream:
         self.trainers = list(saved)
         self.plans = [trainer.plan for trainer in self.trainers]
         self.plan = self.plans[0]  # of which only what all plans share is used here
-        seed = self.config.validation.validation_seed or 0
-        self.validation = ValidationData(data.store, data.split.validation, data.stored, seed)
+        self.validation = ValidationData(data.store, data.split.validation, data.stored, data.held_out["seed"])
         self.waited, self.step = 0.0, 0
         self.memory = memory_estimate(self.plans, data.store, data.ranks)
 

@@ -111,7 +111,7 @@ def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[_Window]:
     first = np.maximum(starts, np.searchsorted(begins, begins[marked] - BEFORE))
     stop = np.minimum(starts + sizes, np.searchsorted(ends, ends[marked] + AFTER, side="right"))
     values = np.array(activations.flatten().fill_null(0.0), np.float32)
-    heads = np.flatnonzero((lengths > 0) | np.isin(np.arange(len(lengths)), starts))
+    heads = np.union1d(starts, np.flatnonzero(lengths))
     values[heads] = np.maximum.reduceat(values, heads)  # with those that continue its characters
     level = np.ceil(values / np.repeat(top, sizes) * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
     length_signs = (lengths + 48).astype("<u4").tobytes().decode("utf-32-le")

@@ -67,16 +67,17 @@ def cut(tokens: TokenTable, rolling: Rolling, chunk: int, shard: int) -> tuple[i
     """
     n_tokens, (size, _, _, batch, token_bytes, n_layers) = len(tokens.document), rolling
     # Whole batches in a shard or a run of shards, if the size holds enough: one that two parts need is computed twice.
-    whole, fits = math.lcm(chunk, batch), _SHARDS // 4 * math.lcm(chunk, batch) * token_bytes
+    whole = math.lcm(chunk, batch)
+    fits = _SHARDS // 4 * whole * token_bytes
     whole = whole if fits <= size else chunk
     most = max(min(shard, size // (_SHARDS * token_bytes)), chunk)
     divisors = (n * chunk for n in range(1, whole // chunk + 1) if whole % (n * chunk) == 0)
     shard = most // whole * whole or max(size for size in divisors if size <= most)
     n_shards, run = -(-n_tokens // shard), max(whole // shard, 1)
     if fits > size and shard < batch:
-        often = f"a forward pass of {batch:,} tokens up to {-(-batch // shard)} times, since no 16 of them fit: slow"
+        often = f"forward passes of {batch:,} tokens: each is made up to {-(-batch // shard)} times, which is slow"
         way_out = f"--rolling {human_bytes(fits)}, or a smaller --batch-size or --context-length, avoids it"
-        print(f"warning: --rolling {human_bytes(size)} makes {often}; {way_out}", file=sys.stderr)
+        print(f"warning: --rolling {human_bytes(size)} is small for {often}; {way_out}", file=sys.stderr)
     aside = np.flatnonzero(rolling.first(int(tokens.document.max()) + 1)[tokens.document])
     kept = 0 if len(aside) == 0 else (int(aside[-1]) // (run * shard) + 1) * run
     if kept == 0:

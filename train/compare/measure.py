@@ -141,18 +141,14 @@ def compare(config: TrainCompareConfig) -> Comparison:
         measured = data.evaluate(targets, source, tokens=config.tokens, fired=fired)
         for (entrant, layer, _), position, found in zip(members, own, measured, strict=True):
             entrant.found[layer] = found if position is None else _at(found, position, len(positions))
+        pairs = zip(members, fired, strict=True)
+        several = [(entrant.name, sae.W_dec[on]) for (entrant, _, sae), on in pairs if entrant.kind == "multi-layer"]
         return Comparison(
             entrants=entrants,
             layers=store.meta.layers,
             tokens=next(iter(entrants[0].found.values())).tokens,
             store={"path": store.path.name, "content_hash": store.content_hash},
-            matches=_matches(
-                [
-                    (m[0].name, m[2].W_dec[on])
-                    for m, on in zip(members, fired, strict=True)
-                    if m[0].kind == "multi-layer"
-                ]
-            ),
+            matches=_matches(several),
         )
 
 

@@ -61,6 +61,7 @@ def words(result: Comparison) -> str:
     best = min((value for value in shared if value is not None), default=math.nan)
     everywhere = len(common) == len(result.layers)
     of_own = [own_mean(entrant, result.layers) for entrant in result.entrants]
+    l0 = [own_mean(entrant, result.layers, "l0_per_layer") for entrant in result.entrants]
     lines = [
         ["layer", *(entrant.name for entrant in result.entrants)],
         *(
@@ -72,13 +73,7 @@ def words(result: Comparison) -> str:
         ["over the best", *(number(None if value is None else value / best) for value in shared)],
         ["latents", *(f"{entrant.n_latents():,}" for entrant in result.entrants)],
         ["k", *(str(entrant.k() or "-") for entrant in result.entrants)],
-        [
-            "L0",
-            *(
-                "-" if (l0 := own_mean(e, result.layers, "l0_per_layer")) is None else f"{l0:.1f}"
-                for e in result.entrants
-            ),
-        ],
+        ["L0", *("-" if value is None else f"{value:.1f}" for value in l0)],
         ["vectors", *("-" if entrant.vectors is None else f"{entrant.vectors:,}" for entrant in result.entrants)],
     ]
     title = f"FVU (lower is better) by layer, on {result.tokens:,} held-out tokens; "

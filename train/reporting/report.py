@@ -94,13 +94,10 @@ def describe(result: TrainResult) -> str:
     elif math.isinf(held_out.fvu):
         lines.append(f"validation on {held_out.tokens:,} tokens of held-out documents: no FVU, their vectors are equal")
     else:
-        few = (
-            ""
-            if held_out.tokens >= min(INTERIM_TOKENS, plan.config.validation.validation_tokens)
-            else " (so few say little: raise --validation-fraction)"
-        )
+        few = held_out.tokens < min(INTERIM_TOKENS, plan.config.validation.validation_tokens)
+        hint = " (so few say little: raise --validation-fraction)" * few
         lines.append(
-            f"validation on {held_out.tokens:,} tokens of held-out documents{few}: FVU {held_out.fvu:.3f} (lower is "
+            f"validation on {held_out.tokens:,} tokens of held-out documents{hint}: FVU {held_out.fvu:.3f} (lower is "
             "better, 1 is no better than the layer's mean; mean over layers; "
             f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
         )
@@ -115,9 +112,10 @@ def _advice(result: TrainResult) -> list[str]:
     lines = [words] if (words := in_words(last_quarter(result.curve))) else []
     lr, share = plan.chosen.lr, len(plan.layers) / len(plan.stream_layers or plan.layers)
     times = lr / best_lr(plan.model.n_latents, plan.chosen.batch_size * share, plan.vectors * share)
-    if held_out is not None and 1 < held_out.fvu < math.inf and times > _HIGH:
+    poor = held_out is not None and 1 < held_out.fvu < math.inf
+    if poor and times > _HIGH:
         lines.append(f"an FVU above 1, at {times:.2g} times the default rate: lower --lr {lr:.2g}")
-    elif held_out is not None and 1 < held_out.fvu < math.inf:
+    elif poor:
         ways = [f"train longer ({'--epochs, or a larger store' if plan.config.data.steps is None else '--steps'})"]
         if plan.chosen.batch_size > _SMALL_BATCH:
             ways.append(f"with smaller batches than --batch-size {plan.chosen.batch_size}")

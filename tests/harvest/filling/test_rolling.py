@@ -114,8 +114,8 @@ def test_parts_hold_whole_batches(
     batches = [SequenceBatch(at, min(at + batch, 100_000), 32) for at in range(0, 100_000, batch)]
     passes = sum(len(batches_for(batches, part.tolist(), shard)) for part in ring.parts(n_shards))
     assert 1 <= passes / len(batches) <= times
-    slow = f"warning: --rolling 20 MB makes a forward pass of {batch:,} tokens up to {-(-batch // shard)} times, since"
-    slow += f" no 16 of them fit: slow; --rolling {'102' if batch == 6400 else '166'} MB, or a"
+    slow = f"warning: --rolling 20 MB is small for forward passes of {batch:,} tokens: each is made up to"
+    slow += f" {-(-batch // shard)} times, which is slow; --rolling {'102' if batch == 6400 else '166'} MB, or a"
     assert (slow in capsys.readouterr().err) == (times > 1)
 
 
