@@ -141,7 +141,7 @@ def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Su
     """PCA with as many components as the autoencoder has active latents, on the validation tokens."""
     assert sums.pca is not None
     measured = max(1, round(float(sums.analysed.l0.mean())))
-    components = sums.pca.fit(inputs.sae.config.k or measured)  # a foreign autoencoder whose k is not known has k 0
+    components = sums.pca.fit(inputs.sae.config.active or measured)
     shards = shards_with(inputs.store, selection.validation)
     errors = jobs.run(pool, "pca", pca_error, (spec, components), sum_in_order, shards)
     return Baseline(

@@ -253,7 +253,7 @@ def speed(megabytes: int) -> tuple[float, ...]:
     long, before = plain(8 << 20, False), plain(block, True)
 
     def epochs(reader: ActivationStore) -> list[float]:
-        mask, window = np.ones(meta.n_tokens, bool), int(os.environ.get("WIN", "128")) << 20
+        mask, window = np.ones(meta.n_tokens, bool), 128 << 20
         loader = WindowLoader(reader, mask, 16384, 0, window, epochs=2)
         times, served = [time.perf_counter()], 0
         for batch in loader:

@@ -22,6 +22,7 @@ _MOST = 1e12
 """Of counts and sizes: larger ones overflow somewhere, and no run needs them."""
 
 ONLY_FOR = {
+    "k_start": ("topk", "batchtopk", "matryoshka", "jumprelu"),
     "multi_topk": ("topk",),
     "sparsity_loss": ("jumprelu",),
     "sparsity_coef": ("jumprelu", "relu"),

@@ -26,8 +26,8 @@ class SAEConfig:
     n_latents: int
     """Number of latents of the dictionary; expansion factor times d_model."""
     k: int
-    """Active latents a vector: topk at most, batchtopk and matryoshka in the mean over a training batch, jumprelu and
-    relu what training aimed at, or 0 where that is not known."""
+    """Active latents a vector: topk at most, batchtopk and matryoshka in the mean over a training batch, jumprelu what
+    training aimed at, or 0 where that is not known; relu makes no use of it (`active`)."""
     standardize: Standardize = "vector"
     """"vector": each vector loses its own mean and is divided by its own standard deviation; "layer": each layer has
     one mean vector and one scale for all its vectors; "none": as they are."""
@@ -71,6 +71,11 @@ class SAEConfig:
                 raise UsageError(f"prefixes should {wanted}, found {' '.join(map(str, self.prefixes)) or 'none'}")
         elif self.prefixes:
             raise UsageError(f"prefixes are for activation 'matryoshka', not for {self.activation!r}")
+
+    @property
+    def active(self) -> int:
+        """k, or 0 where it is not known or, for relu, sets nothing."""
+        return 0 if self.activation == "relu" else self.k
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "SAEConfig":

@@ -29,11 +29,12 @@ def words(summary: Mapping[str, Any]) -> str:
     """The findings in plain words, a few dozen lines."""
     variance, compat = summary["variance"], summary["variance"]["mlsae_compat"]
     latents, sae = summary["latents"], summary["provenance"]["sae"]
+    kind = sae["activation"] + ("" if sae["activation"] == "relu" else f", k {sae['k']}")
     few = summary["reconstruction"]["fvu_without_few"] is not None
     columns = {name: head for name, head in _COLUMNS.items() if few or name != "fvu_without_few"}
     lines = [
         f"{sae['name']} on {summary['provenance']['store']['name']}: {summary['n_layers']} layers, "
-        f"{summary['n_latents']:,} latents, {sae['activation']}, k {sae['k']}; "
+        f"{summary['n_latents']:,} latents, {kind}; "
         f"{latents['active']:,} fired, {latents['dead']:,} never did.",
         summary["split"]["text"],
         *(f"warning: {warning}" for warning in summary["warnings"]),

@@ -82,7 +82,10 @@ def file_documents(files: list[Path], column: str, known: np.ndarray | None = No
                 if known is not None:
                     raise UsageError(f"--token-column {column}: {path} has no columns; leave it out")
                 # As it is, line ends too; a byte order mark is no text.
-                yield read_whole(path, LARGEST).decode("utf-8-sig")
+                text = read_whole(path, LARGEST).decode("utf-8-sig")
+                if text.count("\0") > len(text) // 4:  # which is valid UTF-8 all the same
+                    raise IncompatibleError(f"{path}: UTF-16 text without a byte order mark; convert it to UTF-8")
+                yield text
             elif suffix == ".parquet":
                 yield from _parquet_documents(path, column, known)
             else:

@@ -65,7 +65,7 @@ class Entrant:
 
     def k(self) -> int:
         """Latents that may be active on one vector; 0 where nothing limits them."""
-        return max(0 if sae.config.activation == "relu" else sae.config.k for sae in self.members.values())
+        return max(sae.config.active for sae in self.members.values())
 
     def own_layers(self, layers: Sequence[int]) -> list[int]:
         """Those of `layers` that a member was trained on; all of them where that is not recorded."""

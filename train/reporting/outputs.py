@@ -49,7 +49,9 @@ def write_outputs(result: TrainResult, *, anew: bool) -> None:
         write_safetensors(saved.sae, target, store=saved.store, trainer=saved.trainer)
     if anew or not picture.exists():
         metrics = beside(result.checkpoint, ".metrics.jsonl")
-        title = f"{stem(result.checkpoint)}: {result.plan.model.n_latents} latents, k {result.plan.model.k}"
+        model = result.plan.model
+        k = f", k {model.active}" if model.active else ""
+        title = f"{stem(result.checkpoint)}: {model.n_latents} latents{k}"
         if metrics.exists():
             write_loss_figure(metrics, picture, title)
 

@@ -83,7 +83,7 @@ def describe(result: TrainResult) -> str:
     """A run in words."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
     lines = [
-        f"{result.checkpoint}: {plan.model.n_latents:,} latents, k {plan.model.k}, after "
+        f"{result.checkpoint}: {plan.model.n_latents:,} latents, {f'k {k}, ' if (k := plan.model.active) else ''}after "
         f"{counted(metrics['step'], 'step')} ({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in "
         f"{human_seconds(result.seconds)}",
         f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "
@@ -204,7 +204,7 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
                     **result.spec.settings,
                     "checkpoint": result.checkpoint.name,
                     "n_latents": plan.model.n_latents,
-                    "active_at_most": plan.model.k,
+                    "active_at_most": plan.model.active or None,
                     "layer": layer,
                     "fvu": found and found.fvu_per_layer[position],
                     "l0": found and found.l0_per_layer[position],

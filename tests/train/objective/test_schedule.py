@@ -37,7 +37,7 @@ def test_the_sparsity_term_rises(store: ActivationStore) -> None:
 
 
 def test_options_of_a_step(store: ActivationStore) -> None:
-    warming = make(store, activation="relu", k_start=24, sparsity_coef=0.5, tile_mb=1e-4)
+    warming = make(store, activation="jumprelu", k_start=24, sparsity_coef=0.5, tile_mb=1e-4)
     first, options, last = at(warming, 0, 10, 19)
     assert (first.k, first.sparsity_coef) == (24, pytest.approx(0.5 / 3))
     assert (last.k, last.sparsity_coef) == (4, 0.5)
@@ -60,6 +60,7 @@ def test_the_defaults_of_a_variant(store: ActivationStore) -> None:
     ("changes", "message"),
     [
         ({"multi_topk": True, "activation": "relu"}, "--multi-topk is for --activation topk, not for relu"),
+        ({"k_start": 8, "activation": "relu"}, "--k-start is for --activation topk and batchtopk and .*, not for relu"),
         ({"bandwidth": 0.5}, "--bandwidth is for --activation jumprelu, not for topk"),
         ({"sparsity_coef": 0.5}, "--sparsity-coef is for --activation jumprelu and relu, not for topk"),
         (
