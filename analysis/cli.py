@@ -24,8 +24,6 @@ drawn layer, so that models of different depth can be compared.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `analyze`; returns the exit code."""
-
     words = list(sys.argv[1:] if argv is None else argv)
 
     def compare_command() -> None:

@@ -10,8 +10,6 @@ from store.activations import ActivationStore
 
 
 class HarvestResult(NamedTuple):
-    """What a harvest made."""
-
     out: str
     """The store."""
     model: str

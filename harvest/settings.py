@@ -133,7 +133,6 @@ def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:
 
 
 def load_weights(settings: Settings) -> LoadedModel:
-    """The model's weights."""
     where = {"dtype": TORCH_DTYPES[settings.dtype], "device": settings.device, "spread": settings.spread}
     return load_model(settings.spec, **where, tokenizer=settings.tokenizer)
 

@@ -144,7 +144,6 @@ def with_values(config: T, **values: Any) -> T:
 
 
 def _groups(config_class: type) -> dict[str, Any]:
-    """The fields that are groups, and their classes."""
     hints = typing.get_type_hints(config_class)
     names = (field.name for field in dataclasses.fields(config_class))  # type: ignore[arg-type]
     return {name: hints[name] for name in names if dataclasses.is_dataclass(hints[name])}

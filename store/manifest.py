@@ -53,8 +53,6 @@ class ShardRecord(NamedTuple):
 
 @dataclass
 class Manifest:
-    """What the manifest's files say."""
-
     checksums: dict[str, str] = field(default_factory=dict)
     """xxh3-128 of each file that was made with the store, by its path there; empty when the header is damaged."""
     lines: dict[int, bytes] = field(default_factory=dict)

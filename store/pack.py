@@ -28,8 +28,6 @@ _SIXTEEN = np.uint32(16)
 
 
 class PackedShard(NamedTuple):
-    """What becomes of a shard's vectors."""
-
     slots: np.ndarray
     """uint8 [P * L, C * D * itemsize + 4]: inner chunks in the index's order, each before its 4 bytes of checksum."""
     moments: ShardMoments

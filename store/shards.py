@@ -292,6 +292,5 @@ class ShardWriter:
             self._manifest.lines[record.shard] = self._lines.append(record)
 
     def close(self) -> None:
-        """Give up the lock."""
         self._lines.close()
         self._lock.close()

@@ -87,11 +87,9 @@ class MetricsWindow:
         return int(self._joined()["vectors"].sum())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums, for a checkpoint."""
         return {name: value.cpu() for name, value in self._joined().items() if name not in self._unknown}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's sums."""
         if state["steps"]:  # checkpoints from before the sparsity term was counted lack it
             self._unknown = {name for name in self._means if name not in state}
         for name in self._sums.keys() & state.keys() if self._ranks.rows.first else ("steps",):

@@ -165,7 +165,6 @@ class Trainer:
         say(f"resuming {self.path} after step {self.step} of {self.plan.steps}")
 
     def take(self, batch: Vectors) -> None:
-        """One step on a batch of the stream."""
         x, layer, of_layer = self.view.own(batch)
         n = len(x) if of_layer is None else int(of_layer.sum())
         if n > 0:
@@ -223,7 +222,6 @@ class Trainer:
         return self.curve[-1]["step"] if self.curve else 0
 
     def look(self, validated: Validation) -> None:
-        """Add a point to the curve."""
         if not math.isfinite(validated.fvu) or self.vectors == 0:
             return  # diverged, or nothing of this run's layer came yet
         numbers = {name: getattr(validated, name) for name in NUMBERS}

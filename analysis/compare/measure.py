@@ -120,7 +120,6 @@ def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str,
 
 
 def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What is compared of one run."""
     store, sae = summary["provenance"]["store"], summary["provenance"]["sae"]
     lens, uniform = store.get("lens"), float(np.var(summary["layer_numbers"]))
     rel_var_t = summary["variance"]["mlsae_compat"]["rel_var_t"]

@@ -45,7 +45,6 @@ def unlike_training(runs: Sequence[Run]) -> list[str]:
 
 
 def _table(runs: Sequence[Run], columns: Columns) -> list[str]:
-    """A table whose first columns tell runs apart."""
     first: Columns = {"run": itemgetter("run"), "R": _number("expansion_factor"), "k": _number("k")}
     if len({run["activation"] for run in runs}) > 1:
         first = {**first, "activation": lambda run: run["activation"] or "-"}
@@ -66,8 +65,6 @@ def _number(*keys: str) -> Callable[[Run], str]:
 
 
 def _bounded(name: str) -> Callable[[Run], str]:
-    """A mean over layers with its interval."""
-
     def cell(run: Run) -> str:
         low, high = run[f"{name}_low"], run[f"{name}_high"]
         return with_interval({name: run[name], "ci95": {} if low is None else {name: (low, high)}}, name)

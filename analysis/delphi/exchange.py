@@ -79,7 +79,6 @@ def exchange_with_delphi(config: AnalyzeConfig) -> dict[str, Any]:
 
 
 def _chosen(config: AnalyzeConfig) -> NDArray[np.int64]:
-    """The latents to export."""
     if config.delphi.delphi_latents:
         return np.unique(config.delphi.delphi_latents)
     path = config.out_dir / LATENTS

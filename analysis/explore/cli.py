@@ -95,7 +95,6 @@ def _is_of(folder: Path, sae: Path) -> bool:
 
 
 def _listening(port: int) -> socket.socket:
-    """A socket of this machine alone."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
@@ -104,6 +103,5 @@ def _listening(port: int) -> socket.socket:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `residscope explore`; returns the exit code."""
     name = "residscope explore"
     return run_command(name, lambda: explore(parse_options(ExploreConfig, argv, prog=name, description=DESCRIPTION)))

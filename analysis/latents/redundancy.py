@@ -46,8 +46,6 @@ class Pairs(NamedTuple):
 
 
 class Redundancy(NamedTuple):
-    """What was found."""
-
     threshold: float
     """Cosine above which a pair is parallel."""
     pairs: Pairs

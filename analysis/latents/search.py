@@ -29,7 +29,6 @@ class Hit(NamedTuple):
 
     @property
     def why(self) -> str:
-        """In words."""
         hits = f"{self.hits} of its {self.contexts} strongest contexts"
         return f"fires on it in {hits}, {self.times:.3g} times as specific to it as the average latent"
 
@@ -64,7 +63,6 @@ def folded(text: str) -> str:
 
 
 def strength(context: Context, wanted: Sequence[str]) -> float:
-    """h of a context."""
     text, best = folded(context.text), 0.0
     for term in wanted:
         if term not in text:

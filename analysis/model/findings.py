@@ -54,8 +54,6 @@ class FoundModel(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFindings:
-    """What the transformer told."""
-
     downstream: Downstream | None = None
     intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
     """Of `Downstream.intervals`."""

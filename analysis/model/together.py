@@ -27,7 +27,6 @@ class Group(NamedTuple):
 
 
 def group_words(kind: str, n: int) -> str:
-    """What a group is."""
     ordinal = {2: "2nd"}.get(n, f"{n}th")
     return {"all": f"all {n}", "every": f"every {ordinal}"}.get(kind, f"{kind} {n}")
 

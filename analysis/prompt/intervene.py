@@ -79,8 +79,6 @@ class TokenChange(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What an intervention did."""
-
     kl_last: float
     """KL(true || changed) at the last position, nats."""
     kl_mean: float

@@ -72,8 +72,6 @@ class PromptLatents(NamedTuple):
 
 
 class Result(NamedTuple):
-    """An intervention that was made."""
-
     intervention: Intervention
     """Its layers by number."""
     effect: Effect
@@ -81,8 +79,6 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptView:
-    """What was found of one prompt."""
-
     text: str
     tokens: Tokens
     activations: Activations

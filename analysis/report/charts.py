@@ -70,7 +70,6 @@ class Plot:
             self.text(0, at, words, "yt")
 
     def render(self) -> str:
-        """The frame as HTML."""
         return (
             f'<div class="plot" role="img" aria-label="{escape(self._label)}" style="height:{self._height}rem">'
             f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(self._shapes)}</svg>'

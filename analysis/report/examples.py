@@ -86,7 +86,6 @@ def example_blocks(
 
 
 def _fitting(found: list[_Found], budget: int) -> tuple[list[str], Plan]:
-    """The blocks by the first plan that fits."""
     groups = [found[start : start + PER_BLOCK] for start in range(0, len(found), PER_BLOCK)]
     sample = groups[_SAMPLED // 2 :: _SAMPLED]
     words = [_packed("latent-words", [one.words for one in found])] if any(one.words for one in found) else []
@@ -154,7 +153,6 @@ def _add_histograms(path: Path, of: dict[int, _Found]) -> list[float]:
 
 
 def _add_columns(path: Path, of: dict[int, _Found]) -> None:
-    """Neighbours and words, if latents.parquet has them."""
     known = set(pq.read_schema(path).names)
     names = [name for name in ("neighbours", "neighbour_cosines", "fires_on") if name in known]
     for row in read_table(path, columns=["latent", *names]).to_pylist():

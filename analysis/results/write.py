@@ -62,7 +62,6 @@ def write_latents(
 
 
 def write_layers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One row for each layer, as in summary.json."""
     write_table(pa.Table.from_pylist(list(rows), schema=LAYER_COLUMNS), path)
 
 

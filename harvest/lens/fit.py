@@ -133,7 +133,6 @@ def _start(
 
 
 def _fit(fit: Fit) -> tuple[Translators, FitResult]:
-    """All the work between reading and writing."""
     fitting, model = fit.config.fitting, fit.model
     seconds: dict[str, float] = {}
     began = time.perf_counter()

@@ -45,8 +45,6 @@ class LayerFit:
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What a fit made."""
-
     out: str
     """Folder of the lens."""
     model: str

@@ -26,7 +26,6 @@ class RegressionSums:
     """Means of x and r, and sums of products about them, in float64."""
 
     def __init__(self, d_model: int, device: torch.device | str = "cpu") -> None:
-        """Of no vectors."""
         self.count = 0
         self.mean_x = torch.zeros(d_model, dtype=torch.float64, device=device)
         self.mean_r = torch.zeros(d_model, dtype=torch.float64, device=device)

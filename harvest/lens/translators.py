@@ -66,7 +66,6 @@ class TunedLens:
 
     @property
     def n_layers(self) -> int:
-        """Blocks of the model."""
         return len(self.weights)
 
     @property

@@ -36,7 +36,6 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
 
 
 def name_of(module: nn.Module, model: nn.Module) -> str:
-    """Name of a module within a model."""
     return next(name for name, found in model.named_modules() if found is module)
 
 

@@ -67,7 +67,6 @@ class LoadedModel:
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks."""
         return len(self.blocks)
 
     @property
@@ -139,7 +138,6 @@ def _refuse_endless(name: str, config: dict[str, Any]) -> None:
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """The model's tokenizer."""
     load, place = transformers.AutoTokenizer.from_pretrained, spec if spec.own_tokenizer else spec.base or spec
     return Tokenizer(_loading(spec, "tokenizer", lambda: load(place.location, **place.load_arguments)))
 

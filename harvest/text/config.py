@@ -77,7 +77,6 @@ class TextConfig:
         return tuple(found)
 
     def _for_each(self, option: str, default: str = "") -> list[str]:
-        """An option's value for each text."""
         n, values = len(self.dataset), getattr(self, option)
         if len(values) not in ((1, n) if default else (0, 1, n)):
             wanted = f"be one for all texts or one for each of the {n} of --dataset"

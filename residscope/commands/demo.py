@@ -112,7 +112,6 @@ def _failed(stage: str, code: int) -> ResidscopeError:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `residscope demo`; returns the exit code."""
     name = "residscope demo"
     description = "Harvest, train and analyze on a small model and Python's own documentation; needs no network."
     return run_command(name, lambda: demo(parse_options(DemoConfig, argv, prog=name, description=description)))

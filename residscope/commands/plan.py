@@ -197,7 +197,6 @@ def _ways(config: PlanConfig, model: Model, way: Any) -> dict[str, Cost]:
 
 
 def words(found: dict[str, Any]) -> str:
-    """The plan for a terminal."""
     model, run, flops = found["model"], found["training"], found["flops"]
     lines = [
         f"{model['name']}: {model['n_layers']} layers, d_model {model['d_model']:,}, {model['token_flops']:.3g} FLOPs "
@@ -222,7 +221,6 @@ def words(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `residscope plan`; returns the exit code."""
     name, text = "residscope plan", "Bytes, memory and hours of a run, stored, rolling or in memory."
 
     def run() -> None:

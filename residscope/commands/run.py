@@ -144,5 +144,4 @@ def _end(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `residscope run`; returns the exit code."""
     return run_command("residscope run", lambda: run(parse(argv)))

@@ -24,8 +24,6 @@ JOURNAL = f"{FOLDER}/.repair"
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did."""
-
     found: list[BadShard]
     """What was missing or damaged."""
     refilled: list[int]

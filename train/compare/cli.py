@@ -17,8 +17,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-
     def command() -> None:
         config = parse_options(
             TrainCompareConfig,

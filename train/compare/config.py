@@ -1,7 +1,4 @@
-"""The flags of `train compare`, as one frozen dataclass; the docstring under a field is its help.
-
-Tested in tests/train/compare/test_measure.py.
-"""
+"""The flags of `train compare`, as one frozen dataclass; the docstring under a field is its help."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -92,8 +92,6 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The result."""
-
     entrants: list[Entrant]
     """In the order given, the baselines last."""
     layers: tuple[int, ...]

@@ -32,7 +32,6 @@ class PCASums:
 
     @classmethod
     def zeros(cls, d_model: int, device: torch.device | str = "cpu") -> "PCASums":
-        """No vectors yet."""
         total = torch.zeros(d_model, dtype=torch.float64, device=device)
         return cls(n=0, total=total, gram=torch.outer(total, total))
 

@@ -1,7 +1,4 @@
-"""A comparison for people and programs: a table on the terminal, compare.parquet, compare.json, and a figure.
-
-Tested in tests/train/compare/test_measure.py.
-"""
+"""A comparison for people and programs: a table on the terminal, compare.parquet, compare.json, and a figure."""
 
 import json
 import math
@@ -16,7 +13,6 @@ from train.metrics import finite
 
 
 def as_json(result: Comparison) -> dict[str, Any]:
-    """Plain values."""
     return finite(
         {
             "store": result.store,

@@ -152,7 +152,6 @@ def _rescale(tensors: Weights, factor: Tensor) -> None:
 
 
 def _trained(tensors: Weights) -> dict[str, Tensor]:
-    """Those that the optimiser moves, by name."""
     return {name: tensor for name in TRAINED if (tensor := getattr(tensors, name)) is not None}
 
 

@@ -121,7 +121,6 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
 def _of_codes(
     codes: SparseCodes, loss: Tensor, error: Tensor, squared: Tensor, grad_out: Tensor, gradients: WeightGradients
 ) -> MainPass:
-    """The result of a pass over sparse codes."""
     return MainPass(
         loss=loss,
         sparsity=loss.new_zeros(()),

@@ -41,7 +41,6 @@ class LayerVariance(NamedTuple):
 
     @classmethod
     def zeros(cls, n_layers: int, d_model: int, device: torch.device | str = "cpu") -> "LayerVariance":
-        """No vectors yet."""
         return cls(
             torch.zeros(n_layers, dtype=torch.int64, device=device),
             torch.zeros(n_layers, d_model, dtype=torch.float64, device=device),

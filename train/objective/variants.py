@@ -178,18 +178,15 @@ VARIANTS: dict[str, type[Variant]] = {v.__name__.lower(): v for v in (TopK, Batc
 
 
 def variant_of(config: SAEConfig) -> Variant:
-    """The variant that a configuration names."""
     return VARIANTS[config.activation](config)
 
 
 def _encoder(given: PassInputs) -> ReadyEncoder:
-    """The encoder with the weights of this step."""
     W_enc, b_enc = given.weights.W_enc, given.weights.b_enc
     return ReadyEncoder(given.kernels, W_enc, b_enc, product_dtype=given.product_dtype, tile_bytes=given.tile_bytes)
 
 
 def _batch_codes(given: PassInputs, k: int) -> BatchCodes:
-    """BatchTopK's codes of a training batch."""
     return batch_codes(_encoder(given), given.inputs, k * given.n, given.ranks.rows)
 
 

@@ -89,7 +89,6 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
 
 
 def _start(n: int, port: int, words: Sequence[str]) -> list[subprocess.Popen[bytes]]:
-    """The processes 1 to n - 1."""
     root = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared = {**os.environ, **shared, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "PYTHONPATH": root}

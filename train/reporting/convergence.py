@@ -40,7 +40,6 @@ class Spread(NamedTuple):
 
     @classmethod
     def zeros(cls, n_latents: int, device: torch.device) -> "Spread":
-        """No tokens yet."""
         per_latent = torch.zeros(3, n_latents, dtype=torch.float64, device=device)
         return cls(per_latent, 0, 0, per_latent.new_zeros(()))
 

@@ -31,8 +31,6 @@ _MANY_DEAD = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A finished run."""
-
     plan: RunPlan
     metrics: dict[str, Any]
     """The last line of training metrics, or what the checkpoint says of it."""

@@ -36,7 +36,6 @@ model (cross-entropy {true_ce} nats per token). Each layer is replaced alone.</p
 
 
 def section(results: Results) -> Section:
-    """Delta cross-entropy, KL and loss recovered by layer."""
     found = results.get("downstream")
     if not found:
         reason = results.get("transformer", "reason") or "this analysis was made without running the model"
@@ -100,7 +99,6 @@ a vector has active latents. Small numbers, where given: 95 % intervals over doc
 
 
 def _together(results: Results) -> str:
-    """The table of groups of layers, or nothing."""
     found = results.get("downstream", "together")
     if not found:
         return ""

@@ -13,7 +13,6 @@ depth apart. Early, middle, late: the mean layer lies in the first, second or la
 
 
 def section(results: Results) -> Section:
-    """Mean profiles, and numbers of latents."""
     if len(results.kinds) == 0:
         return Section(TITLE, "<p>Not shown: no latent fired in these tokens.</p>")
     numbers = {kind: results.number("profiles", kind, "latents") or 0 for kind in KINDS}

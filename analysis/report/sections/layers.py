@@ -32,7 +32,6 @@ class HeatMap(NamedTuple):
 
 
 def section(results: Results) -> Section:
-    """The heat map, and how to read it."""
     heat, title = heat_map(results), layer_profile_title(results)
     if heat.n_latents == 0:
         return Section(TITLE, f"<p>{title}.</p>")
@@ -70,7 +69,6 @@ def heat_map(results: Results, max_bins: int = 480) -> HeatMap:
 
 
 def _chart(results: Results, heat: HeatMap) -> str:
-    """The heat map with its colour bar."""
     n_layers = len(results.layer_numbers)
     plot = Plot("Heat map: share of each latent's activation mass by layer; latents sorted by mean layer.", 20)
     plot.image(heat_png(heat))

@@ -25,7 +25,6 @@ tokens are left out: the start of the sequence, and special tokens.</p>"""
 
 
 def section(results: Results) -> Section:
-    """The prompts, one after another."""
     if results.prompts is None:
         how = "<code>analyze --prompt &quot;...&quot;</code> with the same store and autoencoder"
         return Section("Prompts", f"<p>None was given. {how} adds the latents of a text to this page.</p>")

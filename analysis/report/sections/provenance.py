@@ -9,7 +9,6 @@ from analysis.report.markup import EN_DASH, Section, show
 
 
 def section(results: Results) -> Section:
-    """Three lists of facts side by side."""
     lists = []
     for title, key in (("Activations", "store"), ("Autoencoder", "sae"), ("Analysis", "analysis")):
         facts = results.get("provenance", key)

@@ -11,7 +11,6 @@ latent; lower is less redundant.</p>"""
 
 
 def section(results: Results) -> Section:
-    """The counts, and the first pairs."""
     if not results.get("redundancy"):
         return Section(TITLE, "<p>Not shown: this analysis was made without comparing decoder rows.</p>")
     found = results.get("redundancy")
