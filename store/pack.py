@@ -10,7 +10,7 @@ Arrays are contiguous in the compiled loops.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -27,13 +27,6 @@ _ONE = np.uint32(1)
 _SIXTEEN = np.uint32(16)
 
 
-class PackedShard(NamedTuple):
-    slots: np.ndarray
-    """uint8 [P * L, C * D * itemsize + 4]: inner chunks in the index's order, each before its 4 bytes of checksum."""
-    moments: ShardMoments
-    """Sums over its kept tokens."""
-
-
 class ShardPacker:
     """Packs one shard after another into the same memory: what `pack` gives is valid until its next call."""
 
@@ -44,9 +37,11 @@ class ShardPacker:
         n_slots = min(meta.chunks_per_shard, meta.n_chunks) * meta.n_layers
         self._slots = np.empty((n_slots, meta.chunk_tokens * self._row_bytes + CRC_BYTES), np.uint8)
 
-    def pack(self, data: np.ndarray, keep: np.ndarray) -> PackedShard:
+    def pack(self, data: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, ShardMoments]:
         """Pack [t, L, D] vectors, float32 or in the stored format; keep: bool [t].
 
+        Gives the inner chunks in the index's order, each before its 4 bytes of checksum, uint8
+        [P * L, C * D * itemsize + 4], and the sums over kept tokens.
         Fastest when each layer's [t, D] is contiguous. `ValueError` where a value does not fit the stored format.
         """
         meta = self._meta
@@ -59,7 +54,7 @@ class ShardPacker:
         layers = [_pack_layer(values, kept, slots, layer, meta) for layer, values in enumerate(each)]
         mean, m2, norm_sums = (np.stack(parts) for parts in zip(*layers, strict=True))
         moments = ShardMoments(int(kept.sum()), mean, m2, norm_sums)
-        return PackedShard(slots.reshape(n_present * meta.n_layers, -1), moments)
+        return slots.reshape(n_present * meta.n_layers, -1), moments
 
 
 def _pack_layer(

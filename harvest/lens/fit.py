@@ -25,7 +25,7 @@ from harvest.lens.data import Role
 from harvest.lens.measure import condition, limit_condition, mean_kl, round_trip
 from harvest.lens.result import FitResult, LayerFit
 from harvest.lens.ridge import RegressionSums, RidgeFit, fit_ridge
-from harvest.lens.translators import Translators, TunedLens, write_lens
+from harvest.lens.translators import TunedLens, write_lens
 from harvest.model.checks import check_logits, check_model, refuse_other_weights
 from harvest.model.load import LoadedModel
 from harvest.sequences import SequenceBatch, sequence_batches, token_ids
@@ -132,7 +132,7 @@ def _start(
     return Fit(config, settings.vocabulary, model, tokens, role, batches, read, run)
 
 
-def _fit(fit: Fit) -> tuple[Translators, FitResult]:
+def _fit(fit: Fit) -> tuple[TunedLens, FitResult]:
     fitting, model = fit.config.fitting, fit.model
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -144,7 +144,7 @@ def _fit(fit: Fit) -> tuple[Translators, FitResult]:
 
     ridge_fits, means = _ridge(fit)
     parts = zip(*((found.weight.float(), found.bias.float()) for found in ridge_fits), strict=True)
-    ridge = Translators(*map(torch.stack, parts))
+    ridge = TunedLens(*map(torch.stack, parts))
     lap("ridge")
     lenses = {"ridge": ridge}
     if fitting.method == "kl":
@@ -212,11 +212,11 @@ def _regression_sums(fit: Fit) -> dict[Role, list[RegressionSums]]:
     return sums
 
 
-def _kl_trained(fit: Fit, ridge: Translators, means: Tensor) -> Translators:
+def _kl_trained(fit: Fit, ridge: TunedLens, means: Tensor) -> TunedLens:
     """The KL-trained translators, made invertible. means: of their inputs, [L, D]."""
     options, model = fit.config.fitting, fit.model
-    start = ridge if options.init == "ridge" else Translators(*map(torch.zeros_like, ridge))
-    weights, biases = start.weights.clone(), start.biases.clone()
+    begin = torch.clone if options.init == "ridge" else torch.zeros_like
+    weights, biases = begin(ridge.weights), begin(ridge.biases)
     wanted = options.kl_steps * options.kl_batch
     window = min(_WINDOW_BYTES // ((model.n_layers + 1) * model.d_model * 4), wanted)
     sizes = {"per_step": options.kl_batch, "steps": options.kl_steps, "window": window}
@@ -233,7 +233,7 @@ def _kl_trained(fit: Fit, ridge: Translators, means: Tensor) -> Translators:
             raise ResidscopeError(f"KL training of translator {i} diverged; try a lower --lr than {options.first_lr:g}")
         weight, bias, mean = (part[i].double() for part in (weights, biases, means))
         weights[i], biases[i] = limit_condition(weight, bias, mean, options.max_condition)
-    return Translators(weights, biases)
+    return TunedLens(weights, biases)
 
 
 def _kl_tokens(fit: Fit, wanted: int) -> np.ndarray:
@@ -250,7 +250,7 @@ def _kl_tokens(fit: Fit, wanted: int) -> np.ndarray:
     return chosen
 
 
-def _measure(fit: Fit, lenses: dict[str, Translators], mask: np.ndarray) -> tuple[dict[str, list[float]], list[Tensor]]:
+def _measure(fit: Fit, lenses: dict[str, TunedLens], mask: np.ndarray) -> tuple[dict[str, list[float]], list[Tensor]]:
     """Mean KL of each lens by layer on the tokens of `mask` [T], and some of their vectors, [n, D] by layer."""
     sample: list[Tensor] = []
 
@@ -267,10 +267,9 @@ def _measure(fit: Fit, lenses: dict[str, Translators], mask: np.ndarray) -> tupl
 
 
 def _layers(
-    fits: list[RidgeFit], saved: Translators, kls: dict[str, list[float]], sample: list[Tensor]
+    fits: list[RidgeFit], lens: TunedLens, kls: dict[str, list[float]], sample: list[Tensor]
 ) -> tuple[LayerFit, ...]:
     """The embedding, which has no layer, then each block's output; the last has no translator."""
-    lens = TunedLens(saved.weights, saved.biases)
     found = []
     for i, kl_logit_lens in enumerate(kls["logit lens"]):
         back = round_trip(lens, sample[i], i - 1) if i else None
@@ -278,6 +277,6 @@ def _layers(
         if i < len(fits):
             trained = kls["KL-trained"][i] if "KL-trained" in kls else None
             layer = replace(layer, translator=i, kl_ridge=kls["ridge"][i], kl_trained=trained)
-            layer = replace(layer, penalty=fits[i].penalty, r2=fits[i].r2, condition=condition(saved.weights[i]))
+            layer = replace(layer, penalty=fits[i].penalty, r2=fits[i].r2, condition=condition(lens.weights[i]))
         found.append(layer)
     return tuple(found)

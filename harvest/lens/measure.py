@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harvest.lens.kl import Logits, kl, target, tile_tokens
-from harvest.lens.translators import Translators, TunedLens
+from harvest.lens.translators import TunedLens
 
 TOLERANCE = 1e-4
 """Largest relative error of inverse(apply(x)) that passes without a warning."""
@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 @torch.no_grad()
 def mean_kl(
     batches: Iterable[list[Tensor]],
-    lenses: Mapping[str, Translators],
+    lenses: Mapping[str, TunedLens],
     logits: Logits,
     *,
     vocabulary: int,

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,15 +36,6 @@ SPACE = "AlignmentResearch/tuned-lens"
 Indexing = Literal["tuned-lens", "mlsae-compat"]
 _FILES = ("config.json", "params.pt")
 _FIT_ONE = "Fit one for this model (`residscope fit-lens`) and give its folder"
-
-
-class Translators(NamedTuple):
-    """The translators of all blocks' inputs."""
-
-    weights: Tensor
-    """float32 [L, D, D]."""
-    biases: Tensor
-    """float32 [L, D]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,10 +200,10 @@ def _download(model_id: str) -> Path:
     raise UsageError(f"no published lens for {model_id!r} in the Space {SPACE}. {_FIT_ONE}")
 
 
-def write_lens(folder: Path, model: LoadedModel, translators: Translators, *, extra: Mapping[str, Any]) -> None:
+def write_lens(folder: Path, model: LoadedModel, lens: TunedLens, *, extra: Mapping[str, Any]) -> None:
     """Write a lens for `model` into a folder that is there; and beside it the JSON files of `extra`, by name."""
     parameters: dict[str, Tensor] = {}
-    for i, (weight, bias) in enumerate(zip(*translators, strict=True)):
+    for i, (weight, bias) in enumerate(zip(lens.weights, lens.biases, strict=True)):
         parameters[f"{i}.weight"] = weight.cpu().clone()
         parameters[f"{i}.bias"] = bias.cpu().clone()
     packed = io.BytesIO()

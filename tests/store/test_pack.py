@@ -14,7 +14,7 @@ def chunks_of(data: np.ndarray, chunk_tokens: int) -> np.ndarray:
     """What the packer rounds [t, L, D] float32 to, read back from the bytes: uint16 [t, L, D]."""
     n_tokens, n_layers, d_model = data.shape
     meta = make_meta(n_tokens, n_layers, d_model, chunk_tokens=chunk_tokens, shard_tokens=4 * chunk_tokens)
-    slots = ShardPacker(meta).pack(data, np.ones(n_tokens, bool)).slots
+    slots, _ = ShardPacker(meta).pack(data, np.ones(n_tokens, bool))
     slots = slots.reshape(-1, n_layers, chunk_tokens * d_model * 2 + CRC_BYTES)[:, :, :-CRC_BYTES]
     rows = np.ascontiguousarray(slots).view(np.uint16).reshape(-1, n_layers, chunk_tokens, d_model)
     return rows.transpose(0, 2, 1, 3).reshape(-1, n_layers, d_model)[:n_tokens]
@@ -46,7 +46,7 @@ def test_sums_of_any_width(d_model: int, stored_dtype: str) -> None:
     x = rng.normal(3, 1, (20, 2, d_model)).astype(np.float32)
     keep = rng.random(20) < 0.7
     meta = make_meta(20, 2, d_model, chunk_tokens=8, shard_tokens=24, stored_dtype=stored_dtype)
-    found = ShardPacker(meta).pack(x, keep).moments
+    _, found = ShardPacker(meta).pack(x, keep)
     kept = to_float32(from_float32(x, stored_dtype), stored_dtype)[keep].astype(np.float64)
     assert found.count == keep.sum()
     np.testing.assert_allclose(found.mean, kept.mean(0), rtol=1e-14)

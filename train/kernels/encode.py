@@ -21,19 +21,13 @@ TILE_BYTES = 16 * 2**20
 """Pre-activations held at once: a tile this large is still in the last-level cache when top-k reads it."""
 
 
-class Tile(NamedTuple):
-    """The pre-activations of some rows."""
-
-    part: slice
-    """Which rows."""
-    z: Tensor
-    """[n, M], in memory that the next tile writes over."""
-
-
 def tiles(
     inputs: Tensor, W_enc: Tensor, b_enc: Tensor | None, dtype: torch.dtype, tile_bytes: int = TILE_BYTES
-) -> Iterator[Tile]:
-    """inputs @ W_enc^T + b_enc, `inputs` [N, D], W_enc [M, D], b_enc [M] or None; product and z are of type `dtype`."""
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows, and their inputs @ W_enc^T + b_enc [n, M], in memory that the next tile writes over.
+
+    inputs [N, D], W_enc [M, D], b_enc [M] or None; product and sum are of type `dtype`.
+    """
     n, m = len(inputs), len(W_enc)
     transposed = W_enc.to(dtype).t()
     bias = None if b_enc is None else b_enc.to(dtype)
@@ -42,7 +36,7 @@ def tiles(
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         z = torch.mm(inputs[part].to(dtype), transposed, out=memory[: n - start])
-        yield Tile(part, z if bias is None else z.add_(bias))
+        yield part, z if bias is None else z.add_(bias)
 
 
 class BatchCodes(NamedTuple):
@@ -135,7 +129,7 @@ class ReadyEncoder:
                 bound = values.min().to(bound.dtype)
         return _batch_codes(places // m, places % m, values, n)
 
-    def _tiles(self, inputs: Tensor, dtype: torch.dtype) -> Iterator[Tile]:
+    def _tiles(self, inputs: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         W_enc = self._weights if dtype == self._dtype else self._W_enc
         return tiles(inputs, W_enc, self._b_enc, dtype, self._tile_bytes)
 

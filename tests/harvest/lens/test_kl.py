@@ -7,7 +7,7 @@ from torch import Tensor
 from harvest.lens import kl as lens_kl
 from harvest.lens.config import FittingConfig
 from harvest.lens.measure import mean_kl
-from harvest.lens.translators import Translators
+from harvest.lens.translators import TunedLens
 from harvest.model.load import LoadedModel, load_model
 from harvest.model.names import resolve_model
 from tests.support.harvesting import ModelFolder
@@ -92,7 +92,7 @@ def test_measured_kl_equals_the_formula_and_is_zero_at_the_last_layer(
     monkeypatch.setattr("harvest.lens.measure.tile_tokens", lambda vocabulary: 5)
     batches, (weights, biases) = [vectors(0), vectors(1)], translators()
     counts: list[int] = []
-    lenses = {"lens": Translators(weights, biases)}
+    lenses = {"lens": TunedLens(weights, biases)}
     found = mean_kl(batches, lenses, model.logits, vocabulary=V, watch=counts.append)
     assert sum(counts) == 2 * N
     both = [torch.cat(pair) for pair in zip(*batches, strict=True)]
