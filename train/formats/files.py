@@ -91,8 +91,11 @@ def read_checkpoint(source: str | Path, *, subfolder: str | None = None, revisio
     name = f"{source}/{subfolder}" if subfolder else str(source)
     folder = path / subfolder if subfolder else path
     found = _formats_in(folder)
-    if not found and not subfolder:
-        folder, found = _only_subfolder(folder, str(source))
+    if not found and not subfolder and (inner := _subfolders(folder)):
+        if len(inner) > 1:
+            raise UsageError(f"{source}: holds {len(inner)} autoencoders: choose a sub-folder: {listed(inner)}")
+        folder = folder / inner[0]
+        found = _formats_in(folder)
     if not found:
         raise IncompatibleError(
             f"{name}: no autoencoder found; looked for {', '.join(known_files())}"
@@ -298,13 +301,6 @@ def _subfolders(folder: Path) -> list[str]:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layers.10 after layers.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.replace("_", ".").split(".")]
-
-
-def _only_subfolder(folder: Path, source: str) -> tuple[Path, list[Path]]:
-    names = _subfolders(folder)
-    if len(names) > 1:
-        raise UsageError(f"{source}: holds {len(names)} autoencoders: choose a sub-folder: {listed(names)}")
-    return (folder / names[0], _formats_in(folder / names[0])) if names else (folder, [])
 
 
 def _fetch(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
