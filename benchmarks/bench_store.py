@@ -171,7 +171,7 @@ def shard_write(folder: Path, store: ActivationStore, data: np.ndarray, rounds: 
 
     def direct() -> None:
         with (folder / "shard").open("wb") as file:
-            for part in seal_slots(packer.pack(data, keep).slots, meta):
+            for part in seal_slots(packer.pack(data, keep)[0], meta):
                 file.write(part)
 
     ways: dict[str, Callable[[], object]] = {

@@ -2,7 +2,7 @@
 
 How: tokenises a sample of the text, and times forward passes (the recording included, the writing not: it overlaps)
 at the run's own batch size. The whole text is not read, so that the number of tokens available is an estimate, or
-unknown.
+unknown. Tested in tests/harvest/test_run.py.
 """
 
 import shutil

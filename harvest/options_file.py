@@ -2,7 +2,8 @@
 
 How: names of local files and folders are written in full, so that the file means the same from any working folder: it
 continues and repairs the store, and tells an analysis where the model is, of which the store itself knows the name and
-the hash alone. Not here: whether what lies there is still the same (`harvest.model.checks`).
+the hash alone. Not here: whether what lies there is still the same (`harvest.model.checks`). Tested in
+tests/harvest/test_run.py and tests/analysis/model/test_findings.py.
 """
 
 import tomllib

@@ -2,7 +2,7 @@
 
 How: the record is plain JSON of what the stored bytes depend on and of nothing else (no paths, no times, no device), so
 that the same command gives the same record anywhere, and a store can say which field of another command's record
-differs.
+differs. Tested in tests/harvest/test_continue.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """The errors that a user sees: one line, an exit code, and the way out.
 
 Everything else that is raised is a bug in this project and keeps its traceback. Messages name the thing, what was
-expected, what was found, and what to do about it.
+expected, what was found, and what to do about it. Tested in tests/test_exit_codes.py.
 """
 
 import errno

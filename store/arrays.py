@@ -2,7 +2,8 @@
 
 How: `make_arrays`, the only caller of zarr, writes every array's metadata, so that any reader of Zarr v3 opens the
 store, and the values of the token arrays. All small arrays have chunks of plain little-endian numbers that end in their
-crc32c; they are read, and the statistics written, directly, so that a reader needs no zarr.
+crc32c; they are read, and the statistics written, directly, so that a reader needs no zarr. Tested in
+tests/store/test_activations.py and tests/store/test_other_readers.py.
 
 Shapes: T tokens, L stored layers, D = d_model.
 """

@@ -5,6 +5,7 @@ store, autoencoder, format or set of layers are never used. A shard's codes are 
 written whole or not at all and ending in its crc32c; a third one, written last, holds a hash of KEY, the shard's number
 and both, so that intact files of another key or shard are not used either. A shard that lacks a file, or in which one
 is damaged or another's, counts as not kept. The manifest does not list codes, so a store with codes is the same store.
+Tested in tests/analysis/test_tiles.py and tests/store/test_format_page.py.
 
 Shapes: T tokens, L layers, W places for active latents of a vector, S tokens of a shard.
 """

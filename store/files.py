@@ -1,7 +1,7 @@
 """Durable file writes: what is on the disk after a crash is the old file or the new one, whole.
 
 How: temporary file, fsync, rename, fsync of the folder. Temporary names are fixed (`NAME.tmp`), so that leftovers are
-recognised.
+recognised. Tested in tests/store/test_faults.py, which stops at every single step.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Hashes of whole files."""
+"""Hashes of whole files. Tested in tests/harvest/model/test_gguf.py and test_names.py."""
 
 import hashlib
 from pathlib import Path

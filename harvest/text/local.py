@@ -1,6 +1,7 @@
 """Documents in local files: .txt, .jsonl (.gz, .zst) and .parquet, one after another in a fixed order.
 
 How: one .txt file is one document; each line of a .jsonl and each row of a .parquet is one. Files are read lazily.
+Tested in tests/harvest/text/test_sources.py.
 """
 
 import glob

@@ -2,7 +2,7 @@
 
 How: the manifest's lines; then every file that was made with the store, against the manifest's header; then each
 shard's file and moments, against its line; then the layer statistics, against the moments. Shards are read whole,
-several at once.
+several at once. Tested in tests/store/test_faults.py and tests/residscope/test_cli.py.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""A comparison for people and programs: a table on the terminal, compare.parquet, compare.json, and a figure."""
+"""A comparison for people and programs: a table on the terminal, compare.parquet, compare.json, and a figure.
+
+Tested in tests/train/compare/test_measure.py.
+"""
 
 import json
 import math

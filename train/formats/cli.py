@@ -1,6 +1,8 @@
 """`residscope convert SRC DST --to FORMAT`: an autoencoder from one project's format into another's.
 
 Beside the weights goes a model card, README.md. What the target format cannot say is printed.
+
+Tested in tests/train/formats/test_hub.py.
 """
 
 import argparse

@@ -9,6 +9,8 @@ weights, and what would change the result is refused by name. Nothing here touch
     mlsae     h = TopK(W_enc (s(x) - b))              x_hat = s^-1(W_dec h + b)     s: standardise each vector
     sparsify  h = TopK(W_enc (x - b_dec) + b_enc)     x_hat = W_dec h + b_dec
 
+Tested in tests/train/formats/test_files.py.
+
 Shapes: M n_latents, D d_model; ours are W_enc [M, D], W_dec [M, D], b_pre [D], b_enc [M].
 """
 

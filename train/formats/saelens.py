@@ -10,6 +10,8 @@ JumpReLU in inference, with one threshold for all latents: so SAELens saves them
 for us under our own key. Refused by name: gated and temporal autoencoders, transcoders, activations of another shape,
 and normalisations whose numbers are not in the folder.
 
+Tested in tests/train/formats/test_files.py.
+
 Shapes: M n_latents, D d_model.
 """
 

@@ -3,6 +3,8 @@
 All three keep positive values only. No more than a tile of the [N, M] pre-activations is ever held. Where the number of
 active latents varies, rows are padded with value 0 to the longest; whatever latent a 0 names, it is not active.
 
+Tested in tests/train/objective/test_variants.py, tests/train/test_model.py and tests/train/kernels/cpu/test_screen.py.
+
 Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has, P active (row, latent) pairs.
 """
 

@@ -8,6 +8,8 @@ they have. All keep these promises:
 - NaN is not hidden: among the largest it counts as the largest, and everything else lets it through.
 - The same inputs give the same bits on the same machine, whatever the number of threads: no sum is made with atomics.
 
+Tested in tests/train/kernels/test_plain.py and in those of the compiled kernels.
+
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
 """
 

@@ -3,6 +3,8 @@
 The functions of compiled loops here are written as the LLVM code that numba puts in their place. VPDPBUSD of AVX-512
 VNNI multiplies four pairs of bytes and adds the products to a sum, for 16 sums at once; 14 rows x 32 latents of sums
 stay in registers, become estimates there, and are compared with each row's bound; VPCOMPRESS writes those above it.
+
+Tested in tests/train/kernels/cpu/test_screen.py.
 """
 
 from typing import Any

@@ -9,6 +9,8 @@
 A row's bits depend on itself and the weights alone: a product is summed in one order, wherever its latent stands among
 the candidates. `train.kernels.cpu.screen` has the whole method.
 
+Tested in tests/train/kernels/cpu/test_screen.py.
+
 Shapes: N rows, D d_model, M n_latents, k; q = D / 4 quads, b blocks of 14 rows, p panels of 32 latents.
 """
 

@@ -9,6 +9,8 @@
 
 Sums are vectorised, in an order that depends on the processor's vector width and on nothing else of the machine.
 
+Tested in tests/train/kernels/cpu/test_backend.py.
+
 Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P <= N * k pairs.
 """
 

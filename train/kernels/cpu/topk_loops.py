@@ -13,6 +13,8 @@ counting the entries that reach them.
 
 Order of the result: largest first, equal values by ascending latent (-0 equals +0, and one NaN another).
 
+Tested in tests/train/kernels/cpu/test_selection.py.
+
 Shapes: N rows, M n_latents, k. "Keys" are signed integers of the floats' width (int16 for bfloat16, int32, int64).
 """
 
