@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import zarr
 
 from analysis.encoder import Encoder
@@ -20,7 +21,7 @@ from tests.support.dense import decompose, reference_ratios
 from tests.support.small import LAYERS, VALIDATION, Small, analyze_config, make_small, save_small
 from tests.support.small import run_small as run
 from tests.support.stores import make_store, random_activations
-from train.model import STD_EPSILON
+from train.model import MLSAE, STD_EPSILON, SAEConfig
 
 WEIGHTINGS = ("mass", "equal", "latent")
 
@@ -301,6 +302,16 @@ def test_a_store_of_other_documents_has_no_part_held_out(tmp_path):
     assert summary["baseline"] == {"pca": None}
     assert summary["split"]["trained_on"] == "unknown"
     assert summary["split"]["n_validation_tokens"] == 0
+
+
+def test_pca_beside_relu_has_as_many_components_as_latents_are_active(small, tmp_path):
+    """Its k sets nothing."""
+    relu = MLSAE(SAEConfig(d_model=12, n_latents=24, k=3, activation="relu", encoder_bias=True))
+    relu.initialize(1, torch.zeros(12))
+    with ActivationStore.open(small.store) as store:
+        save_small(tmp_path / "relu.pt", relu, store, {})
+    summary = run(small._replace(sae=tmp_path / "relu.pt"), tmp_path / "out")
+    assert summary["baseline"]["pca"]["k"] == round(summary["reconstruction"]["l0"]) > 3
 
 
 def test_no_pca_reads_no_more_than_the_split_needs(small, tmp_path, monkeypatch):
