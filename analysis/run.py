@@ -51,7 +51,10 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     selection = inputs.select(config.tokens)
     store, model_path = inputs.store, config.transformer.model
     few = few_tokens(
-        store, selection.analysed, lambda ids: load_tokenizer(spec_of_store(store, model_path, offline=True)).text(ids)
+        store,
+        selection.analysed,
+        lambda ids: load_tokenizer(spec_of_store(store, model_path, offline=True)).text(ids),
+        inputs.layers,
     )
     if few:
         inputs = replace(inputs, notes=[*inputs.notes, f"{few.words}."])
@@ -140,8 +143,7 @@ def _make_codes(spec: TaskSpec, store: ActivationStore) -> None:
 def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Sums, pool: jobs.Pool) -> Baseline:
     """PCA with as many components as the autoencoder has active latents, on the validation tokens."""
     assert sums.pca is not None
-    measured = max(1, round(float(sums.analysed.l0.mean())))
-    components = sums.pca.fit(inputs.sae.config.active or measured)
+    components = sums.pca.fit(max(1, round(float(sums.analysed.l0.mean()))))
     shards = shards_with(inputs.store, selection.validation)
     errors = jobs.run(pool, "pca", pca_error, (spec, components), sum_in_order, shards)
     return Baseline(

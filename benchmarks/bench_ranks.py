@@ -86,7 +86,7 @@ def make_store(path: Path, tokens: int, d_model: int) -> Path:
     from store.activations import ActivationStore
 
     rng, n_layers = np.random.default_rng(0), 8
-    meta, table = made_up(tokens, n_layers, d_model)
+    meta, table = made_up(tokens, range(n_layers), d_model)
     directions = rng.normal(size=(100, d_model)).astype(np.float32)
     with ActivationStore.create(path, meta, table) as store:
         for number in range(meta.n_shards):

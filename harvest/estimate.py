@@ -5,6 +5,7 @@ at the run's own batch size. The whole text is not read, so that the number of t
 unknown. Tested in tests/harvest/test_run.py.
 """
 
+import math
 import shutil
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 from harvest.config import HarvestConfig
 from harvest.destination import disk_bytes
 from harvest.fill import BatchRunner
+from harvest.filling.rolling import Rolling, cut
 from harvest.settings import Settings, load_weights, require_in_vocabulary, resolve
 from harvest.table import pack
 from harvest.text.encode import Document, encode_documents
@@ -24,6 +26,7 @@ from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes, human_seconds, ranges
 from residscope.destinations import nearest_folder
 from residscope.urls import URL
+from store.meta import chunk_and_shard_tokens
 
 _SAMPLE_CHARACTERS = 200_000
 _MEASURE_SECONDS = 2.0
@@ -54,6 +57,8 @@ class Estimate(NamedTuple):
     """Bytes of one token at all layers."""
     bytes: int
     """Bytes of the store's vectors, before compression."""
+    disk_bytes: int
+    """That the store takes at once: with all that is beside the vectors, or --rolling."""
     free_bytes: int | None
     """On the disk of --out; None of a bucket, which has no end."""
     fits: bool
@@ -68,6 +73,7 @@ class Estimate(NamedTuple):
             "fits" if self.fits else "DOES NOT FIT: fewer --max-tokens, fewer --layers, --codec zstd, or another disk"
         )
         room = "a bucket, not checked" if self.free_bytes is None else f"{human_bytes(self.free_bytes)} free: {verdict}"
+        room = f"at most {human_bytes(self.disk_bytes)} at once; {room}"
         stored = f"{self.tokens:,} tokens x {self.bytes_per_token:,} bytes ({self.store_dtype})"
         return [
             ("model", f"{self.model} ({self.architecture}), layers {ranges(self.layers)}, d_model {self.d_model}"),
@@ -92,7 +98,12 @@ def estimate(config: HarvestConfig) -> Estimate:
     model = load_weights(settings)
     speed = _measure(BatchRunner(model, settings), settings, sample)
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
-    n_bytes = tokens * settings.bytes_per_token
+    n_bytes, needed = tokens * settings.bytes_per_token, disk_bytes(settings, tokens)
+    if rolling := Rolling.of(config, settings):
+        item = settings.bytes_per_token // len(settings.layers) // settings.d_model
+        sizes = chunk_and_shard_tokens(tokens, len(settings.layers), settings.d_model, item)
+        cut(tokens, math.ceil(tokens * rolling.fraction), rolling, *sizes)
+        needed = min(needed, rolling.size)
     free = None if isinstance(config.out, URL) else shutil.disk_usage(nearest_folder(config.out.absolute())).free
     return Estimate(
         model=settings.spec.name,
@@ -109,8 +120,9 @@ def estimate(config: HarvestConfig) -> Estimate:
         tokens_available=available,
         bytes_per_token=settings.bytes_per_token,
         bytes=n_bytes,
+        disk_bytes=needed,
         free_bytes=free,
-        fits=free is None or disk_bytes(settings, tokens) < free,
+        fits=free is None or needed < free,
         tokens_per_second=speed,
         seconds=tokens / speed * (2 if config.mask_norm else 1),
     )

@@ -143,8 +143,13 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     check_length(model, torch.from_numpy(longest.astype(np.int64)))
     for line in mixture.shortfalls([source.dataset for source in sources]):
         _say(line)
-    require_room(config.out, settings, len(tokens.token_id), rolling and rolling.size)
+    n_tokens, n_layers, d_model = len(tokens.token_id), len(settings.layers), settings.d_model
+    require_room(config.out, settings, n_tokens, rolling and rolling.size)
+    chunk, shard = chunk_and_shard_tokens(n_tokens, n_layers, d_model, settings.bytes_per_token // n_layers // d_model)
     provenance = make_provenance(settings, sources, mixture, record, model.architecture)
+    if rolling:
+        shard, ring = cut(n_tokens, rolling.aside(tokens), rolling, chunk, shard)
+        provenance["ring"] = ring._asdict()
     if config.mask_norm:
         batch_tokens = settings.batch_size * settings.packing.context_length
         keep, medians = mask_by_norm(BatchRunner(model, settings), tokens, config.mask_norm, batch_tokens)
@@ -153,11 +158,6 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
         provenance["mask_norm"] = {"medians": medians, "masked": masked}
         tokens = tokens._replace(keep=keep)
     _warn_of_little_text(tokens, config.max_tokens, settings.packing.context_length)
-    n_tokens, n_layers, d_model = len(tokens.token_id), len(settings.layers), settings.d_model
-    chunk, shard = chunk_and_shard_tokens(n_tokens, n_layers, d_model, settings.bytes_per_token // n_layers // d_model)
-    if rolling:
-        shard, ring = cut(tokens, rolling, chunk, shard)
-        provenance["ring"] = ring._asdict()
     meta = StoreMeta(
         n_tokens=n_tokens,
         layers=settings.layers,

@@ -192,9 +192,10 @@ class ActivationStore:
         `IndexError` for a layer that is not there.
         """
         meta, size = self.meta, self.meta.chunk_tokens
-        start, stop, step = (tokens or slice(None)).indices(meta.n_tokens)
-        if step != 1:
-            raise UsageError(f"read: tokens should be a slice of step 1, found {tokens}")
+        tokens = slice(None) if tokens is None else tokens
+        if not isinstance(tokens, slice) or tokens.step not in (None, 1):
+            raise UsageError(f"read: tokens should be a slice of step 1, found {tokens!r:.60}")
+        start, stop, _ = tokens.indices(meta.n_tokens)
         chosen = meta.layer_indices(layers)
         block = np.empty((size, meta.d_model), STORAGE_DTYPE[meta.stored_dtype])
         block_bytes = block.reshape(-1).view(np.uint8)

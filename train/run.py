@@ -171,7 +171,8 @@ class _Stream:
         if follower:  # It may come too late, and then replaces nothing.
             done = min(0 if one is None else one.trainer["step"] for one in self.saved.values())
             follower.expect(self.data.loader(0, 1).part_ends, self.data.batch_size, done)
-        if few := few_tokens(self.data.store, split.validation if follower else split.train | split.validation):
+        looked_at = split.validation if follower else split.train | split.validation
+        if few := few_tokens(self.data.store, looked_at, layers=self.data.stored):
             announce.say(f"warning: {few.words}")
         self.ranks.any(False)  # all have seen what there is, and what memory is free, before that is changed
         with contextlib.ExitStack() as stack:

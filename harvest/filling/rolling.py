@@ -58,14 +58,19 @@ class Rolling(NamedTuple):
         """Which documents come first: bool [n_documents]."""
         return validation_documents(n_documents, self.fraction, self.seed)
 
+    def aside(self, tokens: TokenTable) -> int:
+        """Tokens up to the last of those documents."""
+        found = np.flatnonzero(self.first(int(tokens.document.max()) + 1)[tokens.document])
+        return int(found[-1]) + 1 if len(found) else 0
 
-def cut(tokens: TokenTable, rolling: Rolling, chunk: int, shard: int) -> tuple[int, Ring]:
-    """Tokens of a shard, and the parts, of a store in which the documents that are held out come first. chunk, shard:
-    tokens of a chunk, and of a shard at most.
+
+def cut(n_tokens: int, aside: int, rolling: Rolling, chunk: int, shard: int) -> tuple[int, Ring]:
+    """Tokens of a shard, and the parts, of a store of which the first `aside` tokens stay. chunk, shard: tokens of a
+    chunk, and of a shard at most.
 
     Raises `UsageError` where there is no room for two parts beside what stays, or nothing to train on.
     """
-    n_tokens, (size, _, _, batch, token_bytes, n_layers) = len(tokens.document), rolling
+    size, _, _, batch, token_bytes, n_layers = rolling
     # Whole batches in a shard or a run of shards, if the size holds enough: one that two parts need is computed twice.
     whole = math.lcm(chunk, batch)
     fits = _SHARDS // 4 * whole * token_bytes
@@ -78,12 +83,12 @@ def cut(tokens: TokenTable, rolling: Rolling, chunk: int, shard: int) -> tuple[i
         often = f"forward passes of {batch:,} tokens: each is made up to {-(-batch // shard)} times, which is slow"
         way_out = f"--rolling {human_bytes(fits)}, or a smaller --batch-size or --context-length, avoids it"
         print(f"warning: --rolling {human_bytes(size)} is small for {often}; {way_out}", file=sys.stderr)
-    aside = np.flatnonzero(rolling.first(int(tokens.document.max()) + 1)[tokens.document])
-    kept = 0 if len(aside) == 0 else (int(aside[-1]) // (run * shard) + 1) * run
+    kept = -(-aside // (run * shard)) * run
     if kept == 0:
         print("warning: of one document none is held out, for validation and analysis: give several", file=sys.stderr)
     if kept >= n_shards:
-        raise UsageError(f"--rolling: {counted(n_shards, 'shard')} leave nothing to train on: harvest more text")
+        there = counted(n_shards, "shard")
+        raise UsageError(f"--rolling: nothing is left to train on ({there} in all): harvest more text")
     # A part's moments, as of a shard: two float64 for each value of a token, of two bytes at least.
     moments = 8 * token_bytes
     shard_bytes = shard * (token_bytes + -(-20 * n_layers // chunk)) + moments  # with the index of its chunks

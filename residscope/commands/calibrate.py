@@ -1,7 +1,10 @@
 """What harvest and training take on the machine at hand, from some seconds of both on made-up data."""
 
+import contextlib
+import io
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,45 +41,50 @@ def token_seconds(config: Any, model: Model) -> float:
 
 
 def step_seconds(run: Training, layers: int) -> tuple[float, int]:
-    """Of a training step, and bytes of memory: `train --dry-run` on a store of random vectors."""
+    """Of a training step, and bytes of memory."""
+    from train.config import DataConfig, ModelConfig, TrainConfig
+
+    model, data = ModelConfig(n_latents=run.n_latents, k=run.k), DataConfig(batch_size=run.batch)
+    found = try_training(TrainConfig(store=Path(), model=model, data=data), range(layers), run.d_model)
+    return found.seconds_per_step, found.memory_bytes + found.shuffle_bytes
+
+
+def try_training(config: Any, layers: Sequence[int], d_model: int) -> Any:
+    """The `DryRun` of a training by `config`, which gives the batch size, on a store of random vectors."""
     import numpy as np
 
+    from residscope.options import with_values
     from store.activations import ActivationStore
-    from train.config import DataConfig, ModelConfig, TrainConfig, ValidationConfig
     from train.run import try_run
 
-    meta, table = made_up(max(6 * run.batch // layers, 64), layers, run.d_model)
+    trained_on = len(config.data.layers or layers)
+    meta, table = made_up(max(7 * config.data.batch_size // trained_on, 64), layers, d_model)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="residscope-plan-") as name:
         path = Path(name, "acts.zarr")
         with ActivationStore.create(path, meta, table) as store:
             for number in range(meta.n_shards):
                 start, stop = meta.shard_bounds(number)
-                x = rng.standard_normal((stop - start, layers, run.d_model), dtype=np.float32)
+                x = rng.standard_normal((stop - start, len(layers), d_model), dtype=np.float32)
                 store.write_shard(number, x, table.keep[start:stop])
             store.finalize()
-        config = TrainConfig(
-            store=path,
-            model=ModelConfig(n_latents=run.n_latents, k=run.k),
-            data=DataConfig(batch_size=run.batch, epochs=1),
-            validation=ValidationConfig(validation_fraction=0),
-        )
-        found = try_run(config)
-    return found.seconds_per_step, found.memory_bytes + found.shuffle_bytes
+        alone = {"follow": False, "resume": False, "epochs": 1, "steps": None, "validation_fraction": 0.0}
+        with contextlib.redirect_stderr(io.StringIO()):  # which tells of the made-up store
+            return try_run(with_values(config, store=path, **alone))
 
 
-def made_up(tokens: int, layers: int, d_model: int) -> tuple[Any, Any]:
+def made_up(tokens: int, layers: Sequence[int], d_model: int) -> tuple[Any, Any]:
     """`StoreMeta` and `TokenTable` of a store of no model, in bfloat16: documents of 64 tokens, without their first."""
     import numpy as np
 
     from store.arrays import TokenTable
     from store.meta import StoreMeta, chunk_and_shard_tokens
 
-    chunk, shard = chunk_and_shard_tokens(tokens, layers, d_model, 2)
+    chunk, shard = chunk_and_shard_tokens(tokens, len(layers), d_model, 2)
     meta = StoreMeta(
         n_tokens=tokens,
-        layers=tuple(range(layers)),
-        n_model_layers=layers,
+        layers=tuple(layers),
+        n_model_layers=max(layers) + 1,
         d_model=d_model,
         stored_dtype="bfloat16",
         codec="none",

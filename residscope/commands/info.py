@@ -22,10 +22,13 @@ def info(path: Path, as_json: bool) -> None:
 def facts(path: Path) -> dict[str, Any]:
     """All that is known of a store, plain JSON: its attributes, then what was counted."""
     from store.activations import ActivationStore
+    from store.care.ring import Readers
     from store.care.verify import lost_shards
 
     store = ActivationStore.open(path, partial=True)
     meta, tokens, missing, statistics = store.meta, store.tokens, store.missing_shards(), store.statistics()
+    removed = Readers(path, store.ring).removed_shards(meta.n_shards) if store.ring else set[int]()
+    there = {*range(meta.n_shards)} - {*missing} - removed
     return {
         "path": str(path),
         **meta.to_attributes(),
@@ -34,7 +37,8 @@ def facts(path: Path) -> dict[str, Any]:
         "n_shards": meta.n_shards,
         "missing_shards": missing,
         "lost_shards": lost_shards(store),
-        "bytes": sum(store.record(shard).bytes for shard in range(meta.n_shards) if shard not in missing),
+        "removed_shards": sorted(removed),
+        "bytes": sum(store.record(shard).bytes for shard in there),
         "content_hash": store.content_hash,
         "layer_norm": statistics.norm.tolist() if statistics.count else None,
     }
@@ -44,9 +48,12 @@ def in_words(found: Mapping[str, Any]) -> dict[str, str]:
     """The lines that a reader sees, by their names."""
     provenance, lens, n_missing = found["provenance"], found["lens"], len(found["missing_shards"])
     random = ", random weights" if provenance.get("random_init") else ""
-    n_shards = counted(found["n_shards"], "shard")
+    n_shards, removed = counted(found["n_shards"], "shard"), found["removed_shards"]
+    n_there = found["n_shards"] - n_missing - len(removed)
     missing = f"{counted(n_missing, 'shard')} {'is' if n_missing == 1 else 'are'} missing"
     state = f"{missing}; run the same `harvest` command again to fill what is missing" if n_missing else "complete"
+    if removed:
+        state += f"; rolling: {counted(len(removed), 'shard')} were removed once all trainers had used them"
     if lost := found["lost_shards"]:
         state = f"damaged: files of {counted(len(lost), 'shard')} are gone or cut off; see `residscope verify`"
     return {
@@ -57,8 +64,7 @@ def in_words(found: Mapping[str, Any]) -> dict[str, str]:
         "layers": f"{len(found['layers'])} of {found['n_model_layers']}, d_model {found['d_model']}",
         "numbers": f"{found['stored_dtype']}, codec {found['codec']}",
         "lens": "none" if lens is None else lens.get("id", "yes"),
-        "size": f"{human_bytes(found['bytes'])} in {found['n_shards'] - n_missing} of {n_shards} "
-        f"of {found['shard_tokens']:,} tokens",
+        "size": f"{human_bytes(found['bytes'])} in {n_there} of {n_shards} of {found['shard_tokens']:,} tokens",
         "mean norm": _norms(found["layers"], found["layer_norm"]),
         "state": state,
     }

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from residscope.console import human_seconds, run_command
 from residscope.errors import ResidscopeError, UsageError
-from residscope.options import CommandParser, parse_options
+from residscope.options import CommandParser, parse_options, with_values
 
 _POLL_SECONDS = 0.2
 _RESERVED = {
@@ -57,7 +58,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError(f"--harvest-flags {options.harvest_flags!r}: {str(error).lower()}") from None
     for side, flags in _RESERVED.items():
         if taken := [word for word in getattr(options, side) if word.partition("=")[0] in flags]:
-            raise UsageError(f"residscope run sets {taken[0]} of `{side}` itself: leave it out")
+            again = f", and remove {options.out} to start again" if taken[0] == "--overwrite" else ""
+            raise UsageError(f"residscope run sets {taken[0]} of `{side}` itself: leave it out{again}")
     return options
 
 
@@ -70,33 +72,38 @@ def sides(options: argparse.Namespace) -> dict[str, list[str]]:
     return {"harvest": harvest, "train": train}
 
 
-def foretold(options: argparse.Namespace, commands: Mapping[str, Sequence[str]]) -> str:
-    """Bytes, hours and which side takes longer, as `residscope plan` says them of this machine."""
+def dry_run(commands: Mapping[str, Sequence[str]]) -> None:
+    """Print what each side takes, both timed on this machine for some seconds: `harvest --dry-run`, and that of `train`
+    on a store of random vectors."""
     from harvest.config import HarvestConfig
-    from residscope.commands.plan import PlanConfig, plan, words
+    from harvest.estimate import estimate
+    from harvest.result import print_result
+    from residscope.commands.calibrate import try_training
     from train.config import TrainConfig
+    from train.objective.recipes import batch_size
+    from train.reporting.dry_run import describe
 
-    harvest = parse_options(HarvestConfig, commands["harvest"], prog="harvest", description="")
-    train = parse_options(TrainConfig, commands["train"], prog="train", description="")
-    config = PlanConfig(
-        model=options.model,
-        tokens=options.tokens,
-        n_latents=train.model.n_latents,
-        expansion_factor=train.model.expansion_factor,
-        k=train.model.k,
-        batch_size=train.data.batch_size,
-        context_length=harvest.sequences.context_length,
-        disk=options.disk,
-    )
-    found = plan(config)
-    return words(found | {"ways": {"rolling": found["ways"]["rolling"]}, "analyze": None})
+    store = estimate(parse_options(HarvestConfig, commands["harvest"], prog="harvest", description=""))
+    config = parse_options(TrainConfig, commands["train"], prog="train", description="")
+    vectors = store.tokens * len(config.data.layers or store.layers)
+    batch = batch_size(config, vectors)
+    steps = config.data.steps or -(-vectors // batch)
+    step = try_training(with_values(config, batch_size=batch), store.layers, store.d_model)
+    read = steps * batch * store.bytes_per_token // len(store.layers)
+    seconds = steps * step.seconds_per_step
+    print_result(store, dry_run=True, as_json=False)
+    print()
+    print(describe(replace(step, steps=steps, vectors=steps * batch, bytes_read=read, seconds=seconds)))
+    longer = "harvest" if store.seconds > seconds else "training"
+    both = human_seconds(store.seconds + seconds)
+    print(f"\nboth: about {both} where they share processors or a GPU; the {longer} takes longer")
 
 
 def run(options: argparse.Namespace) -> None:
     """Run both to their ends. Raises `ResidscopeError` with the exit code of the first that fails."""
     commands, began = sides(options), time.monotonic()
     if options.dry_run:
-        print(foretold(options, commands))
+        dry_run(commands)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -109,22 +116,24 @@ def run(options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "residscope", name, *flags]
             running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=on_death)
         while None in (codes := {name: side.poll() for name, side in running.items()}).values():
-            _require(codes)
+            _require(codes, options.out)
             time.sleep(_POLL_SECONDS)
-        _require(codes)
+        _require(codes, options.out)
     finally:
         _end(running)
     taken = human_seconds(time.monotonic() - began)
     made = ", ".join(map(str, sorted(options.out.glob("ckpt*.pt"))))  # of a sweep several
-    print(f"{made}: trained on {options.tokens:,} tokens within {options.disk} in {taken}")
+    print(f"{made}: trained within {options.disk} of activations in {taken}")
 
 
-def _require(codes: Mapping[str, int | None]) -> None:
+def _require(codes: Mapping[str, int | None], out: Path) -> None:
     """`ResidscopeError` with the exit code of one that failed."""
     for name, code in codes.items():
         if code:
-            message = f"{name} ended with exit code {code}; once that is mended, the same command continues both"
-            error = ResidscopeError(message)
+            way_out = "once that is mended, the same command continues both"
+            if code == UsageError.exit_code:
+                way_out = f"it takes other flags, or, to start again, no {out}"
+            error = ResidscopeError(f"{name} ended with exit code {code}; {way_out}")
             error.exit_code = 128 - code if code < 0 else code  # a signal's number, as a shell gives it
             raise error
 

@@ -3,7 +3,7 @@
 Attention sinks in mid-sequence are such: some models give a few tokens norms of a hundred times the median. A token's
 share is its squared distance from the layer's mean. All chosen tokens are looked at; of a large store, those of chunks
 spread evenly over a few shards (512 MiB of vectors), since each shard that is opened is checked: a second or two,
-whatever its size. Defined in docs/method.md. Shapes: n tokens looked at, L stored layers.
+whatever its size. Defined in docs/method.md. Shapes: n tokens looked at, L layers looked at.
 """
 
 import contextlib
@@ -33,10 +33,14 @@ class FewTokens(NamedTuple):
 
 
 def few_tokens(
-    store: ActivationStore, chosen: np.ndarray, texts: Callable[[list[int]], Sequence[str]] | None = None
+    store: ActivationStore,
+    chosen: np.ndarray,
+    texts: Callable[[list[int]], Sequence[str]] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> FewTokens | None:
     """The few of the kept tokens `chosen` (bool [T]) that carry more than a tenth of a layer's variance, at the layer
-    where their share is largest; or None. texts: of token ids, to name them; may raise `ResidscopeError`."""
+    where their share is largest; or None. texts: of token ids, to name them; may raise `ResidscopeError`. layers: as
+    positions in the store; default all."""
     meta, size = store.meta, store.meta.chunk_tokens
     chunks = np.flatnonzero(np.logical_or.reduceat(chosen, np.arange(0, len(chosen), size)))
     shards, most = chunks // meta.chunks_per_shard, max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
@@ -46,17 +50,18 @@ def few_tokens(
     n = sum(map(len, places))
     if n < FEWEST:
         return None
+    layers = range(meta.n_layers) if layers is None else layers
     mean = store.statistics().mean
-    distance, norm = np.empty((2, n, meta.n_layers))  # squared, both
+    distance, norm = np.empty((2, n, len(layers)))  # squared, both
     done = 0
     for place in places:
         rows = store.read(slice(int(place[0]), int(place[-1]) + 1))[place - place[0]]
         part = slice(done, done := done + len(place))
-        for layer in range(meta.n_layers):
+        for i, layer in enumerate(layers):
             x = rows[:, layer].astype(np.float64)
-            norm[part, layer] = np.einsum("nd,nd->n", x, x)
+            norm[part, i] = np.einsum("nd,nd->n", x, x)
             x -= mean[layer]
-            distance[part, layer] = np.einsum("nd,nd->n", x, x)
+            distance[part, i] = np.einsum("nd,nd->n", x, x)
     few = -(-n // ONE_IN)
     total, largest = distance.sum(0), np.partition(distance, -few, axis=0)[-few:].sum(0)
     with np.errstate(invalid="ignore"):
@@ -76,7 +81,7 @@ def few_tokens(
     factor = int(min(ratio, 10))
     way_out = f"; `harvest --mask-norm {factor}` leaves out tokens of more than {factor} times the median norm"
     words = (
-        f"{100 * d[far].sum() / d.sum():.0f} % of the variance of layer {meta.layers[worst]} is in"
+        f"{100 * d[far].sum() / d.sum():.0f} % of the variance of layer {meta.layers[layers[worst]]} is in"
         f" {counted(len(far), 'token')} of {n:,}, probably attention sinks: {named}. FVU depends strongly on them"
         f" (norms of at least {ratio:.3g} times the median)" + way_out * (factor > 1)
     )

@@ -144,6 +144,11 @@ class Readers:
         path = self._store / _REMOVED
         return self._read(path, "harvest again with --overwrite")[1] if path.exists() else 0
 
+    def removed_shards(self, n_shards: int) -> set[int]:
+        """Of the store's shards, those that are removed, or are being removed."""
+        parts = self._ring.parts(n_shards)[: self.removed()]
+        return {shard for part in parts for shard in part.tolist() if shard >= self._ring.kept_shards}
+
     def _read(self, path: Path, way_out: str) -> tuple[str, int]:
         """A trainer's name ("": none), and parts of this store."""
         with reading(f"{path}: damaged", way_out):

@@ -52,10 +52,7 @@ def verify(path: str | os.PathLike[str], *, threads: int = 4) -> list[BadShard]:
         return bad  # Without its metadata nothing says what the shards should be.
     meta = read_meta(path, Manifest(checksums=manifest.checksums))
     ring = ring_of(meta)
-    gone = set[int]()
-    if ring:
-        removed = Readers(path, ring).removed()
-        gone = {int(i) for part in ring.parts(meta.n_shards)[:removed] for i in part if i >= ring.kept_shards}
+    gone = Readers(path, ring).removed_shards(meta.n_shards) if ring else set[int]()
     torn = "; its last line is incomplete" if manifest.torn else ""
     with ThreadPoolExecutor(threads) as pool, progress("verify", "shard", meta.n_shards) as bar:
         checks = pool.map(

@@ -122,7 +122,8 @@ def compare(config: TrainCompareConfig) -> Comparison:
                     f"{' '.join(map(str, store.meta.layers))}: harvest the layers that it was trained on"
                 )
         held_out, trained = _split(store, [checkpoint for _, checkpoint in checkpoints], config.validation_fraction)
-        if few := few_tokens(store, held_out):
+        own = {layer for entrant in entrants for layer in entrant.own_layers(store.meta.layers)}
+        if few := few_tokens(store, held_out, layers=[i for i, layer in enumerate(store.meta.layers) if layer in own]):
             _say(f"warning: {few.words}")
         positions = list(range(store.meta.n_layers))
         source = VectorSource(positions, store.meta.stored_dtype, device)

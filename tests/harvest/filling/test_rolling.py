@@ -105,7 +105,8 @@ def test_parts_hold_whole_batches(
 ) -> None:
     held_out = validation_documents(1000, 0.01, 0)
     tokens = token_table(100_000, document=np.repeat(np.argsort(~held_out, kind="stable"), 100))
-    found, ring = cut(tokens, Rolling(20_000_000, batch=batch, **REST), 32, 4096)
+    rolling = Rolling(20_000_000, batch=batch, **REST)
+    found, ring = cut(100_000, rolling.aside(tokens), rolling, 32, 4096)
     assert (found, ring.run_shards) == (shard, run)  # of 64 shards in all
     n_shards = -(-100_000 // shard)
     parts = len(ring.parts(n_shards))
@@ -127,17 +128,18 @@ def test_parts_hold_whole_batches(
             2_000_000,
             r"--rolling 2 MB: this store needs at least \S+ MB: \S+ MB for token columns, the manifest",
         ),
-        (20, 10_000_000, "1 shard leave nothing to train on"),
+        (20, 10_000_000, r"nothing is left to train on \(1 shard in all\)"),
     ],
 )
 def test_sizes_that_hold_too_little_are_refused(n_tokens: int, size: int, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        cut(token_table(n_tokens, context_length=10), Rolling(size, batch=64, **REST), 32, 4096)
+        cut(n_tokens, n_tokens // 100 + 1, Rolling(size, batch=64, **REST), 32, 4096)
 
 
 def test_a_text_that_cannot_be_split_is_warned_of(capsys: pytest.CaptureFixture) -> None:
-    tokens = token_table(100_000, document=np.zeros(100_000, np.int64))
-    assert cut(tokens, Rolling(20_000_000, batch=64, **REST), 32, 4096)[1].kept_shards == 0
+    rolling = Rolling(20_000_000, batch=64, **REST)
+    aside = rolling.aside(token_table(100_000, document=np.zeros(100_000, np.int64)))
+    assert cut(100_000, aside, rolling, 32, 4096)[1].kept_shards == 0
     assert "warning: of one document none is held out" in capsys.readouterr().err
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
+from harvest import estimate
 from harvest.config import HarvestConfig
-from residscope.commands import calibrate, run
+from residscope.commands import run
 from residscope.errors import ResidscopeError, UsageError
 from residscope.options import parse_options, to_flat
 from tests.support.models import tiny_model
@@ -40,7 +42,7 @@ def test_the_commands_are_valid_and_fit_each_other() -> None:
     ("words", "message"),
     [
         (["--tokens", "many"], "--tokens should be a number"),
-        (["--overwrite"], "sets --overwrite of `train` itself"),
+        (["--overwrite"], "sets --overwrite of `train` itself: leave it out, and remove run to start again"),
         (["--harvest-flags=--out=elsewhere"], "sets --out=elsewhere of `harvest` itself"),
         (["--harvest-flags", "--text-column it's"], "--harvest-flags .*: no closing quotation"),
     ],
@@ -104,19 +106,25 @@ def test_both_halves_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     words = ["--model", str(model), "--dataset", "pydoc", "--tokens", "6000", "--disk", "1MB"]
     words += ["--out", str(tmp_path / "out"), "--harvest-flags", "--context-length 32", "--n-latents", "32", "--k", "4"]
     assert run.main([*words, "--batch-size", "128", "--window-gb", "0.0001", "--threads", "1"]) == 0
-    assert "ckpt.pt: trained on 6,000 tokens within 1MB in " in capsys.readouterr().out
+    assert "ckpt.pt: trained within 1MB of activations in " in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt").trainer["finished"]
 
 
-def test_a_dry_run_says_how_long_and_which_side_bounds_it(
+def test_a_dry_run_takes_the_flags_of_both_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """1 ms a token, 2 s a step: 1,000 s of harvest, and ten steps of a tenth of the 6e6 vectors."""
-    monkeypatch.setattr(calibrate, "token_seconds", lambda config, model: 1e-3)
-    monkeypatch.setattr(calibrate, "step_seconds", lambda run, layers: (2.0, 10**9))
-    words = ["--model", "pythia-14m", "--dataset", "pydoc", "--tokens", "1e6", "--disk", "1GB", "--dry-run"]
-    assert run.main([*words, "--out", str(tmp_path / "out"), "--batch-size", "600_000", "--n-latents", "64"]) == 0
-    said = capsys.readouterr().out
-    for expected in ("10 steps of 600,000 vectors", "16 min 50 s", "30 s", "harvest: the model's forward pass", "1 GB"):
+    """Two layers in float32, one of them trained on: 10 steps of a tenth of 6,000 vectors."""
+    monkeypatch.setattr(estimate, "_MEASURE_SECONDS", 0.0)
+    model = tiny_model("gpt_neox", tmp_path / "model")
+    words = ["--model", str(model), "--dataset", "pydoc", "--tokens", "6000", "--disk", "2MB", "--dry-run"]
+    words += ["--harvest-flags", "--context-length 32 --layers 0,2 --store-dtype float32"]
+    words += ["--out", str(tmp_path / "out"), "--batch-size", "600", "--n-latents", "64", "--layers", "2", "--k", "4"]
+    assert run.main([*words, "--sweep", "lr=1e-3,2e-3"]) == 0
+    said, token_bytes = capsys.readouterr().out, 2 * 4 * AutoConfig.from_pretrained(model).hidden_size
+    for expected in (f"6,000 tokens x {token_bytes} bytes (float32)", "at most 2 MB at once", "2 autoencoders at once"):
         assert expected in said
+    assert "10 steps, 6,000 vectors" in said
+    words[words.index("2MB")] = "0.1MB"
+    assert run.main(words) == 2
+    assert "this store needs at least" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

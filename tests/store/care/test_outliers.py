@@ -52,6 +52,10 @@ def test_they_are_named_with_their_share(tmp_path: Path) -> None:
     assert f"2 tokens of {chosen.sum():,}," in few.words
     assert ": id 7 2 x." in few.words
     assert few.tokens == (999, 1501)
+    assert few_tokens(store, chosen, layers=[0]) is None
+    only = few_tokens(store, chosen, layers=[1])
+    assert only is not None
+    assert (only.tokens, "of layer 5 is" in only.words) == (few.tokens, True)
 
 
 @pytest.mark.parametrize(

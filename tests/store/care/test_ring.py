@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from residscope.commands.info import facts, in_words
 from residscope.errors import IncompatibleError
 from store.activations import ActivationStore
 from store.arrays import moments_name
@@ -73,6 +74,10 @@ def test_removed_shards_are_no_damage_and_content_stays_the_same(tmp_path: Path)
     for name in (shard_name, moments_name):
         assert {i for i in range(7) if not (store.path / name(i)).exists()} == gone
     assert verify(store.path) == []
+    found = facts(store.path)
+    assert found["removed_shards"] == sorted(gone)
+    assert found["bytes"] == sum(path.stat().st_size for path in store.path.glob("resid_post/c.*"))
+    assert f"rolling: {len(gone)} shards were removed" in in_words(found)["state"]
     again = ActivationStore.open(store.path)
     assert again.content_hash == before
     assert again.statistics().mean.tobytes() == statistics.mean.tobytes()
