@@ -87,6 +87,7 @@ class LayerQuality:
         return LayerQuality(**{name: sum_in_order([getattr(part, name) for part in parts]) for name in names})
 
     def result(self, subset: int) -> "QualityResult":
+        """The numbers of one subset, by its index."""
         n, d_model = int(self.n_tokens[subset]), self.deviation.shape[-1]
         spread = self.spread(subset)
         return QualityResult(

@@ -42,6 +42,7 @@ import analysis.report.page
 import analysis.run
 import harvest.cli
 import harvest.run
+import harvest.settings
 import train.cli
 import train.run
 from store.care.verify import verify
@@ -111,7 +112,7 @@ class Bench:
         self.rng = np.random.default_rng(seed)
         self.failures: list[str] = []
         torch.set_num_threads(1)
-        harvest.run.chunk_and_shard_tokens = lambda *sizes: (32, 96)
+        harvest.settings.chunk_and_shard_tokens = lambda *sizes: (32, 96)
         self.texts = folder / "texts"
         self.texts.mkdir()
         for i in range(24):

@@ -44,6 +44,7 @@ import torch
 
 import harvest.cli
 import harvest.run
+import harvest.settings
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 from store.care.verify import verify
@@ -154,7 +155,7 @@ class Bench:
         self._options = ["--model", str(tiny_model("gpt2", folder / "model")), "--dataset", str(texts)]
         self._options += ["--context-length", "20", "--batch-size", "3", "--device", "cpu"]
         torch.set_num_threads(1)
-        harvest.run.chunk_and_shard_tokens = lambda *sizes: (CHUNK, SHARD)
+        harvest.settings.chunk_and_shard_tokens = lambda *sizes: (CHUNK, SHARD)
         load, loaded = harvest.run.load_weights, {}
 
         def load_once(*given, **options):  # type: ignore[no-untyped-def]

@@ -38,6 +38,7 @@ import transformers
 
 import harvest.cli
 import harvest.run
+import harvest.settings
 from harvest.filling import workers
 from residscope import cluster
 from store.activations import ActivationStore
@@ -129,7 +130,7 @@ class Bench:
         self.folder, self.rng, self.failures = folder, random.Random(seed), list[str]()
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        harvest.run.chunk_and_shard_tokens = lambda *sizes: (64, 320)
+        harvest.settings.chunk_and_shard_tokens = lambda *sizes: (64, 320)
         for name, d_model in (("large", 512), ("small", 128)):
             sizes: dict[str, Any] = {"hidden_size": d_model, "intermediate_size": 3 * d_model, "num_hidden_layers": 8}
             ids: dict[str, Any] = {"vocab_size": 260, "bos_token_id": 257, "eos_token_id": 256}

@@ -13,7 +13,6 @@ from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.urls import URL
 from store.folder import is_store, refuse_inside_store
 from store.manifest import FILE, WriterLock
-from store.meta import chunk_and_shard_tokens
 
 # Token columns, statistics and folders beside the vectors, with room to spare.
 _SPARE_BYTES = 16 << 20
@@ -56,11 +55,9 @@ def require_room(out: Path, settings: Settings, n_tokens: int, most: int | None 
 
 def disk_bytes(settings: Settings, n_tokens: int) -> int:
     """What a store of `n_tokens` takes on the disk: vectors, token columns, and moments and a line of every shard."""
-    n_layers, per_token = len(settings.layers), settings.bytes_per_token
-    values = n_layers * settings.d_model
-    _, shard = chunk_and_shard_tokens(n_tokens, n_layers, settings.d_model, per_token // values)
-    of_shards = -(-n_tokens // shard) * (2 * 8 * values + _LINE_BYTES * (10 + n_layers))
-    return n_tokens * (per_token + _TOKEN_BYTES) + of_shards + _SPARE_BYTES
+    n_layers, (_, shard) = len(settings.layers), settings.chunk_and_shard(n_tokens)
+    of_shards = -(-n_tokens // shard) * (2 * 8 * n_layers * settings.d_model + _LINE_BYTES * (10 + n_layers))
+    return n_tokens * (settings.bytes_per_token + _TOKEN_BYTES) + of_shards + _SPARE_BYTES
 
 
 def remove_store(out: Path) -> None:

@@ -26,7 +26,6 @@ from harvest.text.sources import TextSource, open_sources, require_local_texts
 from residscope.console import human_bytes, human_seconds, ranges
 from residscope.destinations import nearest_folder
 from residscope.urls import URL
-from store.meta import chunk_and_shard_tokens
 
 _SAMPLE_CHARACTERS = 200_000
 _MEASURE_SECONDS = 2.0
@@ -70,7 +69,9 @@ class Estimate(NamedTuple):
         """Headings and texts, a line each."""
         available = "unknown" if self.tokens_available is None else f"about {self.tokens_available:,}"
         verdict = (
-            "fits" if self.fits else "DOES NOT FIT: fewer --max-tokens, fewer --layers, --codec zstd, or another disk"
+            "fits"
+            if self.fits
+            else "DOES NOT FIT: fewer --max-tokens, fewer --layers, --codec zstd, less --rolling, or another disk"
         )
         room = "a bucket, not checked" if self.free_bytes is None else f"{human_bytes(self.free_bytes)} free: {verdict}"
         room = f"at most {human_bytes(self.disk_bytes)} at once; {room}"
@@ -100,9 +101,7 @@ def estimate(config: HarvestConfig) -> Estimate:
     tokens = config.max_tokens if available is None else min(config.max_tokens, available)
     n_bytes, needed = tokens * settings.bytes_per_token, disk_bytes(settings, tokens)
     if rolling := Rolling.of(config, settings):
-        item = settings.bytes_per_token // len(settings.layers) // settings.d_model
-        sizes = chunk_and_shard_tokens(tokens, len(settings.layers), settings.d_model, item)
-        cut(tokens, math.ceil(tokens * rolling.fraction), rolling, *sizes)
+        cut(tokens, math.ceil(tokens * rolling.fraction), rolling, *settings.chunk_and_shard(tokens))
         needed = min(needed, rolling.size)
     free = None if isinstance(config.out, URL) else shutil.disk_usage(nearest_folder(config.out.absolute())).free
     return Estimate(

@@ -38,7 +38,7 @@ from store.arrays import TokenTable
 from store.care.outliers import few_tokens
 from store.care.verify import lost_shards
 from store.folder import is_store
-from store.meta import StoreMeta, chunk_and_shard_tokens, config_hash
+from store.meta import StoreMeta, config_hash
 
 
 class Job(NamedTuple):
@@ -143,9 +143,9 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
     check_length(model, torch.from_numpy(longest.astype(np.int64)))
     for line in mixture.shortfalls([source.dataset for source in sources]):
         _say(line)
-    n_tokens, n_layers, d_model = len(tokens.token_id), len(settings.layers), settings.d_model
+    n_tokens = len(tokens.token_id)
     require_room(config.out, settings, n_tokens, rolling and rolling.size)
-    chunk, shard = chunk_and_shard_tokens(n_tokens, n_layers, d_model, settings.bytes_per_token // n_layers // d_model)
+    chunk, shard = settings.chunk_and_shard(n_tokens)
     provenance = make_provenance(settings, sources, mixture, record, model.architecture)
     if rolling:
         shard, ring = cut(n_tokens, rolling.aside(tokens), rolling, chunk, shard)
@@ -162,7 +162,7 @@ def _begin(job: Job, model: LoadedModel) -> ActivationStore:
         n_tokens=n_tokens,
         layers=settings.layers,
         n_model_layers=settings.n_model_layers,
-        d_model=d_model,
+        d_model=settings.d_model,
         stored_dtype=settings.store_dtype,
         codec=config.storage.codec,
         chunk_tokens=chunk,

@@ -18,7 +18,7 @@ from harvest.model.tokenizer import Tokenizer
 from harvest.text.packing import Packing, make_packing
 from residscope.console import parse_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError, said
-from store.meta import ITEMSIZE
+from store.meta import ITEMSIZE, chunk_and_shard_tokens
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
@@ -65,6 +65,10 @@ class Settings:
     def bytes_per_token(self) -> int:
         """Bytes of one token at all stored layers."""
         return len(self.layers) * self.d_model * ITEMSIZE[self.store_dtype]
+
+    def chunk_and_shard(self, n_tokens: int) -> tuple[int, int]:
+        """Tokens of a chunk, and of a shard at most, of a store of `n_tokens`."""
+        return chunk_and_shard_tokens(n_tokens, len(self.layers), self.d_model, ITEMSIZE[self.store_dtype])
 
 
 def resolve(config: HarvestConfig) -> Settings:

@@ -52,7 +52,7 @@ def test_every_key_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     train = "--store acts.zarr --n-latents 64 --k 4 --batch-size 256 --kernels torch --threads 1"
     train += " --validation-fraction 0.3"
     with monkeypatch.context() as patch:
-        patch.setattr("harvest.run.chunk_and_shard_tokens", lambda *sizes: (32, 32))
+        patch.setattr("harvest.settings.chunk_and_shard_tokens", lambda *sizes: (32, 32))
         run("harvest.cli", f"{harvest.replace('acts', 'rolling')} --rolling 1GB --batch-size 1")
     printed = {
         "harvest --dry-run": [run("harvest.cli", f"{harvest} --dry-run")],

@@ -341,7 +341,7 @@ class TrainConfig:
             given = getattr(self.objective, name) != getattr(ObjectiveConfig, name)
             if given and not swept and activation not in kinds:
                 flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag} is for --activation {' and '.join(kinds)}, not for {activation}")
+                raise UsageError(f"{flag} is for --activation {', '.join(kinds)}, not for {activation}")
         if self.optimizer.decoder_norm == "free" and activation in THRESHOLDED:
             raise UsageError(
                 "--decoder-norm free is for --activation topk, batchtopk and matryoshka: thresholds and L1 terms "

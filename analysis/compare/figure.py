@@ -47,7 +47,8 @@ def _label(run: Mapping[str, Any]) -> str:
     """A run's name, and below it what it is."""
     what = kind_words(run).rpartition("/")[2]
     number = layer_words(run["layers"]) + (" layers" if len(run["layers"]) > 1 else "")
-    sizes = f"{number}, R {run['expansion_factor']:g}, {run['activation'] or ''} k {run['k']}".replace("  ", " ")
+    kind = " ".join(filter(None, (run["activation"], run["k"] and f"k {run['k']}")))
+    sizes = f"{number}, R {run['expansion_factor']:g}, {kind}"
     return f"{figure_text(run['run'])}\n{figure_text(what)}; {sizes}"
 
 

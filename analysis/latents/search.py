@@ -63,6 +63,7 @@ def folded(text: str) -> str:
 
 
 def strength(context: Context, wanted: Sequence[str]) -> float:
+    """h_c of docs/method.md: 0, 1/2 or 1."""
     text, best = folded(context.text), 0.0
     for term in wanted:
         if term not in text:

@@ -36,6 +36,7 @@ def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
 
 
 def name_of(module: nn.Module, model: nn.Module) -> str:
+    """Name of a module within a model; `StopIteration` where it is not in it."""
     return next(name for name, found in model.named_modules() if found is module)
 
 

@@ -83,8 +83,9 @@ def file_documents(files: list[Path], column: str, known: np.ndarray | None = No
                     raise UsageError(f"--token-column {column}: {path} has no columns; leave it out")
                 # As it is, line ends too; a byte order mark is no text.
                 text = read_whole(path, LARGEST).decode("utf-8-sig")
-                if text.count("\0") > len(text) // 4:  # which is valid UTF-8 all the same
-                    raise IncompatibleError(f"{path}: UTF-16 text without a byte order mark; convert it to UTF-8")
+                if text.count("\0") * 100 > len(text):  # which is valid UTF-8 all the same
+                    what = "NUL characters: UTF-16 without a byte order mark, or no text"
+                    raise IncompatibleError(f"{path}: {what}; convert it to UTF-8, or leave it out")
                 yield text
             elif suffix == ".parquet":
                 yield from _parquet_documents(path, column, known)

@@ -50,15 +50,14 @@ def step_seconds(run: Training, layers: int) -> tuple[float, int]:
 
 
 def try_training(config: Any, layers: Sequence[int], d_model: int) -> Any:
-    """The `DryRun` of a training by `config`, which gives the batch size, on a store of random vectors."""
+    """The `DryRun` of a training by `config`, which gives the batch size, on random vectors of these layers."""
     import numpy as np
 
     from residscope.options import with_values
     from store.activations import ActivationStore
     from train.run import try_run
 
-    trained_on = len(config.data.layers or layers)
-    meta, table = made_up(max(7 * config.data.batch_size // trained_on, 64), layers, d_model)
+    meta, table = made_up(max(7 * config.data.batch_size // len(layers), 64), layers, d_model)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="residscope-plan-") as name:
         path = Path(name, "acts.zarr")

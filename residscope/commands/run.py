@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 
 from residscope.console import human_seconds, run_command
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.options import CommandParser, parse_options, with_values
 
 _POLL_SECONDS = 0.2
 _RESERVED = {
-    "train": ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--dry-run"),
+    "train": ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--shard-latents", "--dry-run"),
     "harvest": ("--model", "--dataset", "--max-tokens", "--rolling", "--out", "--overwrite", "--dry-run"),
 }
 """Flags of each side that are set here, or make no sense beside the other."""
@@ -58,9 +58,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError(f"--harvest-flags {options.harvest_flags!r}: {str(error).lower()}") from None
     for side, flags in _RESERVED.items():
         if taken := [word for word in getattr(options, side) if word.partition("=")[0] in flags]:
-            again = f", and remove {options.out} to start again" if taken[0] == "--overwrite" else ""
+            again = f". To start from nothing, remove {_places(options)}" if taken[0] == "--overwrite" else ""
             raise UsageError(f"residscope run sets {taken[0]} of `{side}` itself: leave it out{again}")
     return options
+
+
+def _places(options: argparse.Namespace) -> str:
+    """Where its files lie."""
+    return f"the folder {options.out}" + (f" and the store {options.store}" if options.store else "")
 
 
 def sides(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -85,15 +90,21 @@ def dry_run(commands: Mapping[str, Sequence[str]]) -> None:
 
     store = estimate(parse_options(HarvestConfig, commands["harvest"], prog="harvest", description=""))
     config = parse_options(TrainConfig, commands["train"], prog="train", description="")
-    vectors = store.tokens * len(config.data.layers or store.layers)
-    batch = batch_size(config, vectors)
-    steps = config.data.steps or -(-vectors // batch)
-    step = try_training(with_values(config, batch_size=batch), store.layers, store.d_model)
-    read = steps * batch * store.bytes_per_token // len(store.layers)
-    seconds = steps * step.seconds_per_step
+    layers = sorted(config.data.layers or store.layers)
+    if missing := [str(layer) for layer in layers if layer not in store.layers]:
+        raise UsageError(f"--layers: `harvest` makes no layer {' '.join(missing)}: see --harvest-flags")
+    there = store.tokens * len(layers)
+    batch = batch_size(config, there)
+    steps = config.data.steps or -(-there // batch)
+    vectors = steps * batch if config.data.steps else there
+    if vectors > there or (config.data.epochs or 1) > 1:
+        raise UsageError(f"each of {store.tokens:,} tokens is trained on once: lower --steps or --epochs")
+    step = try_training(with_values(config, batch_size=batch), layers, store.d_model)
+    read, seconds = vectors * store.bytes_per_token // len(store.layers), steps * step.seconds_per_step
+    known = {"vectors": vectors, "bytes_read": read, "shuffle_bytes": 2 * min(int(config.data.window_gb * 5e8), read)}
     print_result(store, dry_run=True, as_json=False)
     print()
-    print(describe(replace(step, steps=steps, vectors=steps * batch, bytes_read=read, seconds=seconds)))
+    print(describe(replace(step, steps=steps, seconds=seconds, **known)))
     longer = "harvest" if store.seconds > seconds else "training"
     both = human_seconds(store.seconds + seconds)
     print(f"\nboth: about {both} where they share processors or a GPU; the {longer} takes longer")
@@ -116,9 +127,9 @@ def run(options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "residscope", name, *flags]
             running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=on_death)
         while None in (codes := {name: side.poll() for name, side in running.items()}).values():
-            _require(codes, options.out)
+            _require(codes, options)
             time.sleep(_POLL_SECONDS)
-        _require(codes, options.out)
+        _require(codes, options)
     finally:
         _end(running)
     taken = human_seconds(time.monotonic() - began)
@@ -126,13 +137,13 @@ def run(options: argparse.Namespace) -> None:
     print(f"{made}: trained within {options.disk} of activations in {taken}")
 
 
-def _require(codes: Mapping[str, int | None], out: Path) -> None:
+def _require(codes: Mapping[str, int | None], options: argparse.Namespace) -> None:
     """`ResidscopeError` with the exit code of one that failed."""
     for name, code in codes.items():
         if code:
             way_out = "once that is mended, the same command continues both"
-            if code == UsageError.exit_code:
-                way_out = f"it takes other flags, or, to start again, no {out}"
+            if code in (UsageError.exit_code, IncompatibleError.exit_code):
+                way_out = f"change what is named above, or, to start from nothing, remove {_places(options)}"
             error = ResidscopeError(f"{name} ended with exit code {code}; {way_out}")
             error.exit_code = 128 - code if code < 0 else code  # a signal's number, as a shell gives it
             raise error

@@ -55,10 +55,10 @@ def few_tokens(
     distance, norm = np.empty((2, n, len(layers)))  # squared, both
     done = 0
     for place in places:
-        rows = store.read(slice(int(place[0]), int(place[-1]) + 1))[place - place[0]]
+        rows = store.read(slice(int(place[0]), int(place[-1]) + 1), layers)[place - place[0]]
         part = slice(done, done := done + len(place))
         for i, layer in enumerate(layers):
-            x = rows[:, layer].astype(np.float64)
+            x = rows[:, i].astype(np.float64)
             norm[part, i] = np.einsum("nd,nd->n", x, x)
             x -= mean[layer]
             distance[part, i] = np.einsum("nd,nd->n", x, x)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from harvest import run
 from harvest.config import HarvestConfig
 from harvest.model import hub
 from tests.support.harvesting import CHUNK, SHARD, MakeConfig, ModelFolder, harvest_config
@@ -44,7 +43,7 @@ def text_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 96 tokens, so that a small text fills several, none of them aligned to sequences."""
-    monkeypatch.setattr(run, "chunk_and_shard_tokens", lambda *sizes: (CHUNK, SHARD))
+    monkeypatch.setattr("harvest.settings.chunk_and_shard_tokens", lambda *sizes: (CHUNK, SHARD))
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ SCRIPT = """
 import os, random, signal, sys
 from pathlib import Path
 import torch
-from harvest import run
+from harvest import run, settings
 from harvest.config import HarvestConfig
 from residscope.options import from_flat
 
 model, dataset, folder, rounds = sys.argv[1:]
 torch.set_num_threads(1)
-run.chunk_and_shard_tokens = lambda *sizes: (32, 64)
+settings.chunk_and_shard_tokens = lambda *sizes: (32, 64)
 sys.stderr = open(os.devnull, "w")
 
 

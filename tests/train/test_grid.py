@@ -171,7 +171,7 @@ def test_a_field_is_named_once(config: TrainConfig) -> None:
 
 def test_a_flag_of_some_activation_functions_is_refused_for_the_others_of_a_sweep(config: TrainConfig) -> None:
     expand(with_values(config, sweep=("activation=jumprelu,relu",), sparsity_coef=0.5), [0])
-    with pytest.raises(UsageError, match="--sparsity-coef is for --activation jumprelu and relu, not for topk"):
+    with pytest.raises(UsageError, match="--sparsity-coef is for --activation jumprelu, relu, not for topk"):
         expand(with_values(config, sweep=("activation=jumprelu,topk",), sparsity_coef=0.5), [0])
 
 

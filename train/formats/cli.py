@@ -90,8 +90,8 @@ def _convert(options: argparse.Namespace) -> None:
         return
     shape = sae.config
     print(
-        f"{origin.path} ({origin.format}): d_model {shape.d_model}, {shape.n_latents} latents, k {shape.k}, "
-        f"standardisation {shape.standardize}; written as {options.to}:"
+        f"{origin.path} ({origin.format}): d_model {shape.d_model}, {shape.n_latents} latents, {shape.activation}, "
+        f"k {shape.active or '-'}, standardisation {shape.standardize}; written as {options.to}:"
     )
     for place in [*paths, *([address] if address else [])]:
         print(f"  {place}")

@@ -130,7 +130,7 @@ def _shape(config: SAEConfig) -> dict[str, Any]:
         "d_model": config.d_model,
         "n_latents": config.n_latents,
         "expansion factor": f"{config.n_latents / config.d_model:g}",
-        "k": config.k,
+        "k": config.active or "-",
         "activation": config.activation,
         "standardisation": by_vector if config.standardize == "vector" else config.standardize,
     }

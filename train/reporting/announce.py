@@ -31,8 +31,8 @@ def tell_plans(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | N
     """Say once what will run, on what, and how much memory it takes; `plans` are those left of the `n_runs` in all."""
     plan = plans[0]  # of which only what all plans share is used here
     many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "
-    n_latents, k = (spread([getattr(p.model, name) for p in plans]) for name in ("n_latents", "active"))
-    limit = "" if k == "0" else f"k {k}, "
+    n_latents, k = (spread([n for p in plans if (n := getattr(p.model, name))]) for name in ("n_latents", "active"))
+    limit = "" if k == "-" else f"k {k}, "
     say(
         f"{many}{n_latents} latents, {limit}{counted(len(plan.stream_layers or plan.layers), 'layer')} of d_model "
         f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "

@@ -217,6 +217,7 @@ def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
         old, ours = pd.read_parquet(path), {result.checkpoint.name for result in results}
         others = old[[name not in ours and path.with_name(name).exists() for name in old["checkpoint"]]]
         table = pd.concat([others, table]) if len(others) else table
+    table["active_at_most"] = table["active_at_most"].astype("Int64")
     atomic_write(path, [table.to_parquet(index=False)])
     return path
 

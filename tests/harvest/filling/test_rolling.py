@@ -29,7 +29,7 @@ def disk_bytes(folder: Path) -> int:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses, and shards of 32 tokens, smaller than a batch."""
     monkeypatch.setattr(rolling, "_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(run, "chunk_and_shard_tokens", lambda *sizes: (32, 32))
+    monkeypatch.setattr("harvest.settings.chunk_and_shard_tokens", lambda *sizes: (32, 32))
 
 
 def test_a_store_never_takes_more_than_it_may(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ def test_half_a_surrogate_pair_is_no_character_and_becomes_the_replacement_chara
         ("a.jsonl.zst", b"not zstd at all", "not valid zstd"),
         ("a.parquet", b"PAR1 no", "not a valid parquet"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
-        ("a.txt", "some text".encode("utf-16-le"), r"a\.txt: UTF-16 text without a byte order mark"),
+        ("a.txt", "some text".encode("utf-16-le"), r"a\.txt: NUL characters: UTF-16 without a byte order mark"),
+        ("a.txt", "это русский текст".encode("utf-16-le"), r"a\.txt: NUL characters"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -42,7 +42,11 @@ def test_the_commands_are_valid_and_fit_each_other() -> None:
     ("words", "message"),
     [
         (["--tokens", "many"], "--tokens should be a number"),
-        (["--overwrite"], "sets --overwrite of `train` itself: leave it out, and remove run to start again"),
+        (
+            ["--overwrite"],
+            "sets --overwrite of `train` itself: leave it out. To start from nothing, remove the folder run",
+        ),
+        (["--shard-latents", "2"], "sets --shard-latents of `train` itself"),
         (["--harvest-flags=--out=elsewhere"], "sets --out=elsewhere of `harvest` itself"),
         (["--harvest-flags", "--text-column it's"], "--harvest-flags .*: no closing quotation"),
     ],
@@ -64,13 +68,22 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **scripts: str) -> list[Any]:
     return started
 
 
-@pytest.mark.parametrize("failing", ["harvest", "train"])
-def test_who_fails_ends_the_other(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripts = {"harvest": FOREVER, "train": FOREVER, failing: "raise SystemExit(3)"}
+@pytest.mark.parametrize(
+    ("failing", "code", "way_out"),
+    [
+        ("harvest", 1, "the same command continues both"),
+        ("train", 2, "change what is named above, or, to start from nothing, remove the folder .* and the store there"),
+        ("train", 3, "change what is named above"),
+    ],
+)
+def test_who_fails_ends_the_other(
+    failing: str, code: int, way_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = {"harvest": FOREVER, "train": FOREVER, failing: f"raise SystemExit({code})"}
     started = stand_in(monkeypatch, **scripts)
-    with pytest.raises(ResidscopeError, match=f"{failing} ended with exit code 3; .* the same command") as caught:
-        run.run(run.parse([*ASKED, "--out", str(tmp_path)]))
-    assert caught.value.exit_code == 3
+    with pytest.raises(ResidscopeError, match=f"{failing} ended with exit code {code}; .*{way_out}") as caught:
+        run.run(run.parse([*ASKED, "--out", str(tmp_path), "--store", "there"]))
+    assert caught.value.exit_code == code
     assert all(side.poll() is not None for side in started)
 
 
@@ -124,6 +137,11 @@ def test_a_dry_run_takes_the_flags_of_both_sides(
     for expected in (f"6,000 tokens x {token_bytes} bytes (float32)", "at most 2 MB at once", "2 autoencoders at once"):
         assert expected in said
     assert "10 steps, 6,000 vectors" in said
+    for more, wrong in ((["--epochs", "2"], "is trained on once"), (["--steps", "11"], "is trained on once")):
+        assert run.main([*words, *more]) == 2
+        assert wrong in capsys.readouterr().err
+    assert run.main([*words, "--layers", "1"]) == 2
+    assert "--layers: `harvest` makes no layer 1" in capsys.readouterr().err
     words[words.index("2MB")] = "0.1MB"
     assert run.main(words) == 2
     assert "this store needs at least" in capsys.readouterr().err

@@ -60,9 +60,12 @@ def test_the_defaults_of_a_variant(store: ActivationStore) -> None:
     ("changes", "message"),
     [
         ({"multi_topk": True, "activation": "relu"}, "--multi-topk is for --activation topk, not for relu"),
-        ({"k_start": 8, "activation": "relu"}, "--k-start is for --activation topk and batchtopk and .*, not for relu"),
+        (
+            {"k_start": 8, "activation": "relu"},
+            "--k-start is for --activation topk, batchtopk, matryoshka, jumprelu, not for relu",
+        ),
         ({"bandwidth": 0.5}, "--bandwidth is for --activation jumprelu, not for topk"),
-        ({"sparsity_coef": 0.5}, "--sparsity-coef is for --activation jumprelu and relu, not for topk"),
+        ({"sparsity_coef": 0.5}, "--sparsity-coef is for --activation jumprelu, relu, not for topk"),
         (
             {"sparsity_loss": "penalty", "activation": "relu"},
             "--sparsity-loss is for --activation jumprelu, not for relu",

@@ -54,6 +54,10 @@ def test_runs_are_announced_together_and_memory_only_where_it_is_given(
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("train: 20 latents, k 4, 3 layers")
     assert second.endswith("; memory about 5 MB and 2 kB for the shuffle")
+    relu = plan_of(store, n_latents=20, activation="relu", **flags)  # of which k is no property
+    for some, said in (([relu], "20 latents, 3 layers"), ([relu, plans[0]], "20 latents, k 4, 3 layers")):
+        words.tell_plans(some, 1, None)
+        assert capsys.readouterr().err.startswith(f"train: {said}")
 
 
 def test_what_does_not_fit_is_refused_with_a_way_out() -> None:

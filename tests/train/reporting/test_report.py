@@ -44,3 +44,14 @@ def test_the_rate_of_a_single_layer_is_compared_with_that_of_its_share(config: T
         plain, plan=replace(plan, chosen=replace(plan.chosen, lr=lr)), validation=plain.validation._replace(fvu=2.0)
     )
     assert "an FVU above 1, at 20 times the default rate" in describe(bad)
+
+
+def test_relu_has_no_k(config: TrainConfig) -> None:
+    topk, relu = train_all(with_values(config, steps=2, epochs=None, sweep=("activation=topk,relu",)))
+    assert [f" latents, k {topk.plan.model.k}, after" in describe(run) for run in (topk, relu)] == [True, False]
+    assert " latents, after" in describe(relu)
+    table = pd.read_parquet(write_table(config.out, [topk, relu]))
+    assert str(table["active_at_most"].dtype) == "Int64"
+    of_relu = table["activation"] == "relu"
+    assert table["active_at_most"][of_relu].isna().all()
+    assert (table["active_at_most"][~of_relu] == topk.plan.model.k).all()
