@@ -143,7 +143,7 @@ def test_a_room_is_no_larger_than_one_can_take_in() -> None:
     folders = {path.parent for path in files}
     crowded = {str(f.relative_to(ROOT)): n for f in folders if (n := sum(path.parent == f for path in files)) > 16}
     assert not crowded, "files in one folder"
-    assert sum(lines.values()) <= 32_603
+    assert sum(lines.values()) <= 32_618
 
 
 def test_text_files_are_utf8_whatever_the_locale() -> None:

@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = [summary(result) for result in results]
             print(json.dumps({"table": str(table), "runs": runs} if table else runs[0]))
 
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    silent = several and int(os.environ.get("RANK", "0")) > 0  # of several processes the first alone speaks
+    several = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
+    silent = several and os.environ.get("RANK", "") not in ("", "0")  # of several processes the first alone speaks
     out, err = (None, None) if silent else (sys.stdout, sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         return run_command("train", command)

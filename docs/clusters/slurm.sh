@@ -19,6 +19,9 @@ HARVEST_FLAGS=${HARVEST_FLAGS:---dataset monology/pile-uncopyrighted --max-token
 TRAIN_FLAGS=${TRAIN_FLAGS:---expansion-factor 16}
 ANALYZE_FLAGS=${ANALYZE_FLAGS:-}
 
+# Since SLURM 22.05 srun does not take it over from the job.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
 everywhere() { # a command, once on each node
     if [ -n "${SLURM_JOB_ID:-}" ]; then srun "$@"; else "$@"; fi
 }
@@ -36,7 +39,10 @@ cluster() { # a Dask scheduler here and PER_NODE workers on each node, as long a
         done
         wait' &
     local workers=$! address code=0
-    until [ -s "$SCHEDULER_FILE" ]; do sleep 1; done
+    until [ -s "$SCHEDULER_FILE" ]; do
+        kill -0 "$scheduler" 2>/dev/null || { kill "$workers" 2>/dev/null; return 1; } # it did not start
+        sleep 1
+    done
     address=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["address"])' "$SCHEDULER_FILE")
     "$@" --scheduler "$address" || code=$?
     kill "$scheduler"

@@ -49,6 +49,9 @@ class FillSpec(NamedTuple):
 def fill_by_workers(store: ActivationStore, config: HarvestConfig, settings: Settings) -> Filled:
     """Write every missing shard of a store that is open for writing; raises what `harvest.fill.fill` does, and
     `ResidscopeError` where a shard failed three times, or there is no worker."""
+    from distributed import CancelledError
+    from distributed.comm.core import CommClosedError
+
     scheduler, n_workers = config.workers.scheduler, config.workers.n_workers or 1
     options = {**options_in_full(config), "batch_size": settings.batch_size, "revision": settings.spec.revision}
     cores = None if scheduler else max(cluster.n_cores() // n_workers, 1)
@@ -61,11 +64,15 @@ def fill_by_workers(store: ActivationStore, config: HarvestConfig, settings: Set
 
         with cluster.connected(scheduler or "processes", n_workers, 0) as client, store.incoming() as folder:
             spec = FillSpec(str(store.path.resolve()), folder, options, dependences(settings), cores)
-            groups = shard_groups(batches, missing, store.meta.shard_tokens, cluster.require_worker(client))
             try:
+                there = cluster.require_worker(client)
+                groups = shard_groups(batches, missing, store.meta.shard_tokens, there)
                 run_tasks(client, spec, groups, take, stopped)
+            except (CancelledError, CommClosedError) as error:
+                way_out = "start it again, and run the same command to continue"
+                raise ResidscopeError(f"the Dask scheduler went away ({said(error)}): {way_out}") from None
             finally:
-                with suppress(Exception):
+                with suppress(Exception, CancelledError):
                     client.run(forget)
 
     return filled(store, work)
@@ -106,9 +113,8 @@ def run_tasks(
                 puts = future.result()
             except KilledWorker as error:
                 try_again(shards, error.allowed_failures + 1, "the death of its worker, perhaps for want of memory")
-            except (CancelledError, CommClosedError) as error:
-                way_out = "start it again, and run the same command to continue"
-                raise ResidscopeError(f"the Dask scheduler went away ({said(error)}): {way_out}") from None
+            except (CancelledError, CommClosedError):
+                raise  # The scheduler went away.
             except Exception as error:
                 lasting = isinstance(error, OSError) and error.errno in DISK_ERRORS
                 if lasting or isinstance(error, ResidscopeError) or is_out_of_memory(error):

@@ -19,7 +19,8 @@ def test_a_worker_of_another_version_is_refused():
             IncompatibleError, match=r"the Dask worker at tcp://b:2 has another version .* start workers"
         ):
             cluster._require_our_code(client)
-    cluster._require_our_code(SimpleNamespace(run=lambda find, on_error: {"tcp://a:1": find()}))
+    gone = OSError("Scheduler Broadcast: connection reset")  # a worker that has died meanwhile
+    cluster._require_our_code(SimpleNamespace(run=lambda find, on_error: {"tcp://a:1": find(), "tcp://b:2": gone}))
     assert cluster.with_our_code(cluster.code_hash(), max, 1, 2) == 2
     with pytest.raises(IncompatibleError, match="another version of residscope"):
         cluster.with_our_code("of another version", max, 1, 2)

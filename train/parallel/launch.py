@@ -30,7 +30,10 @@ _GRACE = 20.0
 
 def _started(name: str) -> int:
     """A number that torchrun, or the first process, gave this one; 0 where nobody did."""
-    return int(os.environ.get(name, "0"))
+    found = os.environ.get(name) or "0"
+    if not found.isdecimal():
+        raise UsageError(f"{name} is {found!r} in the environment: should be a number, as torchrun sets it; unset it")
+    return int(found)
 
 
 @contextlib.contextmanager
@@ -59,6 +62,11 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
     children: list[subprocess.Popen[bytes]] = []
     try:
         if size > 1:
+            if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+                way_out = "start with torchrun or --n-procs, or unset WORLD_SIZE"
+                raise UsageError(f"WORLD_SIZE is {size} in the environment, without {' and '.join(missing)}: {way_out}")
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            print(f"train: one of {size} processes, as WORLD_SIZE says; they meet at {address}", file=sys.stderr)
             store, rank, size = next(rendezvous("env://"))
             store.add("here", 1)
         else:

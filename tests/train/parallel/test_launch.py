@@ -68,6 +68,19 @@ def test_another_number_than_torchrun_started_is_refused(store: Path, monkeypatc
         pass
 
 
+@pytest.mark.parametrize(
+    ("size", "words"), [("abc", "WORLD_SIZE is 'abc' in the"), ("2", "without RANK and MASTER_ADDR")]
+)
+def test_what_another_launcher_left_in_the_environment_is_named(
+    store: Path, monkeypatch: pytest.MonkeyPatch, size: str, words: str
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UsageError, match=words), joined(train_config(store=store), []):
+        pass
+
+
 @pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda:1", 2)])
 def test_more_processes_than_gpus_are_refused_before_one_waits_for_another(
     store: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int
