@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributed.client import FuturesCancelledError
+from distributed.comm.core import CommClosedError
 
 from harvest.config import HarvestConfig
 from harvest.filling import workers
@@ -142,6 +144,21 @@ def test_an_interrupted_harvest_is_continued(
     monkeypatch.undo()
     harvest(config())
     assert tree(tmp_path / "acts.zarr") == whole
+
+
+@pytest.mark.parametrize("error", [CommClosedError("lost"), FuturesCancelledError([])], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("where", ["run_tasks", "cluster.require_worker"])
+def test_a_scheduler_that_goes_away_is_one_line(
+    config: MakeConfig, address: str, monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"harvest.filling.workers.{where}", fail)
+    with pytest.raises(
+        ResidscopeError, match=r"^the Dask scheduler went away \(.*\): start it again, and run the same"
+    ):
+        harvest(config(scheduler=address))
 
 
 def test_a_worker_that_outlives_its_command_writes_nothing(
