@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +41,7 @@ from train.data import split_tokens
 from train.model import standardize
 
 HELD_OUT_TOKENS = 512
+REGION = 1 << 20  # training vectors that are shuffled at a time
 GRID = {
     "lr": (1.5e-3, 2.5e-3, 3.5e-3, 5e-3, 7e-3),
     "encoder_lr": (0.2, 0.33, 0.5, 1),
@@ -68,13 +68,23 @@ class Held:
             self.vectors = places.size
             x = np.lib.format.open_memmap(folder / "train.npy", "w+", np.float16, (self.vectors, d))
 
-            def put(start: int) -> None:
+            # By regions: rows go to their region in the order they come, then to their places in it. Written to
+            # their places at once, the pages of a file larger than memory would be read and written many times.
+            filled = np.arange(0, self.vectors, REGION)
+            at = np.empty(self.vectors, np.int64)
+            for start in range(0, len(train), 2048):
                 part = train[start : start + 2048]
                 raw = store.read(slice(int(part[0]), int(part[-1]) + 1))[part - part[0]]
-                x[places[start : start + 2048].ravel()] = standardize(torch.from_numpy(raw).flatten(0, 1)).x.numpy()
-
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(put, range(0, len(train), 2048)))
+                rows = standardize(torch.from_numpy(raw).flatten(0, 1)).x.numpy()
+                goal = places[start : start + 2048].ravel()
+                for region in np.unique(goal // REGION):
+                    mine = np.flatnonzero(goal // REGION == region)
+                    to = slice(filled[region], filled[region] + len(mine))
+                    x[to], at[to] = rows[mine], goal[mine]
+                    filled[region] = to.stop
+            for start in range(0, self.vectors, REGION):
+                rows, goal = x[start : start + REGION].copy(), at[start : start + REGION]
+                x[goal] = rows
         self.standardized = standardize(self.raw.flatten(0, 1))
         np.save(folder / "held_out.npy", self.standardized.x.numpy())
 
