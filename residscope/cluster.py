@@ -3,13 +3,15 @@
 Not here: what they do (`analysis.jobs`, `harvest.filling.workers`). Worker processes import it first.
 """
 
+import asyncio
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ from residscope.errors import IncompatibleError, ResidscopeError
 from residscope.reading import reading
 
 CONNECT_SECONDS = 10
-"""How long a scheduler may take to answer."""
+"""How long a scheduler or a worker may take to answer."""
 
 SAY_AFTER, GIVE_UP_AFTER, POLL_SECONDS = 10, 300, 1
 """Seconds without a worker after which the user is told, and after which the command fails; between two looks."""
@@ -88,6 +90,25 @@ def require_worker(client: Any) -> int:
     return found
 
 
+def on_workers(client: Any, function: Callable[[], Any]) -> dict[str, Any]:
+    """What function() returns or raises at each worker, by address; nothing of one that does not answer."""
+    found: dict[str, Any] = {}
+    addresses = list(client.nthreads())
+
+    def ask(address: str) -> None:
+        with suppress(Exception, asyncio.CancelledError):  # the worker left, or the scheduler
+            found.update(client.run(function, workers=[address], on_error="return"))
+
+    # A frozen worker does not answer at all, and Dask waits for it without a limit.
+    threads = [threading.Thread(target=ask, args=(address,), daemon=True) for address in addresses]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + CONNECT_SECONDS
+    for thread in threads:
+        thread.join(max(end - time.monotonic(), 0))
+    return {address: found[address] for address in addresses if address in found}
+
+
 def failed(shards: Sequence[int], why: str) -> ResidscopeError:
     """The error for shards whose task was tried often enough."""
     which = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
@@ -134,7 +155,11 @@ def _require_our_code(client: Any) -> None:
 
         return import_module("residscope.cluster").code_hash()
 
-    for address, found in client.run(find, on_error="return").items():
+    answers = on_workers(client, find)
+    for address in client.nthreads().keys() - answers.keys():
+        text = "does not answer: what it is given waits 5 to 10 minutes, until the scheduler drops it; better stop it"
+        tqdm.write(f"the Dask worker at {address} {text}", file=sys.stderr)
+    for address, found in answers.items():
         if found != code_hash() and not isinstance(found, OSError):  # of a worker that is gone by now
             raise _other_code(f"at {address}", found, code_hash())
 

@@ -138,7 +138,7 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         "layers": summary["layer_numbers"],
         "n_latents": summary["n_latents"],
         "activation": sae.get("activation"),
-        "k": None if sae.get("activation") == "relu" else sae.get("k"),
+        "k": sae.get("k"),
         "expansion_factor": sae.get("expansion_factor"),
         "n_tokens": summary["n_tokens"],
         "trained_on": summary["split"]["trained_on"],

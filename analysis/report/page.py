@@ -70,7 +70,7 @@ def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
         + (f"; without few tokens {show(few)}" if few is not None else "")
         + (f"; held-out text {show(held_out)}" if held_out is not None else "")
     )
-    k = results.get("provenance", "sae", "activation") != "relu" and results.get("provenance", "sae", "k")
+    k = results.get("provenance", "sae", "k")
     k_words = "active latents per vector" + (f"; k = {integer(k)}" if k else "")
     return [
         ("Aggregate / token-level variance", show(results.number(*RATIO)), ratio_words or "no interval computed"),

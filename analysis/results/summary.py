@@ -252,7 +252,8 @@ def _provenance(found: Findings) -> dict[str, Any]:
         "sae": {
             "name": config.sae.name,
             "hash": sae_hash(checkpoint.sae),
-            **{name: getattr(sae, name) for name in ("n_latents", "activation", "k", "d_model")},
+            **{name: getattr(sae, name) for name in ("n_latents", "activation", "d_model")},
+            "k": sae.active or None,
             "seed": (checkpoint.trainer.get("config") or {}).get("seed"),
             "expansion_factor": sae.n_latents / sae.d_model,
             "trained_tokens": trained_tokens(checkpoint),

@@ -29,7 +29,7 @@ def words(summary: Mapping[str, Any]) -> str:
     """The findings in plain words, a few dozen lines."""
     variance, compat = summary["variance"], summary["variance"]["mlsae_compat"]
     latents, sae = summary["latents"], summary["provenance"]["sae"]
-    kind = sae["activation"] + (f", k {sae['k']}" if sae["k"] and sae["activation"] != "relu" else "")
+    kind = sae["activation"] + (f", k {sae['k']}" if sae["k"] else "")
     few = summary["reconstruction"]["fvu_without_few"] is not None
     columns = {name: head for name, head in _COLUMNS.items() if few or name != "fvu_without_few"}
     lines = [

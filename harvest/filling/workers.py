@@ -73,7 +73,7 @@ def fill_by_workers(store: ActivationStore, config: HarvestConfig, settings: Set
                 raise ResidscopeError(f"the Dask scheduler went away ({said(error)}): {way_out}") from None
             finally:
                 with suppress(Exception, CancelledError):
-                    client.run(forget)
+                    cluster.on_workers(client, forget)
 
     return filled(store, work)
 
@@ -161,13 +161,16 @@ def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
     options = dict(spec.options)
     if spec.cores and options["device"] in ("auto", "cuda") and (n_gpus := torch.cuda.device_count()) > 1:
         options["device"] = f"cuda:{worker.name % n_gpus}"
-    settings = resolve(from_flat(HarvestConfig, options))
+    try:
+        settings, store = resolve(from_flat(HarvestConfig, options)), ActivationStore.open(spec.store, partial=True)
+    except ResidscopeError as error:
+        raise type(error)(f"at the Dask worker {worker.address}: {error}") from None
     found = dependences(settings)
     for name in (name for name in found if found[name] != spec.needed[name]):
         raise IncompatibleError(
             f"the Dask worker at {worker.address} would give other vectors: {name} is {found[name]} there, "
             f"{spec.needed[name]} here; let the model be, and use like machines and one environment"
         )
-    store, runner = ActivationStore.open(spec.store, partial=True), BatchRunner(load_weights(settings), settings)
+    runner = BatchRunner(load_weights(settings), settings)
     _last[spec.folder] = store, Filler(store, runner, settings.batch_size, cores)
     return _last[spec.folder]

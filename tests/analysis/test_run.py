@@ -304,7 +304,7 @@ def test_a_store_of_other_documents_has_no_part_held_out(tmp_path):
     assert summary["split"]["n_validation_tokens"] == 0
 
 
-def test_pca_beside_relu_has_as_many_components_as_latents_are_active(small, tmp_path):
+def test_relu_has_no_k_and_pca_beside_it_as_many_components_as_latents_are_active(small, tmp_path):
     """Its k sets nothing."""
     relu = MLSAE(SAEConfig(d_model=12, n_latents=24, k=3, activation="relu", encoder_bias=True))
     relu.initialize(1, torch.zeros(12))
@@ -312,6 +312,7 @@ def test_pca_beside_relu_has_as_many_components_as_latents_are_active(small, tmp
         save_small(tmp_path / "relu.pt", relu, store, {})
     summary = run(small._replace(sae=tmp_path / "relu.pt"), tmp_path / "out")
     assert summary["baseline"]["pca"]["k"] == round(summary["reconstruction"]["l0"]) > 3
+    assert summary["provenance"]["sae"]["k"] is None
 
 
 def test_no_pca_reads_no_more_than_the_split_needs(small, tmp_path, monkeypatch):

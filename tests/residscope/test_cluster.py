@@ -1,7 +1,9 @@
 """Dask workers: they have our sources, and where there are none, one line says so."""
 
 import signal
+import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,18 +14,41 @@ from residscope.errors import IncompatibleError, ResidscopeError
 def test_a_worker_of_another_version_is_refused():
     """At the start by what it says of itself, in whatever way it fails to; one that comes later by itself."""
     for found in ("another", ImportError("No module named 'residscope'")):
-        client = SimpleNamespace(
-            run=lambda find, on_error, found=found: {"tcp://a:1": cluster.code_hash(), "tcp://b:2": found}
-        )
         with pytest.raises(
             IncompatibleError, match=r"the Dask worker at tcp://b:2 has another version .* start workers"
         ):
-            cluster._require_our_code(client)
+            cluster._require_our_code(Answering({"tcp://a:1": cluster.code_hash(), "tcp://b:2": found}))
     gone = OSError("Scheduler Broadcast: connection reset")  # a worker that has died meanwhile
-    cluster._require_our_code(SimpleNamespace(run=lambda find, on_error: {"tcp://a:1": find(), "tcp://b:2": gone}))
+    cluster._require_our_code(Answering({"tcp://a:1": cluster.code_hash(), "tcp://b:2": gone}))
     assert cluster.with_our_code(cluster.code_hash(), max, 1, 2) == 2
     with pytest.raises(IncompatibleError, match="another version of residscope"):
         cluster.with_our_code("of another version", max, 1, 2)
+
+
+def test_a_worker_that_does_not_answer_is_named_and_holds_up_no_start(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.1)
+    frozen = threading.Event()
+    try:
+        cluster._require_our_code(Answering({"tcp://a:1": frozen, "tcp://b:2": cluster.code_hash()}))
+    finally:
+        frozen.set()
+    assert capsys.readouterr().err.startswith("the Dask worker at tcp://a:1 does not answer: ")
+
+
+class Answering:
+    """A client whose workers answer so; not before an event, where they give one."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self.answers = answers
+
+    def nthreads(self) -> dict[str, int]:
+        return dict.fromkeys(self.answers, 1)
+
+    def run(self, function: object, workers: list[str], on_error: str) -> dict[str, Any]:
+        answer = self.answers[workers[0]]
+        if isinstance(answer, threading.Event):
+            answer.wait()
+        return {workers[0]: answer}
 
 
 class NoWorkers:

@@ -18,7 +18,7 @@ from harvest.filling.workers import FillSpec, fill_shards, run_tasks
 from harvest.options_file import options_in_full
 from harvest.run import harvest
 from residscope import cluster
-from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
+from residscope.errors import IncompatibleError, Interrupted, ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.shards import PutShard
 from tests.support.harvesting import MakeConfig, harvest_config, tree
@@ -170,9 +170,14 @@ def test_a_worker_that_outlives_its_command_writes_nothing(
     with pytest.raises(Interrupted):
         harvest(config(scheduler=address))
     before = tree(tmp_path / "acts.zarr")
-    monkeypatch.setattr(cluster, "this_worker", lambda: SimpleNamespace(state=SimpleNamespace(nthreads=1)))
+    worker = SimpleNamespace(address="tcp://b:2", state=SimpleNamespace(nthreads=1))
+    monkeypatch.setattr(cluster, "this_worker", lambda: worker)
     with pytest.raises(IncompatibleError, match=r"incoming-\w+\.tmp is gone: the harvest has ended"):
         fill_shards(specs[0], [0, 1])
+    workers.forget()
+    elsewhere = specs[0]._replace(store=str(tmp_path / "elsewhere.zarr"))  # as on a machine that lacks the folder
+    with pytest.raises(UsageError, match=r"^at the Dask worker tcp://b:2: .*elsewhere\.zarr"):
+        fill_shards(elsewhere, [0, 1])
     assert tree(tmp_path / "acts.zarr") == before
     workers.forget()
 
