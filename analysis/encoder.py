@@ -5,7 +5,7 @@ the most that one of its vectors has. Vectors of a store that was harvested thro
 are: they went through it already, as the autoencoder's training data did.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector at most, M n_latents; the T * L vectors of a tile are
-rows of one matrix.
+rows of one matrix. Tested in test_tiles.py.
 """
 
 import copy
@@ -59,9 +59,8 @@ class Encoder:
     @cached_property
     def origin(self) -> dict[str, Any]:
         """What codes depend on beside the vectors: the autoencoder, and the number formats."""
-        product = "float32" if self._product_dtype is None else "bfloat16"
         dtype, device = self.numpy_dtype.name, {} if self._device.type == "cpu" else {"device": self._device.type}
-        product = product if dtype == "float32" else dtype
+        product = dtype if self._product_dtype is None else "bfloat16"
         return {"sae_hash": sae_hash(self._sae), "dtype": dtype, "product": product, **device}
 
 

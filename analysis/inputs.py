@@ -97,8 +97,7 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
                 "harvest a store of the same model and lens, or train on this one"
             )
     layers = tuple(trained.get("layers") or meta.layers)
-    missing = sorted(set(layers) - set(meta.layers))
-    if missing:
+    if missing := sorted(set(layers) - set(meta.layers)):
         raise IncompatibleError(
             f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, "
             f"the store does not have layers {missing}: harvest them too (`train compare` takes it as it is)"

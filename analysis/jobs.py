@@ -90,8 +90,7 @@ def _tree(nodes: list[Delayed], merge: Callable[..., Any], name: str) -> Delayed
 
 def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[int, ...], tokens: int) -> R:
     """task(*arguments, shards), tried up to `ATTEMPTS` times; an error that the user must act on is not tried again."""
-    worker = cluster.this_worker()
-    if worker is not None:
+    if (worker := cluster.this_worker()) is not None:
         torch.set_num_threads(1)
     for left in reversed(range(cluster.ATTEMPTS)):
         try:

@@ -11,7 +11,7 @@ Vectors: one pass reads each vector and its reconstruction once and accumulates 
 Imported where it is called, because it loads numba.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector, M n_latents, G document groups present, S subsets of
-tokens.
+tokens. Tested in test_moments.py, test_quality.py and test_persistence.py.
 """
 
 import numpy as np

@@ -3,7 +3,7 @@
 A task is a pure function of paths and integers (`analysis.inputs.TaskSpec`), so any process that sees the paths can run
 it, again if need be. Memory is bounded by a tile of tokens and by sums that do not grow with the number of tokens.
 
-Shapes: T tokens of a tile, L analysed layers, D d_model.
+Shapes: T tokens of a tile, L analysed layers, D d_model. Tested in tests/analysis/test_run.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

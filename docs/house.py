@@ -66,7 +66,7 @@ def _imports(tree: ast.AST) -> set[str]:
 def first_sentence(text: str) -> str:
     """The first sentence of a docstring, on one line."""
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0].rstrip(".") + "."
+    return re.split(r"(?<=\.)\s(?=[^a-z])", paragraph, maxsplit=1)[0].rstrip(".") + "."
 
 
 def core() -> list[str]:

@@ -1,4 +1,4 @@
-"""What is at --out, and whether a store may be made there: never over anything else, and only if it fits."""
+"""Whether a store may be made at --out: never over anything else, and only if it fits. Tested in test_run.py."""
 
 import os
 import shutil

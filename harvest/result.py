@@ -1,4 +1,4 @@
-"""What a harvest made, and how it is printed: a few lines for people, or one JSON line."""
+"""What a harvest made, and how it is printed: a few lines, or one JSON line. Tested in test_cli.py."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m residscope`: the command `residscope`, where its script is not on PATH."""
+"""`python -m residscope`: the command `residscope`, where its script is not on PATH. Tested in test_shadowing.py."""
 
 from residscope.cli import main
 

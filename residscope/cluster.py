@@ -117,8 +117,7 @@ def failed(shards: Sequence[int], why: str) -> ResidscopeError:
 
 def this_worker() -> Any:
     """The Dask worker that runs this task, or None in a thread of the user's own process."""
-    distributed = sys.modules.get("distributed")
-    if distributed is None:
+    if (distributed := sys.modules.get("distributed")) is None:
         return None
     try:
         return distributed.get_worker()

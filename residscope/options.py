@@ -113,8 +113,7 @@ def parse_options(
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     if config_file is not None:
         values = {**_read_toml(as_path(config_file), fields), **values}
-    missing = [f for f in fields.values() if f.required and f.name not in values]
-    if missing:
+    if missing := [f for f in fields.values() if f.required and f.name not in values]:
         parser.error("missing " + ", ".join(f.flag for f in missing))
     return from_flat(config_class, values)
 

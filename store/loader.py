@@ -188,8 +188,7 @@ class WindowLoader:
 
     def _windows(self, helper: ThreadPoolExecutor) -> Generator[tuple[_Window, _Window | None], None, None]:
         """Windows from the first that is needed, each with the one that is read meanwhile; valid until the next."""
-        first_row = self._next * self._batch_size
-        if first_row >= self.n_rows:
+        if (first_row := self._next * self._batch_size) >= self.n_rows:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
             reading = self._reading(first_row, reader, helper)

@@ -82,8 +82,7 @@ def _pack_layer(
             part = rows[start : start + chunk_bytes]
             slots[chunk, layer, : part.size] = part
         norm_sum = measure(to_float32(raw, stored_dtype), keep, pivot, sums, squares)
-    count = int(keep.sum())
-    if count == 0:
+    if (count := int(keep.sum())) == 0:
         return np.zeros(d_model), np.zeros(d_model), 0.0
     mean = sums / count
     return mean + pivot, np.maximum(squares - count * mean**2, 0), norm_sum

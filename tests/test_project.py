@@ -143,7 +143,25 @@ def test_a_room_is_no_larger_than_one_can_take_in() -> None:
     folders = {path.parent for path in files}
     crowded = {str(f.relative_to(ROOT)): n for f in folders if (n := sum(path.parent == f for path in files)) > 16}
     assert not crowded, "files in one folder"
-    assert sum(lines.values()) <= 32_618
+    said = re.search(r"([\d,]+) in all;", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert said
+    most = int(said[1].replace(",", ""))
+    assert sum(lines.values()) <= most, "take lines out elsewhere, or raise the number in CONTRIBUTING.md and say why"
+
+
+def test_every_module_has_its_test_or_names_the_one_that_covers_it() -> None:
+    """The test of its own name in the same place, or `Tested in ...` in its docstring: a path, or a file's name there
+    or one folder up."""
+    for path in MODULES.values():
+        place = ROOT / "tests" / path.relative_to(ROOT).parent
+        text = path.read_text(encoding="utf-8")
+        if path.name == "__init__.py" or (place / f"test_{path.name}").exists():
+            continue
+        named = re.findall(r"(?:tests/[\w/]*)?test_\w+\.py", ast.get_docstring(ast.parse(text)) or "")
+        assert named, f"{path.relative_to(ROOT)}: no test_{path.name}, so name the test that covers it in the docstring"
+        for name in named:
+            found = (ROOT / name).exists() or (place / name).exists() or (place.parent / name).exists()
+            assert found, f"{path.relative_to(ROOT)}: {name}"
 
 
 def test_text_files_are_utf8_whatever_the_locale() -> None:
@@ -197,7 +215,8 @@ def test_the_core_is_read_in_an_hour() -> None:
     tour = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
     core = re.findall(r"^### \d+\. \[`([a-z_/]+\.py)`\]\(\.\./\1\)", tour, re.MULTILINE)
     assert len(core) == tour.count("\n### ") <= 14
-    assert sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in core) <= 3000
+    lines = sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in core)
+    assert lines <= 3000, "what is an option goes into a file of its own"
     order = [path.split("/")[0] for path in core]
     assert list(dict.fromkeys(order)) == ["harvest", "store", "train", "analysis"]
     assert order == sorted(order, key=list(dict.fromkeys(order)).index)

@@ -108,8 +108,7 @@ def load_checkpoint(path: Path, *, finite: bool = True, mapped: bool = False) ->
     file, `IncompatibleError` if it is not a whole checkpoint of this format.
     """
     changed, content = changed_at(Path(path)), _read_safely(Path(path), mapped)
-    version = content.get("format")
-    if version != CHECKPOINT_FORMAT:
+    if (version := content.get("format")) != CHECKPOINT_FORMAT:
         ours = f"this version reads {CHECKPOINT_FORMAT}"
         raise IncompatibleError(f"{path}: checkpoint format {version}, {ours}: use the version that wrote it")
     config, state = _config_of(content["config"], path), content["state_dict"]

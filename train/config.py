@@ -2,7 +2,7 @@
 
 The docstring under a field is its flag's help; the first sentence of a class is the heading of its flags in `--help`.
 Values are checked when a configuration is made; what depends on the store or the machine is resolved in
-`train.resolve`. Imports nothing heavy, so that `train --help` answers at once.
+`train.resolve`. Imports nothing heavy, so that `train --help` answers at once. Tested in test_resolve.py.
 """
 
 import math
@@ -25,7 +25,7 @@ ONLY_FOR = {
     "k_start": ("topk", "batchtopk", "matryoshka", "jumprelu"),
     "multi_topk": ("topk",),
     "sparsity_loss": ("jumprelu",),
-    "sparsity_coef": ("jumprelu", "relu"),
+    "sparsity_coef": THRESHOLDED,
     "bandwidth": ("jumprelu",),
 }
 """Of `ObjectiveConfig`, what only some activation functions use."""

@@ -95,8 +95,7 @@ def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> lis
     """Positions in the store of the model's layers `layers`, ascending; default all."""
     have = store.meta.layers
     wanted = have if layers is None else tuple(sorted(layers))
-    missing = sorted(set(wanted) - set(have))
-    if missing:
+    if missing := sorted(set(wanted) - set(have)):
         names, there = ", ".join(map(str, missing)), " ".join(map(str, have))
         raise UsageError(f"--layers: {store.path} does not have layer {names}, only {there}")
     return [have.index(layer) for layer in wanted]

@@ -148,8 +148,7 @@ def _bytes_up_to(path: Path, step: int) -> int:
     length = position = damaged = seen = 0
     for line in _lines(path) if step else ():
         position += len(line)
-        found = _read_line(line)
-        if found is None:
+        if (found := _read_line(line)) is None:
             seen += 1
         elif found["step"] <= step and line.endswith(b"\n"):
             length, damaged = position, seen

@@ -151,13 +151,13 @@ class MLSAE(nn.Module):
         return standardize_by_layer(x, layer, self.layer_mean, self.layer_scale)
 
     @torch.no_grad()
-    def encode(self, x: Tensor, layer: Tensor | None = None, *, product_dtype: DType | None = None) -> SparseCodes:
+    def encode(self, x: Tensor, layer: Tensor | None = None) -> SparseCodes:
         """Codes of raw vectors `x` [N, D], in the type of the weights: values [N, w] >= 0, indices int64 [N, w].
 
         w is k for topk, else the most latents that a vector has; value 0 means not active, whatever the index. layer:
-        as in `standardize`. product_dtype: of the encoder's product; default: the weights' type.
+        as in `standardize`.
         """
-        return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype), layer).x, product_dtype=product_dtype)
+        return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype), layer).x)
 
     def ready_encoder(self, *, product_dtype: torch.dtype | None = None, screened: bool = False) -> ReadyEncoder:
         """The encoder's weights made ready for many batches, during which they must not change: see `ReadyEncoder`."""
@@ -166,9 +166,7 @@ class MLSAE(nn.Module):
         return ReadyEncoder(kernels, weights.W_enc, weights.b_enc, product_dtype=product_dtype, screened=screened)
 
     @torch.no_grad()
-    def encode_standardized(
-        self, x_std: Tensor, encoder: ReadyEncoder | None = None, *, product_dtype: torch.dtype | None = None
-    ) -> SparseCodes:
+    def encode_standardized(self, x_std: Tensor, encoder: ReadyEncoder | None = None) -> SparseCodes:
         """As `encode`, of vectors that `standardize` has seen: for callers that need the mean and scale as well.
 
         encoder: of `ready_encoder`, for callers that encode many batches; default: one for this batch.
@@ -176,8 +174,7 @@ class MLSAE(nn.Module):
         if (found := x_std.shape[-1]) != self.config.d_model:
             raise IncompatibleError(f"the autoencoder has d_model {self.config.d_model}, the vectors have {found}")
         inputs = x_std - self.b_pre if self.config.apply_b_dec_to_input else x_std
-        encoder = encoder or self.ready_encoder(product_dtype=product_dtype)
-        return row_codes(self.variant.encode(inputs, self.weights, encoder), self.latents)
+        return row_codes(self.variant.encode(inputs, self.weights, encoder or self.ready_encoder()), self.latents)
 
     @torch.no_grad()
     def decode(self, codes: SparseCodes, mean: Tensor, std: Tensor) -> Tensor:
@@ -190,7 +187,7 @@ class MLSAE(nn.Module):
     def forward(self, x: Tensor, layer: Tensor | None = None, *, product_dtype: DType | None = None) -> ForwardOutput:
         """Encode and decode raw vectors `x` [N, D]; layer as in `standardize`."""
         x_std, mean, std = self.standardize(x.to(self.W_enc.dtype), layer)
-        codes = self.encode_standardized(x_std, product_dtype=product_dtype)
+        codes = self.encode_standardized(x_std, self.ready_encoder(product_dtype=product_dtype))
         return ForwardOutput(self.decode(codes, mean, std), codes, mean, std)
 
 

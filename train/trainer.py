@@ -3,6 +3,7 @@
 A step is a function of the weights, the optimiser's moments, the counters of dead latents and the batch: all but the
 last are in the checkpoint. The last checkpoint drops the moments, half or more of its size, because the learning rate
 has run out and nothing can follow. Not here: where batches come from, and which runs share them (`train.run`).
+Tested in test_run.py.
 """
 
 import contextlib

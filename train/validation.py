@@ -138,8 +138,7 @@ class _Sums:
 
     def _rows_layer(self, n_tokens: int) -> Tensor | None:
         """Each row's layer, of `n_tokens` tokens, where the autoencoder standardises by layer."""
-        known = len(self._target.sae.config.layers)
-        if known == 0:
+        if (known := len(self._target.sae.config.layers)) == 0:
             return None
         positions = torch.arange(known, device=self._errors.device)
         if self._target.position is not None:

@@ -1,6 +1,6 @@
 """The figure of `analyze --compare`, a row for each run: decomposition, ratio, FVU and delta cross-entropy.
 
-All have 95 % intervals. The style is that of `analysis.report.figures`. Tested in tests/analysis/compare.
+All have 95 % intervals. The style is that of `analysis.report.figures`. Tested in test_measure.py.
 """
 
 from collections.abc import Mapping, Sequence

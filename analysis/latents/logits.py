@@ -107,8 +107,7 @@ def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> 
     """Of each of `directions` [J, D], rows of W_dec: the n most promoted and most suppressed tokens, and the nearest.
     Raises `IncompatibleError` if the model has no unembedding with a weight [V, D]."""
     reading = token_rows(model, model.unembedding, "unembedding")  # r_v of each token of the tokenizer, [V, D]
-    fold = norm_gain(model.final_norm, model.d_model)
-    if fold is not None:
+    if (fold := norm_gain(model.final_norm, model.d_model)) is not None:
         gain, centred = fold
         reading *= gain.to(reading.device)
         if centred:

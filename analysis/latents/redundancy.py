@@ -10,7 +10,7 @@ Of the live latents, with unit decoder rows:
 Cosines are made a tile of rows against all later rows at a time, so memory does not grow with the square of the number
 of latents; of the parallel pairs, however many, the foremost are kept.
 
-Shapes: J live latents, D d_model, L layers, P pairs.
+Shapes: J live latents, D d_model, L layers, P pairs. Tested in tests/analysis/latents/test_table.py.
 """
 
 from typing import NamedTuple

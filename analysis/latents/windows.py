@@ -6,7 +6,7 @@ activation, then by token. A window is shown from `BEFORE` characters before its
 `AFTER` after it, whole tokens only. A token that only continues a character has length 0 and is shown with the token
 that begins it.
 
-Shapes: R rows of examples.parquet, C contexts, W tokens of all windows.
+Shapes: R rows of examples.parquet, C contexts, W tokens of all windows. Tested in test_search.py.
 """
 
 from pathlib import Path

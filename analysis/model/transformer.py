@@ -4,7 +4,7 @@ How: the store's provenance names the model, its commit or the hash of its files
 what is loaded must be the same, else every number would speak of another model. Where a hash tells nothing (a local
 copy of a hub model), `harvest.model.checks` compares what the model gives with what the store holds. A model or lens
 that came from a local folder is known to the store by name only: the file with the harvest's options beside the store
-says where it is, or the caller.
+says where it is, or the caller. Tested in test_downstream.py.
 """
 
 from pathlib import Path
@@ -73,8 +73,7 @@ def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens 
     name: where the lens is, if it came from a local folder. Raises `UsageError` where it is not found,
     `IncompatibleError` where it is another lens.
     """
-    described = store.meta.lens
-    if described is None:
+    if (described := store.meta.lens) is None:
         return None
     indexing: Indexing = described.get("indexing", "tuned-lens")
     name = name or recorded_place(store.path, "lens")

@@ -1,6 +1,6 @@
 """`analyze --prompt`: prompts added to the analysis in the output folder, which is made first if there is none.
 
-The model reads the prompts; prompt.parquet and prompt.json are written, and report.html again, with them.
+The model reads the prompts; prompt.parquet and prompt.json are written, and report.html again. Tested in test_view.py.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What `analyze --prompt` says on the terminal, from prompt.json alone."""
+"""What `analyze --prompt` says on the terminal, from prompt.json alone. Tested in test_view.py."""
 
 from collections.abc import Mapping
 from typing import Any

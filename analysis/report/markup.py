@@ -55,8 +55,7 @@ def integer(value: Any) -> str:
 
 def percent(value: Any) -> str:
     """A share as a percentage: whole numbers from 10 % on, two digits below."""
-    number = finite(value)
-    if number is None:
+    if (number := finite(value)) is None:
         return EN_DASH
     return f"{number * 100:.0f}{NBSP}%" if number >= 0.0995 or number == 0 else f"{show(number * 100, 2)}{NBSP}%"
 

@@ -50,8 +50,7 @@ def _settled(results: Results) -> str:
 
 def headline(results: Results) -> str:
     """The main finding in one plain sentence."""
-    ratio = results.number(*RATIO)
-    if ratio is None:
+    if (ratio := results.number(*RATIO)) is None:
         return f"Aggregate over token-level variance is not defined here: {why_no_ratio(results)}."
     return f"The variance of a latent's layer is {show(ratio)} times as large over all tokens as at a single token."
 

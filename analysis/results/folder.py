@@ -1,5 +1,5 @@
 """The names of the files in the folder that an analysis writes. They get there together (`residscope.destinations`),
-summary.json last: a folder without summary.json holds no whole analysis."""
+summary.json last: a folder without summary.json holds no whole analysis. Tested in test_added.py."""
 
 from analysis.config import AnalyzeConfig
 from residscope.destinations import refuse_shared

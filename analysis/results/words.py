@@ -1,6 +1,6 @@
 """What `analyze` says on the terminal: the summary in plain sentences and small tables, with units and directions.
 
-Made from summary.json alone; no number is computed here.
+Made from summary.json alone; no number is computed here. Tested in tests/analysis/test_run.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,8 +104,7 @@ def _persistence_words(means: Mapping[str, Any]) -> list[str]:
 
 
 def _null_words(summary: Mapping[str, Any]) -> list[str]:
-    nulls = summary["nulls"]
-    if not nulls:
+    if not (nulls := summary["nulls"]):
         return []
     rows = []
     for part, name, label in (
@@ -167,8 +166,7 @@ def _model_words(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _downstream_words(summary: Mapping[str, Any]) -> list[str]:
-    found = summary["downstream"]
-    if not found:
+    if not (found := summary["downstream"]):
         return []
     head = ("layer", "delta CE", "KL", "loss recovered (mean ablation)", "(zero ablation)", "mean ablation's delta CE")
     names = ("delta_ce", "kl", "loss_recovered_mean", "loss_recovered_zero", "mean_ablation_delta_ce")
@@ -209,11 +207,11 @@ def _left_out(summary: Mapping[str, Any]) -> str:
     return f", {len(some(layers))} of {len(layers)}, all in layers.parquet" if len(some(layers)) < len(layers) else ""
 
 
-def some(rows: Sequence[Any], limit: int = 12) -> list[Any]:
-    """At most `limit` rows, evenly spread, first and last among them."""
-    if len(rows) <= limit:
+def some(rows: Sequence[Any]) -> list[Any]:
+    """At most twelve rows, evenly spread, first and last among them."""
+    if len(rows) <= 12:
         return list(rows)
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))]
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, 12).round().astype(int))]
 
 
 def shown(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""How good a fitted lens is, layer by layer, as fit.json holds it, and how it is printed: a table, or one JSON line."""
+"""How good a fitted lens is by layer, as fit.json holds it, and as it is printed. Tested in test_fit.py."""
 
 import json
 import sys

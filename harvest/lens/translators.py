@@ -79,16 +79,14 @@ class TunedLens:
     def apply(self, residual: Tensor, layer: int) -> Tensor:
         """Block `layer`'s outputs [..., D] in the last layer's basis, in float32, on the residual's device."""
         residual = residual.float()
-        i = self.translator(layer)
-        if i is None:
+        if (i := self.translator(layer)) is None:
             return residual
         weight, bias = self.weights[i].to(residual.device), self.biases[i].to(residual.device)
         return residual + residual @ weight.T + bias
 
     def invert(self, transformed: Tensor, layer: int) -> Tensor:
         """The vectors [..., D] that `apply` turns into `transformed`: (I + W) h = y - b in float64; float32 out."""
-        i = self.translator(layer)
-        if i is None:
+        if (i := self.translator(layer)) is None:
             return transformed.float()
         factor, pivots = self._lu(i)
         shifted = transformed.to("cpu", torch.float64) - self.biases[i].cpu().double()

@@ -202,8 +202,7 @@ def _value(field: Any) -> Any:
 
 
 def _check_readable(file: GgufFile) -> None:
-    missing = [name for name in _READERS if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in _READERS if importlib.util.find_spec(name) is None]:
         raise ResidscopeError(f"{file.name}: reading a GGUF file needs `pip install {' '.join(missing)}`")
     with file.parts[0].open("rb") as stream:
         found = stream.read(4)

@@ -46,8 +46,7 @@ def refuse_too_large(model: str, build: Callable[[], nn.Module], held: int, byte
 
 def refuse_missing(model: str, missing: Sequence[str], base_prefix: str) -> None:
     """`IncompatibleError` where weights other than the LM head's are not in the files; base_prefix: of their names."""
-    in_base = [name for name in missing if name.startswith(base_prefix)]
-    if in_base:
+    if in_base := [name for name in missing if name.startswith(base_prefix)]:
         what = f"such as {in_base[0]}, and would be random. Check that config.json belongs to the weights"
         raise IncompatibleError(f"{model}: {len(in_base)} weights are missing from its files, {what}")
 

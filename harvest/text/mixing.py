@@ -32,8 +32,7 @@ class Mixture:
         open_streams = list(range(len(self._streams)))
         while self._left > 0 and open_streams:
             at = min(open_streams, key=lambda i: self.tokens[i] / self._weights[i])
-            ids = next(self._streams[at], None)
-            if ids is None:
+            if (ids := next(self._streams[at], None)) is None:
                 open_streams.remove(at)
                 self.ran_out.append(at)
                 continue

@@ -1,4 +1,4 @@
-"""How sequences are made of documents: what separates them, what opens a sequence, and how long it is."""
+"""What separates documents, what opens a sequence, and how long it is. Tested in tests/harvest/test_table.py."""
 
 from typing import NamedTuple
 

@@ -142,8 +142,7 @@ def _open(choice: TextChoice, seed: int | None, known: np.ndarray | None, conten
             documents=documents if seed is None else lambda: shuffled(documents(), seed),
             characters=lambda: sum(map(len, python())),
         )
-    files = find_files(choice.name)
-    if files is None:
+    if (files := find_files(choice.name)) is None:
         revision = choice.revision or None
         if contents:
             revision = pin(choice.name, "dataset", revision, probes=("README.md",)).commit

@@ -1,4 +1,4 @@
-"""What harvest and training take on the machine at hand, from some seconds of both on made-up data."""
+"""What harvest and training take on this machine, by some seconds of both on made-up data. Tested in test_plan.py."""
 
 import contextlib
 import io

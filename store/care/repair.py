@@ -43,8 +43,7 @@ def repair(path: Path, prepare: Callable[[Path], Callable[[], object]]) -> Repai
     require_store(path)
     with closing(WriterLock(path, path)):
         found = verify(path)
-        lost = [bad.reason for bad in found if bad.lasting]
-        if lost:
+        if lost := [bad.reason for bad in found if bad.lasting]:
             way_out = "This cannot be computed again: copy the file from a backup, or harvest into a new store"
             raise ResidscopeError(f"{path}: {lost[0]}. {way_out}")
         bad = {bad.index for bad in found if bad.index is not None}

@@ -34,7 +34,7 @@ class BadShard:
     """Whether it cannot be computed again: it is metadata, tokens, or the manifest's header."""
 
 
-def verify(path: str | os.PathLike[str], *, threads: int = 4) -> list[BadShard]:
+def verify(path: str | os.PathLike[str]) -> list[BadShard]:
     """Everything that is missing or damaged in the store at `path`; empty when the store is whole.
 
     Raises `IncompatibleError` for no store or another version.
@@ -54,7 +54,7 @@ def verify(path: str | os.PathLike[str], *, threads: int = 4) -> list[BadShard]:
     ring = ring_of(meta)
     gone = Readers(path, ring).removed_shards(meta.n_shards) if ring else set[int]()
     torn = "; its last line is incomplete" if manifest.torn else ""
-    with ThreadPoolExecutor(threads) as pool, progress("verify", "shard", meta.n_shards) as bar:
+    with ThreadPoolExecutor(4) as pool, progress("verify", "shard", meta.n_shards) as bar:
         checks = pool.map(
             lambda shard: None if shard in gone else check_shard(path, meta, manifest, shard), range(meta.n_shards)
         )

@@ -19,6 +19,7 @@ from harvest.refill import prepare
 from harvest.run import harvest
 from residscope.commands.info import facts, in_words
 from residscope.errors import IncompatibleError, Interrupted, ResidscopeError
+from residscope.options import to_flat
 from store.activations import ActivationStore
 from store.care.repair import repair
 from store.care.verify import verify
@@ -149,6 +150,19 @@ def test_another_configuration_is_refused_by_name(config: MakeConfig, change: di
     with pytest.raises(IncompatibleError, match=f"{field}.*--overwrite"):
         harvest(config(**change))
     assert tree(config().out) == before
+
+
+def test_every_flag_is_recorded_or_known_to_leave_the_bytes_as_they_are(config: MakeConfig) -> None:
+    """So that no run continues a store that was begun with another value: a new flag that the bytes depend on goes into
+    `make_record`, with what older stores were made with in `_VALUES_BEFORE`; any other goes into the list here."""
+    no_part = {
+        *("out", "overwrite", "dry_run", "json"),
+        *("device", "device_map", "n_workers", "scheduler"),
+        *("revision", "rolling"),  # that of the model has another name there, a rolling store's size is there if given
+    }
+    given = config(mask_norm=5)
+    record = ActivationStore.open(harvest(given).out).meta.provenance["config"]
+    assert set(to_flat(given)) - set(record) == no_part
 
 
 def test_changed_text_or_another_model_is_refused(

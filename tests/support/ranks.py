@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, distributed
@@ -19,6 +19,7 @@ from train.config import TrainConfig
 from train.kernels.encode import ReadyEncoder
 from train.kernels.interface import SparseCodes
 from train.kernels.plain import TORCH
+from train.model_config import Activation
 from train.parallel.ranks import Lost, Ranks
 from train.parallel.selection import batch_codes, keep_largest, row_codes
 from train.run import train_all
@@ -26,11 +27,7 @@ from train.run import train_all
 ROOT = Path(__file__).parents[2]
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "topk": {},
-    "batchtopk": {"activation": "batchtopk"},
-    "matryoshka": {"activation": "matryoshka"},
-    "jumprelu": {"activation": "jumprelu"},
-    "relu": {"activation": "relu"},
+    **{name: {"activation": name} for name in get_args(Activation)},
     "all": {"multi_topk": True, "clip_norm": 0.01, "decoder_norm": "free", "encoder_bias": True, "ema_decay": 0.9},
     "tiny": {"batch_size": 2, "steps": 12, "dead_tokens": 1},
 }

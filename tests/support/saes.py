@@ -31,15 +31,17 @@ def make_sae(standardize: Any = "vector", d: int = D, m: int = M, k: int = K, se
 
 
 def make_variant(activation: Any, **changes: Any) -> MLSAE:
-    """An autoencoder of this kind with an encoder bias, whose every tensor is random; about a tenth of its latents are
-    active on vectors like itself."""
+    """An autoencoder of this kind, by default with an encoder bias, whose every tensor is random; about a tenth of its
+    latents are active on vectors like itself."""
     prefixes = (6, 20, M) if activation == "matryoshka" else ()
     config = {"d_model": D, "n_latents": M, "k": K, "encoder_bias": True, "prefixes": prefixes, **changes}
     sae = MLSAE(SAEConfig(activation=activation, **config))
     generator = torch.Generator().manual_seed(5)
     sae.initialize(0, b_pre=0.3 * torch.randn(D, generator=generator))
     with torch.no_grad():
-        sae.b_enc.copy_(0.3 * torch.randn(M, generator=generator))
+        b_enc = 0.3 * torch.randn(M, generator=generator)
+        if config["encoder_bias"]:
+            sae.b_enc.copy_(b_enc)
         for name, value in (("threshold", 1.2), ("log_threshold", 0.2 * torch.randn(M, generator=generator))):
             if hasattr(sae, name):
                 getattr(sae, name).copy_(torch.as_tensor(value))

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from residscope.errors import UsageError
+from residscope.options import to_flat
 from store.activations import ActivationStore
 from tests.support.stores import make_store, random_activations
 from tests.support.training import plan_of as resolved
+from train.config import TrainConfig
 from train.kernels.choose import choose_kernels
 from train.parallel.ranks import ALONE, Ranks
-from train.resolve import RunPlan, default_aux_k, memory_estimate
+from train.resolve import ADDED_LATER, RECORDED, RunPlan, default_aux_k, memory_estimate
 
 
 @pytest.fixture
@@ -32,6 +34,28 @@ def test_defaults_by_hand(store: ActivationStore) -> None:
     assert plan.layers == (3, 5, 8)
     assert plan.dead_vectors == (8 * 15) // 10 * 3  # a tenth of the run's 120 tokens, at three layers
     assert plan.aux_k == 8
+
+
+def test_every_flag_is_recorded_or_known_to_leave_the_weights_as_they_are() -> None:
+    """So that no resume takes another value of a flag for the same run: a new flag that the weights depend on goes into
+    `RECORDED`, with what older checkpoints were made with in `ADDED_LATER`; any other goes into the list here."""
+    resolved_as = {
+        "dead_tokens": "dead_vectors",
+        "dtype": "product_dtype",
+        "window_gb": "window_bytes",
+        "expansion_factor": "n_latents",
+        "per_layer": "stream_layers",
+    }
+    assert set(resolved_as.values()) <= set(RECORDED)
+    no_part = {
+        *("store", "out", "resume", "overwrite", "dry_run", "json", "follow", "sweep"),
+        *("threads", "n_procs", "shard_latents", "deterministic", "cache_gb"),
+        *("checkpoint_every", "log_every", "validate_every", "validation_tokens", "tensorboard", "wandb"),
+        *("push_to_hub", "hub_private", "hub_license"),
+    }
+    flags = set(to_flat(TrainConfig(store=Path("acts.zarr"))))
+    assert flags - set(RECORDED) == set(resolved_as) | no_part
+    assert len(set(RECORDED) - set(ADDED_LATER)) == 23, "a new name has a value for older checkpoints in ADDED_LATER"
 
 
 def test_steps_and_epochs(store: ActivationStore) -> None:

@@ -1,7 +1,7 @@
 """Whole runs of every variant and option on a tiny store: they learn, resume bit for bit, and analyze reads them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,12 +20,12 @@ from train.config import TrainConfig
 from train.data import split_tokens
 from train.hardware import has_byte_products
 from train.kernels.cpu.screen import Screen
+from train.model_config import Activation
 from train.run import train
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "batchtopk": {"activation": "batchtopk"},
+    **{name: {"activation": name} for name in get_args(Activation)},
     "matryoshka": {"activation": "matryoshka", "prefixes": (5, 40)},
-    "jumprelu": {"activation": "jumprelu"},
     "jumprelu with a penalty": {"activation": "jumprelu", "sparsity_loss": "penalty"},
     "relu": {"activation": "relu", "sparsity_coef": 1.0},
     "by layer": {"standardize": "layer"},

@@ -1,4 +1,4 @@
-"""`train compare`: several autoencoders and PCA on the same held-out tokens, layer by layer."""
+"""`train compare`: autoencoders and PCA on the same held-out tokens, by layer. Tested in test_measure.py."""
 
 import json
 import sys

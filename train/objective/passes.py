@@ -8,6 +8,7 @@ With c_n the row's weight, e = target - decoded, and G = d loss / d x_hat = -2 c
 W_dec[j]> where it is active. AuxK and b_pre's gradient are the same for all (`train.objective.step`).
 
 Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row at most, B blocks.
+Tested in test_variants.py.
 """
 
 from collections.abc import Sequence

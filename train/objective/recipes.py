@@ -94,7 +94,7 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
         values |= {"encoder_lr": max(n_latents / 4608, 1) ** 0.25 / 3, "second_moment": "latent"}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
-    else:  # Lawson et al. 2025 and its code
+    else:  # paper: Lawson et al. 2025 and its code
         values = {"lr": 1e-4, "warmup_fraction": 0.0, "decay_fraction": 0.0, "loss_space": "raw"}
     given = to_flat(config)
     values |= {field.name: given[field.name] for field in fields(Recipe) if given[field.name] is not None}

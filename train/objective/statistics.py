@@ -205,8 +205,7 @@ def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-
     median = x.mean(dim=0)
     for _ in range(iterations):
         distance = (x - median).norm(dim=1)
-        scale = distance.mean()
-        if scale == 0:
+        if (scale := distance.mean()) == 0:
             break
         weight = distance.clamp_min(1e-6 * scale).reciprocal()
         moved = (weight @ x) / weight.sum()

@@ -24,8 +24,7 @@ def batch_codes(encoder: ReadyEncoder, inputs: Tensor, count: int, ranks: Ranks)
     while True:
         codes, lowest = encoder.batch(inputs, sought)
         values = codes.values[codes.values > 0]
-        smallest = _nth_largest(values, count, ranks)
-        if smallest is None:
+        if (smallest := _nth_largest(values, count, ranks)) is None:
             return BatchCodes(codes, None)
         cut = len(values) == sought and lowest is not None and bool(lowest >= smallest)  # may have more that count
         if not ranks.any(cut and sought < count):

@@ -69,9 +69,9 @@ class Spread(NamedTuple):
         """`ratio`: aggregate over token-level variance, by mass; `stays_on`: a share; None where not defined."""
         mass, first, within = self.per_latent
         live = mass > 0
-        between_latents = (first[live].square() / mass[live]).sum()
+        second_of_means = (first[live].square() / mass[live]).sum()
         counts = torch.tensor([self.followed, self.before_last], dtype=torch.float64)
-        token, aggregate = within.sum(), self.second - between_latents
+        token, aggregate = within.sum(), self.second - second_of_means
         latents.sum_(token, aggregate, counts)
         followed, before_last = counts.tolist()
         return {

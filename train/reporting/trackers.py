@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside the metrics file: off by default.
+"""TensorBoard and Weights & Biases beside the metrics file: off by default. Tested in test_outputs.py.
 
 Both get every line of `ckpt.metrics.jsonl` by step: train/NAME, validation/NAME, and lists over layers as NAME/LAYER.
 """

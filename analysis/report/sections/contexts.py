@@ -1,4 +1,4 @@
-"""Section: whether a latent has the same top contexts at each layer."""
+"""Section: whether a latent has the same top contexts at each layer. Tested in test_page.py."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import Results

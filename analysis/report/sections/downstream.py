@@ -36,8 +36,7 @@ model (cross-entropy {true_ce} nats per token). Each layer is replaced alone.</p
 
 
 def section(results: Results) -> Section:
-    found = results.get("downstream")
-    if not found:
+    if not (found := results.get("downstream")):
         reason = results.get("transformer", "reason") or "this analysis was made without running the model"
         return Section(TITLE, f"<p>Not shown: {escape(str(reason))}</p>{_tokens(results)}")
     intervals = "Too few documents for 95 % intervals."
@@ -99,8 +98,7 @@ a vector has active latents. Small numbers, where given: 95 % intervals over doc
 
 
 def _together(results: Results) -> str:
-    found = results.get("downstream", "together")
-    if not found:
+    if not (found := results.get("downstream", "together")):
         return ""
     head = ("Layers replaced", "delta CE, nats", "sum of single layers", "PCA's delta CE", "KL, nats")
     names = ("delta_ce", "sum_alone_delta_ce", "pca_delta_ce", "kl", "sum_alone_kl", "pca_kl", "loss_recovered_mean")
@@ -117,8 +115,7 @@ def _together(results: Results) -> str:
 
 def _tokens(results: Results) -> str:
     """How close decoder rows are to tokens: a sentence, or nothing."""
-    found = results.get("latent_logits")
-    if not found:
+    if not (found := results.get("latent_logits")):
         return ""
     parts = [
         f"{show(found.get(f'{name}_cosine'))} to a token's {name} "

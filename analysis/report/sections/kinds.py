@@ -1,4 +1,4 @@
-"""Section: kinds of latents by their layer profile."""
+"""Section: kinds of latents by their layer profile. Tested in test_page.py."""
 
 from analysis.latents.table import KINDS
 from analysis.report.charts import lines_chart

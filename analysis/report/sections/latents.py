@@ -1,4 +1,4 @@
-"""Section: the table of latents that report.js fills, and its packed numbers."""
+"""Section: the table of latents that report.js fills, and its packed numbers. Tested in test_page.py."""
 
 import numpy as np
 

@@ -59,8 +59,7 @@ def heat_map(results: Results, max_bins: int = 480) -> HeatMap:
     """
     order = np.argsort(results.latents["layer_mean"], kind="stable")
     n_latents = len(order)
-    n_bins = min(max_bins, n_latents)
-    if n_bins == 0:
+    if (n_bins := min(max_bins, n_latents)) == 0:
         return HeatMap(np.zeros((len(results.layer_numbers), 0)), 0, 0.0, 1.0)
     starts = np.arange(n_bins) * n_latents // n_bins
     sizes = np.diff(np.append(starts, n_latents))

@@ -1,4 +1,4 @@
-"""Section: formula, unit, direction and source of every number."""
+"""Section: formula, unit, direction and source of every number. Tested in test_page.py."""
 
 from analysis.report.data import Results
 from analysis.report.markup import Section, page_file

@@ -1,4 +1,4 @@
-"""Section: what null models give, and observed over null."""
+"""Section: what null models give, and observed over null. Tested in test_page.py."""
 
 from analysis.baselines.nulls import NULLS
 from analysis.report.charts import lines_chart

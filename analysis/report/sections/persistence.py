@@ -1,4 +1,4 @@
-"""Section: when latents switch on and off along the layers."""
+"""Section: when latents switch on and off along the layers. Tested in test_page.py."""
 
 from analysis.report.charts import lines_chart
 from analysis.report.data import Results

@@ -1,4 +1,4 @@
-"""Section: what is recorded on store, autoencoder and analysis."""
+"""Section: what is recorded on store, autoencoder and analysis. Tested in test_page.py."""
 
 from collections.abc import Iterable, Mapping
 from html import escape

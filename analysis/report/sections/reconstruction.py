@@ -1,4 +1,4 @@
-"""Section: FVU by layer beside held-out text and PCA, and L0."""
+"""Section: FVU by layer beside held-out text and PCA, and L0. Tested in test_page.py."""
 
 from analysis.report.charts import layer_chart
 from analysis.report.data import Results
@@ -55,8 +55,7 @@ def section(results: Results) -> Section:
 
 def reconstruction_title(results: Results) -> str:
     """What the reconstruction error finds: the mean over layers, and the baseline on held-out text."""
-    fvu = results.number("reconstruction", "fvu")
-    if fvu is None:
+    if (fvu := results.number("reconstruction", "fvu")) is None:
         return "The reconstruction error is not defined in these tokens"
     pca_k = integer(results.get("baseline", "pca", "k"))
     beside = {f"PCA of {pca_k} components": results.number("baseline", "pca", "fvu")}

@@ -1,4 +1,4 @@
-"""Section: how similar decoder rows are, and which pairs."""
+"""Section: how similar decoder rows are, and which pairs. Tested in test_page.py."""
 
 from analysis.report.data import Results
 from analysis.report.markup import Section, integer, show, table, tiles

@@ -1,4 +1,4 @@
-"""Section: how the numbers moved while the autoencoder was trained."""
+"""Section: how the numbers moved while the autoencoder was trained. Tested in test_page.py."""
 
 from html import escape
 
@@ -10,8 +10,7 @@ TITLE = "Over the training"
 
 def section(results: Results) -> Section:
     """The curve as a table, and how the numbers moved at its end."""
-    curve = results.get("convergence", "curve")
-    if not curve:
+    if not (curve := results.get("convergence", "curve")):
         return Section(TITLE, "<p>Not shown: the checkpoint keeps no numbers from during its training.</p>")
     rows = [
         (integer(point["step"]), integer(point["vectors"]), *(show(point[n]) for n in ("fvu", "ratio", "stays_on")))

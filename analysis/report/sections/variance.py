@@ -1,4 +1,4 @@
-"""Section: variance of the layer, its parts, and the reference."""
+"""Section: variance of the layer, its parts, and the reference. Tested in test_page.py."""
 
 import math
 from html import escape
@@ -53,8 +53,7 @@ def section(results: Results) -> Section:
 
 def variance_title(results: Results) -> str:
     """What the decomposition finds, by activation mass."""
-    found = variance_shares(results, "mass")
-    if not found:
+    if not (found := variance_shares(results, "mass")):
         return "The layers of active latents do not vary in these tokens"
     within, tokens, latents = (percent(found.get(part, 0.0)) for part in PARTS)
     return f"{within} of the layer variance lies within a token, {tokens} between tokens, {latents} between latents"

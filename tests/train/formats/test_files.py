@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,8 +14,19 @@ from torch import Tensor
 from residscope.errors import IncompatibleError, UsageError
 from tests.support.saes import STORE, D, K, M, assert_equal, assert_same, break_config, make_sae, make_variant, vectors
 from train.checkpoint import Checkpoint, save_checkpoint
-from train.formats.files import read_checkpoint, read_sae, read_safetensors, write_sae, write_safetensors
+from train.formats.cli import FORMATS
+from train.formats.files import (
+    LAYOUTS,
+    ForeignFormat,
+    read_checkpoint,
+    read_sae,
+    read_safetensors,
+    write_sae,
+    write_safetensors,
+)
+from train.formats.layouts import refusal
 from train.model import MLSAE, SAEConfig
+from train.model_config import Activation, Standardize
 
 
 def top_k(z: Tensor, k: int) -> Tensor:
@@ -285,6 +296,30 @@ def test_what_a_format_cannot_say_is_not_written(tmp_path: Path, to: Any, change
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("standardize", get_args(Standardize))
+@pytest.mark.parametrize("encoder_bias", [True, False])
+@pytest.mark.parametrize("subtracted", [True, False])
+def test_what_a_format_writes_comes_back_as_it_was(
+    tmp_path: Path, to: Any, activation: Any, standardize: Any, encoder_bias: bool, subtracted: bool
+) -> None:
+    """Whatever a layout does not refuse."""
+    layers = (3, 5) if standardize == "layer" else ()
+    how = {"standardize": standardize, "layers": layers, "apply_b_dec_to_input": subtracted}
+    sae = make_variant(activation, encoder_bias=encoder_bias, **how)
+    if not refusal(to, sae.config):
+        write_sae(sae, tmp_path, to)
+        found = read_sae(tmp_path)[0]
+        assert found.config == sae.config
+        assert_same(found(vectors()).x_hat, sae(vectors()).x_hat)
+
+
+def test_the_command_knows_every_format() -> None:
+    assert get_args(ForeignFormat) == tuple(LAYOUTS)
+    assert ("residscope", *LAYOUTS) == FORMATS
+
+
 def saelens_by_architecture(x: Tensor, tensors: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
     """SAELens's forward pass, of vectors that it does not normalise."""
     inputs = x - tensors["b_dec"] if config["apply_b_dec_to_input"] else x
@@ -297,7 +332,7 @@ def saelens_by_architecture(x: Tensor, tensors: dict[str, Tensor], config: dict[
     return h @ tensors["W_dec"] + tensors["b_dec"]
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk", "matryoshka", "jumprelu", "relu"])
+@pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize("subtracted", [True, False])
 def test_variants_as_saelens_files(tmp_path: Path, activation: Any, subtracted: bool) -> None:
     """They mean the same by its formulas, and come back as what they were."""
@@ -336,7 +371,7 @@ def test_encoder_biases_go_to_sparsify_and_back(tmp_path: Path) -> None:
     assert_same(sae(vectors()).x_hat, sparsify_formula(vectors(), load_file(tmp_path / "sae.safetensors"), K))
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk", "matryoshka", "jumprelu", "relu"])
+@pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize("standardize", ["vector", "layer"])
 def test_variants_come_back_from_our_own_files(tmp_path: Path, activation: Any, standardize: Any) -> None:
     sae = make_variant(activation, standardize=standardize, layers=(3, 5) if standardize == "layer" else ())

@@ -16,7 +16,7 @@
   bits are zero and are left out.
 
 Sums are made in the numbers' own type. Shapes: N rows, D d_model, M n_latents, k active latents a row, P pairs; GROUP
-latents a group, GROUPS a power of two of groups, K one of winners.
+latents a group, GROUPS a power of two of groups, K one of winners. Tested in tests/train/kernels/cuda/test_backend.py.
 """
 
 import triton
