@@ -48,7 +48,7 @@ def _label(run: Mapping[str, Any]) -> str:
     what = kind_words(run).rpartition("/")[2]
     number = layer_words(run["layers"]) + (" layers" if len(run["layers"]) > 1 else "")
     kind = " ".join(filter(None, (run["activation"], run["k"] and f"k {run['k']}")))
-    sizes = f"{number}, R {run['expansion_factor']:g}, {kind}"
+    sizes = f"{number}, R {run['expansion_factor']:.3g}, {kind}"
     return f"{figure_text(run['run'])}\n{figure_text(what)}; {sizes}"
 
 
@@ -88,7 +88,7 @@ def _draw_parts(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     parts = [run["normalised"]["mass"] for run in runs]
     ends = [(part["ci95"].get("total") or (0, part["total"] or 0))[1] for part in parts]
     axes.set_xlim(0, 1.05 * max([1.0, *ends]))
-    axes.set_xlabel("variance of the layer, by mass, over that of\nan evenly drawn layer, (layers² - 1) / 12")
+    axes.set_xlabel("variance of the layer, by mass, over that of\nan evenly drawn layer")
 
 
 def _draw_ratios(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:

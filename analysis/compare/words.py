@@ -18,8 +18,8 @@ def compare_words(runs: Sequence[Run]) -> str:
     """The decomposition by mass over that of an evenly drawn layer, what the reconstruction costs, and persistence."""
     return "\n".join(
         [
-            "R: expansion factor. Variance of the layer, by mass, over that of an evenly drawn layer, (layers^2 - 1) / "
-            "12; aggregate / token-level is not divided; [95 % intervals over documents]",
+            "R: expansion factor. Variance of the layer, by mass, over that of a layer drawn evenly from the analysed "
+            "ones; aggregate / token-level is not divided; [95 % intervals over documents]",
             *_table(runs, DECOMPOSITION),
             "",
             "Means over layers. FVU, delta CE (nats per token) and KL (nats per token): lower is better, 0 is perfect. "

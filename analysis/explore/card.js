@@ -1,7 +1,7 @@
 // A latent's card: what it fires on, its layers, its strongest examples, its neighbours.
 
 import { bars, figure, heatMap } from "./charts.js";
-import { ask, button, code, fill, find, h, link, pins, say, set, state, visible, watch } from "./core.js";
+import { ask, button, code, fill, find, h, link, number, pins, say, set, state, visible, watch } from "./core.js";
 
 const known = new Map();
 export const DENSE = 0.1; // share of the tokens
@@ -36,7 +36,7 @@ function change(words, now) {
 
 /** The card as elements. */
 export function cardBody(card) {
-  const { latent, layers } = card, layer = state.layer, share = card.n_tokens / card.of_tokens, facts = {
+  const { latent, layers } = card, layer = layers.includes(number(state.layer)) ? state.layer : "", share = card.n_tokens / card.of_tokens, facts = {
     Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread (standard deviation), layers": show(card.layer_std),
     Firings: integer(card.count), "Tokens it fires at": `${integer(card.n_tokens)}, ${percent(share)}`,
     "Mean number of layers it is on at, per such token": (card.count / card.n_tokens).toFixed(1), "Layers at which it was ever on": `${card.n_layers_active} of ${layers.length}`,

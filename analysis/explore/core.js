@@ -45,7 +45,7 @@ export function read(first = false) {
 }
 addEventListener("popstate", () => read());
 
-export const pins = () => state.pins.split(",").filter(Boolean).map(Number);
+export const pins = () => [...new Set(state.pins.split(",").filter(Boolean).map(Number))];
 export const number = (text) => (text === "" ? null : Number(text));
 
 const LONG = 2000; // ms
@@ -135,8 +135,9 @@ export function link(words, changes, props = {}) {
   return h("a", { href: address(changes), onclick, ...props }, words);
 }
 
-/** Text with what cannot be seen made visible. */
-export const visible = (text) => (text.trim() ? text : text.replaceAll(" ", "\u00b7") || "\u00b7").replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192");
+/** Text with what cannot be seen, or would turn the direction of writing, made visible. */
+export const visible = (text) => (text.trim() ? text : text.replaceAll(" ", "\u00b7").replaceAll("\u00a0", "\u237d") || "\u00b7").replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192")
+  .replace(/[\0-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]/g, (sign) => (sign < " " ? String.fromCharCode(0x2400 + sign.charCodeAt(0)) : `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`));
 export const quoted = (text) => `\u201c${visible(text)}\u201d`;
 export const counted = (n, word) => `${integer(n)} ${word}${n === 1 ? "" : "s"}`;
 export const code = (words) => words.map((word) => [h("code", {}, visible(word)), " "]);

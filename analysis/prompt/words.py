@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from analysis.results.words import shown, table
+from residscope.escape import printable
 
 N_LATENTS = 12
 
@@ -64,7 +65,7 @@ def name_of(intervention: Mapping[str, Any]) -> str:
 
 def quoted(text: str) -> str:
     """Text in quotes on one line."""
-    return '"' + text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") + '"'
+    return printable('"' + text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") + '"')
 
 
 def _moves(changes: list[Mapping[str, Any]]) -> str:

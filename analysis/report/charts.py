@@ -34,13 +34,13 @@ class Plot:
         self._texts: list[str] = []
 
     def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
-        """A line through `points`, broken where one is not finite; `kind` is a class of report.css."""
-        path, pen_up = [], True
-        for x, y in points:
-            known = math.isfinite(x) and math.isfinite(y)
-            if known:
-                path.append(f"{'M' if pen_up else 'L'}{x * 1000:.1f} {(1 - y) * 1000:.1f}")
-            pen_up = not known
+        """A line through `points`, broken where one is not finite (one by itself is a dash); kind: of report.css."""
+        path, known = [], [*(math.isfinite(x) and math.isfinite(y) for x, y in points), False]
+        for i, (x, y) in enumerate(points):
+            if known[i]:
+                begun, alone = known[i - 1], not (known[i - 1] or known[i + 1])
+                left, down = 1000 * x - 10 * alone, (1 - y) * 1000
+                path.append(f"{'L' if begun else 'M'}{left:.1f} {down:.1f}{'h20' * alone}")
         self._shapes.append(f'<path class="{kind}" d="{"".join(path)}"/>')
 
     def image(self, png: bytes) -> None:

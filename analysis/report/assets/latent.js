@@ -17,10 +17,15 @@ function escaped(text) {
   return text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
 }
 
-/** Text with line ends made visible. */
-function visible(text) {
-  return escaped(text.replace(/[\n\t]/g, (sign) => SHOWN[sign]).replaceAll("\0", "\u2400"));
+/** Text with what cannot be seen, or would turn the direction of writing, made visible. */
+function signs(text) {
+  return text.replace(/[\0-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff]/g, (sign) => SHOWN[sign]?.trim()
+    || (sign < " " ? String.fromCharCode(0x2400 + sign.charCodeAt(0)) : `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`));
 }
+
+const visible = (text) => escaped(signs(text));
+/** A word by itself, of which spaces would not be seen. */
+const wordHtml = (word) => `<code>${word.trim() ? visible(word) : visible(word).replaceAll(" ", "\u00b7").replaceAll("\u00a0", "\u237d")}</code>`;
 
 /** The tokens of a packed window: [text, lengths, place of its token] and a level for each; see analysis/report/examples.py. */
 function tokensOf([text, lengths], levels) {
@@ -49,7 +54,7 @@ function windowHtml(window, levels, top) {
 /** The tokens that a latent promotes and suppresses, and its contexts, each once, with the layers at which it is strong there. */
 function examplesHtml(latent) {
   const { texts, contexts, promoted, suppressed, explained } = latent, about = document.getElementById("latent-note");
-  const words = (name, list) => (list ? `<p><b>${name}</b> ${list.map((word) => `<code>${visible(word)}</code>`).join(" ")}</p>` : "");
+  const words = (name, list) => (list ? `<p><b>${name}</b> ${list.map(wordHtml).join(" ")}</p>` : "");
   const said = (explained ?? []).map(([where, words, scores]) => `<p><b>Explained, ${where}</b> ${escaped(words)} <small>${escaped(scores)}</small></p>`).join("");
   const tokens = said + words("Promotes", promoted) + words("Suppresses", suppressed);
   const chance = about?.dataset.chance && !promoted ? `<p class="note">What it promotes is at the level of chance, and not shown: it is no nearer to a token's logit than random directions are (cosine ${about.dataset.chance}).</p>` : "";
@@ -84,7 +89,7 @@ function histogram(place, rows, layers, edges, colours) {
   const columns = Array.from({ length: n }, (_, bin) => show(edges[first + bin]).replace(/\.?0+$/, ""));
   heatMap(map, counts, layers, columns, ramp(colours), {
     name: "tokens by layer and activation", log: true, unit: "tokens (log scale); columns: activation from, standardised units",
-    say: (r, c, count) => { said.textContent = `layer ${layers[r]}, activation ${show(edges[first + c])} to ${show(edges[first + c + 1])}: ${integer(count)} tokens`; },
+    say: (r, c, count) => { said.textContent = `layer ${layers[r]}, activation ${show(edges[first + c])} to ${show(edges[first + c + 1])}: ${integer(count)} token${count === 1 ? "" : "s"}`; },
   });
 }
 

@@ -25,7 +25,7 @@ function heatCanvas(values, height, n, colours, top, log) {
 function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pick, say, labels = true, log = false, unit = "activation" }) {
   const n = columns.length, height = rows.length, top = values.reduce((a, b) => Math.max(a, b), 0);
   const canvas = heatCanvas(values, height, n, colours, top, log);
-  const described = { role: "img", tabindex: 0, "aria-label": `Heat map of ${name}: ${height} layers, ${n} columns, highest value ${show(top)}. Arrow keys read its cells.` };
+  const described = { role: "img", tabindex: 0, "aria-label": `Heat map of ${name}: ${height} layers, ${n} columns, highest value ${(log ? integer : show)(top)}. Arrow keys read its cells.` };
   for (const [attribute, words] of Object.entries(described)) canvas.setAttribute(attribute, words);
   /** Every so many names along an edge of the map, so that at most `most` stand there. */
   const named = (className, names, most, style) => {
@@ -42,9 +42,10 @@ function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pic
     frame.append(named("cols", columns, 32, (c) => ({ left: `${(100 * (c + 0.6)) / n}%` })));
     const stops = colours.filter((_, i) => i % 16 === 0 || i === 255).map((colour) => `rgb(${colour})`);
     const key = element("div", "key");
-    key.append(log ? "1" : "0", element("i", "", "", { background: `linear-gradient(to right, ${stops})` }), `${show(top)} ${unit}; rows: layer (after block)`);
+    key.append(log ? "1" : "0", element("i", "", "", { background: `linear-gradient(to right, ${stops})` }), `${(log ? integer : show)(top)} ${unit}; rows: layer (after block)`);
     place.append(key);
   }
+  if (!n) return;
   const at = { r: 0, c: 0 };
   /** Say a cell, the nearest one there is, and frame it. */
   const read = (r, c) => {
@@ -84,7 +85,7 @@ async function promptView(view) {
   const colours = ramp(JSON.parse(block.dataset.colours));
   const find = (name) => view.querySelector(`.${name}`);
   const readout = find("readout"), atToken = find("at-token"), atLatent = find("at-latent");
-  const shown = (text) => (text === "" ? "\u00b7" : text.replaceAll("\n", "\u21b5"));
+  const shown = (text) => (text === "" ? "\u00b7" : signs(text));
   const state = { token: -1, latent: 0 };
   const sparse = (keep, place, size) => {
     const values = new Float32Array(size);
@@ -149,3 +150,5 @@ async function promptView(view) {
 }
 
 for (const view of document.querySelectorAll(".prompt")) reported(promptView(view), "maps", view.querySelector(".readout"));
+// Tables and maps have moved what the browser went to.
+Promise.all(made).then(() => { if (!location.hash.startsWith("#latent-")) document.getElementById(location.hash.slice(1))?.scrollIntoView(); });

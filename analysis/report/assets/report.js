@@ -165,7 +165,8 @@ async function latentTable(block) {
     if (isText && query !== state.asked) status.textContent = "Searching \u2026";
     const hits = isText ? await findText(text, within.value === "promoted", n) : [];
     if (mine !== asking) return; // overtaken by a newer selection
-    if (!isText && state.key === "match") state.key = "count";
+    if (query && !state.asked) state.before = [state.key, state.down];
+    if (!isText && state.key === "match") [state.key, state.down] = state.before ?? ["count", true];
     if (query && query !== state.asked) [state.key, state.down] = ["match", true];
     state.asked = query;
     data.match = new Float32Array(isText ? n : 0);
@@ -189,7 +190,7 @@ async function latentTable(block) {
   function rowHtml(i) {
     const open = state.open.has(i);
     const cells = shownColumns.map((c) => {
-      if (c.words) return `<td class="words">${words[i].map((word) => `<code>${word.trim() ? visible(word) : visible(word).replaceAll(" ", "\u00b7")}</code>`).join(" ")}</td>`;
+      if (c.words) return `<td class="words">${words[i].map(wordHtml).join(" ")}</td>`;
       if (!c.key) return `<td class="profile">${bars(profile(data.probs, i, layers))}</td>`;
       const value = c.format(data[c.key][i]);
       return c.key === "latent" ? `<td><button class="open" aria-expanded="${open}">${value}</button></td>` : `<td${c.wide ? ' class="wide"' : ""}>${value}</td>`;
@@ -229,10 +230,12 @@ async function latentTable(block) {
     body.innerHTML = shown.map(rowHtml).join("");
     for (const place of body.querySelectorAll(".detail")) fillDetail(place).catch(console.error);
     sort.value = state.key;
+    [...sort.options].find((option) => option.value === "match").disabled = !state.asked;
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
-    if (state.asked && state.key === "match") status.textContent += ", the most specific to it first";
-    if (n && !state.rows.length) status.textContent = state.asked
+    if (state.asked && state.key === "match" && state.down) status.textContent += ", the most specific to it first";
+    if (n && !state.rows.length) status.textContent = state.asked && within.value === "promoted" ? "No latent whose direction is above chance promotes a token that begins so."
+      : state.asked
       ? "No latent has it among the contexts on this page, where each has its strongest; one that fires on it more weakly may be there all the same."
       : "No live latent matches: it is either dead in these tokens or filtered out.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
@@ -250,7 +253,10 @@ async function latentTable(block) {
     search.value = asked[1];
     const row = data.latent.indexOf(Number(asked[1]));
     if (row >= 0) state.open.add(row);
-    select().then(() => (body.querySelector(`[data-row="${row}"]`) ?? find("latents")).scrollIntoView());
+    select().then(() => {
+      (body.querySelector(`[data-row="${row}"]`) ?? find("latents")).scrollIntoView();
+      body.querySelector(`[data-row="${row}"] .open`)?.focus({ preventScroll: true });
+    });
   }
 
   function reset() {
@@ -298,6 +304,9 @@ async function latentTable(block) {
     table.scrollIntoView();
   });
   addEventListener("hashchange", follow);
+  document.addEventListener("click", (event) => { // on a link to where the page is, which changes nothing else
+    if (event.target.closest('a[href^="#latent-"]')?.hash === location.hash) follow();
+  });
   select();
   follow();
   for (const part of [table, pages, filters]) part.hidden = false;
@@ -305,11 +314,13 @@ async function latentTable(block) {
 
 /** Where a part of the page cannot be made, `place` says so. */
 function reported(making, what, place) {
-  making.catch((error) => {
+  made.push(making.catch((error) => {
     place.textContent = `The ${what} could not be made: ${error.message}`;
     console.error(error);
-  });
+  }));
 }
+
+const made = [];
 
 const latentBlock = document.getElementById("latent-data");
 if (latentBlock) reported(latentTable(latentBlock), "table", document.getElementById("latent-status"));

@@ -29,7 +29,7 @@ def section(results: Results) -> Section:
     )
     rows = zip(distances, observed, expected, strict=True)
     by_distance = table(
-        ("Distance, layers", "overlap, 0 to 1 (higher agrees more)", "by chance", "overlap / chance, ratio"),
+        ("Distance, analysed layers", "overlap, 0 to 1 (higher agrees more)", "by chance", "overlap / chance, ratio"),
         [(str(d), show(a), show(b), show(a / b if b else None)) for d, a, b in rows],
     )
     times = f"{show(ratio)} times what chance gives ({show(chance)})"

@@ -10,6 +10,7 @@ from analysis.prompt.words import name_of, quoted, token_at
 from analysis.report.charts import VIRIDIS
 from analysis.report.data import Results
 from analysis.report.markup import Section, fill, integer, pack_arrays, percent, show, table
+from residscope.escape import printable
 
 MOST_DRAWN = 256
 """Latents of a prompt whose activations are in the page, by falling specificity; prompt.parquet has all."""
@@ -69,7 +70,7 @@ def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
         i=str(i),
         text=escape(prompt["text"]),
         tokens=tokens,
-        likely=", ".join(f"{_token(one['token'])} {percent(one['p_true'])}" for one in prompt["next"]),
+        likely=", ".join(f"{_token(one['token'], one['token_id'])} {percent(one['p_true'])}" for one in prompt["next"]),
         n_latents=integer(prompt["n_active_latents"]),
         fewer=fewer,
         latents=_latents(prompt),
@@ -99,15 +100,17 @@ def _effects(prompt: Mapping[str, Any]) -> str:
 
 def _changes(found: Sequence[Mapping[str, Any]]) -> str:
     return "".join(
-        f"<div>{_token(one['token'])} {percent(one['p_true'])} → {percent(one['p_changed'])}"
+        f"<div>{_token(one['token'], one['token_id'])} {percent(one['p_true'])} → {percent(one['p_changed'])}"
         f" <small>logit {'+' if one['logit_change'] >= 0 else ''}{show(one['logit_change'], 2)}</small></div>"
         for one in found[:5]
     )
 
 
-def _token(text: str) -> str:
-    return f"<code>{escape(quoted(text))}</code>"
+def _token(text: str, number: int | None = None) -> str:
+    """A token; of a piece of a character, which has no sign of its own, its number too."""
+    piece = f" ({number})" if "\N{REPLACEMENT CHARACTER}" in text and number is not None else ""
+    return f"<code>{escape(quoted(text))}</code>{piece}"
 
 
 def _visible(text: str) -> str:
-    return text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") or "\N{MIDDLE DOT}"
+    return printable(text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")) or "\N{MIDDLE DOT}"
