@@ -109,7 +109,7 @@ class StorageConfig:
 
     def __post_init__(self) -> None:
         parse_layers(self.layers)
-        if self.rolling is not None and parse_bytes(self.rolling) is None:
+        if self.rolling is not None and not parse_bytes(self.rolling):
             raise UsageError(f"--rolling should be a size such as 50GB, found {self.rolling!r}")
 
 

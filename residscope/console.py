@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory, said
+from residscope.errors import Interrupted, ResidscopeError, UsageError, is_out_of_memory, said
 from residscope.escape import printable_streams
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def run_command(
 
 
 def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # in which libraries fail in ways of their own
+        return _fail(name, "the working folder was removed: change into one that is there", UsageError.exit_code)
     try:
         with terminate_as_interrupt():
             code = command() or 0
@@ -176,7 +181,7 @@ def human_bytes(n: float) -> str:
 
 def parse_bytes(text: str) -> int | None:
     """The bytes that a size means, in decimal units as `human_bytes` gives them (50GB, 1.5 TB); None if it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGTP]?)B", text.strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) ?([kMGTP]?)B", text.strip())
     return None if match is None else int(float(match[1]) * 1000 ** " kMGTP".index(match[2] or " "))
 
 

@@ -217,9 +217,9 @@ class WriterLock:
         """`IncompatibleError` where the folder at `store` is no longer the one that is locked."""
         path = store / LOCK
         if not (path.exists() and os.path.samestat(os.fstat(self._descriptor), path.stat())):
+            what = "another folder was put in this store's place" if store.exists() else "it was moved or removed"
             raise IncompatibleError(
-                f"{store}: another folder was put in this store's place while it was written; put it back, and run the "
-                "same command again"
+                f"{store}: {what} while it was written; put it back, and run the same command again"
             )
 
     def close(self) -> None:

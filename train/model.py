@@ -115,7 +115,8 @@ class MLSAE(nn.Module):
         """A new one of the latents of `config` that this one of the ranks has: of all where there is only one."""
         m, size = config.n_latents, latents.size
         if m % size or config.k > m // size:
-            raise UsageError(f"--shard-latents {size}: {m} latents do not make as many parts of {config.k} or more")
+            wanted = f"as many equal parts of at least k ({config.k}) latents"
+            raise UsageError(f"--shard-latents {size}: {m} latents do not make {wanted}: choose another --n-latents")
         sae = cls(replace(config, n_latents=m // size))
         sae.latents = latents
         return sae

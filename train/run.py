@@ -104,8 +104,12 @@ def _opened(config: TrainConfig, ranks: Ranks) -> Iterator[ActivationStore]:
     if max(config.n_procs, config.shard_latents) > ranks.size:
         raise UsageError("--n-procs and --shard-latents are for the command `train`, which starts the processes")
     device = resolve_device(config.hardware.device)
-    while config.follow and not is_store(config.store):
-        time.sleep(0.1)
+    if config.follow and not is_store(config.store):
+        if config.store.is_file():
+            raise UsageError(f"--store {config.store}: should be the folder of a store, found a file")
+        announce.say(f"waiting for a harvest to begin {config.store}")
+        while not is_store(config.store):
+            time.sleep(0.1)
     only_deterministic = deterministic(device, config.hardware.deterministic)
     with ActivationStore.open(config.store, follow=True) as store, only_deterministic:
         yield store
@@ -144,6 +148,8 @@ def _train_unfinished(
         if left[trainer] is None:
             warnings |= {trainer.read_source()}
     announce.warn(warnings)
+    if data.follower and not left:  # Of a store that was made anew, or where this was not told before a crash.
+        data.follower.end()
     done = iter(_Stream(data, left, len(plans)).execute() if left else ())
     return [next(done) if record is None else record for record in finished]
 

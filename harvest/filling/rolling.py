@@ -27,7 +27,7 @@ _HELD_OUT = 0.01
 _SHARDS = 64
 """Shards that the size holds at least, where a chunk of all layers is small enough: parts of few shards mix badly."""
 
-_POLL_SECONDS = 0.02
+_POLL_SECONDS, _SAY_SECONDS = 0.02, 60
 
 
 class Rolling(NamedTuple):
@@ -88,7 +88,8 @@ def cut(n_tokens: int, aside: int, rolling: Rolling, chunk: int, shard: int) -> 
         print("warning: of one document none is held out, for validation and analysis: give several", file=sys.stderr)
     if kept >= n_shards:
         there = counted(n_shards, "shard")
-        raise UsageError(f"--rolling: nothing is left to train on ({there} in all): harvest more text")
+        way_out = "leave it out if the disk holds the whole store, else give less, or harvest more text"
+        raise UsageError(f"--rolling {human_bytes(size)}: nothing is left to train on ({there} in all): {way_out}")
     # A part's moments, as of a shard: two float64 for each value of a token, of two bytes at least.
     moments = 8 * token_bytes
     shard_bytes = shard * (token_bytes + -(-20 * n_layers // chunk)) + moments  # with the index of its chunks
@@ -115,6 +116,7 @@ def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterat
     readers, waited = Readers(store.path, store.ring), 0.0
     for number, part in enumerate(store.ring.parts(store.meta.n_shards)):
         if todo := [shard for shard in part.tolist() if shard in missing]:
+            here = 0.0
             for last_look in (False, True) if number > 1 else ():
                 while min((used := readers.used()).values(), default=0) < number - 1:
                     if stopped():
@@ -123,7 +125,11 @@ def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterat
                         names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
                         print(f"waiting for {names}, as often as it is slower", file=sys.stderr)
                     time.sleep(_POLL_SECONDS)
-                    waited += _POLL_SECONDS
+                    before, here, waited = here, here + _POLL_SECONDS, waited + _POLL_SECONDS
+                    if used and before < _SAY_SECONDS <= here:
+                        behind = min(used, key=lambda name: used[name])
+                        way_out = f"if it is not to go on, remove {readers.file(behind)}"
+                        print(f"waiting for {behind} since {human_seconds(here)}; {way_out}", file=sys.stderr)
                 if not last_look:  # One that begins meanwhile is seen at the second look, or told that it is late.
                     readers.announce(number - 1)
             if number > 1:

@@ -15,7 +15,9 @@ from residscope.commands.costs import GPUS, TABLE, Cost, Model, Training, cost, 
 from residscope.commands.costs import gpu_memory as memory_of_gpu
 from residscope.console import aligned, human_bytes, human_seconds, parse_bytes, run_command
 from residscope.errors import UsageError
-from residscope.options import parse_options, require_at_least
+from residscope.options import parse_options
+
+MOST_GPUS = 10_000
 
 PYTHIA = dict(
     zip(
@@ -68,7 +70,8 @@ class PlanConfig:
             value, least = getattr(self, name), 1e-3 if name == "expansion_factor" else 1
             if value is not None and not least <= value < 1e18:
                 raise UsageError(f"--{name.replace('_', '-')} should be at least {least:g}, found {value:g}")
-        require_at_least(0, gpus=self.gpus)
+        if not 0 <= self.gpus <= MOST_GPUS:
+            raise UsageError(f"--gpus should be 0 to {MOST_GPUS:,}, found {self.gpus:,}")
         for name in ("disk", "disk_speed"):
             text = getattr(self, name)
             if text is not None and not parse_bytes(text):

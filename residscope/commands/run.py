@@ -17,14 +17,25 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from residscope.console import human_seconds, run_command
+from residscope.console import human_seconds, parse_bytes, run_command
+from residscope.destinations import held_alone
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.options import CommandParser, parse_options, with_values
 
 _POLL_SECONDS = 0.2
 _RESERVED = {
     "train": ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--shard-latents", "--dry-run"),
-    "harvest": ("--model", "--dataset", "--max-tokens", "--rolling", "--out", "--overwrite", "--dry-run"),
+    "harvest": (
+        "--model",
+        "--dataset",
+        "--max-tokens",
+        "--rolling",
+        "--out",
+        "--overwrite",
+        "--dry-run",
+        "--help",
+        "-h",
+    ),
 }
 """Flags of each side that are set here, or make no sense beside the other."""
 
@@ -52,12 +63,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.tokens = int(float(options.tokens.replace("_", "")))
     except (ValueError, OverflowError):
         raise UsageError(f"--tokens should be a number such as 1e9, found {options.tokens!r}") from None
+    if options.tokens < 1 or not parse_bytes(options.disk):
+        found = f"{options.tokens} and {options.disk!r}"
+        raise UsageError(f"--tokens should be at least 1, and --disk a size such as 50GB, found {found}")
     try:
         options.harvest = shlex.split(options.harvest_flags)
     except ValueError as error:
         raise UsageError(f"--harvest-flags {options.harvest_flags!r}: {str(error).lower()}") from None
     for side, flags in _RESERVED.items():
-        if taken := [word for word in getattr(options, side) if word.partition("=")[0] in flags]:
+        words = [word.partition("=")[0].replace("--no-", "--") for word in getattr(options, side)]
+        if taken := [word for word in words if word in (*flags, "--version")]:
             again = f". To start from nothing, remove {_places(options)}" if taken[0] == "--overwrite" else ""
             raise UsageError(f"residscope run sets {taken[0]} of `{side}` itself: leave it out{again}")
     return options
@@ -116,22 +131,24 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         dry_run(commands)
         return
-    options.out.mkdir(parents=True, exist_ok=True)
+    (lock := options.out / ".run").mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     on_death = prctl and partial(prctl, 1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    try:
-        for name, flags in commands.items():
-            print(f"$ {shlex.join((name, *flags))}", file=sys.stderr, flush=True)
-            # In a session of its own, so that Ctrl-C comes to it once, from here; SIGTERM where this process is killed.
-            command = [sys.executable, "-m", "residscope", name, *flags]
-            running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=on_death)
-        while None in (codes := {name: side.poll() for name, side in running.items()}).values():
+    with held_alone(lock, options.out):
+        try:
+            for name, flags in commands.items():
+                print(f"$ {shlex.join((name, *flags))}", file=sys.stderr, flush=True)
+                # In a session of its own, so that Ctrl-C comes to it once, from here; SIGTERM where this one is killed.
+                command = [sys.executable, "-m", "residscope", name, *flags]
+                running[name] = subprocess.Popen(command, start_new_session=True, preexec_fn=on_death)
+            while None in (codes := {name: side.poll() for name, side in running.items()}).values():
+                _require(codes, options)
+                time.sleep(_POLL_SECONDS)
             _require(codes, options)
-            time.sleep(_POLL_SECONDS)
-        _require(codes, options)
-    finally:
-        _end(running)
+        finally:
+            _end(running)
+            lock.rmdir()
     taken = human_seconds(time.monotonic() - began)
     made = ", ".join(map(str, sorted(options.out.glob("ckpt*.pt"))))  # of a sweep several
     print(f"{made}: trained within {options.disk} of activations in {taken}")

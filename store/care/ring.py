@@ -18,7 +18,7 @@ shards come and go cannot be a hash of shards.
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +61,12 @@ class Ring(NamedTuple):
         parts = np.split(runs, range(self.part_shards // size, len(runs), self.part_shards // size))
         shards = [(first + np.sort(part)[:, None] * size + np.arange(size)).reshape(-1) for part in parts]
         return [np.append(np.arange(first), shards[0][shards[0] < n_shards]), *(p[p < n_shards] for p in shards[1:])]
+
+    def to_come(self, n_shards: int, there: Collection[int]) -> set[int]:
+        """Shards whose turn has not come: those that lack, from the last part on of which there is one."""
+        parts, known = [part.tolist() for part in self.parts(n_shards)], {*there}
+        last = max((number for number, part in enumerate(parts) if not known.isdisjoint(part)), default=0)
+        return {shard for part in parts[last:] for shard in part} - known
 
     def part_of(self, n_shards: int) -> np.ndarray:
         """int64 [shards]: the part that each is in."""
@@ -131,11 +137,12 @@ class Readers:
     def publish(self, name: str, parts: int) -> None:
         """Say that a trainer, called by its checkpoint's path, has used this many parts, and has saved what it made of
         them."""
-        path = self._file(name)
+        path = self.file(name)
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, [sealed({"name": name, "parts": parts})])
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Where a trainer's parts are."""
         words = re.sub(r"[^A-Za-z0-9.-]", "_", name)[-100:]
         return self._store / _READERS / f"{words}-{xxhash.xxh3_64_hexdigest(name.encode())}.json"
 
@@ -162,7 +169,7 @@ class Readers:
     def register(self, name: str, part: int) -> None:
         """Make a trainer known that needs `part` next; `IncompatibleError` where it comes too late."""
         self.publish(name, part)  # First: what is removed after this is removed with a look at it.
-        with removed_on_error(self._file(name)):
+        with removed_on_error(self.file(name)):
             self.require(name, part)
 
     def require(self, name: str, part: int) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from residscope.console import progress
+from residscope.console import counted, progress
 from residscope.urls import URL, as_path
 from store import arrays
 from store.activations import ActivationStore
@@ -20,6 +20,9 @@ from store.folder import read_meta, require_store
 from store.manifest import Manifest, read_manifest
 from store.meta import StoreMeta
 from store.shards import ShardReader, shard_name
+
+TO_COME = "still to come: the harvest has not ended"
+"""Of shards of a store that is filled part by part."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,20 @@ def verify(path: str | os.PathLike[str]) -> list[BadShard]:
         return bad  # Without its metadata nothing says what the shards should be.
     meta = read_meta(path, Manifest(checksums=manifest.checksums))
     ring = ring_of(meta)
-    gone = Readers(path, ring).removed_shards(meta.n_shards) if ring else set[int]()
+    to_come = ring.to_come(meta.n_shards, manifest.lines) if ring else set[int]()
     torn = "; its last line is incomplete" if manifest.torn else ""
     with ThreadPoolExecutor(4) as pool, progress("verify", "shard", meta.n_shards) as bar:
-        checks = pool.map(
-            lambda shard: None if shard in gone else check_shard(path, meta, manifest, shard), range(meta.n_shards)
-        )
+        checks = pool.map(lambda shard: check_shard(path, meta, manifest, shard), range(meta.n_shards))
         for shard, reason in enumerate(checks):
             if reason:
                 bad.append(BadShard(shard, reason + (torn if shard not in manifest.lines else "")))
             bar.update()
     bad += [BadShard(shard, "the store has no such shard") for shard in manifest.lines if shard >= meta.n_shards]
+    if ring:  # Of which some may have been removed while it was looked at.
+        passing = to_come | Readers(path, ring).removed_shards(meta.n_shards)
+        bad = [found for found in bad if found.index not in passing]
+    if to_come:
+        bad.append(BadShard(None, f"{counted(len(to_come), 'shard')} {TO_COME}"))
     if bad:
         return bad
     expected = arrays.statistics_chunks(ActivationStore.open(path).merged_statistics())

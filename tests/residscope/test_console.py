@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -269,3 +270,13 @@ def test_signals_are_not_taken_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert found == [False]
+
+
+def test_a_working_folder_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder := tmp_path / "a").mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert run_command("train", lambda: pytest.fail("it starts")) == 2
+    assert capsys.readouterr().err == "train: error: the working folder was removed: change into one that is there\n"

@@ -50,7 +50,7 @@ def tell_plans(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | N
 
 def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) -> None:
     """Raise `ResidscopeError` where the machine or the device has less memory than a training takes."""
-    way_out = "lower --expansion-factor, --batch-size, --tile-mb or --window-gb"
+    way_out = "lower --n-latents or --expansion-factor, --batch-size, --tile-mb or --window-gb"
     if n_runs > 1:
         way_out += ", or do fewer runs at once"
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """Stores that take no more of the disk than they may."""
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -79,6 +80,22 @@ def test_it_waits_for_every_trainer_and_ends_when_it_is_stopped(tmp_path: Path) 
         assert readers.removed() == 1
 
 
+def test_a_trainer_that_stays_behind_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    ring = Ring(kept_shards=1, part_shards=2, fraction=0.2, seed=0)
+    sizes = {"chunk_tokens": 16, "shard_tokens": 32, "provenance": {"ring": ring._asdict()}}
+    monkeypatch.setattr(rolling.time, "sleep", lambda _: None)
+    monkeypatch.setattr(rolling, "_POLL_SECONDS", 0.5)
+    with ActivationStore.create(tmp_path / "a.zarr", make_meta(9 * 32, 3, 12, **sizes), token_table(9 * 32)) as store:
+        readers, looks = Readers(store.path, ring), itertools.count()
+        readers.publish("/a.pt", 2)
+        readers.publish("/b.pt", 0)
+        list(parts_to_fill(store, lambda: next(looks) > 10_000))
+        said = [line for line in capsys.readouterr().err.splitlines() if "since" in line]
+        assert said == [f"waiting for /b.pt since 1 min 00 s; if it is not to go on, remove {readers.file('/b.pt')}"]
+
+
 def test_a_harvest_without_a_trainer_stops_when_it_is_told_to(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +164,8 @@ def test_a_text_that_cannot_be_split_is_warned_of(capsys: pytest.CaptureFixture)
     ("flags", "words"),
     [
         ({"rolling": "50"}, "--rolling should be a size such as 50GB, found '50'"),
+        ({"rolling": "0GB"}, "--rolling should be a size such as 50GB, found '0GB'"),
+        ({"rolling": "9" * 400 + "GB"}, "--rolling should be a size such as 50GB"),
         ({"rolling": "1GB", "n_workers": 2}, "leave --n-workers"),
         ({"rolling": "1GB", "pack": False}, "--no-pack"),
     ],

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from harvest import estimate
 from harvest.config import HarvestConfig
 from residscope.commands import run
+from residscope.destinations import held_alone
 from residscope.errors import ResidscopeError, UsageError
 from residscope.options import parse_options, to_flat
 from tests.support.models import tiny_model
@@ -47,7 +48,11 @@ def test_the_commands_are_valid_and_fit_each_other() -> None:
             "sets --overwrite of `train` itself: leave it out. To start from nothing, remove the folder run",
         ),
         (["--shard-latents", "2"], "sets --shard-latents of `train` itself"),
-        (["--harvest-flags=--out=elsewhere"], "sets --out=elsewhere of `harvest` itself"),
+        (["--harvest-flags=--out=elsewhere"], "sets --out of `harvest` itself"),
+        (["--harvest-flags=--help"], "sets --help of `harvest` itself"),
+        (["--no-follow"], "sets --follow of `train` itself"),
+        (["--tokens", "0"], "--tokens should be at least 1, .* found 0 and '50GB'"),
+        (["--disk", "0GB"], "--disk a size such as 50GB, found 1000000 and '0GB'"),
         (["--harvest-flags", "--text-column it's"], "--harvest-flags .*: no closing quotation"),
     ],
 )
@@ -87,6 +92,15 @@ def test_who_fails_ends_the_other(
     assert all(side.poll() is not None for side in started)
 
 
+def test_a_second_one_for_the_same_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".run").mkdir()
+    with (
+        held_alone(tmp_path / ".run", tmp_path),
+        pytest.raises(ResidscopeError, match=f"--out {tmp_path}: another process is writing there"),
+    ):
+        run.run(run.parse([*ASKED, "--out", str(tmp_path)]))
+
+
 def test_a_signal_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     started = stand_in(monkeypatch, harvest=FOREVER, train=FOREVER)
 
@@ -121,6 +135,7 @@ def test_both_halves_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert run.main([*words, "--batch-size", "128", "--window-gb", "0.0001", "--threads", "1"]) == 0
     assert "ckpt.pt: trained within 1MB of activations in " in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt").trainer["finished"]
+    assert not (tmp_path / "out" / ".run").exists()
 
 
 def test_a_dry_run_takes_the_flags_of_both_sides(

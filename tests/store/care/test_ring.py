@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from residscope.commands.info import facts, in_words
-from residscope.errors import IncompatibleError
+from residscope.errors import IncompatibleError, ResidscopeError
 from store.activations import ActivationStore
 from store.arrays import moments_name
+from store.care.repair import repair
 from store.care.ring import Readers, Ring, design_effect
 from store.care.verify import verify
 from store.checksums import DamagedError
@@ -89,6 +90,23 @@ def test_removed_shards_are_no_damage_and_content_stays_the_same(tmp_path: Path)
     kept.write_bytes(whole)
     (store.path / shard_name(0)).unlink()
     assert [bad.index for bad in verify(store.path)] == [0]
+
+
+def test_what_is_still_to_come_is_no_damage_and_not_repaired(tmp_path: Path) -> None:
+    """Parts: shard 0 and two, two, two. The second has begun, and lacks a shard; of the first one is damaged."""
+    meta = make_meta(7 * 32, 3, 12, chunk_tokens=16, shard_tokens=32, provenance={"ring": RING._asdict()})
+    first, second, third = (part.tolist() for part in RING.parts(7))
+    with ActivationStore.create(tmp_path / "a.zarr", meta, token_table(7 * 32)) as store:
+        for shard in (*first, second[0]):
+            store.write_shard(shard, random_activations(n_tokens=32))
+    assert RING.to_come(7, [*first, second[0]]) == {second[1], *third}
+    assert RING.to_come(7, [second[0]]) == {second[1], *third}
+    to_come = "3 shards still to come: the harvest has not ended"
+    assert [bad.reason for bad in verify(store.path)] == [to_come]
+    (store.path / shard_name(first[1])).unlink()
+    assert [bad.index for bad in verify(store.path)] == [first[1], None]
+    with pytest.raises(ResidscopeError, match="is filled part by part: run its `harvest` or `residscope run` to the"):
+        repair(store.path, lambda _: pytest.fail("it computes nothing"))
 
 
 def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,32 @@ def test_a_run_that_is_shorter_than_the_store_lets_the_harvest_end(tmp_path: Pat
     assert list(Readers(path, RING).used().values()) == [len(RING.parts(N_SHARDS))]
 
 
+def test_a_finished_training_lets_a_store_that_is_made_anew_end(tmp_path: Path) -> None:
+    """As where the first lay in memory, or where the last word to the harvest was lost in a crash."""
+    for name in ("a.zarr", "b.zarr"):
+        begin(path := tmp_path / name).close()
+        with harvest_beside(path):
+            train(train_config(store=path, out=tmp_path / "a.pt", resume=True, **FLAGS))
+        assert list(Readers(path, RING).used().values()) == [len(RING.parts(N_SHARDS))]
+
+
+def test_what_is_no_store_is_waited_for_with_a_word_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "a.txt"
+    file.touch()
+    with pytest.raises(UsageError, match=r"--store .*a\.txt: should be the folder of a store, found a file"):
+        train(train_config(store=file, out=tmp_path / "a.pt", follow=True, **FLAGS))
+
+    def come(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.run.time.sleep", come)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_config(store=tmp_path / "a.zarr", out=tmp_path / "a.pt", follow=True, **FLAGS))
+    assert "waiting for a harvest to begin " in capsys.readouterr().err
+
+
 def test_who_comes_too_late_replaces_nothing(tmp_path: Path) -> None:
     path, config = tmp_path / "a.zarr", {"store": tmp_path / "a.zarr", "out": tmp_path / "a.pt", **FLAGS}
     begin(path).close()
