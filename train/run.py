@@ -19,7 +19,6 @@ from residscope.errors import IncompatibleError, Interrupted, UsageError
 from residscope.options import with_values
 from store.activations import ActivationStore
 from store.care.outliers import few_tokens
-from store.folder import is_store
 from train.checkpoint import Checkpoint
 from train.config import TrainConfig
 from train.data import TrainingData, Vectors, stored_layers
@@ -28,6 +27,7 @@ from train.grid import RunSpec, expand
 from train.hardware import resolve_device
 from train.kernels.interface import WeightGradients
 from train.objective.statistics import statistics_of
+from train.parallel.follow import wait_for_store
 from train.parallel.ranks import ALONE, Ranks
 from train.reporting import announce
 from train.reporting.dry_run import DryRun, foresee, time_steps
@@ -104,12 +104,8 @@ def _opened(config: TrainConfig, ranks: Ranks) -> Iterator[ActivationStore]:
     if max(config.n_procs, config.shard_latents) > ranks.size:
         raise UsageError("--n-procs and --shard-latents are for the command `train`, which starts the processes")
     device = resolve_device(config.hardware.device)
-    if config.follow and not is_store(config.store):
-        if config.store.is_file():
-            raise UsageError(f"--store {config.store}: should be the folder of a store, found a file")
-        announce.say(f"waiting for a harvest to begin {config.store}")
-        while not is_store(config.store):
-            time.sleep(0.1)
+    if config.follow:
+        wait_for_store(config.store)
     only_deterministic = deterministic(device, config.hardware.deterministic)
     with ActivationStore.open(config.store, follow=True) as store, only_deterministic:
         yield store

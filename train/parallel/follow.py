@@ -6,17 +6,30 @@ whatever is killed, the last checkpoint finds the rows that come next.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from residscope.errors import Interrupted, UsageError
 from store.activations import ActivationStore
 from store.care.ring import Readers, design_effect
+from store.folder import is_store
 from store.manifest import FILE
 
 _PARTS = 32
+
+
+def wait_for_store(path: Path) -> None:
+    """Until a harvest has begun one there; `UsageError` where it cannot."""
+    if path.is_file():
+        raise UsageError(f"--store {path}: should be the folder of a store, found a file")
+    if not is_store(path):
+        print(f"train: waiting for a harvest to begin {path}", file=sys.stderr)
+    while not is_store(path):
+        time.sleep(0.1)
 
 
 class Follower:

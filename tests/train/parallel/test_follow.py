@@ -157,7 +157,7 @@ def test_what_is_no_store_is_waited_for_with_a_word_or_refused(
     def come(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.run.time.sleep", come)
+    monkeypatch.setattr("train.parallel.follow.time.sleep", come)
     with pytest.raises(KeyboardInterrupt):
         train(train_config(store=tmp_path / "a.zarr", out=tmp_path / "a.pt", follow=True, **FLAGS))
     assert "waiting for a harvest to begin " in capsys.readouterr().err
