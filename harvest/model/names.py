@@ -89,7 +89,7 @@ def resolve_model(
     `ResidscopeError` where the hub cannot be reached or peft is needed and not installed.
     """
     quiet()
-    if not name.strip():
+    if not str(name).strip():
         raise UsageError("--model: the name is empty")
     path, files = Path(name).expanduser(), ()
     if path.exists():

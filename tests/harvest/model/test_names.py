@@ -51,6 +51,8 @@ def test_names_that_are_no_models(tmp_path: Path, model_folder: ModelFolder, mon
         kind = IncompatibleError if Path(name).exists() else UsageError
         with pytest.raises(kind, match=message):
             resolve_model(name)
+    with pytest.raises(UsageError, match="the name is empty"):  # and not the working folder
+        resolve_model("")
     with pytest.raises(UsageError, match="has no revisions"):
         resolve_model("weightless", revision="main")
 
