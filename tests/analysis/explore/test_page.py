@@ -196,6 +196,22 @@ def test_pictures_are_saved_as_they_are_seen(tab: PlantedTab) -> None:
             assert ["9", "4", "up", "2", "0.123456789"] in rows
 
 
+def test_what_is_no_number_is_not_run_and_a_picture_of_control_characters_is_one(tab: PlantedTab) -> None:
+    tab.open(f"{SENTENCE}&changes=steer:7:3:2.5&pins=7,7,8")
+    tab.run("""await until(() => find("#changes input[type=number]") && text("#to-compare") === "Compare (2)");""")
+    for field, text, wanted in (
+        (0, "", "latent should be a whole number"),
+        (0, "1.5", "latent should be a whole number, found \u201c1.5"),
+        (1, "", "coefficient should be a number"),
+    ):
+        tab.run(f"""const field = all("#changes input[type=number]")[{field}]; field.value = "{text}";
+          field.dispatchEvent(new Event("change", {{ bubbles: true }}));
+          await until(() => text("#change-status").includes("{wanted}"));""")
+        assert tab.run("return new URLSearchParams(location.hash.slice(1)).get('changes');") == "steer:7:3:2.5"
+    found = tab.run(r"""const { visible } = await import("/assets/core.js"); return visible("a\x07\u202eb\uffff");""")
+    assert found == r"a␇\u202eb\uffff"
+
+
 def test_every_view_is_in_the_address_and_back_goes_back(tab: PlantedTab) -> None:
     tab.open(f"{SENTENCE}&token=4&sort=mass&shown=48&latent=7&layer=6&pins=7,8&changes=steer:7:3.4:2.5&continued=3")
     before = tab.run("""await until(() => find(".switch") && text("#card").includes("Fires on"));

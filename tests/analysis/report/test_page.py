@@ -330,11 +330,12 @@ def test_half_of_a_pair_of_characters_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(chromium.find_chromium() is None, reason="there is no browser here")
-def test_on_a_phone_the_link_of_a_latent_shows_it_within_the_window(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [360, 800])
+def test_in_a_narrow_window_the_link_of_a_latent_shows_it_whole(tmp_path: Path, width: int) -> None:
     latent = pq.read_table((folder := write_results(tmp_path, n_latents=100)) / "latents.parquet")
     (row,) = latent.filter(pc.field("count") > 0).slice(40, 1).to_pylist()
     address = f"{write_report(folder).as_uri()}#latent-{row['latent']}"
-    with chromium.Page(chromium.find_chromium() or "", 360, 780) as page:
+    with chromium.Page(chromium.find_chromium() or "", width, 780) as page:
         page.open(address)
         where = page.run("""(async () => { for (;;) { const row = document.querySelector("tr[data-row]:has(+ .detail)");
           const box = row?.getBoundingClientRect();
@@ -344,4 +345,25 @@ def test_on_a_phone_the_link_of_a_latent_shows_it_within_the_window(tmp_path: Pa
           await new Promise((next) => setTimeout(next, 5)); } })()""")
     assert where[0].startswith(str(row["latent"]))
     assert len(where) > 3
-    assert max(where[1:]) <= 360
+    assert max(where[1:]) <= width
+
+
+@pytest.mark.skipif(chromium.find_chromium() is None, reason="there is no browser here")
+def test_a_link_to_a_section_leads_there_and_what_is_not_seen_is_written(tmp_path: Path) -> None:
+    address = f"{write_report(write_results(tmp_path, n_latents=100)).as_uri()}#reconstruction"
+    with chromium.Page(chromium.find_chromium() or "", 1000, 780) as page:
+        page.open(address)
+        away = page.run("""(async () => { await Promise.all(made);
+          const section = document.getElementById("reconstruction");
+          document.documentElement.style.scrollBehavior = "auto";
+          for (let i = 0; i < 400; i++) { const { top } = section.getBoundingClientRect();
+            if (Math.abs(top) < 20) return top; await new Promise((next) => setTimeout(next, 5)); }
+          return "elsewhere"; })()""")
+        assert isinstance(away, int | float), away
+        assert page.run(r'signs("a\u0007\r\n\t\u202eb\u200b")') == r"a␇␍⏎→\u202eb\u200b"
+        assert page.run(r'wordHtml(" \u00a0")') == "<code>·⍽</code>"
+        chosen = page.run("""(() => { const place = document.createElement("div"), chosen = [];
+          const choose = { pick: (c) => chosen.push(c), say: (r, c) => chosen.push(c) };
+          heatMap(place, new Float32Array(0), [0, 1], [], [[0, 0, 0]], { name: "a", ...choose });
+          place.querySelector("canvas").click(); return chosen; })()""")
+        assert chosen == []

@@ -67,9 +67,7 @@ def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
     with pytest.raises(ResidscopeError, match="out of memory"):  # two processes share what is free
         words.refuse_too_large(MemoryEstimate(device=free * 2 // 3, shuffle=0, local=2), torch.device("cpu"), 1)
     huge = MemoryEstimate(device=2**60, shuffle=1)
-    with pytest.raises(
-        ResidscopeError, match=r"lower --n-latents or .*, --batch-size, --tile-mb or --window-gb$"
-    ):
+    with pytest.raises(ResidscopeError, match=r"lower --n-latents or .*, --batch-size, --tile-mb or --window-gb$"):
         words.refuse_too_large(huge, torch.device("cpu"), 1)
     with pytest.raises(ResidscopeError, match=r"or do fewer runs at once$"):
         words.refuse_too_large(huge, torch.device("cpu"), 2)

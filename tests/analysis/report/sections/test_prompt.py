@@ -12,7 +12,7 @@ import pytest
 from analysis.prompt.run import COLUMNS
 from analysis.report.data import Results, load_results
 from analysis.report.page import render_report
-from analysis.report.sections.prompt import section
+from analysis.report.sections.prompt import _token, section
 from tests.support.page import Page, unpack
 from tests.support.results import write_results
 
@@ -62,6 +62,11 @@ def test_texts_and_tokens_are_escaped_and_effects_are_shown(results: Results) ->
     assert "logit +1.5" in page.text
     assert "not ablated: latent 11" in page.text
     assert "</script>" in page.text
+
+
+def test_pieces_of_characters_are_told_apart_and_control_characters_written() -> None:
+    assert _token("\N{REPLACEMENT CHARACTER}", 122) == "<code>&quot;\N{REPLACEMENT CHARACTER}&quot;</code> (122)"
+    assert _token("a\x07\u202e\r\n", 5) == r"<code>&quot;a\x07\u202e\r\n&quot;</code>"
 
 
 def test_packed_numbers_are_those_of_the_table(results: Results) -> None:
