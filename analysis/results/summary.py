@@ -214,7 +214,7 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
         share = 100 * (n - n_held_out) / n
         shown = "All" if share == 100 else f"{share:.0f} %"
         one = "harvest several documents" if len(held_out) == 1 else "train with --validation-fraction above 0"
-        way_out = "use --split validation" if held_out.any() else one
+        way_out = "use `--split validation`" if held_out.any() else one
         warnings.append(f"{shown} of these tokens are of training documents: {way_out} for held-out numbers.")
     if trained_on == "unknown":
         warnings.append("It is not known whether the autoencoder, not trained on this store, was trained on this text.")

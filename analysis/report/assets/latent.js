@@ -111,7 +111,7 @@ async function findText(query, promoted, n) {
   if (!promoted) return rank(contents, query);
   const terms = termsOf(query);
   return contents.flatMap((one, latent) => {
-    const place = (one.promoted ?? []).findIndex((word) => terms.some((term) => folded(word).join("").trim().startsWith(term)));
+    const place = (one.promoted ?? []).findIndex((word) => terms.some((term) => folded(word).join("").trim() === term));
     return place < 0 ? [] : [{ latent, score: 1 - place / one.promoted.length }];
   });
 }

@@ -234,7 +234,7 @@ async function latentTable(block) {
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
     if (state.asked && state.key === "match" && state.down) status.textContent += ", the most specific to it first";
-    if (n && !state.rows.length) status.textContent = state.asked && within.value === "promoted" ? "No latent whose direction is above chance promotes a token that begins so."
+    if (n && !state.rows.length) status.textContent = state.asked && within.value === "promoted" ? "No latent whose direction is above chance promotes that token."
       : state.asked
       ? "No latent has it among the contexts on this page, where each has its strongest; one that fires on it more weakly may be there all the same."
       : "No live latent matches: it is either dead in these tokens or filtered out.";
