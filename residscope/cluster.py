@@ -154,8 +154,8 @@ def _require_our_code(client: Any) -> None:
 
         return import_module("residscope.cluster").code_hash()
 
-    answers = on_workers(client, find)
-    for address in client.nthreads().keys() - answers.keys():
+    asked, answers = client.nthreads().keys(), on_workers(client, find)
+    for address in (asked & client.nthreads().keys()) - answers.keys():
         text = "does not answer: what it is given waits 5 to 10 minutes, until the scheduler drops it; better stop it"
         tqdm.write(f"the Dask worker at {address} {text}", file=sys.stderr)
     for address, found in answers.items():

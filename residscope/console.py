@@ -43,8 +43,8 @@ def run_command(
 def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
     try:
         Path.cwd()
-    except FileNotFoundError:  # in which libraries fail in ways of their own
-        return _fail(name, "the working folder was removed: change into one that is there", UsageError.exit_code)
+    except OSError:  # in which libraries fail in ways of their own
+        return _fail(name, "the working folder is gone or cannot be read: change into another", UsageError.exit_code)
     try:
         with terminate_as_interrupt():
             code = command() or 0

@@ -144,7 +144,7 @@ def _train_unfinished(
         if left[trainer] is None:
             warnings |= {trainer.read_source()}
     announce.warn(warnings)
-    if data.follower and not left:  # Of a store that was made anew, or where this was not told before a crash.
+    if data.follower and data.config.follow and not left:  # The store is new, or a crash came before this was told.
         data.follower.end()
     done = iter(_Stream(data, left, len(plans)).execute() if left else ())
     return [next(done) if record is None else record for record in finished]

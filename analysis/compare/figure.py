@@ -48,7 +48,7 @@ def _label(run: Mapping[str, Any]) -> str:
     what = kind_words(run).rpartition("/")[2]
     number = layer_words(run["layers"]) + (" layers" if len(run["layers"]) > 1 else "")
     kind = " ".join(filter(None, (run["activation"], run["k"] and f"k {run['k']}")))
-    sizes = f"{number}, R {run['expansion_factor']:.3g}, {kind}"
+    sizes = f"{number}, R {run['expansion_factor']:,.4g}, {kind}"
     return f"{figure_text(run['run'])}\n{figure_text(what)}; {sizes}"
 
 

@@ -27,7 +27,7 @@ _HELD_OUT = 0.01
 _SHARDS = 64
 """Shards that the size holds at least, where a chunk of all layers is small enough: parts of few shards mix badly."""
 
-_POLL_SECONDS, _SAY_SECONDS = 0.02, 60
+_POLL_SECONDS, _SAY_SECONDS = 0.02, 600
 
 
 class Rolling(NamedTuple):
@@ -113,7 +113,7 @@ def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterat
     if store.ring is None:
         yield sorted(missing)
         return
-    readers, waited = Readers(store.path, store.ring), 0.0
+    readers, waited, named = Readers(store.path, store.ring), 0.0, set[str]()
     for number, part in enumerate(store.ring.parts(store.meta.n_shards)):
         if todo := [shard for shard in part.tolist() if shard in missing]:
             here = 0.0
@@ -125,10 +125,10 @@ def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterat
                         names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
                         print(f"waiting for {names}, as often as it is slower", file=sys.stderr)
                     time.sleep(_POLL_SECONDS)
-                    before, here, waited = here, here + _POLL_SECONDS, waited + _POLL_SECONDS
-                    if used and before < _SAY_SECONDS <= here:
-                        behind = min(used, key=lambda name: used[name])
-                        way_out = f"if it is not to go on, remove {readers.file(behind)}"
+                    here, waited = here + _POLL_SECONDS if used else 0.0, waited + _POLL_SECONDS
+                    if here >= _SAY_SECONDS and (behind := min(used, key=lambda name: used[name])) not in named:
+                        named.add(behind)
+                        way_out = f"if it has ended, and is not to go on, remove {readers.file(behind)}"
                         print(f"waiting for {behind} since {human_seconds(here)}; {way_out}", file=sys.stderr)
                 if not last_look:  # One that begins meanwhile is seen at the second look, or told that it is late.
                     readers.announce(number - 1)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -148,7 +149,8 @@ def run(options: argparse.Namespace) -> None:
             _require(codes, options)
         finally:
             _end(running)
-            lock.rmdir()
+            with suppress(OSError):
+                lock.rmdir()
     taken = human_seconds(time.monotonic() - began)
     made = ", ".join(map(str, sorted(options.out.glob("ckpt*.pt"))))  # of a sweep several
     print(f"{made}: trained within {options.disk} of activations in {taken}")

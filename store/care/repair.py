@@ -46,9 +46,11 @@ def repair(path: Path, prepare: Callable[[Path], Callable[[], object]]) -> Repai
         if lost := [bad.reason for bad in found if bad.lasting]:
             way_out = "This cannot be computed again: copy the file from a backup, or harvest into a new store"
             raise ResidscopeError(f"{path}: {lost[0]}. {way_out}")
-        if any(TO_COME in bad.reason for bad in found):
-            raise ResidscopeError(f"{path} is filled part by part: run its `harvest` or `residscope run` to the end")
+        to_come = any(TO_COME in bad.reason for bad in found)
         bad = {bad.index for bad in found if bad.index is not None}
+        if to_come:  # Its harvest knows when, and fills what lacks.
+            forget_lines(path, bad)
+            raise ResidscopeError(f"{path} is filled part by part: run its `harvest` or `residscope run` to mend it")
         refill = prepare(path) if bad else None
         old = _keep_lines(path, read_manifest(path))
         forget_lines(path, bad)

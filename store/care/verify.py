@@ -55,7 +55,7 @@ def verify(path: str | os.PathLike[str]) -> list[BadShard]:
         return bad  # Without its metadata nothing says what the shards should be.
     meta = read_meta(path, Manifest(checksums=manifest.checksums))
     ring = ring_of(meta)
-    to_come = ring.to_come(meta.n_shards, manifest.lines) if ring else set[int]()
+    to_come = ring.to_come(meta.n_shards, manifest.lines) if ring and not manifest.problems else set[int]()
     torn = "; its last line is incomplete" if manifest.torn else ""
     with ThreadPoolExecutor(4) as pool, progress("verify", "shard", meta.n_shards) as bar:
         checks = pool.map(lambda shard: check_shard(path, meta, manifest, shard), range(meta.n_shards))

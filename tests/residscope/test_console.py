@@ -279,4 +279,6 @@ def test_a_working_folder_that_is_gone_is_one_line(
     monkeypatch.chdir(folder)
     folder.rmdir()
     assert run_command("train", lambda: pytest.fail("it starts")) == 2
-    assert capsys.readouterr().err == "train: error: the working folder was removed: change into one that is there\n"
+    assert (
+        capsys.readouterr().err == "train: error: the working folder is gone or cannot be read: change into another\n"
+    )

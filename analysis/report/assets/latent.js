@@ -109,9 +109,9 @@ async function findText(query, promoted, n) {
   const blocks = await Promise.all(Array.from({ length: Math.ceil(n / PER_BLOCK) }, (_, i) => content(`block-${i}`)));
   const contents = blocks.flatMap((block) => block ?? []);
   if (!promoted) return rank(contents, query);
-  const terms = termsOf(query);
+  const token = folded(query).join("").trim();
   return contents.flatMap((one, latent) => {
-    const place = (one.promoted ?? []).findIndex((word) => terms.some((term) => folded(word).join("").trim() === term));
+    const place = (one.promoted ?? []).findIndex((word) => folded(word).join("").trim() === token);
     return place < 0 ? [] : [{ latent, score: 1 - place / one.promoted.length }];
   });
 }

@@ -93,7 +93,9 @@ def test_a_trainer_that_stays_behind_is_named(
         readers.publish("/b.pt", 0)
         list(parts_to_fill(store, lambda: next(looks) > 10_000))
         said = [line for line in capsys.readouterr().err.splitlines() if "since" in line]
-        assert said == [f"waiting for /b.pt since 1 min 00 s; if it is not to go on, remove {readers.file('/b.pt')}"]
+        assert said == [
+            f"waiting for /b.pt since 10 min 00 s; if it has ended, and is not to go on, remove {readers.file('/b.pt')}"
+        ]
 
 
 def test_a_harvest_without_a_trainer_stops_when_it_is_told_to(

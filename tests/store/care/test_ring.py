@@ -13,8 +13,9 @@ from store.activations import ActivationStore
 from store.arrays import moments_name
 from store.care.repair import repair
 from store.care.ring import Readers, Ring, design_effect
-from store.care.verify import verify
+from store.care.verify import TO_COME, verify
 from store.checksums import DamagedError
+from store.manifest import FILE, shard_of
 from store.moments import ShardMoments
 from store.shards import shard_name
 from tests.support.stores import make_meta, make_store, random_activations, token_table
@@ -105,8 +106,19 @@ def test_what_is_still_to_come_is_no_damage_and_not_repaired(tmp_path: Path) -> 
     assert [bad.reason for bad in verify(store.path)] == [to_come]
     (store.path / shard_name(first[1])).unlink()
     assert [bad.index for bad in verify(store.path)] == [first[1], None]
-    with pytest.raises(ResidscopeError, match="is filled part by part: run its `harvest` or `residscope run` to the"):
+    with pytest.raises(ResidscopeError, match="is filled part by part: run its `harvest` or `residscope run` to mend"):
         repair(store.path, lambda _: pytest.fail("it computes nothing"))
+    assert ActivationStore.open(store.path, partial=True).missing_shards() == sorted({first[1], second[1], *third})
+
+
+def test_a_damaged_line_of_a_whole_one_is_damage(tmp_path: Path) -> None:
+    store, last = ring_store(tmp_path / "a.zarr"), RING.parts(7)[-1].tolist()[-1]
+    path = store.path / FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if shard_of(line.strip()) == last)
+    path.write_bytes(b"".join([*lines[:at], lines[at].replace(b"0", b"1", 1), *lines[at + 1 :]]))
+    assert last in [bad.index for bad in verify(store.path)]
+    assert not any(TO_COME in bad.reason for bad in verify(store.path))
 
 
 def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,7 +308,11 @@ def test_what_a_format_writes_comes_back_as_it_was(
     layers = (3, 5) if standardize == "layer" else ()
     how = {"standardize": standardize, "layers": layers, "apply_b_dec_to_input": subtracted}
     sae = make_variant(activation, encoder_bias=encoder_bias, **how)
-    if not refusal(to, sae.config):
+    if refusal(to, sae.config):
+        assert (to, activation, standardize, subtracted) != ("saelens", activation, "vector", True)
+        with pytest.raises(IncompatibleError, match="cannot express"):
+            write_sae(sae, tmp_path, to)
+    else:
         write_sae(sae, tmp_path, to)
         found = read_sae(tmp_path)[0]
         assert found.config == sae.config

@@ -142,7 +142,7 @@ def test_a_finished_training_lets_a_store_that_is_made_anew_end(tmp_path: Path) 
     for name in ("a.zarr", "b.zarr"):
         begin(path := tmp_path / name).close()
         with harvest_beside(path):
-            train(train_config(store=path, out=tmp_path / "a.pt", resume=True, **FLAGS))
+            train(train_config(store=path, out=tmp_path / "a.pt", resume=True, follow=True, **FLAGS))
         assert list(Readers(path, RING).used().values()) == [len(RING.parts(N_SHARDS))]
 
 
