@@ -78,8 +78,9 @@ def _verify(path: Path, as_json: bool) -> int:
         print(json.dumps({"path": str(path), "bad": _as_json(bad)}))
         return 1 if bad else 0
     _print_faults(bad)
-    print(f"{path}: {counted(len(bad), 'fault') if bad else 'complete'}")
-    if bad and not any(found.lasting for found in bad):
+    faults = [found for found in bad if not found.to_come]
+    print(f"{path}: {counted(len(faults), 'fault') if faults else 'not whole yet' if bad else 'complete'}")
+    if faults and not any(found.lasting for found in faults):
         print(f"`residscope verify {path} --repair` recomputes the bad shards with the store's model", file=sys.stderr)
     return 1 if bad else 0
 

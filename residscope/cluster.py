@@ -106,7 +106,7 @@ def on_workers(client: Any, function: Callable[[], Any]) -> dict[str, Any]:
     end = time.monotonic() + CONNECT_SECONDS
     for thread in threads:
         thread.join(max(end - time.monotonic(), 0))
-    return {address: found[address] for address in addresses if address in found}
+    return dict(found)
 
 
 def failed(shards: Sequence[int], why: str) -> ResidscopeError:

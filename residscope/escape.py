@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, those that turn the direction of writing and halves of a pair; not tab and line feed."""
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+"""Control characters, those without width or that turn the direction of writing, halves of a pair; not tab and LF."""
 
 _MARKUP = re.compile(r"[&<>`\[\]*_|\\~#$@]|:(?=/)|(?<=[wW]{3})\.|(?<=\d)[.)](?=\s)|^[-+=]")
 """What starts markup in Markdown, HTML in it, a link without brackets, or an item of a list."""

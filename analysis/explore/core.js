@@ -1,5 +1,5 @@
-// What all parts of the page share: its state, kept in the address; requests; elements; words. Uses show, integer and
-// percent of report.js.
+// What all parts of the page share: its state, kept in the address; requests; elements; words. Uses show, integer,
+// percent and signs of report.js.
 
 /** Everything that a view depends on, as text; an address holds what differs from this. */
 const DEFAULTS = {
@@ -135,9 +135,8 @@ export function link(words, changes, props = {}) {
   return h("a", { href: address(changes), onclick, ...props }, words);
 }
 
-/** Text with what cannot be seen, or would turn the direction of writing, made visible. */
-export const visible = (text) => (text.trim() ? text : text.replaceAll(" ", "\u00b7").replaceAll("\u00a0", "\u237d") || "\u00b7").replaceAll("\n", "\u23ce").replaceAll("\t", "\u2192")
-  .replace(/[\0-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]/g, (sign) => (sign < " " ? String.fromCharCode(0x2400 + sign.charCodeAt(0)) : `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`));
+/** Text with what cannot be seen made visible, spaces by themselves too. */
+export const visible = (text) => signs(text.trim() ? text : text.replaceAll(" ", "\u00b7").replaceAll("\u00a0", "\u237d") || "\u00b7");
 export const quoted = (text) => `\u201c${visible(text)}\u201d`;
 export const counted = (n, word) => `${integer(n)} ${word}${n === 1 ? "" : "s"}`;
 export const code = (words) => words.map((word) => [h("code", {}, visible(word)), " "]);

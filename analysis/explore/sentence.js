@@ -2,7 +2,7 @@
 
 import { DENSE, denseMark } from "./card.js";
 import { figure, heatMap, switches } from "./charts.js";
-import { button, counted, cut, fill, find, h, latest, link, pins, quoted, say, set, state, visible, watch } from "./core.js";
+import { button, counted, cut, fill, find, h, latest, link, number, pins, quoted, say, set, state, visible, watch } from "./core.js";
 
 const MUCH = 5; // nats
 let prompt = null, answered = null; // answered: the changes of which the outcome is shown; null before any were run
@@ -157,10 +157,9 @@ function editor() {
   const write = (list) => set({ changes: list.map((one) => [one.kind, one.latent, [one.layers].flat().join("."), ...(one.kind === "steer" ? [one.coefficient ?? 1] : [])].join(":")).join(" ") });
   const list = changes(), edit = (i, key, value) => write(list.map((one, k) => (k === i ? { ...one, [key]: value } : one)));
   const layersOf = (text) => (text.trim() === "all" ? "all" : /^\s*\d+(\s*[-\u2013]\s*\d+|[\s,;]+\d+)*\s*$/.test(text) ? text.match(/\d+(\s*[-\u2013]\s*\d+)?/g).flatMap(span) : null);
-  const numberOf = (text, whole) => (text === "" || (whole && !Number.isInteger(Number(text))) ? null : Number(text));
   const put = (i, key, value, wanted, text) => {
     if (wrong) say(find("change-status"), "");
-    wrong = value === null ? `${key} should be ${wanted}, found \u201c${text}\u201d` : "";
+    wrong = value === null ? `${wanted}, found \u201c${text}\u201d` : "";
     if (wrong) age();
     else edit(i, key, value);
   };
@@ -168,9 +167,9 @@ function editor() {
   const later = (act) => (event) => setTimeout(act, 0, event.target.value);
   fill(find("changes"), ...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
     h("select", { "aria-label": "Kind", onchange: later((value) => edit(i, "kind", value)) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
-    h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: later((text) => put(i, "latent", numberOf(text, true), "a whole number", text)) })),
-    h("span", { class: "soft", "data-latent": one.latent }), h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((text) => put(i, "layers", layersOf(text), "all, or numbers such as 3 4 5 or 3-5", text)) })),
-    one.kind === "steer" && h("label", {}, "add activation ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: later((text) => put(i, "coefficient", numberOf(text), "a number", text)) })),
+    h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: later((text) => put(i, "latent", /^\d+$/.test(text) ? Number(text) : null, "latent should be a whole number", text)) })),
+    h("span", { class: "soft", "data-latent": one.latent }), h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((text) => put(i, "layers", layersOf(text), "layers should be all, or numbers such as 3 4 5 or 3-5", text)) })),
+    one.kind === "steer" && h("label", {}, "add activation ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: later((text) => put(i, "coefficient", number(text), "the activation to add should be a number", text)) })),
     button("Remove", () => write(list.filter((_, k) => k !== i)), { "aria-label": `Remove change ${i + 1}` }))));
   find("run").disabled = !list.length;
   wrong = "";

@@ -28,6 +28,7 @@ _SHARDS = 64
 """Shards that the size holds at least, where a chunk of all layers is small enough: parts of few shards mix badly."""
 
 _POLL_SECONDS, _SAY_SECONDS = 0.02, 600
+"""Between two looks at the trainers, and of one wait, after which the one behind is named."""
 
 
 class Rolling(NamedTuple):

@@ -162,15 +162,16 @@ def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
     if spec.cores and options["device"] in ("auto", "cuda") and (n_gpus := torch.cuda.device_count()) > 1:
         options["device"] = f"cuda:{worker.name % n_gpus}"
     try:
-        settings, store = resolve(from_flat(HarvestConfig, options)), ActivationStore.open(spec.store, partial=True)
+        settings = resolve(from_flat(HarvestConfig, options))
+        found = dependences(settings)
+        for name in (name for name in found if found[name] != spec.needed[name]):
+            raise IncompatibleError(
+                f"it would give other vectors: {name} is {found[name]} there, {spec.needed[name]} here; let the model "
+                "be, and use like machines and one environment"
+            )
+        store = ActivationStore.open(spec.store, partial=True)
     except ResidscopeError as error:
-        raise type(error)(f"at the Dask worker {worker.address}: {error}") from None
-    found = dependences(settings)
-    for name in (name for name in found if found[name] != spec.needed[name]):
-        raise IncompatibleError(
-            f"the Dask worker at {worker.address} would give other vectors: {name} is {found[name]} there, "
-            f"{spec.needed[name]} here; let the model be, and use like machines and one environment"
-        )
+        raise type(error)(f"the Dask worker at {worker.address}: {error}") from None
     runner = BatchRunner(load_weights(settings), settings)
     _last[spec.folder] = store, Filler(store, runner, settings.batch_size, cores)
     return _last[spec.folder]

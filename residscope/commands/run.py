@@ -25,20 +25,12 @@ from residscope.options import CommandParser, parse_options, with_values
 
 _POLL_SECONDS = 0.2
 _RESERVED = {
-    "train": ("--store", "--follow", "--resume", "--overwrite", "--n-procs", "--shard-latents", "--dry-run"),
-    "harvest": (
-        "--model",
-        "--dataset",
-        "--max-tokens",
-        "--rolling",
-        "--out",
-        "--overwrite",
-        "--dry-run",
-        "--help",
-        "-h",
-    ),
+    "train": ("--store", "--follow", "--resume", "--n-procs", "--shard-latents"),
+    "harvest": ("--model", "--dataset", "--max-tokens", "--rolling", "--out"),
 }
-"""Flags of each side that are set here, or make no sense beside the other."""
+"""Flags of each side that are set here."""
+_NEITHER = ("--overwrite", "--dry-run", "--help", "-h", "--version")
+"""Flags of either side that make no sense beside the other."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,9 +65,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError(f"--harvest-flags {options.harvest_flags!r}: {str(error).lower()}") from None
     for side, flags in _RESERVED.items():
         words = [word.partition("=")[0].replace("--no-", "--") for word in getattr(options, side)]
-        if taken := [word for word in words if word in (*flags, "--version")]:
+        if taken := [word for word in words if word in (*flags, *_NEITHER)]:
             again = f". To start from nothing, remove {_places(options)}" if taken[0] == "--overwrite" else ""
-            raise UsageError(f"residscope run sets {taken[0]} of `{side}` itself: leave it out{again}")
+            reason = "does without" if taken[0] in _NEITHER else "sets"
+            raise UsageError(f"residscope run {reason} {taken[0]} of `{side}`: leave it out{again}")
     return options
 
 

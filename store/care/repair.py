@@ -14,7 +14,7 @@ from pathlib import Path
 
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
-from store.care.verify import TO_COME, BadShard, check_shard, verify
+from store.care.verify import BadShard, check_shard, verify
 from store.files import atomic_write, sync
 from store.folder import require_store
 from store.manifest import FOLDER, Manifest, WriterLock, forget_lines, is_intact, read_manifest, shard_of, sort_lines
@@ -46,9 +46,8 @@ def repair(path: Path, prepare: Callable[[Path], Callable[[], object]]) -> Repai
         if lost := [bad.reason for bad in found if bad.lasting]:
             way_out = "This cannot be computed again: copy the file from a backup, or harvest into a new store"
             raise ResidscopeError(f"{path}: {lost[0]}. {way_out}")
-        to_come = any(TO_COME in bad.reason for bad in found)
         bad = {bad.index for bad in found if bad.index is not None}
-        if to_come:  # Its harvest knows when, and fills what lacks.
+        if any(one.to_come for one in found):  # Its harvest knows when, and fills what lacks.
             forget_lines(path, bad)
             raise ResidscopeError(f"{path} is filled part by part: run its `harvest` or `residscope run` to mend it")
         refill = prepare(path) if bad else None

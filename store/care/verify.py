@@ -21,9 +21,6 @@ from store.manifest import Manifest, read_manifest
 from store.meta import StoreMeta
 from store.shards import ShardReader, shard_name
 
-TO_COME = "still to come: the harvest has not ended"
-"""Of shards of a store that is filled part by part."""
-
 
 @dataclass(frozen=True)
 class BadShard:
@@ -35,6 +32,8 @@ class BadShard:
     """The file, and what is wrong with it."""
     lasting: bool = False
     """Whether it cannot be computed again: it is metadata, tokens, or the manifest's header."""
+    to_come: bool = False
+    """Whether it is no damage: shards of a store that is filled part by part, whose turn has not come."""
 
 
 def verify(path: str | os.PathLike[str]) -> list[BadShard]:
@@ -68,7 +67,8 @@ def verify(path: str | os.PathLike[str]) -> list[BadShard]:
         passing = to_come | Readers(path, ring).removed_shards(meta.n_shards)
         bad = [found for found in bad if found.index not in passing]
     if to_come:
-        bad.append(BadShard(None, f"{counted(len(to_come), 'shard')} {TO_COME}"))
+        words = f"{counted(len(to_come), 'shard')} still to come: the harvest has not ended"
+        bad.append(BadShard(None, words, to_come=True))
     if bad:
         return bad
     expected = arrays.statistics_chunks(ActivationStore.open(path).merged_statistics())

@@ -1,8 +1,8 @@
 """`train --dry-run`: how many steps, how much memory, disk and time, from a few steps whose result is not kept.
 
 The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
-Not included: AuxK, which costs nothing until latents die and then up to half a step more.
-Tested in test_outputs.py.
+Not included: AuxK, which costs nothing until latents die and then up to half a step more; a
+slower disk later. Tested in test_outputs.py.
 """
 
 import time

@@ -17,12 +17,6 @@ function escaped(text) {
   return text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
 }
 
-/** Text with what cannot be seen, or would turn the direction of writing, made visible. */
-function signs(text) {
-  return text.replace(/[\0-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff]/g, (sign) => SHOWN[sign]?.trim()
-    || (sign < " " ? String.fromCharCode(0x2400 + sign.charCodeAt(0)) : `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`));
-}
-
 const visible = (text) => escaped(signs(text));
 /** A word by itself, of which spaces would not be seen. */
 const wordHtml = (word) => `<code>${word.trim() ? visible(word) : visible(word).replaceAll(" ", "\u00b7").replaceAll("\u00a0", "\u237d")}</code>`;

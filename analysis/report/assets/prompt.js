@@ -150,5 +150,6 @@ async function promptView(view) {
 }
 
 for (const view of document.querySelectorAll(".prompt")) reported(promptView(view), "maps", view.querySelector(".readout"));
-// Tables and maps have moved what the browser went to.
-Promise.all(made).then(() => { if (!location.hash.startsWith("#latent-")) document.getElementById(location.hash.slice(1))?.scrollIntoView(); });
+// Tables and maps have moved what the browser went to; where it was before, it goes itself.
+const arrived = performance.getEntriesByType("navigation")[0]?.type === "navigate";
+Promise.all(made).then(() => { if (arrived && !location.hash.startsWith("#latent-")) document.getElementById(location.hash.slice(1))?.scrollIntoView(); });

@@ -39,6 +39,13 @@ function toShares(parts, width) {
   return Float32Array.from(parts, (part, i) => part / sums[Math.floor(i / width)]);
 }
 
+/** Text with what cannot be seen, or turns the direction of writing, made visible: as residscope/escape.py, with signs for
+    what has one. */
+function signs(text) {
+  return text.replace(/[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]/g, (sign) => ({ "\n": "\u23ce", "\t": "\u2192" })[sign]
+    ?? (sign < " " ? String.fromCharCode(0x2400 + sign.charCodeAt(0)) : `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`));
+}
+
 function integer(x) {
   return Math.round(x).toLocaleString("en");
 }
@@ -230,7 +237,7 @@ async function latentTable(block) {
     body.innerHTML = shown.map(rowHtml).join("");
     for (const place of body.querySelectorAll(".detail")) fillDetail(place).catch(console.error);
     sort.value = state.key;
-    [...sort.options].find((option) => option.value === "match").disabled = !state.asked;
+    sort.querySelector('[value="match"]').disabled = !state.asked;
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
     if (state.asked && state.key === "match" && state.down) status.textContent += ", the most specific to it first";

@@ -113,4 +113,4 @@ def _token(text: str, number: int | None = None) -> str:
 
 
 def _visible(text: str) -> str:
-    return printable(text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")) or "\N{MIDDLE DOT}"
+    return printable(text.replace("\n", "\N{RETURN SYMBOL}")) or "\N{MIDDLE DOT}"

@@ -202,7 +202,7 @@ def test_what_is_no_number_is_not_run_and_a_picture_of_control_characters_is_one
     for field, text, wanted in (
         (0, "", "latent should be a whole number"),
         (0, "1.5", "latent should be a whole number, found \u201c1.5"),
-        (1, "", "coefficient should be a number"),
+        (1, "", "the activation to add should be a number"),
     ):
         tab.run(f"""const field = all("#changes input[type=number]")[{field}]; field.value = "{text}";
           field.dispatchEvent(new Event("change", {{ bubbles: true }}));

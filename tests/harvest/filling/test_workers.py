@@ -176,7 +176,7 @@ def test_a_worker_that_outlives_its_command_writes_nothing(
         fill_shards(specs[0], [0, 1])
     workers.forget()
     elsewhere = specs[0]._replace(store=str(tmp_path / "elsewhere.zarr"))  # as on a machine that lacks the folder
-    with pytest.raises(UsageError, match=r"^at the Dask worker tcp://b:2: .*elsewhere\.zarr"):
+    with pytest.raises(UsageError, match=r"^the Dask worker at tcp://b:2: .*elsewhere\.zarr"):
         fill_shards(elsewhere, [0, 1])
     assert tree(tmp_path / "acts.zarr") == before
     workers.forget()

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from residscope.cli import main
 from residscope.commands.info import facts, in_words
 from residscope.errors import IncompatibleError, ResidscopeError
 from store.activations import ActivationStore
 from store.arrays import moments_name
 from store.care.repair import repair
 from store.care.ring import Readers, Ring, design_effect
-from store.care.verify import TO_COME, verify
+from store.care.verify import verify
 from store.checksums import DamagedError
 from store.manifest import FILE, shard_of
 from store.moments import ShardMoments
@@ -93,7 +94,9 @@ def test_removed_shards_are_no_damage_and_content_stays_the_same(tmp_path: Path)
     assert [bad.index for bad in verify(store.path)] == [0]
 
 
-def test_what_is_still_to_come_is_no_damage_and_not_repaired(tmp_path: Path) -> None:
+def test_what_is_still_to_come_is_no_damage_and_not_repaired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Parts: shard 0 and two, two, two. The second has begun, and lacks a shard; of the first one is damaged."""
     meta = make_meta(7 * 32, 3, 12, chunk_tokens=16, shard_tokens=32, provenance={"ring": RING._asdict()})
     first, second, third = (part.tolist() for part in RING.parts(7))
@@ -104,6 +107,10 @@ def test_what_is_still_to_come_is_no_damage_and_not_repaired(tmp_path: Path) -> 
     assert RING.to_come(7, [second[0]]) == {second[1], *third}
     to_come = "3 shards still to come: the harvest has not ended"
     assert [bad.reason for bad in verify(store.path)] == [to_come]
+    assert main(["verify", str(store.path)]) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [to_come, f"{store.path}: not whole yet"]
+    assert "--repair" not in said.err
     (store.path / shard_name(first[1])).unlink()
     assert [bad.index for bad in verify(store.path)] == [first[1], None]
     with pytest.raises(ResidscopeError, match="is filled part by part: run its `harvest` or `residscope run` to mend"):
@@ -118,7 +125,7 @@ def test_a_damaged_line_of_a_whole_one_is_damage(tmp_path: Path) -> None:
     at = next(i for i, line in enumerate(lines) if shard_of(line.strip()) == last)
     path.write_bytes(b"".join([*lines[:at], lines[at].replace(b"0", b"1", 1), *lines[at + 1 :]]))
     assert last in [bad.index for bad in verify(store.path)]
-    assert not any(TO_COME in bad.reason for bad in verify(store.path))
+    assert not any(bad.to_come for bad in verify(store.path))
 
 
 def test_a_removal_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
