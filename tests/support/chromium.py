@@ -46,6 +46,7 @@ class Page:
             [binary, *FLAGS, *sandbox, f"--user-data-dir={self._folder.name}", "about:blank"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": self._folder.name},
         )
         self._loop = asyncio.new_event_loop()
         self._number = 0

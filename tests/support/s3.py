@@ -45,7 +45,8 @@ class Server:
         (folder / "s3.json").write_text(json.dumps({"identities": found}))
         (folder / "data").mkdir()
         self.url = f"http://127.0.0.1:{ports['s3.port']}"
-        self._words = [str(WEED), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
+        self._words = [str(WEED), f"-logdir={folder}", "server", f"-dir={folder / 'data'}", "-s3"]
+        self._words += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         self._words += [f"-s3.config={folder / 's3.json'}", "-master.telemetry=false", "-volume.max=50"]
         self._words += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256"]
         self._words += ["-volume.minFreeSpacePercent=0", "-volume.preStopSeconds=0"]
@@ -89,4 +90,4 @@ class Server:
         self._process.kill()
         self._process.wait()
         for name, port in self._ports.items():  # which it makes beside its ports, and leaves when it is killed
-            Path(f"/tmp/seaweedfs-{name.partition('.')[0]}-{port}.sock").unlink(missing_ok=True)
+            Path(f"/tmp/seaweedfs-{name.replace('.port', '').replace('.', '-')}-{port}.sock").unlink(missing_ok=True)
