@@ -10,6 +10,7 @@ the stream then starts where the earliest of them stands, and each run waits for
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -36,7 +37,7 @@ from train.reporting.report import TrainResult, table_path
 from train.resolve import RunPlan, make_plan, memory_estimate
 from train.resume import as_begun, check_resumable, is_longer, load_saved, restart_warning, set_threads
 from train.trainer import Trainer
-from train.validation import INTERIM_TOKENS, Validation, ValidationData, ValidationTarget
+from train.validation import INTERIM_CHUNKS, INTERIM_TOKENS, Validation, ValidationData, ValidationTarget
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -309,11 +310,11 @@ class _Stream:
             return
         targets = [ValidationTarget(each.sae, each.plan.torch_dtype, each.view.position) for each in taking]
         with self._keeping(taking):
-            found = sample = self.validation.evaluate(targets, self.data.source, tokens=INTERIM_TOKENS)
+            look = partial(self.validation.evaluate, targets, self.data.source)
+            found = sample = look(tokens=INTERIM_TOKENS, chunks=INTERIM_CHUNKS)
             if last:
-                tokens = self.config.validation.validation_tokens
-                found = self.validation.evaluate(targets, self.data.source, tokens=tokens)
+                found = look(tokens=self.config.validation.validation_tokens)
         for trainer, looked, validated in zip(taking, sample, found, strict=True):
             trainer.look(looked)
             trainer.record(validated)
-        announce.tell_validation(bar, f"step {self.step} of {self.plan.steps}", [looked.fvu for looked in sample])
+        announce.tell_validation(bar, f"step {self.step} of {self.plan.steps}", sample)

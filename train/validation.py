@@ -22,8 +22,9 @@ from train.objective.losses import FIRING_THRESHOLD
 from train.objective.statistics import LayerVariance
 from train.reporting.convergence import Spread
 
-INTERIM_TOKENS = 256
-"""Held-out tokens of a validation during training: enough to see a trend, at hardly any cost."""
+INTERIM_TOKENS, INTERIM_CHUNKS = 256, 8
+"""Held-out tokens of a validation during training, and the chunks that they are spread over: enough to see a trend, at
+hardly any cost, and not the trend of a single document."""
 
 
 class Validation(NamedTuple):
@@ -80,16 +81,17 @@ class ValidationData:
         source: VectorSource,
         *,
         tokens: int,
+        chunks: int = 1,
         fired: list[Tensor] | None = None,
     ) -> list[Validation]:
         """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them.
-        fired: takes, for each, which latents fired on them, bool [M]."""
+        chunks: see `read`; fired: takes, for each, which latents fired on them, bool [M]."""
         n_layers = len(self._layers)
         device = targets[0].sae.W_enc.device
         variance = LayerVariance.zeros(n_layers, self._store.meta.d_model, device)
         sums = [_Sums(target, self._layers) for target in targets]
         seen = 0
-        for raw in self.read(tokens):
+        for raw in self.read(tokens, chunks):
             x = source.to_float32(raw)  # [t, L, D]
             layer = torch.arange(n_layers, device=device).repeat(len(x))
             variance = variance.add(x.flatten(0, 1), layer)
@@ -100,12 +102,15 @@ class ValidationData:
             fired += [each.fired for each in sums]
         return [each.finish(seen, variance.deviation) for each in sums]
 
-    def read(self, tokens: int) -> Iterator[np.ndarray]:
-        """Held-out tokens in the stored type, [t, L, D] at a time, until there are `tokens` of them."""
+    def read(self, tokens: int, chunks: int = 1) -> Iterator[np.ndarray]:
+        """Held-out tokens in the stored type, [t, L, D] at a time, until there are `tokens` of them, spread evenly over
+        as many chunks as are needed, or over `chunks` where there are so many."""
         size, n_tokens = self._store.meta.chunk_tokens, self._store.meta.n_tokens
+        most = -(-tokens // max(min(chunks, len(self._chunks)), 1))
         for chunk in self._chunks.tolist():
             part = slice(chunk * size, min((chunk + 1) * size, n_tokens))
-            chosen = np.flatnonzero(self._mask[part])[:tokens]
+            chosen = np.flatnonzero(self._mask[part])
+            chosen = chosen[:: max(len(chosen) // most, 1)][: min(most, tokens)]
             yield self._store.read(part, self._layers, raw=True)[chosen]
             tokens -= len(chosen)
             if tokens <= 0:

@@ -14,6 +14,7 @@ from residscope.errors import ResidscopeError
 from residscope.memory import free_memory
 from train.data import TrainingData
 from train.resolve import MemoryEstimate, RunPlan
+from train.validation import Validation
 
 
 def say(text: str) -> None:
@@ -103,9 +104,9 @@ def tell_finished(plan: RunPlan, metrics: Mapping[str, Any]) -> None:
     say(f"{plan.config.out} is finished ({plan.steps} steps): nothing to do{how}")
 
 
-def tell_validation(bar: tqdm, where: str, fvu: Sequence[float]) -> None:
-    """The FVU of a validation, beside the bar, or as a line where there is none."""
-    text = f"validation FVU {spread(fvu, '.3f')}"
+def tell_validation(bar: tqdm, where: str, sample: Sequence[Validation]) -> None:
+    """The FVU on a sample, beside the bar, or as a line where there is none."""
+    text = f"FVU {spread([each.fvu for each in sample], '.3f')} on {counted(sample[0].tokens, 'held-out token')}"
     bar.set_description(text, refresh=False)
     if bar.disable:
         say(f"{where}: {text}")
