@@ -22,12 +22,15 @@ ANALYZE_FLAGS=${ANALYZE_FLAGS:-}
 # Since SLURM 22.05 srun does not take it over from the job.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
+mkdir -p "$FOLDER"
+
 everywhere() { # a command, once on each node
     if [ -n "${SLURM_JOB_ID:-}" ]; then srun "$@"; else "$@"; fi
 }
 
 cluster() { # a Dask scheduler here and PER_NODE workers on each node, as long as a command runs
-    SCHEDULER_FILE=$(mktemp "$FOLDER/scheduler.XXXXXX") && rm "$SCHEDULER_FILE"
+    SCHEDULER_FILE=$(mktemp "$FOLDER/scheduler.XXXXXX")
+    rm "$SCHEDULER_FILE"
     export SCHEDULER_FILE
     dask scheduler --port 0 --no-dashboard --scheduler-file "$SCHEDULER_FILE" &
     local scheduler=$!
