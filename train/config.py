@@ -17,9 +17,9 @@ from train.model_config import THRESHOLDED, Activation, Standardize
 RecipeName = Literal["best", "gao", "paper"]
 SecondMoment = Literal["weight", "latent"]
 DEFAULT_EXPANSION_FACTOR = 16
-"""Where neither it nor a number of latents is given."""
+"""Used when neither an expansion factor nor a number of latents is given."""
 _MOST = 1e12
-"""Of counts and sizes: larger ones overflow somewhere, and no run needs them."""
+"""Upper limit of counts and sizes: larger ones overflow somewhere, and no run needs them."""
 
 ONLY_FOR = {
     "k_start": ("topk", "batchtopk", "matryoshka", "jumprelu"),
@@ -28,11 +28,11 @@ ONLY_FOR = {
     "sparsity_coef": THRESHOLDED,
     "bandwidth": ("jumprelu",),
 }
-"""Of `ObjectiveConfig`, what only some activation functions use."""
+"""The fields of `ObjectiveConfig` that only some activation functions use."""
 
 
 def _check(config: Any, *, counts: str = "", positive: str = "", not_negative: str = "", shares: str = "") -> None:
-    """`UsageError` for the first of these fields whose value is given and out of its range."""
+    """Raise `UsageError` for the first of these fields whose value is set and out of range."""
     for names, wanted, good in (
         (counts, f"above 0 and below {_MOST:.0e}", lambda value: 0 < value < _MOST),
         (positive, "above 0 and below 1e+38", lambda value: 0 < value < 1e38),  # what a float32 holds
