@@ -153,7 +153,7 @@ def _bytes_up_to(path: Path, step: int) -> int:
         elif found["step"] <= step and line.endswith(b"\n"):
             length, damaged = position, seen
     if damaged:
-        print(f"warning: {path}: {counted(damaged, 'line')} damaged, and left as found", file=sys.stderr)
+        print(f"warning: {path}: {counted(damaged, 'line')} damaged, left unchanged", file=sys.stderr)
     return length
 
 

@@ -80,7 +80,7 @@ class Trainer:
         """Raise `UsageError` if another run has started or ended since the flags were read."""
         refuse_anothers(self.path)
         if saved is None and self.path.exists() and not self.plan.config.overwrite:
-            raise UsageError(f"{self.path} exists by now: use --resume to continue it or --overwrite to replace it")
+            raise UsageError(f"{self.path} exists now: use --resume to continue it or --overwrite to replace it")
         if saved is not None and saved.changed != changed_at(self.path):
             raise UsageError(f"{self.path} was written since it was read: run the same command again")
 
