@@ -17,9 +17,9 @@ from train.model_config import THRESHOLDED, Activation, Standardize
 RecipeName = Literal["best", "gao", "paper"]
 SecondMoment = Literal["weight", "latent"]
 DEFAULT_EXPANSION_FACTOR = 16
-"""Where neither it nor a number of latents is given."""
+"""Used when neither an expansion factor nor a number of latents is given."""
 _MOST = 1e12
-"""Of counts and sizes: larger ones overflow somewhere, and no run needs them."""
+"""Upper limit of counts and sizes: larger ones overflow somewhere, and no run needs them."""
 
 ONLY_FOR = {
     "k_start": ("topk", "batchtopk", "matryoshka", "jumprelu"),
@@ -28,11 +28,11 @@ ONLY_FOR = {
     "sparsity_coef": THRESHOLDED,
     "bandwidth": ("jumprelu",),
 }
-"""Of `ObjectiveConfig`, what only some activation functions use."""
+"""The fields of `ObjectiveConfig` that only some activation functions use."""
 
 
 def _check(config: Any, *, counts: str = "", positive: str = "", not_negative: str = "", shares: str = "") -> None:
-    """`UsageError` for the first of these fields whose value is given and out of its range."""
+    """Raise `UsageError` for the first of these fields whose value is set and out of range."""
     for names, wanted, good in (
         (counts, f"above 0 and below {_MOST:.0e}", lambda value: 0 < value < _MOST),
         (positive, "above 0 and below 1e+38", lambda value: 0 < value < 1e38),  # what a float32 holds
@@ -109,7 +109,7 @@ class ObjectiveConfig:
     dead_tokens: int | None = None
     """Tokens without firing after which a latent is dead; default: 10 million, or a tenth of the run's if less."""
     loss_space: Literal["standardized", "raw"] | None = None
-    """Where the loss is taken: standardized gives every vector the same weight; raw is the reference's choice;
+    """Space of the loss: standardized gives every vector the same weight; raw is the reference's choice;
     default: the recipe's, standardized."""
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class OptimizerConfig:
     encoder_lr: float | None = None
     """Learning rate of W_enc, as a multiple of --lr; default: the recipe's, a third with up to 4,608 latents."""
     second_moment: SecondMoment | None = None
-    """For what Adam keeps a mean square of gradients: each weight, or each latent (in the encoder as though all inputs
+    """What Adam keeps a mean squared gradient for: each weight, or each latent (in the encoder as though all inputs
     had one variance), which halves the optimiser's memory; default: the recipe's, latent."""
     ema_decay: float | None = None
     """Save and validate a running mean of the weights that decays by this factor each step, such as 0.999;
@@ -293,7 +293,7 @@ class TrainConfig:
     validation: ValidationConfig = ValidationConfig()
 
     recipe: RecipeName | None = None
-    """What sets flags that are left out (lr, batch_size, beta1, beta2, encoder_scale, encoder_lr, second_moment,
+    """Sets the flags that are left out (lr, batch_size, beta1, beta2, encoder_scale, encoder_lr, second_moment,
     warmup_fraction, decay_fraction, loss_space). best: the lowest FVU found for runs of this length; gao: the scaling
     law of Gao et al., with warm-up and decay; paper: as in the MLSAE paper, a constant rate of 1e-4 and a loss in raw
     space, made for 1e9 tokens. Default: best."""
@@ -301,11 +301,11 @@ class TrainConfig:
     """Start from the weights of this autoencoder (anything that `analyze --sae` takes), of the same kind and sizes
     except for k, instead of random ones."""
     sweep: tuple[str, ...] | None = None
-    """Train a whole grid while the data are read once, such as k=16,32 expansion_factor=8,16: one checkpoint for each
+    """Train a whole grid in one pass over the data, such as k=16,32 expansion_factor=8,16: one checkpoint for each
     point, ckpt.k=16.expansion_factor=8.pt (--out gives the stem, or a folder), bit for bit that of the single run with
     the same flags. Any field that does not change the stream of batches can be swept."""
     per_layer: Literal["total", "each"] | None = None
-    """Train one autoencoder for each layer instead, on that layer's vectors of the same stream: the latents are
+    """Train one autoencoder per layer instead, on that layer's vectors of the same stream: the latents are
     divided among them (total), or each has as many (each). Checkpoints are ckpt.layer=0.pt, ..."""
     publish: PublishConfig = PublishConfig()
 
@@ -319,7 +319,7 @@ class TrainConfig:
     json: bool = False
     """Print a summary of the run as JSON on stdout."""
     follow: bool = False
-    """Wait until the store is begun. One that is filled part by part (`harvest --rolling`) is followed in any case."""
+    """Wait until the store exists. One that is filled part by part (`harvest --rolling`) is followed in any case."""
     cache_gb: float | None = None
     """Memory, in GB, for whole shards of a store at a URL, which are then fetched once, by long requests; the result is
     the same. Default: a third of what is free, shared by the processes of this machine; 0: none."""
@@ -352,7 +352,6 @@ class TrainConfig:
             raise UsageError("--resume continues a checkpoint and --overwrite replaces it: give only one")
 
     def flags(self) -> dict[str, Any]:
-        """The flags that make this run."""
-        # Of the invocation:
-        own = ("dry_run", "resume", "overwrite", "json", "n_procs", "shard_latents", "follow", "cache_gb")
-        return {name: value for name, value in to_flat(self).items() if name not in own}
+        """The flags that reproduce this run."""
+        of_invocation = ("dry_run", "resume", "overwrite", "json", "n_procs", "shard_latents", "follow", "cache_gb")
+        return {name: value for name, value in to_flat(self).items() if name not in of_invocation}

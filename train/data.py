@@ -1,4 +1,4 @@
-"""The data of a training: the open store, its split by document, and its rows as float32 tensors on the device.
+"""The training data: the open store, its split by document, and its rows as float32 tensors on the device.
 
 Layers have two numbers: the model's own, which users see, and the position among the layers trained on, 0 .. L - 1,
 by which tensors are indexed.
@@ -38,7 +38,7 @@ class Vectors(NamedTuple):
     layer: Tensor
     """int64 [N], position among the layers trained on."""
     of_layer: np.ndarray | None = None
-    """int64 [L]: rows of each layer in all ranks together; None where all are here."""
+    """int64 [L]: rows of each layer over all ranks; None if this rank has them all."""
 
 
 class VectorSource:
@@ -50,7 +50,7 @@ class VectorSource:
         self._position[list(layers)] = torch.arange(len(layers))
 
     def __call__(self, batch: Batch) -> Vectors:
-        """One batch; it is converted to float32 on the device, so that half the bytes travel."""
+        """One batch, converted to float32 on the device so that only half the bytes are transferred."""
         x, layer = self.to_float32(batch.rows), self._position[torch.from_numpy(batch.layer)]
         return Vectors(x, self._sent(layer), batch.of_layer[self._layers])
 
@@ -61,13 +61,13 @@ class VectorSource:
         return self._sent(tensor).float()
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":  # From pinned memory nobody waits for the copy.
+        if self.device.type == "cuda":  # From pinned memory the copy is asynchronous.
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
 
 class DocumentSplit(NamedTuple):
-    """Which kept tokens are trained on, and which are held out; whole documents are on one side."""
+    """Which kept tokens are trained on and which are held out; no document is in both."""
 
     train: np.ndarray
     """bool [T]"""
@@ -92,7 +92,7 @@ def split_tokens(store: ActivationStore, fraction: float, seed: int) -> Document
 
 
 def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> list[int]:
-    """Positions in the store of the model's layers `layers`, ascending; default all."""
+    """Positions in the store of the model's layers `layers`, ascending; None: all layers."""
     have = store.meta.layers
     wanted = have if layers is None else tuple(sorted(layers))
     if missing := sorted(set(wanted) - set(have)):
@@ -119,7 +119,7 @@ class TrainingData:
     ranks: Ranks = ALONE
     """The processes that share each batch."""
     follower: Follower | None = None
-    """Of a store that is filled meanwhile."""
+    """Set for a store that `harvest` is still filling."""
 
     @classmethod
     def open(cls, config: TrainConfig, store: ActivationStore, ranks: Ranks = ALONE) -> "TrainingData":
@@ -150,7 +150,7 @@ class TrainingData:
         return tuple(self.store.meta.layers[position] for position in self.stored)
 
     def record(self, layers: tuple[int, ...]) -> dict[str, Any]:
-        """What a checkpoint says of its data; layers: those that it is trained on."""
+        """What a checkpoint records about its data; layers: those that it is trained on."""
         meta, provenance = self.store.meta, self.store.meta.provenance
         return {
             "content_hash": self.store.content_hash,
@@ -174,8 +174,8 @@ class TrainingData:
         ranks: Ranks = ALONE,
         first_part: bool = False,
     ) -> WindowLoader:
-        """Batches of training rows in a seeded order; of each, this rank's share. first_part: of a store that is filled
-        meanwhile, only those of its first part."""
+        """This rank's share of each batch of training rows, in a seeded order. first_part: only rows of the first part
+        of a store that is still being filled."""
         mask, parts = self.split.train, {}
         if self.follower:
             parts = {"shard_part": self.follower.part_of, "ready": self.follower.ready}
@@ -197,14 +197,14 @@ class TrainingData:
         )
 
     def arriving(self, loader: WindowLoader) -> contextlib.AbstractContextManager[Iterator[Vectors]]:
-        """The loader's batches; for a GPU they are gathered ahead, but not where the next may never be there."""
+        """The loader's batches; for a GPU they are gathered ahead, unless the next one may never come."""
         return arriving(loader, self.source, ahead=self.device.type == "cuda" and self.follower is None)
 
 
 @contextlib.contextmanager
 def arriving(loader: WindowLoader, source: VectorSource, *, ahead: bool) -> Iterator[Iterator[Vectors]]:
-    """The loader's batches on the device; on leaving, the threads behind them end. ahead: each is gathered while that
-    before it is trained on."""
+    """The loader's batches on the device; on leaving, its threads end. ahead: gather each batch while the previous one
+    is trained on."""
     batches = cast("Generator[Batch]", iter(loader))
     vectors = map(source, batches)
     try:
@@ -215,12 +215,12 @@ def arriving(loader: WindowLoader, source: VectorSource, *, ahead: bool) -> Iter
         with ThreadPoolExecutor(1, "batch", _use_gpu, (gpu,)) as thread:
             yield _ahead(vectors, thread)
     finally:
-        with contextlib.suppress(ValueError):  # after one interrupt more, the thread may still be at it
+        with contextlib.suppress(ValueError):  # after a second interrupt the thread may still be running
             batches.close()
 
 
 def _use_gpu(gpu: int | None) -> None:
-    if gpu is not None:  # which every thread has to be told
+    if gpu is not None:  # CUDA's current device is set per thread
         torch.cuda.set_device(gpu)
 
 

@@ -1,4 +1,4 @@
-"""The same bits from the same run: what is switched in torch for it, and what the last bits depend on beside the plan.
+"""Reproducing a run bit for bit: the switches in torch, and what the last bits depend on besides the plan.
 
 On a CPU every operation of a step has one order of summing for a given number of threads, so nothing gets slower. On
 CUDA torch replaces sums that use atomics (index_add, and scatter with repeats) by sorted ones, and cuBLAS works in a
@@ -28,7 +28,7 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     # The same switch as `use_deterministic_algorithms`, which imports torch's compiler first: nearly two seconds.
     torch.set_deterministic_debug_mode("error" if on else "default")
-    # Otherwise it fills memory that is about to be overwritten, which is slow.
+    # Deterministic mode would fill memory that is about to be overwritten, which is slow.
     memory.fill_uninitialized_memory = False
     try:
         yield
@@ -52,7 +52,7 @@ def surroundings(device: str, kernels: str, product_dtype: str, ranks: Ranks = A
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """What changed, in words; None if nothing did, or if it was not recorded."""
+    """What changed, in words; None if nothing changed or `before` was not recorded."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not before or not names:
         return None

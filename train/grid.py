@@ -19,10 +19,10 @@ STREAM_FIELDS = (
     *("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb"),
     *("validation_fraction", "validation_seed"),
 )
-"""What the stream of batches depends on: the same for all runs."""
+"""The fields that the stream of batches depends on: the same for all runs."""
 
 _NOT_SWEPT = ("device", "threads", "deterministic")
-"""Of the groups that can be swept, what is the same for all runs of a process."""
+"""Fields of the groups that can be swept which are the same for all runs of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class RunSpec:
     """One run of an invocation."""
 
     config: TrainConfig
-    """As of a single run; `out` is this run's own."""
+    """The configuration of this run alone, with its own `out`."""
     name: str = ""
-    """What tells it from the others, as in its file name: "k=16.expansion_factor=8"; empty where there is one."""
+    """What distinguishes it from the others, also in file names: "k=16.expansion_factor=8"; empty for a single run."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The swept fields and their values."""
     layer: int | None = None
@@ -56,7 +56,7 @@ def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
 
 
 def as_written(value: Any) -> str:
-    """A swept value as one writes it: 8 and true and none, where Python says 8.0, True and None."""
+    """A swept value as users write it: 8, true and none, where Python prints 8.0, True and None."""
     text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
     return text.lower() if isinstance(value, bool | None) else text
 

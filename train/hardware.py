@@ -8,7 +8,7 @@ from residscope.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one, else the CPU. `UsageError` if it is absent."""
+    """The device called `name`; "auto" is CUDA if available, else the CPU. Raises `UsageError` if it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -38,7 +38,7 @@ def resolve_product_dtype(name: str, device: torch.device) -> str:
 
 
 def dense_dtype(product_dtype: torch.dtype) -> torch.dtype:
-    """The type of products of which every number is wanted, for runs with `product_dtype`; checkpoints record it.
+    """The type of products that are needed in full, in runs with `product_dtype`; checkpoints record it.
 
     For int8, whose screen finds only the k largest: bfloat16 on CPUs with AMX, else float32, even where AVX-512 has
     bfloat16 instructions, which made products no faster (benchmarks/results/2026-11-28-kernels.md).

@@ -1,6 +1,6 @@
-"""Metrics of training: sums between two logged steps, and the file that takes one JSON line a logged step.
+"""Metrics of training: sums between two logged steps, and the file with one JSON line per logged step.
 
-The sums stay on the training device until they are logged; they are in the checkpoint, for the lines after a resume.
+The sums stay on the training device until they are logged; checkpoints keep them, so that a resumed run logs the same.
 
 Shapes: N rows of a batch, L layers trained on.
 """
@@ -25,21 +25,21 @@ from train.objective.step import StepResult
 from train.parallel.ranks import ALONE, Ranks
 
 _MOST_BYTES = 1 << 30
-"""Of a file of metrics."""
+"""Largest metrics file that is read."""
 _NUMBERS = ("vectors", "loss", "fvu", "l0", "dead_fraction")
-"""What is read of a line, where it is there and not null."""
+"""The keys of a line that must be numbers if they are present and not null."""
 
 
 class MetricsWindow:
     """Sums over the steps since the last logged one."""
 
     def __init__(self, raw_denominators: Tensor, *, sparsity: bool = False, ranks: Ranks = ALONE) -> None:
-        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space, as FVU is. sparsity: whether it has a term.
-        ranks: each adds up its rows' part; they are joined where a line or a state is asked for."""
+        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space, as FVU is. sparsity: whether the
+        loss has that term. ranks: each sums over its own rows; the sums are joined for a line or a state."""
         self._raw_denominators, self._ranks = raw_denominators, ranks
         self._means = ("loss", "auxk", "sparsity") if sparsity else ("loss", "auxk")
         self._sums: dict[str, Tensor] = {}
-        self._unknown: set[str] = set()  # means whose beginning a checkpoint lacks
+        self._unknown: set[str] = set()  # means whose sums so far the checkpoint lacks
         self.clear()
 
     def clear(self) -> None:
@@ -68,7 +68,7 @@ class MetricsWindow:
     def line(self) -> dict[str, Any]:
         """Means over the window: loss, fvu, fvu_per_layer (null for a layer without rows), l0, auxk, sparsity."""
         sums = self._joined()
-        if not sums["steps"]:  # one layer alone, and none of its vectors came
+        if not sums["steps"]:  # trained on one layer, of which no vector came
             nothing = dict.fromkeys(self._means)
             return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, **nothing}
         means = {n: None if n in self._unknown else (sums[n] / sums["steps"]).item() for n in self._means}
@@ -93,17 +93,17 @@ class MetricsWindow:
         if state["steps"]:  # checkpoints from before the sparsity term was counted lack it
             self._unknown = {name for name in self._means if name not in state}
         for name in self._sums.keys() & state.keys() if self._ranks.rows.first else ("steps",):
-            if name != "active" or self._ranks.latents.first:  # which is a sum over both
+            if name != "active" or self._ranks.latents.first:  # "active" is a sum over rows and latents
                 self._sums[name].copy_(state[name])
 
 
 class MetricsFile:
-    """`ckpt.metrics.jsonl`: one line a logged step, none twice. Locked, so that no two runs write one checkpoint."""
+    """`ckpt.metrics.jsonl`: one line per logged step, none twice. Locked, so that no two runs write one checkpoint."""
 
     def __init__(self, path: Path, *, resume_step: int, check: Callable[[], object] = lambda: None) -> None:
-        """Open for appending, after cutting off what follows the last whole line of a step up to `resume_step`: those
-        steps are made again; 0 empties the file. Damaged lines before it stay, and are warned of. Raises
-        `ResidscopeError` while another process has it open, and what `check` does, before anything is changed."""
+        """Open for appending, after cutting off all that follows the last whole line of a step up to `resume_step`,
+        since those steps will be repeated; 0 empties the file. Damaged lines before it stay, with a warning. Raises
+        `ResidscopeError` while another process has the file open, and what `check` raises, before changing anything."""
         self._file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +130,7 @@ class MetricsFile:
 
 
 def finite(value: Any) -> Any:
-    """Plain values for JSON, which has no NaN and no infinity: None in their place."""
+    """`value` with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -153,17 +153,17 @@ def _bytes_up_to(path: Path, step: int) -> int:
         elif found["step"] <= step and line.endswith(b"\n"):
             length, damaged = position, seen
     if damaged:
-        print(f"warning: {path}: {counted(damaged, 'line')} damaged, and left as found", file=sys.stderr)
+        print(f"warning: {path}: {counted(damaged, 'line')} damaged, left unchanged", file=sys.stderr)
     return length
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file but for damaged ones, such as a last one that a crash cut short."""
+    """The lines of a metrics file without damaged ones, such as a last line cut short by a crash."""
     return [line for text in _lines(path) if (line := _read_line(text)) is not None]
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:
-    """A line, None where it is damaged: the numbers that are read of it are of their kinds."""
+    """The parsed line; None if it is damaged, such as by a value that should be a number and is not."""
     try:
         with reading("a line"):
             line = json.loads(text)

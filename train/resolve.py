@@ -1,7 +1,7 @@
 """What a run will do, worked out before it starts: every default resolved against the store and the machine.
 
 A checkpoint keeps a `RunPlan` as a flat dictionary: two runs with equal plans over equal stores give the same weights,
-so a resume compares plans and names the value that differs (`train.resume`). Pure, but for looking at the hardware.
+so a resume compares plans and names the value that differs (`train.resume`). Pure, apart from probing the hardware.
 """
 
 import math
@@ -38,7 +38,7 @@ RECORDED = (
     *("decoder_norm", "clip_norm", "ema_decay", "tile_mb"),
     *("recipe", "beta1", "beta2", "encoder_scale", "start_from", "encoder_lr", "second_moment"),
 )
-"""What a checkpoint keeps of a plan, in this order: all that the result depends on, apart from the store's content."""
+"""The values of a plan that a checkpoint keeps, in order: all that the result depends on but the store's content."""
 
 ADDED_LATER: dict[str, Any] = {
     "stream_layers": None,
@@ -60,12 +60,12 @@ ADDED_LATER: dict[str, Any] = {
     "tile_mb": 16,
     **BEFORE_RECIPES,
 }
-"""What checkpoints from before there was a choice were made with; they do not record it."""
+"""Values of older checkpoints, which do not record them because there was no choice yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """One run, resolved: its flags, and what those that were left open stand for on this store and this machine."""
+    """One run, resolved: its flags, and the values of those left open on this store and this machine."""
 
     spec: RunSpec
     """Which run of the invocation it is, and its flags."""
@@ -74,8 +74,8 @@ class RunPlan:
     layers: tuple[int, ...]
     """The model's numbers of the layers trained on."""
     stream_layers: tuple[int, ...] | None
-    """The layers whose vectors are streamed, where the run is trained on one of them alone (--per-layer); None: the
-    layers trained on."""
+    """The layers whose vectors are streamed, if the run is trained on only one of them (--per-layer); None: the same as
+    `layers`."""
     aux_k: int
     """Dead latents that AuxK may use on one vector."""
     sparsity_coef: float
@@ -88,7 +88,7 @@ class RunPlan:
     vectors_per_epoch: int
     """Vectors of the stream in one pass."""
     epochs: int
-    """Passes that are begun."""
+    """Passes that are started; the last may be partial."""
     dead_vectors: int
     """Vectors without firing that make a latent dead."""
     product_dtype: str
@@ -107,7 +107,7 @@ class RunPlan:
 
     @property
     def tile_bytes(self) -> int:
-        """Pre-activations held at once."""
+        """Bytes of pre-activations held at once."""
         return int(self.tile_mb * 1e6)
 
     @property
@@ -120,7 +120,7 @@ class RunPlan:
         return getattr(torch, self.product_dtype)
 
     def flags(self) -> dict[str, Any]:
-        """The flags that make this run, none left to a recipe."""
+        """The flags that reproduce this run, with the recipe's choices written out."""
         return fill(self.config, recorded_flags(asdict(self.chosen))).flags()
 
     def to_dict(self) -> dict[str, Any]:

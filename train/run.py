@@ -41,17 +41,17 @@ from train.validation import INTERIM_CHUNKS, INTERIM_TOKENS, Validation, Validat
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train the one run that `config` says, from the start or from its checkpoint.
+    """Train the single run that `config` describes, from the start or from its checkpoint.
 
-    Raises `ResidscopeError` and its kinds for what the user can fix, `Interrupted` after a signal, with all saved.
+    Raises `ResidscopeError` or a subclass for what the user can fix, `Interrupted` after a signal, with all saved.
     """
     (result,) = train_all(config)
     return result
 
 
 def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
-    """As `train`, for all the runs of a sweep or of single layers, in one pass over the data; by all of `ranks`, of
-    which the first alone speaks and writes."""
+    """Like `train`, for all runs of a sweep or of --per-layer, in one pass over the data. All `ranks` take part; only
+    the first prints and writes files."""
     began = time.perf_counter()
     check_publish(config.publish)
     with _opened(config, ranks) as store:
@@ -87,7 +87,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
 
 
 def try_run(config: TrainConfig, ranks: Ranks = ALONE) -> DryRun:
-    """What `train_all` would take: a few of its steps are timed, and nothing is written."""
+    """Estimate the time, memory and disk of `train_all` by timing a few of its steps; write nothing."""
     with _opened(config, ranks) as store:
         set_threads(config.hardware.threads, [], ranks)
         specs, memory = _specs(config, store), dict[int, WeightGradients]()
@@ -101,7 +101,7 @@ def try_run(config: TrainConfig, ranks: Ranks = ALONE) -> DryRun:
 
 @contextlib.contextmanager
 def _opened(config: TrainConfig, ranks: Ranks) -> Iterator[ActivationStore]:
-    """The store, in torch's deterministic mode where that is wanted."""
+    """The open store, with torch in deterministic mode if wanted."""
     if max(config.n_procs, config.shard_latents) > ranks.size:
         raise UsageError("--n-procs and --shard-latents are for the command `train`, which starts the processes")
     device = resolve_device(config.hardware.device)
@@ -119,7 +119,7 @@ def _specs(config: TrainConfig, store: ActivationStore) -> list[RunSpec]:
 def _planned(
     config: TrainConfig, store: ActivationStore, specs: Sequence[RunSpec], ranks: Ranks
 ) -> tuple[TrainingData, list[RunPlan]]:
-    """The data of all runs, which are on one stream, and their plans."""
+    """The data that all runs share, and the plan of each."""
     first = specs[0].config
     stream = {"batch_size": first.data.batch_size, "validation_seed": first.validation.validation_seed}
     data = TrainingData.open(with_values(config, **stream), store, ranks)
@@ -132,8 +132,8 @@ def _train_unfinished(
     saved: list[Checkpoint | None],
     finished: Sequence[dict[str, Any] | None],
 ) -> list[dict[str, Any]]:
-    """Train all runs to their end; the `trainer` entry of each one's last checkpoint, as `finished` has it of some.
-    `saved` is emptied: a checkpoint is in memory until its run has taken what it needs."""
+    """Train all runs to the end; returns the `trainer` entry of each run's last checkpoint, for runs in `finished` as
+    it is there. Empties `saved`, so that a checkpoint stays in memory only until its run has taken what it needs."""
     memory, warnings = dict[int, WeightGradients](), set[str]()
     left: dict[Trainer, Checkpoint | None] = {}
     for plan, record in zip(plans, finished, strict=True):
@@ -145,27 +145,27 @@ def _train_unfinished(
         if left[trainer] is None:
             warnings |= {trainer.read_source()}
     announce.warn(warnings)
-    if data.follower and data.config.follow and not left:  # The store is new, or a crash came before this was told.
+    if data.follower and data.config.follow and not left:  # A new store, or a crash before `harvest` was told.
         data.follower.end()
     done = iter(_Stream(data, left, len(plans)).execute() if left else ())
     return [next(done) if record is None else record for record in finished]
 
 
 class _Stream:
-    """One pass of the data through all runs that are not finished; `execute` is the whole of it."""
+    """One pass of the data through all unfinished runs: `execute` does everything."""
 
     def __init__(self, data: TrainingData, saved: dict[Trainer, Checkpoint | None], n_runs: int) -> None:
-        """saved: the trainers, and the checkpoints they continue from; n_runs: of all, finished ones included."""
+        """saved: the trainers and the checkpoints they continue from; n_runs: all runs, finished ones included."""
         self.config, self.data, self.saved, self.n_runs, self.ranks = data.config, data, saved, n_runs, data.ranks
         self.trainers = list(saved)
         self.plans = [trainer.plan for trainer in self.trainers]
-        self.plan = self.plans[0]  # of which only what all plans share is used here
+        self.plan = self.plans[0]  # only used for what all plans share
         self.validation = ValidationData(data.store, data.split.validation, data.stored, data.held_out["seed"])
         self.waited, self.step = 0.0, 0
         self.memory = memory_estimate(self.plans, data.store, data.ranks)
 
     def execute(self) -> list[dict[str, Any]]:
-        """Train to the end; the `trainer` entry of each run's last checkpoint."""
+        """Train to the end; returns the `trainer` entry of each run's last checkpoint."""
         announce.tell_plans(self.plans, self.n_runs, self.memory)
         announce.refuse_too_large(self.memory, self.data.device, self.n_runs)
         split, follower = self.data.split, self.data.follower
@@ -177,7 +177,7 @@ class _Stream:
         looked_at = split.validation if follower else split.train | split.validation
         if few := few_tokens(self.data.store, looked_at, layers=self.data.stored):
             announce.say(f"warning: {few.words}")
-        self.ranks.any(False)  # all have seen what there is, and what memory is free, before that is changed
+        self.ranks.any(False)  # a barrier: every rank has seen the files and the free memory before they change
         with contextlib.ExitStack() as stack:
             for trainer in self.trainers if self.ranks.first else ():
                 stack.enter_context(trainer.files(self.saved[trainer]))
@@ -193,7 +193,7 @@ class _Stream:
             bar = stack.enter_context(announce.progress_bar(self.step, self.plan.steps))
             behind = [each for each in self.trainers if each.step == self.step and each.last_looked < self.step]
             if behind and self.step < self.plan.steps and self._validation_is_due():
-                self._validate(behind, bar)  # A fault of the store may have cut it short.
+                self._validate(behind, bar)  # A damaged store may have cut it short.
             self.began = time.perf_counter()
             while self.step < self.plan.steps:
                 taking = [trainer for trainer in self.trainers if trainer.step == self.step]
@@ -218,7 +218,7 @@ class _Stream:
         """Time some steps without writing anything."""
         announce.tell_plans(self.plans, self.n_runs, None)  # the result says how much memory
         announce.refuse_too_large(self.memory, self.data.device, self.n_runs)
-        self.ranks.any(False)  # all have seen what memory is free before it is taken
+        self.ranks.any(False)  # a barrier: every rank has seen the free memory before it is taken
         self._start()
         whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
         loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
@@ -228,7 +228,7 @@ class _Stream:
         return foresee(self.plans, self.data.store, self.memory, seconds)
 
     def _start(self) -> None:
-        """Bring each run to where its checkpoint stands, or to its beginning."""
+        """Bring each run to the state of its checkpoint, or to its beginning."""
         fresh = [trainer.view for trainer in self.trainers if self.saved[trainer] is None]
         found = statistics_of(fresh, self.data, self.plan.window_bytes)
         for trainer in self.trainers:
@@ -239,13 +239,13 @@ class _Stream:
         self.step = self.logged = min(trainer.step for trainer in self.trainers)
 
     def _train_on(self, vectors: Vectors, taking: Sequence[Trainer]) -> None:
-        """One step of each of the trainers `taking`; `self.step` counts it."""
+        """One step of each trainer in `taking`; `self.step` counts it."""
         for trainer in taking:
             trainer.take(vectors)
         self.step += 1
 
     def _between_steps(self, taking: Sequence[Trainer], bar: tqdm, *, stop: bool) -> None:
-        """Validate and save where that is due, and stop if a signal has come; none of it counts as training time."""
+        """Validate and save when due, and stop if a signal has come; none of this counts as training time."""
         paused = time.perf_counter()
         if self._validation_is_due():
             self._validate(taking, bar)
@@ -262,18 +262,18 @@ class _Stream:
 
     @contextlib.contextmanager
     def _keeping(self, taking: Sequence[Trainer]) -> Iterator[None]:
-        """Save what there is where the store is found damaged or exchanged for another: nothing of that was used."""
+        """Save the runs if the store turns out to be damaged or replaced: none of the bad data has been used."""
         try:
             yield
         except Interrupted:
             raise Interrupted(self._stopped(taking)) from None
         except IncompatibleError as error:
-            if self.ranks.size > 1:  # the others wait elsewhere
+            if self.ranks.size > 1:  # saving needs all ranks, and the others wait elsewhere
                 raise
             raise IncompatibleError(f"{error}. Training {self._stopped(taking)}") from None
 
     def _stopped(self, taking: Sequence[Trainer]) -> str:
-        """Save what there is, before the training ends early; words for the user."""
+        """Save the runs before training ends early; returns a message for the user."""
         where = f"stopped after step {self.step} of {self.plan.steps}"
         if self.step == 0:
             return f"{where}; nothing is saved"
@@ -290,7 +290,7 @@ class _Stream:
         return every > 0 and self.step % every == 0
 
     def _log(self, taking: Sequence[Trainer]) -> str:
-        """Write the metrics since the last line, and start a new window; words for the progress bar."""
+        """Write the metrics since the last line and start a new window; returns the text of the progress bar."""
         seconds, waited, self.waited = time.perf_counter() - self.began, self.waited, 0.0
         sound = [trainer for trainer in taking if not trainer.diverged]
         lines = [trainer.log(seconds=seconds, waited=waited) for trainer in taking]
@@ -305,7 +305,7 @@ class _Stream:
         announce.tell_diverged(where, [trainer.path for trainer in diverged], any_left=left)
 
     def _validate(self, taking: Sequence[Trainer], bar: tqdm, *, last: bool = False) -> None:
-        """Look at a sample of held-out tokens, the same each time, and at the end at as many as are asked for."""
+        """Validate on a sample of held-out tokens, the same each time, and at the end on as many as the flags ask."""
         if not self.validation:
             return
         targets = [ValidationTarget(each.sae, each.plan.torch_dtype, each.view.position) for each in taking]

@@ -1,8 +1,8 @@
 """One autoencoder in training: its weights, optimiser, counters, metrics file and checkpoint.
 
 A step is a function of the weights, the optimiser's moments, the counters of dead latents and the batch: all but the
-last are in the checkpoint. The last checkpoint drops the moments, half or more of its size, because the learning rate
-has run out and nothing can follow. Not here: where batches come from, and which runs share them (`train.run`).
+batch are in the checkpoint. The last checkpoint drops the moments, half or more of its size, because the learning rate
+has decayed to its end and no step follows. Not here: where batches come from, and which runs share them (`train.run`).
 Tested in test_run.py.
 """
 
@@ -42,29 +42,29 @@ class Trainer:
     """One run: `start` it once, then let it `take` batches."""
 
     def __init__(self, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None) -> None:
-        """memory: for gradients, by n_latents, shared by all trainers and steps: fresh costs as much as its sums."""
+        """memory: gradient buffers by n_latents, shared by all trainers and steps: allocation costs as much as use."""
         self.plan, self._data, self._ranks = plan, data, data.ranks
         self.path = plan.config.out  # the checkpoint
         position = None if plan.stream_layers is None else data.layers.index(plan.layers[0])
         self.view = View(plan.model.standardize, plan.layers, position, plan.model.apply_b_dec_to_input)
         self._memory = {} if memory is None else memory
         self._kernels = choose_kernels(torch.empty(0, device=data.device), plan.kernels)
-        self.step = 0  # batches of the stream taken
+        self.step = 0  # batches taken from the stream
         self.updates = 0  # steps of the optimiser: fewer where a batch held no vector of this run's layer
-        self.begun = (0, 0)  # step and updates at which the schedule and Adam's memory begin: that of a longer run anew
+        self.begun = (0, 0)  # step and updates at which the schedule and Adam's state start: not 0 in a lengthened run
         self.vectors = 0  # trained on
         self.metrics: dict[str, Any] = {}  # the last line
         self.validated: Validation | None = None  # the last validation
-        self._source: MLSAE | None = None  # the autoencoder whose weights are the first
+        self._source: MLSAE | None = None  # the autoencoder to start from
         self.started_from: dict[str, str] | None = None  # its name and hash
         self.curve: list[dict[str, Any]] = []  # of validations on one sample of tokens
-        self.diverged = False  # a logged loss, or a weight then, was not finite
+        self.diverged = False  # a logged loss, or a weight at that time, was not finite
         self._trackers: list[Tracker] = []
-        self._file: MetricsFile | None = None  # of the first rank
+        self._file: MetricsFile | None = None  # only on the first rank
 
     @contextlib.contextmanager
     def files(self, saved: Checkpoint | None) -> Iterator[None]:
-        """Hold the metrics file, locked, and the trackers: only who does so writes anything."""
+        """Hold the locked metrics file and the trackers; nothing may be written without them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
@@ -77,25 +77,25 @@ class Trainer:
             yield
 
     def _refuse_newer(self, saved: Checkpoint | None) -> None:
-        """`UsageError` where another run has begun, or ended, since the flags were read."""
+        """Raise `UsageError` if another run has started or ended since the flags were read."""
         refuse_anothers(self.path)
         if saved is None and self.path.exists() and not self.plan.config.overwrite:
-            raise UsageError(f"{self.path} exists by now: use --resume to continue it or --overwrite to replace it")
+            raise UsageError(f"{self.path} exists now: use --resume to continue it or --overwrite to replace it")
         if saved is not None and saved.changed != changed_at(self.path):
             raise UsageError(f"{self.path} was written since it was read: run the same command again")
 
     def claim(self, saved: Checkpoint | None) -> None:
-        """Write the run's flags beside its checkpoint, and remove what an earlier run left there: all but what `saved`,
-        from which this one continues, holds."""
+        """Write the run's flags beside its checkpoint, and remove what an earlier run left there, except what
+        belongs to `saved`, from which this one continues."""
         atomic_write(config_path(self.path), [to_toml(self.plan.flags()).encode()])
         if saved is None:
             self.path.unlink(missing_ok=True)
-        if saved is None or saved.trainer["finished"]:  # which is to be lengthened
+        if saved is None or saved.trainer["finished"]:  # a finished run is lengthened
             for ending in (".safetensors", ".loss.png"):
                 beside(self.path, ending).unlink(missing_ok=True)
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
-        """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
+        """Set up weights, optimiser and counters: from a checkpoint, or fresh from statistics of the data."""
         plan, device, optimizer, latents = self.plan, self._data.device, self.plan.config.optimizer, self._ranks.latents
         saved = start if isinstance(start, Checkpoint) else None
         if isinstance(start, Checkpoint):
@@ -121,7 +121,7 @@ class Trainer:
         self._ranks.same_(self._sae.b_pre.data, *(part for part in self._statistics if part is not None))
         self._average = None if optimizer.ema_decay is None else WeightAverage(self._sae, optimizer.ema_decay)
         if self._average is not None and saved is not None and not saved.trainer["finished"]:
-            self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean
+            self._sae.load_state_dict(saved.trainer.pop("live"))  # the saved weights are the running mean
         self._dead = DeadLatents(self._sae.config.n_latents, plan.dead_vectors, device)
         self._optimizer = SphereAdam(
             self._sae,
@@ -141,7 +141,7 @@ class Trainer:
                 self._continue(saved.trainer)
 
     def read_source(self) -> str:
-        """Read the autoencoder that a new run starts from, if there is one; a warning ("": none)."""
+        """Read the autoencoder that a new run starts from, if any; returns a warning or ""."""
         warning = ""
         if self.plan.config.start_from is not None:
             self._source, warning = read_source(self.plan, self._data)
@@ -157,7 +157,7 @@ class Trainer:
         if trainer["finished"]:  # to be lengthened
             self.begun = (self.step, self.updates)
         else:
-            self._optimizer.load_state_dict(trainer.pop("optimizer"))  # pop: one or two times the weights' size
+            self._optimizer.load_state_dict(trainer.pop("optimizer"))  # popped to free 1-2 times the weights' size
             self._window.load_state_dict(trainer["window"])
         self.metrics = trainer["metrics"]
         self.diverged = not math.isfinite(self.metrics.get("loss") or 0)
@@ -205,7 +205,7 @@ class Trainer:
         trained = (weight for weight in self._sae.weights if weight is not None)
         bad = any((w.isnan().any() if w.ndim < 2 else ~torch.linalg.vector_norm(w).isfinite()) for w in trained)
         if self._ranks.any(bad):
-            self.metrics["loss"] = math.nan  # that of the next step
+            self.metrics["loss"] = math.nan  # the next step's loss would not be finite
         self.diverged = self.diverged or not math.isfinite(self.metrics["loss"] or 0)
         speed = {"vectors_per_second": window.vectors / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
         window.clear()
@@ -224,7 +224,7 @@ class Trainer:
 
     def look(self, validated: Validation) -> None:
         if not math.isfinite(validated.fvu) or self.vectors == 0:
-            return  # diverged, or nothing of this run's layer came yet
+            return  # diverged, or no vector of this run's layer has come yet
         numbers = {name: getattr(validated, name) for name in NUMBERS}
         self.curve.append({"step": self.step, "vectors": self.vectors, **numbers})
 
@@ -240,7 +240,7 @@ class Trainer:
             tracker.log(numbers_of(line, self.plan.layers), self.step)
 
     def save(self, *, finished: bool) -> dict[str, Any]:
-        """Write the checkpoint; its `trainer` entry. It holds no times, so that equal runs give equal files."""
+        """Write the checkpoint; returns its `trainer` entry. It holds no times, so equal runs give equal files."""
         if self._file is not None:
             self._file.sync()
         trainer: dict[str, Any] = {
@@ -265,7 +265,7 @@ class Trainer:
                 trainer["live"] = dict(self._sae.state_dict())
         record = self._data.record(self.plan.layers)
         save_checkpoint(self.path, self.sae, store=record, trainer=trainer, ranks=self._ranks)
-        self._ranks.any(False)  # what a rank has been told is saved is on the disk
+        self._ranks.any(False)  # a barrier: no rank goes on before the checkpoint is on disk
         return trainer
 
     def _lr(self, step: int) -> float:

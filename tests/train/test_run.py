@@ -275,7 +275,7 @@ def test_a_run_may_start_from_anothers_weights(config: TrainConfig, tmp_path: Pa
 def test_what_is_no_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
     config.out.write_text("a text")
     for flag in ("overwrite", "resume"):
-        with pytest.raises(UsageError, match="exists, is no checkpoint and will not be overwritten"):
+        with pytest.raises(UsageError, match="exists but is not a checkpoint"):
             train(with_values(config, **{flag: True}))
     assert config.out.read_text() == "a text"
     config.out.write_bytes(b"PK cut short")
@@ -457,7 +457,7 @@ def test_nothing_is_made_from_a_checkpoint_that_another_run_put_there(
     assert not config.out.with_suffix(".safetensors").exists()
 
 
-@pytest.mark.parametrize(("name", "message"), [("ckpt.pt", "exists by now"), ("ckpt", r"belong to .*ckpt: choose")])
+@pytest.mark.parametrize(("name", "message"), [("ckpt.pt", "exists now"), ("ckpt", r"belong to .*ckpt: choose")])
 def test_a_run_that_began_beside_another_does_not_replace_it(
     name: str, message: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

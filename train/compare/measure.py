@@ -1,7 +1,7 @@
 """Autoencoders side by side on the same held-out tokens: one for all layers, sets of one for each layer, and PCA.
 
 An autoencoder for several layers is measured on every layer of the store, one for a single layer on that layer (on
-every layer with `cross`); what a set says of a layer is what its own autoencoder for that layer says. Documents count
+every layer with `cross`); the values of a set for a layer are those of its autoencoder for that layer. Documents count
 as held out when no checkpoint was trained on them. FVU is that of `train.validation`.
 
 Shapes: T tokens of the store, t tokens read, L layers of the store, D d_model.
@@ -50,11 +50,11 @@ class Entrant:
     kind: str
     """"multi-layer", "per-layer" or "pca"."""
     members: dict[int | None, MLSAE] = field(default_factory=dict)
-    """By the layer that they are measured for; None: all layers."""
+    """Autoencoders by the layer that they are measured for; None: all layers."""
     vectors: int | None = 0
     """Vectors trained on, by all members together; None where it is not recorded."""
     trained_on: frozenset[int] | None = None
-    """Layers that an autoencoder for several was trained on; None where that is not recorded, or said by `members`."""
+    """Layers that a multi-layer autoencoder was trained on; None if not recorded or if `members` names them."""
     found: dict[int | None, Validation] = field(default_factory=dict)
     """Each member's measurement, on all layers of the store."""
 
@@ -80,14 +80,14 @@ class Entrant:
 
 
 class Match(NamedTuple):
-    """How far the latents of one autoencoder are found in another, of those that fired on the tokens measured on."""
+    """How well the latents of one autoencoder that fired on the measured tokens are found in another."""
 
     run: str
     other: str
     mmcs: float
     """Mean over the latents of `run` of the highest cosine between its decoder row and one of `other`."""
     found: float
-    """Share of them for which that is above `FOUND`."""
+    """Share of them whose highest cosine is above `FOUND`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class Comparison:
 
 
 def compare(config: TrainCompareConfig) -> Comparison:
-    """Measure everything; raises `ResidscopeError` for what the user can mend."""
+    """Measure everything; raises `ResidscopeError` for what the user can fix."""
     device = resolve_device(config.device)
     with ActivationStore.open(config.store) as store:
         checkpoints = [found for source in config.sae for found in _read(source)]
@@ -152,7 +152,7 @@ def compare(config: TrainCompareConfig) -> Comparison:
 
 
 def _matches(runs: Sequence[tuple[str, torch.Tensor]]) -> list[Match]:
-    """Of names and decoder rows [J, D], each with each other."""
+    """Matches of every pair of autoencoders, given their names and decoder rows [J, D]."""
     found = dict[tuple[str, str], Match]()
     for (name, rows), (other, others) in itertools.combinations([run for run in runs if len(run[1])], 2):
         rows, others = (torch.nn.functional.normalize(x.detach().float(), dim=1) for x in (rows, others))
@@ -183,7 +183,7 @@ def _read(source: str) -> list[tuple[str, Checkpoint]]:
 
 
 def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:
-    """Checkpoints of single layers with one name but for the layer are put together."""
+    """The entrants; single-layer checkpoints whose names differ only in the layer form one."""
     entrants: dict[str, Entrant] = {}
     for name, checkpoint in checkpoints:
         layers = checkpoint.store.get("layers") or []
@@ -214,7 +214,7 @@ def _only_position(entrant: Entrant, layer: int | None, sae: MLSAE, layers: Sequ
 
 
 def _at(found: Validation, position: int, n_layers: int) -> Validation:
-    """The measurement of one layer among `n_layers`, the others not a number."""
+    """The measurement of one layer, spread to `n_layers` with NaN for the others."""
     fvu, l0 = [math.nan] * n_layers, [math.nan] * n_layers
     fvu[position], l0[position] = found.fvu_per_layer[0], found.l0_per_layer[0]
     return found._replace(fvu_per_layer=fvu, l0_per_layer=l0)
@@ -250,7 +250,7 @@ def _split(store: ActivationStore, checkpoints: Sequence[Checkpoint], fraction: 
 def _baselines(
     training: ValidationData, source: VectorSource, meta: StoreMeta, budgets: Sequence[int], tokens: int
 ) -> list[Entrant]:
-    """For each k of `budgets` k principal components for all layers together, and k for each layer."""
+    """For each k in `budgets`: k principal components for all layers together, and k for each layer."""
     if not training or not budgets:
         return []
     pooled, *single = (PCASums.zeros(meta.d_model, source.device) for _ in range(1 + meta.n_layers))

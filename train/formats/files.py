@@ -5,8 +5,8 @@
 
 A format is recognised by its file names: `ckpt.pt` or `ckpt.safetensors` (ours), `model.safetensors` (mlsae),
 `sae_weights.safetensors` (SAELens), `sae.safetensors` (sparsify). Where a folder has one sub-folder per autoencoder, as
-sparsify and SAELens write them, `subfolder` says which. Reconstructions are kept, or the model is refused by name
-(`train.formats.layouts` says what each layout can say). Training state stays in `ckpt.pt`.
+sparsify and SAELens write them, `subfolder` says which. Conversion preserves reconstructions, or the error
+names what the format cannot express (`train.formats.layouts`). Training state stays in `ckpt.pt`.
 """
 
 import json
@@ -57,11 +57,11 @@ class Written(NamedTuple):
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
-    """What the format cannot say, in words for the user."""
+    """What the format cannot express, as messages for the user."""
 
 
 _FILE_KINDS = (".pt", ".safetensors")
-"""Endings of files: `demo/ckpt.pt` looks like OWNER/NAME and is not."""
+"""Endings of files: `demo/ckpt.pt` looks like OWNER/NAME but is a file."""
 
 
 def read_sae(
@@ -193,7 +193,7 @@ def write_safetensors(
         entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     # The library's own order of the header's keys differs from one time to the next, and it copies all tensors.
     text = json.dumps(dict(sorted(entries.items())), separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     atomic_write(path, [len(text).to_bytes(8, "little"), text, *map(_as_bytes, tensors.values())])
 
 
@@ -211,7 +211,7 @@ def _as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _folder_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """The same of a foreign layout's two files."""
+    """`_content_hash` of a foreign layout's two files."""
     return _content_hash({"config": json.dumps(config, sort_keys=True), "store": "", "trainer": ""}, tensors)
 
 
@@ -224,13 +224,13 @@ def read_safetensors(path: Path) -> Checkpoint:
             raise IncompatibleError(f"{path}: not exported by residscope: {reason}")
         try:
             config = SAEConfig.from_plain(json.loads(header["config"]))
-            with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
+            with torch.device("meta"):  # only shapes: a config may ask for more memory than there is
                 MLSAE(config).load_state_dict(
                     {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
                 )
             sae = MLSAE(config)
             sae.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-            # Of what was loaded: the file's own memory may change. Older exports have none.
+            # Hash what was loaded: the file may change meanwhile. Older exports have no hash.
             if _HASH in header and _content_hash(header, sae.state_dict()) != header[_HASH]:
                 raise ValueError("its check sum is wrong: the file was changed after it was written")
             store, trainer = (json.loads(header[name]) for name in ("store", "trainer"))
@@ -268,7 +268,7 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> Checkpoint:
                 f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope"
                 f" wrote them; convert it again, or, if the change was meant, delete {_HASH!r} there"
             )
-    except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of a kind that makes no sense there
+    except (UsageError, TypeError, ValueError, AttributeError) as error:  # a value of the wrong type
         raise IncompatibleError(f"{name}: {layout.config_file} is invalid: {said(error)}") from None
     check_weights(parsed.sae.state_dict(), name)
     if format == "mlsae" and re.match(r"(ml)?sae-.+-lens", Path(name).name) and not config.get("tuned_lens"):

@@ -52,18 +52,18 @@ class Parsed:
     ours: Mapping[str, Any] = field(default_factory=dict)
     """What is kept under `OURS`, where one of our own autoencoders was converted."""
     notes: tuple[str, ...] = ()
-    """What a user has to know and the weights do not say."""
+    """What a user has to know that the weights do not say."""
 
 
 class LaidOut(NamedTuple):
     """One of our autoencoders as another project's files."""
 
     tensors: dict[str, Tensor]
-    """By the names of that layout."""
+    """Tensors by their names in that layout."""
     config: dict[str, Any]
     """Its JSON configuration."""
     notes: tuple[str, ...] = ()
-    """What the layout cannot say."""
+    """What the layout cannot express."""
 
 
 class Layout(NamedTuple):
@@ -78,7 +78,7 @@ class Layout(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """The tensors of a file and where it is, for errors that name it."""
+    """The tensors of a file, and its path for error messages."""
 
     tensors: Mapping[str, Tensor]
     where: str
@@ -97,7 +97,7 @@ class Reader(NamedTuple):
         return tensor
 
     def require_only(self, known: Collection[str]) -> None:
-        """Refuse tensors that we do not know: each could change the reconstruction."""
+        """Refuse unknown tensors: each could change the reconstruction."""
         if unknown := sorted(set(self.tensors) - set(known)):
             why = "skip connections, gates and built-in lenses are not supported"
             if len(unknown) == len(self.tensors):
@@ -126,7 +126,7 @@ def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are: for errors."""
+    """The first few names and the number of the others, for error messages."""
     return (", ".join(names[:8]) or "nothing") + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
@@ -139,10 +139,10 @@ def checked_k(found: Any, n_latents: int, where: str) -> int:
 
 
 def check_sizes(config: Mapping[str, Any], where: str, **sizes: int) -> None:
-    """Refuse a configuration that speaks of other sizes than the weights beside it have: it belongs to others."""
+    """Refuse a configuration whose sizes differ from those of the weights beside it."""
     for name, size in sizes.items():
         found = config.get(name)
-        if found not in (None, 0, size):  # 0 or nothing: left to the weights
+        if found not in (None, 0, size):  # 0 or nothing: the weights decide
             raise IncompatibleError(f"{where}: the configuration says {name} {found!r}, the weights have {size}")
 
 
@@ -167,14 +167,14 @@ def key_notes(config: Mapping[str, Any], known: Collection[str], taken: Mapping,
                 what = f"the configuration has a key {key!r} and no {near!r}: a damaged name; correct it"
                 raise IncompatibleError(f"{where}: {what}")
     if unknown:
-        notes += (f"{where}: the configuration has {listed(unknown)}, which are not known here and changed nothing",)
+        notes += (f"{where}: the configuration has {listed(unknown)}, which are unknown and were ignored",)
     if silent := [f"{key} (taken as {value})" for key, value in taken.items() if key not in config]:
         notes += (f"{where}: the configuration does not say {listed(silent)}",)
     return notes
 
 
 def layer_numbers(found: Any) -> list[int] | None:
-    """A list of layers; None for anything else, and for an empty one."""
+    """`found` as a list of layers; None if it is empty or no list."""
     return [int(layer) for layer in found] or None if isinstance(found, list) else None
 
 

@@ -86,7 +86,7 @@ def auxk(
     many rows as fit `tile_bytes` at a time. Several ranks each give their rows' part of every sum.
     """
     dtype, n_dead = dense_dtype(product_dtype), len(W_enc)
-    unused = -n_dead % _ROW_MULTIPLE[error.device.type]  # rows of zeros: their latents are never positive
+    unused = -n_dead % _ROW_MULTIPLE[error.device.type]  # rows of zeros, whose activations are never positive
     if unused:
         W_enc, W_dec = (F.pad(weight, (0, 0, 0, unused)) for weight in (W_enc, W_dec))
         b_enc = None if b_enc is None else F.pad(b_enc, (0, unused))
@@ -141,7 +141,7 @@ class DeadLatents:
     """For each latent, the number of training vectors since it last fired; int64, because float32 stops at 2^24."""
 
     def __init__(self, n_latents: int, threshold: int, device: torch.device | str = "cpu") -> None:
-        """`threshold`: silent vectors (tokens times layers) from which on a latent is dead."""
+        """`threshold`: number of silent vectors (tokens times layers) after which a latent is dead."""
         self.threshold = threshold
         self.silent = torch.zeros(n_latents, dtype=torch.int64, device=device)
         """[M] vectors since each latent last fired."""
@@ -160,13 +160,13 @@ class DeadLatents:
         return (self.silent >= self.threshold).nonzero().squeeze(1)
 
     def fraction(self, latents: Ranks = ALONE) -> float:
-        """Share of the latents that are dead, of all ranks'."""
+        """Share of dead latents, over all ranks."""
         latents.sum_(dead := (self.silent >= self.threshold).double().mean())
         return dead.item() / latents.size
 
 
 def dead_threshold(run_tokens: int, n_layers: int, dead_tokens: int | None) -> int:
     """Silent vectors that make a latent dead: `dead_tokens`, else 10 million or a tenth of the run's tokens if less,
-    times the vectors of a token, one a layer."""
+    times the number of layers."""
     tokens = min(10_000_000, run_tokens // 10) if dead_tokens is None else dead_tokens
     return max(1, tokens * n_layers)

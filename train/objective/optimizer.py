@@ -36,7 +36,7 @@ THRESHOLD_LR_FACTOR = 10
 d_model such moves, and a threshold with one would lag behind in runs of some thousand steps."""
 
 _LEAST_VARIANCE = 1e-2
-"""Of a dimension over the mean: one that hardly varies in the sample may do so in a batch."""
+"""Lower limit of a dimension's variance over the mean: one that hardly varies in the sample may do so in a batch."""
 
 
 class SphereAdam:
@@ -58,9 +58,9 @@ class SphereAdam:
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""
         self._own = _by_latent(self.weights, lambda t: t[ranks.rows.own(len(t))])
-        """Of them what this rank moves: its latents, and b_pre."""
+        """The part that this rank updates: its share of the latents, and b_pre."""
         self._n_latents = len(self.weights.W_enc) * ranks.latents.size
-        self._columns: dict[str, Tensor] = {}  # of what has mean squares by latent
+        self._columns: dict[str, Tensor] = {}  # for tensors with mean squares by latent
         if variance is not None:
             columns = (variance / variance.mean()).clamp_min(_LEAST_VARIANCE).sqrt().to(self._own.W_enc)
             self._columns = {"W_enc": columns, "W_dec": torch.ones_like(columns)}
@@ -156,7 +156,7 @@ def _trained(tensors: Weights) -> dict[str, Tensor]:
 
 
 def _by_latent(tensors: Weights, change: Callable[[Tensor], Tensor]) -> Weights:
-    """Those that the optimiser moves, with those that have a row for each latent changed."""
+    """The trained tensors, with `change` applied to those that have a row for each latent."""
     return Weights(**{name: change(t) if name in BY_LATENT else t for name, t in _trained(tensors).items()})
 
 

@@ -77,7 +77,7 @@ class MainPass(NamedTuple):
 def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
     """Loss and gradients of codes [N, w]."""
     kernels, W_dec, target, latents = given.kernels, given.weights.W_dec, given.target, given.ranks.latents
-    if latents.size > 1:  # what the others' latents add up to is none of this rank's
+    if latents.size > 1:  # the part of the sum that other ranks' latents contribute is subtracted from the target
         whole = (own := kernels.decode(*codes, W_dec)).clone()
         latents.sum_(whole)
         target = target - (whole - own)
@@ -87,7 +87,7 @@ def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
 
 
 class Block(NamedTuple):
-    """A part of the codes, and how much the reconstruction by all blocks up to it counts."""
+    """A part of the codes, and the weight of the reconstruction from all blocks up to it."""
 
     codes: SparseCodes
     """[N, w_b]"""

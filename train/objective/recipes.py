@@ -12,7 +12,7 @@ from residscope.options import to_flat, with_values
 from train.config import RecipeName, SecondMoment, TrainConfig
 
 USUAL_BATCH = 2048
-"""Vectors in a step where no law says how many."""
+"""Vectors in a step if no law sets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ BEFORE_RECIPES: dict[str, Any] = {"recipe": "gao"} | {
     name: Recipe.__dataclass_fields__[name].default
     for name in ("beta1", "beta2", "clip_norm", "encoder_scale", "encoder_lr", "second_moment")
 }
-"""What checkpoints were begun with that do not record it."""
+"""Values used by checkpoints that do not record them."""
 
 
 def recorded_flags(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""How the processes of a training start, find each other, and end together.
+"""How the processes of a training run start, find each other and end together.
 
-`torchrun` starts them, or `train --n-procs N` does: this process is the first, and starts the others with the same
-words. They meet as torchrun's do, at a store of torch.distributed whose address is in the environment. gloo connects
-them on CPUs, nccl between GPUs.
+`torchrun` starts them, or `train --n-procs N` does: this process is the first, and starts the others with the
+same arguments. They meet at a store of torch.distributed whose address is in the environment, as under torchrun. gloo
+connects them on CPUs, nccl between GPUs.
 
-The first one alone speaks. What ends another is told to it through the store: a fault is one line. Where a process is
-killed its connections close, and every other one fails in its next sum, and ends.
+Only the first one prints. An error in another process reaches it through the store, so that it is printed once. If a
+process is killed, its connections close, and all others fail at their next sum and end.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from train.parallel.ranks import Ranks
 
 _GRACE = 20.0
-"""Seconds in which the others end by themselves once the first has."""
+"""Seconds that the other processes have to end by themselves after the first one, before they are killed."""
 
 
 def _started(name: str) -> int:
-    """A number that torchrun, or the first process, gave this one; 0 where nobody did."""
+    """A number that torchrun or the first process set in the environment; 0 if unset."""
     found = os.environ.get(name) or "0"
     if not found.isdecimal():
         raise UsageError(f"{name} is {found!r} in the environment: should be a number, as torchrun sets it; unset it")
@@ -38,7 +38,7 @@ def _started(name: str) -> int:
 
 @contextlib.contextmanager
 def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
-    """The processes that train together; words: of the command line, for those that are started here."""
+    """The processes that train together; words: the command line, for those that are started here."""
     from train.parallel.ranks import ALONE, Lost, Ranks
 
     size, n_procs, device = _started("WORLD_SIZE"), config.n_procs, config.hardware.device
@@ -75,7 +75,7 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
             children += _start(n_procs, store.port, words)
             while store.add("here", 0) < size - 1:
                 if any(child.poll() is not None for child in children):
-                    raise ResidscopeError("--n-procs: a process ended as it started, perhaps for lack of memory")
+                    raise ResidscopeError("--n-procs: a process ended at its start, perhaps for lack of memory")
                 time.sleep(0.05)
         if on_gpu:
             torch.cuda.set_device(_started("LOCAL_RANK"))

@@ -1,13 +1,13 @@
-"""Several processes (ranks) that train the same autoencoders on shares of each batch: what they tell each other.
+"""Communication between processes (ranks) that train the same autoencoders on shares of each batch.
 
-Every sum over the rows of a batch is a sum of the ranks' own sums. Of the weights' gradients each rank gets the sums
-for its share of the latents, moves these by the optimiser, whose state it holds for them alone, and gives their new
-weights to the others. Sums are made in one order, so that a run is a function of its seed and the number of ranks.
+Every sum over the rows of a batch is a sum of the ranks' own sums. Each rank gets the summed gradients of its share of
+the latents, updates their weights (it holds the optimiser's state for these only), and sends the new weights to the
+others. Sums are made in one order, so that a run is a function of its seed and the number of ranks.
 For dictionaries that are too large for one, ranks are a grid (`split`): those of a column share batches as above, those
 of a row see the same rows, and each has a share of the latents for good; the k largest and reconstructions are joined.
 
-One process alone does nothing of this. All have to call the same methods in the same order; where one ends early, the
-others' next call raises `Lost`.
+A single process communicates nothing. All must call the same methods in the same order; if one ends early, the others'
+next call raises `Lost`.
 
 Shapes: M n_latents, R ranks.
 """
@@ -30,7 +30,7 @@ _ERROR = "error"
 
 
 class Lost(ResidscopeError):
-    """Another rank has ended; its reason, where it gave one."""
+    """Another rank has ended; the message is its reason if it gave one."""
 
 
 @final
@@ -42,12 +42,12 @@ class Ranks:
         the first one why; group: torch.distributed's, of some of all."""
         self.rank, self.size, self.local, self._store, self._group = rank, size, local, store, group
         self.rows: Ranks = self
-        """Of all, those that share each batch with this one, and have the same latents."""
+        """The ranks that share each batch with this one and have the same latents."""
         self.latents: Ranks = ALONE if size > 1 else self
-        """Of all, those that see the same rows, and have other latents."""
+        """The ranks that see the same rows as this one and have other latents."""
 
     def split(self, latents: int, device: str) -> None:
-        """Let so many ranks share the latents, and the others rows; raises `UsageError` where they are no grid."""
+        """Arrange the ranks in a grid in which `latents` of them share the latents; `UsageError` if they do not fit."""
         if latents == 1:
             return
         if self.size % latents:
@@ -66,11 +66,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+        """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
     def share_of_cores(self) -> int | None:
-        """Threads for this process; None of one alone: as many as torch chooses."""
+        """Threads for this process; None for a single process: torch chooses."""
         return None if self.size == 1 else max(1, n_cores() // self.local)
 
     def sum_(self, *tensors: Tensor) -> None:
@@ -86,7 +86,7 @@ class Ranks:
             self._do("all_reduce", mask.view(torch.uint8), op=ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank. Nobody goes on before all have asked."""
+        """Whether `flag` is set on any rank. Also a barrier: returns only once all ranks have called it."""
         mask = torch.tensor([flag])
         self.any_(mask)
         return bool(mask)
@@ -117,7 +117,7 @@ class Ranks:
         return rows[self.rank]
 
     def share_rows_(self, *tensors: Tensor) -> None:
-        """Give all rows of each of `tensors` [M, ...] what the rank has to which they belong."""
+        """Fill the rows of each of `tensors` [M, ...] with those of the rank that owns them."""
         for tensor in tensors:
             rows = [tensor[self.own(len(tensor), rank)] for rank in range(self.size)]
             self._exchange([rows[self.rank]] * self.size, rows[: self.rank] + rows[self.rank + 1 :])
@@ -168,17 +168,17 @@ class Ranks:
     def _heard(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # what gloo and nccl raise where a connection ends
+        except RuntimeError as error:  # what gloo and nccl raise when a connection ends
             raise self._lost() from error
 
     def tell(self, words: str, exit_code: int) -> None:
         """Tell the first rank why this one ends."""
         if not self.first:
-            with contextlib.suppress(RuntimeError):  # which may have ended before
+            with contextlib.suppress(RuntimeError):  # the first rank may have ended already
                 self._store.set(_ERROR, json.dumps([words, exit_code]))
 
     def _lost(self) -> Lost:
-        error = Lost("another process of this training has ended (killed?): --resume goes on from the last checkpoint")
+        error = Lost("another process of this run has ended (killed?): --resume continues from the last checkpoint")
         if self.first and self._store.check([_ERROR]):
             words, exit_code = json.loads(self._store.get(_ERROR))
             error = Lost(words)

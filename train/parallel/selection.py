@@ -12,7 +12,7 @@ from train.kernels.interface import Kernels, SparseCodes
 from train.parallel.ranks import Ranks
 
 _BITS = 8
-"""Of a value that one sum over ranks decides."""
+"""Bits of a value that are settled by one sum over ranks."""
 
 
 def batch_codes(encoder: ReadyEncoder, inputs: Tensor, count: int, ranks: Ranks) -> BatchCodes:

@@ -1,7 +1,7 @@
 """How far a run's numbers have settled: a curve over its steps on one sample of held-out tokens.
 
 The ratio and the share that stays on are those of docs/method.md, mass-weighted and with every active pair counting
-once, of a few hundred tokens: their movement is meant, not their value, which `analyze` measures.
+once, over a few hundred tokens: read their trend; for their value use `analyze`.
 
 Shapes: T tokens, L layers, k active latents a vector.
 """
@@ -18,7 +18,7 @@ from train.kernels.interface import SparseCodes
 from train.parallel.ranks import ALONE, Ranks
 
 NUMBERS = ("fvu", "ratio", "stays_on")
-"""Of a point of the curve, beside step and vectors; None where not defined."""
+"""Numbers in each point of the curve, beside step and vectors; None where not defined."""
 
 SETTLED, FVU_SETTLED, LEAST_STEPS = 0.01, 0.1, 20
 """A ratio is settled if, over the last quarter of the training, it moved by less than `SETTLED` of its last value and
@@ -81,7 +81,7 @@ class Spread(NamedTuple):
 
 
 def is_curve(found: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether it is a list of points as a trainer makes them, in order."""
+    """Whether `found` is a list of points that a trainer can have written, in order."""
     if not isinstance(found, list) or not all(isinstance(point, dict) for point in found):
         return False
     for before, point in itertools.pairwise([{"step": 0, "vectors": 1}, *found]):

@@ -1,8 +1,8 @@
-"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps whose result is not kept.
+"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps whose result is discarded.
 
-The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
-Not included: AuxK, which costs nothing until latents die and then up to half a step more; a
-slower disk later. Tested in test_outputs.py.
+The steps are those of the real run on the real data, so the time is that of this machine now; nothing is written.
+Not included: AuxK, which costs nothing until latents die and then up to half a step more; a disk that gets slower.
+Tested in test_outputs.py.
 """
 
 import time
@@ -17,27 +17,27 @@ from train.parallel.ranks import Ranks
 from train.resolve import MemoryEstimate, RunPlan, weight_copies
 
 MEASURED_STEPS, MEASURED_SECONDS, WARM_STEPS = 20, 10.0, 2
-"""So many steps are timed, or for so long, after some that compile and touch memory for the first time."""
+"""Timing stops after this many steps or seconds; the warm steps, which compile and first touch memory, come before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What a training would take."""
+    """What training would take."""
 
     runs: int
     """Autoencoders trained at once."""
     steps: int
     """Batches of the stream."""
     vectors: int
-    """Of the stream, over all epochs."""
+    """Vectors of the stream, over all epochs."""
     bytes_read: int
-    """Of the store, over all epochs."""
+    """Bytes read from the store, over all epochs."""
     processes: int
-    """Of this machine."""
+    """Processes on this machine."""
     memory_bytes: int
-    """Of each process, on its training device."""
+    """Memory of each process on its training device."""
     shuffle_bytes: int
-    """Memory for the shuffle of each process, in the machine."""
+    """Main memory for the shuffle of each process."""
     checkpoint_bytes: int
     """Disk for the finished checkpoints of all runs and their safetensors."""
     interim_bytes: int
@@ -50,7 +50,7 @@ class DryRun:
 
 
 def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device, ranks: Ranks) -> list[float]:
-    """Make some of a run's steps, as many by all ranks; the seconds that each took once everything was compiled."""
+    """Make some steps of a run, equally many on all ranks; the seconds of each one after everything is compiled."""
     seconds: list[float] = []
     for number in range(1, plan.steps + 1):
         if ranks.any(len(seconds) >= MEASURED_STEPS or sum(seconds) >= MEASURED_SECONDS):
@@ -67,7 +67,7 @@ def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device
 def foresee(
     plans: Sequence[RunPlan], store: ActivationStore, memory: MemoryEstimate, seconds: Sequence[float]
 ) -> DryRun:
-    """What runs of these plans take, in one pass; seconds: of each measured step."""
+    """What runs of these plans take in one pass; seconds: the times of the measured steps."""
     plan, meta, mean = plans[0], store.meta, sum(seconds) / len(seconds)
     weights = [8 * each.model.n_latents * each.model.d_model for each in plans]
     interim = [size * weight_copies(each) for size, each in zip(weights, plans, strict=True)]

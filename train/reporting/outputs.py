@@ -1,7 +1,7 @@
-"""What a finished run leaves beside its checkpoint, and on the hub: ckpt.safetensors, ckpt.loss.png, a model card.
+"""The files of a finished run beside its checkpoint and on the hub: ckpt.safetensors, ckpt.loss.png, a model card.
 
-All of it is made from the checkpoint and the metrics file, so that a run that was killed just after its last checkpoint
-gets it on the next --resume. Formats: `train.formats.files`; the upload itself: `train.formats.hub`.
+All are made from the checkpoint and the metrics file, so a run that was killed just after its last checkpoint gets
+them on the next --resume. Formats: `train.formats.files`; the upload itself: `train.formats.hub`.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from train.reporting.report import TrainResult
 
 
 def check_publish(config: PublishConfig) -> None:
-    """Refuse trackers that are not installed and an upload that cannot work, before the training."""
+    """Before training, refuse trackers that are not installed and an upload that cannot work."""
     for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb is not None)):
         if wanted and importlib.util.find_spec(package) is None:
             raise ResidscopeError(
@@ -40,7 +40,7 @@ def check_publish(config: PublishConfig) -> None:
 
 
 def write_outputs(result: TrainResult, *, anew: bool) -> None:
-    """Write the weights as safetensors and the loss figure; anew: also where they are there already."""
+    """Write the weights as safetensors and the loss figure; anew: even if they exist already."""
     from train.formats.files import write_safetensors
 
     target, picture = beside(result.checkpoint, ".safetensors"), beside(result.checkpoint, ".loss.png")
@@ -57,15 +57,15 @@ def write_outputs(result: TrainResult, *, anew: bool) -> None:
 
 
 def _saved(result: TrainResult) -> Checkpoint:
-    """The run's checkpoint from the disk, which must be the one that it wrote."""
+    """The run's checkpoint, read back from disk; refused if another was put in its place."""
     saved = load_checkpoint(result.checkpoint)
     if repr(saved.trainer.get("metrics")) != repr(result.metrics):
-        raise IncompatibleError(f"{result.checkpoint} is not what this run saved: another was put in its place since")
+        raise IncompatibleError(f"{result.checkpoint} is not what this run saved: it has been replaced since")
     return saved
 
 
 def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
-    """Upload the runs' files with a model card each, one at the top, several in folders by name; the address."""
+    """Upload the runs' files with a model card each, one at the top, several in folders by name; returns the URL."""
     from train.formats.hub import last_metrics, model_card, push_to_hub
 
     assert config.push_to_hub is not None
@@ -85,5 +85,5 @@ def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
         try:
             return push_to_hub(root, config.push_to_hub, private=config.hub_private)
         except ResidscopeError as error:
-            again = "the checkpoints are saved; with --resume the same command tries again"
+            again = "the checkpoints are saved; run the same command with --resume to try again"
             raise ResidscopeError(f"{error} ({again})") from None

@@ -1,4 +1,4 @@
-"""What is reported of finished runs: words or a table for the terminal, plain values for `--json`, a parquet table."""
+"""Reports of finished runs: text or a table for the terminal, plain values for `--json`, a parquet table."""
 
 import math
 import os
@@ -19,25 +19,25 @@ from train.validation import INTERIM_TOKENS, Validation
 
 _SETTLED = {True: "yes", False: "no", None: "-"}
 _HIGH = 10
-"""Times the default: a learning rate above this is more likely too high than the run too short for it."""
+"""Times the default: with a learning rate above this, the rate is more likely too high than the run too short."""
 
 _LOW, _SMALL_BATCH = 0.5, 128
 """Times the default: only a learning rate below this is too low, and only one above its inverse too high for latents to
 stay alive; no smaller batch than this is proposed."""
 
 _MANY_DEAD = 0.1
-"""Share of dead latents that is worth a word."""
+"""Share of dead latents above which the report gives advice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     plan: RunPlan
     metrics: dict[str, Any]
-    """The last line of training metrics, or what the checkpoint says of it."""
+    """The last line of training metrics, as logged or from the checkpoint."""
     validation: Validation | None
     """On held-out documents; None if none were held out."""
     curve: list[dict[str, Any]]
-    """Of held-out numbers over the run's steps (`train.reporting.convergence`)."""
+    """Held-out numbers over the run's steps (`train.reporting.convergence`)."""
     seconds: float
     """Time of this invocation, from the start to the last checkpoint."""
 
@@ -63,7 +63,7 @@ class TrainResult:
 
 
 def summary(result: TrainResult) -> dict[str, Any]:
-    """Plain values of a run, for JSON."""
+    """A run as plain values, for JSON."""
     return finite(
         {
             "checkpoint": str(result.checkpoint),
@@ -88,12 +88,12 @@ def describe(result: TrainResult) -> str:
         f"{metrics['dead_fraction']:.1%} of latents dead",
     ]
     if held_out is None or (worst := result.worst_layer) is None:
-        lines.append("validation: no document was held out, or one of a single token")
+        lines.append("validation: none, as fewer than two tokens were held out")
     elif math.isinf(held_out.fvu):
         lines.append(f"validation on {held_out.tokens:,} tokens of held-out documents: no FVU, their vectors are equal")
     else:
         few = held_out.tokens < min(INTERIM_TOKENS, plan.config.validation.validation_tokens)
-        hint = " (so few say little: raise --validation-fraction)" * few
+        hint = " (too few to be reliable: raise --validation-fraction)" * few
         lines.append(
             f"validation on {held_out.tokens:,} tokens of held-out documents{hint}: FVU {held_out.fvu:.3f} (lower is "
             "better, 1 is no better than the layer's mean; mean over layers; "
@@ -105,7 +105,7 @@ def describe(result: TrainResult) -> str:
 
 
 def _advice(result: TrainResult) -> list[str]:
-    """What in the numbers looks badly chosen, and what to try: a line each."""
+    """Advice: what looks badly chosen and what to try, one line each."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
     lines = [words] if (words := in_words(last_quarter(result.curve))) else []
     lr, share = plan.chosen.lr, len(plan.layers) / len(plan.stream_layers or plan.layers)
@@ -137,7 +137,7 @@ def _advice(result: TrainResult) -> list[str]:
 
 
 def table_of(results: Sequence[TrainResult]) -> str:
-    """A line for each run: what differs, its size, and how good it is on held-out documents."""
+    """One line per run: its settings, its size, and its quality on held-out documents."""
     swept = list(results[0].spec.settings)
     per_layer = results[0].spec.layer is not None
     head = [*swept, *(["layer"] if per_layer else []), "latents", "FVU", "worst FVU", "at layer", "L0", "dead"]
@@ -172,7 +172,7 @@ def _held_out_cells(result: TrainResult) -> list[str]:
 
 
 def table_path(out: Path, first: Path) -> Path:
-    """Where the table of the runs of --out `out` goes; first: a run's checkpoint. `UsageError` over anything else."""
+    """Where the table of the runs of --out `out` goes; first: a run's checkpoint. `UsageError` over another file."""
     stem = out.stem if out.suffix == ".pt" and first.parent == out.parent else "ckpt"
     path = first.with_name(f"{stem}.runs.parquet")
     if os.path.lexists(path):
@@ -185,9 +185,9 @@ def table_path(out: Path, first: Path) -> Path:
 
 
 def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
-    """The comparison of all runs, a row for each run and layer, as a parquet file beside the checkpoints; its path.
+    """Write a parquet file beside the checkpoints, one row for each run and layer; returns its path.
 
-    Rows of another sweep with this --out stay while its checkpoints are there."""
+    Rows of earlier sweeps with this --out stay as long as their checkpoints exist."""
     import pandas as pd
 
     from store.files import atomic_write

@@ -189,7 +189,9 @@ def test_an_ablation_that_costs_next_to_nothing_leaves_nothing_to_recover() -> N
     """Mean ablation costs 0.009 nats a token, zero ablation 0.011, the reconstruction 0.022."""
     ce = np.array([[[3.022], [3.009], [3.011]]])
     one = np.ones(1, np.int64)
-    found = Downstream(np.array([3]), np.array([0]), one, np.array([3.0]), ce, np.zeros((1, 3, 1))).result()
+    found = Downstream(
+        layers=one, documents=one, n_tokens=one, true_ce=np.array([3.0]), ce=ce, kl=np.zeros((1, 3, 1))
+    ).result()
     assert np.isnan(found.loss_recovered_mean[0])
     assert found.loss_recovered_zero[0] == pytest.approx(-1)
 

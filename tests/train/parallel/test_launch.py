@@ -53,7 +53,7 @@ def test_after_a_kill_there_is_one_line_and_a_resume_ends_with_the_same_bits(
     broken = tmp_path / "broken.pt"
     killed = run(store, broken, script=KILLING)
     assert killed.returncode == 1
-    line = "another process of this training has ended (killed?): --resume goes on from the last checkpoint"
+    line = "another process of this run has ended (killed?): --resume continues from the last checkpoint"
     assert errors(killed.stderr) == [f"train: error: {line}"]
     done = run(store, broken, "--resume")
     assert done.returncode == 0, done.stderr
