@@ -23,8 +23,11 @@ from train.objective.statistics import LayerVariance
 from train.reporting.convergence import Spread
 
 INTERIM_TOKENS, INTERIM_CHUNKS = 256, 8
-"""Held-out tokens in a validation during training, and the chunks that they are spread over: enough to show a trend, and
-not that of a single document, at almost no cost."""
+"""Held-out tokens in a validation during training, and the chunks they come from: enough to show a trend, and not that
+of a single document, at almost no cost."""
+
+FEW_DOCUMENTS = 5
+"""Held-out documents below which the numbers say little about other documents."""
 
 
 class Validation(NamedTuple):
@@ -45,10 +48,12 @@ class Validation(NamedTuple):
     """Aggregate over token-level variance of layers, by mass; None for a single layer or in older checkpoints."""
     stays_on: float | None = None
     """Share of active (token, layer, latent) triples whose latent is active at the next layer too."""
+    documents: int | None = None
+    """Documents that the tokens are of; None in older checkpoints."""
 
     def metrics(self) -> dict[str, Any]:
         """The keys of a validation line."""
-        names = {"tokens": "validation_tokens", "fired": "fired_fraction"}
+        names = {"tokens": "validation_tokens", "documents": "validation_documents", "fired": "fired_fraction"}
         return {"split": "validation"} | {names.get(name, name): value for name, value in self._asdict().items()}
 
 
@@ -85,33 +90,39 @@ class ValidationData:
         fired: list[Tensor] | None = None,
     ) -> list[Validation]:
         """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them.
-        chunks: see `read`. fired: a list to which, for each autoencoder, the latents that fired are appended, bool [M]."""
+        chunks: see `read`. fired: a list to which, for each autoencoder, which latents fired is appended, bool [M]."""
         n_layers = len(self._layers)
         device = targets[0].sae.W_enc.device
         variance = LayerVariance.zeros(n_layers, self._store.meta.d_model, device)
         sums = [_Sums(target, self._layers) for target in targets]
-        seen = 0
+        seen = np.concatenate(list(self._choose(tokens, chunks)))
         for raw in self.read(tokens, chunks):
             x = source.to_float32(raw)  # [t, L, D]
             layer = torch.arange(n_layers, device=device).repeat(len(x))
             variance = variance.add(x.flatten(0, 1), layer)
             for each in sums:
                 each.add(x)
-            seen += len(x)
         if fired is not None:
             fired += [each.fired for each in sums]
-        return [each.finish(seen, variance.deviation) for each in sums]
+        documents = len(np.unique(self._store.tokens.document[seen]))
+        return [each.finish(len(seen), documents, variance.deviation) for each in sums]
 
     def read(self, tokens: int, chunks: int = 1) -> Iterator[np.ndarray]:
-        """Held-out tokens in the stored type, [t, L, D] at a time, until there are `tokens` of them, spread evenly over
-        as many chunks as are needed, or over `chunks` where there are so many."""
+        """Held-out tokens in the stored type, [t, L, D] of a chunk at a time, until there are `tokens` of them: from as
+        few chunks as possible, or an equal share from each of `chunks` if there are that many."""
         size, n_tokens = self._store.meta.chunk_tokens, self._store.meta.n_tokens
-        most = -(-tokens // max(min(chunks, len(self._chunks)), 1))
+        for chosen in self._choose(tokens, chunks):
+            first = int(chosen[0]) // size * size
+            chunk = slice(first, min(first + size, n_tokens))
+            yield self._store.read(chunk, self._layers, raw=True)[chosen - first]
+
+    def _choose(self, tokens: int, chunks: int) -> Iterator[np.ndarray]:
+        """The tokens that `read` reads: indices [t] for each chunk."""
+        size, share = self._store.meta.chunk_tokens, -(-tokens // max(min(chunks, len(self._chunks)), 1))
         for chunk in self._chunks.tolist():
-            part = slice(chunk * size, min((chunk + 1) * size, n_tokens))
-            chosen = np.flatnonzero(self._mask[part])
-            chosen = chosen[:: max(len(chosen) // most, 1)][: min(most, tokens)]
-            yield self._store.read(part, self._layers, raw=True)[chosen]
+            found = np.flatnonzero(self._mask[chunk * size : (chunk + 1) * size]) + chunk * size
+            chosen = found[:: max(len(found) // share, 1)][: min(share, tokens)]
+            yield chosen
             tokens -= len(chosen)
             if tokens <= 0:
                 return
@@ -150,12 +161,13 @@ class _Sums:
             positions = positions[:1] if known == 1 else positions[self._layers]
         return positions.repeat(n_tokens)
 
-    def finish(self, tokens: int, deviation: Tensor) -> Validation:
+    def finish(self, tokens: int, documents: int, deviation: Tensor) -> Validation:
         """The result; deviation: float64 [L], sum of |x - mean_l|^2 over the same tokens."""
         latents, fvu = self._target.sae.latents, self._errors / deviation[self._layers]
         latents.sum_(self._active, fired := self.fired.double().mean())
         return Validation(
             tokens=tokens,
+            documents=documents,
             fvu=fvu.mean().item(),
             fvu_per_layer=fvu.tolist(),
             l0=self._active.sum().item() / (tokens * self._n_layers),

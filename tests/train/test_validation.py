@@ -42,6 +42,7 @@ def test_fvu_is_about_each_layer_mean_vector_in_raw_space(tmp_path: Path, layers
         assert found.fvu_per_layer[i] == pytest.approx(expected.item(), rel=1e-6)
     assert found.fvu == pytest.approx(sum(found.fvu_per_layer) / len(layers))
     assert found.tokens == mask.sum()
+    assert found.documents == len(np.unique(store.tokens.document[mask]))
 
 
 def test_fvu_by_hand(tmp_path: Path) -> None:

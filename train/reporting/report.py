@@ -15,7 +15,7 @@ from train.metrics import finite
 from train.objective.recipes import best_lr
 from train.reporting.convergence import FVU_SETTLED, LEAST_STEPS, SETTLED, in_words, last_quarter
 from train.resolve import RunPlan
-from train.validation import INTERIM_TOKENS, Validation
+from train.validation import FEW_DOCUMENTS, Validation
 
 _SETTLED = {True: "yes", False: "no", None: "-"}
 _HIGH = 10
@@ -92,10 +92,13 @@ def describe(result: TrainResult) -> str:
     elif math.isinf(held_out.fvu):
         lines.append(f"validation on {held_out.tokens:,} tokens of held-out documents: no FVU, their vectors are equal")
     else:
-        few = held_out.tokens < min(INTERIM_TOKENS, plan.config.validation.validation_tokens)
-        hint = " (too few to be reliable: raise --validation-fraction)" * few
+        of, hint = "held-out documents", ""
+        if held_out.documents is not None:
+            of = counted(held_out.documents, "held-out document")
+            way_out = "raise --validation-fraction, or harvest more documents"
+            hint = f" (too few to be reliable: {way_out})" * (held_out.documents < FEW_DOCUMENTS)
         lines.append(
-            f"validation on {held_out.tokens:,} tokens of held-out documents{hint}: FVU {held_out.fvu:.3f} (lower is "
+            f"validation on {held_out.tokens:,} tokens of {of}{hint}: FVU {held_out.fvu:.3f} (lower is "
             "better, 1 is no better than the layer's mean; mean over layers; "
             f"worst {held_out.fvu_per_layer[worst]:.3f} at layer {plan.layers[worst]}), L0 {held_out.l0:.1f}"
         )

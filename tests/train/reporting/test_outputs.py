@@ -86,6 +86,16 @@ def test_an_fvu_above_one_comes_with_a_way_out(config: TrainConfig) -> None:
     assert bad.endswith("(--epochs, or a larger store), or with smaller batches than --batch-size 256")
 
 
+def test_few_held_out_documents_are_said_to_be_few(config: TrainConfig) -> None:
+    result = train(config)
+    held_out = result.validation
+    assert held_out is not None
+    few, enough, older = (describe(replace(result, validation=held_out._replace(documents=n))) for n in (1, 5, None))
+    assert "tokens of 1 held-out document (too few to be reliable: raise --validation-fraction, or harvest" in few
+    assert "tokens of 5 held-out documents: FVU" in enough
+    assert "tokens of held-out documents: FVU" in older
+
+
 def test_many_dead_latents_come_with_a_way_out(config: TrainConfig) -> None:
     for lr, lower in ((1e-6, ""), (None, ""), (0.1, "lower --lr 0.1, ")):
         result = train(with_values(config, steps=1, lr=lr, overwrite=True))
