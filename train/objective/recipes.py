@@ -1,7 +1,7 @@
 """What the flags stand for that a run leaves open: batches, learning rate, its schedule, Adam's memory, initial scale.
 
 A flag that is given counts; else, on a resume, what the checkpoint was begun with; else the recipe's. How the laws of
-`best` were found: benchmarks/results/2026-11-28-defaults.md and 2026-11-30-defaults.md. Imports nothing heavy.
+`best` were found: benchmarks/results/*-defaults.md. Imports nothing heavy.
 """
 
 from collections.abc import Mapping
@@ -65,19 +65,24 @@ def batch_size(config: TrainConfig, vectors_per_epoch: int) -> int:
 
 
 def best_batch(vectors: int) -> int:
-    """Vectors in a step of a run of so many: the power of two, from 128, that makes 500 to 1,000 steps; from 4,096 on
-    it grows with the square root of the run, as far as 65,536."""
+    """Vectors in a step of a run of `vectors`: the power of two, from 128, that makes 500 to 1,000 steps; from 1,024 on
+    it grows with the square root of the run, up to 65,536."""
     batch = 128
-    while batch < 65_536 and vectors > 1000 * batch * max(1, batch / 4096):
+    while batch < 65_536 and vectors > 1000 * batch * max(1, batch / 512):
         batch *= 2
     return batch
 
 
 def best_lr(n_latents: int, batch_size: float, vectors: float) -> float:
-    """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432
+    """The peak learning rate: a fit to runs of 1e5 to 2e7 vectors, batches of 128 to 8,192 and 4,608 to 18,432
     latents. A batch that is larger than the run counts as no larger."""
-    batch_size = min(batch_size, vectors)
-    return 5e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
+    batch_size, lasting = min(batch_size, vectors), _lasting(vectors)
+    return 5e-3 * lasting * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
+
+
+def _lasting(vectors: float) -> float:
+    """The factor by which the decoder's rate, unlike the encoder's, does not fall between 1e6 and 2e7 vectors."""
+    return min(max(vectors / 1e6, 1), 20) ** 0.25
 
 
 def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int, share: float = 1) -> Recipe:
@@ -91,7 +96,8 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
         scale = min(max(20 * batch_size / vectors, 0.1), 0.4) if small else 0.4
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}
         # From 4,608 latents on the encoder's rate does not depend on their number.
-        values |= {"encoder_lr": max(n_latents / 4608, 1) ** 0.25 / 3, "second_moment": "latent"}
+        encoder_lr = max(n_latents / 4608, 1) ** 0.25 / 3 / _lasting(vectors * share)
+        values |= {"encoder_lr": encoder_lr, "second_moment": "latent"}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
     else:  # paper: Lawson et al. 2025 and its code

@@ -56,10 +56,14 @@ def test_best_is_the_default_and_its_rate_falls_with_size_and_length() -> None:
     assert scales == [0.4, 0.4, 0.25, 0.125, 0.1, 0.1]
     assert best_lr(4608, 1024, 500_000) == 5e-3
     assert best_lr(16 * 4608, 1024, 500_000) == pytest.approx(2.5e-3)
-    assert best_lr(4608, 1024, 16 * 500_000) == pytest.approx(2.5e-3)
+    assert best_lr(4608, 1024, 500_000 / 16) == best_lr(4608, 1024, 50_000) == pytest.approx(5e-3 * 10**0.25)
+    assert best_lr(4608, 1024, 10**6) == best_lr(4608, 1024, 10**7) == pytest.approx(5e-3 / 2**0.25)
+    assert best_lr(4608, 1024, 16 * 2 * 10**7) == pytest.approx(2.5e-3 / 2**0.25)  # a rate as of 1e6 / 16 times
     larger = complete(train_config(store=Path("s")), n_latents=16 * 4608, batch_size=100, vectors=10**6)
     assert (larger.encoder_lr, larger.second_moment) == (pytest.approx(2 / 3), "latent")
     assert recipe_of().encoder_lr == 1 / 3  # of 4,096 latents
+    long = complete(train_config(store=Path("s")), n_latents=4608, batch_size=1024, vectors=16 * 10**6)
+    assert long.encoder_lr == pytest.approx(1 / 6)  # so that its own rate falls with the fourth root of the length
     assert best_lr(4608, 10**6, 500_000) == best_lr(4608, 500_000, 500_000)  # no batch is larger than the run
 
 
@@ -67,9 +71,11 @@ def test_batches_grow_with_the_run() -> None:
     sizes = [best_batch(vectors) for vectors in (1, 10**5, 5 * 10**5, 10**6, 2 * 10**6, 5 * 10**6, 10**12)]
     assert sizes == sorted(sizes)
     assert sizes[0] == 128
-    steps = [vectors / best_batch(vectors) for vectors in range(10**5, 4 * 10**6, 10**5)]
+    steps = [vectors / best_batch(vectors) for vectors in range(10**5, 10**6, 10**4)]
     assert min(steps) >= 500
     assert max(steps) <= 1000
+    # From there on steps grow with the square root of the run too: four times the vectors, twice the batch.
+    assert [best_batch(10**6 * 4**i) for i in range(8)] == [1024 * 2 ** min(i, 6) for i in range(8)]
 
 
 def test_batches_of_other_recipes_and_of_runs_of_given_steps_are_the_usual() -> None:
