@@ -84,13 +84,12 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
     stored, hashed = {**_VALUES_BEFORE, **stored}, str(record.get("model_fingerprint"))
     if hashed.startswith(f"{stored.get('model_fingerprint')}+"):  # from before all files were hashed
         stored["model_fingerprint"] = hashed
-    names = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
+    differing = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
     same = {name for content, name in _NAMES_OF.items() if stored.get(content) == record.get(content) is not None}
-    renamed = [name for name in names if name in same]
-    names = [name for name in names if name not in renamed]
-    kinds = {str(there.get("adapter")).partition(", peft ")[0] for there in (stored, record)}
-    upgraded = "adapter" in names and len(kinds) == 1
-    names = [name for name in names if name != "adapter" or not upgraded]
+    renamed = [name for name in differing if name in same]
+    kinds = {str(options.get("adapter")).partition(", peft ")[0] for options in (stored, record)}
+    upgraded = ["adapter"] if "adapter" in differing and len(kinds) == 1 else []
+    names = [name for name in differing if name not in (*renamed, *upgraded)]
     if names:
         found = "; ".join(
             f"{_WORDS.get(name) or '--' + name.replace('_', '-')} is {_shown(stored.get(name))} there and "
@@ -103,8 +102,12 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
             f"{out} was made with other options: {found}. Give the same options to continue it, choose another --out,"
             " or use --overwrite to replace it"
         )
-    warning = f"warning: {out} was begun with the adapter {stored['adapter']}, now {record.get('adapter')}: " * upgraded
-    return [warning + "the new shards may differ in the last bits"] * upgraded + [
+    notes = [
+        f"warning: {out} was begun with the adapter {stored[name]}, now {record.get(name)}: the new shards may"
+        " differ in the last bits"
+        for name in upgraded
+    ]
+    return notes + [
         f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
         " same hash"
         for name in renamed

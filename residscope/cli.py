@@ -88,13 +88,11 @@ def _verify(path: Path, as_json: bool) -> int:
 def _repair(path: Path, as_json: bool) -> None:
     from store.care.repair import repair
 
-    def prepare(store: Path) -> Callable[[], object]:
-        return importlib.import_module("harvest.refill").prepare(store)  # imports torch only if there are bad shards
-
-    done = repair(path, prepare)
+    # harvest.refill imports torch, which is needed only if there are bad shards.
+    done = repair(path, lambda store: importlib.import_module("harvest.refill").prepare(store))
     if as_json:
-        found = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
-        print(json.dumps({"path": str(path), **found}))
+        repaired = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
+        print(json.dumps({"path": str(path), **repaired}))
         return
     _print_faults(done.found)
     recomputed = f"{counted(len(done.refilled), 'shard')} recomputed"
@@ -102,9 +100,9 @@ def _repair(path: Path, as_json: bool) -> None:
 
 
 def _as_json(bad: Sequence[Any]) -> list[dict[str, Any]]:
-    return [{"shard": found.index, "reason": found.reason} for found in bad]
+    return [{"shard": fault.index, "reason": fault.reason} for fault in bad]
 
 
 def _print_faults(bad: Sequence[Any]) -> None:
-    for found in bad:
-        print(found.reason if found.index is None else f"shard {found.index}: {found.reason}")
+    for fault in bad:
+        print(fault.reason if fault.index is None else f"shard {fault.index}: {fault.reason}")

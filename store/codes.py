@@ -104,8 +104,9 @@ class KeptCodes:
         for name, part in zip(_CODES, (values, indices), strict=True):
             whole = np.zeros(self._shape, self._dtypes[name])
             whole[: part.shape[0], :, : part.shape[2]] = part[:, :, :width]
-            written.append(whole.tobytes())
-            _write_whole(self._files(shard)[name], [written[-1], checksum(written[-1])])
+            data = whole.tobytes()
+            written.append(data)
+            _write_whole(self._files(shard)[name], [data, checksum(data)])
         _write_whole(self._digest_file(shard), [self._digest(shard, written)])
         return True
 

@@ -77,7 +77,7 @@ def remove_leftovers(folder: Path, shards: Collection[int] = ()) -> None:
             if (number := path.name.split(".")[1]).isdigit() and int(number) not in shards:
                 path.unlink(missing_ok=True)
         return
-    for path in (found for found in folder.glob(f"incoming-*{TEMPORARY}") if found.is_dir()):
+    for path in filter(Path.is_dir, folder.glob(f"incoming-*{TEMPORARY}")):
         # Renamed first, so that a process that still writes into it fails.
         shutil.rmtree(path.replace(path.with_name(path.name + TEMPORARY)))
     for path in folder.glob(f"*/*{TEMPORARY}"):

@@ -69,8 +69,9 @@ def make_objects(path: URL, meta: StoreMeta, tokens: TokenTable) -> tuple[URL, O
     lock = ObjectLock(path) if begun or not path.exists() else None
     if lock is None or is_store(path):
         raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another name")
-    for left in (found for found in path.glob("*") if begun and found != path / FILE):
-        left.unlink()
+    for leftover in path.glob("*") if begun else ():
+        if leftover != path / FILE:
+            leftover.unlink()
     with tempfile.TemporaryDirectory(prefix="residscope-") as name:
         folder, of_folder = make_folder(Path(name) / "store", meta, tokens)
         of_folder.close()

@@ -115,25 +115,33 @@ def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterat
         yield sorted(missing)
         return
     readers, waited, named = Readers(store.path, store.ring), 0.0, set[str]()
+
+    def used_by_all(parts: int) -> bool:
+        """Wait until all trainers have used so many parts; False if `stopped()` before."""
+        nonlocal waited
+        here = 0.0
+        while min((used := readers.used()).values(), default=0) < parts:
+            if stopped():
+                return False
+            if not waited:
+                names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
+                print(f"waiting for {names}, now and whenever it is slower", file=sys.stderr)
+            time.sleep(_POLL_SECONDS)
+            here, waited = here + _POLL_SECONDS if used else 0.0, waited + _POLL_SECONDS
+            if here >= _SAY_SECONDS and (behind := min(used, key=lambda name: used[name])) not in named:
+                named.add(behind)
+                way_out = f"if it has ended and will not continue, remove {readers.file(behind)}"
+                print(f"still waiting for {behind} after {human_seconds(here)}; {way_out}", file=sys.stderr)
+        return True
+
     for number, part in enumerate(store.ring.parts(store.meta.n_shards)):
         if todo := [shard for shard in part.tolist() if shard in missing]:
-            here = 0.0
-            for last_look in (False, True) if number > 1 else ():
-                while min((used := readers.used()).values(), default=0) < number - 1:
-                    if stopped():
-                        return
-                    if not waited:
-                        names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
-                        print(f"waiting for {names}, now and whenever it is slower", file=sys.stderr)
-                    time.sleep(_POLL_SECONDS)
-                    here, waited = here + _POLL_SECONDS if used else 0.0, waited + _POLL_SECONDS
-                    if here >= _SAY_SECONDS and (behind := min(used, key=lambda name: used[name])) not in named:
-                        named.add(behind)
-                        way_out = f"if it has ended and will not continue, remove {readers.file(behind)}"
-                        print(f"still waiting for {behind} after {human_seconds(here)}; {way_out}", file=sys.stderr)
-                if not last_look:  # A trainer that starts now is seen in the second look, or told that it is too late.
-                    readers.announce(number - 1)
             if number > 1:
+                if not used_by_all(number - 1):
+                    return
+                readers.announce(number - 1)
+                if not used_by_all(number - 1):  # A trainer that began meanwhile is seen now, or told that it is late.
+                    return
                 readers.remove(number - 1, store.meta.n_shards, store.moments)
             yield todo
     if waited:

@@ -164,12 +164,12 @@ def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
         options["device"] = f"cuda:{worker.name % n_gpus}"
     try:
         settings = resolve(from_flat(HarvestConfig, options))
-        found = dependences(settings)
-        for name in (name for name in found if found[name] != spec.needed[name]):
-            raise IncompatibleError(
-                f"it would give other vectors: {name} is {found[name]} there, {spec.needed[name]} here; do not change "
-                "the model, and use similar machines and one environment"
-            )
+        for name, found in dependences(settings).items():
+            if found != spec.needed[name]:
+                raise IncompatibleError(
+                    f"it would give other vectors: {name} is {found} there, {spec.needed[name]} here; do not change "
+                    "the model, and use similar machines and one environment"
+                )
         store = ActivationStore.open(spec.store, partial=True)
     except ResidscopeError as error:
         raise type(error)(f"the Dask worker at {worker.address}: {error}") from None

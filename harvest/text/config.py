@@ -81,7 +81,9 @@ class TextConfig:
         if len(values) not in ((1, n) if default else (0, 1, n)):
             wanted = f"be one for all texts or one for each of the {n} of --dataset"
             raise UsageError(f"--{option.replace('_', '-')} should {wanted}, found {len(values)}")
-        return [value.strip() or default for value in (values if len(values) == n else [*values, ""][:1] * n)]
+        if len(values) != n:
+            values = [*values, ""][:1] * n
+        return [value.strip() or default for value in values]
 
 
 def _name_and_weight(word: str) -> tuple[str, float]:

@@ -19,15 +19,8 @@ from residscope.options import parse_options
 
 MOST_GPUS = 10_000
 
-PYTHIA = dict(
-    zip(
-        ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"),
-        zip(
-            (6, 6, 6, 12, 24, 16, 24, 32, 32, 36), (128, 256, 512, 768, 1024, 2048, 2048, 2560, 4096, 5120), strict=True
-        ),
-        strict=True,
-    )
-)
+PYTHIA = {"14m": (6, 128), "31m": (6, 256), "70m": (6, 512), "160m": (12, 768), "410m": (24, 1024)}
+PYTHIA |= {"1b": (16, 2048), "1.4b": (24, 2048), "2.8b": (32, 2560), "6.9b": (32, 4096), "12b": (36, 5120)}
 """Blocks and d_model by size, so that runs on the paper's models can be planned without a network."""
 
 
@@ -145,24 +138,25 @@ def on_gpus(config: PlanConfig, model: Model, run: Training) -> dict[str, Cost]:
     """The costs according to data sheets."""
     gpu, speed = GPUS[config.gpu], float(parse_bytes(config.disk_speed or "2GB") or 0)
 
-    def way(disk: float | None, held: float, *, at_once: bool) -> Cost:
+    def way(on_disk: bool, held: float, at_once: bool) -> Cost:
+        disk = speed if on_disk else None
+
         def step(n: int) -> tuple[dict[str, float], int, float]:
             latents = share_latents(run, gpu, n)
             return step_parts(run, gpu, n, latents, disk=disk), latents, memory_of_gpu(run, n, latents)
 
-        epochs = 1 if at_once else config.epochs
         return cost(
             config.tokens,
-            run._replace(steps=run.steps * epochs),
+            run._replace(steps=run.steps * (1 if at_once else config.epochs)),
             config.gpus,
             token=lambda n: token_parts(model, gpu, n, disk=disk, threads=config.threads),
             step=step,
-            disk=held if disk else 0.0,
-            host_memory=TABLE * config.tokens + 1e9 + (0 if disk else held),
+            disk=held if on_disk else 0.0,
+            host_memory=TABLE * config.tokens + 1e9 + (0 if on_disk else held),
             at_once=at_once,
         )
 
-    return _ways(config, model, lambda on_disk, held, at_once: way(speed if on_disk else None, held, at_once=at_once))
+    return _ways(config, model, way)
 
 
 def on_this_machine(config: PlanConfig, transformer: Any, model: Model, run: Training) -> dict[str, Cost]:
