@@ -165,7 +165,7 @@ class Filler:
         """Call `write(shard, data [t, L, D])` for each of `shards`, started in ascending order, in other threads, until
         `stopped()`. `ResidscopeError` for a value that is not finite."""
         store = self._store
-        failed, not_finite = list[SequenceBatch](), list[SequenceBatch]()
+        failed, not_finite = list[SequenceBatch](), list[SequenceBatch]()  # A batch is in `failed` until it succeeds.
 
         def take(batch: SequenceBatch, buffer: HostBuffer) -> list[Future[object]]:
             """Assemble the next batch, unless one has failed: then the shards of later batches may have a hole."""

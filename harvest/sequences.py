@@ -34,7 +34,7 @@ def sequence_batches(position: np.ndarray, batch_tokens: int) -> list[SequenceBa
 
 
 def batches_for(batches: list[SequenceBatch], missing: Collection[int], shard_tokens: int) -> list[SequenceBatch]:
-    """Those of `batches` that overlap a missing shard."""
+    """The `batches` that overlap a missing shard."""
     wanted, size = set(missing), shard_tokens
     return [b for b in batches if not wanted.isdisjoint(range(b.start // size, (b.stop - 1) // size + 1))]
 

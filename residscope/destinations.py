@@ -133,7 +133,7 @@ def comparison(out: Path) -> contextlib.AbstractContextManager[Path]:
 
 
 def _claimed(claim: Path) -> set[str]:
-    """The names in a claim that are inside its folder. They may be removed, and anyone may have written the file."""
+    """The names in a claim, without paths that leave its folder: these files may be removed, and a claim be forged."""
     try:
         names = map(Path, read_json(claim))
         return {str(name) for name in names if not name.is_absolute() and ".." not in name.parts}

@@ -25,7 +25,7 @@ CONFIG_BYTES = 64 << 20
 
 @contextmanager
 def reading(what: object, way_out: str = "", kind: type[ResidscopeError] = IncompatibleError) -> Iterator[None]:
-    """For a block that reads `what`, as the user calls it: a library's error becomes one of `kind`, with `way_out`."""
+    """Wrap a block that reads `what` (named for the user): a library's error becomes one of `kind`, with `way_out`."""
     try:
         yield
     except ResidscopeError:

@@ -226,12 +226,13 @@ class ActivationStore:
         target = out.reshape(len(out), out.shape[1] * out.shape[2]).view(np.uint8)  # -1 would fail for n = 0
         sorted_chunk, sorted_layer = chunk[order], layer[order]
         within = sorted_chunk % self.meta.chunks_per_shard
+        blocks = np.stack([within, sorted_layer, order], axis=1)  # [n, 3]
 
         def fill(shard: int, group: slice) -> None:
             with self._reader(shard) as reader:
                 reader.fetch(within[group], sorted_layer[group])
-                for where, at, row in zip(*(a[group].tolist() for a in (within, sorted_layer, order)), strict=True):
-                    reader.read_chunk(where, at, target[row])
+                for chunk_in_shard, layer_index, row in blocks[group].tolist():
+                    reader.read_chunk(chunk_in_shard, layer_index, target[row])
 
         threads = THREADS if isinstance(self.path, URL) else threads  # requests mostly wait for the network
         # A part is at most one thread's share, so that all threads work even if all chunks are in one shard.

@@ -192,17 +192,15 @@ class WindowLoader:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
             reading = self._reading(first_row, reader, helper)
-            ahead = None
-            while True:
-                while (window := ahead or next(reading, self)) is None:
+            for window in reading:
+                if window is None:  # The next part cannot be read yet.
                     time.sleep(_POLL_SECONDS)
-                if window is self:
-                    return
-                assert isinstance(window, _Window)
-                ahead = next(reading, None)
-                window.read.result()
-                window.order.result()
-                yield window, ahead
+                while window is not None:
+                    ahead = next(reading, None)
+                    window.read.result()
+                    window.order.result()
+                    yield window, ahead
+                    window = ahead
 
     def _reading(
         self, first_row: int, reader: ThreadPoolExecutor, helper: ThreadPoolExecutor

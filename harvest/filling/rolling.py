@@ -38,7 +38,7 @@ class Rolling(NamedTuple):
     """Bytes that the store may take."""
     fraction: float
     seed: int
-    """Of the choice of documents to set aside (`fraction` of them), and of the order of the shards."""
+    """Seed for the choice of documents to set aside (`fraction` of them) and for the order of the shards."""
     batch: int
     """Tokens of a forward pass."""
     token_bytes: int

@@ -39,11 +39,11 @@ class Role(IntEnum):
     MASKED = 0
     """Nothing: not kept."""
     FIT = 1
-    """To fit on."""
+    """Fitting."""
     CHOOSE = 2
-    """To choose the ridge penalty on, then to fit on."""
+    """Choosing the ridge penalty, then fitting."""
     HELD_OUT = 3
-    """To measure on."""
+    """Measuring only."""
 
 
 Reader = Callable[[SequenceBatch], list[Tensor]]
@@ -86,7 +86,7 @@ def measured_tokens(position: np.ndarray, held_out: np.ndarray, wanted: int, see
     tokens = np.flatnonzero(held_out)
     tokens = tokens[permutation(len(tokens), seed, _MEASURE_STREAM)]
     sequence = np.cumsum(position == 0)[tokens]
-    rank = np.empty(len(tokens), np.int64)  # Of each token among those of its sequence, in the random order.
+    rank = np.empty(len(tokens), np.int64)  # Each token's rank within its sequence, in the random order.
     for number in np.unique(sequence):
         rank[sequence == number] = np.arange((sequence == number).sum())
     shuffled_sequence = permutation(int(sequence.max()) + 1, seed, _MEASURE_STREAM, 1)[sequence]
