@@ -154,7 +154,7 @@ class HarvestConfig:
 
     weights: ModelConfig
     out: Path
-    """Store to make or continue: a folder, by convention with a name in .zarr."""
+    """Store to make or continue: a folder whose name ends in .zarr by convention."""
     text: TextConfig = field(default_factory=TextConfig)
     documents: DocumentConfig = DocumentConfig()
     max_tokens: int = 1_000_000
