@@ -1,5 +1,5 @@
-"""Residual streams of a causal language model, at every layer, written into an activation store.
+"""Writes the residual stream of a causal language model, at every layer, into an activation store.
 
-`harvest.run.harvest(config)` is the whole of it; `harvest.model.load`, `harvest.residual` and
-`harvest.lens.translators` are what other packages use. Importing this package costs nothing.
+`harvest.run.harvest(config)` does all of it; other packages use `harvest.model.load`, `harvest.residual` and
+`harvest.lens.translators`. Importing this package is quick.
 """

@@ -19,7 +19,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `harvest` with `argv` (default the process's own); gives the exit code (residscope.errors)."""
+    """Run `harvest` with `argv` (default: the process's own); returns the exit code (residscope.errors)."""
 
     def command() -> None:
         config = parse_options(HarvestConfig, argv, prog="harvest", description=DESCRIPTION, epilog=EPILOG)

@@ -1,7 +1,7 @@
 """Options of `harvest`, one frozen dataclass for each component; the command line is generated from them.
 
-Checked when made, as far as that needs neither the model nor the text. Not here: what "auto" and the defaults that
-depend on the model stand for (`harvest.settings`).
+Checked when made, as far as possible without the model and the text. `harvest.settings` resolves "auto" and the
+defaults that depend on the model.
 """
 
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from residscope.options import require_at_least, require_seed, require_workers
 from residscope.urls import URL
 
 _MOST_LAYERS = 100_000
-"""A range of more is a typing error, and would fill the memory before the model is asked how many it has."""
+"""A larger index is a typing error, and its range would fill the memory before the model's layers are known."""
 
 
 def parse_layers(words: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Block indices, ascending, of words such as ("0-5,11", "14"); None (all) for no words; else `UsageError`."""
+    """Ascending block indices from words such as ("0-5,11", "14"); None (all) for no words; else `UsageError`."""
     if not words:
         return None
     chosen: set[int] = set()
@@ -35,7 +35,7 @@ def parse_layers(words: tuple[str, ...]) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model, and how it computes."""
+    """Which model, and how to run it."""
 
     model: str
     """Model: a short name (pythia-1b, gpt2, smollm2-135m, gemma-2-2b, llama-3.2-3b, qwen3-0.6b, ...), a hub id
@@ -43,10 +43,10 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub model; default its newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the model's weights and of its forward pass, the residual stream included. auto: bfloat16 on
+    """Number format of the model's weights and of its forward pass, including the residual stream. auto: bfloat16 on
     CUDA, float32 on a CPU."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one. It may differ when a run is continued."""
+    """cpu, cuda, cuda:1, ...; auto uses CUDA if available. It may differ when a run is continued."""
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -62,14 +62,14 @@ class SequenceConfig:
     document_separator: str | None = None
     """Text put after each document; default the model's end-of-text token. Give "" for none."""
     keep_first_position: bool = False
-    """Also train on and analyse position 0 of each sequence, where norms can be a hundred times the median; without
-    it they are stored but masked."""
+    """Also train on and analyse position 0 of each sequence, where norms can be a hundred times the median. Without
+    this flag these tokens are stored but masked."""
 
     def __post_init__(self) -> None:
         require_at_least(1, context_length=self.context_length)
         if self.context_length == 1 and not self.keep_first_position:
             way_out = "use 2 or more, or --keep-first-position"
-            raise UsageError(f"--context-length 1 leaves no position but the first, which is masked: {way_out}")
+            raise UsageError(f"--context-length 1 leaves only the first position, which is masked: {way_out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +77,11 @@ class DocumentConfig:
     """Order and packing of documents."""
 
     shuffle_documents: int | None = None
-    """Seed of a random order of each text's documents; default: their own order. Local text is shuffled completely
-    (in a temporary copy); for a hub data set, its files and then 10,000 documents at a time."""
+    """Seed for shuffling each text's documents; default: their own order. Local text is shuffled completely
+    (in a temporary copy); of a hub data set, first the files, then documents in a buffer of 10,000."""
     pack: bool = True
-    """Pack documents one after another into sequences of full length. Without it each sequence holds the beginning of
-    one document, cut at the context length, and no separator."""
+    """Pack documents one after another into sequences of full length. Without packing, each sequence holds the
+    beginning of one document, cut at the context length, and no separator."""
 
     def __post_init__(self) -> None:
         require_at_least(0, shuffle_documents=self.shuffle_documents)
@@ -97,15 +97,15 @@ class StorageConfig:
     """Tuned lens to apply before storing: a local folder, the model's id in the published collection, or auto for the
     one published for the model."""
     lens_indexing: Literal["tuned-lens", "mlsae-compat"] = "tuned-lens"
-    """Which translator a block's output takes: the one trained on it (block l takes translator l + 1, the last none),
-    or translator l as the reference implementation does."""
+    """Which translator is applied to a block's output: the one trained on it (l + 1 for block l, none for the last), or
+    translator l, as in the reference implementation."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number format on the disk. float16 overflows on some models; then the run stops."""
+    """Number format on the disk. float16 overflows with some models; then the run stops."""
     codec: Literal["none", "zstd"] = "none"
-    """Compression of the store: zstd saves about a quarter of the disk and is slower to read."""
+    """Compression of the store: zstd saves about a quarter of the space and is slower to read."""
     rolling: str | None = None
-    """Most disk that the store may take, such as 50GB: it is filled part by part, and a part is removed once all
-    trainers that run beside it (`train --follow`) have used it."""
+    """Maximum size of the store, such as 50GB: it is filled part by part, and a part is removed once all trainers that
+    run alongside (`train --follow`) have used it."""
 
     def __post_init__(self) -> None:
         parse_layers(self.layers)
@@ -118,9 +118,9 @@ class ControlConfig:
     """A control with random weights."""
 
     random_init: bool = False
-    """Harvest the same architecture with random weights: the control."""
+    """Harvest the same architecture with random weights, as a control."""
     seed: int = 0
-    """Seed of the weights of --random-init."""
+    """Seed of the random weights."""
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
@@ -128,13 +128,13 @@ class ControlConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """Processes that fill the store. Who fills what does not change its bytes; how many threads each has may."""
+    """Processes that fill the store. Which of them fills a shard does not change its bytes; their thread count may."""
 
     n_workers: int | None = None
-    """Processes on this machine that fill shards at once, each with its share of the cores and, where there are
-    several, a GPU. By default this process alone; with --scheduler, that scheduler's workers instead."""
+    """Number of processes on this machine that fill shards at once, each with its share of the cores and, if there are
+    several GPUs, one of them. Default: this process alone, or with --scheduler, that scheduler's workers."""
     scheduler: str | None = None
-    """Address of a Dask scheduler (tcp://HOST:8786) whose workers fill the shards; they see the same paths."""
+    """Address of a Dask scheduler (tcp://HOST:8786) whose workers fill the shards; they must see the same paths."""
 
     def __post_init__(self) -> None:
         require_workers(n_workers=None if self.scheduler else self.n_workers)
@@ -154,7 +154,7 @@ class HarvestConfig:
 
     weights: ModelConfig
     out: Path
-    """Store to make, or to continue: a folder whose name ends in .zarr by custom."""
+    """Store to make or continue: a folder whose name ends in .zarr by convention."""
     text: TextConfig = field(default_factory=TextConfig)
     documents: DocumentConfig = DocumentConfig()
     max_tokens: int = 1_000_000
@@ -166,13 +166,13 @@ class HarvestConfig:
     workers: WorkerConfig = WorkerConfig()
     mask_norm: float | None = None
     """Do not train on or analyse tokens whose norm, at any stored layer, exceeds this many times that layer's median:
-    attention sinks in mid-sequence. Runs the model twice. 10 is usual."""
+    attention sinks in mid-sequence. Runs the model twice. A usual value is 10."""
     batch_size: int | None = None
-    """Sequences in a forward pass; default as many as fit in 256 MiB of stored vectors and in 8192 tokens, or 1024
-    on a CPU. Another size may change the last bits, so the size is recorded, and a continued store keeps it."""
+    """Sequences in a forward pass; default: as many as fit in 256 MiB of stored vectors and in 8192 tokens (1024
+    on a CPU). Another size may change the last bits, so the size is recorded, and a continued store keeps it."""
     device_map: Literal["auto"] | None = None
-    """auto: spread a model that is larger than one GPU over all GPUs, and what they cannot hold over memory and disk
-    (slow). Needs accelerate."""
+    """auto: spread a model that is larger than one GPU over all GPUs, and the rest over memory and disk (slow). Needs
+    accelerate."""
     overwrite: bool = False
     """Remove the store at --out and start again."""
     dry_run: bool = False
@@ -190,10 +190,10 @@ class HarvestConfig:
             raise UsageError("--document-separator has no effect with --no-pack; leave it out")
         if isinstance(self.out, URL) and (self.storage.rolling or self.workers != WorkerConfig()):
             raise UsageError(
-                f"--out {self.out}: workers and --rolling fill a store on a disk: choose one, or leave them out"
+                f"--out {self.out}: workers and --rolling need a store on a disk: give a path, or leave them out"
             )
         if self.storage.rolling and (self.workers != WorkerConfig() or not self.documents.pack):
             raise UsageError(
-                "--rolling fills the store in this process, and packs documents: leave --n-workers,"
+                "--rolling fills the store in this process and packs documents: leave --n-workers,"
                 " --scheduler and --no-pack out"
             )

@@ -1,4 +1,4 @@
-"""Whether a store may be made at --out: never over anything else, and only if it fits. Tested in test_run.py."""
+"""Checks whether a store may be made at --out: never over anything else, and only if it fits. Tested in test_run.py."""
 
 import os
 import shutil
@@ -14,19 +14,19 @@ from residscope.urls import URL
 from store.folder import is_store, refuse_inside_store
 from store.manifest import FILE, WriterLock
 
-# Token columns, statistics and folders beside the vectors, with room to spare.
+# Statistics, folders and metadata, generously.
 _SPARE_BYTES = 16 << 20
-_TOKEN_BYTES = 13
-_LINE_BYTES = 32  # of one number or hash in a line of the manifest
+_TOKEN_BYTES = 13  # a token's entries in the token columns
+_LINE_BYTES = 32  # a number or hash in a line of the manifest
 
 
 def has_begun(out: Path) -> bool:
-    """Whether there is a store at `out`, whole or not; refuses what is neither that nor free."""
+    """Whether there is a store, complete or not, at `out`; raises if `out` is neither a store nor free."""
     refuse_inside_store(out, may_be_one=True)
     require_name(out)
     refuse_shared(out, options_file(out))
     if isinstance(out, URL) and (not out.exists() or (out / FILE).is_file()):
-        return is_store(out)  # If not, of a run that was killed before the store was one.
+        return is_store(out)  # If it is not, a run was killed before the store was made.
     if not out.exists() or (out.is_dir() and not any(out.glob("*"))):
         parent = nearest_folder(out.absolute().parent)
         if not os.access(parent, os.W_OK | os.X_OK):
@@ -39,8 +39,8 @@ def has_begun(out: Path) -> bool:
 
 
 def require_room(out: Path, settings: Settings, n_tokens: int, most: int | None = None) -> None:
-    """`ResidscopeError` where the disk has no room for a store of `n_tokens`, saying how many tokens would fit. most:
-    bytes that it never exceeds."""
+    """`ResidscopeError` if the disk has no room for a store of `n_tokens`; says how many tokens would fit. most: bytes
+    that the store never exceeds."""
     if isinstance(out, URL):
         return
     freed = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
@@ -54,20 +54,20 @@ def require_room(out: Path, settings: Settings, n_tokens: int, most: int | None 
 
 
 def disk_bytes(settings: Settings, n_tokens: int) -> int:
-    """What a store of `n_tokens` takes on the disk: vectors, token columns, and moments and a line of every shard."""
+    """Bytes of a store of `n_tokens` on the disk: vectors, token columns, and the moments and line of every shard."""
     n_layers, (_, shard) = len(settings.layers), settings.chunk_and_shard(n_tokens)
     of_shards = -(-n_tokens // shard) * (2 * 8 * n_layers * settings.d_model + _LINE_BYTES * (10 + n_layers))
     return n_tokens * (settings.bytes_per_token + _TOKEN_BYTES) + of_shards + _SPARE_BYTES
 
 
 def remove_store(out: Path) -> None:
-    """Remove a store so that a crash on the way leaves none there: renamed first, to where `create` clears up."""
+    """Remove a store so that a crash leaves none at `out`: it is first renamed to a name that `create` clears."""
     if isinstance(out, URL):
-        (out / FILE).put(b"\n")  # as of one that is being made, which whoever comes next goes on with
+        (out / FILE).put(b"\n")  # From now on it counts as a store whose making was interrupted.
         for path in sorted(out.glob("*"), key=lambda path: path == out / FILE):
             path.unlink()
         return
-    out = out.resolve() if out.is_symlink() else out  # What a link points at goes, and the link stays.
+    out = out.resolve() if out.is_symlink() else out  # A link's target is removed, and the link stays.
     with closing(WriterLock(out, out)):
         removed = out.with_name(out.name + ".planning")
         if removed.exists():

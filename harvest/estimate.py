@@ -1,7 +1,7 @@
-"""What a harvest would cost, without writing anything: bytes, tokens, and time from a short measured run.
+"""Estimates what a harvest would cost, without writing anything: bytes, tokens, and time from a short measured run.
 
-How: tokenises a sample of the text, and times forward passes (the recording included, the writing not: it overlaps)
-at the run's own batch size. The whole text is not read, so that the number of tokens available is an estimate, or
+How: tokenises a sample of the text, and times forward passes at the run's batch size, including the recording but not
+the writing, which overlaps with them. The whole text is not read, so the number of available tokens is an estimate, or
 unknown. Tested in tests/harvest/test_run.py.
 """
 
@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
     d_model: int
     device: str
     dtype: str
-    """Of the computation."""
+    """Number format of the computation."""
     store_dtype: str
     context_length: int
     batch_size: int
@@ -49,24 +49,24 @@ class Estimate(NamedTuple):
     workers: int | str
     """Processes that would fill the store, or the address of their scheduler; the speed is that of one process."""
     tokens: int
-    """Tokens that would be stored: --max-tokens, or what the text is thought to have."""
+    """Tokens that would be stored: --max-tokens, or the estimate of the text's tokens if that is less."""
     tokens_available: int | None
-    """Tokens that the text is thought to have; None where that is not known."""
+    """Estimate of the text's tokens; None if unknown."""
     bytes_per_token: int
     """Bytes of one token at all layers."""
     bytes: int
     """Bytes of the store's vectors, before compression."""
     disk_bytes: int
-    """That the store takes at once: with all that is beside the vectors, or --rolling."""
+    """Bytes that the whole store takes at once: everything in it, or at most --rolling."""
     free_bytes: int | None
-    """On the disk of --out; None of a bucket, which has no end."""
+    """Free bytes on the disk of --out; None for a bucket, which has no limit."""
     fits: bool
     tokens_per_second: float
     seconds: float
-    """Time that the store would take at that speed, loading not included."""
+    """Time for the store at that speed, without loading."""
 
     def rows(self) -> list[tuple[str, str]]:
-        """Headings and texts, a line each."""
+        """Heading and text of each line."""
         available = "unknown" if self.tokens_available is None else f"about {self.tokens_available:,}"
         verdict = (
             "fits"
@@ -128,7 +128,7 @@ def estimate(config: HarvestConfig) -> Estimate:
 
 
 def _sample(settings: Settings, sources: Sequence[TextSource]) -> tuple[np.ndarray, int | None]:
-    """Token ids (int32) of the first 200,000 characters, shared among the texts, and about how many tokens all give."""
+    """Token ids (int32) of 200,000 characters, shared among the texts, and about how many tokens all texts have."""
     samples = [_beginning(settings, source, _SAMPLE_CHARACTERS // len(sources)) for source in sources]
     ids = np.concatenate([sample for sample, _ in samples])
     available = [n for _, n in samples if n is not None]
@@ -136,7 +136,7 @@ def _sample(settings: Settings, sources: Sequence[TextSource]) -> tuple[np.ndarr
 
 
 def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tuple[np.ndarray, int | None]:
-    """Token ids (int32) of a text's first characters, packed, and about how many tokens all of it packs into."""
+    """Token ids (int32) of a text's first characters, packed, and about how many tokens the whole text packs into."""
     texts: list[Document] = []
     read, ended = 0, True
     for text in source.documents():
@@ -146,7 +146,7 @@ def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tup
             ended = False
             break
     packing = settings.packing
-    limit = n_characters * 8  # More tokens than the sample can have: all of it counts.
+    limit = n_characters * 8  # More tokens than the sample can have: nothing is cut off.
     documents = encode_documents(texts, settings.tokenizer, limit, packing.longest_document)
     table = pack(documents, packing, limit)
     require_in_vocabulary(settings, table.token_id)
@@ -156,7 +156,7 @@ def _beginning(settings: Settings, source: TextSource, n_characters: int) -> tup
 
 
 def _measure(runner: BatchRunner, settings: Settings, sample: np.ndarray) -> float:
-    """Tokens per second of forward passes with recording, at the run's batch size; a short sample is repeated."""
+    """Tokens per second of forward passes with recording at the run's batch size; a short sample is repeated."""
     batch, length = settings.batch_size, settings.packing.context_length
     ids = torch.from_numpy(np.resize(sample, (batch, length)).astype(np.int64))
     buffer = runner.buffer(batch * length)

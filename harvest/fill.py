@@ -1,9 +1,9 @@
-"""Fill the shards that a store lacks: forward passes in the main thread, writing in others.
+"""Fills the missing shards of a store: forward passes in the main thread, writing in others.
 
-How: batches of sequences are fixed by the store's positions and the batch size alone, so that a run that was stopped
-computes the same batches again and the bytes do not depend on where it stopped; only batches that overlap a missing
-shard are run. Each batch is rounded into one of two host buffers, which a second thread cuts into shards, and others
-check and write while the next batch is computed. Worker processes (`harvest.filling.workers`) do the same with some of
+How: batches of sequences depend on the store's positions and the batch size alone, so that a continued run
+computes the same batches, and the bytes do not depend on where a run stopped; only batches that overlap a missing
+shard are run. Each batch is rounded into one of two host buffers; a second thread cuts it into shards, and others check
+and write these while the next batch is computed. Worker processes (`harvest.filling.workers`) do the same for some of
 the shards.
 
 Host memory for activations: `harvest.stored_values.host_bytes`.
@@ -34,7 +34,7 @@ from store.activations import ActivationStore
 from store.meta import StoreMeta
 
 Write = Callable[[int, np.ndarray], object]
-"""Takes a shard's index and its data [t, L, D]; a view that is valid as long as the batch that it came with."""
+"""Takes a shard's index and its data [t, L, D], a view that is valid until its batch has been written."""
 
 
 class Filled(NamedTuple):
@@ -44,11 +44,11 @@ class Filled(NamedTuple):
     tokens: int
     """Tokens of these shards."""
     seconds: float
-    """Time that it took."""
+    """Time that filling took."""
 
 
 class BatchRunner:
-    """Runs batches and puts their residual streams, through the lens if there is one, into host buffers."""
+    """Runs batches and puts their residual streams, with the lens applied if there is one, into host buffers."""
 
     def __init__(self, model: LoadedModel, settings: Settings) -> None:
         self.layers = settings.layers
@@ -57,7 +57,7 @@ class BatchRunner:
         self._recorder = ResidualRecorder(model, settings.layers)
         self._lens = settings.lens
         self._dtype = TORCH_DTYPES[settings.store_dtype]
-        # Copies to the host go over a stream of their own, so that the next block's work does not wait for them.
+        # Copies to the host use their own CUDA stream, so that the next block does not wait for them.
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     def buffer(self, n_tokens: int) -> HostBuffer:
@@ -65,10 +65,9 @@ class BatchRunner:
         return HostBuffer(len(self.layers), n_tokens, self._model.d_model, self._dtype, self._model.device)
 
     def run(self, input_ids: Tensor, buffer: HostBuffer, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Fill `buffer` with the residual streams of token ids int64 [B, N]; on CUDA the copies may still be under
-        way.
+        """Fill `buffer` with the residual streams of token ids int64 [B, N]; on CUDA the copies may not have finished.
 
-        stopped: asked after each block, as a batch may take long: gives the pass up. Gives whether the pass was whole.
+        stopped: called after each block; if it returns True, the pass is abandoned. Returns whether the pass finished.
         """
 
         def keep(i: int, residual: Tensor) -> None:
@@ -84,18 +83,18 @@ class BatchRunner:
         return True
 
     def norms(self, input_ids: Tensor) -> np.ndarray:
-        """L2 norms, float64 [n, L], of the vectors that would be stored of token ids int64 [B, N]."""
-        found: list[Tensor] = []
+        """L2 norms, float64 [n, L], of the vectors that would be stored for token ids int64 [B, N]."""
+        norms: list[Tensor] = []
 
         def measure(i: int, residual: Tensor) -> None:
             stored = self._transformed(i, residual).to(self._dtype)
-            found.append(torch.linalg.vector_norm(stored, dim=1, dtype=torch.float64).cpu())
+            norms.append(torch.linalg.vector_norm(stored, dim=1, dtype=torch.float64).cpu())
 
         self._recorder.stream(input_ids, measure)
-        return torch.stack(found, 1).numpy()
+        return torch.stack(norms, 1).numpy()
 
     def explain_not_finite(self, input_ids: Tensor, first_token: int) -> ResidscopeError:
-        """Run a batch again, to name the first layer, token and value that the store cannot hold."""
+        """Run a batch again to find the first layer, token and value that the store cannot hold."""
         problems: list[ResidscopeError | None] = []
 
         def look(i: int, residual: Tensor) -> None:
@@ -106,29 +105,29 @@ class BatchRunner:
         self._recorder.stream(input_ids, look)
         return next(filter(None, problems), None) or ResidscopeError(
             f"tokens {first_token} to {first_token + input_ids.numel() - 1}: the model gave values that are not finite,"
-            " and finite ones when run again: this machine makes errors. Nothing of it was stored"
+            " but finite ones when run again: this machine makes errors. These tokens were not stored"
         )
 
     def _transformed(self, i: int, residual: Tensor) -> Tensor:
-        """What is stored of the i-th kept layer's output [B, N, D], before rounding: [n, D]."""
+        """The vectors to store for the i-th stored layer's output [B, N, D], before rounding: [n, D]."""
         flat = residual.reshape(-1, self._model.d_model)
         return flat if self._lens is None else self._lens.apply(flat, self.layers[i])
 
 
 class ShardAssembler:
-    """Cuts batches, which come in order, into the missing shards, and hands each whole one on."""
+    """Cuts batches, which arrive in order, into the missing shards, and passes each complete shard to `write`."""
 
     def __init__(self, meta: StoreMeta, missing: Collection[int], write: Write, raw_dtype: np.dtype) -> None:
         self._meta = meta
         self._missing = frozenset(missing)
         self._write = write
         self._raw_dtype = raw_dtype
-        self._partial: np.ndarray | None = None  # [L, S, D]: the one shard that has begun and is not whole
-        self._next = 0  # The token that the partial shard goes on with.
+        self._partial: np.ndarray | None = None  # [L, S, D]: the shard that is partly filled
+        self._next = 0  # The next token of that shard.
 
     def add(self, start: int, data: np.ndarray) -> list[Any]:
-        """Take tokens from `start` on, [n, L, D]; what `write` gave of each shard that is whole by them. A shard of
-        which an earlier part was not taken is never written."""
+        """Take the tokens from `start` on, [n, L, D]; returns what `write` returned for each shard that they complete.
+        A shard whose earlier tokens were not taken is never written."""
         size, written = self._meta.shard_tokens, []
         for shard in range(start // size, (start + len(data) - 1) // size + 1):
             if shard not in self._missing:
@@ -152,10 +151,10 @@ class ShardAssembler:
 
 
 class Filler:
-    """Makes the vectors of any of a store's shards, as often as it is asked to."""
+    """Computes the vectors of any shards of a store, repeatedly if asked to."""
 
     def __init__(self, store: ActivationStore, runner: BatchRunner, batch_size: int, cores: int) -> None:
-        """store: open at least for reading. cores: those for this process."""
+        """store: open at least for reading. cores: number of cores for this process."""
         self._store, self._runner = store, runner
         self._batches = sequence_batches(store.tokens.position, batch_size * store.meta.context_length)
         longest = max(b.stop - b.start for b in self._batches)
@@ -163,13 +162,13 @@ class Filler:
         self._buffers = [runner.buffer(longest) for _ in range(min(2, len(self._batches)))]
 
     def run(self, shards: Collection[int], write: Write, stopped: Callable[[], bool]) -> None:
-        """Call `write(shard, data [t, L, D])` for each of `shards`, begun in ascending order, in other threads, until
+        """Call `write(shard, data [t, L, D])` for each of `shards`, started in ascending order, in other threads, until
         `stopped()`. `ResidscopeError` for a value that is not finite."""
         store = self._store
-        failed, not_finite = list[SequenceBatch](), list[SequenceBatch]()
+        failed, not_finite = list[SequenceBatch](), list[SequenceBatch]()  # A batch is in `failed` until it succeeds.
 
         def take(batch: SequenceBatch, buffer: HostBuffer) -> list[Future[object]]:
-            """The next batch, or nothing once one has failed: the shards of those in line behind it have a hole."""
+            """Assemble the next batch, unless one has failed: then the shards of later batches may have a hole."""
             if failed:
                 return []
             failed.append(batch)
@@ -182,7 +181,7 @@ class Filler:
             return begun
 
         def finish(taken: Future[list[Future[object]]]) -> None:
-            """Wait until nothing of a batch is in use any more."""
+            """Wait until a batch's buffer is no longer in use."""
             for written in taken.result():
                 written.result()
 
@@ -206,7 +205,7 @@ class Filler:
 
 
 def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled:
-    """Write every missing shard of a store that is open for writing; raises what `Filler.run` and `filled` raise."""
+    """Write every missing shard of a store that is open for writing; raises like `Filler.run` and `filled`."""
     filler, lock = Filler(store, runner, batch_size, n_cores()), threading.Lock()
 
     def work(missing: list[int], stopped: Callable[[], bool], advance: Callable[[int], object]) -> None:
@@ -221,9 +220,9 @@ def fill(store: ActivationStore, runner: BatchRunner, batch_size: int) -> Filled
 
 
 def filled(store: ActivationStore, work: Callable[..., object]) -> Filled:
-    """Have `work(missing, stopped, advance)` fill the missing shards, and call `advance` with the tokens of each.
+    """Run `work(missing, stopped, advance)`, which fills the missing shards and calls `advance` with each one's tokens.
 
-    A first SIGINT or SIGTERM makes `stopped()` true. `Interrupted` where shards are still missing in the end.
+    The first SIGINT or SIGTERM makes `stopped()` true. `Interrupted` if shards are still missing at the end.
     """
     meta, missing, begin = store.meta, store.missing_shards(), time.perf_counter()
     todo = sum(stop - start for start, stop in map(meta.shard_bounds, missing))

@@ -1,8 +1,8 @@
-"""The options of a harvest, kept beside its store (acts.zarr -> acts.harvest.toml), and where its model lies.
+"""The options of a harvest, kept next to its store (acts.zarr -> acts.harvest.toml), and the path of its model.
 
-How: names of local files and folders are written in full, so that the file means the same from any working folder: it
-continues and repairs the store, and tells an analysis where the model is, of which the store itself knows the name and
-the hash alone. Not here: whether what lies there is still the same (`harvest.model.checks`). Tested in
+How: names of local files and folders are written as absolute paths, so that the file works from any working folder. It
+is used to continue and repair the store, and tells an analysis where the model is, of which the store itself has only
+the name and the hash. `harvest.model.checks` checks that the model there is still the same. Tested in
 tests/harvest/test_run.py and tests/analysis/model/test_findings.py.
 """
 
@@ -21,12 +21,12 @@ from store.files import atomic_write
 
 
 def options_file(store: Path) -> Path:
-    """Where the options of the store at `store` are."""
+    """The path of the options of the store at `store`."""
     return beside(store, ".harvest.toml")
 
 
 def options_in_full(config: HarvestConfig) -> dict[str, Any]:
-    """The options that say what is in the store, by their flags' names, with local names in full."""
+    """The options that determine the store's content, by flag name, with local names as absolute paths."""
     texts = [
         _in_full(choice.name) + word.strip()[len(choice.name) :] if is_on_disk(choice.name) else word
         for choice, word in zip(config.text.choices, config.text.dataset, strict=True)
@@ -41,14 +41,14 @@ def options_in_full(config: HarvestConfig) -> dict[str, Any]:
 
 
 def save_options(config: HarvestConfig) -> None:
-    """Write the options beside the store, for --config, repairs and analyses; `UsageError` over another store's."""
-    with held_alone(config.out.absolute().parent, config.out, wait=True):  # acts and acts.zarr share the file
+    """Write the options next to the store, for --config, repairs and analyses; `UsageError` over another store's."""
+    with held_alone(config.out.absolute().parent, config.out, wait=True):  # acts and acts.zarr would share the file
         refuse_shared(config.out, options_file(config.out))
         atomic_write(options_file(config.out), [to_toml(options_in_full(config)).encode()])
 
 
 def recorded_place(store: Path, what: str) -> str | None:
-    """The local "model" or "lens" that `store` was harvested with, if the file beside it names one still there."""
+    """The local "model" or "lens" that `store` was harvested with, if its options name one that still exists."""
     path = options_file(store)
     try:
         with reading(path):

@@ -1,7 +1,7 @@
-"""What a store keeps of how it was made: where it comes from, and its options, which decide who may continue it.
+"""What a store records about how it was made: its provenance, and the options that a command must share to continue it.
 
-How: the record is plain JSON of what the stored bytes depend on and of nothing else (no paths, no times, no device), so
-that the same command gives the same record anywhere, and a store can say which field of another command's record
+How: the record is plain JSON of what the stored bytes depend on and nothing else (no paths, times or device), so
+that the same command gives the same record anywhere, and an error can name the fields in which another command's record
 differs. Tested in tests/harvest/test_continue.py.
 """
 
@@ -16,7 +16,7 @@ from harvest.text.sources import TextSource
 from residscope.errors import IncompatibleError
 from residscope.names import versions
 
-# Options that came after the first stores: a record without one was made as if by this value.
+# Options newer than the first stores: a record without one is treated as having this value.
 _VALUES_BEFORE = {
     "adapter": None,
     "dataset_weights": None,
@@ -25,16 +25,16 @@ _VALUES_BEFORE = {
     "token_column": None,
 }
 _NAMES_OF = {"model_fingerprint": "model", "lens_hash": "lens"}
-"""Content hashes of what is local, and the fields with its name, which is that of its folder or file."""
+"""Content hashes of local models and lenses, and the fields with the names of their folders or files."""
 _WORDS = {"model_fingerprint": "the content of --model", "model_revision": "--revision", "adapter": "the adapter"}
 _WORDS |= {"lens_hash": "the content of --lens", "dataset_weights": "the weight of each --dataset"}
 _WORDS |= {"dataset_revision": "the revision or hash of --dataset"}
-"""What those fields are to the user that are no flags; the others have the names of theirs."""
+"""What messages call fields that are not flags; the others are called by their flags."""
 _PACKAGES = ("residscope", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
 
 
 def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[TextSource]) -> dict[str, Any]:
-    """What the stored bytes depend on, as plain JSON by option; two runs may share a store when these are equal."""
+    """What the stored bytes depend on, as plain JSON by option; runs with equal records may share a store."""
     spec, lens = settings.spec, settings.lens
     choices = [source.choice for source in sources]
     return {
@@ -47,7 +47,7 @@ def make_record(config: HarvestConfig, settings: Settings, sources: Sequence[Tex
         "dataset": _for_each([source.dataset for source in sources]),
         "dataset_weights": [choice.weight for choice in choices] if len(choices) > 1 else None,
         "dataset_config": _for_each([choice.config or None for choice in choices]),
-        # Of a hub data set only what was asked for: continuing a store reads no text, so that it must not ask the hub.
+        # Of a hub data set only the requested revision: continuing a store reads no text and must not ask the hub.
         "dataset_revision": _for_each([s.revision if s.is_local else s.choice.revision or None for s in sources]),
         "split": _for_each([choice.split for choice in choices]),
         "text_column": _for_each([choice.column for choice in choices]),
@@ -76,21 +76,20 @@ def _for_each(values: list[Any]) -> Any:
 
 
 def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapping[str, Any]) -> list[str]:
-    """`IncompatibleError` that names every field in which a store's record differs from this one. An option that came
-    after the store counts as its value before. A model or lens that has another name now and the same content hash is
-    the same: gives a line for the user of each."""
+    """Raise `IncompatibleError` naming every field in which a store's record differs from this one. An option that is
+    newer than the store counts as its former value. A model or lens with another name but the same content hash is the
+    same. Returns lines for the user: one for each of these, and one if peft's version has changed."""
     if stored is None:
         raise IncompatibleError(f"{out} was not made by harvest; choose another --out, or --overwrite to replace it")
     stored, hashed = {**_VALUES_BEFORE, **stored}, str(record.get("model_fingerprint"))
-    if hashed.startswith(f"{stored.get('model_fingerprint')}+"):  # from before other files than the best known counted
+    if hashed.startswith(f"{stored.get('model_fingerprint')}+"):  # from before all files were hashed
         stored["model_fingerprint"] = hashed
-    names = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
+    differing = [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
     same = {name for content, name in _NAMES_OF.items() if stored.get(content) == record.get(content) is not None}
-    renamed = [name for name in names if name in same]
-    names = [name for name in names if name not in renamed]
-    kinds = {str(there.get("adapter")).partition(", peft ")[0] for there in (stored, record)}
-    upgraded = "adapter" in names and len(kinds) == 1
-    names = [name for name in names if name != "adapter" or not upgraded]
+    renamed = [name for name in differing if name in same]
+    kinds = {str(options.get("adapter")).partition(", peft ")[0] for options in (stored, record)}
+    upgraded = ["adapter"] if "adapter" in differing and len(kinds) == 1 else []
+    names = [name for name in differing if name not in (*renamed, *upgraded)]
     if names:
         found = "; ".join(
             f"{_WORDS.get(name) or '--' + name.replace('_', '-')} is {_shown(stored.get(name))} there and "
@@ -103,8 +102,12 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
             f"{out} was made with other options: {found}. Give the same options to continue it, choose another --out,"
             " or use --overwrite to replace it"
         )
-    warning = f"warning: {out} was begun with the adapter {stored['adapter']}, now {record.get('adapter')}: " * upgraded
-    return [warning + "the new shards may differ in the last bits"] * upgraded + [
+    notes = [
+        f"warning: {out} was begun with the adapter {stored[name]}, now {record.get(name)}: the new shards may"
+        " differ in the last bits"
+        for name in upgraded
+    ]
+    return notes + [
         f"the {name} {record[name]!r} is called {stored[name]!r} in {out}, which keeps that name: the contents have the"
         " same hash"
         for name in renamed
@@ -114,7 +117,7 @@ def refuse_differences(out: Path, stored: Mapping[str, Any] | None, record: Mapp
 def make_provenance(
     settings: Settings, sources: Sequence[TextSource], mixture: Mixture, record: Mapping[str, Any], architecture: str
 ) -> dict[str, Any]:
-    """Where a store comes from, as plain JSON. mixture: of the sources, after it was read."""
+    """A store's provenance, as plain JSON. mixture: that of the sources, after it was read."""
     spec, packing = settings.spec, settings.packing
     return {
         "model": spec.name,
@@ -127,7 +130,7 @@ def make_provenance(
         "seed": spec.seed,
         "tokenizer": type(settings.tokenizer.backend).__name__,
         "opening_ids": list(packing.opening),
-        "bos_id": packing.opening[0] if packing.opening else None,  # for readers of before
+        "bos_id": packing.opening[0] if packing.opening else None,  # for older readers
         "separator": packing.separator,
         "separator_ids": list(packing.separator_ids),
         "dataset": " ".join(
@@ -153,7 +156,7 @@ def make_provenance(
 
 
 def dependences(settings: Settings) -> dict[str, Any]:
-    """What the vectors depend on beside the words of the options, to the last bit, as plain JSON."""
+    """What else the vectors depend on, to the last bit, besides the text of the options; plain JSON."""
     spec, lens = settings.spec, settings.lens
     given = {"model": spec.fingerprint or spec.revision, "adapter": spec.adapter, "dtype": settings.dtype}
     given |= {"lens": lens.fingerprint if lens else None, "device": settings.device.type}
@@ -161,7 +164,7 @@ def dependences(settings: Settings) -> dict[str, Any]:
 
 
 def changed_surroundings(provenance: Mapping[str, Any], settings: Settings) -> str:
-    """What has changed since the store was started and may change the last bits; empty where nothing has."""
+    """What has changed since the store was started and may change the last bits; empty if nothing has."""
     then = {"device": provenance.get("device"), **provenance.get("versions", {})}
     now, names = dependences(settings), ("device", "torch", "transformers")
     return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in names if then.get(name) != now[name])

@@ -1,7 +1,7 @@
-"""Fill again the shards that a store lacks, with the options that it was made with (`residscope verify --repair`).
+"""Refills the missing shards of a store with the options that it was made with (`residscope verify --repair`).
 
-How: `harvest` leaves its options beside the store; run with them once more, it continues the store from the token ids
-that are in it. Not here: finding the shards and proving them (`store.care.repair`).
+How: `harvest` leaves its options next to the store; run with them again, it continues the store from the token ids in
+it. Not here: finding the bad shards and verifying the new ones (`store.care.repair`).
 """
 
 from collections.abc import Callable
@@ -18,14 +18,13 @@ from store.activations import ActivationStore
 
 
 def prepare(path: Path) -> Callable[[], object]:
-    """What fills the missing shards of the store at `path` when it is called: its model is loaded, and nothing is
-    changed yet.
+    """Load the model of the store at `path`, changing nothing; returns a function that fills the missing shards.
 
-    Raises what `harvest` raises, and `ResidscopeError` where the file with the store's options is gone.
+    Raises what `harvest` raises, and `ResidscopeError` if the file with the store's options is gone.
     """
     options = options_file(path)
     if not options.is_file():
-        way_out = "Nothing was changed. Run the `harvest` command of the store again (it writes that file), then repair"
+        way_out = "Nothing was changed. Run the store's `harvest` command again (it writes that file), then repair"
         raise ResidscopeError(f"{options}, which records how {path} was made, is missing. {way_out}")
     words = ["--config", str(options), "--out", str(path), "--no-overwrite", "--no-dry-run"]
     config = parse_options(HarvestConfig, words, prog="harvest", description="Fill what is missing.")

@@ -1,7 +1,7 @@
-"""The residual stream after chosen transformer blocks, by forward hooks.
+"""Records the residual stream after chosen transformer blocks, with forward hooks.
 
 How: the model runs without its LM head and without a cache; a hook on each chosen block sees its output and changes
-nothing. Block outputs are taken before the final norm, which `output_hidden_states` does not give for the last block.
+nothing. Outputs are taken before the final norm; for the last block `output_hidden_states` does not provide this.
 The forward pass ends after the last chosen block.
 
 Shapes: B sequences, N positions, D = d_model, L chosen layers.
@@ -18,11 +18,11 @@ from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 
 
 class EndOfPass(BaseException):
-    """Raised in a hook, it ends a forward pass whose rest nobody needs; no Exception, so no model code catches it."""
+    """Raised in a hook to end a forward pass early; not an Exception, so that model code does not catch it."""
 
 
 class ResidualRecorder:
-    """Runs a model and hands out the residual stream after each chosen block."""
+    """Runs a model and provides the residual stream after each chosen block."""
 
     def __init__(self, model: LoadedModel, layers: Sequence[int] | None = None) -> None:
         """layers: block indices, ascending; default all."""
@@ -42,10 +42,10 @@ class ResidualRecorder:
     @torch.inference_mode()
     def stream(self, input_ids: Tensor, consume: Callable[[int, Tensor], object]) -> None:
         """Run token ids int64 [B, N]; call `consume(i, residual [B, N, D])` for the i-th chosen layer as soon as its
-        block is done.
+        block has run.
 
-        `residual` is the model's own tensor: copy it, do not change it. `IncompatibleError` where a block did not run
-        exactly once, `ResidscopeError` where the device's memory is too small.
+        `residual` is the model's own tensor: copy it, do not change it. `IncompatibleError` if a block did not run
+        exactly once, `ResidscopeError` if the device is out of memory.
         """
         seen: list[int] = []
         hooks = ((layer, self._hook(i, input_ids, consume, seen)) for i, layer in enumerate(self.layers))
@@ -54,7 +54,7 @@ class ResidualRecorder:
             self._model.base(input_ids=input_ids.to(self._model.device), use_cache=False)
         except EndOfPass:
             if len(seen) < len(self.layers):
-                raise  # `consume` gave it up.
+                raise  # `consume` ended the pass.
         except torch.OutOfMemoryError as error:
             raise ResidscopeError(
                 f"out of memory in the forward pass of {input_ids.shape[0]} sequences of {input_ids.shape[1]} tokens;"
@@ -77,7 +77,7 @@ class ResidualRecorder:
                 shape = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
                 wanted = f"the block's output should be {expected}"
                 raise IncompatibleError(f"layer {self.layers[index]}: {wanted}, found {shape}")
-            consume(index, residual.to(self._model.device))  # of a model that is spread, it may be elsewhere
+            consume(index, residual.to(self._model.device))  # It may be elsewhere if the model is spread over devices.
             seen.append(index)
             if index == len(self.layers) - 1:
                 raise EndOfPass

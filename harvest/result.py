@@ -1,4 +1,4 @@
-"""What a harvest made, and how it is printed: a few lines, or one JSON line. Tested in test_cli.py."""
+"""The result of a harvest, and how it is printed: a few lines, or one JSON line. Tested in test_cli.py."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,11 @@ class HarvestResult(NamedTuple):
     """Bytes of the vectors, before compression."""
     shards: int
     shards_written: int
-    """Those written by this command; the others were there."""
+    """Shards written by this command; the others existed before."""
     seconds: float
     """Time of this command."""
     tokens_per_second: float | None
-    """Speed of filling, None where nothing was missing."""
+    """Speed of filling; None if nothing was missing."""
     content_hash: str
     """Identifies the data."""
 
@@ -54,7 +54,7 @@ class HarvestResult(NamedTuple):
         )
 
     def rows(self) -> list[tuple[str, str]]:
-        """Headings and texts, a line each."""
+        """Heading and text of each line."""
         written = f"nothing to do: the store is complete, {counted(self.shards, 'shard')}"
         if self.shards_written:
             speed = f" (filling: {self.tokens_per_second:,.0f} tokens/s)" if self.tokens_per_second else ""

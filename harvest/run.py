@@ -1,7 +1,7 @@
-"""A harvest from start to end: options to settings, text to a token table, a store with it, and its shards filled.
+"""A harvest from start to end: resolve the options, tokenise the text, make the store, and fill its shards.
 
-Nothing is written before the model has loaded, the text is tokenised and the disk is known to have room. The same
-command again fills what is missing: from the stored token table, not from the text. Also in test_continue.py.
+Nothing is written until the model is loaded, the text tokenised and the disk known to have room. Running the command
+again fills what is missing, from the stored token table, not from the text. Also tested in test_continue.py.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from store.meta import StoreMeta, config_hash
 
 
 class Job(NamedTuple):
-    """What a command asks for, once names and defaults are looked up."""
+    """What a command asks for, with names and defaults resolved."""
 
     config: HarvestConfig
     settings: Settings
@@ -54,8 +54,8 @@ class Job(NamedTuple):
 def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestResult:
     """Make or complete the store that `config` asks for.
 
-    model: the one that is asked for, where it is loaded already. Raises `UsageError` for options that cannot work,
-    `IncompatibleError` where --out is something else, `Interrupted` after a signal, `ResidscopeError` for the rest.
+    model: the requested model, if it is already loaded. Raises `UsageError` for options that cannot work,
+    `IncompatibleError` if --out is something else, `Interrupted` after a signal, `ResidscopeError` for the rest.
     """
     start = time.perf_counter()
     begun = has_begun(config.out) and not config.overwrite
@@ -73,12 +73,12 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
         store = _begin(job, model)
     with store:
         try:
-            save_options(config)  # On continuing too: a crash may have come between the store and this file.
+            save_options(config)  # Also when continuing, in case of a crash between making the store and this file.
         except UsageError:
             if not begun:
                 remove_store(store.path) if isinstance(store.path, URL) else shutil.rmtree(store.path)
             raise
-        if lost := lost_shards(store):  # After the options, which their repair needs.
+        if lost := lost_shards(store):  # After saving the options, which a repair needs.
             what = f"the files of {counted(len(lost), 'shard')} are gone or cut off, the first of shard {lost[0]}"
             raise IncompatibleError(f"{config.out}: {what}: `residscope verify --repair` computes them again")
         filled = Filled(0, 0, 0.0)
@@ -88,7 +88,7 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
             memory = human_bytes(host_bytes(store.meta, settings.batch_size, writers))
             _say(f"host memory for activations: at most {memory}" + " a worker" * by_workers)
             if by_workers:
-                model = None  # Workers load it again, and need the memory.
+                model = None  # Workers load it themselves, and need the memory.
                 torch.cuda.empty_cache()
                 filled = fill_by_workers(store, config, settings)
             else:
@@ -101,11 +101,11 @@ def harvest(config: HarvestConfig, model: LoadedModel | None = None) -> HarvestR
 
 
 def look_up(config: HarvestConfig, begun: bool) -> Job:
-    """Look up model, tokenizer, lens and texts. begun: whether the store is there, so that no text is needed."""
+    """Look up model, tokenizer, lens and texts. begun: whether the store exists, so that no text will be read."""
     require_local_texts(config.text)
     settings = resolve(config)
     if begun and config.batch_size is None:
-        # That of the store, since the default may be another on this device.
+        # Use the store's, since the default may differ on this device.
         before = ActivationStore.open(config.out, partial=True).meta.provenance.get("config", {})
         settings = dataclasses.replace(settings, batch_size=before.get("batch_size", settings.batch_size))
     sources = open_sources(config.text, config.documents.shuffle_documents, settings.known_ids, contents=not begun)
@@ -113,7 +113,7 @@ def look_up(config: HarvestConfig, begun: bool) -> Job:
 
 
 def _reopen(job: Job) -> ActivationStore:
-    """Open the store at --out to continue it, once it is found to have been made with the same options."""
+    """Open the store at --out to continue it, after checking that it was made with the same options."""
     out = job.config.out
     reader = ActivationStore.open(out, partial=True)
     provenance = reader.meta.provenance
@@ -121,24 +121,24 @@ def _reopen(job: Job) -> ActivationStore:
         _say(note)
     missing, n_shards = len(reader.missing_shards()), reader.meta.n_shards
     if missing:
-        _say(f"continuing {out}: {n_shards - missing} of {n_shards} shards are there")
+        _say(f"continuing {out}: {n_shards - missing} of {n_shards} shards are complete")
         if changed := changed_surroundings(provenance, job.settings):
-            _say(f"warning: the store was started with another {changed}; the new shards may differ in the last bits")
+            _say(f"warning: changed since the store was started: {changed}; the new shards may differ in the last bits")
     store = ActivationStore.open(out, writable=True)
     if store.meta != reader.meta:
         store.close()
-        raise IncompatibleError(f"{out} was exchanged for another store while it was opened; run the command again")
+        raise IncompatibleError(f"{out} was replaced by another store while it was opened; run the command again")
     return store
 
 
 def _begin(job: Job, model: LoadedModel) -> ActivationStore:
-    """Make the store with its token table and without shards."""
+    """Make the store, with its token table but no shards."""
     config, settings, sources, record = job
     rolling = Rolling.of(config, settings)
     first = rolling.first if rolling else None
     tokens, mixture = make_table(sources, settings.tokenizer, settings.packing, config.max_tokens, first)
     require_in_vocabulary(settings, tokens.token_id)
-    last = int(tokens.position.argmax())  # of a longest sequence
+    last = int(tokens.position.argmax())  # the last token of the longest sequence
     longest = tokens.token_id[last - int(tokens.position[last]) : last + 1]
     check_length(model, torch.from_numpy(longest.astype(np.int64)))
     for line in mixture.shortfalls([source.dataset for source in sources]):

@@ -1,4 +1,4 @@
-"""Which sequences of a token table go through the model together; from positions alone, without a model or a disk."""
+"""Decides which sequences of a token table go through the model together, from their positions alone."""
 
 import itertools
 from collections.abc import Collection
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class SequenceBatch(NamedTuple):
-    """Neighbouring sequences of one length."""
+    """Neighbouring sequences of the same length."""
 
     start: int
     """First token."""
@@ -19,8 +19,8 @@ class SequenceBatch(NamedTuple):
 
 
 def sequence_batches(position: np.ndarray, batch_tokens: int) -> list[SequenceBatch]:
-    """All sequences of a table, in order, of positions (int [T], 0 where one begins): as many neighbours of one length
-    as `batch_tokens` hold, at least one, so that nothing is padded."""
+    """All sequences of a table, in order, in batches of neighbours of the same length, so that nothing is padded: as
+    many as fit in `batch_tokens`, at least one. position: int [T], 0 where a sequence begins."""
     starts = np.flatnonzero(position == 0)
     lengths = np.diff(starts, append=len(position))
     runs = np.flatnonzero(np.diff(lengths, prepend=0, append=0))  # First sequence of each run, and one past the last.
@@ -29,12 +29,12 @@ def sequence_batches(position: np.ndarray, batch_tokens: int) -> list[SequenceBa
         length, start = int(lengths[first]), int(starts[first])
         stop = start + (end - first) * length
         step = max(batch_tokens // length, 1) * length
-        batches += [SequenceBatch(at, min(at + step, stop), length) for at in range(start, stop, step)]
+        batches += [SequenceBatch(token, min(token + step, stop), length) for token in range(start, stop, step)]
     return batches
 
 
 def batches_for(batches: list[SequenceBatch], missing: Collection[int], shard_tokens: int) -> list[SequenceBatch]:
-    """Those of `batches` that overlap a missing shard."""
+    """The `batches` that overlap a missing shard."""
     wanted, size = set(missing), shard_tokens
     return [b for b in batches if not wanted.isdisjoint(range(b.start // size, (b.stop - 1) // size + 1))]
 
@@ -42,11 +42,11 @@ def batches_for(batches: list[SequenceBatch], missing: Collection[int], shard_to
 def shard_groups(
     batches: list[SequenceBatch], missing: list[int], shard_tokens: int, n_workers: int
 ) -> list[list[int]]:
-    """`missing` shards (ascending) in groups, each of which one of `n_workers` is to fill at once.
+    """`missing` shards (ascending) in groups, each of which is one task for one of `n_workers`.
 
-    A batch across two groups is run for both, so a group ends where a batch does, if one does so within half and twice
-    its size: a 16th of a worker's share, at least 8 batches, at most the share and the larger of 16 batches and shards.
-    """
+    A batch across two groups is run for both, so a group ends where a batch does, if one ends between half and twice
+    the group size: a 16th of a worker's share, at least 8 batches, at most the share and the larger of 16 batches and
+    16 shards."""
     longest, share = max(b.stop - b.start for b in batches), len(missing) * shard_tokens // n_workers
     size = round(min(max(share // 16, 8 * longest), 16 * max(longest, shard_tokens), share) / shard_tokens) or 1
     ends, wanted = {b.stop for b in batches}, set(missing)
@@ -61,5 +61,5 @@ def shard_groups(
 
 
 def token_ids(token_id: np.ndarray, batch: SequenceBatch) -> np.ndarray:
-    """The batch's token ids, int64 [B, N], of those of the table (int [T])."""
+    """The batch's token ids, int64 [B, N], from those of the table (int [T])."""
     return token_id[batch.start : batch.stop].astype(np.int64).reshape(-1, batch.length)

@@ -1,4 +1,4 @@
-"""From a HarvestConfig to settings with no "auto" and no default left open. Loads no weights and reads no text."""
+"""Turns a HarvestConfig into settings with every "auto" and default resolved. Loads no weights and reads no text."""
 
 import contextlib
 import importlib.util
@@ -22,16 +22,16 @@ from store.meta import ITEMSIZE, chunk_and_shard_tokens
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
-_ROLLING_BATCHES = 64  # in a rolling store's size, so that parts of whole batches mix well
+_ROLLING_BATCHES = 64  # that fit in a rolling store's size, so that parts of whole batches mix well
 _BATCH_BYTES = 256 * 1024 * 1024
 _BATCH_TOKENS = 8192
-# A block's inputs and outputs then stay in the cache: a sixth faster than 8192 tokens (benchmarks/bench_harvest.py).
+# A block's inputs and outputs then fit in the cache: a sixth faster than 8192 tokens (benchmarks/bench_harvest.py).
 _BATCH_TOKENS_ON_CPU = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a harvest depends on, beside its text."""
+    """What a harvest depends on besides its text."""
 
     spec: ModelSpec
     tokenizer: Tokenizer
@@ -46,11 +46,11 @@ class Settings:
     batch_size: int
     """Sequences in a forward pass."""
     dtype: str
-    """Of the computation."""
+    """Number format of the computation."""
     store_dtype: str
     device: torch.device
     spread: bool
-    """Whether the model lies on other devices too, and its first block on this one."""
+    """Whether the model is spread over other devices too; its first block is on this one."""
     lens: TunedLens | None
     """Lens to apply, on the device."""
     notes: tuple[str, ...]
@@ -58,7 +58,7 @@ class Settings:
 
     @property
     def known_ids(self) -> np.ndarray:
-        """Which ids are tokens of both tokenizer and model, bool [rows of the embedding]."""
+        """Which ids both the tokenizer and the model have, bool [rows of the embedding]."""
         return np.isin(np.arange(self.vocabulary), list(self.tokenizer.ids))
 
     @property
@@ -67,12 +67,12 @@ class Settings:
         return len(self.layers) * self.d_model * ITEMSIZE[self.store_dtype]
 
     def chunk_and_shard(self, n_tokens: int) -> tuple[int, int]:
-        """Tokens of a chunk, and of a shard at most, of a store of `n_tokens`."""
+        """Tokens of a chunk, and maximum tokens of a shard, for a store of `n_tokens`."""
         return chunk_and_shard_tokens(n_tokens, len(self.layers), self.d_model, ITEMSIZE[self.store_dtype])
 
 
 def resolve(config: HarvestConfig) -> Settings:
-    """Resolve names, defaults and "auto". Raises as what it calls does; `UsageError` for what the model cannot do."""
+    """Resolve names, defaults and "auto". Raises like what it calls, and `UsageError` for what the model cannot do."""
     wanted = parse_layers(config.storage.layers)
     spread, device = config.device_map is not None, _device(config.weights.device)
     spec = resolve_model(
@@ -121,16 +121,16 @@ def resolve(config: HarvestConfig) -> Settings:
 
 
 def default_batch_size(context_length: int, bytes_per_token: int, device_type: str, rolling: str | None = None) -> int:
-    """Sequences in a pass, at least one: as 256 MiB of stored vectors and 8192 tokens (on a CPU 1024) hold; in a store
-    of the size `rolling` a power of two, of which that holds some."""
+    """Sequences in a pass, at least one: as many as fit in 256 MiB of stored vectors and 8192 tokens (1024 on a CPU).
+    In a store of the size `rolling`, a power of two of which the size holds at least 64 batches."""
     tokens = _BATCH_TOKENS_ON_CPU if device_type == "cpu" else _BATCH_TOKENS
     most = min(_BATCH_BYTES, (parse_bytes(rolling) or 0) // _ROLLING_BATCHES) if rolling else _BATCH_BYTES
-    found = max(min(most // (context_length * bytes_per_token), tokens // context_length), 1)
-    return 1 << found.bit_length() - 1 if rolling else found
+    size = max(min(most // (context_length * bytes_per_token), tokens // context_length), 1)
+    return 1 << size.bit_length() - 1 if rolling else size
 
 
 def require_in_vocabulary(settings: Settings, token_id: np.ndarray) -> None:
-    """`IncompatibleError` where the model's embedding has no row for one of some token ids."""
+    """`IncompatibleError` if the model's embedding has no row for one of the token ids."""
     if int(token_id.max()) >= settings.vocabulary:
         what = f"but the model's embedding has {settings.vocabulary} rows: it is not this model's tokenizer"
         raise IncompatibleError(f"{settings.spec.name}: the tokenizer produces token {int(token_id.max())}, {what}")
@@ -142,7 +142,7 @@ def load_weights(settings: Settings) -> LoadedModel:
 
 
 def context_length(config: Any, asked: int | None, name: str) -> int:
-    """Tokens of a sequence; `UsageError` where the model called `name` does not take so many."""
+    """Tokens of a sequence; `UsageError` if that is more than the model called `name` takes."""
     longest = longest_context(config)
     context = asked or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
     if longest is not None and context > longest:
@@ -158,7 +158,7 @@ def _require_spreadable(spec: ModelSpec, device: torch.device) -> None:
         raise UsageError(f"--device-map takes all GPUs: leave --device {device} out")
     if spec.random_init or spec.adapter:
         what = "random weights" if spec.random_init else "an adapter: merge it into the weights first"
-        raise UsageError(f"--device-map takes weights as they lie in files, not {what}")
+        raise UsageError(f"--device-map takes weights as they are in files, not {what}")
 
 
 def _device(name: str) -> torch.device:
@@ -166,7 +166,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # The meta device has no numbers.
+        torch.empty(1, device=device).item()  # Fails on the meta device, too.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name} is not available ({said(error)}); try --device cpu") from None
     return device
@@ -190,7 +190,7 @@ def _dtype(name: str, device: torch.device) -> tuple[str, str | None]:
 def _lens(
     config: StorageConfig, spec: ModelSpec, n_layers: int, d_model: int, device: torch.device
 ) -> tuple[TunedLens | None, str | None]:
-    """The lens on the device, and a warning where it says that it was fitted for another model."""
+    """The lens on the device, and a warning if it says that it was fitted for another model."""
     if config.lens is None:
         return None, None
     sizes = {"n_layers": n_layers, "d_model": d_model}

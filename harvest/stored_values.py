@@ -20,7 +20,7 @@ def all_finite(values: Tensor) -> Tensor:
 
 
 class HostBuffer:
-    """A batch on the host, page-locked for CUDA; `data` [L, n, D] in the stored dtype, `finite` bool [L]."""
+    """A batch in host memory, page-locked for CUDA; `data` [L, n, D] in the stored dtype, `finite` bool [L]."""
 
     def __init__(self, n_layers: int, n_tokens: int, d_model: int, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate for batches of up to `n_tokens` from a model on `device`."""
@@ -37,7 +37,7 @@ class HostBuffer:
             target.copy_(values)
             self.finite[i] = all_finite(target)
             return
-        stored = values.to(self.data.dtype, copy=True)  # Not the model's own tensor: the copy is still to come.
+        stored = values.to(self.data.dtype, copy=True)  # Not the model's own tensor, which may change before the copy.
         finite = all_finite(stored)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -47,23 +47,23 @@ class HostBuffer:
             finite.record_stream(stream)
 
     def mark_copied(self, stream: Any) -> None:
-        """Note that what `stream` was given so far fills this buffer."""
+        """Record that this buffer is full once `stream` has done its work so far."""
         if self._copied is not None:
             self._copied.record(stream)
 
     def wait(self) -> None:
-        """Wait until it is filled."""
+        """Wait until the buffer is full."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def array(self, n_tokens: int) -> np.ndarray:
-        """The first `n_tokens` as a numpy array [n, L, D] of the store's raw dtype; a view."""
+        """A view of the first `n_tokens` as a numpy array [n, L, D] of the store's raw dtype."""
         data = self.data.view(torch.uint16) if self.data.dtype == torch.bfloat16 else self.data
         return data[:, :n_tokens].numpy().transpose(1, 0, 2)
 
 
 def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token: int) -> ResidscopeError | None:
-    """What is wrong with the first of a layer's vectors [n, D] that `dtype` does not hold as finite; None for none."""
+    """The error for the first value in a layer's vectors [n, D] that is not finite in `dtype`; None if all are."""
     bad = ~torch.isfinite(values.to(dtype))
     if not bool(bad.any()):
         return None
@@ -73,19 +73,19 @@ def not_finite_error(values: Tensor, dtype: torch.dtype, layer: int, first_token
     if np.isfinite(value):
         return ResidscopeError(
             f"{where}: the value {value:.6g} does not fit --store-dtype {str(dtype).removeprefix('torch.')}, whose"
-            f" largest is {torch.finfo(dtype).max:.6g}. It was not stored; use --store-dtype bfloat16 or float32"
+            f" maximum is {torch.finfo(dtype).max:.6g}. It was not stored; use --store-dtype bfloat16 or float32"
         )
     way_out = "try --dtype float32, and check the model's weights"
     return ResidscopeError(f"{where}: the model gives {value}. It was not stored; {way_out}")
 
 
 def n_writers(device: torch.device, cores: int) -> int:
-    """Shards that are written at once: a GPU computes them faster than a core packs them; a CPU needs its cores."""
+    """Shards that are written at once: several for a GPU, which is faster than a core packs; a CPU needs its cores."""
     return max(min(cores - 1, 8), 1) if device.type == "cuda" else 1
 
 
 def host_bytes(meta: StoreMeta, batch_size: int, writers: int) -> int:
-    """Most bytes of host memory that activations take during `fill`, beside the model's own: two batches, three shards
-    that are put together of several, and each writer's encoded copy of a shard and what that is made with."""
+    """Maximum host memory for activations during `fill`, in bytes, without the model's own: two batches, three shards
+    that are assembled from several batches, and for each writer an encoded copy of a shard and its working memory."""
     batch = min(batch_size * meta.context_length, meta.n_tokens)
     return (2 * batch + (3 + 2 * writers) * meta.shard_tokens) * meta.bytes_per_token

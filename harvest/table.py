@@ -1,10 +1,10 @@
-"""From texts to the token table of a store: tokenised, mixed by weight, and packed into sequences.
+"""Makes a store's token table from texts: tokenised, mixed by weight, and packed into sequences.
 
-How: each document's tokens, then a separator, make one long stream, which is cut into sequences of exactly
-`context_length` tokens (the last may be shorter), so that what is left of a document opens the next sequence. Without
-packing each sequence is the beginning of one document; of every 4,096 documents the longest come first, so that
-sequences of one length follow each other and go through the model together. What the tokenizer puts in front of a text
-opens every sequence. Nothing is padded.
+How: each document's tokens, followed by a separator, form one long stream, which is cut into sequences of exactly
+`context_length` tokens (the last may be shorter), so that the rest of a document begins the next sequence. Without
+packing, each sequence is the beginning of one document; of every 4,096 documents the longest come first, so that
+sequences of the same length are neighbours and go through the model together. Every sequence begins with the tokens
+that the tokenizer puts before a text (its opening). Nothing is padded.
 
 Shapes: T tokens of the table, n tokens of the stream (T without openings).
 """
@@ -24,7 +24,7 @@ from residscope.errors import IncompatibleError, UsageError
 from store.arrays import TokenTable
 
 _PIECE = 1 << 22
-"""Tokens that are worked on at once, so that memory goes into the table and not into what it is made of."""
+"""Tokens that are processed at once, so that the temporaries take little memory compared to the table."""
 
 
 def make_table(
@@ -34,8 +34,8 @@ def make_table(
     max_tokens: int,
     first: Callable[[int], np.ndarray] | None = None,
 ) -> tuple[TokenTable, Mixture]:
-    """The table of at most `max_tokens` tokens of some texts, and what each gave; `ResidscopeError` without text.
-    first: as of `pack`."""
+    """The table of at most `max_tokens` tokens of some texts, and the mixture, which says what each text gave. Raises
+    like `pack`. first: see `pack`."""
     limit = packing.stream_length(max_tokens)
     streams = [encode_documents(source.documents(), tokenizer, limit, packing.longest_document) for source in sources]
     mixture = Mixture(streams, [source.choice.weight for source in sources], limit, packing.document_extra)
@@ -55,13 +55,13 @@ def pack(
     max_tokens: int,
     first: Callable[[int], np.ndarray] | None = None,
 ) -> TokenTable:
-    """The table of at most `max_tokens` tokens, fewer where documents run out; `IncompatibleError` without text,
-    `UsageError` without room for any. first: which of so many documents, bool [n_documents], are put before the others;
-    only where documents are packed."""
+    """The table of at most `max_tokens` tokens, fewer if documents run out; `IncompatibleError` without text,
+    `UsageError` without room for any. first: from the number of documents, which of them to put before the others, bool
+    [n_documents]; used only with packing."""
     extra = np.array(packing.separator_ids if packing.packed else (), np.int32)
     more = packing.document_extra
     limit = packing.stream_length(max_tokens)
-    room = limit - (not packing.packed) * more  # No sequence of nothing but its opening.
+    room = limit - (not packing.packed) * more  # Without packing, no sequence may have nothing but its opening.
     if room <= 0:
         raise UsageError(f"--max-tokens {max_tokens} leaves no room for text: raise it")
     found: list[np.ndarray] = []
@@ -83,7 +83,7 @@ def pack(
     own = np.frombuffer(lengths, np.int64)
     order = np.arange(len(own), dtype=np.int32)
     if first is not None:
-        found[-1] = found[-1][: max(n - int((own + more)[:-1].sum()) - more, 1)]  # The last one is cut where it ends.
+        found[-1] = found[-1][: max(n - int((own + more)[:-1].sum()) - more, 1)]  # Cut the last before it is moved.
         own[-1] = len(found[-1])
         order = order[np.argsort(~first(len(own)), kind="stable")]
         own = own[order]
@@ -95,7 +95,7 @@ def pack(
 
 
 def _one_each(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> TokenTable:
-    """A sequence for each document, the last cut: `n_tokens` in all. Documents are numbered in the table's order."""
+    """One sequence per document, the last cut: `n_tokens` in all. Documents are numbered in the table's order."""
     rows = sequences(documents, packing, n_tokens)
     token_id = np.concatenate(rows)
     position = np.concatenate([np.arange(len(row), dtype=np.int32) for row in rows])
@@ -104,13 +104,13 @@ def _one_each(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> T
 
 
 def _cut(stream: np.ndarray, owner: np.ndarray, is_text: np.ndarray, packing: Packing) -> TokenTable:
-    """Cut a stream (token ids and document ids, int32 [n], and which are no separators, bool [n]) into sequences."""
+    """Cut a stream into sequences. stream, owner: token and document ids, int32 [n]; is_text: if text, bool [n]."""
     per_sequence, opening = packing.stream_per_sequence, len(packing.opening)
     n_sequences = -(-len(stream) // per_sequence)
     n_tokens = len(stream) + n_sequences * opening
 
     def with_openings(column: np.ndarray, opened: np.ndarray) -> np.ndarray:
-        """`column` [n] with `opened` [sequences or 1, opening] put before each sequence's part: [T]."""
+        """`column` [n] with `opened` [sequences or 1, opening] inserted before each sequence: [T]."""
         full = len(column) // per_sequence
         out = np.empty(n_tokens, column.dtype)
         whole = out[: full * packing.context_length].reshape(full, packing.context_length)
@@ -131,7 +131,7 @@ def _cut(stream: np.ndarray, owner: np.ndarray, is_text: np.ndarray, packing: Pa
 def _with_mask(
     token_id: np.ndarray, document: np.ndarray, position: np.ndarray, keep: np.ndarray, packing: Packing
 ) -> TokenTable:
-    """The table of these columns (int32 [T]), with what is kept of what is text (bool [T], changed in place)."""
+    """The table of these columns (int32 [T]). keep: which tokens are text, bool [T]; masked further in place."""
     first = max(len(packing.opening), int(not packing.keep_first_position))
     for start in range(0, len(keep), _PIECE):
         piece = slice(start, start + _PIECE)

@@ -1,12 +1,12 @@
-"""Cache a transformer's residual stream, train one sparse autoencoder on all its layers, see where latents live.
+"""Cache a transformer's residual stream, train one sparse autoencoder on all layers, and see where latents are active.
 
     import residscope
     store = residscope.ActivationStore.open("acts.zarr")
 
-Names are imported when they are asked for, so that `import residscope` costs nothing. The code is in four packages
-beside this one, `store`, `harvest`, `train` and `analysis`: plain words, which a user's own files shadow. So this
-package, once imported, makes those words mean its own neighbours, whatever lies in the working folder or on PYTHONPATH;
-a file of one's own named train.py can still be run, but not be imported. The commands start here for the same reason.
+Names are imported when first used, so that `import residscope` is quick. The code is in four packages next to this
+one, `store`, `harvest`, `train` and `analysis`: common words, which a user's own files may shadow. So once this package
+is imported, those names refer to its own packages, whatever is in the working folder or on PYTHONPATH; your own file
+train.py can still be run, but not imported. The commands start here for the same reason.
 """
 
 import sys
@@ -38,7 +38,7 @@ __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _OwnPackages:
-    """Finds the packages beside this one, before any folder of `sys.path` is looked at."""
+    """Finds the packages next to this one, before any folder of `sys.path` is searched."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -46,7 +46,7 @@ class _OwnPackages:
 
 
 def _shadowing(name: str) -> Path | None:
-    """The file of a module that took one of our packages' names before this package was imported."""
+    """The file of a foreign module that was imported under one of our packages' names before this package."""
     origin = getattr(sys.modules.get(name), "__file__", None)
     return Path(origin) if origin and not Path(origin).resolve().is_relative_to(_HOME / name) else None
 
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'residscope' has no attribute {name!r}")
     package = _MODULES[name].partition(".")[0]
     if shadowing := _shadowing(package):
-        what = f"but {shadowing} was imported under that name before: import residscope first, or rename that file"
+        what = f"but {shadowing} was already imported under that name: import residscope first, or rename that file"
         raise ImportError(f"residscope.{name} is in the package `{package}`, {what}")
     return getattr(import_module(_MODULES[name]), name)
 

@@ -1,6 +1,6 @@
-"""`residscope` and the three commands: where each of them starts; their modules are loaded only when asked for.
+"""Entry points of `residscope` and the three commands, whose modules are loaded only when needed.
 
-`residscope verify` is here, but for the checking and repairing itself (store/care/).
+`residscope verify` is here too; the checking and repairing itself is in store/care/.
 """
 
 import argparse
@@ -19,19 +19,19 @@ from residscope.urls import as_path
 COMMANDS = {
     "harvest": ("harvest.cli", "write the residual stream of a model into a store"),
     "train": ("train.cli", "train a multi-layer sparse autoencoder on a store"),
-    "compare": ("train.compare.cli", "autoencoders and PCA side by side on held-out tokens, FVU by layer"),
+    "compare": ("train.compare.cli", "compare autoencoders and PCA on held-out tokens, by FVU at each layer"),
     "analyze": ("analysis.cli", "measure how the latents of an autoencoder spread over layers"),
-    "explore": ("analysis.explore.cli", "look at an analysis and its model on a page in the browser"),
+    "explore": ("analysis.explore.cli", "browse an analysis and its model on a local web page"),
     "fit-lens": ("harvest.lens.cli", "fit a tuned lens: a map per layer into the last layer's basis"),
     "convert": ("train.formats.cli", "read and write autoencoders in the formats of other tools"),
-    "plan": ("residscope.commands.plan", "bytes, memory and hours of a run before it is made"),
-    "run": ("residscope.commands.run", "harvest and train at the same time, within a size of the disk"),
-    "demo": ("residscope.commands.demo", "all three on a small model, start to end"),
+    "plan": ("residscope.commands.plan", "estimate the bytes, memory and hours of a run in advance"),
+    "run": ("residscope.commands.run", "harvest and train at the same time, within a limit on disk space"),
+    "demo": ("residscope.commands.demo", "harvest, train and analyze on a small model, from start to end"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this process's); gives the exit code."""
+    """Run a command line (default: this process's); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         module = importlib.import_module(COMMANDS[words[0]][0])
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[], int]:
-    """What the script `name` calls; it starts here, so that our packages are found before any of the same name."""
+    """What the script `name` calls; it is here so that our packages are found before others with the same names."""
     return lambda: main([name, *sys.argv[1:]])
 
 
@@ -57,11 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("info", "what a store holds"),
-        ("verify", "check every file of a store; exit code 1 and a list when something is damaged or missing"),
+        ("verify", "check every file of a store; list what is damaged or missing, with exit code 1"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("store", metavar="STORE", help="folder or URL of the store")
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of words")
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         if name == "verify":
             text = "recompute bad and missing shards with the model, and compare their hashes with the old ones"
             command.add_argument("--repair", action="store_true", help=text)
@@ -88,13 +88,11 @@ def _verify(path: Path, as_json: bool) -> int:
 def _repair(path: Path, as_json: bool) -> None:
     from store.care.repair import repair
 
-    def prepare(store: Path) -> Callable[[], object]:
-        return importlib.import_module("harvest.refill").prepare(store)  # with torch, once there is something to fill
-
-    done = repair(path, prepare)
+    # harvest.refill imports torch, which is needed only if there are bad shards.
+    done = repair(path, lambda store: importlib.import_module("harvest.refill").prepare(store))
     if as_json:
-        found = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
-        print(json.dumps({"path": str(path), **found}))
+        repaired = {"bad": _as_json(done.found), "refilled": done.refilled, "proven": done.proven}
+        print(json.dumps({"path": str(path), **repaired}))
         return
     _print_faults(done.found)
     recomputed = f"{counted(len(done.refilled), 'shard')} recomputed"
@@ -102,9 +100,9 @@ def _repair(path: Path, as_json: bool) -> None:
 
 
 def _as_json(bad: Sequence[Any]) -> list[dict[str, Any]]:
-    return [{"shard": found.index, "reason": found.reason} for found in bad]
+    return [{"shard": fault.index, "reason": fault.reason} for fault in bad]
 
 
 def _print_faults(bad: Sequence[Any]) -> None:
-    for found in bad:
-        print(found.reason if found.index is None else f"shard {found.index}: {found.reason}")
+    for fault in bad:
+        print(fault.reason if fault.index is None else f"shard {fault.index}: {fault.reason}")

@@ -1,6 +1,5 @@
-"""Dask workers, of this machine or of a running scheduler: how they are started or found, and held to our own code.
-
-Not here: what they do (`analysis.jobs`, `harvest.filling.workers`). Worker processes import it first.
+"""Dask workers, on this machine or of a running scheduler: starting or finding them, and requiring that they run the
+same code. What they do is in `analysis.jobs` and `harvest.filling.workers`. Worker processes import this module first.
 """
 
 import asyncio
@@ -26,15 +25,15 @@ CONNECT_SECONDS = 10
 """How long a scheduler or a worker may take to answer."""
 
 SAY_AFTER, GIVE_UP_AFTER, POLL_SECONDS = 10, 300, 1
-"""Seconds without a worker after which the user is told, and after which the command fails; between two looks."""
+"""Seconds without a worker until the user is told, and until the command fails; seconds between two checks."""
 
 ATTEMPTS = 3
-"""How often a task is tried."""
+"""How many times a task is tried."""
 
 PACKAGES = ("residscope", "store", "harvest", "train", "analysis")
 
 PRELOAD = ["residscope", "residscope.cluster"]
-"""What worker processes import first, so that they find our packages whatever files lie on PYTHONPATH."""
+"""What worker processes import first, so that they find our packages whatever is on PYTHONPATH."""
 
 R = TypeVar("R")
 
@@ -46,19 +45,19 @@ def n_cores() -> int:
 
 @contextmanager
 def connected(scheduler: str, n_workers: int, may_die: int = ATTEMPTS) -> Iterator[Any]:
-    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread "processes", whose tasks
-    Dask gives up once more than `may_die` of them died of one."""
+    """A `distributed.Client` of the scheduler at an address, or of `n_workers` new one-thread "processes". Dask gives
+    up a task that killed more than `may_die` of them."""
     from dask import config
     from distributed import Client, LocalCluster
 
-    for name in ("distributed", "distributed.client"):  # their tracebacks; what they say is said in one line
+    for name in ("distributed", "distributed.client"):  # They log tracebacks; our errors are one line.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         if scheduler == "processes":
             options: Any = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-            fewer = "perhaps for want of memory: use fewer with --n-workers"
+            fewer = "perhaps for lack of memory: use fewer with --n-workers"
             settings = {"distributed.scheduler.allowed-failures": may_die}
-            with config.set(settings), reading("a worker process died at its start", fewer, ResidscopeError):
+            with config.set(settings), reading("a worker process died when it started", fewer, ResidscopeError):
                 local = stack.enter_context(LocalCluster(n_workers=n_workers, preload=PRELOAD, **options))
             client = stack.enter_context(Client(local))
         else:
@@ -71,27 +70,27 @@ def connected(scheduler: str, n_workers: int, may_die: int = ATTEMPTS) -> Iterat
 
 
 def dask_setup(worker: Any) -> None:
-    """Called in each worker process: Ctrl-C, which a terminal sends to all, is for the process that started them."""
+    """Called in each worker process: ignore Ctrl-C, which the terminal also sends to the process that started it."""
     if getattr(worker, "nanny", None):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def require_worker(client: Any) -> int:
-    """The number of workers, once there are any; `ResidscopeError` where none comes."""
+    """Wait for workers and return their number; `ResidscopeError` if none appears."""
     seconds: float = 0
     while not (found := len(client.nthreads())):
-        text = f"no worker since {seconds} s: start some with `dask worker {client.scheduler.address}`"
+        text = f"had no worker for {seconds} s: start some with `dask worker {client.scheduler.address}`"
         if seconds >= GIVE_UP_AFTER:
-            raise ResidscopeError(f"the Dask scheduler has {text}, then run the command again")
+            raise ResidscopeError(f"the Dask scheduler {text}, then run the command again")
         if seconds == SAY_AFTER:
-            tqdm.write(f"the Dask scheduler has {text}; waiting {GIVE_UP_AFTER} s", file=sys.stderr)
+            tqdm.write(f"the Dask scheduler {text}; waiting {GIVE_UP_AFTER} s", file=sys.stderr)
         time.sleep(POLL_SECONDS)
         seconds += POLL_SECONDS
     return found
 
 
 def on_workers(client: Any, function: Callable[[], Any]) -> dict[str, Any]:
-    """What function() returns or raises at each worker, by address; nothing of one that does not answer."""
+    """What function() returns or raises on each worker, by address; workers that do not answer are left out."""
     found: dict[str, Any] = {}
     addresses = list(client.nthreads())
 
@@ -99,7 +98,7 @@ def on_workers(client: Any, function: Callable[[], Any]) -> dict[str, Any]:
         with suppress(Exception, asyncio.CancelledError):  # the worker left, or the scheduler
             found.update(client.run(function, workers=[address], on_error="return"))
 
-    # A frozen worker does not answer at all, and Dask waits for it without a limit.
+    # Dask would wait forever for a frozen worker.
     threads = [threading.Thread(target=ask, args=(address,), daemon=True) for address in addresses]
     for thread in threads:
         thread.start()
@@ -110,7 +109,7 @@ def on_workers(client: Any, function: Callable[[], Any]) -> dict[str, Any]:
 
 
 def failed(shards: Sequence[int], why: str) -> ResidscopeError:
-    """The error for shards whose task was tried often enough."""
+    """The error for shards whose task failed at every attempt."""
     which = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
     return ResidscopeError(f"{which} failed {ATTEMPTS} times, last with {why}")
 
@@ -127,7 +126,7 @@ def this_worker() -> Any:
 
 @cache
 def code_hash() -> str:
-    """A hash of the sources that this process runs: workers of another version would give other numbers."""
+    """A hash of the sources that this process runs: workers of another version would give different numbers."""
     import xxhash
 
     home = Path(residscope.__file__).parent.parent
@@ -139,27 +138,27 @@ def code_hash() -> str:
 
 
 def with_our_code(code: str, function: Callable[..., R], *arguments: Any) -> R:
-    """function(*arguments), unless this process has other sources than the one with this `code_hash`."""
+    """function(*arguments); `IncompatibleError` if this process does not have the sources whose hash is `code`."""
     if code != code_hash():
         raise _other_code(f"in {Path(residscope.__file__).parent}", code_hash(), code)
     return function(*arguments)
 
 
 def _require_our_code(client: Any) -> None:
-    """`IncompatibleError` where a worker has other sources than this process. One that comes later refuses its tasks
-    (`with_our_code`), or, of a version that does not know them, dies of them."""
+    """`IncompatibleError` if a worker has other sources than this process. A worker that joins later refuses its tasks
+    (`with_our_code`), or, if its version does not have that function, crashes on them."""
 
-    def find() -> str:  # Travels by value, so that any version can run it.
+    def find() -> str:  # Pickled by value, so that any version can run it.
         from importlib import import_module
 
         return import_module("residscope.cluster").code_hash()
 
     asked, answers = client.nthreads().keys(), on_workers(client, find)
     for address in (asked & client.nthreads().keys()) - answers.keys():
-        text = "does not answer: what it is given waits 5 to 10 minutes, until the scheduler drops it; better stop it"
+        text = "does not answer: its tasks are stuck for 5 to 10 minutes, until the scheduler drops it; better stop it"
         tqdm.write(f"the Dask worker at {address} {text}", file=sys.stderr)
     for address, found in answers.items():
-        if found != code_hash() and not isinstance(found, OSError):  # of a worker that is gone by now
+        if found != code_hash() and not isinstance(found, OSError):  # OSError: the worker has gone.
             raise _other_code(f"at {address}", found, code_hash())
 
 

@@ -1,6 +1,6 @@
-"""What every command shares at the terminal: exit codes, one-line errors, signals, progress bars, and human units.
+"""What all commands share at the terminal: exit codes, one-line errors, signals, progress bars, and human units.
 
-Progress and words go to stderr, results to stdout, so that `--json` can be piped.
+Progress and messages go to stderr, results to stdout, so that `--json` can be piped.
 """
 
 import errno
@@ -27,14 +27,14 @@ def run_command(
 ) -> int:
     """Run `command`; a user's error becomes one line on stderr and its exit code, never a traceback.
 
-    Both streams take any text whatever the terminal's encoding: what it cannot show is escaped (`\\u65e5`). Also
-    catches an interrupt (SIGTERM is one), memory that is refused, and what the operating system says of the disk
-    (no space, no permission, read-only, no such path). interrupted: what is said after Ctrl-C.
+    Both streams accept any text, whatever the terminal's encoding: what it cannot show is escaped (`\\u65e5`). Also
+    handles an interrupt (Ctrl-C or SIGTERM), out-of-memory errors, and the operating system's errors about the disk
+    (no space, no permission, read-only, no such path). interrupted: the message after an interrupt.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Read when torch loads: its idle threads should sleep, not spin on the cores that other threads of ours need.
+    # Read when torch loads: its idle threads should sleep, not spin on cores that our other threads need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with printable_streams():
         return _run(name, command, interrupted)
@@ -43,8 +43,8 @@ def run_command(
 def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
     try:
         Path.cwd()
-    except OSError:  # in which libraries fail in ways of their own
-        return _fail(name, "the working folder is gone or cannot be read: change into another", UsageError.exit_code)
+    except OSError:  # Without this check, libraries would fail in their own ways.
+        return _fail(name, "the working folder is gone or cannot be read: change to another", UsageError.exit_code)
     try:
         with terminate_as_interrupt():
             code = command() or 0
@@ -56,21 +56,21 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
         return _fail(name, interrupted, Interrupted.exit_code)
     except Exception as error:
         if getattr(error, "filename", None) and error.filename == getattr(sys.stdout, "name", None):  # type: ignore[attr-defined]
-            # Point it elsewhere, so that the interpreter's last flush does not fail too.
+            # Redirect stdout, so that the interpreter's last flush does not fail too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if isinstance(error, BrokenPipeError):  # its reader went away (`| head`)
+            if isinstance(error, BrokenPipeError):  # The reader closed the pipe (`| head`).
                 return 0
         if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib before 3.13
             error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(error)[19:-1])
         if is_out_of_memory(error):
             first = said(error)
-            return _fail(name, f"not enough memory ({first}). Ask for less at once, or take a larger machine", 1)
+            return _fail(name, f"not enough memory ({first}). Use smaller settings or a machine with more memory", 1)
         if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
             raise
-        # A full folder of temporary files names no file, or is Python's FileNotFoundError, which names the folders.
+        # If the folder of temporary files is full, the error names no file, or is Python's FileNotFoundError.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "temporary directory" in str(error.strerror)
         if full and error.filename is None:
-            where = f"{error.strerror}, perhaps in {os.environ.get('TMPDIR', '/tmp')}, where temporary files go"
+            where = f"{error.strerror}, perhaps in {os.environ.get('TMPDIR', '/tmp')}, the folder for temporary files"
             return _fail(name, f"{where}. Free some space, or set TMPDIR to a folder with room, then {_AGAIN}", 1)
         if error.errno == errno.ENOENT and error.filename is None:
             raise
@@ -86,15 +86,15 @@ DISK_ERRORS = {
     errno.EROFS: "The file system is read-only: choose another place to write to",
     errno.EACCES: "Check the permissions, or choose another place to write to",
     errno.EPERM: "Check the permissions, or choose another place to write to",
-    errno.ENOENT: "It cannot be made there, or went away meanwhile: choose another place, or look at what is there",
+    errno.ENOENT: "It cannot be made there, or was removed meanwhile: check the path, or choose another place",
     errno.ENOTDIR: "A part of this path is a file, not a folder: choose another place",
-    errno.EEXIST: "A file is there already where a folder should be: choose another place",
+    errno.EEXIST: "A file already exists where a folder should be: choose another place",
     errno.ELOOP: "A link leads back to itself: choose another place, or correct the link",
     errno.EISDIR: "A file should be there, not a folder: choose another name",
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.EFBIG: "The file system or a limit (`ulimit -f`) allows no larger file: choose another place to write to",
     errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then run the same command again",
-    errno.EPIPE: f"What it was written to has ended: {_AGAIN}",
+    errno.EPIPE: f"The process that reads it has ended: {_AGAIN}",
     errno.EIO: "The disk reports a fault: check it before you trust what is on it",
 }
 
@@ -106,10 +106,10 @@ def _fail(name: str, message: str, exit_code: int) -> int:
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does, with its line and its exit code."""
+    """Let SIGTERM end a command like Ctrl-C, with the same message and exit code."""
     try:
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # Not the main thread, which alone may set handlers.
+    except ValueError:  # Only the main thread may set handlers.
         yield
         return
     try:
@@ -120,9 +120,9 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGINT or SIGTERM has come, so that a loop can stop between two whole steps.
+    """Yield a function that tells whether SIGINT or SIGTERM was received, so that a loop can stop between two steps.
 
-    A second signal of the same kind acts at once. Outside the main thread, which alone has handlers, none is told of.
+    A second signal of the same kind acts at once. Outside the main thread the function always returns False.
     """
     received: list[int] = []
     previous: dict[int, object] = {}
@@ -133,7 +133,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
     try:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.getsignal(signum)  # First, because a signal may come as soon as `note` is set.
+            previous[signum] = signal.getsignal(signum)  # First, because a signal may arrive as soon as `note` is set.
             signal.signal(signum, note)
     except ValueError:
         previous.clear()
@@ -145,7 +145,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 
 def progress(name: str, unit: str, total: int, *, done: int = 0) -> "tqdm[Any]":
-    """A progress bar on a terminal; elsewhere, in a log, a plain line every half a minute."""
+    """A progress bar on a terminal; elsewhere (in a log) a plain line every half minute."""
     from tqdm import tqdm
 
     if sys.stderr.isatty():
@@ -160,14 +160,14 @@ _LOG_SECONDS = 30.0
 
 
 class _Lines:
-    """Stderr for a bar that writes over itself: each of its states becomes a line."""
+    """Stderr for a progress bar that redraws itself: each state becomes a line."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
             print(text, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
-        """Every line is flushed."""
+        """Does nothing: `write` flushes every line."""
 
 
 def human_bytes(n: float) -> str:
@@ -180,13 +180,13 @@ def human_bytes(n: float) -> str:
 
 
 def parse_bytes(text: str) -> int | None:
-    """The bytes that a size means, in decimal units as `human_bytes` gives them (50GB, 1.5 TB); None if it is none."""
+    """The bytes of a size in decimal units, as `human_bytes` writes them (50GB, 1.5 TB); None if it is not a size."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) ?([kMGTP]?)B", text.strip())
     return None if match is None else int(float(match[1]) * 1000 ** " kMGTP".index(match[2] or " "))
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration for people: 0.5 s, 42 s, 3 min 20 s, 2 h 05 min."""
+    """A readable duration: 0.5 s, 42 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -201,13 +201,13 @@ def counted(n: int, noun: str) -> str:
 
 
 def ranges(numbers: Sequence[int], separator: str = ",") -> str:
-    """Ascending whole numbers as ranges: 0-5,11."""
+    """Ascending integers as ranges: 0-5,11."""
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1), len(numbers)]
     parts = [numbers[a:b] for a, b in pairwise(starts)]
     return separator.join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of words as a table, each column as wide as its longest word."""
+    """Lines of words as a table, right-aligned, each column as wide as its longest word."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in lines]

@@ -1,8 +1,8 @@
-"""Where results may go: not where another process writes, over another output's files or on a full disk; and how the
-files of one folder get there together.
+"""Where results may be written (not where another process writes, over another output's files, or on a full disk), and
+how the files of a folder appear together.
 
-How: files are made in the folder `.partial` of the output folder, which is locked, and renamed into place when all are
-there. `.partial/claim` names those that were not there before, so that what a killed run left is known to be ours.
+How: files are made in the folder `.partial` of the output folder, which is locked, and renamed into place once all are
+complete. `.partial/claim` names those that did not exist before: these may be removed if a killed run left them.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from residscope.urls import URL
 
 @contextlib.contextmanager
 def held_alone(folder: Path, out: Path, flag: str = "--out", *, wait: bool = False) -> Iterator[None]:
-    """Hold `folder`, in which results for `out` are made; `ResidscopeError` where another process does, unless `wait`.
+    """Lock `folder`, in which results for `out` are made; `ResidscopeError` if another process has it, unless `wait`.
 
-    The lock ends with the process, however it ends. A file system without locks, and a URL, keeps nobody out.
+    The lock ends with the process, however it ends. A file system without locks, or a URL, keeps nobody out.
     """
     if isinstance(folder, URL):
         yield
@@ -36,7 +36,7 @@ def held_alone(folder: Path, out: Path, flag: str = "--out", *, wait: bool = Fal
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # One that has just ended removed the folder: what is locked then is no place any more.
+            # If another process has just ended and removed the folder, this locked a deleted folder.
             gone = not os.path.samestat(os.fstat(descriptor), folder.stat())
         except (BlockingIOError, FileNotFoundError):
             gone = True
@@ -51,10 +51,10 @@ def held_alone(folder: Path, out: Path, flag: str = "--out", *, wait: bool = Fal
 
 @contextlib.contextmanager
 def partial_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
-    """An empty folder inside `out` to make results in, held alone, and gone at the end; made before the work, so that a
-    folder that cannot be written stops the run at once."""
+    """An empty, locked folder inside `out` to make results in, removed at the end. It is made before the work begins,
+    so that an unwritable folder stops the run at once."""
     require_folder(out, flag)
-    folder, fresh = out.absolute() / ".partial", not out.exists()  # pyarrow takes a relative a:b for a URL
+    folder, fresh = out.absolute() / ".partial", not out.exists()  # pyarrow would take a relative a:b for a URL
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -66,14 +66,14 @@ def partial_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            # Of the several libraries that write here most do not say where.
+            # Most of the libraries that write here do not name the file.
             raise OSError(error.errno, os.strerror(error.errno), error.filename or str(out)) from error
         finally:
             with contextlib.suppress(OSError):
                 _clear(folder)
                 folder.rmdir()
                 if fresh:
-                    out.rmdir()  # which fails, as it should, where there are results now
+                    out.rmdir()  # This fails, as it should, if there are results now.
 
 
 def _clear(folder: Path) -> None:
@@ -86,11 +86,11 @@ def _clear(folder: Path) -> None:
 def together(
     out: Path, names: Collection[str], last: Collection[str], *, replace: bool, flag: str = "--out", way_out: str = ""
 ) -> Iterator[Path]:
-    """A folder in which to make the files `names` of the folder `out`, which go there together when the block ends.
+    """A folder in which to make the files `names` of the folder `out`; they are moved there together when it ends.
 
-    last: those without which the others do not count: they go away first and come back last. Those of `names` that are
-    not made are removed from `out`, and so is what a killed run left. replace: whether there may be such files that are
-    not left by one; `UsageError` where not, which ends with `way_out`.
+    last: files that make the others valid: old ones are removed first, new ones moved last. Files in `names` that are
+    not made are removed from `out`, as are the leftovers of a killed run. replace: whether other existing files may be
+    replaced; if not, they raise `UsageError`, whose message ends with `way_out`.
     """
     claim = out / ".partial" / "claim"
     refuse_taken(out, names, replace, way_out)  # before anything is made
@@ -120,20 +120,20 @@ def together(
 
 
 def refuse_taken(out: Path, names: Iterable[str], replace: bool, way_out: str = "") -> None:
-    """`UsageError` where one of the files `names` of the folder `out` is there, unless `replace`, or left by a kill."""
+    """`UsageError` if one of the files `names` exists in the folder `out`, unless `replace` or left by a killed run."""
     for name in () if replace else sorted({*names} - _claimed(out / ".partial" / "claim")):
         if os.path.lexists(out / name):
             raise UsageError(f"{out / name} exists already; choose another folder{way_out}")
 
 
 def comparison(out: Path) -> contextlib.AbstractContextManager[Path]:
-    """`together`, of the files of a comparison."""
+    """`together` for the files of a comparison."""
     names = [f"compare.{kind}" for kind in ("json", "parquet", "png", "svg")]
     return together(out, names, names[:1], replace=(out / names[0]).exists())
 
 
 def _claimed(claim: Path) -> set[str]:
-    """Names in a claim, but for what none of ours holds: they may be removed, and the file be anyone's."""
+    """The names in a claim, without paths that leave its folder: these files may be removed, and a claim be forged."""
     try:
         names = map(Path, read_json(claim))
         return {str(name) for name in names if not name.is_absolute() and ".." not in name.parts}
@@ -142,7 +142,7 @@ def _claimed(claim: Path) -> set[str]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, durable."""
+    """Make a file's content, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -154,72 +154,71 @@ RESERVED = (".tmp", ".planning", ".harvest.toml", ".config.toml", ".metrics.json
 
 
 def require_name(out: Path) -> None:
-    """`UsageError` where `out` has no name of its own, one of files that lie beside other outputs, or no folder."""
+    """`UsageError` if `out` has no name, a too long or reserved one, or is below a file."""
     if out.name in ("", ".."):
         raise UsageError(f"--out {out}: give the name of what is to be made, such as {out / 'out'}")
     if len(os.fsencode(out.name)) > 220:
-        raise UsageError(f"--out {out.name}: longer names are made of it for files beside it: at most 220 bytes")
+        raise UsageError(f"--out {out.name}: the name should have at most 220 bytes, since related files add to it")
     if out.name.endswith(RESERVED):
-        raise UsageError(f"--out {out}: such names are for files beside other outputs: choose another")
+        raise UsageError(f"--out {out}: such names are reserved for files next to other outputs: choose another")
     if any(above.exists() and not above.is_dir() for above in out.parents):
         raise _below_a_file(out, "--out")
 
 
 def _below_a_file(out: Path, flag: str) -> UsageError:
     link = next((path for path in (out, *out.parents) if path.is_symlink() and not path.exists()), None)
-    what = f"{link} is a link to what is not there" if link else "a part of this path is a file, not a folder"
+    what = f"{link} is a broken link" if link else "a part of this path is a file, not a folder"
     return UsageError(f"{flag} {out}: {what}: choose another")
 
 
 def refuse_shared(
     out: Path, record: Path, others: Collection[Path] = (), flag: str = "--out", way_out: str = "choose another name"
 ) -> None:
-    """`UsageError` where the files of `out`, `record` and `others`, are another's, as those of a.pt and a might be.
-
-    record: the options kept there, where the value of `flag` names the owner.
+    """`UsageError` if the files that go with `out`, `record` and `others`, belong to another output: those of a.pt and
+    a have the same names. record: a file of options, in which the value of `flag` names the owner.
     """
     taken = None
     try:
         owner = tomllib.loads(read_whole(record, CONFIG_BYTES).decode())[flag.removeprefix("--")]
         other = out.with_name(Path(owner).name or "_")
-        # One of another stem was renamed together with its files; the weights alone are the same autoencoder.
+        # An owner with another stem was renamed along with its files; .pt and .safetensors are one autoencoder.
         same = other.name == out.name or {other.suffix, out.suffix} == {".pt", ".safetensors"}
         on_hub = flag == "--sae" and not out.exists() and str(out) != owner
         if on_hub or (not same and stem(other) == stem(out) and other.exists()):
-            raise UsageError(f"{flag} {out}: {record} and what else would lie there belong to {owner}: {way_out}")
+            raise UsageError(f"{flag} {out}: {record} and the files next to it belong to {owner}: {way_out}")
     except (FileNotFoundError, NotADirectoryError):
-        # A file without a byte is what a run beside this one has just begun, or nobody's loss.
+        # An empty file was just begun by a concurrent run, or is no loss.
         taken = next((path for path in others if os.path.lexists(path) and path.lstat().st_size), None)
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         taken = record
     if taken is not None and not out.exists():
         raise UsageError(
-            f"{flag} {out}: {taken}, which would be replaced, exists already and comes from no run with this {flag}: "
+            f"{flag} {out}: {taken}, which would be replaced, already exists and is not from a run with this {flag}: "
             "choose another name, or remove it"
         )
 
 
 def require_folder(out: Path, flag: str = "--out") -> None:
-    """`UsageError` where something that is no folder stands at `out`."""
+    """`UsageError` if `out` exists and is not a folder."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{flag} {out} should be a folder, found a file: choose another name")
 
 
 def refuse_comparison_of(command: str, out: Path, member: str) -> None:
-    """`UsageError` where the folder `out` holds the compare.json of `command`, which has `member`: two commands
-    compare, and give their files the same names."""
+    """`UsageError` if the folder `out` holds the compare.json of `command`, recognised by `member`: two commands make
+    comparisons, and give their files the same names."""
     with contextlib.suppress(OSError, IncompatibleError, TypeError):
         if member in read_json(out / "compare.json"):
             raise UsageError(f"--out {out} already contains a comparison by `{command}`: choose another folder")
 
 
 def nearest_folder(path: Path) -> Path:
-    """The first that exists of an absolute path and the folders above it."""
+    """The first existing folder among an absolute path and its parents."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def require_space(path: str | os.PathLike[str], n_bytes: int) -> None:
-    """Raise `ResidscopeError` when the disk that `path` is, or will be, on has less than `n_bytes` free."""
+    """Raise `ResidscopeError` when the disk of `path`, which need not exist yet, has less than `n_bytes` free."""
     free = shutil.disk_usage(nearest_folder(Path(path).absolute())).free
     if free < n_bytes:
         raise ResidscopeError(

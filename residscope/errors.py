@@ -9,40 +9,40 @@ import resource
 
 
 class ResidscopeError(Exception):
-    """A run failed for a reason that the user can act on. Where it is none of the kinds below: the request makes sense
-    and what it names is good, but the machine, the network or the work itself failed."""
+    """A run failed for a reason that the user can act on. If it is not one of the subclasses below: the request and its
+    inputs are valid, but the machine, the network or the work itself failed."""
 
     exit_code = 1
 
 
 class UsageError(ResidscopeError):
-    """The command line or the configuration makes no sense, or names what is not there."""
+    """The command line or the configuration is invalid, or names something that does not exist."""
 
     exit_code = 2
 
 
 class IncompatibleError(ResidscopeError):
-    """What is named is there and cannot be used for this: a store, checkpoint, model, lens, text or analysis that is
-    damaged, or is not one at all, or has another kind, version, shape, configuration or content than is needed."""
+    """Something that the user named exists but cannot be used here: a store, checkpoint, model, lens, text or analysis
+    that is damaged, not one at all, or of the wrong kind, version, shape, configuration or content."""
 
     exit_code = 3
 
 
 class Interrupted(ResidscopeError):
-    """The run was stopped by a signal; what is on disk is whole, and the same command continues it."""
+    """The run was stopped by a signal; the files on the disk are intact, and the same command continues it."""
 
     exit_code = 130
 
 
 _NO_MEMORY = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
-"""What torch, safetensors, threads and the loader of libraries say, each in a class of its own."""
+"""Messages of torch, safetensors, threads and the library loader, each of which has its own exception class."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that the system, or a GPU, gives no more memory or threads."""
+    """Whether the system or a GPU has refused more memory or threads."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    # Under a limit, libraries that cannot be loaded or that fail without a word were refused memory.
+    # Under a memory limit, libraries that fail to load, or fail without a message, were refused memory.
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if limited and type(error) in (ImportError, SystemError):
         return True
@@ -51,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def said(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters, or its class where that says more."""
+    """An exception's message on one line of at most 200 characters, or its class if the message is empty."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = " ".join(str(error).partition("; use sys.")[0].split())[:200].rstrip(".:")

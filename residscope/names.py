@@ -1,8 +1,8 @@
-"""Names of what lies beside a store or a checkpoint: acts.zarr has acts.harvest.toml, ckpt.pt has ckpt.loss.png; and
-the versions that records name.
+"""Names of the files next to a store or a checkpoint (acts.zarr has acts.harvest.toml, ckpt.pt has ckpt.loss.png), and
+the versions that records list.
 
-How: only an ending that says what a thing is gets replaced: in `llama-0.5b` the dot is part of the name, so that it
-does not share its files with llama-0.6b.
+How: only known endings are replaced: in `llama-0.5b` the dot is part of the name, so that it does not share its files
+with llama-0.6b.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ ENDINGS = (".zarr", ".pt", ".safetensors")
 
 
 def stem(path: Path) -> str:
-    """The name without the ending that says what it is."""
+    """The name without a known ending."""
     return path.stem if path.suffix in ENDINGS else path.name
 
 
@@ -21,8 +21,8 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of some packages, "not installed" of one that is not there."""
-    import importlib.metadata  # takes as long as all of --help
+    """The versions of Python and of some packages; "not installed" for a missing one."""
+    import importlib.metadata  # This import takes as long as all of --help.
     import platform
 
     found = {"python": platform.python_version()}

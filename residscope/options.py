@@ -1,13 +1,13 @@
-"""A command line from a configuration dataclass.
+"""Builds a command line from a configuration dataclass.
 
 A configuration is a frozen, keyword-only dataclass; the docstring under a field is the help of its flag, the field's
-default is the flag's default, and its annotation says how a word on the command line is read:
+default is the flag's default, and its annotation determines how a word on the command line is parsed:
 
     str, int, float, Path      one word
     bool                       --flag / --no-flag
     Literal["a", "b"]          one of the words
     X | None                   as X; the default may be None
-    tuple[X, ...]              one or more words; a flag that is given again adds to them
+    tuple[X, ...]              one or more words; giving the flag again adds more
 
 A field without a default is a required flag. A field that is itself such a dataclass is a group: its fields are flags
 under their own names, and `--help` shows them together under the first sentence of its docstring. The names in a
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class _Version(argparse.Action):
-    """--version: asks for the version only when it is wanted, because looking it up takes as long as all of --help."""
+    """--version: looks the version up only when needed, because that takes as long as all of --help."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(nargs=0, default=argparse.SUPPRESS, help="show the version and exit", **options)
@@ -52,26 +52,26 @@ class _Version(argparse.Action):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's with --version, and with one line on stderr, without all flags, for a command line it cannot take."""
+    """argparse's parser with --version, and with one-line errors that do not list all flags."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.add_argument("--version", action=_Version)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Also `ResidscopeError`, once the words are right, where the command cannot run in this address space."""
+        """After parsing, also raises `ResidscopeError` if the command cannot run in this address space."""
         found = super().parse_known_args(*arguments, **options)
         require_address_space(self.prog)
         return found
 
     def error(self, message: str) -> NoReturn:
-        """End the process with exit code 2; for an unknown flag the nearest known one is named."""
+        """End the process with exit code 2; for an unknown flag, suggest the nearest known one."""
         if message.startswith("unrecognized arguments"):
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
             near = [flag for word in wrong for flag in difflib.get_close_matches(word, flags, n=1, cutoff=0.7)]
             message += f" (did you mean {' '.join(near)}?)" if near else ""
-        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` says what there is\n")
+        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
 
 def field_docstrings(config_class: type) -> dict[str, str]:
@@ -95,18 +95,18 @@ def parse_options(
 ) -> T:
     """Read `argv` (default `sys.argv[1:]`) into a `config_class`.
 
-    Bad words end the process with exit code 2, as argparse does; what the configuration itself refuses, `UsageError`.
+    Bad words end the process with exit code 2, as in argparse; values that the configuration refuses: `UsageError`.
     """
     words: Any = {"prog": prog, "description": description, "epilog": epilog}
     parser = CommandParser(**words, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags by name; flags win")
+    parser.add_argument("--config", metavar="FILE.toml", help="values for any of these flags, by name; flags win")
     fields = _fields(config_class)
     _add_flags(parser, config_class, fields)
     parser.usage = " ".join([prog, *(f"{field.flag} ..." for field in fields.values() if field.required), "[flags]"])
     for word in sys.argv[1:] if argv is None else argv:
         try:
             word.encode()
-        except UnicodeEncodeError:  # the terminal's encoding is another, or a file's name is in none
+        except UnicodeEncodeError:  # The terminal's or a file name's encoding is not UTF-8.
             raise UsageError(f"{word!a}: should be UTF-8; rename the file, or set the terminal to UTF-8") from None
     given = vars(parser.parse_args(argv))
     config_file = given.pop("config")
@@ -119,7 +119,7 @@ def parse_options(
 
 
 def from_flat(config_class: type[T], values: Mapping[str, Any]) -> T:
-    """A configuration from values by the names of its flags, whatever group they are in; TypeError for unknown ones."""
+    """A configuration from values by flag name, whatever their group; TypeError for unknown names."""
     rest = dict(values)
     for name, group in _groups(config_class).items():
         own = {field.name: rest.pop(field.name) for field in dataclasses.fields(group) if field.name in rest}
@@ -129,7 +129,7 @@ def from_flat(config_class: type[T], values: Mapping[str, Any]) -> T:
 
 
 def to_flat(config: Any) -> dict[str, Any]:
-    """All values of a configuration by the names of their flags; `from_flat` makes the same one of them."""
+    """All values of a configuration by flag name; the inverse of `from_flat`."""
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -138,7 +138,7 @@ def to_flat(config: Any) -> dict[str, Any]:
 
 
 def with_values(config: T, **values: Any) -> T:
-    """The configuration with some flags' values changed, and checked again."""
+    """The configuration with some flags' values changed; it is checked again."""
     return from_flat(type(config), {**to_flat(config), **values})
 
 
@@ -156,22 +156,22 @@ def to_toml(values: Mapping[str, Any]) -> str:
             continue
         if isinstance(value, Path):
             value = str(value)
-        # A JSON scalar or list of scalars is also a TOML one, once non-ASCII is kept as it is, and DEL is not.
+        # JSON scalars and lists of scalars are valid TOML if non-ASCII text is not escaped, but DEL is.
         text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
         lines.append(f"{name} = {text.replace(chr(127), chr(92) + 'u007f')}")
     return "\n".join(lines) + "\n"
 
 
 def require_at_least(least: int, **values: int | None) -> None:
-    """`UsageError` for an option that is given and below `least`."""
+    """`UsageError` for an option with a value below `least`; None is allowed."""
     for name, value in values.items():
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} should be at least {least}, found {value}")
 
 
 def require_workers(**values: int | None) -> None:
-    """`UsageError` for an option that is given and below 1, or more processes or threads, which are all started at
-    once, than a machine of this size can bear."""
+    """`UsageError` for a number of processes or threads below 1, or more than this machine can bear (all are started at
+    once); None is allowed."""
     require_at_least(1, **values)
     most = max(32, 4 * (os.cpu_count() or 1))
     for name, value in values.items():
@@ -180,21 +180,21 @@ def require_workers(**values: int | None) -> None:
 
 
 def require_seed(seed: int) -> None:
-    """`UsageError` for a seed that torch does not take."""
+    """`UsageError` for a seed that torch does not accept."""
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed should be at least 0 and below 2^63, found {seed}")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """What the command line needs to know of one field."""
+    """What the command line needs to know about one field."""
 
     name: str
     annotation: Any
     required: bool
     help: str
     group: str
-    """The field of the configuration that it is in; "" for the configuration itself."""
+    """The configuration's field with its group; "" if it is not in a group."""
 
     @property
     def flag(self) -> str:
@@ -202,7 +202,7 @@ class _Field:
 
 
 def _fields(config_class: type, group: str = "") -> dict[str, _Field]:
-    """All flags by name, those of groups included, in the order in which they stand."""
+    """All flags by name, including those of groups, in the order of the source."""
     hints = typing.get_type_hints(config_class)
     texts = field_docstrings(config_class)
     groups = _groups(config_class)
@@ -224,7 +224,7 @@ def _fields(config_class: type, group: str = "") -> dict[str, _Field]:
 
 
 def _add_flags(parser: argparse.ArgumentParser, config_class: type, fields: Mapping[str, _Field]) -> None:
-    """Put the flags into the parser: the first ones, then group by group."""
+    """Add the flags to the parser: first `FIRST_FLAGS`, then group by group."""
     first = getattr(config_class, "FIRST_FLAGS", ())
     titles = {name: (group.__doc__ or name).partition(".")[0] for name, group in _groups(config_class).items()}
     sections: dict[str, Any] = {}
@@ -252,7 +252,7 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _reader(annotation: Any) -> dict[str, Any]:
-    """The keywords of `add_argument` that read a word of this type."""
+    """Keyword arguments of `add_argument` for a flag of this type."""
     origin = typing.get_origin(annotation)
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -269,12 +269,12 @@ def _reader(annotation: Any) -> dict[str, Any]:
 
 
 def home_path(word: str) -> Path:
-    """A path or URL; a leading `~/` is the home folder, which no shell puts in behind `--out=` or in a TOML file."""
+    """A path or URL; expands a leading `~/`, which a shell does not expand after `--out=` or in a TOML file."""
     return Path(word).expanduser() if word.startswith("~/") else as_path(word)
 
 
 def read_word(word: str, annotation: Any, what: str) -> Any:
-    """A word of the command line as an `annotation`, "none" where that may be None; else `UsageError`: `what` ..."""
+    """A word parsed as `annotation` ("none" if that allows None); else `UsageError`, which begins with `what`."""
     kind = _without_none(annotation)
     if kind is not annotation and word.lower() == "none":
         return None
@@ -293,7 +293,7 @@ def read_word(word: str, annotation: Any, what: str) -> Any:
 def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
     try:
         with reading(f"--config {path}: not valid TOML", kind=UsageError), path.open("rb") as file:
-            found = tomllib.loads(file.read(CONFIG_BYTES).decode())  # a device has no end
+            found = tomllib.loads(file.read(CONFIG_BYTES).decode())  # limited, since a device has no end
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     tables = {field.group for field in fields.values()} - fields.keys()
@@ -308,7 +308,7 @@ def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
             raise UsageError(f"--config {path}: unknown option {key!r}; the options are {', '.join(sorted(fields))}")
         if table not in ("", group := fields[name].group):
             where = f"in [{group}] or above all tables" if group else "above all tables"
-            raise UsageError(f"--config {path}: {key} is no option of [{table}]: it belongs {where}")
+            raise UsageError(f"--config {path}: {key} is not an option of [{table}]: it belongs {where}")
         if name in values:
             raise UsageError(f"--config {path}: {name} is given twice; keep one")
         values[name] = _from_toml(value, fields[name].annotation, f"--config {path}: {name}")
@@ -316,7 +316,7 @@ def _read_toml(path: Path, fields: Mapping[str, _Field]) -> dict[str, Any]:
 
 
 def _from_toml(value: Any, annotation: Any, what: str) -> Any:
-    """A TOML value as one of `annotation`; `UsageError` begins with `what`."""
+    """A TOML value converted to `annotation`; else `UsageError`, which begins with `what`."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is tuple:
         return tuple(_from_toml(each, arguments[0], what) for each in (value if isinstance(value, list) else [value]))

@@ -1,8 +1,8 @@
-"""What is read from a file and is not what it should be: one line that names it, whatever a library raises.
+"""Turns whatever a library raises on a bad input file into a one-line error that names the file.
 
-Each library has its own ways to refuse bad input, and its next version has others: ValueErrors, RecursionErrors for
-endless brackets, classes of its own. So none are listed: all that is raised within `reading` is the file's fault, but
-for our own errors, memory that is refused, and what the disk says.
+Each library has its own ways to refuse bad input, which change between versions: ValueErrors, RecursionErrors for
+endless brackets, classes of its own. So they are not listed: everything raised within `reading` is blamed on the file,
+except our own errors, refused memory, and errors of the disk.
 """
 
 import errno
@@ -17,7 +17,7 @@ from residscope.console import human_bytes
 from residscope.errors import IncompatibleError, ResidscopeError, is_out_of_memory, said
 
 _DAMAGE = (None, errno.EINVAL)
-"""Codes of an OSError that is about what a file holds: none, or of a place beyond its ends."""
+"""Codes of an OSError that is about a file's content: none, or a position outside the file."""
 
 CONFIG_BYTES = 64 << 20
 """The largest JSON file of settings or results that is read."""
@@ -25,13 +25,13 @@ CONFIG_BYTES = 64 << 20
 
 @contextmanager
 def reading(what: object, way_out: str = "", kind: type[ResidscopeError] = IncompatibleError) -> Iterator[None]:
-    """Within, `what` (the user's word) is read: an error of a library becomes one of `kind`, which adds `way_out`."""
+    """Wrap a block that reads `what` (named for the user): a library's error becomes one of `kind`, with `way_out`."""
     try:
         yield
     except ResidscopeError:
         raise
     except BaseException as error:
-        # What a library in Rust raises where it fails itself is no Exception.
+        # A library in Rust raises PanicException when it crashes, which is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno not in _DAMAGE):
@@ -40,7 +40,7 @@ def reading(what: object, way_out: str = "", kind: type[ResidscopeError] = Incom
 
 
 def read_whole(path: Path, most: int) -> bytes:
-    """A file's bytes; `ValueError` for one above `most` bytes and for what is no file (a device has no end)."""
+    """A file's bytes; `ValueError` for more than `most` bytes, or if it is not a file (a device has no end)."""
     found = path.stat()
     if found.st_size > most or not stat.S_ISREG(found.st_mode):
         size = human_bytes(found.st_size) if stat.S_ISREG(found.st_mode) else "a folder, pipe or device"
@@ -49,6 +49,6 @@ def read_whole(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, way_out: str = "") -> Any:
-    """What a JSON file holds; `IncompatibleError` where it is none, which adds `way_out`."""
+    """The content of a JSON file; `IncompatibleError`, with `way_out`, if it is not valid."""
     with reading(f"{path}: not valid JSON", way_out):
         return json.loads(read_whole(path, CONFIG_BYTES))

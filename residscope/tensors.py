@@ -1,9 +1,9 @@
-"""Tensors and plain values in files of `torch.save`'s format: written piece by piece, read with no byte unchecked.
+"""Tensors and plain values in files of `torch.save`'s format: written piece by piece, read with every byte checked.
 
-`torch.save` wants each tensor whole in memory. `torch.load` compares no check sum, believes a damaged directory (a
+`torch.save` needs each tensor whole in memory. `torch.load` verifies no checksums, trusts a damaged directory (a
 member that claims to be a folder becomes uninitialised memory) and lets a tensor claim more numbers than its storage
-has. Here each member is read from one open file; its check sum and sizes are compared; then it becomes the tensor.
-Only tensors, mappings and plain values can be made, so that a file from a stranger cannot run code.
+has. Here each member is read from one open file, its checksum and sizes are verified, and then it becomes the tensor.
+Only tensors, mappings and plain values can be created, so that a file from a stranger cannot run code.
 """
 
 import io
@@ -35,18 +35,18 @@ _ALIGNED = 64  # bytes, as torch.save's
 
 
 class Pieces(NamedTuple):
-    """A tensor that is written as it comes, and so need not be whole in this process's memory."""
+    """A tensor that is written piece by piece, and so need not be whole in this process's memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: Callable[[], Iterable[Tensor]]
-    """Its numbers in order, for one time."""
+    """Gives its numbers in order; called once."""
 
 
 def save_tensors(content: Any, file: BinaryIO | None) -> None:
-    """Write tensors of any device, `Pieces`, dicts, lists, tuples and plain values; equal content is equal bytes.
+    """Write tensors of any device, `Pieces`, dicts, lists, tuples and plain values; equal content gives equal bytes.
 
-    Without a file all pieces are asked for in the same order, for processes that only send theirs."""
+    Without a file, all pieces are still requested in the same order, for processes that only send their share."""
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
     pickler.dump(content)
@@ -60,7 +60,7 @@ def save_tensors(content: Any, file: BinaryIO | None) -> None:
     members += [(f"data/{i}", _as_bytes(storage)) for i, storage in enumerate(pickler.storages)]
     with zipfile.ZipFile(file, "w") as archive:
         for name, parts in members:
-            info = zipfile.ZipInfo(f"archive/{name}")  # of a fixed date
+            info = zipfile.ZipInfo(f"archive/{name}")  # with a fixed date
             before = file.tell() + 30 + len(info.filename) + 20  # the header, the name, and the sizes in 64 bits
             n = -(before + 4) % _ALIGNED
             info.extra = struct.pack("<2sH", b"FB", n) + bytes(n)
@@ -70,7 +70,7 @@ def save_tensors(content: Any, file: BinaryIO | None) -> None:
 
 
 def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Parts of `tensor` [M, ...], in order, on the CPU, of about `PIECE` bytes; nothing of an empty one."""
+    """Parts of `tensor` [M, ...], in order, on the CPU, of about `PIECE` bytes; none if it is empty."""
     if tensor.numel():
         rows = tensor.reshape(-1) if tensor.ndim == 0 else tensor
         for part in rows.split(max(1, PIECE * len(rows) // rows.nbytes)):
@@ -83,11 +83,11 @@ def _as_bytes(storage: Pieces) -> Iterator[memoryview]:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves the tensors' numbers to members of their own, in the order in which they are met."""
+    """Leaves the tensors' numbers to separate members of the archive, in the order in which tensors appear."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, protocol=2)
-        self.fast = True  # each value as often as it is met, whether or not it is the same object: by content alone
+        self.fast = True  # No memo: the bytes depend on the content alone, not on which values are the same object.
         self.storages: list[Pieces] = []
 
     def reducer_override(self, value: Any) -> Any:
@@ -109,41 +109,41 @@ class _Pickler(pickle.Pickler):
 
 
 class _Storage:
-    """Stands for the numbers of a tensor."""
+    """A placeholder for the numbers of a tensor."""
 
     def __init__(self, of: Pieces) -> None:
         self.of = of
 
 
 def load_tensors(file: BinaryIO, where: str, *, mapped: bool = False) -> Any:
-    """What the file holds: tensors on the CPU, dicts, lists, tuples, strings, numbers.
+    """The file's content: tensors on the CPU, dicts, lists, tuples, strings, numbers.
 
-    where: its name. mapped: tensors are views of the file, of which only what is used comes into memory; it must not be
-    changed in place. `IncompatibleError` if it is damaged, is no archive of `torch.save`, or holds anything else.
+    where: its name. mapped: tensors are views of the file, read into memory only as they are used; the file must not be
+    changed in place. `IncompatibleError` if it is damaged, not an archive of `torch.save`, or holds anything else.
     """
-    may_be = "it was cut short, damaged, or is no archive of torch.save (bare pickle files are never loaded)"
+    may_be = "it was cut short, damaged, or is not an archive of torch.save (bare pickle files are never loaded)"
     with reading(f"{where}: cannot be read as plain tensors", may_be), zipfile.ZipFile(file) as archive:
         unpickler = _Unpickler(archive, where, file.fileno() if mapped else None)
         found = unpickler.load()
-        unpickler.memo.clear()  # It holds its own method, and by that all tensors, until the next full collection.
+        unpickler.memo.clear()  # Breaks a reference cycle that would keep all tensors until the next full collection.
         return found
 
 
 class _Mapping(dict[Any, Any]):
-    """For an OrderedDict, as a module's state is one: without its attributes."""
+    """Replaces an OrderedDict, such as a module's state, without its attributes."""
 
     def __setstate__(self, state: object) -> None:
         pass
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but plain values, `_Mapping` and tensors out of the archive's members."""
+    """Creates only plain values, `_Mapping` and tensors from the archive's members."""
 
     def __init__(self, archive: zipfile.ZipFile, where: str, descriptor: int | None) -> None:
         self._where, self._descriptor = where, descriptor
         self._archive, names = archive, archive.namelist()
         if len(set(names)) < len(names):
-            raise ValueError("it has two members of one name")
+            raise ValueError("it has two members with the same name")
         self._storages: dict[str, Tensor] = {}
         self._root = next((name for name in names if name.endswith("/data.pkl")), "data.pkl")[: -len("data.pkl")]
         content = self._member("data.pkl")
@@ -155,18 +155,18 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(content))
 
     def _member(self, name: str) -> bytearray:
-        """A member's bytes, whose check sum is right."""
+        """A member's bytes, with its checksum verified."""
         info = self._archive.getinfo(self._root + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name} is compressed")
         data = bytearray()
         with self._archive.open(info) as member:
-            while part := member.read(PIECE):  # the check sum is compared at its end
+            while part := member.read(PIECE):  # The checksum is verified at the end.
                 data += part
         return data
 
     def _view(self, name: str, descriptor: int) -> memoryview | bytearray:
-        """The same, as a part of the file, each with a mapping of its own; what is not aligned is read."""
+        """A member as a part of the file, with its own mapping; a member that is not aligned is read."""
         info = self._archive.getinfo(self._root + name)
         start = info.header_offset + 30 + sum(struct.unpack("<HH", os.pread(descriptor, 4, info.header_offset + 26)))
         if start % _ALIGNED or info.compress_type != zipfile.ZIP_STORED or not info.file_size:
@@ -188,13 +188,13 @@ class _Unpickler(pickle.Unpickler):
         return known[f"{module}.{name}"]
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """A storage, as a flat tensor; its memory is a buffer, so that it cannot be resized."""
+        """A storage as a flat tensor; its memory is a buffer, which cannot be resized."""
         _, dtype, key, _, n = pid
         if key not in self._storages:
             name = f"data/{key}"
             data = self._member(name) if self._descriptor is None else self._view(name, self._descriptor)
             if type(n) is not int or n * dtype.itemsize != len(data):
-                raise ValueError(f"data/{key} should have {n} numbers of {dtype}, it has {len(data)} bytes")
+                raise ValueError(f"data/{key} should have {n} numbers of {dtype}, found {len(data)} bytes")
             self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self._storages[key]
 

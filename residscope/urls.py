@@ -1,8 +1,8 @@
-"""Objects in a bucket as files: `URL` is a `Path` whose methods are requests (obstore).
+"""Objects in a bucket as files: `URL` is a `Path` whose methods make requests (with obstore).
 
-How: what asks a path for bytes, size or names works for both. What hands one to the operating system gets `UsageError`.
-An object is whole or absent. A request without an answer is made again for `RETRY_SECONDS`. Credentials come from the
-environment and the usual files, never from a URL, and are in no message. Why obstore: bench_object_libraries.py.
+How: code that asks a path for bytes, size or names works with both. Passing a URL to the operating system raises
+`UsageError`. An object is complete or absent. Unanswered requests are repeated for `RETRY_SECONDS`. Credentials come
+from the environment and the usual files, never a URL, and are in no message. Why obstore: bench_object_libraries.py.
 """
 
 import atexit
@@ -29,7 +29,7 @@ RETRY_SECONDS = 60.0
 
 
 class Got(NamedTuple):
-    """An object, or a range of one: its bytes, its size, a tag of its state, the XXH3-128 that its writer noted."""
+    """An object, or a range of one: bytes, the object's size, a tag of its version, the XXH3-128 its writer set."""
 
     data: Any
     size: int
@@ -38,7 +38,7 @@ class Got(NamedTuple):
 
 
 def as_path(place: str | os.PathLike[str]) -> Path:
-    """The path that a word names; `UsageError` for a URL of another scheme, and for one that holds a secret."""
+    """The path or URL that a word names; `UsageError` for a URL with an unknown scheme or one that holds a secret."""
     match = re.fullmatch(
         r"([A-Za-z][\w+.-]*)://([^/]*)(/.*)?", "" if isinstance(place, Path) else os.fspath(place), re.DOTALL
     )
@@ -55,13 +55,13 @@ def as_path(place: str | os.PathLike[str]) -> Path:
 
 
 class URL(PosixPath):
-    """An object, or the objects below a name, in a bucket. `as_path` makes it."""
+    """An object, or the objects below a name, in a bucket; made by `as_path`."""
 
     def __str__(self) -> str:
         return super().__str__().replace(":/", "://", 1)
 
     def __fspath__(self) -> str:
-        raise UsageError(f"{self}: should be on a disk: only stores and autoencoders are read at URLs, and stores made")
+        raise UsageError(f"{self}: should be on a disk: URLs work only for stores, and for reading autoencoders")
 
     @property
     def parents(self) -> Sequence["URL"]:  # type: ignore[override]
@@ -73,9 +73,9 @@ class URL(PosixPath):
     resolve = absolute  # type: ignore[assignment]
 
     def get(self, start: int = 0, stop: int | None = None, tag: Any = None, *, head: bool = False) -> Got:
-        """The object, or its bytes from `start` to before `stop`, fewer where it ends sooner; as long as it has `tag`.
+        """The object, or its bytes from `start` up to `stop`, fewer if it ends sooner; with `head`, without the bytes.
 
-        head: all but bytes. Raises `FileNotFoundError`, `FileExistsError` where it has another tag, `ResidscopeError`.
+        Raises `FileNotFoundError`, `FileExistsError` if its tag is not `tag`, and `ResidscopeError`.
         """
         options: dict[str, Any] = {"head": True} if head else {}
         options |= ({"if_match": tag["e_tag"]} if tag else {}) | ({} if stop is None else {"range": (start, stop)})
@@ -87,13 +87,13 @@ class URL(PosixPath):
 
         if not self._key:
             raise FileNotFoundError(errno.ENOENT, "No such object", str(self))
-        if stop is not None and stop <= start and not head:  # which servers refuse
+        if stop is not None and stop <= start and not head:  # Servers refuse empty ranges.
             return self.get(tag=tag, head=True)._replace(data=b"")
         return self._asked(ask)
 
     def put(self, data: bytes, mode: Any = "overwrite", xxh3: str | None = None) -> dict[str, Any]:
-        """Make the object, and give its tag. mode: "create" where none should be there, or the tag of the one to
-        replace; `FileExistsError` where there is another, unless it has these bytes: an answer was lost."""
+        """Write the object and return its tag. mode: "create" if none may exist, or the tag of the one to replace;
+        `FileExistsError` if there is another, unless it has the same bytes: then only the answer was lost."""
         mode = mode if isinstance(mode, str) else {name: mode[name] for name in mode if mode[name] is not None}
         options = {"mode": mode, "attributes": {"xxh3": xxh3} if xxh3 else {}, "use_multipart": False}
         try:
@@ -106,9 +106,9 @@ class URL(PosixPath):
             raise
 
     def glob(self, pattern: str, **_: Any) -> Iterator["URL"]:  # type: ignore[override]
-        """The objects below this name whose own names match."""
-        found = self._asked(lambda obstore, client: [*obstore.list(client, prefix=self._key or None)])
-        paths = (type(self)(*self.parts[:2], one["path"]) for part in found for one in part)
+        """The objects below this name whose paths match `pattern`."""
+        pages = self._asked(lambda obstore, client: [*obstore.list(client, prefix=self._key or None)])
+        paths = (type(self)(*self.parts[:2], entry["path"]) for page in pages for entry in page)
         return (path for path in paths if path.match(pattern))
 
     def stat(self, **_: Any) -> os.stat_result:
@@ -136,7 +136,7 @@ class URL(PosixPath):
         return "/".join(self.parts[2:])
 
     def _asked(self, ask: Callable[[Any, Any], Any]) -> Any:
-        """What a request gives, which is made again while there is no answer."""
+        """The result of a request, which is repeated while there is no answer."""
         obstore, client = _client(*self.parts[:2])
         end, pause = time.monotonic() + RETRY_SECONDS, 0.25
         while True:
@@ -149,7 +149,7 @@ class URL(PosixPath):
             time.sleep(pause := min(2 * pause, 5))
 
     def _told(self, error: Exception, raised: Any, last: bool) -> Exception | None:
-        """The error that a user, or who handles files, knows; None for what may work a moment later, unless `last`."""
+        """The error to raise: a file system's or one for the user; None if a retry may help, unless `last`."""
         text = str(error)
         code = (re.findall(r"<Code>(\w+)</Code>", text) or [type(error).__name__.removesuffix("Error")])[0]
         if code in ("NoSuchBucket", "ContainerNotFound") or "specified bucket does not exist" in text:
@@ -158,31 +158,29 @@ class URL(PosixPath):
             return FileNotFoundError(errno.ENOENT, "No such object", str(self))
         if isinstance(error, (raised.AlreadyExistsError, raised.PreconditionError)):
             return FileExistsError(errno.EEXIST, "Another process has changed it meanwhile", str(self))
-        keys = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what the provider's are called), or ~/.aws"
+        keys = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the provider's equivalents), or ~/.aws"
         if isinstance(error, (raised.PermissionDeniedError, raised.UnauthenticatedError)):
-            return ResidscopeError(f"{self}: access denied ({code}); {keys}, and what they may do in this bucket")
+            return ResidscopeError(f"{self}: access denied ({code}); {keys}, and the key's permissions for this bucket")
         if "169.254.169.254" in text or "metadata.google" in text:
             return ResidscopeError(f"{self}: no credentials were found; {keys}")
         if code == "InvalidRange" or "416 " in text:
             return IncompatibleError(f"{self}: the object is smaller than it should be")
-        # What failed is at the end of the first part; behind a "?" a signature may stand.
+        # The cause is at the end of the first part; a signature may follow a "?".
         reason = said(ValueError(re.sub(r"\?\S*", "", text.partition("Debug source")[0]).rpartition(" - ")[2]))
-        told = (
-            f"no answer in {RETRY_SECONDS:.0f} s ({reason}); check the network and AWS_ENDPOINT_URL, then run it again"
-        )
-        return ResidscopeError(f"{self}: {told}") if last else None
+        way_out = "check the network and AWS_ENDPOINT_URL, then run it again"
+        return ResidscopeError(f"{self}: no answer in {RETRY_SECONDS:.0f} s ({reason}); {way_out}") if last else None
 
 
 @functools.cache
 def _client(scheme: str, bucket: str) -> tuple[Any, Any]:
-    """The library, and the connection to a bucket, one in a process."""
+    """The library and the connection to a bucket; one connection per process."""
     try:
         import obstore.store
     except ImportError:
         raise ResidscopeError(f"{scheme}//{bucket}: needs obstore; pip install 'residscope[s3]'") from None
     options: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": "120s"}
     options = {"client_options": options, "retry_config": {"max_retries": 2, "retry_timeout": timedelta(seconds=5)}}
-    if scheme == "s3:" and "AWS_ACCESS_KEY_ID" not in os.environ:  # obstore reads no file of AWS'.
+    if scheme == "s3:" and "AWS_ACCESS_KEY_ID" not in os.environ:  # obstore does not read AWS' own files.
         parser, profile = configparser.RawConfigParser(), os.environ.get("AWS_PROFILE", "default")
         with reading("~/.aws/credentials: not a readable INI file", "correct it", UsageError):
             parser.read(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or Path.home() / ".aws" / "credentials")
@@ -194,7 +192,7 @@ def _client(scheme: str, bucket: str) -> tuple[Any, Any]:
 
 @functools.cache
 def local_copy(path: Path) -> Path:
-    """`path`, or for a URL a copy of the object, or of all below it, which lasts as long as the process."""
+    """`path`, or for a URL a copy of the object (or of all below it) that lasts as long as the process."""
     if not isinstance(path, URL):
         return path
     folder = Path(tempfile.mkdtemp(prefix="residscope-"))

@@ -1,10 +1,10 @@
 """ActivationStore: make, open, read, write and summarise a store of residual stream vectors, on a disk or at a URL.
 
-How: the arrays are Zarr v3 (docs/store-format.md has the format); shards go to and from the disk directly (shards.py),
-and count once the manifest has their line (manifest.py). A reader checks all that it gives out against the manifest as
-it was when the store was opened, so that a store exchanged for another in the meantime is refused: shards by their
-lines and chunks' crc32c, metadata and token arrays by the header, statistics by the shards' norms. A missing shard
-raises, and is never read as zeros.
+How: the arrays are Zarr v3 (see docs/store-format.md). Shards are read and written directly (shards.py), and exist for
+readers once the manifest has their line (manifest.py). A reader checks all data that it returns against the manifest as
+it was when the store was opened, so a store that has since been replaced by another is refused: shards are checked by
+their lines and their chunks' crc32c, metadata and token arrays by the header, statistics by the shards' norms. Reading
+a missing shard raises; it never gives zeros.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk; t tokens and l layers asked for.
 """
@@ -48,16 +48,16 @@ class ActivationStore:
     ) -> None:
         """For `create` and `open`; with `lock` the store is open for writing."""
         self.ring = ring_of(meta)
-        """How it is cut, where it is on the disk in part at a time."""
-        self._kept_alone = self.ring is not None and not (lock or follow)
+        """How a rolling store is divided into parts; None for any other store."""
+        self._only_kept_shards = self.ring is not None and not (lock or follow)
         self.path = path
         self.meta = meta
         self._manifest = manifest
         self._records: dict[int, ShardRecord] = {}
-        self._indexes: dict[int, np.ndarray] = {}  # Of shards whose files were found to be theirs.
-        self._intact: set[int] = set()  # Shards whose whole files were hashed.
+        self._indexes: dict[int, np.ndarray] = {}  # By shard, once its file was found to match its manifest line.
+        self._intact: set[int] = set()  # Shards whose whole files were hashed and match.
         self._locks: dict[int, threading.Lock] = {}
-        self.objects: dict[Any, Any] = {}  # At a URL, what readers keep for later ones.
+        self.objects: dict[Any, Any] = {}  # At a URL: a cache that the shards' readers share.
         self._files = ShardFiles(path, meta, lock)
         self._writer = ShardWriter(path, manifest, lock) if lock else None
 
@@ -65,9 +65,9 @@ class ActivationStore:
     def create(cls, path: str | os.PathLike[str], meta: StoreMeta, tokens: TokenTable) -> "ActivationStore":
         """Make a store without shards, and open it for writing.
 
-        After a crash there is no store at `path`, and the next `create` clears what was left. Raises `UsageError` when
-        `tokens` do not fit `meta`, `IncompatibleError` when there is something at `path`, `ResidscopeError` when
-        another process is making it.
+        A crash leaves no store at `path`, and the next `create` clears the leftovers. Raises `UsageError` when
+        `tokens` do not fit `meta`, `IncompatibleError` when something already exists at `path`, `ResidscopeError` when
+        another process is making the store.
         """
         path, lock = make_folder(as_path(path), meta, arrays.checked_tokens(tokens, meta.n_tokens))
         try:
@@ -86,14 +86,14 @@ class ActivationStore:
         follow: bool = False,
         content_hash: str | None = None,
     ) -> "ActivationStore":
-        """Open a store for reading, or with `writable` for filling what is missing.
+        """Open a store for reading, or with `writable` for filling missing shards.
 
         partial: also open a store that lacks shards (reading one of those raises). writable: take the writer's lock,
-        cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. follow: of a
-        store whose parts come and go (`store.care.ring`), serve all tokens, be they there or not. content_hash: that of
-        the store as it was opened before. Raises `UsageError` when there is nothing,
-        `IncompatibleError` when that is no store, or one of another version or content, not all of it, or its metadata
-        or manifest is damaged; `ResidscopeError` when another process is writing it.
+        cut off a torn manifest line, and remove temporary files that a crash left; implies `partial`. follow: in a
+        rolling store (`store.care.ring`), include the tokens of all shards, whether or not they are on the disk.
+        content_hash: the hash that the store must have. Raises `UsageError` when nothing is at `path`;
+        `IncompatibleError` when it is not a store, has another version or content, lacks shards, or has damaged
+        metadata or a damaged manifest; `ResidscopeError` when another process is writing it.
         """
         path = as_path(path)
         require_store(path)
@@ -104,7 +104,7 @@ class ActivationStore:
             if content_hash not in (None, store.content_hash):
                 raise IncompatibleError(
                     f"{path} is not the store that was opened first: its content hash should be {content_hash}, found "
-                    f"{store.content_hash}; put that store back, or run the command again"
+                    f"{store.content_hash}; put the first store back, or run the command again"
                 )
             if not (partial or writable or (follow and store.ring)):
                 store._require_all_shards(store.ring and store.ring.kept_shards)
@@ -117,7 +117,7 @@ class ActivationStore:
             raise
 
     def close(self) -> None:
-        """Give up the writer's lock; a store that is open for reading has nothing to close."""
+        """Release the writer's lock; a store that is open for reading has nothing to close."""
         if self._writer:
             self._writer.close()
         self._writer = None
@@ -131,13 +131,13 @@ class ActivationStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(ActivationStore.open, partial=True, content_hash=self.content_hash), (str(self.path),)
 
-    # What is there
+    # Contents
 
     @cached_property
     def tokens(self) -> TokenTable:
         """Token ids, documents, positions and the keep mask, each [T]; read once, read-only."""
         tokens = arrays.read_tokens(self.path, self.meta, self._manifest.checksums)
-        if not self._kept_alone:
+        if not self._only_kept_shards:
             return tokens
         assert self.ring is not None
         return tokens._replace(
@@ -145,14 +145,14 @@ class ActivationStore:
         )
 
     def missing_shards(self) -> list[int]:
-        """Shards that the manifest lacks, ascending."""
+        """Shards that are not in the manifest, ascending."""
         return [shard for shard in range(self.meta.n_shards) if shard not in self._manifest.lines]
 
     def refresh(self) -> None:
-        """Look for shards that have come since the store was opened for reading."""
+        """Look for shards that were added since the store was opened for reading."""
         manifest = read_manifest(self.path)
         if manifest.checksums != self._manifest.checksums:
-            raise IncompatibleError(f"{self.path} was exchanged for another store while it was in use; put it back")
+            raise IncompatibleError(f"{self.path} was replaced by another store while it was in use; put it back")
         self._manifest = manifest
 
     def _require_all_shards(self, first: int | None = None) -> None:
@@ -161,7 +161,7 @@ class ActivationStore:
             raise IncompatibleError(f"{self.path}: {found}; {_FILL} them")
 
     def record(self, shard: int) -> ShardRecord:
-        """What the manifest says of a shard; `IncompatibleError` when it is missing."""
+        """The manifest's record of a shard; `IncompatibleError` when the shard is missing."""
         if shard not in self._records:
             start, stop = self.meta.shard_bounds(shard)
             if shard not in self._manifest.lines:
@@ -172,8 +172,8 @@ class ActivationStore:
 
     @property
     def content_hash(self) -> str:
-        """Identifies the data: a hash over the config hash and the hashes of the shards that are there; over the config
-        hash alone where shards come and go."""
+        """Identifies the data: a hash over the config hash and the hashes of the shards that are present; in a rolling
+        store, over the config hash alone."""
         digest = xxhash.xxh3_128(self.meta.config_hash.encode())
         if self.ring:
             return digest.hexdigest()
@@ -188,8 +188,8 @@ class ActivationStore:
     ) -> np.ndarray:
         """Vectors [t, l, D] of a range of tokens at some stored layers, as float32 or, with `raw`, as they are stored.
 
-        tokens: a slice of step 1. layers: stored layers, 0..L-1. Raises where a shard is missing or damaged, and
-        `IndexError` for a layer that is not there.
+        tokens: a slice of step 1. layers: stored layers, 0..L-1. Raises when a shard is missing or damaged, and
+        `IndexError` for a layer that does not exist.
         """
         meta, size = self.meta, self.meta.chunk_tokens
         tokens = slice(None) if tokens is None else tokens
@@ -217,43 +217,44 @@ class ActivationStore:
         return out
 
     def read_blocks(self, chunk: np.ndarray, layer: np.ndarray, out: np.ndarray, threads: int = 4) -> None:
-        """Fill out [n, C, D] (stored format, contiguous) with inner chunks, in any order, by several threads.
+        """Fill out [n, C, D] (stored format, contiguous) with inner chunks, given in any order, with several threads.
 
         chunk: int64 [n], token chunks of the store; layer: int64 [n], stored layers. Rows beyond the store's last token
-        are zero. Raises where a shard is missing or damaged.
+        are zero. Raises when a shard is missing or damaged.
         """
         order = np.lexsort((layer, chunk))
-        target = out.reshape(len(out), out.shape[1] * out.shape[2]).view(np.uint8)  # of no blocks too
+        target = out.reshape(len(out), out.shape[1] * out.shape[2]).view(np.uint8)  # -1 would fail for n = 0
         sorted_chunk, sorted_layer = chunk[order], layer[order]
         within = sorted_chunk % self.meta.chunks_per_shard
+        blocks = np.stack([within, sorted_layer, order], axis=1)  # [n, 3]
 
         def fill(shard: int, group: slice) -> None:
             with self._reader(shard) as reader:
                 reader.fetch(within[group], sorted_layer[group])
-                for where, at, row in zip(*(a[group].tolist() for a in (within, sorted_layer, order)), strict=True):
-                    reader.read_chunk(where, at, target[row])
+                for chunk_in_shard, layer_index, row in blocks[group].tolist():
+                    reader.read_chunk(chunk_in_shard, layer_index, target[row])
 
-        threads = THREADS if isinstance(self.path, URL) else threads  # which wait for answers, most of the time
-        # A part is at most a thread's share, so that a window out of one shard is read by all threads too.
+        threads = THREADS if isinstance(self.path, URL) else threads  # requests mostly wait for the network
+        # A part is at most one thread's share, so that all threads work even if all chunks are in one shard.
         share, groups = max(-(-len(order) // threads), 1), self._by_shard(sorted_chunk)
         parts = [(s, slice(i, min(i + share, g.stop))) for s, g in groups for i in range(g.start, g.stop, share)]
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda part: fill(*part), parts))
 
     def _by_shard(self, chunks: np.ndarray) -> list[tuple[int, slice]]:
-        """Ascending token chunks as runs of the same shard: the shard, and where its run is."""
+        """Group ascending token chunks by shard: each shard, and the slice of `chunks` that is in it."""
         shards = chunks // self.meta.chunks_per_shard
         bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
         return [(int(shards[a]), slice(a, b)) for a, b in itertools.pairwise(bounds) if a < b]
 
     def require_intact(self, shard: int) -> None:
-        """Raise `DamagedError` unless the whole file of a shard has the hash of its manifest line; looks once."""
+        """Raise `DamagedError` unless a shard's whole file has the hash of its manifest line; checks it only once."""
         if shard not in self._intact:
             self._reader(shard, whole=True).close()
             self._intact.add(shard)
 
     def _reader(self, shard: int, *, whole: bool = False) -> ShardReader:
-        """A reader of a shard's file, held against its manifest line when first opened, or with `whole` now."""
+        """A reader of a shard's file, which is checked against its manifest line at first, and with `whole` always."""
         record, path = self.record(shard), self.path / shard_name(shard)
         with self._locks.setdefault(shard, threading.Lock()):
             index = None if whole else self._indexes.get(shard)
@@ -270,7 +271,7 @@ class ActivationStore:
     # Writing
 
     def write_shard(self, shard: int, data: np.ndarray, keep: np.ndarray | None = None) -> None:
-        """Write one shard durably; it counts once this returns (shards.py). Threads may write different ones at once.
+        """Write one shard durably and add it to the manifest. Threads may write different shards at once.
 
         data: [t, L, D], t the shard's valid tokens, float32 or the stored format; fastest when each layer's [t, D] is
         contiguous, as in a transposed [L, t, D] array. keep: bool [t], the store's own mask, checked when given. For a
@@ -301,11 +302,11 @@ class ActivationStore:
                 remove_leftovers(self.path)
 
     def put_shard(self, shard: int, data: np.ndarray, folder: str) -> PutShard:
-        """As `write_shard`, but into a folder of the process that writes the store (`incoming`), which commits it."""
+        """Like `write_shard`, but into the folder `incoming` of the process that holds the lock, which commits it."""
         return self._files.put(shard, data, self._keep_of(shard), folder)
 
     def commit_shard(self, put: PutShard) -> None:
-        """Make a shard count that another process has put; `ResidscopeError` where its files are not there."""
+        """Add a shard that another process has put to the manifest; `ResidscopeError` when its files are missing."""
         self._open_writer().commit(put)
 
     def _open_writer(self) -> ShardWriter:
@@ -320,7 +321,7 @@ class ActivationStore:
     # Statistics
 
     def statistics(self) -> LayerStatistics:
-        """Mean, variance and norm by stored layer, over the kept tokens of the shards that are there."""
+        """Mean, variance and norm by stored layer, over the kept tokens of the shards that are present."""
         if self.missing_shards():
             return self.merged_statistics()
         records = [self.record(shard) for shard in sorted(self._manifest.lines)]
@@ -329,8 +330,8 @@ class ActivationStore:
         return arrays.read_statistics(self.path, self.meta, count, norm_sums) or self.merged_statistics()
 
     def finalize(self) -> None:
-        """Write `layer_mean`, `layer_var` and `layer_norm`, the same bytes each time, and put the manifest in order.
-        Every shard must be there."""
+        """Write `layer_mean`, `layer_var` and `layer_norm` (the same bytes each time), and sort the manifest.
+        No shard may be missing."""
         self._open_writer()
         self._require_all_shards()
         for name, data in arrays.statistics_chunks(self.merged_statistics()).items():
@@ -339,10 +340,10 @@ class ActivationStore:
             sort_lines(self.path)
 
     def merged_statistics(self) -> LayerStatistics:
-        """As `statistics`, but always merged from the shards' moments, as `store.care.ring.Moments` says."""
+        """Like `statistics`, but always merged from the shards' moments (`store.care.ring.Moments`)."""
         return statistics(self.moments.all())
 
     @property
     def moments(self) -> Moments:
-        """Those of the shards that have come, be they removed or not."""
+        """The moments of all shards in the manifest, including those whose files a rolling store has removed."""
         return Moments(self.path, self.meta, {shard: self.record(shard) for shard in self._manifest.lines})

@@ -1,8 +1,8 @@
-"""The arrays of a store: the metadata of all, and the values of those beside `resid_post`.
+"""The arrays of a store: the metadata of all of them, and the values of all but `resid_post`.
 
-How: `make_arrays`, the only caller of zarr, writes every array's metadata, so that any reader of Zarr v3 opens the
-store, and the values of the token arrays. All small arrays have chunks of plain little-endian numbers that end in their
-crc32c; they are read, and the statistics written, directly, so that a reader needs no zarr. Tested in
+How: `make_arrays` uses zarr to write every array's metadata, so that any Zarr v3 reader can open the store, and the
+values of the token arrays. All small arrays have chunks of plain little-endian numbers followed by their crc32c; these
+are read, and the statistics written, directly, so that reading a store does not need zarr. Tested in
 tests/store/test_activations.py and tests/store/test_other_readers.py.
 
 Shapes: T tokens, L stored layers, D = d_model.
@@ -40,13 +40,13 @@ class TokenTable(NamedTuple):
 
 
 _DOCUMENTS = 2**24
-"""Documents that a store of few tokens may count, empty ones too: readers hold a number for each."""
+"""Documents that even a small store may have (some are empty): a limit, because readers hold a number for each."""
 
 _TOKEN_DTYPES = {name: np.dtype(bool) if name == "keep" else np.dtype("<i4") for name in TokenTable._fields}
 
 
 def checked_tokens(tokens: TokenTable, n_tokens: int) -> TokenTable:
-    """`tokens` in the stored number formats; `UsageError` when a column has another length or does not fit."""
+    """`tokens` in the stored number formats; `UsageError` when a column has the wrong length or values."""
     columns = {}
     for name, dtype in _TOKEN_DTYPES.items():
         column = np.asarray(getattr(tokens, name))
@@ -55,7 +55,7 @@ def checked_tokens(tokens: TokenTable, n_tokens: int) -> TokenTable:
         columns[name] = np.ascontiguousarray(column, dtype)
         if not np.array_equal(columns[name], column):
             raise UsageError(f"store: {name} has values that {dtype} cannot hold")
-        low, high, most = (int(x) for x in (column.min(initial=0), column.max(initial=0), max(n_tokens, _DOCUMENTS)))
+        low, high, most = int(column.min(initial=0)), int(column.max(initial=0)), max(n_tokens, _DOCUMENTS)
         if low < 0 or (name == "document" and high >= most):
             wanted = f"count from 0 to below {most:,}" if name == "document" else "be 0 or more"
             raise UsageError(f"store: {name} should {wanted}, found {low if low < 0 else high}")
@@ -68,9 +68,9 @@ def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
     group = zarr.create_group(str(folder), zarr_format=3, attributes=meta.to_attributes())
-    group.create_group(FOLDER)  # An empty one, so that zarr does not warn of a folder that it does not know.
+    group.create_group(FOLDER)  # An empty group, so that zarr does not warn about an unknown folder.
     n_tokens, n_layers, d_model = meta.n_tokens, meta.n_layers, meta.d_model
-    # One folder for all chunks of an array ("c.0.0"), so that one fsync makes a new chunk's name durable.
+    # All chunks of an array are in one folder ("c.0.0"), so that one fsync makes a new chunk's name durable.
     common: Any = {"filters": None, "chunk_key_encoding": {"name": "default", "separator": "."}}
     group.create_array(
         "resid_post",
@@ -102,17 +102,18 @@ def make_arrays(folder: Path, meta: StoreMeta, tokens: TokenTable) -> None:
 
 
 def check_counts(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> None:
-    """`DamagedError` unless the token arrays' files have the attributes' number and sizes, before memory is taken."""
+    """`DamagedError` unless the token arrays' files have the number and sizes that the attributes imply."""
     chunk = min(meta.n_tokens, _TOKEN_CHUNK)
     n_files = -(-meta.n_tokens // chunk)
     for name, dtype in _TOKEN_DTYPES.items():
         files = [folder / file for file in checksums if file.startswith(f"{name}/c.")]
+        wanted = chunk * dtype.itemsize + CRC_BYTES
         if len(files) != n_files:
             found = f"{meta.n_tokens:,} tokens should be in {n_files:,} files, found {len(files):,}"
             raise DamagedError(folder / name, found)
         for path in files:
-            if path.exists() and (size := path.stat().st_size) != (n := chunk * dtype.itemsize + CRC_BYTES):
-                raise DamagedError(path, f"the file should have {n:,} bytes, for {chunk:,} tokens, found {size:,}")
+            if path.exists() and (size := path.stat().st_size) != wanted:
+                raise DamagedError(path, f"the file should have {wanted:,} bytes for {chunk:,} tokens, found {size:,}")
 
 
 def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> TokenTable:
@@ -132,36 +133,36 @@ def moments_name(shard: int) -> str:
 
 
 def statistics_chunks(found: LayerStatistics) -> dict[str, bytes]:
-    """The files of the layer statistics, below the store, and what should be in them."""
+    """The files of the layer statistics, by their paths in the store, and what should be in them."""
     numbers = (found.mean, found.var, found.norm)
     return {name: encode_numbers(values) for name, values in zip(_STATISTICS, numbers, strict=True)}
 
 
 def read_statistics(folder: Path, meta: StoreMeta, count: int, norm_sums: np.ndarray) -> LayerStatistics | None:
-    """The layer statistics over `count` kept tokens, whose norms add up to `norm_sums` [L]; None where one of the three
-    files is not there. Raises `DamagedError` where they are others."""
+    """The layer statistics over `count` kept tokens, whose norms add up to `norm_sums` [L]; None when one of the three
+    files does not exist. Raises `DamagedError` when they do not match `norm_sums`."""
     shape = (meta.n_layers, meta.d_model)
     if not all((folder / name).exists() for name in _STATISTICS):
         return None
     shapes = zip(_STATISTICS, (shape, shape, shape[:1]), strict=True)
     found = LayerStatistics(count, *(read_numbers(folder / name, shape) for name, shape in shapes))
     if count and not np.allclose(found.norm * count, norm_sums, rtol=1e-9, atol=0):
-        raise DamagedError(folder / _STATISTICS[-1], "the numbers do not match the shards', or are another store's")
+        raise DamagedError(folder / _STATISTICS[-1], "its numbers do not match the shards, or are another store's")
     return found
 
 
 def encode_numbers(values: np.ndarray) -> bytes:
-    """float64 numbers as a chunk: little-endian, then their crc32c."""
+    """float64 numbers as a chunk: little-endian, followed by their crc32c."""
     data = np.ascontiguousarray(values, "<f8").tobytes()
     return data + checksum(data)
 
 
 def read_numbers(path: Path, shape: tuple[int, ...], xxh3_128: str | None = None) -> np.ndarray:
-    """The float64 numbers [shape] of a chunk's file; raises when it is missing or damaged, or has another hash."""
+    """The float64 numbers [shape] of a chunk's file; raises when it is missing, damaged, or does not have this hash."""
     n_bytes = math.prod(shape) * 8 + CRC_BYTES
     data = read_small(path, n_bytes)
     if len(data) != n_bytes or checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
         raise DamagedError(path, "its checksum does not match")
     if xxh3_128 not in (None, xxhash.xxh3_128_hexdigest(data)):
-        raise DamagedError(path, "it is another shard's or store's")
+        raise DamagedError(path, "it belongs to another shard or store")
     return np.frombuffer(data, "<f8", len(data) // 8).reshape(shape)

@@ -1,8 +1,8 @@
-"""Checksums of a store's bytes: crc32c behind each chunk, XXH3-128 of whole files, and the error where one differs.
+"""Checksums of a store's bytes: crc32c after each chunk, XXH3-128 of whole files, and the error when one differs.
 
 crc32c comes from the fastest library that is installed: awscrt (the extra `fast`) is 8 times as fast as google-crc32c,
-which is always there. Both give the same number, copy nothing, and let other threads run meanwhile. The library is
-loaded at the first checksum, because that takes a tenth of a second.
+which is always installed. Both give the same number, copy nothing, and release the interpreter's lock. The library is
+loaded at the first checksum, because loading takes a tenth of a second.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class DamagedError(IncompatibleError):
         self.path, self.what = path, what
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.what)  # The default would call it with the message alone.
+        return type(self), (self.path, self.what)  # By default an exception is unpickled from its message alone.
 
 
 def crc32c(data: bytes | np.ndarray) -> int:
@@ -47,12 +47,12 @@ def _fastest() -> Callable[[Any], int]:
 
 
 def checksum(data: bytes | np.ndarray) -> bytes:
-    """crc32c as it is stored behind what it protects."""
+    """crc32c as it is stored after the data that it protects."""
     return crc32c(data).to_bytes(CRC_BYTES, "little")
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """xxh3-128 of every file below a folder, by its path there; names that begin with a dot are left out."""
+    """xxh3-128 of every file below a folder, by its relative path; names that begin with a dot are left out."""
     return {
         path.relative_to(folder).as_posix(): xxhash.xxh3_128_hexdigest(path.read_bytes())
         for path in sorted(folder.rglob("*"))
@@ -61,7 +61,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def read_small(path: Path, most: int = CONFIG_BYTES) -> bytes:
-    """A store's file of at most `most` bytes, whole; raises when it is missing, larger, or no file."""
+    """The content of a store's file of at most `most` bytes; raises when it is missing, larger, or not a file."""
     try:
         return read_whole(path, most)
     except FileNotFoundError:

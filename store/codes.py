@@ -1,13 +1,13 @@
 """Sparse codes of an autoencoder, kept inside a store: `acts.zarr/latents/KEY/`, three Zarr arrays.
 
-How: KEY is a hash of all that the codes depend on, and the group's attributes spell it out, so that codes of another
+How: KEY is a hash of everything that the codes depend on, which the group's attributes list, so that codes of another
 store, autoencoder, format or set of layers are never used. A shard's codes are two files, values and indices, each
-written whole or not at all and ending in its crc32c; a third one, written last, holds a hash of KEY, the shard's number
-and both, so that intact files of another key or shard are not used either. A shard that lacks a file, or in which one
-is damaged or another's, counts as not kept. The manifest does not list codes, so a store with codes is the same store.
+written atomically and ending in its crc32c. A third file, written last, holds a hash of KEY, the shard's number
+and both files, so that intact files of another key or shard are not used either. If any of the three is missing,
+damaged or another's, the shard has no codes. The manifest does not list codes, so adding them does not change a store.
 Tested in tests/analysis/test_tiles.py and tests/store/test_format_page.py.
 
-Shapes: T tokens, L layers, W places for active latents of a vector, S tokens of a shard.
+Shapes: T tokens, L layers, W slots for a vector's active latents, S tokens of a shard.
 """
 
 import json
@@ -38,14 +38,14 @@ class KeptCodes:
     """The codes of one autoencoder on one store."""
 
     def __init__(self, folder: Path, key: str, shape: tuple[int, int, int], n_tokens: int, dtype: str) -> None:
-        """`open` and `create` make it. shape: (S, L, W)."""
+        """Use `open` or `create`. shape: (S, L, W)."""
         self.folder, self._key = folder, key
         self._shape, self._n_tokens = shape, n_tokens
         self._dtypes = {"values": np.dtype(dtype).newbyteorder("<"), "indices": np.dtype("<i4")}
 
     @classmethod
     def open(cls, store: ActivationStore, origin: Mapping[str, Any], width: int) -> "KeptCodes | None":
-        """Those of `origin` (plain JSON: what the codes depend on, beside the store) in `store`; None without any."""
+        """The codes in `store` made by `origin` (plain JSON: what they depend on besides the store), or None."""
         attributes = _attributes(store, origin, width)
         key = _key(attributes)
         folder = store.path / FOLDER / key
@@ -60,7 +60,7 @@ class KeptCodes:
 
     @classmethod
     def create(cls, store: ActivationStore, origin: Mapping[str, Any], width: int) -> "KeptCodes":
-        """As `open`, after making the arrays, without codes yet, where there are none."""
+        """Like `open`, but makes empty arrays if there are none."""
         import zarr
         from zarr.codecs import Crc32cCodec
 
@@ -85,7 +85,7 @@ class KeptCodes:
         shape, chunks = (store.meta.n_shards, _DIGEST_BYTES), (1, _DIGEST_BYTES)
         group.create_array(_DIGEST, shape=shape, dtype="uint8", chunks=chunks, **digests)
         folder = parent / _key(attributes)
-        if folder.exists():  # no group that can be read, or another's: nothing of it can be trusted
+        if folder.exists():  # unreadable, or another key's: nothing in it can be trusted
             shutil.rmtree(folder)
         made.replace(folder)
         opened = cls.open(store, origin, width)
@@ -93,7 +93,7 @@ class KeptCodes:
         return opened
 
     def write(self, shard: int, values: np.ndarray, indices: np.ndarray) -> bool:
-        """Keep a shard's codes [T, L, w] (0: padding); False, and none is kept, if a vector has more than W active."""
+        """Write a shard's codes [T, L, w] (0: padding). If a vector has over W active latents: writes none, False."""
         width = self._shape[2]
         if values.shape[2] > width:
             order = np.argsort(values <= 0, axis=2, kind="stable")  # active ones first
@@ -104,13 +104,14 @@ class KeptCodes:
         for name, part in zip(_CODES, (values, indices), strict=True):
             whole = np.zeros(self._shape, self._dtypes[name])
             whole[: part.shape[0], :, : part.shape[2]] = part[:, :, :width]
-            written.append(whole.tobytes())
-            _write_whole(self._files(shard)[name], [written[-1], checksum(written[-1])])
+            data = whole.tobytes()
+            written.append(data)
+            _write_whole(self._files(shard)[name], [data, checksum(data)])
         _write_whole(self._digest_file(shard), [self._digest(shard, written)])
         return True
 
     def read(self, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """values and indices (int64) [T, L, W] of a shard's tokens; None where missing, damaged, or another's."""
+        """values and indices (int64) [T, L, W] of a shard's tokens; None if missing, damaged, or another's."""
         try:
             sizes = [math.prod(self._shape) * self._dtypes[name].itemsize + CRC_BYTES for name in _CODES]
             files = [read_whole(path, size) for path, size in zip(self._files(shard).values(), sizes, strict=True)]
@@ -134,7 +135,7 @@ class KeptCodes:
         return self.folder / _DIGEST / f"c.{shard}.0"
 
     def _digest(self, shard: int, codes: Sequence[bytes | memoryview]) -> bytes:
-        """What binds a shard's codes, without their crc32c, to the key and the shard: XXH3-128, 16 bytes."""
+        """A hash (XXH3-128, 16 bytes) of the key, the shard's number and its codes without their crc32c."""
         digest = xxhash.xxh3_128(f"{self._key}:{shard}:".encode())
         for part in codes:
             digest.update(part)
@@ -142,7 +143,7 @@ class KeptCodes:
 
 
 def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
-    # Two workers may write a shard at once, where one was thought dead: each has a name of its own.
+    # Two workers may write the same shard at once, if one was thought dead: each uses a temporary name of its own.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     atomic_write(temporary, parts)
     temporary.replace(path)

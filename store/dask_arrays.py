@@ -1,8 +1,8 @@
-"""A store's vectors as a dask array, chunked as the store is, for analyses of one's own.
+"""A store's vectors as a dask array, chunked by shard, for your own analyses.
 
-How: one dask chunk is a whole shard, read and checked as `ActivationStore.read` does, as float32, tokens that are not
-kept left out. A task carries the store, which pickles as its path and content hash, so that it runs anywhere that sees
-the folder, and on this store only; no cache takes another store's tasks for these.
+How: one dask chunk is the kept tokens of a whole shard as float32, read and checked by `ActivationStore.read`. A task
+carries the store, which pickles as its path and content hash, so that it runs on any machine that sees the folder, and
+on this store only; no cache confuses it with a task of another store.
 
 Shapes: K kept tokens, l layers asked for, D = d_model.
 """
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def dask_array(path: str | os.PathLike[str], layers: slice | Sequence[int] | None = None) -> "dask.array.Array":
-    """The kept tokens' vectors of the store at `path`: float32 [K, l, D], a chunk for each shard with such tokens.
+    """The kept tokens' vectors of the store at `path`: float32 [K, l, D], one chunk for each shard with kept tokens.
 
-    layers: stored layers, 0..L-1; default all. `ActivationStore.open(path).tokens` has what is known of each token; its
-    `keep` says which are here. `IncompatibleError` at once when a shard is missing; on computing where one is damaged.
+    layers: stored layers, 0..L-1; default all. `ActivationStore.open(path).tokens` describes each token; its `keep`
+    says which are included. `IncompatibleError` at once when a shard is missing, and on computing one that is damaged.
     """
     import dask.array as da
     from dask.delayed import delayed
@@ -44,5 +44,5 @@ def dask_array(path: str | os.PathLike[str], layers: slice | Sequence[int] | Non
 
 
 def _read_kept(store: ActivationStore, shard: int, layers: slice | Sequence[int] | None, kept: np.ndarray) -> Any:
-    """Kept vectors of a shard, an array."""
+    """The kept vectors of a shard."""
     return store.read(slice(*store.meta.shard_bounds(shard)), layers)[kept]

@@ -1,21 +1,21 @@
 """Conversion between float32 and the stored number formats: bfloat16 (as uint16), float16, float32.
 
-How: rounding is to nearest, ties to even, by integer arithmetic on the bits. A value that is not finite, or that the
-stored format would turn into an infinity, is never stored: conversion refuses it, and `first_unstorable` finds it.
-pack.py rounds whole shards to bfloat16 faster, to the same bits.
+How: values are rounded to nearest, ties to even, by integer arithmetic on the bits. A value that is not finite, or that
+would overflow to infinity, is never stored: conversion refuses it, and `first_unstorable` finds it. pack.py rounds
+whole shards to bfloat16 faster, to the same bits.
 """
 
 import numpy as np
 
 STORAGE_DTYPE = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-"""numpy's type of what is on the disk, by stored dtype."""
+"""numpy's type of the numbers on the disk, by stored dtype."""
 
 OVERFLOW_BITS = {"bfloat16": 0x7F7F8000, "float16": 0x477FF000, "float32": 0x7F800000}
-"""The least magnitude, as float32 bits, that rounds to an infinity; infinities and NaN are above it."""
+"""The smallest magnitude, as float32 bits, that rounds to infinity; the bits of infinities and NaN are no smaller."""
 
 
 def to_float32(raw: np.ndarray, stored_dtype: str, out: np.ndarray | None = None) -> np.ndarray:
-    """Stored numbers as float32, exactly; same shape. `out` is filled and given back when passed."""
+    """Stored numbers as float32, exactly; same shape. If `out` is given, it is filled and returned."""
     if out is None:
         out = np.empty(raw.shape, np.float32)
     if stored_dtype == "bfloat16":
@@ -26,9 +26,9 @@ def to_float32(raw: np.ndarray, stored_dtype: str, out: np.ndarray | None = None
 
 
 def from_float32(values: np.ndarray, stored_dtype: str) -> np.ndarray:
-    """float32 values in the stored format, to nearest, ties to even; same shape.
+    """float32 values rounded to the stored format (to nearest, ties to even); same shape.
 
-    Raises `ValueError` where a value is not finite or would overflow.
+    Raises `ValueError` when a value is not finite or would overflow.
     """
     values = np.ascontiguousarray(values, np.float32)
     bits = values.view(np.uint32)

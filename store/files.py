@@ -1,7 +1,7 @@
-"""Durable file writes: what is on the disk after a crash is the old file or the new one, whole.
+"""Durable, atomic file writes: after a crash the disk has either the whole old file or the whole new one.
 
 How: temporary file, fsync, rename, fsync of the folder. Temporary names are fixed (`NAME.tmp`), so that leftovers are
-recognised. Tested in tests/store/test_faults.py, which stops at every single step.
+recognised. Tested in tests/store/test_faults.py, which simulates a crash at every step.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ TEMPORARY = ".tmp"
 
 
 def atomic_write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    """Write `parts`, one after another, as the file `path`: durable when this returns, and no file on an error."""
+    """Write `parts`, one after another, as the file `path`: durable when this returns, no leftovers on an error."""
     if isinstance(path, URL):
         path.put(b"".join(parts))
         return
@@ -41,11 +41,11 @@ def write_synced(path: Path, parts: Sequence[bytes | memoryview]) -> None:
 
 @contextlib.contextmanager
 def removed_on_error(*paths: Path) -> Iterator[None]:
-    """Whatever is raised within, none of the files stay."""
+    """Remove the files if anything is raised within the block."""
     try:
         yield
     except BaseException:
-        # The error that stopped the write is the one to tell; a read-only disk would refuse the removal too.
+        # Report the error that stopped the write; a read-only disk would refuse the removal too.
         for path in paths:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -63,22 +63,22 @@ def write_all(descriptor: int, data: memoryview, path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make every file and folder below `folder`, and itself, durable."""
+    """Make `folder` and every file and folder below it durable."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def remove_leftovers(folder: Path, shards: Collection[int] = ()) -> None:
-    """Remove temporary folders that a crash left in `folder`, and temporary files in other folders there; at a URL, the
-    objects of other shards than `shards`."""
+    """Remove temporary folders and files that a crash left in the store `folder`; at a URL, remove the objects of
+    shards that are not in `shards`."""
     if isinstance(folder, URL):
         for path in folder.glob("c.*.0.0*"):
             if (number := path.name.split(".")[1]).isdigit() and int(number) not in shards:
                 path.unlink(missing_ok=True)
         return
-    for path in (found for found in folder.glob(f"incoming-*{TEMPORARY}") if found.is_dir()):
-        # Renamed first, so that who still writes into it finds none.
+    for path in filter(Path.is_dir, folder.glob(f"incoming-*{TEMPORARY}")):
+        # Renamed first, so that a process that still writes into it fails.
         shutil.rmtree(path.replace(path.with_name(path.name + TEMPORARY)))
     for path in folder.glob(f"*/*{TEMPORARY}"):
         path.unlink(missing_ok=True)

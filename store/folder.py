@@ -1,7 +1,7 @@
-"""A store's folder as a whole: whether there is one at a path, what its metadata says, and the making of a new one.
+"""A store's folder as a whole: whether a path holds a store, reading its metadata, and making a new store.
 
-How: a folder is a store if it has the root group's zarr.json and the manifest. Its metadata is believed once every file
-that says something of it has the hash that the manifest's header gives.
+How: a folder is a store if it has the root group's zarr.json and the manifest. Its metadata is trusted once every
+metadata file has the hash that the manifest's header gives.
 """
 
 import json
@@ -23,23 +23,23 @@ from store.remote.objects import ObjectLock, StoreLock
 
 
 def is_store(path: Path) -> bool:
-    """Whether an activation store, whole or not, is at `path`."""
-    if isinstance(path, URL):  # The manifest's header, which comes last, makes it one.
+    """Whether an activation store, complete or not, is at `path`."""
+    if isinstance(path, URL):  # It is one once it has the manifest's header, which is written last.
         return (path / FILE).is_file() and (path / FILE).get(0, 1).data == b"{"
     return (path / "zarr.json").is_file() and (path / FILE).is_file()
 
 
 def require_store(path: Path) -> None:
-    """Raise `UsageError` when there is nothing at `path`, `IncompatibleError` when that is no store."""
+    """Raise `UsageError` when nothing is at `path`, `IncompatibleError` when it is not a store."""
     if not path.exists():
         raise UsageError(f"{path}: there is no such file or folder; make a store with `harvest`")
     if not is_store(path):
-        raise IncompatibleError(f"{path}: no activation store is there; make one with `harvest`")
+        raise IncompatibleError(f"{path} is not an activation store; make one with `harvest`")
 
 
 def refuse_inside_store(out: Path, flag: str = "--out", *, may_be_one: bool = False) -> None:
-    """`UsageError` where `out`, of the flag `flag`, is inside a store (links followed), or is one unless it may, or at
-    a URL, where stores alone are made."""
+    """`UsageError` when `out`, the value of `flag`, is inside a store (links followed), or, unless `may_be_one`, is a
+    store or a URL (only stores are made at URLs)."""
     if isinstance(out, URL) and not may_be_one:
         raise UsageError(f"{flag} {out} should be on a disk: write {out.name} there, then copy it to the URL")
     real = out.resolve()
@@ -52,11 +52,11 @@ def refuse_inside_store(out: Path, flag: str = "--out", *, may_be_one: bool = Fa
 def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
     """The store's attributes; raises when the manifest, any array's metadata or the attributes are damaged."""
     if manifest.problems:
-        raise IncompatibleError(f"{path}: {manifest.problems[0]}. `residscope verify {path}` says what else is damaged")
+        raise IncompatibleError(f"{path}: {manifest.problems[0]}. `residscope verify {path}` lists all damage")
     for name in manifest.checksums:
         if name.endswith("zarr.json"):
             read_checked(path, name, manifest.checksums)
-    with reading(f"{path}: the store's attributes are damaged: no readable JSON"):
+    with reading(f"{path}: the store's attributes are damaged: not readable as JSON"):
         attributes = dict(json.loads(read_checked(path, "zarr.json", manifest.checksums))["attributes"])
     meta = StoreMeta.from_attributes(attributes)
     arrays.check_counts(path, meta, manifest.checksums)
@@ -64,13 +64,14 @@ def read_meta(path: Path, manifest: Manifest) -> StoreMeta:
 
 
 def make_objects(path: URL, meta: StoreMeta, tokens: TokenTable) -> tuple[URL, ObjectLock]:
-    """As `make_folder`, at a URL: the manifest's header comes last; what a crash left before it is removed first."""
+    """Like `make_folder`, at a URL: a crash's leftovers are removed first, the manifest's header is written last."""
     begun = (path / FILE).is_file()
     lock = ObjectLock(path) if begun or not path.exists() else None
     if lock is None or is_store(path):
         raise IncompatibleError(f"{path} exists already: open it, remove it, or choose another name")
-    for left in (found for found in path.glob("*") if begun and found != path / FILE):
-        left.unlink()
+    for leftover in path.glob("*") if begun else ():
+        if leftover != path / FILE:
+            leftover.unlink()
     with tempfile.TemporaryDirectory(prefix="residscope-") as name:
         folder, of_folder = make_folder(Path(name) / "store", meta, tokens)
         of_folder.close()
@@ -81,10 +82,10 @@ def make_objects(path: URL, meta: StoreMeta, tokens: TokenTable) -> tuple[URL, O
 
 
 def make_folder(path: Path, meta: StoreMeta, tokens: TokenTable) -> tuple[Path, StoreLock]:
-    """Make a store without shards; gives where it is, and its writer's lock.
+    """Make a store without shards; returns its path and its writer's lock.
 
-    It is built in the folder `PATH.planning` and renamed as a whole. What a crash left there is cleared first. Where
-    `path` is a link, the store is made where it points, because a folder cannot be renamed over a link.
+    It is built in the folder `PATH.planning`, which is first cleared of what a crash left there, and renamed as a
+    whole. If `path` is a link, the store is made at its target, because a folder cannot be renamed over a link.
     """
     if isinstance(path, URL):
         return make_objects(path, meta, tokens)

@@ -1,13 +1,13 @@
 """WindowLoader: batches of rows, shuffled over the whole store, within a fixed amount of memory.
 
-How: `RowOrder` (shuffle.py) says which blocks make up each window, and in which order their rows are served. A
-background thread reads the next window into one of two buffers, its blocks in parallel, every one checked by its
-crc32c, while batches are gathered from the other. The stream of rows is cut into batches without regard to windows and
-epochs, so that batch b is the same bytes whatever came before it, whatever the number of threads, and wherever a run
-was resumed. Memory: two windows of blocks, and the batch that is being made.
+How: `RowOrder` (shuffle.py) decides which blocks make up each window, and the order in which their rows are served. A
+background thread reads the next window into one of two buffers (its blocks in parallel, each checked against its
+crc32c), while batches are gathered from the other. The stream of rows is cut into batches across the bounds of windows
+and epochs, so that batch b has the same bytes whatever came before it, whatever the number of threads, and wherever a
+run was resumed. Memory: two windows of blocks, and the batch that is being made.
 
-Where several processes (ranks) share the stream, each reads every so many-th block of each window, and serves the rows
-of each batch that are in them: a batch is the same rows, whatever their number, and each rank reads its share once.
+When n processes (ranks) share the stream, each reads every n-th block of each window, and serves those rows of each
+batch that are in its blocks: a batch is the same rows for any n, and each block is read by one rank only.
 
 Shapes: N rows in a batch, D = d_model, C tokens in a chunk, W blocks in a window, T tokens.
 """
@@ -30,36 +30,36 @@ _POLL_SECONDS = 0.02
 
 
 class Batch(NamedTuple):
-    """Some rows of the store; the arrays belong to whoever got them."""
+    """Some rows of the store; the caller owns the arrays."""
 
     rows: np.ndarray
     """[N, D] in the stored format."""
     layer: np.ndarray
     """int64 [N]: stored layer of each row."""
     token: np.ndarray
-    """int64 [N]: token of the store of each row."""
+    """int64 [N]: token of each row, counted in the store."""
     of_layer: np.ndarray
-    """int64 [stored layers]: rows of each layer, in all ranks together."""
+    """int64 [stored layers]: number of rows of each layer, over all ranks."""
 
 
 class _Window(NamedTuple):
-    """A window that is being read, or is in memory once `read` is done."""
+    """A window that is being read; it is in memory once `read` is done."""
 
     chunk: np.ndarray
     """int64 [W]: token chunk of each block."""
     layer: np.ndarray
     """int64 [W]: stored layer of each block."""
     rows: np.ndarray
-    """[W' * C, words]: the rows of its buffer, of this rank's blocks alone, as wide integers."""
+    """[W' * C, words]: the rows of its buffer (this rank's blocks only), as wide integers."""
     read: "Future[None]"
     order: "Future[np.ndarray]"
-    """int64 [rows served]: which of the blocks' rows are served, in order; made in a tenth of `read`."""
+    """int64 [rows served]: which of the blocks' rows are served, in order; takes a tenth of the time of `read`."""
 
 
 class WindowLoader:
-    """Gives the batches from `start_batch` to the end of the last epoch, once.
+    """Yields the batches from `start_batch` to the end of the last epoch, once.
 
-    Every row that the mask keeps comes exactly once in each epoch.
+    Every row that the mask keeps appears exactly once in each epoch.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class WindowLoader:
         """Fix the order of rows; nothing is read before the first batch is asked for.
 
         row_mask: bool [T], tokens to serve. window_bytes: size of one window; two are held. layers: stored layers,
-        default all. threads: readers of a window. start_batch: batches of the stream to leave out, such as those that
-        an interrupted run has seen. rank: this process among the `world_size` that share each batch.
-        shard_part: int64 [shards], the part of the store that each is in, where one part after another is served in
-        each epoch; ready: whether a part can be read yet. Raises `UsageError` when there is no row to serve.
+        default all. threads: threads that read a window. start_batch: batches of the stream to skip, such as those
+        that an interrupted run has seen. rank: index of this process among the `world_size` that share each batch.
+        shard_part: int64 [shards], each shard's part, if each epoch is to serve the store part by part.
+        ready: whether a part can be read yet. Raises `UsageError` when there is no row to serve.
         """
         meta = store.meta
         row_mask = np.asarray(row_mask, bool)
@@ -126,7 +126,7 @@ class WindowLoader:
 
     @property
     def part_ends(self) -> np.ndarray:
-        """int64 [parts]: rows of an epoch served when each part is done."""
+        """int64 [parts]: rows of an epoch that have been served at the end of each part."""
         return self._order.row_ends
 
     @property
@@ -148,14 +148,14 @@ class WindowLoader:
                 batch = Batch(rows, layer, token, np.zeros(meta.n_layers, np.int64))
                 passed = filled = 0
                 while True:
-                    # While nothing is read, there is a core for a second thread.
+                    # While no window is being read, a core is free for a second thread.
                     idle = self._threads > 1 and (ahead is None or ahead.read.done())
                     picked = window.order.result()[served : served + wanted - passed]
                     filled += self._fill(batch, filled, window, picked, helper if idle else None)
                     passed, served = passed + len(picked), served + len(picked)
                     if passed == wanted:
                         break
-                    # The window is spent; its buffer may be written over once it is let go.
+                    # The window is used up; the next call may overwrite its buffer.
                     (window, ahead), served = next(windows), 0
                 self._next += 1
                 yield Batch(rows[:filled], layer[:filled], token[:filled], batch.of_layer)
@@ -166,7 +166,7 @@ class WindowLoader:
     def _fill(
         self, batch: Batch, filled: int, window: _Window, picked: np.ndarray, helper: ThreadPoolExecutor | None
     ) -> int:
-        """Gather those of the window's rows `picked` that are this rank's into the batch; gives how many they are."""
+        """Gather those of the window's rows `picked` that are this rank's into the batch; returns their number."""
         chunk_tokens, ranks = self._store.meta.chunk_tokens, self._world_size
         block, row = np.divmod(picked, chunk_tokens)
         batch.of_layer[:] += np.bincount(window.layer[block], minlength=len(batch.of_layer))
@@ -187,28 +187,26 @@ class WindowLoader:
         return n
 
     def _windows(self, helper: ThreadPoolExecutor) -> Generator[tuple[_Window, _Window | None], None, None]:
-        """Windows from the first that is needed, each with the one that is read meanwhile; valid until the next."""
+        """Windows from the first that is needed, each with the one being read meanwhile; valid until the next yield."""
         if (first_row := self._next * self._batch_size) >= self.n_rows:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
             reading = self._reading(first_row, reader, helper)
-            ahead = None
-            while True:
-                while (window := ahead or next(reading, self)) is None:
+            for window in reading:
+                if window is None:  # The next part cannot be read yet.
                     time.sleep(_POLL_SECONDS)
-                if window is self:
-                    return
-                assert isinstance(window, _Window)
-                ahead = next(reading, None)
-                window.read.result()
-                window.order.result()
-                yield window, ahead
+                while window is not None:
+                    ahead = next(reading, None)
+                    window.read.result()
+                    window.order.result()
+                    yield window, ahead
+                    window = ahead
 
     def _reading(
         self, first_row: int, reader: ThreadPoolExecutor, helper: ThreadPoolExecutor
     ) -> Iterator[_Window | None]:
-        """Windows from that of row `first_row` of the stream on, each as soon as `reader` is told to read it, and None
-        as long as the next one is not ready."""
+        """Windows starting with the one of the stream's row `first_row`, each as soon as `reader` has begun to read it;
+        None as long as the next one is not ready."""
         dtype = STORAGE_DTYPE[self._store.meta.stored_dtype]
         buffers = itertools.cycle([np.empty(self.buffer_shape, dtype) for _ in range(2)])
         start = self._order.locate(first_row)
@@ -226,19 +224,19 @@ class WindowLoader:
                 yield _Window(chunk, layer, _wide(out.reshape(-1, out.shape[-1])), read, order)
 
     def _served_rows(self, chunk: np.ndarray, epoch: int, window: int, skip: int) -> np.ndarray:
-        """The rows of a window in the order in which they are served, without the first `skip`."""
+        """The rows of a window in the order in which they are served, except the first `skip`."""
         token = chunk[:, None] * self._store.meta.chunk_tokens + np.arange(self._store.meta.chunk_tokens)
         is_served = self._mask.take(token, mode="clip") & (token < len(self._mask))
         return self._order.shuffled(np.flatnonzero(is_served), epoch, window)[skip:]
 
 
 def _gather(rows: np.ndarray, picked: np.ndarray, out: np.ndarray) -> None:
-    # "clip" because "raise" makes numpy gather into a copy; the indices are ours and in range.
+    # "clip" because "raise" makes numpy gather into a copy; the indices are known to be in range.
     np.take(rows, picked, axis=0, out=out, mode="clip")
 
 
 def _wide(rows: np.ndarray) -> np.ndarray:
-    """Rows seen as the widest integers that fill them: numpy moves those fastest."""
+    """A view of rows as the widest integers that divide them, which numpy copies fastest."""
     row_bytes = rows.shape[-1] * rows.itemsize
     width = next(w for w in (8, 4, 2, 1) if row_bytes % w == 0)
     return rows.view(f"u{width}")

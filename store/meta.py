@@ -1,7 +1,7 @@
-"""What a store is: sizes, layers, number formats, where it came from. To and from the attributes of the root group.
+"""A store's metadata: sizes, layers, number formats and origin, converted to and from the root group's attributes.
 
-How: one frozen dataclass, checked when made; `from_attributes` takes exactly the attributes that `to_attributes` gives
-and refuses any other. Nothing here touches a disk.
+How: one frozen dataclass, checked when made; `from_attributes` accepts exactly the attributes that `to_attributes`
+writes, and no others. Nothing here touches a disk.
 
 Shapes: T tokens, L stored layers, D = d_model, C tokens in a chunk, S tokens in a shard.
 """
@@ -23,10 +23,10 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 CODECS = ("none", "zstd")
 ZSTD_LEVEL = 1
 ABSENT = -1
-"""Offset and length, in a shard's index, of a chunk that is left out: 2^64 - 1, read as signed."""
+"""Offset and length of an omitted chunk in a shard's index: 2^64 - 1, read as a signed number."""
 
 LARGEST_SHARD = 1 << 30
-"""Bytes of the largest shard that is made or read, before compression."""
+"""Size of the largest shard that is written or read, in bytes before compression."""
 
 _CHUNK_BYTES = 512 * 1024
 _SHARD_BYTES = 64 * 1024 * 1024
@@ -42,7 +42,7 @@ class StoreMeta:
     n_tokens: int
     """Tokens in the store, kept or not; at least 1."""
     layers: tuple[int, ...]
-    """Model's indices of the blocks whose outputs are stored, ascending; a "stored layer" is an index into this."""
+    """The model's blocks whose outputs are stored, ascending; a "stored layer" is an index into this."""
     n_model_layers: int
     """Blocks of the model."""
     d_model: int
@@ -100,12 +100,12 @@ class StoreMeta:
 
     @property
     def n_shards(self) -> int:
-        """Shards; the last may be part full."""
+        """Number of shards; the last may be partly full."""
         return -(-self.n_tokens // self.shard_tokens)
 
     @property
     def n_chunks(self) -> int:
-        """Token chunks that hold at least one token; the last may be part full."""
+        """Number of token chunks that hold at least one token; the last may be partly full."""
         return -(-self.n_tokens // self.chunk_tokens)
 
     @property
@@ -126,7 +126,7 @@ class StoreMeta:
         return start, min(start + self.shard_tokens, self.n_tokens)
 
     def layer_indices(self, layers: slice | Sequence[int] | None) -> list[int]:
-        """The stored layers that are asked for (None: all of them); `IndexError` for one that is not there."""
+        """The requested stored layers (None: all of them); `IndexError` for one that does not exist."""
         if layers is None or isinstance(layers, slice):
             return list(range(self.n_layers))[layers or slice(None)]
         for layer in layers:
@@ -135,20 +135,20 @@ class StoreMeta:
         return [int(layer) for layer in layers]
 
     def to_attributes(self) -> dict[str, Any]:
-        """Plain JSON for the attributes of the root group."""
+        """The root group's attributes, as plain JSON."""
         own = {"format": FORMAT, "format_version": FORMAT_VERSION}
         return {**own, **dataclasses.asdict(self), "layers": list(self.layers)}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "StoreMeta":
-        """The inverse of `to_attributes`; `IncompatibleError` for any other attributes, naming what differs."""
+        """The inverse of `to_attributes`; `IncompatibleError` for any other attributes, saying what differs."""
         if attributes.get("format") != FORMAT:
             raise IncompatibleError(
                 f"not an activation store: attribute format should be {FORMAT!r}, found {attributes.get('format')!r}; "
                 "make one with `harvest`"
             )
         if attributes.get("format_version") != FORMAT_VERSION:
-            reason = f"this program reads version {FORMAT_VERSION}; use the program's version that wrote it"
+            reason = f"this program reads version {FORMAT_VERSION}; use the version of the program that wrote it"
             raise IncompatibleError(f"the store has format version {attributes.get('format_version')!r}, {reason}")
         names = {field.name for field in dataclasses.fields(cls)}
         found = set(attributes) - {"format", "format_version"}
@@ -174,10 +174,10 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def chunk_and_shard_tokens(n_tokens: int, n_layers: int, d_model: int, itemsize: int) -> tuple[int, int]:
     """Tokens in a chunk (C) and in a shard (S) for a store of these sizes.
 
-    C is the largest power of two whose chunk of one layer is at most 512 KiB, within 64..512, and no more than a small
-    store needs; it shrinks until one of every layer is at most 128 MiB. S: the largest multiple of C whose shard is at
-    most 64 MiB, or more, up to 1 GiB: at least 512 tokens, since a shard's moments are 8 / S of its data, and so much
-    that there are at most 8,192 shards, since each is a file and a line of the manifest.
+    C is the largest power of two within 64..512 for which a chunk (one layer) is at most 512 KiB. It is smaller in a
+    store with fewer tokens, and if the chunks of all layers would exceed 128 MiB. S is the largest multiple of C for
+    which a shard is at most 64 MiB, but larger, up to 1 GiB, so that a shard has at least 512 tokens (its moments take
+    8 / S of its data) and a store at most 8,192 shards (each is a file and a line of the manifest).
     """
     chunk = 64
     while chunk < 512 and 2 * chunk * d_model * itemsize <= _CHUNK_BYTES:

@@ -1,8 +1,8 @@
-"""Per-layer statistics of stored vectors (mean, variance, norm over kept tokens), as sums that shards add up to.
+"""Per-layer statistics of stored vectors (mean, variance, norm over kept tokens), merged from the shards' sums.
 
 How: each shard has the mean and the sum of squared deviations (M2) of each layer and dimension, in float64, of the
 *stored* (rounded) values. Shards are merged in shard order by the update of Chan, Golub and LeVeque (1979), so that the
-result is exact to rounding, never negative, and the same after any interruption. pack.py makes the sums of one shard.
+result is exact up to rounding, never negative, and the same after any interruption. pack.py computes a shard's sums.
 
 Shapes: L stored layers, D = d_model.
 """
@@ -41,7 +41,7 @@ class LayerStatistics:
 
 
 def no_moments(n_layers: int, d_model: int) -> ShardMoments:
-    """Moments of no token: where a merge begins."""
+    """Moments of no tokens, with which a merge begins."""
     return ShardMoments(0, np.zeros((n_layers, d_model)), np.zeros((n_layers, d_model)), np.zeros(n_layers))
 
 

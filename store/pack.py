@@ -1,9 +1,9 @@
-"""From the vectors of a shard to its chunks and its sums, in one pass over the values.
+"""Packs the vectors of a shard into its chunks and computes its sums, in one pass over the values.
 
-How: values (float32 ones rounded on the way) go straight into slots (an inner chunk with room for its checksum), a
-layer at a time, and added up on the way, in float64. The loops are compiled by numba. The order of every addition is
-fixed (no fast-math), so that the same values give the same bytes on every processor; the interpreter's lock is
-released, so that threads can pack several shards at once.
+How: a layer at a time, values are rounded if they are float32, copied into slots (an inner chunk with room for its
+checksum), and summed in float64. The loops are compiled by numba. The order of every addition is fixed (no fast-math),
+so that the same values give the same bytes on every processor; the interpreter's lock is released, so that threads
+can pack several shards at once.
 
 Shapes: t valid tokens of the shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 Arrays are contiguous in the compiled loops.
@@ -28,10 +28,10 @@ _SIXTEEN = np.uint32(16)
 
 
 class ShardPacker:
-    """Packs one shard after another into the same memory: what `pack` gives is valid until its next call."""
+    """Packs one shard after another into the same memory: what `pack` returns is valid until its next call."""
 
     def __init__(self, meta: StoreMeta) -> None:
-        """Take the memory: the size of one shard."""
+        """Allocate memory for one shard."""
         self._meta = meta
         self._row_bytes = meta.d_model * meta.itemsize
         n_slots = min(meta.chunks_per_shard, meta.n_chunks) * meta.n_layers
@@ -40,9 +40,9 @@ class ShardPacker:
     def pack(self, data: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, ShardMoments]:
         """Pack [t, L, D] vectors, float32 or in the stored format; keep: bool [t].
 
-        Gives the inner chunks in the index's order, each before its 4 bytes of checksum, uint8
+        Returns the inner chunks in the index's order, each followed by room for its 4-byte checksum, uint8
         [P * L, C * D * itemsize + 4], and the sums over kept tokens.
-        Fastest when each layer's [t, D] is contiguous. `ValueError` where a value does not fit the stored format.
+        Fastest when each layer's [t, D] is contiguous. `ValueError` when a value does not fit the stored format.
         """
         meta = self._meta
         n_present = -(-len(data) // meta.chunk_tokens)
@@ -60,10 +60,10 @@ class ShardPacker:
 def _pack_layer(
     values: np.ndarray, keep: np.ndarray, slots: np.ndarray, layer: int, meta: StoreMeta
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Put a layer, values [t, D], into its slots, uint8 [P, L, C * D * itemsize + 4]; mean [D], M2 [D] and norm sum."""
+    """Pack a layer's values [t, D] into slots, uint8 [P, L, C * D * itemsize + 4]; mean [D], M2 [D] and norm sum."""
     stored_dtype, d_model = meta.stored_dtype, meta.d_model
     is_float = values.dtype == np.float32
-    # Deviations are taken from the first kept vector, so that nothing cancels, and equal values give exactly zero.
+    # Deviations are from the first kept vector, which avoids cancellation; equal values give exactly zero.
     first = values[keep.argmax()]
     pivot = to_float32(from_float32(first, stored_dtype) if is_float else first, stored_dtype).astype(np.float64)
     sums, squares = np.zeros(d_model), np.zeros(d_model)
@@ -89,12 +89,12 @@ def _pack_layer(
 
 
 def compiled(fastmath: bool | set[str] = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile at the first call, without the interpreter's lock, and keep the machine code where a folder allows it."""
+    """Compile at the first call, to run without the interpreter's lock, and cache the machine code if possible."""
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
-        except RuntimeError:  # numba found no folder that it may write to: compile again in each process
+        except RuntimeError:  # numba has no writable cache folder: compile again in each process
             return numba.njit(nogil=True, fastmath=fastmath)(function)
 
     return compile_
@@ -102,7 +102,7 @@ def compiled(fastmath: bool | set[str] = False) -> Callable[[Callable[..., Any]]
 
 @numba.njit(inline="always")
 def _add_row(row, pivot, sums, squares, work):  # type: ignore[no-untyped-def]
-    """Add a vector's deviation from `pivot` to `sums` and its square to `squares`; gives its L2 norm. All [D]."""
+    """Add a vector's deviation from `pivot` to `sums` and its square to `squares`; its L2 norm. All [D]."""
     n = row.size
     for i in range(n):
         value = np.float64(row[i])
@@ -110,7 +110,7 @@ def _add_row(row, pivot, sums, squares, work):  # type: ignore[no-untyped-def]
         sums[i] += deviation
         squares[i] += deviation * deviation
         work[i] = value * value
-    # Summed by halves: elementwise additions, which vectorise without changing their order.
+    # Summed by halves: these elementwise additions can be vectorised in a fixed order.
     while n > 1:
         half = n // 2
         low, high = work[:half], work[n - half : n]
@@ -122,7 +122,7 @@ def _add_row(row, pivot, sums, squares, work):  # type: ignore[no-untyped-def]
 
 @compiled()
 def measure(values, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
-    """Add up a layer's kept vectors; gives the sum of their L2 norms.
+    """Add up a layer's kept vectors; returns the sum of their L2 norms.
 
     values: float32 [t, D]; keep: bool [t]; pivot, sums, squares: float64 [D].
     """
@@ -136,10 +136,10 @@ def measure(values, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
 
 @compiled()
 def pack_bfloat16(bits, shift, slots, layer, chunk_tokens, keep, pivot, sums, squares):  # type: ignore[no-untyped-def]
-    """Round a layer to bfloat16 into its slots, and add the rounded vectors up as `measure` does.
+    """Round a layer to bfloat16 into its slots, and add up the rounded vectors like `measure`.
 
     bits: [t, D], uint32 bits of float32 (shift 0) or uint16 bits of bfloat16 (shift 16); slots: uint16 [P, L, C * D]
-    or longer. Gives the sum of the kept vectors' L2 norms, and the largest magnitude that was met, as float32 bits.
+    or longer. Returns the sum of the kept vectors' L2 norms and the largest magnitude, as float32 bits.
     """
     d_model = bits.shape[1]
     work = np.empty(d_model)
@@ -166,7 +166,7 @@ def pack_bfloat16(bits, shift, slots, layer, chunk_tokens, keep, pivot, sums, sq
 def seal_slots(slots: np.ndarray, meta: StoreMeta) -> list[memoryview]:
     """The bytes of a shard's file, in parts to be written one after another.
 
-    slots: uint8 [P * L, C * D * itemsize + 4], inner chunks in the index's order; their checksums are written here.
+    slots: uint8 [P * L, C * D * itemsize + 4], inner chunks in the index's order; this fills in their checksums.
     """
     index = np.full((meta.chunks_per_shard * meta.n_layers, 2), ABSENT, "<i8")
     parts: list[memoryview] = []

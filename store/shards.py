@@ -1,20 +1,20 @@
-"""The shards of `resid_post`: how a shard's file is laid out, read, written, and made to count.
+"""The shards of `resid_post`: how a shard's file is laid out, read, written, and committed.
 
 A shard's file is its inner chunks, each followed by its crc32c; then the index, which has the offset and length of each
-inner chunk as uint64, in C order over (token chunk, layer), or 2^64 - 1 twice for one that is all zeros and left out;
-then the index's crc32c. All numbers are little-endian. Our writer puts the chunks in the index's order and leaves out
-those beyond the last token; the reader takes them from wherever the index says, and so reads what zarr wrote.
+inner chunk as uint64, in C order over (token chunk, layer), or 2^64 - 1 twice for an omitted chunk, which is all zeros;
+then the index's crc32c. All numbers are little-endian. Our writer puts the chunks in the index's order and omits
+those beyond the last token; the reader takes them from wherever the index says, so it also reads what zarr wrote.
 
-A file of another shard or store is intact by its own checksums. So a file is first held against its manifest line
-(`require_own`): by its hash, or, with many layers, by the sums of the norms at two of them, which takes 1 s for a GB of
-these layers, where the hash takes 0.25 s for a GB of the file. Two, since a lens leaves the last layer as it is, and a
-model of which only later blocks were trained further leaves the first. The checksums that all the file's chunks have
-then are kept in memory, and whatever is read later is held to these, whichever file has the name by then.
+The file of another shard or store passes its own checksums. So a file is first checked against its manifest line
+(`require_own`): by its hash, or, with many layers, by the sums of the norms at two of them. That takes 1 s for a GB of
+these layers, the hash 0.25 s for a GB of the file. One layer would not do: a lens does not change the last layer, and
+further training of only the later blocks does not change the first. The checksums of all the file's chunks are then
+kept in memory, and later reads are checked against them, whichever file has the name by then.
 
 A shard is first put on the disk: its file and its moments, under temporary names, synced (`ShardFiles`). Then it is
-committed, each step on the disk before the next begins: both files get their names; the manifest gets its line. Only a
-shard with a line is there for readers, so a crash loses at most the shards in flight. Any process may put a shard, and
-only the one that holds the store's lock commits it (`ShardWriter`). pack.py makes the chunks.
+committed, each step durable before the next begins: both files get their names; the manifest gets its line. Readers
+see only shards with a line, so a crash loses at most the shards in flight. Any process may put a shard, but only the
+one that holds the store's lock commits it (`ShardWriter`). pack.py makes the chunks.
 
 Shapes: t valid tokens of a shard, L stored layers, D = d_model, C tokens in a chunk, P chunks that hold a token.
 """
@@ -41,9 +41,9 @@ from store.remote.objects import ObjectFile, ObjectLock, StoreLock
 
 _INDEX_ENTRY_BYTES = 16
 _HASHED_LAYERS = 6
-"""With this many layers or fewer a file is held against its line by its hash."""
+"""With this many layers or fewer, a file is checked by its hash."""
 _TOLERANCE = 1e-9
-"""Relative, of a sum of norms: another order of adding up changes 10^-15 of it for 30,000 vectors."""
+"""Relative tolerance of a sum of norms: the order of addition changes it by about 10^-15 for 30,000 vectors."""
 _ANOTHER = "a valid file of another shard or store, or a rewritten one"
 _READ_BYTES = 4 * 1024 * 1024
 _AGAIN = "run the same command to write it again"
@@ -60,18 +60,18 @@ class ShardReader:
     def __init__(self, path: Path, meta: StoreMeta, n_bytes: int, index: Any = None, known: Any = None) -> None:
         """Open the file; check its size and read its index, unless the `index` of an earlier reader is given."""
         self._path, self._meta, self._n_bytes = path, meta, n_bytes
-        self._exchanged = "" if index is None else ": it is damaged, or was exchanged while it was in use"
+        self._or_replaced = "" if index is None else ": it is damaged, or was replaced while it was in use"
         try:
             self._object = ObjectFile(path, n_bytes, {} if known is None else known) if isinstance(path, URL) else None
-            self._descriptor = -1 if self._object else os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
+            self._descriptor = -1 if self._object else os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block
         except FileNotFoundError:
             raise DamagedError(path, "the shard is missing") from None
         try:
             found = self._object.size if self._object else os.fstat(self._descriptor).st_size
             if found != n_bytes:
-                raise DamagedError(self._path, f"the shard should have {n_bytes} bytes and has {found}")
+                raise DamagedError(self._path, f"the shard should have {n_bytes} bytes, found {found}")
             self.index = self._read_index() if index is None else index
-            """int64 [P * L, 3]: offset (-1: left out), length and crc32c (-1: that behind it) of each inner chunk."""
+            """int64 [P * L, 3]: offset (-1: omitted), length and crc32c (-1: read it after the chunk) of each chunk."""
         except BaseException:
             self.close()
             raise
@@ -98,15 +98,15 @@ class ShardReader:
         return int.from_bytes(bytes(self._read(CRC_BYTES, end - CRC_BYTES)), "little")
 
     def fetch(self, chunk: np.ndarray, layer: np.ndarray) -> None:
-        """Be told of inner chunks that will be read, so that an object's come by few requests."""
+        """Prefetch inner chunks that will be read, with few requests; does nothing on a disk."""
         if self._object:
             ranges = self.index[(chunk * self._meta.n_layers + layer).reshape(-1)].tolist()
             self._object.fetch((start, start + size) for start, size, _ in ranges if start != ABSENT)
 
     def require_own(self, record: ShardRecord, keep: np.ndarray | None = None) -> None:
         """Raise `DamagedError` unless the file is the one of the manifest line `record`. keep: bool [t], the store's
-        mask; without it the file is hashed, however many layers there are. An object may also be known by the hash that
-        its writer noted with it."""
+        mask; without it the file is hashed, however many layers there are. With it, the hash that an object's writer
+        stored in the object's attributes is enough."""
         n_layers = self._meta.n_layers
         if keep is not None and self._object and self._object.noted == record.xxh3_128:
             return
@@ -129,7 +129,7 @@ class ShardReader:
                 raise DamagedError(self._path, f"{which}: {_ANOTHER}")
 
     def _norm_sum(self, layer: int, keep: np.ndarray) -> float:
-        """Sum of the norms of a layer's kept vectors; a chunk at a time, so that memory stays small."""
+        """Sum of the norms of a layer's kept vectors; computed a chunk at a time to save memory."""
         meta, total = self._meta, 0.0
         block = np.empty((meta.chunk_tokens, meta.d_model), STORAGE_DTYPE[meta.stored_dtype])
         for chunk, start in enumerate(range(0, len(keep), meta.chunk_tokens)):
@@ -140,9 +140,9 @@ class ShardReader:
         return total
 
     def read_chunk(self, chunk: int, layer: int, out: np.ndarray) -> None:
-        """Fill `out`, uint8 [C * D * itemsize], with an inner chunk; `chunk` counts within the shard.
+        """Fill `out`, uint8 [C * D * itemsize], with an inner chunk; `chunk` is its number within the shard.
 
-        Raises `DamagedError` when its bytes are not those that were written.
+        Raises `DamagedError` when the checksum does not match.
         """
         offset, length, check = self.index[chunk * self._meta.n_layers + layer].tolist()
         if offset == ABSENT:
@@ -153,12 +153,12 @@ class ShardReader:
         fits = data.nbytes + CRC_BYTES == length and self._fill(data, offset)
         if not fits or crc32c(data) != (self._crc_before(offset + length) if check < 0 else check):
             which = f"token chunk {chunk} at stored layer {layer}"
-            raise DamagedError(self._path, f"the checksum of {which} does not match{self._exchanged}")
+            raise DamagedError(self._path, f"the checksum of {which} does not match{self._or_replaced}")
         if packed:
             Zstd().decode(data, out)
 
     def _fill(self, out: np.ndarray, offset: int) -> bool:
-        """Fill `out`; gives whether there were bytes enough. macOS before 11 has no preadv."""
+        """Fill `out`; returns whether there were enough bytes. macOS before 11 has no preadv."""
         if hasattr(os, "preadv") and not self._object:
             return os.preadv(self._descriptor, [out.data], offset) == out.nbytes
         data = self._read(out.nbytes, offset)
@@ -178,27 +178,27 @@ class ShardReader:
 
 
 class PutShard(NamedTuple):
-    """A shard that is on the disk and does not count yet."""
+    """A shard that is on the disk but not committed yet."""
 
     record: ShardRecord
     files: dict[str, str]
-    """Its temporary files, and their names once it is committed; all below the store. None at a URL, where nothing is
-    renamed: what has no line does not count."""
+    """Its temporary files and their final names, all relative to the store. Empty at a URL, where nothing is renamed:
+    a shard without a manifest line is not visible."""
 
 
 class ShardFiles:
-    """Puts shards of one store on the disk, under temporary names; each thread in memory of its own."""
+    """Puts shards of one store on the disk, under temporary names; each thread uses its own memory."""
 
     def __init__(self, path: Path, meta: StoreMeta, lock: StoreLock | None = None) -> None:
-        """lock: that of a store at a URL, to put anything there."""
+        """lock: the store's, if it is at a URL; needed to put anything there."""
         self._path, self._meta, self._lock = path, meta, lock
         self._own = threading.local()
 
     def put(self, shard: int, data: np.ndarray, keep: np.ndarray, folder: str = "") -> PutShard:
         """Put a shard, data [t, L, D], float32 or the stored format; keep: bool [t], the store's own mask.
 
-        folder: one below the store, where names are never used twice; without it they are `NAME.tmp`, which only the
-        process that holds the lock may use.
+        folder: a folder in the store, in which each file gets a unique name. Without it, files are called `NAME.tmp`,
+        which only the process that holds the lock may use.
         """
         meta = self._meta
         start, stop = meta.shard_bounds(shard)
@@ -207,7 +207,7 @@ class ShardFiles:
             raise UsageError(f"shard {shard} should have shape {expected} (token, layer, d_model), found {data.shape}")
         if data.dtype not in (np.float32, STORAGE_DTYPE[meta.stored_dtype]):
             raise UsageError(f"shard {shard} should be float32 or {meta.stored_dtype}, found {data.dtype}")
-        from store.pack import ShardPacker, seal_slots  # Imports numba, which readers do without.
+        from store.pack import ShardPacker, seal_slots  # Imports numba, which reading does not need.
 
         if not hasattr(self._own, "packer"):
             self._own.packer = ShardPacker(meta)
@@ -256,22 +256,22 @@ class ShardFiles:
 
 
 class ShardWriter:
-    """Makes shards of one store count, whose lock it holds until it is closed."""
+    """Commits shards of one store, whose lock it holds until it is closed."""
 
     def __init__(self, path: Path, manifest: Manifest, lock: StoreLock) -> None:
-        """Take over the `lock` of the store at `path`; `manifest` gets a line for each shard that is committed."""
+        """Take over the `lock` of the store at `path`; `manifest` gets a line for each committed shard."""
         self._path, self._manifest, self._lock, self._appending = path, manifest, lock, threading.Lock()
         self._lines = lock if isinstance(lock, ObjectLock) else ManifestWriter(path, manifest.intact_bytes)
 
     def require_missing(self, shard: int) -> None:
-        """Raise `UsageError` for a shard that is there, `IncompatibleError` where another folder is at the path."""
+        """Raise `UsageError` if the shard exists, `IncompatibleError` if another folder is at the store's path."""
         if shard in self._manifest.lines:
-            raise UsageError(f"{self._path}: shard {shard} is written already")
+            raise UsageError(f"{self._path}: shard {shard} has already been written")
         self._lock.require_here(self._path)
 
     def commit(self, put: PutShard) -> None:
-        """Give the files of a shard their names, and make it count. Raises as `require_missing`, `ResidscopeError`
-        where its file is not there as a whole."""
+        """Give a shard's files their final names and add its manifest line. Raises like `require_missing`, and
+        `ResidscopeError` when one of its files is missing or cut short."""
         record = put.record
         self.require_missing(record.shard)
         path = self._path / shard_name(record.shard)

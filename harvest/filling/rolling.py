@@ -1,7 +1,7 @@
-"""`harvest --rolling SIZE`: a store that never takes more of the disk than SIZE, filled as fast as trainers use it.
+"""`harvest --rolling SIZE`: a store that never takes more than SIZE of the disk, filled as fast as trainers use it.
 
-What is on the disk when, and what a crash leaves: `store.care.ring`. Here: how a store is cut into parts for a size,
-and waiting for trainers.
+Here: how a store is cut into parts for a size, and how the harvest waits for trainers. `store.care.ring` describes what
+is on the disk when, and what a crash leaves.
 """
 
 import math
@@ -22,32 +22,32 @@ from store.care.ring import Readers, Ring
 from store.shuffle import validation_documents
 
 _HELD_OUT = 0.01
-"""Share of the documents that is set aside, as far as an eighth of the size holds them."""
+"""Share of the documents that is set aside; less if that would take more than an eighth of the size."""
 
 _SHARDS = 64
-"""Shards that the size holds at least, where a chunk of all layers is small enough: parts of few shards mix badly."""
+"""Minimum number of shards that fit in the size, unless chunks are too large: parts of few shards mix badly."""
 
 _POLL_SECONDS, _SAY_SECONDS = 0.02, 600
-"""Between two looks at the trainers, and of one wait, after which the one behind is named."""
+"""Seconds between checks of the trainers, and seconds of waiting after which the slowest trainer is named."""
 
 
 class Rolling(NamedTuple):
-    """A size, and what is set aside of a store of that size."""
+    """The size of a rolling store, and the documents to set aside in it."""
 
     size: int
     """Bytes that the store may take."""
     fraction: float
     seed: int
-    """Of the draw of documents, `fraction` of them, and of the order of the shards."""
+    """Seed for the choice of documents to set aside (`fraction` of them) and for the order of the shards."""
     batch: int
     """Tokens of a forward pass."""
     token_bytes: int
-    """Of a token at all layers."""
+    """Bytes of a token at all layers."""
     n_layers: int
 
     @classmethod
     def of(cls, config: HarvestConfig, settings: Settings) -> "Rolling | None":
-        """What `--rolling` says, if it is given."""
+        """The settings of `--rolling`, or None without it."""
         size = config.storage.rolling and parse_bytes(config.storage.rolling)
         if not size:
             return None
@@ -56,23 +56,23 @@ class Rolling(NamedTuple):
         return cls(size, fraction, config.control.seed, batch, settings.bytes_per_token, layers)
 
     def first(self, n_documents: int) -> np.ndarray:
-        """Which documents come first: bool [n_documents]."""
+        """Which documents come first, because they are set aside: bool [n_documents]."""
         return validation_documents(n_documents, self.fraction, self.seed)
 
     def aside(self, tokens: TokenTable) -> int:
-        """Tokens up to the last of those documents."""
+        """Number of tokens up to the end of those documents."""
         found = np.flatnonzero(self.first(int(tokens.document.max()) + 1)[tokens.document])
         return int(found[-1]) + 1 if len(found) else 0
 
 
 def cut(n_tokens: int, aside: int, rolling: Rolling, chunk: int, shard: int) -> tuple[int, Ring]:
-    """Tokens of a shard, and the parts, of a store of which the first `aside` tokens stay. chunk, shard: tokens of a
-    chunk, and of a shard at most.
+    """Tokens of a shard, and the division into parts, for a store whose first `aside` tokens stay. chunk, shard: tokens
+    of a chunk, and maximum tokens of a shard.
 
-    Raises `UsageError` where there is no room for two parts beside what stays, or nothing to train on.
+    Raises `UsageError` if there is no room for two parts in addition to what stays, or nothing is left to train on.
     """
     size, _, _, batch, token_bytes, n_layers = rolling
-    # Whole batches in a shard or a run of shards, if the size holds enough: one that two parts need is computed twice.
+    # A shard or run of shards holds whole batches, if enough fit: a batch that two parts need is computed twice.
     whole = math.lcm(chunk, batch)
     fits = _SHARDS // 4 * whole * token_bytes
     whole = whole if fits <= size else chunk
@@ -81,25 +81,25 @@ def cut(n_tokens: int, aside: int, rolling: Rolling, chunk: int, shard: int) -> 
     shard = most // whole * whole or max(size for size in divisors if size <= most)
     n_shards, run = -(-n_tokens // shard), max(whole // shard, 1)
     if fits > size and shard < batch:
-        often = f"forward passes of {batch:,} tokens: each is made up to {-(-batch // shard)} times, which is slow"
+        often = f"forward passes of {batch:,} tokens: each runs up to {-(-batch // shard)} times, which is slow"
         way_out = f"--rolling {human_bytes(fits)}, or a smaller --batch-size or --context-length, avoids it"
         print(f"warning: --rolling {human_bytes(size)} is small for {often}; {way_out}", file=sys.stderr)
     kept = -(-aside // (run * shard)) * run
     if kept == 0:
-        print("warning: of one document none is held out, for validation and analysis: give several", file=sys.stderr)
+        print("warning: with one document, none is held out for validation and analysis: give several", file=sys.stderr)
     if kept >= n_shards:
-        there = counted(n_shards, "shard")
+        total = counted(n_shards, "shard")
         way_out = "leave it out if the disk holds the whole store, else give less, or harvest more text"
-        raise UsageError(f"--rolling {human_bytes(size)}: nothing is left to train on ({there} in all): {way_out}")
-    # A part's moments, as of a shard: two float64 for each value of a token, of two bytes at least.
+        raise UsageError(f"--rolling {human_bytes(size)}: nothing is left to train on ({total} in all): {way_out}")
+    # The moments of a part or shard: two float64 for each of a token's values, which take at least two bytes each.
     moments = 8 * token_bytes
-    shard_bytes = shard * (token_bytes + -(-20 * n_layers // chunk)) + moments  # with the index of its chunks
+    shard_bytes = shard * (token_bytes + -(-20 * n_layers // chunk)) + moments  # including its index
     fixed = 13 * n_tokens + 2 * n_shards * (400 + 25 * n_layers) + kept * shard_bytes + 4 * moments  # columns, lines
     part = max((size - fixed) // (2 * shard_bytes * run), 1) * run
     while (needed := fixed + 2 * part * shard_bytes - (kept - n_shards) // part * moments) > size and part > run:
         part -= run
     if needed > size:
-        what = f"{human_bytes(fixed)} for token columns, the manifest and documents that are set aside, and two parts"
+        what = f"{human_bytes(fixed)} for token columns, the manifest and held-out documents, and two parts"
         raise UsageError(f"--rolling {human_bytes(size)}: this store needs at least {human_bytes(needed)}: {what}")
     ring = Ring(kept, int(min(part, -(-(n_shards - kept) // run) * run)), rolling.fraction, rolling.seed, run)
     words = f"{counted(len(ring.parts(n_shards)), 'part')} of {counted(ring.part_shards, 'shard')}, in turn"
@@ -108,32 +108,40 @@ def cut(n_tokens: int, aside: int, rolling: Rolling, chunk: int, shard: int) -> 
 
 
 def parts_to_fill(store: ActivationStore, stopped: Callable[[], bool]) -> Iterator[list[int]]:
-    """The shards that a store lacks; where it is cut into parts, those of one part after another, as soon as there is
-    room for it, until `stopped()`."""
+    """The missing shards of a store; in a rolling store those of one part after another, each as soon as there is room
+    for it, until `stopped()`."""
     missing = set(store.missing_shards())
     if store.ring is None:
         yield sorted(missing)
         return
     readers, waited, named = Readers(store.path, store.ring), 0.0, set[str]()
+
+    def used_by_all(parts: int) -> bool:
+        """Wait until all trainers have used so many parts; False if `stopped()` before."""
+        nonlocal waited
+        here = 0.0
+        while min((used := readers.used()).values(), default=0) < parts:
+            if stopped():
+                return False
+            if not waited:
+                names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
+                print(f"waiting for {names}, now and whenever it is slower", file=sys.stderr)
+            time.sleep(_POLL_SECONDS)
+            here, waited = here + _POLL_SECONDS if used else 0.0, waited + _POLL_SECONDS
+            if here >= _SAY_SECONDS and (behind := min(used, key=lambda name: used[name])) not in named:
+                named.add(behind)
+                way_out = f"if it has ended and will not continue, remove {readers.file(behind)}"
+                print(f"still waiting for {behind} after {human_seconds(here)}; {way_out}", file=sys.stderr)
+        return True
+
     for number, part in enumerate(store.ring.parts(store.meta.n_shards)):
         if todo := [shard for shard in part.tolist() if shard in missing]:
-            here = 0.0
-            for last_look in (False, True) if number > 1 else ():
-                while min((used := readers.used()).values(), default=0) < number - 1:
-                    if stopped():
-                        return
-                    if not waited:
-                        names = ", ".join(used) or f"a trainer (`train --store {store.path}`)"
-                        print(f"waiting for {names}, as often as it is slower", file=sys.stderr)
-                    time.sleep(_POLL_SECONDS)
-                    here, waited = here + _POLL_SECONDS if used else 0.0, waited + _POLL_SECONDS
-                    if here >= _SAY_SECONDS and (behind := min(used, key=lambda name: used[name])) not in named:
-                        named.add(behind)
-                        way_out = f"if it has ended, and is not to go on, remove {readers.file(behind)}"
-                        print(f"waiting for {behind} since {human_seconds(here)}; {way_out}", file=sys.stderr)
-                if not last_look:  # One that begins meanwhile is seen at the second look, or told that it is late.
-                    readers.announce(number - 1)
             if number > 1:
+                if not used_by_all(number - 1):
+                    return
+                readers.announce(number - 1)
+                if not used_by_all(number - 1):  # A trainer that began meanwhile is seen now, or told that it is late.
+                    return
                 readers.remove(number - 1, store.meta.n_shards, store.moments)
             yield todo
     if waited:

@@ -1,12 +1,12 @@
-"""Fill the shards that a store lacks by worker processes.
+"""Fills the missing shards of a store with worker processes.
 
-How: groups of shards become Dask tasks, as many at once as there are workers. A worker resolves the options for itself,
-refuses if that gives another model, lens, device or library, and loads the model once. A shard's bytes depend on its
-tokens alone, so it does not matter who fills what, or how often.
+How: groups of shards become Dask tasks, as many at once as there are workers. Each worker resolves the options itself,
+refuses if it finds another model, lens, device or library, and loads the model once. A shard's bytes depend on its
+tokens alone, so it does not matter which worker fills it, or how many times.
 
-The command, which holds the store's lock, alone commits shards, each once. A worker writes only into a folder of random
-name that the command makes in the store, and that is gone once the command has ended or another opens the store for
-writing. So a worker that outlives its command, or sees another store, can write nothing, and stops at the next block.
+Only the command, which holds the store's lock, commits shards, each once. A worker writes only into a folder with a
+random name that the command makes in the store, and that is removed when the command ends or another process opens the
+store for writing. So a worker that outlives its command, or sees another store, cannot write, and stops after a block.
 """
 
 import threading
@@ -34,21 +34,22 @@ from store.shards import PutShard
 
 
 class FillSpec(NamedTuple):
-    """What all tasks of a harvest share; small, and able to travel."""
+    """What all tasks of a harvest share; small, and can be pickled."""
 
     store: str
     folder: str
-    """Where shards are put, below the store."""
+    """The folder in the store where shards are put."""
     options: dict[str, Any]
-    """By their flags' names, with local paths in full, and what they gave (`harvest.record.dependences`):"""
+    """Options by flag name, with absolute local paths."""
     needed: dict[str, Any]
+    """What the options must resolve to (`harvest.record.dependences`)."""
     cores: int | None
-    """Of each worker of this machine; None for others, which know theirs."""
+    """Cores for each worker on this machine; None for other workers, which know theirs."""
 
 
 def fill_by_workers(store: ActivationStore, config: HarvestConfig, settings: Settings) -> Filled:
-    """Write every missing shard of a store that is open for writing; raises what `harvest.fill.fill` does, and
-    `ResidscopeError` where a shard failed three times, or there is no worker."""
+    """Write every missing shard of a store that is open for writing; raises like `harvest.fill.fill`, and
+    `ResidscopeError` if a shard failed three times or there is no worker."""
     from distributed import CancelledError
     from distributed.comm.core import CommClosedError
 
@@ -85,7 +86,7 @@ def run_tasks(
     take: Callable[[PutShard], object],
     stopped: Callable[[], bool],
 ) -> None:
-    """Have each group of shards filled by a worker; `take` what becomes of each shard, until `stopped()`."""
+    """Have workers fill each group of shards, and call `take` with each shard they put, until `stopped()`."""
     from distributed import CancelledError, Future, KilledWorker, wait
     from distributed.comm.core import CommClosedError
 
@@ -100,19 +101,19 @@ def run_tasks(
         failures.update(dict.fromkeys(shards, times))
         if worst := [shard for shard in shards if failures[shard] >= cluster.ATTEMPTS]:
             raise cluster.failed(worst, why)
-        waiting.extendleft([shard] for shard in reversed(shards))  # Each by itself, to name the one at fault.
+        waiting.extendleft([shard] for shard in reversed(shards))  # Each as its own task, to find the one at fault.
 
     while (waiting or running) and not stopped():
         submit()
         with suppress(TimeoutError):
             wait(list(running), timeout=cluster.POLL_SECONDS, return_when="FIRST_COMPLETED")
         finished = [(future, running.pop(future)) for future in list(running) if future.done()]
-        submit()  # Before anything is committed, so that workers need not wait for that.
+        submit()  # Before anything is committed, so that workers do not have to wait for that.
         for future, shards in finished:
             try:
                 puts = future.result()
             except KilledWorker as error:
-                try_again(shards, error.allowed_failures + 1, "the death of its worker, perhaps for want of memory")
+                try_again(shards, error.allowed_failures + 1, "the death of its worker, perhaps for lack of memory")
             except (CancelledError, CommClosedError):
                 raise  # The scheduler went away.
             except Exception as error:
@@ -126,8 +127,8 @@ def run_tasks(
 
 
 def fill_shards(spec: FillSpec, shards: list[int]) -> list[PutShard]:
-    """The task: put `shards` (ascending) into the folder; `IncompatibleError` where that, or the model, is another."""
-    with _one_at_a_time:  # A worker may have several threads, and the model has one place for hooks.
+    """The task: put `shards` (ascending) into the folder; `IncompatibleError` if that is gone or the model differs."""
+    with _one_at_a_time:  # A worker may have several threads, but the model can have the hooks of only one.
         store, filler = _opened(spec)
         folder, puts = store.path / spec.folder, list[PutShard]()
 
@@ -146,12 +147,12 @@ _last: dict[str, tuple[ActivationStore, Filler]] = {}
 
 
 def forget() -> None:
-    """Give the memory of the model back."""
+    """Free the model's memory."""
     _last.clear()
 
 
 def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
-    """The store, and what fills its shards; made at a worker's first task of a harvest."""
+    """The store and the filler of its shards; made at a worker's first task of a harvest."""
     worker = cluster.this_worker()
     cores = spec.cores or worker.state.nthreads
     torch.set_num_threads(cores)
@@ -163,12 +164,12 @@ def _opened(spec: FillSpec) -> tuple[ActivationStore, Filler]:
         options["device"] = f"cuda:{worker.name % n_gpus}"
     try:
         settings = resolve(from_flat(HarvestConfig, options))
-        found = dependences(settings)
-        for name in (name for name in found if found[name] != spec.needed[name]):
-            raise IncompatibleError(
-                f"it would give other vectors: {name} is {found[name]} there, {spec.needed[name]} here; let the model "
-                "be, and use like machines and one environment"
-            )
+        for name, found in dependences(settings).items():
+            if found != spec.needed[name]:
+                raise IncompatibleError(
+                    f"it would give other vectors: {name} is {found} there, {spec.needed[name]} here; do not change "
+                    "the model, and use similar machines and one environment"
+                )
         store = ActivationStore.open(spec.store, partial=True)
     except ResidscopeError as error:
         raise type(error)(f"the Dask worker at {worker.address}: {error}") from None

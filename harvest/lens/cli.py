@@ -10,9 +10,9 @@ COMMAND = "residscope fit-lens"
 
 DESCRIPTION = """\
 Fit a tuned lens: one affine map per layer from its residual stream to the last layer's, by ridge
-regression and then by KL divergence to the model's final logits. Prints, for held-out documents,
-the KL of each layer with no map, with the ridge one and with the trained one, and writes the
-format of published lenses, for `harvest --lens`."""
+regression and then by minimising the KL divergence to the model's final logits. Prints, for held-out
+documents, the KL of each layer without a map, with the ridge map and with the trained map, and writes
+the format of published lenses, for `harvest --lens`."""
 
 EPILOG = """\
 examples:
@@ -22,7 +22,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command on `argv` (default: the process's own); the exit code."""
+    """Run the command with `argv` (default: the process's own); returns the exit code."""
 
     def command() -> None:
         config = parse_options(FitLensConfig, argv, prog=COMMAND, description=DESCRIPTION, epilog=EPILOG)

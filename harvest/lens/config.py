@@ -1,4 +1,4 @@
-"""Options of `residscope fit-lens`; the components that it shares with `harvest` are the same ones."""
+"""Options of `residscope fit-lens`; it shares components with `harvest`."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -16,21 +16,21 @@ class FittingConfig:
     """How translators are fitted."""
 
     method: Literal["ridge", "kl"] = "kl"
-    """ridge: linear regression, cheap. kl: then train on the KL divergence to the model's final logits, too."""
+    """ridge: linear regression, cheap. kl: then also train on the KL divergence to the model's final logits."""
     init: Literal["ridge", "zero"] = "ridge"
-    """Where KL training begins: at the ridge translators, far better at the budgets below, or at zero, as published
-    lenses did (with 65 million tokens)."""
+    """Where KL training begins: at the ridge translators, which is far better at the budgets below, or at zero, as for
+    published lenses (which used 65 million tokens)."""
     kl_steps: int = 32
     """Steps of KL training; the learning rate decays linearly over them."""
     kl_batch: int = 256
-    """Tokens in a step, mixed over the text."""
+    """Tokens in a step, shuffled over the text."""
     lr: float | None = None
-    """Learning rate of the first step; default 0.3 from ridge, 1 from zero (which published lenses used)."""
+    """Learning rate of the first step; default 0.3 from ridge, 1 from zero (as for published lenses)."""
     weight_decay: float = 1e-3
     """Weight decay of KL training, towards the identity."""
     max_condition: float = 1000.0
-    """Highest condition number of a translator: smaller singular values of I + W are raised, so that the inverse does
-    not drown in rounding. 0: as fitted."""
+    """Maximum condition number of a translator: smaller singular values of I + W are raised, so that the inverse is not
+    dominated by rounding errors. 0: no limit."""
 
     def __post_init__(self) -> None:
         require_at_least(1, kl_steps=self.kl_steps, kl_batch=self.kl_batch)
@@ -55,20 +55,20 @@ class FitLensConfig:
 
     weights: ModelConfig
     out: Path
-    """Folder to make, with the lens (config.json, params.pt) and how good it is (fit.json)."""
+    """Folder to make, for the lens (config.json, params.pt) and its quality (fit.json)."""
     store: Path | None = None
-    """Take the vectors from this store: of the same model, all layers, no lens. Default: run the model over text."""
+    """Take the vectors from this store: of the same model, all layers, no lens. Default: run the model on text."""
     text: TextConfig = field(default_factory=TextConfig)
     max_tokens: int = 100_000
     """Tokens of text."""
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
     fitting: FittingConfig = FittingConfig()
     eval_tokens: int = 2048
-    """Held-out tokens to measure on, at most."""
+    """Maximum number of held-out tokens to measure on."""
     validation_fraction: float = 0.05
-    """Share of the documents held out; with the same share and seed, those that `train` holds out."""
+    """Share of the documents to hold out; with the same share and seed, `train` holds out the same documents."""
     seed: int = 0
-    """Seed of the choice of held-out documents and of the order of KL training."""
+    """Seed for the choice of held-out documents and the order of KL training."""
     json: bool = False
     """Print one JSON line on stdout."""
 
@@ -81,22 +81,22 @@ class FitLensConfig:
             self._refuse_text_options()
 
     def _refuse_text_options(self) -> None:
-        """A store has settled what its tokens are."""
+        """`UsageError` for options that make tokens, since a store has its tokens already."""
         given = {**to_flat(self.text), **to_flat(self.sequences), "max_tokens": self.max_tokens}
         defaults = {option.name: option.default for option in fields(self)}
         defaults |= {**to_flat(TextConfig()), **to_flat(SequenceConfig())}
         for name, value in given.items():
             if value != defaults[name]:
-                reason = f"which --store {self.store} has done: give one of the two"
-                raise UsageError(f"--{name.replace('_', '-')} says how to make text into tokens, {reason}")
+                reason = f"but --store {self.store} already has tokens: give only one of them"
+                raise UsageError(f"--{name.replace('_', '-')} says how to turn text into tokens, {reason}")
 
     def for_harvest(self) -> HarvestConfig:
-        """The same model and text, as options of `harvest`, which knows how to resolve them."""
+        """The same model and text as options of `harvest`, for `harvest.settings.resolve`."""
         shared = {"weights": self.weights, "text": self.text, "sequences": self.sequences}
         return HarvestConfig(**shared, out=self.out, max_tokens=self.max_tokens)
 
     def for_record(self) -> dict[str, Any]:
-        """The options that fit.json keeps, by the names of their flags; one text's are plain words."""
+        """The options recorded in fit.json, by flag name; those of a single text are plain values, not lists."""
         found = {name: value for name, value in to_flat(self).items() if name not in ("out", "json")}
         for name in to_flat(self.text):
             found[name] = found[name] if len(found[name]) > 1 else next(iter(found[name]), None)

@@ -1,8 +1,8 @@
-"""What a lens is fitted on: the vectors of a table's tokens, at every layer, from a model or from a store.
+"""The data that a lens is fitted on: the vectors of a table's tokens, at every layer, from a model or from a store.
 
-How: the table's sequences go in batches, each one forward pass or one read. Whole documents have one `Role` each: most
-are fitted on, some choose the ridge penalty, and those that `train` holds out for validation, with the same seed and
-share, are only measured on. A store does not hold what enters the first block; the model gives it at little cost.
+How: the table's sequences are processed in batches, each one forward pass or one read. Each document has one `Role`:
+most are fitted on, some choose the ridge penalty, and those that `train` holds out for validation, with the same seed
+and share, are only measured on. A store lacks the first block's input, which the model computes at little cost.
 
 Shapes: T tokens of the table, n tokens of a batch, L = n_layers, D = d_model. The vectors of a batch are L + 1 tensors
 [n, D] in float32 on the model's device: the inputs of blocks 0 to L - 1, each the output of the block before it, and
@@ -27,23 +27,23 @@ from store.arrays import TokenTable
 from store.shuffle import permutation, validation_documents
 
 _CHOOSE_FRACTION = 0.1
-"""Share of the documents to fit on that choose the ridge penalty first."""
+"""Share of the documents to fit on that are first used to choose the ridge penalty."""
 _CHOOSE_STREAM, _MEASURE_STREAM = 1, 2
 _MEASURE_SEQUENCES = 16
 _BATCH_BYTES = 256 << 20
 
 
 class Role(IntEnum):
-    """What a token is for."""
+    """What a token is used for."""
 
     MASKED = 0
     """Nothing: not kept."""
     FIT = 1
-    """To fit on."""
+    """Fitting."""
     CHOOSE = 2
-    """To choose the ridge penalty on, then to fit on."""
+    """Choosing the ridge penalty, then fitting."""
     HELD_OUT = 3
-    """To measure on."""
+    """Measuring only."""
 
 
 Reader = Callable[[SequenceBatch], list[Tensor]]
@@ -51,12 +51,12 @@ Reader = Callable[[SequenceBatch], list[Tensor]]
 
 
 def roles(tokens: TokenTable, held_out_fraction: float, seed: int) -> np.ndarray:
-    """The `Role` of each token, uint8 [T]. `IncompatibleError` where there are too few documents for all three."""
+    """The `Role` of each token, uint8 [T]. `IncompatibleError` if there are too few documents for all three roles."""
     n_documents = int(tokens.document.max()) + 1
     if n_documents < 3:
         raise IncompatibleError(
             f"a lens needs at least 3 documents (to fit on, to choose the penalty on, to measure on), found"
-            f" {n_documents}: give more text, or text that is cut into documents (a .txt file is one)"
+            f" {n_documents}: give more text, or text that is divided into documents (a .txt file is one)"
         )
     held_out = validation_documents(n_documents, held_out_fraction, seed)
     rest = np.flatnonzero(~held_out)
@@ -68,7 +68,7 @@ def roles(tokens: TokenTable, held_out_fraction: float, seed: int) -> np.ndarray
 
 
 def require_tokens(role: np.ndarray, d_model: int) -> None:
-    """`IncompatibleError` where roles [T] leave too little for a regression, or nothing to choose or measure on."""
+    """`IncompatibleError` if roles [T] leave too little for a regression, or nothing to choose or measure on."""
     for kind, least, what in (
         (Role.FIT, 2 * d_model, "to fit on"),
         (Role.CHOOSE, 1, "to choose the penalty on"),
@@ -81,14 +81,14 @@ def require_tokens(role: np.ndarray, d_model: int) -> None:
 
 
 def measured_tokens(position: np.ndarray, held_out: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Which of the held-out tokens (bool [T]) to measure on, bool [T]: `wanted` of them or all, drawn at random, an
-    equal number from each of 16 sequences as far as there are so many; few sequences, so that few must be run."""
+    """Which of the held-out tokens (bool [T]) to measure on, bool [T]: `wanted` of them (or all), drawn at random, an
+    equal number from each of 16 sequences if possible; from few sequences, because each must be run."""
     tokens = np.flatnonzero(held_out)
     tokens = tokens[permutation(len(tokens), seed, _MEASURE_STREAM)]
     sequence = np.cumsum(position == 0)[tokens]
-    rank = np.empty(len(tokens), np.int64)  # Of each token among those of its sequence, in the random order.
-    for one in np.unique(sequence):
-        rank[sequence == one] = np.arange((sequence == one).sum())
+    rank = np.empty(len(tokens), np.int64)  # Each token's rank within its sequence, in the random order.
+    for number in np.unique(sequence):
+        rank[sequence == number] = np.arange((sequence == number).sum())
     shuffled_sequence = permutation(int(sequence.max()) + 1, seed, _MEASURE_STREAM, 1)[sequence]
     share = -(-wanted // _MEASURE_SEQUENCES)
     found = np.zeros(len(position), bool)
@@ -97,20 +97,20 @@ def measured_tokens(position: np.ndarray, held_out: np.ndarray, wanted: int, see
 
 
 def tokens_in_batch(n_layers: int, d_model: int) -> int:
-    """Tokens of a batch whose vectors take 256 MiB."""
+    """Number of tokens in a batch: their vectors take 256 MiB."""
     return max(_BATCH_BYTES // ((n_layers + 1) * d_model * 4), 1)
 
 
 def model_reader(model: LoadedModel, token_id: np.ndarray, store: ActivationStore | None = None) -> Reader:
-    """Reads by running the model on token ids int32 [T]; with a store of all their layers, block outputs from there,
-    and the model gives only what enters the first block."""
+    """A reader that runs the model on token ids int32 [T]; with a store, which must have all layers, block outputs come
+    from there, and the model only computes the first block's input."""
     recorder = ResidualRecorder(model)
 
     def read(batch: SequenceBatch) -> list[Tensor]:
         ids, first = torch.from_numpy(token_ids(token_id, batch)), list[Tensor]()
 
         def keep(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            """Take what enters the first block, [B, N, D]; with a store the pass then ends."""
+            """Take the first block's input, [B, N, D]; with a store, end the pass."""
             first.append(arguments[0] if arguments else keywords["hidden_states"])
             if store is not None:
                 raise EndOfPass
@@ -123,7 +123,7 @@ def model_reader(model: LoadedModel, token_id: np.ndarray, store: ActivationStor
                     model.base(input_ids=ids.to(model.device), use_cache=False)
                 outputs = torch.from_numpy(store.read(slice(batch.start, batch.stop))).to(model.device).unbind(1)
         vectors = (v.reshape(-1, model.d_model).float() for v in (*first, *outputs))
-        # Copies, because tensors made in inference mode take no part in autograd.
+        # Copies, because autograd cannot use tensors made in inference mode.
         return [v.clone() if v.is_inference() else v for v in vectors]
 
     return read
@@ -132,9 +132,9 @@ def model_reader(model: LoadedModel, token_id: np.ndarray, store: ActivationStor
 def shuffled(
     read: Reader, batches: list[SequenceBatch], chosen: np.ndarray, *, per_step: int, steps: int, seed: int, window: int
 ) -> Iterator[list[Tensor]]:
-    """Vectors of `per_step` chosen tokens (bool [T]) for each of `steps` steps, in random order: batches in a random
-    order, their chosen tokens gathered until there are `window`, those mixed and handed out; what is left joins the
-    next window. Begins again when the text ends."""
+    """Vectors of `per_step` chosen tokens (bool [T]) for each of `steps` steps, in random order: batches are read in
+    random order, their chosen tokens collected until there are `window`, then shuffled and yielded; what remains joins
+    the next window. Starts over when the text ends."""
     pool: list[Tensor] = []
     served, epoch = 0, 0
     while served < steps:
@@ -159,6 +159,6 @@ def shuffled(
 
 
 def chosen_vectors(read: Reader, batch: SequenceBatch, chosen: np.ndarray) -> list[Tensor] | None:
-    """The vectors of a batch's chosen tokens (bool [T]); None, and nothing is read, where there are none."""
+    """The vectors of a batch's chosen tokens (bool [T]); None, without reading, if there are none."""
     rows = torch.from_numpy(np.flatnonzero(chosen[batch.start : batch.stop]))
     return [v[rows.to(v.device)] for v in read(batch)] if len(rows) else None

@@ -1,10 +1,10 @@
-"""Fit a tuned lens, from start to end: vectors from a store or from the model, ridge translators, KL training,
-measurement, and the lens's folder, made whole or not at all.
+"""Fits a tuned lens, from start to end: vectors from a store or from the model, ridge translators, KL training,
+measurement, and the lens's folder, whose files appear together or not at all.
 
-How: one pass over the text takes the regression sums of every translator (ridge.py); then, if asked for, KL training
-from there or from zero on a random part of the same tokens (kl.py); then both are made invertible and measured on
-documents that took no part (measure.py), always through the model itself. The files appear together. A fit that was
-stopped begins again.
+How: one pass over the text computes the regression sums of every translator (ridge.py). If asked for, KL training
+follows on a random part of the same tokens, starting from the ridge translators or from zero (kl.py). Both kinds are
+made invertible and measured on held-out documents (measure.py), always by running the model itself. A fit that was
+stopped starts over.
 
 Shapes: L = n_layers translators, D = d_model; T tokens; translator i takes the input of block i.
 """
@@ -43,31 +43,31 @@ _FILES = ("config.json", "params.pt", "fit.json")
 _WINDOW_BYTES = 512 << 20
 _ROUND_TRIP_VECTORS = 512
 _KL_SHARE = 0.25
-"""At least this share of a batch's tokens goes into KL training, so that forward passes stay the smaller part of it."""
+"""KL training uses at least this share of a batch's tokens, so that forward passes take less than half of the time."""
 
 
 class Fit(NamedTuple):
-    """What every phase of a fit works with."""
+    """What every phase of a fit needs."""
 
     config: FitLensConfig
     vocabulary: int
     model: LoadedModel
     tokens: TokenTable
     role: np.ndarray
-    """What each token is for, `Role` [T]."""
+    """The `Role` of each token, [T]."""
     batches: list[SequenceBatch]
     """The sequences."""
     read: data.Reader
-    """Gives the vectors of a batch."""
+    """Reads the vectors of a batch, from the store if there is one."""
     run: data.Reader
-    """The same, by running the model, whether or not there is a store."""
+    """Computes the vectors of a batch by running the model."""
 
 
 def fit_lens(config: FitLensConfig) -> FitResult:
     """Fit, measure and write a lens.
 
-    Raises `UsageError` for options that cannot work, `IncompatibleError` where the store is of another model, has gone
-    through a lens or lacks layers, `ResidscopeError` for the rest.
+    Raises `UsageError` for options that cannot work, `IncompatibleError` if the store is of another model, was made
+    with a lens or lacks layers, `ResidscopeError` for the rest.
     """
     _refuse_existing(config)
     store = _open_store(config)
@@ -100,14 +100,14 @@ def _refuse_existing(config: FitLensConfig) -> None:
 
 
 def _open_store(config: FitLensConfig) -> ActivationStore | None:
-    """The store, which must hold every layer as the model gave it."""
+    """The store, which must hold every layer, without a lens."""
     if config.store is None:
         return None
     store = ActivationStore.open(config.store)
     meta = store.meta
     if meta.lens is not None:
         what = "a lens is fitted on the model's own vectors; give a store that was harvested without --lens"
-        raise IncompatibleError(f"--store {config.store} went through lens {meta.lens.get('id')!r}: {what}")
+        raise IncompatibleError(f"--store {config.store} was made with lens {meta.lens.get('id')!r}: {what}")
     if meta.n_layers != meta.n_model_layers:
         raise IncompatibleError(
             f"--store {config.store} holds {meta.n_layers} of the model's {meta.n_model_layers} layers: a lens needs"
@@ -119,7 +119,7 @@ def _open_store(config: FitLensConfig) -> ActivationStore | None:
 def _start(
     config: FitLensConfig, settings: Settings, store: ActivationStore | None, tokens: TokenTable, role: np.ndarray
 ) -> Fit:
-    """Load the model, and see that its logits and the store's vectors are what a fit needs."""
+    """Load the model, and check its logits and the store's vectors."""
     model = load_weights(settings)
     batches = sequence_batches(tokens.position, data.tokens_in_batch(model.n_layers, model.d_model))
     first = batches[0]
@@ -177,8 +177,8 @@ def _fit(fit: Fit) -> tuple[TunedLens, FitResult]:
 def _ridge(fit: Fit) -> tuple[list[RidgeFit], Tensor]:
     """The ridge fits, made invertible, and the inputs' means, float32 [L, D]."""
     sums = _regression_sums(fit)
-    # A product that overflowed stands in the sums for good; the factorisations below would only fail on it.
-    if not all(bool(one.xx.isfinite().all() and one.xr.isfinite().all()) for of in sums.values() for one in of):
+    # A product that overflowed stays in the sums, and the factorisations below would fail on it with a worse message.
+    if not all(bool(s.xx.isfinite().all() and s.xr.isfinite().all()) for of_role in sums.values() for s in of_role):
         raise ResidscopeError(f"{fit.model.spec.name}: its vectors are not all finite; try --dtype float32")
     fits: list[RidgeFit] = []
     means: list[Tensor] = []
@@ -192,7 +192,7 @@ def _ridge(fit: Fit) -> tuple[list[RidgeFit], Tensor]:
 
 
 def _regression_sums(fit: Fit) -> dict[Role, list[RegressionSums]]:
-    """The sums of each translator, over the documents to fit on and over those that choose the penalty."""
+    """Each translator's sums over the documents to fit on, and over those that choose the penalty."""
     n_layers, d_model, device = fit.model.n_layers, fit.model.d_model, fit.model.device
     print(
         f"host memory for Gram sums: {human_bytes(2 * n_layers * 2 * d_model**2 * 8)}, for vectors: about"
@@ -206,14 +206,14 @@ def _regression_sums(fit: Fit) -> dict[Role, list[RegressionSums]]:
             for role, of_role in sums.items():
                 rows = torch.from_numpy(np.flatnonzero(fit.role[batch.start : batch.stop] == role)).to(device)
                 last = vectors[-1][rows]
-                for x, one in zip(vectors, of_role, strict=False):  # All but the last output.
-                    one.add(x[rows], last)
+                for x, layer_sums in zip(vectors, of_role, strict=False):  # All but the last output.
+                    layer_sums.add(x[rows], last)
             bar.update(batch.stop - batch.start)
     return sums
 
 
 def _kl_trained(fit: Fit, ridge: TunedLens, means: Tensor) -> TunedLens:
-    """The KL-trained translators, made invertible. means: of their inputs, [L, D]."""
+    """The KL-trained translators, made invertible. means: those of their inputs, [L, D]."""
     options, model = fit.config.fitting, fit.model
     begin = torch.clone if options.init == "ridge" else torch.zeros_like
     weights, biases = begin(ridge.weights), begin(ridge.biases)
@@ -237,7 +237,7 @@ def _kl_trained(fit: Fit, ridge: TunedLens, means: Tensor) -> TunedLens:
 
 
 def _kl_tokens(fit: Fit, wanted: int) -> np.ndarray:
-    """Which tokens KL training draws its `wanted` ones from, bool [T]."""
+    """The tokens from which KL training draws the `wanted` ones, bool [T]."""
     usable = np.flatnonzero(np.isin(fit.role, (Role.FIT, Role.CHOOSE)))
     share = max(_KL_SHARE, wanted / len(usable))
     chosen = np.zeros(len(fit.role), bool)
@@ -251,7 +251,7 @@ def _kl_tokens(fit: Fit, wanted: int) -> np.ndarray:
 
 
 def _measure(fit: Fit, lenses: dict[str, TunedLens], mask: np.ndarray) -> tuple[dict[str, list[float]], list[Tensor]]:
-    """Mean KL of each lens by layer on the tokens of `mask` [T], and some of their vectors, [n, D] by layer."""
+    """Each lens's mean KL by layer on the tokens in `mask` [T], and some of these tokens' vectors, [n, D] by layer."""
     sample: list[Tensor] = []
 
     def batches() -> Iterator[list[Tensor]]:
@@ -269,7 +269,7 @@ def _measure(fit: Fit, lenses: dict[str, TunedLens], mask: np.ndarray) -> tuple[
 def _layers(
     fits: list[RidgeFit], lens: TunedLens, kls: dict[str, list[float]], sample: list[Tensor]
 ) -> tuple[LayerFit, ...]:
-    """The embedding, which has no layer, then each block's output; the last has no translator."""
+    """Results for the embedding (layer None), then for each block's output; the last has no translator."""
     found = []
     for i, kl_logit_lens in enumerate(kls["logit lens"]):
         back = round_trip(lens, sample[i], i - 1) if i else None

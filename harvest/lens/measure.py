@@ -1,4 +1,4 @@
-"""How good lenses are, layer by layer: KL divergence to the model's final logits, and whether each map can be undone.
+"""Measures lenses by layer: KL divergence to the model's final logits, and how well each map can be inverted.
 
 Shapes: n tokens, D = d_model, L = n_layers translators.
 """
@@ -12,7 +12,7 @@ from harvest.lens.kl import Logits, kl, target, tile_tokens
 from harvest.lens.translators import TunedLens
 
 TOLERANCE = 1e-4
-"""Largest relative error of inverse(apply(x)) that passes without a warning."""
+"""Largest relative error of inverse(apply(x)) that gives no warning."""
 
 
 @torch.no_grad()
@@ -24,10 +24,10 @@ def mean_kl(
     vocabulary: int,
     watch: Callable[[int], object] = lambda n: None,
 ) -> dict[str, list[float]]:
-    """Mean KL(model's own prediction || lens's), nats per token, of "logit lens" (the vectors as they are) and of each
-    lens, for the inputs of the L blocks and the last block's output, L + 1 numbers each; lower is better.
+    """Mean KL(model's own prediction || lens's), nats per token, of "logit lens" (unchanged vectors) and of each lens,
+    for the inputs of the L blocks and the last block's output, L + 1 numbers each; lower is better.
 
-    batches: L + 1 tensors [n, D] each. watch: called with the number of tokens of each tile that is done.
+    batches: L + 1 tensors [n, D] each. watch: called with the number of tokens of each finished tile.
     """
     tile = tile_tokens(vocabulary)
     sums: dict[str, Tensor] = {}
@@ -48,20 +48,20 @@ def mean_kl(
 
 
 def round_trip(lens: TunedLens, x: Tensor, layer: int) -> float:
-    """The worst |inverse(apply(x)) - x| / |x| over vectors [n, D] of a block's output, as `harvest` and analyses do."""
+    """The worst |inverse(apply(x)) - x| / |x| over vectors [n, D] of a block's output, mapped as `harvest` does."""
     back = lens.invert(lens.apply(x, layer), layer)
     return ((back - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)).max().item()
 
 
 def condition(weight: Tensor) -> float:
-    """Condition number of I + W, weight [D, D]: by how much the inverse may enlarge a relative error; 1 is best."""
+    """Condition number of I + W, weight [D, D]: how much the inverse may enlarge relative errors; 1 is best."""
     values = torch.linalg.svdvals(torch.eye(len(weight), dtype=torch.float64) + weight.cpu().double())
     return (values[0] / values[-1].clamp_min(torch.finfo(values.dtype).tiny)).item()
 
 
 def limit_condition(weight: Tensor, bias: Tensor, mean: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Weight [D, D] and bias [D] (float64) of a translator whose I + W has no singular value below the largest divided
-    by `limit` (0: no limit). The bias makes up for it at the inputs' mean [D]: its image stays where it was."""
+    """Weight [D, D] and bias [D] (float64) changed so that no singular value of I + W is below the largest divided by
+    `limit` (0: no limit). The bias compensates for this at the inputs' mean [D], whose image does not change."""
     if not limit:
         return weight, bias
     identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)

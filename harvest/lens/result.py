@@ -1,4 +1,4 @@
-"""How good a fitted lens is by layer, as fit.json holds it, and as it is printed. Tested in test_fit.py."""
+"""The quality of a fitted lens by layer, as written to fit.json and as printed. Tested in test_fit.py."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ _COLUMNS = {
     "condition": ("condition", ".3g"),
     "round trip": ("round_trip", ".1e"),
 }
-"""Headings of the table beside "layer": a field of `LayerFit`, and how it is written."""
+"""Headings of the table after "layer": a field of `LayerFit`, and its format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +24,21 @@ class LayerFit:
     """How good the lens is at one layer. KL in nats per token on held-out documents; lower is better."""
 
     layer: int | None
-    """Block whose output it is; None for the embedding, which enters block 0."""
+    """Block whose output this is; None for the embedding, the input of block 0."""
     translator: int | None
-    """Its translator; None for the last block, which takes none."""
+    """Its translator; None for the last block, which has none."""
     kl_logit_lens: float
-    """Without a translator."""
+    """KL without a translator."""
     kl_ridge: float | None = None
-    """With the ridge one."""
+    """KL with the ridge translator."""
     kl_trained: float | None = None
-    """With the KL-trained one; None where none was trained."""
+    """KL with the KL-trained translator; None if none was trained."""
     penalty: float | None = None
     """Ridge penalty, in units of the mean eigenvalue of the inputs' scatter matrix."""
     r2: float | None = None
-    """Share of the variance of (last output - this) that ridge explained on documents that chose the penalty."""
+    """Share of the variance of (last output - this) that ridge explained on the documents that chose the penalty."""
     condition: float | None = None
-    """Condition number of I + W, of the translator that was saved."""
+    """Condition number of I + W of the saved translator."""
     round_trip: float | None = None
     """Worst |inverse(apply(x)) - x| / |x| over held-out vectors."""
 
@@ -54,22 +54,22 @@ class FitResult:
     init: str | None
     """Where KL training began; None without it."""
     fit_tokens: int
-    """Kept tokens that ridge was fitted on."""
+    """Kept tokens used for the ridge fit."""
     fit_documents: int
     kl_tokens: int
-    """Tokens that KL training saw, repeats included."""
+    """Tokens that KL training saw, including repeats."""
     kl_steps: int
     held_out_tokens: int
-    """Kept tokens that were measured on."""
+    """Kept tokens used for measuring."""
     held_out_documents: int
     seconds: dict[str, float]
-    """By phase."""
+    """Seconds by phase."""
     layers: tuple[LayerFit, ...]
     """The embedding, then each block."""
 
 
 def print_fit(result: FitResult, *, as_json: bool) -> None:
-    """Print a result on stdout, and on stderr a line for each layer that needs one."""
+    """Print a result on stdout, and its warnings on stderr."""
     for note in warnings(result):
         print(note, file=sys.stderr)
     if as_json:
@@ -90,7 +90,7 @@ def print_fit(result: FitResult, *, as_json: bool) -> None:
 
 
 def warnings(result: FitResult) -> list[str]:
-    """A line for each layer whose map cannot be undone to `TOLERANCE`, or is no better than none at all."""
+    """A line for each layer whose map cannot be inverted to within `TOLERANCE`, or is no better than no map."""
     found = []
     for layer in result.layers:
         if layer.round_trip is not None and not layer.round_trip <= TOLERANCE:

@@ -1,14 +1,14 @@
-"""Translators by ridge regression, from sums that are taken in one pass over the vectors.
+"""Fits translators by ridge regression, from sums that are computed in one pass over the vectors.
 
 How: translator i maps x, the input of block i, to y, the last block's output, as x + W x + b. With r = y - x and bars
 for means over kept tokens,
 
     W^T = (S_xx + lambda I)^-1 S_xr    S_xx = sum (x - x̄)(x - x̄)^T    S_xr = sum (x - x̄)(r - r̄)^T    b = r̄ - W x̄
 
-so that the penalty draws the translator towards "x plus a constant", not towards zero, and never touches b. The sums
-are kept in float64 about their own means and are merged by the update of Chan, Golub and LeVeque. lambda is chosen
-for each translator, among multiples of the mean eigenvalue of S_xx, by the squared error on documents that took no
-part in the sums; then both groups of documents are merged and solved once more.
+so that the penalty pulls the translator towards "x plus a constant", not towards zero, and does not affect b. The sums
+are kept in float64 about their own means, and merged by the update of Chan, Golub and LeVeque. lambda is chosen for
+each translator, among multiples of the mean eigenvalue of S_xx, by the squared error on documents that are not in the
+sums; then the sums of both groups of documents are merged and solved once more.
 
 Shapes: n vectors, D = d_model.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-16, 3))
-"""What lambda is chosen from, in units of the mean eigenvalue of S_xx: 1e-8 to 10, in steps of half a decade."""
+"""The candidates for lambda, in units of the mean eigenvalue of S_xx: 1e-8 to 10, in steps of half a decade."""
 
 
 class RegressionSums:
@@ -32,10 +32,10 @@ class RegressionSums:
         self.xx = torch.zeros(d_model, d_model, dtype=torch.float64, device=device)
         self.xr = torch.zeros(d_model, d_model, dtype=torch.float64, device=device)
         self.rr = torch.zeros((), dtype=torch.float64, device=device)
-        """Sum over dimensions too: the residual's total squared deviation."""
+        """Summed over dimensions, too: the total squared deviation of r."""
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in vectors x and their targets y, each [n, D]."""
+        """Add vectors x and their targets y, each [n, D]."""
         if len(x) == 0:
             return
         x, r = x.double(), y.double() - x.double()
@@ -44,7 +44,7 @@ class RegressionSums:
         self._merge(len(x), mean_x, mean_r, x.T @ x, x.T @ r, r.square().sum())
 
     def merge(self, other: "RegressionSums") -> None:
-        """Take in the vectors of other sums."""
+        """Add the vectors of other sums."""
         if other.count:
             self._merge(other.count, other.mean_x, other.mean_r, other.xx, other.xr, other.rr)
 
@@ -71,12 +71,12 @@ class RidgeFit(NamedTuple):
     penalty: float
     """lambda, in units of the mean eigenvalue of S_xx."""
     r2: float
-    """Share of the variance of y - x that was explained on the documents that lambda was chosen on, before they were
-    merged; higher is better, 1 is perfect."""
+    """Share of the variance of y - x explained on the documents that chose lambda, before they were merged; higher is
+    better, 1 is perfect."""
 
 
 def fit_ridge(fit: RegressionSums, choose: RegressionSums) -> RidgeFit:
-    """The translator of `fit` and `choose`, which is merged into `fit`, by the penalty that does best on `choose`."""
+    """The translator of `fit` after merging `choose` into it, with the penalty that did best on `choose` before."""
     penalty, r2 = _best_penalty(fit, choose)
     fit.merge(choose)
     weight, bias = solve(fit, penalty)
@@ -84,7 +84,7 @@ def fit_ridge(fit: RegressionSums, choose: RegressionSums) -> RidgeFit:
 
 
 def solve(sums: RegressionSums, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight [D, D] and bias [D], float64, for a penalty in units of the mean eigenvalue of S_xx."""
+    """Weight [D, D] and bias [D] (float64) for a penalty in units of the mean eigenvalue of S_xx."""
     matrix = sums.xx.clone()
     matrix.diagonal().add_(penalty * _mean_eigenvalue(sums))
     weight = torch.linalg.solve(matrix, sums.xr).T.contiguous()
@@ -116,5 +116,5 @@ def _best_penalty(fit: RegressionSums, choose: RegressionSums) -> tuple[float, f
 
 
 def _mean_eigenvalue(sums: RegressionSums) -> float:
-    """Of S_xx; a tiny number where the vectors are all the same, so that nothing is divided by zero."""
+    """The mean eigenvalue of S_xx; a tiny number if all vectors are equal, to avoid division by zero."""
     return max(float(sums.xx.diagonal().mean()), 1e-300)

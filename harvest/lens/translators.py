@@ -2,9 +2,9 @@
 al. 2023, arXiv 2303.08112).
 
 How: applies h -> h + W h + b, and its inverse. Translator i was trained on the *input* of block i, so block l's output
-takes translator l + 1 and the last block's output none ("tuned-lens" indexing); "mlsae-compat" takes translator l for
-block l, as the reference implementation of the multi-layer SAE does. Read and written in the published format,
-`config.json` and `params.pt` with "{i}.weight" [D, D] and "{i}.bias" [D]; read also from the hub Space
+takes translator l + 1, and the last block's output none ("tuned-lens" indexing). "mlsae-compat" uses translator l for
+block l, like the reference implementation of the multi-layer SAE. Lenses are read and written in the published format:
+`config.json`, and `params.pt` with "{i}.weight" [D, D] and "{i}.bias" [D]. They can also be read from the hub Space
 AlignmentResearch/tuned-lens.
 
 Shapes: L = n_layers, D = d_model; ... any leading dimensions.
@@ -40,7 +40,7 @@ _FIT_ONE = "Fit one for this model (`residscope fit-lens`) and give its folder"
 
 @dataclass(frozen=True, eq=False)
 class TunedLens:
-    """A lens in memory. `apply` and `invert` take the index of the block whose output the vectors are."""
+    """A lens in memory. `apply` and `invert` take the index of the block that output the vectors."""
 
     weights: Tensor
     """float32 [L, D, D]."""
@@ -52,7 +52,7 @@ class TunedLens:
     fingerprint: str = ""
     """Hash of config and parameters."""
     base_model: str | None = None
-    """The model that it says it was fitted for."""
+    """The model that it was fitted for, according to its config."""
     _factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -65,11 +65,11 @@ class TunedLens:
         return self.weights.shape[-1]
 
     def describe(self) -> dict[str, Any]:
-        """What a store keeps of it."""
+        """What a store records about the lens."""
         return {"id": self.name, "indexing": self.indexing, "hash": self.fingerprint}
 
     def translator(self, layer: int) -> int | None:
-        """Index of the translator that block `layer`'s output takes; None where it takes none."""
+        """Index of the translator for block `layer`'s output; None if there is none."""
         if not 0 <= layer < self.n_layers:
             raise IndexError(f"layer {layer} is outside 0..{self.n_layers - 1}")
         if self.indexing == "mlsae-compat":
@@ -110,11 +110,11 @@ class TunedLens:
 
 
 def load_lens(name: str, *, model_id: str, n_layers: int, d_model: int, indexing: Indexing = "tuned-lens") -> TunedLens:
-    """The lens `name` for a model: a local folder, an id in the published collection, or "auto" for the model's own
-    there.
+    """The lens `name` for a model: a local folder, an id in the published collection, or "auto" for the one published
+    for the model.
 
-    Raises `UsageError` where there is no such lens, `IncompatibleError` where it is for a model of other sizes
-    or damaged, `ResidscopeError` where it cannot be downloaded.
+    Raises `UsageError` if there is no such lens, `IncompatibleError` if it is for a model with other sizes or damaged,
+    `ResidscopeError` if it cannot be downloaded.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -182,7 +182,7 @@ def _parameter(parameters: Any, lens: str, key: str, shape: tuple[int, ...]) -> 
 def _download(model_id: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    # The collection calls the GPT-2 models by their old ids, without an owner.
+    # The collection uses the old ids of the GPT-2 models, without an owner.
     candidates = list(dict.fromkeys([model_id, model_id.rpartition("/")[2]]))
     repo = pin(SPACE, "space", probes=[f"lens/{candidate}/config.json" for candidate in candidates])
     where: dict[str, Any] = {"repo_type": "space", "revision": repo.commit, "local_files_only": repo.cached_only}
@@ -199,7 +199,7 @@ def _download(model_id: str) -> Path:
 
 
 def write_lens(folder: Path, model: LoadedModel, lens: TunedLens, *, extra: Mapping[str, Any]) -> None:
-    """Write a lens for `model` into a folder that is there; and beside it the JSON files of `extra`, by name."""
+    """Write a lens for `model` into an existing folder, with the JSON files `extra`, by name."""
     parameters: dict[str, Tensor] = {}
     for i, (weight, bias) in enumerate(zip(lens.weights, lens.biases, strict=True)):
         parameters[f"{i}.weight"] = weight.cpu().clone()
@@ -221,7 +221,7 @@ def write_lens(folder: Path, model: LoadedModel, lens: TunedLens, *, extra: Mapp
 
 
 def _unembed_hash(weight: Tensor) -> str:
-    """What the package `tuned-lens` compares to see that a lens belongs to a model: SHA-256 of the matrix [V, D] as
-    numpy prints it, with one decimal and most of it left out."""
+    """The hash by which the package `tuned-lens` checks that a lens belongs to a model: SHA-256 of the matrix [V, D] as
+    numpy prints it, abbreviated and with one decimal."""
     shown = np.array_str(weight.detach().float().cpu().numpy(), precision=1)
     return hashlib.sha256(shown.encode()).hexdigest()

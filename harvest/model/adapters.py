@@ -1,7 +1,7 @@
-"""Adapters (LoRA and the like) in a model's folder or repository: recognised, and put into the weights by peft.
+"""Adapters (LoRA and the like) in a model's folder or repository: recognised, and merged into the weights by peft.
 
-transformers applies an adapter only where peft is installed, and says nothing where it is not; here there is one or an
-error. The weights are changed once, after loading, so that whatever reads a weight reads the one that the model uses.
+transformers applies an adapter only if peft is installed, and otherwise ignores it silently; here that is an error. The
+weights are changed once, after loading, so that any code that reads a weight reads the one that the model uses.
 """
 
 import importlib.metadata
@@ -18,8 +18,8 @@ NOT_BY_TRANSFORMERS = {"subfolder": "applied-by-harvest.model.adapters"}
 
 
 def read_adapter(model: str, config: Path) -> tuple[str, str]:
-    """Of `config`, an adapter_config.json, the kind with peft's version, for the store's record; and the folder or hub
-    id of the model that it was made for, empty where that is not said. `IncompatibleError` if damaged,
+    """From `config`, an adapter_config.json: the adapter's kind with peft's version, for the store's record, and the
+    folder or hub id of the model that it was made for ("" if not given). `IncompatibleError` if it is damaged,
     `ResidscopeError` without peft."""
     way_out = "save the adapter again, or remove the file to use the weights without it"
     with reading(f"{model}: {ADAPTER} is not an adapter's configuration", way_out):
@@ -34,8 +34,8 @@ def read_adapter(model: str, config: Path) -> tuple[str, str]:
 
 
 def with_adapter(model: str, causal_lm: Any, location: str, arguments: dict[str, Any]) -> Any:
-    """`causal_lm` with the adapter at `location` (a folder or hub id; arguments: of `from_pretrained`) in its weights.
-    `IncompatibleError` where it does not fit, or is of a kind that is not in the weights."""
+    """`causal_lm` with the adapter at `location` (a folder or hub id; arguments: of `from_pretrained`) merged into its
+    weights. `IncompatibleError` if it does not fit, or is of a kind that cannot be merged."""
     import peft  # pyright: ignore[reportMissingImports]
 
     config = peft.PeftConfig.from_pretrained(location, **arguments)

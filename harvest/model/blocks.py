@@ -1,7 +1,7 @@
-"""What a transformers model is made of: the numbers in its configuration, and its blocks and final norm.
+"""The parts of a transformers model: sizes from its configuration, its blocks and its final norm.
 
-The blocks are found by a rule, not by a list of architectures: the unique shallowest ModuleList that is as long as the
-configuration says there are layers.
+The blocks are found by a rule, not by a list of architectures: the unique shallowest ModuleList whose length is the
+configuration's number of layers.
 """
 
 from typing import Any
@@ -19,29 +19,29 @@ _LONGEST_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_position
 
 def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
     """The transformer blocks of a model: its unique shallowest ModuleList of length `n_layers` that has weights.
-    `IncompatibleError` where there is none, or more than one."""
+    `IncompatibleError` if there is none, or more than one."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    # Some models have a list of rotary embeddings beside it, one for each block and without weights.
-    fitting = [name for name, one in lists.items() if len(one) == n_layers and [*one.parameters()]]
+    # Some models also have a list of rotary embeddings, one for each block, without weights.
+    fitting = [name for name, modules in lists.items() if len(modules) == n_layers and [*modules.parameters()]]
     depth = min((name.count(".") for name in fitting), default=0)
     shallowest = [name for name in fitting if name.count(".") == depth]
     if len(shallowest) == 1:
         return lists[shallowest[0]]
     if shallowest:
         reason = f"{', '.join(shallowest)} all have {n_layers} modules; this architecture is not supported"
-        raise IncompatibleError(f"{type(model).__name__}: the transformer blocks cannot be told from others: {reason}")
+        raise IncompatibleError(f"{type(model).__name__}: the transformer blocks cannot be identified: {reason}")
     seen = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
-    what = f"as many as its configuration says and with weights, found {seen}; this architecture is not supported"
+    what = f"as its configuration says, with weights; found {seen}; this architecture is not supported"
     raise IncompatibleError(f"{type(model).__name__}: no list of {n_layers} transformer blocks, {what}")
 
 
 def name_of(module: nn.Module, model: nn.Module) -> str:
-    """Name of a module within a model; `StopIteration` where it is not in it."""
+    """Name of a module within a model; `StopIteration` if it is not in the model."""
     return next(name for name, found in model.named_modules() if found is module)
 
 
 def final_norm(model: str, base: nn.Module, blocks: nn.ModuleList) -> nn.Module:
-    """The norm before the unembedding; `IncompatibleError`, which begins with `model`, where its name is not known."""
+    """The norm before the unembedding; `IncompatibleError`, which begins with `model`, if its name is unknown."""
     parent = base.get_submodule(name_of(blocks, base).rpartition(".")[0])
     for name in _FINAL_NORM_NAMES:
         found = getattr(parent, name, None)
@@ -54,24 +54,24 @@ def final_norm(model: str, base: nn.Module, blocks: nn.ModuleList) -> nn.Module:
 
 
 def n_layers_of(config: Any) -> int:
-    """Number of transformer blocks by the (text) configuration."""
+    """Number of transformer blocks according to the (text) configuration."""
     return int(config.get_text_config().num_hidden_layers)
 
 
 def d_model_of(config: Any) -> int:
-    """Size of the residual stream by the (text) configuration."""
+    """Size of the residual stream according to the (text) configuration."""
     return int(config.get_text_config().hidden_size)
 
 
 def longest_context(config: Any) -> int | None:
-    """Most positions that the model takes, or None where it sets no limit."""
+    """Maximum number of positions that the model takes, or None without a limit."""
     found = next((n for name in _LONGEST_NAMES if (n := getattr(config.get_text_config(), name, None))), 0)
-    return int(found) if found > 0 else None  # XLNet has -1 for no limit.
+    return int(found) if found > 0 else None  # XLNet uses -1 for no limit.
 
 
 def reset_rope(rotary: Any, _: Any = None) -> None:
-    """Put a rotary embedding whose frequencies grow with the longest sequence that it has seen (dynamic NTK) back to
-    its start, so that vectors depend on their own sequence alone; called before each of its passes."""
+    """Reset a rotary embedding whose frequencies change with the longest sequence that it has seen (dynamic NTK), so
+    that vectors depend on their own sequence alone; called before each of its forward passes."""
     for name in list(vars(rotary)):
         if name.endswith("max_seq_len_cached"):
             setattr(rotary, name, rotary.original_max_seq_len)

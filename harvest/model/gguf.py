@@ -1,11 +1,11 @@
-"""GGUF files as ordinary model folders: found, put together, unpacked once, and kept in a cache.
+"""Turns GGUF files into ordinary model folders: finds them, joins their parts, unpacks them once, caches the result.
 
-How: transformers unpacks a GGUF file (slow: it parses and dequantises everything), and what comes out is saved as
+How: transformers unpacks a GGUF file (slow: it parses and dequantises everything), and the result is saved as
 config, tokenizer and safetensors under `$XDG_CACHE_HOME/residscope/gguf` (default `~/.cache`), by the file's SHA-256
 and transformers' version. The folder is built under a temporary name and renamed; the files' hashes are checked at
-each use, and a damaged folder is built again. Weights are kept in float32, which is exact, up to a billion
-parameters and in bfloat16 above. What transformers leaves out without a word, the scaling of a rotary embedding and
-tensors that it knows no place for, is put in or refused. The cache is never cleared; it may be deleted at any time.
+each use, and a damaged folder is rebuilt. Weights are kept in float32, which is exact, up to a billion parameters, and
+in bfloat16 above. What transformers silently leaves out is handled here: the scaling of a rotary embedding is added or
+refused, tensors that it has no place for are refused. The cache is never cleared; it may be deleted at any time.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from residscope.reading import CONFIG_BYTES, read_whole
 _BLOCK = 1 << 22
 _EXACT_PARAMETERS = 1_000_000_000
 _SEAL, _FORM = "residscope.json", 2  # Folders of an earlier form are not used.
-_ADDED = "rope"  # An empty file beside a model whose rotary embedding transformers alone would not have made.
-_READERS = ("gguf", "accelerate")  # What transformers needs for it.
+_ADDED = "rope"  # An empty file in the folder of a model whose rotary embedding was changed after transformers made it.
+_READERS = ("gguf", "accelerate")  # What transformers needs to read GGUF.
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file, perhaps in parts."""
+    """A GGUF file, possibly in several parts."""
 
     name: str
     parts: tuple[Path, ...]
@@ -49,7 +49,7 @@ class GgufFile:
 
 
 def packaged_gguf(alias: str) -> GgufFile | None:
-    """The GGUF file that an installed PyPI package, which is not imported, has for a short name; None without it."""
+    """The GGUF file that installed PyPI packages (which are not imported) have for a short name; None if not found."""
     parts: list[Path] = []
     for module in PACKAGED.get(alias.lower(), ()):
         spec = importlib.util.find_spec(module)
@@ -69,14 +69,14 @@ def sha256(file: GgufFile) -> str:
 
 
 def fingerprint(digest: str, folder: Path) -> str:
-    """What tells the model in `folder` from others, whatever versions before today's made of the file."""
+    """Identifies the model in `folder`, and tells it from one that an earlier version unpacked from the same file."""
     return digest + "-rope" * (folder / _ADDED).exists()
 
 
 def unpacked_folder(file: GgufFile, digest: str) -> Path:
     """A folder with the model of `file` (SHA-256 `digest`) as config, tokenizer and safetensors, unpacked once.
 
-    `IncompatibleError` for a file that transformers cannot read, `ResidscopeError` where the cache cannot be written.
+    `IncompatibleError` for a file that transformers cannot read, `ResidscopeError` if the cache cannot be written.
     """
     import transformers
 
@@ -94,7 +94,7 @@ def unpacked_folder(file: GgufFile, digest: str) -> Path:
                 shutil.rmtree(folder, ignore_errors=True)
                 _unpack(file, folder, size, digest)
     except OSError as error:
-        what = f"{error.strerror}, while {file.name} was unpacked. Set XDG_CACHE_HOME to a folder with room"
+        what = f"{error.strerror} while unpacking {file.name}. Set XDG_CACHE_HOME to a folder with room"
         raise ResidscopeError(f"{error.filename or folder}: {what}") from error
     return folder
 
@@ -129,7 +129,7 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
 
     arguments: dict[str, Any] = {"gguf_file": source.name}
     try:
-        # The library shows a bar of its own, whatever its settings.
+        # The library shows its own progress bar, whatever its settings.
         with contextlib.redirect_stderr(io.StringIO()):
             config = transformers.AutoConfig.from_pretrained(source.parent, **arguments)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, config=config, **arguments)
@@ -149,13 +149,13 @@ def _convert(source: Path, folder: Path, file: GgufFile) -> None:
             raise
         raise IncompatibleError(
             f"{file.name}: transformers cannot read this GGUF file ({type(error).__name__}: {said(error)}). "
-            "It may be damaged, or of an architecture that transformers does not take from GGUF"
+            "It may be damaged, or have an architecture that transformers cannot read from GGUF"
         ) from error
 
 
 def _add_left_out(source: Path, name: str, model: Any) -> bool:
-    """Scale the model's rotary embedding as the file says, and give whether that changed it; `IncompatibleError` where
-    it cannot be said in transformers' terms, and where tensors of the file are not in the model."""
+    """Scale the model's rotary embedding as the file says, and return whether that changed it; `IncompatibleError` if
+    transformers cannot express it, or if the model lacks tensors of the file."""
     from gguf import GGUFReader
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -169,9 +169,9 @@ def _add_left_out(source: Path, name: str, model: Any) -> bool:
         rope["rope_theta"] = float(values["freq_base"])
     kind, factor = values.get("scaling.type", "none"), values.get("scaling.factor")
     length = values.get("scaling.original_context_length")
-    if (llama3 := tensors.pop("rope_freqs.weight", None)) is not None:  # what its four numbers make, but not these
+    if (llama3 := tensors.pop("rope_freqs.weight", None)) is not None:  # made from four numbers that the file lacks
         kind, factor, length = "llama3", llama3.data.max(), 8192
-    if kind != "none" and rope.get("rope_type", "default") == "default":  # else transformers has read it
+    if kind != "none" and rope.get("rope_type", "default") == "default":  # Otherwise transformers has read it.
         known = rope is getattr(config, "rope_parameters", None) or kind == "linear"
         if not rope or factor is None or not known or kind not in ("linear", "yarn", "llama3"):
             raise IncompatibleError(f"{name}: transformers leaves out its rope scaling, {kind}: {way_out}")
@@ -184,7 +184,7 @@ def _add_left_out(source: Path, name: str, model: Any) -> bool:
                 raise IncompatibleError(f"{name}: its rope_freqs.weight is not that of Llama 3: {way_out}")
     if config.tie_word_embeddings:
         tensors.pop("output.weight", None)
-    if any(key.endswith(".nextn_predict_layers") for key in reader.fields):  # behind the stream
+    if any(key.endswith(".nextn_predict_layers") for key in reader.fields):  # extra blocks after the residual stream
         extra = f"blk.{n_layers_of(config)}."
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(extra)}
     there = sum(int(tensor.n_elements) for tensor in tensors.values())
@@ -196,7 +196,7 @@ def _add_left_out(source: Path, name: str, model: Any) -> bool:
 
 
 def _value(field: Any) -> Any:
-    """A number or a word of a GGUF file's metadata, the first of a list."""
+    """A number or string in a GGUF file's metadata; of a list the first."""
     part = field.parts[field.data[0]]
     return bytes(part).decode() if part.dtype == np.uint8 else part[0]
 
@@ -207,12 +207,12 @@ def _check_readable(file: GgufFile) -> None:
     with file.parts[0].open("rb") as stream:
         found = stream.read(4)
     if found != b"GGUF":
-        what = f"not a GGUF file (it should begin with b'GGUF', found {found!r})"
+        what = f"not a GGUF file (should begin with b'GGUF', found {found!r})"
         raise IncompatibleError(f"{file.name}: {what}; download it again")
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds what `_unpack` wrote: every file has the hash that the seal gives it."""
+    """Whether the folder is as `_unpack` wrote it: every file has its hash in the seal."""
     try:
         seal = json.loads(read_whole(folder / _SEAL, CONFIG_BYTES))
         return bool(seal) and all(hash_of(xxhash.xxh3_128(), folder / name) == found for name, found in seal.items())

@@ -12,7 +12,7 @@ def add_file(digest: Any, path: Path) -> None:
 
 
 def hash_of(digest: Any, *paths: Path) -> str:
-    """What the hash gives, in hex, once the files' contents are added."""
+    """The hash in hex after adding the files' contents."""
     for path in paths:
         add_file(digest, path)
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Questions to the Hugging Face hub that fail fast and in one line.
+"""Requests to the Hugging Face hub that fail fast and with a one-line error.
 
-How: one request with a short timeout pins a repository to a commit before any library with long retries is let loose
-on it; without a network the local cache is asked instead. Models are downloaded by transformers, data by datasets.
+How: one request with a short timeout pins a repository to a commit before any library with long retries accesses it;
+without a network the local cache is used instead. transformers downloads models, datasets data.
 """
 
 import logging.handlers
@@ -22,16 +22,16 @@ _KINDS = {
     "dataset": ("data set", "--dataset a local file or pydoc"),
     "space": ("space", "--lens a local folder"),
 }
-"""What each kind is called, and what can be given in its place without a network."""
+"""What each kind is called, and what can be given instead without a network."""
 
 _LONGEST = 500
-"""Characters of a warning that is passed on."""
+"""Maximum characters of a warning that is passed on."""
 _DROPPED = re.compile(
     r"LOAD REPORT|weights of .* were not (used|initialized)|is deprecated|generation.(flags|config)|as a standalone",
     re.IGNORECASE,
 )
 _OF_FILES = re.compile("transformers|tokenizers|sentencepiece|peft|safetensors")
-"""Libraries that read a model's files, in the paths of their modules; others warn of how they are called."""
+"""Libraries that read a model's files, in the paths of their modules; warnings of others are about how we call them."""
 _said: set[str] = set()
 
 
@@ -40,16 +40,16 @@ class HubRepo(NamedTuple):
 
     commit: str
     cached_only: bool
-    """There is no network: only files in the local cache can be had."""
+    """Without a network: only files in the local cache are available."""
     files: tuple[str, ...] = ()
-    """Names of those on its first level; without a network, of those in the cache."""
+    """Names of the top-level files; without a network, of those in the cache."""
 
 
 def pin(repo_id: str, kind: str, revision: str | None = None, probes: Sequence[str] = ("config.json",)) -> HubRepo:
-    """The commit that `revision` (default: the newest) of a repository of `kind` (model, dataset, space) stands for.
+    """The commit of `revision` (default: the newest) of a repository of `kind` (model, dataset, space).
 
     Without a network the commit comes from the local cache, if one of the files `probes` is in it. Raises
-    `UsageError` for what does not exist, `ResidscopeError` where it may not be read or the hub cannot be reached.
+    `UsageError` if it does not exist, `ResidscopeError` if it may not be read or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -97,7 +97,7 @@ def _cached_snapshot(repo_id: str, kind: str, revision: str | None, probes: Sequ
 
 
 def quiet() -> None:
-    """Keep the libraries' warnings, retries and bars (but for downloads) off the terminal; see also `passing_on`."""
+    """Keep the libraries' warnings, retries and bars (except for downloads) off the terminal; see also `passing_on`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import huggingface_hub
     import transformers
@@ -109,10 +109,10 @@ def quiet() -> None:
 
 @contextmanager
 def passing_on(model: str) -> Iterator[None]:
-    """While something of `model` is loaded, turn what libraries warn of into `warning:` lines on stderr, each once.
+    """While something of `model` is loaded, turn libraries' warnings into `warning:` lines on stderr, each once.
 
-    Dropped are what other libraries say, what the calling code should change (deprecations), what concerns text
-    generation, and what `harvest.model.sanity` tells in a line.
+    Dropped are warnings of other libraries, those about the calling code (deprecations) or text generation, and those
+    that `harvest.model.sanity` reports itself.
     """
     logger, listener = logging.getLogger("transformers"), logging.handlers.BufferingHandler(1000)
     before, level = logger.handlers, logger.level
@@ -126,14 +126,14 @@ def passing_on(model: str) -> Iterator[None]:
             logger.handlers = before
             logger.setLevel(level)
             heard = [record.getMessage() for record in listener.buffer]
-            ours = (one for one in raised if one.category is UserWarning and _OF_FILES.search(one.filename))
-            for text in (*heard, *(str(one.message) for one in ours)):
+            of_files = (w for w in raised if w.category is UserWarning and _OF_FILES.search(w.filename))
+            for text in (*heard, *(str(w.message) for w in of_files)):
                 if not _DROPPED.search(text):
                     warn(model, text)
 
 
 def warn(model: str, text: str) -> None:
-    """Print a `warning:` line on stderr, once in a process."""
+    """Print a `warning:` line on stderr, once per process."""
     line = f"warning: {model}: {' '.join(text.split())[:_LONGEST]}"
     if line not in _said:
         _said.add(line)

@@ -1,7 +1,7 @@
-"""Which model a name stands for: a short name, a hub id, a local folder or a GGUF file, pinned by commit or by hash.
+"""Resolves a model's name (a short name, a hub id, a local folder or a GGUF file), and pins it by commit or by hash.
 
-A folder is pinned by every file in it that may decide what is loaded: all but those of `_UNREAD`, documents, logs,
-pictures, and the weights of other libraries. So a file that nobody has heard of counts, and a changed log does not.
+A folder is pinned by every file in it that may affect what is loaded: all except those of `_UNREAD`: documents, logs,
+pictures, and the weights of other libraries. So a file of an unknown kind counts, and a changed log does not.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -27,48 +27,48 @@ _UNREAD = (
     " *.webp *.pdf trainer_state.json training_args.bin *.pt *.pth *.h5 *.msgpack *.onnx *.ot *.gguf *.tflite *.tmp"
     " *.lock *~ .* *.harvest.toml *.config.toml *.html summary.json compare.json prompt.json"
 )
-"""Names, in lower case, of files in a model's folder that transformers does not read; the last are Residscope's."""
+"""Names (in lower case) of files in a model's folder that transformers does not read; the last are Residscope's."""
 _FIRST = (
     "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json special_tokens_map.json"
 )
-"""Have a hash by themselves, with the weights: that of stores from before other files counted."""
+"""Hashed separately, with the weights: the hash in stores from before other files were hashed."""
 _TOKENIZER = "*token* *vocab* merges.txt *.model *.model.v* *.spm *.tiktoken *bpe* tekken.json"
 _WEIGHTS = "*.safetensors *.bin"
 _TAKEN_FIRST = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-"""Where one of them is there, no .bin is read."""
+"""If one of these exists, no .bin is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Which model, exactly; nothing is loaded yet."""
+    """Exactly which model; nothing is loaded yet."""
 
     name: str
-    """What to call it; `resolve_model` takes a hub id or short name anywhere, a folder's or file's where it lies."""
+    """What to call it: the hub id or short name, or the name of the folder or file without its path."""
     source: Literal["hub", "folder", "gguf"]
     location: str
     """What transformers loads: the hub id, or the path of a folder."""
     revision: str | None = None
     """Commit on the hub."""
     fingerprint: str | None = None
-    """Hash of the content: of a GGUF file (SHA-256), or of a folder's files that may be read (xxh3-128, of the
-    weights and best known files, then `+` and of others); of an adapter alone, with its base's."""
+    """Hash of the content: of a GGUF file (SHA-256), or of a folder's files that may be read (xxh3-128 of the
+    weights and best-known files, then `+` and that of the others); for an adapter alone, combined with its base's."""
     cached_only: bool = False
-    """There is no network: load from the hub's local cache."""
+    """Without a network: load from the hub's local cache."""
     random_init: bool = False
     """Random weights instead of the model's own."""
     seed: int = 0
-    """Of the random weights."""
+    """Seed of the random weights."""
     adapter: str | None = None
-    """The kind of the adapter that belongs to it, and the version of peft that applies it."""
+    """The kind of its adapter, and the version of peft that applies it."""
     base: "ModelSpec | None" = None
-    """Whose weights and configuration are loaded, where there is an adapter alone."""
+    """The model whose weights and configuration are loaded, if this is an adapter alone."""
     own_tokenizer: bool = True
-    """Whether the tokenizer is its own, rather than that of `base`."""
+    """Whether it has its own tokenizer, rather than that of `base`."""
 
     @property
     def load_arguments(self) -> dict[str, Any]:
         """Keywords of every `from_pretrained` call."""
-        # Said outright, since transformers asks at the terminal where it is left open.
+        # trust_remote_code is set explicitly, because otherwise transformers may ask at the terminal.
         return {**self.place, "trust_remote_code": False}
 
     @property
@@ -84,9 +84,9 @@ def resolve_model(
 ) -> ModelSpec:
     """The model that `name` stands for: a local folder, a GGUF file, a short name, or a hub id, in this order.
 
-    Hashes local files, or asks the hub for the commit. as_base: it is an adapter's base, and must have none itself.
-    Raises `UsageError` where there is no such model, `IncompatibleError` for a folder or file that is not a model,
-    `ResidscopeError` where the hub cannot be reached or peft is needed and not installed.
+    Hashes local files, or asks the hub for the commit. as_base: it is an adapter's base, and must have no adapter.
+    Raises `UsageError` if there is no such model, `IncompatibleError` for a folder or file that is not a model,
+    `ResidscopeError` if the hub cannot be reached or peft is needed but not installed.
     """
     quiet()
     if not str(name).strip():
@@ -100,7 +100,7 @@ def resolve_model(
         elif path.is_file() and path.suffix.lower() == ".gguf":
             spec = _gguf_spec(gguf.GgufFile(path.name, (path,)), path.name)
         else:
-            way_out = "for other formats give the folder that contains config.json"
+            way_out = "for other formats, give the folder that contains config.json"
             raise IncompatibleError(f"model {path}: not a .gguf file; {way_out}")
     elif revision is None and (packaged := gguf.packaged_gguf(name)):
         spec = _gguf_spec(packaged, name.lower())
@@ -109,7 +109,7 @@ def resolve_model(
     if ADAPTER in files and not random_init:
         if as_base:
             way_out = "merge it into its weights"
-            raise IncompatibleError(f"{name} has an adapter too, and only one can be applied; {way_out}")
+            raise IncompatibleError(f"{name} has an adapter too, but only one can be applied; {way_out}")
         spec = _with_adapter(spec, files)
     return replace(spec, random_init=random_init, seed=seed)
 
@@ -129,13 +129,13 @@ def _hub_spec(name: str, revision: str | None) -> tuple[ModelSpec, Collection[st
 
 
 def _with_adapter(spec: ModelSpec, files: Collection[str]) -> ModelSpec:
-    """`spec`, which has an adapter's configuration among its `files`, with what the adapter is and belongs to."""
+    """`spec`, whose `files` include an adapter's configuration, with the adapter's kind and base."""
     if spec.source == "hub":
         from huggingface_hub import hf_hub_download
 
         try:
             file = Path(hf_hub_download(spec.location, ADAPTER, **spec.place))
-        except Exception as error:  # Of many kinds, from several libraries.
+        except Exception as error:  # Several libraries raise many kinds.
             raise ResidscopeError(f"{spec.name}: {ADAPTER} cannot be downloaded ({said(error)})") from error
     else:
         file = Path(spec.location, ADAPTER)
@@ -148,7 +148,7 @@ def _with_adapter(spec: ModelSpec, files: Collection[str]) -> ModelSpec:
         base = resolve_model(base_name, as_base=True)
     except ResidscopeError as error:
         raise type(error)(
-            f"{spec.name} is an adapter alone, and the model that it belongs to was not found ({error}); put the"
+            f"{spec.name} is only an adapter, and the model that it belongs to was not found ({error}); put the"
             " adapter's files into that model's folder, and give that folder"
         ) from None
     hashed = xxhash.xxh3_128(f"{spec.fingerprint} on {base.fingerprint or base.revision}".encode()).hexdigest()
@@ -165,7 +165,7 @@ def _is(patterns: str, name: str) -> bool:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Files of a model's folder that may decide what is loaded, by name; of weights in two formats the safetensors."""
+    """Files of a model's folder that may affect what is loaded, by name; if weights are in two formats, safetensors."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not _is(_UNREAD, path.name))
     names = [name for name in names if not _is_ours(folder / name)]
     safe = {name.startswith("adapter_") for name in names if name in _TAKEN_FIRST}
@@ -173,23 +173,22 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether it is an autoencoder of `train`, which writes its options beside it."""
-    other = file.suffix != ".safetensors" or file.name in _TAKEN_FIRST
-    return not other and beside(file, ".config.toml").exists()
+    """Whether it is an autoencoder of `train`, which writes its options next to it."""
+    may_be_ours = file.suffix == ".safetensors" and file.name not in _TAKEN_FIRST
+    return may_be_ours and beside(file, ".config.toml").exists()
 
 
 def _uncounted(files: dict[str, Path]) -> Iterator[str]:
-    """Weights that would be loaded, by the configuration or an index of shards, and are not among `files`."""
+    """Weights that the configuration or an index of shards would load, but that are not among `files`."""
     for name, file in files.items():
         found: Any = None
         if name == "config.json" or name.endswith(".index.json"):
-            with suppress(OSError, IncompatibleError):  # of which the library says more
+            with suppress(OSError, IncompatibleError):  # The library's own error says more.
                 found = read_json(file)
         found = found if isinstance(found, dict) else {}
         shards, whole = found.get("weight_map"), found.get("transformers_weights")
         named = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
-        unread = (one for one in named if "/" in one or _is(_UNREAD, one) or _is_ours(file.with_name(one)))
-        yield from sorted(unread)
+        yield from sorted(w for w in named if "/" in w or _is(_UNREAD, w) or _is_ours(file.with_name(w)))
         if whole is not None and str(whole) not in files:
             yield str(whole)
 
@@ -199,7 +198,7 @@ def _folder_spec(path: Path, *, needs_weights: bool) -> tuple[ModelSpec, Collect
     files = {file.name: file for file in model_files(folder)}
     if not needs_weights:
         files = {name: file for name, file in files.items() if not (_is(_WEIGHTS, name) or name == ADAPTER)}
-    if ADAPTER not in files:  # Else what is not there may be that of the adapter's base.
+    if ADAPTER not in files:  # Otherwise missing files may come from the adapter's base.
         if "config.json" not in files:
             way_out = "give a folder that transformers' save_pretrained wrote"
             raise IncompatibleError(f"model {path}: the folder has no config.json; {way_out}")
@@ -209,8 +208,8 @@ def _folder_spec(path: Path, *, needs_weights: bool) -> tuple[ModelSpec, Collect
             raise IncompatibleError(f"model {path}: the folder has no weights ({' or '.join(_WEIGHTS.split())})")
         if needs_weights and (other := next(_uncounted(files), None)):
             raise IncompatibleError(
-                f"model {path}: weights are in {other}, by the folder's own files, where they are not looked for: put"
-                " them beside config.json under a common name, or save the model again"
+                f"model {path}: its files say that weights are in {other}, which is not read: put them next to"
+                " config.json under a common name, or save the model again"
             )
     first = [name for name in _FIRST.split() if name in files] + [name for name in files if _is(_WEIGHTS, name)]
     rest = [name for name in files if name not in first]

@@ -1,8 +1,8 @@
-"""Which tokens `harvest --mask-norm` leaves out: those whose norm at a stored layer is many times that layer's median.
+"""Finds the tokens that `harvest --mask-norm` masks: those whose norm at a stored layer is many times its median.
 
 How: before the store is made, its sequences go through the model once, in the batches in which they will be stored,
-and only the norms are looked at. So the mask is in the token table from the start, and a store is continued, repaired
-and read like any other. Medians are those of the batches that hold the first 2^20 kept tokens, or of all batches.
+and only their norms are used. So the mask is in the token table from the start, and the store is continued, repaired
+and read like any other. Medians are taken over the batches with the first 2^20 kept tokens, or over all batches.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ MEDIAN_TOKENS = 2**20
 
 
 def mask_by_norm(runner: BatchRunner, table: TokenTable, factor: float, size: int) -> tuple[np.ndarray, list[float]]:
-    """The table's `keep` (bool [T]) without tokens whose norm at a stored layer exceeds `factor` times its median; and
+    """The table's `keep` (bool [T]) without tokens whose norm at a stored layer exceeds `factor` times its median, and
     the medians. size: tokens of a batch."""
     keep, medians, waiting, n_waiting = table.keep.copy(), np.array([]), [], 0
     batches = sequence_batches(table.position, size)

@@ -1,4 +1,4 @@
-"""Options that say which text is read, of `harvest` and `fit-lens`: names of data sets or files, and their weights."""
+"""Options of `harvest` and `fit-lens` for the text to read: names of data sets or files, and their weights."""
 
 import math
 from dataclasses import dataclass, fields
@@ -12,12 +12,12 @@ DEFAULT_COLUMN = "text"
 
 
 class TextChoice(NamedTuple):
-    """One text with its own options; "" for what is left to the default."""
+    """One text with its own options; "" means the default."""
 
     name: str
-    """As given, without the weight."""
+    """The name as given, without the weight."""
     weight: float
-    """Its share of the tokens, against the other texts' weights."""
+    """Its share of the tokens, relative to the other texts' weights."""
     config: str
     split: str
     column: str
@@ -32,11 +32,11 @@ class TextConfig:
     dataset: tuple[str, ...] = ("monology/pile-uncopyrighted",)
     """One text or several: a hub data set (streamed), a local .txt, .jsonl (.gz, .zst) or .parquet file, a folder or
     "glob*" of such files, pydoc (Python's documentation) or stdlib (its library's source), both offline. NAME:WEIGHT
-    sets a text's share of the tokens; by default all have the same (pydoc:2 logs.jsonl:1). A .txt file is one
+    sets a text's share of the tokens (pydoc:2 logs.jsonl:1); by default all shares are equal. A .txt file is one
     document."""
     dataset_config: tuple[str, ...] = ()
-    """Configuration (subset) of a hub data set that has several. This and the next three: one value for all texts, or
-    one for each, with "" for the default."""
+    """Configuration (subset) of a hub data set that has several. For this and the next three: one value for all texts,
+    or one for each, with "" for the default."""
     dataset_revision: tuple[str, ...] = ()
     """Branch, tag or commit of a hub data set; default its newest."""
     split: tuple[str, ...] = (DEFAULT_SPLIT,)
@@ -44,19 +44,19 @@ class TextConfig:
     text_column: tuple[str, ...] = (DEFAULT_COLUMN,)
     """Column that holds the text."""
     token_column: tuple[str, ...] = ()
-    """Column that holds token ids of this model, lists of whole numbers, instead of text: they are taken as they are.
-    One for all texts, or one for each, with "" for those that are text."""
+    """Column that holds this model's token ids (lists of integers) instead of text; they are used as they are.
+    One column for all texts, or one for each, with "" for those that are text."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or isinstance(value, str):  # One text needs no tuple.
+            if value is None or isinstance(value, str):  # A single text may be given without a tuple.
                 object.__setattr__(self, field.name, () if value is None else (value,))
-        _ = self.choices  # Refuses what makes no sense.
+        _ = self.choices  # Raises if the options are invalid.
 
     @property
     def choices(self) -> tuple[TextChoice, ...]:
-        """The texts that are asked for. `UsageError` for a weight, or a number of options, that makes no sense."""
+        """The requested texts. `UsageError` for an invalid weight or a wrong number of options."""
         if not self.dataset:
             raise UsageError("--dataset is empty")
         columns = [
@@ -70,7 +70,7 @@ class TextConfig:
         for word, *own in zip(self.dataset, *columns, strict=True):
             choice = TextChoice(*_name_and_weight(word), *own)
             if choice.token_column and choice.column != DEFAULT_COLUMN:
-                raise UsageError(f"--text-column {choice.column}: {choice.name} has a --token-column; give one of them")
+                raise UsageError(f"--text-column {choice.column}: {choice.name} has a --token-column; give only one")
             if any(choice == other._replace(weight=choice.weight) for other in found):
                 raise UsageError(f"--dataset: {choice.name} is given twice; give it once, with a larger weight")
             found.append(choice)
@@ -81,11 +81,13 @@ class TextConfig:
         if len(values) not in ((1, n) if default else (0, 1, n)):
             wanted = f"be one for all texts or one for each of the {n} of --dataset"
             raise UsageError(f"--{option.replace('_', '-')} should {wanted}, found {len(values)}")
-        return [value.strip() or default for value in (values if len(values) == n else [*values, ""][:1] * n)]
+        if len(values) != n:
+            values = [*values, ""][:1] * n
+        return [value.strip() or default for value in values]
 
 
 def _name_and_weight(word: str) -> tuple[str, float]:
-    """A number after the last colon is the weight; a file whose own name ends so needs another one behind it."""
+    """The weight is the number after the last colon; a file whose own name ends like that needs a further weight."""
     name, _, number = word.strip().rpartition(":")
     try:
         weight = float(number) if name else 1.0

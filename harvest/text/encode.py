@@ -1,4 +1,4 @@
-"""Documents to token ids: with nothing around them, in batches, and no more text than the wanted tokens need."""
+"""Tokenises documents in batches, without special tokens around them, and no more text than is needed."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -12,14 +12,14 @@ Document = str | np.ndarray
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 512
-# A token is rarely longer; where a document turns out to need more, it is tokenised whole.
+# A token is rarely longer; a document that turns out to need more characters is tokenised whole.
 _CHARACTERS_PER_TOKEN = 24
 
 
 def encode_documents(
     texts: Iterable[Document], tokenizer: Tokenizer, n_tokens: int, longest: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Ids (int32) of each document that has any, cut to `longest`, in order, until there are `n_tokens` in all."""
+    """Ids (int32) of each non-empty document, cut to `longest`, in order, until there are `n_tokens` in all."""
     wanted = n_tokens
     texts = iter(texts)
     while wanted > 0 and (batch := _next_batch(texts, wanted)):
@@ -44,12 +44,12 @@ def _next_batch(texts: Iterator[Document], wanted: int) -> list[Document]:
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document], wanted: int) -> Iterator[np.ndarray]:
-    """Token ids of each text. Of a text much longer than `wanted` tokens need, only a beginning is tokenised."""
+    """Token ids of each text. If a text is much longer than `wanted` tokens need, only its beginning is tokenised."""
     yield from (ids for ids in documents if isinstance(ids, np.ndarray))  # A source gives one kind or the other.
     texts = [text for text in documents if isinstance(text, str)]
     limit = _CHARACTERS_PER_TOKEN * wanted + 1000
     for text, ids in zip(texts, tokenizer.encode([text[:limit] for text in texts]), strict=True):
-        # Tokens next to the cut may differ from those of the whole text; none of them may be used.
+        # Tokens next to the cut may differ from those of the whole text, and must not be used.
         if len(text) > limit and len(ids) < wanted + 64:
             (ids,) = tokenizer.encode([text])
         yield np.array(ids, np.int32)

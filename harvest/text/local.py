@@ -1,6 +1,6 @@
 """Documents in local files: .txt, .jsonl (.gz, .zst) and .parquet, one after another in a fixed order.
 
-How: one .txt file is one document; each line of a .jsonl and each row of a .parquet is one. Files are read lazily.
+How: a .txt file is one document, as is each line of a .jsonl and each row of a .parquet. Files are read lazily.
 Tested in tests/harvest/text/test_sources.py.
 """
 
@@ -24,18 +24,18 @@ _HEAD_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 17
 
 LONGEST = 32 << 20
-"""Bytes of the longest document that is a line or a row; so that no small file can take all memory."""
+"""Maximum bytes of a document that is a line or a row, so that no small file can fill the memory."""
 
 LARGEST = 1 << 30
-"""Bytes of the largest .txt, which is one document."""
+"""Maximum bytes of a .txt, which is one document."""
 
 _RATIO = 64
-"""How many times a .parquet's own size a column of a row group may be unpacked, if it is more than 256 MiB."""
+"""A row group's column above 256 MiB unpacked may be at most this many times as large as the .parquet file."""
 
 
 def find_files(dataset: str) -> list[Path] | None:
-    """The files of a local data set, in order; None where the name is not a local one. `UsageError` where nothing is
-    there, `IncompatibleError` where no file there is of a known kind."""
+    """The files of a local data set, in order; None if the name is not a local one. `UsageError` if nothing is there,
+    `IncompatibleError` if no file there is of a known type."""
     path = Path(dataset).expanduser()
     if path.is_file():
         if suffix_of(path) is None:
@@ -47,7 +47,7 @@ def find_files(dataset: str) -> list[Path] | None:
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         found = sorted(file for file in map(Path, matches) if file.is_file() and suffix_of(file))
         if not matches:
-            raise UsageError(f"--dataset {dataset}: no file has such a name")
+            raise UsageError(f"--dataset {dataset}: no file has a matching name")
     elif path.exists():
         raise IncompatibleError(f"--dataset {dataset} is a pipe or device: give a file or a folder")
     elif dataset.startswith((".", "/", "~")) or suffix_of(path):
@@ -60,12 +60,12 @@ def find_files(dataset: str) -> list[Path] | None:
 
 
 def suffix_of(path: Path) -> str | None:
-    """Which of the known endings a file's name has; None for another one."""
+    """The known ending of a file's name; None if it has another."""
     return next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
 def files_hash(files: list[Path]) -> str:
-    """Of names, sizes and the first MiB of each."""
+    """A hash of the files' names, sizes and first MiB."""
     digest = xxhash.xxh3_128()
     for path in files:
         with path.open("rb") as stream:
@@ -74,17 +74,17 @@ def files_hash(files: list[Path]) -> str:
 
 
 def file_documents(files: list[Path], column: str, known: np.ndarray | None = None) -> Iterator[Document]:
-    """All documents of some files; column: of the text, where there are any, or of token ids (`known`: which exist)."""
+    """All documents of some files. column: of the text (not for .txt), or of token ids if `known` says which exist."""
     for path in files:
         try:
             suffix = suffix_of(path)
             if suffix == ".txt":
                 if known is not None:
                     raise UsageError(f"--token-column {column}: {path} has no columns; leave it out")
-                # As it is, line ends too; a byte order mark is no text.
+                # Unchanged, including line ends, but without a byte order mark.
                 text = read_whole(path, LARGEST).decode("utf-8-sig")
-                if text.count("\0") * 100 > len(text):  # which is valid UTF-8 all the same
-                    what = "NUL characters: UTF-16 without a byte order mark, or no text"
+                if text.count("\0") * 100 > len(text):  # This is valid UTF-8, too.
+                    what = "NUL characters: UTF-16 without a byte order mark, or not text"
                     raise IncompatibleError(f"{path}: {what}; convert it to UTF-8, or leave it out")
                 yield text
             elif suffix == ".parquet":
@@ -108,19 +108,19 @@ def _json_documents(path: Path, column: str, known: np.ndarray | None, suffix: s
             except UnicodeDecodeError as error:
                 found = f"not UTF-8 text (byte {error.start} of the line)"
                 raise IncompatibleError(f"{where}: {found}; convert it to UTF-8") from None
-            except (ValueError, RecursionError) as error:  # also a number of thousands of digits, endless brackets
+            except (ValueError, RecursionError) as error:  # such as a number with thousands of digits, endless brackets
                 what = "valid" if isinstance(error, json.JSONDecodeError) else "readable"
                 raise IncompatibleError(f"{where}: not {what} JSON ({getattr(error, 'msg', error)})") from None
             yield document_of(row, column, where, known)
 
 
 def _lines(path: Path, suffix: str | None) -> Iterator[bytes]:
-    """The lines of a file, plain or compressed; of one that is longer than `LONGEST`, a byte more than that."""
+    """The lines of a file, plain or compressed; a line longer than `LONGEST` is cut to one byte more than that."""
     kind = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}.get(suffix or "")
     with path.open("rb") as raw:
         stream = raw
         if kind:
-            import pyarrow  # Its streams unpack a bounded part at a time, and notice where a file was cut short.
+            import pyarrow  # Its streams unpack a bounded part at a time, and notice if a file was cut short.
 
             stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, kind), _BLOCK_BYTES)  # type: ignore[type-var]
         try:
@@ -128,7 +128,7 @@ def _lines(path: Path, suffix: str | None) -> Iterator[bytes]:
                 yield line
         except OSError as error:
             if error.errno is not None:
-                raise  # of the disk
+                raise  # an error of the disk
             what = "cut short: it ends within its" if "Truncated" in str(error) else "not valid"
             raise IncompatibleError(f"{path}: {what} {kind} data; download it again") from None
 
@@ -150,7 +150,7 @@ def _parquet_documents(path: Path, column: str, known: np.ndarray | None) -> Ite
                 f"{path}: a row group's column {column!r} is {human_bytes(claimed)} unpacked, in a file of "
                 f"{human_bytes(n_bytes)}: more than {_RATIO} times as much; write it with smaller row groups"
             )
-        # As a dictionary, where it is no list: a value that a thousand rows have is in memory once.
+        # Read as a dictionary, if not a list, so that a value that a thousand rows share is in memory once.
         with parquet.ParquetFile(path, read_dictionary=[column] if columns else []) as file:
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=[column]):
@@ -159,7 +159,7 @@ def _parquet_documents(path: Path, column: str, known: np.ndarray | None) -> Ite
                     yield document_of({column: text.as_py()}, column, f"{path} row {row}", known)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk; pyarrow's own for damaged pages has none
+            raise  # an error of the disk; pyarrow's errors about damaged pages have no errno
         raise IncompatibleError(f"{path}: not a valid parquet file ({said(error)})") from None
 
 
@@ -169,7 +169,7 @@ def _too_long(where: str) -> IncompatibleError:
 
 
 def document_of(row: Any, column: str, where: str, known: np.ndarray | None = None) -> Document:
-    """The text of a row; empty for null, U+FFFD for no character. known: bool [ids], of token ids to read instead."""
+    """A row's text: "" for null, U+FFFD for invalid characters. known: bool [ids], if it holds token ids instead."""
     if not isinstance(row, dict):
         raise IncompatibleError(f"{where}: should be an object with a {column!r} field, found {type(row).__name__}")
     if column not in row:
@@ -189,19 +189,19 @@ def document_of(row: Any, column: str, where: str, known: np.ndarray | None = No
     try:
         text.encode()
     except UnicodeEncodeError:
-        # JSON can spell half of a surrogate pair, which is not a character; no tokenizer takes it.
+        # JSON can contain half of a surrogate pair, which is not a character; no tokenizer accepts it.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
 def _tokens_of(found: Any, what: str, known: np.ndarray) -> np.ndarray:
-    """Token ids (int32), each of which is known."""
+    """Token ids (int32), all of which must be known."""
     if not isinstance(found, list) or not all(type(i) is int for i in found):
         wrong = next((i for i in found if type(i) is not int), None) if isinstance(found, list) else found
         inside = " within a list" if isinstance(found, list) else ""
         raise UsageError(f"{what} should hold lists of token ids, found {type(wrong).__name__}{inside}")
     if wrong := [i for i in found if not (0 <= i < len(known) and known[i])]:
-        which = f"token {wrong[0]}, none of the {known.sum()} of this model"
+        which = f"token {wrong[0]}, which is not among the {known.sum()} of this model"
         raise IncompatibleError(f"{what} holds {which}; give its ids, or the text")
     return np.array(found, np.int32)
 

@@ -1,8 +1,8 @@
-"""Several streams of documents as one, by weight.
+"""Mixes several streams of documents into one, by weight.
 
 How: the next document is always taken from the stream that is furthest behind its share of the tokens so far (the
-first of them where they are even), so that after every document each share is right to within one document, and
-the order depends on documents and weights alone. A stream that runs out leaves its share to the others in proportion.
+first, if several are equal), so that after every document each share is right to within one document, and the
+order depends on documents and weights alone. If a stream runs out, the others keep their relative shares.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ import numpy as np
 
 
 class Mixture:
-    """One pass over the documents (token ids, int32) of several streams, with what came from each."""
+    """One pass over the documents (token ids, int32) of several streams; counts what came from each."""
 
     def __init__(
         self, streams: Sequence[Iterator[np.ndarray]], weights: Sequence[float], n_tokens: int, extra: int
     ) -> None:
-        """n_tokens: of all together; the last document is cut. extra: with each document (separator, BOS), counted."""
+        """n_tokens: in total; the last document is cut. extra: added tokens per document (separator, BOS) to count."""
         self._streams = streams
         self._weights = weights
         self._left = n_tokens
@@ -24,9 +24,9 @@ class Mixture:
         self.documents = [0] * len(streams)
         """Documents taken from each stream."""
         self.tokens = [0] * len(streams)
-        """Tokens taken from each, `extra` included."""
+        """Tokens taken from each, including `extra`."""
         self.ran_out: list[int] = []
-        """Streams that ended before the mixture did, in the order in which they did."""
+        """Streams that ended before the mixture did, in the order in which they ended."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
         open_streams = list(range(len(self._streams)))
@@ -43,7 +43,7 @@ class Mixture:
             yield ids[:taken]
 
     def shortfalls(self, names: Sequence[str]) -> list[str]:
-        """A line for each of several streams that could not give its share."""
+        """If there are several streams, a line for each that could not provide its share."""
         found = []
         for at in self.ran_out if len(names) > 1 else ():
             share, wanted = self.tokens[at] / sum(self.tokens), self._weights[at] / sum(self._weights)

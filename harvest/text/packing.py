@@ -1,4 +1,4 @@
-"""What separates documents, what opens a sequence, and how long it is. Tested in tests/harvest/test_table.py."""
+"""The tokens that separate documents and open a sequence, and its length. Tested in tests/harvest/test_table.py."""
 
 from typing import NamedTuple
 
@@ -11,31 +11,31 @@ _SORTED_DOCUMENTS = 4096
 
 
 class Packing(NamedTuple):
-    """How sequences are made of documents."""
+    """How sequences are made from documents."""
 
     separator: str
     """Text put after each document; empty for none."""
     separator_ids: tuple[int, ...]
     """Its tokens."""
     opening: tuple[int, ...]
-    """Tokens that open every sequence, as the tokenizer opens a text: BOS, often none."""
+    """Tokens that begin every sequence, as the tokenizer begins a text: BOS, often none."""
     special_ids: tuple[int, ...]
     """Tokens that are neither trained on nor analysed."""
     context_length: int
-    """Tokens in a sequence, its opening included."""
+    """Tokens in a sequence, including its opening."""
     keep_first_position: bool
     """Whether position 0 is trained on and analysed."""
     packed: bool = True
-    """Whether documents follow each other within a sequence; else each sequence is the beginning of one."""
+    """Whether a sequence may hold several documents; else it is the beginning of one."""
 
     @property
     def document_extra(self) -> int:
-        """Tokens of the stream that go with each document: its separator, or the opening of a sequence of its own."""
+        """Tokens added for each document: its separator, or without packing, the opening of its sequence."""
         return len(self.separator_ids if self.packed else self.opening)
 
     @property
     def longest_document(self) -> int | None:
-        """Tokens that are taken of a document, None for all."""
+        """Tokens taken from a document at most; None for all."""
         return None if self.packed else self.stream_per_sequence
 
     @property
@@ -59,10 +59,10 @@ def make_packing(
     keep_first_position: bool = False,
     packed: bool = True,
 ) -> Packing:
-    """How this tokenizer's model wants its sequences.
+    """The packing for this tokenizer's model.
 
-    separator: None for the model's end-of-text token; not used without packing. Raises `UsageError` where there is
-    none, or where the separator or the context makes no sense.
+    separator: None for the model's end-of-text token; not used without packing. Raises `UsageError` if there is no
+    such token, or if the separator or the context length is invalid.
     """
     if not packed:
         separator = ""
@@ -70,21 +70,21 @@ def make_packing(
         separator = tokenizer.end_of_text
     if separator is None:
         raise UsageError(
-            "the tokenizer has no end-of-text token to put between documents; name one with --document-separator, or"
-            ' give "" for none'
+            "the tokenizer has no end-of-text token to put between documents; give one with --document-separator, or"
+            ' "" for none'
         )
     ids, opening = tokenizer.separator_ids(separator), tokenizer.opening
     if context_length <= len(opening):
         raise UsageError(
-            f"--context-length {context_length} leaves no token after those that the tokenizer opens a text with; use"
-            f" at least {len(opening) + 1}"
+            f"--context-length {context_length} leaves no room after the tokens that the tokenizer puts before a text;"
+            f" use at least {len(opening) + 1}"
         )
     special = tuple(sorted(tokenizer.masked_ids(separator)))
     return Packing(separator, ids, opening, special, context_length, keep_first_position, packed)
 
 
 def sequences(documents: list[np.ndarray], packing: Packing, n_tokens: int) -> list[np.ndarray]:
-    """Each document (token ids, int32) as a sequence of its own, opened, `n_tokens` in all: the last one is cut. Of
+    """Each document (token ids, int32) as its own sequence, with the opening; `n_tokens` in all: the last is cut. Of
     every 4,096 the longest come first."""
     rows = [np.concatenate([np.array(packing.opening, np.int32), ids]) for ids in documents]
     rows[-1] = rows[-1][: n_tokens - sum(map(len, rows[:-1]))]

@@ -1,9 +1,9 @@
-"""Text sources: hub data sets, local files, or what Python brings along, each as one stream of documents.
+"""Text sources: hub data sets, local files, or texts that come with Python, each as one stream of documents.
 
-How: `open_sources` looks at each name and gives a `TextSource`, which iterates lazily in a fixed order and says what it
-is. A shuffle of local text writes the documents to a temporary file and reads them back in a random order, so that
-memory holds their places alone. Text goes in as it is: nothing is filtered, and no chat template applied. Of Python's
-own files, read and parsed in sorted order (the same for one version of Python everywhere), no module is run.
+How: `open_sources` turns each name into a `TextSource`, which iterates lazily in a fixed order and identifies itself.
+A shuffle of local text writes the documents to a temporary file and reads them back in a random order, so that
+memory holds only their positions. Text is used as it is: nothing is filtered, and no chat template is applied. Python's
+own files are read and parsed in sorted order (the same everywhere for one version of Python); no module is run.
 """
 
 import ast
@@ -63,7 +63,7 @@ def _docstrings(path: Path) -> str:
         return ""
     found: list[tuple[int, str]] = []
     left: list[ast.AST] = [tree]
-    while left:  # Statements only: nothing else has a docstring, and a walk over all of the tree takes twice the time.
+    while left:  # Statements only: nothing else has a docstring, and walking the whole tree takes twice as long.
         node = left.pop()
         if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
             found.append((getattr(node, "lineno", 0), text))
@@ -82,19 +82,19 @@ class TextSource:
     """A stream of documents and its name."""
 
     dataset: str
-    """Hub id, name of a local file or folder (no path), pydoc or stdlib."""
+    """Hub id, name of a local file or folder (without its path), pydoc or stdlib."""
     revision: str | None
     """Commit on the hub, hash of local files (names, sizes, first MiB of each), or Python's version (pydoc, stdlib)."""
     is_local: bool
-    """Whether it lies on this machine."""
+    """Whether it is on this machine."""
     choice: TextChoice
-    """What was asked for."""
+    """The request."""
     documents: Callable[[], Iterator[Document]]
-    """Starts the stream from the beginning; raises `ResidscopeError` or `UsageError` where it cannot be read."""
+    """Starts the stream from the beginning; raises `ResidscopeError` or `UsageError` if it cannot be read."""
     check: Callable[[], object] = lambda: None
-    """Reads a document, so that a column that is not there is found before much is done; raises as `documents` does."""
+    """Reads one document, so that a missing column is found early; raises like `documents`."""
     characters: Callable[[], int | None] = lambda: None
-    """About how many characters it has, or None; may read all of it where that takes seconds."""
+    """About how many characters it has, or None; may read all of it if that takes only seconds."""
 
 
 def open_sources(
@@ -102,12 +102,12 @@ def open_sources(
 ) -> tuple[TextSource, ...]:
     """The texts that a configuration asks for, in its order.
 
-    shuffle_seed: of a random order of each text's documents. known: which token ids there are, bool [ids], if there may
-    be columns of them. contents: they will be read; without it, only the names are needed, and a hub data set is not
-    looked up. Raises `UsageError` for a source that is not there.
+    shuffle_seed: seed for shuffling each text's documents. known: which token ids exist, bool [ids], if there may be
+    columns of them. contents: whether the texts will be read; if not, only their names are needed, and hub data sets
+    are not looked up. Raises `UsageError` for a source that does not exist.
     """
     sources = tuple(_open(choice, shuffle_seed, known, contents) for choice in config.choices)
-    # With a hub data set among several, an option that is given once for all is meant for that.
+    # If one of several texts is a hub data set, an option that is given once is meant for it.
     if all(source.is_local for source in sources):
         for choice in config.choices:
             _refuse_hub_options(choice)
@@ -115,12 +115,12 @@ def open_sources(
 
 
 def is_on_disk(name: str) -> bool:
-    """Whether a text is local files. `UsageError` where it should be, and nothing is there."""
+    """Whether a text is in local files. `UsageError` if its name is a local one but nothing is there."""
     return name not in _PYTHON and find_files(name) is not None
 
 
 def require_local_texts(config: TextConfig) -> None:
-    """`UsageError` for a local text that is not there: asked before the slow loading of a model or tokenizer."""
+    """`UsageError` for a local text that does not exist; called before the slow loading of a model or tokenizer."""
     for choice in config.choices:
         is_on_disk(choice.name)
 
@@ -171,9 +171,9 @@ def shuffled(documents: Iterator[Document], seed: int) -> Iterator[Document]:
     """All `documents` in an order that depends on `seed` and their number alone."""
     with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
         ends, is_text = [0], True
-        for one in documents:
-            is_text = isinstance(one, str)
-            data = one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one.tobytes()
+        for document in documents:
+            is_text = isinstance(document, str)
+            data = document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document.tobytes()
             ends.append(ends[-1] + spool.write(data))
         for i in permutation(len(ends) - 1, seed).tolist():
             spool.seek(ends[i])
@@ -182,7 +182,7 @@ def shuffled(documents: Iterator[Document], seed: int) -> Iterator[Document]:
 
 
 def _hub_documents(choice: TextChoice, commit: str | None, seed: int | None, known: Any) -> Iterator[Document]:
-    """Stream a data set's split. The library raises nearly everything, so that nothing narrower will do."""
+    """Stream a data set's split. The library may raise nearly anything, so `except` clauses are broad."""
     import datasets
 
     datasets.logging.set_verbosity_error()

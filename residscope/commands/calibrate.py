@@ -1,4 +1,4 @@
-"""What harvest and training take on this machine, by some seconds of both on made-up data. Tested in test_plan.py."""
+"""Times harvest and training on this machine for some seconds on made-up data. Tested in test_plan.py."""
 
 import contextlib
 import io
@@ -11,13 +11,13 @@ from typing import Any
 from residscope.commands.costs import Model, Training
 
 SECONDS, ROUNDS = 3.0, 20
-"""For which, or so often, a pass is repeated; the fastest counts, since a first one compiles and others share cores."""
+"""Limits on repeating a pass. The fastest counts, since the first compiles and other processes may slow down others."""
 
 
 def token_seconds(config: Any, model: Model) -> float:
-    """Of a token's way through all blocks: one with random weights is timed, in batches as `harvest` makes them.
+    """Seconds of a token's pass through all blocks: times one block with random weights, at `harvest`'s batch size.
 
-    config: the model's own, of transformers.
+    config: the model's transformers configuration.
     """
     import copy
 
@@ -41,7 +41,7 @@ def token_seconds(config: Any, model: Model) -> float:
 
 
 def step_seconds(run: Training, layers: int) -> tuple[float, int]:
-    """Of a training step, and bytes of memory."""
+    """Seconds of a training step, and its bytes of memory."""
     from train.config import DataConfig, ModelConfig, TrainConfig
 
     model, data = ModelConfig(n_latents=run.n_latents, k=run.k), DataConfig(batch_size=run.batch)
@@ -50,7 +50,7 @@ def step_seconds(run: Training, layers: int) -> tuple[float, int]:
 
 
 def try_training(config: Any, layers: Sequence[int], d_model: int) -> Any:
-    """The `DryRun` of a training by `config`, which gives the batch size, on random vectors of these layers."""
+    """The `DryRun` of a training by `config` (with its batch size set) on random vectors of these layers."""
     import numpy as np
 
     from residscope.options import with_values
@@ -68,12 +68,12 @@ def try_training(config: Any, layers: Sequence[int], d_model: int) -> Any:
                 store.write_shard(number, x, table.keep[start:stop])
             store.finalize()
         alone = {"follow": False, "resume": False, "epochs": 1, "steps": None, "validation_fraction": 0.0}
-        with contextlib.redirect_stderr(io.StringIO()):  # which tells of the made-up store
+        with contextlib.redirect_stderr(io.StringIO()):  # Hides messages about the made-up store.
             return try_run(with_values(config, store=path, **alone))
 
 
 def made_up(tokens: int, layers: Sequence[int], d_model: int) -> tuple[Any, Any]:
-    """`StoreMeta` and `TokenTable` of a store of no model, in bfloat16: documents of 64 tokens, without their first."""
+    """`StoreMeta` and `TokenTable` of a made-up bfloat16 store: documents of 64 tokens, the first of each masked."""
     import numpy as np
 
     from store.arrays import TokenTable
@@ -99,7 +99,7 @@ def made_up(tokens: int, layers: Sequence[int], d_model: int) -> tuple[Any, Any]
 
 
 def disk_speed(folder: Path) -> float:
-    """Bytes/s that a file in `folder` is written with, to the disk."""
+    """Bytes/s at which a file in `folder` is written to the disk."""
     import os
 
     block, began = os.urandom(2**24), time.perf_counter()

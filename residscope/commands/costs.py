@@ -1,9 +1,9 @@
-"""What a run costs by arithmetic: bytes, seconds and memory of harvest and training, and which part bounds them.
+"""Computes what a run costs: bytes, seconds and memory of harvest and training, and which part is the bottleneck.
 
-Parts of a token's harvest overlap (threads pack while the GPU computes), so the longest decides. Those of a training
-step follow each other on the GPU; meanwhile the next batch is gathered, and others read. `residscope.commands.plan`
-puts in what was measured on the machine at hand, or a GPU's data sheet, whose figures count with the shares of
-`SHARES`; these, and speeds of the host, are one H200's (benchmarks/results/2026-11-29-gpu.md).
+The parts of a token's harvest overlap (threads pack while the GPU computes), so the longest decides. Those of a
+training step run one after another on the GPU; meanwhile the next batch is gathered and later ones are read.
+`residscope.commands.plan` supplies measurements of the machine at hand, or a GPU's data sheet, whose figures are
+multiplied by `SHARES`; these, and the host's speeds, are those of an H200 (benchmarks/results/2026-11-29-gpu.md).
 
 Symbols: L layers, D d_model, M n_latents, N vectors a step, k active latents, T tokens, G GPUs, R GPUs that share the
 latents.
@@ -16,22 +16,22 @@ from typing import NamedTuple
 from residscope.errors import UsageError
 
 Parts = Mapping[str, float]
-"""Seconds by what takes them."""
+"""Seconds by the name of the part."""
 
 
 class Gpu(NamedTuple):
-    """Figures of a data sheet."""
+    """A GPU's data sheet."""
 
     flops: float
-    """Dense products in bfloat16, 1/s."""
+    """Dense bfloat16 FLOP/s."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Bandwidth of its memory, bytes/s."""
     memory: float
-    """Bytes."""
+    """Size of its memory, bytes."""
     link: float
-    """To other GPUs of its machine, bytes/s in one direction."""
+    """Bandwidth to other GPUs of its machine, bytes/s in one direction."""
     bus: float
-    """To the machine's memory, bytes/s."""
+    """Bandwidth to the machine's memory, bytes/s."""
 
 
 GPUS = {
@@ -44,39 +44,39 @@ GPUS = {
 }
 
 SHARES = {"forward": 0.4, "product": 0.6, "bandwidth": 0.8}
-"""Of a data sheet's figures, what a model's forward pass, the encoder's product and passes over memory are taken to
-reach; an H200 reached 0.44, 0.67, and 0.76 to 0.83 in Adam's passes."""
+"""The assumed share of the data sheet's figures that a model's forward pass, the encoder's product and passes over
+memory reach; an H200 reached 0.44, 0.67, and 0.76 to 0.83 in Adam's passes."""
 
 PACKING, GATHERING = 0.44e9, 6.7e9
-"""Bytes/s that each of eight threads makes into shards and writes into memory, and that rows are gathered from it."""
+"""Bytes/s that each of eight threads packs into shards and writes to memory; bytes/s of gathering rows from memory."""
 TILE, TABLE = 512e6, 25
-"""Bytes of pre-activations at once on a GPU, and of a token while text is packed."""
+"""Bytes of pre-activations that a GPU holds at once; bytes per token while text is packed."""
 
 _READ, _GATHER = "reading from the disk", "gathering of rows in the machine's memory"
 
 
 class Model(NamedTuple):
-    """What matters of a transformer."""
+    """What matters about a transformer."""
 
     n_layers: int
     d_model: int
     block_parameters: int
-    """Of all blocks."""
+    """Parameters of all blocks."""
     context: int
 
     @property
     def token_flops(self) -> float:
-        """Of a forward pass through the blocks: two for each weight, and attention to half of the context."""
+        """FLOPs per token of a pass through the blocks: two per weight, and attention to half of the context."""
         return 2 * self.block_parameters + 2 * self.n_layers * self.context * self.d_model
 
     @property
     def token_bytes(self) -> int:
-        """Of a token's vectors in bfloat16."""
+        """Bytes of a token's vectors in bfloat16."""
         return 2 * self.n_layers * self.d_model
 
 
 class Training(NamedTuple):
-    """What matters of a training."""
+    """What matters about a training run."""
 
     n_latents: int
     k: int
@@ -86,7 +86,7 @@ class Training(NamedTuple):
 
 
 def token_parts(model: Model, gpu: Gpu, n_gpus: int, *, disk: float | None, threads: int) -> dict[str, float]:
-    """Seconds that a token takes one of `n_gpus`; disk: its bytes/s, which all share; None: vectors stay in memory."""
+    """Seconds per token on one of `n_gpus`. disk: its bytes/s, which all share; None: vectors stay in memory."""
     size = model.token_bytes
     parts = {
         "the model's forward pass": model.token_flops / (SHARES["forward"] * gpu.flops),
@@ -97,7 +97,7 @@ def token_parts(model: Model, gpu: Gpu, n_gpus: int, *, disk: float | None, thre
 
 
 def step_parts(run: Training, gpu: Gpu, n_gpus: int, latents: int, *, disk: float | None) -> dict[str, float]:
-    """Seconds of a training step on `n_gpus`, of which each `latents` share the dictionary."""
+    """Seconds of a training step on `n_gpus`, in groups of `latents` GPUs that share one copy of the dictionary."""
     m, d, rows = run.n_latents / latents, run.d_model, n_gpus // latents
     n = run.batch / rows
     bandwidth = SHARES["bandwidth"] * gpu.bandwidth
@@ -116,32 +116,32 @@ def step_parts(run: Training, gpu: Gpu, n_gpus: int, latents: int, *, disk: floa
 
 
 def step_seconds(parts: Parts) -> float:
-    """Of a step: the GPU's parts one after the other, while the next batch is gathered, and others are read."""
+    """Seconds of a step: the GPU's parts one after another, while the next batch is gathered and others are read."""
     reading, gathering = parts.get(_READ, 0.0), parts.get(_GATHER, 0.0)
     return max(sum(parts.values()) - reading - gathering, gathering, reading)
 
 
 def gpu_memory(run: Training, n_gpus: int, latents: int) -> float:
-    """Bytes on a GPU: weights, gradients, and moments, of its own latents; a batch; tiles."""
+    """Bytes on a GPU: the weights, gradients and moments of its latents, a batch, and tiles."""
     m, rows = run.n_latents / latents, n_gpus // latents
     held = (16 + 8 / rows) * m * run.d_model
     return held + run.batch / rows * (24 * run.d_model + 48 * run.k) + 4 * TILE
 
 
 def share_latents(run: Training, gpu: Gpu, n_gpus: int) -> int:
-    """The fewest GPUs that have to share the latents; `UsageError` where all together have too little memory."""
+    """The smallest number of GPUs that must share the latents; `UsageError` if all together lack the memory."""
     for latents in range(1, n_gpus + 1):
         if n_gpus % latents == 0 and gpu_memory(run, n_gpus, latents) <= 0.9 * gpu.memory:
             return latents
     needed, there = gpu_memory(run, n_gpus, n_gpus) / 1e9, gpu.memory / 1e9
     raise UsageError(
-        f"--n-latents {run.n_latents:,}: takes {needed:,.0f} GB on each of {n_gpus} GPUs that share it, which have "
+        f"--n-latents {run.n_latents:,}: takes {needed:,.0f} GB on each of {n_gpus} GPUs that share them, which have "
         f"{there:.0f}: give more --gpus, fewer latents or a smaller --batch-size"
     )
 
 
 class Cost(NamedTuple):
-    """What one way to run it takes."""
+    """What one way of running it costs."""
 
     disk: float
     """Bytes of vectors on the disk at once."""
@@ -149,19 +149,19 @@ class Cost(NamedTuple):
     card_memory: float
     """0 without GPUs."""
     cards: tuple[int, int]
-    """That harvest, and that train; all of them in turn where both are all."""
+    """Number of GPUs that harvest, and that train; if both numbers are all GPUs, they do one after the other."""
     shard_latents: int
     harvest: float
     """Seconds."""
     train: float
     together: float
-    """One after the other on the same GPUs, or at the same time on their own."""
+    """Seconds of both: one after the other on the same GPUs, or at the same time on separate ones."""
     bound: str
-    """What takes longest of the longer of the two."""
+    """The bottleneck: the longest part of the longer of the two."""
 
 
 START = 10.0
-"""Seconds in which a command loads libraries and weights and compiles, on a small machine."""
+"""Seconds that a command needs to load libraries and weights and to compile, on a small machine."""
 
 
 def cost(
@@ -175,8 +175,8 @@ def cost(
     host_memory: float,
     at_once: bool,
 ) -> Cost:
-    """token: the parts of a token on so many GPUs; step: of a step, the GPUs that share latents, memory of a GPU;
-    at_once: both at the same time, on GPUs of their own where there are several."""
+    """The cheapest split of the GPUs. token: a token's parts on so many GPUs. step: a step's parts on so many GPUs, how
+    many share the latents, and the memory of each. at_once: run both at once, on separate GPUs if there are several."""
     ways = [(n, n_gpus - n) for n in range(1, n_gpus)] if at_once and n_gpus > 1 else [(n_gpus, n_gpus)]
     found = []
     for harvesters, trainers in ways:
@@ -194,4 +194,4 @@ def cost(
         bound = max(longest, key=lambda name: longest[name])
         how = (harvesters, trainers), latents, harvest, train, together
         found.append(Cost(disk, host_memory, memory, *how, f"{'harvest' if harvest > train else 'train'}: {bound}"))
-    return min(found, key=lambda each: each.together)
+    return min(found, key=lambda way: way.together)

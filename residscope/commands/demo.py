@@ -1,7 +1,7 @@
-"""`residscope demo`: harvest, train and analyze on a small model and text that need no network, start to end.
+"""`residscope demo`: harvest, train and analyze from start to end, on a small model and text that need no network.
 
-Each stage is the user's own command, printed before it runs and timed after; running the demo again continues where it
-stopped. It ends with what the analysis found.
+Each stage is an ordinary command, printed before it runs and timed; running the demo again continues where it
+stopped. At the end it prints what the analysis found.
 """
 
 import json
@@ -21,10 +21,10 @@ from residscope.options import parse_options, require_at_least
 
 # The demo's size: chosen so that two cores finish all stages in under six minutes.
 CONTEXT_LENGTH = 256
-# Batches of 2,048 tokens stay in the cache of a small machine; larger ones are slower there.
-# The openings of many documents rather than the whole of few: intervals need at least 20 of them.
+# Batches of 2,048 tokens fit the cache of a small machine; larger ones are slower there.
+# The beginnings of many documents, not all of a few: intervals need at least 20 documents.
 HARVEST_FLAGS: tuple[str, ...] = ("--context-length", str(CONTEXT_LENGTH), "--batch-size", "8", "--no-pack")
-# One sequence: half a minute on two cores, half of the default.
+# One sequence: takes half a minute on two cores, half as long as the default.
 ANALYZE_FLAGS: tuple[str, ...] = ("--downstream-tokens", "254")
 
 
@@ -58,7 +58,7 @@ def stages(config: DemoConfig) -> dict[str, tuple[str, ...]]:
 
 def demo(config: DemoConfig) -> None:
     """Run the stages and print the findings. Raises `ResidscopeError` with a stage's exit code if it fails."""
-    from store.folder import refuse_inside_store  # Imports numpy, which --help does without.
+    from store.folder import refuse_inside_store  # Imports numpy, which --help does not need.
 
     refuse_inside_store(config.out)
     require_folder(config.out)
@@ -105,7 +105,7 @@ def closing_words(summary: dict[str, Any]) -> list[str]:
 
 
 def _failed(stage: str, code: int) -> ResidscopeError:
-    code = 128 - code if code < 0 else code  # a signal's number, as a shell gives it
+    code = 128 - code if code < 0 else code  # for a signal, as a shell does
     error = ResidscopeError(f"{stage} ended with exit code {code}; once that is fixed, run the same command again")
     error.exit_code = code
     return error

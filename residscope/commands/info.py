@@ -20,7 +20,7 @@ def info(path: Path, as_json: bool) -> None:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """All that is known of a store, plain JSON: its attributes, then what was counted."""
+    """Everything known about a store, as plain JSON: its attributes, then what was counted."""
     from store.activations import ActivationStore
     from store.care.ring import Readers
     from store.care.verify import lost_shards
@@ -45,7 +45,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def in_words(found: Mapping[str, Any]) -> dict[str, str]:
-    """The lines that a reader sees, by their names."""
+    """The lines of text to print, by their headings."""
     provenance, lens, n_missing = found["provenance"], found["lens"], len(found["missing_shards"])
     random = ", random weights" if provenance.get("random_init") else ""
     n_shards, removed = counted(found["n_shards"], "shard"), found["removed_shards"]
@@ -53,7 +53,7 @@ def in_words(found: Mapping[str, Any]) -> dict[str, str]:
     missing = f"{counted(n_missing, 'shard')} {'is' if n_missing == 1 else 'are'} missing"
     state = f"{missing}; run the same `harvest` command again to fill what is missing" if n_missing else "complete"
     if removed:
-        state += f"; rolling: {counted(len(removed), 'shard')} were removed once all trainers had used them"
+        state += f"; rolling: {counted(len(removed), 'shard')} removed after all trainers had used them"
     if lost := found["lost_shards"]:
         state = f"damaged: files of {counted(len(lost), 'shard')} are gone or cut off; see `residscope verify`"
     return {
@@ -71,8 +71,8 @@ def in_words(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _texts(provenance: Mapping[str, Any]) -> str:
-    """The texts, and of several how many tokens each gave: documents are taken whole, so that in a small store the
-    shares may be far from those that were asked for."""
+    """The texts, and if there are several, how many tokens each gave: documents are taken whole, so that in a small
+    store the shares may be far from the requested ones."""
     sources = provenance.get("sources") or []
     if len(sources) < 2:
         return str(provenance.get("dataset", "unknown"))

@@ -1,8 +1,8 @@
-"""`residscope plan`: bytes, memory and hours of a run before anything is downloaded, written or bought.
+"""`residscope plan`: bytes, memory and hours of a run, before anything is downloaded, written or bought.
 
-For GPUs by their data sheets (`residscope.commands.costs`); without, for the machine at hand, on which a block of the
-model and some training steps are timed. Three ways: all vectors stored, then trained on; harvest and training at the
-same time over a bounded part on a disk (`harvest --rolling`, `train --follow`); and the same over one in memory.
+For GPUs it uses their data sheets (`residscope.commands.costs`); without GPUs it times a block of the model and some
+training steps on this machine. It compares three ways: storing all vectors, then training; harvesting and training at
+the same time with limited space on a disk (`harvest --rolling`, `train --follow`); and the same with space in memory.
 """
 
 import json
@@ -19,21 +19,14 @@ from residscope.options import parse_options
 
 MOST_GPUS = 10_000
 
-PYTHIA = dict(
-    zip(
-        ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"),
-        zip(
-            (6, 6, 6, 12, 24, 16, 24, 32, 32, 36), (128, 256, 512, 768, 1024, 2048, 2048, 2560, 4096, 5120), strict=True
-        ),
-        strict=True,
-    )
-)
-"""Blocks and d_model by size, so that the paper's models can be planned for without a network."""
+PYTHIA = {"14m": (6, 128), "31m": (6, 256), "70m": (6, 512), "160m": (12, 768), "410m": (24, 1024)}
+PYTHIA |= {"1b": (16, 2048), "1.4b": (24, 2048), "2.8b": (32, 2560), "6.9b": (32, 4096), "12b": (36, 5120)}
+"""Blocks and d_model by size, so that runs on the paper's models can be planned without a network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Which run, on what."""
+    """Which run, on which hardware."""
 
     model: str
     """Model, as `harvest --model` takes it; only its configuration is read."""
@@ -44,23 +37,23 @@ class PlanConfig:
     expansion_factor: float | None = None
     """Latents for each dimension of the residual stream; default 16."""
     k: int = 32
-    """Active latents on a vector."""
+    """Active latents per vector."""
     batch_size: int | None = None
     """Vectors in a step; default that of `train` for a run of this length."""
     epochs: int = 1
-    """Passes over the tokens, where all are stored."""
+    """Passes over the tokens, if all are stored."""
     context_length: int | None = None
-    """Tokens in a sequence; default: 2048, or what the model takes."""
+    """Tokens in a sequence; default: 2048, or the model's maximum if that is less."""
     gpus: int = 0
-    """GPUs, of one machine; 0: the machine at hand, on which parts of both are timed for some seconds."""
+    """Number of GPUs in one machine; 0: this machine, on which harvest and training are timed for some seconds."""
     gpu: Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090"] = "h100"
-    """Their kind: figures of its data sheet."""
+    """Kind of GPU; its data sheet is used."""
     threads: int = 8
-    """Processor threads for each GPU."""
+    """CPU threads for each GPU."""
     disk: str = "50GB"
-    """Size of the part that is on the disk where it is bounded."""
+    """Space on the disk, or in memory, for the ways that limit it."""
     disk_speed: str | None = None
-    """Bytes that the disk writes in a second, such as 2GB; default 2GB beside GPUs, else measured."""
+    """Bytes that the disk writes in a second, such as 2GB; default 2GB with GPUs, else measured."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -79,7 +72,7 @@ class PlanConfig:
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """What each of the three ways takes; plain JSON."""
+    """What each of the three ways costs, as plain JSON."""
     from harvest.settings import context_length
     from train.objective.recipes import best_batch
 
@@ -93,7 +86,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     run = Training(n_latents, config.k, batch, -(-int(vectors) // batch), model.d_model)
     measured = config.gpus == 0
     ways = on_this_machine(config, transformer, model, run) if measured else on_gpus(config, model, run)
-    # It encodes each vector once, and runs the model for about a minute: on the demo, as long as an epoch of training.
+    # It encodes each vector once and runs the model for about a minute; in the demo that takes as long as an epoch.
     analyze = ways["stored"].train / config.epochs + 60 if measured else None
     return {
         "model": {"name": config.model, **model._asdict(), "token_flops": model.token_flops},
@@ -112,7 +105,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
 
 def model_config(name: str) -> Any:
-    """The model's configuration, of transformers; that of a Pythia without asking the hub."""
+    """The model's transformers configuration; for a Pythia model, without asking the hub."""
     import transformers
 
     from harvest.model.load import load_config
@@ -127,7 +120,7 @@ def model_config(name: str) -> Any:
 
 
 def shape_of(config: Any, context: int) -> Model:
-    """What `costs` needs to know; parameters are counted on a model without memory."""
+    """What `costs` needs to know; parameters are counted on a meta-device model, which takes no memory."""
     import torch
     import transformers
 
@@ -142,31 +135,32 @@ def shape_of(config: Any, context: int) -> Model:
 
 
 def on_gpus(config: PlanConfig, model: Model, run: Training) -> dict[str, Cost]:
-    """By data sheets."""
+    """The costs according to data sheets."""
     gpu, speed = GPUS[config.gpu], float(parse_bytes(config.disk_speed or "2GB") or 0)
 
-    def way(disk: float | None, held: float, *, at_once: bool) -> Cost:
+    def way(on_disk: bool, held: float, at_once: bool) -> Cost:
+        disk = speed if on_disk else None
+
         def step(n: int) -> tuple[dict[str, float], int, float]:
             latents = share_latents(run, gpu, n)
             return step_parts(run, gpu, n, latents, disk=disk), latents, memory_of_gpu(run, n, latents)
 
-        epochs = 1 if at_once else config.epochs
         return cost(
             config.tokens,
-            run._replace(steps=run.steps * epochs),
+            run._replace(steps=run.steps * (1 if at_once else config.epochs)),
             config.gpus,
             token=lambda n: token_parts(model, gpu, n, disk=disk, threads=config.threads),
             step=step,
-            disk=held if disk else 0.0,
-            host_memory=TABLE * config.tokens + 1e9 + (0 if disk else held),
+            disk=held if on_disk else 0.0,
+            host_memory=TABLE * config.tokens + 1e9 + (0 if on_disk else held),
             at_once=at_once,
         )
 
-    return _ways(config, model, lambda on_disk, held, at_once: way(speed if on_disk else None, held, at_once=at_once))
+    return _ways(config, model, way)
 
 
 def on_this_machine(config: PlanConfig, transformer: Any, model: Model, run: Training) -> dict[str, Cost]:
-    """By what is timed now."""
+    """The costs according to timings made now."""
     from residscope.commands.calibrate import disk_speed, step_seconds, token_seconds
 
     forward = token_seconds(transformer, model)
@@ -218,13 +212,13 @@ def words(found: dict[str, Any]) -> str:
         table.append([name.replace("_", " "), *held, *times, way["bound"] + on])
     lines += aligned(table)
     if found["analyze"] is not None:
-        lines += ["", f"analyze, of all that is stored: about {human_seconds(found['analyze'])}"]
+        lines += ["", f"analyze, on all stored vectors: about {human_seconds(found['analyze'])}"]
     shares = "forward passes at 40 %, products at 60 %, memory at 80 % of it" if "sheet" in found["figures"] else ""
     return "\n".join([*lines, "", f"figures: {found['figures']}{'; ' + shares if shares else ''}; AuxK not counted"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    name, text = "residscope plan", "Bytes, memory and hours of a run, stored, rolling or in memory."
+    name, text = "residscope plan", "Estimate bytes, memory and hours of a run, stored, rolling or in memory."
 
     def run() -> None:
         config = parse_options(PlanConfig, argv, prog=name, description=text)

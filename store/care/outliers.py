@@ -1,9 +1,9 @@
-"""A few tokens that carry much of a layer's variance, so that means, training and FVU hang on them.
+"""Finds a few tokens that carry much of a layer's variance, so that means, training and FVU depend on them.
 
-Attention sinks in mid-sequence are such: some models give a few tokens norms of a hundred times the median. A token's
-share is its squared distance from the layer's mean. All chosen tokens are looked at; of a large store, those of chunks
-spread evenly over a few shards (512 MiB of vectors), since each shard that is opened is checked: a second or two,
-whatever its size. Defined in docs/method.md. Shapes: n tokens looked at, L layers looked at.
+Attention sinks in mid-sequence are an example: some models give a few tokens norms of a hundred times the median. A
+token's share is its squared distance from the layer's mean. All chosen tokens are examined; in a large store, those in
+chunks spread evenly over a few shards (512 MiB of vectors), because every shard that is opened is checked: a second or
+two for a store of any size. Defined in docs/method.md. Shapes: n tokens examined, L layers examined.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from residscope.console import counted
 from residscope.errors import ResidscopeError
 from store.activations import ActivationStore
 
-FEWEST, ONE_IN = 100, 1000  # Tokens below which nothing is said, and of which one is few.
-MUCH = 0.1  # Of a layer's sum of squared distances.
-FAR = 5  # Median distances from the mean, beyond which a token is counted.
+FEWEST, ONE_IN = 100, 1000  # Nothing is reported below 100 tokens; "few" is one in 1,000.
+MUCH = 0.1  # Share of a layer's sum of squared distances.
+FAR = 5  # Distance from the mean, in medians, beyond which a token is counted.
 _MOST_BYTES = 512 * 2**20
-_OPENED = 8  # Times as many bytes may have the shards that are opened.
+_OPENED = 8  # The opened shards may have 8 times as many bytes.
 
 
 class FewTokens(NamedTuple):
@@ -39,8 +39,8 @@ def few_tokens(
     layers: Sequence[int] | None = None,
 ) -> FewTokens | None:
     """The few of the kept tokens `chosen` (bool [T]) that carry more than a tenth of a layer's variance, at the layer
-    where their share is largest; or None. texts: of token ids, to name them; may raise `ResidscopeError`. layers: as
-    positions in the store; default all."""
+    where their share is largest, or None. texts: turns token ids into text, for the message; may raise
+    `ResidscopeError`. layers: stored layers; default all."""
     meta, size = store.meta, store.meta.chunk_tokens
     chunks = np.flatnonzero(np.logical_or.reduceat(chosen, np.arange(0, len(chosen), size)))
     shards, most = chunks // meta.chunks_per_shard, max(_MOST_BYTES // (size * meta.bytes_per_token), 1)
@@ -52,7 +52,7 @@ def few_tokens(
         return None
     layers = range(meta.n_layers) if layers is None else layers
     mean = store.statistics().mean
-    distance, norm = np.empty((2, n, len(layers)))  # squared, both
+    distance, norm = np.empty((2, n, len(layers)))  # both squared
     done = 0
     for place in places:
         rows = store.read(slice(int(place[0]), int(place[-1]) + 1), layers)[place - place[0]]
@@ -68,7 +68,7 @@ def few_tokens(
         worst = int(np.argmax(largest / np.maximum(total, np.finfo(float).tiny)))
     d = distance[:, worst]
     far = np.flatnonzero(d > FAR**2 * np.median(d))
-    # Nor is anything said where one is NaN, which whoever needs the vectors tells of.
+    # False for NaN, too: whatever uses the vectors reports it.
     if not min(largest[worst], d[far].sum()) > MUCH * total[worst]:
         return None
     ratio = np.sqrt(norm[far, worst].min() / max(np.median(norm[:, worst]), np.finfo(float).tiny))
@@ -89,5 +89,5 @@ def few_tokens(
 
 
 def _spread(found: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of them, evenly spaced."""
+    """At most `most` elements of `found`, evenly spaced."""
     return found[np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)]

@@ -1,7 +1,7 @@
 """Check everything in a store against its checksums, and name what is wrong.
 
-How: the manifest's lines; then every file that was made with the store, against the manifest's header; then each
-shard's file and moments, against its line; then the layer statistics, against the moments. Shards are read whole,
+How: it checks the manifest's lines, every file that was made with the store against the manifest's header, each
+shard's file and moments against its line, and the layer statistics against the moments. Shards are read whole,
 several at once. Tested in tests/store/test_faults.py and tests/residscope/test_cli.py.
 """
 
@@ -24,22 +24,22 @@ from store.shards import ShardReader, shard_name
 
 @dataclass(frozen=True)
 class BadShard:
-    """Something of a store that is missing or damaged."""
+    """A missing or damaged part of a store."""
 
     index: int | None
-    """The shard, or None where what is bad belongs to the whole store."""
+    """The shard, or None if the fault concerns the whole store."""
     reason: str
     """The file, and what is wrong with it."""
     lasting: bool = False
     """Whether it cannot be computed again: it is metadata, tokens, or the manifest's header."""
     to_come: bool = False
-    """Whether it is no damage: shards of a store that is filled part by part, whose turn has not come."""
+    """Whether it is no damage: these are shards of a rolling store whose turn has not come."""
 
 
 def verify(path: str | os.PathLike[str]) -> list[BadShard]:
-    """Everything that is missing or damaged in the store at `path`; empty when the store is whole.
+    """Everything that is missing or damaged in the store at `path`; empty when the store is complete and intact.
 
-    Raises `IncompatibleError` for no store or another version.
+    Raises `IncompatibleError` for something that is not a store, or another version.
     """
     path = as_path(path)
     require_store(path)
@@ -51,7 +51,7 @@ def verify(path: str | os.PathLike[str]) -> list[BadShard]:
         except DamagedError as error:
             bad.append(BadShard(None, f"{name}: {error.what}", lasting=True))
     if any(found.lasting for found in bad) or not manifest.checksums:
-        return bad  # Without its metadata nothing says what the shards should be.
+        return bad  # Without metadata the shards cannot be checked.
     meta = read_meta(path, Manifest(checksums=manifest.checksums))
     ring = ring_of(meta)
     to_come = ring.to_come(meta.n_shards, manifest.lines) if ring and not manifest.problems else set[int]()
@@ -63,7 +63,7 @@ def verify(path: str | os.PathLike[str]) -> list[BadShard]:
                 bad.append(BadShard(shard, reason + (torn if shard not in manifest.lines else "")))
             bar.update()
     bad += [BadShard(shard, "the store has no such shard") for shard in manifest.lines if shard >= meta.n_shards]
-    if ring:  # Of which some may have been removed while it was looked at.
+    if ring:  # Some of its shards may have been removed during the check.
         passing = to_come | Readers(path, ring).removed_shards(meta.n_shards)
         bad = [found for found in bad if found.index not in passing]
     if to_come:
@@ -73,14 +73,14 @@ def verify(path: str | os.PathLike[str]) -> list[BadShard]:
         return bad
     expected = arrays.statistics_chunks(ActivationStore.open(path).merged_statistics())
     return [
-        BadShard(None, f"{name}: the numbers do not match the shards'")
+        BadShard(None, f"{name}: its numbers do not match the shards")
         for name, data in expected.items()
         if (path / name).exists() and not _holds(path / name, data)
     ]
 
 
 def lost_shards(store: ActivationStore) -> list[int]:
-    """Shards of a store on a disk that were written, and whose files are gone or of another size; none is read."""
+    """Shards of a store on a disk that were written but whose files are gone or have another size; reads no shard."""
     if store.ring or isinstance(store.path, URL):
         return []
     written = {*range(store.meta.n_shards)} - {*store.missing_shards()}
@@ -102,7 +102,7 @@ def check_shard(path: Path, meta: StoreMeta, manifest: Manifest, shard: int) -> 
     record = manifest.record(shard)
     start, stop = meta.shard_bounds(shard)
     if record.tokens != stop - start or record.config_hash != meta.config_hash:
-        return "its manifest line is of another configuration"
+        return "its manifest line belongs to another configuration"
     try:
         with ShardReader(path / shard_name(shard), meta, record.bytes) as reader:
             reader.require_own(record)

@@ -1,4 +1,4 @@
-"""Whole shards of a store at a URL in memory: each is fetched once, by long requests, when it is first read."""
+"""Keeps whole shards of a store at a URL in memory: each is fetched once, in large requests, when first read."""
 
 import numpy as np
 
@@ -9,8 +9,8 @@ from store.shards import shard_name
 
 
 def hold(store: ActivationStore, n_bytes: int) -> None:
-    """Keep as many shards as n_bytes hold; the others are read by chunks. On a disk there is nothing to do: the system
-    keeps what was read."""
+    """Keep as many shards as fit in n_bytes; the others are read chunk by chunk. Does nothing for a store on a disk,
+    which the system caches."""
     there = sorted({*range(store.meta.n_shards)} - {*store.missing_shards()}) if isinstance(store.path, URL) else []
     sizes = {store.path / shard_name(shard): store.record(shard).bytes for shard in there}
     n_held = int(np.searchsorted(np.cumsum([*sizes.values()]), n_bytes, side="right"))
@@ -18,5 +18,5 @@ def hold(store: ActivationStore, n_bytes: int) -> None:
 
 
 def held_bytes(store: ActivationStore) -> int:
-    """Bytes of the shards that are kept once they were read."""
+    """Bytes of the shards that are kept once they have been read."""
     return sum(store.objects.get(HELD, {}).values())

@@ -1,10 +1,10 @@
-"""A store's objects at a URL: reading parts of a shard's, and writing by conditional requests.
+"""A store's objects at a URL: reading parts of a shard's object, and writing with conditional requests.
 
-Reading: ranges that touch are one, long ones are cut, parts are asked for in parallel. The first look at an object
-takes its tag; later requests hold for this tag alone, so that nothing of an exchanged one is used. Writing: the
-manifest is in objects of at most 256 lines, of which the last is replaced if it is as this writer left it. Who opens a
-store for writing puts a blank line at its end (or begins the next), so that an earlier writer fails at its next line. A
-shard is put only where none is, so that the late upload of such a writer exchanges nothing that counts.
+Reading: touching ranges are merged, long ones split, and the parts requested in parallel. The first request for an
+object notes its tag; later requests demand the same tag, so that no bytes of a replacement are used. Writing: the
+manifest is split into objects of at most 256 lines; a writer replaces the last one only if it is as it left it. Opening
+a store for writing adds blank lines to it (or begins the next), so that an earlier writer fails at its next line. A
+shard is put only where none exists, so that a late upload by such a writer replaces no committed shard.
 """
 
 import secrets
@@ -22,27 +22,27 @@ from residscope.urls import URL
 from store.checksums import DamagedError
 from store.manifest import FOLDER, ShardRecord, WriterLock, is_intact, sealed
 
-THREADS = 32  # requests under way at once
-HELD = "held"  # In `known`: the objects that are fetched whole and stay in memory.
+THREADS = 32  # concurrent requests
+HELD = "held"  # Key in `known` of the objects that are fetched whole and stay in memory.
 _REQUESTS = ThreadPoolExecutor(THREADS, "request")
 _LONGEST, _TAIL_BYTES, _MOST_LINES = 8 << 20, 1 << 16, 256
 
 
 class ObjectFile:
-    """Reads an object; what has been fetched is held as long as this."""
+    """Reads an object, and keeps what it has fetched as long as it lives."""
 
     def __init__(self, url: URL, n_bytes: int, known: dict[Any, Any]) -> None:
-        """Look at it, unless `known` has its tag. n_bytes: its size by the manifest. known: what the readers of one
-        store keep for later ones: an object's tag by its URL, the last whole one by the thread, and those `HELD`."""
+        """Request the tag, unless `known` has it. n_bytes: the size in the manifest. known: a cache that the readers of
+        a store share: each object's tag by its URL, the last whole object of each thread, and the objects `HELD`."""
         self._url, self._known, self.size = url, known, n_bytes
-        self.noted: str | None = None  # XXH3-128 that its writer noted with it
+        self.noted: str | None = None  # The XXH3-128 that its writer stored with it.
         whole, data = known.get(get_ident(), (None, b""))
         self._held = [(0, data)] if whole == url else []
         if url not in known:  # The index is at its end.
             start = max(n_bytes - _TAIL_BYTES, 0)
             data, self.size, known[url], self.noted = url.get(start, n_bytes)
             self._held = [(start, np.frombuffer(data, np.uint8))]
-        if url in known.get(HELD, ()):  # By the caller one at a time for each object.
+        if url in known.get(HELD, ()):  # The caller opens an object in one thread at a time.
             if (url, HELD) not in known:
                 self.fetch([(0, self.size)])
                 known[url, HELD] = self._held[-1][1]
@@ -53,15 +53,15 @@ class ObjectFile:
         for start, stop in merged(range_ for range_ in ranges if self._at(*range_) is None):
             parts = [(i, min(i + _LONGEST, stop)) for i in range(start, stop, _LONGEST)]
             found = self._get(parts[0]) if len(parts) == 1 else np.empty(stop - start, np.uint8)
-            if len(parts) > 1:  # Each is copied as it comes, so that there are not two of the object in memory.
+            if len(parts) > 1:  # Each part is copied as it arrives, so that memory does not hold the object twice.
                 targets = [found[a - start : b - start] for a, b in parts]
                 list(_REQUESTS.map(lambda part, target: np.copyto(target, self._get(part)), parts, targets))
             self._held.append((start, found))
-            if stop - start == self.size:  # Who hashes a shard reads it next, in the same thread.
+            if stop - start == self.size:  # After a shard is hashed, the same thread reads it.
                 self._known[get_ident()] = self._url, self._held[-1][1]
 
     def read(self, n_bytes: int, start: int) -> np.ndarray:
-        """uint8, fewer at the end."""
+        """`n_bytes` bytes from `start` as uint8, fewer at the end of the object."""
         range_ = start, min(start + n_bytes, self.size)
         found = self._at(*range_)
         return self._get(range_) if found is None else found
@@ -74,11 +74,11 @@ class ObjectFile:
         try:
             return np.frombuffer(self._url.get(*range_, self._known[self._url]).data, np.uint8)
         except (FileNotFoundError, FileExistsError):
-            raise DamagedError(self._url, "it was removed or exchanged while it was in use") from None
+            raise DamagedError(self._url, "it was removed or replaced while it was in use") from None
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges (start, stop) in order, as one where they touch."""
+    """Ranges (start, stop) in order, with those that touch merged."""
     found: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if found and start <= found[-1][1]:
@@ -88,19 +88,19 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class ObjectLock:
-    """The right to write a store at a URL, and its manifest's writer: a `WriterLock` and a `ManifestWriter`."""
+    """The right to write a store at a URL, and its manifest's writer: a `WriterLock` and a `ManifestWriter` in one."""
 
     def __init__(self, store: URL) -> None:
-        """Take over from earlier writers, who cannot commit any more."""
+        """Take over from earlier writers, which can then no longer commit."""
         numbers = [int(path.stem) for path in (store / FOLDER).glob("*.jsonl") if path.stem.isdigit()]
         self._store, self._number, self._data = store, max(numbers, default=0), b""
         self._tag: Any = "create"
-        self._busy = Lock()  # several threads may put shards
+        self._busy = Lock()  # Several threads may put shards.
         self._fault: ResidscopeError | None = None
         if numbers:
             data, _, self._tag, _ = self._segment.get()
             self._data = bytes(data)
-        # As many as no other that opens it at the same moment, whose bytes would be taken for these.
+        # A random number of them, so that two writers that open it at the same moment do not write the same bytes.
         self._add(b"\n" * (1 + secrets.randbelow(4096)))
 
     @property
@@ -114,30 +114,30 @@ class ObjectLock:
             self._tag = self._segment.put(self._data + line, self._tag)
         except FileExistsError:
             raise self._lost() from None
-        except ResidscopeError as error:  # which other threads are to tell, whatever is there now
+        except ResidscopeError as error:  # Other threads will report this error, too.
             self._fault = error
             raise
         self._data += line
 
     def append(self, record: ShardRecord | bytes) -> bytes:
-        """As that of `ManifestWriter`, of a line too; `ResidscopeError` where another process has taken over."""
+        """Like `ManifestWriter.append`, but takes a line, too; `ResidscopeError` if another process has taken over."""
         with self._busy:
             self._data = b"".join(line for line in self._data.splitlines(keepends=True) if is_intact(line[:-1]))
             self._add(line := record if isinstance(record, bytes) else sealed(record._asdict()))
         return line[:-1]
 
     def write(self, path: Any, parts: Sequence[bytes | memoryview]) -> None:
-        """Make an object that does not count yet, and note its hash with it."""
+        """Write an object that is not committed yet, with its hash as an attribute."""
         data = b"".join(parts)
         xxh3 = xxhash.xxh3_128_hexdigest(data)
         try:
             path.put(data, "create", xxh3)
-        except FileExistsError:  # Put by who had the store before, after this one had looked for such.
+        except FileExistsError:  # Put by an earlier writer after this one had removed such leftovers.
             self.require_here(self._store)
             path.put(data, path.get(head=True).tag, xxh3)
 
     def require_here(self, store: Path) -> None:
-        """`ResidscopeError` where another process has taken over, or the store is gone."""
+        """`ResidscopeError` if another process has taken over or the store is gone."""
         with self._busy:
             if self._fault:
                 raise self._fault
@@ -148,7 +148,7 @@ class ObjectLock:
         return ResidscopeError(f"{self._store}: another process is writing this store now; wait until it ends")
 
     def close(self) -> None:
-        """Does nothing: who opens the store next takes over."""
+        """Does nothing: the next writer simply takes over."""
 
 
 StoreLock = WriterLock | ObjectLock

@@ -76,7 +76,7 @@ def test_a_run_writes_its_files_and_exits_0(small, tmp_path, capsys):
 def test_a_missing_store_and_a_folder_that_is_none(small, tmp_path, capsys):
     for store, code, words in (
         (tmp_path / "absent.zarr", 2, "there is no such file"),
-        (tmp_path, 3, "no activation store"),
+        (tmp_path, 3, "not an activation store"),
     ):
         fails(capsys, options(small, tmp_path / "out", store=store), code, str(store), words, "harvest")
 

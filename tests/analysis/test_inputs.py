@@ -89,7 +89,7 @@ def test_another_process_refuses_another_autoencoder(small, tmp_path, before_sum
 @pytest.mark.parametrize("n", [0, 1])
 def test_another_store_is_refused(small, tmp_path, before_sum, n):
     before_sum(n, lambda: exchange_store(small))
-    with pytest.raises(IncompatibleError, match=r"another (shard or )?store|exchanged while it was in use"):
+    with pytest.raises(IncompatibleError, match=r"another (shard or )?store|replaced while it was in use"):
         numbers(small, tmp_path / "out")
     assert not (tmp_path / "out/summary.json").exists()
     shutil.rmtree(small.store)

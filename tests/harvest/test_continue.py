@@ -340,7 +340,7 @@ def test_a_store_that_is_exchanged_while_it_is_opened_is_refused(
         return []
 
     monkeypatch.setattr(run, "refuse_differences", exchanged)
-    with pytest.raises(IncompatibleError, match=r"acts\.zarr was exchanged for another store while it was opened"):
+    with pytest.raises(IncompatibleError, match=r"acts\.zarr was replaced by another store while it was opened"):
         harvest(options)
     assert tree(options.out) == before
 
@@ -368,7 +368,7 @@ def test_a_model_that_is_exchanged_between_the_plan_and_the_filling_is_refused(
         before = tree(options.out)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "load_weights", exchanged)
-            with pytest.raises(IncompatibleError, match=r"model model: the files in .* were changed or exchanged"):
+            with pytest.raises(IncompatibleError, match=r"model model: the files in .* were changed or replaced"):
                 harvest(options)
         assert tree(options.out) == before
         folder.rename(other)

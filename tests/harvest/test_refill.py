@@ -40,7 +40,9 @@ def test_without_the_options_the_error_says_what_to_do(config: MakeConfig) -> No
     (path / "resid_post/c.2.0.0").unlink()
     path.with_suffix(".harvest.toml").unlink()
     before = tree(path)
-    with pytest.raises(ResidscopeError, match=r"acts\.harvest\.toml.*Nothing was changed\. Run the `harvest` command"):
+    with pytest.raises(
+        ResidscopeError, match=r"acts\.harvest\.toml.*Nothing was changed\. Run the store's `harvest` command"
+    ):
         repair(path, prepare)
     assert tree(path) == before
     with pytest.raises(IncompatibleError, match="gone or cut off, the first of shard 2"):

@@ -310,7 +310,9 @@ def test_two_stores_do_not_share_the_options_beside_them(config: MakeConfig) -> 
     first = config()
     harvest(first)
     options = first.out.with_suffix(".harvest.toml").read_bytes()
-    with pytest.raises(UsageError, match=r"acts: .*acts.harvest.toml and what else .* belong to .*acts.zarr: choose"):
+    with pytest.raises(
+        UsageError, match=r"acts: .*acts.harvest.toml and the files next to it belong to .*acts.zarr: choose"
+    ):
         harvest(config(out=first.out.with_suffix("")))
     assert not first.out.with_suffix("").exists()
     assert first.out.with_suffix(".harvest.toml").read_bytes() == options

@@ -90,7 +90,7 @@ def test_a_model_larger_than_the_memory_is_spread_and_gives_the_same_vectors(
     ("flags", "said"),
     [
         ({"n_workers": 2}, "--device-map spreads one model over all GPUs: leave --n-workers and --scheduler out"),
-        ({"random_init": True}, "--device-map takes weights as they lie in files, not random weights"),
+        ({"random_init": True}, "--device-map takes weights as they are in files, not random weights"),
     ],
 )
 def test_what_is_not_spread_is_said(flags: dict[str, Any], said: str, config: MakeConfig) -> None:

@@ -14,7 +14,7 @@ def test_info_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["info", str(tmp_path)]) == 3
     found = capsys.readouterr()
     assert found.out == ""
-    assert found.err == f"residscope info: error: {tmp_path}: no activation store is there; make one with `harvest`\n"
+    assert found.err == f"residscope info: error: {tmp_path} is not an activation store; make one with `harvest`\n"
     for command in (["info"], ["verify"], ["verify", "--repair"]):
         assert main([*command, str(tmp_path / "none")]) == 2
         assert f"{tmp_path}/none: there is no such file or folder" in capsys.readouterr().err
@@ -44,7 +44,7 @@ def test_verify(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("token_id/c.0", "token_id/c.0: the file was changed after it was written"),
         ("resid_post/zarr.json", "resid_post/zarr.json: the file was changed after it was written"),
         ("shard_moments/c.1.0.0.0", "shard 1: shard_moments/c.1.0.0.0: its checksum does not match"),
-        ("layer_norm/c.0", "layer_norm/c.0: the numbers do not match the shards'"),
+        ("layer_norm/c.0", "layer_norm/c.0: its numbers do not match the shards"),
         ("manifest/0.jsonl", "manifest/0.jsonl line 1: the header is damaged"),
     ],
 )

@@ -71,8 +71,8 @@ def test_a_cluster_without_workers_is_said_to_be_one_and_given_up(monkeypatch, c
     monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
     assert cluster.require_worker(NoWorkers(9)) == 1
     said = capsys.readouterr().err
-    assert said.count("no worker since 2.0 s: start some with `dask worker tcp://here:1`; waiting 5 s") == 1
-    with pytest.raises(ResidscopeError, match=r"no worker since 5\.0 s: start some with `dask worker tcp://here:1`"):
+    assert said.count("had no worker for 2.0 s: start some with `dask worker tcp://here:1`; waiting 5 s") == 1
+    with pytest.raises(ResidscopeError, match=r"had no worker for 5\.0 s: start some with `dask worker tcp://here:1`"):
         cluster.require_worker(NoWorkers(float("inf")))
 
 
@@ -82,7 +82,7 @@ def test_a_worker_process_that_dies_at_its_start_is_one_line(monkeypatch):
 
     monkeypatch.setattr("distributed.LocalCluster", start)
     with (
-        pytest.raises(ResidscopeError, match=r"^a worker process died at its start \(Nanny failed"),
+        pytest.raises(ResidscopeError, match=r"^a worker process died when it started \(Nanny failed"),
         cluster.connected("processes", 2),
     ):
         pass

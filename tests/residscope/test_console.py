@@ -79,7 +79,7 @@ def test_a_pipe_that_breaks_is_no_success_but_that_of_standard_output(capsys: py
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     assert run_command("tool", command) == 1
-    assert capsys.readouterr().err.startswith("tool: error: Broken pipe. What it was written to has ended: run the")
+    assert capsys.readouterr().err.startswith("tool: error: Broken pipe. The process that reads it has ended: run the")
     code = (
         "from residscope.console import run_command; raise SystemExit(run_command('tool', lambda: print('x' * 10**6)))"
     )
@@ -279,6 +279,4 @@ def test_a_working_folder_that_is_gone_is_one_line(
     monkeypatch.chdir(folder)
     folder.rmdir()
     assert run_command("train", lambda: pytest.fail("it starts")) == 2
-    assert (
-        capsys.readouterr().err == "train: error: the working folder is gone or cannot be read: change into another\n"
-    )
+    assert capsys.readouterr().err == "train: error: the working folder is gone or cannot be read: change to another\n"

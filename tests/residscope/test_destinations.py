@@ -118,13 +118,15 @@ def test_files_beside_an_output_belong_to_one(tmp_path: Path) -> None:
     out, other, record, side = (tmp_path / name for name in ("a", "a.pt", "a.config.toml", "a.safetensors"))
     refuse_shared(out, record, [side])
     side.write_text("another tool's")
-    with pytest.raises(UsageError, match=r"--out .*a: .*a.safetensors, which would be replaced, exists already"):
+    with pytest.raises(UsageError, match=r"--out .*a: .*a.safetensors, which would be replaced, already exists"):
         refuse_shared(out, record, [side])
     record.write_text('out = "somewhere/a.pt"')
     refuse_shared(out, record, [side])  # its owner is gone
     other.touch()
     refuse_shared(other, record, [side])
-    with pytest.raises(UsageError, match=r"--out .*a: .*a.config.toml and what else .* belong to .*a.pt: choose"):
+    with pytest.raises(
+        UsageError, match=r"--out .*a: .*a.config.toml and the files next to it belong to .*a.pt: choose"
+    ):
         refuse_shared(out, record, [side])
     record.write_text('out = "b.pt"')  # renamed, with the files beside it
     (tmp_path / "b.pt").touch()
@@ -158,7 +160,7 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_link_to_what_is_not_there_is_called_that(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "no" / "where")
     with (
-        pytest.raises(UsageError, match=r"--out .*link: .*link is a link to what is not there: choose another"),
+        pytest.raises(UsageError, match=r"--out .*link: .*link is a broken link: choose another"),
         together(tmp_path / "link", ["a"], ["a"], replace=False),
     ):
         raise AssertionError("not reached")

@@ -92,7 +92,7 @@ def test_too_small_an_address_space_is_one_line_before_anything_loads(
     assert main(COMMANDS[name].split()) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"{name}: error: not enough memory: the limit of the address space (`ulimit -v`) is ")
+    assert err.startswith(f"{name}: error: not enough memory: the address space limit (`ulimit -v`) is ")
     assert f"needs at least {NEEDED_GB[name]} GB" in err
     with pytest.raises(SystemExit, match=r"^0$"):  # what needs no memory is not refused
         main([*name.removeprefix("residscope ").split(), "--help"])

@@ -69,7 +69,7 @@ def test_a_bad_command_line_is_one_line_that_names_the_nearest_flag(capsys: pyte
             parse(*words)
         assert ended.value.code == 2
         printed = capsys.readouterr()
-        assert printed.err == f"tool: error: {said}; `tool --help` says what there is\n"
+        assert printed.err == f"tool: error: {said}; see `tool --help`\n"
         assert not printed.out
 
 
@@ -209,7 +209,7 @@ def test_a_file_may_use_tables_or_flat_names_and_flags_win(tmp_path: Path) -> No
     assert parse_nested("--config", str(path), "--width", "1").size == Size(width=1, depth=7)
     for text, said in (
         ("[size]\nheight = 1\n", "unknown option 'height'"),
-        ("[size]\nname = 'n'\n", r"name is no option of \[size\]: it belongs above all tables"),
+        ("[size]\nname = 'n'\n", r"name is not an option of \[size\]: it belongs above all tables"),
         ("width = 1\n[size]\nwidth = 2\n", "width is given twice"),
     ):
         path.write_text(text)

@@ -63,7 +63,7 @@ def test_a_module_of_the_user_that_is_imported_already_is_named(tmp_path: Path) 
     code = "import store, residscope; assert store.mine; residscope.TrainConfig; residscope.ActivationStore"
     done = run(tmp_path, "-c", code)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("ImportError"))
-    assert f"{tmp_path / 'store.py'} was imported under that name before" in line
+    assert f"{tmp_path / 'store.py'} was already imported under that name" in line
     assert line.endswith("import residscope first, or rename that file")
     assert run(tmp_path, "-c", "import residscope, store; store.ActivationStore").returncode == 0
 

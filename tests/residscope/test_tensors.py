@@ -172,7 +172,7 @@ def pickled(*operations: bytes) -> bytes:
     [
         (saved({"a": torch.zeros(1).expand(50_000, 50_000)}), r"\[50000, 50000\] is more than the 1 numbers"),
         (rewritten(dict, zipfile.ZIP_DEFLATED), "is compressed"),
-        (rewritten(lambda members: {k: v * 2 if "data/0" in k else v for k, v in members.items()}), "has 96 bytes"),
+        (rewritten(lambda members: {k: v * 2 if "data/0" in k else v for k, v in members.items()}), "found 96 bytes"),
         (rewritten(lambda members: {k: v for k, v in members.items() if "data/0" not in k}), "no item named"),
         (rewritten(lambda members: {**members, "archive/byteorder": b"big"}), "little-endian"),
         (pickled(b"}r\xff\xff\xff\x7f"), "claims more memory"),

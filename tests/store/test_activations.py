@@ -133,7 +133,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path, content: str) -> None:
         if content == "group":
             (path / "zarr.json").write_text("{}")
     kind, message = (
-        (UsageError, "no such file or folder") if content == "nothing" else (IncompatibleError, "no activation store")
+        (UsageError, "such file or folder") if content == "nothing" else (IncompatibleError, "not an activation store")
     )
     with pytest.raises(kind, match=message):
         ActivationStore.open(path)

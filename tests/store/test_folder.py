@@ -43,7 +43,7 @@ def store(tmp_path: Path) -> Path:
         ({"n_tokens": 10**15}, r"token_id: 1,000,000,000,000,000 tokens should be in 238,418,580 files, found 1\."),
         (
             {"n_tokens": 4_000_000},
-            r"token_id/c\.0: the file should have 16,000,004 bytes, for 4,000,000 tokens, found ",
+            r"token_id/c\.0: the file should have 16,000,004 bytes for 4,000,000 tokens, found ",
         ),
         ({"d_model": 10**12}, "a shard should have at most 1.07 GB before compression"),
         ({"shard_tokens": 8 * 10**9}, "a shard should have at most 1.07 GB before compression"),

@@ -21,7 +21,7 @@ def test_manifest_lines(tmp_path: Path) -> None:
         ActivationStore.open(path, partial=True)
     assert [bad.index for bad in verify(path)] == [None, 1]
     (path / FILE).write_bytes(good + lines[1])
-    with pytest.raises(ResidscopeError, match="line 5: shard 1 is given twice"):
+    with pytest.raises(ResidscopeError, match="line 5: shard 1 is listed twice"):
         ActivationStore.open(path)
     (path / FILE).write_bytes(b"".join([*lines]))
     with pytest.raises(ResidscopeError, match="line 1: the header"):

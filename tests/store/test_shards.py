@@ -101,7 +101,7 @@ def test_wrong_shards_are_refused(tmp_path: Path) -> None:
         with pytest.raises(IndexError):
             store.write_shard(2, x[:32])
         store.write_shard(0, x[:32])
-        with pytest.raises(UsageError, match="written already"):
+        with pytest.raises(UsageError, match="already been written"):
             store.write_shard(0, x[:32])
         with pytest.raises(IncompatibleError, match="1 of 2"):
             store.finalize()
@@ -129,7 +129,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_raises(tmp_path: Path) -> None:
         os.truncate(file, 0)
         with pytest.raises(DamagedError, match="checksum of token chunk 0 at stored layer 0 does not match"):
             reader.read_chunk(0, 0, out)
-    with pytest.raises(DamagedError, match=r"should have .* bytes and has 0"):
+    with pytest.raises(DamagedError, match=r"should have .* bytes, found 0"):
         store.read()
 
 
@@ -238,18 +238,18 @@ def test_what_is_exchanged_after_the_first_look_is_found(tmp_path: Path, n_layer
         other.path.rename(store.path)
     blocks = np.empty((1, 32, 12), np.uint16)
     for token in (0, 130, 299):
-        with pytest.raises(DamagedError, match="exchanged while it was in use"):
+        with pytest.raises(DamagedError, match="replaced while it was in use"):
             held.read(slice(token, token + 1), [1])
-        with pytest.raises(DamagedError, match="exchanged while it was in use"):
+        with pytest.raises(DamagedError, match="replaced while it was in use"):
             held.read_blocks(np.array([token // 32]), np.array([0]), blocks)
     with pytest.raises(DamagedError, match="wrong hash: a valid file of another shard or store"):
         held.require_intact(0)
     with pytest.raises(IncompatibleError, match="a valid file of another" if in_place else "content hash should be"):
         ActivationStore.open(store.path, content_hash=held.content_hash).read()
     if not in_place:
-        with pytest.raises(DamagedError, match="the numbers do not match the shards', or are another store's"):
+        with pytest.raises(DamagedError, match="its numbers do not match the shards, or are another store's"):
             held.statistics()
-        with pytest.raises(DamagedError, match="it is another shard's or store's"):
+        with pytest.raises(DamagedError, match="it belongs to another shard or store"):
             held.merged_statistics()
         store.path.rename(other.path)
         (tmp_path / "away.zarr").rename(store.path)
@@ -316,7 +316,7 @@ def test_shards_that_others_put_count_once_they_are_committed(tmp_path: Path) ->
         assert store.missing_shards() == [0, 1, 2]
         for shard in (1, 2, 0):
             store.commit_shard(puts[shard])
-        with pytest.raises(UsageError, match="shard 1 is written already"):
+        with pytest.raises(UsageError, match="shard 1 has already been written"):
             store.commit_shard(puts[1])
         assert (tmp_path / "a.zarr" / folder).exists()
         store.finalize()

@@ -201,7 +201,9 @@ def test_two_checkpoints_do_not_share_the_files_beside_them(config: TrainConfig)
     before = files()
     assert {"ckpt.pt", "ckpt.metrics.jsonl", "ckpt.config.toml", "ckpt.safetensors"} <= before.keys()
     for flags in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(UsageError, match=r"ckpt: .*ckpt.config.toml and what else .* belong to .*ckpt.pt: choose"):
+        with pytest.raises(
+            UsageError, match=r"ckpt: .*ckpt.config.toml and the files next to it belong to .*ckpt.pt: choose"
+        ):
             train(with_values(config, out=config.out.with_suffix(""), **flags))
     assert files() == before
     train(with_values(config, resume=True))
@@ -211,7 +213,7 @@ def test_two_checkpoints_do_not_share_the_files_beside_them(config: TrainConfig)
 def test_weights_that_no_run_made_are_not_replaced(config: TrainConfig) -> None:
     of_another = config.out.with_suffix(".safetensors")
     of_another.write_text("precious")
-    with pytest.raises(UsageError, match=r"ckpt.safetensors, which would be replaced, exists already and comes"):
+    with pytest.raises(UsageError, match=r"ckpt.safetensors, which would be replaced, already exists and is not"):
         train(config)
     assert of_another.read_text() == "precious"
     assert not config.out.with_suffix(".metrics.jsonl").exists()

@@ -427,7 +427,7 @@ def test_a_store_that_is_exchanged_while_it_is_trained_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "take", exchange)
-        found = "exchanged while it was in use|the shard is missing"  # which it is between the two renames
+        found = "replaced while it was in use|the shard is missing"  # which it is between the two renames
         with pytest.raises(IncompatibleError, match=rf"({found}).*stopped after step \d+ of 34; .* is"):
             train(config)
     assert load_checkpoint(config.out).trainer["step"] > steps

@@ -92,10 +92,9 @@ def test_a_trainer_that_stays_behind_is_named(
         readers.publish("/a.pt", 2)
         readers.publish("/b.pt", 0)
         list(parts_to_fill(store, lambda: next(looks) > 10_000))
-        said = [line for line in capsys.readouterr().err.splitlines() if "since" in line]
-        assert said == [
-            f"waiting for /b.pt since 10 min 00 s; if it has ended, and is not to go on, remove {readers.file('/b.pt')}"
-        ]
+        said = [line for line in capsys.readouterr().err.splitlines() if "still" in line]
+        way_out = f"if it has ended and will not continue, remove {readers.file('/b.pt')}"
+        assert said == [f"still waiting for /b.pt after 10 min 00 s; {way_out}"]
 
 
 def test_a_harvest_without_a_trainer_stops_when_it_is_told_to(
@@ -134,7 +133,7 @@ def test_parts_hold_whole_batches(
     batches = [SequenceBatch(at, min(at + batch, 100_000), 32) for at in range(0, 100_000, batch)]
     passes = sum(len(batches_for(batches, part.tolist(), shard)) for part in ring.parts(n_shards))
     assert 1 <= passes / len(batches) <= times
-    slow = f"warning: --rolling 20 MB is small for forward passes of {batch:,} tokens: each is made up to"
+    slow = f"warning: --rolling 20 MB is small for forward passes of {batch:,} tokens: each runs up to"
     slow += f" {-(-batch // shard)} times, which is slow; --rolling {'102' if batch == 6400 else '166'} MB, or a"
     assert (slow in capsys.readouterr().err) == (times > 1)
 
@@ -159,7 +158,7 @@ def test_a_text_that_cannot_be_split_is_warned_of(capsys: pytest.CaptureFixture)
     rolling = Rolling(20_000_000, batch=64, **REST)
     aside = rolling.aside(token_table(100_000, document=np.zeros(100_000, np.int64)))
     assert cut(100_000, aside, rolling, 32, 4096)[1].kept_shards == 0
-    assert "warning: of one document none is held out" in capsys.readouterr().err
+    assert "warning: with one document, none is held out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

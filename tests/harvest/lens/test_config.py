@@ -34,5 +34,5 @@ def test_the_options_of_one_text_are_kept_as_plain_words() -> None:
 )
 def test_a_store_has_settled_what_its_tokens_are(change: dict[str, Any]) -> None:
     name = next(iter(change)).replace("_", "-")
-    with pytest.raises(UsageError, match=f"--{name} says how to make text into tokens"):
+    with pytest.raises(UsageError, match=f"--{name} says how to turn text into tokens"):
         config(store=Path("a.zarr"), **change)

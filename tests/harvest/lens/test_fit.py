@@ -241,7 +241,7 @@ def test_mistakes_are_one_line(
     refused(store("some.zarr", layers=("0-1",)), 3, "holds 2 of the model's 3 layers")
     refused(store("plain.zarr") | {"model": str(model_folder("gpt_neox"))}, 3, "content hash should be")
     fit_lens(from_flat(FitLensConfig, options(out=tmp_path / "made", method="ridge")))
-    refused(store("mapped.zarr", lens=str(tmp_path / "made")), 3, "went through lens 'made'")
+    refused(store("mapped.zarr", lens=str(tmp_path / "made")), 3, "was made with lens 'made'")
 
 
 def test_vectors_that_are_not_finite_are_one_line(
@@ -269,7 +269,7 @@ def test_vectors_that_are_not_finite_are_one_line(
         ({"seed": -1}, "--seed should be at least 0"),
         ({"max_condition": 0.5}, "--max-condition should be above 1"),
         ({"validation_fraction": 0.0}, "--validation-fraction"),
-        ({"store": Path("a.zarr")}, "--dataset says how to make text into tokens"),
+        ({"store": Path("a.zarr")}, "--dataset says how to turn text into tokens"),
     ],
 )
 def test_options_that_cannot_work(options: Options, changes: dict[str, Any], words: str) -> None:

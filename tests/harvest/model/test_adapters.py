@@ -118,11 +118,11 @@ def test_an_adapter_alone_is_loaded_through_its_base(both: Path, model_folder: M
         (
             str(tmp_path / "gone"),
             UsageError,
-            "alone is an adapter alone, .*gone: there is no such file or folder.* put",
+            "alone is only an adapter, .*gone: there is no such file or folder.* put",
         ),
         ("", UsageError, r"\(adapter_config.json has no base_model_name_or_path\); put .* give that folder"),
-        (str(alone), IncompatibleError, "has an adapter too, and only one can be applied"),
-        (str(both), IncompatibleError, "has an adapter too, and only one can be applied"),
+        (str(alone), IncompatibleError, "has an adapter too, but only one can be applied"),
+        (str(both), IncompatibleError, "has an adapter too, but only one can be applied"),
     ):
         with pytest.raises(kind, match=message):
             resolve_model(str(with_adapter(alone, base)))

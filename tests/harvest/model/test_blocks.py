@@ -27,7 +27,7 @@ def test_the_blocks_are_the_unique_shallowest_list_of_that_length() -> None:
 def test_blocks_that_are_missing_or_ambiguous_are_refused() -> None:
     model = nn.Module()
     model.a, model.b = stack(2), stack(2)
-    with pytest.raises(ResidscopeError, match="cannot be told from others: a, b all have 2"):
+    with pytest.raises(ResidscopeError, match="cannot be identified: a, b all have 2"):
         find_blocks(model, 2)
     with pytest.raises(ResidscopeError, match=r"no list of 5 .*found a \(2\), b \(2\); this architecture"):
         find_blocks(model, 5)

@@ -115,7 +115,7 @@ def test_the_way_out_fits_what_failed(gpt2: Path) -> None:
     (gpt2 / "generation_config.json").write_text("{")
     cases: dict[Exception, str] = {
         ImportError("it requires protobuf"): "; install what it asks for$",
-        ValueError("requires trust_remote_code=True"): "is not run here: give one that transformers has itself$",
+        ValueError("requires trust_remote_code=True"): "is not run here: give a model that transformers has built in$",
         ValueError("unknown model type"): "; a newer transformers may know it, this is",
         json_error: r"; generation_config\.json is damaged",
         OSError("no file named model.safetensors"): r"\); save or download the model again$",
@@ -153,7 +153,7 @@ def test_code_that_comes_with_a_model_is_not_run_and_that_is_said(
     own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}
     (gpt2 / "config.json").write_text(json.dumps(config | own))
     load_model(resolve_model(str(gpt2)))
-    assert "code of its own (modeling_own.OwnModel) is not run" in capsys.readouterr().err
+    assert "its own code (modeling_own.OwnModel) is not run" in capsys.readouterr().err
     own["auto_map"]["AutoConfig"] = "configuration_own.OwnConfig"
     (gpt2 / "config.json").write_text(json.dumps(config | own | {"model_type": "own"}))
     with pytest.raises(ResidscopeError, match="code that comes with a model is not run here"):
@@ -203,17 +203,17 @@ def test_a_model_of_images_and_text_is_taken_for_its_text_model(kind: str, tmp_p
 
 def test_a_model_that_is_no_language_model_is_named(gpt2: Path) -> None:
     transformers.T5Config(vocab_size=260).save_pretrained(gpt2)
-    with pytest.raises(IncompatibleError, match="copy: T5Config is of an encoder-decoder model"):
+    with pytest.raises(IncompatibleError, match="copy: T5Config is for an encoder-decoder model"):
         load_model(resolve_model(str(gpt2)))
 
 
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
-        ("Whisper", "copy: WhisperConfig is of an encoder-decoder model"),
+        ("Whisper", "copy: WhisperConfig is for an encoder-decoder model"),
         ("ViT", "copy: transformers has no causal language model for ViTConfig"),
         ("Blt", "copy: BltConfig should have num_hidden_layers, hidden_size and vocab_size of one"),
-        ("BigBird", "copy: its block_sparse attention looks at later tokens"),
+        ("BigBird", "copy: its block_sparse attention sees later tokens"),
     ],
 )
 def test_a_configuration_of_something_else_is_named(gpt2: Path, kind: str, line: str) -> None:
@@ -225,9 +225,7 @@ def test_a_configuration_of_something_else_is_named(gpt2: Path, kind: str, line:
 def test_weights_of_another_shape_are_named(gpt2: Path) -> None:
     config = json.loads((gpt2 / "config.json").read_text())
     (gpt2 / "config.json").write_text(json.dumps(config | {"n_inner": 24}))
-    line = (
-        r"copy: .*h\.0\.mlp\.c_fc\.\w+ has another shape than it should, \[.*128\] in its files, \[.*24\] by its config"
-    )
+    line = r"copy: .*h\.0\.mlp\.c_fc\.\w+ has the wrong shape, \[.*128\] in its files, \[.*24\] by its config"
     with pytest.raises(IncompatibleError, match=line):
         load_model(resolve_model(str(gpt2)))
 
@@ -258,7 +256,7 @@ def test_a_folder_that_is_exchanged_while_it_is_loaded_is_refused(
         return original(*arguments)
 
     monkeypatch.setattr(models, step, exchanged)
-    with pytest.raises(IncompatibleError, match="changed or exchanged .* hash was " + re.escape(str(spec.fingerprint))):
+    with pytest.raises(IncompatibleError, match="changed or replaced .* hash was " + re.escape(str(spec.fingerprint))):
         load_model(spec)
 
 

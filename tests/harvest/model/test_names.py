@@ -107,12 +107,12 @@ def test_weights_that_do_not_count_for_the_hash_are_not_loaded(tmp_path: Path) -
     for name in ("sub/x.safetensors", "../x.safetensors", "x.pt", "ckpt.safetensors"):
         index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(IncompatibleError, match=f"weights are in {re.escape(name)}, by the folder's own files"):
+        with pytest.raises(IncompatibleError, match=f"its files say that weights are in {re.escape(name)}"):
             resolve_model(str(folder))
     (folder / "model.safetensors.index.json").write_text("{")
     for name in ("sub/x.safetensors", "x.pt"):
         (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
-        with pytest.raises(IncompatibleError, match=f"weights are in {re.escape(name)}, by the folder's own files"):
+        with pytest.raises(IncompatibleError, match=f"its files say that weights are in {re.escape(name)}"):
             resolve_model(str(folder))
 
 

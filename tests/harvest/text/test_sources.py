@@ -377,7 +377,9 @@ def test_columns_of_token_ids_are_documents_as_they_are(tmp_path: Path, suffix: 
 def test_a_token_that_is_not_the_models_is_named_with_its_row(tmp_path: Path, suffix: str, wrong: int) -> None:
     path = write_ids(tmp_path / f"ids{suffix}", [*IDS, [5, wrong]])
     where = "line 4" if suffix == ".jsonl" else "row 4"
-    with pytest.raises(IncompatibleError, match=rf"{where}: column 'ids' holds token {wrong}, none of the 4 of"):
+    with pytest.raises(
+        IncompatibleError, match=rf"{where}: column 'ids' holds token {wrong}, which is not among the 4 of"
+    ):
         list(open_source(config(path, token_column="ids"), known=KNOWN).documents())
 
 
@@ -407,5 +409,5 @@ def test_what_has_no_columns_has_no_token_column(tmp_path: Path) -> None:
     for name in (str(tmp_path / "a.txt"), "pydoc"):
         with pytest.raises(UsageError, match="has no columns"):
             list(open_source(config(name, token_column="ids"), known=KNOWN).documents())
-    with pytest.raises(UsageError, match="give one of them"):
+    with pytest.raises(UsageError, match="give only one"):
         config("a.jsonl", token_column="ids", text_column="body")

@@ -45,11 +45,11 @@ def test_the_commands_are_valid_and_fit_each_other() -> None:
         (["--tokens", "many"], "--tokens should be a number"),
         (
             ["--overwrite"],
-            "does without --overwrite of `train`: leave it out. To start from nothing, remove the folder run",
+            "does not take --overwrite of `train`: leave it out. To start over, remove the folder run",
         ),
         (["--shard-latents", "2"], "sets --shard-latents of `train`: leave it out"),
         (["--harvest-flags=--out=elsewhere"], "sets --out of `harvest`"),
-        (["--harvest-flags=--help"], "does without --help of `harvest`"),
+        (["--harvest-flags=--help"], "does not take --help of `harvest`"),
         (["--no-follow"], "sets --follow of `train`"),
         (["--tokens", "0"], "--tokens should be at least 1, .* found 0 and '50GB'"),
         (["--disk", "0GB"], "--disk a size such as 50GB, found 1000000 and '0GB'"),
@@ -77,7 +77,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **scripts: str) -> list[Any]:
     ("failing", "code", "way_out"),
     [
         ("harvest", 1, "the same command continues both"),
-        ("train", 2, "change what is named above, or, to start from nothing, remove the folder .* and the store there"),
+        ("train", 2, "change what is named above, or, to start over, remove the folder .* and the store there"),
         ("train", 3, "change what is named above"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_dry_run_takes_the_flags_of_both_sides(
         assert run.main([*words, *more]) == 2
         assert wrong in capsys.readouterr().err
     assert run.main([*words, "--layers", "1"]) == 2
-    assert "--layers: `harvest` makes no layer 1" in capsys.readouterr().err
+    assert "--layers: `harvest` does not store layer 1" in capsys.readouterr().err
     words[words.index("2MB")] = "0.1MB"
     assert run.main(words) == 2
     assert "this store needs at least" in capsys.readouterr().err

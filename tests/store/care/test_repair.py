@@ -123,7 +123,7 @@ def test_a_model_that_gives_other_bytes_is_found_out(path: Path, whole: Path) ->
                 store.write_shard(shard, X[start:stop] + np.float32(0.1))
 
     flip(path / SHARD, 50)
-    with pytest.raises(ResidscopeError, match=r"shards \[1\] were computed again with different bytes"):
+    with pytest.raises(ResidscopeError, match=r"shards \[1\] came out with different bytes"):
         repair(path, lambda path: lambda: other(path))
     assert ActivationStore.open(path, partial=True).missing_shards() == [1]
     fill(path)  # A plain run takes what its model gives.
@@ -162,7 +162,7 @@ def test_nothing_is_changed_before_there_is_something_to_fill_it_with(path: Path
 def test_one_at_a_time(path: Path, tmp_path: Path) -> None:
     with closing(WriterLock(path, path)), pytest.raises(ResidscopeError, match="another process is writing"):
         repair(path, filler)
-    with pytest.raises(IncompatibleError, match="no activation store"):
+    with pytest.raises(IncompatibleError, match="not an activation store"):
         repair(tmp_path, filler)
     assert not (tmp_path / "manifest").exists()
 

@@ -113,7 +113,9 @@ def test_what_is_still_to_come_is_no_damage_and_not_repaired(
     assert "--repair" not in said.err
     (store.path / shard_name(first[1])).unlink()
     assert [bad.index for bad in verify(store.path)] == [first[1], None]
-    with pytest.raises(ResidscopeError, match="is filled part by part: run its `harvest` or `residscope run` to mend"):
+    with pytest.raises(
+        ResidscopeError, match="is filled part by part: run its `harvest` or `residscope run` to repair"
+    ):
         repair(store.path, lambda _: pytest.fail("it computes nothing"))
     assert ActivationStore.open(store.path, partial=True).missing_shards() == sorted({first[1], second[1], *third})
 
@@ -155,7 +157,7 @@ def test_a_trainer_that_comes_too_late_is_told(tmp_path: Path) -> None:
     readers.publish("/x/b.pt", 2)
     assert readers.used() == {"/x/a.pt": 0, "/x/b.pt": 2}
     readers.announce(1)
-    with pytest.raises(IncompatibleError, match=r"c\.pt needs part 1 of it, and the first 1 are removed"):
+    with pytest.raises(IncompatibleError, match=r"c\.pt needs part 1, but the first 1 have been removed"):
         readers.register("/x/c.pt", 0)
     assert "/x/c.pt" not in readers.used()
     readers.register("/x/c.pt", 1)

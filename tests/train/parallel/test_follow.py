@@ -170,7 +170,7 @@ def test_who_comes_too_late_replaces_nothing(tmp_path: Path) -> None:
         train(train_config(**config))
     before = {file.name: file.read_bytes() for file in tmp_path.glob("a.*") if file.is_file()}
     used = Readers(path, RING).used()
-    with pytest.raises(IncompatibleError, match="needs part 1 of it"):
+    with pytest.raises(IncompatibleError, match="needs part 1, but"):
         train(train_config(**config, overwrite=True))
     assert {file.name: file.read_bytes() for file in tmp_path.glob("a.*") if file.is_file()} == before
     assert Readers(path, RING).used() == used
