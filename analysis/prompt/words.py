@@ -51,7 +51,7 @@ def _effects(prompt: Mapping[str, Any]) -> list[str]:
         (name_of(one), shown(one["kl_last"]), shown(one["kl_mean"]), _moves(one["increased"]), _moves(one["decreased"]))
         for one in prompt["interventions"]
     ]
-    return table(("change", "KL", "KL per token", "rises most", "falls most"), rows)
+    return table(("change", "KL at the last token", "mean KL over tokens", "rises most", "falls most"), rows)
 
 
 def name_of(intervention: Mapping[str, Any]) -> str:

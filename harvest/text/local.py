@@ -50,7 +50,7 @@ def find_files(dataset: str) -> list[Path] | None:
             raise UsageError(f"--dataset {dataset}: no file has a matching name")
     elif path.exists():
         raise IncompatibleError(f"--dataset {dataset} is a pipe or device: give a file or a folder")
-    elif dataset.startswith((".", "/", "~")) or suffix_of(path):
+    elif dataset.startswith((".", "/", "~")) or suffix_of(path) or path.suffix.lower() in (".csv", ".json", ".tsv"):
         raise UsageError(f"--dataset {dataset}: there is no such file or folder")
     else:
         return None

@@ -81,9 +81,9 @@ def few_tokens(
     factor = int(min(ratio, 10))
     way_out = f"; `harvest --mask-norm {factor}` leaves out tokens of more than {factor} times the median norm"
     words = (
-        f"{100 * d[far].sum() / d.sum():.0f} % of the variance of layer {meta.layers[layers[worst]]} is in"
-        f" {counted(len(far), 'token')} of {n:,}, probably attention sinks: {named}. FVU depends strongly on them"
-        f" (norms of at least {ratio:.3g} times the median)" + way_out * (factor > 1)
+        f"{100 * d[far].sum() / d.sum():.0f} % of the variance of layer {meta.layers[layers[worst]]} is in "
+        f"{counted(len(far), 'token')} of {n:,} examined, probably attention sinks: {named}. FVU depends strongly on "
+        f"them (norms of at least {ratio:.3g} times the median)" + way_out * (factor > 1)
     )
     return FewTokens(words, tuple(tokens.tolist()))
 

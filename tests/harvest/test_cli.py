@@ -107,6 +107,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "no network, lens": ({"lens": "auto"}, 1, "space 'AlignmentResearch/tuned-lens': the hub cannot be reached"),
     "bad hub id": ({"model": "a/b/c"}, 2, "neither a path that exists nor a hub id"),
     "no folder": ({"model": "./nowhere"}, 2, "there is no such file or folder"),
+    "missing .csv": ({"dataset": "missing.csv"}, 2, "--dataset missing.csv: there is no such file or folder"),
     "missing data set": ({"dataset": "missing.jsonl"}, 2, "--dataset missing.jsonl: there is no such file or folder"),
     "data set name": ({"dataset": "no such set"}, 2, "neither a path that exists nor a hub id"),
     "missing column": ({"dataset": "rows.jsonl"}, 2, "no column 'text'; its columns are content, id"),

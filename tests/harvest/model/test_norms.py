@@ -66,7 +66,7 @@ def test_sinks_are_named_at_the_end_of_a_harvest(
     monkeypatch.setattr(outliers, "ONE_IN", 5)
     harvest(config(model=with_sinks))
     assert re.search(
-        r"warning: .* in \d+ tokens of \d+, probably attention sinks: 'q' \d+ x\.", capsys.readouterr().err
+        r"warning: .* in \d+ tokens of \d+ examined, probably attention sinks: 'q' \d+ x\.", capsys.readouterr().err
     )
 
 
