@@ -49,7 +49,7 @@ def test_they_are_named_with_their_share(tmp_path: Path) -> None:
     chosen = store.tokens.keep & (np.arange(2000) > 600)
     few = few_tokens(store, chosen)
     assert few is not None
-    assert f"2 tokens of {chosen.sum():,}," in few.words
+    assert f"2 tokens of {chosen.sum():,} examined" in few.words
     assert ": id 7 2 x." in few.words
     assert few.tokens == (999, 1501)
     assert few_tokens(store, chosen, layers=[0]) is None
