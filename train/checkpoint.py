@@ -1,7 +1,7 @@
 """Checkpoints on disk: `ckpt.pt`, written whole or not at all, and read without running code from strangers.
 
-What is read is checked: check sums (`residscope.tensors`), shapes against the configuration, finite weights, usable
-records; so that damage is one clear error and not NaN results. Other file formats: `train.formats.files`.
+Reading checks the check sums (`residscope.tensors`), shapes against the configuration, that weights are finite and
+records usable, so that damage is one clear error and not NaN results. Other file formats: `train.formats.files`.
 """
 
 import os
@@ -25,7 +25,7 @@ from train.parallel.ranks import ALONE, Ranks
 
 CHECKPOINT_FORMAT = 1
 BESIDE = (".safetensors", ".metrics.jsonl", ".loss.png", ".tensorboard", ".wandb-id")
-"""Endings of what `train` writes beside a checkpoint, and its flags."""
+"""Endings of the files that `train` writes beside a checkpoint, apart from the flags (`config_path`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,19 @@ class Checkpoint:
     sae: MLSAE
     """The autoencoder, float32, on the CPU."""
     store: dict[str, Any]
-    """Which data it was trained on: content_hash, path (the store's name), d_model, layers, model, lens,
-    validation {fraction, seed, n_documents}; of a foreign model only what is known of model, layers, d_model."""
+    """The data it was trained on: content_hash, path (the store's name), d_model, layers, model, lens,
+    validation {fraction, seed, n_documents}; for a foreign model only what is known of model, layers and d_model."""
     trainer: dict[str, Any]
-    """Where training stands: step, finished, the configuration, and while unfinished all that a resume needs; of a
+    """Where training stands: step, finished, the configuration, and until it is finished all that a resume needs; for a
     foreign model where it came from."""
     notes: tuple[str, ...] = ()
-    """Of a file of another format: what a user has to know and the weights do not say."""
+    """For a file of another format: what a user has to know that the weights do not say."""
     format: str = "residscope"
-    """Which format it was in: residscope, mlsae, saelens or sparsify."""
+    """The file's format: residscope, mlsae, saelens or sparsify."""
     path: str = ""
-    """The file or hub repository, as given, with the sub-folder where there was one."""
+    """The file or Hub repository as given, with the sub-folder if there was one."""
     changed: int = 0
-    """As of `changed_at`, just before it was read."""
+    """`changed_at`, just before the file was read."""
 
     @property
     def config(self) -> SAEConfig:
@@ -55,25 +55,25 @@ class Checkpoint:
 
 
 def refuse_anothers(checkpoint: Path) -> None:
-    """`UsageError` where what `train` writes beside `checkpoint` belongs to another one, or to no run."""
+    """Raise `UsageError` if a file that `train` writes beside `checkpoint` belongs to another run, or to none."""
     refuse_shared(checkpoint, config_path(checkpoint), [beside(checkpoint, ending) for ending in BESIDE])
 
 
 def changed_at(checkpoint: Path) -> int:
-    """When the file was last written, in nanoseconds; 0 where there is none."""
+    """When the file was last written, in nanoseconds; 0 if there is none."""
     return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
 
 def config_path(checkpoint: Path) -> Path:
-    """Where the flags of its run are: ckpt.pt -> ckpt.config.toml."""
+    """The file with the flags of its run: ckpt.pt -> ckpt.config.toml."""
     return beside(checkpoint, ".config.toml")
 
 
 def save_checkpoint(
     path: Path, sae: MLSAE, *, store: dict[str, Any], trainer: dict[str, Any], ranks: Ranks = ALONE
 ) -> None:
-    """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder. All of the ranks call
-    this, and the first one writes what it has of the others, piece by piece.
+    """Write `ckpt.pt`, whole or not at all: a temporary file, fsync, rename, fsync of the folder. All ranks call this;
+    the first writes, and receives the others' parts piece by piece.
 
     Raises `OSError` if writing fails; the old checkpoint is kept.
     """
@@ -89,7 +89,7 @@ def save_checkpoint(
         save_tensors(content, None)
         return
     temporary = path.with_name(path.name + TEMPORARY)
-    with removed_on_error(temporary):  # on a full disk it would be in the way
+    with removed_on_error(temporary):  # it would keep a full disk full
         try:
             with temporary.open("wb") as file:
                 save_tensors(content, file)
@@ -112,7 +112,7 @@ def load_checkpoint(path: Path, *, finite: bool = True, mapped: bool = False) ->
         ours = f"this version reads {CHECKPOINT_FORMAT}"
         raise IncompatibleError(f"{path}: checkpoint format {version}, {ours}: use the version that wrote it")
     config, state = _config_of(content["config"], path), content["state_dict"]
-    with torch.device("meta"):  # shapes alone: a config may ask for more memory than there is
+    with torch.device("meta"):  # shapes only: a config may ask for more memory than there is
         sae = MLSAE(config)
     for name, tensor in sae.state_dict().items():
         found = state.get(name) if isinstance(state, dict) else None
@@ -122,7 +122,7 @@ def load_checkpoint(path: Path, *, finite: bool = True, mapped: bool = False) ->
             raise IncompatibleError(f"{path}: {name} should have {wanted}, found {shown}")
         if not found.dtype.is_floating_point:
             raise IncompatibleError(f"{path}: {name} should hold floats, found {str(found.dtype)[6:]}")
-    for name in sae.state_dict():  # Into memory that torch aligns, on which products' last bits depend; one at a time.
+    for name in sae.state_dict():  # One at a time, into memory that torch aligns: products' last bits depend on it.
         weight = state.pop(name).float()
         weight = weight if mapped else weight.clone(memory_format=torch.contiguous_format)
         sae.load_state_dict({name: weight.contiguous()}, strict=False, assign=True)
@@ -155,9 +155,9 @@ def _config_of(found: Any, path: Path) -> SAEConfig:
 
 
 def check_weights(state: Mapping[str, Tensor], where: str) -> None:
-    """Raise `IncompatibleError` if a tensor holds a value that is not finite; `where` is what the user calls it."""
+    """Raise `IncompatibleError` if a tensor holds a value that is not finite; `where` names the file to the user."""
     for name, tensor in state.items():
-        # A threshold of 0, which is not measured yet, has an infinite logarithm.
+        # A threshold that is not measured yet is 0, so its logarithm is infinite.
         good = ~tensor.isnan() if name == "log_threshold" else tensor.isfinite()
         if not good.all():
             raise IncompatibleError(
@@ -167,7 +167,7 @@ def check_weights(state: Mapping[str, Tensor], where: str) -> None:
 
 
 def check_records(store: Any, trainer: Any, where: str) -> None:
-    """Raise `IncompatibleError` if `Checkpoint.store` or `Checkpoint.trainer` cannot be what `train` writes."""
+    """Raise `IncompatibleError` if `Checkpoint.store` or `Checkpoint.trainer` is not what `train` can write."""
     reason = None
     if not isinstance(store, dict) or not isinstance(trainer, dict):
         reason = "store and trainer should be mappings"

@@ -1,7 +1,7 @@
-"""The data of a training: the open store, its split by document, and its rows as float32 tensors on the device.
+"""The training data: the open store, its split by document, and its rows as float32 tensors on the device.
 
 Layers have two numbers: the model's own, which users see, and the position among the layers trained on, 0 .. L - 1,
-by which tensors are indexed.
+which indexes tensors.
 
 Shapes: N rows, D d_model, T tokens of the store, L layers trained on.
 """
@@ -38,11 +38,11 @@ class Vectors(NamedTuple):
     layer: Tensor
     """int64 [N], position among the layers trained on."""
     of_layer: np.ndarray | None = None
-    """int64 [L]: rows of each layer in all ranks together; None where all are here."""
+    """int64 [L]: rows of each layer on all ranks together; None if all are here."""
 
 
 class VectorSource:
-    """Turns the loader's batches into tensors; `layers` are the stored layers that are trained on, ascending."""
+    """Turns the loader's batches into tensors; `layers` are the stored layers to train on, ascending."""
 
     def __init__(self, layers: Sequence[int], stored_dtype: str, device: torch.device) -> None:
         self._stored_dtype, self._layers, self.device = stored_dtype, list(layers), device
@@ -50,24 +50,24 @@ class VectorSource:
         self._position[list(layers)] = torch.arange(len(layers))
 
     def __call__(self, batch: Batch) -> Vectors:
-        """One batch; it is converted to float32 on the device, so that half the bytes travel."""
+        """One batch, converted to float32 on the device, so that only half the bytes are copied."""
         x, layer = self.to_float32(batch.rows), self._position[torch.from_numpy(batch.layer)]
         return Vectors(x, self._sent(layer), batch.of_layer[self._layers])
 
     def to_float32(self, rows: np.ndarray) -> Tensor:
         """Rows in the store's type, of any shape, as float32 on the device."""
-        bfloat16 = self._stored_dtype == "bfloat16"  # which numpy does not know
+        bfloat16 = self._stored_dtype == "bfloat16"  # unknown to numpy
         tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(rows)
         return self._sent(tensor).float()
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":  # From pinned memory nobody waits for the copy.
+        if self.device.type == "cuda":  # A copy from pinned memory does not block.
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
 
 class DocumentSplit(NamedTuple):
-    """Which kept tokens are trained on, and which are held out; whole documents are on one side."""
+    """Which kept tokens are trained on, and which are held out; no document is split between the two."""
 
     train: np.ndarray
     """bool [T]"""
@@ -78,7 +78,7 @@ class DocumentSplit(NamedTuple):
 
 
 def split_tokens(store: ActivationStore, fraction: float, seed: int) -> DocumentSplit:
-    """Hold out whole documents; raises `IncompatibleError` where that leaves nothing to train on."""
+    """Hold out whole documents; raises `IncompatibleError` if that leaves nothing to train on."""
     tokens = store.tokens
     n_documents = int(tokens.document.max()) + 1
     held_out = validation_documents(n_documents, fraction, seed)[tokens.document]
@@ -92,7 +92,7 @@ def split_tokens(store: ActivationStore, fraction: float, seed: int) -> Document
 
 
 def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> list[int]:
-    """Positions in the store of the model's layers `layers`, ascending; default all."""
+    """Positions in the store of the model's layers `layers`, ascending; default: all."""
     have = store.meta.layers
     wanted = have if layers is None else tuple(sorted(layers))
     if missing := sorted(set(wanted) - set(have)):
@@ -103,7 +103,7 @@ def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> lis
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What all runs of an invocation are trained on."""
+    """The data that all runs of an invocation share."""
 
     store: ActivationStore
     split: DocumentSplit
@@ -115,11 +115,11 @@ class TrainingData:
     batch_size: int
     """Vectors in a step of the stream."""
     held_out: dict[str, Any]
-    """How the held-out documents were drawn: fraction, seed, n_documents."""
+    """How the held-out documents were chosen: fraction, seed, n_documents."""
     ranks: Ranks = ALONE
     """The processes that share each batch."""
     follower: Follower | None = None
-    """Of a store that is filled meanwhile."""
+    """For a store that is filled during training."""
 
     @classmethod
     def open(cls, config: TrainConfig, store: ActivationStore, ranks: Ranks = ALONE) -> "TrainingData":
@@ -146,11 +146,11 @@ class TrainingData:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The model's numbers of the layers of the stream."""
+        """The layers of the stream, by the model's numbers."""
         return tuple(self.store.meta.layers[position] for position in self.stored)
 
     def record(self, layers: tuple[int, ...]) -> dict[str, Any]:
-        """What a checkpoint says of its data; layers: those that it is trained on."""
+        """What a checkpoint records of its data; layers: those trained on."""
         meta, provenance = self.store.meta, self.store.meta.provenance
         return {
             "content_hash": self.store.content_hash,
@@ -174,8 +174,8 @@ class TrainingData:
         ranks: Ranks = ALONE,
         first_part: bool = False,
     ) -> WindowLoader:
-        """Batches of training rows in a seeded order; of each, this rank's share. first_part: of a store that is filled
-        meanwhile, only those of its first part."""
+        """Batches of training rows in a seeded order, of each this rank's share. first_part: only rows of the first
+        part, if the store is filled during training."""
         mask, parts = self.split.train, {}
         if self.follower:
             parts = {"shard_part": self.follower.part_of, "ready": self.follower.ready}
@@ -197,14 +197,14 @@ class TrainingData:
         )
 
     def arriving(self, loader: WindowLoader) -> contextlib.AbstractContextManager[Iterator[Vectors]]:
-        """The loader's batches; for a GPU they are gathered ahead, but not where the next may never be there."""
+        """The loader's batches; for a GPU they are gathered ahead, unless the next one may never come."""
         return arriving(loader, self.source, ahead=self.device.type == "cuda" and self.follower is None)
 
 
 @contextlib.contextmanager
 def arriving(loader: WindowLoader, source: VectorSource, *, ahead: bool) -> Iterator[Iterator[Vectors]]:
-    """The loader's batches on the device; on leaving, the threads behind them end. ahead: each is gathered while that
-    before it is trained on."""
+    """The loader's batches on the device; their threads end on exit. ahead: gather each batch while the one before it
+    is trained on."""
     batches = cast("Generator[Batch]", iter(loader))
     vectors = map(source, batches)
     try:
@@ -215,12 +215,12 @@ def arriving(loader: WindowLoader, source: VectorSource, *, ahead: bool) -> Iter
         with ThreadPoolExecutor(1, "batch", _use_gpu, (gpu,)) as thread:
             yield _ahead(vectors, thread)
     finally:
-        with contextlib.suppress(ValueError):  # after one interrupt more, the thread may still be at it
+        with contextlib.suppress(ValueError):  # after a second interrupt, the thread may still be running it
             batches.close()
 
 
 def _use_gpu(gpu: int | None) -> None:
-    if gpu is not None:  # which every thread has to be told
+    if gpu is not None:  # each thread has its own current device
         torch.cuda.set_device(gpu)
 
 

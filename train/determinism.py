@@ -1,6 +1,6 @@
-"""The same bits from the same run: what is switched in torch for it, and what the last bits depend on beside the plan.
+"""The same bits from the same run: torch's settings for it, and what the last bits depend on apart from the plan.
 
-On a CPU every operation of a step has one order of summing for a given number of threads, so nothing gets slower. On
+On a CPU every operation of a step sums in one order for a given number of threads, so nothing gets slower. On
 CUDA torch replaces sums that use atomics (index_add, and scatter with repeats) by sorted ones, and cuBLAS works in a
 fixed workspace: steps get some per cent slower, more where AuxK is busy.
 """
@@ -26,9 +26,9 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[None]:
     filled = memory.fill_uninitialized_memory
     if on and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    # The same switch as `use_deterministic_algorithms`, which imports torch's compiler first: nearly two seconds.
+    # Does the same as `use_deterministic_algorithms`, which first imports torch's compiler: nearly two seconds.
     torch.set_deterministic_debug_mode("error" if on else "default")
-    # Otherwise it fills memory that is about to be overwritten, which is slow.
+    # Otherwise torch fills new memory that is about to be overwritten, which is slow.
     memory.fill_uninitialized_memory = False
     try:
         yield
@@ -38,8 +38,8 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[None]:
 
 
 def surroundings(device: str, kernels: str, product_dtype: str, ranks: Ranks = ALONE) -> dict[str, str]:
-    """Versions of this program and of what computes, what the processor has, and how many processes train together
-    where there are several."""
+    """Versions of this program, torch and the kernels, the processor's instruction set, and the number of processes
+    that train together if there are several."""
     found = versions("residscope", "torch", kernels)
     del found["python"]
     if ranks.size > 1:
@@ -52,7 +52,7 @@ def surroundings(device: str, kernels: str, product_dtype: str, ranks: Ranks = A
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """What changed, in words; None if nothing did, or if it was not recorded."""
+    """What changed, in words; None if nothing did or nothing was recorded."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not before or not names:
         return None

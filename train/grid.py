@@ -1,6 +1,6 @@
 """Which runs one invocation trains: one, one for each point of a `--sweep`, one for each layer, or their product.
 
-Every run of an invocation sees the same stream of batches, so only what does not change the stream can be swept: a
+Every run of an invocation sees the same stream of batches, so only fields that do not change the stream can be swept: a
 run's checkpoint is then, bit for bit, that of the single run with the same flags. Imports nothing heavy.
 """
 
@@ -19,10 +19,10 @@ STREAM_FIELDS = (
     *("store", "layers", "seed", "batch_size", "steps", "epochs", "window_gb"),
     *("validation_fraction", "validation_seed"),
 )
-"""What the stream of batches depends on: the same for all runs."""
+"""The fields that the stream of batches depends on: the same for all runs."""
 
 _NOT_SWEPT = ("device", "threads", "deterministic")
-"""Of the groups that can be swept, what is the same for all runs of a process."""
+"""Fields of the groups that can be swept which are the same for all runs of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class RunSpec:
     """One run of an invocation."""
 
     config: TrainConfig
-    """As of a single run; `out` is this run's own."""
+    """That of a single run, with its own `out`."""
     name: str = ""
-    """What tells it from the others, as in its file name: "k=16.expansion_factor=8"; empty where there is one."""
+    """Its part of the file name, which tells it from the others: "k=16.expansion_factor=8"; empty for a single run."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The swept fields and their values."""
     layer: int | None = None
-    """The model's number of the one layer that it is trained on, under --per-layer."""
+    """With --per-layer, the model's number of the layer that it is trained on."""
 
 
 def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
@@ -50,19 +50,19 @@ def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
         for layer in [None] if config.per_layer is None else layers:
             parts = [f"{name}={as_written(value)}" for name, value in settings.items()]
             name = ".".join(parts if layer is None else [*parts, f"layer={layer}"])
-            one = with_values(config, sweep=None, out=run_path(config.out, name), **settings)
-            specs.append(RunSpec(config=one, name=name, settings=settings, layer=layer))
+            run_config = with_values(config, sweep=None, out=run_path(config.out, name), **settings)
+            specs.append(RunSpec(config=run_config, name=name, settings=settings, layer=layer))
     return specs
 
 
 def as_written(value: Any) -> str:
-    """A swept value as one writes it: 8 and true and none, where Python says 8.0, True and None."""
+    """A swept value as it is written on the command line: 8, true and none for Python's 8.0, True and None."""
     text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
     return text.lower() if isinstance(value, bool | None) else text
 
 
 def run_path(out: Path, name: str) -> Path:
-    """The checkpoint of run `name`: ckpt.pt gives ckpt.NAME.pt beside it; anything else is a folder for it."""
+    """The checkpoint of run `name`: beside ckpt.pt it is ckpt.NAME.pt; any other `out` is the folder to put it in."""
     in_folder = out.suffix != ".pt" or out.is_dir()
     return out / f"ckpt.{name}.pt" if in_folder else out.with_name(f"{out.stem}.{name}.pt")
 
@@ -96,7 +96,7 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
 
 
 def _swept_types() -> dict[str, Any]:
-    """The flags that may be swept, and the types of their values."""
+    """The fields that may be swept, and the types of their values."""
     groups = (ModelConfig, ObjectiveConfig, OptimizerConfig, HardwareConfig)
     hints = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
     return {name: hint for name, hint in hints.items() if name not in _NOT_SWEPT and "tuple" not in str(hint)}

@@ -1,6 +1,6 @@
-"""Metrics of training: sums between two logged steps, and the file that takes one JSON line a logged step.
+"""Training metrics: sums between two logged steps, and the file that gets one JSON line per logged step.
 
-The sums stay on the training device until they are logged; they are in the checkpoint, for the lines after a resume.
+The sums stay on the training device until they are logged, and are kept in the checkpoint for a resume.
 
 Shapes: N rows of a batch, L layers trained on.
 """
@@ -25,21 +25,21 @@ from train.objective.step import StepResult
 from train.parallel.ranks import ALONE, Ranks
 
 _MOST_BYTES = 1 << 30
-"""Of a file of metrics."""
+"""The largest metrics file that is read."""
 _NUMBERS = ("vectors", "loss", "fvu", "l0", "dead_fraction")
-"""What is read of a line, where it is there and not null."""
+"""The numbers of a line that are checked when it is read, if present and not null."""
 
 
 class MetricsWindow:
     """Sums over the steps since the last logged one."""
 
     def __init__(self, raw_denominators: Tensor, *, sparsity: bool = False, ranks: Ranks = ALONE) -> None:
-        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space, as FVU is. sparsity: whether it has a term.
-        ranks: each adds up its rows' part; they are joined where a line or a state is asked for."""
+        """raw_denominators: float64 [L], E|x - mean_l|^2 in raw space, the FVU's. sparsity: whether the loss has a
+        sparsity term. ranks: each sums its own rows; `line`, `vectors` and `state_dict` add up those of all."""
         self._raw_denominators, self._ranks = raw_denominators, ranks
         self._means = ("loss", "auxk", "sparsity") if sparsity else ("loss", "auxk")
         self._sums: dict[str, Tensor] = {}
-        self._unknown: set[str] = set()  # means whose beginning a checkpoint lacks
+        self._unknown: set[str] = set()  # means whose sums an older checkpoint lacks
         self.clear()
 
     def clear(self) -> None:
@@ -68,7 +68,7 @@ class MetricsWindow:
     def line(self) -> dict[str, Any]:
         """Means over the window: loss, fvu, fvu_per_layer (null for a layer without rows), l0, auxk, sparsity."""
         sums = self._joined()
-        if not sums["steps"]:  # one layer alone, and none of its vectors came
+        if not sums["steps"]:  # a run on one layer, of which no vector came
             nothing = dict.fromkeys(self._means)
             return {"loss": None, "fvu": None, "fvu_per_layer": [None] * len(sums["error"]), "l0": None, **nothing}
         means = {n: None if n in self._unknown else (sums[n] / sums["steps"]).item() for n in self._means}
@@ -93,17 +93,17 @@ class MetricsWindow:
         if state["steps"]:  # checkpoints from before the sparsity term was counted lack it
             self._unknown = {name for name in self._means if name not in state}
         for name in self._sums.keys() & state.keys() if self._ranks.rows.first else ("steps",):
-            if name != "active" or self._ranks.latents.first:  # which is a sum over both
+            if name != "active" or self._ranks.latents.first:  # "active" is a sum over rows and latents
                 self._sums[name].copy_(state[name])
 
 
 class MetricsFile:
-    """`ckpt.metrics.jsonl`: one line a logged step, none twice. Locked, so that no two runs write one checkpoint."""
+    """`ckpt.metrics.jsonl`: one line per logged step, none twice. Its lock keeps two runs off the same checkpoint."""
 
     def __init__(self, path: Path, *, resume_step: int, check: Callable[[], object] = lambda: None) -> None:
-        """Open for appending, after cutting off what follows the last whole line of a step up to `resume_step`: those
-        steps are made again; 0 empties the file. Damaged lines before it stay, and are warned of. Raises
-        `ResidscopeError` while another process has it open, and what `check` does, before anything is changed."""
+        """Open for appending, after cutting off all that follows the last whole line of a step up to `resume_step`,
+        because those steps are repeated; 0 empties the file. Damaged lines before it stay, with a warning. Raises
+        `ResidscopeError` if another process has it open, and whatever `check` raises, before anything is changed."""
         self._file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +130,7 @@ class MetricsFile:
 
 
 def finite(value: Any) -> Any:
-    """Plain values for JSON, which has no NaN and no infinity: None in their place."""
+    """Plain values for JSON, with None for NaN and infinity, which it does not have."""
     if isinstance(value, dict):
         return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -158,12 +158,12 @@ def _bytes_up_to(path: Path, step: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file but for damaged ones, such as a last one that a crash cut short."""
+    """The lines of a metrics file except damaged ones, such as a last line that a crash cut short."""
     return [line for text in _lines(path) if (line := _read_line(text)) is not None]
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:
-    """A line, None where it is damaged: the numbers that are read of it are of their kinds."""
+    """A line, or None if it is damaged: not JSON, or one of its numbers is not a finite number."""
     try:
         with reading("a line"):
             line = json.loads(text)

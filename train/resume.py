@@ -1,4 +1,4 @@
-"""Whether a run may write its checkpoint, and continue from the one that is there; and with how many threads."""
+"""Whether a run may write its checkpoint or continue from an existing one, and with how many threads."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -47,13 +47,13 @@ def _check_output(config: TrainConfig) -> None:
         raise UsageError(f"{out} exists already: use --resume to continue it or --overwrite to replace it")
     if out.exists() and not config_path(out).exists():
         with out.open("rb") as file:
-            if file.read(2) not in (b"PK", b""):  # whole or cut short
+            if file.read(2) not in (b"PK", b""):  # a zip file, whole or cut short
                 raise UsageError(f"--out {out} exists, is no checkpoint and will not be overwritten: choose another")
 
 
 def load_saved(specs: Sequence[RunSpec], ranks: Ranks = ALONE) -> list[Checkpoint | None]:
-    """The checkpoints to resume; raises `UsageError` where one may not be written. Among several runs one that diverged
-    must not stop the others, so its weights may be NaN. Of ranks that share the latents each reads its own."""
+    """The checkpoints to resume; raises `UsageError` if one may not be written. Among several runs one that diverged
+    must not stop the others, so its weights may be NaN. Ranks that share the latents each read their own part."""
     for spec in specs:
         _check_output(spec.config)
     return [_load(spec.config, ranks, several=len(specs) > 1) for spec in specs]
@@ -64,7 +64,7 @@ def _load(config: TrainConfig, ranks: Ranks, *, several: bool) -> Checkpoint | N
         return None
     try:
         saved = load_checkpoint(config.out, finite=False, mapped=ranks.latents.size > 1)
-        with suppress(UsageError):  # Of another size than the flags say, which is refused later.
+        with suppress(UsageError):  # Another size than the flags say is refused later.
             saved = replace(saved, sae=saved.sae.part(ranks.latents))
         if not several:
             check_weights(saved.sae.state_dict(), str(config.out))
@@ -75,11 +75,11 @@ def _load(config: TrainConfig, ranks: Ranks, *, several: bool) -> Checkpoint | N
 
 
 def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> list[RunSpec]:
-    """The runs, with what their flags leave to defaults taken from the checkpoints that they continue: the defaults may
-    be others since. Batches and held-out documents are the same for all runs."""
+    """The runs, with open flags taken from the checkpoints that they continue, because the defaults may have changed
+    since. Batches and held-out documents are the same for all runs."""
     begun, stream = list[RunSpec](), dict[str, int | None]()
-    for spec, one in zip(specs, saved, strict=True):
-        config, record = spec.config, None if one is None else one.trainer.get("config")
+    for spec, checkpoint in zip(specs, saved, strict=True):
+        config, record = spec.config, None if checkpoint is None else checkpoint.trainer.get("config")
         if isinstance(record, dict):
             with reading(f"{config.out}: its training state is damaged", _START_AGAIN):
                 source = config.start_from or record.get("start_from")
@@ -91,7 +91,7 @@ def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> li
 
 
 def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ranks: Ranks) -> None:
-    """Raise `IncompatibleError` unless the checkpoint is a run of the plan over this store."""
+    """Raise `IncompatibleError` unless the checkpoint is of a run with this plan over this store."""
     path = plan.config.out
     if saved.config.d_model != plan.model.d_model:
         what = f"{store.path} has {plan.model.d_model}; name the store that it was trained on, or {_START_AGAIN}"
@@ -115,13 +115,13 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ra
 
 
 def is_longer(plan: RunPlan, saved: Checkpoint) -> bool:
-    """Whether the checkpoint is that of a finished run, which is to go on for more steps: from its weights, with the
-    schedule and Adam's memory anew."""
+    """Whether the checkpoint is of a finished run that is to go on for more steps: from its weights, with a new
+    schedule and new moments."""
     return saved.trainer["finished"] and plan.steps > saved.trainer["step"]
 
 
 def restart_warning(plan: RunPlan, saved: Checkpoint) -> str:
-    """A warning where a finished run goes on for too few steps to gain by it ("": none)."""
+    """A warning if a finished run goes on for too few steps to gain from them ("": none)."""
     done = saved.trainer["step"]
     more = "the learning rate rises again first, and FVU may end higher than it was; twice the steps make up for it"
     return f"from {done} to {plan.steps} steps: {more}" if is_longer(plan, saved) and plan.steps < 1.5 * done else ""
@@ -130,16 +130,14 @@ def restart_warning(plan: RunPlan, saved: Checkpoint) -> str:
 _START_AGAIN = "use --overwrite to start again"
 _NOT_BIT_FOR_BIT = "the result will not be bit for bit that of an uninterrupted run"
 _REPORTED_ONLY = ("device", "kernels", "tile_mb")
-"""What changes the last bits of a run, not its meaning: a resume that differs in it is warned of."""
-
-
+"""Fields that change the last bits of a run, not its meaning: a resume that differs in one gives a warning."""
 _LENGTH = ("steps", "vectors", "epochs", "dead_vectors")
 
 
 def compare_plans(saved: dict[str, Any], plan: RunPlan, *, longer: bool = False) -> list[str]:
     """Warnings about a checkpoint's record; raises `IncompatibleError` naming what differs from this plan."""
     warnings, now = [], plan.to_dict()
-    saved = {**ADDED_LATER, "validation_seed": saved.get("seed"), **saved}  # which were one in earlier versions
+    saved = {**ADDED_LATER, "validation_seed": saved.get("seed"), **saved}  # earlier versions had one seed for both
     for name in RECORDED:
         before, after = saved.get(name), now[name]
         used = plan.model.activation in ONLY_FOR.get(name, (plan.model.activation,))
@@ -148,7 +146,7 @@ def compare_plans(saved: dict[str, Any], plan: RunPlan, *, longer: bool = False)
         found = f"{name} was {before} when {plan.config.out} was saved and is {after} now"
         if name not in _REPORTED_ONLY:
             same = f"the same flags (--config {config_path(plan.config.out)} has them)"
-            if name == "product_dtype":  # what "auto" stands for depends on the machine
+            if name == "product_dtype":  # --dtype auto depends on the machine
                 if before in ("float16", "int16"):
                     raise IncompatibleError(f"{found}; {before} products are no longer supported: {_START_AGAIN}")
                 same = f"--dtype {before}"
@@ -158,7 +156,7 @@ def compare_plans(saved: dict[str, Any], plan: RunPlan, *, longer: bool = False)
 
 
 def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
-    """Raise `IncompatibleError` unless the record is one that `train` can have written."""
+    """Raise `IncompatibleError` unless `train` can have written this record."""
     step, config, validation = trainer["step"], trainer["config"], trainer["validation"]
     metrics, finished = trainer.get("metrics"), trainer["finished"]
     measured = ("step", "vectors", "loss", "fvu", "l0", "dead_fraction") if finished is True else ()
@@ -201,9 +199,9 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
 
 
 def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ranks = ALONE) -> None:
-    """Use the asked number of CPU threads, or the checkpoints': sums are split by thread, so the last bits differ.
-    Where other processes of this training run on this machine, the default is a share of the cores."""
-    records = [one.trainer for one in saved if one is not None]
+    """Use `asked` CPU threads, by default as many as the checkpoints': sums are split by thread, so the last bits
+    depend on it. If other processes of this training run on this machine, the default is a share of the cores."""
+    records = [checkpoint.trainer for checkpoint in saved if checkpoint is not None]
     processes = [record.get("surroundings", {}).get("processes", "1") for record in records]
     before = next((record.get("threads") for record in records), None) if {*processes} <= {str(ranks)} else None
     if (threads := asked or before or ranks.share_of_cores()) is not None:
@@ -213,24 +211,24 @@ def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ra
 
 
 def read_source(plan: RunPlan, data: TrainingData) -> tuple[MLSAE, str]:
-    """The autoencoder at --start-from, and a warning ("": none); raises `UsageError` where it is the run's own output,
-    of another kind or size, or was trained on documents that are held out here."""
+    """The autoencoder at --start-from, and a warning ("": none); raises `UsageError` if it is the run's own output, has
+    another kind or size, or was trained on documents that are held out here."""
     source, out = plan.config.start_from, plan.config.out
     assert source is not None
     if source.exists() and out.exists() and source.samefile(out):
         raise UsageError(f"--start-from {source} would be replaced by the run's own checkpoint: choose another --out")
     sae, known = read_sae(str(source))
-    there, here = asdict(sae.config), asdict(plan.model)
-    if differing := [name for name in here if name != "k" and there[name] != here[name]]:
-        found = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in differing)
+    its, wanted = asdict(sae.config), asdict(plan.model)
+    if differing := [name for name in wanted if name != "k" and its[name] != wanted[name]]:
+        found = ", ".join(f"{name} is {its[name]} there and {wanted[name]} here" for name in differing)
         raise UsageError(f"--start-from {source}: {found}; give the flags of that autoencoder")
     if not data.split.validation.any():
         return sae, ""
     split = known.store.get("validation") if known.store.get("content_hash") == data.store.content_hash else None
     if not split:
         return sae, f"{source} does not record training on this store: it may have seen the documents held out here"
-    here = data.held_out  # Of one seed, a smaller fraction is part of a larger one.
-    if split["seed"] != here["seed"] or split["fraction"] < here["fraction"]:
+    held_out = data.held_out  # With the same seed, a smaller fraction is part of a larger one.
+    if split["seed"] != held_out["seed"] or split["fraction"] < held_out["fraction"]:
         flags = f"--validation-fraction {split['fraction']} --validation-seed {split['seed']}"
         raise UsageError(f"--start-from {source} was trained on documents that are held out here: give {flags}")
     return sae, ""

@@ -3,8 +3,8 @@
 Exactness: a run's step is a function of its state, which its checkpoint holds, and of batch number `step` of the
 loader's stream, which is a function of the seed. There is no other random state. So a run that is killed and resumed
 ends with the same bits as an uninterrupted one, on the same kind of device with the same number of threads; and a run
-among many ends with the same bits as alone. After a kill, the runs of a sweep may have been saved at different steps:
-the stream then starts where the earliest of them stands, and each run waits for its own next batch.
+among many ends with the same bits as it would alone. After a kill, the runs of a sweep may stand at different steps:
+the stream then starts at the earliest of these, and each run waits for its own next batch.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ from train.validation import INTERIM_CHUNKS, INTERIM_TOKENS, Validation, Validat
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train the one run that `config` says, from the start or from its checkpoint.
+    """Train the single run that `config` describes, from the start or from its checkpoint.
 
-    Raises `ResidscopeError` and its kinds for what the user can fix, `Interrupted` after a signal, with all saved.
+    Raises `ResidscopeError` or a subclass for what the user can fix; `Interrupted` after a signal, once all is saved.
     """
     (result,) = train_all(config)
     return result
 
 
 def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
-    """As `train`, for all the runs of a sweep or of single layers, in one pass over the data; by all of `ranks`, of
-    which the first alone speaks and writes."""
+    """As `train`, for all runs of a sweep or of --per-layer, in one pass over the data. All `ranks` take part; only the
+    first prints and writes."""
     began = time.perf_counter()
     check_publish(config.publish)
     with _opened(config, ranks) as store:
@@ -62,14 +62,16 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         data, plans = _planned(config, store, as_begun(specs, saved), ranks)
         if data.follower:
             data.follower.require_once(plans[0].epochs, ranks.size)
-        for plan, one in zip(plans, saved, strict=True):
-            if one is not None:
-                check_resumable(one, store, plan, ranks)
-        announce.warn({restart_warning(plan, one) for plan, one in zip(plans, saved, strict=True) if one is not None})
+        restarts = set[str]()
+        for plan, checkpoint in zip(plans, saved, strict=True):
+            if checkpoint is not None:
+                check_resumable(checkpoint, store, plan, ranks)
+                restarts.add(restart_warning(plan, checkpoint))
+        announce.warn(restarts)
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
-            one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
-            for plan, one in zip(plans, saved, strict=True)
+            None if c is None or not c.trainer["finished"] or is_longer(plan, c) else c.trainer
+            for plan, c in zip(plans, saved, strict=True)
         ]
         records = _train_unfinished(data, plans, saved, finished)
     seconds = time.perf_counter() - began
@@ -79,7 +81,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         curve = record.get("curve", [])
         result = TrainResult(plan=plan, metrics=record["metrics"], validation=held_out, curve=curve, seconds=seconds)
         results.append(result)
-        if not result.diverged and ranks.first:  # its weights would be useless
+        if not result.diverged and ranks.first:  # the weights of a diverged run are useless
             write_outputs(result, anew=before is None)
     if config.publish.push_to_hub is not None and ranks.first:
         announce.say(f"uploaded to {push(results, config.publish)}")
@@ -93,15 +95,15 @@ def try_run(config: TrainConfig, ranks: Ranks = ALONE) -> DryRun:
         specs, memory = _specs(config, store), dict[int, WeightGradients]()
         saved = load_saved(specs, ranks) if config.resume else [None] * len(specs)
         data, plans = _planned(config, store, as_begun(specs, saved), ranks)
-        trainers, begun = [Trainer(plan, data, memory) for plan in plans], [one is not None for one in saved]
+        trainers, resumed = [Trainer(plan, data, memory) for plan in plans], [one is not None for one in saved]
         del saved
-        announce.warn({each.read_source() for each, resumed in zip(trainers, begun, strict=True) if not resumed})
+        announce.warn({t.read_source() for t, is_resumed in zip(trainers, resumed, strict=True) if not is_resumed})
         return _Stream(data, dict.fromkeys(trainers), len(trainers)).measure()
 
 
 @contextlib.contextmanager
 def _opened(config: TrainConfig, ranks: Ranks) -> Iterator[ActivationStore]:
-    """The store, in torch's deterministic mode where that is wanted."""
+    """The open store, with torch in deterministic mode if that is wanted."""
     if max(config.n_procs, config.shard_latents) > ranks.size:
         raise UsageError("--n-procs and --shard-latents are for the command `train`, which starts the processes")
     device = resolve_device(config.hardware.device)
@@ -119,7 +121,7 @@ def _specs(config: TrainConfig, store: ActivationStore) -> list[RunSpec]:
 def _planned(
     config: TrainConfig, store: ActivationStore, specs: Sequence[RunSpec], ranks: Ranks
 ) -> tuple[TrainingData, list[RunPlan]]:
-    """The data of all runs, which are on one stream, and their plans."""
+    """The data, one stream for all runs, and the runs' plans."""
     first = specs[0].config
     stream = {"batch_size": first.data.batch_size, "validation_seed": first.validation.validation_seed}
     data = TrainingData.open(with_values(config, **stream), store, ranks)
@@ -132,8 +134,8 @@ def _train_unfinished(
     saved: list[Checkpoint | None],
     finished: Sequence[dict[str, Any] | None],
 ) -> list[dict[str, Any]]:
-    """Train all runs to their end; the `trainer` entry of each one's last checkpoint, as `finished` has it of some.
-    `saved` is emptied: a checkpoint is in memory until its run has taken what it needs."""
+    """Train all runs to their end, and return the `trainer` entry of each one's last checkpoint, which `finished` holds
+    for runs that are done. Empties `saved`, so that a checkpoint is freed once its run has taken what it needs."""
     memory, warnings = dict[int, WeightGradients](), set[str]()
     left: dict[Trainer, Checkpoint | None] = {}
     for plan, record in zip(plans, finished, strict=True):
@@ -145,39 +147,39 @@ def _train_unfinished(
         if left[trainer] is None:
             warnings |= {trainer.read_source()}
     announce.warn(warnings)
-    if data.follower and data.config.follow and not left:  # The store is new, or a crash came before this was told.
+    if data.follower and data.config.follow and not left:  # A new store, or a crash before the harvest was told.
         data.follower.end()
     done = iter(_Stream(data, left, len(plans)).execute() if left else ())
     return [next(done) if record is None else record for record in finished]
 
 
 class _Stream:
-    """One pass of the data through all runs that are not finished; `execute` is the whole of it."""
+    """One pass of the data through all unfinished runs; `execute` does all of it."""
 
     def __init__(self, data: TrainingData, saved: dict[Trainer, Checkpoint | None], n_runs: int) -> None:
-        """saved: the trainers, and the checkpoints they continue from; n_runs: of all, finished ones included."""
+        """saved: the trainers, and the checkpoints they continue from; n_runs: how many, finished ones included."""
         self.config, self.data, self.saved, self.n_runs, self.ranks = data.config, data, saved, n_runs, data.ranks
         self.trainers = list(saved)
         self.plans = [trainer.plan for trainer in self.trainers]
-        self.plan = self.plans[0]  # of which only what all plans share is used here
+        self.plan = self.plans[0]  # used only for what all plans share
         self.validation = ValidationData(data.store, data.split.validation, data.stored, data.held_out["seed"])
         self.waited, self.step = 0.0, 0
         self.memory = memory_estimate(self.plans, data.store, data.ranks)
 
     def execute(self) -> list[dict[str, Any]]:
-        """Train to the end; the `trainer` entry of each run's last checkpoint."""
+        """Train to the end; returns the `trainer` entry of each run's last checkpoint."""
         announce.tell_plans(self.plans, self.n_runs, self.memory)
         announce.refuse_too_large(self.memory, self.data.device, self.n_runs)
         split, follower = self.data.split, self.data.follower
         while follower and not follower.ready(0):
             time.sleep(0.05)
-        if follower:  # It may come too late, and then replaces nothing.
+        if follower:  # Raises if this training comes too late, before anything is replaced.
             done = min(0 if one is None else one.trainer["step"] for one in self.saved.values())
             follower.expect(self.data.loader(0, 1).part_ends, self.data.batch_size, done)
         looked_at = split.validation if follower else split.train | split.validation
         if few := few_tokens(self.data.store, looked_at, layers=self.data.stored):
             announce.say(f"warning: {few.words}")
-        self.ranks.any(False)  # all have seen what there is, and what memory is free, before that is changed
+        self.ranks.any(False)  # wait: all ranks look at the files and free memory before either changes
         with contextlib.ExitStack() as stack:
             for trainer in self.trainers if self.ranks.first else ():
                 stack.enter_context(trainer.files(self.saved[trainer]))
@@ -193,7 +195,7 @@ class _Stream:
             bar = stack.enter_context(announce.progress_bar(self.step, self.plan.steps))
             behind = [each for each in self.trainers if each.step == self.step and each.last_looked < self.step]
             if behind and self.step < self.plan.steps and self._validation_is_due():
-                self._validate(behind, bar)  # A fault of the store may have cut it short.
+                self._validate(behind, bar)  # damage in the store may have cut it short
             self.began = time.perf_counter()
             while self.step < self.plan.steps:
                 taking = [trainer for trainer in self.trainers if trainer.step == self.step]
@@ -218,7 +220,7 @@ class _Stream:
         """Time some steps without writing anything."""
         announce.tell_plans(self.plans, self.n_runs, None)  # the result says how much memory
         announce.refuse_too_large(self.memory, self.data.device, self.n_runs)
-        self.ranks.any(False)  # all have seen what memory is free before it is taken
+        self.ranks.any(False)  # wait: all ranks look at free memory before any takes it
         self._start()
         whole = {"epochs": self.plan.epochs, "ranks": self.ranks.rows}
         loader = self.data.loader(self.config.data.seed, self.plan.window_bytes, **whole)
@@ -228,11 +230,11 @@ class _Stream:
         return foresee(self.plans, self.data.store, self.memory, seconds)
 
     def _start(self) -> None:
-        """Bring each run to where its checkpoint stands, or to its beginning."""
+        """Put each run where its checkpoint stands, or at its beginning."""
         fresh = [trainer.view for trainer in self.trainers if self.saved[trainer] is None]
         found = statistics_of(fresh, self.data, self.plan.window_bytes)
         for trainer in self.trainers:
-            # Popped, so that a checkpoint's optimiser is not held beside the run's own.
+            # Popped, so that a checkpoint's moments are not in memory together with the run's own.
             trainer.start(self.saved.pop(trainer) or found[trainer.view])
         if all(trainer.diverged for trainer in self.trainers) and len(self.trainers) == self.n_runs:
             self._stop_or_warn(self.trainers)
@@ -245,7 +247,7 @@ class _Stream:
         self.step += 1
 
     def _between_steps(self, taking: Sequence[Trainer], bar: tqdm, *, stop: bool) -> None:
-        """Validate and save where that is due, and stop if a signal has come; none of it counts as training time."""
+        """Validate and save when due, and stop after a signal; none of this counts as training time."""
         paused = time.perf_counter()
         if self._validation_is_due():
             self._validate(taking, bar)
@@ -262,18 +264,18 @@ class _Stream:
 
     @contextlib.contextmanager
     def _keeping(self, taking: Sequence[Trainer]) -> Iterator[None]:
-        """Save what there is where the store is found damaged or exchanged for another: nothing of that was used."""
+        """Save the runs if the store turns out to be damaged or replaced by another: none of that data was used."""
         try:
             yield
         except Interrupted:
             raise Interrupted(self._stopped(taking)) from None
         except IncompatibleError as error:
-            if self.ranks.size > 1:  # the others wait elsewhere
+            if self.ranks.size > 1:  # saving needs all ranks, and the others wait elsewhere
                 raise
             raise IncompatibleError(f"{error}. Training {self._stopped(taking)}") from None
 
     def _stopped(self, taking: Sequence[Trainer]) -> str:
-        """Save what there is, before the training ends early; words for the user."""
+        """Save the runs before the training ends early; returns what to tell the user."""
         where = f"stopped after step {self.step} of {self.plan.steps}"
         if self.step == 0:
             return f"{where}; nothing is saved"
@@ -290,7 +292,7 @@ class _Stream:
         return every > 0 and self.step % every == 0
 
     def _log(self, taking: Sequence[Trainer]) -> str:
-        """Write the metrics since the last line, and start a new window; words for the progress bar."""
+        """Write the metrics since the last line, and start a new window; returns text for the progress bar."""
         seconds, waited, self.waited = time.perf_counter() - self.began, self.waited, 0.0
         sound = [trainer for trainer in taking if not trainer.diverged]
         lines = [trainer.log(seconds=seconds, waited=waited) for trainer in taking]
@@ -305,7 +307,7 @@ class _Stream:
         announce.tell_diverged(where, [trainer.path for trainer in diverged], any_left=left)
 
     def _validate(self, taking: Sequence[Trainer], bar: tqdm, *, last: bool = False) -> None:
-        """Look at a sample of held-out tokens, the same each time, and at the end at as many as are asked for."""
+        """Validate on a sample of held-out tokens, the same each time, and at the end on as many as are asked for."""
         if not self.validation:
             return
         targets = [ValidationTarget(each.sae, each.plan.torch_dtype, each.view.position) for each in taking]

@@ -1,8 +1,8 @@
 """One autoencoder in training: its weights, optimiser, counters, metrics file and checkpoint.
 
-A step is a function of the weights, the optimiser's moments, the counters of dead latents and the batch: all but the
-last are in the checkpoint. The last checkpoint drops the moments, half or more of its size, because the learning rate
-has run out and nothing can follow. Not here: where batches come from, and which runs share them (`train.run`).
+A step is a function of the weights, the optimiser's moments, the counters of dead latents and the batch; all but the
+batch are in the checkpoint. The last checkpoint leaves out the moments, half or more of its size, because the schedule
+is over and needs them no more. Not here: where batches come from, and which runs share them (`train.run`).
 Tested in test_run.py.
 """
 
@@ -39,10 +39,10 @@ from train.validation import Validation
 
 
 class Trainer:
-    """One run: `start` it once, then let it `take` batches."""
+    """One run: call `start` once, then `take` for each batch."""
 
     def __init__(self, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None) -> None:
-        """memory: for gradients, by n_latents, shared by all trainers and steps: fresh costs as much as its sums."""
+        """memory: for gradients, by n_latents, shared by all trainers and steps; allocating costs as much as the sums."""
         self.plan, self._data, self._ranks = plan, data, data.ranks
         self.path = plan.config.out  # the checkpoint
         position = None if plan.stream_layers is None else data.layers.index(plan.layers[0])
@@ -50,21 +50,21 @@ class Trainer:
         self._memory = {} if memory is None else memory
         self._kernels = choose_kernels(torch.empty(0, device=data.device), plan.kernels)
         self.step = 0  # batches of the stream taken
-        self.updates = 0  # steps of the optimiser: fewer where a batch held no vector of this run's layer
-        self.begun = (0, 0)  # step and updates at which the schedule and Adam's memory begin: that of a longer run anew
-        self.vectors = 0  # trained on
-        self.metrics: dict[str, Any] = {}  # the last line
+        self.updates = 0  # steps of the optimiser: fewer if some batches held no vector of this run's layer
+        self.begun = (0, 0)  # step and updates at which the schedule and the moments begin; not 0 in a lengthened run
+        self.vectors = 0  # vectors trained on
+        self.metrics: dict[str, Any] = {}  # the last logged line
         self.validated: Validation | None = None  # the last validation
-        self._source: MLSAE | None = None  # the autoencoder whose weights are the first
+        self._source: MLSAE | None = None  # the autoencoder at --start-from
         self.started_from: dict[str, str] | None = None  # its name and hash
-        self.curve: list[dict[str, Any]] = []  # of validations on one sample of tokens
-        self.diverged = False  # a logged loss, or a weight then, was not finite
+        self.curve: list[dict[str, Any]] = []  # the validations on one sample of tokens
+        self.diverged = False  # a loss was not finite when logged, or a weight was not
         self._trackers: list[Tracker] = []
-        self._file: MetricsFile | None = None  # of the first rank
+        self._file: MetricsFile | None = None  # only on the first rank
 
     @contextlib.contextmanager
     def files(self, saved: Checkpoint | None) -> Iterator[None]:
-        """Hold the metrics file, locked, and the trackers: only who does so writes anything."""
+        """Hold the locked metrics file and the trackers; only the process that does so writes anything."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         step = 0 if saved is None else saved.trainer["step"]
         with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ class Trainer:
             yield
 
     def _refuse_newer(self, saved: Checkpoint | None) -> None:
-        """`UsageError` where another run has begun, or ended, since the flags were read."""
+        """Raise `UsageError` if another run has begun or ended since the checkpoint was read."""
         refuse_anothers(self.path)
         if saved is None and self.path.exists() and not self.plan.config.overwrite:
             raise UsageError(f"{self.path} exists by now: use --resume to continue it or --overwrite to replace it")
@@ -85,17 +85,17 @@ class Trainer:
             raise UsageError(f"{self.path} was written since it was read: run the same command again")
 
     def claim(self, saved: Checkpoint | None) -> None:
-        """Write the run's flags beside its checkpoint, and remove what an earlier run left there: all but what `saved`,
-        from which this one continues, holds."""
+        """Write the run's flags beside its checkpoint, and remove what an earlier run left there, apart from `saved`,
+        from which this one continues."""
         atomic_write(config_path(self.path), [to_toml(self.plan.flags()).encode()])
         if saved is None:
             self.path.unlink(missing_ok=True)
-        if saved is None or saved.trainer["finished"]:  # which is to be lengthened
+        if saved is None or saved.trainer["finished"]:  # a finished run is to be lengthened
             for ending in (".safetensors", ".loss.png"):
                 beside(self.path, ending).unlink(missing_ok=True)
 
     def start(self, start: Checkpoint | FixedStatistics) -> None:
-        """Weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
+        """Set up weights, optimiser and counters: from a checkpoint, or fresh, from statistics of the data."""
         plan, device, optimizer, latents = self.plan, self._data.device, self.plan.config.optimizer, self._ranks.latents
         saved = start if isinstance(start, Checkpoint) else None
         if isinstance(start, Checkpoint):
@@ -121,7 +121,7 @@ class Trainer:
         self._ranks.same_(self._sae.b_pre.data, *(part for part in self._statistics if part is not None))
         self._average = None if optimizer.ema_decay is None else WeightAverage(self._sae, optimizer.ema_decay)
         if self._average is not None and saved is not None and not saved.trainer["finished"]:
-            self._sae.load_state_dict(saved.trainer.pop("live"))  # what was saved is the mean
+            self._sae.load_state_dict(saved.trainer.pop("live"))  # the saved autoencoder is the running mean
         self._dead = DeadLatents(self._sae.config.n_latents, plan.dead_vectors, device)
         self._optimizer = SphereAdam(
             self._sae,
@@ -141,7 +141,7 @@ class Trainer:
                 self._continue(saved.trainer)
 
     def read_source(self) -> str:
-        """Read the autoencoder that a new run starts from, if there is one; a warning ("": none)."""
+        """Read the autoencoder at --start-from, if given; returns a warning ("": none)."""
         warning = ""
         if self.plan.config.start_from is not None:
             self._source, warning = read_source(self.plan, self._data)
@@ -175,7 +175,7 @@ class Trainer:
                 standardized.x,
                 row_weights(layer, standardized.std, self._denominators, raw=self._raw, n=n),
                 self._dead,
-                self.plan.options_at(self.plan.steps if self.begun[0] else self.step),  # lengthened: as it ended
+                self.plan.options_at(self.plan.steps if self.begun[0] else self.step),  # lengthened: as at its end
                 self._kernels,
                 out=self._gradients(),
                 n=n,
@@ -197,7 +197,7 @@ class Trainer:
         return self._memory[n_latents]
 
     def log(self, *, seconds: float, waited: float) -> dict[str, Any]:
-        """Write and return the metrics since the last line; seconds: time since then, waited: of it for data."""
+        """Write and return the metrics since the last line; seconds: time since then, of which `waited` for data."""
         window = self._window
         self.metrics = self._progress() | window.line()
         self.metrics |= self._data.follower.mixing(self.step) if self._data.follower else {}
@@ -205,7 +205,7 @@ class Trainer:
         trained = (weight for weight in self._sae.weights if weight is not None)
         bad = any((w.isnan().any() if w.ndim < 2 else ~torch.linalg.vector_norm(w).isfinite()) for w in trained)
         if self._ranks.any(bad):
-            self.metrics["loss"] = math.nan  # that of the next step
+            self.metrics["loss"] = math.nan  # the next step's loss would be
         self.diverged = self.diverged or not math.isfinite(self.metrics["loss"] or 0)
         speed = {"vectors_per_second": window.vectors / seconds, "data_wait_fraction": min(1.0, waited / seconds)}
         window.clear()
@@ -223,8 +223,9 @@ class Trainer:
         return self.curve[-1]["step"] if self.curve else 0
 
     def look(self, validated: Validation) -> None:
+        """Add a validation on the sample to the curve."""
         if not math.isfinite(validated.fvu) or self.vectors == 0:
-            return  # diverged, or nothing of this run's layer came yet
+            return  # diverged, or no vector of this run's layer has come yet
         numbers = {name: getattr(validated, name) for name in NUMBERS}
         self.curve.append({"step": self.step, "vectors": self.vectors, **numbers})
 
@@ -240,7 +241,7 @@ class Trainer:
             tracker.log(numbers_of(line, self.plan.layers), self.step)
 
     def save(self, *, finished: bool) -> dict[str, Any]:
-        """Write the checkpoint; its `trainer` entry. It holds no times, so that equal runs give equal files."""
+        """Write the checkpoint; returns its `trainer` entry, which holds no times: equal runs give equal files."""
         if self._file is not None:
             self._file.sync()
         trainer: dict[str, Any] = {
@@ -265,7 +266,7 @@ class Trainer:
                 trainer["live"] = dict(self._sae.state_dict())
         record = self._data.record(self.plan.layers)
         save_checkpoint(self.path, self.sae, store=record, trainer=trainer, ranks=self._ranks)
-        self._ranks.any(False)  # what a rank has been told is saved is on the disk
+        self._ranks.any(False)  # wait: once `save` returns on any rank, the file is on the disk
         return trainer
 
     def _lr(self, step: int) -> float:
@@ -276,7 +277,7 @@ class Trainer:
         return min(self.step * self.plan.chosen.batch_size, self.plan.vectors)
 
     def _progress(self) -> dict[str, Any]:
-        """Where the run is, by step, vectors, tokens and epochs."""
+        """How far the run is, in steps, vectors, tokens and epochs."""
         return {
             "step": self.step,
             "vectors": self.vectors,

@@ -1,4 +1,4 @@
-"""FVU, L0 and firing on held-out documents, as method.md defines them: raw space, one mean vector a layer.
+"""FVU, L0 and firing on held-out documents, as method.md defines them: raw space, one mean vector per layer.
 
     FVU_l = sum |x - x_hat|^2 / sum |x - mean_l|^2      over the validation vectors, mean_l over those same vectors
 
@@ -23,28 +23,28 @@ from train.objective.statistics import LayerVariance
 from train.reporting.convergence import Spread
 
 INTERIM_TOKENS, INTERIM_CHUNKS = 256, 8
-"""Held-out tokens of a validation during training, and the chunks that they are spread over: enough to see a trend, at
-hardly any cost, and not the trend of a single document."""
+"""Held-out tokens of a validation during training, and the chunks that they are spread over: enough to show a trend,
+and not that of a single document, at hardly any cost."""
 
 
 class Validation(NamedTuple):
     """How good an autoencoder is on held-out documents."""
 
     tokens: int
-    """Tokens looked at; each gives one vector a layer."""
+    """Tokens measured; each gives one vector per layer."""
     fvu: float
-    """Mean over layers of the FVU."""
+    """Mean of the layers' FVUs."""
     fvu_per_layer: list[float]
-    """FVU by layer trained on, in raw space; 0 is perfect, 1 no better than each layer's mean."""
+    """FVU of each layer trained on, in raw space; 0 is perfect, 1 no better than the layer's mean."""
     l0: float
-    """Active latents a vector, mean."""
+    """Mean number of active latents per vector."""
     l0_per_layer: list[float]
     fired: float
     """Share of the latents that fired on any of these vectors."""
     ratio: float | None = None
-    """Aggregate over token-level variance of layers, by mass; None for a single layer, or from before it was kept."""
+    """Aggregate over token-level variance of layers, by mass; None for one layer, or in an older record without it."""
     stays_on: float | None = None
-    """Share of the active (token, layer, latent) whose latent is active at the next layer too."""
+    """Share of the active (token, layer, latent) triples whose latent is active at the next layer too."""
 
     def metrics(self) -> dict[str, Any]:
         """The keys of a validation line."""
@@ -53,7 +53,7 @@ class Validation(NamedTuple):
 
 
 class ValidationTarget(NamedTuple):
-    """An autoencoder to be measured, on the device that the vectors are on."""
+    """An autoencoder to measure, on the same device as the vectors."""
 
     sae: MLSAE
     product_dtype: torch.dtype
@@ -85,7 +85,7 @@ class ValidationData:
         fired: list[Tensor] | None = None,
     ) -> list[Validation]:
         """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them.
-        chunks: see `read`; fired: takes, for each, which latents fired on them, bool [M]."""
+        chunks: see `read`; fired: a list to which is added, for each, which latents fired on them, bool [M]."""
         n_layers = len(self._layers)
         device = targets[0].sae.W_enc.device
         variance = LayerVariance.zeros(n_layers, self._store.meta.d_model, device)
@@ -104,7 +104,7 @@ class ValidationData:
 
     def read(self, tokens: int, chunks: int = 1) -> Iterator[np.ndarray]:
         """Held-out tokens in the stored type, [t, L, D] at a time, until there are `tokens` of them, spread evenly over
-        as many chunks as are needed, or over `chunks` where there are so many."""
+        at least `chunks` chunks, if there are so many."""
         size, n_tokens = self._store.meta.chunk_tokens, self._store.meta.n_tokens
         most = -(-tokens // max(min(chunks, len(self._chunks)), 1))
         for chunk in self._chunks.tolist():
@@ -118,7 +118,7 @@ class ValidationData:
 
 
 class _Sums:
-    """What is added up over tokens for one autoencoder."""
+    """Sums over tokens for one autoencoder."""
 
     def __init__(self, target: ValidationTarget, layers: Sequence[int]) -> None:
         self._target = target
@@ -142,7 +142,7 @@ class _Sums:
             self._spread = self._spread.add(out.codes, self._numbers)
 
     def _rows_layer(self, n_tokens: int) -> Tensor | None:
-        """Each row's layer, of `n_tokens` tokens, where the autoencoder standardises by layer."""
+        """The layer of each row of `n_tokens` tokens, if the autoencoder standardises by layer."""
         if (known := len(self._target.sae.config.layers)) == 0:
             return None
         positions = torch.arange(known, device=self._errors.device)
