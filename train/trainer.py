@@ -42,7 +42,7 @@ class Trainer:
     """One run: call `start` once, then `take` for each batch."""
 
     def __init__(self, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None) -> None:
-        """memory: for gradients, by n_latents, shared by all trainers and steps; allocating costs as much as the sums."""
+        """memory: for gradients, by n_latents, shared by all trainers and steps: fresh costs as much as its sums."""
         self.plan, self._data, self._ranks = plan, data, data.ranks
         self.path = plan.config.out  # the checkpoint
         position = None if plan.stream_layers is None else data.layers.index(plan.layers[0])

@@ -1,7 +1,7 @@
-"""What the flags stand for that a run leaves open: batches, learning rate, its schedule, Adam's memory, initial scale.
+"""Values for the flags that a run leaves open: batch size, learning rate and its schedule, Adam's betas, initial scale.
 
-A flag that is given counts; else, on a resume, what the checkpoint was begun with; else the recipe's. How the laws of
-`best` were found: benchmarks/results/2026-11-28-defaults.md and 2026-11-30-defaults.md. Imports nothing heavy.
+A flag that is given takes precedence; then, on a resume, the value in the checkpoint; then the recipe's. How the laws
+of `best` were found: benchmarks/results/2026-11-28-defaults.md and 2026-11-30-defaults.md. Imports nothing heavy.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from residscope.options import to_flat, with_values
 from train.config import RecipeName, SecondMoment, TrainConfig
 
 USUAL_BATCH = 2048
-"""Vectors in a step where no law says how many."""
+"""Vectors in a step if no law sets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a run is trained: the flags of the same names, none of them open."""
+    """How a run is trained: the flags of the same names, all resolved."""
 
     recipe: RecipeName
     batch_size: int
@@ -27,7 +27,7 @@ class Recipe:
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float | None = None
-    """None: never."""
+    """None: no clipping."""
     encoder_scale: float = 1.0
     encoder_lr: float = 1.0
     second_moment: SecondMoment = "weight"
@@ -38,25 +38,25 @@ BEFORE_RECIPES: dict[str, Any] = {"recipe": "gao"} | {
     name: Recipe.__dataclass_fields__[name].default
     for name in ("beta1", "beta2", "clip_norm", "encoder_scale", "encoder_lr", "second_moment")
 }
-"""What checkpoints were begun with that do not record it."""
+"""The values of checkpoints that do not record them."""
 
 
 def recorded_flags(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's flags, as the record of a checkpoint has them, and the seed of the held-out documents, for which
-    earlier versions took that of the run."""
+    """A recipe's flags as a checkpoint records them, and the seed of the held-out documents, which in earlier versions
+    was the run's seed."""
     found = {field.name: record.get(field.name, BEFORE_RECIPES.get(field.name)) for field in fields(Recipe)}
     found["validation_seed"] = record.get("validation_seed", record.get("seed"))
     return found | {"clip_norm": found["clip_norm"] or 0.0}
 
 
 def fill(config: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
-    """`config` with `flags` where it leaves them open."""
+    """`config`, with its open flags taken from `flags`."""
     given = to_flat(config)
     return with_values(config, **{name: value for name, value in flags.items() if given[name] is None})
 
 
 def batch_size(config: TrainConfig, vectors_per_epoch: int) -> int:
-    """Vectors in a step, of a run over a store that has `vectors_per_epoch` to train on."""
+    """Vectors in a step of a run over a store with `vectors_per_epoch` vectors to train on."""
     if config.data.batch_size is not None:
         return config.data.batch_size
     if config.data.steps is not None or config.recipe not in (None, "best"):
@@ -65,8 +65,8 @@ def batch_size(config: TrainConfig, vectors_per_epoch: int) -> int:
 
 
 def best_batch(vectors: int) -> int:
-    """Vectors in a step of a run of so many: the power of two, from 128, that makes 500 to 1,000 steps; from 4,096 on
-    it grows with the square root of the run, as far as 65,536."""
+    """Vectors in a step of a run of `vectors`: the power of two, from 128, that makes 500 to 1,000 steps; from 4,096 on
+    it grows with the square root of the run, up to 65,536."""
     batch = 128
     while batch < 65_536 and vectors > 1000 * batch * max(1, batch / 4096):
         batch *= 2
@@ -75,22 +75,22 @@ def best_batch(vectors: int) -> int:
 
 def best_lr(n_latents: int, batch_size: float, vectors: float) -> float:
     """The peak learning rate: a fit to runs of 1e5 to 5e6 vectors, batches of 128 to 4,096 and 4,608 to 18,432
-    latents. A batch that is larger than the run counts as no larger."""
+    latents. A batch that is larger than the run counts as large as the run."""
     batch_size = min(batch_size, vectors)
     return 5e-3 * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
 
 
 def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int, share: float = 1) -> Recipe:
-    """The recipe of a run over a stream of known batches and length, with the flags that `config` gives; share: of the
-    stream, that it is trained on."""
+    """The recipe of a run over a stream of known batch size and length, with the flags that `config` gives; share: the
+    part of the stream that it is trained on."""
     name = config.recipe or "best"
     if name == "best":
         lr = best_lr(n_latents, batch_size * share, vectors * share)
-        # A small start lowers FVU, but a short run has no time to wake the latents that it leaves dead.
+        # A small initial scale lowers FVU, but a short run has no time to revive the latents that it leaves dead.
         small = config.model.activation in ("topk", "batchtopk", "jumprelu")
         scale = min(max(20 * batch_size / vectors, 0.1), 0.4) if small else 0.4
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}
-        # From 4,608 latents on the encoder's rate does not depend on their number.
+        # Above 4,608 latents, this makes the encoder's rate independent of their number.
         values |= {"encoder_lr": max(n_latents / 4608, 1) ** 0.25 / 3, "second_moment": "latent"}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}
